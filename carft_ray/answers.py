@@ -5,10 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from rich.table import Table
 
 from carft_ray import console, files, notebook
-from carft_ray.api import Study
+from carft_ray.api import Study, rows_table
 from carft_ray.errors import CarftError, require_choice
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.outcome import TrialRow
@@ -141,6 +142,28 @@ class Report:
 
         require_choice(place, "must be a form of the card", form, CARD_FORMS)
         return card(verdict(self.document), card_title(self.document), form)
+
+    @functools.cached_property
+    def tables(self) -> dict[str, pa.Table]:
+        """The tables behind the page: ``trials`` and ``baselines`` as ``Study`` has them, ``curves``, ``sets``.
+
+        ``curves`` is a row per measured alpha of a training, ``sets`` one per configuration (or difference) and set,
+        with its interval. Raises as ``document``.
+        """
+        from carft_ray.results.report_tables import curves_table, sets_table
+
+        own = {"trials": rows_table(self.view.trials), "baselines": rows_table(self.view.baselines)}
+        return {**own, "curves": curves_table(self.view), "sets": sets_table(self.document["tables"])}
+
+    def save_tables(self, folder: str | Path) -> list[Path]:
+        """Writes the tables, each as CSV and as Parquet; returns the paths.
+
+        Raises:
+            StorageError: A file cannot be written.
+        """
+        from carft_ray.results.report_tables import write_tables
+
+        return write_tables(self.tables, Path(folder))
 
     def save(self, path: str | Path | None = None) -> Path:
         """Writes the page, whole or not at all.

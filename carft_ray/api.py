@@ -125,7 +125,7 @@ class Study:
         """
         if kind not in ("trial", "baseline"):
             raise ValueError(f"kind must be 'trial' or 'baseline', but got {kind!r}")
-        return _table(trials(self.path) if kind == "trial" else baselines(self.path))
+        return rows_table(trials(self.path) if kind == "trial" else baselines(self.path))
 
     def metrics(self, trial: str) -> dict[str, float]:
         """Returns the metrics of a finished trial or baseline at its alpha.
@@ -169,7 +169,8 @@ def open_study(path: str | Path) -> Study:
     return Study(require_study(Path(path)))
 
 
-def _table(rows: Sequence[TrialRow]) -> pa.Table:
+def rows_table(rows: Sequence[TrialRow]) -> pa.Table:
+    """Returns trials or baselines as ``Study.trials`` has them."""
     own = {
         name: pa.array([getattr(row, name) for row in rows], pa.type_for_alias(kind)) for name, kind in COLUMNS.items()
     }

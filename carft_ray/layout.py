@@ -10,7 +10,7 @@
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
       ledger.jsonl       who fixed a winner or read the test sets, when
-      best.yaml, figure.png, figure.svg, report.html, ray.log
+      best.yaml, figure.png, figure.svg, report.html, ray.log, events.out.tfevents.* (figure and recipe for TensorBoard)
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/
       tracking/          what Weights & Biases or MLflow keep, where they keep it here
@@ -66,6 +66,7 @@ WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the
 CHECKPOINTS = "checkpoint"
 OWN = "own"  # in it: what a fine-tuning of the user's own keeps
 PREDICTIONS = "predictions/validation.parquet"
+THUMBNAILS = "predictions/thumbnails.parquet"  # of images whose answers change; they go with the weights
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
 CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
 LEAVE = "leave.json"  # the driver's word that an attempt is to write a checkpoint and end; another one follows

@@ -7,11 +7,14 @@ import numpy as np
 from stand_in import SANDBOX_SET
 
 from carft_ray import files
+from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.evaluation.predictions import concat, predictions_table, write_predictions
+from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, write_predictions
+from carft_ray.evaluation.thumbnails import write_thumbnails
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
+from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running
@@ -151,6 +154,23 @@ def make(study_dir, num=6, recipe=None, fails=lambda number: False, limit=None):
     with open_study(study_dir, recipe or make_recipe(num)) as study:
         fill(study, num, fails, limit)
     return study_dir
+
+
+def keep_thumbnails(study_dir, number=48, side=128):
+    """Writes what the best trial keeps of its images: gradients with a square, of a colour for each class."""
+    view = read_study(study_dir)
+    folder = study_dir / "trials" / view.best.name
+    sets = []
+    for name in objective_spec(view.recipe).sets:
+        ids, rng = np.arange(IMAGES[name], dtype=np.uint64), np.random.default_rng(3)
+        labels = np.arange(IMAGES[name]) % len(CLASSES)
+        ramp = np.linspace(0, 255, side, dtype=np.uint8)
+        images = np.broadcast_to(ramp[None, :, None, None], (len(ids), side, side, 3)).copy()
+        colours = rng.integers(0, 256, (len(CLASSES), 3), np.uint8)
+        images[:, side // 4 : -side // 4, side // 4 : -side // 4] = colours[labels][:, None, None]
+        sets.append(ImageSet(name, images, labels, ids))
+    table = read_predictions(folder / "predictions" / "validation.parquet")
+    write_thumbnails(folder / "predictions" / "thumbnails.parquet", table, view.best.alpha, sets, number)
 
 
 def start(study):

@@ -35,6 +35,12 @@ CASES = {
         "test",
         "pass pass pass pass",
     ),
+    "tested with two seeds": ({"confirm": (BETTER, TWO), "test": (BETTER, TWO)}, "test", "? ? warn pass"),
+    "search went on after a second read": (
+        {"confirm": (BETTER, THREE), "test": (SAME, THREE), "reads": 2, "went_on": True},
+        "test",
+        "warn ? pass warn",
+    ),
     "read twice": ({"confirm": (BETTER, THREE), "test": (BETTER, THREE), "reads": 2}, "test", "pass pass pass warn"),
     "search went on": (
         {"confirm": (BETTER, THREE), "test": (BETTER, THREE), "went_on": True},
@@ -76,7 +82,8 @@ def test_the_card_agrees_with_confirm_and_test(made, tmp_path, case):
     for mean, *ends in shown:
         assert f"{100 * mean:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}] %" in lines[1].text
     assert f"{len(seeds)} fresh seeds" in lines[2].text
-    assert ("read twice" in case) == ("read 2 times" in lines[3].text)
+    assert (done.get("reads", 1) == 2) == ("read 2 times" in lines[3].text)
+    assert ("went on" in case) == ("continued" in lines[3].text)
     assert "fine tuning not tuned" in lines[4].text  # it had one training and no search
     assert "tuned with 2 trainings of CAR-FT" in lines[4].text
 

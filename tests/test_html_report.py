@@ -1,5 +1,6 @@
 """`carft-ray report --html`: the document, the page, the card, for studies of every kind."""
 
+import csv
 import json
 import re
 import time
@@ -9,10 +10,16 @@ from pathlib import Path
 
 import crash_host
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import report_studies
 from report_studies import KINDS, of_kinds
 
+import carft_ray
+from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.evaluation.thumbnails import changed
+from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.pages.data import page_document
 from carft_ray.results.pages.figures import FIGURES, figures
 from carft_ray.results.pages.page import HERE, packed, watch_page, write_page
@@ -172,9 +179,79 @@ def test_the_command_writes_into_the_study_or_where_it_is_told(studies, tmp_path
         (["--out", "x"], "--out needs --html or --card"),
         (["--watch"], "--watch needs --html"),
         (["--card", "png"], "text, svg, latex"),
+        (["--tables", "x", "--html"], "--tables must stand without --html"),
+        (["--tables", "x", "--out", "y"], "--out needs --html or --card"),
     ],
 )
 def test_options_that_do_not_belong_together_are_refused(studies, capsys, words, part):
     capsys.readouterr()
     assert crash_host.call(["report", str(studies("two")), *words]) == 2
     assert part in capsys.readouterr().err.replace(":", "")
+
+
+def test_the_tables_are_files_of_csv_and_parquet_with_the_numbers_of_the_page(studies, tmp_path, capsys):
+    study_dir = studies("thirty")
+    view, document = read_study(study_dir), page_document(read_study(study_dir))
+    found = printed(capsys, "report", study_dir, "--tables", tmp_path / "tables")
+    names = ("trials", "baselines", "curves", "sets")
+    assert found["tables"] == [
+        str(tmp_path / "tables" / f"{name}{end}") for name in names for end in (".csv", ".parquet")
+    ]
+    tables = {name: pq.read_table(tmp_path / "tables" / f"{name}.parquet") for name in names}
+    for name, table in tables.items():
+        with (tmp_path / "tables" / f"{name}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [list(row) for row in rows] == [table.column_names] * table.num_rows
+        for column in table.column_names:
+            kept = [row[column] for row in rows if row[column]]
+            values = [value for value in table[column].to_pylist() if value not in (None, "")]
+            assert len(kept) == len(values)
+            if pa.types.is_floating(table[column].type):
+                assert [float(text) for text in kept] == values
+    assert tables["trials"].equals(carft_ray.open_study(study_dir).trials())
+    assert tables["baselines"].equals(carft_ray.open_study(study_dir).baselines)
+    points = [{"name": row.name, **point} for row in view.rows for point in view.result(row).get("curve", ())]
+    key = lambda row: (row["name"], row["alpha"])  # noqa: E731
+    curves = [{name: row[name] for name in points[0]} for row in tables["curves"].to_pylist()]
+    assert sorted(curves, key=key) == sorted(points, key=key)
+    chosen = {row["name"]: row["alpha"] for row in tables["curves"].to_pylist() if row["chosen"]}
+    assert chosen == {row.name: row.alpha for row in view.rows if row.outcome == "complete" and row.name != "zero_shot"}
+    shown = {(row["name"], row["set"]): row["mean"] for row in tables["sets"].to_pylist()}
+    [table] = document["tables"]
+    for row in (*table["rows"], *table["differences"]):
+        for name, cell in zip(table["sets"], row["cells"], strict=True):
+            assert shown[row["name"], name] == cell["mean"]
+
+
+def test_a_study_without_a_result_has_tables_without_rows(studies, tmp_path):
+    paths = carft_ray.report(studies("all failed")).save_tables(tmp_path)
+    rows = {path.stem: pq.read_table(path).num_rows for path in paths if path.suffix == ".parquet"}
+    assert rows == {"trials": 5, "baselines": 2, "curves": 6, "sets": 0}
+
+
+def test_the_page_shows_the_pictures_of_the_best_trial_with_the_answers_of_its_predictions(tmp_path):
+    study_dir = report_studies.make(tmp_path / "study", num=4)
+    assert page_document(read_study(study_dir))["changed_images"] == []
+    report_studies.keep_thumbnails(study_dir)
+    view = read_study(study_dir)
+    document = write_page(view, tmp_path / "page.html")
+    table = read_predictions(study_dir / "trials" / view.best.name / "predictions" / "validation.parquet")
+    alphas = sorted({0.0, view.best.alpha, 1.0})
+    everywhere = {name: changed(table, name, alphas) for name in ("id_val", "noisy", "blurry")}
+    num_images = sum(len(ids) for found in everywhere.values() for ids in found.values())
+    assert sum(group["num_images"] for group in document["changed_images"]) == num_images
+    shown = [one for group in document["changed_images"] for one in group["images"]]
+    assert len(shown) == min(48, num_images)
+    assert len({one["set"] for one in shown}) == 3
+    for one in shown:
+        assert [answer["alpha"] for answer in one["answers"]] == alphas
+        assert len({answer["right"] for answer in one["answers"]}) == 2
+        for answer in one["answers"]:
+            assert answer["right"] == (answer["answer"] == one["label"])
+    check_page(tmp_path / "page.html", document)
+    pictures = [at["src"] for tag, at in Tags((tmp_path / "page.html").read_text()).found if tag == "img"]
+    assert sorted(pictures[-len(shown) :]) == sorted(one["picture"] for one in shown)
+    path = study_dir / "resolved.yaml"
+    recipe = view.recipe.model_copy(update={"evaluate": view.recipe.evaluate.model_copy(update={"thumbnails": 0})})
+    path.write_text(dump_recipe(recipe))
+    assert page_document(read_study(study_dir))["changed_images"] == []

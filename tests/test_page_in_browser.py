@@ -1,6 +1,8 @@
 """The page of `report --html` in a real browser: sliders and filters are moved, and what it shows is compared."""
 
 import asyncio
+import csv
+import io
 import json
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -226,5 +228,50 @@ def test_trials_on_one_kind_of_device_are_filtered(tmp_path):
         await page.evaluate(f"(() => {{ {choose} }})()")
         assert await page.evaluate(said) == "2 of 6 trials"
         assert len(await page.evaluate(NAMES)) == 2
+
+    run(tmp_path, steps)
+
+
+def test_tables_are_copied_as_they_stand(tmp_path, thirty):
+    path, document = thirty
+    catch = (
+        'Object.defineProperty(navigator, "clipboard", {value: {writeText: async (text) => { window.copied = text; }}})'
+    )
+    copy = """(async () => { document.querySelector('[data-copy="%s"][data-table="%s"]').click();
+        await new Promise((done) => setTimeout(done, 50)); return window.copied; })()"""
+
+    async def steps(page):
+        await page.open(path)
+        await page.evaluate(catch)
+        text = await page.evaluate(copy % ("csv", "trial-table"))
+        rows = list(csv.DictReader(io.StringIO(text)))
+        assert {row["trial"] for row in rows} == {row["name"] for row in document["trials"]}
+        of_sets = await page.evaluate(copy % ("markdown", "sets-1"))
+        head, kinds, *lines = of_sets.splitlines()
+        [table] = document["tables"]
+        assert head.count("|") == kinds.count("|") == len(table["sets"]) + 3
+        assert len(lines) == len(table["rows"]) + len(table["differences"])
+        first = [cell.strip() for cell in lines[0].split("|")][3:-1]
+        assert first == [f"{100 * cell['mean']:.1f}" for cell in table["rows"][0]["cells"]]
+        latex = await page.evaluate(copy % ("latex", "sets-1"))
+        assert latex.startswith(r"\begin{tabular}{lr" + "r" * len(table["sets"]) + "}")
+        assert latex.count(r"\\") == len(lines) + 1
+
+    run(tmp_path, steps)
+
+
+def test_the_pictures_of_changed_answers_are_shown_at_all_widths(tmp_path):
+    study_dir = make(tmp_path / "study", num=4)
+    report_studies.keep_thumbnails(study_dir)
+    document = write_page(read_study(study_dir), tmp_path / "page.html")
+    number = sum(len(group["images"]) for group in document["changed_images"])
+    drawn = '[...document.querySelectorAll(".images img")].filter((one) => one.naturalWidth && one.width <= 96).length'
+
+    async def steps(page):
+        for width in WIDTHS:
+            await page.open(tmp_path / "page.html", width)
+            await page.evaluate('document.getElementById("changed-images").open = true')
+            assert await page.evaluate(drawn) == number > 0
+            check(await page.evaluate(STATE), width)
 
     run(tmp_path, steps)

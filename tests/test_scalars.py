@@ -1,11 +1,13 @@
 """What TensorBoard reads of a training, as its own reader reads it; and a disk that is full."""
 
 import contextlib
+import io
 import resource
 import threading
 
 import pytest
 import short_training
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -126,6 +128,7 @@ def test_the_hparams_table_has_what_the_search_varies_and_how_the_training_ended
     values, metrics = hparams(out / RUN)
     train = recipe.train
     expected = {"learning_rate": train.learning_rate, "kl_weight": train.kl_weight, "label_smoothing": 0.0}
+    expected["outcome"] = "complete"
     assert values == pytest.approx(expected)
     names = {"final/objective", "final/id_accuracy", "final/ood_accuracy", "final/alpha"}
     assert set(metrics) == names
@@ -172,3 +175,34 @@ def test_a_disk_that_fills_at_the_last_flush_is_told_too(tmp_path):
 def test_the_first_word_of_a_training_that_ends_badly_stands(tmp_path):
     with largest_file(300), pytest.raises(ZeroDivisionError):
         record(tmp_path, 20, ZeroDivisionError())
+
+
+def test_torch_writes_the_same_lines_of_the_hparams_table(tmp_path):
+    """But for the column of the outcome, and for a tensor that holds nothing."""
+    from torch.utils.tensorboard import summary
+
+    values, metrics = {"learning_rate": 1e-5, "epochs": 3, "compile": True, "decay": "all"}, {"final/objective": 0.5}
+    events = EventFile(tmp_path)
+    events.hparams(values, metrics, 7)
+    events.close()
+    found = read(tmp_path).PluginTagToContent("hparams")
+    for part in summary.hparams({**values, "outcome": "complete"}, metrics):
+        [value] = part.value
+        assert found[value.tag] == value.metadata.plugin_data.content
+    assert [(one.step, one.value) for one in read(tmp_path).Scalars("final/objective")] == [(7, 0.5)]
+
+
+def test_a_text_and_a_picture_come_back(tmp_path):
+    content = io.BytesIO()
+    Image.new("RGBA", (30, 20), "red").save(content, "PNG")
+    events = EventFile(tmp_path, ending="study-4")
+    events.text("recipe", "```yaml\nname: ä\n```")
+    events.image("figure", content.getvalue(), 4)
+    events.close()
+    assert [path.name.split(".")[-1] for path in tmp_path.iterdir()] == ["study-4"]
+    found = read(tmp_path)
+    [text] = found.Tensors("recipe")
+    assert text.tensor_proto.string_val[0].decode() == "```yaml\nname: ä\n```"
+    assert "recipe" in found.PluginTagToContent("text")
+    [image] = found.Images("figure")
+    assert (image.step, image.width, image.height, image.encoded_image_string) == (4, 30, 20, content.getvalue())

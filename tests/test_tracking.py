@@ -1,17 +1,22 @@
 """Weights & Biases and MLflow get every training as it ends; neither is a reason for a search to fail."""
 
+import dataclasses
 import importlib.util
 import json
 import logging
 import struct
+import time
 
 import pytest
 import short_training
 
 import carft_ray
+from carft_ray import files
+from carft_ray.launch import events
 from carft_ray.launch import tracking as module
 from carft_ray.launch.tracking import tracking
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.study.outcome import TrialRow, TrialSpec
 
 pytestmark = pytest.mark.slow
 BASELINE = {"search.baselines": {"plain": {"kl_weight": 0}}}
@@ -95,6 +100,9 @@ def test_both_hold_values_metrics_curves_and_the_figure(here, tmp_path, caplog):
     history = client.get_metric_history(best.info.run_id, "curve/id_accuracy")
     curve = results[study.best.name]["curve"]
     assert {one.step: one.value for one in history} == {round(100 * one["alpha"]): one["id_accuracy"] for one in curve}
+    [epochs] = [files.read_json_lines(path) for path in study.path.glob(f"trials/{study.best.name}/metrics.jsonl")]
+    history = client.get_metric_history(best.info.run_id, "training/loss")
+    assert [(one.step, one.value) for one in history] == [(one["step"], one["loss"]) for one in epochs]
 
     found = {}
     for path in (study.path / "tracking" / "wandb").glob("offline-run-*/*.wandb"):
@@ -111,7 +119,10 @@ def test_both_hold_values_metrics_curves_and_the_figure(here, tmp_path, caplog):
         summary |= items(one.summary.update)
     assert (summary["objective"], summary["outcome"]) == (study.best.objective, "complete")
     logged = [items(one.history.item) for one in parts if one.WhichOneof("record_type") == "history"]
-    assert [one["curve/id_accuracy"] for one in logged] == [one["id_accuracy"] for one in curve]
+    of_curve = [one["curve/id_accuracy"] for one in logged if "curve/alpha" in one]
+    assert of_curve == [one["id_accuracy"] for one in curve]
+    of_epochs = [(one["training/step"], one["training/loss"]) for one in logged if "training/step" in one]
+    assert of_epochs == [(one["step"], one["loss"]) for one in epochs]
     assert list(
         (study.path / "tracking" / "wandb").glob(
             f"offline-run-*{of_study.rpartition('-')[2]}*/files/media/*/figure*.png"
@@ -160,3 +171,79 @@ def test_without_a_tracker_and_without_a_training_nothing_is_opened(here, tmp_pa
     with tracking(recipe, tmp_path / "study", pytest.fail):
         pass
     assert not (tmp_path / "study").exists()
+
+
+class Tracker:
+    """Takes what a tracker is told, with the epochs of each training that it knew by then."""
+
+    def __init__(self):
+        self.told = []
+
+    def __call__(self, recipe, study_dir, trainings):
+        for told in trainings:
+            self.told.append(told)
+
+
+def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path, monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setattr(module, "_to_mlflow", tracker)
+    recipe = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
+    spec = TrialSpec("trial", 0, "t0000-abcd", {"learning_rate": 0.1}, 1)
+    other = dataclasses.replace(spec, number=1, name="t0001-abcd")
+    row = TrialRow("trial", 0, spec.name, spec.values, "complete", objective=0.5, alpha=0.4)
+
+    def write(of, *steps):
+        lines = [{"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step, "note": "text"} for step in steps]
+        files.write_text(of.folder(tmp_path) / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+
+    def until(number):
+        end = time.monotonic() + 60
+        while len(tracker.told) < number:
+            assert time.monotonic() < end, tracker.told
+            time.sleep(0.01)
+
+    with tracking(recipe, tmp_path, pytest.fail) as shared:
+        on_event = shared(lambda event: None)
+        write(spec, 3)
+        on_event(events.TrialEpoch(spec, {}))
+        until(1)
+        write(spec, 3, 6)
+        write(other, 3)
+        on_event(events.TrialEpoch(spec, {}))
+        on_event(events.TrialEpoch(other, {}))
+        until(3)
+        on_event(events.TrialEpoch(spec, {}))  # another attempt repeats an epoch
+        write(spec, 3, 6, 9)
+        on_event(module.TrialFinished(row, is_best=True))
+    steps = [
+        (told.spec.name, [row["step"] for row in told.rows]) for told in tracker.told if isinstance(told, module.Epochs)
+    ]
+    assert steps == [(spec.name, [3]), (spec.name, [6]), (other.name, [3]), (spec.name, [9])]
+    assert tracker.told[0].rows == [{"step": 3, "num_steps": 9, "epoch": 1, "loss": 1 / 3}]
+    assert isinstance(tracker.told[-1], module.Ended)
+    assert (tracker.told[-1].row, tracker.told[-1].is_best) == (row, True)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
+def test_a_training_that_is_stopped_is_a_run_that_was_ended_until_it_is_resumed(here, tmp_path):
+    import mlflow
+
+    recipe = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
+    spec = TrialSpec("trial", 0, "t0000-abcd", {"learning_rate": 0.1}, 1)
+    files.write_json(tmp_path / "manifest.json", {"created": "today"})
+    files.write_text(spec.folder(tmp_path) / "metrics.jsonl", '{"step": 3, "loss": 0.5}\n')
+    client = mlflow.MlflowClient((tmp_path / "tracking" / "mlflow").as_uri())
+
+    def run():
+        [experiment] = [one for one in client.search_experiments() if one.name == "mine"]
+        [found] = [one for one in client.search_runs([experiment.experiment_id]) if one.info.run_name == spec.name]
+        return found
+
+    with tracking(recipe, tmp_path, pytest.fail) as shared:
+        shared(lambda event: None)(events.TrialEpoch(spec, {}))
+    assert (run().info.status, run().data.metrics) == ("KILLED", {"training/loss": 0.5})
+    with tracking(recipe, tmp_path, pytest.fail) as shared:
+        row = TrialRow("trial", 0, spec.name, spec.values, "complete", objective=0.5, alpha=0.4)
+        shared(lambda event: None)(module.TrialFinished(row, is_best=True))
+    assert run().info.status == "FINISHED"
+    assert run().data.metrics == {"training/loss": 0.5, "objective": 0.5, "alpha": 0.4}

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -28,6 +28,10 @@ def report(
     card: Annotated[
         str | None, Option(metavar="text|svg|latex", help="Only the verdict of five lines, for an issue or a paper.")
     ] = None,
+    tables: Annotated[
+        Path | None,
+        Option(metavar="DIR", help="Only its tables, each as CSV and Parquet: trials, baselines, curves, sets."),
+    ] = None,
     out: Annotated[
         Path | None,
         Option(metavar="FILE", help="Of --html or --card; default: report.html in the study, the terminal."),
@@ -41,24 +45,35 @@ def report(
     """Show what the best trial is worth: corrected for the choice, other rules, baselines. No test set is read."""
     from carft_ray import actions
 
+    first, *others = [name for name, given in (("--html", html), ("--card", card), ("--tables", tables)) if given] or [
+        ""
+    ]
+    if others:
+        raise UsageError(Problem(others[0], f"must stand without {first}"))
     for option, given, needed, there in (
-        ("--card", card, "--html", not html),
         ("--out", out, "--html or --card", html or card),
         ("--watch", watch, "--html", html),
     ):
         if given and not there:
-            rule = f"must stand without {needed}" if option == "--card" else f"needs {needed}"
-            raise UsageError(Problem(option, rule))
+            raise UsageError(Problem(option, f"needs {needed}"))
     found = actions.report(study, reference=reference)
     if card is not None:
         _card(found.card(card, "--card"), out)
         return
+    if tables is not None:
+        paths = [str(path) for path in found.save_tables(tables)]
+        if not console.print_json({"tables": paths}, json_):
+            console.show("\n".join(paths))
+        return
     if html:
         _page(found, study, out, every if watch else None, json_)
         return
-    answer = found.numbers
-    if console.print_json(answer, json_):
-        return
+    if not console.print_json(found.numbers, json_):
+        _show(found.numbers, details)
+        common.suggest(study, "report")
+
+
+def _show(answer: dict[str, Any], details: bool) -> None:
     for line in answer["lines" if details else "brief"]:
         console.show(line)
     if answer["rules"]:
@@ -73,7 +88,6 @@ def report(
     if answer["analysis"]:
         console.show("\n" + "\n".join(answer["analysis"]["lines"]))
         console.out.print(regret_table(answer["analysis"]["rules"]))
-    common.suggest(study, "report")
 
 
 def _card(text: str, out: Path | None) -> None:

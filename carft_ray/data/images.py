@@ -108,6 +108,21 @@ def small_image(content: bytes, place: str, side: int) -> tuple[PixelArray, tupl
         return pixels, (pixels.shape[0], pixels.shape[1]), file.mode
 
 
+def small_jpeg(pixels: PixelArray, side: int, quality: int) -> bytes:
+    """Returns a picture as JPEG, made smaller where its longer side has more than ``side`` pixels.
+
+    Args:
+        pixels: uint8 [H, W, 3].
+        side: Pixels.
+        quality: Of JPEG, 1 to 95.
+    """
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((side, side))
+    content = io.BytesIO()
+    picture.save(content, "JPEG", quality=quality)
+    return content.getvalue()
+
+
 def cause_of(error: BaseException) -> str:
     """Returns why a file cannot be read, in the words of the system where it has some."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)

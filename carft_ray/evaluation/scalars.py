@@ -1,9 +1,10 @@
-"""Event files for TensorBoard, written in the calling thread.
+"""Event files for TensorBoard, written in the calling thread, and without torch.
 
 ``SummaryWriter`` writes in a thread of its own, where a full disk gives a traceback on the terminal while the training
 continues. Here it is a ``StorageError`` of the training.
 """
 
+import io
 import itertools
 import os
 import re
@@ -13,9 +14,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.plugins.hparams import api_pb2 as hparams_api
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.hparams import plugin_data_pb2 as hparams_data
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard import summary
 
 from carft_ray import files
 from carft_ray.recipe.schema import Recipe
@@ -28,6 +35,8 @@ TAGS |= {f"subset/{name}": f"epochs/{i}_{name}" for i, name in enumerate(_OF_EPO
 SHORT = {"learning_rate": "lr", "kl_weight": "kl", "weight_decay": "wd"}  # in names of runs
 EVENTS = "events.out.tfevents."
 LONGEST_NAME = 120  # bytes; of 255 that file systems allow
+OUTCOME = "outcome"  # a column of the HPARAMS table
+HParams = Mapping[str, bool | int | float | str]
 _count = itertools.count()
 
 
@@ -54,6 +63,19 @@ def run_folder(out_dir: Path, recipe: Recipe) -> Path:
     return out_dir / " ".join(words)[:LONGEST_NAME].strip()
 
 
+def varied(recipe: Recipe, train: Mapping[str, Any]) -> HParams:
+    """Returns the values of a training that its study varies, as the columns of TensorBoard's HPARAMS table.
+
+    Args:
+        recipe: The study's.
+        train: All values of the training.
+    """
+    of_baselines = [name for values in recipe.search.baselines.values() for name in values]
+    names = dict.fromkeys(("learning_rate", "kl_weight", *recipe.search.space, *of_baselines))
+    values = {name: value for name in names if (value := train.get(name)) is not None}
+    return {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
+
+
 def _short(value: Any) -> str:
     """Returns a value in three digits, with such letters alone as every file system takes."""
     text = re.sub(r"e([+-])0+", r"e\1", f"{value:.3g}") if isinstance(value, float) else str(value)
@@ -66,14 +88,15 @@ class EventFile:
     Args:
         folder: Folder of the run; made when it is missing.
         purge_step: What earlier files of the run hold from this step on is void.
+        ending: Of its name; empty: one that no other file has.
 
     Raises:
         StorageError: Here and in all methods: the file cannot be written.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        name = f"{EVENTS}{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_count):06d}"
-        self.path = folder / name
+    def __init__(self, folder: Path, purge_step: int | None = None, ending: str = "") -> None:
+        ending = ending or f"{socket.gethostname()}.{os.getpid()}.{next(_count):06d}"
+        self.path = folder / f"{EVENTS}{int(time.time()):010d}.{ending}"
         self._flushed = time.monotonic()
         with files.writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
@@ -85,25 +108,68 @@ class EventFile:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Adds a point to a curve."""
-        self._write(step=step, summary=summary.scalar(name, value))  # type: ignore[no-untyped-call]
+        self._add(step, tag=name, simple_value=value)
 
-    def hparams(self, values: Mapping[str, bool | int | float | str], metrics: Mapping[str, float], step: int) -> None:
-        """Adds the run's line of TensorBoard's HPARAMS table.
+    def text(self, name: str, markdown: str) -> None:
+        """Adds a text."""
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype="DT_STRING", string_val=[markdown.encode()], tensor_shape=shape)
+        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        self._add(0, tag=name, tensor=tensor, metadata=plugin)
+
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """Adds a picture."""
+        with Image.open(io.BytesIO(png)) as picture:
+            width, height, channels = *picture.size, len(picture.getbands())
+        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
+        self._add(step, tag=name, image=image)
+
+    def hparams(self, values: HParams, metrics: Mapping[str, float], step: int) -> None:
+        """Adds the line of a finished training to TensorBoard's HPARAMS table.
 
         Args:
             values: The columns of hyperparameters.
             metrics: The columns of metrics, each a scalar of the run too.
             step: Step of these scalars.
         """
-        for part in summary.hparams(dict(values), dict(metrics)):  # type: ignore[no-untyped-call]
-            self._write(summary=part)
+        columns = {**values, OUTCOME: ""}
+        kinds = {name: "STRING" if isinstance(value, str) else "FLOAT64" for name, value in columns.items()}
+        experiment = hparams_api.Experiment(
+            hparam_infos=[hparams_api.HParamInfo(name=name, type=f"DATA_TYPE_{kind}") for name, kind in kinds.items()],
+            metric_infos=[hparams_api.MetricInfo(name=hparams_api.MetricName(tag=name)) for name in metrics],
+        )
+        self._add_hparams(hparams_metadata.EXPERIMENT_TAG, experiment=experiment)
+        self.ended(values, "complete")
         for name, value in metrics.items():
             self.scalar(name, value, step)
+
+    def ended(self, values: HParams, outcome: str) -> None:
+        """Adds how a training has ended, as a line of the HPARAMS table; all but ``complete`` has failed there.
+
+        The columns are those of the finished trainings.
+        """
+        start = hparams_data.SessionStartInfo()
+        for name, value in {**values, OUTCOME: outcome}.items():
+            if isinstance(value, str):
+                start.hparams[name].string_value = value
+            else:
+                start.hparams[name].number_value = value
+        status = "STATUS_SUCCESS" if outcome == "complete" else "STATUS_FAILURE"
+        end = hparams_data.SessionEndInfo(status=status)
+        self._add_hparams(hparams_metadata.SESSION_START_INFO_TAG, session_start_info=start)
+        self._add_hparams(hparams_metadata.SESSION_END_INFO_TAG, session_end_info=end)
 
     def close(self) -> None:
         """Writes what is still in memory."""
         with files.writing(self.path):
             self._file.close()
+
+    def _add_hparams(self, tag: str, **content: Any) -> None:
+        data = hparams_data.HParamsPluginData(version=hparams_metadata.PLUGIN_DATA_VERSION, **content)
+        self._add(0, tag=tag, metadata=hparams_metadata.create_summary_metadata(data))
+
+    def _add(self, step: int, **value: Any) -> None:
+        self._write(step=step, summary=Summary(value=[Summary.Value(**value)]))
 
     def _write(self, **fields: Any) -> None:
         with files.writing(self.path):

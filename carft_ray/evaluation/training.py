@@ -1,7 +1,7 @@
 """One training from recipe to ``result.json``: what `train`, a trial and a baseline all run.
 
     out_dir/{metrics.jsonl, 'lr=1e-5 kl=0.5'/ (events for TensorBoard), checkpoint/, fine_tuned.safetensors,
-             predictions/validation.parquet, result.json}
+             predictions/{validation.parquet, thumbnails.parquet}, result.json}
 
 ``result.json`` is written last: a training is finished when this file exists. Only ``train``, ``id_val`` and
 ``ood_val`` are opened; the test roles are not even built.
@@ -34,8 +34,9 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import BoolArray, read_predictions, write_predictions
-from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of
+from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of, varied
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
+from carft_ray.evaluation.thumbnails import write_thumbnails
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
@@ -252,6 +253,8 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
     at_chance = _alphas_at_chance(curve, len(inputs.class_names), inputs.num_images[spec.id_set])
     if training.context.rank == 0:
         write_predictions(training.out_dir / layout.PREDICTIONS, table)
+        pictures = training.out_dir / layout.THUMBNAILS
+        write_thumbnails(pictures, table, choice.alpha, inputs.validation, recipe.evaluate.thumbnails)
     return {
         "format_version": RESULT_VERSION,
         "objective": choice.value,
@@ -380,16 +383,12 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     It is written before ``result.json``: after a kill in between, the next attempt writes the same line again, which
     TensorBoard shows once.
     """
-    varied = [name for values in recipe.search.baselines.values() for name in values]
-    names = dict.fromkeys(("learning_rate", "kl_weight", *recipe.search.space, *varied))
-    train = {name: result["train"].get(name) for name in names}
-    values = {name: v if isinstance(v, int | float | str) else str(v) for name, v in train.items() if v is not None}
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
     metrics |= {name: result[name] for name in ("objective", "alpha")}  # of the fitted curve, as the trial is ranked
     rows = files.read_json_lines(out_dir / layout.METRICS)
     events = EventFile(run_folder(out_dir, recipe))
     step = int(rows[-1]["step"]) if rows else 0
-    events.hparams(values, {f"final/{name}": value for name, value in metrics.items()}, step)
+    events.hparams(varied(recipe, result["train"]), {f"final/{name}": value for name, value in metrics.items()}, step)
     events.close()
 
 

@@ -226,3 +226,8 @@ class EvaluateConfig(Config):
     """images per set in the evaluations while a training runs"""
     batch_size: PositiveInt = key(256, "64", MEMORY)
     """images per forward pass; halved where memory is short"""
+    thumbnails: Annotated[int, Field(ge=0, le=200, strict=True)] = key(
+        48, "0", Resume("running", "pictures for the report; nothing is computed from them"), range="0 to 200"
+    )
+    """small pictures that a training keeps for `report --html`, of validation images whose answer changes between
+    zero-shot, the chosen alpha and alpha 1; those of the best trials stay; 0: none are kept, and none are shown"""

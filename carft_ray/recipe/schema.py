@@ -251,7 +251,7 @@ class BudgetConfig(Config):
 
 
 class WandbConfig(Config):
-    """Weights & Biases gets a run per training, with its alpha curve, and one with the figure; extra ``wandb``."""
+    """Weights & Biases gets a run per training, epoch by epoch, and one with the figure; extra ``wandb``."""
 
     project: SetName | None = key(None, "my_project", TOLD, range="a name")
     """project of the runs, a training each; null: none"""
@@ -270,7 +270,7 @@ class MlflowConfig(Config):
 
 
 class TrackingConfig(Config):
-    """Who is told of the trainings as they end. A tracker that fails is a warning, and the search continues."""
+    """Who is told of the trainings as they run and end. A tracker that fails is a warning, and the search continues."""
 
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()

@@ -1,4 +1,4 @@
-"""What is kept of the best trials: their weights, and ``best.yaml``, the best one as a recipe that `train` runs.
+"""What is kept of the best trials: weights, thumbnails, and ``best.yaml``, the best one as a recipe that `train` runs.
 
 Both follow every training that ends. At opening all trainings are gone through once: what a kill has left over goes,
 and ``best.yaml`` is written where the kill came first.
@@ -7,7 +7,7 @@ and ``best.yaml`` is written where the kill came first.
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.layout import BEST, CHECKPOINTS, FOLDERS, WEIGHTS
+from carft_ray.layout import BEST, CHECKPOINTS, FOLDERS, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.constraints import violation_words
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema import Recipe
@@ -19,7 +19,7 @@ from carft_ray.study.rows import best_first, best_row
 
 
 class Retention:
-    """Keeps the weights of the best ``search.keep_checkpoints`` trials and of all baselines, removes the others'.
+    """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials and of all baselines, no others.
 
     A failed or cut training loses its checkpoints, too; a finished one has none. In a Pareto search those of all
     trainings on the front stay, since the best point moves along it; one that has left the front never comes back.
@@ -36,13 +36,13 @@ class Retention:
         folder = self._study_dir / FOLDERS[row.kind]
         if row.outcome not in ("complete", "running"):
             files.remove(folder / row.name / CHECKPOINTS)
-            files.remove(folder / row.name / WEIGHTS)
+            _forget(folder / row.name)
         elif row.outcome == "complete" and row.kind == "trial":
             self._kept[row.name] = row
             for worse in best_first(self._ranked())[self._recipe.search.keep_checkpoints :]:
                 if not worse.standing:
                     del self._kept[worse.name]
-                    files.remove(folder / worse.name / WEIGHTS)
+                    _forget(folder / worse.name)
 
     def note_best(self) -> None:
         """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""
@@ -55,6 +55,11 @@ class Retention:
     def _ranked(self) -> list[TrialRow]:
         kept = sorted(self._kept.values(), key=lambda row: row.number)  # of equal points the first one counts
         return kept if self._rule is None else stand(kept, self._rule)
+
+
+def _forget(folder: Path) -> None:
+    for name in (WEIGHTS, THUMBNAILS):
+        files.remove(folder / name)
 
 
 def write_best(study_dir: Path, recipe: Recipe, best: TrialRow) -> None:

@@ -10,8 +10,7 @@ from html import escape
 from pathlib import Path
 from string import Template
 
-from PIL import Image
-
+from carft_ray.data.images import small_jpeg
 from carft_ray.data.shared import shared_images
 from carft_ray.data.shared.overlap import SharedImage, SharedPair
 from carft_ray.data.shared.same_picture import LIMIT
@@ -22,7 +21,7 @@ from carft_ray.words import counted
 COLUMNS = [name for name in shared_images.COLUMNS if not name.endswith("done")]
 ENDINGS = (".csv", ".html")
 MOST_SHOWN = 1000  # pairs of a page, about 20 kB each
-SIDE = 240  # pixels of a shown picture
+SIDE, QUALITY = 240, 85  # of a shown picture: pixels, and of JPEG
 
 _PAGE = Template(Path(__file__).with_name("pairs.html").read_text(encoding="utf-8"))
 
@@ -84,14 +83,11 @@ def _shown(image: SharedImage, common: str) -> tuple[str, str]:
     """Returns the picture of an image, and its set, its name without the common folder, and its size in pixels."""
     words = f"<dt>{escape(image.place)}</dt><dd>{_breakable(image.name.removeprefix(common))}"
     try:
-        picture = Image.fromarray(image.source.pixels(image.index))
+        pixels = image.source.pixels(image.index)
     except DataError:
         return "<p>This file cannot be decoded.</p>", f"{words}</dd>"
-    size = f"{picture.width} x {picture.height} pixels"
-    picture.thumbnail((SIDE, SIDE))
-    content = io.BytesIO()
-    picture.save(content, "JPEG", quality=85)
-    encoded = base64.b64encode(content.getvalue()).decode()
+    size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
+    encoded = base64.b64encode(small_jpeg(pixels, SIDE, QUALITY)).decode()
     return f'<img alt="" src="data:image/jpeg;base64,{encoded}">', f"{words}<br><small>{size}</small></dd>"
 
 

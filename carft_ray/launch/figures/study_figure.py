@@ -6,6 +6,7 @@ from pathlib import Path
 
 from carft_ray.evaluation.alpha import partial_alphas
 from carft_ray.evaluation.objective import objective_spec
+from carft_ray.launch.figures.board import write_board
 from carft_ray.launch.figures.figure import Curve, Dot, Pair, id_ood_figure
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG, FOLDERS
 from carft_ray.recipe.schema import Recipe
@@ -20,8 +21,8 @@ from carft_ray.words import counted
 def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
     """Draws the figure of a study when the block ends, by an error or an interruption too.
 
-    Nothing is drawn before a trial is complete, or once another process has taken the study over. What has ended the
-    block comes before what goes wrong with the figure.
+    Without a complete trial there is none, and nothing is drawn once another process has taken the study over. What has
+    ended the block comes before what goes wrong with the figure.
 
     Args:
         study: The study.
@@ -41,9 +42,12 @@ def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
 
 
 def _draw(study: Study) -> None:
-    trials = study.rows()
-    if best_row(trials) is not None and not study.taken_over:
-        write_figure(study.recipe, study.study_dir, trials, study.rows("baseline"))
+    if study.taken_over:
+        return
+    given = study.recipe, study.study_dir, study.rows(), study.rows("baseline")
+    if best_row(study.rows()) is not None:
+        write_figure(*given)
+    write_board(*given)
 
 
 def write_figure(

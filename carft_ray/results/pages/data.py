@@ -19,11 +19,12 @@ from carft_ray.data.shared.shared_images import read_shared
 from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
 from carft_ray.evaluation.objective import ID_SET, mean_ood_accuracy, objective_spec
-from carft_ray.evaluation.predictions import alphas, correct_matrix, read_predictions, select
+from carft_ray.evaluation.predictions import correct_matrix, read_predictions, select
 from carft_ray.evaluation.robustness import MIN_MODELS, above_line
 from carft_ray.layout import CONFIRM, LOG, MANIFEST, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.sets import plain
+from carft_ray.results.pages.changed_images import changed_images, points_of_best
 from carft_ray.results.pages.health import findings
 from carft_ray.results.reading.documents import listing, status
 from carft_ray.results.reading.overview import Overview
@@ -53,7 +54,7 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
     recipe, best, study_dir = view.recipe, view.best, view.study_dir
     rows = listing(view, by_objective=False)
     provenance = files.read_json(study_dir / MANIFEST).get(PROVENANCE) or {}
-    spec = objective_spec(recipe)
+    spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
     document = {
         "study": str(study_dir),
         "name": recipe.name,
@@ -76,7 +77,8 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
         "curves": _curves(view),
         "plain_line": _plain_line(view),
         "importance": importances(study_dir),
-        "changes": _changes(view, provenance.get("class_names", [])),
+        "changes": _changes(view, class_names),
+        "changed_images": changed_images(view, points_of_best(view), class_names),
         "reliability": _reliability(view),
         "ledger": [asdict(entry) for entry in read_ledger(study_dir)],
         "shared_images": [asdict(row) for row in read_shared(study_dir)],
@@ -158,25 +160,13 @@ def _plain_line(view: Overview) -> dict[str, Any] | None:
     return None if found.line is None else asdict(found)
 
 
-def _points_of_best(view: Overview) -> list[tuple[str, float]]:
-    """Returns the points at which the best trial is compared with itself, by name; where it is at alpha 1, two."""
-    best = view.best
-    if best is None or not predictions_path(view.study_dir, best).exists():
-        return []
-    known = alphas(read_predictions(predictions_path(view.study_dir, best)), ID_SET)
-    wanted = {"zero-shot": 0.0, "chosen": best.alpha or 0.0, "fine-tuned": 1.0}
-    if wanted["chosen"] == wanted["fine-tuned"]:
-        del wanted["fine-tuned"]
-    return [(name, alpha) for name, alpha in wanted.items() if alpha in known]
-
-
 def _changes(view: Overview, class_names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns per validation set how many answers of the best trial change between its alphas, and of which classes.
 
     ``steps`` are between zero-shot, the chosen alpha and alpha 1: numbers of images that become ``right`` and
     ``wrong``, and the classes of most of them.
     """
-    points, best = _points_of_best(view), view.best
+    points, best = points_of_best(view), view.best
     if best is None or len(points) < 2:
         return []
     table = read_predictions(predictions_path(view.study_dir, best))
@@ -210,7 +200,7 @@ def _most(labels: IntArray, class_names: Sequence[str]) -> list[list[Any]]:
 
 def _reliability(view: Overview) -> list[dict[str, Any]]:
     """Returns the reliability diagrams of the best trial on ID and on all OOD images, at zero-shot, its alpha and 1."""
-    points, best = _points_of_best(view), view.best
+    points, best = points_of_best(view), view.best
     if best is None or not points:
         return []
     table, spec = read_predictions(predictions_path(view.study_dir, best)), objective_spec(view.recipe)

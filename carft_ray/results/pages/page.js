@@ -71,22 +71,24 @@
     hoverlabel: { bgcolor: colour("paper"), bordercolor: colour("line"), font: { color: colour("ink") }, align: "left" },
     xaxis: axis(), yaxis: axis(), ...more,
   });
+  let isPrinting = false;
   const width = (element) => element.clientWidth || 600;
   const isNarrow = (element) => width(element) < 560;
   const bar = (title, element) => ({ title: { text: title, side: "right", font: { size: 12 } }, thickness: 10, len: 0.8, outlinewidth: 0, ...(isNarrow(element) ? { orientation: "h", y: -0.16, yanchor: "top", len: 1, title: { text: title, side: "bottom", font: { size: 12 } } } : {}) });
 
   /** Ticks of a logit axis around some accuracies, at percents that people would choose. */
-  const logitAxis = (accuracies, title) => {
+  const logitAxis = (accuracies, title, below = 0.06) => { // below the lowest: a share of the range
     const found = known(accuracies).map(logit);
     const low = Math.min(...found), high = Math.max(...found), margin = Math.max(0.06 * (high - low), 0.03);
-    const inside = (value) => logit(value) >= low - margin && logit(value) <= high + margin;
+    const least = low - Math.max(below * (high - low), margin);
+    const inside = (value) => logit(value) >= least && logit(value) <= high + margin;
     const steps = [25, 20, 10, 5, 2, 1, 0.5, 0.2, 0.1].map((step) => {
       const ticks = [];
       for (let k = 1; k * step < 100 - 1e-9; k += 1) if (inside((k * step) / 100)) ticks.push((k * step) / 100);
       return ticks;
     });
     const chosen = steps.find((ticks) => ticks.length >= 4) ?? steps.at(-1);
-    return axis({ title, range: [low - margin, high + margin], tickvals: chosen.map(logit), ticktext: chosen.map((p) => short(Number((100 * p).toFixed(2)))) });
+    return axis({ title, range: [least, high + margin], tickvals: chosen.map(logit), ticktext: chosen.map((p) => short(Number((100 * p).toFixed(2)))) });
   };
   const logTicks = (low, high) => {
     const digits = high > 300 * low ? [1] : high > 50 * low ? [1, 3] : [1, 2, 5], ticks = [];
@@ -181,7 +183,7 @@
     const own = points.find((trial) => trial.name === best?.name);
     if (own) traces.push({ x: [X(own)], y: [Y(own)], mode: "markers", name: "best", hoverinfo: "skip", marker: { symbol: "circle-open", size: 17, color: colour("best"), line: { width: 2.5 } } });
     traces.push(diamonds(curves, (curve) => { const value = at(curve, state.alpha, "id_accuracy"); return value == null ? null : logit(value); }, (curve) => { const value = at(curve, state.alpha, "ood_accuracy"); return value == null ? null : logit(value); }));
-    return { traces, layout: layout({ height: isNarrow(element) ? 540 : 560, showlegend: true, xaxis: logitAxis(everything.map((point) => point.id), "ID accuracy, %"), yaxis: logitAxis(everything.map((point) => point.ood), "OOD accuracy, mean over sets, %"), margin: { l: 56, r: 16, t: 8, b: isNarrow(element) ? 110 : 48 } }) };
+    return { traces, layout: layout({ height: isPrinting ? 330 : isNarrow(element) ? 540 : 560, showlegend: true, xaxis: logitAxis(everything.map((point) => point.id), "ID accuracy, %"), yaxis: logitAxis(everything.map((point) => point.ood), "OOD accuracy, mean over sets, %", 0.11), margin: { l: 56, r: 16, t: 8, b: isNarrow(element) ? 110 : 48 } }) };
   };
   const decades = ([low, high]) => {
     const found = [];
@@ -195,7 +197,7 @@
     const name = curves[0].points[0].objective == null ? "id_accuracy" : "objective";
     const traces = lines(curves, (point) => point.alpha, (point) => 100 * point[name]);
     traces.push(diamonds(curves, () => state.alpha, (curve) => { const value = at(curve, state.alpha, name); return value == null ? null : 100 * value; }));
-    return { traces, layout: layout({ height: 420, showlegend: true, xaxis: axis({ title: "alpha", range: [-0.03, 1.03] }), yaxis: axis({ title: name === "objective" ? "objective, %" : "ID accuracy, %" }) }) };
+    return { traces, layout: layout({ height: isPrinting ? 330 : 420, showlegend: true, xaxis: axis({ title: "alpha", range: [-0.03, 1.03] }), yaxis: axis({ title: name === "objective" ? "objective, %" : "ID accuracy, %" }) }) };
   };
 
   draw.sets = (rows, element) => {
@@ -327,7 +329,7 @@
     return { traces, layout: layout({ height: 380, showlegend: true, xaxis: axis({ title: "of the schedule, %", range: [0, 103] }), yaxis: axis({ title: "objective on the subset, %" }) }) };
   };
 
-  draw.timeline = (rows) => {
+  draw.timeline = (rows, element) => {
     const names = new Set(rows.map((trial) => trial.name)), now = Date.parse(doc.made.time);
     const all = Object.entries(doc.seconds).filter(([name]) => names.has(name) || !place.has(name) && !trials.some((trial) => trial.name === name))
       .map(([name, [began, seconds]]) => ({ name, began: 1000 * began, ms: 1000 * seconds || (byName.get(name)?.outcome === "running" ? Math.max(0, now - 1000 * began) : 0), outcome: byName.get(name)?.outcome ?? "complete", kind: trials.some((trial) => trial.name === name) ? "trial" : isBaseline.has(name) ? "baseline" : "confirm" })).filter((one) => one.ms > 0).sort((a, b) => a.began - b.began);
@@ -342,7 +344,7 @@
       return { type: "bar", orientation: "h", name: spaced(kind), y: several.map((one) => one.lane + 1), base: several.map((one) => one.began), x: several.map((one) => one.ms), width: 0.8, text: several.map((one) => `${one.name}, ${kind}, ${short(one.ms / 1000)} s`), textposition: "none", hovertemplate: "%{text}<extra></extra>",
         marker: { color: colour(several[0].kind === "trial" ? tone[outcome] ?? "grey" : "purple"), line: { color: colour("paper"), width: all.length > 300 ? 0 : 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fillmode: "overlay", fgcolor: colour("paper"), size: 6 } } };
     });
-    return { traces, layout: layout({ height: 130 + 26 * Math.min(ends.length, 24), barmode: "overlay", showlegend: true, xaxis: axis({ type: "date" }), yaxis: axis({ title: "line", dtick: Math.ceil(ends.length / 12), autorange: "reversed", showgrid: false }) }) };
+    return { traces, layout: layout({ height: 130 + 26 * Math.min(ends.length, 24) + (isNarrow(element) ? 20 * kinds.length : 0), barmode: "overlay", showlegend: true, xaxis: axis({ type: "date", tickangle: 0, nticks: isNarrow(element) ? 3 : undefined }), yaxis: axis({ title: "line", dtick: Math.ceil(ends.length / 12), autorange: "reversed", showgrid: false }) }) };
   };
 
   draw.optimism = () => {
@@ -393,8 +395,9 @@
   };
 
   // one figure, all figures
+  const PAPER = 680; // pixels of its width
   const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false };
-  const render = (id) => {
+  const render = (id, isFresh = false) => { // fresh: not with the width and the margins of before
     const element = $(id).querySelector(".canvas");
     const found = draw[id](shown(), element);
     const nothing = !found ? "No trial passes the filters." : found.none;
@@ -404,11 +407,12 @@
       return;
     }
     element.querySelector(".empty")?.remove();
-    Plotly.react(element, found.traces, found.layout, CONFIG);
+    const draws = isFresh ? Plotly.newPlot : Plotly.react;
+    draws(element, found.traces, isPrinting ? { ...found.layout, width: Math.min(PAPER, width(element)) } : found.layout, CONFIG);
     element.dataset.points = found.traces.reduce((sum, trace) => sum + (trace.customdata?.length ?? 0), 0);
   };
   const FILTERED = new Set(["front", "alphas", "history", "slices", "contour", "parallel", "pruning", "timeline"]);
-  const renderAll = (only = doc.figures) => { for (const id of only) render(id); };
+  const renderAll = (only = doc.figures, isFresh = false) => { for (const id of only) render(id, isFresh); };
 
   for (const button of document.querySelectorAll("[data-save]")) button.addEventListener("click", () => {
     const figure = button.closest("figure"), element = figure.querySelector(".canvas"), { width, height } = element.getBoundingClientRect();
@@ -439,7 +443,8 @@
   };
 
   // table of trials
-  const COLUMNS = [
+  const textOf = (column, trial) => (column.text ? column.text(trial) : String(column.of(trial) ?? ""));
+  const COLUMNS = [ // without those that are empty
     { title: "trial", of: (trial) => trial.number, cell: (trial) => make("th", { scope: "row" }, make("a", { href: `${doc.base}/${encodeURIComponent(trial.name)}/` }, trial.name)), text: (trial) => trial.name },
     { title: "outcome", of: (trial) => trial.outcome },
     ...PARAMETERS.map((name) => ({ title: spaced(name), number: trials.every((trial) => typeof (trial.values[name] ?? 0) === "number"), of: (trial) => trial.values[name], text: (trial) => short(trial.values[name]) })),
@@ -450,8 +455,8 @@
     ...(trials.some((trial) => trial.violation > 0) ? [{ title: "violation, points", number: true, of: (trial) => trial.violation, text: (trial) => percent(trial.violation, 2) }] : []),
     { title: "time, s", number: true, of: (trial) => trial.elapsed_s, text: (trial) => (trial.elapsed_s == null ? "" : trial.elapsed_s.toFixed(0)) },
     { title: "reason", of: (trial) => trial.reason ?? "" },
-  ];
-  const textOf = (column, trial) => (column.text ? column.text(trial) : String(column.of(trial) ?? ""));
+  ].filter((column) => trials.some((trial) => textOf(column, trial)));
+  if (!COLUMNS[state.sort]) state.sort = null;
   const ordered = () => {
     const rows = shown();
     if (state.sort == null) return rows.sort((a, b) => (place.get(a.name) ?? 1e9) - (place.get(b.name) ?? 1e9) || a.number - b.number);
@@ -472,15 +477,19 @@
     }));
     table.tBodies[0].replaceChildren(...ordered().map((trial) => make("tr", trial.name === best?.name ? { class: "best" } : {}, ...COLUMNS.map((column) => column.cell?.(trial) ?? make("td", column.number ? { class: "num" } : column.title === "reason" ? { title: textOf(column, trial) } : {}, textOf(column, trial))))));
   };
+
+  // tables are copied as they stand, filtered and sorted
   const copied = {
     csv: (rows) => rows.map((row) => row.map((text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text)).join(",")).join("\n"),
-    markdown: ([head, ...rows]) => [head, head.map(() => "---"), ...rows].map((row) => `| ${row.map((text) => text.replaceAll("|", "\\|")).join(" | ")} |`).join("\n"),
-    latex: (rows) => [`\\begin{tabular}{${COLUMNS.map((column) => (column.number ? "r" : "l")).join("")}}`, ...rows.map((row) => `    ${row.map((text) => text.replace(/[&%$#_{}]/g, "\\$&")).join(" & ")} \\\\`), "\\end{tabular}"].join("\n"),
+    markdown: ([head, ...rows], isNumber) => [head, isNumber.map((is) => (is ? "---:" : "---")), ...rows].map((row) => `| ${row.map((text) => text.replaceAll("|", "\\|")).join(" | ")} |`).join("\n"),
+    latex: (rows, isNumber) => [`\\begin{tabular}{${isNumber.map((is) => (is ? "r" : "l")).join("")}}`, ...rows.map((row) => `    ${row.map((text) => text.replace(/[&%$#_{}]/g, "\\$&")).join(" & ")} \\\\`), "\\end{tabular}"].join("\n"),
   };
   for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", async () => {
-    const text = copied[button.dataset.copy]([COLUMNS.map((column) => column.title), ...ordered().map((trial) => COLUMNS.map((column) => textOf(column, trial)))]);
-    try { await navigator.clipboard.writeText(text); $("copied").textContent = "Copied."; } catch {
-      const area = make("textarea", {}, text); document.body.append(area); area.select(); document.execCommand("copy"); area.remove(); $("copied").textContent = "Copied.";
+    const table = $(button.dataset.table), isNumber = [...table.tHead.rows[0].cells].map((cell) => cell.classList.contains("num"));
+    const rows = [...table.rows].map((row) => [...row.cells].map((cell) => cell.textContent.replace(/\s+/g, " ").trim()));
+    const text = copied[button.dataset.copy](rows, isNumber), status = button.parentElement.querySelector("[role=status]");
+    try { await navigator.clipboard.writeText(text); status.textContent = "Copied."; } catch {
+      const area = make("textarea", {}, text); document.body.append(area); area.select(); document.execCommand("copy"); area.remove(); status.textContent = "Copied.";
     }
   });
 
@@ -542,15 +551,15 @@
   window.addEventListener("beforeprint", () => {
     before = root.dataset.theme;
     root.dataset.theme = "light";
-    document.body.style.width = "680px";
-    renderAll();
-    for (const id of doc.figures) { const element = $(id).querySelector(".canvas"); if (element.data) Plotly.relayout(element, { width: Math.min(680, width(element)) }); }
+    document.body.style.width = `${PAPER}px`;
+    isPrinting = true;
+    renderAll(doc.figures, true);
   });
   window.addEventListener("afterprint", () => {
     if (before) root.dataset.theme = before; else delete root.dataset.theme;
     document.body.style.width = "";
-    for (const id of doc.figures) { const element = $(id).querySelector(".canvas"); if (element.data) Plotly.relayout(element, { width: null, autosize: true }); }
-    renderAll();
+    isPrinting = false;
+    renderAll(doc.figures, true);
   });
 
   nameTheme();

@@ -153,7 +153,7 @@ def packed(document: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("report", "confirm", "test")
         if document[key]
     }
-    left_out = ("recipe", "provenance", "ledger", "shared_images")
+    left_out = ("recipe", "provenance", "ledger", "shared_images", "changed_images")
     return {**{key: value for key, value in document.items() if key not in left_out}, **texts, "trials": trials}
 
 
