@@ -82,6 +82,7 @@ def test_pages_of_all_kinds_are_drawn_at_all_widths_in_both_colours(tmp_path):
                 check(state, width)
             await page.pdf(tmp_path / f"{kind}.pdf")
             assert (tmp_path / f"{kind}.pdf").stat().st_size > 10_000
+            check(await page.evaluate(STATE), width)  # after the paper, as before
 
     run(tmp_path, steps)
 
