@@ -171,7 +171,7 @@ def test_a_training_leaves_a_node_that_gets_sigterm_or_a_notice_and_continues_el
     tmp_path, executor
 ):
     """Inline by SIGTERM; with Ray Train, over two of three nodes, by ``ray drain-node``."""
-    stand_in.tell(tmp_path, seconds=0.1)
+    stand_in.tell(tmp_path, seconds=0.1 if executor == "inline" else 0.5)  # Ray's command takes seconds to start
     num_workers, study_dir = 2 if executor == "ray-train" else 1, tmp_path / "study"
     resources = {"num_workers": num_workers, "cpus_per_worker": 1}
     with nodes(num_workers + 1) as (reached, started):
