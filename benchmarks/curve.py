@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.rows import Row
+from benchmarks.feeding import Row
 from carft_ray import console
 from carft_ray.errors import CarftError
 from carft_ray.evaluation.alpha import fitted_curve
@@ -141,7 +141,8 @@ def replay(recipe: Recipe, path: Path) -> Replayed:
         best, found = fitted_curve(chosen_from, objectives, both)
     else:
         best, found = np.interp(both, chosen_from, objectives)
-    return Replayed(choice.alpha, other, float(best - found), (whole / len(start), sum(evaluated) / len(start)))
+    passes = whole / len(start), sum(evaluated) / len(start)
+    return Replayed(choice.alpha, other, float(best - found), passes)
 
 
 def agreement(studies: Iterable[Path]) -> list[Replayed]:

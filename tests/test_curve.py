@@ -182,7 +182,7 @@ def test_no_row_and_every_row_may_be_replaced():
 FEW = [f"data.{name}.num_per_class=2" for name in ("train", "id_val", *(f"ood_val.{one}" for one in OOD_SETS))]
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_benchmark_measures_the_curve_and_its_training(tmp_path):
     settings = [*FEW, f"data.cache_dir={tmp_path}", "train.epochs=1", "train.batch_size=32", "evaluate.every_epochs=0"]
     pairs = benchmark.curve_and_training(settings)
