@@ -141,7 +141,8 @@ def replay(recipe: Recipe, path: Path) -> Replayed:
         best, found = fitted_curve(chosen_from, objectives, both)
     else:
         best, found = np.interp(both, chosen_from, objectives)
-    return Replayed(*both, float(best - found), (whole / len(start), sum(evaluated) / len(start)))
+    passes = whole / len(start), sum(evaluated) / len(start)
+    return Replayed(choice.alpha, other, float(best - found), passes)
 
 
 def agreement(studies: Iterable[Path]) -> list[Replayed]:

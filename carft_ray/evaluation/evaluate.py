@@ -75,7 +75,7 @@ def predict_all(
         rows: Which rows of the whole table are wanted; None: all.
     """
     starts = np.cumsum([len(image_set) for image_set in sets])[:-1]
-    parts = [None] * len(sets) if rows is None else np.split(rows, starts)
+    parts: Sequence[BoolArray | None] = [None] * len(sets) if rows is None else np.split(rows, starts)
     found = [
         predict(classifier, image_set, alpha, batch_size, context, part)
         for image_set, part in zip(sets, parts, strict=True)

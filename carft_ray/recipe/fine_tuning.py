@@ -210,5 +210,5 @@ class EvaluateConfig(Config):
         250, "1000", Resume("identity", "intermediate values of trainings are compared with each other")
     )
     """images per set in the evaluations while a training runs"""
-    batch_size: PositiveInt = key(256, "64", MEMORY)
+    batch_size: PositiveInt = key(128, "64", MEMORY)
     """images per forward pass; halved where memory is short"""
