@@ -40,7 +40,7 @@ PARTS = {
     "steps": Part(
         "loop against a resident batch; CAR-FT against plain", lambda full: steps.step_rows(9 if full else 4)
     ),
-    "first": Part("first step of the first trial", lambda full: steps.first_rows(5 if full else 2)),
+    "first": Part("first step of the first trial", lambda full: steps.first_rows(5 if full else 3)),
     "curve": Part("alpha curve against its training", lambda full: curve.rows()),
     "overhead": Part("what a trial costs besides its training", overhead.rows),
     "quickstart": Part("the quickstart's search against its trainings", lambda full: [whole.quickstart_row()]),

@@ -27,7 +27,7 @@ from carft_ray.layout import RESULT
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
 EXECUTORS = ("inline", "ray-train")
-NUM_TRIALS, NUM_QUICK = 8, 4
+NUM_TRIALS, NUM_QUICK = 8, 3
 INLINE_S, RAY_TRAIN_S, FURTHER_MB = 0.5, 2.0, 900.0  # targets
 SETTINGS = (
     "train.epochs=1",
