@@ -75,10 +75,10 @@ def test_baselines_are_a_table_too_with_null_where_a_row_has_no_value(original):
 
 def test_values_of_several_kinds_share_a_column():
     rows = [TrialRow("trial", n, f"t{n}", values, "complete") for n, values in enumerate(({"a": 1}, {"a": 0.5}, {}))]
-    assert api._table(rows)["a"].to_pylist() == [1.0, 0.5, None]
+    assert api.rows_table(rows)["a"].to_pylist() == [1.0, 0.5, None]
     rows.append(TrialRow("trial", 3, "t3", {"a": "auto"}, "complete"))
-    assert api._table(rows)["a"].to_pylist() == ["1", "0.5", None, "auto"]
-    assert api._table([]).schema.field("objective").type == pa.float64()
+    assert api.rows_table(rows)["a"].to_pylist() == ["1", "0.5", None, "auto"]
+    assert api.rows_table([]).schema.field("objective").type == pa.float64()
 
 
 def test_best_metrics_and_predictions_belong_together(original):
