@@ -118,7 +118,7 @@ def test_tensorboard_has_a_row_for_every_trial_with_its_values_and_final_metrics
         runs = ask("/data/runs")
 
     assert len(groups) == len(wanted) == NUM_TRIALS + 1
-    assert len(runs) == len(wanted) + 1  # that of the study
+    assert len(runs) == len(wanted)
     shown = {}
     for group in groups:
         [session] = group["sessions"]

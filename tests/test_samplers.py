@@ -899,7 +899,7 @@ def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     ):
         [column] = [column for column in table.columns if column.header == "label_smoothing"]
         blank.append([cell == "" for cell in column.cells])
-    columns = api._table(rows)
+    columns = api.rows_table(rows)
     blank.append([value is None for value in columns["label_smoothing"].to_pylist()])
     assert blank == [missing] * 3
     for row, is_missing in zip(rows, missing, strict=True):

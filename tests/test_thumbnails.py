@@ -4,11 +4,15 @@ import io
 
 import numpy as np
 import pytest
+import short_training
 from PIL import Image
 
 from carft_ray.data.source import ImageSet
-from carft_ray.evaluation.predictions import concat, predictions_table
+from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, sets
 from carft_ray.evaluation.thumbnails import SIDE, changed, read_thumbnails, write_thumbnails
+from carft_ray.launch.runs.single import train_once
+from carft_ray.layout import PREDICTIONS, THUMBNAILS
+from carft_ray.recipe.loading import load_recipe
 
 ALPHAS = (0.0, 0.4, 1.0)
 
@@ -45,9 +49,9 @@ def test_of_two_alphas_there_are_two_patterns():
 def test_sets_and_patterns_take_turns_and_each_picture_is_that_of_its_image(tmp_path):
     many = ["011"] * 50 + ["100"] * 2
     table = concat([table_of("id_val", many), table_of("sketch", ["111", "010"])])
-    sets = [images_of("id_val", len(many)), images_of("sketch", 2)]
+    opened = [images_of("id_val", len(many)), images_of("sketch", 2)]
     path = tmp_path / "predictions" / "thumbnails.parquet"
-    write_thumbnails(path, table, 0.4, sets, 7)
+    write_thumbnails(path, table, 0.4, opened, 7)
     found = [(row["set"], row["sample_id"]) for row in read_thumbnails(path).to_pylist()]
     first, second = [("id_val", 0), ("id_val", 50), ("sketch", 1)], [("id_val", 1), ("id_val", 51)]
     assert found == [*first, *second, ("id_val", 2), ("id_val", 3)]
@@ -74,3 +78,21 @@ def test_pictures_that_are_missing_or_damaged_are_none(tmp_path, content):
 def test_with_zero_nothing_is_written(tmp_path):
     write_thumbnails(tmp_path / "t.parquet", table_of("id_val", ["010"]), 0.4, [images_of("id_val", 1)], 0)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_training_keeps_pictures_of_what_has_changed_and_none_when_it_is_told_so(tmp_path):
+    recipe = load_recipe(short_training.make(tmp_path), [f"data.cache_dir={tmp_path / 'cache'}"])
+    nothing = (str, lambda row: None, lambda row: None)
+    for number in (recipe.evaluate.thumbnails, 0):
+        evaluate = recipe.evaluate.model_copy(update={"thumbnails": number})
+        out = tmp_path / str(number)
+        result, _ = train_once(recipe.model_copy(update={"evaluate": evaluate}), out, False, "", *nothing)
+        assert (out / THUMBNAILS).exists() == bool(number)
+        kept, table = read_thumbnails(out / THUMBNAILS), read_predictions(out / PREDICTIONS)
+        alphas = sorted({0.0, result["alpha"], 1.0})
+        found = {
+            (name, one) for name in sets(table) for ids in changed(table, name, alphas).values() for one in ids.tolist()
+        }
+        assert len(kept) == min(number, len(found))
+        assert {(row["set"], row["sample_id"]) for row in kept.to_pylist()} <= found
