@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from benchmarks.feeding import Row
+from benchmarks.rows import Row
 from carft_ray import console
 from carft_ray.errors import CarftError
 from carft_ray.evaluation.alpha import fitted_curve
