@@ -554,6 +554,32 @@ def test_two_gloo_workers_end_with_the_weights_and_statistics_of_one(tmp_path):
             assert largest_difference(table, other) == 0
 
 
+# ---- what a GPU does
+
+
+def test_a_tower_whose_weights_have_the_channels_last_trains_and_resumes_as_one_on_a_gpu(
+    resnet_clip, source, tmp_path, monkeypatch
+):
+    heads = build_heads(resnet_clip.model, resnet_clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    train = settings(epochs=2, batch_size=20, learning_rate=1e-4, ema_decay=0.5)
+    plain = fine_tune(resnet_clip, *heads, source, train)
+
+    def turned(*given):
+        return build_classifier(*given).to(memory_format=torch.channels_last)
+
+    monkeypatch.setattr("carft_ray.learning.loop.build_classifier", turned)
+    whole = fine_tune(resnet_clip, *heads, source, train)
+    weight = whole["visual.layer1.0.conv2.weight"]
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert not weight.is_contiguous()
+    assert largest_difference(plain, whole) < 5e-4  # a few steps of Adam, some of which follow rounding
+    stops = RunContext(should_stop=lambda: True)
+    with pytest.raises(StoppedRun):
+        fine_tune(resnet_clip, *heads, source, train, stops, checkpoint_dir=tmp_path)
+    resumed = fine_tune(resnet_clip, *heads, source, train, checkpoint_dir=tmp_path, attempt=2)
+    assert largest_difference(whole, resumed) == 0.0
+
+
 # ---- torch.compile
 
 
