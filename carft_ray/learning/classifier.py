@@ -73,15 +73,18 @@ class ImageClassifier(nn.Module):
 
     def embed(self, images_BCHW: Tensor) -> Tensor:
         """Returns the un-normalised image embeddings [B, D] of normalised images [B, 3, H, W], float32 or wider."""
-        num_images, dtype = len(images_BCHW), self.autocast_dtype
-        if num_images < self.fixed_batch:
-            images_BCHW = functional.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, self.fixed_batch - num_images))
+        dtype = self.autocast_dtype
+        if self.fixed_batch:
+            num_images = len(images_BCHW)
+            images_BCHW = functional.pad(images_BCHW, (0, 0, 0, 0, 0, 0, 0, max(0, self.fixed_batch - num_images)))
         images_BCHW = images_BCHW.contiguous(memory_format=self.memory_format)
         with torch.autocast(images_BCHW.device.type, dtype, enabled=dtype is not None):
             output = self.visual(images_BCHW)
         # CoCa's tower gives its tokens too
         features_BD = output[0] if isinstance(output, tuple) else output
-        return at_least_float32(features_BD[:num_images])
+        if self.fixed_batch:
+            features_BD = features_BD[:num_images]
+        return at_least_float32(features_BD)
 
     def logits(self, features_BD: Tensor) -> Tensor:
         """Returns the class logits [B, C] of embeddings [B, D], outside autocast."""
