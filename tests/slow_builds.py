@@ -42,7 +42,7 @@ def slow(base_dir, seconds=SECONDS, at_once=1):
     """Within the block, packing a training set is slow, and goes on when so many builds have begun."""
     build, waiting = packed._build, packed.waiting
 
-    def slow_build(source, path, on_image):
+    def slow_build(source, path, on_image, short_side):
         def on_slow_image(done, total):
             time.sleep(seconds / total)
             if on_image is not None:
@@ -51,7 +51,7 @@ def slow(base_dir, seconds=SECONDS, at_once=1):
         note(base_dir, "begins")
         while sum(line["what"] == "begins" for line in notes(base_dir)) < at_once:
             time.sleep(0.1)
-        build(source, path, on_slow_image)
+        build(source, path, on_slow_image, short_side)
         note(base_dir, "ends")
 
     def noted_waiting(source, on_image):
