@@ -19,7 +19,6 @@ Without a GPU everything is tiny: it shows that the benchmark runs, and no numbe
 import argparse
 import contextlib
 import json
-import shutil
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from unittest.mock import patch
 import numpy as np
 import open_clip
 import torch
-from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.autograd import DeviceType  # type: ignore[attr-defined]  # it is not in the list of what torch exports
 from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
@@ -46,6 +45,7 @@ from carft_ray.learning import loop
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.learning.models.clip import Clip, load_clip, wrap_model
+from carft_ray.learning.models.tower import has_compiler
 from carft_ray.learning.target_blocks import BLOCK, num_blocks, write_block
 from carft_ray.learning.targets import Targets
 from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
@@ -216,9 +216,9 @@ def open_bench(setup: Setup, folder: Path) -> Bench:
 def measure_input(bench: Bench) -> Measured:
     """Measures views alone."""
     device, train = bench.device, bench.train(False, bench.tower.micro_batch, kl_weight=0.0)
-    targets = Targets(bench.clip, torch.zeros(1, 1), bench.source, train, device)  # type: ignore[arg-type]
+    targets = Targets(bench.clip, torch.zeros(1, 1), bench.source, train, device)  # type: ignore[arg-type]  # as above
     count, began = 0, 0.0
-    with contextlib.closing(loop._views(targets, train, RunContext(), 0, bench.setup.threads)) as batches:  # type: ignore[type-var]
+    with contextlib.closing(loop._views(targets, train, RunContext(), 0, bench.setup.threads)) as batches:  # type: ignore[type-var]  # a generator, declared as what it yields
         for number, batch in enumerate(batches):
             if number < WARM:
                 began = time.perf_counter()
@@ -267,7 +267,7 @@ def _activities(is_gpu: bool) -> list[ProfilerActivity]:
 def _views_are_there(bench: Bench) -> Iterator[None]:
     """Has the loop take the same few views for all images, without decoding."""
     source, number = bench.source, np.arange(max(BLOCK, bench.tower.batch_size))
-    made = view_batch(source, number, source.sample_ids[number], 0, 0, 0.9, bench.clip.image_size)  # type: ignore[arg-type]
+    made = view_batch(source, number, source.sample_ids[number], 0, 0, 0.9, bench.clip.image_size)  # type: ignore[arg-type]  # as above
     with patch.object(Targets, "_views_of", lambda self, indices, visit, make: made[: len(indices)]):
         yield
 
@@ -279,10 +279,6 @@ def first_kl(bench: Bench, precision: str, compiled: bool) -> float:
     train = bench.train(compiled, number, batch_size=number, precision=precision)
     bench.fine_tune(train, few, RunContext(progress=lambda row: found.append(row["kl"])), None)
     return found[0]
-
-
-def _compiles() -> bool:
-    return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
 
 
 class Report(NamedTuple):
@@ -308,14 +304,15 @@ def measure(setup: Setup, say: Callable[[str], None] = lambda text: None) -> Rep
     with tempfile.TemporaryDirectory(prefix="carft-gpu-") as folder:
         bench = open_bench(setup, Path(folder))
         add(measure_input(bench))
-        for compiled in (False, True) if _compiles() else (False,):
+        can_compile = has_compiler(torch.device("cuda" if on_gpu else "cpu"))
+        for compiled in (False, True) if can_compile else (False,):
             for targets in ("stored", "online"):
                 for what in ("step", "both"):
                     cell, micro_batch = _fitting(bench, what, targets, compiled, micro_batch)
                     add(cell)
         precisions = {"fp32": ("fp32", False)}
         if on_gpu:
-            precisions["bf16, compiled" if _compiles() else "bf16"] = ("bf16", _compiles())
+            precisions["bf16, compiled" if can_compile else "bf16"] = ("bf16", can_compile)
         kl = dict[str, float]()
         for name, how in precisions.items():
             with contextlib.suppress(CarftError):  # the compiler, as is told above
@@ -400,8 +397,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     say(HEAD)
     setup = Setup(arguments.model, arguments.threads, arguments.seconds, arguments.trace)
     report = measure(setup, say)
-    if not _compiles():
-        say("Not compiled: there is no C++ compiler (g++, c++ or clang++).")
+    if not any(cell.compiled for cell in report.cells):
+        say("Not compiled: torch cannot compile here.")
     found = rows(report)
     for row in found:
         say(str(row))

@@ -81,7 +81,7 @@ def resident_steps(task: Task) -> Iterator[None]:
     model = build_classifier(clip, task.heads["class_head"], train, CPU).train()
     optimizer = build_optimizer(model, train)
     while True:
-        cross_entropy(model(pixels)[1], labels).backward()  # type: ignore[no-untyped-call]
+        cross_entropy(model(pixels)[1], labels).backward()  # type: ignore[no-untyped-call]  # torch has no types there
         nn.utils.clip_grad_norm_(model.parameters(), train.clip_norm or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

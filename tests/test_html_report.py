@@ -2,6 +2,7 @@
 
 import csv
 import json
+import operator
 import re
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -211,7 +212,7 @@ def test_the_tables_are_files_of_csv_and_parquet_with_the_numbers_of_the_page(st
     assert tables["trials"].equals(carft_ray.open_study(study_dir).trials())
     assert tables["baselines"].equals(carft_ray.open_study(study_dir).baselines)
     points = [{"name": row.name, **point} for row in view.rows for point in view.result(row).get("curve", ())]
-    key = lambda row: (row["name"], row["alpha"])  # noqa: E731
+    key = operator.itemgetter("name", "alpha")
     curves = [{name: row[name] for name in points[0]} for row in tables["curves"].to_pylist()]
     assert sorted(curves, key=key) == sorted(points, key=key)
     chosen = {row["name"]: row["alpha"] for row in tables["curves"].to_pylist() if row["chosen"]}

@@ -121,7 +121,7 @@ def fine_tune(values: dict[str, float], start: Start, in_group: bool) -> float:
             log_p_BT = log_softmax(scale * features_BD @ start.context_head_TD.T, dim=-1)
             kl = kl_div(log_p_BT, log_p0_BT, reduction="batchmean", log_target=True)
             optimizer.zero_grad()
-            (cross_entropy(logits_BC, labels) + values["kl_weight"] * kl).backward()  # type: ignore[no-untyped-call]
+            (cross_entropy(logits_BC, labels) + values["kl_weight"] * kl).backward()  # type: ignore[no-untyped-call]  # torch has no types there
             nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
             optimizer.step()
             schedule.step()

@@ -9,7 +9,6 @@ training that was asked to leave, when the search stops, after 30 seconds withou
 """
 
 import contextlib
-import gc
 import json
 import os
 import threading
@@ -23,6 +22,7 @@ from typing import Any
 import ray
 
 from carft_ray import files
+from carft_ray.errors import StorageError
 from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
@@ -61,8 +61,8 @@ class WorkerGroup:
 
     def fits(self, runtime: Runtime, avoid: Sequence[str]) -> bool:
         """Tells whether it is there for a training of this runtime, and on none of the nodes that are left out."""
-        alive = self._thread is not None and self._thread.is_alive()
-        return alive and runtime.capacity == self._runtime.capacity and not set(avoid) & set(self._nodes)
+        same = runtime.capacity == self._runtime.capacity
+        return self._is_alive() and same and not set(avoid) & set(self._nodes)
 
     def run(self, spec: TrialSpec, folder: Path) -> bool:
         """Runs one attempt and waits for it; how it ended lies in its folder.
@@ -82,7 +82,8 @@ class WorkerGroup:
                 self._folder.mkdir(parents=True)
                 (self._folder / TOLD).touch()
         self._number += 1
-        _append(self._folder / ORDERS, {"number": self._number, "spec": asdict(spec), "folder": str(folder)})
+        order = {"number": self._number, "spec": asdict(spec), "folder": str(folder)}
+        files.append_line(self._folder / ORDERS, json.dumps(order))
         if is_first:
             self._thread = threading.Thread(target=self._fit, args=(f"{spec.name}-{spec.attempt}",), daemon=True)
             self._thread.start()
@@ -96,8 +97,10 @@ class WorkerGroup:
     def close(self) -> None:
         """Asks the workers to end and waits until they have."""
         if self._is_alive():
-            with contextlib.suppress(OSError):  # the files are gone: so are the workers
-                _append(self._folder / ORDERS, {"number": 0})
+            with contextlib.suppress(
+                StorageError
+            ):  # they end without it: the files are gone, or nothing comes for long
+                files.append_line(self._folder / ORDERS, json.dumps({"number": 0}))
             self._join()
 
     def _is_alive(self) -> bool:
@@ -165,15 +168,14 @@ def _worker(config: Row) -> None:
     context = RunContext(place.get_world_rank(), place.get_world_size())
     nodes, orders = gather(context, ray.get_runtime_context().get_node_id()), _Orders(runtime, folder)
     if context.rank == 0:
-        _append(folder / TOLD, {"nodes": nodes})
+        files.append_line(folder / TOLD, json.dumps({"nodes": nodes}))
     while order := from_rank_0(context, orders.take):
         spec, out_dir = TrialSpec(**order["spec"]), Path(order["folder"])
         should_stop = stop_reader(runtime.study_dir, out_dir, spec.attempt)
         if not run_worker(runtime, spec, out_dir, replace(context, should_stop=should_stop), order["idle_s"]):
             raise RuntimeError(f"{spec.name} failed, see its folder")
-        gc.collect()
         gather(context, None)  # no rank has failed
-        if from_rank_0(context, lambda: orders.ended(spec, out_dir)):  # noqa: B023 (called at once)
+        if from_rank_0(context, orders.ended):
             return
 
 
@@ -182,37 +184,34 @@ class _Orders:
 
     def __init__(self, runtime: Runtime, folder: Path) -> None:
         self._stop, self._folder = runtime.study_dir / STOP, folder
-        self._offset, self._number = 0, 0
-        self._free_since = time.monotonic()
+        self._offset, self._free_since = 0, time.monotonic()
+        self._order: Row = {}  # the last one
 
     def take(self) -> Row | None:
         """Waits for the next training; None at the end of the group. ``idle_s``: how long its workers had none."""
         limit = self._free_since + IDLE_S
-        while self._number == 0 or (time.monotonic() < limit and not files.seen(self._stop)):
+        is_first = not self._order
+        while is_first or (time.monotonic() < limit and not files.seen(self._stop)):
             try:
                 rows, self._offset = _new_rows(self._folder / ORDERS, self._offset)
             except FileNotFoundError:  # another search has begun in this study
                 return None
             if rows:
-                self._number = rows[0]["number"]
-                if not self._number:
+                self._order = rows[0]
+                if not self._order["number"]:
                     return None
-                _append(self._folder / TOLD, {"begun": self._number})
-                return {**rows[0], "idle_s": time.monotonic() - self._free_since if self._number > 1 else 0.0}
+                files.append_line(self._folder / TOLD, json.dumps({"begun": self._order["number"]}))
+                return {**self._order, "idle_s": 0.0 if is_first else time.monotonic() - self._free_since}
             time.sleep(LOOK_EVERY_S)
         return None
 
-    def ended(self, spec: TrialSpec, out_dir: Path) -> bool:
-        """Tells that a training has ended well; returns whether the group ends with it."""
+    def ended(self) -> bool:
+        """Tells that the training which was taken last has ended well; returns whether the group ends with it."""
         self._free_since = time.monotonic()
-        is_last = files.seen(self._stop) or must_leave(out_dir, spec.attempt)
-        _append(self._folder / TOLD, {"ended": self._number, "last": is_last})
+        out_dir, attempt = Path(self._order["folder"]), self._order["spec"]["attempt"]
+        is_last = files.seen(self._stop) or must_leave(out_dir, attempt)
+        files.append_line(self._folder / TOLD, json.dumps({"ended": self._order["number"], "last": is_last}))
         return is_last
-
-
-def _append(path: Path, row: Row) -> None:
-    with open(path, "a") as file:  # one line in one write
-        file.write(json.dumps(row) + "\n")
 
 
 def _new_rows(path: Path, offset: int) -> tuple[list[Row], int]:

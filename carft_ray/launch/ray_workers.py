@@ -66,13 +66,13 @@ class NestedTrial(tune.Trainable):
         """Runs one attempt."""
         capacity, avoid = replace(self._runtime.capacity, **self.config["capacity"]), self.config["avoid"]
         here, spec = replace(self._runtime, capacity=capacity), TrialSpec(**self.config["spec"])
-        if not self._group.fits(here, avoid):
-            self._group.close()
-            self._group = WorkerGroup(here, avoid)
-        lost = _run(self._group, here, spec, spec.folder(here.study_dir))
-        if lost is None and not files.seen(here.study_dir / STOP):  # the group has ended meanwhile
-            self._group = WorkerGroup(here, avoid)
+        lost, is_stopping = None, False
+        while lost is None and not is_stopping:  # a second time where the group had ended before
+            if not self._group.fits(here, avoid):
+                self._group.close()
+                self._group = WorkerGroup(here, avoid)
             lost = _run(self._group, here, spec, spec.folder(here.study_dir))
+            is_stopping = files.seen(here.study_dir / STOP)
         return {"lost": lost or "", "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
