@@ -38,8 +38,11 @@ def notes(base_dir):
 
 
 @contextlib.contextmanager
-def slow(base_dir, seconds=SECONDS, at_once=1):
-    """Within the block, packing a training set is slow, and goes on when so many builds have begun."""
+def slow(base_dir, seconds=SECONDS, at_once=1, waiting_ones=0):
+    """Within the block, packing a training set is slow, and goes on when so many builds have begun.
+
+    With ``waiting_ones`` it goes on when another process waits for it, or after a minute.
+    """
     build, waiting = packed._build, packed.waiting
 
     def slow_build(source, path, on_image, short_side):
@@ -51,6 +54,9 @@ def slow(base_dir, seconds=SECONDS, at_once=1):
         note(base_dir, "begins")
         while sum(line["what"] == "begins" for line in notes(base_dir)) < at_once:
             time.sleep(0.1)
+        deadline = time.monotonic() + 60
+        while sum(line["what"] == "waits" for line in notes(base_dir)) < waiting_ones and time.monotonic() < deadline:
+            on_slow_image(0, 1000)
         build(source, path, on_slow_image, short_side)
         note(base_dir, "ends")
 
@@ -100,5 +106,5 @@ def prepare_and_empty(recipe, folder, say):
 
 
 def train(recipe, out_dir, prepared_dir, *arguments):
-    with slow(prepared_dir.parent.parent):
+    with slow(prepared_dir.parent.parent, waiting_ones=1):
         return runtime.train(recipe, out_dir, prepared_dir, *arguments)
