@@ -145,4 +145,4 @@ def check(study_dir, before):
 
 if __name__ == "__main__":
     Path(sys.argv[1]).mkdir(parents=True, exist_ok=True)
-    story(Path(sys.argv[1]), *sys.argv[2:3])
+    story(Path(sys.argv[1]).resolve(), *sys.argv[2:3])
