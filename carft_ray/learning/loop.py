@@ -109,8 +109,7 @@ class _Learner:
     def update(self, loss: Loss, targets: Targets, model: nn.Module, batch: Batch, num_steps: int) -> Tensor:
         """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
         batch_size = batch.size
-        # for towers that draw, as some drop patches: of the step alone, which makes resuming exact
-        torch.manual_seed((self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63)
+        self._seed()
         with _explained(self.step + 1, num_steps):
             factor = self.context.world_size / batch_size
             target_BT = targets.of(batch.parts)
@@ -122,6 +121,16 @@ class _Learner:
         if self.train.ema_decay is not None:
             update_average(self.average, trained_weights(self.classifier), self.train.ema_decay, self.step)
         return torch.cat([sums, (grad_norm * batch_size / self.context.world_size).double().view(1)])
+
+    def _seed(self) -> None:
+        """Seeds what towers draw from, as some drop patches, by the step alone, which makes resuming exact.
+
+        ``torch.manual_seed`` seeds devices that are not there, too, and notes the stack for each: a millisecond.
+        """
+        seed = (self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():
+            torch.cuda.manual_seed(seed)
 
     def save(self) -> None:
         """Copies what a checkpoint holds, which is written beside the next steps."""
