@@ -112,7 +112,8 @@ class TrainConfig(Config):
     kl_weight: NonNegativeFloat = key(1.0, "10", METHOD)
     """coefficient of the KL term; 0 is plain fine-tuning. Its size depends on the model's logit scale"""
     alpha: Fraction | None = key(None, "0.6", METHOD)
-    """fixed mixing coefficient, 0 zero-shot, 1 fine-tuned; null: the best of the alpha curve. Not with `search`"""
+    """fixed mixing coefficient, 0 zero-shot, 1 fine-tuned; null: the best of the alpha curve. Not with `search`: there
+    see [One alpha for all trials](../docs/objectives.md#one-alpha-for-all-trials)"""
     epochs: PositiveInt = key(10, "6", METHOD)
     """passes over the training set"""
     batch_size: PositiveInt = key(512, "64", METHOD, range=">= 1, at most the training set")

@@ -208,7 +208,7 @@ class ResourcesConfig(Config):
         None, "0.5", HOW_FAST, range="0, a whole number, or 0.0001 to 1 with one worker"
     )
     """GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share is of one GPU: with 0.3, three trials run on
-    each"""
+    each. A worker computes on one: for several GPUs a trial see `num_workers`"""
     accelerator: SetName | None = key(None, "H100", HOW_FAST, range="a kind as Ray names it; with GPUs")
     """trials run only on nodes with GPUs of this kind (Ray's resource `accelerator_type:H100`); null: on any"""
     wait_for_nodes: Annotated[NonNegativeFloat, BeforeValidator(seconds_of)] | None = key(
