@@ -741,7 +741,25 @@ def test_set_makes_missing_parts(tmp_path):
     assert recipe.search.alpha.grid == (0, 0.5, 1)
 
 
+def test_null_takes_out_an_entry_that_the_author_named_and_is_a_value_elsewhere(tmp_path):
+    space = "{kl_weight: {low: 1, high: 2}, weight_decay: {low: 0, high: 1}}"
+    more = f"search: {{space: {space}, baselines: {{ft: {{kl_weight: 0}}, no: {{kl_weight: 1}}}}}}"
+    options = ["search.space.kl_weight=null", "search.baselines.no=", "search.baselines.ft.clip_norm=null"]
+    search = _load(tmp_path, more, *options).search
+    assert [*search.space] == ["weight_decay"]
+    assert search.baselines == {"ft": {"kl_weight": 0, "clip_norm": None}}
+    assert [*_load(tmp_path, more, "search.space.epochs={low: 1, high: 2}", *options[:1]).search.space] == [
+        "weight_decay",
+        "epochs",
+    ]
+
+
 BAD_OPTIONS = [
+    (
+        "data.ood_val.scetch=null",
+        "--set data.ood_val.scetch=null: data.ood_val must hold scetch, which null takes out; "
+        "did you mean 'sketch'? (allowed: sketch)",
+    ),
     ("train.epochs=0", "--set train.epochs=0: must be at least 1, but got 0"),
     ("train.epochs", "--set train.epochs: must have the form key.path=value"),
     ("=3", "--set =3: must have the form key.path=value"),
@@ -837,6 +855,11 @@ WARNINGS = [
     (
         "search: {sampler: {name: random, startup_trials: 3}}",
         "search.sampler.startup_trials has no effect: the sampler is random",
+    ),
+    (
+        "resources: {gpus_per_worker: 4}",
+        "resources.gpus_per_worker takes 4 GPUs for each worker, which computes on one; write 1, and num_workers: 4 to "
+        "train on all of them",
     ),
     (
         "model: {name: ViT-B-16-quickgelu, pretrained: openai}",

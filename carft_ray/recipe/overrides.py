@@ -3,9 +3,9 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_origin
 
-from carft_ray.errors import Problem
+from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.checks.messages import child_type, keys_of, nearest_key
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath, dotted, parse
@@ -50,6 +50,8 @@ class Places:
 def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tuple[Any, list[Problem]]:
     """Sets values over those of a file; mappings on the way that are missing are made.
 
+    ``null`` takes an entry out of a mapping whose keys the recipe's author names, such as ``search.space.kl_weight``.
+
     Args:
         value: The value of the file; stays as it is.
         places: Learns which option gave which key.
@@ -68,11 +70,12 @@ def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tup
             problems.append(Problem(option, "must have the form key.path=value"))
             continue
         parsed = parse(written, option)
-        problem = _path_problem(option, path)
+        is_removed = parsed.value is None and not parsed.problems and _is_entry(path)
+        problem = _path_problem(option, path) or (_missing_problem(option, path, value) if is_removed else None)
         if problem or parsed.problems:
             problems += [problem] if problem else [replace(found, place=option) for found in parsed.problems]
             continue
-        value = _set(value, path, parsed.value)
+        value = _removed(value, path) if is_removed else _set(value, path, parsed.value)
         for known in [known for known in places.options if known[: len(path)] == path]:
             del places.options[known]
         places.options[path] = option
@@ -94,6 +97,32 @@ def _path_problem(option: str, path: KeyPath) -> Problem | None:
             return Problem(option, f"unknown key {piece!r}", allowed=allowed, nearest=meant)
         kind = child
     return None
+
+
+def _is_entry(path: KeyPath) -> bool:
+    """Tells whether a path ends with a key that a recipe's author names, of something that has keys itself."""
+    kind: Any = Recipe
+    for piece in path[:-1]:
+        kind = child_type(kind, piece)
+    child = child_type(kind, path[-1])
+    return get_origin(kind) is dict and (get_origin(child) is dict or keys_of(child) is not None)
+
+
+def _missing_problem(option: str, path: KeyPath, value: Any) -> Problem | None:
+    for piece in path[:-1]:
+        value = value.get(piece) if isinstance(value, dict) else None
+    there = tuple(map(str, value)) if isinstance(value, dict) else ()
+    if path[-1] in there:
+        return None
+    rule = f"{dotted(path[:-1])} must hold {path[-1]}, which null takes out"
+    return Problem(option, rule, allowed=there, nearest=nearest(str(path[-1]), there))
+
+
+def _removed(value: dict[str, Any], path: KeyPath) -> dict[str, Any]:
+    first, *rest = path
+    if not rest:
+        return {key: each for key, each in value.items() if key != first}
+    return {**value, first: _removed(value[first], tuple(rest))}  # type: ignore[index]  # keys of mappings are texts
 
 
 def _set(value: Any, path: KeyPath, new: Any) -> Any:

@@ -72,6 +72,9 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "data.pack", "has no effect: data.train is drawn, and kept decoded"
     if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
         yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
+    if (gpus := recipe.resources.gpus_per_worker or 0) > 1 and train.function is None:
+        more = f"takes {gpus:g} GPUs for each worker, which computes on one"
+        yield "resources.gpus_per_worker", f"{more}; write 1, and num_workers: {gpus:g} to train on all of them"
     for name, of, value in (("context_scale", "kl_weight", 0), ("lora_alpha", "lora_rank", None)):
         if always(of, value) and getattr(train, name) is not None:
             yield f"train.{name}", f"has no effect: {of} is {shown(value)}"
