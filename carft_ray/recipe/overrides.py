@@ -118,11 +118,10 @@ def _missing_problem(option: str, path: KeyPath, value: Any) -> Problem | None:
     return Problem(option, rule, allowed=there, nearest=nearest(str(path[-1]), there))
 
 
-def _removed(value: dict[str, Any], path: KeyPath) -> dict[str, Any]:
-    first, *rest = path
-    if not rest:
-        return {key: each for key, each in value.items() if key != first}
-    return {**value, first: _removed(value[first], tuple(rest))}  # type: ignore[index]  # keys of mappings are texts
+def _removed(value: dict[Any, Any], path: KeyPath) -> dict[Any, Any]:
+    if len(path) == 1:
+        return {key: each for key, each in value.items() if key != path[0]}
+    return {**value, path[0]: _removed(value[path[0]], path[1:])}
 
 
 def _set(value: Any, path: KeyPath, new: Any) -> Any:
