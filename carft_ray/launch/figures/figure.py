@@ -218,6 +218,8 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
 
 def _draw_curve(axes: "Axes", curve: Curve) -> None:
     """Draws the alpha curve; the limits of the axes are final. A point that lies on another one has no number."""
+    from matplotlib.patheffects import withStroke
+
     xs, ys = 100 * np.asarray(curve.id_accuracies, float), 100 * np.asarray(curve.ood_accuracies, float)
     x, y = 100 * curve.chosen_id_accuracy, 100 * curve.chosen_ood_accuracy
     x_error, y_error = (100 * (error or 0.0) for error in (curve.id_se, curve.ood_se))
@@ -227,11 +229,12 @@ def _draw_curve(axes: "Axes", curve: Curve) -> None:
     axes.scatter(xs[hollow], ys[hollow], s=20, facecolors="white", edgecolors=_ACCENT, linewidths=1.2, zorder=5)
     axes.errorbar([x], [y], xerr=x_error or None, yerr=y_error or None, color=_ACCENT, linewidth=1, capsize=3, zorder=5)
     axes.scatter([x], [y], s=190, facecolors="none", edgecolors=_ACCENT, linewidths=2.2, zorder=7)
+    style: dict[str, Any] = {"textcoords": "offset points", "color": _ACCENT, "fontsize": 9, "zorder": 8}
+    style["path_effects"] = [withStroke(linewidth=2, foreground="white")]  # readable over lines
     numbered = [axes.transLimits.transform((x, y))]
     for alpha, *point in zip(curve.alphas, xs, ys, strict=True):
         place = axes.transLimits.transform(point)  # share of the axes
         if all(math.dist(place, other) > 0.03 for other in numbered):
-            style: dict[str, Any] = {"textcoords": "offset points", "color": _ACCENT, "fontsize": 9, "zorder": 8}
             axes.annotate(f"{alpha:g}", (point[0], point[1]), xytext=(6, 5), **style)
             numbered.append(place)
 
