@@ -41,7 +41,7 @@ STRUCK = {"epochs": 8, "train": {"batch_size": 8}, "enqueue": [VALUES], "baselin
 # calls of each place of struck.py in an epoch of them, at least; "curve" comes once, after the last epoch
 CALLS = {"backward": 8, "all_reduce": 1, "broadcast": 1, "evaluation": 4, "checkpoint": 2}
 CURVE = 5
-TIMEOUT_S = 300
+TIMEOUT_S = 900  # of a busy machine
 COURSE = ("Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search, by its driver's events
 NUM_MOMENTS = len(COURSE) + 1  # to kill a search: before any event, and after each; odd, as there are two executors
 _drivers = []
