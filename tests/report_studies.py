@@ -207,7 +207,10 @@ def start(study):
     (spec.folder(study.study_dir) / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
 
 
-STRICT = {"baselines": {"strong": {"kl_weight": 0, "learning_rate": 1e-3}}, "constraints": {"id_drop": {"strong": 0.05}}}
+STRICT = {
+    "baselines": {"strong": {"kl_weight": 0, "learning_rate": 1e-3}},
+    "constraints": {"id_drop": {"strong": 0.05}},
+}
 METHODS = {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "kl_weight": {"choices": [0, 1, 10]}}
 KINDS = {
     "one": {"num": 1},
@@ -223,12 +226,15 @@ KINDS = {
 
 
 def levels(level, sets, seed=0, alpha=0.6):
-    """Predictions in which a share ``level`` of each set is right, other images with each seed."""
+    """Predictions in which a share ``level`` of each set, or (ID, OOD), is right, other images with each seed."""
+    of_id, of_ood = level if isinstance(level, tuple) else (level, level)
     tables, rng = [], np.random.default_rng(seed)
     for name in sets:
         count = IMAGES.get(name, 160)
         labels = np.arange(count) % len(CLASSES)
-        right = (np.arange(count) + 0.5) / count + rng.normal(0, 0.02, count) < level
+        right = (np.arange(count) + 0.5) / count + rng.normal(0, 0.02, count) < (
+            of_id if name.startswith("id_") else of_ood
+        )
         logits = np.zeros((count, len(CLASSES)), np.float32)
         logits[np.arange(count), np.where(right, labels, (labels + 1) % len(CLASSES))] = 1
         tables.append(predictions_table(name, alpha, np.arange(count, dtype=np.uint64), labels, logits))
@@ -255,8 +261,11 @@ def confirm_study(study_dir, recipe, winner, level, seeds):
     return summary.summarise(study_dir, recipe, stage, None)
 
 
-def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=False):
-    """Writes reads of the test sets in which the winner has a level and the baseline 0.6; returns the summary."""
+def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=False, confirmed=True):
+    """Writes reads of the test sets in which the winner has a level and the baseline 0.6; returns the summary.
+
+    Without a confirm the one training of each that the search made is read.
+    """
     from carft_ray.results.test_sets import summary
     from carft_ray.study import ledger
 
@@ -281,7 +290,7 @@ def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=Fal
     tables["zero_shot"] = levels(0.5, sets, alpha=0.0)
     lines = ledger.read_ledger(study_dir)
     content = summary.summarise(
-        recipe, summary.Compared(True, rows), (), tables, summary.read_record(entries[-1], lines, reads)
+        recipe, summary.Compared(confirmed, rows), (), tables, summary.read_record(entries[-1], lines, reads)
     )
     files.write_json(study_dir / "test" / "summary.json", content)
     return content

@@ -252,7 +252,9 @@ def test_trials_of_one_method_are_filtered_and_shown_with_the_numbers_of_json(tm
     trials = 'document.querySelector("#{} .canvas").data.filter((trace) => trace.customdata)'
     points = f"{trials.format('front')}.flatMap((trace) => trace.customdata.map((name, i) => [name, trace.x[i]]))"
     history = 'document.querySelector("#history .canvas").data[0]'
-    rows = '[...document.querySelectorAll("#trial-table tbody tr")].map((row) => [...row.cells].map((c) => c.innerText))'
+    rows = (
+        '[...document.querySelectorAll("#trial-table tbody tr")].map((row) => [...row.cells].map((c) => c.innerText))'
+    )
 
     async def steps(page):
         await page.open(tmp_path / "page.html")

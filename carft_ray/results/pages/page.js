@@ -263,7 +263,7 @@
   draw.slices = (rows, element) => {
     const points = complete(rows), names = PARAMETERS.filter((name) => new Set(points.map((trial) => trial.values[name]).filter((value) => value != null)).size > 1);
     if (!points.length || !names.length) return null;
-    const columns = Math.max(1, Math.min(names.length, Math.floor(width(element) / (isPrinting ? 220 : 260)), 4)), lanes = Math.ceil(names.length / columns);
+    const columns = Math.max(1, Math.min(names.length, Math.floor(width(element) / (isPrinting ? 190 : 260)), 4)), lanes = Math.ceil(names.length / columns);
     const found = layout({ height: 60 + 250 * lanes, grid: { rows: lanes, columns, pattern: "independent", xgap: 0.1, ygap: 0.3 }, margin: { l: 52, r: 70, t: 8, b: 48 } });
     const alphas = known(points.map((trial) => trial.alpha)), showscale = new Set(alphas).size > 1;
     const traces = names.map((name, i) => {
@@ -359,8 +359,9 @@
     const kinds = [...new Set(all.map(label))];
     const traces = kinds.map((kind) => {
       const several = all.filter((one) => label(one) === kind), outcome = several[0].outcome;
+      const color = colour(several[0].kind === "trial" ? tone[outcome] ?? "grey" : "purple");
       return { type: "bar", orientation: "h", name: spaced(kind), y: several.map((one) => one.lane + 1), base: several.map((one) => one.began), x: several.map((one) => one.ms), width: 0.8, text: several.map((one) => `${one.name}, ${kind}, ${short(one.ms / 1000)} s`), textposition: "none", hovertemplate: "%{text}<extra></extra>",
-        marker: { color: colour(several[0].kind === "trial" ? tone[outcome] ?? "grey" : "purple"), line: { color: colour("paper"), width: all.length > 300 ? 0 : 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fillmode: "overlay", fgcolor: colour("paper"), size: 6 } } };
+        marker: { color, line: { color: all.length > MANY ? color : colour("paper"), width: 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fillmode: "overlay", fgcolor: colour("paper"), size: 6 } } };
     });
     return { traces, layout: layout({ height: 130 + 26 * Math.min(ends.length, 24) + (isNarrow(element) ? 20 * kinds.length : 0), barmode: "overlay", showlegend: true, xaxis: axis({ type: "date", tickangle: 0, nticks: isNarrow(element) ? 3 : undefined }), yaxis: axis({ title: "line", dtick: Math.ceil(ends.length / 12), autorange: "reversed", showgrid: false }) }) };
   };

@@ -382,9 +382,7 @@ def _both(x_An: BoolArray) -> BoolArray:
     return both
 
 
-def _products(
-    weights: npt.NDArray[np.float32], several: Sequence[BoolArray]
-) -> Iterator[npt.NDArray[np.float32]]:
+def _products(weights: npt.NDArray[np.float32], several: Sequence[BoolArray]) -> Iterator[npt.NDArray[np.float32]]:
     """Yields the product of weights [rows, n] with each of several [columns, n]: whole numbers below 2^24, so exact.
 
     Many go into one multiplication: by themselves they are so narrow that the threads of BLAS cost more than they do.
