@@ -220,7 +220,7 @@ KINDS = {
     "no OOD set": {"num": 8, "recipe": make_recipe(8, ood=False)},
     "Pareto": {"num": 8, "recipe": make_recipe(8, objective={"kind": "pareto"}, alpha={"mode": "sample"})},
     "constraints": {"num": 12, "recipe": make_recipe(12, **STRICT), "limit": 0.86875 - 0.05},
-    "several methods": {"num": 24, "recipe": make_recipe(24, space=METHODS)},
+    "several methods": {"num": 18, "recipe": make_recipe(18, space=METHODS)},
     "no baseline": {"num": 4, "recipe": make_recipe(4, baselines={})},
 }
 

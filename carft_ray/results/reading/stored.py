@@ -79,7 +79,8 @@ def read_stored(
     num_alphas, ids = 0, dict[str, IdArray]()
     for row in rows:  # a table is let go before the next one is read: those of many trials together need much memory
         table = read_predictions(predictions_path(study_dir, row))
-        found, choices = alphas(table, spec.id_set), ()
+        found = alphas(table, spec.id_set)
+        choices: tuple[float, ...] = ()
         if row.kind == "trial":
             result = read_result(folder_of(study_dir, row)) or {}
             choices = _choices(recipe, row, found, result)
