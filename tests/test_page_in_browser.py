@@ -302,7 +302,6 @@ def test_a_page_of_two_thousand_trials_is_small_and_whole(tmp_path):
         await page.evaluate(MOVE.format(id="top", value=5))
         assert await page.evaluate(said) == f"{-(-len(complete) * 5 // 100)} of 2,000 trials"
         check(await page.evaluate(STATE), 1024)
-        await page.pdf(tmp_path / "page.pdf")
 
     run(tmp_path, steps)
 
