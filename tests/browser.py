@@ -22,6 +22,7 @@ class Page:
 
     def __init__(self, socket):
         self._socket, self._number = socket, 0
+        self._loaded = set()  # documents, by the id of their loader
         self.problems = []  # exceptions of scripts, and addresses that it wanted to load
 
     async def call(self, method, **parameters):
@@ -35,6 +36,8 @@ class Page:
                 address = message["params"]["request"]["url"]
                 if re.match(r"(https?|wss?):", address):
                     self.problems.append(address)
+            if message.get("method") == "Page.lifecycleEvent" and message["params"]["name"] == "load":
+                self._loaded.add(message["params"]["loaderId"])
             if message.get("id") == self._number:
                 assert "error" not in message, message
                 return message["result"]
@@ -51,13 +54,12 @@ class Page:
         await self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         await self.call("Emulation.setDeviceMetricsOverride", **size)
-        await self.call("Page.navigate", url=path.resolve().as_uri())
+        loader = (await self.call("Page.navigate", url=path.resolve().as_uri()))["loaderId"]
         for _ in range(600):
             await asyncio.sleep(0.1)
             if not scripts:
-                continue_ = await self.call("DOM.getDocument")
-                if continue_["root"]["documentURL"].startswith("file:"):
-                    await asyncio.sleep(1)
+                await self.call("DOM.getDocument")  # an answer brings the events before it
+                if loader in self._loaded:
                     return
             elif await self.evaluate("document.body?.dataset.ready === 'true' && location.protocol === 'file:'"):
                 return
@@ -92,6 +94,7 @@ async def browser(folder):
                     page = Page(socket)
                     for domain in ("Page", "Runtime", "Network", "DOM"):
                         await page.call(f"{domain}.enable")
+                    await page.call("Page.setLifecycleEventsEnabled", enabled=True)
                     yield page
         finally:
             process.terminate()

@@ -4,14 +4,17 @@ import asyncio
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 import browser
+import crash_host
 import pytest
 import report_studies
 from report_studies import KINDS, make
 
+from carft_ray.results.pages.data import page_document
 from carft_ray.results.pages.figures import figures
 from carft_ray.results.pages.page import write_page
 from carft_ray.results.reading.overview import read_study
@@ -229,6 +232,76 @@ def test_trials_on_one_kind_of_device_are_filtered(tmp_path):
         await page.evaluate(f"(() => {{ {choose} }})()")
         assert await page.evaluate(said) == "2 of 6 trials"
         assert len(await page.evaluate(NAMES)) == 2
+
+    run(tmp_path, steps)
+
+
+def test_trials_of_one_method_are_filtered_and_shown_with_the_numbers_of_json(tmp_path, capsys):
+    study_dir = make(tmp_path / "study", **KINDS["several methods"])
+    assert crash_host.call(["report", str(study_dir), "--html", "--out", str(tmp_path / "page.html"), "--json"]) == 0
+    capsys.readouterr()
+    document = page_document(read_study(study_dir))
+    assert crash_host.call(["ls", str(study_dir), "--sort", "number", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["trials"]
+    methods = {row["name"]: "CAR-FT" if row["values"]["kl_weight"] else "plain fine-tuning" for row in printed}
+    assert document["method_of"] == methods
+    assert len({*methods.values()}) == 2
+    said, names = 'document.getElementById("shown").textContent', '[...document.getElementById("method").options]'
+    choose = '(() => {{ const e = document.getElementById("method"); e.value = "{}"; '
+    choose += 'e.dispatchEvent(new Event("change")); }})()'
+    trials = 'document.querySelector("#{} .canvas").data.filter((trace) => trace.customdata)'
+    points = f"{trials.format('front')}.flatMap((trace) => trace.customdata.map((name, i) => [name, trace.x[i]]))"
+    history = 'document.querySelector("#history .canvas").data[0]'
+    rows = (
+        '[...document.querySelectorAll("#trial-table tbody tr")].map((row) => [...row.cells].map((c) => c.innerText))'
+    )
+
+    async def steps(page):
+        await page.open(tmp_path / "page.html")
+        assert await page.evaluate(f"{names}.map((one) => one.value)") == ["", *dict.fromkeys(methods.values())]
+        for method in ("plain fine-tuning", "CAR-FT"):
+            await page.evaluate(choose.format(method))
+            wanted = {row["name"]: row for row in printed if methods[row["name"]] == method}
+            assert await page.evaluate(said) == f"{len(wanted)} of {len(printed)} trials"
+            found = dict(await page.evaluate(points))
+            assert found.keys() == wanted.keys()
+            for name, x in found.items():
+                assert 1 / (1 + math.exp(-x)) == pytest.approx(wanted[name]["metrics"]["id_accuracy"], abs=1e-9)
+            numbers, heights = await page.evaluate(f"{history}.x"), await page.evaluate(f"{history}.y")
+            assert numbers == [row["number"] for row in wanted.values()]
+            assert heights == pytest.approx([100 * row["objective"] for row in wanted.values()])
+            cells = {name: rest for name, *rest in await page.evaluate(rows)}
+            assert cells.keys() == wanted.keys()
+            for name, row in wanted.items():
+                shown = [f"{100 * row['metrics'][key]:.1f}" for key in ("id_accuracy", "ood_accuracy", "objective")]
+                assert [text for text in cells[name] if text in shown][:3] == shown
+            check(await page.evaluate(STATE), 1024)
+
+    run(tmp_path, steps)
+
+
+def test_a_page_of_two_thousand_trials_is_small_and_whole(tmp_path):
+    with open_study(tmp_path / "study", report_studies.make_recipe(2000)) as study:
+        report_studies.fill(study, 60, lambda number: number % 3 > 0)
+    study_dir, path = report_studies.multiply(tmp_path / "study", 2000), tmp_path / "page.html"
+    document = write_page(read_study(study_dir), path)
+    assert path.stat().st_size < 6_000_000
+    complete = {row["name"] for row in document["trials"] if row["outcome"] == "complete"}
+    marks = 'document.querySelector("#parallel .canvas").data.reduce((sum, one) => sum + one.x.length, 0)'
+
+    async def steps(page):
+        await page.open(path, 1024)
+        state = await page.evaluate(STATE)
+        assert [figure["id"] for figure in state["figures"]] == [each.id for each in figures(document)]
+        check(state, 1024)
+        assert {*await page.evaluate(NAMES)} == complete
+        said = 'document.getElementById("shown").textContent'
+        assert await page.evaluate(said) == "2,000 of 2,000 trials"
+        assert "trials are drawn, as many of each colour" in state["text"]
+        assert await page.evaluate(marks) < 200 * 8 + 1
+        await page.evaluate(MOVE.format(id="top", value=5))
+        assert await page.evaluate(said) == f"{-(-len(complete) * 5 // 100)} of 2,000 trials"
+        check(await page.evaluate(STATE), 1024)
 
     run(tmp_path, steps)
 

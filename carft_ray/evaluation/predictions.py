@@ -27,6 +27,7 @@ NUM_TOP_CLASSES = 10
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 
+_OF_CORRECT = ["set", "alpha", "sample_id", "label", "prediction"]
 SCHEMA = pa.schema(
     [
         ("set", pa.dictionary(pa.int32(), pa.string())),
@@ -267,17 +268,25 @@ def correct_matrix(evaluations: Sequence[tuple[pa.Table, float]], set_name: str)
     rows = []
     reference: IdArray | None = None
     for table, alpha in evaluations:
-        part = select(table, set_name, alpha)
+        part = select(table.select(_OF_CORRECT), set_name, alpha)
         ids: IdArray = part["sample_id"].to_numpy()
         order = np.argsort(ids, kind="stable")
-        if reference is None:
-            reference = ids[order]
-        elif not np.array_equal(reference, ids[order]):
-            rule = "results that are compared image by image must be of the same images"
-            step = "Evaluate both models again on the same set."
-            raise DataError(Problem(f"predictions of {set_name}", rule, next_step=step))
+        reference = ids[order] if reference is None else reference
+        require_same_images(reference, ids[order], set_name)
         rows.append((part["prediction"].to_numpy() == part["label"].to_numpy())[order])
     return np.stack(rows)
+
+
+def require_same_images(one: IdArray, other: IdArray, set_name: str) -> None:
+    """Checks that two evaluations of a set, by their ``sample_ids``, can be compared image by image.
+
+    Raises:
+        DataError: They are of different images.
+    """
+    if not np.array_equal(one, other):
+        rule = "results that are compared image by image must be of the same images"
+        step = "Evaluate both models again on the same set."
+        raise DataError(Problem(f"predictions of {set_name}", rule, next_step=step))
 
 
 def sample_ids(table: pa.Table, set_name: str, alpha: float) -> IdArray:
@@ -286,7 +295,7 @@ def sample_ids(table: pa.Table, set_name: str, alpha: float) -> IdArray:
     Raises:
         DataError: The set was not evaluated at this alpha.
     """
-    return np.sort(select(table, set_name, alpha)["sample_id"].to_numpy())
+    return np.sort(select(table.select(_OF_CORRECT), set_name, alpha)["sample_id"].to_numpy())
 
 
 def write_predictions(path: Path, table: pa.Table) -> None:

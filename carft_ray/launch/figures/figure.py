@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INK, GREY, FAINT = "#222222", "#6b6b6b", "#d9d9d9"
 _ACCENT = "#d55e00"  # the best trial
+_MANY = 300  # dots above which they are small, and pixels in the SVG: each is some 300 bytes there
 _LEGEND_COLUMNS = 4
 _BASELINE_MARKS = ("*", "s", "D", "^", "v", "P", "X")
 Pair = tuple[float, float]
@@ -196,8 +197,10 @@ def _draw_front(axes: "Axes", front: Sequence[Pair]) -> None:
 def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
     from matplotlib.colors import LogNorm
 
-    edge: dict[str, Any] = {"edgecolors": GREY, "linewidths": 0.6}
-    _scatter(axes, [dot.pair for dot in dots if not dot.kl_weight], 55, "#a8a8a8", 3, **edge)
+    many = len(dots) > _MANY
+    edge: dict[str, Any] = {"edgecolors": GREY, "linewidths": 0.3 if many else 0.6, "rasterized": many}
+    size = 18 if many else 55
+    _scatter(axes, [dot.pair for dot in dots if not dot.kl_weight], size, "#a8a8a8", 3, **edge)
     weights = [dot.kl_weight for dot in dots if dot.kl_weight]
     if not weights:
         return
@@ -205,7 +208,7 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
     if high < 2 * low:
         low, high = low / 2, high * 2
     coloured = [dot.pair for dot in dots if dot.kl_weight]
-    drawn = _scatter(axes, coloured, 55, weights, 3, cmap="cividis", norm=LogNorm(low, high), **edge)
+    drawn = _scatter(axes, coloured, size, weights, 3, cmap="cividis", norm=LogNorm(low, high), **edge)
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     digits = (1, 2, 5) if high < 1000 * low else (1,)
     ticks = [digit * 10.0**decade for decade in decades for digit in digits if low <= digit * 10.0**decade <= high]

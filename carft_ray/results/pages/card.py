@@ -202,7 +202,8 @@ def _cost(document: Document) -> Line:
     fixed = [_spaced(row["name"]) for row in status["baselines"] if row["name"] != ZERO_SHOT]
     text = f"tuned with {' and '.join(each)}" if each else "no training has ended"
     if fixed:
-        text += f"; {' and '.join(fixed)} not tuned: one training{' each' * (len(fixed) > 1)}"
+        several = len(fixed) > 1
+        text += f"; baseline{'s' * several} {' and '.join(fixed)} not tuned: one training{' each' * several}"
     if document["rivals"]:
         text += f"; {', '.join(document['rivals'])} tuned in a search of its own"
     hours = status["budget"]["gpu_hours_used"]

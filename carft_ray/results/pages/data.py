@@ -65,6 +65,7 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
         "objective": {**asdict(spec), "pareto": recipe.search.objective.kind == "pareto"},
         "space": {name: one.model_dump(mode="json") for name, one in recipe.search.space.items()},
         "methods": dict(Counter(method_of(view, row) for row in view.trials if row.outcome != "running")),
+        "method_of": {row.name: method_of(view, row) for row in view.trials},
         "devices": _devices(view),
         "status": status(view),
         "report": None if best is None else study_report(view, reference),
@@ -92,8 +93,11 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
 
 
 def method_of(view: Overview, row: TrialRow) -> str:
-    """Returns the method of a training; CAR-FT where the recipe knows no other."""
-    return str(row.values.get("method") or getattr(view.recipe.train, "method", None) or "CAR-FT")
+    """Returns the method of a training: your own function, plain fine-tuning (no KL term), or CAR-FT."""
+    train = view.recipe.train
+    if train.function is not None:
+        return "own trainer"
+    return "CAR-FT" if row.values.get("kl_weight", train.kl_weight) else "plain fine-tuning"
 
 
 def set_tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -177,7 +177,8 @@ FIGURES = (
         "reliability",
         "Trust",
         "Reliability",
-        "Accuracy over confidence of the best trial, in bins of 1/15. Below the diagonal it is too sure.",
+        "Accuracy over confidence of the best trial, in bins of 1/15. Below the diagonal it is too sure. The larger a "
+        "mark, the more images.",
         lambda document: bool(document["reliability"]),
         is_wide=True,
     ),

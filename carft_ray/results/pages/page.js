@@ -17,7 +17,7 @@
     METRICS.forEach((name, i) => { trial.metrics[name] = row[kept.length + PARAMETERS.length + i]; });
     trial.id = trial.metrics.id_accuracy ?? null;
     trial.ood = doc.has_ood ? trial.metrics.ood_accuracy ?? null : null;
-    trial.method = trial.values.method ?? Object.keys(doc.methods)[0] ?? "";
+    trial.method = doc.method_of[trial.name] ?? "";
     trial.device = doc.devices[trial.name] ?? "";
     return trial;
   });
@@ -25,6 +25,7 @@
   const isBaseline = new Set(doc.baselines.map((row) => row.name));
   const best = doc.status.best;
   const FEW = 20; // trials below which no surface and no line through many trials is drawn
+  const MANY = 300; // trials from which on marks are small
   const PATTERNS = { complete: "", pruned: "/", diverged: "x", error: "x", running: ".", stopped: "\\", waiting: ".", set_aside: "\\" };
 
   // state, kept while a page that is written again is loaded again
@@ -34,7 +35,12 @@
   const remember = () => { try { sessionStorage.setItem(KEY, JSON.stringify(state)); } catch { /* as above */ } };
 
   // numbers as people read them
-  const percent = (value, digits = 1) => (value == null ? "" : (100 * value).toFixed(digits));
+  const fixed = (value, digits) => { // a half goes to the even digit, as in the tables that Python has written
+    const halves = value * 2 ** (digits + 1), [lower, upper] = [Math.floor, Math.ceil].map((to) => to(value * 10 ** digits));
+    return Math.abs(halves % 2) === 1 ? ((lower % 2 ? upper : lower) / 10 ** digits).toFixed(digits) : value.toFixed(digits);
+  };
+  const percent = (value, digits = 1) => (value == null ? "" : fixed(100 * value, digits));
+  const thousands = (number) => number.toLocaleString("en-US");
   const spaced = (name) => doc.names[name] ?? String(name).replaceAll("_", " ");
   const short = (value) => {
     if (typeof value !== "number") return value == null ? "" : String(value);
@@ -53,9 +59,10 @@
 
   // colours of the theme
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+  const isDark = () => parseInt(colour("paper").slice(1, 3), 16) < 128;
   const CIVIDIS = [[0, "#00224e"], [0.25, "#434e6c"], [0.5, "#7d7c78"], [0.75, "#bcae6c"], [1, "#fee838"]];
-  const between = (share) => { // of cividis
-    const at = Math.min(0.999, Math.max(0, share)) * 4, i = Math.floor(at), part = at - i;
+  const between = (share) => { // of the part of cividis that stands out from the ground
+    const at = Math.min(0.999, Math.max(0, isDark() ? 0.42 + 0.58 * share : 0.1 + 0.72 * share)) * 4, i = Math.floor(at), part = at - i;
     const rgb = (hex) => [1, 3, 5].map((k) => parseInt(hex.slice(k, k + 2), 16));
     const [low, high] = [rgb(CIVIDIS[i][1]), rgb(CIVIDIS[i + 1][1])];
     return `rgb(${low.map((value, k) => Math.round(value + part * (high[k] - value))).join(",")})`;
@@ -98,7 +105,7 @@
   };
   const parameterAxis = (name, more = {}) => {
     const one = doc.space[name] ?? {};
-    return one.choices ? axis({ title: spaced(name), type: "category", ...more }) : axis({ title: spaced(name), type: one.log ? "log" : "linear", nticks: 5, ...(one.log ? logTicks(one.low, one.high) : {}), ...more });
+    return one.choices ? axis({ title: spaced(name), type: "category", categoryorder: "array", categoryarray: one.choices.map(String), ...more }) : axis({ title: spaced(name), type: one.log ? "log" : "linear", nticks: 5, ...(one.log ? logTicks(one.low, one.high) : {}), ...more });
   };
 
   // filters
@@ -125,7 +132,8 @@
   const isMeasured = (curve, alpha) => curve.points.some((point) => Math.abs(point.alpha - alpha) < 1e-9);
   const curvesOf = (rows) => {
     const names = new Set(rows.map((trial) => trial.name));
-    return doc.curves.filter((curve) => isBaseline.has(curve.name) || names.has(curve.name));
+    const found = doc.curves.filter((curve) => isBaseline.has(curve.name) || names.has(curve.name));
+    return found.sort((a, b) => (a.name === best?.name) - (b.name === best?.name)); // it lies above the others
   };
   const curveColour = (curve) => (curve.name === best?.name ? colour("best") : colour(isBaseline.has(curve.name) ? "muted" : "grey"));
   const diamonds = (curves, x, y) => ({
@@ -155,7 +163,8 @@
     const feasible = points.filter((trial) => trial.violation <= 0), missing = points.filter((trial) => trial.violation > 0);
     const X = (trial) => logit(trial.id), Y = (trial) => logit(trial.ood);
     const onAxes = (point) => [logit(point.id_accuracy), logit(point.ood_accuracy)];
-    const traces = [];
+    const traces = [], isPlain = (trial) => trial.values.kl_weight === 0;
+    const plain = feasible.every(isPlain) ? [] : feasible.filter(isPlain), others = feasible.filter((trial) => !plain.includes(trial));
     const everything = [...points, ...curves.flatMap((curve) => curve.points.map((point) => ({ id: point.id_accuracy, ood: point.ood_accuracy })))];
     const baselines = doc.baselines.filter((row) => row.metrics.ood_accuracy != null && row.outcome === "complete");
     everything.push(...baselines.map((row) => ({ id: row.metrics.id_accuracy, ood: row.metrics.ood_accuracy })));
@@ -170,12 +179,15 @@
     const edge = front(points);
     if (edge.length > 1) traces.push({ x: edge.map(X), y: edge.map(Y), mode: "lines", name: "front", line: { color: colour("green"), width: 1.5, shape: "vh" }, hoverinfo: "skip" });
     traces.push(...lines(curves, (point) => onAxes(point)[0], (point) => onAxes(point)[1]));
-    traces.push({ x: feasible.map(X), y: feasible.map(Y), mode: "markers", name: "trial", text: feasible.map(about), hovertemplate: "%{text}<extra></extra>", customdata: feasible.map((trial) => trial.name),
-      marker: { size: points.length > 300 ? 6 : 9, line: { color: colour("grey"), width: 0.8 }, ...(coloured ? { color: feasible.map((trial) => (trial.values.kl_weight > 0 ? Math.log10(trial.values.kl_weight) : null)), cmin: ends[0], cmax: ends[1], colorscale: CIVIDIS, showscale: true, colorbar: { ...bar("KL weight", element), tickvals: decades(ends), ticktext: decades(ends).map((k) => short(10 ** k)) } } : { color: colour("blue") }) } });
+    const size = points.length > MANY ? 6 : 9;
+    const dots = (several) => ({ x: several.map(X), y: several.map(Y), mode: "markers", text: several.map(about), hovertemplate: "%{text}<extra></extra>", customdata: several.map((trial) => trial.name) });
+    if (plain.length) traces.push({ ...dots(plain), name: "trial without KL term", marker: { symbol: "square", size: size - 1, color: colour("paper"), line: { color: colour("ink"), width: 1.3 } } });
+    if (others.length) traces.push({ ...dots(others), name: "trial",
+      marker: { size, line: { color: colour("grey"), width: 0.8 }, ...(coloured ? { color: others.map((trial) => Math.log10(trial.values.kl_weight)), cmin: ends[0], cmax: ends[1], colorscale: CIVIDIS, showscale: true, colorbar: { ...bar("KL weight", element), tickvals: decades(ends), ticktext: decades(ends).map((k) => short(10 ** k)) } } : { color: colour("blue") }) } });
     if (missing.length) traces.push({ x: missing.map(X), y: missing.map(Y), mode: "markers", name: "misses a constraint", text: missing.map(about), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "x-thin", size: 9, line: { color: colour("grey"), width: 1.8 } } });
     const marks = ["star", "square", "diamond-tall", "triangle-up", "triangle-down", "pentagon", "hexagram"];
     const ordered = [...baselines].sort((a, b) => (b.alpha === 0) - (a.alpha === 0));
-    if (ordered.length) traces.push({ x: ordered.map((row) => logit(row.metrics.id_accuracy)), y: ordered.map((row) => logit(row.metrics.ood_accuracy)), mode: "markers+text", name: "baseline", text: ordered.map((row) => spaced(row.name)), textposition: "bottom center", textfont: { color: colour("ink"), size: 12 }, cliponaxis: false, hovertemplate: "%{text}<extra></extra>", marker: { symbol: ordered.map((_, i) => marks[i % marks.length]), size: ordered.map((row) => (row.alpha === 0 ? 16 : 11)), color: colour("ink"), line: { color: colour("paper"), width: 1 } } });
+    if (ordered.length) traces.push({ x: ordered.map((row) => logit(row.metrics.id_accuracy)), y: ordered.map((row) => logit(row.metrics.ood_accuracy)), mode: "markers+text", name: "baseline", text: ordered.map((row) => spaced(row.name)), textposition: ordered.map((row) => (row.alpha === 0 ? "bottom right" : "bottom center")), textfont: { color: colour("ink"), size: 12 }, cliponaxis: false, hovertemplate: "%{text}<extra></extra>", marker: { symbol: ordered.map((_, i) => marks[i % marks.length]), size: ordered.map((row) => (row.alpha === 0 ? 16 : 11)), color: colour("ink"), line: { color: colour("paper"), width: 1 } } });
     if (confirmed.length) {
       const bars = (name) => ({ type: "data", symmetric: false, thickness: 1, width: 4, color: colour("green"), array: confirmed.map((row) => logit(row.estimates[name][2]) - logit(row.estimates[name][0])), arrayminus: confirmed.map((row) => logit(row.estimates[name][0]) - logit(row.estimates[name][1])) });
       traces.push({ x: confirmed.map((row) => logit(row.estimates.ID[0])), y: confirmed.map((row) => logit(row.estimates["OOD mean"][0])), mode: "markers", name: "confirmed, 95 %", error_x: bars("ID"), error_y: bars("OOD mean"), text: confirmed.map((row) => `${row.name}, ${row.seeds} fresh seeds`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "circle", size: confirmed.map((row) => (row.role === "winner" ? 12 : 7)), color: colour("green"), line: { color: colour("paper"), width: 1.5 } } });
@@ -233,11 +245,15 @@
     const last = Math.max(...rows.map((trial) => trial.number));
     const baselines = doc.baselines.filter((row) => row.objective != null && row.outcome === "complete");
     const low = Math.min(...points.map((trial) => trial.objective), ...baselines.map((row) => row.objective));
+    const dots = (several, name, marker) => ({ x: several.map((trial) => trial.number), y: several.map((trial) => 100 * trial.objective), mode: "markers", name, text: several.map(about), hovertemplate: "%{text}<extra></extra>", marker });
+    const missing = points.filter((trial) => trial.violation > 0), size = points.length > MANY ? 4 : 8;
     const traces = [
-      { x: points.map((trial) => trial.number), y: points.map((trial) => 100 * trial.objective), mode: "markers", name: "trial", text: points.map(about), hovertemplate: "%{text}<extra></extra>", marker: { color: colour("blue"), size: points.length > 300 ? 5 : 8 } },
+      dots(points.filter((trial) => !missing.includes(trial)), "trial", { color: colour("blue"), size }),
+      ...(missing.length ? [dots(missing, "misses a constraint", { symbol: "x-thin", size, line: { color: colour("grey"), width: 1.8 } })] : []),
       { x: [...steps.map((trial) => trial.number), last + 0.5], y: [...steps.map((trial) => 100 * trial.objective), 100 * top], mode: "lines", name: "best so far", line: { shape: "hv", color: colour("best"), width: 2 }, hoverinfo: "skip" },
     ];
-    if (failed.length) traces.push({ x: failed.map((trial) => trial.number), y: failed.map(() => 100 * (Number.isFinite(low) ? low : 0)), mode: "markers", name: "without a result", text: failed.map((trial) => `${trial.name}: ${trial.outcome}<br>${String(trial.reason ?? "").replaceAll("<", "&lt;")}`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "x", size: 8, color: colour("grey") } });
+    const foot = Number.isFinite(low) ? low - 0.07 * (Math.max(top, ...baselines.map((row) => row.objective)) - low) : 0;
+    if (failed.length) traces.push({ x: failed.map((trial) => trial.number), y: failed.map(() => 100 * foot), mode: "markers", name: "without a result", text: failed.map((trial) => `${trial.name}: ${trial.outcome}<br>${String(trial.reason ?? "").replaceAll("<", "&lt;")}`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "x", size: rows.length > MANY ? 4 : 8, color: colour("grey") } });
     const dashes = ["dash", "dot", "dashdot", "longdash"];
     baselines.forEach((row, i) => traces.push({ x: [-0.5, last + 0.5], y: [100 * row.objective, 100 * row.objective], mode: "lines", name: spaced(row.name), line: { color: colour("muted"), width: 1.3, dash: dashes[i % 4] }, hovertemplate: `${spaced(row.name)} %{y:.1f} %<extra></extra>` }));
     return { traces, layout: layout({ showlegend: true, xaxis: axis({ title: "trial", dtick: last < 10 ? 1 : undefined }), yaxis: axis({ title: "objective, %" }) }) };
@@ -247,7 +263,7 @@
   draw.slices = (rows, element) => {
     const points = complete(rows), names = PARAMETERS.filter((name) => new Set(points.map((trial) => trial.values[name]).filter((value) => value != null)).size > 1);
     if (!points.length || !names.length) return null;
-    const columns = Math.max(1, Math.min(names.length, Math.floor(width(element) / 260), 4)), lanes = Math.ceil(names.length / columns);
+    const columns = Math.max(1, Math.min(names.length, Math.floor(width(element) / (isPrinting ? 190 : 260)), 4)), lanes = Math.ceil(names.length / columns);
     const found = layout({ height: 60 + 250 * lanes, grid: { rows: lanes, columns, pattern: "independent", xgap: 0.1, ygap: 0.3 }, margin: { l: 52, r: 70, t: 8, b: 48 } });
     const alphas = known(points.map((trial) => trial.alpha)), showscale = new Set(alphas).size > 1;
     const traces = names.map((name, i) => {
@@ -255,7 +271,7 @@
       found[`xaxis${key}`] = parameterAxis(name);
       found[`yaxis${key}`] = axis({ title: i % columns ? "" : "objective, %" });
       return { x: there.map((trial) => (doc.space[name]?.choices ? String(trial.values[name]) : trial.values[name])), y: there.map((trial) => 100 * trial.objective), xaxis: `x${key}`, yaxis: `y${key}`, mode: "markers", text: there.map(about), hovertemplate: "%{text}<extra></extra>",
-        marker: { size: points.length > 300 ? 5 : 8, color: showscale ? there.map((trial) => trial.alpha) : colour("blue"), colorscale: CIVIDIS, cmin: 0, cmax: 1, showscale: showscale && !i, colorbar: { title: { text: "alpha", side: "right", font: { size: 12 } }, thickness: 10, outlinewidth: 0, len: Math.min(1, 1.6 / lanes) }, line: { color: colour("grey"), width: 0.8 } } };
+        marker: { size: points.length > MANY ? 5 : 8, color: showscale ? there.map((trial) => trial.alpha) : colour("blue"), colorscale: CIVIDIS, cmin: 0, cmax: 1, showscale: showscale && !i, colorbar: { title: { text: "alpha", side: "right", font: { size: 12 } }, thickness: 10, outlinewidth: 0, len: Math.min(1, 1.6 / lanes) }, line: { color: colour("grey"), width: points.length > MANY ? 0.3 : 0.8 } } };
     });
     return { traces, layout: found };
   };
@@ -282,7 +298,7 @@
     }));
     const traces = [
       { type: "contour", x: shares.map(sx.back), y: shares.map(sy.back), z, colorscale: CIVIDIS, ncontours: 14, line: { width: 0.5, color: colour("paper") }, colorbar: { title: { text: "objective, %", side: "right", font: { size: 12 } }, thickness: 10, outlinewidth: 0 }, hovertemplate: "learning rate %{x:.3g}<br>KL weight %{y:.3g}<br>about %{z:.1f} %<extra></extra>" },
-      { x: points.map((trial) => trial.values.learning_rate), y: points.map((trial) => trial.values.kl_weight), mode: "markers", text: points.map(about), hovertemplate: "%{text}<extra></extra>", marker: { size: 5, color: "#ffffff", line: { color: "#000000", width: 1 } } },
+      { x: points.map((trial) => trial.values.learning_rate), y: points.map((trial) => trial.values.kl_weight), mode: "markers", text: points.map(about), hovertemplate: "%{text}<extra></extra>", marker: points.length > MANY ? { size: 3, color: "#000000", opacity: 0.45 } : { size: 5, color: "#ffffff", line: { color: "#000000", width: 1 } } },
     ];
     return { traces, layout: layout({ height: 400, xaxis: parameterAxis("learning_rate"), yaxis: parameterAxis("kl_weight") }) };
   };
@@ -297,17 +313,19 @@
       const scaled = column.log ? (value) => Math.log(value) : Number, all = known(points.map(column.of));
       const low = Math.min(...all), high = Math.max(...all);
       column.to = (value) => (high > low ? (scaled(value) - scaled(low)) / (scaled(high) - scaled(low)) : 0.5);
-      column.ends = [short(low), short(high)];
+      column.ends = high > low ? [short(low), short(high)] : [short(low), ""];
     }
     const order = [...points].sort((a, b) => a.objective - b.objective), BANDS = Math.min(5, order.length);
+    const MOST = 40; // lines of a band: more are a single area
+    const spread = (band) => (band.length <= MOST ? band : Array.from({ length: MOST }, (_, i) => band[Math.round((i * (band.length - 1)) / (MOST - 1))]));
     const traces = Array.from({ length: BANDS }, (_, k) => {
       const band = order.slice(Math.floor((k * order.length) / BANDS), Math.floor(((k + 1) * order.length) / BANDS)), x = [], y = [];
-      for (const trial of band) { columns.forEach((column, i) => { const value = column.of(trial); x.push(i); y.push(value == null ? null : column.to(value)); }); x.push(null); y.push(null); }
-      return { x, y, mode: "lines", hoverinfo: "skip", name: `${percent(band[0].objective)} to ${percent(band.at(-1).objective)} %`, line: { color: between(0.25 + (0.75 * k) / Math.max(1, BANDS - 1)), width: points.length > 100 ? 1 : 1.8 }, opacity: 0.5 + (0.5 * (k + 1)) / BANDS };
+      for (const trial of spread(band)) { columns.forEach((column, i) => { const value = column.of(trial); x.push(i); y.push(value == null ? null : column.to(value)); }); x.push(null); y.push(null); }
+      return { x, y, mode: "lines", hoverinfo: "skip", name: `${percent(band[0].objective)} to ${percent(band.at(-1).objective)} %`, line: { color: between(k / Math.max(1, BANDS - 1)), width: (points.length > 100 ? 1 : 1.6) * (k === BANDS - 1 ? 1.5 : 1) }, opacity: 0.6 + (0.4 * (k + 1)) / BANDS };
     });
     const ends = columns.flatMap((column, i) => [0, 1].map((end) => ({ x: i, y: end, text: column.ends[end], showarrow: false, yshift: end ? 12 : -12, font: { size: 11, color: colour("muted") } })));
     const names = columns.map((column) => spaced(column.name).replace(isNarrow(element) ? " " : "\u0000", "<br>"));
-    return { traces, layout: layout({ height: 400, showlegend: true, legend: { ...layout().legend, title: { text: "objective " } }, margin: { l: 30, r: 30, t: 8, b: 60 }, annotations: ends, xaxis: axis({ tickvals: columns.map((_, i) => i), ticktext: names, range: [-0.3, columns.length - 0.7], tickangle: isNarrow(element) ? -60 : 0, showgrid: true, gridcolor: colour("line") }), yaxis: axis({ showgrid: false, showticklabels: false, range: [-0.12, 1.12] }) }) };
+    return { traces, layout: layout({ height: 400, showlegend: true, legend: { ...layout().legend, title: { text: "objective " } }, margin: { l: 30, r: 30, t: 8, b: 32 }, annotations: ends, xaxis: axis({ title: points.length > BANDS * MOST ? `${BANDS * MOST} of ${thousands(points.length)} trials are drawn, as many of each colour` : "", tickvals: columns.map((_, i) => i), ticktext: names, range: [-0.3, columns.length - 0.7], tickangle: isNarrow(element) ? -60 : 0, showgrid: true, gridcolor: colour("line") }), yaxis: axis({ showgrid: false, showticklabels: false, range: [-0.12, 1.12] }) }) };
   };
 
   draw.pruning = (rows) => {
@@ -341,13 +359,14 @@
     const kinds = [...new Set(all.map(label))];
     const traces = kinds.map((kind) => {
       const several = all.filter((one) => label(one) === kind), outcome = several[0].outcome;
+      const color = colour(several[0].kind === "trial" ? tone[outcome] ?? "grey" : "purple");
       return { type: "bar", orientation: "h", name: spaced(kind), y: several.map((one) => one.lane + 1), base: several.map((one) => one.began), x: several.map((one) => one.ms), width: 0.8, text: several.map((one) => `${one.name}, ${kind}, ${short(one.ms / 1000)} s`), textposition: "none", hovertemplate: "%{text}<extra></extra>",
-        marker: { color: colour(several[0].kind === "trial" ? tone[outcome] ?? "grey" : "purple"), line: { color: colour("paper"), width: all.length > 300 ? 0 : 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fillmode: "overlay", fgcolor: colour("paper"), size: 6 } } };
+        marker: { color, line: { color: all.length > MANY ? color : colour("paper"), width: 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fillmode: "overlay", fgcolor: colour("paper"), size: 6 } } };
     });
     return { traces, layout: layout({ height: 130 + 26 * Math.min(ends.length, 24) + (isNarrow(element) ? 20 * kinds.length : 0), barmode: "overlay", showlegend: true, xaxis: axis({ type: "date", tickangle: 0, nticks: isNarrow(element) ? 3 : undefined }), yaxis: axis({ title: "line", dtick: Math.ceil(ends.length / 12), autorange: "reversed", showgrid: false }) }) };
   };
 
-  draw.optimism = () => {
+  draw.optimism = (_, element) => {
     const report = doc.report, rows = [["as measured, which chose it", best.objective, null]];
     rows.push(["corrected", report.corrected.value, null], ["bootstrap (bbc)", report.bbc.value, null]);
     const confirm = doc.confirm?.table.find((row) => row.role === "winner")?.estimates.objective;
@@ -357,7 +376,7 @@
     const rival = report.headline && doc.baselines.find((row) => row.name === report.headline.baseline);
     if (rival) rows.push([`${spaced(rival.name)}, as measured`, rival.objective, null]);
     const shapes = ["x", "circle", "circle", "circle", "circle", "square"], tones = rows.map(([name]) => colour(name.startsWith("as measured") ? "best" : rival && name.startsWith(spaced(rival.name)) ? "ink" : "blue"));
-    const traces = [{ y: rows.map((row) => row[0]), x: rows.map((row) => 100 * row[1]), mode: "markers+text", text: rows.map((row) => percent(row[1])), textposition: "top center", cliponaxis: false, hovertemplate: "%{y}: %{x:.1f} %<extra></extra>", marker: { size: 11, color: tones, symbol: rows.map((row, i) => (i === 0 ? "x" : rival && i === rows.length - 1 ? "square" : shapes[1])) },
+    const traces = [{ y: rows.map((row) => (isNarrow(element) ? row[0].replace(", ", ",<br>") : row[0])), x: rows.map((row) => 100 * row[1]), mode: "markers+text", text: rows.map((row) => percent(row[1])), textposition: "top center", cliponaxis: false, hovertemplate: "%{y}: %{x:.1f} %<extra></extra>", marker: { size: 11, color: tones, symbol: rows.map((row, i) => (i === 0 ? "x" : rival && i === rows.length - 1 ? "square" : shapes[1])) },
       error_x: { type: "data", symmetric: false, thickness: 1.5, width: 4, color: colour("blue"), array: rows.map((row) => (row[2] ? 100 * (row[2][1] - row[1]) : 0)), arrayminus: rows.map((row) => (row[2] ? 100 * (row[1] - row[2][0]) : 0)) } }];
     return { traces, layout: layout({ height: 120 + 46 * rows.length, xaxis: axis({ title: "objective, %" }), yaxis: axis({ autorange: "reversed", range: [rows.length - 0.5, -0.7] }), margin: { l: 52, r: 24, t: 16, b: 44 } }) };
   };
@@ -375,10 +394,10 @@
     const tones = { "zero-shot": ["ink", "star"], chosen: ["best", "circle"], "fine-tuned": ["blue", "square"] }, traces = [];
     roles.forEach((role, i) => {
       const key = i ? i + 1 : "";
-      found[`xaxis${key}`] = axis({ title: `confidence, %: ${role} images`, range: [0, 102] });
-      found[`yaxis${key}`] = axis({ title: i && beside ? "" : "accuracy, %", range: [0, 102] });
+      found[`xaxis${key}`] = axis({ title: `confidence, %: ${role} images`, range: [0, 103] });
+      found[`yaxis${key}`] = axis({ title: i && beside ? "" : "accuracy, %", range: [-3, 103] });
       traces.push({ x: [0, 100], y: [0, 100], xaxis: `x${key}`, yaxis: `y${key}`, mode: "lines", showlegend: false, hoverinfo: "skip", line: { color: colour("muted"), dash: "dot", width: 1 } });
-      for (const one of doc.reliability.filter((each) => each.role === role)) traces.push({ x: one.bins.map((bin) => 100 * bin.confidence), y: one.bins.map((bin) => 100 * bin.accuracy), xaxis: `x${key}`, yaxis: `y${key}`, mode: "lines+markers", name: `${one.model}, alpha ${one.alpha.toFixed(2)}`, showlegend: !i, legendgroup: one.model, text: one.bins.map((bin) => `${bin.num_images} images`), hovertemplate: "%{text}: accuracy %{y:.0f} % at confidence %{x:.0f} %<extra></extra>", line: { color: colour(tones[one.model][0]), width: 1.5 }, marker: { symbol: tones[one.model][1], size: 7 } });
+      for (const one of doc.reliability.filter((each) => each.role === role)) traces.push({ x: one.bins.map((bin) => 100 * bin.confidence), y: one.bins.map((bin) => 100 * bin.accuracy), xaxis: `x${key}`, yaxis: `y${key}`, mode: "lines+markers", name: `${one.model}, alpha ${one.alpha.toFixed(2)}`, showlegend: !i, legendgroup: one.model, text: one.bins.map((bin) => `${bin.num_images} images`), hovertemplate: "%{text}: accuracy %{y:.0f} % at confidence %{x:.0f} %<extra></extra>", line: { color: colour(tones[one.model][0]), width: 1 }, marker: { symbol: tones[one.model][1], opacity: 1, size: one.bins.map((bin) => 4 + 9 * Math.sqrt(bin.num_images / Math.max(...one.bins.map((each) => each.num_images)))) } });
     });
     return { traces, layout: found };
   };
@@ -395,7 +414,8 @@
   };
 
   // one figure, all figures
-  const PAPER = 680; // pixels of its width
+  const PAPER = 680, PRINTED = 100; // pixels of its width; trials on it
+  let closed = [];
   const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false };
   const render = (id, isFresh = false) => { // fresh: not with the width and the margins of before
     const element = $(id).querySelector(".canvas");
@@ -475,7 +495,9 @@
       button.addEventListener("click", () => { state.down = state.sort === i ? !state.down : Boolean(column.number); state.sort = i; remember(); fillTable(); table.tHead.rows[0].cells[i].firstChild.focus(); });
       return make("th", { scope: "col", ...(column.number ? { class: "num" } : {}), "aria-sort": state.sort === i ? (state.down ? "descending" : "ascending") : "none" }, button);
     }));
-    table.tBodies[0].replaceChildren(...ordered().map((trial) => make("tr", trial.name === best?.name ? { class: "best" } : {}, ...COLUMNS.map((column) => column.cell?.(trial) ?? make("td", column.number ? { class: "num" } : column.title === "reason" ? { title: textOf(column, trial) } : {}, textOf(column, trial))))));
+    const rows = ordered();
+    $("not-printed").textContent = rows.length > PRINTED ? `The first ${PRINTED} of ${thousands(rows.length)} trials.` : "";
+    table.tBodies[0].replaceChildren(...(isPrinting ? rows.slice(0, PRINTED) : rows).map((trial) => make("tr", trial.name === best?.name ? { class: "best" } : {}, ...COLUMNS.map((column) => column.cell?.(trial) ?? make("td", column.number ? { class: "num" } : column.title === "reason" ? { title: textOf(column, trial) } : {}, textOf(column, trial))))));
   };
 
   // tables are copied as they stand, filtered and sorted
@@ -498,7 +520,7 @@
     remember();
     if ($("filters")) {
       $("top-text").textContent = `${state.top} %`;
-      $("shown").textContent = `${shown().length} of ${trials.length} trials`;
+      $("shown").textContent = `${thousands(shown().length)} of ${thousands(trials.length)} trials`;
     }
     renderAll(doc.figures.filter((id) => FILTERED.has(id)));
     moveAlpha();
@@ -511,11 +533,11 @@
       const box = make("input", { type: "checkbox", value: outcome });
       box.checked = (state.outcomes ?? outcomes).includes(outcome);
       box.addEventListener("change", () => { state.outcomes = [...$("outcomes").querySelectorAll("input:checked")].map((each) => each.value); update(); });
-      $("outcomes").append(make("label", {}, box, `${spaced(outcome)} ${trials.filter((trial) => trial.outcome === outcome).length}`));
+      $("outcomes").append(make("label", {}, box, `${spaced(outcome)} ${thousands(trials.filter((trial) => trial.outcome === outcome).length)}`));
     }
     $("top").value = state.top;
     $("top").addEventListener("input", () => { state.top = Number($("top").value); update(); });
-    $("feasible-label").hidden = !METRICS.some((name) => name.startsWith("violation/"));
+    $("feasible-label").hidden = !trials.some((trial) => trial.violation > 0);
     $("feasible").checked = state.feasible;
     $("feasible").addEventListener("change", () => { state.feasible = $("feasible").checked; update(); });
     for (const kind of ["method", "device"]) {
@@ -553,13 +575,18 @@
     root.dataset.theme = "light";
     document.body.style.width = `${PAPER}px`;
     isPrinting = true;
+    closed = [...document.querySelectorAll("details:not([open])")];
+    for (const one of closed) one.open = true;
     renderAll(doc.figures, true);
+    fillTable();
   });
   window.addEventListener("afterprint", () => {
     if (before) root.dataset.theme = before; else delete root.dataset.theme;
     document.body.style.width = "";
     isPrinting = false;
+    for (const one of closed) one.open = false;
     renderAll(doc.figures, true);
+    fillTable();
   });
 
   nameTheme();

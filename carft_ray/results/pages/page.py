@@ -31,6 +31,7 @@ NAMES = {  # as people read them
     "kl_weight": "KL weight",
 }
 _TOLD_ELSEWHERE = ("lines", "brief", "row_lines")  # texts of `report`, `confirm` and `test`
+_DRAWN = ("id_accuracy", "ood_accuracy")  # metrics of a trial
 _NOT_DRAWN = ("shrunk", "wins", "absolute", "relative")  # of every trial, in parts of the report
 
 
@@ -128,9 +129,9 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
 
 
 def packed(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the document as the page holds it: trials by columns, and without texts that other commands print."""
-    metrics = list(dict.fromkeys(name for row in document["trials"] for name in row["metrics"]))
-    kept = ("number", "name", "outcome", "reason", "alpha", "objective", "elapsed_s", "attempt", "on_front", "best")
+    """Returns the document as the page holds it: of trials what is drawn, by columns; no texts of other commands."""
+    metrics = [name for name in _DRAWN if any(name in row["metrics"] for row in document["trials"])]
+    kept = ("number", "name", "outcome", "reason", "alpha", "objective", "elapsed_s")
     values = _columns(document)
     rows = [
         [
@@ -153,8 +154,10 @@ def packed(document: Mapping[str, Any]) -> dict[str, Any]:
         for key in ("report", "confirm", "test")
         if document[key]
     }
+    several = {} if len(document["methods"]) < 2 else document["method_of"]
     left_out = ("recipe", "provenance", "ledger", "shared_images", "changed_images")
-    return {**{key: value for key, value in document.items() if key not in left_out}, **texts, "trials": trials}
+    kept_parts = {key: value for key, value in document.items() if key not in left_out}
+    return {**kept_parts, **texts, "trials": trials, "method_of": several}
 
 
 def embedded(value: Any) -> str:

@@ -8,13 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from carft_ray import files
+from carft_ray.data.source import IdArray
 from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.constraints import Limit, calibration_gaps
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import BoolArray, alphas, correct_matrix, read_predictions
+from carft_ray.evaluation.predictions import (
+    BoolArray,
+    alphas,
+    correct_matrix,
+    read_predictions,
+    require_same_images,
+    sample_ids,
+)
 from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirmation.plan import read_plan
@@ -66,31 +72,38 @@ def read_stored(
         StorageError: Predictions are missing or damaged.
         DataError: They lack a set or an alpha, or are of different images.
     """
-    tables = [read_predictions(predictions_path(study_dir, row)) for row in rows]
-    stored = [alphas(table, spec.id_set) for table in tables]
-    results = {row.name: read_result(folder_of(study_dir, row)) or {} for row in rows if row.kind == "trial"}
-    evaluated: list[tuple[TrialRow, pa.Table, tuple[float, ...]]] = []  # its own alpha comes last
-    for row, table, found in zip(rows, tables, stored, strict=True):
-        choices = _choices(recipe, row, found, results[row.name]) if row.kind == "trial" else ()
-        evaluated.append((row, table, (*choices, row.alpha or 0.0)))
-    points = [(table, alpha) for _, table, at in evaluated for alpha in at]
-    matrices = {name: correct_matrix(points, name) for name in spec.sets}
-    gaps = {limit.set_name: calibration_gaps(points, limit.set_name) for limit in bounds if limit.measure == "ece"}
+    measured = {limit.set_name for limit in bounds if limit.measure == "ece"}
+    candidates: list[Candidate] = []
+    chosen: dict[str, Candidate] = {}
+    moved: dict[str, float] = {}
+    num_alphas, ids = 0, dict[str, IdArray]()
+    for row in rows:  # a table is let go before the next one is read: those of many trials together need much memory
+        table = read_predictions(predictions_path(study_dir, row))
+        found = alphas(table, spec.id_set)
+        choices: tuple[float, ...] = ()
+        if row.kind == "trial":
+            result = read_result(folder_of(study_dir, row)) or {}
+            choices = _choices(recipe, row, found, result)
+            moved |= {row.name: float(result["moved"])} if "moved" in result else {}
+        points = [(table, alpha) for alpha in (*choices, row.alpha or 0.0)]  # its own alpha comes last
+        for name in spec.sets:
+            own = sample_ids(table, name, points[0][1])
+            require_same_images(ids.setdefault(name, own), own, name)
+        correct = {name: correct_matrix(points, name) for name in spec.sets}
+        gaps = {name: calibration_gaps(points, name) for name in measured}
+        several = Candidate(row.name, tuple(alpha for _, alpha in points), correct, gaps)
+        if choices:
+            candidates.append(_part(several, slice(None, -1)))
+        chosen[row.name] = _part(several, slice(-1, None))
+        num_alphas += sum(alpha > 0 for alpha in found) if row.name != ZERO_SHOT else 0
+    return Stored(tuple(candidates), chosen, num_alphas, moved)
 
-    def part(name: str, of_alphas: tuple[float, ...], first: int) -> Candidate:
-        taken = slice(first, first + len(of_alphas))
-        correct = {each: matrix[taken] for each, matrix in matrices.items()}
-        return Candidate(name, of_alphas, correct, {each: found.take(taken) for each, found in gaps.items()})
 
-    candidates, chosen, start = [], {}, 0
-    for row, _, at in evaluated:
-        if len(at) > 1:
-            candidates.append(part(row.name, at[:-1], start))
-        start += len(at)
-        chosen[row.name] = part(row.name, at[-1:], start - 1)
-    trained = [found for row, found in zip(rows, stored, strict=True) if row.name != ZERO_SHOT]
-    moved = {name: float(result["moved"]) for name, result in results.items() if "moved" in result}
-    return Stored(tuple(candidates), chosen, sum(alpha > 0 for found in trained for alpha in found), moved)
+def _part(candidate: Candidate, taken: slice) -> Candidate:
+    """Returns a candidate with some of its alphas."""
+    correct = {name: matrix[taken] for name, matrix in candidate.correct.items()}
+    gaps = {name: each.take(taken) for name, each in candidate.gaps.items()}
+    return Candidate(candidate.name, candidate.alphas[taken], correct, gaps)
 
 
 def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]]:

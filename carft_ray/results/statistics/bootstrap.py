@@ -11,6 +11,7 @@ of them on a front. Accuracies are fractions.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -307,15 +308,25 @@ class _Sums:
         num_images: n.
         drawn: Accuracies on the images drawn, [B, A].
         left_out: Accuracies on those left out, [B, A].
-        both_right: Share of the images drawn that two alphas have right, [B, A, A].
+        pairs: Number of images drawn that both alphas of a pair have right, [B, A (A + 1) / 2], whole numbers; pairs
+            in the order of ``numpy.triu_indices``.
         errors: Calibration errors on the images drawn, [B, A]; empty without gaps.
     """
 
     num_images: int
     drawn: FloatArray
     left_out: FloatArray
-    both_right: FloatArray
+    pairs: npt.NDArray[np.float32]
     errors: FloatArray
+
+    @property
+    def both_right(self) -> FloatArray:
+        """Share of the images drawn that two alphas have right, [B, A, A]."""
+        first, second = np.triu_indices(self.drawn.shape[1])
+        place_AA = np.zeros((self.drawn.shape[1],) * 2, int)
+        place_AA[first, second] = place_AA[second, first] = np.arange(len(first))
+        shares: FloatArray = np.take(self.pairs.astype(np.float64) / self.num_images, place_AA, axis=1)
+        return shares
 
 
 def _choose(
@@ -336,7 +347,7 @@ def _choose(
     if len(candidate.alphas) == 1:
         lowest = min(lowest, candidate.alphas[0])
     slopes = spec.slopes(drawn)
-    noise_BAA = np.zeros(sums[spec.id_set].both_right.shape)
+    noise_BAA = np.zeros((*objectives_BA.shape, objectives_BA.shape[1]))
     for name, found in sums.items():
         x, w = found.drawn, slopes[name]
         covariance = found.both_right - x[:, :, None] * x[:, None, :]
@@ -349,22 +360,38 @@ def _sums(
 ) -> list[_Sums]:
     """Returns the means of every candidate over resamples of one set."""
     num_images = correct[0].shape[1]
-    found: list[list[tuple[FloatArray, ...]]] = [[] for _ in correct]
+    found: list[list[tuple[npt.NDArray[Any], ...]]] = [[] for _ in correct]
     for counts in _counts(rng, num_images, num_resamples):
         out = (counts == 0).astype(np.float32)
         num_out = out.sum(axis=1, keepdims=True, dtype=np.float64)
-        for parts, x_An, each in zip(found, correct, gaps, strict=True):
+        pairs, left_out = _products(counts, [_both(x_An) for x_An in correct]), _products(out, correct)
+        for parts, x_An, each, of_pairs, right in zip(found, correct, gaps, pairs, left_out, strict=True):
             first, second = np.triu_indices(len(x_An))
-            both = (x_An[first] & x_An[second]).T.astype(np.float32)
-            means = (counts @ both).astype(np.float64) / num_images  # whole numbers below 2^24: exact
-            both_right = np.zeros((len(counts), len(x_An), len(x_An)))
-            both_right[:, first, second] = both_right[:, second, first] = means
-            left_out = (out @ x_An.T.astype(np.float32)).astype(np.float64) / num_out
+            drawn = of_pairs[:, first == second].astype(np.float64) / num_images
             errors = np.zeros((len(counts), 0))
             if each is not None:
                 errors = _calibration((counts @ each.columns()).astype(np.float64), each)
-            parts.append((means[:, first == second], left_out, both_right, errors))
+            parts.append((drawn, right.astype(np.float64) / num_out, of_pairs, errors))
     return [_Sums(num_images, *(np.concatenate(part) for part in zip(*parts, strict=True))) for parts in found]
+
+
+def _both(x_An: BoolArray) -> BoolArray:
+    """Returns per pair of alphas which images both have right, [A (A + 1) / 2, n]."""
+    first, second = np.triu_indices(len(x_An))
+    both: BoolArray = x_An[first] & x_An[second]
+    return both
+
+
+def _products(weights: npt.NDArray[np.float32], several: Sequence[BoolArray]) -> Iterator[npt.NDArray[np.float32]]:
+    """Yields the product of weights [rows, n] with each of several [columns, n]: whole numbers below 2^24, so exact.
+
+    Many go into one multiplication: by themselves they are so narrow that the threads of BLAS cost more than they do.
+    """
+    together = max(1, _CHUNK // (max(weights.shape) * max(map(len, several))))
+    for first in range(0, len(several), together):
+        part = several[first : first + together]
+        product = weights @ np.concatenate(part).T.astype(np.float32)
+        yield from np.split(product, np.cumsum([len(each) for each in part])[:-1], axis=1)
 
 
 def _calibration(sums: FloatArray, gaps: Gaps) -> FloatArray:
