@@ -352,8 +352,8 @@
     const all = Object.entries(doc.seconds).filter(([name]) => names.has(name) || !place.has(name) && !trials.some((trial) => trial.name === name))
       .map(([name, [began, seconds]]) => ({ name, began: 1000 * began, ms: 1000 * seconds || (byName.get(name)?.outcome === "running" ? Math.max(0, now - 1000 * began) : 0), outcome: byName.get(name)?.outcome ?? "complete", kind: trials.some((trial) => trial.name === name) ? "trial" : isBaseline.has(name) ? "baseline" : "confirm" })).filter((one) => one.ms > 0).sort((a, b) => a.began - b.began);
     if (!all.length) return null;
-    const ends = []; // of the last training on each line
-    for (const one of all) { let lane = ends.findIndex((end) => end <= one.began + 50); if (lane < 0) lane = ends.push(0) - 1; ends[lane] = one.began + one.ms; one.lane = lane; }
+    const ends = []; // of the last training on each line; times are known to a second
+    for (const one of all) { let lane = ends.findIndex((end) => end <= one.began + Math.min(1000, one.ms / 5)); if (lane < 0) lane = ends.push(0) - 1; ends[lane] = one.began + one.ms; one.lane = lane; }
     const tone = { complete: "blue", pruned: "orange", diverged: "best", error: "best", running: "green", stopped: "grey", waiting: "grey", set_aside: "grey" };
     const label = (one) => (one.kind === "trial" ? one.outcome : `${one.kind}, ${one.outcome}`);
     const kinds = [...new Set(all.map(label))];
