@@ -216,7 +216,7 @@ def open_bench(setup: Setup, folder: Path) -> Bench:
 def measure_input(bench: Bench) -> Measured:
     """Measures views alone."""
     device, train = bench.device, bench.train(False, bench.tower.micro_batch, kl_weight=0.0)
-    targets = Targets(bench.clip, torch.zeros(1, 1), bench.source, train, device)  # type: ignore[arg-type]  # as above
+    targets = Targets(bench.clip, torch.zeros(1, 1), bench.source, train, device)  # type: ignore[arg-type]  # it has all of a source that is asked for here
     count, began = 0, 0.0
     with contextlib.closing(loop._views(targets, train, RunContext(), 0, bench.setup.threads)) as batches:  # type: ignore[type-var]  # a generator, declared as what it yields
         for number, batch in enumerate(batches):
@@ -267,7 +267,7 @@ def _activities(is_gpu: bool) -> list[ProfilerActivity]:
 def _views_are_there(bench: Bench) -> Iterator[None]:
     """Has the loop take the same few views for all images, without decoding."""
     source, number = bench.source, np.arange(max(BLOCK, bench.tower.batch_size))
-    made = view_batch(source, number, source.sample_ids[number], 0, 0, 0.9, bench.clip.image_size)  # type: ignore[arg-type]  # as above
+    made = view_batch(source, number, source.sample_ids[number], 0, 0, 0.9, bench.clip.image_size)  # type: ignore[arg-type]  # it has all of a source that is asked for here
     with patch.object(Targets, "_views_of", lambda self, indices, visit, make: made[: len(indices)]):
         yield
 

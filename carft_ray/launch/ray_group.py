@@ -97,9 +97,8 @@ class WorkerGroup:
     def close(self) -> None:
         """Asks the workers to end and waits until they have."""
         if self._is_alive():
-            with contextlib.suppress(
-                StorageError
-            ):  # they end without it: the files are gone, or nothing comes for long
+            # without it they end, too: as soon as the files are gone, or when nothing comes for long
+            with contextlib.suppress(StorageError):
                 files.append_line(self._folder / ORDERS, json.dumps({"number": 0}))
             self._join()
 

@@ -129,7 +129,7 @@ class _Learner:
         """
         seed = (self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63
         torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types there
             torch.cuda.manual_seed(seed)
 
     def save(self) -> None:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any, get_origin
 
 from carft_ray.errors import Problem, nearest
@@ -70,12 +71,16 @@ def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tup
             problems.append(Problem(option, "must have the form key.path=value"))
             continue
         parsed = parse(written, option)
-        is_removed = parsed.value is None and not parsed.problems and _is_entry(path)
-        problem = _path_problem(option, path) or (_missing_problem(option, path, value) if is_removed else None)
+        problem, changed, new = _path_problem(option, path), path, parsed.value
+        if not (problem or parsed.problems) and new is None and _is_entry(path):
+            *above, name = path
+            entries = reduce(_under, above, value)
+            problem, changed = _missing_problem(option, path, entries), tuple(above)
+            new = {key: entry for key, entry in entries.items() if key != name}
         if problem or parsed.problems:
             problems += [problem] if problem else [replace(found, place=option) for found in parsed.problems]
             continue
-        value = _removed(value, path) if is_removed else _set(value, path, parsed.value)
+        value = _set(value, changed, new)
         for known in [known for known in places.options if known[: len(path)] == path]:
             del places.options[known]
         places.options[path] = option
@@ -108,20 +113,17 @@ def _is_entry(path: KeyPath) -> bool:
     return get_origin(kind) is dict and (get_origin(child) is dict or keys_of(child) is not None)
 
 
-def _missing_problem(option: str, path: KeyPath, value: Any) -> Problem | None:
-    for piece in path[:-1]:
-        value = value.get(piece) if isinstance(value, dict) else None
-    there = tuple(map(str, value)) if isinstance(value, dict) else ()
-    if path[-1] in there:
+def _under(value: Any, piece: str | int) -> dict[Any, Any]:
+    """Returns the mapping under a key; an empty one where there is none."""
+    found = value.get(piece) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _missing_problem(option: str, path: KeyPath, entries: dict[Any, Any]) -> Problem | None:
+    if path[-1] in entries:
         return None
-    rule = f"{dotted(path[:-1])} must hold {path[-1]}, which null takes out"
+    rule, there = f"{dotted(path[:-1])} must hold {path[-1]}, which null takes out", tuple(map(str, entries))
     return Problem(option, rule, allowed=there, nearest=nearest(str(path[-1]), there))
-
-
-def _removed(value: dict[Any, Any], path: KeyPath) -> dict[Any, Any]:
-    if len(path) == 1:
-        return {key: each for key, each in value.items() if key != path[0]}
-    return {**value, path[0]: _removed(value[path[0]], path[1:])}
 
 
 def _set(value: Any, path: KeyPath, new: Any) -> Any:

@@ -232,13 +232,13 @@ def _draw_curve(axes: "Axes", curve: Curve) -> None:
     axes.scatter(xs[hollow], ys[hollow], s=20, facecolors="white", edgecolors=_ACCENT, linewidths=1.2, zorder=5)
     axes.errorbar([x], [y], xerr=x_error or None, yerr=y_error or None, color=_ACCENT, linewidth=1, capsize=3, zorder=5)
     axes.scatter([x], [y], s=190, facecolors="none", edgecolors=_ACCENT, linewidths=2.2, zorder=7)
-    style: dict[str, Any] = {"textcoords": "offset points", "color": _ACCENT, "fontsize": 9, "zorder": 8}
-    style["path_effects"] = [withStroke(linewidth=2, foreground="white")]  # readable over lines
+    edge = [withStroke(linewidth=2, foreground="white")]  # readable over lines
+    style: dict[str, Any] = {"textcoords": "offset points", "color": _ACCENT, "fontsize": 9, "path_effects": edge}
     numbered = [axes.transLimits.transform((x, y))]
     for alpha, *point in zip(curve.alphas, xs, ys, strict=True):
         place = axes.transLimits.transform(point)  # share of the axes
         if all(math.dist(place, other) > 0.03 for other in numbered):
-            axes.annotate(f"{alpha:g}", (point[0], point[1]), xytext=(6, 5), **style)
+            axes.annotate(f"{alpha:g}", (point[0], point[1]), xytext=(6, 5), zorder=8, **style)
             numbered.append(place)
 
 

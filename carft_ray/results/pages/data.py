@@ -55,6 +55,7 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
     rows = listing(view, by_objective=False)
     provenance = files.read_json(study_dir / MANIFEST).get(PROVENANCE) or {}
     spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
+    methods = {row.name: method_of(view, row) for row in view.trials}
     document = {
         "study": str(study_dir),
         "name": recipe.name,
@@ -64,8 +65,8 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
         "has_ood": bool(recipe.data.ood_val),
         "objective": {**asdict(spec), "pareto": recipe.search.objective.kind == "pareto"},
         "space": {name: one.model_dump(mode="json") for name, one in recipe.search.space.items()},
-        "methods": dict(Counter(method_of(view, row) for row in view.trials if row.outcome != "running")),
-        "method_of": {row.name: method_of(view, row) for row in view.trials},
+        "methods": dict(Counter(methods[row.name] for row in view.trials if row.outcome != "running")),
+        "method_of": methods,
         "devices": _devices(view),
         "status": status(view),
         "report": None if best is None else study_report(view, reference),
