@@ -427,9 +427,10 @@ def test_a_pass_of_each_side_gives_every_image(tmp_path):
 
 @pytest.mark.slow
 def test_views_are_measured_against_decoding_and_into_a_stand_in_device():
-    row = feeding.view_row((0.5, 50), 2, 1)
-    assert 1 < row.value < 1000
-    assert row.is_met == (row.value <= 1.25)
+    judged, told = feeding.view_rows((0.5, 50), 2, 1)
+    assert 1 < told.value < 1000
+    assert told.target is None
+    assert judged.is_met == (judged.value <= 1.25)
     fed, step = feeding.device_rows(2, 4, 3, 1, False)
     assert fed.value > 0
     assert fed._replace(value=0.9).is_met

@@ -51,6 +51,24 @@ def test_the_groups_of_an_autoscaler_can_be_asked_for():
     assert callable(resolve_name("ray._private.state.state.get_cluster_config"))
 
 
+@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own data sets
+def test_a_lean_trainer_starts_no_actors_for_data_sets_and_leaks(monkeypatch):
+    """That its controller needs no process, too, is seen in test_executors.py, with a Ray."""
+    from ray.train.torch import TorchTrainer
+
+    def names(trainer):
+        return {type(each).__name__ for each in trainer._create_default_callbacks()}
+
+    plain = names(TorchTrainer(print))
+    left_out = plain - names(ray_private.lean(TorchTrainer(print)))
+    assert left_out in ({"DatasetsCallback", "PlacementGroupCleanerCallback"}, {"DatasetsSetupCallback"})
+    assert "BackendSetupCallback" in plain - left_out
+    monkeypatch.delattr(TorchTrainer, "_initialize_and_run_controller", raising=False)
+    monkeypatch.delattr(TorchTrainer.__mro__[1], "_initialize_and_run_controller")
+    with pytest.raises(UsageError, match=r"TorchTrainer\._initialize_and_run_controller, which carft-ray uses"):
+        ray_private.lean(TorchTrainer(print))
+
+
 def test_a_release_without_a_name_is_told_with_release_and_name(monkeypatch):
     monkeypatch.delattr(ray._private.worker, "_worker_logs_enabled")
     with (

@@ -24,6 +24,7 @@ import ray
 from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT
+from carft_ray.launch.ray_cluster.ray_private import lean
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import RAY_FILES, STOP
@@ -139,7 +140,7 @@ def _trainer(runtime: Runtime, folder: Path, name: str, avoid: Sequence[str]) ->
     selector: Row = {"label_selector": anywhere_but(avoid)} if avoid and can_select else {}
     failures: Row = {"max_failures": 0, "controller_failure_limit": 1}
     failures |= {"max_preemption_failures": 0} if counts_apart else {}
-    return TorchTrainer(
+    trainer = TorchTrainer(
         _worker,
         train_loop_config={"runtime": runtime, "folder": folder},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
@@ -156,6 +157,7 @@ def _trainer(runtime: Runtime, folder: Path, name: str, avoid: Sequence[str]) ->
             failure_config=FailureConfig(**failures),
         ),
     )
+    return lean(trainer)
 
 
 def _worker(config: Row) -> None:

@@ -84,26 +84,29 @@ class NestedTrial(tune.Trainable):
         self._group.close()
 
 
-def run_nested(runtime: Runtime, spec: TrialSpec, folder: Path) -> str:
-    """Runs one attempt in a Ray Train group of its own and waits for it; how it ended lies in its folder.
+class NestedRun:
+    """An actor that runs one attempt in a Ray Train group of its own."""
 
-    Args:
-        runtime: How and where trainings run.
-        spec: The attempt.
-        folder: Of the training.
+    def run(self, runtime: Runtime, spec: TrialSpec, folder: Path) -> str:
+        """Waits for the attempt; how it ended lies in its folder.
 
-    Returns:
-        Why the group ended before its time, for an attempt without a message (``causes.explained``); else empty.
-    """
-    group = WorkerGroup(runtime)
-    try:
-        return _run(group, runtime, spec, folder) or ""
-    finally:
-        group.close()
+        Args:
+            runtime: How and where trainings run.
+            spec: The attempt.
+            folder: Of the training.
+
+        Returns:
+            Why the group ended before its time, for an attempt without a message (``causes.explained``); else empty.
+        """
+        group = WorkerGroup(runtime)
+        try:
+            return _run(group, runtime, spec, folder) or ""
+        finally:
+            group.close()
 
 
 def _run(group: WorkerGroup, runtime: Runtime, spec: TrialSpec, folder: Path) -> str | None:
-    """Runs an attempt; returns as ``run_nested``, or None where the group had ended before."""
+    """Runs an attempt; returns as ``NestedRun``, or None where the group had ended before."""
     try:
         return "" if group.run(spec, folder) else None
     except Exception as error:

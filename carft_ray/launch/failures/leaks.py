@@ -2,7 +2,8 @@
 
 When the process that waits for a Ray Train group is killed (by the kernel when memory is full, say), the group's
 controller dies with it, and its placement group stays until the search ends: Ray's own cleaner asks a dashboard that
-need not run. The trials that follow would wait for these resources without a message. So the search removes the group.
+need not run, and is left out. The trials that follow would wait for these resources without a message. So the search
+removes the group.
 """
 
 from collections.abc import Callable, Iterable

@@ -17,7 +17,7 @@ from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
 from carft_ray.launch.ray_cluster.drains import Drains
-from carft_ray.launch.ray_workers import run_nested
+from carft_ray.launch.ray_workers import NestedRun
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
@@ -75,9 +75,8 @@ def train_with_ray(
                 most = runtime.capacity.workers_for(1, runtime.capacity.slots, held=0)
                 runtime = replace(runtime, capacity=replace(runtime.capacity, num_workers=most))
                 with stop_file_on_signal(out_dir / STOP):
-                    # in a task: in this process Ray Train would take Ctrl-C for itself
-                    task: Any = ray.remote(num_cpus=0, resources=HEAD_ONLY, max_retries=0)(run_nested)
-                    gone, leaves = _wait(task.remote(runtime, spec, out_dir), out_dir, attempt, on_epoch)
+                    actor: Any = ray.remote(num_cpus=0, resources=HEAD_ONLY)(NestedRun).remote()
+                    gone, leaves = _wait(actor.run.remote(runtime, spec, out_dir), out_dir, attempt, on_epoch)
         finally:
             shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
         if (result := outcome.read_result(out_dir)) is not None:
