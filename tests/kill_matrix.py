@@ -27,7 +27,7 @@ import stand_in
 from carft_ray.study.rows import baselines, confirmations, trials
 
 NUM_CONFIRM_KILLS, NUM_WORKER_KILLS = 5, 6
-AT_A_TIME = {"inline": 32, "ray-train": 8}  # trainings on four nodes; a group of Ray Train has nine processes
+AT_A_TIME = {"inline": 32, "ray-train": 8}  # trainings on four nodes; a group of Ray Train has four processes
 CALM = "numbers of one left in peace"
 HEADER = ("killed", "executor", "times", "outcome", "lost trials", "begun again", "seconds each")
 

@@ -208,10 +208,6 @@ def fill_views(
     """
     if sample_ids.shape != indices.shape:
         raise ValueError(f"one sample id per index must be given, but got {sample_ids.shape} and {indices.shape}")
-    image_size = views_BHWC.shape[1]
-    if isinstance(images, np.ndarray) and crop_scale == 1 and images.shape[1] == images.shape[2] == image_size:
-        views_BHWC[:] = images[indices]  # every box is the whole image and the resize a copy
-        return
     draws = _tries(seed, sample_ids, visit, crop_scale)
     for view, index, tries in zip(views_BHWC, indices.tolist(), draws, strict=True):
         _show(images[index] if isinstance(images, np.ndarray) else images.pixels(index), tries, view)
@@ -234,6 +230,9 @@ def resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
     """
     import torch  # not at the top: what is read of this module by quick commands needs no torch
 
+    if crop_HWC.shape == view_HWC.shape:  # the same pixels, without the call
+        view_HWC[:] = crop_HWC
+        return
     if not crop_HWC.flags.writeable:
         crop_HWC = crop_HWC.copy()  # torch warns of arrays that are read-only
     crop_BCHW, view_BCHW = (torch.from_numpy(each[None].transpose(0, 3, 1, 2)) for each in (crop_HWC, view_HWC))
