@@ -38,7 +38,7 @@ def _gpu(full: bool) -> list[Row]:
 PARTS = {
     "views": Part("a view against decoding; views into a stand-in device", lambda full: feeding.rows(not full)),
     "steps": Part(
-        "loop against a resident batch; CAR-FT against plain", lambda full: steps.step_rows(9 if full else 4)
+        "loop against a resident batch; CAR-FT against plain", lambda full: steps.step_rows(15 if full else 8)
     ),
     "first": Part("first step of the first trial", lambda full: steps.first_rows(5 if full else 3)),
     "curve": Part("alpha curve against its training", lambda full: curve.rows()),

@@ -103,6 +103,9 @@ class _Learner:
     saved_at: float = field(default_factory=lambda: time.monotonic())  # the last checkpoint, or the start
     means: _Means = field(default_factory=_Means)
 
+    def __post_init__(self) -> None:
+        self.parameters = list(self.classifier.parameters())
+
     def state(self) -> dict[str, Tensor]:
         return {**self.classifier.state(), **copies(self.average)}
 
@@ -114,7 +117,7 @@ class _Learner:
             factor = self.context.world_size / batch_size
             target_BT = targets.of(batch.parts)
             sums = loss.backward(model, batch.pixels_BHWC, batch.labels_B, target_BT, factor)
-            grad_norm = clip_gradients(self.classifier, self.train.clip_norm)
+            grad_norm = clip_gradients(self.classifier, self.parameters, self.train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

@@ -71,12 +71,17 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["lr_factor"]
 
 
-def clip_gradients(classifier: ImageClassifier, max_norm: float | None) -> Tensor:
+def clip_gradients(classifier: ImageClassifier, parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
     """Clips the gradients to ``max_norm`` (None: not at all) and returns their norm before clipping, a scalar.
 
     The norm is that of the folded form, whichever form the head has.
+
+    Args:
+        classifier: Whose head has a form.
+        parameters: All of the classifier's; collecting them takes longer than some of their steps.
+        max_norm: The bound.
     """
-    graded = [(p, p.grad) for p in classifier.parameters() if p.grad is not None]
+    graded = [(p, p.grad) for p in parameters if p.grad is not None]
     unit_head = classifier.class_head if classifier.form == "unit" else None
     norm = nn.utils.get_total_norm([g / classifier.logit_scale if p is unit_head else g for p, g in graded])
     if max_norm is not None:
