@@ -49,9 +49,12 @@ class Curve:
     shares: dict[float, float] = field(default_factory=dict)
 
     def measure(self, alpha: float) -> None:
-        """Evaluates all images at an alpha."""
-        self.tables[alpha] = self.at(alpha, None)
-        self.shares.pop(alpha, None)
+        """Evaluates all images at an alpha; of a partial point those that it has not."""
+        if self.shares.pop(alpha, None) is None:
+            self.tables[alpha] = self.at(alpha, None)
+        else:
+            rows = ~self._carried(alpha)[1]
+            self.tables[alpha] = with_rows(self.tables[alpha], alpha, rows, self.at(alpha, rows))
 
     def measure_part(self, alpha: float) -> None:
         """Evaluates the images that are not settled at an alpha; its neighbours in full must be there."""
