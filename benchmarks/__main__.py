@@ -1,7 +1,7 @@
 """Each row of the targets for speed, by one command: ``python -m benchmarks --quick``
 
 Ratios are of sides that were measured in this run, so any machine will do that does nothing else; what is absolute says
-its unit. ``--quick`` (the default) takes 16 minutes on two cores, ``--full`` more turns and 16 trainings of the
+its unit. ``--quick`` (the default) takes 11 minutes on two cores, ``--full`` more turns and 16 trainings of the
 script. ``--rows NAME ...`` measures some. The row of the GPU needs one; ``python -m benchmarks.gpu`` says more.
 """
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="16 minutes on two cores (the default)")
+    size.add_argument("--quick", action="store_true", help="11 minutes on two cores (the default)")
     size.add_argument("--full", action="store_true", help="more turns, and 16 trainings of the script")
     parser.add_argument("--rows", nargs="+", choices=PARTS, metavar="NAME", help="which, see below (all)")
     parser.add_argument("--json", action="store_true", help="all numbers as JSON; the lines go to standard error")
