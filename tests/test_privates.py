@@ -53,7 +53,7 @@ def test_the_groups_of_an_autoscaler_can_be_asked_for():
 
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own data sets
 def test_a_lean_trainer_starts_no_actors_for_data_sets_and_leaks(monkeypatch):
-    """That its controller needs no process, too, is seen in test_executors.py, with a Ray."""
+    """Trainings by it, with its controller in their own process, are in test_executors.py, with a Ray."""
     from ray.train.torch import TorchTrainer
 
     def names(trainer):

@@ -41,20 +41,19 @@ class Curve:
     Attributes:
         at: Evaluates.
         tables: Predictions at every point, of all images; alpha 0 is there from the start.
-        shares: Share of the images that were evaluated, of the partial points alone.
+        partial: Which images were evaluated, of the partial points alone.
     """
 
     at: At
     tables: dict[float, pa.Table]
-    shares: dict[float, float] = field(default_factory=dict)
+    partial: dict[float, BoolArray] = field(default_factory=dict)
 
     def measure(self, alpha: float) -> None:
         """Evaluates all images at an alpha; of a partial point those that it has not."""
-        if self.shares.pop(alpha, None) is None:
+        if (evaluated := self.partial.pop(alpha, None)) is None:
             self.tables[alpha] = self.at(alpha, None)
         else:
-            rows = ~self._carried(alpha)[1]
-            self.tables[alpha] = with_rows(self.tables[alpha], alpha, rows, self.at(alpha, rows))
+            self.tables[alpha] = with_rows(self.tables[alpha], alpha, ~evaluated, self.at(alpha, ~evaluated))
 
     def measure_part(self, alpha: float) -> None:
         """Evaluates the images that are not settled at an alpha; its neighbours in full must be there."""
@@ -63,7 +62,7 @@ class Curve:
             self.measure(alpha)
         else:
             self.tables[alpha] = with_rows(nearer, alpha, rows, self.at(alpha, rows))
-            self.shares[alpha] = float(rows.mean())
+            self.partial[alpha] = rows
 
     def missed(self, alpha: float, spec: ObjectiveSpec) -> float:
         """Returns by how much the objective of a partial point differs from that of all images, which are there."""
@@ -81,7 +80,7 @@ class Curve:
         """Returns metrics and violations of every point, and of a partial one the share that was ``evaluated``."""
         return [
             {"alpha": alpha, **metrics_at(table, spec, alpha), **violations_at(table, bounds, alpha)}
-            | ({"evaluated": self.shares[alpha]} if alpha in self.shares else {})
+            | ({"evaluated": float(self.partial[alpha].mean())} if alpha in self.partial else {})
             for alpha, table in sorted(self.tables.items())
         ]
 
@@ -144,10 +143,10 @@ def measure_curve(
         for alpha in further:
             (curve.measure_part if in_part else curve.measure)(alpha)
         profile = curve.profile(alphas, spec, lowest, bounds)
-    while (alpha := profile.choice.alpha) not in curve.tables or alpha in curve.shares:
+    while (alpha := profile.choice.alpha) not in curve.tables or alpha in curve.partial:
         curve.measure(alpha)
         if in_part and curve.missed(alpha, spec) > MAX_MISSED * neighbour_se(profile.noise_AA[None])[0]:
-            for partial in list(curve.shares):
+            for partial in list(curve.partial):
                 curve.measure(partial)
         profile = curve.profile(alphas, spec, lowest, bounds)
     choice = profile.choice

@@ -85,7 +85,7 @@ class NestedTrial(tune.Trainable):
 
 
 class NestedRun:
-    """An actor that runs one attempt in a Ray Train group of its own."""
+    """Runs one attempt in a Ray Train group of its own; an actor, in which alone ``ray_private.lean`` works."""
 
     def run(self, runtime: Runtime, spec: TrialSpec, folder: Path) -> str:
         """Waits for the attempt; how it ended lies in its folder.
