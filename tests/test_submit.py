@@ -326,7 +326,7 @@ def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, da
     assert "must be like" in message("auto")
     assert "an unknown host" in message("http://no-such-host.invalid:8265")
     dashboard.version = "2.9.1"
-    assert "must run Ray <2.61,>=2.52, but got 2.9.1" in message(dashboard.address)
+    assert "must run Ray <2.61,>=2.55, but got 2.9.1" in message(dashboard.address)
     dashboard.version = None
     assert "must be the dashboard of a Ray, but got another web page" in message(dashboard.address)
     dashboard.version = stub_dashboard.RAY_VERSION
