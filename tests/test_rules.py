@@ -32,6 +32,7 @@ TOP_FILES = {
     "layout": "base",
     "environment": "base",
     "words": "base",
+    "untrusted": "base",
     "api": "cli",
     "answers": "cli",
     "actions": "cli",

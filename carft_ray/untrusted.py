@@ -1,0 +1,143 @@
+"""The gates for what comes from others: files read whole, names that become paths, text that is shown.
+
+Recipes, tables, images, weights and studies come from strangers. What reads a file of theirs whole, makes a path of a
+name of theirs, or shows a text of theirs, does it through here; a test walks the package for calls that go around.
+Images have a gate of their own, ``data.images``.
+"""
+
+import os
+import re
+import stat
+import unicodedata
+from pathlib import Path
+
+from carft_ray.errors import CarftError, DataError, Problem
+
+MOST_TEXT_BYTES = 64 * 2**20  # of a file that is read whole and is no image: a list of 1,000,000 names has 30 MB
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+_SHOWN_WHITE_SPACE = "\n\t"
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "#$%&_{}"},
+}
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+.!|~&-])")
+
+
+def read_regular(path: Path, most_bytes: int = MOST_TEXT_BYTES, error: type[CarftError] = DataError) -> bytes:
+    """Returns the content of a regular file; never waits for a writer, never reads more than the limit.
+
+    Args:
+        path: The file; links are followed.
+        most_bytes: The limit.
+        error: What is raised for a file that is none, or too large.
+
+    Raises:
+        CarftError: ``error``: it is a folder, pipe, device or socket, has more bytes, or its name cannot be one.
+        OSError: It is missing or cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as cause:  # a NUL in the name
+        raise error(Problem(visible(str(path)), "must be the name of a file", f"one with {cause}")) from cause
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
+            raise error(Problem(visible(str(path)), "must be a regular file", kind))
+        size, content = found.st_size, b""
+        if size <= most_bytes:
+            with open(handle, "rb", closefd=False) as file:
+                content = file.read(most_bytes + 1)  # some systems say that a file has no bytes until it is read
+            size = len(content)
+        if size > most_bytes:
+            rule = f"must have at most {most_bytes:,} bytes, since it is read whole"
+            raise error(Problem(visible(str(path)), rule, f"{size:,}"))
+    finally:
+        os.close(handle)
+    return content
+
+
+def read_text(path: Path, most_bytes: int = MOST_TEXT_BYTES, error: type[CarftError] = DataError) -> str:
+    """As ``read_regular``, for text in UTF-8; a byte order mark is left out.
+
+    Raises:
+        CarftError: As ``read_regular``, or it is no UTF-8.
+        OSError: As there.
+    """
+    content = read_regular(path, most_bytes, error)
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as cause:
+        rule = f"must be text in UTF-8, but byte {cause.start:,} is not"
+        raise error(Problem(visible(str(path)), rule)) from cause
+
+
+def is_name(text: str) -> bool:
+    """Tells whether a text may become the name of a file or folder: letters, digits, ``. _ -``, at most 200."""
+    return _NAME.fullmatch(text) is not None
+
+
+def require_inside(folder: Path, path: Path, error: type[CarftError]) -> None:
+    """Refuses a place that is to be written or removed and lies outside a folder, or behind a link in it.
+
+    Args:
+        folder: The folder; it may be a link itself.
+        path: A place below it, which need not be there.
+        error: What is raised.
+
+    Raises:
+        CarftError: ``error``.
+    """
+    steps = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
+    if not steps or ".." in steps:
+        raise error(Problem(visible(str(path)), f"must lie in {folder}"))
+    here = folder
+    for step in steps:
+        here = here / step
+        if here.is_symlink():
+            rule = f"must not lie behind a link, but {here} is one"
+            step_on = "Remove the link, or put what it leads to in its place."
+            raise error(Problem(visible(str(path)), rule, next_step=step_on))
+
+
+def visible(text: str) -> str:
+    r"""Returns text that a terminal, a log or a page shows as it is: what steers them is written out.
+
+    Control characters but newline and tab, marks that change the direction of text, and halves of surrogate pairs
+    become ``\x1b``, ``\u202e`` and the like.
+    """
+    return "".join(map(_visible, text)) if not text.isascii() or not text.isprintable() else text
+
+
+def _visible(character: str) -> str:
+    if character in _SHOWN_WHITE_SPACE:
+        return character
+    is_hidden = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    if is_hidden or unicodedata.bidirectional(character) in _DIRECTIONS or character in "\u200e\u200f\u061c":
+        return character.encode("unicode_escape").decode("ascii")
+    return character
+
+
+def latex(text: str) -> str:
+    """Returns text for LaTeX: each character that has a meaning there is written out."""
+    return "".join(_LATEX.get(character, character) for character in visible(text))
+
+
+def markdown(text: str) -> str:
+    """Returns text for one line of Markdown: each character that has a meaning there, or in HTML, is escaped."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(visible(text).split()))
+
+
+def csv_cell(text: str) -> str:
+    """Returns text for a cell of a table that spreadsheets open: one that would be a formula begins with ``'``."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text

@@ -1,0 +1,101 @@
+"""The gates for files, names and texts of strangers."""
+
+import os
+import socket
+
+import pytest
+
+from carft_ray.errors import DataError, RecipeError, StorageError
+from carft_ray.untrusted import csv_cell, is_name, latex, markdown, read_regular, read_text, require_inside, visible
+
+
+def test_a_regular_file_is_read_whole_through_links(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn")
+    (tmp_path / "link").symlink_to("a")
+    assert read_regular(tmp_path / "link") == b"\xef\xbb\xbfgr\xc3\xbcn"
+    assert read_text(tmp_path / "link") == "grün"
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "b")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        with pytest.raises(OSError):  # noqa: PT011  # the system's own, ENXIO
+            read_regular(tmp_path / "socket")
+    for name, kind in (("pipe", "a named pipe"), ("/dev/zero", "a device"), (".", "a folder")):
+        with pytest.raises(RecipeError, match=f"must be a regular file, but got {kind}$"):
+            read_regular(tmp_path / name, error=RecipeError)
+    with pytest.raises(DataError, match=r"a\\x00b: must be the name of a file"):
+        read_regular(tmp_path / "a\0b")
+
+
+def test_a_file_over_the_limit_is_not_read(tmp_path):
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(10**12)
+    with pytest.raises(DataError, match="at most 67,108,864 bytes, since it is read whole, but got 1,000,000,000,000"):
+        read_regular(tmp_path / "sparse")
+    (tmp_path / "small").write_bytes(b"123")
+    assert read_regular(tmp_path / "small", most_bytes=3) == b"123"
+    with pytest.raises(DataError, match="at most 2 bytes"):
+        read_regular(tmp_path / "small", most_bytes=2)
+    with pytest.raises(DataError, match="at most 2 bytes"):
+        read_regular("/proc/self/status", most_bytes=2)  # its size is said to be 0
+
+
+def test_text_that_is_no_utf_8_is_told_with_its_place(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match="must be text in UTF-8, but byte 3 is not"):
+        read_text(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["t0001-ab", "a", "A.b_c-9", "x" * 200])
+def test_plain_words_are_names(name):
+    assert is_name(name)
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".a", "-a", "a/b", "../a", "/a", "a\n", "a\0", "ü", "a b", "x" * 201])
+def test_what_may_leave_a_folder_is_no_name(name):
+    assert not is_name(name)
+
+
+def test_a_place_outside_or_behind_a_link_is_refused(tmp_path):
+    folder, elsewhere = tmp_path / "study", tmp_path / "elsewhere"
+    (folder / "trials").mkdir(parents=True)
+    elsewhere.mkdir()
+    (folder / "link").symlink_to(elsewhere)
+    (tmp_path / "linked").symlink_to(folder)
+    require_inside(folder, folder / "trials" / "new", StorageError)
+    require_inside(tmp_path / "linked", tmp_path / "linked" / "trials", StorageError)
+    for path in (folder, elsewhere, folder / ".." / "elsewhere", folder / "trials" / ".." / ".." / "x"):
+        with pytest.raises(StorageError, match="must lie in"):
+            require_inside(folder, path, StorageError)
+    for path in (folder / "link", folder / "link" / "new"):
+        with pytest.raises(StorageError, match=r"must not lie behind a link, but .*link is one"):
+            require_inside(folder, path, StorageError)
+
+
+def test_what_steers_a_terminal_or_the_direction_of_text_is_written_out():
+    assert visible("a\tb\nüñ 日本 [red] e\u0301") == "a\tb\nüñ 日本 [red] e\u0301"
+    assert visible("\x1b]0;x\x07") == r"\x1b]0;x\x07"
+    assert visible("a\u202eb\u2066c\u200fd\r\x9b\ud800\u2028") == r"a\u202eb\u2066c\u200fd\r\x9b\ud800\u2028"
+
+
+def test_latex_and_markdown_show_each_character_as_it_is():
+    assert latex(r"50 % of {a}_b\input{x} ~^$&#") == (
+        r"50 \% of \{a\}\_b\textbackslash{}input\{x\} \textasciitilde{}\textasciicircum{}\$\&\#"
+    )
+    assert markdown("a\n# <b> [x](y) `c`") == r"a \# \<b\> \[x\]\(y\) \`c\`"
+
+
+def test_a_cell_that_would_be_a_formula_begins_with_an_apostrophe():
+    assert [csv_cell(text) for text in ("=1+1", "+1", "-1", "@a", "a=1", "")] == [
+        "'=1+1",
+        "'+1",
+        "'-1",
+        "'@a",
+        "a=1",
+        "",
+    ]
