@@ -31,7 +31,7 @@ from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialSpec, must_leave, write_failure
-from carft_ray.study.recovery import recover_running
+from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
 
@@ -226,6 +226,19 @@ def test_five_failures_and_no_success_end_the_search_with_the_commonest_reason(t
     assert failure.exit_code == 6
     assert "3 of 5 failed in this way: too high" in str(failure)
     assert "log.txt" in str(failure)
+
+
+def test_trainings_that_are_no_trials_say_nothing_about_the_search(tmp_path):
+    """A plan, and a confirm of values that were given: however many end, no trial is the best, and none is expected."""
+    with open_study(tmp_path / "study", make_recipe(6)) as study:
+        recover_confirm(study, {f"probe-{number}": {} for number in range(9)})
+        tune = Tune(Driver(study, AtATime(8), lambda event: None))
+        for trial in [tune.start() for _ in range(8)]:
+            tune.finish(trial)
+        tune.fail(tune.start(), "diverged")
+        assert tune.driver.failure is None
+        assert tune.start() == Searcher.FINISHED
+        assert [row.outcome for row in study.rows("confirm")] == ["complete"] * 8 + ["diverged"]
 
 
 @pytest.mark.slow

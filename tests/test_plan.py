@@ -185,7 +185,8 @@ def test_a_plan_measures_over_ray_and_leaves_nothing_behind(tmp_path, monkeypatc
     recipe = short_training.make(tmp_path)
     cache = tmp_path / "cache"
     study = tmp_path / "studies" / "short"
-    settings = [f"data.cache_dir={cache}", "search.max_concurrent_trials=2", "search.baselines={plain: {kl_weight: 0}}"]
+    settings = [f"data.cache_dir={cache}", "search.max_concurrent_trials=3", "search.baselines={plain: {kl_weight: 0}}"]
+    settings.append("resources.cpus_per_worker=0.25")  # three at a time, on any machine
     words = [word for setting in settings for word in ("--set", setting)]
     before = {path.name for path in tmp_path.iterdir()}
     capsys.readouterr()

@@ -387,9 +387,10 @@ class Driver:
         if row.kind == "baseline":
             self.on_event(events.BaselineFinished(row))
             return
-        if row.outcome != "pruned":  # neither well nor badly
-            self._ended.append(row)
-        if row.kind == "trial":  # a fresh seed finds nothing better; a new point of a front may change which is best
+        if row.kind == "trial":  # a fresh seed, or a probe, finds nothing better and says nothing about the search
+            if row.outcome != "pruned":  # neither well nor badly
+                self._ended.append(row)
+            # a new point of a front may change which is best
             is_pareto = self.study.recipe.search.objective.kind == "pareto"
             self._best = best_row(self.study.rows() if is_pareto else filter(None, (self._best, row)))
         name = self._best.name if self._best and row.kind == "trial" else ""
