@@ -35,6 +35,7 @@ class Pictures:
     log_path: Path | None = None
     delay_s: float = 0.0
     groups: None = None
+    home: str = "/nowhere"
 
     @property
     def labels(self):

@@ -40,7 +40,7 @@ from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource, selection
 from carft_ray.data.shared.same_picture import WHOLE, Box, inside_border, may_have_border
-from carft_ray.data.source import IntArray, PixelArray, Source
+from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem
 
 FORMAT_VERSION = 2  # rises when other things are found in the same files
@@ -183,11 +183,6 @@ def without_bad_images(
         rule = "there must be at least one image that can be decoded"
         raise DataError(Problem(source.name, rule, f"none of {len(bad)}, such as {next(iter(bad.values()))}"))
     return left
-
-
-def identity(source: Source) -> str:
-    """Returns the fingerprint of a set and where its files are: archives give many files one date and one size."""
-    return f"{source.fingerprint} {source.home}"
 
 
 def thumbnails_of(pixels: PixelArray, size: tuple[int, int] | None = None) -> PixelArray:

@@ -35,7 +35,7 @@ class Source(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """A text that changes when any image, label or id of the set may have changed; not a secret, not a path."""
+        """A text that changes when any image, label or id may have changed, not a path. For keys: ``identity``."""
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...] | None:
@@ -64,6 +64,18 @@ class Source(Protocol):
         Raises:
             DataError: The image cannot be read.
         """
+
+
+def identity(source: Source) -> str:
+    """Returns what names the images of a set in every key of what is kept of them: the fingerprint and their place.
+
+    Archives give many files one date and one size, so the fingerprints of two folders may be equal. The place is that
+    where the set was listed: nodes that map a set that the driver has listed (``data.listed_sets``) agree in it.
+
+    Raises:
+        DataError: A file has vanished.
+    """
+    return f"{source.fingerprint} {source.home}"
 
 
 class DerivedSource:

@@ -12,7 +12,7 @@ from carft_ray.data.caching.packed import PackedSource, pays
 from carft_ray.data.listed_sets import TRAIN, ListedSource, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sets import cache_dir, class_words
-from carft_ray.data.source import ImageSet, Source
+from carft_ray.data.source import ImageSet, Source, identity
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
@@ -92,7 +92,7 @@ def load_shared_inputs(
 
         validation = tuple(decoded(name) for name in sources if name != TRAIN)
         names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts, SANDBOX_TEMPLATES)
-        key = json.dumps([clip.weights_hash, names, prompts, [source.fingerprint for source in sources.values()]])
+        key = json.dumps([clip.weights_hash, names, prompts, list(map(identity, sources.values()))])
         _loaded.clear()
         _loaded[asked] = SharedInputs(clip, names, prompts, train, validation, sources, key)
     return _loaded[asked]

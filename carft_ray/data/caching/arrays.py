@@ -1,7 +1,8 @@
 """Decoded sets: images of one size in the cache, shared by all processes through the page cache.
 
 The file is a single record batch with the columns image (fixed-size binary, H*W*3 bytes), label (int64) and sample_id
-(uint64), so that each column is one contiguous buffer. The key is a hash of what the pixels depend on.
+(uint64), so that each column is one contiguous buffer. The key is a hash of what the pixels depend on, and of
+their place.
 
 Shape letters: N images, H height, W width.
 """
@@ -20,11 +21,11 @@ from carft_ray.data.caching import cache
 from carft_ray.data.caching.index import required
 from carft_ray.data.content import in_order
 from carft_ray.data.images import DECODERS
-from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source
+from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem
 from carft_ray.files import fsync_file
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 Transform = Callable[[Image.Image], Image.Image]
 OnImage = Callable[[int, int], None]  # may raise to end a build, of which nothing stays then
@@ -72,7 +73,7 @@ def image_set(
         size = f"{width} x {height}"
         return {**about(source, "decoded"), "image_size": size, "transform": transform_key}
 
-    parts = [FORMAT_VERSION, source.fingerprint, transform_key, DECODERS]
+    parts = [FORMAT_VERSION, identity(source), transform_key, DECODERS]
     return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb, waiting(source, on_image))
 
 

@@ -9,7 +9,7 @@ With ``data.resize_short_side`` larger images are made smaller once and kept as 
 these. Decoding takes most of the time of a view, and its time goes by the number of pixels.
 
 The file has the columns image (large binary), label (int64) and sample_id (uint64), in record batches of about
-``BATCH_BYTES``. The key is a hash of the fingerprint of the source, and of what makes images smaller.
+``BATCH_BYTES``. The key is a hash of the identity of the source, and of what makes images smaller.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from carft_ray.data.content import in_order
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listed_sets import ListedSource
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.source import DerivedSource, PixelArray
+from carft_ray.data.source import DerivedSource, PixelArray, identity
 from carft_ray.data.views import resize
 from carft_ray.errors import DataError, Problem
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 BATCH_BYTES = 32 * 10**6  # held in memory while the file is written
 QUALITY = 95  # of the JPEGs of images that were made smaller
 
@@ -79,7 +79,7 @@ class PackedSource(DerivedSource):
             return about(source, "packed")
 
         smaller = [] if short_side is None else [short_side, QUALITY, DECODERS]
-        key = cache.key_of(["packed", FORMAT_VERSION, source.fingerprint, *smaller])
+        key = cache.key_of(["packed", FORMAT_VERSION, identity(source), *smaller])
         super().__init__(source)  # ``content`` is for hashes: of the files themselves, as they are now
         self._decode = source.decode
         self._images = cache.entry(cache_dir, key, read, build, limit_gb, waiting(source, on_image))["image"]

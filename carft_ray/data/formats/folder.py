@@ -75,6 +75,10 @@ def file_listing(
     def place(index: int) -> str:
         return os.path.join(root, paths[index])  # quicker than of a Path, and asked twice of every image
 
+    def stamp(index: int) -> str:
+        found = checked_stamp(root / paths[index])
+        return found if files is None else f"{paths[index]}\0{found}"  # two lists may give one name to two files
+
     return Listing(
         kind=kind,
         home=os.path.realpath(root),
@@ -82,7 +86,7 @@ def file_listing(
         classes=classes,
         found=tuple(found),
         read=lambda index: read_bytes(place(index)),
-        stamp=functools.cache(lambda index: checked_stamp(root / paths[index])),
+        stamp=functools.cache(stamp),
         place=place,
         are_files=True,
     )

@@ -121,6 +121,13 @@ def list_rows(spec: ColumnSet, files: Sequence[Path], place: str, kind: str = KI
     if columns.has_paths:
         return file_listing(kind, root, ids, classes, found, files=paths)
     stamps, is_parquet = container_stamps(files), files[0].suffix.lower() == ".parquet"
+
+    def stamp(index: int) -> str:
+        number, row = at(index)
+        return (
+            f"{columns.image}\0{files[number].name}\0{row}\0{stamps(number)}"  # two sets may give one id to two images
+        )
+
     read, place_of = _reading(files, columns.image, at, 2 if is_parquet else 256)
     return Listing(
         kind=kind,
@@ -129,7 +136,7 @@ def list_rows(spec: ColumnSet, files: Sequence[Path], place: str, kind: str = KI
         classes=classes,
         found=found,
         read=read,
-        stamp=lambda index: stamps(at(index)[0]),
+        stamp=stamp,
         place=place_of,
         in_order=is_parquet,
     )
