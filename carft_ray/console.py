@@ -1,19 +1,21 @@
-"""What people see: tables, progress and messages. Results go to standard output, everything else to standard error."""
+"""What people see: tables and messages. Results go to standard output, everything else to standard error.
 
-import contextlib
+Texts of data are no markup here, and what steers a terminal is written out (``plain``).
+"""
+
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from carft_ray.errors import CarftError, InterruptedRunError
+from carft_ray.untrusted import visible
 
 if TYPE_CHECKING:
     from carft_ray.data.caching.cache import Entry
@@ -24,14 +26,22 @@ out = Console(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WID
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
-def show(text: str) -> None:
-    """Prints a part of the result; plain text, no markup."""
-    out.print(text, markup=False, soft_wrap=True)
+def plain(text: str, style: str = "") -> Text:
+    """Returns text for a terminal or a notebook as it is."""
+    return Text(visible(text), style)
 
 
-def say(text: str) -> None:
-    """Prints what happens; plain text, no markup."""
-    err.print(text, markup=False)
+def show(what: str | Table = "") -> None:
+    """Prints a part of the result."""
+    if isinstance(what, str):
+        out.print(plain(what), soft_wrap=True)
+    else:
+        out.print(what)
+
+
+def say(what: str | Table, style: str = "") -> None:
+    """Prints what happens."""
+    err.print(plain(what, style) if isinstance(what, str) else what)
 
 
 def sayer(show: bool) -> Callable[[str], None]:
@@ -41,26 +51,26 @@ def sayer(show: bool) -> Callable[[str], None]:
 
 def warn(text: str) -> None:
     """Warns of a setting without effect or something left out."""
-    err.print(f"warning: {text}", style="yellow", markup=False)
+    say(f"warning: {text}", "yellow")
 
 
 def show_error(error: CarftError) -> None:
     """Prints all problems of an error; a stop that was asked for is none."""
     if isinstance(error, InterruptedRunError):
-        err.print(str(error), style="yellow", markup=False)
+        say(str(error), "yellow")
         return
     several = len(error.problems) > 1
     if several:
-        err.print(f"error: {len(error.problems)} problems", style="bold red", markup=False)
+        say(f"error: {len(error.problems)} problems", "bold red")
     for problem in error.problems:
-        err.print(f"{'  - ' if several else 'error: '}{problem}", style="red", markup=False)
+        say(f"{'  - ' if several else 'error: '}{problem}", "red")
 
 
 def next_step(*commands: str) -> None:
     """Prints the next useful commands."""
-    err.print("\nNext:", style="bold")
+    say("\nNext:", "bold")
     for command in commands:
-        err.print(f"  {command}", markup=False)
+        say(f"  {command}")
 
 
 def print_json(value: Any, asked: bool = True) -> bool:
@@ -122,14 +132,16 @@ def table(
 
     Args:
         columns: Names, or columns with a way of their own (``numbers``).
-        rows: Texts; markup in them counts.
+        rows: Texts.
         best: For each row whether it stands out; none does where it is empty.
         style: How they do.
     """
-    headers = (Column(one, no_wrap=not index) if isinstance(one, str) else one for index, one in enumerate(columns))
+    headers = [Column(one, no_wrap=not index) if isinstance(one, str) else one for index, one in enumerate(columns)]
+    for column in headers:
+        column.header = plain(str(column.header))
     made = Table(*headers, box=None, pad_edge=False, header_style="bold")
     for row, stands_out in zip(rows, best or itertools.repeat(False), strict=False):
-        made.add_row(*row, style=style if stands_out else None)
+        made.add_row(*map(plain, row), style=style if stands_out else None)
     return made
 
 
@@ -217,7 +229,7 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     titles = numbers(*names, "alpha", "ID, %", "OOD, %", "objective, %", "time")
     made = table(["", *titles, Column("", max_width=40)], lines, [row["best"] for row in rows])
     if any(row["fitted"] for row in rows):
-        made.caption, made.caption_justify = FITTED, "left"
+        made.caption, made.caption_justify = plain(FITTED), "left"
     return made
 
 
@@ -304,7 +316,7 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
 def fact_table(facts: Mapping[str, str]) -> Table:
     """Returns a table of names and what there is to say of each."""
     columns = [Column(style="bold", no_wrap=True), Column(overflow="fold")]
-    made = table(columns, ((name, escape(text)) for name, text in facts.items()))
+    made = table(columns, list(facts.items()))
     made.show_header = False
     return made
 
@@ -376,29 +388,9 @@ def node_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         cells["carft-ray"] = row["fault"] or row["carft_ray"] or "none"
         lines.append((row["name"], cells))
     columns = dict.fromkeys(name for _, cells in lines for name, text in cells.items() if text)
-    shown = [[name, *(escape(cells[column]) for column in columns)] for name, cells in lines]
+    shown = [[name, *map(cells.__getitem__, columns)] for name, cells in lines]
     return table(["node", *numbers(*columns)], shown, [bool(row["fault"]) for row in rows], "red")
 
 
 def _range(of: Mapping[str, Any]) -> str:
     return f"{of['min']}" if of["min"] == of["max"] else f"{of['min']} to {of['max']}"
-
-
-def progress_bars() -> Progress:
-    """Returns bars with a count, a text (the field ``detail``) and the time left."""
-    count, detail = MofNCompleteColumn(), TextColumn("{task.fields[detail]}")
-    columns = (TextColumn("{task.description}"), BarColumn(), count, detail, TimeRemainingColumn())
-    return Progress(*columns, console=err, transient=True)
-
-
-@contextlib.contextmanager
-def counting() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
-    """Gives a function from the name of a task to a callback (done, in all); the tasks are bars on a terminal."""
-    bars = progress_bars()
-
-    def begin(what: str) -> Callable[[int, int], None]:
-        task = bars.add_task(what, total=None, visible=err.is_terminal, detail="")
-        return lambda done, total: bars.update(task, completed=done, total=total)
-
-    with bars if err.is_terminal else contextlib.nullcontext():
-        yield begin

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from carft_ray import console, files
+from carft_ray.untrusted import visible
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
@@ -186,7 +187,7 @@ class SearchView:
             lines += [self._running_line(each) for each in shown]
             yield _fitting_table(lines, width)
         if any(row.fitted for row in (*baselines, *best, *latest)):
-            yield Text(f"  {console.FITTED}", style="dim")
+            yield console.plain(f"  {console.FITTED}", "dim")
         if len(running) > len(shown):
             yield Text(f"  and {len(running) - len(shown)} more, running", style="dim")
         if any("subset/id_accuracy" in each.metrics for each in shown):
@@ -195,7 +196,7 @@ class SearchView:
         if self._started is not None and not is_low:
             yield self._bar(self._started.num_trials, min(width - 8, BAR_WIDTH), can_star)
         last = " · ".join(self._pieces())
-        yield Text(last, style="bold", no_wrap=is_low, overflow="ellipsis" if is_low else "fold")
+        yield Text(visible(last), style="bold", no_wrap=is_low, overflow="ellipsis" if is_low else "fold")
 
     def _running_line(self, running: _Running) -> "_Line":
         spec, metrics = running.spec, running.metrics
@@ -302,5 +303,5 @@ def _fitting_table(lines: Sequence[_Line], width: int) -> Table:
     made = console.table([*console.numbers(*columns, no_wrap=True)], [])
     made.columns[0].justify = "left"
     for line, *cells in zip(lines, *columns.values(), strict=True):
-        made.add_row(*cells, style=line.style)
+        made.add_row(*map(console.plain, cells), style=line.style)
     return made

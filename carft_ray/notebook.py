@@ -10,6 +10,9 @@ import warnings
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.text import Text
+
+from carft_ray.untrusted import visible
 
 WIDTH, HEIGHT = 110, 40  # characters and lines that a table may take
 AT_MOST_EVERY_S = 0.5
@@ -94,9 +97,8 @@ def _printed(parts: tuple[RenderableType, ...]) -> Console:
         force_terminal=False,
         color_system="truecolor",
         highlight=False,
-        markup=False,
         soft_wrap=False,
     )
     for part in parts:
-        console.print(part)
+        console.print(Text(visible(part)) if isinstance(part, str) else part)
     return console

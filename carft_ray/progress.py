@@ -1,5 +1,5 @@
 """How a running training and a running search are shown: a bar or a live table on a terminal, one output that is
-written again in a notebook, plain lines elsewhere.
+written again in a notebook, plain lines elsewhere. Bars that count other work.
 """
 
 import contextlib
@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from carft_ray import console, notebook
 from carft_ray.live import SearchView, counted_trainings, stopping_text
 from carft_ray.recipe.constraints import violation_words
+from carft_ray.untrusted import visible
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event
@@ -24,6 +26,26 @@ if TYPE_CHECKING:
 Row = dict[str, float]
 REFRESH_PER_S = 2
 NUM_LINES = 5  # of epochs and of warnings that a notebook shows
+
+
+def _bars() -> Progress:
+    """Returns bars with a count, a text (the field ``detail``) and the time left."""
+    what, detail = (TextColumn(text, markup=False) for text in ("{task.description}", "{task.fields[detail]}"))
+    columns = (what, BarColumn(), MofNCompleteColumn(), detail, TimeRemainingColumn())
+    return Progress(*columns, console=console.err, transient=True)
+
+
+@contextlib.contextmanager
+def counting() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
+    """Gives a function from the name of a task to a callback (done, in all); the tasks are bars on a terminal."""
+    bars = _bars()
+
+    def begin(what: str) -> Callable[[int, int], None]:
+        task = bars.add_task(visible(what), total=None, visible=console.err.is_terminal, detail="")
+        return lambda done, total: bars.update(task, completed=done, total=total)
+
+    with bars if console.err.is_terminal else contextlib.nullcontext():
+        yield begin
 
 
 @contextlib.contextmanager
@@ -40,14 +62,14 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
     if notebook.in_notebook():
         yield _in_area(notebook.Area())
         return
-    bar = console.progress_bars()
+    bar = _bars()
     task = bar.add_task("training", total=None, detail="")
 
     def progress(row: Row) -> None:
-        bar.update(task, completed=row["step"], total=row["num_steps"], detail=_step_line(row))
+        bar.update(task, completed=row["step"], total=row["num_steps"], detail=visible(_step_line(row)))
 
     def report(row: Row) -> None:
-        bar.console.print(_epoch_line(row), markup=False)
+        console.say(_epoch_line(row))
 
     with bar if console.err.is_terminal else contextlib.nullcontext():
         yield progress, report
@@ -143,7 +165,7 @@ class _Listener:
     def __call__(self, event: "Event") -> None:
         line = self.view.update(event)
         if line is not None:
-            self.console.print(Text(line, style="yellow"))
+            self.console.print(console.plain(line, "yellow"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Tune writes the searcher, and with it this, to a file that nobody reads; a terminal does not go there."""
@@ -168,7 +190,7 @@ class _Cell:
         self.area.show(*self._notes(), self.view.line(), must=True)
 
     def _notes(self) -> list[Text]:
-        return [Text(line, style="yellow") for line in self.warnings[-NUM_LINES:]]
+        return [console.plain(line, "yellow") for line in self.warnings[-NUM_LINES:]]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """As that of ``_Listener``."""

@@ -130,10 +130,10 @@ def finish(study, spec, rng, limit=None):
     assert study.settle(spec) is not None
 
 
-def fail(study, spec, outcome="diverged"):
+def fail(study, spec, outcome="diverged", reason="loss not finite at step 3 <b>"):
     spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
     study.spend(spec, 0.01, 0.0)
-    write_failure(spec.folder(study.study_dir), Failure(outcome, "loss not finite at step 3 <b>", spec.attempt))
+    write_failure(spec.folder(study.study_dir), Failure(outcome, reason, spec.attempt))
     study.settle(spec)
 
 

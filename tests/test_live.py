@@ -118,9 +118,9 @@ def test_an_objective_of_the_fitted_curve_is_marked_beside_what_was_measured():
     for rows, marked in (([row(0, 0.5)], False), ([row(0, 0.5), fitted], True)):
         view = Overview(Path(), stand_in.make_recipe(2), rows, [])
         table = console.trial_table([view.row_data(each) for each in rows])
-        [objectives] = [[*column.cells] for column in table.columns if column.header == "objective, %"]
+        [objectives] = [[*map(str, column.cells)] for column in table.columns if str(column.header) == "objective, %"]
         assert objectives == ["50.0", "~57.0"][: len(rows)]
-        assert (table.caption == console.FITTED) is marked
+        assert (str(table.caption) == console.FITTED) is marked
         assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True][: len(rows)]
     line = live._line(fitted, " ")
     assert line.cells[1:4] == ["67.0", "47.0", "~57.0"]

@@ -37,7 +37,7 @@ def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOptio
         console.say(f"No job was submitted to {server.address}.")
         return
     columns = console.numbers("exit code", "begun", "took", no_wrap=True)
-    console.out.print(console.table(["job", "status", *columns, "study"], lines))
+    console.show(console.table(["job", "status", *columns, "study"], lines))
 
 
 @common.command("cluster logs studies/first", to=common.cluster_app)

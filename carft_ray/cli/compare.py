@@ -78,9 +78,9 @@ def compare(
         ("recipe", "Recipes differ in", "The recipes are the same."),
         ("origin", "Data, code and machines differ in", "Data, code, versions and machines are the same."),
     ):
-        console.out.print(console.differing_table(title, found[key]) if found[key] else none)
-        console.out.print()
-    console.out.print(console.comparison_table(found))
+        console.show(console.differing_table(title, found[key]) if found[key] else none)
+        console.show()
+    console.show(console.comparison_table(found))
     console.say("\n" + (f"Difference A - B in points, paired, 95 % {found['words']}." if found["words"] else ""))
     for what, reason in found["reasons"].items():
         console.say(f"{what} cannot be compared: {reason}.")

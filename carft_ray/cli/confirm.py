@@ -55,7 +55,7 @@ def confirm(
     summary = found.numbers
     if console.print_json(summary, json_):
         return
-    console.out.print(found.tables[0])
+    console.show(found.tables[0])
     console.say("\n" + "\n".join(summary["lines"] if details else found.lines))
     if summary["better_than_winner"] and winner == "search":
         console.next_step(common.command_line("confirm", study, winner="confirmed", trust=trust))

@@ -30,7 +30,7 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
     if console.print_json({**found, "notes": {"num_files": len(others), "num_bytes": of_notes}}, json_):
         return
     if entries:
-        console.out.print(console.cache_table(entries))
+        console.show(console.cache_table(entries))
     more = f", and {console.size_text(of_notes)} of notes about images" if others else ""
     console.say(f"{folder}: {counted(len(entries), 'entry')}, {console.size_text(total)}{more}.")
     if entries:
@@ -48,6 +48,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
     from carft_ray.data.sets import cache_dir
     from carft_ray.data.shared.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.evaluation.shared_inputs import load_shared_inputs
+    from carft_ray.progress import counting
 
     value = common.load(recipe, set_)
     folder = cache_dir(value)
@@ -55,7 +56,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
     for line in shared_lines(shared):
         console.say(line)
     built: dict[str, Callable[[int, int], None]] = {}  # set -> its bar
-    with console.counting() as begin:
+    with counting() as begin:
 
         def on_image(name: str, done: int, total: int) -> None:
             if not done:
@@ -176,7 +177,7 @@ def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
     if json_ or not sys.stdin.isatty():
         rule = "must be given where nobody can be asked"
         raise UsageError(Problem("--yes", rule, "a command with --json" if json_ else "no terminal"))
-    console.err.print(console.cache_table(going))
+    console.say(console.cache_table(going))
     more = f" and {counted(len(others), 'file')} of notes" if others else ""
     if not typer.confirm(f"Remove {counted(len(going), 'entry')}{more}?", err=True):
         console.say("Nothing was removed.")

@@ -44,6 +44,7 @@ def doctor(
         raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.data.shared.pairs_file import check_pairs_path, write_pairs
     from carft_ray.evaluation.doctor import Diagnosis, as_plain_data, examine
+    from carft_ray.progress import counting
     from carft_ray.recipe.loading import load_recipe
 
     if pairs is not None:
@@ -65,7 +66,7 @@ def doctor(
         elif json_:
             found = examine(value, images, quick)
         else:
-            with console.counting() as progress:
+            with counting() as progress:
                 found = examine(value, images, quick, console.say, progress)
         if address is not None:
             reports = ask_nodes(value, study, say)
@@ -124,11 +125,11 @@ def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence
 def _show(found: Any, reports: Sequence[Any] = (), on_nodes: Sequence[Any] = ()) -> None:
     """Prints what was found, and a verdict where there is no error; errors end the command."""
     if found.sets:
-        console.out.print(console.checkup_table(found.sets, found.zero_shot))
+        console.show(console.checkup_table(found.sets, found.zero_shot))
     for line in _model_lines(found.model, found.machine):
         console.say(line)
     if reports:
-        console.out.print(console.node_table([_node_row(report) for report in reports]))
+        console.show(console.node_table([_node_row(report) for report in reports]))
     findings = [*found.findings, *on_nodes]
     for finding in findings:
         if finding.level == "note":

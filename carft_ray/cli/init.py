@@ -46,7 +46,7 @@ def init(
         raise UsageError(problems)
     if list_:
         if not console.print_json(presets(), json_):
-            console.out.print(console.table(("preset", "for"), list(presets().items())))
+            console.show(console.table(("preset", "for"), list(presets().items())))
             console.next_step("carft-ray init --preset NAME --to my_recipe.yaml")
         return
     if to is not None and to.exists():
@@ -70,7 +70,7 @@ def init(
         return
     if from_ is not None:
         rows = [(one.folder, one.domain, one.split, str(len(one.counts)), f"{one.num_images:,}") for one in roots]
-        console.out.print(console.table(("folder", "domain", "split", "classes", "images"), rows))
+        console.show(console.table(("folder", "domain", "split", "classes", "images"), rows))
     console.say(f"Wrote {to}. The roles in `data` are a proposal: check them before you train.")
     begin = common.command_line("search", to, study=f"studies/{written.name}")
     console.next_step(common.command_line("doctor", to), common.command_line("plan", to), begin)

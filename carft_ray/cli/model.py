@@ -51,15 +51,15 @@ def model(
     found = describe(part, train)
     if console.print_json(found, json_):
         return
-    console.out.print(console.fact_table(_facts(found)))
-    console.out.print()
+    console.show(console.fact_table(_facts(found)))
+    console.show()
     columns = ["layer", "modules of the image tower", "parameters"]
     rows = [[str(layer["layer"]), layer["name"], f"{layer['num_parameters']:,}"] for layer in found["layers"]]
     if is_recipe:
         columns.append("learning rate")
         for row, layer in zip(rows, found["layers"], strict=True):
             row.append(f"{layer['lr_factor']:.3g} x" if layer["lr_factor"] else "frozen")
-    console.out.print(console.table(columns, rows))
+    console.show(console.table(columns, rows))
     console.next_step(common.command_line("validate", name) if is_recipe else _next(part.name, found))
 
 

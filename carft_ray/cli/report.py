@@ -1,7 +1,6 @@
 """What a study's best is worth, from what is stored: a report, and another objective. Nothing is locked or written."""
 
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,19 +79,19 @@ def _show(answer: dict[str, Any], details: bool) -> None:
         console.show("\nRules of selection, each judged on an OOD validation set that it did not see:")
         rows = [[rule["rule"], *lost_cells(rule), rule["note"]] for rule in answer["rules"]]
         titles = console.numbers("regret, points", "standard error")
-        console.out.print(console.table(["rule", *titles, ""], rows))
+        console.show(console.table(["rule", *titles, ""], rows))
         console.show(
             "Regret: what the pick of a rule loses to the best pick there; the rule with the smallest is the best. "
             "That best pick is noisy itself, so all regrets are too high alike."
         )
     if answer["analysis"]:
         console.show("\n" + "\n".join(answer["analysis"]["lines"]))
-        console.out.print(regret_table(answer["analysis"]["rules"]))
+        console.show(regret_table(answer["analysis"]["rules"]))
 
 
 def _card(text: str, out: Path | None) -> None:
     if out is None:
-        sys.stdout.write(text)
+        console.show(text.rstrip("\n"))
     else:
         files.write_text(out, text)
         console.say(f"Card: {out}")
@@ -153,7 +152,7 @@ def rescore(
     own = " (the study's own objective)" if answer["objective"] == answer["own_objective"] else ""
     console.show(f"Objective: {spec.kind}{weight}{own}. {ood}\n")
     rows = [*answer["baselines"], *answer["trials"]]
-    console.out.print(console.rescored_table(rows))
+    console.show(console.rescored_table(rows))
     if any(row["fitted"] or not row["measured"] for row in rows):
         console.say("~: of the fitted alpha curve or of a partial point, not measured on all images.")
     if answer["constraints"]:

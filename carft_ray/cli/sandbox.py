@@ -41,8 +41,9 @@ def sandbox_images(
 ) -> None:
     """Write the sandbox as PNG files, domain/class/number.png, for people and for other tools."""
     from carft_ray.data.synthetic.sandbox import export_images
+    from carft_ray.progress import counting
 
-    with console.counting() as begin:
+    with counting() as begin:
         export_images(to, begin("images"))
     if console.print_json({"folder": str(to)}, json_):
         return

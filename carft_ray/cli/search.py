@@ -73,7 +73,7 @@ def _search(
     if not console.print_json(summary, json_):
         if not summary["new_trials"] and not found.out_of_budget and not found.set_aside:
             console.say(f"Nothing to do: {counted(sum(summary['trials'].values()), 'trial')} finished.")
-        console.out.print(found.table)
+        console.show(found.table)
         console.say("\n" + "\n".join(summary["lines"]))
         if summary["pruner"]:
             console.say("\n".join(summary["pruner"]["lines"]))
@@ -200,8 +200,8 @@ def plan(
         return
     baselines = f" and {counted(found['num_baselines'], 'baseline')}" if found["num_baselines"] else ""
     what = f"{value.name}: {counted(found['num_trials'], 'trial')}{baselines}"
-    console.out.print(f"{what}, {found['concurrency']} at a time ({found['limited_by']})", markup=False)
-    console.out.print(console.table(["", *console.numbers("expected", no_wrap=True), "range"], _lines(found)))
+    console.show(f"{what}, {found['concurrency']} at a time ({found['limited_by']})")
+    console.show(console.table(["", *console.numbers("expected", no_wrap=True), "range"], _lines(found)))
     if found["measured"]["by"] == "study":
         console.say("From the trainings that the study has finished, as they ran there.")
     else:

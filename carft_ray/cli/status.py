@@ -2,7 +2,6 @@
 
 import contextlib
 import shlex
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -38,15 +37,15 @@ def status(
         return
     console.show(f"{answer['name']}: {answer['finished']} of {counted(answer['wanted'], 'trial')} finished.")
     states = console.numbers(*(state.replace("_", " ") for state in answer["trials"]))
-    console.out.print(console.table(states, [[str(count) for count in answer["trials"].values()]]))
+    console.show(console.table(states, [[str(count) for count in answer["trials"].values()]]))
     if answer["outside"]:
         console.show(f"Outside the present search space: {answer['outside']} of them; the sampler ignores these.")
     rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
     shown = {row["name"] for row in rows}
     rows += [row for row in (*answer["running"], *answer["stopped"], *answer["set_aside"]) if row["name"] not in shown]
     if rows:
-        console.out.print()
-        console.out.print(console.trial_table(rows))
+        console.show()
+        console.show(console.trial_table(rows))
     for line in answer["lines"]:
         console.show(line)
     if answer["confirm"]:
@@ -136,7 +135,7 @@ def list_(
     if not overview.is_study(folder):
         studies = documents.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
-            console.out.print(console.study_table(studies))
+            console.show(console.study_table(studies))
             console.next_step(f"carft-ray status {shlex.quote(str(folder / studies[0]['name']))}")
         return
     answer = documents.listing(overview.read_study(folder), by_objective=sort == "objective", limit=limit)
@@ -144,7 +143,7 @@ def list_(
         return
     rows = [*answer["baselines"], *answer["trials"]]
     if rows:
-        console.out.print(console.trial_table(rows))
+        console.show(console.trial_table(rows))
     for line in answer["lines"]:
         console.show(line)
     left_out = answer["num_trials"] - len(answer["trials"])
@@ -178,15 +177,15 @@ def logs(
     if follow and view.holder is not None and row.outcome == "running":
         try:
             for line in logs.follow_log(path, view.study_dir):
-                sys.stdout.write(line + "\n")
-                sys.stdout.flush()
+                console.show(line)
         except KeyboardInterrupt:
             console.say("The search continues.")
     elif lines is None:
         why = "the zero-shot model is not trained" if row.name == ZERO_SHOT else f"it is {view.state(row)}"
         console.say(f"{row.name} has no log: {why}.")
     else:
-        sys.stdout.write("".join(line + "\n" for line in lines))
+        for line in lines:
+            console.show(line)
     console.next_step(f"carft-ray status {shlex.quote(str(study))}")
 
 

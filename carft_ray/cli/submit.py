@@ -13,6 +13,7 @@ from typer import Argument, Option
 from carft_ray import console
 from carft_ray.cli import common, search
 from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError, require_choice
+from carft_ray.untrusted import visible
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
     stream = sys.stderr if json_ else sys.stdout
 
     def write(text: str) -> None:
-        stream.write(text)
+        stream.write(visible(text))
         stream.flush()
 
     if not job.ended:
@@ -225,7 +226,7 @@ def _show(upload: "Upload", address: str | None, package: Any, json_: bool) -> N
     ):
         if lines:
             facts[title] = "\n".join(lines)
-    console.out.print(console.fact_table(facts))
+    console.show(console.fact_table(facts))
     if upload.paths:
         console.say("What is not sent must be on the cluster under these paths, which are absolute as seen from here.")
     console.show(f"\nThe command of the job:\n\n{upload.entrypoint}")

@@ -37,7 +37,7 @@ def evaluate_test_sets(
         raise InterruptedRunError(Problem("", "stopped; what was read so far is kept", next_step=step)) from None
     if console.print_json({"study": str(study.resolve()), **summary}, json_):
         return
-    console.out.print(regret_table(summary["rules"]) if all_trials else _table(summary))
+    console.show(regret_table(summary["rules"]) if all_trials else _table(summary))
     short = not details and not all_trials  # an analysis is its table
     console.say("\n" + "\n".join(summary["brief"]["lines"] if short else summary["lines"]))
     console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")

@@ -67,7 +67,7 @@ def train(
     )
     if console.print_json(found.numbers, json_):
         return
-    console.out.print(found.tables[0])
+    console.show(found.tables[0])
     console.say("\n".join(found.lines))
     from carft_ray.results.next_steps import export_folder
 
@@ -94,9 +94,9 @@ def evaluate(
     found = actions.evaluate(folder, alpha=alpha, trial=trial, head=head)
     if console.print_json(found.numbers, json_):
         return
-    console.out.print(found.tables[0])
-    console.out.print()
-    console.out.print(found.tables[1])
+    console.show(found.tables[0])
+    console.show()
+    console.show(found.tables[1])
     line = common.command_line("export", folder, trial=trial)
     console.next_step(f"{line} --to {export_folder(found.recipe_name)} --alpha {found.numbers['alpha']:g}")
 

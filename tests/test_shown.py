@@ -1,0 +1,83 @@
+"""Texts of data on the terminal, in a notebook and as JSON: shown as they are, steering nothing."""
+
+import io
+import json
+
+import pytest
+from report_studies import fail, make_recipe
+from rich.console import Console
+
+from carft_ray import cli, console, live, notebook, progress
+from carft_ray.errors import DataError, Problem
+from carft_ray.launch import events
+from carft_ray.results.reading.overview import read_study
+from carft_ray.study.opening import open_study
+from carft_ray.study.outcome import append_log
+
+STEERING = "no space on [/dev/shm] [red]:smile: \x1b]0;owned\x07\u202e\x9b2J"
+SHOWN = r"no space on [/dev/shm] [red]:smile: \x1b]0;owned\x07\u202e\x9b2J"
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    """What a terminal of 500 columns is sent, both streams together."""
+    stream = io.StringIO()
+    for name in ("out", "err"):
+        terminal = Console(file=stream, width=500, force_terminal=True, color_system=None)
+        monkeypatch.setattr(f"carft_ray.console.{name}", terminal)
+    return stream
+
+
+@pytest.fixture(scope="module")
+def study_dir(tmp_path_factory):
+    """A study with one trial, whose reason and log are steering."""
+    folder = tmp_path_factory.mktemp("shown") / "study"
+    with open_study(folder, make_recipe(2)) as study:
+        spec = study.next()
+        fail(study, spec, reason=STEERING)
+        append_log(spec.folder(folder), STEERING)
+    return folder
+
+
+@pytest.mark.parametrize("command", ["ls", "logs"])
+def test_a_reason_of_a_trial_is_shown_as_it_is(study_dir, printed, command):
+    cli.app([command, str(study_dir), *(["0"] if command == "logs" else [])], standalone_mode=False)
+    assert all(word in printed.getvalue() for word in SHOWN.split(" "))  # a column of remarks is narrow
+    assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(printed.getvalue())
+
+
+def test_a_document_stays_json_and_holds_no_control_character(study_dir, capsys):
+    cli.app(["ls", str(study_dir), "--json"], standalone_mode=False)
+    written = capsys.readouterr().out
+    assert written.isascii()
+    assert not {"\x1b", "\x07"} & set(written)
+    assert json.loads(written)["trials"][0]["reason"] == STEERING
+
+
+def test_messages_errors_and_tables_are_no_markup(printed):
+    console.show(STEERING)
+    console.say(STEERING)
+    console.warn(STEERING)
+    console.next_step(STEERING)
+    console.show_error(DataError([Problem(STEERING, "must hold"), Problem("x", "must hold", STEERING)]))
+    console.show(console.table([STEERING, *console.numbers(STEERING)], [[STEERING, STEERING]]))
+    console.show(console.fact_table({STEERING: STEERING}))
+    assert printed.getvalue().count(SHOWN) == 12
+    assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(printed.getvalue())
+
+
+def test_the_live_table_and_a_notebook_show_texts_as_they_are(study_dir, printed):
+    with progress.search_shown(True, study_dir, 2) as on_event:
+        on_event(events.Note(STEERING))
+    assert f"warning: {SHOWN}" in printed.getvalue()
+    view = live.SearchView.of(read_study(study_dir))
+    view.update(events.Preparing(STEERING))
+    console.out.print(view)
+    with progress.counting() as begin:
+        begin(STEERING)(1, 2)
+    assert SHOWN in notebook.as_text(view, STEERING)
+    as_html = notebook.as_html(view, f"<b>{STEERING}")
+    assert f"&lt;b&gt;{SHOWN}" in as_html
+    for text in (printed.getvalue(), as_html):
+        assert "\x1b]0" not in text
+        assert not {"\x07", "\u202e", "\x9b"} & set(text)
