@@ -5,11 +5,13 @@ name of theirs, or shows a text of theirs, does it through here; a test walks th
 Images have a gate of their own, ``data.images``.
 """
 
+import json
 import os
 import re
 import stat
 import unicodedata
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from carft_ray.errors import CarftError, DataError, Problem
 
@@ -33,8 +35,31 @@ _LATEX = {
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+.!|~&-])")
 
 
-def read_regular(path: Path, most_bytes: int = MOST_TEXT_BYTES, error: type[CarftError] = DataError) -> bytes:
-    """Returns the content of a regular file; never waits for a writer, never reads more than the limit.
+def open_regular(path: Path | str, error: type[CarftError] = DataError) -> BinaryIO:
+    """Opens a regular file for reading, through links; never waits for a writer.
+
+    Args:
+        path: The file.
+        error: What is raised for a file that is none.
+
+    Raises:
+        CarftError: ``error``: it is a folder, pipe, device or socket, or its name cannot be one.
+        OSError: It is missing or cannot be read.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as cause:  # a NUL in the name
+        raise error(Problem(visible(str(path)), "must be the name of a file", f"one with {cause}")) from cause
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise error(Problem(visible(str(path)), "must be a regular file", kind))
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path | str, most_bytes: int = MOST_TEXT_BYTES, error: type[CarftError] = DataError) -> bytes:
+    """Returns the content of a regular file; never reads more than the limit.
 
     Args:
         path: The file; links are followed.
@@ -42,32 +67,21 @@ def read_regular(path: Path, most_bytes: int = MOST_TEXT_BYTES, error: type[Carf
         error: What is raised for a file that is none, or too large.
 
     Raises:
-        CarftError: ``error``: it is a folder, pipe, device or socket, has more bytes, or its name cannot be one.
-        OSError: It is missing or cannot be read.
+        CarftError: ``error``: as ``open_regular``, or it has more bytes.
+        OSError: As there.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except ValueError as cause:  # a NUL in the name
-        raise error(Problem(visible(str(path)), "must be the name of a file", f"one with {cause}")) from cause
-    try:
-        found = os.fstat(handle)
-        if not stat.S_ISREG(found.st_mode):
-            kind = _KINDS.get(stat.S_IFMT(found.st_mode), "something else")
-            raise error(Problem(visible(str(path)), "must be a regular file", kind))
-        size, content = found.st_size, b""
+    with open_regular(path, error) as file:
+        size, content = os.fstat(file.fileno()).st_size, b""
         if size <= most_bytes:
-            with open(handle, "rb", closefd=False) as file:
-                content = file.read(most_bytes + 1)  # some systems say that a file has no bytes until it is read
+            content = file.read(most_bytes + 1)  # some systems say that a file has no bytes until it is read
             size = len(content)
-        if size > most_bytes:
-            rule = f"must have at most {most_bytes:,} bytes, since it is read whole"
-            raise error(Problem(visible(str(path)), rule, f"{size:,}"))
-    finally:
-        os.close(handle)
+    if size > most_bytes:
+        rule = f"must have at most {most_bytes:,} bytes, since it is read whole"
+        raise error(Problem(visible(str(path)), rule, f"{size:,}"))
     return content
 
 
-def read_text(path: Path, most_bytes: int = MOST_TEXT_BYTES, error: type[CarftError] = DataError) -> str:
+def read_text(path: Path | str, most_bytes: int = MOST_TEXT_BYTES, error: type[CarftError] = DataError) -> str:
     """As ``read_regular``, for text in UTF-8; a byte order mark is left out.
 
     Raises:
@@ -80,6 +94,18 @@ def read_text(path: Path, most_bytes: int = MOST_TEXT_BYTES, error: type[CarftEr
     except UnicodeDecodeError as cause:
         rule = f"must be text in UTF-8, but byte {cause.start:,} is not"
         raise error(Problem(visible(str(path)), rule)) from cause
+
+
+def parse_json(content: str | bytes) -> Any:
+    """Returns what JSON holds.
+
+    Raises:
+        ValueError: It is none, or is nested too deep to be read.
+    """
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def is_name(text: str) -> bool:

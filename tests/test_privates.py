@@ -1,5 +1,7 @@
 """Private names of Ray and Optuna: what each does, and the message where a release has it no more."""
 
+import subprocess
+import sys
 from pkgutil import resolve_name
 
 import optuna
@@ -37,6 +39,19 @@ def test_the_switch_of_rays_news_is_there_and_is_set_back():
     with ray_private.without_news_of_workers():
         assert worker._worker_logs_enabled is False
     assert worker._worker_logs_enabled is True
+
+
+@pytest.mark.slow
+def test_the_column_types_of_ray_that_run_code_are_known_and_taken_away():
+    program = (
+        "import ray.data._internal.object_extensions.arrow, ray.tune, ray.train.torch\n"
+        "from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns\n"
+        "print(*forget_pickled_columns())\n"
+        "print(*forget_pickled_columns())\n"
+    )
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    kinds = ("pickled_object", "tensor", "tensor_v2", "variable_shaped_tensor")
+    assert found.splitlines() == [" ".join(f"ray.data.arrow_{kind}" for kind in kinds), ""]
 
 
 def test_a_release_that_does_not_name_the_nodes_that_it_drains_is_told(monkeypatch):

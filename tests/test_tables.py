@@ -117,6 +117,9 @@ def test_columns_are_found_where_only_one_can_be_meant(base):
     table = table_of(IMAGES, "struct").rename_columns(["picture", "label", "name"])
     write_table(base / "set.parquet", table)
     assert contents(opened(base)) == contents(opened(base, image="picture", label="label"))
+    write_table(base / "set.arrow", table)
+    for name in ("set.parquet", "set.arrow"):
+        assert contents(opened(base, name)) == contents(opened(base, name, image="picture.bytes"))
     assert "train.label: must be said: which column of set.csv holds the labels is not clear (allowed: a, b)" in told(
         base, write_table(base / "set.csv", pa.table({"a": ["1"], "b": ["2"]}))
     )

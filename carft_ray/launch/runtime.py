@@ -12,6 +12,7 @@ from carft_ray import files
 from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import Problem
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Most, Node, capacity_of
+from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
@@ -30,6 +31,7 @@ def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> float:
     """``evaluation.shared_inputs.fill_cache``, imported where it runs. Returns the seconds that it took."""
     from carft_ray.evaluation import shared_inputs
 
+    forget_pickled_columns()
     began = time.monotonic()
     shared_inputs.fill_cache(recipe, prepared_dir, say)
     return time.monotonic() - began
@@ -39,6 +41,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     """``evaluation.training.prepare``, imported where it runs: the driver holds no torch."""
     from carft_ray.evaluation import training
 
+    forget_pickled_columns()
     return training.prepare(recipe, folder, say)
 
 
@@ -46,6 +49,7 @@ def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext
     """``evaluation.training.run_training``, imported where it runs."""
     from carft_ray.evaluation import training
 
+    forget_pickled_columns()
     return training.run_training(recipe, out_dir, prepared_dir, context, attempt)
 
 

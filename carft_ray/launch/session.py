@@ -21,6 +21,7 @@ from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.concurrency import Most, Node
 from carft_ray.launch.ray_cluster.growth import await_nodes, most_nodes
+from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
 from carft_ray.launch.stop import interruptions_as
 from carft_ray.layout import RAY_LOG, RESOLVED, STOP
@@ -67,6 +68,7 @@ def computing(
         HoldOutError: Two roles share images.
         ClusterError: There is no Ray, or a training does not fit.
     """
+    forget_pickled_columns()  # before a set is opened here
     stop_path = folder / STOP
     in_process = in_process or recipe.resources.executor == "debug"
     with interruptions_as(interrupted, stop_path):

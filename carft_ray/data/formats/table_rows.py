@@ -1,5 +1,8 @@
 """Files of rows and columns: CSV, Parquet, Arrow. Small columns are read whole, one of images a row at a time.
 
+Files come from strangers. Of a struct the field that is wanted is read and no other, a used column has no extension
+type, of which Ray's run code as soon as a value is asked for, and what Arrow maps is checked before it is trusted.
+
 What reading a row takes: of an Arrow file (which Feather is too) that row alone, since the file is mapped into memory,
 for which it must not be compressed; of a Parquet file its row group up to the row, page by page, and nothing twice when
 rows come in their order.
@@ -7,6 +10,7 @@ rows come in their order.
 
 import bisect
 import csv
+import io
 import itertools
 import threading
 from collections import OrderedDict
@@ -18,8 +22,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from carft_ray.untrusted import open_regular, read_regular
+
 ENDINGS = (".csv", ".tsv", ".parquet", ".arrow", ".feather")
-READ_ERRORS = (pa.ArrowException, OSError, ValueError, csv.Error)
+READ_ERRORS = (pa.ArrowException, OSError, ValueError, SystemError, csv.Error)  # damaged names are a SystemError
+MOST_CSV_BYTES, _HEAD = 2**30, 2**20  # of a CSV file, and of its first line
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _ROWS, _RECENT = 32, 8  # rows of a Parquet file that are read at a time, and how many such parts stay in memory
 
@@ -33,49 +40,75 @@ def read_schema(path: Path) -> pa.Schema:
     """Returns the columns of a file; those of a CSV file are texts.
 
     Raises:
-        READ_ERRORS: It is missing or damaged.
+        READ_ERRORS: It is damaged.
+        DataError: It is no regular file.
     """
     if is_text_format(path):
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(file, delimiter=_delimiter(path)), None)
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
+            names = next(csv.reader(io.StringIO(file.read(_HEAD), newline=""), delimiter=_delimiter(path)), None)
         if not names:
             raise ValueError("an empty file")
         return pa.schema([pa.field(name, pa.string()) for name in names])
-    if path.suffix.lower() == ".parquet":
-        return pq.read_schema(path, memory_map=True)
     with _mapped(path) as file:
-        return _reader(file, None).schema
+        schema = pq.read_schema(file) if path.suffix.lower() == ".parquet" else _reader(file, None).schema
+    str(schema)  # its names are read now: damaged ones raise
+    return schema
+
+
+def extension_in(field: pa.Field) -> str:
+    """Returns the name of an extension type that a column, or a field in it, has; empty for none.
+
+    The name stands in the file, whether or not a library of this process has registered a type for it.
+    """
+    kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+    if isinstance(kind, pa.BaseExtensionType):
+        return str(kind.extension_name)
+    if name := (field.metadata or {}).get(b"ARROW:extension:name"):
+        return str(name.decode(errors="replace"))
+    return next(filter(None, (extension_in(kind.field(index)) for index in range(kind.num_fields))), "")
 
 
 def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
     """Reads columns of a file whole; ``NAME.FIELD`` is the field of a struct.
 
     Raises:
-        READ_ERRORS: It is missing or damaged.
+        READ_ERRORS: It is damaged, or a column has an extension type.
+        DataError: It is no regular file, or a CSV file too large to be read whole.
     """
-    roots = list(dict.fromkeys(name if name in read_schema(path).names else name.split(".")[0] for name in names))
+    schema = read_schema(path)
+    wanted = {name: split_name(schema, name) for name in names}
+    roots = list(dict.fromkeys(root for root, _ in wanted.values()))
+    for root in roots:
+        if extension := extension_in(schema.field(root)):
+            raise ValueError(f"a column {root} with the extension type {extension}: write it anew with plain values")
     if is_text_format(path):
         table = pa.csv.read_csv(
-            path,
+            pa.BufferReader(read_regular(path, MOST_CSV_BYTES)),
             parse_options=pa.csv.ParseOptions(delimiter=_delimiter(path), newlines_in_values=True),
             convert_options=pa.csv.ConvertOptions(
                 include_columns=roots, column_types=dict.fromkeys(roots, pa.string()), strings_can_be_null=False
             ),
         )
-    elif path.suffix.lower() == ".parquet":
-        with pq.ParquetFile(path, memory_map=True) as file:
-            table = file.read(columns=list(dict.fromkeys(names)))
     else:
         with _mapped(path) as file:
-            table = pa.Table.from_batches(list(_batches(file, roots)), _reader(file, roots).schema)
-    return pa.table({name: _column(table, name) for name in names})
+            if path.suffix.lower() == ".parquet":
+                table = pq.ParquetFile(file).read(columns=list(wanted))
+            else:
+                table = pa.Table.from_batches(list(_batches(file, roots)), _reader(file, roots).schema)
+            table.validate(full=True)
+    return pa.table({name: _field(table.column(root), field) for name, (root, field) in wanted.items()})
 
 
-def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
-    if name in table.column_names:
-        return table.column(name)
-    column, field = name.split(".")
-    return pa.compute.struct_field(table.column(column), field)
+def split_name(schema: pa.Schema, name: str) -> tuple[str, str]:
+    """Returns the column and the field that a name means; no field where it is a column's."""
+    if name in schema.names:
+        return name, ""
+    root = next((root for root in schema.names if name.startswith(f"{root}.")), name)
+    return root, name[len(root) + 1 :]
+
+
+def _field(values: pa.Array | pa.ChunkedArray, field: str) -> Any:
+    return pa.compute.struct_field(values, field) if field else values
 
 
 def open_rows(path: Path, column: str) -> "ParquetRows | ArrowRows":
@@ -92,43 +125,65 @@ class ParquetRows:
 
     Args:
         path: The file.
-        column: Name of the column.
+        column: Name of a column with bytes: its own, or those of the field ``bytes`` of a struct.
     """
 
     def __init__(self, path: Path, column: str) -> None:
-        self._file = pq.ParquetFile(path, memory_map=True, pre_buffer=False)
-        self._column = column
+        self._file = pq.ParquetFile(_mapped(path), pre_buffer=False)
+        root, self._field = _content_field(self._file.schema_arrow, column)
+        self._column = f"{root}.{self._field}" if self._field else root
         groups = [self._file.metadata.row_group(index).num_rows for index in range(self._file.num_row_groups)]
         self._starts: list[int] = [0, *itertools.accumulate(groups)]
         self._lock = threading.Lock()
         self._recent: OrderedDict[int, pa.Array] = OrderedDict()  # first row -> values
         self._group, self._next, self._parts = -1, 0, iter(())  # where reading continues
+        self._broken: dict[int, tuple[int, str]] = {}  # row group -> from which row it cannot be read, and why
 
     def __len__(self) -> int:
         """Returns the number of rows."""
         return self._starts[-1]
 
-    def value(self, row: int) -> Any:
-        """Returns the value of a row, None for none.
+    def value(self, row: int) -> bytes | None:
+        """Returns the bytes of a row, None for none.
 
         Raises:
-            READ_ERRORS: It cannot be read.
+            READ_ERRORS: They cannot be read.
         """
         with self._lock:
             for first, values in self._recent.items():
                 if first <= row < first + len(values):
-                    return values[row - first].as_py()
+                    return _content(values[row - first])
             group = bisect.bisect_right(self._starts, row) - 1
+            broken_from, cause = self._broken.get(group, (row + 1, ""))
+            if row >= broken_from:
+                raise ValueError(cause)
             if group != self._group or row < self._next:
                 parts = self._file.iter_batches(_ROWS, row_groups=[group], columns=[self._column], use_threads=False)
                 self._group, self._next, self._parts = group, self._starts[group], parts
             while row >= self._next:
-                first, values = self._next, next(self._parts).column(0)
+                first, values = self._next, self._read_part()
                 self._next += len(values)
                 self._recent[first] = values
                 while len(self._recent) > _RECENT:
                     self._recent.popitem(last=False)
-            return values[row - first].as_py()
+            return _content(values[row - first])
+
+    def _read_part(self) -> pa.Array:
+        """Reads the next rows. After a damaged page pyarrow reads no more of its row group, which is noted.
+
+        Raises:
+            READ_ERRORS: They cannot be read.
+        """
+        try:
+            batch = next(self._parts, None)
+            if batch is None:
+                raise ValueError("a row group with fewer rows than it states")
+            batch.validate(full=True)
+        except READ_ERRORS as error:
+            self._broken[self._group] = self._next, str(error)
+            self._group = -1
+            raise
+        return _field(batch.column(0), self._field)
 
 
 class ArrowRows:
@@ -136,7 +191,7 @@ class ArrowRows:
 
     Args:
         path: The file.
-        column: Name of the column.
+        column: As of ``ParquetRows``.
 
     Raises:
         READ_ERRORS: It is missing, damaged or compressed.
@@ -146,19 +201,40 @@ class ArrowRows:
         parts: list[pa.Array] = []
         with _mapped(path) as file:  # the arrays keep the mapping
             whole = file.read_buffer()
-            kind = _reader(file, None).schema.field(column).type
+            schema = _reader(file, None).schema
+            root, field = _content_field(schema, column)
             for batch in _batches(file, None):  # all columns: of a choice of them, pyarrow makes copies
-                parts.append(batch.column(column))
-                _check_mapped(parts[-1], whole)
-        self._values = pa.chunked_array(parts, kind)
+                values = batch.column(root)
+                values.validate(full=True)
+                _check_mapped(values, whole)
+                parts.append(_field(values, field))
+            kind = schema.field(root).type
+        self._values = pa.chunked_array(parts, kind.field(field).type if field else kind)
 
     def __len__(self) -> int:
         """Returns the number of rows."""
         return len(self._values)
 
-    def value(self, row: int) -> Any:
-        """Returns the value of a row, None for none."""
-        return self._values[row].as_py()
+    def value(self, row: int) -> bytes | None:
+        """Returns the bytes of a row, None for none.
+
+        Raises:
+            READ_ERRORS: They are too many.
+        """
+        return _content(self._values[row])
+
+
+def _content_field(schema: pa.Schema, column: str) -> tuple[str, str]:
+    """Returns the column and the field with the bytes; no field where the column itself holds them."""
+    root, field = split_name(schema, column)
+    return root, "bytes" if not field and pa.types.is_struct(schema.field(root).type) else field
+
+
+def _content(value: pa.Scalar) -> bytes | None:
+    if isinstance(value, pa.DictionaryScalar):
+        value = value.value
+    buffer: pa.Buffer | None = value.as_buffer()
+    return None if buffer is None else buffer.to_pybytes()
 
 
 def _check_mapped(values: pa.Array, whole: pa.Buffer) -> None:
@@ -174,8 +250,9 @@ def _check_mapped(values: pa.Array, whole: pa.Buffer) -> None:
 
 
 def _mapped(path: Path) -> pa.MemoryMappedFile:
-    if not path.stat().st_size:
-        raise ValueError("an empty file")  # which cannot be mapped
+    with open_regular(path) as file:
+        if not file.read(1):
+            raise ValueError("an empty file")  # which cannot be mapped
     return pa.memory_map(str(path))
 
 

@@ -6,7 +6,6 @@ number of its row. Equal bytes in several rows get a count, by class, which name
 """
 
 import functools
-import json
 import os
 import posixpath
 import threading
@@ -23,11 +22,21 @@ from carft_ray.data.content import image_digest
 from carft_ray.data.formats.folder import file_listing, missing_files
 from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
 from carft_ray.data.formats.shards import find_files, finder, folder_of
-from carft_ray.data.formats.table_rows import ENDINGS, READ_ERRORS, is_text_format, open_rows, read_columns, read_schema
+from carft_ray.data.formats.table_rows import (
+    ENDINGS,
+    READ_ERRORS,
+    extension_in,
+    is_text_format,
+    open_rows,
+    read_columns,
+    read_schema,
+    split_name,
+)
 from carft_ray.data.images import cause_of
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import ColumnSet, TableSet
+from carft_ray.untrusted import parse_json
 
 KIND = "table-1"
 _STEP = "A table is expected: a CSV, Parquet or Arrow file, or a folder of such files with equal columns."
@@ -185,14 +194,15 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
     schemas = [_read(read_schema, file) for file in files]
     schema, features, first = schemas[0], _features(schemas[0]), files[0].name
     there, types = tuple(schema.names), _types(schemas[0])
-    if twice := [name for name, count in Counter(there).items() if count > 1]:
-        raise DataError(Problem(f"{place}: {files[0]}", "no two columns may have one name", repr(twice[0])))
     images = [name for name in there if features.get(name, {}).get("_type") == "Image" or _kind(types[name]) == "bytes"]
     labels = [name for name in there if _class_label(features.get(name, {})) is not None]
     image, label = spec.image or _only("image", there, images), spec.label or _only("label", there, labels)
     problems = []
     given = [("image", image), ("label", label), *(("id", name) for name in _id_column(spec))]
-    for key, name in [*given, *(("where", name) for name in spec.where)]:
+    given += [("where", name) for name in spec.where]
+    for file, own in zip(files, schemas, strict=True):
+        _check_schema(own, [name for _, name in given if name is not None], f"{place}: {file}")
+    for key, name in given:
         kinds, rule = _ALLOWED[key]
         if name is None:
             rule = f"must be said: which column of {first} holds the {key}s is not clear"
@@ -206,12 +216,28 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
         problems.append(Problem(f"{place}.root", f"must be left out: the column {image} holds bytes, not paths"))
     if problems or image is None or label is None:
         raise DataError(problems)
-    for file, other in zip(files, map(_types, schemas), strict=True):
+    for file, own in zip(files, schemas, strict=True):
+        other = _types(own)
         for name in (image, label, *spec.where, *_id_column(spec)):
             if _kind(other.get(name)) != _kind(types[name]):
                 rule = f"all files of a table must have equal columns: {name} is {types[name]} in {first}"
                 raise DataError(Problem(f"{place}: {file}", rule, str(other.get(name, "no such column"))))
     return _Columns(image, label, _kind(types[image]) == "text", _class_label(features.get(label, {})))
+
+
+def _check_schema(schema: pa.Schema, used: Sequence[str], place: str) -> None:
+    """Checks the columns of one file.
+
+    Raises:
+        DataError: Two have one name, or one that is used has an extension type.
+    """
+    if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
+        raise DataError(Problem(place, "no two columns may have one name", repr(twice[0])))
+    for name in used:
+        root, _ = split_name(schema, name)
+        if root in schema.names and (extension := extension_in(schema.field(root))):
+            step = "Write the column anew with plain bytes, texts or numbers; of a struct bytes and path are enough."
+            raise DataError(Problem(place, f"the column {name} must have no extension type", extension, next_step=step))
 
 
 def _only(name: str, there: Sequence[str], candidates: Sequence[str]) -> str | None:
@@ -222,7 +248,7 @@ def _only(name: str, there: Sequence[str], candidates: Sequence[str]) -> str | N
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     """Returns what ``datasets`` has noted of the columns."""
     try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        found = parse_json((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
@@ -259,8 +285,8 @@ def _kind(kind: Any) -> str:
         return ""
     if pa.types.is_dictionary(kind):
         return _kind(kind.value_type)
-    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        return _kind(kind.field("bytes").type)
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0 and _kind(kind.field("bytes").type) == "bytes":
+        return "bytes"
     return "number" if pa.types.is_integer(kind) else _KINDS.get(str(kind), str(kind))
 
 
@@ -357,13 +383,12 @@ def _digests(file: Path, column: str) -> pa.Table:
     return pa.table({"digest": pa.array([image_digest(content).hex() for content in contents], pa.string())})
 
 
-def _bytes(value: Any, spot: Spot, index: int) -> bytes:
+def _bytes(content: bytes | None, spot: Spot, index: int) -> bytes:
     """Returns the bytes of an image.
 
     Raises:
         DataError: The row has none.
     """
-    content: bytes | None = value.get("bytes") if isinstance(value, dict) else value
     if content is None:
         step = "Write the table with the bytes of every image, or name a column with paths."
         raise DataError(Problem(spot(index), "every row must hold the bytes of an image", "none", next_step=step))

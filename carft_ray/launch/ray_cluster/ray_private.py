@@ -11,9 +11,28 @@ from functools import partial
 from pkgutil import resolve_name
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from carft_ray.environment import private_name
+
+# Arrow types that ``ray.data`` registers when it is imported, as ``ray.tune`` and ``ray.train`` do (Ray 2.55 to 2.60)
+_EXTENSIONS = ("arrow_pickled_object", "arrow_tensor", "arrow_tensor_v2", "arrow_variable_shaped_tensor")
+
+
+def forget_pickled_columns() -> list[str]:
+    """Takes from Arrow the types with which Ray's import lets a file run code, and returns their names.
+
+    A value of ``ray.data.arrow_pickled_object`` is unpickled as soon as it is asked for; the schema of a tensor may be,
+    too, where the environment allows it. Afterwards such columns hold plain bytes and lists in this process. A module
+    that Ray imports later registers its type anew, so call it where images are about to be read.
+    """
+    found = []
+    for name in (f"ray.data.{each}" for each in _EXTENSIONS):
+        with contextlib.suppress(pa.ArrowKeyError):
+            pa.unregister_extension_type(name)
+            found.append(name)
+    return found
 
 
 @contextlib.contextmanager

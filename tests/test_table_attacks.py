@@ -1,0 +1,152 @@
+"""Tables from strangers: nothing is unpickled, no other memory is read, and a damaged page costs its own rows only."""
+
+import contextlib
+
+import crash_host
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import short_training
+from layouts_tables import pictures, table_of
+from pickled_columns import FORMS, PICKLED, save_to_disk, struck, write
+from sources import open_set
+
+from carft_ray.data.formats.table_rows import READ_ERRORS, open_rows, read_columns
+from carft_ray.errors import DataError
+from carft_ray.launch.ray_cluster import ray_private
+
+IMAGES = pictures(classes=short_training.CLASSES)
+NAMES = ("set.parquet", "set.arrow", "stream.arrow", "set.feather")
+
+
+@pytest.fixture
+def registered():
+    """Ray's type for pickled objects is registered, as in a process that has imported ``ray.data``."""
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    ray_private.forget_pickled_columns()
+    pa.register_extension_type(ArrowPythonObjectType())
+    yield
+    ray_private.forget_pickled_columns()
+
+
+def test_the_attack_works_where_a_value_is_asked_for(tmp_path, registered):
+    write(tmp_path / "set.arrow", struck(IMAGES, tmp_path / "trap"))
+    with pa.ipc.open_file(tmp_path / "set.arrow") as reader:
+        reader.read_all().column("image")[0].as_py()
+    assert (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, registered, name, form):
+    write(tmp_path / name, struck(IMAGES, tmp_path / "trap", form))
+    with pytest.raises(DataError, match=f"column image must have no extension type, but got {PICKLED}"):
+        open_set(base_dir=tmp_path, source="table", path=name, image="image", id="name")
+    with pytest.raises(ValueError, match=f"a column image with the extension type {PICKLED}"):
+        read_columns(tmp_path / name, ["image"])
+    if form == "beside":  # and where it was not seen
+        assert open_rows(tmp_path / name, "image").value(3) == IMAGES[3].content
+    assert not (tmp_path / "trap").exists()
+
+
+def test_it_is_refused_whether_or_not_the_type_is_registered(tmp_path):
+    ray_private.forget_pickled_columns()
+    write(tmp_path / "set.parquet", struck(IMAGES, tmp_path / "trap"))
+    with pytest.raises(DataError, match="of a struct bytes and path are enough"):
+        open_set(base_dir=tmp_path, source="table", path="set.parquet")
+
+
+def test_a_column_that_nobody_uses_may_hold_anything(tmp_path, registered):
+    table = struck(IMAGES, tmp_path / "trap").rename_columns(["other", "label", "name"])
+    table = table.append_column("image", pa.array([image.content for image in IMAGES], pa.binary()))
+    for name in NAMES:
+        write(tmp_path / name, table)
+        source = open_set(base_dir=tmp_path, source="table", path=name, image="image", id="name")
+        assert [source.content(index) for index in range(len(IMAGES))] == [image.content for image in IMAGES]
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.slow
+def test_no_command_unpickles_what_ray_would(tmp_path):
+    """Doctor, and a search in a process with Ray's types registered."""
+    short_training.make(tmp_path)
+    trap, table = tmp_path / "trap", struck(IMAGES, tmp_path / "trap")
+    for name in NAMES:
+        write(tmp_path / name, table)
+    save_to_disk(tmp_path / "saved", IMAGES, short_training.CLASSES, table)
+    sets = [f"{{source: table, path: {name}}}" for name in NAMES] + ["{source: huggingface, path: saved}"]
+    search = ["search", "--executor", "debug", "--study", "study"]
+    argvs = [[*words, tmp_path / "recipe.yaml"] for words in (["doctor"], search)]
+    jobs = [
+        {
+            "name": f"job-{number}",
+            "commands": [{"argv": [*map(str, argv), "--set", f"data.train={one}"]} for argv in argvs],
+        }
+        for number, one in enumerate(sets)
+    ]
+    with crash_host.started(tmp_path, "pickled_columns") as run:
+        for _, answers in run(jobs).values():
+            for answer in answers:
+                assert answer["code"] == 4, answer["log"]
+                assert (
+                    "the column image must have no extension type, but got ray.data.arrow_pickled_object"
+                    in answer["log"]
+                )
+    assert not trap.exists()
+
+
+# offsets that lead out of a file
+
+
+def with_bad_offset(path, images):
+    """Writes a table of images as an Arrow file, and lets one image end where no file is any more."""
+    contents = [image.content for image in images]
+    write(path, pa.table({"image": pa.array(contents, pa.binary()), "label": [image.label for image in images]}))
+    ends = np.cumsum([0, *map(len, contents)], dtype="<i4").tobytes()
+    raw = path.read_bytes()
+    assert raw.count(ends) == 1
+    path.write_bytes(raw.replace(ends, ends[:8] + np.array([2**24], "<i4").tobytes() + ends[12:]))
+
+
+@pytest.mark.parametrize("name", ["set.arrow", "stream.arrow", "set.feather"])
+def test_an_offset_out_of_the_file_is_told_and_no_other_memory_is_read(tmp_path, name):
+    with_bad_offset(tmp_path / name, IMAGES)
+    with pytest.raises(DataError, match=f"{name}: must be a readable table, but got .*(?i:offset)"):
+        open_set(base_dir=tmp_path, source="table", path=name)
+
+
+@pytest.mark.parametrize("name", ["set.arrow", "stream.arrow", "set.feather"])
+def test_an_offset_of_a_label_is_told(tmp_path, name):
+    labels = [image.label for image in IMAGES]
+    write(tmp_path / name, table_of(IMAGES))
+    ends = np.cumsum([0, *map(len, labels)], dtype="<i4").tobytes()
+    raw = (tmp_path / name).read_bytes()
+    assert raw.count(ends) == 1
+    (tmp_path / name).write_bytes(raw.replace(ends, ends[:8] + np.array([2**24], "<i4").tobytes() + ends[12:]))
+    with pytest.raises(DataError, match=f"{name}: must be a readable table, but got .*(?i:offset)"):
+        open_set(base_dir=tmp_path, source="table", path=name, id="name")
+
+
+# pages of a Parquet file
+
+
+def test_a_damaged_page_costs_the_rows_of_its_row_group_from_there_on(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [image._replace(name=f"{row}", content=rng.bytes(2000)) for row, image in enumerate(IMAGES * 10)]
+    path = tmp_path / "set.parquet"
+    pq.write_table(
+        table_of(images), path, row_group_size=100, compression="none", use_dictionary=False, data_page_size=2**14
+    )
+    raw = path.read_bytes()
+    where = raw.index(images[33].content)
+    path.write_bytes(raw[: where - 4] + b"\xff\xff\xff\x7f" + raw[where:])  # its length
+    rows = open_rows(path, "image")
+    left = []
+    for row, image in enumerate(images):
+        with contextlib.suppress(*READ_ERRORS):
+            assert rows.value(row) == image.content
+            left.append(row)
+    assert left == [*range(32), *range(100, 200)]
+    assert rows.value(7) == images[7].content
