@@ -228,6 +228,51 @@ def test_five_failures_and_no_success_end_the_search_with_the_commonest_reason(t
     assert "log.txt" in str(failure)
 
 
+@pytest.fixture
+def eight(tmp_path, monkeypatch):
+    """A search of 40 trials, 8 at a time, and its clock, a list of one number."""
+    now = [0.0]
+    monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"})) as study:
+        recover_running(study)
+        yield Tune(Driver(study, AtATime(8), lambda event: None)), now
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_good", [True, False])
+def test_a_search_does_not_give_up_while_trainings_run_longer_than_those_that_failed(eight, is_good):
+    tune, now = eight
+    live = [tune.start() for _ in range(8)]
+    now[0] = 10
+    for trial in live[3:]:
+        tune.fail(trial, "diverged", "too high")
+    for _ in range(15):  # in all more than two waves
+        trial = tune.start()
+        now[0] += 1
+        tune.fail(trial, "diverged", "too high")
+    assert tune.driver.failure is None
+    if is_good:
+        tune.finish(live[0])
+    for trial in live[is_good:3]:
+        assert tune.driver.failure is None
+        tune.fail(trial, "diverged", "at chance")
+    assert isinstance(tune.driver.failure, NoSuccessfulTrialError) != is_good
+    if not is_good:
+        assert "20 of 23 failed in this way: too high" in str(tune.driver.failure)
+
+
+@pytest.mark.slow
+def test_a_search_in_which_each_training_fails_gives_up_after_two_waves(eight):
+    tune, now = eight
+    live = [tune.start() for _ in range(8)]
+    for number in range(16):
+        assert tune.driver.failure is None
+        now[0] += 1
+        tune.fail(live[number], "diverged", "too high")
+        live.append(tune.start())
+    assert "16 of 16 failed in this way: too high" in str(tune.driver.failure)
+
+
 def test_trainings_that_are_no_trials_say_nothing_about_the_search(tmp_path):
     """A plan, and a confirm of values that were given: however many end, no trial is the best, and none is expected."""
     with open_study(tmp_path / "study", make_recipe(6)) as study:
@@ -423,7 +468,7 @@ def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
 def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for_a_while(tune):
     now = [0.0]
     nodes = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3"}
-    bad_nodes = tune.driver.bad_nodes = BadNodes(lambda: nodes, lambda: now[0])
+    bad_nodes = tune.driver.bad_nodes = BadNodes(lambda: nodes, clock=lambda: now[0])
     tune.finish(tune.start())
 
     def run(node, end):
@@ -442,6 +487,22 @@ def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for
     assert [bad_nodes.failed("gone") for _ in range(4)] == [""] * 4
     now[0] = 601.0
     assert bad_nodes.left_out() == []
+
+
+def test_the_last_node_on_which_a_training_fits_is_never_left_out():
+    """The head has no CPU; of two workers one is left out, and the other then goes."""
+    there = {"head": Node(0, 0), "n1": Node(2, 0), "n2": Node(2, 0), "n3": Node(1, 0)}
+
+    def fits(without):
+        left = tuple(node for name, node in there.items() if name not in without)
+        return capacity_of(make_recipe(6, resources={"cpus_per_worker": 2}), left, None).concurrency > 0
+
+    nodes = BadNodes(lambda: dict.fromkeys(there, "10.0.0.1"), fits)
+    assert [bool(nodes.failed("n1")) for _ in range(3)] == [False, False, True]
+    assert not any(nodes.failed("n2") for _ in range(9))
+    assert nodes.left_out() == ["n1"]
+    del there["n2"]
+    assert nodes.left_out() == []
 
 
 def spec_of(trial):

@@ -5,12 +5,15 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from stand_in import make_recipe
 
 from benchmarks.searches import hypervolume
+from carft_ray.study.best import Retention
 from carft_ray.study.front import (
     FrontRule,
     best_point,
     front_of,
+    front_rule,
     knee,
     lexicographic,
     non_dominated,
@@ -175,6 +178,23 @@ def test_a_trial_that_violates_is_never_before_one_that_does_not():
     rows = [row(0, [(1.0, 0.9, 0.9, 0.02)]), row(1, [(1.0, 0.5, 0.5, -0.02)]), row(2, [(1.0, 0.8, 0.8, 0.01)])]
     assert [each.name for each in best_first(rows)] == ["t1", "t2", "t0"]
     assert best_row(rows[::2]).name == "t2"
+
+
+@pytest.mark.parametrize("best", ["knee", "lexicographic"])
+@pytest.mark.parametrize("seed", range(5))
+def test_what_is_kept_of_the_trials_gives_the_best_of_all_of_them(tmp_path, seed, best):
+    """At every end of a trial; some violate a constraint, and counts of few images make ties."""
+    objective = {"kind": "pareto", "best": best, "tolerance": 0.1}
+    recipe = make_recipe(60, keep_checkpoints=2, objective=objective, alpha={"mode": "sample"})
+    rng, rows = np.random.default_rng(seed), []
+    retention = Retention(tmp_path, recipe, None)
+    for number in range(60):
+        counts = rng.integers(0, 20, (3, 2)) / 20
+        limits = rng.choice([-0.1, 0.05, 0.1], 3)
+        rows.append(row(number, [(index / 2, *counts[index], limits[index]) for index in range(3)]))
+        retention.ended(rows[-1])
+        assert retention.best() == best_row(stand(rows, front_rule(recipe.search.objective)))
+    assert len(retention._kept) < 30
 
 
 def test_the_sampler_is_told_of_at_most_four_further_points_none_of_them_beaten():

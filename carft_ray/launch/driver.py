@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
@@ -26,11 +27,11 @@ from carft_ray.recipe.schema import BudgetConfig
 from carft_ray.study import outcome
 from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, log_lost, read_failure, read_heartbeat
-from carft_ray.study.rows import best_row
 from carft_ray.study.study import Study
 from carft_ray.words import counted
 
-FAILURES_TO_GIVE_UP = 5  # this many failed trials and not one good one: something is wrong with all of them
+FAILURES_TO_GIVE_UP, WAVES_TO_GIVE_UP = 5, 2  # at least, and times as many as run at a time
+HEALTHY_AFTER = 2  # times what trials ran until they failed
 # so many attempts in a row lost without advancing or ended by an exception: it is neither the values nor one machine
 ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each training at a time
 POLL_EVERY_S = 0.5
@@ -108,8 +109,8 @@ class Driver:
 
     def __post_init__(self) -> None:
         self._attempts: dict[str, _Attempt] = {}  # by the name that whoever runs them has given
-        self._ended: list[TrialRow] = []  # trials that have ended in this search, but those that were cut
-        self._best = best_row(self.study.rows())
+        self._failed: list[TrialRow] = []  # trials, in this search
+        self._failed_s: list[float] = []  # what the last attempt of each took
         self._failed_in_a_row = 0  # attempts
         self._only_lost = True  # these were all lost, none ended with an exception
         self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
@@ -179,7 +180,7 @@ class Driver:
             with contextlib.suppress(OSError):  # not there
                 end_s = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
                 self._longest_end_s = max(self._longest_end_s, end_s)
-            self._settle(attempt, gone)
+            self._settle(attempt, seconds, gone)
         except Exception as failure:  # raised again by the search
             self._fail(failure)
 
@@ -358,8 +359,8 @@ class Driver:
                 self._fail(error)
         return bool(self.out_of_budget)
 
-    def _settle(self, attempt: _Attempt, gone: str) -> None:
-        """Has the study record how an attempt ended; ``gone`` as of ``ended``."""
+    def _settle(self, attempt: _Attempt, seconds: float, gone: str) -> None:
+        """Has the study record how an attempt ended that took so many seconds; ``gone`` as of ``ended``."""
         spec = attempt.spec
         if attempt.leaves:
             outcome.excuse(spec.folder(self.study.study_dir), spec.attempt)
@@ -387,16 +388,30 @@ class Driver:
         if row.kind == "baseline":
             self.on_event(events.BaselineFinished(row))
             return
-        if row.kind == "trial":  # a fresh seed, or a probe, finds nothing better and says nothing about the search
-            if row.outcome != "pruned":  # neither well nor badly
-                self._ended.append(row)
-            # a new point of a front may change which is best
-            is_pareto = self.study.recipe.search.objective.kind == "pareto"
-            self._best = best_row(self.study.rows() if is_pareto else filter(None, (self._best, row)))
-        name = self._best.name if self._best and row.kind == "trial" else ""
-        self.on_event(events.TrialFinished(row, row.name == name, name))
-        if self._best is None and len(self._ended) >= FAILURES_TO_GIVE_UP:
-            raise no_successful_trial(self.study.study_dir, self._ended)
+        if row.kind == "confirm":  # a fresh seed, or a probe, finds nothing better and says nothing about the search
+            self.on_event(events.TrialFinished(row, is_best=False))
+            return
+        best = self.study.retention.best()
+        self.on_event(events.TrialFinished(row, best is not None and row.name == best.name, best.name if best else ""))
+        if row.outcome not in ("complete", "pruned"):
+            self._failed.append(row)
+            self._failed_s.append(seconds)
+        if best is None and self._is_in_vain():
+            raise no_successful_trial(self.study.study_dir, self._failed)
+
+    def _is_in_vain(self) -> bool:
+        """Tells whether a search without a complete trial gives up: two waves have failed, and nothing healthy runs.
+
+        That is, as many trials have failed as run at a time in two waves, five at least; and no trial runs that has
+        done so for more than twice the median time in which these failed.
+        """
+        if len(self._failed) < max(FAILURES_TO_GIVE_UP, WAVES_TO_GIVE_UP * self.at_a_time.most):
+            return False
+        trials, usual_s = (
+            (each for each in self._attempts.values() if each.spec.kind == "trial"),
+            median(self._failed_s),
+        )
+        return all(self._held_s(each) <= HEALTHY_AFTER * usual_s for each in trials)
 
     def _left(self, attempt: _Attempt) -> None:
         """Gives an attempt that has left as it was asked to another one."""

@@ -9,7 +9,7 @@ import functools
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ray import tune
@@ -26,7 +26,7 @@ from carft_ray.launch.preparation import fill_new_nodes
 from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.growth import present_capacity, write_concurrency
-from carft_ray.launch.ray_cluster.nodes import alive_nodes, why_waiting
+from carft_ray.launch.ray_cluster.nodes import BadNodes, alive_nodes, why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_workers import tune_trainable
 from carft_ray.launch.runtime import Runtime, stop_reader
@@ -76,6 +76,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
+        bad_nodes=BadNodes(fits=functools.partial(_fits, runtime, drains)),
         drains=drains,
     )
     with stop_file_on_signal(study.study_dir / STOP):
@@ -88,6 +89,12 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
 def _changed(study: Study, on_event: Callable[[Event], None], concurrency: int, reason: str) -> None:
     write_concurrency(study.study_dir, concurrency, reason)
     on_event(ConcurrencyChanged(concurrency, reason))
+
+
+def _fits(runtime: Runtime, drains: Drains | None, without: Sequence[str]) -> bool:
+    """Tells whether a training fits now on the nodes that stay, without some of them."""
+    gone = {*without, *(drains.nodes() if drains else ())}
+    return present_capacity(runtime.recipe, runtime.most, gone).concurrency > 0
 
 
 def _following(runtime: Runtime, drains: Drains | None) -> Callable[[], Capacity]:

@@ -46,11 +46,18 @@ class Retention:
 
     def note_best(self) -> None:
         """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""
-        best = best_row(self._ranked())
+        best = self.best()
         if best is not None and (best.name, best.alpha) != self._noted:
             self._lease.check()
             write_best(self._study_dir, self._recipe, best)
             self._noted = best.name, best.alpha
+
+    def best(self) -> TrialRow | None:
+        """Returns the best of the trials that have ended, with its standing in a Pareto search.
+
+        What is not kept is neither on the front nor will be, so it counts for nothing: no trial is looked at twice.
+        """
+        return best_row(self._ranked())
 
     def _ranked(self) -> list[TrialRow]:
         kept = sorted(self._kept.values(), key=lambda row: row.number)  # of equal points the first one counts

@@ -213,8 +213,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def no_successful_trial(study_dir: Path, rows: Sequence[TrialRow]) -> NoSuccessfulTrialError:
-    """Returns the error for a search without an objective: the commonest reason, and where its log is."""
-    failed = [row for row in rows if row.outcome not in ("complete", "pruned")]
+    """Returns the error for a search without an objective: the commonest reason, and where its log is.
+
+    Args:
+        study_dir: The study directory.
+        rows: The trials that have ended; none is complete.
+    """
+    failed = [row for row in rows if row.outcome != "pruned"]
     if not failed:
         step = "Begin another study with a milder search.pruner, or with name: none."
         rule = f"no trial was trained to its end: the pruner has cut all {len(rows)}"
@@ -223,5 +228,6 @@ def no_successful_trial(study_dir: Path, rows: Sequence[TrialRow]) -> NoSuccessf
     row = next(row for row in failed if row.reason == reason)
     log = row.folder(study_dir) / LOG
     step = f"See {log}." if files.seen(log) else ""
-    rule = f"no trial succeeded; {count} of {len(failed)} failed in this way: {reason}"
+    cut = f"the pruner has cut {len(rows) - len(failed)}; " if len(failed) < len(rows) else ""
+    rule = f"no trial succeeded; {cut}{count} of {len(failed)} failed in this way: {reason}"
     return NoSuccessfulTrialError(Problem("search", rule, next_step=step))

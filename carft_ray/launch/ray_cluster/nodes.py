@@ -92,14 +92,17 @@ def alive_nodes() -> dict[str, str]:
 
 @dataclass
 class BadNodes:
-    """Counts failed attempts by node. At most half of the nodes are left out at a time.
+    """Counts failed attempts by node. At most half of the nodes are left out at a time, and none without which no
+    training fits: a bad one is better than none.
 
     Attributes:
         nodes: Lists the nodes that are alive: address by name.
+        fits: Tells whether a training fits on the nodes that are alive without these.
         clock: Seconds.
     """
 
     nodes: Callable[[], Mapping[str, str]] = alive_nodes
+    fits: Callable[[Sequence[str]], bool] = lambda without: True
     clock: Callable[[], float] = time.monotonic
     _failed: Counter[str] = field(default_factory=Counter)
     _until: dict[str, float] = field(default_factory=dict)
@@ -118,7 +121,8 @@ class BadNodes:
         if node not in nodes:
             return ""
         self._failed[node] += 1
-        if self._failed[node] < FAILURES or 2 * (len(self.left_out()) + 1) > len(nodes):
+        without = [*self.left_out(), node]
+        if self._failed[node] < FAILURES or 2 * len(without) > len(nodes) or not self.fits(without):
             return ""
         number = self._failed.pop(node)
         self._until[node] = self.clock() + LEFT_OUT_S
@@ -130,4 +134,5 @@ class BadNodes:
         now = self.clock()
         self._until = {node: until for node, until in self._until.items() if until > now}
         nodes = self.nodes() if self._until else {}  # Ray is asked for them
-        return sorted(node for node in self._until if node in nodes)
+        found = sorted(node for node in self._until if node in nodes)
+        return found if found and self.fits(found) else []  # others may have gone since
