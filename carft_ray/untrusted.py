@@ -5,6 +5,7 @@ name of theirs, or shows a text of theirs, does it through here; a test walks th
 Images have a gate of their own, ``data.images``.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -113,27 +114,37 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def require_inside(folder: Path, path: Path, error: type[CarftError]) -> None:
-    """Refuses a place that is to be written or removed and lies outside a folder, or behind a link in it.
+def require_nothing_outside(folder: Path, error: type[CarftError], passed_over: str) -> None:
+    """Refuses a folder that is to be written to and has a link that leads out of it, or a pipe, device or socket.
 
     Args:
-        folder: The folder; it may be a link itself.
-        path: A place below it, which need not be there.
+        folder: The folder; it may be a link itself, and need not be there.
         error: What is raised.
+        passed_over: Names that begin so are not looked at.
 
     Raises:
         CarftError: ``error``.
+        OSError: The folder cannot be read.
     """
-    steps = path.relative_to(folder).parts if path.is_relative_to(folder) else ()
-    if not steps or ".." in steps:
-        raise error(Problem(visible(str(path)), f"must lie in {folder}"))
-    here = folder
-    for step in steps:
-        here = here / step
-        if here.is_symlink():
-            rule = f"must not lie behind a link, but {here} is one"
-            step_on = "Remove the link, or put what it leads to in its place."
-            raise error(Problem(visible(str(path)), rule, next_step=step_on))
+    home, places = os.path.realpath(folder), [str(folder)]
+    while places:
+        with contextlib.suppress(FileNotFoundError), os.scandir(places.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    places.append(entry.path)
+                elif entry.is_symlink() and not entry.name.startswith(passed_over):
+                    leads_to = os.path.realpath(entry.path)
+                    if not Path(leads_to).is_relative_to(home):
+                        rule = f"must not lead out of {folder}, where it would be written or removed"
+                        step = "Remove the link, or put what it leads to in its place; the folder itself may be a link."
+                        raise error(
+                            Problem(visible(entry.path), rule, visible(f"a link to {leads_to}"), next_step=step)
+                        )
+                elif not entry.is_symlink() and not entry.is_file(follow_symlinks=False):
+                    kind = _KINDS.get(stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode), "something else")
+                    raise error(
+                        Problem(visible(entry.path), "must be a file or a folder", kind, next_step="Remove it.")
+                    )
 
 
 def visible(text: str) -> str:

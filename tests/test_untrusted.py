@@ -2,11 +2,21 @@
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
 
 from carft_ray.errors import DataError, RecipeError, StorageError
-from carft_ray.untrusted import csv_cell, is_name, latex, markdown, read_regular, read_text, require_inside, visible
+from carft_ray.untrusted import (
+    csv_cell,
+    is_name,
+    latex,
+    markdown,
+    read_regular,
+    read_text,
+    require_nothing_outside,
+    visible,
+)
 
 
 def test_a_regular_file_is_read_whole_through_links(tmp_path):
@@ -61,20 +71,23 @@ def test_what_may_leave_a_folder_is_no_name(name):
     assert not is_name(name)
 
 
-def test_a_place_outside_or_behind_a_link_is_refused(tmp_path):
-    folder, elsewhere = tmp_path / "study", tmp_path / "elsewhere"
-    (folder / "trials").mkdir(parents=True)
-    elsewhere.mkdir()
-    (folder / "link").symlink_to(elsewhere)
+def test_a_folder_from_which_a_link_leads_out_is_refused_and_a_link_within_it_is_not(tmp_path):
+    folder, victim = tmp_path / "study", tmp_path / "victim"
+    (folder / "trials" / "t0").mkdir(parents=True)
+    victim.mkdir()
+    (folder / "latest").symlink_to("trials/t0")
+    (folder / "of-ours").symlink_to(victim)
     (tmp_path / "linked").symlink_to(folder)
-    require_inside(folder, folder / "trials" / "new", StorageError)
-    require_inside(tmp_path / "linked", tmp_path / "linked" / "trials", StorageError)
-    for path in (folder, elsewhere, folder / ".." / "elsewhere", folder / "trials" / ".." / ".." / "x"):
-        with pytest.raises(StorageError, match="must lie in"):
-            require_inside(folder, path, StorageError)
-    for path in (folder / "link", folder / "link" / "new"):
-        with pytest.raises(StorageError, match=r"must not lie behind a link, but .*link is one"):
-            require_inside(folder, path, StorageError)
+    for place in (folder, tmp_path / "linked", tmp_path / "not there"):
+        require_nothing_outside(place, StorageError, passed_over="of-ours")
+    for target in (victim, Path("../../../victim/new"), Path("/etc")):
+        (folder / "trials" / "t0" / "log.txt").symlink_to(target)
+        with pytest.raises(StorageError, match=r"t0/log.txt: must not lead out of .*, but got a link to /"):
+            require_nothing_outside(tmp_path / "linked", StorageError, passed_over="of-ours")
+        (folder / "trials" / "t0" / "log.txt").unlink()
+    os.mkfifo(folder / "trials" / "result.json")
+    with pytest.raises(StorageError, match=r"result.json: must be a file or a folder, but got a named pipe"):
+        require_nothing_outside(folder, StorageError, passed_over="of-ours")
 
 
 def test_what_steers_a_terminal_or_the_direction_of_text_is_written_out():

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from carft_ray import files
+from carft_ray import files, untrusted
 from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
 from carft_ray.layout import JOURNAL, LEASE, LOCK, MANIFEST, PREPARED
 from carft_ray.study.lease import Lease, in_use, lease
@@ -30,12 +30,14 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
     """Holds the study for this process: a lock, which goes when the process does, and a lease for other machines.
 
     Raises:
-        StorageError: Another process holds it, or the folder cannot be written; a new one is gone then.
+        StorageError: Another process holds it, the folder cannot be written (a new one is gone then), or a link leads
+            out of it.
         UsageError: The folder holds something and is no study.
     """
     path = study_dir / LOCK
     is_new = not files.exists(study_dir)
     check_free_or_claimed(study_dir)
+    require_nothing_outside(study_dir)
     with files.writing(path):
         study_dir.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -57,6 +59,12 @@ def study_lock(study_dir: Path) -> Iterator[Lease]:
             yield held
     finally:
         os.close(handle)
+
+
+def require_nothing_outside(study_dir: Path) -> None:
+    """Raises a ``StorageError`` when a link leads out of a study, or one of its files is a pipe, device or socket."""
+    with files.writing(study_dir):  # Optuna's lock is a link, to the journal of where the study lay then
+        untrusted.require_nothing_outside(study_dir, StorageError, passed_over=f"{JOURNAL}.lock")
 
 
 def _take(handle: int, study_dir: Path) -> None:

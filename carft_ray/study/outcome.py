@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from carft_ray import files
-from carft_ray.errors import CarftError, DivergedError, MachineError, OutdatedAttemptError, Problem
+from carft_ray import files, untrusted
+from carft_ray.errors import CarftError, DivergedError, MachineError, OutdatedAttemptError, Problem, StorageError
 from carft_ray.layout import (
     CHECKPOINTS,
     CUT,
@@ -24,6 +24,7 @@ from carft_ray.layout import (
     FENCE,
     FOLDERS,
     HEARTBEAT,
+    JOURNAL,
     LEAVE,
     LOG,
     METRICS,
@@ -58,6 +59,10 @@ class TrialSpec:
     name: str
     values: dict[str, Any]
     attempt: int
+
+    def __post_init__(self) -> None:
+        """Raises a ``StorageError`` when no folder may have the name."""
+        require_name(self.name)
 
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""
@@ -100,6 +105,10 @@ class TrialRow:
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
     late_cut: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises a ``StorageError`` when no folder may have the name."""
+        require_name(self.name)
 
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""
@@ -177,6 +186,19 @@ class Cut:
     attempt: int
     percent: int
     reason: str
+
+
+def require_name(name: Any, place: str = JOURNAL) -> None:
+    """Raises a ``StorageError`` unless what a file of a study calls a training may be the name of a folder.
+
+    Args:
+        name: What the file has.
+        place: The file, for the message.
+    """
+    if not isinstance(name, str) or not untrusted.is_name(name):
+        rule = "a training must have a name of letters, digits and . _ - (at most 200), which its folder has, too"
+        step = "carft-ray has not written this. Nothing was changed; take the study from a source that you trust."
+        raise StorageError(Problem(place, rule, untrusted.visible(repr(name)), next_step=step))
 
 
 def trial_name(number: int, values: Mapping[str, Any]) -> str:

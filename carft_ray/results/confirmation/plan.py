@@ -20,7 +20,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CACHE_KEYS
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.ledger import WINNER_FIXED, read_ledger, record
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.outcome import TrialRow, require_name
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
 from carft_ray.words import counted
 
@@ -228,7 +228,7 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
     """Returns the first and the second stage of a study's confirm, or None before there is one.
 
     Raises:
-        StorageError: The plan is damaged or of another version.
+        StorageError: The plan is damaged or of another version, or names what no folder of a training may be called.
     """
     path = study_dir / CONFIRM / CONFIRM_PLAN
     if not path.exists():
@@ -239,7 +239,10 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
             rule = f"must have format_version {FORMAT_VERSION}"
             raise StorageError(Problem(str(path), rule, str(content["format_version"])))
         last = _stage(content)
-        return (last, None) if content["stage1"] is None else (_stage(content["stage1"]), last)
+        first = last if content["stage1"] is None else _stage(content["stage1"])
+        for name in (*first.trainings(), *last.trainings()):
+            require_name(name, str(path))
+        return first, None if first is last else last
     except (KeyError, TypeError) as error:
         raise StorageError(Problem(str(path), "must be the plan of a confirm", f"{error!r}")) from error
 
@@ -286,8 +289,9 @@ def _rival(view: Overview, other: Overview) -> PlanRow:
     if best.standing:
         values.setdefault("alpha", best.alpha)
     name = f"{other.study_dir.name} {best.name}"
+    training = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-150:]  # a folder's name may be longer than a training's
     row = _plan_row(replace(best, values=values), "baseline")
-    return replace(row, name=name, training=re.sub(r"[^A-Za-z0-9_-]+", "-", name))
+    return replace(row, name=name, training=training if training[0].isalnum() else f"other{training}")
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

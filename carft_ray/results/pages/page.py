@@ -18,6 +18,7 @@ from carft_ray.results.pages.card import Line, verdict
 from carft_ray.results.pages.data import page_document
 from carft_ray.results.pages.figures import figures
 from carft_ray.results.reading.overview import Overview, read_study
+from carft_ray.study.lock import require_nothing_outside
 
 HERE = Path(__file__).parent
 GROUPS = ("Results", "Search", "Trust")
@@ -96,7 +97,11 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
         document: Of ``page_document``.
         path: Where it will stand: links to the folders of trainings begin there.
         reload: As of ``write_page``.
+
+    Raises:
+        StorageError: A link leads out of the study: the page shows the ends of logs, and is passed on.
     """
+    require_nothing_outside(view.study_dir)
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, as the next one
     from plotly.offline import get_plotlyjs
 

@@ -31,7 +31,7 @@ from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.evaluation.training import device_of
-from carft_ray.layout import ANALYSIS_SUMMARY, HEADS, PREPARED, SUMMARY, TEST_DIR
+from carft_ray.layout import ANALYSIS_SUMMARY, FOLDERS, HEADS, LEDGER, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
@@ -44,6 +44,7 @@ from carft_ray.study import ledger
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
 from carft_ray.study.lock import repair_journal, study_lock
+from carft_ray.study.outcome import require_name
 from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.words import counted, times
@@ -99,6 +100,8 @@ def read_sealed(
             _compare_before_first_read(study_dir, recipe, say)
         read = (_trials_of if all_trials else _rows_of)(study_dir, recipe, entry)
         for run in read.runs.keys() - {ZERO_SHOT}:
+            kind, _, name = run.partition("/")
+            require_name(name if kind in FOLDERS.values() else run, LEDGER)
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)

@@ -1,0 +1,157 @@
+"""Studies that a stranger has made: no command reads, writes or removes anything outside of them."""
+
+import json
+import os
+import shutil
+
+import crash_host
+import pytest
+import report_studies
+
+from carft_ray.errors import StorageError
+from carft_ray.results.confirmation.plan import read_plan
+from carft_ray.study import ledger
+from carft_ray.study.lock import study_lock
+from carft_ray.study.rows import best_first, trials
+
+RECIPE = report_studies.make_recipe(4, ood=False)
+RECIPE = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"batch_size": 16, "micro_batch": 16})})
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return report_studies.make(tmp_path_factory.mktemp("made") / "study", 3, RECIPE)
+
+
+@pytest.fixture
+def study_dir(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "here" / "study")
+
+
+@pytest.fixture
+def victim(tmp_path):
+    """A training of someone else, with all that a study would remove or write."""
+    folder = tmp_path / "victim" / "run1"
+    (folder / "checkpoint" / "attempt-1").mkdir(parents=True)
+    for name in ("log.txt", "fine_tuned.safetensors", "result.json", "checkpoint/attempt-1/state.json"):
+        (folder / name).write_text("precious\n")
+    return folder
+
+
+def everything(folder):
+    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def rename(study_dir, old, new):
+    """Gives a training another name in the journal, its folder the same one where it can."""
+    journal = study_dir / "study.journal"
+    text = journal.read_text()
+    assert json.dumps(old) in text
+    journal.write_text(text.replace(json.dumps(old), json.dumps(new)))
+
+
+COMMANDS = {
+    "resume": ["resume", "{}"],
+    "confirm": ["confirm", "{}", "--seeds", "2"],
+    "report": ["report", "{}"],
+    "page": ["report", "{}", "--html", "--out", "page.html"],
+    "status": ["status", "{}"],
+    "logs": ["logs", "{}", "0"],
+    "test": ["test", "{}"],
+    "export": ["export", "{}", "--to", "exported"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("place", ["relative", "absolute"])
+def test_a_training_whose_name_leads_out_of_the_study_is_refused(
+    study_dir, victim, tmp_path, monkeypatch, capsys, command, place
+):
+    monkeypatch.chdir(tmp_path)
+    best = best_first(trials(study_dir))[0].name
+    rename(study_dir, best, {"relative": "../../../victim/run1", "absolute": str(victim)}[place])
+    before = everything(tmp_path)
+    code = crash_host.call([word.format(study_dir) for word in COMMANDS[command]])
+    told = capsys.readouterr().err
+    assert code == StorageError.exit_code, told
+    assert "study.journal: a training must have a name of letters, digits and . _ - (at most 200)" in told
+    assert "victim/run1'" in told
+    assert "Traceback" not in told
+    after = everything(tmp_path)
+    assert {path: after.get(path) for path in before if path.name != "lock"} == {
+        path: content for path, content in before.items() if path.name != "lock"
+    }
+
+
+LINKS = {
+    "trials": "victim",
+    "trials/{best}": "victim/run1",
+    "trials/{best}/log.txt": "victim/run1/log.txt",
+    "trials/{best}/checkpoint": "victim/run1/checkpoint",
+    "lock": "victim/new",
+    "ray.log": "victim/run1/log.txt",
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_study_from_which_a_link_leads_out_is_not_opened_for_writing(
+    study_dir, victim, tmp_path, monkeypatch, capsys, link
+):
+    monkeypatch.chdir(tmp_path)
+    path = study_dir / link.format(best=best_first(trials(study_dir))[0].name)
+    if path.exists():
+        path.rename(tmp_path / "taken away")
+    path.symlink_to(tmp_path / LINKS[link])
+    before = everything(victim.parent)
+    for command in ("resume", "confirm", "test", "page"):
+        code = crash_host.call([word.format(study_dir) for word in COMMANDS[command]])
+        told = capsys.readouterr().err
+        assert code == StorageError.exit_code, told
+        if command == "resume":
+            assert f"{path}: must not lead out of {study_dir}" in told
+            assert "Remove the link, or put what it leads to in its place" in told
+    assert everything(victim.parent) == before
+    assert not (tmp_path / "page.html").exists()
+
+
+def test_a_pipe_in_a_study_is_refused_and_nothing_waits_for_it(study_dir):
+    os.mkfifo(study_dir / "fits.json")
+    with pytest.raises(StorageError, match=r"fits.json: must be a file or a folder, but got a named pipe"):
+        study_lock(study_dir).__enter__()
+
+
+def test_a_link_that_stays_within_a_study_and_a_study_that_is_a_link_are_no_matter(study_dir, tmp_path):
+    (study_dir / "tracking").mkdir()
+    (study_dir / "tracking" / "latest").symlink_to("../trials")
+    (tmp_path / "linked").symlink_to(study_dir)
+    with study_lock(tmp_path / "linked"):
+        pass
+
+
+def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir, victim):
+    row = {
+        "name": "x",
+        "role": "winner",
+        "training": "../../../victim/run1",
+        "alpha": 1.0,
+        "values": {},
+        "objective": 1,
+    }
+    content = {"format_version": 1, "winner": "x", "seeds": [1], "rows": [row], "stage1": None}
+    (study_dir / "confirm").mkdir()
+    for change in ({}, {"rows": [{**row, "training": "t0"}], "seeds": ["/../../../victim/run1"]}):
+        (study_dir / "confirm" / "plan.json").write_text(json.dumps({**content, **change}))
+        with pytest.raises(StorageError, match=r"plan.json: a training must have a name .*victim/run1"):
+            read_plan(study_dir)
+
+
+def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_dir, victim, tmp_path, capsys):
+    run = {"seed": 1, "folder": "trials/../../../victim/run1"}
+    row = {"name": "x", "role": "winner", "alpha": 1.0, "objective": 1.0, "runs": [run]}
+    with study_lock(study_dir):
+        details = {"confirmed": False, "rows": [row]}
+        ledger.record(study_dir, RECIPE, ledger.TEST, ("id_test",), details)
+    before = everything(tmp_path / "victim")
+    assert crash_host.call(["test", str(study_dir)]) == StorageError.exit_code
+    assert "ledger.jsonl: a training must have a name" in capsys.readouterr().err
+    assert everything(tmp_path / "victim") == before
