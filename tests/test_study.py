@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -628,6 +629,38 @@ def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):
     with pytest.raises(DataError), open_study(study_dir, make_recipe(3, epochs=7)):
         raise DataError("unfit")
     assert len(baselines(study_dir)) == 1
+
+
+@pytest.mark.parametrize("lines", [0, 1, 20])
+def test_a_journal_that_has_lost_trainings_is_an_error_and_nothing_is_removed(study_dir, lines):
+    with open_study(study_dir, make_recipe(2)) as study:
+        recover_running(study)
+        run_all(study)
+    journal = study_dir / "study.journal"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:lines]))
+    before = {path: path.read_bytes() for path in study_dir.rglob("*") if path.is_file() and path.name != "lock"}
+    with pytest.raises(StorageError, match=r"study\.journal: must be the journal of the trainings in") as caught:
+        open_study(study_dir, make_recipe(2)).__enter__()
+    assert caught.value.exit_code == 5
+    assert "one that knows nothing of trials/t000" in str(caught.value)
+    assert "Restore it from a copy. Without one: move those folders elsewhere" in str(caught.value)
+    assert {path: path.read_bytes() for path in before} == before
+    shutil.rmtree(study_dir / "trials")
+    (study_dir / "baselines").rename(study_dir / "elsewhere")
+    with open_study(study_dir, make_recipe(2)) as study:
+        recover_running(study)
+        assert [spec.kind for spec in run_all(study)][-2:] == ["trial", "trial"]
+
+
+def test_what_this_call_did_not_make_stays_when_the_data_turn_out_unfit(study_dir):
+    with open_study(study_dir, make_recipe(2)):
+        pass
+    (study_dir / "trials" / "t0000-1234").mkdir(parents=True)
+    (study_dir / "study.journal").write_bytes(b"")
+    for error in (DataError, RecipeError):
+        with pytest.raises(error), open_study(study_dir, make_recipe(2)):
+            raise error("one data set was changed")
+    assert (study_dir / "trials" / "t0000-1234").is_dir()
 
 
 def test_a_study_of_another_recipe_is_not_removed_even_when_nothing_has_begun(study_dir):

@@ -97,21 +97,20 @@ def check_free_or_claimed(folder: Path) -> None:
 
 @contextlib.contextmanager
 def gone_if_nothing_began(folder: Path, is_new: bool, began: Callable[[], bool]) -> Iterator[None]:
-    """Removes a folder when model or data turn out unfit, so that the mended recipe may use the same name.
+    """Removes a folder that this call has made when model or data turn out unfit: the mended recipe may use its name.
 
-    One that was made for this is removed when Ray does not start, too. When Ray ends during the preparation, what is
-    prepared stays for the same command.
+    So when Ray does not start. When Ray ends during the preparation, what is prepared stays for the same command.
 
     Args:
         folder: A claimed folder whose lock is held.
-        is_new: Whether it has been claimed just now.
+        is_new: Whether this call has claimed it; another one stays.
         began: Tells whether a training has begun in it; then it stays.
     """
     try:
         yield
     except (RecipeError, DataError, HoldOutError, ClusterError) as error:
-        stays = isinstance(error, ClusterError) and (not is_new or files.exists(folder / PREPARED))
-        if files.exists(folder / MANIFEST) and not stays and not began():
+        stays = isinstance(error, ClusterError) and files.exists(folder / PREPARED)
+        if is_new and not stays and not began():
             shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -67,10 +67,11 @@ def train_once(
     """
     out_dir = out_dir.resolve()
     _check_folder(out_dir, resume)
-    is_new = not files.exists(out_dir / MANIFEST)
     with (
         study_lock(out_dir) as held,
-        gone_if_nothing_began(out_dir, is_new, lambda: not is_new or files.exists(out_dir / CHECKPOINTS)),
+        gone_if_nothing_began(
+            out_dir, not files.exists(out_dir / MANIFEST), lambda: files.exists(out_dir / CHECKPOINTS)
+        ),
     ):
         if held.note:
             say(held.note)
