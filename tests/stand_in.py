@@ -1,8 +1,9 @@
 """A training without torch for the tests of search and launch; workers import it by name.
 
 Objective and failures depend on nothing but values and trial number. ``base/modes.json`` beside the study says which
-trial misbehaves: ``{"3": "raise"}``; ``seconds`` there is how long an epoch takes. While a file ``hold`` is beside it
-no training gets further than its first epoch.
+trial misbehaves: ``{"3": "raise"}``; ``seconds`` there is how long an epoch takes, with ``paced`` each waits besides
+until the study has noted its intermediate value. While a file ``hold`` is beside it no training gets further than its
+first epoch, nor does one of mode ``hold``.
 """
 
 import json
@@ -17,6 +18,7 @@ from carft_ray.errors import DataError, DivergedError, InterruptedRunError
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import TrialSpec
+from carft_ray.study.rows import trials
 
 SANDBOX_SET = {"source": "sandbox", "domain": "photo", "num_per_class": 4}
 
@@ -89,7 +91,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
             time.sleep(min(0.05, modes.get("seconds", 0.02)))
-        while epoch > 1 and (scripts(prepared_dir) / "hold").exists() and not context.should_stop():
+        while epoch > 1 and is_held(mode, prepared_dir) and not context.should_stop():
             time.sleep(0.1)
         if context.rank == 0:
             row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}
@@ -97,6 +99,8 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
                 row["subset/objective"] = look(recipe.train, epoch)
             report(out_dir / "metrics.jsonl", row)
             save(out_dir, attempt, epoch)
+            while modes.get("paced") and not context.should_stop() and not is_noted(out_dir, epoch):
+                time.sleep(0.05)
         if context.should_stop() and epoch < recipe.train.epochs:
             time.sleep(modes.get("slow_stop", 0))
             raise InterruptedRunError("stopped")
@@ -116,6 +120,15 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     if mode == "slow_end":
         time.sleep(5)
     return result
+
+
+def is_held(mode, prepared_dir):
+    return mode == "hold" or (scripts(prepared_dir) / "hold").exists()
+
+
+def is_noted(out_dir, number):
+    """Tells whether the study has as many intermediate values of a trial."""
+    return any(len(row.intermediate_values) >= number for row in trials(out_dir.parents[1]) if row.name == out_dir.name)
 
 
 def save(out_dir, attempt, epoch):
