@@ -2,16 +2,19 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import pytest
 
 from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.results.statistics import paired
 from carft_ray.results.statistics.intervals import (
     OVER_IMAGES,
     OVER_SEEDS,
     OVER_SEEDS_AND_IMAGES,
     crossed,
+    in_points,
     objective_difference,
     objective_interval,
     values_by_seed,
@@ -63,24 +66,66 @@ def test_rows_have_the_intervals_of_each_configuration(correct, found):
     assert found.rows[-1].objective.words == OVER_IMAGES
 
 
-def test_the_primary_family_is_holm_over_the_baselines(correct, found):
+def test_the_baseline_of_the_headline_has_its_own_p_value_and_interval_and_the_others_holms(correct, found):
     against = by_name(found.baselines)
     assert list(against) == list(BASELINES)
-    for name in ("fine_tuning", "paper"):
-        assert against[name].objective == objective_difference(SPEC, correct["t0007"], correct[name])
-    assert [each.p_holm for each in found.baselines] == holm([each.objective.p_value for each in found.baselines])
+    own = objective_difference(SPEC, correct["t0007"], correct["fine_tuning"])
+    assert (against["fine_tuning"].objective, against["fine_tuning"].p) == (own, own.p_value)
+    raised = holm([against[name].objective.p_value for name in ("paper", "zero_shot")])
+    assert [against[name].p for name in ("paper", "zero_shot")] == [p for p, _ in raised]
+    level = raised[1][1]
+    assert level == pytest.approx(0.975)  # the first of two
+    repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}
+    assert against["zero_shot"].objective == objective_difference(SPEC, correct["t0007"], repeated, level)
+    assert [(each.other, each.p) for each in found.others] == [("t0002", None)]
 
 
-def test_each_secondary_family_is_holm_over_its_sets(found):
-    for each in found.baselines:
-        assert list(each.sets_p_holm.values()) == holm([interval.p_value for interval in each.sets.values()])
-    assert [(each.other, each.p_holm, each.sets_p_holm) for each in found.others] == [("t0002", None, {})]
+def shown_in(line):
+    """The first interval of a printed line, and its p-value as a match."""
+    ends = [float(end) for end in line.partition("[")[2].partition("]")[0].split(", ")]
+    return ends, re.search(r"p (<|=|>) ([0-9.e-]+)", line)
 
 
-def test_one_training_counts_for_every_seed_in_differences(correct, found):
+@pytest.mark.parametrize("num_seeds", [1, 2, 3])
+def test_no_line_has_an_interval_and_a_p_value_that_disagree(num_seeds):
+    """Not in the numbers, and not as they are printed: rounding puts neither on the other side."""
+    rng, seen = np.random.default_rng(5), {True: 0, False: 0}
+    for _ in range(12):
+        hard = {name: rng.random(n) for name, n in SIZES.items()}
+        several = {f"c{number}": answers(rng, hard, 0.7 + rng.normal(0, 0.02), num_seeds) for number in range(5)}
+        found = compare(SPEC, several, "c0", {f"c{number}": rng.random() for number in range(1, 5)})
+        for each in found.baselines:
+            low, high = each.objective.images_random
+            assert (each.p < 0.05) == (low > 0 or high < 0)
+            assert ("no improvement" not in each.sentence) == (each.p < 0.05)
+            seen[each.p < 0.05] += 1
+        for line in [one for one in brief(found)["lines"] if re.search(r"; p [<=>]", one)]:
+            (low, high), (_, sign, number) = shown_in(line)[0], shown_in(line)[1].group(0, 1, 2)
+            counts = sign == "<" or (sign == "=" and float(number) < 0.05)
+            assert counts == (low > 0 or high < 0), line
+        headline = next(each for each in found.baselines if each.other == found.headline_baseline)
+        assert found.headline == f"c0: {headline.sentence}"
+    assert min(seen.values()) > 0
+
+
+def test_a_p_value_next_to_the_limit_is_not_rounded_onto_it():
+    rng = np.random.default_rng(3)
+    noise = rng.normal(0, 1, (3, 400)) / 100
+    noise -= noise.mean()
+    half = crossed({"a": noise}, {"a": 1.0}).images_random[1]
+    for factor, words in ((1.001, "p < 0.05"), (0.999, "p > 0.05")):
+        interval = crossed({"a": noise + factor * half}, {"a": 1.0})
+        assert paired._p(interval.p_value) == words
+        low = float(in_points(interval, signed=True).partition("[")[2].partition(",")[0])
+        assert (low > 0) == (words == "p < 0.05")
+        assert low != 0
+
+
+def test_one_training_counts_for_every_seed_in_differences(correct):
     repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}
     expected = objective_difference(SPEC, correct["t0007"], repeated)
-    assert by_name(found.baselines)["zero_shot"].objective == expected
+    alone = compare(SPEC, correct, "t0007", {"zero_shot": 0.5})
+    assert alone.baselines[0].objective == expected
     assert expected.num_seeds == 3
 
 
@@ -151,7 +196,7 @@ def test_lines_have_both_intervals_with_their_words_and_never_a_bare_one(found):
     numbers = [line for line in lines if "95 % [" in line]
     assert len(numbers) == 4 + 3 * 3  # the others, and per baseline three sets
     assert all(f"{OVER_SEEDS_AND_IMAGES}; [" in line and OVER_SEEDS in line for line in numbers)
-    assert ["p " in line for line in numbers].count(True) == 3 + 3 * 3
+    assert ["; p " in line for line in numbers].count(True) == 3
     assert not any("p " in line for line in lines if line.startswith("    t0002"))
     assert any("Keeps ID: at most 0.5 points of ID accuracy lost" in line for line in lines)
 
@@ -164,8 +209,9 @@ def test_the_brief_form_has_one_interval_a_number_and_says_what_p_means(found):
         low, high = each.objective.images_random
         assert f" [{100 * low:+.1f}, {100 * high:+.1f}]" in told[each.other]
         assert told[each.other].count("[") == 1
-        assert ("p " in told[each.other]) == (each.p_holm is not None)
-    assert "raised for the number of baselines (Holm)" in told["p"]
+        assert ("; p " in told[each.other]) == (each.p is not None)
+    assert "of the 2 other baselines, p and interval are raised for their number (Holm)" in " ".join(short["lines"])
+    assert "fine_tuning was chosen before" in " ".join(short["lines"])
     assert short["lines"][-1] == comparison_lines(found)[-1]
     assert found.as_data()["brief"] == short
 

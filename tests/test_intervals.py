@@ -113,11 +113,15 @@ def test_random_data_agree_with_sums_written_out():
     assert result.p_value == pytest.approx(max(p_values), abs=1e-12)
 
 
-def test_p_value_and_interval_agree():
+@pytest.mark.parametrize("level", [0.95, 0.99])
+@pytest.mark.parametrize("num_seeds", [1, 2, 3])
+def test_p_value_and_interval_agree(num_seeds, level):
     rng = np.random.default_rng(1)
-    for _ in range(50):
-        result = crossed({"a": rng.normal(0.15, 1, (3, 40))}, {"a": 1.0})
-        assert (result.p_value < 0.05) == (result.images_random[0] > 0 or result.images_random[1] < 0)
+    for noise in (0, 1):  # without noise nothing varies: the rule of three
+        for _ in range(50):
+            values = rng.normal(0.2) / 10 + noise * rng.normal(0.15, 1, (num_seeds, 40))
+            result = crossed({"a": values}, {"a": 1.0}, level=level)
+            assert (result.p_value < 1 - level) == (result.images_random[0] > 0 or result.images_random[1] < 0)
 
 
 def test_sets_of_weight_zero_change_nothing():
@@ -290,7 +294,10 @@ def test_rank_correlation_agrees_with_scipy_and_is_none_where_not_defined():
 )
 def test_headline(shift, words):
     noise = np.tile([0.1, -0.1], (3, 20)) + np.array([[0.01], [-0.01], [0.0]])
-    assert headline(crossed({"a": noise + shift}, {"a": 1.0}), "plain fine-tuning").startswith(words)
+    found = crossed({"a": noise + shift}, {"a": 1.0})
+    assert headline(found, "plain fine-tuning").startswith(words)
+    searched = headline(found, "plain fine-tuning", is_measured_again=False)
+    assert searched.startswith(words.replace("improves on", "measured higher than").replace("worse", "measured lower"))
 
 
 def test_both_intervals_are_printed_with_their_words():

@@ -131,14 +131,26 @@ def test_one_standard_error_takes_the_one_that_moved_least():
 
 
 def test_holm_of_the_fixture_and_its_limits():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.8]) == [1.0, 1.0]
-    assert holm([0.02]) == [0.02]
+    def adjusted(*p):
+        return [one for one, _ in holm(p)]
+
+    assert adjusted(0.01, 0.04, 0.03) == pytest.approx([0.03, 0.06, 0.06])
+    assert adjusted(0.9, 0.8) == [1.0, 1.0]
+    assert holm([0.02]) == [(0.02, pytest.approx(0.95))]
     assert holm([]) == []
     p = np.random.default_rng(0).random(9)
-    adjusted = np.array(holm(list(p)))[np.argsort(p)]
-    assert all(one <= two for one, two in pairwise(adjusted))
-    assert (adjusted >= np.sort(p)).all()
+    raised = np.array(adjusted(*p))[np.argsort(p)]
+    assert all(one <= two for one, two in pairwise(raised))
+    assert (raised >= np.sort(p)).all()
+
+
+def test_an_interval_at_the_level_of_holm_says_what_its_p_value_says():
+    rng = np.random.default_rng(1)
+    for _ in range(200):
+        p_values = rng.random(rng.integers(1, 7)) ** 4
+        for p, (adjusted, level) in zip(p_values, holm(list(p_values)), strict=True):
+            assert (adjusted < 0.05) == (p < 1 - level)
+            assert level >= 0.95 - 1e-12
 
 
 def test_id_is_kept_when_the_interval_stays_above_the_margin():

@@ -145,7 +145,7 @@ def against_baseline(
     rival = max(baselines, key=lambda row: row.objective or 0.0)
     one, other = (stored.chosen[row.name].correct for row in (best, rival))
     difference = objective_difference(objective_spec(recipe), one, other)
-    sentence, of = headline(difference, rival.name), ""
+    sentence, of = headline(difference, rival.name, is_measured_again=False), ""
     if recipe.search.objective.kind == "pareto":
         weight = recipe.search.objective.id_weight
         of = f" by {weight:g} ID + {1 - weight:g} OOD"

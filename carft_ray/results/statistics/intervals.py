@@ -33,7 +33,7 @@ ValuesBySet = Mapping[str, npt.NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its 95 % intervals.
+    """A mean over seeds with its intervals, of 95 % unless ``crossed`` was given another level.
 
     Attributes:
         mean: m, the mean over seeds.
@@ -70,7 +70,12 @@ class Interval:
         return math.sqrt(max(self.seed_variance, self.residual_variance) + self.image_variance)
 
 
-def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequence[float] | None = None) -> Interval:
+def crossed(
+    values: ValuesBySet,
+    weights: Mapping[str, float],
+    seed_values: Sequence[float] | None = None,
+    level: float = LEVEL,
+) -> Interval:
     """Returns the mean over seeds of sum_j w_j mean_k x_jqk with its intervals.
 
     With y_q the weighted mean of seed q and m their mean:
@@ -80,8 +85,8 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
         MS_E_j  = sum_qk (x_jqk - x_jq. - x_j.k + x_j..)^2 / ((n_j - 1)(r - 1))
         V_image = sum_j w_j^2 max(0, (MS_I_j - MS_E_j) / r) / n_j
         V_res   = sum_j w_j^2 MS_E_j / (r n_j)
-        images fixed   m +- t(0.975, d) sqrt(V_s)
-        images random  V = V_s + V_image,  m +- t(0.975, dof) sqrt(V),
+        images fixed   m +- t((1 + level) / 2, d) sqrt(V_s)
+        images random  V = V_s + V_image,  m +- t((1 + level) / 2, dof) sqrt(V),
                        dof = V^2 / (V_s^2 / d + V_image^2 / (min_j n_j - 1)),  p = 2 (1 - T_dof(|m| / sqrt(V)))
 
     each with V_s = V_seed, d = r - 1, and where V_seed < V_res also with V_s = V_res, d = (r - 1)(min_j n_j - 1): the
@@ -94,6 +99,7 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
     varies, the half-width is that of the rule of three (Hanley and Lippman-Hand 1983), max_j |w_j| 3 / N_j: of N_j
     images (images fixed: (r - 1) n_j pairs of seed and image) without any change, the rate of changes is at most
     -log(0.05) / N_j, about 3 / N_j, with 95 % confidence. The p-value inverts it: exp(-|m| / max_j(|w_j| / N_j)).
+    So ``images_random`` leaves 0 out exactly where p < 1 - level.
 
     Args:
         values: Per set j an array [r, n_j] of numbers from -1 to 1: correctness of one configuration, or paired
@@ -101,6 +107,7 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
         weights: w_j per set, the same sets; sets of weight 0 change nothing.
         seed_values: y_q for an objective that is not linear in the accuracies; ``weights`` are then its derivatives
             at the mean accuracies.
+        level: Of the intervals.
     """
     arrays = {name: np.asarray(array, np.float64) for name, array in values.items()}
     num_seeds = next(iter(arrays.values())).shape[0]
@@ -113,7 +120,7 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
     # of one image in N without any change: what a mean may be off by
     per_image = max((abs(weights[name]) / array.shape[1] for name, array in used.items()), default=0.0)
     if num_seeds == 1:
-        half, p_value = _half_and_p(mean, image_variance, math.inf, per_image)
+        half, p_value = _half_and_p(mean, image_variance, math.inf, per_image, level)
         notes.append("one training: seeds not covered")
         return Interval(mean, 1, 0.0, 0.0, image_variance, None, _around(mean, half), math.inf, p_value, tuple(notes))
     if num_seeds == 2:
@@ -125,8 +132,8 @@ def crossed(values: ValuesBySet, weights: Mapping[str, float], seed_values: Sequ
     sources = [(seed_variance, float(num_seeds - 1))]
     if seed_variance < residual_variance:
         sources.append((residual_variance, float((num_seeds - 1) * image_dof)))
-    fixed, dof_fixed, p_fixed = _widest(mean, sources, 0.0, image_dof, per_image / (num_seeds - 1))
-    half, dof, p_value = _widest(mean, sources, image_variance, image_dof, per_image)
+    fixed, dof_fixed, p_fixed = _widest(mean, sources, 0.0, image_dof, per_image / (num_seeds - 1), level)
+    half, dof, p_value = _widest(mean, sources, image_variance, image_dof, per_image, level)
     if half < fixed:
         half, dof = fixed, dof_fixed
     ends, p_value = (_around(mean, fixed), _around(mean, half)), max(p_fixed, p_value)
@@ -170,7 +177,9 @@ def objective_interval(spec: ObjectiveSpec, correct: ValuesBySet) -> Interval:
     return replace(interval, notes=(*interval.notes, *_worst_domain_notes(spec, correct)))
 
 
-def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet) -> Interval:
+def objective_difference(
+    spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet, level: float = LEVEL
+) -> Interval:
     """Returns the paired interval of the objective of configuration a minus that of b.
 
     For a linear objective this is ``crossed`` on the differences of correctness. Otherwise the images enter as
@@ -181,6 +190,7 @@ def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b:
         spec: The objective and its sets.
         correct_a: Correctness of a per set, bool [r, n_j].
         correct_b: Correctness of b, the same images in the same order, seeds paired by index.
+        level: Of the intervals.
     """
     weights_a, weights_b = (spec.weights(mean_accuracies(correct)) for correct in (correct_a, correct_b))
     weights = {name: max(w, weights_b[name]) for name, w in weights_a.items() if w or weights_b[name]}
@@ -190,7 +200,7 @@ def objective_difference(spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b:
         for name, w in weights.items()
     }
     pairs = zip(values_by_seed(spec, correct_a), values_by_seed(spec, correct_b), strict=True)
-    interval = crossed(differences, weights, [a - b for a, b in pairs])
+    interval = crossed(differences, weights, [a - b for a, b in pairs], level)
     notes = dict.fromkeys([*_worst_domain_notes(spec, correct_a), *_worst_domain_notes(spec, correct_b)])
     return replace(interval, notes=(*interval.notes, *notes))
 
@@ -225,35 +235,45 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     return float(stats.spearmanr(a, b).statistic)
 
 
-def headline(difference: Interval, baseline: str) -> str:
+def headline(difference: Interval, baseline: str, is_measured_again: bool = True) -> str:
     """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images.
 
     Underscores in the name of the baseline are written as spaces.
 
     ``improves on ... by`` and ``worse than ... by`` are followed by how much, without a sign: mean and interval are of
     baseline - winner in the second. Where neither is shown the difference winner - baseline has its sign.
+
+    Args:
+        difference: Winner - baseline.
+        baseline: Its name.
+        is_measured_again: With fresh seeds, or on images that did not choose. What a search alone has measured is
+            ``measured higher than`` or ``measured lower than``, and no improvement.
     """
     (low, high), baseline = difference.images_random, baseline.replace("_", " ")
+    better, worse = (
+        ("improves on", "worse than") if is_measured_again else ("measured higher than", "measured lower than")
+    )
     if low > 0:
-        return f"improves on {baseline} by {100 * difference.mean:.1f} [{100 * low:.1f}, {100 * high:.1f}] points"
+        return f"{better} {baseline} by {100 * difference.mean:.1f} {_ends(low, high, '.1f')} points"
     if high < 0:
-        return f"worse than {baseline} by {-100 * difference.mean:.1f} [{-100 * high:.1f}, {-100 * low:.1f}] points"
-    numbers = f"{100 * difference.mean:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-    return f"no improvement over {baseline} shown ({numbers} points)"
+        return f"{worse} {baseline} by {-100 * difference.mean:.1f} {_ends(-high, -low, '.1f')} points"
+    return f"no improvement over {baseline} shown ({100 * difference.mean:+.1f} {_ends(low, high, '+.1f')} points)"
 
 
 def in_points(interval: Interval, signed: bool = False, short: bool = False) -> str:
     """Returns mean and both intervals in points with their words as one line; ``short``: mean and first interval."""
-    form = "{:+.1f}" if signed else "{:.1f}"
-
-    def shown(ends: tuple[float, float]) -> str:
-        return f"[{form.format(100 * ends[0])}, {form.format(100 * ends[1])}]"
-
-    mean, ends = form.format(100 * interval.mean), shown(interval.images_random)
+    form = "+.1f" if signed else ".1f"
+    mean, ends = f"{100 * interval.mean:{form}}", _ends(*interval.images_random, form)
     if short:
         return f"{mean} {ends}"
     text = f"{mean}, 95 % {ends} {interval.words}"
-    return text if interval.images_fixed is None else f"{text}; {shown(interval.images_fixed)} {OVER_SEEDS}"
+    return text if interval.images_fixed is None else f"{text}; {_ends(*interval.images_fixed, form)} {OVER_SEEDS}"
+
+
+def _ends(low: float, high: float, form: str) -> str:
+    """Returns the ends of an interval in points; one that is not 0 is not shown as 0, so that its side of 0 shows."""
+    forms = [form if end == 0 or abs(end) >= 0.0005 else form.replace("f", "g") for end in (low, high)]
+    return f"[{100 * low:{forms[0]}}, {100 * high:{forms[1]}}]"
 
 
 def _image_variance(array_rn: FloatArray) -> float:
@@ -270,7 +290,12 @@ def _image_variance(array_rn: FloatArray) -> float:
 
 
 def _widest(
-    mean: float, sources: Sequence[tuple[float, float]], image_variance: float, image_dof: int, per_image: float
+    mean: float,
+    sources: Sequence[tuple[float, float]],
+    image_variance: float,
+    image_dof: int,
+    per_image: float,
+    level: float,
 ) -> tuple[float, float, float]:
     """Returns the largest half-width over the V_s and d given, its degrees of freedom, and the largest p-value."""
     found = []
@@ -278,18 +303,18 @@ def _widest(
         total = variance + image_variance
         if total > 0:
             dof = 1 / ((variance / total) ** 2 / dof + (image_variance / total) ** 2 / image_dof)
-        found.append((*_half_and_p(mean, total, dof, per_image), dof))
+        found.append((*_half_and_p(mean, total, dof, per_image, level), dof))
     half, _, dof = max(found)
     return half, dof, max(p for _, p, _ in found)
 
 
-def _half_and_p(mean: float, variance: float, dof: float, per_image: float) -> tuple[float, float]:
+def _half_and_p(mean: float, variance: float, dof: float, per_image: float, level: float) -> tuple[float, float]:
     """Returns half-width and p-value of mean = 0: Student's t (normal with infinite ``dof``), or the rule of three."""
     if variance == 0:
-        off = -math.log(1 - LEVEL) * per_image
+        off = -math.log(1 - level) * per_image
         return off, 1.0 if abs(mean) < _ZERO or per_image == 0 else math.exp(-abs(mean) / per_image)
     error = math.sqrt(variance)
-    return float(stats.t.ppf((1 + LEVEL) / 2, dof)) * error, 2 * float(stats.t.sf(abs(mean) / error, dof))
+    return float(stats.t.ppf((1 + level) / 2, dof)) * error, 2 * float(stats.t.sf(abs(mean) / error, dof))
 
 
 def _or_zero(variance: float) -> float:

@@ -1,8 +1,9 @@
-"""Configurations compared with the winner: intervals, paired differences with families of tests, the headline.
+"""Configurations compared with the winner: intervals, paired differences with their tests, the headline.
 
-For `confirm` (validation, fresh seeds) and `test` (test sets). The primary family is the winner minus each baseline on
-the objective, p-values by Holm over the baselines. Per baseline a secondary family holds the differences on ID and on
-every OOD set. Other configurations get intervals and no p-values.
+For `confirm` (validation, fresh seeds) and `test` (test sets). What is tested is the winner minus each baseline on the
+objective. The baseline of the headline was chosen before, so its interval and its p-value are its own. Those of the
+other baselines are raised for their number (Holm), both alike: an interval leaves 0 out exactly where p < 0.05.
+Differences on single sets, and those to other configurations, have intervals and no p-values.
 
 Shape letters: r seeds, n images of one set. Accuracies are fractions; text is in points (percent).
 """
@@ -17,7 +18,7 @@ import numpy as np
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.results.statistics import intervals
-from carft_ray.results.statistics.intervals import Interval
+from carft_ray.results.statistics.intervals import LEVEL, Interval
 from carft_ray.results.statistics.selection import seed_variances
 from carft_ray.words import counted
 
@@ -50,19 +51,17 @@ class Difference:
 
     Attributes:
         other: Name of the other configuration.
-        objective: On the objective; its ``p_value`` is not adjusted.
-        p_holm: Adjusted over the baselines (primary family); None for what is no baseline.
+        objective: On the objective; its ``p_value`` is not adjusted. Its intervals leave 0 out exactly where p < 0.05.
+        p: That of the headline's baseline; adjusted over the other baselines; None for what is no baseline.
         sets: On ID and on every OOD set.
-        sets_p_holm: Adjusted over these sets (secondary family); empty for what is no baseline.
         keeps_id: Whether ID is non-inferior.
         sentence: The result in words.
     """
 
     other: str
     objective: Interval
-    p_holm: float | None
+    p: float | None
     sets: dict[str, Interval]
-    sets_p_holm: dict[str, float]
     keeps_id: bool
     sentence: str
 
@@ -151,12 +150,16 @@ def compare(
         ValueError: The numbers of seeds or images do not belong together.
     """
     rows = tuple(_row(spec, name, by_set) for name, by_set in correct.items())
-    against = [_difference(spec, correct, winner, name, id_margin) for name in baselines]
-    adjusted = _holm({each.other: each.objective for each in against})
-    primary = tuple(replace(each, p_holm=adjusted[each.other], sets_p_holm=_holm(each.sets)) for each in against)
-    others = [name for name in correct if name != winner and name not in baselines]
     headline_baseline = max(baselines, key=lambda name: baselines[name], default=None)
-    chosen = next((each for each in primary if each.other == headline_baseline), None)
+    against = {name: _difference(spec, correct, winner, name, id_margin) for name in baselines}
+    family = [name for name in baselines if name != headline_baseline]
+    tested = dict(zip(family, holm([against[name].objective.p_value for name in family]), strict=True))
+    for name, each in against.items():
+        p, level = tested.get(name, (each.objective.p_value, LEVEL))
+        raised = each if level == LEVEL else _difference(spec, correct, winner, name, id_margin, level)
+        against[name] = replace(raised, p=p)
+    others = [name for name in correct if name != winner and name not in baselines]
+    chosen = None if headline_baseline is None else against[headline_baseline]
     return Comparison(
         label,
         winner,
@@ -164,19 +167,26 @@ def compare(
         None if chosen is None else f"{winner}: {chosen.sentence}",
         id_margin,
         rows,
-        primary,
+        tuple(against.values()),
         tuple(_difference(spec, correct, winner, name, id_margin) for name in others),
         None if searched is None else _optimism(spec, correct, winner, searched),
     )
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Returns Holm's adjusted p-values: sorted, adj_(i) = max over h <= i of min(1, (m - h + 1) p_(h)); in order."""
+def holm(p_values: Sequence[float]) -> list[tuple[float, float]]:
+    """Returns Holm's adjusted p-values, each with the level at which an interval says the same, in order.
+
+    Sorted, adj_(i) = max over h <= i of min(1, (m - h + 1) p_(h)). Those below 0.05 were tested at 0.05 / (m - h + 1),
+    the others at that of the first of them: an interval of that level leaves 0 out exactly where adj < 0.05, and covers
+    with at least 95 %.
+    """
     p = np.asarray(p_values, np.float64)
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty(len(p))
-    adjusted[order] = np.maximum.accumulate(np.minimum(1.0, np.arange(len(p), 0, -1) * p[order]))
-    return [float(value) for value in adjusted]
+    order, factors = np.argsort(p, kind="stable"), np.arange(len(p), 0, -1)
+    adjusted = np.maximum.accumulate(np.minimum(1.0, factors * p[order]))
+    num_shown = int((adjusted < 1 - LEVEL).sum())
+    factors[num_shown:] = len(p) - num_shown
+    found = [(float(each), 1 - (1 - LEVEL) / int(factor)) for each, factor in zip(adjusted, factors, strict=True)]
+    return [found[place] for place in np.argsort(order)]
 
 
 def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
@@ -212,16 +222,18 @@ def comparison_lines(comparison: Comparison, short: bool = False) -> list[str]:
         )
     for each in (*comparison.baselines, *comparison.others):
         tested = ""
-        if each.p_holm is not None:
-            tested = f"; {_p(each.p_holm)}; {'keeps ID' if each.keeps_id else 'keeping ID is not shown'}"
+        if each.p is not None:
+            tested = f"; {_p(each.p)}; {'keeps ID' if each.keeps_id else 'keeping ID is not shown'}"
         lines.append(f"    {each.other}: {intervals.in_points(each.objective, signed=True, short=short)}{tested}")
-        for name, p_value in () if short else each.sets_p_holm.items():
-            lines.append(f"        {name} {intervals.in_points(each.sets[name], signed=True)}; {_p(p_value)}")
+        if each.p is not None and not short:
+            lines += [f"        {name} {intervals.in_points(gap, signed=True)}" for name, gap in each.sets.items()]
     if comparison.baselines:
-        family = "the number of baselines" if short else "the number of baselines, or of sets,"
+        few = len(comparison.baselines) - 1
+        raised = f" of the {few} other baselines, p and interval are raised for their number (Holm);" if few > 1 else ""
         lines.append(
-            f"    p: how often chance alone gives such a difference, raised for {family} (Holm); under 0.05 counts. "
-            f"Keeps ID: at most {counted(100 * comparison.id_margin, 'point')} of ID accuracy lost."
+            "    p: how often chance alone gives such a difference; under 0.05 counts, and then the interval leaves 0 "
+            f"out;{raised} {comparison.headline_baseline} was chosen before. Keeps ID: at most "
+            f"{counted(100 * comparison.id_margin, 'point')} of ID accuracy lost."
         )
     return [*lines, *_last_lines(comparison)]
 
@@ -259,24 +271,24 @@ def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> Row:
 
 
 def _difference(
-    spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, other: str, id_margin: float
+    spec: ObjectiveSpec,
+    correct: Mapping[str, CorrectBySet],
+    winner: str,
+    other: str,
+    id_margin: float,
+    level: float = LEVEL,
 ) -> Difference:
     num_seeds = max(len(correct[row][spec.id_set]) for row in (winner, other))
     a, b = (
         {name: np.broadcast_to(correct[row][name], (num_seeds, correct[row][name].shape[1])) for name in spec.sets}
         for row in (winner, other)
     )
-    objective = intervals.objective_difference(spec, a, b)
+    objective = intervals.objective_difference(spec, a, b, level)
     sets = {
         name: intervals.crossed({name: gap}, {name: 1.0}) for name, gap in intervals.paired_differences(a, b).items()
     }
     id_kept = keeps_id(sets[spec.id_set], id_margin)
-    return Difference(other, objective, None, sets, {}, id_kept, intervals.headline(objective, other))
-
-
-def _holm(found: Mapping[str, Interval]) -> dict[str, float]:
-    """Returns the p-values of a family, adjusted."""
-    return dict(zip(found, holm([interval.p_value for interval in found.values()]), strict=True))
+    return Difference(other, objective, None, sets, id_kept, intervals.headline(objective, other))
 
 
 def _optimism(spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, searched: float) -> Optimism:
@@ -286,7 +298,10 @@ def _optimism(spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: 
 
 
 def _p(value: float) -> str:
-    return "p < 0.0001" if value < 1e-4 else f"p = {value:.2g}"
+    if value < 1e-4:
+        return "p < 0.0001"
+    text = f"{value:.2g}"
+    return f"p = {text}" if text != "0.05" else f"p {'<' if value < 0.05 else '>'} 0.05"  # rounding changes no verdict
 
 
 def _plain(value: Any) -> Any:

@@ -288,11 +288,8 @@ def _accuracies(row: ComparedRow) -> dict[str, Any]:
 
 def _difference_data(difference: Difference) -> dict[str, Any]:
     return {
-        "objective": {**_plain(difference.objective), "p_holm": difference.p_holm},
-        "sets": {
-            name: {**_plain(interval), "p_holm": difference.sets_p_holm[name]}
-            for name, interval in difference.sets.items()
-        },
+        "objective": {**_plain(difference.objective), "p": difference.p},
+        "sets": {name: _plain(interval) for name, interval in difference.sets.items()},
         "keeps_id": difference.keeps_id,
     }
 
