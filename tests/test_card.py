@@ -24,10 +24,10 @@ def made(tmp_path_factory):
 
 # what is done after the search, whose headline the card must have, and its marks: result, accuracy, seeds, test sets
 CASES = {
-    "confirmed, better": ({"confirm": (BETTER, THREE)}, "confirm", "pass pass pass warn"),
-    "confirmed, the same": ({"confirm": (SAME, THREE)}, "confirm", "warn ? pass warn"),
+    "confirmed, better": ({"confirm": (BETTER, THREE)}, "confirm", "warn warn pass warn"),
+    "confirmed, the same": ({"confirm": (SAME, THREE)}, "confirm", "warn warn pass warn"),
     "confirmed, worse": ({"confirm": (WORSE, THREE)}, "confirm", "warn warn pass warn"),
-    "confirmed with two seeds": ({"confirm": (BETTER, TWO)}, "confirm", "? ? warn warn"),
+    "confirmed with two seeds": ({"confirm": (BETTER, TWO)}, "confirm", "warn warn warn warn"),
     "tested, better": ({"confirm": (BETTER, THREE), "test": (BETTER, THREE)}, "test", "pass pass pass pass"),
     "tested, the same": ({"confirm": (BETTER, THREE), "test": (SAME, THREE)}, "test", "warn ? pass pass"),
     "tested, worse": ({"confirm": (BETTER, THREE), "test": (WORSE, THREE)}, "test", "warn warn pass pass"),
@@ -43,7 +43,7 @@ CASES = {
         "warn ? pass warn",
     ),
     "read twice": ({"confirm": (BETTER, THREE), "test": (BETTER, THREE), "reads": 2}, "test", "pass pass pass warn"),
-    "confirmed, better by OOD, ID lost": ({"confirm": (TRADED, THREE)}, "confirm", "pass warn pass warn"),
+    "confirmed, better by OOD, ID lost": ({"confirm": (TRADED, THREE)}, "confirm", "warn warn pass warn"),
     "tested without a confirm": ({"test": (BETTER, SEARCH)}, "test", "pass pass warn pass"),
     "search went on": (
         {"confirm": (BETTER, THREE), "test": (BETTER, THREE), "went_on": True},
@@ -82,8 +82,12 @@ def test_the_card_agrees_with_confirm_and_test(made, tmp_path, case):
         difference, row = summary["baselines"][0], summary["table"][0]["estimates"]
         low, kept = difference["objective"]["images_random"][0], difference["keeps_id"]
         shown = [row["ID"], row["OOD mean"]]
-    assert lines[0].passed == (low > 0) == ("improves on" in summary["headline"])
-    assert lines[1].passed == kept
+    assert (low > 0) == ("improves on" in summary["headline"])
+    assert lines[0].passed == (low > 0 and source == "test")  # the images of a confirm have chosen
+    assert lines[1].passed == (kept and source == "test")
+    assert ("keeps the ID accuracy" in lines[1].text) == kept
+    for what, is_missing in (("seeds", seeds == SEARCH), ("the choice by these images", source == "confirm")):
+        assert (what in lines[0].text.partition("not covered: ")[2]) == is_missing
     for mean, *ends in shown:
         assert f"{100 * mean:.1f} [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}] %" in lines[1].text
     assert ("one training each" if seeds == SEARCH else f"{len(seeds)} fresh seeds") in lines[2].text
@@ -101,6 +105,8 @@ def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(made, k
     headline = document["report"]["headline"]
     assert lines[0].text.startswith(f"{document['status']['best']['name']}: {headline['sentence']}")
     assert [line.passed for line in lines] == [False] * 5  # the images that chose show nothing
+    assert lines[0].text.endswith("95 %, over images; not covered: seeds, the choice by these images")
+    assert "improves" not in str(document["report"]["lines"])
     assert ("there is no OOD set" in lines[1].text) == (kind == "no OOD set")
 
 

@@ -156,10 +156,10 @@ def _by_one_number(evidence: _Evidence) -> _Worth:
         lowest = evidence.view.recipe.search.alpha.lowest
         pick = one_se_pick(spec, stored.chosen[best.name], candidates, stored.moved, lowest, noise.seed)
     curve, num_resamples = bootstrap.overtuning(bootstrap.incumbent_values(resamples)), len(resamples.in_bag)
-    of = "images alone. Quote this one until there is a confirm"
+    of = "images alone: that of the seeds is still in it, which a confirm measures"
     covered = "image noise only: the luck of the seed is still in it"
     if noise.seed is not None:
-        of = "images and seeds. Quote the confirm where it has this trial"
+        of = "images and seeds. Neither this nor a confirm is of images that did not choose: a test is"
         covered = f"image and seed noise, the latter from {counted(len(again), 'confirmed configuration')}"
     included = "alpha and constraints included" if evidence.bounds else "alpha included"
     values = counted(len(objectives), "value")

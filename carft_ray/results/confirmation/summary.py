@@ -142,6 +142,7 @@ def _lines(found: Sequence[str], stage: Stage, twice: bool, failed: Sequence[str
     """Returns the text of a summary around the lines of its differences."""
     return [
         f"{len(stage.seeds)} fresh seeds; {LABEL}; 95 % intervals over seeds and images (zero-shot: images).",
+        "Not covered: these images have chosen the winner in the search. Test sets have not.",
         *(["The winner was chosen on other fresh seeds; these did not choose it."] if twice else []),
         *(f"Failed, and not compared: {line}." for line in failed),
         *found,

@@ -52,7 +52,7 @@ class _Evidence:
         keeps_id: Whether ID is kept against that baseline; None where it is not tested.
         accuracies: ID and OOD mean, in that order, as text with intervals where they are known.
         num_seeds: Fresh seeds; 0: one training each.
-        words: What the intervals are over.
+        is_new: Whether the images are those of test sets: others have chosen the winner.
     """
 
     label: str
@@ -62,7 +62,7 @@ class _Evidence:
     keeps_id: bool | None
     accuracies: Sequence[str]
     num_seeds: int
-    words: str
+    is_new: bool
 
 
 def verdict(document: Document) -> list[Line]:
@@ -111,7 +111,7 @@ def _of_test(document: Document) -> _Evidence | None:
         against and against["keeps_id"],
         texts,
         len(test["seeds"]) if test["confirmed"] else 0,
-        winner["test"]["objective"]["over"],
+        is_new=True,
     )
 
 
@@ -133,7 +133,7 @@ def _of_confirm(document: Document) -> _Evidence | None:
         against and against["keeps_id"],
         texts,
         len(confirm["seeds"]),
-        "over seeds and images",
+        is_new=False,
     )
 
 
@@ -154,16 +154,22 @@ def _of_search(document: Document) -> _Evidence | None:
         None,
         [_percent(metrics[name]) for name in names if name in metrics],
         0,
-        "over images",
+        is_new=False,
     )
 
 
 def _result(found: _Evidence) -> Line:
     if found.sentence is None or found.difference is None:
         return Line("Result", False, f"no baseline to compare with; {found.label}")
-    is_on_new_images = found.num_seeds > 0 or found.label.startswith("test sets")
-    text = f"{found.sentence}; {found.label}; 95 %, {found.words}"
-    return Line("Result", found.difference[0] > 0 and is_on_new_images, text)
+    text = f"{found.sentence}; {found.label}; 95 %, {_covered(found)}"
+    return Line("Result", found.difference[0] > 0 and found.is_new, text)
+
+
+def _covered(found: _Evidence) -> str:
+    """Returns what the intervals cover and what they do not: images, seeds, the choice of the winner."""
+    over = f"over {'seeds and images' if found.num_seeds else 'images'}"
+    missing = [*([] if found.num_seeds else ["seeds"]), *([] if found.is_new else ["the choice by these images"])]
+    return f"{over}; not covered: {', '.join(missing)}" if missing else over
 
 
 def _accuracy(found: _Evidence) -> Line:
@@ -174,7 +180,7 @@ def _accuracy(found: _Evidence) -> Line:
         text += f"; {kept} the ID accuracy of {_spaced(found.baseline)}"
     if len(found.accuracies) < 2:
         text += "; there is no OOD set"
-    return Line("Accuracy", bool(found.keeps_id) and len(found.accuracies) == len(names), text)
+    return Line("Accuracy", bool(found.keeps_id) and len(found.accuracies) == len(names) and found.is_new, text)
 
 
 def _seeds(found: _Evidence) -> Line:
