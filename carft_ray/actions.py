@@ -237,7 +237,7 @@ def confirm(
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
 
                 def fix(locked: Any) -> Any:
-                    return plan.fix(study_dir, recipe, first, second, stage)
+                    return plan.fix(study_dir, recipe, first, second, stage, others)
 
                 on_event = with_trackers(with_notices(shown))
                 run_confirm(recipe, study_dir, fix, resume_command, address, on_event, runner)

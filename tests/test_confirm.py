@@ -26,8 +26,11 @@ from carft_ray.results.confirmation.plan import (
     read_plan,
     second_stage,
 )
+from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import read_study
+from carft_ray.study.ledger import read_ledger, record
 from carft_ray.study.opening import open_study
+from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import confirmations, trials
 
@@ -153,6 +156,26 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, tmp
     assert row.values["learning_rate"] == best.values["learning_rate"]
     assert row.values["epochs"] == other.recipe.train.epochs
     assert not {"seed", "alpha"} & row.values.keys()
+
+
+def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, tmp_path):
+    other = make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
+    for reason in ("", "once more"):
+        record(other.study_dir, other.recipe, "test", ("id_test",), {}, reason)
+    first, second, notes = plan(view, 1, 2, [other])
+    assert notes == [f"the test sets of {other.study_dir} were read 2 times; this counts here too"]
+    for _ in range(2):  # the same command again
+        with open_study(view.study_dir, view.recipe):
+            fix(view.study_dir, view.recipe, first, second, first, [other])
+        assert len(read_ledger(view.study_dir)) == 1
+    assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
+    with open_study(view.study_dir, view.recipe):  # without it, what was compared stays known
+        fix(view.study_dir, view.recipe, first, second, first)
+    assert num_test_reads(view.study_dir) == 2
+    third = make_study(tmp_path / "third")
+    assert plan(third, 1, 2, [view])[2] == [
+        f"the test sets of {view.study_dir} were read 2 times; this counts here too"
+    ]
 
 
 @pytest.mark.slow

@@ -14,9 +14,11 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
+from carft_ray.results.pages.card import verdict
+from carft_ray.results.pages.data import page_document
 from carft_ray.results.reading.overview import folder_of, read_study
 from carft_ray.results.reading.stored import confirmed, read_stored
-from carft_ray.results.report import robustness, study_report
+from carft_ray.results.report import OWN_CHOICES, robustness, study_report
 from carft_ray.results.statistics.bootstrap import bbc, resample
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.study.ledger import record
@@ -163,6 +165,16 @@ def test_a_fixed_alpha_stands_alone(tmp_path):
     stored = read_stored(study_dir, view.recipe, complete(view), objective_spec(view.recipe))
     assert {candidate.alphas for candidate in stored.candidates} == {(0.6,)}
     assert study_report(view, num_resamples=50)["bbc"]["wins"][0]["alpha"] == 0.6
+
+
+@pytest.mark.slow
+def test_a_trainer_of_ones_own_may_have_chosen_and_every_text_says_that_nobody_counted(original, tmp_path):
+    study_dir = make_study(tmp_path / "own", make_recipe(function="mine:fit"))
+    for path, is_own in ((study_dir, True), (original, False)):
+        found = study_report(read_study(path), num_resamples=20)
+        assert all((OWN_CHOICES in found[form]) == is_own for form in ("lines", "brief"))
+        cost = verdict(page_document(read_study(path)))[-1].text
+        assert ("chosen on the labelled validation sets is not counted" in cost) == is_own
 
 
 @pytest.mark.slow

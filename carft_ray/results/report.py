@@ -20,6 +20,8 @@ from carft_ray.evaluation.objective import ID_SET, ObjectiveSpec, objective_spec
 from carft_ray.evaluation.robustness import CAVEAT, MIN_MODELS, Robustness, above_line, read_reference
 from carft_ray.layout import ANALYSIS_SUMMARY, CONFIRM, SUMMARY, TEST_DIR
 from carft_ray.recipe.constraints import violations
+from carft_ray.recipe.loading import own_functions
+from carft_ray.recipe.schema import Recipe
 from carft_ray.results.pareto import front_data, front_lines, placed, study_limits
 from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import Overview
@@ -33,6 +35,10 @@ from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.words import counted, times
 
 _SHOWN_WINS = 5
+OWN_CHOICES = (
+    "A trainer of your own has the labelled validation sets: what it has chosen on them itself (a checkpoint, the end) "
+    "is not counted, and no number here is corrected for it."
+)
 
 
 @dataclass(frozen=True)
@@ -105,7 +111,7 @@ def study_report(
     parts = ("row_lines", "lines", "brief")
     later = {step: read_summary(study_dir / step / SUMMARY, *parts) for step in (CONFIRM, TEST_DIR)}
     for form, lines in texts.items():
-        lines[:0] = [*_count_lines(recipe.name, counts), *shared_lines(shared), ""]
+        lines[:0] = [*_count_lines(recipe, counts), *shared_lines(shared), ""]
         lines += constraint_lines(best)
         if share is not None:
             lines.append(f"{best.name} meets all constraints in {100 * share:.0f} % of the resamples.")
@@ -231,15 +237,16 @@ def _by_front(evidence: _Evidence, front: dict[str, Any]) -> _Worth:
     )
 
 
-def _count_lines(name: str, counts: dict[str, Any]) -> list[str]:
+def _count_lines(recipe: Recipe, counts: dict[str, Any]) -> list[str]:
     states = ", ".join(f"{count} {state}" for state, count in counts["trials"].items() if count)
     kinds = ", ".join(f"{count} on {device}" for device, count in counts["devices"].items())
     mixed = [f"They ran on different devices, which round differently: {kinds}."] if len(counts["devices"]) > 1 else []
     return [
-        f"{name}: trials: {states}.",
+        f"{recipe.name}: trials: {states}.",
         *mixed,
         f"{counted(counts['trainings'], 'training')} and {counted(counts['alphas'], 'evaluated alpha')} chose on these "
         f"validation images; test sets were read {times(counts['test_reads'])}.",
+        *([OWN_CHOICES] if own_functions(recipe) else []),
     ]
 
 

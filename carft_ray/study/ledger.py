@@ -47,6 +47,7 @@ WINNER_FIXED: Purpose = "winner fixed"
 TEST: Purpose = "test"  # winner and baselines
 ANALYSIS: Purpose = "analysis"  # every trial, to judge the rules of selection; it chooses nothing
 WENT_ON: Purpose = "search went on"
+AGAINST = "against"  # in the details of WINNER_FIXED: reads of the studies whose winners are baselines, by their ids
 
 
 @dataclass(frozen=True)

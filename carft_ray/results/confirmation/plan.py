@@ -18,11 +18,13 @@ from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN, WEIGHTS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CACHE_KEYS
+from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import Overview
-from carft_ray.study.ledger import WINNER_FIXED, read_ledger, record
+from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
 from carft_ray.study.outcome import TrialRow, require_name
+from carft_ray.study.proposals.warm_start import source_id
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
-from carft_ray.words import counted
+from carft_ray.words import counted, times
 
 FORMAT_VERSION = 1
 SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
@@ -151,9 +153,14 @@ def plan(
         against: As ``first_stage``.
     """
     before, second = read_plan(view.study_dir) or (None, None)
+    reads = {other.study_dir: num_test_reads(other.study_dir) for other in against}
+    notes = [
+        f"the test sets of {path} were read {times(number)}; this counts here too"
+        for path, number in reads.items()
+        if number
+    ]
     if before is None:
-        return first_stage(view, top, num_seeds, against), None, []
-    notes = []
+        return first_stage(view, top, num_seeds, against), None, notes
     first = first_stage(view, top, max(num_seeds, len(before.seeds)), against)
     if num_seeds < len(before.seeds):
         notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
@@ -187,7 +194,14 @@ def cost(view: Overview, stage: Stage) -> str:
     return text + "."
 
 
-def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, stage: Stage) -> dict[str, dict[str, Any]]:
+def fix(
+    study_dir: Path,
+    recipe: Recipe,
+    first: Stage,
+    second: Stage | None,
+    stage: Stage,
+    against: Sequence[Overview] = (),
+) -> dict[str, dict[str, Any]]:
     """Writes ledger and plan, before anything of it is trained; the study's lock is held.
 
     Args:
@@ -196,6 +210,7 @@ def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, sta
         first: The first stage.
         second: The second one, where there is one.
         stage: The one of them that is trained now.
+        against: As ``first_stage``; how often their test sets were read is written down, and counts here.
 
     Returns:
         Values of the stage's trainings by name.
@@ -206,6 +221,8 @@ def fix(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, sta
     """
     sets = ("id_val", *recipe.data.ood_val)
     details = {**_stage_data(stage), "chosen_by": "confirm" if stage is second else "search"}
+    if against:
+        details[AGAINST] = {source_id(other.study_dir): num_test_reads(other.study_dir) for other in against}
     written = [entry.details for entry in read_ledger(study_dir) if entry.purpose == WINNER_FIXED]
     if details not in written[-2:]:  # the same command again, after a kill
         record(study_dir, recipe, WINNER_FIXED, sets, details)

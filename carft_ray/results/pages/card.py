@@ -212,6 +212,8 @@ def _cost(document: Document) -> Line:
         text += f"; baseline{'s' * several} {' and '.join(fixed)} not tuned: one training{' each' * several}"
     if document["rivals"]:
         text += f"; {', '.join(document['rivals'])} tuned in a search of its own"
+    if "own trainer" in methods:
+        text += "; what a trainer of your own has chosen on the labelled validation sets is not counted"
     hours = status["budget"]["gpu_hours_used"]
     text += f"; {hours:.3g} GPU hours" if hours else f"; {_time(status['times']['training_s'])} without a GPU"
     is_equal = len(methods) > 1 and len({*methods.values()}) == 1

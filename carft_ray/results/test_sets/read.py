@@ -91,7 +91,10 @@ def read_sealed(
         if entry is not None:
             _require_unfinished(study_dir, entry, len(reads), purpose)
         elif reason is None and (number := inherited_reads(study_dir)):
-            rule = f"the test sets of studies that it has learned from (search.warm_start) were read {times(number)}"
+            rule = (
+                "the test sets of studies that it has learned from (search.warm_start) or is compared with "
+                f"(confirm --against) were read {times(number)}"
+            )
             command = f"carft-ray test {shlex.quote(str(study_dir))}{' --all-trials' if all_trials else ''}"
             step = f"Every further read is counted and reported: {command} --again REASON"
             raise HoldOutError(Problem(str(study_dir), rule, next_step=step))

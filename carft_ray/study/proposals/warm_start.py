@@ -24,7 +24,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.region import place
 from carft_ray.study import rows
 from carft_ray.study.identity import GENERATION, RECIPES, read_manifest
-from carft_ray.study.ledger import read_ledger, reads_of
+from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import WARM_FROM, is_training, state_and_values
 from carft_ray.study.space_revisions import placed_trial
@@ -52,7 +52,7 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
     marks: dict[str, dict[str, Any]] = dict(study.user_attrs.get(MARKS, {}))
     notes = []
     for source in new_sources(study, study_dir, recipe):
-        number = _source_id(source)
+        number = source_id(source)
         if number in marks:
             notes.append(f"warm start: {source} is a copy of {marks[number]['path']}, which was taken in before")
             continue
@@ -87,14 +87,20 @@ def new_sources(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[Pa
 
 
 def inherited_reads(study_dir: Path) -> int:
-    """Returns how often test sets were read in the studies that a study has learned from, and in theirs.
+    """Returns how often test sets were read in the studies that this one has learned from or whose winners are its
+    baselines (`confirm --against`), and in theirs.
 
     Raises:
+        HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: There is no study, or its journal is damaged.
     """
     with _search_of(study_dir) as search:
         marks = {} if search is None else search.user_attrs.get(MARKS, {})
-    return sum(mark.get("test_reads", 0) for mark in marks.values())
+    found = {number: mark.get("test_reads", 0) for number, mark in marks.items()}
+    for entry in read_ledger(study_dir):
+        for number, reads in entry.details.get(AGAINST, {}).items():
+            found[number] = max(reads, found.get(number, 0))
+    return sum(found.values())
 
 
 def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tuple[int, dict[str, int]]:
@@ -131,7 +137,7 @@ def _problems(source: Path, study_dir: Path, recipe: Recipe) -> Iterator[Problem
         others = [str(path.parent) for path in source.parent.glob(f"*/{JOURNAL}")]
         yield Problem(key, "must be the folder of a study", value, nearest=nearest(str(source), others))
         return
-    if source == study_dir or _source_id(source) == _source_id(study_dir):
+    if source == study_dir or source_id(source) == source_id(study_dir):
         yield Problem(key, "must be another study", "this one" if source == study_dir else "a copy of this one")
         return
     ours, theirs = _objective(recipe), _objective(_recipe_of(source))
@@ -178,7 +184,7 @@ def _search_of(source: Path) -> Iterator[optuna.Study | None]:
         yield rows.stored(rows.storage_of(source), name)
 
 
-def _source_id(study_dir: Path) -> str:
+def source_id(study_dir: Path) -> str:
     """Returns what identifies a study, wherever its folder is: when it was made, and with which recipe."""
     manifest = read_manifest(study_dir)
     first = manifest[RECIPES][0]["recipe"] if manifest.get(RECIPES) else manifest["recipe"]
