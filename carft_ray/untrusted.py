@@ -74,7 +74,9 @@ def read_regular(path: Path | str, most_bytes: int = MOST_TEXT_BYTES, error: typ
     with open_regular(path, error) as file:
         size, content = os.fstat(file.fileno()).st_size, b""
         if size <= most_bytes:
-            content = file.read(most_bytes + 1)  # some systems say that a file has no bytes until it is read
+            content = file.read(size + 1)
+            if len(content) > size:  # some systems say that a file has no bytes until it is read
+                content += file.read(most_bytes - size)
             size = len(content)
     if size > most_bytes:
         rule = f"must have at most {most_bytes:,} bytes, since it is read whole"

@@ -158,18 +158,6 @@ def test_of_an_animation_the_first_picture_counts(ending):
     np.testing.assert_array_equal(found, np.broadcast_to(RED, (6, 8, 3)))
 
 
-def test_an_image_that_would_fill_the_memory_is_refused_with_the_limit(monkeypatch):
-    content = encoded(picture(30, 20))
-    for limit, refused in ((600, False), (599, True), (299, True)):  # Pillow warns above its limit, raises above twice
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        if refused:
-            with pytest.raises(DataError, match=rf"x: must have at most {2 * limit:,} pixels") as caught:
-                decode_image(content, "x")
-            assert caught.value.exit_code == 4
-        else:
-            assert decode_image(content, "x").shape == (20, 30, 3)
-
-
 @pytest.mark.parametrize("ending", ["png", "jpeg", "webp", "gif", "bmp"])
 def test_an_image_that_is_cut_off_is_named(tmp_path, ending):
     content = encoded(Image.fromarray(picture(64, 64)), ending)
@@ -230,13 +218,13 @@ def test_every_kind_of_jpeg_has_the_pixels_of_pillow_to_the_bit(options):
             content = encoded(smooth(width, height).convert(mode), "jpeg", quality=quality, **options)
             found = _plain_jpeg(content)
             assert found is not None
-            np.testing.assert_array_equal(found, by_pillow(content))
+            np.testing.assert_array_equal(found[0], by_pillow(content))
 
 
 @pytest.mark.parametrize("subsampling", ["440", "411", "Gray"])
 def test_kinds_of_jpeg_that_pillow_does_not_write_have_its_pixels_too(subsampling):
     content = simplejpeg.encode_jpeg(np.array(smooth(45, 31)), 80, colorsubsampling=subsampling)
-    np.testing.assert_array_equal(_plain_jpeg(content), by_pillow(content))
+    np.testing.assert_array_equal(_plain_jpeg(content)[0], by_pillow(content))
 
 
 @pytest.mark.parametrize("progressive", [False, True])
@@ -251,7 +239,7 @@ def test_what_is_taken_of_damaged_jpegs_pillow_takes_too_with_the_same_pixels(pr
         found = _plain_jpeg(bytes(damaged))
         if found is not None:
             taken += 1
-            np.testing.assert_array_equal(found, by_pillow(bytes(damaged)))
+            np.testing.assert_array_equal(found[0], by_pillow(bytes(damaged)))
     assert 50 < taken < 350
 
 

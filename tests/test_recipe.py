@@ -262,7 +262,7 @@ BAD = [
     (
         "    b: {source: folder, path: x, domain: [c], domains: [c]}",
         "r.yaml:9: data.ood_test.b.domain: unknown key; did you mean 'domains'? "
-        "(allowed: path, part, shots, shots_seed, classes, on_bad_image, exclude, source, domains)",
+        "(allowed: path, part, shots, shots_seed, classes, on_bad_image, max_pixels, exclude, source, domains)",
     ),
     (
         "    b: {source: folder, path: x, part: [0.5, 0.2]}",
@@ -783,8 +783,8 @@ BAD_OPTIONS = [
         "data.train.domian=x",
         "--set data.train.domian=x: unknown key 'domian'; did you mean 'data.train.domain'? "
         "(allowed: source, domain, split, num_per_class, "
-        "path, part, shots, shots_seed, classes, on_bad_image, exclude, domains, image, label, id, root, where, "
-        "class_names, name, trial_seed, ...)",
+        "path, part, shots, shots_seed, classes, on_bad_image, max_pixels, exclude, domains, image, label, id, root, "
+        "where, class_names, name, ...)",
     ),
     (
         "search.space.kl_weight={low: 2, high: 1}",

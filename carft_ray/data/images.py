@@ -15,10 +15,16 @@ a colour profile. Of an animation the first picture counts.
 Most JPEGs are decoded by simplejpeg, which is libjpeg-turbo without a detour. Pillow has the same underneath, so the
 pixels are the same to the bit (``benchmarks/decoders.py`` says how much faster). What needs a rule of the list above,
 and what it finds anything wrong with, goes to Pillow.
+
+All images of strangers are opened here. The ending of a file says nothing: of Pillow's 43 formats those of ``FORMATS``
+are tried and no other, since some start programs (Ghostscript for EPS). The pixels that a header tells of are
+compared with a limit before anything is decoded, and large images are decoded one at a time.
 """
 
+import contextlib
 import io
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -28,15 +34,31 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import DataError, Problem
+from carft_ray.recipe.sets import MAX_PIXELS
+from carft_ray.untrusted import read_regular
 
 # torchvision's ImageFolder takes the same
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # names of Pillow; its JPEG takes MPO, too
+MOST_BYTES = 2**30  # of an image file: three colours of 16 bits of as many pixels as Pillow takes
+LARGE = 16_000_000  # pixels from which on images are decoded one at a time
 WHITE = (255, 255, 255)
 DECODERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"  # part of the key of what keeps pixels
 
-# what Pillow raises for damaged files
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, MemoryError, LookupError, OverflowError)
-_BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+# what files begin with that often stand where an image should be
+_OTHERS = {
+    b"%!PS": "EPS or PostScript",
+    b"\xc5\xd0\xd3\xc6": "EPS or PostScript",
+    b"%PDF": "PDF",
+    b"8BPS": "PSD",
+    b"\0\0\0\x0cjP": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\1\0": "ICO",
+    b"<": "text such as HTML or SVG",
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file",
+}
+_one_large = threading.Lock()
 _TURNS = (b"Exif\0\0", b"tiff:Orientation")  # where a JPEG can note a rotation
 _START_OF_SCAN = 0xDA
 _STEP = "Replace the file, or take it out of the set."
@@ -46,44 +68,34 @@ def read_bytes(path: Path | str) -> bytes:
     """Returns the bytes of an image file.
 
     Raises:
-        DataError: The file cannot be read.
+        DataError: The file cannot be read, or is none.
     """
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except (OSError, ValueError) as error:
+        return read_regular(path, MOST_BYTES)
+    except OSError as error:
         raise DataError(unreadable(str(path), error)) from error
 
 
-def decode_image(content: bytes, place: str) -> PixelArray:
+def decode_image(content: bytes, place: str, max_pixels: int = MAX_PIXELS) -> PixelArray:
     """Decodes an image file as RGB by the rules at the top of this file.
 
     Args:
         content: Bytes of the file.
         place: Its name, for the message.
+        max_pixels: A larger image is refused.
 
     Returns:
         Pixels, uint8 [H, W, 3].
 
     Raises:
-        DataError: The image is damaged, cut off, no image, or has too many pixels.
+        DataError: The image is damaged, cut off, of no format that is read, or has too many pixels.
     """
-    if (pixels := _plain_jpeg(content)) is not None:
-        return pixels
-    try:
-        with Image.open(io.BytesIO(content)) as file:
-            file.load()
-            return np.asarray(_to_rgb(_upright(file)))
-    except _BOMBS as error:
-        rule = f"must have at most {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
-        raise DataError(Problem(place, rule, "more", next_step="Save it smaller, or take it out.")) from error
-    except _DECODE_ERRORS as error:
-        cause = "no image that is known" if isinstance(error, UnidentifiedImageError) else str(error)
-        problem = Problem(place, "must be a readable image", cause or type(error).__name__, next_step=_STEP)
-        raise DataError(problem) from error
+    return small_image(content, place, 0, max_pixels)[0]
 
 
-def small_image(content: bytes, place: str, side: int) -> tuple[PixelArray, tuple[int, int], str]:
+def small_image(
+    content: bytes, place: str, side: int, max_pixels: int = MAX_PIXELS
+) -> tuple[PixelArray, tuple[int, int], str]:
     """Decodes an image file for thumbnails: smaller, where that is quicker.
 
     A JPEG of more than ``side`` pixels is decoded by whole eighths of its size: what is wrong with it is found all the
@@ -92,7 +104,8 @@ def small_image(content: bytes, place: str, side: int) -> tuple[PixelArray, tupl
     Args:
         content: Bytes of the file.
         place: Its name, for the message.
-        side: Pixels that the shorter side of a larger image keeps.
+        side: Pixels that the shorter side of a larger image keeps; 0: all.
+        max_pixels: As of ``decode_image``.
 
     Returns:
         Pixels, uint8 [h, w, 3]; height and width of the image itself, pixels; Pillow's mode of the file.
@@ -100,12 +113,27 @@ def small_image(content: bytes, place: str, side: int) -> tuple[PixelArray, tupl
     Raises:
         DataError: As ``decode_image``.
     """
-    if (pixels := _plain_jpeg(content, side)) is not None:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        return pixels, (height, width), "L" if colours == "Gray" else "RGB"
-    pixels = decode_image(content, place)
-    with Image.open(io.BytesIO(content)) as file:
-        return pixels, (pixels.shape[0], pixels.shape[1]), file.mode
+    if (found := _plain_jpeg(content, side, max_pixels)) is not None:
+        return found
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as file:
+            if (number := file.width * file.height) > max_pixels:
+                raise DataError(_too_large(place, max_pixels, f"{file.width} x {file.height}, {number:,}"))
+            mode = file.mode
+            with _turn(number):
+                file.load()
+                pixels = np.asarray(_to_rgb(_upright(file)))
+            return pixels, (pixels.shape[0], pixels.shape[1]), mode
+    except DataError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # of Pillow's own two limits
+        raise DataError(_too_large(place, max_pixels, "more")) from error
+    except UnidentifiedImageError as error:
+        step = f"Save it as one of {', '.join(FORMATS)}, or take it out of the set."
+        raise DataError(Problem(place, "must be a readable image", _kind(content), next_step=step)) from error
+    except Exception as error:  # decoders raise of every kind on damaged files
+        cause = str(error) or type(error).__name__
+        raise DataError(Problem(place, "must be a readable image", cause, next_step=_STEP)) from error
 
 
 def small_jpeg(pixels: PixelArray, side: int, quality: int) -> bytes:
@@ -133,12 +161,35 @@ def unreadable(place: str, error: OSError | ValueError) -> Problem:
     return Problem(place, "must be readable", cause_of(error), next_step="Restore the file, or take it out of the set.")
 
 
-def _plain_jpeg(content: bytes, side: int = 0) -> PixelArray | None:
+def _too_large(place: str, max_pixels: int, value: str) -> Problem:
+    step = "Save it smaller, take it out, or raise max_pixels of its set."
+    return Problem(place, f"must have at most {max_pixels:,} pixels (max_pixels)", value, next_step=step)
+
+
+def _kind(content: bytes) -> str:
+    """Returns what the bytes are, where that is no format that is read; nothing is decoded for that."""
+    if content[4:8] == b"ftyp":
+        return "AVIF, HEIC or a video"
+    return next((name for start, name in _OTHERS.items() if content.startswith(start)), "no image that is known")
+
+
+def _turn(number: int) -> contextlib.AbstractContextManager[object]:
+    """Returns what is held while an image of so many pixels is decoded: large ones wait for each other."""
+    return contextlib.nullcontext() if number <= LARGE else _one_large
+
+
+def _plain_jpeg(
+    content: bytes, side: int = 0, max_pixels: int = MAX_PIXELS
+) -> tuple[PixelArray, tuple[int, int], str] | None:
     """Decodes a sound JPEG, grey or in colour, without a note of a rotation; None: a case for Pillow.
 
     Args:
         content: Bytes of the file.
         side: Pixels that the shorter side keeps at least, where it has them; 0: all.
+        max_pixels: Larger ones are a case for Pillow, too.
+
+    Returns:
+        As ``small_image``.
     """
     if not content.startswith(b"\xff\xd8\xff"):
         return None
@@ -147,12 +198,13 @@ def _plain_jpeg(content: bytes, side: int = 0) -> PixelArray | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours not in ("YCbCr", "RGB", "Gray") or height * width > (Image.MAX_IMAGE_PIXELS or 0):
+        if colours not in ("YCbCr", "RGB", "Gray") or height * width > max_pixels:
             return None
-        pixels: PixelArray = simplejpeg.decode_jpeg(content, min_height=side, min_width=side)
+        with _turn(height * width):
+            pixels = simplejpeg.decode_jpeg(content, min_height=side, min_width=side)
     except ValueError:
         return None
-    return pixels
+    return pixels, (height, width), "L" if colours == "Gray" else "RGB"
 
 
 def _header_end(content: bytes) -> int:
@@ -174,8 +226,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        grey = np.clip(np.asarray(image), 0, 65535).astype(np.uint32)
+        grey += 128
+        grey //= 257
+        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("grey values in floating point, whose range is not known")
     if not image.has_transparency_data:

@@ -31,7 +31,7 @@ from carft_ray.layout import SETS
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet, SetSpec, plain
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TRAIN, ID_VAL = "train", "id_val"
 
 _SCHEMA = pa.schema(
@@ -51,6 +51,7 @@ class ListedSource:
         home: Where the images are.
         in_order: See ``Listing``.
         are_files: Whether each image is a file of its own; its place is the path then.
+        max_pixels: Of an image; see the recipe.
         num_skipped: Images that were left out because they cannot be decoded.
         labels: Label of every image, int64 [N].
         sample_ids: Stable ids, uint64 [N].
@@ -65,6 +66,7 @@ class ListedSource:
     home: str
     in_order: bool
     are_files: bool
+    max_pixels: int
     num_skipped: int
     labels: IntArray
     sample_ids: IdArray
@@ -113,7 +115,9 @@ class ListedSource:
         Raises:
             DataError: They are no image.
         """
-        return decode_image(content, self.place(index)) if self.are_files else self._images.decode(content, index)
+        if not self.are_files:
+            return self._images.decode(content, index)
+        return decode_image(content, self.place(index), self.max_pixels)
 
 
 def write_sets(recipe: Recipe, folder: Path) -> None:
@@ -164,7 +168,7 @@ def _key(recipe: Recipe, name: str) -> str:
 
 
 def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
-    names = ("name", "class_names", "fingerprint", "groups", "home", "in_order", "num_skipped")
+    names = ("name", "class_names", "fingerprint", "groups", "home", "in_order", "max_pixels", "num_skipped")
     about = {"key": key, "are_files": source.listing.are_files, **{name: getattr(source, name) for name in names}}
     places = [os.fsencode(source.place(index)) for index in range(len(source))]
     columns = [source.sample_ids, source.labels, places, digests]

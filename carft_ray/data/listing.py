@@ -16,7 +16,7 @@ import numpy as np
 from carft_ray.data.images import decode_image, small_image
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.sets import StoredSet
+from carft_ray.recipe.sets import MAX_PIXELS, StoredSet
 from carft_ray.words import counted
 
 
@@ -84,6 +84,7 @@ class StoredSource:
         groups: See ``ImageSet``.
         skipped: Names of images that were left out because they cannot be decoded.
         selection: Positions of part and shots in the listing, of which ``rows`` are those that were not left out.
+        max_pixels: Of an image; see the recipe.
     """
 
     name: str
@@ -94,6 +95,7 @@ class StoredSource:
     groups: tuple[tuple[int, ...], ...] | None = None
     skipped: tuple[str, ...] = ()
     selection: IntArray | None = None
+    max_pixels: int = MAX_PIXELS
 
     @cached_property
     def sample_ids(self) -> IdArray:
@@ -162,7 +164,7 @@ class StoredSource:
         """
         row = int(self.rows[index])
         if self.listing.decode is None:
-            return decode_image(content, self.listing.place(row))
+            return decode_image(content, self.listing.place(row), self.max_pixels)
         return self.listing.decode(content, row)
 
     def small(self, index: int, content: bytes, side: int) -> tuple[PixelArray, tuple[int, int], str]:
@@ -172,7 +174,7 @@ class StoredSource:
             DataError: They are no image.
         """
         if self.listing.decode is None:
-            return small_image(content, self.place(index), side)
+            return small_image(content, self.place(index), side, self.max_pixels)
         pixels = self.decode(content, index)
         return pixels, (pixels.shape[0], pixels.shape[1]), "RGB"
 
@@ -191,7 +193,9 @@ def selection(source: StoredSource) -> StoredSource:
     rows = source.rows if source.selection is None else source.selection
     if rows is source.rows and not source.class_names:
         return source  # it may know its fingerprint
-    return StoredSource(source.name, source.listing, rows, (), np.zeros(len(rows), np.int64))
+    return StoredSource(
+        source.name, source.listing, rows, (), np.zeros(len(rows), np.int64), max_pixels=source.max_pixels
+    )
 
 
 def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | None, name: str) -> StoredSource:
@@ -224,7 +228,7 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
     labels = np.array([groups_of[normal(listing.classes[row])][0] for row in rows.tolist()], dtype=np.int64)
     partly = listing.within is not None or spec.classes == "some"
     groups = tuple(sorted(set(groups_of.values()))) if partly else None
-    return StoredSource(name, listing, rows, wanted, labels, groups, selection=chosen)
+    return StoredSource(name, listing, rows, wanted, labels, groups, selection=chosen, max_pixels=spec.max_pixels)
 
 
 def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSource:
@@ -237,7 +241,8 @@ def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSou
         raise DataError(listing.problems)
     chosen = _part_and_shots(listing, spec)
     rows = _not_excluded(listing, chosen)
-    return StoredSource(name, listing, rows, (), np.zeros(len(rows), np.int64), selection=chosen)
+    labels = np.zeros(len(rows), np.int64)
+    return StoredSource(name, listing, rows, (), labels, selection=chosen, max_pixels=spec.max_pixels)
 
 
 def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:

@@ -43,7 +43,7 @@ from carft_ray.data.shared.same_picture import WHOLE, Box, inside_border, may_ha
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem
 
-FORMAT_VERSION = 2  # rises when other things are found in the same files
+FORMAT_VERSION = 3  # rises when other things are found in the same files
 PART = 4096  # images after which a killed pass continues
 CHUNK = 16  # images of a task
 TOGETHER = 4  # pictures whose thumbnails are made at a time: what that takes stays in the processor's cache
@@ -130,7 +130,8 @@ def records(
         StorageError: The cache cannot be written.
     """
     whole = selection(source) if isinstance(source, StoredSource) else source
-    path = cache_dir / f"records-{key_of([FORMAT_VERSION, DECODERS, is_test, identity(whole)])}.arrow"
+    limit = whole.max_pixels if isinstance(whole, StoredSource) else None
+    path = cache_dir / f"records-{key_of([FORMAT_VERSION, DECODERS, is_test, identity(whole), limit])}.arrow"
     table = made_once(
         path,
         path.with_suffix(".lock"),

@@ -97,6 +97,10 @@ ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
 Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(nothing_is_empty)]
 
 
+MAX_PIXELS = 64_000_000  # of one image: decoding takes up to 20 bytes for each
+PILLOWS_LIMIT = 178_956_970  # more are refused by Pillow itself
+
+
 class SandboxSet(Config):
     """A set of procedural images: one domain, every class equally often."""
 
@@ -134,6 +138,14 @@ class StoredSet(Config):
     on_bad_image: Literal["fail", "skip"] = key("fail", "skip", IMAGES)
     """an image that cannot be decoded: `fail` ends with its name; `skip` leaves it out, a warning names the first of a
     set and says where all are named, and the manifest counts them (every image is decoded once to find them)"""
+    max_pixels: Annotated[int, Field(ge=1, le=PILLOWS_LIMIT, strict=True)] = key(
+        MAX_PIXELS,
+        "120_000_000",
+        Resume(
+            "running", "a limit of memory; which images it leaves out with `on_bad_image` is compared with the manifest"
+        ),
+    )
+    """most pixels of an image; a larger one counts as one that cannot be decoded, by what its file says of its size"""
     exclude: SampleIds | None = key(
         None,
         "lists/bad_labels.csv",

@@ -77,7 +77,7 @@ def objectnet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listi
 
     def decode(content: bytes, index: int) -> PixelArray:
         place = listing.place(index)
-        pixels = decode_image(content, place)
+        pixels = decode_image(content, place, spec.max_pixels)
         if min(pixels.shape[:2]) <= 2 * BORDER:
             value = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
             raise DataError(Problem(place, f"must be larger than its frame of {BORDER} pixels", value))

@@ -1,0 +1,265 @@
+"""Images of strangers: what is opened, up to which size, and through which one gate."""
+
+import ast
+import io
+import os
+import re
+import resource
+import struct
+import threading
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import short_training
+import simplejpeg
+from PIL import EpsImagePlugin, Image
+from sources import open_set
+
+from carft_ray.data import images
+from carft_ray.data.images import FORMATS, decode_image, read_bytes, small_image
+from carft_ray.data.listed_sets import open_sets, write_sets
+from carft_ray.data.records import records, without_bad_images
+from carft_ray.errors import DataError
+from carft_ray.recipe.loading import load_recipe
+
+PACKAGE = Path(__file__).parents[1] / "carft_ray"
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+(stolen) (w) file closefile
+showpage
+%%EOF
+"""
+
+
+def encoded(kind, size=(8, 6), **options):
+    content = io.BytesIO()
+    Image.new("RGB", size, (9, 90, 200)).save(content, kind, **options)
+    return content.getvalue()
+
+
+def large_png(width, height, depth=1):
+    """A grey PNG of zeros, some kilobytes."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    deflate = zlib.compressobj(1)
+    row = bytes(1 + (width * depth + 7) // 8)
+    data = b"".join(deflate.compress(row) for _ in range(height)) + deflate.flush()
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.fixture
+def ghostscript(tmp_path, monkeypatch):
+    """A program of this name that notes that it was called; Pillow must look for it again."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\nexit 1\n")
+    (tmp_path / "bin" / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    return tmp_path / "called"
+
+
+def set_with(root, content, **values):
+    for name in ("cat", "dog"):
+        for number in range(2):
+            path = root / "images" / name / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded("JPEG"))
+    path.write_bytes(content)
+    return open_set(source="folder", path=str(root / "images"), **values)
+
+
+def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can_be_skipped(tmp_path, ghostscript):
+    with pytest.raises(Exception, match="gs"), Image.open(io.BytesIO(EPS)) as file:  # what Pillow alone does
+        file.load()
+    assert ghostscript.exists()
+    ghostscript.unlink()
+    source = set_with(tmp_path, EPS)
+    with pytest.raises(DataError) as caught:
+        source.pixels(3)
+    assert "dog/1.jpg: must be a readable image, but got EPS or PostScript" in str(caught.value)
+    assert f"Save it as one of {', '.join(FORMATS)}, or take it out of the set." in str(caught.value)
+    assert len(records(source, tmp_path / "cache").problems) == 1
+    assert len(without_bad_images(source, tmp_path / "cache")) == 3
+    assert not ghostscript.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (EPS, "EPS or PostScript"),
+        (b"%PDF-1.7\n", "PDF"),
+        (b"<!DOCTYPE html><html>", "text such as HTML or SVG"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS in place of the file"),
+        (b"\0\0\0\x1cftypheic\0\0\0\0", "AVIF, HEIC or a video"),
+        (encoded("ICO"), "ICO"),
+        (encoded("TGA"), "no image that is known"),
+        (b"", "no image that is known"),
+    ],
+)
+def test_a_file_of_another_format_is_refused_with_what_it_is(content, kind):
+    for decode in (decode_image, lambda *what: small_image(*what, 4)):
+        with pytest.raises(DataError, match=f"x: must be a readable image, but got {kind}\n") as caught:
+            decode(content, "x")
+        assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("kind", [*FORMATS, "MPO"])
+def test_every_format_that_is_named_is_read_whatever_the_ending(kind):
+    assert decode_image(encoded(kind), "x.png").shape == (6, 8, 3)
+
+
+# ---- sizes
+
+
+def grown(work):
+    """Returns by how many MB the memory of this process has ever grown over what it was."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_small_file_of_very_many_pixels_takes_no_memory_and_can_be_skipped(tmp_path):
+    content = large_png(13300, 13300)
+    assert len(content) < 200_000
+    source = set_with(tmp_path, content)
+
+    def refuse():
+        with pytest.raises(DataError) as caught:
+            source.pixels(3)
+        assert "dog/1.jpg: must have at most 64,000,000 pixels (max_pixels), but got 13300 x 13300" in str(caught.value)
+        assert "Save it smaller, take it out, or raise max_pixels of its set." in str(caught.value)
+        assert len(without_bad_images(source, tmp_path / "cache")) == 3
+
+    assert grown(refuse) < 100
+
+
+def test_the_limit_is_that_of_the_set_for_every_kind_of_file():
+    contents = {kind: encoded(kind, (300, 200)) for kind in FORMATS}
+    contents["progressive"] = encoded("JPEG", (300, 200), progressive=True)
+    for kind, content in contents.items():
+        for decode in (decode_image, lambda content, place, limit: small_image(content, place, 20, limit)[0]):
+            assert decode(content, kind, 60_000).ndim == 3
+            with pytest.raises(
+                DataError, match=r"must have at most 59,999 pixels .max_pixels., but got 300 x 200, 60,000"
+            ):
+                decode(content, kind, 59_999)
+    with pytest.raises(DataError, match=r"must have at most 59,999 pixels"):
+        decode_image(large_png(20_000, 10_000), "x", 59_999)  # Pillow itself refuses it
+    with pytest.raises(DataError, match=r"must have at most 59,999 pixels"):
+        decode_image(large_png(10_000, 10_000), "x", 59_999)  # and warns of this, which is an error here
+
+
+def test_the_limit_of_a_recipe_holds_in_every_way_to_its_images_and_another_limit_reads_them_anew(tmp_path):
+    for domain in ("photo", "photo_val", "sketch"):
+        for label, name in enumerate(short_training.CLASSES):
+            short_training.write_image(tmp_path / "images" / domain / name / "0.png", label, 0)
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "photo" / "star" / "0.png")
+
+    def opened(limit, folder=None):
+        text = short_training.RECIPE.replace("domains: [photo]}", f"domains: [photo], max_pixels: {limit}}}")
+        (tmp_path / "recipe.yaml").write_text(text)
+        recipe = load_recipe(tmp_path / "recipe.yaml", [f"data.cache_dir={tmp_path}/cache"])
+        if folder is not None:
+            write_sets(recipe, folder)
+        return open_sets(recipe, folder)["train"]
+
+    index = opened(1200).sample_ids.tolist()
+    for source in (opened(1199), opened(1199, tmp_path / "prepared")):
+        refused = [number for number in range(len(index)) if not is_decoded(source, number)]
+        assert [source.place(number).endswith("star/0.png") for number in refused] == [True]
+    for source in (opened(1200), opened(1200, tmp_path / "prepared")):
+        assert all(is_decoded(source, number) for number in range(len(index)))
+    assert len(records(opened(1199), tmp_path / "cache").problems) == 1
+    assert not records(opened(1200), tmp_path / "cache").problems
+
+
+def is_decoded(source, index):
+    try:
+        source.pixels(index)
+    except DataError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_large_images_are_decoded_one_at_a_time(kind, monkeypatch):
+    content, small = encoded(kind, (200, 100)), encoded(kind, (100, 100))
+    inside, most, both = [], [], threading.Barrier(2)
+
+    def watched(decode):
+        def call(*args, **options):
+            inside.append(1)
+            most.append(len(inside))
+            if len(inside) > 1 or waits:
+                both.wait(10)
+            found = decode(*args, **options)
+            inside.pop()
+            return found
+
+        return call
+
+    monkeypatch.setattr(images, "LARGE", 10_000)
+    monkeypatch.setattr(images, "_to_rgb", watched(images._to_rgb))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", watched(simplejpeg.decode_jpeg))
+    waits = True  # small ones meet inside of the decoder
+    with ThreadPoolExecutor(2) as pool:
+        assert [found.shape for found in pool.map(decode_image, [small] * 2, "xy")] == [(100, 100, 3)] * 2
+    assert max(most) == 2
+    most.clear()
+    waits = False
+    with ThreadPoolExecutor(8) as pool:
+        assert {found.shape for found in pool.map(decode_image, [content] * 40, "x" * 40)} == {(100, 200, 3)}
+    assert set(most) == {1}
+
+
+# ---- files
+
+
+def test_what_is_no_file_is_refused_and_nothing_waits(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate(2**40)
+    for name, rule in (("pipe", "must be a regular file, but got a named pipe"), ("large", "must have at most 1,073,")):
+        with pytest.raises(DataError, match=rf"{name}\.png: {rule}"):
+            read_bytes(tmp_path / f"{name}.png")
+
+
+# ---- one gate
+
+OPENS = {"open": ("Image", "PIL"), "Parser": ("ImageFile",), "read_image": (), "decode_image": ("io", "torchvision")}
+OWN_BYTES = {
+    "data/images.py": "the gate itself",
+    "evaluation/scalars.py": "a figure that was just drawn",
+    "data/synthetic/corruptions.py": "a JPEG that was just written",
+}
+
+
+def opens_images(node):
+    """Tells whether a call decodes an image around the gate."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+        return False
+    of = node.func.value
+    owner = of.id if isinstance(of, ast.Name) else of.attr if isinstance(of, ast.Attribute) else ""
+    if owner == "simplejpeg":
+        return node.func.attr.startswith("decode")
+    return node.func.attr in OPENS and owner in OPENS[node.func.attr]
+
+
+def test_no_image_is_opened_around_the_gate():
+    found = set()
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        nodes = list(ast.walk(ast.parse(text))) if re.search("PIL|simplejpeg|torchvision", text) else []
+        modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        hidden = modules & {"PIL.Image", "PIL.ImageFile", "simplejpeg", "torchvision.io"}
+        assert not hidden, f"{path}: import the module, so that this test sees its calls"
+        if any(map(opens_images, nodes)):
+            found.add(path.relative_to(PACKAGE).as_posix())
+    assert found == set(OWN_BYTES)
