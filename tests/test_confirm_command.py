@@ -14,6 +14,9 @@ import killed_searches as searches
 import pytest
 import short_sealed
 import short_training
+from safetensors.torch import load_file, save_file
+
+from carft_ray.errors import DataError
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +79,30 @@ def test_a_confirm_with_a_recipe_that_was_changed_to_see_a_test_set_is_refused(
     assert "must not share images with data." in shown.err
     assert "Traceback" not in shown.out + shown.err
     assert not (study_dir / "confirm").exists()
+
+
+def test_a_confirm_on_images_or_weights_that_are_no_longer_those_of_the_study_is_refused(tmp_path):
+    place = tmp_path / "here"
+    short_training.make(place)
+    search = ["search", "recipe.yaml", "--study", "study", "--set", "search.trials=1", "--set", "search.baselines={}"]
+    image, weights = place / "images/photo_val/heart/0.png", place / "model/open_clip_model.safetensors"
+    with crash_host.started(tmp_path, "confirm_program") as host:
+
+        def run(*commands):
+            argvs = [{"argv": [*words, "--executor", "debug"]} for words in commands]
+            return host([{"name": "here", "commands": argvs}])["here"][1]
+
+        assert [answer["code"] for answer in run(search)] == [0]
+        for path, rule in ((image, "data.id_val: the contents of this set"), (weights, "model: the weights")):
+            before = path.read_bytes()
+            if path == image:
+                short_training.write_image(path, 2, seed=999)
+            else:
+                save_file({name: tensor + 1 for name, tensor in load_file(path).items()}, path)
+            found = run(["confirm", "study", "--seeds", "2"], ["resume", "study", "--trials", "2"])
+            assert [answer["code"] for answer in found] == [DataError.exit_code] * 2
+            confirm, resume = (answer["log"].partition("error: ")[2] for answer in found)
+            assert f"{rule} must be those of the manifest" in confirm
+            assert confirm == resume
+            assert not list(place.glob("study/confirm/*/result.json"))
+            path.write_bytes(before)

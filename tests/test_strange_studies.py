@@ -62,7 +62,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=[pytest.mark.slow] * (name == "test")) for name in COMMANDS]
+)
 @pytest.mark.parametrize("place", ["relative", "absolute"])
 def test_a_training_whose_name_leads_out_of_the_study_is_refused(
     study_dir, victim, tmp_path, monkeypatch, capsys, command, place

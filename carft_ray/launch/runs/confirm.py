@@ -7,10 +7,9 @@ from typing import Any
 
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.events import Decided, Event, Note, Preparing, Started, TrialFinished
-from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.runs.search import set_aside_error
 from carft_ray.launch.runtime import RUNNER, Runner
-from carft_ray.launch.session import begin, computing
+from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.schema import Recipe
@@ -54,6 +53,7 @@ def run_confirm(
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.
         MachineError: Trainings were set aside; run it again to try these again.
+        DataError: Images, classes or weights are no longer those of the study.
         CarftError: As ``run_search``.
     """
     with open_study(study_dir, recipe) as study:
@@ -80,7 +80,7 @@ def run_confirm(
         if not study.done():
             with computing(recipe, study.study_dir, runner or RUNNER, address, interrupted, say) as runtime:
                 on_event(Preparing())
-                run_prepare(runtime, say)
+                prepare(runtime, say)
                 runtime = replace(runtime, shared=shared_views(recipe, trainings.values()))
                 has_kl = any(apply(recipe, values).train.kl_weight for values in trainings.values())
                 if note := note_of_targets(recipe, runtime.shared, has_kl):
