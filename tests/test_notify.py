@@ -3,6 +3,7 @@
 import contextlib
 import http.server
 import json
+import socketserver
 import sys
 import threading
 from datetime import datetime
@@ -164,6 +165,32 @@ def test_a_command_that_fails_and_a_server_that_refuses_are_warnings(tmp_path, s
     assert len(warned) == 2
     assert "No such file" in warned[0]
     assert "refused" in warned[1]
+
+
+@pytest.mark.parametrize("answer", [b"no http at all\r\n\r\n", b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n"])
+def test_a_server_that_does_not_speak_http_is_a_warning_and_the_next_notice_is_sent(answer):
+    got = []
+
+    class Raw(socketserver.StreamRequestHandler):
+        def handle(self):
+            head = list(iter(self.rfile.readline, b"\r\n"))
+            length = next(int(line.split()[1]) for line in head if line.lower().startswith(b"content-length"))
+            got.append(json.loads(self.rfile.read(length))["event"])
+            self.wfile.write(answer if len(got) == 1 else b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+
+    warned = []
+    with socketserver.TCPServer(("127.0.0.1", 0), Raw) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{running.server_address[1]}/secret"
+        with notifying(None, url, "s", Path("s"), warned.append) as beside:
+            beside(lambda event: None)(ended(0, is_best=True))
+        running.shutdown()
+        thread.join()
+    assert len(got) == 2
+    assert len(warned) == 1
+    assert warned[0].startswith("--notify-url: the server's answer is no HTTP (")
+    assert "secret" not in warned[0]
 
 
 @pytest.mark.parametrize(

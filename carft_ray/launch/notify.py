@@ -13,6 +13,7 @@ Events of one kind about trials come at most once in 30 s; how many were left ou
 """
 
 import contextlib
+import http.client
 import json
 import math
 import os
@@ -190,5 +191,7 @@ def _post(url: str, body: bytes) -> str:
     except urllib.error.HTTPError as error:
         with error:
             return f"the server answered {error.code} {error.reason}"
+    except http.client.HTTPException as error:  # its text may have the address
+        return f"the server's answer is no HTTP ({type(error).__name__})"
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
