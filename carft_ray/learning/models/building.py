@@ -1,6 +1,7 @@
 """Building open_clip models without their weights, and reaching the hub that has them."""
 
 import contextlib
+import importlib.util
 import logging
 import ssl
 import urllib.error
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from torch import nn
 
-from carft_ray.errors import DataError, Problem
+from carft_ray.errors import CarftError, DataError, Problem
 
 _REACH_S = 5.0  # the hub's own client tries for most of a minute before it gives up
 
@@ -32,6 +33,28 @@ def build_model(name: str, device: str = "cpu") -> nn.Module:
         torch.manual_seed(0)
         options = {"load_weights": False, "pretrained_text": False, "precision": "fp32", "device": device}
         return open_clip.create_model(name, **options)  # type: ignore[no-any-return]  # open_clip is untyped
+
+
+def require_no_code(page: str, what: str) -> None:
+    """Refuses a configuration of transformers that names code: open_clip opens it without a word about trust.
+
+    transformers would ask on the terminal whether to run that code, and take any line of the input for an answer.
+
+    Args:
+        page: A page of the hub, or a folder.
+        what: What it is of, in words.
+
+    Raises:
+        DataError: It names code of its own.
+        Exception: It cannot be read; of many kinds.
+    """
+    if importlib.util.find_spec("transformers") is None:
+        return  # open_clip says that it is needed
+    from transformers import PretrainedConfig
+
+    if "auto_map" in PretrainedConfig.get_config_dict(page)[0]:
+        rule = "must be a model of transformers itself: code that comes with weights is never run"
+        raise DataError(Problem("model.name", f"{what} ({page}) {rule}", "a configuration with auto_map"))
 
 
 @contextlib.contextmanager
@@ -58,7 +81,7 @@ def fetching(place: str, what: str, page: str | None, may_fetch: bool = True) ->
     try:
         with quiet():
             yield
-    except ImportError:
+    except (ImportError, CarftError):
         raise
     except Exception as error:  # open_clip, its hub's client and transformers raise many kinds
         step = (

@@ -12,6 +12,7 @@ from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
 from carft_ray.recipe.loading import LOCAL_DIR, is_weights_path
 from carft_ray.recipe.schema import Recipe
+from carft_ray.untrusted import read_text
 
 SANDBOX = "sandbox"
 RANDOM = "random"  # value of `pretrained` that asks for untrained weights
@@ -21,7 +22,16 @@ HUGGING_FACE_CONFIG = "config.json"
 WEIGHTS_ENDINGS = (".safetensors", ".bin", ".pth")  # of files that open_clip reads in a folder
 TOKENIZER_NAMES = {"tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json"}
 TOKENIZER_NAMES |= {"spiece.model", "sentencepiece.bpe.model"}
+# what a configuration may ask of its tokenizer: what open_clip's own ask. All else would reach transformers as it is.
+TOKENIZER_OPTIONS: dict[str, tuple[Any, ...]] = {
+    "clean": ("canonicalize", "lower", "whitespace"),
+    "strip_sep_token": (False, True),
+}
+MERGES = "bpe_path"  # the one more: merges of the weights' own for CLIP's tokenizer, a file in their folder
 NUM_TAGS_LISTED = 6
+_WITHOUT = "The tokenizer may do without: take the key out of a copy of the folder, and compare tokens."
+_NUM_SHOWN = 100  # characters of a value
+_PAGE = r"\w[\w.-]*(/\w[\w.-]*)?"
 # fields of `train` that an image tower may be unable to follow, alone or together
 TOWER_FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
 TOWER_DEFAULTS = {name: TrainConfig.model_fields[name].default for name in TOWER_FIELDS}
@@ -244,11 +254,9 @@ def _check_folder(folder: Path) -> list[Problem]:
         return [Problem("model.name", rule, f"none in {folder} that end in {', '.join(WEIGHTS_ENDINGS)}")]
     if is_hugging_face_folder(folder):
         return []
-    model_config = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg")
-    if not isinstance(model_config, dict) or not isinstance(model_config.get("text_cfg"), dict):
-        rule = f"{OPEN_CLIP_CONFIG} must be JSON with model_cfg, as open_clip writes it"
-        return [Problem("model.name", rule, str(folder / OPEN_CLIP_CONFIG))]
-    tokenizer = model_config["text_cfg"].get("hf_tokenizer_name")
+    if problems := folder_problems(folder):
+        return problems
+    tokenizer = _read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
     if tokenizer and not has_tokenizer(folder):
         rule = f"local-dir: needs the files of its tokenizer ({tokenizer}) in the folder"
         step = f"Copy tokenizer.json and tokenizer_config.json of {tokenizer} into it."
@@ -256,10 +264,54 @@ def _check_folder(folder: Path) -> list[Problem]:
     return []
 
 
+def folder_problems(folder: Path) -> list[Problem]:
+    """Returns what a folder of open_clip asks for that a stranger's may not: other code, other places.
+
+    open_clip refuses keys that it does not know; it passes ``tokenizer_kwargs`` on to transformers, to which
+    ``trust_remote_code`` means to run a file of the folder, and names to timm and transformers, for which some are
+    addresses.
+
+    Args:
+        folder: It has an ``open_clip_config.json``.
+    """
+    config = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg")
+    text = config.get("text_cfg") if isinstance(config, dict) else None
+    vision = config.get("vision_cfg", {}) if isinstance(config, dict) else None
+    options = (text.get("tokenizer_kwargs") or {}) if isinstance(text, dict) else None
+    if not isinstance(vision, dict) or not isinstance(text, dict) or not isinstance(options, dict):
+        rule = f"{OPEN_CLIP_CONFIG} must be JSON with model_cfg, as open_clip writes it"
+        return [Problem("model.name", rule, str(folder / OPEN_CLIP_CONFIG))]
+    problems = []
+
+    def refuse(key: str, rule: str, value: Any, allowed: tuple[str, ...] = (), next_step: str = "") -> None:
+        place = f"{folder / OPEN_CLIP_CONFIG}: model_cfg.{key}"
+        problems.append(Problem(place, rule, json.dumps(value)[:_NUM_SHOWN], allowed, next_step=next_step))
+
+    for key, value in options.items():
+        option = f"text_cfg.tokenizer_kwargs.{key}"
+        if key == MERGES:
+            if not isinstance(value, str) or not (folder / Path(value).name).is_file():
+                refuse(option, "must name a file in the folder", value)
+        elif key not in TOKENIZER_OPTIONS:
+            rule, step = "must be left out: open_clip's own models have no such key", _WITHOUT
+            refuse(option, rule, value, (*TOKENIZER_OPTIONS, MERGES), step)
+        elif value not in TOKENIZER_OPTIONS[key]:
+            refuse(option, "must be a value of open_clip", value, tuple(map(json.dumps, TOKENIZER_OPTIONS[key])))
+    names = {"vision_cfg.timm_model_name": (vision, r"[\w.-]+", "must be a model name of timm")}
+    names["text_cfg.hf_model_name"] = (text, _PAGE, "must be the name of a page of the hub")
+    if not has_tokenizer(folder):  # else that is read, whatever the name
+        names["text_cfg.hf_tokenizer_name"] = (text, _PAGE, "must be the name of a page of the hub")
+    for key, (tower, pattern, rule) in names.items():
+        value = tower.get(key.partition(".")[2])
+        if value and not (isinstance(value, str) and re.fullmatch(pattern, value)):
+            refuse(key, rule, value)
+    return problems
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a file, or an empty one where there is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        value = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

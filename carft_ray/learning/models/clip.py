@@ -1,6 +1,7 @@
 """CLIP models with their tokenizers and the preprocessing that belongs to them."""
 
 import hashlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from torchvision.transforms import Compose
 from carft_ray.data.benchmark_sets.facts import load_facts
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.building import fetching, quiet
-from carft_ray.learning.models.catalog import OPEN_CLIP_CONFIG, has_tokenizer
+from carft_ray.learning.models.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
 from carft_ray.learning.models.opening import PREPROCESSING, Opened, open_model, preprocess_config
 from carft_ray.learning.models.weights import fill
 from carft_ray.recipe.benchmarks import BENCHMARKS
@@ -141,7 +142,10 @@ def square_size(preprocess: dict[str, Any]) -> int:
 
 
 def write_tokenizer(clip: Clip, folder: Path) -> None:
-    """Writes the files of a model's tokenizer, without which open_clip does not open a folder; CLIP's own has none."""
+    """Writes the files of a model's tokenizer, without which a folder does not open; CLIP's own has none."""
+    options = clip.config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}
+    if MERGES in options:
+        shutil.copy(options[MERGES], folder)
     if hasattr(clip.tokenizer, "save_pretrained"):
         clip.tokenizer.save_pretrained(str(folder))
 
@@ -156,17 +160,23 @@ def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
     is_local = folder is not None and has_tokenizer(folder)
     try:
         with quiet() if is_local else fetching("model.name", f"the tokenizer of {name}", wanted):
-            options["tokenizer_mode"] = text.get("tokenizer_mode")
+            options |= {"tokenizer_mode": text.get("tokenizer_mode"), "trust_remote_code": False}
+            if is_local:
+                options["local_files_only"] = True
             return HFTokenizer(str(folder) if is_local else wanted, context_length, **options)  # type: ignore[no-any-return]
     except ImportError as error:
         rule = f"the tokenizer of {name} ({wanted}) needs the package transformers"
         step = "Install it: pip install 'carft-ray[hf]'"
-        raise DataError(Problem("model.name", rule, str(error).splitlines()[0], next_step=step)) from error
+        raise DataError(Problem("model.name", rule, _said(error), next_step=step)) from error
     except Exception as error:  # transformers and tokenizers raise many kinds, Exception itself among them
         if isinstance(error, DataError):
             raise
         rule = f"the tokenizer files of {name} ({wanted}) must be readable by transformers"
-        raise DataError(Problem("model.name", rule, f"{folder}: {str(error).splitlines()[0]}")) from error
+        raise DataError(Problem("model.name", rule, f"{folder}: {_said(error)}")) from error
+
+
+def _said(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def state_hash(state: dict[str, Tensor]) -> str:

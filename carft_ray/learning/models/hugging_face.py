@@ -21,6 +21,7 @@ from torch import Tensor
 
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.catalog import HUGGING_FACE_CONFIG
+from carft_ray.untrusted import read_text
 
 PLACE = "model.name"  # of messages: the key that names the folder
 # what a key that is left out means in transformers (CLIPTextConfig, CLIPVisionConfig)
@@ -170,8 +171,8 @@ def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(read_text(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(Problem(PLACE, "must be a JSON file", f"{path}: {error}")) from error
     if not isinstance(value, dict):
         raise DataError(Problem(PLACE, "must be a JSON object", str(path)))

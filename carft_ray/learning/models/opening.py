@@ -17,10 +17,11 @@ from torch import nn
 
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.learning.models import catalog, hugging_face
-from carft_ray.learning.models.building import build_model, fetching, quiet
+from carft_ray.learning.models.building import build_model, fetching, quiet, require_no_code
 from carft_ray.learning.models.weights import State, folder_files, is_from_openai, read_weights
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.loading import LOCAL_DIR
+from carft_ray.untrusted import read_text
 
 SANDBOX_WEIGHTS = Path(__file__).with_name("sandbox_weights")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -81,8 +82,7 @@ def open_model(
         path, preprocessing = _find_weights(name, str(part.pretrained), may_fetch)
     if path is not None and is_from_openai(state := read(path, "model.pretrained")):
         _require_activation(name, True, f"{path.name} (OpenAI's own)")
-    with fetching("model.name", f"the text tower of {name}", config["text_cfg"].get("hf_model_name")):
-        model = build_model(name, device)
+    model = _build(name, name, config, device)
     set_preprocessing(model, preprocessing)
     return Opened(model, config, state, "" if path is None else path.name, folder=path and path.parent)
 
@@ -118,10 +118,19 @@ def _folder(part: ModelConfig) -> Path | None:
 
 
 def _folder_config(folder: Path) -> dict[str, Any]:
-    """Returns what open_clip builds the model of a folder from."""
+    """Returns what open_clip builds the model of a folder from.
+
+    Raises:
+        RecipeError: As ``catalog.folder_problems``.
+    """
     if catalog.is_hugging_face_folder(folder):
         return hugging_face.read_config(folder)[0]
-    return dict(json.loads((folder / catalog.OPEN_CLIP_CONFIG).read_text(encoding="utf-8"))["model_cfg"])
+    if problems := catalog.folder_problems(folder):
+        raise RecipeError(problems)
+    config: dict[str, Any] = json.loads(read_text(folder / catalog.OPEN_CLIP_CONFIG))["model_cfg"]
+    if options := config["text_cfg"].get("tokenizer_kwargs"):
+        options |= {key: str(folder / Path(options[key]).name) for key in options if key == catalog.MERGES}
+    return config
 
 
 def preprocess_config(model: nn.Module) -> dict[str, Any]:
@@ -154,12 +163,20 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
         rule = "model_cfg must have quick_gelu: true for OpenAI's own weights, or every number is wrong"
         raise DataError(Problem(f"{folder / catalog.OPEN_CLIP_CONFIG}", rule))
     try:
-        with fetching(place, f"the text tower of {folder.name}", config["text_cfg"].get("hf_model_name")):
-            model = build_model(f"{LOCAL_DIR}{folder.resolve()}", device)
+        model = _build(f"{LOCAL_DIR}{folder.resolve()}", folder.name, config, device)
     except BUILD_ERRORS as error:
         rule, said = "model_cfg must be one that open_clip can build", f"{type(error).__name__}: {error}"
         raise DataError(Problem(f"{folder / catalog.OPEN_CLIP_CONFIG}", rule, said)) from error
     return Opened(model, config, state, str(folder), place, folder)
+
+
+def _build(address: str, name: str, config: dict[str, Any], device: str) -> nn.Module:
+    """Builds a model; the configuration of a text tower of the hub, which another may have named, runs no code."""
+    page = config["text_cfg"].get("hf_model_name")
+    with fetching("model.name", f"the text tower of {name}", page):
+        if page:
+            require_no_code(page, f"the text tower of {name}")
+        return build_model(address, device)
 
 
 def _find_weights(name: str, pretrained: str, may_fetch: bool) -> tuple[Path | None, dict[str, Any]]:
@@ -214,7 +231,7 @@ def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
     """Returns the preprocessing of a weights file: of the configuration next to it, else of open_clip's weights."""
     config = path.parent / catalog.OPEN_CLIP_CONFIG
     if config.is_file():
-        return dict(json.loads(config.read_text(encoding="utf-8")).get("preprocess_cfg") or {})
+        return dict(json.loads(read_text(config)).get("preprocess_cfg") or {})
     if (tag := catalog.tag_in_path(name, path)) in _tags(name):
         return dict(open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag))
     kinds = preprocessing_kinds(name)
@@ -245,5 +262,5 @@ def _usual_preprocessing(name: str) -> dict[str, Any]:
 def _has_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
     """Tells CLIP's own tokenizer, which open_clip brings along, from another one in a Hugging Face folder."""
     path, own = folder / "tokenizer_config.json", "CLIPTokenizer"
-    kind = json.loads(path.read_text(encoding="utf-8")).get("tokenizer_class", own) if path.is_file() else own
+    kind = json.loads(read_text(path)).get("tokenizer_class", own) if path.is_file() else own
     return vocab_size == CLIP_VOCABULARY and str(kind).startswith(own)

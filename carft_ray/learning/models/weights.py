@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,14 +12,18 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.factory import load_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.building import build_model
+from carft_ray.learning.models.catalog import WEIGHTS_ENDINGS
+from carft_ray.untrusted import is_name, open_regular, read_text
 
+SAFETENSORS = ".safetensors"
+MOST_WEIGHTS_BYTES = 64 * 2**30  # the largest of open_clip, of 5 billion numbers, has 20 GB
 # with the tensors in OpenAI's own state: integers of the model's sizes
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")  # open_clip resizes
@@ -61,24 +66,29 @@ def read_weights(path: Path, place: str) -> State:
     Raises:
         DataError: It cannot be read, holds more than tensors and plain values, or is a TorchScript archive.
     """
+    _require_weights(path, place)
     if _is_torch_script(path):
         rule = "must be a file of tensors; a TorchScript archive, such as OpenAI's own .pt files, is a program"
+        name = path.name if is_name(path.name) else "FILE"  # the command is one to copy
         step = (
             "Where you trust it, take its tensors out once:\n"
             '    python -c "import torch; from safetensors.torch import save_file; '
-            f"state = torch.jit.load('{path.name}', map_location='cpu').state_dict(); "
+            f"state = torch.jit.load('{name}', map_location='cpu').state_dict(); "
             "save_file({k: v.float().contiguous() for k, v in state.items() if v.is_floating_point()}, "
             "'openai.safetensors')\"\n"
             "    and give openai.safetensors, with a model.name that ends in -quickgelu for a ViT or RN of OpenAI."
         )
         raise DataError(Problem(place, rule, str(path), next_step=step))
     try:
-        state: Any = load_state_dict(str(path), device="cpu", weights_only=True)
+        # not by open_clip's loader, which reads again without ``weights_only`` when the first read raises a TypeError
+        is_plain = path.suffix == SAFETENSORS
+        state: Any = load_file(path) if is_plain else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds; all mean that this is no file of tensors
         raise DataError(_unreadable(path, place, error)) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise DataError(Problem(place, "must hold named tensors, or a checkpoint with state_dict", str(path)))
-    return {str(name).removeprefix("_orig_mod."): value for name, value in state.items()}
+    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
 
 
 def read_header(path: Path, place: str) -> State:
@@ -86,8 +96,9 @@ def read_header(path: Path, place: str) -> State:
 
     Files that are not safetensors have no header and are read whole.
     """
-    if path.suffix != ".safetensors":
+    if path.suffix != SAFETENSORS:
         return read_weights(path, place)
+    _require_weights(path, place)
     try:
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -102,16 +113,24 @@ def folder_files(folder: Path) -> list[Path]:
     """Returns the weights of a model folder: the file that open_clip would choose, or the shards of an index.
 
     Shards are searched in the folder alone, whatever the index of Hugging Face says.
+
+    Raises:
+        DataError: That index is none.
     """
     order = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"]
     order += ["open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"]
     order += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
-    index = sorted(folder.glob("*.index.json"))
-    if index and not any((folder / name).is_file() for name in order):
-        shards = json.loads(index[0].read_text(encoding="utf-8"))["weight_map"].values()
-        return sorted({folder / Path(shard).name for shard in shards})
-    others = sorted(path.name for ending in (".safetensors", ".bin", ".pth") for path in folder.glob(f"*{ending}"))
-    return [folder / next(name for name in (*order, *others) if (folder / name).is_file())]
+    present = sorted(path.name for path in folder.iterdir())
+    index = [folder / name for name in present if name.endswith(".index.json")]
+    if index and not any(name in present for name in order):
+        try:
+            shards = json.loads(read_text(index[0]))["weight_map"].values()
+            return sorted({folder / Path(shard).name for shard in shards})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            rule = "must be JSON with weight_map, as transformers writes it"
+            raise DataError(Problem(str(index[0]), rule, f"{type(error).__name__}: {error}")) from error
+    others = [name for ending in WEIGHTS_ENDINGS for name in present if name.endswith(ending)]
+    return [folder / next(name for name in (*order, *others) if name in present)]
 
 
 def is_from_openai(state: Mapping[str, Any]) -> bool:
@@ -233,6 +252,16 @@ def _only_positions(model: nn.Module, misfit: Misfit) -> dict[str, tuple[Shape, 
         if name == _POSITIONS[0] and not hasattr(model.visual, "grid_size"):
             return {}
     return misfit.reshaped
+
+
+def _require_weights(path: Path, place: str) -> None:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise DataError(Problem(place, "must be a weights file that is there", f"{path}: {error.strerror}")) from error
+    if size > MOST_WEIGHTS_BYTES:
+        raise DataError(Problem(str(path), f"must have at most {MOST_WEIGHTS_BYTES:,} bytes", f"{size:,}"))
 
 
 def _is_torch_script(path: Path) -> bool:

@@ -201,7 +201,9 @@ def _difference(folder: Path, name: str, question: dict[str, Any], expected: dic
         save_tensors(asked, {"pixels": question["pixels"]}, {"sentences": json.dumps(question["sentences"])})
         command = [sys.executable, "-P", "-W", "ignore", str(_REOPEN), name, str(folder), str(asked), str(answer)]
         own = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **own}, cwd=place)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **own}, cwd=place
+        )
         library = FORMATS[name][0][-1]
         if done.returncode != 0:
             value = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -1,0 +1,239 @@
+"""Weights of a stranger: what a folder or a page of the hub names runs no code, and is read from its place alone."""
+
+import io
+import json
+import os
+import pickle
+
+import crash_host
+import pytest
+import torch
+from families import make_tokenizer
+from huggingface_hub import constants
+from safetensors.torch import save_file
+from tiny import CONFIG, load_folder
+
+from carft_ray.errors import CarftError, DataError
+from carft_ray.learning.models.building import build_model
+from carft_ray.learning.models.catalog import TOKENIZER_OPTIONS, check_model
+from carft_ray.learning.models.clip import load_clip
+from carft_ray.learning.models.weights import read_weights
+from carft_ray.recipe.fine_tuning import ModelConfig
+
+pytestmark = pytest.mark.slow
+
+TEXT = {**CONFIG["text_cfg"], "vocab_size": 18, "hf_tokenizer_name": "nobody/words", "context_length": 8}
+RAN = "ran"
+
+
+@pytest.fixture
+def ran(tmp_path):
+    """A file that only code of the weights would make."""
+    yield tmp_path / RAN
+    assert not (tmp_path / RAN).exists()
+
+
+def write_code(folder, ran, config_name):
+    """Writes code, and has a configuration of transformers name it for all that it may be opened as."""
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Own: pass\n")
+    path = folder / config_name
+    given = json.loads(path.read_text()) if path.is_file() else {}
+    classes = {"AutoTokenizer": ["own.Own", "own.Own"], "AutoConfig": "own.Own", "AutoModel": "own.Own"}
+    path.write_text(json.dumps({**given, "auto_map": classes}))
+
+
+def write_config(folder, text=None, **towers):
+    config = {**CONFIG, "text_cfg": {**TEXT, **(text or {})}, **towers}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+
+
+@pytest.fixture
+def folder(tmp_path, ran):
+    """A folder of open_clip whose tokenizer is code of its own, for who trusts it."""
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    write_config(folder)
+    save_file(build_model(f"local-dir:{folder}").state_dict(), folder / "open_clip_model.safetensors")
+    make_tokenizer(folder)
+    write_code(folder, ran, "tokenizer_config.json")
+    return folder
+
+
+def refused(folder):
+    with pytest.raises(CarftError) as caught:
+        load_folder(folder)
+    return str(caught.value)
+
+
+TRUST = "open_clip_config.json: model_cfg.text_cfg.tokenizer_kwargs.trust_remote_code: must be left out: "
+
+
+def test_a_folder_that_asks_for_trust_is_refused_by_the_name_of_the_key(folder):
+    write_config(folder, {"tokenizer_kwargs": {"trust_remote_code": True, "clean": "canonicalize"}})
+    text = refused(folder)
+    assert TRUST in text
+    assert "but got true (allowed: clean, strip_sep_token, bpe_path)" in text
+    assert [str(problem) for problem in check_model(ModelConfig(name=f"local-dir:{folder}"))] == [text]
+
+
+def test_doctor_runs_nothing_of_a_weights_folder(folder, capsys):
+    recipe = f"model={{name: 'local-dir:{folder}'}}"
+    quickstart = str(crash_host.HERE.parent / "search_spaces" / "quickstart.yaml")
+    write_config(folder, {"tokenizer_kwargs": {"trust_remote_code": True}})
+    assert crash_host.call(["doctor", quickstart, "--set", recipe]) == 4
+    said = capsys.readouterr()
+    assert TRUST in said.out + said.err
+
+
+def test_code_beside_a_tokenizer_of_transformers_itself_is_not_run(folder):
+    """Its class is one of the library, so the folder opens as if the code was not there."""
+    assert load_folder(folder).tokenizer(["a cat"]).shape == (1, 8)
+
+
+def test_code_that_is_the_only_tokenizer_is_refused_though_the_terminal_says_yes(folder, monkeypatch):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "Own"}))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    assert "must be readable by transformers, but got" in refused(folder)
+
+
+def test_a_page_of_the_hub_is_read_as_a_folder_is(folder, tmp_path, monkeypatch):
+    write_config(folder, {"tokenizer_kwargs": {"trust_remote_code": True}})
+    page = tmp_path / "hub" / "models--nobody--weights"
+    (page / "refs").mkdir(parents=True)
+    (page / "refs" / "main").write_text("0" * 40)
+    (page / "snapshots").mkdir()
+    (page / "snapshots" / ("0" * 40)).symlink_to(folder)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CarftError, match="trust_remote_code: must be left out"):
+        load_clip(ModelConfig(name="hf-hub:nobody/weights"))
+
+
+def test_a_text_tower_of_the_hub_runs_no_code(folder, ran, tmp_path, monkeypatch):
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    (tower / "config.json").write_text(json.dumps({"model_type": "roberta", "hidden_size": 16, "vocab_size": 18}))
+    write_code(tower, ran, "config.json")
+    write_config(folder, {"hf_model_name": "tower"})
+    monkeypatch.chdir(tmp_path)  # where transformers finds it as it would a page
+    assert "code that comes with weights is never run, but got a configuration with auto_map" in refused(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "towers", "key", "rule"),
+    [
+        ({"hf_model_name": "/srv/model"}, {}, "text_cfg.hf_model_name", "must be the name of a page of the hub"),
+        ({"hf_model_name": "../model"}, {}, "text_cfg.hf_model_name", "must be the name of a page of the hub"),
+        ({"hf_model_name": ["a"]}, {}, "text_cfg.hf_model_name", "must be the name of a page of the hub"),
+        (
+            {},
+            {"vision_cfg": {"timm_model_name": "hf-hub:nobody/model"}},
+            "vision_cfg.timm_model_name",
+            "must be a model name of timm",
+        ),
+        (
+            {},
+            {"vision_cfg": {"timm_model_name": "local-dir:/srv"}},
+            "vision_cfg.timm_model_name",
+            "must be a model name of timm",
+        ),
+        (
+            {"tokenizer_kwargs": {"bpe_path": "/etc/shadow.gz"}},
+            {},
+            "text_cfg.tokenizer_kwargs.bpe_path",
+            "must name a file in the folder",
+        ),
+        (
+            {"tokenizer_kwargs": {"reduction_mask": "syntax"}},
+            {},
+            "text_cfg.tokenizer_kwargs.reduction_mask",
+            "must be left out: open_clip's own models have no such key",
+        ),
+        (
+            {"tokenizer_kwargs": {"clean": "eval"}},
+            {},
+            "text_cfg.tokenizer_kwargs.clean",
+            "must be a value of open_clip",
+        ),
+    ],
+)
+def test_a_configuration_names_no_other_place(folder, text, towers, key, rule):
+    write_config(folder, text, **towers)
+    assert f"open_clip_config.json: model_cfg.{key}: {rule}, but got " in refused(folder)
+
+
+def test_the_options_of_open_clips_own_models_pass():
+    import open_clip
+
+    configs = map(open_clip.get_model_config, open_clip.list_models())
+    given = [(config["text_cfg"].get("tokenizer_kwargs") or {}).items() for config in configs]
+    assert {(key, value) for items in given for key, value in items} <= {
+        (key, value) for key, values in TOKENIZER_OPTIONS.items() for value in values
+    }
+
+
+class Trap:
+    def __init__(self, ran):
+        self.ran = ran
+
+    def __reduce__(self):
+        return open, (str(self.ran), "w")
+
+
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "pytorch_model.pth", "epoch.pt"])
+@pytest.mark.parametrize("form", ["torch", "pickle", "type_error"])
+def test_a_pickle_is_refused_whatever_the_environment_says(folder, ran, monkeypatch, name, form):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    path = folder / name
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(Trap(ran)))
+    else:
+        torch.save({"state_dict": {"a": torch.zeros(1)}, "trap": Trap(ran)}, path)
+    if form == "type_error":  # a first read that ends in a TypeError is not followed by one that trusts
+        real = torch.load
+
+        def load(file, **options):
+            if options.get("weights_only") is True:
+                raise TypeError
+            return real(file, **options)
+
+        monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(DataError):
+        read_weights(path, "model.pretrained")
+    (folder / "open_clip_model.safetensors").unlink()
+    if name != "epoch.pt":
+        refused(folder)
+
+
+def test_a_weights_file_is_regular_and_of_sane_size(folder):
+    path = folder / "open_clip_model.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(DataError, match="must be a regular file, but got a named pipe"):
+        read_weights(path, "model.name")
+    assert "must be a regular file" in refused(folder)
+    path.unlink()
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    assert "must have at most 68,719,476,736 bytes" in refused(folder)
+
+
+def test_the_index_of_shards_names_files_of_the_folder_alone(folder):
+    (folder / "open_clip_model.safetensors").rename(folder / "part.bin")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "/srv/elsewhere/other.bin"}}))
+    assert f"must be a weights file that is there, but got {folder}/other.bin" in refused(folder)
+    index.write_text("[]")
+    assert "must be JSON with weight_map" in refused(folder)
+
+
+def test_an_error_without_a_word_is_told_by_its_kind(folder, monkeypatch):
+    from carft_ray.learning.models import clip
+
+    def fail(*_, **__):
+        raise RuntimeError
+
+    monkeypatch.setattr(clip, "HFTokenizer", fail)
+    assert "must be readable by transformers, but got" in refused(folder)
+    assert ": RuntimeError" in refused(folder)
