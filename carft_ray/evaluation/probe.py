@@ -45,7 +45,7 @@ from carft_ray.recipe.spaces.space import apply
 PROBE = "probe.json"
 EPOCHS = 2  # the first one holds what is done once, and a checkpoint whose end can be seen
 NUM_VIEWS, NUM_STEPS = 32, 5  # that are timed apart from each other
-MEETING_S = 60.0  # a probe waits so long for the others that shall run at the same time
+MEETING_S = 60.0  # a probe waits so long for the next of the others that shall run at the same time
 
 
 class FirstImages(DerivedSource):
@@ -143,7 +143,7 @@ def probe_training(
     asked = files.read_json(prepared_dir.parent / PROBE)
     share = share_of(shared_inputs_of_worker(recipe, context, prepared_dir), recipe, asked["largest_batch"])
     if context.rank == 0:
-        _meet(out_dir, asked["peers"])
+        _meet(out_dir, asked["peers"], context.should_stop)
     began = time.perf_counter()
     measured, storing_s = {}, 0.0
     for name, values in asked["trainings"].items():
@@ -215,11 +215,18 @@ def _step_s(
     return (time.perf_counter() - began) / NUM_STEPS / size
 
 
-def _meet(out_dir: Path, peers: int) -> None:
-    """Waits until the probes of this wave have all come as far: they must be as slow as trials at the same time."""
-    wave, end = out_dir.name.rpartition("-")[0], time.monotonic() + MEETING_S
+def _meet(out_dir: Path, peers: int, should_stop: Callable[[], bool]) -> None:
+    """Waits until the probes of this wave have all come as far: they must be as slow as trials at the same time.
+
+    Eight processes on two busy cores take minutes to start: the wait begins anew with each that has come.
+    """
+    wave, met, end = out_dir.name.rpartition("-")[0], 0, 0.0
     files.write_text(out_dir.parent / f"{out_dir.name}.met", "")
-    while len(list(out_dir.parent.glob(f"{wave}-*.met"))) < peers and time.monotonic() < end:
+    while met < peers and not should_stop():
+        before, met = met, len(list(out_dir.parent.glob(f"{wave}-*.met")))
+        end = time.monotonic() + MEETING_S if met > before else end
+        if time.monotonic() >= end:
+            return
         time.sleep(0.05)
 
 

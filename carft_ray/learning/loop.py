@@ -225,8 +225,8 @@ def fine_tune(
     over the steps.
 
     With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one at the end of
-    every epoch, after each ``checkpoint_every`` and when it is stopped; the result is bit for bit that of an
-    uninterrupted training.
+    every epoch, after each ``checkpoint_every`` and when it is stopped; the result is that of an uninterrupted
+    training, bit for bit on a CPU, up to rounding on a GPU.
 
     Args:
         clip: The model to start from; it is not changed.

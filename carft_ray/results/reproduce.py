@@ -98,7 +98,8 @@ class Reproduction:
         value += f"; the largest difference is that of {largest.what}: {largest.then} then, {largest.now} now"
         if largest.size is not None:
             value += f" ({largest.size:.3g})"
-        step = "Data, weights, code, versions and hardware are those of the manifest: please report it."
+        step = "Data, weights, code, versions and hardware are those of the manifest. "
+        step += "A GPU may sum in another order each time; on a CPU, please report it."
         if self.changes:
             step = "\n      ".join(["What differs now from the manifest:", *shown_changes(self.changes)])
         return CarftError(Problem(self.title, "its numbers must be the same", value, next_step=step))
