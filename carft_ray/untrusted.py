@@ -6,6 +6,7 @@ Images have a gate of their own, ``data.images``.
 """
 
 import contextlib
+import html as standard_html
 import json
 import os
 import re
@@ -31,9 +32,13 @@ _LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
     **{character: f"\\{character}" for character in "#$%&_{}"},
 }
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>()#+.!|~&-])")
+_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$])")
+_FORMULA = re.compile(r"'*[=+@\t\r-]")
 
 
 def open_regular(path: Path | str, error: type[CarftError] = DataError) -> BinaryIO:
@@ -168,15 +173,30 @@ def _visible(character: str) -> str:
 
 
 def latex(text: str) -> str:
-    """Returns text for LaTeX: each character that has a meaning there is written out."""
-    return "".join(_LATEX.get(character, character) for character in visible(text))
+    """Returns text for one line of LaTeX, of a table too: each character that has a meaning there is written out."""
+    line = "".join(_LATEX.get(character, character) for character in _one_line(text))
+    return f"{{}}{line}" if line.startswith(("[", "*")) else line  # these would be arguments of a \\ before them
+
+
+def html(text: str) -> str:
+    """Returns text for HTML and SVG, for an attribute too."""
+    return standard_html.escape(visible(text))
 
 
 def markdown(text: str) -> str:
-    """Returns text for one line of Markdown: each character that has a meaning there, or in HTML, is escaped."""
-    return _MARKDOWN.sub(r"\\\1", " ".join(visible(text).split()))
+    """Returns text for the middle of a line of Markdown: what has a meaning there, or in HTML, is escaped."""
+    return _MARKDOWN.sub(r"\\\1", _one_line(text))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(visible(text).split())
 
 
 def csv_cell(text: str) -> str:
     """Returns text for a cell of a table that spreadsheets open: one that would be a formula begins with ``'``."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def of_csv_cell(cell: str) -> str:
+    """Returns the text that ``csv_cell`` was given."""
+    return cell[1:] if cell[:1] == "'" and _FORMULA.match(cell) else cell

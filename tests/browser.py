@@ -23,7 +23,7 @@ class Page:
     def __init__(self, socket):
         self._socket, self._number = socket, 0
         self._loaded = set()  # documents, by the id of their loader
-        self.problems = []  # exceptions of scripts, and addresses that it wanted to load
+        self.problems = []  # exceptions of scripts, what the policy forbade, addresses that it wanted to load
 
     async def call(self, method, **parameters):
         self._number += 1
@@ -32,6 +32,8 @@ class Page:
             message = await self._socket.receive_json(timeout=120)
             if message.get("method") == "Runtime.exceptionThrown":
                 self.problems.append(str(message["params"]["exceptionDetails"])[:500])
+            if message.get("method") == "Log.entryAdded" and "Content Security" in message["params"]["entry"]["text"]:
+                self.problems.append(message["params"]["entry"]["text"])
             if message.get("method") == "Network.requestWillBeSent":
                 address = message["params"]["request"]["url"]
                 if re.match(r"(https?|wss?):", address):
@@ -92,7 +94,7 @@ async def browser(folder):
                     target = next(one for one in await answer.json() if one["type"] == "page")
                 async with session.ws_connect(target["webSocketDebuggerUrl"], max_msg_size=0) as socket:
                     page = Page(socket)
-                    for domain in ("Page", "Runtime", "Network", "DOM"):
+                    for domain in ("Page", "Runtime", "Network", "DOM", "Log"):
                         await page.call(f"{domain}.enable")
                     await page.call("Page.setLifecycleEventsEnabled", enabled=True)
                     yield page

@@ -1,11 +1,13 @@
 """The code on a model card makes the pixels that open_clip's own transform makes."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 from PIL import Image
+from report_studies import make_recipe
 
 from carft_ray.results.exports import model_card
 
@@ -46,3 +48,15 @@ def test_the_preprocessing_in_words(tiny_clip, mode, words):
     assert said == (
         f"{words}divided by 255, mean (0.48145466, 0.4578275, 0.40821073), std (0.26862954, 0.26130258, 0.27577711)"
     )
+
+
+def test_names_stand_on_the_card_as_they_are(tiny_clip):
+    recipe, strange = make_recipe(), ["[x](https://elsewhere.example)", "<img src=x>", "a|b", "`c`\x1b", "line\n# two"]
+    point = {"alpha": 1.0, "accuracy/id_val": 0.5}
+    result = {"curve": [point], "alpha": 1.0, "num_images": {"id_val": 8}, "train": {"epochs": 2}}
+    inputs = SimpleNamespace(clip=tiny_clip, class_names=strange)
+    trained = SimpleNamespace(recipe=recipe, result=result, inputs=inputs, name="run_<b>", shared=["<i> and `j`"])
+    card = model_card.model_card(trained, 1.0, (), has_bias=False)
+    assert r"\[x\](https://elsewhere.example), \<img src=x\>, a\|b, \`c\`\\x1b, line # two" in card
+    assert r"from run\_\<b\>." in card
+    assert r"- \<i\> and \`j\`" in card

@@ -9,9 +9,11 @@ import pytest
 from carft_ray.errors import DataError, RecipeError, StorageError
 from carft_ray.untrusted import (
     csv_cell,
+    html,
     is_name,
     latex,
     markdown,
+    of_csv_cell,
     read_regular,
     read_text,
     require_nothing_outside,
@@ -100,10 +102,17 @@ def test_latex_and_markdown_show_each_character_as_it_is():
     assert latex(r"50 % of {a}_b\input{x} ~^$&#") == (
         r"50 \% of \{a\}\_b\textbackslash{}input\{x\} \textasciitilde{}\textasciicircum{}\$\&\#"
     )
-    assert markdown("a\n# <b> [x](y) `c`") == r"a \# \<b\> \[x\]\(y\) \`c\`"
+    assert latex("[red]\n\n<a|b>") == r"{}[red] \textless{}a\textbar{}b\textgreater{}"
+    assert markdown("a\n# <b> [x](y) `c` $x$") == r"a # \<b\> \[x\](y) \`c\` \$x\$"
+
+
+def test_html_shows_each_character_as_it_is_in_an_attribute_too():
+    assert html("</script>\x1b\" '&") == r"&lt;/script&gt;\x1b&quot; &#x27;&amp;"
 
 
 def test_a_cell_that_would_be_a_formula_begins_with_an_apostrophe():
+    for text in ("=1", "'=1", "''-", "'tis", "'", "a", ""):
+        assert of_csv_cell(csv_cell(text)) == text
     assert [csv_cell(text) for text in ("=1+1", "+1", "-1", "@a", "a=1", "")] == [
         "'=1+1",
         "'+1",

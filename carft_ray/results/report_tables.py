@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from carft_ray import files
 from carft_ray.results.reading.overview import Overview
+from carft_ray.untrusted import csv_cell
 
 _OF_SETS = pa.schema(
     [
@@ -65,9 +66,17 @@ def write_tables(tables: Mapping[str, pa.Table], folder: Path) -> list[Path]:
     """
     paths = []
     for name, table in tables.items():
-        for ending, write in ((".csv", pyarrow.csv.write_csv), (".parquet", pq.write_table)):
+        for ending, write in ((".csv", _write_csv), (".parquet", pq.write_table)):
             buffer = io.BytesIO()
             write(table, buffer)
             paths.append(folder / f"{name}{ending}")
             files.write_bytes(paths[-1], buffer.getvalue())
     return paths
+
+
+def _write_csv(table: pa.Table, buffer: io.BytesIO) -> None:
+    for index, (name, column) in enumerate(zip(table.column_names, table.columns, strict=True)):
+        if pa.types.is_string(column.type):
+            cells = pa.array([None if text is None else csv_cell(text) for text in column.to_pylist()], pa.string())
+            table = table.set_column(index, name, cells)
+    pyarrow.csv.write_csv(table.rename_columns([*map(csv_cell, table.column_names)]), buffer)

@@ -6,7 +6,6 @@ import io
 import os
 from collections import Counter
 from collections.abc import Sequence
-from html import escape
 from pathlib import Path
 from string import Template
 
@@ -16,6 +15,7 @@ from carft_ray.data.shared.overlap import SharedImage, SharedPair
 from carft_ray.data.shared.same_picture import LIMIT
 from carft_ray.errors import DataError, Problem, UsageError
 from carft_ray.files import write_text
+from carft_ray.untrusted import csv_cell, html
 from carft_ray.words import counted
 
 COLUMNS = [name for name in shared_images.COLUMNS if not name.endswith("done")]
@@ -49,7 +49,7 @@ def _table(pairs: Sequence[SharedPair]) -> str:
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(COLUMNS)
     for pair in pairs:
-        images = [(each.place, each.name, each.sample_id) for each in (pair.first, pair.second)]
+        images = [(each.place, csv_cell(each.name), each.sample_id) for each in (pair.first, pair.second)]
         rows.writerow((*images[0], *images[1], pair.how, f"{pair.distance:.3f}"))
     return text.getvalue()
 
@@ -60,7 +60,7 @@ def _page(pairs: Sequence[SharedPair]) -> str:
     for pair in pairs:
         counts.setdefault((pair.first.place, pair.second.place), Counter())[pair.how] += 1
     lines = [
-        f"<li>{escape(one)} and {escape(two)}: {', '.join(f'{n:,} with the {how}' for how, n in found.items())}</li>"
+        f"<li>{html(one)} and {html(two)}: {', '.join(f'{n:,} with the {how}' for how, n in found.items())}</li>"
         for (one, two), found in counts.items()
     ]
     names = [image.name for pair in pairs for image in (pair.first, pair.second)]
@@ -81,7 +81,7 @@ def _article(number: int, pair: SharedPair, common: str) -> str:
 
 def _shown(image: SharedImage, common: str) -> tuple[str, str]:
     """Returns the picture of an image, and its set, its name without the common folder, and its size in pixels."""
-    words = f"<dt>{escape(image.place)}</dt><dd>{_breakable(image.name.removeprefix(common))}"
+    words = f"<dt>{html(image.place)}</dt><dd>{_breakable(image.name.removeprefix(common))}"
     try:
         pixels = image.source.pixels(image.index)
     except DataError:
@@ -93,4 +93,4 @@ def _shown(image: SharedImage, common: str) -> tuple[str, str]:
 
 def _breakable(name: str) -> str:
     """Returns a path that may be broken behind its slashes."""
-    return escape(name).replace("/", "/<wbr>")
+    return html(name).replace("/", "/<wbr>")

@@ -24,6 +24,7 @@ from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet
+from carft_ray.untrusted import csv_cell, of_csv_cell
 from carft_ray.words import counted
 
 NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
@@ -156,13 +157,13 @@ def read_shared(study_dir: Path) -> list[SharedRow]:
     path = study_dir / SHARED_IMAGES
     if not files.exists(path):
         return []
-    numbers = {"sample_id": int, "other_sample_id": int, "distance": float}
+    numbers: dict[str, Callable[[str], Any]] = {"sample_id": int, "other_sample_id": int, "distance": float}
     try:
         text = files.retried(path, lambda: path.read_text(encoding="utf-8"))
         reader = csv.DictReader(io.StringIO(text))
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"its columns are {reader.fieldnames}")
-        return [SharedRow(**{name: numbers.get(name, str)(row[name]) for name in COLUMNS}) for row in reader]
+        return [SharedRow(**{name: numbers.get(name, of_csv_cell)(row[name]) for name in COLUMNS}) for row in reader]
     except (OSError, TypeError, ValueError) as error:
         raise StorageError(Problem(str(path), "must be the list of shared images of a study", str(error))) from error
 
@@ -176,7 +177,9 @@ def write_shared(study_dir: Path, rows: Iterable[SharedRow]) -> None:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(asdict(row) for row in rows)
+    for row in rows:
+        cells = asdict(row).items()
+        writer.writerow({name: csv_cell(value) if isinstance(value, str) else value for name, value in cells})
     files.write_text(study_dir / SHARED_IMAGES, buffer.getvalue())
 
 

@@ -1,5 +1,6 @@
 """What TensorBoard shows of a study besides its trainings: the figure, the recipe, and trials that have no result."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study.outcome import TrialRow
+from carft_ray.untrusted import visible
 
 MARK = "outcome"  # ending of the event file that says how a training without a result has ended
 OF_STUDY = "study-{}"  # of that of the study, with the number of trials that have ended
@@ -42,5 +44,5 @@ def write_board(recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], bas
     if figure.exists() and not any(study_dir.glob(f"{EVENTS}*.{ending}")):
         shown = EventFile(study_dir, ending=ending)
         shown.image("figure", figure.read_bytes(), num_ended)
-        shown.text("recipe", f"```yaml\n{dump_recipe(recipe)}```\n")
+        shown.text("recipe", textwrap.indent(visible(dump_recipe(recipe)), "    "))
         shown.close()

@@ -14,6 +14,7 @@ from carft_ray import __version__
 from carft_ray.learning.models.clip import Clip
 from carft_ray.recipe.sets import plain
 from carft_ray.results.reading.trained import Trained, evaluate_trained
+from carft_ray.untrusted import markdown
 
 _RESIZE = tomllib.loads(Path(__file__).with_name("resize.toml").read_text(encoding="utf-8"))
 
@@ -31,31 +32,31 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
     metrics = next((point for point in result["curve"] if point["alpha"] == alpha), None)
     metrics = metrics or evaluate_trained(trained, alpha)[0]
     accuracies = [
-        f"| {name} | {100 * metrics[f'accuracy/{name}']:.1f} | {count:,} |"
+        f"| {markdown(name)} | {100 * metrics[f'accuracy/{name}']:.1f} | {count:,} |"
         for name, count in result["num_images"].items()
         if name != "train"
     ]
     is_sandbox = recipe.model.name == "sandbox"
     is_synthetic = is_sandbox or plain(recipe.data.train).source == "sandbox"
-    weights = f" with the weights `{recipe.model.pretrained}`" if recipe.model.pretrained else ""
+    weights = f" with the weights {markdown(recipe.model.pretrained)}" if recipe.model.pretrained else ""
     named = {key for key, value in result["train"].items() if value is not None} - {"function_dir"}  # of this machine
-    shared = "".join(f"- {line}\n" for line in trained.shared)
+    shared = "".join(f"- {markdown(line)}\n" for line in trained.shared)
     return _template("model_card").substitute(
-        name=recipe.name,
-        model=recipe.model.name,
+        name=markdown(recipe.name),
+        model=markdown(recipe.model.name),
         version=__version__,
-        training=trained.name,
+        training=markdown(trained.name),
         alpha=f"{alpha:g}",
         synthetic=" (synthetic images)" if is_synthetic else "",
         chosen=", which was chosen on these very sets" if alpha == result["alpha"] else "",
         id_only="" if recipe.data.ood_val else "Selected on ID only: the recipe has no ood_val.\n",
         accuracies="\n".join(accuracies),
         shared=f"\nImages that are in two roles:\n\n{shared}" if shared else "",
-        values=", ".join(f"{key} {value}" for key, value in result["train"].items() if key in named),
+        values=markdown(", ".join(f"{key} {value}" for key, value in result["train"].items() if key in named)),
         usage="\n".join(usage(name, inputs.clip, has_bias) for name in formats),
-        class_names=", ".join(inputs.class_names),
+        class_names=markdown(", ".join(inputs.class_names)),
         preprocessing=preprocessing(inputs.clip),
-        base="the sandbox model of carft-ray" if is_sandbox else f"`{recipe.model.name}`{weights}",
+        base="the sandbox model of carft-ray" if is_sandbox else f"{markdown(recipe.model.name)}{weights}",
     )
 
 

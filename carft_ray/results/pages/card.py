@@ -7,14 +7,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-from xml.sax.saxutils import escape
 
 from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.untrusted import html, latex, visible
 from carft_ray.words import counted, times
 
 FORMS = ("text", "svg", "latex")
 ENOUGH_SEEDS = 3  # with two, intervals over seeds are very wide
-_LATEX = {each: f"\\{each}" for each in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 _WIDTH = 92  # characters of a line of the SVG
 _COLOURS = {"pass": "#00735c", "warn": "#b34700"}
 Document = Mapping[str, Any]
@@ -242,20 +241,21 @@ def _after_name(headline: str | None) -> str:
 def _text(lines: Sequence[Line], title: str) -> str:
     width = max(len(line.label) for line in lines)
     rows = [f"[{line.mark}] {line.label:{width}}  {line.text}" for line in lines]
-    return "\n".join([title, *rows]) + "\n"
+    return visible("\n".join([title, *rows]) + "\n")
 
 
 def _latex(lines: Sequence[Line], title: str) -> str:
-    def plain(text: str) -> str:
-        return "".join(_LATEX.get(each, each) for each in text)
-
-    rows = [rf"    {line.mark} & {plain(line.label)} & {plain(line.text)} \\" for line in lines]
-    head = [r"\begin{tabular}{@{}llp{0.75\linewidth}@{}}", rf"    \multicolumn{{3}}{{@{{}}l}}{{{plain(title)}}} \\"]
+    rows = [rf"    {line.mark} & {latex(line.label)} & {latex(line.text)} \\" for line in lines]
+    head = [r"\begin{tabular}{@{}llp{0.75\linewidth}@{}}", rf"    \multicolumn{{3}}{{@{{}}l}}{{{latex(title)}}} \\"]
     return "\n".join([*head, *rows, r"\end{tabular}"]) + "\n"
 
 
 def _svg(lines: Sequence[Line], title: str) -> str:
-    parts, y = [f'<text x="20" y="34" class="title">{escape(title)}</text>'], 64
+    parts, y = [], 34
+    for piece in textwrap.wrap(visible(title), _WIDTH):
+        parts.append(f'<text x="20" y="{y}" class="title">{html(piece)}</text>')
+        y += 22
+    y += 8
     for line in lines:
         colour = _COLOURS[line.mark]
         parts += [
@@ -263,8 +263,8 @@ def _svg(lines: Sequence[Line], title: str) -> str:
             f'<text x="44" y="{y}" text-anchor="middle" class="mark">{line.mark}</text>',
             f'<text x="80" y="{y}" class="label">{line.label}</text>',
         ]
-        for piece in textwrap.wrap(line.text, _WIDTH):
-            parts.append(f'<text x="160" y="{y}">{escape(piece)}</text>')
+        for piece in textwrap.wrap(visible(line.text), _WIDTH):
+            parts.append(f'<text x="160" y="{y}">{html(piece)}</text>')
             y += 20
         y += 8
     style = (

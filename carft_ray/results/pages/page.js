@@ -108,6 +108,13 @@
     return one.choices ? axis({ title: spaced(name), type: "category", categoryorder: "array", categoryarray: one.choices.map(String), ...more }) : axis({ title: spaced(name), type: one.log ? "log" : "linear", nticks: 5, ...(one.log ? logTicks(one.low, one.high) : {}), ...more });
   };
 
+  // Plotly reads texts as HTML: of what may be a name only these few stay
+  const literal = (value) => {
+    if (typeof value === "string") return value.replaceAll("&", "&amp;").replace(/<(?!\/?(b|br|extra)>)/g, "&lt;");
+    if (Array.isArray(value)) return value.map(literal);
+    return value && typeof value === "object" ? Object.fromEntries(Object.entries(value).map(([key, one]) => [key, literal(one)])) : value;
+  };
+
   // filters
   const results = trials.filter((trial) => trial.objective != null);
   const ranked = [...results].sort((a, b) => a.violation - b.violation || b.objective - a.objective);
@@ -253,7 +260,7 @@
       { x: [...steps.map((trial) => trial.number), last + 0.5], y: [...steps.map((trial) => 100 * trial.objective), 100 * top], mode: "lines", name: "best so far", line: { shape: "hv", color: colour("best"), width: 2 }, hoverinfo: "skip" },
     ];
     const foot = Number.isFinite(low) ? low - 0.07 * (Math.max(top, ...baselines.map((row) => row.objective)) - low) : 0;
-    if (failed.length) traces.push({ x: failed.map((trial) => trial.number), y: failed.map(() => 100 * foot), mode: "markers", name: "without a result", text: failed.map((trial) => `${trial.name}: ${trial.outcome}<br>${String(trial.reason ?? "").replaceAll("<", "&lt;")}`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "x", size: rows.length > MANY ? 4 : 8, color: colour("grey") } });
+    if (failed.length) traces.push({ x: failed.map((trial) => trial.number), y: failed.map(() => 100 * foot), mode: "markers", name: "without a result", text: failed.map((trial) => `${trial.name}: ${trial.outcome}<br>${trial.reason ?? ""}`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "x", size: rows.length > MANY ? 4 : 8, color: colour("grey") } });
     const dashes = ["dash", "dot", "dashdot", "longdash"];
     baselines.forEach((row, i) => traces.push({ x: [-0.5, last + 0.5], y: [100 * row.objective, 100 * row.objective], mode: "lines", name: spaced(row.name), line: { color: colour("muted"), width: 1.3, dash: dashes[i % 4] }, hovertemplate: `${spaced(row.name)} %{y:.1f} %<extra></extra>` }));
     return { traces, layout: layout({ showlegend: true, xaxis: axis({ title: "trial", dtick: last < 10 ? 1 : undefined }), yaxis: axis({ title: "objective, %" }) }) };
@@ -419,7 +426,7 @@
   const CONFIG = { displayModeBar: false, responsive: true, scrollZoom: false };
   const render = (id, isFresh = false) => { // fresh: not with the width and the margins of before
     const element = $(id).querySelector(".canvas");
-    const found = draw[id](shown(), element);
+    const found = literal(draw[id](shown(), element));
     const nothing = !found ? "No trial passes the filters." : found.none;
     if (nothing) {
       if (window.Plotly && element.data) Plotly.purge(element);
@@ -452,7 +459,7 @@
     const index = (element.data ?? []).findIndex((trace) => trace.meta === "diamonds");
     if (index >= 0) {
       const fresh = draw[id](shown(), element).traces.at(-1);
-      Plotly.restyle(element, { x: [fresh.x], y: [fresh.y], text: [fresh.text] }, [index]);
+      Plotly.restyle(element, { x: [fresh.x], y: [fresh.y], text: [literal(fresh.text)] }, [index]);
     }
     const names = doc.has_ood ? ["id_accuracy", "ood_accuracy", "objective"] : ["id_accuracy", "objective"];
     const titles = { id_accuracy: "ID, %", ood_accuracy: "OOD, %", objective: "objective, %" };
@@ -501,10 +508,14 @@
   };
 
   // tables are copied as they stand, filtered and sorted
+  const NUMBER = /^[-+]?[\d.]+(e[-+]?\d+)?( \[[-+\d., ]+\])?$/;
+  const literally = (text) => (/^'*[=+@-]/.test(text) && !NUMBER.test(text) ? `'${text}` : text); // a spreadsheet would take it for a formula
+  const LATEX = { "\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "<": "\\textless{}", ">": "\\textgreater{}", "|": "\\textbar{}" };
+  const inLatex = (text) => text.replace(/[\\~^<>|&%$#_{}]/g, (one) => LATEX[one] ?? `\\${one}`).replace(/^(?=[[*])/, "{}");
   const copied = {
-    csv: (rows) => rows.map((row) => row.map((text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text)).join(",")).join("\n"),
-    markdown: ([head, ...rows], isNumber) => [head, isNumber.map((is) => (is ? "---:" : "---")), ...rows].map((row) => `| ${row.map((text) => text.replaceAll("|", "\\|")).join(" | ")} |`).join("\n"),
-    latex: (rows, isNumber) => [`\\begin{tabular}{${isNumber.map((is) => (is ? "r" : "l")).join("")}}`, ...rows.map((row) => `    ${row.map((text) => text.replace(/[&%$#_{}]/g, "\\$&")).join(" & ")} \\\\`), "\\end{tabular}"].join("\n"),
+    csv: (rows) => rows.map((row) => row.map(literally).map((text) => (/[",\n]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text)).join(",")).join("\n"),
+    markdown: ([head, ...rows], isNumber) => [head, isNumber.map((is) => (is ? "---:" : "---")), ...rows].map((row) => `| ${row.map((text) => text.replace(/[\\`*_[\]<>|~&$]/g, "\\$&")).join(" | ")} |`).join("\n"),
+    latex: (rows, isNumber) => [`\\begin{tabular}{${isNumber.map((is) => (is ? "r" : "l")).join("")}}`, ...rows.map((row) => `    ${row.map(inLatex).join(" & ")} \\\\`), "\\end{tabular}"].join("\n"),
   };
   for (const button of document.querySelectorAll("[data-copy]")) button.addEventListener("click", async () => {
     const table = $(button.dataset.table), isNumber = [...table.tHead.rows[0].cells].map((cell) => cell.classList.contains("num"));

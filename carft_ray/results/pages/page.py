@@ -1,12 +1,16 @@
-"""The page of a study: one HTML file with everything in it, readable without JavaScript and without a network."""
+"""The page of a study: one HTML file with everything in it, readable without JavaScript and without a network.
+
+Whatever a study holds, the page runs its own scripts alone and loads nothing: its policy says so to the browser.
+"""
 
 import base64
+import hashlib
 import json
 import math
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,6 +23,7 @@ from carft_ray.results.pages.data import page_document
 from carft_ray.results.pages.figures import figures
 from carft_ray.results.reading.overview import Overview, read_study
 from carft_ray.study.lock import require_nothing_outside
+from carft_ray.untrusted import visible
 
 HERE = Path(__file__).parent
 GROUPS = ("Results", "Search", "Trust")
@@ -31,6 +36,9 @@ NAMES = {  # as people read them
     "ood_mean": "OOD mean",
     "kl_weight": "KL weight",
 }
+# before the page is drawn
+_FIRST = """document.documentElement.className = "js"; try { const t = localStorage.getItem("carft-theme"); \
+if (t) document.documentElement.dataset.theme = t; } catch (e) {}"""
 _TOLD_ELSEWHERE = ("lines", "brief", "row_lines")  # texts of `report`, `confirm` and `test`
 _DRAWN = ("id_accuracy", "ood_accuracy")  # metrics of a trial
 _NOT_DRAWN = ("shrunk", "wins", "absolute", "relative")  # of every trial, in parts of the report
@@ -103,16 +111,24 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
     """
     require_nothing_outside(view.study_dir)
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, as the next one
+    from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        finalize=lambda value: visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
     )
     filters: dict[str, Callable[..., str]] = {"percent": _percent, "value": _value, "number": _number, "words": _words}
     environment.filters.update(filters)
     shown = figures(document)
     base = quote(os.path.relpath(view.study_dir / FOLDERS["trial"], path.resolve().parent))
     lines: Sequence[Line] = verdict(document)
+    own = (HERE / "page.js").read_text(encoding="utf-8")
+    scripts = {"first": _FIRST, "plotly": get_plotlyjs() if shown else "", "page": own}
     return environment.get_template("page.html.jinja").render(
         doc=document,
         title=card_title(document),
@@ -126,10 +142,20 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
         num_static=NUM_STATIC,
         columns=_columns(document),
         style=(HERE / "page.css").read_text(encoding="utf-8"),
-        script=(HERE / "page.js").read_text(encoding="utf-8"),
-        plotly=get_plotlyjs() if shown else "",
+        scripts=scripts,
+        policy=_policy(scripts.values()),
         data=embedded({**packed(document), "base": base, "names": NAMES, "figures": [figure.id for figure in shown]}),
         reload_s=RELOAD_S if reload and document["running"] else 0,
+    )
+
+
+def _policy(scripts: Iterable[str]) -> str:
+    """Returns a Content-Security-Policy: these scripts, styles and pictures in the page, and nothing else."""
+    digests = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return (
+        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
+        "base-uri 'none'; form-action 'none'"
     )
 
 
@@ -172,9 +198,11 @@ def embedded(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Returns nested content with None for what is no finite number."""
+    """Returns nested content with None for what is no finite number, and texts that steer nothing."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(child) for key, child in value.items()}
+        return {visible(str(key)): _finite(child) for key, child in value.items()}
+    if isinstance(value, str):
+        return visible(value)
     if isinstance(value, list | tuple):
         return [_finite(child) for child in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,164 @@
+"""Names and texts that are markup, code or control characters somewhere, through everything that shows a study."""
+
+import asyncio
+import csv
+import io
+import re
+from xml.etree import ElementTree
+
+import browser
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from report_studies import fail, fill, keep_thumbnails, make_recipe
+from rich.console import Console
+
+import carft_ray
+from carft_ray import cli, files
+from carft_ray.data.shared.shared_images import SharedRow, read_shared, write_shared
+from carft_ray.layout import MANIFEST
+from carft_ray.recipe.schema import Recipe
+from carft_ray.results.pages.card import Line, card
+from carft_ray.results.pages.page import write_page
+from carft_ray.results.reading.overview import read_study
+from carft_ray.results.report_tables import write_tables
+from carft_ray.study.opening import open_study
+from carft_ray.study.provenance import PROVENANCE
+
+STEERING = {"\x1b", "\x07", "\u202e", "\u2028"}
+CLASS_NAMES = ["[red]", "\x1b]0;owned\x07\u202e", "=1+1", '</script><img src=x onerror="document.title=1">', "$\\frac$"]
+LONG = "x" * 255
+REASON = f"[/dev/shm] {CLASS_NAMES[1]} </script><script>document.title=1</script> $x$ =1+1 \u2028 {LONG}"
+IMAGES = ("data.train", "=1+1.png", 1, "leaves", "data.id_val", "'=../../x\x1b.png", 2, "stays")
+SHARED = SharedRow(*IMAGES, "same bytes", 0.0)
+
+
+def recipe_of(num):
+    content = make_recipe(num).model_dump(mode="json", exclude_unset=True)
+    content["data"]["ood_test"] = {"strange": {"source": "folder", "path": f"/images/{''.join(CLASS_NAMES)}/{LONG}"}}
+    return Recipe.model_validate(content)
+
+
+@pytest.fixture(scope="module")
+def study_dir(tmp_path_factory):
+    folder, recipe = tmp_path_factory.mktemp("strange") / LONG[:100], recipe_of(8)
+    with open_study(folder, recipe) as study:
+        fill(study, 6, lambda number: number == 3)
+        fail(study, study.next(), reason=REASON)
+    keep_thumbnails(folder, 8, 16)
+    content = files.read_json(folder / MANIFEST)
+    facts = {"code": {"version": REASON}, "versions": {}, "hardware": {"host": CLASS_NAMES}, "seeds": {}}
+    content[PROVENANCE] = {"class_names": CLASS_NAMES, "test_sets": ["ood_test.strange"], **facts}
+    files.write_json(folder / MANIFEST, content)
+    write_shared(folder, [SHARED])
+    return folder
+
+
+@pytest.fixture
+def printed(monkeypatch):
+    stream = io.StringIO()
+    for name in ("out", "err"):
+        monkeypatch.setattr(f"carft_ray.console.{name}", Console(file=stream, width=100, soft_wrap=name == "err"))
+    return stream
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["ls", "status", "report", "report --details", "report --card text"])
+def test_commands_print_nothing_that_steers_the_terminal(study_dir, printed, command):
+    name, *options = command.split()
+    cli.app([name, str(study_dir), *options], standalone_mode=False)
+    assert len(printed.getvalue().splitlines()) > 5
+    assert not STEERING & set(printed.getvalue())
+
+
+@pytest.fixture(scope="module")
+def page(study_dir):
+    path = study_dir.parent / "page.html"
+    return path, write_page(read_study(study_dir), path)
+
+
+@pytest.mark.slow
+def test_the_page_holds_every_text_and_no_script_of_a_name(page):
+    text = page[0].read_text()
+    own = re.findall("(?s)<script.*?</script>", text)
+    rest = text.replace(own[2], "")  # of Plotly, which has control characters
+    assert len(own) == 4
+    assert not STEERING & set(rest)
+    assert "<img src=x" not in rest
+    assert "&lt;/script&gt;&lt;img src=x onerror=" in rest
+    assert r"\x1b]0;owned\x07\u202e" in rest
+
+
+FOREIGN = "document.body.append(Object.assign(document.createElement('script'), {text: 'document.title = 1'}))"
+SAVED = "Plotly.toImage(document.querySelector('#front .canvas'), {format: 'png'}).then((address) => address.length)"
+# a figure's text, of the page and as Plotly has drawn it; what an attribute or a handler of a name has done
+SEEN = """({text: document.body.innerText, title: document.title, wide: document.documentElement.scrollWidth,
+    pictures: document.querySelectorAll('img[src="x"]').length})"""
+COPY = """(async () => { let text;
+    Object.defineProperty(navigator, "clipboard", {value: {writeText: async (given) => { text = given; }}});
+    document.querySelector('[data-copy="%s"][data-table="trial-table"]').click();
+    await new Promise((end) => setTimeout(end, 50)); return text; })()"""
+
+
+@pytest.mark.whole
+@pytest.mark.skipif(browser.program() is None, reason="no Chromium: install the package chromium to run it")
+@pytest.mark.parametrize("width", [390, 1024])
+def test_a_browser_shows_the_names_and_runs_none(page, tmp_path, width):
+    async def look():
+        async with browser.browser(tmp_path / "profile") as one:
+            await one.open(page[0], width)
+            seen = await one.evaluate(SEEN)
+            await one.picture(page[0].with_name(f"{width}.png"))
+            latex = await one.evaluate(COPY % "latex")
+            assert await one.evaluate(SAVED) > 10_000
+            assert one.problems == []
+            await one.evaluate(FOREIGN)
+            await one.evaluate("new Promise((end) => setTimeout(end, 50))")
+            await one.call("DOM.getDocument")
+            assert ["Content Security" in problem for problem in one.problems] == [True]
+            assert await one.evaluate("document.title") == seen["title"]
+            return seen, latex
+
+    seen, latex = asyncio.run(look())
+    assert (seen["title"], seen["pictures"]) == ("kinds: report", 0)
+    assert seen["wide"] <= width
+    for name in CLASS_NAMES[:1] + CLASS_NAMES[2:]:
+        assert name in seen["text"]
+    assert r"\$x\$" in latex
+
+
+def test_a_card_is_valid_in_every_form_whatever_it_says():
+    lines = [Line("Result", True, f"{name} {LONG}") for name in CLASS_NAMES]
+    lines += [Line("Seeds", False, r"\input{/etc/passwd} ~^|<> #&%")]
+    text, svg, latex = (card(lines, CLASS_NAMES[3], form) for form in ("text", "svg", "latex"))
+    assert not STEERING & {*text, *svg, *latex}
+    drawn = ElementTree.fromstring(svg)
+    assert {one.tag.rpartition("}")[2] for one in drawn.iter()} == {"svg", "style", "rect", "text"}
+    assert max(len(one.text) for one in drawn.iter() if one.tag.endswith("text")) <= 92  # characters
+    assert "[red]" in text
+    plain = re.sub(
+        r"\\(textbackslash|textasciitilde|textasciicircum|textbar|textless|textgreater){}|\\[#$%&_{}]", "", latex
+    )
+    assert {*re.findall(r"\\[a-z]*", plain)} == {r"\begin", r"\end", r"\linewidth", r"\multicolumn", "\\"}
+    assert not set("$#^_~") & set(plain)
+
+
+def test_the_tables_of_shared_images_are_no_formulas_and_read_back_as_written(tmp_path):
+    write_shared(tmp_path, [SHARED])
+    with (tmp_path / "shared_images.csv").open(newline="") as file:
+        [row] = csv.DictReader(file)
+    assert (row["image"], row["other_image"]) == ("'=1+1.png", "''=../../x\x1b.png")
+    assert read_shared(tmp_path) == [SHARED]
+
+
+@pytest.mark.slow
+def test_the_tables_of_a_report_hold_no_formula(study_dir, tmp_path):
+    tables = {"own": pa.table({"=a": ["=1+1", "-x", None, "fine"], "number": [-1.0, 2.0, None, 3.0]})}
+    write_tables(tables, tmp_path)
+    rows = list(csv.reader(io.StringIO((tmp_path / "own.csv").read_text())))
+    assert rows == [["'=a", "number"], ["'=1+1", "-1"], ["'-x", "2"], ["", ""], ["fine", "3"]]
+    assert pq.read_table(tmp_path / "own.parquet") == tables["own"]
+    carft_ray.report(study_dir).save_tables(tmp_path / "report")
+    for path in (tmp_path / "report").glob("*.csv"):
+        cells = [cell for row in csv.reader(io.StringIO(path.read_text())) for cell in row]
+        assert not [cell for cell in cells if re.match(r"[=+@\t\r]|-(?![\d.])", cell)]
