@@ -26,6 +26,7 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+_ESCAPED = b"\\u"  # in JSON, before the number of a character
 _SHOWN_WHITE_SPACE = "\n\t"
 _DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 _LATEX = {
@@ -108,10 +109,13 @@ def parse_json(content: str | bytes) -> Any:
     """Returns what JSON holds.
 
     Raises:
-        ValueError: It is none, or is nested too deep to be read.
+        ValueError: It is none, is nested too deep to be read, or a text in it is none that can be written.
     """
     try:
-        return json.loads(content)
+        value = json.loads(content)
+        if _ESCAPED in (content.encode() if isinstance(content, str) else content):
+            json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs
+        return value
     except RecursionError:
         raise ValueError("nested too deep") from None
 

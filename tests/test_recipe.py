@@ -272,7 +272,7 @@ BAD = [
     (
         "    a b: {source: folder, path: x, domains: [c]}",
         "r.yaml:9: data.ood_test.a b: a name must begin with a letter or digit and hold only letters, digits, _ and -, "
-        'but got "a b"',
+        'at most 100, but got "a b"',
     ),
     (
         "    train: {source: folder, path: x, domains: [c]}",
@@ -620,7 +620,7 @@ def test_a_missing_folder_a_folder_and_bytes_are_told_apart(tmp_path):
     for name, message in (
         ("no/r.yaml", "no such recipe; its folder does not exist"),
         ("", "must be a recipe file, but is a folder (allowed: bytes.yaml)"),
-        ("bytes.yaml", "must be text in UTF-8, but got byte 6 that is none"),
+        ("bytes.yaml", "must be text in UTF-8, but byte 6 is not"),
     ):
         with pytest.raises(RecipeError) as caught:
             load_recipe(tmp_path / name)
@@ -696,7 +696,12 @@ def test_templates_come_from_a_file_once_and_stand_in_the_recipe(tmp_path):
         f"{rule} none.txt: No such file or directory"
     ]
     (tmp_path / "mine.txt").write_bytes(b"\xff\xfe")
-    assert _messages(tmp_path, "prompts: {templates: 'file:mine.txt'}") == [f"{rule} mine.txt: no text in UTF-8"]
+    assert _messages(tmp_path, "prompts: {templates: 'file:mine.txt'}") == [
+        f"{rule} mine.txt: must be text in UTF-8, but byte 0 is not"
+    ]
+    os.mkfifo(tmp_path / "pipe")
+    (message,) = _messages(tmp_path, "prompts: {templates: 'file:pipe'}")
+    assert message == f"{rule} pipe: must be a regular file, but got a named pipe"
 
 
 def test_class_names_may_repeat_as_imagenet_s_do(tmp_path):

@@ -107,9 +107,9 @@ def test_every_bad_cell_of_a_reference_file_is_named(tmp_path):
     path.write_text("model,acc_id\nresnet,0.7\n")
     with pytest.raises(DataError, match=r"columns model, acc_id and one acc_ood/<set>.*got model, acc_id"):
         read_reference(path)
-    for bad in (tmp_path / "none.csv", tmp_path):
-        with pytest.raises(DataError, match="must be a readable CSV file"):
+    for bad, rule in ((tmp_path / "none.csv", "must be a readable CSV file"), (tmp_path, "must be a regular file")):
+        with pytest.raises(DataError, match=rule):
             read_reference(bad)
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="must be a CSV file in UTF-8"):
+    with pytest.raises(DataError, match="must be text in UTF-8"):
         read_reference(path)

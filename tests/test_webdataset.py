@@ -125,6 +125,16 @@ def test_labels_stand_in_another_file_or_in_json(base):
     assert opened(base, path, label="json:y", class_names=["x", "z"]).labels.tolist() == [1, 0]
 
 
+def test_of_a_json_the_value_of_its_key_is_kept_and_no_more(base):
+    classes = ("cat", "dog")
+    large = [json.dumps({"y": name, "caption": "x" * 100_000, "z": 1 - i}) for i, name in enumerate(classes)]
+    path = write_tar(base / "large.tar", samples(*large, ending="json"))
+    assert opened(base, path, label="json:y").class_names == ("cat", "dog")
+    (entry,) = (base / "cache" / "carft-ray" / "index").glob("*.arrow")
+    assert entry.stat().st_size < 10_000
+    assert opened(base, path, label="json:z", class_names=["a", "b"]).labels.tolist() == [1, 0]  # another index
+
+
 def test_one_of_several_images_is_taken_by_its_ending(base):
     files = [("0.jpg", IMAGES[0].content), ("0.png", IMAGES[1].content), ("0.cls", b"cat")]
     path = write_tar(base / "two.tar", files)
@@ -193,9 +203,20 @@ BROKEN = {
     ),
     "empty label": (samples("0", ""), {}, "every image must have a label, but got '' in x.tar: 1.png"),
     "missing class": (samples("0", "1"), {}, "every class must have an image, but got none in 'dog'"),
-    "no key": (samples("{}", ending="json"), LABEL, "every sample must have the key y, but got none in x.tar: 0.png"),
+    "no key": (
+        samples("{}", ending="json"),
+        LABEL,
+        "x.tar: 0.json: the .json of every sample must have the key y, but got none",
+    ),
     "damaged JSON": (samples("{", ending="json"), LABEL, "the .json of every sample must be JSON, but got Expecting"),
-    "near key": (samples('{"yy": 0}', ending="json"), LABEL, "none in x.tar: 0.png; did you mean 'yy'?"),
+    "near key": (samples('{"yy": 0}', ending="json"), LABEL, "must have the key y, but got none; did you mean 'yy'?"),
+    "deep JSON": (samples("[" * 200_000, ending="json"), LABEL, "must be JSON, but got nested too deep"),
+    "half of a pair": (samples('{"y": "\\ud800"}', ending="json"), LABEL, "must be JSON, but got 'utf-8' codec can't"),
+    "label list": (
+        samples('{"y": [1]}', ending="json"),
+        LABEL,
+        "the key y must hold a text or a whole number, but got a",
+    ),
     "label type": (samples('{"y": 0.5}', ending="json"), LABEL, "or every one a whole number, but got 0.5"),
     "name twice": (
         FILES[:4] + FILES[:2],

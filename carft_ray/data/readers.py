@@ -5,9 +5,10 @@ A new kind of set is a class in ``recipe/sets.py``, a file with its reader's fun
 
 import contextlib
 import csv
+import io
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from carft_ray.data.listing import Listing
 from carft_ray.data.source import IdArray
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.sets import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
+from carft_ray.untrusted import read_text
 
 
 @dataclass(frozen=True)
@@ -185,9 +187,11 @@ def excluded_ids(written: tuple[int, ...] | str, place: str) -> tuple[IdArray, l
         return np.array(written, np.uint64), []
     path = Path(written)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            found = [(number, text.strip()) for number, text in _texts(file) if text.strip()]
-    except (OSError, ValueError, csv.Error) as error:  # of which UnicodeDecodeError is one
+        lines = io.StringIO(read_text(path), newline="")
+        found = [(number, text.strip()) for number, text in _texts(lines) if text.strip()]
+    except DataError as error:
+        return np.empty(0, np.uint64), list(error.problems)
+    except (OSError, csv.Error) as error:
         rule = f"must be a text file with a sample id per line, or a CSV file with a column {ID_COLUMN}"
         return np.empty(0, np.uint64), [Problem(place, rule, f"{path}: {cause_of(error)}")]
     wrong = [(number, text) for number, text in found if not _is_id(text)]
@@ -198,7 +202,7 @@ def excluded_ids(written: tuple[int, ...] | str, place: str) -> tuple[IdArray, l
     return np.array([int(text) for _, text in found if _is_id(text)], np.uint64), problems
 
 
-def _texts(lines: Iterator[str]) -> Iterator[tuple[int, str]]:
+def _texts(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
     """Yields line number and text of every id: of the column of that name, else of the first."""
     column = 0
     for row in (reader := csv.reader(lines)):

@@ -11,6 +11,7 @@ models. Accuracies are fractions, clipped to [1 / (2 n), 1 - 1 / (2 n)] with n t
 """
 
 import csv
+import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy as np
 from scipy.special import expit, logit
 
 from carft_ray.errors import DataError, Problem
+from carft_ray.untrusted import read_text
 
 MIN_MODELS = 5
 MIN_ID_RANGE = 0.05  # of ID accuracy that the models must span
@@ -114,14 +116,13 @@ def read_reference(path: Path) -> dict[str, dict[str, Accuracies]]:
         DataError: The file lacks a column, or a cell is no fraction (every bad cell is named), or it cannot be read.
     """
     try:
-        with path.open(newline="", encoding="utf-8-sig") as handle:
-            reader = csv.DictReader(handle)
-            rows = [(reader.line_num, row) for row in reader]
-            columns = tuple(reader.fieldnames or ())
+        reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
+        rows = [(reader.line_num, row) for row in reader]
+        columns = tuple(reader.fieldnames or ())
     except OSError as error:
         raise DataError(Problem(str(path), "must be a readable CSV file", error.strerror or str(error))) from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(Problem(str(path), "must be a CSV file in UTF-8", str(error))) from error
+    except csv.Error as error:
+        raise DataError(Problem(str(path), "must be a CSV file", str(error))) from error
     sets = [name for name in columns if name and name.startswith(OOD_PREFIX) and name != OOD_PREFIX]
     problems = []
     if "model" not in columns or "acc_id" not in columns or not sets:

@@ -6,23 +6,27 @@ All problems of a file are reported at once, each with file, line, key path, rul
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from carft_ray.errors import Problem, RecipeError, nearest
+from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.recipe import text
-from carft_ray.recipe.checks.messages import Finding, findings
+from carft_ray.recipe.checks.messages import Finding, findings, shown
 from carft_ray.recipe.checks.rules import ROLES, broken_rules, named_sets
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath
+from carft_ray.untrusted import read_text, visible
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
+MOST_RECIPE_BYTES = 2**22  # a recipe has kilobytes; long lists stand in files of their own
 LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
 TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
 _DATA = ("path", "root")  # of the paths of a set, those of its images
@@ -77,6 +81,8 @@ def _plain(value: Any) -> Any:
 def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Path) -> Recipe:
     """Returns a recipe that keeps all rules, its relative paths counted from a folder."""
     raw, problems = apply_overrides(value, places, overrides)
+    if unwritable := list(_unwritable(raw, ())):
+        raise RecipeError([finding.at(places.place(finding.path)) for finding in unwritable])
     raw, unread = _with_template_file(raw, base_dir)
     problems += [finding.at(places.place(finding.path)) for finding in unread]
     recipe: Recipe | None = None
@@ -98,20 +104,18 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
 
 
 def _read(path: Path) -> str:
-    place = str(path)
+    place = visible(str(path))
+    if path.is_dir():
+        names = sorted(other.name for other in path.glob("*.y*ml"))
+        raise RecipeError(Problem(place, "must be a recipe file, but is a folder", allowed=tuple(names)))
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path, MOST_RECIPE_BYTES, RecipeError)
     except FileNotFoundError:
         folder = path.parent
         names = [other.name for other in folder.glob("*.y*ml")] if folder.is_dir() else []
         name = nearest(path.name, names)
         rule = "no such recipe" if folder.is_dir() else "no such recipe; its folder does not exist"
         raise RecipeError(Problem(place, rule, nearest=name and str(folder / name))) from None
-    except IsADirectoryError:
-        names = sorted(other.name for other in path.glob("*.y*ml"))
-        raise RecipeError(Problem(place, "must be a recipe file, but is a folder", allowed=tuple(names))) from None
-    except UnicodeDecodeError as error:
-        raise RecipeError(Problem(place, "must be text in UTF-8", f"byte {error.start} that is none")) from None
     except OSError as error:
         raise RecipeError(Problem(place, "must be readable", error.strerror or str(error))) from None
 
@@ -125,13 +129,26 @@ def _with_template_file(raw: Any, base_dir: Path) -> tuple[Any, list[Finding]]:
         return raw, []
     path = resolve_path(written.removeprefix(TEMPLATE_FILE), base_dir)
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        cause = (error.strerror if isinstance(error, OSError) else None) or "no text in UTF-8"
+        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    except (OSError, DataError) as error:
+        value = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
         rule = "must be a file with one template per line"
         rest = {key: value for key, value in prompts.items() if key != "templates"}
-        return {**raw, "prompts": rest}, [Finding(("prompts", "templates"), rule, f"{path}: {cause}")]
+        return {**raw, "prompts": rest}, [Finding(("prompts", "templates"), rule, value)]
     return {**raw, "prompts": {**prompts, "templates": lines}}, []
+
+
+def _unwritable(value: Any, path: KeyPath) -> Iterator[Finding]:
+    """Yields a finding for each text that no file and no path can hold: with NUL, or half of a surrogate pair."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            yield from _unwritable(key, path)
+            yield from _unwritable(child, (*path, key))
+    elif isinstance(value, list):
+        for index, child in enumerate(value):
+            yield from _unwritable(child, (*path, index))
+    elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
+        yield Finding(path, "must be text without the character NUL and without halves of pairs", visible(shown(value)))
 
 
 def _without_mistakes(raw: Any, error: ValidationError) -> tuple[Recipe | None, list[KeyPath]]:
@@ -181,7 +198,7 @@ def recipe_dir(path: Path) -> Path:
 
 def resolve_path(written: str, base_dir: Path) -> Path:
     """Returns a path of a recipe as an absolute one; ``~`` is the user's home."""
-    return (base_dir / Path(written).expanduser()).resolve()
+    return Path(os.path.realpath(base_dir / os.path.expanduser(written)))  # of unknown users as it is written
 
 
 def is_weights_path(pretrained: str) -> bool:

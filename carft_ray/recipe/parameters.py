@@ -1,5 +1,6 @@
 """The parameters of a search space."""
 
+import math
 from decimal import Decimal
 from typing import Annotated, Any, Literal, Self
 
@@ -19,6 +20,7 @@ from carft_ray.recipe.fields import (
 )
 from carft_ray.recipe.fine_tuning import field_kind
 
+_MOST_STEPS = 10**9
 SPACE = Resume("space", "the sampler needs one space; earlier trials inside it still count")
 
 
@@ -108,6 +110,10 @@ def _check_ends(low: float, high: float, log: bool, step: float | None) -> None:
         raise ValueError(f"low > 0 must hold with log: true, but got low={low}")
     if log and step is not None:
         raise ValueError(f"log: true and step exclude each other, but got step={step}")
+    if not math.isfinite(high - low):
+        raise ValueError(f"high - low must be a finite number, but got low={low}, high={high}")
+    if step is not None and (decimal(high) - decimal(low)) / decimal(step) > _MOST_STEPS:
+        raise ValueError(f"at most {_MOST_STEPS:,} steps must lie between low and high, but got step={step}")
     if step is not None and (decimal(high) - decimal(low)) % decimal(step) != 0:
         raise ValueError(f"high - low must be a multiple of step, but got low={low}, high={high}, step={step}")
 

@@ -4,7 +4,7 @@ The functions of ``listers.py`` are made of these. They raise ``DataError`` for 
 are the classes that are there; ``reader.py`` compares them with those that should be.
 """
 
-import json
+import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +14,11 @@ from carft_ray.data.benchmark_sets.facts import Facts
 from carft_ray.data.formats.folder import file_listing, folders, is_image, missing_files
 from carft_ray.data.listing import Listing
 from carft_ray.errors import DataError, Problem
+from carft_ray.untrusted import parse_json, read_regular, read_text
 
 KIND = "benchmark-1"  # changes when other images, names or labels are found
 STEP = "The layout of each benchmark stands in docs/data.md."
+MOST_LIST_BYTES = 2**28  # of a list of images; the longest that a benchmark comes with has 40 MB
 
 Row = tuple[str, str]  # file from the root of the set, with '/', and its class
 
@@ -72,8 +74,20 @@ def read_lines(path: Path) -> list[str]:
         DataError: It cannot be read.
     """
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        return [line.strip() for line in read_text(path, MOST_LIST_BYTES).splitlines() if line.strip()]
+    except OSError as error:
+        raise unreadable_list(path, error) from error
+
+
+def read_words(path: Path) -> list[str]:
+    """Returns the words of a text file; what is no UTF-8 is shown as such.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    try:
+        return read_regular(path, MOST_LIST_BYTES).decode(errors="replace").split()
+    except OSError as error:
         raise unreadable_list(path, error) from error
 
 
@@ -84,7 +98,7 @@ def read_json_list(path: Path) -> dict[str, list[str]]:
         DataError: It cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_regular(path, MOST_LIST_BYTES))
         return {str(name): [str(image) for image in images] for name, images in value.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise unreadable_list(path, error) from error
@@ -99,10 +113,12 @@ def read_matlab(path: Path, *keys: str) -> Any:
     from scipy.io import loadmat
 
     try:
-        value = loadmat(path, squeeze_me=True)
+        value = loadmat(io.BytesIO(read_regular(path, MOST_LIST_BYTES)), squeeze_me=True)
         for key in keys:
             value = value[key]
         return [one.item() if hasattr(one, "item") else one for one in value.reshape(-1).tolist()]
+    except DataError:
+        raise
     except Exception as error:  # loadmat raises of every kind on damaged files
         raise unreadable_list(path, error) from error
 

@@ -266,7 +266,7 @@ def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts, names_p
 
     A set whose own list of class names is another is refused; a set without it is believed.
     """
-    own = names_path.read_text(encoding="utf-8", errors="replace").split() if names_path.is_file() else facts.classes
+    own = layouts.read_words(names_path) if names_path.is_file() else facts.classes
     if list(own) != list(facts.classes):
         first = next((pair for pair in zip(own, facts.classes, strict=False) if pair[0] != pair[1]), None)
         value = f"{first[0]!r} for {first[1]!r}" if first else f"{len(own)} of {len(facts.classes)}"

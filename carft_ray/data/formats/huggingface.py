@@ -7,7 +7,6 @@
 The library ``datasets`` is not needed. Columns, labels and names are those of a table (``data/formats/tables.py``).
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from carft_ray.data.images import cause_of
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import HuggingFaceSet
+from carft_ray.untrusted import parse_json, read_regular
 from carft_ray.words import counted
 
 KIND = "huggingface-1"
@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Any]:
         DataError: It is missing or damaged.
     """
     try:
-        value = json.loads(path.read_bytes())
+        value = parse_json(read_regular(path))
     except PermissionError:
         raise
     except (OSError, ValueError) as error:

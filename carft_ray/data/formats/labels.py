@@ -8,6 +8,7 @@ from typing import Any
 from carft_ray.data.images import cause_of
 from carft_ray.data.listing import and_more, normal
 from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.untrusted import read_text
 
 NAMES_STEP = "Name the classes, in the order of the numbers: class_names: [cat, dog], or a text file with one per line."
 
@@ -26,8 +27,8 @@ def read_class_names(written: tuple[str, ...] | str | None, place: str) -> tuple
         return written
     path = Path(written)
     try:
-        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    except (OSError, ValueError) as error:  # of which UnicodeDecodeError is one
+        lines = read_text(path).rstrip().split("\n")
+    except OSError as error:
         rule = "must be a readable text file with a class name per line"
         raise DataError(Problem(place, rule, f"{path}: {cause_of(error)}")) from error
     names = tuple(line.strip() for line in lines)

@@ -44,7 +44,7 @@ def find_files(written: str, endings: tuple[str, ...], place: str, step: str) ->
         return found
     if mode is not None:
         if path.name.lower().endswith(endings):
-            return [path]
+            return _regular([path], place)
         raise DataError(Problem(place, "must be a file that ends in one of the allowed ways", str(path), endings))
     if not re.search(r"[{*?\[]", written):
         there = os.listdir(path.parent) if path.parent.is_dir() else []
@@ -66,6 +66,13 @@ def find_files(written: str, endings: tuple[str, ...], place: str, step: str) ->
     wrong = [str(file) for file in files if not file.name.lower().endswith(endings)]
     if wrong:
         raise DataError(Problem(place, "must be files that end in one of the allowed ways", wrong[0], endings))
+    return _regular(files, place)
+
+
+def _regular(files: list[Path], place: str) -> list[Path]:
+    """Returns the files; raises where one is a pipe, a device, a socket or a folder, of which reading may never end."""
+    if wrong := [file for file in files if not file.is_file()]:
+        raise DataError(Problem(place, "must be regular files", f"{wrong[0]}, which is none"))
     return files
 
 

@@ -14,7 +14,7 @@ import io
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +51,15 @@ def read_schema(path: Path) -> pa.Schema:
         return pa.schema([pa.field(name, pa.string()) for name in names])
     with _mapped(path) as file:
         schema = pq.read_schema(file) if path.suffix.lower() == ".parquet" else _reader(file, None).schema
-    str(schema)  # its names are read now: damaged ones raise
+    _read_names(schema)
     return schema
+
+
+def _read_names(fields: Iterable[pa.Field]) -> None:
+    """Raises ``UnicodeDecodeError`` for a name that is no text, which pyarrow does not before a name is asked for."""
+    for field in fields:
+        if field.name is not None:
+            _read_names(field.type.field(index) for index in range(field.type.num_fields))
 
 
 def extension_in(field: pa.Field) -> str:

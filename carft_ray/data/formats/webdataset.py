@@ -13,27 +13,30 @@ import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 
 from carft_ray.data.caching.index import container_stamps, kept_index
 from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
 from carft_ray.data.formats.shards import find_files, finder, folder_of
-from carft_ray.data.images import IMAGE_ENDINGS, unreadable
+from carft_ray.data.images import IMAGE_ENDINGS, check_num_bytes, unreadable
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import WebDatasetSet
+from carft_ray.untrusted import open_regular, parse_json, read_regular
 
 KIND = "webdataset-1"
 CLASS_NAMES = "classnames.txt"  # next to the shards or in the folder above, as clip_benchmark writes it
 NUM_SHARDS = "nshards.txt"
 _COMPRESSED = (".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_DAMAGE = (EOFError, ValueError, LookupError, ArithmeticError, RecursionError)  # of ``tarfile``, for odd headers
+_JSON = "json:"  # of a label: a key of the sample's .json
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _ENDINGS = (".tar", *_COMPRESSED)
 _STEP = "Shards are expected: path: shards/{000..012}.tar, or the folder that holds them."
 _COMPRESSED_STEP = "Unpack it (gunzip), or write it anew without compression: images gain nothing by it."
-_LARGEST_LABEL = 2**20  # bytes
+_LARGEST_LABEL, _LARGEST_HEADER = 2**20, 2**20  # bytes
 _ALONE = "a shard must not be compressed: of a compressed one no image can be read alone"
 _INDEX = pa.schema({"name": pa.string(), "offset": pa.int64(), "size": pa.int64(), "label": pa.string()})
 
@@ -66,6 +69,7 @@ def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> List
         return f"{shards[at(position)[0]]}: {names[position]}"
 
     def read(position: int) -> bytes:
+        check_num_bytes(sizes[position], spot_of_file(position))
         try:
             content = _content(shards[at(position)[0]], offsets[position], sizes[position])
         except OSError as error:
@@ -76,7 +80,8 @@ def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> List
 
     if not names:
         raise DataError(Problem(f"{place}: {shards[0]}", "a shard must have a sample with an image", "none"))
-    labels = _labels(texts, spec, spot, place)
+    is_json = spec.label is not None and spec.label.startswith(_JSON)
+    labels = [json.loads(text) for text in texts] if is_json else whole_numbers([text.strip() for text in texts])
     classes, found, problems = named_classes(labels, own_class_names(spec, place), spot, place)
     if problems:
         raise DataError(problems)
@@ -97,7 +102,7 @@ def shards(spec: WebDatasetSet, place: str) -> list[Path]:
         raise DataError(Problem(place, _ALONE, str(packed[0]), next_step=_COMPRESSED_STEP))
     folder = folder_of(spec.path)
     if folder == Path(spec.path) and (folder / NUM_SHARDS).is_file():
-        written = (folder / NUM_SHARDS).read_text(errors="replace").strip()
+        written = read_regular(folder / NUM_SHARDS, 64).decode(errors="replace").strip()
         if written != str(len(found)):
             rule = f"the folder must hold the {written} shards that its {NUM_SHARDS} states"
             raise DataError(Problem(f"{place}: {folder}", rule, str(len(found))))
@@ -122,14 +127,16 @@ def _index(shard: Path, spec: WebDatasetSet) -> pa.Table:
         DataError: The shard is damaged, or a sample has not one image and a label.
     """
     image, label = (spec.image or "").lower().lstrip("."), (spec.label or "cls").lower().lstrip(".")
-    label = "json" if label.startswith("json:") else label
+    key = None
+    if label.startswith(_JSON):
+        label, key = "json", str(spec.label).removeprefix(_JSON)  # as it is written
     try:
-        return kept_index(shard, f"samples {image} {label}", lambda: _make_index(shard, image, label))
+        return kept_index(shard, f"samples {(image, label, key)}", lambda: _make_index(shard, image, label, key))
     except OSError as error:
         raise DataError(unreadable(str(shard), error)) from error
 
 
-def _make_index(shard: Path, image: str, label: str) -> pa.Table:
+def _make_index(shard: Path, image: str, label: str, json_key: str | None) -> pa.Table:
     images: list[tarfile.TarInfo] = []
     labels: list[str] = []
     problems: list[Problem] = []
@@ -142,7 +149,8 @@ def _make_index(shard: Path, image: str, label: str) -> pa.Table:
             if member.size > _LARGEST_LABEL:
                 rule = f"a label must have at most {_LARGEST_LABEL} bytes"
                 raise DataError(Problem(f"{shard}: {member.name}", rule, str(member.size)))
-            labels.append(_content(shard, member.offset_data, member.size).decode("utf-8", "replace"))
+            text = _content(shard, member.offset_data, member.size).decode("utf-8", "replace")
+            labels.append(text if json_key is None else _value(text, json_key, f"{shard}: {member.name}"))
             continue
         if len(endings) != 1:
             rule = f"every sample must have a .{image}" if image else "every sample must have one image"
@@ -168,8 +176,12 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
     """
     current, files = "", dict[str, tarfile.TarInfo]()
     try:
-        with tarfile.open(shard, "r:", errorlevel=1) as archive:
+        with open_regular(shard) as file, _archive(file) as archive:
             for member in archive:
+                if member.size < 0:  # would lead back, without end
+                    raise tarfile.ReadError("a negative size")
+                if not _is_text(member.name):
+                    raise DataError(Problem(f"{shard}: {member.name}", "the name of a file must be text in UTF-8"))
                 found = re.fullmatch(r"((?:.*/|)[^./]+)[.]([^/]+)", _plain(member.name))
                 if not member.isreg() or member.issparse() or found is None or re.match(r"__[^/]*__($|/)", member.name):
                     continue
@@ -184,7 +196,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
             # ``tarfile`` takes damage for the end; an archive that was closed ends with zeros
             if _content(shard, archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise DataError(_cut_off(str(shard)))
-    except (tarfile.TarError, EOFError) as error:
+    except (tarfile.TarError, *_DAMAGE) as error:
         if _content(shard, 0, 6).startswith(_MAGIC):
             raise DataError(Problem(str(shard), _ALONE, next_step=_COMPRESSED_STEP)) from error
         raise DataError(_cut_off(str(shard))) from error
@@ -192,34 +204,52 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
         yield current, files
 
 
+def _is_text(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)  # what stands for bytes that are none
+
+
+def _archive(file: BinaryIO) -> tarfile.TarFile:
+    headers: Any = _Headers(file)
+    return tarfile.open(fileobj=headers, mode="r:", errorlevel=1)
+
+
+class _Headers:
+    """A shard as ``tarfile`` may read it: its headers, each of a bounded size, some of which it reads whole."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        """Raises ``tarfile.ReadError`` for a header of no size or of more than a megabyte."""
+        if not 0 <= size <= _LARGEST_HEADER:
+            raise tarfile.ReadError("too large a header")
+        return self._file.read(size)
+
+
 def _content(shard: Path, offset: int, size: int) -> bytes:
-    with open(shard, "rb") as file:
+    with open_regular(shard) as file:
         file.seek(offset)
         return file.read(size)
 
 
-def _labels(texts: Sequence[str], spec: WebDatasetSet, spot: Spot, place: str) -> Sequence[Any]:
-    """Returns the labels as texts or numbers.
+def _value(text: str, key: str, place: str) -> str:
+    """Returns one value of a JSON object, as JSON: of a large object no more is kept.
 
     Raises:
-        DataError: A sample has none.
+        DataError: It is none, has no such key, or a label cannot be of this kind.
     """
-    if spec.label is None or not spec.label.startswith("json:"):
-        return whole_numbers([text.strip() for text in texts])
-    key = spec.label.removeprefix("json:")
-    labels = []
-    for position, text in enumerate(texts):
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            rule = "the .json of every sample must be JSON"
-            raise DataError(Problem(f"{place}.label", rule, f"{error} in {spot(position)}")) from error
-        if not isinstance(values, dict) or key not in values:
-            there = tuple(values) if isinstance(values, dict) else ()
-            rule = f"the .json of every sample must have the key {key}"
-            raise DataError(Problem(f"{place}.label", rule, f"none in {spot(position)}", there, nearest(key, there)))
-        labels.append(values[key])
-    return labels
+    try:
+        values = parse_json(text)
+    except ValueError as error:
+        raise DataError(Problem(place, "the .json of every sample must be JSON", str(error))) from error
+    if not isinstance(values, dict) or key not in values:
+        there = tuple(values) if isinstance(values, dict) else ()
+        rule = f"the .json of every sample must have the key {key}"
+        raise DataError(Problem(place, rule, "none", there, nearest(key, there)))
+    if isinstance(values[key], dict | list):
+        rule = f"the key {key} must hold a text or a whole number"
+        raise DataError(Problem(place, rule, "a list" if isinstance(values[key], list) else "an object"))
+    return json.dumps(values[key])
 
 
 def _plain(name: str) -> str:

@@ -88,7 +88,7 @@ def find_token() -> tuple[str, str]:
     if token := os.environ.get(TOKEN, "").strip():
         return token, TOKEN
     named = os.environ.get(TOKEN_PATH)
-    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    path = Path(os.path.expanduser(named)) if named else Path.home() / ".ray" / "auth_token"
     try:
         token, cause = path.read_text(encoding="utf-8").strip(), "an empty file"
     except (OSError, UnicodeDecodeError) as error:

@@ -6,6 +6,7 @@ On Kubernetes the autoscaler runs in a container of its own, and the number stay
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -83,7 +84,7 @@ def read_config(gcs_address: str, processes: Path = Path("/proc")) -> tuple[Grou
             words = path.read_bytes().decode(errors="replace").split("\0")
             config = next((word.removeprefix(CONFIG_OPTION) for word in words if word.startswith(CONFIG_OPTION)), "")
             if config and f"--gcs-address={gcs_address}" in words:
-                return groups_of(Path(config).expanduser().read_text())
+                return groups_of(Path(os.path.expanduser(config)).read_text())
     return None, None
 
 

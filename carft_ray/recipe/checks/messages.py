@@ -135,7 +135,8 @@ def _finding(details: Mapping[str, Any], root: Any) -> Finding:
     if what == "string_pattern_mismatch":
         if context["pattern"].startswith("^[^"):
             return Finding(path, "must be the name of a folder, not a path", value)
-        return Finding(path, "a name must begin with a letter or digit and hold only letters, digits, _ and -", value)
+        rule = "a name must begin with a letter or digit and hold only letters, digits, _ and -, at most 100"
+        return Finding(path, rule, value)
     if what == "value_error":
         rule = str(context["error"])
         return Finding(path, rule, "" if "but got" in rule else value)
