@@ -10,12 +10,14 @@ from dataclasses import replace
 
 import cache_builds
 import numpy as np
+import pyarrow as pa
 import pytest
 import short_training
 from cache_builds import Pictures, halve
 
 from carft_ray.data.caching import cache, packed
 from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.caching.index import kept_index
 from carft_ray.data.caching.packed import PackedSource, pays
 from carft_ray.data.content import set_digest
 from carft_ray.errors import DataError, StorageError
@@ -543,3 +545,26 @@ def test_add_of_a_recipe_with_a_bad_image_is_a_data_error_and_the_mended_command
     code, _, err = run("data", "add", "recipe.yaml")
     assert code == 0
     assert "id_val: 15 images, decoded, built\nsketch: 10 images, decoded, built" in err
+
+
+# ---- indexes of files
+
+
+def test_each_index_that_is_made_lists_few_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    listed = []
+    scandir = os.scandir
+
+    def counted(path):
+        with scandir(path) as entries:
+            found = list(entries)
+        listed.extend(found)
+        return contextlib.nullcontext(iter(found))
+
+    monkeypatch.setattr(os, "scandir", counted)
+    number = 100
+    for index in range(number):
+        (tmp_path / f"{index}.tar").touch()
+        kept_index(tmp_path / f"{index}.tar", "nothing", lambda: pa.table({"row": [1]}))
+    assert len(listed) < 5 * number
+    assert len(cache.notes(tmp_path / "cache" / "carft-ray")) == number

@@ -344,3 +344,52 @@ def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base):
         assert check_sets(recipe) == []
     finally:
         hidden.chmod(0o700)
+
+
+# many shards
+
+
+def shard_recipe(folder, number, *patterns):
+    """Three sets of so many shards each; no shard is opened."""
+    specs = []
+    for name in ("train", "id_val", "id_test"):
+        (folder / name).mkdir(parents=True)
+        for index in range(number):
+            (folder / name / f"{index}.tar").touch()
+        specs.append({"source": "webdataset", "path": str(folder / name)})
+    roles = dict(zip(("train", "id_val", "id_test"), specs, strict=True))
+    return Recipe.model_validate({"data": roles | dict(patterns), "train": {"batch_size": 4}})
+
+
+def calls(work):
+    """Returns how many functions are called."""
+    found = 0
+
+    def count(frame, event, arg):
+        nonlocal found
+        found += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+def test_roles_of_many_shards_are_compared_by_set_and_not_each_shard_with_each(tmp_path):
+    few, many = (shard_recipe(tmp_path / str(number), number) for number in (20, 60))
+    assert check_roles(few) == check_roles(many) == []
+    assert calls(lambda: check_roles(many)) < 4 * calls(lambda: check_roles(few))
+
+
+def test_shards_in_two_roles_are_told_once_for_two_sets_with_their_number(tmp_path):
+    again = {"source": "webdataset", "path": str(tmp_path / "a" / "train" / "{1,3,4}.tar")}
+    (problem,) = check_roles(shard_recipe(tmp_path / "a", 5, ("id_val", again)))
+    assert (problem.place, problem.value) == ("data.id_val", f"{tmp_path}/a/train/1.tar and 2 more")
+    outer = {"source": "folder", "path": str(tmp_path / "b")}
+    inner = shard_recipe(tmp_path / "b", 5, ("id_test", outer))
+    assert [problem.place for problem in check_roles(inner)] == ["data.id_test"] * 2
+    first = shard_recipe(tmp_path / "c", 5, ("train", {"source": "folder", "path": str(tmp_path / "c")}))
+    assert [problem.place for problem in check_roles(first)] == ["data.id_val", "data.id_test"]

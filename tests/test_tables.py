@@ -155,7 +155,7 @@ def test_equal_bytes_are_told_apart_by_class_and_count_in_any_order(base):
 def test_hashes_are_made_once_until_the_file_changes(base):
     path = write_table(base / "set.parquet", table_of(IMAGES))
     first = opened(base)
-    (entry,) = (base / "cache" / "carft-ray" / "index").glob("*.arrow")
+    (entry,) = (base / "cache" / "carft-ray" / "index").rglob("*.arrow")
     made = entry.stat().st_mtime_ns
     assert opened(base).listing.names == first.listing.names
     assert entry.stat().st_mtime_ns == made

@@ -157,7 +157,7 @@ def test_names_depend_on_neither_place_nor_the_cut_into_shards(base):
 
 def test_the_index_is_made_once_until_the_shard_changes(base):
     opened(base)
-    entries = list((base / "cache" / "carft-ray" / "index").glob("*.arrow"))
+    entries = list((base / "cache" / "carft-ray" / "index").rglob("*.arrow"))
     assert len(entries) == 3
     made = [entry.stat().st_mtime_ns for entry in entries]
     opened(base)
@@ -263,7 +263,7 @@ def test_a_shard_that_is_cut_off_or_damaged_is_told(base, what):
     path.write_bytes(cut[what])
     text = told(base)
     assert text.startswith(f"{path}: must be a whole tar archive, but got one that is cut off or damaged")
-    assert not list((base / "cache" / "carft-ray" / "index").glob("*.tmp"))
+    assert not list((base / "cache" / "carft-ray" / "index").rglob("*.tmp"))
 
 
 def test_all_broken_shards_are_told_at_once(base):

@@ -4,11 +4,11 @@ A test role is read by nobody here: the checks ask only whether its folders exis
 """
 
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from carft_ray.data.benchmark_sets.reader import benchmark_words
 from carft_ray.data.caching.index import user_cache_dir
-from carft_ray.data.listing import Listing, class_problems, selected_rows, stored_source
+from carft_ray.data.listing import Listing, and_more, class_problems, selected_rows, stored_source
 from carft_ray.data.readers import list_set, reader_of
 from carft_ray.data.records import without_bad_images
 from carft_ray.data.source import Source
@@ -21,6 +21,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 
+_Held = tuple[dict[str, list[str]], set[str]]
 TEST_ROLES = ("id_test", "ood_test")
 
 
@@ -59,7 +60,7 @@ def check_sets(recipe: Recipe) -> list[Problem]:
 
 
 def check_roles(recipe: Recipe) -> list[Problem]:
-    """Returns a problem for every pair of roles that share images; raise them as a ``HoldOutError``.
+    """Returns a problem for every two sets that share images and must not; raise them as a ``HoldOutError``.
 
     Two sets share images when they hold the same folder or file (links resolved), one inside the other's, unless their
     parts of it are disjoint; or the same domain and split of the sandbox. Two sets of one role may, and so may those of
@@ -69,22 +70,17 @@ def check_roles(recipe: Recipe) -> list[Problem]:
         recipe: The recipe.
     """
     problems = []
-    seen: list[tuple[SetSpec, str, str, str]] = []  # set, role, place in the recipe, what it holds
+    seen: list[tuple[SetSpec, str, str, _Held]] = []  # set, role, place in the recipe, what it holds
     for path, spec in named_sets(recipe).items():
-        place, role = dotted(path), str(path[1])
-        for held in _places(plain(spec)):
-            others = {
-                there: other
-                for other, its, there, holds in seen
-                if not may_share((role, spec), (its, other))
-                and _same_images(held, holds)
-                and not _disjoint(plain(spec), plain(other))
-            }
-            for there, other in others.items():
+        place, role, here = dotted(path), str(path[1]), _held(plain(spec))
+        for other, its, there, holds in seen:
+            if may_share((role, spec), (its, other)) or _disjoint(plain(spec), plain(other)):
+                continue
+            if shared := _shared(here, holds):
                 rule = f"a set has one role and must not share images with {there}"
                 about, step = _overlap((place, spec), (there, other))
-                problems.append(Problem(place, rule, held + about, next_step=step))
-            seen.append((spec, role, place, held))
+                problems.append(Problem(place, rule, shared[0] + and_more(shared) + about, next_step=step))
+        seen.append((spec, role, place, here))
     return problems
 
 
@@ -200,10 +196,18 @@ def _places(spec: PlainSet) -> list[str]:
     return reader_of(spec).places(spec)
 
 
-def _same_images(one: str, other: str) -> bool:
-    """Returns whether two places are the same, or one lies inside the other."""
-    paths = Path(one), Path(other)
-    return one == other or paths[0] in paths[1].parents or paths[1] in paths[0].parents
+def _held(spec: PlainSet) -> _Held:
+    """Returns the places of a set's images, each with the folders around it, and all of these folders."""
+    around = {place: [str(folder) for folder in PurePath(place).parents] for place in _places(spec)}
+    return around, {folder for folders in around.values() for folder in folders}
+
+
+def _shared(here: _Held, there: _Held) -> list[str]:
+    """Returns the places of one set that another holds, too: the very place, one inside of it, or one around it."""
+    places, outer = there
+    return [
+        place for place, around in here[0].items() if place in outer or any(map(places.__contains__, (place, *around)))
+    ]
 
 
 def _disjoint(one: PlainSet, other: PlainSet) -> bool:

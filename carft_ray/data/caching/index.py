@@ -1,7 +1,7 @@
 """Indexes of large files: what one reading of a file has found, kept in the user's cache folder until the file changes.
 
-An entry is one Arrow file ``index/<key>.arrow``; its key is a hash of what was searched for and of the file's place,
-size and date. Entries appear whole, and may be deleted at any time.
+An entry is one Arrow file ``index/<two digits>/<key>.arrow``; its key is a hash of what was searched for and of the
+place, size and date of the file. Entries appear whole, and may be deleted at any time.
 """
 
 import functools
@@ -81,14 +81,14 @@ def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
         StorageError: The cache cannot be written.
     """
     key = key_of([FORMAT_VERSION, what, os.path.realpath(path), file_stamp(path)])
-    entry = user_cache_dir() / "index" / f"{key}.arrow"
+    entry = user_cache_dir() / "index" / key[:2] / f"{key}.arrow"  # few in a folder: each one made lists its folder
 
     def write() -> pa.Table:
         made = make()
         write_table(entry, made)
         return made
 
-    return made_once(entry, entry.parent / f"{key[:2]}.lock", open_table, write)
+    return made_once(entry, entry.parent.with_suffix(".lock"), open_table, write)
 
 
 def required(**columns: pa.DataType) -> list[pa.Field]:
