@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import socket
 import struct
 import unicodedata
 
@@ -10,6 +11,8 @@ import pytest
 from PIL import Image
 from sources import folder_source
 
+from carft_ray.data import readers
+from carft_ray.data.draft import survey
 from carft_ray.data.formats.folder import folder_set_problems
 from carft_ray.data.listing import sample_id
 from carft_ray.errors import DataError
@@ -203,3 +206,98 @@ def test_a_tree_without_classes_is_told(tmp_path):
     (tmp_path / "photo").mkdir()
     save(tmp_path / "photo" / "1.png")
     assert "there must be at least one image" in problems_of(tmp_path, ["photo"], None)
+
+
+# what is no image, and names that are no text
+
+
+@pytest.fixture
+def told(monkeypatch, caplog):
+    """What one listing of a set writes to the log."""
+    monkeypatch.setattr(readers, "_warned", set())
+    return caplog
+
+
+def spoil(tree):
+    """Puts into a class folder what may stand there and is no image; returns the folder."""
+    folder = tree / "photo" / "bird"
+    for name in ("a.gif", "b.GIF", "c.heic", "d.jfif", "README", ".hidden", ".DS_Store"):
+        (folder / name).write_bytes(b"")
+    (folder / "deeper").mkdir()
+    os.mkfifo(folder / "pipe.png")
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(os.path.relpath(folder / "s.png"))
+    return folder
+
+
+def test_what_is_passed_over_is_counted_by_ending_and_told_in_one_line_once(tree, told, monkeypatch):
+    monkeypatch.chdir(tree)
+    spoil(tree)
+    for _ in range(2):
+        assert len(folder_source(tree, ["photo"], None, "data.train")) == 4
+    (line,) = told.messages
+    assert line.startswith(
+        f"data.train: passed over in {tree}: 2 .gif, 2 pipe, socket or device, 1 .heic, 1 .jfif, 1 folder, "
+        "1 without ending. Images are the files that end in .png, .jpg,"
+    )
+
+
+def test_a_folder_of_images_and_hidden_files_alone_is_told_nothing(tree, told):
+    (tree / "photo" / "bird" / ".DS_Store").write_bytes(b"")
+    folder_source(tree, ["photo"], None, "train")
+    assert told.messages == []
+
+
+def test_a_link_to_nowhere_is_an_error_unless_bad_images_are_skipped(tree, told):
+    link = tree / "photo" / "bird" / "0.png"
+    link.symlink_to(tree / "gone.png")
+    (tree / "photo" / "fish" / "no image").symlink_to(tree / "gone")
+    with pytest.raises(DataError) as caught:
+        folder_source(tree, ["photo"], None, "data.train")
+    assert caught.value.exit_code == 4
+    assert str(caught.value) == (
+        f"data.train: every link must lead to an image, but got none behind 1, such as {link}\n"
+        "    Restore the files, remove the links, or write data.train.on_bad_image: skip."
+    )
+    assert len(folder_source(tree, ["photo"], None, "data.train", on_bad_image="skip")) == 4
+    assert "2 link to nowhere" in told.messages[-1]
+
+
+@pytest.mark.parametrize("where", ["file", "class", "empty class"])
+def test_names_that_are_not_utf_8_are_refused_when_the_set_is_listed(tree, where):
+    name = os.fsdecode(b"caf\xe9")
+    if where == "file":
+        os.rename(tree / "photo" / "bird" / "2.png", tree / "photo" / "bird" / f"{name}.png")
+    elif where == "class":
+        os.rename(tree / "photo" / "bird", tree / "photo" / name)
+    else:
+        (tree / "photo" / name).mkdir()
+    with pytest.raises(DataError) as caught:
+        folder_source(tree, ["photo"], None, "data.train")
+    assert "data.train: names of files and folders must be UTF-8, but got b'" in str(caught.value)
+    assert r"caf\xe9" in str(caught.value)
+    assert "convmv -f latin1 -t utf8" in str(caught.value)
+    str(caught.value).encode()  # it can be shown and written
+
+
+def test_a_recipe_is_not_drafted_for_names_that_are_not_utf_8(tree):
+    os.rename(tree / "photo" / "bird", tree / "photo" / os.fsdecode(b"caf\xe9"))
+    with pytest.raises(DataError, match="names of files and folders must be UTF-8"):
+        survey(tree)
+
+
+def test_names_in_other_scripts_are_no_problem(tree):
+    os.rename(tree / "photo" / "bird", tree / "photo" / "птица")
+    save(tree / "photo" / "птица" / "鳥 🐦.png")
+    assert len(folder_source(tree, ["photo"], None, "train")) == 5
+
+
+def test_a_class_that_is_spelled_in_two_ways_in_two_domains_is_told(tree):
+    os.rename(tree / "art" / "bird", tree / "art" / "Bird")
+    with pytest.raises(DataError) as caught:
+        folder_source(tree, ["photo", "art"], None, "data.train")
+    assert f"data.train: {tree}: a class must be spelled alike in all domains" in str(caught.value)
+    assert "but got art/Bird and photo/bird" in str(caught.value)
+    save(tree / "photo" / "Bird" / "0.png")  # both in one folder: letters, say
+    save(tree / "art" / "bird" / "0.png")
+    assert folder_source(tree, ["photo", "art"], None, "data.train").class_names == ("Bird", "bird", "fish")

@@ -3,19 +3,23 @@
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import short_training
 from PIL import Image
+from short_training import write_image
 from test_sources_search import SETS, here, sets  # noqa: F401
 
 from carft_ray.data.listed_sets import ListedSource, open_sets, write_sets
 from carft_ray.data.readers import list_set, listing_once
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.sets import FolderSet
 
 # what every process notes: folders listed and files opened below a root
 AUDIT = """
@@ -100,6 +104,27 @@ def test_sets_that_share_a_tree_share_its_listing_while_that_is_asked_for(tmp_pa
         assert other is first
     next((tmp_path / "images" / "photo").glob("*/*.png")).unlink()
     assert len(list_set(spec, "one")) == len(first) - 1
+
+
+def test_listings_of_threads_that_overlap_end_with_their_own_thread(tmp_path):
+    write_image(tmp_path / "images" / "star" / "0.png", 0, 0)
+    spec = FolderSet(source="folder", path=str(tmp_path / "images"))
+    began, done = threading.Event(), threading.Event()
+
+    def other():
+        with listing_once():
+            list_set(spec, "other")
+            began.set()
+            assert done.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with listing_once():
+            ended = pool.submit(other)
+            assert began.wait(10)
+        done.set()
+        ended.result()
+    write_image(tmp_path / "images" / "star" / "1.png", 0, 1)
+    assert len(list_set(spec, "now")) == 2
 
 
 @pytest.mark.parametrize("kind", SETS)

@@ -20,6 +20,7 @@ from string import Template
 from carft_ray.data.benchmark_sets.reader import benchmark_words
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import cause_of
+from carft_ray.data.listing import text_problems
 from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.presets import ranges_for
 
@@ -65,6 +66,8 @@ def survey(root: Path) -> list[ClassRoot]:
     step = "Images are found in ROOT/class, ROOT/domain/class, ROOT/split/class and both orders of domain and split."
     try:
         found = list(_class_roots(root, "."))
+        if problems := text_problems((f"{one.folder}/{name}" for one in found for name in one.counts), str(root)):
+            raise DataError(problems)
     except OSError as error:
         place = str(error.filename or root)
         raise DataError(Problem(place, "must be a folder that can be read", cause_of(error))) from error

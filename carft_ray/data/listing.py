@@ -5,9 +5,10 @@ that read one. All else is the same for every kind of set and stands here: ids, 
 """
 
 import hashlib
+import os
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -42,6 +43,8 @@ class Listing:
         in_order: Whether images are read quickly in their order alone.
         are_files: Whether each image is a file of its own, whose path is its ``place``.
         excluded: Sample ids that belong to no set made of the listing (``exclude`` of the recipe), uint64 [K].
+        passed_over: How many entries of its folders are no images of the set, by what they are.
+        lost: Names of links to images that are not there.
         problems: What is missing. With problems the rest may be empty.
     """
 
@@ -59,6 +62,8 @@ class Listing:
     in_order: bool = False
     are_files: bool = False
     excluded: IdArray = field(default_factory=lambda: np.empty(0, np.uint64))
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
 
     def __len__(self) -> int:
@@ -337,6 +342,21 @@ def sample_id(name: str) -> int:
 def normal(name: str) -> str:
     """Returns a name in Unicode's composed form (NFC)."""
     return unicodedata.normalize("NFC", name)
+
+
+def text_problems(names: Iterable[str], place: str) -> list[Problem]:
+    """Returns a problem for names that are no text: what a system gives for one that is not UTF-8.
+
+    They could be listed and read, but stand in no table, page or recipe.
+    """
+    wrong = [
+        name for name in names if not name.isascii() and any("\ud800" <= character < "\ue000" for character in name)
+    ]
+    if not wrong:
+        return []
+    rule = "names of files and folders must be UTF-8"
+    step = "Rename them, such as with: convmv -f latin1 -t utf8 -r --notest FOLDER."
+    return [Problem(place, rule, f"{os.fsencode(wrong[0])!r}{and_more(wrong)}", next_step=step)]
 
 
 def and_more(wrong: Sized) -> str:

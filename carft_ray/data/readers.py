@@ -6,9 +6,11 @@ A new kind of set is a class in ``recipe/sets.py``, a file with its reader's fun
 import contextlib
 import csv
 import io
+import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +20,12 @@ import numpy as np
 
 from carft_ray.data.benchmark_sets import reader as benchmarks
 from carft_ray.data.formats import folder, huggingface, tables, webdataset
-from carft_ray.data.images import cause_of, unreadable
-from carft_ray.data.listing import Listing
+from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
+from carft_ray.data.listing import Listing, text_problems
 from carft_ray.data.source import IdArray
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.sets import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
-from carft_ray.untrusted import read_text
+from carft_ray.untrusted import read_text, visible
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,10 @@ def _of_files(
     """
 
     def list_files(spec: Any, place: str) -> Listing:
-        return listing(spec, files(spec, place), place)
+        found = files(spec, place)
+        if problems := text_problems(map(str, found), place):
+            raise DataError(problems)
+        return listing(spec, found, place)
 
     def problems(spec: Any, place: str) -> list[Problem]:
         found: list[Problem] = []
@@ -115,10 +120,14 @@ READERS: dict[type[StoredSet], Reader] = {
 
 
 ID_COLUMN = "sample_id"
+NUM_ENDINGS = 8  # that are named
 NUM_NAMED = 3  # lines of a file of ids that are named
 
 _TAKES = {"part", "shots", "shots_seed", "on_bad_image", "exclude"}  # which images of a listing a set takes
-_kept: dict[str, Listing] | None = None  # while ``listing_once`` is in force
+# while ``listing_once`` is in force, in the thread that called it
+_kept: ContextVar[dict[str, Listing] | None] = ContextVar("listings", default=None)
+_warned: set[str] = set()  # of this process: what was passed over
+_log = logging.getLogger(__name__)
 
 
 def reader_of(spec: StoredSet) -> Reader:
@@ -132,30 +141,32 @@ def listing_once() -> Iterator[None]:
 
     Sets that differ only in which images of the tree they take share a listing, with sizes and dates of its files.
     """
-    global _kept
-    before = _kept
-    _kept = {} if before is None else before
+    before = _kept.get()
+    token = _kept.set({} if before is None else before)
     try:
         yield
     finally:
-        _kept = before
+        _kept.reset(token)
 
 
 def forget_listings() -> None:
     """Frees what ``listing_once`` holds: a search that trains for days lists nothing more."""
-    if _kept is not None:
-        _kept.clear()
+    if (kept := _kept.get()) is not None:
+        kept.clear()
 
 
 def list_set(spec: StoredSet, place: str) -> Listing:
     """Lists the images of a set without opening one; those that ``exclude`` names are noted.
+
+    The log says once in a process how many files of a folder are passed over.
 
     Args:
         spec: The set.
         place: Where the set is named, for the problems.
     """
     key = spec.model_dump_json(exclude=_TAKES)
-    listing = _kept.get(key) if _kept is not None else None
+    kept = _kept.get()
+    listing = None if kept is None else kept.get(key)
     if listing is None:
         try:
             listing = reader_of(spec).listing(spec, place)
@@ -163,8 +174,15 @@ def list_set(spec: StoredSet, place: str) -> Listing:
             return Listing("", "", problems=error.problems)
         except OSError as error:
             return Listing("", "", problems=(unreadable(f"{place}: {error.filename}", error),))
-        if _kept is not None and not listing.problems:  # problems name the set
-            _kept[key] = listing
+        if problems := text_problems((spec.path, *listing.names, *listing.found), place):
+            return Listing("", "", problems=tuple(problems))
+        if kept is not None and not listing.problems:  # problems name the set
+            kept[key] = listing
+    _tell_passed_over(listing, place)
+    if listing.lost and spec.on_bad_image == "fail":
+        value = f"none behind {len(listing.lost)}, such as {listing.home}/{listing.lost[0]}"
+        step = f"Restore the files, remove the links, or write {place}.on_bad_image: skip."
+        return Listing("", "", problems=(Problem(place, "every link must lead to an image", value, next_step=step),))
     if spec.exclude is None or listing.problems:
         return listing
     excluded, problems = excluded_ids(spec.exclude, f"{place}.exclude")
@@ -174,6 +192,18 @@ def list_set(spec: StoredSet, place: str) -> Listing:
         rule = "must name images of the set by their sample ids"
         problems = [Problem(f"{place}.exclude", rule, value, next_step=step)]
     return replace(listing, excluded=excluded, problems=tuple(problems))
+
+
+def _tell_passed_over(listing: Listing, place: str) -> None:
+    """Says in one line how many files of a set's folders are no images of it."""
+    if not listing.passed_over or listing.home in _warned:
+        return
+    _warned.add(listing.home)
+    counts = sorted(listing.passed_over.items(), key=lambda item: (-item[1], item[0]))
+    words = ", ".join(f"{count} {kind}" for kind, count in counts[:NUM_ENDINGS])
+    words += ", ..." if len(counts) > NUM_ENDINGS else ""
+    text = "%s: passed over in %s: %s. Images are the files that end in %s"
+    _log.warning(text, place, listing.home, visible(words), ", ".join(IMAGE_ENDINGS))
 
 
 def excluded_ids(written: tuple[int, ...] | str, place: str) -> tuple[IdArray, list[Problem]]:

@@ -17,8 +17,8 @@ import torch
 
 from carft_ray import environment
 from carft_ray.data.checkup import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, same_words
-from carft_ray.data.listing import StoredSource
-from carft_ray.data.readers import reader_of
+from carft_ray.data.listing import StoredSource, stored_source
+from carft_ray.data.readers import list_set, reader_of
 from carft_ray.data.records import records
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
 from carft_ray.data.shared.overlap import SharedPair, shared_pairs
@@ -185,8 +185,10 @@ def _check_set(
     role = place.split(".")[1]
     stored = isinstance(spec, StoredSet)
     try:
-        kept = spec.model_copy(update={"on_bad_image": "fail"}) if stored else spec  # counted here, not skipped
-        source = open_source(kept, place, classes)
+        # what cannot be decoded is counted here, not left out
+        source = (
+            stored_source(list_set(spec, place), spec, classes, place) if stored else open_source(spec, place, classes)
+        )
         expected = reader_of(spec).num_expected(spec) if stored else None
         found.sets[place] = {**class_counts(source), "num_expected": expected}
         _judge_classes(place, role, found.sets[place], len(source.class_names), found)

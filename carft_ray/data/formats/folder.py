@@ -1,15 +1,17 @@
 """Images in a tree ``root/domain/class/*.png|jpg|...``, the layout of DomainBed, or ``root/class/*``; endings:
 ``IMAGE_ENDINGS``.
 
-Hidden files, hidden folders, other files and deeper folders are ignored. Images are ordered by their relative names,
-so neither the order of the domains in a recipe nor the file system's order matters.
+Hidden files and hidden folders are ignored; other files and deeper folders are passed over and counted. Images are
+ordered by their relative names, so neither the order of the domains in a recipe nor the file system's order matters.
 """
 
 import contextlib
 import functools
 import os
 import stat
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from carft_ray.data.caching.index import checked_stamp
@@ -19,6 +21,7 @@ from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import FolderSet
 
 KIND = "folder-2"
+_TO_NOWHERE, _FOLDER = "link to nowhere", "folder"
 _LAYOUT = "Images are expected as PATH/domain/class/*.png, without domains as PATH/class/*.png; PATH is the set's path."
 
 
@@ -35,21 +38,57 @@ def list_folder_set(spec: FolderSet, place: str) -> Listing:
     root = Path(spec.path)
     problems = folder_set_problems(spec, place)
     rows: list[tuple[str, str]] = []
-    found: set[str] = set()
+    classes: dict[str, list[str]] = {}  # of each domain
+    passed_over: Counter[str] = Counter()
+    lost: list[str] = []
     for domain in [] if problems else (["."] if spec.domains is None else sorted(spec.domains)):
         try:
             for class_folder in folders(root / domain):
-                with os.scandir(root / domain / class_folder) as entries:
-                    files = [e.name for e in entries if is_image(e.name) and e.is_file()]
                 prefix = class_folder if spec.domains is None else f"{domain}/{class_folder}"
-                found.add(normal(class_folder))
-                rows += [(f"{prefix}/{file}", normal(class_folder)) for file in files]
+                classes.setdefault(domain, []).append(normal(class_folder))
+                with os.scandir(root / domain / class_folder) as entries:
+                    for entry in entries:
+                        kind = _passed_over(entry)
+                        if kind is None:
+                            rows.append((f"{prefix}/{entry.name}", normal(class_folder)))
+                        passed_over[kind or ""] += 1
+                        if kind == _TO_NOWHERE and is_image(entry.name):
+                            lost.append(f"{prefix}/{entry.name}")
         except OSError as error:
             problems.append(Problem(f"{place}: {error.filename}", "must be readable", cause_of(error)))
-    if problems:
+    if problems := problems or _spelling_problems(classes, f"{place}: {root}"):
         raise DataError(problems)
     rows.sort()
-    return file_listing(KIND, root, [name for name, _ in rows], [own for _, own in rows], sorted(found))
+    found = sorted({name for names in classes.values() for name in names})
+    listing = file_listing(KIND, root, [name for name, _ in rows], [own for _, own in rows], found)
+    passed_over.pop("", None)
+    return replace(listing, passed_over=passed_over, lost=tuple(sorted(lost)))
+
+
+def _passed_over(entry: os.DirEntry[str]) -> str | None:
+    """Returns as what an entry of a class folder is passed over; None for an image, '' for what is hidden."""
+    if entry.name.startswith("."):
+        return ""
+    if entry.is_file():
+        return None if is_image(entry.name) else os.path.splitext(entry.name)[1].lower() or "without ending"
+    return _FOLDER if entry.is_dir() else _TO_NOWHERE if entry.is_symlink() else "pipe, socket or device"
+
+
+def _spelling_problems(classes: dict[str, list[str]], place: str) -> list[Problem]:
+    """Returns a problem for classes that differ in case alone, unless one domain has both: letters may be classes."""
+    spelled: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    for domain, names in classes.items():
+        for name in names:
+            spelled[name.casefold()].setdefault(name, domain)
+    together = {key for names in classes.values() for key, n in Counter(map(str.casefold, names)).items() if n > 1}
+    rule = "a class must be spelled alike in all domains: on disks that ignore case both are one folder"
+    return [
+        Problem(
+            place, rule, " and ".join(f"{domain}/{name}" for name, domain in names.items()), next_step="Rename one."
+        )
+        for key, names in spelled.items()
+        if len(names) > 1 and key not in together
+    ]
 
 
 def file_listing(
