@@ -104,8 +104,9 @@ def read(folder, tmp_path_factory):
 
 
 @pytest.fixture
-def again(read, tmp_path, monkeypatch):
-    """A copy of that study, ``study`` in the working directory."""
+def again(read, folder, tmp_path, monkeypatch):
+    """A copy of that study, ``study`` in the working directory; no other has read these images."""
+    shutil.rmtree(folder / "cache" / "test_reads", ignore_errors=True)
     shutil.copytree(read[0], tmp_path / "study")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "study"

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import crash_host
@@ -27,8 +28,12 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.confirmation.plan import PlanRow, Stage, training_name, write_plan
 from carft_ray.results.confirmation.summary import summarise
+from carft_ray.results.pages.card import verdict
+from carft_ray.results.pages.data import page_document
+from carft_ray.results.reading.overview import read_study
 from carft_ray.results.reading.trained import open_trained
-from carft_ray.study.ledger import read_ledger, require_unread
+from carft_ray.results.test_sets import notes
+from carft_ray.study.ledger import Entry, read_ledger, require_unread
 from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -50,7 +55,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch):
-    """A copy of the study, beside the working directory's other files."""
+    """A copy of the study, beside the working directory's other files; no other has read these images."""
+    shutil.rmtree(folder / "cache" / "test_reads", ignore_errors=True)
     shutil.copytree(folder / "study", tmp_path / "study")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -60,6 +66,7 @@ def here(folder, tmp_path, monkeypatch):
 def read(folder, tmp_path_factory):
     """A study whose test sets were read once, and the summary."""
     study = tmp_path_factory.mktemp("read") / "study"
+    shutil.rmtree(folder / "cache" / "test_reads", ignore_errors=True)
     shutil.copytree(folder / "study", study)
     assert crash_host.call(["test", study, "--json"]) == 0
     return study, json.loads((study / "test" / "summary.json").read_text())
@@ -220,6 +227,83 @@ def test_a_removed_line_is_told_and_stops_the_next_read(run, again):
     code, _, err = run("test", "study", "--again", "why not")
     assert code == 8
     assert "the whole file, 1 line, was removed" in err
+
+
+# other studies of the same images
+
+
+def test_a_new_study_of_the_same_images_is_told_who_has_read_them(run, here, folder):
+    """Whatever its folder and its images' names: what counts is their bytes. Nothing is refused for it."""
+    assert run("test", "study", "--json")[0] == 0
+    recipe = load_recipe(here / "study" / "resolved.yaml")
+    images = here / "moved"
+    shutil.copytree(folder / "images", images)
+    for path in images.glob("cartoon/*/*.png"):
+        path.rename(path.with_name(f"renamed_{path.name}"))
+    short_sealed.search(
+        here / "again",
+        load_recipe(
+            here / "study" / "resolved.yaml",
+            [
+                "data.id_test.path=" + str(images),
+                "data.ood_test.cartoon.path=" + str(images),
+                "data.ood_test.painting=null",
+                f"data.train.path={images}",
+                f"data.id_val.path={images}",
+                *(f"data.ood_val.{name}.path={images}" for name in recipe.data.ood_val),
+            ],
+        ),
+    )
+    code, _, err = run("test", "again")
+    assert code == 0, err
+    told, words = "Other studies have read these very images, too, once:", " ".join(err.split())
+    assert words.index(told) < words.index("1/3")  # before the first image is opened
+    assert words.count(told) == 2  # and with the numbers
+    assert f"{told} {here / 'study'} (" in words
+    summary = json.loads((here / "again" / "test" / "summary.json").read_text())
+    [other] = summary["elsewhere"]
+    assert (other["study"], other["sets"]) == (str(here / "study"), ["id_test", "cartoon"])
+    line = verdict(page_document(read_study(here / "again")))[3]
+    assert not line.passed
+    assert f"other studies have read these very images once: {here / 'study'}" in line.text
+    assert run("test", "again", "--again", "once more", "--json")[0] == 0  # its own first read is in its own ledger
+    assert len(json.loads((here / "again" / "test" / "summary.json").read_text())["elsewhere"]) == 1
+
+
+def entry_named(name, study="one"):
+    return Entry(1, "2026-11-28T05:00:00+00:00", study, "hash", "version", "test", details={notes.NAME: name})
+
+
+def test_reads_noted_at_the_same_time_are_all_there(folder, here):
+    recipe = load_recipe(here / "study" / "resolved.yaml")
+    with ThreadPoolExecutor(8) as pool:
+        names = [f"{number:016x}" for number in range(24)]
+        list(pool.map(lambda name: notes.note(here / name, recipe, [entry_named(name)]), names))
+    found, problems = notes.note(here, recipe, [entry_named("last")])
+    assert problems == []
+    assert sorted(one.study for one in found) == [str(here / name) for name in names]
+
+
+def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder):
+    recipe, place = load_recipe(here / "study" / "resolved.yaml"), folder / "cache" / notes.FOLDER
+    place.mkdir()
+    whole = {"study": "x\x1b[31m", "time": "t", "user": "u", "sets": notes.set_digests(recipe)}
+    (place / "good.json").write_text(json.dumps(whole))
+    damaged = {"deep": "[" * 10**5, "half": '{"study": ', "list": "[1]", "sets": json.dumps({"sets": [3]})}
+    for name, text in damaged.items():
+        (place / f"{name}.json").write_text(text)
+    os.mkfifo(place / "pipe.json")
+    found, problems = notes.note(here, recipe, [entry_named("../../outside")])
+    assert [one.study for one in found] == ["x\\x1b[31m"]
+    assert len(problems) == len(damaged) + 1
+    assert all(any(f"{name}.json" in line for line in problems) for name in (*damaged, "pipe"))
+    assert not list(here.parent.rglob("outside*"))
+    shutil.rmtree(place)
+    place.write_text("no folder")
+    code, _, err = run("test", "study")
+    assert code == 0, err
+    assert "this read is not noted for other studies of these images" in err
+    place.unlink()
 
 
 # kills

@@ -197,7 +197,11 @@ def _tests(document: Document) -> Line:
     went_on = sum(entry["purpose"] == "search went on" for entry in document["ledger"])
     if went_on:
         text += f"; the search was continued {times(went_on)} after a read"
-    return Line("Test sets", ledger["test_reads"] == 1 and not went_on, text)
+    elsewhere = (document["test"] or {}).get("elsewhere", ())
+    if elsewhere:
+        studies = {read["study"] for read in elsewhere}
+        text += f"; other studies have read these very images {times(len(elsewhere))}: {', '.join(sorted(studies))}"
+    return Line("Test sets", ledger["test_reads"] == 1 and not went_on and not elsewhere, text)
 
 
 def _cost(document: Document) -> Line:

@@ -13,6 +13,7 @@ continues from there, however the study has changed since, and needs no reason. 
 
 import dataclasses
 import functools
+import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
 from carft_ray.results.reading.trained import open_run, require_weights
+from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
 from carft_ray.results.test_sets.summary import ReadRecord, compared_again, compared_rows, read_record, summarise
 from carft_ray.study import ledger
@@ -108,14 +110,18 @@ def read_sealed(
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
-            entry = ledger.record(study_dir, recipe, purpose, sets, read.details, reason or "")
+            details = {**read.details, notes.NAME: secrets.token_hex(8)}
+            entry = ledger.record(study_dir, recipe, purpose, sets, details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
             say(f"continuing the read of {ledger.describe(entry)}")
         number = 1 + sum(one.number < entry.number for one in reads)
+        elsewhere, problems = notes.note(study_dir, recipe, [*entries, entry])
+        for line in (*problems, *notes.lines(elsewhere)):
+            say(line)
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
-        summary = read.summarise(tables, read_record(entry, entries, number))
+        summary = read.summarise(tables, read_record(entry, entries, number, elsewhere))
         held.check()
         files.write_json(study_dir / TEST_DIR / (ANALYSIS_SUMMARY if all_trials else SUMMARY), summary)
         files.write_json(folder / SUMMARY, summary)

@@ -27,6 +27,7 @@ from carft_ray.results.reading.overview import folder_of
 from carft_ray.results.statistics.intervals import Interval
 from carft_ray.results.statistics.paired import Difference, brief, compare, comparison_lines, row_lines
 from carft_ray.results.statistics.paired import Row as ComparedRow
+from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
 from carft_ray.words import counted, times
@@ -162,6 +163,7 @@ class ReadRecord:
         user: Name of the account.
         ledger_line: Its line in the ledger.
         searches_after_a_read: How often the search had continued after an earlier read.
+        elsewhere: Reads of the same images by other studies, as far as they are noted (``notes``).
     """
 
     read: int
@@ -170,25 +172,29 @@ class ReadRecord:
     user: str
     ledger_line: int
     searches_after_a_read: int
+    elsewhere: tuple[notes.OtherRead, ...] = ()
 
     def lines(self, title: str) -> list[str]:
         """Returns the first lines of a summary."""
         reason = f"; reason: {self.reason}" if self.reason else ""
         again = f"The search was continued {times(self.searches_after_a_read)} after a test read."
         first = f"{title} {self.read}, {self.time} by {self.user}{reason}."
-        return [first, again] if self.searches_after_a_read else [first]
+        return [first, *([again] if self.searches_after_a_read else []), *notes.lines(self.elsewhere)]
 
 
-def read_record(entry: Entry, before: Sequence[Entry], number: int) -> ReadRecord:
+def read_record(
+    entry: Entry, before: Sequence[Entry], number: int, elsewhere: Sequence[notes.OtherRead] = ()
+) -> ReadRecord:
     """Returns the record of a read.
 
     Args:
         entry: The line of this read in the ledger.
         before: The lines that the ledger held when it began.
         number: Which read it is, from 1.
+        elsewhere: Reads of the same images by other studies.
     """
     went_on = sum(one.purpose == WENT_ON and one.number < entry.number for one in before)
-    return ReadRecord(number, entry.reason, entry.time, entry.user, entry.number, went_on)
+    return ReadRecord(number, entry.reason, entry.time, entry.user, entry.number, went_on, tuple(elsewhere))
 
 
 def objective_on_test(recipe: Recipe) -> ObjectiveSpec:

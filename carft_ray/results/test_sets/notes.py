@@ -1,0 +1,114 @@
+"""Notes of reads of the test sets in the folder of the cache: what other studies have read of these very images.
+
+The ledger belongs to one study, so a new study of the same images begins with an empty one. Each read is therefore
+noted once more beside the cache, with a digest of every set: ``test_reads/<name>.json``, a file per read, written whole
+under a name of its own, so that any number of processes may write at once. Notes are told and refuse nothing; where one
+cannot be written or read, a line says so. Not known here are reads with another cache, or of a set of which one image
+was added or left out. Of a corrupted set the images without corruptions count.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from carft_ray import files
+from carft_ray.data.caching.cache import key_of
+from carft_ray.data.listing import StoredSource
+from carft_ray.data.records import records
+from carft_ray.data.sets import cache_dir, class_folders, open_source
+from carft_ray.errors import CarftError
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import plain
+from carft_ray.study.ledger import Entry
+from carft_ray.untrusted import is_name, read_text, visible
+from carft_ray.words import times
+
+FOLDER = "test_reads"
+NAME = "note"  # in the details of a read's line in the ledger: that of its file
+_MOST_BYTES, _MOST_SHOWN = 2**20, 3
+
+
+@dataclass(frozen=True)
+class OtherRead:
+    """A read by another study.
+
+    Attributes:
+        study: Its folder, when it read.
+        time: ISO 8601.
+        user: Name of the account.
+        sets: Test sets of this study that have the very images which were read there.
+    """
+
+    study: str
+    time: str
+    user: str
+    sets: tuple[str, ...]
+
+
+def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[list[OtherRead], list[str]]:
+    """Notes the last read of a ledger and returns those that other studies have noted of the same images.
+
+    Never raises for what is wrong with the notes.
+
+    Args:
+        study_dir: The study directory.
+        recipe: Its recipe, whose test sets can be opened.
+        entries: All lines of its ledger, that of this read last.
+
+    Returns:
+        The reads, oldest first; what could not be noted or read, a line each.
+    """
+    folder, entry = cache_dir(recipe) / FOLDER, entries[-1]
+    own, found, problems = {str(line.details.get(NAME)) for line in entries}, list[OtherRead](), list[str]()
+    try:
+        digests = set_digests(recipe)
+    except (CarftError, OSError) as error:
+        return [], [f"whether other studies have read these images is not known: {error}"]
+    name, content = str(entry.details.get(NAME)), {"study": str(study_dir), "time": entry.time, "user": entry.user}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if is_name(name):
+            files.write_json(folder / f"{name}.json", {**content, "sets": digests})
+    except (CarftError, OSError) as error:
+        problems.append(f"this read is not noted for other studies of these images: {error}")
+    for path in sorted(folder.glob("*.json")):
+        if path.stem in own:
+            continue
+        try:
+            other = json.loads(read_text(path, _MOST_BYTES))
+            shared = tuple(name for name, digest in digests.items() if digest in other["sets"].values())
+            study, time, user = (visible(str(other[key])) for key in ("study", "time", "user"))
+            found += [OtherRead(study, time, user, shared)] if shared else []
+        except (CarftError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            problems.append(f"a note of a read of test sets cannot be read, and is passed over: {path} ({error!r})")
+    return sorted(found, key=lambda one: one.time), problems
+
+
+def set_digests(recipe: Recipe) -> dict[str, str]:
+    """Returns per test set a digest of the contents of its images, whatever their names, classes and order.
+
+    Raises:
+        DataError: A set cannot be opened.
+        StorageError: The cache cannot be written.
+    """
+    classes, found = class_folders(recipe), {}
+    for name, spec in {"id_test": recipe.data.id_test, **recipe.data.ood_test}.items():
+        if spec is not None:
+            source = open_source(plain(spec), name, classes)
+            content = [source.fingerprint]  # the sandbox draws its images: the name says which
+            if isinstance(source, StoredSource):
+                content = sorted(
+                    row.tobytes().hex() for row in records(source, cache_dir(recipe), is_test=True).digests
+                )
+            found[name] = key_of(content)
+    return found
+
+
+def lines(reads: Sequence[OtherRead]) -> list[str]:
+    """Returns them as a line of text; none where there are none."""
+    if not reads:
+        return []
+    shown = [f"{one.study} ({one.time}: {', '.join(one.sets)})" for one in reads[-_MOST_SHOWN:]]
+    more = f", and {len(reads) - len(shown)} more" if len(reads) > len(shown) else ""
+    return [f"Other studies have read these very images, too, {times(len(reads))}: {', '.join(shown)}{more}."]
