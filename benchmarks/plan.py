@@ -26,7 +26,7 @@ SEARCHES = {
     "small batches": [TRIALS, "search.baselines={}", "train.batch_size=32", "train.epochs=8"],
     "two OOD sets, large batches": [
         TRIALS,
-        "search.baselines={paper: {kl_weight: 10, learning_rate: 5e-4}}",
+        "search.baselines={car_ft: {kl_weight: 10, learning_rate: 5e-4}}",
         "data.ood_val={negative: {source: sandbox, domain: negative, split: val, num_per_class: 63}, "
         "painting: {source: sandbox, domain: painting, split: val, num_per_class: 40}}",
         "train.batch_size=128",

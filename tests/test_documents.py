@@ -7,7 +7,11 @@ import documents
 import pytest
 from documents import DOCUMENTS, ROOT
 
+import carft_ray
+from carft_ray.cli import app
 from carft_ray.recipe.loading import load_recipe
+
+NUMBERS = {8: "eight", 15: "fifteen"}
 
 # what this file cannot run: by what it is run instead, a test or a benchmark that is named
 ELSEWHERE = {
@@ -62,6 +66,26 @@ def test_each_question_of_the_faq_names_the_page_that_answers():
     assert len(parts) >= 10
     for part in parts:
         assert re.search(r"\]\([^)]+\)", part) or "leaves my machine" in part or "leave my machine" in part, part[:60]
+
+
+def test_numbers_of_the_documents_are_those_of_the_package():
+    recipes = list((ROOT / "search_spaces").glob("*.yaml"))
+    assert f"{NUMBERS[len(recipes)]} recipes ship" in (ROOT / "README.md").read_text()
+    tutorial = " ".join((ROOT / "docs/tutorial.md").read_text().split())
+    [named] = re.findall(
+        r"ImageNet with V2, R, A, Sketch and ObjectNet, DomainBed, WILDS, CIFAR and (\w+) more", tutorial
+    )
+    facts = {path.stem for path in (ROOT / "carft_ray/data/benchmark_sets/facts").glob("*.json")}
+    domain_bed = {"pacs", "vlcs", "office-home", "terra-incognita", "domain-net"}
+    others = facts - domain_bed - {"fmow", "iwildcam", "camelyon17", "objectnet"}
+    assert named == NUMBERS[len([name for name in others if not name.startswith(("imagenet", "cifar"))])]
+
+
+def test_the_functions_that_the_faq_names_are_those_that_are_commands():
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands}
+    functions = sorted(commands & {*carft_ray.__all__})
+    [answer] = re.findall(r"(?m)^Yes: (.* are functions) ", (ROOT / "docs/faq.md").read_text())
+    assert sorted(re.findall(r"`(\w+)`", answer)) == functions
 
 
 @pytest.fixture

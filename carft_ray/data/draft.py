@@ -195,7 +195,7 @@ def draft(
 def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence[str]) -> list[str]:
     missing = _splits(found, roles.train)[1]
     lines = [
-        "# Sets by role. train trains; id_val and ood_val choose; id_test and ood_test are read by `test` alone.",
+        "# Sets by role. train trains; id_val and ood_val choose; no model sees id_test and ood_test before `test`.",
         "data:",
     ]
     for role, split in (("train", "train"), ("id_val", "val"), ("id_test", "test")):

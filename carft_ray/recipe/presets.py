@@ -25,7 +25,7 @@ class Ranges:
         learning_rate: Low and high end, searched on a log scale.
         start: Learning rate of the baselines.
         kl_weight: Low and high end, searched on a log scale.
-        kl_start: KL weight of the baseline ``paper``.
+        kl_start: KL weight of the baseline ``car_ft``.
         batch_size: Global batch of the base recipe.
         sure: The range of the learning rate comes from public runs of this very kind of model.
     """

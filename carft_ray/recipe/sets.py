@@ -277,7 +277,7 @@ def plain(spec: SetSpec) -> PlainSet:
 
 
 class DataConfig(Config):
-    """The sets by role. A set has one role; test roles are read by `test` alone."""
+    """The sets by role. A set has one role; `test` alone shows test roles to a model."""
 
     train: SetSpec = key(
         REQUIRED,
