@@ -130,7 +130,7 @@ def test_of_a_json_the_value_of_its_key_is_kept_and_no_more(base):
     large = [json.dumps({"y": name, "caption": "x" * 100_000, "z": 1 - i}) for i, name in enumerate(classes)]
     path = write_tar(base / "large.tar", samples(*large, ending="json"))
     assert opened(base, path, label="json:y").class_names == ("cat", "dog")
-    (entry,) = (base / "cache" / "carft-ray" / "index").glob("*.arrow")
+    (entry,) = (base / "cache" / "carft-ray" / "index").rglob("*.arrow")
     assert entry.stat().st_size < 10_000
     assert opened(base, path, label="json:z", class_names=["a", "b"]).labels.tolist() == [1, 0]  # another index
 
