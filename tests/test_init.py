@@ -237,3 +237,36 @@ def test_a_new_users_tree_goes_from_init_over_doctor_to_a_training(tmp_path, mon
     assert found["sets"]["data.train"]["modes"] == {"RGBA": found["sets"]["data.train"]["num_images"]}
     assert call(["train", "r.yaml", "--out", "run", "--set", "train.epochs=1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_images"]["clipart"] == 108
+
+
+def test_domains_whose_names_would_be_one_or_a_role_s_get_names_of_their_own(tmp_path):
+    write_tree(tmp_path / "tree", ["photo", "my art", "my_art", "my-art", "id_val", "x" * 150], images=5)
+    write_tree(tmp_path / "tree", ["photo"], images=20)
+    found = survey(tmp_path / "tree")
+    everything = choose_roles(found, "photo", None, None)
+    for roles in (everything, choose_roles(found, "photo", [one.domain for one in found if one.domain != "photo"], [])):
+        (tmp_path / "r.yaml").write_text(draft("tree", "tree", found, roles, "sandbox", None, 2))
+        recipe = load_recipe(tmp_path / "r.yaml")
+        assert check_roles(recipe) == check_sets(recipe) == []
+        domains = [spec.domains for sets in (recipe.data.ood_val, recipe.data.ood_test) for spec in sets.values()]
+        assert len(domains) == (5 if roles is everything else 10)
+        assert {"id_val_2", "my_art", "my_art_2"} <= {*recipe.data.ood_val, *recipe.data.ood_test}
+
+
+def test_nothing_is_written_for_a_recipe_that_cannot_be_and_the_second_try_works(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / "tree", ["photo", "art"], images=5)
+    words = ["init", "--from", "tree", "--to", "r.yaml", "--model", "sandbox"]
+    with monkeypatch.context() as patch:
+        patch.setattr("carft_ray.data.draft.set_name", lambda domain: "no name")
+        assert call(words) == 3
+        assert "a name must begin with a letter or digit" in capsys.readouterr().err
+    assert not (tmp_path / "r.yaml").exists()
+    assert call(words) == 0
+
+
+def test_json_of_a_recipe_that_is_not_written_is_json(capsys):
+    assert call(["init", "--preset", "quickstart", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["recipe"], found["preset"], found["found"]) == (None, "quickstart", [])
+    assert found["text"] == preset_text("quickstart")

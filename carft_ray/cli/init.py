@@ -57,15 +57,16 @@ def init(
         text = preset_text(preset, hold_out)
     else:
         text, roots = _draft(from_ or Path(), to, (train, ood_val, ood_test), model, pretrained)
-    if to is None:
-        typer.echo(text, nl=False)
-        return
     from carft_ray.files import write_text
-    from carft_ray.recipe.loading import load_recipe
+    from carft_ray.recipe.loading import parse_recipe
 
-    write_text(to.absolute(), text)
-    written = load_recipe(to)
     found = [{**vars(one), "num_images": one.num_images} for one in roots]
+    if to is None:
+        if not console.print_json({"recipe": None, "preset": preset, "found": found, "text": text}, json_):
+            typer.echo(text, nl=False)
+        return
+    written = parse_recipe(text, to)  # before anything is written
+    write_text(to.absolute(), text)
     if console.print_json({"recipe": str(to), "preset": preset, "found": found}, json_):
         return
     if from_ is not None:

@@ -8,6 +8,7 @@ The roles are a proposal: the largest domain (or the one that is asked for) trai
 is ``id_test`` unless the tree has splits; the other domains are shared out between ``ood_val`` and ``ood_test``.
 """
 
+import itertools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import cause_of
 from carft_ray.data.listing import text_problems
 from carft_ray.errors import DataError, Problem, UsageError, nearest
+from carft_ray.recipe.checks.rules import ROLES
 from carft_ray.recipe.presets import ranges_for
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -203,6 +205,7 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
         if role == "train" and missing:
             lines.append("  # id_val and id_test are other images of the same domain, chosen by a hash of their names")
     halves = bool(roles.ood_val) and not roles.ood_test
+    taken = set(ROLES)
     lines.append("  # Shifts. Those of ood_val choose, so ood_test must show other shifts, not only other images.")
     if not roles.ood_val:
         lines += _CORRUPTED.substitute(of=_id_set(path, found, roles.train, "val")).splitlines()
@@ -216,7 +219,7 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
             there = {name for one in found if one.domain == domain for name in one.counts}
             some = ", classes: some" if there < set(classes) else ""
             half = {"ood_val": ", part: [0, 0.5]", "ood_test": ", part: [0.5, 1]"}[role] if halves else ""
-            own = set_name(domain) + ("_test" if halves and role == "ood_test" else "")
+            own = _free(set_name(domain) + ("_test" if halves and role == "ood_test" else ""), taken)
             lines.append(f"    {_text(own)}: {{{_ood_set(path, found, domain)}{half}{some}}}")
     return lines
 
@@ -272,9 +275,17 @@ def readable(name: str) -> str:
     return " ".join(word.split()) or name
 
 
+def _free(name: str, taken: set[str]) -> str:
+    """Returns a name, with a number where it is taken, and takes it."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    free = next(one for one in itertools.chain([name], numbered) if one not in taken)
+    taken.add(free)
+    return free
+
+
 def set_name(domain: str) -> str:
     """Returns a name for a set or a study that is like that of a folder."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "_", domain).strip("_-")
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", domain).strip("_-")[:80]
     return name if name and name[0].isalnum() else f"set_{name}"
 
 

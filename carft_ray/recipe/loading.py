@@ -47,7 +47,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: The file is missing or unreadable, or breaks rules; holds all problems, in the order of the file.
     """
-    document = text.parse(_read(path), str(path))
+    return parse_recipe(_read(path), path, overrides)
+
+
+def parse_recipe(written: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """As ``load_recipe``, for the text that a file has or is to have."""
+    document = text.parse(written, str(path))
     if document.problems:
         raise RecipeError(document.problems)
     return _checked(document.value, Places(str(path), document.lines), overrides, recipe_dir(path))

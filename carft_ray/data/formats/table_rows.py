@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from carft_ray.data.images import MOST_BYTES
 from carft_ray.untrusted import open_regular, read_regular
 
 ENDINGS = (".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -241,6 +242,8 @@ def _content(value: pa.Scalar) -> bytes | None:
     if isinstance(value, pa.DictionaryScalar):
         value = value.value
     buffer: pa.Buffer | None = value.as_buffer()
+    if buffer is not None and buffer.size > MOST_BYTES:
+        raise ValueError(f"an image of {buffer.size:,} bytes, which is more than {MOST_BYTES:,}")
     return None if buffer is None else buffer.to_pybytes()
 
 
