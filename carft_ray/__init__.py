@@ -7,6 +7,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from carft_ray import errors as errors
+
 if TYPE_CHECKING:
     from carft_ray.actions import confirm, evaluate, export, report, resume, search, train
     from carft_ray.api import Study, open_study

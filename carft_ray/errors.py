@@ -5,8 +5,11 @@ with which Ray moves them between processes.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+_IS_RULE = re.compile(r"\b(must|needs?|should|may|can|cannot|takes)\b")
 
 
 @dataclass(frozen=True)
@@ -15,8 +18,8 @@ class Problem:
 
     Attributes:
         place: Where: file, line, key path, or the option of the command.
-        rule: What must hold, as a sentence without a full stop.
-        value: What was given instead, already as text; empty when there is nothing to show.
+        rule: What must hold, or what is so, as a sentence without a full stop.
+        value: What was given instead, or what it is about, already as text; empty when there is nothing to show.
         allowed: The values that would do, when they can be listed.
         nearest: The allowed value that is most similar to the given one.
         next_step: What to do now.
@@ -32,7 +35,7 @@ class Problem:
     def __str__(self) -> str:
         text = f"{self.place}: {self.rule}" if self.place else self.rule
         if self.value:
-            text += f", but got {self.value}"
+            text += f", but got {self.value}" if _IS_RULE.search(self.rule) else f": {self.value}"
         if self.nearest:
             text += f"; did you mean {self.nearest!r}?"
         if self.allowed:

@@ -15,6 +15,7 @@ from suggestions import check_suggestions, parsed
 import carft_ray
 from carft_ray import cli
 from carft_ray.cli import common
+from carft_ray.errors import Problem
 from carft_ray.recipe.loading import load_recipe
 
 
@@ -486,6 +487,13 @@ def test_debug_shows_the_traceback_and_keeps_message_and_exit_code(run):
     assert "\nerror: " in err
 
 
+def test_a_value_stands_behind_a_rule_or_behind_a_fact():
+    assert str(Problem("x", "must be 1", "2")) == "x: must be 1, but got 2"
+    assert str(Problem("x", "needs a number", "a")) == "x: needs a number, but got a"
+    assert str(Problem("", "no Ray answers at 1.2.3.4:5", "timed out")) == "no Ray answers at 1.2.3.4:5: timed out"
+    assert carft_ray.errors.Problem is Problem
+
+
 def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch):
     def broken():
         raise ZeroDivisionError("division by zero")
@@ -494,8 +502,8 @@ def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch):
     code, out, err = run("validate", "recipe.yaml")
     assert (code, out) == (1, "")
     assert err == (
-        "error: this is a fault of carft-ray, please report it, but got ZeroDivisionError: division by zero\n"
-        "    Run it again with --debug to see where.\n"
+        "error: internal error: ZeroDivisionError: division by zero\n"
+        "    Please report it; with --debug the command shows where it happens.\n"
     )
     assert "Traceback" in run("validate", "recipe.yaml", "--debug")[2]
 

@@ -88,7 +88,7 @@ BAD = [
     ("error", report(temp=space(0.1)), "should have 5 GB free for temporary files, but got 0.1 GB at /full"),
     ("warning", report(memory_free_bytes=GB), "should have 2 GB of memory free, but got 1 GB"),
     ("warning", report(shared_memory_bytes=64 * 2**20), "/dev/shm should have 0.25 GB, for Ray's objects and for NCCL"),
-    ("warning", report(gpus=[GPU]), "offers none of its GPUs to Ray, but got 1 by nvidia-smi"),
+    ("warning", report(gpus=[GPU]), "offers none of its GPUs to Ray: 1 by nvidia-smi"),
     ("error", report(resources={"CPU": 8, "GPU": 2}, gpus=[GPU], versions=versions(torch="1")), "must have the 2 GPUs"),
     ("error", report(resources={"CPU": 1, "GPU": 1}, gpus=[GPU], versions=versions(torch="1+cpu")), "torch with CUDA"),
     ("warning", report(gpus=[GPU | {"free_bytes": 2 * GB}]), "of each GPU should be free, but got 2.0 of 80.0 GB free"),

@@ -485,7 +485,7 @@ def test_transformers_does_not_have_a_resnet(of_sandbox, tmp_path):
     with pytest.raises(UsageError) as caught:
         export_model(of_sandbox[0], tmp_path / "export", None, ("open_clip", "huggingface"))
     assert str(caught.value) == (
-        "--format: huggingface writes what transformers.CLIPModel holds: a ViT with a class token and CLIP's text "
+        "--format: huggingface must have what transformers.CLIPModel holds: a ViT with a class token and CLIP's text "
         "tower, but got a model with an image tower of the kind ModifiedResNet (allowed: open_clip, onnx)"
     )
     assert list(tmp_path.iterdir()) == []

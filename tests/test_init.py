@@ -194,7 +194,7 @@ WRONG = [
         2,
         "--hold-out: must be a domain of pacs, but got 'foto'; did you mean",
     ),
-    (["--preset", "fmow", "--hold-out", "x"], 2, "--hold-out: the preset fmow leaves no domain out, but got 'x'"),
+    (["--preset", "fmow", "--hold-out", "x"], 2, "--hold-out: the preset fmow leaves no domain out: 'x'"),
     (["--preset", "pacs", "--train", "x"], 2, "--train: belongs to --from"),
     (["--preset", "pacs", "--model", "sandbox"], 2, "--model: belongs to --from"),
     (["--preset", "pacs", "--pretrained", "openai"], 2, "--pretrained: belongs to --from"),

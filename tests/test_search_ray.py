@@ -267,7 +267,7 @@ def test_a_port_of_another_server_is_told_at_once(tmp_path):
     thread.start()
     try:
         address = f"127.0.0.1:{server.server_port}"
-        told = "no Ray answers at .*, but got a server of another kind"
+        told = "no Ray answers at .*: a server of another kind"
         with pytest.raises(ClusterError, match=told), running_ray(address, tmp_path / "ray.log"):
             pass
     finally:

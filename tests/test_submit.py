@@ -290,7 +290,7 @@ def test_the_token_is_found_where_ray_finds_it_and_sent(here, dashboard, submit,
     dashboard.token = "right"
     code, _, err = submit("--attach", "x")
     assert code == 5
-    assert "wants the token of the cluster, but got none" in told(err)
+    assert "wants the token of the cluster: none" in told(err)
     assert "ray get-auth-token" in err
     (here / "home/.ray").mkdir(parents=True)
     (here / "home/.ray/auth_token").write_text("right\n")
@@ -321,7 +321,7 @@ def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, da
         patience.setattr(server, "FIRST_ANSWER_S", 0.2)
         port = silent.getsockname()[1]
         assert "but got silence for 0.2 s" in message(f"127.0.0.1:{port}")
-    assert f"no Ray answers at http://127.0.0.1:{port}, but got a refused connection" in message(f"127.0.0.1:{port}")
+    assert f"no Ray answers at http://127.0.0.1:{port}: a refused connection" in message(f"127.0.0.1:{port}")
     assert "must be like http://127.0.0.1:8265" in message("ray://head:10001")
     assert "must be like" in message("auto")
     assert "an unknown host" in message("http://no-such-host.invalid:8265")

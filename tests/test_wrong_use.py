@@ -118,7 +118,7 @@ RESUME = ("resume", "study")
 def test_two_searches_on_one_study(refused, here, words):
     with another_search(here / "study") as other:
         told = refused(5, *words)
-    assert told.startswith(f"error: {here / 'study'}: is in use: two searches on one study would spoil it, but got ")
+    assert told.startswith(f"error: {here / 'study'}: is in use: two searches on one study would spoil it: ")
     assert f"process {other.pid} on " in told
     assert told.splitlines()[1].startswith("    Wait until the other search ends")
 
@@ -137,7 +137,7 @@ def test_a_study_of_another_recipe_names_all_keys_that_differ(refused, here):
 def test_an_address_where_nothing_answers(refused, words):
     address = f"127.0.0.1:{closed_port()}"
     told = refused(5, *words, "--address", address)
-    assert told.startswith(f"error: address: no Ray answers at {address}, but got ")
+    assert told.startswith(f"error: address: no Ray answers at {address}: ")
     assert "Start one with 'ray start --head', or leave the address out to use this machine." in told
 
 

@@ -50,7 +50,7 @@ def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_
     found = find_job(server, job)
     log = log_of(server, found.id)
     if not console.print_json({"address": server.address, **asdict(found), "log": log}, json_):
-        console.show(log.rstrip("\n"))
+        console.show(log.rstrip("\n").replace("\r", "\n"))
 
 
 @common.command("cluster stop studies/first", to=common.cluster_app)

@@ -45,7 +45,7 @@ PATH = (  # from images to a model: what for, and an example
     ("export", "a model for other libraries", "export studies/mine --to exports/mine"),
 )
 # commands that neither train nor open a model: they answer whatever versions of torch and Ray are installed
-READERS = ("init", "status", "ls", "logs", "report", "compare", "rescore", "stop", "dashboard", "data")
+READERS = ("init", "status", "ls", "logs", "report", "compare", "rescore", "stop", "dashboard", "data", "cluster")
 
 RecipeArgument = Annotated[Path, Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[Path, Argument(help="The study directory.", show_default=False)]
@@ -163,8 +163,9 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if not isinstance(error, CarftError):
-            rule, value = "this is a fault of carft-ray, please report it", f"{type(error).__name__}: {error}"
-            error = CarftError(Problem("", rule, value, next_step="Run it again with --debug to see where."))
+            value = f"{type(error).__name__}: {error}".removesuffix(": ")
+            step = "Please report it; with --debug the command shows where it happens."
+            error = CarftError(Problem("", "internal error", value, next_step=step))
         console.show_error(error)
         sys.exit(error.exit_code)
     finally:

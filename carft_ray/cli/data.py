@@ -175,8 +175,7 @@ def _seconds(text: str) -> float:
 def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
     """Shows what would go and asks; ends the command where the answer is no."""
     if json_ or not sys.stdin.isatty():
-        rule = "must be given where nobody can be asked"
-        raise UsageError(Problem("--yes", rule, "a command with --json" if json_ else "no terminal"))
+        raise UsageError(f"{'nobody is asked with --json' if json_ else 'no terminal to confirm on'}; pass --yes")
     console.say(console.cache_table(going))
     more = f" and {counted(len(others), 'file')} of notes" if others else ""
     if not typer.confirm(f"Remove {counted(len(going), 'entry')}{more}?", err=True):

@@ -150,7 +150,7 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
     stream = sys.stderr if json_ else sys.stdout
 
     def write(text: str) -> None:
-        stream.write(visible(text))
+        stream.write(visible(text.replace("\r", "\n")))  # bars write over their line
         stream.flush()
 
     if not job.ended:

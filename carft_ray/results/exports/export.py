@@ -150,7 +150,7 @@ def _require_possible(clip: Clip, formats: Sequence[str]) -> None:
         elif extra:
             problems += outside_ranges(extra)[0]
     if "huggingface" in formats and (found := misfits(clip)):
-        rule = "huggingface writes what transformers.CLIPModel holds: a ViT with a class token and CLIP's text tower"
+        rule = "huggingface must have what transformers.CLIPModel holds: a ViT with a class token and CLIP's text tower"
         others = tuple(name for name in FORMATS if name != "huggingface")
         problems.append(Problem("--format", rule, f"a model with {', '.join(found)}", others))
     if problems:
