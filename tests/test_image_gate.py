@@ -156,6 +156,24 @@ def test_the_limit_is_that_of_the_set_for_every_kind_of_file():
         decode_image(large_png(10_000, 10_000), "x", 59_999)  # and warns of this, which is an error here
 
 
+def tiled_tiff(side, tile):
+    """A grey TIFF of one tile of zeros."""
+    data = zlib.compress(bytes(tile * tile if tile < 1000 else 1000))
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 1, 277: 1, 322: tile, 323: tile, 324: 8, 325: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<I", 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_a_small_picture_in_one_large_tile_takes_no_memory():
+    assert decode_image(tiled_tiff(64, 64), "x").shape == (64, 64, 3)
+
+    def refuse():
+        with pytest.raises(DataError, match=r"must have at most 64,000,000 pixels .*, but got a tile of 1,600,000,000"):
+            decode_image(tiled_tiff(64, 40_000), "x")
+
+    assert grown(refuse) < 100
+
+
 def test_the_limit_of_a_recipe_holds_in_every_way_to_its_images_and_another_limit_reads_them_anew(tmp_path):
     for domain in ("photo", "photo_val", "sketch"):
         for label, name in enumerate(short_training.CLASSES):

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import PIL
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from carft_ray.data.source import PixelArray
 from carft_ray.errors import DataError, Problem
@@ -129,8 +129,10 @@ def small_image(
         with Image.open(io.BytesIO(content), formats=FORMATS) as file:
             if (number := file.width * file.height) > max_pixels:
                 raise DataError(_too_large(place, max_pixels, f"{file.width} x {file.height}, {number:,}"))
+            if (in_tile := _tile_pixels(file)) > max_pixels:
+                raise DataError(_too_large(place, max_pixels, f"a tile of {in_tile:,}"))
             mode = file.mode
-            with _turn(number):
+            with _turn(max(number, in_tile)):
                 file.load()
                 pixels = np.asarray(_to_rgb(_upright(file)))
             return pixels, (pixels.shape[0], pixels.shape[1]), mode
@@ -169,6 +171,12 @@ def cause_of(error: BaseException) -> str:
 def unreadable(place: str, error: OSError | ValueError) -> Problem:
     """Returns the problem of a file that the system cannot read."""
     return Problem(place, "must be readable", cause_of(error), next_step="Restore the file, or take it out of the set.")
+
+
+def _tile_pixels(file: Image.Image) -> int:
+    """Returns the pixels of a tile of a TIFF, which is decoded whole however small the image; 0 where there is none."""
+    tags = getattr(file, "tag_v2", {})
+    return int(tags.get(TiffImagePlugin.TILEWIDTH, 0)) * int(tags.get(TiffImagePlugin.TILELENGTH, 0))
 
 
 def _too_large(place: str, max_pixels: int, value: str) -> Problem:
