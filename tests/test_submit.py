@@ -232,7 +232,7 @@ def test_attach_takes_a_job_or_a_study_and_json_has_the_end(here, dashboard, sub
     assert submit("--attach", "one")[:2] == (0, "first line\nsecond line\n")  # also when it has ended
     code, _, err = submit("--attach", "two")
     assert code == 5
-    assert "no such job or study, but got two" in told(err)
+    assert "no such job or study: two" in told(err)
 
 
 @pytest.mark.slow
@@ -299,7 +299,7 @@ def test_the_token_is_found_where_ray_finds_it_and_sent(here, dashboard, submit,
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(here / "t"))
     code, _, err = submit("--attach", "x")
     assert code == 5
-    assert f"but got the one from {here}/t" in told(err)
+    assert f": the one from {here}/t" in told(err)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
     assert submit("r.yaml", "--study", "study")[0] == 0
     assert set(dashboard.headers) == {None, "Bearer right", "Bearer wrong"}
@@ -320,7 +320,7 @@ def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, da
     with socket.create_server(("127.0.0.1", 0)) as silent, monkeypatch.context() as patience:
         patience.setattr(server, "FIRST_ANSWER_S", 0.2)
         port = silent.getsockname()[1]
-        assert "but got silence for 0.2 s" in message(f"127.0.0.1:{port}")
+        assert ": silence for 0.2 s" in message(f"127.0.0.1:{port}")
     assert f"no Ray answers at http://127.0.0.1:{port}: a refused connection" in message(f"127.0.0.1:{port}")
     assert "must be like http://127.0.0.1:8265" in message("ray://head:10001")
     assert "must be like" in message("auto")
@@ -332,7 +332,7 @@ def test_a_head_that_hangs_or_is_none_or_too_old_is_told_in_one_message(here, da
     dashboard.version = stub_dashboard.RAY_VERSION
     found, hang = server.connect(dashboard.address), threading.Event()
     monkeypatch.setattr(server, "ANSWER_S", 0.2)
-    with pytest.raises(server.NoAnswerError, match=r"but got silence for 0\.2 s"):
+    with pytest.raises(server.NoAnswerError, match=r": silence for 0\.2 s"):
         server.ask(found, lambda client: hang.wait())
     hang.set()
 

@@ -154,4 +154,4 @@ def test_a_job_is_left_followed_stopped_and_resumed(cluster):
 def test_a_wrong_token_is_told_in_one_message(cluster):
     code, out, err = call(cluster, "cluster", "jobs", RAY_AUTH_TOKEN="wrong")
     assert (code, out) == (5, "")
-    assert "but got the one from RAY_AUTH_TOKEN" in err
+    assert ": the one from RAY_AUTH_TOKEN" in err
