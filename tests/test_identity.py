@@ -332,3 +332,32 @@ def test_a_change_of_the_space_names_the_option_that_allows_it(here, capsys, giv
     assert told in err
     assert f"search.space.{given.partition('=')[0]}" in err
     assert (here / "first" / "manifest.json").read_bytes() == before
+
+
+def test_class_names_may_move_between_the_recipe_and_a_file_that_has_the_same(tmp_path):
+    """As `submit` does, which sends what it has read."""
+    images = {"source": "webdataset", "path": "/far", "label": "cls"}
+    files = {"same.txt": "cat\ndog\n", "other.txt": "dog\ncat\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    def recipe(names):
+        base = make_recipe(2).model_dump(mode="json")
+        base["data"]["train"] = base["data"]["id_val"] = {**images, "class_names": names}
+        return Recipe.model_validate(base)
+
+    with open_study(tmp_path / "study", recipe(str(tmp_path / "same.txt"))):
+        pass
+    with open_study(tmp_path / "study", recipe(["cat", "dog"])):
+        pass
+    for other in (["dog", "cat"], ["cat"], None):
+        with pytest.raises(RecipeError, match="class_names"), open_study(tmp_path / "study", recipe(other)):
+            pass
+    with open_study(tmp_path / "listed", recipe(["cat", "dog"])):
+        pass
+    for other in ("other.txt", "gone.txt"):
+        with (
+            pytest.raises(RecipeError, match="class_names"),
+            open_study(tmp_path / "listed", recipe(str(tmp_path / other))),
+        ):
+            pass

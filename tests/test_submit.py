@@ -10,6 +10,7 @@ import pytest
 import stub_dashboard
 
 from carft_ray import __version__, environment
+from carft_ray.errors import UsageError
 from carft_ray.launch.jobs import jobs, package, server, upload
 from carft_ray.recipe.loading import load_recipe
 
@@ -62,31 +63,32 @@ def told(text):
 
 def test_the_recipe_that_is_sent_is_the_same_recipe_with_its_lists_next_to_it(here, tmp_path_factory):
     recipe = load_recipe(here / "r.yaml", ["search.trials=3"])
-    sent = upload.search_upload(recipe, Path("studies/first"), ["--narrow"])
+    sent = upload.search_upload(recipe, Path("studies/first"), ["--narrow"], here)
     folder = tmp_path_factory.mktemp("unpacked")
     sent.write(folder)
     names = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
     assert names.pop("recipe.yaml") == sent.recipe
-    assert names == {"files/names.txt": "cat\ndog\n", "files/bad.csv": "1\n", "files/2-bad.csv": "2\n"}
+    assert names == {"files/bad.csv": "1\n", "files/1-bad.csv": "2\n"}
     assert sent.sizes() == {path: (folder / path).stat().st_size for path in ("recipe.yaml", *names)}
     again = load_recipe(folder / "recipe.yaml")
     assert again.prompts.templates == ("a photo of a {}", "a {}")  # the file itself is not needed any more
     assert (again.search, again.train) == (recipe.search, recipe.train)
     assert again.data.train.path == "/far/shards"
     assert again.data.id_val.path == str(here / "val.tar")
-    assert again.data.id_val.exclude == str(folder / "files/2-bad.csv")
+    assert again.data.train.class_names == again.data.id_val.class_names == ("cat", "dog")
+    assert again.data.id_val.exclude == str(folder / "files/1-bad.csv")
     assert sent.paths == (Path("/far/shards"), here / "val.tar")
     kept = f"{here}/studies/first.recipe/{sent.entrypoint.split('first.recipe/')[1][:8]}"
     command = f"exec python -m carft_ray.cli search {kept}/recipe.yaml --study {here}/studies/first --address auto"
     assert sent.entrypoint == f"mkdir -p {kept} && cp -R ./. {kept} || exit 5; {command} --narrow"
-    assert upload.search_upload(recipe, Path("studies/first"), ["--narrow"]) == sent
+    assert upload.search_upload(recipe, Path("studies/first"), ["--narrow"], here) == sent
     (here / "names.txt").write_text("dog\ncat\n")
-    assert upload.search_upload(recipe, Path("studies/first"), ["--narrow"]).entrypoint != sent.entrypoint
+    assert upload.search_upload(recipe, Path("studies/first"), ["--narrow"], here).entrypoint != sent.entrypoint
 
 
 def test_a_list_that_is_not_here_is_taken_for_one_of_the_cluster(here):
     (here / "more/bad.csv").unlink()
-    sent = upload.search_upload(load_recipe(here / "r.yaml"), here / "study", [])
+    sent = upload.search_upload(load_recipe(here / "r.yaml"), here / "study", [], here)
     assert sent.paths[-1] == here / "more/bad.csv"
     assert f"exclude: {here}/more/bad.csv" in sent.recipe
 
@@ -102,7 +104,7 @@ def test_too_much_is_refused_before_anything_is_sent_with_the_largest_files(here
 
 
 def test_paths_with_spaces_stay_one_word_for_the_shell(here):
-    sent = upload.search_upload(load_recipe(here / "r.yaml"), here / "a study; rm", ["--again", "it's me"])
+    sent = upload.search_upload(load_recipe(here / "r.yaml"), here / "a study; rm", ["--again", "it's me"], here)
     words = shlex.split(sent.entrypoint)
     assert words[words.index("--study") + 1] == f"{here}/a study; rm"
     assert words[-1] == "it's me"
@@ -115,7 +117,7 @@ def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboa
     code, out, err = submit(*words)
     assert code == 0
     assert dashboard.headers == []
-    for text in (dashboard.address, jobs.job_id(here / "study"), "trials: 3", "files/names.txt, 8 bytes"):
+    for text in (dashboard.address, jobs.job_id(here / "study"), "trials: 3", "files/bad.csv, 2 bytes"):
         assert text in out
     assert "exec python -m carft_ray.cli search" in out
     assert "/far/shards (not here)" in told(out)
@@ -144,7 +146,7 @@ def test_a_search_is_submitted_followed_to_its_end_and_its_exit_code_is_ours(her
     assert sent["metadata"] == {"study": str(here / "study"), "carft_ray": "search", "version": __version__}
     assert sent["runtime_env"]["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "120"
     assert "py_modules" not in sent["runtime_env"]  # the cluster has this very code
-    assert set(dashboard.sent()) == {"recipe.yaml", "files/names.txt", "files/bad.csv", "files/2-bad.csv"}
+    assert set(dashboard.sent()) == {"recipe.yaml", "files/bad.csv", "files/1-bad.csv"}
     assert len(dashboard.names("question")) == 1
     dashboard.end = {"status": "FAILED", "driver_exit_code": 6, "error_type": "JOB_ENTRYPOINT_COMMAND_ERROR"}
     code, _, err = submit("r.yaml", "--study", "study")
@@ -514,3 +516,105 @@ def test_stop_waits_for_the_end_and_says_how_to_resume(here, dashboard, run):
     assert code == 0
     assert "Nothing to stop: one has ended (stopped)." in told(err)
     assert dashboard.stopped == ["one"]
+
+
+SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----\nc2VjcmV0\n"
+
+
+@pytest.mark.parametrize("key", ["class_names", "exclude"])
+@pytest.mark.parametrize("way", ["absolute", "relative", "link"])
+def test_a_file_that_a_strangers_recipe_names_outside_its_folder_is_not_sent(here, dashboard, submit, key, way):
+    secret = here / "home" / ".ssh" / "id_rsa"
+    secret.parent.mkdir(parents=True)
+    secret.write_text(SECRET)
+    (here / "strange").mkdir()
+    (here / "strange" / "list.txt").symlink_to(secret)
+    named = {"absolute": str(secret), "relative": "../home/.ssh/id_rsa", "link": "list.txt"}[way]
+    other = {"class_names": "exclude: [1]", "exclude": "class_names: [cat, dog]"}[key]
+    text = RECIPE.replace("class_names: names.txt, exclude: lists/bad.csv", f"{key}: {named}, {other}", 1)
+    text = text.replace(", exclude: more/bad.csv", "").replace("class_names: names.txt", "class_names: [cat, dog]")
+    (here / "strange" / "r.yaml").write_text(text.replace("file:templates.txt", "simple"))
+    for more in ([], ["--dry-run"]):
+        code, out, err = submit("strange/r.yaml", "--study", "study", *more)
+        assert code == 2
+        assert f"must lie in the folder of the recipe, {here}/strange, to be sent to the cluster" in told(err)
+        assert "Then add --send " in told(err)
+        assert "id_rsa" in err
+        assert "c2VjcmV0" not in out + err
+    assert (dashboard.headers, dashboard.jobs) == ([], {})
+
+
+def test_a_list_outside_the_folder_of_the_recipe_is_sent_where_it_is_asked_for(here, tmp_path_factory):
+    lists = tmp_path_factory.mktemp("lists")
+    (here / "names.txt").rename(lists / "names.txt")
+    (here / "lists/bad.csv").write_text("path,sample_id,note\na.png,18446744073709551615,of mine\n")
+    (here / "r.yaml").write_text(RECIPE.replace("names.txt", str(lists / "names.txt")))
+    recipe = load_recipe(here / "r.yaml")
+    for send in ([lists / "names.txt"], [lists]):
+        sent = upload.search_upload(recipe, here / "study", [], here, send)
+        assert sent.files["files/bad.csv"] == "18446744073709551615\n"  # what was read, and no other column
+        assert "names.txt" not in sent.recipe
+        assert "- cat" in sent.recipe
+    with pytest.raises(UsageError, match=r"names.txt: must lie in the folder of the recipe"):
+        upload.search_upload(recipe, here / "study", [], here, [here / "lists"])
+
+
+def test_a_list_that_is_none_is_an_error_here(here, dashboard, submit):
+    (here / "lists/bad.csv").write_text(SECRET)
+    code, _, err = submit("r.yaml", "--study", "study")
+    assert code == 4
+    assert "must be a sample id" in err
+    assert dashboard.jobs == {}
+
+
+def test_variables_are_given_by_name_and_their_values_reach_the_job_alone(here, dashboard, submit, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a secret key")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    words = ("r.yaml", "--study", "study", "--env", "WANDB_API_KEY", "--env", "NCCL_SOCKET_IFNAME")
+    code, out, err = submit(*words, "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["runtime_env"]["env_vars"]["WANDB_API_KEY"] == "(its value here)"
+    assert "a secret key" not in out + err
+    code, out, err = submit(*words, "--no-wait")
+    assert code == 0
+    assert "a secret key" not in out + err
+    (name,) = dashboard.names()
+    sent = dashboard.jobs[name]
+    assert sent["runtime_env"]["env_vars"] == {
+        "WANDB_API_KEY": "a secret key",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "RAY_JOB_STOP_WAIT_TIME_S": "120",
+    }
+    del sent["runtime_env"]["env_vars"]
+    assert "a secret key" not in json.dumps(sent, default=str)
+    assert not any("a secret key" in path.read_text(errors="ignore") for path in here.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("WANDB_API_KEY", "--env WANDB_API_KEY: must be set here, since its value is passed on"),
+        ("HF_TOKEN=hf_secret", "--env: must be the name of a variable alone, but got HF_TOKEN"),
+        ("", "--env: must be the name of a variable alone, but got ''"),
+        ("RAY_JOB_STOP_WAIT_TIME_S", "must be a variable that carft-ray does not set itself"),
+        ("RAY_TRAIN_METRICS_ENABLED", "must be a variable that carft-ray does not set itself"),
+    ],
+)
+def test_a_variable_that_cannot_be_given_is_refused_before_the_cluster_is_asked(
+    here, dashboard, submit, monkeypatch, name, rule
+):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    code, _, err = submit("r.yaml", "--study", "study", "--env", name)
+    assert code == 2
+    assert rule in told(err)
+    assert "hf_secret" not in err
+    assert dashboard.headers == []
+
+
+def test_wandb_without_its_key_is_a_hint(here, submit, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a secret key")
+    words = ("r.yaml", "--study", "study", "--dry-run", "--set", "tracking.wandb.project=mine")
+    hint = "Without one there, add --env WANDB_API_KEY"
+    assert hint in told(submit(*words)[2])
+    assert hint not in told(submit(*words, "--env", "WANDB_API_KEY")[2])
+    assert hint not in told(submit(*words, "--set", "tracking.wandb.offline=true")[2])

@@ -3,7 +3,7 @@
 import contextlib
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,14 @@ def submit(
             "release on PyPI), or auto: installed if it is the same as here, else wheel."
         ),
     ] = "auto",
+    send: Annotated[
+        list[Path] | None,
+        Option(metavar="PATH", help="Send a list that the recipe names and that lies outside its folder; repeatable."),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        Option(metavar="NAME", help="Give the job this variable with its value here, as HF_TOKEN; repeatable."),
+    ] = None,
     no_wait: Annotated[bool, Option("--no-wait", help="Submit, and do not follow the log.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print all that would be sent, and send nothing.")] = False,
     set_: common.SetOption = None,
@@ -81,10 +89,16 @@ def submit(
     from carft_ray.launch.jobs.upload import resume_upload, search_upload
 
     if resume is not None:
+        if send:
+            console.warn("--send has no effect with --resume, which sends no list")
         upload = resume_upload(resume, overrides, words)
     elif recipe is not None and study is not None:
-        upload = search_upload(_checked(recipe, overrides, trust), study, words)
-    _send(upload, address, package, no_wait, dry_run, json_)
+        checked = _checked(recipe, overrides, trust)
+        upload = search_upload(checked, study, words, recipe.absolute().parent, send or ())
+        tracked = checked.tracking.wandb
+        if tracked.project is not None and not tracked.offline and "WANDB_API_KEY" not in (env or ()):
+            console.say("tracking.wandb needs a login on the cluster. Without one there, add --env WANDB_API_KEY.")
+    _send(upload, env or (), address, package, no_wait, dry_run, json_)
 
 
 def _checked(path: Path, overrides: Sequence[str], trust: bool) -> "Recipe":
@@ -104,12 +118,21 @@ def _checked(path: Path, overrides: Sequence[str], trust: bool) -> "Recipe":
     return recipe
 
 
-def _send(upload: "Upload", address: str | None, package: Any, no_wait: bool, dry_run: bool, json_: bool) -> None:
+def _send(
+    upload: "Upload",
+    env: Sequence[str],
+    address: str | None,
+    package: Any,
+    no_wait: bool,
+    dry_run: bool,
+    json_: bool,
+) -> None:
     """Submits a search, or says what would be submitted."""
     from carft_ray.launch.jobs import jobs
 
+    variables = jobs.environment_of(env)
     if dry_run:
-        _show(upload, address, package, json_)
+        _show(upload, dict.fromkeys(variables, "(its value here)"), address, package, json_)
         return
     server = _connected(address)
     job, is_new = jobs.running_job(server, upload.study), False
@@ -119,7 +142,7 @@ def _send(upload: "Upload", address: str | None, package: Any, no_wait: bool, dr
             more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
             console.say(f"Not here, so it must be on the cluster: {absent[0]}{more}.")
         with tempfile.TemporaryDirectory(prefix="carft-submit-") as folder:
-            environment = _environment(server, upload, package, Path(folder))
+            environment = _environment(server, upload, variables, package, Path(folder))
             job, is_new = jobs.submit(server, upload.study, upload.entrypoint, environment)
     if is_new:
         console.say(f"Submitted {job.id} to {server.address}.")
@@ -168,7 +191,9 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
     console.say(f"The job {job.id} has ended well.")
 
 
-def _environment(server: "Server", upload: "Upload", package: Any, folder: Path) -> dict[str, Any]:
+def _environment(
+    server: "Server", upload: "Upload", variables: Mapping[str, str], package: Any, folder: Path
+) -> dict[str, Any]:
     """Returns the runtime environment of a job, and puts what is sent into a folder."""
     from carft_ray.launch.jobs import jobs
     from carft_ray.launch.jobs.package import build, choose, pip_requirement, source_tree
@@ -179,25 +204,25 @@ def _environment(server: "Server", upload: "Upload", package: Any, folder: Path)
         working_dir.mkdir()
         upload.write(working_dir)
     if package == "pip":
-        return jobs.runtime_env(working_dir, pip=pip_requirement())
+        return jobs.runtime_env(working_dir, pip=pip_requirement(), variables=variables)
     tree = source_tree()
     if choose(package, jobs.ask_package(server, upload.study)) == "wheel" and tree is not None:
         console.say(f"Building a wheel of {tree}.")
         wheel_dir = folder / "wheel"
         wheel_dir.mkdir()
         modules = build(tree, wheel_dir)
-    return jobs.runtime_env(working_dir, modules)
+    return jobs.runtime_env(working_dir, modules, variables=variables)
 
 
-def _show(upload: "Upload", address: str | None, package: Any, json_: bool) -> None:
-    """Prints all that would be sent."""
+def _show(upload: "Upload", variables: Mapping[str, str], address: str | None, package: Any, json_: bool) -> None:
+    """Prints all that would be sent, of variables their names."""
     from carft_ray.launch.jobs import jobs
     from carft_ray.launch.jobs.package import described, pip_requirement
     from carft_ray.launch.jobs.server import dashboard_address, find_token
 
     sizes = upload.sizes()
-    places = {name: str(path) for name, path in upload.files.items()}
-    environment = jobs.runtime_env(None, pip=pip_requirement() if package == "pip" else "")
+    places = {name: str(path) for name, path in upload.sources.items()}
+    environment = jobs.runtime_env(None, pip=pip_requirement() if package == "pip" else "", variables=variables)
     answer: dict[str, Any] = {
         "address": dashboard_address(address),
         "token_from": find_token()[1] or None,

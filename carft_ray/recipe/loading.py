@@ -265,21 +265,21 @@ def _ends(path: Path, end: Path) -> bool:
     return path.parts[-len(end.parts) :] == end.parts
 
 
-def named_paths(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """Returns the paths of a recipe: lists of its sets (sample ids, class names), and the rest, each once.
+def named_paths(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
+    """Returns the paths of a recipe: lists of its sets with the key that names each, and the rest, each once.
 
-    The rest is images, weights, other studies and the cache.
+    The lists are class names and sample ids (``exclude``); the rest is images, weights, other studies and the cache.
     """
     sets = [plain(spec) for spec in named_sets(recipe).values()]
     keys = [(one, key) for one in sets if isinstance(one, StoredSet) for key in one.path_keys if key not in _DATA]
-    lists = {text: text for one, key in keys if isinstance(text := getattr(one, key), str)}
+    lists = {text: key for one, key in keys if isinstance(text := getattr(one, key), str)}
     written: dict[str, str] = {}
     with_paths(recipe, lambda text: written.setdefault(text, text))
-    return list(lists), [text for text in written if text not in lists]
+    return lists, [text for text in written if text not in lists]
 
 
-def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
-    """Returns the recipe with another text for each of its paths."""
+def with_paths(recipe: Recipe, change: Callable[[str], Any]) -> Recipe:
+    """Returns the recipe with another text for each of its paths; for class names perhaps with the names themselves."""
     data, search = recipe.data, recipe.search
     parts: dict[str, Any] = {role: _set_with_paths(getattr(data, role), change) for role in ROLES}
     parts["cache_dir"] = data.cache_dir and change(data.cache_dir)
@@ -291,7 +291,7 @@ def with_paths(recipe: Recipe, change: Callable[[str], str]) -> Recipe:
     return recipe.model_copy(update=whole)
 
 
-def _set_with_paths(spec: Any, change: Callable[[str], str]) -> Any:
+def _set_with_paths(spec: Any, change: Callable[[str], Any]) -> Any:
     """Returns a set, sets by name, or None with another text for each path."""
     if isinstance(spec, dict):
         return {name: _set_with_paths(one, change) for name, one in spec.items()}
@@ -303,7 +303,7 @@ def _set_with_paths(spec: Any, change: Callable[[str], str]) -> Any:
     return spec.model_copy(update={key: change(path) for key, path in written.items() if isinstance(path, str)})
 
 
-def _model_with_paths(model: ModelConfig, change: Callable[[str], str]) -> ModelConfig:
+def _model_with_paths(model: ModelConfig, change: Callable[[str], Any]) -> ModelConfig:
     named = {}
     if model.pretrained is not None and is_weights_path(model.pretrained):
         named["pretrained"] = change(model.pretrained)

@@ -8,6 +8,7 @@ It is written after the journal, in one piece: what it says is what holds. ``res
 search, with all that is running.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -19,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import Problem, RecipeError, StorageError
+from carft_ray.data.formats.labels import read_class_names
+from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
 from carft_ray.recipe.checks.messages import shown
 from carft_ray.recipe.fields import Class
@@ -213,9 +215,20 @@ def _is_free(found: Difference) -> bool:
     if found.path == ("model", "pretrained"):
         return all(isinstance(value, str) and is_weights_path(value) for value in (found.old, found.new))
     if found.path[-1] in ("class_names", "exclude") and found.path[0] == "data":
-        return all(isinstance(value, str) for value in (found.old, found.new))
+        written = (found.old, found.new)
+        are_files = all(isinstance(value, str) for value in written)
+        return are_files or (found.path[-1] == "class_names" and _alike(*written))
     if found.path == ("model", "name"):
         return all(str(value).startswith("local-dir:") for value in (found.old, found.new))
+    return False
+
+
+def _alike(*written: Any) -> bool:
+    """Tells whether class names are the same, whether in the recipe or in a file: `submit` sends what it has read."""
+    if not all(isinstance(one, str | list) for one in written):
+        return False
+    with contextlib.suppress(DataError):
+        return len({read_class_names(one if isinstance(one, str) else tuple(one), "") for one in written}) == 1
     return False
 
 

@@ -7,6 +7,7 @@ the job that runs.
 import asyncio
 import contextlib
 import hashlib
+import os
 import queue
 import re
 import secrets
@@ -21,13 +22,16 @@ from typing import Any
 from ray.job_submission import JobDetails, JobStatus, JobType
 
 from carft_ray import __version__
-from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.errors import ClusterError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch.jobs.package import Found, answer, question
 from carft_ray.launch.jobs.server import NoAnswerError, Server, UnknownJobError, ask
+from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT, START_TIMEOUT
 from carft_ray.launch.stop import interruption
 
 STUDY, KIND = "study", "carft_ray"  # of a job's metadata
 SEARCH, QUESTION = "search", "question"
+STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
+OWN_VARIABLES = (*ENVIRONMENT, START_TIMEOUT, STOP_WAIT)  # Ray refuses a second value of one
 STOP_WAIT_S = 120  # until a job that is stopped is killed: its trainings write their checkpoints
 POLL_S = 2.0
 QUESTION_POLL_S, QUESTION_S = 0.3, 180.0
@@ -128,7 +132,9 @@ def submit(server: Server, study: Path, entrypoint: str, runtime_env: Mapping[st
     return _info(server, name), True
 
 
-def runtime_env(working_dir: Path | None, modules: Sequence[Path] = (), pip: str = "") -> dict[str, Any]:
+def runtime_env(
+    working_dir: Path | None, modules: Sequence[Path] = (), pip: str = "", variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Returns the runtime environment of a search.
 
     It sets no variable that ``launch.ray_cluster.cluster`` sets: Ray would refuse the second of them.
@@ -137,8 +143,9 @@ def runtime_env(working_dir: Path | None, modules: Sequence[Path] = (), pip: str
         working_dir: The folder that is sent; None for nothing.
         modules: Folders of modules that are sent.
         pip: A requirement that Ray installs.
+        variables: Variables of the environment of the job and of its trainings.
     """
-    found: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
+    found: dict[str, Any] = {"env_vars": {**(variables or {}), STOP_WAIT: str(STOP_WAIT_S)}}
     if working_dir is not None:
         found["working_dir"] = str(working_dir)
     if modules:
@@ -147,6 +154,27 @@ def runtime_env(working_dir: Path | None, modules: Sequence[Path] = (), pip: str
     if pip:
         found["pip"] = [pip]
     return found
+
+
+def environment_of(names: Sequence[str]) -> dict[str, str]:
+    """Returns variables of this environment that a job gets, by name.
+
+    Raises:
+        UsageError: A name is none, is not set here, or is one that carft-ray sets itself.
+    """
+    problems = []
+    for name in names:
+        if not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+            step = "Set it here, and give its name alone: a value on a command line is seen by every user of a machine."
+            value = name.partition("=")[0] or "''"
+            problems.append(Problem("--env", "must be the name of a variable alone", value, next_step=step))
+        elif name in OWN_VARIABLES:
+            problems.append(Problem(f"--env {name}", "must be a variable that carft-ray does not set itself"))
+        elif name not in os.environ:
+            problems.append(Problem(f"--env {name}", "must be set here, since its value is passed on", "none"))
+    if problems:
+        raise UsageError(problems)
+    return {name: os.environ[name] for name in names}
 
 
 def ask_package(server: Server, study: Path) -> Found:
