@@ -41,6 +41,18 @@ def test_the_switch_of_rays_news_is_there_and_is_set_back():
     assert worker._worker_logs_enabled is True
 
 
+def test_ray_reads_its_mode_of_authentication_and_its_token_anew(monkeypatch):
+    for mode, token in (("token", "a" * 32), ("disabled", ""), ("token", "b" * 32)):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        ray_private.read_authentication_anew()
+        loader = ray._raylet.AuthenticationTokenLoader.instance()
+        assert ray._raylet.get_authentication_mode() == getattr(ray._raylet.AuthenticationMode, mode.upper())
+        assert loader.get_raw_token(ignore_auth_mode=True) == token
+    monkeypatch.undo()
+    ray_private.read_authentication_anew()
+
+
 @pytest.mark.slow
 def test_the_column_types_of_ray_that_run_code_are_known_and_taken_away():
     program = (

@@ -20,7 +20,7 @@ import ray
 from carft_ray import environment, files
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.ray_cluster.concurrency import Node, node_of
-from carft_ray.launch.ray_cluster.ray_private import without_news_of_workers
+from carft_ray.launch.ray_cluster.ray_private import read_authentication_anew, without_news_of_workers
 
 # RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
 ENVIRONMENT = {
@@ -48,7 +48,7 @@ HEAD_PATIENCE = "RAY_gcs_rpc_server_reconnect_timeout_s"  # after so long withou
 HEAD_PATIENCE_SHARE = 0.7  # after which we end it
 # loggers that write only: a token is used; there are no progress files (we turned them off)
 SILENCED = ("ray._private.authentication", "ray.tune.analysis")
-LONGEST_TEMP_DIR = 25  # Ray's sockets lie 78 characters below it, and their paths may have 104
+LONGEST_TEMP_DIR = 23  # Ray's sockets lie 80 characters below it, and their paths may have 104
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # and empty SETTINGS
 
 
@@ -75,6 +75,8 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
     if is_connected:
         _require_connected_to(address)
     ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
+    if not address:  # only this process and its children know the token
+        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     before = {name: os.environ[name] for name in ours if name in os.environ}  # what the user has set holds
     os.environ.update({**ours, **before})
     folder = tempfile.gettempdir()
@@ -82,8 +84,10 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
     temp_dir = None if address else tempfile.mkdtemp(prefix="carft-", dir=folder)
     try:
         with _quiet(log_path):
+            if not is_connected:
+                read_authentication_anew()
             if temp_dir is not None:
-                _start(temp_dir)
+                _start(f"{temp_dir}/r")  # Ray opens the folder that it is given to all
             elif not is_connected:
                 _attach(address or "")
             try:
@@ -97,6 +101,7 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
         for name in ours.keys() - before.keys():
             del os.environ[name]
         if temp_dir is not None:
+            read_authentication_anew()  # this process may attach to a cluster later, with a token of the user's
             shutil.rmtree(temp_dir, ignore_errors=True)
 
 
@@ -112,8 +117,6 @@ def _require_connected_to(address: str | None) -> None:
 def _start(temp_dir: str) -> None:
     """Starts Ray without its dashboard: that only helps to clean up after trials stopped from outside, and none is."""
     usable = environment.usable_cores()
-    # only this process and its children know the token; without it Ray would write one into the home folder
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         ray.init(
             address="local",

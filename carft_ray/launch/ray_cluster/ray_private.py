@@ -47,6 +47,16 @@ def without_news_of_workers() -> Iterator[None]:
         worker._worker_logs_enabled = True
 
 
+def read_authentication_anew() -> None:
+    """Makes Ray read its mode of authentication and its token anew: it reads each once for a process.
+
+    Other settings of Ray's own, ``RAY_...`` in the environment, are read anew with it. No Ray may be connected.
+    """
+    config, loader = "ray._raylet.Config.initialize", "ray._raylet.AuthenticationTokenLoader"
+    private_name("ray", config, lambda: resolve_name(config))("")
+    private_name("ray", loader, lambda: resolve_name(loader)).instance().reset_cache()
+
+
 def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
     """Returns what nobody holds, by Ray's name of the node; the public call has the sum over nodes only."""
     name = "ray._private.state.available_resources_per_node"

@@ -1,0 +1,86 @@
+"""The Ray that a command starts for itself: who can reach it, and what of it stays in the process."""
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+
+import cluster
+from carft_ray.launch.ray_cluster.cluster import running_ray
+
+VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+CLIENT = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(len(ray.nodes()))"
+
+
+@pytest.fixture(autouse=True)
+def _no_token(tmp_path, monkeypatch):
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+
+def known():
+    return {name: os.environ.get(name) for name in VARIABLES}
+
+
+def client(address, **variables):
+    surroundings = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    return subprocess.Popen(
+        [sys.executable, "-c", CLIENT, address],
+        env={**surroundings, "RAY_AUTH_TOKEN_PATH": "", **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_our_own_ray_is_closed_to_others_and_leaves_no_token_in_the_process(tmp_path):
+    before = known()
+    with running_ray(None, tmp_path / "ray.log"):
+        socket = Path(ray.nodes()[0]["ObjectStoreSocketName"])
+        address, token = ray.get_runtime_context().gcs_address, os.environ["RAY_AUTH_TOKEN"]
+        assert len(os.fsencode(socket)) <= 107
+        outer = next(folder for folder in socket.parents if folder.name.startswith("carft-"))
+        assert stat.S_IMODE(outer.stat().st_mode) == 0o700
+        assert ray.get(ray.remote(num_cpus=0)(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
+        wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+        clients = [client(address), client(address, **wrong), client(address, **{**wrong, "RAY_AUTH_TOKEN": token})]
+        told = [each.communicate(timeout=120)[0] for each in clients]
+        assert [each.returncode == 0 for each in clients] == [False, False, True], told
+        assert all("token" in text for text in told[:2])
+    assert known() == before
+    assert not outer.exists()
+    assert not (tmp_path / ".ray" / "auth_token").exists()
+
+
+@pytest.mark.slow
+def test_a_process_that_had_a_ray_of_its_own_attaches_to_a_cluster_with_the_token_of_the_user(tmp_path, monkeypatch):
+    with cluster.head(1, dashboard=False) as there:
+        token_file = tmp_path / ".ray" / "auth_token"
+        token_file.parent.mkdir()
+        token_file.write_text(there.environment["RAY_AUTH_TOKEN"])
+        monkeypatch.setenv("RAY_AUTH_MODE", "token")
+        for address in (there.address, None, there.address):
+            with running_ray(address, tmp_path / "ray.log"):
+                assert ray.get(ray.remote(num_cpus=0)(lambda: 7).remote()) == 7
+                port = ray.get_runtime_context().gcs_address.rpartition(":")[2]
+                assert (port == there.address.rpartition(":")[2]) == (address is not None)
+
+
+@pytest.mark.slow
+def test_what_the_user_has_set_of_authentication_holds(tmp_path, monkeypatch):
+    for mode, token in (("disabled", None), ("token", "f" * 64)):
+        monkeypatch.setenv("RAY_AUTH_MODE", mode)
+        if token:
+            monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        before = known()
+        with running_ray(None, tmp_path / "ray.log"):
+            seen = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
+            assert seen["RAY_AUTH_MODE"] == mode
+            assert token in (None, seen["RAY_AUTH_TOKEN"])
+        assert known() == before
