@@ -267,4 +267,4 @@ def _result(row: "TrialRow") -> str:
     text += f", objective {console.percent(row.objective)} %{' (fitted)' if row.fitted else ''}"
     text += f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
     text += f"; {words}" if (words := violation_words(metrics)) else ""
-    return f"{text}; alpha 1.00 at chance" if row.at_chance else text
+    return f"{text}; {'alpha 1.00 ' if row.alpha else ''}at chance" if row.at_chance else text

@@ -19,10 +19,9 @@ from carft_ray.evaluation.alpha import (
     neighbour_se,
     objective_covariance,
 )
-from carft_ray.evaluation.curve import measure_curve
+from carft_ray.evaluation.curve import alphas_at_chance, measure_curve
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, predictions_table
-from carft_ray.evaluation.training import _alphas_at_chance
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.statistics.intervals import crossed
 
@@ -294,22 +293,32 @@ def test_a_curve_that_is_measured_again_is_the_same_bit_for_bit():
     assert first[1:] == again[1:]
 
 
-def curve_of(*id_accuracies):
-    """Points of a curve from alpha 0 to 1."""
-    alphas = np.linspace(0, 1, len(id_accuracies)).tolist()
-    return [{"alpha": alpha, "id_accuracy": value} for alpha, value in zip(alphas, id_accuracies, strict=True)]
+def curve_of(*num_right, num_classes=16, num_images=2000):
+    """Predictions at alphas from 0 to 1, so many right, the others off by one class; a string is a constant answer."""
+    labels, tables = np.arange(num_images) % num_classes, {}
+    for alpha, right in zip(np.linspace(0, 1, len(num_right)).tolist(), num_right, strict=True):
+        answers = labels.copy()
+        if right == "constant":
+            answers[:] = 3
+        else:
+            rest = np.random.default_rng(0).permutation(num_images)[: num_images - right]
+            answers[rest] = np.random.default_rng(1).permutation(labels[rest])
+        logits = np.eye(num_classes, dtype=np.float32)[answers]
+        tables[alpha] = predictions_table("id_val", alpha, np.arange(num_images, dtype=np.uint64), labels, logits)
+    return tables
 
 
 def test_a_training_has_diverged_only_where_every_alpha_is_at_chance():
-    """16 classes, 2,000 images: chance is up to 7.3 %."""
-    assert _alphas_at_chance(curve_of(0.58, 0.6, 0.61), 16, 2000) == []
-    assert _alphas_at_chance(curve_of(0.58, 0.4, 0.0625), 16, 2000) == [1.0]
-    assert _alphas_at_chance(curve_of(0.58, 0.074, 0.073), 16, 2000) == [1.0]
-    told = r"alpha curve: ID accuracy must be above chance, but got at most 7\.0 % \(16 classes, 2,000 images\)"
+    assert alphas_at_chance(curve_of(1000, 1100, 1200), "id_val") == []
+    assert alphas_at_chance(curve_of(1000, 700, "constant"), "id_val") == [1.0]
+    assert alphas_at_chance(curve_of(1000, 700, 0), "id_val") == [1.0]
+    told = (
+        r"alpha curve: ID accuracy must be above chance, but got at most \d\.\d % of 2,000 images right, as with the "
+    )
     with pytest.raises(DivergedError, match=told):
-        _alphas_at_chance(curve_of(0.58, 0.07, 0.0625), 16, 2000)
-    assert _alphas_at_chance(curve_of(0.06, 0.06, 0.06), 16, 2000) == []  # zero-shot knows no more
-    assert _alphas_at_chance(curve_of(0.3, 0.4, 0.2), 5, 10) == []  # ten images tell nothing
+        alphas_at_chance(curve_of(1000, 0, "constant"), "id_val")
+    assert alphas_at_chance(curve_of(0, 0, 0), "id_val") == []  # zero-shot knows no more
+    assert alphas_at_chance(curve_of("constant", 700, 0), "id_val") == []
 
 
 def test_a_fixed_alpha_and_a_pareto_search_measure_nothing_between():

@@ -10,6 +10,8 @@ from crash_host import call
 from PIL import Image
 from short_training import write_model
 
+from carft_ray import words
+from carft_ray.evaluation import doctor
 from carft_ray.evaluation.doctor import as_plain_data, examine, zero_shot_findings
 from carft_ray.recipe.loading import load_recipe
 
@@ -203,12 +205,12 @@ def test_what_is_wrong_is_told_once_at_its_level(here, spoil, overrides, level, 
 
 
 def test_zero_shot_at_chance_is_told_with_what_to_try_first():
-    few = {"accuracy": 0.4, "num_images": 20, "chance": 0.25}  # it may be chance: [0.219, 0.613] by Wilson
+    few = {"accuracy": 0.4, "num_images": 20, "chance": 0.25, "at_chance": True}
     [found] = zero_shot_findings({"id_val": few})
     for word in ("prompts.class_names", "order of the labels", "prompts.templates", "carft-ray model NAME", "normalis"):
         assert word in found.problem.next_step
     assert "40.0 % [21.9, 61.3] of 20 images" in str(found.problem)
-    assert zero_shot_findings({"id_val": {**few, "num_images": 200}}) == []
+    assert zero_shot_findings({"id_val": {**few, "at_chance": False}}) == []
 
 
 def test_several_errors_are_told_at_once_with_exit_code_4_and_no_traceback(here, capsys):
@@ -264,7 +266,7 @@ def test_quick_opens_no_image(here, monkeypatch, capsys):
     ],
 )
 def test_zero_shot_at_chance_or_an_easy_shift_is_told(accuracy, told):
-    numbers = [{"accuracy": value, "num_images": 400, "chance": 0.1} for value in accuracy]
+    numbers = [{"accuracy": value, "num_images": 400, "chance": 0.1, "at_chance": value <= 0.12} for value in accuracy]
     found = zero_shot_findings(dict(zip(("id_val", "fog"), numbers, strict=True)))
     assert [str(one.problem)[: len(text)] for one, text in zip(found, told, strict=True)] == told
 
@@ -292,3 +294,29 @@ def test_without_pairs_the_table_is_empty_and_quick_or_another_ending_is_refused
     assert "--pairs: needs the images" in capsys.readouterr().err
     assert call(["doctor", "r.yaml", "--pairs", "pairs.png"]) == 2
     assert "must end in .csv or .html" in capsys.readouterr().err
+
+
+def test_where_an_image_takes_long_fewer_are_measured_and_it_is_said(here, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "MOST_S", 0.0)
+    monkeypatch.setattr(doctor, "FEWEST_IMAGES", 10)
+    monkeypatch.setattr(words, "FIRST_AFTER_S", -1.0)
+    monkeypatch.setattr(words, "THEN_EVERY_S", 0.0)
+    assert call(["doctor", "r.yaml", "--json", "--set", "evaluate.batch_size=4"]) == 0
+    told = capsys.readouterr()
+    said = json.loads(told.out)
+    assert {one["num_images"] for one in said["zero_shot"].values()} == {10}
+    [note] = [one for one in said["findings"] if "zero-shot is measured on 10 images of a set" in one["text"]]
+    assert note["next_step"] == "For more: --images 1000"
+    monkeypatch.setattr(doctor, "NUM_TIMED", None)  # who names a number gets it, whatever it takes
+    assert {one["num_images"] for one in diagnose(here, num_images=20).zero_shot.values()} == {20}
+
+
+def test_the_zero_shot_measurement_says_how_long_it_will_take(here, monkeypatch):
+    monkeypatch.setattr(words, "FIRST_AFTER_S", -1.0)
+    monkeypatch.setattr(words, "THEN_EVERY_S", 0.0)
+    said = []
+    diagnose(here, "evaluate.batch_size=12", say=said.append)
+    lines = [line for line in said if line.startswith("measuring the zero-shot model: ")]
+    assert [line.split(",")[0] for line in lines] == [
+        f"measuring the zero-shot model: {done} of 72" for done in (12, 24, 36, 48, 60)
+    ]

@@ -1,6 +1,7 @@
 """Class head and context head against NumPy and against open_clip's own zero-shot classifier."""
 
 import dataclasses
+import gzip
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -10,6 +11,8 @@ import short_training
 import torch
 from conftest import CLASS_WORDS, TEMPLATES
 from crash_host import call
+from families import make_tokenizer
+from open_clip.tokenizer import HFTokenizer
 from tiny import make_tiny_clip
 
 from carft_ray.data.benchmark_sets.facts import load_facts
@@ -18,7 +21,7 @@ from carft_ray.evaluation import heads
 from carft_ray.evaluation.doctor import examine
 from carft_ray.evaluation.heads import build_heads, cached_heads
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning.models.clip import templates
+from carft_ray.learning.models.clip import templates, tokenizer_hash
 from carft_ray.recipe.fine_tuning import PromptsConfig
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
@@ -139,6 +142,36 @@ def test_everything_that_decides_the_heads_makes_others(tmp_path, words, tiny_cl
     finally:
         torch.set_num_threads(threads)
     assert not embeds()
+
+
+def test_heads_in_the_cache_are_found_without_tokenising_a_sentence(tmp_path, words, tiny_clip, monkeypatch):
+    kept(tmp_path, tiny_clip)
+    monkeypatch.setattr(open_clip.SimpleTokenizer, "__call__", None)
+    kept(tmp_path, open_again(tiny_clip))
+    assert words.said == []
+
+
+def open_again(clip):
+    """Returns the model with a tokenizer that has seen no sentence."""
+    length = clip.tokenizer.context_length
+    return dataclasses.replace(clip, tokenizer=open_clip.SimpleTokenizer(context_length=length))
+
+
+def test_a_tokenizer_has_another_hash_where_it_may_give_other_tokens(tmp_path, tiny_clip):
+    def hash_of(tokenizer):
+        return tokenizer_hash(dataclasses.replace(tiny_clip, tokenizer=tokenizer))
+
+    (tmp_path / "no_merges.txt.gz").write_bytes(gzip.compress(b"no merges"))
+    options = ({}, {"context_length": 15}, {"clean": "canonicalize"}, {"bpe_path": tmp_path / "no_merges.txt.gz"})
+    found = [hash_of(open_clip.SimpleTokenizer(**each)) for each in (*options, {})]
+    for name, given in (("a", ("cat", "dog")), ("b", ("dog", "cat")), ("again", ("cat", "dog"))):
+        (tmp_path / name).mkdir()
+        make_tokenizer(tmp_path / name, given)
+        found.append(hash_of(HFTokenizer(str(tmp_path / name), 8)))
+    found.append(hash_of(HFTokenizer(str(tmp_path / "a"), 8, clean="canonicalize")))
+    assert found[0] == found[4]
+    assert found[5] == found[7]
+    assert len(set(found)) == len(found) - 2
 
 
 def test_of_two_that_ask_at_once_one_embeds_and_both_get_the_heads(tmp_path, words, tiny_clip):

@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import attempts
 import pytest
@@ -97,7 +98,8 @@ def gloo(function, *args):
 
 def _join(rank, port, function, *args):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    limit = timedelta(minutes=3)  # of a wait for the other rank, which has taken another way
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", timeout=limit, rank=rank, world_size=2)
     function(RunContext(rank=rank, world_size=2), *args)
 
 

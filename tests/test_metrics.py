@@ -1,6 +1,8 @@
 """Metrics against their oracles (scikit-learn, torchmetrics, SciPy), with ties, edges of bins and empty classes."""
 
+import itertools
 import math
+import operator
 
 import numpy as np
 import pytest
@@ -15,7 +17,6 @@ from carft_ray.errors import DataError
 from carft_ray.evaluation import metrics
 from carft_ray.evaluation.metrics import answers, equal_mass_bins, equal_width_bins
 from carft_ray.evaluation.predictions import concat, predictions_table, select
-from carft_ray.results.statistics.intervals import wilson
 
 CASES = ("random", "ties", "empty classes", "two classes", "confident")
 
@@ -52,13 +53,45 @@ def same(value):
     return pytest.approx(float(value), abs=1e-6)
 
 
-@pytest.mark.parametrize(("num_classes", "num_images"), [(2, 10), (5, 15), (16, 2000), (1000, 5000)])
-def test_an_accuracy_is_above_chance_where_the_interval_of_wilson_is(num_classes, num_images):
-    counts = range(min(num_images, num_images // num_classes + 80) + 1)  # as far as chance, and well beyond
-    above = [metrics.is_above_chance(k / num_images, num_classes, num_images) for k in counts]
-    assert above == [wilson(k, num_images)[0] > 1 / num_classes for k in counts]
-    assert above == sorted(above)
-    assert not above[num_images // num_classes]
+@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.9, 0.1), (0.97, 0.01, 0.01, 0.01)])
+def test_one_class_as_the_only_answer_is_at_chance_however_common_it_is(shares):
+    labels = np.repeat(np.arange(len(shares)), [round(share * 1000) for share in shares])
+    for answer in range(len(shares)):
+        assert not metrics.is_above_chance(labels, np.full(len(labels), answer))
+    assert metrics.is_above_chance(labels, labels)
+
+
+def test_a_weak_model_of_unequal_classes_is_above_chance():
+    """34 % of four classes are right, and of each class more than of the others."""
+    generator = np.random.default_rng(0)
+    labels = np.repeat(np.arange(4), [700, 100, 100, 100])
+    answers = generator.choice(4, len(labels), p=[0.1, 0.3, 0.3, 0.3])
+    answers = np.where(generator.random(len(labels)) < 0.2, labels, answers)
+    assert (answers == labels).mean() < 0.36
+    assert metrics.is_above_chance(labels, answers)
+    assert not metrics.is_above_chance(labels, generator.permutation(answers))
+    assert metrics.chance(labels, answers) == pytest.approx((np.bincount(labels) @ np.bincount(answers)) / 1000**2)
+
+
+def test_luck_is_that_of_answers_dealt_out_at_random():
+    """Against all orders of eight answers, and against many of more: mean, variance, and 2.5 % above."""
+    labels, answers = np.array([0, 0, 0, 1, 1, 2, 2, 2]), np.array([0, 0, 1, 1, 2, 2, 2, 2])
+    right = [sum(map(operator.eq, labels, order)) for order in itertools.permutations(answers)]
+    limit = np.mean(right) + 1.96 * np.std(right)
+    assert metrics.chance(labels, answers) == pytest.approx(np.mean(right) / 8)
+    for order in itertools.islice(itertools.permutations(answers), 0, None, 97):
+        is_above = sum(map(operator.eq, labels, order)) > limit
+        assert metrics.is_above_chance(labels, np.array(order)) == is_above
+    generator = np.random.default_rng(1)
+    labels, answers = generator.choice(6, 600, p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]), generator.choice(6, 600)
+    above = [metrics.is_above_chance(labels, generator.permutation(answers)) for _ in range(2000)]
+    assert 20 <= sum(above) <= 90  # 50 expected, of a binomial with standard deviation 7; the counts are whole
+
+
+def test_no_image_and_one_tell_nothing():
+    assert not metrics.is_above_chance(np.zeros(0, int), np.zeros(0, int))
+    assert not metrics.is_above_chance(np.zeros(1, int), np.zeros(1, int))
+    assert metrics.chance(np.zeros(0, int), np.zeros(0, int)) == 0
 
 
 def test_ties_are_among_the_cases():

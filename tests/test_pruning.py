@@ -15,6 +15,7 @@ from carft_ray.data.sets import check_sets
 from carft_ray.errors import NoSuccessfulTrialError
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.learning.context import RunContext
+from carft_ray.recipe import schedule
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.recipe.loading import load_recipe
@@ -435,3 +436,12 @@ def test_settings_of_another_pruner_and_few_epochs_are_told(epochs, pruner, key)
     else:
         assert len(found) == (key is None)
         assert all("weakly informative" in text for text in found)
+
+
+def test_the_rungs_of_a_long_schedule_are_found_once(monkeypatch):
+    calls = []
+    real = schedule.rungs
+    monkeypatch.setattr(schedule, "rungs", lambda pruner: calls.append(pruner) or real(pruner))
+    recipe = make_recipe(evaluate={"every_epochs": 0}, pruner=dict(HALVING))
+    assert schedule.num_chances(recipe, 2000) == len(real(recipe.search.pruner))
+    assert len(calls) == 1

@@ -19,7 +19,10 @@ from carft_ray.words import counted
 def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
-    images: Annotated[int, Option(min=1, help="Images of each validation set for zero-shot.")] = 1000,
+    images: Annotated[
+        int | None,
+        Option(min=1, help="Images of each validation set for zero-shot; by default what two minutes allow."),
+    ] = None,
     quick: Annotated[bool, Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
     pairs: Annotated[
         Path | None,

@@ -12,17 +12,19 @@ evaluated in full. So it is from the start with a grid that the recipe writes ou
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 
+from carft_ray.errors import DivergedError, Problem
 from carft_ray.evaluation.alpha import AlphaChoice, AlphaProfile, alpha_profile, between, neighbour_se, stepped_back
 from carft_ray.evaluation.constraints import Limit, violations_at
 from carft_ray.evaluation.evaluate import metrics_at
+from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.evaluation.predictions import BoolArray, concat, margins, set_codes, with_rows
+from carft_ray.evaluation.predictions import BoolArray, accuracy, concat, margins, select, set_codes, with_rows
 from carft_ray.recipe.constraints import constraint_names
 from carft_ray.recipe.schema import Recipe
 
@@ -153,3 +155,30 @@ def measure_curve(
     if choice.alpha not in profile.alphas:
         choice = stepped_back(profile, violations_at(curve.tables[choice.alpha], bounds, choice.alpha), lowest)
     return curve, choice, list(profile.alphas)
+
+
+def alphas_at_chance(tables: Mapping[float, pa.Table], id_set: str) -> list[float]:
+    """Returns the alphas above 0 whose answers to the ID images are at chance; none where those of zero-shot are, too.
+
+    Args:
+        tables: Predictions at every point measured, alpha 0 among them.
+        id_set: Name of the ID set.
+
+    Raises:
+        DivergedError: All alphas above 0 are.
+    """
+    found = {alpha: select(table, id_set, alpha) for alpha, table in sorted(tables.items())}
+    above = {alpha: not is_at_chance(table) for alpha, table in found.items()}
+    if not above.pop(0.0):
+        return []
+    if not any(above.values()):
+        highest, number = max(accuracy(table) for alpha, table in found.items() if alpha > 0), len(found[0.0])
+        rule, step = "ID accuracy must be above chance", "The training has diverged; try a lower learning_rate."
+        value = f"at most {100 * highest:.1f} % of {number:,} images right, as with the same answers in any other order"
+        raise DivergedError(Problem("alpha curve", rule, value, next_step=step))
+    return [alpha for alpha, is_above in above.items() if not is_above]
+
+
+def is_at_chance(table: pa.Table) -> bool:
+    """Tells whether the answers to the images of one set, at one alpha, do not depend on the image."""
+    return not is_above_chance(table["label"].to_numpy(), table["prediction"].to_numpy())

@@ -5,10 +5,13 @@ the zero-shot model is measured on ``id_val`` and on each OOD validation set, si
 a shift at all, and whether class words and preprocessing are right.
 """
 
+import itertools
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -23,11 +26,12 @@ from carft_ray.data.records import records
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
 from carft_ray.data.shared.overlap import SharedPair, shared_pairs
 from carft_ray.data.shared.shared_images import decide, shared_lines, without_shared
+from carft_ray.data.source import ImageSet
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.errors import CarftError, DataError, Problem
 from carft_ray.evaluation.evaluate import predict, subset
 from carft_ray.evaluation.heads import Say, cached_heads
-from carft_ray.evaluation.metrics import wilson
+from carft_ray.evaluation.metrics import chance, is_above_chance, wilson
 from carft_ray.evaluation.predictions import accuracy
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.evaluation.training import device_of
@@ -42,6 +46,7 @@ from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema import Recipe, with_threads
 from carft_ray.recipe.sets import StoredSet
 from carft_ray.recipe.text import dotted
+from carft_ray.words import counted, time_left
 
 Level = Literal["error", "warning", "note"]
 
@@ -51,6 +56,8 @@ TRY_FIRST = (
     "class folders), prompts.templates (sentences that fit the images), and `carft-ray model NAME` (its own "
     "normalisation and activation)."
 )
+MOST_IMAGES, FEWEST_IMAGES = 1000, 50  # of each validation set, on which zero-shot is measured
+MOST_S, NUM_TIMED = 120.0, 4  # what they may take altogether; images by which it is foretold
 SAME_CONTEXT = 0.999  # cosine of two rows of the context head from which on they are one
 
 
@@ -102,11 +109,12 @@ class Diagnosis:
 
 
 OnImage = Callable[[int, int], None]
+Heads = Mapping[str, torch.Tensor]
 
 
 def examine(
     recipe: Recipe,
-    num_images: int = 1000,
+    num_images: int | None = None,
     quick: bool = False,
     say: Say = lambda text: None,
     progress: Callable[[str], OnImage] = lambda what: lambda done, total: None,
@@ -116,6 +124,7 @@ def examine(
     Args:
         recipe: A valid recipe.
         num_images: Images of each validation set on which the zero-shot model is measured, by a hash of the sample id.
+            None: 1,000, fewer where they would take over two minutes.
         quick: Read no image: lists, model and prompts only.
         say: Called with what is being done.
         progress: Given what is read, returns a callback for (images done, images in all).
@@ -232,7 +241,7 @@ def _judge_images(place: str, on_bad_image: str, facts: Mapping[str, Any], found
         found.add("note", place, f"images of several modes are made RGB (docs/data.md): {words}")
 
 
-def _check_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosis, say: Say) -> None:
+def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Diagnosis, say: Say) -> None:
     recipe = with_threads(recipe, environment.usable_cores())
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = None if quick else load_shared_inputs(recipe)
@@ -271,8 +280,7 @@ def _check_model(recipe: Recipe, num_images: int, quick: bool, found: Diagnosis,
         rule = f"images are enlarged to the {clip.image_size} pixels of the model: median short side {', '.join(small)}"
         found.add("note", "model", rule)
     if inputs is not None:
-        say(f"measuring the zero-shot model on up to {num_images} images of each validation set")
-        _measure(recipe, inputs, heads, num_images, found)
+        _measure(recipe, inputs, heads, num_images, found, say)
     _judge_contexts(heads["context_head"], prompts, found)
 
 
@@ -306,16 +314,28 @@ def _judge_contexts(context_head_TD: torch.Tensor, prompts: Sequence[str], found
 
 
 def _measure(
-    recipe: Recipe, inputs: SharedInputs, heads: Mapping[str, torch.Tensor], num_images: int, found: Diagnosis
+    recipe: Recipe, inputs: SharedInputs, heads: Heads, num_images: int | None, found: Diagnosis, say: Say
 ) -> None:
-    device = device_of(recipe)
+    device, batch_size = device_of(recipe), recipe.evaluate.batch_size
     classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device).eval()
-    for image_set in inputs.validation:
-        few = subset(image_set, num_images)
-        table = predict(classifier, few, 0.0, recipe.evaluate.batch_size, RunContext())
-        chance = 1 / (len(few.groups) if few.groups is not None else len(inputs.class_names))
-        found.zero_shot[few.name] = {"accuracy": accuracy(table), "num_images": len(few), "chance": chance}
-    first = subset(inputs.validation[0], min(num_images, recipe.evaluate.batch_size))
+    if num_images is None:
+        num_images = _affordable(classifier, inputs.validation, device, found)
+    sets = [subset(image_set, num_images) for image_set in inputs.validation]
+    say(f"measuring the zero-shot model on up to {num_images:,} images of each validation set")
+    on_progress, total, done = time_left(say, "measuring the zero-shot model"), sum(map(len, sets)), 0
+    for few in sets:
+        asked = itertools.count()
+
+        def before_batch(done: int = done, asked: Iterator[int] = asked) -> bool:
+            on_progress(min(total, done + batch_size * next(asked)), total)
+            return False
+
+        table = predict(classifier, few, 0.0, batch_size, RunContext(should_stop=before_batch))
+        done += len(few)
+        answers = table["label"].to_numpy(), table["prediction"].to_numpy()
+        luck = {"chance": chance(*answers), "at_chance": not is_above_chance(*answers)}
+        found.zero_shot[few.name] = {"accuracy": accuracy(table), "num_images": len(few), **luck}
+    first = subset(inputs.validation[0], min(num_images, batch_size))
     with torch.inference_mode():
         features_BD = classifier.features(torch.from_numpy(first.images_NHWC.copy()).to(device))
         scale = recipe.train.context_scale or inputs.clip.logit_scale
@@ -324,19 +344,35 @@ def _measure(
     found.findings += zero_shot_findings(found.zero_shot)
 
 
+def _affordable(classifier: torch.nn.Module, sets: Sequence[ImageSet], device: torch.device, found: Diagnosis) -> int:
+    """Returns how many images of each set are measured within two minutes, at most 1,000; says where they are fewer."""
+    few = subset(sets[0], NUM_TIMED)
+    with torch.inference_mode():
+        started = time.monotonic()
+        classifier(torch.from_numpy(few.images_NHWC.copy()).to(device))[1].cpu()
+        seconds = (time.monotonic() - started) / len(few)
+    wanted = sum(min(len(image_set), MOST_IMAGES) for image_set in sets)
+    if seconds * wanted <= MOST_S:
+        return MOST_IMAGES
+    number = max(FEWEST_IMAGES, int(MOST_S / seconds / len(sets)))
+    rule = f"zero-shot is measured on {number:,} images of a set: one takes {seconds:.2g} s here, all about "
+    minutes = counted(math.ceil(seconds * wanted / 60), "minute")
+    found.add("note", "model", rule + minutes, next_step=f"For more: --images {MOST_IMAGES}")
+    return number
+
+
 def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Finding]:
     """Judges zero-shot accuracies: at chance something is wrong, and a shift should be harder than ``id_val``.
 
-    Chance must be below Wilson's 95 % interval.
-
     Args:
-        zero_shot: Set -> ``accuracy``, ``num_images`` and ``chance``; ``id_val`` is there.
+        zero_shot: Set -> ``accuracy``, ``num_images``, ``chance`` (of the same answers in any other order) and
+            ``at_chance`` (``metrics.is_above_chance`` says no); ``id_val`` is there.
     """
     id_val, findings = zero_shot["id_val"], []
     for name, one in zero_shot.items():
         number = int(one["num_images"])
         low, high = wilson(round(one["accuracy"] * number), number)
-        if low <= one["chance"]:
+        if one["at_chance"]:
             rule = f"zero-shot must be above chance ({100 * one['chance']:.1f} %)"
             value = f"{100 * one['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {number} images"
             findings.append(Finding("warning", Problem(name, rule, value, next_step=TRY_FIRST)))

@@ -166,18 +166,46 @@ def set_metrics(given: Answers) -> dict[str, Any]:
     }
 
 
-def is_above_chance(value: float, num_classes: int, num_images: int) -> bool:
-    """Tells whether an accuracy is above 1/C by more than the images' luck, with 97.5 % confidence.
+def chance(labels_N: IntArray, predictions_N: IntArray) -> float:
+    """Returns the accuracy that the same answers have on average when they are dealt to the images at random.
 
-    It is where value > 1/C + 1.96 sqrt(1/C (1 - 1/C) / n), which is where the interval of Wilson lies above 1/C.
+    It is sum_c l_c a_c / n^2 with l_c labels and a_c answers of class c: 1/C where the classes are equally often.
+    """
+    by_class_2C = _counts(labels_N, predictions_N)
+    return float((by_class_2C[0] * by_class_2C[1]).sum() / max(1, len(labels_N)) ** 2)
+
+
+def is_above_chance(labels_N: IntArray, predictions_N: IntArray) -> bool:
+    """Tells whether answers depend on the image: more are right than luck explains, with 97.5 % confidence.
+
+    Dealt to the images at random, the same n answers give T right ones with mean S / n and variance
+
+        (S - sum_c l_c a_c (l_c + a_c) / n + S^2 / n^2) / (n - 1),    S = sum_c l_c a_c
+
+    with l_c labels and a_c answers of class c (Hoeffding 1951, "A combinatorial central limit theorem"; it is the test
+    that Cohen's kappa is above 0, Fleiss, Cohen and Everitt 1969). The answers depend on the image where T is more than
+    1.96 standard deviations above the mean. One class alone as the answer, however common it is, gives T its mean.
 
     Args:
-        value: The accuracy.
-        num_classes: C.
-        num_images: n.
+        labels_N: True classes.
+        predictions_N: Answers.
     """
-    chance = 1 / num_classes
-    return value > chance + 1.96 * math.sqrt(chance * (1 - chance) / num_images)
+    number = len(labels_N)
+    if number < 2:
+        return False
+    labels_C, answers_C = _counts(labels_N, predictions_N)
+    both_C, right = labels_C * answers_C, int((np.asarray(labels_N) == np.asarray(predictions_N)).sum())
+    total, weighted = int(both_C.sum()), int((both_C * (labels_C + answers_C)).sum())
+    # times n, and its variance times n^2, in whole numbers: for one class both are exactly 0
+    variance = (number * number * total - number * weighted + total * total) / (number - 1)
+    return number * right - total > 1.96 * math.sqrt(max(0.0, variance))
+
+
+def _counts(labels_N: IntArray, predictions_N: IntArray) -> IntArray:
+    """Returns how often each class is the label and the answer, [2, C]."""
+    both = [np.asarray(labels_N, np.int64), np.asarray(predictions_N, np.int64)]
+    num_classes = 1 + max((int(each.max()) for each in both if len(each)), default=0)
+    return np.stack([np.bincount(each, minlength=num_classes) for each in both])
 
 
 def alpha_area(alphas: Sequence[float], values: Sequence[float]) -> float:

@@ -24,16 +24,15 @@ from torch import Tensor
 from carft_ray import files, layout
 from carft_ray.data.source import ImageSet, PixelArray
 from carft_ray.data.views import VIEW_VERSION
-from carft_ray.errors import DivergedError, Problem, StorageError
+from carft_ray.errors import StorageError
 from carft_ray.evaluation.constraints import stored_limits, violations_at
-from carft_ray.evaluation.curve import At, measure_curve
+from carft_ray.evaluation.curve import At, alphas_at_chance, is_at_chance, measure_curve
 from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, subset
 from carft_ray.evaluation.heads import cached_heads
-from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
-from carft_ray.evaluation.predictions import BoolArray, read_predictions, write_predictions
+from carft_ray.evaluation.predictions import BoolArray, read_predictions, select, write_predictions
 from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of, varied
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
 from carft_ray.evaluation.thumbnails import write_thumbnails
@@ -81,8 +80,9 @@ def prepare(
         opened: Model and sets to use instead of the recipe's whole ones; their ``provenance`` is left out.
 
     Returns:
-        Zero-shot metrics (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ``objective``), ``num_images`` per
-        set, ``logit_scale``, ``num_contexts``, and ``provenance`` for the manifest (``evaluation.origin``).
+        Zero-shot metrics (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ``objective``), ``at_chance`` of the
+        answers to the ID images, ``num_images`` per set, ``logit_scale``, ``num_contexts``, and ``provenance`` for the
+        manifest (``evaluation.origin``).
 
     Raises:
         RecipeError: The image tower cannot do what the recipe asks of it.
@@ -114,6 +114,7 @@ def prepare(
         content = {
             "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),
+            "at_chance": is_at_chance(select(table, objective_spec(recipe).id_set, 0.0)),
             "num_images": inputs.num_images,
             "logit_scale": clip.logit_scale,
             "num_contexts": len(inputs.templates),
@@ -250,7 +251,7 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
     start = read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0, None)
     measured, choice, chosen_from = measure_curve(recipe, spec, bounds, start, at)
     table, curve = measured.table(), measured.points(spec, bounds)
-    at_chance = _alphas_at_chance(curve, len(inputs.class_names), inputs.num_images[spec.id_set])
+    at_chance = alphas_at_chance(measured.tables, spec.id_set)
     if training.context.rank == 0:
         write_predictions(training.out_dir / layout.PREDICTIONS, table)
         pictures = training.out_dir / layout.THUMBNAILS
@@ -390,28 +391,6 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     step = int(rows[-1]["step"]) if rows else 0
     events.hparams(varied(recipe, result["train"]), {f"final/{name}": value for name, value in metrics.items()}, step)
     events.close()
-
-
-def _alphas_at_chance(curve: Sequence[dict[str, float]], num_classes: int, num_images: int) -> list[float]:
-    """Returns the alphas above 0 whose ID accuracy is at chance; none where that of zero-shot is, too.
-
-    Args:
-        curve: The points measured, alpha 0 first.
-        num_classes: C.
-        num_images: Of the ID set.
-
-    Raises:
-        DivergedError: All alphas above 0 are.
-    """
-    above = {point["alpha"]: is_above_chance(point["id_accuracy"], num_classes, num_images) for point in curve}
-    if not above.pop(0.0):
-        return []
-    if not any(above.values()):
-        highest = max(point["id_accuracy"] for point in curve if point["alpha"] > 0)
-        rule, step = "ID accuracy must be above chance", "The training has diverged; try a lower learning_rate."
-        value = f"at most {100 * highest:.1f} % ({num_classes} classes, {num_images:,} images)"
-        raise DivergedError(Problem("alpha curve", rule, value, next_step=step))
-    return [alpha for alpha, is_above in above.items() if not is_above]
 
 
 def _relative_distance(zero_shot: dict[str, Tensor], fine_tuned: dict[str, Tensor]) -> float:

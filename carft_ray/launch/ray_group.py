@@ -29,10 +29,12 @@ from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
+from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import TrialSpec, must_leave
 
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 IDLE_S = 30.0
+PATIENCE, SHORTEST_TIMEOUT_S = 8, 1800  # 8 hours by default; the default of torch
 LOOK_EVERY_S = 0.05
 ORDERS, TOLD = "orders.jsonl", "told.jsonl"
 Row = dict[str, Any]
@@ -143,7 +145,7 @@ def _trainer(runtime: Runtime, folder: Path, name: str, avoid: Sequence[str]) ->
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"runtime": runtime, "folder": folder},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=collective_timeout_s(runtime.recipe)),
         scaling_config=ScalingConfig(
             num_workers=runtime.capacity.num_workers,
             use_gpu=use_gpu,
@@ -158,6 +160,17 @@ def _trainer(runtime: Runtime, folder: Path, name: str, avoid: Sequence[str]) ->
         ),
     )
     return lean(trainer)
+
+
+def collective_timeout_s(recipe: Recipe) -> int:
+    """Returns after how many seconds a rank gives up its wait for the others.
+
+    Many times ``resources.hang_timeout_s``: ranks wait for one that builds a set into the cache of its node, which
+    takes hours and gives signs of life. A hang without such signs is the driver's to end, sooner and with its stacks.
+    Ray's own detector (RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR, experimental in 2.60) is left off: it looks at collectives
+    alone, so that this wait is a hang to it.
+    """
+    return max(SHORTEST_TIMEOUT_S, int(PATIENCE * (recipe.resources.hang_timeout_s or 3600)))
 
 
 def _worker(config: Row) -> None:

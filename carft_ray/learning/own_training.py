@@ -191,7 +191,7 @@ class TrainingContext:
             raise DivergedError(Problem(place, "the loss must stay finite", bad))
         row = {name: value for name, value in row.items() if math.isfinite(value)}
         found = {}
-        if state is not None or self._has_moved():
+        if any(gather(self._run, state is not None or self._has_moved())):  # all ranks, or none: it is a collective
             now = self.model.state_dict() if state is None else state
             found = self._on_epoch(lambda: checked_state(now, self._start), epoch)
         self._run.should_stop()  # a sign of life

@@ -3,6 +3,7 @@
 A rank that took another branch than the others would leave them in a collective until its time-out.
 """
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -28,22 +29,33 @@ def from_rank_0(context: RunContext, make: Callable[[], T]) -> T:
     """Returns on every rank what ``make`` returns on rank 0, which alone calls it.
 
     Raises:
-        Exception: What ``make`` raises, on every rank.
+        Exception: What ``make`` raises, on every rank; where it cannot be pickled, a ``RuntimeError`` with its words.
     """
     if context.world_size == 1:
         return make()
     made: list[Any] = [None, None]
+    failed: Exception | None = None
     if context.rank == 0:
         try:
             made[0] = make()
         except Exception as error:  # raised below, after the others have it
             cause = error.__cause__  # which does not travel
             of_machine = isinstance(cause, OSError) and cause.errno in MACHINE_ERRNOS
-            made[1] = MachineError(str(error), 0) if of_machine else error
+            failed = MachineError(str(error), 0) if of_machine else error
+            made[1] = _that_travels(failed)
     dist.broadcast_object_list(made, src=0)
     if made[1] is not None:
-        raise made[1]
+        raise failed or made[1]
     return made[0]  # type: ignore[no-any-return]
+
+
+def _that_travels(error: Exception) -> Exception:
+    """Returns an exception that the other ranks can open: without one they wait until their time-out."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # of a user's class; both raise what they like
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def on_all_ranks(context: RunContext, read: Callable[[], T]) -> T:

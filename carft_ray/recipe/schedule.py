@@ -53,8 +53,12 @@ def has_intermediate_value(every_epochs: int, pruner: PrunerConfig, epoch: int, 
 
     It is every ``every_epochs`` epochs (0: never), and at the end of every rung: the first epoch that reaches it.
     """
+    return _has_value(every_epochs, rungs(pruner), epoch, epochs)
+
+
+def _has_value(every_epochs: int, compared_at: Sequence[int], epoch: int, epochs: int) -> bool:
     before, now = percent(epoch - 1, epochs), percent(epoch, epochs)
-    return bool(every_epochs and epoch % every_epochs == 0) or any(before < rung <= now for rung in rungs(pruner))
+    return bool(every_epochs and epoch % every_epochs == 0) or any(before < rung <= now for rung in compared_at)
 
 
 def num_chances(recipe: Recipe, epochs: int, steps_per_epoch: int | None = None) -> int:
@@ -68,14 +72,14 @@ def num_chances(recipe: Recipe, epochs: int, steps_per_epoch: int | None = None)
         steps_per_epoch: At the smallest batch; None: not known, and no evaluation is in the warm-up.
     """
     pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
-    warmup = 0
+    first, compared_at, warmup = first_percent(pruner), rungs(pruner), 0
     if steps_per_epoch is not None:
         warmups = possible_values(recipe, "warmup_steps")
         warmup = min(num_warmup_steps(asked, epochs * steps_per_epoch) for asked in warmups)
     return sum(
-        percent(epoch, epochs) >= first_percent(pruner)
+        percent(epoch, epochs) >= first
         and epoch * (steps_per_epoch or 0) >= warmup
-        and has_intermediate_value(every, pruner, epoch, epochs)
+        and _has_value(every, compared_at, epoch, epochs)
         for epoch in range(1, epochs)
     )
 

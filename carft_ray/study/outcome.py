@@ -75,7 +75,7 @@ class TrialRow:
 
     Attributes:
         fitted: The objective is that of the fitted alpha curve; the metrics are measured.
-        at_chance: The fine-tuned weights alone, alpha 1, are at chance; others of the curve are above.
+        at_chance: The fine-tuned weights alone, alpha 1, are at chance, others of the curve above; of zero-shot: it is.
         outside: The search space has changed since, and the sampler no longer uses this trial.
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the

@@ -259,6 +259,7 @@ class Study:
             return None
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
         attributes = {"outcome": "complete", "alpha": 0.0, "metrics": numbers, "attempt": 1}
+        attributes["at_chance"] = bool(metrics.get("at_chance", False))
         return self._ended(self.journal.tell(spec, TrialState.COMPLETE, attributes, numbers["objective"]))
 
     def rows(self, kind: Kind = "trial") -> list[TrialRow]:

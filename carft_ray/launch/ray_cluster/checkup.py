@@ -376,7 +376,7 @@ def speed(read: Mapping[str, float]) -> tuple[float, float]:
 
 
 def examine_there(
-    reports: Sequence[NodeReport], recipe: Recipe, num_images: int, quick: bool, say: Callable[[str], None]
+    reports: Sequence[NodeReport], recipe: Recipe, num_images: int | None, quick: bool, say: Callable[[str], None]
 ) -> Diagnosis | None:
     """Checks images, prompts and model on a node that sees them, for a driver that does not.
 

@@ -1,7 +1,9 @@
 """CLIP models with their tokenizers and the preprocessing that belongs to them."""
 
 import hashlib
+import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ from carft_ray.recipe.fine_tuning import ModelConfig, PromptsConfig
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = OPEN_CLIP_CONFIG
+_NOT_HASHED = ("cache", "tokenizer")  # of a tokenizer: words that it has seen; one of transformers, which has files
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +151,19 @@ def write_tokenizer(clip: Clip, folder: Path) -> None:
         shutil.copy(options[MERGES], folder)
     if hasattr(clip.tokenizer, "save_pretrained"):
         clip.tokenizer.save_pretrained(str(folder))
+
+
+def tokenizer_hash(clip: Clip) -> str:
+    """Returns a hash of all that decides which tokens a sentence gets, but for the libraries: 32 hex digits."""
+    tokenizer, digest = clip.tokenizer, hashlib.blake2b(digest_size=16)
+    fields = {name: value for name, value in sorted(vars(tokenizer).items()) if name not in _NOT_HASHED}
+    digest.update(f"{type(tokenizer).__qualname__} {re.sub(' at 0x[0-9a-f]+', '', repr(fields))}".encode())
+    if isinstance(tokenizer, HFTokenizer):
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            tokenizer.save_pretrained(folder)
+            for path in sorted(Path(folder).rglob("*")):
+                digest.update(f"{path.name} ".encode() + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()
 
 
 def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from carft_ray.evaluation.metrics import is_above_chance
-from carft_ray.evaluation.objective import ID_SET
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.outcome import TrialRow
@@ -93,12 +91,11 @@ def _noise(view: Overview, document: Document) -> list[Finding]:
 
 
 def _zero_shot(view: Overview, document: Document) -> list[Finding]:
-    classes = len(document["provenance"].get("classes") or ())
-    images = (document["provenance"].get("data") or {}).get(ID_SET, {}).get("num_images", 0)
     row = next((one for one in view.baselines if one.metrics and not one.alpha), None)
-    if not classes or not images or row is None or is_above_chance(row.metrics["id_accuracy"], classes, images):
+    if row is None or not row.at_chance:
         return []
-    text = f"zero-shot ID accuracy is {100 * row.metrics['id_accuracy']:.1f} %, chance is {100 / classes:.1f} %"
+    right = f"{100 * row.metrics['id_accuracy']:.1f} %"
+    text = f"{right} of zero-shot's answers to the ID images are right, as with the same answers in any other order"
     step = "Check class names, templates and preprocessing: carft-ray doctor RECIPE"
     return [Finding("zero-shot at chance", text, step)]
 
