@@ -51,7 +51,8 @@ def list_folder_set(spec: FolderSet, place: str) -> Listing:
                         kind = _passed_over(entry)
                         if kind is None:
                             rows.append((f"{prefix}/{entry.name}", normal(class_folder)))
-                        passed_over[kind or ""] += 1
+                        elif kind:
+                            passed_over[kind] += 1
                         if kind == _TO_NOWHERE and is_image(entry.name):
                             lost.append(f"{prefix}/{entry.name}")
         except OSError as error:
@@ -61,7 +62,6 @@ def list_folder_set(spec: FolderSet, place: str) -> Listing:
     rows.sort()
     found = sorted({name for names in classes.values() for name in names})
     listing = file_listing(KIND, root, [name for name, _ in rows], [own for _, own in rows], found)
-    passed_over.pop("", None)
     return replace(listing, passed_over=passed_over, lost=tuple(sorted(lost)))
 
 
