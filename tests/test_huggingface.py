@@ -163,6 +163,18 @@ BROKEN = {
         TRAIN,
         "must hold a file of rows, but got none",
     ),
+    "no objects": (
+        lambda base: write_state(base, _data_files=[["data-00000-of-00003.arrow"], 1]),
+        "saved",
+        TRAIN,
+        "must hold the 2 files that its state.json names, but got no ",
+    ),
+    "splits that are no texts": (
+        overwritten("saved/dataset_dict.json", b'{"splits": [1, ["train"]]}'),
+        "saved",
+        TRAIN,
+        "must be a split of the data set, but got 'train'",
+    ),
     "indices": (
         lambda base: write_state(base, _indices_data_files=[{"filename": "indices.arrow"}]),
         "saved",

@@ -250,7 +250,7 @@ def test_a_configuration_that_open_clip_cannot_build_is_told(models, tmp_path):
     save_file(models, tmp_path / "model.safetensors")
     for wrong in ({"embed_dims": 3}, {"embed_dim": "many"}):
         (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, **wrong}}))
-        with pytest.raises(DataError, match="model_cfg must be one that open_clip can build, but got TypeError"):
+        with pytest.raises(DataError, match="must describe a model that open_clip can build, but got TypeError"):
             load_folder(tmp_path)
 
 

@@ -241,6 +241,7 @@ def _to_wandb(recipe: Recipe, study_dir: Path, trainings: Iterator[Told]) -> Non
 
 
 def _to_mlflow(recipe: Recipe, study_dir: Path, trainings: Iterator[Told]) -> None:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # else its import tells its makers of each use
     import mlflow
     from mlflow.entities import Metric, Param
 

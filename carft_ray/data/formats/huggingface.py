@@ -34,7 +34,8 @@ def data_files(spec: HuggingFaceSet, place: str) -> list[Path]:
     names = set(os.listdir(root)) if root.is_dir() else set()
     if "dataset_dict.json" in names:
         splits = _read(root / "dataset_dict.json").get("splits")
-        return _saved(root / _chosen(splits if isinstance(splits, list) else [], spec, place), place)
+        named = [Path(split).name for split in splits if isinstance(split, str)] if isinstance(splits, list) else []
+        return _saved(root / _chosen(named, spec, place), place)
     if "state.json" in names:
         split = _read(root / "state.json").get("_split")
         if spec.split not in (None, split):
@@ -67,8 +68,8 @@ def _saved(folder: Path, place: str) -> list[Path]:
         step = "Save it again with save_to_disk of datasets 2 or newer."
         raise DataError(Problem(f"{place}: {folder}", "must be a data set without a file of indices", next_step=step))
     listed = state.get("_data_files")
-    names = [str(file.get("filename")) for file in listed] if isinstance(listed, list) else []
-    files = [folder / Path(name).name for name in names]
+    rows = [file if isinstance(file, dict) else {} for file in listed] if isinstance(listed, list) else []
+    files = [folder / Path(str(row.get("filename"))).name for row in rows]
     if missing := [str(file) for file in files if not file.is_file()]:
         rule = f"must hold the {counted(len(files), 'file')} that its state.json names"
         raise DataError(Problem(f"{place}: {folder}", rule, f"no {missing[0]}"))

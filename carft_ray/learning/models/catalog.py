@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ MERGES = "bpe_path"  # the one more: merges of the weights' own for CLIP's token
 NUM_TAGS_LISTED = 6
 _WITHOUT = "The tokenizer may do without: take the key out of a copy of the folder, and compare tokens."
 _NUM_SHOWN = 100  # characters of a value
+_LARGEST = 2**22  # number of a configuration; vocabularies of models have up to 2**18
+_MOST_LAYERS = 1000  # each is built, whatever its size
 _PAGE = r"\w[\w.-]*(/\w[\w.-]*)?"
 # fields of `train` that an image tower may be unable to follow, alone or together
 TOWER_FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
@@ -297,6 +300,10 @@ def folder_problems(folder: Path) -> list[Problem]:
             refuse(option, rule, value, (*TOKENIZER_OPTIONS, MERGES), step)
         elif value not in TOKENIZER_OPTIONS[key]:
             refuse(option, "must be a value of open_clip", value, tuple(map(json.dumps, TOKENIZER_OPTIONS[key])))
+    for key, number in _numbers(config, ""):
+        largest = _MOST_LAYERS if "layers" in key or "depth" in key else _LARGEST
+        if not -largest <= number <= largest:
+            refuse(key, f"must be a number of at most {largest:,}", number)
     names = {"vision_cfg.timm_model_name": (vision, r"[\w.-]+", "must be a model name of timm")}
     names["text_cfg.hf_model_name"] = (text, _PAGE, "must be the name of a page of the hub")
     if not has_tokenizer(folder):  # else that is read, whatever the name
@@ -306,6 +313,15 @@ def folder_problems(folder: Path) -> list[Problem]:
         if value and not (isinstance(value, str) and re.fullmatch(pattern, value)):
             refuse(key, rule, value)
     return problems
+
+
+def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
+    """Yields all numbers of a value of JSON, with their key paths."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield from _numbers(part, f"{path}.{key}".strip("."))
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -103,10 +103,11 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
         model_config: open_clip's ``model_cfg``, for exports.
 
     Raises:
-        DataError: Its input is no square, or the tokenizer gives tokens that it does not have.
+        DataError: Its input is no square, its preprocessing is none, or the tokenizer gives tokens that it lacks.
     """
     model.eval().requires_grad_(False)
     preprocess = preprocess_config(model)
+    _check_preprocessing(preprocess)
     image_size = square_size(preprocess)
     stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
     kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
@@ -129,6 +130,26 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
         config={"model_cfg": model_config, "preprocess_cfg": {key: preprocess[key] for key in PREPROCESSING}},
         weights_hash=state_hash(model.state_dict()),
     )
+
+
+def _check_preprocessing(preprocess: dict[str, Any]) -> None:
+    """Raises a ``DataError`` for a preprocessing that cannot be computed."""
+    for key, low in (("mean", -1e6), ("std", 1e-6)):
+        value = preprocess[key]
+        if not isinstance(value, list | tuple) or len(value) != 3 or not all(_is_number(one, low) for one in value):
+            rule = f"the preprocessing of the weights must have three numbers as {key}, for pixels from 0 to 1"
+            raise DataError(Problem("model.name", rule, str(value)[:100]))
+    for key, allowed in (
+        ("interpolation", ("bilinear", "bicubic")),
+        ("resize_mode", ("shortest", "longest", "squash")),
+    ):
+        if preprocess[key] not in allowed:
+            rule = f"the preprocessing of the weights must have a known {key}"
+            raise DataError(Problem("model.name", rule, str(preprocess[key])[:100], allowed))
+
+
+def _is_number(value: Any, low: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= 1e6
 
 
 def square_size(preprocess: dict[str, Any]) -> int:

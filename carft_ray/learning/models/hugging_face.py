@@ -36,7 +36,11 @@ _ACTIVATIONS: dict[str, tuple[bool, dict[str, str] | None]] = {
     "gelu": (False, None),
     "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
 }
+# of the numbers of a configuration that are sizes, the largest that a model may have
+_LARGEST = {"hidden_size": 2**16, "intermediate_size": 2**20, "num_hidden_layers": 1000, "num_attention_heads": 2**12}
+_LARGEST |= {"vocab_size": 2**22, "max_position_embeddings": 2**20, "image_size": 2**14, "patch_size": 2**14}
 _ARGMAX_EOS = 2  # eos_token_id of old configurations: the token with the highest id ends the sentence
+_NUM_SHOWN = 100  # characters of a value
 _EPS = 1e-5  # of open_clip's norms when nothing else is said
 FILTERS = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
@@ -88,10 +92,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         DataError: The configuration is none, or asks for what open_clip cannot compute.
     """
     path = folder / HUGGING_FACE_CONFIG
-    config = _read(path)
-    text = {**_TEXT, **(config.get("text_config") or {}), **(config.get("text_config_dict") or {})}
-    vision = {**_VISION, **(config.get("vision_config") or {}), **(config.get("vision_config_dict") or {})}
-    activations = [vision["hidden_act"], text["hidden_act"]]
+    config = read_object(path)
+    text, vision = _tower_config(config, "text", _TEXT, path), _tower_config(config, "vision", _VISION, path)
+    _require_whole("projection_dim", config.get("projection_dim", 512), 2**16, path)
+    activations = [str(vision["hidden_act"]), str(text["hidden_act"])]
     known = [_ACTIVATIONS.get(activation) for activation in activations]
     if None in known or known[0][0] != known[1][0]:  # type: ignore[index]  # neither is None
         allowed = ", ".join(_ACTIVATIONS)
@@ -121,6 +125,33 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return model_config, _preprocessing(folder, vision["image_size"])
 
 
+def _tower_config(config: dict[str, Any], tower: str, defaults: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the configuration of a tower; what is a size is one.
+
+    Raises:
+        DataError: It is none.
+    """
+    found = dict(defaults)
+    for name in (f"{tower}_config", f"{tower}_config_dict"):
+        part = config.get(name) or {}
+        if not isinstance(part, dict):
+            raise DataError(Problem(f"{path}: {name}", "must be an object", str(part)[:_NUM_SHOWN]))
+        found |= part
+    for name in (*_LARGEST.keys() & defaults.keys(), *({"eos_token_id"} & defaults.keys())):
+        _require_whole(f"{tower}_config.{name}", found[name], _LARGEST.get(name, 2**22), path)
+    eps = found["layer_norm_eps"]
+    if not isinstance(eps, int | float) or not 0 < eps < 1:
+        rule = "must be a number between 0 and 1"
+        raise DataError(Problem(f"{path}: {tower}_config.layer_norm_eps", rule, str(eps)[:_NUM_SHOWN]))
+    return found
+
+
+def _require_whole(name: str, value: Any, largest: int, path: Path) -> None:
+    if type(value) is not int or not (name.endswith("eos_token_id") or value >= 1) or abs(value) > largest:
+        rule = f"must be a whole number from 1 to {largest:,}"
+        raise DataError(Problem(f"{path}: {name}", rule, repr(value)[:_NUM_SHOWN]))
+
+
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors of a CLIPModel under open_clip's names; a tensor that it does not know keeps its name."""
     # 0, 1, 2, ...: old versions stored position_ids
@@ -129,9 +160,13 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     blocks = itertools.product(("visual.", ""), sorted(layers), BLOCK_NAMES, ("weight", "bias"))
     renamed: dict[str, Tensor] = {}
     for ours in (*NAMES, *(f"{tower}transformer.resblocks.{i}.{part}{kind}" for tower, i, part, kind in blocks)):
-        if parts := [rest.pop(theirs) for theirs in names_of(ours) if theirs in rest]:
-            tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            renamed[ours] = tensor.T.contiguous() if ours in TRANSPOSED else tensor
+        parts = [rest[theirs] for theirs in names_of(ours) if theirs in rest]
+        if not parts or any(part.ndim == 0 or part.shape[1:] != parts[0].shape[1:] for part in parts[1:]):
+            continue  # what does not go together keeps its names, and fits no model
+        for theirs in names_of(ours):
+            rest.pop(theirs, None)
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        renamed[ours] = tensor.T.contiguous() if ours in TRANSPOSED and tensor.ndim == 2 else tensor
     return renamed | rest
 
 
@@ -148,11 +183,12 @@ def _tower(config: dict[str, Any]) -> dict[str, Any]:
 def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
-        found = _read(folder / "preprocessor_config.json")
+        found = read_object(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").is_file():  # transformers 5 writes both parts of a processor in one file
-        found = _read(folder / "processor_config.json").get("image_processor") or {}
+        found = read_object(folder / "processor_config.json").get("image_processor") or {}
+        found = found if isinstance(found, dict) else {}
     resample = found.get("resample", 3)
-    if resample not in FILTERS:
+    if type(resample) is not int or resample not in FILTERS:
         rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
         raise DataError(Problem(PLACE, rule, f"{resample} in {folder}"))
     size = found.get("size", image_size)
@@ -162,14 +198,19 @@ def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
         text = "%s: the folder's preprocessing resizes to %s pixels; the model's input of %s is used instead."
         logging.getLogger(__name__).warning(text, PLACE, side, image_size)
     return {
-        "mean": tuple(found.get("image_mean", OPENAI_DATASET_MEAN)),
-        "std": tuple(found.get("image_std", OPENAI_DATASET_STD)),
+        "mean": found.get("image_mean", OPENAI_DATASET_MEAN),
+        "std": found.get("image_std", OPENAI_DATASET_STD),
         "interpolation": FILTERS[resample],
         "resize_mode": "squash" if is_squash and not found.get("do_center_crop", False) else "shortest",
     }
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file of a folder.
+
+    Raises:
+        DataError: It holds none.
+    """
     try:
         value = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:

@@ -18,14 +18,15 @@ from torch import nn
 from carft_ray.errors import DataError, Problem, RecipeError, nearest
 from carft_ray.learning.models import catalog, hugging_face
 from carft_ray.learning.models.building import build_model, fetching, quiet, require_no_code
-from carft_ray.learning.models.weights import State, folder_files, is_from_openai, read_weights
+from carft_ray.learning.models.weights import State, fitted, folder_files, is_from_openai, read_weights
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.loading import LOCAL_DIR
 from carft_ray.untrusted import read_text
 
 SANDBOX_WEIGHTS = Path(__file__).with_name("sandbox_weights")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
-BUILD_ERRORS = (TypeError, ValueError, AssertionError, KeyError, RuntimeError)  # of open_clip, for its configurations
+# of open_clip and torch, for configurations of which no model can be built
+BUILD_ERRORS = (TypeError, ValueError, AssertionError, LookupError, RuntimeError, AttributeError, ArithmeticError)
 CLIP_VOCABULARY = 49408  # tokens of CLIP's own tokenizer
 
 
@@ -151,23 +152,47 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
         state |= read(path, place)
     if catalog.is_hugging_face_folder(folder):
         config, preprocessing = hugging_face.read_config(folder)
-        with torch.device(device):
-            model: nn.Module = open_clip.CLIP(**config)
+        state = hugging_face.convert(state)
+
+        def build_clip(device: str) -> nn.Module:
+            with torch.device(device):
+                model: nn.Module = open_clip.CLIP(**config)
+            return model
+
+        model = _built(build_clip, folder / catalog.HUGGING_FACE_CONFIG, state, device)
         set_preprocessing(model, preprocessing)
         if catalog.has_tokenizer(folder) and not _has_clip_tokenizer(folder, config["text_cfg"]["vocab_size"]):
             # open_clip then searches the tokenizer in the folder, in exports too
             config["text_cfg"]["hf_tokenizer_name"] = folder.name
-        return Opened(model, config, hugging_face.convert(state), str(folder), place, folder)
+        return Opened(model, config, state, str(folder), place, folder)
     config = _folder_config(folder)
     if is_from_openai(state) and not config.get("quick_gelu", False):
         rule = "model_cfg must have quick_gelu: true for OpenAI's own weights, or every number is wrong"
         raise DataError(Problem(f"{folder / catalog.OPEN_CLIP_CONFIG}", rule))
-    try:
-        model = _build(f"{LOCAL_DIR}{folder.resolve()}", folder.name, config, device)
-    except BUILD_ERRORS as error:
-        rule, said = "model_cfg must be one that open_clip can build", f"{type(error).__name__}: {error}"
-        raise DataError(Problem(f"{folder / catalog.OPEN_CLIP_CONFIG}", rule, said)) from error
+
+    def build(device: str) -> nn.Module:
+        return _build(f"{LOCAL_DIR}{folder.resolve()}", folder.name, config, device)
+
+    model = _built(build, folder / catalog.OPEN_CLIP_CONFIG, state, device)
     return Opened(model, config, state, str(folder), place, folder)
+
+
+def _built(build: Callable[[str], nn.Module], path: Path, state: State, device: str) -> nn.Module:
+    """Builds the model of a folder: first without memory, since sizes may be anything, to see that the weights fit.
+
+    Raises:
+        DataError: open_clip cannot build it, or the weights are those of another model.
+    """
+    try:
+        if device != "meta":
+            fitted(build("meta"), dict(state), str(path.parent), "model.name")
+        return build(device)
+    except BUILD_ERRORS as error:
+        rule, said = (
+            "must describe a model that open_clip can build",
+            f"{type(error).__name__}: {error}".splitlines()[0],
+        )
+        raise DataError(Problem(str(path), rule, said)) from error
 
 
 def _build(address: str, name: str, config: dict[str, Any], device: str) -> nn.Module:
@@ -262,5 +287,5 @@ def _usual_preprocessing(name: str) -> dict[str, Any]:
 def _has_clip_tokenizer(folder: Path, vocab_size: int) -> bool:
     """Tells CLIP's own tokenizer, which open_clip brings along, from another one in a Hugging Face folder."""
     path, own = folder / "tokenizer_config.json", "CLIPTokenizer"
-    kind = json.loads(read_text(path)).get("tokenizer_class", own) if path.is_file() else own
+    kind = hugging_face.read_object(path).get("tokenizer_class", own) if path.is_file() else own
     return vocab_size == CLIP_VOCABULARY and str(kind).startswith(own)

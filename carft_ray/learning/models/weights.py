@@ -27,6 +27,7 @@ MOST_WEIGHTS_BYTES = 64 * 2**30  # the largest of open_clip, of 5 billion number
 # with the tensors in OpenAI's own state: integers of the model's sizes
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")  # open_clip resizes
+_MOST_STRETCHED = 64  # rows of position embeddings that are made of one: eight times the side of an image
 _NUM_SHOWN = 3  # tensors named in a message
 _NUM_CANDIDATES = 12  # models built to see which one the weights fit
 
@@ -250,6 +251,8 @@ def _only_positions(model: nn.Module, misfit: Misfit) -> dict[str, tuple[Shape, 
         if name not in _POSITIONS or len(found) != 2 or found[1] != need[1]:
             return {}
         if name == _POSITIONS[0] and not hasattr(model.visual, "grid_size"):
+            return {}
+        if need[0] > _MOST_STRETCHED * found[0]:
             return {}
     return misfit.reshaped
 

@@ -1,0 +1,109 @@
+"""Configurations of models from strangers: one message, whatever they hold, and no memory for what does not fit."""
+
+import contextlib
+import copy
+import json
+
+import pytest
+import short_training
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import load_folder
+
+from carft_ray.errors import CarftError
+
+NUMBERS = st.sampled_from([0, -1, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), 1e-320])
+VALUES = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.integers() | st.sampled_from(["", "\0", "8", "../x", "x" * 999]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=6,
+)
+WRONG = {
+    "model_cfg.embed_dim": ("8", "TypeError"),
+    "model_cfg.vision_cfg.layers": (10**9, "must be a number of at most 1,000, but got 1000000000"),
+    "model_cfg.vision_cfg.width": (2**40, "must be a number of at most 4,194,304"),
+    "model_cfg.vision_cfg.image_size": (2**20, "the tensors of"),
+    "model_cfg.text_cfg.width": ([], "must describe a model that open_clip can build"),
+    "preprocess_cfg.mean": ([0.5, 0.5], "must have three numbers as mean"),
+    "preprocess_cfg.std": ([0.5, 0.5, "1"], "must have three numbers as std"),
+    "preprocess_cfg.resize_mode": ([None], "must have a known resize_mode"),
+}
+WRONG_CLIP = {
+    "projection_dim": ("8", "projection_dim: must be a whole number from 1 to 65,536, but got '8'"),
+    "vision_config": ([], "the tensors of"),
+    "text_config": ("x", "text_config: must be an object, but got x"),
+    "vision_config.num_attention_heads": (0, "must be a whole number from 1 to 4,096, but got 0"),
+    "vision_config.patch_size": (2**31 - 1, "must be a whole number from 1 to 16,384"),
+    "vision_config.image_size": (2**14, "the tensors of"),
+    "text_config.num_hidden_layers": (2.0, "must be a whole number from 1 to 1,000, but got 2.0"),
+    "text_config.layer_norm_eps": (None, "must be a number between 0 and 1, but got None"),
+    "text_config.hidden_act": (["gelu"], "hidden_act must be one of"),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A folder of open_clip and one of a CLIPModel: name of its configuration, its content, the folder."""
+    base = tmp_path_factory.mktemp("models")
+    short_training.write_model(base / "open_clip")
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**tower, "max_position_embeddings": 12, "vocab_size": 49408}
+    vision = {**tower, "image_size": 16, "patch_size": 8}
+    transformers.CLIPModel(
+        transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    ).save_pretrained(base / "clip")
+    paths = {"open_clip": base / "open_clip" / "open_clip_config.json", "clip": base / "clip" / "config.json"}
+    return {kind: (path, json.loads(path.read_text())) for kind, path in paths.items()}
+
+
+def opened(folders, kind, change):
+    """Loads the model of a folder whose configuration is changed."""
+    path, sound = folders[kind]
+    config = copy.deepcopy(sound)
+    change(config)
+    path.write_text(json.dumps(config))
+    return load_folder(path.parent)
+
+
+def put(config, key, value):
+    *places, name = key.split(".")
+    for place in places:
+        config = config[place]
+    config[name] = value
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [*(("open_clip", key) for key in WRONG), *(("clip", key) for key in WRONG_CLIP)]
+)
+def test_what_is_no_size_or_preprocessing_is_told(folders, kind, key):
+    value, message = {**WRONG, **WRONG_CLIP}[key]
+    with pytest.raises(CarftError) as caught:
+        opened(folders, kind, lambda config: put(config, key, value))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])
+def test_other_files_of_a_folder_that_are_no_json_are_told(folders, name):
+    path = folders["clip"][0].parent / name
+    path.write_text('{"a": "\1"}')
+    try:
+        with pytest.raises(CarftError, match=f"must be a JSON file, but got .*{name}"):
+            opened(folders, "clip", lambda config: None)
+    finally:
+        path.unlink()
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "clip"])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_value_anywhere_gives_a_model_or_one_message(folders, kind, data):
+    def change(config):
+        inside = config
+        while isinstance(inside, dict) and inside:
+            holder, key = inside, data.draw(st.sampled_from(sorted(inside)))
+            inside = holder[key]
+        holder[key] = data.draw(VALUES)
+
+    with contextlib.suppress(CarftError):
+        opened(folders, kind, change)
