@@ -18,7 +18,7 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-all test-fast test-nodes test-oldest kill-matrix cluster-story lint format tables docs clean
+.PHONY: quickstart test test-all test-fast test-nodes test-oldest kill-matrix cluster-story fuzz lint format tables docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -88,6 +88,12 @@ cluster-story: $(VENV)/.installed-dev
 		rm -rf $(VENV)/story-$$way; \
 		PYTHONPATH=. $(BIN)/python tests/cluster_story.py $(VENV)/story-$$way $$way || exit 1; \
 	done
+
+# inputs of strangers, damaged at random, through doctor, a search and report: an hour of processor, on two processes
+CASES ?= 10000
+SEED ?= 0
+fuzz: $(VENV)/.installed-dev
+	@$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .

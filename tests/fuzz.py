@@ -1,0 +1,371 @@
+"""Fuzzing: inputs of strangers, damaged at random, through ``doctor``, a search of one trial, and ``report``.
+
+    python tests/fuzz.py --cases 10000 --seed 0             all kinds, on two processes; prints a table
+    python tests/fuzz.py --kind tar --case 1234 --seed 0    one case, with what it printed; its folder stays
+
+A case must end in a result, or in one message with the exit code of its error, 2 to 8. All else is a finding: a
+traceback, "a fault of carft-ray", a training that failed by an exception of Python, a hang, the death of the process, a
+program or a connection that was begun, a pickle that was read, and a file written or removed outside of the case's
+folder.
+
+All is imported once, and each case runs in a fork of its own. What costs time and hardly depends on the input is made
+cheap: the figure is drawn for recipes and each tenth case, nothing is flushed to disk, and the cache begins with what
+all cases share: images of ``id_val``, and heads of the model.
+"""
+
+import argparse
+import contextlib
+import functools
+import gc
+import importlib
+import json
+import os
+import platform
+import re
+import resource
+import select
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter, defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "200"}
+
+import crash_host  # noqa: E402
+import mutations  # noqa: E402
+
+KINDS = ("recipe", *mutations.KINDS)
+LANES = 2
+CPU_S, WALL_S = 40, 240  # of a case; a sound one takes half a second of a free core
+MEMORY = 3 * 2**30  # bytes of addresses above those of the parent
+FILE_SIZE = 2**28
+CODES = range(2, 9)
+COMMANDS = (
+    ("doctor", "recipe.yaml"),
+    (
+        *("search", "recipe.yaml", "--study", "study", "--executor", "debug"),
+        *("--set", "search.trials=1", "--set", "train.epochs=1", "--set", "search.baselines={}"),
+    ),
+    ("report", "study"),
+    ("report", "study", "--json"),
+)
+PROGRAMS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn")
+CONNECTIONS = ("socket.connect", "socket.bind", "socket.getaddrinfo")
+CHANGES = ("os.remove", "os.rmdir", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod")
+FAILED = re.compile(r"failed in this way: (?P<name>\w*(?:Error|Exception|Interrupt|Warning|Exit|Iteration))\b")
+
+
+def import_everything(base):
+    """Writes the samples and the cache in a fork, and imports what a whole case has imported there."""
+    crash_host.import_everything()
+    names = base / "modules.txt"
+    process = os.fork()
+    if not process:
+        _silence(base / "samples.log")
+        with _ended():
+            _try_whole_cases(base)
+            names.write_text("\n".join(sys.modules))
+    if os.waitpid(process, 0)[1]:
+        raise SystemExit((base / "samples.log").read_text())
+    for name in names.read_text().split():
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
+    import typer
+
+    from carft_ray import environment
+    from carft_ray.cli import app
+
+    environment._version = functools.cache(environment._version)
+    environment.versions(), environment.outside_ranges()
+    typer.main.get_command = functools.cache(typer.main.get_command)
+    typer.main.get_command(app)
+    code = environment.code()  # asks git
+    environment.code = lambda: code
+    assert platform.uname().processor is not None  # asks a program, once
+    gc.collect()
+    gc.freeze()
+    assert len(os.listdir("/proc/self/task")) <= 2, "a fork of a process with threads may hang"  # and jemalloc's own
+
+
+@contextlib.contextmanager
+def _ended():
+    """Ends this process, a fork, with the block; with 1 where that raises."""
+    try:
+        yield
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def _try_whole_cases(base):
+    """Writes the samples, and runs sound cases with a cache for all."""
+    mutations.write_samples(base)
+    os.environ |= {"XDG_CACHE_HOME": str(base / "cache"), "MPLCONFIGDIR": str(base / "matplotlib")}
+    for kind in ("recipe", "clip"):
+        here = base / "try" / kind
+        here.mkdir(parents=True)
+        os.chdir(here)
+        value = mutations.recipe_value(base)
+        if kind == "clip":
+            value["model"]["name"] = f"local-dir:{base / 'clip'}"
+        (here / "recipe.yaml").write_text(json.dumps(value))
+        codes = [crash_host.call(words) for words in COMMANDS]
+        assert codes == [0, 0, 0, 0], codes
+
+
+def _silence(log):
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+
+
+def watch(here, tell):
+    """Tells of programs, connections, pickles, and changes outside of a folder, from now on in this process."""
+    inside = (f"{here}/", "/dev/null", "/proc/self/task/", f"/proc/{os.getpid()}/")
+
+    def is_outside(path):
+        if not isinstance(path, str | bytes | os.PathLike):
+            return False
+        path = os.path.realpath(os.fsdecode(path))
+        return path != str(here) and not path.startswith(inside)
+
+    def hook(event, given):
+        if event == "open":
+            path, mode, flags = given
+            changes = any(sign in mode for sign in "wax+") if isinstance(mode, str) else flags & 3 != os.O_RDONLY
+            if changes and is_outside(path):
+                tell(f"opened for writing {path!r}")
+        elif event in CHANGES:
+            if outside := [path for path in given if is_outside(path)]:
+                tell(f"{event} {outside}")
+        elif event in PROGRAMS or event in CONNECTIONS or event == "pickle.find_class":
+            tell(f"{event} {given!r}"[:300])
+
+    sys.addaudithook(hook)
+
+
+def run_case(kind, number, seed, here, base, write):
+    """Runs a case in this process, which ends with it; ``write`` gets a line of JSON for each thing to know."""
+
+    def tell(what, value):
+        write(json.dumps([what, value]).encode() + b"\n")
+
+    _silence(here.parent / "output")
+    os.chdir(here)
+    for name in ("tmp", "cache"):
+        (here / name).mkdir()
+    shutil.copytree(base / "cache", here / "cache", dirs_exist_ok=True)
+    os.environ |= {"XDG_CACHE_HOME": str(here / "cache"), "TMPDIR": str(here / "tmp"), "HOME": str(here)}
+    os.environ["MPLCONFIGDIR"] = str(base / "matplotlib")
+    tempfile.tempdir = None
+    tell("phase", "making the case")
+    mutations.write_case(kind, number, seed, here, base)
+    os.fsync = lambda handle: None
+    if kind != "recipe" and number % 10:
+        from carft_ray.launch.figures import study_figure
+
+        study_figure.write_figure = lambda *given, **named: None
+    addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (addresses + MEMORY,) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (FILE_SIZE,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    watch(here, lambda text: tell("did", text))
+    for words in COMMANDS:
+        tell("phase", words[0])
+        begin = os.lseek(1, 0, os.SEEK_CUR)
+        code = crash_host.call(words)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        tell("code", code)
+        with open(here.parent / "output", errors="replace") as file:
+            file.seek(begin)
+            said = file.read()
+        if wrong := judged(code, said, words):
+            tell("wrong", wrong)
+        if code:
+            break
+
+
+def judged(code, said, words):
+    """Returns what is wrong with the end of a command; empty where it is a result, or one message with its code."""
+    for sign in ("Traceback (most recent call last)", "fault of carft-ray", "Internal error", "Fatal Python error"):
+        if sign in said:
+            return next(line for line in said.splitlines() if sign in line) + " " + said.strip().splitlines()[-1]
+    if failed := FAILED.search(said):
+        return f"a training failed: {said[failed.start() :].splitlines()[0]}"
+    if code and code not in CODES:
+        return f"exit code {code}"
+    if code and len(re.findall(r"^error: ", said, re.MULTILINE)) != 1:
+        return f"exit code {code} without one message"
+    if not code and "--json" in words:
+        json.loads(said[said.index("{") :])
+    return ""
+
+
+def one(kind, number, seed, lane, base):
+    """Runs a case in a fork; returns ``result``, its exit code, or what was wrong, and its seconds of processor."""
+    here, began = lane / "case", time.monotonic()
+    here.mkdir(parents=True)
+    canary = lane / mutations.CANARY
+    canary.mkdir()
+    (canary / "x").write_text("precious")
+    readable, writable = os.pipe()
+    process = os.fork()
+    if not process:
+        try:
+            os.setsid()
+            os.close(readable)
+            run_case(kind, number, seed, here, base, functools.partial(os.write, writable))
+        except BaseException:
+            text = traceback.format_exc().strip().splitlines()
+            os.write(writable, json.dumps(["wrong", f"{text[-1]} ({text[-3].strip()})"]).encode() + b"\n")
+        finally:
+            os._exit(0)
+    os.close(writable)
+    told, ended = b"", False
+    while not ended and (left := began + WALL_S - time.monotonic()) > 0:
+        if select.select([readable], [], [], left)[0]:
+            piece = os.read(readable, 65536)
+            told, ended = told + piece, not piece
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
+    _, status, used = os.wait4(process, 0)
+    status = os.waitstatus_to_exitcode(status)
+    os.close(readable)
+    facts = [json.loads(line) for line in told.splitlines()]
+    phase = next((value for what, value in reversed(facts) if what == "phase"), "start")
+    wrong = [str(value) for what, value in facts if what in ("wrong", "did")]
+    if not ended:
+        wrong.append(f"hangs: {WALL_S} s")
+    elif status == -signal.SIGXCPU or status == -signal.SIGKILL:
+        wrong.append(f"hangs: {CPU_S} s of processor")
+    elif status:
+        wrong.append(f"died of {signal.Signals(-status).name if status < 0 else status}")
+    there = {path.name: path.read_text() for path in canary.iterdir()}
+    if there != {"x": "precious"} or {path.name for path in lane.iterdir()} - {"output"} != {"case", mutations.CANARY}:
+        wrong.append(f"left something outside of its folder: {sorted(there)}, {sorted(os.listdir(lane))}")
+    codes = [value for what, value in facts if what == "code"]
+    outcome = f"{phase}: {'; '.join(wrong)}"[:2000] if wrong else codes[-1] or "result"
+    return outcome, used.ru_utime + used.ru_stime
+
+
+def work(cases, seed, lane, base, write):
+    """Runs cases one after the other and tells the outcome of each; the folder of what is wrong stays."""
+    lane.mkdir()
+    for kind, number in cases:
+        outcome, seconds = one(kind, number, seed, lane / "now", base)
+        write(json.dumps([kind, number, outcome, seconds]).encode() + b"\n")
+        if is_wrong(outcome) or len(cases) == 1:
+            kept = lane.parent / "found" / f"{kind}-{number}"
+            shutil.rmtree(kept, ignore_errors=True)
+            (lane / "now").rename(kept)
+        else:
+            shutil.rmtree(lane / "now")
+
+
+def run(cases, seed, folder, show):
+    """Runs cases on two processes; returns (kind, number, outcome, seconds of processor) of each."""
+    base = folder / "samples"
+    base.mkdir(parents=True)
+    (folder / "found").mkdir()
+    import_everything(base)
+    pipes, lanes = [], []
+    for number in range(LANES):
+        readable, writable = os.pipe()
+        pipes.append(readable)
+        lanes.append(os.fork())
+        if not lanes[-1]:
+            cores = sorted(os.sched_getaffinity(0))
+            os.sched_setaffinity(0, {cores[number % len(cores)]})  # one thread of torch, too
+            work(cases[number::LANES], seed, folder / f"lane{number}", base, functools.partial(os.write, writable))
+            os._exit(0)
+        os.close(writable)
+    rows, buffers = [], dict.fromkeys(pipes, b"")
+    while buffers:
+        for pipe in select.select(list(buffers), [], [])[0]:
+            piece = os.read(pipe, 65536)
+            *lines, buffers[pipe] = (buffers[pipe] + piece).split(b"\n")
+            for line in lines:
+                rows.append(json.loads(line))
+                show(rows[-1], len(rows))
+            if not piece:
+                del buffers[pipe]
+    for lane in lanes:
+        os.waitpid(lane, 0)
+    assert len(rows) == len(cases), f"{len(rows)} of {len(cases)} cases have ended"
+    return rows
+
+
+def is_wrong(outcome):
+    """Tells an outcome that must not be from a result and an exit code."""
+    return isinstance(outcome, str) and outcome != "result"
+
+
+def table(rows):
+    """Returns the table of a run as text."""
+    found, seconds = defaultdict(Counter), Counter()
+    for kind, _, outcome, took in rows:
+        found[kind]["anything else" if is_wrong(outcome) else outcome] += 1
+        seconds[kind] += took
+    found["all"], seconds["all"] = sum(found.values(), Counter()), sum(seconds.values())
+    heads = ["result", *CODES, "anything else"]
+    lines = [
+        f"{'kind':<8} {'cases':>6} {'result':>7} "
+        + "".join(f"{code:>6}" for code in CODES)
+        + "  anything else  processor, s"
+    ]
+    for kind, counts in found.items():
+        numbers = [counts[head] for head in heads]
+        middle = "".join(f"{number:>6}" for number in numbers[1:-1])
+        line = f"{kind:<8} {counts.total():>6} {numbers[0]:>7} {middle}  {numbers[-1]:>13}  {seconds[kind]:>12.0f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", type=int, default=10000, help="in all, equally many of each kind")
+    parser.add_argument("--kind", choices=KINDS, help="one kind alone")
+    parser.add_argument("--case", type=int, help="with --kind: one case")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    kinds = (given.kind,) if given.kind else KINDS
+    numbers = range(-(-given.cases // len(kinds))) if given.case is None else (given.case,)
+    cases = [(kind, number) for number in numbers for kind in kinds]
+    folder = Path(tempfile.mkdtemp(prefix="carft-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
+
+    def show(row, done):
+        kind, number, outcome, _ = row
+        if is_wrong(outcome):
+            print(f"--kind {kind} --case {number} --seed {given.seed}: {outcome}", flush=True)
+        if done % 500 == 0:
+            print(f"{done} of {len(cases)}", file=sys.stderr, flush=True)
+
+    rows = run(cases, given.seed, folder, show)
+    print(table(rows))
+    if given.case is not None:
+        print((folder / "found" / f"{given.kind}-{given.case}" / "output").read_text(errors="replace"))
+    wrong = sum(is_wrong(outcome) for _, _, outcome, _ in rows)
+    if wrong or given.case is not None:
+        print(f"folders of cases: {folder / 'found'}")
+    else:
+        shutil.rmtree(folder)
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
