@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from carft_ray.errors import Problem, StorageError, UsageError
+from carft_ray.untrusted import open_regular, parse_json, read_regular
 
 # of a network disk or connection that has gone, or of a disk that fails (not every system has each); a full disk or a
 # missing permission is not among them: another attempt would meet it again
@@ -25,6 +26,7 @@ _MACHINE = """ESTALE EIO ETIMEDOUT ENOTCONN ECONNRESET ECONNREFUSED ECONNABORTED
 ENETUNREACH EREMOTEIO ESHUTDOWN"""
 MACHINE_ERRNOS: tuple[int, ...] = tuple(getattr(errno, name) for name in _MACHINE.split() if hasattr(errno, name))
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
+MOST_JSON_BYTES = 2**30  # of a file of a study that is read whole
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
 RETRY_EVERY_S = 0.2
 
@@ -255,7 +257,7 @@ def read_json(path: Path) -> Any:
         StorageError: It is missing or damaged, or cannot be read.
     """
     try:
-        return json.loads(retried(path, path.read_bytes))
+        return parse_json(retried(path, lambda: read_regular(path, MOST_JSON_BYTES, StorageError)))
     except FileNotFoundError:
         value = "no such file"
     except OSError as error:
@@ -273,8 +275,8 @@ def read_object(path: Path) -> dict[str, Any] | None:
         OSError: A network disk does not answer.
     """
     try:
-        content = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+        content = parse_json(read_regular(path, MOST_JSON_BYTES, StorageError))
+    except (FileNotFoundError, ValueError, StorageError):
         return None
     return content if isinstance(content, dict) else None
 
@@ -286,7 +288,7 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         StorageError: As ``retried``.
     """
     try:
-        content = retried(path, path.read_bytes)
+        content = retried(path, lambda: read_regular(path, MOST_JSON_BYTES, StorageError))
     except (FileNotFoundError, NotADirectoryError):
         return []
     return _whole_rows(content)
@@ -297,7 +299,7 @@ def _whole_rows(content: bytes) -> list[dict[str, Any]]:
     rows = []
     for line in content.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError):  # half a line, where another file of more bytes took the name
-            rows.append(json.loads(line))
+            rows.append(parse_json(line))
     return [row for row in rows if isinstance(row, dict)]
 
 
@@ -320,7 +322,7 @@ def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
             size = path.stat().st_size
             if size == offset:
                 return [], offset
-            with open(path, "rb") as file:
+            with open_regular(path, StorageError) as file:
                 start = file.seek(offset if size > offset else 0)
                 content = file.read()
     except FileNotFoundError:

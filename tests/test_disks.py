@@ -31,9 +31,10 @@ def disk(monkeypatch):
 
     def failing(plain):
         def wrapped(path, *args, **kwargs):
-            number, times = left.get(path.name, (0, 0))
+            name = os.path.basename(path)
+            number, times = left.get(name, (0, 0))
             if times > 0:
-                left[path.name] = (number, times - 1)
+                left[name] = (number, times - 1)
                 raise OSError(number, os.strerror(number), str(path))
             return plain(path, *args, **kwargs)
 
@@ -41,6 +42,7 @@ def disk(monkeypatch):
 
     for name in ("stat", "open", "read_bytes", "read_text"):
         monkeypatch.setattr(Path, name, failing(getattr(Path, name)))
+    monkeypatch.setattr(os, "open", failing(os.open))
     return lambda name, times, number=errno.ESTALE: left.update({name: (number, times)})
 
 

@@ -155,6 +155,88 @@ def test_no_module_unpickles():
         assert not re.search(r"(?<!safetensors\.)torch\.(load|save)\(|allow_pickle=True", path.read_text()), path
 
 
+AROUND = {  # modules that read files without ``untrusted``, and why they may
+    "untrusted": "the gate",
+    "files": "writes durably",
+    "environment": "the package's own source; the kernel's files",
+    "recipe/presets": "the package's own recipes",
+    "recipe/tables": "the documents of a checkout",
+    "data/draft": "the package's own templates",
+    "data/synthetic/sandbox_shapes": "the package's own table",
+    "data/synthetic/corruptions": "the package's own table",
+    "data/benchmark_sets/reader": "the package's own table",
+    "data/benchmark_sets/facts": "the package's own lists",
+    "data/benchmark_sets/listers": "maps rows of CIFAR, once their number is known to be whole",
+    "data/formats/table_rows": "maps what open_regular has opened before",
+    "data/caching/arrays": "the user's own cache",
+    "data/caching/cache": "the user's own cache",
+    "data/caching/index": "the user's own cache",
+    "data/caching/packed": "the user's own cache; the kernel's files",
+    "data/shared/pairs_file": "the package's own page",
+    "evaluation/scalars": "writes",
+    "learning/checkpoint": "checkpoints of a training that runs",
+    "learning/memory": "the kernel's files",
+    "learning/own_function": "code that the user has trusted",
+    "learning/target_blocks": "targets of a training that runs",
+    "learning/models/catalog": "the source of open_clip",
+    "learning/models/opening": "a weights file that was opened as a regular one",
+    "learning/models/weights": "a weights file that was opened as a regular one",
+    "launch/worker": "writes the log of a training",
+    "launch/ray_group": "rows of a training that runs",
+    "launch/preparation": "what a preparation that runs says",
+    "launch/figures/board": "a figure that was just drawn",
+    "launch/failures/causes": "what a process that has ended has left",
+    "launch/jobs/package": "the checkout that is sent",
+    "launch/jobs/server": "the user's own token",
+    "launch/jobs/upload": "files that the user sends",
+    "launch/ray_cluster/growth": "the kernel's files; the cluster's own configuration",
+    "launch/ray_cluster/node_facts": "the kernel's files; a bounded beginning of images",
+    "results/exports/model_card": "the package's own page",
+    "results/pages/data": "the first line of a log of a study",
+    "results/pages/page": "the package's own page; a figure that was just drawn",
+    "results/reading/documents": "the stop file of a study",
+    "results/reading/logs": "logs of a study, which are followed",
+    "study/identity": "the manifest of a study that is held",
+    "study/best": "best.yaml of a study that is held",
+    "study/lease": "the lease of a study that is held",
+    "study/ledger": "the ledger of a study that is held",
+    "study/lock": "the journal of a study that is held",
+    "study/proposals/trust": "the token of a study that is held",
+    "study/study": "a file of a study that is held",
+}
+READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}
+GATES = ("carft_ray.untrusted", "carft_ray.data.images")
+
+
+def reads_around(path):
+    """Yields the lines of a module that read a file by its path and not through a gate."""
+    through = {
+        alias.asname or alias.name
+        for node in nodes_of(path)
+        if isinstance(node, ast.ImportFrom) and node.module in GATES
+        for alias in node.names
+    }
+    for node in nodes_of(path):
+        called = node.func if isinstance(node, ast.Call) else None
+        is_open = isinstance(called, ast.Attribute) and called.attr == "open"
+        holder = ast.unparse(called.value).lower() if is_open else ""
+        if (
+            (isinstance(called, ast.Name) and called.id in {"open", *READS} - through)
+            or holder == "os"
+            or "path" in holder
+            or (isinstance(node, ast.Attribute) and node.attr in READS)  # called, or given to what calls it
+        ):
+            yield node.lineno
+
+
+@pytest.mark.slow
+def test_strangers_files_are_read_through_the_gate():
+    found = {str(path.relative_to(PACKAGE).with_suffix("")): list(reads_around(path)) for path in FILES}
+    around = {name: lines for name, lines in found.items() if lines}
+    assert not around.keys() - AROUND.keys(), {name: around[name] for name in around.keys() - AROUND.keys()}
+    assert not AROUND.keys() - around.keys(), "no longer needed"
+
+
 def test_no_file_names_a_path_of_one_machine():
     for path in (
         *FILES,

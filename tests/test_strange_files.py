@@ -14,8 +14,9 @@ import short_training
 from layouts_tables import hf_dataset, pictures, table_of, write_folder, write_table
 from sources import open_set
 
+from carft_ray import files
 from carft_ray.data.images import MOST_BYTES
-from carft_ray.errors import DataError, RecipeError
+from carft_ray.errors import DataError, RecipeError, StorageError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.untrusted import parse_json
 
@@ -237,6 +238,18 @@ def test_the_home_of_an_unknown_user_is_a_folder_that_is_not_there(here):
     assert recipe.data.train.path == str(here / "~nosuchuser" / "x")
 
 
+def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
+    os.mkfifo("pipe")
+    Path("deep").write_text("[" * 200_000)
+    for name, rule in (("pipe", "must be a regular file, but got a named pipe"), ("deep", "nested too deep")):
+        with pytest.raises(StorageError, match=rule):
+            files.read_json(here / name)
+        assert files.read_object(here / name) is None
+    with pytest.raises(StorageError, match="must be a regular file"):
+        files.read_json_lines(here / "pipe")
+    assert files.read_json_lines(here / "deep") == []
+
+
 @pytest.mark.slow
 def test_commands_end_before_anything_is_trained(here, capfd):
     recipe = short_training.make(here)
@@ -244,8 +257,6 @@ def test_commands_end_before_anything_is_trained(here, capfd):
     os.mkfifo("pipe.tar")
     sparse(here / "images" / "photo_val" / "arrow" / "9.png")
     for setting, code in (
-        ("prompts.templates=file:/dev/zero", 3),
-        ("search.baselines={%s: {kl_weight: 0}}" % ("x" * 300), 3),
         ("data.train={source: webdataset, path: pipe.tar}", 4),
         ("name=short", 4),  # the image of a terabyte
     ):

@@ -16,6 +16,7 @@ from carft_ray.data.caching.cache import key_of, made_once
 from carft_ray.data.images import unreadable
 from carft_ray.errors import DataError
 from carft_ray.files import fsync_file, new_file
+from carft_ray.untrusted import open_regular
 
 FORMAT_VERSION = 1  # rises when another thing is found in the same file
 _END = 1 << 16  # bytes
@@ -44,7 +45,7 @@ def container_stamp(path: Path) -> str:
     Raises:
         OSError: It has vanished or cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         digest = hashlib.blake2b(file.read(_END), digest_size=16)
         file.seek(max(0, path.stat().st_size - _END))
         digest.update(file.read(_END))

@@ -24,7 +24,7 @@ from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet
-from carft_ray.untrusted import csv_cell, of_csv_cell
+from carft_ray.untrusted import csv_cell, of_csv_cell, read_text
 from carft_ray.words import counted
 
 NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
@@ -159,7 +159,7 @@ def read_shared(study_dir: Path) -> list[SharedRow]:
         return []
     numbers: dict[str, Callable[[str], Any]] = {"sample_id": int, "other_sample_id": int, "distance": float}
     try:
-        text = files.retried(path, lambda: path.read_text(encoding="utf-8"))
+        text = files.retried(path, lambda: read_text(path, files.MOST_JSON_BYTES, StorageError))
         reader = csv.DictReader(io.StringIO(text))
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"its columns are {reader.fieldnames}")
