@@ -90,7 +90,7 @@ def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(st
     export = "export --to exports/study"
     assert steps(study_dir) == ["report", "confirm", export, "resume --trials +4", "ls"]
     assert steps(study_dir, after="report")[0] == "confirm"
-    plan(study_dir, "its own")  # stopped before its end
+    plan(study_dir, "its-own")  # stopped before its end
     assert steps(study_dir)[:2] == ["report", "confirm --top 1 --seeds 2"]
     confirm(study_dir)
     assert steps(study_dir) == ["report", "test", export, "resume --trials +4", "ls"]
