@@ -91,7 +91,9 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
             time.sleep(min(0.05, modes.get("seconds", 0.02)))
-        while epoch > 1 and is_held(mode, prepared_dir) and not context.should_stop():
+        while epoch > 1 and is_held(mode, prepared_dir):
+            if context.should_stop():
+                stop(modes)
             time.sleep(0.1)
         if context.rank == 0:
             row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}
@@ -102,8 +104,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
             while modes.get("paced") and not context.should_stop() and not is_noted(out_dir, epoch):
                 time.sleep(0.05)
         if context.should_stop() and epoch < recipe.train.epochs:
-            time.sleep(modes.get("slow_stop", 0))
-            raise InterruptedRunError("stopped")
+            stop(modes)
     told = {"pid": os.getpid()} if modes.get("tell_pid") else {}
     value = math.nan if mode == "nan" else objective(recipe.train)
     result = {
@@ -120,6 +121,11 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     if mode == "slow_end":
         time.sleep(5)
     return result
+
+
+def stop(modes):
+    time.sleep(modes.get("slow_stop", 0))
+    raise InterruptedRunError("stopped")
 
 
 def is_held(mode, prepared_dir):

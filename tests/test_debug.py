@@ -81,7 +81,7 @@ def test_all_events_of_a_search_come_and_no_ray_is_started(tmp_path):
 
 @pytest.mark.slow
 def test_the_pruner_cuts_a_running_training(tmp_path):
-    stand_in.tell(tmp_path, seconds=0.3)
+    stand_in.tell(tmp_path, paced=True)
     pruner = {"name": "median", "startup_trials": 1, "first": 0.3}
     recipe = stand_in.make_recipe(
         4, 3, baselines={}, pruner=pruner, sampler={"seed": 3}, evaluate={"every_epochs": 1}, **DEBUG
@@ -100,7 +100,7 @@ def test_a_trial_that_raises_is_a_verdict_after_its_second_attempt_and_the_searc
 
 @pytest.mark.slow
 def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
-    stand_in.tell(tmp_path, seconds=1.0)
+    stand_in.tell(tmp_path, **{"0": "hold"})
     recipe = stand_in.make_recipe(2, baselines={}, **DEBUG)
 
     def on_event(event):
@@ -109,7 +109,7 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
 
     with pytest.raises(InterruptedRunError, match="0 of 2 trials finished"):
         run_search(recipe, tmp_path / "study", None, on_event, STAND_IN)
-    stand_in.tell(tmp_path, seconds=0.02)
+    stand_in.tell(tmp_path)
     result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
     assert [row.outcome for row in result.trials] == ["complete"] * 2
     assert result.trials[0].attempt == 2

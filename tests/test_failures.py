@@ -364,9 +364,10 @@ def _new_folder(path):
 
 @pytest.mark.slow
 def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_ends(tmp_path):
-    """The first process is stopped in the middle of its second epoch, and woken in the middle of the next attempt."""
+    """The first process is stopped after its first epoch and woken while the next attempt runs; both are held."""
     study_dir = tmp_path / "study"
-    stand_in.tell(tmp_path, seconds=0.4, tell_pid=True)
+    hold = stand_in.tell(tmp_path, tell_pid=True) / "hold"
+    hold.touch()
     recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"gpus_per_worker": 0})
     with open_study(study_dir, recipe) as study:
         recover_running(study)
@@ -374,16 +375,17 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         first = study.next()
         folder = first.folder(study_dir)
         zombie = attempts.start(plan, first)
-        wait_for_epoch(folder, 1)
+        wait_until(lambda: files.read_json_lines(folder / "metrics.jsonl"))
         os.kill(zombie.pid, signal.SIGSTOP)
         assert study.lost(first, "its node is lost") != "set aside"
         second = study.next()
         process = attempts.start(plan, second)
-        wait_for_epoch(folder, 3)
+        wait_until(lambda: json.loads((folder / "heartbeat.json").read_text())["pid"] == process.pid)
         os.kill(zombie.pid, signal.SIGCONT)
-        zombie.join(60)
+        zombie.join(120)
         assert zombie.exitcode == 0  # quietly, at its next look for a stop
         assert json.loads((folder / "heartbeat.json").read_text())["pid"] == process.pid
+        hold.unlink()
         process.join(120)
         row = study.settle(second)
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
@@ -393,9 +395,9 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
     assert (folder / "log.txt").read_text().count("attempt") == 3  # two starts and a loss
 
 
-def wait_for_epoch(folder, epoch):
+def wait_until(holds):
     end = time.monotonic() + 120
-    while len(files.read_json_lines(folder / "metrics.jsonl")) < epoch:
+    while not holds():
         assert time.monotonic() < end
         time.sleep(0.02)
 

@@ -434,7 +434,7 @@ def test_a_lock_of_a_dead_process_is_none(here):
 
 @pytest.mark.slow
 def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
-    stand_in.tell(here, seconds=4)
+    (stand_in.tell(here) / "hold").touch()  # no training gets further than its first epoch
     command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), "6", '{"executor": "debug"}']
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
     with subprocess.Popen(
