@@ -9,6 +9,7 @@ import tempfile
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # a recipe may ask for more: on busy cores they must not spin
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 leaves them nothing of a machine that others keep busy
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a hub is never asked; what needs one says so at once
 
 import numpy as np
