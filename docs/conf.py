@@ -52,7 +52,7 @@ CHAPTERS = {
     "Results": ("docs/results", "docs/honesty", "docs/report", "docs/exports"),
     "Clusters": ("cluster/README", "docs/clusters", "docs/capacity", "docs/scale"),
     "Python": ("docs/python", "docs/own_trainer", "docs/tracking", "docs/api"),
-    "The project": ("benchmarks/README", "CONTRIBUTING", "CHANGELOG"),
+    "The project": ("docs/trust", "SECURITY", "benchmarks/README", "CONTRIBUTING", "CHANGELOG"),
 }
 
 

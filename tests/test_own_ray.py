@@ -47,7 +47,8 @@ def test_our_own_ray_is_closed_to_others_and_leaves_no_token_in_the_process(tmp_
         assert len(os.fsencode(socket)) <= 107
         outer = next(folder for folder in socket.parents if folder.name.startswith("carft-"))
         assert stat.S_IMODE(outer.stat().st_mode) == 0o700
-        assert ray.get(ray.remote(num_cpus=0)(lambda: os.environ["RAY_AUTH_MODE"]).remote()) == "token"
+        there = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
+        assert (there["RAY_AUTH_MODE"], there["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
         wrong = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
         clients = [client(address), client(address, **wrong), client(address, **{**wrong, "RAY_AUTH_TOKEN": token})]
         told = [each.communicate(timeout=120)[0] for each in clients]
