@@ -4,7 +4,7 @@
     python tests/fuzz.py --kind tar --case 1234 --seed 0    one case, with what it printed; its folder stays
 
 A case must end in a result, or in one message with the exit code of its error, 2 to 8. All else is a finding: a
-traceback, "a fault of carft-ray", a training that failed by an exception of Python, a hang, the death of the process, a
+traceback, an "internal error", a training that failed by an exception of Python, a hang, the death of the process, a
 program or a connection that was begun, a pickle that was read, and a file written or removed outside of the case's
 folder.
 
@@ -199,7 +199,7 @@ def run_case(kind, number, seed, here, base, write):
 
 def judged(code, said, words):
     """Returns what is wrong with the end of a command; empty where it is a result, or one message with its code."""
-    for sign in ("Traceback (most recent call last)", "fault of carft-ray", "Internal error", "Fatal Python error"):
+    for sign in ("Traceback (most recent call last)", "internal error", "Internal error", "Fatal Python error"):
         if sign in said:
             return next(line for line in said.splitlines() if sign in line) + " " + said.strip().splitlines()[-1]
     if failed := FAILED.search(said):

@@ -53,7 +53,7 @@ def test_a_case_is_the_same_each_time(kind, tmp_path_factory):
     [
         (0, "fine\n", ""),
         (4, "warning: x\nerror: data.train: must be\n    Do this.\n", ""),
-        (1, "error: this is a fault of carft-ray, please report it, but got KeyError: 1\n", "fault of carft-ray"),
+        (1, "error: internal error: KeyError: 1\n", "internal error"),
         (1, "error: x\n", "exit code 1"),
         (4, "nothing\n", "without one message"),
         (4, "error: a\nerror: b\n", "without one message"),

@@ -2,16 +2,20 @@
 
 import contextlib
 import copy
+import gzip
 import json
+import zipfile
 
 import pytest
 import short_training
+import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import load_folder
 
 from carft_ray.errors import CarftError
+from carft_ray.learning.models.weights import read_weights
 
 NUMBERS = st.sampled_from([0, -1, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), 1e-320])
 VALUES = st.recursive(
@@ -24,6 +28,7 @@ WRONG = {
     "model_cfg.vision_cfg.layers": (10**9, "must be a number of at most 1,000, but got 1000000000"),
     "model_cfg.vision_cfg.width": (2**40, "must be a number of at most 4,194,304"),
     "model_cfg.vision_cfg.image_size": (2**20, "the tensors of"),
+    "model_cfg.text_cfg.heads": (0.5, "model_cfg.text_cfg.heads: must be a whole number, but got 0.5"),
     "model_cfg.text_cfg.width": ([], "must describe a model that open_clip can build"),
     "preprocess_cfg.mean": ([0.5, 0.5], "must have three numbers as mean"),
     "preprocess_cfg.std": ([0.5, 0.5, "1"], "must have three numbers as std"),
@@ -81,6 +86,31 @@ def test_what_is_no_size_or_preprocessing_is_told(folders, kind, key):
     with pytest.raises(CarftError) as caught:
         opened(folders, kind, lambda config: put(config, key, value))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"\x1f\x8bx", gzip.compress(b"\xff\n"), gzip.compress(b"a b\n" * 9)[:-9]])
+def test_merges_that_cannot_be_read_are_told(folders, content):
+    merges = folders["open_clip"][0].parent / "no_merges.txt.gz"
+    sound = merges.read_bytes()
+    merges.write_bytes(content)
+    try:
+        with pytest.raises(CarftError, match="merges of the tokenizer must be readable"):
+            opened(folders, "open_clip", lambda config: None)
+    finally:
+        merges.write_bytes(sound)
+
+
+def test_a_damaged_archive_of_weights_is_told(tmp_path):
+    path = tmp_path / "open_clip_pytorch_model.bin"
+    torch.save({"a": torch.zeros(2)}, path)
+    path.write_bytes(path.read_bytes().replace(b"/data.pkl", b"/d\x8dta.pkl"))
+    with zipfile.ZipFile(tmp_path / "flags", "w") as archive:
+        archive.writestr("ü", b"")
+    marked = (tmp_path / "flags").read_bytes().replace("ü".encode(), b"\x8d\x8d")
+    for content in (path.read_bytes(), marked):
+        path.write_bytes(content)
+        with pytest.raises(CarftError, match="must be a weights file that can be read"):
+            read_weights(path, "model.name")
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "preprocessor_config.json"])

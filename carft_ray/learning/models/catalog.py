@@ -33,6 +33,17 @@ NUM_TAGS_LISTED = 6
 _WITHOUT = "The tokenizer may do without: take the key out of a copy of the folder, and compare tokens."
 _NUM_SHOWN = 100  # characters of a value
 _LARGEST = 2**22  # number of a configuration; vocabularies of models have up to 2**18
+_WHOLE = (
+    "embed_dim",
+    "width",
+    "heads",
+    "head_width",
+    "layers",
+    "image_size",
+    "patch_size",
+    "context_length",
+    "vocab_size",
+)
 _MOST_LAYERS = 1000  # each is built, whatever its size
 _PAGE = r"\w[\w.-]*(/\w[\w.-]*)?"
 # fields of `train` that an image tower may be unable to follow, alone or together
@@ -301,6 +312,8 @@ def folder_problems(folder: Path) -> list[Problem]:
         elif value not in TOKENIZER_OPTIONS[key]:
             refuse(option, "must be a value of open_clip", value, tuple(map(json.dumps, TOKENIZER_OPTIONS[key])))
     for key, number in _numbers(config, ""):
+        if key.rpartition(".")[2] in _WHOLE and type(number) is not int:
+            refuse(key, "must be a whole number", number)
         largest = _MOST_LAYERS if "layers" in key or "depth" in key else _LARGEST
         if not -largest <= number <= largest:
             refuse(key, f"must be a number of at most {largest:,}", number)

@@ -4,6 +4,7 @@ import hashlib
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,11 @@ def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
     context_length, options = text.get("context_length", 77), {**(text.get("tokenizer_kwargs") or {})}
     wanted = text.get("hf_tokenizer_name")
     if not wanted:
-        return open_clip.SimpleTokenizer(context_length=context_length, **options)  # type: ignore[no-any-return]
+        try:
+            return open_clip.SimpleTokenizer(context_length=context_length, **options)  # type: ignore[no-any-return]
+        except (OSError, EOFError, zlib.error, ValueError, LookupError) as error:  # of merges that come with weights
+            rule, said = "the merges of the tokenizer must be readable", f"{options.get(MERGES)}: {error}"
+            raise DataError(Problem("model.name", rule, said)) from error
     is_local = folder is not None and has_tokenizer(folder)
     try:
         with quiet() if is_local else fetching("model.name", f"the tokenizer of {name}", wanted):

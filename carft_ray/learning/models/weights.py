@@ -270,8 +270,11 @@ def _require_weights(path: Path, place: str) -> None:
 def _is_torch_script(path: Path) -> bool:
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):  # damaged: torch says so
+        return False
 
 
 def _unreadable(path: Path, place: str, error: Exception) -> Problem:
