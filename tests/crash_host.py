@@ -112,16 +112,19 @@ class Counter:
 
 def interrupt_at_open(part, numbers):
     """Sends this process SIGINT when it opens a file with ``part`` in its path for the n-th time, for each n."""
-    plain_open, seen = builtins.open, []
+    seen = []
 
-    def counting_open(file, *args, **kwargs):
-        if part in str(file):
-            seen.append(file)
-            if len(seen) in numbers:
-                os.kill(os.getpid(), signal.SIGINT)
-        return plain_open(file, *args, **kwargs)
+    def counting(plain_open):
+        def counting_open(file, *args, **kwargs):
+            if part in str(file):
+                seen.append(file)
+                if len(seen) in numbers:
+                    os.kill(os.getpid(), signal.SIGINT)
+            return plain_open(file, *args, **kwargs)
 
-    builtins.open = counting_open
+        return counting_open
+
+    builtins.open, os.open = counting(builtins.open), counting(os.open)
 
 
 class Late:
