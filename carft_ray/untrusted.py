@@ -38,7 +38,7 @@ _LATEX = {
     "|": r"\textbar{}",
     **{character: f"\\{character}" for character in "#$%&_{}"},
 }
-_MARKDOWN = re.compile(r"([\\`*_\[\]<>|~&$])")
+_MARKDOWN = re.compile(r"([\\`*\[\]<>|~&$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9]))")  # id_val has no emphasis
 _FORMULA = re.compile(r"'*[=+@\t\r-]")
 
 

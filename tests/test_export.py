@@ -283,7 +283,7 @@ def test_the_model_card_names_the_licence_and_what_made_the_weights(exports):
     export, _, _ = exports["all"]
     card = (export.folder / "README.md").read_text()
     assert card.startswith("# short: local-dir:model fine-tuned with CAR-FT")
-    assert "The weights come from `local-dir:model`: its licence holds for them" in card
+    assert "The weights come from local-dir:model: its licence holds for them" in card
     assert re.findall("^## Use with (.*)", card, re.M) == list(LIBRARIES.values())
     assert "Images: RGB, the shorter side resized to 16 pixels, " in card
 

@@ -104,6 +104,7 @@ def test_latex_and_markdown_show_each_character_as_it_is():
     )
     assert latex("[red]\n\n<a|b>") == r"{}[red] \textless{}a\textbar{}b\textgreater{}"
     assert markdown("a\n# <b> [x](y) `c` $x$") == r"a # \<b\> \[x\](y) \`c\` \$x\$"
+    assert markdown("_a_ id_val __b") == r"\_a\_ id_val \_\_b"
 
 
 def test_html_shows_each_character_as_it_is_in_an_attribute_too():
