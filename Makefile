@@ -89,7 +89,7 @@ cluster-story: $(VENV)/.installed-dev
 		PYTHONPATH=. $(BIN)/python tests/cluster_story.py $(VENV)/story-$$way $$way || exit 1; \
 	done
 
-# inputs of strangers, damaged at random, through doctor, a search and report: an hour of processor, on two processes
+# inputs of strangers, damaged at random, through doctor, a search and report; on two processes
 CASES ?= 10000
 SEED ?= 0
 fuzz: $(VENV)/.installed-dev

@@ -290,8 +290,8 @@ def run(cases, seed, folder, show):
         if not lanes[-1]:
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[number % len(cores)]})  # one thread of torch, too
-            work(cases[number::LANES], seed, folder / f"lane{number}", base, functools.partial(os.write, writable))
-            os._exit(0)
+            with _ended():
+                work(cases[number::LANES], seed, folder / f"lane{number}", base, functools.partial(os.write, writable))
         os.close(writable)
     rows, buffers = [], dict.fromkeys(pipes, b"")
     while buffers:
