@@ -407,10 +407,8 @@ class Driver:
         """
         if len(self._failed) < max(FAILURES_TO_GIVE_UP, WAVES_TO_GIVE_UP * self.at_a_time.most):
             return False
-        trials, usual_s = (
-            (each for each in self._attempts.values() if each.spec.kind == "trial"),
-            median(self._failed_s),
-        )
+        usual_s = median(self._failed_s)
+        trials = (each for each in self._attempts.values() if each.spec.kind == "trial")
         return all(self._held_s(each) <= HEALTHY_AFTER * usual_s for each in trials)
 
     def _left(self, attempt: _Attempt) -> None:
