@@ -1,5 +1,6 @@
 """A fine-tuning of the user's own in place of the built-in loop: by its name in a recipe, and given from Python."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from ray import cloudpickle
 from test_debug import kill_within_a_training
 from tiny import make_tiny_clip
 
+import carft_ray
 from carft_ray.errors import CarftError, DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
 from carft_ray.evaluation.heads import build_heads
 from carft_ray.evaluation.training import prepare, run_training
@@ -36,6 +38,7 @@ from carft_ray.recipe.spaces.space import apply
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"
+STRANGE = ["--set", "train.function=mine:few_steps"]
 DEBUG = "resources.executor=debug"
 ONE_EPOCH = ["train.epochs=1", "evaluate.every_epochs=0"]
 
@@ -466,6 +469,72 @@ def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys,
     assert call(["search", *new[:2], "train.function=mine:nothing_here", "--study", "other", "--trust"]) == 3
     assert "mine.py, but got nothing_here" in capsys.readouterr().err
     assert contents(finished) == before
+
+
+# each command that opens what a stranger may have sent, as it would be given without ``--trust``
+WITHOUT_TRUST = {
+    "search": ["recipe.yaml", "--study", "other", *STRANGE],
+    "plan": ["recipe.yaml", *STRANGE],
+    "submit": ["recipe.yaml", "--study", "other", *STRANGE],
+    "train": ["study/best.yaml", "--out", "run"],
+    "validate": ["study/best.yaml"],
+    "doctor": ["study/best.yaml"],
+    "evaluate": ["TRAINING"],
+    "export": ["study", "--to", "sent"],
+    "model": ["study/best.yaml"],
+    "resume": ["study", "--trials", "+1"],
+    "stop": ["study"],
+    "status": ["study"],
+    "ls": ["study"],
+    "logs": ["study"],
+    "confirm": ["study"],
+    "test": ["study"],
+    "report": ["study"],
+    "rescore": ["study"],
+    "compare": ["study", "study:zero_shot"],
+    "reproduce": ["study", "--out", "again"],
+}
+# they read the images and the machine of who asks; the dashboard serves the journal and opens no recipe
+OF_NOBODY_ELSE = {"init", "cluster", "data", "sandbox", "dashboard"}
+
+
+@pytest.mark.slow
+def test_no_command_imports_a_strangers_code_without_trust(finished, tmp_path, monkeypatch, capsys):
+    from typer.main import get_command
+
+    from carft_ray.cli import app
+
+    assert set(get_command(app).commands) == {*WITHOUT_TRUST, *OF_NOBODY_ELSE}
+    folder = tmp_path / "sent"
+    shutil.copytree(finished, folder)
+    for path in folder.rglob("*"):  # the study names the folder where it was made
+        if path.suffix in (".json", ".jsonl", ".yaml", ".log") and str(finished).encode() in (
+            content := path.read_bytes()
+        ):
+            path.write_bytes(content.replace(str(finished).encode(), str(folder).encode()))
+    ran = tmp_path / "ran"
+    (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n{(folder / 'mine.py').read_text()}")
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    monkeypatch.chdir(folder)
+    [training] = folder.glob("study/trials/*")
+    for command, words in WITHOUT_TRUST.items():
+        code = call([command, *(str(training) if word == "TRAINING" else word for word in words)])
+        assert not ran.exists(), command
+        said = capsys.readouterr()
+        assert code in (0, 2), (command, said.err)
+    for action, given in (
+        (carft_ray.resume, {"trials": "+1"}),
+        (carft_ray.confirm, {}),
+        (carft_ray.report, {}),
+        (carft_ray.open_study, {}),
+        (carft_ray.export, {"to": tmp_path / "exported"}),
+    ):
+        with contextlib.suppress(UsageError):
+            action(folder / "study", **given)
+        assert not ran.exists(), action.__name__
+    with pytest.raises(UsageError, match="names code that a training would run"):
+        carft_ray.train(carft_ray.load_recipe(folder / "study" / "best.yaml"), tmp_path / "run")
+    assert not ran.exists()
 
 
 @pytest.mark.slow
