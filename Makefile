@@ -89,11 +89,11 @@ cluster-story: $(VENV)/.installed-dev
 		PYTHONPATH=. $(BIN)/python tests/cluster_story.py $(VENV)/story-$$way $$way || exit 1; \
 	done
 
-# inputs of strangers, damaged at random, through doctor, a search and report; on two processes
+# inputs of strangers, damaged at random, through doctor, a search and report; on JOBS processes
 CASES ?= 10000
 SEED ?= 0
 fuzz: $(VENV)/.installed-dev
-	@$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED)
+	@$(BIN)/python tests/fuzz.py --cases $(CASES) --seed $(SEED) --lanes $(JOBS)
 
 lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .

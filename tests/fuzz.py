@@ -41,7 +41,6 @@ import crash_host  # noqa: E402
 import mutations  # noqa: E402
 
 KINDS = ("recipe", *mutations.KINDS)
-LANES = 2
 CPU_S, WALL_S = 40, 240  # of a case; a sound one takes half a second of a free core
 MEMORY = 3 * 2**30  # bytes of addresses above those of the parent
 FILE_SIZE = 2**28
@@ -276,14 +275,14 @@ def work(cases, seed, lane, base, write):
             shutil.rmtree(lane / "now")
 
 
-def run(cases, seed, folder, show):
-    """Runs cases on two processes; returns (kind, number, outcome, seconds of processor) of each."""
+def run(cases, seed, folder, show, num_lanes=2):
+    """Runs cases on some processes; returns (kind, number, outcome, seconds of processor) of each."""
     base = folder / "samples"
     base.mkdir(parents=True)
     (folder / "found").mkdir()
     import_everything(base)
     pipes, lanes = [], []
-    for number in range(LANES):
+    for number in range(num_lanes):
         readable, writable = os.pipe()
         pipes.append(readable)
         lanes.append(os.fork())
@@ -291,7 +290,8 @@ def run(cases, seed, folder, show):
             cores = sorted(os.sched_getaffinity(0))
             os.sched_setaffinity(0, {cores[number % len(cores)]})  # one thread of torch, too
             with _ended():
-                work(cases[number::LANES], seed, folder / f"lane{number}", base, functools.partial(os.write, writable))
+                write = functools.partial(os.write, writable)
+                work(cases[number::num_lanes], seed, folder / f"lane{number}", base, write)
         os.close(writable)
     rows, buffers = [], dict.fromkeys(pipes, b"")
     while buffers:
@@ -342,6 +342,7 @@ def main():
     parser.add_argument("--kind", choices=KINDS, help="one kind alone")
     parser.add_argument("--case", type=int, help="with --kind: one case")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lanes", type=int, default=2, help="processes that run cases side by side")
     given = parser.parse_args()
     kinds = (given.kind,) if given.kind else KINDS
     numbers = range(-(-given.cases // len(kinds))) if given.case is None else (given.case,)
@@ -355,7 +356,7 @@ def main():
         if done % 500 == 0:
             print(f"{done} of {len(cases)}", file=sys.stderr, flush=True)
 
-    rows = run(cases, given.seed, folder, show)
+    rows = run(cases, given.seed, folder, show, given.lanes)
     print(table(rows))
     if given.case is not None:
         print((folder / "found" / f"{given.kind}-{given.case}" / "output").read_text(errors="replace"))
