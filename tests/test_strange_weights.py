@@ -237,3 +237,9 @@ def test_an_error_without_a_word_is_told_by_its_kind(folder, monkeypatch):
     monkeypatch.setattr(clip, "HFTokenizer", fail)
     assert "must be readable by transformers, but got" in refused(folder)
     assert ": RuntimeError" in refused(folder)
+
+
+def test_a_tokenizer_that_cannot_pad_is_told_when_it_is_opened(folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert "must be readable by transformers, but got" in refused(folder)
+    assert "does not have a padding token" in refused(folder)

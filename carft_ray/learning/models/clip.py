@@ -205,7 +205,11 @@ def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
             options |= {"tokenizer_mode": text.get("tokenizer_mode"), "trust_remote_code": False}
             if is_local:
                 options["local_files_only"] = True
-            return HFTokenizer(str(folder) if is_local else wanted, context_length, **options)  # type: ignore[no-any-return]
+            tokenizer: Callable[[list[str]], Tensor] = HFTokenizer(
+                str(folder) if is_local else wanted, context_length, **options
+            )
+            tokenizer(["a photo"])  # what opens may still lack what a sentence needs
+            return tokenizer
     except ImportError as error:
         rule = f"the tokenizer of {name} ({wanted}) needs the package transformers"
         step = "Install it: pip install 'carft-ray[hf]'"
