@@ -2,6 +2,7 @@
 
 import json
 import re
+import textwrap
 
 import curve_stand_in
 import pytest
@@ -248,7 +249,7 @@ def test_tensorboard_gets_the_figure_the_recipe_and_a_mark_for_each_trial_withou
     [figure] = events.Images("figure")
     assert (figure.step, figure.encoded_image_string) == (4, (study_dir / FIGURE_PNG).read_bytes())
     [recipe] = events.Tensors("recipe")
-    assert dump_recipe(study.recipe) in recipe.tensor_proto.string_val[0].decode()
+    assert textwrap.indent(dump_recipe(study.recipe), "    ") in recipe.tensor_proto.string_val[0].decode()
 
 
 def test_a_worse_trial_loses_its_weights_and_its_pictures(study_dir, tmp_path):

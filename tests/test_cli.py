@@ -508,6 +508,13 @@ def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch):
     assert "Traceback" in run("validate", "recipe.yaml", "--debug")[2]
 
 
+def test_a_path_that_no_system_has_is_one_message(run):
+    for words in (("validate", "x" * 300 + ".yaml"), ("report", "x" * 300)):
+        code, _, err = run(*words)
+        assert code == 2
+        assert "must be a path that can be: names of at most 255 bytes" in err
+
+
 def commands(command=None, words=()):
     """Yields the words of every command."""
     command = command or typer.main.get_command(cli.app)

@@ -169,6 +169,12 @@ BROKEN = {
         TRAIN,
         "must hold the 2 files that its state.json names, but got no ",
     ),
+    "a name too long": (
+        lambda base: write_state(base, _data_files=[{"filename": ["data-00000-of-00003.arrow"] * 9}]),
+        "saved",
+        TRAIN,
+        "must hold the 1 file that its state.json names, but got no ",
+    ),
     "splits that are no texts": (
         overwritten("saved/dataset_dict.json", b'{"splits": [1, ["train"]]}'),
         "saved",

@@ -224,6 +224,11 @@ def test_a_damaged_arrow_set_is_told_whatever_is_damaged(here, where):
         ('prompts.class_names=["a\\ud800", b, c, d, e]', "must be text without the character NUL and without halves"),
         ("prompts.templates=file:~nosuchuser/x", "~nosuchuser/x: No such file or directory"),
         ("search.baselines={%s: {kl_weight: 0}}" % ("x" * 300), "letters, digits, _ and -, at most 100"),
+        (
+            f"data.train.path={'x' * 300}",
+            "a path of the recipe: must have at most 4,095 bytes, and each name in it 255",
+        ),
+        (f"prompts.templates=file:{'x/' * 3000}", "must have at most 4,095 bytes"),
         ("name=" + "x" * 300, "letters, digits, _ and -, at most 100"),
     ],
 )

@@ -1,5 +1,6 @@
 """The app, what all commands share, and the one place where an error ends as a message and an exit code."""
 
+import errno
 import functools
 import inspect
 import logging
@@ -14,7 +15,7 @@ import typer
 from typer import Argument, Option
 
 from carft_ray import __version__, console, environment
-from carft_ray.errors import CarftError, Problem
+from carft_ray.errors import CarftError, Problem, UsageError
 
 if TYPE_CHECKING:
     from carft_ray.recipe.schema import Recipe
@@ -162,7 +163,10 @@ def main() -> None:
     except Exception as error:  # the outermost boundary: nothing is swallowed, everything ends the process
         if "--debug" in sys.argv:
             traceback.print_exc()
-        if not isinstance(error, CarftError):
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            rule = "must be a path that can be: names of at most 255 bytes"
+            error = UsageError(Problem(f"{str(error.filename)[:60]}...", rule))
+        elif not isinstance(error, CarftError):
             value = f"{type(error).__name__}: {error}".removesuffix(": ")
             step = "Please report it; with --debug the command shows where it happens."
             error = CarftError(Problem("", "internal error", value, next_step=step))

@@ -27,6 +27,7 @@ from carft_ray.untrusted import read_text, visible
 
 _REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
 MOST_RECIPE_BYTES = 2**22  # a recipe has kilobytes; long lists stand in files of their own
+MOST_PATH_BYTES, MOST_NAME_BYTES = 4095, 255  # of Linux
 LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
 TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
 _DATA = ("path", "root")  # of the paths of a set, those of its images
@@ -202,8 +203,17 @@ def recipe_dir(path: Path) -> Path:
 
 
 def resolve_path(written: str, base_dir: Path) -> Path:
-    """Returns a path of a recipe as an absolute one; ``~`` is the user's home."""
-    return Path(os.path.realpath(base_dir / os.path.expanduser(written)))  # of unknown users as it is written
+    """Returns a path of a recipe as an absolute one; ``~`` is the user's home.
+
+    Raises:
+        RecipeError: No system has so long a path, or a name in one.
+    """
+    path = os.path.realpath(base_dir / os.path.expanduser(written))  # of unknown users as it is written
+    encoded = os.fsencode(path)
+    if len(encoded) > MOST_PATH_BYTES or max(map(len, encoded.split(b"/"))) > MOST_NAME_BYTES:
+        rule = f"must have at most {MOST_PATH_BYTES:,} bytes, and each name in it {MOST_NAME_BYTES}"
+        raise RecipeError(Problem("a path of the recipe", rule, shown(written)))
+    return Path(path)
 
 
 def is_weights_path(pretrained: str) -> bool:
