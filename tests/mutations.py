@@ -486,7 +486,7 @@ def weights(rng, here, base):
             content = (base / name).read_bytes()
             files[name] = rng.choice((damaged(rng, content), pickle.dumps(Evil()), pickle.dumps({"a": Evil()}, 2)))
         if rng.random() < 0.1:
-            files["no_merges.txt.gz"] = gzip.compress(rng.choice((b"", b"a b\n" * 10, _text(rng).encode())))
+            files["no_merges.txt.gz"] = gzip.compress(rng.choice((b"", b"a b\n" * 10, _text(rng).encode())), mtime=0)
 
     copied(base / "model", here / "model", change)
     return "local-dir:model"

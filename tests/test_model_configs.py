@@ -88,7 +88,11 @@ def test_what_is_no_size_or_preprocessing_is_told(folders, kind, key):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"\x1f\x8bx", gzip.compress(b"\xff\n"), gzip.compress(b"a b\n" * 9)[:-9]])
+@pytest.mark.parametrize(
+    "content",
+    [b"\x1f\x8bx", gzip.compress(b"\xff\n"), gzip.compress(b"a b\n" * 9)[:-9]],
+    ids=["no archive", "no text", "cut off"],  # the bytes hold the time
+)
 def test_merges_that_cannot_be_read_are_told(folders, content):
     merges = folders["open_clip"][0].parent / "no_merges.txt.gz"
     sound = merges.read_bytes()
