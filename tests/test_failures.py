@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
@@ -162,7 +163,7 @@ def sandbox_search(folder, prepared, recipe, megabytes):
     (folder / "study").mkdir()
     with open_study(folder / "study", recipe):
         pass
-    os.symlink(prepared, folder / "study" / "prepared")
+    shutil.copytree(prepared, folder / "study" / "prepared")
     return attempts.search(folder / "study", recipe, attempts.limited(megabytes), at_a_time=1)
 
 
