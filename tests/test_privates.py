@@ -41,7 +41,8 @@ def test_the_switch_of_rays_news_is_there_and_is_set_back():
     assert worker._worker_logs_enabled is True
 
 
-def test_ray_reads_its_mode_of_authentication_and_its_token_anew(monkeypatch):
+def test_ray_reads_its_mode_of_authentication_and_its_token_anew(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))  # where a user may have a token
     for mode, token in (("token", "a" * 32), ("disabled", ""), ("token", "b" * 32)):
         monkeypatch.setenv("RAY_AUTH_MODE", mode)
         monkeypatch.setenv("RAY_AUTH_TOKEN", token)

@@ -152,7 +152,9 @@ def test_no_module_unpickles():
     for path in FILES:
         modules = {module.split(".")[0] for module in imports_of(path)}
         assert not modules & {"pickle", "cloudpickle", "dill", "joblib", "shelve"}, path
-        assert not re.search(r"(?<!safetensors\.)torch\.(load|save)\(|allow_pickle=True", path.read_text()), path
+        assert not re.search(
+            r"(?<!safetensors\.)torch\.(load\((?!.*weights_only=True)|save\()|allow_pickle=True", path.read_text()
+        ), path
 
 
 AROUND = {  # modules that read files without ``untrusted``, and why they may
@@ -160,6 +162,7 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "files": "writes durably",
     "environment": "the package's own source; the kernel's files",
     "recipe/presets": "the package's own recipes",
+    "learning/models/clip": "the tokenizer's files, which it has just written itself",
     "recipe/tables": "the documents of a checkout",
     "data/draft": "the package's own templates",
     "data/synthetic/sandbox_shapes": "the package's own table",

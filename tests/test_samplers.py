@@ -897,8 +897,8 @@ def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
         console.trial_table([view.row_data(row) for row in rows]),
         live._fitting_table([live._line(row, " ") for row in rows], 300),
     ):
-        [column] = [column for column in table.columns if column.header == "label_smoothing"]
-        blank.append([cell == "" for cell in column.cells])
+        [column] = [column for column in table.columns if str(column.header) == "label_smoothing"]
+        blank.append([str(cell) == "" for cell in column.cells])
     columns = api.rows_table(rows)
     blank.append([value is None for value in columns["label_smoothing"].to_pylist()])
     assert blank == [missing] * 3
