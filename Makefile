@@ -18,7 +18,7 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-all test-fast test-nodes test-oldest kill-matrix cluster-story fuzz lint format tables docs clean
+.PHONY: quickstart test test-all test-fast test-nodes test-oldest coverage kill-matrix cluster-story fuzz lint format tables docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -47,6 +47,13 @@ test: $(VENV)/.installed-dev
 
 test-all: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not nodes'
+
+# make test, and which share of the lines and branches of each package it runs; not those of Ray's workers
+coverage: $(VENV)/.installed-dev
+	@mkdir -p build
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not whole and not nodes' \
+		--cov=carft_ray --cov-branch --cov-report=json:build/coverage.json
+	@$(BIN)/python tests/coverage_table.py build/coverage.json
 
 # clusters of real nodes on this machine: submitted searches, nodes that come, go and are drained, Slurm by stand-ins
 test-nodes: $(VENV)/.installed-dev
