@@ -17,8 +17,8 @@ from torchvision.transforms.v2 import functional
 from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source
-from carft_ray.data.synthetic.corrupted import FIFTEEN, squared
-from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, corrupt
+from carft_ray.data.synthetic.corrupted import squared
+from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES
 from carft_ray.errors import DataError, HoldOutError
 from carft_ray.evaluation.origin import set_contents
@@ -82,8 +82,7 @@ def test_every_corruption_is_drawn_about_equally_often_and_by_the_seed():
     first, second = (opened(corrupted(many, seed=seed)) for seed in (0, 1))
     drawn = [first.corruption(index) for index in range(len(first))]
     counts = Counter(drawn)
-    assert set(counts) == set(FIFTEEN)
-    assert len(FIFTEEN) == 15
+    assert set(counts) == set(CORRUPTIONS)
     mean = 2000 / 15
     assert sum((count - mean) ** 2 / mean for count in counts.values()) < 36.1  # chi-square, 14 df, p = .001
     same = np.mean([second.corruption(index) == name for index, name in enumerate(drawn)])

@@ -15,18 +15,16 @@ from scipy import ndimage
 
 from carft_ray.data.synthetic import corruptions as module
 from carft_ray.data.synthetic import fields
-from carft_ray.data.synthetic.corruptions import CORRUPTIONS, EXTRA, PARAMETERS, SIDES, corrupt, generator, table_side
+from carft_ray.data.synthetic.corruptions import CORRUPTIONS, PARAMETERS, SIDES, corrupt, generator, table_side
 
 pytestmark = pytest.mark.slow
 
-# the order of the paper; the last four are those for validation
+# the order of the paper
 PUBLISHED = (
     *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
     *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-    *("speckle_noise", "gaussian_blur", "spatter", "saturate"),
 )
 WITHOUT_DRAWS = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
-WITHOUT_DRAWS += ("gaussian_blur", "saturate")
 
 # PSNR in dB of ``picture()`` under the package imagecorruptions 1.1.2, whose code is the published one but for motion
 # blur (ImageMagick written anew) and elastic_transform (other constants): means over 24 draws, glass_blur over 3
@@ -44,14 +42,10 @@ PUBLISHED_PSNR = {
     "contrast": (18.4, 17.0, 15.9, 14.8, 14.4),
     "pixelate": (29.5, 30.3, 26.9, 26.2, 27.8),
     "jpeg_compression": (28.6, 28.1, 27.7, 26.7, 25.6),
-    "speckle_noise": (22.6, 20.2, 15.7, 13.9, 12.0),
-    "gaussian_blur": (29.1, 26.4, 25.0, 24.0, 22.4),
-    "spatter": (32.3, 24.2, 22.1, 18.9, 16.8),
-    "saturate": (15.0, 12.9, 16.2, 13.2, 12.9),
 }
 # where the published constants give no order of PSNR: severity is what the authors judged, not a distance
-UNORDERED = {"glass_blur", "snow", "pixelate", "saturate"}
-DRAWN_FAR_APART = {"fog": 0.8, "spatter": 1.2}  # dB; the others agree within 0.3
+UNORDERED = {"glass_blur", "snow", "pixelate"}
+DRAWN_FAR_APART = {"fog": 0.8}  # dB; the others agree within 0.3
 
 
 def picture(height=224, width=224):
@@ -95,9 +89,8 @@ def psnr(x, y):
 # What there is
 
 
-def test_the_fifteen_and_the_four_of_the_paper_are_there():
-    assert set(CORRUPTIONS) == set(PUBLISHED)
-    assert PUBLISHED[15:] == EXTRA
+def test_the_fifteen_of_the_paper_are_there():
+    assert tuple(CORRUPTIONS) == PUBLISHED
 
 
 def test_every_table_has_five_severities_for_every_published_side():
@@ -141,10 +134,6 @@ GOLDEN = {
     "elastic_transform": "debeca16bc17c263",
     "pixelate": "3418cf976cdeb557",
     "jpeg_compression": "c21ca63086060b28",
-    "speckle_noise": "cb58e8360a231edc",
-    "gaussian_blur": "4837b0db7a5d9224",
-    "spatter": "f1d410142c1686cf",
-    "saturate": "01609ad079ff38e8",
 }
 
 
@@ -286,17 +275,10 @@ def test_impulse_noise_replaces_its_share_half_by_white_half_by_black_each_colou
         assert np.mean(hit[..., 0] & hit[..., 1]) == pytest.approx(share**2, abs=0.01)
 
 
-def test_speckle_noise_grows_with_the_value():
-    for (deviation,) in rows("speckle_noise"):
-        for level in (0, 0.2, 0.8):
-            noise = CORRUPTIONS["speckle_noise"](grey(level), rng(), deviation) - level
-            assert noise.std() == pytest.approx(level * deviation, rel=0.02)
-
-
 # Blur
 
 
-@pytest.mark.parametrize("name", ["gaussian_blur", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"])
+@pytest.mark.parametrize("name", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur"])
 def test_blur_keeps_flat_colours(name):
     for setting in rows(name):
         np.testing.assert_allclose(
@@ -304,18 +286,10 @@ def test_blur_keeps_flat_colours(name):
         )
 
 
-@pytest.mark.parametrize("name", ["gaussian_blur", "defocus_blur", "motion_blur"])
+@pytest.mark.parametrize("name", ["defocus_blur", "motion_blur"])
 def test_the_kernel_of_a_blur_sums_to_one(name):
     for setting in rows(name):
         np.testing.assert_allclose(CORRUPTIONS[name](dot(97), rng(), *setting).sum(axis=(0, 1)), 1)
-
-
-def test_gaussian_blur_has_the_published_sigma():
-    for (sigma,) in rows("gaussian_blur"):
-        kernel = CORRUPTIONS["gaussian_blur"](dot(), rng(), sigma)[..., 0]
-        places = np.arange(65) - 32
-        if sigma >= 1:  # else the grid is too coarse
-            assert (kernel.sum(axis=0) @ places**2) == pytest.approx(sigma**2, rel=0.01)
 
 
 @pytest.mark.parametrize("radius", [0.5, 1, 1.5, 2.5, 3, 8, 10])
@@ -412,35 +386,6 @@ def test_frost_has_the_published_shares_and_the_colours_of_the_photographs():
         np.testing.assert_allclose(CORRUPTIONS["frost"](grey(0.3), rng(1), share, ice), share * 0.3 + ice * frosted)
 
 
-def test_spatter_is_mud_that_covers_or_water_that_shines():
-    x = grey(0.2)
-    for mean, deviation, sigma, threshold, strength, mud in rows("spatter"):
-        y = CORRUPTIONS["spatter"](x, rng(), mean, deviation, sigma, threshold, strength, mud)
-        if mud:
-            cover = (y - x) / (module._MUD - 0.2)
-            assert set(np.unique(cover.round(6) == 0)) == {False, True}
-            assert cover[cover > 1e-6].min() >= 0.8 - 1e-9
-        else:
-            shine = (y - x) / module._WATER
-            assert shine.min() >= -1e-12
-            assert shine.max() == pytest.approx(strength)
-        np.testing.assert_allclose(
-            np.ptp((y - x) / ((module._MUD - 0.2) if mud else module._WATER), axis=-1), 0, atol=1e-9
-        )
-
-
-def test_cannys_edge_of_a_step_is_one_pixel_thin_and_weak_edges_count_where_they_touch_strong_ones():
-    step = np.zeros((20, 20))
-    step[:, 10:] = 100
-    edges = fields.canny(step, 50, 150)
-    assert np.all(edges.sum(axis=1) == 1)
-    faint = np.zeros((20, 20))
-    faint[:, 10:] = 20  # 80 by Sobel: between the thresholds
-    assert not fields.canny(faint, 50, 150).any()
-    faint[:3, 10:] = 100
-    assert fields.canny(faint, 50, 150)[10:].any()
-
-
 # Digital
 
 
@@ -459,14 +404,6 @@ def test_brightness_shifts_the_value_of_hsv():
     for (shift,) in rows("brightness"):
         expected = hsv_by_colorsys(colours(), lambda h, s, v, shift=shift: (h, s, min(v + shift, 1)))
         np.testing.assert_allclose(CORRUPTIONS["brightness"](colours(), rng(), shift), expected, atol=1e-12)
-
-
-def test_saturate_scales_the_saturation_of_hsv():
-    for factor, offset in rows("saturate"):
-        expected = hsv_by_colorsys(
-            colours(), lambda h, s, v, factor=factor, offset=offset: (h, min(s * factor + offset, 1), v)
-        )
-        np.testing.assert_allclose(CORRUPTIONS["saturate"](colours(), rng(), factor, offset), expected, atol=1e-12)
 
 
 def test_contrast_keeps_the_means_and_scales_the_deviations():

@@ -8,7 +8,6 @@ Shape letters: B images of a batch, N images of a set, H height, W width, S side
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -223,10 +222,8 @@ def resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
     """Antialiased bicubic resize of a crop: the filter sees nothing outside of it.
 
     torch's kernel for uint8, which works without Python's lock in one thread, with integer weights. Its pixels are the
-    same with and without AVX; from Pillow's, whose weights are finer, a few differ by 1. This is what
-    ``functional.interpolate(..., mode="bicubic", antialias=True)`` calls, which cannot write into an array that is
-    there and takes half as long again; both arrays must be seen as channels last, or it takes twice as long. Called by
-    this name, with the arrays turned by NumPy, it takes 12 us less than through ``torch.ops``: half of a small view.
+    same with and without AVX; from Pillow's, whose weights are finer, a few differ by 1. The crop must be seen as
+    channels last, or it takes twice as long.
     """
     import torch  # not at the top: what is read of this module by quick commands needs no torch
 
@@ -235,6 +232,7 @@ def resize(crop_HWC: PixelArray, view_HWC: PixelArray) -> None:
         return
     if not crop_HWC.flags.writeable:
         crop_HWC = crop_HWC.copy()  # torch warns of arrays that are read-only
-    crop_BCHW, view_BCHW = (torch.from_numpy(each[None].transpose(0, 3, 1, 2)) for each in (crop_HWC, view_HWC))
-    resize: Any = torch._C._nn._upsample_bicubic2d_aa  # torch's own declaration leaves ``out`` out
-    resize(crop_BCHW, view_HWC.shape[:2], False, None, None, out=view_BCHW)
+    crop_BCHW = torch.from_numpy(crop_HWC).permute(2, 0, 1)[None]
+    size = view_HWC.shape[:2]
+    resized_BCHW = torch.nn.functional.interpolate(crop_BCHW, size, mode="bicubic", antialias=True)
+    view_HWC[:] = resized_BCHW[0].permute(1, 2, 0).numpy()

@@ -4,18 +4,15 @@ Each image is shown under one of the corruptions, drawn by a hash of (seed, samp
 same. So the picture depends on neither the order of the images nor the machine.
 """
 
-from typing import get_args
-
 import numpy as np
 from PIL import Image
 
 from carft_ray.data.content import image_digest
 from carft_ray.data.listing import sample_id
 from carft_ray.data.source import DerivedSource, PixelArray, Source
-from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, EXTRA, corrupt
-from carft_ray.recipe.sets import CorruptedSet, Corruption
+from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, CORRUPTIONS, corrupt
+from carft_ray.recipe.sets import CorruptedSet
 
-FIFTEEN = tuple(name for name in get_args(Corruption) if name not in EXTRA)
 MARGIN = 256 / 224  # short side before the crop, over the side of the square: ImageNet-C's Resize(256), CenterCrop(224)
 
 
@@ -30,7 +27,7 @@ class CorruptedSource(DerivedSource):
     def __init__(self, images: Source, spec: CorruptedSet) -> None:
         super().__init__(images)
         self._spec = spec
-        self.corruptions: tuple[str, ...] = tuple(sorted(spec.corruptions or FIFTEEN))
+        self.corruptions: tuple[str, ...] = tuple(sorted(spec.corruptions or CORRUPTIONS))
         shown = f"{','.join(self.corruptions)}/{spec.severity}/{spec.seed}/{spec.size}"
         self._key = f"corrupted-{CORRUPTION_VERSION}/{shown}"
         self.fingerprint = f"{self._key}/{images.fingerprint}"

@@ -1,4 +1,4 @@
-"""ImageNet-C's corruptions as pure functions: the same bytes for (pixels, name, severity, seed, sample id), always.
+"""ImageNet-C's fifteen corruptions as pure functions: the same bytes for (pixels, name, severity, seed, sample id), always.
 
 Hendrycks, Dietterich: Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (ICLR 2019). The
 formulas are those of hendrycks/robustness, ``ImageNet-C/create_c/make_imagenet_c.py``, written anew on NumPy, SciPy and
@@ -45,8 +45,6 @@ _FROST_PANES = (
     ((112, 123, 135), (44, 43, 42)),
 )
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
-_WATER = np.array([175, 238, 238]) / 255
-_MUD = np.array([63, 42, 20]) / 255
 
 
 def _tables() -> dict[str, dict[int, list[Any]]]:
@@ -119,17 +117,7 @@ def impulse_noise(x: Floats, rng: Rng, share: float) -> Floats:
     return np.where(hit, salt, x)
 
 
-def speckle_noise(x: Floats, rng: Rng, deviation: float) -> Floats:
-    """Adds normal noise in proportion to the value: x + x * deviation * n."""
-    return x + x * deviation * rng.standard_normal(x.shape)
-
-
 # Blur
-
-
-def gaussian_blur(x: Floats, rng: Rng, sigma: float) -> Floats:
-    """Convolves with a Gaussian, cut at 4 sigma; the edge is continued."""
-    return fields.gaussian(x, sigma)
 
 
 def defocus_blur(x: Floats, rng: Rng, radius: float, edge_sigma: float) -> Floats:
@@ -226,23 +214,6 @@ def fog(x: Floats, rng: Rng, density: float, decay: float) -> Floats:
     return (x + density * fields.plasma(height, width, rng, decay)[..., None]) * brightest / (brightest + density)
 
 
-def spatter(
-    x: Floats, rng: Rng, mean: float, deviation: float, sigma: float, threshold: float, strength: float, mud: int
-) -> Floats:
-    """Puts drops on the lens, where smoothed normal noise is above a threshold: mud that covers, or water that shines.
-
-    Mud takes the place of the picture in proportion to the smoothed drops, where these are above 0.8. Water adds pale
-    turquoise in proportion to an emboss of the distance from the rim of the drops (``fields.shine``).
-    """
-    liquid = fields.gaussian(rng.normal(mean, deviation, x.shape[:2]), sigma)
-    if mud:
-        cover = fields.gaussian((liquid > threshold).astype(np.float64), strength)
-        cover = np.where(cover < 0.8, 0, cover)[..., None]
-        return x * (1 - cover) + _MUD * cover
-    shine = fields.shine(np.where(liquid < threshold, 0, np.clip(liquid, 0, 1)))
-    return x + strength * shine[..., None] * _WATER
-
-
 # Digital
 
 
@@ -251,18 +222,6 @@ def brightness(x: Floats, rng: Rng, shift: float) -> Floats:
     value: Floats = x.max(axis=2, keepdims=True)
     brighter = np.clip(value + shift, 0, 1)
     return np.where(value > 0, x / np.where(value > 0, value, 1) * brighter, brighter)
-
-
-def saturate(x: Floats, rng: Rng, factor: float, offset: float) -> Floats:
-    """Sets the saturation of HSV to s * factor + offset, at most 1. Grey counts as red, as in the original."""
-    value: Floats = x.max(axis=2, keepdims=True)
-    depth = value - x
-    deepest: Floats = depth.max(axis=2, keepdims=True)
-    # the hue: 0 for the strongest colour, 1 for the weakest
-    hue = np.where(deepest > 0, depth / np.where(deepest > 0, deepest, 1), np.array([0.0, 1.0, 1.0]))
-    saturation = deepest / np.where(value > 0, value, 1)
-    changed = np.clip(saturation * factor + offset, 0, 1)
-    return value - value * hue * changed
 
 
 def contrast(x: Floats, rng: Rng, share: float) -> Floats:
@@ -313,10 +272,8 @@ CORRUPTIONS: dict[str, Callable[..., Floats]] = {
         *(defocus_blur, glass_blur, motion_blur, zoom_blur),
         *(snow, frost, fog),
         *(brightness, contrast, elastic_transform, pixelate, jpeg_compression),
-        *(speckle_noise, gaussian_blur, spatter, saturate),
     )
 }
-EXTRA = ("speckle_noise", "gaussian_blur", "spatter", "saturate")  # ImageNet-C's four for validation, not in its mean
 
 
 def _to_bytes(x: Floats) -> PixelArray:

@@ -1,4 +1,4 @@
-"""What corruptions are made of: blurs, streaks, enlargements, clouds, needles of ice and edges, on NumPy and SciPy.
+"""What corruptions are made of: blurs, streaks, enlargements, clouds and needles of ice, on NumPy and SciPy.
 
 Shape letters: H height, W width, C = 3 colours.
 """
@@ -114,51 +114,3 @@ def needles(height: int, width: int, rng: Rng) -> Floats:
         np.maximum(ice, streaks / float(streaks.std()), out=ice)
     ice = ice[margin : margin + height, margin : margin + width]
     return (ice - float(ice.mean())) / max(float(ice.std()), 1e-9)
-
-
-def shine(liquid: Floats) -> Floats:
-    """How water shines, [H, W] from 0 to 1: emboss of the equalised distance from the rims, where liquid is.
-
-    Steps and roundings are those of the published code (OpenCV), with Euclidean distances for its 5 x 5 chamfer.
-    """
-    levels = np.floor(liquid * 255)
-    rims = canny(levels, 50, 150)
-    if not rims.any():
-        return np.zeros_like(liquid)
-    distance = box(np.minimum(ndimage.distance_transform_edt(~rims), 20)).astype(np.int64)
-    counts = np.bincount(distance.ravel())
-    counts[distance.min()] = 0
-    equalised = np.rint(counts.cumsum() * (255 / max(counts.sum(), 1)))[distance]
-    emboss = np.array([[-2, -1, 0], [-1, 1, 1], [0, 1, 2]])
-    shine = levels * np.rint(box(np.clip(ndimage.correlate(equalised, emboss, mode="mirror"), 0, 255)))
-    return shine / max(float(shine.max()), 1.0)
-
-
-def box(x: Floats) -> Floats:
-    """Means over 3 x 3 pixels of [H, W]; exact sums of whole numbers, so that rounding them has no ties."""
-    return np.asarray(ndimage.correlate(x, np.ones((3, 3)), mode="mirror") / 9)
-
-
-def canny(levels: Floats, low: float, high: float) -> npt.NDArray[np.bool_]:
-    """Canny's edges of grey levels [H, W], with the choices of OpenCV: Sobel, |down| + |right|, four directions."""
-    down, right = (ndimage.sobel(levels, axis, mode="nearest") for axis in (0, 1))
-    strength = np.abs(down) + np.abs(right)
-    padded = np.pad(strength, 1)
-    height, width = levels.shape
-
-    def near(rows: int, columns: int) -> Floats:
-        return padded[1 + rows : 1 + rows + height, 1 + columns : 1 + columns + width]
-
-    flat = np.abs(down) < math.tan(math.pi / 8) * np.abs(right)
-    steep = np.abs(down) > math.tan(3 * math.pi / 8) * np.abs(right)
-    peak = np.select(
-        [flat, steep, down * right >= 0],
-        [
-            (strength > near(0, -1)) & (strength >= near(0, 1)),
-            (strength > near(-1, 0)) & (strength >= near(1, 0)),
-            (strength > near(-1, -1)) & (strength > near(1, 1)),
-        ],
-        (strength > near(-1, 1)) & (strength > near(1, -1)),
-    )
-    weak, strong = peak & (strength > low), peak & (strength > high)
-    return np.asarray(ndimage.binary_propagation(strong, np.ones((3, 3)), mask=weak))
