@@ -16,7 +16,7 @@ module         commands
 ``report``     ``report``, ``rescore``
 ``compare``    ``compare``, ``reproduce``
 ``data``       ``data ls``, ``data add``, ``data clean``
-``sandbox``    ``sandbox build``, ``sandbox images``
+``sandbox``    ``sandbox images``
 =============  ==============================================
 
 Everything heavy is imported inside the commands, so that `--help` answers at once.

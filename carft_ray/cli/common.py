@@ -29,7 +29,7 @@ app = typer.Typer(
     "accuracy in-distribution and out-of-distribution together.\n\n"
     "Try it:  carft-ray init --preset quickstart --to recipe.yaml",
 )
-sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images and tiny CLIP.")
+sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images.")
 data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
 cluster_app = typer.Typer(no_args_is_help=True, help="The jobs of a Ray cluster: searches that were submitted.")
 app.add_typer(cluster_app, name="cluster", rich_help_panel="A search")

@@ -26,10 +26,6 @@ IMAGE_SIZE = 32  # pixels, width and height
 CLASSES: tuple[str, ...] = tuple(sorted(SHAPE_NAMES))  # as a reader of folders would order them
 SPLITS: tuple[str, ...] = ("train", "val", "test", "pretrain")
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    f"{kind} thing": SHAPE_NAMES[4 * i : 4 * i + 4] for i, kind in enumerate(("round", "boxy", "pointed", "living"))
-}
-
 # domain -> how a caption names the picture
 DOMAINS: dict[str, str] = {
     name.removesuffix(" picture").replace(" ", "_"): f"a {name} of a {{}}"
@@ -50,7 +46,6 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (44, 44, 48),
 }
 GROUND_COLOURS: tuple[str, ...] = ("red", "yellow", "green", "blue", "white", "black")
-_COLOURLESS = {"negative": (True, True), "silhouette": (True, False), "sketch": (False, True)}  # hides figure, ground
 SMALL_SCALES = (0.48, 0.66)
 LARGE_SCALES = (0.74, 0.92)
 UPRIGHT_DEGREES = 8.0  # an upright figure leans less than this
@@ -192,19 +187,6 @@ def render(domain: str, split: str, class_name: str, index: int) -> tuple[PixelA
     pixels = large(rng, mask, figure, ground)
     rows = pixels[0::2] + pixels[1::2]
     return _to_bytes(finish(rng, (rows[:, 0::2] + rows[:, 1::2]) * np.float32(0.25))), shown
-
-
-def true_templates(shown: Attributes) -> tuple[int, ...]:
-    """Returns the indices of all ``TEMPLATES`` that are true of a picture."""
-    hides_figure, hides_ground = _COLOURLESS.get(shown.domain, (False, False))
-    captions = [DOMAINS[shown.domain], "a picture of a {}"]
-    captions.append("a small {}" if shown.scale <= SMALL_SCALES[1] else "a large {}")
-    captions.append("an upright {}" if abs(shown.angle) <= UPRIGHT_DEGREES else "a tilted {}")
-    if not hides_figure:
-        captions.append(f"a {shown.figure_colour} {{}}")
-    if not hides_ground:
-        captions.append(f"a {{}} on a {shown.ground_colour} ground")
-    return tuple(sorted(TEMPLATES.index(caption) for caption in captions))
 
 
 def export_images(to: Path, progress: Callable[[int, int], None] | None = None) -> None:

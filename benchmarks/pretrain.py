@@ -1,10 +1,15 @@
-"""Makes the sandbox's tiny CLIP from nothing: contrastive pre-training on procedural pictures and their captions.
+"""Makes the sandbox's tiny CLIP from nothing. ``python -m benchmarks.pretrain --to DIR``
+
+Contrastive pre-training on procedural pictures and their captions: so the packaged weights were made
+(``carft_ray/learning/models/sandbox_weights``). Takes about ten minutes on one idle core.
 
 Shape letters: B pictures of a batch, U distinct captions of the batch, D embedding dimension.
 """
 
+import argparse
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +21,25 @@ import torch.nn.functional as F  # noqa: N812 (the usual name)
 from torch import Tensor
 
 from carft_ray.data.source import IntArray, PixelArray
-from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, GROUPS, IMAGE_SIZE, TEMPLATES, render, true_templates
-from carft_ray.errors import Problem, UsageError
+from carft_ray.data.synthetic.sandbox import (
+    CLASSES,
+    DOMAINS,
+    IMAGE_SIZE,
+    SMALL_SCALES,
+    TEMPLATES,
+    UPRIGHT_DEGREES,
+    Attributes,
+    render,
+)
+from carft_ray.data.synthetic.sandbox_shapes import SHAPE_NAMES
 from carft_ray.files import new_folder, require_new, write_bytes, write_json
 
 NUM_STEPS = 2400
 SEED = 0
+SPLIT = "pretrain"  # of no set of the quickstart
+GROUPS: dict[str, tuple[str, ...]] = {
+    f"{kind} thing": SHAPE_NAMES[4 * i : 4 * i + 4] for i, kind in enumerate(("round", "boxy", "pointed", "living"))
+}
 
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": 64,
@@ -35,11 +53,13 @@ _BATCH_SIZE = 256
 _PEAK_LEARNING_RATE = 2e-3
 _WEIGHT_DECAY = 0.1
 _CLIP_NORM = 1.0
-_FEWEST_STEPS = 10  # of the one-cycle schedule
 # Captions are incomplete: part of them name only the shape's group, part another shape of the group. So the tower
 # separates the shapes well, but the words do not, which leaves fine-tuning something to gain.
 _COARSE_FRACTION = 0.45
 _WRONG_FRACTION = 0.17
+
+# what a caption cannot say of a domain: the colour of the figure, that of the ground
+_COLOURLESS = {"negative": (True, True), "silhouette": (True, False), "sketch": (False, True)}
 
 Progress = Callable[[int, int, Mapping[str, float]], None]
 # images [N, H, W, 3], labels [N], and which templates are true of each: all that a caption may say
@@ -51,22 +71,20 @@ def pretrain(out_dir: Path, num_steps: int = NUM_STEPS, seed: int = SEED, progre
 
     Every picture of every batch gets one caption: a template drawn from those that are true of it, with its class
     word. The loss is the symmetric contrastive loss over the distinct captions of the batch; AdamW, one-cycle
-    schedule. Takes about ten minutes on one idle core with the default arguments. The result is a function of the
+    schedule. The result is a function of the
     arguments, the versions of torch and Pillow, and the number of threads.
 
     Args:
         out_dir: Folder to make; it must not exist, or be empty. It gets ``open_clip_config.json`` and
             ``open_clip_model.safetensors`` in half precision (9.2 MB).
-        num_steps: Number of batches, at least 10.
+        num_steps: Number of batches, at least 10, as the one-cycle schedule needs.
         seed: Of initial weights, order and captions. The pictures are the same for every seed.
         progress: Called with (steps or pictures done, all of them, numbers to show).
 
     Raises:
-        UsageError: ``num_steps`` is too small for the schedule, or the folder is not empty.
+        UsageError: The folder is not empty.
         StorageError: It cannot be written.
     """
-    if num_steps < _FEWEST_STEPS:
-        raise UsageError(Problem("num_steps", f"must be at least {_FEWEST_STEPS}", str(num_steps)))
     require_new(out_dir, "--to")
     state = train_model(draw_pictures(_NUM_PICTURES, progress), num_steps, seed, progress)
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
@@ -83,11 +101,24 @@ def draw_pictures(count: int, progress: Progress | None) -> Pictures:
     templates = []
     for i in range(count):
         index = i // (len(domains) * len(CLASSES))
-        images[i], shown = render(domains[i % len(domains)], "pretrain", CLASSES[labels[i]], index)
+        images[i], shown = render(domains[i % len(domains)], SPLIT, CLASSES[labels[i]], index)
         templates.append(true_templates(shown))
         if progress is not None and (i + 1) % 1000 == 0:
             progress(i + 1, count, {})
     return images, labels, templates
+
+
+def true_templates(shown: Attributes) -> tuple[int, ...]:
+    """Returns the indices of all ``TEMPLATES`` that are true of a picture."""
+    hides_figure, hides_ground = _COLOURLESS.get(shown.domain, (False, False))
+    captions = [DOMAINS[shown.domain], "a picture of a {}"]
+    captions.append("a small {}" if shown.scale <= SMALL_SCALES[1] else "a large {}")
+    captions.append("an upright {}" if abs(shown.angle) <= UPRIGHT_DEGREES else "a tilted {}")
+    if not hides_figure:
+        captions.append(f"a {shown.figure_colour} {{}}")
+    if not hides_ground:
+        captions.append(f"a {{}} on a {shown.ground_colour} ground")
+    return tuple(sorted(TEMPLATES.index(caption) for caption in captions))
 
 
 def train_model(pictures: Pictures, num_steps: int, seed: int, progress: Progress | None) -> dict[str, Tensor]:
@@ -155,3 +186,23 @@ def _word(rng: np.random.Generator, label: int) -> int:
         return len(CLASSES) + group
     others = [member for member in tuple(GROUPS.values())[group] if member != name]
     return CLASSES.index(others[rng.integers(len(others))])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pretrain", description="The sandbox's tiny CLIP.")
+    parser.add_argument("--to", type=Path, required=True, help="folder of the model; must be new or empty")
+    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="at least 10; fewer make a weaker model")
+    arguments = parser.parse_args(argv)
+
+    def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
+        if done == total or done % (50 if metrics else 5000) == 0:
+            numbers = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+            print(f"{'step' if metrics else 'picture'} {done}/{total}  {numbers}")
+
+    pretrain(arguments.to, arguments.steps, progress=progress)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
