@@ -17,7 +17,7 @@ from tiny import make_tiny_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_ray import files
-from carft_ray.data.views import batches, view_batch
+from carft_ray.data.views import permutation, view_batch
 from carft_ray.errors import DivergedError, OutdatedAttemptError, StorageError
 from carft_ray.evaluation.heads import build_heads
 from carft_ray.learning import checkpoint
@@ -54,7 +54,8 @@ def plain_fine_tuning(clip, class_head, source, train, tower_trains=True):
     total, step = steps_per_epoch * train.epochs, 0
     warmup = min(500, total // 10)
     for epoch in range(train.epochs):
-        for indices in batches(train.seed, epoch, len(source), train.batch_size, 0, 1):
+        order = permutation(train.seed, epoch, len(source))
+        for indices in (order[start : start + train.batch_size] for start in range(0, len(order), train.batch_size)):
             ids = source.sample_ids[indices]
             pixels = view_batch(source, indices, ids, train.seed, epoch, train.crop_scale, clip.image_size)
             images = (torch.from_numpy(pixels).permute(0, 3, 1, 2).to(head.dtype) / 255 - mean) / std

@@ -14,7 +14,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, philox4x32, words
-from carft_ray.data.views import batches, crop_boxes, permutation, view_batch
+from carft_ray.data import views
+from carft_ray.data.views import parts_of, permutation, view_batch
 
 ALL_ONES = 0xFFFFFFFF
 # Random123 1.14, tests/kat_vectors, lines "philox4x32 10": counter, key, expected
@@ -40,6 +41,16 @@ def picture(width, height, seed=0):
 
 def crop_box(seed, sample_id, visit, width, height, crop_scale):
     return tuple(crop_boxes(seed, np.array([sample_id], np.uint64), visit, width, height, crop_scale)[0].tolist())
+
+
+def crop_boxes(seed, sample_ids, visit, widths, heights, crop_scale):
+    tries = views.crop_tries(seed, sample_ids, visit, crop_scale)
+    sizes = zip(*(np.broadcast_to(sides, len(sample_ids)).tolist() for sides in (widths, heights)), strict=True)
+    return np.array([views.crop_box(one, *size) for one, size in zip(tries, sizes, strict=True)])
+
+
+def batches(seed, epoch, n, batch_size, rank, world_size):
+    return [indices for _, indices in parts_of(permutation(seed, epoch, n), batch_size, rank, world_size)]
 
 
 def view(pixels, seed, sample_id, visit, crop_scale, image_size):

@@ -35,35 +35,18 @@ def permutation(seed: int, epoch: int, n: int) -> IntArray:
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
-def batches(seed: int, epoch: int, n: int, batch_size: int, rank: int, world_size: int) -> list[IntArray]:
-    """Returns the indices that one worker takes from each global batch of an epoch.
-
-    Global batch i is the i-th slice of ``permutation``; the last one may be smaller. The part of rank r is
-    **contiguous**: positions ``b * r // world_size`` to ``b * (r + 1) // world_size`` of a batch of b. So the parts
-    of all ranks, one behind the other, are the global batch in its order; they differ by at most one image, and a
-    part is empty where the batch is smaller than the world.
-
-    Args:
-        seed: Seed of the data order.
-        epoch: Counts from 0.
-        n: Size of the training set.
-        batch_size: Global batch.
-        rank: This worker, 0 <= rank < world_size.
-        world_size: Number of workers.
-
-    Returns:
-        One int64 array per global batch, ``ceil(n / batch_size)`` in all.
-    """
-    return [indices for _, indices in parts_of(permutation(seed, epoch, n), batch_size, rank, world_size)]
-
-
 def parts_of(
     order: IntArray, batch_size: int, rank: int, world_size: int, first_batch: int = 0
 ) -> Iterator[tuple[int, IntArray]]:
-    """Yields a worker's part of each global batch from ``first_batch`` on, as ``batches`` has them.
+    """Yields a worker's part of each global batch of an epoch from ``first_batch`` on.
+
+    Global batch i is the i-th slice of ``order``; the last one may be smaller. The part of rank r is **contiguous**:
+    positions ``b * r // world_size`` to ``b * (r + 1) // world_size`` of a batch of b. So the parts of all ranks, one
+    behind the other, are the global batch in its order; they differ by at most one image, and a part is empty where
+    the batch is smaller than the world.
 
     Args:
-        order: Of an epoch (``permutation``).
+        order: Of an epoch (``permutation``), int64 [n].
         batch_size: Global batch.
         rank: This worker.
         world_size: Number of workers.
@@ -78,48 +61,12 @@ def parts_of(
         yield first, order[first:end]
 
 
-def crop_boxes(
-    seed: int,
-    sample_ids: IdArray,
-    visit: npt.ArrayLike,
-    widths: npt.ArrayLike,
-    heights: npt.ArrayLike,
-    crop_scale: float,
-) -> IntArray:
-    """Draws the crops of views by the rule of torchvision's ``RandomResizedCrop.get_params``, with our words.
+def crop_tries(seed: int, sample_ids: IdArray, visit: npt.ArrayLike, crop_scale: float) -> Iterator[Iterator[Try]]:
+    """Yields for every image the tries of ``crop_box``, which do not depend on its size.
 
-    Up to ten tries: area uniform in [crop_scale, 1] of the image, ratio w/h log-uniform in [3/4, 4/3], sides rounded
-    (halves to even); the first that fits is put at a uniform integer place. If none fits: the centre crop whose ratio
-    is nearest to the image's, which is the whole image when its own ratio lies in the range. Try k uses block k:
-    words 0..3 are area, ratio, top, left. A word w stands for the fraction w / 2**32, and for the integer
-    ``w * m // 2**32`` below m (bias at most m / 2**32).
-
-    Only +, *, /, sqrt and round are used on floats, which IEEE 754 fixes to the bit: boxes are the same everywhere.
-
-    Args:
-        seed: View seed.
-        sample_ids: Stable ids of the images, uint64 [B].
-        visit: How often each image has been shown before; one number, or [B].
-        widths: Widths in pixels; one number, or [B].
-        heights: Heights in pixels; one number, or [B].
-        crop_scale: Lower end of the area as a fraction of the image, 0 < crop_scale <= 1.
-
-    Returns:
-        Boxes (left, top, right, bottom) in pixels, int64 [B, 4], not empty and inside their images.
-
-    Raises:
-        ValueError: ``visit`` is out of range.
+    Try k uses block k of the image's words: area, ratio, top, left. A word w stands for the fraction w / 2**32, and
+    for the integer ``w * m // 2**32`` below m (bias at most m / 2**32).
     """
-    num_images = len(sample_ids)
-    all_widths = np.broadcast_to(np.asarray(widths, dtype=np.int64), (num_images,)).tolist()
-    all_heights = np.broadcast_to(np.asarray(heights, dtype=np.int64), (num_images,)).tolist()
-    draws = _tries(seed, sample_ids, visit, crop_scale)
-    boxes = [_box(*each) for each in zip(draws, all_widths, all_heights, strict=True)]
-    return np.array(boxes, dtype=np.int64).reshape(-1, 4)
-
-
-def _tries(seed: int, sample_ids: IdArray, visit: npt.ArrayLike, crop_scale: float) -> Iterator[Iterator[Try]]:
-    """Yields for every image its tries, which do not depend on its size."""
     draws = words(seed, STREAM_VIEW, visit, sample_ids, _NUM_TRIES)
     fraction = draws[..., :2].astype(np.float64) / 2.0**32
     share = crop_scale + (1 - crop_scale) * fraction[..., 0]
@@ -128,8 +75,23 @@ def _tries(seed: int, sample_ids: IdArray, visit: npt.ArrayLike, crop_scale: flo
     return (zip(*rows, strict=True) for rows in zip(*columns, strict=True))
 
 
-def _box(tries: Iterator[Try], width: int, height: int) -> tuple[int, int, int, int]:
-    """Returns the crop of one image by the rule of ``crop_boxes``."""
+def crop_box(tries: Iterator[Try], width: int, height: int) -> tuple[int, int, int, int]:
+    """Returns the crop of one image by the rule of torchvision's ``RandomResizedCrop.get_params``, with our words.
+
+    Up to ten tries: area uniform in [crop_scale, 1] of the image, ratio w/h log-uniform in [3/4, 4/3], sides rounded
+    (halves to even); the first that fits is put at a uniform integer place. If none fits: the centre crop whose ratio
+    is nearest to the image's, which is the whole image when its own ratio lies in the range.
+
+    Only +, *, /, sqrt and round are used on floats, which IEEE 754 fixes to the bit: boxes are the same everywhere.
+
+    Args:
+        tries: Of the image (``crop_tries``).
+        width: Pixels.
+        height: Pixels.
+
+    Returns:
+        Left, top, right, bottom in pixels, not empty and inside the image.
+    """
     for share, ratio, top_word, left_word in tries:
         area = width * height * share
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
@@ -207,14 +169,14 @@ def fill_views(
     """
     if sample_ids.shape != indices.shape:
         raise ValueError(f"one sample id per index must be given, but got {sample_ids.shape} and {indices.shape}")
-    draws = _tries(seed, sample_ids, visit, crop_scale)
+    draws = crop_tries(seed, sample_ids, visit, crop_scale)
     for view, index, tries in zip(views_BHWC, indices.tolist(), draws, strict=True):
         _show(images[index] if isinstance(images, np.ndarray) else images.pixels(index), tries, view)
 
 
 def _show(pixels_HWC: PixelArray, tries: Iterator[Try], view_HWC: PixelArray) -> None:
     """Makes one view; the image is let go before the next is decoded, which takes its place in memory and caches."""
-    left, top, right, bottom = _box(tries, pixels_HWC.shape[1], pixels_HWC.shape[0])
+    left, top, right, bottom = crop_box(tries, pixels_HWC.shape[1], pixels_HWC.shape[0])
     resize(pixels_HWC[top:bottom, left:right], view_HWC)
 
 
