@@ -35,14 +35,14 @@ def test_hashes_and_sources_are_complete():
         read, facts = read_file(name), load_facts(name)
         assert read["name"] == name
         given = {item for item in ITEMS if read[item]}
-        assert Counter(p.item for p in facts.provenance) == Counter(given)
-        for found in facts.provenance:
-            text = json.dumps(read[found.item], ensure_ascii=False, separators=(",", ":"))
-            assert found.sha256 == hashlib.sha256(text.encode()).hexdigest(), (name, found.item)
-            assert all(source.repo and source.path for source in found.sources), (name, found.item)
-            assert found.sure == facts.is_sure(found.item)
-            owners = {source.repo.split("/")[0] for source in found.sources}
-            assert len(owners) >= 2 if found.sure else found.note, (name, found.item)
+        assert Counter(found["item"] for found in read["provenance"]) == Counter(given)
+        for found in read["provenance"]:
+            text = json.dumps(read[found["item"]], ensure_ascii=False, separators=(",", ":"))
+            assert found["sha256"] == hashlib.sha256(text.encode()).hexdigest(), (name, found["item"])
+            assert all(source["repo"] and source["path"] for source in found["sources"]), (name, found["item"])
+            assert found["sure"] == facts.is_sure(found["item"])
+            owners = {source["repo"].split("/")[0] for source in found["sources"]}
+            assert len(owners) >= 2 if found["sure"] else found["note"], (name, found["item"])
         assert not facts.is_sure("nothing")
 
 
@@ -94,7 +94,6 @@ def test_objectnet_takes_the_classes_that_its_name_says():
     assert [words[i] for i in groups["chair"]] == ["barber chair", "folding chair", "rocking chair"]
     assert [words[i] for i in groups["alarm_clock"]] == ["analog clock", "digital clock"]
     assert [words[i] for i in groups["full_sized_towel"]] == ["bath towel"]
-    assert "tune" in facts.licence_note
 
 
 def test_prompt_words_come_from_the_set_from_imagenet_or_from_the_names():

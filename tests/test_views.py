@@ -13,8 +13,8 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, philox4x32, words
 from carft_ray.data import views
+from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, philox4x32, words
 from carft_ray.data.views import parts_of, permutation, view_batch
 
 ALL_ONES = 0xFFFFFFFF

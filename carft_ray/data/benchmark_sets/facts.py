@@ -20,35 +20,16 @@ FOLDER = Path(__file__).with_suffix("")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where an item was read.
-
-    Attributes:
-        repo: ``owner/name`` of the repository or data set, or the number of a paper.
-        path: File in it, ``issues/NUMBER``, or a table.
-    """
-
-    repo: str
-    path: str
-
-
-@dataclass(frozen=True)
 class Provenance:
-    """Where one item of a set comes from.
+    """Where one item of a set comes from; its file says more.
 
     Attributes:
         item: Name of the attribute of ``Facts``.
-        sources: Those that were compared.
-        sha256: SHA-256 of the item as it stands in the file: of its JSON without spaces, in UTF-8.
         sure: Whether two sources of different owners agree.
-        note: What to know of it, and why it is not sure.
     """
 
     item: str
-    sources: tuple[Source, ...]
-    sha256: str
     sure: bool
-    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,8 +46,6 @@ class Facts:
         domains: Domains in DomainBed's order, or the corruptions of ImageNet-C.
         counts: Number of images for each split or domain; empty where nothing is known.
         templates: Prompt templates with ``{}``.
-        table: For the sets of WILDS: folder, file, columns, path of an image, label column and rule of each split.
-        licence_note: What the terms ask of a user of this program.
         provenance: One for each item that is given.
     """
 
@@ -79,8 +58,6 @@ class Facts:
     domains: tuple[str, ...] | None
     counts: Annotated[Mapping[str, int], AfterValidator(MappingProxyType)]
     templates: tuple[str, ...] | None
-    table: Mapping[str, Any] | None
-    licence_note: str
     provenance: tuple[Provenance, ...]
 
     def is_sure(self, item: str) -> bool:
