@@ -248,7 +248,7 @@ def digest_of_many_views():
         width, height = draw.integers(1, largest, 2).tolist()
         pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
         found.update(shown(pixels, 0, number, 0, 0.5, side).tobytes())
-    return found.hexdigest()
+    return found.hexdigest()[:16]
 
 
 @pytest.mark.slow  # the generic kernel takes ten times as long, and torch is loaded
@@ -258,7 +258,7 @@ def test_views_do_not_depend_on_the_instructions_of_the_processor():
     command = [sys.executable, "-c", code]
     folder = os.path.dirname(__file__)
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=setting, cwd=folder)
-    assert done.stdout.strip() == digest_of_many_views()
+    assert done.stdout.strip() == digest_of_many_views() == MANY_VIEWS
 
 
 def test_view_depends_on_visit_seed_and_sample_id_and_on_nothing_else():
@@ -352,3 +352,4 @@ PERMUTATION_0_1 = [3, 4, 5, 7, 9, 1, 8, 2, 6, 0]
 PERMUTATION_LARGE = [5, 6, 3, 2, 9, 4, 0, 7, 1, 8]
 BOXES = [(0, 1, 30, 32), (1, 0, 31, 31), (0, 2, 31, 32), (25, 7, 574, 471)]
 VIEWS = {40: "dadc23d5db3f8025", 400: "0d5071878ce1d217", 61: "35e3c2669c56c8ca"}
+MANY_VIEWS = "caab39c9bc871fd1"

@@ -1,4 +1,4 @@
-"""ImageNet-C's fifteen corruptions as pure functions: the same bytes for (pixels, name, severity, seed, sample id), always.
+"""ImageNet-C's fifteen corruptions: the same bytes for (pixels, name, severity, seed, sample id), always.
 
 Hendrycks, Dietterich: Benchmarking Neural Network Robustness to Common Corruptions and Perturbations (ICLR 2019). The
 formulas are those of hendrycks/robustness, ``ImageNet-C/create_c/make_imagenet_c.py``, written anew on NumPy, SciPy and
