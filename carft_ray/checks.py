@@ -76,7 +76,8 @@ def as_command(function: Callable[P, R]) -> Callable[P, R]:
 def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
     """Reads a recipe and checks it with its folders, as far as that needs no weights. Warnings are logged.
 
-    Torch is loaded only where the recipe asks of the image tower what some towers cannot do.
+    Torch is loaded only for a model name of open_clip, and where the recipe asks of the image tower what some towers
+    cannot do.
 
     Args:
         recipe: A YAML file; a dictionary of what one holds, whose relative paths count from the working directory; or

@@ -207,7 +207,7 @@ def test_what_is_wrong_is_told_once_at_its_level(here, spoil, overrides, level, 
 def test_zero_shot_at_chance_is_told_with_what_to_try_first():
     few = {"accuracy": 0.4, "num_images": 20, "chance": 0.25, "at_chance": True}
     [found] = zero_shot_findings({"id_val": few})
-    for word in ("prompts.class_names", "order of the labels", "prompts.templates", "carft-ray model NAME", "normalis"):
+    for word in ("prompts.class_names", "order of the labels", "prompts.templates", "model.name"):
         assert word in found.problem.next_step
     assert "40.0 % [21.9, 61.3] of 20 images" in str(found.problem)
     assert zero_shot_findings({"id_val": {**few, "at_chance": False}}) == []

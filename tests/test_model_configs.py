@@ -28,22 +28,22 @@ WRONG = {
     "model_cfg.vision_cfg.layers": (10**9, "must be a number of at most 1,000, but got 1000000000"),
     "model_cfg.vision_cfg.width": (2**40, "must be a number of at most 4,194,304"),
     "model_cfg.vision_cfg.image_size": (2**20, "the tensors of"),
-    "model_cfg.text_cfg.heads": (0.5, "model_cfg.text_cfg.heads: must be a whole number, but got 0.5"),
-    "model_cfg.text_cfg.width": ([], "must describe a model that open_clip can build"),
+    "model_cfg.text_cfg.heads": (0.5, "model_cfg.text_cfg.heads: must be a whole number of at least 1, but got 0.5"),
+    "model_cfg.text_cfg.width": ([], "must be of a model that open_clip can build"),
     "preprocess_cfg.mean": ([0.5, 0.5], "must have three numbers as mean"),
     "preprocess_cfg.std": ([0.5, 0.5, "1"], "must have three numbers as std"),
     "preprocess_cfg.resize_mode": ([None], "must have a known resize_mode"),
 }
 WRONG_CLIP = {
-    "projection_dim": ("8", "projection_dim: must be a whole number from 1 to 65,536, but got '8'"),
+    "projection_dim": ("8", "projection_dim: must be of the type int, but got '8'"),
     "vision_config": ([], "the tensors of"),
     "text_config": ("x", "text_config: must be an object, but got x"),
-    "vision_config.num_attention_heads": (0, "must be a whole number from 1 to 4,096, but got 0"),
-    "vision_config.patch_size": (2**31 - 1, "must be a whole number from 1 to 16,384"),
+    "vision_config.num_attention_heads": (0, "num_attention_heads: must be a whole number of at least 1, but got 0"),
+    "vision_config.patch_size": (2**31 - 1, "must be a number of at most 4,194,304"),
     "vision_config.image_size": (2**14, "the tensors of"),
-    "text_config.num_hidden_layers": (2.0, "must be a whole number from 1 to 1,000, but got 2.0"),
-    "text_config.layer_norm_eps": (None, "must be a number between 0 and 1, but got None"),
-    "text_config.hidden_act": (["gelu"], "hidden_act must be one of"),
+    "text_config.num_hidden_layers": (1001, "must be a number of at most 1,000, but got 1001"),
+    "text_config.layer_norm_eps": (None, "must be of the type float, but got None"),
+    "text_config.hidden_act": (["gelu"], "hidden_act: must be of the type str"),
 }
 
 

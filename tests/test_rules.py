@@ -182,7 +182,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "learning/memory": "the kernel's files",
     "learning/own_function": "code that the user has trusted",
     "learning/target_blocks": "targets of a training that runs",
-    "learning/models/catalog": "the source of open_clip",
     "learning/models/opening": "a weights file that was opened as a regular one",
     "learning/models/weights": "a weights file that was opened as a regular one",
     "launch/worker": "writes the log of a training",

@@ -5,7 +5,6 @@ module         commands
 =============  ==============================================
 ``init``       ``init``
 ``train``      ``validate``, ``train``, ``evaluate``, ``export``
-``model``      ``model``
 ``doctor``     ``doctor``
 ``search``     ``search``, ``resume``, ``stop``, ``plan``
 ``submit``     ``submit``
@@ -23,7 +22,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 """
 
 # in the order of the help
-from carft_ray.cli import init, train, model, doctor, search, submit, cluster, status, confirm, test, report  # noqa: F401  # isort: skip
+from carft_ray.cli import init, train, doctor, search, submit, cluster, status, confirm, test, report  # noqa: F401  # isort: skip
 from carft_ray.cli import compare, data, sandbox  # noqa: F401  # isort: skip
 from carft_ray.cli.common import app, main
 

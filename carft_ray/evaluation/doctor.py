@@ -53,8 +53,7 @@ Level = Literal["error", "warning", "note"]
 FEW_CONTEXTS = 1.5  # exp(entropy) of the context distribution under which the KL term does next to nothing
 TRY_FIRST = (
     "Try first: prompts.class_names (words that a caption would have; in the order of the labels, which is that of the "
-    "class folders), prompts.templates (sentences that fit the images), and `carft-ray model NAME` (its own "
-    "normalisation and activation)."
+    "class folders), prompts.templates (sentences that fit the images), and model.name (the activation of the weights)."
 )
 MOST_IMAGES, FEWEST_IMAGES = 1000, 50  # of each validation set, on which zero-shot is measured
 MOST_S, NUM_TIMED = 120.0, 4  # what they may take altogether; images by which it is foretold

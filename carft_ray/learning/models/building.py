@@ -58,7 +58,7 @@ def require_no_code(page: str, what: str) -> None:
 
 
 @contextlib.contextmanager
-def fetching(place: str, what: str, page: str | None, may_fetch: bool = True) -> Iterator[None]:
+def fetching(place: str, what: str, page: str | None) -> Iterator[None]:
     """Reports in one message what could not be fetched from the hub, and the ways without a network.
 
     Where the hub cannot be reached, its client uses its cache alone, and answers at once.
@@ -67,7 +67,6 @@ def fetching(place: str, what: str, page: str | None, may_fetch: bool = True) ->
         place: Key of the recipe.
         what: What is fetched, in words.
         page: Its page; None: nothing is fetched.
-        may_fetch: False to use the cache alone in any case.
 
     Raises:
         DataError: It is neither in the cache nor fetched.
@@ -76,7 +75,7 @@ def fetching(place: str, what: str, page: str | None, may_fetch: bool = True) ->
         yield
         return
     before = constants.HF_HUB_OFFLINE
-    is_reached = may_fetch and not before and _is_reachable(constants.ENDPOINT)
+    is_reached = not before and _is_reachable(constants.ENDPOINT)
     constants.HF_HUB_OFFLINE = not is_reached
     try:
         with quiet():

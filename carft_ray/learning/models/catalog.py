@@ -1,8 +1,5 @@
-"""Names of models, without loading torch: what ``validate`` needs to know about open_clip and local folders."""
+"""Names of open_clip, for which torch is loaded, and local folders: what ``validate`` needs to know about a model."""
 
-import ast
-import functools
-import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -13,7 +10,7 @@ from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
 from carft_ray.recipe.loading import LOCAL_DIR, is_weights_path
 from carft_ray.recipe.schema import Recipe
-from carft_ray.untrusted import read_text
+from carft_ray.untrusted import parse_json, read_text
 
 SANDBOX = "sandbox"
 RANDOM = "random"  # value of `pretrained` that asks for untrained weights
@@ -29,7 +26,6 @@ TOKENIZER_OPTIONS: dict[str, tuple[Any, ...]] = {
     "strip_sep_token": (False, True),
 }
 MERGES = "bpe_path"  # the one more: merges of the weights' own for CLIP's tokenizer, a file in their folder
-NUM_TAGS_LISTED = 6
 _WITHOUT = "The tokenizer may do without: take the key out of a copy of the folder, and compare tokens."
 _NUM_SHOWN = 100  # characters of a value
 _LARGEST = 2**22  # number of a configuration; vocabularies of models have up to 2**18
@@ -43,6 +39,12 @@ _WHOLE = (
     "patch_size",
     "context_length",
     "vocab_size",
+    "hidden_size",  # from here on names of transformers
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "projection_dim",
 )
 _MOST_LAYERS = 1000  # each is built, whatever its size
 _PAGE = r"\w[\w.-]*(/\w[\w.-]*)?"
@@ -52,63 +54,16 @@ TOWER_DEFAULTS = {name: TrainConfig.model_fields[name].default for name in TOWER
 QUICK = "-quickgelu"  # ending of the open_clip names that compute QuickGELU
 
 
-@functools.cache
-def model_names() -> tuple[str, ...]:
-    """Returns all names that open_clip can build, sorted, and 'sandbox'."""
-    return (SANDBOX, *sorted(path.stem for path in _open_clip().glob("model_configs/*.json")))
+def _open_clip() -> Any:
+    """Returns open_clip, whose import loads torch: for the names and tags that it knows."""
+    import open_clip
+
+    return open_clip
 
 
-def pretrained_tags(name: str) -> tuple[str, ...] | None:
-    """Returns the tags of weights that open_clip offers for a model, or None when its list cannot be read.
-
-    Under ``NAME-quickgelu`` these are the tags of NAME whose weights were trained with QuickGELU.
-    """
-    known = _tags_with_activation()
-    others = known.get(name.removesuffix(QUICK), {}) if name.endswith(QUICK) else {}
-    quick = tuple(tag for tag, is_quick in others.items() if is_quick)
-    return (quick or tuple(known.get(name, ()))) if known else None
-
-
-def computes_quick_gelu(name: str) -> bool | None:
-    """Returns whether open_clip computes QuickGELU under a name, or None for a name that it does not know."""
-    path = _open_clip() / "model_configs" / f"{name}.json"
-    return bool(_read_json(path).get("quick_gelu", False)) if path.is_file() else None
-
-
-@functools.cache
-def _tags_with_activation() -> dict[str, dict[str, bool]]:
-    """Reads open_clip's list of weights from its source, since to import it is to import torch.
-
-    A test compares it with what open_clip itself says. A list of another form is no list: ``load_clip`` checks again.
-
-    Returns:
-        Name -> tag -> whether the weights were trained with QuickGELU.
-    """
-    path = _open_clip() / "pretrained.py"
-    found: dict[str, ast.expr] = {}
-    for node in ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else ():
-        match node:
-            case ast.Assign(targets=[ast.Name(id=variable)], value=value):
-                found[variable] = value
-    models = found.get("_PRETRAINED")
-    tags: dict[str, dict[str, bool]] = {}
-    for key, value in zip(models.keys, models.values, strict=True) if isinstance(models, ast.Dict) else ():
-        match key, found.get(value.id, value) if isinstance(value, ast.Name) else value:
-            case ast.Constant(value=name), ast.Call(keywords=given) if all(keyword.arg for keyword in given):
-                tags[str(name)] = {str(keyword.arg): _is_quick(keyword.value) for keyword in given}
-            case _:
-                return {}
-    return tags
-
-
-def _is_quick(value: ast.expr) -> bool:
-    keywords = value.keywords if isinstance(value, ast.Call) else []
-    return any(k.arg == "quick_gelu" and isinstance(k.value, ast.Constant) and bool(k.value.value) for k in keywords)
-
-
-def _open_clip() -> Path:
-    """Returns the folder of open_clip; to find it does not import it."""
-    return Path(str(importlib.util.find_spec("open_clip").origin)).parent  # type: ignore[union-attr]  # it is installed
+def computes_quick_gelu(name: str) -> bool:
+    """Returns whether open_clip computes QuickGELU under a name that it knows."""
+    return bool(_open_clip().get_model_config(name).get("quick_gelu", False))
 
 
 def check_model(model: ModelConfig) -> list[Problem]:
@@ -130,9 +85,10 @@ def check_model(model: ModelConfig) -> list[Problem]:
         rule = "the sandbox has its own weights; leave the key out"
         return [] if model.pretrained is None else [Problem("model.pretrained", rule, model.pretrained)]
     name = model.name.replace("/", "-")
-    if name not in model_names():
+    if _open_clip().get_model_config(name) is None:
         rule = "must be 'sandbox', 'local-dir:FOLDER', 'hf-hub:OWNER/NAME' or a model name of open_clip"
-        return [Problem("model.name", rule, repr(model.name), nearest=nearest(name, model_names()))]
+        near = nearest(name, (SANDBOX, *_open_clip().list_models()))
+        return [Problem("model.name", rule, repr(model.name), nearest=near)]
     if model.pretrained is None:
         rule = "must name the weights: a tag of open_clip, a weights file, or 'random' for untrained weights"
         return [Problem("model.pretrained", rule, "nothing")]
@@ -141,15 +97,14 @@ def check_model(model: ModelConfig) -> list[Problem]:
 
 def _check_pretrained(name: str, written: str, pretrained: str) -> list[Problem]:
     """Returns what is wrong with the weights given for an open_clip name, which the recipe has as ``written``."""
-    place, tags, path = "model.pretrained", pretrained_tags(name), Path(pretrained)
+    place, tags, path = "model.pretrained", _open_clip().list_pretrained_tags_by_model(name), Path(pretrained)
     if pretrained == RANDOM:
         return []
-    if tags is not None and pretrained in tags:
-        known = _tags_with_activation()
-        trained = known.get(name) or known[name.removesuffix(QUICK)]
-        return activation_problems(name, trained[pretrained], f"'{pretrained}'")
+    if pretrained in tags:
+        trained = _open_clip().get_pretrained_cfg(name, pretrained)
+        return activation_problems(name, bool(trained.get("quick_gelu", False)), f"'{pretrained}'")
     if path.is_file():
-        config = _read_json(path.parent / OPEN_CLIP_CONFIG).get("model_cfg")
+        config = read_json(path.parent / OPEN_CLIP_CONFIG).get("model_cfg")
         if not isinstance(config, dict):
             return []
         weights = f"{path} (by its {OPEN_CLIP_CONFIG})"
@@ -161,14 +116,8 @@ def _check_pretrained(name: str, written: str, pretrained: str) -> list[Problem]
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
         rule = "must be a weights file that is there"
         return [Problem(place, rule, str(path), nearest=nearest(str(path), siblings))]
-    if tags is None:
-        return []
-    rule, near = f"must be a tag of {written}, a weights file, or '{RANDOM}'", nearest(pretrained, (*tags, RANDOM))
-    allowed = tuple(dict.fromkeys((RANDOM, *([near] if near else ()), *tags)))
-    if (more := len(allowed) - NUM_TAGS_LISTED) > 0:
-        allowed = (*allowed[:NUM_TAGS_LISTED], f"{more} more")
-    step = f"All tags of it: carft-ray model {written}"
-    return [Problem(place, rule, repr(pretrained), allowed, near, step)]
+    rule, allowed = f"must be a tag of {written}, a weights file, or '{RANDOM}'", (RANDOM, *tags)
+    return [Problem(place, rule, repr(pretrained), allowed, nearest(pretrained, allowed))]
 
 
 def activation_problems(name: str, trained_quick: bool, weights: str) -> list[Problem]:
@@ -179,7 +128,7 @@ def activation_problems(name: str, trained_quick: bool, weights: str) -> list[Pr
         trained_quick: Whether the weights were trained with QuickGELU.
         weights: What to call them.
     """
-    if computes_quick_gelu(name) in (None, trained_quick):
+    if computes_quick_gelu(name) is trained_quick:
         return []
     used, given = ("QuickGELU", "GELU") if trained_quick else ("GELU", "QuickGELU")
     rule = f"must compute the activation that {weights} was trained with ({used}), or every number is wrong"
@@ -194,38 +143,36 @@ def model_warnings(model: ModelConfig) -> list[str]:
     Args:
         model: The recipe's model, without problems.
     """
-    name = model.name.replace("/", "-")
-    other, quick = _other_activation(name), computes_quick_gelu(name)
-    if other is None or model.pretrained in (None, RANDOM, *(pretrained_tags(name) or ())):
+    if model.pretrained in (None, RANDOM):
         return []
-    path = Path(str(model.pretrained))
-    if (path.parent / OPEN_CLIP_CONFIG).is_file():
+    name, path = model.name.replace("/", "-"), Path(model.pretrained)
+    other, known = _other_activation(name), _tags_of_both(name)
+    if other is None or model.pretrained in known or (path.parent / OPEN_CLIP_CONFIG).is_file():
         return []
-    known, tag = _tags_with_activation().get(name.removesuffix(QUICK), {}), tag_in_path(name, path)
-    if tag is not None:
-        said, trained = f"is named like '{tag}'", known[tag]
-    elif "quickgelu" in path.name.lower().replace("_", "").replace("-", ""):
-        said, trained = "has QuickGELU in its name", True
-    else:
-        said, trained = "", None
-    if trained == quick:
+    quick, words = computes_quick_gelu(name), path.name.lower().replace("_", "").replace("-", "")
+    tag = tag_in_path(name, path)
+    if (known[tag] if tag else "quickgelu" in words or None) is quick:
         return []
     computed, asked = ("QuickGELU", "GELU") if quick else ("GELU", "QuickGELU")
-    start = f"model.pretrained: {path.name} "
-    if said:
-        text = f"{said}, which was trained with {asked}, but {name} computes {computed}: every number would be wrong."
-        return [f"{start}{text} If it is so, write model.name: {other}."]
     of_the_other = ", ".join(tag for tag, is_quick in known.items() if is_quick != quick)
     return [
-        f"{start}does not record which activation it was trained with. {name} computes {computed}; weights trained "
-        f"with {asked} (of open_clip's: {of_the_other}) need model.name: {other}, or every number is wrong."
+        f"model.pretrained: {path.name} does not record which activation it was trained with. {name} computes "
+        f"{computed}; weights trained with {asked} (of open_clip's: {of_the_other}) need model.name: {other}, or every "
+        "number is wrong."
     ]
+
+
+def _tags_of_both(name: str) -> dict[str, bool]:
+    """Returns the tags of a model under the names of both activations: whether each was trained with QuickGELU."""
+    known, base = _open_clip(), name.removesuffix(QUICK)
+    tags = known.list_pretrained_tags_by_model(base)
+    return {tag: bool(known.get_pretrained_cfg(base, tag).get("quick_gelu", False)) for tag in tags}
 
 
 def tag_in_path(name: str, path: Path) -> str | None:
     """Returns the tag of open_clip's weights for a model that a file or its folders are named after, if any."""
     words = "/".join(path.parts[-4:]).lower().replace("-", "_")
-    tags = sorted(_tags_with_activation().get(name.removesuffix(QUICK), {}), key=len, reverse=True)
+    tags = sorted(_tags_of_both(name), key=len, reverse=True)
     return next((tag for tag in tags if re.search(rf"(?<![a-z0-9]){tag}(?![a-z0-9])", words)), None)
 
 
@@ -249,12 +196,12 @@ def has_tokenizer(folder: Path) -> bool:
 def _other_activation(name: str) -> str | None:
     """Returns the name of the same model with the other activation, where open_clip has both."""
     other = name.removesuffix(QUICK) if name.endswith(QUICK) else name + QUICK
-    return other if other in model_names() and name in model_names() else None
+    return other if {name, other} <= {*_open_clip().list_models()} else None
 
 
 def _check_folder(folder: Path) -> list[Problem]:
     if is_hugging_face_folder(folder):
-        config = _read_json(folder / HUGGING_FACE_CONFIG)
+        config = read_json(folder / HUGGING_FACE_CONFIG)
         kind = config.get("model_type")
         if kind != "clip" or "vision_config" not in config:
             rule = f"a Hugging Face folder must hold a CLIPModel ({HUGGING_FACE_CONFIG} with model_type: clip)"
@@ -270,7 +217,7 @@ def _check_folder(folder: Path) -> list[Problem]:
         return []
     if problems := folder_problems(folder):
         return problems
-    tokenizer = _read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
+    tokenizer = read_json(folder / OPEN_CLIP_CONFIG)["model_cfg"]["text_cfg"].get("hf_tokenizer_name")
     if tokenizer and not has_tokenizer(folder):
         rule = f"local-dir: needs the files of its tokenizer ({tokenizer}) in the folder"
         step = f"Copy tokenizer.json and tokenizer_config.json of {tokenizer} into it."
@@ -288,7 +235,7 @@ def folder_problems(folder: Path) -> list[Problem]:
     Args:
         folder: It has an ``open_clip_config.json``.
     """
-    config = _read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg")
+    config = read_json(folder / OPEN_CLIP_CONFIG).get("model_cfg")
     text = config.get("text_cfg") if isinstance(config, dict) else None
     vision = config.get("vision_cfg", {}) if isinstance(config, dict) else None
     options = (text.get("tokenizer_kwargs") or {}) if isinstance(text, dict) else None
@@ -311,12 +258,6 @@ def folder_problems(folder: Path) -> list[Problem]:
             refuse(option, rule, value, (*TOKENIZER_OPTIONS, MERGES), step)
         elif value not in TOKENIZER_OPTIONS[key]:
             refuse(option, "must be a value of open_clip", value, tuple(map(json.dumps, TOKENIZER_OPTIONS[key])))
-    for key, number in _numbers(config, ""):
-        if key.rpartition(".")[2] in _WHOLE and type(number) is not int:
-            refuse(key, "must be a whole number", number)
-        largest = _MOST_LAYERS if "layers" in key or "depth" in key else _LARGEST
-        if not -largest <= number <= largest:
-            refuse(key, f"must be a number of at most {largest:,}", number)
     names = {"vision_cfg.timm_model_name": (vision, r"[\w.-]+", "must be a model name of timm")}
     names["text_cfg.hf_model_name"] = (text, _PAGE, "must be the name of a page of the hub")
     if not has_tokenizer(folder):  # else that is read, whatever the name
@@ -325,6 +266,23 @@ def folder_problems(folder: Path) -> list[Problem]:
         value = tower.get(key.partition(".")[2])
         if value and not (isinstance(value, str) and re.fullmatch(pattern, value)):
             refuse(key, rule, value)
+    return [*problems, *size_problems(config, f"{folder / OPEN_CLIP_CONFIG}: model_cfg.")]
+
+
+def size_problems(config: Any, place: str) -> list[Problem]:
+    """Returns which numbers of a model's configuration are too large, or can be no sizes.
+
+    Args:
+        config: Of open_clip or of transformers.
+        place: What stands before the path of a key in messages.
+    """
+    problems = []
+    for key, number in _numbers(config, ""):
+        largest = _MOST_LAYERS if "layers" in key or "depth" in key else _LARGEST
+        if key.rpartition(".")[2] in _WHOLE and (type(number) is not int or number < 1):
+            problems.append(Problem(f"{place}{key}", "must be a whole number of at least 1", json.dumps(number)))
+        elif not -largest <= number <= largest:
+            problems.append(Problem(f"{place}{key}", f"must be a number of at most {largest:,}", json.dumps(number)))
     return problems
 
 
@@ -337,10 +295,14 @@ def _numbers(value: Any, path: str) -> Iterator[tuple[str, float]]:
         yield path, value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """Returns the object in a file, or an empty one where there is none."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file, or an empty one where there is none.
+
+    Raises:
+        DataError: It is no regular file, is too large, or holds no text.
+    """
     try:
-        value = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError):
+        value = parse_json(read_text(path))
+    except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -22,7 +22,6 @@ from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.building import fetching, quiet
 from carft_ray.learning.models.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
 from carft_ray.learning.models.opening import PREPROCESSING, Opened, open_model, preprocess_config
-from carft_ray.learning.models.weights import fill
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.fine_tuning import ModelConfig, PromptsConfig
 
@@ -74,8 +73,6 @@ def load_clip(part: ModelConfig) -> Clip:
         DataError: The weights cannot be fetched, read or put into the model; or its tokenizer cannot.
     """
     opened = open_model(part)
-    if opened.state is not None:
-        fill(opened.model, opened.state, opened.weights, opened.place)
     return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
 
 

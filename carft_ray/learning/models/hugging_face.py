@@ -9,7 +9,6 @@ Both compute the same function; a test compares logits. transformers is not need
 """
 
 import itertools
-import json
 import logging
 import re
 from pathlib import Path
@@ -20,8 +19,8 @@ from open_clip import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from torch import Tensor
 
 from carft_ray.errors import DataError, Problem
-from carft_ray.learning.models.catalog import HUGGING_FACE_CONFIG
-from carft_ray.untrusted import read_text
+from carft_ray.learning.models.catalog import HUGGING_FACE_CONFIG, size_problems
+from carft_ray.untrusted import parse_json, read_text
 
 PLACE = "model.name"  # of messages: the key that names the folder
 # what a key that is left out means in transformers (CLIPTextConfig, CLIPVisionConfig)
@@ -29,16 +28,14 @@ _DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "num_hidden_lay
 _TEXT = _DEFAULTS | {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 _TEXT |= {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407}
 _VISION = _DEFAULTS | {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
-_VISION |= {"image_size": 224, "patch_size": 32}
+_VISION |= {"image_size": 224, "patch_size": 32, "num_channels": 3}
+_BOTH = {"projection_dim": 512}
 # hidden_act -> open_clip's quick_gelu, and its act_kwargs of the tower
 _ACTIVATIONS: dict[str, tuple[bool, dict[str, str] | None]] = {
     "quick_gelu": (True, None),
     "gelu": (False, None),
     "gelu_pytorch_tanh": (False, {"approximate": "tanh"}),
 }
-# of the numbers of a configuration that are sizes, the largest that a model may have
-_LARGEST = {"hidden_size": 2**16, "intermediate_size": 2**20, "num_hidden_layers": 1000, "num_attention_heads": 2**12}
-_LARGEST |= {"vocab_size": 2**22, "max_position_embeddings": 2**20, "image_size": 2**14, "patch_size": 2**14}
 _ARGMAX_EOS = 2  # eos_token_id of old configurations: the token with the highest id ends the sentence
 _NUM_SHOWN = 100  # characters of a value
 _EPS = 1e-5  # of open_clip's norms when nothing else is said
@@ -93,63 +90,64 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     path = folder / HUGGING_FACE_CONFIG
     config = read_object(path)
-    text, vision = _tower_config(config, "text", _TEXT, path), _tower_config(config, "vision", _VISION, path)
-    _require_whole("projection_dim", config.get("projection_dim", 512), 2**16, path)
-    activations = [str(vision["hidden_act"]), str(text["hidden_act"])]
+    text, vision = _tower(config, "text", _TEXT, path), _tower(config, "vision", _VISION, path)
+    embed_dim = _values(config, _BOTH, f"{path}: ")["projection_dim"]
+    activations = [vision["hidden_act"], text["hidden_act"]]
     known = [_ACTIVATIONS.get(activation) for activation in activations]
     if None in known or known[0][0] != known[1][0]:  # type: ignore[index]  # neither is None
         allowed = ", ".join(_ACTIVATIONS)
         rule = f"hidden_act must be one of {allowed} in both towers, and quick_gelu in both or in none"
         raise DataError(Problem(PLACE, rule, f"{', '.join(activations)} in {path}"))
-    if vision.get("num_channels", 3) != 3 or vision["hidden_size"] % vision["num_attention_heads"]:
+    if vision["num_channels"] != 3 or vision["hidden_size"] % vision["num_attention_heads"]:
         raise DataError(Problem(PLACE, "must be a CLIPModel of 3 channels whose heads divide its width", str(path)))
     eos, last = text["eos_token_id"], text["vocab_size"] - 1
     pooling = {} if eos in (_ARGMAX_EOS, last) else {"pool_type": "eos", "eos_id": eos}
     model_config = {
-        "embed_dim": config.get("projection_dim", 512),
+        "embed_dim": embed_dim,
         "quick_gelu": _ACTIVATIONS[vision["hidden_act"]][0],
         "vision_cfg": {
             "image_size": vision["image_size"],
             "patch_size": vision["patch_size"],
             "head_width": vision["hidden_size"] // vision["num_attention_heads"],
-            **_tower(vision),
+            **_sizes(vision),
         },
         "text_cfg": {
             "context_length": text["max_position_embeddings"],
             "vocab_size": text["vocab_size"],
             "heads": text["num_attention_heads"],
-            **_tower(text),
+            **_sizes(text),
             **pooling,
         },
     }
     return model_config, _preprocessing(folder, vision["image_size"])
 
 
-def _tower_config(config: dict[str, Any], tower: str, defaults: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the configuration of a tower; what is a size is one.
+def _tower(config: dict[str, Any], name: str, defaults: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Returns the configuration of a tower; old versions wrote a second one."""
+    found: dict[str, Any] = {}
+    for key in (f"{name}_config", f"{name}_config_dict"):
+        part = config.get(key) or {}
+        if not isinstance(part, dict):
+            raise DataError(Problem(f"{path}: {key}", "must be an object", str(part)[:_NUM_SHOWN]))
+        found |= part
+    return _values(found, defaults, f"{path}: {name}_config.")
+
+
+def _values(config: dict[str, Any], defaults: dict[str, Any], place: str) -> dict[str, Any]:
+    """Returns the values of a configuration for the keys of ``defaults``, of their types; what is a size is one.
 
     Raises:
-        DataError: It is none.
+        DataError: They are none.
     """
-    found = dict(defaults)
-    for name in (f"{tower}_config", f"{tower}_config_dict"):
-        part = config.get(name) or {}
-        if not isinstance(part, dict):
-            raise DataError(Problem(f"{path}: {name}", "must be an object", str(part)[:_NUM_SHOWN]))
-        found |= part
-    for name in (*_LARGEST.keys() & defaults.keys(), *({"eos_token_id"} & defaults.keys())):
-        _require_whole(f"{tower}_config.{name}", found[name], _LARGEST.get(name, 2**22), path)
-    eps = found["layer_norm_eps"]
-    if not isinstance(eps, int | float) or not 0 < eps < 1:
-        rule = "must be a number between 0 and 1"
-        raise DataError(Problem(f"{path}: {tower}_config.layer_norm_eps", rule, str(eps)[:_NUM_SHOWN]))
-    return found
-
-
-def _require_whole(name: str, value: Any, largest: int, path: Path) -> None:
-    if type(value) is not int or not (name.endswith("eos_token_id") or value >= 1) or abs(value) > largest:
-        rule = f"must be a whole number from 1 to {largest:,}"
-        raise DataError(Problem(f"{path}: {name}", rule, repr(value)[:_NUM_SHOWN]))
+    values = {name: config.get(name, default) for name, default in defaults.items()}
+    wrong = [
+        Problem(f"{place}{name}", f"must be of the type {type(defaults[name]).__name__}", repr(value)[:_NUM_SHOWN])
+        for name, value in values.items()
+        if type(value) is not type(defaults[name])
+    ]
+    if problems := wrong or size_problems(values, place):
+        raise DataError(problems)
+    return values
 
 
 def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -170,7 +168,7 @@ def convert(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed | rest
 
 
-def _tower(config: dict[str, Any]) -> dict[str, Any]:
+def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     tower: dict[str, Any] = {"width": config["hidden_size"], "layers": config["num_hidden_layers"]}
     tower["mlp_ratio"] = config["intermediate_size"] / config["hidden_size"]
     if config["layer_norm_eps"] != _EPS:
@@ -212,8 +210,8 @@ def read_object(path: Path) -> dict[str, Any]:
         DataError: It holds none.
     """
     try:
-        value = json.loads(read_text(path))
-    except (OSError, ValueError, RecursionError) as error:
+        value = parse_json(read_text(path))
+    except (OSError, ValueError) as error:
         raise DataError(Problem(PLACE, "must be a JSON file", f"{path}: {error}")) from error
     if not isinstance(value, dict):
         raise DataError(Problem(PLACE, "must be a JSON object", str(path)))

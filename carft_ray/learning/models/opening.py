@@ -15,13 +15,12 @@ from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transform import PreprocessCfg
 from torch import nn
 
-from carft_ray.errors import DataError, Problem, RecipeError, nearest
+from carft_ray.errors import DataError, Problem, RecipeError
 from carft_ray.learning.models import catalog, hugging_face
 from carft_ray.learning.models.building import build_model, fetching, quiet, require_no_code
 from carft_ray.learning.models.weights import State, fitted, folder_files, is_from_openai, read_weights
 from carft_ray.recipe.fine_tuning import ModelConfig
 from carft_ray.recipe.loading import LOCAL_DIR
-from carft_ray.untrusted import read_text
 
 SANDBOX_WEIGHTS = Path(__file__).with_name("sandbox_weights")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
@@ -32,60 +31,55 @@ CLIP_VOCABULARY = 49408  # tokens of CLIP's own tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Opened:
-    """A model and its weights, not yet put into it.
+    """A model with its weights.
 
     Attributes:
         model: Built by open_clip, with its preprocessing.
         config: open_clip's ``model_cfg``.
-        state: The weights, or None for untrained ones.
-        weights: What to call them in messages.
-        place: Key of the recipe that named them.
         folder: Of the weights; it may hold the tokenizer's files.
     """
 
     model: nn.Module
     config: dict[str, Any]
-    state: State | None = None
-    weights: str = ""
-    place: str = "model.pretrained"
-    folder: Path | None = None
+    folder: Path | None
 
 
-def open_model(
-    part: ModelConfig, device: str = "cpu", read: Callable[[Path, str], State] = read_weights, may_fetch: bool = True
-) -> Opened:
-    """Builds the model that a recipe names and reads its weights.
+def open_model(part: ModelConfig) -> Opened:
+    """Builds the model that a recipe names, with its weights.
 
     Args:
         part: Name and weights.
-        device: 'cpu', or 'meta' for a model without memory.
-        read: Reads a weights file; gets the key of the recipe too.
-        may_fetch: Whether weights that are not on this machine are fetched; else they are left out.
 
     Raises:
         RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
-        DataError: The weights cannot be fetched or read.
+        DataError: The weights cannot be fetched or read, or do not fit.
     """
     if problems := catalog.check_model(part):
         raise RecipeError(problems)
     if (folder := _folder(part)) is not None:
-        return _open_folder(folder, device, read)
+        return _open_folder(folder)
     if part.name.startswith(catalog.HUB):
         page = part.name.removeprefix(catalog.HUB)
         with fetching("model.name", part.name, page):
             path = download_pretrained_from_hf(page, filename=catalog.OPEN_CLIP_CONFIG)
             download_pretrained_from_hf(page)  # into the same folder of the hub's cache
-        return _open_folder(Path(path).parent, device, read)
+        return _open_folder(Path(path).parent)
     name = part.name.replace("/", "-")
     config = open_clip.get_model_config(name)
-    state, path, preprocessing = None, None, _usual_preprocessing(name)
-    if part.pretrained not in (None, catalog.RANDOM):
-        path, preprocessing = _find_weights(name, str(part.pretrained), may_fetch)
-    if path is not None and is_from_openai(state := read(path, "model.pretrained")):
-        _require_activation(name, True, f"{path.name} (OpenAI's own)")
-    model = _build(name, name, config, device)
+
+    def build(device: str) -> nn.Module:
+        return _build(name, name, config, device)
+
+    if part.pretrained == catalog.RANDOM:
+        model, folder, preprocessing = build("cpu"), None, _usual_preprocessing(name)
+    else:
+        path, preprocessing = _find_weights(name, str(part.pretrained))
+        state, folder = read_weights(path, "model.pretrained"), path.parent
+        if is_from_openai(state):
+            _require_activation(name, True, f"{path.name} (OpenAI's own)")
+        model = _built(build, state, path.name, "model.pretrained")
     set_preprocessing(model, preprocessing)
-    return Opened(model, config, state, "" if path is None else path.name, folder=path and path.parent)
+    return Opened(model, config, folder)
 
 
 def image_tower(part: ModelConfig) -> nn.Module | None:
@@ -128,7 +122,7 @@ def _folder_config(folder: Path) -> dict[str, Any]:
         return hugging_face.read_config(folder)[0]
     if problems := catalog.folder_problems(folder):
         raise RecipeError(problems)
-    config: dict[str, Any] = json.loads(read_text(folder / catalog.OPEN_CLIP_CONFIG))["model_cfg"]
+    config: dict[str, Any] = catalog.read_json(folder / catalog.OPEN_CLIP_CONFIG)["model_cfg"]
     if options := config["text_cfg"].get("tokenizer_kwargs"):
         options |= {key: str(folder / Path(options[key]).name) for key in options if key == catalog.MERGES}
     return config
@@ -145,26 +139,25 @@ def set_preprocessing(model: nn.Module, preprocessing: dict[str, Any]) -> None:
     open_clip.set_model_preprocess_cfg(model, {**preprocess_config(model), **known})
 
 
-def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) -> Opened:
+def _open_folder(folder: Path) -> Opened:
     place = "model.name"
     state: State = {}
     for path in folder_files(folder):
-        state |= read(path, place)
+        state |= read_weights(path, place)
     if catalog.is_hugging_face_folder(folder):
         config, preprocessing = hugging_face.read_config(folder)
-        state = hugging_face.convert(state)
 
         def build_clip(device: str) -> nn.Module:
             with torch.device(device):
                 model: nn.Module = open_clip.CLIP(**config)
             return model
 
-        model = _built(build_clip, folder / catalog.HUGGING_FACE_CONFIG, state, device)
+        model = _built(build_clip, hugging_face.convert(state), str(folder), place)
         set_preprocessing(model, preprocessing)
         if catalog.has_tokenizer(folder) and not _has_clip_tokenizer(folder, config["text_cfg"]["vocab_size"]):
             # open_clip then searches the tokenizer in the folder, in exports too
             config["text_cfg"]["hf_tokenizer_name"] = folder.name
-        return Opened(model, config, state, str(folder), place, folder)
+        return Opened(model, config, folder)
     config = _folder_config(folder)
     if is_from_openai(state) and not config.get("quick_gelu", False):
         rule = "model_cfg must have quick_gelu: true for OpenAI's own weights, or every number is wrong"
@@ -173,26 +166,24 @@ def _open_folder(folder: Path, device: str, read: Callable[[Path, str], State]) 
     def build(device: str) -> nn.Module:
         return _build(f"{LOCAL_DIR}{folder.resolve()}", folder.name, config, device)
 
-    model = _built(build, folder / catalog.OPEN_CLIP_CONFIG, state, device)
-    return Opened(model, config, state, str(folder), place, folder)
+    return Opened(_built(build, state, str(folder), place), config, folder)
 
 
-def _built(build: Callable[[str], nn.Module], path: Path, state: State, device: str) -> nn.Module:
-    """Builds the model of a folder: first without memory, since sizes may be anything, to see that the weights fit.
+def _built(build: Callable[[str], nn.Module], state: State, weights: str, place: str) -> nn.Module:
+    """Builds a model with its weights: first without memory, since sizes may be anything, to see that they fit.
 
     Raises:
         DataError: open_clip cannot build it, or the weights are those of another model.
     """
     try:
-        if device != "meta":
-            fitted(build("meta"), dict(state), str(path.parent), "model.name")
-        return build(device)
+        state = fitted(build("meta"), state, weights, place)
+        model = build("cpu")
     except BUILD_ERRORS as error:
-        rule, said = (
-            "must describe a model that open_clip can build",
-            f"{type(error).__name__}: {error}".splitlines()[0],
-        )
-        raise DataError(Problem(str(path), rule, said)) from error
+        rule = "must be of a model that open_clip can build"
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DataError(Problem(f"{place}: {weights}", rule, said)) from error
+    model.load_state_dict(state)
+    return model
 
 
 def _build(address: str, name: str, config: dict[str, Any], device: str) -> nn.Module:
@@ -204,33 +195,19 @@ def _build(address: str, name: str, config: dict[str, Any], device: str) -> nn.M
         return build_model(address, device)
 
 
-def _find_weights(name: str, pretrained: str, may_fetch: bool) -> tuple[Path | None, dict[str, Any]]:
-    """Returns the file of the weights, None when it may not be fetched, and what is known of their preprocessing."""
-    tags = open_clip.list_pretrained_tags_by_model(name)
+def _find_weights(name: str, pretrained: str) -> tuple[Path, dict[str, Any]]:
+    """Returns the file of the weights, and what is known of their preprocessing."""
+    if pretrained in open_clip.list_pretrained_tags_by_model(name):
+        known: dict[str, Any] = open_clip.get_pretrained_cfg(name, pretrained)
+        page = known.get("hf_hub") or known.get("url")
+        with fetching("model.pretrained", f"the weights '{pretrained}' of {name}", page):
+            return Path(open_clip.download_pretrained(known)), known
     path = Path(pretrained)
-    if pretrained in tags:
-        known = _known(name, pretrained, f"'{pretrained}'")
-        what, page = f"the weights '{pretrained}' of {name}", known.get("hf_hub") or known.get("url")
-        try:
-            with fetching("model.pretrained", what, page, may_fetch):
-                return Path(open_clip.download_pretrained(known)), known
-        except DataError:
-            if may_fetch:
-                raise
-            return None, known
-    if not path.is_file():  # ``check_model`` lets it pass where it cannot read the list of tags
-        rule = f"must be a tag of {name}, a weights file, or '{catalog.RANDOM}'"
-        raise RecipeError(Problem("model.pretrained", rule, repr(pretrained), tuple(tags), nearest(pretrained, tags)))
     if (tag := _released_as(name, path)) is not None:
-        return path, _known(name, tag, f"{path.name} ('{tag}' by its hash)")
+        known = open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag)
+        _require_activation(name, bool(known.get("quick_gelu", False)), f"{path.name} ('{tag}' by its hash)")
+        return path, known
     return path, _preprocessing_of(name, path)
-
-
-def _known(name: str, tag: str, weights: str) -> dict[str, Any]:
-    """Returns what open_clip knows of the weights of a tag, which must have the activation of the name."""
-    known: dict[str, Any] = open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag)
-    _require_activation(name, bool(known.get("quick_gelu", False)), weights)
-    return known
 
 
 def _require_activation(name: str, trained_quick: bool, weights: str) -> None:
@@ -256,32 +233,25 @@ def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
     """Returns the preprocessing of a weights file: of the configuration next to it, else of open_clip's weights."""
     config = path.parent / catalog.OPEN_CLIP_CONFIG
     if config.is_file():
-        return dict(json.loads(read_text(config)).get("preprocess_cfg") or {})
-    if (tag := catalog.tag_in_path(name, path)) in _tags(name):
+        given = catalog.read_json(config).get("preprocess_cfg")
+        return given if isinstance(given, dict) else {}
+    if (tag := catalog.tag_in_path(name, path)) is not None:
         return dict(open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag))
-    kinds = preprocessing_kinds(name)
-    if len(kinds) > 1:
+    usual = _usual_preprocessing(name)
+    if not usual and _tags(name):
         logging.getLogger(__name__).warning(
-            "model.pretrained: %s does not record its preprocessing, and open_clip's weights of %s differ in it (such "
-            "as %s); mean, std and resizing of CLIP are used. Put the %s of the weights next to the file.",
-            *(path.name, name, ", ".join(next(iter(tags)) for tags in kinds.values()), catalog.OPEN_CLIP_CONFIG),
+            "model.pretrained: %s does not record its preprocessing, and open_clip's weights of %s differ in it; mean, "
+            "std and resizing of CLIP are used. Put the %s of the weights next to the file.",
+            *(path.name, name, catalog.OPEN_CLIP_CONFIG),
         )
-    return _usual_preprocessing(name)
-
-
-def preprocessing_kinds(name: str) -> dict[str, list[str]]:
-    """Returns the tags of a model by the preprocessing of their weights, written as JSON."""
-    kinds: dict[str, list[str]] = {}
-    for tag in open_clip.list_pretrained_tags_by_model(name):
-        known = open_clip.get_pretrained_cfg(name, tag)
-        kinds.setdefault(json.dumps({key: known.get(key) for key in PREPROCESSING}), []).append(tag)
-    return kinds
+    return usual
 
 
 def _usual_preprocessing(name: str) -> dict[str, Any]:
     """Returns the preprocessing that all of open_clip's weights of a model share, or nothing."""
-    kinds = list(preprocessing_kinds(name))
-    return dict(json.loads(kinds[0])) if len(kinds) == 1 else {}
+    known = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    kinds = {json.dumps(kind): kind for each in known for kind in [{key: each.get(key) for key in PREPROCESSING}]}
+    return next(iter(kinds.values())) if len(kinds) == 1 else {}
 
 
 def _has_clip_tokenizer(folder: Path, vocab_size: int) -> bool:

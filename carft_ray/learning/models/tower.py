@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,20 +75,6 @@ def _matcher(visual: nn.Module) -> dict[str, Any]:
         return _RESNET
     children = [name for name, _ in visual.named_children()]
     return {"stem": r"[^.]+$", "blocks": [(rf"{re.escape(name)}\.", (i,)) for i, name in enumerate(children)]}
-
-
-def layer_label(names: Sequence[str]) -> str:
-    """Returns a short name of a layer: the modules that hold its parameters, as far as they share them."""
-    roots: dict[str, list[list[str]]] = {}
-    for name in names:
-        pieces = name.split(".")
-        roots.setdefault(".".join(pieces[: 1 + name.startswith(_TRUNK)]), []).append(pieces[:-1] or pieces)
-    return ", ".join(root if len(inside) == 1 else _shared(inside) or root for root, inside in roots.items())
-
-
-def _shared(modules: list[list[str]]) -> str:
-    count = next((i for i, pieces in enumerate(zip(*modules, strict=False)) if len(set(pieces)) > 1), None)
-    return ".".join(min(modules, key=len)[:count])
 
 
 def shape_tower(classifier: ImageClassifier, train: TrainConfig) -> None:
