@@ -514,8 +514,6 @@ def kill_at_random(study_dir, num_trials, numbers, rng):
         before = now
         kills.append((executor, last, delay_s, len(now)))
     code, output = finish(driver(study_dir, num_trials + 4))
-    if code == 5 and "must start on this machine" in output:  # a busy machine starts no Ray in time
-        code, output = finish(driver(study_dir, num_trials + 4))
     assert code == 0, output
     check(study_dir, num_trials + 4, before)
     return kills

@@ -1,5 +1,6 @@
 """The Ray that a command starts for itself: who can reach it, and what of it stays in the process."""
 
+import inspect
 import os
 import stat
 import subprocess
@@ -10,6 +11,8 @@ import pytest
 import ray
 
 import cluster
+from carft_ray.errors import ClusterError
+from carft_ray.launch.ray_cluster import cluster as cluster_module
 from carft_ray.launch.ray_cluster.cluster import running_ray
 
 VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -85,3 +88,36 @@ def test_what_the_user_has_set_of_authentication_holds(tmp_path, monkeypatch):
             assert seen["RAY_AUTH_MODE"] == mode
             assert token in (None, seen["RAY_AUTH_TOKEN"])
         assert known() == before
+
+
+@pytest.mark.slow
+def test_a_ray_that_has_not_started_in_its_time_on_a_busy_machine_is_started_again(tmp_path, monkeypatch):
+    calls, start = [], ray.init
+
+    def init(**options):
+        calls.append(options)
+        if len(calls) == 1:
+            raise Exception("The current node timed out during startup. This could happen because ...")
+        return start(**options)
+
+    monkeypatch.setattr(ray, "init", init)
+    with running_ray(None, tmp_path / "ray.log") as nodes:
+        assert len(nodes) == 1
+    assert len(calls) == 2
+
+
+def test_a_ray_that_cannot_start_is_one_message_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(ray, "init", init_never)
+    message = "must start on this machine, but got no space"
+    with pytest.raises(ClusterError, match=message), running_ray(None, tmp_path / "ray.log"):
+        pass
+
+
+def init_never(**options):
+    raise OSError("no space")
+
+
+def test_this_is_what_ray_says_when_it_has_not_started_in_its_time():
+    from ray._private import node
+
+    assert cluster_module.TIMED_OUT in inspect.getsource(node)

@@ -40,6 +40,7 @@ ENVIRONMENT = {
 START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
 START_TIMEOUTS_S = {"own": "60", "cluster": "900"}  # where nodes may have to boot first, workers may take long
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
+TIMED_OUT = "timed out during startup"  # in what Ray says when it has not started within 30 s
 CONNECT_TIMEOUT_S = 10
 # what only waits takes no CPU, which could starve its own workers; every head node has this resource
 HEAD_ONLY = {"node:__internal_head__": 0.001}
@@ -117,20 +118,24 @@ def _require_connected_to(address: str | None) -> None:
 def _start(temp_dir: str) -> None:
     """Starts Ray without its dashboard: that only helps to clean up after trials stopped from outside, and none is."""
     usable = environment.usable_cores()
-    try:
-        ray.init(
-            address="local",
-            num_cpus=usable if usable != os.cpu_count() else None,  # None: Ray also knows a container's limit
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=temp_dir,
-        )
-    except Exception as error:  # a bare Exception is what Ray raises when it does not start within 30 s
-        ray.shutdown()
-        step = "Is there space in the temporary folder and in /dev/shm? May new processes start? Is the machine busy?"
-        raise ClusterError(Problem("Ray", "must start on this machine", _first_line(error), next_step=step)) from error
+    for is_last in (False, True):  # on a busy machine Ray may not start within its 30 s, and does at the next try
+        try:
+            ray.init(
+                address="local",
+                num_cpus=usable if usable != os.cpu_count() else None,  # None: Ray also knows a container's limit
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=temp_dir,
+            )
+            return
+        except Exception as error:  # a bare Exception is what Ray raises after these 30 s
+            ray.shutdown()
+            if is_last or TIMED_OUT not in str(error):
+                rule, step = "must start on this machine", "Is there space in the temporary folder and in /dev/shm?"
+                step += " May new processes start? Is the machine busy?"
+                raise ClusterError(Problem("Ray", rule, _first_line(error), next_step=step)) from error
 
 
 def _attach(address: str) -> None:
