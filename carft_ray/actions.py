@@ -53,7 +53,6 @@ def search(
     warm_start: Sequence[str | Path] = (),
     again: str | None = None,
     trust: bool = False,
-    notify_command: str | None = None,
     notify_url: str | None = None,
     progress: bool = True,
     strict: bool = True,
@@ -73,8 +72,7 @@ def search(
         warm_start: Folders of further studies whose trials are passed to the sampler.
         again: Reason to train more although the test sets were read; every report keeps it.
         trust: Run the code that ``train.function`` names, and let ``cmaes`` read pickles of a study from elsewhere.
-        notify_command: Run on a new best, a failed trial and at the end, with JSON on its standard input.
-        notify_url: Webhook that gets the same JSON.
+        notify_url: Webhook that gets JSON on a new best, on a failed trial and at the end.
         progress: Show how it goes. False: only warnings.
         strict: Raise when trainings were set aside. False: they are in the result.
 
@@ -117,7 +115,7 @@ def search(
     from carft_ray.results.reading.summary import study_summary
 
     with (
-        notifying(notify_command, notify_url, value.name, study, logger.warning) as with_notices,
+        notifying(notify_url, value.name, study, logger.warning) as with_notices,
         tracking(value, study, logger.warning) as with_trackers,
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
@@ -170,7 +168,6 @@ def confirm(
     train: Trainer | None = None,
     address: str | None = None,
     trust: bool = False,
-    notify_command: str | None = None,
     notify_url: str | None = None,
     progress: bool = True,
     resume_command: str = SAME_CALL,
@@ -188,7 +185,6 @@ def confirm(
         train: As of ``search``, that of the study.
         address: As of ``search``.
         trust: Run the code that ``train.function`` names.
-        notify_command: As of ``search``.
         notify_url: As of ``search``.
         progress: Show how it goes.
         resume_command: Named after an interruption.
@@ -223,7 +219,7 @@ def confirm(
 
     study_dir, say = view.study_dir, console.sayer(progress)
     with (
-        notifying(notify_command, notify_url, recipe.name, study_dir, logger.warning) as with_notices,
+        notifying(notify_url, recipe.name, study_dir, logger.warning) as with_notices,
         tracking(recipe, study_dir, logger.warning) as with_trackers,
     ):
         first, second, notes = plan.plan(view, top, seeds, others)

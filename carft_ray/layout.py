@@ -10,7 +10,7 @@
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
       ledger.jsonl       who fixed a winner or read the test sets, when
-      best.yaml, figure.png, figure.svg, report.html, ray.log, events.out.tfevents.* (figure and recipe for TensorBoard)
+      best.yaml, figure.png, figure.svg, report.html, ray.log
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/
       tracking/          what Weights & Biases or MLflow keep, where they keep it here

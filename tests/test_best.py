@@ -2,14 +2,10 @@
 
 import json
 import re
-import textwrap
 
 import curve_stand_in
 import pytest
 import stand_in
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.plugins.hparams.api_pb2 import Status
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
@@ -19,7 +15,6 @@ from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, LEASE, THUMBNAILS, WE
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.documents import status
 from carft_ray.results.reading.overview import read_study
-from carft_ray.study import outcome as outcomes
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
@@ -202,54 +197,6 @@ def test_a_search_that_was_taken_over_writes_neither(study_dir, tmp_path):
             raise InterruptedRunError("stopped")
     assert not (study_dir / BEST).exists()
     assert figures(study_dir) == set()
-
-
-def lines_of_hparams(folder):
-    """How a run ended, by TensorBoard's own reader: status and columns."""
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    content = events.PluginTagToContent("hparams")
-    end = HParamsPluginData.FromString(content["_hparams_/session_end_info"]).session_end_info
-    start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info
-    assert "_hparams_/experiment" not in content  # the columns are those of what has results
-    return Status.Name(end.status), start.hparams
-
-
-def test_tensorboard_gets_the_figure_the_recipe_and_a_mark_for_each_trial_without_a_result(study_dir, tmp_path):
-    with open_study(study_dir, stand_in.make_recipe(4, baselines={})) as study:
-        recover_running(study)
-        for number, outcome in enumerate(("complete", "diverged", "pruned", "error")):
-            spec = study.next()
-            folder = spec.folder(study_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            if outcome == "complete":
-                write_result(study_dir, spec, 0.5)
-            elif outcome == "pruned":
-                outcomes.write_cut(folder, outcomes.Cut(1, 50, "below the median"))
-            else:
-                write_failure(folder, Failure(outcome, "because", 1, 6))
-            while study.settle(spec) is None:  # an error comes twice
-                spec = study.next()
-                write_failure(folder, Failure(outcome, "because", spec.attempt, 6))
-            assert study.rows()[number].outcome == outcome
-        for _ in range(2):  # what is there is not written again
-            with figure_at_the_end(study, 0):
-                pass
-        rows = study.rows()
-    for row in rows[1:]:
-        [run] = {path.parent for path in row.folder(study_dir).rglob("events.out.tfevents.*")}
-        assert len(list(run.iterdir())) == 1
-        status, values = lines_of_hparams(run)
-        assert (status, values["outcome"].string_value) == ("STATUS_FAILURE", row.outcome)
-        assert values["learning_rate"].number_value == row.values["learning_rate"]
-        assert run.name.startswith("lr=")
-    [path] = study_dir.glob("events.out.tfevents.*")
-    events = EventAccumulator(str(path))
-    events.Reload()
-    [figure] = events.Images("figure")
-    assert (figure.step, figure.encoded_image_string) == (4, (study_dir / FIGURE_PNG).read_bytes())
-    [recipe] = events.Tensors("recipe")
-    assert textwrap.indent(dump_recipe(study.recipe), "    ") in recipe.tensor_proto.string_val[0].decode()
 
 
 def test_a_worse_trial_loses_its_weights_and_its_pictures(study_dir, tmp_path):

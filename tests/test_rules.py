@@ -187,7 +187,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "launch/worker": "writes the log of a training",
     "launch/ray_group": "rows of a training that runs",
     "launch/preparation": "what a preparation that runs says",
-    "launch/figures/board": "a figure that was just drawn",
     "launch/failures/causes": "what a process that has ended has left",
     "launch/jobs/package": "the checkout that is sent",
     "launch/jobs/server": "the user's own token",

@@ -68,11 +68,10 @@ DashboardOption = Annotated[
     str | None,
     Option("--address", metavar="URL", help="Dashboard of the cluster.", show_default="http://127.0.0.1:8265"),
 ]
-NotifyCommandOption = Annotated[
+NotifyUrlOption = Annotated[
     str | None,
-    Option(metavar="CMD", help="Run this on a new best, a failed trial and at the end, with JSON on its stdin."),
+    Option(metavar="URL", help="Post JSON to this webhook on a new best, on a failed trial and at the end."),
 ]
-NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Post the same JSON to this webhook.")]
 TrustOption = Annotated[
     bool,
     Option("--trust", help="Run the code that train.function names, and pickles of cmaes in a study from elsewhere."),

@@ -55,7 +55,6 @@ def submit(
     narrow: search.NarrowOption = False,
     widen: search.WidenOption = False,
     warm_start: search.WarmStartOption = None,
-    notify_command: common.NotifyCommandOption = None,
     notify_url: common.NotifyUrlOption = None,
     again: search.AgainOption = None,
     trust: common.TrustOption = False,
@@ -83,7 +82,7 @@ def submit(
     overrides = common.overrides_of(set_, executor=executor, num_workers=num_workers)
     overrides += [] if wall_time is None else [f"budget.wall_time={wall_time}"]
     options: dict[str, Any] = {"warm_start": [str(path.absolute()) for path in warm_start or ()], "trials": trials}
-    options |= {"notify_command": notify_command, "notify_url": notify_url, "again": again}
+    options |= {"notify_url": notify_url, "again": again}
     flags = [f"--{name}" for name, asked in {"narrow": narrow, "widen": widen, "trust": trust}.items() if asked]
     words = [*common.option_words(**options), *flags]
     from carft_ray.launch.jobs.upload import resume_upload, search_upload

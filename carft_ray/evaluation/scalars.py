@@ -4,7 +4,6 @@
 continues. Here it is a ``StorageError`` of the training.
 """
 
-import io
 import itertools
 import os
 import re
@@ -14,11 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2 as hparams_api
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams import plugin_data_pb2 as hparams_data
@@ -35,7 +31,6 @@ TAGS |= {f"subset/{name}": f"epochs/{i}_{name}" for i, name in enumerate(_OF_EPO
 SHORT = {"learning_rate": "lr", "kl_weight": "kl", "weight_decay": "wd"}  # in names of runs
 EVENTS = "events.out.tfevents."
 LONGEST_NAME = 120  # bytes; of 255 that file systems allow
-OUTCOME = "outcome"  # a column of the HPARAMS table
 HParams = Mapping[str, bool | int | float | str]
 _count = itertools.count()
 
@@ -88,14 +83,13 @@ class EventFile:
     Args:
         folder: Folder of the run; made when it is missing.
         purge_step: What earlier files of the run hold from this step on is void.
-        ending: Of its name; empty: one that no other file has.
 
     Raises:
         StorageError: Here and in all methods: the file cannot be written.
     """
 
-    def __init__(self, folder: Path, purge_step: int | None = None, ending: str = "") -> None:
-        ending = ending or f"{socket.gethostname()}.{os.getpid()}.{next(_count):06d}"
+    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
+        ending = f"{socket.gethostname()}.{os.getpid()}.{next(_count):06d}"  # that no other file has
         self.path = folder / f"{EVENTS}{int(time.time()):010d}.{ending}"
         self._flushed = time.monotonic()
         with files.writing(self.path):
@@ -110,20 +104,6 @@ class EventFile:
         """Adds a point to a curve."""
         self._add(step, tag=name, simple_value=value)
 
-    def text(self, name: str, markdown: str) -> None:
-        """Adds a text."""
-        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
-        tensor = TensorProto(dtype="DT_STRING", string_val=[markdown.encode()], tensor_shape=shape)
-        plugin = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        self._add(0, tag=name, tensor=tensor, metadata=plugin)
-
-    def image(self, name: str, png: bytes, step: int) -> None:
-        """Adds a picture."""
-        with Image.open(io.BytesIO(png)) as picture:
-            width, height, channels = *picture.size, len(picture.getbands())
-        image = Summary.Image(height=height, width=width, colorspace=channels, encoded_image_string=png)
-        self._add(step, tag=name, image=image)
-
     def hparams(self, values: HParams, metrics: Mapping[str, float], step: int) -> None:
         """Adds the line of a finished training to TensorBoard's HPARAMS table.
 
@@ -132,32 +112,23 @@ class EventFile:
             metrics: The columns of metrics, each a scalar of the run too.
             step: Step of these scalars.
         """
-        columns = {**values, OUTCOME: ""}
-        kinds = {name: "STRING" if isinstance(value, str) else "FLOAT64" for name, value in columns.items()}
+        kinds = {name: "STRING" if isinstance(value, str) else "FLOAT64" for name, value in values.items()}
         experiment = hparams_api.Experiment(
             hparam_infos=[hparams_api.HParamInfo(name=name, type=f"DATA_TYPE_{kind}") for name, kind in kinds.items()],
             metric_infos=[hparams_api.MetricInfo(name=hparams_api.MetricName(tag=name)) for name in metrics],
         )
-        self._add_hparams(hparams_metadata.EXPERIMENT_TAG, experiment=experiment)
-        self.ended(values, "complete")
-        for name, value in metrics.items():
-            self.scalar(name, value, step)
-
-    def ended(self, values: HParams, outcome: str) -> None:
-        """Adds how a training has ended, as a line of the HPARAMS table; all but ``complete`` has failed there.
-
-        The columns are those of the finished trainings.
-        """
         start = hparams_data.SessionStartInfo()
-        for name, value in {**values, OUTCOME: outcome}.items():
+        for name, value in values.items():
             if isinstance(value, str):
                 start.hparams[name].string_value = value
             else:
                 start.hparams[name].number_value = value
-        status = "STATUS_SUCCESS" if outcome == "complete" else "STATUS_FAILURE"
-        end = hparams_data.SessionEndInfo(status=status)
+        end = hparams_data.SessionEndInfo(status="STATUS_SUCCESS")
+        self._add_hparams(hparams_metadata.EXPERIMENT_TAG, experiment=experiment)
         self._add_hparams(hparams_metadata.SESSION_START_INFO_TAG, session_start_info=start)
         self._add_hparams(hparams_metadata.SESSION_END_INFO_TAG, session_end_info=end)
+        for name, number in metrics.items():
+            self.scalar(name, number, step)
 
     def close(self) -> None:
         """Writes what is still in memory."""

@@ -1,25 +1,22 @@
-"""Notices of how a search goes, to a command or an address that the user names on the command line.
+"""Notices of how a search goes, posted to an address that the user names on the command line.
 
-Never in the recipe, which must not name code to run. Each is one JSON object:
+Never in the recipe, which may come from somebody else. Each is one JSON object:
 
     event       best | failed_trial | finished | stopped | failed
     text        the same in a sentence; the key that Slack shows
     study       name of the recipe, and study_dir its folder
     trial       its name, where it is about one; objective and alpha of a best
 
-A command gets it on its standard input, and the event as CARFT_RAY_EVENT; an address gets it by HTTP POST. Both run
-while the search continues, in the order of the events, and have ten seconds. One that fails is a note, never an error.
-Events of one kind about trials come at most once in 30 s; how many were left out is in the next one.
+They are sent while the search continues, in the order of the events, each within ten seconds. One that fails is a
+warning at the end, never an error. Events of one kind about trials come at most once in 30 s; how many were left out is
+in the next one.
 """
 
 import contextlib
 import http.client
 import json
 import math
-import os
 import queue
-import shlex
-import subprocess
 import threading
 import time
 import urllib.error
@@ -35,20 +32,18 @@ from carft_ray.words import counted
 
 TIMEOUT_S = 10.0
 AT_MOST_EVERY_S = 30.0
-EVENT = "CARFT_RAY_EVENT"
 
 Kind = Literal["best", "failed_trial", "finished", "stopped", "failed"]
 
 
 @contextlib.contextmanager
 def notifying(
-    command: str | None, url: str | None, name: str, study_dir: Path, warn: Callable[[str], None]
+    url: str | None, name: str, study_dir: Path, warn: Callable[[str], None]
 ) -> Iterator[Callable[[OnEvent], OnEvent]]:
     """Notifies while a search or a confirm runs, and of how the block ended; waits for the last notice.
 
     Args:
-        command: Split into words as a shell would; no shell runs. None: no command.
-        url: Address of a webhook, or None.
+        url: Address of a webhook; None: nobody is notified.
         name: Of the recipe.
         study_dir: The study directory.
         warn: Given the notices that failed, once per fault, at the end and in the calling thread.
@@ -57,15 +52,15 @@ def notifying(
         A function that lets the one who takes events share them with the notices.
 
     Raises:
-        UsageError: Command or address cannot be used.
+        UsageError: The address cannot be used.
     """
-    _check(command, url)
-    if command is None and url is None:
+    if url is None:
         yield lambda on_event: on_event
         return
+    if not url.startswith(("http://", "https://")):
+        raise UsageError(Problem("--notify-url", "must begin with http:// or https://", repr(url)))
     notices, faults = _Notices(name, study_dir.absolute()), list[str]()
-    given = (notices.waiting, command, url, faults)
-    thread = threading.Thread(target=_send_all, args=given, name="notify", daemon=True)
+    thread = threading.Thread(target=_send_all, args=(notices.waiting, url, faults), name="notify", daemon=True)
     thread.start()
     try:
         yield lambda on_event: Shared(on_event, notices.take)
@@ -139,47 +134,10 @@ class _Notices:
         self.waiting.put({"event": kind, "text": f"{self._about['study']}: {text}", **self._about, **more})
 
 
-def _send_all(waiting: Any, command: str | None, url: str | None, faults: list[str]) -> None:
+def _send_all(waiting: Any, url: str, faults: list[str]) -> None:
     while (content := waiting.get()) is not None:
-        body = json.dumps(content).encode()
-        if command is not None and (fault := _run(command, body, content["event"])):
-            faults.append(f"--notify-command: {fault}")
-        if url is not None and (fault := _post(url, body)):
+        if fault := _post(url, json.dumps(content).encode()):
             faults.append(f"--notify-url: {fault}")
-
-
-def _check(command: str | None, url: str | None) -> None:
-    problems = []
-    try:
-        if command is not None and not shlex.split(command):
-            problems.append(Problem("--notify-command", "must be a command", repr(command)))
-    except ValueError as error:
-        problems.append(Problem("--notify-command", f"must be a command ({error})", repr(command)))
-    if url is not None and not url.startswith(("http://", "https://")):
-        problems.append(Problem("--notify-url", "must begin with http:// or https://", repr(url)))
-    if problems:
-        raise UsageError(problems)
-
-
-def _run(command: str, body: bytes, event: str) -> str:
-    """Runs the command; returns what went wrong, empty for nothing."""
-    try:
-        done = subprocess.run(
-            shlex.split(command),
-            input=body,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=TIMEOUT_S,
-            env={**os.environ, EVENT: event},
-            start_new_session=True,  # Ctrl-C is for the search
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return f"took longer than {TIMEOUT_S:g} s and was ended"
-    except OSError as error:
-        return str(error)
-    said = done.stderr.decode(errors="replace").strip().splitlines()
-    return f"ended with exit code {done.returncode}{': ' + said[-1] if said else ''}" if done.returncode else ""
 
 
 def _post(url: str, body: bytes) -> str:

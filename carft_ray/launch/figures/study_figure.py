@@ -6,7 +6,6 @@ from pathlib import Path
 
 from carft_ray.evaluation.alpha import partial_alphas
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.launch.figures.board import write_board
 from carft_ray.launch.figures.figure import Curve, Dot, Pair, id_ood_figure
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG, FOLDERS
 from carft_ray.recipe.schema import Recipe
@@ -42,12 +41,8 @@ def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
 
 
 def _draw(study: Study) -> None:
-    if study.taken_over:
-        return
-    given = study.recipe, study.study_dir, study.rows(), study.rows("baseline")
-    if best_row(study.rows()) is not None:
-        write_figure(*given)
-    write_board(*given)
+    if not study.taken_over and best_row(study.rows()) is not None:
+        write_figure(study.recipe, study.study_dir, study.rows(), study.rows("baseline"))
 
 
 def write_figure(
