@@ -19,6 +19,7 @@ from carft_ray.untrusted import visible
 
 if TYPE_CHECKING:
     from carft_ray.data.caching.cache import Entry
+    from carft_ray.launch.ray_cluster.checkup import NodeReport
 
 _PLAIN_WIDTH = 130  # columns of a table that goes to a file or a pipe
 _NAMES = {"id_val": "ID (id_val)", "id_accuracy": "ID (id_val)", "ood_accuracy": "OOD mean"}
@@ -361,35 +362,24 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
     return table(["set", *numbers(*columns)], lines)
 
 
-def node_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns the table of what the nodes of a cluster have and see; columns without a value are left out.
-
-    Args:
-        rows: ``name``, ``cpus`` and ``gpus`` that Ray may give, ``fault``; where that is empty ``kinds`` of GPUs, bytes
-            free (``gpu_free``, ``memory_free``, ``cache_free``, ``temp_free``) or in all (``shared``), ``read``: files
-            and MB per second, ``clock_s``, ``carft_ray``. None is not known.
-    """
-    sizes = {
-        "GPU free": "gpu_free",
-        "memory free": "memory_free",
-        "cache free": "cache_free",
-        "temp free": "temp_free",
-        "/dev/shm": "shared",
-    }
-    lines = []
-    for row in rows:
-        gpus = f"{row['gpus']:g} {', '.join(row.get('kinds', ()))}".strip()
-        cells = {"CPUs": f"{row['cpus']:g}", "GPUs": gpus if row["gpus"] or row.get("kinds") else ""}
-        cells |= {title: size_text(row[key]) if row.get(key) is not None else "" for title, key in sizes.items()}
-        read = row.get("read")
-        cells["files/s"], cells["MB/s"] = (f"{one:,.0f}" for one in read) if read else ("", "")
-        clock = row.get("clock_s")
-        cells["clock, s"] = "" if clock is None else f"{clock:+.1f}"
-        cells["carft-ray"] = row["fault"] or row["carft_ray"] or "none"
-        lines.append((row["name"], cells))
-    columns = dict.fromkeys(name for _, cells in lines for name, text in cells.items() if text)
-    shown = [[name, *map(cells.__getitem__, columns)] for name, cells in lines]
-    return table(["node", *numbers(*columns)], shown, [bool(row["fault"]) for row in rows], "red")
+def node_table(reports: Sequence["NodeReport"]) -> Table:
+    """Returns the table of what the nodes of a cluster have; columns without a value are left out."""
+    rows = {}
+    for one in reports:
+        facts = one.facts or {"gpus": [], "cache": None, "carft_ray": {"version": ""}}
+        kinds = ", ".join(dict.fromkeys(gpu["name"] for gpu in facts["gpus"]))
+        gpus = f"{one.resources.get('GPU', 0):g} {kinds}".strip()
+        free = [gpu["free_bytes"] for gpu in facts["gpus"] if gpu["free_bytes"] is not None]
+        rows[one.name] = {
+            "CPUs": f"{one.resources.get('CPU', 0):g}",
+            "GPUs": "" if gpus == "0" else gpus,
+            "GPU free": size_text(min(free)) if free else "",
+            "cache free": size_text(facts["cache"]["free_bytes"]) if facts["cache"] else "",
+            "carft-ray": one.fault or facts["carft_ray"]["version"] or "none",
+        }
+    columns = dict.fromkeys(name for row in rows.values() for name, text in row.items() if text)
+    lines = [[name, *map(row.__getitem__, columns)] for name, row in rows.items()]
+    return table(["node", *numbers(*columns)], lines, [bool(one.fault) for one in reports], "red")
 
 
 def _range(of: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,9 +62,9 @@ def doctor(
     with _attached(address):
         found, here, reports, on_nodes = Diagnosis(), True, [], []
         if address is not None:
-            from carft_ray.launch.ray_cluster.checkup import ask_nodes, examine_there, images_are_here, judge
+            from carft_ray.launch.ray_cluster import checkup
 
-            here = images_are_here(value)
+            here = checkup.images_are_here(value)
         if not here:
             say("This machine sees none of the images; the nodes of the cluster check them.")
         elif json_:
@@ -72,9 +73,9 @@ def doctor(
             with counting() as progress:
                 found = examine(value, images, quick, console.say, progress)
         if address is not None:
-            reports = ask_nodes(value, study, say)
-            on_nodes = judge(reports, value)
-            found = found if here else examine_there(reports, value, images, quick, say) or found
+            reports = checkup.ask_nodes(value, study, say)
+            on_nodes = [*checkup.judge(reports, value), *checkup.check_collective(reports, value, say)]
+            found = found if here else checkup.examine_there(reports, value, images, quick, say) or found
     if json_:
         _print_json(as_plain_data(found), reports, on_nodes)
     else:
@@ -117,22 +118,21 @@ def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence
     """Prints a diagnosis; with a cluster, what its nodes have found and what is wrong there, too."""
     if reports:
         from carft_ray.evaluation.doctor import finding_data
-        from carft_ray.launch.ray_cluster.checkup import report_data
 
         data["findings"] += map(finding_data, on_nodes)
         data["healthy"] = data["healthy"] and all(one.level != "error" for one in on_nodes)
-        data["nodes"] = list(map(report_data, reports))
+        data["nodes"] = [{**asdict(report), "takes_trials": report.takes_trials} for report in reports]
     console.print_json(data)
 
 
-def _show(found: Any, reports: Sequence[Any] = (), on_nodes: Sequence[Any] = ()) -> None:
+def _show(found: Any, reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:
     """Prints what was found, and a verdict where there is no error; errors end the command."""
     if found.sets:
         console.show(console.checkup_table(found.sets, found.zero_shot))
     for line in _model_lines(found.model, found.machine):
         console.say(line)
     if reports:
-        console.show(console.node_table([_node_row(report) for report in reports]))
+        console.show(console.node_table(reports))
     findings = [*found.findings, *on_nodes]
     for finding in findings:
         if finding.level == "note":
@@ -142,29 +142,6 @@ def _show(found: Any, reports: Sequence[Any] = (), on_nodes: Sequence[Any] = ())
     errors, warnings, notes = (sum(one.level == level for one in findings) for level in ("error", "warning", "note"))
     if not errors:
         console.say(f"No error, {counted(warnings, 'warning')}, {counted(notes, 'note')}.")
-
-
-def _node_row(report: Any) -> dict[str, Any]:
-    """Returns what the table shows of a node."""
-    from carft_ray.launch.ray_cluster.checkup import speed
-
-    row = {"name": report.name, "cpus": report.resources.get("CPU", 0), "gpus": report.resources.get("GPU", 0)}
-    if (facts := report.facts) is None:
-        return {**row, "fault": report.fault}
-    free = [gpu["free_bytes"] for gpu in facts["gpus"] if gpu["free_bytes"] is not None]
-    return {
-        **row,
-        "fault": "",
-        "kinds": list(dict.fromkeys(gpu["name"] for gpu in facts["gpus"])),
-        "gpu_free": min(free, default=None),
-        "memory_free": facts["memory_free_bytes"],
-        "cache_free": facts["cache"] and facts["cache"]["free_bytes"],
-        "temp_free": facts["temp"] and facts["temp"]["free_bytes"],
-        "shared": facts["shared_memory_bytes"],
-        "read": facts["read"] and speed(facts["read"]),
-        "clock_s": report.clock_s,
-        "carft_ray": facts["carft_ray"]["version"],
-    }
 
 
 def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str]:
