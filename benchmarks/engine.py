@@ -290,9 +290,9 @@ def driver_cost(
 
     from rich.console import Console
 
-    from carft_ray.launch.at_a_time import AtATime
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
+    from carft_ray.launch.ray_cluster.concurrency import AtATime
     from carft_ray.live import SearchView
     from carft_ray.progress import REFRESH_PER_S
     from carft_ray.study.rows import trials

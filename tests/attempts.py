@@ -18,11 +18,10 @@ import torch
 
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.evaluation import training
-from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged
 from carft_ray.launch.failures.causes import explained
-from carft_ray.launch.ray_cluster.concurrency import Node
+from carft_ray.launch.ray_cluster.concurrency import AtATime, Node
 from carft_ray.launch.runtime import Runner, make_runtime, stop_reader
 from carft_ray.launch.worker import run_worker
 from carft_ray.learning.context import RunContext

@@ -16,10 +16,10 @@ from test_driver import Tune
 from carft_ray import files
 from carft_ray.cli import main
 from carft_ray.errors import BudgetError
-from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up

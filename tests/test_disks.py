@@ -11,9 +11,9 @@ from stand_in import make_recipe
 from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.launch import runtime
-from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat, read_result

@@ -13,7 +13,6 @@ from ray.tune.search import Searcher
 from stand_in import make_recipe
 
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError, UsageError
-from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     BaselineFinished,
@@ -25,7 +24,7 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.failures.leaks import Leaks
-from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
+from carft_ray.launch.ray_cluster.concurrency import AtATime, Node, capacity_of
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
@@ -495,7 +494,7 @@ def test_the_last_node_on_which_a_training_fits_is_never_left_out():
 
     def fits(without):
         left = tuple(node for name, node in there.items() if name not in without)
-        return capacity_of(make_recipe(6, resources={"cpus_per_worker": 2}), left, None).concurrency > 0
+        return capacity_of(make_recipe(6, resources={"cpus_per_worker": 2}), left, may_grow=True).concurrency > 0
 
     nodes = BadNodes(lambda: dict.fromkeys(there, "10.0.0.1"), fits)
     assert [bool(nodes.failed("n1")) for _ in range(3)] == [False, False, True]

@@ -16,9 +16,9 @@ from stand_in import make_recipe
 from test_driver import Tune, spec_of
 
 from carft_ray.errors import NoSuccessfulTrialError
-from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import BaselineFinished, TrialFinished
+from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_cut

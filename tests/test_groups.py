@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import stand_in
 
-from carft_ray import files
 from carft_ray.launch import ray_group
 from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.ray_group import WorkerGroup
@@ -33,7 +32,8 @@ class Groups:
     def __init__(self, study_dir, monkeypatch):
         self.study_dir, self.ran, self.num = study_dir, [], 0
         self.fails, self.dies = set(), threading.Event()  # trials that fail; a worker that dies while it waits
-        monkeypatch.setattr(ray_group, "_trainer", lambda runtime, folder, name, avoid: self._trainer(runtime, folder))
+        monkeypatch.setattr(ray_group, "_trainer", lambda runtime, folder, avoid: self._trainer(runtime, folder))
+        monkeypatch.setattr(ray_group, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self._wait))
         self.runtime = SimpleNamespace(study_dir=study_dir, capacity=CAPACITY)
 
     def group(self):
@@ -45,21 +45,20 @@ class Groups:
         folder.mkdir(parents=True, exist_ok=True)
         return group.run(spec, folder)
 
+    def _wait(self, seconds):
+        if self.dies.is_set():
+            raise OSError("a worker died")
+        time.sleep(seconds)
+
     def _trainer(self, runtime, folder):
         self.num += 1
         return SimpleNamespace(fit=lambda: self._work(runtime, folder, self.num))
 
     def _work(self, runtime, folder, group):
-        orders = ray_group._Orders(runtime, folder)
-        files.append_line(folder / ray_group.TOLD, json.dumps({"nodes": [f"node{group}"]}))
-        while order := orders.take():
+        for order in ray_group._orders(runtime, folder, [f"node{group}"]):
             self.ran.append((group, order["spec"]["number"], order["idle_s"]))
             if order["spec"]["number"] in self.fails:
                 raise ValueError("no trial")
-            if orders.ended():
-                return
-            if self.dies.is_set():
-                raise OSError("a worker died")
 
 
 @pytest.fixture

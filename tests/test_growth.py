@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -17,97 +16,73 @@ import pytest
 import ray
 import stand_in
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
-from test_driver import Tune, write_alive
+from test_driver import Tune
 
 from carft_ray.errors import ClusterError, InterruptedRunError
-from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     ConcurrencyChanged,
     Note,
     Preparing,
     Started,
-    TrialEpoch,
     TrialFinished,
     TrialStarted,
 )
-from carft_ray.launch.ray_cluster import growth, ray_private
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT, nodes_now, running_ray
-from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of, node_of
-from carft_ray.launch.ray_cluster.growth import await_nodes, groups_of, largest, read_config
+from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity, Node, capacity_of, node_of
+from carft_ray.launch.ray_cluster.growth import await_nodes
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import must_leave
 from carft_ray.study.recovery import recover_running
 
 HERE = Path(__file__).parent
 SIZES = {"object_store_memory": 10**8}
 HEAD, GPU_NODE = Node(0, 0), Node(8, 2)
-GROUPS = """
-max_workers: 3
-head_node_type: head
-available_node_types:
-  head: {resources: {CPU: 2}, max_workers: 0}
-  large: {resources: {CPU: 8, GPU: 2, "accelerator_type:H100": 1}, min_workers: 0, max_workers: 2}
-  small: {resources: {CPU: 4}}
-"""
 
 
 @pytest.mark.parametrize(
-    ("nodes", "most", "recipe", "found", "reason"),
+    ("nodes", "may_grow", "recipe", "found", "reason"),
     [
-        # from zero workers: one trial waits, with the GPUs that are to come
-        ([HEAD], [HEAD, *[GPU_NODE] * 3], {}, (0, 1), "no node for a trial, which needs 1 x 4 CPUs and 1 x 1 GPU; "
-         "nodes for 1 are asked for, of 6 at most"),
-        # then as many wait as run
-        ([GPU_NODE], [GPU_NODE] * 3, {}, (2, 2), "2 GPUs, 1 a trial; nodes for 2 more are asked for, of 6 at most"),
-        ([GPU_NODE] * 2, [GPU_NODE] * 3, {}, (4, 2), "4 GPUs, 1 a trial; nodes for 2 more are asked for, of 6 at most"),
-        ([GPU_NODE] * 3, [GPU_NODE] * 3, {}, (6, 0), "6 GPUs, 1 a trial"),
-        # no more than the recipe wants
-        ([GPU_NODE], [GPU_NODE] * 3, {"max_concurrent_trials": 3}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are "
-         "asked for, of 3 at most"),
-        ([GPU_NODE], [GPU_NODE] * 3, {"max_concurrent_trials": 1}, (1, 0), "search.max_concurrent_trials"),
-        # nobody knows how far it may grow
-        ([GPU_NODE], None, {}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are asked for"),
-        ([HEAD], None, {}, (0, 1), "no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"),
-        # a node by hand, beyond the autoscaler's
-        ([GPU_NODE] * 4, [GPU_NODE] * 3, {}, (8, 0), "8 GPUs, 1 a trial"),
+        # from zero workers one trial waits
+        ([HEAD], True, {}, (0, 1), "no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"),
+        ([HEAD], True, {"gpus_per_worker": 1}, (0, 1), "no node for a trial, which needs 1 x 1 CPU and 1 x 1 GPU; "
+         "nodes for 1 are asked for"),
+        ([GPU_NODE], True, {}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are asked for"),
+        ([GPU_NODE], False, {}, (2, 0), "2 GPUs, 1 a trial"),
+        # where the recipe says how many are wanted, as many wait as run
+        ([HEAD], True, {"max_concurrent_trials": 6}, (0, 1), "no node for a trial, which needs 1 x 1 CPU; nodes for 1 "
+         "are asked for"),
+        ([GPU_NODE], True, {"max_concurrent_trials": 6}, (2, 2), "2 GPUs, 1 a trial; nodes for 2 more are asked for"),
+        ([GPU_NODE], True, {"max_concurrent_trials": 3}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are asked for"),
+        ([GPU_NODE], True, {"max_concurrent_trials": 1}, (1, 0), "search.max_concurrent_trials"),
         # of one kind
-        ([Node(8, 2, "H100"), Node(8, 8, "T4")], [], {"accelerator": "H100"}, (2, 0), "2 GPUs, 1 a trial"),
-        ([Node(8, 8, "T4")], [Node(8, 2, "H100")], {"accelerator": "H100"}, (0, 1), "no node for a trial, which needs "
-         "1 x 4 CPUs and 1 x 1 GPU of kind H100; nodes for 1 are asked for, of 2 at most"),
+        ([Node(8, 2, "H100"), Node(8, 8, "T4")], False, {"accelerator": "H100"}, (2, 0), "2 GPUs, 1 a trial"),
+        ([Node(8, 8, "T4")], True, {"accelerator": "H100"}, (0, 1), "no node for a trial, which needs 1 x 1 CPU and "
+         "1 x 1 GPU of kind H100; nodes for 1 are asked for"),
     ],
 )  # fmt: skip
-def test_as_many_trials_wait_for_nodes_as_run(nodes, most, recipe, found, reason):
-    kind, wanted = recipe.get("accelerator"), recipe.get("max_concurrent_trials")
-    recipe = stand_in.make_recipe(max_concurrent_trials=wanted, resources={"accelerator": kind})
-    capacity = capacity_of(recipe, tuple(nodes), None if most is None else tuple(most))
+def test_a_trial_waits_for_nodes_where_a_cluster_may_grow(nodes, may_grow, recipe, found, reason):
+    wanted = recipe.pop("max_concurrent_trials", None)
+    recipe = stand_in.make_recipe(max_concurrent_trials=wanted, resources=recipe)
+    capacity = capacity_of(recipe, tuple(nodes), may_grow)
     assert (capacity.concurrency, capacity.asked, capacity.reason) == (*found, reason)
 
 
-def test_a_trial_on_the_largest_node_that_may_come_is_awaited_there():
-    recipe = stand_in.make_recipe(resources={"num_workers": 4})
-    most = (HEAD, Node(8, 4), Node(8, 2))
-    assert capacity_of(recipe, (HEAD,), most).one_node
-    assert not capacity_of(recipe, (Node(8, 2), Node(8, 2)), most).one_node  # over two that are there
-
-
 @pytest.mark.parametrize(
-    ("nodes", "most", "resources", "told"),
+    ("nodes", "resources", "told"),
     [
-        ([HEAD], [HEAD, GPU_NODE], {"num_workers": 3}, "resources: a trial needs 3 x 4 CPUs and 3 x 1 GPU, but got "
-         "8 CPUs and 2 GPUs in all with all nodes that the autoscaler may add"),
-        ([Node(8, 2, "A100")], [], {"accelerator": "H100"}, "resources.accelerator: must be a kind of accelerator "
+        ([HEAD, GPU_NODE], {"num_workers": 3}, "resources: a trial needs 3 x 4 CPUs and 3 x 1 GPU, but got "
+         "8 CPUs and 2 GPUs in all"),
+        ([Node(8, 2, "A100")], {"accelerator": "H100"}, "resources.accelerator: must be a kind of accelerator "
          "that a node of the cluster has, but got H100; did you mean 'A100'? (allowed: A100)"),
     ],
 )  # fmt: skip
-def test_a_trial_that_fits_on_no_node_that_may_come_is_refused(nodes, most, resources, told):
+def test_a_trial_that_fits_on_no_node_of_a_fixed_cluster_is_refused(nodes, resources, told):
     with pytest.raises(ClusterError) as caught:
-        capacity_of(stand_in.make_recipe(resources=resources), tuple(nodes), tuple(most))
+        capacity_of(stand_in.make_recipe(resources=resources), tuple(nodes))
     assert str(caught.value).startswith(told)
 
 
@@ -118,46 +93,27 @@ def test_a_kind_of_accelerator_is_asked_of_ray():
     assert node_of(there) == Node(8, 1, "H100")
 
 
-def test_the_file_of_the_cluster_launcher_says_how_far_it_grows(tmp_path):
-    large = {"CPU": 8, "GPU": 2, "accelerator_type:H100": 1}
-    groups, limit = groups_of(GROUPS)
-    assert (groups, limit) == ([(large, 2), ({"CPU": 4}, 3)], 3)
-    assert largest([HEAD], groups, limit) == (HEAD, Node(8, 2, "H100"), Node(8, 2, "H100"), Node(4, 0))
-    assert len(largest([], [({"CPU": 4}, -1)])) == growth.UNBOUNDED
-    for bad in ("", "- 1", "max_workers: 3", "available_node_types: {a: {max_workers: many}}", "a: ["):
-        assert groups_of(bad) == (None, None)
-
-    (tmp_path / "config.yaml").write_text(GROUPS)
-    for number, address in (("7", "10.0.0.1:6379"), ("8", "10.0.0.1:6380")):  # two clusters on one machine
-        (tmp_path / number).mkdir()
-        words = ["python", "monitor.py", f"--gcs-address={address}", f"--autoscaling-config={tmp_path}/config.yaml"]
-        (tmp_path / number / "cmdline").write_bytes("\0".join(words[: 4 if number == "7" else 3]).encode())
-    assert read_config("10.0.0.1:6379", tmp_path) == (groups, limit)
-    assert read_config("10.0.0.1:6380", tmp_path) == (None, None)
-
-
 def test_where_no_node_comes_a_command_says_how_it_would_wait(tmp_path):
     recipe = stand_in.make_recipe(resources={"num_workers": 3})
     with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
-        await_nodes(recipe, (Node(2, 0),), (), tmp_path, pytest.fail)
-    assert str(caught.value).endswith("Nodes that are yet to be added are awaited with resources.wait_for_nodes=10m.")
+        await_nodes(recipe, (Node(2, 0),), False, tmp_path, pytest.fail)
+    assert str(caught.value).endswith("resources.wait_for_nodes=10m waits for nodes that are yet to be added.")
 
 
 class Changing:
     """A cluster that a driver follows; what it says may be set."""
 
     def __init__(self):
-        self.fits, self.asked, self.slots, self.most_workers = 2, 0, 2, 1
+        self.fits, self.asked = 2, 0
 
     def __call__(self):
-        more = {"asked": self.asked, "slots": self.slots, "most_workers": self.most_workers}
-        return Capacity(self.fits, f"{self.fits} CPUs", 1, 1.0, 0.0, one_node=self.fits > 1, **more)
+        return Capacity(self.fits, f"{self.fits} CPUs", 1, 1.0, 0.0, one_node=self.fits > 1, asked=self.asked)
 
 
 @pytest.fixture
 def followed(tmp_path, monkeypatch):
     """Gives a function that makes a search of 12 trials on a cluster that changes."""
-    monkeypatch.setattr("carft_ray.launch.at_a_time.COUNT_EVERY_S", 0.0)
+    monkeypatch.setattr("carft_ray.launch.ray_cluster.concurrency.COUNT_EVERY_S", 0.0)
     with open_study(tmp_path / "study", stand_in.make_recipe(12, baselines={})) as study:
         recover_running(study)
 
@@ -168,7 +124,7 @@ def followed(tmp_path, monkeypatch):
                 on_change(*change)
                 events.append(ConcurrencyChanged(*change))
 
-            at_a_time = AtATime(2, 0, "2 CPUs", cluster, changed)
+            at_a_time = AtATime(2, 0, "2 CPUs", True, cluster, changed)
             tune = Tune(Driver(study, at_a_time, events.append, **how))
             tune.events, tune.cluster = events, cluster
             return tune
@@ -189,14 +145,14 @@ def test_trainings_at_a_time_follow_the_nodes(followed):
     tune.look()
     running += [tune.start(), tune.start()]
     assert tune.start() is None  # three run, one waits
-    assert running[-1].config["capacity"] == {"num_workers": 1, "one_node": True}
+    assert running[-1].config["one_node"]
     tune.cluster.fits, tune.cluster.asked = 1, 0
     tune.look()
     for trial in running[:3]:
         tune.finish(trial)
         assert tune.start() is None  # fewer from now on
     tune.finish(running[3])
-    assert not tune.start().config["capacity"]["one_node"]
+    assert not tune.start().config["one_node"]
     assert changes(tune.events) == [(3, "3 CPUs"), (1, "1 CPUs")]
 
 
@@ -246,55 +202,8 @@ def test_half_of_a_large_cluster_may_go_at_once(followed):
     assert tune.driver.failure is None
 
 
-def workers(trial):
-    return trial.config["capacity"]["num_workers"]
-
-
-def test_trials_share_what_is_free_between_their_least_and_their_most(followed):
-    tune = followed()
-    tune.cluster.slots, tune.cluster.most_workers = 7, 4
-    tune.look()
-    running = [tune.start(), tune.start()]
-    assert [workers(trial) for trial in running] == [3, 3]  # one is left over
-    tune.cluster.slots = 3  # a node is gone, and with it no trial
-    tune.look()
-    tune.finish(running.pop())
-    running.append(tune.start())
-    assert workers(running[-1]) == 1
-    tune.cluster.slots = 100
-    tune.look()
-    tune.finish(running.pop())
-    assert workers(tune.start()) == 4
-
-
-def test_a_trial_that_may_have_half_as_many_workers_again_leaves_and_continues_with_them(followed, monkeypatch):
-    tune = followed(gpus_per_worker=0.5)
-    tune.cluster.slots, tune.cluster.most_workers = 4, 8
-    tune.look()
-    running = [tune.start(), tune.start()]
-    for trial in running:
-        write_alive(tune, trial)
-    tune.cluster.slots = 6  # a third of two workers more would fit for each
-    monkeypatch.setattr("carft_ray.launch.driver.GROW_AFTER_S", 1000.0)
-    tune.look()
-    assert not any(must_leave(tune.folder(trial), 1) for trial in running)
-    for attempt in tune.driver._attempts.values():
-        attempt.began -= 2000
-    tune.look()
-    asked = [must_leave(tune.folder(trial), 1) for trial in running]
-    assert asked == [True, False]  # one after the other
-    before = tune.driver.study.gpu_seconds()
-    tune.end(running[0])
-    assert 2000 < tune.driver.study.gpu_seconds() - before < 2100  # of two halves
-    again = tune.start()
-    assert (again.config["spec"]["attempt"], workers(again)) == (2, 3)
-    told = f"{again.config['spec']['name']} gets another attempt: 3 workers are free for it, it has 2"
-    assert told in [event.text for event in tune.events if isinstance(event, Note)]
-    assert not tune.driver.study.set_aside()
-
-
 def test_what_waits_holds_no_gpu_and_keeps_no_search_from_its_end(followed):
-    tune = followed(gpus_per_worker=4.0, on_change=lambda *change: told.append(change))
+    tune = followed(gpus=4.0, on_change=lambda *change: told.append(change))
     told = []
     runs = tune.start()
     waits = tune.driver.propose("waits")
@@ -312,7 +221,7 @@ def test_what_waits_holds_no_gpu_and_keeps_no_search_from_its_end(followed):
 
 
 def test_a_group_that_waits_for_its_workers_is_given_up_some_time_after_a_stop(followed):
-    tune = followed(gpus_per_worker=1.0, leaks=type("None", (), {"check": lambda self, live: 0})())
+    tune = followed(gpus=1.0, leaks=type("None", (), {"check": lambda self, live: 0})())
     tune.start()
     for attempt in tune.driver._attempts.values():
         attempt.began -= 1000
@@ -346,30 +255,12 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
-class Joins:
-    """Adds a node after the first epoch of a search; lets trainings go on when one has left."""
-
-    def __init__(self, cluster, hold=None):
-        self.cluster, self.hold, self.events = cluster, hold, []
-
-    def __call__(self, event):
-        if isinstance(event, TrialEpoch) and not any(isinstance(before, TrialEpoch) for before in self.events):
-            self.cluster.add_node(num_cpus=1, **SIZES)
-        if isinstance(event, Note) and "gets another attempt" in event.text:
-            self.hold.unlink()
-        self.events.append(event)
-
-    def __reduce__(self):
-        """Tune writes it to a file that nobody reads."""
-        return list, ()
-
-
-class Hands(Joins):
+class Hands:
     """Adds a node when a search waits for the first, another one later, and then takes that away."""
 
     def __init__(self, cluster, study_dir):
-        super().__init__(cluster)
-        self.study_dir, self.nodes, self.seen = study_dir, [], []
+        self.cluster, self.study_dir = cluster, study_dir
+        self.events, self.nodes, self.seen = [], [], []
 
     def __call__(self, event):
         self.events.append(event)
@@ -381,6 +272,10 @@ class Hands(Joins):
             self.seen.append(read_study(self.study_dir).at_a_time)
             self.cluster.remove_node(self.nodes[1], allow_graceful=False)
             self.nodes.append(None)
+
+    def __reduce__(self):
+        """Tune writes it to a file that nobody reads."""
+        return list, ()
 
 
 @pytest.mark.slow
@@ -406,26 +301,6 @@ def test_trainings_follow_nodes_that_are_added_and_removed_by_hand(tmp_path, clu
 
 @pytest.mark.slow
 @pytest.mark.nodes
-def test_a_group_of_workers_grows_when_a_node_joins(tmp_path, monkeypatch, cluster):
-    """Its first attempt has one worker, the second one two, and continues from the checkpoint of the first."""
-    monkeypatch.setattr("carft_ray.launch.driver.GROW_AFTER_S", 1.0)
-    hold = stand_in.tell(tmp_path, seconds=1) / "hold"
-    hold.touch()
-    resources = {"gpus_per_worker": 0, "max_workers": 2}
-    recipe = stand_in.make_recipe(1, epochs=4, baselines={}, max_concurrent_trials=1, resources=resources)
-    cluster.add_node(num_cpus=1, **SIZES)
-    joins = Joins(cluster, hold)
-    result = run_search(recipe, tmp_path / "study", cluster.address, joins, RUNNER)
-    assert (result.best.outcome, result.best.attempt, result.best.metrics["ranks"]) == ("complete", 2, 3)
-    folder = result.best.folder(tmp_path / "study")
-    told = f"{result.best.name} gets another attempt: 2 workers are free for it, it has 1"
-    assert told in [event.text for event in joins.events if isinstance(event, Note)]
-    assert re.search(r"attempt 2: starts on .* with 2 workers from step [1-3]0", (folder / "log.txt").read_text())
-    assert groups_left(cluster.address) == []
-
-
-@pytest.mark.slow
-@pytest.mark.nodes
 @pytest.mark.parametrize("executor", ["inline", "ray-train"])
 def test_a_stop_ends_a_search_that_waits_for_nodes(tmp_path, monkeypatch, cluster, executor):
     """At its beginning, where its patience ends it, too, and later, when a trial waits for a node that never comes."""
@@ -447,7 +322,7 @@ def test_a_stop_ends_a_search_that_waits_for_nodes(tmp_path, monkeypatch, cluste
         run_search(recipe, tmp_path / "study", cluster.address, stopped_by, RUNNER)
 
     cluster.add_node(num_cpus=1, **SIZES)
-    monkeypatch.setattr("carft_ray.launch.session.most_nodes", lambda: (Node(1, 0), Node(1, 0)))
+    monkeypatch.setattr("carft_ray.launch.session.may_grow", lambda: True)
     started = []
 
     def stopped_later(event):
@@ -560,7 +435,7 @@ def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_
         result = run_search(recipe, base_dir / "study", address, events.append, RUNNER)
         assert [row.outcome for row in result.trials] == ["complete"] * 6
         waits = [event.what for event in events if isinstance(event, Preparing) and event.what.startswith("waiting")]
-        assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for, of 2 at most"]
+        assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"]
         [started] = [event for event in events if isinstance(event, Started)]
         assert (2, "2 CPUs, 1 a trial") in [(started.concurrency, started.reason), *changes(events)]
         with running_ray(address, folder / "ray.log"):
@@ -568,14 +443,6 @@ def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_
             while any(node.num_cpus for node in nodes_now()):
                 assert time.monotonic() < gone_by, "the nodes stay"
                 time.sleep(0.5)
-            # what newer releases of its second version tell Ray, and hosted platforms
-            told = autoscaler_pb2.ClusterConfig()
-            group = told.node_group_configs.add(max_count=4)
-            group.resources["CPU"] = 8
-            assert ray_private.node_groups() is None
-            ray._private.worker.global_worker.gcs_client.report_cluster_config(told.SerializeToString())
-            assert ray_private.node_groups() == [({"CPU": 8}, 4)]
-            assert growth.most_nodes()[1:] == (Node(8, 0),) * 4
 
 
 @contextlib.contextmanager

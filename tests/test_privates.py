@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pkgutil import resolve_name
 
 import optuna
 import pytest
@@ -72,11 +71,6 @@ def test_a_release_that_does_not_name_the_nodes_that_it_drains_is_told(monkeypat
     monkeypatch.delattr(type(ray._private.state.state), "get_draining_nodes")
     with pytest.raises(UsageError, match=r"state\.get_draining_nodes, which carft-ray uses"):
         ray_private.draining_nodes()
-
-
-def test_the_groups_of_an_autoscaler_can_be_asked_for():
-    """What it answers is in test_growth.py, with a real one."""
-    assert callable(resolve_name("ray._private.state.state.get_cluster_config"))
 
 
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own data sets

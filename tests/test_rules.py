@@ -190,7 +190,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "launch/failures/causes": "what a process that has ended has left",
     "launch/jobs/package": "the checkout that is sent",
     "launch/jobs/server": "the user's own token",
-    "launch/ray_cluster/growth": "the kernel's files; the cluster's own configuration",
     "launch/ray_cluster/node_facts": "a file that the driver has just written",
     "results/exports/model_card": "the package's own page",
     "results/pages/data": "the first line of a log of a study",

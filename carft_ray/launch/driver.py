@@ -15,10 +15,10 @@ from statistics import median
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events
-from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.failures.causes import is_full_memory, no_successful_trial
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
+from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import used_up
@@ -37,8 +37,6 @@ ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each trainin
 POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
-GROW_AFTER_S = 300.0  # an attempt runs so long before it is begun again with more workers
-GROW_BY = 1.5  # times as many workers, at least
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
 
 
@@ -55,12 +53,10 @@ class _Attempt:
         seen: When that step was first seen here.
         hung: Why it was ended from outside; empty where it was not.
         leaves: Why it was asked to leave; empty where it was not.
-        workers: How many it has.
     """
 
     spec: TrialSpec
     began: float
-    workers: int = 1
     offset: int | None = None
     alive: Heartbeat | None = None
     step_ns: int = -1
@@ -77,7 +73,7 @@ class Driver:
         study: The open study.
         at_a_time: Trainings at a time.
         on_event: Given what happens.
-        gpus_per_worker: GPUs of each worker of a training.
+        gpus: GPUs of each training.
         budget: Of this search; None: it has none.
         began: When the search began, of ``time.monotonic``.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
@@ -94,7 +90,7 @@ class Driver:
     study: Study
     at_a_time: AtATime
     on_event: Callable[[events.Event], None]
-    gpus_per_worker: float = 0.0
+    gpus: float = 0.0
     budget: BudgetConfig | None = None
     began: float = field(default_factory=lambda: time.monotonic())
     hang_timeout_s: float | None = None
@@ -141,18 +137,8 @@ class Driver:
             self._fail(error)
             return None
         if spec is not None:
-            self._attempts[key] = _Attempt(spec, time.monotonic(), self._workers_for())
+            self._attempts[key] = _Attempt(spec, time.monotonic())
         return spec
-
-    def num_workers(self, key: str) -> int:
-        """Returns how many workers an attempt gets that was proposed and has not ended."""
-        return self._attempts[key].workers
-
-    def _workers_for(self, attempt: _Attempt | None = None) -> int:
-        """Returns how many workers a new attempt gets, or one that would be begun again."""
-        others = [each for each in self._attempts.values() if each is not attempt]
-        trainings = 1 + len(others) + self.study.num_left()
-        return self.at_a_time.num_workers(trainings, sum(each.workers for each in others))
 
     def started(self, key: str) -> None:
         """Notes that an attempt has got its resources: from now on its time counts."""
@@ -172,10 +158,10 @@ class Driver:
         attempt = self._attempts.pop(key, None)
         if attempt is None:
             return
-        spec, seconds, gpus = attempt.spec, self._held_s(attempt), attempt.workers * self.gpus_per_worker
-        self._gpu_s += seconds * gpus
+        spec, seconds = attempt.spec, self._held_s(attempt)
+        self._gpu_s += seconds * self.gpus
         try:
-            self.study.spend(spec, seconds, gpus)
+            self.study.spend(spec, seconds, self.gpus)
             folder = spec.folder(self.study.study_dir)
             with contextlib.suppress(OSError):  # not there
                 end_s = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
@@ -260,20 +246,6 @@ class Driver:
             for attempt in list(self._attempts.values()):
                 self._report_epochs(attempt)
             self._leave_drained_nodes()
-            self._grow()
-
-    def _grow(self) -> None:
-        """Asks an attempt to leave that would get half as many workers again: one after the other, as each frees some.
-
-        It is the one that has the fewest.
-        """
-        if not self.at_a_time.grows or any(attempt.leaves for attempt in self._attempts.values()):
-            return
-        now = time.monotonic()
-        run = [each for each in self._attempts.values() if each.alive and now - each.began >= GROW_AFTER_S]
-        fewest = min(run, key=lambda each: each.workers, default=None)
-        if fewest is not None and (number := self._workers_for(fewest)) >= GROW_BY * fewest.workers:
-            self.ask_to_leave(fewest.spec, f"{number} workers are free for it, it has {fewest.workers}")
 
     def _leave_drained_nodes(self) -> None:
         """Asks what has a rank on a node that is being taken away to leave."""
@@ -347,9 +319,8 @@ class Driver:
         if self.budget is None or self.failure is not None:
             return False
         now = time.monotonic()
-        attempts, each = self._attempts.values(), self.gpus_per_worker
-        gpu_s = self._gpu_s + sum(self._held_s(attempt) * attempt.workers * each for attempt in attempts)
-        gpus = sum(attempt.workers for attempt in attempts) * each
+        gpu_s = self._gpu_s + self.gpus * sum(map(self._held_s, self._attempts.values()))
+        gpus = self.gpus * len(self._attempts)
         longest_s = max(self._longest_end_s, self._longest_step_s)
         self.out_of_budget = used_up(self.budget, now - self.began, gpu_s, gpus, longest_s)
         if self.out_of_budget:

@@ -14,8 +14,9 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,15 @@ class WorkerGroup:
         """
         self._runtime, self._avoid = runtime, tuple(avoid)
         self._folder = runtime.study_dir / RAY_FILES / "groups" / uuid.uuid4().hex
-        self._offset = self._number = self._begun = self._ended = 0
-        self._nodes: list[str] = []
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._fit, daemon=True)
+        self._number = self._offset = 0
+        self._told: Row = {"nodes": [], "begun": 0, "ended": 0, "last": False}
         self._error: BaseException | None = None
 
     def fits(self, runtime: Runtime, avoid: Sequence[str]) -> bool:
         """Tells whether it is there for a training of this runtime, and on none of the nodes that are left out."""
         same = runtime.capacity == self._runtime.capacity
-        return self._is_alive() and same and not set(avoid) & set(self._nodes)
+        return self._thread.is_alive() and same and not set(avoid) & set(self._told["nodes"])
 
     def run(self, spec: TrialSpec, folder: Path) -> bool:
         """Runs one attempt and waits for it; how it ended lies in its folder.
@@ -80,56 +81,46 @@ class WorkerGroup:
         Raises:
             BaseException: What ended the group within the attempt, or before its first, as Ray Train raised it.
         """
-        if is_first := self._thread is None:
+        self._number += 1
+        is_first = self._number == 1
+        if is_first:
             with files.writing(self._folder):
                 self._folder.mkdir(parents=True)
-                (self._folder / TOLD).touch()
-        self._number += 1
         order = {"number": self._number, "spec": asdict(spec), "folder": str(folder)}
         files.append_line(self._folder / ORDERS, json.dumps(order))
         if is_first:
-            self._thread = threading.Thread(target=self._fit, args=(f"{spec.name}-{spec.attempt}",), daemon=True)
             self._thread.start()
-        while self._ended < self._number and self._is_alive():
+        while self._thread.is_alive() and self._told["ended"] < self._number:
+            self._thread.join(LOOK_EVERY_S)
             self._listen()
         self._listen()
-        if self._ended < self._number and (is_first or self._begun == self._number):
+        if self._told["last"]:  # its resources are free before the next training is given
+            self._thread.join()
+        if self._told["ended"] < self._number and (is_first or self._told["begun"] == self._number):
             raise self._error or RuntimeError("its workers ended without a message")
-        return self._ended == self._number
+        return bool(self._told["ended"] == self._number)
 
     def close(self) -> None:
         """Asks the workers to end and waits until they have."""
-        if self._is_alive():
-            # without it they end, too: as soon as the files are gone, or when nothing comes for long
+        if self._thread.is_alive():
+            # without it they end, too, when nothing comes for long
             with contextlib.suppress(StorageError):
                 files.append_line(self._folder / ORDERS, json.dumps({"number": 0}))
-            self._join()
-
-    def _is_alive(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
-
-    def _join(self, timeout_s: float | None = None) -> None:
-        if self._thread is not None:
-            self._thread.join(timeout_s)
+            self._thread.join()
 
     def _listen(self) -> None:
-        """Waits a moment, or until the group has ended, and reads what was told."""
-        self._join(LOOK_EVERY_S)
         rows, self._offset = _new_rows(self._folder / TOLD, self._offset)
         for row in rows:
-            self._nodes, self._begun = row.get("nodes", self._nodes), row.get("begun", self._begun)
-            if row.get("last"):  # its resources are free before the next training is given
-                self._join()
-            self._ended = row.get("ended", self._ended)
+            self._told |= row
 
-    def _fit(self, name: str) -> None:
+    def _fit(self) -> None:
         try:
-            _trainer(self._runtime, self._folder, name, self._avoid).fit()
+            _trainer(self._runtime, self._folder, self._avoid).fit()
         except BaseException as error:  # raised by ``run``
             self._error = error
 
 
-def _trainer(runtime: Runtime, folder: Path, name: str, avoid: Sequence[str]) -> Any:
+def _trainer(runtime: Runtime, folder: Path, avoid: Sequence[str]) -> Any:
     """Returns the ``TorchTrainer`` of a group. Nothing is restarted inside."""
     for key, value in ENVIRONMENT.items():  # a job that was there before the search has an environment of its own
         os.environ.setdefault(key, value)
@@ -154,7 +145,7 @@ def _trainer(runtime: Runtime, folder: Path, name: str, avoid: Sequence[str]) ->
             **selector,
         ),
         run_config=RunConfig(
-            name=name,  # of its own: Ray Train would resume a run by its name
+            name=folder.name,  # of its own: Ray Train would resume a run by its name
             storage_path=str(runtime.study_dir / RAY_FILES / "train"),
             failure_config=FailureConfig(**failures),
         ),
@@ -177,61 +168,54 @@ def _worker(config: Row) -> None:
     """One worker of a group. A failure is raised again, so that Ray ends the others, who may wait for this one."""
     from carft_ray.learning.ranks import from_rank_0, gather
 
-    runtime, folder = config["runtime"], config["folder"]
-    place = ray.train.get_context()
+    runtime, place = config["runtime"], ray.train.get_context()
     context = RunContext(place.get_world_rank(), place.get_world_size())
-    nodes, orders = gather(context, ray.get_runtime_context().get_node_id()), _Orders(runtime, folder)
-    if context.rank == 0:
-        files.append_line(folder / TOLD, json.dumps({"nodes": nodes}))
-    while order := from_rank_0(context, orders.take):
+    orders = _orders(runtime, config["folder"], gather(context, ray.get_runtime_context().get_node_id()))
+    while order := from_rank_0(context, partial(next, orders, None)):
         spec, out_dir = TrialSpec(**order["spec"]), Path(order["folder"])
         should_stop = stop_reader(runtime.study_dir, out_dir, spec.attempt)
         if not run_worker(runtime, spec, out_dir, replace(context, should_stop=should_stop), order["idle_s"]):
             raise RuntimeError(f"{spec.name} failed, see its folder")
         gather(context, None)  # no rank has failed
-        if from_rank_0(context, orders.ended):
+
+
+def _orders(runtime: Runtime, folder: Path, nodes: Sequence[str]) -> Iterator[Row]:
+    """Yields the trainings that a group is given, each once the one before has ended well; read and told by rank 0.
+
+    Args:
+        runtime: Of the group.
+        folder: Of its files.
+        nodes: Ray's names of the nodes of its workers.
+
+    Yields:
+        What ``WorkerGroup.run`` has written, and ``idle_s``: how long the workers had no training.
+    """
+    stop, offset, number, free_since = runtime.study_dir / STOP, 0, 0, time.monotonic()
+    while True:
+        rows, offset = _new_rows(folder / ORDERS, offset)
+        if not rows:
+            if time.monotonic() >= free_since + IDLE_S or files.seen(stop):
+                return
+            time.sleep(LOOK_EVERY_S)
+            continue
+        order = rows[-1]
+        if not order["number"]:
+            return
+        idle_s = time.monotonic() - free_since if number else 0.0
+        number = order["number"]
+        files.append_line(folder / TOLD, json.dumps({"begun": number, "nodes": nodes}))
+        yield {**order, "idle_s": idle_s}
+        free_since = time.monotonic()
+        is_last = files.seen(stop) or must_leave(Path(order["folder"]), order["spec"]["attempt"])
+        files.append_line(folder / TOLD, json.dumps({"ended": number, "last": is_last}))
+        if is_last:
             return
 
 
-class _Orders:
-    """The files of a group as rank 0 reads and writes them."""
-
-    def __init__(self, runtime: Runtime, folder: Path) -> None:
-        self._stop, self._folder = runtime.study_dir / STOP, folder
-        self._offset, self._free_since = 0, time.monotonic()
-        self._order: Row = {}  # the last one
-
-    def take(self) -> Row | None:
-        """Waits for the next training; None at the end of the group. ``idle_s``: how long its workers had none."""
-        limit = self._free_since + IDLE_S
-        is_first = not self._order
-        while is_first or (time.monotonic() < limit and not files.seen(self._stop)):
-            try:
-                rows, self._offset = _new_rows(self._folder / ORDERS, self._offset)
-            except FileNotFoundError:  # another search has begun in this study
-                return None
-            if rows:
-                self._order = rows[0]
-                if not self._order["number"]:
-                    return None
-                files.append_line(self._folder / TOLD, json.dumps({"begun": self._order["number"]}))
-                return {**self._order, "idle_s": 0.0 if is_first else time.monotonic() - self._free_since}
-            time.sleep(LOOK_EVERY_S)
-        return None
-
-    def ended(self) -> bool:
-        """Tells that the training which was taken last has ended well; returns whether the group ends with it."""
-        self._free_since = time.monotonic()
-        out_dir, attempt = Path(self._order["folder"]), self._order["spec"]["attempt"]
-        is_last = files.seen(self._stop) or must_leave(out_dir, attempt)
-        files.append_line(self._folder / TOLD, json.dumps({"ended": self._order["number"], "last": is_last}))
-        return is_last
-
-
 def _new_rows(path: Path, offset: int) -> tuple[list[Row], int]:
-    """Returns the rows after an offset, and the next offset; none where the disk does not answer."""
+    """Returns the rows after an offset, and the next offset; none where the file is missing or its disk is silent."""
     content = b""
-    with files.passing_faults(), open(path, "rb") as file:
+    with contextlib.suppress(FileNotFoundError), files.passing_faults(), open(path, "rb") as file:
         file.seek(offset)
         content = file.read()
     end = content.rfind(b"\n") + 1

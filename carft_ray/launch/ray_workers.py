@@ -31,8 +31,8 @@ from carft_ray.words import counted
 def tune_trainable(runtime: Runtime) -> Any:
     """Returns the Tune trainable, with its resources.
 
-    Its ``config`` holds ``spec``, the fields of a ``TrialSpec``, and ``avoid``, Ray's names of nodes that are left out;
-    ``capacity`` holds what has another value by now than in the runtime's capacity, for a group of workers.
+    Its ``config`` holds ``spec``, the fields of a ``TrialSpec``; ``avoid``, Ray's names of nodes that are left out; and
+    ``one_node``, as of ``Capacity``, for a group of workers.
     It reports once, at the end: ``lost`` says why its workers are gone. Without a report Tune prints a line.
     """
     if runtime.nested:
@@ -64,13 +64,13 @@ class NestedTrial(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """Runs one attempt."""
-        capacity, avoid = replace(self._runtime.capacity, **self.config["capacity"]), self.config["avoid"]
+        capacity = replace(self._runtime.capacity, one_node=self.config["one_node"])
         here, spec = replace(self._runtime, capacity=capacity), TrialSpec(**self.config["spec"])
         lost, is_stopping = None, False
         while lost is None and not is_stopping:  # a second time where the group had ended before
-            if not self._group.fits(here, avoid):
+            if not self._group.fits(here, self.config["avoid"]):
                 self._group.close()
-                self._group = WorkerGroup(here, avoid)
+                self._group = WorkerGroup(here, self.config["avoid"])
             lost = _run(self._group, here, spec, spec.folder(here.study_dir))
             is_stopping = files.seen(here.study_dir / STOP)
         return {"lost": lost or "", "done": True}

@@ -11,7 +11,7 @@ import ray
 from carft_ray import files
 from carft_ray.data.shared.shared_images import read_shared, without_shared
 from carft_ray.errors import Problem
-from carft_ray.launch.ray_cluster.concurrency import Capacity, Most, Node, capacity_of
+from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
 from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
@@ -82,7 +82,7 @@ class Runtime:
         runner: Preparation and training.
         in_process: Run all in the driver's own process, without Ray.
         attached: The Ray is not ours: its nodes come and go.
-        most: The largest cluster that may come of it (``concurrency.Most``).
+        may_grow: An autoscaler may add nodes to it.
         is_filled: The sets are listed and the caches filled (``preparation.fill_nodes``).
         shared: The views of which several trainings need the frozen model's targets (``spaces.shared_targets``).
     """
@@ -93,7 +93,7 @@ class Runtime:
     runner: Runner
     in_process: bool = False
     attached: bool = False
-    most: Most = ()
+    may_grow: bool = False
     is_filled: bool = False
     shared: frozenset[Views] = frozenset()
 
@@ -101,21 +101,23 @@ class Runtime:
     def nested(self) -> bool:
         """Whether trainings run as a Ray Train group."""
         executor = self.recipe.resources.executor
-        return executor == "ray-train" or (executor == "auto" and self.recipe.resources.most_workers > 1)
+        return executor == "ray-train" or (executor == "auto" and self.recipe.resources.num_workers > 1)
 
 
-def make_runtime(recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner, most: Most = ()) -> Runtime:
+def make_runtime(
+    recipe: Recipe, study_dir: Path, nodes: tuple[Node, ...], runner: Runner, may_grow: bool = False
+) -> Runtime:
     """Returns the runtime of a search (or of one training) on these nodes; its sets are without what the list of shared
     images leaves out.
 
     Raises:
-        ClusterError: A training does not fit, on ``most`` neither.
+        ClusterError: A training does not fit, and the cluster does not grow.
     """
-    capacity = capacity_of(recipe, nodes, most)
+    capacity = capacity_of(recipe, nodes, may_grow)
     resolved = {name: getattr(capacity, name) for name in ("cpus_per_worker", "gpus_per_worker")}
     resources = recipe.resources.model_copy(update=resolved)
     recipe = without_shared(recipe, read_shared(study_dir))
-    return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner, most=most)
+    return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner, may_grow=may_grow)
 
 
 def stop_reader(study_dir: Path, folder: Path, attempt: int) -> Callable[[], bool]:

@@ -19,8 +19,8 @@ from carft_ray.data.shared.shared_images import SharedRow, shared_of_study, writ
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import running_ray
-from carft_ray.launch.ray_cluster.concurrency import Most, Node
-from carft_ray.launch.ray_cluster.growth import await_nodes, most_nodes
+from carft_ray.launch.ray_cluster.concurrency import Node
+from carft_ray.launch.ray_cluster.growth import await_nodes, may_grow
 from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
 from carft_ray.launch.stop import interruptions_as
@@ -76,12 +76,12 @@ def computing(
         ray = running_ray(address, folder / RAY_LOG, stop_path)
         with contextlib.nullcontext((_this_machine(recipe),)) if in_process else ray as nodes:
             write_shared(folder, rows)
-            most: Most = ()
-            if address is not None and not in_process:
-                most = most_nodes()
-                nodes = await_nodes(recipe, nodes, most, folder, say)
-            runtime = make_runtime(recipe, folder, nodes, runner, most)
-            yield replace(runtime, in_process=in_process, attached=address is not None and not in_process)
+            attached = address is not None and not in_process
+            grows = attached and may_grow()
+            if attached:
+                nodes = await_nodes(recipe, nodes, grows, folder, say)
+            runtime = make_runtime(recipe, folder, nodes, runner, grows)
+            yield replace(runtime, in_process=in_process, attached=attached)
 
 
 def prepare(runtime: Runtime, say: Say) -> dict[str, Any]:

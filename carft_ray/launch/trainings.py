@@ -17,13 +17,12 @@ from ray.tune.search import Searcher
 
 from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
-from carft_ray.launch.at_a_time import AtATime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Event, Note
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.preparation import fill_new_nodes
-from carft_ray.launch.ray_cluster.concurrency import Capacity
+from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.growth import present_capacity, write_concurrency
 from carft_ray.launch.ray_cluster.nodes import BadNodes, alive_nodes, why_waiting
@@ -64,12 +63,12 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
             capacity.concurrency,
             capacity.asked,
             capacity.reason,
+            capacity.one_node,
             _following(runtime, drains) if runtime.attached else None,
             functools.partial(_changed, study, on_event),
-            capacity,
         ),
         on_event,
-        capacity.gpus_per_worker,
+        capacity.num_workers * capacity.gpus_per_worker,
         None if began is None else study.recipe.budget,
         time.monotonic() if began is None else began,
         hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
@@ -94,7 +93,7 @@ def _changed(study: Study, on_event: Callable[[Event], None], concurrency: int, 
 def _fits(runtime: Runtime, drains: Drains | None, without: Sequence[str]) -> bool:
     """Tells whether a training fits now on the nodes that stay, without some of them."""
     gone = {*without, *(drains.nodes() if drains else ())}
-    return present_capacity(runtime.recipe, runtime.most, gone).concurrency > 0
+    return present_capacity(runtime.recipe, runtime.may_grow, gone).concurrency > 0
 
 
 def _following(runtime: Runtime, drains: Drains | None) -> Callable[[], Capacity]:
@@ -105,7 +104,7 @@ def _following(runtime: Runtime, drains: Drains | None) -> Callable[[], Capacity
         nodes = set(alive_nodes())
         fill_new_nodes(runtime, nodes - known)
         known.update(nodes)
-        return present_capacity(runtime.recipe, runtime.most, drains.nodes() if drains else ())
+        return present_capacity(runtime.recipe, runtime.may_grow, drains.nodes() if drains else ())
 
     return now
 
@@ -197,10 +196,8 @@ class DriverSearcher(Searcher):
         spec = self._driver.propose(trial_id)
         if spec is None:
             return None if self._driver.live else Searcher.FINISHED
-        now = {"num_workers": self._driver.num_workers(trial_id)}
-        if self._driver.at_a_time.capacity is not None:
-            now["one_node"] = self._driver.at_a_time.capacity.one_node
-        return {"spec": dataclasses.asdict(spec), "avoid": self._driver.avoided(), "capacity": now}
+        where = {"avoid": self._driver.avoided(), "one_node": self._driver.at_a_time.one_node}
+        return {"spec": dataclasses.asdict(spec), **where}
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reports it to the driver."""

@@ -195,15 +195,12 @@ class ResourcesConfig(Config):
     """auto: one worker runs inline, more workers run as a Ray Train job; debug: this process, one training after the
     other, without Ray"""
     num_workers: PositiveInt = key(1, "1", HOW_FAST, range=">= 1; 1 with `inline` and `debug`")
-    """workers of one trial; with `max_workers`, the least"""
-    max_workers: PositiveInt | None = key(None, "8", HOW_FAST, range=">= num_workers; none with `inline` and `debug`")
-    """most workers of one trial: it takes an equal share of what is free, and is begun again from its checkpoint with
-    more workers when that share has become half as large again; the global batch stays; null: `num_workers`"""
+    """workers of one trial"""
     cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] | None = key(
         None, "4", HOW_FAST, range=">= 0.0001"
     )
     """CPU cores per worker, which make its views; null: 1 without GPUs, else the same share of a node's cores as of its
-    GPUs, on the node with the fewest cores a GPU of those that are there at the start, or else may come"""
+    GPUs, on the node with the fewest cores a GPU of those that are there at the start"""
     gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(
         None, "0.5", HOW_FAST, range="0, a whole number, or 0.0001 to 1 with one worker"
     )
@@ -225,11 +222,6 @@ class ResourcesConfig(Config):
     hang_timeout_s: PositiveFloat | None = key(3600.0, "600", HOW_FAST)
     """in a search: a trial without a training step for so many seconds is ended and tried again, and its log says what
     its threads did; longer than its evaluations; null: never"""
-
-    @property
-    def most_workers(self) -> int:
-        """The most workers of one trial."""
-        return self.max_workers or self.num_workers
 
     @property
     def threads_per_worker(self) -> int:

@@ -213,11 +213,6 @@ class Study:
         where = f"resume continues from {outcome.progress_words(folder)}"
         append_log(folder, f"attempt {spec.attempt}: stopped: {why or 'on request'}; {where}")
 
-    def num_left(self) -> int:
-        """Returns how many trainings ``next`` has yet to begin or to continue; of a small grid it may be fewer."""
-        new = self.recipe.search.trials - len(trainings(self.journal.studies["trial"])) if self._wants_more() else 0
-        return len(self.waiting) + new
-
     def set_aside(self) -> list[TrialRow]:
         """Returns the trainings of all kinds that are set aside."""
         return [row for kind in self.journal.studies for row in self.rows(kind) if row.set_aside]

@@ -1,7 +1,9 @@
-"""How many trainings run at a time on the nodes of a cluster, what limits them, and how many wait for further nodes."""
+"""How many trainings run at a time: what fits on the nodes of a cluster, and how a search follows that."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
 
 from carft_ray.errors import ClusterError, Problem, nearest
 from carft_ray.recipe.schema import Recipe
@@ -10,6 +12,8 @@ from carft_ray.words import counted
 UNITS = 10_000  # in which Ray counts a resource; what is finer is cut off
 KIND = "accelerator_type:"  # begins the resource that says of which kind the accelerators of a node are
 OF_KIND = 0.001  # of that resource, as Ray itself asks for a kind: each node has 1
+COUNT_EVERY_S = 3.0
+MEMORY = "memory was full"
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,6 @@ class Node:
         return self.num_cpus if name == "CPU" else self.num_gpus
 
 
-# of the largest cluster that may come of this one: its nodes; none, where it does not grow; None, where it may grow and
-# nobody says how far
-Most = tuple[Node, ...] | None
-
-
 @dataclass(frozen=True)
 class Capacity:
     """How trials fit into a cluster.
@@ -37,14 +36,12 @@ class Capacity:
     Attributes:
         concurrency: Trials at a time; 0 where a trial must wait for a node.
         reason: Why not more.
-        num_workers: Processes of one trial, at least.
+        num_workers: Processes of one trial.
         cpus_per_worker: CPUs of each, resolved.
         gpus_per_worker: GPUs of each, resolved.
         one_node: Whether all workers of a trial can be on one machine, and then will be.
         asked: Further trials, for which nodes are asked for.
         accelerator: The kind of the GPUs; empty: any.
-        most_workers: Processes of one trial, at most; 0: ``num_workers``.
-        slots: Processes that fit, of all trials together.
     """
 
     concurrency: int
@@ -55,19 +52,6 @@ class Capacity:
     one_node: bool
     asked: int = 0
     accelerator: str = ""
-    most_workers: int = 0
-    slots: int = 0
-
-    def workers_for(self, trials: int, slots: int, held: int) -> int:
-        """Returns how many workers an attempt gets: an equal share of the slots, of those that are free.
-
-        Args:
-            trials: Trials that share the slots.
-            slots: Those that may be used, ``slots`` at most.
-            held: Those that others hold.
-        """
-        free = min(slots // max(1, trials), slots - held)
-        return max(self.num_workers, min(free, self.most_workers))
 
     @property
     def worker_resources(self) -> dict[str, float]:
@@ -83,82 +67,57 @@ def node_of(resources: Mapping[str, float]) -> Node:
     return Node(resources.get("CPU", 0), resources.get("GPU", 0), kind)
 
 
-def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], most: Most = ()) -> Capacity:
+def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], may_grow: bool = False) -> Capacity:
     """Returns how many trials of a recipe run at a time on these nodes, and what limits them.
 
-    While the cluster may grow, as many trials wait for nodes as run, and at least one; where nobody says how far it may
-    grow, one waits. Ray asks its autoscaler for nodes on behalf of what waits.
+    While a cluster may grow, one trial waits for a node; where ``search.max_concurrent_trials`` says how many are
+    wanted, as many wait as run. Ray asks its autoscaler for nodes on behalf of what waits.
 
     Args:
         recipe: The recipe.
         nodes: Those that are there.
-        most: Those of the largest cluster that may come of this one.
+        may_grow: Whether nodes may be added, by an autoscaler or by hand.
 
     Raises:
-        ClusterError: Not even one trial fits, and none ever will.
+        ClusterError: Not even one trial fits, and the cluster does not grow.
     """
-    resources, kind = recipe.resources, recipe.resources.accelerator
-    num_workers, gpus = resources.num_workers, resources.gpus_per_worker
+    resources, kind, num_workers = recipe.resources, recipe.resources.accelerator, recipe.resources.num_workers
+    gpus = resources.gpus_per_worker
     if gpus is None:
-        gpus = 1.0 if kind or any(node.num_gpus for node in (*nodes, *(most or ()))) else 0.0
-    usable, to_come = _of_kind(nodes, kind), _of_kind(most or (), kind)
-    cpus = resources.cpus_per_worker or _share_of_cores(gpus, usable, to_come)
+        gpus = 1.0 if kind or any(node.num_gpus for node in nodes) else 0.0
+    usable = tuple(node for node in nodes if kind in (None, node.accelerator))
+    cpus = resources.cpus_per_worker or _share_of_cores(gpus, usable)
     need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-    grows = resources.most_workers > num_workers
-    fitting, one_node, slots = _fit(need, num_workers, usable, grows)
-    will_fit, will_be_one_node, _ = _fit(need, num_workers, to_come, grows)
+    together = [min(counts) for counts in zip(*_slots(need, usable).values(), strict=True)]
+    one_node = any(count >= num_workers for count in together)
+    fitting, asked = _num_trials(together, num_workers, one_node), 0
     if fitting:
-        reason = _limit(fitting, need, usable, num_workers, one_node) + (" at least" if grows else "")
-    elif most is None or will_fit:
-        reason, one_node = f"no node for a trial, which needs {_needed(need, num_workers, kind)}", will_be_one_node
+        reason = _limit(fitting, need, usable, num_workers, one_node)
+    elif may_grow:
+        reason = f"no node for a trial, which needs {_needed(need, num_workers, kind)}"
     else:
-        raise ClusterError(_never_fits(need, num_workers, kind, nodes, most or ()))
-    asked = 1 if most is None else min(max(1, fitting), max(0, will_fit - fitting))
+        raise ClusterError(_never_fits(need, num_workers, kind, nodes))
     wanted = recipe.search.max_concurrent_trials
-    if wanted is not None:
-        if wanted <= fitting:
-            fitting, reason = wanted, "search.max_concurrent_trials"
-        asked, will_fit = min(asked, wanted - fitting), min(will_fit, wanted)
+    if may_grow:
+        asked = 1 if wanted is None else min(max(1, fitting), wanted - fitting)
+    if wanted is not None and wanted <= fitting:
+        fitting, asked, reason = wanted, 0, "search.max_concurrent_trials"
     if resources.executor == "debug":
         fitting, asked, reason = 1, 0, "executor debug: one after the other"
     if asked:
-        limit = "" if most is None else f", of {will_fit} at most"
-        reason += f"; nodes for {asked}{' more' if fitting else ''} are asked for{limit}"
-    counts = {"num_workers": num_workers, "most_workers": resources.most_workers, "slots": slots}
-    return Capacity(
-        fitting,
-        reason,
-        cpus_per_worker=cpus,
-        gpus_per_worker=gpus,
-        one_node=one_node,
-        asked=asked,
-        accelerator=kind or "",
-        **counts,
-    )
+        reason += f"; nodes for {asked}{' more' if fitting else ''} are asked for"
+    return Capacity(fitting, reason, num_workers, cpus, gpus, one_node, asked, kind or "")
 
 
-def _share_of_cores(gpus: float, usable: tuple[Node, ...], to_come: tuple[Node, ...]) -> float:
+def _share_of_cores(gpus: float, usable: tuple[Node, ...]) -> float:
     """Returns the CPUs of a worker where the recipe names none: whole ones, as many as leave no GPU idle."""
-    with_gpus = [node for node in usable if node.num_gpus] or [node for node in to_come if node.num_gpus]
-    shares = [int(node.num_cpus * min(1, gpus / node.num_gpus)) for node in with_gpus]
+    shares = [int(node.num_cpus * min(1, gpus / node.num_gpus)) for node in usable if node.num_gpus]
     return float(max(1, min(shares, default=1))) if gpus else 1.0
-
-
-def _of_kind(nodes: tuple[Node, ...], kind: str | None) -> tuple[Node, ...]:
-    return tuple(node for node in nodes if kind in (None, node.accelerator))
 
 
 def _slots(need: dict[str, float], nodes: tuple[Node, ...]) -> dict[str, list[int]]:
     """Returns how many workers fit on each node, by each resource alone."""
     return {name: [num_fitting(name, amount, node.amount(name)) for node in nodes] for name, amount in need.items()}
-
-
-def _fit(need: dict[str, float], num_workers: int, nodes: tuple[Node, ...], grows: bool) -> tuple[int, bool, int]:
-    """Returns how many trials fit on these nodes, whether all workers of one are to be on one node, and how many
-    workers fit. Of trials that grow, Ray keeps the workers together only where there is room."""
-    together = [min(counts) for counts in zip(*_slots(need, nodes).values(), strict=True)]
-    one_node = not grows and any(count >= num_workers for count in together)
-    return _num_trials(together, num_workers, one_node), one_node, sum(together)
 
 
 def _num_trials(counts: list[int], num_workers: int, one_node: bool) -> int:
@@ -170,19 +129,18 @@ def _needed(need: dict[str, float], num_workers: int, kind: str | None) -> str:
     return f"{text} of kind {kind}" if kind else text
 
 
-def _never_fits(
-    need: dict[str, float], num_workers: int, kind: str | None, nodes: tuple[Node, ...], most: tuple[Node, ...]
-) -> Problem:
-    """Returns the message for a trial that fits neither on the nodes that are there nor on those that may come."""
-    every = most or nodes
-    kinds = tuple(sorted({node.accelerator for node in every} - {""}))
+def _never_fits(need: dict[str, float], num_workers: int, kind: str | None, nodes: tuple[Node, ...]) -> Problem:
+    """Returns the message for a trial that does not fit on the nodes."""
+    kinds = tuple(sorted({node.accelerator for node in nodes} - {""}))
     if kind and kind not in kinds:
         rule = "must be a kind of accelerator that a node of the cluster has"
         return Problem("resources.accelerator", rule, kind, kinds, nearest(kind, kinds))
-    cpus, gpus = (sum(node.amount(name) for node in _of_kind(every, kind)) for name in ("CPU", "GPU"))
+    cpus, gpus = (
+        sum(node.amount(name) for node in nodes if kind in (None, node.accelerator)) for name in ("CPU", "GPU")
+    )
     have = f"{amount_text(cpus, 'CPU')} and {amount_text(gpus, 'GPU')} in all"
-    have += " with all nodes that the autoscaler may add" if most else ""
-    step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker."
+    step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker. "
+    step += "On a cluster, resources.wait_for_nodes=10m waits for nodes that are yet to be added."
     return Problem("resources", f"a trial needs {_needed(need, num_workers, kind)}", have, next_step=step)
 
 
@@ -247,3 +205,68 @@ def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_wo
 def _span(amounts: list[float], name: str) -> str:
     least, most = min(amounts), max(amounts)
     return amount_text(most, name) if least == most else f"{least:g} to {amount_text(most, name)}"
+
+
+@dataclass(eq=False)
+class AtATime:
+    """Trainings at a time from now on: as many as fit on the nodes that are there, and fewer where memory was full.
+
+    Attributes:
+        concurrency: How many.
+        asked: Further trainings, for which nodes are asked for.
+        reason: Why not more, at the beginning.
+        one_node: As of ``Capacity``, now.
+        capacity_now: Returns how trainings fit now; None: that does not change.
+        on_change: Given trainings at a time, and why not more, whenever they change.
+        most: The most that ran at a time.
+    """
+
+    concurrency: int
+    asked: int = 0
+    reason: str = ""
+    one_node: bool = True
+    capacity_now: Callable[[], Capacity] | None = None
+    on_change: Callable[[int, str], None] = lambda concurrency, reason: None
+    most: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.most = self.concurrency
+        self._share = Fraction(1)  # of the trainings that fit, those for which there is memory
+        self._told = self.concurrency, self.reason
+        self._next_count = 0.0
+
+    @property
+    def limit(self) -> int:
+        """Attempts that may be there, those that wait for nodes included."""
+        return max(1, self.concurrency + self.asked)
+
+    def follow(self) -> None:
+        """Asks now and then how many trainings fit on the nodes that are there, and keeps to that.
+
+        Where memory was full, as large a share of them as had memory; no nodes are asked for then, as what would wait
+        for them would take what is left free.
+        """
+        now = time.monotonic()
+        if self.capacity_now is None or now < self._next_count:
+            return
+        self._next_count = now + COUNT_EVERY_S
+        found = self.capacity_now()
+        self.concurrency, self.asked, self.one_node = found.concurrency, found.asked, found.one_node
+        if self._share == 1:
+            self._tell(found.reason)
+        else:
+            self.concurrency = max(1, int(found.concurrency * self._share)) if found.concurrency else 0
+            self.asked = 0
+            self._tell(f"{MEMORY}; {found.concurrency} would fit")
+
+    def memory_was_full(self) -> None:
+        """Lowers it by one training."""
+        self._share *= Fraction(self.concurrency - 1, self.concurrency)
+        self.concurrency, self.asked = self.concurrency - 1, 0
+        self._tell(MEMORY)
+
+    def _tell(self, reason: str) -> None:
+        self.most = max(self.most, self.concurrency)
+        if (self.concurrency, reason) != self._told:
+            self._told = self.concurrency, reason
+            self.on_change(self.concurrency, reason)

@@ -71,18 +71,6 @@ def draining_nodes() -> Mapping[str, int]:
     return found
 
 
-def node_groups() -> list[tuple[dict[str, float], int]] | None:
-    """Returns the groups of nodes that Ray's autoscaler may start: resources of a node, and how many (-1: any number).
-
-    None where no autoscaler has told Ray of them: releases up to 2.60 do so on hosted platforms alone.
-    """
-    name = "ray._private.state.state.get_cluster_config"
-    found = private_name("ray", name, lambda: resolve_name(name))()
-    if found is None:
-        return None
-    return [(dict(group.resources), group.max_count) for group in found.node_group_configs]
-
-
 @contextlib.contextmanager
 def one_trial_dies() -> Iterator[None]:
     """Within the block, Tune takes a process that the memory monitor has ended for one trial that has died.

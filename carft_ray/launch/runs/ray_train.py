@@ -4,7 +4,6 @@ import contextlib
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,8 +71,6 @@ def train_with_ray(
         try:
             with computing(recipe, out_dir, runner, address, interrupted, say) as runtime:
                 prepared = run_prepare(runtime, say)
-                most = runtime.capacity.workers_for(1, runtime.capacity.slots, held=0)
-                runtime = replace(runtime, capacity=replace(runtime.capacity, num_workers=most))
                 with stop_file_on_signal(out_dir / STOP):
                     actor: Any = ray.remote(num_cpus=0, resources=HEAD_ONLY)(NestedRun).remote()
                     gone, leaves = _wait(actor.run.remote(runtime, spec, out_dir), out_dir, attempt, on_epoch)

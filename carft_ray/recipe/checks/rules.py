@@ -270,14 +270,9 @@ def _pruner(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _resources(recipe: Recipe) -> Iterator[Finding]:
-    executor, workers = recipe.resources.executor, recipe.resources.most_workers
+    executor, workers = recipe.resources.executor, recipe.resources.num_workers
     gpus = recipe.resources.gpus_per_worker or 0.0
     num_workers, path = ("resources", "num_workers"), ("resources", "gpus_per_worker")
-    if workers < recipe.resources.num_workers:
-        rule = f"must be at least resources.num_workers, {recipe.resources.num_workers}"
-        yield Finding(("resources", "max_workers"), rule, str(workers), reads=(num_workers,))
-    elif recipe.resources.max_workers is not None:
-        num_workers = ("resources", "max_workers")
     if executor in ("inline", "debug") and workers > 1:
         step = "Write executor: ray-train, or leave the executor out."
         reads = (("resources", "executor"),)
