@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import ray
 
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
-from carft_ray.launch.ray_cluster.concurrency import UNITS, Capacity, amount_text, num_fitting
+from carft_ray.launch.ray_cluster.concurrency import Capacity, amount_text, num_fitting
 from carft_ray.launch.ray_cluster.ray_private import available_resources_per_node
+from carft_ray.words import counted
 
 Resources = Mapping[str, float]
 
@@ -38,29 +39,18 @@ def lacking(need: Resources, num_workers: int, one_node: bool, nodes: Sequence[N
         one_node: Whether all of them must be on one machine.
         nodes: The machines.
     """
-    found = []
-    for name, amount in need.items():
-        on_one = num_workers if one_node else 1
-        wanted, at_once = (amount_text(amount * number, name) for number in (num_workers, on_one))
-        totals = [node.total.get(name, 0.0) for node in nodes] or [0.0]
-        free = [node.free.get(name, 0.0) for node in nodes] or [0.0]
-        held = f"{sum(totals) - sum(free):g} of {amount_text(sum(totals), name)}"
-        reasons = (
-            (sum(totals), num_workers, f"needs {wanted}, the cluster has {sum(totals):g}"),
-            (max(totals), on_one, f"needs {at_once} on one node, the largest node has {max(totals):g}"),
-            (sum(free), num_workers, f"needs {wanted}, and {held} are held by others"),
-            (max(free), on_one, f"needs {at_once} on one node, the largest free node has {max(free):g}"),
-        )
-        found += [text for there, number, text in reasons if _less(there, amount, number)][:1]
-    if found:
-        return "; ".join(found)
     slots = [
         min(num_fitting(name, amount, node.free.get(name, 0.0)) for name, amount in need.items()) for node in nodes
     ]
-    if (max(slots, default=0) if one_node else sum(slots)) < num_workers:
-        each = " and ".join(amount_text(amount, name) for name, amount in need.items())
-        return f"needs {num_workers} x ({each}){' on one node' if one_node else ''}, which are not free together"
-    return ""
+    fits = max(slots, default=0) if one_node else sum(slots)
+    if fits >= num_workers:
+        return ""
+    each = " and ".join(amount_text(amount, name) for name, amount in need.items())
+    what = f"{counted(num_workers, 'worker')} with {each}{' on one node' if one_node and num_workers > 1 else ''}"
+    free = {name: sum(node.free.get(name, 0.0) for node in nodes) for name in need}
+    total = {name: sum(node.total.get(name, 0.0) for node in nodes) for name in need}
+    there = ", ".join(f"{free[name]:g} of {amount_text(total[name], name)}" for name in need)
+    return f"needs {what}, there is room for {fits}; free: {there}"
 
 
 def why_waiting(capacity: Capacity) -> str:
@@ -76,11 +66,6 @@ def lacking_for(capacity: Capacity, num_workers: int | None = None) -> str:
     free = available_resources_per_node()
     nodes = [Node(node["Resources"], free.get(node["NodeID"], {})) for node in nodes_alive()]
     return lacking(capacity.worker_resources, num_workers or capacity.num_workers, capacity.one_node, nodes)
-
-
-def _less(there: float, amount: float, number: int) -> bool:
-    """Tells whether so much is less than a number of equal amounts, as Ray counts."""
-    return round(there * UNITS) < int(amount * UNITS) * number
 
 
 def alive_nodes() -> dict[str, str]:
