@@ -12,7 +12,7 @@ import pytest
 from ray.tune.search import Searcher
 from stand_in import make_recipe
 
-from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError, UsageError
+from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     BaselineFinished,
@@ -557,7 +557,7 @@ def test_an_exception_while_a_node_goes_is_no_verdict_but_a_result_and_a_diverge
 
 def test_what_has_a_rank_on_a_node_that_is_taken_away_leaves_it_and_nothing_is_put_there(tune):
     draining, now = {}, [0.0]
-    tune.driver.drains = Drains(pytest.fail, lambda: draining, lambda: now[0])
+    tune.driver.drains = Drains(lambda: draining, lambda: now[0])
     first, second = tune.start(), tune.start()
     write_alive(tune, second, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
     tune.look()
@@ -579,21 +579,6 @@ def test_what_has_a_rank_on_a_node_that_is_taken_away_leaves_it_and_nothing_is_p
     now[0] = 2.0
     tune.finish(again)
     assert tune.start().config["avoid"] == []
-
-
-def test_a_ray_that_cannot_name_the_nodes_that_go_is_told_once(tune):
-    told, now = [], iter(range(100))
-
-    def ask():
-        raise UsageError("this release of ray has no such call")
-
-    tune.driver.drains = Drains(told.append, ask, lambda: float(next(now)))
-    for _ in range(3):
-        tune.look()
-        assert tune.driver.avoided() == []
-    assert told == [
-        "trainings are not asked to leave a node that is being taken away: this release of ray has no such call"
-    ]
 
 
 def leaking(search):

@@ -128,9 +128,8 @@ def _trainer(runtime: Runtime, folder: Path, avoid: Sequence[str]) -> Any:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     use_gpu = runtime.capacity.gpus_per_worker > 0
-    can_select = "label_selector" in {each.name for each in fields(ScalingConfig)}  # older releases of Ray cannot
-    counts_apart = "max_preemption_failures" in {each.name for each in fields(FailureConfig)}  # and do not
-    selector: Row = {"label_selector": anywhere_but(avoid)} if avoid and can_select else {}
+    counts_apart = "max_preemption_failures" in {each.name for each in fields(FailureConfig)}  # Ray 2.55 does not
+    selector: Row = {"label_selector": anywhere_but(avoid)} if avoid else {}
     failures: Row = {"max_failures": 0, "controller_failure_limit": 1}
     failures |= {"max_preemption_failures": 0} if counts_apart else {}
     trainer = TorchTrainer(

@@ -18,7 +18,7 @@ from ray.tune.search import Searcher
 from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import ConcurrencyChanged, Event, Note
+from carft_ray.launch.events import ConcurrencyChanged, Event
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.preparation import fill_new_nodes
@@ -56,7 +56,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
     """
     forget_listings()
     capacity = runtime.capacity
-    drains = None if runtime.in_process else Drains(lambda text: on_event(Note(text)))
+    drains = None if runtime.in_process else Drains()
     driver = Driver(
         study,
         AtATime(

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from carft_ray.errors import UsageError
 from carft_ray.launch.ray_cluster.ray_private import draining_nodes
 from carft_ray.study.outcome import Heartbeat
 
@@ -20,12 +19,10 @@ class Drains:
     """Asks Ray for the nodes that it drains, once a second at most.
 
     Attributes:
-        tell: Told, once, that this release of Ray cannot say it.
         ask: Returns the nodes by Ray's name, with the deadline in milliseconds since 1970; 0: it has none.
         clock: Seconds.
     """
 
-    tell: Callable[[str], None]
     ask: Callable[[], Mapping[str, int]] = draining_nodes
     clock: Callable[[], float] = time.monotonic
     _nodes: dict[str, int] = field(default_factory=dict)
@@ -35,11 +32,7 @@ class Drains:
         """Returns Ray's names of the nodes that are being drained."""
         if self.clock() >= self._next:
             self._next = self.clock() + ASK_EVERY_S
-            try:
-                self._nodes = dict(self.ask())
-            except UsageError as error:
-                self._next = float("inf")
-                self.tell(f"trainings are not asked to leave a node that is being taken away: {error}")
+            self._nodes = dict(self.ask())
         return sorted(self._nodes)
 
     def reason(self, alive: Heartbeat | None) -> str:

@@ -115,7 +115,7 @@ def _wait(task: ray.ObjectRef[str], out_dir: Path, attempt: int, on_epoch: Calla
     Returns:
         Why it was lost (``causes.explained``), and why it was asked to leave; empty where it was not.
     """
-    metrics_path, drains, leaves = out_dir / METRICS, Drains(logger.warning), ""
+    metrics_path, drains, leaves = out_dir / METRICS, Drains(), ""
     has_ended, offset = False, files.read_new_lines(metrics_path, 0)[1]
     while not has_ended:
         has_ended = bool(ray.wait([task], timeout=CHECK_EVERY_S)[0])
