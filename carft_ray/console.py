@@ -16,6 +16,7 @@ from rich.text import Text
 
 from carft_ray.errors import CarftError, InterruptedRunError
 from carft_ray.untrusted import visible
+from carft_ray.words import value_text
 
 if TYPE_CHECKING:
     from carft_ray.data.caching.cache import Entry
@@ -94,11 +95,6 @@ def percent(accuracy: float | None, num_images: int | None = None) -> str:
         low, high = wilson(round(accuracy * num_images), num_images)
         text += f" [{100 * low:.1f}, {100 * high:.1f}]"
     return text
-
-
-def value_text(value: Any) -> str:
-    """Returns a hyperparameter in few digits."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float) -> str:

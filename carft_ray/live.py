@@ -2,8 +2,6 @@
 
 import heapq
 import itertools
-import math
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,30 +14,16 @@ from rich.text import Text
 
 from carft_ray import console, files
 from carft_ray.untrusted import visible
-from carft_ray.words import counted
+from carft_ray.words import counted_trainings, value_text
 
 if TYPE_CHECKING:
-    from carft_ray.launch.events import Event, Started, Stopping
+    from carft_ray.launch.events import Event, Started
     from carft_ray.results.reading.overview import Overview
     from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
 
 NUM_BEST = 5  # rows of the best trials in the live table
 NUM_LATEST = 3  # and of those that ended last, where they fit
 BAR_WIDTH = 40
-SEEN_FOR_A_RANGE = 3  # trainings that must have ended before the rest of the time has a range
-IN_RANGE = 1.28  # standard deviations on either side hold 80 %
-
-
-def counted_trainings(number: int, kind: "Kind") -> str:
-    """Returns a number with what a search or a confirm counts."""
-    return counted(number, "trial") if kind == "trial" else f"{counted(number, 'training')} with fresh seeds"
-
-
-def stopping_text(event: "Stopping") -> str:
-    """Returns why a search stops, and what it waits for."""
-    why = f" ({event.reason})" if event.reason else ""
-    saving = f"; saving checkpoints of {counted(event.num_running, 'training')}" if event.num_running else ""
-    return f"stopping{why}{saving}"
 
 
 @dataclass
@@ -129,11 +113,11 @@ class SearchView:
         with self._lock:
             match event:
                 case events.Note():
-                    return f"warning: {event.text}"
+                    return f"warning: {event.line()}"
                 case events.Decided():
-                    return event.text
-                case events.Preparing():
-                    self._phase = event.what
+                    return event.line()
+                case events.Preparing() | events.Stopping():
+                    self._phase = event.line()
                 case events.Started():
                     self._started, self._phase = event, ""
                 case events.ConcurrencyChanged() if self._started is not None:
@@ -143,26 +127,22 @@ class SearchView:
                 case events.TrialEpoch():
                     if (found := self._running.get((event.spec.kind, event.spec.name))) is not None:
                         found.metrics = event.metrics
-                case events.Stopping():
-                    self._phase = stopping_text(event)
                 case events.TrialSetAside():
                     self._running.pop((event.spec.kind, event.spec.name), None)
-                    return f"{event.spec.name}: set aside, {event.reason}"
-                case events.BaselineFinished():
-                    return self._end(event.row)
-                case events.TrialFinished():
-                    self._best = event.best or self._best
-                    return self._end(event.row)
+                    return event.line()
+                case events.BaselineFinished() | events.TrialFinished():
+                    self._best = getattr(event, "best", "") or self._best
+                    self._end(event.row)
+                    return None if event.row.outcome in ("complete", "pruned") else event.line()
             return None
 
-    def _end(self, row: "TrialRow") -> str | None:
+    def _end(self, row: "TrialRow") -> None:
         key = (row.kind, row.name)
         ran = self._running.pop(key, None)
         if ran is not None:
             self._seconds.append(self._clock() - ran.began)
         self._rows.pop(key, None)  # the latest stands last
         self._rows[key] = row
-        return None if row.outcome in ("complete", "pruned") else f"{row.name}: {row.outcome}, {row.reason}"
 
     def __rich_console__(self, console_: Console, options: ConsoleOptions) -> RenderResult:
         with self._lock:
@@ -239,21 +219,8 @@ class SearchView:
             pieces = [count, at_a_time if started.reason else f"{len(self._running)} running", *pieces]
             left = self._seconds_left(started.num_trials - len(trials))
             if left is not None and not self._phase:
-                spread = self._spread(started.num_trials - len(trials))
-                between = f"{console.duration(max(0.0, left - spread))} to {console.duration(left + spread)}"
-                pieces.append(f"about {console.duration(left)} left" + (f" ({between})" if spread >= 1 else ""))
+                pieces.append(f"about {console.duration(left)} left")
         return [self._phase, *pieces] if self._phase else pieces
-
-    def _spread(self, num_left: int) -> float:
-        """Returns half the width of the range of the rest that holds 80 %, 0 before enough has been seen.
-
-        The sum of k further trainings, with the mean of n as its forecast, has the standard error sd sqrt(k + k^2 / n).
-        """
-        seen = len(self._seconds)
-        if self._started is None or seen < SEEN_FOR_A_RANGE or num_left <= 0:
-            return 0.0
-        of_sum = statistics.stdev(self._seconds) * math.sqrt(num_left + num_left**2 / seen)
-        return IN_RANGE * of_sum / max(1, self._started.concurrency)
 
     def _seconds_left(self, num_left: int) -> float | None:
         """Estimates the rest from the trainings that ended in this search; None before the first has."""
@@ -295,7 +262,7 @@ def _fitting_table(lines: Sequence[_Line], width: int) -> Table:
     """Returns the table of these rows; hyperparameters that do not fit are left out, the last ones first."""
     names = list(dict.fromkeys(name for line in lines for name in line.values if name != "alpha"))
     columns = {"": [line.name for line in lines]}
-    columns |= {name: [console.value_text(line.values.get(name, "")) for line in lines] for name in names}
+    columns |= {name: [value_text(line.values.get(name, "")) for line in lines] for name in names}
     for index, name in enumerate(("epoch", "ID, %", "OOD, %", "objective, %", "time")):
         columns[name] = [line.cells[index] for line in lines]
     while names and sum(2 + max(map(len, (name, *cells))) for name, cells in columns.items()) > width:

@@ -5,9 +5,8 @@ written again in a notebook, plain lines elsewhere. Bars that count other work.
 import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.live import Live
@@ -15,8 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from carft_ray import console, notebook
-from carft_ray.live import SearchView, counted_trainings, stopping_text
-from carft_ray.recipe.constraints import violation_words
+from carft_ray.live import SearchView
 from carft_ray.untrusted import visible
 
 if TYPE_CHECKING:
@@ -137,64 +135,33 @@ def search_shown(
         kind: What is counted: trials, or the trainings of a confirm.
         trainings: Names of those that count in a confirm: the study may have others, of another stage. None: all.
     """
+    from carft_ray.launch.events import Shared
+
     on = on or console.err
     is_here = show and on is console.err and notebook.in_notebook()
     if not is_here and (not show or not on.is_terminal or on.is_dumb_terminal):
-        yield announce(show, kind)
+        yield announce(show)
         return
     rows = [row for row in _earlier(study_dir) if row.kind != "confirm" or trainings is None or row.name in trainings]
-    view = SearchView(num_epochs, rows, kind=kind)
+    view, notes = SearchView(num_epochs, rows, kind=kind), list[Text]()
+
+    def update(event: "Event") -> None:
+        if line := view.update(event):
+            notes.append(console.plain(line, "yellow"))
+            if not is_here:
+                on.print(notes[-1])
+        if is_here:
+            area.show(*notes[-NUM_LINES:], view)
+
     if is_here:
-        listener = _Cell(view, notebook.Area(), [])
+        area = notebook.Area()
         try:
-            yield listener
-        finally:
-            listener.end()
-        return
-    with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True):
-        yield _Listener(view, on)
-
-
-@dataclass(frozen=True)
-class _Listener:
-    """Takes the events of a search on behalf of its table."""
-
-    view: SearchView
-    console: Console
-
-    def __call__(self, event: "Event") -> None:
-        line = self.view.update(event)
-        if line is not None:
-            self.console.print(console.plain(line, "yellow"))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Tune writes the searcher, and with it this, to a file that nobody reads; a terminal does not go there."""
-        return announce, (False,)
-
-
-@dataclass(frozen=True)
-class _Cell:
-    """Takes the events of a search on behalf of the output of a notebook's cell."""
-
-    view: SearchView
-    area: notebook.Area
-    warnings: list[str]
-
-    def __call__(self, event: "Event") -> None:
-        line = self.view.update(event)
-        self.warnings.extend([line] if line else [])
-        self.area.show(*self._notes(), self.view)
-
-    def end(self) -> None:
-        """Leaves the line that counts."""
-        self.area.show(*self._notes(), self.view.line(), must=True)
-
-    def _notes(self) -> list[Text]:
-        return [console.plain(line, "yellow") for line in self.warnings[-NUM_LINES:]]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """As that of ``_Listener``."""
-        return announce, (False,)
+            yield Shared(update)
+        finally:  # what stays is the line that counts
+            area.show(*notes[-NUM_LINES:], view.line(), must=True)
+    else:
+        with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True):
+            yield Shared(update)
 
 
 def _earlier(study_dir: Path) -> list["TrialRow"]:
@@ -208,63 +175,30 @@ def _earlier(study_dir: Path) -> list["TrialRow"]:
         return []
 
 
-def announce(show: bool, kind: "Kind" = "trial") -> Callable[["Event"], None]:
+def announce(show: bool) -> Callable[["Event"], None]:
     """Returns what prints the events of ``run_search`` and ``run_confirm``: a line per thing that happened.
 
     Args:
         show: False: only notes are shown.
-        kind: What is counted.
     """
     from carft_ray.launch import events
 
     began = time.monotonic()
     finished = wanted = 0
 
-    def line_of(event: "Event") -> str | None:
-        nonlocal finished, wanted
-        match event:
-            case events.Preparing():
-                return event.what
-            case events.Decided():
-                return event.text
-            case events.Started():
-                finished, wanted = event.num_finished, event.num_trials
-                left = counted_trainings(wanted - finished, kind)
-                return f"{left} to go, {event.concurrency} at a time ({event.reason})"
-            case events.ConcurrencyChanged():
-                return f"from now on {event.concurrency} at a time ({event.reason})"
-            case events.BaselineFinished():
-                return f"baseline {_result(event.row)}"
-            case events.TrialFinished():
-                finished += 1
-                mark = "  <- best so far" if event.is_best else ""
-                # one that an earlier search left finished comes before the search says how many are wanted
-                position = f"{finished}/{wanted} " if wanted else ""
-                return f"{position}{_result(event.row)}{mark}"
-            case events.TrialSetAside():
-                return f"{event.spec.name}: set aside, {event.reason}"
-            case events.Stopping():
-                return stopping_text(event)
-        return None
-
     def on_event(event: "Event") -> None:
+        nonlocal finished, wanted
         if isinstance(event, events.Note):
-            console.warn(event.text)
-        elif show and (line := line_of(event)) is not None:
+            console.warn(event.line())
+            return
+        line = event.line()
+        if isinstance(event, events.Started):
+            finished, wanted = event.num_finished, event.num_trials
+        elif isinstance(event, events.TrialFinished):
+            finished += 1
+            if wanted:  # else an earlier search has left it finished, and this one has not begun yet
+                line = f"{finished}/{wanted} {line}"
+        if show and line:
             console.say(f"[{console.duration(time.monotonic() - began)}] {line}")
 
     return on_event
-
-
-def _result(row: "TrialRow") -> str:
-    values = " ".join(f"{name}={console.value_text(value)}" for name, value in row.values.items() if name != "alpha")
-    text = f"{row.name} {values}".rstrip()
-    if row.objective is None:
-        return f"{text}: {row.outcome}, {row.reason}"
-    metrics = row.metrics
-    text += f": ID {console.percent(metrics['id_accuracy'])}"
-    text += f", OOD {console.percent(metrics['ood_accuracy'])}" if "ood_accuracy" in metrics else ""
-    text += f", objective {console.percent(row.objective)} %{' (fitted)' if row.fitted else ''}"
-    text += f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
-    text += f"; {words}" if (words := violation_words(metrics)) else ""
-    return f"{text}; {'alpha 1.00 ' if row.alpha else ''}at chance" if row.at_chance else text

@@ -1,8 +1,9 @@
-"""Counts in words, for messages and tables, and how long something will take."""
+"""Counts and values in words, for messages and tables, and how long something will take."""
 
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 FIRST_AFTER_S, THEN_EVERY_S = 3.0, 10.0  # between messages of progress
 
@@ -17,6 +18,16 @@ def counted(number: float, noun: str) -> str:
     text = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     plural = f"{noun[:-1]}ies" if noun.endswith("ry") else f"{noun}s"
     return f"{text} {noun if number == 1 else plural}"
+
+
+def counted_trainings(number: int, kind: str) -> str:
+    """Returns a number with what a search (``trial``) or a confirm (``confirm``) counts."""
+    return counted(number, "trial") if kind == "trial" else f"{counted(number, 'training')} with fresh seeds"
+
+
+def value_text(value: Any) -> str:
+    """Returns a hyperparameter in few digits."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def times(number: int) -> str:

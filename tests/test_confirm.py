@@ -259,11 +259,11 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monk
     run_confirm(view.study_dir, view.recipe, second.trainings(), num_attempts=1)  # and it is killed here
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
     with search_shown(True, view.study_dir, 2, terminal, "confirm", second.trainings()) as on_event:
-        on_event(Started(4, 1, 2, "2 CPUs, 1 a trial"))
+        on_event(Started(4, 1, 2, "2 CPUs, 1 a trial", "confirm"))
     assert "1 of 4 trainings with fresh seeds finished" in terminal.file.getvalue()
 
     def stopped(recipe, study_dir, fix, command, address, on_event, runner):
-        on_event(Started(6, 6, 2, "2 CPUs, 1 a trial"))
+        on_event(Started(6, 6, 2, "2 CPUs, 1 a trial", "confirm"))
         raise InterruptedRunError("stopped")
 
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)

@@ -85,20 +85,7 @@ def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height
     tail = " ".join(lines[-2:])
     assert "195 of 200 trials finished, 28 of them failed · 2 running" in tail
     assert "elapsed" in tail
-    assert "left (" in tail
-    assert " to " in tail
-
-
-def test_the_range_of_the_rest_holds_80_percent_of_what_the_times_seen_say():
-    view = SearchView(4)
-    view._seconds = [50.0, 60.0, 70.0]
-    from carft_ray.launch.events import Started
-
-    view._started = Started(8, 3, 2, "")
-    # sd 10, five left, three seen, two at a time: 1.28 * 10 * sqrt(5 + 25 / 3) / 2
-    assert view._spread(5) == pytest.approx(1.28 * 10 * (5 + 25 / 3) ** 0.5 / 2)
-    view._seconds.pop()
-    assert view._spread(5) == 0.0  # two are too few
+    assert tail.endswith("left")
 
 
 def cli(*words, **more):

@@ -4,26 +4,38 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from carft_ray.study.outcome import TrialRow, TrialSpec
+from carft_ray.recipe.constraints import violation_words
+from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
+from carft_ray.words import counted, counted_trainings, value_text
 
 
 @dataclass(frozen=True)
 class Event:
     """Something that has happened."""
 
+    def line(self) -> str:
+        """Returns it in words; empty for what needs no line."""
+        return ""
+
 
 @dataclass(frozen=True)
 class Note(Event):
-    """Something worth a line: a repaired journal, a trial that gets another attempt."""
+    """A warning: a repaired journal, a trial that gets another attempt."""
 
     text: str
+
+    def line(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
 class Decided(Event):
-    """What an ``auto`` of the recipe has come to; worth a line."""
+    """What an ``auto`` of the recipe has come to."""
 
     text: str
+
+    def line(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True)
@@ -31,6 +43,9 @@ class Preparing(Event):
     """What all trainings share is being made (seconds to minutes the first time), or the sets compared before."""
 
     what: str = "preparing: model, sets, heads, zero-shot"
+
+    def line(self) -> str:
+        return self.what
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,11 @@ class Started(Event):
     num_finished: int  # before this command
     concurrency: int
     reason: str  # why not more at a time
+    kind: Kind = "trial"  # what is counted
+
+    def line(self) -> str:
+        left = counted_trainings(self.num_trials - self.num_finished, self.kind)
+        return f"{left} to go, {self.concurrency} at a time ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -56,6 +76,9 @@ class ConcurrencyChanged(Event):
 
     concurrency: int
     reason: str  # why not more at a time
+
+    def line(self) -> str:
+        return f"from now on {self.concurrency} at a time ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -81,12 +104,18 @@ class TrialFinished(Event):
     is_best: bool  # the best of the study now
     best: str = ""  # name of the study's best trial now; empty where nothing was ranked
 
+    def line(self) -> str:
+        return _result(self.row) + ("  <- best so far" if self.is_best else "")
+
 
 @dataclass(frozen=True)
 class BaselineFinished(Event):
     """A baseline has ended."""
 
     row: TrialRow
+
+    def line(self) -> str:
+        return f"baseline {_result(self.row)}"
 
 
 @dataclass(frozen=True)
@@ -96,6 +125,9 @@ class TrialSetAside(Event):
     spec: TrialSpec
     reason: str
 
+    def line(self) -> str:
+        return f"{self.spec.name}: set aside, {self.reason}"
+
 
 @dataclass(frozen=True)
 class Stopping(Event):
@@ -104,24 +136,39 @@ class Stopping(Event):
     num_running: int
     reason: str = ""  # which budget is used up; empty: somebody asked
 
+    def line(self) -> str:
+        why = f" ({self.reason})" if self.reason else ""
+        saving = f"; saving checkpoints of {counted(self.num_running, 'training')}" if self.num_running else ""
+        return f"stopping{why}{saving}"
+
+
+def _result(row: TrialRow) -> str:
+    """Returns the values of a training that has ended, and how it ended."""
+    values = " ".join(f"{name}={value_text(value)}" for name, value in row.values.items() if name != "alpha")
+    text = f"{row.name} {values}".rstrip()
+    if row.objective is None:
+        return f"{text}: {row.outcome}, {row.reason}"
+    metrics = row.metrics
+    text += f": ID {100 * metrics['id_accuracy']:.1f}"
+    text += f", OOD {100 * metrics['ood_accuracy']:.1f}" if "ood_accuracy" in metrics else ""
+    text += f", objective {100 * row.objective:.1f} %{' (fitted)' if row.fitted else ''}"
+    text += f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
+    text += f"; {words}" if (words := violation_words(metrics)) else ""
+    return f"{text}; {'alpha 1.00 ' if row.alpha else ''}at chance" if row.at_chance else text
+
 
 OnEvent = Callable[[Event], None]
 
 
 class Shared:
-    """Takes events for two. Tune writes it to a file that nobody reads; there it is None.
+    """Passes events on to all who take them. Tune writes it to a file that nobody reads; there it is None."""
 
-    Args:
-        on_event: Takes them first.
-        take: Takes them then; returns at once.
-    """
-
-    def __init__(self, on_event: OnEvent, take: OnEvent) -> None:
-        self._on_event, self._take = on_event, take
+    def __init__(self, *takers: OnEvent) -> None:
+        self._takers = takers
 
     def __call__(self, event: Event) -> None:
-        self._on_event(event)
-        self._take(event)
+        for take in self._takers:
+            take(event)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(None), ()

@@ -98,7 +98,7 @@ class _Notices:
             case Stopping():
                 self._out_of_budget = event.reason
             case TrialSetAside(spec):
-                self._rarely("failed_trial", f"{spec.name}: set aside, {event.reason}", {"trial": spec.name})
+                self._rarely("failed_trial", event.line(), {"trial": spec.name})
             case TrialFinished(row, is_best):
                 self._num_ended += 1
                 if is_best:
@@ -106,7 +106,7 @@ class _Notices:
                     more = {"trial": row.name, "objective": row.objective, "alpha": row.alpha}
                     self._rarely("best", f"new best {self._best}", more)
                 elif row.outcome not in ("complete", "pruned"):
-                    self._rarely("failed_trial", f"{row.name}: {row.outcome}, {row.reason}", {"trial": row.name})
+                    self._rarely("failed_trial", event.line(), {"trial": row.name})
 
     def end(self, error: BaseException | None) -> None:
         """Puts a notice of how it ended: well, by a request to stop, or with an error."""

@@ -86,7 +86,7 @@ def run_confirm(
                 if note := note_of_targets(recipe, runtime.shared, has_kl):
                     on_event(Decided(note))
                 capacity = runtime.capacity
-                on_event(Started(len(trainings), num_finished(), capacity.concurrency, capacity.reason))
+                on_event(Started(len(trainings), num_finished(), capacity.concurrency, capacity.reason, "confirm"))
                 if run_trainings(study, runtime, on_event):
                     raise interrupted()
         if set_aside := [row for row in rows() if row.set_aside]:
