@@ -8,13 +8,10 @@ import subprocess
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from carft_ray import __version__
 from carft_ray.errors import Problem, UsageError
-
-if TYPE_CHECKING:
-    from packaging.specifiers import SpecifierSet
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 GIT_TIMEOUT_S = 5.0
@@ -117,16 +114,6 @@ def outside_ranges(extra: str = "") -> tuple[list[Problem], list[Problem]]:
             rule = f"carft-ray was run with {ranges} only" if is_newer else f"carft-ray needs {ranges}"
             (newer if is_newer else older).append(Problem(f"{each.name} {version}", f"{rule}; run: {command}"))
     return older, newer
-
-
-def needed(library: str) -> "SpecifierSet":
-    """Returns the releases of a library that carft-ray needs, as its installation says; all where it says nothing."""
-    from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
-
-    texts = metadata.requires("carft-ray") if _version("carft-ray") else None
-    found = (each.specifier for each in map(Requirement, texts or ()) if each.name == library and not each.marker)
-    return next(found, SpecifierSet())
 
 
 def private_name(library: str, name: str, find: Callable[[], Any]) -> Any:

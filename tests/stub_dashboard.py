@@ -1,16 +1,12 @@
-"""A stand-in for the dashboard of a Ray: the HTTP and WebSocket paths that the job client of Ray asks for."""
+"""A stand-in for the dashboard of a Ray: the HTTP paths that the job client of Ray asks for."""
 
 import asyncio
 import contextlib
 import io
-import json
 import threading
 import zipfile
 
 from aiohttp import web
-
-from carft_ray import environment
-from carft_ray.launch.jobs.package import MARK
 
 RAY_VERSION = "2.60.0"
 
@@ -18,18 +14,17 @@ RAY_VERSION = "2.60.0"
 class Dashboard:
     """What the server answers, and what it was sent.
 
-    A search ends when its status was asked ``polls`` times; its log is ``pieces``. Each stream of the log sends as
-    many of them as ``streams`` says next (all, where it says nothing more) and ends; with ``breaks`` it ends badly.
+    A search ends when its status was asked ``polls`` times; its log, of ``pieces``, grows by one with each of them.
     """
 
     def __init__(self):
         self.address, self.token, self.version = "", "", RAY_VERSION
         self.jobs, self.packages, self.headers, self.stopped = {}, {}, [], []
-        self.polls, self.pieces, self.streams, self.breaks = 2, ["first line\n", "second line\n"], [], False
+        self.polls, self.pieces = 2, ["first line\n", "second line\n"]
         self.end = {"status": "SUCCEEDED", "driver_exit_code": 0}
-        self.found = {"python": "3.12.3", "code": environment.code(), "libraries": {}}
         self.answer_to_submit = None  # status and text
-        self.away, self.forgets = (), ()  # of the questions for a job's status: not answered, or with "no such job"
+        # of the questions for a job's status: not answered, with "no such job", with a log that cannot be had
+        self.away, self.forgets, self.without_log = (), (), ()
 
     def add(self, name, study, **more):
         """Adds a job as if somebody had submitted it."""
@@ -38,15 +33,12 @@ class Dashboard:
             "submission_id": name,
             "status": "RUNNING",
             "entrypoint": "exec search",
-            "metadata": {"study": str(study), "carft_ray": "search"},
+            "metadata": {"study": str(study)},
             "runtime_env": {},
             "start_time": 1_700_000_000_000 + len(self.jobs),
             "asked": 0,
             **more,
         }
-
-    def names(self, kind="search"):
-        return [name for name, job in self.jobs.items() if job["metadata"].get("carft_ray") == kind]
 
     def sent(self):
         """The files of the folders that were sent: name -> bytes."""
@@ -78,13 +70,9 @@ class Dashboard:
         asked = await request.json()
         if asked["submission_id"] in self.jobs:
             return web.Response(status=500, text=f"Job with submission_id {asked['submission_id']} already exists.")
-        kind = asked["metadata"].get("carft_ray")
-        if kind == "search" and self.answer_to_submit:
+        if self.answer_to_submit:
             return web.Response(status=self.answer_to_submit[0], text=self.answer_to_submit[1])
-        more = {key: asked[key] for key in ("entrypoint", "metadata", "runtime_env")}
-        self.add(asked["submission_id"], "", **more)
-        if kind == "question":
-            self.jobs[asked["submission_id"]] |= {"status": "SUCCEEDED", "driver_exit_code": 0}
+        self.add(asked["submission_id"], "", **{key: asked[key] for key in ("entrypoint", "metadata", "runtime_env")})
         return web.json_response({"job_id": asked["submission_id"], "submission_id": asked["submission_id"]})
 
     def _job(self, request):
@@ -111,18 +99,10 @@ class Dashboard:
 
     async def _logs(self, request):
         job = self._job(request)
-        question = job["metadata"].get("carft_ray") == "question"
-        return web.json_response({"logs": MARK + json.dumps(self.found) if question else "".join(self.pieces)})
-
-    async def _tail(self, request):
-        self._job(request)
-        socket = web.WebSocketResponse()
-        await socket.prepare(request)
-        for piece in self.pieces[: self.streams.pop(0) if self.streams else None]:
-            await socket.send_str(piece)
-        if self.breaks:
-            request.transport.abort()
-        return socket
+        if job["asked"] in self.without_log:
+            return web.Response(status=500, text="its node is gone")
+        shown = self.pieces[: job["asked"] or None] if job["status"] == "RUNNING" else self.pieces
+        return web.json_response({"logs": "".join(shown)})
 
     async def _stop(self, request):
         job = self._job(request)
@@ -141,7 +121,6 @@ class Dashboard:
                 web.get("/api/jobs/", self._list),
                 web.get("/api/jobs/{job}", self._info),
                 web.get("/api/jobs/{job}/logs", self._logs),
-                web.get("/api/jobs/{job}/logs/tail", self._tail),
                 web.post("/api/jobs/{job}/stop", self._stop),
             ]
         )

@@ -20,6 +20,7 @@ MAY = {
     "sys.stderr": {
         "cli/submit.py": "as above",
         "launch/ray_cluster/cluster.py": "our own words, in a thread while the process ends",
+        "launch/jobs/package.py": "our own words at the beginning of a job",
         "launch/ray_cluster/joined.py": "two numbers",
     },
     "typer.echo": {"cli/common.py": "our own words", "cli/init.py": "a recipe as YAML, to be read back as it is"},

@@ -188,7 +188,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "launch/ray_group": "rows of a training that runs",
     "launch/preparation": "what a preparation that runs says",
     "launch/failures/causes": "what a process that has ended has left",
-    "launch/jobs/package": "the checkout that is sent",
     "launch/jobs/server": "the user's own token",
     "launch/ray_cluster/node_facts": "a file that the driver has just written",
     "results/exports/model_card": "the package's own page",

@@ -1,7 +1,6 @@
 """The jobs of a Ray cluster: which there are, what one has said, and the end of one."""
 
 import shlex
-from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,20 +18,19 @@ JobArgument = Annotated[str, Argument(metavar="JOB|STUDY", help="Id of a job, or
 @common.command("cluster jobs", to=common.cluster_app)
 def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
     """List the jobs of a cluster with their studies, the newest first."""
-    from carft_ray.launch.jobs.jobs import exit_code, jobs
+    from carft_ray.launch.jobs.jobs import described, jobs
     from carft_ray.launch.jobs.server import connect
 
     server = connect(address)
-    found = jobs(server)
-    answer = {"address": server.address, "ray_version": server.ray_version, "jobs": [asdict(job) for job in found]}
-    if console.print_json(answer, json_):
+    found = [described(job) for job in jobs(server)]
+    if console.print_json({"address": server.address, "jobs": found}, json_):
         return
     lines = []
     for job in found:
-        code = exit_code(job)
-        begun = "" if job.begun is None else datetime.fromtimestamp(job.begun).strftime("%Y-%m-%d %H:%M")
-        took = "" if job.begun is None or job.ended_at is None else console.duration(job.ended_at - job.begun)
-        lines.append([job.id, job.status.lower(), "" if code is None else str(code), begun, took, job.study])
+        code = "" if job["exit_code"] is None else str(job["exit_code"])
+        begun = "" if job["begun"] is None else datetime.fromtimestamp(job["begun"]).strftime("%Y-%m-%d %H:%M")
+        took = console.duration(job["ended_at"] - job["begun"]) if job["begun"] and job["ended_at"] else ""
+        lines.append([job["id"], job["status"].lower(), code, begun, took, job["study"]])
     if not lines:
         console.say(f"No job was submitted to {server.address}.")
         return
@@ -43,13 +41,13 @@ def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOptio
 @common.command("cluster logs studies/first", to=common.cluster_app)
 def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
     """Print what a job has said so far; `submit --attach` follows it."""
-    from carft_ray.launch.jobs.jobs import find_job, log_of
+    from carft_ray.launch.jobs.jobs import described, find_job, log_of
     from carft_ray.launch.jobs.server import connect
 
     server = connect(address)
-    found = find_job(server, job)
-    log = log_of(server, found.id)
-    if not console.print_json({"address": server.address, **asdict(found), "log": log}, json_):
+    found = described(find_job(server, job))
+    log = log_of(server, found["id"])
+    if not console.print_json({"address": server.address, **found, "log": log}, json_):
         console.show(log.rstrip("\n").replace("\r", "\n"))
 
 
@@ -66,27 +64,26 @@ def cluster_stop(
 
     server = connect(address)
     found = jobs.find_job(server, job)
-    asked = not found.ended
+    name, asked = str(found.submission_id), not found.status.is_terminal()
     if asked:
-        jobs.stop(server, found)
-        if not no_wait:
-            if not json_:
-                console.say(f"Asked {found.id} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
-            try:
-                found = jobs.wait_until_ended(server, found.id)
-            except KeyboardInterrupt:
-                step = f"See: carft-ray cluster jobs --address {shlex.quote(server.address)}"
-                raise InterruptedRunError(Problem("", "no longer waiting; it still stops", next_step=step)) from None
-    left = _left(found.study)
-    if console.print_json({"address": server.address, **asdict(found), "asked": asked, **left}, json_):
+        if not no_wait and not json_:
+            console.say(f"Asking {name} to stop, and waiting for its checkpoints. Ctrl-C ends the waiting only.")
+        try:
+            found = jobs.stop(server, name, wait=not no_wait)
+        except KeyboardInterrupt:
+            step = f"See: carft-ray cluster jobs --address {shlex.quote(server.address)}"
+            raise InterruptedRunError(Problem("", "no longer waiting; it still stops", next_step=step)) from None
+    answer, ended = jobs.described(found), found.status.is_terminal()
+    left = _left(answer["study"])
+    if console.print_json({"address": server.address, **answer, "asked": asked, **left}, json_):
         return
     so_far = f"; {left['finished']} of {counted(left['wanted'], 'trial')} finished" if left else ""
     if not asked:
-        console.say(f"Nothing to stop: {found.id} has ended ({found.status.lower()}){so_far}.")
+        console.say(f"Nothing to stop: {name} has ended ({answer['status'].lower()}){so_far}.")
     else:
-        console.say(f"{found.id} has ended{so_far}." if found.ended else f"Asked {found.id} to stop{so_far}.")
-    if found.study and not (left and left["finished"] >= left["wanted"]):
-        console.next_step(common.command_line("submit", resume=found.study, address=server.address))
+        console.say(f"{name} has ended{so_far}." if ended else f"Asked {name} to stop{so_far}.")
+    if answer["study"] and not (left and left["finished"] >= left["wanted"]):
+        console.next_step(common.command_line("submit", resume=answer["study"], address=server.address))
 
 
 def _left(study: str) -> dict[str, Any]:

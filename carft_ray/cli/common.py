@@ -8,6 +8,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +49,9 @@ PATH = (  # from images to a model: what for, and an example
 # commands that neither train nor open a model: they answer whatever versions of torch and Ray are installed
 READERS = ("init", "status", "ls", "logs", "report", "compare", "rescore", "stop", "dashboard", "data", "cluster")
 
+# options that set a key of the recipe
+KEYS = {"executor": "resources.executor", "num_workers": "resources.num_workers", "wall_time": "budget.wall_time"}
+
 RecipeArgument = Annotated[Path, Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[Path, Argument(help="The study directory.", show_default=False)]
 TrainedArgument = Annotated[Path, Argument(help="Folder of a training or a study.", show_default=False)]
@@ -80,11 +84,22 @@ AlphaOption = Annotated[float | None, Option(min=0, max=1, help="Mixing coeffici
 TrialOption = Annotated[str | None, Option(help="Number or name of a trial, or name of a baseline; default: the best.")]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options of the commands that train: ``train``, ``confirm``, and with more of them a search."""
+
+    executor: ExecutorOption = None
+    num_workers: WorkersOption = None
+    address: AddressOption = None
+    trust: TrustOption = False
+    json_: JsonOption = False
+
+
 Command = Callable[..., None]
 
 
 def command(
-    example: str, panel: str | None = None, to: typer.Typer = app, shared: Command | None = None
+    example: str, panel: str | None = None, to: typer.Typer = app, shared: type | None = None
 ) -> Callable[[Command], Command]:
     """Returns a decorator that makes a function a command, with ``--debug``, which ``main`` reads.
 
@@ -92,7 +107,8 @@ def command(
         example: For the help; begins with the name of the command.
         panel: Of the help.
         to: The app that the command belongs to; the example begins with its name, too.
-        shared: A function whose keyword-only parameters are options of the command, which takes them as ``**shared``.
+        shared: A class whose keyword-only parameters are options of the command, too, which takes them as
+            ``**shared``; those that it has itself are its own.
     """
     of_shared = inspect.signature(shared).parameters.values() if shared else ()
 
@@ -103,7 +119,8 @@ def command(
 
         signature, last = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
         parameters = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
-        parameters += [one for one in of_shared if one.kind == last]
+        own = set(signature.parameters)
+        parameters += [one for one in of_shared if one.kind == last and one.name not in own]
         debug = inspect.Parameter("debug", last, default=False, annotation=DebugOption)
         run.__signature__ = signature.replace(parameters=[*parameters, debug])  # type: ignore[attr-defined]
         name = example.split()[to is not app]
@@ -175,10 +192,10 @@ def main() -> None:
         logger.removeHandler(handler)
 
 
-def overrides_of(given: Sequence[str] | None, **resources: Any) -> list[str]:
-    """Returns overrides of a recipe: those given, and a field of ``resources`` for each option that is not None."""
-    more = (f"resources.{name}={value}" for name, value in resources.items() if value is not None)
-    return [*(given or ()), *more]
+def overrides_of(given: Sequence[str] | None, options: dict[str, Any]) -> list[str]:
+    """Returns overrides of a recipe: those given, and the options of ``KEYS``, which are taken out of ``options``."""
+    found = {key: options.pop(name, None) for name, key in KEYS.items()}
+    return [*(given or ()), *(f"{key}={value}" for key, value in found.items() if value is not None)]
 
 
 def load(
@@ -187,7 +204,7 @@ def load(
     """Loads and checks a recipe (``checks.load_recipe``) with what a command sets over it."""
     from carft_ray.checks import load_recipe
 
-    return load_recipe(path, overrides_of(overrides, executor=executor, num_workers=num_workers))
+    return load_recipe(path, overrides_of(overrides, {"executor": executor, "num_workers": num_workers}))
 
 
 def suggest(study: Path, after: str, *more: str) -> None:

@@ -3,6 +3,7 @@
 import functools
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,57 +17,39 @@ from carft_ray.words import counted
 if TYPE_CHECKING:
     from carft_ray.answers import Searched
 
-NarrowOption = Annotated[bool, Option("--narrow", help="Let the search space of the study shrink.")]
-WidenOption = Annotated[bool, Option("--widen", help="Let the search space of the study grow.")]
-WallTimeOption = Annotated[
-    str | None, Option(metavar="TIME", help="End after this time, such as 45m or 8h; resumable.")
-]
-WarmStartOption = Annotated[
-    list[Path] | None, Option(metavar="DIR", help="Use the trials of another study; repeatable.")
-]
-AgainOption = Annotated[
-    str | None,
-    Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
-]
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions(common.RunOptions):
+    """The options that `search`, `resume` and `submit` share."""
+
+    narrow: Annotated[bool, Option("--narrow", help="Let the search space of the study shrink.")] = False
+    widen: Annotated[bool, Option("--widen", help="Let the search space of the study grow.")] = False
+    warm_start: Annotated[
+        list[Path] | None, Option(metavar="DIR", help="Use the trials of another study; repeatable.")
+    ] = None
+    wall_time: Annotated[
+        str | None, Option(metavar="TIME", help="End after this time, such as 45m or 8h; resumable.")
+    ] = None
+    notify_url: common.NotifyUrlOption = None
+    again: Annotated[
+        str | None,
+        Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
+    ] = None
 
 
-def _search(
-    begin: Callable[..., "Searched"],
-    study: Path,
-    overrides: list[str],
-    *,
-    executor: common.ExecutorOption = None,
-    num_workers: common.WorkersOption = None,
-    address: common.AddressOption = None,
-    narrow: NarrowOption = False,
-    widen: WidenOption = False,
-    warm_start: WarmStartOption = None,
-    wall_time: WallTimeOption = None,
-    notify_url: common.NotifyUrlOption = None,
-    again: AgainOption = None,
-    trust: common.TrustOption = False,
-    json_: common.JsonOption = False,
-) -> None:
-    """What `search` and `resume` share: their options, and what they print.
+def _search(begin: Callable[..., "Searched"], study: Path, set_: list[str] | None, json_: bool, **options: Any) -> None:
+    """What `search` and `resume` share.
 
     Args:
         begin: ``actions.search`` or ``actions.resume``, with what is their own.
         study: The study directory.
-        overrides: Of ``--set``.
+        set_: Of ``--set``.
+        json_: Of ``--json``.
+        options: The other ``SearchOptions``.
     """
-    overrides += [] if wall_time is None else [f"budget.wall_time={wall_time}"]
-    found = begin(
-        overrides=common.overrides_of(overrides, executor=executor, num_workers=num_workers),
-        address=address,
-        narrow=narrow,
-        widen=widen,
-        warm_start=warm_start or (),
-        notify_url=notify_url,
-        again=again,
-        trust=trust,
-        progress=not json_,
-        strict=False,
-    )
+    options["overrides"] = common.overrides_of(set_, options)
+    options["warm_start"] = options["warm_start"] or ()
+    found = begin(**options, progress=not json_, strict=False)
     summary = found.numbers
     if not console.print_json(summary, json_):
         if not summary["new_trials"] and not found.out_of_budget and not found.set_aside:
@@ -86,7 +69,7 @@ def _search(
         common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(study))}")
 
 
-@common.command("search recipe.yaml --study studies/first", common.SEARCH, shared=_search)
+@common.command("search recipe.yaml --study studies/first", common.SEARCH, shared=SearchOptions)
 def search(
     recipe: common.RecipeArgument,
     study: Annotated[Path, Option(help="Study directory; an existing study is resumed.")],
@@ -96,10 +79,10 @@ def search(
     """Search for the best hyperparameters. The same command again resumes the search."""
     from carft_ray import actions
 
-    _search(functools.partial(actions.search, recipe, study), study, set_ or [], **shared)
+    _search(functools.partial(actions.search, recipe, study), study, set_, **shared)
 
 
-@common.command("resume studies/quickstart --trials +4", common.SEARCH, shared=_search)
+@common.command("resume studies/quickstart --trials +4", common.SEARCH, shared=SearchOptions)
 def resume(
     study: common.StudyArgument,
     trials: Annotated[str | None, Option(metavar="N|+N", help="Trials in all, or with a plus, how many more.")] = None,
@@ -112,7 +95,7 @@ def resume(
     """
     from carft_ray import actions
 
-    _search(functools.partial(actions.resume, study, trials), study, set_ or [], **shared)
+    _search(functools.partial(actions.resume, study, trials), study, set_, **shared)
 
 
 @common.command("stop studies/quickstart", common.SEARCH)

@@ -3,7 +3,7 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
@@ -38,32 +38,22 @@ def validate(
         console.next_step(common.begin_line(value, recipe, set=set_))
 
 
-@common.command("train recipe.yaml --out runs/first", common.ONE_TRAINING)
+@common.command("train recipe.yaml --out runs/first", common.ONE_TRAINING, shared=common.RunOptions)
 def train(
     recipe: common.RecipeArgument,
     out: Annotated[Path, Option(help="Folder of the training.")],
     set_: common.SetOption = None,
     resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint in the folder.")] = False,
-    executor: common.ExecutorOption = None,
-    num_workers: common.WorkersOption = None,
-    address: common.AddressOption = None,
-    trust: common.TrustOption = False,
     json_: common.JsonOption = False,
+    **shared: Any,
 ) -> None:
     """Fine-tune once and measure the alpha curve on the validation sets."""
-    given = {"set": set_, "executor": executor, "num_workers": num_workers, "out": out, "address": address}
-    given["trust"] = trust
+    again = f"{common.command_line('train', recipe, set=set_, out=out, **shared)} --resume"
+    overrides = common.overrides_of(set_, shared)
     from carft_ray import actions
 
     found = actions.train(
-        recipe,
-        out,
-        overrides=common.overrides_of(set_, executor=executor, num_workers=num_workers),
-        resume=resume,
-        address=address,
-        trust=trust,
-        progress=not json_,
-        resume_command=f"{common.command_line('train', recipe, **given)} --resume",
+        recipe, out, overrides=overrides, resume=resume, progress=not json_, resume_command=again, **shared
     )
     if console.print_json(found.numbers, json_):
         return

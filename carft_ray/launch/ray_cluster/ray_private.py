@@ -9,12 +9,15 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import ray
 
 from carft_ray.environment import private_name
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
 
 # Arrow types that ``ray.data`` registers when it is imported, as ``ray.tune`` and ``ray.train`` do (Ray 2.55 to 2.60)
 _EXTENSIONS = ("arrow_pickled_object", "arrow_tensor", "arrow_tensor_v2", "arrow_variable_shaped_tensor")
@@ -69,6 +72,24 @@ def draining_nodes() -> Mapping[str, int]:
     name = "ray._private.state.state.get_draining_nodes"
     found: Mapping[str, int] = private_name("ray", name, lambda: resolve_name(name))()
     return found
+
+
+def job_client(address: str, headers: dict[str, str], silence_s: float) -> "JobSubmissionClient":
+    """Returns the client of a dashboard whose calls end after a silence; Ray's own waits without an end.
+
+    Raises:
+        OSError: Nobody answers.
+        ray.exceptions.AuthenticationError: The token is wrong.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    private_name("ray", "JobSubmissionClient._do_request", lambda: JobSubmissionClient._do_request)
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, *given: Any, **named: Any) -> Any:
+            return super()._do_request(*given, timeout=silence_s, **named)
+
+    return Client(address, headers=headers)
 
 
 @contextlib.contextmanager
