@@ -2,6 +2,7 @@
 
 import functools
 import shlex
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,8 +153,7 @@ def plan(
     It trains a little, as many trainings at a time as the search will; a minute in the sandbox. Only decoded images
     stay.
     """
-    from carft_ray.launch.forecast import beyond_budget, forecast, limited_by_input, measure_by_study, price
-    from carft_ray.launch.probe import measure_by_probe
+    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, measure_by_training, price
     from carft_ray.recipe.checks.advice import check_searchable
     from carft_ray.recipe.loading import own_functions
     from carft_ray.results.reading.overview import is_study
@@ -169,14 +169,14 @@ def plan(
         problem = Problem(next(iter(own)), "must be null: plan measures the built-in loop", next_step=step)
         raise UsageError(problem)
     if measured is None:
-        next_to = study.absolute().parent if study is not None else None
-        measured = measure_by_probe(value, address, next_to, console.sayer(not json_))
+        next_to = Path(tempfile.gettempdir()) if study is None else study.absolute().parent
+        measured = measure_by_training(value, address, next_to, console.sayer(not json_))
     found = forecast(value, *measured)
     if price_per_gpu_hour is not None and not found["gpus_per_worker"]:
         step = "Give --price-per-hour, of the whole machine."
         raise UsageError(Problem("--price-per-gpu-hour", "needs trainings that use a GPU", next_step=step))
     found["price"] = price(found, price_per_gpu_hour, price_per_hour)
-    found["budget"], found["input"] = beyond_budget(value, found), limited_by_input(value, found)
+    found["budget"] = beyond_budget(value, found)
     if console.print_json(found, json_):
         return
     baselines = f" and {counted(found['num_baselines'], 'baseline')}" if found["num_baselines"] else ""
@@ -186,9 +186,9 @@ def plan(
     if found["measured"]["by"] == "study":
         console.say("From the trainings that the study has finished, as they ran there.")
     else:
-        console.say(f"From real trainings on a share of the sets, {found['measured']['took_s']:.0f} s in all.")
-    for warning in filter(None, (found["budget"], found["input"])):
-        console.say(warning)
+        console.say(f"From short trainings, {found['measured']['took_s']:.0f} s in all.")
+    if found["budget"]:
+        console.say(found["budget"])
     if value.search.pruner.name != "none":
         console.say("The pruner will make it shorter; nothing is taken off for it.")
     given = {"set": set_, "executor": executor, "num_workers": num_workers, "address": address}
@@ -204,6 +204,7 @@ def _lines(found: dict[str, Any]) -> list[tuple[str, str, str]]:
     lines = [("preparation", console.duration(found["prepare_s"]), "")]
     lines += [line("one trial", console.duration, found["trial_s"])]
     lines += [line("whole search", console.duration, found["search_s"])]
+    lines += [line("confirm", console.duration, found["confirm_s"])]
     unit = "GPU" if found["gpus_per_worker"] else "CPU"
     lines += [line(f"{unit} hours", "{:.3g}".format, found[f"{unit.lower()}_hours"])]
     if found["price"] is not None:

@@ -1,43 +1,60 @@
-"""What a search will take: trials at a time, time, GPU hours, disk. From a probe, or a study that has trained.
+"""What a search will take: trials at a time, time, GPU hours, disk. From short trainings, or those of a study.
 
-What the space varies enters by its expectation: ``NUM_SEARCHES`` searches with values drawn as random search draws them
-are laid onto the slots, first come first served; the forecast is their mean, the range is from their 10th to their 90th
-percentile, and further by how much the probes differed (``launch.probe``). No training is taken to be cut.
+Two short trainings for each slot are prepared and run as those of a search (``evaluation.probe``). The second one of a
+slot shows what a process saves that is used again, and reads the targets that the first one has stored. A training of E
+epochs then takes
+
+    fixed + E epoch + looks look
+
+with ``look`` an evaluation during the training. What the space varies enters by its expectation: ``NUM_SEARCHES``
+searches with values drawn as random search draws them are laid onto the slots, first come first served; the forecast is
+their mean, the range is from their 10th to their 90th percentile, and further by how much the short trainings differed.
+No training is taken to be cut.
 """
 
-import contextlib
 import heapq
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from carft_ray import files
-from carft_ray.errors import InterruptedRunError, Problem
-from carft_ray.launch.ray_cluster.cluster import running_ray
+from carft_ray.data.sets import cache_dir
+from carft_ray.data.shared.shared_images import find_shared
+from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.launch.preparation import fill_nodes
 from carft_ray.launch.ray_cluster.concurrency import Capacity
-from carft_ray.launch.runtime import RUNNER, make_runtime
-from carft_ray.launch.stop import interruptions_as
-from carft_ray.layout import PREPARATION, PREPARED, RAY_LOG, STOP
+from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
+from carft_ray.launch.runtime import RUNNER, Say
+from carft_ray.launch.session import computing, prepare
+from carft_ray.launch.stop import interruption
+from carft_ray.launch.trainings import run_trainings
+from carft_ray.layout import CONFIRM, PREPARATION, PREPARED
+from carft_ray.learning.context import RunContext
 from carft_ray.learning.target_blocks import visit_bytes
+from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.recipe.spaces.shared_targets import num_stored_visits
-from carft_ray.recipe.spaces.space import drawn
+from carft_ray.recipe.spaces.shared_targets import num_stored_visits, shared_views
+from carft_ray.recipe.spaces.space import drawn, middle
 from carft_ray.study.identity import claim
-from carft_ray.study.outcome import TrialRow
-from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
-from carft_ray.words import counted
+from carft_ray.study.opening import open_study
+from carft_ray.study.outcome import read_result
+from carft_ray.study.recovery import recover_confirm
+from carft_ray.study.rows import rows_by_kind
 
 NUM_SEARCHES = 200
+NUM_CHECKPOINTS = 2  # of a running training
 LEAST_DOUBT = 0.1  # of every forecast: the machine is never quite as it was
-OUTSIDE_S = 4.0  # before Ray starts and after it has ended: imports, table, figure
+OUTSIDE_S = 5.0  # before Ray starts and after the last training: imports; the end of Ray, table, figure
+CONFIRMED, SEEDS = 3, 3  # of `confirm`, unless it is told otherwise: trials beside the baselines, seeds of each
 
 
 @dataclass(frozen=True)
@@ -47,61 +64,58 @@ class Measured:
     Attributes:
         source: ``probe`` or ``study``.
         took_s: Seconds that measuring took.
-        before_s: Seconds until the first training begins, Ray included.
-        after_s: Seconds from the end of the last training to the end of the command.
-        first_s: What the first training of a slot takes besides itself: process, model and sets.
-        next_s: The same for each further one.
+        prepare_s: Seconds from the start of Ray until the first training begins.
         training_s: Forecast of a training, by its values over ``train``.
         doubt: Relative uncertainty of every time.
-        disk: Bytes by what they hold, at the end of the search; ``while it runs`` more in between.
-        cores_needed: Of a worker, to make views as fast as its GPU takes them; 0: not known, or no GPU.
+        first_s: What the first training of a slot takes besides itself: process, model, sets, targets.
+        next_s: The same for each further one.
+        sizes: Bytes: ``weights`` and ``predictions`` of a training, ``targets`` of an epoch, further ones in all.
     """
 
     source: Literal["probe", "study"]
     took_s: float
-    before_s: float
-    after_s: float
-    first_s: float
-    next_s: float
+    prepare_s: float
     training_s: Callable[[Mapping[str, Any]], float]
     doubt: float
-    disk: dict[str, int] = field(default_factory=dict)
-    cores_needed: float = 0.0
+    first_s: float = 0.0
+    next_s: float = 0.0
+    sizes: dict[str, float] = field(default_factory=dict)
 
 
 def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str, Any]:
     """Returns what a whole search will take, as plain data; seconds, hours and bytes.
 
-    Each of ``trial_s``, ``search_s``, ``cpu_hours`` and ``gpu_hours`` is (expected, low, high).
+    Each of ``trial_s``, ``search_s``, ``confirm_s``, ``cpu_hours`` and ``gpu_hours`` is (expected, low, high).
     """
-    rng = np.random.default_rng(0)
+    rng, ranges = np.random.default_rng(0), defaultdict[str, list[float]](list)
     trials, baselines = num_trials(recipe), list(recipe.search.baselines.values())
-    spans, works, each = [], [], []
+    slots, first_s, next_s = capacity.concurrency, measured.first_s, measured.next_s
+    units = {"cpu_hours": capacity.cpus_per_worker, "gpu_hours": capacity.gpus_per_worker}
     for _ in range(NUM_SEARCHES):
         values = [*baselines, *(drawn(recipe.search.space, rng.uniform) for _ in range(trials))]
         jobs = [measured.training_s(one) for one in values]
-        each += jobs[len(baselines) :]
-        spans.append(makespan(jobs, capacity.concurrency, measured.first_s, measured.next_s))
-        slots = min(capacity.concurrency, len(jobs))
-        works.append(sum(jobs) + slots * measured.first_s + (len(jobs) - slots) * measured.next_s)
-    fixed = measured.before_s + measured.after_s
-    cpu_s = capacity.num_workers * capacity.cpus_per_worker
-    gpu_s = capacity.num_workers * capacity.gpus_per_worker
+        again = [*jobs[: len(baselines)], *jobs[-CONFIRMED:]] * SEEDS
+        work_s = sum(jobs) + len(jobs) * next_s + min(slots, len(jobs)) * (first_s - next_s)
+        ranges["trial_s"] += [job + next_s for job in jobs[len(baselines) :]]
+        for name, each in (("search_s", jobs), ("confirm_s", again)):
+            ranges[name].append(OUTSIDE_S + measured.prepare_s + makespan(each, slots, first_s, next_s))
+        for name, number in units.items():
+            ranges[name].append(work_s * capacity.num_workers * number / 3600)
+    numbers = {
+        "weights": min(recipe.search.keep_checkpoints, trials) + len(baselines),
+        "predictions": trials + len(baselines),
+        "targets": num_stored_visits(recipe),
+    }
     return {
         "concurrency": capacity.concurrency,
         "limited_by": capacity.reason,
         "num_trials": trials,
         "num_baselines": len(baselines),
         "num_workers": capacity.num_workers,
-        "gpus_per_worker": capacity.gpus_per_worker,
-        "cpus_per_worker": capacity.cpus_per_worker,
-        "cores_needed": round(measured.cores_needed, 1) or None,
-        "prepare_s": round(measured.before_s, 1),
-        "trial_s": _range([one + measured.next_s for one in each], measured.doubt),
-        "search_s": _range([span + fixed for span in spans], measured.doubt),
-        "cpu_hours": _range([work * cpu_s / 3600 for work in works], measured.doubt),
-        "gpu_hours": _range([work * gpu_s / 3600 for work in works], measured.doubt),
-        "disk_bytes": measured.disk,
+        **{name: getattr(capacity, name) for name in ("gpus_per_worker", "cpus_per_worker")},
+        "prepare_s": round(measured.prepare_s, 1),
+        **{name: _range(values, measured.doubt) for name, values in ranges.items()},
+        "disk_bytes": {name: int(numbers.get(name, 1) * size) for name, size in measured.sizes.items()},
         "measured": {"by": measured.source, "took_s": round(measured.took_s, 1), "doubt": round(measured.doubt, 3)},
     }
 
@@ -122,32 +136,97 @@ def makespan(jobs: Sequence[float], slots: int, first_s: float, next_s: float) -
     return max(at for at, _ in free) if jobs else 0.0
 
 
-def _range(values: Sequence[float], doubt: float) -> tuple[float, float, float]:
+def _range(values: Sequence[float], doubt: float) -> tuple[float, ...]:
     low, high = np.percentile(values, [10, 90])
-    mean = statistics.fmean(values)
     # relative, to an end that never becomes negative however large the doubt
-    return tuple(float(f"{each:.6g}") for each in (mean, low / (1 + doubt), high * (1 + doubt)))  # type: ignore[return-value]
+    return tuple(float(f"{each:.6g}") for each in (statistics.fmean(values), low / (1 + doubt), high * (1 + doubt)))
 
 
-def interrupted() -> InterruptedRunError:
-    """Returns what a signal becomes."""
-    return InterruptedRunError(Problem("", "stopped; nothing is left behind"))
+def _interrupted() -> InterruptedRunError:
+    return interruption("stopped; nothing is left behind", "")
 
 
-@contextlib.contextmanager
-def temporary(parent: Path | None) -> Iterator[Path]:
-    """Gives a folder that is gone after the block, in ``parent`` or the temporary folder of this machine."""
-    if parent is not None:
-        with files.writing(parent):
-            parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".carft-plan-", dir=parent, ignore_cleanup_errors=True) as name:
-        yield Path(name).resolve()
+def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tuple[Capacity, Measured]:
+    """Prepares and trains a little, as the search will; leaves nothing behind but what it adds to the cache.
+
+    Args:
+        recipe: The recipe.
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        parent: Folder that every node of the cluster sees.
+        say: Given a text of what is being done.
+
+    Raises:
+        InterruptedRunError: Ctrl-C.
+        ClusterError: There is no Ray, a training does not fit, or one has failed.
+        HoldOutError, RecipeError, DataError, StorageError: As ``run_search``.
+    """
+    began = time.time()
+    with files.writing(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=".carft-plan-", dir=parent, ignore_cleanup_errors=True) as folder,
+        open_study(Path(folder) / "study", recipe) as study,
+    ):
+        shared = find_shared(recipe, cache_dir(recipe), say)
+        runner, starts = replace(RUNNER, train=_train), time.time()
+        with computing(recipe, study.study_dir, runner, address, _interrupted, say, shared) as runtime:
+            filling_s = fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
+            prepared = prepare(replace(runtime, is_filled=True), say)
+            begins, capacity, values = time.time(), runtime.capacity, middle(recipe.search.space)
+            names = [f"short-{number}" for number in range(2 * capacity.concurrency)]
+            recover_confirm(study, dict.fromkeys(names, values))
+            say(f"training a little, {capacity.concurrency} at a time ({capacity.reason})")
+            fixed = replace(capacity, asked=0)  # nodes that come meanwhile are for the search
+            runtime = replace(runtime, capacity=fixed, attached=False, shared=shared_views(recipe))
+            if run_trainings(study, runtime, lambda event: None):
+                raise _interrupted()
+        if failed := [row.reason for row in study.rows("confirm") if row.outcome != "complete"]:
+            step = "A training would end in the same way; run it by `carft-ray train` to see all of it."
+            raise ClusterError(Problem("plan", f"a short training has failed: {failed[0]}", next_step=step))
+        results = [(read_result(study.study_dir / CONFIRM / name) or {})["probe"] for name in names]
+    slots, every, pruner = capacity.concurrency, recipe.evaluate.every_epochs, recipe.search.pruner
+    first, later = _means(results[:slots]), _means(results[slots:])
+    # where targets are stored, the first training of a slot computes them
+    epochs = values.get("epochs", recipe.train.epochs) if num_stored_visits(recipe) else 0
+    computing_s = epochs * (first["epoch_s"] - later["epoch_s"])
+
+    def training_s(values: Mapping[str, Any]) -> float:
+        epochs = values.get("epochs", recipe.train.epochs)
+        looks = sum(has_intermediate_value(every, pruner, epoch, epochs) for epoch in range(1, epochs + 1))
+        return float(later["fixed_s"] + epochs * later["epoch_s"] + looks * later["look_s"])
+
+    return capacity, Measured(
+        source="probe",
+        took_s=time.time() - began,
+        prepare_s=begins - starts - filling_s,
+        first_s=max(0.0, first["ended"] - begins - first["inside_s"] + max(0.0, computing_s)),
+        next_s=max(0.0, later["ended"] - first["ended"] - later["inside_s"]),
+        training_s=training_s,
+        doubt=max(LEAST_DOUBT, statistics.pstdev(each["inside_s"] for each in results[slots:]) / later["inside_s"]),
+        sizes={
+            "weights": later["weights"],
+            "predictions": later["predictions"],
+            "targets": visit_bytes(prepared["num_images"]["train"], prepared["num_contexts"]),
+            "cache": later["cache"],
+            "while it runs": slots * (NUM_CHECKPOINTS * later["checkpoint"] + later["weights"]),
+        },
+    )
+
+
+def _train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
+    """``evaluation.probe.run_probe``, imported where it runs."""
+    from carft_ray.evaluation import probe
+
+    forget_pickled_columns()
+    return probe.run_probe(recipe, out_dir, prepared_dir, context, attempt)
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
 
 
 def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None) -> tuple[Capacity, Measured] | None:
-    """Returns what the finished trainings of a study took; None when none of its trials is complete.
-
-    A search may run on it. Disk is what its folder holds, with weights and predictions of the trials to come.
+    """Returns what the finished trials of a study took; None when none is complete. A search may run on it.
 
     Raises:
         RecipeError: It is the study of another recipe.
@@ -156,63 +235,33 @@ def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None
     """
     began = time.monotonic()
     claim(study_dir, recipe, ("narrow", "widen"))  # of a study that is there it writes nothing
-    rows = rows_by_kind(study_dir)
-    ended = [row for row in rows["trial"] if row.outcome == "complete"]
-    if not ended:
+    trials = rows_by_kind(study_dir)["trial"]
+    spent_s = [row.spent_s or row.elapsed_s or 0.0 for row in trials if row.outcome == "complete"]
+    if not spent_s:
         return None
-    drawn_s = [_seconds(row) for row in ended]
-    baselines = {row.name: _seconds(row) for row in rows["baseline"] if row.name != ZERO_SHOT and _seconds(row)}
-    by_values = {_key(recipe.search.baselines.get(name, {})): seconds for name, seconds in baselines.items()}
-    rng = np.random.default_rng(0)
-
-    def training_s(values: Mapping[str, Any]) -> float:
-        return by_values.get(_key(values)) or float(rng.choice(drawn_s))
-
-    with temporary(None) as folder, interruptions_as(interrupted, folder / STOP):
-        with running_ray(address, folder / RAY_LOG, folder / STOP) as nodes:
-            ray_s = time.monotonic() - began
-            capacity = make_runtime(recipe, study_dir, nodes, RUNNER).capacity
-        after_s = time.monotonic() - began - ray_s
-    mean_s = statistics.fmean(drawn_s)
-    doubt = max(LEAST_DOUBT, statistics.stdev(drawn_s) / mean_s / math.sqrt(len(drawn_s)) if len(drawn_s) > 1 else 0.3)
-    before_s = ray_s + _seen_preparing_s(study_dir) + OUTSIDE_S / 2
-    disk, took_s = _disk_of(recipe, study_dir), time.monotonic() - began
-    return capacity, Measured("study", took_s, before_s, after_s + OUTSIDE_S / 2, 0, 0, training_s, doubt, disk)
-
-
-def _seconds(row: TrialRow) -> float:
-    return row.spent_s or row.elapsed_s or 0.0
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        computing(recipe, Path(folder), RUNNER, address, _interrupted, lambda text: None, shared=()) as runtime,
+    ):
+        prepare_s = time.monotonic() - began
+    rng, prepared = np.random.default_rng(0), files.read_json(study_dir / PREPARED / PREPARATION)
+    return runtime.capacity, Measured(
+        source="study",
+        took_s=time.monotonic() - began,
+        prepare_s=prepare_s,
+        training_s=lambda values: float(rng.choice(spent_s)),
+        doubt=max(LEAST_DOUBT, statistics.pstdev(spent_s) / statistics.fmean(spent_s) / math.sqrt(len(spent_s))),
+        sizes={
+            "weights": _mean_size(study_dir, "*/*/fine_tuned.safetensors"),
+            "predictions": _mean_size(study_dir, "*/*/predictions/*.parquet"),
+            "targets": visit_bytes(prepared["num_images"]["train"], prepared["num_contexts"]),
+        },
+    )
 
 
-def _key(values: Mapping[str, Any]) -> str:
-    return repr(sorted(values.items()))
-
-
-def _seen_preparing_s(study_dir: Path) -> float:
-    """Returns the seconds that the files of the preparation lie apart, from the heads on."""
-    folder = study_dir / PREPARED
-    made = [*folder.glob("heads.*"), folder / PREPARATION]
-    times = [path.stat().st_mtime for path in made if path.is_file()]
-    return max(times) - min(times) if times else 0.0
-
-
-def _disk_of(recipe: Recipe, study_dir: Path) -> dict[str, int]:
-    def size(pattern: str) -> tuple[int, int]:
-        sizes = [path.stat().st_size for path in study_dir.glob(pattern) if path.is_file()]
-        return sum(sizes), len(sizes)
-
-    trials, num_baselines = num_trials(recipe), len(recipe.search.baselines)
-    weights, num_weights = size("*/*/fine_tuned.safetensors")
-    predictions, num_predictions = size("*/*/predictions/*.parquet")
-    kept = min(recipe.search.keep_checkpoints, trials) + num_baselines
-    # not the sizes of perhaps 100,000 files
-    prepared = files.read_object(study_dir / PREPARED / PREPARATION) or {}
-    num_train = prepared.get("num_images", {}).get("train", 0)
-    return {
-        "weights": kept * weights // max(1, num_weights),
-        "predictions": (trials + num_baselines) * predictions // max(1, num_predictions),
-        "targets": num_stored_visits(recipe) * visit_bytes(num_train, prepared.get("num_contexts", 0)),
-    }
+def _mean_size(study_dir: Path, pattern: str) -> float:
+    sizes = [path.stat().st_size for path in study_dir.glob(pattern) if path.is_file()]
+    return statistics.fmean(sizes) if sizes else 0.0
 
 
 def beyond_budget(recipe: Recipe, found: Mapping[str, Any]) -> str:
@@ -225,16 +274,6 @@ def beyond_budget(recipe: Recipe, found: Mapping[str, Any]) -> str:
     return ""
 
 
-def limited_by_input(recipe: Recipe, found: Mapping[str, Any]) -> str:
-    """Returns that views, not the GPU, will limit a training, in a sentence; empty where they will not."""
-    has, needed = recipe.resources.threads or max(1, int(found["cpus_per_worker"])), found["cores_needed"]
-    if needed is None or needed <= has:
-        return ""
-    key = "threads" if recipe.resources.threads else "cpus_per_worker"
-    cores = counted(math.ceil(needed), "core")
-    return f"Views, not the GPU, will be the limit: a worker needs {cores} for them and has {has} (resources.{key})."
-
-
 def price(found: Mapping[str, Any], per_gpu_hour: float | None, per_hour: float | None) -> tuple[float, ...] | None:
     """Returns (expected, low, high) of the money that a search costs; None without a price.
 
@@ -243,8 +282,6 @@ def price(found: Mapping[str, Any], per_gpu_hour: float | None, per_hour: float 
         per_gpu_hour: Of one GPU, while trainings hold it.
         per_hour: Of the whole machine or cluster, from the start of the search to its end.
     """
-    search_hours = [seconds / 3600 for seconds in found["search_s"]]
-    for rate, hours in ((per_gpu_hour, found["gpu_hours"]), (per_hour, search_hours)):
-        if rate is not None:
-            return tuple(round(each * rate, 4) for each in hours)
-    return None
+    if per_gpu_hour is not None:
+        return tuple(round(hours * per_gpu_hour, 4) for hours in found["gpu_hours"])
+    return None if per_hour is None else tuple(round(seconds / 3600 * per_hour, 4) for seconds in found["search_s"])
