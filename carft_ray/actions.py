@@ -71,7 +71,7 @@ def search(
         widen: Let it grow.
         warm_start: Folders of further studies whose trials are passed to the sampler.
         again: Reason to train more although the test sets were read; every report keeps it.
-        trust: Run the code that ``train.function`` names, and let ``cmaes`` read pickles of a study from elsewhere.
+        trust: Run the code that ``train.function`` names.
         notify_url: Webhook that gets JSON on a new best, on a failed trial and at the end.
         progress: Show how it goes. False: only warnings.
         strict: Raise when trainings were set aside. False: they are in the result.
@@ -103,11 +103,9 @@ def search(
     if not require_unread(study, value, again, may) and again is not None:
         logger.warning("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
     from carft_ray.recipe.loading import trust_word
-    from carft_ray.study.proposals.trust import unpickles
 
-    if trust and not unpickles(value) and not trust_word(value):
-        no_pickle = f"{value.search.sampler.name} unpickles nothing"
-        logger.warning("--trust has no effect: the recipe has no train.function, and %s", no_pickle)
+    if trust and not trust_word(value):
+        logger.warning("--trust has no effect: the recipe has no train.function")
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.search import run_search
     from carft_ray.launch.tracking import tracking
@@ -119,7 +117,7 @@ def search(
         tracking(value, study, logger.warning) as with_trackers,
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
-        result = run_search(value, study, address, with_trackers(with_notices(on_event)), runner, trust, may)
+        result = run_search(value, study, address, with_trackers(with_notices(on_event)), runner, may)
     resume_command = f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}"
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)

@@ -5,7 +5,6 @@
       resolved.yaml      the complete recipe of the last search
       study.journal      the Optuna study, the only state of the search
       lock, lease.json   one search at a time, on this machine and on others
-      token              proves that the pickles of a sampler are this study's own
       stop               asks running trainings to write a checkpoint and end
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
@@ -26,7 +25,6 @@ RESOLVED = "resolved.yaml"
 JOURNAL = "study.journal"
 LOCK = "lock"
 LEASE = "lease.json"
-TOKEN = "token"
 STOP = "stop"
 SHARED_IMAGES = "shared_images.csv"
 MICRO_BATCH = "fits.json"

@@ -200,7 +200,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "study/lease": "the lease of a study that is held",
     "study/ledger": "the ledger of a study that is held",
     "study/lock": "the journal of a study that is held",
-    "study/proposals/trust": "the token of a study that is held",
     "study/study": "a file of a study that is held",
 }
 READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}

@@ -1,10 +1,8 @@
-"""Samplers: every cell of the table of what each can do, options, conditions, enqueued values, kills, pickles."""
+"""Samplers: every cell of the table of what each can do, options, conditions, enqueued values, kills."""
 
 import json
 import math
-import pickle
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -13,14 +11,13 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution
-from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stand_in import make_recipe
-from test_study import optuna_study, run_all
+from test_study import run_all
 
-from carft_ray import api, cli, console, live
-from carft_ray.errors import InterruptedRunError, RecipeError, UsageError
+from carft_ray import api, console, live
+from carft_ray.errors import RecipeError
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.checks.sampler_rules import CELLS, OPTIONS, USES, population_size
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -30,7 +27,6 @@ from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.opening import open_study
 from carft_ray.study.proposals import samplers, space
-from carft_ray.study.proposals.trust import check_trusted
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 
@@ -39,9 +35,7 @@ HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
 OPTUNA = {  # settings with which this is so
     "tpe": {"startup_trials": HISTORY},
     "gp": {"startup_trials": HISTORY},
-    "cmaes": {"options": {"popsize": HISTORY - 1}},  # the first trial is random
     "nsga2": {"options": {"population_size": HISTORY}},
-    "nsga3": {"options": {"population_size": HISTORY}},
 }
 NUMBERS = {
     "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -124,7 +118,7 @@ def check_constraints(name, recipe):
         lambda values: {"value": 0.1 * number(values), "constraint": number(values) - 0.4},
         lambda values: {"value": 0.1 * number(values), "constraint": 0.4 - number(values)},
     )
-    assert (first != second) == (name in ("tpe", "gp", "nsga2", "nsga3"))
+    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
 
 
 def check_conditional(name, recipe):
@@ -151,7 +145,7 @@ def check_categorical(name, recipe):
         lambda values: {"value": float(values["decay"] == "matrices") + 0.01 * number(values)},
     )
     assert {values["decay"] for values in first + second} == {"all", "matrices"}
-    assert (first != second) == (name in ("tpe", "gp", "nsga2", "nsga3"))
+    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
 
 
 def check_pareto(name, recipe):
@@ -161,7 +155,7 @@ def check_pareto(name, recipe):
         lambda values: {"value": [number(values), number(values) ** 2]},
         objectives=2,
     )
-    assert (first != second) == (name in ("tpe", "gp", "nsga2", "nsga3"))
+    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
 
 
 def check_resume(name, recipe):
@@ -173,7 +167,7 @@ def check_resume(name, recipe):
 def check_many(name, recipe):
     wanted = 12 if name == "gp" else 16
     drawn = told(new_study(), recipe, lambda values: {"value": number(values)}, at_a_time=4, wanted=wanted)
-    first = HISTORY if name in ("nsga2", "nsga3") else wanted  # a child may be its parent
+    first = HISTORY if name == "nsga2" else wanted  # a child may be its parent
     assert len({json.dumps(values) for values in drawn[:first]}) == first
     if name in ("qmc", "random"):
         alone = told(new_study(), recipe, lambda values: {"value": number(values)}, wanted=wanted)
@@ -209,16 +203,6 @@ def test_a_cell_of_the_table_is_as_it_says(tmp_path, name, feature):
     recipe = recipe_for(name, parameters, **more)
     cell = CELLS[name][feature]
     assert USES[feature].applies(recipe)
-    if cell.verdict == "refused":
-        with pytest.raises(RecipeError) as caught:
-            load_recipe(write(tmp_path, recipe))
-        assert caught.value.exit_code == 3
-        [problem] = caught.value.problems
-        assert problem.place.endswith(": search.sampler.name")
-        assert problem.rule.startswith(f"{name} does not take ")
-        assert "tpe" in problem.allowed
-        assert name not in problem.allowed
-        return
     loaded = load_recipe(write(tmp_path, recipe))
     lines = [line for line in advice.warnings(loaded) if line.startswith(f"search.sampler.name {name} with ")]
     assert [line.split(": ")[1] for line in lines] == ([cell.why] if cell.verdict == "warns" else [])
@@ -266,12 +250,10 @@ def test_the_examples_of_the_documentation_are_valid(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(tmp_path, name):
-    few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "cmaes": {"options": {"popsize": 4}}}
-    few |= {nsga: {"options": {"population_size": 3}} for nsga in ("nsga2", "nsga3")}
-    more = {} if name == "cmaes" else {**CHOICE, **CHILD}
+    few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "nsga2": {"options": {"population_size": 3}}}
     entries = [{"kl_weight": 2.0}]
     wanted = 5 if name == "gp" else 9
-    recipe = recipe_for(name, more, wanted, enqueue=entries, sampler=few.get(name, {}))
+    recipe = recipe_for(name, {**CHOICE, **CHILD}, wanted, enqueue=entries, sampler=few.get(name, {}))
 
     def journal(file):
         return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
@@ -317,8 +299,6 @@ def test_every_form_of_parameter_is_drawn_as_it_is_written(name):
     forms = dict(FORMS)
     if name == "grid":
         forms = {key: form for key, form in forms.items() if key not in ("learning_rate", "weight_decay", "crop_scale")}
-    if name == "cmaes":
-        forms = {key: form for key, form in forms.items() if "choices" not in form}
     sampler = {"name": name, **OPTUNA.get(name, {})}
     recipe = make_recipe(24, space=forms, baselines={}, sampler=sampler)
     wanted = HISTORY + (3 if name == "gp" else 16)
@@ -364,10 +344,7 @@ def test_conditions_on_conditional_parameters_hold(name):
             ("tpe", {"multivariate": False, "constant_liar": False, "n_ei_candidates": 3}),
             ("tpe", {"group": True}),
             ("gp", {"deterministic": True}),
-            ("cmaes", {"popsize": 5, "sigma0": 0.4, "with_margin": True}),
-            ("cmaes", {"lr_adapt": True}),
             ("nsga2", {"population_size": 6, "mutation_prob": 0.5, "crossover_prob": 0, "swapping_prob": 0.1}),
-            ("nsga3", {"population_size": 8, "dividing_parameter": 12}),
             ("qmc", {"type": "halton", "scramble": False}),
         ]
         for key in options
@@ -377,7 +354,8 @@ def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options, k
     parameters = {
         "kl_weight": {"low": 0.0, "high": 1.0},
         "epochs": {"type": "int", "low": 1, "high": 9},
-        **({} if name == "cmaes" else {**CHOICE, "label_smoothing": {"low": 0, "high": 0.3, "when": {"decay": "all"}}}),
+        **CHOICE,
+        "label_smoothing": {"low": 0, "high": 0.3, "when": {"decay": "all"}},
     }
     options = {**options, "crossover_prob": 1.0} if key == "swapping_prob" else options
     startup = {"startup_trials": 4} if name in ("tpe", "gp") else {}
@@ -387,10 +365,10 @@ def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options, k
     )
 
     def result(values):
-        return {"value": [math.sin(9 * values["kl_weight"]), -values["epochs"]][: 2 if name == "nsga3" else 1]}
+        return {"value": math.sin(9 * values["kl_weight"])}
 
     wanted = 8 if name == "gp" else 32
-    drawn = [told(new_study(2 if name == "nsga3" else 1), each, result, 2, wanted) for each in with_and_without]
+    drawn = [told(new_study(), each, result, 2, wanted) for each in with_and_without]
     assert drawn[0] != drawn[1]
 
 
@@ -448,7 +426,7 @@ print("torch" in sys.modules)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tpe", "cmaes"])
+@pytest.mark.parametrize("name", ["tpe", "nsga2"])
 def test_samplers_other_than_gp_load_no_torch(name):
     code = _LOADED.format(tests=str(BASE), name=name)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BASE.parent, check=True)
@@ -584,15 +562,6 @@ def test_a_point_begins_the_search_of_every_sampler(name):
     assert len({json.dumps(values) for values in drawn[:HISTORY]}) == HISTORY
 
 
-def test_cmaes_does_not_take_a_point_for_a_draw_of_its_own():
-    entries = [{"kl_weight": 2.5}, {"kl_weight": 0.5}]
-    recipe = recipe_for("cmaes", enqueue=entries, sampler={"options": {"popsize": 4, "with_margin": True}})
-    study = new_study()
-    told(study, recipe, lambda values: {"value": number(values)}, wanted=5)
-    mine = ["cmawm:generation" in trial.system_attrs for trial in study.trials]
-    assert mine == [False, False, True, True, True]
-
-
 def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
     parameters = (
         "{kl_weight: {low: 0, high: x}, decay: {choices: [[1]]}, epochs: {low: 1, high: 2, when: {decay: all}}}"
@@ -627,15 +596,14 @@ def test_conditions_enqueued_values_and_options_come_back_from_a_written_recipe(
 
 CASES = [
     ("{sampler: {name: tpe, options: {n_ei_candidats: 3}}}", "options.n_ei_candidats: tpe has no such option; did you mean 'n_ei_candidates'? (allowed: multivariate, group, constant_liar, n_ei_candidates)"),  # noqa: E501
-    ("{sampler: {name: gp, options: {popsize: 3}}}", "options.popsize: gp has no such option (allowed: deterministic)\n    It is an option of cmaes."),  # noqa: E501
-    ("{sampler: {name: random, options: {popsize: 3}}}", "options.popsize: random has no options\n    It is an option of cmaes."),  # noqa: E501
+    ("{sampler: {name: gp, options: {scramble: false}}}", "options.scramble: gp has no such option (allowed: deterministic)\n    It is an option of qmc."),  # noqa: E501
+    ("{sampler: {name: random, options: {scramble: false}}}", "options.scramble: random has no options\n    It is an option of qmc."),  # noqa: E501
     ("{sampler: {options: {n_ei_candidates: 0}}}", "options.n_ei_candidates: must be a whole number >= 1, but got 0"),
     ("{sampler: {options: {n_ei_candidates: true}}}", "options.n_ei_candidates: must be a whole number >= 1, but got true"),  # noqa: E501
     ("{sampler: {options: {multivariate: 1}}}", "options.multivariate: must be true or false, but got 1"),
-    ("{sampler: {name: cmaes, options: {sigma0: 0}}}", "options.sigma0: must be a number > 0 and <= 1, but got 0"),
+    ("{sampler: {name: nsga2, options: {mutation_prob: 2}}}", "options.mutation_prob: must be a number >= 0 and <= 1, but got 2"),  # noqa: E501
     ("{sampler: {name: qmc, options: {type: sobl}}}", "options.type: must be one of the allowed values, but got \"sobl\"; did you mean 'sobol'? (allowed: sobol, halton)"),  # noqa: E501
     ("{sampler: {options: {group: true, multivariate: false}}}", "options.group: group needs multivariate: true"),
-    ("{sampler: {name: cmaes, options: {lr_adapt: true, with_margin: true}}}", "options.lr_adapt: lr_adapt and with_margin exclude each other"),  # noqa: E501
     ("{sampler: {name: grid}, space: {kl_weight: {low: 0, high: 1}}}", "search.space.kl_weight: must have a step for the grid\n    Give kl_weight a step, or choices: [...], or another sampler than grid."),  # noqa: E501
 ]  # fmt: skip
 WHEN = [
@@ -723,160 +691,13 @@ def test_more_entries_than_trials_and_all_mistakes_at_once(tmp_path):
             "search.sampler.seed has no effect: the sequence is not scrambled",
         ),
         (
-            {"sampler": {"name": "nsga3", "startup_trials": 3}},
-            "search.sampler.startup_trials has no effect: the sampler is nsga3",
-        ),
-        (
-            {"sampler": {"name": "cmaes"}, "enqueue": [{"kl_weight": 1.0}]},
-            "search.enqueue are tried, but cmaes learns from its own draws alone",
+            {"sampler": {"name": "nsga2", "startup_trials": 3}},
+            "search.sampler.startup_trials has no effect: the sampler is nsga2",
         ),
     ],
 )
 def test_a_setting_that_does_little_is_named(search, line):
     assert line in advice.warnings(make_recipe(8, baselines={}, **search))
-
-
-# ---- a study from elsewhere
-
-
-class Payload:
-    """What a pickle can do: it leaves a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-@pytest.fixture
-def cmaes_study(tmp_path, monkeypatch):
-    """A study of cmaes in which somebody has left a pickle of their own."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    study_dir, recipe = tmp_path / "study", make_recipe(6, baselines={}, sampler={"name": "cmaes"})
-    recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"batch_size": 8})})
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        for _ in range(3):
-            spec = study.next()
-            spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-            content = {"format_version": 1, "objective": 0.1 * spec.number, "metrics": {}}
-            (spec.folder(study_dir) / "result.json").write_text(json.dumps(content))
-            study.settle(spec)
-    trace = tmp_path / "trace"
-    stored = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
-    search = optuna_study(study_dir)
-    added = optuna.trial.create_trial(
-        value=1.0,
-        params=search.trials[-1].params,
-        distributions=search.trials[-1].distributions,
-        system_attrs={"cma:optimizer:0": pickle.dumps(Payload(trace)).hex()},
-        user_attrs={"outcome": "complete", "name": "t0003-0000"},
-    )
-    optuna.load_study(study_name="search", storage=stored).add_trial(added)
-    return study_dir, recipe, trace
-
-
-@pytest.mark.slow
-def test_a_pickle_is_opened_in_a_study_that_this_user_has_begun(cmaes_study):
-    study_dir, recipe, trace = cmaes_study
-    token = (study_dir / "token").read_text().strip()
-    assert [path.name for path in (study_dir.parent / "cache/carft-ray/studies").iterdir()] == [token]
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        study.next()
-    assert trace.exists()
-
-
-def copied(study_dir):
-    return Path(shutil.copytree(study_dir, study_dir.with_name("copy"), dirs_exist_ok=True))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("token", ["kept", "gone", "foreign", "a path"])
-def test_a_pickle_of_a_study_from_elsewhere_is_not_opened_without_trust(cmaes_study, monkeypatch, token):
-    study_dir, recipe, trace = cmaes_study
-    monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
-    (study_dir.parent / "other").mkdir()
-    if token == "gone":
-        (study_dir / "token").unlink()
-    elif token == "foreign":
-        (study_dir / "token").write_text("f" * 32)
-    elif token == "a path":
-        (study_dir / "token").write_text("../../other")
-    before = (study_dir / "study.journal").read_bytes()
-    with open_study(study_dir, recipe) as study:
-        with pytest.raises(UsageError) as caught:
-            recover_running(study)
-        assert len(caught.value.problems) == 1
-        assert "add --trust" in str(caught.value)
-    with open_study(study_dir, recipe) as study, pytest.raises(UsageError, match="add --trust"):
-        study.journal.spec("trial", optuna_study(copied(study_dir)).ask())  # whatever way leads to a draw
-    assert not trace.exists()
-    assert (study_dir / "study.journal").read_bytes() == before
-    assert [row.name for row in trials(study_dir)][3] == "t0003-0000"  # reading opens nothing
-    assert not trace.exists()
-    with open_study(study_dir, recipe) as study:
-        recover_running(study, trusted=True)
-        study.next()
-    assert trace.exists()
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)  # it counts as the user's own now
-
-
-@pytest.mark.slow
-def test_a_folder_of_the_recipe_is_not_asked_for_tokens(cmaes_study, monkeypatch):
-    study_dir, recipe, trace = cmaes_study
-    monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
-    data = recipe.data.model_copy(update={"cache_dir": str(study_dir.parent / "cache/carft-ray")})
-    with open_study(study_dir, recipe.model_copy(update={"data": data})) as study, pytest.raises(UsageError):
-        recover_running(study)
-    assert not trace.exists()
-
-
-def test_a_study_without_a_pickle_may_go_on_with_cmaes(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    study = new_study()
-    told(study, recipe_for("tpe"), lambda values: {"value": 0.0}, wanted=2)
-    check_trusted(tmp_path, recipe_for("cmaes"), study, trusted=False)
-    assert (tmp_path / "cache/carft-ray/studies" / (tmp_path / "token").read_text().strip()).exists()
-
-
-def test_no_other_sampler_needs_trust(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
-        recover_running(study)
-    assert not (tmp_path / "study" / "token").exists()
-    assert not (tmp_path / "cache").exists()
-
-
-@pytest.mark.slow
-def test_search_and_resume_trust_when_they_are_told_to(cmaes_study, monkeypatch, capsys):
-    import carft_ray.launch.runs.search
-
-    study_dir, recipe, trace = cmaes_study
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(study_dir.parent / "other"))
-    commands = (["resume", study_dir], ["search", study_dir / "resolved.yaml", "--study", study_dir])
-    for command in commands:
-        monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, command)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 2
-        assert capsys.readouterr().err.count("was not made by you on this machine") == 1
-    assert not trace.exists()
-    given = []
-
-    def run_search(recipe, study_dir, address, on_event, runner, trusted, may):
-        given.append(trusted)
-        raise InterruptedRunError("enough")
-
-    monkeypatch.setattr(carft_ray.launch.runs.search, "run_search", run_search)
-    for command in commands:
-        monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, command), "--trust"])
-        with pytest.raises(SystemExit):
-            cli.main()
-    assert given == [True, True]
 
 
 # ---- trials without a value

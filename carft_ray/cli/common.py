@@ -78,7 +78,7 @@ NotifyUrlOption = Annotated[
 ]
 TrustOption = Annotated[
     bool,
-    Option("--trust", help="Run the code that train.function names, and pickles of cmaes in a study from elsewhere."),
+    Option("--trust", help="Run the code that train.function names."),
 ]
 AlphaOption = Annotated[float | None, Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
 TrialOption = Annotated[str | None, Option(help="Number or name of a trial, or name of a baseline; default: the best.")]

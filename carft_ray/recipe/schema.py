@@ -108,15 +108,14 @@ class ObjectiveConfig(Config):
 class SamplerConfig(Config):
     """Who proposes the next values."""
 
-    name: Literal["tpe", "gp", "cmaes", "nsga2", "nsga3", "qmc", "random", "grid"] = key("tpe", "random", SAMPLING)
+    name: Literal["tpe", "gp", "nsga2", "qmc", "random", "grid"] = key("tpe", "random", SAMPLING)
     """who proposes the next values"""
     seed: Seed = key(
         0, "1", Resume("identity", "choosing a luckier seed is selection on noise; qmc continues its own sequence")
     )
     """seed of the sampler"""
     startup_trials: PositiveInt | None = key(None, "8", SAMPLING, range="1 to `search.trials`")
-    """random trials before `tpe`, `gp` and `cmaes`; null: a quarter of the trials, at least 4; 1 with `cmaes`, which
-    learns nothing from them"""
+    """random trials before `tpe` and `gp`; null: a quarter of the trials, at least 4"""
     # checked by sampler_rules.py
     options: Annotated[dict[str, Any], BeforeValidator(nothing_is_empty)] = key(
         {},

@@ -30,7 +30,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.study import front
 from carft_ray.study.lease import Lease
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec, trial_name
-from carft_ray.study.proposals import space, trust, warm_start
+from carft_ray.study.proposals import space, warm_start
 from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
 from carft_ray.study.proposals.pruning import PrunerTrial
 from carft_ray.study.rows import TRAINING_OF, VALUE_ATTRIBUTE, intermediate_values, is_training, row_of, study_name
@@ -44,13 +44,11 @@ class Journal:
     Attributes:
         studies: The Optuna studies that are open.
         rule: Which point of the front is the best; None: the search has one objective.
-        trusted: Whether a sampler may open pickles of others.
     """
 
     def __init__(self, study_dir: Path, recipe: Recipe, lease: Lease, storage: JournalStorage) -> None:
         self.studies: dict[Kind, optuna.Study] = {}
         self.rule = front.front_rule(recipe.search.objective)
-        self.trusted = False
         self._study_dir, self._recipe, self._lease, self._storage = study_dir, recipe, lease, storage
         self._constraints = constraint_names(recipe.search.constraints)
         self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
@@ -78,10 +76,6 @@ class Journal:
             if rule is not None and front.FRONT not in study.user_attrs:
                 with self.writing():
                     study.set_user_attr(front.FRONT, asdict(rule))
-
-    def check_trusted(self) -> None:
-        """Raises a ``UsageError`` where the sampler would open pickles of a study from elsewhere."""
-        trust.check_trusted(self._study_dir, self._recipe, self.studies["trial"], self.trusted)
 
     def numbers(self, kind: Kind) -> dict[str, int]:
         """Returns the numbers of the baselines (or trainings of the confirm) by name."""
@@ -112,7 +106,6 @@ class Journal:
         attributes = trial.user_attrs
         with self.writing():
             if kind == "trial":
-                self.check_trusted()  # nothing is drawn, so nothing is unpickled, without it
                 values = space.draw(self.studies["trial"], trial, self._recipe)
                 name = attributes.get("name") or trial_name(trial.number, values)
             else:

@@ -13,27 +13,17 @@ from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, row_of, trainings
 from carft_ray.study.study import LOST, Study
 
 
-def check_recoverable(study: Study, trusted: bool = False) -> None:
+def check_recoverable(study: Study) -> None:
     """Raises what ``recover_running`` would raise of the arguments of the user, before anything is written."""
-    study.journal.trusted = trusted
-    study.journal.check_trusted()
     warm_start.new_sources(study.journal.studies["trial"], study.study_dir, study.recipe)
 
 
-def recover_running(study: Study, trusted: bool = False) -> list[TrialRow]:
+def recover_running(study: Study) -> list[TrialRow]:
     """Takes over what an earlier search left RUNNING: records what has ended, queues the rest for another attempt.
-
-    Args:
-        trusted: A study from elsewhere may be opened by a sampler that unpickles.
 
     Returns:
         Rows of what was recorded.
-
-    Raises:
-        UsageError: It is from elsewhere, its sampler unpickles, and it is not trusted.
     """
-    study.journal.trusted = trusted
-    study.journal.check_trusted()
     study.enter("baseline", study.recipe.search.baselines)
     ended = recover(study, "baseline") + recover(study, "trial")
     study.notes += study.journal.take_in()

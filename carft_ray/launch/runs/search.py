@@ -60,7 +60,6 @@ def run_search(
     address: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     runner: Runner | None = None,
-    trusted: bool = False,
     may: Collection[Direction] = (),
 ) -> SearchResult:
     """Runs a search to its end, or resumes one.
@@ -76,7 +75,6 @@ def run_search(
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
         runner: What is trained; by default ``evaluation.training``.
-        trusted: A study from elsewhere may be opened by a sampler that unpickles.
         may: How the search space may change.
 
     Returns:
@@ -87,17 +85,17 @@ def run_search(
         NoSuccessfulTrialError: All trials have failed.
         MachineError: No trial is complete, and some were set aside (``SearchResult.set_aside``).
         BudgetError: The budget was used up before a trial was complete.
-        RecipeError, UsageError: The folder belongs to another recipe, is no study, or is not trusted.
+        RecipeError, UsageError: The folder belongs to another recipe, or is no study.
         HoldOutError: Two roles share images.
         StorageError, ClusterError, DataError: As their messages say.
     """
     began = time.monotonic()
     with open_study(study_dir, recipe, may) as study:
         study_dir = study.study_dir
-        check_recoverable(study, trusted)
+        check_recoverable(study)
         begin(study_dir, recipe)
         num_before = _num_finished(study)
-        recovered = recover_running(study, trusted)
+        recovered = recover_running(study)
         for note in (*study.notes, *own_notes(recipe)):
             on_event(Note(note))
         for row in recovered:

@@ -81,14 +81,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "n_ei_candidates": Option(int, "24", "candidates of which the best is taken", low=1),
     },
     "gp": {"deterministic": Option(bool, "false", "assumes an objective without noise")},
-    "cmaes": {
-        "popsize": Option(int, "4 + 3 ln(parameters)", "trials of a generation", low=4),
-        "sigma0": Option(float, "1/6", "first standard deviation, in widths of the range", low=0, high=1, above=True),
-        "with_margin": Option(bool, "false", "keeps whole numbers and steps from being fixed too early"),
-        "lr_adapt": Option(bool, "false", "adapts its learning rate to noise; not with with_margin"),
+    "nsga2": {
+        "population_size": Option(int, "a quarter of the trials, 4 to 50", "trials of a generation", low=2),
+        "mutation_prob": Option(
+            float, "1 / parameters", "probability that a parameter is drawn at random", low=0, high=1
+        ),
+        "crossover_prob": Option(float, "0.9", "probability that a child has two parents", low=0, high=1),
+        "swapping_prob": Option(float, "0.5", "probability that a parameter is of the other parent", low=0, high=1),
     },
-    "nsga2": _GENETIC,
-    "nsga3": {**_GENETIC, "dividing_parameter": Option(int, "3", "reference points per objective", low=1)},
     "qmc": {
         "type": Option(str, "sobol", "the sequence", choices=("sobol", "halton")),
         "scramble": Option(bool, "true", "random shift by the seed; false begins in a corner of the space"),
@@ -96,9 +96,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "random": {},
     "grid": {},
 }
-STARTUP_SAMPLERS = ("tpe", "gp", "cmaes")  # those with random trials first
+STARTUP_SAMPLERS = ("tpe", "gp")  # those with random trials first
 
-Verdict = Literal["ok", "warns", "refused"]
+Verdict = Literal["ok", "warns"]
 Feature = Literal["pruning", "constraints", "conditional", "categorical", "pareto", "resume", "many at a time"]
 
 
@@ -106,7 +106,7 @@ class Cell(NamedTuple):
     """How a sampler handles a feature.
 
     Attributes:
-        verdict: ok, ``validate`` warns, or ``validate`` refuses the recipe.
+        verdict: ok, or ``validate`` warns.
         why: Half a sentence.
     """
 
@@ -141,15 +141,6 @@ _INDEPENDENT = Cell("ok", "its draws do not depend on results")
 _UNSEEN: dict[Feature, Cell] = {"pruning": _INDEPENDENT, "constraints": _INDEPENDENT, "pareto": _INDEPENDENT}
 _DISTINCT = "the draw depends on seed and trial alone"
 _COMPLETE = "it learns nothing from a pruned trial"
-_GENETIC_CELLS: dict[Feature, Cell] = {
-    "pruning": Cell("warns", _COMPLETE),
-    "constraints": Cell("ok", "a trial that violates one ranks below one that meets it"),
-    "conditional": Cell("warns", "conditional parameters are drawn at random, not inherited"),
-    "categorical": Cell("ok", "a child has the choice of one of its parents"),
-    "pareto": Cell("ok", "designed for it"),
-    "resume": Cell("ok", "generations and parents are kept in the study"),
-    "many at a time": Cell("ok", "trials that end after their generation is full have no children"),
-}
 CELLS: dict[str, dict[Feature, Cell]] = {
     "tpe": {
         "pruning": Cell("ok", "pruned trials rank by step and last value"),
@@ -169,17 +160,15 @@ CELLS: dict[str, dict[Feature, Cell]] = {
         "resume": Cell("ok", "it has no state but the trials, and is fitted again for each"),
         "many at a time": Cell("ok", "expected gain given the running trials"),
     },
-    "cmaes": {
+    "nsga2": {
         "pruning": Cell("warns", _COMPLETE),
-        "constraints": Cell("warns", "it ignores them; each trial still keeps them in its choice of alpha"),
-        "conditional": Cell("refused", "every trial must have the same parameters"),
-        "categorical": Cell("refused", "choices have no order and no distance"),
-        "pareto": Cell("refused", "it has one objective"),
-        "resume": Cell("ok", "its state is a pickle in the study; one from elsewhere needs --trust"),
-        "many at a time": Cell("ok", "it learns nothing from trials that end after their generation is full"),
+        "constraints": Cell("ok", "a trial that violates one ranks below one that meets it"),
+        "conditional": Cell("warns", "conditional parameters are drawn at random, not inherited"),
+        "categorical": Cell("ok", "a child has the choice of one of its parents"),
+        "pareto": Cell("ok", "designed for it"),
+        "resume": Cell("ok", "generations and parents are kept in the study"),
+        "many at a time": Cell("ok", "trials that end after their generation is full have no children"),
     },
-    "nsga2": _GENETIC_CELLS,
-    "nsga3": {**_GENETIC_CELLS, "pareto": Cell("ok", "designed for three objectives and more; nsga2 suits two")},
     "qmc": {
         **_UNSEEN,
         "conditional": Cell("ok", "an inactive parameter leaves its coordinate unused"),
@@ -211,20 +200,18 @@ def categorical_names(recipe: Recipe) -> list[str]:
 
 
 def population_size(recipe: Recipe) -> int:
-    """Returns the trials of a generation of nsga2 and nsga3."""
+    """Returns the trials of a generation of nsga2."""
     chosen = recipe.search.sampler.options.get("population_size")
     return int(chosen) if chosen else min(LARGEST_POPULATION, max(4, recipe.search.trials // 4))
 
 
 def startup_trials(recipe: Recipe) -> int:
-    """Returns the random trials before tpe, gp and cmaes; cmaes learns nothing from them and needs one to begin."""
-    sampler = recipe.search.sampler
-    return sampler.startup_trials or (1 if sampler.name == "cmaes" else max(4, recipe.search.trials // 4))
+    """Returns the random trials before tpe and gp."""
+    return recipe.search.sampler.startup_trials or max(4, recipe.search.trials // 4)
 
 
 def sampler_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Finds a sampler that cannot do what the recipe asks, and options that it does not have."""
-    yield from _refused(recipe)
+    """Finds options that the sampler does not have, and parameters without a step for the grid."""
     yield from _options(recipe)
     if recipe.search.sampler.name != "grid":
         return
@@ -244,31 +231,13 @@ def sampler_advice(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "search.sampler.startup_trials", f"has no effect: the sampler is {sampler.name}"
     if sampler.name == "qmc" and options.get("scramble") is False and sampler.seed:
         yield "search.sampler.seed", "has no effect: the sequence is not scrambled"
-    if sampler.name in ("nsga2", "nsga3") and search.trials <= population_size(recipe):
-        what = f"{sampler.name} draws its first generation of {population_size(recipe)} at random, of only"
+    if sampler.name == "nsga2" and search.trials <= population_size(recipe):
+        what = f"nsga2 draws its first generation of {population_size(recipe)} at random, of only"
         yield "search.sampler.name", f"{what} {counted(search.trials, 'trial')}"
-    if sampler.name == "cmaes" and search.enqueue:
-        yield "search.enqueue", "are tried, but cmaes learns from its own draws alone"
     size = grid_size(search.space) if sampler.name == "grid" else None
     if search.space and size is not None and size < search.trials:
         there = counted(size, "point")
         yield "search.trials", f"is {search.trials}, but the grid has {there}: the search ends after {size}"
-
-
-def _refused(recipe: Recipe) -> Iterator[Finding]:
-    name = recipe.search.sampler.name
-    used: list[Feature] = [feature for feature, use in USES.items() if use.applies(recipe)]
-    refused = [feature for feature in used if CELLS[name][feature].verdict == "refused"]
-    if "categorical" in refused and "conditional" in refused:
-        refused.remove("conditional")  # there is none without the other
-    if refused:
-        parts = " and ".join(f"{USES[feature].words} ({CELLS[name][feature].why})" for feature in refused)
-        value = ", ".join(categorical_names(recipe)) if "categorical" in refused else ""
-        fit = tuple(
-            other for other, cells in CELLS.items() if all(cells[feature].verdict != "refused" for feature in used)
-        )
-        reads: tuple[KeyPath, ...] = (SPACE, ("search", "objective", "kind"))
-        yield Finding(NAME, f"{name} does not take {parts}", value, fit, reads=reads)
 
 
 def _options(recipe: Recipe) -> Iterator[Finding]:
@@ -287,5 +256,3 @@ def _options(recipe: Recipe) -> Iterator[Finding]:
             yield unlisted(path, f"must be {option.range}", value, option.choices, NAME)
     if name == "tpe" and given.get("group") is True and given.get("multivariate") is False:
         yield Finding((*OPTIONS_PATH, "group"), "group needs multivariate: true", reads=reads)
-    if name == "cmaes" and given.get("lr_adapt") is True and given.get("with_margin") is True:
-        yield Finding((*OPTIONS_PATH, "lr_adapt"), "lr_adapt and with_margin exclude each other", reads=reads)

@@ -1,9 +1,8 @@
 """Optuna's samplers as a recipe asks for them. What each can do is in ``recipe/checks/sampler_rules.py``.
 
 A sampler is made anew for each draw, with a generator of its own: see ``space.draw``. What it knows comes from the
-study, so four of Optuna's need care. GP counts a trial whose draw a kill has cut off as another running one.
-QMC counts its draws in the study, and a kill would skip one. NSGA-III chooses the parents of a generation with the
-generator that makes the child, unless they are chosen already. The grid fails on trials of another space.
+study, so three of Optuna's need care. GP counts a trial whose draw a kill has cut off as another running one.
+QMC counts its draws in the study, and a kill would skip one. The grid fails on trials of another space.
 """
 
 import json
@@ -15,7 +14,7 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, BruteForceSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler
+from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, QMCSampler, RandomSampler
 
 from carft_ray.recipe.checks.sampler_rules import population_size, startup_trials
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
@@ -52,11 +51,8 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
             return optuna.samplers.TPESampler(n_startup_trials=startup, seed=seed, **{**together, **options})
         case "gp":
             return _GP(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
-        case "cmaes":
-            return CmaEsSampler(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
-        case "nsga2" | "nsga3" as name:
-            kind = optuna.samplers.NSGAIISampler if name == "nsga2" else optuna.samplers.NSGAIIISampler
-            return kind(seed=seed, **{**options, "population_size": population_size(recipe)})
+        case "nsga2":
+            return optuna.samplers.NSGAIISampler(seed=seed, **{**options, "population_size": population_size(recipe)})
         case "qmc":
             # one sequence: the seed must be the same for every draw
             plain = {"scramble": True, "seed": recipe.search.sampler.seed % 2**32, **options}

@@ -1,7 +1,5 @@
 """The values of a trial: asked of the recipe's sampler, or given by the recipe's points."""
 
-from typing import Any
-
 import optuna
 from optuna.trial import TrialState
 
@@ -10,7 +8,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import in_order, is_active
 from carft_ray.recipe.spaces.enqueue import flat
 from carft_ray.recipe.spaces.grid import grid_index, grid_size
-from carft_ray.study.proposals.optuna_private import frozen_trial, running_trial
+from carft_ray.study.proposals.optuna_private import running_trial
 from carft_ray.study.proposals.samplers import make_sampler
 
 Value = bool | int | float | str | None
@@ -58,12 +56,13 @@ def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, 
             if not is_active(parameter, values):
                 continue
             if name not in drawn and not together:
-                _draw_together(study, trial, recipe)
+                study.sampler = make_sampler(recipe, trial.number)
+                _ = trial.relative_params  # draws what the sampler draws at once; Optuna's trial keeps it
                 together = True
             study.sampler = make_sampler(recipe, trial.number, places[name])
             values[name] = suggest(trial, name, parameter)
     finally:
-        study.sampler = usual  # with ours, ``Study.tell`` would end the study (grid) or complain of constraints (cmaes)
+        study.sampler = usual  # with ours, ``Study.tell`` would end the study of a grid
     return {name: values[name] for name in parameters if name in values}
 
 
@@ -74,17 +73,3 @@ def used_up(study: optuna.Study, recipe: Recipe) -> bool:
     parameters, size = recipe.search.space, grid_size(recipe.search.space)
     points = {grid_index(parameters, trial.params) for trial in study.get_trials(deepcopy=False)} - {None}
     return size is not None and len(points) >= size
-
-
-def _draw_together(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> None:
-    """Draws what the sampler draws at once, of which some may be there already; Optuna's trial keeps it."""
-    name = recipe.search.sampler.name
-    if name == "cmaes" and POINT in trial.user_attrs:
-        study.sampler = optuna.samplers.RandomSampler(seed=0)  # a given point is no draw of its distribution
-    else:
-        if name in ("nsga2", "nsga3"):  # the parents first, with a generator of their own: see samplers.py
-            sampler: Any = make_sampler(recipe, trial.number, len(recipe.search.space) + 1)
-            generation = sampler.get_trial_generation(study, frozen_trial(trial))
-            sampler.get_parent_population(study, generation)
-        study.sampler = make_sampler(recipe, trial.number)
-    _ = trial.relative_params
