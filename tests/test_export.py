@@ -65,19 +65,19 @@ print(json.dumps({word: num_right(Path(export), Path(images), library) for word,
 print([name for name in sys.modules if name.split(".")[0] in ("carft_ray", "ray", "optuna")])
 """
 FORMS = {
-    "folded": [],
+    "plain": [],
     "biased": ["train.head_bias=true"],
-    "unit-biased": ["train.class_head_form=unit", "train.head_bias=true", "train.alpha=0.7"],
+    "biased-at-0.7": ["train.head_bias=true", "train.alpha=0.7"],
     "bf16": ["train.precision=bf16"],
-    "fp64": ["train.precision=fp64", "train.class_head_form=unit"],
+    "fp64": ["train.precision=fp64"],
 }
 # name -> form, alpha, formats; each is opened in a process of its own
 EXPORTS = {
-    "folded": ("folded", None, ("open_clip",)),
+    "plain": ("plain", None, ("open_clip",)),
     "at-0": ("biased", 0.0, ("open_clip",)),
     "at-1": ("fp64", 1.0, ("huggingface",)),
     "bf16": ("bf16", 0.55, ("open_clip",)),
-    "all": ("unit-biased", None, ("open_clip", "huggingface", "onnx")),
+    "all": ("biased-at-0.7", None, ("open_clip", "huggingface", "onnx")),
 }
 LIBRARIES = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnxruntime"}
 ALWAYS = {"README.md", "class_head.safetensors", "recipe.yaml"}
@@ -176,7 +176,7 @@ def in_single(training):
 def test_stock_libraries_reproduce_the_reported_accuracy_from_the_images(exports):
     """Nothing of ours is imported; the code is that of each model card."""
     asked = {(str(exports[name][0].folder), kind): name for name in EXPORTS for kind in EXPORTS[name][2]}
-    images = Path(exports["folded"][1].recipe.data.id_val.path) / "photo_val"
+    images = Path(exports["plain"][1].recipe.data.id_val.path) / "photo_val"
     found = stock_counts(list(asked), images)
     reported = {}
     for name, (_, training, alpha) in exports.items():
@@ -237,11 +237,11 @@ def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(expo
 
 def test_the_model_card_says_when_the_model_was_selected_on_id_only(trained, exports):
     told = "Selected on ID only: the recipe has no ood_val."
-    training = trained["folded"]
+    training = trained["plain"]
     data = training.recipe.data.model_copy(update={"ood_val": {}})
     alone = dataclasses.replace(training, recipe=training.recipe.model_copy(update={"data": data}))
     assert told in model_card(alone, training.result["alpha"], ("open_clip",), False)
-    assert told not in (exports["folded"][0].folder / "README.md").read_text()
+    assert told not in (exports["plain"][0].folder / "README.md").read_text()
 
 
 def test_the_model_card_holds_no_test_number(exports):
@@ -253,10 +253,10 @@ def test_the_model_card_holds_no_test_number(exports):
 
 def test_the_exported_recipe_trains_with_images_and_model_beside_it(trained, exports, tmp_path):
     """The names in it are those of the folders that the training had."""
-    place = Path(trained["folded"].recipe.data.train.path).parent
+    place = Path(trained["plain"].recipe.data.train.path).parent
     for name in ("images", "model"):
         (tmp_path / name).symlink_to(place / name)
-    shutil.copy(exports["folded"][0].folder / "recipe.yaml", tmp_path)
+    shutil.copy(exports["plain"][0].folder / "recipe.yaml", tmp_path)
     written = (tmp_path / "recipe.yaml").read_text()
     assert "path: images\n" in written
     assert "name: local-dir:model\n" in written
@@ -267,7 +267,7 @@ def test_the_exported_recipe_trains_with_images_and_model_beside_it(trained, exp
 
 def test_an_export_holds_no_path_of_the_machine(trained, exports):
     """Neither of its folders nor of the code that wrote it; the tiny model's own configuration names a file of it."""
-    place = Path(trained["folded"].recipe.data.train.path).parent
+    place = Path(trained["plain"].recipe.data.train.path).parent
     config = json.loads((place / "model" / "open_clip_config.json").read_text())
     named = json.dumps(config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]["bpe_path"]).encode()
     code = (Path(library.__file__).parents[1] for library in (torch, carft_ray))
@@ -296,7 +296,7 @@ def test_an_export_given_in_place_of_its_study_is_told_apart(exports):
 
 def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path):
     """Without its files open_clip would ask a hub for them; here there is none of that name."""
-    training = trained["folded"]
+    training = trained["plain"]
     folder = tmp_path / "model"
     shutil.copytree(training.recipe.model.name.removeprefix("local-dir:"), folder)
     config = json.loads((folder / "open_clip_config.json").read_text())
@@ -353,7 +353,7 @@ def test_an_export_that_does_not_give_the_logits_of_the_model_never_takes_its_na
     change, message = WRONGS[name]
     monkeypatch.setattr(exporting, "write_huggingface", wrong(exporting.write_huggingface, change))
     with pytest.raises(StorageError) as caught:
-        export_model(trained["folded"], tmp_path / "export", None, ("huggingface",))
+        export_model(trained["plain"], tmp_path / "export", None, ("huggingface",))
     assert str(caught.value).startswith(f"{tmp_path / 'export'}: {message}")
     assert list(tmp_path.iterdir()) == []
 
@@ -361,7 +361,7 @@ def test_an_export_that_does_not_give_the_logits_of_the_model_never_takes_its_na
 def test_a_format_whose_library_is_missing_is_told_before_anything_is_written(trained, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:
-        export_model(trained["folded"], tmp_path / "export", None, ("huggingface", "onnx"))
+        export_model(trained["plain"], tmp_path / "export", None, ("huggingface", "onnx"))
     assert str(caught.value).splitlines() == [
         "--format: huggingface needs transformers, to write the export and to open it again, but got an installation "
         "without",
@@ -374,7 +374,7 @@ def test_a_format_whose_library_is_missing_is_told_before_anything_is_written(tr
 
 
 def test_the_command_says_for_each_format_how_far_it_is_off(trained, tmp_path, capsys):
-    folder = Path(trained["folded"].recipe.data.train.path).parent / "folded"
+    folder = Path(trained["plain"].recipe.data.train.path).parent / "plain"
     assert crash_host.call(["export", folder, "--to", tmp_path / "export", "--alpha", "0", "--format", "onnx"]) == 0
     said = capsys.readouterr().err
     first, second = said.replace(str(tmp_path), "").splitlines()[:2]
@@ -385,7 +385,7 @@ def test_the_command_says_for_each_format_how_far_it_is_off(trained, tmp_path, c
 
 def test_a_killed_export_leaves_nothing_under_its_name(trained, tmp_path):
     """Killed as soon as its files lie there, that is, while they are opened again."""
-    folder = Path(trained["folded"].recipe.data.train.path).parent / "folded"
+    folder = Path(trained["plain"].recipe.data.train.path).parent / "plain"
     command = [sys.executable, "-W", "ignore", "-m", "carft_ray.cli", "export", str(folder), "--to", "export"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
     try:

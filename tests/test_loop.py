@@ -26,7 +26,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, fine_tune
 from carft_ray.learning.losses import Loss, context_distribution, context_kl
 from carft_ray.learning.mixing import mix_weights
-from carft_ray.learning.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from carft_ray.learning.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schedule import num_warmup_steps
 
@@ -157,16 +157,6 @@ def test_threads_change_nothing(tiny_clip, heads, source):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_unit_head_is_the_exact_equivalent_of_the_folded_one(clip64, heads64, source, clip_norm):
-    values = {"precision": "fp64", "clip_norm": clip_norm, "head_bias": True, "head_lr_factor": 3.0}
-    folded = fine_tune(clip64, *heads64, source, settings(class_head_form="folded", **values))
-    unit = fine_tune(clip64, *heads64, source, settings(class_head_form="unit", **values))
-    unit["class_head"] = unit["class_head"] * clip64.logit_scale
-    assert largest_difference(folded, unit) < 1e-9
-
-
-@pytest.mark.slow
 def test_head_lr_factor_zero_freezes_the_head(tiny_clip, heads, source):
     state = fine_tune(tiny_clip, *heads, source, settings(head_lr_factor=0.0))
     assert torch.equal(state["class_head"], tiny_clip.logit_scale * heads[0])
@@ -204,15 +194,14 @@ def test_batch_norm_keeps_its_statistics_and_mixing_copies_them():
     assert not torch.equal(mixed["visual.1.weight"], before["visual.1.weight"])
 
 
-def test_zero_shot_logits_are_those_of_clip_in_both_forms(tiny_clip, heads, source):
+def test_zero_shot_logits_are_those_of_clip(tiny_clip, heads, source):
     pixels = torch.from_numpy(source.images)
     with torch.no_grad():
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (tiny_clip.mean, tiny_clip.std))
         images = (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
         expected = tiny_clip.logit_scale * tiny_clip.model.encode_image(images, normalize=True) @ heads[0].T
-        for form in ("folded", "unit"):
-            logits = build_classifier(tiny_clip, heads[0], settings(class_head_form=form), CPU)(pixels)[1]
-            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+        logits = build_classifier(tiny_clip, heads[0], settings(), CPU)(pixels)[1]
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -223,16 +212,6 @@ def test_pixels_are_normalised_by_the_formula_to_the_bit(dtype):
         expected = (pixels.permute(0, 3, 1, 2).to(dtype) / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         assert torch.equal(normalised(pixels, mean, std), expected)
         assert normalised(pixels, mean, std).is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_clipped_norm_is_that_of_the_folded_gradient(clip64, heads64, source):
-    norms = []
-    for form in ("folded", "unit"):
-        classifier = build_classifier(clip64, heads64[0], settings(class_head_form=form, precision="fp64"), CPU)
-        labels = torch.from_numpy(source.labels)
-        F.cross_entropy(classifier(torch.from_numpy(source.images))[1], labels).backward()
-        norms.append(clip_gradients(classifier, list(classifier.parameters()), None).item())
-    assert norms[0] == pytest.approx(norms[1], abs=1e-12)
 
 
 def test_schedule_rises_linearly_and_falls_as_a_cosine():
@@ -424,7 +403,7 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.9, "micro_batch": 3, "class_head_form": "unit"}])
+@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.9, "micro_batch": 3}])
 def test_no_number_is_read_from_the_device_between_two_rows_of_progress(tiny_clip, heads, source, values):
     with Reads() as reads:
         assert float(torch.ones(())) == 1.0

@@ -34,8 +34,7 @@ def make(name):
 def test_onnxruntime_gives_the_same_logits_and_features_for_any_batch(tmp_path, name):
     clip = make(name)
     head = functional.normalize(torch.randn(5, 16), dim=-1)
-    form = "unit" if name == "resnet" else "folded"
-    classifier = ImageClassifier(clip.model.visual, head, 20.0, clip.mean, clip.std, form, bias=name == "timm").eval()
+    classifier = ImageClassifier(clip.model.visual, head, 20.0, clip.mean, clip.std, bias=name == "timm").eval()
     if classifier.class_bias is not None:
         classifier.class_bias.data += torch.arange(5.0)
     write_onnx(tmp_path, classifier, clip.image_size, {"class_names": '["a"]'})

@@ -351,11 +351,6 @@ BAD = [
         "    It changes speed and rounding, not the method. Choose one for all trials.",
     ),
     (
-        "search: {space: {class_head_form: {choices: [unit, folded]}}}",
-        "r.yaml:9: search.space.class_head_form: must not be searched\n"
-        "    Both forms give the same model at the same settings: only the stored numbers differ.",
-    ),
-    (
         "search: {space: {micro_batch: {low: 1, high: 2}}}",
         "r.yaml:9: search.space.micro_batch: must not be searched\n"
         "    It changes speed and memory, not the gradient. Choose one for all trials.",
@@ -666,7 +661,7 @@ clip_norm: {choices: [1, null]}, weight_decay: {type: int, low: 0, high: 1}}}"
         "clip_norm": "categorical",
         "weight_decay": "int",
     }
-    assert {field_kind(name) for name in ("decay", "precision", "class_head_form")} == {str}
+    assert {field_kind(name) for name in ("decay", "precision")} == {str}
 
 
 def test_choices_keep_their_kind(tmp_path):

@@ -263,19 +263,9 @@ def test_the_average_of_lora_is_that_of_the_merged_weights(clip64, heads64, sour
     assert largest_difference(state, mean) < 1e-12
 
 
-# ---- all together: forms of the head, kills, workers
+# ---- all together: kills, workers
 
 TOGETHER = {"lora_rank": 3, "lora_alpha": 1.5, "ema_decay": 0.8, "layer_decay": 0.7, "freeze_layers": 1}
-
-
-def test_the_form_of_the_head_changes_nothing_with_any_of_them(clip64, heads64, source):
-    for values in (TOGETHER, {"freeze_layers": NUM_LAYERS}, {"ema_decay": 0.5, "grad_checkpointing": True}):
-        states = [
-            fine_tune(clip64, *heads64, source, settings(precision="fp64", class_head_form=form, **values))
-            for form in ("folded", "unit")
-        ]
-        states[1]["class_head"] = states[1]["class_head"] * clip64.logit_scale
-        assert largest_difference(*states) < 1e-9
 
 
 def stopped_and_resumed(clip, heads, source, train, folder):

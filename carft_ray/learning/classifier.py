@@ -5,7 +5,6 @@ Shape letters: B images, C classes, D embedding width.
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,16 +16,14 @@ from carft_ray.learning.lora import merged_state
 from carft_ray.learning.models.clip import Clip
 from carft_ray.recipe.fine_tuning import TrainConfig
 
-HeadForm = Literal["folded", "unit"]
 DROPS = ("DropPath", "PatchDropout")  # of timm and open_clip
 
 
 class ImageClassifier(nn.Module):
     """An image tower with a trainable class head, starting as the zero-shot classifier.
 
-    ``folded`` keeps the scale inside the parameter (``W' = s * class_head``, logits ``f @ W'.T``): the learning rates
-    of the literature belong to this form. ``unit`` keeps unit rows (logits ``s * f @ W.T``) and is made its exact
-    equivalent by the optimizer (``optimizer.py``).
+    The scale is inside the parameter (``W' = s * class_head``, logits ``f @ W'.T``): the learning rates of the
+    literature belong to this form.
 
     Args:
         visual: Image tower [B, 3, H, W] -> [B, D]; it is copied.
@@ -34,7 +31,6 @@ class ImageClassifier(nn.Module):
         logit_scale: s, frozen.
         mean: Per channel, for pixels in [0, 1].
         std: Per channel.
-        form: Which parameter the head keeps.
         bias: Adds a trained bias, 0 at the start (as wise-ft has it).
         autocast_dtype: Precision of the tower's compute; None is the precision of the weights.
     """
@@ -49,20 +45,18 @@ class ImageClassifier(nn.Module):
         logit_scale: float,
         mean: Iterable[float],
         std: Iterable[float],
-        form: HeadForm = "folded",
         bias: bool = False,
         autocast_dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.visual = deepcopy(visual).requires_grad_(True)
         self.logit_scale = logit_scale
-        self.form = form
         self.autocast_dtype = autocast_dtype
         self.fixed_batch = 0  # images that the tower always gets, blank ones behind the given; 0: as many as there are
         # convolutions were measured a quarter faster with the channels last, on the CPU too
         self.memory_format = torch.contiguous_format if _needs_channels_first(visual) else torch.channels_last
         head_CD = class_head_CD.detach().clone()
-        self.class_head = nn.Parameter(logit_scale * head_CD if form == "folded" else head_CD)
+        self.class_head = nn.Parameter(logit_scale * head_CD)
         self.class_bias = nn.Parameter(torch.zeros(len(head_CD), dtype=head_CD.dtype)) if bias else None
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(tuple(values), dtype=head_CD.dtype).view(1, 3, 1, 1), False)
@@ -90,8 +84,7 @@ class ImageClassifier(nn.Module):
         """Returns the class logits [B, C] of embeddings [B, D], outside autocast."""
         with torch.autocast(features_BD.device.type, enabled=False):
             unit_BD = functional.normalize(features_BD, dim=-1)
-            head_CD = self.class_head if self.form == "folded" else self.logit_scale * self.class_head
-            return functional.linear(unit_BD, head_CD, self.class_bias)
+            return functional.linear(unit_BD, self.class_head, self.class_bias)
 
     def forward(self, pixels_BHWC: Tensor) -> tuple[Tensor, Tensor]:
         """Returns embeddings [B, D] and class logits [B, C] of uint8 pixels [B, H, W, 3]."""
@@ -109,11 +102,6 @@ class ImageClassifier(nn.Module):
             if isinstance(module, _BatchNorm | _DropoutNd) or type(module).__name__ in DROPS:
                 module.eval()
         return self
-
-    def unit_class_head(self) -> Tensor:
-        """Returns the head without the scale [C, D], whichever form it has; rows need not have length 1."""
-        head_CD = self.class_head.detach()
-        return head_CD / self.logit_scale if self.form == "folded" else head_CD.clone()
 
     def state(self) -> dict[str, Tensor]:
         """Returns a copy of everything that training changes and mixing mixes, on the CPU: plain merged weights."""
@@ -170,8 +158,7 @@ def build_classifier(
     has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     dtype = torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and has_bf16) else None
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
-    form, bias = train.class_head_form, train.head_bias
-    classifier = kind(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, form, bias, dtype)
+    classifier = kind(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, train.head_bias, dtype)
     classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)
     if device.type == "cuda":  # else cuDNN brings the weights into the order of the images in every pass
         classifier.to(memory_format=classifier.memory_format)  # type: ignore[call-overload]  # torch's form for it alone

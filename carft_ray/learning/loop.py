@@ -117,7 +117,7 @@ class _Learner:
             factor = self.context.world_size / batch_size
             target_BT = targets.of(batch.parts)
             sums = loss.backward(model, batch.pixels_BHWC, batch.labels_B, target_BT, factor)
-            grad_norm = clip_gradients(self.classifier, self.parameters, self.train.clip_norm)
+            grad_norm = clip_gradients(self.parameters, self.train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1

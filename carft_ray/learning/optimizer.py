@@ -1,11 +1,4 @@
-"""AdamW with the parameter groups of the recipe, its learning rate by step, and clipping of gradients.
-
-The two forms of the class head are the same method: with W' = s * W (s the logit scale),
-
-    folded(lr, wd, eps) == unit(lr / s, wd * s, eps * s)      gradient of W' = gradient of W divided by s
-
-so `unit` gets these values, and its head gradient enters the norm divided by s.
-"""
+"""AdamW with the parameter groups of the recipe, its learning rate by step, and clipping of gradients."""
 
 import math
 from collections.abc import Sequence
@@ -30,9 +23,9 @@ def build_optimizer(classifier: ImageClassifier, train: TrainConfig) -> torch.op
     ``decay: matrices`` spares those of fewer than two dimensions (as open_clip does).
     """
 
-    def group(parameters: Sequence[Tensor], decays: bool, lr_factor: float, scale: float = 1.0) -> dict[str, Any]:
-        weight_decay = train.weight_decay * scale if decays else 0.0
-        return {"params": parameters, "weight_decay": weight_decay, "eps": EPS * scale, "lr_factor": lr_factor / scale}
+    def group(parameters: Sequence[Tensor], decays: bool, lr_factor: float) -> dict[str, Any]:
+        weight_decay = train.weight_decay if decays else 0.0
+        return {"params": parameters, "weight_decay": weight_decay, "lr_factor": lr_factor}
 
     decays_all = train.decay == "all"
     factors = layer_factors(classifier.visual, train.layer_decay)
@@ -47,11 +40,10 @@ def build_optimizer(classifier: ImageClassifier, train: TrainConfig) -> torch.op
         for parameter in (classifier.class_head, *bias):
             parameter.requires_grad_(False)
     else:
-        scale = classifier.logit_scale if classifier.form == "unit" else 1.0
-        groups.append(group([classifier.class_head], True, train.head_lr_factor, scale))
+        groups.append(group([classifier.class_head], True, train.head_lr_factor))
         groups.append(group(bias, decays_all, train.head_lr_factor))
     groups = [each for each in groups if each["params"]]
-    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=BETAS, fused=True)
+    return torch.optim.AdamW(groups, lr=train.learning_rate, betas=BETAS, eps=EPS, fused=True)
 
 
 def learning_rate_at(step: int, peak: float, warmup: int, num_steps: int) -> float:
@@ -71,19 +63,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate * group["lr_factor"]
 
 
-def clip_gradients(classifier: ImageClassifier, parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
-    """Clips the gradients to ``max_norm`` (None: not at all) and returns their norm before clipping, a scalar.
-
-    The norm is that of the folded form, whichever form the head has.
-
-    Args:
-        classifier: Whose head has a form.
-        parameters: All of the classifier's; collecting them takes longer than some of their steps.
-        max_norm: The bound.
-    """
-    graded = [(p, p.grad) for p in parameters if p.grad is not None]
-    unit_head = classifier.class_head if classifier.form == "unit" else None
-    norm = nn.utils.get_total_norm([g / classifier.logit_scale if p is unit_head else g for p, g in graded])
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float | None) -> Tensor:
+    """Clips the gradients to ``max_norm`` (None: not at all) and returns their norm before clipping, a scalar."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_norm is not None:
-        nn.utils.clip_grads_with_norm_([p for p, _ in graded], max_norm, norm)
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm

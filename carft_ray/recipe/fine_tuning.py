@@ -133,13 +133,6 @@ class TrainConfig(Config):
     """share of the label spread over all classes"""
     crop_scale: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.9, "0.6", METHOD)
     """smallest area of the random crop, as a fraction of the image"""
-    class_head_form: Literal["folded", "unit"] = key(
-        "folded",
-        "unit",
-        Resume("identity", "changes the form of the stored weights"),
-        not_searched="Both forms give the same model at the same settings: only the stored numbers differ.",
-    )
-    """logit scale inside the class head or outside; the same model either way"""
     head_bias: Flag = key(False, "true", METHOD)
     """a trained bias in the class head"""
     head_lr_factor: NonNegativeFloat = key(1.0, "0", METHOD)

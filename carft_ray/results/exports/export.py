@@ -117,12 +117,10 @@ def export_model(
     classifier = trained.classifier(alpha).to(device="cpu", dtype=torch.float32)
     classifier.autocast_dtype = None  # all these libraries compute in float32
     question, expected = _question(trained, classifier)
-    head = {"class_head": (classifier.logit_scale * classifier.unit_class_head()).float()}
-    if classifier.form == "folded":
-        head["class_head"] = classifier.class_head.detach().float()
+    head = {"class_head": classifier.class_head.detach().float()}
     if classifier.class_bias is not None:
         head["class_bias"] = classifier.class_bias.detach().float()
-    about = {"class_names": json.dumps(trained.inputs.class_names), "form": "folded", "alpha": repr(alpha)}
+    about = {"class_names": json.dumps(trained.inputs.class_names), "alpha": repr(alpha)}
     with new_folder(out_dir) as folder:
         save_tensors(folder / HEAD_NAME, head, about)
         recipe = portable_paths(trained.recipe)
