@@ -111,9 +111,9 @@ format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# the tables of keys in search_spaces/README.md and docs/resume.md, from the schema of the recipe
+# the tables of keys in search_spaces/README.md and docs/resume.md and the JSON schema, from the schema of the recipe
 tables: $(VENV)/.installed
-	@$(BIN)/python -m carft_ray.recipe.tables
+	@$(BIN)/python docs/keys.py
 
 # the documents as a site: open build/site/index.html
 docs: $(VENV)/.installed-docs

@@ -555,24 +555,21 @@ def recipe_value(base):
 
 def recipe(rng, here, base):
     """Writes a recipe: keys with their documented examples, then changes of values, or of text."""
+    from recipe_keys import keys
     from ruamel.yaml import YAML
-
-    from carft_ray.recipe.keys import documented_keys
 
     value = recipe_value(base)
     if rng.random() < 0.3:
         value["data"]["ood_val"] = {"other": {**value["data"]["id_val"], "part": [0, 0.9]}}
-    for key in rng.sample(documented_keys(), rng.choice((0, 1, 1, 2, 3, 6))):
-        place, example = (
-            key.name.replace("<set>", "data.train").replace("<parameter>", "kl_weight").split("."),
-            key.key.example,
-        )
+    for key in rng.sample(keys.documented_keys(), rng.choice((0, 1, 1, 2, 3, 6))):
+        place = key.name.replace("<set>", "data.train").replace("<parameter>", "kl_weight").split(".")
+        example = key.field.examples[0]
         if place[-1] in ("num_per_class", "wait_for_nodes", "function") or example == "sandbox":
             continue  # what is large because it says so; what only a cluster or `--trust` has
         part = value
         for name in place[:-1]:
             part = part.setdefault(name, {})
-        part[place[-1]] = YAML(typ="safe").load(example)
+        part[place[-1]] = example
     if rng.random() < 0.45:
         value = warped(rng, value)
     text = io.StringIO()

@@ -169,7 +169,8 @@ def test_a_tree_of_no_known_layout_is_told(tmp_path, folders, message):
 def test_presets_are_the_recipes_of_the_folder(tmp_path):
     assert {"quickstart", "folders"} <= presets().keys()
     assert all(presets().values())
-    (tmp_path / "r.yaml").write_text(preset_text("quickstart"))
+    assert not [line for line in presets().values() if "yaml-language-server" in line]
+    assert call(["init", "--preset", "quickstart", "--to", str(tmp_path / "r.yaml")]) == 0
     assert load_recipe(tmp_path / "r.yaml").name == "quickstart"
 
 

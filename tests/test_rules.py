@@ -164,7 +164,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "environment": "the package's own source; the kernel's files",
     "recipe/presets": "the package's own recipes",
     "learning/models/clip": "the tokenizer's files, which it has just written itself",
-    "recipe/tables": "the documents of a checkout",
     "data/draft": "the package's own templates",
     "data/synthetic/sandbox_shapes": "the package's own table",
     "data/synthetic/corruptions": "the package's own table",

@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+from recipe_keys import keys
 
 from carft_ray.data.synthetic.sandbox import QUICKSTART_SETS
-from carft_ray.recipe import tables
 from carft_ray.recipe.checks.advice import check_searchable, warnings
-from carft_ray.recipe.checks.rules import SEARCHABLE
-from carft_ray.recipe.fields import Class, members
+from carft_ray.recipe.fields import Class, members, not_searched, resume_of
 from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.keys import documented_keys
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.parameters import SEARCHABLE
 from carft_ray.recipe.sets import SandboxSet, SetSpec
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
@@ -80,7 +79,8 @@ def test_commented_lines_of_the_folders_recipe_are_valid_when_used(tmp_path):
 
 def unique_keys():
     """Returns every key of a recipe, once for each text that explains it."""
-    return list({(key.name, key.key): key for key in reversed(documented_keys())}.values())[::-1]
+    explained = [key for key in keys.documented_keys() if key.field.description]
+    return list({(key.name, key.field.description): key for key in reversed(explained)}.values())[::-1]
 
 
 def key_id(key):
@@ -121,57 +121,59 @@ def test_the_example_of_every_key_is_valid(key):
         before += ["search.space.head_bias={choices: [true, false]}"]
     if key.name == "resources.executor":
         before = ["resources.num_workers=2"]
-    recipe = load_recipe(FOLDER / f"{base}.yaml", [*before, f"{place}={key.key.example}"])
+    recipe = load_recipe(FOLDER / f"{base}.yaml", [*before, f"{place}={keys.flow(key.field.examples[0])}"])
     assert isinstance(recipe.data.train, SandboxSet) == (base == "quickstart")
 
 
 @pytest.mark.slow
 def test_every_key_says_what_it_means_and_whether_it_may_change():
-    rows = [row.split(" | ") for table in tables.key_tables().values() for row in table[2:]]
+    rows = [row.split(" | ") for table in keys.key_tables().values() for row in table[2:]]
     meanings = {cells[0]: cells[1] for cells in rows}
-    for key in documented_keys():
+    for key in keys.documented_keys():
         assert meanings[f"| `{key.name}`"].strip("* "), key.name
-        assert key.key.resume.kind in get_args(Class), key.name
-        assert key.key.resume.why, key.name
+        assert resume_of(key.field).kind in get_args(Class), key.name
+        assert resume_of(key.field).why, key.name
 
 
 def test_only_fields_of_train_say_that_they_cannot_be_searched():
-    refused = {key.name for key in documented_keys() if key.key.not_searched}
+    refused = {key.name for key in keys.documented_keys() if not_searched(key.field)}
     assert refused == {f"train.{name}" for name in TrainConfig.model_fields} - {f"train.{name}" for name in SEARCHABLE}
     assert SEARCHABLE
 
 
 @pytest.mark.slow
 def test_the_tables_of_the_documents_are_those_of_the_schema():
-    assert tables.main(["--check"]) is None
+    assert keys.main(["--check"]) is None
 
 
 def test_tables_give_what_the_field_says_where_it_has_no_words():
-    lines = [line.strip("| ").split(" | ") for table in tables.key_tables().values() for line in table]
+    lines = [line.strip("| ").split(" | ") for table in keys.key_tables().values() for line in table]
     rows = {cells[0]: cells[2:5] for cells in lines if len(cells) == 6}
     assert rows["`train.learning_rate`"] == ["float", "`1e-5`", "> 0"]
     assert rows["`train.warmup_steps`"] == ["int", "`null`", ">= 0"]
     assert rows["`train.label_smoothing`"] == ["float", "`0.0`", "0 <= x < 1"]
     assert rows["`train.head_bias`"] == ["bool", "`false`", "`true`, `false`"]
     assert rows["`search.alpha.mode`"] == ["text", "`profile`", "`profile`, `sample`"]
-    assert rows["`search.alpha.grid`"] == ["list of float", "`null`", "rises from 0 to 1"]
-    assert rows["`data.train`"] == ["set", "required", "a set"]
+    assert rows["`search.alpha.grid`"] == ["list of float", "`null`", "at least 2"]
+    assert rows["`data.train`"] == ["set", "required", ""]
     assert rows["`<set>.trial_seed`"] == ["int", "`0`", "0 <= x < 2**31"]
-    assert rows["`search.space.<parameter>.low`"] == ["float or int", "required", "inside the field's own range"]
+    assert rows["`search.space.<parameter>.low`"] == ["float or int", "required", ""]
 
 
 def test_a_stale_table_is_found_and_written_anew(tmp_path):
     root = FOLDER.parent
-    for name in tables.DOCUMENTS:
+    names = keys.made(root)
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((root / name).read_text().replace("peak learning rate", "learning rate"))
-    message = tables.main(["--check"], tmp_path)
-    assert message == "search_spaces/README.md: tables are not as the schema has them; run: make tables"
-    assert tables.main([], tmp_path) is None
-    for name in tables.DOCUMENTS:
+    message = keys.main(["--check"], tmp_path)
+    stale = "search_spaces/README.md, search_spaces/carft-ray.schema.json"
+    assert message == f"not as the schema has them: {stale}; run: make tables"
+    assert keys.main([], tmp_path) is None
+    for name in names:
         assert (tmp_path / name).read_text() == (root / name).read_text()
 
 
 def test_a_document_without_a_place_for_a_table_is_refused():
     with pytest.raises(ValueError, match=r"must have one place for each of \['a', 'b'\], but got \['a'\]"):
-        tables.updated("<!-- keys: a -->\n<!-- end -->\n", {"a": ["x"], "b": ["y"]})
+        keys.updated("<!-- keys: a -->\n<!-- end -->\n", {"a": ["x"], "b": ["y"]})

@@ -3,7 +3,7 @@
 =============  ==============================================
 module         commands
 =============  ==============================================
-``init``       ``init``
+``init``       ``init``, ``schema``
 ``train``      ``validate``, ``train``, ``evaluate``, ``export``
 ``doctor``     ``doctor``
 ``search``     ``search``, ``resume``, ``stop``, ``plan``

@@ -47,7 +47,20 @@ PATH = (  # from images to a model: what for, and an example
     ("export", "a model for other libraries", "export studies/mine --to exports/mine"),
 )
 # commands that neither train nor open a model: they answer whatever versions of torch and Ray are installed
-READERS = ("init", "status", "ls", "logs", "report", "compare", "rescore", "stop", "dashboard", "data", "cluster")
+READERS = (
+    "init",
+    "schema",
+    "status",
+    "ls",
+    "logs",
+    "report",
+    "compare",
+    "rescore",
+    "stop",
+    "dashboard",
+    "data",
+    "cluster",
+)
 
 # options that set a key of the recipe
 KEYS = {"executor": "resources.executor", "num_workers": "resources.num_workers", "wall_time": "budget.wall_time"}

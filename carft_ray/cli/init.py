@@ -1,4 +1,4 @@
-"""A recipe to begin with: for a folder of images, or a copy of one that ships with the package."""
+"""A recipe to begin with: for a folder of images, or a copy of one that ships with the package; its JSON schema."""
 
 import os
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ def init(
     json_: common.JsonOption = False,
 ) -> None:
     """Write a recipe: --from a folder of images (by its domains, splits and classes), or a --preset."""
-    from carft_ray.recipe.presets import preset_text, presets
+    from carft_ray.recipe.presets import SCHEMA, SCHEMA_LINE, preset_text, presets, schema_text
 
     if sum((from_ is not None, preset is not None, list_)) != 1:
         value = "none of them" if not (from_ or preset or list_) else "several"
@@ -57,6 +57,7 @@ def init(
         text = preset_text(preset, hold_out)
     else:
         text, roots = _draft(from_ or Path(), to, (train, ood_val, ood_test), model, pretrained)
+        text = SCHEMA_LINE + text
     from carft_ray.files import write_text
     from carft_ray.recipe.loading import parse_recipe
 
@@ -67,6 +68,7 @@ def init(
         return
     written = parse_recipe(text, to)  # before anything is written
     write_text(to.absolute(), text)
+    write_text(to.absolute().with_name(SCHEMA), schema_text())
     if console.print_json({"recipe": str(to), "preset": preset, "found": found}, json_):
         return
     if from_ is not None:
@@ -75,6 +77,14 @@ def init(
     console.say(f"Wrote {to}. The roles in `data` are a proposal: check them before you train.")
     begin = common.command_line("search", to, study=f"studies/{written.name}")
     console.next_step(common.command_line("doctor", to), common.command_line("plan", to), begin)
+
+
+@common.command("schema > carft-ray.schema.json", common.ONE_TRAINING)
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors; init writes it beside each recipe."""
+    from carft_ray.recipe.presets import schema_text
+
+    typer.echo(schema_text(), nl=False)
 
 
 def _draft(

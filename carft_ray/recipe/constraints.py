@@ -16,17 +16,9 @@ ALPHA = Resume("identity", "part of the choice of alpha")
 class ConstraintsConfig(Config):
     """What the chosen weights of a trial must keep; part of its choice of alpha, and passed to the sampler."""
 
-    id_drop: dict[SetName, Fraction] = key(
-        {},
-        "{zero_shot: 0.01}",
-        ALPHA,
-        type="baseline: float",
-        range="`zero_shot` or a name of `search.baselines`: 0 to 1",
-    )
-    """ID accuracy that may be lost under a baseline; trials wait for it"""
-    ece: dict[SetName, Fraction] = key(
-        {}, "{id_val: 0.05}", ALPHA, type="set: float", range="`id_val` or a name of `data.ood_val`: 0 to 1"
-    )
+    id_drop: dict[SetName, Fraction] = key({}, {"zero_shot": 0.01}, ALPHA)
+    """ID accuracy that may be lost under `zero_shot` or a baseline; trials wait for it"""
+    ece: dict[SetName, Fraction] = key({}, {"id_val": 0.05}, ALPHA)
     """largest expected calibration error (15 bins) of a validation set"""
 
 

@@ -1,7 +1,6 @@
-"""What the fields of a recipe are made of: their base class, the types of values, and what documents say of a key."""
+"""What the fields of a recipe are made of: their base class, the types of values, and what a field says of its key."""
 
 import re
-from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
@@ -30,16 +29,17 @@ PositiveInt = Annotated[int, Field(ge=1, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]  # files and folders are named so
-Duration = Annotated[PositiveFloat, BeforeValidator(seconds_of)]
+DurationText = Annotated[str, Field(pattern=r"^(\d+[dhms])+$")]  # for editors; ``seconds_of`` checks the order
+Duration = Annotated[PositiveFloat, BeforeValidator(seconds_of, json_schema_input_type=PositiveFloat | DurationText)]
 T = TypeVar("T")
 Class = Literal["identity", "space", "running"]
 REQUIRED: Any = ...  # in place of a default
 
 
 class Config(BaseModel):
-    """Base of every part of a recipe: frozen, unknown keys refused."""
+    """Base of every part of a recipe: frozen, unknown keys refused. The docstring under a field is its meaning."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -59,40 +59,28 @@ class Resume(NamedTuple):
     why: str
 
 
-@dataclass(frozen=True)
-class Key:
-    """What the documents say of a key, in Markdown. Attributes after ``resume`` are for what the field cannot say.
+def key(default: T, example: Any, resume: Resume, not_searched: str = "") -> T:
+    """Makes a field.
 
-    Attributes:
+    Args:
+        default: Its default, or ``REQUIRED``.
         example: A value, as a recipe has it.
         resume: Whether it may change when a study is resumed.
-        type: Words for its type.
-        range: Words for the values that are allowed.
-        left_out: Words for its default.
         not_searched: Of a field of ``train``: why no search space may have it.
     """
-
-    example: str
-    resume: Resume
-    type: str = ""
-    range: str = ""
-    left_out: str = ""
-    not_searched: str = ""
-
-
-def key(default: T, example: str, resume: Resume, **words: str) -> T:
-    """Makes a field, with its default (or ``REQUIRED``) and what the documents say of it, as in ``Key``.
-
-    The docstring under the field is its meaning.
-    """
-    said: dict[str, Any] = {"example": example, "resume": resume, **words}
-    field: T = Field(default, json_schema_extra=said)
+    said: dict[str, Any] = {"resume": resume, "not_searched": not_searched}
+    field: T = Field(default, examples=[example], json_schema_extra=said)
     return field
 
 
-def key_of(field: FieldInfo) -> Key:
-    """Returns what the documents say of a field that ``key`` has made."""
-    return Key(**cast(dict[str, Any], field.json_schema_extra))
+def resume_of(field: FieldInfo) -> Resume | None:
+    """Returns whether a key may change; None for a part of a recipe, whose keys say it."""
+    return cast(dict[str, Any], field.json_schema_extra or {}).get("resume")
+
+
+def not_searched(field: FieldInfo) -> str:
+    """Returns why no search space may have a field of ``train``; empty where one may."""
+    return str(cast(dict[str, Any], field.json_schema_extra)["not_searched"])
 
 
 def core_type(annotation: Any) -> Any:
@@ -113,6 +101,13 @@ def is_config(kind: Any) -> bool:
 def members(kind: Any) -> list[type[Config]]:
     """Returns the parts of a union of parts, else nothing."""
     return [member for member in get_args(core_type(kind)) if is_config(member)]
+
+
+def field_of(kind: Any, name: str | int) -> FieldInfo | None:
+    """Returns the field of a part of a recipe, of the first in a union that has it; None where none has."""
+    parts = members(kind) or [core_type(kind)]
+    fields = (part.model_fields.get(name) for part in parts if is_config(part))
+    return next((field for field in fields if field is not None), None)
 
 
 def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:

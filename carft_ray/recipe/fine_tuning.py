@@ -75,31 +75,22 @@ def _auto_or_flag(value: Any) -> Any:
 class ModelConfig(Config):
     """Which CLIP to start from."""
 
-    name: str = key(
-        "sandbox", "sandbox", START, range="`sandbox`, an open_clip name, `local-dir:DIR`, `hf-hub:OWNER/NAME`"
-    )
-    """`sandbox`, a model of open_clip, or a folder or hub page with its prefix ([models.md](../docs/models.md))"""
-    pretrained: str | None = key(
-        None, "null", START, range="a tag of open_clip, the path of a weights file, or `random`"
-    )
-    """its weights; required for an open_clip name, left out for the others"""
+    name: str = key("sandbox", "sandbox", START)
+    """`sandbox`, a model of open_clip, `local-dir:DIR` or `hf-hub:OWNER/NAME` ([models.md](../docs/models.md))"""
+    pretrained: str | None = key(None, None, START)
+    """its weights: a tag of open_clip, the path of a weights file, or `random`; required for an open_clip name, left
+    out for the others"""
 
 
 class PromptsConfig(Config):
     """Text side: one sentence per (template, class). The templates are also the contexts of the KL term."""
 
     templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = key(
-        "sandbox",
-        '["a photo of a {}.", "a sketch of a {}."]',
-        HEADS,
-        range="`sandbox`, `simple`, `openai`; a benchmark with templates; `file:PATH`; or texts with one `{}` for the "
-        "class",
+        "sandbox", ["a photo of a {}.", "a sketch of a {}."], HEADS
     )
-    """a set of templates, those of a benchmark, or your own: a list, or a text file with one on each line, which is
-    read when the recipe is"""
-    class_names: Annotated[str | tuple[str, ...] | None, BeforeValidator(_words)] = key(
-        None, "null", HEADS, range="a benchmark that has the classes; or as many as classes"
-    )
+    """`sandbox`, `simple`, `openai`, those of a benchmark, or your own with one `{}` for the class: a list, or
+    `file:PATH` of a text file with one on each line"""
+    class_names: Annotated[str | tuple[str, ...] | None, BeforeValidator(_words)] = key(None, None, HEADS)
     """words for the classes: those of a benchmark, or a list in label order, which may repeat; null: those of the
     benchmark that is trained on, else the class folders, `_` as a space"""
 
@@ -107,92 +98,83 @@ class PromptsConfig(Config):
 class TrainConfig(Config):
     """One fine-tuning. A field without ``not_searched`` may be a parameter of the search space."""
 
-    learning_rate: PositiveFloat = key(1e-5, "3e-5", METHOD)
+    learning_rate: PositiveFloat = key(1e-5, 3e-05, METHOD)
     """peak learning rate of AdamW"""
-    kl_weight: NonNegativeFloat = key(1.0, "10", METHOD)
+    kl_weight: NonNegativeFloat = key(1.0, 10, METHOD)
     """coefficient of the KL term; 0 is plain fine-tuning. Its size depends on the model's logit scale"""
-    alpha: Fraction | None = key(None, "0.6", METHOD)
+    alpha: Fraction | None = key(None, 0.6, METHOD)
     """fixed mixing coefficient, 0 zero-shot, 1 fine-tuned; null: the best of the alpha curve. Not with `search`: there
     see [One alpha for all trials](../docs/objectives.md#one-alpha-for-all-trials)"""
-    epochs: PositiveInt = key(10, "6", METHOD)
+    epochs: PositiveInt = key(10, 6, METHOD)
     """passes over the training set"""
-    batch_size: PositiveInt = key(512, "64", METHOD, range=">= 1, at most the training set")
-    """images per step, over all workers"""
-    micro_batch: PositiveInt | None = key(None, "32", MEMORY, range="1 to `batch_size`", not_searched=ONLY_SPEED)
-    """images per forward pass and worker, changes memory and not the gradient; null: the worker's whole part; halved
-    where memory is short"""
-    weight_decay: NonNegativeFloat = key(0.1, "0.05", METHOD)
+    batch_size: PositiveInt = key(512, 64, METHOD)
+    """images per step, over all workers, at most the training set"""
+    micro_batch: PositiveInt | None = key(None, 32, MEMORY, not_searched=ONLY_SPEED)
+    """images per forward pass and worker, at most `batch_size`, changes memory and not the gradient; null: the worker's
+    whole part; halved where memory is short"""
+    weight_decay: NonNegativeFloat = key(0.1, 0.05, METHOD)
     """weight decay of AdamW"""
     decay: Literal["all", "matrices"] = key("all", "matrices", METHOD)
     """which tensors decay: all, or only matrices (no norms, no biases)"""
-    warmup_steps: NonNegativeInt | None = key(None, "100", METHOD)
+    warmup_steps: NonNegativeInt | None = key(None, 100, METHOD)
     """steps of linear warm-up; null: 500, but at most a tenth of all steps"""
-    clip_norm: PositiveFloat | None = key(1.0, "null", METHOD)
+    clip_norm: PositiveFloat | None = key(1.0, None, METHOD)
     """largest gradient norm; null: no clipping"""
-    label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] = key(0.0, "0.1", METHOD)
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] = key(0.0, 0.1, METHOD)
     """share of the label spread over all classes"""
-    crop_scale: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.9, "0.6", METHOD)
+    crop_scale: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.9, 0.6, METHOD)
     """smallest area of the random crop, as a fraction of the image"""
-    head_bias: Flag = key(False, "true", METHOD)
+    head_bias: Flag = key(False, True, METHOD)
     """a trained bias in the class head"""
-    head_lr_factor: NonNegativeFloat = key(1.0, "0", METHOD)
+    head_lr_factor: NonNegativeFloat = key(1.0, 0, METHOD)
     """learning rate of the class head, relative to the tower's; 0 freezes it"""
-    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = key(1.0, "0.75", METHOD)
+    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = key(1.0, 0.75, METHOD)
     """learning rate of a layer of the image tower, relative to that of the layer above it; the class head is the
     uppermost. 1: one learning rate"""
-    freeze_layers: NonNegativeInt = key(0, "2", METHOD, range="0 to the number of layers")
+    freeze_layers: NonNegativeInt = key(0, 2, METHOD)
     """lowest layers of the image tower that do not train (stem, blocks, projection); all of them: the class head alone
     trains"""
-    lora_rank: PositiveInt | None = key(None, "8", METHOD, range="1 to the smallest side of a matrix")
-    """the matrices of the tower's blocks train by corrections of this rank (LoRA), nothing else of the tower trains;
-    null: all trains"""
-    lora_alpha: PositiveFloat | None = key(None, "16", METHOD)
+    lora_rank: PositiveInt | None = key(None, 8, METHOD)
+    """the matrices of the tower's blocks train by corrections of this rank (LoRA), at most the smallest side of a
+    matrix, nothing else of the tower trains; null: all trains"""
+    lora_alpha: PositiveFloat | None = key(None, 16, METHOD)
     """LoRA's corrections count `lora_alpha / lora_rank` times; null: once"""
-    ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = key(None, "0.99", METHOD)
+    ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = key(None, 0.99, METHOD)
     """the result is the average of the weights after each step, an older step counts this much of the next; null: the
     last step"""
-    recalibrate_batches: NonNegativeInt = key(0, "10", METHOD)
+    recalibrate_batches: NonNegativeInt = key(0, 10, METHOD)
     """for towers with BatchNorm: batches of 128 clean training images from which the running statistics of mixed
     weights are computed again; 0: they stay those of the zero-shot model"""
-    context_scale: PositiveFloat | None = key(None, "50", METHOD)
+    context_scale: PositiveFloat | None = key(None, 50, METHOD)
     """scale in the context softmax; null: the model's own logit scale"""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)
     """precision of the image tower's compute; weights stay fp32 (fp64 with fp64)"""
-    grad_checkpointing: Flag = key(False, "true", MEMORY, not_searched=ONLY_SPEED)
+    grad_checkpointing: Flag = key(False, True, MEMORY, not_searched=ONLY_SPEED)
     """compute the activations of a block again instead of keeping them: less memory, the same gradient, one more
     forward pass"""
     compile: Annotated[Literal["auto", True, False], BeforeValidator(_auto_or_flag)] = key(
-        "auto",
-        "true",
-        ROUNDING,
-        type="text or bool",
-        range="`auto`, `true`, `false`",
-        not_searched=ONLY_ROUNDING,
+        "auto", True, ROUNDING, not_searched=ONLY_ROUNDING
     )
     """train with a compiled image tower (`torch.compile`, needs a compiler): faster after a slow start, other rounding;
     auto: on a GPU with a compiler that works, where a training has at least 1,000 steps. It is decided once, before the
     first training of a study"""
-    checkpoint_every: Duration | None = key(
-        900.0, "5m", SAVING, type="float or text", range="> 0; `30s`, `15m`, `1h30m`", not_searched=ONLY_SAVING
-    )
-    """time from one checkpoint to the next, in seconds or as a text; one is written at the end of every epoch in any
-    case; null: only there"""
+    checkpoint_every: Duration | None = key(900.0, "5m", SAVING, not_searched=ONLY_SAVING)
+    """time from one checkpoint to the next, in seconds or as a text (`30s`, `1h30m`); one is written at the end of
+    every epoch in any case; null: only there"""
     function: Annotated[str | None, BeforeValidator(_function)] = key(
-        None, "own_trainer:fine_tune", METHOD, range="`MODULE:NAME`", not_searched=ONE_FUNCTION
+        None, "own_trainer:fine_tune", METHOD, not_searched=ONE_FUNCTION
     )
-    """your own fine-tuning in place of the built-in loop, taken only with `--trust`
+    """`MODULE:NAME`, your own fine-tuning in place of the built-in loop, taken only with `--trust`
     ([own_trainer.md](../docs/own_trainer.md))"""
     function_dir: str | None = key(
         None,
         "trainers",
         Resume("running", "a folder may move; the function has the same name"),
-        range="a folder",
-        left_out="the recipe's own",
         not_searched=ONE_FUNCTION,
     )
-    """folder from which `function` is imported, as if Python was started there"""
+    """folder from which `function` is imported, as if Python was started there; null: the recipe's own"""
     seed: Seed = key(
-        0, "1", Resume("identity", "choosing a luckier seed is selection on noise"), not_searched=SEED_REASON
+        0, 1, Resume("identity", "choosing a luckier seed is selection on noise"), not_searched=SEED_REASON
     )
     """order of the images and their random crops, and LoRA's start"""
 
@@ -210,18 +192,18 @@ class EvaluateConfig(Config):
     """Evaluation while a training runs; the end is always evaluated in full."""
 
     every_epochs: NonNegativeInt = key(
-        1, "2", Resume("identity", "a pruner may cut a training only where it is evaluated")
+        1, 2, Resume("identity", "a pruner may cut a training only where it is evaluated")
     )
     """epochs between evaluations on a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, which is
     always in full"""
     subset: PositiveInt = key(
-        250, "1000", Resume("identity", "intermediate values of trainings are compared with each other")
+        250, 1000, Resume("identity", "intermediate values of trainings are compared with each other")
     )
     """images per set in the evaluations while a training runs"""
-    batch_size: PositiveInt = key(128, "64", MEMORY)
+    batch_size: PositiveInt = key(128, 64, MEMORY)
     """images per forward pass; halved where memory is short"""
     thumbnails: Annotated[int, Field(ge=0, le=200, strict=True)] = key(
-        48, "0", Resume("running", "pictures for the report; nothing is computed from them"), range="0 to 200"
+        48, 0, Resume("running", "pictures for the report; nothing is computed from them")
     )
     """small pictures that a training keeps for `report --html`, of validation images whose answer changes between
     zero-shot, the chosen alpha and alpha 1; those of the best trials stay; 0: none are kept, and none are shown"""

@@ -15,12 +15,16 @@ from carft_ray.recipe.fields import (
     PositiveInt,
     Resume,
     key,
+    not_searched,
     nothing_is_empty,
     plain_value,
 )
-from carft_ray.recipe.fine_tuning import field_kind
+from carft_ray.recipe.fine_tuning import TrainConfig, field_kind
 
 _MOST_STEPS = 10**9
+# field of train -> why no search space may have it
+NOT_SEARCHABLE = {name: why for name, field in TrainConfig.model_fields.items() if (why := not_searched(field))}
+SEARCHABLE = tuple(key for key in TrainConfig.model_fields if key not in NOT_SEARCHABLE)
 SPACE = Resume("space", "the sampler needs one space; earlier trials inside it still count")
 
 
@@ -31,32 +35,27 @@ def _choices(value: Any) -> tuple[Any, ...]:
     return tuple(plain_value(one) for one in values)
 
 
-When = Annotated[dict[str, Annotated[Any, BeforeValidator(_choices)]], BeforeValidator(nothing_is_empty)]
 Choice = Annotated[bool | int | float | str | None, BeforeValidator(plain_value)]
+Choices = Annotated[Any, BeforeValidator(_choices, json_schema_input_type=Choice | list[Choice])]
+When = Annotated[dict[str, Choices], BeforeValidator(nothing_is_empty)]
 
 
 class FloatParameter(Config):
     """A real number between two ends."""
 
-    type: Literal["float"] = key("float", "float", SPACE, left_out="from the keys and the field")
-    """kind of the parameter"""
-    low: Number = key(REQUIRED, "1e-4", SPACE, range="inside the field's own range")
-    """lower end, included"""
-    high: Number = key(REQUIRED, "1e-1", SPACE, range=">= low")
+    type: Literal["float"] = key("float", "float", SPACE)
+    """kind of the parameter; left out, it follows from the keys and the field"""
+    low: Number = key(REQUIRED, 0.0001, SPACE)
+    """lower end, included, inside the field's own range"""
+    high: Number = key(REQUIRED, 0.1, SPACE)
     """upper end, included"""
-    log: Flag = key(False, "true", SPACE, range="`true` needs low > 0 and no step")
-    """draw on a log scale"""
-    step: PositiveFloat | None = key(None, "null", SPACE, range="> 0, divides high - low")
-    """distance of the values that are drawn; an int parameter has 1"""
-    when: When = key(
-        {},
-        "{head_bias: true}",
-        SPACE,
-        type="parameter: value or list",
-        range="categorical parameters of the space, their choices; no circle; not for `alpha`",
-    )
-    """categorical parameter: its value or values for which this one is drawn; elsewhere the field keeps its value in
-    `train`"""
+    log: Flag = key(False, True, SPACE)
+    """draw on a log scale; needs low > 0 and no step"""
+    step: PositiveFloat | None = key(None, None, SPACE)
+    """distance of the values that are drawn, divides high - low; an int parameter has 1"""
+    when: When = key({}, {"head_bias": True}, SPACE)
+    """not for `alpha`; categorical parameter: its value or values for which this one is drawn; elsewhere the field
+    keeps its value in `train`"""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -67,12 +66,12 @@ class FloatParameter(Config):
 class IntParameter(Config):
     """A whole number between two ends, both included; ``FloatParameter`` documents the keys."""
 
-    type: Literal["int"] = key(REQUIRED, "float", SPACE)
-    low: Annotated[int, Field(strict=True)] = key(REQUIRED, "1e-4", SPACE)
-    high: Annotated[int, Field(strict=True)] = key(REQUIRED, "1e-1", SPACE)
-    log: Flag = key(False, "true", SPACE)
-    step: PositiveInt = key(1, "null", SPACE)
-    when: When = key({}, "{head_bias: true}", SPACE)
+    type: Literal["int"] = key("int", "int", SPACE)
+    low: Annotated[int, Field(strict=True)] = key(REQUIRED, 4, SPACE)
+    high: Annotated[int, Field(strict=True)] = key(REQUIRED, 16, SPACE)
+    log: Flag = key(False, True, SPACE)
+    step: PositiveInt = key(1, 2, SPACE)
+    when: When = key({}, {"head_bias": True}, SPACE)
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -83,12 +82,10 @@ class IntParameter(Config):
 class CategoricalParameter(Config):
     """One of a list of values."""
 
-    type: Literal["categorical"] = key(REQUIRED, "float", SPACE)
-    choices: Annotated[tuple[Choice, ...], Field(min_length=1)] = key(
-        REQUIRED, "[0.05, 0.1]", SPACE, type="list", range="at least 1, none twice"
-    )
-    """the values of a categorical parameter"""
-    when: When = key({}, "{head_bias: true}", SPACE)
+    type: Literal["categorical"] = key("categorical", "categorical", SPACE)
+    choices: Annotated[tuple[Choice, ...], Field(min_length=1)] = key(REQUIRED, [0.05, 0.1], SPACE)
+    """the values of a categorical parameter, none twice"""
+    when: When = key({}, {"head_bias": True}, SPACE)
 
     @field_validator("choices")
     @classmethod
@@ -118,7 +115,8 @@ def _check_ends(low: float, high: float, log: bool, step: float | None) -> None:
         raise ValueError(f"high - low must be a multiple of step, but got low={low}, high={high}, step={step}")
 
 
-Parameter = Annotated[FloatParameter | IntParameter | CategoricalParameter, Field(discriminator="type")]
+AnyParameter = FloatParameter | IntParameter | CategoricalParameter
+Parameter = Annotated[AnyParameter, Field(discriminator="type")]
 
 
 def name_types(space: Any) -> Any:
@@ -134,3 +132,10 @@ def _name_type(name: str, parameter: Any) -> Any:
     if "choices" in parameter:
         return {"type": "categorical", **parameter}
     return {"type": "int" if field_kind(name) is int else "float", **parameter}
+
+
+Searched: Any = Literal[SEARCHABLE]
+Space = Annotated[
+    dict[str, Parameter],
+    BeforeValidator(name_types, json_schema_input_type=dict[Searched, AnyParameter]),  # `type` may be left out
+]

@@ -15,6 +15,8 @@ from carft_ray.recipe import text
 
 PACKAGED = Path(__file__).resolve().parents[1] / "search_spaces"
 CHECKOUT = Path(__file__).resolve().parents[2] / "search_spaces"
+SCHEMA = "carft-ray.schema.json"  # beside the recipes, for editors
+SCHEMA_LINE = f"# yaml-language-server: $schema={SCHEMA}\n"
 
 
 @dataclass(frozen=True)
@@ -93,10 +95,15 @@ def _set_name(domain: str) -> str:
     return domain.lower().replace(" ", "_")
 
 
+def schema_text() -> str:
+    """Returns the JSON schema of a recipe."""
+    return (_folder() / SCHEMA).read_text(encoding="utf-8")
+
+
 def _folder() -> Path:
     """Returns where the recipes are: inside an installed package, next to it in a checkout."""
     return PACKAGED if PACKAGED.is_dir() else CHECKOUT
 
 
 def _first_line(path: Path) -> str:
-    return path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ").rstrip()
+    return path.read_text(encoding="utf-8").removeprefix(SCHEMA_LINE).splitlines()[0].lstrip("# ").rstrip()

@@ -1,8 +1,8 @@
 """The recipe as one frozen, validated value. Every key that a user can write is a field, here or in the modules below.
 
 A field holds the type, the range and the default of its key, its meaning, an example, and whether it may change when a
-study is resumed (``fields.key``). The tables of ``search_spaces/README.md`` and ``docs/resume.md`` are made of them by
-``python -m carft_ray.recipe.tables``. Rules that concern several keys are in ``rules.py``.
+study is resumed (``fields.key``). ``docs/keys.py`` makes of them the tables of ``search_spaces/README.md`` and
+``docs/resume.md`` and the JSON schema for editors. Rules that concern several keys are in ``checks/rules.py``.
 
 Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
 otherwise.
@@ -16,6 +16,7 @@ from carft_ray.recipe.constraints import ConstraintsConfig
 from carft_ray.recipe.fields import (
     Config,
     Duration,
+    DurationText,
     Flag,
     Fraction,
     NonNegativeFloat,
@@ -29,7 +30,7 @@ from carft_ray.recipe.fields import (
     seconds_of,
 )
 from carft_ray.recipe.fine_tuning import EvaluateConfig, ModelConfig, PromptsConfig, TrainConfig
-from carft_ray.recipe.parameters import SPACE, Parameter, name_types
+from carft_ray.recipe.parameters import SPACE, Space
 from carft_ray.recipe.sets import DataConfig
 
 FORMAT_VERSION = 1
@@ -44,6 +45,12 @@ PROPOSED = Resume("running", "proposals to come")
 HOW_FAR = Resume("running", "how far")
 TOLD = Resume("running", "who is told; nothing is computed from it")
 HOW_FAST = Resume("running", "where and how fast")
+
+
+# of fields of ``train``; checked where they are applied
+Values = Annotated[dict[str, Any], BeforeValidator(nothing_is_empty, json_schema_input_type=TrainConfig)]
+Baselines = Annotated[dict[SetName, Values], BeforeValidator(nothing_is_empty)]
+Wait = Annotated[NonNegativeFloat, BeforeValidator(seconds_of, json_schema_input_type=NonNegativeFloat | DurationText)]
 
 
 def _amount(value: float) -> float:
@@ -61,13 +68,11 @@ class AlphaConfig(Config):
     mode: Literal["profile", "sample"] = key("profile", "profile", OBJECTIVE)
     """profile: each trial takes the best of its alpha curve, without further training; sample: alpha is a parameter of
     the space"""
-    grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] | None = key(
-        None, "[0, 0.25, 0.5, 0.75, 1]", OBJECTIVE, range="rises from 0 to 1"
-    )
+    grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] | None = key(None, [0, 0.25, 0.5, 0.75, 1], OBJECTIVE)
     """alphas at which the curve is measured, in addition to `lowest` and up to two next to the best; null: 0, .2, .4,
     .6, .8, 1, some of them on the images whose answer may differ there alone
     ([docs/objectives.md](../docs/objectives.md#partial-points))"""
-    lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.1, "0.2", OBJECTIVE)
+    lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.1, 0.2, OBJECTIVE)
     """lowest alpha that a trial may choose, always measured; alpha 0 is a baseline"""
 
     @property
@@ -93,15 +98,15 @@ class ObjectiveConfig(Config):
     kind: Literal["weighted_mean", "harmonic", "worst_domain", "pareto"] = key("weighted_mean", "harmonic", RANKING)
     """weighted mean or harmonic mean of ID and mean OOD accuracy, the lowest OOD accuracy, or both accuracies as a
     Pareto front, which needs `alpha.mode: sample`"""
-    id_weight: Fraction = key(0.5, "0.3", RANKING)
+    id_weight: Fraction = key(0.5, 0.3, RANKING)
     """weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: its weight in the
     intermediate values of a running training"""
-    id_margin: Fraction = key(0.005, "0.01", Resume("identity", "what a confirm claims is fixed before it is seen"))
+    id_margin: Fraction = key(0.005, 0.01, Resume("identity", "what a confirm claims is fixed before it is seen"))
     """in `confirm` and `test`, "keeps ID" means: not more ID accuracy lost than this, by the 95 % interval; it ranks
     nothing"""
     best: Literal["knee", "lexicographic"] = key("knee", "lexicographic", BEST)
     """with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID"""
-    tolerance: Fraction = key(0.005, "0.01", BEST)
+    tolerance: Fraction = key(0.005, 0.01, BEST)
     """with `lexicographic`: ID accuracy under the highest at which OOD accuracy decides"""
 
 
@@ -111,20 +116,14 @@ class SamplerConfig(Config):
     name: Literal["tpe", "gp", "nsga2", "qmc", "random", "grid"] = key("tpe", "random", SAMPLING)
     """who proposes the next values"""
     seed: Seed = key(
-        0, "1", Resume("identity", "choosing a luckier seed is selection on noise; qmc continues its own sequence")
+        0, 1, Resume("identity", "choosing a luckier seed is selection on noise; qmc continues its own sequence")
     )
     """seed of the sampler"""
-    startup_trials: PositiveInt | None = key(None, "8", SAMPLING, range="1 to `search.trials`")
-    """random trials before `tpe` and `gp`; null: a quarter of the trials, at least 4"""
+    startup_trials: PositiveInt | None = key(None, 8, SAMPLING)
+    """at most `search.trials`: random trials before `tpe` and `gp`; null: a quarter of the trials, at least 4"""
     # checked by sampler_rules.py
-    options: Annotated[dict[str, Any], BeforeValidator(nothing_is_empty)] = key(
-        {},
-        "{n_ei_candidates: 48}",
-        SAMPLING,
-        type="option: value",
-        range="as [docs/samplers.md](../docs/samplers.md) lists them",
-    )
-    """options of this sampler; null is its default"""
+    options: Annotated[dict[str, Any], BeforeValidator(nothing_is_empty)] = key({}, {"n_ei_candidates": 48}, SAMPLING)
+    """options of this sampler ([docs/samplers.md](../docs/samplers.md)); null is its default"""
 
 
 class PrunerConfig(Config):
@@ -132,57 +131,44 @@ class PrunerConfig(Config):
 
     name: Literal["none", "successive_halving", "median", "percentile"] = key("none", "median", CUT)
     """how a training is compared with the others"""
-    first: Annotated[float, Field(gt=0, lt=1, strict=True)] = key(1 / 3, "0.25", CUT)
+    first: Annotated[float, Field(gt=0, lt=1, strict=True)] = key(1 / 3, 0.25, CUT)
     """share of the schedule before which no training is cut; the first rung"""
-    factor: Annotated[int, Field(ge=2, strict=True)] = key(2, "3", CUT)
+    factor: Annotated[int, Field(ge=2, strict=True)] = key(2, 3, CUT)
     """`successive_halving`: one in so many trainings continues, and the next rung is so many times later"""
-    startup_trials: PositiveInt = key(4, "8", CUT)
+    startup_trials: PositiveInt = key(4, 8, CUT)
     """`median`, `percentile`: complete trials before anything is cut"""
-    percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(25.0, "50.0", CUT)
+    percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(25.0, 50.0, CUT)
     """`percentile`: percentage of the trainings, the best ones, that continues"""
 
 
 class SearchConfig(Config):
     """What is searched and how long."""
 
-    trials: PositiveInt = key(16, "30", HOW_FAR)
+    trials: PositiveInt = key(16, 30, HOW_FAR)
     """trainings, baselines not counted"""
-    space: Annotated[dict[str, Parameter], BeforeValidator(name_types)] = key(
-        {},
-        "{learning_rate: {low: 1e-4, high: 5e-3, log: true}}",
-        SPACE,
-        type="field of train: parameter",
-        range="fields of train marked *",
-    )
-    """the search space; `search` needs at least one parameter"""
+    space: Space = key({}, {"learning_rate": {"low": 0.0001, "high": 0.005, "log": True}}, SPACE)
+    """the search space: fields of `train` marked *; `search` needs at least one"""
     alpha: AlphaConfig = AlphaConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     constraints: ConstraintsConfig = ConstraintsConfig()
     sampler: SamplerConfig = SamplerConfig()
     pruner: PrunerConfig = PrunerConfig()
-    enqueue: tuple[dict[str, Any], ...] = key(
-        (),
-        "[{learning_rate: 5e-4, kl_weight: 10}]",
-        PROPOSED,
-        type="list of fields of train",
-        range="values inside the space, no entry twice",
-    )
-    """values that are tried first, in this order, flat or under `train`; a parameter that is left out is drawn; they
-    count as trials"""
-    warm_start: tuple[str, ...] = key((), "[../studies/first]", PROPOSED, range="folders of studies")
-    """other studies whose trials are passed to the sampler; they are not trials of this one"""
-    baselines: Annotated[dict[SetName, dict[str, Any]], BeforeValidator(nothing_is_empty)] = key(
+    enqueue: tuple[Values, ...] = key((), [{"learning_rate": 0.0005, "kl_weight": 10}], PROPOSED)
+    """values inside the space that are tried first, in this order, flat or under `train`; a parameter that is left out
+    is drawn; they count as trials"""
+    warm_start: tuple[str, ...] = key((), ["../studies/first"], PROPOSED)
+    """folders of other studies whose trials are passed to the sampler; they are not trials of this one"""
+    baselines: Baselines = key(
         {},
-        "{fine_tuning: {kl_weight: 0}}",
+        {"fine_tuning": {"kl_weight": 0}},
         Resume("identity", "a trained baseline keeps its values; further ones may be added"),
-        type="name: fields of train",
-        range="any name but `zero_shot`, which is always shown",
     )
-    """values over `train`, trained before the trials and shown with them, never passed to the sampler"""
-    max_concurrent_trials: PositiveInt | None = key(None, "2", HOW_FAST)
+    """values over `train`, trained before the trials and shown with them, never passed to the sampler; any name but
+    `zero_shot`, which is always shown"""
+    max_concurrent_trials: PositiveInt | None = key(None, 2, HOW_FAST)
     """trials at a time; null: as many as the machine or cluster has resources for; one fewer each time that Ray ends a
     trial that is out of memory"""
-    keep_checkpoints: PositiveInt = key(3, "10", Resume("running", "what is kept"))
+    keep_checkpoints: PositiveInt = key(3, 10, Resume("running", "what is kept"))
     """best trials of the study whose fine-tuned weights stay, besides those of all baselines (and of all trainings on a
     Pareto front); the results of the others stay"""
 
@@ -193,32 +179,28 @@ class ResourcesConfig(Config):
     executor: Literal["auto", "inline", "ray-train", "debug"] = key("auto", "ray-train", HOW_FAST)
     """auto: one worker runs inline, more workers run as a Ray Train job; debug: this process, one training after the
     other, without Ray"""
-    num_workers: PositiveInt = key(1, "1", HOW_FAST, range=">= 1; 1 with `inline` and `debug`")
-    """workers of one trial"""
-    cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] | None = key(
-        None, "4", HOW_FAST, range=">= 0.0001"
-    )
-    """CPU cores per worker, which make its views; null: 1 without GPUs, else the same share of a node's cores as of its
-    GPUs, on the node with the fewest cores a GPU of those that are there at the start"""
-    gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(
-        None, "0.5", HOW_FAST, range="0, a whole number, or 0.0001 to 1 with one worker"
-    )
-    """GPUs per worker; null: 1 where the cluster has GPUs, else 0; a share is of one GPU: with 0.3, three trials run on
-    each. A worker computes on one: for several GPUs a trial see `num_workers`"""
-    accelerator: SetName | None = key(None, "H100", HOW_FAST, range="a kind as Ray names it; with GPUs")
+    num_workers: PositiveInt = key(1, 1, HOW_FAST)
+    """workers of one trial; 1 with `inline` and `debug`"""
+    cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] | None = key(None, 4, HOW_FAST)
+    """CPU cores per worker, at least 0.0001, which make its views; null: 1 without GPUs, else the same share of a
+    node's cores as of its GPUs, on the node with the fewest cores a GPU of those that are there at the start"""
+    gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(None, 0.5, HOW_FAST)
+    """GPUs per worker: a whole number, or with one worker a share from 0.0001 on; null: 1 where the cluster has GPUs,
+    else 0; a share is of one GPU: with 0.3, three trials run on each. A worker computes on one: for several GPUs a
+    trial see `num_workers`"""
+    accelerator: SetName | None = key(None, "H100", HOW_FAST)
     """trials run only on nodes with GPUs of this kind (Ray's resource `accelerator_type:H100`); null: on any"""
-    wait_for_nodes: Annotated[NonNegativeFloat, BeforeValidator(seconds_of)] | None = key(
-        None, "10m", HOW_FAST, type="float or text", range=">= 0; `90s`, `10m`, `1h30m`"
-    )
-    """on a cluster (`--address`): how long a command waits at its start for the first nodes on which a trial fits;
-    null: as long as it takes where an autoscaler may add them, else not at all"""
-    threads: PositiveInt | None = key(None, "1", HOW_FAST)
+    wait_for_nodes: Wait | None = key(None, "10m", HOW_FAST)
+    """on a cluster (`--address`): how long a command waits at its start, in seconds or as a text (`90s`, `1h30m`), for
+    the first nodes on which a trial fits; null: as long as it takes where an autoscaler may add them, else not at
+    all"""
+    threads: PositiveInt | None = key(None, 1, HOW_FAST)
     """threads per worker, which make views and compute on a CPU; null: `cpus_per_worker`"""
     targets: Literal["auto", "online", "stored"] = key("auto", "online", HOW_FAST)
     """the frozen model's context distributions; online: computed in every training; stored: the first training that
     needs one keeps it in the study, later ones read it; auto: stored where several trainings share them. The same
     numbers in each case"""
-    hang_timeout_s: PositiveFloat | None = key(3600.0, "600", HOW_FAST)
+    hang_timeout_s: PositiveFloat | None = key(3600.0, 600, HOW_FAST)
     """in a search: a trial without a training step for so many seconds is ended and tried again, and its log says what
     its threads did; longer than its evaluations; null: never"""
 
@@ -234,9 +216,10 @@ class ResourcesConfig(Config):
 class BudgetConfig(Config):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
-    wall_time: Duration | None = key(None, "8h", HOW_FAR, type="float or text", range="> 0; `45m`, `8h`, `1h30m`")
-    """time of one `search` or `resume`, in seconds or as a text; then it ends with its best and can be resumed"""
-    gpu_hours: PositiveFloat | None = key(None, "24", HOW_FAR)
+    wall_time: Duration | None = key(None, "8h", HOW_FAR)
+    """time of one `search` or `resume`, in seconds or as a text (`45m`, `8h`); then it ends with its best and can be
+    resumed"""
+    gpu_hours: PositiveFloat | None = key(None, 24, HOW_FAR)
     """GPU hours of all attempts of the study, baselines and confirm included; then a `search` or `resume` ends with its
     best"""
 
@@ -244,18 +227,18 @@ class BudgetConfig(Config):
 class WandbConfig(Config):
     """Weights & Biases gets a run per training, epoch by epoch, and one with the figure; extra ``wandb``."""
 
-    project: SetName | None = key(None, "my_project", TOLD, range="a name")
+    project: SetName | None = key(None, "my_project", TOLD)
     """project of the runs, a training each; null: none"""
-    entity: SetName | None = key(None, "my_team", TOLD, range="a name")
+    entity: SetName | None = key(None, "my_team", TOLD)
     """user or team that has the project; null: that of the login"""
-    offline: Flag = key(False, "true", TOLD)
+    offline: Flag = key(False, True, TOLD)
     """runs stay in `tracking/` of the study until `wandb sync` sends them; so they do with `WANDB_MODE=offline`"""
 
 
 class MlflowConfig(Config):
     """MLflow gets a run per training inside one of the study; extra ``mlflow``."""
 
-    experiment: SetName | None = key(None, "my_experiment", TOLD, range="a name")
+    experiment: SetName | None = key(None, "my_experiment", TOLD)
     """experiment of the runs, a training each, inside a run of the study; null: none. The server is that of
     `MLFLOW_TRACKING_URI`; without it, files in `tracking/` of the study"""
 
@@ -270,11 +253,9 @@ class TrackingConfig(Config):
 class Recipe(Config):
     """Everything about one study. A value of this type is valid."""
 
-    format_version: Literal[1] = key(1, "1", Resume("identity", "the form of the folder"))
+    format_version: Literal[1] = key(1, 1, Resume("identity", "the form of the folder"))
     """version of this format"""
-    name: SetName = key(
-        "study", "my_search", Resume("running", "for people; nothing is computed from it"), range="a name"
-    )
+    name: SetName = key("study", "my_search", Resume("running", "for people; nothing is computed from it"))
     """name of the study, for people"""
     model: ModelConfig = ModelConfig()
     data: DataConfig

@@ -77,7 +77,7 @@ def _folder_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _row_values(value: Any) -> tuple[Any, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
-    if not values or not all(isinstance(one, bool | int | str) for one in values):
+    if not values or not all(isinstance(one, RowValue) for one in values):
         raise ValueError("must be a text, a whole number, true or false, or a list of them")
     return values
 
@@ -93,7 +93,9 @@ ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
 Domains = Annotated[tuple[FolderName, ...], Field(min_length=1), AfterValidator(_folder_names)]
 SampleIds = Annotated[tuple[int, ...] | str, BeforeValidator(_sample_ids)]
 ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
-Where = Annotated[dict[str, Annotated[Any, BeforeValidator(_row_values)]], BeforeValidator(nothing_is_empty)]
+RowValue = bool | int | str
+RowValues = Annotated[Any, BeforeValidator(_row_values, json_schema_input_type=RowValue | list[RowValue])]
+Where = Annotated[dict[str, RowValues], BeforeValidator(nothing_is_empty)]
 
 
 MAX_PIXELS = 64_000_000  # of one image: decoding takes up to 20 bytes for each
@@ -105,11 +107,11 @@ class SandboxSet(Config):
 
     source: Literal["sandbox"] = key(REQUIRED, "sandbox", IMAGES)
     """where the images come from"""
-    domain: str = key(REQUIRED, "silhouette", IMAGES, range="a sandbox domain, such as `photo`, `sketch`, `painting`")
-    """what the pictures look like"""
+    domain: str = key(REQUIRED, "silhouette", IMAGES)
+    """what the pictures look like, such as `photo`, `sketch`, `painting`"""
     split: Literal["train", "val", "test"] = key(REQUIRED, "val", IMAGES)
     """other split, other images"""
-    num_per_class: PositiveInt = key(REQUIRED, "20", IMAGES)
+    num_per_class: PositiveInt = key(REQUIRED, 20, IMAGES)
     """images per class"""
 
 
@@ -118,16 +120,14 @@ class StoredSet(Config):
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude")  # whose texts are paths
 
-    path: str = key(REQUIRED, "../my_images", MOVED, range="a path")
+    path: str = key(REQUIRED, "../my_images", MOVED)
     """where the images are"""
-    part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = key(
-        None, "[0, 0.1]", IMAGES, range="0 <= from < to <= 1"
-    )
+    part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = key(None, [0, 0.1], IMAGES)
     """the images whose fraction, a hash of the sample id, lies in [from, to); disjoint parts of one set share no image,
     so `id_val` can be cut from the images of `train`"""
-    shots: PositiveInt | None = key(None, "16", IMAGES)
+    shots: PositiveInt | None = key(None, 16, IMAGES)
     """images per class, of the part; fewer shots are among more"""
-    shots_seed: Seed = key(0, "1", IMAGES)
+    shots_seed: Seed = key(0, 1, IMAGES)
     """other seed, other shots"""
     classes: Literal["all", "some"] = key(
         "all", "some", Resume("identity", "among which classes images are classified")
@@ -139,7 +139,7 @@ class StoredSet(Config):
     set and says where all are named, and the manifest counts them (every image is decoded once to find them)"""
     max_pixels: Annotated[int, Field(ge=1, le=PILLOWS_LIMIT, strict=True)] = key(
         MAX_PIXELS,
-        "120_000_000",
+        120000000,
         Resume(
             "running", "a limit of memory; which images it leaves out with `on_bad_image` is compared with the manifest"
         ),
@@ -149,7 +149,6 @@ class StoredSet(Config):
         None,
         "lists/bad_labels.csv",
         Resume("identity", "which images; a file may move, the images that are left are compared"),
-        range="sample ids of the set, or a path",
     )
     """images that are left out, after `part` and `shots`: sample ids, or a file of them, one per line or in the column
     `sample_id` of a CSV file"""
@@ -159,9 +158,7 @@ class FolderSet(StoredSet):
     """Images in a tree ``path/domain/class/*.png|jpg``, or ``path/class/*`` without domains."""
 
     source: Literal["folder"] = key(REQUIRED, "sandbox", IMAGES)
-    domains: Domains | None = key(
-        None, "[silhouette, quickdraw]", IMAGES, range="at least 1 name of a folder, none twice"
-    )
+    domains: Domains | None = key(None, ["silhouette", "quickdraw"], IMAGES)
     """the folders of the tree that belong to the set; null: the class folders are at `path`"""
 
 
@@ -169,29 +166,21 @@ class ColumnSet(StoredSet):
     """A row per image: which columns hold what, and which rows belong to the set."""
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "root", "class_names")
-    image: str | None = key(None, "file_name", IMAGES, range="a column")
+    image: str | None = key(None, "file_name", IMAGES)
     """column with the images: paths, or the bytes of files; null: `image`, or the one column that can be it"""
-    label: str | None = key(None, "category", LABELS, range="a column")
+    label: str | None = key(None, "category", LABELS)
     """column with the labels: texts, or whole numbers from 0; null: `label`, or the one column that can be it"""
     id: str | None = key(
-        None,
-        "image_id",
-        Resume("identity", "the names of the images, from which parts, shots and views are drawn"),
-        range="a column, no value twice",
+        None, "image_id", Resume("identity", "the names of the images, from which parts, shots and views are drawn")
     )
-    """column with a stable name for each image, or `COLUMN.FIELD`; null: the path below `root`, else a hash of the
-    bytes, for which the files are read once"""
-    root: str | None = key(None, "../my_images", MOVED, range="a path; only with paths")
-    """folder that paths of images count from; null: that of the files"""
-    where: Where = key(
-        {},
-        "{fold: [1, 2]}",
-        IMAGES,
-        type="column: value or list",
-        range="columns of texts, whole numbers, true and false",
-    )
-    """the rows that belong to the set, by the values of columns; sets without a value in common share no row"""
-    class_names: ClassNames | None = key(None, "[cat, dog]", CLASS_NAMES, range="none twice")
+    """column with a stable name for each image, no value twice, or `COLUMN.FIELD`; null: the path below `root`, else a
+    hash of the bytes, for which the files are read once"""
+    root: str | None = key(None, "../my_images", MOVED)
+    """folder, where `image` holds paths, that paths of images count from; null: that of the files"""
+    where: Where = key({}, {"fold": [1, 2]}, IMAGES)
+    """the rows that belong to the set, by the values of columns (texts, whole numbers, true, false); sets without a
+    value in common share no row"""
+    class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES)
     """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those that
     the files name (features of Hugging Face), else the texts of the labels, sorted"""
 
@@ -206,7 +195,7 @@ class HuggingFaceSet(ColumnSet):
     """A folder that ``datasets`` has saved, or Parquet files as the hub lays them out."""
 
     source: Literal["huggingface"] = key(REQUIRED, "sandbox", IMAGES)
-    split: str | None = key(None, "train", IMAGES, range="a split of the data set")
+    split: str | None = key(None, "train", IMAGES)
     """split of the data set; null: the only one"""
 
 
@@ -215,13 +204,11 @@ class WebDatasetSet(StoredSet):
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "class_names")
     source: Literal["webdataset"] = key(REQUIRED, "sandbox", IMAGES)
-    image: str | None = key(None, "jpg", IMAGES, range="an ending")
+    image: str | None = key(None, "jpg", IMAGES)
     """ending of the images; null: the one image of each sample"""
-    label: Annotated[str | None, BeforeValidator(_sample_label)] = key(
-        None, "json:category", LABELS, range="an ending, or `json:KEY`"
-    )
+    label: Annotated[str | None, BeforeValidator(_sample_label)] = key(None, "json:category", LABELS)
     """ending of the file with the label, or `json:KEY`; null: `cls`"""
-    class_names: ClassNames | None = key(None, "[cat, dog]", CLASS_NAMES, range="none twice")
+    class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES)
     """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those of
     `classnames.txt` next to the shards, else the texts of the labels, sorted"""
 
@@ -231,13 +218,13 @@ class BenchmarkSet(StoredSet):
 
     source: Literal["benchmark"] = key(REQUIRED, "sandbox", IMAGES)
     # a key of benchmarks.py
-    name: str = key(REQUIRED, "vlcs", IMAGES, range="a name of the table above")
-    """which benchmark: its class list, masks and splits"""
-    split: str | None = key(None, "out", IMAGES, range="as the table above says")
-    """split of the benchmark; null: all its images"""
-    domains: Domains | None = key(None, "[sketch]", IMAGES, range="at least 1 name of a domain, none twice")
+    name: str = key(REQUIRED, "vlcs", IMAGES)
+    """which benchmark of the table above: its class list, masks and splits"""
+    split: str | None = key(None, "out", IMAGES)
+    """split of the benchmark, of the table above; null: all its images"""
+    domains: Domains | None = key(None, ["sketch"], IMAGES)
     """domains of DomainBed's sets; null: all of them"""
-    trial_seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = key(0, "1", IMAGES)
+    trial_seed: Annotated[int, Field(ge=0, lt=2**31, strict=True)] = key(0, 1, IMAGES)
     """DomainBed's `--trial_seed`, of its splits `in` and `out`"""
 
 
@@ -250,18 +237,18 @@ class CorruptedSet(Config):
 
     source: Literal["corrupted"] = key(REQUIRED, "sandbox", IMAGES)
     of: Annotated[PlainSet, Field(discriminator="source")] = key(
-        REQUIRED, "{source: folder, path: images, part: [0, 0.1]}", IMAGES, range="a set of another source"
+        REQUIRED, {"source": "folder", "path": "images", "part": [0, 0.1]}, IMAGES
     )
-    """the set that is shown"""
+    """the set that is shown, of another source"""
     corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1), AfterValidator(distinct_names)] | None = key(
-        None, "[fog, gaussian_noise]", SHOWN, range="names of ImageNet-C, none twice"
+        None, ["fog", "gaussian_noise"], SHOWN
     )
     """the corruptions that are drawn from; null: ImageNet-C's fifteen"""
-    severity: Annotated[int, Field(ge=1, le=5, strict=True)] = key(REQUIRED, "5", SHOWN)
+    severity: Annotated[int, Field(ge=1, le=5, strict=True)] = key(REQUIRED, 5, SHOWN)
     """how strong, as in ImageNet-C"""
-    seed: Seed = key(0, "1", SHOWN)
+    seed: Seed = key(0, 1, SHOWN)
     """other seed, other corruptions and other noise"""
-    size: PositiveInt = key(224, "336", SHOWN)
+    size: PositiveInt = key(224, 336, SHOWN)
     """larger images are first resized (short side to 8/7 of it) and cropped to a square of this side, in pixels, as
     ImageNet-C's were"""
 
@@ -280,51 +267,44 @@ class DataConfig(Config):
 
     train: SetSpec = key(
         REQUIRED,
-        "{source: sandbox, domain: photo, split: train, num_per_class: 32}",
+        {"source": "sandbox", "domain": "photo", "split": "train", "num_per_class": 32},
         Resume("identity", "what is trained on"),
-        range="a set",
     )
     """training images"""
     id_val: SetSpec = key(
-        REQUIRED, "{source: sandbox, domain: photo, split: val, num_per_class: 125}", MEASURED, range="a set"
+        REQUIRED, {"source": "sandbox", "domain": "photo", "split": "val", "num_per_class": 125}, MEASURED
     )
     """validation images like the training images"""
     ood_val: SetSpecs = key(
-        {},
-        "{silhouette: {source: sandbox, domain: silhouette, split: val, num_per_class: 63}}",
-        MEASURED,
-        range="names of sets",
+        {}, {"silhouette": {"source": "sandbox", "domain": "silhouette", "split": "val", "num_per_class": 63}}, MEASURED
     )
     """validation images under other shifts, each set with the same weight"""
     id_test: SetSpec | None = key(
-        None, "{source: sandbox, domain: photo, split: test, num_per_class: 125}", TESTED, range="a set"
+        None, {"source": "sandbox", "domain": "photo", "split": "test", "num_per_class": 125}, TESTED
     )
     """test images like the training images"""
     ood_test: SetSpecs = key(
-        {},
-        "{cartoon: {source: sandbox, domain: cartoon, split: test, num_per_class: 63}}",
-        TESTED,
-        range="names of sets",
+        {}, {"cartoon": {"source": "sandbox", "domain": "cartoon", "split": "test", "num_per_class": 63}}, TESTED
     )
     """test images under shifts, names other than in `ood_val`"""
     classes: Annotated[tuple[ClassName, ...], Field(min_length=2), AfterValidator(_folder_names)] | None = key(
-        None, "null", Resume("identity", "the meaning of the labels"), range="at least 2 names, none twice"
+        None, None, Resume("identity", "the meaning of the labels")
     )
     """classes in the order of the labels; null: those of `train` (folders: sorted)"""
     shared_images: Literal["drop", "keep", "fail"] = key("drop", "keep", SHARED)
     """images that are in two roles: `drop` keeps them in the role nearest to the test, `keep` keeps all, and test
     numbers are given without them too, `fail` ends with exit code 8"""
-    shared_limit: Fraction = key(0.05, "0.1", SHARED)
+    shared_limit: Fraction = key(0.05, 0.1, SHARED)
     """largest share of a set that `drop` may leave out; more ends with exit code 8, since the roles are likely wrong"""
-    cache_dir: str | None = key(None, "~/carft-cache", KEPT_IMAGES, range="a path")
+    cache_dir: str | None = key(None, "~/carft-cache", KEPT_IMAGES)
     """folder for decoded images; null: the user's cache folder"""
-    cache_gb: PositiveFloat | None = key(None, "50", KEPT_IMAGES)
+    cache_gb: PositiveFloat | None = key(None, 50, KEPT_IMAGES)
     """size of that folder in 10^9 bytes; after a build, the entries that were unused for longest are removed until it
     fits, none in use; null: no limit"""
     pack: Literal["auto", "always", "never"] = key("auto", "always", KEPT_IMAGES)
     """keep the files of `train` as one file in the cache; auto: where they are on network disks and the cache is not,
     and the images of Parquet files"""
-    resize_short_side: PositiveInt | None = key(None, "288", Resume("identity", "what is trained on"))
+    resize_short_side: PositiveInt | None = key(None, 288, Resume("identity", "what is trained on"))
     """pixels of the shorter side to which larger images of `train`, where they are stored, are made smaller, once, as
     JPEG in the cache; null: training crops from the images as they are"""
 

@@ -1,6 +1,6 @@
 """What a study is about, and what may change when it is resumed.
 
-The field of every key of a recipe says its class (``recipe.fields.Resume``). A space that changes with ``--narrow`` or
+The field of every key of a recipe says its class (``recipe.fields.key``). A space that changes with ``--narrow`` or
 ``--widen`` gives the study another generation (``study.space_revisions``).
 
 ``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.
@@ -23,9 +23,8 @@ from carft_ray import files
 from carft_ray.data.formats.labels import read_class_names
 from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
-from carft_ray.recipe.checks.messages import shown
-from carft_ray.recipe.fields import Class
-from carft_ray.recipe.keys import PARAMETER, SET, documented_keys
+from carft_ray.recipe.checks.messages import child_type, shown
+from carft_ray.recipe.fields import Class, field_of, resume_of
 from carft_ray.recipe.loading import is_weights_path
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
@@ -34,12 +33,8 @@ from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.study import provenance
 from carft_ray.study.lock import FORMAT_VERSION, check_free_or_claimed
 
-_CLASSES = {key.name: key.key.resume.kind for key in documented_keys()}
-_SETS = (("data", "train"), ("data", "id_val"), ("data", "id_test"))
-_NAMED_SETS = (("data", "ood_val"), ("data", "ood_test"))
 GENERATION = "generation"  # keys of the manifest
 RECIPES = "recipes"
-_MOVED = (f"{SET}path", f"{SET}root")
 _CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
 
 
@@ -76,25 +71,19 @@ MISSING = object()  # stands for a key that is not there
 
 
 def class_of(path: KeyPath) -> Class:
-    """Returns the class of a key path of a recipe, or of one below it."""
-    return _CLASSES[table_key(path)]
+    """Returns the class of a key path of a recipe, or of one below it: that of the last key that says one."""
+    kind: Any = Recipe
+    found: Class = "identity"
+    for piece in path:
+        field = field_of(kind, piece)
+        resume = None if field is None else resume_of(field)
+        found = found if resume is None else resume.kind
+        kind = child_type(kind, piece)
+    return found
 
 
-def table_key(path: KeyPath) -> str:
-    """Returns the name that documents have for a key path: ``search.space.<parameter>.low`` for one of a parameter.
-
-    Raises:
-        KeyError: No key of a recipe is meant.
-    """
-    below = path[2:] if path[:2] in _SETS else path[3:] if path[:2] in _NAMED_SETS else ()
-    if below:  # the set that a corrupted one is made of has the keys of a set
-        return f"{SET}{below[1] if below[0] == 'of' and len(below) > 1 else below[0]}"
-    if path[:2] == ("search", "space") and len(path) > 3:
-        return f"{PARAMETER}{path[3]}"
-    for end in range(len(path), 0, -1):
-        if dotted(path[:end]) in _CLASSES:
-            return dotted(path[:end])
-    raise KeyError(dotted(path))
+def _is_moved(path: KeyPath) -> bool:
+    return path[0] == "data" and path[-1] in ("path", "root")
 
 
 def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Claim:
@@ -134,7 +123,7 @@ def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> C
         problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
         step = _other_folder(study_dir) if refused else _flags_step(study_dir, how, may)
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
-    news = [one for one in found if class_of(one.path) != "running" or table_key(one.path) in _MOVED]
+    news = [one for one in found if class_of(one.path) != "running" or _is_moved(one.path)]
     return Claim(False, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.fields import core_type, is_config, members
+from carft_ray.recipe.fields import core_type, field_of, is_config, members
 from carft_ray.recipe.schema import FORMAT_VERSION, Recipe
 from carft_ray.recipe.text import KeyPath, dotted
 
@@ -162,9 +162,8 @@ def _follow(loc: KeyPath, root: Any) -> tuple[KeyPath, Any, Any]:
 def child_type(kind: Any, piece: str | int) -> Any:
     """Returns the type of what stands under a key, or None when such a key cannot be."""
     kind = core_type(kind)
-    for member in members(kind) or [kind]:
-        if is_config(member) and piece in member.model_fields:
-            return core_type(_annotation(member, str(piece)))
+    if (field := field_of(kind, piece)) is not None:
+        return core_type(field.annotation)
     if get_origin(kind) is dict:
         return core_type(get_args(kind)[1])
     if get_origin(kind) is tuple and isinstance(piece, int):

@@ -10,9 +10,9 @@ from carft_ray.errors import nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.checks.messages import Finding, findings, nearest_key, shown, unlisted
 from carft_ray.recipe.checks.sampler_rules import sampler_findings
-from carft_ray.recipe.fields import core_type, key_of
+from carft_ray.recipe.fields import core_type
 from carft_ray.recipe.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
-from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.parameters import NOT_SEARCHABLE, SEARCHABLE, CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schedule import HALVING, can_cut
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
@@ -20,9 +20,6 @@ from carft_ray.recipe.spaces.conditions import condition_findings
 from carft_ray.recipe.spaces.enqueue import enqueue_findings
 from carft_ray.recipe.text import KeyPath, dotted
 
-# field of train -> why no search space may have it
-NOT_SEARCHABLE = {name: why for name, field in TrainConfig.model_fields.items() if (why := key_of(field).not_searched)}
-SEARCHABLE = tuple(key for key in TrainConfig.model_fields if key not in NOT_SEARCHABLE)
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
 

@@ -1,0 +1,224 @@
+"""Writes what is made of the recipe's schema: the tables of keys in the documents, and the JSON schema for editors.
+
+``python docs/keys.py`` writes them; with ``--check`` it fails where one is stale. A table stands between
+``<!-- keys: NAME -->`` and ``<!-- end -->``; everything else in a document is written by hand.
+"""
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
+from ruamel.yaml import YAML
+
+from carft_ray.recipe.fields import Config, core_type, is_config, members, resume_of
+from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.parameters import SEARCHABLE, AnyParameter
+from carft_ray.recipe.presets import SCHEMA
+from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.sets import SetSpec
+
+Schema = dict[str, Any]
+Tables = dict[str, list[str]]
+
+ROOT = Path(__file__).resolve().parents[1]
+SET = "<set>."  # before the keys of a set, whatever its role
+PARAMETER = "search.space.<parameter>."
+TABLE = re.compile(r"(<!-- keys: ([^\n]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
+SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
+TYPES = {"string": "text", "integer": "int", "number": "float", "boolean": "bool"}
+KINDS = {str: "text", bool: "bool", int: "int", float: "float"}  # of a value that stands for itself
+
+
+class DocumentedKey(NamedTuple):
+    """A key by the name that documents call it, the most general part of a recipe that has it, and its field."""
+
+    name: str
+    part: type[Config]
+    field: FieldInfo
+
+
+class Untitled(GenerateJsonSchema):
+    """Without a title for each key, which would be its name once more."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def whole_schema() -> dict[str, Any]:
+    """Returns the JSON schema of a recipe as editors read it: a part with nothing behind its key is an empty one."""
+    return _for_editors(Recipe.model_json_schema(schema_generator=Untitled)) | {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Recipe of carft-ray",
+    }
+
+
+def _for_editors(node: Any) -> Any:
+    if isinstance(node, list):
+        return [_for_editors(one) for one in node]
+    if not isinstance(node, dict):
+        return node
+    node = {name: _for_editors(one) for name, one in node.items() if name not in ("resume", "not_searched")}
+    if "$ref" in node or isinstance(node.get("default"), (dict, list)):
+        node.pop("default", None)  # an editor would write it out
+    if "patternProperties" in node:
+        node["additionalProperties"] = False
+    if node.get("type") == "object":
+        node["type"] = ["object", "null"]
+    if isinstance(node.get("description"), str):
+        node["description"] = " ".join(node["description"].split())
+    return node
+
+
+# ---- the keys
+
+
+def documented_keys() -> list[DocumentedKey]:
+    """Returns every key, those of sets and parameters last, each once for a kind that has it."""
+    kinds = [(SET, kind) for kind in members(SetSpec)] + [(PARAMETER, kind) for kind in members(AnyParameter)]
+    found = [*_keys(Recipe, ""), *(key for prefix, kind in kinds for key in _keys(kind, prefix))]
+    return list({(key.name, key.part): key for key in found}.values())
+
+
+def _keys(part: type[Config], prefix: str) -> Iterator[DocumentedKey]:
+    inner = []
+    for name, field in part.model_fields.items():
+        kind = core_type(field.annotation)
+        if is_config(kind):
+            inner.append((kind, f"{prefix}{name}."))
+        else:
+            homes = [base for base in part.__mro__ if is_config(base) and name in base.model_fields]
+            yield DocumentedKey(f"{prefix}{name}", homes[-1], field)
+    for kind, path in inner:
+        yield from _keys(kind, path)
+
+
+def key_tables() -> Tables:
+    """Returns the tables that explain every key, as lines by name: ``train``, ``search.alpha``, ``folder``."""
+    rows = {}
+    for name, part, field in documented_keys():
+        table = name.rpartition(".")[0] or "recipe"
+        if name.startswith(SET):  # what a kind of sets adds to a more general one
+            table = "set" if name == f"{SET}source" else part.__name__.removesuffix("Set").lower()
+        rows.setdefault(table, {}).setdefault(name, []).append((part, field))
+    head = ["| key | meaning | type | default | range | example |", "|---|---|---|---|---|---|"]
+    return {table: [*head, *(_row(name, found) for name, found in named.items())] for table, named in rows.items()}
+
+
+def resume_tables() -> Tables:
+    """Returns the tables that say which keys may change freely when a study is resumed, and which never change."""
+    names = {}
+    for name, _, field in documented_keys():
+        names.setdefault(resume_of(field), {})[f"`{name}`"] = None
+    head = ["| key | why |", "|---|---|"]
+    rows = [(resume, _line(", ".join(of), resume.why)) for resume, of in names.items()]
+    return {kind: [*head, *(row for resume, row in rows if resume.kind == kind)] for kind in ("running", "identity")}
+
+
+def _row(name: str, found: list[tuple[type[Config], FieldInfo]]) -> str:
+    """Returns the row of a key: its parts, of which kinds of sets or of parameters may be several, and its fields."""
+    key, parts = name.rpartition(".")[2], [part for part, _ in found]
+    schemas = [part.model_json_schema(schema_generator=Untitled) for part in parts]
+    first, required = schemas[0]["properties"][key], key in schemas[0].get("required", ())
+    branches = [branch for schema in schemas for branch in _branches(schema["properties"][key])]
+    types = " or ".join(dict.fromkeys(filter(None, map(_type_words, branches))))
+    ranges = "; ".join(dict.fromkeys(filter(None, map(_range_words, branches))))
+    mark = "* " if parts[0] is TrainConfig and key in SEARCHABLE else ""
+    default = "required" if required else f"`{flow(first['default'])}`"
+    meaning = " ".join(first["description"].split())
+    return _line(f"`{name}`", f"{mark}{meaning}", types, default, ranges, f"`{flow(found[0][1].examples[0])}`")
+
+
+def _line(*cells: str) -> str:
+    return " | ".join(["", *(cell.replace("|", r"\|") for cell in cells), ""]).strip()
+
+
+def _branches(schema: Schema) -> list[Schema]:
+    return schema.get("anyOf") or [schema]
+
+
+def _type_words(schema: Schema) -> str:
+    if "oneOf" in schema:
+        return "set"
+    if "items" in schema or "prefixItems" in schema:
+        inner = schema["items"] if "items" in schema else schema["prefixItems"][0]
+        return f"list of {' or '.join(filter(None, map(_type_words, _branches(inner)))) or 'value'}"
+    if "$ref" in schema or schema.get("type") == "object":
+        return "mapping"
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return " or ".join(dict.fromkeys(KINDS[type(value)] for value in values)) or TYPES.get(schema.get("type"), "")
+
+
+def _range_words(schema: Schema) -> str:
+    values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    if values or schema.get("type") == "boolean":
+        return ", ".join(f"`{flow(value)}`" for value in values or (True, False))
+    words = [(sign, _number(schema[name])) for name, sign in SIGNS.items() if name in schema]
+    if len(words) == 2:
+        (above, low), (below, high) = words
+        return f"{low} {above.replace('>', '<')} x {below} {high}"
+    if words:
+        return " ".join(words[0])
+    return f"at least {schema['minItems']}" if "items" in schema and "minItems" in schema else ""
+
+
+def _number(value: float) -> str:
+    whole = int(value)
+    return f"2**{whole.bit_length() - 1}" if whole > 10**6 and whole.bit_count() == 1 else str(value)
+
+
+def flow(value: object) -> str:
+    """Returns a value as YAML on one line."""
+    yaml, stream = YAML(typ="safe", pure=True), io.StringIO()
+    yaml.default_flow_style, yaml.width, yaml.allow_unicode = True, 10**6, True
+    yaml.sort_base_mapping_type_on_output = False
+    yaml.dump({"x": value}, stream)
+    return stream.getvalue().strip().removeprefix("{x: ").removesuffix("}")
+
+
+# ---- the files
+
+
+def updated(text: str, tables: Tables) -> str:
+    """Returns a document with the tables in their places.
+
+    Raises:
+        ValueError: The document has not one place for each table.
+    """
+    places = [name for _, name, _ in TABLE.findall(text)]
+    if sorted(places) != sorted(tables):
+        raise ValueError(f"must have one place for each of {sorted(tables)}, but got {sorted(places)}")
+    return TABLE.sub(lambda found: "".join((found[1], *(f"{line}\n" for line in tables[found[2]]), found[3])), text)
+
+
+def made(root: Path) -> dict[str, str]:
+    """Returns the text of every file that is made here, by its name below the root of the project."""
+    documents = {"search_spaces/README.md": key_tables, "docs/resume.md": resume_tables}
+    texts = {name: updated((root / name).read_text("utf-8"), tables()) for name, tables in documents.items()}
+    schema = json.dumps(whole_schema(), indent=1, ensure_ascii=False)
+    return texts | {f"search_spaces/{SCHEMA}": f"{schema}\n"}
+
+
+def main(arguments: list[str], root: Path = ROOT) -> str | None:
+    """Writes the files, or with ``--check`` returns what to run when one is not as the schema has it."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is stale")
+    check = parser.parse_args(arguments).check
+    stale = []
+    for name, text in made(root).items():
+        path = root / name
+        if not path.exists() or path.read_text("utf-8") != text:
+            stale.append(name)
+            if not check:
+                path.write_text(text, "utf-8")
+    return f"not as the schema has them: {', '.join(stale)}; run: make tables" if check and stale else None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
