@@ -30,7 +30,7 @@ SAMPLERS = {
     "random": [],
     "tpe": ["search.sampler.startup_trials=8"],
     "gp": ["search.sampler.startup_trials=8"],
-    "nsga2": ["search.sampler.options={population_size: 10}"],
+    "nsga2": ["search.sampler.population_size=10"],
     "qmc": [],
 }
 GRIDS = {30: (5, 3, 2, 1), 100: (5, 5, 2, 2)}  # points per value, in the order of ``VALUES``

@@ -48,8 +48,7 @@ def search(
     overrides: Overrides = (),
     train: Trainer | None = None,
     address: str | None = None,
-    narrow: bool = False,
-    widen: bool = False,
+    change_space: bool = False,
     warm_start: Sequence[str | Path] = (),
     again: str | None = None,
     trust: bool = False,
@@ -67,8 +66,7 @@ def search(
             (``launch.own_trainer``). Give it again to resume.
         address: Ray cluster to attach to: ``host:port``, or ``auto`` for the one that this machine or process belongs
             to; None: a Ray of our own on this machine.
-        narrow: Let the search space of the study shrink.
-        widen: Let it grow.
+        change_space: Let the search space of the study change.
         warm_start: Folders of further studies whose trials are passed to the sampler.
         again: Reason to train more although the test sets were read; every report keeps it.
         trust: Run the code that ``train.function`` names.
@@ -97,10 +95,9 @@ def search(
     if problems := check_searchable(value):
         raise RecipeError(problems)
     value, runner = _with_trainer(value, train, trust)
-    may: list[Any] = ["narrow"] * narrow + ["widen"] * widen
     from carft_ray.study.ledger import require_unread
 
-    if not require_unread(study, value, again, may) and again is not None:
+    if not require_unread(study, value, again, change_space) and again is not None:
         logger.warning("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
     from carft_ray.recipe.loading import trust_word
 
@@ -117,7 +114,7 @@ def search(
         tracking(value, study, logger.warning) as with_trackers,
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
-        result = run_search(value, study, address, with_trackers(with_notices(on_event)), runner, may)
+        result = run_search(value, study, address, with_trackers(with_notices(on_event)), runner, change_space)
     resume_command = f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}"
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
@@ -135,7 +132,7 @@ def resume(
     Args:
         study: The study directory.
         trials: Trials in all, or how many more, ``"+4"``.
-        overrides: As of ``load_recipe``: budget, resources, sampler, and the search space with ``narrow`` or ``widen``.
+        overrides: As of ``load_recipe``: budget, resources, sampler, and the search space with ``change_space``.
         options: The others of ``search``.
 
     Returns:

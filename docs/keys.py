@@ -5,6 +5,7 @@
 """
 
 import argparse
+import functools
 import io
 import json
 import re
@@ -21,6 +22,7 @@ from carft_ray.recipe.fields import Config, core_type, is_config, members, resum
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.parameters import SEARCHABLE, AnyParameter
 from carft_ray.recipe.presets import SCHEMA
+from carft_ray.recipe.sampling import AnyPruner, AnySampler
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import SetSpec
 
@@ -29,11 +31,16 @@ Tables = dict[str, list[str]]
 
 ROOT = Path(__file__).resolve().parents[1]
 SET = "<set>."  # before the keys of a set, whatever its role
-PARAMETER = "search.space.<parameter>."
+KINDS = {
+    SET: SetSpec,
+    "search.space.<parameter>.": AnyParameter,
+    "search.sampler.": AnySampler,
+    "search.pruner.": AnyPruner,
+}
 TABLE = re.compile(r"(<!-- keys: ([^\n]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 TYPES = {"string": "text", "integer": "int", "number": "float", "boolean": "bool"}
-KINDS = {str: "text", bool: "bool", int: "int", float: "float"}  # of a value that stands for itself
+WORDS = {str: "text", bool: "bool", int: "int", float: "float"}  # of a value that stands for itself
 
 
 class DocumentedKey(NamedTuple):
@@ -80,8 +87,8 @@ def _for_editors(node: Any) -> Any:
 
 
 def documented_keys() -> list[DocumentedKey]:
-    """Returns every key, those of sets and parameters last, each once for a kind that has it."""
-    kinds = [(SET, kind) for kind in members(SetSpec)] + [(PARAMETER, kind) for kind in members(AnyParameter)]
+    """Returns every key, those of ``KINDS`` last, each once for a kind that has it."""
+    kinds = [(prefix, kind) for prefix, union in KINDS.items() for kind in members(union)]
     found = [*_keys(Recipe, ""), *(key for prefix, kind in kinds for key in _keys(kind, prefix))]
     return list({(key.name, key.part): key for key in found}.values())
 
@@ -92,7 +99,7 @@ def _keys(part: type[Config], prefix: str) -> Iterator[DocumentedKey]:
         kind = core_type(field.annotation)
         if is_config(kind):
             inner.append((kind, f"{prefix}{name}."))
-        else:
+        elif resume_of(field):  # else it has several kinds, whose keys say it
             homes = [base for base in part.__mro__ if is_config(base) and name in base.model_fields]
             yield DocumentedKey(f"{prefix}{name}", homes[-1], field)
     for kind, path in inner:
@@ -124,7 +131,7 @@ def resume_tables() -> Tables:
 def _row(name: str, found: list[tuple[type[Config], FieldInfo]]) -> str:
     """Returns the row of a key: its parts, of which kinds of sets or of parameters may be several, and its fields."""
     key, parts = name.rpartition(".")[2], [part for part, _ in found]
-    schemas = [part.model_json_schema(schema_generator=Untitled) for part in parts]
+    schemas = [_schema_of(part) for part in parts]
     first, required = schemas[0]["properties"][key], key in schemas[0].get("required", ())
     branches = [branch for schema in schemas for branch in _branches(schema["properties"][key])]
     types = " or ".join(dict.fromkeys(filter(None, map(_type_words, branches))))
@@ -133,6 +140,11 @@ def _row(name: str, found: list[tuple[type[Config], FieldInfo]]) -> str:
     default = "required" if required else f"`{flow(first['default'])}`"
     meaning = " ".join(first["description"].split())
     return _line(f"`{name}`", f"{mark}{meaning}", types, default, ranges, f"`{flow(found[0][1].examples[0])}`")
+
+
+@functools.cache
+def _schema_of(part: type[Config]) -> Schema:
+    return part.model_json_schema(schema_generator=Untitled)
 
 
 def _line(*cells: str) -> str:
@@ -152,7 +164,7 @@ def _type_words(schema: Schema) -> str:
     if "$ref" in schema or schema.get("type") == "object":
         return "mapping"
     values = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return " or ".join(dict.fromkeys(KINDS[type(value)] for value in values)) or TYPES.get(schema.get("type"), "")
+    return " or ".join(dict.fromkeys(WORDS[type(value)] for value in values)) or TYPES.get(schema.get("type"), "")
 
 
 def _range_words(schema: Schema) -> str:
@@ -179,7 +191,8 @@ def flow(value: object) -> str:
     yaml.default_flow_style, yaml.width, yaml.allow_unicode = True, 10**6, True
     yaml.sort_base_mapping_type_on_output = False
     yaml.dump({"x": value}, stream)
-    return stream.getvalue().strip().removeprefix("{x: ").removesuffix("}")
+    written = stream.getvalue().strip().removeprefix("{x: ").removesuffix("}")
+    return re.sub(r"(?<=\d)e-0(?=\d)", "e-", written)
 
 
 # ---- the files

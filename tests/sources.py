@@ -7,12 +7,12 @@ from pydantic import TypeAdapter
 from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.sets import cache_dir, class_folders, open_source
-from carft_ray.recipe.loading import _set_with_paths, resolve_path
+from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.sets import SetSpec
 
 
 def absolute_set(spec, base_dir):
-    return _set_with_paths(TypeAdapter(SetSpec).validate_python(spec), lambda path: str(resolve_path(path, base_dir)))
+    return absolute_paths(TypeAdapter(SetSpec).validate_python(spec), base_dir)
 
 
 def open_train(recipe):

@@ -9,7 +9,7 @@ import pytest
 
 from carft_ray.learning.models.catalog import activation_problems, check_model, size_problems
 from carft_ray.recipe.fine_tuning import ModelConfig
-from carft_ray.recipe.loading import absolute_model
+from carft_ray.recipe.loading import absolute_paths
 
 
 def test_each_tag_is_refused_under_the_name_of_the_other_activation(tmp_path):
@@ -22,12 +22,11 @@ def test_each_tag_is_refused_under_the_name_of_the_other_activation(tmp_path):
             assert bool(found) is (quick != computed)
 
 
-@pytest.mark.parametrize("pretrained", ["laion2b_s34b_b79k", "random", "weights.pt", "~/weights.pt", "plain"])
+@pytest.mark.parametrize("pretrained", ["laion2b_s34b_b79k", "random", "weights.pt", "~/weights.pt"])
 def test_a_tag_random_and_a_file_are_weights(tmp_path, monkeypatch, pretrained):
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("weights.pt", "plain"):
-        (tmp_path / name).touch()
-    assert check_model(absolute_model(ModelConfig(name="ViT-B/32", pretrained=pretrained), tmp_path)) == []
+    (tmp_path / "weights.pt").touch()
+    assert check_model(absolute_paths(ModelConfig(name="ViT-B/32", pretrained=pretrained), tmp_path)) == []
 
 
 def problem_of(tmp_path, name, pretrained=None):

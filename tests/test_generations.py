@@ -16,7 +16,7 @@ from carft_ray.errors import HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import contains
-from carft_ray.recipe.spaces.region import directions, place
+from carft_ray.recipe.spaces.region import place
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview, study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
@@ -71,40 +71,6 @@ def shown(rows):
 # ---- regions
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "own", "told"),
-    [
-        ({"low": 0.0, "high": 1.0}, {"low": 0.2, "high": 1.0}, 0.1, {"narrow"}),
-        ({"low": 0.2, "high": 0.5}, {"low": 0.2, "high": 1.0}, 0.1, {"widen"}),
-        ({"low": 0.2, "high": 0.5}, {"low": 0.3, "high": 1.0}, 0.1, set()),
-        ({"low": 0.1, "high": 1.0}, {"low": 0.1, "high": 1.0, "log": True}, 0.1, {"narrow", "widen"}),
-        ({"low": 0.0, "high": 1.0, "step": 0.1}, {"low": 0.2, "high": 1.0, "step": 0.2}, 0.1, {"narrow"}),
-        ({"low": 0.0, "high": 1.0, "step": 0.1}, {"low": 0.0, "high": 1.0}, 0.1, {"widen"}),
-        ({"low": 0.0, "high": 1.0, "step": 0.2}, {"low": 0.1, "high": 0.9, "step": 0.2}, 0.1, set()),
-        ({"choices": [0.1, 0.2]}, {"choices": [0.2]}, 0.1, {"narrow"}),
-        ({"choices": [0.1]}, {"choices": [0.2, 0.1]}, 0.1, {"widen"}),
-        ({"choices": [0.1, 0.2]}, {"low": 0.0, "high": 1.0}, 0.1, {"widen"}),
-        ({"low": 0.0, "high": 0.2, "step": 0.1}, {"choices": [0.0, 0.1, 0.2, 0.3]}, 0.1, {"widen"}),
-        (None, {"low": 0.0, "high": 1.0}, 0.1, {"widen"}),
-        (None, {"low": 0.2, "high": 1.0}, 0.1, set()),
-        (None, {"choices": [0.1]}, 0.1, {"narrow", "widen"}),
-        ({"low": 0.0, "high": 1.0}, None, 0.1, {"narrow"}),
-        ({"low": 0.2, "high": 1.0}, None, 0.1, set()),
-        ({"low": 0.0, "high": 1.0}, {"low": 0.0, "high": 1.0, "when": {"decay": ["all"]}}, 0.1, {"narrow"}),
-        ({"low": 0.2, "high": 1.0}, {"low": 0.2, "high": 1.0, "when": {"decay": ["all"]}}, 0.1, set()),
-        (
-            {"low": 0.0, "high": 1.0, "when": {"decay": ["all"]}},
-            {"low": 0.0, "high": 1.0, "when": {"decay": ["all", "matrices"]}},
-            0.1,
-            {"widen"},
-        ),
-    ],
-)
-def test_a_parameter_shrinks_or_grows_with_its_values(old, new, own, told):
-    old, new = (None if keys is None else parameter(**keys) for keys in (old, new))
-    assert directions(old, new, own) == told
-
-
 def test_a_parameter_contains_its_ends_its_grid_and_no_other_kind():
     stepped = parameter(low=0.1, high=0.7, step=0.1)
     assert [contains(stepped, round(0.1 * n, 1)) for n in range(9)] == [False, *[True] * 7, False]
@@ -144,9 +110,9 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
 def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir):
     before = begin(study_dir, recipe_of(), values=True)
     narrow = recipe_of(10, learning_rate=NARROW)
-    with pytest.raises(RecipeError, match="--narrow"), open_study(study_dir, narrow):
+    with pytest.raises(RecipeError, match="give --change-space"), open_study(study_dir, narrow):
         pass
-    with open_study(study_dir, narrow, ("narrow",)) as study:
+    with open_study(study_dir, narrow, True) as study:
         recover_running(study)
         after = study.rows()
         inside = [row for row in before if 1e-4 <= row.values["learning_rate"] <= 1e-3]
@@ -177,7 +143,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
 def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study_dir):
     begin(study_dir, recipe_of())
     wide = recipe_of(8, weight_decay={"low": 0.3, "high": 0.9})  # which its own value is not in
-    with open_study(study_dir, wide, ("widen", "narrow")) as study:
+    with open_study(study_dir, wide, True) as study:
         recover_running(study)
         run_all(study)
     rows = trials(study_dir)
@@ -192,9 +158,9 @@ def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study
 def test_widening_again_makes_the_trials_what_they_were(study_dir):
     begin(study_dir, recipe_of(), values=True)
     kept = [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in optuna_study(study_dir).trials]
-    with open_study(study_dir, recipe_of(learning_rate=NARROW), ("narrow",)):
+    with open_study(study_dir, recipe_of(learning_rate=NARROW), True):
         pass
-    with open_study(study_dir, recipe_of(), ("widen",)):
+    with open_study(study_dir, recipe_of(), True):
         pass
     again = optuna_study(study_dir, "search-3").trials
     assert [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in again] == kept
@@ -209,28 +175,16 @@ def test_widening_again_makes_the_trials_what_they_were(study_dir):
 def test_a_new_parameter_has_the_value_of_train_in_old_trials(study_dir):
     before = begin(study_dir, recipe_of())
     wider = recipe_of(8, weight_decay={"low": 0.01, "high": 1.0, "log": True})
-    with open_study(study_dir, wider, ("widen",)) as study:
+    with open_study(study_dir, wider, True) as study:
         recover_running(study)
         rows = study.rows()
         assert [row.values for row in rows] == [{**row.values, "weight_decay": 0.1} for row in before]
         assert shown(rows) == shown(before)
         assert {spec.values["weight_decay"] for spec in run_all(study)}.isdisjoint({0.1})
-    with open_study(study_dir, recipe_of(9), ("narrow",)) as study:  # removed: those with other values go
+    with open_study(study_dir, recipe_of(9), True) as study:  # removed: those with other values go
         recover_running(study)
         assert [row.outside for row in study.rows()] == [False] * 6 + [True] * 2
         assert [spec.number for spec in run_all(study)] == [8]
-
-
-@pytest.mark.slow
-def test_mixed_changes_need_both_options(study_dir):
-    begin(study_dir, recipe_of())
-    mixed = recipe_of(learning_rate=NARROW, kl_weight={"low": 0.01, "high": 10, "log": True})
-    for may in ((), ("narrow",), ("widen",)):
-        with pytest.raises(RecipeError, match="give --narrow --widen"), open_study(study_dir, mixed, may):
-            pass
-    with open_study(study_dir, mixed, ("narrow", "widen")):
-        pass
-    assert sum(row.outside for row in trials(study_dir)) > 0
 
 
 @pytest.mark.slow
@@ -245,13 +199,13 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
         assert inside
         write_result(study_dir, outside[0], 0.9)  # its driver died before it could tell
         (outside[1].folder(study_dir) / "checkpoint").mkdir(parents=True)
-    with open_study(study_dir, recipe_of(12, learning_rate=NARROW), ("narrow",)) as study:
+    with open_study(study_dir, recipe_of(12, learning_rate=NARROW), True) as study:
         recover_running(study)
         rows = study.rows()
         assert (rows[outside[0].number].outcome, rows[outside[0].number].objective) == ("complete", 0.9)
         for spec in outside[1:]:
             assert (rows[spec.number].outcome, rows[spec.number].name) == ("error", spec.name)
-            assert rows[spec.number].reason == "outside the search space, which was narrowed while it ran"
+            assert rows[spec.number].reason == "outside the search space, which was changed while it ran"
         assert not (outside[1].folder(study_dir) / "checkpoint").exists()
         again = [study.next() for _ in inside]
         assert [(s.number, s.name, s.values, s.attempt) for s in again] == [
@@ -263,7 +217,7 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
 @pytest.mark.slow
 def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypatch, capsys):
     before = begin(study_dir, recipe_of())
-    with open_study(study_dir, recipe_of(7, learning_rate=NARROW), ("narrow",)) as study:
+    with open_study(study_dir, recipe_of(7, learning_rate=NARROW), True) as study:
         assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4  # a kill here: resolved.yaml is behind
         recover_running(study)
         run_all(study, lambda spec: 0.01)
@@ -286,7 +240,7 @@ def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recip
     begin(tmp_path / "source", recipe_of(2), 2)
     narrow = recipe_of(search={"warm_start": [str(tmp_path / "source")]}, learning_rate=NARROW)
     notes = []
-    result = run_search(narrow, study_dir, on_event=notes.append, may=("narrow",))
+    result = run_search(narrow, study_dir, on_event=notes.append, change_space=True)
     assert (result.num_new, len(result.trials)) == (0, 6)
     assert [note.text.partition(":")[0] for note in notes] == ["the search space has changed", "warm start"]
     assert load_recipe(study_dir / "resolved.yaml") == narrow
@@ -299,21 +253,18 @@ def test_the_ledger_of_the_test_sets_stays_whole(study_dir):
         record(study_dir, recipe_of(), TEST, ("id_test",))
     narrow = recipe_of(9, learning_rate=NARROW)
     with pytest.raises(HoldOutError, match="add --again REASON"):
-        require_unread(study_dir, narrow, None, ("narrow",))
-    assert require_unread(study_dir, narrow, "a smaller space", ("narrow",))
+        require_unread(study_dir, narrow, None, True)
+    assert require_unread(study_dir, narrow, "a smaller space", True)
     assert "generation" not in (study_dir / "manifest.json").read_text()
-    with open_study(study_dir, narrow, ("narrow",)):
+    with open_study(study_dir, narrow, True):
         pass
     assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
     assert "ledger" not in optuna_study(study_dir, "search-2").user_attrs
 
 
 def test_an_option_without_a_change_of_the_space_is_told(study_dir):
-    for may in (("narrow",), ("narrow", "widen")):
-        with open_study(study_dir, recipe_of(), may) as study:
-            assert study.notes == [
-                f"{' '.join('--' + one for one in may)} has no effect: the space is that of the study"
-            ]
+    with open_study(study_dir, recipe_of(), True) as study:
+        assert study.notes == ["--change-space has no effect: the space is that of the study"]
     assert not (study_dir / "manifest.json").read_text().count("generation")
 
 

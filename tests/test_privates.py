@@ -21,7 +21,9 @@ def test_a_running_trial_of_the_storage_can_be_drawn_and_told():
     study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
     trial = optuna_private.running_trial(study, study.get_trials(deepcopy=False)[-1])
     assert 0 <= trial.suggest_float("x", 0, 1) <= 1
-    within = trial.distributions["x"]
+    frozen = optuna_private.frozen_trial(trial)
+    assert (frozen.number, frozen.params) == (trial.number, trial.params)
+    within = frozen.distributions["x"]
     assert [optuna_private.is_within(within, value) for value in (0.0, 1.0, 1.1)] == [True, True, False]
     study.tell(trial.number, 0.5)
     assert study.trials[0].state == TrialState.COMPLETE

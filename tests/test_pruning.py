@@ -9,18 +9,20 @@ import short_training
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
+from pydantic import TypeAdapter
 from stand_in import make_recipe
 
 from carft_ray.data.sets import check_sets
-from carft_ray.errors import NoSuccessfulTrialError
+from carft_ray.errors import NoSuccessfulTrialError, RecipeError
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe import schedule
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.loading import load_recipe, recipe_of
+from carft_ray.recipe.sampling import Pruner
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
-from carft_ray.recipe.schema import PrunerConfig, Recipe
+from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading.documents import pruner_quality, status
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
@@ -31,6 +33,10 @@ from carft_ray.study.rows import trials
 
 HALVING = {"name": "successive_halving"}
 EPOCHS = 6
+
+
+def pruner_of(**keys):
+    return TypeAdapter(Pruner).validate_python(keys)
 
 
 def optuna_pruner(part):
@@ -56,7 +62,7 @@ def optuna_pruner(part):
 )
 def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
     """40 trials of 20 epochs, three at a time, values at random."""
-    part, rng = PrunerConfig(**keys), np.random.default_rng(0)
+    part, rng = pruner_of(**keys), np.random.default_rng(0)
     study = optuna.create_study(direction="maximize", pruner=optuna_pruner(part), study_name="search")
     values_by, complete, live, verdicts = {}, set(), {}, []
     for _ in range(3000):
@@ -99,14 +105,14 @@ def test_a_training_is_cut_where_optuna_s_own_pruner_cuts_it(keys):
     ],
 )
 def test_rungs_end_before_the_training_does(keys, expected):
-    assert rungs(PrunerConfig(**HALVING, **keys)) == expected
-    assert rungs(PrunerConfig(name="median", **keys)) == ()
+    assert rungs(pruner_of(**HALVING, **keys)) == expected
+    assert rungs(pruner_of(name="median", first=keys.get("first", 0.5))) == ()
 
 
 @pytest.mark.parametrize("epochs", [3, 6, 10, 12, 17, 40])
 @pytest.mark.parametrize("keys", [{}, {"first": 0.1, "factor": 3}, {"first": 0.25}])
 def test_a_training_is_evaluated_where_each_rung_ends_even_if_nowhere_else(epochs, keys):
-    part = PrunerConfig(**HALVING, **keys)
+    part = pruner_of(**HALVING, **keys)
     evaluated = {epoch for epoch in range(1, epochs + 1) if has_intermediate_value(0, part, epoch, epochs)}
     shares = [part.first * part.factor**k for k in range(9) if part.first * part.factor**k < 1]
     assert evaluated == {int(np.ceil(share * epochs - 1e-9)) for share in shares}
@@ -131,7 +137,7 @@ def test_an_intermediate_value_counts_from_first_on_and_after_the_warm_up():
 
 
 def test_trainings_of_different_length_compare_at_their_percent():
-    part = PrunerConfig(name="median", startup_trials=1)
+    part = pruner_of(name="median", startup_trials=1)
     others = [PrunerTrial({percent(e, 12): 0.6 for e in range(4, 13)}, complete=True) for n in range(3)]
     assert cut_reason(part, {40: 0.5}, others).startswith("cut at 40 %: 50.0 %")
     assert cut_reason(part, {40: 0.7}, others) is None
@@ -357,7 +363,7 @@ def complete(number, value, objective, **more):
 
 
 def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_one_warned_of():
-    part = PrunerConfig(**HALVING)
+    part = pruner_of(**HALVING)
     good = [complete(n, 0.1 * n, 0.2 + 0.01 * n) for n in range(10)]
     found = pruner_quality(part, good)
     assert (found["trials"], found["warning"]) == (10, None)
@@ -373,9 +379,9 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
 
 def test_the_deciding_value_is_that_of_the_last_rung_or_the_last_before_the_end():
     values = {33: 0.1, 50: 0.2, 67: 0.3, 83: 0.4, 100: 0.5}
-    assert deciding_value(PrunerConfig(**HALVING), values) == 0.3
-    assert deciding_value(PrunerConfig(name="median"), values) == 0.4
-    assert deciding_value(PrunerConfig(**HALVING), {33: 0.1}) is None
+    assert deciding_value(pruner_of(**HALVING), values) == 0.3
+    assert deciding_value(pruner_of(name="median"), values) == 0.4
+    assert deciding_value(pruner_of(**HALVING), {33: 0.1}) is None
 
 
 def test_status_holds_the_pruner(study_dir, recipe):
@@ -418,24 +424,27 @@ def test_a_warm_up_that_covers_all_values_is_refused(warmup, refused):
     assert [problem.place for problem in problems] == (["train.warmup_steps"] if refused else [])
 
 
+@pytest.mark.parametrize(("epochs", "is_told"), [(9, True), (12, False)])
+def test_few_epochs_are_told(epochs, is_told):
+    found = [text for text in warnings(told(epochs, **HALVING)[1]) if text.startswith("search.pruner")]
+    assert len(found) == is_told
+    assert all("weakly informative" in text for text in found)
+
+
 @pytest.mark.parametrize(
-    ("epochs", "pruner", "key"),
+    ("pruner", "key"),
     [
-        (12, {"name": "none", "first": 0.5}, "first"),
-        (12, {"name": "median", "factor": 3}, "factor"),
-        (12, {**HALVING, "startup_trials": 9}, "startup_trials"),
-        (12, {"name": "median", "percentile": 30.0}, "percentile"),
-        (9, HALVING, None),
-        (12, HALVING, ""),
+        ({"name": "none", "first": 0.5}, "first"),
+        ({"name": "median", "factor": 3}, "factor"),
+        ({**HALVING, "startup_trials": 9}, "startup_trials"),
+        ({"name": "median", "percentile": 30.0}, "percentile"),
     ],
 )
-def test_settings_of_another_pruner_and_few_epochs_are_told(epochs, pruner, key):
-    found = [text for text in warnings(told(epochs, **pruner)[1]) if text.startswith("search.pruner")]
-    if key:
-        assert found == [f"search.pruner.{key} has no effect: the pruner is {pruner['name']}"]
-    else:
-        assert len(found) == (key is None)
-        assert all("weakly informative" in text for text in found)
+def test_a_setting_of_another_pruner_is_refused(pruner, key):
+    with pytest.raises(RecipeError) as caught:
+        recipe_of({**make_recipe().model_dump(mode="json"), "search": {"pruner": pruner}})
+    [problem] = caught.value.problems
+    assert (problem.place, problem.rule) == (f"search.pruner.{key}", "unknown key")
 
 
 def test_the_rungs_of_a_long_schedule_are_found_once(monkeypatch):

@@ -17,17 +17,17 @@ from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.checks.messages import findings
 from carft_ray.recipe.checks.rules import TEMPLATE_SETS
-from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig, field_kind
+from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig, field_kind, is_weights_path
 from carft_ray.recipe.loading import (
     absolute_paths,
     dump_recipe,
-    is_weights_path,
     load_recipe,
     portable_paths,
     recipe_dir,
     recipe_hash,
     resolve_path,
 )
+from carft_ray.recipe.sampling import GpSampler, NoPruner
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import Corruption
 from carft_ray.recipe.spaces.space import apply
@@ -536,32 +536,42 @@ def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
 train:
   learning_rate: 0
   decay: al
-  micro_batch: 600
 search:
   space:
-    seed: {low: 1, high: 2}
     learning_rate: {low: 2, high: 1}
     epochs: {low: 1, high: 0.5}
-resources: {executor: inline, num_workers: 2}
+resources: {executor: inlin}
 """
     messages = _messages(tmp_path, more, "search.trials=0", "train.lr=1", "train.seed=-1")
     assert [re.split(": (must|unknown|low|a seed) ", message)[0] for message in messages] == [
         "r.yaml:10: train.learning_rate",
         "r.yaml:11: train.decay",
-        "r.yaml:12: train.micro_batch",
-        "r.yaml:15: search.space.seed",
-        "r.yaml:16: search.space.learning_rate",
-        "r.yaml:17: search.space.epochs.high",
-        "r.yaml:18: resources.num_workers",
+        "r.yaml:14: search.space.learning_rate",
+        "r.yaml:15: search.space.epochs.high",
+        "r.yaml:16: resources.executor",
         "--set search.trials=0",
         "--set train.seed=-1",
         "--set train.lr=1",
     ]
 
 
-def test_a_rule_between_two_keys_is_silent_when_one_of_them_is_wrong_itself(tmp_path):
-    messages = _messages(tmp_path, "train: {micro_batch: 600, batch_size: 7.5}")
-    assert messages == ["r.yaml:9: train.batch_size: must be a whole number, but got 7.5"]
+def test_rules_between_keys_are_told_all_at_once_when_every_key_is_right_by_itself(tmp_path):
+    more = """\
+train:
+  epochs: 7.5
+  micro_batch: 600
+search:
+  space:
+    seed: {low: 1, high: 2}
+resources: {executor: inline, num_workers: 2}
+"""
+    assert _messages(tmp_path, more) == ["r.yaml:10: train.epochs: must be a whole number, but got 7.5"]
+    messages = _messages(tmp_path, more.replace("7.5", "7"))
+    assert [re.split(": (must|a seed) ", message)[0] for message in messages] == [
+        "r.yaml:11: train.micro_batch",
+        "r.yaml:14: search.space.seed",
+        "r.yaml:15: resources.num_workers",
+    ]
 
 
 @pytest.mark.slow
@@ -584,7 +594,7 @@ def test_no_message_speaks_pydantic(tmp_path):
                 assert found
                 for finding in found:
                     shorter = min(len(finding.path), len(keys))
-                    assert finding.path[:shorter] == keys[:shorter] or finding.is_absence, (keys, value, finding)
+                    assert finding.path[:shorter] == keys[:shorter], (keys, value, finding)
                 said |= {finding.rule: (keys, value) for finding in found}
     for rule, where in said.items():
         for word in ("Input", "input", "valid dictionary", "tagged", "instance", "pydantic", "form that is not", "{"):
@@ -741,6 +751,17 @@ def test_set_makes_missing_parts(tmp_path):
     assert recipe.search.alpha.grid == (0, 0.5, 1)
 
 
+def test_the_name_of_another_sampler_takes_the_keys_of_the_one_before_with_it(tmp_path):
+    more = "search: {sampler: {seed: 3, n_ei_candidates: 5}, pruner: {name: median, first: 0.2}}"
+    changed = _load(tmp_path, more, "search.sampler.name=gp", "search.sampler.deterministic=true")
+    assert changed.search.sampler == GpSampler(seed=3, deterministic=True)
+    assert changed.search.pruner.first == 0.2
+    assert _load(tmp_path, more, "search.pruner.name=none").search.pruner == NoPruner()
+    mistyped = more.replace("n_ei_candidates", "n_ei_candidats")
+    (message,) = _messages(tmp_path, mistyped, "search.sampler.name=gp")
+    assert message.startswith("r.yaml:9: search.sampler.n_ei_candidats: unknown key (allowed: ")
+
+
 def test_null_takes_out_an_entry_that_the_author_named_and_is_a_value_elsewhere(tmp_path):
     space = "{kl_weight: {low: 1, high: 2}, weight_decay: {low: 0, high: 1}}"
     more = f"search: {{space: {space}, baselines: {{ft: {{kl_weight: 0}}, no: {{kl_weight: 1}}}}}}"
@@ -851,10 +872,6 @@ WARNINGS = [
     (
         "search: {objective: {kind: harmonic, id_weight: 0.3}}",
         "search.objective.id_weight has no effect: the objective is harmonic",
-    ),
-    (
-        "search: {sampler: {name: random, startup_trials: 3}}",
-        "search.sampler.startup_trials has no effect: the sampler is random",
     ),
     (
         "resources: {gpus_per_worker: 4}",

@@ -19,9 +19,10 @@ from test_study import run_all
 from carft_ray import api, console, live
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.checks import advice
-from carft_ray.recipe.checks.sampler_rules import CELLS, OPTIONS, USES, population_size
+from carft_ray.recipe.checks.sampler_rules import population_size
+from carft_ray.recipe.fields import members
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.schema import SamplerConfig
+from carft_ray.recipe.sampling import AnySampler
 from carft_ray.recipe.spaces.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview
@@ -35,7 +36,7 @@ HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
 OPTUNA = {  # settings with which this is so
     "tpe": {"startup_trials": HISTORY},
     "gp": {"startup_trials": HISTORY},
-    "nsga2": {"options": {"population_size": HISTORY}},
+    "nsga2": {"population_size": HISTORY},
 }
 NUMBERS = {
     "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
@@ -183,12 +184,12 @@ FEATURES = {  # feature -> keys of search, further parameters, what holds
     "resume": ({}, {}, check_resume),
     "many at a time": ({}, {}, check_many),
 }
-SAMPLERS = [pytest.param(name, marks=pytest.mark.slow if name == "gp" else ()) for name in CELLS]  # gp fits a model
-TABLE = [
-    pytest.param(name, feature, marks=pytest.mark.slow if name == "gp" else ())
-    for name, cells in CELLS.items()
-    for feature in cells
-]
+NAMES = [kind.model_fields["name"].default for kind in members(AnySampler)]
+TEXT = (BASE.parent / "docs" / "samplers.md").read_text()
+ROWS = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("|")]
+CELLS = {(row[0], row[1]): (row[2], row[3]) for row in ROWS if len(row) == 4 and row[1] in FEATURES}  # verdict, why
+SAMPLERS = [pytest.param(name, marks=pytest.mark.slow if name == "gp" else ()) for name in NAMES]  # gp fits a model
+TABLE = [pytest.param(*cell, marks=pytest.mark.slow if cell[0] == "gp" else ()) for cell in CELLS]
 
 
 def write(tmp_path, recipe):
@@ -201,34 +202,19 @@ def write(tmp_path, recipe):
 def test_a_cell_of_the_table_is_as_it_says(tmp_path, name, feature):
     more, parameters, check = FEATURES[feature]
     recipe = recipe_for(name, parameters, **more)
-    cell = CELLS[name][feature]
-    assert USES[feature].applies(recipe)
+    verdict, why = CELLS[name, feature]
     loaded = load_recipe(write(tmp_path, recipe))
     lines = [line for line in advice.warnings(loaded) if line.startswith(f"search.sampler.name {name} with ")]
-    assert [line.split(": ")[1] for line in lines] == ([cell.why] if cell.verdict == "warns" else [])
+    assert [line.split(": ")[1] for line in lines] == ([why] if verdict == "warns" else [])
     check(name, loaded)
 
 
-def test_the_table_is_whole_and_the_documentation_shows_it():
-    names = set(SamplerConfig.model_fields["name"].annotation.__args__)
-    assert set(CELLS) == set(OPTIONS) == names
-    assert all(set(cells) == set(USES) == set(FEATURES) for cells in CELLS.values())
-    text = (BASE.parent / "docs" / "samplers.md").read_text()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
-    shown = {row[0].strip("`"): row[1:] for row in rows if len(row) == len(names) + 1}
-    head = [name.strip("`") for name in shown.pop("")]
-    assert {feature: dict(zip(head, shown[feature], strict=True)) for feature in USES} == {
-        feature: {name: CELLS[name][feature].verdict for name in CELLS} for feature in USES
-    }
-    whys = {(row[0].strip("`"), row[1], row[2]): row[3] for row in rows if len(row) == 4 and row[1] in USES}
-    assert whys == {
-        (name, feature, cell.verdict): cell.why for name, cells in CELLS.items() for feature, cell in cells.items()
-    }
-    options = {(row[0].strip("`"), row[1].strip("`")): row[2:] for row in rows if len(row) == 5 and row[1][0] == "`"}
-    assert options == {
-        (name, key): [", ".join(option.choices) or option.range, option.default, option.meaning]
-        for name, known in OPTIONS.items()
-        for key, option in known.items()
+def test_the_table_is_whole():
+    assert set(CELLS) == {(name, feature) for name in NAMES for feature in FEATURES}
+    shown = {row[0]: row[1:] for row in ROWS if len(row) == len(NAMES) + 1}
+    head = shown.pop("")
+    assert {(name, feature): shown[feature][head.index(name)] for name, feature in CELLS} == {
+        cell: verdict for cell, (verdict, _) in CELLS.items()
     }
 
 
@@ -250,7 +236,7 @@ def test_the_examples_of_the_documentation_are_valid(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(tmp_path, name):
-    few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "nsga2": {"options": {"population_size": 3}}}
+    few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "nsga2": {"population_size": 3}}
     entries = [{"kl_weight": 2.0}]
     wanted = 5 if name == "gp" else 9
     recipe = recipe_for(name, {**CHOICE, **CHILD}, wanted, enqueue=entries, sampler=few.get(name, {}))
@@ -360,8 +346,8 @@ def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options, k
     options = {**options, "crossover_prob": 1.0} if key == "swapping_prob" else options
     startup = {"startup_trials": 4} if name in ("tpe", "gp") else {}
     with_and_without = (
-        make_recipe(16, space=parameters, baselines={}, sampler={"name": name, "options": each, **startup})
-        for each in (options, {**options, key: None})
+        make_recipe(16, space=parameters, baselines={}, sampler={"name": name, **startup, **each})
+        for each in (options, {name: value for name, value in options.items() if name != key})
     )
 
     def result(values):
@@ -373,7 +359,7 @@ def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options, k
 
 
 def test_group_works_with_two_objectives():
-    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, sampler={"options": {"group": True}})
+    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, sampler={"group": True})
     told(new_study(2), recipe, lambda values: {"value": [number(values), -number(values)]})
 
 
@@ -383,7 +369,7 @@ def test_qmc_draws_the_points_of_the_sequence_in_their_order(kind, scramble):
     from scipy.stats import qmc
 
     forms = {"weight_decay": {"low": 0.0, "high": 1.0}, "crop_scale": {"low": 0.5, "high": 1.0}, **CHOICE}
-    sampler = {"name": "qmc", "seed": 7, "options": {"type": kind, "scramble": scramble}}
+    sampler = {"name": "qmc", "seed": 7, "type": kind, "scramble": scramble}
     recipe = make_recipe(16, space=forms, baselines={}, sampler=sampler)
     drawn = told(new_study(), recipe, lambda values: {"value": 0.0}, wanted=16)
     engine = {"sobol": qmc.Sobol, "halton": qmc.Halton}[kind](3, scramble=scramble, seed=7)
@@ -415,7 +401,7 @@ import optuna
 from stand_in import make_recipe
 from carft_ray.study.proposals import space
 optuna.logging.set_verbosity(optuna.logging.WARNING)
-recipe = make_recipe(6, baselines={{}}, sampler={{"name": {name!r}, "startup_trials": 1}})
+recipe = make_recipe(6, baselines={{}}, sampler={{"name": {name!r}, **{more!r}}})
 study = optuna.create_study(direction="maximize")
 for value in (0.0, 1.0, 0.5):
     trial = space.ask(study, recipe)
@@ -428,7 +414,7 @@ print("torch" in sys.modules)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["tpe", "nsga2"])
 def test_samplers_other_than_gp_load_no_torch(name):
-    code = _LOADED.format(tests=str(BASE), name=name)
+    code = _LOADED.format(tests=str(BASE), name=name, more={"startup_trials": 1} if name == "tpe" else {})
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BASE.parent, check=True)
     assert done.stdout.strip() == "False"
 
@@ -528,7 +514,7 @@ def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_seq
 
 @pytest.mark.slow
 def test_enqueued_values_are_tried_first_in_their_order_and_once(tmp_path):
-    entries = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"train": {"learning_rate": 1e-4}}, {"kl_weight": 10}]
+    entries = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"learning_rate": 1e-4}, {"kl_weight": 10}]
     recipe = make_recipe(6, baselines={}, enqueue=entries)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with open_study(whole, recipe) as study:
@@ -585,8 +571,8 @@ def test_enqueued_values_that_are_added_to_a_study_are_tried_next():
 
 
 def test_conditions_enqueued_values_and_options_come_back_from_a_written_recipe(tmp_path):
-    entries = [{"train": {"decay": "matrices", "label_smoothing": 0.1}}, {"kl_weight": 1.0}]
-    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, enqueue=entries, sampler={"options": {"group": True}})
+    entries = [{"decay": "matrices", "label_smoothing": 0.1}, {"kl_weight": 1.0}]
+    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, enqueue=entries, sampler={"group": True})
     path = tmp_path / "r.yaml"
     path.write_text(dump_recipe(recipe))
     assert load_recipe(path) == recipe
@@ -595,15 +581,16 @@ def test_conditions_enqueued_values_and_options_come_back_from_a_written_recipe(
 # ---- messages
 
 CASES = [
-    ("{sampler: {name: tpe, options: {n_ei_candidats: 3}}}", "options.n_ei_candidats: tpe has no such option; did you mean 'n_ei_candidates'? (allowed: multivariate, group, constant_liar, n_ei_candidates)"),  # noqa: E501
-    ("{sampler: {name: gp, options: {scramble: false}}}", "options.scramble: gp has no such option (allowed: deterministic)\n    It is an option of qmc."),  # noqa: E501
-    ("{sampler: {name: random, options: {scramble: false}}}", "options.scramble: random has no options\n    It is an option of qmc."),  # noqa: E501
-    ("{sampler: {options: {n_ei_candidates: 0}}}", "options.n_ei_candidates: must be a whole number >= 1, but got 0"),
-    ("{sampler: {options: {n_ei_candidates: true}}}", "options.n_ei_candidates: must be a whole number >= 1, but got true"),  # noqa: E501
-    ("{sampler: {options: {multivariate: 1}}}", "options.multivariate: must be true or false, but got 1"),
-    ("{sampler: {name: nsga2, options: {mutation_prob: 2}}}", "options.mutation_prob: must be a number >= 0 and <= 1, but got 2"),  # noqa: E501
-    ("{sampler: {name: qmc, options: {type: sobl}}}", "options.type: must be one of the allowed values, but got \"sobl\"; did you mean 'sobol'? (allowed: sobol, halton)"),  # noqa: E501
-    ("{sampler: {options: {group: true, multivariate: false}}}", "options.group: group needs multivariate: true"),
+    ("{sampler: {name: tpe, n_ei_candidats: 3}}", "n_ei_candidats: unknown key; did you mean 'n_ei_candidates'? (allowed: seed, startup_trials, name, multivariate, group, constant_liar, n_ei_candidates)"),  # noqa: E501
+    ("{sampler: {name: gp, scramble: false}}", "scramble: unknown key (allowed: seed, startup_trials, name, deterministic)"),  # noqa: E501
+    ("{sampler: {name: random, startup_trials: 3}}", "startup_trials: unknown key (allowed: seed, name)"),
+    ("{sampler: {name: cmaes}}", 'name: must be one of the allowed values, but got "cmaes" (allowed: tpe, gp, nsga2, qmc, random, grid)'),  # noqa: E501
+    ("{sampler: {n_ei_candidates: 0}}", "n_ei_candidates: must be at least 1, but got 0"),
+    ("{sampler: {n_ei_candidates: true}}", "n_ei_candidates: must be a whole number, but got true"),
+    ("{sampler: {multivariate: 1}}", "multivariate: must be true or false, but got 1"),
+    ("{sampler: {name: nsga2, mutation_prob: 2}}", "mutation_prob: must be at most 1, but got 2"),
+    ("{sampler: {name: qmc, type: sobl}}", "type: must be one of the allowed values, but got \"sobl\"; did you mean 'sobol'? (allowed: sobol, halton)"),  # noqa: E501
+    ("{sampler: {group: true, multivariate: false}}", "search.sampler: group: true needs multivariate: true, but got multivariate: false"),  # noqa: E501
     ("{sampler: {name: grid}, space: {kl_weight: {low: 0, high: 1}}}", "search.space.kl_weight: must have a step for the grid\n    Give kl_weight a step, or choices: [...], or another sampler than grid."),  # noqa: E501
 ]  # fmt: skip
 WHEN = [
@@ -620,7 +607,7 @@ ENTRY_SPACE = "space: {kl_weight: {low: 0, high: 1, step: 0.1}, epochs: {low: 1,
 ENTRIES = [
     ("[{kl_weigth: 0.5}]", "0.kl_weigth: must be a parameter of search.space, but got \"kl_weigth\"; did you mean 'kl_weight'? (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
     ("[{weight_decay: 0.5}]", "0.weight_decay: must be a parameter of search.space (allowed: kl_weight, epochs, decay, crop_scale)\n    A value that all trials share belongs in train: weight_decay: 0.5."),  # noqa: E501
-    ("[{train: {kl_weight: 2}}]", "0.train.kl_weight: must be in the range 0.0 to 1.0, but got 2"),
+    ("[{kl_weight: 2}]", "0.kl_weight: must be in the range 0.0 to 1.0, but got 2"),
     ("[{kl_weight: 0.55}]", "0.kl_weight: must be a whole number of steps of 0.1 above 0.0, but got 0.55"),
     ("[{kl_weight: '0.5'}]", '0.kl_weight: must be a number, but got "0.5"'),
     ("[{kl_weight: .nan}]", "0.kl_weight: must be in the range 0.0 to 1.0, but got .nan"),
@@ -629,8 +616,7 @@ ENTRIES = [
     ("[{decay: matrix}]", "0.decay: must be one of the choices, but got \"matrix\"; did you mean 'matrices'? (allowed: all, matrices)"),  # noqa: E501
     ("[{decay: all, crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the entry must meet: decay: \"matrices\", but got {\"decay\": \"all\", \"crop_scale\": 0.9}\n    Add that to the entry, or remove crop_scale."),  # noqa: E501
     ("[{crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the entry must meet: decay: \"matrices\", but got {\"crop_scale\": 0.9}\n    Add that to the entry, or remove crop_scale."),  # noqa: E501
-    ("[{epochs: 2}, {train: {epochs: 2}}]", '1: must not repeat an earlier entry, search.enqueue.0, but got {"epochs": 2}'),  # noqa: E501
-    ("[{epochs: 2, train: {epochs: 3}}]", "0.train.epochs: must stand once, but epochs stands next to train, too"),
+    ("[{epochs: 2}, {epochs: 2}]", '1: must not repeat an earlier entry, search.enqueue.0, but got {"epochs": 2}'),
     ("[{}]", "0: must hold a value of at least one parameter, but got {} (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
     ("[{train: 5}]", '0.train: must be a parameter of search.space, but got "train" (allowed: kl_weight, epochs, decay, crop_scale)'),  # noqa: E501
     ("[5]", "0: must be a mapping of keys to values, but got 5"),
@@ -674,8 +660,8 @@ def test_an_entry_that_cannot_be_tried_is_one_message(tmp_path, entries, message
 
 def test_more_entries_than_trials_and_all_mistakes_at_once(tmp_path):
     entries = "[{epochs: 1}, {epochs: 2}, {epochs: 99}]"
-    found = problems(tmp_path, f"{{trials: 2, {ENTRY_SPACE}, enqueue: {entries}, sampler: {{options: {{x: 1}}}}}}")
-    assert len(found) == 3
+    found = problems(tmp_path, f"{{trials: 2, {ENTRY_SPACE}, enqueue: {entries}}}")
+    assert len(found) == 2
     assert "search.enqueue: must be at most as many as search.trials, 2, but got 3" in found
 
 
@@ -683,16 +669,12 @@ def test_more_entries_than_trials_and_all_mistakes_at_once(tmp_path):
     ("search", "line"),
     [
         (
-            {"sampler": {"name": "nsga2", "options": {"population_size": 50}}},
+            {"sampler": {"name": "nsga2", "population_size": 50}},
             "search.sampler.name nsga2 draws its first generation of 50 at random, of only 8 trials",
         ),
         (
-            {"sampler": {"name": "qmc", "seed": 3, "options": {"scramble": False}}},
+            {"sampler": {"name": "qmc", "seed": 3, "scramble": False}},
             "search.sampler.seed has no effect: the sequence is not scrambled",
-        ),
-        (
-            {"sampler": {"name": "nsga2", "startup_trials": 3}},
-            "search.sampler.startup_trials has no effect: the sampler is nsga2",
         ),
     ],
 )

@@ -103,6 +103,14 @@ def source_of(key):
     return get_args(kinds[0].model_fields["source"].annotation)[0] if kinds else "sandbox"
 
 
+def first_of(key):
+    """Returns what names a sampler or pruner that has a key."""
+    if not key.name.startswith(("search.sampler.", "search.pruner.")) or key.name.endswith(".name"):
+        return []
+    own, shared = key.part.model_fields.get("name"), {"_Cutting": "median"}.get(key.part.__name__, "tpe")
+    return [f"{key.name.rpartition('.')[0]}.name={own.default if own else shared}"]
+
+
 def base_of(key):
     """Returns a recipe that may hold a key, by its name, and what has to be set in it first."""
     source = source_of(key)
@@ -121,6 +129,7 @@ def test_the_example_of_every_key_is_valid(key):
         before += ["search.space.head_bias={choices: [true, false]}"]
     if key.name == "resources.executor":
         before = ["resources.num_workers=2"]
+    before = before + first_of(key)
     recipe = load_recipe(FOLDER / f"{base}.yaml", [*before, f"{place}={keys.flow(key.field.examples[0])}"])
     assert isinstance(recipe.data.train, SandboxSet) == (base == "quickstart")
 

@@ -64,7 +64,7 @@ def told(text):
 
 def test_the_recipe_that_is_sent_is_the_same_recipe_with_its_lists_next_to_it(here, tmp_path_factory):
     recipe = load_recipe(here / "r.yaml", ["search.trials=3"])
-    sent = upload.search_upload(recipe, Path("studies/first"), ["--narrow"], here)
+    sent = upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here)
     folder = tmp_path_factory.mktemp("unpacked")
     sent.write(folder)
     names = {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
@@ -81,14 +81,14 @@ def test_the_recipe_that_is_sent_is_the_same_recipe_with_its_lists_next_to_it(he
     assert sent.paths == (Path("/far/shards"), here / "val.tar")
     kept = f"{here}/studies/first.recipe/{sent.command.split('first.recipe/')[1][:8]}"
     command = f"exec python -m carft_ray.cli search {kept}/recipe.yaml --study {here}/studies/first --address auto"
-    assert sent.command == f"mkdir -p {kept} && cp -R ./. {kept} || exit 5; {command} --narrow"
+    assert sent.command == f"mkdir -p {kept} && cp -R ./. {kept} || exit 5; {command} --change-space"
     source = environment.code()["source"]
     check = "python -m carft_ray.launch.jobs.package"
     assert sent.entrypoint(installed=False) == f"{check} {source} || exit 5; {sent.command}"
     assert sent.entrypoint(installed=True) == f"{check} || exit 5; {sent.command}"
-    assert upload.search_upload(recipe, Path("studies/first"), ["--narrow"], here) == sent
+    assert upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here) == sent
     (here / "names.txt").write_text("dog\ncat\n")
-    assert upload.search_upload(recipe, Path("studies/first"), ["--narrow"], here).command != sent.command
+    assert upload.search_upload(recipe, Path("studies/first"), ["--change-space"], here).command != sent.command
 
 
 def test_a_list_that_is_not_here_is_taken_for_one_of_the_cluster(here):

@@ -482,7 +482,7 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
     assert run(*words, "--address", "auto")[0] == UsageError.exit_code
     [(recipe_path, study, options)] = asked
-    assert {options[name] for name in ("narrow", "widen", "notify_url")} == {False, None}
+    assert {options[name] for name in ("change_space", "notify_url")} == {False, None}
     recipe = load_recipe(recipe_path, options["overrides"])
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
     assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)

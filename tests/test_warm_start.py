@@ -258,7 +258,7 @@ def test_a_narrowed_study_keeps_what_was_taken_in(study_dir, first):
         run_all(study)
     names = [row.name for row in trials(study_dir)]
     narrow = warm(recipe_of(3, learning_rate=NARROW), first)
-    with open_study(study_dir, narrow, ("narrow",)) as study:
+    with open_study(study_dir, narrow, True) as study:
         recover_running(study)
         assert [row.name for row in study.rows()] == names
         assert [spec.number for spec in run_all(study)] == [14]

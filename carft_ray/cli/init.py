@@ -79,7 +79,7 @@ def init(
     console.next_step(common.command_line("doctor", to), common.command_line("plan", to), begin)
 
 
-@common.command("schema > carft-ray.schema.json", common.ONE_TRAINING)
+@common.command("schema", common.ONE_TRAINING)
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors; init writes it beside each recipe."""
     from carft_ray.recipe.presets import schema_text
@@ -107,13 +107,13 @@ def _draft(
     from carft_ray.data.draft import choose_roles, draft, set_name, survey
     from carft_ray.learning.models.catalog import check_model
     from carft_ray.recipe.fine_tuning import ModelConfig
-    from carft_ray.recipe.loading import absolute_model
+    from carft_ray.recipe.loading import absolute_paths
 
     roots = survey(root)
     roles = choose_roles(roots, *domains)
     weights = PRETRAINED if tag is None and model == MODEL else tag
     base = Path.cwd() if to is None else to.absolute().parent
-    if problems := check_model(absolute_model(ModelConfig(name=model, pretrained=weights), base)):
+    if problems := check_model(absolute_paths(ModelConfig(name=model, pretrained=weights), base)):
         options = {"model.name": "--model", "model.pretrained": "--pretrained"}
         raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
     whole, base = root.resolve(), base.resolve()

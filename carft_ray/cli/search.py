@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 class SearchOptions(common.RunOptions):
     """The options that `search`, `resume` and `submit` share."""
 
-    narrow: Annotated[bool, Option("--narrow", help="Let the search space of the study shrink.")] = False
-    widen: Annotated[bool, Option("--widen", help="Let the search space of the study grow.")] = False
+    change_space: Annotated[bool, Option("--change-space", help="Let the search space of the study change.")] = False
     warm_start: Annotated[
         list[Path] | None, Option(metavar="DIR", help="Use the trials of another study; repeatable.")
     ] = None
@@ -92,7 +91,7 @@ def resume(
 ) -> None:
     """Resume a study where it was, or extend it. Its recipe is its own resolved.yaml.
 
-    What may change: trials, budget, resources, sampler, and the search space with --narrow or --widen.
+    What may change: trials, budget, resources, sampler, and the search space with --change-space.
     """
     from carft_ray import actions
 

@@ -234,7 +234,7 @@ def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None
         StorageError: The study cannot be read.
     """
     began = time.monotonic()
-    claim(study_dir, recipe, ("narrow", "widen"))  # of a study that is there it writes nothing
+    claim(study_dir, recipe, change_space=True)  # of a study that is there it writes nothing
     trials = rows_by_kind(study_dir)["trial"]
     spent_s = [row.spent_s or row.elapsed_s or 0.0 for row in trials if row.outcome == "complete"]
     if not spent_s:

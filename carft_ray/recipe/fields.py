@@ -1,10 +1,12 @@
 """What the fields of a recipe are made of: their base class, the types of values, and what a field says of its key."""
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -32,6 +34,27 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,99}$")]  # 
 DurationText = Annotated[str, Field(pattern=r"^(\d+[dhms])+$")]  # for editors; ``seconds_of`` checks the order
 Duration = Annotated[PositiveFloat, BeforeValidator(seconds_of, json_schema_input_type=PositiveFloat | DurationText)]
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The context of a validation that changes the paths of a recipe.
+
+    Attributes:
+        change: Gives what stands in place of a path.
+        reads: Whether lists are read that become a part of the recipe; only a recipe of the user's own names them.
+    """
+
+    change: Callable[[str], Any]
+    reads: bool = False
+
+
+def _changed(written: str, info: ValidationInfo) -> Any:
+    return info.context.change(written) if info.context else written
+
+
+# a text that is a path
+RecipePath = Annotated[str, AfterValidator(_changed)]
 Class = Literal["identity", "space", "running"]
 REQUIRED: Any = ...  # in place of a default
 
@@ -51,7 +74,7 @@ class Resume(NamedTuple):
     """Whether a key may change between two searches of one study, and why.
 
     Attributes:
-        kind: ``identity`` never changes, ``space`` with ``--narrow`` or ``--widen``, ``running`` freely.
+        kind: ``identity`` never changes, ``space`` with ``--change-space``, ``running`` freely.
         why: The reason.
     """
 
@@ -106,7 +129,7 @@ def members(kind: Any) -> list[type[Config]]:
 def field_of(kind: Any, name: str | int) -> FieldInfo | None:
     """Returns the field of a part of a recipe, of the first in a union that has it; None where none has."""
     parts = members(kind) or [core_type(kind)]
-    fields = (part.model_fields.get(name) for part in parts if is_config(part))
+    fields = (part.model_fields.get(str(name)) for part in parts if is_config(part))
     return next((field for field in fields if field is not None), None)
 
 

@@ -1,9 +1,11 @@
 """The keys of one fine-tuning: the model, its prompts, the training, and evaluations on the way."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
 
+from carft_ray.errors import DataError
 from carft_ray.recipe.fields import (
     Config,
     Duration,
@@ -13,12 +15,16 @@ from carft_ray.recipe.fields import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    RecipePath,
     Resume,
     Seed,
     core_type,
     key,
 )
+from carft_ray.untrusted import read_text
 
+TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
+LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
 TemplateSet = Literal["sandbox", "simple", "openai"]
 
 METHOD = Resume("identity", "another method: its objectives do not compare")
@@ -40,7 +46,15 @@ CLASS_NAMES_RULE = "must be the name of a benchmark or a list of texts"
 FUNCTION_RULE = "must be MODULE:NAME, the function NAME of the module MODULE"
 
 
-def _templates(value: Any) -> Any:
+def _templates(value: Any, info: ValidationInfo) -> Any:
+    """Puts the lines of a file in its place, so that the recipe is complete."""
+    if isinstance(value, str) and value.startswith(TEMPLATE_FILE) and info.context and info.context.reads:
+        path = Path(info.context.change(value.removeprefix(TEMPLATE_FILE)))
+        try:
+            return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+        except (OSError, DataError) as error:
+            why = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+            raise ValueError(f"must be a file with one template per line, but got {why}") from error
     if isinstance(value, str):
         return value
     if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
@@ -66,6 +80,21 @@ def _function(value: Any) -> Any:
     return value
 
 
+def is_weights_path(pretrained: str) -> bool:
+    """Returns whether a text is the path of a weights file; else it is a tag of open_clip."""
+    return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
+
+
+def _weights(pretrained: str, info: ValidationInfo) -> Any:
+    return info.context.change(pretrained) if info.context and is_weights_path(pretrained) else pretrained
+
+
+def _model(name: str, info: ValidationInfo) -> str:
+    if not info.context or not name.startswith(LOCAL_DIR):
+        return name
+    return f"{LOCAL_DIR}{info.context.change(name.removeprefix(LOCAL_DIR))}"
+
+
 def _auto_or_flag(value: Any) -> Any:
     if value != "auto" and not isinstance(value, bool):
         raise ValueError("must be auto, true or false")
@@ -75,9 +104,9 @@ def _auto_or_flag(value: Any) -> Any:
 class ModelConfig(Config):
     """Which CLIP to start from."""
 
-    name: str = key("sandbox", "sandbox", START)
+    name: Annotated[str, AfterValidator(_model)] = key("sandbox", "sandbox", START)
     """`sandbox`, a model of open_clip, `local-dir:DIR` or `hf-hub:OWNER/NAME` ([models.md](../docs/models.md))"""
-    pretrained: str | None = key(None, None, START)
+    pretrained: Annotated[str, AfterValidator(_weights)] | None = key(None, None, START)
     """its weights: a tag of open_clip, the path of a weights file, or `random`; required for an open_clip name, left
     out for the others"""
 
@@ -166,7 +195,7 @@ class TrainConfig(Config):
     )
     """`MODULE:NAME`, your own fine-tuning in place of the built-in loop, taken only with `--trust`
     ([own_trainer.md](../docs/own_trainer.md))"""
-    function_dir: str | None = key(
+    function_dir: RecipePath | None = key(
         None,
         "trainers",
         Resume("running", "a folder may move; the function has the same name"),

@@ -1,38 +1,34 @@
 """Recipe files: read, check, write.
 
-All problems of a file are reported at once, each with file, line, key path, rule, value and nearest match.
+All problems of a file are reported at once, each with file, line, key path, rule, value and nearest match; those of
+rules between keys once each key by itself is right.
 """
 
-import copy
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from carft_ray.errors import DataError, Problem, RecipeError, nearest
+from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.recipe import text
 from carft_ray.recipe.checks.messages import Finding, findings, shown
-from carft_ray.recipe.checks.rules import ROLES, broken_rules, named_sets
-from carft_ray.recipe.fine_tuning import ModelConfig
+from carft_ray.recipe.checks.rules import broken_rules, named_sets
+from carft_ray.recipe.fields import Config, Paths
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
+from carft_ray.recipe.sets import StoredSet, plain
 from carft_ray.recipe.text import KeyPath
 from carft_ray.untrusted import read_text, visible
 
-_REQUIRED: tuple[KeyPath, ...] = (("data",), ("data", "train"), ("data", "id_val"))
 MOST_RECIPE_BYTES = 2**22  # a recipe has kilobytes; long lists stand in files of their own
 MOST_PATH_BYTES, MOST_NAME_BYTES = 4095, 255  # of Linux
-LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
-TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
+Part = TypeVar("Part", bound=Config)
 _DATA = ("path", "root")  # of the paths of a set, those of its images
-# stands in for a set with a mistake, while the rules look for further mistakes elsewhere
-_STAND_IN = {"source": "sandbox", "split": "train", "num_per_class": 1}
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -89,24 +85,17 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
     raw, problems = apply_overrides(value, places, overrides)
     if unwritable := list(_unwritable(raw, ())):
         raise RecipeError([finding.at(places.place(finding.path)) for finding in unwritable])
-    raw, unread = _with_template_file(raw, base_dir)
-    problems += [finding.at(places.place(finding.path)) for finding in unread]
     recipe: Recipe | None = None
-    found = []
     try:
-        recipe = Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw, context=Paths(_absolute(base_dir), reads=True))
         found = broken_rules(recipe)
     except ValidationError as error:
         found = findings(error)
-        partial, gone = _without_mistakes(raw, error)
-        if partial is not None:
-            read = [(rule, (rule.path, *rule.reads)) for rule in broken_rules(partial)]
-            found += [rule for rule, paths in read if not any(_inside(path, gone) for path in paths)]
     found.sort(key=lambda finding: places.order(finding.path))
     problems = [finding.at(places.place(finding.path)) for finding in found] + problems
     if problems or recipe is None:
         raise RecipeError(problems)
-    return absolute_paths(recipe, base_dir)
+    return _with_function_dir(recipe, base_dir)
 
 
 def _read(path: Path) -> str:
@@ -126,24 +115,6 @@ def _read(path: Path) -> str:
         raise RecipeError(Problem(place, "must be readable", error.strerror or str(error))) from None
 
 
-def _with_template_file(raw: Any, base_dir: Path) -> tuple[Any, list[Finding]]:
-    """Puts the lines of a file that ``prompts.templates`` names in its place, so that the recipe is complete."""
-    prompts = raw.get("prompts") if isinstance(raw, dict) else None
-    prompts = prompts if isinstance(prompts, dict) else {}
-    written = prompts.get("templates")
-    if not isinstance(written, str) or not written.startswith(TEMPLATE_FILE):
-        return raw, []
-    path = resolve_path(written.removeprefix(TEMPLATE_FILE), base_dir)
-    try:
-        lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    except (OSError, DataError) as error:
-        value = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
-        rule = "must be a file with one template per line"
-        rest = {key: value for key, value in prompts.items() if key != "templates"}
-        return {**raw, "prompts": rest}, [Finding(("prompts", "templates"), rule, value)]
-    return {**raw, "prompts": {**prompts, "templates": lines}}, []
-
-
 def _unwritable(value: Any, path: KeyPath) -> Iterator[Finding]:
     """Yields a finding for each text that no file and no path can hold: with NUL, or half of a surrogate pair."""
     if isinstance(value, dict):
@@ -155,46 +126,6 @@ def _unwritable(value: Any, path: KeyPath) -> Iterator[Finding]:
             yield from _unwritable(child, (*path, index))
     elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
         yield Finding(path, "must be text without the character NUL and without halves of pairs", visible(shown(value)))
-
-
-def _without_mistakes(raw: Any, error: ValidationError) -> tuple[Recipe | None, list[KeyPath]]:
-    """Takes out what pydantic refused, so that the rules between keys can be checked on the rest.
-
-    Returns:
-        The rest as a recipe (None when too little is left), and the key paths that were taken out.
-    """
-    rest = copy.deepcopy(raw) if isinstance(raw, dict) else {}
-    gone: list[KeyPath] = []
-    for _ in range(4):
-        for finding in findings(error):
-            around = finding.is_absence and finding.path not in _REQUIRED
-            gone.append(_take_out(rest, finding.path[:-1] if around else finding.path))
-        data = rest.get("data")
-        rest["data"] = data = data if isinstance(data, dict) else {}
-        for role in ("train", "id_val"):
-            if data.get(role) is None:
-                data[role] = {**_STAND_IN, "domain": role}
-        try:
-            return Recipe.model_validate(rest), gone
-        except ValidationError as another:
-            error = another
-    return None, gone
-
-
-def _take_out(value: Any, path: KeyPath) -> KeyPath:
-    """Deletes what stands at a key path, or the list around it; returns the key path that is gone."""
-    for index, piece in enumerate(path):
-        child = value.get(piece) if isinstance(value, dict) else None
-        if index + 1 == len(path) or not isinstance(child, dict):
-            if isinstance(value, dict):
-                value.pop(piece, None)
-            return path[: index + 1]
-        value = child
-    return path
-
-
-def _inside(path: KeyPath, gone: Sequence[KeyPath]) -> bool:
-    return any(path[: len(prefix)] == prefix for prefix in gone)
 
 
 def recipe_dir(path: Path) -> Path:
@@ -216,29 +147,25 @@ def resolve_path(written: str, base_dir: Path) -> Path:
     return Path(path)
 
 
-def is_weights_path(pretrained: str) -> bool:
-    """Returns whether a text is the path of a weights file; else it is a tag of open_clip."""
-    return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
+def _absolute(base_dir: Path) -> Callable[[str], str]:
+    return lambda written: str(resolve_path(written, base_dir))
 
 
-def absolute_paths(recipe: Recipe, base_dir: Path) -> Recipe:
-    """Returns the recipe with every relative path made absolute, so that it means the same in any folder.
+def absolute_paths(part: Part, base_dir: Path) -> Part:
+    """Returns a recipe, or a part of one, with every relative path made absolute, so that it means the same anywhere.
 
     Args:
-        recipe: The recipe.
+        part: The recipe or part.
         base_dir: The folder that its relative paths count from.
     """
-    whole = recipe.model_copy(update={"model": absolute_model(recipe.model, base_dir)})
-    if own_functions(whole) and whole.train.function_dir is None:
-        whole = whole.model_copy(update={"train": whole.train.model_copy(update={"function_dir": str(base_dir)})})
-    return with_paths(whole, lambda written: str(resolve_path(written, base_dir)))
+    return _with_function_dir(with_paths(part, _absolute(base_dir)), base_dir)
 
 
-def absolute_model(model: ModelConfig, base_dir: Path) -> ModelConfig:
-    """Returns the model of a recipe with absolute paths; arguments as ``absolute_paths``."""
-    if model.pretrained is not None and (path := resolve_path(model.pretrained, base_dir)).is_file():
-        model = model.model_copy(update={"pretrained": str(path)})  # a file whose ending does not show it
-    return _model_with_paths(model, lambda written: str(resolve_path(written, base_dir)))
+def _with_function_dir(part: Part, base_dir: Path) -> Part:
+    """Returns a recipe that names functions with the folder from which they are imported."""
+    if not (isinstance(part, Recipe) and own_functions(part) and part.train.function_dir is None):
+        return part
+    return part.model_copy(update={"train": part.train.model_copy(update={"function_dir": str(base_dir)})})
 
 
 def portable_paths(recipe: Recipe) -> Recipe:
@@ -288,38 +215,12 @@ def named_paths(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
     return lists, [text for text in written if text not in lists]
 
 
-def with_paths(recipe: Recipe, change: Callable[[str], Any]) -> Recipe:
-    """Returns the recipe with another text for each of its paths; for class names perhaps with the names themselves."""
-    data, search = recipe.data, recipe.search
-    parts: dict[str, Any] = {role: _set_with_paths(getattr(data, role), change) for role in ROLES}
-    parts["cache_dir"] = data.cache_dir and change(data.cache_dir)
-    search = search.model_copy(update={"warm_start": tuple(change(source) for source in search.warm_start)})
-    model, train = _model_with_paths(recipe.model, change), recipe.train
-    if train.function_dir is not None:
-        train = train.model_copy(update={"function_dir": change(train.function_dir)})
-    whole = {"data": data.model_copy(update=parts), "model": model, "search": search, "train": train}
-    return recipe.model_copy(update=whole)
+def with_paths(part: Part, change: Callable[[str], Any]) -> Part:
+    """Returns a recipe, or a part of one, with another text for each of its paths (``fields.RecipePath``).
 
-
-def _set_with_paths(spec: Any, change: Callable[[str], Any]) -> Any:
-    """Returns a set, sets by name, or None with another text for each path."""
-    if isinstance(spec, dict):
-        return {name: _set_with_paths(one, change) for name, one in spec.items()}
-    if isinstance(spec, CorruptedSet):
-        return spec.model_copy(update={"of": _set_with_paths(spec.of, change)})
-    if not isinstance(spec, StoredSet):
-        return spec
-    written = {key: getattr(spec, key) for key in spec.path_keys}
-    return spec.model_copy(update={key: change(path) for key, path in written.items() if isinstance(path, str)})
-
-
-def _model_with_paths(model: ModelConfig, change: Callable[[str], Any]) -> ModelConfig:
-    named = {}
-    if model.pretrained is not None and is_weights_path(model.pretrained):
-        named["pretrained"] = change(model.pretrained)
-    if model.name.startswith(LOCAL_DIR):
-        named["name"] = LOCAL_DIR + change(model.name.removeprefix(LOCAL_DIR))
-    return model.model_copy(update=named)
+    ``change`` may give class names themselves for the path of their list.
+    """
+    return type(part).model_validate(part.model_dump(exclude_unset=True), context=Paths(change))
 
 
 def own_functions(recipe: Recipe, baselines: bool = True) -> dict[str, str]:

@@ -4,10 +4,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any, get_origin
+from typing import Any, get_args, get_origin
 
 from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.checks.messages import child_type, keys_of, nearest_key
+from carft_ray.recipe.fields import core_type, field_of, members
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath, dotted, parse
 
@@ -52,6 +53,7 @@ def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tup
     """Sets values over those of a file; mappings on the way that are missing are made.
 
     ``null`` takes an entry out of a mapping whose keys the recipe's author names, such as ``search.space.kl_weight``.
+    The name of another sampler or pruner takes the keys of the one before with it.
 
     Args:
         value: The value of the file; stays as it is.
@@ -81,6 +83,9 @@ def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tup
             problems += [problem] if problem else [replace(found, place=option) for found in parsed.problems]
             continue
         value = _set(value, changed, new)
+        if unfit := _keys_of_other_kinds(path, new):
+            entries = reduce(_under, path[:-1], value)
+            value = _set(value, path[:-1], {key: entry for key, entry in entries.items() if key not in unfit})
         for known in [known for known in places.options if known[: len(path)] == path]:
             del places.options[known]
         places.options[path] = option
@@ -106,11 +111,25 @@ def _path_problem(option: str, path: KeyPath) -> Problem | None:
 
 def _is_entry(path: KeyPath) -> bool:
     """Tells whether a path ends with a key that a recipe's author names, of something that has keys itself."""
-    kind: Any = Recipe
-    for piece in path[:-1]:
-        kind = child_type(kind, piece)
+    kind = _kind_at(path[:-1])
     child = child_type(kind, path[-1])
     return get_origin(kind) is dict and (get_origin(child) is dict or keys_of(child) is not None)
+
+
+def _keys_of_other_kinds(path: KeyPath, new: Any) -> set[str]:
+    """Returns the keys that another kind of a part has, such as a sampler, where an option names its kind."""
+    *above, name = path
+    kinds = members(_kind_at(above))
+    fields = [(kind, field) for kind in kinds if (field := field_of(kind, name)) is not None]
+    named = [kind for kind, field in fields if get_args(core_type(field.annotation)) == (new,)]
+    return {key for kind in kinds for key in kind.model_fields if named and key not in named[0].model_fields}
+
+
+def _kind_at(path: Sequence[str | int]) -> Any:
+    kind: Any = Recipe
+    for piece in path:
+        kind = child_type(kind, piece)
+    return kind
 
 
 def _under(value: Any, piece: str | int) -> dict[Any, Any]:

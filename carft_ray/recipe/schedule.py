@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from carft_ray.recipe.parameters import CategoricalParameter, FloatParameter
-from carft_ray.recipe.schema import PrunerConfig, Recipe
+from carft_ray.recipe.sampling import AnyPruner, HalvingPruner, NoPruner
+from carft_ray.recipe.schema import Recipe
 
 END = 100  # percent of a schedule
-HALVING = "successive_halving"
 # images of `recalibrate_batches`; not `batch_size`, which may be searched and may not fit into memory undivided
 RECALIBRATION_BATCH = 128
 
@@ -33,22 +33,24 @@ def percent(epoch: int, epochs: int) -> int:
     return round(END * epoch / epochs)
 
 
-def first_percent(pruner: PrunerConfig) -> int:
+def first_percent(pruner: AnyPruner) -> int:
     """Returns the percent before which no training is cut."""
-    return max(1, round(END * pruner.first))
+    return END if isinstance(pruner, NoPruner) else max(1, round(END * pruner.first))
 
 
-def rungs(pruner: PrunerConfig) -> tuple[int, ...]:
+def rungs(pruner: AnyPruner) -> tuple[int, ...]:
     """Returns where halving compares, in percent: ``first * factor**k``, as far as it is under 1; none for others."""
+    if not isinstance(pruner, HalvingPruner):
+        return ()
     found: list[int] = []
     share, rung = pruner.first, first_percent(pruner)
-    while pruner.name == HALVING and share < 1 - 1e-9 and rung < END:
+    while share < 1 - 1e-9 and rung < END:
         found.append(rung)
         share, rung = share * pruner.factor, rung * pruner.factor
     return tuple(found)
 
 
-def has_intermediate_value(every_epochs: int, pruner: PrunerConfig, epoch: int, epochs: int) -> bool:
+def has_intermediate_value(every_epochs: int, pruner: AnyPruner, epoch: int, epochs: int) -> bool:
     """Returns whether a training is evaluated on the subset at the end of an epoch.
 
     It is every ``every_epochs`` epochs (0: never), and at the end of every rung: the first epoch that reaches it.

@@ -22,8 +22,8 @@ from carft_ray.recipe.fields import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
+    RecipePath,
     Resume,
-    Seed,
     SetName,
     key,
     nothing_is_empty,
@@ -31,6 +31,7 @@ from carft_ray.recipe.fields import (
 )
 from carft_ray.recipe.fine_tuning import EvaluateConfig, ModelConfig, PromptsConfig, TrainConfig
 from carft_ray.recipe.parameters import SPACE, Space
+from carft_ray.recipe.sampling import NoPruner, Pruner, Sampler, TpeSampler
 from carft_ray.recipe.sets import DataConfig
 
 FORMAT_VERSION = 1
@@ -39,8 +40,6 @@ LEAST_AMOUNT = 0.0001  # of a resource
 OBJECTIVE = Resume("identity", "part of the objective")
 RANKING = Resume("identity", "ranks the trials")
 BEST = Resume("identity", "chooses the best trial")
-CUT = Resume("identity", "it decides which trainings end early, and they are compared with those before")
-SAMPLING = Resume("running", "a sampler reads the trials and proposes the next; it judges none")
 PROPOSED = Resume("running", "proposals to come")
 HOW_FAR = Resume("running", "how far")
 TOLD = Resume("running", "who is told; nothing is computed from it")
@@ -110,37 +109,6 @@ class ObjectiveConfig(Config):
     """with `lexicographic`: ID accuracy under the highest at which OOD accuracy decides"""
 
 
-class SamplerConfig(Config):
-    """Who proposes the next values."""
-
-    name: Literal["tpe", "gp", "nsga2", "qmc", "random", "grid"] = key("tpe", "random", SAMPLING)
-    """who proposes the next values"""
-    seed: Seed = key(
-        0, 1, Resume("identity", "choosing a luckier seed is selection on noise; qmc continues its own sequence")
-    )
-    """seed of the sampler"""
-    startup_trials: PositiveInt | None = key(None, 8, SAMPLING)
-    """at most `search.trials`: random trials before `tpe` and `gp`; null: a quarter of the trials, at least 4"""
-    # checked by sampler_rules.py
-    options: Annotated[dict[str, Any], BeforeValidator(nothing_is_empty)] = key({}, {"n_ei_candidates": 48}, SAMPLING)
-    """options of this sampler ([docs/samplers.md](../docs/samplers.md)); null is its default"""
-
-
-class PrunerConfig(Config):
-    """Who cuts a training that will not be among the best. Shares are of a training's own schedule."""
-
-    name: Literal["none", "successive_halving", "median", "percentile"] = key("none", "median", CUT)
-    """how a training is compared with the others"""
-    first: Annotated[float, Field(gt=0, lt=1, strict=True)] = key(1 / 3, 0.25, CUT)
-    """share of the schedule before which no training is cut; the first rung"""
-    factor: Annotated[int, Field(ge=2, strict=True)] = key(2, 3, CUT)
-    """`successive_halving`: one in so many trainings continues, and the next rung is so many times later"""
-    startup_trials: PositiveInt = key(4, 8, CUT)
-    """`median`, `percentile`: complete trials before anything is cut"""
-    percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(25.0, 50.0, CUT)
-    """`percentile`: percentage of the trainings, the best ones, that continues"""
-
-
 class SearchConfig(Config):
     """What is searched and how long."""
 
@@ -151,12 +119,12 @@ class SearchConfig(Config):
     alpha: AlphaConfig = AlphaConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     constraints: ConstraintsConfig = ConstraintsConfig()
-    sampler: SamplerConfig = SamplerConfig()
-    pruner: PrunerConfig = PrunerConfig()
+    sampler: Sampler = TpeSampler()
+    pruner: Pruner = NoPruner()
     enqueue: tuple[Values, ...] = key((), [{"learning_rate": 0.0005, "kl_weight": 10}], PROPOSED)
-    """values inside the space that are tried first, in this order, flat or under `train`; a parameter that is left out
+    """values inside the space that are tried first, in this order; a parameter that is left out
     is drawn; they count as trials"""
-    warm_start: tuple[str, ...] = key((), ["../studies/first"], PROPOSED)
+    warm_start: tuple[RecipePath, ...] = key((), ["../studies/first"], PROPOSED)
     """folders of other studies whose trials are passed to the sampler; they are not trials of this one"""
     baselines: Baselines = key(
         {},

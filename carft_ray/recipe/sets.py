@@ -11,6 +11,7 @@ from carft_ray.recipe.fields import (
     Fraction,
     PositiveFloat,
     PositiveInt,
+    RecipePath,
     Resume,
     Seed,
     SetName,
@@ -91,8 +92,8 @@ def _sample_label(value: Any) -> Any:
 FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]+$")]
 ClassName = Annotated[str, Field(pattern=r"^[^\x00]+$")]  # 'F/A-18' is one
 Domains = Annotated[tuple[FolderName, ...], Field(min_length=1), AfterValidator(_folder_names)]
-SampleIds = Annotated[tuple[int, ...] | str, BeforeValidator(_sample_ids)]
-ClassNames = Annotated[str | tuple[str, ...], BeforeValidator(_class_names)]
+SampleIds = Annotated[tuple[int, ...] | RecipePath, BeforeValidator(_sample_ids)]
+ClassNames = Annotated[RecipePath | tuple[str, ...], BeforeValidator(_class_names)]
 RowValue = bool | int | str
 RowValues = Annotated[Any, BeforeValidator(_row_values, json_schema_input_type=RowValue | list[RowValue])]
 Where = Annotated[dict[str, RowValues], BeforeValidator(nothing_is_empty)]
@@ -120,7 +121,7 @@ class StoredSet(Config):
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude")  # whose texts are paths
 
-    path: str = key(REQUIRED, "../my_images", MOVED)
+    path: RecipePath = key(REQUIRED, "../my_images", MOVED)
     """where the images are"""
     part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = key(None, [0, 0.1], IMAGES)
     """the images whose fraction, a hash of the sample id, lies in [from, to); disjoint parts of one set share no image,
@@ -175,7 +176,7 @@ class ColumnSet(StoredSet):
     )
     """column with a stable name for each image, no value twice, or `COLUMN.FIELD`; null: the path below `root`, else a
     hash of the bytes, for which the files are read once"""
-    root: str | None = key(None, "../my_images", MOVED)
+    root: RecipePath | None = key(None, "../my_images", MOVED)
     """folder, where `image` holds paths, that paths of images count from; null: that of the files"""
     where: Where = key({}, {"fold": [1, 2]}, IMAGES)
     """the rows that belong to the set, by the values of columns (texts, whole numbers, true, false); sets without a
@@ -296,7 +297,7 @@ class DataConfig(Config):
     numbers are given without them too, `fail` ends with exit code 8"""
     shared_limit: Fraction = key(0.05, 0.1, SHARED)
     """largest share of a set that `drop` may leave out; more ends with exit code 8, since the roles are likely wrong"""
-    cache_dir: str | None = key(None, "~/carft-cache", KEPT_IMAGES)
+    cache_dir: RecipePath | None = key(None, "~/carft-cache", KEPT_IMAGES)
     """folder for decoded images; null: the user's cache folder"""
     cache_gb: PositiveFloat | None = key(None, 50, KEPT_IMAGES)
     """size of that folder in 10^9 bytes; after a build, the entries that were unused for longest are removed until it

@@ -1,7 +1,7 @@
 """What a study is about, and what may change when it is resumed.
 
-The field of every key of a recipe says its class (``recipe.fields.key``). A space that changes with ``--narrow`` or
-``--widen`` gives the study another generation (``study.space_revisions``).
+The field of every key of a recipe says its class (``recipe.fields.key``). A space that changes with
+``--change-space`` gives the study another generation (``study.space_revisions``).
 
 ``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.
 It is written after the journal, in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
@@ -11,7 +11,7 @@ search, with all that is running.
 import contextlib
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import reduce
@@ -25,10 +25,9 @@ from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
 from carft_ray.recipe.checks.messages import child_type, shown
 from carft_ray.recipe.fields import Class, field_of, resume_of
-from carft_ray.recipe.loading import is_weights_path
+from carft_ray.recipe.fine_tuning import is_weights_path
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
-from carft_ray.recipe.spaces.region import DIRECTIONS, Direction, directions
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.study import provenance
 from carft_ray.study.lock import FORMAT_VERSION, check_free_or_claimed
@@ -86,7 +85,7 @@ def _is_moved(path: KeyPath) -> bool:
     return path[0] == "data" and path[-1] in ("path", "root")
 
 
-def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Claim:
+def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
     """Makes the folder the study of this recipe, or checks that it is. The lock must be held.
 
     Of a study nothing is written: ``record_recipe`` does that, once the journal is ready for it.
@@ -94,7 +93,7 @@ def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> C
     Args:
         study_dir: An empty folder, or a study.
         recipe: The recipe of the search.
-        may: How the space may change.
+        change_space: The space may change.
 
     Raises:
         RecipeError: It is the study of another recipe; names the keys that differ.
@@ -114,14 +113,14 @@ def claim(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> C
     refused = [one for one in found if not _is_free(one) and class_of(one.path) == "identity"]
     refused += list(_moved_apart(kept, recipe))
     space = [one for one in found if class_of(one.path) == "space"]
-    old, new = kept.search.space, recipe.search.space
-    names = dict.fromkeys(str(one.path[2]) for one in space)
-    how = {name: directions(old.get(name), new.get(name), getattr(kept.train, name)) for name in names}
-    asked = {name for name in names if how[name] & set(may) or set(may) == set(DIRECTIONS)}
-    unasked = [one for one in space if str(one.path[2]) not in asked]
+    unasked = [] if change_space else space
     if refused or unasked:
         problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
-        step = _other_folder(study_dir) if refused else _flags_step(study_dir, how, may)
+        step = f"Continue with {study_dir / RESOLVED}, or give another folder."
+        if not refused:
+            command = f"carft-ray search RECIPE --study {study_dir} --change-space"
+            change = f"To change the search space, give --change-space, here or with: {command}."
+            step = f"{change}\n    Trials that lie inside still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
     news = [one for one in found if class_of(one.path) != "running" or _is_moved(one.path)]
     return Claim(False, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
@@ -248,18 +247,3 @@ def _problem(found: Difference, study_dir: Path) -> Problem:
     there = "left out" if found.old is MISSING else shown(found.old)
     value = "none" if found.new is MISSING else shown(found.new)
     return Problem(dotted(found.path), f"must be {there} as in {study_dir}", value)
-
-
-def _other_folder(study_dir: Path) -> str:
-    return f"Continue with {study_dir / RESOLVED}, or give another folder."
-
-
-def _flags_step(study_dir: Path, how: dict[str, frozenset[Direction]], may: Collection[Direction]) -> str:
-    """Says with which options the space may change so."""
-    needed = [[one] for one in DIRECTIONS if all(one in found for found in how.values())] or [[*DIRECTIONS]]
-    flags = " ".join(f"--{one}" for one in needed[0])
-    words = {"--narrow": "shrinks", "--widen": "grows"}.get(flags, "changes both ways")
-    given = " ".join(f"--{one}" for one in DIRECTIONS if one in may)
-    step = f"{given} is not enough: the space {words}." if given else f"The space {words}."
-    step += f" To have it so, give {flags}, here or with: carft-ray search RECIPE --study {study_dir} {flags}."
-    return f"{step}\n    Trials that lie inside still count for the sampler. Or: {_other_folder(study_dir)}"

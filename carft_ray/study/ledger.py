@@ -19,7 +19,7 @@ import getpass
 import hashlib
 import json
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
@@ -33,7 +33,6 @@ from carft_ray.layout import JOURNAL, LEDGER, MANIFEST
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces import grid
-from carft_ray.recipe.spaces.region import Direction
 from carft_ray.study.identity import claim
 from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.outcome import TrialRow
@@ -214,7 +213,7 @@ def reads_of(entries: list[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.purpose in (TEST, ANALYSIS)]
 
 
-def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, may: Collection[Direction] = ()) -> bool:
+def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_space: bool = False) -> bool:
     """Refuses a search that would train more on a study whose test sets were read, unless a reason is given.
 
     With one, the ledger gets a line "search went on", which holds for all searches up to as many trials. A search that
@@ -224,7 +223,7 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, may: Col
         study_dir: The folder of the study, which need not be there yet.
         recipe: The recipe of the search.
         reason: What was given with ``--again``.
-        may: How the search space may change.
+        change_space: The search space may change.
 
     Returns:
         Whether the reason was written down.
@@ -248,7 +247,7 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, may: Col
         step = "To continue, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     with study_lock(study_dir):
-        claim(study_dir, recipe, may)
+        claim(study_dir, recipe, change_space)
         repair_journal(study_dir)
         details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
         record(study_dir, recipe, WENT_ON, details=details, reason=reason)

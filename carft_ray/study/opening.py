@@ -1,7 +1,7 @@
 """Opening a study for one search: locks, repairs, the check of its recipe, another search space."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from optuna import get_all_study_names
@@ -11,7 +11,6 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import FENCE, FOLDERS, JOURNAL
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.region import Direction
 from carft_ray.study import rows
 from carft_ray.study.identity import claim, record_recipe
 from carft_ray.study.lock import gone_if_nothing_began, repair_journal, study_lock
@@ -22,7 +21,7 @@ from carft_ray.study.study import Study
 
 
 @contextlib.contextmanager
-def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ()) -> Iterator[Study]:
+def open_study(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Iterator[Study]:
     """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``recover_running`` next.
 
     When model or data of a new study turn out unfit before a training has begun, or it gets no Ray, it vanishes.
@@ -30,7 +29,7 @@ def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ())
     Args:
         study_dir: The study directory; made when it is missing.
         recipe: The recipe of the search.
-        may: How the search space may change; a change begins another generation of the study.
+        change_space: The search space may change; a change begins another generation of the study.
 
     Raises:
         StorageError: Another search runs on it, the study cannot be read or written, or its journal has lost trainings.
@@ -39,7 +38,7 @@ def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ())
     """
     study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
     with study_lock(study_dir) as held:
-        claimed = claim(study_dir, recipe, may)
+        claimed = claim(study_dir, recipe, change_space)
         files.remove_remains(study_dir)
         notes = [note for note in [held.note] if note] + repair_journal(study_dir)
         with rows.readable(study_dir):
@@ -52,8 +51,8 @@ def open_study(study_dir: Path, recipe: Recipe, may: Collection[Direction] = ())
                 recover(before, "trial")  # what has ended is recorded in the space that it was drawn from
                 with before.journal.writing():
                     notes.append(begin_generation(storage, claimed.generation, recipe))
-            elif may:
-                notes.append(f"{' '.join(f'--{one}' for one in may)} has no effect: the space is that of the study")
+            elif change_space:
+                notes.append("--change-space has no effect: the space is that of the study")
             if claimed.is_news:
                 held.check()
                 record_recipe(study_dir, recipe, claimed.space_changes)

@@ -31,7 +31,7 @@ from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import OUTSIDE, generation_name, state_and_values
 from carft_ray.words import counted
 
-ENDED = "outside the search space, which was narrowed while it ran"
+ENDED = "outside the search space, which was changed while it ran"
 
 
 def remove_half_made(storage: JournalStorage, generation: int) -> None:

@@ -22,7 +22,7 @@ from carft_ray.launch.failures.causes import root_cause
 from carft_ray.launch.ray_cluster import node_facts
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
 from carft_ray.recipe.checks.rules import named_sets
-from carft_ray.recipe.loading import LOCAL_DIR, is_weights_path
+from carft_ray.recipe.fine_tuning import LOCAL_DIR, is_weights_path
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import StoredSet, plain
 from carft_ray.recipe.text import dotted

@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.recipe.spaces.region import Direction
 from carft_ray.recipe.spaces.shared_targets import has_targets, note_of_targets, shared_views
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
@@ -60,7 +59,7 @@ def run_search(
     address: str | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     runner: Runner | None = None,
-    may: Collection[Direction] = (),
+    change_space: bool = False,
 ) -> SearchResult:
     """Runs a search to its end, or resumes one.
 
@@ -75,7 +74,7 @@ def run_search(
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
         runner: What is trained; by default ``evaluation.training``.
-        may: How the search space may change.
+        change_space: The search space may change.
 
     Returns:
         The best trial, and all rows.
@@ -90,7 +89,7 @@ def run_search(
         StorageError, ClusterError, DataError: As their messages say.
     """
     began = time.monotonic()
-    with open_study(study_dir, recipe, may) as study:
+    with open_study(study_dir, recipe, change_space) as study:
         study_dir = study.study_dir
         check_recoverable(study)
         begin(study_dir, recipe)

@@ -19,7 +19,6 @@ from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.region import DIRECTIONS
 from carft_ray.study.identity import claim
 from carft_ray.study.lock import gone_if_nothing_began, is_ours, study_lock
 from carft_ray.study.provenance import record_provenance
@@ -75,7 +74,7 @@ def train_once(
     ):
         if held.note:
             say(held.note)
-        claim(out_dir, recipe, may=DIRECTIONS)  # it has no space
+        claim(out_dir, recipe, change_space=True)  # it has no space
         files.remove_remains(out_dir)
         _check_checkpoints(out_dir)
         begin(out_dir, recipe)

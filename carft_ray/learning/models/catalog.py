@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
-from carft_ray.recipe.loading import LOCAL_DIR, is_weights_path
+from carft_ray.recipe.fine_tuning import LOCAL_DIR, ModelConfig, TrainConfig, is_weights_path
 from carft_ray.recipe.schema import Recipe
 from carft_ray.untrusted import parse_json, read_text
 

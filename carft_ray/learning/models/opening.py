@@ -19,8 +19,7 @@ from carft_ray.errors import DataError, Problem, RecipeError
 from carft_ray.learning.models import catalog, hugging_face
 from carft_ray.learning.models.building import build_model, fetching, quiet, require_no_code
 from carft_ray.learning.models.weights import State, fitted, folder_files, is_from_openai, read_weights
-from carft_ray.recipe.fine_tuning import ModelConfig
-from carft_ray.recipe.loading import LOCAL_DIR
+from carft_ray.recipe.fine_tuning import LOCAL_DIR, ModelConfig
 
 SANDBOX_WEIGHTS = Path(__file__).with_name("sandbox_weights")
 PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")

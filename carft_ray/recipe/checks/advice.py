@@ -11,7 +11,7 @@ from carft_ray.recipe.checks.messages import shown
 from carft_ray.recipe.checks.rules import benchmark_sets, named_sets
 from carft_ray.recipe.checks.sampler_rules import sampler_advice
 from carft_ray.recipe.fields import Config
-from carft_ray.recipe.schedule import HALVING, possible_values
+from carft_ray.recipe.schedule import possible_values
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, StoredSet
 from carft_ray.recipe.text import KeyPath, dotted
@@ -34,12 +34,6 @@ WORD_FAMILIES = {
 
 
 FEW_EPOCHS = 10  # with fewer, intermediate values hardly predicted the final one (measured rank correlations .1 to .7)
-PRUNER_KEYS = {  # which pruners a setting is for
-    "first": (HALVING, "median", "percentile"),
-    "factor": (HALVING,),
-    "startup_trials": ("median", "percentile"),
-    "percentile": ("percentile",),
-}
 
 
 def check_searchable(recipe: Recipe) -> list[Problem]:
@@ -102,9 +96,6 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         if spec.trial_seed and spec.split not in IN_OUT:
             yield dotted((*path, "trial_seed")), "has no effect: it is of DomainBed's splits in and out"
     yield from sampler_advice(recipe)
-    for key, names in PRUNER_KEYS.items():
-        if _is_changed(search.pruner, key) and search.pruner.name not in names:
-            yield f"search.pruner.{key}", f"has no effect: the pruner is {search.pruner.name}"
     if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:
         few = f"{counted(fewest, 'epoch')}, fewer than {FEW_EPOCHS}"
         why = f"a training has {few}, and its intermediate values hardly predict its end"

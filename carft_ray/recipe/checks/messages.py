@@ -59,9 +59,7 @@ class Finding:
 
     Attributes:
         path: The key path of the value that breaks the rule.
-        rule: As in ``Problem``, and so are the next four.
-        reads: Further key paths that the rule has read.
-        is_absence: A key is missing, so that the part around it cannot be used.
+        rule: As in ``Problem``, and so are the others.
     """
 
     path: KeyPath
@@ -70,8 +68,6 @@ class Finding:
     allowed: tuple[str, ...] = ()
     nearest: str | None = None
     next_step: str = ""
-    reads: tuple[KeyPath, ...] = ()
-    is_absence: bool = False
 
     def at(self, place: str) -> Problem:
         """Returns the problem, with ``place`` in the words of the user."""
@@ -86,10 +82,10 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def unlisted(path: KeyPath, rule: str, value: Any, allowed: Iterable[Any], *reads: KeyPath) -> Finding:
+def unlisted(path: KeyPath, rule: str, value: Any, allowed: Iterable[Any]) -> Finding:
     """Returns the finding that a value is none of those allowed, with the nearest of them."""
     words = tuple(one if isinstance(one, str) else shown(one) for one in allowed)
-    return Finding(path, rule, shown(value), words, nearest(str(value), words), reads=reads)
+    return Finding(path, rule, shown(value), words, nearest(str(value), words))
 
 
 def findings(error: ValidationError, root: Any = Recipe, prefix: KeyPath = ()) -> list[Finding]:
@@ -115,7 +111,7 @@ def _finding(details: Mapping[str, Any], root: Any) -> Finding:
     limits = {key: int(limit) if limit in (0, 1) else limit for key, limit in context.items()}
     rule = _RULES.get(what, "has a form that is not allowed").format(**limits)
     if what == "missing":
-        return Finding(path, rule, is_absence=True)
+        return Finding(path, rule)
     if what == "extra_forbidden":
         allowed = keys_of(holder) or ()
         return Finding(path, rule, allowed=allowed, nearest=nearest_key(str(path[-1]), allowed))
@@ -128,7 +124,7 @@ def _finding(details: Mapping[str, Any], root: Any) -> Finding:
         allowed = tuple(str(tag) for member in members(kind) for tag in get_args(_annotation(member, key)))
         given = details["input"].get(key) if what == "union_tag_invalid" else None
         text = "" if given is None else shown(given)
-        return Finding((*path, key), rule, text, allowed, nearest(str(given), allowed), is_absence=True)
+        return Finding((*path, key), rule, text, allowed, nearest(str(given), allowed))
     if what == "too_short":
         least = context["min_length"]
         return Finding(path, "must not be empty" if least == 1 else f"must hold at least {least} values", value)
@@ -204,5 +200,7 @@ def _annotation(part: Any, key: str) -> Any:
 
 def _tags(part: Any) -> set[Any]:
     """Returns the words that distinguish this part from the others of its union."""
-    kinds = (core_type(part.model_fields[key].annotation) for key in ("source", "type") if key in part.model_fields)
+    kinds = (
+        core_type(part.model_fields[key].annotation) for key in ("source", "type", "name") if key in part.model_fields
+    )
     return {tag for kind in kinds if get_origin(kind) is Literal for tag in get_args(kind)}

@@ -13,7 +13,8 @@ from carft_ray.recipe.checks.sampler_rules import sampler_findings
 from carft_ray.recipe.fields import core_type
 from carft_ray.recipe.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
 from carft_ray.recipe.parameters import NOT_SEARCHABLE, SEARCHABLE, CategoricalParameter, IntParameter, Parameter
-from carft_ray.recipe.schedule import HALVING, can_cut
+from carft_ray.recipe.sampling import HalvingPruner
+from carft_ray.recipe.schedule import can_cut
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
 from carft_ray.recipe.spaces.conditions import condition_findings
@@ -27,7 +28,7 @@ TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHM
 def broken_rules(recipe: Recipe) -> list[Finding]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
     rules = (
-        *(_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _constraints, _search),
+        *(_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _constraints),
         *(_pruner, _resources, condition_findings, enqueue_findings, sampler_findings),
     )
     return [finding for rule in rules for finding in rule(recipe)]
@@ -35,15 +36,15 @@ def broken_rules(recipe: Recipe) -> list[Finding]:
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
     name, pretrained = recipe.model.name, recipe.model.pretrained
-    path, reads = ("model", "pretrained"), (("model", "name"),)
+    path = ("model", "pretrained")
     if name == "sandbox" and pretrained is not None:
         rule = "must be left out for the sandbox, which brings its own weights"
         step = "Remove it, or give the model that it belongs to as model.name."
-        yield Finding(path, rule, shown(pretrained), next_step=step, reads=reads)
+        yield Finding(path, rule, shown(pretrained), next_step=step)
     if name != "sandbox" and ":" not in name and pretrained is None:
         rule = f"is required for {name}: the weights to start from"
         step = "Give a tag of open_clip such as openai, or the path of a weights file."
-        yield Finding(path, rule, next_step=step, reads=reads)
+        yield Finding(path, rule, next_step=step)
 
 
 def named_sets(recipe: Recipe) -> dict[KeyPath, SetSpec]:
@@ -67,39 +68,37 @@ def benchmark_sets(recipe: Recipe) -> dict[KeyPath, BenchmarkSet]:
 
 def _sets(recipe: Recipe) -> Iterator[Finding]:
     for path in named_sets(recipe):
-        other: KeyPath = ("data", "ood_val", path[-1])
         if len(path) > 2 and path[-1] in ROLES:
             yield Finding(path, "a set must not have the name of a role")
         elif path[1] == "ood_test" and path[-1] in recipe.data.ood_val:
-            yield Finding(path, "must differ from the names in data.ood_val", reads=(other,))
+            yield Finding(path, "must differ from the names in data.ood_val")
     for path, images in benchmark_sets(recipe).items():
         yield from _benchmark(path, images)
     short_side, path = recipe.data.resize_short_side, ("data", "resize_short_side")
     if short_side is not None and recipe.data.pack == "never":
         rule = "must be left out with pack: never: the smaller images are kept in the cache"
-        yield Finding(path, rule, str(short_side), reads=(("data", "pack"),))
+        yield Finding(path, rule, str(short_side))
 
 
 def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
     key: KeyPath = (*path, "split")
-    reads: tuple[KeyPath, ...] = ((*path, "name"),)
     known = BENCHMARKS.get(spec.name)
     if known is None:
         rule = f"must be the name of a benchmark: {', '.join(BENCHMARKS)}"
-        yield Finding(reads[0], rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
+        yield Finding((*path, "name"), rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
         return
     if spec.split is None and known.needs_split:
-        yield Finding(key, f"is required for {spec.name}", allowed=known.splits, reads=reads)
+        yield Finding(key, f"is required for {spec.name}", allowed=known.splits)
     elif spec.split is not None and not known.splits:
-        yield Finding(key, f"must be left out: {spec.name} has no splits", shown(spec.split), reads=reads)
+        yield Finding(key, f"must be left out: {spec.name} has no splits", shown(spec.split))
     elif spec.split is not None and spec.split not in known.splits:
-        yield unlisted(key, f"must be a split of {spec.name}", spec.split, known.splits, *reads)
+        yield unlisted(key, f"must be a split of {spec.name}", spec.split, known.splits)
     if spec.domains is not None and not known.has_domains:
         rule = f"must be left out: {spec.name} has no domains"
-        yield Finding((*path, "domains"), rule, shown(list(spec.domains)), reads=reads)
+        yield Finding((*path, "domains"), rule, shown(list(spec.domains)))
     if known.only_tests and path[1] not in ("id_test", "ood_test"):
         rule = f"{spec.name} must have a test role: {known.only_tests}"
-        yield Finding(reads[0], rule, next_step="Move it to data.ood_test.")
+        yield Finding((*path, "name"), rule, next_step="Move it to data.ood_test.")
 
 
 def _classes(recipe: Recipe) -> Iterator[Finding]:
@@ -109,7 +108,7 @@ def _classes(recipe: Recipe) -> Iterator[Finding]:
             yield unlisted(path, CLASS_NAMES_RULE, words, BENCHMARKS)
     elif classes is not None and words is not None and len(classes) != len(words):
         rule = f"must hold one text per class of data.classes ({len(classes)})"
-        yield Finding(path, rule, str(len(words)), reads=(("data", "classes"),))
+        yield Finding(path, rule, str(len(words)))
 
 
 def _prompts(recipe: Recipe) -> Iterator[Finding]:
@@ -135,9 +134,8 @@ def batch_findings(recipe: Recipe) -> Iterator[Finding]:
     searched = _ends(parameter).values() if parameter else ()
     smallest = min([recipe.train.batch_size, *(size for size in searched if type(size) is int)])
     if micro is not None and micro > smallest:
-        reads: tuple[KeyPath, ...] = (("train", "batch_size"), ("search", "space", "batch_size"))
         rule = f"must be at most the batch size, {smallest}"
-        yield Finding(("train", "micro_batch"), rule, str(micro), reads=reads)
+        yield Finding(("train", "micro_batch"), rule, str(micro))
 
 
 def _ends(parameter: Parameter) -> dict[KeyPath, Any]:
@@ -194,29 +192,27 @@ def _alpha(recipe: Recipe) -> Iterator[Finding]:
     if search.objective.kind == "pareto":
         if not recipe.data.ood_val:
             step = "Add a set to data.ood_val, or choose another kind."
-            yield Finding(kind, "pareto needs an OOD validation set", next_step=step, reads=(("data", "ood_val"),))
+            yield Finding(kind, "pareto needs an OOD validation set", next_step=step)
         if profile:
             step = f"Write search.alpha.mode: sample{'' if parameter else f' and {add}'}."
-            yield Finding(kind, "pareto needs alpha as a parameter of the space", next_step=step, reads=(mode, path))
+            yield Finding(kind, "pareto needs alpha as a parameter of the space", next_step=step)
             return
     if parameter is None:
         if not profile:
             step = f"Add {add}, or remove the mode."
-            yield Finding(mode, "sample needs alpha in search.space", next_step=step, reads=(path,))
+            yield Finding(mode, "sample needs alpha in search.space", next_step=step)
         return
     if profile:
         step = "Write search.alpha.mode: sample, or remove alpha: in profile mode every trial tries the whole curve."
-        yield Finding(path, "must stand in the space in mode sample only", next_step=step, reads=(mode,))
+        yield Finding(path, "must stand in the space in mode sample only", next_step=step)
     for key, value in _ends(parameter).items():
         if value is None or (isinstance(value, float | int) and value < lowest):
             rule = f"must be at least search.alpha.lowest, {lowest}"
             step = "alpha near 0 is the zero-shot model, which is a baseline and no trial."
-            reads = (("search", "alpha", "lowest"),)
-            yield Finding((*path, *key), rule, shown(value), next_step=step, reads=reads)
+            yield Finding((*path, *key), rule, shown(value), next_step=step)
 
 
 def _baselines(recipe: Recipe) -> Iterator[Finding]:
-    reads = (("train", "micro_batch"), ("train", "batch_size"))
     for name, values in recipe.search.baselines.items():
         path = ("search", "baselines", name)
         if name == "zero_shot":
@@ -228,7 +224,7 @@ def _baselines(recipe: Recipe) -> Iterator[Finding]:
         if not found and micro is not None and micro > whole:
             key = "micro_batch" if "micro_batch" in values else "batch_size"
             rule = f"micro_batch must be at most batch_size, {whole}"
-            yield Finding((*path, key), rule, f"micro_batch {micro}", reads=reads)
+            yield Finding((*path, key), rule, f"micro_batch {micro}")
 
 
 def _constraints(recipe: Recipe) -> Iterator[Finding]:
@@ -239,31 +235,22 @@ def _constraints(recipe: Recipe) -> Iterator[Finding]:
         for name in getattr(recipe.search.constraints, kind):
             if name not in (first, *names):
                 path, rule = ("search", "constraints", kind, name), f"must be {first} or a name of {dotted(keys)}"
-                yield unlisted(path, rule, name, (first, *names), (*keys, name), keys)
-
-
-def _search(recipe: Recipe) -> Iterator[Finding]:
-    startup, trials = recipe.search.sampler.startup_trials, recipe.search.trials
-    if startup is not None and startup > trials:
-        path, rule = ("search", "sampler", "startup_trials"), f"must be at most search.trials, {trials}"
-        yield Finding(path, rule, str(startup), reads=(("search", "trials"),))
+                yield unlisted(path, rule, name, (first, *names))
 
 
 def _pruner(recipe: Recipe) -> Iterator[Finding]:
     """A pruner that could cut nothing, however the trials are drawn."""
-    pruner, every = recipe.search.pruner, ("evaluate", "every_epochs")
-    name: KeyPath = ("search", "pruner", "name")
+    pruner = recipe.search.pruner
     if pruner.name == "none" or can_cut(recipe):
         return
-    if recipe.evaluate.every_epochs == 0 and pruner.name != HALVING:
+    if recipe.evaluate.every_epochs == 0 and not isinstance(pruner, HalvingPruner):
         rule = f"must be at least 1 with the pruner {pruner.name}, which needs intermediate values"
         step = "successive_halving evaluates at the end of each rung automatically."
-        yield Finding(every, rule, "0", next_step=step, reads=(name,))
+        yield Finding(("evaluate", "every_epochs"), rule, "0", next_step=step)
         return
     rule = "needs an intermediate value between search.pruner.first and the last epoch of a training"
     step = "Train more epochs, evaluate more often (evaluate.every_epochs), or lower search.pruner.first."
-    reads = (name[:2], every, ("train", "epochs"), ("search", "space", "epochs"))
-    yield Finding(name, rule, pruner.name, next_step=step, reads=reads)
+    yield Finding(("search", "pruner", "name"), rule, pruner.name, next_step=step)
 
 
 def _resources(recipe: Recipe) -> Iterator[Finding]:
@@ -272,15 +259,14 @@ def _resources(recipe: Recipe) -> Iterator[Finding]:
     num_workers, path = ("resources", "num_workers"), ("resources", "gpus_per_worker")
     if executor in ("inline", "debug") and workers > 1:
         step = "Write executor: ray-train, or leave the executor out."
-        reads = (("resources", "executor"),)
-        yield Finding(num_workers, f"must be 1 with executor: {executor}", str(workers), next_step=step, reads=reads)
+        yield Finding(num_workers, f"must be 1 with executor: {executor}", str(workers), next_step=step)
     if recipe.resources.accelerator is not None and recipe.resources.gpus_per_worker == 0:
         kind = ("resources", "accelerator")
-        yield Finding(kind, "must be left out with gpus_per_worker: 0", recipe.resources.accelerator, reads=(path,))
+        yield Finding(kind, "must be left out with gpus_per_worker: 0", recipe.resources.accelerator)
     if gpus > 1 and gpus != int(gpus):
         step = f"Write {gpus:.0f}, or a share of one GPU, such as 0.5."
         yield Finding(path, "must be whole above 1: Ray shares no more than one GPU", shown(gpus), next_step=step)
     elif 0 < gpus < 1 and workers > 1:
         step = "Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU."
         rule = f"must be whole with {workers} workers: NCCL needs a GPU for each of them"
-        yield Finding(path, rule, shown(gpus), next_step=step, reads=(num_workers,))
+        yield Finding(path, rule, shown(gpus), next_step=step)

@@ -62,16 +62,16 @@ def _condition(
     path: KeyPath, name: str, other: str, allowed: tuple[Any, ...], space: Mapping[str, Parameter]
 ) -> Iterator[Finding]:
     parents = tuple(key for key, each in space.items() if isinstance(each, CategoricalParameter) and key != name)
-    parent, read = space.get(other), ("search", "space", other)
+    parent = space.get(other)
     if parent is None:
-        yield unlisted(path, "must be a categorical parameter of search.space", other, parents, read[:2], read)
+        yield unlisted(path, "must be a categorical parameter of search.space", other, parents)
     elif not isinstance(parent, CategoricalParameter):
         rule = f"must be a categorical parameter, and {other} has no choices"
-        yield Finding(path, rule, allowed=parents, reads=(read,))
+        yield Finding(path, rule, allowed=parents)
     else:
         for value in allowed:
             if not any(same(value, choice) for choice in parent.choices):
-                yield unlisted(path, f"must be among the choices of {other}", value, parent.choices, read)
+                yield unlisted(path, f"must be among the choices of {other}", value, parent.choices)
 
 
 def _circle(space: Mapping[str, Parameter], name: str) -> list[str]:

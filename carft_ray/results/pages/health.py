@@ -59,7 +59,7 @@ def _ends(view: Overview, document: Document) -> list[Finding]:
         end, which = (one["low"], "lower") if place <= NEAR_END else (one["high"], "upper")
         at = f"the best trial has {name} {value:.3g}, at the {which} end of the space, {end:g}"
         text = f"{at}: the optimum may lie beyond"
-        step = f"Widen search.space.{name} in the recipe, then: carft-ray search RECIPE --study {folder} --widen"
+        step = f"Widen search.space.{name} in the recipe, then: carft-ray search RECIPE --study {folder} --change-space"
         found.append(Finding("best point on a bound", text, step))
     return found
 

@@ -11,7 +11,7 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import CarftError
 from carft_ray.layout import JOURNAL, MANIFEST, STOP
-from carft_ray.recipe.schema import PrunerConfig
+from carft_ray.recipe.sampling import AnyPruner
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.overview import STATES, Overview, read_study, require_study, search_began, studies_in
@@ -158,7 +158,7 @@ def list_studies(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def pruner_quality(pruner: PrunerConfig, rows: Sequence[TrialRow]) -> dict[str, Any] | None:
+def pruner_quality(pruner: AnyPruner, rows: Sequence[TrialRow]) -> dict[str, Any] | None:
     """Returns what `status` and `search` report of a pruner, as JSON; None without one.
 
     Args:

@@ -26,6 +26,12 @@ def trial_id(trial: FrozenTrial | optuna.trial.Trial) -> int:
     return found
 
 
+def frozen_trial(trial: optuna.trial.Trial) -> FrozenTrial:
+    """Returns what is known of a trial that is being drawn, as samplers take it."""
+    found: FrozenTrial = private_name("optuna", "Trial._cached_frozen_trial", lambda: trial._cached_frozen_trial)
+    return found
+
+
 def is_within(distribution: BaseDistribution, value: float) -> bool:
     """Tells whether a distribution can give this value."""
     contains = private_name("optuna", "BaseDistribution._contains", lambda: distribution._contains)

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from carft_ray.recipe.schedule import END, HALVING, first_percent, num_warmup_steps, percent, rungs
-from carft_ray.recipe.schema import PrunerConfig, Recipe
+from carft_ray.recipe.sampling import AnyPruner, HalvingPruner, NoPruner
+from carft_ray.recipe.schedule import END, first_percent, num_warmup_steps, percent, rungs
+from carft_ray.recipe.schema import Recipe
 from carft_ray.words import counted
 
 SUBSET_OBJECTIVE = "subset/objective"  # in a line of metrics.jsonl
@@ -55,7 +56,7 @@ def intermediate_value(recipe: Recipe, values: Mapping[str, Any], row: Mapping[s
     return None if step < first_percent(recipe.search.pruner) or row["step"] < warmup else (step, float(value))
 
 
-def cut_reason(pruner: PrunerConfig, values: Mapping[int, float], others: Sequence[PrunerTrial]) -> str | None:
+def cut_reason(pruner: AnyPruner, values: Mapping[int, float], others: Sequence[PrunerTrial]) -> str | None:
     """Returns why a training is cut at its last intermediate value, in one line; None when it continues.
 
     The end of a training is no reason: what has come so far is complete.
@@ -66,18 +67,17 @@ def cut_reason(pruner: PrunerConfig, values: Mapping[int, float], others: Sequen
         others: The other trials.
     """
     step = max(values)
-    if step >= END:
+    if step >= END or isinstance(pruner, NoPruner):
         return None
-    if pruner.name == HALVING:
+    if isinstance(pruner, HalvingPruner):
         why = _halving(pruner, values, others)
     else:
-        share = 50.0 if pruner.name == "median" else pruner.percentile
         complete = [other.intermediate_values for other in others if other.complete and other.intermediate_values]
-        why = _percentile(share, pruner.startup_trials, values, complete)
+        why = _percentile(pruner.percentile, pruner.startup_trials, values, complete)
     return None if why is None else f"cut at {step} %: {why}"
 
 
-def deciding_value(pruner: PrunerConfig, values: Mapping[int, float]) -> float | None:
+def deciding_value(pruner: AnyPruner, values: Mapping[int, float]) -> float | None:
     """Returns the last intermediate value at which a training could have been cut; None when there was none.
 
     With halving it is that at the last rung.
@@ -87,7 +87,7 @@ def deciding_value(pruner: PrunerConfig, values: Mapping[int, float]) -> float |
     return values[steps[0] if reached else steps[-1]] if steps else None
 
 
-def _halving(pruner: PrunerConfig, values: Mapping[int, float], others: Sequence[PrunerTrial]) -> str | None:
+def _halving(pruner: HalvingPruner, values: Mapping[int, float], others: Sequence[PrunerTrial]) -> str | None:
     """Successive halving without waiting (Li et al. 2020, arXiv 1810.05934).
 
     Who is not among the best ``1 / factor`` of those that have reached a rung by now is cut there. The first ones to

@@ -35,7 +35,8 @@ def make_sampler(recipe: Recipe, number: int, index: int = 0) -> BaseSampler:
     """
     part = recipe.search.sampler
     seed = int(np.random.SeedSequence([part.seed, number, index]).generate_state(1)[0])
-    options = {OPTUNA_NAMES.get(key, key): value for key, value in part.options.items() if value is not None}
+    chosen = part.model_dump(exclude={"name", "seed", "startup_trials", "population_size"}, exclude_none=True)
+    options = {OPTUNA_NAMES.get(key, key): value for key, value in chosen.items()}
     with warnings.catch_warnings():  # a contract test holds what we use of Optuna, experimental or not
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -52,11 +53,11 @@ def _make(recipe: Recipe, number: int, seed: int, options: dict[str, Any]) -> Ba
         case "gp":
             return _GP(n_startup_trials=startup, seed=seed, warn_independent_sampling=False, **options)
         case "nsga2":
-            return optuna.samplers.NSGAIISampler(seed=seed, **{**options, "population_size": population_size(recipe)})
+            return optuna.samplers.NSGAIISampler(seed=seed, population_size=population_size(recipe), **options)
         case "qmc":
             # one sequence: the seed must be the same for every draw
-            plain = {"scramble": True, "seed": recipe.search.sampler.seed % 2**32, **options}
-            return _QMC(recipe.search.space, number, RandomSampler(seed=seed), **plain)
+            own = recipe.search.sampler.seed % 2**32
+            return _QMC(recipe.search.space, number, RandomSampler(seed=seed), seed=own, **options)
         case "grid":
             return _Grid(recipe.search.space, seed)
         case _:

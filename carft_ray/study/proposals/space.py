@@ -1,18 +1,19 @@
 """The values of a trial: asked of the recipe's sampler, or given by the recipe's points."""
 
+from typing import Any
+
 import optuna
 from optuna.trial import TrialState
 
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import in_order, is_active
-from carft_ray.recipe.spaces.enqueue import flat
 from carft_ray.recipe.spaces.grid import grid_index, grid_size
-from carft_ray.study.proposals.optuna_private import running_trial
+from carft_ray.study.proposals.optuna_private import frozen_trial, running_trial
 from carft_ray.study.proposals.samplers import make_sampler
 
 Value = bool | int | float | str | None
-POINT = "point"  # attribute of a trial: the point of the recipe that it tries, flat
+POINT = "point"  # attribute of a trial: the point of the recipe that it tries
 
 
 def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
@@ -31,7 +32,7 @@ def ask(study: optuna.Study, recipe: Recipe) -> optuna.Trial:
     A point is entered with its trial, in one write: once, however often the search is killed.
     """
     entered = [trial.user_attrs.get(POINT) for trial in study.get_trials(deepcopy=False)]
-    waiting = [point for point in map(flat, recipe.search.enqueue) if point not in entered]
+    waiting = [point for point in recipe.search.enqueue if point not in entered]
     if not waiting:
         return study.ask()
     fixed = {"fixed_params": waiting[0]}  # as ``Study.enqueue_trial`` has it
@@ -56,6 +57,8 @@ def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, 
             if not is_active(parameter, values):
                 continue
             if name not in drawn and not together:
+                if recipe.search.sampler.name == "nsga2":
+                    _choose_parents(study, trial, recipe)
                 study.sampler = make_sampler(recipe, trial.number)
                 _ = trial.relative_params  # draws what the sampler draws at once; Optuna's trial keeps it
                 together = True
@@ -73,3 +76,9 @@ def used_up(study: optuna.Study, recipe: Recipe) -> bool:
     parameters, size = recipe.search.space, grid_size(recipe.search.space)
     points = {grid_index(parameters, trial.params) for trial in study.get_trials(deepcopy=False)} - {None}
     return size is not None and len(points) >= size
+
+
+def _choose_parents(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> None:
+    """Writes the parents of a generation: nsga2 reads them back in another order than that in which it chooses them."""
+    sampler: Any = make_sampler(recipe, trial.number)
+    sampler.get_parent_population(study, sampler.get_trial_generation(study, frozen_trial(trial)))
