@@ -112,18 +112,18 @@ def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboa
     code, out, err = submit(*words)
     assert code == 0
     assert dashboard.headers == []
-    for text in (dashboard.address, jobs.job_id(here / "study"), "trials: 3", "files/0-bad.csv, 2 bytes"):
+    for text in (dashboard.address, jobs.job_id(here / "study"), "trials: 3", "files/0-bad.csv: 2"):
         assert text in out
     assert "exec python -m carft_ray.cli search" in out
-    assert "/far/shards (not here)" in told(out)
+    assert "path: /far/shards is_here: false" in told(out)
     assert "absolute as seen from here" in told(err)
     assert "Nothing was sent." in err
-    assert f"carft-ray {environment.PACKAGE_DIR}" in told(out)
+    assert f"py_modules: - {environment.PACKAGE_DIR}" in told(out)
     code, out, _ = submit(*words, "--json", "--installed")
     found = json.loads(out)
     assert code == 0
     assert found["runtime_env"] == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "120"}}
-    assert found["paths"][0] == {"path": "/far/shards", "is_here": False}
+    assert found["not_sent"][0] == {"path": "/far/shards", "is_here": False}
     assert found["files"]["files/1-bad.csv"] == 2
     assert dashboard.headers == []
 

@@ -1,6 +1,5 @@
 """The jobs of a Ray cluster: which there are, what one has said, and the end of one."""
 
-import shlex
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +8,6 @@ from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
-from carft_ray.errors import InterruptedRunError, Problem
 from carft_ray.words import counted
 
 JobArgument = Annotated[str, Argument(metavar="JOB|STUDY", help="Id of a job, or a study.", show_default=False)]
@@ -68,11 +66,9 @@ def cluster_stop(
     if asked:
         if not no_wait and not json_:
             console.say(f"Asking {name} to stop, and waiting for its checkpoints. Ctrl-C ends the waiting only.")
-        try:
+        see = common.command_line("cluster", "jobs", address=server.address)
+        with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
             found = jobs.stop(server, name, wait=not no_wait)
-        except KeyboardInterrupt:
-            step = f"See: carft-ray cluster jobs --address {shlex.quote(server.address)}"
-            raise InterruptedRunError(Problem("", "no longer waiting; it still stops", next_step=step)) from None
     answer, ended = jobs.described(found), found.status.is_terminal()
     left = _left(answer["study"])
     if console.print_json({"address": server.address, **answer, "asked": asked, **left}, json_):

@@ -1,5 +1,6 @@
 """The app, what all commands share, and the one place where an error ends as a message and an exit code."""
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -7,7 +8,7 @@ import logging
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,7 @@ import typer
 from typer import Argument, Option
 
 from carft_ray import __version__, console, environment
-from carft_ray.errors import CarftError, Problem, UsageError
+from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
 
 if TYPE_CHECKING:
     from carft_ray.recipe.schema import Recipe
@@ -203,6 +204,15 @@ def main() -> None:
         sys.exit(error.exit_code)
     finally:
         logger.removeHandler(handler)
+
+
+@contextlib.contextmanager
+def interrupted_as(what: str, step: str) -> Iterator[None]:
+    """Turns Ctrl-C within the block into an ``InterruptedRunError``: what has ended by it, and what to do now."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(Problem("", what, next_step=step)) from None
 
 
 def overrides_of(given: Sequence[str] | None, options: dict[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from typer import Argument, Option
 
 from carft_ray import console
 from carft_ray.cli import common
-from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError
+from carft_ray.errors import Problem, RecipeError, UsageError
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
@@ -111,14 +111,12 @@ def stop(
 
     study_dir = overview.require_claimed(study)
     found = ask_to_stop(study_dir)
-    try:
+    see = common.command_line("status", study)
+    with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
         if found is not None and not no_wait:
             if not json_:
                 console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
             wait_until_free(study_dir)
-    except KeyboardInterrupt:
-        step = f"See: carft-ray status {shlex.quote(str(study))}"
-        raise InterruptedRunError(Problem("", "no longer waiting; it still stops", next_step=step)) from None
     what, so_far = "training", ""
     answer: dict[str, Any] = {"study": str(study_dir), "asked": found, "ended": found is None or not no_wait}
     if overview.is_study(study_dir):  # else it is the folder of `train`

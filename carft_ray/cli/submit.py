@@ -12,9 +12,8 @@ from typer import Argument, Option
 from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.cli.search import SearchOptions
-from carft_ray.errors import InterruptedRunError, Problem, RecipeError, UsageError
+from carft_ray.errors import Problem, RecipeError, UsageError
 from carft_ray.untrusted import visible
-from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.launch.jobs.server import Server
@@ -141,11 +140,8 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
 
     if not job.status.is_terminal():
         console.say("Its log follows; Ctrl-C leaves the job running.")
-    try:
+    with common.interrupted_as(f"detached; the job {name} goes on", f"Attach with: {_attach(server, name)}"):
         job = jobs.follow(server, name, write)
-    except KeyboardInterrupt:
-        step = f"Attach with: {_attach(server, name)}"
-        raise InterruptedRunError(Problem("", f"detached; the job {name} goes on", next_step=step)) from None
     answer = jobs.described(job)
     console.print_json({"address": server.address, **answer}, json_)
     study, code = answer["study"], answer["exit_code"]
@@ -160,6 +156,7 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
 def _show(upload: "Upload", variables: Sequence[str], address: str | None, installed: bool, json_: bool) -> None:
     """Prints all that would be sent, of variables their names."""
     from carft_ray.launch.jobs import jobs, package, server
+    from carft_ray.recipe.text import dump
 
     modules = [] if installed else package.folders()
     answer: dict[str, Any] = {
@@ -171,27 +168,16 @@ def _show(upload: "Upload", variables: Sequence[str], address: str | None, insta
         "runtime_env": jobs.runtime_env(None, modules, dict.fromkeys(variables, "(its value here)")),
         "files": {name: len(text.encode()) for name, text in upload.files.items()},
         "recipe": upload.files.get("recipe.yaml"),
-        "paths": [{"path": str(path), "is_here": path.exists()} for path in upload.paths],
+        "not_sent": [{"path": str(path), "is_here": path.exists()} for path in upload.paths],
     }
     if console.print_json(answer, json_):
         return
-    environment = answer["runtime_env"]
-    facts = {
-        "address": answer["address"],
-        "token": f"from {answer['token_from']}" if answer["token_from"] else "none found",
-        "job": f"{answer['job']}, or that with the next number",
-        "study": answer["study"],
-        "environment": ", ".join(f"{name}={value}" for name, value in environment["env_vars"].items()),
-        "carft-ray": ", ".join(environment.get("py_modules", ["that of the cluster"])),
-        "files": "\n".join(f"{name}, {counted(size, 'byte')}" for name, size in answer["files"].items()),
-        "not sent": "\n".join(f"{path}{'' if path.exists() else ' (not here)'}" for path in upload.paths),
-    }
-    console.show(console.fact_table({name: text for name, text in facts.items() if text}))
+    recipe = answer.pop("recipe")
+    console.show(dump(answer))
+    if recipe:
+        console.show(f"recipe.yaml:\n\n{recipe}")
     if upload.paths:
         console.say("What is not sent must be on the cluster under these paths, which are absolute as seen from here.")
-    console.show(f"\nThe command of the job:\n\n{answer['entrypoint']}")
-    if answer["recipe"]:
-        console.show(f"\nrecipe.yaml:\n\n{answer['recipe']}")
     console.say("Nothing was sent.")
 
 
