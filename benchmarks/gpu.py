@@ -19,6 +19,7 @@ Without a GPU everything is tiny: it shows that the benchmark runs, and no numbe
 import argparse
 import contextlib
 import json
+import math
 import sys
 import tempfile
 import time
@@ -46,8 +47,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import is_out_of_memory
 from carft_ray.learning.models.clip import Clip, load_clip, wrap_model
 from carft_ray.learning.models.tower import has_compiler
-from carft_ray.learning.target_blocks import BLOCK, num_blocks, write_block
-from carft_ray.learning.targets import Targets
+from carft_ray.learning.targets import BLOCK, Targets, write_block
 from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
 
 NUM_CLASSES, NUM_CONTEXTS, CONTEXT_SCALE = 1000, 80, 100.0
@@ -208,7 +208,7 @@ def open_bench(setup: Setup, folder: Path) -> Bench:
     bench.source.labels[:] %= NUM_CLASSES
     logits = np.random.default_rng(0).normal(size=(BLOCK, NUM_CONTEXTS))
     rows = (np.exp(logits) / np.exp(logits).sum(1, keepdims=True)).astype(np.float16)
-    for number in range(num_blocks(num_images)):
+    for number in range(math.ceil(num_images / BLOCK)):
         write_block(folder, 0, number, rows[: num_images - number * BLOCK])
     return bench
 

@@ -199,31 +199,6 @@ def write_bytes(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def write_again_if_lost(path: Path, data: bytes, temporary_dir: Path) -> None:
-    """Writes a whole file by rename and flushes nothing, for what can be computed again where a crash has damaged it.
-
-    Args:
-        path: The file; its reader must notice damage.
-        data: Its content.
-        temporary_dir: Where it lies until it is whole, on the same disk. A kill leaves it there, for
-            ``remove_remains``.
-
-    Raises:
-        StorageError: As ``new_file``.
-    """
-    temporary = _temporary(temporary_dir / f"{path.parent.name}-{path.name}")
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(data)
-            _check_fence()
-            os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
 def write_text(path: Path, text: str) -> None:
     """``write_bytes`` for text in UTF-8."""
     write_bytes(path, text.encode())
@@ -399,15 +374,12 @@ def discard_folder(path: Path) -> None:
 def remove_remains(folder: Path) -> None:
     """Removes what writes that were killed have left anywhere in a folder. Only the holder of its lock may.
 
-    Folders ``visit-*`` are passed over: they may hold 100,000 files, none of which was written in place.
-
     Raises:
         StorageError: Something cannot be removed.
     """
     with writing(folder):
         remains: list[Path] = []
         for place, folders, names in os.walk(folder):  # a third of the time of rglob, where there are 10,000 trials
-            folders[:] = [name for name in folders if not name.startswith("visit-")]
             remains += [Path(place, name) for name in fnmatch.filter([*folders, *names], ".*.[0-9]*.tmp")]
         for path in remains:
             remove(path)  # it may have been in a folder that is gone

@@ -51,7 +51,6 @@ ANALYSIS_SUMMARY = "analysis.json"
 PREPARATION = "prepared.json"  # what it belongs to, written last
 HEADS = "heads.safetensors"
 ZERO_SHOT_TABLE = "zero_shot.parquet"
-TARGETS = "targets"  # of the frozen model
 SETS = "sets"  # as they were listed
 REFERENCES = "references.json"  # what constraints compare with
 

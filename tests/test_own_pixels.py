@@ -23,8 +23,8 @@ from carft_ray.data.listed_sets import open_sets, write_sets
 from carft_ray.data.records import records
 from carft_ray.data.source import identity
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.evaluation.shared_inputs import load_shared_inputs
-from carft_ray.evaluation.training import prepare, target_store
+from carft_ray.evaluation.shared_inputs import load_shared_inputs, target_store
+from carft_ray.evaluation.training import prepare
 from carft_ray.layout import HEADS, ZERO_SHOT_TABLE
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.recipe.loading import load_recipe
@@ -163,7 +163,7 @@ def test_a_preparation_and_the_targets_of_a_training_belong_to_the_place_of_the_
         prepare(recipe(view), tmp_path / "prepared")
         inputs = load_shared_inputs(recipe(view), prepared_dir=tmp_path / "prepared")
         heads = load_tensors(tmp_path / "prepared" / HEADS)
-        stores.append(target_store(recipe(view), inputs, heads["context_head"], tmp_path / "prepared"))
+        stores.append(target_store(recipe(view), inputs, heads["context_head"], torch.device("cpu")))
         tables.append(read_predictions(tmp_path / "prepared" / ZERO_SHOT_TABLE))
         assert (inputs.validation[0].images_NHWC == GREYS[view]).all()
     assert stores[0] == stores[2] != stores[1]

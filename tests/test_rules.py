@@ -180,7 +180,7 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "learning/checkpoint": "checkpoints of a training that runs",
     "learning/memory": "the kernel's files",
     "learning/own_function": "code that the user has trusted",
-    "learning/target_blocks": "targets of a training that runs",
+    "learning/targets": "the user's own cache",
     "learning/models/opening": "a weights file that was opened as a regular one",
     "learning/models/weights": "a weights file that was opened as a regular one",
     "launch/worker": "writes the log of a training",

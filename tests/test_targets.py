@@ -1,7 +1,9 @@
 """Targets of the frozen model: the same numbers computed, written or read; blocks; which trainings share them."""
 
 import contextlib
+import errno
 import itertools
+import math
 import os
 import signal
 import threading
@@ -15,20 +17,17 @@ from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from test_lost import gloo
 from tiny import make_tiny_clip
 
-from carft_ray import files
 from carft_ray.data.source import ImageSet
 from carft_ray.data.views import parts_of, permutation
-from carft_ray.errors import OutdatedAttemptError
 from carft_ray.evaluation import training
 from carft_ray.evaluation.heads import build_heads
 from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.learning import loop, targets
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, fine_tune
-from carft_ray.learning.target_blocks import BLOCK, block_path, num_blocks, read_block, visit_bytes, write_block
-from carft_ray.learning.targets import Targets, store_dir
+from carft_ray.learning.targets import BLOCK, Targets, read_block, store_dir, write_block
 from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.spaces.shared_targets import note_of_targets, num_stored_visits, shared_views, with_targets
+from carft_ray.recipe.spaces.shared_targets import decide_targets, num_stored_visits
 from carft_ray.recipe.spaces.space import apply
 
 CPU = torch.device("cpu")
@@ -65,8 +64,17 @@ def without_frozen_model(monkeypatch):
     return forbid
 
 
-def blocks_of(store):
-    return {str(path.relative_to(store)): path.read_bytes() for path in store.glob("visit-*/*")}
+def blocks_of(store, num_images=NUM_IMAGES):
+    """The blocks of all visits that are there, by visit and number."""
+    found = {}
+    for path in store.glob("visit-*"):
+        visit = int(path.name.removeprefix("visit-"))
+        for number in range(math.ceil(num_images / BLOCK)):
+            size = min(BLOCK, num_images - number * BLOCK)
+            rows = read_block(store, visit, number, size, len(TEMPLATES))
+            if rows is not None:
+                found[visit, number] = rows.tobytes()
+    return found
 
 
 def same(a, b):
@@ -80,7 +88,7 @@ def same(a, b):
 def test_a_training_that_computes_writes_or_reads_ends_with_the_same_weights(tuned, tmp_path, without_frozen_model):
     online, writer = tuned(None), tuned(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"visit-0000", "visit-0001"}
-    assert sum(map(len, blocks_of(tmp_path).values())) == 2 * visit_bytes(NUM_IMAGES, len(TEMPLATES))
+    assert sum(map(len, blocks_of(tmp_path).values())) == 2 * NUM_IMAGES * len(TEMPLATES) * 2
     without_frozen_model()
     reader = tuned(tmp_path)
     assert same(online, writer)
@@ -161,7 +169,7 @@ def test_blocks_that_ranks_share_are_few_where_a_part_is_a_block_or_more():
         for rank in range(world_size):
             seen = set()
             for first, indices in parts_of(order, batch_size, rank, world_size):
-                seen |= set(range(first // BLOCK, num_blocks(first + len(indices))))
+                seen |= set(range(first // BLOCK, math.ceil((first + len(indices)) / BLOCK)))
             computed += len(seen) * BLOCK
         return computed / num_images
 
@@ -185,9 +193,7 @@ def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tiny_clip, heads, im
         return compute(self, given)
 
     monkeypatch.setattr(Targets, "_compute", together)
-    monkeypatch.setattr(Targets, "_read", lambda self, block: None)
-    # two threads of one process would take one temporary name; two processes do not
-    monkeypatch.setattr(files, "_temporary", lambda path: path.with_name(f".{path.name}.{threading.get_ident()}.tmp"))
+    monkeypatch.setattr(targets, "read_block", lambda *_: None)
     states = []
     writers = [threading.Thread(target=lambda: states.append(tuned(tmp_path / "both"))) for _ in range(2)]
     for writer in writers:
@@ -195,25 +201,27 @@ def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tiny_clip, heads, im
     for writer in writers:
         writer.join()
     assert [same(state, expected) for state in states] == [True, True]
+    monkeypatch.undo()
     assert blocks_of(tmp_path / "both") == blocks_of(tmp_path / "one")
 
 
 def write_and_die(store, number):
-    calls, replace = itertools.count(1), os.replace
+    calls, write = itertools.count(1), os.pwrite
 
-    def replaced(*args):
+    def half(handle, content, offset):
         if next(calls) == number:
+            write(handle, content[: len(content) // 2], offset)
             os.kill(os.getpid(), signal.SIGKILL)
-        replace(*args)
+        return write(handle, content, offset)
 
-    os.replace = replaced
+    os.pwrite = half
     clip = make_tiny_clip()
     heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
     fine_tune(clip, *heads, ArraySource(NUM_IMAGES), settings(), target_store=store)
 
 
 @pytest.mark.slow
-def test_a_writer_that_is_killed_leaves_whole_blocks_only(tuned, tmp_path):
+def test_a_block_that_a_killed_writer_has_half_written_is_none(tuned, tmp_path):
     whole = tuned(tmp_path / "whole")
     process = attempts.forked(write_and_die, tmp_path / "killed", 3)
     process.join()
@@ -221,30 +229,31 @@ def test_a_writer_that_is_killed_leaves_whole_blocks_only(tuned, tmp_path):
     left, expected = blocks_of(tmp_path / "killed"), blocks_of(tmp_path / "whole")
     assert len(left) == 2
     assert left.items() <= expected.items()
-    assert len(list((tmp_path / "killed").glob(".*.tmp"))) == 1
     assert same(tuned(tmp_path / "killed"), whole)
     assert blocks_of(tmp_path / "killed") == expected
-    files.remove_remains(tmp_path)
-    assert {path.name for path in (tmp_path / "killed").iterdir()} == {"visit-0000", "visit-0001"}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:-1] + b"\xff"])
 def test_a_damaged_block_is_computed_again(tuned, tmp_path, damage):
     whole = tuned(tmp_path)
-    expected, path = blocks_of(tmp_path), block_path(tmp_path, 1, 2)
+    expected, path = blocks_of(tmp_path), tmp_path / "visit-0001"
     path.write_bytes(damage(path.read_bytes()))
     assert same(tuned(tmp_path), whole)
     assert blocks_of(tmp_path) == expected
 
 
-def test_a_block_under_the_name_of_another_is_none(tmp_path):
-    rows = np.random.default_rng(0).random((4, 3)).astype(np.float16)
-    write_block(tmp_path, 1, 2, rows)
-    assert (read_block(tmp_path, 1, 2, 4, 3) == rows).all()
-    os.rename(block_path(tmp_path, 1, 2), block_path(tmp_path, 1, 3))
-    assert read_block(tmp_path, 1, 3, 4, 3) is None
-    assert read_block(tmp_path, 1, 2, 4, 3) is None
+def test_a_block_of_another_visit_or_place_and_a_hole_are_none(tmp_path):
+    rows = np.random.default_rng(0).random((BLOCK, 3)).astype(np.float16)
+    for number in (0, 2):
+        write_block(tmp_path, 1, number, rows)
+    found = [read_block(tmp_path, 1, number, BLOCK, 3) for number in range(4)]
+    assert [each is not None and bool((each == rows).all()) for each in found] == [True, False, True, False]
+    os.rename(tmp_path / "visit-0001", tmp_path / "visit-0002")
+    assert read_block(tmp_path, 2, 0, BLOCK, 3) is None
+    content = (tmp_path / "visit-0002").read_bytes()
+    (tmp_path / "visit-0001").write_bytes(content[len(content) * 2 // 3 :] + content)
+    assert read_block(tmp_path, 1, 0, BLOCK, 3) is None  # block 2 in the place of block 0
 
 
 @pytest.mark.slow
@@ -252,16 +261,21 @@ def test_a_training_goes_on_where_its_targets_cannot_be_kept(tuned, tmp_path, ca
     expected = tuned(None)
     (tmp_path / "store").write_text("a file")
     assert same(tuned(tmp_path / "store" / "of"), expected)
-    (message,) = [record.getMessage() for record in caplog.records if "not kept" in record.getMessage()]
-    assert "must be writable" in message
+    assert len([record for record in caplog.records if "not kept" in record.getMessage()]) == 1
 
 
-def test_an_attempt_that_another_one_follows_writes_no_blocks(tuned, tmp_path):
-    def check():
-        raise OutdatedAttemptError("another attempt has begun")
+@pytest.mark.slow
+def test_a_training_goes_on_where_the_disk_is_full(tuned, tmp_path, caplog, monkeypatch):
+    expected, write = tuned(None), os.pwrite
 
-    with files.fenced(check), pytest.raises(OutdatedAttemptError):
-        tuned(tmp_path)
+    def full(handle, content, offset):
+        write(handle, content[:20], offset)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    assert same(tuned(tmp_path), expected)
+    assert [record.getMessage().endswith("No space left on device") for record in caplog.records] == [True]
+    monkeypatch.undo()
     assert blocks_of(tmp_path) == {}
 
 
@@ -284,7 +298,7 @@ def test_a_store_of_other_weights_views_machines_or_versions_is_not_read(tiny_cl
         name(precision="bf16"),
     ]
     with monkeypatch.context() as patched:
-        patched.setattr(torch, "__version__", "99.0")
+        patched.setattr("carft_ray.environment.versions_of", lambda names: dict.fromkeys(names, "99.0"))
         others.append(name())
     with monkeypatch.context() as patched:
         patched.setattr(torch, "get_num_threads", lambda: 77)
@@ -329,7 +343,7 @@ def test_a_training_of_ten_million_pairs_begins_with_the_first_blocks(tiny_clip,
             fine_tune(tiny_clip, *heads, source, train, context, target_store=store, num_threads=2)
         assert source.shown <= 13 * 64  # and those that are made ahead
     monkeypatch.undo()
-    assert len(blocks_of(tmp_path)) == (0 if mode == "online" else 10)
+    assert len(blocks_of(tmp_path, 20 * BLOCK)) == (0 if mode == "online" else 10)
 
 
 @pytest.mark.slow
@@ -340,6 +354,7 @@ def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_cli
     inputs = SharedInputs(tiny_clip, CLASS_WORDS, TEMPLATES, source, validation, {}, "key")
     train = {"batch_size": 64, "learning_rate": 1e-3}
     recipe = recipe_of(targets="stored", epochs=10, train=train)
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})})
     prepared, context = tmp_path / "prepared", RunContext(should_stop=lambda: True)
     training.prepare(recipe, prepared, opened=inputs)
     assert source.shown == 0
@@ -349,7 +364,8 @@ def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_cli
         with pytest.raises(StoppedRun, match="at step 10 of 156250"):
             training.run_training(applied, tmp_path / str(seed), prepared, context, opened=inputs)
         assert source.shown <= 13 * 64
-    assert len(list(tmp_path.glob("prepared/targets/*/visit-*/*"))) == 2 * 10
+    stores = list(tmp_path.glob("cache/targets/*"))
+    assert [len(blocks_of(store, 20 * BLOCK)) for store in stores] == [10, 10]
 
 
 def test_what_is_kept_of_a_visit_does_not_grow(tiny_clip, heads, images):
@@ -368,53 +384,39 @@ def recipe_of(trials=6, baselines=(), targets="auto", **search):
     return stand_in.make_recipe(trials, baselines=dict(baselines), resources=resources, **search)
 
 
-def decided(recipe, **values):
-    applied = recipe.model_copy(update={"train": recipe.train.model_copy(update=values)})
-    return with_targets(applied, shared_views(recipe)).resources.targets
+def decided(recipe, trainings=None):
+    return decide_targets(recipe, trainings)[0].resources.targets
 
 
 def test_trials_share_their_targets_unless_the_search_changes_them():
     recipe = recipe_of()
     assert decided(recipe) == "stored"
-    assert decided(recipe, crop_scale=0.3) == decided(recipe, seed=5) == decided(recipe, kl_weight=0.0) == "online"
-    assert note_of_targets(recipe, shared_views(recipe)).endswith("needs them, read by later ones")
+    assert "by the first training that needs them" in decide_targets(recipe)[1]
+    assert num_stored_visits(recipe) == recipe.train.epochs
     searched = recipe_of(space={"crop_scale": {"low": 0.5, "high": 1.0}})
-    assert decided(searched, crop_scale=0.7) == decided(searched) == "online"
-    assert "crop_scale in the search space changes them" in note_of_targets(searched, shared_views(searched))
-    alone = recipe_of(1)
-    assert decided(alone) == "online"
-    assert "no two trainings share them" in note_of_targets(alone, shared_views(alone))
+    assert decided(searched) == decided(recipe_of(1)) == "online"
+    assert "no two trainings have the same seed, crop_scale, " in decide_targets(searched)[1]
+    assert num_stored_visits(searched) == 0
 
 
 def test_trials_share_the_few_values_of_a_searched_view():
     choices = {"crop_scale": {"choices": [0.5, 0.9]}}
-    assert decided(recipe_of(4, space=choices), crop_scale=0.5) == "stored"
-    assert decided(recipe_of(3, space=choices), crop_scale=0.5) == "online"
+    assert [decided(recipe_of(trials, space=choices)) for trials in (4, 3)] == ["stored", "online"]
     steps = {"crop_scale": {"low": 0.1, "high": 0.9, "step": 0.1}}
-    assert decided(recipe_of(18, space=steps), crop_scale=0.1 + 0.2) == "stored"
+    assert decided(recipe_of(18, space=steps)) == "stored"
     assert num_stored_visits(recipe_of(18, space=steps)) == 9 * recipe_of().train.epochs
 
 
 def test_baselines_share_too_and_what_is_asked_for_holds():
     own = {"one": {"crop_scale": 0.4}, "two": {"crop_scale": 0.4, "learning_rate": 1e-5}, "plain": {"kl_weight": 0.0}}
-    recipe = recipe_of(1, own)
-    assert decided(recipe, crop_scale=0.4) == "stored"
-    assert decided(recipe) == "online"
-    assert num_stored_visits(recipe) == recipe.train.epochs
+    assert decided(recipe_of(1, own)) == "stored"
+    assert decided(recipe_of(1, {"one": own["one"]})) == "online"
     for mode in ("online", "stored"):
-        recipe = recipe_of(1, own, mode)
-        assert decided(recipe) == decided(recipe, crop_scale=0.4) == mode
-        assert note_of_targets(recipe, shared_views(recipe)) == ""
-    assert num_stored_visits(recipe) == 2 * recipe.train.epochs
+        assert decide_targets(recipe_of(1, own, mode)) == (recipe_of(1, own, mode), "")
 
 
 def test_the_trainings_of_a_confirm_share_by_seed():
-    recipe = recipe_of()
-    trainings = [{"seed": 7}, {"seed": 7, "learning_rate": 1e-5}, {"seed": 8}, {"seed": 8, "kl_weight": 0.0}]
-    shared = shared_views(recipe, trainings)
-    assert [views[0] for views in shared] == [7]
-
-
-def test_a_store_needs_what_its_format_says():
-    assert visit_bytes(64, 80) == 64 * 80 * 2 + 16
-    assert visit_bytes(65, 80) == 65 * 80 * 2 + 32
+    recipe, trainings = recipe_of(), [{"seed": 7}, {"seed": 7, "learning_rate": 1e-5}, {"seed": 8, "kl_weight": 0.0}]
+    assert decided(recipe, trainings) == "stored"
+    assert decided(recipe, trainings[1:]) == "online"
+    assert decide_targets(recipe, trainings[2:]) == (recipe, "")

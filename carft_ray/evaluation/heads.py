@@ -9,7 +9,6 @@ Shape letters: T templates (contexts), C classes, D embedding width, M = C + T, 
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from carft_ray.errors import StorageError
 from carft_ray.evaluation.origin import device_name
 from carft_ray.files import fsync_file
 from carft_ray.learning.classifier import at_least_float32
-from carft_ray.learning.models.clip import Clip, tokenizer_hash
+from carft_ray.learning.models.clip import Clip, model_key, tokenizer_hash
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import time_left
 
@@ -147,6 +146,4 @@ def _key(clip: Clip, class_names: Sequence[str], templates: Sequence[str], devic
     if device.type == "cpu":
         computed += [environment.cpu_model(), torch.get_num_threads()]
     versions = environment.versions_of(("torch", "open_clip_torch", "transformers", "timm"))
-    # neither the architecture's options nor its modules hold everything: an activation may be in one of them alone
-    model = [clip.weights_hash, clip.config["model_cfg"], re.sub(" at 0x[0-9a-f]+", "", repr(clip.model))]
-    return cache.key_of(["heads", FORMAT_VERSION, model, tokenizer_hash(clip), words, computed, versions])
+    return cache.key_of(["heads", FORMAT_VERSION, model_key(clip), tokenizer_hash(clip), words, computed, versions])

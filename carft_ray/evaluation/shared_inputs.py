@@ -1,14 +1,18 @@
 """What every training of a study shares: model, prompts, training set, decoded validation sets."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from carft_ray.data.caching.arrays import DecodedSource, image_set
 from carft_ray.data.caching.packed import PackedSource, pays
+from carft_ray.data.images import DECODERS
 from carft_ray.data.listed_sets import TRAIN, ListedSource, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sets import cache_dir, class_words
@@ -18,6 +22,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.learning.models.clip import Clip, load_clip, templates
 from carft_ray.learning.ranks import gather
+from carft_ray.learning.targets import TARGETS, store_dir
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import SandboxSet, plain
 from carft_ray.words import time_left
@@ -149,3 +154,18 @@ def shared_inputs_of_worker(recipe: Recipe, context: RunContext, prepared_dir: P
     if inputs is None or stopped:
         raise StoppedRun(stopped)
     return inputs
+
+
+def target_store(
+    recipe: Recipe, inputs: SharedInputs, context_head_TD: torch.Tensor, device: torch.device
+) -> Path | None:
+    """Returns where the frozen model's targets are read and written; None where ``resources.targets`` stores none.
+
+    Undecided (``auto``) is a training that no other one follows.
+    """
+    if recipe.resources.targets != "stored":
+        return None
+    ids = hashlib.blake2b(inputs.train.sample_ids.tobytes(), digest_size=16).hexdigest()
+    source_key = json.dumps([identity(inputs.train), ids, recipe.data.resize_short_side, DECODERS])
+    folder = cache_dir(recipe) / TARGETS
+    return store_dir(folder, source_key, inputs.clip, context_head_TD, recipe.train, device)

@@ -34,7 +34,12 @@ from carft_ray.evaluation.origin import gpu_names, shared_origin, training_envir
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import BoolArray, read_predictions, select, write_predictions
 from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of, varied
-from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker
+from carft_ray.evaluation.shared_inputs import (
+    SharedInputs,
+    load_shared_inputs,
+    shared_inputs_of_worker,
+    target_store,
+)
 from carft_ray.evaluation.thumbnails import write_thumbnails
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import build_classifier
@@ -46,7 +51,6 @@ from carft_ray.learning.models.tower import check_tower, compiles
 from carft_ray.learning.own_function import OwnFunction, on_node, source_of
 from carft_ray.learning.own_training import OwnInputs, own_fine_tune
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
-from carft_ray.learning.targets import store_dir
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe, without_tests
@@ -169,7 +173,7 @@ def run_training(
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
     views_NHWC = clean_views(inputs.clip, inputs.train, recipe.train.recalibrate_batches)
-    store = target_store(recipe, inputs, heads["context_head"], prepared_dir)
+    store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
     if recipe.train.function is not None:
         function = function or on_node(recipe.train.function, recipe.train.function_dir)
         recipe = without_tests(recipe)
@@ -196,17 +200,6 @@ def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:
     if recipe.train.compile != "auto":
         return recipe.train.compile
     return bool(files.read_json(prepared_dir / layout.PREPARATION).get("compile", False))
-
-
-def target_store(recipe: Recipe, inputs: SharedInputs, context_head_TD: Tensor, prepared_dir: Path) -> Path | None:
-    """Returns where the frozen model's targets are read and written; None where ``resources.targets`` stores none.
-
-    Undecided (``auto``) is a training that no other one follows.
-    """
-    if recipe.resources.targets != "stored":
-        return None
-    folder, device = prepared_dir / layout.TARGETS, device_of(recipe)
-    return store_dir(folder, inputs.key, inputs.clip, context_head_TD, recipe.train, device)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,11 +38,10 @@ from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.layout import CONFIRM, PREPARATION, PREPARED
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.target_blocks import visit_bytes
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.recipe.spaces.shared_targets import num_stored_visits, shared_views
+from carft_ray.recipe.spaces.shared_targets import decide_targets, num_stored_visits
 from carft_ray.recipe.spaces.space import drawn, middle
 from carft_ray.study.identity import claim
 from carft_ray.study.opening import open_study
@@ -172,12 +171,15 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         with computing(recipe, study.study_dir, runner, address, _interrupted, say, shared) as runtime:
             filling_s = fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
             prepared = prepare(replace(runtime, is_filled=True), say)
-            begins, capacity, values = time.time(), runtime.capacity, middle(recipe.search.space)
+            begins, capacity = time.time(), runtime.capacity
+            # a seed of its own: an earlier plan has not stored the frozen model's targets
+            values = {**middle(recipe.search.space), "seed": time.time_ns() % 2**31}
             names = [f"short-{number}" for number in range(2 * capacity.concurrency)]
             recover_confirm(study, dict.fromkeys(names, values))
             say(f"training a little, {capacity.concurrency} at a time ({capacity.reason})")
             fixed = replace(capacity, asked=0)  # nodes that come meanwhile are for the search
-            runtime = replace(runtime, capacity=fixed, attached=False, shared=shared_views(recipe))
+            decided, _ = decide_targets(runtime.recipe)
+            runtime = replace(runtime, recipe=decided, capacity=fixed, attached=False)
             if run_trainings(study, runtime, lambda event: None):
                 raise _interrupted()
         if failed := [row.reason for row in study.rows("confirm") if row.outcome != "complete"]:
@@ -206,7 +208,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         sizes={
             "weights": later["weights"],
             "predictions": later["predictions"],
-            "targets": visit_bytes(prepared["num_images"]["train"], prepared["num_contexts"]),
+            "targets": prepared["num_images"]["train"] * prepared["num_contexts"] * 2,  # float16
             "cache": later["cache"],
             "while it runs": slots * (NUM_CHECKPOINTS * later["checkpoint"] + later["weights"]),
         },
@@ -254,7 +256,7 @@ def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None
         sizes={
             "weights": _mean_size(study_dir, "*/*/fine_tuned.safetensors"),
             "predictions": _mean_size(study_dir, "*/*/predictions/*.parquet"),
-            "targets": visit_bytes(prepared["num_images"]["train"], prepared["num_contexts"]),
+            "targets": prepared["num_images"]["train"] * prepared["num_contexts"] * 2,  # float16
         },
     )
 

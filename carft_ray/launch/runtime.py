@@ -16,7 +16,6 @@ from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.shared_targets import Views
 from carft_ray.study.outcome import must_leave
 
 Say = Callable[[str], None]
@@ -84,7 +83,6 @@ class Runtime:
         attached: The Ray is not ours: its nodes come and go.
         may_grow: An autoscaler may add nodes to it.
         is_filled: The sets are listed and the caches filled (``preparation.fill_nodes``).
-        shared: The views of which several trainings need the frozen model's targets (``spaces.shared_targets``).
     """
 
     recipe: Recipe
@@ -95,7 +93,6 @@ class Runtime:
     attached: bool = False
     may_grow: bool = False
     is_filled: bool = False
-    shared: frozenset[Views] = frozenset()
 
     @property
     def nested(self) -> bool:

@@ -25,7 +25,6 @@ from carft_ray.layout import HEARTBEAT, LOG, PREPARED
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.memory import free_device, is_out_of_memory
 from carft_ray.recipe.schema import alone
-from carft_ray.recipe.spaces.shared_targets import with_targets
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, Heartbeat, TrialSpec, append_log, check_fence
@@ -72,7 +71,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
             start += f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
             append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
-        recipe = fitted(with_targets(recipe, runtime.shared), runtime.study_dir, context.world_size)
+        recipe = fitted(recipe, runtime.study_dir, context.world_size)
         gpus = runtime.capacity.num_workers * runtime.capacity.gpus_per_worker
         alive = {"began": time.time() - idle_s, "idle_s": idle_s, "gpus": gpus, "nodes": list(nodes)}
         with _heartbeat(folder, spec.attempt, context, alive, runtime.recipe.resources.hang_timeout_s) as context:

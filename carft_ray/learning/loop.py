@@ -41,8 +41,7 @@ from carft_ray.learning.models.clip import Clip
 from carft_ray.learning.models.tower import compile_tower, shape_tower
 from carft_ray.learning.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
-from carft_ray.learning.target_blocks import BLOCK
-from carft_ray.learning.targets import Part, Targets
+from carft_ray.learning.targets import BLOCK, Part, Targets
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schedule import num_warmup_steps
 

@@ -1,9 +1,15 @@
 """The frozen model's context distributions: computed by the first training that needs them, read by later ones.
 
 The distribution of (image, visit) depends on frozen model, prompts, scale and view alone. It is computed in blocks of
-the visit's order (``target_blocks``), eagerly and in evaluation mode, and rounded to float16; the loss renormalises it.
-A training uses the rounded values whether it has computed or read them, and whether anything is stored: on one kind of
-device they are the same, bit for bit. The frozen tower is built at the first block that is not stored.
+64 positions of the visit's order, eagerly and in evaluation mode, and rounded to float16; the loss renormalises it. So
+its bits depend neither on batch size, rank and number of workers, nor on who asks first. A training uses the rounded
+values whether it has computed or read them, and whether anything is stored: on one kind of device they are the same,
+bit for bit. The frozen tower is built at the first block that is not stored.
+
+A visit is one file of the cache, ``STORE/visit-0003``; block b stands at a multiple of the size of a block: 8 bytes, a
+hash of its place and content, then float16 [images, contexts], little-endian. Nothing is flushed or locked: a block
+that is missing, half written or damaged does not have its hash, and is computed again. Two that write a block write the
+same bytes.
 
 Shape letters: B images of a worker's part of a batch, K images of a block, T contexts, D embedding width.
 """
@@ -11,31 +17,34 @@ Shape letters: B images of a worker's part of a batch, K images of a block, T co
 import hashlib
 import json
 import logging
+import os
 import threading
-from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from carft_ray import environment
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import VIEW_VERSION, view_batch
-from carft_ray.errors import StorageError
 from carft_ray.learning.classifier import ImageClassifier, build_classifier
 from carft_ray.learning.feeding import MakeViews, Upload, arrived, copy_stream, upload
 from carft_ray.learning.losses import context_distribution
-from carft_ray.learning.models.clip import Clip
-from carft_ray.learning.target_blocks import BLOCK, FORMAT_VERSION, Rows, num_blocks, read_block, write_block
+from carft_ray.learning.models.clip import Clip, model_key
 from carft_ray.recipe.fine_tuning import TrainConfig
 
-KIND = "context distributions"  # what a row of the store is
-MAX_UNWRITTEN = 32  # blocks that a training may be ahead of its disk
+TARGETS = "targets"  # all stores, in the cache
+BLOCK = 64  # images; a forward pass of this size fills a GPU, and a part of a batch rarely is smaller
+FORMAT_VERSION = 2
+_HASH_BYTES = 8
+_DTYPE = np.dtype("<f2")
+Rows = npt.NDArray[np.float16]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +57,6 @@ class Block:
     number: int
     indices: IntArray  # of its images [K]
     lock: threading.Lock = field(default_factory=threading.Lock)
-    is_looked_up: bool = False
     pixels_KHWC: PixelArray | None = None  # where it is not stored
     uploaded: Upload | None = None  # its rows or pixels, on their way to the device
     p_KT: Tensor | None = None  # on the device
@@ -62,13 +70,13 @@ class Part(NamedTuple):
 
 
 def store_dir(
-    folder: Path, inputs_key: str, clip: Clip, context_head_TD: Tensor, train: TrainConfig, device: torch.device
+    folder: Path, source_key: str, clip: Clip, context_head_TD: Tensor, train: TrainConfig, device: torch.device
 ) -> Path:
     """Returns the store for everything that decides a bit of a target; trainings that agree in it share a store.
 
     Args:
-        folder: All stores of a study.
-        inputs_key: Changes with weights, prompts and training set.
+        folder: All stores.
+        source_key: Changes with the images of the training set, their order and their pixels.
         clip: The model.
         context_head_TD: Unit rows [T, D].
         train: Seed, crop scale, context scale and precision.
@@ -83,10 +91,10 @@ def store_dir(
     else:
         computed = [environment.cpu_model(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     parts = [
-        [KIND, FORMAT_VERSION, BLOCK],
-        [inputs_key, clip.image_size, clip.mean, clip.std, head, str(head_TD.dtype), len(head_TD)],
+        [FORMAT_VERSION, BLOCK, source_key, environment.versions_of(("torch", "open_clip_torch", "timm"))],
+        [model_key(clip), clip.image_size, clip.mean, clip.std, head, str(head_TD.dtype), len(head_TD)],
         [VIEW_VERSION, train.seed, train.crop_scale, train.context_scale or clip.logit_scale, train.precision, bf16],
-        [device.type, *computed, torch.__version__],
+        [device.type, *computed],
     ]
     return folder / hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
@@ -112,25 +120,20 @@ class Targets:
         device: torch.device,
         store: Path | None = None,
     ) -> None:
-        self.clip, self.source, self.train, self.device = clip, source, train, device
+        self.clip, self.source, self.train, self.device, self.store = clip, source, train, device, store
         self.context_head_TD = context_head_TD.to(device)
         self.context_scale = train.context_scale or clip.logit_scale
-        self.store = self._write_to = store
         self.stream = copy_stream(device)
         self.frozen: ImageClassifier | None = None
         self._live: dict[tuple[int, int], Block] = {}
-        self._unwritten: deque[Future[None]] = deque()
-        self._writer: ThreadPoolExecutor | None = None
+        self._writer = ThreadPoolExecutor(1, "targets")
+        self._failed = False
 
     def __enter__(self) -> "Targets":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            self._await_writes(MAX_UNWRITTEN if kind else 0)
-        finally:
-            if self._writer is not None:
-                self._writer.shutdown(cancel_futures=True)
+        self._writer.shutdown(cancel_futures=kind is not None)
 
     def parts(self, visit: int, order: IntArray, first: int, num_images: int) -> list[Part]:
         """Returns the parts of blocks that hold consecutive positions of a visit's order; none without a KL term.
@@ -147,8 +150,8 @@ class Targets:
             return []
         end, found = first + num_images, []
         live: dict[tuple[int, int], Block] = {}
-        for number in range(first // BLOCK, num_blocks(end)):
-            start = number * BLOCK
+        for start in range(first - first % BLOCK, end, BLOCK):
+            number = start // BLOCK
             block = self._live.get((visit, number)) or Block(visit, number, order[start : start + BLOCK])
             live[visit, number] = block
             found.append(Part(block, slice(max(first - start, 0), min(end - start, BLOCK))))
@@ -166,27 +169,20 @@ class Targets:
             visit: The epoch, from 0.
             make: Makes them.
         """
-        for part in parts:  # first what no other thread is at
-            self._looked_up(part.block, make, waits=False)
-        whole = [self._looked_up(part.block, make) for part in parts]
+        whole = [self._begun(part.block, make).pixels_KHWC for part in parts]
         if all(pixels_KHWC is None for pixels_KHWC in whole):
             return self._views_of(indices, visit, make)
-        pieces, at = [], 0
-        for part, pixels_KHWC in zip(parts, whole, strict=True):
-            end = at + part.rows.stop - part.rows.start
-            pieces.append(
-                self._views_of(indices[at:end], visit, make) if pixels_KHWC is None else pixels_KHWC[part.rows]
-            )
-            at = end
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        return np.concatenate(
+            [
+                self._views_of(block.indices[rows], visit, make) if pixels_KHWC is None else pixels_KHWC[rows]
+                for (block, rows), pixels_KHWC in zip(parts, whole, strict=True)
+            ]
+        )
 
     def of(self, parts: Sequence[Part]) -> Tensor | None:
         """Returns the rounded probabilities of a worker's part of a batch, float16 [B, T] on the device.
 
         None without a KL term.
-
-        Raises:
-            StorageError: The store cannot be read.
         """
         if not self.train.kl_weight:
             return None
@@ -194,50 +190,31 @@ class Targets:
             return torch.zeros(0, len(self.context_head_TD), dtype=torch.float16, device=self.device)
         return torch.cat([self._of_block(part.block)[part.rows] for part in parts])
 
-    def _looked_up(self, block: Block, make: MakeViews = view_batch, waits: bool = True) -> PixelArray | None:
-        """Returns the views of a block that is not stored, else None; also where another thread makes them meanwhile.
-
-        Args:
-            block: The block.
-            make: Makes views.
-            waits: Wait for the other thread.
-        """
-        if not block.lock.acquire(blocking=waits):
-            return None
-        try:
-            if not block.is_looked_up:
-                stored = self._read(block)
-                if stored is None:
+    def _begun(self, block: Block, make: MakeViews = view_batch) -> Block:
+        """Reads a block or makes its views, once, and has that copied to the device."""
+        with block.lock:
+            if block.uploaded is None and block.p_KT is None:
+                shape = len(block.indices), len(self.context_head_TD)
+                rows_KT = None if self.store is None else read_block(self.store, block.visit, block.number, *shape)
+                if rows_KT is None:
                     block.pixels_KHWC = self._views_of(block.indices, block.visit, make)
                     block.uploaded = upload([block.pixels_KHWC], self.stream)
                 else:
-                    block.uploaded = upload([stored], self.stream)
-                block.is_looked_up = True
-            return block.pixels_KHWC
-        finally:
-            block.lock.release()
+                    block.uploaded = upload([rows_KT], self.stream)
+        return block
 
     def _views_of(self, indices: IntArray, visit: int, make: MakeViews) -> PixelArray:
         train, ids = self.train, self.source.sample_ids[indices]
         return make(self.source, indices, ids, train.seed, visit, train.crop_scale, self.clip.image_size)
 
-    def _read(self, block: Block) -> Rows | None:
-        if self.store is None:
-            return None
-        stored = read_block(self.store, block.visit, block.number, len(block.indices), len(self.context_head_TD))
-        return None if stored is None else stored.copy()  # torch warns of arrays that are read-only
-
     def _of_block(self, block: Block) -> Tensor:
         if block.p_KT is None:
-            is_stored = self._looked_up(block) is None
-            # another training may have written it since the views were made
-            if not is_stored and (stored := self._read(block)) is not None:
-                is_stored, block.uploaded = True, upload([stored], self.stream)
-            (on_device,) = arrived(block.uploaded)  # type: ignore[arg-type]  # it is looked up
-            block.p_KT = on_device if is_stored else self._compute(on_device)
+            (on_device,) = arrived(self._begun(block).uploaded)  # type: ignore[arg-type]  # it is begun
+            block.p_KT = on_device if block.pixels_KHWC is None else self._compute(on_device)
             block.uploaded = None
-            if not is_stored:
-                self._write(block, block.p_KT)
+            if block.pixels_KHWC is not None and self.store is not None:
+                # by a thread, so that no step waits for the device or for the disk
+                self._writer.submit(self._write, self.store, block.visit, block.number, block.p_KT)
         return block.p_KT
 
     @torch.no_grad()
@@ -249,26 +226,48 @@ class Targets:
         features_KD = self.frozen.features(pixels_KHWC)
         return context_distribution(features_KD, self.context_head_TD, self.context_scale).exp().half()
 
-    def _write(self, block: Block, p_KT: Tensor) -> None:
-        """Gives a block to a thread that copies and writes it: no step waits for the device or for a network disk."""
-        store = self._write_to
-        if store is None:
-            return
-        if self._writer is None:
-            self._writer = ThreadPoolExecutor(1, "targets")
+    def _write(self, store: Path, visit: int, number: int, p_KT: Tensor) -> None:
+        """Writes a block; where that fails, nothing more is written."""
+        try:
+            if not self._failed:
+                write_block(store, visit, number, p_KT.cpu().numpy())
+        except OSError as error:
+            self._failed = True
+            text = "The frozen model's targets are not kept for later trainings: %s: %s"
+            logger.warning(text, store, error.strerror)
 
-        def write() -> None:
-            write_block(store, block.visit, block.number, p_KT.cpu().numpy())
 
-        self._unwritten.append(self._writer.submit(write))
-        self._await_writes(MAX_UNWRITTEN)
+def read_block(store: Path, visit: int, number: int, num_rows: int, width: int) -> Rows | None:
+    """Returns a block, float16 [num_rows, width]; None where it is missing or damaged."""
+    path, begin = _place(store, visit, number, width)
+    try:
+        with open(path, "rb") as file:
+            size = _HASH_BYTES + num_rows * width * _DTYPE.itemsize
+            content = bytearray(os.pread(file.fileno(), size, begin))  # torch warns of arrays that are read-only
+    except OSError:
+        return None
+    if content[:_HASH_BYTES] != _hash(visit, number, content[_HASH_BYTES:]):
+        return None
+    return np.frombuffer(content, _DTYPE, offset=_HASH_BYTES).reshape(num_rows, width)
 
-    def _await_writes(self, num_left: int) -> None:
-        """Waits until at most so many blocks are unwritten. Where they cannot be stored, nothing more is."""
-        while self._unwritten and (len(self._unwritten) > num_left or self._unwritten[0].done()):
-            try:
-                self._unwritten.popleft().result()
-            except StorageError as error:
-                if self._write_to is not None:
-                    logger.warning("The frozen model's targets are not kept for later trainings: %s", error)
-                self._write_to = None
+
+def write_block(store: Path, visit: int, number: int, rows: Rows) -> None:
+    """Writes a block, float16 [K, T].
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    path, begin = _place(store, visit, number, rows.shape[1])
+    data = rows.astype(_DTYPE).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:  # other blocks stay
+        os.pwrite(file.fileno(), _hash(visit, number, data) + data, begin)
+
+
+def _place(store: Path, visit: int, number: int, width: int) -> tuple[Path, int]:
+    """Returns the file of a block, and where in it the block begins."""
+    return store / f"visit-{visit:04d}", number * (_HASH_BYTES + BLOCK * width * _DTYPE.itemsize)
+
+
+def _hash(visit: int, number: int, data: bytes | bytearray) -> bytes:
+    return hashlib.blake2b(data, digest_size=_HASH_BYTES, key=f"{visit} {number}".encode()).digest()

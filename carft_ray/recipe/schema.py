@@ -166,8 +166,8 @@ class ResourcesConfig(Config):
     """threads per worker, which make views and compute on a CPU; null: `cpus_per_worker`"""
     targets: Literal["auto", "online", "stored"] = key("auto", "online", HOW_FAST)
     """the frozen model's context distributions; online: computed in every training; stored: the first training that
-    needs one keeps it in the study, later ones read it; auto: stored where several trainings share them. The same
-    numbers in each case"""
+    needs one keeps it in the cache of its node, later ones read it; auto: stored where several trainings share them.
+    The same numbers in each case"""
     hang_timeout_s: PositiveFloat | None = key(3600.0, 600, HOW_FAST)
     """in a search: a trial without a training step for so many seconds is ended and tried again, and its log says what
     its threads did; longer than its evaluations; null: never"""

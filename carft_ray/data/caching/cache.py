@@ -37,7 +37,13 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lo
 
 _KEY = re.compile(r"[0-9a-f]{32}")
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.[0-9].*\.tmp")
-_NOTES = ("records-*.arrow", "records-*.part", "overlap-*.json", "index/**/*.arrow")  # of ``data.records`` and others
+_NOTES = (
+    "records-*.arrow",
+    "records-*.part",
+    "overlap-*.json",
+    "index/**/*.arrow",
+    "targets/*/visit-*",
+)  # of ``data.records`` and others
 
 _log = logging.getLogger(__name__)
 _warned: set[int] = set()  # disks without locks that a warning has named

@@ -13,8 +13,7 @@ from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.shared_targets import note_of_targets, shared_views
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.spaces.shared_targets import decide_targets
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_confirm
@@ -81,9 +80,9 @@ def run_confirm(
             with computing(recipe, study.study_dir, runner or RUNNER, address, interrupted, say) as runtime:
                 on_event(Preparing())
                 prepare(runtime, say)
-                runtime = replace(runtime, shared=shared_views(recipe, trainings.values()))
-                has_kl = any(apply(recipe, values).train.kl_weight for values in trainings.values())
-                if note := note_of_targets(recipe, runtime.shared, has_kl):
+                decided, note = decide_targets(runtime.recipe, trainings.values())
+                runtime = replace(runtime, recipe=decided)
+                if note:
                     on_event(Decided(note))
                 capacity = runtime.capacity
                 on_event(Started(len(trainings), num_finished(), capacity.concurrency, capacity.reason, "confirm"))

@@ -19,7 +19,7 @@ from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.recipe.spaces.shared_targets import has_targets, note_of_targets, shared_views
+from carft_ray.recipe.spaces.shared_targets import decide_targets
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import check_recoverable, recover_running
@@ -150,8 +150,9 @@ def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say:
     on_event(Prepared(metrics))
     if zero_shot := study.add_zero_shot(metrics):
         on_event(BaselineFinished(zero_shot))
-    runtime = replace(runtime, shared=shared_views(study.recipe))
-    if note := note_of_targets(study.recipe, runtime.shared, has_targets(study.recipe)):
+    decided, note = decide_targets(runtime.recipe)
+    runtime = replace(runtime, recipe=decided)
+    if note:
         on_event(Decided(note))
     capacity = runtime.capacity
     on_event(Started(num_trials(study.recipe), _num_finished(study), capacity.concurrency, capacity.reason))

@@ -172,6 +172,14 @@ def write_tokenizer(clip: Clip, folder: Path) -> None:
         clip.tokenizer.save_pretrained(str(folder))
 
 
+def model_key(clip: Clip) -> list[Any]:
+    """Returns what decides what a model computes, but for the libraries.
+
+    Neither the architecture's options nor its modules hold everything: an activation may be in one of them alone.
+    """
+    return [clip.weights_hash, clip.config["model_cfg"], re.sub(" at 0x[0-9a-f]+", "", repr(clip.model))]
+
+
 def tokenizer_hash(clip: Clip) -> str:
     """Returns a hash of all that decides which tokens a sentence gets, but for the libraries: 32 hex digits."""
     tokenizer, digest = clip.tokenizer, hashlib.blake2b(digest_size=16)
