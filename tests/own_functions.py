@@ -63,8 +63,8 @@ def the_model(values, context):
     return context.model
 
 
-def wrapped(values, context):
-    return {f"module.{name}": tensor for name, tensor in context.model.state_dict().items()}
+def misspelled(values, context):
+    return {name.replace("head", "haed"): tensor for name, tensor in context.model.state_dict().items()}
 
 
 def without_head(values, context):

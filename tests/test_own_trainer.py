@@ -30,7 +30,7 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.learning.own_function import load_function
-from carft_ray.learning.own_training import OwnInputs, own_fine_tune
+from carft_ray.learning.own_training import OwnInputs, checked_state, own_fine_tune
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
 from carft_ray.recipe.loading import own_functions as own_of
@@ -236,10 +236,9 @@ def test_the_same_seed_gives_the_same_random_numbers_and_another_does_not(tmp_pa
     [
         ("nothing", "must return a state dict such as context.model.state_dict()"),
         ("the_model", "but got OwnClassifier\n    Return model.state_dict()."),
-        ("wrapped", "but got 'module.class_head'; did you mean 'class_head'?"),
-        ("wrapped", "Return the state dict of the module inside the wrapper: model.module.state_dict()."),
-        ("without_head", "'class_head' is missing"),
-        ("other_shape", "'class_head' must have the shape [5, "),
+        ("misspelled", "but got 'class_haed'; did you mean 'class_head'?"),
+        ("without_head", "'class_head' must be a tensor of the shape [5, "),
+        ("other_shape", "'class_head' must be a tensor of the shape [5, "),
     ],
 )
 def test_what_is_no_state_of_the_model_is_told(tmp_path, name, said):
@@ -248,6 +247,13 @@ def test_what_is_no_state_of_the_model_is_told(tmp_path, name, said):
     assert said in str(caught.value)
     assert len(caught.value.problems) <= 6
     assert not (tmp_path / "out" / "fine_tuned.safetensors").exists()
+
+
+def test_the_prefixes_of_wrapped_models_are_taken_off():
+    start = {"visual.a": torch.ones(2), "class_head": torch.ones(3)}
+    for prefix in ("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."):
+        found = checked_state({f"{prefix}{name}": 2 * tensor for name, tensor in start.items()}, start)
+        assert {name: tensor.tolist() for name, tensor in found.items()} == {"visual.a": [2] * 2, "class_head": [2] * 3}
 
 
 @pytest.mark.slow
@@ -412,8 +418,8 @@ def test_what_a_function_raises_is_a_verdict_on_the_trial_with_its_traceback(tmp
 
 @pytest.mark.slow
 def test_a_wrong_state_ends_the_search_with_the_first_trial(tmp_path):
-    recipe = recipe_for(tmp_path, "wrapped", DEBUG)
-    with pytest.raises(Exception, match=r"'module\.class_head'") as caught:
+    recipe = recipe_for(tmp_path, "misspelled", DEBUG)
+    with pytest.raises(Exception, match="'class_haed'") as caught:
         run_search(recipe, tmp_path / "study")
     assert caught.value.exit_code == RecipeError.exit_code
     assert len(list((tmp_path / "study").glob("trials/*"))) == 1

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import starmap
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,22 +27,8 @@ AHEAD = 2  # batches: while one is computed on, the threads finish the next and 
 SMALLEST_PART, LARGEST_PART = 4, 16  # images of a batch that one thread makes in one go
 
 T = TypeVar("T")
-
-
-class MakeViews(Protocol):
-    """Makes views; ``data.views.view_batch``, or the same by several threads."""
-
-    def __call__(
-        self,
-        images: Source,
-        indices: IntArray,
-        sample_ids: IdArray,
-        seed: int,
-        visit: npt.ArrayLike,
-        crop_scale: float,
-        image_size: int,
-    ) -> PixelArray:
-        """Returns views, uint8 [B, S, S, 3]."""
+# ``data.views.view_batch``, or the same by several threads
+MakeViews = Callable[[Source, IntArray, IdArray, int, npt.ArrayLike, float, int], PixelArray]
 
 
 class Upload(NamedTuple):

@@ -34,7 +34,7 @@ from carft_ray.learning.own_function import KEY
 from carft_ray.learning.ranks import from_rank_0, gather
 from carft_ray.recipe.fine_tuning import TrainConfig
 
-WRAPPERS = ("module.", "_orig_mod.")  # before the names of DistributedDataParallel and of torch.compile
+WRAPPERS = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and torch.compile, in each order
 MOST_SHOWN = 5  # problems of a state
 
 State = Mapping[str, Tensor]
@@ -113,15 +113,7 @@ class OwnInputs:
     validation: tuple[ImageSet, ...]
 
 
-@dataclass
-class _Progress:
-    """What a context remembers of its function."""
-
-    epoch: int = 0
-    is_stopped: bool = False
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class TrainingContext:
     """What ``fn(values, context)`` is given. No test set can be reached from here.
 
@@ -158,7 +150,8 @@ class TrainingContext:
     _run: RunContext = field(repr=False)
     _num_epochs: int = field(repr=False)
     _on_epoch: OnEpoch = field(repr=False)
-    _progress: _Progress = field(repr=False, default_factory=_Progress)
+    _epoch: int = field(repr=False, default=0)  # the last that was reported
+    _is_stopped: bool = field(repr=False, default=False)
 
     @functools.cached_property
     def frozen(self) -> OwnClassifier:
@@ -183,8 +176,7 @@ class TrainingContext:
             RecipeError: ``state`` has other names or shapes than ``model.state_dict()``.
         """
         row = {name: _number(name, value) for name, value in metrics.items()}
-        epoch = int(row.get("epoch", self._progress.epoch + 1))
-        self._progress.epoch = epoch
+        epoch = self._epoch = int(row.get("epoch", self._epoch + 1))
         bad = next((name for name, value in row.items() if "loss" in name and not math.isfinite(value)), "")
         if bad := next(filter(None, gather(self._run, f"{bad} {row[bad]}" if bad else "")), ""):
             place = f"epoch {epoch} of {self._num_epochs}"
@@ -211,8 +203,8 @@ class TrainingContext:
             flag = torch.tensor([float(answer)], device=self.device)
             dist.broadcast(flag, 0)
             answer = bool(flag.item())
-        self._progress.is_stopped |= answer
-        return self._progress.is_stopped
+        self._is_stopped |= answer
+        return self._is_stopped
 
     def _has_moved(self) -> bool:
         now = self.model.state_dict()
@@ -253,8 +245,8 @@ def own_fine_tune(
     own = _context(train, inputs, context, device, checkpoint_dir, on_epoch)
     with _seeded(train.seed + context.rank), _explained(device):
         returned = function(train.model_dump(mode="json"), own)
-    if own._progress.is_stopped:
-        raise StoppedRun(f"stopped on request after epoch {own._progress.epoch} of {train.epochs}")
+    if own._is_stopped:
+        raise StoppedRun(f"stopped on request after epoch {own._epoch} of {train.epochs}")
     return from_rank_0(context, lambda: finite(checked_state(returned, own._start)))
 
 
@@ -337,37 +329,28 @@ def checked_state(returned: Any, start: State) -> dict[str, Tensor]:
     """Returns copies of a state on the CPU, in the precision of the model.
 
     Args:
-        returned: What the function gave.
+        returned: What the function gave; the prefixes of wrapped models are taken off its names.
         start: The state of the model; the same names and shapes must be in ``returned``.
 
     Raises:
         RecipeError: They are not.
     """
     names = f"must return a state dict such as context.model.state_dict(): {len(start)} tensors by name"
-    if not isinstance(returned, Mapping) or not all(isinstance(one, Tensor) for one in returned.values()):
-        kind = "nothing" if returned is None else f"{type(returned).__name__}"
-        if isinstance(returned, Mapping):
-            odd = next(name for name, one in returned.items() if not isinstance(one, Tensor))
-            kind = f"{odd!r} of type {type(returned[odd]).__name__}"
+    if not isinstance(returned, Mapping):
         step = "Return model.state_dict()." if isinstance(returned, torch.nn.Module) else ""
+        kind = "nothing" if returned is None else type(returned).__name__
         raise RecipeError(Problem(KEY, names, kind, next_step=step))
-    odd_names, missing = [n for n in returned if n not in start], [n for n in start if n not in returned]
-    problems = [Problem(KEY, names, f"{n!r}", nearest=nearest(_inner(str(n)), start)) for n in odd_names]
-    problems += [Problem(KEY, f"{names}; {n!r} is missing") for n in missing] if not odd_names else []
-    problems += [
-        Problem(KEY, f"{n!r} must have the shape {list(start[n].shape)}", str(list(tensor.shape)))
-        for n, tensor in returned.items()
-        if n in start and tensor.shape != start[n].shape
-    ]
+    state = {functools.reduce(str.removeprefix, WRAPPERS, str(name)): value for name, value in returned.items()}
+    problems = [Problem(KEY, names, repr(n), nearest=nearest(n, start)) for n in state if n not in start]
+    for name, tensor in start.items():
+        given = state.get(name)
+        if not isinstance(given, Tensor) or given.shape != tensor.shape:
+            shape = list(given.shape) if isinstance(given, Tensor) else "nothing" if given is None else type(given)
+            problems.append(Problem(KEY, f"{name!r} must be a tensor of the shape {list(tensor.shape)}", str(shape)))
     if problems:
-        more = len(problems) - MOST_SHOWN
-        shown = [*problems[:MOST_SHOWN], *([Problem(KEY, f"and {more} more")] if more > 0 else [])]
-        wrapper = next((w for w in WRAPPERS if any(str(n).startswith(w) for n in odd_names)), "")
-        step = (
-            f"Return the state dict of the module inside the wrapper: model.{wrapper}state_dict()." if wrapper else ""
-        )
-        raise RecipeError([*shown[:-1], Problem(**{**vars(shown[-1]), "next_step": step})])
-    return copies({name: returned[name].to(tensor.dtype) for name, tensor in start.items()})
+        more = [Problem(KEY, f"and {len(problems) - MOST_SHOWN} more")] if len(problems) > MOST_SHOWN else []
+        raise RecipeError([*problems[:MOST_SHOWN], *more])
+    return copies({name: state[name].to(tensor.dtype) for name, tensor in start.items()})
 
 
 def finite(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -380,12 +363,6 @@ def finite(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise DivergedError(Problem(KEY, "the weights that it returns must be finite", name))
     return state
-
-
-def _inner(name: str) -> str:
-    for wrapper in WRAPPERS:
-        name = name.removeprefix(wrapper)
-    return name
 
 
 def _number(name: str, value: Any) -> float | int:

@@ -66,7 +66,7 @@ def computes_quick_gelu(name: str) -> bool:
 
 
 def check_model(model: ModelConfig) -> list[Problem]:
-    """Returns what is wrong with ``model`` as far as names and local files show; nothing is loaded.
+    """Returns what is wrong with ``model`` as far as names and local files show; no weights are loaded.
 
     Args:
         model: The recipe's model.

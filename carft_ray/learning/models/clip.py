@@ -105,8 +105,7 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
     """
     model.eval().requires_grad_(False)
     preprocess = preprocess_config(model)
-    _check_preprocessing(preprocess)
-    image_size = square_size(preprocess)
+    image_size = _image_size(preprocess)
     stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
     kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
     to_input = Compose([step for step in stock.transforms if type(step).__name__ in kept])
@@ -130,37 +129,23 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
     )
 
 
-def _check_preprocessing(preprocess: dict[str, Any]) -> None:
-    """Raises a ``DataError`` for a preprocessing that cannot be computed."""
+def _image_size(preprocess: dict[str, Any]) -> int:
+    """Returns the side of a model's input in pixels; raises a ``DataError`` where its preprocessing is none."""
+    size = preprocess["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise DataError(Problem("model.name", "the model must take square images", f"{height} x {width} pixels"))
     for key, low in (("mean", -1e6), ("std", 1e-6)):
-        value = preprocess[key]
-        if not isinstance(value, list | tuple) or len(value) != 3 or not all(_is_number(one, low) for one in value):
+        numbers = preprocess[key] if isinstance(preprocess[key], list | tuple) else ()
+        if len(numbers) != 3 or not all(type(one) in (int, float) and low <= one <= 1e6 for one in numbers):
             rule = f"the preprocessing of the weights must have three numbers as {key}, for pixels from 0 to 1"
-            raise DataError(Problem("model.name", rule, str(value)[:100]))
-    for key, allowed in (
-        ("interpolation", ("bilinear", "bicubic")),
-        ("resize_mode", ("shortest", "longest", "squash")),
-    ):
+            raise DataError(Problem("model.name", rule, str(preprocess[key])[:100]))
+    known = {"interpolation": ("bilinear", "bicubic"), "resize_mode": ("shortest", "longest", "squash")}
+    for key, allowed in known.items():
         if preprocess[key] not in allowed:
             rule = f"the preprocessing of the weights must have a known {key}"
             raise DataError(Problem("model.name", rule, str(preprocess[key])[:100], allowed))
-
-
-def _is_number(value: Any, low: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= 1e6
-
-
-def square_size(preprocess: dict[str, Any]) -> int:
-    """Returns the side of a model's input in pixels.
-
-    Raises:
-        DataError: Its input is no square.
-    """
-    size = preprocess["size"]
-    sides = (size, size) if isinstance(size, int) else tuple(size)
-    if sides[0] != sides[1]:
-        raise DataError(Problem("model.name", "the model must take square images", f"{sides[0]} x {sides[1]} pixels"))
-    return int(sides[0])
+    return int(height)
 
 
 def write_tokenizer(clip: Clip, folder: Path) -> None:
