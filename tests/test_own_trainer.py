@@ -486,7 +486,6 @@ WITHOUT_TRUST = {
     "doctor": ["study/best.yaml"],
     "evaluate": ["TRAINING"],
     "export": ["study", "--to", "sent"],
-    "model": ["study/best.yaml"],
     "resume": ["study", "--trials", "+1"],
     "stop": ["study"],
     "status": ["study"],
