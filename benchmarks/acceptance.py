@@ -130,8 +130,8 @@ def effect_intervals(zero_shot: ValuesBySet, plain: ValuesBySet, car_ft: ValuesB
 def effect_numbers(intervals: Mapping[str, Interval]) -> dict[str, float]:
     """Returns the numbers of points 1 to 4."""
     return {
-        "ood_gain_low": intervals["CAR-FT - plain, OOD"].images_random[0],
-        "id_change_low": intervals["CAR-FT - plain, ID"].images_random[0],
+        "ood_gain_low": intervals["CAR-FT - plain, OOD"].ends[0],
+        "id_change_low": intervals["CAR-FT - plain, ID"].ends[0],
         "plain_id_gain": intervals["plain - zero-shot, ID"].mean,
         "plain_ood_loss": -intervals["plain - zero-shot, OOD"].mean,
         "car_ft_ood_change": intervals["CAR-FT - zero-shot, OOD"].mean,

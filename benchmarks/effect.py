@@ -263,9 +263,7 @@ class Estimate:
 def draw(methods: Mapping[str, Correct], folder: Path) -> None:
     """Draws the figure of docs/results.md."""
     effects = {
-        name: {
-            column: Estimate(i.mean, *i.images_random) for column, i in acceptance.accuracy_intervals(correct).items()
-        }
+        name: {column: Estimate(i.mean, *i.ends) for column, i in acceptance.accuracy_intervals(correct).items()}
         for name, correct in methods.items()
     }
     words = f"test sets; 95 % intervals {OVER_SEEDS_AND_IMAGES}, {len(PAIR_SEEDS)} seeds (zero-shot: over images)"

@@ -241,7 +241,7 @@ def confirm(
             train_stage(second)
     summary = summarise(study_dir, recipe, first, second)
     table = console.estimate_table(summary["table"])
-    return Answer(recipe.name, summary, (table,), tuple(summary["brief"]["lines"]))
+    return Answer(recipe.name, summary, (table,), tuple(summary["lines"]))
 
 
 def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[Recipe, "Runner | None"]:
@@ -381,20 +381,19 @@ def export(
     return export_model(open_trained(Path(folder), trial), Path(to), alpha, asked)
 
 
-def report(study: str | Path, *, reference: str | Path | None = None) -> Report:
-    """Returns what the best trial of a study is worth: corrected for the choice, other rules, baselines.
+def report(study: str | Path) -> Report:
+    """Returns what the best trial of a study is worth: corrected for the choice, and against the baselines.
 
     No test set is read, nothing is locked, and neither torch nor Ray is loaded; a search may be running.
 
     Args:
         study: The study directory.
-        reference: CSV file of models without robustness interventions, for effective robustness.
 
     Raises:
         UsageError: It is no study.
         RecipeError, StorageError: It is damaged.
     """
-    return Report(overview.read_study(Path(study)), None if reference is None else Path(reference))
+    return Report(overview.read_study(Path(study)))
 
 
 def _check_alpha(alpha: float | None) -> None:

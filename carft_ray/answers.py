@@ -89,11 +89,9 @@ class Report:
 
     Attributes:
         view: The study.
-        reference: Accuracies of reference models, for effective robustness.
     """
 
     view: Overview
-    reference: Path | None = None
 
     @functools.cached_property
     def numbers(self) -> dict[str, Any]:
@@ -106,14 +104,14 @@ class Report:
         """
         from carft_ray.results.report import study_report
 
-        return study_report(self.view, self.reference)
+        return study_report(self.view)
 
     @functools.cached_property
     def document(self) -> dict[str, Any]:
         """All that the page shows; raises as ``numbers``, but needs no finished trial."""
         from carft_ray.results.pages.data import page_document
 
-        return page_document(self.view, self.reference)
+        return page_document(self.view)
 
     @property
     def html(self) -> str:
@@ -185,7 +183,7 @@ class Report:
 
     def __repr__(self) -> str:
         try:
-            return "\n".join(self.numbers["brief"])
+            return "\n".join(self.numbers["lines"])
         except CarftError as error:  # to show a report is no place for a traceback
             return str(error)
 

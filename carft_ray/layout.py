@@ -45,7 +45,6 @@ TRACKING = "tracking"
 # of confirm/ and test/
 CONFIRM_PLAN = "plan.json"
 SUMMARY = "summary.json"
-ANALYSIS_SUMMARY = "analysis.json"
 
 # of prepared/
 PREPARATION = "prepared.json"  # what it belongs to, written last

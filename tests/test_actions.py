@@ -188,7 +188,7 @@ def test_a_report_has_numbers_page_and_card_and_writes_nothing_unasked(study_dir
     before = {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")}
     report = carft_ray.report(study_dir)
     assert report.numbers["best"]["name"] == carft_ray.open_study(study_dir).best.name
-    assert str(report) == "\n".join(report.numbers["brief"])
+    assert str(report) == "\n".join(report.numbers["lines"])
     shown = report._repr_html_()
     assert shown.startswith('<iframe srcdoc="&lt;!doctype html')
     assert "sandbox=" in shown

@@ -71,7 +71,7 @@ def test_the_card_agrees_with_confirm_and_test(made, tmp_path, case):
     assert [line.label for line in lines] == ["Result", "Accuracy", "Seeds", "Test sets", "Cost"]
     summary = found[source]
     assert lines[0].text.startswith(summary["headline"])  # the very sentence
-    assert any(line.startswith(summary["headline"]) for line in summary["brief"]["lines"])  # and so it is printed
+    assert any(line.startswith(summary["headline"]) for line in summary["lines"])  # and so it is printed
     for line, mark in zip(lines, marks.split(), strict=False):
         assert mark in ("?", line.mark), line
     if source == "test":
@@ -80,7 +80,7 @@ def test_the_card_agrees_with_confirm_and_test(made, tmp_path, case):
         shown = [(row[name]["mean"], *row[name]["interval"]) for name in ("id_test", "ood_mean")]
     else:
         difference, row = summary["baselines"][0], summary["table"][0]["estimates"]
-        low, kept = difference["objective"]["images_random"][0], difference["keeps_id"]
+        low, kept = difference["objective"]["ends"][0], difference["keeps_id"]
         shown = [row["ID"], row["OOD mean"]]
     assert (low > 0) == ("improves on" in summary["headline"])
     assert lines[0].passed == (low > 0 and source == "test")  # the images of a confirm have chosen

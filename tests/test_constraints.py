@@ -1,4 +1,4 @@
-"""Constraints: measured, part of the choice of alpha, told to the sampler, shown; the bootstrap chooses with them."""
+"""Constraints: measured, part of the choice of alpha, told to the sampler, shown."""
 
 import json
 
@@ -11,9 +11,8 @@ from optuna.storages.journal import JournalFileBackend
 
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation.alpha import AlphaProfile, choose_alpha, choose_alphas, stepped_back
-from carft_ray.evaluation.constraints import Limit, calibration_gaps, limits, violations_at
+from carft_ray.evaluation.constraints import Limit, limits, violations_at
 from carft_ray.evaluation.metrics import answers, expected_calibration_error
-from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table, select
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
@@ -21,7 +20,6 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import alone
 from carft_ray.results.reading.documents import listing, status
 from carft_ray.results.reading.overview import read_study
-from carft_ray.results.statistics.bootstrap import Candidate, bbc, meeting, resample, share_meeting
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
@@ -137,68 +135,6 @@ def test_many_constrained_curves_are_chosen_as_each_alone(grid, noise_se):
         eligible = [i for i, alpha in enumerate(grid) if alpha >= 0.1]
         if any(np.maximum(missed[b][:, i], 0).sum() == 0 for i in eligible):
             assert many.missed[b] == pytest.approx(0, abs=1e-9)
-
-
-SPEC = ObjectiveSpec("weighted_mean", "id_val", ())
-
-
-def candidate(name, seed, accuracies):
-    table = table_of(np.random.default_rng(seed), accuracies)
-    evaluations = [(table, alpha) for alpha in GRID]
-    gaps = {"id_val": calibration_gaps(evaluations, "id_val")}
-    eces = [expected_calibration_error(answers(select(table, "id_val", alpha))) for alpha in GRID]
-    return Candidate(name, GRID, {"id_val": correct_matrix(evaluations, "id_val")}, gaps), eces
-
-
-def test_alphas_that_meet_a_bound_are_found_from_the_stored_arrays():
-    found, eces = candidate("a", 0, (0.6, 0.65, 0.7, 0.75, 0.8, 0.85))
-    bound = sorted(eces)[2] + 1e-5
-    [kept] = meeting([found], [Limit("ece/id_val", "ece", "id_val", bound)])
-    assert kept.alphas == tuple(alpha for alpha, ece in zip(GRID, eces, strict=True) if ece <= bound)
-    assert meeting([found], [Limit("id_drop/x", "accuracy", "id_val", 0.99)]) == []
-
-
-def test_the_bootstrap_chooses_alpha_and_winner_among_those_that_meet_the_constraints():
-    good, _ = candidate("good", 0, (0.6, 0.7, 0.75, 0.8, 0.85, 0.9))
-    poor, _ = candidate("poor", 1, (0.6, 0.58, 0.57, 0.56, 0.55, 0.54))
-    floor = [Limit("id_drop/zero_shot", "accuracy", "id_val", 0.5)]
-    assert bbc(resample([poor, good], SPEC, 0.1, 50))[1][0].name == "good"
-    # a ceiling on good: its calibration; poor meets it nowhere, so that the less violating wins
-    free = resample([poor, good], SPEC, 0.1, 50)
-    bound = resample([poor, good], SPEC, 0.1, 50, bounds=floor)
-    assert bound.missed.max() == 0
-    assert (bound.in_bag >= free.in_bag - 1e-12).all()
-    high = resample([poor, good], SPEC, 0.1, 50, bounds=[Limit("id_drop/x", "accuracy", "id_val", 0.95)])
-    assert (high.missed[:, 1] < high.missed[:, 0]).all()
-    assert bbc(high)[1][0].name == "good"
-
-
-def test_the_resampled_calibration_error_is_that_of_the_resampled_images():
-    found, eces = candidate("a", 3, (0.6, 0.65, 0.7, 0.75, 0.8, 0.85))
-    at_zero = [Limit("ece/id_val", "ece", "id_val", 0.0)]
-    again = resample([found], SPEC, 0.1, 400, bounds=at_zero).missed_at[0]
-    assert again.shape == (400, 6)
-    assert (again.mean(axis=0) >= np.array(eces) - 0.01).all()  # the error of fewer distinct images is larger
-    assert (again.mean(axis=0) <= np.array(eces) + 0.06).all()
-    one = Candidate(
-        "a", (0.4,), {"id_val": found.correct["id_val"][2:3]}, {"id_val": found.gaps["id_val"].take(slice(2, 3))}
-    )
-    counts = np.ones((1, 200), np.float32)
-    sums = np.abs((counts @ one.gaps["id_val"].columns()).reshape(15)).sum() / 200
-    assert sums == pytest.approx(eces[2], abs=1e-6)
-
-
-def test_the_share_of_resamples_that_meet_a_constraint_goes_from_all_to_none():
-    found, _ = candidate("a", 0, (0.6, 0.65, 0.7, 0.75, 0.8, 0.85))
-    own = Candidate("a", (0.4,), {"id_val": found.correct["id_val"][2:3]})
-    accuracy = float(own.correct["id_val"].mean())
-    shares = [
-        share_meeting(own, SPEC, [Limit("id_drop/x", "accuracy", "id_val", bound)], 400)
-        for bound in (accuracy - 0.2, accuracy, accuracy + 0.2)
-    ]
-    assert shares[0] == 1
-    assert 0.35 < shares[1] < 0.65
-    assert shares[2] == 0
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import operator
 
 import numpy as np
 import pytest
-import scipy.integrate
 import scipy.special
 import scipy.stats
 import sklearn.calibration
@@ -267,14 +266,3 @@ def test_huge_logits_give_finite_metrics():
     assert given.confidence.tolist() == pytest.approx([1, 1, 0.5], abs=1e-11)
     assert given.nll.tolist() == [0, 6e4, pytest.approx(math.log(2), abs=1e-10)]
     assert given.brier.tolist() == pytest.approx([0, 2, 0.5], abs=1e-10)
-
-
-def test_area_under_the_alpha_curve_equals_that_of_scipy():
-    rng = np.random.default_rng(3)
-    alphas = [0.0, 0.2, 0.35, 0.4, 0.8, 1.0]
-    values = rng.uniform(size=6)
-    assert metrics.alpha_area(alphas, values) == pytest.approx(scipy.integrate.trapezoid(values, alphas), abs=1e-15)
-    assert metrics.alpha_area([0, 1], [0.6, 0.6]) == 0.6
-    for bad in ([0.2, 1], [0, 0.9], [0, 0], [1, 0]):
-        with pytest.raises(ValueError, match="rise strictly from 0 to 1"):
-            metrics.alpha_area(bad, [0.5, 0.5])

@@ -249,12 +249,10 @@ def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_p
     for row in view.trials:
         assert {point["alpha"] for point in row.points} == {0.1, 0.2, 0.4, 0.6, 0.8, 1.0, row.values["alpha"]}
     best = view.best
-    report = study_report(view, num_resamples=100)
+    report = study_report(view)
     assert report["corrected"] is None
     assert report["front"] == status(view)["front"]
-    assert 0 <= report["bbc"]["share_best"] <= report["bbc"]["share_on_front"] <= 1
-    assert 0 < report["bbc"]["id_accuracy"] < 1
-    assert any("front and best point chosen again" in line for line in report["lines"])
+    assert any("a confirm measures them again" in line for line in report["lines"])
     trained = open_trained(studies["pareto"])
     assert (trained.result["alpha"], trained.result["metrics"]) == (best.alpha, best.metrics)
     result = SearchResult(studies["pareto"], best, view.trials, view.baselines, 3, 1.0)
@@ -378,9 +376,7 @@ def test_real_trials_meet_their_constraints_wherever_an_evaluated_alpha_does(sea
         expected = {key: value for key, value in stored[row["name"]].metrics.items() if key.startswith("violation/")}
         assert {f"violation/{key}": value for key, value in row["violations"].items()} == expected
     assert answer["trials"][0]["name"] == view.best.name
-    report = study_report(view, num_resamples=100)
-    assert 0 <= report["best"]["share_meeting_constraints"] <= 1
-    assert any("meets all constraints in" in line for line in report["lines"])
+    assert {*study_report(view)["best"]["violations"]} == {*answer["constraints"]}
 
 
 @pytest.mark.slow

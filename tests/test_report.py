@@ -2,13 +2,11 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import crash_host
 import numpy as np
 import pytest
-from scipy.special import expit, logit
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
@@ -16,10 +14,9 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.pages.card import verdict
 from carft_ray.results.pages.data import page_document
-from carft_ray.results.reading.overview import folder_of, read_study
-from carft_ray.results.reading.stored import confirmed, read_stored
-from carft_ray.results.report import OWN_CHOICES, robustness, study_report
-from carft_ray.results.statistics.bootstrap import bbc, resample
+from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.stored import confirmed
+from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study
@@ -119,7 +116,7 @@ def complete(view):
 @pytest.mark.slow
 def test_counts_and_corrections(original):
     view = read_study(original)
-    found = study_report(view, num_resamples=100)
+    found = study_report(view)
     assert found["counts"]["trials"]["complete"] == 4
     assert found["counts"]["trials"]["diverged"] == 1
     assert (found["counts"]["trainings"], found["counts"]["alphas"], found["counts"]["test_reads"]) == (6, 5 * 6, 0)
@@ -132,11 +129,7 @@ def test_counts_and_corrections(original):
     assert found["noise"]["image"] == pytest.approx(noise.variance)
     assert found["corrected"]["value"] == correct_best(objectives, noise.variance).value
     assert found["best"]["name"] == view.best.name
-    stored = read_stored(original, view.recipe, rows, spec)
-    assert found["bbc"]["value"] == bbc(resample(stored.candidates, spec, 0.1, 100))[0]
-    assert sum(win["share"] for win in found["bbc"]["wins"]) == pytest.approx(1)
     assert found["headline"]["baseline"] == "plain"
-    assert [row["rule"] for row in found["rules"]][-1] == "leave_one_domain_out"
 
 
 @pytest.mark.slow
@@ -146,70 +139,35 @@ def test_trainings_on_different_kinds_of_gpus_are_told(study_dir):
     ):
         content = json.loads(folder.read_text())
         folder.write_text(json.dumps({**content, "environment": {"device": device}}))
-    found = study_report(read_study(study_dir), num_resamples=100)
+    found = study_report(read_study(study_dir))
     assert found["counts"]["devices"] == {"H100": 2, "A100": 1}
     assert found["lines"][1] == "They ran on different devices, which round differently: 2 on H100, 1 on A100."
-
-
-def test_the_curve_is_chosen_from_the_grid_and_not_from_the_alpha_it_chose(original):
-    view = read_study(original)
-    stored = read_stored(original, view.recipe, complete(view), objective_spec(view.recipe))
-    assert {candidate.alphas for candidate in stored.candidates} == {GRID}
-    assert {candidate.alphas for candidate in stored.chosen.values()} == {(0.65,)}
-
-
-@pytest.mark.slow
-def test_a_fixed_alpha_stands_alone(tmp_path):
-    study_dir = make_study(tmp_path / "fixed", make_recipe(alpha=0.6), alpha=0.6)
-    view = read_study(study_dir)
-    stored = read_stored(study_dir, view.recipe, complete(view), objective_spec(view.recipe))
-    assert {candidate.alphas for candidate in stored.candidates} == {(0.6,)}
-    assert study_report(view, num_resamples=50)["bbc"]["wins"][0]["alpha"] == 0.6
 
 
 @pytest.mark.slow
 def test_a_trainer_of_ones_own_may_have_chosen_and_every_text_says_that_nobody_counted(original, tmp_path):
     study_dir = make_study(tmp_path / "own", make_recipe(function="mine:fit"))
     for path, is_own in ((study_dir, True), (original, False)):
-        found = study_report(read_study(path), num_resamples=20)
-        assert all((OWN_CHOICES in found[form]) == is_own for form in ("lines", "brief"))
+        found = study_report(read_study(path))
+        assert (OWN_CHOICES in found["lines"]) == is_own
         cost = verdict(page_document(read_study(path)))[-1].text
         assert ("chosen on the labelled validation sets is not counted" in cost) == is_own
 
 
 @pytest.mark.slow
 def test_text_tells_what_each_number_corrects_and_ends_with_the_next_command(study_dir, capsys):
-    code, out, err = run(capsys, study_dir, "--details")
+    code, out, err = run(capsys, study_dir)
     assert code == 0
+    corrected = json.loads(run(capsys, study_dir, "--json")[1])["corrected"]
     for words in (
         "small: trials: 4 complete, 1 diverged.",
         "6 trainings and 30 evaluated alphas chose on these validation images; test sets were read 0 times.",
-        "corrected: ",
-        "image noise only: the luck of the seed is still in it",
-        "It corrects the luck of images, not that of seeds",
-        "One standard error: ",
-        "Wins in the resamples: ",
-        "Overtuning: ",
+        f"Corrected: {100 * corrected['value']:.1f} %. The luck expected of the best of 4 values is subtracted, "
+        f"{100 * corrected['optimism']:.1f} points: that of images alone: that of the seeds is still in it",
         "measured higher than plain by" if "higher than" in out else "no improvement over plain shown",
-        "same as ood_val",
     ):
         assert words in out, words
     assert f"carft-ray resume {study_dir}" in err  # it is not finished
-
-
-@pytest.mark.slow
-def test_the_default_text_is_short_and_says_what_each_number_means_and_details_has_them_all(study_dir, capsys):
-    short, full = (run(capsys, study_dir, *more)[1] for more in ((), ("--details",)))
-    assert len(short) < len(full)
-    found = json.loads(run(capsys, study_dir, "--json")[1])
-    for form, out in (("brief", short), ("lines", full)):
-        assert out.startswith("\n".join(found[form]))
-    for number, meaning in (
-        (found["corrected"]["value"], "The luck expected of the best of 4 values is subtracted"),
-        (found["bbc"]["value"], "made again on resampled images and scored on the images left out"),
-        (found["overtuning"]["absolute"][-1], "So much worse than an earlier best is the last one"),
-    ):
-        assert any(f": {100 * number:.1f} " in line and meaning in line for line in short.splitlines())
 
 
 @pytest.mark.slow
@@ -217,14 +175,13 @@ def test_json_is_one_document_and_the_same_twice(study_dir, capsys):
     code, out, _ = run(capsys, study_dir, "--json")
     assert code == 0
     assert json.loads(out) == json.loads(run(capsys, study_dir, "--json")[1])
-    assert json.loads(out)["bbc"]["num_resamples"] == 1000
 
 
 @pytest.mark.slow
 def test_what_later_steps_found_is_shown_with_the_test_reads(study_dir, capsys):
     for step in ("confirm", "test"):
         (study_dir / step).mkdir()
-        content = {"row_lines": [], "lines": ["all numbers"], "brief": {"rows": [], "lines": [f"found by {step}"]}}
+        content = {"row_lines": [], "lines": [f"found by {step}"]}
         (study_dir / step / "summary.json").write_text(json.dumps(content))
     for purpose in ("winner fixed", "test", "test"):
         record(study_dir, make_recipe(), purpose)
@@ -270,9 +227,9 @@ def test_confirmed_configurations_give_the_seed_noise(study_dir):
     (study_dir / "confirm" / "plan.json").write_text(json.dumps({**plan, "rows": [rows[0]], "stage1": first}))
     assert [len(by_set["id_val"]) for by_set in confirmed(study_dir, spec)] == [2, 3]
     (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
-    report = study_report(read_study(study_dir), num_resamples=50)
+    report = study_report(read_study(study_dir))
     assert report["noise"]["seed"] > 0
-    assert any("image and seed noise, the latter from 1 confirmed" in line for line in report["lines"])
+    assert any("images and seeds, the latter from 1 confirmed" in line for line in report["lines"])
 
 
 def test_a_study_without_a_finished_trial_is_told_so(tmp_path, capsys):
@@ -290,60 +247,3 @@ def test_missing_predictions_and_no_study_are_told(study_dir, tmp_path, capsys):
     (study_dir / "trials" / best / "predictions" / "validation.parquet").unlink()
     assert run(capsys, study_dir)[0] == 5
     assert run(capsys, tmp_path / "nothing")[0] == 2
-
-
-@pytest.mark.slow
-def test_a_study_without_ood_sets_has_no_table_of_rules(tmp_path, capsys):
-    recipe = make_recipe()
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": {}})})
-    study_dir = make_study(tmp_path / "id", recipe)
-    code, out, _ = run(capsys, study_dir)
-    assert code == 0
-    assert "Rules of selection" not in out
-
-
-# beyond the line
-
-
-def measured(study_dir, row, id_accuracy, noisy):
-    """Gives a trial's result what a real training writes: metrics per set, at alpha 1 too, and its curve."""
-    path = folder_of(study_dir, row) / "result.json"
-    metrics = {"id_accuracy": id_accuracy, "ood_accuracy": noisy, "accuracy/noisy": noisy, "objective": 0.5}
-    curve = [{"alpha": alpha, **metrics, "objective": 0.5 + 0.1 * (alpha == 0.5)} for alpha in (0.0, 0.5, 1.0)]
-    content = {**json.loads(path.read_text()), "metrics": metrics, "fine_tuned": metrics, "curve": curve}
-    path.write_text(json.dumps({**content, "num_images": {"id_val": 60, "noisy": 40}}))
-
-
-def on_a_line(id_accuracy):
-    return float(expit(0.8 * logit(id_accuracy) - 0.3))
-
-
-def test_the_best_stands_on_the_line_of_the_studys_own_plain_trainings(study_dir):
-    view = read_study(study_dir)
-    rows = complete(view)[:4]
-    for row, id_accuracy in zip([*rows, view.baselines[0]], (0.6, 0.65, 0.7, 0.75, 0.8), strict=True):
-        measured(study_dir, row, id_accuracy, on_a_line(id_accuracy))
-    plain = replace(view, trials=[replace(row, values={"kl_weight": 0}) for row in rows])
-    [gain] = robustness(plain, rows[0], None)["noisy"]
-    assert gain.measure == "gain_over_ft_line"
-    assert gain.value == pytest.approx(0, abs=1e-12)
-    assert len(gain.models) == 5
-    assert robustness(view, rows[0], None) == {}  # of the study itself only the baseline is plain
-
-
-@pytest.mark.slow
-def test_a_reference_file_gives_effective_robustness_with_its_caveat(study_dir, tmp_path, capsys):
-    best = read_study(study_dir).best
-    measured(study_dir, best, 0.7, on_a_line(0.7) + 0.1)
-    path = tmp_path / "models.csv"
-    models = "".join(f"m{i},{x},{on_a_line(x)}\n" for i, x in enumerate((0.5, 0.6, 0.7, 0.8, 0.9)))
-    path.write_text("model,acc_id,acc_ood/noisy\n" + models)
-    code, out, _ = run(capsys, study_dir, "--reference", path, "--details")
-    assert code == 0
-    assert "noisy: effective_robustness +10.0 points over 5 models: m0, m1, m2, m3, m4." in out
-    assert "favours CLIP-like pre-training" in out
-    assert "area under the objective 55.0 %; best ID at alpha 0.00" in out
-    path.write_text("model,acc_id,acc_ood/noisey\n" + models)
-    code, out, err = run(capsys, study_dir, "--reference", path)
-    assert (code, out) == (4, "")
-    assert "must have a column for at least one OOD validation set of the study, but got acc_ood/noisey; did you" in err

@@ -273,7 +273,7 @@ QUICK = (  # module, and what it must not load, nor those before it
     ("carft_ray.results.rescore", "torch ray open_clip"),
     ("carft_ray.results.pages.page", "torch ray open_clip"),
     ("carft_ray.evaluation.metrics", "torch ray open_clip"),
-    ("carft_ray.evaluation.robustness", "torch ray open_clip"),
+    ("carft_ray.evaluation.alpha", "torch ray open_clip"),
     ("carft_ray.launch.stop", "torch ray open_clip"),
     ("carft_ray.launch.ray_cluster.spot", "torch ray open_clip"),  # stays on every spot node
 )

@@ -1,4 +1,4 @@
-"""Noise, correction, one-SE rule, tests in families and regret of rules: fixtures, references, limit cases."""
+"""Noise, correction, tests in families: fixtures, references, limit cases."""
 
 import math
 from itertools import pairwise
@@ -8,12 +8,10 @@ import pytest
 from scipy import special, stats
 
 from benchmarks import selection as benchmark
-from benchmarks.acceptance import regret
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.statistics.bootstrap import Candidate, resample
 from carft_ray.results.statistics.intervals import crossed, values_by_seed
 from carft_ray.results.statistics.paired import holm, keeps_id
-from carft_ray.results.statistics.selection import correct_best, one_se_pick, ranking_noise, regret_table
+from carft_ray.results.statistics.selection import correct_best, ranking_noise
 
 J = [0.70, 0.71, 0.69, 0.64, 0.50, 0.715, 0.705, 0.68]
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
@@ -30,20 +28,17 @@ def random_correct(rng, num_rows, sizes=SIZES, share=0.6):
 @pytest.mark.slow
 def test_correction_of_the_fixture():
     found = correct_best(J, 0.01**2, num_draws=2_000_000)
-    assert found.median == pytest.approx(0.695)
     assert found.spread == pytest.approx(1.875e-4)
     assert found.factor == pytest.approx(0.466667, abs=5e-7)
-    assert max(found.shrunk) == pytest.approx(0.704333, abs=5e-7)
+    assert found.num_trials == 8
     assert found.optimism == pytest.approx(0.01109, abs=1e-4)
     assert found.value == pytest.approx(0.715 - found.optimism)
     assert correct_best(J, 0.01**2).optimism == pytest.approx(0.01109, abs=8e-4)
 
 
-def test_shrinking_keeps_the_order_and_without_noise_nothing_changes():
-    assert np.argsort(correct_best(J, 0.01**2).shrunk).tolist() == np.argsort(J).tolist()
+def test_without_noise_nothing_changes():
     exact = correct_best(J, 0.0)
     assert (exact.value, exact.optimism, exact.factor) == (0.715, 0.0, 1.0)
-    assert exact.shrunk == pytest.approx(J)
 
 
 def test_equal_trials_are_corrected_by_the_expected_maximum_of_noise():
@@ -97,36 +92,6 @@ def test_seed_noise_is_what_the_images_do_not_explain():
     assert ranking_noise(SPEC, J[:4], correct, [moving]).seed == pytest.approx(0.09, rel=0.05)
 
 
-# ---------------------------------------------------------------------------------------------- one standard error
-
-
-def candidate(name, alphas, rows):
-    """A candidate with the same correctness on all sets."""
-    return Candidate(name, alphas, {each: np.array(rows, bool) for each in ("id_val", "a", "b")})
-
-
-BEST = [1] * 70 + [0] * 30
-NEAR = [1] * 68 + [0] * 31 + [1]  # one point behind, two or three images differ
-FAR = [1] * 40 + [0] * 60
-
-
-def test_one_standard_error_takes_the_one_that_moved_least():
-    winner = candidate("w", (0.8,), [BEST])
-    near, other = candidate("near", (0.0, 0.05, 0.5, 1.0), [FAR, NEAR, NEAR, NEAR]), candidate("far", (0.2,), [FAR])
-    own = candidate("w", (0.2, 0.8), [FAR, BEST])
-    moved = {"w": 0.02, "near": 0.01, "far": 0.001}
-    pick = one_se_pick(SPEC, winner, [own, near, other], moved, lowest=0.1)
-    assert (pick.name, pick.alpha, pick.num_candidates) == ("near", 0.5, 3)
-    assert pick.moved == pytest.approx(0.005)
-    assert pick.behind == pytest.approx(0.01)
-    differences = np.array(BEST, float) - NEAR
-    assert pick.se == pytest.approx(math.sqrt((0.25 + 2 * 0.0625) * differences.var(ddof=1) / 100))
-    assert one_se_pick(SPEC, winner, [own, other], moved, lowest=0.1).name == "w"
-    assert one_se_pick(SPEC, winner, [own, other], moved, lowest=0.1, seed_variance=0.1).name == "far"
-    without = {name: value for name, value in moved.items() if name != "near"}
-    assert one_se_pick(SPEC, winner, [own, near, other], without, lowest=0.1).name == "w"
-
-
 # ---------------------------------------------------------------------------------------------- tests and families
 
 
@@ -155,7 +120,7 @@ def test_an_interval_at_the_level_of_holm_says_what_its_p_value_says():
 
 def test_id_is_kept_when_the_interval_stays_above_the_margin():
     noise = np.tile([0.02, -0.02], (3, 50))
-    low = crossed({"id": noise}, {"id": 1.0}).images_random[0]
+    low = crossed({"id": noise}, {"id": 1.0}).ends[0]
     assert keeps_id(crossed({"id": noise}, {"id": 1.0}), margin=-low + 1e-9)
     assert not keeps_id(crossed({"id": noise}, {"id": 1.0}), margin=-low - 1e-9)
     assert not keeps_id(crossed({"id": noise - 0.02}, {"id": 1.0}))
@@ -166,62 +131,8 @@ def test_half_width_over_seeds_in_standard_deviations(num_seeds, half_width):
     y = np.arange(num_seeds, dtype=float)
     y = y / y.std(ddof=1)
     result = crossed({"a": np.tile(y[:, None], (1, 20))}, {"a": 1.0})
-    assert (result.images_fixed[1] - result.images_fixed[0]) / 2 == pytest.approx(half_width, abs=0.02)
+    assert (result.ends[1] - result.ends[0]) / 2 == pytest.approx(half_width, abs=0.02)
     assert result.image_variance == 0
-    assert result.images_random == pytest.approx(result.images_fixed)
-
-
-# ---------------------------------------------------------------------------------------------- regret of rules
-
-
-def test_regret_of_the_rules_agrees_with_plain_loops():
-    rng = np.random.default_rng(3)
-    spec = ObjectiveSpec("harmonic", "id_val", ("a", "b", "c"), 0.4)
-    sizes = {**SIZES, "c": 25}
-    grid = (0.0, 0.05, 0.5, 0.8, 1.0)
-    candidates = [Candidate(f"t{i}", grid, random_correct(rng, 5, sizes)) for i in range(4)]
-    candidates.append(Candidate("fixed", (0.02,), random_correct(rng, 1, sizes)))
-    table = {row.rule: row for row in regret_table(candidates, resample(candidates, spec, 0.1, 200), spec, 0.1)}
-    points = [
-        {name: rows[i].mean() for name, rows in each.correct.items()}
-        for each in candidates
-        for i, alpha in enumerate(each.alphas)
-        if alpha >= 0.1 or each.name == "fixed"
-    ]
-    expected = {"id_val": [], "ood_val": [], "objective": [], "worst_domain": []}
-    for left_out in spec.ood_sets:
-        rest = [name for name in spec.ood_sets if name != left_out]
-        target = [0.4 * p["id_val"] + 0.6 * p[left_out] for p in points]
-        mean = [np.mean([p[name] for name in rest]) for p in points]
-        expected["id_val"].append(regret([p["id_val"] for p in points], target))
-        expected["ood_val"].append(regret(mean, target))
-        harmonic = [2 * p["id_val"] * m / (p["id_val"] + m) for p, m in zip(points, mean, strict=True)]
-        expected["objective"].append(regret(harmonic, target))
-        expected["worst_domain"].append(regret([min(p[name] for name in rest) for p in points], target))
-    for rule, values in expected.items():
-        assert table[rule].regret == pytest.approx(np.mean(values), abs=1e-12)
-        assert table[rule].se > 0
-    left_out = table["leave_one_domain_out"]
-    assert (left_out.regret, left_out.note) == (table["ood_val"].regret, "same as ood_val")
-
-
-def test_rules_that_need_a_second_ood_set_say_so():
-    rng = np.random.default_rng(4)
-    candidates = [Candidate(f"t{i}", (1.0,), random_correct(rng, 1)) for i in range(5)]
-    one, none = (ObjectiveSpec("weighted_mean", "id_val", sets) for sets in (("a",), ()))
-    table = {row.rule: row for row in regret_table(candidates, resample(candidates, one, 0.1, 20), one, 0.1)}
-    assert table["ood_val"].regret is None
-    assert table["worst_domain"].note == "needs two OOD validation sets"
-    assert table["objective"].regret == table["id_val"].regret
-    assert regret_table(candidates, resample(candidates, none, 0.1, 20), none, 0.1) == []
-
-
-def test_regret_is_zero_where_one_candidate_is_best_everywhere():
-    rng = np.random.default_rng(5)
-    good = {name: np.ones((1, n), bool) for name, n in SIZES.items()}
-    candidates = [Candidate("good", (1.0,), good), Candidate("bad", (1.0,), random_correct(rng, 1))]
-    table = regret_table(candidates, resample(candidates, SPEC, 0.1, 20), SPEC, 0.1)
-    assert {(row.regret, row.se) for row in table} == {(0.0, 0.0)}
 
 
 # ---------------------------------------------------------------------------------------------- simulated studies
@@ -250,10 +161,10 @@ def test_the_mean_over_seeds_on_fixed_images_is_the_closed_form():
 
 @pytest.mark.slow
 def test_a_few_simulated_studies_run_and_are_repeatable():
-    checks, beside = benchmark.run(num_studies=20, num_trials=12, num_resamples=40, seed=1, num_pairs=10)
-    again, _ = benchmark.run(num_studies=20, num_trials=12, num_resamples=40, seed=1, num_pairs=10)
+    checks, beside = benchmark.run(num_studies=20, num_trials=12, seed=1, num_pairs=10)
+    again, _ = benchmark.run(num_studies=20, num_trials=12, seed=1, num_pairs=10)
     assert checks == again
-    assert len(checks) == 14
+    assert len(checks) == 12
     assert checks[-1].passed  # no interval without width
     assert all(math.isfinite(check.value) for check in checks)
     assert "naive" in beside[0]

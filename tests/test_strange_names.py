@@ -63,7 +63,7 @@ def printed(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["ls", "status", "report", "report --details", "report --card text"])
+@pytest.mark.parametrize("command", ["ls", "status", "report", "report --card text"])
 def test_commands_print_nothing_that_steers_the_terminal(study_dir, printed, command):
     name, *options = command.split()
     cli.app([name, str(study_dir), *options], standalone_mode=False)

@@ -73,9 +73,6 @@ SetOption = Annotated[
     list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; repeatable.")
 ]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
-DetailsOption = Annotated[
-    bool, Option("--details", help="All numbers, by set and over seeds alone, and full sentences.")
-]
 DebugOption = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
 ExecutorOption = Annotated[
     str | None, Option(help="inline, ray-train, debug (without Ray) or auto; replaces that of the recipe.")

@@ -22,7 +22,6 @@ def confirm(
     winner: Annotated[str, Option(metavar="search|confirmed", help=WINNER)] = "search",
     against: Annotated[list[Path] | None, Option(help="Study whose winner is one more baseline; repeatable.")] = None,
     notify_url: common.NotifyUrlOption = None,
-    details: common.DetailsOption = False,
     json_: common.JsonOption = False,
     **shared: Any,
 ) -> None:
@@ -50,7 +49,7 @@ def confirm(
     if console.print_json(summary, json_):
         return
     console.show(found.tables[0])
-    console.say("\n" + "\n".join(summary["lines"] if details else found.lines))
+    console.say("\n" + "\n".join(found.lines))
     if summary["better_than_winner"] and winner == "search":
         console.next_step(common.command_line("confirm", study, winner="confirmed", trust=shared["trust"]))
     else:

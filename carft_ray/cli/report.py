@@ -2,20 +2,17 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from carft_ray import console, files
 from carft_ray.cli import common
-from carft_ray.cli.test import lost_cells, regret_table
 from carft_ray.errors import Problem, UsageError
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
     from carft_ray.answers import Report
-
-REFERENCE = "CSV of models without robustness interventions (model, acc_id, acc_ood/<set>): effective robustness."
 
 
 @common.command("report studies/quickstart", common.TRUST)
@@ -37,11 +34,9 @@ def report(
     ] = None,
     watch: Annotated[bool, Option("--watch", help="With --html: write it again while the search runs.")] = False,
     every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="With --watch: how often to look.")] = 5,
-    reference: Annotated[Path | None, Option(help=REFERENCE)] = None,
-    details: common.DetailsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Show what the best trial is worth: corrected for the choice, other rules, baselines. No test set is read."""
+    """Show what the best trial is worth: corrected for the choice, and against baselines. No test set is read."""
     from carft_ray import actions
 
     first, *others = [name for name, given in (("--html", html), ("--card", card), ("--tables", tables)) if given] or [
@@ -55,7 +50,7 @@ def report(
     ):
         if given and not there:
             raise UsageError(Problem(option, f"needs {needed}"))
-    found = actions.report(study, reference=reference)
+    found = actions.report(study)
     if card is not None:
         _card(found.card(card, "--card"), out)
         return
@@ -68,25 +63,8 @@ def report(
         _page(found, study, out, every if watch else None, json_)
         return
     if not console.print_json(found.numbers, json_):
-        _show(found.numbers, details)
+        console.show("\n".join(found.numbers["lines"]))
         common.suggest(study, "report")
-
-
-def _show(answer: dict[str, Any], details: bool) -> None:
-    for line in answer["lines" if details else "brief"]:
-        console.show(line)
-    if answer["rules"]:
-        console.show("\nRules of selection, each judged on an OOD validation set that it did not see:")
-        rows = [[rule["rule"], *lost_cells(rule), rule["note"]] for rule in answer["rules"]]
-        titles = console.numbers("regret, points", "standard error")
-        console.show(console.table(["rule", *titles, ""], rows))
-        console.show(
-            "Regret: what the pick of a rule loses to the best pick there; the rule with the smallest is the best. "
-            "That best pick is noisy itself, so all regrets are too high alike."
-        )
-    if answer["analysis"]:
-        console.show("\n" + "\n".join(answer["analysis"]["lines"]))
-        console.show(regret_table(answer["analysis"]["rules"]))
 
 
 def _card(text: str, out: Path | None) -> None:
@@ -107,7 +85,7 @@ def _page(found: "Report", study: Path, out: Path | None, every_s: float | None,
         document = found.document
     else:
         try:
-            document = watch_page(found.view.study_dir, path, found.reference, every_s, console.sayer(not json_))
+            document = watch_page(found.view.study_dir, path, every_s, console.sayer(not json_))
         except KeyboardInterrupt:
             console.say(f"The search continues; the page stays: {path}")
             return

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from carft_ray import files
-from carft_ray.data.source import IntArray
-from carft_ray.evaluation.metrics import NUM_BINS, answers, equal_width_bins, expected_calibration_error
+from carft_ray.evaluation.metrics import answers, expected_calibration_error
 from carft_ray.evaluation.objective import ID_SET
-from carft_ray.evaluation.predictions import BoolArray, FloatArray, accuracy, select
+from carft_ray.evaluation.predictions import FloatArray, accuracy, select
 from carft_ray.layout import REFERENCES
 from carft_ray.recipe.constraints import ECE, ID_DROP, VIOLATION, ConstraintsConfig
 
@@ -87,42 +85,6 @@ def stored_limits(constraints: ConstraintsConfig, prepared_dir: Path) -> tuple[L
 def violations_at(table: pa.Table, bounds: Sequence[Limit], alpha: float) -> dict[str, float]:
     """Returns ``violation/<name>`` of every constraint for predictions at one alpha."""
     return {VIOLATION + limit.name: limit.measured(table, alpha) for limit in bounds}
-
-
-@dataclass(frozen=True, eq=False)
-class Gaps:
-    """What the ECE of one set is summed from: ECE = sum over bins of |sum of the gaps of its images| / n.
-
-    Attributes:
-        bins: Bin of each image, [A, n].
-        gaps: Right or not (1 or 0) - confidence, [A, n].
-    """
-
-    bins: IntArray
-    gaps: FloatArray
-
-    def columns(self) -> npt.NDArray[np.float32]:
-        """Returns the gap of every image in the column of its alpha and bin, zeros elsewhere, [n, A * bins]."""
-        num_alphas, num_images = self.bins.shape
-        found = np.zeros((num_images, num_alphas * NUM_BINS), np.float32)
-        for index in range(num_alphas):
-            found[np.arange(num_images), index * NUM_BINS + self.bins[index]] = self.gaps[index]
-        return found
-
-    def take(self, alphas: slice | BoolArray) -> "Gaps":
-        """Returns those of some alphas."""
-        return Gaps(self.bins[alphas], self.gaps[alphas])
-
-
-def calibration_gaps(evaluations: Sequence[tuple[pa.Table, float]], set_name: str) -> Gaps:
-    """Returns the gaps of a set in evaluations (predictions, alpha), images ordered by sample id."""
-    bins, gaps = [], []
-    for table, alpha in evaluations:
-        part = select(table, set_name, alpha)
-        given = answers(part).take(np.argsort(part["sample_id"].to_numpy(), kind="stable"))
-        bins.append(equal_width_bins(given.confidence))
-        gaps.append(given.correct - given.confidence)
-    return Gaps(np.stack(bins), np.stack(gaps))
 
 
 def violation_curve(table: pa.Table, bounds: Sequence[Limit], alphas: Sequence[float]) -> FloatArray:

@@ -14,7 +14,6 @@ Shape letters: N images, C classes, K = min(10, C) classes kept of each image.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,21 +205,6 @@ def _counts(labels_N: IntArray, predictions_N: IntArray) -> IntArray:
     both = [np.asarray(labels_N, np.int64), np.asarray(predictions_N, np.int64)]
     num_classes = 1 + max((int(each.max()) for each in both if len(each)), default=0)
     return np.stack([np.bincount(each, minlength=num_classes) for each in both])
-
-
-def alpha_area(alphas: Sequence[float], values: Sequence[float]) -> float:
-    """Returns the area under an alpha curve by the trapezoid rule: the mean of the metric over alpha in [0, 1].
-
-    Args:
-        alphas: Where it was evaluated: rising strictly from 0 to 1.
-        values: The metric at each.
-
-    Raises:
-        ValueError: The alphas do not rise from 0 to 1 with a value each.
-    """
-    if len(alphas) != len(values) or (alphas[0], alphas[-1]) != (0, 1) or (np.diff(alphas) <= 0).any():
-        raise ValueError(f"alphas must rise strictly from 0 to 1 with a value each, but got {list(alphas)}")
-    return float(np.trapezoid(values, alphas))
 
 
 def wilson(num_correct: int, num_images: int) -> tuple[float, float]:

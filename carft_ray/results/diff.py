@@ -46,7 +46,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
     rows = []
     for what in {**left, **right}:
         interval = found.get(what)
-        low, high = interval.images_random if interval else (None, None)
+        low, high = interval.ends if interval else (None, None)
         difference = interval.mean if interval else None
         numbers = {"a": left.get(what), "b": right.get(what), "difference": difference, "low": low, "high": high}
         rows.append({"what": what, **numbers})

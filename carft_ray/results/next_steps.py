@@ -12,7 +12,7 @@ from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.results.confirmation.plan import read_plan
 from carft_ray.results.reading.documents import budget, ledger
 from carft_ray.results.reading.overview import Overview
-from carft_ray.study.ledger import ANALYSIS, Entry, needs_reason, read_ledger, reads_of
+from carft_ray.study.ledger import Entry, needs_reason, read_ledger, reads_of
 from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT
 
@@ -120,5 +120,5 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
         again = AGAIN if inherited_reads(view.study_dir) else ""
         return [f"test {folder}{again}    # opens the test sets; each read is recorded"]
     if not (view.study_dir / TEST_DIR / f"read-{len(reads)}" / SUMMARY).exists():  # it was killed, and continues
-        return [f"test {folder}{' --all-trials' if reads[-1].purpose == ANALYSIS else ''}"]
+        return [f"test {folder}"]
     return []

@@ -41,10 +41,9 @@ from carft_ray.words import counted
 
 ATTRIBUTE = "ledger"  # of the journal, and key of the manifest
 
-Purpose = Literal["winner fixed", "test", "analysis", "search went on"]
+Purpose = Literal["winner fixed", "test", "search went on"]
 WINNER_FIXED: Purpose = "winner fixed"
 TEST: Purpose = "test"  # winner and baselines
-ANALYSIS: Purpose = "analysis"  # every trial, to judge the rules of selection; it chooses nothing
 WENT_ON: Purpose = "search went on"
 AGAINST = "against"  # in the details of WINNER_FIXED: reads of the studies whose winners are baselines, by their ids
 
@@ -209,8 +208,8 @@ def mend(study_dir: Path) -> None:
 
 
 def reads_of(entries: list[Entry]) -> list[Entry]:
-    """Returns the lines that are reads of the test sets, of winner and baselines or of every trial."""
-    return [entry for entry in entries if entry.purpose in (TEST, ANALYSIS)]
+    """Returns the lines that are reads of the test sets."""
+    return [entry for entry in entries if entry.purpose == TEST]
 
 
 def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_space: bool = False) -> bool:

@@ -18,7 +18,7 @@ from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, RESULT, SUMMARY, ZE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirmation.plan import PlanRow, Stage
 from carft_ray.results.statistics.intervals import values_by_seed
-from carft_ray.results.statistics.paired import Comparison, brief, compare, comparison_lines
+from carft_ray.results.statistics.paired import Comparison, compare, comparison_lines
 from carft_ray.study.rows import confirmations
 
 LABEL = "validation images, fresh seeds"
@@ -72,11 +72,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         label=LABEL,
         searched=winner.objective,
     )
-    shared, short = read_shared(study_dir), brief(comparison)
-    full, few = (
-        [*shared_lines(shared), *_lines(lines, stage, second is not None, failed, recipe)]
-        for lines in (comparison_lines(comparison), short["lines"])
-    )
+    shared, found = read_shared(study_dir), comparison_lines(comparison)
     content = {
         **comparison.as_data(),
         "seeds": list(stage.seeds),
@@ -84,8 +80,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         "table": _table(comparison, whole),
         "failed": failed,
         "shared_images": shared_counts(shared),
-        "lines": full,
-        "brief": {"rows": short["rows"], "lines": few},
+        "lines": [*shared_lines(shared), *_lines(found, stage, second is not None, failed, recipe)],
     }
     files.write_json(study_dir / CONFIRM / SUMMARY, content)
     return content
@@ -122,7 +117,7 @@ def _table(comparison: Comparison, rows: Sequence[PlanRow]) -> list[dict[str, An
                 "role": row.role,
                 "alpha": row.alpha,
                 "seeds": found.objective.num_seeds if row.training else 0,
-                "estimates": {name: [each.mean, *each.images_random] for name, each in intervals.items() if each},
+                "estimates": {name: [each.mean, *each.ends] for name, each in intervals.items() if each},
             }
         )
     return lines

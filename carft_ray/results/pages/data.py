@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
 from carft_ray.evaluation.objective import ID_SET, mean_ood_accuracy, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, read_predictions, select
-from carft_ray.evaluation.robustness import MIN_MODELS, above_line
 from carft_ray.layout import CONFIRM, LOG, MANIFEST, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.sets import plain
@@ -29,7 +27,7 @@ from carft_ray.results.pages.health import findings
 from carft_ray.results.reading.documents import listing, status
 from carft_ray.results.reading.overview import Overview
 from carft_ray.results.reading.stored import predictions_path, read_summary
-from carft_ray.results.report import plain_trainings, study_report
+from carft_ray.results.report import study_report
 from carft_ray.study.importance import importances
 from carft_ray.study.ledger import read_ledger
 from carft_ray.study.outcome import TrialRow
@@ -40,12 +38,11 @@ NUM_CURVES = 12  # best trials whose alpha curves are drawn
 NUM_CLASSES = 5  # that a table of changed answers names
 
 
-def page_document(view: Overview, reference: Path | None = None) -> dict[str, Any]:
+def page_document(view: Overview) -> dict[str, Any]:
     """Returns all that the page of a study shows.
 
     Args:
         view: The study.
-        reference: As of ``study_report``.
 
     Raises:
         HoldOutError: The ledger was changed, so how often the test sets were read is not known.
@@ -69,7 +66,7 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
         "method_of": methods,
         "devices": _devices(view),
         "status": status(view),
-        "report": None if best is None else study_report(view, reference),
+        "report": None if best is None else study_report(view),
         "confirm": read_summary(study_dir / CONFIRM / SUMMARY, "table", "baselines"),
         "test": read_summary(study_dir / TEST_DIR / SUMMARY, "rows", "differences"),
         "baselines": rows["baselines"],
@@ -77,7 +74,6 @@ def page_document(view: Overview, reference: Path | None = None) -> dict[str, An
         "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},
         "intermediate_values": {row.name: row.intermediate_values for row in view.trials if row.intermediate_values},
         "curves": _curves(view),
-        "plain_line": _plain_line(view),
         "importance": importances(study_dir),
         "changes": _changes(view, class_names),
         "changed_images": changed_images(view, points_of_best(view), class_names),
@@ -145,24 +141,6 @@ def _curves(view: Overview) -> list[dict[str, Any]]:
             points = [{name: point[name] for name in kept if name in point} for point in points]
             found.append({"name": row.name, "kind": row.kind, "alpha": row.alpha, "points": points})
     return found
-
-
-def _plain_line(view: Overview) -> dict[str, Any] | None:
-    """Returns the line through the study's plain fine-tuning, on the mean over the OOD sets; None without one."""
-    best, sets = view.best, tuple(view.recipe.data.ood_val)
-    models = {
-        name: (at["id_accuracy"], at["ood_accuracy"])
-        for name, at in plain_trainings(view).items()
-        if "ood_accuracy" in at
-    }
-    if best is None or not sets or len(models) < MIN_MODELS or "ood_accuracy" not in best.metrics:
-        return None
-    counts = view.result(best).get("num_images", {})
-    images = int(counts.get(ID_SET, 0)), sum(int(counts.get(name, 0)) for name in sets)
-    if not all(images):
-        return None
-    found = above_line("gain_over_ft_line", models, (best.metrics["id_accuracy"], best.metrics["ood_accuracy"]), images)
-    return None if found.line is None else asdict(found)
 
 
 def _changes(view: Overview, class_names: Sequence[str]) -> list[dict[str, Any]]:
@@ -271,7 +249,7 @@ def _confirm_table(confirm: Mapping[str, Any] | None) -> dict[str, Any] | None:
     def cells(found: Mapping[str, Any]) -> list[dict[str, float] | None]:
         by_name = {**found["sets"], "ood_mean": found.get("ood_accuracy"), "objective": found["objective"]}
         shown = [by_name.get(name) for name in names]
-        return [_cell(one["mean"], one["images_random"]) if one else None for one in shown]
+        return [_cell(one["mean"], one["ends"]) if one else None for one in shown]
 
     known = {row["name"]: row for row in confirm["table"]}
     return {

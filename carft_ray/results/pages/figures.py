@@ -58,18 +58,6 @@ def _both_searched(document: Document) -> bool:
     return numeric and len(rows) >= MIN_TRIALS
 
 
-def _report(document: Document, key: str) -> Any:
-    return (document["report"] or {}).get(key)
-
-
-def _overtuning(document: Document) -> bool:
-    return bool(_report(document, "overtuning")) and len(_report(document, "overtuning")["values"]) > 1
-
-
-def _rules(document: Document) -> bool:
-    return any(rule["regret"] is not None for rule in _report(document, "rules") or ())
-
-
 FIGURES = (
     Figure(
         "front",
@@ -162,16 +150,9 @@ FIGURES = (
         "optimism",
         "Trust",
         "What the best is worth",
-        "The number that chose the best trial is too high. Below it: the same number corrected in several ways, and "
+        "The number that chose the best trial is too high. Below it: the same number corrected for the choice, and "
         "what fresh seeds and the test sets gave. Test images are others, so their level may differ.",
-        lambda document: _report(document, "corrected") is not None,
-    ),
-    Figure(
-        "rules",
-        "Trust",
-        "Rules of selection",
-        "What each rule loses to the best pick, on an OOD validation set that it did not see. Bars: standard errors.",
-        _rules,
+        lambda document: (document["report"] or {}).get("corrected") is not None,
     ),
     Figure(
         "reliability",
@@ -180,15 +161,6 @@ FIGURES = (
         "Accuracy over confidence of the best trial, in bins of 1/15. Below the diagonal it is too sure. The larger a "
         "mark, the more images.",
         lambda document: bool(document["reliability"]),
-        is_wide=True,
-    ),
-    Figure(
-        "overtuning",
-        "Trust",
-        "Overtuning",
-        "The value of the best trial so far on images that did not choose it. Where it falls, the search has followed "
-        "luck.",
-        _overtuning,
         is_wide=True,
     ),
 )

@@ -79,7 +79,7 @@ def position(value: Any, parameter: Mapping[str, Any]) -> float | None:
 def _noise(view: Overview, document: Document) -> list[Finding]:
     report = document["report"] or {}
     corrected, noise = report.get("corrected"), report.get("noise")
-    if not corrected or not noise or len(corrected["shrunk"]) < 4 or corrected["factor"] >= BELIEVED:
+    if not corrected or not noise or corrected["num_trials"] < 4 or corrected["factor"] >= BELIEVED:
         return []
     sigma = 100 * math.sqrt(noise["image"] + (noise["seed"] or 0.0))
     spread = 100 * math.sqrt(corrected["spread"])

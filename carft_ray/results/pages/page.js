@@ -178,11 +178,6 @@
     if (!everything.length) return null;
     const confirmed = (doc.confirm?.table ?? []).filter((row) => row.role !== "baseline" && row.estimates["OOD mean"]);
     everything.push(...confirmed.flatMap((row) => [1, 2].map((end) => ({ id: row.estimates.ID[end], ood: row.estimates["OOD mean"][end] }))));
-    if (doc.plain_line) {
-      const [slope, intercept] = doc.plain_line.line, ids = everything.map((point) => logit(point.id));
-      const x = [Math.min(...ids), Math.max(...ids)];
-      traces.push({ x, y: x.map((value) => slope * value + intercept), mode: "lines", name: "line of plain fine-tuning", line: { color: colour("purple"), width: 1.5, dash: "longdash" }, hoverinfo: "skip" });
-    }
     const edge = front(points);
     if (edge.length > 1) traces.push({ x: edge.map(X), y: edge.map(Y), mode: "lines", name: "front", line: { color: colour("green"), width: 1.5, shape: "vh" }, hoverinfo: "skip" });
     traces.push(...lines(curves, (point) => onAxes(point)[0], (point) => onAxes(point)[1]));
@@ -375,7 +370,7 @@
 
   draw.optimism = (_, element) => {
     const report = doc.report, rows = [["as measured, which chose it", best.objective, null]];
-    rows.push(["corrected", report.corrected.value, null], ["bootstrap (bbc)", report.bbc.value, null]);
+    rows.push(["corrected", report.corrected.value, null]);
     const confirm = doc.confirm?.table.find((row) => row.role === "winner")?.estimates.objective;
     if (confirm) rows.push([`${doc.confirm.seeds.length} fresh seeds`, confirm[0], [confirm[1], confirm[2]]]);
     const test = doc.test?.rows.find((row) => row.role === "winner")?.test.objective;
@@ -386,13 +381,6 @@
     const traces = [{ y: rows.map((row) => (isNarrow(element) ? row[0].replace(", ", ",<br>") : row[0])), x: rows.map((row) => 100 * row[1]), mode: "markers+text", text: rows.map((row) => percent(row[1])), textposition: "top center", cliponaxis: false, hovertemplate: "%{y}: %{x:.1f} %<extra></extra>", marker: { size: 11, color: tones, symbol: rows.map((row, i) => (i === 0 ? "x" : rival && i === rows.length - 1 ? "square" : shapes[1])) },
       error_x: { type: "data", symmetric: false, thickness: 1.5, width: 4, color: colour("blue"), array: rows.map((row) => (row[2] ? 100 * (row[2][1] - row[1]) : 0)), arrayminus: rows.map((row) => (row[2] ? 100 * (row[1] - row[2][0]) : 0)) } }];
     return { traces, layout: layout({ height: 120 + 46 * rows.length, xaxis: axis({ title: "objective, %" }), yaxis: axis({ autorange: "reversed", range: [rows.length - 0.5, -0.7] }), margin: { l: 52, r: 24, t: 16, b: 44 } }) };
-  };
-
-  draw.rules = () => {
-    const rows = doc.report.rules.filter((rule) => rule.regret != null && !rule.note);
-    const least = Math.min(...rows.map((rule) => rule.regret));
-    const traces = [{ y: rows.map((rule) => spaced(rule.rule)), x: rows.map((rule) => 100 * rule.regret), mode: "markers+text", text: rows.map((rule) => percent(rule.regret)), textposition: "top center", cliponaxis: false, hovertemplate: "%{y}: %{x:.2f} points<extra></extra>", marker: { size: 11, color: rows.map((rule) => colour(rule.regret === least ? "green" : "blue")), symbol: rows.map((rule) => (rule.regret === least ? "star" : "circle")) }, error_x: { type: "data", array: rows.map((rule) => 100 * (rule.se ?? 0)), thickness: 1.5, width: 4, color: colour("muted") } }];
-    return { traces, layout: layout({ height: 130 + 46 * rows.length, xaxis: axis({ title: "regret, points (less is better)", rangemode: "tozero" }), yaxis: axis({ autorange: "reversed" }), margin: { l: 52, r: 24, t: 16, b: 44 } }) };
   };
 
   draw.reliability = (rows, element) => {
@@ -407,17 +395,6 @@
       for (const one of doc.reliability.filter((each) => each.role === role)) traces.push({ x: one.bins.map((bin) => 100 * bin.confidence), y: one.bins.map((bin) => 100 * bin.accuracy), xaxis: `x${key}`, yaxis: `y${key}`, mode: "lines+markers", name: `${one.model}, alpha ${one.alpha.toFixed(2)}`, showlegend: !i, legendgroup: one.model, text: one.bins.map((bin) => `${bin.num_images} images`), hovertemplate: "%{text}: accuracy %{y:.0f} % at confidence %{x:.0f} %<extra></extra>", line: { color: colour(tones[one.model][0]), width: 1 }, marker: { symbol: tones[one.model][1], opacity: 1, size: one.bins.map((bin) => 4 + 9 * Math.sqrt(bin.num_images / Math.max(...one.bins.map((each) => each.num_images)))) } });
     });
     return { traces, layout: found };
-  };
-
-  draw.overtuning = () => {
-    const values = doc.report.overtuning.values, x = values.map((_, i) => i + 1);
-    let top = -Infinity;
-    const highest = values.map((value) => (top = Math.max(top, value)));
-    const traces = [
-      { x, y: highest.map((value) => 100 * value), mode: "lines", name: "highest so far", line: { color: colour("muted"), dash: "dot", width: 1.5 }, hoverinfo: "skip" },
-      { x, y: values.map((value) => 100 * value), mode: values.length > 60 ? "lines" : "lines+markers", name: "best so far, on images left out", fill: "tonexty", fillcolor: "rgba(194,74,0,.18)", line: { color: colour("best"), width: 2 }, hovertemplate: "after %{x} trials: %{y:.2f} %<extra></extra>" },
-    ];
-    return { traces, layout: layout({ height: 340, showlegend: true, xaxis: axis({ title: "complete trials" }), yaxis: axis({ title: "objective, %" }) }) };
   };
 
   // one figure, all figures

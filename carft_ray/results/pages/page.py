@@ -39,37 +39,32 @@ NAMES = {  # as people read them
 # before the page is drawn
 _FIRST = """document.documentElement.className = "js"; try { const t = localStorage.getItem("carft-theme"); \
 if (t) document.documentElement.dataset.theme = t; } catch (e) {}"""
-_TOLD_ELSEWHERE = ("lines", "brief", "row_lines")  # texts of `report`, `confirm` and `test`
+_TOLD_ELSEWHERE = ("lines", "row_lines")  # texts of `report`, `confirm` and `test`
 _DRAWN = ("id_accuracy", "ood_accuracy")  # metrics of a trial
-_NOT_DRAWN = ("shrunk", "wins", "absolute", "relative")  # of every trial, in parts of the report
 
 
-def write_page(view: Overview, path: Path, reference: Path | None = None, reload: bool = False) -> dict[str, Any]:
+def write_page(view: Overview, path: Path, reload: bool = False) -> dict[str, Any]:
     """Writes the page of a study, whole or not at all; returns its document.
 
     Args:
         view: The study.
         path: The file.
-        reference: As of ``study_report``.
         reload: The page is written again: a browser loads it again now and then while the search runs.
 
     Raises:
         HoldOutError, StorageError, DataError: As of ``page_document``; the file cannot be written.
     """
-    document = page_document(view, reference)
+    document = page_document(view)
     files.write_bytes(path, page(view, document, path, reload).encode())
     return document
 
 
-def watch_page(
-    study_dir: Path, path: Path, reference: Path | None, every_s: float, say: Callable[[str], None]
-) -> dict[str, Any]:
+def watch_page(study_dir: Path, path: Path, every_s: float, say: Callable[[str], None]) -> dict[str, Any]:
     """Writes the page again whenever the study has changed, until no search runs on it; returns the last document.
 
     Args:
         study_dir: The study directory.
         path: The file.
-        reference: As of ``study_report``.
         every_s: Seconds between two looks at the journal.
         say: Takes a line per page.
     """
@@ -79,7 +74,7 @@ def watch_page(
         view = read_study(study_dir)
         if (changed, view.holder is None) != seen:
             seen = changed, view.holder is None
-            document = write_page(view, path, reference, reload=True)
+            document = write_page(view, path, reload=True)
             say(f"{view.num_finished} of {document['status']['wanted']} trials finished: {path}")
         if view.holder is None:
             return document
@@ -175,13 +170,7 @@ def packed(document: Mapping[str, Any]) -> dict[str, Any]:
     ]
     trials = {"kept": [*kept, "violation"], "values": values, "metrics": metrics, "rows": rows}
     texts = {
-        key: {
-            name: {each: one for each, one in value.items() if each not in _NOT_DRAWN}
-            if isinstance(value, dict)
-            else value
-            for name, value in document[key].items()
-            if name not in _TOLD_ELSEWHERE
-        }
+        key: {name: value for name, value in document[key].items() if name not in _TOLD_ELSEWHERE}
         for key in ("report", "confirm", "test")
         if document[key]
     }

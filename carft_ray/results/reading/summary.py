@@ -54,13 +54,13 @@ def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
         pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
     rivals = [row for row in result.baselines if row.objective is not None]
-    stored = read_stored(result.study_dir, recipe, [best, *rivals], objective_spec(recipe))
+    stored = read_stored(result.study_dir, [best, *rivals], objective_spec(recipe))
     against = against_baseline(recipe, best, rivals, stored)
     return [
         *front_lines(front),
         *constraint_lines(best),
         f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.",
-        *(against["lines"][:1] if against else []),
+        *([against["line"]] if against else []),
         "These numbers chose the best trial, so they are too high; test sets were not read.",
         *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
     ]

@@ -1,9 +1,8 @@
 """Intervals over seeds and images, crossed, and the sentences about them.
 
 Every seed is evaluated on the same images, so seeds and images are two crossed random effects (the multi-bootstrap of
-MultiBERTs, arXiv 2106.16163, in closed form). Two questions have two intervals, always printed with these words:
-``OVER_SEEDS`` (new seeds, these very images) and ``OVER_SEEDS_AND_IMAGES`` (new seeds and new images). Not covered
-by either: another training set.
+MultiBERTs, arXiv 2106.16163, in closed form). An interval is over new seeds and new images, and printed with these
+words, ``OVER_SEEDS_AND_IMAGES``; of one training it is ``OVER_IMAGES``. Not covered: another training set.
 
 Shape letters: r seeds, n images of one set. All values are fractions; only ``in_points`` writes points (percent).
 """
@@ -19,7 +18,6 @@ from scipy import stats
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 
-OVER_SEEDS = "over seeds, these images"
 OVER_SEEDS_AND_IMAGES = "over seeds and images"
 OVER_IMAGES = "over images; one training: seeds not covered"
 
@@ -33,7 +31,7 @@ ValuesBySet = Mapping[str, npt.NDArray[np.generic]]
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over seeds with its intervals, of 95 % unless ``crossed`` was given another level.
+    """A mean over seeds with its interval, of 95 % unless ``crossed`` was given another level.
 
     Attributes:
         mean: m, the mean over seeds.
@@ -41,11 +39,10 @@ class Interval:
         seed_variance: V_seed, of the mean; 0 with one seed.
         residual_variance: V_res, of the mean; what V_seed is at least in expectation; 0 with one seed.
         image_variance: V_image, of the mean.
-        images_fixed: Ends of the interval ``OVER_SEEDS``; None with one seed.
-        images_random: Ends of the interval ``OVER_SEEDS_AND_IMAGES`` (with one seed: ``OVER_IMAGES``).
-        dof: Degrees of freedom of ``images_random``; infinite with one seed.
-        p_value: Two-sided, of mean = 0, images random; meant for differences.
-        notes: What limits the intervals, in words.
+        ends: Of the interval.
+        dof: Its degrees of freedom; infinite with one seed.
+        p_value: Two-sided, of mean = 0; meant for differences.
+        notes: What limits the interval, in words.
     """
 
     mean: float
@@ -53,15 +50,14 @@ class Interval:
     seed_variance: float
     residual_variance: float
     image_variance: float
-    images_fixed: tuple[float, float] | None
-    images_random: tuple[float, float]
+    ends: tuple[float, float]
     dof: float
     p_value: float
     notes: tuple[str, ...] = ()
 
     @property
     def words(self) -> str:
-        """What ``images_random`` is an interval over."""
+        """What the interval is over."""
         return OVER_SEEDS_AND_IMAGES if self.num_seeds > 1 else OVER_IMAGES
 
     @property
@@ -76,7 +72,7 @@ def crossed(
     seed_values: Sequence[float] | None = None,
     level: float = LEVEL,
 ) -> Interval:
-    """Returns the mean over seeds of sum_j w_j mean_k x_jqk with its intervals.
+    """Returns the mean over seeds of sum_j w_j mean_k x_jqk with its interval.
 
     With y_q the weighted mean of seed q and m their mean:
 
@@ -85,21 +81,20 @@ def crossed(
         MS_E_j  = sum_qk (x_jqk - x_jq. - x_j.k + x_j..)^2 / ((n_j - 1)(r - 1))
         V_image = sum_j w_j^2 max(0, (MS_I_j - MS_E_j) / r) / n_j
         V_res   = sum_j w_j^2 MS_E_j / (r n_j)
-        images fixed   m +- t((1 + level) / 2, d) sqrt(V_s)
-        images random  V = V_s + V_image,  m +- t((1 + level) / 2, dof) sqrt(V),
-                       dof = V^2 / (V_s^2 / d + V_image^2 / (min_j n_j - 1)),  p = 2 (1 - T_dof(|m| / sqrt(V)))
+        V       = V_s + V_image,  interval  m +- t((1 + level) / 2, dof) sqrt(V),
+        dof     = V^2 / (V_s^2 / d + V_image^2 / (min_j n_j - 1)),  p = 2 (1 - T_dof(|m| / sqrt(V)))
 
     each with V_s = V_seed, d = r - 1, and where V_seed < V_res also with V_s = V_res, d = (r - 1)(min_j n_j - 1): the
     widest interval and the largest p-value count. V_res is a part of what V_seed estimates, so V_seed falls below it
-    by chance only: without it, few seeds whose means agree by chance would give a point. The interval over seeds and
-    images is never narrower than the one over seeds: where V_seed is small by chance, ``dof`` is too large, and two or
+    by chance only: without it, few seeds whose means agree by chance would give a point. The interval is never narrower
+    than with V_image = 0 (new seeds, these images): where V_seed is small by chance, ``dof`` is too large, and two or
     three seeds would cover 88 to 92 % (`python -m benchmarks.selection`).
 
     One seed: V_image = sum_j w_j^2 var_k(x_jk, ddof=1) / n_j and the normal distribution, images only. Where nothing
     varies, the half-width is that of the rule of three (Hanley and Lippman-Hand 1983), max_j |w_j| 3 / N_j: of N_j
-    images (images fixed: (r - 1) n_j pairs of seed and image) without any change, the rate of changes is at most
+    images (V_image = 0: (r - 1) n_j pairs of seed and image) without any change, the rate of changes is at most
     -log(0.05) / N_j, about 3 / N_j, with 95 % confidence. The p-value inverts it: exp(-|m| / max_j(|w_j| / N_j)).
-    So ``images_random`` leaves 0 out exactly where p < 1 - level.
+    So the interval leaves 0 out exactly where p < 1 - level.
 
     Args:
         values: Per set j an array [r, n_j] of numbers from -1 to 1: correctness of one configuration, or paired
@@ -122,7 +117,7 @@ def crossed(
     if num_seeds == 1:
         half, p_value = _half_and_p(mean, image_variance, math.inf, per_image, level)
         notes.append("one training: seeds not covered")
-        return Interval(mean, 1, 0.0, 0.0, image_variance, None, _around(mean, half), math.inf, p_value, tuple(notes))
+        return Interval(mean, 1, 0.0, 0.0, image_variance, _around(mean, half), math.inf, p_value, tuple(notes))
     if num_seeds == 2:
         notes.append("two seeds: the intervals over seeds are very wide (9 standard deviations to each side)")
     seed_variance = _or_zero(float(y.var(ddof=1)) / num_seeds)
@@ -136,10 +131,8 @@ def crossed(
     half, dof, p_value = _widest(mean, sources, image_variance, image_dof, per_image, level)
     if half < fixed:
         half, dof = fixed, dof_fixed
-    ends, p_value = (_around(mean, fixed), _around(mean, half)), max(p_fixed, p_value)
-    return Interval(
-        mean, num_seeds, seed_variance, residual_variance, image_variance, *ends, dof, p_value, tuple(notes)
-    )
+    ends, p_value = _around(mean, half), max(p_fixed, p_value)
+    return Interval(mean, num_seeds, seed_variance, residual_variance, image_variance, ends, dof, p_value, tuple(notes))
 
 
 def _residual_mean_square(array_rn: npt.NDArray[np.generic]) -> float:
@@ -222,7 +215,7 @@ def accuracy_interval(*correct: npt.NDArray[np.bool_]) -> Interval:
     varies = interval.standard_error > 0
     if len(correct) > 1 or (interval.num_seeds > 1 and varies):
         return interval
-    return replace(interval, images_random=wilson(int(correct[0][0].sum()), correct[0].shape[1]))
+    return replace(interval, ends=wilson(int(correct[0][0].sum()), correct[0].shape[1]))
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
@@ -249,7 +242,7 @@ def headline(difference: Interval, baseline: str, is_measured_again: bool = True
         is_measured_again: With fresh seeds, or on images that did not choose. What a search alone has measured is
             ``measured higher than`` or ``measured lower than``, and no improvement.
     """
-    (low, high), baseline = difference.images_random, baseline.replace("_", " ")
+    (low, high), baseline = difference.ends, baseline.replace("_", " ")
     better, worse = (
         ("improves on", "worse than") if is_measured_again else ("measured higher than", "measured lower than")
     )
@@ -260,14 +253,10 @@ def headline(difference: Interval, baseline: str, is_measured_again: bool = True
     return f"no improvement over {baseline} shown ({100 * difference.mean:+.1f} {_ends(low, high, '+.1f')} points)"
 
 
-def in_points(interval: Interval, signed: bool = False, short: bool = False) -> str:
-    """Returns mean and both intervals in points with their words as one line; ``short``: mean and first interval."""
+def in_points(interval: Interval, signed: bool = False) -> str:
+    """Returns mean and interval in points."""
     form = "+.1f" if signed else ".1f"
-    mean, ends = f"{100 * interval.mean:{form}}", _ends(*interval.images_random, form)
-    if short:
-        return f"{mean} {ends}"
-    text = f"{mean}, 95 % {ends} {interval.words}"
-    return text if interval.images_fixed is None else f"{text}; {_ends(*interval.images_fixed, form)} {OVER_SEEDS}"
+    return f"{100 * interval.mean:{form}} {_ends(*interval.ends, form)}"
 
 
 def _ends(low: float, high: float, form: str) -> str:
@@ -328,12 +317,8 @@ def _around(mean: float, half: float) -> tuple[float, float]:
 
 def _within_unit(interval: Interval) -> Interval:
     """Returns the interval of a number from 0 to 1, its ends no further."""
-
-    def cut(ends: tuple[float, float]) -> tuple[float, float]:
-        return max(0.0, ends[0]), min(1.0, ends[1])
-
-    fixed = None if interval.images_fixed is None else cut(interval.images_fixed)
-    return replace(interval, images_fixed=fixed, images_random=cut(interval.images_random))
+    low, high = interval.ends
+    return replace(interval, ends=(max(0.0, low), min(1.0, high)))
 
 
 def mean_accuracies(correct: ValuesBySet) -> dict[str, float]:

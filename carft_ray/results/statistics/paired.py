@@ -111,7 +111,7 @@ class Comparison:
     @property
     def better_than_winner(self) -> list[str]:
         """Names of other configurations whose whole paired interval is above the winner."""
-        return [each.other for each in self.others if each.objective.images_random[1] < 0]
+        return [each.other for each in self.others if each.objective.ends[1] < 0]
 
     def as_data(self) -> dict[str, Any]:
         """Returns it as a JSON document, with the text lines; infinite degrees of freedom become None."""
@@ -120,7 +120,6 @@ class Comparison:
             "better_than_winner": self.better_than_winner,
             "row_lines": row_lines(self),
             "lines": comparison_lines(self),
-            "brief": brief(self),
         }
 
 
@@ -191,29 +190,21 @@ def holm(p_values: Sequence[float]) -> list[tuple[float, float]]:
 
 def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
     """Returns whether an ID difference is non-inferior: lower end of the 95 % interval above -margin (a fraction)."""
-    return difference.images_random[0] > -margin
+    return difference.ends[0] > -margin
 
 
-def row_lines(comparison: Comparison, short: bool = False) -> list[str]:
-    """Returns the configurations as lines of text; ``short``: one line each, without intervals over seeds alone."""
+def row_lines(comparison: Comparison) -> list[str]:
+    """Returns the configurations as lines of text."""
     lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
     for row in comparison.rows:
         shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
-        numbers = [f"{what} {intervals.in_points(found, short=short)}" for what, found in shown.items() if found]
-        if short:
-            lines.append(f"    {row.name}: {', '.join(numbers)}")
-        else:
-            lines += [f"    {row.name}:", *(f"        {line}" for line in numbers)]
+        numbers = [f"{what} {intervals.in_points(found)}" for what, found in shown.items() if found]
+        lines.append(f"    {row.name}: {', '.join(numbers)}")
     return lines
 
 
-def comparison_lines(comparison: Comparison, short: bool = False) -> list[str]:
-    """Returns the differences and what follows from them as lines of text, in points, the headline last.
-
-    Args:
-        comparison: The comparison.
-        short: Without differences by set and intervals over seeds alone.
-    """
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Returns the differences and what follows from them as lines of text, in points, the headline last."""
     lines = []
     if comparison.baselines or comparison.others:
         lines.append(
@@ -224,9 +215,7 @@ def comparison_lines(comparison: Comparison, short: bool = False) -> list[str]:
         tested = ""
         if each.p is not None:
             tested = f"; {_p(each.p)}; {'keeps ID' if each.keeps_id else 'keeping ID is not shown'}"
-        lines.append(f"    {each.other}: {intervals.in_points(each.objective, signed=True, short=short)}{tested}")
-        if each.p is not None and not short:
-            lines += [f"        {name} {intervals.in_points(gap, signed=True)}" for name, gap in each.sets.items()]
+        lines.append(f"    {each.other}: {intervals.in_points(each.objective, signed=True)}{tested}")
     if comparison.baselines:
         few = len(comparison.baselines) - 1
         raised = f" of the {few} other baselines, p and interval are raised for their number (Holm);" if few > 1 else ""
@@ -236,11 +225,6 @@ def comparison_lines(comparison: Comparison, short: bool = False) -> list[str]:
             f"{counted(100 * comparison.id_margin, 'point')} of ID accuracy lost."
         )
     return [*lines, *_last_lines(comparison)]
-
-
-def brief(comparison: Comparison) -> dict[str, list[str]]:
-    """Returns ``rows`` and ``lines``: the configurations and their differences in few numbers."""
-    return {"rows": row_lines(comparison, short=True), "lines": comparison_lines(comparison, short=True)}
 
 
 def _last_lines(comparison: Comparison) -> list[str]:

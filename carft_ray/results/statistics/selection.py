@@ -1,25 +1,22 @@
-"""Statistics of having chosen: noise of the ranking, correction of the best value, one-SE pick, regret of rules.
+"""Statistics of having chosen: noise of the ranking, correction of the best value.
 
-The best of N noisy values is too high. Two corrections say by how much: ``correct`` shrinks the trials' values towards
-their median and simulates the choice (luck of images, and of seeds once some configurations are confirmed);
-``bootstrap.bbc`` makes the choice again on resampled images. Everything here reads validation results only.
+The best of N noisy values is too high. ``correct_best`` says by how much: it shrinks the trials' values towards their
+median and simulates the choice (luck of images, and of seeds once some configurations are confirmed). Everything here
+reads validation results only.
 
-Shape letters: N trials, n images of one set, r seeds, K candidates (trial, alpha). Accuracies are fractions.
+Shape letters: N trials, n images of one set, r seeds. Accuracies are fractions.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.evaluation.predictions import FloatArray
-from carft_ray.results.statistics.bootstrap import Candidate, Resamples
-from carft_ray.results.statistics.intervals import ValuesBySet, objective_difference, residual_variance, values_by_seed
+from carft_ray.results.statistics.intervals import ValuesBySet, residual_variance, values_by_seed
 
 NUM_DRAWS = 2000
-RULES = ("id_val", "ood_val", "objective", "worst_domain")
 
 
 @dataclass(frozen=True)
@@ -52,18 +49,16 @@ class Correction:
     Attributes:
         value: ``corrected``: J_max - b.
         optimism: b.
-        median: m.
-        spread: v, mean of (J - m)^2 over the trials with J >= m.
+        num_trials: N.
+        spread: v, mean of (J - m)^2 over the trials with J >= m, the median.
         factor: B = max(0, 1 - sigma^2 / v), how much of a trial's distance from m is believed.
-        shrunk: mu_i = m + B (J_i - m) per trial.
     """
 
     value: float
     optimism: float
-    median: float
+    num_trials: int
     spread: float
     factor: float
-    shrunk: tuple[float, ...]
 
 
 def ranking_noise(
@@ -131,141 +126,4 @@ def correct_best(objectives: Sequence[float], variance: float, num_draws: int = 
     noise = math.sqrt(variance) * np.random.default_rng(seed).standard_normal((num_draws, len(values)))
     picks = (shrunk + noise).argmax(axis=1)
     optimism = float(noise[np.arange(num_draws), picks].mean())
-    best = float(values.max())
-    return Correction(best - optimism, optimism, median, spread, factor, tuple(float(mu) for mu in shrunk))
-
-
-@dataclass(frozen=True)
-class Pick:
-    """What the one-standard-error rule takes.
-
-    Attributes:
-        name: Of the trial.
-        alpha: Its alpha.
-        moved: alpha * norm(theta - theta_0) / norm(theta_0) over the image tower.
-        behind: Winner's objective - its own, both as measured.
-        se: Standard error of that difference.
-        num_candidates: Candidates within one standard error, the winner among them.
-    """
-
-    name: str
-    alpha: float
-    moved: float
-    behind: float
-    se: float
-    num_candidates: int
-
-
-def one_se_pick(
-    spec: ObjectiveSpec,
-    winner: Candidate,
-    candidates: Sequence[Candidate],
-    moved: Mapping[str, float],
-    lowest: float,
-    seed_variance: float | None = None,
-) -> Pick:
-    """Returns the candidate (trial, alpha) within one standard error of the winner that moved least from zero-shot.
-
-    J_max - J_i <= SE, SE^2 the paired image variance of the difference, plus 2 sigma_seed^2 when known (0 between
-    alphas of the winner's own training). Both objectives are those measured, so that they are of the same images.
-
-    Args:
-        spec: The objective.
-        winner: The winning trial, with the alpha it won with alone.
-        candidates: Trials with the alphas that were evaluated; those below ``lowest`` are passed over.
-        moved: ``moved`` of each trial's result, by name; trials without it are passed over.
-        lowest: Lowest alpha that may be chosen.
-        seed_variance: sigma_seed^2; None: not known.
-
-    Raises:
-        KeyError: The winner's ``moved`` is not known.
-    """
-    picks = [Pick(winner.name, winner.alphas[0], winner.alphas[0] * moved[winner.name], 0.0, 0.0, 0)]
-    for candidate in candidates:
-        for index, alpha in enumerate(candidate.alphas):
-            own = candidate.name == winner.name
-            if candidate.name not in moved or alpha < lowest - 1e-9 or (own and alpha == winner.alphas[0]):
-                continue
-            other = {name: array[index : index + 1] for name, array in candidate.correct.items()}
-            difference = objective_difference(spec, winner.correct, other)
-            se = math.sqrt(difference.image_variance + (0.0 if own else 2 * (seed_variance or 0.0)))
-            if difference.mean <= se + 1e-12:
-                picks.append(Pick(candidate.name, alpha, alpha * moved[candidate.name], difference.mean, se, 0))
-    return replace(min(picks, key=lambda each: each.moved), num_candidates=len(picks))
-
-
-@dataclass(frozen=True)
-class RuleRegret:
-    """A line of the table of selection rules.
-
-    Attributes:
-        rule: Name.
-        regret: Mean regret over the OOD sets left out; None where the rule is not defined.
-        se: Bootstrap standard error, both picks made again per resample.
-        note: A remark.
-    """
-
-    rule: str
-    regret: float | None
-    se: float | None
-    note: str = ""
-
-
-def regret_table(
-    candidates: Sequence[Candidate], resamples: Resamples, spec: ObjectiveSpec, lowest: float
-) -> list[RuleRegret]:
-    """Returns what each rule of selection would have lost on an OOD set that it did not use, from validation alone.
-
-    For each OOD set d: a rule may use the ID set and the other OOD sets; the target is w ID + (1 - w) acc_d; regret =
-    max target - target of the rule's pick, over all (trial, alpha) with alpha >= ``lowest``, as measured; mean over d.
-    The maximum is itself noisy, so all regrets are too high alike. Empty without an OOD set.
-
-    Args:
-        candidates: Trials with their evaluated alphas.
-        resamples: Of the same candidates (``bootstrap.resample``).
-        spec: The objective; its ``id_weight`` is w.
-        lowest: Lowest alpha that may be chosen; a single alpha counts whatever it is.
-    """
-    if not spec.ood_sets:
-        return []
-    allowed = [
-        np.array([alpha >= lowest - 1e-9 or len(candidate.alphas) == 1 for alpha in candidate.alphas])
-        for candidate in candidates
-    ]
-    measured, resampled = {}, {}
-    for name in spec.sets:
-        rows = [candidate.correct[name][kept].mean(axis=1) for candidate, kept in zip(candidates, allowed, strict=True)]
-        measured[name] = np.concatenate(rows)
-        again = [part[name][:, kept] for part, kept in zip(resamples.accuracies, allowed, strict=True)]
-        resampled[name] = np.concatenate(again, axis=1)
-    now, spread = _regrets(spec, measured), _regrets(spec, resampled)
-    table = {rule: RuleRegret(rule, None, None, "needs two OOD validation sets") for rule in RULES}
-    for rule, regret in now.items():
-        table[rule] = RuleRegret(rule, float(regret), float(np.std(spread[rule], ddof=1)))
-    return [*table.values(), replace(table["ood_val"], rule="leave_one_domain_out", note="same as ood_val")]
-
-
-def rule_values(spec: ObjectiveSpec, accuracies: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """Returns per rule of selection what it maximises; ``ood_val`` and ``worst_domain`` need an OOD set.
-
-    Args:
-        spec: The objective over the sets that a rule may use.
-        accuracies: Per set, any shape.
-    """
-    values = {"id_val": accuracies[spec.id_set], "objective": spec.values(accuracies)}
-    if spec.ood_sets:
-        by_set = np.stack([accuracies[name] for name in spec.ood_sets])
-        values |= {"ood_val": by_set.mean(axis=0), "worst_domain": by_set.min(axis=0)}
-    return values
-
-
-def _regrets(spec: ObjectiveSpec, accuracies: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-    """Returns per rule its mean regret over the sets left out; accuracies [..., K] give [...]."""
-    id_accuracy, found = accuracies[spec.id_set], dict[str, list[FloatArray]]()
-    for left_out in spec.ood_sets:
-        others = tuple(name for name in spec.ood_sets if name != left_out)
-        target = spec.id_weight * id_accuracy + (1 - spec.id_weight) * accuracies[left_out]
-        for rule, values in rule_values(replace(spec, ood_sets=others), accuracies).items():
-            picked = np.take_along_axis(target, values.argmax(axis=-1)[..., None], axis=-1)[..., 0]
-            found.setdefault(rule, []).append(target.max(axis=-1) - picked)
-    return {rule: np.mean(regrets, axis=0) for rule, regrets in found.items()}
+    return Correction(float(values.max()) - optimism, optimism, len(values), spread, factor)

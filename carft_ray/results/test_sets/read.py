@@ -1,18 +1,14 @@
 """Evaluation on the test sets: winner and baselines at the alphas that validation chose; every read is counted.
 
-A read of every trial (``analysis``) is counted with the others and chooses nothing.
-
-    study_dir/test/summary.json                  of the newest finished read of winner and baselines
-    study_dir/test/analysis.json                 of the newest finished read of every trial
-    study_dir/test/read-N/summary.json           of either, written last: the read is finished
+    study_dir/test/summary.json                  of the newest finished read
+    study_dir/test/read-N/summary.json           written last: the read is finished
     study_dir/test/read-N/**/*.parquet           predictions, a file per training, under the name of its folder
 
-The line in the ledger comes before the first image. It holds rows or trials with their alphas; a read that was killed
+The line in the ledger comes before the first image. It holds the rows with their alphas; a read that was killed
 continues from there, however the study has changed since, and needs no reason. Nothing of a read enters the trials.
 """
 
 import dataclasses
-import functools
 import secrets
 import shlex
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +28,7 @@ from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.evaluation.training import device_of
-from carft_ray.layout import ANALYSIS_SUMMARY, FOLDERS, HEADS, LEDGER, PREPARED, SUMMARY, TEST_DIR
+from carft_ray.layout import FOLDERS, HEADS, LEDGER, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
@@ -40,8 +36,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes
-from carft_ray.results.test_sets.analysis import analyse, judged_again, judged_trials
-from carft_ray.results.test_sets.summary import ReadRecord, compared_again, compared_rows, read_record, summarise
+from carft_ray.results.test_sets.summary import Compared, compared_again, compared_rows, read_record, summarise
 from carft_ray.study import ledger
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
@@ -52,9 +47,7 @@ from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.words import counted, times
 
 
-def read_sealed(
-    study: Path, reason: str | None, say: Callable[[str], None], all_trials: bool = False
-) -> dict[str, Any]:
+def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Reads the test sets once, or continues a read that was killed; holds the study meanwhile.
 
     Args:
@@ -62,8 +55,6 @@ def read_sealed(
         reason: Why they are read again, which always begins another read; None: this is the first one, or one that was
             killed continues.
         say: Gets lines about what is being done.
-        all_trials: Read every complete trial whose weights are there, to judge the rules of selection, instead of
-            winner and baselines.
 
     Returns:
         Content of ``summary.json``.
@@ -89,29 +80,28 @@ def read_sealed(
         ledger.mend(study_dir)
         reads = ledger.reads_of(entries)
         entry = reads[-1] if reads and reason is None else None
-        purpose = ledger.ANALYSIS if all_trials else ledger.TEST
         if entry is not None:
-            _require_unfinished(study_dir, entry, len(reads), purpose)
+            _require_unfinished(study_dir, entry, len(reads))
         elif reason is None and (number := inherited_reads(study_dir)):
             rule = (
                 "the test sets of studies that it has learned from (search.warm_start) or is compared with "
                 f"(confirm --against) were read {times(number)}"
             )
-            command = f"carft-ray test {shlex.quote(str(study_dir))}{' --all-trials' if all_trials else ''}"
-            step = f"Every further read is counted and reported: {command} --again REASON"
+            step = f"Every further read is counted and reported: {_again(study_dir)}"
             raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
         sources = _open_sources(recipe)
         if entry is None:
             _compare_before_first_read(study_dir, recipe, say)
-        read = (_trials_of if all_trials else _rows_of)(study_dir, recipe, entry)
-        for run in read.runs.keys() - {ZERO_SHOT}:
+        compared = compared_rows(study_dir, recipe) if entry is None else compared_again(entry.details)
+        runs = _alphas_by_run(compared)
+        for run in runs.keys() - {ZERO_SHOT}:
             kind, _, name = run.partition("/")
             require_name(name if kind in FOLDERS.values() else run, LEDGER)
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
-            details = {**read.details, notes.NAME: secrets.token_hex(8)}
-            entry = ledger.record(study_dir, recipe, purpose, sets, details, reason or "")
+            details = {**dataclasses.asdict(compared), notes.NAME: secrets.token_hex(8)}
+            entry = ledger.record(study_dir, recipe, ledger.TEST, sets, details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
             say(f"continuing the read of {ledger.describe(entry)}")
@@ -120,10 +110,11 @@ def read_sealed(
         for line in (*problems, *notes.lines(elsewhere)):
             say(line)
         folder = _read_dir(study_dir, number)
-        tables = _evaluate(study_dir, recipe, read.runs, sources, folder, held, say)
-        summary = read.summarise(tables, read_record(entry, entries, number, elsewhere))
+        tables = _evaluate(study_dir, recipe, runs, sources, folder, held, say)
+        record = read_record(entry, entries, number, elsewhere)
+        summary = summarise(recipe, compared, read_shared(study_dir), tables, record)
         held.check()
-        files.write_json(study_dir / TEST_DIR / (ANALYSIS_SUMMARY if all_trials else SUMMARY), summary)
+        files.write_json(study_dir / TEST_DIR / SUMMARY, summary)
         files.write_json(folder / SUMMARY, summary)
     return summary
 
@@ -170,20 +161,18 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
     raise HoldOutError(problems)
 
 
-def _require_unfinished(study_dir: Path, entry: ledger.Entry, number: int, purpose: ledger.Purpose) -> None:
+def _require_unfinished(study_dir: Path, entry: ledger.Entry, number: int) -> None:
     """Raises a ``HoldOutError`` unless the last read was killed and this one would continue it."""
-    command = f"carft-ray test {shlex.quote(str(study_dir))}"
-    option = {ledger.TEST: "", ledger.ANALYSIS: " --all-trials"}
-    rule = f"its test sets were read already: {ledger.describe(entry)}"
-    if (_read_dir(study_dir, number) / SUMMARY).exists():
-        found = study_dir / TEST_DIR / (ANALYSIS_SUMMARY if entry.purpose == ledger.ANALYSIS else SUMMARY)
-        step = f"Its results are in {found}."
-    elif entry.purpose != purpose:
-        step = f"That read is not finished; continue it: {command}{option[entry.purpose]}"
-    else:
+    if not (_read_dir(study_dir, number) / SUMMARY).exists():
         return
-    step += f"\n    Every further read is counted and reported: {command}{option[purpose]} --again REASON"
+    rule = f"its test sets were read already: {ledger.describe(entry)}"
+    step = f"Its results are in {study_dir / TEST_DIR / SUMMARY}."
+    step += f"\n    Every further read is counted and reported: {_again(study_dir)}"
     raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
+
+
+def _again(study_dir: Path) -> str:
+    return f"carft-ray test {shlex.quote(str(study_dir))} --again REASON"
 
 
 def _read_dir(study_dir: Path, number: int) -> Path:
@@ -201,38 +190,13 @@ def _open_sources(recipe: Recipe) -> list[Source]:
     return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
 
 
-@dataclasses.dataclass(frozen=True)
-class _Read:
-    """What a read is of.
-
-    Attributes:
-        runs: Trainings by folder, with the alphas at which they are read; zero-shot by its name, at 0.
-        details: For the ledger: what a read that was killed continues with.
-        summarise: Returns the content of ``summary.json`` from the tables by folder and the record of this read.
-    """
-
-    runs: dict[str, list[float]]
-    details: dict[str, Any]
-    summarise: Callable[[Mapping[str, pa.Table], ReadRecord], dict[str, Any]]
-
-
-def _rows_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Read:
-    """Returns winner and baselines: of a read that continues, or those of the study."""
-    compared = compared_rows(study_dir, recipe) if entry is None else compared_again(entry.details)
+def _alphas_by_run(compared: Compared) -> dict[str, list[float]]:
+    """Returns the trainings by folder, with the alphas at which they are read; zero-shot by its name, at 0."""
     runs = {ZERO_SHOT: [0.0]} if any(not row.runs for row in compared.rows) else {}
     for row in compared.rows:
         for run in row.runs:
             runs[run.folder] = sorted({*runs.get(run.folder, []), row.alpha})
-    return _Read(
-        runs, dataclasses.asdict(compared), functools.partial(summarise, recipe, compared, read_shared(study_dir))
-    )
-
-
-def _trials_of(study_dir: Path, recipe: Recipe, entry: ledger.Entry | None) -> _Read:
-    """Returns every trial whose weights are there: of a read that continues, or those of the study."""
-    judged = judged_trials(study_dir, recipe) if entry is None else judged_again(entry.details)
-    runs = {f"trials/{trial.name}": list(trial.alphas) for trial in judged.trials}
-    return _Read(runs, dataclasses.asdict(judged), functools.partial(analyse, study_dir, recipe, judged))
+    return runs
 
 
 def _evaluate(

@@ -25,7 +25,7 @@ from carft_ray.results.confirmation.plan import Role, Stage, last_stage
 from carft_ray.results.confirmation.summary import whole_rows
 from carft_ray.results.reading.overview import folder_of
 from carft_ray.results.statistics.intervals import Interval
-from carft_ray.results.statistics.paired import Difference, brief, compare, comparison_lines, row_lines
+from carft_ray.results.statistics.paired import Difference, compare, comparison_lines, row_lines
 from carft_ray.results.statistics.paired import Row as ComparedRow
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
@@ -260,10 +260,6 @@ def summarise(
         "without_shared_images": without_shared,
         "row_lines": [line for each in reversed(both) for line in row_lines(each)],
         "lines": [*begin, *(line for each in both for line in comparison_lines(each))],
-        "brief": {
-            "rows": brief(comparison)["rows"],
-            "lines": [*begin, *(line for each in both for line in brief(each)["lines"])],
-        },
     }
 
 
@@ -303,9 +299,8 @@ def _difference_data(difference: Difference) -> dict[str, Any]:
 def _plain(interval: Interval) -> dict[str, Any]:
     return {
         "mean": interval.mean,
-        "interval": list(interval.images_random),
+        "interval": list(interval.ends),
         "over": interval.words,
-        "interval_these_images": None if interval.images_fixed is None else list(interval.images_fixed),
         "num_seeds": interval.num_seeds,
         "notes": list(interval.notes),
     }
