@@ -1,4 +1,4 @@
-"""What the alpha curve of a training costs: ``python -m benchmarks.curve``
+"""What the alpha curve of a training costs, and what its grid loses: ``python -m benchmarks.curve``
 
 Trainings of the quickstart recipe with one thread, in this process, one after the other; targets of the KL term are
 stored and read, as in all trainings of a search but the first. Both times are processor time:
@@ -7,38 +7,38 @@ stored and read, as in all trainings of a search but the first. Both times are p
     curve       predictions at every alpha that the curve needs, the choice, and writing them; measured by running the
                 training again, which finds its weights and makes the curve alone
 
-``--study DIR`` (several times) replays finished studies instead, whose recipe writes the default grid out: every point
-was evaluated on all images. With the default, by which some points are of a part of the images, is the same alpha
-chosen?
+``--grids`` replays ``benchmarks/table.parquet`` instead: each training chooses the best point of a grid on half of the
+images, drawn at random in every set, and the other half says what it is worth; then the halves change places.
 
 Synthetic images.
 """
 
 import argparse
+import itertools
+import json
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pyarrow as pa
+import numpy.typing as npt
+import pyarrow.parquet as pq
 
 from benchmarks.rows import Row
+from benchmarks.table import TABLE
 from carft_ray import console
 from carft_ray.errors import CarftError
-from carft_ray.evaluation.alpha import fitted_curve
-from carft_ray.evaluation.curve import measure_curve
-from carft_ray.evaluation.objective import objective_spec
-from carft_ray.evaluation.predictions import BoolArray, alphas, concat, read_predictions, select, sets
+from carft_ray.evaluation.alpha import choose_point
+from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.shared_inputs import load_shared_inputs
 from carft_ray.evaluation.training import prepare, run_training
-from carft_ray.layout import PREDICTIONS, RESOLVED, RESULT
+from carft_ray.layout import RESULT
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import DEFAULT_GRID, Recipe
 from carft_ray.recipe.spaces.space import apply
 
 RECIPE = Path(__file__).resolve().parents[1] / "search_spaces" / "quickstart.yaml"
@@ -46,7 +46,10 @@ ONE_THREAD = ("resources.cpus_per_worker=1", "resources.targets=stored")
 # the first writes the targets and is not measured; then low, middle and high in the recipe's range of learning rates
 LEARNING_RATES = (5e-4, 2e-4, 7e-4, 2.5e-3)
 TARGET = 0.35
-LEAST_EQUAL, MOST_LOST = 0.95, 0.001  # share of trainings; a fraction of the objective
+NUM_SPLITS = 20
+INNER = (0.2, 0.4, 0.6, 0.8)  # of the table's alphas, those that a grid may leave out
+
+FloatArray = npt.NDArray[np.float64]
 
 
 def curve_and_training(settings: Sequence[str] = ()) -> list[tuple[float, float]]:
@@ -81,102 +84,64 @@ def rows(settings: Sequence[str] = ()) -> list[Row]:
     return [Row("alpha curve / its training, quickstart", mean, TARGET, True, (min(ratios), max(ratios)))]
 
 
-@dataclass(frozen=True)
-class Replayed:
-    """One training whose curve was measured on all images, and what the default would have done.
+def read_table() -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Returns the trainings of the table that have a curve, and the number of images by set."""
+    table = pq.read_table(TABLE)
+    return [row for row in table.to_pylist() if not row["diverged"]], json.loads(table.schema.metadata[b"sets"])
 
-    Attributes:
-        alpha: Chosen from all images.
-        other: Chosen by the default.
-        lost: Objective at ``alpha`` less that at ``other``: on the fitted curve, or between measured points.
-        passes: Evaluations of all images: of the whole curve, and of the default's.
+
+def halves(rng: np.random.Generator) -> tuple[tuple[float, ...], FloatArray]:
+    """Returns the alphas that all trainings of the table share, and their objectives on two halves of the images.
+
+    Returns:
+        A alphas above 0; objectives (equal weights of ID and OOD mean), [2, trainings, A].
     """
-
-    alpha: float
-    other: float
-    lost: float
-    passes: tuple[float, float]
-
-
-class _NotStoredError(Exception):
-    pass
-
-
-def replay(recipe: Recipe, path: Path) -> Replayed:
-    """Measures a curve again, in full and with the default grid, from stored predictions of all images.
-
-    Args:
-        recipe: Of the training's study.
-        path: Its predictions.
-    """
-    table, spec = read_predictions(path), objective_spec(recipe)
-    stored = {
-        alpha: concat([select(table, name, alpha) for name in sets(table)]) for alpha in alphas(table, spec.id_set)
-    }
-    evaluated: list[int] = []
-
-    def at(alpha: float, rows: BoolArray | None) -> pa.Table:
-        if alpha not in stored:
-            raise _NotStoredError(alpha)
-        found = stored[alpha] if rows is None else stored[alpha].filter(pa.array(rows))
-        evaluated.append(len(found))
-        return found
-
-    def with_grid(grid: tuple[float, ...] | None) -> Recipe:
-        alpha = recipe.search.alpha.model_copy(update={"grid": grid})
-        return recipe.model_copy(update={"search": recipe.search.model_copy(update={"alpha": alpha})})
-
-    start = stored[0.0]
-    curve, choice, chosen_from = measure_curve(with_grid(DEFAULT_GRID), spec, (), start, at)
-    objectives = [point["objective"] for point in curve.points(spec, ()) if point["alpha"] in chosen_from]
-    whole = sum(evaluated)
-    evaluated.clear()
-    try:
-        other = measure_curve(with_grid(None), spec, (), start, at)[1].alpha
-    except _NotStoredError as error:
-        (other,) = error.args
-        evaluated.append(len(start))
-    both = [choice.alpha, other]
-    if choice.fitted:
-        best, found = fitted_curve(chosen_from, objectives, both)
-    else:
-        best, found = np.interp(both, chosen_from, objectives)
-    passes = whole / len(start), sum(evaluated) / len(start)
-    return Replayed(choice.alpha, other, float(best - found), passes)
+    trainings, sizes = read_table()
+    curves = [{round(point["alpha"], 9): point["correct"] for point in row["curve"]} for row in trainings]
+    alphas = tuple(sorted(set.intersection(*map(set, curves)) - {0.0}))
+    bits_RAn = np.stack([[np.unpackbits(np.frombuffer(curve[a], np.uint8)) for a in alphas] for curve in curves])
+    found: FloatArray = np.zeros((2, *bits_RAn.shape[:2]))
+    start = 0
+    for name, size in sizes.items():
+        order, weight = start + rng.permutation(size), 0.5 if name == ID_SET else 0.5 / (len(sizes) - 1)
+        for half, part in enumerate(np.array_split(order, 2)):
+            found[half] += weight * bits_RAn[:, :, part].mean(axis=2)
+        start += size
+    return alphas, found
 
 
-def agreement(studies: Iterable[Path]) -> list[Replayed]:
-    """Replays every finished training of some studies that chose alpha from a curve."""
-    found = []
-    for study in studies:
-        recipe = load_recipe(study / RESOLVED)
-        for path in sorted(study.glob(f"*/*/{PREDICTIONS}")):
-            found.append(replay(recipe, path))
-    return found
+def judged(alphas: Sequence[float], objectives_2RA: FloatArray, grid: Sequence[float]) -> FloatArray:
+    """Returns per training what the choice from a grid is worth on the half that did not choose, the mean of both."""
+    taken = [alphas.index(alpha) for alpha in grid]
+    worth: FloatArray = np.zeros(objectives_2RA.shape[1])
+    for chosen_RA, judge_RA in itertools.permutations(objectives_2RA, 2):
+        for index, values in enumerate(chosen_RA):
+            points = [{"alpha": alphas[i], "objective": float(values[i])} for i in taken]
+            worth[index] += judge_RA[index, alphas.index(choose_point(points, grid[0])["alpha"])] / 2
+    return worth
 
 
-def report(found: Sequence[Replayed]) -> bool:
-    """Prints what a replay shows; returns whether the thresholds are met."""
-    equal = np.mean([abs(each.alpha - each.other) < 1e-9 for each in found])
-    lost, passes = max(each.lost for each in found), np.mean([each.passes for each in found], axis=0)
-    is_met = bool(equal >= LEAST_EQUAL and lost <= MOST_LOST)
-    print(
-        f"{'PASS' if is_met else 'FAIL'}  {len(found)} trainings: the same alpha in {100 * equal:.1f} % (at least "
-        f"{100 * LEAST_EQUAL:g} %), at most {100 * max(lost, 0):.2f} points lost (at most {100 * MOST_LOST:g}); "
-        f"{passes[0]:.2f} evaluations of all images in full, {passes[1]:.2f} by the default"
-    )
-    return is_met
+def print_grids() -> None:
+    """Prints per grid what its choice is worth against that from all points, the mean over trainings."""
+    grids = [(*inner, 1.0) for count in range(len(INNER), 0, -1) for inner in itertools.combinations(INNER, count)]
+    splits = [halves(np.random.default_rng(seed)) for seed in range(NUM_SPLITS)]
+    worth = {grid: np.mean([judged(*split, grid) for split in splits], axis=0) for grid in grids}
+    for grid, values in worth.items():
+        gap = values - worth[grids[0]]
+        error = float(gap.std(ddof=1)) / len(gap) ** 0.5
+        print(f"{', '.join(f'{alpha:g}' for alpha in grid)}: {100 * gap.mean():+.3f} +- {100 * error:.3f} points")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a missed target, or that of the error."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.curve", description="What the alpha curve costs.")
     parser.add_argument("--set", action="append", default=[], help="override of the recipe, KEY=VALUE")
-    parser.add_argument("--study", type=Path, action="append", default=[], help="replay this study instead")
+    parser.add_argument("--grids", action="store_true", help="replay the table of trainings with other grids instead")
     arguments = parser.parse_args(argv)
+    if arguments.grids:
+        print_grids()
+        return 0
     try:
-        if arguments.study:
-            return 0 if report(agreement(arguments.study)) else 1
         found = rows(arguments.set)
     except CarftError as error:
         console.show_error(error)

@@ -17,13 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 from scipy import stats
-from scipy.interpolate import RBFInterpolator
+from scipy.interpolate import CubicSpline, RBFInterpolator
 
 from benchmarks.effect import space_of
-from benchmarks.table import SPACE
+from benchmarks.table import GRID, SPACE
 from carft_ray.errors import Problem, StorageError
-from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
-from carft_ray.recipe.schema import DEFAULT_GRID, Recipe
+from carft_ray.evaluation.alpha import choose_point
+from carft_ray.recipe.schema import Recipe
 
 SMOOTHING = 1e-2  # of the spline; in the units of scipy's RBFInterpolator
 FOLDS = 10
@@ -38,7 +38,7 @@ class Measured:
     """What one training gives; all fractions.
 
     Attributes:
-        alphas: Grid of the curve, [A].
+        alphas: Where the curve is measured, [A].
         id_accuracies: [A].
         ood_accuracies: Mean over the OOD sets, [A].
         intermediate: Objective after ``SHARES`` of the schedule, [len(SHARES)].
@@ -56,10 +56,10 @@ class Measured:
         return mean
 
     def objective(self, lowest: float, alpha: float | None = None) -> float:
-        """Returns the objective of the profile, or at an alpha that the search has drawn."""
+        """Returns the objective of the profile, or at an alpha that the search has drawn, by a spline."""
         if alpha is not None:
-            return float(fitted_curve(self.alphas, self.objectives, [alpha])[0])
-        return choose_alpha(self.alphas.tolist(), self.objectives.tolist(), lowest, None).value
+            return float(CubicSpline(self.alphas, self.objectives)(alpha))
+        return best_objective(self.alphas.tolist(), self.objectives, lowest)
 
     def at_share(self, share: float) -> float:
         """Returns the objective after a share of the schedule."""
@@ -81,7 +81,7 @@ class Landscape:
     """What trainings give: the spline and the noise.
 
     Attributes:
-        alphas: Grid of the curves, A of them.
+        alphas: Where the curves are measured, A of them.
         spline: From the unit cube to ``Measured`` in one row, [n, 2 A + len(SHARES)].
         deviations: Of repeated points from their mean, scaled to the noise of one training, [m, 2 A + len(SHARES)].
         seed_sd: Noise of the objective between seeds.
@@ -128,7 +128,7 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
         step = "Make it: python -m benchmarks.table (about 200 trainings)"
         raise StorageError(Problem(str(path), "must be the table of trainings", "none", next_step=step))
     rows = [row for row in pq.read_table(path).to_pylist() if not row["diverged"]]
-    alphas, lowest = DEFAULT_GRID, recipe.search.alpha.lowest
+    alphas, lowest = tuple(map(float, GRID)), recipe.search.alpha.lowest
     found = np.array([_measured(row, alphas) for row in rows])
     n = len(alphas)
     zero = list(alphas).index(0.0)
@@ -143,7 +143,7 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
     for k in range(FOLDS):
         predicted[fold == k] = _spline(points[fold != k], clipped[fold != k])(points[fold == k])
     predicted, measured = (
-        np.array([choose_alpha(alphas, ((row[:n] + row[n : 2 * n]) / 2).tolist(), lowest, None).value for row in both])
+        np.array([best_objective(alphas, (row[:n] + row[n : 2 * n]) / 2, lowest) for row in both])
         for both in (predicted, clipped)
     )
     counted = np.array([row["objective"] > floor for row in rows])
@@ -165,6 +165,12 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
         cv_error=float(np.sqrt(np.mean((predicted - measured)[counted] ** 2))),
         defaults={name: getattr(recipe.train, name) for name in SPACE},
     )
+
+
+def best_objective(alphas: Sequence[float], objectives: FloatArray, lowest: float) -> float:
+    """Returns the objective of a training that takes the best point of its curve."""
+    points = [{"alpha": alpha, "objective": value} for alpha, value in zip(alphas, objectives.tolist(), strict=True)]
+    return choose_point(points, lowest)["objective"]
 
 
 def covered(recipe: Recipe) -> Recipe:

@@ -27,13 +27,14 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from scipy.interpolate import CubicSpline
 
 from benchmarks.landscape import FloatArray, Landscape, Measured, covered, read_landscape
 from benchmarks.replay import NUM_SEEDS, mean_with_interval
 from benchmarks.samplers import LOWEST, recipe_of
 from benchmarks.table import RECIPE, TABLE
 from carft_ray import files
-from carft_ray.evaluation.alpha import choose_alpha, fitted_curve
+from carft_ray.evaluation.alpha import choose_point
 from carft_ray.layout import METRICS, RESULT
 from carft_ray.recipe.constraints import VIOLATION
 from carft_ray.recipe.loading import load_recipe
@@ -125,7 +126,7 @@ def _line(epoch: int, epochs: int, training: Measured) -> dict[str, Any]:
 
 
 def _result(recipe: Recipe, training: Measured, drawn: float | None, landscape: Landscape) -> dict[str, Any]:
-    """Returns the result of a training; with a constraint alpha is chosen within it, by the fit alone."""
+    """Returns the result of a training; with a constraint alpha is chosen within it."""
     bound = id_bound(landscape) if recipe.search.constraints.id_drop else None
 
     def at(alpha: float) -> dict[str, float]:
@@ -134,11 +135,10 @@ def _result(recipe: Recipe, training: Measured, drawn: float | None, landscape: 
         violation = {} if bound is None else {VIOLATION + CONSTRAINT: bound - id_accuracy}
         return {**found, **violation, "objective": (id_accuracy + ood_accuracy) / 2}
 
+    alphas = {*training.alphas.tolist()} | ({drawn} if drawn is not None else set())
+    curve = [{"alpha": alpha, **at(alpha)} for alpha in sorted(alphas)]
     if drawn is None:
-        missed = None if bound is None else (bound - training.id_accuracies)[None]
-        objectives = training.objectives.tolist()
-        drawn = choose_alpha(training.alphas.tolist(), objectives, recipe.search.alpha.lowest, None, missed).alpha
-    curve = [{"alpha": alpha, **at(alpha)} for alpha in sorted({*training.alphas.tolist(), drawn})]
+        drawn = choose_point(curve, recipe.search.alpha.lowest)["alpha"]
     metrics = at(drawn)
     return {
         "format_version": FORMAT_VERSION,
@@ -150,10 +150,9 @@ def _result(recipe: Recipe, training: Measured, drawn: float | None, landscape: 
 
 
 def accuracies_at(training: Measured, alpha: float) -> tuple[float, float]:
-    """Returns ID and OOD accuracy at an alpha, by the fits of both curves."""
+    """Returns ID and OOD accuracy at an alpha, by splines through the points of both curves."""
     id_accuracy, ood_accuracy = (
-        float(fitted_curve(training.alphas, curve, [alpha])[0])
-        for curve in (training.id_accuracies, training.ood_accuracies)
+        float(CubicSpline(training.alphas, curve)(alpha)) for curve in (training.id_accuracies, training.ood_accuracies)
     )
     return id_accuracy, ood_accuracy
 
@@ -161,8 +160,9 @@ def accuracies_at(training: Measured, alpha: float) -> tuple[float, float]:
 def id_bound(landscape: Landscape) -> float:
     """Returns the least ID accuracy that the constraint asks for: of plain fine-tuning at its alpha, and more."""
     plain = landscape.training({**PLAIN, "epochs": EPOCHS})
-    alpha = choose_alpha(plain.alphas.tolist(), plain.objectives.tolist(), LOWEST, None).alpha
-    return accuracies_at(plain, alpha)[0] + ID_GAIN
+    pairs = zip(plain.alphas.tolist(), plain.objectives.tolist(), strict=True)
+    points = [{"alpha": alpha, "objective": objective} for alpha, objective in pairs]
+    return accuracies_at(plain, choose_point(points, LOWEST)["alpha"])[0] + ID_GAIN
 
 
 def truth(row: TrialRow, landscape: Landscape) -> tuple[float, float]:

@@ -35,7 +35,7 @@ from carft_ray.study.rows import baselines, best_first, best_row, trials
 Kind = Literal["trial", "baseline"]
 # attributes of a row, with their types in Arrow
 COLUMNS = {"number": "int64", "name": "string", "outcome": "string", "objective": "double"}
-COLUMNS |= {"alpha": "double", "fitted": "bool", "elapsed_s": "double", "reason": "string"}
+COLUMNS |= {"alpha": "double", "elapsed_s": "double", "reason": "string"}
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,9 @@ class Study:
     def trials(self, kind: Kind = "trial") -> pa.Table:
         """Returns a row per trial (or baseline), in the order of their numbers.
 
-        Columns: ``number``, ``name``, ``outcome``, ``objective``, ``alpha`` (the chosen one), ``fitted`` (the
-        objective is of the fitted alpha curve; the metrics are measured), ``elapsed_s``, ``reason``; then every
-        hyperparameter by its name in ``train``; then every metric (``id_accuracy``, ``ood_accuracy``,
-        ``accuracy/<set>``, ...). What a row does not have is null.
+        Columns: ``number``, ``name``, ``outcome``, ``objective``, ``alpha`` (the chosen one),
+        ``elapsed_s``, ``reason``; then every hyperparameter by its name in ``train``; then every metric
+        (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ...). What a row does not have is null.
 
         Args:
             kind: ``trial`` or ``baseline``.

@@ -179,12 +179,9 @@ def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     return table(["set", *titles], lines)
 
 
-FITTED = "~: of the fitted alpha curve, not measured"
-
-
-def objective_cell(value: float | None, fitted: bool = False) -> str:
-    """Returns an accuracy or objective for a table, in percent, marked where it is fitted; empty without one."""
-    return "" if value is None else ("~" if fitted else "") + percent(value)
+def objective_cell(value: float | None) -> str:
+    """Returns an accuracy or objective for a table, in percent; empty without one."""
+    return "" if value is None else percent(value)
 
 
 def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -192,17 +189,16 @@ def rescored_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
     Args:
         rows: ``name``, ``old_rank`` and ``new_rank`` (None for a baseline), ``alpha``, ``id_accuracy``,
-            ``ood_accuracy`` (None without OOD sets), ``measured``, ``objective``, ``fitted``, ``violations``.
+            ``ood_accuracy`` (None without OOD sets), ``objective``, ``violations``.
     """
     from carft_ray.recipe.constraints import VIOLATION, violation_words
 
     lines = []
     for row in rows:
         ranks = ["" if row[key] is None else str(row[key]) for key in ("old_rank", "new_rank")]
-        accuracies = [objective_cell(row[key], not row["measured"]) for key in ("id_accuracy", "ood_accuracy")]
+        cells = [objective_cell(row[key]) for key in ("id_accuracy", "ood_accuracy", "objective")]
         missed = violation_words({f"{VIOLATION}{name}": value for name, value in row["violations"].items()})
-        objective = objective_cell(row["objective"], row["fitted"])
-        lines.append([row["name"], *ranks, f"{row['alpha']:.2f}", *accuracies, objective, missed])
+        lines.append([row["name"], *ranks, f"{row['alpha']:.2f}", *cells, missed])
     titles = numbers("old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %")
     return table(["", *titles, ""], lines, [row["new_rank"] == 1 for row in rows])
 
@@ -211,8 +207,8 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of trials and baselines.
 
     Args:
-        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``fitted``, ``outcome``, ``reason``,
-            ``elapsed_s``, ``best``; optionally ``epoch``, ``outside``, ``on_front`` and ``at_chance``.
+        rows: ``name``, ``values``, ``alpha``, ``metrics``, ``objective``, ``outcome``, ``reason``, ``elapsed_s``,
+            ``best``; optionally ``epoch``, ``outside``, ``on_front`` and ``at_chance``.
     """
     names = list(dict.fromkeys(key for row in rows for key in row["values"] if key != "alpha"))
     lines = []
@@ -221,13 +217,10 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         accuracies = [objective_cell(row["metrics"].get(name)) for name in ("id_accuracy", "ood_accuracy")]
         alpha = "" if row["alpha"] is None else f"{row['alpha']:.2f}"
         time = elapsed_cell(row["elapsed_s"])
-        objective = objective_cell(row["objective"], row["fitted"])
+        objective = objective_cell(row["objective"])
         lines.append([row["name"], *values, alpha, *accuracies, objective, time, _remark(row)])
     titles = numbers(*names, "alpha", "ID, %", "OOD, %", "objective, %", "time")
-    made = table(["", *titles, Column("", max_width=40)], lines, [row["best"] for row in rows])
-    if any(row["fitted"] for row in rows):
-        made.caption, made.caption_justify = plain(FITTED), "left"
-    return made
+    return table(["", *titles, Column("", max_width=40)], lines, [row["best"] for row in rows])
 
 
 def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -166,8 +166,6 @@ class SearchView:
             lines += [_line(row, "…" if can_star else " ") for row in latest]
             lines += [self._running_line(each) for each in shown]
             yield _fitting_table(lines, width)
-        if any(row.fitted for row in (*baselines, *best, *latest)):
-            yield console.plain(f"  {console.FITTED}", "dim")
         if len(running) > len(shown):
             yield Text(f"  and {len(running) - len(shown)} more, running", style="dim")
         if any("subset/id_accuracy" in each.metrics for each in shown):
@@ -239,7 +237,7 @@ class _Line(NamedTuple):
     Attributes:
         name: With the mark of the best.
         values: Hyperparameters.
-        cells: Epoch, ID, OOD, objective (``~``: of the fitted curve), time.
+        cells: Epoch, ID, OOD, objective, time.
         style: Of Rich.
     """
 
@@ -251,7 +249,7 @@ class _Line(NamedTuple):
 
 def _line(row: "TrialRow", mark: str) -> _Line:
     accuracies = [console.objective_cell(row.metrics.get(name)) for name in ("id_accuracy", "ood_accuracy")]
-    objective = console.objective_cell(row.objective, row.fitted)
+    objective = console.objective_cell(row.objective)
     style = "bold green" if mark in "★*" else "dim" if row.kind == "baseline" else ""
     ended = "" if row.outcome in ("complete", "running") else row.outcome
     cells = [ended, *accuracies, objective, console.elapsed_cell(row.elapsed_s)]

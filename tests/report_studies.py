@@ -120,7 +120,6 @@ def finish(study, spec, rng, limit=None):
         "fine_tuned": {name: value for name, value in curve[-1].items() if name != "alpha"},
         "curve": curve,
         "moved": 0.01,
-        "chosen_from": alphas,
         "num_images": {"train": 64, **{name: IMAGES[name] for name in what.sets}},
         "train": recipe.train.model_dump(mode="json"),
         "elapsed_s": 0.02 + 0.01 * rng.random(),

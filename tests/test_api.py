@@ -50,7 +50,7 @@ def test_the_table_of_trials_has_values_and_metrics_as_typed_columns(original):
     results = [json.loads(path.read_text()) for path in sorted(original.glob("trials/*/result.json"))]
     assert table.num_rows == len(results) == 2
     assert table.column_names == [
-        *("number", "name", "outcome", "objective", "alpha", "fitted", "elapsed_s", "reason"),
+        *("number", "name", "outcome", "objective", "alpha", "elapsed_s", "reason"),
         "learning_rate",
         *("accuracy/id_val", "accuracy/sketch", "id_accuracy", "ood_accuracy"),
         *[name for name in table.column_names if name not in set(table.column_names[:13])],

@@ -10,7 +10,6 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
-from carft_ray.evaluation.alpha import AlphaProfile, choose_alpha, choose_alphas, stepped_back
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
 from carft_ray.evaluation.metrics import answers, expected_calibration_error
 from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table, select
@@ -66,75 +65,6 @@ def test_a_violation_is_what_is_missing_to_the_bound():
     assert " and id_drop plain by 10.5 points and ece id_val by " in violation_words(found)
     assert violation_words({"id_accuracy": 0.7, "violation/ece/id_val": -0.1}) == ""
     assert Limit("x", "accuracy", "id_val", 0.72 - 0.01).violation(0.71) == 0.0  # rounding is no violation
-
-
-def test_without_a_violation_alpha_is_chosen_as_without_constraints():
-    rng = np.random.default_rng(1)
-    for _ in range(50):
-        curve = (0.6 + 0.1 * rng.random() * np.array(GRID) + rng.normal(0, 0.01, 6)).tolist()
-        met = -rng.random((2, 6))
-        assert choose_alpha(GRID, curve, 0.1, NOISE, met) == choose_alpha(GRID, curve, 0.1, NOISE)
-
-
-def test_alphas_that_violate_are_passed_over_by_interpolation_between_evaluated_points():
-    rising = [0.6 + 0.1 * alpha for alpha in GRID]
-    drop = np.array([[-0.3, -0.2, -0.1, 0.05, 0.2, 0.3]])  # crosses 0 at alpha .4 + .2 * 2 / 3
-    choice = choose_alpha(GRID, rising, 0.1, NOISE, drop)
-    assert (choice.alpha, choice.fitted) == (0.5, True)
-    assert choice.value == pytest.approx(0.65)
-    other = np.array([[0.5, 0.3, -0.1, -0.2, -0.2, -0.2]])
-    assert choose_alpha(GRID, rising, 0.1, NOISE, np.vstack([drop, other])).alpha == 0.5
-    assert choose_alpha(GRID, rising, 0.1, NOISE, drop, evaluated_only=True).alpha == 0.4
-    raw = choose_alpha((0.0, 0.5, 1.0), [0.6, 0.7, 0.8], 0.1, None, np.array([[0.0, 0.0, 0.1]]))
-    assert (raw.alpha, raw.value, raw.fitted) == (0.5, 0.7, False)
-
-
-def test_where_no_alpha_meets_all_the_smallest_sum_of_violations_is_chosen():
-    falling = [0.7 - 0.1 * alpha for alpha in GRID]
-    first = np.array([0.9, 0.5, 0.4, 0.3, 0.2, 0.1])
-    assert choose_alpha(GRID, falling, 0.1, NOISE, first[None]).alpha == 1.0
-    second = np.array([0.0, 0.0, 0.0, 0.2, 0.5, 0.6])
-    assert choose_alpha(GRID, falling, 0.1, NOISE, np.stack([first, second])).alpha == 0.4
-    even = np.full((1, 6), 0.3)
-    assert choose_alpha(GRID, falling, 0.1, NOISE, even).alpha == choose_alpha(GRID, falling, 0.1, NOISE).alpha
-
-
-def test_a_grid_point_off_the_steps_may_be_chosen_when_it_alone_meets():
-    grid = (0.0, 0.13, 0.62, 0.87, 1.0)
-    missed = np.array([[1.0, 0.5, 0.0, 0.5, 1.0]])
-    assert choose_alpha(grid, [0.5, 0.6, 0.5, 0.7, 0.8], 0.1, np.eye(5), missed).alpha == 0.62
-
-
-def test_a_chosen_alpha_that_turns_out_to_miss_more_than_a_grid_point_is_given_up():
-    rising = tuple(0.6 + 0.1 * alpha for alpha in GRID)
-    drop = ((-0.3, -0.2, -0.1, 0.05, 0.2, 0.3),)
-    choice, noise = choose_alpha(GRID, rising, 0.1, NOISE, np.array(drop)), tuple(map(tuple, NOISE.tolist()))
-    profile = AlphaProfile(GRID, {}, rising, np.array(noise), choice, np.array(drop))
-    assert stepped_back(profile, {"violation/id_drop/zero_shot": -0.01}, 0.1) == choice
-    back = stepped_back(profile, {"violation/id_drop/zero_shot": 0.001}, 0.1)
-    assert (back.alpha, back.fitted, back.value) == (0.4, True, pytest.approx(0.64))
-    none_meets = AlphaProfile(GRID, {}, rising, np.array(noise), choice, np.full((1, 6), 0.5))
-    assert stepped_back(none_meets, {"x": 0.1}, 0.1) == choice
-    assert stepped_back(profile, {}, 0.1) == choice
-
-
-@pytest.mark.parametrize("grid", [GRID, GRID[:3], (0.0, 0.03, 0.33, 0.5, 1.0)])
-@pytest.mark.parametrize("noise_se", [1e-4, 1.0])
-def test_many_constrained_curves_are_chosen_as_each_alone(grid, noise_se):
-    rng = np.random.default_rng(2)
-    curves = 0.6 + 0.1 * rng.random((40, 1)) * np.array(grid) + rng.normal(0, 0.01, (40, len(grid)))
-    missed = rng.normal(0, 0.1, (40, 2, len(grid))) + rng.normal(0, 0.1, (40, 1, 1))
-    noise = np.eye(len(grid)) * noise_se**2 / 2
-    many = choose_alphas(grid, curves, 0.1, np.stack([noise] * 40), missed)
-    assert many.values == pytest.approx((many.readers * curves).sum(axis=1))
-    for b, curve in enumerate(curves):
-        one = choose_alpha(grid, curve.tolist(), 0.1, noise, missed[b])
-        assert (many.alphas[b], many.values[b]) == (one.alpha, pytest.approx(one.value, abs=1e-12))
-        there = [np.interp(one.alpha, grid, each) for each in missed[b]]
-        assert many.missed[b] == pytest.approx(np.maximum(there, 0).sum(), abs=1e-12)
-        eligible = [i for i, alpha in enumerate(grid) if alpha >= 0.1]
-        if any(np.maximum(missed[b][:, i], 0).sum() == 0 for i in eligible):
-            assert many.missed[b] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.fixture

@@ -113,19 +113,18 @@ def test_a_search_that_runs_fewer_at_a_time_from_now_on_says_so_and_takes_longer
     assert shown(view)[-1].endswith("1 at a time (memory was full) · 1:00 elapsed · about 4:00 left")
 
 
-def test_an_objective_of_the_fitted_curve_is_marked_beside_what_was_measured():
-    fitted = replace(row(1, 0.57), fitted=True, at_chance=True)
-    for rows, marked in (([row(0, 0.5)], False), ([row(0, 0.5), fitted], True)):
-        view = Overview(Path(), stand_in.make_recipe(2), rows, [])
-        table = console.trial_table([view.row_data(each) for each in rows])
-        [objectives] = [[*map(str, column.cells)] for column in table.columns if str(column.header) == "objective, %"]
-        assert objectives == ["50.0", "~57.0"][: len(rows)]
-        assert (str(table.caption) == console.FITTED) is marked
-        assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True][: len(rows)]
-    line = live._line(fitted, " ")
-    assert line.cells[1:4] == ["67.0", "47.0", "~57.0"]
-    text = TrialFinished(fitted, is_best=False).line()
-    assert "ID 67.0, OOD 47.0, objective 57.0 % (fitted) at alpha 0.50; alpha 1.00 at chance" in text
+def test_fine_tuned_weights_at_chance_are_told_beside_what_was_measured():
+    rows = [row(0, 0.5), replace(row(1, 0.57), at_chance=True)]
+    view = Overview(Path(), stand_in.make_recipe(2), rows, [])
+    table = console.trial_table([view.row_data(each) for each in rows])
+    [objectives] = [[*map(str, column.cells)] for column in table.columns if str(column.header) == "objective, %"]
+    assert objectives == ["50.0", "57.0"]
+    assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True]
+    assert live._line(rows[1], " ").cells[1:4] == ["67.0", "47.0", "57.0"]
+    assert (
+        "ID 67.0, OOD 47.0, objective 57.0 % at alpha 0.50; alpha 1.00 at chance"
+        in TrialFinished(rows[1], is_best=False).line()
+    )
 
 
 def test_what_must_not_be_overlooked_gets_a_line_above():

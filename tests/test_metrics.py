@@ -3,6 +3,7 @@
 import itertools
 import math
 import operator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,11 @@ CASES = ("random", "ties", "empty classes", "two classes", "confident")
 def answers_of_logits(labels, logits):
     ids = np.arange(len(labels), dtype=np.uint64)
     return answers(predictions_table("set", 1.0, ids, labels, logits))
+
+
+def taken(given, indices):
+    names = ("labels", "true_rank", "confidence", "nll", "brier")
+    return replace(given, **{name: getattr(given, name)[indices] for name in names})
 
 
 def case(name):
@@ -182,7 +188,7 @@ def test_metrics_equal_those_of_torchmetrics(both):
     for num_bins in (1, 7, 15):  # an upper edge is out there, and edges are float32: images on one are left out
         edges = np.arange(num_bins + 1) / num_bins
         inner = np.flatnonzero(~np.isclose(given.confidence[:, None], edges, atol=1e-6).any(axis=1))
-        part = given.take(inner)
+        part = taken(given, inner)
         found = metrics.expected_calibration_error(part, equal_width_bins(part.confidence, num_bins))
         confidence = torch.from_numpy(given.confidence[inner])  # as of two classes: no rule orders equal logits there
         assert found == same(classification.binary_calibration_error(confidence, correct_N[inner], num_bins))
@@ -235,7 +241,7 @@ def test_bins_of_equal_mass_keep_equal_confidences_together_and_do_not_depend_on
         for b in np.unique(bins)
     )
     assert metrics.set_metrics(given)["ece_equal_mass"] == same(total)
-    shuffled = given.take(np.random.default_rng(1).permutation(len(given)))
+    shuffled = taken(given, np.random.default_rng(1).permutation(len(given)))
     assert metrics.set_metrics(shuffled)["ece_equal_mass"] == pytest.approx(total, abs=1e-12)
 
 

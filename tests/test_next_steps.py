@@ -143,10 +143,6 @@ def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
     assert crash_host.call(["status", str(study_dir)]) == 0
     assert BEHIND in capsys.readouterr().err
     better = study("finished")
-    view = read_study(better)
-    for measured, behind in ((0.2, True), (0.3, False)):  # that of the fitted curve, 0.5, does not count
-        view.best.metrics["objective"] = measured
-        assert behind_zero_shot(view) == behind
     confirm(better)
     assert not behind_zero_shot(read_study(better))
     found = {"other": "zero_shot", "objective": {"mean": -0.01}}  # with fresh seeds it is

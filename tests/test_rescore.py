@@ -28,7 +28,6 @@ from carft_ray.evaluation.predictions import (
 from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.schema import DEFAULT_GRID
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import folder_of, read_study
 from carft_ray.results.rescore import asked_objective, rescore
@@ -105,7 +104,7 @@ def test_the_own_objective_gives_exactly_what_the_search_stored(view):
     for row in (*answer["baselines"], *answer["trials"]):
         stored = rows[row["name"]]
         assert (row["objective"], row["alpha"]) == (stored.objective, stored.alpha)
-        assert (row["old_objective"], row["old_alpha"], row["measured"]) == (stored.objective, stored.alpha, True)
+        assert (row["old_objective"], row["old_alpha"]) == (stored.objective, stored.alpha)
         assert row["id_accuracy"] == stored.metrics["id_accuracy"]
         assert row["ood_accuracy"] == stored.metrics["ood_accuracy"]
         assert row["old_rank"] == row["new_rank"]
@@ -133,25 +132,22 @@ def test_another_objective_is_that_of_the_stored_accuracies(view, asked, spec):
             for alpha in alphas(table, "id_val")
         }
         assert row["alpha"] >= view.recipe.search.alpha.lowest
-        if row["fitted"]:
-            assert abs(row["objective"] - np.interp(row["alpha"], list(values), list(values.values()))) < 0.25
-        else:
-            assert row["objective"] == pytest.approx(values[row["alpha"]], abs=1e-12)
-        if row["measured"]:
-            assert row["id_accuracy"] == accuracy(select(table, "id_val", row["alpha"]))
+        assert row["objective"] == pytest.approx(values[row["alpha"]], abs=1e-12)
+        assert row["objective"] == pytest.approx(max(values[alpha] for alpha in values if alpha > 0), abs=1e-12)
+        assert row["id_accuracy"] == accuracy(select(table, "id_val", row["alpha"]))
 
 
 def test_a_fixed_alpha_stays_what_it_is(view):
     answer = rescore(view, asked_objective(view.recipe, "worst_domain"))
     half = next(row for row in answer["baselines"] if row["name"] == "half")
     zero_shot = next(row for row in answer["baselines"] if row["name"] == "zero_shot")
-    assert (half["alpha"], half["fitted"], zero_shot["alpha"]) == (0.5, False, 0.0)
+    assert (half["alpha"], zero_shot["alpha"]) == (0.5, 0.0)
 
 
 def test_an_objective_that_turns_the_order_gives_old_and_new_ranks(profiled, tmp_path):
     """The predictions are replaced: trial i is right in i of 4 cases on ID, and in 4 - i on the OOD sets."""
     view = read_study(copied(profiled, tmp_path))
-    grid = DEFAULT_GRID
+    grid = view.recipe.search.alpha.measured
     for row in view.trials:
         parts = [
             table_of(name, alpha, row.number if name == "id_val" else 4 - row.number)
@@ -170,7 +166,6 @@ def test_an_objective_that_turns_the_order_gives_old_and_new_ranks(profiled, tmp
     assert [row["objective"] for row in by_ood["trials"]] == pytest.approx([1, 0.75, 0.5, 0.25], abs=1e-12)
     assert [row["ood_accuracy"] for row in by_ood["trials"]] == pytest.approx([1, 0.75, 0.5, 0.25], abs=1e-12)
     assert [row["alpha"] for row in by_ood["trials"]] == [pytest.approx(0.1)] * 4  # flat: the smallest alpha
-    assert not any(row["measured"] for row in by_ood["trials"])  # no predictions are stored at .1
 
 
 def table_of(name, alpha, num_right):
@@ -263,8 +258,6 @@ def test_the_command_shows_ranks_and_says_that_nothing_was_changed(run, profiled
     first = answer["trials"][0]["name"]
     has_weights = (profiled / "trials" / first / "fine_tuned.safetensors").exists()
     assert (f"carft-ray evaluate study --trial {first}" in err) == has_weights
-    fitted = any(row["fitted"] or not row["measured"] for row in (*answer["baselines"], *answer["trials"]))
-    assert ("~: of the fitted alpha curve" in err) == fitted
     _, out, _ = run("study")
     assert out.startswith("Objective: weighted_mean, ID weight 0.5 (the study's own objective). OOD: mean over sketch")
 

@@ -163,7 +163,7 @@ def test_tables_give_what_the_field_says_where_it_has_no_words():
     assert rows["`train.label_smoothing`"] == ["float", "`0.0`", "0 <= x < 1"]
     assert rows["`train.head_bias`"] == ["bool", "`false`", "`true`, `false`"]
     assert rows["`search.alpha.mode`"] == ["text", "`profile`", "`profile`, `sample`"]
-    assert rows["`search.alpha.grid`"] == ["list of float", "`null`", "at least 2"]
+    assert rows["`search.alpha.grid`"] == ["list of float", "`[0.0, 0.2, 0.4, 0.6, 1.0]`", "at least 2"]
     assert rows["`data.train`"] == ["set", "required", ""]
     assert rows["`<set>.trial_seed`"] == ["int", "`0`", "0 <= x < 2**31"]
     assert rows["`search.space.<parameter>.low`"] == ["float or int", "required", ""]

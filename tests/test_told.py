@@ -45,15 +45,15 @@ def test_a_trial_must_have_what_its_constraints_and_its_two_objectives_are_made_
 
 
 def test_a_result_keeps_its_numbers_and_no_curve_unless_there_is_a_front():
-    marks = {"fitted": False, "at_chance": False}
-    kept = {"outcome": "complete", "alpha": 0.4, **marks, "metrics": RESULT["metrics"], "elapsed_s": 2.0}
+    metrics = RESULT["metrics"]
+    kept = {"outcome": "complete", "alpha": 0.4, "at_chance": False, "metrics": metrics, "elapsed_s": 2.0}
     assert result_attributes(RESULT) == kept
     assert result_attributes(RESULT, 0.2) == {**kept, "objective": 0.7, "points": CURVE[1:]}
 
 
-def test_a_result_says_whether_its_objective_is_fitted_and_its_fine_tuned_weights_are_at_chance():
-    found = result_attributes({**RESULT, "alpha_choice": {"fitted": True}, "at_chance": True})
-    assert (found["fitted"], found["at_chance"], found["outcome"]) == (True, True, "complete")
+def test_a_result_says_whether_its_fine_tuned_weights_are_at_chance():
+    found = result_attributes({**RESULT, "at_chance": True})
+    assert (found["at_chance"], found["outcome"]) == (True, "complete")
 
 
 def test_the_lowest_alpha_of_a_front_is_within_it_but_for_rounding():

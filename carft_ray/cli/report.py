@@ -131,8 +131,6 @@ def rescore(
     console.show(f"Objective: {spec.kind}{weight}{own}. {ood}\n")
     rows = [*answer["baselines"], *answer["trials"]]
     console.show(console.rescored_table(rows))
-    if any(row["fitted"] or not row["measured"] for row in rows):
-        console.say("~: of the fitted alpha curve or of a partial point, not measured on all images.")
     if answer["constraints"]:
         console.say("The study's constraints hold here too; trials that miss them come last.")
     if answer["unfinished"]:

@@ -4,7 +4,7 @@
     ece/<set>            violation = ECE of the set - allowed ECE         (15 bins of equal width, ``metrics``)
 
 A violation of 0 or less meets the constraint; several add up by their positive parts. The baseline's accuracy is fixed
-before the first trial. Shape letters: K constraints, A alphas.
+before the first trial.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pyarrow as pa
 
 from carft_ray import files
 from carft_ray.evaluation.metrics import answers, expected_calibration_error
 from carft_ray.evaluation.objective import ID_SET
-from carft_ray.evaluation.predictions import FloatArray, accuracy, select
+from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.layout import REFERENCES
 from carft_ray.recipe.constraints import ECE, ID_DROP, VIOLATION, ConstraintsConfig
 
@@ -85,9 +84,3 @@ def stored_limits(constraints: ConstraintsConfig, prepared_dir: Path) -> tuple[L
 def violations_at(table: pa.Table, bounds: Sequence[Limit], alpha: float) -> dict[str, float]:
     """Returns ``violation/<name>`` of every constraint for predictions at one alpha."""
     return {VIOLATION + limit.name: limit.measured(table, alpha) for limit in bounds}
-
-
-def violation_curve(table: pa.Table, bounds: Sequence[Limit], alphas: Sequence[float]) -> FloatArray:
-    """Returns the violation of every constraint at every alpha, [K, A]."""
-    found = [[limit.measured(table, alpha) for alpha in alphas] for limit in bounds]
-    return np.asarray(found, np.float64).reshape(len(bounds), len(alphas))

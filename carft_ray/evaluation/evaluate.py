@@ -8,28 +8,20 @@ import pyarrow as pa
 import torch
 
 from carft_ray.data.source import ImageSet
-from carft_ray.evaluation.objective import ObjectiveSpec, mean_ood_accuracy
-from carft_ray.evaluation.predictions import BoolArray, accuracy, concat, merge_shards, predictions_table, select
+from carft_ray.evaluation.predictions import concat, merge_shards, predictions_table
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.feeding import images_ahead
 from carft_ray.learning.memory import in_batches
 from carft_ray.learning.ranks import gather
 
-Metrics = dict[str, float]
-
 
 def predict(
-    classifier: ImageClassifier,
-    image_set: ImageSet,
-    alpha: float,
-    batch_size: int,
-    context: RunContext,
-    rows: BoolArray | None = None,
+    classifier: ImageClassifier, image_set: ImageSet, alpha: float, batch_size: int, context: RunContext
 ) -> pa.Table:
     """Returns the predictions for the images of a set, the same table on every worker.
 
-    Worker r of w evaluates the images r, r + w, r + 2 w, ... of those wanted; the parts are put together by position,
+    Worker r of w evaluates the images r, r + w, r + 2 w, ...; the parts are put together by position,
     so counts are exact whatever w is.
 
     Args:
@@ -38,12 +30,9 @@ def predict(
         alpha: Written into the table.
         batch_size: Images per forward pass, fewer where they do not fit into memory.
         context: Rank and number of workers.
-        rows: Which images are wanted, bool [N]; None: all.
     """
     device = classifier.class_head.device
-    wanted = np.arange(len(image_set)) if rows is None else np.flatnonzero(rows)
-    mine = np.arange(context.rank, len(wanted), context.world_size)
-    positions = wanted[mine]
+    positions = np.arange(context.rank, len(image_set), context.world_size)
     classifier.eval()
 
     def logits_of(batch: np.ndarray) -> np.ndarray:
@@ -56,7 +45,7 @@ def predict(
     logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
     ids, labels = image_set.sample_ids[positions], image_set.labels[positions]
     table = predictions_table(image_set.name, alpha, ids, labels, logits_NC, image_set.groups)
-    return merge_shards(gather(context, (mine, table)), len(wanted))
+    return merge_shards(gather(context, (positions, table)), len(image_set))
 
 
 def predict_all(
@@ -65,40 +54,14 @@ def predict_all(
     alpha: float,
     batch_size: int,
     context: RunContext,
-    rows: BoolArray | None = None,
 ) -> pa.Table:
-    """Returns the predictions for several sets in one table, of all images or of some.
+    """Returns the predictions for several sets in one table.
 
     Args:
         classifier, alpha, batch_size, context: As for ``predict``.
         sets: One after the other.
-        rows: Which rows of the whole table are wanted; None: all.
     """
-    starts = np.cumsum([len(image_set) for image_set in sets])[:-1]
-    parts: Sequence[BoolArray | None] = [None] * len(sets) if rows is None else np.split(rows, starts)
-    found = [
-        predict(classifier, image_set, alpha, batch_size, context, part)
-        for image_set, part in zip(sets, parts, strict=True)
-    ]
-    return concat(found)
-
-
-def metrics_at(table: pa.Table, spec: ObjectiveSpec, alpha: float) -> Metrics:
-    """Returns ``accuracy/<set>``, ``id_accuracy``, ``ood_accuracy`` (mean of the OOD sets) and ``objective``.
-
-    ``ood_accuracy`` is absent where there is no OOD set.
-
-    Args:
-        table: Predictions that hold all sets of the objective at ``alpha``.
-        spec: The objective and its sets.
-        alpha: Which rows.
-    """
-    by_set = {name: accuracy(select(table, name, alpha)) for name in spec.sets}
-    metrics = {f"accuracy/{name}": value for name, value in by_set.items()}
-    metrics["id_accuracy"] = by_set[spec.id_set]
-    if spec.ood_sets:
-        metrics["ood_accuracy"] = mean_ood_accuracy({name: by_set[name] for name in spec.ood_sets})
-    return {**metrics, "objective": spec.value(by_set)}
+    return concat([predict(classifier, image_set, alpha, batch_size, context) for image_set in sets])
 
 
 def subset(image_set: ImageSet, num_images: int) -> ImageSet:

@@ -12,7 +12,6 @@ temperature is fitted, after mixing neither. All values but the NLL are fraction
 Shape letters: N images, C classes, K = min(10, C) classes kept of each image.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -57,11 +56,6 @@ class Answers:
     def correct(self) -> BoolArray:
         """Which images are classified right, bool [N]."""
         return np.asarray(self.true_rank == 0)
-
-    def take(self, indices: IntArray) -> "Answers":
-        """Returns the images at these positions, which may repeat."""
-        names = ("labels", "true_rank", "confidence", "nll", "brier")
-        return dataclasses.replace(self, **{name: getattr(self, name)[indices] for name in names})
 
 
 def answers(table: pa.Table) -> Answers:

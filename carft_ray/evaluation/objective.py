@@ -16,13 +16,16 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from carft_ray.errors import CarftError, Problem
+from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.recipe.schema import Recipe
 
 ID_SET = "id_val"  # role and name of the ID validation set
 
 FloatArray = npt.NDArray[np.float64]
+Metrics = dict[str, float]
 ObjectiveKind = Literal["weighted_mean", "harmonic", "worst_domain"]
 
 
@@ -85,37 +88,28 @@ class ObjectiveSpec:
             return 2 * id_accuracy * ood_accuracy / np.where(total > 0, total, 1.0)
         return self.id_weight * id_accuracy + (1 - self.id_weight) * ood_accuracy
 
-    def slopes(self, accuracies: Mapping[str, float] | Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        """Returns the derivative of the objective with respect to the accuracy of every set; many models at once.
+    def weights(self, accuracies: Mapping[str, float]) -> dict[str, float]:
+        """Returns the derivative of the objective with respect to the accuracy of every set.
 
         Weights of an interval (``statistics.intervals``): exact for ``weighted_mean``, first order for the
         others. Harmonic: dJ/da = 2 b^2 / (a + b)^2 and dJ/db = 2 a^2 / (a + b)^2, shared equally by the OOD sets; where
         a = b = 0 the value along a = b, 1/2, is used. Worst domain: 1 on the lowest set (the first of equals), else 0.
 
         Args:
-            accuracies: Per set an accuracy, or an array of them, all of one shape; unchecked.
-
-        Returns:
-            Per set an array of that shape.
+            accuracies: Per set an accuracy, unchecked; other sets may be there.
         """
-        id_accuracy, num_ood = np.asarray(accuracies[self.id_set], np.float64), len(self.ood_sets)
-        if not num_ood:
-            return {self.id_set: np.ones_like(id_accuracy)}
-        by_set = np.stack([accuracies[name] for name in self.ood_sets])
+        ood = {name: accuracies[name] for name in self.ood_sets}
+        if not ood:
+            return {self.id_set: 1.0}
         if self._is_lowest:
-            lowest = np.asarray(by_set.argmin(axis=0))
-            ood = {name: (lowest == i).astype(np.float64) for i, name in enumerate(self.ood_sets)}
-            return {self.id_set: np.zeros_like(id_accuracy), **ood}
-        id_slope, ood_slope = np.full_like(id_accuracy, self.id_weight), np.full_like(id_accuracy, 1 - self.id_weight)
+            lowest = min(ood, key=lambda name: ood[name])
+            return {self.id_set: 0.0, **{name: float(name == lowest) for name in ood}}
+        id_slope, ood_slope = self.id_weight, 1 - self.id_weight
         if self.kind == "harmonic":
-            total = id_accuracy + by_set.mean(axis=0)
-            id_share = np.where(total > 0, id_accuracy / np.where(total > 0, total, 1.0), 0.5)
+            total = accuracies[self.id_set] + mean_ood_accuracy(ood)
+            id_share = accuracies[self.id_set] / total if total > 0 else 0.5
             id_slope, ood_slope = 2 * (1 - id_share) ** 2, 2 * id_share**2
-        return {self.id_set: id_slope, **dict.fromkeys(self.ood_sets, ood_slope / num_ood)}
-
-    def weights(self, accuracies: Mapping[str, float]) -> dict[str, float]:
-        """Returns ``slopes`` of one model."""
-        return {name: float(slope) for name, slope in self.slopes(accuracies).items()}
+        return {self.id_set: id_slope, **dict.fromkeys(ood, ood_slope / len(ood))}
 
 
 def objective_spec(recipe: Recipe) -> ObjectiveSpec:
@@ -123,6 +117,24 @@ def objective_spec(recipe: Recipe) -> ObjectiveSpec:
     part = recipe.search.objective
     kind: ObjectiveKind = "weighted_mean" if part.kind == "pareto" else part.kind
     return ObjectiveSpec(kind, ID_SET, tuple(recipe.data.ood_val), part.id_weight)
+
+
+def metrics_at(table: pa.Table, spec: ObjectiveSpec, alpha: float) -> Metrics:
+    """Returns ``accuracy/<set>``, ``id_accuracy``, ``ood_accuracy`` (mean of the OOD sets) and ``objective``.
+
+    ``ood_accuracy`` is absent where there is no OOD set.
+
+    Args:
+        table: Predictions that hold all sets of the objective at ``alpha``.
+        spec: The objective and its sets.
+        alpha: Which rows.
+    """
+    by_set = {name: accuracy(select(table, name, alpha)) for name in spec.sets}
+    metrics = {f"accuracy/{name}": value for name, value in by_set.items()}
+    metrics["id_accuracy"] = by_set[spec.id_set]
+    if spec.ood_sets:
+        metrics["ood_accuracy"] = mean_ood_accuracy({name: by_set[name] for name in spec.ood_sets})
+    return {**metrics, "objective": spec.value(by_set)}
 
 
 def _check(id_accuracy: float, ood_accuracies: Mapping[str, float]) -> None:

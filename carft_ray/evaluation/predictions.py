@@ -177,33 +177,6 @@ def merge_shards(shards: Sequence[tuple[IntArray, pa.Table]], num_samples: int) 
     return table.take(pa.array(np.argsort(positions)))
 
 
-def with_rows(table: pa.Table, alpha: float, rows: BoolArray, evaluated_there: pa.Table) -> pa.Table:
-    """Returns a table as if of another alpha, with some of its rows replaced by what was evaluated there.
-
-    Args:
-        table: N rows.
-        alpha: The other alpha.
-        rows: Which are replaced, [N].
-        evaluated_there: Predictions at that alpha for the images of these rows, in their order.
-    """
-    column = table.schema.names.index("alpha")
-    others = table.set_column(column, SCHEMA.field(column), pa.array(np.full(len(table), alpha, np.float64)))
-    order = np.arange(len(table))
-    order[rows] = len(table) + np.arange(len(evaluated_there))
-    return concat([others, evaluated_there]).take(pa.array(order))
-
-
-def margins(table: pa.Table) -> FloatArray:
-    """Returns the largest logit less the second of every row, [N]; 0 where there is one class."""
-    top_NK = pc.list_flatten(table["top_logits"]).to_numpy().reshape(len(table), -1).astype(np.float64)
-    return np.asarray(top_NK[:, 0] - top_NK[:, min(1, top_NK.shape[1] - 1)])
-
-
-def set_codes(table: pa.Table) -> IntArray:
-    """Returns a number for the set of every row, [N]."""
-    return np.asarray(table["set"].unify_dictionaries().combine_chunks().indices.to_numpy(), np.int64)
-
-
 def accuracy(table: pa.Table) -> float:
     """Returns the share of rows whose prediction is the label.
 

@@ -25,14 +25,14 @@ from carft_ray import files, layout
 from carft_ray.data.source import ImageSet, PixelArray
 from carft_ray.data.views import VIEW_VERSION
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.constraints import stored_limits, violations_at
-from carft_ray.evaluation.curve import At, alphas_at_chance, is_at_chance, measure_curve
-from carft_ray.evaluation.evaluate import Metrics, metrics_at, predict_all, subset
+from carft_ray.evaluation.alpha import At, alphas_at_chance, choose_point, curve_points, is_at_chance, measure_curve
+from carft_ray.evaluation.constraints import stored_limits
+from carft_ray.evaluation.evaluate import predict_all, subset
 from carft_ray.evaluation.heads import cached_heads
-from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
 from carft_ray.evaluation.origin import gpu_names, shared_origin, training_environment
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
-from carft_ray.evaluation.predictions import BoolArray, read_predictions, select, write_predictions
+from carft_ray.evaluation.predictions import concat, read_predictions, select, write_predictions
 from carft_ray.evaluation.scalars import EventFile, run_folder, tag_of, varied
 from carft_ray.evaluation.shared_inputs import (
     SharedInputs,
@@ -228,9 +228,9 @@ class _Training:
         zero_shot = classifier.state()
         start, end = ({name: tensor.to(device) for name, tensor in s.items()} for s in (zero_shot, fine_tuned))
 
-        def at(alpha: float, rows: BoolArray | None = None) -> pa.Table:
+        def at(alpha: float) -> pa.Table:
             load_mixture(classifier, start, end, alpha, self.views_NHWC)
-            return predict_all(classifier, sets, alpha, batch_size, self.context, rows)
+            return predict_all(classifier, sets, alpha, batch_size, self.context)
 
         return zero_shot, at
 
@@ -241,23 +241,24 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
     zero_shot, at = training.mixtures(fine_tuned, inputs.validation)
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
     # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
-    start = read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0, None)
-    measured, choice, chosen_from = measure_curve(recipe, spec, bounds, start, at)
-    table, curve = measured.table(), measured.points(spec, bounds)
-    at_chance = alphas_at_chance(measured.tables, spec.id_set)
+    start = read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0)
+    tables = measure_curve(recipe, start, at)
+    table, curve = concat(list(tables.values())), curve_points(tables, spec, bounds)
+    at_chance = alphas_at_chance(tables, spec.id_set)
+    fixed = [point for point in curve if point["alpha"] == recipe.train.alpha]
+    metrics = dict(fixed[0] if fixed else choose_point(curve, recipe.search.alpha.lowest))
+    alpha = metrics.pop("alpha")
     if training.context.rank == 0:
         write_predictions(training.out_dir / layout.PREDICTIONS, table)
         pictures = training.out_dir / layout.THUMBNAILS
-        write_thumbnails(pictures, table, choice.alpha, inputs.validation, recipe.evaluate.thumbnails)
+        write_thumbnails(pictures, table, alpha, inputs.validation, recipe.evaluate.thumbnails)
     return {
         "format_version": RESULT_VERSION,
-        "objective": choice.value,
-        "alpha": choice.alpha,
-        "metrics": {**metrics_at(table, spec, choice.alpha), **violations_at(table, bounds, choice.alpha)},
-        "fine_tuned": metrics_at(table, spec, 1.0),
+        "objective": metrics["objective"],
+        "alpha": alpha,
+        "metrics": metrics,
+        "fine_tuned": metrics_at(tables[1.0], spec, 1.0),
         "curve": curve,
-        "alpha_choice": dataclasses.asdict(choice),
-        "chosen_from": chosen_from,
         "at_chance": 1.0 in at_chance,
         "moved": _relative_distance(zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
@@ -276,7 +277,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
         if not has_intermediate_value(every, pruner, epoch, recipe.train.epochs):
             return {}
         _, at = training.mixtures(state(), small)
-        found = [{"alpha": alpha, **metrics_at(at(alpha, None), spec, alpha)} for alpha in alphas]
+        found = [{"alpha": alpha, **metrics_at(at(alpha), spec, alpha)} for alpha in alphas]
         best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
@@ -378,7 +379,7 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     TensorBoard shows once.
     """
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
-    metrics |= {name: result[name] for name in ("objective", "alpha")}  # of the fitted curve, as the trial is ranked
+    metrics["alpha"] = result["alpha"]
     rows = files.read_json_lines(out_dir / layout.METRICS)
     events = EventFile(run_folder(out_dir, recipe))
     step = int(rows[-1]["step"]) if rows else 0

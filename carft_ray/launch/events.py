@@ -151,7 +151,7 @@ def _result(row: TrialRow) -> str:
     metrics = row.metrics
     text += f": ID {100 * metrics['id_accuracy']:.1f}"
     text += f", OOD {100 * metrics['ood_accuracy']:.1f}" if "ood_accuracy" in metrics else ""
-    text += f", objective {100 * row.objective:.1f} %{' (fitted)' if row.fitted else ''}"
+    text += f", objective {100 * row.objective:.1f} %"
     text += f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
     text += f"; {words}" if (words := violation_words(metrics)) else ""
     return f"{text}; {'alpha 1.00 ' if row.alpha else ''}at chance" if row.at_chance else text

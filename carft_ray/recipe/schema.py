@@ -58,7 +58,7 @@ def _amount(value: float) -> float:
     return value
 
 
-DEFAULT_GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of alphas
+DEFAULT_GRID = (0.0, 0.2, 0.4, 0.6, 1.0)  # of alphas; .8 more gains nothing (`python -m benchmarks.curve --grids`)
 
 
 class AlphaConfig(Config):
@@ -67,25 +67,20 @@ class AlphaConfig(Config):
     mode: Literal["profile", "sample"] = key("profile", "profile", OBJECTIVE)
     """profile: each trial takes the best of its alpha curve, without further training; sample: alpha is a parameter of
     the space"""
-    grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] | None = key(None, [0, 0.25, 0.5, 0.75, 1], OBJECTIVE)
-    """alphas at which the curve is measured, in addition to `lowest` and up to two next to the best; null: 0, .2, .4,
-    .6, .8, 1, some of them on the images whose answer may differ there alone
-    ([docs/objectives.md](../docs/objectives.md#partial-points))"""
+    grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] = key(DEFAULT_GRID, [0, 0.25, 0.5, 0.75, 1], OBJECTIVE)
+    """alphas at which the curve is measured, in addition to `lowest`"""
     lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.1, 0.2, OBJECTIVE)
     """lowest alpha that a trial may choose, always measured; alpha 0 is a baseline"""
 
     @property
     def measured(self) -> tuple[float, ...]:
         """The alphas at which every curve is measured, rising: the grid, and the lowest one that may be chosen."""
-        grid = self.grid or DEFAULT_GRID
-        there = any(abs(alpha - self.lowest) < 1e-9 for alpha in grid)
-        return grid if there else tuple(sorted((*grid, self.lowest)))
+        there = any(abs(alpha - self.lowest) < 1e-9 for alpha in self.grid)
+        return self.grid if there else tuple(sorted((*self.grid, self.lowest)))
 
     @field_validator("grid")
     @classmethod
-    def _rises(cls, grid: tuple[float, ...] | None) -> tuple[float, ...] | None:
-        if grid is None:
-            return None
+    def _rises(cls, grid: tuple[float, ...]) -> tuple[float, ...]:
         if list(grid) != sorted(set(grid)) or grid[0] != 0 or grid[-1] != 1:
             raise ValueError(f"must rise strictly from 0 to 1, but got {list(grid)}")
         return grid

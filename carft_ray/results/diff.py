@@ -28,10 +28,10 @@ def compare(a: str, b: str) -> dict[str, Any]:
         b: The other one, in the same form.
 
     Returns:
-        ``a`` and ``b`` (``name``, ``folder``, ``trial``, ``alpha``, ``objective``: that of the fitted curve, which
-        ranks trials), ``recipe`` and ``origin`` (``key``, ``a``, ``b``), ``rows`` (``what``, ``a``, ``b``,
-        ``difference`` = a - b, ``low``, ``high``: fractions; None where they are not comparable), ``reasons`` why
-        not, by name, and ``words``: what the intervals are over.
+        ``a`` and ``b`` (``name``, ``folder``, ``trial``, ``alpha``, ``objective``), ``recipe`` and ``origin``
+        (``key``, ``a``, ``b``), ``rows`` (``what``, ``a``, ``b``, ``difference`` = a - b, ``low``, ``high``:
+        fractions; None where they are not comparable), ``reasons`` why not, by name, and ``words``: what the intervals
+        are over.
 
     Raises:
         UsageError, NoSuccessfulTrialError, StorageError: As ``open_finished``.

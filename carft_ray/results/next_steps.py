@@ -61,8 +61,7 @@ def behind_zero_shot(view: Overview) -> bool:
     zero_shot = next((row for row in view.baselines if row.name == ZERO_SHOT), None)
     if view.best is None or zero_shot is None or zero_shot.objective is None:
         return False
-    measured = view.best.metrics.get("objective", view.best.objective or 0.0)  # not that of the fitted curve
-    return measured < zero_shot.objective
+    return (view.best.objective or 0.0) < zero_shot.objective
 
 
 def export_folder(name: str) -> str:

@@ -107,12 +107,11 @@ def _by_one_number(
             f"images and seeds, the latter from {counted(len(again), 'confirmed configuration')}. Neither this nor a "
             "confirm is of images that did not choose: a test is"
         )
-    measured = f" by its fitted alpha curve, {100 * best.metrics['objective']:.1f} % measured" if best.fitted else ""
     return (
         {"noise": {**asdict(noise), "words": noise.words}, "corrected": asdict(corrected)},
         [
             f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective "
-            f"{100 * (best.objective or 0):.1f} %{measured}. It was chosen by this number, so it is too high.",
+            f"{100 * (best.objective or 0):.1f} %. It was chosen by this number, so it is too high.",
             f"Corrected: {100 * corrected.value:.1f} %. The luck expected of the best of "
             f"{counted(len(objectives), 'value')} is subtracted, {100 * corrected.optimism:.1f} points: that of "
             f"{covered}.",

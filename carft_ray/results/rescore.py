@@ -9,17 +9,15 @@ is chosen from its grid as in mode ``profile``.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, get_args
 
-import numpy as np
-
 from carft_ray.errors import CarftError, HoldOutError, Problem, StorageError, UsageError, nearest
-from carft_ray.evaluation import predictions
-from carft_ray.evaluation.alpha import AlphaChoice, alpha_profile, fitted_curve, partial_alphas, stepped_back
-from carft_ray.evaluation.constraints import Limit, violations_at
-from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, mean_ood_accuracy, objective_spec
-from carft_ray.recipe.constraints import VIOLATION, total_violation, violations
+from carft_ray.evaluation.alpha import Point, choose_point, curve_points
+from carft_ray.evaluation.constraints import Limit
+from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objective_spec
+from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.recipe.constraints import total_violation, violations
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.pareto import study_limits
@@ -32,24 +30,6 @@ NOTE = (
     "Nothing in the study was changed. The trials were proposed and their best chosen under the study's own objective; "
     "each ranking by another one is one more selection on the same validation images."
 )
-
-
-@dataclass(frozen=True)
-class Rescored:
-    """One training under an objective; all values but alpha are fractions.
-
-    Attributes:
-        choice: Alpha and objective.
-        accuracies: At that alpha, by set.
-        violations: ``violation/<name>`` of every constraint at that alpha, interpolated where it is not measured.
-        measured: The accuracies were measured at that alpha on all images; False: on a part of them, or read from the
-            fitted curves, since no predictions at it are stored.
-    """
-
-    choice: AlphaChoice
-    accuracies: dict[str, float]
-    violations: dict[str, float]
-    measured: bool = True
 
 
 def asked_objective(
@@ -111,7 +91,7 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     """
     finished = require_finished(view.study_dir, [row for row in view.trials if row.outcome == "complete"])
     baselines = [row for row in view.baselines if row.outcome == "complete"]
-    found: dict[str, Rescored] = {}
+    found: dict[str, Point] = {}
     problems: list[Problem] = []
     bounds = study_limits(view.recipe, view.baselines)
     for row in (*baselines, *finished):
@@ -124,12 +104,11 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     old = {row.number: rank for rank, row in enumerate(best_first(finished), start=1)}
 
     def order(row: TrialRow) -> tuple[float, float, int]:
-        each = found[row.kind + row.name]
-        return total_violation(each.violations), -each.choice.value, row.number
+        point = found[row.kind + row.name]
+        return total_violation(point), -point["objective"], row.number
 
     def data(row: TrialRow, new_rank: int | None = None) -> dict[str, Any]:
-        each = found[row.kind + row.name]
-        ood = {name: each.accuracies[name] for name in spec.ood_sets}
+        point = found[row.kind + row.name]
         return {
             "name": row.name,
             "values": row.values,
@@ -137,13 +116,11 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
             "new_rank": new_rank,
             "old_alpha": row.alpha,
             "old_objective": row.objective,
-            "alpha": each.choice.alpha,
-            "fitted": each.choice.fitted,
-            "id_accuracy": each.accuracies[spec.id_set],
-            "ood_accuracy": mean_ood_accuracy(ood) if ood else None,
-            "measured": each.measured,
-            "objective": each.choice.value,
-            "violations": violations(each.violations),
+            "alpha": point["alpha"],
+            "id_accuracy": point["id_accuracy"],
+            "ood_accuracy": point.get("ood_accuracy"),
+            "objective": point["objective"],
+            "violations": violations(point),
         }
 
     return {
@@ -159,11 +136,10 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     }
 
 
-def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequence[Limit] = ()) -> Rescored:
-    """Returns one finished trial or baseline under an objective, the way its training chose alpha.
+def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequence[Limit] = ()) -> Point:
+    """Returns the point of one finished trial or baseline under an objective, chosen the way its training did.
 
-    A fixed alpha (of the recipe, of a baseline, or drawn by the search) stays; else the alphas decide that the training
-    chose from. Predictions at a chosen alpha between them, which the training added, are no point of the curve.
+    A fixed alpha (of the recipe, of a baseline, or drawn by the search) stays.
 
     Args:
         view: The study.
@@ -174,36 +150,11 @@ def rescore_row(view: Overview, row: TrialRow, spec: ObjectiveSpec, bounds: Sequ
     Raises:
         StorageError, DataError: Its predictions are missing, damaged, or lack a set or an alpha.
     """
-    table = predictions.read_predictions(predictions_path(view.study_dir, row))
+    table, alpha = read_predictions(predictions_path(view.study_dir, row)), view.recipe.search.alpha
     fixed = apply(view.recipe, row.values).train.alpha
-    if fixed is not None and not (row.kind == "trial" and view.recipe.search.objective.kind == "pareto"):
-        by_set = _accuracies(table, spec, fixed)
-        choice = AlphaChoice(fixed, spec.value(by_set), False, "alpha is fixed")
-        return Rescored(choice, by_set, violations_at(table, bounds, fixed))
-    lowest, measured = view.recipe.search.alpha.lowest, view.recipe.search.alpha.measured
-    result = {} if fixed is not None else view.result(row)
-    among = table.filter(np.isin(table["alpha"].to_numpy(), result.get("chosen_from", measured)))
-    profile = alpha_profile(among, spec, lowest, bounds)
-    choice = profile.choice
-    stored = set.intersection(*({*predictions.alphas(table, name)} for name in spec.sets))
-    if choice.alpha in stored:
-        if choice.alpha not in profile.alphas:
-            choice = stepped_back(profile, violations_at(table, bounds, choice.alpha), lowest)
-        by_set, missed = _accuracies(table, spec, choice.alpha), violations_at(table, bounds, choice.alpha)
-        return Rescored(choice, by_set, missed, choice.alpha not in partial_alphas(result))
-    missed = {
-        VIOLATION + limit.name: float(np.interp(choice.alpha, profile.alphas, along))
-        for limit, along in zip(bounds, () if profile.violations_KA is None else profile.violations_KA, strict=True)
-    }
-    by_set = {
-        name: float(np.clip(fitted_curve(profile.alphas, curve, [choice.alpha])[0], 0, 1))
-        for name, curve in profile.accuracies.items()
-    }
-    return Rescored(choice, by_set, missed, measured=False)
-
-
-def _accuracies(table: Any, spec: ObjectiveSpec, alpha: float) -> dict[str, float]:
-    return {name: predictions.accuracy(predictions.select(table, name, alpha)) for name in spec.sets}
+    if fixed is None or (row.kind == "trial" and view.recipe.search.objective.kind == "pareto"):
+        return choose_point(curve_points(dict.fromkeys(alpha.measured, table), spec, bounds), alpha.lowest)
+    return curve_points({fixed: table}, spec, bounds)[0]
 
 
 def _words(spec: ObjectiveSpec) -> dict[str, Any]:

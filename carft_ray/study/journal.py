@@ -250,7 +250,6 @@ def result_attributes(result: Mapping[str, Any], lowest: float | None = None) ->
     found = {
         "outcome": "complete",
         "alpha": result.get("alpha"),
-        "fitted": bool(result.get("alpha_choice", {}).get("fitted", False)),
         "at_chance": bool(result.get("at_chance", False)),
         "metrics": result["metrics"],
         "elapsed_s": result.get("elapsed_s"),

@@ -74,7 +74,6 @@ class TrialRow:
     """A training of a study as tables show it. Accuracies and objective are fractions.
 
     Attributes:
-        fitted: The objective is that of the fitted alpha curve; the metrics are measured.
         at_chance: The fine-tuned weights alone, alpha 1, are at chance, others of the curve above; of zero-shot: it is.
         outside: The search space has changed since, and the sampler no longer uses this trial.
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
@@ -99,7 +98,6 @@ class TrialRow:
     points: tuple[dict[str, float], ...] = ()
     standing: int = 0
     intermediate_values: dict[int, float] = field(default_factory=dict)  # percent of schedule -> objective
-    fitted: bool = False
     at_chance: bool = False
     set_aside: bool = False  # left to the next search: its attempts were lost without advancing; see ``reason``
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them

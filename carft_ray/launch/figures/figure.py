@@ -47,10 +47,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Curve:
-    """The alpha curve of the best trial, with its chosen point; errors are standard errors, None where not known.
-
-    Points at the ``partial`` alphas, for which a part of the images was evaluated, are drawn hollow.
-    """
+    """The alpha curve of the best trial, with its chosen point; errors are standard errors, None where not known."""
 
     alphas: Sequence[float]
     id_accuracies: Sequence[float]
@@ -60,7 +57,6 @@ class Curve:
     chosen_ood_accuracy: float
     id_se: float | None = None
     ood_se: float | None = None
-    partial: Sequence[float] = ()
 
 
 def id_ood_figure(
@@ -228,8 +224,6 @@ def _draw_curve(axes: "Axes", curve: Curve) -> None:
     x_error, y_error = (100 * (error or 0.0) for error in (curve.id_se, curve.ood_se))
     name = f"best trial, alpha {curve.chosen_alpha:g}"
     axes.plot(xs, ys, color=_ACCENT, linewidth=1.6, marker="o", markersize=4.5, zorder=4, label=name)
-    hollow = np.isin(curve.alphas, curve.partial)
-    axes.scatter(xs[hollow], ys[hollow], s=20, facecolors="white", edgecolors=_ACCENT, linewidths=1.2, zorder=5)
     axes.errorbar([x], [y], xerr=x_error or None, yerr=y_error or None, color=_ACCENT, linewidth=1, capsize=3, zorder=5)
     axes.scatter([x], [y], s=190, facecolors="none", edgecolors=_ACCENT, linewidths=2.2, zorder=7)
     edge = [withStroke(linewidth=2, foreground="white")]  # readable over lines

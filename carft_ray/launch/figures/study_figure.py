@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from carft_ray.evaluation.alpha import partial_alphas
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.launch.figures.figure import Curve, Dot, Pair, id_ood_figure
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG, FOLDERS
@@ -107,5 +106,4 @@ def _curve(study_dir: Path, best: TrialRow | None) -> Curve | None:
         chosen_ood_accuracy=metrics["ood_accuracy"],
         id_se=variances["id_val"] ** 0.5,
         ood_se=sum(variances[name] for name in ood) ** 0.5 / len(ood),
-        partial=partial_alphas(content),
     )

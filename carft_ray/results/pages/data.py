@@ -137,7 +137,7 @@ def _curves(view: Overview) -> list[dict[str, Any]]:
     for row in (*best, *view.baselines):
         points = view.result(row).get("curve") or []
         if row.outcome == "complete" and len(points) > 1:
-            kept = ("alpha", "id_accuracy", "ood_accuracy", "objective", "evaluated")
+            kept = ("alpha", "id_accuracy", "ood_accuracy", "objective")
             points = [{name: point[name] for name in kept if name in point} for point in points]
             found.append({"name": row.name, "kind": row.kind, "alpha": row.alpha, "points": points})
     return found

@@ -72,8 +72,8 @@ FIGURES = (
         "alphas",
         "Results",
         "Accuracy over alpha",
-        "The alpha curves of the best trials, from zero-shot (0) to fine-tuned (1), as measured; the pointer shows "
-        "which points are partial. Diamonds move with the slider.",
+        "The alpha curves of the best trials, from zero-shot (0) to fine-tuned (1), as measured. Diamonds move with "
+        "the slider.",
         lambda document: bool(document["curves"]) and not _pairs(document),
         is_wide=True,
     ),

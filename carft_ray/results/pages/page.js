@@ -150,7 +150,7 @@
   const lines = (curves, x, y) => curves.map((curve) => ({
     x: curve.points.map(x), y: curve.points.map(y), mode: "lines", showlegend: curve.name === best?.name, name: "curve of the best",
     line: { color: curveColour(curve), width: curve.name === best?.name ? 2.5 : 1, dash: isBaseline.has(curve.name) ? "dot" : "solid" }, opacity: curve.name === best?.name ? 1 : 0.55,
-    text: curve.points.map((point) => `${spaced(curve.name)}, alpha ${point.alpha}: ID ${percent(point.id_accuracy)} %` + (point.ood_accuracy == null ? "" : `, OOD ${percent(point.ood_accuracy)} %`) + (point.evaluated == null ? "" : `, partial: ${percent(point.evaluated)} % of the images`)), hovertemplate: "%{text}<extra></extra>",
+    text: curve.points.map((point) => `${spaced(curve.name)}, alpha ${point.alpha}: ID ${percent(point.id_accuracy)} %` + (point.ood_accuracy == null ? "" : `, OOD ${percent(point.ood_accuracy)} %`)), hovertemplate: "%{text}<extra></extra>",
   }));
 
   const front = (rows) => { // of a Pareto search as the study has it, else of the points shown

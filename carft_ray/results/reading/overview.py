@@ -90,7 +90,6 @@ class Overview:
             "reason": row.reason,
             "alpha": row.alpha,
             "objective": row.objective,
-            "fitted": row.fitted,
             "at_chance": row.at_chance,
             "metrics": row.metrics,
             "violations": violations(row.metrics),

@@ -49,7 +49,7 @@ def budget_line(recipe: Recipe, result: SearchResult) -> str:
 
 def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
     best, front = result.best, front_data(recipe, result.trials)
-    value = f"objective {100 * (best.objective or 0):.1f} %{' (fitted)' if best.fitted else ''}"
+    value = f"objective {100 * (best.objective or 0):.1f} %"
     if front is not None:
         pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"

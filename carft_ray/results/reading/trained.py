@@ -12,9 +12,9 @@ from torch import Tensor
 from carft_ray import files
 from carft_ray.data.shared.shared_images import read_shared, shared_lines, without_shared
 from carft_ray.errors import Problem, StorageError, UsageError
-from carft_ray.evaluation.evaluate import metrics_at, predict_all
+from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.metrics import answers, set_metrics
-from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.objective import metrics_at, objective_spec
 from carft_ray.evaluation.predictions import select
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.evaluation.training import device_of
