@@ -231,7 +231,7 @@ def show(
         print(f"{name:26}" + "".join(f"{100 * cells[column].mean:14.1f}" for column in columns))
     print("\nDifferences, points")
     for name, interval in intervals.items():
-        print(f"  {name}: {in_points(interval, signed=True)}")
+        print(f"  {name}: {in_points(interval.mean, interval.ends, signed=True)}")
     print(
         f"\nRandom points: best objective {100 * numbers['best_objective']:.1f} % at learning rate "
         f"{numbers['best_learning_rate']:.3g}, KL weight {numbers['best_kl_weight']:.3g}; sd over points "

@@ -72,16 +72,16 @@ def plain_settings() -> list[str]:
 
 def markdown(summary: Mapping[str, Any]) -> list[str]:
     """Returns the rows of ``test/summary.json`` as a Markdown table, accuracies in percent with 95 % intervals."""
-    columns = {"id_test": "ID test", "ood_mean": "OOD test, mean", "objective": "objective"}
+    columns = {"id_accuracy": "ID test", "ood_accuracy": "OOD test, mean", "objective": "objective"}
     lines = ["| | alpha | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
     for row in summary["rows"]:
-        cells = [_estimate(row["test"][name]) for name in columns]
+        cells = [_estimate(row[name]) for name in columns]
         lines.append(f"| {row['name'].replace('_', ' ')} | {row['alpha']:.2f} | " + " | ".join(cells) + " |")
     return lines
 
 
 def _estimate(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
+    low, high = found["ends"]
     return f"{100 * found['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
 

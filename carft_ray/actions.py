@@ -204,13 +204,14 @@ def confirm(
     others = [overview.read_study(Path(path)) for path in against]
     recipe = load_recipe(overview.resolved_recipe(view.study_dir), overrides)
     recipe, runner = _with_trainer(recipe, train, trust)
+    from carft_ray.data.shared.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec
     from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.confirm import run_confirm
     from carft_ray.launch.tracking import tracking
     from carft_ray.progress import search_shown
     from carft_ray.results.confirmation import plan
-    from carft_ray.results.confirmation.summary import choose, summarise
+    from carft_ray.results.confirmation.summary import choose, confirm_lines, summarise
 
     study_dir, say = view.study_dir, console.sayer(progress)
     with (
@@ -240,8 +241,8 @@ def confirm(
             say(f"The best on the fresh seeds is {chosen}; these seeds chose it, so others measure it.")
             train_stage(second)
     summary = summarise(study_dir, recipe, first, second)
-    table = console.estimate_table(summary["table"])
-    return Answer(recipe.name, summary, (table,), tuple(summary["lines"]))
+    lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]
+    return Answer(recipe.name, summary, (console.estimate_table(summary["rows"]),), tuple(lines))
 
 
 def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[Recipe, "Runner | None"]:

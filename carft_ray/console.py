@@ -227,12 +227,14 @@ def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Returns the table of confirmed configurations: means in percent with their 95 % intervals.
 
     Args:
-        rows: ``name``, ``role``, ``alpha``, ``seeds``, and ``estimates``: (mean, low, high) as fractions by column.
+        rows: ``name``, ``role``, ``alpha``, ``seeds``, and ``mean`` and ``ends`` of ``id_accuracy``, ``ood_accuracy``
+            (None without OOD sets) and ``objective``, as fractions.
     """
-    columns = list(dict.fromkeys(name for row in rows for name in row["estimates"]))
+    columns = {"ID": "id_accuracy", "OOD mean": "ood_accuracy", "objective": "objective"}
+    columns = {title: key for title, key in columns.items() if rows[0][key]}
     lines = []
     for row in rows:
-        estimates = (map(percent, row["estimates"][name]) for name in columns)
+        estimates = (map(percent, (row[key]["mean"], *row[key]["ends"])) for key in columns.values())
         cells = [f"{mean} [{low}, {high}]" for mean, low, high in estimates]
         lines.append([row["name"], f"{row['alpha']:.2f}", str(row["seeds"] or "-"), *cells, row["role"]])
     titles = numbers("alpha", "seeds", *columns, no_wrap=True)

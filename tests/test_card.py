@@ -10,6 +10,7 @@ from report_studies import confirm_study, of_kinds, read_test_sets
 from carft_ray.results.pages.card import FORMS, Line, card, verdict
 from carft_ray.results.pages.data import page_document
 from carft_ray.results.reading.overview import read_study
+from carft_ray.results.statistics.paired import comparison_lines
 
 BETTER, SAME, WORSE = 0.75, 0.6, 0.45  # of the winner; the baseline has 0.6
 TRADED = (0.5, 0.85)  # of the winner on ID and OOD
@@ -67,21 +68,20 @@ def test_the_card_agrees_with_confirm_and_test(made, tmp_path, case):
         level, seeds = done["test"]
         reads, went_on, confirmed = done.get("reads", 1), done.get("went_on", False), "confirm" in done
         found["test"] = read_test_sets(study_dir, view.recipe, winner, level, seeds, reads, went_on, confirmed)
-    lines = verdict(page_document(read_study(study_dir)))
+    document = page_document(read_study(study_dir))
+    lines, told = verdict(document), document["report"]["lines"]
     assert [line.label for line in lines] == ["Result", "Accuracy", "Seeds", "Test sets", "Cost"]
     summary = found[source]
     assert lines[0].text.startswith(summary["headline"])  # the very sentence
-    assert any(line.startswith(summary["headline"]) for line in summary["lines"])  # and so it is printed
+    assert [line for each in found.values() for line in comparison_lines(each) if line in told] == [
+        line for each in found.values() for line in comparison_lines(each)
+    ]
+    assert told[-1].startswith(summary["headline"])  # and so it is printed
     for line, mark in zip(lines, marks.split(), strict=False):
         assert mark in ("?", line.mark), line
-    if source == "test":
-        difference, row = summary["differences"]["fine_tuning"], summary["rows"][0]["test"]
-        low, kept = difference["objective"]["interval"][0], difference["keeps_id"]
-        shown = [(row[name]["mean"], *row[name]["interval"]) for name in ("id_test", "ood_mean")]
-    else:
-        difference, row = summary["baselines"][0], summary["table"][0]["estimates"]
-        low, kept = difference["objective"]["ends"][0], difference["keeps_id"]
-        shown = [row["ID"], row["OOD mean"]]
+    difference, row = summary["baselines"][0], summary["rows"][0]
+    low, kept = difference["objective"]["ends"][0], difference["keeps_id"]
+    shown = [(row[name]["mean"], *row[name]["ends"]) for name in ("id_accuracy", "ood_accuracy")]
     assert (low > 0) == ("improves on" in summary["headline"])
     assert lines[0].passed == (low > 0 and source == "test")  # the images of a confirm have chosen
     assert lines[1].passed == (kept and source == "test")

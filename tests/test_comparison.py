@@ -17,7 +17,7 @@ from carft_ray.results.statistics.intervals import (
     objective_interval,
     values_by_seed,
 )
-from carft_ray.results.statistics.paired import compare, comparison_lines, holm, row_lines
+from carft_ray.results.statistics.paired import KEYS, compare, comparison_lines, holm, row_lines
 
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
 SIZES = {"id_val": 400, "a": 200, "b": 200}
@@ -97,7 +97,7 @@ def test_no_line_has_an_interval_and_a_p_value_that_disagree(num_seeds):
             assert (each.p < 0.05) == (low > 0 or high < 0)
             assert ("no improvement" not in each.sentence) == (each.p < 0.05)
             seen[each.p < 0.05] += 1
-        for line in [one for one in comparison_lines(found) if re.search(r"; p [<=>]", one)]:
+        for line in [one for one in comparison_lines(found.as_data()) if re.search(r"; p [<=>]", one)]:
             (low, high), (_, sign, number) = shown_in(line)[0], shown_in(line)[1].group(0, 1, 2)
             counts = sign == "<" or (sign == "=" and float(number) < 0.05)
             assert counts == (low > 0 or high < 0), line
@@ -114,7 +114,7 @@ def test_a_p_value_next_to_the_limit_is_not_rounded_onto_it():
     for factor, words in ((1.001, "p < 0.05"), (0.999, "p > 0.05")):
         interval = crossed({"a": noise + factor * half}, {"a": 1.0})
         assert paired._p(interval.p_value) == words
-        low = float(in_points(interval, signed=True).partition("[")[2].partition(",")[0])
+        low = float(in_points(interval.mean, interval.ends, signed=True).partition("[")[2].partition(",")[0])
         assert (low > 0) == (words == "p < 0.05")
         assert low != 0
 
@@ -162,7 +162,7 @@ def test_keeping_id_depends_on_the_margin(correct):
 def test_another_configuration_above_the_winner_is_named(correct):
     found = compare(SPEC, correct, "fine_tuning", {"zero_shot": 0.5})
     assert found.better_than_winner == ["t0007", "t0002", "paper"]
-    assert any(line.startswith("t0007 is better than the winner") for line in comparison_lines(found))
+    assert any(line.startswith("t0007 is better than the winner") for line in comparison_lines(found.as_data()))
 
 
 def test_optimism_has_the_standard_error_of_a_new_mean(correct, found):
@@ -182,17 +182,19 @@ def test_one_training_each_works_and_covers_images_only(correct):
     found = compare(SPEC, single, "t0007", BASELINES, label="test", searched=0.78)
     assert {each.objective.words for each in found.baselines} == {OVER_IMAGES}
     assert found.optimism.se is None
-    lines = comparison_lines(found)
+    lines = comparison_lines(found.as_data())
     assert lines[0].startswith("t0007 minus each other, test: objective in points")
     assert lines[-1].endswith(f"points; test; 95 %, {OVER_IMAGES}.")
     json.dumps(found.as_data(), allow_nan=False)
 
 
 def test_each_number_has_one_interval_and_the_text_says_what_p_means(found):
-    lines = comparison_lines(found)
+    lines = comparison_lines(found.as_data())
     assert not any("±" in line or "+-" in line for line in lines)
     assert any("Keeps ID: at most 0.5 points of ID accuracy lost" in line for line in lines)
-    assert [line.partition(":")[0].strip() for line in row_lines(found)[1:]] == [row.name for row in found.rows]
+    assert [line.partition(":")[0].strip() for line in row_lines(found.as_data())[1:]] == [
+        row.name for row in found.rows
+    ]
     told = {line.partition(":")[0].strip(): line for line in lines}
     for each in (*found.baselines, *found.others):
         low, high = each.objective.ends
@@ -203,9 +205,10 @@ def test_each_number_has_one_interval_and_the_text_says_what_p_means(found):
     assert "fine_tuning was chosen before" in " ".join(lines)
 
 
-def test_data_are_json_and_hold_the_lines(found):
+def test_data_are_json_that_the_text_is_made_of(found):
     data = json.loads(json.dumps(found.as_data(), allow_nan=False))
-    assert data["lines"] == comparison_lines(found)
+    assert comparison_lines(data) == comparison_lines(found.as_data())
+    assert {*KEYS} <= data.keys()
     assert data["baselines"][0]["other"] == "fine_tuning"
     assert data["rows"][-1]["objective"]["dof"] is None  # infinite
     assert data["better_than_winner"] == []
@@ -218,7 +221,7 @@ def test_other_objectives_and_no_ood_set_work(correct, kind):
     alone = compare(ObjectiveSpec(kind, "id_val", ()), correct, "t0007", BASELINES)
     assert alone.rows[0].ood_accuracy is None
     assert list(alone.baselines[0].sets) == ["id_val"]
-    assert comparison_lines(alone)
+    assert comparison_lines(alone.as_data())
 
 
 def test_other_numbers_of_seeds_are_refused(correct):

@@ -295,9 +295,9 @@ def test_headline(shift, words):
 
 
 def test_a_mean_is_printed_with_its_interval():
-    assert in_points(crossed(FIXTURE, HALVES)) == "58.3 [24.8, 91.8]"
-    one = crossed({"a": np.array([[1, 0, 1, 1]])}, {"a": 1.0})
-    assert in_points(one, signed=True) == "+75.0 [+26.0, +124.0]"
+    found = crossed(FIXTURE, HALVES)
+    assert in_points(found.mean, found.ends) == "58.3 [24.8, 91.8]"
+    assert in_points(0.75, (0.26, 1.24), signed=True) == "+75.0 [+26.0, +124.0]"
 
 
 def test_worse_by_is_better_by_turned_round_with_its_interval():

@@ -148,10 +148,9 @@ def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir, 
 
 
 def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_dir, victim, tmp_path, capsys):
-    run = {"seed": 1, "folder": "trials/../../../victim/run1"}
-    row = {"name": "x", "role": "winner", "alpha": 1.0, "objective": 1.0, "runs": [run]}
+    row = {"name": "x", "role": "winner", "alpha": 1.0, "objective": 1.0, "runs": ["trials/../../../victim/run1"]}
     with study_lock(study_dir):
-        details = {"confirmed": False, "rows": [row]}
+        details = {"confirmed": False, "seeds": [1], "rows": [row]}
         ledger.record(study_dir, RECIPE, ledger.TEST, ("id_test",), details)
     before = everything(tmp_path / "victim")
     assert crash_host.call(["test", str(study_dir)]) == StorageError.exit_code

@@ -50,14 +50,10 @@ def behind_zero_shot(view: Overview) -> bool:
     the search has measured both.
     """
     with contextlib.suppress(CarftError, KeyError, TypeError):  # damaged files are reported by other commands
-        path = view.study_dir / TEST_DIR / SUMMARY
-        if path.exists():
-            return bool(files.read_json(path)["differences"][ZERO_SHOT]["objective"]["mean"] < 0)
-        path = view.study_dir / CONFIRM / SUMMARY
-        found = files.read_json(path)["baselines"] if path.exists() else []
-        for difference in found:
-            if difference["other"] == ZERO_SHOT:
-                return bool(difference["objective"]["mean"] < 0)
+        for path in (view.study_dir / step / SUMMARY for step in (TEST_DIR, CONFIRM)):
+            for difference in files.read_json(path)["baselines"] if path.exists() else []:
+                if difference["other"] == ZERO_SHOT:
+                    return bool(difference["objective"]["mean"] < 0)
     zero_shot = next((row for row in view.baselines if row.name == ZERO_SHOT), None)
     if view.best is None or zero_shot is None or zero_shot.objective is None:
         return False

@@ -6,6 +6,7 @@ Everything is read from stored validation predictions; no test set is opened.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,14 @@ from carft_ray.layout import CONFIRM, SUMMARY, TEST_DIR
 from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema import Recipe
+from carft_ray.results.confirmation.summary import confirm_lines
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import Overview
-from carft_ray.results.reading.stored import Stored, against_baseline, confirmed, read_stored, read_summary
+from carft_ray.results.reading.stored import Stored, against_baseline, confirmed, read_compared, read_stored
+from carft_ray.results.statistics.paired import row_lines
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
+from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, require_finished
@@ -60,8 +64,6 @@ def study_report(view: Overview) -> dict[str, Any]:
         "test_reads": num_test_reads(study_dir),
     }
     against = against_baseline(recipe, best, baselines, stored)
-    later = {step: read_summary(study_dir / step / SUMMARY, "row_lines", "lines") for step in (CONFIRM, TEST_DIR)}
-    told = {step: [*summary["row_lines"], *summary["lines"]] for step, summary in later.items() if summary}
     return {
         "study": str(study_dir),
         "name": recipe.name,
@@ -83,9 +85,20 @@ def study_report(view: Overview) -> dict[str, Any]:
             *worth,
             *constraint_lines(best),
             *(["", against["line"]] if against else []),
-            *(line for lines in told.values() for line in ("", *lines)),
+            *_later_lines(study_dir),
         ],
     }
+
+
+def _later_lines(study_dir: Path) -> list[str]:
+    """Returns what a confirm and a read of the test sets have found, as text."""
+    lines = []
+    if found := read_compared(study_dir / CONFIRM / SUMMARY):
+        lines += ["", *row_lines(found), *confirm_lines(found)]
+    if found := read_compared(study_dir / TEST_DIR / SUMMARY):
+        without = found["without_shared_images"]
+        lines += ["", *row_lines(found), *(row_lines(without) if without else []), *read_lines(found)]
+    return lines
 
 
 def _by_one_number(

@@ -3,14 +3,14 @@
 Validation images, fresh seeds: the luck of the seeds is gone, that of the images is not. `test` has new images.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from carft_ray import files
-from carft_ray.data.shared.shared_images import read_shared, shared_counts, shared_lines
+from carft_ray.data.shared.shared_images import read_shared, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
@@ -18,7 +18,7 @@ from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, RESULT, SUMMARY, ZE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirmation.plan import PlanRow, Stage
 from carft_ray.results.statistics.intervals import values_by_seed
-from carft_ray.results.statistics.paired import Comparison, compare, comparison_lines
+from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.study.rows import confirmations
 
 LABEL = "validation images, fresh seeds"
@@ -72,18 +72,31 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         label=LABEL,
         searched=winner.objective,
     )
-    shared, found = read_shared(study_dir), comparison_lines(comparison)
+    found = comparison.as_data()
+    for row, each in zip(whole, found["rows"], strict=True):
+        each |= {"role": row.role, "alpha": row.alpha, "seeds": each["objective"]["num_seeds"] if row.training else 0}
     content = {
-        **comparison.as_data(),
+        **found,
         "seeds": list(stage.seeds),
         "chosen_by": "search" if second is None else "confirm",
-        "table": _table(comparison, whole),
         "failed": failed,
-        "shared_images": shared_counts(shared),
-        "lines": [*shared_lines(shared), *_lines(found, stage, second is not None, failed, recipe)],
+        "shared_images": shared_counts(read_shared(study_dir)),
     }
     files.write_json(study_dir / CONFIRM / SUMMARY, content)
     return content
+
+
+def confirm_lines(content: Mapping[str, Any]) -> list[str]:
+    """Returns the content of ``confirm/summary.json`` as lines of text, without its rows."""
+    twice = "The winner was chosen on other fresh seeds; these did not choose it."
+    return [
+        f"{len(content['seeds'])} fresh seeds; {LABEL}; 95 % intervals over seeds and images (zero-shot: images).",
+        "Not covered: these images have chosen the winner in the search. Test sets have not.",
+        *([twice] if content["chosen_by"] == "confirm" else []),
+        *(f"Failed, and not compared: {line}." for line in content["failed"]),
+        *comparison_lines(content),
+        *([] if content["rows"][0]["ood_accuracy"] else ["Selected on ID only: the recipe has no ood_val."]),
+    ]
 
 
 def whole_rows(study_dir: Path, stage: Stage) -> list[PlanRow]:
@@ -106,23 +119,6 @@ def row_correct(study_dir: Path, spec: ObjectiveSpec, stage: Stage, row: PlanRow
     return {name: correct_matrix([(table, row.alpha) for table in tables], name) for name in spec.sets}
 
 
-def _table(comparison: Comparison, rows: Sequence[PlanRow]) -> list[dict[str, Any]]:
-    """Returns the rows for ``console.estimate_table``: name, role, alpha, and means with intervals, as fractions."""
-    lines = []
-    for row, found in zip(rows, comparison.rows, strict=True):
-        intervals = {"ID": found.id_accuracy, "OOD mean": found.ood_accuracy, "objective": found.objective}
-        lines.append(
-            {
-                "name": row.name,
-                "role": row.role,
-                "alpha": row.alpha,
-                "seeds": found.objective.num_seeds if row.training else 0,
-                "estimates": {name: [each.mean, *each.ends] for name, each in intervals.items() if each},
-            }
-        )
-    return lines
-
-
 def _failures(study_dir: Path, stage: Stage) -> list[str]:
     """Returns a line per training of the stage that ended without a result."""
     wanted = stage.trainings()
@@ -130,16 +126,4 @@ def _failures(study_dir: Path, stage: Stage) -> list[str]:
         f"{row.name}: {row.outcome}, {row.reason}"
         for row in confirmations(study_dir)
         if row.name in wanted and row.outcome not in ("complete", "running")
-    ]
-
-
-def _lines(found: Sequence[str], stage: Stage, twice: bool, failed: Sequence[str], recipe: Recipe) -> list[str]:
-    """Returns the text of a summary around the lines of its differences."""
-    return [
-        f"{len(stage.seeds)} fresh seeds; {LABEL}; 95 % intervals over seeds and images (zero-shot: images).",
-        "Not covered: these images have chosen the winner in the search. Test sets have not.",
-        *(["The winner was chosen on other fresh seeds; these did not choose it."] if twice else []),
-        *(f"Failed, and not compared: {line}." for line in failed),
-        *found,
-        *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
     ]

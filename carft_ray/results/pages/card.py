@@ -85,54 +85,28 @@ def card(lines: Sequence[Line], title: str, form: str) -> str:
 
 
 def _evidence(document: Document) -> _Evidence | None:
-    for read in (_of_test, _of_confirm, _of_search):
-        if found := read(document):
-            return found
-    return None
+    return _of_comparison(document["test"], True) or _of_comparison(document["confirm"], False) or _of_search(document)
 
 
-def _of_test(document: Document) -> _Evidence | None:
-    test = document["test"]
-    if test is None:
+def _of_comparison(found: Document | None, is_new: bool) -> _Evidence | None:
+    """Returns what a read of the test sets or a confirm has shown."""
+    if found is None:
         return None
-    winner = next(row for row in test["rows"] if row["role"] == "winner")
-    intervals = [winner["test"][name] for name in ("id_test", "ood_mean") if name in winner["test"]]
-    texts = [_percent(each["mean"], each["interval"]) for each in intervals]
-    against = test["differences"].get(test["baseline"])
-    label = "test sets"
-    if test["without_shared_images"]:
-        label += f" (without images of other roles: {_after_name(test['without_shared_images']['headline'])})"
+    winner = next(row for row in found["rows"] if row["role"] == "winner")
+    accuracies = [winner[name] for name in ("id_accuracy", "ood_accuracy") if winner[name]]
+    against = next((each for each in found["baselines"] if each["other"] == found["headline_baseline"]), None)
+    label = found["label"]
+    if found.get("without_shared_images"):
+        label += f" (without images of other roles: {_after_name(found['without_shared_images']['headline'])})"
     return _Evidence(
         label,
-        test["headline"],
-        test["baseline"],
-        against and against["objective"]["interval"],
-        against and against["keeps_id"],
-        texts,
-        len(test["seeds"]) if test["confirmed"] else 0,
-        is_new=True,
-    )
-
-
-def _of_confirm(document: Document) -> _Evidence | None:
-    confirm = document["confirm"]
-    if confirm is None:
-        return None
-    winner = next(row for row in confirm["table"] if row["role"] == "winner")
-    texts = [
-        _percent(mean, (low, high))
-        for mean, low, high in (winner["estimates"][name] for name in ("ID", "OOD mean") if name in winner["estimates"])
-    ]
-    against = next((each for each in confirm["baselines"] if each["other"] == confirm["headline_baseline"]), None)
-    return _Evidence(
-        confirm["label"],
-        confirm["headline"],
-        confirm["headline_baseline"],
+        found["headline"],
+        found["headline_baseline"],
         against and against["objective"]["ends"],
         against and against["keeps_id"],
-        texts,
-        len(confirm["seeds"]),
-        is_new=False,
+        [_percent(each["mean"], each["ends"]) for each in accuracies],
+        winner["objective"]["num_seeds"] if not is_new or found["confirmed"] else 0,
+        is_new,
     )
 
 

@@ -26,7 +26,7 @@ from carft_ray.results.pages.changed_images import changed_images, points_of_bes
 from carft_ray.results.pages.health import findings
 from carft_ray.results.reading.documents import listing, status
 from carft_ray.results.reading.overview import Overview
-from carft_ray.results.reading.stored import predictions_path, read_summary
+from carft_ray.results.reading.stored import predictions_path, read_compared
 from carft_ray.results.report import study_report
 from carft_ray.study.importance import importances
 from carft_ray.study.ledger import read_ledger
@@ -67,8 +67,8 @@ def page_document(view: Overview) -> dict[str, Any]:
         "devices": _devices(view),
         "status": status(view),
         "report": None if best is None else study_report(view),
-        "confirm": read_summary(study_dir / CONFIRM / SUMMARY, "table", "baselines"),
-        "test": read_summary(study_dir / TEST_DIR / SUMMARY, "rows", "differences"),
+        "confirm": read_compared(study_dir / CONFIRM / SUMMARY),
+        "test": read_compared(study_dir / TEST_DIR / SUMMARY),
         "baselines": rows["baselines"],
         "trials": rows["trials"],
         "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},
@@ -103,14 +103,18 @@ def set_tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
     Each has ``label``, ``sets`` and ``rows`` of ``name``, ``role``, ``alpha`` and ``cells``: per set None, or ``mean``
     with ``low`` and ``high`` where there is an interval. ``differences`` are rows of the winner minus each baseline.
     """
-    made = (_test_table(document["test"]), _confirm_table(document["confirm"]), _search_table(document))
+    made = (
+        _compared_table("Test sets", document["test"]),
+        _compared_table("Validation sets, fresh seeds", document["confirm"]),
+        _search_table(document),
+    )
     return [table for table in made if table]
 
 
 def _rivals(document: Mapping[str, Any]) -> list[str]:
     """Returns the baselines of a confirm that are winners of other studies."""
     own = [row["name"] for row in document["baselines"]]
-    rows = (document["confirm"] or {}).get("table", ())
+    rows = (document["confirm"] or {}).get("rows", ())
     found = [row["name"] for row in rows if row["role"] == "baseline"]
     return [name for name in found if name.removesuffix(", alpha 1") not in own]
 
@@ -217,50 +221,23 @@ def _cell(mean: float | None, interval: Sequence[float] | None = None) -> dict[s
     return {"mean": mean} if interval is None else {"mean": mean, "low": interval[0], "high": interval[1]}
 
 
-def _test_table(test: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if test is None:
+def _compared_table(label: str, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the table of a confirm or of a read of the test sets."""
+    if found is None:
         return None
-    names = [*test["sets"], *(("ood_mean",) if test["ood_mean_over"] else ()), "objective"]
+    first, kept = found["rows"][0], ("name", "role", "alpha")
 
-    def cells(found: Mapping[str, Any]) -> list[dict[str, float] | None]:
-        return [_cell(found[name]["mean"], found[name]["interval"]) if name in found else None for name in names]
+    def cells(row: Mapping[str, Any]) -> list[dict[str, float] | None]:
+        ood = [row.get("ood_accuracy")] if first["ood_accuracy"] else []  # a difference has none
+        shown = [*row["sets"].values(), *ood, row["objective"]]
+        return [_cell(each["mean"], each["ends"]) if each else None for each in shown]
 
-    winner = next(row["name"] for row in test["rows"] if row["role"] == "winner")
     return {
-        "label": "Test sets",
-        "sets": names,
-        "rows": [
-            {"name": row["name"], "role": row["role"], "alpha": row["alpha"], "cells": cells(row["test"])}
-            for row in test["rows"]
-        ],
+        "label": label,
+        "sets": [*first["sets"], *(("ood_mean",) if first["ood_accuracy"] else ()), "objective"],
+        "rows": [{**{key: row[key] for key in kept}, "cells": cells(row)} for row in found["rows"]],
         "differences": [
-            {"name": f"{winner} - {other}", "cells": cells({**each["sets"], "objective": each["objective"]})}
-            for other, each in test["differences"].items()
-        ],
-    }
-
-
-def _confirm_table(confirm: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if confirm is None:
-        return None
-    sets = list(confirm["rows"][0]["sets"])
-    names = [*sets, *(("ood_mean",) if confirm["rows"][0]["ood_accuracy"] else ()), "objective"]
-
-    def cells(found: Mapping[str, Any]) -> list[dict[str, float] | None]:
-        by_name = {**found["sets"], "ood_mean": found.get("ood_accuracy"), "objective": found["objective"]}
-        shown = [by_name.get(name) for name in names]
-        return [_cell(one["mean"], one["ends"]) if one else None for one in shown]
-
-    known = {row["name"]: row for row in confirm["table"]}
-    return {
-        "label": "Validation sets, fresh seeds",
-        "sets": names,
-        "rows": [
-            {**{key: known[row["name"]][key] for key in ("name", "role", "alpha")}, "cells": cells(row)}
-            for row in confirm["rows"]
-        ],
-        "differences": [
-            {"name": f"{confirm['winner']} - {each['other']}", "cells": cells(each)} for each in confirm["baselines"]
+            {"name": f"{found['winner']} - {each['other']}", "cells": cells(each)} for each in found["baselines"]
         ],
     }
 

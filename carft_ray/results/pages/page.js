@@ -176,8 +176,8 @@
     const baselines = doc.baselines.filter((row) => row.metrics.ood_accuracy != null && row.outcome === "complete");
     everything.push(...baselines.map((row) => ({ id: row.metrics.id_accuracy, ood: row.metrics.ood_accuracy })));
     if (!everything.length) return null;
-    const confirmed = (doc.confirm?.table ?? []).filter((row) => row.role !== "baseline" && row.estimates["OOD mean"]);
-    everything.push(...confirmed.flatMap((row) => [1, 2].map((end) => ({ id: row.estimates.ID[end], ood: row.estimates["OOD mean"][end] }))));
+    const confirmed = (doc.confirm?.rows ?? []).filter((row) => row.role !== "baseline" && row.ood_accuracy);
+    everything.push(...confirmed.flatMap((row) => [0, 1].map((end) => ({ id: row.id_accuracy.ends[end], ood: row.ood_accuracy.ends[end] }))));
     const edge = front(points);
     if (edge.length > 1) traces.push({ x: edge.map(X), y: edge.map(Y), mode: "lines", name: "front", line: { color: colour("green"), width: 1.5, shape: "vh" }, hoverinfo: "skip" });
     traces.push(...lines(curves, (point) => onAxes(point)[0], (point) => onAxes(point)[1]));
@@ -191,8 +191,8 @@
     const ordered = [...baselines].sort((a, b) => (b.alpha === 0) - (a.alpha === 0));
     if (ordered.length) traces.push({ x: ordered.map((row) => logit(row.metrics.id_accuracy)), y: ordered.map((row) => logit(row.metrics.ood_accuracy)), mode: "markers+text", name: "baseline", text: ordered.map((row) => spaced(row.name)), textposition: ordered.map((row) => (row.alpha === 0 ? "bottom right" : "bottom center")), textfont: { color: colour("ink"), size: 12 }, cliponaxis: false, hovertemplate: "%{text}<extra></extra>", marker: { symbol: ordered.map((_, i) => marks[i % marks.length]), size: ordered.map((row) => (row.alpha === 0 ? 16 : 11)), color: colour("ink"), line: { color: colour("paper"), width: 1 } } });
     if (confirmed.length) {
-      const bars = (name) => ({ type: "data", symmetric: false, thickness: 1, width: 4, color: colour("green"), array: confirmed.map((row) => logit(row.estimates[name][2]) - logit(row.estimates[name][0])), arrayminus: confirmed.map((row) => logit(row.estimates[name][0]) - logit(row.estimates[name][1])) });
-      traces.push({ x: confirmed.map((row) => logit(row.estimates.ID[0])), y: confirmed.map((row) => logit(row.estimates["OOD mean"][0])), mode: "markers", name: "confirmed, 95 %", error_x: bars("ID"), error_y: bars("OOD mean"), text: confirmed.map((row) => `${row.name}, ${row.seeds} fresh seeds`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "circle", size: confirmed.map((row) => (row.role === "winner" ? 12 : 7)), color: colour("green"), line: { color: colour("paper"), width: 1.5 } } });
+      const bars = (name) => ({ type: "data", symmetric: false, thickness: 1, width: 4, color: colour("green"), array: confirmed.map((row) => logit(row[name].ends[1]) - logit(row[name].mean)), arrayminus: confirmed.map((row) => logit(row[name].mean) - logit(row[name].ends[0])) });
+      traces.push({ x: confirmed.map((row) => logit(row.id_accuracy.mean)), y: confirmed.map((row) => logit(row.ood_accuracy.mean)), mode: "markers", name: "confirmed, 95 %", error_x: bars("id_accuracy"), error_y: bars("ood_accuracy"), text: confirmed.map((row) => `${row.name}, ${row.seeds} fresh seeds`), hovertemplate: "%{text}<extra></extra>", marker: { symbol: "circle", size: confirmed.map((row) => (row.role === "winner" ? 12 : 7)), color: colour("green"), line: { color: colour("paper"), width: 1.5 } } });
     }
     const own = points.find((trial) => trial.name === best?.name);
     if (own) traces.push({ x: [X(own)], y: [Y(own)], mode: "markers", name: "best", hoverinfo: "skip", marker: { symbol: "circle-open", size: 17, color: colour("best"), line: { width: 2.5 } } });
@@ -371,10 +371,10 @@
   draw.optimism = (_, element) => {
     const report = doc.report, rows = [["as measured, which chose it", best.objective, null]];
     rows.push(["corrected", report.corrected.value, null]);
-    const confirm = doc.confirm?.table.find((row) => row.role === "winner")?.estimates.objective;
-    if (confirm) rows.push([`${doc.confirm.seeds.length} fresh seeds`, confirm[0], [confirm[1], confirm[2]]]);
-    const test = doc.test?.rows.find((row) => row.role === "winner")?.test.objective;
-    if (test) rows.push(["test sets", test.mean, test.interval]);
+    for (const [found, name] of [[doc.confirm, `${doc.confirm?.seeds.length} fresh seeds`], [doc.test, "test sets"]]) {
+      const won = found?.rows.find((row) => row.role === "winner").objective;
+      if (won) rows.push([name, won.mean, won.ends]);
+    }
     const rival = report.headline && doc.baselines.find((row) => row.name === report.headline.baseline);
     if (rival) rows.push([`${spaced(rival.name)}, as measured`, rival.objective, null]);
     const shapes = ["x", "circle", "circle", "circle", "circle", "square"], tones = rows.map(([name]) => colour(name.startsWith("as measured") ? "best" : rival && name.startsWith(spaced(rival.name)) ? "ink" : "blue"));

@@ -39,7 +39,6 @@ NAMES = {  # as people read them
 # before the page is drawn
 _FIRST = """document.documentElement.className = "js"; try { const t = localStorage.getItem("carft-theme"); \
 if (t) document.documentElement.dataset.theme = t; } catch (e) {}"""
-_TOLD_ELSEWHERE = ("lines", "row_lines")  # texts of `report`, `confirm` and `test`
 _DRAWN = ("id_accuracy", "ood_accuracy")  # metrics of a trial
 
 
@@ -169,15 +168,11 @@ def packed(document: Mapping[str, Any]) -> dict[str, Any]:
         for row in document["trials"]
     ]
     trials = {"kept": [*kept, "violation"], "values": values, "metrics": metrics, "rows": rows}
-    texts = {
-        key: {name: value for name, value in document[key].items() if name not in _TOLD_ELSEWHERE}
-        for key in ("report", "confirm", "test")
-        if document[key]
-    }
+    report = document["report"] and {name: value for name, value in document["report"].items() if name != "lines"}
     several = {} if len(document["methods"]) < 2 else document["method_of"]
     left_out = ("recipe", "provenance", "ledger", "shared_images", "changed_images")
     kept_parts = {key: value for key, value in document.items() if key not in left_out}
-    return {**kept_parts, **texts, "trials": trials, "method_of": several}
+    return {**kept_parts, "report": report, "trials": trials, "method_of": several}
 
 
 def embedded(value: Any) -> str:

@@ -26,6 +26,7 @@ from carft_ray.results.confirmation.plan import read_plan
 from carft_ray.results.confirmation.summary import row_correct, whole_rows
 from carft_ray.results.reading.overview import folder_of
 from carft_ray.results.statistics.intervals import headline, objective_difference
+from carft_ray.results.statistics.paired import KEYS
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT
 
@@ -128,12 +129,8 @@ def against_baseline(
     }
 
 
-def read_summary(path: Path, *keys: str) -> dict[str, Any] | None:
+def read_compared(path: Path) -> dict[str, Any] | None:
     """Returns the content of the summary of a confirm or of a test; None before there is one.
-
-    Args:
-        path: The file.
-        keys: What must be in it.
 
     Raises:
         StorageError: The file is damaged.
@@ -141,6 +138,6 @@ def read_summary(path: Path, *keys: str) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content: Any = files.read_json(path)
-    if not isinstance(content, dict) or not {*keys} <= content.keys():
-        raise StorageError(Problem(str(path), f"must have {', '.join(keys)}"))
+    if not isinstance(content, dict) or not {*KEYS} <= content.keys():
+        raise StorageError(Problem(str(path), f"must have {', '.join(KEYS)}"))
     return content

@@ -253,10 +253,11 @@ def headline(difference: Interval, baseline: str, is_measured_again: bool = True
     return f"no improvement over {baseline} shown ({100 * difference.mean:+.1f} {_ends(low, high, '+.1f')} points)"
 
 
-def in_points(interval: Interval, signed: bool = False) -> str:
-    """Returns mean and interval in points."""
+def in_points(mean: float, ends: Sequence[float], signed: bool = False) -> str:
+    """Returns a mean and the ends of its interval in points."""
     form = "+.1f" if signed else ".1f"
-    return f"{100 * interval.mean:{form}} {_ends(*interval.ends, form)}"
+    low, high = ends
+    return f"{100 * mean:{form}} {_ends(low, high, form)}"
 
 
 def _ends(low: float, high: float, form: str) -> str:

@@ -10,7 +10,7 @@ Shape letters: r seeds, n images of one set. Accuracies are fractions; text is i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from carft_ray.results.statistics.selection import seed_variances
 from carft_ray.words import counted
 
 ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
+# what a document of a comparison must have to be read
+KEYS = ("label", "winner", "headline", "headline_baseline", "id_margin", "rows", "baselines", "others", "optimism")
 CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
 
 
@@ -114,13 +116,8 @@ class Comparison:
         return [each.other for each in self.others if each.objective.ends[1] < 0]
 
     def as_data(self) -> dict[str, Any]:
-        """Returns it as a JSON document, with the text lines; infinite degrees of freedom become None."""
-        return {
-            **_plain(asdict(self)),
-            "better_than_winner": self.better_than_winner,
-            "row_lines": row_lines(self),
-            "lines": comparison_lines(self),
-        }
+        """Returns it as JSON; infinite degrees of freedom are None, ``over`` says what an interval is over."""
+        return {**_plain(self), "better_than_winner": self.better_than_winner}
 
 
 def compare(
@@ -193,59 +190,56 @@ def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
     return difference.ends[0] > -margin
 
 
-def row_lines(comparison: Comparison) -> list[str]:
-    """Returns the configurations as lines of text."""
-    lines = [f"{comparison.label[:1].upper()}{comparison.label[1:]}, accuracies in percent with 95 % intervals:"]
-    for row in comparison.rows:
-        shown = {"objective": row.objective, "ID": row.id_accuracy, "OOD mean": row.ood_accuracy}
-        numbers = [f"{what} {intervals.in_points(found)}" for what, found in shown.items() if found]
-        lines.append(f"    {row.name}: {', '.join(numbers)}")
+def row_lines(found: Mapping[str, Any]) -> list[str]:
+    """Returns the configurations of a comparison (``Comparison.as_data``) as lines of text."""
+    lines = [f"{found['label'][:1].upper()}{found['label'][1:]}, accuracies in percent with 95 % intervals:"]
+    for row in found["rows"]:
+        shown = {"objective": row["objective"], "ID": row["id_accuracy"], "OOD mean": row["ood_accuracy"]}
+        numbers = [f"{what} {_in_points(each)}" for what, each in shown.items() if each]
+        lines.append(f"    {row['name']}: {', '.join(numbers)}")
     return lines
 
 
-def comparison_lines(comparison: Comparison) -> list[str]:
-    """Returns the differences and what follows from them as lines of text, in points, the headline last."""
+def comparison_lines(found: Mapping[str, Any]) -> list[str]:
+    """Returns the differences of a comparison (``Comparison.as_data``) as lines of text, the headline last."""
     lines = []
-    if comparison.baselines or comparison.others:
+    if found["baselines"] or found["others"]:
         lines.append(
-            f"{comparison.winner} minus each other, {comparison.label}: objective in points with its 95 % interval. An "
+            f"{found['winner']} minus each other, {found['label']}: objective in points with its 95 % interval. An "
             "interval on both sides of 0 shows neither better nor worse."
         )
-    for each in (*comparison.baselines, *comparison.others):
+    for each in (*found["baselines"], *found["others"]):
         tested = ""
-        if each.p is not None:
-            tested = f"; {_p(each.p)}; {'keeps ID' if each.keeps_id else 'keeping ID is not shown'}"
-        lines.append(f"    {each.other}: {intervals.in_points(each.objective, signed=True)}{tested}")
-    if comparison.baselines:
-        few = len(comparison.baselines) - 1
+        if each["p"] is not None:
+            tested = f"; {_p(each['p'])}; {'keeps ID' if each['keeps_id'] else 'keeping ID is not shown'}"
+        lines.append(f"    {each['other']}: {_in_points(each['objective'], signed=True)}{tested}")
+    if found["baselines"]:
+        few = len(found["baselines"]) - 1
         raised = f" of the {few} other baselines, p and interval are raised for their number (Holm);" if few > 1 else ""
         lines.append(
             "    p: how often chance alone gives such a difference; under 0.05 counts, and then the interval leaves 0 "
-            f"out;{raised} {comparison.headline_baseline} was chosen before. Keeps ID: at most "
-            f"{counted(100 * comparison.id_margin, 'point')} of ID accuracy lost."
+            f"out;{raised} {found['headline_baseline']} was chosen before. Keeps ID: at most "
+            f"{counted(100 * found['id_margin'], 'point')} of ID accuracy lost."
         )
-    return [*lines, *_last_lines(comparison)]
-
-
-def _last_lines(comparison: Comparison) -> list[str]:
-    """Returns what follows from the differences, the headline last."""
-    lines = []
-    for name in comparison.better_than_winner:
+    for name in found["better_than_winner"]:
         lines.append(f"{name} is better than the winner by its paired interval; the winner was fixed before and stays.")
-    if comparison.optimism is not None:
-        found = comparison.optimism
-        se = "" if found.se is None else f", standard error {100 * found.se:.1f}"
-        then = f"{100 * found.searched:.1f} when it was chosen, minus its mean over these seeds"
-        lines.append(f"Optimism of the search: {100 * found.value:+.1f} points{se} ({then}).")
-    num_seeds = max(row.objective.num_seeds for row in comparison.rows)
+    if optimism := found["optimism"]:
+        se = "" if optimism["se"] is None else f", standard error {100 * optimism['se']:.1f}"
+        then = f"{100 * optimism['searched']:.1f} when it was chosen, minus its mean over these seeds"
+        lines.append(f"Optimism of the search: {100 * optimism['value']:+.1f} points{se} ({then}).")
+    objectives = [row["objective"] for row in found["rows"]]
+    num_seeds = max(each["num_seeds"] for each in objectives)
     # a row of one seed among others with more is the zero-shot model, which has none to cover
-    shown = [row.objective for row in comparison.rows if row.objective.num_seeds == num_seeds]
-    notes = dict.fromkeys(note for interval in shown for note in interval.notes)
+    notes = dict.fromkeys(note for each in objectives if each["num_seeds"] == num_seeds for note in each["notes"])
     lines += [f"Note: {note}." for note in notes]
-    for each in comparison.baselines:
-        if each.other == comparison.headline_baseline:
-            lines.append(f"{comparison.headline}; {comparison.label}; 95 %, {each.objective.words}.")
+    for each in found["baselines"]:
+        if each["other"] == found["headline_baseline"]:
+            lines.append(f"{found['headline']}; {found['label']}; 95 %, {each['objective']['over']}.")
     return lines
+
+
+def _in_points(found: Mapping[str, Any], signed: bool = False) -> str:
+    return intervals.in_points(found["mean"], found["ends"], signed)
 
 
 def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> Row:
@@ -289,7 +283,11 @@ def _p(value: float) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Returns the nested content of dataclasses as JSON takes it."""
+    """Returns nested dataclasses as JSON takes them."""
+    if isinstance(value, Interval):
+        return _plain({**vars(value), "over": value.words})
+    if is_dataclass(value):
+        return _plain(vars(value))
     if isinstance(value, dict):
         return {key: _plain(child) for key, child in value.items()}
     if isinstance(value, list | tuple):

@@ -195,7 +195,7 @@ def _alphas_by_run(compared: Compared) -> dict[str, list[float]]:
     runs = {ZERO_SHOT: [0.0]} if any(not row.runs for row in compared.rows) else {}
     for row in compared.rows:
         for run in row.runs:
-            runs[run.folder] = sorted({*runs.get(run.folder, []), row.alpha})
+            runs[run] = sorted({*runs.get(run, []), row.alpha})
     return runs
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from carft_ray import files
-from carft_ray.data.shared.shared_images import SharedRow, shared_counts, shared_lines
+from carft_ray.data.shared.shared_images import SharedRow, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
@@ -24,9 +24,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirmation.plan import Role, Stage, last_stage
 from carft_ray.results.confirmation.summary import whole_rows
 from carft_ray.results.reading.overview import folder_of
-from carft_ray.results.statistics.intervals import Interval
-from carft_ray.results.statistics.paired import Difference, compare, comparison_lines, row_lines
-from carft_ray.results.statistics.paired import Row as ComparedRow
+from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
@@ -40,19 +38,6 @@ ROLES: tuple[Role, ...] = ("winner", "candidate", "baseline")
 
 
 @dataclass(frozen=True)
-class Run:
-    """One training of a row.
-
-    Attributes:
-        seed: Of data order and views.
-        folder: Its folder, relative to the study directory.
-    """
-
-    seed: int
-    folder: str
-
-
-@dataclass(frozen=True)
 class Row:
     """One configuration with its alpha, which is never chosen again.
 
@@ -61,14 +46,14 @@ class Row:
         role: ``winner`` (exactly one), ``candidate`` or ``baseline``.
         alpha: Mixing coefficient, 0 for zero-shot.
         objective: On the validation sets, in the search: what chose it.
-        runs: Its trainings, in the order of the seeds that all rows share; none for zero-shot.
+        runs: Folders of its trainings, relative to the study directory, in the order of the seeds; none for zero-shot.
     """
 
     name: str
     role: Role
     alpha: float
     objective: float
-    runs: tuple[Run, ...]
+    runs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -77,10 +62,12 @@ class Compared:
 
     Attributes:
         confirmed: Whether they were trained on fresh seeds after the search.
+        seeds: Of data order and views, the same for all rows.
         rows: The winner first, then candidates, then baselines.
     """
 
     confirmed: bool
+    seeds: tuple[int, ...]
     rows: tuple[Row, ...]
 
     @property
@@ -92,11 +79,6 @@ class Compared:
     def baselines(self) -> tuple[Row, ...]:
         """Rows with that role."""
         return tuple(row for row in self.rows if row.role == "baseline")
-
-    @property
-    def seeds(self) -> tuple[int, ...]:
-        """Seeds of the trainings."""
-        return tuple(run.seed for run in self.winner.runs)
 
 
 def compared_rows(study_dir: Path, recipe: Recipe) -> Compared:
@@ -118,16 +100,15 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> Compared:
     for row in (best, *baselines(study_dir)):
         if row.objective is None or row.alpha is None:
             continue
-        folder = folder_of(study_dir, row).relative_to(study_dir).as_posix()
-        runs = () if row.name == ZERO_SHOT else (Run(recipe.train.seed, folder),)
+        runs = () if row.name == ZERO_SHOT else (folder_of(study_dir, row).relative_to(study_dir).as_posix(),)
         rows.append(Row(row.name, "winner" if row is best else "baseline", row.alpha, row.objective, runs))
-    return Compared(False, tuple(rows))
+    return Compared(False, (recipe.train.seed,), tuple(rows))
 
 
 def compared_again(details: Mapping[str, Any]) -> Compared:
     """Returns the rows that a line of the ledger has of a read."""
-    rows = (Row(**{**row, "runs": tuple(Run(**run) for run in row["runs"])}) for row in details["rows"])
-    return Compared(details["confirmed"], tuple(rows))
+    rows = (Row(**{**row, "runs": tuple(row["runs"])}) for row in details["rows"])
+    return Compared(details["confirmed"], tuple(details["seeds"]), tuple(rows))
 
 
 def _of_confirm(study_dir: Path, stage: Stage) -> Compared:
@@ -146,10 +127,9 @@ def _of_confirm(study_dir: Path, stage: Stage) -> Compared:
         raise NoSuccessfulTrialError(Problem(str(study_dir / CONFIRM), rule, value, next_step=step))
     rows = []
     for row in whole:
-        names = stage.names(row)  # none of the zero-shot model
-        runs = tuple(Run(seed, f"{CONFIRM}/{name}") for seed, name in zip(stage.seeds, names, strict=False))
+        runs = tuple(f"{CONFIRM}/{name}" for name in stage.names(row))  # none of the zero-shot model
         rows.append(Row(row.name, row.role, row.alpha, row.objective, runs))
-    return Compared(True, tuple(sorted(rows, key=lambda row: ROLES.index(row.role))))
+    return Compared(True, stage.seeds, tuple(sorted(rows, key=lambda row: ROLES.index(row.role))))
 
 
 @dataclass(frozen=True)
@@ -173,13 +153,6 @@ class ReadRecord:
     ledger_line: int
     searches_after_a_read: int
     elsewhere: tuple[notes.OtherRead, ...] = ()
-
-    def lines(self, title: str) -> list[str]:
-        """Returns the first lines of a summary."""
-        reason = f"; reason: {self.reason}" if self.reason else ""
-        again = f"The search was continued {times(self.searches_after_a_read)} after a test read."
-        first = f"{title} {self.read}, {self.time} by {self.user}{reason}."
-        return [first, *([again] if self.searches_after_a_read else []), *notes.lines(self.elsewhere)]
 
 
 def read_record(
@@ -217,8 +190,7 @@ def summarise(
     """
     spec, winner = objective_on_test(recipe), compared.winner
     evaluations = {
-        row.name: [(tables[run.folder], row.alpha) for run in row.runs] or [(tables[ZERO_SHOT], 0.0)]
-        for row in compared.rows
+        row.name: [(tables[run], row.alpha) for run in row.runs] or [(tables[ZERO_SHOT], 0.0)] for row in compared.rows
     }
     correct = {row: {name: correct_matrix(found, name) for name in spec.sets} for row, found in evaluations.items()}
     compare_rows = functools.partial(
@@ -231,85 +203,49 @@ def summarise(
     comparison = compare_rows(correct=correct, label="test sets")
     table, alpha = evaluations[winner.name][0]
     alone = {name: ~np.isin(sample_ids(table, name, alpha), _shared_ids(shared, name)) for name in spec.sets}
-    both, without_shared = [comparison], None
+    without_shared = None
     if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
         fewer = {row: {name: x[:, alone[name]] for name, x in by_set.items()} for row, by_set in correct.items()}
         without = compare_rows(correct=fewer, label="test sets without images that are in other roles")
-        both.insert(0, without)
-        without_shared = {
-            "sets": {name: int(mask.sum()) for name, mask in alone.items()},
-            "rows": {row.name: _accuracies(row) for row in without.rows},
-            "differences": {each.other: _difference_data(each) for each in without.baselines},
-            "headline": without.headline,
-        }
-    num_images = {name: len(mask) for name, mask in alone.items()}
-    begin = [*record.lines("Test read"), *_lines(compared, num_images), *shared_lines(shared)]
+        without_shared = {**without.as_data(), "sets": {name: int(mask.sum()) for name, mask in alone.items()}}
+    found = comparison.as_data()
+    for row, each in zip(compared.rows, found["rows"], strict=True):
+        each |= {"role": row.role, "alpha": row.alpha, "seeds": len(row.runs), "runs": list(row.runs)}
+        each["validation_objective"] = row.objective
     return {
         "format_version": FORMAT_VERSION,
         **asdict(record),
         "confirmed": compared.confirmed,
         "seeds": list(compared.seeds),
-        "sets": num_images,
-        "ood_mean_over": list(spec.ood_sets),
+        "sets": {name: len(mask) for name, mask in alone.items()},
         "objective": {"kind": spec.kind, "id_weight": spec.id_weight},
-        "rows": [_row_data(row, found) for row, found in zip(compared.rows, comparison.rows, strict=True)],
-        "differences": {each.other: _difference_data(each) for each in comparison.baselines},
-        "baseline": comparison.headline_baseline,
-        "headline": comparison.headline,
+        **found,
         "shared_images": shared_counts(shared),
         "without_shared_images": without_shared,
-        "row_lines": [line for each in reversed(both) for line in row_lines(each)],
-        "lines": [*begin, *(line for each in both for line in comparison_lines(each))],
     }
+
+
+def read_lines(content: Mapping[str, Any]) -> list[str]:
+    """Returns the content of a ``summary.json`` as lines of text, without its rows."""
+    reason = f"; reason: {content['reason']}" if content["reason"] else ""
+    again = content["searches_after_a_read"]
+    sets = f"ID: {ID_TEST} ({counted(content['sets'][ID_TEST], 'image')})."
+    if ood := [f"{name} ({count})" for name, count in content["sets"].items() if name != ID_TEST]:
+        sets += f" OOD mean: over {', '.join(ood)}."
+    seeds = f"{len(content['seeds'])} fresh seeds" if content["confirmed"] else "one training each"
+    without = content["without_shared_images"]
+    return [
+        f"Test read {content['read']}, {content['time']} by {content['user']}{reason}.",
+        *([f"The search was continued {times(again)} after a test read."] if again else []),
+        *notes.lines([notes.OtherRead(**read) for read in content["elsewhere"]]),
+        sets,
+        f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets.",
+        *(comparison_lines(without) if without else []),
+        *comparison_lines(content),
+    ]
 
 
 def _shared_ids(shared: Sequence[SharedRow], name: str) -> list[int]:
     """Returns the sample ids of a test set's images that are in other roles, too."""
     places = {f"data.{role}" for role in (name, f"{name}.of", f"ood_test.{name}", f"ood_test.{name}.of")}
     return [image[1] for row in shared for image in row.images if image[0] in places and row.done == row.other_done]
-
-
-def _row_data(row: Row, found: ComparedRow) -> dict[str, Any]:
-    return {
-        "name": row.name,
-        "role": row.role,
-        "alpha": row.alpha,
-        "num_seeds": len(row.runs),
-        "runs": [run.folder for run in row.runs],
-        "validation_objective": row.objective,
-        "test": _accuracies(found),
-    }
-
-
-def _accuracies(row: ComparedRow) -> dict[str, Any]:
-    found = {**row.sets, "objective": row.objective}
-    if row.ood_accuracy is not None:
-        found["ood_mean"] = row.ood_accuracy
-    return {name: _plain(interval) for name, interval in found.items()}
-
-
-def _difference_data(difference: Difference) -> dict[str, Any]:
-    return {
-        "objective": {**_plain(difference.objective), "p": difference.p},
-        "sets": {name: _plain(interval) for name, interval in difference.sets.items()},
-        "keeps_id": difference.keeps_id,
-    }
-
-
-def _plain(interval: Interval) -> dict[str, Any]:
-    return {
-        "mean": interval.mean,
-        "interval": list(interval.ends),
-        "over": interval.words,
-        "num_seeds": interval.num_seeds,
-        "notes": list(interval.notes),
-    }
-
-
-def _lines(compared: Compared, num_images: Mapping[str, int]) -> list[str]:
-    """Returns what was read, as lines of text."""
-    sets = f"ID: {ID_TEST} ({counted(num_images[ID_TEST], 'image')})."
-    if ood := [f"{name} ({count})" for name, count in num_images.items() if name != ID_TEST]:
-        sets += f" OOD mean: over {', '.join(ood)}."
-    seeds = f"{len(compared.seeds)} fresh seeds" if compared.confirmed else "one training each"
-    return [sets, f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets."]
