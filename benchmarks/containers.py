@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 
-from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
+from carft_ray.data.selection import stored_source
 from carft_ray.recipe.sets import SetSpec
 
 KINDS = {

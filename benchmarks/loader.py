@@ -33,10 +33,11 @@ from torchvision import datasets, transforms
 
 from benchmarks.photos import CLASSES, write_tree
 from carft_ray.data.caching.arrays import image_set
-from carft_ray.data.caching.cache import FILE, list_entries
+from carft_ray.data.caching.cache import list_entries
 from carft_ray.data.caching.packed import PackedSource
-from carft_ray.data.listing import StoredSource, stored_source
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import list_set
+from carft_ray.data.selection import stored_source
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.learning import loop
 from carft_ray.learning.classifier import normalised
@@ -112,7 +113,7 @@ def read_times(source: StoredSource, cache_dir: Path, repeats: int) -> dict[str,
     order = np.random.default_rng(0).permutation(len(source)).tolist()
     PackedSource(source, cache_dir)
     (entry,) = (each for each in list_entries(cache_dir) if each.kind == "packed")
-    files = [*(Path(source.place(index)) for index in range(len(source))), cache_dir / entry.key / FILE]
+    files = [*(Path(source.place(index)) for index in range(len(source))), cache_dir / f"{entry.key}.arrow"]
     found: dict[str, list[float]] = {}
     for _ in range(repeats):
         _forget(files)  # nobody has the packed set open: the system does not forget what is mapped

@@ -31,9 +31,10 @@ from carft_ray.data import content
 from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.content import reading_threads
 from carft_ray.data.images import decode_image, read_bytes
-from carft_ray.data.listing import StoredSource, unlabelled_source
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import list_set
 from carft_ray.data.records import CHUNK, records
+from carft_ray.data.selection import unlabelled_source
 from carft_ray.recipe.sets import FolderSet
 
 PASS_RATIO = 0.8

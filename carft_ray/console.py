@@ -320,8 +320,7 @@ def cache_table(entries: Sequence["Entry"]) -> Table:
         built, used = (datetime.fromtimestamp(time).strftime("%Y-%m-%d %H:%M") for time in (one.created, one.last_used))
         images = f"{one.num_images:,}" if one.num_images else ""
         cells = [images, one.image_size, size_text(one.num_bytes), built if one.created else "", used]
-        state = {True: "in use", False: "", None: "may be in use"}[one.in_use]
-        lines.append([one.name or "?", one.kind, one.source, *cells, state])
+        lines.append([one.name or "?", one.kind, one.source, *cells, "in use" if one.in_use else ""])
     counts = numbers("images", "pixels", "size", "built", "last used", no_wrap=True)
     return table(["set or model", "kind", "source", *counts, ""], lines)
 

@@ -95,7 +95,7 @@ def opened(kind, folder):
         packed = PackedSource(source, folder / "cache")
         return sum(int(packed.pixels(index).sum()) for index in range(len(packed)))
     if kind == "limited":
-        one_set = 2e-6  # GB: a set has 576 or 2,304 bytes of pixels and some of Arrow
+        one_set = 3e-6  # GB: the sets have 2,106 and 3,834 bytes
         return int(image_set(source, halve, "halved", folder / "cache", limit_gb=one_set).images_NHWC.sum())
     return int(image_set(source, None, "as-is", folder / "cache").images_NHWC.sum())
 

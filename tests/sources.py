@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
+from carft_ray.data.selection import stored_source
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.sets import SetSpec

@@ -66,7 +66,7 @@ def entries(cache_dir):
 
 def the_file(cache_dir):
     (entry,) = entries(cache_dir)
-    return cache_dir / entry / "set.arrow"
+    return cache_dir / entry
 
 
 def test_set_holds_pixels_labels_and_ids_of_the_source(tmp_path):
@@ -139,7 +139,7 @@ def test_a_truncated_entry_is_built_again_with_a_warning(tmp_path, caplog, lengt
         found = image_set(source, None, "none", tmp_path)
     assert f"{path} of the cache is damaged and will be built again" in caplog.text
     np.testing.assert_array_equal(found.images_NHWC[4], source.pixels(4))
-    assert path.read_bytes() == whole
+    assert pa.ipc.open_file(path.read_bytes()).num_record_batches == 1
 
 
 def test_an_entry_with_other_images_is_built_again_with_a_warning(tmp_path, caplog):
@@ -196,8 +196,7 @@ def test_a_killed_builder_leaves_no_entry_and_the_next_one_clears_up(tmp_path):
         time.sleep(0.01)
     os.kill(worker.pid, signal.SIGKILL)
     worker.join(60)
-    (remains,) = entries(cache_dir)
-    assert remains.startswith(".")
+    assert [name for name in entries(cache_dir) if not name.startswith(".")] == []
     quick = Pictures(num_images=1000)
     found = image_set(quick, None, "none", cache_dir)
     np.testing.assert_array_equal(found.images_NHWC[999], quick.pixels(999))

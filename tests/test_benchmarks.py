@@ -47,8 +47,8 @@ from benchmarks.peers import careful
 from benchmarks.rows import Row
 from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
 from carft_ray.data.caching.arrays import image_set
-from carft_ray.data.listing import stored_source
 from carft_ray.data.readers import list_set
+from carft_ray.data.selection import stored_source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import CarftError
 from carft_ray.evaluation.training import prepare

@@ -79,12 +79,10 @@ def killed(host):
     return found
 
 
-@pytest.mark.parametrize(("kind", "least"), [("decoded", 6), ("packed", 6), ("limited", 7)])
-def test_a_build_killed_after_any_durable_operation_leaves_nothing_half_written_and_the_next_one_works(
-    killed, kind, least
-):
+@pytest.mark.parametrize("kind", ["decoded", "packed", "limited"])
+def test_a_build_killed_after_any_durable_operation_leaves_nothing_half_written_and_the_next_one_works(killed, kind):
     place, whole, number, jobs = killed[kind]
-    assert number >= least
+    assert number >= 3  # flush, rename, flush of the folder
     assert len(jobs) == number
     for name, (folder, (*_, first, second)) in jobs.items():
         assert first["code"] == -signal.SIGKILL, name

@@ -274,7 +274,7 @@ def test_names_that_are_not_utf_8_are_refused_when_the_set_is_listed(tree, where
         (tree / "photo" / name).mkdir()
     with pytest.raises(DataError) as caught:
         folder_source(tree, ["photo"], None, "data.train")
-    assert "data.train: names of files and folders must be UTF-8, but got b'" in str(caught.value)
+    assert ": names of files and folders must be UTF-8, but got b'" in str(caught.value)
     assert r"caf\xe9" in str(caught.value)
     assert "convmv -f latin1 -t utf8" in str(caught.value)
     str(caught.value).encode()  # it can be shown and written

@@ -1,12 +1,12 @@
 """Trees are listed once a command, and not at all by trials: counted in every process of real commands."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from PIL import Image
 from short_training import write_image
 from test_sources_search import SETS, here, sets  # noqa: F401
 
-from carft_ray.data.listed_sets import ListedSource, open_sets, write_sets
+from carft_ray.data.listed_sets import open_sets, write_sets
 from carft_ray.data.readers import list_set, listing_once
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import load_recipe
@@ -136,7 +136,7 @@ def test_a_set_that_was_listed_before_is_the_same_set(here, tmp_path, monkeypatc
     assert list(listed) == list(opened)
     for name, source in opened.items():
         mapped = listed[name]
-        assert isinstance(mapped, ListedSource)
+        assert mapped.hashes() is not None
         assert mapped.labels.tolist() == source.labels.tolist()
         assert mapped.sample_ids.tolist() == source.sample_ids.tolist()
         for what in ("name", "class_names", "fingerprint", "groups", "home", "in_order", "num_skipped"):
@@ -145,13 +145,19 @@ def test_a_set_that_was_listed_before_is_the_same_set(here, tmp_path, monkeypatc
         assert mapped.content(3) == source.content(3)
         assert (mapped.pixels(3) == source.pixels(3)).all()
     other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"pack": "always"})})
-    assert not isinstance(open_sets(other, tmp_path / "prepared")["train"], ListedSource)  # of another recipe
+    assert open_sets(other, tmp_path / "prepared")["train"].hashes() is None  # of another recipe
 
 
 def test_a_container_that_changes_in_use_is_told(here, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     recipe = load_recipe(here / "folder.yaml", sets(*["bytes"] * 3))
     write_sets(recipe, tmp_path / "prepared")
-    mapped = replace(open_sets(recipe, tmp_path / "prepared")["train"], fingerprint="of before")
-    with pytest.raises(DataError, match="must not change while a command uses it"):
-        mapped.content(0)
+    mapped, directly = open_sets(recipe, tmp_path / "prepared")["train"], open_sets(recipe)["train"]
+    assert mapped.fingerprint == directly.fingerprint
+    for path in {Path(mapped.listing.root, path) for path in mapped.listing.table["path"].to_pylist()}:
+        shutil.copy(path, tmp_path / "copy")
+        os.replace(tmp_path / "copy", path)
+    assert directly.listing.stamps == mapped.listing.stamps
+    for source in (mapped, directly):
+        with pytest.raises(DataError, match="must not change while a command uses it"):
+            source.content(0)

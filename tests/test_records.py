@@ -5,7 +5,6 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +39,14 @@ def root(tmp_path, monkeypatch):
 def opened(root, read=None, **selection):
     """The set, and the names of its files, as they are read."""
     source, seen = open_set(None, source="folder", path=str(root / "images"), **selection), []
-    files = source.listing.read
+    files, names = source.listing.read, source.listing.names
 
     def reading(row):
-        seen.append(source.listing.names[row])
+        seen.append(names[row])
         return (read or files)(row)
 
-    return replace(source, listing=replace(source.listing, read=reading)), seen
+    object.__setattr__(source.listing, "read", reading)  # which is frozen
+    return source, seen
 
 
 @pytest.mark.slow

@@ -171,7 +171,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "data/benchmark_sets/facts": "the package's own lists",
     "data/benchmark_sets/listers": "maps rows of CIFAR, once their number is known to be whole",
     "data/formats/table_rows": "maps what open_regular has opened before",
-    "data/caching/arrays": "the user's own cache",
     "data/caching/cache": "the user's own cache",
     "data/caching/index": "the user's own cache",
     "data/caching/packed": "the user's own cache; the kernel's files",

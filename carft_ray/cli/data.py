@@ -114,16 +114,15 @@ def data_clean(
     if to_gb is not None:
         going = surplus(entries, to_gb * GB)
     else:
-        may_go = [each for each in entries if each.in_use is False or (each.in_use is None and before is not None)]
-        going = [each for each in may_go if all_ or each.last_used < (before or 0)]
+        going = [each for each in entries if not each.in_use and (all_ or each.last_used < (before or 0))]
     others = notes(folder) if all_ else {}
     if (going or others) and not yes:
         _ask(going, others, json_)
-    removed = [each for each in going if remove(folder, each.key, unknown=before is not None)]
+    removed = [each for each in going if remove(folder, each.key)]
     for path in others:
         with writing(path):
             path.unlink(missing_ok=True)
-    num_dead, kept = remove_dead(folder, before), list_entries(folder)
+    num_dead, kept = remove_dead(folder), list_entries(folder)
     answer = {
         "cache": str(folder),
         "removed": [each.key for each in removed],
@@ -131,8 +130,7 @@ def data_clean(
         "num_dead_builds": num_dead,
         "num_kept": len(kept),
         "num_bytes_kept": sum(each.num_bytes for each in kept),
-        "num_in_use": sum(each.in_use is True for each in kept),
-        "num_use_unknown": sum(each.in_use is None for each in kept),
+        "num_in_use": sum(each.in_use for each in kept),
     }
     if not console.print_json(answer, json_):
         _show_removed(answer, all_)
@@ -146,11 +144,6 @@ def _show_removed(answer: Mapping[str, Any], all_: bool) -> None:
     console.say(f"Removed {what}, from {answer['cache']}.{dead}")
     if answer["num_in_use"]:
         console.say(f"{counted(answer['num_in_use'], 'entry')} in use{': not removed' if all_ else ''}.")
-    if answer["num_use_unknown"]:
-        console.say(
-            f"{counted(answer['num_use_unknown'], 'entry')} that may be in use: this disk has no locks, so only "
-            "--older-than removes sets there. Give a time longer than any training."
-        )
 
 
 def _folder(cache: Path | None) -> Path:

@@ -2,122 +2,36 @@
 
 ``write_sets`` lists and stats each file once, in the driver, and keeps ids, labels, places and hashes of the files in
 ``sets/`` of the folder of the preparation: an Arrow file per set of training and validation. ``open_sets`` maps them.
-A file that changes while a command runs is noticed by the next command, which lists again.
+A file that changes while a command runs is noticed by the next command, which lists again; one of many images at once.
 
 Shape letters: N images of a set.
 """
 
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
-from carft_ray.data.caching.index import open_table, required, write_table
+from carft_ray.data.caching.index import open_table, write_table
 from carft_ray.data.content import DIGEST_BYTES
-from carft_ray.data.images import decode_image, read_bytes
-from carft_ray.data.listing import StoredSource
+from carft_ray.data.listing import Listing, StoredSource
 from carft_ray.data.readers import listing_once
 from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir, open_source
-from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
+from carft_ray.data.source import Source
 from carft_ray.data.synthetic.corrupted import CorruptedSource
-from carft_ray.errors import DataError, Problem
 from carft_ray.layout import SETS
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import CorruptedSet, SetSpec, plain
+from carft_ray.recipe.sets import CorruptedSet, SetSpec
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TRAIN, ID_VAL = "train", "id_val"
 
-_SCHEMA = pa.schema(
-    required(sample_id=pa.uint64(), label=pa.int64(), place=pa.large_binary(), digest=pa.binary(DIGEST_BYTES))
-)
-
-
-@dataclass(frozen=True, eq=False)
-class ListedSource:
-    """The ``Source`` of a set that was listed before, by another process perhaps.
-
-    Attributes:
-        name: Role or name of the set, for messages.
-        class_names: The class list.
-        fingerprint: As it was when the set was listed.
-        groups: See ``ImageSet``.
-        home: Where the images are.
-        in_order: See ``Listing``.
-        are_files: Whether each image is a file of its own; its place is the path then.
-        max_pixels: Of an image; see the recipe.
-        num_skipped: Images that were left out because they cannot be decoded.
-        labels: Label of every image, int64 [N].
-        sample_ids: Stable ids, uint64 [N].
-        table: Columns ``sample_id``, ``label``, ``place``, ``digest`` (of the file's bytes).
-        open_again: Lists the set again: for images that are no files of their own.
-    """
-
-    name: str
-    class_names: tuple[str, ...]
-    fingerprint: str
-    groups: tuple[tuple[int, ...], ...] | None
-    home: str
-    in_order: bool
-    are_files: bool
-    max_pixels: int
-    num_skipped: int
-    labels: IntArray
-    sample_ids: IdArray
-    table: pa.Table
-    open_again: Callable[[], Source]
-
-    @cached_property
-    def _images(self) -> StoredSource:
-        source = self.open_again()
-        if source.fingerprint != self.fingerprint or not isinstance(source, StoredSource):
-            rule = "must not change while a command uses it"
-            raise DataError(Problem(self.home, rule, next_step="Run the command again."))
-        return source
-
-    def __len__(self) -> int:
-        """Returns N."""
-        return len(self.table)
-
-    def hashes(self) -> list[bytes]:
-        """Returns the hash of every file, in order."""
-        return list(self.table["digest"].to_pylist())
-
-    def place(self, index: int) -> str:
-        """Returns the name of image ``index`` for messages."""
-        return os.fsdecode(self.table["place"][index].as_py())
-
-    def content(self, index: int) -> bytes:
-        """Returns the bytes of image ``index``.
-
-        Raises:
-            DataError: The image cannot be read, or the set has changed.
-        """
-        return read_bytes(self.place(index)) if self.are_files else self._images.content(index)
-
-    def pixels(self, index: int) -> PixelArray:
-        """Returns image ``index`` as RGB, uint8 [H, W, 3].
-
-        Raises:
-            DataError: The image cannot be read, or the set has changed.
-        """
-        return self.decode(self.content(index), index)
-
-    def decode(self, content: bytes, index: int) -> PixelArray:
-        """Returns image ``index`` as RGB, uint8 [H, W, 3], from its bytes.
-
-        Raises:
-            DataError: They are no image.
-        """
-        if not self.are_files:
-            return self._images.decode(content, index)
-        return decode_image(content, self.place(index), self.max_pixels)
+_LABEL, _DIGEST = pa.field("label", pa.int64()), pa.field("digest", pa.binary(DIGEST_BYTES))
+_SET = ("name", "class_names", "groups", "skipped", "max_pixels")  # attributes that are kept of a source,
+_LISTING = ("kind", "home", "root", "column", "planes", "frame", "in_order")  # and of its listing
 
 
 def write_sets(recipe: Recipe, folder: Path) -> None:
@@ -168,12 +82,14 @@ def _key(recipe: Recipe, name: str) -> str:
 
 
 def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
-    names = ("name", "class_names", "fingerprint", "groups", "home", "in_order", "max_pixels", "num_skipped")
-    about = {"key": key, "are_files": source.listing.are_files, **{name: getattr(source, name) for name in names}}
-    places = [os.fsencode(source.place(index)) for index in range(len(source))]
-    columns = [source.sample_ids, source.labels, places, digests]
-    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-    return pa.table(arrays, schema=_SCHEMA.with_metadata({"about": json.dumps(about)}))
+    """Returns the rows of a set with labels and hashes; the metadata has all else that is known of it."""
+    listing = source.listing
+    of_set = {name: getattr(source, name) for name in _SET} | {"listed_as": source.fingerprint}
+    of_listing = {name: getattr(listing, name) for name in _LISTING}
+    of_listing["stamps"] = {} if listing.are_files else listing.stamps
+    table = listing.table.take(pa.array(source.rows)).drop_columns("class")
+    table = table.append_column(_LABEL, pa.array(source.labels)).append_column(_DIGEST, pa.array(digests, _DIGEST.type))
+    return table.replace_schema_metadata({"about": json.dumps({"key": key, "set": of_set, "listing": of_listing})})
 
 
 def _read(recipe: Recipe, folder: Path, name: str, spec: SetSpec) -> Source | None:
@@ -182,11 +98,12 @@ def _read(recipe: Recipe, folder: Path, name: str, spec: SetSpec) -> Source | No
     if table is None:
         return None
     about: dict[str, Any] = json.loads(table.schema.metadata[b"about"])
-    if about.pop("key") != _key(recipe, name):
+    if about["key"] != _key(recipe, name):
         return None
-    classes, groups = tuple(about["class_names"]), about["groups"]
-    about |= {"class_names": classes, "groups": None if groups is None else tuple(map(tuple, groups))}
-    open_again = partial(open_source, plain(spec), name, classes, cache_dir(recipe))
-    labels, ids = table["label"].to_numpy(), table["sample_id"].to_numpy()
-    listed = ListedSource(**about, labels=labels, sample_ids=ids, table=table, open_again=open_again)
+    listing, of_set = Listing(table=table, **about["listing"]), about["set"]
+    groups = None if of_set["groups"] is None else tuple(map(tuple, of_set["groups"]))
+    of_set |= {"groups": groups, "class_names": tuple(of_set["class_names"]), "skipped": tuple(of_set["skipped"])}
+    listed = StoredSource(
+        listing=listing, rows=np.arange(len(table), dtype=np.int64), labels=table["label"].to_numpy(), **of_set
+    )
     return CorruptedSource(listed, spec) if isinstance(spec, CorruptedSet) else listed

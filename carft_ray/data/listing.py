@@ -1,79 +1,218 @@
-"""Stored images: what a set's reader finds, which of it belongs to the set, and the source that is made of it.
+"""Stored images: what a set's reader finds, and the source that is made of it.
 
-A reader (``data/readers.py``) lists a set without opening an image: a stable name and a class per image, and functions
-that read one. All else is the same for every kind of set and stands here: ids, labels, parts, shots, masks.
+A reader (``data/readers.py``) lists a set without opening an image: a table with a stable name, a class and a place
+per image. Reading them is the same for every kind of set and stands here; ``selection.py`` says which
+belong to a set.
 """
 
 import hashlib
 import os
+import threading
 import unicodedata
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
-from carft_ray.data.images import decode_image, small_image
+from carft_ray.data.caching.index import checked_stamp, container_stamp, file_stamp
+from carft_ray.data.formats.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
+from carft_ray.data.images import check_num_bytes, decode_image, read_bytes, small_image, unreadable
 from carft_ray.data.source import IdArray, IntArray, PixelArray
-from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.sets import MAX_PIXELS, StoredSet
-from carft_ray.words import counted
+from carft_ray.errors import DataError, Problem
+from carft_ray.recipe.sets import MAX_PIXELS
+from carft_ray.untrusted import open_regular
+
+_TABLE = pa.schema(
+    {
+        "name": pa.large_string(),
+        "id": pa.uint64(),
+        "class": pa.dictionary(pa.int32(), pa.large_string()),
+        "path": pa.large_string(),
+        "at": pa.int64(),
+        "size": pa.int64(),
+    }
+)
+
+
+def image_table(
+    names: Sequence[str],
+    classes: Sequence[str],
+    paths: Sequence[str],
+    home: str,
+    at: Sequence[int] | None = None,
+    sizes: Sequence[int] | None = None,
+) -> pa.Table:
+    """Returns the table of a listing; arguments are its columns, [N], and the place of the set for messages.
+
+    Raises:
+        DataError: A name is no text.
+    """
+    if problems := text_problems((*names, *paths), home):
+        raise DataError(problems)
+    whole = np.full(len(names), -1)
+    ids = np.array([sample_id(name) for name in names], np.uint64)
+    columns = [names, ids, classes, paths, whole if at is None else at, whole if sizes is None else sizes]
+    return pa.table([pa.array(column, kind.type) for column, kind in zip(columns, _TABLE, strict=True)], _TABLE)
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """What a reader finds, without opening an image. Image i of N is the i-th of ``names``.
+    """What a reader finds, without opening an image: a table that can be stored, and how its rows are read.
 
     Attributes:
         kind: Reader and its version; begins the fingerprint.
         home: Where the images are, a resolved path.
-        names: Stable name of every image, [N], in the order of the set. Sample ids are their hashes, so a name must
-            depend on neither machine nor place: a relative path with '/', or a key.
-        classes: Class of every image, [N].
+        table: A row per image, in the order of the set. ``name``: stable; sample ids (``id``) are hashes of names, so
+            a name must depend on neither machine nor place: a relative path with '/', or a key. ``class``. ``path``:
+            the file, from ``root``. ``at``: where the image is in the file, negative where it is the whole file; a
+            row, where there is a ``column``, else a number of bytes, of which it has ``size``.
         found: All classes of the set in its own label order, also those without images.
-        read: Index -> the bytes of the image's file. Raises ``DataError``.
-        stamp: Index -> a text that changes when the image may have changed, cheaply: size and date of its file.
-            Raises ``DataError`` when it has vanished.
-        place: Index -> the image's name for messages.
-        decode: Bytes of ``read`` and index -> RGB pixels, uint8 [H, W, 3]. None: they are an image file.
+        root: The folder that paths count from, as the recipe writes it.
+        column: Column with the images in files that are tables.
+        planes: Side in pixels of images that are not encoded: their red, green and blue planes; 0: they are files.
+        frame: Pixels that are cut off at each edge of an image.
         within: Class of the set -> the classes of the class list that stand for it, where the set has a class list of
             its own: its images are told apart between its classes only, and a class scores the largest of its logits.
         is_sparse: Whether classes of the set may be without images, which are told apart between all of them.
         in_order: Whether images are read quickly in their order alone.
-        are_files: Whether each image is a file of its own, whose path is its ``place``.
         excluded: Sample ids that belong to no set made of the listing (``exclude`` of the recipe), uint64 [K].
         passed_over: How many entries of its folders are no images of the set, by what they are.
         lost: Names of links to images that are not there.
         problems: What is missing. With problems the rest may be empty.
+        stamps: Size and date of each file that was asked for; of a file of many images a hash of its ends, too.
     """
 
     kind: str
     home: str
-    names: Sequence[str] = ()
-    classes: Sequence[str] = ()
+    table: pa.Table = field(default_factory=_TABLE.empty_table)
     found: tuple[str, ...] = ()
-    read: Callable[[int], bytes] = lambda index: b""
-    stamp: Callable[[int], str] = lambda index: ""
-    place: Callable[[int], str] = str
-    decode: Callable[[bytes, int], PixelArray] | None = None
+    root: str = ""
+    column: str = ""
+    planes: int = 0
+    frame: int = 0
     within: Mapping[str, tuple[str, ...]] | None = None
     is_sparse: bool = False
     in_order: bool = False
-    are_files: bool = False
     excluded: IdArray = field(default_factory=lambda: np.empty(0, np.uint64))
     passed_over: Mapping[str, int] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     problems: tuple[Problem, ...] = ()
+    stamps: dict[str, str] = field(default_factory=dict)
+    _unchanged: set[str] = field(default_factory=set, init=False)  # files of many images that were compared with it
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def __len__(self) -> int:
         """Returns N."""
-        return len(self.names)
+        return int(self.table.num_rows)
+
+    @property
+    def names(self) -> list[str]:
+        """Stable name of every image, [N]."""
+        return list(self.table["name"].to_pylist())
+
+    @cached_property
+    def classes(self) -> list[str]:
+        """Class of every image, [N]."""
+        column = self.table["class"].combine_chunks()
+        words = column.dictionary.to_pylist()
+        return [words[index] for index in column.indices.to_pylist()]
 
     @cached_property
     def ids(self) -> IdArray:
         """``sample_id`` of every image, uint64 [N]."""
-        return np.array([sample_id(name) for name in self.names], dtype=np.uint64)
+        return np.asarray(self.table["id"].to_numpy())
+
+    @cached_property
+    def _at(self) -> IntArray:
+        return np.asarray(self.table["at"].to_numpy())
+
+    @property
+    def are_files(self) -> bool:
+        """Whether each image is a file of its own."""
+        return not len(self) or bool(self._at[0] < 0)
+
+    def stamp(self, path: str) -> str:
+        """Returns a text that changes when a file of the table may have changed, cheaply: taken once.
+
+        Raises:
+            DataError: It has vanished.
+        """
+        if path not in self.stamps:
+            how = file_stamp if self.are_files else container_stamp
+            self.stamps[path] = checked_stamp(Path(self.root, path), how)
+        return self.stamps[path]
+
+    def place(self, row: int) -> str:
+        """Returns the name of an image for messages."""
+        path = os.path.join(self.root, self.table["path"][row].as_py())  # quicker than of a Path
+        if self._at[row] < 0:
+            return path
+        return f"{path}, row {self._at[row] + 1}" if self.column else f"{path}: {self.table['name'][row].as_py()}"
+
+    def read(self, row: int) -> bytes:
+        """Returns the bytes of an image. Threads may read at once.
+
+        Raises:
+            DataError: It cannot be read, or its file of many images is not the one that was listed.
+        """
+        path, at, place = self.table["path"][row].as_py(), int(self._at[row]), self.place(row)
+        if at < 0:
+            return read_bytes(place)
+        rows = self._opened(path)
+        if rows is not None:
+            return read_row(rows, at, place)
+        size = self.table["size"][row].as_py()
+        check_num_bytes(size, place)
+        try:
+            with open_regular(os.path.join(self.root, path)) as file:
+                file.seek(at)
+                content = file.read(size)
+        except OSError as error:
+            raise DataError(unreadable(place, error)) from error
+        if len(content) < size:
+            raise DataError(Problem(place, "must hold the whole image", "a file that is cut off"))
+        return content
+
+    def decode(self, content: bytes, row: int, max_pixels: int) -> PixelArray:
+        """Returns an image as RGB, uint8 [H, W, 3], from its bytes.
+
+        Raises:
+            DataError: They are no image.
+        """
+        if self.planes:
+            planes = np.frombuffer(content, np.uint8).reshape(3, self.planes, self.planes)
+            return np.ascontiguousarray(planes.transpose(1, 2, 0))
+        pixels = decode_image(content, self.place(row), max_pixels)
+        if not self.frame:
+            return pixels
+        if min(pixels.shape[:2]) <= 2 * self.frame:
+            value = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
+            raise DataError(Problem(self.place(row), f"must be larger than its frame of {self.frame} pixels", value))
+        return pixels[self.frame : -self.frame, self.frame : -self.frame]
+
+    def _opened(self, path: str) -> ParquetRows | ArrowRows | None:
+        """Opens a file of many images, where it is a table, after a look whether it is as it was."""
+        with self._lock:  # no two threads open one file
+            if path not in self._unchanged:
+                now = checked_stamp(Path(self.root, path), container_stamp)
+                if self.stamps.setdefault(path, now) != now:
+                    rule = "must not change while a command uses it"
+                    raise DataError(Problem(os.path.join(self.root, path), rule, next_step="Run the command again."))
+                self._unchanged.add(path)
+            return self._open_table(path) if self.column else None
+
+    @cached_property
+    def _open_table(self) -> Callable[[str], ParquetRows | ArrowRows]:
+        """Opens tables; each Parquet file that is open keeps what it has read last."""
+        return lru_cache(2 if self.in_order else 256)(partial(_open_table, self.root, self.column))
+
+
+def _open_table(root: str, column: str, path: str) -> ParquetRows | ArrowRows:
+    with reading_table(os.path.join(root, path)):
+        return open_rows(Path(root, path), column)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +229,7 @@ class StoredSource:
         skipped: Names of images that were left out because they cannot be decoded.
         selection: Positions of part and shots in the listing, of which ``rows`` are those that were not left out.
         max_pixels: Of an image; see the recipe.
+        listed_as: The fingerprint of a set that was listed before, by another process perhaps.
     """
 
     name: str
@@ -101,6 +241,7 @@ class StoredSource:
     skipped: tuple[str, ...] = ()
     selection: IntArray | None = None
     max_pixels: int = MAX_PIXELS
+    listed_as: str = ""
 
     @cached_property
     def sample_ids(self) -> IdArray:
@@ -124,18 +265,25 @@ class StoredSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of names, stamps, labels and groups.
+        """Hash of names, places in their files, stamps, labels and groups.
 
         Raises:
             DataError: A file has vanished.
         """
-        digest = hashlib.blake2b(digest_size=16)
-        for row, label in zip(self.rows.tolist(), self.labels.tolist(), strict=True):
-            stamp = self.listing.stamp(row)
-            digest.update(_encoded(f"{normal(self.listing.names[row])}\0{stamp}\0{label}\n"))
+        if self.listed_as:
+            return self.listed_as
+        digest = hashlib.blake2b(_encoded(self.listing.column), digest_size=16)
+        table = self.listing.table.take(pa.array(self.rows))
+        columns = (table[name].to_pylist() for name in ("name", "path", "at"))
+        for name, path, at, label in zip(*columns, self.labels.tolist(), strict=True):
+            digest.update(_encoded(f"{normal(name)}\0{path}\0{at}\0{self.listing.stamp(path)}\0{label}\n"))
         if self.groups is not None:
             digest.update(repr(self.groups).encode())
         return f"{self.listing.kind}/{digest.hexdigest()}"
+
+    def hashes(self) -> list[bytes] | None:
+        """Returns the hash of every file, in order, where the set was listed before; else None."""
+        return list(self.listing.table["digest"].to_pylist()) if self.listed_as else None
 
     def __len__(self) -> int:
         """Returns the number of images."""
@@ -167,10 +315,7 @@ class StoredSource:
         Raises:
             DataError: They are no image.
         """
-        row = int(self.rows[index])
-        if self.listing.decode is None:
-            return decode_image(content, self.listing.place(row), self.max_pixels)
-        return self.listing.decode(content, row)
+        return self.listing.decode(content, int(self.rows[index]), self.max_pixels)
 
     def small(self, index: int, content: bytes, side: int) -> tuple[PixelArray, tuple[int, int], str]:
         """Returns image ``index`` for thumbnails from its bytes: ``images.small_image``.
@@ -178,7 +323,7 @@ class StoredSource:
         Raises:
             DataError: They are no image.
         """
-        if self.listing.decode is None:
+        if not (self.listing.planes or self.listing.frame):
             return small_image(content, self.place(index), side, self.max_pixels)
         pixels = self.decode(content, index)
         return pixels, (pixels.shape[0], pixels.shape[1]), "RGB"
@@ -201,134 +346,6 @@ def selection(source: StoredSource) -> StoredSource:
     return StoredSource(
         source.name, source.listing, rows, (), np.zeros(len(rows), np.int64), max_pixels=source.max_pixels
     )
-
-
-def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | None, name: str) -> StoredSource:
-    """Returns the images of a listing that belong to a set.
-
-    Args:
-        listing: What the set's reader found.
-        spec: The set: parts, shots and whether it has all classes.
-        classes: The class list; None: the listing's own.
-        name: Role or name of the set, for messages.
-
-    Raises:
-        DataError: Images or classes are missing; all problems at once.
-    """
-    wanted = listing.found if classes is None else tuple(classes)
-    problems = list(listing.problems) or class_problems(listing, spec, wanted, name)
-    if problems:
-        raise DataError(problems)
-    if len(np.unique(listing.ids)) < len(listing):
-        rule = "names of images must differ, also after Unicode normalisation"
-        raise DataError(Problem(f"{name}: {listing.home}", rule))
-    chosen = _part_and_shots(listing, spec)
-    rows = _not_excluded(listing, chosen)
-    if not len(rows):
-        value, step = f"none of {len(listing)} in the part", "Widen its `part`."
-        raise DataError(Problem(name, "there must be at least one image", value, next_step=step))
-    label_of = {normal(class_name): label for label, class_name in enumerate(wanted)}
-    members = _members(listing, spec)
-    groups_of = {own: tuple(sorted(label_of[normal(target)] for target in targets)) for own, targets in members.items()}
-    labels = np.array([groups_of[normal(listing.classes[row])][0] for row in rows.tolist()], dtype=np.int64)
-    partly = listing.within is not None or spec.classes == "some"
-    groups = tuple(sorted(set(groups_of.values()))) if partly else None
-    return StoredSource(name, listing, rows, wanted, labels, groups, selection=chosen, max_pixels=spec.max_pixels)
-
-
-def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSource:
-    """Returns the images of a set whose classes are not checked; all labels are 0.
-
-    Raises:
-        DataError: Something is missing.
-    """
-    if listing.problems:
-        raise DataError(listing.problems)
-    chosen = _part_and_shots(listing, spec)
-    rows = _not_excluded(listing, chosen)
-    labels = np.zeros(len(rows), np.int64)
-    return StoredSource(name, listing, rows, (), labels, selection=chosen, max_pixels=spec.max_pixels)
-
-
-def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
-    """Returns which images of a listing belong to a set: its ``part``, of that the ``shots`` of each class, without
-    those that are excluded.
-
-    The fraction of an image is its sample id over 2**64, so disjoint parts share none and more images are as likely in
-    a part as in any of its length. Shots are those with the lowest hash of (seed, id), so k shots are among k + 1.
-    """
-    return _not_excluded(listing, _part_and_shots(listing, spec))
-
-
-def _not_excluded(listing: Listing, rows: IntArray) -> IntArray:
-    return rows[~np.isin(listing.ids[rows], listing.excluded)] if len(listing.excluded) else rows
-
-
-def _part_and_shots(listing: Listing, spec: StoredSet) -> IntArray:
-    rows = np.arange(len(listing), dtype=np.int64)
-    if spec.part is not None:
-        fractions = listing.ids / 2.0**64
-        rows = rows[(spec.part[0] <= fractions) & (fractions < spec.part[1] if spec.part[1] < 1 else True)]
-    if spec.shots is None:
-        return rows
-    by_class: defaultdict[str, list[int]] = defaultdict(list)
-    for row in sorted(rows.tolist(), key=lambda row: sample_id(f"{spec.shots_seed} {int(listing.ids[row])}")):
-        by_class[listing.classes[row]].append(row)
-    return np.array(sorted(row for own in by_class.values() for row in own[: spec.shots]), dtype=np.int64)
-
-
-def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], place: str) -> list[Problem]:
-    """Compares the classes of a set with the class list.
-
-    Every class must have images, unless the set has some classes only, and no other class may stand there.
-
-    Args:
-        listing: What was found.
-        spec: The set.
-        classes: The class list.
-        place: Where the set is named, for the problems.
-    """
-    if not len(listing) and not classes:
-        return [Problem(place, "there must be at least one image", "none", next_step=LAYOUT_STEP)]
-    wanted = {normal(class_name): class_name for class_name in classes}
-    members = _members(listing, spec)
-    known = {normal(target): target for targets in members.values() for target in targets}
-    with_images = {normal(own) for own in set(listing.classes)}
-    unknown = sorted(target for key, target in known.items() if key not in wanted)
-    partly = listing.within is not None or spec.classes == "some"
-    missing = [] if partly else [class_name for key, class_name in wanted.items() if key not in known]
-    empty = [] if listing.is_sparse else sorted(own for own in members if own not in {*with_images, *unknown})
-    problems = []
-    if unknown:
-        match = nearest(unknown[0], missing or classes)
-        rule = "every class of a set must be in the class list"
-        problems.append(Problem(place, rule, _some(unknown), tuple(classes), match, CLASS_STEP))
-    if missing:
-        rule = "every class must be there in every set"
-        step = "Where the set has part of the classes, write classes: some."
-        near = nearest(missing[0], unknown)
-        problems.append(Problem(place, rule, f"none for {_some(missing)}", nearest=near, next_step=step))
-    if empty:
-        step = "Add images, or remove the empty folders."
-        problems.append(Problem(place, "every class must have an image", f"none in {_some(empty)}", next_step=step))
-    if spec.shots is not None and not problems:
-        counts = Counter(listing.classes[row] for row in _part_and_shots(listing, spec).tolist())
-        few = sorted(own for own in set(listing.classes) if counts[own] < spec.shots)
-        if few:
-            rule = f"every class must have {counted(spec.shots, 'image')}, as shots says"
-            problems.append(Problem(f"{place}.shots", rule, f"{counts[few[0]]} in {_some(few)}"))
-    return problems
-
-
-def _members(listing: Listing, spec: StoredSet) -> dict[str, tuple[str, ...]]:
-    """Returns for each class of the set the classes of the class list that stand for it.
-
-    A set of some classes has those that hold an image; otherwise also the empty ones, so that they are reported.
-    """
-    if listing.within is not None:
-        return {normal(own): tuple(targets) for own, targets in listing.within.items()}
-    names = sorted(set(listing.classes)) if spec.classes == "some" else listing.found
-    return {normal(own): (normal(own),) for own in names}
 
 
 def sample_id(name: str) -> int:
@@ -364,14 +381,5 @@ def and_more(wrong: Sized) -> str:
     return f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(repr(name) for name in names[:5]) + more
-
-
 def _encoded(name: str) -> bytes:
     return name.encode("utf-8", "surrogateescape")
-
-
-LAYOUT_STEP = "The layout that each kind of source expects stands in docs/data.md."
-CLASS_STEP = "Rename it, or name all classes in data.classes."

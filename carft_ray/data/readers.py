@@ -174,7 +174,7 @@ def list_set(spec: StoredSet, place: str) -> Listing:
             return Listing("", "", problems=error.problems)
         except OSError as error:
             return Listing("", "", problems=(unreadable(f"{place}: {error.filename}", error),))
-        if problems := text_problems((spec.path, *listing.names, *listing.found), place):
+        if problems := text_problems((spec.path, *listing.found), place):
             return Listing("", "", problems=tuple(problems))
         if kept is not None and not listing.problems:  # problems name the set
             kept[key] = listing

@@ -8,9 +8,10 @@ from pathlib import Path, PurePath
 
 from carft_ray.data.benchmark_sets.reader import benchmark_words
 from carft_ray.data.caching.index import user_cache_dir
-from carft_ray.data.listing import Listing, and_more, class_problems, selected_rows, stored_source
+from carft_ray.data.listing import Listing, and_more
 from carft_ray.data.readers import list_set, reader_of
 from carft_ray.data.records import without_bad_images
+from carft_ray.data.selection import class_problems, selected_rows, stored_source
 from carft_ray.data.source import Source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem, nearest

@@ -20,9 +20,10 @@ import torch
 
 from carft_ray import environment
 from carft_ray.data.checkup import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, same_words
-from carft_ray.data.listing import StoredSource, stored_source
+from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import list_set, reader_of
 from carft_ray.data.records import records
+from carft_ray.data.selection import stored_source
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
 from carft_ray.data.shared.overlap import SharedPair, shared_pairs
 from carft_ray.data.shared.shared_images import decide, shared_lines, without_shared

@@ -21,10 +21,10 @@ from torch.nn import functional
 
 from carft_ray import environment
 from carft_ray.data.caching import cache
+from carft_ray.data.caching.index import write_file
 from carft_ray.data.sets import cache_dir
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.origin import device_name
-from carft_ray.files import fsync_file
 from carft_ray.learning.classifier import at_least_float32
 from carft_ray.learning.models.clip import Clip, model_key, tokenizer_hash
 from carft_ray.recipe.schema import Recipe
@@ -114,13 +114,11 @@ def cached_heads(
             embedded.update(class_head=heads[0].cpu(), context_head=heads[1].cpu())
         return embedded
 
-    def build(path: Path) -> dict[str, Any]:
+    def build(path: Path) -> None:
         rows_MD = torch.cat(list(embed().values())).numpy()
         column = pa.FixedSizeListArray.from_arrays(pa.array(rows_MD.reshape(-1)), rows_MD.shape[1])
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, pa.schema({"row": column.type})) as writer:
-            writer.write_batch(pa.record_batch({"row": column}))
-        fsync_file(path)
-        return {"kind": "heads", "name": recipe.model.name, "source": f"{number} sentences"}
+        about = cache.about(kind="heads", name=recipe.model.name, source=f"{number} sentences")
+        write_file(path, pa.table({"row": column}).replace_schema_metadata(about))
 
     def read(reader: Any) -> dict[str, Tensor]:
         column = reader.get_batch(0)["row"]

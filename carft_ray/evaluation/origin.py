@@ -10,7 +10,7 @@ import torch
 
 from carft_ray import environment
 from carft_ray.data.content import image_digest, image_digests, set_digest
-from carft_ray.data.listed_sets import ListedSource, open_sets
+from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir
@@ -71,11 +71,11 @@ def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str
     contents: dict[str, dict[str, Any]] = {}
     for name, source in (open_sets(recipe) if inputs is None else inputs.sources).items():
         images = source.images if isinstance(source, CorruptedSource) else source
-        is_stored, known = isinstance(images, StoredSource | ListedSource), None
-        if isinstance(images, ListedSource):
+        is_stored, known = isinstance(images, StoredSource), None
+        if isinstance(images, StoredSource):
             known = images.hashes()
-        elif isinstance(images, StoredSource):
-            known = None if inputs is None else records(images, cache_dir(recipe)).hashes()
+            if known is None and inputs is not None:
+                known = records(images, cache_dir(recipe)).hashes()
         elif name in decoded:
             known = [image_digest(pixels.tobytes()) for pixels in decoded[name].images_NHWC]
         elif inputs is not None:

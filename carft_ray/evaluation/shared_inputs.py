@@ -13,7 +13,7 @@ import torch
 from carft_ray.data.caching.arrays import DecodedSource, image_set
 from carft_ray.data.caching.packed import PackedSource, pays
 from carft_ray.data.images import DECODERS
-from carft_ray.data.listed_sets import TRAIN, ListedSource, open_sets
+from carft_ray.data.listed_sets import TRAIN, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.sets import cache_dir, class_words
 from carft_ray.data.source import ImageSet, Source, identity
@@ -84,7 +84,7 @@ def load_shared_inputs(
         train = sources[TRAIN]
         if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
             train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
-        elif isinstance(train, StoredSource | ListedSource) and (
+        elif isinstance(train, StoredSource) and (
             recipe.data.resize_short_side is not None
             or recipe.data.pack == "always"
             or (recipe.data.pack == "auto" and pays(train.home, train.in_order, folder))

@@ -21,11 +21,8 @@ import numpy as np
 
 from carft_ray.data.benchmark_sets import layouts
 from carft_ray.data.benchmark_sets.facts import Facts
-from carft_ray.data.caching.index import checked_stamp
 from carft_ray.data.formats.table_rows import READ_ERRORS, read_columns, read_schema
-from carft_ray.data.images import decode_image
-from carft_ray.data.listing import Listing
-from carft_ray.data.source import PixelArray
+from carft_ray.data.listing import Listing, image_table
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import BenchmarkSet
 from carft_ray.words import counted
@@ -74,16 +71,7 @@ def objectnet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listi
     """Lists the folders that ObjectNet shares with ImageNet; the others are left out. The red frame is cut off."""
     known = set(facts.classes)
     listing = layouts.listing_of(root, [row for row in layouts.tree_rows(root) if row[1] in known])
-
-    def decode(content: bytes, index: int) -> PixelArray:
-        place = listing.place(index)
-        pixels = decode_image(content, place, spec.max_pixels)
-        if min(pixels.shape[:2]) <= 2 * BORDER:
-            value = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
-            raise DataError(Problem(place, f"must be larger than its frame of {BORDER} pixels", value))
-        return pixels[BORDER:-BORDER, BORDER:-BORDER]
-
-    return replace(listing, decode=decode)
+    return replace(listing, frame=BORDER)
 
 
 def domainbed(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
@@ -271,38 +259,30 @@ def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts, names_p
         first = next((pair for pair in zip(own, facts.classes, strict=False) if pair[0] != pair[1]), None)
         value = f"{first[0]!r} for {first[1]!r}" if first else f"{len(own)} of {len(facts.classes)}"
         raise DataError(Problem(str(names_path), f"must name the classes of {facts.title}, in their order", value))
-    paths = [root / f"{name}.bin" for name in files]
-    batches = [_cifar_rows(path, label_bytes + 3 * SIDE * SIDE) for path in paths]
-    rows = [(number, row) for number, batch in enumerate(batches) for row in range(len(batch))]
-    labels = np.concatenate([batch[:, label_bytes - 1] for batch in batches]).tolist()
-    classes = [
-        layouts.by_number(label, 0, facts, paths[number], f"image {row}")
-        for label, (number, row) in zip(labels, rows, strict=True)
-    ]
-
-    def decode(content: bytes, index: int) -> PixelArray:
-        return np.ascontiguousarray(np.frombuffer(content, np.uint8).reshape(3, SIDE, SIDE).transpose(1, 2, 0))
-
-    return Listing(
-        kind=layouts.KIND,
-        home=str(root.resolve()),
-        names=[f"{files[number]}/{row:05d}" for number, row in rows],
-        classes=classes,
-        found=tuple(sorted(set(classes))),
-        read=lambda index: bytes(batches[rows[index][0]][rows[index][1], label_bytes:]),
-        stamp=lambda index: checked_stamp(paths[rows[index][0]]),
-        place=lambda index: f"{paths[rows[index][0]]}, image {rows[index][1]}",
-        decode=decode,
-    )
+    names: list[str] = []
+    classes: list[str] = []
+    paths: list[str] = []
+    places: list[int] = []
+    for name in files:
+        path, row_bytes = root / f"{name}.bin", label_bytes + 3 * SIDE * SIDE
+        for row, label in enumerate(_cifar_labels(path, row_bytes, label_bytes - 1)):
+            names.append(f"{name}/{row:05d}")
+            classes.append(layouts.by_number(label, 0, facts, path, f"image {row}"))
+            paths.append(path.name)
+            places.append(row * row_bytes + label_bytes)
+    home = str(root.resolve())
+    table = image_table(names, classes, paths, home, places, [3 * SIDE * SIDE] * len(names))
+    return Listing(layouts.KIND, home, table, tuple(sorted(set(classes))), str(root), planes=SIDE)
 
 
-def _cifar_rows(path: Path, row_bytes: int) -> PixelArray:
-    """Maps a file into memory, uint8 [N, row_bytes]."""
+def _cifar_labels(path: Path, row_bytes: int, position: int) -> list[int]:
+    """Returns the label of each row of a file: the byte at a position of the row."""
     try:
         size = path.stat().st_size
         if not size or size % row_bytes:
             rule = f"must hold whole images of {row_bytes} bytes"
             raise DataError(Problem(str(path), rule, f"{size} bytes", next_step="Unpack the archive again."))
-        return np.memmap(path, np.uint8, "r", shape=(size // row_bytes, row_bytes))
+        rows = np.memmap(path, np.uint8, "r", shape=(size // row_bytes, row_bytes))
+        return list(rows[:, position].tolist())
     except OSError as error:
         raise layouts.unreadable_list(path, error) from error

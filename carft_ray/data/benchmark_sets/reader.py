@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import pyarrow as pa
+
 from carft_ray.data.benchmark_sets import listers
 from carft_ray.data.benchmark_sets.facts import Facts, label_groups, load_facts, prompt_words
 from carft_ray.data.benchmark_sets.layouts import STEP
@@ -155,10 +157,12 @@ def _in_class_list(listing: Listing, spec: BenchmarkSet, facts: Facts) -> Listin
     if single is None:
         targets = {facts.classes[i]: tuple(whole[index] for index in groups[i]) for i in kept}
         return replace(listing, found=tuple(targets), within=targets)
-    name_of = dict(zip(facts.classes, single, strict=True))
+    name_of, table = dict(zip(facts.classes, single, strict=True)), listing.table
     found = tuple(single[i] for i in kept)
     within = {name: (name,) for name in found} if len(found) < len(whole) else None
-    return replace(listing, classes=[name_of.get(name, name) for name in listing.classes], found=found, within=within)
+    classes = pa.array([name_of.get(name, name) for name in listing.classes], table.schema.field("class").type)
+    table = table.set_column(table.column_names.index("class"), "class", classes)
+    return replace(listing, table=table, found=found, within=within)
 
 
 def _root(spec: BenchmarkSet) -> Path:

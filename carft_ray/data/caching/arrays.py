@@ -8,6 +8,8 @@ Shape letters: N images, H height, W width.
 """
 
 import contextlib
+import mmap
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,14 +20,13 @@ import pyarrow as pa
 from PIL import Image
 
 from carft_ray.data.caching import cache
-from carft_ray.data.caching.index import required
+from carft_ray.data.caching.index import required, write_file
 from carft_ray.data.content import in_order
 from carft_ray.data.images import DECODERS
 from carft_ray.data.source import DerivedSource, ImageSet, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem
-from carft_ray.files import fsync_file
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 Transform = Callable[[Image.Image], Image.Image]
 OnImage = Callable[[int, int], None]  # may raise to end a build, of which nothing stays then
@@ -68,10 +69,8 @@ def image_set(
         check_same(source, labels, sample_ids)
         return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
 
-    def build(path: Path) -> dict[str, Any]:
-        height, width = _build(source, transform, path, on_image)
-        size = f"{width} x {height}"
-        return {**about(source, "decoded"), "image_size": size, "transform": transform_key}
+    def build(path: Path) -> None:
+        _build(source, transform, transform_key, path, on_image)
 
     parts = [FORMAT_VERSION, identity(source), transform_key, DECODERS]
     return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb, waiting(source, on_image))
@@ -111,10 +110,10 @@ def waiting(source: Source, on_image: OnImage | None) -> Callable[[], None] | No
     return None if on_image is None else partial(on_image, 0, len(source))
 
 
-def about(source: Source, kind: str) -> dict[str, Any]:
-    """Returns what ``entry.json`` says of every kind of entry."""
+def about(source: Source, kind: str, **more: str) -> dict[str, str]:
+    """Returns the metadata of every kind of set in the cache."""
     origin = source.fingerprint.partition("/")[0].rpartition("-")[0]  # 'folder' of 'folder-2/...'
-    return {"kind": kind, "name": source.name, "source": origin, "num_images": len(source)}
+    return cache.about(kind=kind, name=source.name, source=origin, num_images=len(source), **more)
 
 
 def check_same(source: Source, labels: Any, sample_ids: Any) -> None:
@@ -128,11 +127,13 @@ def _column(batch: pa.RecordBatch, name: str) -> PixelArray:
     return np.frombuffer(batch.column(name).buffers()[1], dtype=np.uint8)
 
 
-def _build(source: Source, transform: Transform | None, path: Path, on_image: OnImage | None) -> tuple[int, int]:
-    """Writes the file; returns height and width.
+def _build(
+    source: Source, transform: Transform | None, transform_key: str, path: Path, on_image: OnImage | None
+) -> None:
+    """Writes the file.
 
-    Images are made by several threads, and written in order. Pixels go to a plain file first, so that memory never
-    holds more than a few images (``content.in_order``).
+    Images are made by several threads, and written in order. Pixels go to a plain file first, which has no name, so
+    that memory never holds more than a few images (``content.in_order``).
     """
     if not len(source):
         raise DataError(Problem(source.name, "there must be at least one image"))
@@ -144,28 +145,26 @@ def _build(source: Source, transform: Transform | None, path: Path, on_image: On
         image = transform(Image.fromarray(pixels))
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
-    pixels_path = path.with_name("pixels")
     shape: tuple[int, ...] | None = None
-    with open(pixels_path, "wb") as file, contextlib.closing(in_order(made, len(source))) as images:
+    with (
+        tempfile.TemporaryFile(dir=path.parent) as plain,
+        contextlib.closing(in_order(made, len(source))) as images,
+    ):
         for index, pixels in enumerate(images):
             shape = shape or pixels.shape
             if pixels.shape != shape:
                 (height, width), (first_height, first_width) = pixels.shape[:2], shape[:2]
                 value = f"{width} x {height} for image {index} and {first_width} x {first_height} for image 0"
                 raise DataError(Problem(source.name, "all images of a decoded set must have one size", value))
-            file.write(pixels.tobytes())
+            plain.write(pixels.tobytes())
             if on_image is not None:
                 on_image(index + 1, len(source))
-    height, width = shape[:2] if shape else (0, 0)
-    sizes = {"format_version": str(FORMAT_VERSION), "height": str(height), "width": str(width)}
-    columns = required(image=pa.binary(height * width * 3), label=pa.int64(), sample_id=pa.uint64())
-    schema = pa.schema(columns, sizes)
-    with pa.memory_map(str(pixels_path)) as pixel_file:
-        image_buffer = pixel_file.read_buffer()
+        plain.flush()
+        height, width = shape[:2] if shape else (0, 0)
+        of_set = about(source, "decoded", image_size=f"{width} x {height}", transform=transform_key)
+        columns = required(image=pa.binary(height * width * 3), label=pa.int64(), sample_id=pa.uint64())
+        schema = pa.schema(columns, {"height": str(height), "width": str(width), **of_set})
+        image_buffer = pa.py_buffer(mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ))
         column = pa.FixedSizeBinaryArray.from_buffers(schema.field("image").type, len(source), [None, image_buffer])
         batch = pa.record_batch([column, pa.array(source.labels), pa.array(source.sample_ids)], schema=schema)
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            writer.write_batch(batch)
-    fsync_file(path)
-    pixels_path.unlink()
-    return height, width
+        write_file(path, pa.Table.from_batches([batch]))

@@ -1,13 +1,12 @@
 """The cache of images and heads: entries that one process builds and all processes of the machine share.
 
-An entry is a folder ``<key>/`` with ``set.arrow``, an Arrow file that is mapped into memory, and ``entry.json``, which
-says for people what it holds. The key is a hash of what the content depends on; an entry is never changed, only built,
-replaced when it is damaged, and removed. Whoever has one open holds a shared lock on ``set.arrow`` for as long as its
-arrays live, however the process ends: an entry in use is not removed. When it was last opened is the date of
-``entry.json``.
+An entry is an Arrow file ``<key>.arrow``, which is mapped into memory; the metadata of its schema say for people what
+it holds. The key is a hash of what the content depends on; an entry is never changed, only built, replaced when it is
+damaged, and removed. Whoever has one open holds a shared lock on it for as long as its arrays live, however the process
+ends: an entry in use is not removed. When it was last opened is its date.
 
-Where a disk has no locks (``files.NO_FLOCK``), each process builds under a name of its own, and the first rename
-decides: what two have built is the same. Which entries are in use is not known there, so none is removed automatically.
+Where a disk has no locks (``files.NO_FLOCK``), each process builds under a name of its own, and the last rename
+decides: what they have built is the same. Every entry counts as in use there, so none is removed.
 """
 
 import contextlib
@@ -18,7 +17,6 @@ import logging
 import mmap
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -28,15 +26,14 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from carft_ray.errors import Problem, StorageError
-from carft_ray.files import NO_FLOCK, discard_folder, new_folder, read_json, write_json, writing
+from carft_ray.files import NO_FLOCK, new_file, writing
 
-FILE = "set.arrow"
-ABOUT = "entry.json"
 GB = 10**9  # bytes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lock
 
-_KEY = re.compile(r"[0-9a-f]{32}")
-_REMAINS = re.compile(r"\.([0-9a-f]{32})\.[0-9].*\.tmp")
+_ENTRY = re.compile(r"([0-9a-f]{32})\.arrow")
+_ABOUT = "about"  # key of the metadata
+_REMAINS = re.compile(r"\.([0-9a-f]{32})\.arrow\..*\.tmp")
 _NOTES = (
     "records-*.arrow",
     "records-*.part",
@@ -55,8 +52,8 @@ class Entry:
     """What is known of an entry without opening it.
 
     Attributes:
-        key: Name of its folder.
-        kind: ``decoded``, ``packed`` or ``heads``; ``unknown``, where ``entry.json`` is missing or damaged.
+        key: Name of its file.
+        kind: ``decoded``, ``packed`` or ``heads``; ``unknown``, where the file is damaged.
         name: Name of the set for which it was built; the same images may serve others. Of heads, the model.
         source: Kind of the source; of heads, how many sentences.
         num_images: Images; 0 where that is unknown.
@@ -65,8 +62,7 @@ class Entry:
         created: When it was built, seconds since 1970; 0 where that is unknown.
         last_used: When it was last opened, seconds since 1970.
         num_bytes: Size on disk.
-        in_use: Whether a process has it open, or it belongs to another user; None where that is not known, on a
-            disk without locks.
+        in_use: Whether a process has it open, it belongs to another user, or its disk has no locks.
     """
 
     key: str
@@ -79,7 +75,7 @@ class Entry:
     created: float = 0.0
     last_used: float
     num_bytes: int
-    in_use: bool | None
+    in_use: bool
 
 
 def key_of(parts: list[Any]) -> str:
@@ -87,11 +83,20 @@ def key_of(parts: list[Any]) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
+def about(**known: Any) -> dict[str, str]:
+    """Returns the metadata of the schema of an entry.
+
+    Args:
+        **known: Attributes of ``Entry``, of those that ``list_entries`` does not find out.
+    """
+    return {_ABOUT: json.dumps({**known, "created": time.time()})}
+
+
 def entry(
     cache_dir: Path,
     key: str,
     read: Callable[[Any], T],
-    build: Callable[[Path], dict[str, Any]],
+    build: Callable[[Path], None],
     limit_gb: float | None = None,
     on_wait: Callable[[], None] | None = None,
 ) -> T:
@@ -105,7 +110,7 @@ def entry(
         key: Name of the entry, 32 hex digits.
         read: Gets the ``RecordBatchFileReader`` of the file, whose buffers are views of it. Raises ``ValueError`` for
             a file that is not what it should be.
-        build: Writes and flushes the file, and returns what ``entry.json`` says.
+        build: Writes and flushes the file, whose schema has the metadata of ``about``.
         limit_gb: Largest size of the cache in 10^9 bytes. With a new entry, those that were not used for longest go
             until all fit, but none in use; None: no limit. A disk without locks has none.
         on_wait: Called about twice a second while another process builds the entry; may raise to wait no longer.
@@ -116,32 +121,26 @@ def entry(
     Raises:
         StorageError: The entry cannot be written.
     """
-    folder = cache_dir / key
-    if (found := _open(folder, read)) is not None:
+    path = cache_dir / f"{key}.arrow"
+    if (found := _open(path, read)) is not None:
         return found
     with lock(cache_dir / f"{key}.lock", on_wait) as alone:
-        if (found := _open(folder, read)) is not None:
+        if (found := _open(path, read)) is not None:
             return found
-        _remove_remains(folder, alone)
-        try:
-            with new_folder(folder) as temporary:
-                about = build(temporary / FILE)
-                write_json(temporary / ABOUT, {"format_version": 1, **about, "created": time.time()})
-                found = _open(temporary, read)  # before others see it: nobody can remove what is open
-                if found is None:
-                    rule = "an entry of the cache must be readable once it is written"
-                    raise StorageError(Problem(str(folder), rule))
-                if limit_gb is not None and alone:
-                    _make_room(cache_dir, limit_gb, (temporary / FILE).stat().st_size)
-        except StorageError:
-            if alone or (found := _open(folder, read)) is None:
-                raise  # else another process was quicker
+        if alone:
+            _remove_remains(path)
+        with new_file(path) as temporary:
+            build(temporary)
+            found = _open(temporary, read)  # before others see it: nobody can remove what is open
+            if found is None:
+                raise StorageError(Problem(str(path), "an entry of the cache must be readable once it is written"))
+            if limit_gb is not None and alone:
+                _make_room(cache_dir, limit_gb, temporary.stat().st_size)
     return found
 
 
-def _open(folder: Path, read: Callable[[Any], T]) -> T | None:
+def _open(path: Path, read: Callable[[Any], T]) -> T | None:
     """Opens an entry; None when it is missing or, after a warning, when it is damaged."""
-    path = folder / FILE
     with writing(path):
         try:
             handle = os.open(path, os.O_RDONLY)
@@ -160,7 +159,7 @@ def _open(folder: Path, read: Callable[[Any], T]) -> T | None:
         _log.warning("The entry %s of the cache is damaged and will be built again: %s", path, error)
         return None
     with contextlib.suppress(OSError):  # of another user, or on a disk that is only read
-        os.utime(folder / ABOUT)
+        os.utime(path)
     return found
 
 
@@ -207,8 +206,8 @@ def made_once(path: Path, lock_path: Path, read: Callable[[Path], T | None], mak
     if (found := read(path)) is not None:
         return found
     with lock(lock_path) as alone:
-        for left in path.parent.glob(f".{path.stem}.*.tmp") if alone else ():
-            left.unlink(missing_ok=True)  # of the file or a part of it, by a process that was killed
+        if alone:
+            _remove_remains(path)
         return make() if (found := read(path)) is None else found
 
 
@@ -222,8 +221,8 @@ def _flock(handle: int, operation: int, path: Path) -> bool:
         device = os.fstat(handle).st_dev
         if device not in _warned:
             _warned.add(device)
-            text = "%s: this disk has no locks (flock), so several processes may build the same at once, data.cache_gb "
-            text += "has no effect, and only `carft-ray data clean --older-than` removes sets"
+            text = "%s: this disk has no locks (flock), so several processes may build the same at once, and no set is "
+            text += "removed: data.cache_gb and `carft-ray data clean` have no effect"
             _log.warning(text, path.parent)
         return False
     return True
@@ -231,7 +230,7 @@ def _flock(handle: int, operation: int, path: Path) -> bool:
 
 def list_entries(cache_dir: Path) -> list[Entry]:
     """Returns the entries of a cache, last used first. Nothing is written; a folder that is not there has none."""
-    found = [_entry(path) for path in _folders(cache_dir, _KEY)]
+    found = [_entry(path, key) for path, key in _files(cache_dir, _ENTRY)]
     return sorted(found, key=lambda each: each.last_used, reverse=True)
 
 
@@ -247,48 +246,36 @@ def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:
     """
     size, gone = sum(each.num_bytes for each in entries), []
     for each in sorted(entries, key=lambda each: each.last_used):
-        if size > max_bytes and each.in_use is False:
+        if size > max_bytes and not each.in_use:
             gone.append(each)
             size -= each.num_bytes
     return gone
 
 
-def remove(cache_dir: Path, key: str, unknown: bool = False) -> bool:
+def remove(cache_dir: Path, key: str) -> bool:
     """Removes an entry unless it is in use; returns whether it did.
-
-    Args:
-        cache_dir: Folder of all entries.
-        key: Name of the entry.
-        unknown: Remove it, too, where a disk without locks leaves open whether it is in use.
 
     Raises:
         StorageError: It cannot be removed.
     """
-    folder = cache_dir / key
-    with _alone(folder / FILE) as free:
-        if goes := free or (free is None and unknown):
-            with contextlib.suppress(FileNotFoundError):  # another process was quicker
-                discard_folder(folder)
-        return goes
+    path = cache_dir / f"{key}.arrow"
+    with _alone(path) as free, writing(path):
+        if free:
+            path.unlink(missing_ok=True)  # another process may have been quicker
+        return free
 
 
-def remove_dead(cache_dir: Path, before: float | None = None) -> int:
+def remove_dead(cache_dir: Path) -> int:
     """Removes what builds that died have left; returns their number. A build that runs is left alone.
-
-    Args:
-        cache_dir: Folder of all entries.
-        before: On a disk without locks, what was begun before it goes, seconds since 1970; None: nothing does.
 
     Raises:
         StorageError: Something cannot be removed.
     """
     count = 0
-    for path in _folders(cache_dir, _REMAINS):
-        key = path.name.split(".")[1]
-        with _alone(cache_dir / f"{key}.lock") as free:
-            if free or (free is None and before is not None and path.stat().st_mtime < before):
-                with writing(path), contextlib.suppress(FileNotFoundError):  # somebody else does the same
-                    shutil.rmtree(path)
+    for path, key in _files(cache_dir, _REMAINS):
+        with _alone(cache_dir / f"{key}.lock") as free, writing(path):
+            if free:
+                path.unlink(missing_ok=True)
                 count += 1
     return count
 
@@ -304,39 +291,36 @@ def _make_room(cache_dir: Path, limit_gb: float, num_bytes: int) -> None:
         _log.warning(text, cache_dir, size / GB, limit_gb)
 
 
-def _folders(cache_dir: Path, pattern: re.Pattern[str]) -> list[Path]:
-    if not cache_dir.is_dir():
-        return []
-    return sorted(path for path in cache_dir.iterdir() if pattern.fullmatch(path.name) and path.is_dir())
+def _files(cache_dir: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str]]:
+    """Returns the files whose names a pattern matches, each with its group: the key of an entry."""
+    names = sorted(os.listdir(cache_dir)) if cache_dir.is_dir() else []
+    return [(cache_dir / name, found.group(1)) for name in names if (found := pattern.fullmatch(name))]
 
 
-def _entry(folder: Path) -> Entry:
+def _entry(path: Path, key: str) -> Entry:
     known: dict[str, Any] = {}
     last_used, num_bytes = 0.0, 0
-    with contextlib.suppress(StorageError, OSError):
-        about = read_json(folder / ABOUT)
-        known = {each.name: about[each.name] for each in fields(Entry) if each.name in about}
-        last_used = (folder / ABOUT).stat().st_mtime
     with contextlib.suppress(OSError):
-        num_bytes = (folder / FILE).stat().st_size
-        last_used = last_used or (folder / FILE).stat().st_mtime
-    with _alone(folder / FILE) as free:
-        in_use = None if free is None else not free
-    return Entry(key=folder.name, last_used=last_used, num_bytes=num_bytes, in_use=in_use, **known)
+        state = path.stat()
+        last_used, num_bytes = state.st_mtime, state.st_size
+    with (
+        contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError, TypeError),
+        pa.memory_map(str(path)) as file,
+    ):
+        about = json.loads(pa.ipc.open_file(file).schema.metadata[_ABOUT.encode()])
+        known = {each.name: about[each.name] for each in fields(Entry) if each.name in about}
+    with _alone(path) as free:
+        return Entry(key=key, last_used=last_used, num_bytes=num_bytes, in_use=not free, **known)
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool | None]:
-    """Returns whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free.
-
-    Gives None on a disk without locks.
-    """
+def _alone(path: Path) -> Iterator[bool]:
+    """Returns whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free."""
     handle: int | None = None
-    free: bool | None
     try:
         try:
             handle = os.open(path, os.O_RDWR)
-            free = _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, path) or None
+            free = _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
         except FileNotFoundError:
             free = True
         except OSError:  # held by somebody, or not ours to write
@@ -347,11 +331,8 @@ def _alone(path: Path) -> Iterator[bool | None]:
             os.close(handle)
 
 
-def _remove_remains(folder: Path, alone: bool) -> None:
-    """Removes a damaged entry, and what builds that died have left: that only the holder of the lock may."""
-    for path in folder.parent.glob(f".{folder.name}.*.tmp") if alone else ():
-        with writing(path):
-            shutil.rmtree(path)
-    with contextlib.suppress(FileNotFoundError):  # another process did the same
-        if folder.exists():
-            discard_folder(folder)
+def _remove_remains(path: Path) -> None:
+    """Removes what processes that were killed have left of a file or its parts: only the holder of its lock may."""
+    for left in path.parent.glob(f".{path.stem}.*.tmp"):
+        with writing(left):
+            left.unlink(missing_ok=True)

@@ -4,10 +4,9 @@ An entry is one Arrow file ``index/<two digits>/<key>.arrow``; its key is a hash
 place, size and date of the file. Entries appear whole, and may be deleted at any time.
 """
 
-import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -64,11 +63,6 @@ def checked_stamp(path: Path, stamp: Callable[[Path], str] = file_stamp) -> str:
         raise DataError(unreadable(str(path), error)) from error
 
 
-def container_stamps(files: Sequence[Path]) -> Callable[[int], str]:
-    """Returns a function from the number of a file of many images to its stamp, taken once; see ``checked_stamp``."""
-    return functools.cache(lambda number: checked_stamp(files[number], container_stamp))
-
-
 def kept_index(path: Path, what: str, make: Callable[[], pa.Table]) -> pa.Table:
     """Returns the index of a file, from the cache or made now by one of the processes that ask.
 
@@ -104,9 +98,14 @@ def write_table(path: Path, table: pa.Table) -> None:
         StorageError: It cannot be written.
     """
     with new_file(path) as temporary:
-        with pa.ipc.new_file(str(temporary), table.schema) as writer:
-            writer.write_table(table)
-        fsync_file(temporary)
+        write_file(temporary, table)
+
+
+def write_file(path: Path, table: pa.Table) -> None:
+    """Writes a table as an Arrow file and flushes it."""
+    with pa.ipc.new_file(str(path), table.schema) as writer:
+        writer.write_table(table)
+    fsync_file(path)
 
 
 def open_table(path: Path) -> pa.Table | None:

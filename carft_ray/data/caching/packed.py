@@ -27,13 +27,12 @@ from carft_ray.data.caching.arrays import OnImage, about, check_same, waiting
 from carft_ray.data.caching.index import required
 from carft_ray.data.content import in_order
 from carft_ray.data.images import DECODERS
-from carft_ray.data.listed_sets import ListedSource
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.source import DerivedSource, PixelArray, identity
 from carft_ray.data.views import resize
 from carft_ray.errors import DataError, Problem
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 BATCH_BYTES = 32 * 10**6  # held in memory while the file is written
 QUALITY = 95  # of the JPEGs of images that were made smaller
 
@@ -43,7 +42,6 @@ _NETWORK = (
     *("lustre", "nfs", "pvfs2", "smb3", "virtiofs", "wekafs"),
 )
 _COLUMNS = required(image=pa.large_binary(), label=pa.int64(), sample_id=pa.uint64())
-_SCHEMA = pa.schema(_COLUMNS, {"format_version": str(FORMAT_VERSION)})
 
 
 class PackedSource(DerivedSource):
@@ -63,7 +61,7 @@ class PackedSource(DerivedSource):
 
     def __init__(
         self,
-        source: StoredSource | ListedSource,
+        source: StoredSource,
         cache_dir: Path,
         on_image: OnImage | None = None,
         limit_gb: float | None = None,
@@ -74,9 +72,8 @@ class PackedSource(DerivedSource):
             check_same(source, *(table[name].to_numpy() for name in ("label", "sample_id")))
             return table
 
-        def build(path: Path) -> dict[str, Any]:
+        def build(path: Path) -> None:
             _build(source, path, on_image, short_side)
-            return about(source, "packed")
 
         smaller = [] if short_side is None else [short_side, QUALITY, DECODERS]
         key = cache.key_of(["packed", FORMAT_VERSION, identity(source), *smaller])
@@ -136,7 +133,7 @@ def _is_remote(path: str, mounts: str) -> bool:
     return kind.startswith(_NETWORK)
 
 
-def _smaller(source: StoredSource | ListedSource, index: int, short_side: int) -> bytes:
+def _smaller(source: StoredSource, index: int, short_side: int) -> bytes:
     """Returns an image as JPEG whose shorter side has ``short_side`` pixels, or its file where it has no more."""
     content = source.content(index)
     pixels = source.decode(content, index)
@@ -148,13 +145,14 @@ def _smaller(source: StoredSource | ListedSource, index: int, short_side: int) -
     return bytes(simplejpeg.encode_jpeg(small, QUALITY, colorsubsampling="420"))
 
 
-def _build(source: StoredSource | ListedSource, path: Path, on_image: OnImage | None, short_side: int | None) -> None:
+def _build(source: StoredSource, path: Path, on_image: OnImage | None, short_side: int | None) -> None:
     read = source.content if short_side is None else partial(_smaller, source, short_side=short_side)
     if not len(source):
         raise DataError(Problem(source.name, "there must be at least one image"))
+    schema = pa.schema(_COLUMNS, about(source, "packed"))
     with open(path, "wb") as file:
         with (
-            pa.ipc.new_file(file, _SCHEMA) as writer,
+            pa.ipc.new_file(file, schema) as writer,
             contextlib.closing(in_order(read, len(source))) as images,
         ):
             contents: list[bytes] = []
@@ -165,8 +163,8 @@ def _build(source: StoredSource | ListedSource, path: Path, on_image: OnImage | 
                 if index + 1 == len(source) or num_bytes >= BATCH_BYTES:
                     rows = slice(index + 1 - len(contents), index + 1)
                     columns = [contents, source.labels[rows], source.sample_ids[rows]]
-                    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
-                    writer.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
+                    arrays = [pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)]
+                    writer.write_batch(pa.record_batch(arrays, schema=schema))
                     contents, num_bytes = [], 0
                 if on_image is not None:
                     on_image(index + 1, len(source))

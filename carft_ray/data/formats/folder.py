@@ -6,7 +6,6 @@ ordered by their relative names, so neither the order of the domains in a recipe
 """
 
 import contextlib
-import functools
 import os
 import stat
 from collections import Counter, defaultdict
@@ -14,9 +13,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from carft_ray.data.caching.index import checked_stamp
-from carft_ray.data.images import IMAGE_ENDINGS, cause_of, read_bytes
-from carft_ray.data.listing import Listing, normal
+from carft_ray.data.images import IMAGE_ENDINGS, cause_of
+from carft_ray.data.listing import Listing, image_table, normal
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import FolderSet
 
@@ -109,26 +107,9 @@ def file_listing(
         found: All classes in label order.
         files: Relative names of the files where they are not ``names``.
     """
-    paths = names if files is None else files
-
-    def place(index: int) -> str:
-        return os.path.join(root, paths[index])  # quicker than of a Path, and asked twice of every image
-
-    def stamp(index: int) -> str:
-        found = checked_stamp(root / paths[index])
-        return found if files is None else f"{paths[index]}\0{found}"  # two lists may give one name to two files
-
-    return Listing(
-        kind=kind,
-        home=os.path.realpath(root),
-        names=names,
-        classes=classes,
-        found=tuple(found),
-        read=lambda index: read_bytes(place(index)),
-        stamp=functools.cache(stamp),
-        place=place,
-        are_files=True,
-    )
+    home = os.path.realpath(root)
+    table = image_table(names, classes, names if files is None else files, home)
+    return Listing(kind, home, table, tuple(found), str(root))
 
 
 def folder_set_problems(spec: FolderSet, place: str) -> list[Problem]:

@@ -3,13 +3,12 @@
 A path is a file, a folder of files, or a pattern: ``{000..012}`` counts, ``{a,b}`` lists, ``*``, ``?``, ``[ab]`` match.
 """
 
-import bisect
 import glob
 import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray.errors import DataError, Problem, nearest
@@ -82,21 +81,6 @@ def folder_of(written: str) -> Path:
     if os.path.isdir(path):
         return path
     return next(parent for parent in path.parents if not re.search(r"[{*?\[]", str(parent)) or parent.is_dir())
-
-
-def finder(lengths: Iterable[int]) -> Callable[[int], tuple[int, int]]:
-    """Returns a function from a position in several files, one behind the other, to the number of the file and the row.
-
-    Args:
-        lengths: Rows of each file.
-    """
-    starts = [0, *itertools.accumulate(lengths)]
-
-    def at(position: int) -> tuple[int, int]:
-        number = bisect.bisect_right(starts, position) - 1
-        return number, position - starts[number]
-
-    return at
 
 
 def _mode(path: Path) -> int | None:

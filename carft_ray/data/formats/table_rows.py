@@ -9,6 +9,7 @@ rows come in their order.
 """
 
 import bisect
+import contextlib
 import csv
 import io
 import itertools
@@ -22,7 +23,8 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from carft_ray.data.images import MOST_BYTES
+from carft_ray.data.images import MOST_BYTES, cause_of
+from carft_ray.errors import DataError, Problem
 from carft_ray.untrusted import open_regular, read_regular
 
 ENDINGS = (".csv", ".tsv", ".parquet", ".arrow", ".feather")
@@ -126,6 +128,30 @@ def open_rows(path: Path, column: str) -> "ParquetRows | ArrowRows":
         READ_ERRORS: It is missing or damaged.
     """
     return ParquetRows(path, column) if path.suffix.lower() == ".parquet" else ArrowRows(path, column)
+
+
+def read_row(rows: "ParquetRows | ArrowRows", row: int, place: str) -> bytes:
+    """Returns the bytes of an image in a row; ``place`` is its name for messages.
+
+    Raises:
+        DataError: The row has none, or they cannot be read.
+    """
+    with reading_table(place):
+        content = rows.value(row)
+    if content is None:
+        step = "Write the table with the bytes of every image, or name a column with paths."
+        raise DataError(Problem(place, "every row must hold the bytes of an image", "none", next_step=step))
+    return content
+
+
+@contextlib.contextmanager
+def reading_table(place: str) -> Iterator[None]:
+    """Turns what Arrow raises in the block into a ``DataError``; ``place`` is the table for the message."""
+    try:
+        yield
+    except READ_ERRORS as error:
+        cause = cause_of(error).strip().split("\n")[0]
+        raise DataError(Problem(place, "must be a readable table", cause or type(error).__name__)) from error
 
 
 class ParquetRows:

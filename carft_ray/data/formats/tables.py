@@ -5,10 +5,8 @@ an image is the value of the column ``id``; without one its path below ``root``,
 number of its row. Equal bytes in several rows get a count, by class, which names them alike in any order of the rows.
 """
 
-import functools
 import os
 import posixpath
-import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,23 +15,23 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from carft_ray.data.caching.index import container_stamps, kept_index
+from carft_ray.data.caching.index import kept_index
 from carft_ray.data.content import image_digest
 from carft_ray.data.formats.folder import file_listing, missing_files
 from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
-from carft_ray.data.formats.shards import find_files, finder, folder_of
+from carft_ray.data.formats.shards import find_files, folder_of
 from carft_ray.data.formats.table_rows import (
     ENDINGS,
-    READ_ERRORS,
     extension_in,
     is_text_format,
     open_rows,
     read_columns,
+    read_row,
     read_schema,
+    reading_table,
     split_name,
 )
-from carft_ray.data.images import cause_of
-from carft_ray.data.listing import Listing, and_more
+from carft_ray.data.listing import Listing, and_more, image_table
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import ColumnSet, TableSet
 from carft_ray.untrusted import parse_json
@@ -99,14 +97,12 @@ def list_rows(spec: ColumnSet, files: Sequence[Path], place: str, kind: str = KI
     parts = [_read(lambda path: read_columns(path, wanted), file) for file in files]
     values = {name: [value for part in parts for value in part.column(name).to_pylist()] for name in wanted}
     chosen = _where(values, spec, place, len(values[columns.label]))
-    position_of = finder(map(len, parts))
-
-    def at(index: int) -> tuple[int, int]:
-        return position_of(chosen[index])
+    all_rows = [(file, row) for file, part in zip(files, parts, strict=True) for row in range(len(part))]
+    rows = [all_rows[position] for position in chosen]
 
     def spot(index: int) -> str:
-        number, row = at(index)
-        return f"{files[number].name}, row {row + 1}"
+        file, row = rows[index]
+        return f"{file.name}, row {row + 1}"
 
     def of(name: str) -> Sequence[Any]:
         return [values[name][position] for position in chosen]
@@ -129,56 +125,11 @@ def list_rows(spec: ColumnSet, files: Sequence[Path], place: str, kind: str = KI
     check_names(ids, "images", spot, place, step)
     if columns.has_paths:
         return file_listing(kind, root, ids, classes, found, files=paths)
-    stamps, is_parquet = container_stamps(files), files[0].suffix.lower() == ".parquet"
-
-    def stamp(index: int) -> str:
-        number, row = at(index)
-        return (
-            f"{columns.image}\0{files[number].name}\0{row}\0{stamps(number)}"  # two sets may give one id to two images
-        )
-
-    read, place_of = _reading(files, columns.image, at, 2 if is_parquet else 256)
-    return Listing(
-        kind=kind,
-        home=os.path.realpath(spec.path),
-        names=ids,
-        classes=classes,
-        found=found,
-        read=read,
-        stamp=stamp,
-        place=place_of,
-        in_order=is_parquet,
-    )
-
-
-def _reading(
-    files: Sequence[Path], column: str, at: Callable[[int], tuple[int, int]], most_open: int
-) -> tuple[Callable[[int], bytes], Spot]:
-    """Returns two functions of an index: the bytes of its image, and its name for messages. Threads may share them.
-
-    Args:
-        files: The files.
-        column: The column with the bytes.
-        at: Index -> number of the file, and row.
-        most_open: Files that are open at a time: each Parquet file keeps what it has read last.
-    """
-    opened = functools.lru_cache(most_open)(lambda number: open_rows(files[number], column))
-    lock = threading.Lock()  # no two threads open one file
-
-    def place(index: int) -> str:
-        number, row = at(index)
-        return f"{files[number]}, row {row + 1}"
-
-    def read(index: int) -> bytes:
-        number, row = at(index)
-        try:
-            with lock:
-                rows = opened(number)
-            return _bytes(rows.value(row), place, index)
-        except READ_ERRORS as error:
-            raise DataError(_unreadable(place(index), error)) from error
-
-    return read, place
+    home, folder = os.path.realpath(spec.path), folder_of(spec.path)
+    from_folder = {file: os.path.relpath(file, folder) for file in files}
+    table = image_table(ids, classes, [from_folder[file] for file, _ in rows], home, [row for _, row in rows])
+    is_parquet = files[0].suffix.lower() == ".parquet"
+    return Listing(kind, home, table, found, str(folder), columns.image, in_order=is_parquet)
 
 
 def _id_column(spec: ColumnSet) -> list[str]:
@@ -379,20 +330,8 @@ def _hash_names(files: Sequence[Path], column: str, labels: Sequence[Any]) -> li
 
 def _digests(file: Path, column: str) -> pa.Table:
     rows = open_rows(file, column)
-    contents = (_bytes(rows.value(row), lambda row: f"{file}, row {row + 1}", row) for row in range(len(rows)))
+    contents = (read_row(rows, row, f"{file}, row {row + 1}") for row in range(len(rows)))
     return pa.table({"digest": pa.array([image_digest(content).hex() for content in contents], pa.string())})
-
-
-def _bytes(content: bytes | None, spot: Spot, index: int) -> bytes:
-    """Returns the bytes of an image.
-
-    Raises:
-        DataError: The row has none.
-    """
-    if content is None:
-        step = "Write the table with the bytes of every image, or name a column with paths."
-        raise DataError(Problem(spot(index), "every row must hold the bytes of an image", "none", next_step=step))
-    return content
 
 
 def _read(read: Callable[[Path], Found], file: Path) -> Found:
@@ -401,12 +340,5 @@ def _read(read: Callable[[Path], Found], file: Path) -> Found:
     Raises:
         DataError: It cannot be read.
     """
-    try:
+    with reading_table(str(file)):
         return read(file)
-    except READ_ERRORS as error:
-        raise DataError(_unreadable(str(file), error)) from error
-
-
-def _unreadable(place: str, error: BaseException) -> Problem:
-    cause = cause_of(error).strip().split("\n")[0]
-    return Problem(place, "must be a readable table", cause or type(error).__name__)

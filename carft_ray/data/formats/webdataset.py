@@ -17,11 +17,11 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from carft_ray.data.caching.index import container_stamps, kept_index
+from carft_ray.data.caching.index import kept_index
 from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
-from carft_ray.data.formats.shards import find_files, finder, folder_of
-from carft_ray.data.images import IMAGE_ENDINGS, check_num_bytes, unreadable
-from carft_ray.data.listing import Listing, and_more
+from carft_ray.data.formats.shards import find_files, folder_of
+from carft_ray.data.images import IMAGE_ENDINGS, unreadable
+from carft_ray.data.listing import Listing, and_more, image_table
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.sets import WebDatasetSet
 from carft_ray.untrusted import open_regular, parse_json, read_regular
@@ -58,25 +58,12 @@ def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> List
             problems += error.problems
     if problems:
         raise DataError(problems)
-    at = finder(map(len, indexes))
+    shard_of = [shard for shard, index in zip(shards, indexes, strict=True) for _ in range(len(index))]
     whole = pa.concat_tables(indexes)
     names, offsets, sizes, texts = (whole[column].to_pylist() for column in ("name", "offset", "size", "label"))
 
     def spot(position: int) -> str:
-        return f"{shards[at(position)[0]].name}: {names[position]}"
-
-    def spot_of_file(position: int) -> str:
-        return f"{shards[at(position)[0]]}: {names[position]}"
-
-    def read(position: int) -> bytes:
-        check_num_bytes(sizes[position], spot_of_file(position))
-        try:
-            content = _content(shards[at(position)[0]], offsets[position], sizes[position])
-        except OSError as error:
-            raise DataError(unreadable(spot_of_file(position), error)) from error
-        if len(content) < sizes[position]:
-            raise DataError(_cut_off(spot_of_file(position)))
-        return content
+        return f"{shard_of[position].name}: {names[position]}"
 
     if not names:
         raise DataError(Problem(f"{place}: {shards[0]}", "a shard must have a sample with an image", "none"))
@@ -86,8 +73,10 @@ def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> List
     if problems:
         raise DataError(problems)
     check_names(names, "samples", spot, place, "Write the shards anew with keys that differ in all of them.")
-    stamps, home = container_stamps(shards), os.path.realpath(spec.path)
-    return Listing(KIND, home, names, classes, found, read, lambda position: stamps(at(position)[0]), spot_of_file)
+    root, home = folder_of(spec.path), os.path.realpath(spec.path)
+    from_root = {shard: os.path.relpath(shard, root) for shard in shards}
+    paths = [from_root[shard] for shard in shard_of]
+    return Listing(KIND, home, image_table(names, classes, paths, home, offsets, sizes), found, str(root))
 
 
 def shards(spec: WebDatasetSet, place: str) -> list[Path]:
