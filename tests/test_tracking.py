@@ -173,20 +173,26 @@ def test_without_a_tracker_and_without_a_training_nothing_is_opened(here, tmp_pa
     assert not (tmp_path / "study").exists()
 
 
-class Tracker:
-    """Takes what a tracker is told, with the epochs of each training that it knew by then."""
+class Client(module._Client):
+    """Keeps what a library would be told."""
 
-    def __init__(self):
-        self.told = []
+    def begin(self, name, kind, values):
+        self.told.append((name, kind, values))
 
-    def __call__(self, recipe, study_dir, trainings):
-        for told in trainings:
-            self.told.append(told)
+    def log(self, name, numbers, step):
+        self.told.append((name, step, numbers))
+
+    def end(self, name, numbers, outcome, reason):
+        self.told.append((name, outcome, numbers))
+
+    def close(self):
+        self.told.append(self.best)
 
 
 def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path, monkeypatch):
-    tracker = Tracker()
-    monkeypatch.setattr(module, "_to_mlflow", tracker)
+    told = Client.told = []
+    monkeypatch.setitem(module.CLIENTS, "mlflow", Client)
+    files.write_json(tmp_path / "manifest.json", {"created": "today"})
     recipe = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
     spec = TrialSpec("trial", 0, "t0000-abcd", {"learning_rate": 0.1}, 1)
     other = dataclasses.replace(spec, number=1, name="t0001-abcd")
@@ -198,30 +204,38 @@ def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path,
 
     def until(number):
         end = time.monotonic() + 60
-        while len(tracker.told) < number:
-            assert time.monotonic() < end, tracker.told
+        while len(told) < number:
+            assert time.monotonic() < end, told
             time.sleep(0.01)
 
     with tracking(recipe, tmp_path, pytest.fail) as shared:
         on_event = shared(lambda event: None)
         write(spec, 3)
         on_event(events.TrialEpoch(spec, {}))
-        until(1)
+        until(2)
         write(spec, 3, 6)
         write(other, 3)
         on_event(events.TrialEpoch(spec, {}))
         on_event(events.TrialEpoch(other, {}))
-        until(3)
+        until(5)
         on_event(events.TrialEpoch(spec, {}))  # another attempt repeats an epoch
         write(spec, 3, 6, 9)
         on_event(module.TrialFinished(row, is_best=True))
-    steps = [
-        (told.spec.name, [row["step"] for row in told.rows]) for told in tracker.told if isinstance(told, module.Epochs)
+
+    def epoch(of, step):
+        row = {"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step}
+        return of.name, step, {f"training/{name}": value for name, value in row.items()}
+
+    assert told == [
+        (spec.name, "trial", spec.values),
+        epoch(spec, 3),
+        epoch(spec, 6),
+        (other.name, "trial", spec.values),
+        epoch(other, 3),
+        epoch(spec, 9),
+        (spec.name, "complete", {"objective": 0.5, "alpha": 0.4}),
+        spec.name,
     ]
-    assert steps == [(spec.name, [3]), (spec.name, [6]), (other.name, [3]), (spec.name, [9])]
-    assert tracker.told[0].rows == [{"step": 3, "num_steps": 9, "epoch": 1, "loss": 1 / 3}]
-    assert isinstance(tracker.told[-1], module.Ended)
-    assert (tracker.told[-1].row, tracker.told[-1].is_best) == (row, True)
 
 
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
@@ -241,9 +255,9 @@ def test_a_training_that_is_stopped_is_a_run_that_was_ended_until_it_is_resumed(
 
     with tracking(recipe, tmp_path, pytest.fail) as shared:
         shared(lambda event: None)(events.TrialEpoch(spec, {}))
-    assert (run().info.status, run().data.metrics) == ("KILLED", {"training/loss": 0.5})
+    assert (run().info.status, run().data.metrics) == ("KILLED", {"training/step": 3, "training/loss": 0.5})
     with tracking(recipe, tmp_path, pytest.fail) as shared:
         row = TrialRow("trial", 0, spec.name, spec.values, "complete", objective=0.5, alpha=0.4)
         shared(lambda event: None)(module.TrialFinished(row, is_best=True))
     assert run().info.status == "FINISHED"
-    assert run().data.metrics == {"training/loss": 0.5, "objective": 0.5, "alpha": 0.4}
+    assert run().data.metrics == {"training/step": 3, "training/loss": 0.5, "objective": 0.5, "alpha": 0.4}

@@ -20,60 +20,19 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
 from carft_ray.launch.events import BaselineFinished, Event, OnEvent, Shared, TrialEpoch, TrialFinished
 from carft_ray.layout import FIGURE_PNG, MANIFEST, METRICS, TRACKING
-from carft_ray.recipe.schema import MlflowConfig, Recipe, WandbConfig
-from carft_ray.study.outcome import TrialRow, TrialSpec, read_result
+from carft_ray.recipe.schema import Recipe
+from carft_ray.study.outcome import read_result
 
 PATIENCE_S = 120.0  # after the search, for what is still on its way
-CURVE, TRAINING = "curve/", "training/"  # before the metrics of a curve, and before those of an epoch
-STEP = "step"  # of an epoch
+CURVE = ("alpha", "id_accuracy", "ood_accuracy", "objective")  # of a point
 Numbers = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Epochs:
-    """New epochs of a training.
-
-    Attributes:
-        spec: The training.
-        rows: What it has reported of each, ``step`` among them.
-    """
-
-    spec: TrialSpec
-    rows: list[Numbers]
-
-
-@dataclass(frozen=True)
-class Ended:
-    """A training that has ended; its epochs were told before.
-
-    Attributes:
-        spec: The training.
-        row: The same with its results.
-        curve: Numbers at each alpha, ``alpha`` among them.
-        is_best: It was the best of the study when it ended.
-    """
-
-    spec: TrialSpec
-    row: TrialRow
-    curve: list[Numbers]
-    is_best: bool
-
-    @property
-    def numbers(self) -> Numbers:
-        """Its metrics, with alpha and objective."""
-        own = {"objective": self.row.objective, "alpha": self.row.alpha, "elapsed_s": self.row.elapsed_s}
-        return {**self.row.metrics, **{name: float(value) for name, value in own.items() if value is not None}}
-
-
-Told = Epochs | Ended
-_Waiting = tuple[TrialSpec, TrialRow | None, bool]  # a training, its row once it has ended, and whether it is the best
+Told = TrialEpoch | TrialFinished | BaselineFinished
 
 
 @contextlib.contextmanager
@@ -88,215 +47,178 @@ def tracking(recipe: Recipe, study_dir: Path, warn: Callable[[str], None]) -> It
     Yields:
         A function that lets the one who takes events share them with the trackers.
     """
-    asked: dict[str, Any] = {}
-    if recipe.tracking.wandb.project is not None:
-        asked["wandb"] = _to_wandb
-    if recipe.tracking.mlflow.experiment is not None:
-        asked["mlflow"] = _to_mlflow
-    for name in [name for name in asked if importlib.util.find_spec(name) is None]:
-        del asked[name]
-        warn(f"tracking.{name} has no effect: {name} is not installed (pip install 'carft-ray[{name}]')")
-    if not asked:
-        yield lambda on_event: on_event
-        return
-    study_dir = study_dir.absolute()
-    trackers = [_Tracker(name, track, recipe, study_dir) for name, track in asked.items()]
+    asked = {"wandb": recipe.tracking.wandb.project, "mlflow": recipe.tracking.mlflow.experiment}
+    trackers = list[_Tracker]()
+    for name in [name for name, place in asked.items() if place is not None]:
+        if importlib.util.find_spec(name) is None:
+            warn(f"tracking.{name} has no effect: {name} is not installed (pip install 'carft-ray[{name}]')")
+        else:
+            trackers.append(_Tracker(name, recipe, study_dir.absolute()))
+
+    def tell(event: Event | None) -> None:
+        for tracker in trackers:
+            tracker.waiting.put(event)
+
     try:
-        yield lambda on_event: Shared(on_event, lambda event: _pass_on(event, trackers))
+        yield lambda on_event: Shared(on_event, tell) if trackers else on_event
     finally:
+        tell(None)
         for tracker in trackers:
-            tracker.waiting.put(None)
-        for tracker in trackers:
-            tracker.thread.join(PATIENCE_S)
-            fault = tracker.fault or (f"not done after {PATIENCE_S:g} s" if tracker.thread.is_alive() else "")
-            if fault:
+            tracker.join(PATIENCE_S)
+            if fault := tracker.fault or (f"not done after {PATIENCE_S:g} s" if tracker.is_alive() else ""):
                 warn(f"tracking.{tracker.name}: {fault}; not all was tracked, the study itself is whole")
 
 
-def _pass_on(event: Event, trackers: list["_Tracker"]) -> None:
-    found: _Waiting | None = None
-    if isinstance(event, TrialEpoch):
-        found = event.spec, None, False
-    elif isinstance(event, TrialFinished | BaselineFinished):
-        row = event.row
-        spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
-        found = spec, row, isinstance(event, TrialFinished) and event.is_best
-    for tracker in trackers:
-        if found and tracker.thread.is_alive():
-            tracker.waiting.put(found)
-
-
-class _Tracker:
-    """A tracker and its thread.
+class _Tracker(threading.Thread):
+    """A tracker.
 
     Attributes:
-        waiting: Trainings of which there is something new; None after the last one.
+        waiting: Events; None after the last one.
         fault: Why it failed.
     """
 
-    def __init__(self, name: str, track: Callable[..., None], recipe: Recipe, study_dir: Path) -> None:
-        self.name = name
-        self.fault = ""
-        self.waiting = queue.SimpleQueue[_Waiting | None]()
-        self._given = track, recipe, study_dir
-        self.thread = threading.Thread(target=self._run, name=f"tracking-{name}", daemon=True)
-        self.thread.start()
+    def __init__(self, name: str, recipe: Recipe, study_dir: Path) -> None:
+        super().__init__(name=name, daemon=True)
+        self.waiting, self.fault, self._given = queue.SimpleQueue[Event | None](), "", (recipe, study_dir)
+        self.start()
 
-    def _run(self) -> None:
-        track, recipe, study_dir = self._given
-        if (first := self.waiting.get()) is None:
-            return  # nothing is opened for nothing
+    def run(self) -> None:
+        """Tells a library of the trainings; without any, nothing is opened."""
+        client: Any = None
         try:
-            track(recipe, study_dir, self._told(first, study_dir))
+            for event in iter(self.waiting.get, None):
+                if isinstance(event, Told):
+                    client = client or CLIENTS[self.name](*self._given)
+                    _tell(client, event)
+            if client is not None:
+                client.close()
         except Exception as error:  # of a library that we do not know, over a network
             lines = str(error).strip().splitlines()
             self.fault = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
 
-    def _told(self, found: _Waiting | None, study_dir: Path) -> Iterator[Told]:
-        last: dict[str, float] = {}  # step of each training that runs
-        while found is not None:
-            spec, row, is_best = found
-            folder = spec.folder(study_dir)
-            rows = [each for each in _epochs(folder) if each[STEP] > last.get(spec.name, -1)]
-            if rows:
-                last[spec.name] = rows[-1][STEP]
-                yield Epochs(spec, rows)
-            if row is not None:
-                yield Ended(spec, row, _curve(read_result(folder) or {}), is_best)
-            found = self.waiting.get()
+
+class _Client:
+    """What is the same for both libraries. ``runs`` are those of trainings that have not ended, by name."""
+
+    def __init__(self, recipe: Recipe, study_dir: Path) -> None:
+        self.recipe, self.study_dir, self.folder = recipe, study_dir, study_dir / TRACKING
+        self.figure, self.best, self.runs, self.steps = study_dir / FIGURE_PNG, "", dict[str, Any](), Numbers()
+        created = str(files.read_json(study_dir / MANIFEST)["created"])  # which a study keeps when it is moved
+        self.study_id = hashlib.sha256(created.encode()).hexdigest()[:8]
+        self.group = f"{recipe.name}-{self.study_id}"
+        self.folder.mkdir(exist_ok=True)
 
 
-def _epochs(folder: Path) -> list[Numbers]:
-    rows = files.read_json_lines(folder / METRICS)
-    return [{name: float(value) for name, value in row.items() if isinstance(value, int | float)} for row in rows]
+def _tell(client: Any, event: Told) -> None:
+    """Tells a client the new epochs of a training, and how it has ended."""
+    one = event.spec if isinstance(event, TrialEpoch) else event.row
+    folder = one.folder(client.study_dir)
+    if one.name not in client.runs:
+        client.runs[one.name] = client.begin(one.name, one.kind, one.values)
+    for line in files.read_json_lines(folder / METRICS):
+        if line["step"] > client.steps.get(one.name, -1):
+            client.steps[one.name] = line["step"]
+            numbers = {f"training/{name}": value for name, value in line.items() if isinstance(value, int | float)}
+            client.log(one.name, numbers, line["step"])
+    if isinstance(event, TrialEpoch):
+        return
+    for point in (read_result(folder) or {}).get("curve") or ():
+        client.log(one.name, {f"curve/{name}": point[name] for name in CURVE if name in point}, 100 * point["alpha"])
+    row, own = event.row, ("objective", "alpha", "elapsed_s")
+    numbers = row.metrics | {name: getattr(row, name) for name in own if getattr(row, name) is not None}
+    client.end(one.name, numbers, row.outcome, row.reason)
+    client.best = one.name if isinstance(event, TrialFinished) and event.is_best else client.best
 
 
-def _curve(result: Mapping[str, Any]) -> list[Numbers]:
-    names = ("alpha", "id_accuracy", "ood_accuracy", "objective")
-    return [{name: float(point[name]) for name in names if name in point} for point in result.get("curve") or ()]
+class _Wandb(_Client):
+    def begin(self, name: str, kind: str, values: Mapping[str, Any]) -> Any:
+        import wandb
+
+        asked = self.recipe.tracking.wandb
+        off = {"x_disable_stats": True, "x_save_requirements": False, "disable_git": True, "disable_code": True}
+        run = wandb.init(
+            project=asked.project,
+            entity=asked.entity,
+            mode="offline" if asked.offline else None,
+            group=self.group,
+            name=name,
+            id=f"{self.study_id}-{name}",
+            job_type=kind,
+            config=dict(values),
+            dir=str(self.folder),
+            reinit="create_new",
+            settings=wandb.Settings(console="off", silent=True, **off),
+        )
+        run.define_metric("training/*", step_metric="training/step")
+        run.define_metric("curve/*", step_metric="curve/alpha")
+        return run
+
+    def log(self, name: str, numbers: Numbers, step: float) -> None:
+        self.runs[name].log(numbers)
+
+    def end(self, name: str, numbers: Numbers, outcome: str, reason: str = "") -> None:
+        self.runs[name].summary.update({**numbers, "outcome": outcome, "reason": reason})
+        self.runs.pop(name).finish()
+
+    def close(self) -> None:
+        import wandb
+
+        for name in list(self.runs):
+            self.end(name, {}, "stopped")
+        with self.begin(self.group, "study", self.recipe.model_dump(mode="json")) as run:
+            if self.figure.exists():
+                run.log({"figure": wandb.Image(str(self.figure))})
+            run.summary.update({"best": self.best} if self.best else {})
 
 
-def _study_id(study_dir: Path) -> str:
-    """Returns eight digits that a study keeps when it is moved."""
-    return hashlib.sha256(str(files.read_json(study_dir / MANIFEST)["created"]).encode()).hexdigest()[:8]
+class _Mlflow(_Client):
+    def __init__(self, recipe: Recipe, study_dir: Path) -> None:
+        super().__init__(recipe, study_dir)
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # else its import tells its makers of each use
+        import mlflow
+
+        uri, asked = os.environ.get("MLFLOW_TRACKING_URI"), self.recipe.tracking.mlflow.experiment
+        if not uri:
+            uri = (self.folder / "mlflow").as_uri()
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # of files, newer releases ask for this word
+        self.client, self.entities = mlflow.MlflowClient(tracking_uri=uri), mlflow.entities
+        known = self.client.get_experiment_by_name(asked)
+        self.experiment = self.client.create_experiment(asked) if known is None else known.experiment_id
+        self.study = self.run(recipe.name, "study")
+
+    def run(self, name: str, kind: str, **tags: str) -> str:
+        """Returns the run of the study; of a training a new one, in place of what it may have had."""
+        found_by = {"carft_ray.study": self.study_id, "carft_ray.kind": kind, "carft_ray.name": name}
+        words = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in found_by.items())
+        for run in self.client.search_runs([self.experiment], words):
+            if kind == "study":
+                return str(run.info.run_id)
+            self.client.delete_run(run.info.run_id)
+        return str(self.client.create_run(self.experiment, run_name=name, tags=found_by | tags).info.run_id)
+
+    def begin(self, name: str, kind: str, values: Mapping[str, Any]) -> str:
+        run = self.run(name, kind, **{"mlflow.parentRunId": self.study})
+        self.client.log_batch(run, params=[self.entities.Param(key, str(value)) for key, value in values.items()])
+        return run
+
+    def log(self, name: str, numbers: Numbers, step: float) -> None:
+        at = int(1000 * time.time()), round(step)
+        metrics = [self.entities.Metric(key, value, *at) for key, value in numbers.items()]
+        self.client.log_batch(self.runs[name], metrics)
+
+    def end(self, name: str, numbers: Numbers, outcome: str, reason: str) -> None:
+        self.log(name, numbers, 0)
+        self.client.set_tag(self.runs[name], "carft_ray.outcome", outcome)
+        self.client.set_terminated(self.runs.pop(name), "FINISHED" if "objective" in numbers else "FAILED")
+
+    def close(self) -> None:
+        for run in self.runs.values():
+            self.client.set_terminated(run, "KILLED")  # the search was stopped; another one begins the run again
+        if self.figure.exists():
+            self.client.log_artifact(self.study, str(self.figure))
+        if self.best:
+            self.client.set_tag(self.study, "carft_ray.best", self.best)
+        self.client.set_terminated(self.study)
 
 
-def _own_folder(study_dir: Path) -> Path:
-    folder = study_dir / TRACKING
-    folder.mkdir(exist_ok=True)
-    return folder
-
-
-def _to_wandb(recipe: Recipe, study_dir: Path, trainings: Iterator[Told]) -> None:
-    import wandb
-
-    asked: WandbConfig = recipe.tracking.wandb
-    folder, study_id = _own_folder(study_dir), _study_id(study_dir)
-    off = {"x_disable_stats": True, "x_save_requirements": False, "disable_git": True, "disable_code": True}
-    quiet = wandb.Settings(console="off", silent=True, **off)
-    group, best = f"{recipe.name}-{study_id}", ""
-    opened: dict[str, Any] = {}
-
-    def run(name: str, kind: str, config: Mapping[str, Any]) -> Any:
-        if name not in opened:
-            opened[name] = wandb.init(
-                project=asked.project,
-                entity=asked.entity,
-                mode="offline" if asked.offline else None,
-                group=group,
-                job_type=kind,
-                name=name,
-                id=f"{study_id}-{name}",
-                dir=str(folder),
-                config=dict(config),
-                reinit="create_new",
-                settings=quiet,
-            )
-            opened[name].define_metric(f"{TRAINING}*", step_metric=f"{TRAINING}{STEP}")
-            opened[name].define_metric(f"{CURVE}*", step_metric=f"{CURVE}alpha")
-        return opened[name]
-
-    try:
-        for told in trainings:
-            one = run(told.spec.name, told.spec.kind, told.spec.values)
-            if isinstance(told, Epochs):
-                for row in told.rows:
-                    one.log({f"{TRAINING}{name}": value for name, value in row.items()})
-                continue
-            for point in told.curve:
-                one.log({f"{CURVE}{name}": value for name, value in point.items()})
-            one.summary.update({**told.numbers, "outcome": told.row.outcome, "reason": told.row.reason})
-            opened.pop(told.spec.name).finish()
-            best = told.spec.name if told.is_best else best
-        for one in opened.values():
-            one.summary["outcome"] = "stopped"
-        one = run(group, "study", recipe.model_dump(mode="json"))
-        if (study_dir / FIGURE_PNG).exists():
-            one.log({"figure": wandb.Image(str(study_dir / FIGURE_PNG))})
-        if best:
-            one.summary["best"] = best
-    finally:
-        for one in opened.values():
-            one.finish()
-
-
-def _to_mlflow(recipe: Recipe, study_dir: Path, trainings: Iterator[Told]) -> None:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # else its import tells its makers of each use
-    import mlflow
-    from mlflow.entities import Metric, Param
-
-    asked: MlflowConfig = recipe.tracking.mlflow
-    study_id, uri = _study_id(study_dir), os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        uri = (_own_folder(study_dir) / "mlflow").as_uri()
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # of files, newer releases ask for this word
-    client = mlflow.MlflowClient(tracking_uri=uri)
-    known = client.get_experiment_by_name(asked.experiment)
-    experiment = client.create_experiment(asked.experiment) if known is None else known.experiment_id
-    opened: dict[str, str] = {}
-
-    def run(name: str, tags: Mapping[str, str]) -> str:
-        """Returns the run with these tags, a new one in place of what it may have had."""
-        for old in client.search_runs([experiment], _words(tags)):
-            client.delete_run(old.info.run_id)
-        return str(client.create_run(experiment, run_name=name, tags=dict(tags)).info.run_id)
-
-    of_study = {"carft_ray.study": study_id}
-    found = client.search_runs([experiment], _words({**of_study, "carft_ray.kind": "study"}))
-    study = found[0].info.run_id if found else run(recipe.name, {**of_study, "carft_ray.kind": "study"})
-
-    def log(one: str, numbers: Numbers, step: int) -> None:
-        now = int(1000 * time.time())
-        client.log_batch(one, [Metric(name, value, now, step) for name, value in numbers.items()])
-
-    def begin(spec: TrialSpec) -> str:
-        one = run(spec.name, {**of_study, "carft_ray.kind": spec.kind, "carft_ray.name": spec.name})
-        client.set_tag(one, "mlflow.parentRunId", study)
-        client.log_batch(one, params=[Param(name, str(value)) for name, value in spec.values.items()])
-        return one
-
-    for told in trainings:
-        name = told.spec.name
-        one = opened[name] = opened.get(name) or begin(told.spec)
-        if isinstance(told, Epochs):
-            for row in told.rows:
-                log(one, {f"{TRAINING}{each}": value for each, value in row.items() if each != STEP}, int(row[STEP]))
-            continue
-        log(one, told.numbers, 0)
-        for point in told.curve:
-            curve = {f"{CURVE}{each}": value for each, value in point.items() if each != "alpha"}
-            log(one, curve, round(100 * point["alpha"]))
-        client.set_tag(one, "carft_ray.outcome", told.row.outcome)
-        client.set_terminated(opened.pop(name), "FINISHED" if told.row.objective is not None else "FAILED")
-        if told.is_best:
-            client.set_tag(study, "carft_ray.best", name)
-    for one in opened.values():
-        client.set_terminated(one, "KILLED")  # the search was stopped; another one begins the run again
-    if (study_dir / FIGURE_PNG).exists():
-        client.log_artifact(study, str(study_dir / FIGURE_PNG))
-    client.set_terminated(study)
-
-
-def _words(tags: Mapping[str, str]) -> str:
-    """Returns what finds the runs with these tags."""
-    return " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+CLIENTS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow}
