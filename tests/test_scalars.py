@@ -172,21 +172,3 @@ def test_a_disk_that_fills_at_the_last_flush_is_told_too(tmp_path):
 def test_the_first_word_of_a_training_that_ends_badly_stands(tmp_path):
     with largest_file(300), pytest.raises(ZeroDivisionError):
         record(tmp_path, 20, ZeroDivisionError())
-
-
-def test_torch_writes_the_same_lines_of_the_hparams_table(tmp_path):
-    """But for a tensor that holds nothing."""
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-    from torch.utils.tensorboard import summary
-
-    values, metrics = {"learning_rate": 1e-5, "epochs": 3, "compile": True, "decay": "all"}, {"final/objective": 0.5}
-    events = EventFile(tmp_path)
-    events.hparams(values, metrics, 7)
-    events.close()
-    found = read(tmp_path).PluginTagToContent("hparams")
-    for part in summary.hparams(values, metrics):
-        [value] = part.value
-        # not by their bytes: those of a map may come in any order
-        both = (HParamsPluginData.FromString(each) for each in (found[value.tag], value.metadata.plugin_data.content))
-        assert next(both) == next(both)
-    assert [(one.step, one.value) for one in read(tmp_path).Scalars("final/objective")] == [(7, 0.5)]

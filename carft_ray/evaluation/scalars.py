@@ -1,4 +1,4 @@
-"""Event files for TensorBoard, written in the calling thread, and without torch.
+"""Event files for TensorBoard, written in the calling thread.
 
 ``SummaryWriter`` writes in a thread of its own, where a full disk gives a traceback on the terminal while the training
 continues. Here it is a ``StorageError`` of the training.
@@ -15,10 +15,8 @@ from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.plugins.hparams import api_pb2 as hparams_api
-from tensorboard.plugins.hparams import metadata as hparams_metadata
-from tensorboard.plugins.hparams import plugin_data_pb2 as hparams_data
 from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
 
 from carft_ray import files
 from carft_ray.recipe.schema import Recipe
@@ -102,7 +100,7 @@ class EventFile:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """Adds a point to a curve."""
-        self._add(step, tag=name, simple_value=value)
+        self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
 
     def hparams(self, values: HParams, metrics: Mapping[str, float], step: int) -> None:
         """Adds the line of a finished training to TensorBoard's HPARAMS table.
@@ -112,21 +110,8 @@ class EventFile:
             metrics: The columns of metrics, each a scalar of the run too.
             step: Step of these scalars.
         """
-        kinds = {name: "STRING" if isinstance(value, str) else "FLOAT64" for name, value in values.items()}
-        experiment = hparams_api.Experiment(
-            hparam_infos=[hparams_api.HParamInfo(name=name, type=f"DATA_TYPE_{kind}") for name, kind in kinds.items()],
-            metric_infos=[hparams_api.MetricInfo(name=hparams_api.MetricName(tag=name)) for name in metrics],
-        )
-        start = hparams_data.SessionStartInfo()
-        for name, value in values.items():
-            if isinstance(value, str):
-                start.hparams[name].string_value = value
-            else:
-                start.hparams[name].number_value = value
-        end = hparams_data.SessionEndInfo(status="STATUS_SUCCESS")
-        self._add_hparams(hparams_metadata.EXPERIMENT_TAG, experiment=experiment)
-        self._add_hparams(hparams_metadata.SESSION_START_INFO_TAG, session_start_info=start)
-        self._add_hparams(hparams_metadata.SESSION_END_INFO_TAG, session_end_info=end)
+        for part in summary.hparams({**values}, {**metrics}):  # type: ignore[no-untyped-call]  # torch has no types there
+            self._write(summary=part)
         for name, number in metrics.items():
             self.scalar(name, number, step)
 
@@ -134,13 +119,6 @@ class EventFile:
         """Writes what is still in memory."""
         with files.writing(self.path):
             self._file.close()
-
-    def _add_hparams(self, tag: str, **content: Any) -> None:
-        data = hparams_data.HParamsPluginData(version=hparams_metadata.PLUGIN_DATA_VERSION, **content)
-        self._add(0, tag=tag, metadata=hparams_metadata.create_summary_metadata(data))
-
-    def _add(self, step: int, **value: Any) -> None:
-        self._write(step=step, summary=Summary(value=[Summary.Value(**value)]))
 
     def _write(self, **fields: Any) -> None:
         with files.writing(self.path):
