@@ -11,8 +11,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
-from carft_ray.evaluation.metrics import answers, expected_calibration_error
-from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table, select
+from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
 from carft_ray.recipe.loading import load_recipe
@@ -42,7 +41,7 @@ def table_of(rng, accuracies, n=200, name="id_val"):
 
 
 def test_a_violation_is_what_is_missing_to_the_bound():
-    part = ConstraintsConfig(id_drop={"zero_shot": 0.02, "plain": 0.0}, ece={"id_val": 0.1})
+    part = ConstraintsConfig(id_drop={"zero_shot": 0.02, "plain": 0.0})
     bounds = limits(part, {"zero_shot": 0.72, "plain": 0.8})
     assert (
         tuple(limit.name for limit in bounds)
@@ -50,21 +49,18 @@ def test_a_violation_is_what_is_missing_to_the_bound():
         == (
             "id_drop/zero_shot",
             "id_drop/plain",
-            "ece/id_val",
         )
     )
     table = table_of(np.random.default_rng(0), (0.7, 0.75, 0.8, 0.85, 0.9, 0.95))
     found = violations_at(table, bounds, 0.0)
-    ece = expected_calibration_error(answers(select(table, "id_val", 0.0)))
     accuracy = float(correct_matrix([(table, 0.0)], "id_val").mean())
     assert found["violation/id_drop/zero_shot"] == pytest.approx(0.7 - accuracy, abs=1e-12)
     assert found["violation/id_drop/plain"] == pytest.approx(0.8 - accuracy)
-    assert found["violation/ece/id_val"] == pytest.approx(ece - 0.1)
     assert total_violation({**found, "id_accuracy": 0.7}) == pytest.approx(sum(max(0, v) for v in found.values()))
     assert violation_words({"violation/id_drop/zero_shot": 0.006}) == "violates id_drop zero_shot by 0.6 points"
-    assert " and id_drop plain by 10.5 points and ece id_val by " in violation_words(found)
-    assert violation_words({"id_accuracy": 0.7, "violation/ece/id_val": -0.1}) == ""
-    assert Limit("x", "accuracy", "id_val", 0.72 - 0.01).violation(0.71) == 0.0  # rounding is no violation
+    assert " and id_drop plain by 10.5 points" in violation_words(found)
+    assert violation_words({"id_accuracy": 0.7, "violation/id_drop/plain": -0.1}) == ""
+    assert Limit("x", 0.72 - 0.01).violation(0.71) == 0.0  # rounding is no violation
 
 
 @pytest.fixture
@@ -133,7 +129,7 @@ def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_
 @pytest.mark.slow
 def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(study_dir, tmp_path):
     sampler = {"name": "random"}
-    constraints = {"id_drop": {"zero_shot": 0.0}, "ece": {}}
+    constraints = {"id_drop": {"zero_shot": 0.0}}
     recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler=sampler)
     with open_study(study_dir, recipe) as study:
         recover_running(study)
@@ -177,7 +173,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
 
 
 def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
-    recipe = make_recipe(1, **PROFILE, baselines={}, constraints={"ece": {"id_val": 0.1}})
+    recipe = make_recipe(1, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.1}})
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         spec = study.next()
@@ -185,7 +181,7 @@ def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         content = {"format_version": 1, "objective": 0.5, "metrics": {"id_accuracy": 0.5}}
         (folder / "result.json").write_text(json.dumps(content))
-        with pytest.raises(StorageError, match="violation/ece/id_val"):
+        with pytest.raises(StorageError, match="violation/id_drop/zero_shot"):
             study.settle(spec)
 
 
@@ -205,14 +201,12 @@ def written(tmp_path, text):
 
 def test_an_unknown_baseline_or_set_is_refused_with_the_nearest(tmp_path):
     text = "  baselines: {plain: {kl_weight: 0}}\n"
-    text += "  constraints: {id_drop: {plan: 0.1}, ece: {sketsh: 0.1, id_test: 0.1}}\n"
+    text += "  constraints: {id_drop: {plan: 0.1}}\n"
     with pytest.raises(RecipeError) as caught:
         load_recipe(written(tmp_path, text))
-    first, second, third = caught.value.problems
-    assert (first.nearest, second.nearest) == ("plain", "sketch")
-    assert first.allowed == ("zero_shot", "plain")
-    assert "must be id_val or a name of data.ood_val" in third.rule
-    load_recipe(written(tmp_path, "  constraints: {id_drop: {zero_shot: 0.1}, ece: {id_val: 0.1}}\n"))
+    [problem] = caught.value.problems
+    assert (problem.nearest, problem.allowed) == ("plain", ("zero_shot", "plain"))
+    load_recipe(written(tmp_path, "  constraints: {id_drop: {zero_shot: 0.1}}\n"))
 
 
 @pytest.mark.parametrize(

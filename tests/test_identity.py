@@ -53,7 +53,6 @@ VALUES = {
     "search.alpha.mode": "[search.alpha.mode=sample, 'search.space.alpha={low: 0.5, high: 1}']",
     "search.objective.kind": "harmonic",
     "search.sampler.name": "random",
-    "search.constraints.ece": "{id_val: 0.05}",
     "search.baselines": "{fine_tuning: {kl_weight: 0, epochs: 2}}",
     "resources.num_workers": "2",
 }

@@ -177,7 +177,7 @@ def check_many(name, recipe):
 
 FEATURES = {  # feature -> keys of search, further parameters, what holds
     "pruning": ({"pruner": {"name": "median"}}, {}, check_pruning),
-    "constraints": ({"constraints": {"ece": {"id_val": 0.1}}}, {}, check_constraints),
+    "constraints": ({"constraints": {"id_drop": {"zero_shot": 0.1}}}, {}, check_constraints),
     "conditional": ({}, {**CHOICE, **CHILD}, check_conditional),
     "categorical": ({}, CHOICE, check_categorical),
     "pareto": ({"objective": {"kind": "pareto"}, "alpha": {"mode": "sample"}}, ALPHA, check_pareto),

@@ -4,8 +4,8 @@ import pytest
 
 from carft_ray.study.journal import constraint_values, missing_metrics, result_attributes
 
-NAMES = ("id_drop/zero_shot", "ece/id_val")
-MEASURED = {"id_accuracy": 0.8, "violation/id_drop/zero_shot": -0.02, "violation/ece/id_val": 0.1}
+NAMES = ("id_drop/zero_shot", "id_drop/plain")
+MEASURED = {"id_accuracy": 0.8, "violation/id_drop/zero_shot": -0.02, "violation/id_drop/plain": 0.1}
 CURVE = [
     {"alpha": alpha, "id_accuracy": 0.5 + alpha / 4, "ood_accuracy": 0.6 - alpha / 4} for alpha in (0, 0.2, 0.4, 1)
 ]
@@ -22,10 +22,10 @@ RESULT = {
 @pytest.mark.parametrize(
     ("outcome", "expected"),
     [
-        ("complete", {"trained": -1.0, "id_drop/zero_shot": -0.02, "ece/id_val": 0.1}),
-        ("pruned", {"trained": -1.0, "id_drop/zero_shot": 0.0, "ece/id_val": 0.0}),
-        ("diverged", {"trained": 1.0, "id_drop/zero_shot": 0.0, "ece/id_val": 0.0}),
-        ("error", {"trained": 1.0, "id_drop/zero_shot": 0.0, "ece/id_val": 0.0}),
+        ("complete", {"trained": -1.0, "id_drop/zero_shot": -0.02, "id_drop/plain": 0.1}),
+        ("pruned", {"trained": -1.0, "id_drop/zero_shot": 0.0, "id_drop/plain": 0.0}),
+        ("diverged", {"trained": 1.0, "id_drop/zero_shot": 0.0, "id_drop/plain": 0.0}),
+        ("error", {"trained": 1.0, "id_drop/zero_shot": 0.0, "id_drop/plain": 0.0}),
     ],
 )
 def test_every_finished_trial_has_all_constraints_and_only_a_complete_one_its_measured_values(outcome, expected):
@@ -39,8 +39,8 @@ def test_without_constraints_of_the_recipe_there_is_trained_alone():
 def test_a_trial_must_have_what_its_constraints_and_its_two_objectives_are_made_of():
     assert missing_metrics({**MEASURED, "ood_accuracy": 0.5}, NAMES, True)[0] == []
     missing, rule = missing_metrics({"id_accuracy": 0.8}, NAMES, True)
-    assert missing == ["violation/id_drop/zero_shot", "violation/ece/id_val", "ood_accuracy"]
-    assert rule.endswith("must have violation/id_drop/zero_shot, violation/ece/id_val, id_accuracy, ood_accuracy")
+    assert missing == ["violation/id_drop/zero_shot", "violation/id_drop/plain", "ood_accuracy"]
+    assert rule.endswith("must have violation/id_drop/zero_shot, violation/id_drop/plain, id_accuracy, ood_accuracy")
     assert missing_metrics({}, (), False)[0] == []
 
 

@@ -1,7 +1,6 @@
-"""Constraints of a trial, measured from predictions: ID accuracy that may be lost under a baseline, and calibration.
+"""Constraints of a trial, measured from predictions: ID accuracy that may be lost under a baseline.
 
     id_drop/<baseline>   violation = (ID accuracy of the baseline - allowed drop) - ID accuracy
-    ece/<set>            violation = ECE of the set - allowed ECE         (15 bins of equal width, ``metrics``)
 
 A violation of 0 or less meets the constraint; several add up by their positive parts. The baseline's accuracy is fixed
 before the first trial.
@@ -10,16 +9,14 @@ before the first trial.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import pyarrow as pa
 
 from carft_ray import files
-from carft_ray.evaluation.metrics import answers, expected_calibration_error
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.layout import REFERENCES
-from carft_ray.recipe.constraints import ECE, ID_DROP, VIOLATION, ConstraintsConfig
+from carft_ray.recipe.constraints import ID_DROP, VIOLATION, ConstraintsConfig
 
 _ROUNDING = 1e-12
 
@@ -29,27 +26,21 @@ class Limit:
     """One constraint with its bound.
 
     Attributes:
-        name: ``id_drop/<baseline>`` or ``ece/<set>``.
-        measure: What is bounded: the accuracy from below, the calibration error from above.
-        set_name: On which set.
-        bound: A fraction.
+        name: ``id_drop/<baseline>``.
+        bound: ID accuracy from below, a fraction.
     """
 
     name: str
-    measure: Literal["accuracy", "ece"]
-    set_name: str
     bound: float
 
     def violation(self, value: float) -> float:
-        """Returns by how much a value misses the bound; differences that are rounding alone are 0."""
-        found = self.bound - value if self.measure == "accuracy" else value - self.bound
+        """Returns by how much an ID accuracy misses the bound; differences that are rounding alone are 0."""
+        found = self.bound - value
         return 0.0 if abs(found) < _ROUNDING else found
 
     def measured(self, table: pa.Table, alpha: float) -> float:
         """Returns the violation of predictions at one alpha."""
-        part = select(table, self.set_name, alpha)
-        value = accuracy(part) if self.measure == "accuracy" else expected_calibration_error(answers(part))
-        return self.violation(value)
+        return self.violation(accuracy(select(table, ID_SET, alpha)))
 
 
 def limits(constraints: ConstraintsConfig, id_accuracies: Mapping[str, float]) -> tuple[Limit, ...]:
@@ -62,11 +53,7 @@ def limits(constraints: ConstraintsConfig, id_accuracies: Mapping[str, float]) -
     Raises:
         KeyError: A baseline has none.
     """
-    drops = [
-        Limit(f"{ID_DROP}/{name}", "accuracy", ID_SET, id_accuracies[name] - drop)
-        for name, drop in constraints.id_drop.items()
-    ]
-    return (*drops, *(Limit(f"{ECE}/{name}", "ece", name, bound) for name, bound in constraints.ece.items()))
+    return tuple(Limit(f"{ID_DROP}/{name}", id_accuracies[name] - drop) for name, drop in constraints.id_drop.items())
 
 
 def stored_limits(constraints: ConstraintsConfig, prepared_dir: Path) -> tuple[Limit, ...]:

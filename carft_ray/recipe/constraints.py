@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from carft_ray.recipe.fields import Config, Fraction, Resume, SetName, key
 
 VIOLATION = "violation/"  # before the name of a constraint, in metrics
-ID_DROP, ECE = "id_drop", "ece"
+ID_DROP = "id_drop"
 ALPHA = Resume("identity", "part of the choice of alpha")
 
 
@@ -18,14 +18,11 @@ class ConstraintsConfig(Config):
 
     id_drop: dict[SetName, Fraction] = key({}, {"zero_shot": 0.01}, ALPHA)
     """ID accuracy that may be lost under `zero_shot` or a baseline; trials wait for it"""
-    ece: dict[SetName, Fraction] = key({}, {"id_val": 0.05}, ALPHA)
-    """largest expected calibration error (15 bins) of a validation set"""
 
 
 def constraint_names(constraints: ConstraintsConfig) -> tuple[str, ...]:
-    """Returns the names of all constraints: ``id_drop/<baseline>``, then ``ece/<set>``."""
-    drops = [f"{ID_DROP}/{name}" for name in constraints.id_drop]
-    return (*drops, *(f"{ECE}/{name}" for name in constraints.ece))
+    """Returns the names of all constraints, ``id_drop/<baseline>``."""
+    return tuple(f"{ID_DROP}/{name}" for name in constraints.id_drop)
 
 
 def violations(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
 from carft_ray.recipe.spaces.conditions import condition_findings
 from carft_ray.recipe.spaces.enqueue import enqueue_findings
-from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.recipe.text import KeyPath
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")
 TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHMARKS.items() if b.has_templates))
@@ -228,14 +228,11 @@ def _baselines(recipe: Recipe) -> Iterator[Finding]:
 
 
 def _constraints(recipe: Recipe) -> Iterator[Finding]:
-    for kind, first, keys, names in (
-        ("id_drop", "zero_shot", ("search", "baselines"), recipe.search.baselines),
-        ("ece", "id_val", ("data", "ood_val"), recipe.data.ood_val),
-    ):
-        for name in getattr(recipe.search.constraints, kind):
-            if name not in (first, *names):
-                path, rule = ("search", "constraints", kind, name), f"must be {first} or a name of {dotted(keys)}"
-                yield unlisted(path, rule, name, (first, *names))
+    allowed = ("zero_shot", *recipe.search.baselines)
+    for name in recipe.search.constraints.id_drop:
+        if name not in allowed:
+            path = ("search", "constraints", "id_drop", name)
+            yield unlisted(path, "must be zero_shot or a name of search.baselines", name, allowed)
 
 
 def _pruner(recipe: Recipe) -> Iterator[Finding]:
