@@ -15,7 +15,6 @@ from carft_ray.launch.events import (
     ConcurrencyChanged,
     Decided,
     Note,
-    Prepared,
     Preparing,
     Started,
     Stopping,
@@ -74,7 +73,6 @@ def test_a_search_from_its_first_to_its_last_event():
     assert shown(view) == ["starting Ray · 0:00 elapsed"]
     view.update(Preparing())
     assert shown(view)[-1].startswith("preparing: model, sets")
-    view.update(Prepared({}))
     view.update(BaselineFinished(row(0, 0.3, kind="baseline")))
     view.update(Started(8, 0, 2, "2 CPUs"))
     assert shown(view)[-1] == "0 of 8 trials finished · 2 at a time (2 CPUs) · 0:00 elapsed"

@@ -59,7 +59,7 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
     output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, output + errors
     assert errors == ""  # nothing of Ray's reaches the terminal
-    known = ("Preparing", "Prepared", "Decided", "Started", "Trial", "Baseline", "Note", "best")
+    known = ("Preparing", "Decided", "Started", "Trial", "Baseline", "Note", "best")
     assert [line for line in output.splitlines() if not line.startswith(known)] == []
     assert output.splitlines()[-1].endswith("new 8")
     rows = trials(study_dir)

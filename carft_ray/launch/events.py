@@ -49,13 +49,6 @@ class Preparing(Event):
 
 
 @dataclass(frozen=True)
-class Prepared(Event):
-    """The zero-shot model's numbers are there."""
-
-    metrics: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class Started(Event):
     """Trainings begin."""
 

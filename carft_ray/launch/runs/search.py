@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
-from carft_ray.launch.events import BaselineFinished, Decided, Event, Note, Prepared, Preparing, Started, TrialFinished
+from carft_ray.launch.events import BaselineFinished, Decided, Event, Note, Preparing, Started, TrialFinished
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.own_trainer import own_notes
@@ -147,7 +147,6 @@ def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say:
     """Prepares and trains; returns what ended it early, as ``run_trainings`` does."""
     on_event(Preparing())
     metrics = prepare(runtime, say)
-    on_event(Prepared(metrics))
     if zero_shot := study.add_zero_shot(metrics):
         on_event(BaselineFinished(zero_shot))
     decided, note = decide_targets(runtime.recipe)
