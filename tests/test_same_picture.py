@@ -140,9 +140,9 @@ def test_pairs_are_written_as_a_table(tmp_path):
     write_pairs(tmp_path / "pairs.csv", pairs)
     rows = list(csv.DictReader(io.StringIO((tmp_path / "pairs.csv").read_text())))
     assert [(row["found_by"], row["distance"]) for row in rows] == [
-        ("same bytes", "0.000"),
-        ("same picture", "0.050"),
-        ("same picture", "0.123"),
+        ("same bytes", "0.0"),
+        ("same picture", "0.05"),
+        ("same picture", "0.1234"),
     ]
     assert rows[2] == {
         "set": "data.train",
@@ -152,7 +152,7 @@ def test_pairs_are_written_as_a_table(tmp_path):
         "other_image": "set 1/<b>, 2.png",
         "other_sample_id": str(pairs[0].second.source.sample_ids[2]),
         "found_by": "same picture",
-        "distance": "0.123",
+        "distance": "0.1234",
     }
     write_pairs(tmp_path / "none.csv", [])
     header = "set,image,sample_id,other_set,other_image,other_sample_id,found_by,distance\n"

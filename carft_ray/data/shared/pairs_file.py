@@ -1,8 +1,6 @@
 """Pairs of images that stand in two roles, as a file to read: a CSV table, or a page with the pictures side by side."""
 
 import base64
-import csv
-import io
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -10,15 +8,16 @@ from pathlib import Path
 from string import Template
 
 from carft_ray.data.images import small_jpeg
-from carft_ray.data.shared import shared_images
 from carft_ray.data.shared.overlap import SharedImage, SharedPair
 from carft_ray.data.shared.same_picture import LIMIT
+from carft_ray.data.shared.shared_images import COLUMNS as ALL_COLUMNS
+from carft_ray.data.shared.shared_images import csv_of, rows_of
 from carft_ray.errors import DataError, Problem, UsageError
 from carft_ray.files import write_text
-from carft_ray.untrusted import csv_cell, html
+from carft_ray.untrusted import html
 from carft_ray.words import counted
 
-COLUMNS = [name for name in shared_images.COLUMNS if not name.endswith("done")]
+COLUMNS = [name for name in ALL_COLUMNS if not name.endswith("done")]
 ENDINGS = (".csv", ".html")
 MOST_SHOWN = 1000  # pairs of a page, about 20 kB each
 SIDE, QUALITY = 240, 85  # of a shown picture: pixels, and of JPEG
@@ -41,17 +40,8 @@ def write_pairs(path: Path, pairs: Sequence[SharedPair]) -> None:
     """
     check_pairs_path(path)
     ordered = sorted(pairs, key=lambda pair: (pair.first.place, pair.second.place, pair.distance))
-    write_text(path, _table(ordered) if path.suffix.lower() == ".csv" else _page(ordered))
-
-
-def _table(pairs: Sequence[SharedPair]) -> str:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(COLUMNS)
-    for pair in pairs:
-        images = [(each.place, csv_cell(each.name), each.sample_id) for each in (pair.first, pair.second)]
-        rows.writerow((*images[0], *images[1], pair.how, f"{pair.distance:.3f}"))
-    return text.getvalue()
+    is_table = path.suffix.lower() == ".csv"
+    write_text(path, csv_of(rows_of(ordered), COLUMNS) if is_table else _page(ordered))
 
 
 def _page(pairs: Sequence[SharedPair]) -> str:

@@ -9,8 +9,8 @@ the study, a row per pair. Every later command reads it (``without_shared``).
 import csv
 import io
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -138,9 +138,14 @@ def decide(recipe: Recipe, pairs: Sequence[SharedPair]) -> list[SharedRow]:
         if problems := _limit_problems(recipe, list(leaving.values())):
             raise HoldOutError(problems)
 
+    return rows_of(pairs, leaving)
+
+
+def rows_of(pairs: Iterable[SharedPair], leaving: Container[_Key] = ()) -> list[SharedRow]:
+    """Returns a row per pair, of which these images leave."""
+
     def with_done(image: SharedImage) -> tuple[str, str, int, Literal["leaves", "stays"]]:
-        done = LEAVES if _key(image) in leaving else STAYS
-        return image.place, image.name, image.sample_id, done
+        return image.place, image.name, image.sample_id, LEAVES if _key(image) in leaving else STAYS
 
     return [
         SharedRow(*with_done(pair.first), *with_done(pair.second), pair.how, round(float(pair.distance), 4))
@@ -174,13 +179,18 @@ def write_shared(study_dir: Path, rows: Iterable[SharedRow]) -> None:
     Raises:
         StorageError: It cannot be written.
     """
+    files.write_text(study_dir / SHARED_IMAGES, csv_of(rows, COLUMNS))
+
+
+def csv_of(rows: Iterable[SharedRow], columns: Sequence[str]) -> str:
+    """Returns columns of rows as CSV."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-    writer.writeheader()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(columns)
     for row in rows:
-        cells = asdict(row).items()
-        writer.writerow({name: csv_cell(value) if isinstance(value, str) else value for name, value in cells})
-    files.write_text(study_dir / SHARED_IMAGES, buffer.getvalue())
+        values = [getattr(row, name) for name in columns]
+        writer.writerow([csv_cell(value) if isinstance(value, str) else value for value in values])
+    return buffer.getvalue()
 
 
 def without_shared(recipe: Recipe, rows: Iterable[SharedRow]) -> Recipe:
