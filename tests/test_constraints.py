@@ -176,6 +176,7 @@ def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
     recipe = make_recipe(1, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.1}})
     with open_study(study_dir, recipe) as study:
         recover_running(study)
+        study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         spec = study.next()
         folder = spec.folder(study_dir)
         folder.mkdir(parents=True, exist_ok=True)
