@@ -244,9 +244,9 @@ def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
         return subprocess.run(command, cwd=tmp_path, env=first.environment, capture_output=True, text=True, timeout=300)
 
     with (
-        cluster.head() as first,
+        cluster.head(num_cpus=1) as first,
         cluster.node(first, hidden=(disk,), PYTHONPATH=str(older.parent)) as blind,
-        cluster.node(first, XDG_CACHE_HOME=str(tmp_path / "cache")) as seeing,
+        cluster.node(first, num_cpus=2, XDG_CACHE_HOME=str(tmp_path / "cache")) as seeing,
     ):
         doctor = ["-m", "carft_ray.cli", "doctor", str(recipe), "--address", first.address]
         done = ask([*doctor, "--json", "--study", str(disk / "studies" / "one")])

@@ -437,7 +437,8 @@ def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_
         waits = [event.what for event in events if isinstance(event, Preparing) and event.what.startswith("waiting")]
         assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"]
         [started] = [event for event in events if isinstance(event, Started)]
-        assert (2, "2 CPUs, 1 a trial") in [(started.concurrency, started.reason), *changes(events)]
+        told = (2, "2 CPUs, 1 a trial; nodes for 1 more are asked for")
+        assert told in [(started.concurrency, started.reason), *changes(events)]
         with running_ray(address, folder / "ray.log"):
             gone_by = time.monotonic() + 60
             while any(node.num_cpus for node in nodes_now()):
