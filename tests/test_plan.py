@@ -177,7 +177,10 @@ def test_a_plan_measures_as_many_at_a_time_as_the_search_and_leaves_the_caches_a
     assert found["disk_bytes"]["targets"] == 3 * 20 * 3 * 2  # visits, images, contexts, float16
     assert found["disk_bytes"]["cache"] == (15 + 10) * 16 * 16 * 3
     assert found["disk_bytes"]["weights"] > found["disk_bytes"]["predictions"] > 0
-    assert found["disk_bytes"]["while it runs"] > at_a_time * found["disk_bytes"]["weights"] / 3
+    # two checkpoints of the weights and AdamW's two moments, and the weights
+    assert found["disk_bytes"]["while it runs"] == pytest.approx(
+        at_a_time * 7 * found["disk_bytes"]["weights"] / 3, rel=0.2
+    )
     assert found["measured"]["by"] == "probe"
     assert [entry.source for entry in list_entries(tmp_path / "cache") if entry.kind == "heads"] == ["15 sentences"]
 

@@ -85,10 +85,14 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         "epoch_s": len(inputs.train) * image_s,
         "look_s": (len(LIVE_ALPHAS) if recipe.train.alpha is None else 1) * of_subset * evaluate_s,
         "weights": sum(tensor.nbytes for tensor in state.values()),
-        "checkpoint": sum(path.stat().st_size for path in (out_dir / CHECKPOINTS).rglob("*") if path.is_file()),
+        "checkpoint": max(_num_bytes(folder) for folder in (out_dir / CHECKPOINTS).glob("*/*")),
         "predictions": len(alphas) * (out_dir / PREDICTIONS).stat().st_size,
         "cache": decoded + (inputs.train.num_bytes if isinstance(inputs.train, PackedSource) else 0),
     }
     files.remove_folder(out_dir / CHECKPOINTS)
     files.write_json(out_dir / RESULT, result)
     return result
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
