@@ -96,7 +96,7 @@ class ClusterError(CarftError):
 
 
 class MachineError(ClusterError):
-    """A worker, node, connection, device or disk failed; no verdict on the values that were trained.
+    """A worker, node, connection, device or disk failed; the training is retried.
 
     Args:
         problems: As for ``CarftError``.
@@ -110,7 +110,7 @@ class MachineError(ClusterError):
 
 
 class OutOfMemoryError(CarftError):
-    """The device has no memory for a training or an evaluation; no verdict on its hyperparameters.
+    """The device has no memory for a training or an evaluation; it is retried with less.
 
     Args:
         problems: As for ``CarftError``.

@@ -25,9 +25,11 @@ def init(
     list_: Annotated[bool, Option("--list", help="List the presets.")] = False,
     model: Annotated[str, Option(help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images).")] = MODEL,
     pretrained: Annotated[str | None, Option(help="Its weights: a tag or a file; the default has openai.")] = None,
-    train: Annotated[str | None, Option(help="Domain that trains; the largest.")] = None,
-    ood_val: Annotated[DomainsOption, Option(help="Domain that chooses; repeatable. Half of the others.")] = None,
-    ood_test: Annotated[DomainsOption, Option(help="Domain that tests; repeatable. The rest.")] = None,
+    train: Annotated[str | None, Option(help="Domain that trains; default: the largest.")] = None,
+    ood_val: Annotated[
+        DomainsOption, Option(help="OOD validation domain (repeatable; default: half of the rest).")
+    ] = None,
+    ood_test: Annotated[DomainsOption, Option(help="OOD test domain (repeatable; default: the rest).")] = None,
     hold_out: Annotated[str | None, Option(help="Domain of the test, in a preset that leaves one out.")] = None,
     json_: common.JsonOption = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """The micro-batch that fits into a device's memory: found by halving, once in a study, and used by all its trainings.
 
-Out of memory is no verdict on a training's values. The attempt that met it notes half of its micro-batch and ends; the
+A training that runs out of memory is retried. The attempt that met it notes half of its micro-batch and ends; the
 training continues from its checkpoint with what is noted. The global batch, and so the result, stays the same.
 
     study_dir/fits.json    {"<model>, <precision>, <device>": largest micro-batch}      a model has one resolution

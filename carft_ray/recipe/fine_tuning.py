@@ -169,8 +169,7 @@ class TrainConfig(Config):
     lora_alpha: PositiveFloat | None = key(None, 16, METHOD)
     """LoRA's corrections count `lora_alpha / lora_rank` times; null: once"""
     ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = key(None, 0.99, METHOD)
-    """the result is the average of the weights after each step, an older step counts this much of the next; null: the
-    last step"""
+    """decay of the average of the weights after each step, which is the result; null: the last step is"""
     recalibrate_batches: NonNegativeInt = key(0, 10, METHOD)
     """for towers with BatchNorm: batches of 128 clean training images from which the running statistics of mixed
     weights are computed again; 0: they stay those of the zero-shot model"""

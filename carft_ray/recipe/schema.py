@@ -101,7 +101,7 @@ class ObjectiveConfig(Config):
     best: Literal["knee", "lexicographic"] = key("knee", "lexicographic", BEST)
     """with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID"""
     tolerance: Fraction = key(0.005, 0.01, BEST)
-    """with `lexicographic`: ID accuracy under the highest at which OOD accuracy decides"""
+    """with `lexicographic`: trials this close to the best ID accuracy are ranked by OOD accuracy"""
 
 
 class SearchConfig(Config):

@@ -1,8 +1,8 @@
 """Packed sets: the files of a training set, as they are or made smaller, in one memory-mapped file of the cache.
 
-A random crop needs the original, so a training set is not decoded ahead. But many small files on a disk of a network
-cost a journey each, in every epoch of every training; packed, they cost it once, and all trainings of a machine share
-one copy in memory. On a disk of the machine itself, files that are in memory gain next to nothing and others a tenth
+A random crop needs the original, so a training set is not decoded ahead. On a network disk each small file costs a
+round trip, in every epoch of every training; packed, it costs one in all, and all trainings of a machine share one copy
+in memory. On a disk of the machine itself, files that are in memory gain next to nothing and others a tenth
 of the time of a view (``benchmarks/loader.py``).
 
 With ``data.resize_short_side`` larger images are made smaller once and kept as JPEG; the crops of every training are of

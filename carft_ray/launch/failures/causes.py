@@ -3,7 +3,7 @@
 Ray moves exceptions between processes and loses what they were raised from on the way; the text of the remote
 traceback, which its errors carry, keeps it. So everything is read from text.
 
-Failures of machines are no verdict on a training's values. When one worker of a group dies, the others raise whatever
+A training is retried when a machine has failed. When one worker of a group dies, the others raise whatever
 their collective library makes of it. None of these, nor a network disk that has gone, says anything of the values; a
 full disk or a missing permission is no failure of a machine.
 """

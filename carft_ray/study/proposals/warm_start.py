@@ -116,7 +116,7 @@ def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tup
     for trial in trials:
         row = rows.row_of("trial", trial)
         if state_and_values(trial)[0] not in (TrialState.COMPLETE, TrialState.PRUNED):
-            left_out["not finished" if row.outcome == "running" else "lost, which is no verdict"] += 1
+            left_out["not finished" if row.outcome == "running" else "lost"] += 1
             continue
         placed = place({**own, **row.values}, recipe)
         if isinstance(placed, str):
