@@ -254,7 +254,6 @@ def test_what_is_no_file_is_refused_and_nothing_waits(tmp_path):
 OPENS = {"open": ("Image", "PIL"), "Parser": ("ImageFile",), "read_image": (), "decode_image": ("io", "torchvision")}
 OWN_BYTES = {
     "data/images.py": "the gate itself",
-    "evaluation/scalars.py": "a figure that was just drawn",
     "data/synthetic/corruptions.py": "a JPEG that was just written",
 }
 
