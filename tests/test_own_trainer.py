@@ -499,7 +499,7 @@ WITHOUT_TRUST = {
     "reproduce": ["study", "--out", "again"],
 }
 # they read the images and the machine of who asks; the dashboard serves the journal and opens no recipe
-OF_NOBODY_ELSE = {"init", "cluster", "data", "sandbox", "dashboard"}
+OF_NOBODY_ELSE = {"init", "cluster", "data", "sandbox", "dashboard", "schema"}
 
 
 @pytest.mark.slow
