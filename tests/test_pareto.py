@@ -364,7 +364,7 @@ def test_real_trials_meet_their_constraints_wherever_an_evaluated_alpha_does(sea
     assert not any(name.startswith("violation/") for row in view.baselines for name in row.metrics)
     for row in view.trials:
         result = json.loads((studies["constrained"] / "trials" / row.name / "result.json").read_text())
-        assert len([name for name in row.metrics if name.startswith("violation/")]) == 4
+        assert len([name for name in row.metrics if name.startswith("violation/")]) == 2
         missed = [
             sum(max(0.0, value) for name, value in point.items() if name.startswith("violation/"))
             for point in result["curve"]
