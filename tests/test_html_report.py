@@ -147,8 +147,8 @@ def test_watching_writes_the_page_again_until_the_search_ends(tmp_path):
     with ThreadPoolExecutor() as pool:
         with open_study(study_dir, report_studies.make_recipe(6)) as study:
             report_studies.fill(study, 2)
-            last = pool.submit(watch_page, study_dir, tmp_path / "page.html", None, 0.1, said.append)
-            while not said:
+            last = pool.submit(watch_page, study_dir, tmp_path / "page.html", 0.1, said.append)
+            while not said and not last.done():
                 time.sleep(0.05)
             report_studies.finish(study, study.next(), np.random.default_rng(1))
         document = last.result(120)
