@@ -305,14 +305,6 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     return table(["accuracy, %", *numbers(*titles, "A - B, points")], lines)
 
 
-def fact_table(facts: Mapping[str, str]) -> Table:
-    """Returns a table of names and what there is to say of each."""
-    columns = [Column(style="bold", no_wrap=True), Column(overflow="fold")]
-    made = table(columns, list(facts.items()))
-    made.show_header = False
-    return made
-
-
 def cache_table(entries: Sequence["Entry"]) -> Table:
     """Returns the table of the entries of the cache."""
     lines = []

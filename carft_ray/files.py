@@ -352,25 +352,6 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(path, ignore_errors=True)
 
 
-def discard_folder(path: Path) -> None:
-    """Removes a folder so that nobody sees half of it: it loses its name first.
-
-    Raises:
-        FileNotFoundError: It is not there.
-        StorageError: It cannot be removed.
-    """
-    gone = _temporary(path).with_suffix(".old.tmp")
-    _check_fence()
-    try:
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(path, gone)
-        shutil.rmtree(gone)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise storage_error(path, error) from error
-
-
 def remove_remains(folder: Path) -> None:
     """Removes what writes that were killed have left anywhere in a folder. Only the holder of its lock may.
 

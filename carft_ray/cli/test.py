@@ -1,6 +1,5 @@
 """The one command that reads the test sets."""
 
-import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any
 
@@ -9,7 +8,6 @@ from typer import Option
 
 from carft_ray import console
 from carft_ray.cli import common
-from carft_ray.errors import InterruptedRunError, Problem
 
 
 @common.command("test studies/quickstart", common.TRUST)
@@ -25,11 +23,9 @@ def evaluate_test_sets(
     from carft_ray.results.test_sets.read import read_sealed
     from carft_ray.results.test_sets.summary import read_lines
 
-    try:
+    step = f"Resume with: {common.command_line('test', study)}"
+    with common.interrupted_as("stopped; what was read so far is kept", step):
         summary = read_sealed(study, again, console.sayer(not json_))
-    except KeyboardInterrupt:
-        step = f"Resume with: carft-ray test {shlex.quote(str(study))}"
-        raise InterruptedRunError(Problem("", "stopped; what was read so far is kept", next_step=step)) from None
     if console.print_json({"study": str(study.resolve()), **summary}, json_):
         return
     console.show(_table(summary))

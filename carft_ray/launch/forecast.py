@@ -208,7 +208,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         sizes={
             "weights": later["weights"],
             "predictions": later["predictions"],
-            "targets": prepared["num_images"]["train"] * prepared["num_contexts"] * 2,  # float16
+            "targets": _target_bytes(prepared),
             "cache": later["cache"],
             "while it runs": slots * (NUM_CHECKPOINTS * later["checkpoint"] + later["weights"]),
         },
@@ -256,9 +256,13 @@ def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None
         sizes={
             "weights": _mean_size(study_dir, "*/*/fine_tuned.safetensors"),
             "predictions": _mean_size(study_dir, "*/*/predictions/*.parquet"),
-            "targets": prepared["num_images"]["train"] * prepared["num_contexts"] * 2,  # float16
+            "targets": _target_bytes(prepared),
         },
     )
+
+
+def _target_bytes(prepared: Mapping[str, Any]) -> int:
+    return int(prepared["num_images"]["train"] * prepared["num_contexts"] * 2)  # float16
 
 
 def _mean_size(study_dir: Path, pattern: str) -> float:
