@@ -185,6 +185,12 @@ def test_a_plan_measures_as_many_at_a_time_as_the_search_and_leaves_the_caches_a
     assert [entry.source for entry in list_entries(tmp_path / "cache") if entry.kind == "heads"] == ["15 sentences"]
 
 
+def test_trainings_of_one_short_epoch_are_planned_too(plan):
+    _, found = plan("resources.executor=debug", "train.epochs=1", "train.batch_size=20")  # one step
+    assert 0 < found["trial_s"][1] <= found["trial_s"][0] < found["search_s"][0]
+    assert found["disk_bytes"]["targets"] == 20 * 3 * 2
+
+
 def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):
     told, _ = plan("resources.executor=debug", "search.space={learning_rate: {low: 1e30, high: 1e31}}", code=5)
     assert "error: plan: a short training has failed: step " in told

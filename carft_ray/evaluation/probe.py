@@ -54,7 +54,10 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         is_long = bool(rows) and rows[-1]["step"] >= min(NUM_STEPS, rows[-1]["num_steps"] / 2)
         return is_long or context.should_stop()
 
-    short = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"every_epochs": 0})})
+    # an epoch of few steps is first asked to stop at its end, and one that is the last ends as a whole training
+    train = recipe.train.model_copy(update={"epochs": max(2, recipe.train.epochs)})
+    evaluate = recipe.evaluate.model_copy(update={"every_epochs": 0})
+    short = recipe.model_copy(update={"train": train, "evaluate": evaluate})
     timed = dataclasses.replace(context, progress=rows.append, should_stop=should_stop)
     with contextlib.suppress(StoppedRun):
         run_training(short, out_dir, prepared_dir, timed, attempt)
