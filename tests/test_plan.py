@@ -52,6 +52,11 @@ def test_jobs_run_in_their_order_on_the_slot_that_is_free_first(jobs, slots, fir
     assert makespan(jobs, slots, first_s, next_s) == expected
 
 
+@pytest.mark.parametrize(("alone", "expected"), [(1, 20), (0.5, 15), (0.25, 12.5), (0, 12.5)])
+def test_the_last_jobs_are_faster_where_slots_share_cores(alone, expected):
+    assert makespan([10] * 10, 8, 0, 0, alone) == expected  # at the end two run on what eight have shared
+
+
 def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
     recipe = make_recipe(7, max_concurrent_trials=2)  # and one baseline
     found = forecast(recipe, capacity_of(recipe, (Node(8, 0),)), measured())

@@ -41,14 +41,15 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
 
     Returns:
         A result, as ``result.json`` holds it. In ``probe``, a training of E epochs takes ``fixed_s`` + E ``epoch_s``
-        and ``look_s`` for each intermediate evaluation; this call took ``inside_s`` and ``ended`` (``time.time``).
-        ``weights``, a ``checkpoint``, ``predictions`` at all alphas, and the ``cache`` of the sets are in bytes.
+        and ``look_s`` for each intermediate evaluation; this call took ``inside_s`` and ``ended`` (``time.time``);
+        ``cpu_s`` is what the process computed meanwhile, on all its threads. ``weights``, a ``checkpoint``,
+        ``predictions`` at all alphas, and the ``cache`` of the sets are in bytes.
 
     Raises:
         StoppedRun, DivergedError, CarftError: As ``run_training``.
     """
     inputs = shared_inputs_of_worker(recipe, context, prepared_dir)  # what a process does once is not timed
-    began, rows = time.perf_counter(), list[dict[str, float]]()
+    began, cpu_began, rows = time.perf_counter(), time.process_time(), list[dict[str, float]]()
 
     def should_stop() -> bool:
         is_long = bool(rows) and rows[-1]["step"] >= min(NUM_STEPS, rows[-1]["num_steps"] / 2)
@@ -84,6 +85,7 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
     result["probe"] = {
         "ended": time.time(),
         "inside_s": time.perf_counter() - began,
+        "cpu_s": time.process_time() - cpu_began,
         "fixed_s": rest_s + (len(alphas) - 1) * evaluate_s,  # the preparation evaluates alpha 0
         "epoch_s": len(inputs.train) * image_s,
         "look_s": (len(LIVE_ALPHAS) if recipe.train.alpha is None else 1) * of_subset * evaluate_s,

@@ -20,6 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +69,7 @@ class Measured:
         doubt: Relative uncertainty of every time.
         first_s: What the first training of a slot takes besides itself: process, model, sets, targets.
         next_s: The same for each further one.
+        alone: Which share of its time a training takes with nothing beside it: less than 1 where slots share cores.
         sizes: Bytes: ``weights`` and ``predictions`` of a training, ``targets`` of an epoch, further ones in all.
     """
 
@@ -78,6 +80,7 @@ class Measured:
     doubt: float
     first_s: float = 0.0
     next_s: float = 0.0
+    alone: float = 1.0
     sizes: dict[str, float] = field(default_factory=dict)
 
 
@@ -97,7 +100,7 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str
         work_s = sum(jobs) + len(jobs) * next_s + min(slots, len(jobs)) * (first_s - next_s)
         ranges["trial_s"] += [job + next_s for job in jobs[len(baselines) :]]
         for name, each in (("search_s", jobs), ("confirm_s", again)):
-            ranges[name].append(OUTSIDE_S + measured.prepare_s + makespan(each, slots, first_s, next_s))
+            ranges[name].append(OUTSIDE_S + measured.prepare_s + makespan(each, slots, first_s, next_s, measured.alone))
         for name, number in units.items():
             ranges[name].append(work_s * capacity.num_workers * number / 3600)
     numbers = {
@@ -119,20 +122,23 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str
     }
 
 
-def makespan(jobs: Sequence[float], slots: int, first_s: float, next_s: float) -> float:
+def makespan(jobs: Sequence[float], slots: int, first_s: float, next_s: float, alone: float = 1.0) -> float:
     """Returns how long jobs take that are begun in their order, each on the slot that is free first.
 
     Args:
-        jobs: Seconds of each.
+        jobs: Seconds of each, with all slots in use.
         slots: How many run at a time.
         first_s: Added to the first job of a slot.
         next_s: Added to each further one.
+        alone: Which share of its time a job takes alone. At the end, when slots become free, the others are faster.
     """
     free = [(0.0, True)] * max(1, min(slots, len(jobs)))
     for job in jobs:
         at, fresh = heapq.heappop(free)
         heapq.heappush(free, (at + job + (first_s if fresh else next_s), False))
-    return max(at for at, _ in free) if jobs else 0.0
+    ends = [0.0, *sorted(at for at, _ in free)]
+    used = [max(alone, number / slots) for number in range(len(free), 0, -1)]
+    return sum((end - before) * share for (before, end), share in zip(pairwise(ends), used, strict=True))
 
 
 def _range(values: Sequence[float], doubt: float) -> tuple[float, ...]:
@@ -203,6 +209,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         prepare_s=begins - starts - filling_s,
         first_s=max(0.0, first["ended"] - begins - first["inside_s"] + max(0.0, computing_s)),
         next_s=max(0.0, later["ended"] - first["ended"] - later["inside_s"]),
+        alone=1.0 if capacity.gpus_per_worker else min(1.0, later["cpu_s"] / later["inside_s"]),
         training_s=training_s,
         doubt=max(LEAST_DOUBT, statistics.pstdev(each["inside_s"] for each in results[slots:]) / later["inside_s"]),
         sizes={
