@@ -13,7 +13,7 @@ from carft_ray.words import counted
 JobArgument = Annotated[str, Argument(metavar="JOB|STUDY", help="Id of a job, or a study.", show_default=False)]
 
 
-@common.command("cluster jobs", to=common.cluster_app)
+@common.command("cluster jobs", to=common.cluster_app, reads=True)
 def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
     """List the jobs of a cluster with their studies, the newest first."""
     from carft_ray.launch.jobs.jobs import described, jobs
@@ -36,7 +36,7 @@ def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOptio
     console.show(console.table(["job", "status", *columns, "study"], lines))
 
 
-@common.command("cluster logs studies/first", to=common.cluster_app)
+@common.command("cluster logs studies/first", to=common.cluster_app, reads=True)
 def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
     """Print what a job has said so far; `submit --attach` follows it."""
     from carft_ray.launch.jobs.jobs import described, find_job, log_of
@@ -49,7 +49,7 @@ def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_
         console.show(log.rstrip("\n").replace("\r", "\n"))
 
 
-@common.command("cluster stop studies/first", to=common.cluster_app)
+@common.command("cluster stop studies/first", to=common.cluster_app, reads=True)
 def cluster_stop(
     job: JobArgument,
     address: common.DashboardOption = None,

@@ -47,22 +47,6 @@ PATH = (  # from images to a model: what for, and an example
     ("test", "opens the test sets, once", "test studies/mine"),
     ("export", "a model for other libraries", "export studies/mine --to exports/mine"),
 )
-# commands that neither train nor open a model: they answer whatever versions of torch and Ray are installed
-READERS = (
-    "init",
-    "schema",
-    "status",
-    "ls",
-    "logs",
-    "report",
-    "compare",
-    "rescore",
-    "stop",
-    "dashboard",
-    "data",
-    "cluster",
-)
-
 # options that set a key of the recipe
 KEYS = {"executor": "resources.executor", "num_workers": "resources.num_workers", "wall_time": "budget.wall_time"}
 
@@ -110,7 +94,7 @@ Command = Callable[..., None]
 
 
 def command(
-    example: str, panel: str | None = None, to: typer.Typer = app, shared: type | None = None
+    example: str, panel: str | None = None, to: typer.Typer = app, shared: type | None = None, reads: bool = False
 ) -> Callable[[Command], Command]:
     """Returns a decorator that makes a function a command, with ``--debug``, which ``main`` reads.
 
@@ -120,13 +104,17 @@ def command(
         to: The app that the command belongs to; the example begins with its name, too.
         shared: A class whose keyword-only parameters are options of the command, too, which takes them as
             ``**shared``; those that it has itself are its own.
+        reads: It neither trains nor opens a model: it runs whatever versions of torch and Ray are installed.
     """
     of_shared = inspect.signature(shared).parameters.values() if shared else ()
 
     def register(function: Command) -> Command:
         @functools.wraps(function)
         def run(*, debug: bool, **given: Any) -> None:
-            function(**given)
+            from carft_ray import checks
+
+            with contextlib.nullcontext() if reads else checks.command():
+                function(**given)
 
         signature, last = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
         parameters = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
@@ -160,10 +148,6 @@ def options(
     if context.invoked_subcommand is None:
         _show_path()
         raise typer.Exit
-    if context.invoked_subcommand not in READERS and not {"-h", "--help"} & {*sys.argv}:
-        from carft_ray.checks import command
-
-        context.with_resource(command())
 
 
 def _show_path() -> None:

@@ -62,7 +62,7 @@ def reproduce(
         console.next_step(common.command_line("evaluate", folder))
 
 
-@common.command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST)
+@common.command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST, reads=True)
 def compare(
     a: Annotated[str, Argument(metavar="A", help=TARGET, show_default=False)],
     b: Annotated[str, Argument(metavar="B", help=TARGET, show_default=False)],

@@ -29,22 +29,12 @@ def confirm(
 
     The best of many trials is partly lucky. Run again after an interruption, it resumes where it was.
     """
-    given = {"top": top, "seeds": seeds, "winner": None if winner == "search" else winner, "against": against}
+    given: dict[str, Any] = {"top": top, "seeds": seeds, "winner": winner, "against": against or []}
     again = common.command_line("confirm", study, **given, **shared)
+    shared["overrides"] = common.overrides_of(None, shared)
     from carft_ray import actions
 
-    found = actions.confirm(
-        study,
-        top=top,
-        seeds=seeds,
-        winner=winner,
-        against=against or (),
-        overrides=common.overrides_of(None, shared),
-        notify_url=notify_url,
-        progress=not json_,
-        resume_command=again,
-        **shared,
-    )
+    found = actions.confirm(study, **given, **shared, notify_url=notify_url, progress=not json_, resume_command=again)
     summary = found.numbers
     if console.print_json(summary, json_):
         return

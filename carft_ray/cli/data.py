@@ -18,7 +18,7 @@ from carft_ray.words import counted
 CacheOption = Annotated[Path | None, Option(help="Folder of the cache (data.cache_dir); default: the user's own.")]
 
 
-@common.command("data ls", to=common.data_app)
+@common.command("data ls", to=common.data_app, reads=True)
 def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None:
     """List what is in the cache, sets and heads: size, when it was built and last used. Nothing is written."""
     from carft_ray.data.caching.cache import list_entries, notes
@@ -39,7 +39,7 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
         console.next_step("carft-ray data add recipe.yaml")
 
 
-@common.command("data add recipe.yaml", to=common.data_app)
+@common.command("data add recipe.yaml", to=common.data_app, reads=True)
 def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_: common.JsonOption = False) -> None:
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
     from carft_ray.data.caching.arrays import DecodedSource
@@ -87,7 +87,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
     )
 
 
-@common.command("data clean --older-than 30d", to=common.data_app)
+@common.command("data clean --older-than 30d", to=common.data_app, reads=True)
 def data_clean(
     all_: Annotated[bool, Option("--all", help="Remove everything, and the notes about images.")] = False,
     older_than: Annotated[str | None, Option(metavar="TIME", help="Remove what was not used for 12h, 30d, ...")] = None,

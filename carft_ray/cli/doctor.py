@@ -59,11 +59,14 @@ def doctor(
         console.warn("--study has no effect without --address: this machine alone is checked")
     value = load_recipe(recipe, set_ or ())
     say = console.sayer(not json_)
-    with _attached(address):
+    with contextlib.ExitStack() as stack:
         found, here, reports, on_nodes = Diagnosis(), True, [], []
         if address is not None:
-            from carft_ray.launch.ray_cluster import checkup
+            from carft_ray.launch.ray_cluster import checkup, cluster
+            from carft_ray.layout import RAY_LOG
 
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))
+            stack.enter_context(cluster.running_ray(address, Path(folder) / RAY_LOG))
             here = checkup.images_are_here(value)
         if not here:
             say("This machine sees none of the images; the nodes of the cluster check them.")
@@ -95,23 +98,6 @@ def doctor(
         begin = common.begin_line(value, recipe, study, set=set_, address=address)
         plan = common.command_line("plan", recipe, set=set_, address=address)
         console.next_step(*([plan] if begin.startswith("carft-ray search") else []), begin)
-
-
-@contextlib.contextmanager
-def _attached(address: str | None) -> Iterator[None]:
-    """Attaches to a cluster for the time of the block, where there is an address.
-
-    Raises:
-        ClusterError: It cannot be reached.
-    """
-    if address is None:
-        yield
-        return
-    from carft_ray.launch.ray_cluster.cluster import running_ray
-    from carft_ray.layout import RAY_LOG
-
-    with tempfile.TemporaryDirectory(prefix="carft-ray-") as folder, running_ray(address, Path(folder) / RAY_LOG):
-        yield
 
 
 def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from carft_ray.answers import Report
 
 
-@common.command("report studies/quickstart", common.TRUST)
+@common.command("report studies/quickstart", common.TRUST, reads=True)
 def report(
     study: common.StudyArgument,
     html: Annotated[
@@ -95,7 +95,7 @@ def _page(found: "Report", study: Path, out: Path | None, every_s: float | None,
     common.suggest(study, "report")
 
 
-@common.command("rescore studies/quickstart --objective worst_domain", common.TRUST)
+@common.command("rescore studies/quickstart --objective worst_domain", common.TRUST, reads=True)
 def rescore(
     study: common.StudyArgument,
     objective: Annotated[

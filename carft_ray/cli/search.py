@@ -98,7 +98,7 @@ def resume(
     _search(functools.partial(actions.resume, study, trials), study, set_, **shared)
 
 
-@common.command("stop studies/quickstart", common.SEARCH)
+@common.command("stop studies/quickstart", common.SEARCH, reads=True)
 def stop(
     study: Annotated[Path, Argument(help="Folder of a study, or of a training.", show_default=False)],
     no_wait: Annotated[bool, Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,

@@ -17,7 +17,7 @@ from carft_ray.words import counted, times
 ORDERS = ("objective", "number")
 
 
-@common.command("status studies/quickstart", common.READING)
+@common.command("status studies/quickstart", common.READING, reads=True)
 def status(
     study: common.StudyArgument,
     watch: Annotated[bool, Option("--watch", help="Show it repeatedly until the search ends or Ctrl-C.")] = False,
@@ -119,7 +119,7 @@ def _watch(study: Path, every_s: float) -> bool:
     return True
 
 
-@common.command("ls studies/quickstart --sort objective --limit 10", common.READING)
+@common.command("ls studies/quickstart --sort objective --limit 10", common.READING, reads=True)
 def list_(
     folder: Annotated[Path, Argument(help="A study, or a folder with studies in it.", show_default=False)],
     sort: Annotated[
@@ -156,7 +156,7 @@ def list_(
     console.next_step(f"carft-ray status {quoted}", *named)
 
 
-@common.command("logs studies/quickstart 7 --follow", common.READING)
+@common.command("logs studies/quickstart 7 --follow", common.READING, reads=True)
 def logs(
     study: common.StudyArgument,
     trial: Annotated[str, Argument(help="Trial (7, t0007) or name of a baseline.", show_default=False)],
@@ -189,7 +189,7 @@ def logs(
     console.next_step(f"carft-ray status {shlex.quote(str(study))}")
 
 
-@common.command("dashboard studies/quickstart --port 8080", common.READING)
+@common.command("dashboard studies/quickstart --port 8080", common.READING, reads=True)
 def dashboard(
     study: common.StudyArgument,
     port: Annotated[int, Option(min=0, max=65535, help="Of this machine; 0: a free one.")] = 8080,

@@ -91,13 +91,12 @@ def submit(
 
 def _checked(path: Path, overrides: Sequence[str], trust: bool) -> "Recipe":
     """Loads a recipe, and checks what needs neither images nor weights: they may be on the cluster alone."""
+    from carft_ray.checks import require_trusted
     from carft_ray.recipe.checks.advice import check_searchable, warnings
-    from carft_ray.recipe.loading import load_recipe, own_functions
+    from carft_ray.recipe.loading import load_recipe
 
     recipe = load_recipe(path, overrides)
-    if own_functions(recipe) and not trust:  # with it, the job imports them: they may be on the cluster alone
-        from carft_ray.checks import require_trusted
-
+    if not trust:  # with it, the job imports what the recipe names: it may be on the cluster alone
         require_trusted(recipe, trust)
     if problems := check_searchable(recipe):
         raise RecipeError(problems)
