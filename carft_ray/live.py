@@ -4,9 +4,9 @@ import heapq
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 NUM_BEST = 5  # rows of the best trials in the live table
 NUM_LATEST = 3  # and of those that ended last, where they fit
 BAR_WIDTH = 40
+MEASURED = ("epoch", "ID, %", "OOD, %", "objective, %", "time")  # columns
+_Line = tuple[dict[str, str], str]  # cells of a row by their columns, and its style
 
 
 @dataclass
@@ -176,13 +178,13 @@ class SearchView:
         last = " · ".join(self._pieces())
         yield Text(visible(last), style="bold", no_wrap=is_low, overflow="ellipsis" if is_low else "fold")
 
-    def _running_line(self, running: _Running) -> "_Line":
+    def _running_line(self, running: _Running) -> _Line:
         spec, metrics = running.spec, running.metrics
         epoch = f"{metrics.get('epoch', 0):.0f}/{spec.values.get('epochs', self._num_epochs)}"
         names = ("id_accuracy", "ood_accuracy", "objective")
         accuracies = [console.objective_cell(metrics.get(f"subset/{name}")) for name in names]
         elapsed = console.duration(self._clock() - running.began)
-        return _Line(f"  {spec.name}", spec.values, [epoch, *accuracies, elapsed], "cyan")
+        return _cells(f"  {spec.name}", spec.values, [epoch, *accuracies, elapsed]), "cyan"
 
     @property
     def _ranks(self) -> bool:
@@ -231,42 +233,28 @@ class SearchView:
         return max((sum(running) + waiting) / max(1, self._started.concurrency), max(running, default=0.0))
 
 
-class _Line(NamedTuple):
-    """A row of the live table.
-
-    Attributes:
-        name: With the mark of the best.
-        values: Hyperparameters.
-        cells: Epoch, ID, OOD, objective, time.
-        style: Of Rich.
-    """
-
-    name: str
-    values: dict[str, Any]
-    cells: list[str]
-    style: str
+def _cells(name: str, values: Mapping[str, Any], measured: Sequence[str]) -> dict[str, str]:
+    """Returns the cells of a row by their columns."""
+    texts = {key: value_text(value) for key, value in values.items() if key != "alpha"}
+    return {"": name, **texts, **dict(zip(MEASURED, measured, strict=True))}
 
 
 def _line(row: "TrialRow", mark: str) -> _Line:
     accuracies = [console.objective_cell(row.metrics.get(name)) for name in ("id_accuracy", "ood_accuracy")]
-    objective = console.objective_cell(row.objective)
-    style = "bold green" if mark in "★*" else "dim" if row.kind == "baseline" else ""
     ended = "" if row.outcome in ("complete", "running") else row.outcome
-    cells = [ended, *accuracies, objective, console.elapsed_cell(row.elapsed_s)]
-    return _Line(f"{mark} {row.name}", row.values, cells, style)
+    measured = [ended, *accuracies, console.objective_cell(row.objective), console.elapsed_cell(row.elapsed_s)]
+    style = "bold green" if mark in "★*" else "dim" if row.kind == "baseline" else ""
+    return _cells(f"{mark} {row.name}", row.values, measured), style
 
 
 def _fitting_table(lines: Sequence[_Line], width: int) -> Table:
     """Returns the table of these rows; hyperparameters that do not fit are left out, the last ones first."""
-    names = list(dict.fromkeys(name for line in lines for name in line.values if name != "alpha"))
-    columns = {"": [line.name for line in lines]}
-    columns |= {name: [value_text(line.values.get(name, "")) for line in lines] for name in names}
-    for index, name in enumerate(("epoch", "ID, %", "OOD, %", "objective, %", "time")):
-        columns[name] = [line.cells[index] for line in lines]
-    while names and sum(2 + max(map(len, (name, *cells))) for name, cells in columns.items()) > width:
+    names = [name for name in dict.fromkeys(name for cells, _ in lines for name in cells) if name not in MEASURED]
+    columns = {name: [cells.get(name, "") for cells, _ in lines] for name in (*names, *MEASURED)}
+    while len(names) > 1 and sum(2 + max(map(len, (name, *cells))) for name, cells in columns.items()) > width:
         del columns[names.pop()]
-    made = console.table([*console.numbers(*columns, no_wrap=True)], [])
+    made = console.table(console.numbers(*columns, no_wrap=True), zip(*columns.values(), strict=True))
     made.columns[0].justify = "left"
-    for line, *cells in zip(lines, *columns.values(), strict=True):
-        made.add_row(*map(console.plain, cells), style=line.style)
+    for row, (_, style) in zip(made.rows, lines, strict=True):
+        row.style = style
     return made

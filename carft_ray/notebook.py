@@ -16,6 +16,7 @@ from carft_ray.untrusted import visible
 
 WIDTH, HEIGHT = 110, 40  # characters and lines that a table may take
 AT_MOST_EVERY_S = 0.5
+NUM_LINES = 5  # of epochs and of warnings that stay
 _FORM = (
     "<pre style=\"font-family:Menlo,'DejaVu Sans Mono',consolas,'Courier New',monospace;line-height:1.3;"
     'white-space:pre;overflow-x:auto;background:none;color:inherit">{code}</pre>'
@@ -57,30 +58,28 @@ def framed(page: str, height: int = 720) -> str:
 
 
 class Area:
-    """One output of the cell that runs, written again and again.
+    """One output of the cell that runs, written again and again, at most every ``AT_MOST_EVERY_S``."""
 
-    Args:
-        at_most_every_s: Seconds between two versions; one that comes sooner is left out, unless it must be shown.
-    """
-
-    def __init__(self, at_most_every_s: float = AT_MOST_EVERY_S) -> None:
-        self._every_s = at_most_every_s
+    def __init__(self) -> None:
+        self._lines: list[RenderableType] = []
         self._shown_at = 0.0
         self._handle: Any = None
 
-    def show(self, *parts: RenderableType, must: bool = False) -> None:
-        """Shows tables and texts in place of what was shown before.
+    def show(self, part: RenderableType, line: RenderableType = "", must: bool = False) -> None:
+        """Shows a part below the last lines, in place of what was shown before.
 
         Args:
-            parts: What to show.
+            part: What to show.
+            line: What has happened; it is shown at once, and stays above the parts that follow.
             must: Even when the last version has just been shown.
         """
-        now = time.monotonic()
-        if not must and now - self._shown_at < self._every_s:
+        if line:
+            self._lines = [*self._lines, line][-NUM_LINES:]
+        if not (line or must or time.monotonic() - self._shown_at >= AT_MOST_EVERY_S):
             return
-        self._shown_at = now
+        self._shown_at = time.monotonic()
         display = importlib.import_module("IPython.display")
-        content = display.HTML(as_html(*parts))
+        content = display.HTML(as_html(*self._lines, part))
         if self._handle is None:
             self._handle = display.display(content, display_id=True)
         else:

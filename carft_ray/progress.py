@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.text import Text
 
 from carft_ray import console, notebook
 from carft_ray.live import SearchView
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 Row = dict[str, float]
 REFRESH_PER_S = 2
-NUM_LINES = 5  # of epochs and of warnings that a notebook shows
 
 
 def _bars() -> Progress:
@@ -57,17 +55,19 @@ def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable
     if not show:
         yield (lambda row: None), (lambda row: None)
         return
-    if notebook.in_notebook():
-        yield _in_area(notebook.Area())
-        return
-    bar = _bars()
+    bar, area = _bars(), notebook.Area() if notebook.in_notebook() else None
     task = bar.add_task("training", total=None, detail="")
 
     def progress(row: Row) -> None:
         bar.update(task, completed=row["step"], total=row["num_steps"], detail=visible(_step_line(row)))
+        if area:
+            area.show(bar)
 
     def report(row: Row) -> None:
-        console.say(_epoch_line(row))
+        if area:
+            area.show(bar, _epoch_line(row))
+        else:
+            console.say(_epoch_line(row))
 
     with bar if console.err.is_terminal else contextlib.nullcontext():
         yield progress, report
@@ -100,20 +100,6 @@ def _own_numbers(row: Row) -> str:
     return ", ".join(f"{name} {row[name]:.4g}" for name in names)
 
 
-def _in_area(area: notebook.Area) -> tuple[Callable[[Row], None], Callable[[Row], None]]:
-    """Returns ``(progress, report)`` that show the step and the last epochs in a notebook."""
-    lines: list[str] = []
-
-    def progress(row: Row) -> None:
-        area.show(*lines[-NUM_LINES:], f"step {row['step']:.0f} of {row['num_steps']:.0f}: {_step_line(row)}")
-
-    def report(row: Row) -> None:
-        lines.append(_epoch_line(row))
-        area.show(*lines[-NUM_LINES:], must=True)
-
-    return progress, report
-
-
 @contextlib.contextmanager
 def search_shown(
     show: bool,
@@ -138,30 +124,27 @@ def search_shown(
     from carft_ray.launch.events import Shared
 
     on = on or console.err
-    is_here = show and on is console.err and notebook.in_notebook()
-    if not is_here and (not show or not on.is_terminal or on.is_dumb_terminal):
+    area = notebook.Area() if show and on is console.err and notebook.in_notebook() else None
+    if not area and (not show or not on.is_terminal or on.is_dumb_terminal):
         yield announce(show)
         return
     rows = [row for row in _earlier(study_dir) if row.kind != "confirm" or trainings is None or row.name in trainings]
-    view, notes = SearchView(num_epochs, rows, kind=kind), list[Text]()
+    view = SearchView(num_epochs, rows, kind=kind)
 
     def update(event: "Event") -> None:
-        if line := view.update(event):
-            notes.append(console.plain(line, "yellow"))
-            if not is_here:
-                on.print(notes[-1])
-        if is_here:
-            area.show(*notes[-NUM_LINES:], view)
+        line = console.plain(view.update(event) or "", "yellow")
+        if area:
+            area.show(view, line)
+        elif line:
+            on.print(line)
 
-    if is_here:
-        area = notebook.Area()
-        try:
+    live = None if area else Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True)
+    try:
+        with live or contextlib.nullcontext():
             yield Shared(update)
-        finally:  # what stays is the line that counts
-            area.show(*notes[-NUM_LINES:], view.line(), must=True)
-    else:
-        with Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True):
-            yield Shared(update)
+    finally:
+        if area:  # what stays is the line that counts
+            area.show(view.line(), must=True)
 
 
 def _earlier(study_dir: Path) -> list["TrialRow"]:

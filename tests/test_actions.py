@@ -355,8 +355,8 @@ def test_a_training_is_one_output_of_a_notebook(monkeypatch):
         for epoch in range(1, 9):
             on_epoch({**step, "epoch": epoch, "context_entropy": 1.0, "images_per_s": 10.0})
     assert shown.num_outputs == 1
-    assert "step 3 of 9" in shown.versions[0]
-    assert shown.versions[-1].count("epoch ") == progress.NUM_LINES
+    assert "3/9" in shown.versions[0]
+    assert shown.versions[-1].count("context entropy") == notebook.NUM_LINES
     assert "epoch 8: loss 1.000" in shown.versions[-1]
 
 

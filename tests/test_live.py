@@ -118,7 +118,7 @@ def test_fine_tuned_weights_at_chance_are_told_beside_what_was_measured():
     [objectives] = [[*map(str, column.cells)] for column in table.columns if str(column.header) == "objective, %"]
     assert objectives == ["50.0", "57.0"]
     assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True]
-    assert live._line(rows[1], " ").cells[1:4] == ["67.0", "47.0", "57.0"]
+    assert [*live._line(rows[1], " ")[0].values()][-4:-1] == ["67.0", "47.0", "57.0"]
     assert (
         "ID 67.0, OOD 47.0, objective 57.0 % at alpha 0.50; alpha 1.00 at chance"
         in TrialFinished(rows[1], is_best=False).line()
