@@ -19,13 +19,7 @@ from carft_ray.errors import CarftError, DataError, Problem
 
 MOST_TEXT_BYTES = 64 * 2**20  # of a file that is read whole and is no image: a list of 1,000,000 names has 30 MB
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
-_KINDS = {
-    stat.S_IFDIR: "a folder",
-    stat.S_IFIFO: "a named pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
+_SPECIAL = "a pipe, device or socket"
 _ESCAPED = b"\\u"  # in JSON, before the number of a character
 _SHOWN_WHITE_SPACE = "\n\t"
 _DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
@@ -60,7 +54,7 @@ def open_regular(path: Path | str, error: type[CarftError] = DataError) -> Binar
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)
-        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        kind = "a folder" if stat.S_ISDIR(mode) else _SPECIAL
         raise error(Problem(visible(str(path)), "must be a regular file", kind))
     return os.fdopen(handle, "rb")
 
@@ -152,10 +146,8 @@ def require_nothing_outside(folder: Path, error: type[CarftError], passed_over: 
                             Problem(visible(entry.path), rule, visible(f"a link to {leads_to}"), next_step=step)
                         )
                 elif not entry.is_symlink() and not entry.is_file(follow_symlinks=False):
-                    kind = _KINDS.get(stat.S_IFMT(entry.stat(follow_symlinks=False).st_mode), "something else")
-                    raise error(
-                        Problem(visible(entry.path), "must be a file or a folder", kind, next_step="Remove it.")
-                    )
+                    rule = "must be a file or a folder"
+                    raise error(Problem(visible(entry.path), rule, _SPECIAL, next_step="Remove it."))
 
 
 def visible(text: str) -> str:

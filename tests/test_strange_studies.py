@@ -118,7 +118,7 @@ def test_a_study_from_which_a_link_leads_out_is_not_opened_for_writing(
 
 def test_a_pipe_in_a_study_is_refused_and_nothing_waits_for_it(study_dir):
     os.mkfifo(study_dir / "fits.json")
-    with pytest.raises(StorageError, match=r"fits.json: must be a file or a folder, but got a named pipe"):
+    with pytest.raises(StorageError, match=r"fits.json: must be a file or a folder, but got a pipe, device or socket"):
         study_lock(study_dir).__enter__()
 
 

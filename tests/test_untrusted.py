@@ -37,7 +37,8 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
         server.bind("socket")
         with pytest.raises(OSError):  # noqa: PT011  # the system's own, ENXIO
             read_regular(tmp_path / "socket")
-    for name, kind in (("pipe", "a named pipe"), ("/dev/zero", "a device"), (".", "a folder")):
+    special = "a pipe, device or socket"
+    for name, kind in (("pipe", special), ("/dev/zero", special), (".", "a folder")):
         with pytest.raises(RecipeError, match=f"must be a regular file, but got {kind}$"):
             read_regular(tmp_path / name, error=RecipeError)
     with pytest.raises(DataError, match=r"a\\x00b: must be the name of a file"):
@@ -88,7 +89,9 @@ def test_a_folder_from_which_a_link_leads_out_is_refused_and_a_link_within_it_is
             require_nothing_outside(tmp_path / "linked", StorageError, passed_over="of-ours")
         (folder / "trials" / "t0" / "log.txt").unlink()
     os.mkfifo(folder / "trials" / "result.json")
-    with pytest.raises(StorageError, match=r"result.json: must be a file or a folder, but got a named pipe"):
+    with pytest.raises(
+        StorageError, match=r"result.json: must be a file or a folder, but got a pipe, device or socket"
+    ):
         require_nothing_outside(folder, StorageError, passed_over="of-ours")
 
 
