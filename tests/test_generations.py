@@ -15,8 +15,7 @@ import carft_ray
 from carft_ray.errors import HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.grid import contains
-from carft_ray.recipe.spaces.region import place
+from carft_ray.recipe.spaces.grid import contains, place
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.overview import Overview, study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread

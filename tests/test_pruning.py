@@ -16,7 +16,6 @@ from carft_ray.data.sets import check_sets
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.learning.context import RunContext
-from carft_ray.recipe import schedule
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.recipe.loading import load_recipe, recipe_of
@@ -406,7 +405,7 @@ def told(epochs, evaluate=None, space=None, **pruner):
         ("search.pruner.name", {"epochs": 1, **HALVING}),
         ("search.pruner.name", {"epochs": 10, **HALVING, "first": 0.95}),
         ("search.pruner.name", {"epochs": 5, "name": "median", "evaluate": {"every_epochs": 5}}),
-        ("evaluate.every_epochs", {"epochs": 10, "name": "median", "evaluate": {"every_epochs": 0}}),
+        ("search.pruner.name", {"epochs": 10, "name": "median", "evaluate": {"every_epochs": 0}}),
         (None, {"epochs": 1, "name": "none"}),
         (None, {"epochs": 10, **HALVING, "evaluate": {"every_epochs": 0}}),
         (None, {"epochs": 1, **HALVING, "space": {"epochs": {"type": "int", "low": 1, "high": 4}}}),
@@ -445,12 +444,3 @@ def test_a_setting_of_another_pruner_is_refused(pruner, key):
         recipe_of({**make_recipe().model_dump(mode="json"), "search": {"pruner": pruner}})
     [problem] = caught.value.problems
     assert (problem.place, problem.rule) == (f"search.pruner.{key}", "unknown key")
-
-
-def test_the_rungs_of_a_long_schedule_are_found_once(monkeypatch):
-    calls = []
-    real = schedule.rungs
-    monkeypatch.setattr(schedule, "rungs", lambda pruner: calls.append(pruner) or real(pruner))
-    recipe = make_recipe(evaluate={"every_epochs": 0}, pruner=dict(HALVING))
-    assert schedule.num_chances(recipe, 2000) == len(real(recipe.search.pruner))
-    assert len(calls) == 1

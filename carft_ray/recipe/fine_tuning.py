@@ -139,8 +139,8 @@ class TrainConfig(Config):
     batch_size: PositiveInt = key(512, 64, METHOD)
     """images per step, over all workers, at most the training set"""
     micro_batch: PositiveInt | None = key(None, 32, MEMORY, not_searched=ONLY_SPEED)
-    """images per forward pass and worker, at most `batch_size`, changes memory and not the gradient; null: the worker's
-    whole part; halved where memory is short"""
+    """most images per forward pass of a worker, changes memory and not the gradient; null: the worker's whole part;
+    halved where memory is short"""
     weight_decay: NonNegativeFloat = key(0.1, 0.05, METHOD)
     """weight decay of AdamW"""
     decay: Literal["all", "matrices"] = key("all", "matrices", METHOD)

@@ -7,7 +7,7 @@ from functools import reduce
 from typing import Any, get_args, get_origin
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.checks.messages import child_type, keys_of, nearest_key
+from carft_ray.recipe.checks.messages import child_type, keys_of
 from carft_ray.recipe.fields import core_type, field_of, members
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath, dotted, parse
@@ -44,9 +44,11 @@ class Places:
         return 0, self.lines.get(known, 0)
 
     def _known(self, path: KeyPath) -> KeyPath:
-        """Returns the longest beginning of a key path that an option or a line gave."""
-        beginnings = (path[:end] for end in range(len(path), 0, -1))
-        return next((each for each in beginnings if each in self.options or each in self.lines), ())
+        """Returns the longest beginning of a key path that an option or a line gave; else what an option gave in it."""
+        for end in range(len(path), 0, -1):
+            if path[:end] in self.options or path[:end] in self.lines:
+                return path[:end]
+        return next((each for each in self.options if path and each[: len(path)] == path), ())
 
 
 def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tuple[Any, list[Problem]]:
@@ -73,15 +75,19 @@ def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tup
             problems.append(Problem(option, "must have the form key.path=value"))
             continue
         parsed = parse(written, option)
-        problem, changed, new = _path_problem(option, path), path, parsed.value
-        if not (problem or parsed.problems) and new is None and _is_entry(path):
+        if parsed.problems:
+            problems += [replace(found, place=option) for found in parsed.problems]
+            continue
+        changed, new = path, parsed.value
+        if new is None and _is_entry(path):
             *above, name = path
             entries = reduce(_under, above, value)
-            problem, changed = _missing_problem(option, path, entries), tuple(above)
+            if name not in entries:
+                rule, there = f"{dotted(path[:-1])} must hold {name}, which null takes out", tuple(map(str, entries))
+                problems.append(Problem(option, rule, allowed=there, nearest=nearest(str(name), there)))
+                continue
+            changed = tuple(above)
             new = {key: entry for key, entry in entries.items() if key != name}
-        if problem or parsed.problems:
-            problems += [problem] if problem else [replace(found, place=option) for found in parsed.problems]
-            continue
         value = _set(value, changed, new)
         if unfit := _keys_of_other_kinds(path, new):
             entries = reduce(_under, path[:-1], value)
@@ -91,22 +97,6 @@ def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tup
         places.options[path] = option
         places.lines = {known: line for known, line in places.lines.items() if known[: len(path)] != path}
     return value, problems
-
-
-def _path_problem(option: str, path: KeyPath) -> Problem | None:
-    kind: Any = Recipe
-    for index, piece in enumerate(path):
-        child = child_type(kind, piece)
-        if child is None:
-            allowed = keys_of(kind)
-            if allowed is None:
-                return Problem(option, f"{dotted(path[:index])} holds no keys of its own")
-            meant = nearest_key(str(piece), allowed)
-            if meant in allowed:
-                meant = dotted((*path[:index], meant, *path[index + 1 :]))
-            return Problem(option, f"unknown key {piece!r}", allowed=allowed, nearest=meant)
-        kind = child
-    return None
 
 
 def _is_entry(path: KeyPath) -> bool:
@@ -138,18 +128,8 @@ def _under(value: Any, piece: str | int) -> dict[Any, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _missing_problem(option: str, path: KeyPath, entries: dict[Any, Any]) -> Problem | None:
-    if path[-1] in entries:
-        return None
-    rule, there = f"{dotted(path[:-1])} must hold {path[-1]}, which null takes out", tuple(map(str, entries))
-    return Problem(option, rule, allowed=there, nearest=nearest(str(path[-1]), there))
-
-
 def _set(value: Any, path: KeyPath, new: Any) -> Any:
     if not path:
         return new
-    if value is None:
-        value = {}
-    if not isinstance(value, dict):  # the file itself is wrong here, and has its own message
-        return value
-    return {**value, path[0]: _set(value.get(path[0]), path[1:], new)}
+    parts = value if isinstance(value, dict) else {}
+    return {**parts, path[0]: _set(parts.get(path[0]), path[1:], new)}

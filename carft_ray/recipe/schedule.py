@@ -55,48 +55,30 @@ def has_intermediate_value(every_epochs: int, pruner: AnyPruner, epoch: int, epo
 
     It is every ``every_epochs`` epochs (0: never), and at the end of every rung: the first epoch that reaches it.
     """
-    return _has_value(every_epochs, rungs(pruner), epoch, epochs)
-
-
-def _has_value(every_epochs: int, compared_at: Sequence[int], epoch: int, epochs: int) -> bool:
     before, now = percent(epoch - 1, epochs), percent(epoch, epochs)
-    return bool(every_epochs and epoch % every_epochs == 0) or any(before < rung <= now for rung in compared_at)
-
-
-def num_chances(recipe: Recipe, epochs: int, steps_per_epoch: int | None = None) -> int:
-    """Returns at how many evaluations the recipe's pruner could cut a training of so many epochs.
-
-    The last epoch is none of them, nor is an evaluation before ``search.pruner.first``, nor one in the warm-up.
-
-    Args:
-        recipe: The recipe.
-        epochs: Of the training.
-        steps_per_epoch: At the smallest batch; None: not known, and no evaluation is in the warm-up.
-    """
-    pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
-    first, compared_at, warmup = first_percent(pruner), rungs(pruner), 0
-    if steps_per_epoch is not None:
-        warmups = possible_values(recipe, "warmup_steps")
-        warmup = min(num_warmup_steps(asked, epochs * steps_per_epoch) for asked in warmups)
-    return sum(
-        percent(epoch, epochs) >= first
-        and epoch * (steps_per_epoch or 0) >= warmup
-        and _has_value(every, compared_at, epoch, epochs)
-        for epoch in range(1, epochs)
-    )
+    reached = any(before < rung <= now for rung in rungs(pruner))
+    return reached or bool(every_epochs and epoch % every_epochs == 0)
 
 
 def can_cut(recipe: Recipe, num_images: int | None = None) -> bool:
     """Returns whether the recipe's pruner could cut any of the trainings that the search space holds.
 
+    It cuts at an evaluation from ``search.pruner.first`` on, after the warm-up and before the last epoch.
+
     Args:
         recipe: A recipe with a pruner.
-        num_images: Size of the training set; None: not known.
+        num_images: Size of the training set; None: not known, and no evaluation is in the warm-up.
     """
-    steps = None
-    if num_images is not None:
-        steps = math.ceil(num_images / min(possible_values(recipe, "batch_size")))
-    return any(num_chances(recipe, epochs, steps) for epochs in possible_values(recipe, "epochs"))
+    pruner, every = recipe.search.pruner, recipe.evaluate.every_epochs
+    steps = 0 if num_images is None else math.ceil(num_images / min(possible_values(recipe, "batch_size")))
+    warmups = possible_values(recipe, "warmup_steps")
+    return any(
+        percent(epoch, epochs) >= first_percent(pruner)
+        and has_intermediate_value(every, pruner, epoch, epochs)
+        and epoch * steps >= min(num_warmup_steps(asked, epochs * steps) for asked in warmups)
+        for epochs in possible_values(recipe, "epochs")
+        for epoch in range(1, epochs)
+    )
 
 
 def possible_values(recipe: Recipe, name: str) -> Sequence[Any]:

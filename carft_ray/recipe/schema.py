@@ -34,7 +34,6 @@ from carft_ray.recipe.parameters import SPACE, Space
 from carft_ray.recipe.sampling import NoPruner, Pruner, Sampler, TpeSampler
 from carft_ray.recipe.sets import DataConfig
 
-FORMAT_VERSION = 1
 LEAST_AMOUNT = 0.0001  # of a resource
 
 OBJECTIVE = Resume("identity", "part of the objective")

@@ -5,6 +5,7 @@ objects are refused, and so are keys that stand twice in one mapping.
 """
 
 import io
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,17 +110,12 @@ def dotted(path: KeyPath) -> str:
 
 def dump(value: Any) -> str:
     """Returns plain values as YAML in block style; ``parse`` gives them back."""
-    written = _dump(value, allow_unicode=True)
-    # the loader folds these as line breaks where the dumper has left them as they are
-    return _dump(value, allow_unicode=False) if set(written) & set("\x85\u2028\u2029") else written
-
-
-def _dump(value: Any, allow_unicode: bool) -> str:
     yaml = YAML(typ="safe", pure=True)
-    yaml.allow_unicode = allow_unicode
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # ruamel types it None
     yaml.width = 2**20
+    # these line breaks the dumper would leave as they are, and the loader would fold them
+    yaml.allow_unicode = not set("\x85\u2028\u2029") & set(json.dumps(value, ensure_ascii=False))
     stream = io.StringIO()
     yaml.dump(value, stream)
     return stream.getvalue()

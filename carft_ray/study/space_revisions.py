@@ -25,7 +25,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.region import place
+from carft_ray.recipe.spaces.grid import place
 from carft_ray.study.ledger import ATTRIBUTE as LEDGER
 from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import OUTSIDE, generation_name, state_and_values
@@ -77,7 +77,7 @@ def placed_trial(
     Args:
         trial: The trial.
         recipe: Has the space.
-        values: Of the parameters that are drawn, as ``recipe.spaces.region.place`` gives them.
+        values: Of the parameters that are drawn, as ``recipe.spaces.grid.place`` gives them.
         attributes: The user attributes.
         with_values: Whether the intermediate values come along.
     """

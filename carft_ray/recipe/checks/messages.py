@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from carft_ray.errors import Problem, nearest
 from carft_ray.recipe.fields import core_type, field_of, is_config, members
-from carft_ray.recipe.schema import FORMAT_VERSION, Recipe
+from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import KeyPath, dotted
 
 SYNONYMS = {
@@ -116,9 +116,7 @@ def _finding(details: Mapping[str, Any], root: Any) -> Finding:
         allowed = keys_of(holder) or ()
         return Finding(path, rule, allowed=allowed, nearest=nearest_key(str(path[-1]), allowed))
     if what == "literal_error":
-        allowed = tuple(str(choice) for choice in get_args(core_type(kind)))
-        step = f"This version reads format {FORMAT_VERSION}." if path == ("format_version",) else ""
-        return Finding(path, rule, value, allowed, nearest(str(details["input"]), allowed), step)
+        return unlisted(path, rule, details["input"], get_args(core_type(kind)))
     if what in ("union_tag_invalid", "union_tag_not_found"):
         key = context["discriminator"].strip("'")
         allowed = tuple(str(tag) for member in members(kind) for tag in get_args(_annotation(member, key)))

@@ -13,7 +13,6 @@ from carft_ray.recipe.checks.sampler_rules import sampler_findings
 from carft_ray.recipe.fields import core_type
 from carft_ray.recipe.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
 from carft_ray.recipe.parameters import NOT_SEARCHABLE, SEARCHABLE, CategoricalParameter, IntParameter, Parameter
-from carft_ray.recipe.sampling import HalvingPruner
 from carft_ray.recipe.schedule import can_cut
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
@@ -28,7 +27,7 @@ TEMPLATE_SETS: tuple[str, ...] = (*get_args(TemplateSet), *(n for n, b in BENCHM
 def broken_rules(recipe: Recipe) -> list[Finding]:
     """Returns every broken rule between keys; an empty list for a recipe that may be used."""
     rules = (
-        *(_model, _sets, _classes, _prompts, batch_findings, _space, _alpha, _baselines, _constraints),
+        *(_model, _sets, _classes, _prompts, _space, _alpha, _baselines, _constraints),
         *(_pruner, _resources, condition_findings, enqueue_findings, sampler_findings),
     )
     return [finding for rule in rules for finding in rule(recipe)]
@@ -88,7 +87,7 @@ def _benchmark(path: KeyPath, spec: BenchmarkSet) -> Iterator[Finding]:
         yield Finding((*path, "name"), rule, shown(spec.name), nearest=nearest(spec.name, BENCHMARKS))
         return
     if spec.split is None and known.needs_split:
-        yield Finding(key, f"is required for {spec.name}", allowed=known.splits)
+        yield Finding(key, f"is required for {spec.name}", allowed=tuple(known.splits))
     elif spec.split is not None and not known.splits:
         yield Finding(key, f"must be left out: {spec.name} has no splits", shown(spec.split))
     elif spec.split is not None and spec.split not in known.splits:
@@ -128,16 +127,6 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
             yield Finding((*path, index), "must not repeat an earlier template", shown(template))
 
 
-def batch_findings(recipe: Recipe) -> Iterator[Finding]:
-    """Finds a micro-batch that is larger than the smallest batch."""
-    micro, parameter = recipe.train.micro_batch, recipe.search.space.get("batch_size")
-    searched = _ends(parameter).values() if parameter else ()
-    smallest = min([recipe.train.batch_size, *(size for size in searched if type(size) is int)])
-    if micro is not None and micro > smallest:
-        rule = f"must be at most the batch size, {smallest}"
-        yield Finding(("train", "micro_batch"), rule, str(micro))
-
-
 def _ends(parameter: Parameter) -> dict[KeyPath, Any]:
     """Returns the values that bound a parameter, by their keys."""
     if isinstance(parameter, CategoricalParameter):
@@ -157,13 +146,10 @@ def train_findings(values: Mapping[str, Any], prefix: KeyPath) -> list[Finding]:
 def _space(recipe: Recipe) -> Iterator[Finding]:
     for name, parameter in recipe.search.space.items():
         path = ("search", "space", name)
-        if name == "seed" or name.endswith(("_seed", ".seed", "seeds")):
-            yield Finding(path, "a seed must not be searched", next_step=NOT_SEARCHABLE["seed"])
-        elif name in NOT_SEARCHABLE:
+        if name in NOT_SEARCHABLE:
             yield Finding(path, "must not be searched", next_step=NOT_SEARCHABLE[name])
         elif name not in SEARCHABLE:
-            meant = nearest_key(name.removeprefix("train."), SEARCHABLE)
-            near = meant if meant in SEARCHABLE else None
+            near = nearest_key(name.removeprefix("train."), SEARCHABLE)
             yield Finding(path, "must be a field of train", shown(name), SEARCHABLE, near)
         else:
             yield from _parameter(path, name, parameter)
@@ -217,14 +203,7 @@ def _baselines(recipe: Recipe) -> Iterator[Finding]:
         path = ("search", "baselines", name)
         if name == "zero_shot":
             yield Finding(path, "must have another name: zero_shot is always shown, without training")
-        found = train_findings(values, path)
-        yield from found
-        merged = {**recipe.train.model_dump(), **values}
-        micro, whole = merged["micro_batch"], merged["batch_size"]
-        if not found and micro is not None and micro > whole:
-            key = "micro_batch" if "micro_batch" in values else "batch_size"
-            rule = f"micro_batch must be at most batch_size, {whole}"
-            yield Finding((*path, key), rule, f"micro_batch {micro}")
+        yield from train_findings(values, path)
 
 
 def _constraints(recipe: Recipe) -> Iterator[Finding]:
@@ -238,16 +217,10 @@ def _constraints(recipe: Recipe) -> Iterator[Finding]:
 def _pruner(recipe: Recipe) -> Iterator[Finding]:
     """A pruner that could cut nothing, however the trials are drawn."""
     pruner = recipe.search.pruner
-    if pruner.name == "none" or can_cut(recipe):
-        return
-    if recipe.evaluate.every_epochs == 0 and not isinstance(pruner, HalvingPruner):
-        rule = f"must be at least 1 with the pruner {pruner.name}, which needs intermediate values"
-        step = "successive_halving evaluates at the end of each rung automatically."
-        yield Finding(("evaluate", "every_epochs"), rule, "0", next_step=step)
-        return
-    rule = "needs an intermediate value between search.pruner.first and the last epoch of a training"
-    step = "Train more epochs, evaluate more often (evaluate.every_epochs), or lower search.pruner.first."
-    yield Finding(("search", "pruner", "name"), rule, pruner.name, next_step=step)
+    if pruner.name != "none" and not can_cut(recipe):
+        rule = "needs an intermediate value between search.pruner.first and the last epoch of a training"
+        step = "Train more epochs, evaluate more often (evaluate.every_epochs), or lower search.pruner.first."
+        yield Finding(("search", "pruner", "name"), rule, pruner.name, next_step=step)
 
 
 def _resources(recipe: Recipe) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """Conditional parameters, ``search.space.X.when``. An inactive one is not drawn: its field is as in ``train``."""
 
 from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
 from carft_ray.recipe.checks.messages import Finding, unlisted
@@ -23,13 +24,15 @@ def is_active(parameter: Parameter, values: Mapping[str, Any]) -> bool:
 
 
 def in_order(space: Mapping[str, Parameter]) -> dict[str, Parameter]:
-    """Returns the space with every parameter after those that its conditions name, else in the order of the recipe."""
-    left, ordered = dict(space), dict[str, Parameter]()
-    while left:
-        free = [name for name, parameter in left.items() if not parameter.when.keys() & left.keys()]
-        for name in free or list(left):  # in a circle, which the rules refuse, none is free
-            ordered[name] = left.pop(name)
-    return ordered
+    """Returns the space with every parameter after those that its conditions name, else in the order of the recipe.
+
+    Raises:
+        CycleError: Conditions form a circle, which the rules refuse.
+    """
+    sorter: TopologicalSorter[str] = TopologicalSorter(dict.fromkeys(space, ()))
+    for name, parameter in space.items():
+        sorter.add(name, *(other for other in parameter.when if other in space))
+    return {name: space[name] for name in sorter.static_order()}
 
 
 def active_values(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,7 +47,6 @@ def active_values(space: Mapping[str, Parameter], values: Mapping[str, Any]) -> 
 def condition_findings(recipe: Recipe) -> Iterator[Finding]:
     """Finds conditions that cannot hold: on no parameter, on a number, on a value that is no choice, in a circle."""
     space = recipe.search.space
-    reported: set[str] = set()
     for name, parameter in space.items():
         path: KeyPath = ("search", "space", name, "when")
         if name == "alpha" and parameter.when:
@@ -52,10 +54,11 @@ def condition_findings(recipe: Recipe) -> Iterator[Finding]:
             yield Finding(path, "alpha must be drawn in every trial", next_step=step)
         for other, allowed in parameter.when.items():
             yield from _condition((*path, other), name, other, allowed, space)
-        circle = _circle(space, name)
-        if circle and not reported & {*circle}:
-            reported |= {*circle}
-            yield Finding(path, "conditions must not form a circle", " -> ".join([*circle, name]))
+    try:
+        in_order(space)
+    except CycleError as error:
+        circle = error.args[1][::-1]  # from a parameter along its conditions
+        yield Finding(("search", "space", circle[0], "when"), "conditions must not form a circle", " -> ".join(circle))
 
 
 def _condition(
@@ -72,18 +75,3 @@ def _condition(
         for value in allowed:
             if not any(same(value, choice) for choice in parent.choices):
                 yield unlisted(path, f"must be among the choices of {other}", value, parent.choices)
-
-
-def _circle(space: Mapping[str, Parameter], name: str) -> list[str]:
-    """Returns the names on a path from a parameter along its conditions back to it, or nothing."""
-    paths = [[name]]
-    seen: set[str] = set()
-    while paths:
-        path = paths.pop()
-        for parent in space[path[-1]].when:
-            if parent == name:
-                return path
-            if parent in space and parent not in seen:
-                seen.add(parent)
-                paths.append([*path, parent])
-    return []

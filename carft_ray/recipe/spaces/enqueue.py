@@ -1,14 +1,13 @@
 """``search.enqueue``: values of trials that are tried first, by field of ``train``."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
-from carft_ray.recipe.checks.messages import SYNONYMS, Finding, shown, unlisted
-from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter, decimal
+from carft_ray.recipe.checks.messages import Finding, nearest_key, shown, unlisted
+from carft_ray.recipe.parameters import CategoricalParameter, Parameter
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.conditions import is_active, same
+from carft_ray.recipe.spaces.conditions import is_active
+from carft_ray.recipe.spaces.grid import contains
 from carft_ray.recipe.text import KeyPath
 
 
@@ -20,10 +19,6 @@ def enqueue_findings(recipe: Recipe) -> Iterator[Finding]:
         yield Finding(path, rule, str(len(search.enqueue)))
     for index, entry in enumerate(search.enqueue):
         yield from _entry((*path, index), entry, search.space)
-        earlier = [number for number in range(index) if _equal(search.enqueue[number], entry)]
-        if earlier and entry:
-            rule = f"must not repeat an earlier entry, search.enqueue.{earlier[0]}"
-            yield Finding((*path, index), rule, shown(entry))
 
 
 def _entry(path: KeyPath, entry: Mapping[str, Any], space: Mapping[str, Parameter]) -> Iterator[Finding]:
@@ -32,40 +27,19 @@ def _entry(path: KeyPath, entry: Mapping[str, Any], space: Mapping[str, Paramete
     for name, value in entry.items():
         place = (*path, name)
         if name not in space:
-            yield _unknown(place, name, value, space)
+            rule, allowed = "must be a parameter of search.space", tuple(space)
+            yield Finding(place, rule, shown(name), allowed, nearest_key(name, allowed))
         elif not is_active(space[name], entry):
             when = {other: wanted[0] if len(wanted) == 1 else [*wanted] for other, wanted in space[name].when.items()}
             condition = ", ".join(f"{other}: {shown(wanted)}" for other, wanted in when.items())
             rule = f"{name} is drawn under a condition, which the entry must meet: {condition}"
             yield Finding(place, rule, shown(entry), next_step=f"Add that to the entry, or remove {name}.")
-        else:
-            yield from _value(place, space[name], value)
+        elif not contains(space[name], value):
+            yield _unfit(place, space[name], value)
 
 
-def _unknown(place: KeyPath, name: str, value: Any, space: Mapping[str, Parameter]) -> Finding:
-    rule = "must be a parameter of search.space"
-    if name in TrainConfig.model_fields:
-        step = f"A value that all trials share belongs in train: {name}: {shown(value)}."
-        return Finding(place, rule, allowed=tuple(space), next_step=step)
-    meant = SYNONYMS.get(name)
-    found = unlisted(place, rule, name, space)
-    return replace(found, nearest=meant) if meant in space else found
-
-
-def _value(place: KeyPath, parameter: Parameter, value: Any) -> Iterator[Finding]:
+def _unfit(place: KeyPath, parameter: Parameter, value: Any) -> Finding:
     if isinstance(parameter, CategoricalParameter):
-        if not any(same(value, choice) for choice in parameter.choices):
-            yield unlisted(place, "must be one of the choices", value, parameter.choices)
-        return
-    whole = isinstance(parameter, IntParameter)
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-        yield Finding(place, f"must be a {'whole ' if whole else ''}number", shown(value))
-    elif not parameter.low <= value <= parameter.high:
-        yield Finding(place, f"must be in the range {parameter.low} to {parameter.high}", shown(value))
-    elif parameter.step is not None and (decimal(value) - decimal(parameter.low)) % decimal(parameter.step):
-        rule = f"must be a whole number of steps of {parameter.step} above {parameter.low}"
-        yield Finding(place, rule, shown(value))
-
-
-def _equal(left: Mapping[str, Any], right: Mapping[str, Any]) -> bool:
-    return left.keys() == right.keys() and all(same(value, right[name]) for name, value in left.items())
+        return unlisted(place, "must be one of the choices", value, parameter.choices)
+    steps = "" if parameter.step is None else f" in steps of {parameter.step}"
+    return Finding(place, f"must be a number from {parameter.low} to {parameter.high}{steps}", shown(value))

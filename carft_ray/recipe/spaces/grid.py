@@ -1,4 +1,8 @@
-"""The points of a space that is finite: of choices, whole numbers and steps. Conditions count."""
+"""Which values lie in a search space, and its points where it is finite: of choices, whole numbers and steps.
+
+A parameter that is not drawn (not in the space, or its ``when`` does not hold) has its value of ``train``. So a space
+is a set of values over all fields of ``train``.
+"""
 
 import itertools
 import math
@@ -6,7 +10,7 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
-from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter, decimal
+from carft_ray.recipe.parameters import SEARCHABLE, CategoricalParameter, IntParameter, Parameter, decimal
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.conditions import active_values, in_order, is_active, same
 
@@ -70,6 +74,26 @@ def _number(parameter: Parameter, value: Any) -> int | None:
         return 0
     steps = (decimal(value) - decimal(parameter.low)) / decimal(parameter.step)
     return round(steps) if abs(steps - round(steps)) <= TOLERANCE else None
+
+
+def place(values: Mapping[str, Any], recipe: Recipe) -> dict[str, Any] | str:
+    """Places values in the search space of a recipe.
+
+    Args:
+        values: Values over ``train``; a field that is left out has the recipe's own value.
+        recipe: The recipe.
+
+    Returns:
+        The values of the parameters that are drawn for them; or the first field that is outside.
+    """
+    own = recipe.train.model_dump(mode="json")
+    whole, space = {**own, **values}, recipe.search.space
+    drawn = active_values(space, whole)
+    for name in SEARCHABLE:
+        inside = contains(space[name], whole[name]) if name in drawn else same(whole[name], own[name])
+        if not inside:
+            return name
+    return {name: drawn[name] for name in space if name in drawn}
 
 
 def num_trials(recipe: Recipe) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from carft_ray.errors import RecipeError
-from carft_ray.recipe.checks.rules import batch_findings, train_findings
+from carft_ray.recipe.checks.rules import train_findings
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema import Recipe
@@ -24,13 +24,9 @@ def apply(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
         RecipeError: A name is no field of ``train``, or a value breaks its rule.
     """
     merged = {**recipe.train.model_dump(), **values}
-    found = train_findings(merged, ("train",))
-    if not found:
-        applied = recipe.model_copy(update={"train": TrainConfig.model_validate(merged)})
-        found = list(batch_findings(applied))
-    if found:
+    if found := train_findings(merged, ("train",)):
         raise RecipeError([finding.at(dotted(finding.path)) for finding in found])
-    return applied
+    return recipe.model_copy(update={"train": TrainConfig.model_validate(merged)})
 
 
 def drawn(space: Mapping[str, Parameter], share: Callable[[], float]) -> dict[str, Any]:

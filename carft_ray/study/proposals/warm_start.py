@@ -21,7 +21,7 @@ from carft_ray.layout import JOURNAL
 from carft_ray.recipe.checks.messages import shown
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.region import place
+from carft_ray.recipe.spaces.grid import place
 from carft_ray.study import rows
 from carft_ray.study.identity import GENERATION, RECIPES, read_manifest
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
