@@ -19,10 +19,9 @@ from carft_ray.evaluation.shared_inputs import shared_inputs_of_worker
 from carft_ray.evaluation.training import LIVE_ALPHAS, RESULT_VERSION, device_of, run_training
 from carft_ray.layout import CHECKPOINTS, HEADS, PREDICTIONS, RESULT
 from carft_ray.learning.checkpoint import load_tensors
-from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
-from carft_ray.learning.mixing import clean_views, load_mixture
+from carft_ray.learning.mixing import Mixtures
 from carft_ray.learning.ranks import from_rank_0
 from carft_ray.recipe.schema import Recipe
 
@@ -67,11 +66,11 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         raise StoppedRun("stopped on request")
 
     class_head_CD = load_tensors(prepared_dir / HEADS)["class_head"]
-    classifier = build_classifier(inputs.clip, class_head_CD, recipe.train, device_of(recipe))
-    views_NHWC = clean_views(inputs.clip, inputs.train, recipe.train.recalibrate_batches)
-    state, evaluation_began = classifier.state(), time.perf_counter()
-    load_mixture(classifier, state, state, 0.5, views_NHWC)
-    table = predict_all(classifier, inputs.validation, 0.5, recipe.evaluate.batch_size, context)
+    mixtures = Mixtures(inputs.clip, class_head_CD, inputs.train, recipe.train, device_of(recipe))
+    state = mixtures.zero_shot
+    with mixtures.between(state) as mixed:
+        evaluation_began = time.perf_counter()
+        table = predict_all(mixed(0.5), inputs.validation, 0.5, recipe.evaluate.batch_size, context)
     result: dict[str, Any] = {"format_version": RESULT_VERSION, "objective": 0.0, "metrics": {}}
     if context.rank != 0:
         return result

@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 
 from carft_ray import files, layout
-from carft_ray.data.source import ImageSet, PixelArray
+from carft_ray.data.source import ImageSet
 from carft_ray.data.views import VIEW_VERSION
 from carft_ray.errors import StorageError
 from carft_ray.evaluation.alpha import At, alphas_at_chance, choose_point, curve_points, is_at_chance, measure_curve
@@ -46,7 +45,7 @@ from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import fine_tune
 from carft_ray.learning.memory import explained_shortage, micro_batch_of
-from carft_ray.learning.mixing import clean_views, load_mixture
+from carft_ray.learning.mixing import Mixtures
 from carft_ray.learning.models.tower import check_tower, compiles
 from carft_ray.learning.own_function import OwnFunction, on_node, source_of
 from carft_ray.learning.own_training import OwnInputs, own_fine_tune
@@ -172,13 +171,13 @@ def run_training(
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
-    views_NHWC = clean_views(inputs.clip, inputs.train, recipe.train.recalibrate_batches)
+    mixtures = Mixtures(inputs.clip, heads["class_head"], inputs.train, recipe.train, device_of(recipe))
     store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
     if recipe.train.function is not None:
         function = function or on_node(recipe.train.function, recipe.train.function_dir)
         recipe = without_tests(recipe)
     compiled = is_compiled(recipe, prepared_dir)
-    training = _Training(recipe, inputs, heads, out_dir, context, store, views_NHWC, compiled, function)
+    training = _Training(recipe, inputs, heads, out_dir, context, store, mixtures, compiled, function)
     # where an earlier attempt has trained, only the curve is left
     fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path)) if is_trained else _train(training, attempt)
     result = _evaluate(training, fine_tuned, prepared_dir)
@@ -212,7 +211,7 @@ class _Training:
     out_dir: Path
     context: RunContext
     store: Path | None
-    views_NHWC: PixelArray | None
+    mixtures: Mixtures
     is_compiled: bool
     function: OwnFunction | None = None
 
@@ -221,28 +220,23 @@ class _Training:
         """The values of the training, with ``compile`` resolved."""
         return self.recipe.train.model_copy(update={"compile": self.is_compiled})
 
-    def mixtures(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> tuple[dict[str, Tensor], At]:
-        """Returns the zero-shot state, and what gives the predictions for ``sets``."""
-        train, batch_size, device = self.recipe.train, self.recipe.evaluate.batch_size, device_of(self.recipe)
-        classifier = build_classifier(self.inputs.clip, self.heads["class_head"], train, device)
-        zero_shot = classifier.state()
-        start, end = ({name: tensor.to(device) for name, tensor in s.items()} for s in (zero_shot, fine_tuned))
-
-        def at(alpha: float) -> pa.Table:
-            load_mixture(classifier, start, end, alpha, self.views_NHWC)
-            return predict_all(classifier, sets, alpha, batch_size, self.context)
-
-        return zero_shot, at
+    @contextlib.contextmanager
+    def looks(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> Iterator[At]:
+        """Gives what makes the predictions for ``sets`` at an alpha."""
+        batch_size = self.recipe.evaluate.batch_size
+        with self.mixtures.between(fine_tuned) as mixed:
+            yield lambda alpha: predict_all(mixed(alpha), sets, alpha, batch_size, self.context)
 
 
 def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: Path) -> dict[str, Any]:
     """Makes the alpha curve and writes its predictions; returns the part of the result that they give."""
     recipe, inputs, spec = training.recipe, training.inputs, objective_spec(training.recipe)
-    zero_shot, at = training.mixtures(fine_tuned, inputs.validation)
     bounds = stored_limits(recipe.search.constraints, prepared_dir)
-    # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
-    start = read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE) if training.views_NHWC is None else at(0.0)
-    tables = measure_curve(recipe, start, at)
+    with training.looks(fine_tuned, inputs.validation) as at:
+        # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
+        is_recalibrated = recipe.train.recalibrate_batches > 0
+        start = at(0.0) if is_recalibrated else read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE)
+        tables = measure_curve(recipe, start, at)
     table, curve = concat(list(tables.values())), curve_points(tables, spec, bounds)
     at_chance = alphas_at_chance(tables, spec.id_set)
     fixed = [point for point in curve if point["alpha"] == recipe.train.alpha]
@@ -260,7 +254,7 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
         "fine_tuned": metrics_at(tables[1.0], spec, 1.0),
         "curve": curve,
         "at_chance": 1.0 in at_chance,
-        "moved": _relative_distance(zero_shot, fine_tuned),
+        "moved": _relative_distance(training.mixtures.zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
         "num_images": inputs.num_images,
     }
@@ -276,61 +270,38 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
     def on_epoch(state: Callable[[], dict[str, Tensor]], epoch: int) -> Metrics:
         if not has_intermediate_value(every, pruner, epoch, recipe.train.epochs):
             return {}
-        _, at = training.mixtures(state(), small)
-        found = [{"alpha": alpha, **metrics_at(at(alpha), spec, alpha)} for alpha in alphas]
+        with training.looks(state(), small) as at:
+            found = [{"alpha": alpha, **metrics_at(at(alpha), spec, alpha)} for alpha in alphas]
         best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
-    if training.function is not None:
-        state = _train_own(training, training.function, on_epoch)
-        _write_weights(training, state)
-        return state
-    device, micro_batch = device_of(recipe), micro_batch_of(recipe.train, context.world_size)
-    with (
-        explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch),
-        _recorder(training.out_dir, run_folder(training.out_dir, recipe), context) as recorded,
-    ):
-        state = fine_tune(
-            inputs.clip,
-            heads["class_head"],
-            heads["context_head"],
-            inputs.train,
-            training.train,
-            recorded,
-            device=device,
-            checkpoint_dir=training.out_dir / layout.CHECKPOINTS,
-            attempt=attempt,
-            target_store=training.store,
-            on_epoch=on_epoch,
-            num_threads=recipe.resources.threads_per_worker,
-        )
-    _write_weights(training, state)
-    return state
-
-
-def _train_own(
-    training: _Training,
-    function: OwnFunction,
-    on_epoch: Callable[[Callable[[], dict[str, Tensor]], int], Metrics],
-) -> dict[str, Tensor]:
-    """Has the user's own function fine-tune; returns the state that it returns, once it is what mixing needs."""
-    recipe, inputs = training.recipe, training.inputs
-    with _recorder(training.out_dir, run_folder(training.out_dir, recipe), training.context) as recorded:
-        return own_fine_tune(
-            function,
-            training.train,
-            OwnInputs(inputs.clip, training.heads["class_head"], inputs.class_names, inputs.train, inputs.validation),
-            recorded,
-            device_of(recipe),
-            training.out_dir / layout.CHECKPOINTS / layout.OWN,
-            on_epoch,
-        )
-
-
-def _write_weights(training: _Training, state: dict[str, Tensor]) -> None:
-    if training.context.rank == 0:
+    device, checkpoints = device_of(recipe), training.out_dir / layout.CHECKPOINTS
+    with _recorder(training.out_dir, run_folder(training.out_dir, recipe), context) as recorded:
+        if training.function is not None:
+            own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
+            checkpoints /= layout.OWN
+            state = own_fine_tune(training.function, training.train, own, recorded, device, checkpoints, on_epoch)
+        else:
+            micro_batch = micro_batch_of(recipe.train, context.world_size)
+            with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
+                state = fine_tune(
+                    inputs.clip,
+                    heads["class_head"],
+                    heads["context_head"],
+                    inputs.train,
+                    training.train,
+                    recorded,
+                    device=device,
+                    checkpoint_dir=checkpoints,
+                    attempt=attempt,
+                    target_store=training.store,
+                    on_epoch=on_epoch,
+                    num_threads=recipe.resources.threads_per_worker,
+                )
+    if context.rank == 0:
         with files.new_file(training.out_dir / layout.WEIGHTS) as temporary:
             save_tensors(temporary, state)
+    return state
 
 
 @contextlib.contextmanager

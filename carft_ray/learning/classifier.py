@@ -160,6 +160,11 @@ def build_classifier(
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     classifier = kind(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, train.head_bias, dtype)
     classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)
-    if device.type == "cuda":  # else cuDNN brings the weights into the order of the images in every pass
+    return arranged(classifier)
+
+
+def arranged(classifier: ImageClassifier) -> ImageClassifier:
+    """Brings the weights on a GPU into the memory layout of the images, in place; else cuDNN does so in every pass."""
+    if classifier.class_head.is_cuda:
         classifier.to(memory_format=classifier.memory_format)  # type: ignore[call-overload]  # torch's form for it alone
     return classifier

@@ -18,7 +18,8 @@ not pulled to its start (the bias correction of Adam, arXiv 1412.6980). Step by 
     average[t] = average[t - 1] + (1 - d) / (1 - d^(t + 1)) * (w[t] - average[t - 1])
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -27,9 +28,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from carft_ray.data.source import PixelArray, Source
-from carft_ray.learning.classifier import ImageClassifier
+from carft_ray.learning.classifier import ImageClassifier, arranged, build_classifier
 from carft_ray.learning.memory import explained_shortage
 from carft_ray.learning.models.clip import Clip
+from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schedule import RECALIBRATION_BATCH, num_recalibrated
 
 State = Mapping[str, Tensor]
@@ -49,29 +51,36 @@ def mix_weights(zero_shot_state: State, fine_tuned_state: State, alpha: float) -
     Raises:
         ValueError: ``alpha`` is outside [0, 1], or names or shapes differ.
     """
+    mixed = {name: torch.empty_like(tensor) for name, tensor in zero_shot_state.items()}
+    _mix(mixed, zero_shot_state, fine_tuned_state, alpha)
+    return mixed
+
+
+@torch.no_grad()
+def _mix(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> None:
+    """Mixes into the tensors of ``mixed``."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"0 <= alpha <= 1 must hold, but got alpha={alpha}")
-    odd = sorted(zero_shot_state.keys() ^ fine_tuned_state.keys()) or [
-        name for name, tensor in zero_shot_state.items() if tensor.shape != fine_tuned_state[name].shape
+    odd = sorted(zero_shot.keys() ^ fine_tuned.keys()) or [
+        name for name, tensor in zero_shot.items() if tensor.shape != fine_tuned[name].shape
     ]
     if odd:
         raise ValueError(f"both states must have the same names and shapes, but these differ: {', '.join(odd[:5])}")
-    return {name: _mix(zero_shot_state[name], fine_tuned_state[name], alpha) for name in zero_shot_state}
-
-
-def _mix(zero_shot: Tensor, fine_tuned: Tensor, alpha: float) -> Tensor:
-    if not zero_shot.is_floating_point() or alpha == 0 or torch.equal(zero_shot, fine_tuned):
-        return zero_shot.clone()
-    if alpha == 1:
-        return fine_tuned.clone()
-    return (1 - alpha) * zero_shot + alpha * fine_tuned
+    for name, start in zero_shot.items():
+        end = fine_tuned[name]
+        if not start.is_floating_point() or alpha == 0 or torch.equal(start, end):
+            mixed[name].copy_(start)
+        elif alpha == 1:
+            mixed[name].copy_(end)
+        else:
+            torch.mul(start, 1 - alpha, out=mixed[name]).add_(alpha * end)
 
 
 def load_mixture(
     classifier: ImageClassifier, zero_shot: State, fine_tuned: State, alpha: float, views_NHWC: PixelArray | None = None
 ) -> None:
-    """Gives a classifier the weights mixed at ``alpha``, with statistics from ``clean_views`` where they are given."""
-    classifier.load_state_dict(mix_weights(zero_shot, fine_tuned, alpha))
+    """Mixes weights at ``alpha`` into a classifier, with statistics from ``clean_views`` where they are given."""
+    _mix(classifier.state_dict(), zero_shot, fine_tuned, alpha)
     recalibrate(classifier, views_NHWC)
 
 
@@ -117,6 +126,57 @@ def recalibrate(classifier: ImageClassifier, views_NHWC: PixelArray | None) -> N
         for norm, (momentum, count) in zip(norms, before, strict=True):
             norm.momentum, norm.num_batches_tracked = momentum, count
             norm.eval()
+
+
+class Mixtures:
+    """The mixtures of one training, one after the other in the same classifier.
+
+    Outside of ``between`` the classifier shares the weights of ``clip`` and takes no memory of its own.
+
+    Args:
+        clip: The model that training starts from.
+        class_head_CD: Unit rows [C, D].
+        source: The training set, of which BatchNorm statistics are computed with ``recalibrate_batches``.
+        train: The values of the training.
+        device: Where to compute.
+
+    Attributes:
+        zero_shot: The zero-shot state, on the CPU.
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+
+    def __init__(
+        self, clip: Clip, class_head_CD: Tensor, source: Source, train: TrainConfig, device: torch.device
+    ) -> None:
+        self._views_NHWC = clean_views(clip, source, train.recalibrate_batches)
+        self._classifier, self._device = build_classifier(clip, class_head_CD, train, device), device
+        tower = {f"visual.{name}": tensor for name, tensor in clip.model.visual.state_dict().items()}  # type: ignore[union-attr]  # open_clip is untyped
+        own = self._classifier.state_dict()
+        self.zero_shot = {name: tower.get(name, own[name]).to("cpu", own[name].dtype) for name in own}
+        self._classifier.load_state_dict(self.zero_shot, assign=True)
+
+    @contextlib.contextmanager
+    def between(self, fine_tuned: State) -> Iterator[Callable[[float], ImageClassifier]]:
+        """Gives a function that mixes the weights at an alpha and returns the classifier, the same one each time.
+
+        Args:
+            fine_tuned: The state at alpha 1.
+        """
+        states = self.zero_shot, fine_tuned
+        start, end = ({name: tensor.to(self._device) for name, tensor in state.items()} for state in states)
+        self._classifier.load_state_dict({name: tensor.clone() for name, tensor in start.items()}, assign=True)
+        arranged(self._classifier)
+
+        def at(alpha: float) -> ImageClassifier:
+            load_mixture(self._classifier, start, end, alpha, self._views_NHWC)
+            return self._classifier
+
+        try:
+            yield at
+        finally:
+            self._classifier.load_state_dict(self.zero_shot, assign=True)
 
 
 def update_average(average: State, weights: State, decay: float, step: int) -> None:

@@ -1,7 +1,10 @@
 """A finished training with its weights: from the folder of `train`, or of a study."""
 
+import contextlib
 import json
 import shlex
+from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from carft_ray.layout import HEADS, PREPARED, RESOLVED, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import ImageClassifier, build_classifier
 from carft_ray.learning.context import RunContext
-from carft_ray.learning.mixing import clean_views, load_mixture
+from carft_ray.learning.mixing import Mixtures
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.finished import open_finished
@@ -53,17 +56,22 @@ class Trained:
     fine_tuned: dict[str, Tensor]
     shared: tuple[str, ...] = ()
 
-    def classifier(self, alpha: float) -> ImageClassifier:
-        """Returns the model mixed at ``alpha``, in eval mode, on the device of the recipe.
+    @contextlib.contextmanager
+    def mixtures(self) -> Iterator[Callable[[float], ImageClassifier]]:
+        """Gives ``mixing.Mixtures.between`` of the training's two models, on the device of the recipe.
 
-        With ``recalibrate_batches`` it has the statistics that its training found for it.
+        With ``recalibrate_batches`` a mixture has the statistics that the training found for it.
         """
-        recipe, device = self.recipe, device_of(self.recipe)
+        recipe, inputs = self.recipe, self.inputs
         torch.set_num_threads(recipe.resources.threads_per_worker)
-        classifier = build_classifier(self.inputs.clip, self.class_head_CD, recipe.train, device)
-        views_NHWC = clean_views(self.inputs.clip, self.inputs.train, recipe.train.recalibrate_batches)
-        load_mixture(classifier, classifier.state(), self.fine_tuned, alpha, views_NHWC)
-        return classifier.eval()
+        mixtures = Mixtures(inputs.clip, self.class_head_CD, inputs.train, recipe.train, device_of(recipe))
+        with mixtures.between(self.fine_tuned) as mixed:
+            yield mixed
+
+    def classifier(self, alpha: float) -> ImageClassifier:
+        """Returns a copy of the model mixed at ``alpha``, in eval mode."""
+        with self.mixtures() as mixed:
+            return deepcopy(mixed(alpha)).eval()
 
 
 def open_trained(folder: Path, trial: str | None = None) -> Trained:

@@ -243,4 +243,5 @@ def _predict(
         classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
         return predict_all(classifier, sets, 0.0, batch_size, RunContext())
     trained = open_run(study_dir, study_dir / name, recipe, name)
-    return concat([predict_all(trained.classifier(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])
+    with trained.mixtures() as mixed:
+        return concat([predict_all(mixed(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])
