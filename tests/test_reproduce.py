@@ -185,12 +185,12 @@ def test_changes_are_told_even_when_the_numbers_agree(here, monkeypatch, capsys)
 def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
     path = next((here / "study" / "trials").glob("t0000*")) / "predictions" / "validation.parquet"
     table = pq.read_table(path)
-    values = table["logit_true"].to_numpy().copy()
-    values[3] = np.nextafter(values[3], np.float32(np.inf))
-    index = table.schema.get_field_index("logit_true")
+    values = table["nll"].to_numpy().copy()
+    values[3] = np.nextafter(values[3], np.inf)
+    index = table.schema.get_field_index("nll")
     pq.write_table(table.set_column(index, table.schema.field(index), pa.array(values)), path)
     found = again(here / "study", "0")
-    assert [each.what for each in found.differences] == [f"predictions.logit_true (1 of {len(values)} values)"]
+    assert [each.what for each in found.differences] == [f"predictions.nll (1 of {len(values)} values)"]
     assert 0 < found.differences[0].size < 1e-5
 
 

@@ -9,7 +9,7 @@
 Probabilities are the softmax of the logits as they were evaluated (restricted to a set's classes where they were); no
 temperature is fitted, after mixing neither. All values but the NLL are fractions. A metric needs at least one image.
 
-Shape letters: N images, C classes, K = min(10, C) classes kept of each image.
+Shape letters: N images, C classes.
 """
 
 import math
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from carft_ray.data.source import IntArray
 from carft_ray.errors import DataError, Problem
@@ -36,7 +35,7 @@ class Answers:
     Attributes:
         num_classes: C.
         labels: True classes, int [N].
-        true_rank: How many classes come before the true one, int [N]: 0 is a right answer; K: it was not kept.
+        true_rank: How many classes come before the true one, int [N]: 0 is a right answer.
         confidence: Probability of the predicted class, float64 [N].
         nll: -log p_true in nats, float64 [N].
         brier: sum_c (p_c - y_c)^2, float64 [N].
@@ -72,21 +71,8 @@ def answers(table: pa.Table) -> Answers:
         raise DataError(Problem("predictions", "a set must have at least one image"))
     if len(found := predictions.evaluated(table)) > 1:
         raise ValueError(f"the table must hold one set at one alpha, but got {found}")
-    labels = table["label"].to_numpy().astype(np.int64)
-    top_NK = pc.list_flatten(table["top_classes"]).to_numpy().reshape(len(table), -1)
-    best_N = pc.list_flatten(table["top_logits"]).to_numpy().reshape(len(table), -1)[:, 0].astype(np.float64)
-    is_true_NK = top_NK == labels[:, None]
-    log_sum_exp_N = table["log_sum_exp"].to_numpy()
-    nll_N = log_sum_exp_N - table["logit_true"].to_numpy().astype(np.float64)
-    sum_of_squares_N = np.exp(table["log_sum_exp_2"].to_numpy() - 2 * log_sum_exp_N)
-    return Answers(
-        predictions.num_classes(table),
-        labels,
-        np.where(is_true_NK.any(axis=1), is_true_NK.argmax(axis=1), top_NK.shape[1]),
-        np.minimum(np.exp(best_N - log_sum_exp_N), 1.0),
-        np.maximum(nll_N, 0.0),
-        np.maximum(1 - 2 * np.exp(-nll_N) + sum_of_squares_N, 0.0),
-    )
+    columns = (table[name].to_numpy() for name in ("label", "rank", "confidence", "nll", "brier"))
+    return Answers(predictions.num_classes(table), *columns)
 
 
 def class_accuracies(given: Answers) -> dict[int, float]:

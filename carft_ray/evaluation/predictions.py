@@ -1,10 +1,9 @@
 """Results per image as Arrow tables; every accuracy in the product is derived from them.
 
 A row is one image of one set, seen by one model (one ``alpha``). A table may hold several sets and several alphas.
-What is kept of the logits (true class, the ten largest, two log-sum-exps) is enough for accuracy, top-10 error,
-negative log-likelihood, confidence and Brier score (``metrics``) without the images or the model.
+What is kept of the logits is enough for the metrics (``metrics``) without the images or the model.
 
-Shape letters: N images of a set, C classes, K = min(10, C) classes kept, R tables that are compared.
+Shape letters: N images of a set, C classes, R tables that are compared.
 """
 
 import io
@@ -21,8 +20,7 @@ from carft_ray import files
 from carft_ray.data.source import IdArray, IntArray
 from carft_ray.errors import CarftError, DataError, DivergedError, Problem, StorageError
 
-FORMAT_VERSION = 2  # 2: log_sum_exp in float64, and log_sum_exp_2
-NUM_TOP_CLASSES = 10
+FORMAT_VERSION = 3
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -35,11 +33,10 @@ SCHEMA = pa.schema(
         ("sample_id", pa.uint64()),
         ("label", pa.int32()),
         ("prediction", pa.int32()),
-        ("logit_true", pa.float32()),
-        ("log_sum_exp", pa.float64()),  # log sum_c exp(z_c)
-        ("log_sum_exp_2", pa.float64()),  # log sum_c exp(2 z_c): sum_c p_c^2 = exp(log_sum_exp_2 - 2 log_sum_exp)
-        ("top_classes", pa.list_(pa.int32())),  # K per row, largest logit first
-        ("top_logits", pa.list_(pa.float32())),
+        ("rank", pa.int32()),  # classes that come before the true one; 0 is a right answer
+        ("confidence", pa.float64()),  # max_c p_c, with p the softmax of the logits z
+        ("nll", pa.float64()),  # -log p_true, in nats
+        ("brier", pa.float64()),  # sum_c (p_c - y_c)^2 = 1 - 2 p_true + sum_c p_c^2
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
@@ -56,17 +53,17 @@ def predictions_table(
     """Returns the results of one model on N images of one set, in the order given.
 
     The prediction is the class with the largest logit; equal logits are ordered by class index, so the result does
-    not depend on batch size or machine. The log-sum-exps are taken in float64 with the largest logit subtracted.
+    not depend on batch size or machine. Probabilities are taken in float64 with the largest logit subtracted.
 
     Args:
         set_name: Role or name of the set.
         alpha: Mixing coefficient of the model.
         sample_ids: Stable ids, uint64 [N].
         labels: True classes, [N], each in 0 .. C - 1.
-        logits_NC: Class logits, [N, C]; kept as float32. N may be 0 (an empty part of a sharded evaluation).
+        logits_NC: Class logits, [N, C], as float32. N may be 0 (an empty part of a sharded evaluation).
         groups: Classes between which the images are classified, where these are not all: a group scores the largest
             logit of its classes and is named by its first class (``ImageSet.groups``). All other logits are ignored,
-            in the log-sum-exps too.
+            in the probabilities too.
 
     Raises:
         DivergedError: A logit is not finite.
@@ -96,42 +93,28 @@ def predictions_table(
         if (columns_N < 0).any():
             raise ValueError("labels must be the first class of a group")
         logits_NC = np.stack([logits_NC[:, list(group)].max(axis=1) for group in groups], axis=1)
-    num_kept = min(NUM_TOP_CLASSES, len(named_G))
-    top_NK = _largest(logits_NC, num_kept)
-    top_logits_NK = np.take_along_axis(logits_NC, top_NK, axis=1)
-    largest_N1 = logits_NC.max(axis=1, keepdims=True).astype(np.float64)
-    odds_NC = np.exp(logits_NC - largest_N1)  # p_c over the largest p
-    log_sum_exp_N = largest_N1[:, 0] + np.log(odds_NC.sum(axis=1))
-    log_sum_exp_2_N = 2 * largest_N1[:, 0] + np.log((odds_NC * odds_NC).sum(axis=1))
-    offsets = pa.array(np.arange(num_samples + 1, dtype=np.int32) * num_kept)
+    true_N1 = np.take_along_axis(logits_NC, columns_N[:, None], axis=1)
+    is_before_NC = (logits_NC == true_N1) & (np.arange(len(named_G)) < columns_N[:, None])
+    rank_N = ((logits_NC > true_N1) | is_before_NC).sum(axis=1)
+    largest_N = logits_NC.max(axis=1).astype(np.float64)
+    odds_NC = np.exp(logits_NC - largest_N[:, None])  # p_c over the largest p
+    log_sum_exp_N = largest_N + np.log(odds_NC.sum(axis=1))
+    log_sum_exp_2_N = 2 * largest_N + np.log((odds_NC * odds_NC).sum(axis=1))  # log sum_c exp(2 z_c)
+    nll_N = log_sum_exp_N - true_N1[:, 0].astype(np.float64)
+    brier_N = 1 - 2 * np.exp(-nll_N) + np.exp(log_sum_exp_2_N - 2 * log_sum_exp_N)
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_samples, np.int32)), pa.array([set_name])),
         pa.array(np.full(num_samples, alpha, np.float64)),
         pa.array(np.asarray(sample_ids, np.uint64)),
         pa.array(labels.astype(np.int32)),
-        pa.array(named_G[top_NK[:, 0]].astype(np.int32)),
-        pa.array(logits_NC[np.arange(num_samples), columns_N]),
-        pa.array(log_sum_exp_N),
-        pa.array(log_sum_exp_2_N),
-        pa.ListArray.from_arrays(offsets, pa.array(named_G[top_NK].astype(np.int32).ravel())),
-        pa.ListArray.from_arrays(offsets, pa.array(top_logits_NK.ravel())),
+        pa.array(named_G[logits_NC.argmax(axis=1)].astype(np.int32)),
+        pa.array(rank_N.astype(np.int32)),
+        pa.array(np.minimum(np.exp(largest_N - log_sum_exp_N), 1.0)),
+        pa.array(np.maximum(nll_N, 0.0)),
+        pa.array(np.maximum(brier_N, 0.0)),
     ]
     schema = SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION), "num_classes": str(num_classes)})
     return pa.table(columns, schema=schema)
-
-
-def _largest(values_NC: npt.NDArray[np.float32], num_kept: int) -> IntArray:
-    """Returns the columns of the ``num_kept`` largest values of each row, largest first, equal ones by column, [N, K].
-
-    They are the first of a stable sort of the whole row; no row is sorted whole but one with equal values at the end of
-    what is kept.
-    """
-    kept_NK = np.sort(np.argpartition(-values_NC, num_kept - 1, axis=1)[:, :num_kept], axis=1)
-    found_NK = np.take_along_axis(values_NC, kept_NK, axis=1)
-    order_NK = np.take_along_axis(kept_NK, np.argsort(-found_NK, axis=1, kind="stable"), axis=1)
-    is_tied_N = (values_NC >= found_NK.min(axis=1, keepdims=True)).sum(axis=1) > num_kept
-    order_NK[is_tied_N] = np.argsort(-values_NC[is_tied_N], axis=1, kind="stable")[:, :num_kept]
-    return order_NK
 
 
 def num_classes(table: pa.Table) -> int:

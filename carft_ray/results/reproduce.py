@@ -39,7 +39,7 @@ class Difference:
     """One thing that is not the same.
 
     Attributes:
-        what: Dotted name: ``metrics.ood_accuracy``, ``predictions.logit_true``, ``weights``.
+        what: Dotted name: ``metrics.ood_accuracy``, ``predictions.nll``, ``weights``.
         then: What the study has; a text where it is no single number.
         now: What was found now.
         size: Largest absolute difference; None where there is none to take.
