@@ -76,8 +76,7 @@ def as_command(function: Callable[P, R]) -> Callable[P, R]:
 def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
     """Reads a recipe and checks it with its folders, as far as that needs no weights. Warnings are logged.
 
-    Torch is loaded only for a model name of open_clip, and where the recipe asks of the image tower what some towers
-    cannot do.
+    Torch is loaded only for a model name of open_clip.
 
     Args:
         recipe: A YAML file; a dictionary of what one holds, whose relative paths count from the working directory; or
@@ -93,7 +92,7 @@ def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
         DataError: Images or class lists are missing.
     """
     from carft_ray.data.sets import check_roles, check_sets
-    from carft_ray.learning.models.catalog import asks_of_tower, check_model, model_warnings
+    from carft_ray.learning.models.catalog import check_model, model_warnings
     from carft_ray.recipe.checks.advice import warnings
 
     value = _read(recipe, override_words(overrides))
@@ -103,13 +102,6 @@ def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
         raise HoldOutError(problems)
     if problems := check_sets(value):
         raise DataError(problems)
-    if asks_of_tower(value):
-        from carft_ray.learning.models.opening import image_tower
-        from carft_ray.learning.models.tower import recipe_problems
-
-        tower = image_tower(value.model)
-        if tower is not None and (problems := recipe_problems(tower, value)):
-            raise RecipeError(problems)
     if not isinstance(recipe, Recipe):  # its warnings were told when it was loaded
         for text in (*warnings(value), *model_warnings(value.model)):
             logger.warning("%s", text)

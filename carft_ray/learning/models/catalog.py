@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.fine_tuning import LOCAL_DIR, ModelConfig, TrainConfig, is_weights_path
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.fine_tuning import LOCAL_DIR, ModelConfig, is_weights_path
 from carft_ray.untrusted import parse_json, read_text
 
 SANDBOX = "sandbox"
@@ -47,9 +46,6 @@ _WHOLE = (
 )
 _MOST_LAYERS = 1000  # each is built, whatever its size
 _PAGE = r"\w[\w.-]*(/\w[\w.-]*)?"
-# fields of `train` that an image tower may be unable to follow, alone or together
-TOWER_FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
-TOWER_DEFAULTS = {name: TrainConfig.model_fields[name].default for name in TOWER_FIELDS}
 QUICK = "-quickgelu"  # ending of the open_clip names that compute QuickGELU
 
 
@@ -173,13 +169,6 @@ def tag_in_path(name: str, path: Path) -> str | None:
     words = "/".join(path.parts[-4:]).lower().replace("-", "_")
     tags = sorted(_tags_of_both(name), key=len, reverse=True)
     return next((tag for tag in tags if re.search(rf"(?<![a-z0-9]){tag}(?![a-z0-9])", words)), None)
-
-
-def asks_of_tower(recipe: Recipe) -> bool:
-    """Tells whether a training of the recipe asks of the image tower what some towers cannot do."""
-    given = (recipe.train.model_dump(), recipe.search.space, *recipe.search.baselines.values())
-    fields = [name for name in TOWER_FIELDS if name != "head_lr_factor"]  # which changes nothing alone
-    return any(name in each and each[name] != TOWER_DEFAULTS[name] for each in given for name in fields)
 
 
 def is_hugging_face_folder(folder: Path) -> bool:

@@ -17,7 +17,7 @@ from torch import nn
 
 from carft_ray.errors import DataError, Problem, RecipeError
 from carft_ray.learning.models import catalog, hugging_face
-from carft_ray.learning.models.building import build_model, fetching, quiet, require_no_code
+from carft_ray.learning.models.building import build_model, fetching, require_no_code
 from carft_ray.learning.models.weights import State, fitted, folder_files, is_from_openai, read_weights
 from carft_ray.recipe.fine_tuning import LOCAL_DIR, ModelConfig
 
@@ -79,29 +79,6 @@ def open_model(part: ModelConfig) -> Opened:
         model = _built(build, state, path.name, "model.pretrained")
     set_preprocessing(model, preprocessing)
     return Opened(model, config, folder)
-
-
-def image_tower(part: ModelConfig) -> nn.Module | None:
-    """Builds the image tower of a model from its configuration alone, without memory.
-
-    Args:
-        part: A model that has passed ``check_model``.
-
-    Returns:
-        The tower on the device 'meta'; None where its configuration is on the hub, or open_clip cannot build it.
-    """
-    if part.name.startswith(catalog.HUB):
-        return None
-    folder = _folder(part)
-    config = open_clip.get_model_config(part.name.replace("/", "-")) if folder is None else _folder_config(folder)
-    try:
-        vision = {**config["vision_cfg"], "timm_model_pretrained": False}
-        quick = config.get("quick_gelu", False)
-        with quiet(), torch.device("meta"):
-            model: Any = open_clip.CLIP(config["embed_dim"], vision, {"layers": 1}, quick_gelu=quick)
-    except BUILD_ERRORS:
-        return None
-    return model.visual  # type: ignore[no-any-return]  # open_clip is untyped
 
 
 def _folder(part: ModelConfig) -> Path | None:

@@ -5,8 +5,7 @@ block, and last what follows the blocks: attention pooling and the projection to
 block and the projection belongs to the last block. timm's layer decay (after BEiT, arXiv 2106.08254) and open_clip's
 ``lock`` count in the same way.
 
-Only the model shows whether a tower can do what ``train`` asks: a command checks one without weights where its
-configuration is known (``opening.image_tower``), and ``check_tower`` the model itself, before a study trains.
+Only the model shows whether a tower can do what ``train`` asks: ``check_tower`` looks before a study trains.
 """
 
 import dataclasses
@@ -25,11 +24,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from carft_ray.errors import Problem, RecipeError
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.lora import add_corrections, matrices
-from carft_ray.learning.models.catalog import TOWER_DEFAULTS, TOWER_FIELDS
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
 
+# fields of `train` that an image tower may be unable to follow, alone or together
+TOWER_FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
 COMPILED_FROM = 1000  # steps of a training, below which ``compile: auto`` is off: compiling takes minutes
 
 logger = logging.getLogger(__name__)
@@ -138,8 +138,6 @@ def layer_factors(visual: nn.Module, layer_decay: float) -> dict[str, float]:
 
 def tower_problems(visual: nn.Module, train: TrainConfig) -> list[Problem]:
     """Returns what a tower cannot do of what ``train`` asks."""
-    if all(getattr(train, name) == TOWER_DEFAULTS[name] for name in TOWER_FIELDS[:-1]):
-        return []
     problems = []
 
     def refuse(field: str, rule: str, next_step: str = "") -> None:
