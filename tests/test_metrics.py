@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.special
-import scipy.stats
 import sklearn.calibration
 import sklearn.metrics
 import torch
 
 from carft_ray.errors import DataError
 from carft_ray.evaluation import metrics
-from carft_ray.evaluation.metrics import answers, equal_mass_bins, equal_width_bins
+from carft_ray.evaluation.metrics import answers, equal_width_bins
 from carft_ray.evaluation.predictions import concat, predictions_table, select
 
 CASES = ("random", "ties", "empty classes", "two classes", "confident")
@@ -169,7 +168,7 @@ def guo(confidence, correct, num_bins):
 @pytest.mark.parametrize("num_bins", [1, 7, 15])
 def test_calibration_error_equals_that_of_guo(both, num_bins):
     given, _, _, probabilities = both
-    found = metrics.expected_calibration_error(given, equal_width_bins(given.confidence, num_bins))
+    found = metrics.expected_calibration_error(given, num_bins)
     assert found == same(guo(given.confidence, given.correct, num_bins))
     np.testing.assert_allclose(given.confidence, probabilities.max(axis=1), atol=1e-12)
 
@@ -189,7 +188,7 @@ def test_metrics_equal_those_of_torchmetrics(both):
         edges = np.arange(num_bins + 1) / num_bins
         inner = np.flatnonzero(~np.isclose(given.confidence[:, None], edges, atol=1e-6).any(axis=1))
         part = taken(given, inner)
-        found = metrics.expected_calibration_error(part, equal_width_bins(part.confidence, num_bins))
+        found = metrics.expected_calibration_error(part, num_bins)
         confidence = torch.from_numpy(given.confidence[inner])  # as of two classes: no rule orders equal logits there
         assert found == same(classification.binary_calibration_error(confidence, correct_N[inner], num_bins))
         if len(inner) == len(given) and len(np.unique(logits)) > 100:
@@ -218,31 +217,6 @@ def test_every_edge_of_fifteen_bins_belongs_to_the_lower_bin():
     edges = np.arange(1, 16) / 15
     assert equal_width_bins(edges).tolist() == list(range(15))
     assert equal_width_bins(np.nextafter(edges[:-1], 1)).tolist() == list(range(1, 15))
-
-
-@pytest.mark.parametrize("num_bins", [1, 3, 15])
-def test_bins_of_equal_mass_equal_those_of_scikit_learn(num_bins):
-    rng = np.random.default_rng(5)
-    confidence = rng.uniform(0.1, 1, 30 * num_bins)
-    correct = rng.uniform(size=len(confidence)) < confidence
-    bins = equal_mass_bins(confidence, num_bins)
-    counts, confidences, shares = zip(*curve_of(bins, confidence, correct), strict=True)
-    assert counts == (30,) * num_bins
-    oracle = sklearn.calibration.calibration_curve(correct, confidence, n_bins=num_bins, strategy="quantile")
-    assert (shares, confidences) == tuple(pytest.approx(each, abs=1e-12) for each in oracle)
-
-
-def test_bins_of_equal_mass_keep_equal_confidences_together_and_do_not_depend_on_the_order(both):
-    given, *_ = both
-    ranks = scipy.stats.rankdata(given.confidence, method="min") - 1
-    bins = (15 * ranks // len(given)).astype(int)
-    total = sum(
-        (bins == b).mean() * abs(given.correct[bins == b].mean() - given.confidence[bins == b].mean())
-        for b in np.unique(bins)
-    )
-    assert metrics.set_metrics(given)["ece_equal_mass"] == same(total)
-    shuffled = taken(given, np.random.default_rng(1).permutation(len(given)))
-    assert metrics.set_metrics(shuffled)["ece_equal_mass"] == pytest.approx(total, abs=1e-12)
 
 
 def test_everything_of_a_set_at_once_is_plain_and_finite(both):

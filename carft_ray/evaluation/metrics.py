@@ -92,39 +92,20 @@ def equal_width_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArr
     return (np.searchsorted(edges, confidence, side="left") - 1).clip(0)
 
 
-def equal_mass_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArray:
-    """Returns the bin of each confidence, 0 .. num_bins - 1, [N].
-
-    An image than which i images have less confidence goes to bin floor(num_bins i / N), so equal confidences share a
-    bin, and without ties the counts differ by at most one.
-    """
-    return num_bins * np.searchsorted(np.sort(confidence), confidence, side="left") // len(confidence)
-
-
-def expected_calibration_error(given: Answers, bins_N: IntArray | None = None) -> float:
-    """Returns the ECE.
-
-    Args:
-        given: The answers.
-        bins_N: Bin of each image; by default 15 of equal width.
-    """
-    found = reliability(given, bins_N)
+def expected_calibration_error(given: Answers, num_bins: int = NUM_BINS) -> float:
+    """Returns the ECE over bins of equal width."""
+    found = reliability(given, num_bins)
     return math.fsum(one["num_images"] * abs(one["accuracy"] - one["confidence"]) for one in found) / len(given)
 
 
-def reliability(given: Answers, bins_N: IntArray | None = None) -> list[dict[str, Any]]:
-    """Returns the reliability diagram: of every bin with images its mean confidence, its accuracy and their number.
-
-    Args:
-        given: The answers.
-        bins_N: As of ``expected_calibration_error``.
-    """
-    bins_N = equal_width_bins(given.confidence) if bins_N is None else bins_N
+def reliability(given: Answers, num_bins: int = NUM_BINS) -> list[dict[str, Any]]:
+    """Returns the reliability diagram: of every bin with images its mean confidence, its accuracy and their number."""
+    bins_N = equal_width_bins(given.confidence, num_bins)
     found = []
     for index in np.unique(bins_N):
         inside = bins_N == index
-        means = (float(each[inside].mean()) for each in (given.confidence, given.correct))
-        found.append({**dict(zip(("confidence", "accuracy"), means, strict=True)), "num_images": int(inside.sum())})
+        means = {"confidence": float(given.confidence[inside].mean()), "accuracy": float(given.correct[inside].mean())}
+        found.append({**means, "num_images": int(inside.sum())})
     return found
 
 
@@ -141,7 +122,6 @@ def set_metrics(given: Answers) -> dict[str, Any]:
         "nll": float(given.nll.mean()),
         "brier": float(given.brier.mean()),
         "ece": expected_calibration_error(given),
-        "ece_equal_mass": expected_calibration_error(given, equal_mass_bins(given.confidence)),
     }
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from carft_ray import files, layout
 from carft_ray.data.source import ImageSet
 from carft_ray.data.views import VIEW_VERSION
-from carft_ray.errors import StorageError
+from carft_ray.errors import RecipeError, StorageError
 from carft_ray.evaluation.alpha import At, alphas_at_chance, choose_point, curve_points, is_at_chance, measure_curve
 from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.evaluation.evaluate import predict_all, subset
@@ -46,7 +46,7 @@ from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import fine_tune
 from carft_ray.learning.memory import explained_shortage, micro_batch_of
 from carft_ray.learning.mixing import Mixtures
-from carft_ray.learning.models.tower import check_tower, compiles
+from carft_ray.learning.models.tower import compiles, recipe_problems
 from carft_ray.learning.own_function import OwnFunction, on_node, source_of
 from carft_ray.learning.own_training import OwnInputs, own_fine_tune
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
@@ -95,15 +95,15 @@ def prepare(
     torch.set_num_threads(recipe.resources.threads_per_worker)
     say("opening model and sets")
     inputs = opened or load_shared_inputs(recipe, prepared_dir=folder)
-    check_tower(inputs.clip.model.visual, recipe)  # type: ignore[arg-type]  # open_clip is untyped
+    if problems := recipe_problems(inputs.clip.model.visual, recipe):  # type: ignore[arg-type]  # open_clip is untyped
+        raise RecipeError(problems)
     done = folder / layout.PREPARATION
     # those of an older version are made anew
     key = f"predictions {PREDICTIONS_VERSION}, views {VIEW_VERSION}: {inputs.key}"
-    before: dict[str, Any] = {}
+    content: dict[str, Any] = {}
     with contextlib.suppress(OSError):
-        before = files.read_object(done) or {}
-    content = before if before.get("key") == key and "provenance" in before else None
-    if content is None:
+        content = files.read_object(done) or {}
+    if content.get("key") != key:
         clip, device = inputs.clip, device_of(recipe)
         heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
         with files.new_file(folder / layout.HEADS) as temporary:
@@ -112,8 +112,7 @@ def prepare(
         classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
         table = predict_all(classifier, inputs.validation, 0.0, recipe.evaluate.batch_size, RunContext())
         write_predictions(folder / layout.ZERO_SHOT_TABLE, table)
-        # decided once; not in a preparation of before there was such a choice
-        compiled = before.get("compile", False) if before else compiles(recipe.train, len(inputs.train), device)
+        compiled = compiles(recipe.train, len(inputs.train), device)
         content = {
             "key": key,
             "metrics": metrics_at(table, objective_spec(recipe), 0.0),

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -291,8 +291,11 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
             continue
         values = _means_of_window(window, window_images, train.kl_weight, context)
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            place = f"step {step} of {num_steps}"
-            raise DivergedError(Problem(place, "loss and gradient must stay finite", _bad_first(values)))
+            place, found = (
+                f"step {step} of {num_steps}",
+                f"loss {values['loss']:.4g}; gradient {values['grad_norm']:.4g}",
+            )
+            raise DivergedError(Problem(place, "loss and norm of the gradient must stay finite", found))
         learner.means.add(values, window_images)
         speed = window_images / max(time.perf_counter() - clock, 1e-9)
         row = {"step": step, "num_steps": num_steps, "epoch": batch.epoch, "learning_rate": learning_rate}
@@ -305,7 +308,7 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
                 context.report({**row, **learner.means.values(), "images_per_s": speed, **metrics})
             learner.means = _Means()
             learner.save()
-        asked = CONTINUE if step == num_steps else _asked(learner, device)
+        asked = CONTINUE if step == num_steps else _asked(learner)
         if asked != CONTINUE and not ends_epoch:
             learner.save()
         if asked == STOP:
@@ -361,20 +364,12 @@ def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context:
     return {"loss": ce + kl_weight * kl, "ce": ce, "kl": kl, "context_entropy": entropy, "grad_norm": grad_norm}
 
 
-def _bad_first(values: Mapping[str, float]) -> str:
-    """Returns loss and gradient norm for a message, ``gradient norm inf; loss 23.92``: what is not finite first."""
-    named = {"loss": values["loss"], "gradient norm": values["grad_norm"]}
-    return "; ".join(f"{name} {named[name]:.4g}" for name in sorted(named, key=lambda name: math.isfinite(named[name])))
-
-
-def _asked(learner: _Learner, device: torch.device) -> int:
+def _asked(learner: _Learner) -> int:
     """Returns on all ranks whether rank 0 is to stop, or to write a checkpoint because of ``checkpoint_every``."""
-    context, every, asked = learner.context, learner.train.checkpoint_every, CONTINUE
-    if context.rank == 0:
+    every = learner.train.checkpoint_every
+
+    def ask() -> int:
         is_due = every is not None and time.monotonic() - learner.saved_at >= every
-        asked = STOP if context.should_stop() else SAVE if is_due else CONTINUE
-    if context.world_size == 1:
-        return asked
-    flag = torch.tensor([float(asked)], device=device)
-    dist.broadcast(flag, 0)
-    return int(flag.item())
+        return STOP if learner.context.should_stop() else SAVE if is_due else CONTINUE
+
+    return from_rank_0(learner.context, ask)

@@ -124,16 +124,4 @@ def _free(device: "torch.device") -> str:
 
         free, total = torch.cuda.mem_get_info(device)
         return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on {torch.cuda.get_device_name(device)}"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        with open("/proc/meminfo") as file:
-            sizes = dict(line.split(":", 1) for line in file)
-        free, total = (int(sizes[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))
-        return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on this machine{_limit()}"
     return f"too little on the device {device}"
-
-
-def _limit() -> str:
-    import resource
-
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    return "" if limit == resource.RLIM_INFINITY else f", of which a process may use {limit / 1e9:.1f} GB (ulimit -v)"

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
@@ -21,6 +22,7 @@ OwnFunction = Callable[[dict[str, Any], Any], Any]  # (values, learning.own_trai
 
 KEY = "train.function"
 MAIN = "__main__"
+_IMPORTING = (__file__, importlib.__file__)
 
 
 def load_function(name: str, folder: str | None, place: str = KEY) -> OwnFunction:
@@ -127,14 +129,10 @@ def _forget_other(root: str, folder: str) -> None:
 
 
 def _not_importable(place: str, name: str, error: BaseException) -> RecipeError:
-    trace, where = error.__traceback__, ""
-    if isinstance(error, SyntaxError):
-        where = f" ({error.filename}, line {error.lineno})"
-    while trace is not None:
-        path = trace.tb_frame.f_code.co_filename
-        if not path.startswith("<frozen") and path not in (__file__, importlib.__file__):
-            where = where or f" ({path}, line {trace.tb_lineno})"
-        trace = trace.tb_next
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename not in _IMPORTING]
+    frames = [frame for frame in frames if not frame.filename.startswith("<frozen")]
+    is_placed = not frames or isinstance(error, SyntaxError)  # which says its own file and line
+    where = "" if is_placed else f" ({frames[0].filename}, line {frames[0].lineno})"
     first = (str(error).splitlines() or [""])[0]
-    value = f"{type(error).__name__}{': ' if first else ''}{first}{'' if isinstance(error, SyntaxError) else where}"
+    value = f"{type(error).__name__}{': ' if first else ''}{first}{where}"
     return RecipeError(Problem(place, f"the module {name} must be importable", value))

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -198,12 +197,8 @@ class TrainingContext:
         Save what is needed to continue, then return; what is returned then does not count. Ask every few steps, on all
         ranks alike: it is also the sign that the training lives (``resources.hang_timeout_s``).
         """
-        answer = self._run.should_stop()
-        if self.world_size > 1:
-            flag = torch.tensor([float(answer)], device=self.device)
-            dist.broadcast(flag, 0)
-            answer = bool(flag.item())
-        self._is_stopped |= answer
+        answer = self._run.should_stop()  # on every rank: a sign of life
+        self._is_stopped |= from_rank_0(self._run, lambda: answer)
         return self._is_stopped
 
     def _has_moved(self) -> bool:
@@ -243,7 +238,11 @@ def own_fine_tune(
     """
     from_rank_0(context, lambda: _made(checkpoint_dir))
     own = _context(train, inputs, context, device, checkpoint_dir, on_epoch)
-    with _seeded(train.seed + context.rank), _explained(device):
+    seed = train.seed + context.rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed % 2**63)
+    with _explained(device):
         returned = function(train.model_dump(mode="json"), own)
     if own._is_stopped:
         raise StoppedRun(f"stopped on request after epoch {own._epoch} of {train.epochs}")
@@ -294,20 +293,6 @@ def _context(
         _num_epochs=train.epochs,
         _on_epoch=on_epoch,
     )
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Begins all random numbers at a seed; afterwards Python's and NumPy's continue where they were."""
-    before = random.getstate(), np.random.get_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ block, and last what follows the blocks: attention pooling and the projection to
 block and the projection belongs to the last block. timm's layer decay (after BEiT, arXiv 2106.08254) and open_clip's
 ``lock`` count in the same way.
 
-Only the model shows whether a tower can do what ``train`` asks: ``check_tower`` looks before a study trains.
+Only the model shows whether a tower can do what ``train`` asks: ``recipe_problems`` is asked before a study trains.
 """
 
 import dataclasses
@@ -195,16 +195,6 @@ def training_bytes(num_weights: int, num_trained: int, has_average: bool = False
     AdamW, and where there is one its average.
     """
     return 4 * (2 * num_weights + (4 if has_average else 3) * num_trained)
-
-
-def check_tower(visual: nn.Module, recipe: Recipe) -> None:
-    """Refuses a recipe of which a training would ask what the tower cannot do.
-
-    Raises:
-        RecipeError: As ``recipe_problems``.
-    """
-    if problems := recipe_problems(visual, recipe):
-        raise RecipeError(problems)
 
 
 def recipe_problems(visual: nn.Module, recipe: Recipe) -> list[Problem]:
