@@ -184,7 +184,6 @@ SICK = [
         "warning",
         "prompts.templates: must spread over contexts (exp of the entropy at least 1.5), or the KL term does nothing",
     ),
-    (None, ('prompts.templates=["a photo of {}", "A photo of {}"]',), "note", "pairs of contexts are the same to the"),
 ]
 
 

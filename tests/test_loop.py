@@ -229,7 +229,7 @@ def test_a_loss_that_is_not_finite_is_an_error_of_its_own(tiny_clip, heads, sour
         fine_tune(tiny_clip, *heads, source, settings(learning_rate=1e30, warmup_steps=0, clip_norm=None))
 
 
-def test_a_gradient_that_alone_is_not_finite_is_named_first_and_numbers_have_few_digits(tiny_clip, heads, source):
+def test_a_gradient_that_alone_is_not_finite_is_an_error_and_numbers_have_few_digits(tiny_clip, heads, source):
     train = settings(kl_weight=1e22, learning_rate=1e-2, warmup_steps=0, clip_norm=None)
     with pytest.raises(DivergedError) as raised:  # squares of such gradients are beyond float32, the loss is not
         fine_tune(tiny_clip, *heads, source, train)

@@ -13,7 +13,6 @@ from carft_ray.evaluation.predictions import (
     concat,
     correct,
     correct_matrix,
-    merge_shards,
     num_classes,
     predictions_table,
     read_predictions,
@@ -73,39 +72,6 @@ def test_logits_that_are_not_finite_are_an_error_that_counts_the_images(value):
     logits[3, 1] = value
     with pytest.raises(CarftError, match=r"id_val at alpha 0\.4: class logits must be finite, but those of 1 of 37"):
         predictions_table("id_val", 0.4, ids, labels, logits)
-
-
-def test_shapes_and_labels_that_do_not_belong_together_are_refused():
-    ids, labels, logits = random_set()
-    with pytest.raises(ValueError, match="must belong together"):
-        predictions_table("s", 1.0, ids[:-1], labels, logits)
-    with pytest.raises(ValueError, match=r"labels must be in 0 \.\. 15"):
-        predictions_table("s", 1.0, ids, labels + 16, logits)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 37, 40])
-def test_merging_the_parts_of_any_world_size_gives_the_whole_table(world_size):
-    ids, labels, logits = random_set()
-    whole = predictions_table("ood", 0.6, ids, labels, logits)
-    positions = [np.arange(rank, 37, world_size) for rank in range(world_size)]  # some are empty at 40
-    shards = [(at, predictions_table("ood", 0.6, ids[at], labels[at], logits[at])) for at in positions]
-    merged = merge_shards(shards[::-1], 37)
-    assert merged.equals(whole)
-    assert num_classes(merged) == 16
-
-
-def test_merging_needs_each_position_once():
-    table = table_of(num_samples=4)
-    with pytest.raises(CarftError, match="each of the 4 images exactly once, but got 3 of them in 3 rows"):
-        merge_shards([(np.arange(3), table.slice(0, 3))], 4)
-    with pytest.raises(CarftError, match="exactly once, but got 4 of them in 5 rows"):
-        merge_shards([(np.array([0, 1]), table.slice(0, 2)), (np.array([1, 3, 9]), table.slice(1, 3))], 4)
-    with pytest.raises(CarftError, match="but got 0 of them in 0 rows"):
-        merge_shards([], 4)
-    with pytest.raises(ValueError, match="one position per row"):
-        merge_shards([(np.arange(3), table)], 4)
-    with pytest.raises(ValueError, match="one set and one alpha"):
-        merge_shards([(np.array([0]), table.slice(0, 1)), (np.array([1]), table_of(alpha=0.2).slice(0, 1))], 2)
 
 
 def test_rows_by_set_and_alpha():

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -58,7 +58,6 @@ TRY_FIRST = (
 )
 MOST_IMAGES, FEWEST_IMAGES = 1000, 50  # of each validation set, on which zero-shot is measured
 MOST_S, NUM_TIMED = 120.0, 4  # what they may take altogether; images by which it is foretold
-SAME_CONTEXT = 0.999  # cosine of two rows of the context head from which on they are one
 
 
 @dataclass(frozen=True)
@@ -266,9 +265,6 @@ def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Dia
         "trained_weights": trained,
         "training_memory_gb": needed_gb,
     }
-    if clip.logit_bias is not None:
-        rule = f"logit_bias {clip.logit_bias:g} is left out: a constant shift of all logits changes no softmax"
-        found.add("note", "model.name", rule)
     memory = found.machine["memory_gb"]
     if found.machine["device"] == "cpu" and needed_gb > memory:
         value = f"{needed_gb} GB for the weights alone, of {memory} GB"
@@ -281,7 +277,6 @@ def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Dia
         found.add("note", "model", rule)
     if inputs is not None:
         _measure(recipe, inputs, heads, num_images, found, say)
-    _judge_contexts(heads["context_head"], prompts, found)
 
 
 def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:
@@ -299,20 +294,6 @@ def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found
         found.add("warning", "prompts", rule, f"{len(cut)} that are cut off, such as {cut[0]!r}", step)
 
 
-def _judge_contexts(context_head_TD: torch.Tensor, prompts: Sequence[str], found: Diagnosis) -> None:
-    cosines_TT = context_head_TD @ context_head_TD.T
-    pairs = torch.triu(cosines_TT, diagonal=1).gt(SAME_CONTEXT).nonzero().tolist()
-    if pairs:
-        first, second = (prompts[index] for index in pairs[0])
-        rule = f"{len(pairs)} pairs of contexts are the same to the model, such as {first!r} and {second!r}"
-        found.add("note", "prompts.templates", rule)
-    contexts = found.model.get("effective_contexts")
-    if contexts is not None and contexts < FEW_CONTEXTS:
-        rule = f"must spread over contexts (exp of the entropy at least {FEW_CONTEXTS}), or the KL term does nothing"
-        step = "Use more, and more different, templates, or a lower train.context_scale."
-        found.add("warning", "prompts.templates", rule, f"{contexts:.2f}", step)
-
-
 def _measure(
     recipe: Recipe, inputs: SharedInputs, heads: Heads, num_images: int | None, found: Diagnosis, say: Say
 ) -> None:
@@ -322,16 +303,14 @@ def _measure(
         num_images = _affordable(classifier, inputs.validation, device, found)
     sets = [subset(image_set, num_images) for image_set in inputs.validation]
     say(f"measuring the zero-shot model on up to {num_images:,} images of each validation set")
-    on_progress, total, done = time_left(say, "measuring the zero-shot model"), sum(map(len, sets)), 0
+    on_progress, total, asked = time_left(say, "measuring the zero-shot model"), sum(map(len, sets)), itertools.count()
+
+    def before_batch() -> bool:
+        on_progress(min(total, batch_size * next(asked)), total)
+        return False
+
     for few in sets:
-        asked = itertools.count()
-
-        def before_batch(done: int = done, asked: Iterator[int] = asked) -> bool:
-            on_progress(min(total, done + batch_size * next(asked)), total)
-            return False
-
         table = predict(classifier, few, 0.0, batch_size, RunContext(should_stop=before_batch))
-        done += len(few)
         answers = table["label"].to_numpy(), table["prediction"].to_numpy()
         luck = {"chance": chance(*answers), "at_chance": not is_above_chance(*answers)}
         found.zero_shot[few.name] = {"accuracy": accuracy(table), "num_images": len(few), **luck}
@@ -340,7 +319,11 @@ def _measure(
         features_BD = classifier.features(torch.from_numpy(first.images_NHWC.copy()).to(device))
         scale = recipe.train.context_scale or inputs.clip.logit_scale
         log_p_BT = context_distribution(features_BD, heads["context_head"].to(features_BD), scale)
-        found.model["effective_contexts"] = float(context_entropy(log_p_BT).exp())
+        contexts = found.model["effective_contexts"] = float(context_entropy(log_p_BT).exp())
+    if contexts < FEW_CONTEXTS:
+        rule = f"must spread over contexts (exp of the entropy at least {FEW_CONTEXTS}), or the KL term does nothing"
+        step = "Use more, and more different, templates, or a lower train.context_scale."
+        found.add("warning", "prompts.templates", rule, f"{contexts:.2f}", step)
     found.findings += zero_shot_findings(found.zero_shot)
 
 

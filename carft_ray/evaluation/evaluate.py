@@ -8,7 +8,7 @@ import pyarrow as pa
 import torch
 
 from carft_ray.data.source import ImageSet
-from carft_ray.evaluation.predictions import concat, merge_shards, predictions_table
+from carft_ray.evaluation.predictions import concat, predictions_table
 from carft_ray.learning.classifier import ImageClassifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.feeding import images_ahead
@@ -45,7 +45,8 @@ def predict(
     logits_NC = np.concatenate(parts) if parts else np.zeros((0, len(classifier.class_head)), np.float32)
     ids, labels = image_set.sample_ids[positions], image_set.labels[positions]
     table = predictions_table(image_set.name, alpha, ids, labels, logits_NC, image_set.groups)
-    return merge_shards(gather(context, (positions, table)), len(image_set))
+    all_positions, tables = zip(*gather(context, (positions, table)), strict=True)
+    return concat(tables).take(pa.array(np.argsort(np.concatenate(all_positions))))
 
 
 def predict_all(

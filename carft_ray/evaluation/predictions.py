@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from carft_ray import files
 from carft_ray.data.source import IdArray, IntArray
-from carft_ray.errors import CarftError, DataError, DivergedError, Problem, StorageError
+from carft_ray.errors import DataError, DivergedError, Problem, StorageError
 
 FORMAT_VERSION = 3
 
@@ -67,16 +67,10 @@ def predictions_table(
 
     Raises:
         DivergedError: A logit is not finite.
-        ValueError: The shapes do not belong together, or a label is no class (with groups: no first class).
+        ValueError: With groups, a label is no first class.
     """
-    logits_NC = np.asarray(logits_NC, np.float32)
-    if logits_NC.ndim != 2 or logits_NC.shape[1] < 1 or not len(logits_NC) == len(sample_ids) == len(labels):
-        shapes = (logits_NC.shape, np.shape(sample_ids), np.shape(labels))
-        raise ValueError(f"logits [N, C], sample_ids [N] and labels [N] must belong together, but got {shapes}")
+    logits_NC, labels = np.asarray(logits_NC, np.float32), np.asarray(labels, np.int64)
     num_samples, num_classes = logits_NC.shape
-    labels = np.asarray(labels, np.int64)
-    if num_samples and not 0 <= labels.min() <= labels.max() < num_classes:
-        raise ValueError(f"labels must be in 0 .. {num_classes - 1}, but got {labels.min()} .. {labels.max()}")
     if not np.isfinite(logits_NC).all():
         bad = int((~np.isfinite(logits_NC)).any(axis=1).sum())
         rule = f"class logits must be finite, but those of {bad} of {num_samples} images are not"
@@ -131,33 +125,6 @@ def concat(tables: Sequence[pa.Table]) -> pa.Table:
     if len({num_classes(table) for table in tables}) != 1:
         raise ValueError("tables to be joined must exist and have one number of classes")
     return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
-
-
-def merge_shards(shards: Sequence[tuple[IntArray, pa.Table]], num_samples: int) -> pa.Table:
-    """Puts the parts of one evaluation together, in the order of the set, whatever the number of workers was.
-
-    Args:
-        shards: Per worker (or per batch) the positions of its rows in the set, int [n], and its table of n rows. All
-            parts are of one set and one alpha; a part may be empty.
-        num_samples: N of the set.
-
-    Returns:
-        Table of N rows, row i being image i of the set.
-
-    Raises:
-        CarftError: A position is missing, comes twice or is outside; nothing is guessed or dropped.
-        ValueError: A part has other than n positions, or the parts are of different sets or alphas.
-    """
-    if any(len(part) != len(table) for part, table in shards):
-        raise ValueError("every part must have one position per row")
-    positions = np.concatenate([np.zeros(0, np.int64), *(part for part, _ in shards)])
-    if not np.array_equal(np.sort(positions), np.arange(num_samples)):
-        rule = f"the parts of an evaluation must hold each of the {num_samples} images exactly once"
-        raise CarftError(Problem("evaluation", rule, f"{len(np.unique(positions))} of them in {len(positions)} rows"))
-    table = concat([table for _, table in shards])
-    if num_samples and len(evaluated(table)) != 1:
-        raise ValueError(f"the parts must be of one set and one alpha, but got {evaluated(table)}")
-    return table.take(pa.array(np.argsort(positions)))
 
 
 def accuracy(table: pa.Table) -> float:

@@ -291,11 +291,9 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
             continue
         values = _means_of_window(window, window_images, train.kl_weight, context)
         if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
-            place, found = (
-                f"step {step} of {num_steps}",
-                f"loss {values['loss']:.4g}; gradient {values['grad_norm']:.4g}",
-            )
-            raise DivergedError(Problem(place, "loss and norm of the gradient must stay finite", found))
+            found = f"loss {values['loss']:.4g}; gradient {values['grad_norm']:.4g}"
+            rule = "loss and norm of the gradient must stay finite"
+            raise DivergedError(Problem(f"step {step} of {num_steps}", rule, found))
         learner.means.add(values, window_images)
         speed = window_images / max(time.perf_counter() - clock, 1e-9)
         row = {"step": step, "num_steps": num_steps, "epoch": batch.epoch, "learning_rate": learning_rate}

@@ -27,23 +27,9 @@ MERGES = "bpe_path"  # the one more: merges of the weights' own for CLIP's token
 _WITHOUT = "The tokenizer may do without: take the key out of a copy of the folder, and compare tokens."
 _NUM_SHOWN = 100  # characters of a value
 _LARGEST = 2**22  # number of a configuration; vocabularies of models have up to 2**18
-_WHOLE = (
-    "embed_dim",
-    "width",
-    "heads",
-    "head_width",
-    "layers",
-    "image_size",
-    "patch_size",
-    "context_length",
-    "vocab_size",
-    "hidden_size",  # from here on names of transformers
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "max_position_embeddings",
-    "projection_dim",
-)
+_WHOLE = {"embed_dim", "width", "heads", "head_width", "layers", "image_size", "patch_size", "context_length"}
+_WHOLE |= {"vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"}
+_WHOLE |= {"max_position_embeddings", "projection_dim"}
 _MOST_LAYERS = 1000  # each is built, whatever its size
 _PAGE = r"\w[\w.-]*(/\w[\w.-]*)?"
 QUICK = "-quickgelu"  # ending of the open_clip names that compute QuickGELU

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from carft_ray.errors import DataError, Problem
 from carft_ray.learning.models.building import quiet
 from carft_ray.learning.models.catalog import WEIGHTS_ENDINGS
-from carft_ray.untrusted import is_name, open_regular, parse_json, read_text
+from carft_ray.untrusted import open_regular, parse_json, read_text
 
 SAFETENSORS = ".safetensors"
 MOST_WEIGHTS_BYTES = 64 * 2**30  # the largest of open_clip, of 5 billion numbers, has 20 GB
@@ -161,21 +161,15 @@ def _unreadable(path: Path, place: str, error: Exception) -> Problem:
         return Problem(place, "must be a weights file", f"the Git LFS pointer {path}", next_step="Run: git lfs pull")
     if "TorchScript" in str(error):
         rule = "must be a file of tensors; a TorchScript archive, such as OpenAI's own .pt files, is a program"
-        name = path.name if is_name(path.name) else "FILE"  # the command is one to copy
         step = (
-            "Where you trust it, take its tensors out once:\n"
-            '    python -c "import torch; from safetensors.torch import save_file; '
-            f"state = torch.jit.load('{name}', map_location='cpu').state_dict(); "
-            "save_file({k: v.float().contiguous() for k, v in state.items() if v.is_floating_point()}, "
-            "'openai.safetensors')\"\n"
-            "    and give openai.safetensors, with a model.name that ends in -quickgelu for a ViT or RN of OpenAI."
+            "Where you trust it, save the tensors of torch.jit.load(FILE).state_dict() as safetensors (docs/models.md)."
         )
         return Problem(place, rule, str(path), next_step=step)
     if "Unsupported global" in str(error) or "Unsupported class" in str(error):
         rule = "must hold tensors and plain values alone; nothing else is unpickled, since that can run any code"
         step = "Where you trust it, save model.state_dict() of what it holds as safetensors, and give that file."
         return Problem(place, rule, str(path), next_step=step)
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = str(error).partition("\n")[0] or type(error).__name__
     if reason.startswith("Weights only load failed"):  # then comes the advice to unpickle anything
         reason = "its bytes are not those of a file that torch.save wrote"
     return Problem(place, "must be a weights file that can be read", f"{path}: {reason}")
