@@ -24,9 +24,8 @@ from carft_ray.data.caching import cache
 from carft_ray.data.caching.index import write_file
 from carft_ray.data.sets import cache_dir
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.origin import device_name
 from carft_ray.learning.classifier import at_least_float32
-from carft_ray.learning.models.clip import Clip, model_key, tokenizer_hash
+from carft_ray.learning.models.clip import Clip, computed_on, model_key, tokenizer_hash
 from carft_ray.recipe.schema import Recipe
 from carft_ray.words import time_left
 
@@ -140,8 +139,6 @@ def cached_heads(
 
 def _key(clip: Clip, class_names: Sequence[str], templates: Sequence[str], device: torch.device) -> str:
     words = hashlib.blake2b(json.dumps([list(class_names), list(templates)]).encode(), digest_size=16).hexdigest()
-    computed = [device_name(device), torch.get_float32_matmul_precision(), BATCH_SIZE]
-    if device.type == "cpu":
-        computed += [environment.cpu_model(), torch.get_num_threads()]
     versions = environment.versions_of(("torch", "open_clip_torch", "transformers", "timm"))
-    return cache.key_of(["heads", FORMAT_VERSION, model_key(clip), tokenizer_hash(clip), words, computed, versions])
+    computed = [BATCH_SIZE, *computed_on(device), versions]
+    return cache.key_of(["heads", FORMAT_VERSION, model_key(clip), tokenizer_hash(clip), words, computed])

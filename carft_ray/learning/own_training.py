@@ -237,31 +237,6 @@ def own_fine_tune(
         Exception: What it raises.
     """
     from_rank_0(context, lambda: _made(checkpoint_dir))
-    own = _context(train, inputs, context, device, checkpoint_dir, on_epoch)
-    seed = train.seed + context.rank
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed % 2**63)
-    with _explained(device):
-        returned = function(train.model_dump(mode="json"), own)
-    if own._is_stopped:
-        raise StoppedRun(f"stopped on request after epoch {own._epoch} of {train.epochs}")
-    return from_rank_0(context, lambda: finite(checked_state(returned, own._start)))
-
-
-def _made(folder: Path) -> None:
-    with files.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def _context(
-    train: TrainConfig,
-    inputs: OwnInputs,
-    context: RunContext,
-    device: torch.device,
-    checkpoint_dir: Path,
-    on_epoch: OnEpoch,
-) -> TrainingContext:
     clip = inputs.clip
 
     def made() -> OwnClassifier:
@@ -274,7 +249,7 @@ def _context(
     crop = transforms.RandomResizedCrop(clip.image_size, (train.crop_scale, 1.0), interpolation=bicubic)
     transform = transforms.Compose([clip.to_input, *to_input])
     train_transform = transforms.Compose([crop, *to_input])
-    return TrainingContext(
+    own = TrainingContext(
         rank=context.rank,
         world_size=context.world_size,
         device=device,
@@ -293,6 +268,20 @@ def _context(
         _num_epochs=train.epochs,
         _on_epoch=on_epoch,
     )
+    seed = train.seed + context.rank
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed % 2**63)
+    with _explained(device):
+        returned = function(train.model_dump(mode="json"), own)
+    if own._is_stopped:
+        raise StoppedRun(f"stopped on request after epoch {own._epoch} of {train.epochs}")
+    return from_rank_0(context, lambda: finite(checked_state(returned, own._start)))
+
+
+def _made(folder: Path) -> None:
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager

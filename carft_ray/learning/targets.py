@@ -36,7 +36,7 @@ from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.learning.classifier import ImageClassifier, build_classifier
 from carft_ray.learning.feeding import MakeViews, Upload, arrived, copy_stream, upload
 from carft_ray.learning.losses import context_distribution
-from carft_ray.learning.models.clip import Clip, model_key
+from carft_ray.learning.models.clip import Clip, computed_on, model_key
 from carft_ray.recipe.fine_tuning import TrainConfig
 
 TARGETS = "targets"  # all stores, in the cache
@@ -85,16 +85,11 @@ def store_dir(
     head_TD = context_head_TD.contiguous().cpu()
     head = hashlib.blake2b(head_TD.numpy().tobytes(), digest_size=16).hexdigest()
     bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    computed: list[str | int]
-    if device.type == "cuda":
-        computed = [torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
-    else:
-        computed = [environment.cpu_model(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
     parts = [
         [FORMAT_VERSION, BLOCK, source_key, environment.versions_of(("torch", "open_clip_torch", "timm"))],
         [model_key(clip), clip.image_size, clip.mean, clip.std, head, str(head_TD.dtype), len(head_TD)],
         [VIEW_VERSION, train.seed, train.crop_scale, train.context_scale or clip.logit_scale, train.precision, bf16],
-        [device.type, *computed],
+        [device.type, *computed_on(device)],
     ]
     return folder / hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 

@@ -131,8 +131,7 @@ def model_warnings(model: ModelConfig) -> list[str]:
     if other is None or model.pretrained in known or (path.parent / OPEN_CLIP_CONFIG).is_file():
         return []
     quick, words = computes_quick_gelu(name), path.name.lower().replace("_", "").replace("-", "")
-    tag = tag_in_path(name, path)
-    if (known[tag] if tag else "quickgelu" in words or None) is quick:
+    if quick and "quickgelu" in words:
         return []
     computed, asked = ("QuickGELU", "GELU") if quick else ("GELU", "QuickGELU")
     of_the_other = ", ".join(tag for tag, is_quick in known.items() if is_quick != quick)
@@ -148,13 +147,6 @@ def _tags_of_both(name: str) -> dict[str, bool]:
     known, base = _open_clip(), name.removesuffix(QUICK)
     tags = known.list_pretrained_tags_by_model(base)
     return {tag: bool(known.get_pretrained_cfg(base, tag).get("quick_gelu", False)) for tag in tags}
-
-
-def tag_in_path(name: str, path: Path) -> str | None:
-    """Returns the tag of open_clip's weights for a model that a file or its folders are named after, if any."""
-    words = "/".join(path.parts[-4:]).lower().replace("-", "_")
-    tags = sorted(_tags_of_both(name), key=len, reverse=True)
-    return next((tag for tag in tags if re.search(rf"(?<![a-z0-9]){tag}(?![a-z0-9])", words)), None)
 
 
 def is_hugging_face_folder(folder: Path) -> bool:

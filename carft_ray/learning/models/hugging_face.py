@@ -123,13 +123,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _tower(config: dict[str, Any], name: str, defaults: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Returns the configuration of a tower; old versions wrote a second one."""
-    found: dict[str, Any] = {}
-    for key in (f"{name}_config", f"{name}_config_dict"):
-        part = config.get(key) or {}
-        if not isinstance(part, dict):
-            raise DataError(Problem(f"{path}: {key}", "must be an object", str(part)[:_NUM_SHOWN]))
-        found |= part
+    found = config.get(f"{name}_config") or {}
+    if not isinstance(found, dict):
+        raise DataError(Problem(f"{path}: {name}_config", "must be an object", str(found)[:_NUM_SHOWN]))
     return _values(found, defaults, f"{path}: {name}_config.")
 
 

@@ -44,7 +44,6 @@ def misfits(clip: Clip) -> list[str]:
         "attention pooling": visual.attn_pool is not None,
         f"the image's pooling '{visual.pool_type}'": visual.pool_type != "tok",
         "no norm before the blocks": isinstance(visual.ln_pre, nn.Identity),
-        "an image that is not square": visual.image_size[0] != visual.image_size[1],
         "patches that are not square": visual.patch_size[0] != visual.patch_size[1],
         "blocks of another kind": any(not _is_plain(block) for tower in (visual, text) for block in _blocks(tower)),
         "an activation of another kind": any(_activation(tower) is None for tower in (visual, text)),

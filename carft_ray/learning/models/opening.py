@@ -211,8 +211,6 @@ def _preprocessing_of(name: str, path: Path) -> dict[str, Any]:
     if config.is_file():
         given = catalog.read_json(config).get("preprocess_cfg")
         return given if isinstance(given, dict) else {}
-    if (tag := catalog.tag_in_path(name, path)) is not None:
-        return dict(open_clip.get_pretrained_cfg(name.removesuffix(catalog.QUICK), tag))
     usual = _usual_preprocessing(name)
     if not usual and _tags(name):
         logging.getLogger(__name__).warning(
