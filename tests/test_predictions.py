@@ -107,11 +107,6 @@ def test_a_set_that_was_not_evaluated_is_named_with_those_that_were():
         correct(table_of(), "noisy", 0.5)
 
 
-def test_a_set_without_images_has_no_accuracy():
-    with pytest.raises(DataError, match="at least one image"):
-        accuracy(table_of(num_samples=0))
-
-
 def test_file_gives_back_the_same_table(tmp_path):
     table = concat([table_of("id_val"), table_of("noisy", 0.6, seed=1)])
     path = tmp_path / "predictions" / "t.parquet"

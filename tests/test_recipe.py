@@ -69,7 +69,7 @@ TRAIN_KEYS = ", ".join([*TrainConfig.model_fields][:20]) + ", ..."  # as many as
 SEARCHABLE_KEYS = (
     "learning_rate, kl_weight, alpha, epochs, batch_size, weight_decay, decay, warmup_steps, clip_norm, "
     "label_smoothing, crop_scale, head_bias, head_lr_factor, layer_decay, freeze_layers, lora_rank, lora_alpha, "
-    "ema_decay, recalibrate_batches, context_scale"
+    "ema_decay, context_scale"
 )
 SEED_REASON = (
     "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
@@ -134,7 +134,6 @@ BAD = [
     ("train: {lora_rank: 0}", "r.yaml:9: train.lora_rank: must be at least 1, but got 0"),
     ("train: {lora_alpha: 0}", "r.yaml:9: train.lora_alpha: must be greater than 0, but got 0"),
     ("train: {ema_decay: 1}", "r.yaml:9: train.ema_decay: must be less than 1, but got 1"),
-    ("train: {recalibrate_batches: -1}", "r.yaml:9: train.recalibrate_batches: must be at least 0, but got -1"),
     ("train: {compile: 1}", "r.yaml:9: train.compile: must be auto, true or false, but got 1"),
     ("train: {crop_scale: 0.0}", "r.yaml:9: train.crop_scale: must be greater than 0, but got 0.0"),
     ("train: {batch_size: 0}", "r.yaml:9: train.batch_size: must be at least 1, but got 0"),

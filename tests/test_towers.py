@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from open_clip.timm_model import TimmModel
-from safetensors.torch import load_file
 from stand_in import make_recipe
 from test_loop import CPU, largest_difference, plain_fine_tuning, settings, without_speed
 from timm.optim import param_groups_layer_decay
@@ -27,7 +26,6 @@ from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
 from carft_ray.evaluation import training
 from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.heads import build_heads
-from carft_ray.evaluation.predictions import concat, read_predictions, select
 from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runs.single import train_once
@@ -36,8 +34,7 @@ from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun, fine_tune
 from carft_ray.learning.lora import merged_state, trained_weights
-from carft_ray.learning.memory import is_out_of_memory
-from carft_ray.learning.mixing import clean_views, load_mixture, mix_weights, recalibrate
+from carft_ray.learning.mixing import Mixtures, mix_weights
 from carft_ray.learning.models import tower
 from carft_ray.learning.models.clip import wrap_model
 from carft_ray.learning.models.tower import (
@@ -50,8 +47,6 @@ from carft_ray.learning.models.tower import (
 )
 from carft_ray.learning.optimizer import build_optimizer, set_learning_rate
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schedule import num_recalibrated
-from carft_ray.results.exports.export import export_model
 from carft_ray.results.reading.trained import evaluate_trained, open_trained
 
 pytestmark = pytest.mark.slow
@@ -359,49 +354,7 @@ def test_a_trial_for_which_no_image_fits_is_infeasible_where_its_values_decide_o
     assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), {}, tmp_path, 1).outcome == "fatal"
 
 
-# ---- statistics of BatchNorm
-
-
-def test_recalibrated_statistics_are_those_of_torchs_update_bn(resnet_clip):
-    heads = (torch.eye(5, 16),)
-    source = ArraySource(num_images=300, size=32)
-    views = clean_views(resnet_clip, source, 7)
-    assert views.shape == (256, 32, 32, 3)
-    mine, theirs = (classifier_of(resnet_clip, heads, settings()) for _ in range(2))
-    before = mine.state()
-    recalibrate(mine, views)
-    batches = [torch.from_numpy(views[:128]), torch.from_numpy(views[128:])]
-    norms = [m for m in theirs.visual.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    with torch.no_grad():
-        inputs = [(b.permute(0, 3, 1, 2).float() / 255 - theirs.mean) / theirs.std for b in batches]
-    torch.optim.swa_utils.update_bn(inputs, theirs.visual)
-    changed = {name for name in before if not torch.equal(before[name], mine.state()[name])}
-    assert len(changed) == 2 * len(norms)
-    assert all(name.endswith(("running_mean", "running_var")) for name in changed)
-    for name in changed:
-        torch.testing.assert_close(mine.state()[name], theirs.state()[name], rtol=1e-4, atol=1e-5)
-    assert not any(module.training for module in mine.modules())
-    assert {m.momentum for m in mine.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
-    again = mine.state()
-    recalibrate(mine, views)  # what the statistics were before plays no part
-    assert largest_difference(again, mine.state()) == 0.0
-
-
-def test_clean_views_are_what_evaluations_see_of_the_images_with_the_lowest_ids(resnet_clip):
-    source = ArraySource(num_images=9, size=20)
-    order = np.argsort(source.sample_ids)
-    views = clean_views(resnet_clip, source, 1)
-    from PIL import Image
-
-    expected = [np.array(resnet_clip.to_input(Image.fromarray(source.pixels(i)))) for i in order]
-    assert np.array_equal(views, np.stack(expected))
-
-
-@pytest.mark.parametrize(
-    ("asked", "there", "expected"), [(1, 1000, 128), (3, 1000, 384), (9, 1000, 896), (2, 130, 128), (2, 100, 100)]
-)
-def test_statistics_come_from_whole_batches_where_there_is_one(asked, there, expected):
-    assert num_recalibrated(asked, there) == expected
+# ---- mixtures
 
 
 def image_set(size):
@@ -409,43 +362,37 @@ def image_set(size):
     return ImageSet("id_val", source.images, source.labels, source.sample_ids)
 
 
-def test_every_alpha_has_the_statistics_of_its_mixed_weights(resnet_clip):
+def test_mixtures_are_those_of_mixed_states_and_leave_the_model_as_it_was(resnet_clip):
     heads = build_heads(resnet_clip.model, resnet_clip.tokenizer, CLASS_WORDS, TEMPLATES)
     source, sets, context = ArraySource(num_images=24, size=32), [image_set(32)], RunContext()
-    views = clean_views(resnet_clip, source, 1)
-    tuned = fine_tune(resnet_clip, *heads, source, settings())
-    classifier = classifier_of(resnet_clip, heads, settings())
-    start = classifier.state()
-    tables = {}
-    for alpha in (1.0, 0.4, 0.0, 0.4):  # an order leaves no trace
-        load_mixture(classifier, start, tuned, alpha, views)
-        table = predict_all(classifier, sets, alpha, 4, context)
-        assert tables.setdefault(alpha, table).equals(table)
-        by_hand = classifier_of(resnet_clip, heads, settings())
-        by_hand.load_state_dict(mix_weights(start, tuned, alpha))
-        recalibrate(by_hand, views)
-        assert largest_difference(by_hand.state(), classifier.state()) == 0.0
-    load_mixture(classifier, start, tuned, 0.4)
-    plain = predict_all(classifier, sets, 0.4, 4, context)
-    assert not plain.equals(tables[0.4])
-    untouched = classifier.state()["visual.bn1.running_mean"]
-    assert torch.equal(untouched, start["visual.bn1.running_mean"])
+    tuned = [fine_tune(resnet_clip, *heads, source, settings(seed=seed)) for seed in (0, 1)]
+    before = {name: tensor.clone() for name, tensor in resnet_clip.model.visual.state_dict().items()}
+    mixtures = Mixtures(resnet_clip, heads[0], settings(), CPU)
+    start = classifier_of(resnet_clip, heads, settings()).state()
+    assert largest_difference(mixtures.zero_shot, start) == 0.0
+    for state in (*tuned, tuned[0]):
+        with mixtures.between(state) as mixed:
+            for alpha in (1.0, 0.4, 0.0, 0.4):  # an order leaves no trace
+                by_hand = classifier_of(resnet_clip, heads, settings())
+                by_hand.load_state_dict(mix_weights(start, state, alpha))
+                assert largest_difference(by_hand.state(), mixed(alpha).state()) == 0.0
+                table = predict_all(mixed(alpha), sets, alpha, 4, context)
+                assert table.equals(predict_all(by_hand, sets, alpha, 4, context))
+        assert largest_difference(mixtures.zero_shot, start) == 0.0
+    assert largest_difference(before, resnet_clip.model.visual.state_dict()) == 0.0
 
 
-def test_want_of_memory_for_a_batch_of_statistics_is_told(resnet_clip, monkeypatch):
-    classifier = classifier_of(resnet_clip, (torch.eye(5, 16),), settings())
-    before = classifier.state()
+def test_mixtures_have_no_weights_of_their_own_between_two_looks(tiny_clip, heads):
+    def storages(tensors):
+        return {tensor.untyped_storage().data_ptr() for name, tensor in tensors if name.startswith("visual.")}
 
-    def short(images):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(classifier.visual, "forward", short)
-    with pytest.raises(OutOfMemoryError, match=r"train\.recalibrate_batches: 128 images of 32 x 32 pixels") as caught:
-        recalibrate(classifier, np.zeros((128, 32, 32, 3), np.uint8))
-    assert caught.value.micro_batch == 0
-    assert not is_out_of_memory(RuntimeError("another error"))
-    assert largest_difference(before, classifier.state()) == 0.0
-    assert {m.momentum for m in classifier.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {0.1}
+    mixtures = Mixtures(tiny_clip, heads[0], settings(), CPU)
+    shared = {each.untyped_storage().data_ptr() for each in tiny_clip.model.visual.state_dict().values()}
+    with mixtures.between(mixtures.zero_shot) as mixed:
+        classifier = mixed(0.5)
+        assert not storages(classifier.named_parameters()) & shared
+        assert mixed(1.0) is classifier
+    assert storages(classifier.named_parameters()) <= shared
 
 
 # ---- whole trainings: curve, evaluate, export
@@ -457,30 +404,6 @@ def train_once_with(folder, recipe_path, **values):
     out = folder / "-".join(values)
     train_once(recipe, out, False, "", str, lambda row: None, lambda row: None)
     return open_trained(out)
-
-
-@pytest.mark.whole
-def test_evaluate_and_export_have_the_statistics_of_the_chosen_alpha(tmp_path):
-    path = short_training.make(tmp_path, RESNET)
-    trained = train_once_with(tmp_path, path, recalibrate_batches=2)
-    alpha, curve = trained.result["alpha"], trained.result["curve"]
-    assert [point["alpha"] for point in curve if point["alpha"] in (0, 1)] == [0, 1]
-    metrics = trained.result["metrics"]
-    assert evaluate_trained(trained, alpha)[0] == metrics
-    written = read_predictions(tmp_path / "recalibrate_batches" / "predictions" / "validation.parquet")
-    sets = trained.inputs.validation
-    for at in (0.0, alpha):
-        now = predict_all(trained.classifier(at), sets, at, trained.recipe.evaluate.batch_size, RunContext())
-        then = concat([select(written, image_set.name, at) for image_set in sets])
-        assert now.to_pylist() == then.to_pylist()
-    exported = export_model(trained, tmp_path / "export")
-    state = load_file(exported.folder / "open_clip_model.safetensors")
-    chosen, start = trained.classifier(alpha).state(), trained.inputs.clip.model.state_dict()
-    statistics = [name for name in start if name.endswith(("running_mean", "running_var"))]
-    for name in statistics:
-        assert torch.equal(state[name], chosen[name])
-        assert not torch.equal(state[name], start[name])
-    assert all(torch.equal(trained.fine_tuned[name], start[name]) for name in statistics)  # mixed first, then computed
 
 
 def test_what_lora_and_the_average_leave_are_plain_weights(tmp_path):
@@ -514,26 +437,22 @@ def trained_by(context):
     ]
     resnet = make_resnet_clip()
     classifier = classifier_of(resnet, (torch.eye(5, 16),), settings())
-    views = clean_views(resnet, ArraySource(num_images=20, size=32), 1)
-    start = classifier.state()
-    load_mixture(classifier, start, start, 0.5, views)
     table = predict_all(classifier, [image_set(32)] * 2, 0.5, 4, context)
-    return [*states, classifier.state(), {"prediction": torch.tensor(table["prediction"].to_pylist())}]
+    return [*states, {"prediction": torch.tensor(table["prediction"].to_pylist())}]
 
 
 @pytest.mark.whole
-def test_two_gloo_workers_end_with_the_weights_and_statistics_of_one(tmp_path):
+def test_two_gloo_workers_end_with_the_weights_and_predictions_of_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     torch.multiprocessing.spawn(work, (2, port, tmp_path), nprocs=2)
-    lora, probe_head, statistics, table = trained_by(RunContext())
+    lora, probe_head, table = trained_by(RunContext())
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert largest_difference(lora, found[0]) < 1e-9
         assert largest_difference(probe_head, found[1]) < 1e-9
-        assert largest_difference(statistics, found[2]) == 0.0
-        assert largest_difference(table, found[3]) == 0
+        assert largest_difference(table, found[2]) == 0
 
 
 # ---- what a GPU does
@@ -683,11 +602,6 @@ CANNOT = [
         {"lora_rank": 2, "freeze_layers": 3},
         "train.lora_rank: must be null with freeze_layers 3: no Linear layer is left in a block that trains, but got 2",
     ),
-    (
-        {"recalibrate_batches": 2},
-        "train.recalibrate_batches: must be 0: this image tower has no BatchNorm, whose statistics could be computed "
-        "anew, but got 2",
-    ),
 ]
 RESNET_CANNOT = [
     (
@@ -719,8 +633,8 @@ def test_what_a_resnet_cannot_do_is_said_once(resnet_clip, values, message):
     assert [str(problem) for problem in tower_problems(resnet_clip.model.visual, settings(**values))] == [message]
 
 
-def test_a_resnet_freezes_layers_and_recalibrates(resnet_clip):
-    assert tower_problems(resnet_clip.model.visual, settings(freeze_layers=6, recalibrate_batches=4)) == []
+def test_a_resnet_freezes_layers(resnet_clip):
+    assert tower_problems(resnet_clip.model.visual, settings(freeze_layers=6)) == []
 
 
 def test_a_study_is_refused_before_it_trains_for_what_its_space_or_a_baseline_would_ask(tiny_clip):

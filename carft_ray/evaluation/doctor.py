@@ -265,11 +265,6 @@ def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Dia
         "trained_weights": trained,
         "training_memory_gb": needed_gb,
     }
-    memory = found.machine["memory_gb"]
-    if found.machine["device"] == "cpu" and needed_gb > memory:
-        value = f"{needed_gb} GB for the weights alone, of {memory} GB"
-        step = "Take a smaller model, or train less of it: train.freeze_layers or train.lora_rank."
-        found.add("error", "model.name", "a training must fit into memory", value, step)
     medians = {place: one["short_side"]["median"] for place, one in found.sets.items() if one.get("short_side")}
     small = [f"{place} {side:g}" for place, side in medians.items() if side < clip.image_size / 2]
     if small:

@@ -31,7 +31,6 @@ from carft_ray.words import time_left
 
 FORMAT_VERSION = 1
 BATCH_SIZE = 512  # sentences of one pass through the text tower; another one may change last bits
-IN_CACHE = "the heads are in the cache"  # the message then
 
 _log = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -57,8 +56,6 @@ def build_heads(
         templates: T sentences, each with ``{}`` for the class.
         on_progress: Called with the numbers of sentences done and in all, after each pass.
     """
-    if not class_names or not templates:
-        raise ValueError("build_heads needs at least one template and one class")
     device = next(model.parameters()).device
     class_sums_CD = torch.zeros(())
     context_rows_D: list[Tensor] = []
@@ -133,7 +130,7 @@ def cached_heads(
         _log.warning("The heads are not kept for the next command: %s", error)
         return embed()
     if not embedded:
-        say(f"{IN_CACHE}: {number} sentences")
+        say(f"the heads are in the cache: {number} sentences")
     return heads
 
 

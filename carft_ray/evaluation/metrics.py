@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from carft_ray.data.source import IntArray
-from carft_ray.errors import DataError, Problem
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.predictions import BoolArray, FloatArray
 
@@ -61,16 +60,8 @@ def answers(table: pa.Table) -> Answers:
     """Reads the answers of one model on one set, images in the order stored.
 
     Args:
-        table: Predictions of one set at one alpha (``predictions.select``).
-
-    Raises:
-        DataError: There is no image.
-        ValueError: The table holds several sets or alphas.
+        table: Predictions of one set at one alpha, with at least one image (``predictions.select``).
     """
-    if not len(table):
-        raise DataError(Problem("predictions", "a set must have at least one image"))
-    if len(found := predictions.evaluated(table)) > 1:
-        raise ValueError(f"the table must hold one set at one alpha, but got {found}")
     columns = (table[name].to_numpy() for name in ("label", "rank", "confidence", "nll", "brier"))
     return Answers(predictions.num_classes(table), *columns)
 

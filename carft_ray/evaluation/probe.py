@@ -66,7 +66,7 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         raise StoppedRun("stopped on request")
 
     class_head_CD = load_tensors(prepared_dir / HEADS)["class_head"]
-    mixtures = Mixtures(inputs.clip, class_head_CD, inputs.train, recipe.train, device_of(recipe))
+    mixtures = Mixtures(inputs.clip, class_head_CD, recipe.train, device_of(recipe))
     state = mixtures.zero_shot
     with mixtures.between(state) as mixed:
         evaluation_began = time.perf_counter()

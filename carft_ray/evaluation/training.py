@@ -170,7 +170,7 @@ def run_training(
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
-    mixtures = Mixtures(inputs.clip, heads["class_head"], inputs.train, recipe.train, device_of(recipe))
+    mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
     store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
     if recipe.train.function is not None:
         function = function or on_node(recipe.train.function, recipe.train.function_dir)
@@ -230,12 +230,9 @@ class _Training:
 def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: Path) -> dict[str, Any]:
     """Makes the alpha curve and writes its predictions; returns the part of the result that they give."""
     recipe, inputs, spec = training.recipe, training.inputs, objective_spec(training.recipe)
-    bounds = stored_limits(recipe.search.constraints, prepared_dir)
+    bounds, start = stored_limits(recipe.search.constraints, prepared_dir), prepared_dir / layout.ZERO_SHOT_TABLE
     with training.looks(fine_tuned, inputs.validation) as at:
-        # a curve is of one kind of statistics: recalibrated, its start is not the zero-shot model as it came
-        is_recalibrated = recipe.train.recalibrate_batches > 0
-        start = at(0.0) if is_recalibrated else read_predictions(prepared_dir / layout.ZERO_SHOT_TABLE)
-        tables = measure_curve(recipe, start, at)
+        tables = measure_curve(recipe, read_predictions(start), at)
     table, curve = concat(list(tables.values())), curve_points(tables, spec, bounds)
     at_chance = alphas_at_chance(tables, spec.id_set)
     fixed = [point for point in curve if point["alpha"] == recipe.train.alpha]
@@ -253,7 +250,6 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
         "fine_tuned": metrics_at(tables[1.0], spec, 1.0),
         "curve": curve,
         "at_chance": 1.0 in at_chance,
-        "moved": _relative_distance(training.mixtures.zero_shot, fine_tuned),
         "train": recipe.train.model_dump(mode="json"),
         "num_images": inputs.num_images,
     }
@@ -355,10 +351,3 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     step = int(rows[-1]["step"]) if rows else 0
     events.hparams(varied(recipe, result["train"]), {f"final/{name}": value for name, value in metrics.items()}, step)
     events.close()
-
-
-def _relative_distance(zero_shot: dict[str, Tensor], fine_tuned: dict[str, Tensor]) -> float:
-    """Returns norm(theta - theta_0) / norm(theta_0) over the image tower."""
-    names = [n for n, tensor in zero_shot.items() if n.startswith("visual.") and tensor.is_floating_point()]
-    moved = sum(float((fine_tuned[n].double() - zero_shot[n].double()).square().sum()) for n in names)
-    return float((moved / sum(float(zero_shot[n].double().square().sum()) for n in names)) ** 0.5)

@@ -1,12 +1,6 @@
-"""Weights between and around two models: mixing, new BatchNorm statistics of mixed weights, and the running average.
+"""Weights between and around two models: mixing, and the running average.
 
 Mixing (WiSE-FT, arXiv 2109.01903): theta_alpha = (1 - alpha) * theta_0 + alpha * theta.
-
-Mixed weights have other activations than either end, and the BatchNorm statistics of the start do not fit them (REPAIR,
-arXiv 2211.08403; SWA does the same for its average, arXiv 1803.05407). The mean over batches of the batch mean and of
-the unbiased batch variance takes their place, layer by layer in one pass: ``momentum=None`` of torch's BatchNorm. Every
-worker runs the same images in the same batches, so statistics depend neither on the number of workers nor on the memory
-of a device.
 
 The exponential moving average of the weights over the steps of a training is
 
@@ -21,18 +15,12 @@ not pulled to its start (the bias correction of Adam, arXiv 1412.6980). Step by 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from carft_ray.data.source import PixelArray, Source
 from carft_ray.learning.classifier import ImageClassifier, arranged, build_classifier
-from carft_ray.learning.memory import explained_shortage
 from carft_ray.learning.models.clip import Clip
 from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.schedule import RECALIBRATION_BATCH, num_recalibrated
 
 State = Mapping[str, Tensor]
 
@@ -76,56 +64,9 @@ def _mix(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> Non
             torch.mul(start, 1 - alpha, out=mixed[name]).add_(alpha * end)
 
 
-def load_mixture(
-    classifier: ImageClassifier, zero_shot: State, fine_tuned: State, alpha: float, views_NHWC: PixelArray | None = None
-) -> None:
-    """Mixes weights at ``alpha`` into a classifier, with statistics from ``clean_views`` where they are given."""
+def load_mixture(classifier: ImageClassifier, zero_shot: State, fine_tuned: State, alpha: float) -> None:
+    """Mixes weights at ``alpha`` into a classifier."""
     _mix(classifier.state_dict(), zero_shot, fine_tuned, alpha)
-    recalibrate(classifier, views_NHWC)
-
-
-def clean_views(clip: Clip, source: Source, num_batches: int) -> PixelArray | None:
-    """Returns training images as evaluations see images, uint8 [N, S, S, 3]: those with the lowest sample ids.
-
-    Sample ids are hashes, so the classes are mixed. None where ``num_batches`` (``train.recalibrate_batches``) is 0.
-
-    Raises:
-        DataError: An image cannot be read.
-    """
-    if not num_batches:
-        return None
-    order = np.argsort(source.sample_ids, kind="stable")[: num_recalibrated(num_batches, len(source))]
-    return np.stack([np.array(clip.to_input(Image.fromarray(source.pixels(index)))) for index in order.tolist()])
-
-
-def recalibrate(classifier: ImageClassifier, views_NHWC: PixelArray | None) -> None:
-    """Computes the running statistics of all BatchNorm layers anew, in place; the classifier is in eval mode then.
-
-    Args:
-        classifier: With the weights that the statistics are for.
-        views_NHWC: ``clean_views``, N >= 1; None: nothing is done.
-
-    Raises:
-        OutOfMemoryError: A batch does not fit; fewer images at a time would give other statistics.
-    """
-    if views_NHWC is None:
-        return
-    classifier.eval()
-    norms = [m for m in classifier.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    device, image_size = classifier.class_head.device, views_NHWC.shape[1]
-    for norm in norms:
-        norm.num_batches_tracked = torch.tensor(0, device=device)  # the mean counts from here
-        norm.momentum = None
-        norm.train()
-    try:
-        with torch.no_grad(), explained_shortage("train.recalibrate_batches", RECALIBRATION_BATCH, image_size, device):
-            for start in range(0, len(views_NHWC), RECALIBRATION_BATCH):
-                classifier.features(torch.from_numpy(views_NHWC[start : start + RECALIBRATION_BATCH]).to(device))
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-            norm.eval()
 
 
 class Mixtures:
@@ -136,21 +77,14 @@ class Mixtures:
     Args:
         clip: The model that training starts from.
         class_head_CD: Unit rows [C, D].
-        source: The training set, of which BatchNorm statistics are computed with ``recalibrate_batches``.
         train: The values of the training.
         device: Where to compute.
 
     Attributes:
         zero_shot: The zero-shot state, on the CPU.
-
-    Raises:
-        DataError: An image cannot be read.
     """
 
-    def __init__(
-        self, clip: Clip, class_head_CD: Tensor, source: Source, train: TrainConfig, device: torch.device
-    ) -> None:
-        self._views_NHWC = clean_views(clip, source, train.recalibrate_batches)
+    def __init__(self, clip: Clip, class_head_CD: Tensor, train: TrainConfig, device: torch.device) -> None:
         self._classifier, self._device = build_classifier(clip, class_head_CD, train, device), device
         tower = {f"visual.{name}": tensor for name, tensor in clip.model.visual.state_dict().items()}  # type: ignore[union-attr]  # open_clip is untyped
         own = self._classifier.state_dict()
@@ -170,7 +104,7 @@ class Mixtures:
         arranged(self._classifier)
 
         def at(alpha: float) -> ImageClassifier:
-            load_mixture(self._classifier, start, end, alpha, self._views_NHWC)
+            load_mixture(self._classifier, start, end, alpha)
             return self._classifier
 
         try:

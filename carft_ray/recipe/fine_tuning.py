@@ -170,9 +170,6 @@ class TrainConfig(Config):
     """LoRA's corrections count `lora_alpha / lora_rank` times; null: once"""
     ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = key(None, 0.99, METHOD)
     """decay of the average of the weights after each step, which is the result; null: the last step is"""
-    recalibrate_batches: NonNegativeInt = key(0, 10, METHOD)
-    """for towers with BatchNorm: batches of 128 clean training images from which the running statistics of mixed
-    weights are computed again; 0: they stay those of the zero-shot model"""
     context_scale: PositiveFloat | None = key(None, 50, METHOD)
     """scale in the context softmax; null: the model's own logit scale"""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)

@@ -9,20 +9,12 @@ from carft_ray.recipe.sampling import AnyPruner, HalvingPruner, NoPruner
 from carft_ray.recipe.schema import Recipe
 
 END = 100  # percent of a schedule
-# images of `recalibrate_batches`; not `batch_size`, which may be searched and may not fit into memory undivided
-RECALIBRATION_BATCH = 128
 
 
 def num_warmup_steps(asked: int | None, num_steps: int) -> int:
     """Returns the warm-up length: what was asked for, else ``min(500, 10 % of the steps)``, never all steps."""
     warmup = min(500, num_steps // 10) if asked is None else asked
     return min(warmup, max(num_steps - 1, 0))
-
-
-def num_recalibrated(num_batches: int, num_train: int) -> int:
-    """Returns from how many images the statistics of BatchNorm come: whole batches, or all where there are fewer."""
-    whole = min(num_batches, num_train // RECALIBRATION_BATCH) * RECALIBRATION_BATCH
-    return whole or min(num_batches * RECALIBRATION_BATCH, num_train)
 
 
 def percent(epoch: int, epochs: int) -> int:

@@ -29,7 +29,7 @@ from carft_ray.study.provenance import CHANGING, differences, identity_problems,
 from carft_ray.words import counted
 
 # of result.json; all but times and the machine
-COMPARED = ("objective", "alpha", "metrics", "fine_tuned", "curve", "moved", "num_images")
+COMPARED = ("objective", "alpha", "metrics", "fine_tuned", "curve", "num_images")
 DECODED = "decoded"
 Row = dict[str, float]
 

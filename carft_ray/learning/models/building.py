@@ -108,23 +108,14 @@ def _is_reachable(address: str) -> bool:
 
 
 @contextlib.contextmanager
-def quiet(*loggers: str) -> Iterator[None]:
-    """Keeps libraries' warnings and logs off the terminal: open_clip uses the root logger, the hub's retries its own.
-
-    Args:
-        loggers: Names of others.
-    """
-    root = logging.getLogger()
+def quiet() -> Iterator[None]:
+    """Keeps libraries' warnings and logs off the terminal: open_clip uses the root logger, the hub's client its own."""
+    root, disabled = logging.getLogger(), logging.root.manager.disable
     handlers = list(root.handlers)
-    levels = {each: each.level for each in map(logging.getLogger, (None, "huggingface_hub", *loggers))}
-    for each in levels:
-        each.setLevel(logging.CRITICAL)
-    if not handlers:
-        root.addHandler(logging.NullHandler())
+    logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        for each, level in levels.items():
-            each.setLevel(level)
-        root.handlers[:] = handlers
+        logging.disable(disabled)
+        root.handlers[:] = handlers  # a call on the root logger adds one where there is none

@@ -40,7 +40,7 @@ def write_onnx(folder: Path, classifier: ImageClassifier, image_size: int, metad
     """
     pixels_BHWC = torch.zeros((2, image_size, image_size, 3), dtype=torch.uint8)  # a batch of 1 would become fixed
     # the exporter warns of what is within torch itself, and logs which constants it did not fold
-    with quiet("onnxscript", "onnx_ir", "torch.onnx"), torch.no_grad():
+    with quiet(), torch.no_grad():
         program: torch.onnx.ONNXProgram = torch.onnx.export(  # type: ignore[assignment]  # None only without dynamo
             _Deployed(classifier).eval(),
             (pixels_BHWC,),

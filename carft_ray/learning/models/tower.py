@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from carft_ray.errors import Problem, RecipeError
 from carft_ray.learning.classifier import ImageClassifier
@@ -29,7 +28,7 @@ from carft_ray.recipe.parameters import CategoricalParameter
 from carft_ray.recipe.schema import Recipe
 
 # fields of `train` that an image tower may be unable to follow, alone or together
-TOWER_FIELDS = ("freeze_layers", "lora_rank", "recalibrate_batches", "grad_checkpointing", "head_lr_factor")
+TOWER_FIELDS = ("freeze_layers", "lora_rank", "grad_checkpointing", "head_lr_factor")
 COMPILED_FROM = 1000  # steps of a training, below which ``compile: auto`` is off: compiling takes minutes
 
 logger = logging.getLogger(__name__)
@@ -163,9 +162,6 @@ def tower_problems(visual: nn.Module, train: TrainConfig) -> list[Problem]:
     if train.grad_checkpointing and not any(hasattr(module, "grad_checkpointing") for module in visual.modules()):
         step = "To need less memory, write a smaller train.micro_batch; the gradient stays the same."
         refuse("grad_checkpointing", "must be false: this image tower has no gradient checkpointing", step)
-    if train.recalibrate_batches and not any(isinstance(module, _BatchNorm) for module in visual.modules()):
-        rule = "must be 0: this image tower has no BatchNorm, whose statistics could be computed anew"
-        refuse("recalibrate_batches", rule)
     return problems
 
 

@@ -58,13 +58,10 @@ class Trained:
 
     @contextlib.contextmanager
     def mixtures(self) -> Iterator[Callable[[float], ImageClassifier]]:
-        """Gives ``mixing.Mixtures.between`` of the training's two models, on the device of the recipe.
-
-        With ``recalibrate_batches`` a mixture has the statistics that the training found for it.
-        """
-        recipe, inputs = self.recipe, self.inputs
+        """Gives ``mixing.Mixtures.between`` of the training's two models, on the device of the recipe."""
+        recipe = self.recipe
         torch.set_num_threads(recipe.resources.threads_per_worker)
-        mixtures = Mixtures(inputs.clip, self.class_head_CD, inputs.train, recipe.train, device_of(recipe))
+        mixtures = Mixtures(self.inputs.clip, self.class_head_CD, recipe.train, device_of(recipe))
         with mixtures.between(self.fine_tuned) as mixed:
             yield mixed
 
