@@ -37,14 +37,13 @@ class Family:
     layers: int
     vision: dict = field(default_factory=dict)
     has_tokenizer: bool = False
-    has_bias: bool = False
 
 
 FAMILIES = {
     "openai-vit": Family("ViT-B-32-quickgelu", "openai", 77, 4, VIT),
     "openai-resnet": Family("RN50-quickgelu", "openai", 77, 6, {"layers": [1, 1, 1, 1], "width": 16}),
-    "siglip": Family("ViT-B-16-SigLIP", "webli", 64, 4, has_tokenizer=True, has_bias=True),
-    "siglip2": Family("ViT-B-16-SigLIP2", "webli", 64, 4, has_tokenizer=True, has_bias=True),
+    "siglip": Family("ViT-B-16-SigLIP", "webli", 64, 4, has_tokenizer=True),
+    "siglip2": Family("ViT-B-16-SigLIP2", "webli", 64, 4, has_tokenizer=True),
     "metaclip2": Family("ViT-H-14-worldwide-quickgelu", "metaclip2_worldwide", 77, 4, VIT, has_tokenizer=True),
     "dfn": Family("ViT-H-14-378-quickgelu", "dfn5b", 77, 4, VIT),
     "mobileclip2": Family("MobileCLIP2-S0", "dfndr2b", 77, 7),

@@ -97,10 +97,9 @@ def test_the_kl_is_zero_at_step_0_and_a_gradient_reaches_every_layer(family, ope
         assert any(gradients[name] is not None and gradients[name].abs().sum() > 0 for name in group), group
 
 
-def test_s_and_logit_bias_come_from_the_model(family, opened):
+def test_s_comes_from_the_model(family, opened):
     clip, model, _, _ = opened(family.name)
     assert clip.logit_scale == pytest.approx(model.logit_scale.exp().item())
-    assert clip.logit_bias == (pytest.approx(-10) if family.has_bias else None)
 
 
 def test_a_logit_bias_moves_no_probability():

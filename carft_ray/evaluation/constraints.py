@@ -38,10 +38,6 @@ class Limit:
         found = self.bound - value
         return 0.0 if abs(found) < _ROUNDING else found
 
-    def measured(self, table: pa.Table, alpha: float) -> float:
-        """Returns the violation of predictions at one alpha."""
-        return self.violation(accuracy(select(table, ID_SET, alpha)))
-
 
 def limits(constraints: ConstraintsConfig, id_accuracies: Mapping[str, float]) -> tuple[Limit, ...]:
     """Returns the constraints of a recipe with their bounds, in the order of ``recipe.constraints.constraint_names``.
@@ -70,4 +66,5 @@ def stored_limits(constraints: ConstraintsConfig, prepared_dir: Path) -> tuple[L
 
 def violations_at(table: pa.Table, bounds: Sequence[Limit], alpha: float) -> dict[str, float]:
     """Returns ``violation/<name>`` of every constraint for predictions at one alpha."""
-    return {VIOLATION + limit.name: limit.measured(table, alpha) for limit in bounds}
+    id_accuracy = accuracy(select(table, ID_SET, alpha))
+    return {VIOLATION + limit.name: limit.violation(id_accuracy) for limit in bounds}

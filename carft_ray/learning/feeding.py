@@ -38,16 +38,6 @@ class Upload(NamedTuple):
     copied: "torch.cuda.Event | None"  # None: they are there
 
 
-def num_view_threads(num_threads: int, device: torch.device) -> int:
-    """Returns how many threads make views; 0: the loop itself does.
-
-    Args:
-        num_threads: Threads of a worker. On a CPU one of them computes; a GPU's loop only starts kernels.
-        device: Where the training computes.
-    """
-    return num_threads if device.type == "cuda" else num_threads - 1
-
-
 def part_size(num_images: int, num_threads: int) -> int:
     """Returns how many images of a batch a thread makes in one go."""
     return min(max(math.ceil(num_images / max(num_threads, 1)), SMALLEST_PART), LARGEST_PART)

@@ -326,7 +326,8 @@ def _views(
     num_images = len(targets.source)
     first_epoch, first_batch = divmod(first_step, math.ceil(num_images / train.batch_size))
     part = math.ceil(train.batch_size / context.world_size)
-    view_threads, stream = feeding.num_view_threads(num_threads, targets.device), targets.stream
+    # on a CPU one of them computes; a GPU's loop only starts kernels
+    view_threads, stream = num_threads - (targets.device.type != "cuda"), targets.stream
 
     def parts() -> Iterator[tuple[int, IntArray, int, list[Part]]]:
         for epoch in range(first_epoch, train.epochs):

@@ -44,8 +44,7 @@ class Clip:
         to_input: Resize and crop of the model's evaluation preprocessing, PIL image -> PIL image.
         input_key: Names ``to_input`` in cache keys.
         logit_scale: s = exp of the learned log-temperature, frozen.
-        logit_bias: Shift of all logits that a sigmoid loss has learned (SigLIP), else None. It is left out of the
-            class and the context logits: a constant shift changes no softmax.
+            A shift of all logits that a sigmoid loss has learned (SigLIP) is left out: it changes no softmax.
         config: Content of ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``.
         weights_hash: Hash of all weights, 16 hex digits.
     """
@@ -58,7 +57,6 @@ class Clip:
     to_input: Callable[[Image.Image], Image.Image]
     input_key: str
     logit_scale: float
-    logit_bias: float | None
     config: dict[str, Any]
     weights_hash: str
 
@@ -114,7 +112,6 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
     if vocabulary is not None and (largest := int(tokenizer(["a photo of a cat"]).max())) >= vocabulary:
         rule = f"the tokenizer must be that of the model, which has {vocabulary} tokens"
         raise DataError(Problem("model.name", rule, f"token {largest}"))
-    bias = getattr(model, "logit_bias", None)
     return Clip(
         model=model,
         tokenizer=tokenizer,
@@ -124,7 +121,6 @@ def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model
         to_input=to_input,
         input_key=f"{image_size}-{preprocess['interpolation']}-{preprocess['resize_mode']}",
         logit_scale=float(model.logit_scale.detach().exp()),  # type: ignore[operator]  # untyped
-        logit_bias=None if bias is None else float(bias),
         config={"model_cfg": model_config, "preprocess_cfg": {key: preprocess[key] for key in PREPROCESSING}},
         weights_hash=state_hash(model.state_dict()),
     )
