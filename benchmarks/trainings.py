@@ -47,7 +47,7 @@ from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import build_classifier
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
-from carft_ray.learning.mixing import load_mixture
+from carft_ray.learning.mixing import Mixtures
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.space import apply
 
@@ -244,13 +244,10 @@ def _run(bench: Bench, planned: Planned) -> bool:
 def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[float]) -> pa.Table:
     inputs = load_shared_inputs(recipe)
     heads = load_tensors(bench.prepared_dir / "heads.safetensors")
-    classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, CPU)
-    zero_shot, fine_tuned = classifier.state(), load_tensors(folder / WEIGHTS)
-    tests, tables = _test_sets(recipe, inputs), []
-    for alpha in alphas:
-        load_mixture(classifier, zero_shot, fine_tuned, alpha)
-        tables.append(predict_all(classifier, tests, alpha, recipe.evaluate.batch_size, RunContext()))
-    return concat(tables)
+    mixtures, tests = Mixtures(inputs.clip, heads["class_head"], recipe.train, CPU), _test_sets(recipe, inputs)
+    batch_size = recipe.evaluate.batch_size
+    with mixtures.between(load_tensors(folder / WEIGHTS)) as mixed:
+        return concat([predict_all(mixed(alpha), tests, alpha, batch_size, RunContext()) for alpha in alphas])
 
 
 def _test_sets(recipe: Recipe, inputs: SharedInputs) -> list[ImageSet]:

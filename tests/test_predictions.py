@@ -13,7 +13,6 @@ from carft_ray.evaluation.predictions import (
     concat,
     correct,
     correct_matrix,
-    num_classes,
     predictions_table,
     read_predictions,
     sample_ids,
@@ -49,7 +48,6 @@ def test_table_agrees_with_numpy(classes):
     np.testing.assert_allclose(table["brier"].to_numpy(), ((p - np.eye(classes)[labels]) ** 2).sum(1), atol=1e-12)
     assert table["sample_id"].to_numpy().tolist() == ids.tolist()
     assert accuracy(table) == (logits.argmax(1) == labels).mean()
-    assert num_classes(table) == classes
 
 
 def test_equal_logits_are_ordered_by_class_index():
@@ -81,8 +79,6 @@ def test_rows_by_set_and_alpha():
     assert alphas(table, "noisy") == [0.0, 0.6, 1.0]
     assert accuracy(select(table, "noisy", 0.6)) == accuracy(parts[5])
     assert select(table, "id_val", 0.6).to_pylist() == parts[2].to_pylist()
-    with pytest.raises(ValueError, match="one number of classes"):
-        concat([parts[0], table_of(classes=3)])
 
 
 def test_correctness_does_not_depend_on_the_order_of_the_rows():
@@ -113,7 +109,6 @@ def test_file_gives_back_the_same_table(tmp_path):
     write_predictions(path, table)
     back = read_predictions(path)
     assert back.equals(table)
-    assert num_classes(back) == 16
     assert [file.name for file in path.parent.iterdir()] == ["t.parquet"]
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
 
@@ -132,7 +127,7 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(StorageError, match="format_version of predictions must be 3, but got none"):
         read_predictions(path)
     for version in ("2", "4"):
-        pq.write_table(table_of().replace_schema_metadata({"format_version": version, "num_classes": "16"}), path)
+        pq.write_table(table_of().replace_schema_metadata({"format_version": version}), path)
         with pytest.raises(StorageError, match=f"must be 3, but got {version}\n    Evaluate the model again"):
             read_predictions(path)
     pq.write_table(table_of().drop_columns(["label"]), path)

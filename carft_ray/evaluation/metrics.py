@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 
 from carft_ray.data.source import IntArray
-from carft_ray.evaluation import predictions
 from carft_ray.evaluation.predictions import BoolArray, FloatArray
 
 NUM_BINS = 15
@@ -32,7 +31,6 @@ class Answers:
     """What a model said of the N images of one set; every metric is made from it.
 
     Attributes:
-        num_classes: C.
         labels: True classes, int [N].
         true_rank: How many classes come before the true one, int [N]: 0 is a right answer.
         confidence: Probability of the predicted class, float64 [N].
@@ -40,7 +38,6 @@ class Answers:
         brier: sum_c (p_c - y_c)^2, float64 [N].
     """
 
-    num_classes: int
     labels: IntArray
     true_rank: IntArray
     confidence: FloatArray
@@ -62,14 +59,13 @@ def answers(table: pa.Table) -> Answers:
     Args:
         table: Predictions of one set at one alpha, with at least one image (``predictions.select``).
     """
-    columns = (table[name].to_numpy() for name in ("label", "rank", "confidence", "nll", "brier"))
-    return Answers(predictions.num_classes(table), *columns)
+    return Answers(*(table[name].to_numpy() for name in ("label", "rank", "confidence", "nll", "brier")))
 
 
 def class_accuracies(given: Answers) -> dict[int, float]:
     """Returns the accuracy on the images of each class that has any, by its index, in label order."""
-    counts_C = np.bincount(given.labels, minlength=given.num_classes)
-    right_C = np.bincount(given.labels[given.correct], minlength=given.num_classes)
+    counts_C = np.bincount(given.labels)
+    right_C = np.bincount(given.labels[given.correct], minlength=len(counts_C))
     return {index: float(right_C[index] / counts_C[index]) for index in np.flatnonzero(counts_C).tolist()}
 
 

@@ -107,23 +107,11 @@ def predictions_table(
         pa.array(np.maximum(nll_N, 0.0)),
         pa.array(np.maximum(brier_N, 0.0)),
     ]
-    schema = SCHEMA.with_metadata({"format_version": str(FORMAT_VERSION), "num_classes": str(num_classes)})
-    return pa.table(columns, schema=schema)
-
-
-def num_classes(table: pa.Table) -> int:
-    """Returns C, the number of classes that the logits had."""
-    return int(table.schema.metadata[b"num_classes"])
+    return pa.table(columns, schema=SCHEMA)
 
 
 def concat(tables: Sequence[pa.Table]) -> pa.Table:
-    """Returns the rows of all tables, in order; they must have the same number of classes.
-
-    Raises:
-        ValueError: No table, or different numbers of classes.
-    """
-    if len({num_classes(table) for table in tables}) != 1:
-        raise ValueError("tables to be joined must exist and have one number of classes")
+    """Returns the rows of all tables, of which there is one, in order."""
     return pa.concat_tables(tables).unify_dictionaries().combine_chunks()
 
 
@@ -241,12 +229,11 @@ def read_predictions(path: Path) -> pa.Table:
     except (OSError, pa.ArrowException) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise StorageError(Problem(str(path), "must be a readable Parquet file", cause, next_step=step)) from error
-    metadata = table.schema.metadata or {}
-    version = metadata.get(b"format_version", b"none").decode(errors="replace")
+    version = (table.schema.metadata or {}).get(b"format_version", b"none").decode(errors="replace")
     if version != str(FORMAT_VERSION):
         rule = f"format_version of predictions must be {FORMAT_VERSION}"
         raise StorageError(Problem(str(path), rule, version, next_step=step))
-    if not table.schema.equals(SCHEMA) or not metadata.get(b"num_classes", b"").isdigit():
-        rule = f"must have the columns {', '.join(SCHEMA.names)} and num_classes"
+    if not table.schema.equals(SCHEMA):
+        rule = f"must have the columns {', '.join(SCHEMA.names)}"
         raise StorageError(Problem(str(path), rule, ", ".join(table.schema.names), next_step=step))
     return table

@@ -64,11 +64,6 @@ def _mix(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> Non
             torch.mul(start, 1 - alpha, out=mixed[name]).add_(alpha * end)
 
 
-def load_mixture(classifier: ImageClassifier, zero_shot: State, fine_tuned: State, alpha: float) -> None:
-    """Mixes weights at ``alpha`` into a classifier."""
-    _mix(classifier.state_dict(), zero_shot, fine_tuned, alpha)
-
-
 class Mixtures:
     """The mixtures of one training, one after the other in the same classifier.
 
@@ -104,7 +99,7 @@ class Mixtures:
         arranged(self._classifier)
 
         def at(alpha: float) -> ImageClassifier:
-            load_mixture(self._classifier, start, end, alpha)
+            _mix(self._classifier.state_dict(), start, end, alpha)
             return self._classifier
 
         try:
