@@ -37,7 +37,7 @@ from carft_ray.launch.runtime import RUNNER, Say
 from carft_ray.launch.session import computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.layout import CONFIRM, PREPARATION, PREPARED
+from carft_ray.layout import CONFIRM, KEPT_CHECKPOINTS, PREPARATION, PREPARED
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
@@ -51,7 +51,6 @@ from carft_ray.study.recovery import recover_confirm
 from carft_ray.study.rows import rows_by_kind
 
 NUM_SEARCHES = 200
-NUM_CHECKPOINTS = 2  # of a running training
 LEAST_DOUBT = 0.1  # of every forecast: the machine is never quite as it was
 OUTSIDE_S = 5.0  # before Ray starts and after the last training: imports; the end of Ray, table, figure
 CONFIRMED, SEEDS = 3, 3  # of `confirm`, unless it is told otherwise: trials beside the baselines, seeds of each
@@ -175,8 +174,10 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         shared = find_shared(recipe, cache_dir(recipe), say)
         runner, starts = replace(RUNNER, train=_train), time.time()
         with computing(recipe, study.study_dir, runner, address, _interrupted, say, shared) as runtime:
-            filling_s = fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
-            prepared = prepare(replace(runtime, is_filled=True), say)
+            ready = time.time()
+            fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
+            filling_s = time.time() - ready
+            prepared = prepare(runtime, say)
             begins, capacity = time.time(), runtime.capacity
             # a seed of its own: an earlier plan has not stored the frozen model's targets
             values = {**middle(recipe.search.space), "seed": time.time_ns() % 2**31}
@@ -217,7 +218,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
             "predictions": later["predictions"],
             "targets": _target_bytes(prepared),
             "cache": later["cache"],
-            "while it runs": slots * (NUM_CHECKPOINTS * later["checkpoint"] + later["weights"]),
+            "while it runs": slots * (KEPT_CHECKPOINTS * later["checkpoint"] + later["weights"]),
         },
     )
 

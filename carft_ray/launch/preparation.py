@@ -3,7 +3,7 @@
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,67 +21,58 @@ from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import with_threads
-from carft_ray.words import counted
-
-MAX_NODES_SHOWN = 3  # of many nodes that fill their caches, at a time
 
 DOING = "preparing.txt"  # in it: what the preparation does at the moment
 WAIT_NOTE_AFTER_S = 5.0  # a preparation that has not begun by then says what it lacks
-FILLING = "filling-{}.txt"  # what a node does, by Ray's name
 
 
-def progress_writer(folder: Path, name: str = DOING) -> Callable[[str], None]:
-    """Returns what a preparation in ``folder`` passes its texts to: ``run_prepare`` reads them in the driver's process.
+def progress_writer(folder: Path, node: str = "") -> Callable[[str], None]:
+    """Returns what a preparation in ``folder`` passes its texts to: the driver's process reads the newest one.
 
     Args:
         folder: Where the preparation is kept.
-        name: Of the file in between.
+        node: Begins the texts, where several nodes prepare at a time.
     """
-    path = folder.parent / RAY_FILES / name
+    path = folder.parent / RAY_FILES / DOING
 
     def say(text: str) -> None:
         with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
-            files.write_text(path, text)
+            files.write_text(path, f"{node}: {text}" if node else text)
 
     return say
 
 
-def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
+def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
     """Lists the sets, and builds what the caches lack on all nodes that can run trainings, at once and with all cores.
 
     Nodes, tasks and trials take the listing from the folder of the preparation. No GPU and no place of a trial is held
     meanwhile. A node that dies or fails as a machine is passed over: its trainings, should it come back, build for
-    themselves, and so do those on a node that comes later.
+    themselves, and so do those on a node that comes later. In this process the preparation builds.
 
     Args:
         runtime: Of the search.
         say: Given texts of what the nodes do.
-
-    Returns:
-        The seconds that the slowest node took; 0 in this process, where the preparation builds.
 
     Raises:
         CarftError: A set or the model cannot be opened; a ``ClusterError`` where a stop was asked for.
     """
     write_sets(runtime.recipe, runtime.study_dir / PREPARED)
     if runtime.runner.fill is None or runtime.in_process:
-        return 0.0
+        return
     nodes = _nodes_for_trainings(runtime.capacity)
     # a process that the preparation may not use again (Ray keeps those with GPUs apart) would hold a model for nothing
     max_calls = 1 if runtime.capacity.gpus_per_worker or len(nodes) > 1 else 0
     pending = {}
-    for node_id in nodes:
+    for node_id, address in nodes.items():
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)  # type: ignore[call-overload]
-        pending[task.remote(runtime)] = node_id
-    show, longest_s = _changes(say), 0.0
+        pending[task.remote(runtime, address if len(nodes) > 1 else "")] = node_id
+    show = _changes(say)
     while pending:
-        _check_not_stopped(runtime)
-        for done in ray.wait(list(pending), timeout=STOP_CHECK_S)[0]:
-            node_id, reason = pending.pop(done), ""
+        for done in _ended(runtime, list(pending), show):
+            node_id = pending.pop(done)
             try:
-                seconds, reason = ray.get(done)
-                longest_s = max(longest_s, seconds)
+                reason = ray.get(done)
             except Exception as error:  # of another kind than of sets: the preparation meets it, too, or is spared it
                 cause = getattr(error, "cause", error)
                 if isinstance(cause, CarftError):
@@ -92,29 +83,25 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> float:
         alive = _nodes_for_trainings(runtime.capacity)
         for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
             say(f"{nodes[pending.pop(lost)]} is gone: the search continues without it")
-        texts = {}
-        for node_id in pending.values():
-            with contextlib.suppress(OSError):
-                texts[node_id] = (runtime.study_dir / RAY_FILES / FILLING.format(node_id)).read_text()
-        show(_of_nodes(texts, nodes))
-    return longest_s
+    files.remove(_doing(runtime))
 
 
-def fill_new_nodes(runtime: Runtime, new: Set[str]) -> None:
-    """Begins to fill the caches of nodes that have come while trainings run, and does not wait for them.
+def _doing(runtime: Runtime) -> Path:
+    return runtime.study_dir / RAY_FILES / DOING
 
-    A training that starts there in the meantime waits for the set that is being built. One that fails is passed over.
 
-    Args:
-        runtime: Of the search.
-        new: Ray's names of the nodes.
+def _ended(runtime: Runtime, tasks: list[Any], show: Callable[[str], None]) -> list[Any]:
+    """Waits a moment, shows what is being done, and returns the tasks that have ended.
+
+    Raises:
+        ClusterError: The study's stop file is there, from which the caller knows that it was no fault (``stop``).
     """
-    if new and runtime.runner.fill is not None:
-        for node_id in new & _nodes_for_trainings(runtime.capacity).keys():
-            where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
-            ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=1, scheduling_strategy=where)(_fill).remote(  # type: ignore[call-overload]
-                runtime
-            )
+    if files.seen(runtime.study_dir / STOP):
+        raise ClusterError(Problem("preparation", "was stopped on request"))
+    ended: list[Any] = ray.wait(tasks, timeout=STOP_CHECK_S)[0]
+    with contextlib.suppress(OSError):
+        show(_doing(runtime).read_text())
+    return ended
 
 
 def _changes(say: Callable[[str], None]) -> Callable[[str], None]:
@@ -130,12 +117,6 @@ def _changes(say: Callable[[str], None]) -> Callable[[str], None]:
     return show
 
 
-def _check_not_stopped(runtime: Runtime) -> None:
-    """Raises where the study's stop file is there, from which the caller knows that it was no fault (``stop``)."""
-    if files.seen(runtime.study_dir / STOP):
-        raise ClusterError(Problem("preparation", "was stopped on request"))
-
-
 def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     """Returns the addresses of the live nodes on which a worker fits, by Ray's name."""
     need = capacity.worker_resources.items()
@@ -146,35 +127,22 @@ def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     }
 
 
-def _of_nodes(texts: dict[str, str], nodes: dict[str, str]) -> str:
-    """Returns what the nodes do in one line; where there is one node, its own words.
-
-    Args:
-        texts: What they write, by Ray's name.
-        nodes: The addresses of all nodes.
-    """
-    if len(nodes) == 1:
-        return next(iter(texts.values()), "")
-    lines = [f"{nodes[node_id]}: {text}" for node_id, text in texts.items()]
-    more = [f"{counted(len(lines) - MAX_NODES_SHOWN, 'more node')}"] if len(lines) > MAX_NODES_SHOWN else []
-    return "; ".join(lines[:MAX_NODES_SHOWN] + more)
-
-
-def _fill(runtime: Runtime) -> tuple[float, str]:
-    """Fills the cache of this node; returns the seconds that it took, and why it could not where the machine failed."""
+def _fill(runtime: Runtime, node: str) -> str:
+    """Fills the cache of this node; returns why it could not where the machine failed."""
     if runtime.runner.fill is None or not_visible(runtime):  # a training on this node will say so
-        return 0.0, ""
-    node_id, prepared = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
+        return ""
+    prepared = runtime.study_dir / PREPARED
     try:
-        return runtime.runner.fill(runtime.recipe, prepared, progress_writer(prepared, FILLING.format(node_id))), ""
+        runtime.runner.fill(runtime.recipe, prepared, progress_writer(prepared, node))
     except Exception as error:
         if lost_rank(error, RunContext()) is None:
             raise
-        return 0.0, " ".join(str(error).split())
+        return " ".join(str(error).split())
+    return ""
 
 
 def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Fills the caches of all nodes unless they are filled, then runs the preparation in a Ray task or in this process.
+    """Fills the caches of all nodes, then runs the preparation in a Ray task or in this process.
 
     The task asks for what a worker gets. All cores of the node are used.
 
@@ -187,26 +155,20 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
     """
     capacity, folder = runtime.capacity, runtime.study_dir / PREPARED
     if runtime.in_process:
-        if not runtime.is_filled:
-            fill_nodes(runtime, say)
+        fill_nodes(runtime, say)
         return runtime.runner.prepare(with_threads(runtime.recipe, environment.usable_cores()), folder, say)
     kind = {name: amount for name, amount in capacity.worker_resources.items() if name not in ("CPU", "GPU")}
     task = ray.remote(
         num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, resources=kind, max_retries=0
     )(_prepare)
-    path, show = runtime.study_dir / RAY_FILES / DOING, _changes(say)
+    path, show = _doing(runtime), _changes(say)
     shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:
-        if not runtime.is_filled:
-            fill_nodes(runtime, say)
-        pending, has_ended, began = task.remote(runtime), False, time.monotonic()
-        while not has_ended:
-            _check_not_stopped(runtime)
-            has_ended = bool(ray.wait([pending], timeout=STOP_CHECK_S)[0])
-            with contextlib.suppress(OSError):
-                show(path.read_text())
-                continue
-            if time.monotonic() - began >= WAIT_NOTE_AFTER_S and (lacks := lacking_for(capacity, 1)):
+        fill_nodes(runtime, say)
+        pending, began = task.remote(runtime), time.monotonic()
+        while not _ended(runtime, [pending], show):
+            waits = time.monotonic() - began >= WAIT_NOTE_AFTER_S and not files.seen(path)
+            if waits and (lacks := lacking_for(capacity, 1)):
                 show(f"the preparation waits for a node: it {lacks}")
         metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already

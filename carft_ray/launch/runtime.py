@@ -19,21 +19,19 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import must_leave
 
 Say = Callable[[str], None]
-Fill = Callable[[Recipe, Path, Say], float]
+Fill = Callable[[Recipe, Path, Say], None]
 Prepare = Callable[[Recipe, Path, Say], dict[str, Any]]
 Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
 
 STOP_CHECK_S = 0.5
 
 
-def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> float:
-    """``evaluation.shared_inputs.fill_cache``, imported where it runs. Returns the seconds that it took."""
+def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> None:
+    """``evaluation.shared_inputs.fill_cache``, imported where it runs."""
     from carft_ray.evaluation import shared_inputs
 
     forget_pickled_columns()
-    began = time.monotonic()
     shared_inputs.fill_cache(recipe, prepared_dir, say)
-    return time.monotonic() - began
 
 
 def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
@@ -82,7 +80,6 @@ class Runtime:
         in_process: Run all in the driver's own process, without Ray.
         attached: The Ray is not ours: its nodes come and go.
         may_grow: An autoscaler may add nodes to it.
-        is_filled: The sets are listed and the caches filled (``preparation.fill_nodes``).
     """
 
     recipe: Recipe
@@ -92,7 +89,6 @@ class Runtime:
     in_process: bool = False
     attached: bool = False
     may_grow: bool = False
-    is_filled: bool = False
 
     @property
     def nested(self) -> bool:

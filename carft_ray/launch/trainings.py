@@ -21,11 +21,10 @@ from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Event
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
-from carft_ray.launch.preparation import fill_new_nodes
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.growth import present_capacity, write_concurrency
-from carft_ray.launch.ray_cluster.nodes import BadNodes, alive_nodes, why_waiting
+from carft_ray.launch.ray_cluster.nodes import BadNodes, why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_workers import tune_trainable
 from carft_ray.launch.runtime import Runtime, stop_reader
@@ -64,7 +63,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
             capacity.asked,
             capacity.reason,
             capacity.one_node,
-            _following(runtime, drains) if runtime.attached else None,
+            functools.partial(_capacity_now, runtime, drains) if runtime.attached else None,
             functools.partial(_changed, study, on_event),
         ),
         on_event,
@@ -75,7 +74,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         end_process=end_process,
         why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
-        bad_nodes=BadNodes(fits=functools.partial(_fits, runtime, drains)),
+        bad_nodes=BadNodes(fits=lambda without: _capacity_now(runtime, drains, without).concurrency > 0),
         drains=drains,
     )
     with stop_file_on_signal(study.study_dir / STOP):
@@ -90,23 +89,10 @@ def _changed(study: Study, on_event: Callable[[Event], None], concurrency: int, 
     on_event(ConcurrencyChanged(concurrency, reason))
 
 
-def _fits(runtime: Runtime, drains: Drains | None, without: Sequence[str]) -> bool:
-    """Tells whether a training fits now on the nodes that stay, without some of them."""
+def _capacity_now(runtime: Runtime, drains: Drains | None, without: Sequence[str] = ()) -> Capacity:
+    """Returns how trainings fit now on the nodes that stay, without some of them."""
     gone = {*without, *(drains.nodes() if drains else ())}
-    return present_capacity(runtime.recipe, runtime.may_grow, gone).concurrency > 0
-
-
-def _following(runtime: Runtime, drains: Drains | None) -> Callable[[], Capacity]:
-    """Returns what tells how trainings fit now; nodes that are new then begin to fill their caches."""
-    known = set(alive_nodes())
-
-    def now() -> Capacity:
-        nodes = set(alive_nodes())
-        fill_new_nodes(runtime, nodes - known)
-        known.update(nodes)
-        return present_capacity(runtime.recipe, runtime.may_grow, drains.nodes() if drains else ())
-
-    return now
+    return present_capacity(runtime.recipe, runtime.may_grow, gone)
 
 
 def _run_here(driver: Driver, runtime: Runtime) -> None:

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
+from carft_ray.layout import KEPT_CHECKPOINTS
 
 FORMAT_VERSION = 1
-KEEP = 2  # newest checkpoints that stay while a training runs: if the last is damaged, the one before it serves
 WEIGHTS, OPTIMIZER, AVERAGE = "weights.safetensors", "optimizer.safetensors", "average.safetensors"
 _NAME = re.compile(r"^attempt-(\d+)/step-(\d+)$")
 
@@ -152,7 +152,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         }
         content["sha256"]["state"] = _sha256_of_state(content)
         files.write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
-    for _, old in _folders(checkpoint_dir)[KEEP:]:
+    for _, old in _folders(checkpoint_dir)[KEPT_CHECKPOINTS:]:
         files.remove_folder(old)
     return folder
 
