@@ -233,7 +233,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
     assert cause in str(caught.value)
     check_told(str(caught.value))
     [row] = [row for row in trials(study_dir) if row.set_aside]
-    assert row.reason.startswith(f"1 attempts in a row were lost and did not advance; the last: {cause}")
+    assert row.reason.startswith(f"1 attempts in a row did not advance; the last: {cause}")
     check_told(row.reason)
     for words, told in (
         (["ls", study_dir], f"set aside: {row.reason}"),

@@ -19,9 +19,9 @@ from test_loop import largest_difference, settings
 from tiny import make_tiny_clip
 
 from carft_ray import files
-from carft_ray.errors import CarftError, DataError, DivergedError, MachineError, Problem, StorageError
+from carft_ray.errors import DataError, DivergedError, MachineError, Problem, StorageError
 from carft_ray.evaluation.heads import build_heads
-from carft_ray.launch.failures.causes import UNKNOWN, device_error_step, lost_rank
+from carft_ray.launch.failures.causes import UNKNOWN, lost_rank
 from carft_ray.launch.worker import run_worker
 from carft_ray.learning import checkpoint, loop
 from carft_ray.learning.context import RunContext
@@ -76,13 +76,10 @@ def test_a_worker_that_is_alone_has_no_peer_to_lose():
     assert lost_rank(OSError(errno.EIO, "Input/output error"), RunContext()) == 0
 
 
-def test_an_error_of_a_device_has_the_step_at_which_it_was_raised():
+def test_an_error_of_a_device_is_of_the_machine_of_this_rank():
     error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    assert device_error_step(error) == 0
-    error.add_note("at step 17 of 40")
-    assert device_error_step(error) == 17
-    assert device_error_step(raised_from(CarftError("no"), error)) == 17
-    assert device_error_step(RuntimeError("shapes cannot be multiplied")) is None
+    assert lost_rank(error, RunContext()) == 0
+    assert lost_rank(raised_from(ValueError("no"), error), RunContext(1, 2)) == 1
 
 
 def gloo(function, *args):

@@ -168,7 +168,7 @@ def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the
         assert [row.name for row in study.set_aside()] == [spec.name]
     row, _ = trials(study_dir)
     assert (row.outcome, row.set_aside) == ("running", True)
-    assert row.reason == "5 attempts in a row were lost and did not advance; the last: the process died"
+    assert row.reason == "5 attempts in a row did not advance; the last: the process died"
     trial = optuna_study(study_dir).trials[0]
     assert (trial.state, trial.constraints) == (TrialState.RUNNING, {})
     log = (spec.folder(study_dir) / "log.txt").read_text()
@@ -191,22 +191,21 @@ def test_lost_attempts_that_advance_have_no_limit(study_dir):
         assert study.next().attempt == 4 * LOST_ATTEMPTS
 
 
-def test_an_error_of_a_device_is_a_verdict_when_it_comes_back_at_the_same_step(study_dir):
-    def lose(study, step):
-        spec = study.next()
-        failure = Failure("lost", "AcceleratorError: CUDA error", spec.attempt, 5, "Traceback ...", "node7", step)
-        write_failure(spec.folder(study_dir), failure)
-        assert read_failure(spec.folder(study_dir), spec.attempt) == failure
-        row = study.settle(spec)
-        if row is None:  # read again after a kill of the driver, it is one error still
-            assert study.settle(spec) is None
-        return study.lost(spec, failure.reason) if row is None else (row.outcome, row.reason)
-
+def test_an_exception_is_a_verdict_when_it_comes_back_and_no_attempt_has_advanced_in_between(study_dir):
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
         recover_running(study)
-        told = [lose(study, step) for step in (7, 12, None, 12)]
-        assert told == ["repeated"] * 4
-        assert lose(study, 12) == ("error", "AcceleratorError: CUDA error")
+        for step in (10, 20):
+            spec = study.next()
+            advance(study_dir, spec, step)
+            fail(study_dir, spec, "error", "IndexError")
+            assert study.settle(spec) is None
+            assert study.settle(spec) is None  # read again after a kill of the driver, it is one exception still
+            study.waiting.pop()
+        assert study.lost(study.next(), "its node is gone") == "repeated"
+        spec = study.next()
+        fail(study_dir, spec, "error", "IndexError")
+        row = study.settle(spec)
+        assert (row.outcome, row.reason, row.attempt) == ("error", "IndexError", 4)
 
 
 def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):

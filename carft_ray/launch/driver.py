@@ -108,7 +108,6 @@ class Driver:
         self._failed: list[TrialRow] = []  # trials, in this search
         self._failed_s: list[float] = []  # what the last attempt of each took
         self._failed_in_a_row = 0  # attempts
-        self._only_lost = True  # these were all lost, none ended with an exception
         self._gpu_s = self.study.gpu_seconds()  # of attempts that have ended
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
@@ -437,12 +436,11 @@ class Driver:
 
         The limit grows with the number of trainings at a time, so that losing half of a cluster ends no search.
         """
-        self._only_lost = lost and (self._only_lost or not self._failed_in_a_row)
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
         if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self.at_a_time.most):
             rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {reason}"
             step = "What is finished is kept. Mend the cause, then run the same command again."
-            kind = MachineError if self._only_lost else NoSuccessfulTrialError
+            kind = MachineError if lost else NoSuccessfulTrialError
             raise kind(Problem("search", rule, next_step=step))
 
     def fail(self, error: Exception) -> None:

@@ -212,6 +212,4 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
         return Failure("lost", reason, attempt, ClusterError.exit_code, node=node)
     if isinstance(error, CarftError):
         return Failure("fatal", text, attempt, error.exit_code)
-    if (step := causes.device_error_step(error)) is not None:
-        return Failure("lost", line, attempt, ClusterError.exit_code, node=nodes[context.rank][0], step=step)
     return Failure("error", line, attempt)

@@ -159,7 +159,6 @@ class Failure:
         exit_code: Of the error.
         details: A traceback for the log; of ``lost`` those of the workers that were left, kept in the file until then.
         node: Of ``lost``: Ray's name of the node that failed; empty where it is not known.
-        step: Of ``lost``: the last known step when the device itself reported the error; None for other causes.
     """
 
     outcome: Literal["diverged", "error", "lost", "memory", "fatal"]
@@ -168,7 +167,6 @@ class Failure:
     exit_code: int = 1
     details: str = ""
     node: str = ""
-    step: int | None = None
 
 
 @dataclass(frozen=True)

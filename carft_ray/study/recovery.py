@@ -10,7 +10,7 @@ from carft_ray.study import outcome
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
 from carft_ray.study.proposals import warm_start
 from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, row_of, trainings
-from carft_ray.study.study import LOST, Study
+from carft_ray.study.study import STUCK, Study
 
 
 def check_recoverable(study: Study) -> None:
@@ -60,9 +60,8 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
         if row := study.settle(spec) if spec.attempt and not mended else None:
             ended.append(row)
             continue
-        for name in (SET_ASIDE, LOST):  # this is another search
-            if study.journal.attribute(spec, name):
-                study.journal.note(spec, {name: None})
+        if study.journal.attribute(spec, SET_ASIDE):  # this is another search
+            study.journal.note(spec, {SET_ASIDE: None, STUCK: None})
         if spec not in study.waiting and spec.name != ZERO_SHOT:  # which is never trained
             study.waiting.append(spec)
     return ended

@@ -9,8 +9,9 @@
 | worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
 | lost again and again without advancing | running, set aside | nothing: the next search tries it again |
 
-An attempt advances when it leaves a newer checkpoint than the lost one before it. There is no limit while attempts
-advance; after ``LOST_ATTEMPTS`` in a row that do not, the training is set aside and the others continue.
+An attempt advances when it leaves a newer checkpoint than the failed one before it. There is no limit while attempts
+advance. Of attempts in a row that do not, the second exception is a verdict, and after ``LOST_ATTEMPTS`` the training
+is set aside and the others continue.
 """
 
 from collections import deque
@@ -35,10 +36,9 @@ from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, app
 from carft_ray.study.proposals import pruning, space
 from carft_ray.study.rows import LATE_CUT, SET_ASIDE, SPENT, ZERO_SHOT, rows_of, trainings
 
-ERRORS = 2  # attempts that end with an exception before the study gets the outcome: it must come back once
-LOST_ATTEMPTS = 5  # attempts lost in a row without advancing before a training is set aside
-# attributes of a training: lost attempts in a row and how far they came, step and attempt of an error of its device
-LOST, DEVICE_ERROR, FAILED = "lost_attempts", "device_error", "failed_attempts"
+ERRORS = 2  # attempts that end with an exception, none advancing, before the study gets the outcome
+LOST_ATTEMPTS = 5  # attempts in a row that do not advance before a training is set aside
+STUCK = "without_progress"  # attribute of a training: its attempts in a row that failed without advancing
 
 
 class Study:
@@ -155,21 +155,28 @@ class Study:
         if failure.outcome == "memory":  # the micro-batch is at fault
             self.repeat(spec)
             return None
-        if failure.outcome == "error":
-            failed = sorted({*(self.journal.attribute(spec, FAILED) or []), spec.attempt})
-            self.journal.note(spec, {FAILED: failed})
-            if len(failed) < ERRORS:
-                self.repeat(spec)
-                return None
-        if failure.outcome != "lost":
-            return self._pruned(spec, failure.outcome, failure.reason)
-        step, attempt = self.journal.attribute(spec, DEVICE_ERROR) or (None, 0)
-        if failure.step != step:
-            self.journal.note(spec, {DEVICE_ERROR: [failure.step, spec.attempt]})
-        if failure.step is None or failure.step != step or spec.attempt == attempt:
+        if failure.outcome == "lost":
             return None
-        append_log(folder, f"attempt {spec.attempt}: the same error of the device at the same step\n{failure.details}")
-        return self._pruned(spec, "error", failure.reason)
+        if failure.outcome == "error" and self._stuck(spec, folder, is_error=True)["errors"] < ERRORS:
+            self.repeat(spec)
+            return None
+        return self._pruned(spec, failure.outcome, failure.reason)
+
+    def _stuck(self, spec: TrialSpec, folder: Path, is_error: bool = False) -> dict[str, Any]:
+        """Counts an attempt that was lost or has ended with an exception, once.
+
+        Returns:
+            Since an attempt has advanced: ``number`` of such attempts, ``errors`` among them; and ``progress`` now.
+        """
+        none = {"attempt": 0, "progress": [0, 0], "number": 0, "errors": 0}
+        before, now = self.journal.attribute(spec, STUCK) or none, progress_of(folder)
+        if before["attempt"] == spec.attempt:
+            return dict(before)
+        before = none if now > before["progress"] else before
+        numbers = {"number": before["number"] + 1, "errors": before["errors"] + is_error}
+        found = {"attempt": spec.attempt, "progress": now, **numbers}
+        self.journal.note(spec, {STUCK: found})
+        return found
 
     def _pruned(self, spec: TrialSpec, verdict: str, reason: str) -> TrialRow:
         return self._ended(self.journal.tell(spec, TrialState.PRUNED, {"outcome": verdict, "reason": reason}))
@@ -193,15 +200,12 @@ class Study:
         """
         folder = spec.folder(self.study_dir)
         outcome.log_lost(folder, spec.attempt, reason, details)
-        before, now = self.journal.attribute(spec, LOST) or {}, progress_of(folder)
-        advanced = now > before.get("progress", [0, 0])
-        number = 1 if advanced else before.get("number", 0) + 1
-        self.journal.note(spec, {LOST: {"progress": now, "number": number}})
-        if number < LOST_ATTEMPTS:
+        found = self._stuck(spec, folder)
+        if found["number"] < LOST_ATTEMPTS:
             self.repeat(spec)
-            return "advanced" if advanced else "repeated"
+            return "advanced" if found["number"] == 1 and found["progress"] > [0, 0] else "repeated"
         raise_fence(folder, spec.attempt + 1)  # should it wake up, it writes nothing any more
-        why = f"{number} attempts in a row were lost and did not advance; the last: {outcome.rounded(reason)}"
+        why = f"{found['number']} attempts in a row did not advance; the last: {outcome.rounded(reason)}"
         self.journal.note(spec, {SET_ASIDE: why})
         return "set aside"
 

@@ -165,7 +165,9 @@ def _root(text: str) -> str:
 
 
 def lost_rank(error: BaseException, context: RunContext) -> int | None:
-    """Returns the worker whose machine has failed, when an exception shows that a worker, node or disk has gone.
+    """Returns the worker whose machine has failed, when an exception shows that a worker, node, disk or GPU has failed.
+
+    Being out of memory on a GPU is handled before.
 
     Args:
         error: The exception; what it was raised from counts, too.
@@ -181,6 +183,8 @@ def lost_rank(error: BaseException, context: RunContext) -> int | None:
             return context.rank
         if is_death(each):
             return UNKNOWN
+        if type(each).__name__ == "AcceleratorError" or DEVICE.search(str(each)):
+            return context.rank
         if context.world_size > 1 and isinstance(each, RuntimeError | ValueError) and PEER.search(str(each)):
             return UNKNOWN
     return None
@@ -189,18 +193,6 @@ def lost_rank(error: BaseException, context: RunContext) -> int | None:
 def is_death(error: BaseException) -> bool:
     """Tells whether Ray or torch.distributed says that a process or its node has gone."""
     return any(kind.__name__ in TYPES for kind in type(error).__mro__)
-
-
-def device_error_step(error: BaseException) -> int | None:
-    """Returns the step at which a GPU has reported an error (0: in none), or None for another exception.
-
-    Being out of memory is no such error; it is handled before.
-    """
-    if not any(type(each).__name__ == "AcceleratorError" or DEVICE.search(str(each)) for each in _chain(error)):
-        return None
-    notes = [note for each in _chain(error) for note in getattr(each, "__notes__", ())]
-    steps = [int(found[1]) for note in notes if (found := re.match(r"at step (\d+) ", note))]
-    return steps[0] if steps else 0
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
