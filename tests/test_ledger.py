@@ -123,30 +123,30 @@ def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
 # tampering
 
 TAMPERINGS = {
-    "the first line removed": (lambda lines: lines[1:], "line 1, the first, was removed; it was 'winner fixed'"),
-    "a middle line removed": (lambda lines: [lines[0], lines[2]], "line 2, was removed; it was 'test'"),
-    "the last line removed": (lambda lines: lines[:2], "line 3, the last, was removed; it was 'test'"),
-    "two lines removed": (lambda lines: lines[:1], "line 2, was removed"),
-    "all lines removed": (lambda lines: [], "the whole file, 3 lines, was removed"),
-    "another order": (lambda lines: [lines[0], lines[2], lines[1]], "another order"),
-    "a line twice": (lambda lines: [*lines, lines[1]], "a line is there twice"),
+    "the first line removed": (lambda lines: lines[1:], "differs from line 1 on"),
+    "a middle line removed": (lambda lines: [lines[0], lines[2]], "differs from line 2 on"),
+    "the last line removed": (lambda lines: lines[:2], "differs from line 3 on"),
+    "two lines removed": (lambda lines: lines[:1], "differs from line 2 on"),
+    "all lines removed": (lambda lines: [], "differs from line 1 on, but got 0 lines"),
+    "another order": (lambda lines: [lines[0], lines[2], lines[1]], "differs from line 2 on"),
+    "a line twice": (lambda lines: [*lines, lines[1]], "differs from line 4 on, but got 4 lines"),
     "a line appended": (
         lambda lines: [*lines, lines[2].replace('"number": 3', '"number": 4')],
-        "line 4 was not written by carft-ray",
+        "differs from line 4 on",
     ),
-    "a line that is no JSON": (lambda lines: [*lines, "hello"], "line 4 was not written by carft-ray"),
+    "a line that is no JSON": (lambda lines: [*lines, "hello"], "differs from line 4 on"),
     "the last line edited": (
         lambda lines: [*lines[:2], lines[2].replace("ein Gr", "kein Gr").replace("id_test", "id_val")],
-        "line 3 was edited",
+        "differs from line 3 on",
     ),
     "a middle line edited": (
         lambda lines: [lines[0], lines[1].replace("sketch", "photo"), lines[2]],
-        "line 2 was edited",
+        "differs from line 2 on",
     ),
-    "the first line edited": (lambda lines: [lines[0].replace("t0001", "t0000"), *lines[1:]], "line 1 was edited"),
+    "the first line edited": (lambda lines: [lines[0].replace("t0001", "t0000"), *lines[1:]], "differs from line 1 on"),
     "a number edited": (
         lambda lines: [lines[0], lines[1].replace('"number": 2', '"number": 7'), lines[2]],
-        "line 2 was edited",
+        "differs from line 2 on",
     ),
 }
 
@@ -167,23 +167,16 @@ def test_tampering_is_found_and_named(study_dir, name):
     assert lines_of(study_dir) == after  # nothing is mended that was not left by a kill
 
 
-def test_a_removed_and_an_edited_line_are_both_named(study_dir):
-    lines = lines_of(study_dir)
-    put(study_dir, [lines[1].replace("sketch", "photo"), lines[2]])
-    assert "line 2 was edited" in told(study_dir)
-    assert "line 1, the first, was removed" in told(study_dir)
-
-
 def test_a_removed_file_is_found(study_dir):
     (study_dir / "ledger.jsonl").unlink()
-    assert "the whole file, 3 lines, was removed" in told(study_dir)
+    assert "differs from line 1 on, but got 0 lines" in told(study_dir)
 
 
 def test_a_cut_last_line_is_found(study_dir):
     path = study_dir / "ledger.jsonl"
     path.write_bytes(path.read_bytes()[:-5])
     assert "its last line must be whole" in told(study_dir)
-    assert "line 3, the last, was removed" in told(study_dir)
+    assert "differs from line 3 on" in told(study_dir)
 
 
 def test_a_line_removed_from_the_file_and_the_manifest_comes_back_from_the_journal(study_dir):
@@ -220,7 +213,7 @@ def test_a_manifest_that_was_edited_is_found(study_dir):
 
 def test_a_first_line_without_a_study_that_knows_of_it_is_found(fresh, study_dir):
     put(fresh, lines_of(study_dir)[:1])
-    assert "line 1 was not written by carft-ray" in told(fresh)
+    assert "differs from line 1 on" in told(fresh)
 
 
 def test_a_damaged_note_in_the_manifest_is_a_storage_error(study_dir):
@@ -331,5 +324,5 @@ def test_the_recipe_of_another_study_is_not_written_down(study_dir):
 
 def test_a_search_on_a_damaged_ledger_is_refused(study_dir):
     put(study_dir, lines_of(study_dir)[:2])
-    with pytest.raises(HoldOutError, match="line 3, the last, was removed"):
+    with pytest.raises(HoldOutError, match="differs from line 3 on"):
         require_unread(study_dir, larger(4), "because")

@@ -172,9 +172,9 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     out, err, found = status()
     assert "Test sets were read" not in out
     assert "warning: " in err
-    assert "line 1 was edited" in err
+    assert "differs from line 1 on" in err
     assert found["test_reads"] is None
-    assert "line 1 was edited" in found["problems"][0]
+    assert "differs from line 1 on" in found["problems"][0]
     assert steps(study_dir) == ["ls"]
     manifest = study_dir / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "ledger": 7}))

@@ -226,7 +226,7 @@ def test_a_removed_line_is_told_and_stops_the_next_read(run, again):
     (again / "ledger.jsonl").unlink()
     code, _, err = run("test", "study", "--again", "why not")
     assert code == 8
-    assert "the whole file, 1 line, was removed" in err
+    assert "it differs from line 1 on, but got 0 lines" in err
 
 
 # other studies of the same images

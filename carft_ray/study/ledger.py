@@ -14,7 +14,6 @@ What this cannot show: someone who rewrites journal, file and manifest together,
 copy. It keeps honest people from forgetting a read, and makes hiding one an act of forgery.
 """
 
-import contextlib
 import getpass
 import hashlib
 import json
@@ -22,6 +21,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,7 +135,10 @@ def _problems(study_dir: Path, copies: _Copies) -> list[Problem]:
         rest = f"{counted(len(copies.rest), 'byte')} without an end"
         problems.append(Problem(place, "its last line must be whole", rest))
     if copies.lines != known:
-        problems += [Problem(place, text) for text in _differences(copies.lines, known)]
+        pairs = zip_longest(copies.lines, known)
+        first = next(number for number, (line, written) in enumerate(pairs, start=1) if line != written)
+        rule = f"must have the {counted(len(known), 'line')} that {JOURNAL} has; it differs from line {first} on"
+        problems.append(Problem(place, rule, counted(len(copies.lines), "line")))
     elif any(_entry(line).previous != _head(known[:index]) for index, line in enumerate(known)):
         problems.append(Problem(place, "each line must hold the hash of the one before", "a broken chain"))
     if problems:
@@ -310,40 +313,6 @@ def _entry(line: str) -> Entry:
 
 def _head(lines: list[str]) -> str:
     return hashlib.sha256(lines[-1].encode()).hexdigest() if lines else ""
-
-
-def _differences(lines: list[str], known: list[str]) -> list[str]:
-    """Returns in what a file differs from the lines that were written, as sentences."""
-    if not lines:
-        return [f"the whole file, {counted(len(known), 'line')}, was removed"]
-    missing = {number: line for number, line in enumerate(known, start=1) if line not in lines}
-    found = []
-    for position, line in enumerate(lines, start=1):
-        number = next((each for each in (_number(line), position) if each in missing), None)
-        if line not in known and number is not None:
-            found.append(f"line {number} was edited; it was {_short(missing.pop(number))}")
-        elif line not in known:
-            found.append(f"line {position} was not written by carft-ray")
-    for number, line in missing.items():
-        which = "the first, " if number == 1 else "the last, " if number == len(known) else ""
-        found.append(f"line {number}, {which}was removed; it was {_short(line)}")
-    kept = [known.index(line) for line in lines if line in known]
-    if len(set(kept)) < len(kept):
-        found.append("a line is there twice")
-    if sorted(kept) != kept:
-        found.append("the lines are in another order than they were written in")
-    return found
-
-
-def _number(line: str) -> int | None:
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return int(json.loads(line)["number"])
-    return None
-
-
-def _short(line: str) -> str:
-    entry = _entry(line)
-    return f"{entry.purpose!r}, {entry.time}, by {entry.user}"
 
 
 def _user() -> str:
