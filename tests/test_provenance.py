@@ -149,7 +149,7 @@ def test_a_study_does_not_go_on_with_other_names_of_the_classes():
     assert identity_problems(before, dict(before)) == []
     (problem,) = identity_problems(before, {**before, "classes": ["dog", "cat"]})
     assert str(problem).startswith(
-        "data.classes: the classes must be those of the manifest: cat, dog, but got dog, cat"
+        'data.classes: the classes must be as in the manifest, ["cat", "dog"], but got ["dog", "cat"]'
     )
 
 
@@ -159,8 +159,8 @@ def test_a_study_does_not_go_on_with_another_version_of_the_views():
     assert identity_problems(before, {"data": {}}) == []  # of a test set, which has no views
     (problem,) = identity_problems(before, {**before, "augmentation": {"view_version": 2}})
     assert str(problem) == (
-        "code: the training views must be those of the manifest, version 1, but got version 2 now\n"
-        "    Run the code of the study (commit abc), or begin anew in another folder."
+        "code: the training views must be as in the manifest, 1, but got 2\n"
+        "    Run the code of the study (its commit is there), or begin anew in another folder."
     )
 
 
@@ -170,8 +170,8 @@ def test_a_study_does_not_go_on_with_another_meaning_of_compile():
     assert identity_problems({**before, "preparation": {}}, before) == []  # of a study from before there was a choice
     (problem,) = identity_problems(before, {**before, "preparation": {"compile": False}})
     assert str(problem) == (
-        "train.compile: must be true, as it was decided before the first training, but got false here\n"
-        "    Restore the study's folder prepared, which says so, or begin anew in another folder."
+        "train.compile: the meaning of auto must be as in the manifest, true, but got false\n"
+        "    Restore the study's folder prepared, or begin anew in another folder."
     )
 
 

@@ -129,7 +129,7 @@ def test_other_weights_are_named_and_nothing_is_left_behind(here, original):
     state["logit_scale"] = state["logit_scale"] + 1
     save_file(state, path)
     try:
-        with pytest.raises(DataError, match="model: the weights must be those of the manifest"):
+        with pytest.raises(DataError, match="model: the weights must be as in the manifest"):
             again(here / "study", "0")
     finally:
         path.write_bytes(kept)

@@ -8,6 +8,7 @@ history                                             later searches on other code
 """
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from carft_ray import environment, files
 from carft_ray.data.shared.shared_images import read_shared, shared_counts
 from carft_ray.errors import DataError, Problem
 from carft_ray.layout import MANIFEST
+from carft_ray.recipe.checks.messages import shown
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.text import dotted
@@ -23,6 +25,12 @@ from carft_ray.recipe.text import dotted
 PROVENANCE = "provenance"
 CHANGING = ("code", "versions", "hardware")  # may change between two searches of one study; kept in the history
 TEST_ROLES = ("id_test", "ood_test")
+_COMPARED = (  # besides the sets: place, what it is, its keys in the provenance, next step
+    ("data.classes", "the classes", ("classes",), "Restore their names and order"),
+    ("model", "the weights", ("model", "weights_hash"), "Restore the weights"),
+    ("train.compile", "the meaning of auto", ("preparation", "compile"), "Restore the study's folder prepared"),
+    ("code", "the training views", ("augmentation", "view_version"), "Run the code of the study (its commit is there)"),
+)
 
 
 def known_at_once(recipe: Recipe) -> dict[str, Any]:
@@ -90,29 +98,18 @@ def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Probl
             value += f", {found['num_images']} images instead of {kept['num_images']}"
         step = "Restore the images, or begin anew in another folder: numbers of two data sets do not mix."
         problems.append(Problem(place, rule, value, next_step=step))
-    kept, found = before.get("classes"), now.get("classes")
-    if kept is not None and found is not None and kept != found:
-        rule = f"the classes must be those of the manifest: {', '.join(kept[:5])}{' ...' if len(kept) > 5 else ''}"
-        value = f"{', '.join(found[:5])}{' ...' if len(found) > 5 else ''} now"
-        step = "Restore their names and order, or begin anew in another folder."
-        problems.append(Problem("data.classes", rule, value, next_step=step))
-    if "model" in now and now["model"] != before["model"]:
-        kept, found = before["model"]["weights_hash"], now["model"]["weights_hash"]
-        rule = f"the weights must be those of the manifest, hash {kept}"
-        step = "Restore the weights, or begin anew in another folder."
-        problems.append(Problem("model", rule, f"hash {found} now", next_step=step))
-    kept, found = (each.get("preparation", {}).get("compile") for each in (before, now))
-    if None not in (kept, found) and kept != found:
-        rule = f"must be {str(kept).lower()}, as it was decided before the first training"
-        step = "Restore the study's folder prepared, which says so, or begin anew in another folder."
-        problems.append(Problem("train.compile", rule, f"{str(found).lower()} here", next_step=step))
-    kept, found = (each.get("augmentation", {}).get("view_version") for each in (before, now))
-    if None not in (kept, found) and kept != found:
-        rule = f"the training views must be those of the manifest, version {kept}"
-        commit = before.get("code", {}).get("commit")
-        step = f"Run the code of the study{f' (commit {commit})' if commit else ''}, or begin anew in another folder."
-        problems.append(Problem("code", rule, f"version {found} now", next_step=step))
+    for place, what, keys, step in _COMPARED:
+        kept, found = (_at(each, keys) for each in (before, now))
+        if None not in (kept, found) and kept != found:
+            rule = f"{what} must be as in the manifest, {shown(kept)}"
+            problems.append(Problem(place, rule, shown(found), next_step=f"{step}, or begin anew in another folder."))
     return problems
+
+
+def _at(found: Any, keys: Sequence[str]) -> Any:
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
