@@ -13,12 +13,10 @@ from ray.tune.search import Searcher
 from stand_in import make_recipe
 from test_driver import Tune
 
-from carft_ray import files
 from carft_ray.cli import main
 from carft_ray.errors import BudgetError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
@@ -114,17 +112,6 @@ def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
     tune.finish(first)
     tune.driver.began -= 3600 - LEAST_MARGIN_S - 98
     assert tune.driver.check_stop()
-
-
-def test_the_time_that_workers_waited_for_a_training_counts_as_its_gpu_hours(tune):
-    tune = tune(gpu_hours=1)
-    tune.driver.leaks = Leaks(tune.driver.study.study_dir, dict, lambda name: None)  # as with a Ray Train group
-    trial = tune.start()
-    alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "g", "gpus": 2.0, "idle_s": 25.0}
-    files.write_json(tune.folder(trial) / HEARTBEAT, alive)
-    tune.look()
-    tune.finish(trial)
-    assert 2 * 25 <= tune.driver.study.gpu_seconds() < 2 * 60
 
 
 def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_next_search(tune):

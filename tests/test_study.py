@@ -479,24 +479,6 @@ def test_the_first_word_of_an_attempt_stands(tmp_path):
     assert (tmp_path / "log.txt").read_text().count("attempt") == 3
 
 
-@pytest.mark.parametrize(
-    ("reason", "shown"),
-    [
-        ("loss 23.923758908177817; gradient norm inf", "loss 23.92; gradient norm inf"),
-        ("0.00001234567, 1.23456789e-07 and 1234567.891011", "1.235e-05, 1.235e-07 and 1234568"),
-        ("it was -0.123456789.", "it was -0.1235."),
-        ("torch 2.12345.1 on 10.0.0.1, 0.25 of 3 GPUs", "torch 2.12345.1 on 10.0.0.1, 0.25 of 3 GPUs"),
-        ("runs/lr-0.0012345/1.234567/log.txt", "runs/lr-0.0012345/1.234567/log.txt"),
-    ],
-)
-def test_numbers_in_a_reason_have_four_digits_and_the_log_keeps_the_rest(tmp_path, reason, shown):
-    write_failure(tmp_path, Failure("error", reason, 1, details=f"Traceback: {reason}"))
-    assert read_failure(tmp_path, 1).reason == shown
-    first, rest = (tmp_path / "log.txt").read_text().splitlines()
-    assert first.endswith(f"attempt 1: error: {shown}")
-    assert rest == f"Traceback: {reason}"
-
-
 @pytest.mark.slow
 def test_a_full_disk_is_one_message(study_dir):
     """In a process of its own, whose files may not grow: what fails is the append to the journal."""

@@ -280,7 +280,7 @@ class Driver:
         with files.passing_faults():  # then nothing is new
             alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt, alive)
         if alive and not attempt.alive and self.leaks is not None:
-            attempt.began = now - alive.idle_s  # since then its workers have held their resources for it
+            attempt.began = now  # since then its workers have held their resources for it
         attempt.alive = alive or attempt.alive
         step_ns = alive.last_step_ns if alive else 0
         if step_ns != attempt.step_ns:

@@ -173,7 +173,7 @@ def _worker(config: Row) -> None:
     while order := from_rank_0(context, partial(next, orders, None)):
         spec, out_dir = TrialSpec(**order["spec"]), Path(order["folder"])
         should_stop = stop_reader(runtime.study_dir, out_dir, spec.attempt)
-        if not run_worker(runtime, spec, out_dir, replace(context, should_stop=should_stop), order["idle_s"]):
+        if not run_worker(runtime, spec, out_dir, replace(context, should_stop=should_stop)):
             raise RuntimeError(f"{spec.name} failed, see its folder")
         gather(context, None)  # no rank has failed
 
@@ -187,9 +187,9 @@ def _orders(runtime: Runtime, folder: Path, nodes: Sequence[str]) -> Iterator[Ro
         nodes: Ray's names of the nodes of its workers.
 
     Yields:
-        What ``WorkerGroup.run`` has written, and ``idle_s``: how long the workers had no training.
+        What ``WorkerGroup.run`` has written.
     """
-    stop, offset, number, free_since = runtime.study_dir / STOP, 0, 0, time.monotonic()
+    stop, offset, free_since = runtime.study_dir / STOP, 0, time.monotonic()
     while True:
         rows, offset = _new_rows(folder / ORDERS, offset)
         if not rows:
@@ -200,10 +200,9 @@ def _orders(runtime: Runtime, folder: Path, nodes: Sequence[str]) -> Iterator[Ro
         order = rows[-1]
         if not order["number"]:
             return
-        idle_s = time.monotonic() - free_since if number else 0.0
         number = order["number"]
         files.append_line(folder / TOLD, json.dumps({"begun": number, "nodes": nodes}))
-        yield {**order, "idle_s": idle_s}
+        yield order
         free_since = time.monotonic()
         is_last = files.seen(stop) or must_leave(Path(order["folder"]), order["spec"]["attempt"])
         files.append_line(folder / TOLD, json.dumps({"ended": number, "last": is_last}))

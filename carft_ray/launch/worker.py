@@ -33,7 +33,7 @@ HEARTBEAT_EVERY_S = 1.0  # steps are reported to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
 
 
-def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext, idle_s: float = 0.0) -> bool:
+def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
     """Runs one attempt in this process; how it ended lies in the folder afterwards.
 
     Once the driver has begun another attempt, it writes nothing more and ends at its next check or write.
@@ -43,7 +43,6 @@ def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCont
         spec: The attempt.
         folder: Of the training.
         context: Rank and stop flag.
-        idle_s: For how long the process has held its resources without a training; it counts as this attempt's.
 
     Returns:
         Whether it ended well: finished, or stopped after a checkpoint.
@@ -53,14 +52,14 @@ def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCont
     """
     try:
         with files.fenced(lambda: check_fence(folder, spec.attempt)):
-            return _run_worker(runtime, spec, folder, context, idle_s)
+            return _run_worker(runtime, spec, folder, context)
     except OutdatedAttemptError:
         return False
     finally:
         free_device()  # for the next training of this process, and for those of others that share the GPU
 
 
-def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext, idle_s: float) -> bool:
+def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext) -> bool:
     recipe, nodes = runtime.recipe, tuple[tuple[str, str], ...]()
     try:
         nodes = _meet(runtime, context)
@@ -73,7 +72,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(recipe, runtime.study_dir, context.world_size)
         gpus = runtime.capacity.num_workers * runtime.capacity.gpus_per_worker
-        alive = {"began": time.time() - idle_s, "idle_s": idle_s, "gpus": gpus, "nodes": list(nodes)}
+        alive = {"began": time.time(), "gpus": gpus, "nodes": list(nodes)}
         with _heartbeat(folder, spec.attempt, context, alive, runtime.recipe.resources.hang_timeout_s) as context:
             result = runtime.runner.train(recipe, folder, runtime.study_dir / PREPARED, context, spec.attempt)
     except OutdatedAttemptError:

@@ -153,13 +153,12 @@ class Journal:
         before = known[spec.number].intermediate_values if spec.number in known else {}
         known[spec.number] = PrunerTrial({**before, percent: value}, complete=False)
 
-    def complete(self, spec: TrialSpec, result: Mapping[str, Any], attributes: Mapping[str, Any]) -> TrialRow:
+    def complete(self, spec: TrialSpec, result: Mapping[str, Any]) -> TrialRow:
         """Writes a result.
 
         Args:
             spec: The attempt.
             result: Content of its ``result.json``.
-            attributes: More to be kept.
 
         Raises:
             StorageError: The result of a trial lacks what its search needs.
@@ -171,8 +170,7 @@ class Journal:
             if missing:
                 place = str(spec.folder(self._study_dir) / RESULT)
                 raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
-        kept = {**result_attributes(result, lowest), **attributes}
-        return self.tell(spec, TrialState.COMPLETE, kept, result["objective"])
+        return self.tell(spec, TrialState.COMPLETE, result_attributes(result, lowest), result["objective"])
 
     def tell(
         self, spec: TrialSpec, state: TrialState, attributes: Mapping[str, Any], objective: float | None = None

@@ -7,7 +7,6 @@ all. A worker writes them, the study reads them.
 import hashlib
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -38,7 +37,6 @@ from carft_ray.recipe.schema import ResourcesConfig
 FORMAT_VERSION = 1
 
 Kind = Literal["trial", "baseline", "confirm"]
-_LONG_NUMBER = re.compile(r"(?<![\w./-])-?\d+\.\d{5,}(?:[eE][-+]?\d+)?(?!\w|\.\d|/)")  # none in a path or version
 Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
 
 
@@ -79,7 +77,6 @@ class TrialRow:
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``study.front``).
-        late_cut: Of a complete training that the pruner would have cut, but that had ended by then: why.
     """
 
     kind: Kind
@@ -102,7 +99,6 @@ class TrialRow:
     set_aside: bool = False  # left to the next search: its attempts were lost without advancing; see ``reason``
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
-    late_cut: str = ""
 
     def __post_init__(self) -> None:
         """Raises a ``StorageError`` when no folder may have the name."""
@@ -131,7 +127,6 @@ class Heartbeat:
         began: When the attempt began, seconds since 1970.
         gpus: GPUs that its workers hold together.
         nodes: Of each rank: Ray's name of its node, and the node's address.
-        idle_s: For how long its workers had no training before; ``began`` counts it.
     """
 
     attempt: int
@@ -142,7 +137,6 @@ class Heartbeat:
     began: float = 0.0
     gpus: float = 0.0
     nodes: tuple[tuple[str, str], ...] = ()
-    idle_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -154,7 +148,7 @@ class Failure:
             device or disk failed, and another attempt follows. ``memory`` is none: the micro-batch was too large for
             the device, and the next attempt takes a smaller one. ``fatal`` is none: disk, data or recipe are at fault
             and every other trial would end the same way, so the search stops.
-        reason: One line; written with its numbers ``rounded``.
+        reason: One line.
         attempt: The attempt that failed.
         exit_code: Of the error.
         details: A traceback for the log; of ``lost`` those of the workers that were left, kept in the file until then.
@@ -203,16 +197,6 @@ def trial_name(number: int, values: Mapping[str, Any]) -> str:
     return f"t{number:04d}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
-def rounded(text: str) -> str:
-    """Returns text with its long decimal numbers rounded to four digits, as a line for a table has them."""
-    return _LONG_NUMBER.sub(lambda found: _short(found[0]), text)
-
-
-def _short(number: str) -> str:
-    value = float(number)
-    return f"{value:.0f}" if 1e4 <= abs(value) < 1e12 else f"{value:.4g}"
-
-
 def read_result(folder: Path) -> dict[str, Any] | None:
     """Returns the content of ``result.json`` when it is there and valid: known version, finite objective."""
     content = _read(folder / RESULT)
@@ -242,7 +226,7 @@ def write_failure(folder: Path, failure: Failure) -> None:
         StorageError: The folder cannot be written.
     """
     if failure.outcome != "lost":
-        line = f"attempt {failure.attempt}: {failure.outcome}: {rounded(failure.reason)}"
+        line = f"attempt {failure.attempt}: {failure.outcome}: {failure.reason}"
         append_log(folder, f"{line}\n{failure.details.rstrip()}")
         failure = replace(failure, details="")
     if read_failure(folder, failure.attempt) is None:
@@ -255,8 +239,7 @@ def replace_failure(folder: Path, failure: Failure) -> None:
     Raises:
         StorageError: The folder cannot be written.
     """
-    content = {**asdict(failure), "reason": rounded(failure.reason)}
-    files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, **content})
+    files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, **asdict(failure)})
 
 
 def log_lost(folder: Path, attempt: int, reason: str, details: str = "") -> None:
@@ -265,7 +248,7 @@ def log_lost(folder: Path, attempt: int, reason: str, details: str = "") -> None
     Raises:
         StorageError: The log cannot be written.
     """
-    append_log(folder, "\n".join([f"attempt {attempt}: lost: {rounded(reason)}", *filter(None, [details.rstrip()])]))
+    append_log(folder, "\n".join([f"attempt {attempt}: lost: {reason}", *filter(None, [details.rstrip()])]))
 
 
 def progress_of(folder: Path) -> list[int]:
@@ -387,7 +370,7 @@ def read_heartbeat(folder: Path, attempt: int, known: Heartbeat | None = None) -
     began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
     nodes = tuple((str(node_id), str(address)) for node_id, address in content.get("nodes", []))
     names = content["pid"], content["node_id"], content["group"]
-    return Heartbeat(attempt, *names, last_step_ns, began, gpus, nodes, content.get("idle_s", 0.0))
+    return Heartbeat(attempt, *names, last_step_ns, began, gpus, nodes)
 
 
 def left_behind(folder: Path, attempt: int, resources: ResourcesConfig) -> tuple[float, float]:

@@ -26,9 +26,8 @@ OUTSIDE = "outside"  # attribute of a trial outside the space: its state and val
 # the training with that number, and a trial of another study
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 VALUE_ATTRIBUTE = "look/"  # with the percent: an intermediate value of a trial with two objectives
-LATE_CUT = "late_cut"  # why a training would have been cut that had ended by then
 SPENT = "attempts_s"  # attempt -> [seconds, GPUs]; written when an attempt ends, however it ends
-SAME_NAMES = ("alpha", "at_chance", "metrics", LATE_CUT)  # attributes that a row has, too
+SAME_NAMES = ("alpha", "at_chance", "metrics")  # attributes that a row has, too
 SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
 
 

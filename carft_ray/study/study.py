@@ -34,7 +34,7 @@ from carft_ray.study.journal import Journal
 from carft_ray.study.lease import Lease
 from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of, raise_fence
 from carft_ray.study.proposals import pruning, space
-from carft_ray.study.rows import LATE_CUT, SET_ASIDE, SPENT, ZERO_SHOT, rows_of, trainings
+from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, rows_of, trainings
 
 ERRORS = 2  # attempts that end with an exception, none advancing, before the study gets the outcome
 LOST_ATTEMPTS = 5  # attempts in a row that do not advance before a training is set aside
@@ -94,8 +94,7 @@ class Study:
         """Notes an intermediate value of a running trial, and decides whether its training is cut there.
 
         The decision is in the trial's folder before the value is in the study, so a kill in between loses neither. A
-        value that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut. Of a
-        training that has ended, the study notes that the cut would have come too late (``LATE_CUT``).
+        value that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut.
 
         Args:
             spec: The attempt; only trials are ever cut.
@@ -115,13 +114,9 @@ class Study:
         cut, reason = outcome.read_cut(folder), None
         if cut is not None and percent > cut.percent:
             return None
-        if cut is None:
+        if cut is None and not files.exists(folder / RESULT):  # else it would come too late
             others = [trial for number, trial in known.items() if number != spec.number]
             reason = pruning.cut_reason(pruner, {**before, percent: value}, others)
-            if reason is not None and files.exists(folder / RESULT):
-                if self.journal.attribute(spec, LATE_CUT) is None:
-                    self.journal.note(spec, {LATE_CUT: reason})
-                reason = None
             if reason is not None:
                 outcome.write_cut(folder, Cut(spec.attempt, percent, reason))
         self.journal.report(spec, percent, value)
@@ -143,7 +138,7 @@ class Study:
                 self.report(spec, line)
         cut = outcome.read_cut(folder)
         if result is not None:
-            return self._ended(self.journal.complete(spec, result, {LATE_CUT: cut.reason} if cut else {}))
+            return self._ended(self.journal.complete(spec, result))
         if cut is not None:
             return self._pruned(spec, "pruned", cut.reason)
         failure = outcome.read_failure(folder, spec.attempt)
@@ -205,7 +200,7 @@ class Study:
             self.repeat(spec)
             return "advanced" if found["number"] == 1 and found["progress"] > [0, 0] else "repeated"
         raise_fence(folder, spec.attempt + 1)  # should it wake up, it writes nothing any more
-        why = f"{found['number']} attempts in a row did not advance; the last: {outcome.rounded(reason)}"
+        why = f"{found['number']} attempts in a row did not advance; the last: {reason}"
         self.journal.note(spec, {SET_ASIDE: why})
         return "set aside"
 

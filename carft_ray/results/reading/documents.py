@@ -166,10 +166,9 @@ def pruner_quality(pruner: AnyPruner, rows: Sequence[TrialRow]) -> dict[str, Any
         rows: The trials.
 
     Returns:
-        ``name``, ``num_cut``, ``num_late`` (complete trials that would have been cut, but had ended by then),
-        ``trials`` (complete ones with such values), ``rank_correlation`` (Spearman's, of the last intermediate value at
-        which a training could have been cut with its final objective; None where it is not defined), ``lines``, and
-        ``warning`` (None, or a sentence).
+        ``name``, ``num_cut``, ``trials`` (complete ones with such values), ``rank_correlation`` (Spearman's, of the
+        last intermediate value at which a training could have been cut with its final objective; None where it is not
+        defined), ``lines``, and ``warning`` (None, or a sentence).
     """
     if pruner.name == "none":
         return None
@@ -184,11 +183,9 @@ def pruner_quality(pruner: AnyPruner, rows: Sequence[TrialRow]) -> dict[str, Any
 
     correlation = rank_correlation([value for value, _ in pairs], [objective for _, objective in pairs])
     num_cut = sum(row.outcome == "pruned" for row in rows)
-    num_late = sum(bool(row.late_cut) for row in rows)
-    late = f", {num_late} more would have been, but had ended before the cut took effect" if num_late else ""
     shown = "not known yet" if correlation is None else f"{correlation:.2f}"
     line = (
-        f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut{late}; rank correlation of the last intermediate value "
+        f"Pruner {pruner.name}: {counted(num_cut, 'trial')} cut; rank correlation of the last intermediate value "
         f"with the final objective: {shown} ({counted(len(pairs), 'complete trial')})."
     )
     warning = None
@@ -201,7 +198,6 @@ def pruner_quality(pruner: AnyPruner, rows: Sequence[TrialRow]) -> dict[str, Any
     return {
         "name": pruner.name,
         "num_cut": num_cut,
-        "num_late": num_late,
         "trials": len(pairs),
         "rank_correlation": correlation,
         "warning": warning,
