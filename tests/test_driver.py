@@ -634,6 +634,9 @@ def test_it_saves_nothing(tune, tmp_path):
     assert not list(tmp_path.glob("searcher*"))
 
 
+REST = "; what is left on each node or GPU is too little"
+
+
 @pytest.mark.parametrize(
     ("nodes", "resources", "concurrency", "one_node", "reason"),
     [
@@ -645,28 +648,28 @@ def test_it_saves_nothing(tune, tmp_path):
         ([(4, 1)], {"gpus_per_worker": 0.5}, 2, True, "1 GPU, 0.5 a trial"),
         # Ray counts in ten-thousandths, and a share of a GPU lies on one GPU
         ([(8, 1)], {"gpus_per_worker": 0.2}, 5, True, "1 GPU, 0.2 a trial"),
-        ([(64, 8)], {"gpus_per_worker": 0.3}, 24, True, "8 GPUs, 0.3 a trial: 3 on each"),
-        ([(64, 8)], {"gpus_per_worker": 0.6}, 8, True, "8 GPUs, 0.6 a trial: 1 on each"),
+        ([(64, 8)], {"gpus_per_worker": 0.3}, 24, True, "8 GPUs, 0.3 a trial" + REST),
+        ([(64, 8)], {"gpus_per_worker": 0.6}, 8, True, "8 GPUs, 0.6 a trial" + REST),
         ([(64, 8)], {"gpus_per_worker": 1 / 3}, 24, True, "8 GPUs, 0.333333 a trial"),
         ([(1, 0)], {"cpus_per_worker": 0.1}, 10, True, "1 CPU, 0.1 a trial"),
         ([(1, 0)], {"cpus_per_worker": 0.1, "num_workers": 3}, 3, True, "1 CPU, 0.3 a trial"),
         # what is left over on each node is of no use
-        ([(3, 0), (3, 0)], {"cpus_per_worker": 2}, 2, True, "2 nodes with 3 CPUs each, 2 CPUs a trial on one node"),
-        ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "2 nodes with 3 CPUs each, 2 CPUs a trial on one node"),
+        ([(3, 0), (3, 0)], {"cpus_per_worker": 2}, 2, True, "6 CPUs, 2 a trial" + REST),
+        ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "6 CPUs, 2 a trial" + REST),
         (
             [(64, 3), (64, 3), (64, 0)],
             {"gpus_per_worker": 1, "num_workers": 2},
             2,
             True,
-            "2 nodes with 3 GPUs each, 2 GPUs a trial on one node",
+            "6 GPUs, 2 a trial" + REST,
         ),
-        ([(64, 3), (64, 1)], {"num_workers": 2}, 1, True, "2 nodes with 1 to 3 GPUs, 2 GPUs a trial on one node"),
+        ([(64, 3), (64, 1)], {"num_workers": 2}, 1, True, "4 GPUs, 2 a trial" + REST),
         (
             [(3, 0)] * 5,
             {"cpus_per_worker": 2, "num_workers": 2},
             2,
             False,
-            "5 nodes with 3 CPUs each, 2 workers a trial, 2 CPUs each",
+            "15 CPUs, 4 a trial" + REST,
         ),
         # CPUs are what one node lacks, GPUs another
         (
@@ -674,14 +677,14 @@ def test_it_saves_nothing(tune, tmp_path):
             {},
             2,
             True,
-            "2 nodes with 1 to 8 CPUs and 1 to 8 GPUs, 1 CPU and 1 GPU a trial on one node",
+            "9 GPUs, 1 a trial" + REST,
         ),
         (
             [(8, 1), (1, 8)],
             {"num_workers": 2},
             1,
             False,
-            "2 nodes with 1 to 8 CPUs and 1 to 8 GPUs, 2 workers a trial, 1 CPU and 1 GPU each",
+            "9 GPUs, 2 a trial" + REST,
         ),
     ],
 )
@@ -690,7 +693,7 @@ def test_concurrency_is_what_the_nodes_hold(nodes, resources, concurrency, one_n
     assert (capacity.concurrency, capacity.one_node, capacity.reason) == (concurrency, one_node, reason)
 
 
-def test_a_reason_that_names_no_nodes_is_the_whole_reason():
+def test_a_reason_without_a_rest_is_the_whole_reason():
     """As many as the reason's own division says, for all small clusters."""
     for sizes in itertools.product([(1, 0), (3, 1), (2, 3), (5, 2)], repeat=2):
         for cpus, gpus, workers in itertools.product((0.5, 1, 2), (0, 0.3, 0.5, 1, 2), (1, 2, 3)):
@@ -701,13 +704,9 @@ def test_a_reason_that_names_no_nodes_is_the_whole_reason():
                 capacity = capacity_of(make_recipe(resources=resources), tuple(Node(*size) for size in sizes))
             except ClusterError:
                 continue
-            found = re.fullmatch(r"([\d.]+) [CG]PUs?, ([\d.]+) a trial(?:: (\d) on each)?", capacity.reason)
-            if found and found[3]:
-                assert capacity.concurrency == int(found[1]) * int(found[3])
-            elif found:
-                assert capacity.concurrency == Fraction(found[1]) // Fraction(found[2])
-            else:
-                assert re.match(r"2 nodes with .*( a trial on one node| workers a trial, .* each)$", capacity.reason)
+            found = re.fullmatch(rf"([\d.]+) [CG]PUs?, ([\d.]+) a trial({REST})?", capacity.reason)
+            whole = Fraction(found[1]) // Fraction(found[2])
+            assert capacity.concurrency < whole if found[3] else capacity.concurrency == whole
 
 
 def test_concurrency_of_the_recipe_wins_where_it_is_smaller():

@@ -167,7 +167,7 @@ def amount_text(amount: float, name: str) -> str:
 
 
 def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_workers: int, one_node: bool) -> str:
-    """Returns why no more trials fit.
+    """Returns why no more trials fit: how much there is of the scarcest resource, and what a trial takes of it.
 
     Args:
         fitting: How many do.
@@ -176,35 +176,13 @@ def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_wo
         num_workers: As in ``Capacity``.
         one_node: As in ``Capacity``.
     """
-    by_one = {name: _num_trials(counts, num_workers, one_node) for name, counts in _slots(need, nodes).items()}
-    scarcest = min(
-        reversed(need), key=lambda name: (by_one[name], sum(_slots(need, nodes)[name]))
-    )  # of equals the GPUs
-    if by_one[scarcest] == fitting:
-        need = {scarcest: need[scarcest]}  # the others do not matter
-    there = {name: [node.amount(name) for node in nodes] for name in need}
-    if len(need) == 1:
-        [(name, amount)] = need.items()
-        total, part = sum(there[name]), int(amount * UNITS)
-        if round(total * UNITS) // (part * num_workers) == fitting:
-            return f"{amount_text(total, name)}, {amount * num_workers:g} a trial"
-        if name == "GPU" and part < UNITS:
-            return f"{amount_text(total, name)}, {amount:g} a trial: {UNITS // part} on each"
-        there = {name: [amount for amount in there[name] if amount]}  # a head node without GPUs explains nothing
-    amounts = [there[name] for name in need]
-    spans = " and ".join(_span(there[name], name) for name in need)
-    alike = " each" if all(len({*each}) == 1 for each in amounts) else ""
-    place = f"{counted(len(amounts[0]), 'node')} with {spans}{alike}"
-    needed = {name: amount * (num_workers if one_node else 1) for name, amount in need.items()}
-    each = " and ".join(amount_text(amount, name) for name, amount in needed.items())
-    if one_node:
-        return f"{place}, {each} a trial on one node"
-    return f"{place}, {counted(num_workers, 'worker')} a trial, {each} each"
-
-
-def _span(amounts: list[float], name: str) -> str:
-    least, most = min(amounts), max(amounts)
-    return amount_text(most, name) if least == most else f"{least:g} to {amount_text(most, name)}"
+    slots = _slots(need, nodes)
+    by_one = {name: (_num_trials(counts, num_workers, one_node), sum(counts)) for name, counts in slots.items()}
+    name = min(reversed(need), key=lambda name: by_one[name])  # of equals the GPUs
+    total, amount = sum(node.amount(name) for node in nodes), need[name]
+    reason = f"{amount_text(total, name)}, {amount * num_workers:g} a trial"
+    is_all = round(total * UNITS) // (int(amount * UNITS) * num_workers) == fitting
+    return reason if is_all else f"{reason}; what is left on each node or GPU is too little"
 
 
 @dataclass(eq=False)
