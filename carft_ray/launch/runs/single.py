@@ -8,14 +8,13 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.data.shared.shared_images import SharedRow, write_shared
-from carft_ray.errors import OutOfMemoryError, Problem, StorageError, UsageError
+from carft_ray.errors import OutOfMemoryError, Problem, UsageError
 from carft_ray.evaluation.training import run_training
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import RUNNER
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption, stop_file_on_signal
-from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP, WEIGHTS
-from carft_ray.learning.checkpoint import newest_checkpoint
+from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.schema import Recipe
@@ -76,7 +75,6 @@ def train_once(
             say(held.note)
         claim(out_dir, recipe, change_space=True)  # it has no space
         files.remove_remains(out_dir)
-        _check_checkpoints(out_dir)
         begin(out_dir, recipe)
         if shared is not None:
             write_shared(out_dir, shared)
@@ -143,13 +141,3 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
     if not has_training:
         files.require_new(out_dir, "--out", is_ours)
-
-
-def _check_checkpoints(out_dir: Path) -> None:
-    """Refuses to begin again unasked when checkpoints are there and none can be read."""
-    if files.exists(out_dir / WEIGHTS):  # the checkpoints have done their work
-        return
-    checkpoint, damaged = newest_checkpoint(out_dir / CHECKPOINTS)
-    if checkpoint is None and damaged:
-        step = f"Remove {out_dir / 'checkpoint'} to begin again from the first step."
-        raise StorageError([*damaged, Problem(str(out_dir), "must hold a checkpoint that can be read", next_step=step)])
