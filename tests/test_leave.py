@@ -22,10 +22,8 @@ from ray.cluster_utils import Cluster
 from carft_ray import files
 from carft_ray.launch.events import TrialEpoch
 from carft_ray.launch.ray_cluster.ray_private import draining_nodes
-from carft_ray.launch.runs.ray_train import train_with_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner, stop_reader
-from carft_ray.study.identity import claim
 from carft_ray.study.outcome import read_heartbeat, write_leave
 from carft_ray.study.rows import baselines, trials
 
@@ -108,17 +106,6 @@ def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, 
     found = run_search(recipe, study_dir, two_nodes, on_event, RUNNER)
     assert (found.best.outcome, found.best.attempt) == ("complete", 2)
     drained.check(found.best.folder(study_dir))
-
-
-@pytest.mark.nodes
-def test_a_single_training_of_ray_train_continues_on_the_other_node_too(tmp_path, two_nodes):
-    stand_in.tell(tmp_path, seconds=1)
-    out_dir, drained = tmp_path / "one", Drained()
-    recipe = stand_in.make_recipe(epochs=6, resources={"executor": "ray-train", "gpus_per_worker": 0})
-    claim(out_dir, recipe)
-    result, _ = train_with_ray(recipe, out_dir, two_nodes, "", lambda row: drained.epoch(out_dir), RUNNER)
-    assert result["alpha"] == 0.5
-    drained.check(out_dir)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """One training by a group of Ray Train workers, for the ``train`` verb; the loop is that of the trials."""
 
-import contextlib
 import logging
 import shutil
 from collections.abc import Callable
@@ -11,16 +10,15 @@ from typing import Any
 import ray
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, Problem, StorageError
+from carft_ray.errors import ClusterError, Problem
 from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
-from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_workers import NestedRun
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
-from carft_ray.layout import CHECKPOINTS, ERROR, HEARTBEAT, LEAVE, LOG, METRICS, RAY_FILES, STOP
+from carft_ray.layout import CHECKPOINTS, ERROR, HEARTBEAT, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study import outcome
 from carft_ray.study.outcome import TrialSpec
@@ -66,20 +64,18 @@ def train_with_ray(
     while True:
         attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
         spec = TrialSpec("trial", 0, "train", {}, attempt)
-        for stale in (STOP, ERROR, LEAVE, HEARTBEAT):  # of an attempt of this number, which ended without a checkpoint
+        for stale in (STOP, ERROR, HEARTBEAT):  # of an attempt of this number, which ended without a checkpoint
             files.remove(out_dir / stale)
         try:
             with computing(recipe, out_dir, runner, address, interrupted, say) as runtime:
                 prepared = run_prepare(runtime, say)
                 with stop_file_on_signal(out_dir / STOP):
                     actor: Any = ray.remote(num_cpus=0, resources=HEAD_ONLY)(NestedRun).remote()
-                    gone, leaves = _wait(actor.run.remote(runtime, spec, out_dir), out_dir, attempt, on_epoch)
+                    gone = _wait(actor.run.remote(runtime, spec, out_dir), out_dir, on_epoch)
         finally:
             shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
         if (result := outcome.read_result(out_dir)) is not None:
             return result, prepared
-        if leaves:
-            outcome.excuse(out_dir, attempt)
         failure = outcome.read_failure(out_dir, attempt)
         if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
             number, before = 0, [0, 0]
@@ -88,17 +84,12 @@ def train_with_ray(
             raise outcome.failure_error(failure, "train", out_dir)
         if files.seen(out_dir / STOP):
             raise interrupted()
-        if leaves and failure is None and not gone:
-            outcome.log_left(out_dir, attempt, leaves)
-            logger.warning("the training gets another attempt: %s", leaves)
-            continue
         reason, _, details = (gone or "they ended without a message").partition("\n")
         if failure is not None:
             reason, details = failure.reason, failure.details
         elif runtime.attached and START_TIMEOUT in reason:  # it has only waited for nodes
             logger.warning("the training waits again: %s", reason)
             continue
-        reason = f"{reason}, before it could leave: {leaves}" if leaves else reason
         outcome.log_lost(out_dir, attempt, reason, details)
         now = outcome.progress_of(out_dir)
         number, before = 1 if now > before else number + 1, now
@@ -109,24 +100,15 @@ def train_with_ray(
         logger.warning("the training gets another attempt: %s", reason)
 
 
-def _wait(task: ray.ObjectRef[str], out_dir: Path, attempt: int, on_epoch: Callable[[Row], None]) -> tuple[str, str]:
-    """Waits for an attempt, passes on its epochs, and asks it to leave a node that is being taken away.
-
-    Returns:
-        Why it was lost (``causes.explained``), and why it was asked to leave; empty where it was not.
-    """
-    metrics_path, drains, leaves = out_dir / METRICS, Drains(), ""
-    has_ended, offset = False, files.read_new_lines(metrics_path, 0)[1]
+def _wait(task: ray.ObjectRef[str], out_dir: Path, on_epoch: Callable[[Row], None]) -> str:
+    """Waits for an attempt and passes on its epochs; returns why it was lost (``causes.explained``)."""
+    has_ended, offset = False, files.read_new_lines(out_dir / METRICS, 0)[1]
     while not has_ended:
         has_ended = bool(ray.wait([task], timeout=CHECK_EVERY_S)[0])
-        rows, offset = files.read_new_lines(metrics_path, offset)
+        rows, offset = files.read_new_lines(out_dir / METRICS, offset)
         for row in rows:
             on_epoch(row)
-        with contextlib.suppress(StorageError), files.passing_faults():
-            if not leaves and (reason := drains.reason(outcome.read_heartbeat(out_dir, attempt))):
-                outcome.write_leave(out_dir, attempt, reason)
-                leaves = reason
     try:
-        return str(ray.get(task)), leaves
+        return str(ray.get(task))
     except ray.exceptions.RayError as error:
-        return explained(error), leaves
+        return explained(error)
