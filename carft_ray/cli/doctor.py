@@ -47,7 +47,7 @@ def doctor(
         step = f"Run it there:  ray job submit --address {address} -- carft-ray doctor RECIPE --address auto"
         raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.data.shared.pairs_file import check_pairs_path, write_pairs
-    from carft_ray.evaluation.doctor import Diagnosis, as_plain_data, examine
+    from carft_ray.evaluation.doctor import as_plain_data, examine
     from carft_ray.progress import counting
     from carft_ray.recipe.loading import load_recipe
 
@@ -59,18 +59,15 @@ def doctor(
         console.warn("--study has no effect without --address: this machine alone is checked")
     value = load_recipe(recipe, set_ or ())
     say = console.sayer(not json_)
+    reports, on_nodes = [], []
     with contextlib.ExitStack() as stack:
-        found, here, reports, on_nodes = Diagnosis(), True, [], []
         if address is not None:
             from carft_ray.launch.ray_cluster import checkup, cluster
             from carft_ray.layout import RAY_LOG
 
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))
             stack.enter_context(cluster.running_ray(address, Path(folder) / RAY_LOG))
-            here = checkup.images_are_here(value)
-        if not here:
-            say("This machine sees none of the images; the nodes of the cluster check them.")
-        elif json_:
+        if json_:
             found = examine(value, images, quick)
         else:
             with counting() as progress:
@@ -78,7 +75,6 @@ def doctor(
         if address is not None:
             reports = checkup.ask_nodes(value, study, say)
             on_nodes = [*checkup.judge(reports, value), *checkup.check_collective(reports, value, say)]
-            found = found if here else checkup.examine_there(reports, value, images, quick, say) or found
     if json_:
         _print_json(as_plain_data(found), reports, on_nodes)
     else:

@@ -16,8 +16,8 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import environment, files
-from carft_ray.errors import ClusterError, Problem
-from carft_ray.evaluation.doctor import Diagnosis, Finding, Level, examine
+from carft_ray.errors import Problem
+from carft_ray.evaluation.doctor import Finding, Level
 from carft_ray.launch.failures.causes import root_cause
 from carft_ray.launch.ray_cluster import node_facts
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
@@ -29,7 +29,6 @@ from carft_ray.recipe.text import dotted
 from carft_ray.words import counted
 
 ANSWER_WITHIN_S = 60.0  # a worker process starts, and its disks answer or not
-EXAMINE_WITHIN_S = 3600.0  # every image is read
 COLLECTIVE_WITHIN_S = 60.0
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "ray", "optuna")
 LITTLE_SPACE_GB, NO_SPACE_GB = 5.0, 0.5
@@ -78,12 +77,6 @@ def recipe_paths(recipe: Recipe) -> dict[str, str]:
 def _fixed_part(path: str) -> str:
     there = Path(path)
     return str(next(each for each in (there, *there.parents) if not re.search(r"[{*?\[]", str(each))))
-
-
-def images_are_here(recipe: Recipe) -> bool:
-    """Returns whether this machine sees any of the stored images, or the recipe names none."""
-    paths = {place: path for place, path in recipe_paths(recipe).items() if place.startswith("data.")}
-    return not paths or any(files.exists(Path(path)) for path in paths.values())
 
 
 @contextlib.contextmanager
@@ -287,35 +280,3 @@ def _judge_gpus(report: NodeReport, facts: Mapping[str, Any]) -> Iterator[Findin
     if there and not offered and report.takes_trials:
         step = "Start its Ray with --num-gpus, where trials shall use them."
         yield _found("warning", "offers none of its GPUs to Ray", f"{len(there)} by nvidia-smi", step)
-
-
-def examine_there(
-    reports: Sequence[NodeReport], recipe: Recipe, num_images: int | None, quick: bool, say: Callable[[str], None]
-) -> Diagnosis | None:
-    """Checks images, prompts and model on a node that sees them, for a driver that does not.
-
-    Args:
-        reports: Of all nodes.
-        recipe: The recipe.
-        num_images: As of ``examine``.
-        quick: As of ``examine``.
-        say: Told where it is done.
-
-    Returns:
-        None when no node can do it: its findings say why.
-
-    Raises:
-        ClusterError: The node was lost, or takes more than an hour.
-    """
-    source = environment.code()["source"]
-    sees = [each for each in reports if each.facts and not each.facts["missing"]]
-    able = [each for each in sees if each.facts and each.facts["carft_ray"]["source"] == source]
-    if not able:
-        return None
-    chosen = max(able, key=lambda each: (each.resources.get("GPU", 0), each.resources.get("CPU", 0)))
-    say(f"checking images and model on node {chosen.name}")
-    [found] = _answers([_submit(chosen.node_id, examine, recipe, num_images, quick)], EXAMINE_WITHIN_S)
-    if isinstance(found, Diagnosis):
-        return found
-    step = "Run it again, or with --quick, which opens no image."
-    raise ClusterError(Problem(f"node {chosen.name}", "must check images and model", found, next_step=step))
