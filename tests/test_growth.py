@@ -28,7 +28,8 @@ from carft_ray.launch.events import (
     TrialFinished,
     TrialStarted,
 )
-from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT, nodes_now, running_ray
+from carft_ray.launch.failures.causes import STARTED_LATE
+from carft_ray.launch.ray_cluster.cluster import nodes_now, running_ray
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity, Node, capacity_of, node_of
 from carft_ray.launch.ray_cluster.growth import await_nodes
 from carft_ray.launch.runs.search import run_search
@@ -181,12 +182,12 @@ def test_where_memory_was_full_the_same_share_of_a_larger_cluster_is_used(follow
 def test_workers_that_did_not_come_in_time_have_waited_and_are_no_loss(followed):
     tune = followed()
     for _ in range(30):  # more often than anything may be lost
-        tune.end(tune.start(), f"2 workers with 1 CPU each did not start within 900 s ({START_TIMEOUT})")
+        tune.end(tune.start(), f"The {STARTED_LATE} after 900 seconds")
     assert tune.driver.failure is None
     assert not tune.driver.study.set_aside()
     told = [event.text for event in tune.events if isinstance(event, Note)]
     assert len(told) == 30
-    assert " waits again: 2 workers with 1 CPU each did not start within 900 s" in told[0]
+    assert " waits again: The worker group startup timed out after 900 seconds" in told[0]
 
 
 @pytest.mark.slow

@@ -82,8 +82,8 @@ def test_workers_that_do_not_start_name_the_cause(tmp_path, cluster):
             told = next(line for line in process.stdout if "waits again" in line)
         finally:
             searches.kill_group(process)
-    why = "2 workers with 0.5 CPUs each did not start within 2 s (RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S)"
-    assert told.endswith(f" waits again: {why}: is the cluster full?\n")
+    why = "WorkerGroupStartupTimeoutError: The worker group startup timed out after 2.0 seconds waiting for 2 workers"
+    assert f" waits again: {why}" in told
 
 
 @pytest.mark.whole

@@ -15,9 +15,8 @@ from statistics import median
 from carft_ray import files
 from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events
-from carft_ray.launch.failures.causes import is_full_memory, no_successful_trial
+from carft_ray.launch.failures.causes import STARTED_LATE, is_full_memory, no_successful_trial
 from carft_ray.launch.failures.leaks import Leaks
-from carft_ray.launch.ray_cluster.cluster import START_TIMEOUT
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
@@ -409,7 +408,7 @@ class Driver:
             reason = f"{reason} (on {addresses})"
         if attempt.leaves:
             reason = f"{reason}, before it could leave: {attempt.leaves}"
-        if self.at_a_time.capacity_now and alive is None and START_TIMEOUT in reason:  # it has only waited for nodes
+        if self.at_a_time.capacity_now and alive is None and STARTED_LATE in reason:  # it has only waited for nodes
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
             self.study.repeat(spec)
             self.on_event(events.Note(f"{spec.name} waits again: {reason}"))

@@ -7,7 +7,6 @@ results into its folder before it ends; Ray carries none.
 """
 
 import contextlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ray import tune
 from carft_ray import errors, files
 from carft_ray.errors import ClusterError
 from carft_ray.launch.failures import causes
-from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
+from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY
 from carft_ray.launch.ray_group import WorkerGroup, anywhere_but
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
@@ -25,7 +24,6 @@ from carft_ray.layout import STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, TrialSpec, read_failure
-from carft_ray.words import counted
 
 
 def tune_trainable(runtime: Runtime) -> Any:
@@ -71,7 +69,7 @@ class NestedTrial(tune.Trainable):
             if not self._group.fits(here, self.config["avoid"]):
                 self._group.close()
                 self._group = WorkerGroup(here, self.config["avoid"])
-            lost = _run(self._group, here, spec, spec.folder(here.study_dir))
+            lost = _run(self._group, spec, spec.folder(here.study_dir))
             is_stopping = files.seen(here.study_dir / STOP)
         return {"lost": lost or "", "done": True}
 
@@ -100,17 +98,17 @@ class NestedRun:
         """
         group = WorkerGroup(runtime)
         try:
-            return _run(group, runtime, spec, folder) or ""
+            return _run(group, spec, folder) or ""
         finally:
             group.close()
 
 
-def _run(group: WorkerGroup, runtime: Runtime, spec: TrialSpec, folder: Path) -> str | None:
+def _run(group: WorkerGroup, spec: TrialSpec, folder: Path) -> str | None:
     """Runs an attempt; returns as ``NestedRun``, or None where the group had ended before."""
     try:
         return "" if group.run(spec, folder) else None
     except Exception as error:
-        return _dead_worker(error, spec, folder) or _late(error, runtime) or causes.explained(error)
+        return _dead_worker(error, spec, folder) or causes.explained(error)
 
 
 def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
@@ -135,13 +133,3 @@ def _dead_worker(error: Exception, spec: TrialSpec, folder: Path) -> str:
             lost = Failure("lost", reason, spec.attempt, ClusterError.exit_code, details, node)
             outcome.replace_failure(folder, lost)
     return reason
-
-
-def _late(error: Exception, runtime: Runtime) -> str:
-    """Returns that the workers of a group did not come in time; empty when they failed in another way."""
-    if type(getattr(error, "controller_failure", None)).__name__ != "WorkerGroupStartupTimeoutError":
-        return ""
-    capacity, limit_s = runtime.capacity, os.environ.get(START_TIMEOUT, "60")
-    gpus = f" and {counted(capacity.gpus_per_worker, 'GPU')}" if capacity.gpus_per_worker else ""
-    what = f"{counted(capacity.num_workers, 'worker')} with {counted(capacity.cpus_per_worker, 'CPU')}{gpus} each"
-    return f"{what} did not start within {limit_s} s ({START_TIMEOUT}): is the cluster full?"

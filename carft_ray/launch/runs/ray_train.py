@@ -11,9 +11,9 @@ import ray
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, Problem
-from carft_ray.launch.failures.causes import explained
+from carft_ray.launch.failures.causes import STARTED_LATE, explained
 from carft_ray.launch.preparation import run_prepare
-from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, START_TIMEOUT
+from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY
 from carft_ray.launch.ray_workers import NestedRun
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import computing
@@ -87,7 +87,7 @@ def train_with_ray(
         reason, _, details = (gone or "they ended without a message").partition("\n")
         if failure is not None:
             reason, details = failure.reason, failure.details
-        elif runtime.attached and START_TIMEOUT in reason:  # it has only waited for nodes
+        elif runtime.attached and STARTED_LATE in reason:  # it has only waited for nodes
             logger.warning("the training waits again: %s", reason)
             continue
         outcome.log_lost(out_dir, attempt, reason, details)
