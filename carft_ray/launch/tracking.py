@@ -1,12 +1,12 @@
-"""Trainings on Weights & Biases and MLflow: epochs while they run, then metrics and alpha curve; at last the figure.
+"""Trainings on Weights & Biases and MLflow: epochs while they run, then metrics and alpha curve.
 
 A tracker runs in a thread of its own, on what the study has on disk, and never holds up the search. One that fails is a
 warning at the end, whatever the reason, and is told nothing more.
 
-    wandb     a run per training, all of one study in a group, and one for the study; ``training/...`` over
-              ``training/step``, ``curve/...`` over ``curve/alpha``
-    mlflow    a run per training, inside the run of the study; ``training/...`` by step, ``curve/...`` with 100 alpha as
-              the step
+    wandb     a run per training, all of one study in a group; ``training/...`` over ``training/step``, ``curve/...``
+              over ``curve/alpha``
+    mlflow    a run per training, all of one study with one tag; ``training/...`` by step, ``curve/...`` with 100 alpha
+              as the step
 
 A run begins with the first epoch that is seen. A training that is told again, by a search that was killed, takes the
 place of its run.
@@ -25,11 +25,12 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.launch.events import BaselineFinished, Event, OnEvent, Shared, TrialEpoch, TrialFinished
-from carft_ray.layout import FIGURE_PNG, MANIFEST, METRICS, TRACKING
+from carft_ray.layout import MANIFEST, METRICS, TRACKING
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.outcome import read_result
 
 PATIENCE_S = 120.0  # after the search, for what is still on its way
+STOPPED = "stopped"
 CURVE = ("alpha", "id_accuracy", "ood_accuracy", "objective")  # of a point
 Numbers = dict[str, float]
 Told = TrialEpoch | TrialFinished | BaselineFinished
@@ -90,8 +91,8 @@ class _Tracker(threading.Thread):
                 if isinstance(event, Told):
                     client = client or CLIENTS[self.name](*self._given)
                     _tell(client, event)
-            if client is not None:
-                client.close()
+            for name in [] if client is None else list(client.runs):
+                client.end(name, {}, STOPPED)  # another search begins its run again
         except Exception as error:  # of a library that we do not know, over a network
             lines = str(error).strip().splitlines()
             self.fault = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
@@ -102,7 +103,7 @@ class _Client:
 
     def __init__(self, recipe: Recipe, study_dir: Path) -> None:
         self.recipe, self.study_dir, self.folder = recipe, study_dir, study_dir / TRACKING
-        self.figure, self.best, self.runs, self.steps = study_dir / FIGURE_PNG, "", dict[str, Any](), Numbers()
+        self.runs, self.steps = dict[str, Any](), Numbers()
         created = str(files.read_json(study_dir / MANIFEST)["created"])  # which a study keeps when it is moved
         self.study_id = hashlib.sha256(created.encode()).hexdigest()[:8]
         self.group = f"{recipe.name}-{self.study_id}"
@@ -127,7 +128,6 @@ def _tell(client: Any, event: Told) -> None:
     row, own = event.row, ("objective", "alpha", "elapsed_s")
     numbers = row.metrics | {name: getattr(row, name) for name in own if getattr(row, name) is not None}
     client.end(one.name, numbers, row.outcome, row.reason)
-    client.best = one.name if isinstance(event, TrialFinished) and event.is_best else client.best
 
 
 class _Wandb(_Client):
@@ -160,16 +160,6 @@ class _Wandb(_Client):
         self.runs[name].summary.update({**numbers, "outcome": outcome, "reason": reason})
         self.runs.pop(name).finish()
 
-    def close(self) -> None:
-        import wandb
-
-        for name in list(self.runs):
-            self.end(name, {}, "stopped")
-        with self.begin(self.group, "study", self.recipe.model_dump(mode="json")) as run:
-            if self.figure.exists():
-                run.log({"figure": wandb.Image(str(self.figure))})
-            run.summary.update({"best": self.best} if self.best else {})
-
 
 class _Mlflow(_Client):
     def __init__(self, recipe: Recipe, study_dir: Path) -> None:
@@ -184,20 +174,13 @@ class _Mlflow(_Client):
         self.client, self.entities = mlflow.MlflowClient(tracking_uri=uri), mlflow.entities
         known = self.client.get_experiment_by_name(asked)
         self.experiment = self.client.create_experiment(asked) if known is None else known.experiment_id
-        self.study = self.run(recipe.name, "study")
-
-    def run(self, name: str, kind: str, **tags: str) -> str:
-        """Returns the run of the study; of a training a new one, in place of what it may have had."""
-        found_by = {"carft_ray.study": self.study_id, "carft_ray.kind": kind, "carft_ray.name": name}
-        words = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in found_by.items())
-        for run in self.client.search_runs([self.experiment], words):
-            if kind == "study":
-                return str(run.info.run_id)
-            self.client.delete_run(run.info.run_id)
-        return str(self.client.create_run(self.experiment, run_name=name, tags=found_by | tags).info.run_id)
 
     def begin(self, name: str, kind: str, values: Mapping[str, Any]) -> str:
-        run = self.run(name, kind, **{"mlflow.parentRunId": self.study})
+        tags = {"carft_ray.study": self.group, "carft_ray.kind": kind, "carft_ray.name": name}
+        words = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in tags.items())
+        for before in self.client.search_runs([self.experiment], words):  # told by a search that was killed
+            self.client.delete_run(before.info.run_id)
+        run = str(self.client.create_run(self.experiment, run_name=name, tags=tags).info.run_id)
         self.client.log_batch(run, params=[self.entities.Param(key, str(value)) for key, value in values.items()])
         return run
 
@@ -206,19 +189,11 @@ class _Mlflow(_Client):
         metrics = [self.entities.Metric(key, value, *at) for key, value in numbers.items()]
         self.client.log_batch(self.runs[name], metrics)
 
-    def end(self, name: str, numbers: Numbers, outcome: str, reason: str) -> None:
+    def end(self, name: str, numbers: Numbers, outcome: str, reason: str = "") -> None:
         self.log(name, numbers, 0)
         self.client.set_tag(self.runs[name], "carft_ray.outcome", outcome)
-        self.client.set_terminated(self.runs.pop(name), "FINISHED" if "objective" in numbers else "FAILED")
-
-    def close(self) -> None:
-        for run in self.runs.values():
-            self.client.set_terminated(run, "KILLED")  # the search was stopped; another one begins the run again
-        if self.figure.exists():
-            self.client.log_artifact(self.study, str(self.figure))
-        if self.best:
-            self.client.set_tag(self.study, "carft_ray.best", self.best)
-        self.client.set_terminated(self.study)
+        status = "FINISHED" if "objective" in numbers else "KILLED" if outcome == STOPPED else "FAILED"
+        self.client.set_terminated(self.runs.pop(name), status)
 
 
 CLIENTS: dict[str, Any] = {"wandb": _Wandb, "mlflow": _Mlflow}

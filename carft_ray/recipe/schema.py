@@ -187,7 +187,7 @@ class BudgetConfig(Config):
 
 
 class WandbConfig(Config):
-    """Weights & Biases gets a run per training, epoch by epoch, and one with the figure; extra ``wandb``."""
+    """Weights & Biases gets a run per training, epoch by epoch; extra ``wandb``."""
 
     project: SetName | None = key(None, "my_project", TOLD)
     """project of the runs, a training each; null: none"""
@@ -198,11 +198,11 @@ class WandbConfig(Config):
 
 
 class MlflowConfig(Config):
-    """MLflow gets a run per training inside one of the study; extra ``mlflow``."""
+    """MLflow gets a run per training, epoch by epoch; extra ``mlflow``."""
 
     experiment: SetName | None = key(None, "my_experiment", TOLD)
-    """experiment of the runs, a training each, inside a run of the study; null: none. The server is that of
-    `MLFLOW_TRACKING_URI`; without it, files in `tracking/` of the study"""
+    """experiment of the runs, a training each; null: none. The server is that of `MLFLOW_TRACKING_URI`; without it, files
+    in `tracking/` of the study"""
 
 
 class TrackingConfig(Config):
