@@ -414,7 +414,8 @@ def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
     for _ in range(4):
         tune.look()
     told = [event.text for event in tune.events if isinstance(event, Note)]
-    assert told == [f"{trial.config['spec']['name']} has waited 0 s for its process: is the cluster full?"]
+    name = trial.config["spec"]["name"]
+    assert told == [f"{name} has waited 0 s for its process: is the cluster full? See `ray status`"]
 
 
 @pytest.mark.slow

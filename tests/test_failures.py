@@ -25,8 +25,6 @@ from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.failures.causes import host_memory
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import running_ray
-from carft_ray.launch.ray_cluster.concurrency import Capacity
-from carft_ray.launch.ray_cluster.nodes import Node, lacking, why_waiting
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
@@ -404,54 +402,6 @@ def wait_until(holds):
 
 
 # trials that wait
-
-
-def nodes(*sizes):
-    """Nodes from ``(CPUs, free CPUs, GPUs, free GPUs)``."""
-    return [Node({"CPU": size[0], "GPU": size[2]}, {"CPU": size[1], "GPU": size[3]}) for size in sizes]
-
-
-@pytest.mark.parametrize(
-    ("need", "workers", "one_node", "there", "line"),
-    [
-        ({"CPU": 1}, 1, True, nodes((4, 1, 0, 0)), ""),
-        ({"CPU": 2}, 1, True, nodes((4, 1, 0, 0)), "needs 1 worker with 2 CPUs, there is room for 0; "
-         "free: 1 of 4 CPUs"),
-        ({"CPU": 1}, 2, True, nodes((2, 1, 0, 0), (2, 1, 0, 0)), "needs 2 workers with 1 CPU on one node, there is "
-         "room for 1; free: 2 of 4 CPUs"),
-        ({"CPU": 1}, 2, False, nodes((2, 1, 0, 0), (2, 1, 0, 0)), ""),
-        ({"CPU": 2}, 2, False, nodes((2, 1, 0, 0), (4, 3, 0, 0)), "needs 2 workers with 2 CPUs, there is room for 1; "
-         "free: 4 of 6 CPUs"),
-        ({"CPU": 1, "GPU": 1}, 1, True, nodes((4, 4, 1, 0)), "needs 1 worker with 1 CPU and 1 GPU, there is room "
-         "for 0; free: 4 of 4 CPUs, 0 of 1 GPU"),
-        ({"tpu": 1}, 1, True, nodes((4, 4, 0, 0)), "needs 1 worker with 1 tpu, there is room for 0; free: 0 of 0 tpu"),
-        ({"CPU": 1}, 1, True, [], "needs 1 worker with 1 CPU, there is room for 0; free: 0 of 0 CPUs"),
-        ({"CPU": 1 / 3}, 3, True, nodes((2, 0.9999, 0, 0)), ""),  # as Ray counts: 3 x 0.3333
-        ({"CPU": 0.1}, 3, True, nodes((2, 0.3, 0, 0)), ""),
-        ({"CPU": 0.1}, 3, True, nodes((2, 0.2999, 0, 0)), "needs 3 workers with 0.1 CPUs on one node, there is "
-         "room for 2; free: 0.2999 of 2 CPUs"),
-        ({"GPU": 0.3}, 12, True, nodes((4, 4, 4, 4)), ""),  # 3 on each GPU
-        ({"GPU": 0.3}, 13, True, nodes((4, 4, 4, 4)), "needs 13 workers with 0.3 GPUs on one node, there is room "
-         "for 12; free: 4 of 4 GPUs"),
-    ],
-)  # fmt: skip
-def test_what_a_waiting_trial_lacks_is_named(need, workers, one_node, there, line):
-    assert lacking(need, workers, one_node, there) == line
-
-
-@pytest.mark.slow
-def test_a_real_ray_is_asked_what_a_waiting_trial_lacks(tmp_path):
-    capacity = Capacity(1, "", 2, 1.0, 0.0, True)
-    with running_ray(None, tmp_path / "ray.log") as (node,):
-        assert why_waiting(capacity) == "Ray has given it what it needs and is starting it"
-        held = ray.util.placement_group([{"CPU": node.num_cpus - 1}])
-        ray.get(held.ready())
-        ray.util.placement_group([{"CPU": 2}])
-        end, why = time.monotonic() + 120, ""
-        while "needs" not in why and time.monotonic() < end:  # Ray tells its resources with a delay
-            time.sleep(0.2)
-            why = why_waiting(capacity)
-        assert why.startswith("needs 2 workers with 1 CPU on one node, there is room for 1; free: 1 of ")
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each trainin
 POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
-WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note that names what it lacks
+WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note
 
 
 @dataclass
@@ -77,7 +77,6 @@ class Driver:
         began: When the search began, of ``time.monotonic``.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
         end_process: Ends the process of an attempt.
-        why_waiting: Says why a process does not come.
         leaks: Removes what killed trials leave; None: they leave nothing.
         bad_nodes: Nodes on which attempts fail again and again.
         drains: Nodes that are being taken away; None: there are none to ask for.
@@ -94,7 +93,6 @@ class Driver:
     began: float = field(default_factory=lambda: time.monotonic())
     hang_timeout_s: float | None = None
     end_process: Callable[[Heartbeat], None] = lambda alive: None
-    why_waiting: Callable[[], str] = lambda: "is the cluster full?"
     leaks: Leaks | None = None
     bad_nodes: BadNodes = field(default_factory=BadNodes)
     drains: Drains | None = None
@@ -290,7 +288,7 @@ class Driver:
             if now - attempt.seen >= WAIT_NOTE_AFTER_S:
                 attempt.seen = math.inf  # once
                 waited = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process"
-                self.on_event(events.Note(f"{waited}: {self.why_waiting()}"))
+                self.on_event(events.Note(f"{waited}: is the cluster full? See `ray status`"))
         elif self.hang_timeout_s is not None and now - attempt.seen >= self.hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
             log = f"{FOLDERS[spec.kind]}/{spec.name}/{LOG}"

@@ -16,14 +16,13 @@ from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.failures.causes import lost_rank, root_cause
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
 from carft_ray.launch.ray_cluster.concurrency import Capacity, num_fitting
-from carft_ray.launch.ray_cluster.nodes import lacking_for
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schema import with_threads
 
 DOING = "preparing.txt"  # in it: what the preparation does at the moment
-WAIT_NOTE_AFTER_S = 5.0  # a preparation that has not begun by then says what it lacks
+WAIT_NOTE_AFTER_S = 5.0  # a preparation that has not begun by then gets a note
 
 
 def progress_writer(folder: Path, node: str = "") -> Callable[[str], None]:
@@ -167,9 +166,8 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
         fill_nodes(runtime, say)
         pending, began = task.remote(runtime), time.monotonic()
         while not _ended(runtime, [pending], show):
-            waits = time.monotonic() - began >= WAIT_NOTE_AFTER_S and not files.seen(path)
-            if waits and (lacks := lacking_for(capacity, 1)):
-                show(f"the preparation waits for a node: it {lacks}")
+            if time.monotonic() - began >= WAIT_NOTE_AFTER_S and not files.seen(path):
+                show("the preparation waits for a node: is the cluster full? See `ray status`")
         metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it

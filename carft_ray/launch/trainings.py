@@ -24,7 +24,7 @@ from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.growth import present_capacity, write_concurrency
-from carft_ray.launch.ray_cluster.nodes import BadNodes, why_waiting
+from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_workers import tune_trainable
 from carft_ray.launch.runtime import Runtime, stop_reader
@@ -72,7 +72,6 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         time.monotonic() if began is None else began,
         hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
         end_process=end_process,
-        why_waiting=functools.partial(why_waiting, capacity),
         leaks=Leaks(study.study_dir) if runtime.nested else None,
         bad_nodes=BadNodes(fits=lambda without: _capacity_now(runtime, drains, without).concurrency > 0),
         drains=drains,

@@ -60,13 +60,6 @@ def read_authentication_anew() -> None:
     private_name("ray", loader, lambda: resolve_name(loader)).instance().reset_cache()
 
 
-def available_resources_per_node() -> Mapping[str, Mapping[str, float]]:
-    """Returns what nobody holds, by Ray's name of the node; the public call has the sum over nodes only."""
-    name = "ray._private.state.available_resources_per_node"
-    found: Mapping[str, Mapping[str, float]] = private_name("ray", name, lambda: resolve_name(name))()
-    return found
-
-
 def draining_nodes() -> Mapping[str, int]:
     """Returns the nodes that Ray drains: by its name of each the deadline, milliseconds since 1970, 0 without one."""
     name = "ray._private.state.state.get_draining_nodes"
