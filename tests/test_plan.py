@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def measured(training_s=lambda values: 10.0, first_s=5.0, next_s=1.0):
-    return Measured("probe", 1.0, 18.0, training_s, 0.1, first_s, next_s)  # and 5 s before Ray and after it
+    return Measured(1.0, 18.0, training_s, 0.1, first_s, next_s)  # and 5 s before Ray and after it
 
 
 def space(**parameters):
@@ -85,7 +85,7 @@ def test_gpu_hours_count_every_gpu_of_every_worker_and_prices_follow_them():
 def test_what_the_space_varies_enters_by_its_mean_and_widens_the_range():
     recipe = make_recipe(4, max_concurrent_trials=1, baselines={}, space={"epochs": {"low": 1, "high": 9}})
     capacity = capacity_of(recipe, (Node(1, 0),))
-    certain = Measured("probe", 0, 0, lambda values: 1.0 * values["epochs"], 0.0)
+    certain = Measured(0, 0, lambda values: 1.0 * values["epochs"], 0.0)
     found = forecast(recipe, capacity, certain)
     assert found["trial_s"][0] == pytest.approx(5, rel=0.05)
     expected, low, high = (seconds - 5 for seconds in found["search_s"])
@@ -186,7 +186,6 @@ def test_a_plan_measures_as_many_at_a_time_as_the_search_and_leaves_the_caches_a
     assert found["disk_bytes"]["while it runs"] == pytest.approx(
         at_a_time * 7 * found["disk_bytes"]["weights"] / 3, rel=0.2
     )
-    assert found["measured"]["by"] == "probe"
     assert [entry.source for entry in list_entries(tmp_path / "cache") if entry.kind == "heads"] == ["15 sentences"]
 
 

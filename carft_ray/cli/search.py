@@ -136,7 +136,7 @@ def stop(
 @common.command("plan recipe.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
-    study: Annotated[Path | None, Option(help="Study directory; its trainings give the times.")] = None,
+    study: Annotated[Path | None, Option(help="Where the study would be; the short trainings run beside it.")] = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
@@ -150,24 +150,21 @@ def plan(
     It trains a little, as many trainings at a time as the search will; a minute in the sandbox. Only decoded images
     stay.
     """
-    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_study, measure_by_training, price
+    from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_training, price
     from carft_ray.recipe.checks.advice import check_searchable
     from carft_ray.recipe.loading import own_functions
-    from carft_ray.results.reading.overview import is_study
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
         raise UsageError(Problem("--price-per-hour", "must stand without --price-per-gpu-hour: give one price"))
     value = common.load(recipe, set_, executor, num_workers)
     if problems := check_searchable(value):
         raise RecipeError(problems)
-    measured = measure_by_study(value, study, address) if study is not None and is_study(study) else None
-    if measured is None and (own := own_functions(value)):
-        step = "Begin the search; its first trainings tell: carft-ray plan RECIPE --study STUDY."
+    if own := own_functions(value):
+        step = "Begin the search; its live view tells the time that is left."
         problem = Problem(next(iter(own)), "must be null: plan measures the built-in loop", next_step=step)
         raise UsageError(problem)
-    if measured is None:
-        next_to = Path(tempfile.gettempdir()) if study is None else study.absolute().parent
-        measured = measure_by_training(value, address, next_to, console.sayer(not json_))
+    next_to = Path(tempfile.gettempdir()) if study is None else study.absolute().parent
+    measured = measure_by_training(value, address, next_to, console.sayer(not json_))
     found = forecast(value, *measured)
     if price_per_gpu_hour is not None and not found["gpus_per_worker"]:
         step = "Give --price-per-hour, of the whole machine."
@@ -180,10 +177,7 @@ def plan(
     what = f"{value.name}: {counted(found['num_trials'], 'trial')}{baselines}"
     console.show(f"{what}, {found['concurrency']} at a time ({found['limited_by']})")
     console.show(console.table(["", *console.numbers("expected", no_wrap=True), "range"], _lines(found)))
-    if found["measured"]["by"] == "study":
-        console.say("From the trainings that the study has finished, as they ran there.")
-    else:
-        console.say(f"From short trainings, {found['measured']['took_s']:.0f} s in all.")
+    console.say(f"From short trainings, {found['measured']['took_s']:.0f} s in all.")
     if found["budget"]:
         console.say(found["budget"])
     if value.search.pruner.name != "none":

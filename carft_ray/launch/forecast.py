@@ -1,4 +1,4 @@
-"""What a search will take: trials at a time, time, GPU hours, disk. From short trainings, or those of a study.
+"""What a search will take: trials at a time, time, GPU hours, disk. From short trainings.
 
 Two short trainings for each slot are prepared and run as those of a search (``evaluation.probe``). The second one of a
 slot shows what a process saves that is used again, and reads the targets that the first one has stored. A training of E
@@ -13,7 +13,6 @@ No training is taken to be cut.
 """
 
 import heapq
-import math
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -37,18 +36,16 @@ from carft_ray.launch.runtime import RUNNER, Say
 from carft_ray.launch.session import computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.layout import CONFIRM, KEPT_CHECKPOINTS, PREPARATION, PREPARED
+from carft_ray.layout import CONFIRM, KEPT_CHECKPOINTS
 from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.shared_targets import decide_targets, num_stored_visits
 from carft_ray.recipe.spaces.space import drawn, middle
-from carft_ray.study.identity import claim
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_result
 from carft_ray.study.recovery import recover_confirm
-from carft_ray.study.rows import rows_by_kind
 
 NUM_SEARCHES = 200
 LEAST_DOUBT = 0.1  # of every forecast: the machine is never quite as it was
@@ -61,7 +58,6 @@ class Measured:
     """What is known of the trainings of a search.
 
     Attributes:
-        source: ``probe`` or ``study``.
         took_s: Seconds that measuring took.
         prepare_s: Seconds from the start of Ray until the first training begins.
         training_s: Forecast of a training, by its values over ``train``.
@@ -72,7 +68,6 @@ class Measured:
         sizes: Bytes: ``weights`` and ``predictions`` of a training, ``targets`` of an epoch, further ones in all.
     """
 
-    source: Literal["probe", "study"]
     took_s: float
     prepare_s: float
     training_s: Callable[[Mapping[str, Any]], float]
@@ -117,7 +112,7 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str
         "prepare_s": round(measured.prepare_s, 1),
         **{name: _range(values, measured.doubt) for name, values in ranges.items()},
         "disk_bytes": {name: int(numbers.get(name, 1) * size) for name, size in measured.sizes.items()},
-        "measured": {"by": measured.source, "took_s": round(measured.took_s, 1), "doubt": round(measured.doubt, 3)},
+        "measured": {"took_s": round(measured.took_s, 1), "doubt": round(measured.doubt, 3)},
     }
 
 
@@ -205,7 +200,6 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         return float(later["fixed_s"] + epochs * later["epoch_s"] + looks * later["look_s"])
 
     return capacity, Measured(
-        source="probe",
         took_s=time.time() - began,
         prepare_s=begins - starts - filling_s,
         first_s=max(0.0, first["ended"] - begins - first["inside_s"] + max(0.0, computing_s)),
@@ -216,7 +210,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         sizes={
             "weights": later["weights"],
             "predictions": later["predictions"],
-            "targets": _target_bytes(prepared),
+            "targets": prepared["num_images"]["train"] * prepared["num_contexts"] * 2,  # float16
             "cache": later["cache"],
             "while it runs": slots * (KEPT_CHECKPOINTS * later["checkpoint"] + later["weights"]),
         },
@@ -233,49 +227,6 @@ def _train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContex
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
-
-
-def measure_by_study(recipe: Recipe, study_dir: Path, address: str | None = None) -> tuple[Capacity, Measured] | None:
-    """Returns what the finished trials of a study took; None when none is complete. A search may run on it.
-
-    Raises:
-        RecipeError: It is the study of another recipe.
-        ClusterError: There is no Ray, or a training does not fit.
-        StorageError: The study cannot be read.
-    """
-    began = time.monotonic()
-    claim(study_dir, recipe, change_space=True)  # of a study that is there it writes nothing
-    trials = rows_by_kind(study_dir)["trial"]
-    spent_s = [row.spent_s or row.elapsed_s or 0.0 for row in trials if row.outcome == "complete"]
-    if not spent_s:
-        return None
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        computing(recipe, Path(folder), RUNNER, address, _interrupted, lambda text: None, shared=()) as runtime,
-    ):
-        prepare_s = time.monotonic() - began
-    rng, prepared = np.random.default_rng(0), files.read_json(study_dir / PREPARED / PREPARATION)
-    return runtime.capacity, Measured(
-        source="study",
-        took_s=time.monotonic() - began,
-        prepare_s=prepare_s,
-        training_s=lambda values: float(rng.choice(spent_s)),
-        doubt=max(LEAST_DOUBT, statistics.pstdev(spent_s) / statistics.fmean(spent_s) / math.sqrt(len(spent_s))),
-        sizes={
-            "weights": _mean_size(study_dir, "*/*/fine_tuned.safetensors"),
-            "predictions": _mean_size(study_dir, "*/*/predictions/*.parquet"),
-            "targets": _target_bytes(prepared),
-        },
-    )
-
-
-def _target_bytes(prepared: Mapping[str, Any]) -> int:
-    return int(prepared["num_images"]["train"] * prepared["num_contexts"] * 2)  # float16
-
-
-def _mean_size(study_dir: Path, pattern: str) -> float:
-    sizes = [path.stat().st_size for path in study_dir.glob(pattern) if path.is_file()]
-    return statistics.fmean(sizes) if sizes else 0.0
 
 
 def beyond_budget(recipe: Recipe, found: Mapping[str, Any]) -> str:
