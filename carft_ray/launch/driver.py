@@ -329,8 +329,6 @@ class Driver:
     def _settle(self, attempt: _Attempt, seconds: float, gone: str) -> None:
         """Has the study record how an attempt ended that took so many seconds; ``gone`` as of ``ended``."""
         spec = attempt.spec
-        if attempt.leaves:
-            outcome.excuse(spec.folder(self.study.study_dir), spec.attempt)
         row = self.study.settle(spec)
         if row is None:
             if self.check_stop():
@@ -404,20 +402,17 @@ class Driver:
         addresses = ", ".join(dict.fromkeys(address for _, address in alive.nodes)) if alive else ""
         if addresses and addresses not in reason:
             reason = f"{reason} (on {addresses})"
-        if attempt.leaves:
-            reason = f"{reason}, before it could leave: {attempt.leaves}"
-        if self.at_a_time.capacity_now and alive is None and STARTED_LATE in reason:  # it has only waited for nodes
+        fitting = self.at_a_time.concurrency
+        is_full = is_full_memory(reason) and fitting > 1
+        if is_full or (
+            self.at_a_time.capacity_now and alive is None and STARTED_LATE in reason
+        ):  # no machine has failed
+            fewer = f"gets another attempt, with {fitting - 1} at a time from now on, no longer {fitting}"
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
             self.study.repeat(spec)
-            self.on_event(events.Note(f"{spec.name} waits again: {reason}"))
-            return
-        if is_full_memory(reason) and self.at_a_time.concurrency > 1:
-            log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
-            self.study.repeat(spec)
-            fewer = self.at_a_time.concurrency - 1
-            text = f"{spec.name} gets another attempt, with {fewer} at a time from now on, no longer {fewer + 1}"
-            self.on_event(events.Note(f"{text}: {reason}"))
-            self.at_a_time.memory_was_full()
+            self.on_event(events.Note(f"{spec.name} {fewer if is_full else 'waits again'}: {reason}"))
+            if is_full:
+                self.at_a_time.memory_was_full()
             return
         what = self.study.lost(spec, reason, details)
         if note := self.bad_nodes.failed(node):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files, untrusted
-from carft_ray.errors import CarftError, DivergedError, MachineError, OutdatedAttemptError, Problem, StorageError
+from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem, StorageError
 from carft_ray.layout import (
     CHECKPOINTS,
     CUT,
@@ -309,17 +309,6 @@ def must_leave(folder: Path, attempt: int) -> bool:
     with files.passing_faults():
         content = files.read_object(folder / LEAVE)
     return content is not None and content.get("attempt") == attempt
-
-
-def excuse(folder: Path, attempt: int) -> None:
-    """Makes an exception of an attempt that was asked to leave a loss: one that is its own comes back in the next.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    failure = read_failure(folder, attempt)
-    if failure is not None and failure.outcome == "error":
-        replace_failure(folder, replace(failure, outcome="lost", exit_code=MachineError.exit_code))
 
 
 def log_left(folder: Path, attempt: int, reason: str) -> None:
