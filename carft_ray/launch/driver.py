@@ -190,11 +190,6 @@ class Driver:
         """
         return sorted({*self.bad_nodes.left_out(), *(self.drains.nodes() if self.drains else ())})
 
-    def died(self) -> None:
-        """Suspects that an attempt whose process died has left a placement group."""
-        if self.leaks:
-            self.leaks.suspect()
-
     def check_stop(self) -> bool:
         """Tells whether a stop was asked for. Reads the file: a worker may have seen it a moment ago.
 
@@ -336,7 +331,9 @@ class Driver:
                 return
             failure = read_failure(spec.folder(self.study.study_dir), spec.attempt)
             if failure is None and attempt.leaves and not gone:
-                self._left(attempt)
+                outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, attempt.leaves)
+                self.study.repeat(spec)
+                self.on_event(events.Note(f"{spec.name} gets another attempt: {attempt.leaves}"))
                 return
             if failure is None or failure.outcome == "lost":
                 self._lost(attempt, failure, gone)
@@ -376,13 +373,6 @@ class Driver:
         trials = (each for each in self._attempts.values() if each.spec.kind == "trial")
         return all(self._held_s(each) <= HEALTHY_AFTER * usual_s for each in trials)
 
-    def _left(self, attempt: _Attempt) -> None:
-        """Gives an attempt that has left as it was asked to another one."""
-        spec = attempt.spec
-        outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, attempt.leaves)
-        self.study.repeat(spec)
-        self.on_event(events.Note(f"{spec.name} gets another attempt: {attempt.leaves}"))
-
     def _lost(self, attempt: _Attempt, failure: Failure | None, gone: str) -> None:
         """Gives an attempt under which a machine has failed another one, or sets its training aside.
 
@@ -404,9 +394,8 @@ class Driver:
             reason = f"{reason} (on {addresses})"
         fitting = self.at_a_time.concurrency
         is_full = is_full_memory(reason) and fitting > 1
-        if is_full or (
-            self.at_a_time.capacity_now and alive is None and STARTED_LATE in reason
-        ):  # no machine has failed
+        waits = self.at_a_time.capacity_now and alive is None and STARTED_LATE in reason  # for nodes
+        if is_full or waits:
             fewer = f"gets another attempt, with {fitting - 1} at a time from now on, no longer {fitting}"
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
             self.study.repeat(spec)

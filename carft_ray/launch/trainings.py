@@ -221,7 +221,8 @@ class DriverCallback(tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Suspects that a trial whose process died has left a placement group."""
-        self._driver.died()
+        if self._driver.leaks:
+            self._driver.leaks.suspect()
 
 
 class EndOfWaiting(tune.Stopper):

@@ -115,17 +115,13 @@ def own_node_id(address: str) -> str:
     """
     import ray
 
-    told = ""
     while True:
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
             node_id: str = ray.get_runtime_context().get_node_id()
             return node_id
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-            fault = str(error).strip().partition("\n")[0]
-            if fault != told:
-                log.warning("no node of Ray here yet: %s", fault)
-            told = fault
+            log.warning("no node of Ray here yet: %s", str(error).strip().partition("\n")[0])
             time.sleep(NODE_ID_RETRY_S)
         finally:
             ray.shutdown()
