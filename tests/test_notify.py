@@ -110,7 +110,7 @@ def test_an_end_by_the_budget_is_told_as_such():
     assert content["text"].startswith("pets: ended early, the wall time is used up; 0 trainings")
 
 
-def test_notices_about_trials_come_now_and_then_and_count_what_they_left_out():
+def test_notices_about_trials_come_now_and_then():
     now = [100.0]
     notices = _Notices("pets", Path("pets"), clock=lambda: now[0])
     for number in range(5):
@@ -122,7 +122,7 @@ def test_notices_about_trials_come_now_and_then_and_count_what_they_left_out():
     assert told == [
         "pets: t0000-abcd: error, boom",
         "pets: new best t0010-abcd, objective 0.0 %",
-        "pets: t0005-abcd: error, boom (4 more since the last notice)",
+        "pets: t0005-abcd: error, boom",
     ]
 
 

@@ -8,8 +8,7 @@ Never in the recipe, which may come from somebody else. Each is one JSON object:
     trial       its name, where it is about one; objective and alpha of a best
 
 They are sent while the search continues, in the order of the events, each within ten seconds. One that fails is a
-warning at the end, never an error. Events of one kind about trials come at most once in 30 s; how many were left out is
-in the next one.
+warning at the end, never an error. Events of one kind about trials come at most once in 30 s.
 """
 
 import contextlib
@@ -21,7 +20,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -88,7 +86,6 @@ class _Notices:
         self._about = {"study": name, "study_dir": str(study_dir)}
         self._clock = clock
         self._last: dict[str, float] = {}
-        self._left_out = Counter[str]()
         self._num_ended = 0
         self._best = self._out_of_budget = ""
 
@@ -123,12 +120,9 @@ class _Notices:
 
     def _rarely(self, kind: Kind, text: str, more: dict[str, Any]) -> None:
         now = self._clock()
-        if now - self._last.get(kind, -math.inf) < AT_MOST_EVERY_S:
-            self._left_out[kind] += 1
-            return
-        self._last[kind] = now
-        left_out = self._left_out.pop(kind, 0)
-        self._put(kind, text + (f" ({left_out} more since the last notice)" if left_out else ""), more)
+        if now - self._last.get(kind, -math.inf) >= AT_MOST_EVERY_S:
+            self._last[kind] = now
+            self._put(kind, text, more)
 
     def _put(self, kind: Kind, text: str, more: dict[str, Any]) -> None:
         self.waiting.put({"event": kind, "text": f"{self._about['study']}: {text}", **self._about, **more})

@@ -163,7 +163,7 @@ class Study:
         Returns:
             Since an attempt has advanced: ``number`` of such attempts, ``errors`` among them; and ``progress`` now.
         """
-        none = {"attempt": 0, "progress": [0, 0], "number": 0, "errors": 0}
+        none: dict[str, Any] = {"attempt": 0, "progress": [0, 0], "number": 0, "errors": 0}
         before, now = self.journal.attribute(spec, STUCK) or none, progress_of(folder)
         if before["attempt"] == spec.attempt:
             return dict(before)

@@ -116,21 +116,11 @@ def ask(server: Server, call: Callable[[JobSubmissionClient], T]) -> T:
         raise _no_answer(server.address, error) from error
     except RuntimeError as error:
         text = str(error)
-        known = [each for sign, each in _FAILURES.items() if re.search(sign, text)]
-        more = "dashboard.log in /tmp/ray/session_latest/logs of the head says more."
-        rule, step = known[0] if known else (f"must accept the request, but got {_gist(text)}", more)
+        rule, step = "no longer knows the job", "Was its head started anew? The same command again resumes the study."
+        if "status code 404" not in text:
+            rule = f"must accept the request, but got {_gist(text)}"
+            step = "dashboard.log in /tmp/ray/session_latest/logs of the head says more."
         raise ClusterError(Problem(f"the cluster at {server.address}", rule, next_step=step)) from error
-
-
-_FAILURES = {
-    "status code 404": (
-        "no longer knows the job",
-        "Was its head started anew? The same command again resumes the study.",
-    ),
-    "No space left|Errno 28|Disk quota": ("has no space left", "Free some on the head, in /tmp/ray above all."),
-    "Request Entity Too Large|413": ("takes at most 100 MiB at once", "Put long lists where the nodes see them alone."),
-    "No available agent": ("has no agent that starts jobs", "Is its head still starting, or does it share ports?"),
-}
 
 
 def _no_answer(address: str, error: BaseException) -> NoAnswerError:
