@@ -1,7 +1,6 @@
 """Advice on a valid recipe: what keeps it from being searched, and settings that have no effect."""
 
 import posixpath
-import re
 from collections.abc import Iterator
 from typing import Any, get_args
 
@@ -13,19 +12,10 @@ from carft_ray.recipe.checks.sampler_rules import sampler_advice
 from carft_ray.recipe.fields import Config
 from carft_ray.recipe.schedule import possible_values
 from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec, StoredSet
-from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec
+from carft_ray.recipe.text import dotted
 from carft_ray.words import counted
 
-# kinds of shift, for the warning about OOD sets of one kind on both sides: words in the names of domains and of
-# well-known sets; a name may be of several
-FAMILIES = {
-    "drawing": "sketch sketches drawing drawings quickdraw doodle lineart cartoon striped silhouette",
-    "rendition": "rendition renditions imagenetr inr art artwork cartoon clipart comic",
-    "optics": "noisy blurry pixelated",
-    "light": "dark bright",
-    "ImageNet-V2": "v2 imagenetv2 inv2",
-}
 FEW_EPOCHS = 10  # with fewer, intermediate values hardly predicted the final one (measured rank correlations .1 to .7)
 
 
@@ -113,35 +103,8 @@ def _domains(recipe: Recipe) -> Iterator[str]:
         elif path[1] == "ood_test" and domains & seen.keys():
             first = dotted(seen[min(domains & seen.keys())])
             yield f"{dotted(path)} shows other images of a shift that {first} has shown to the selection"
-        elif path[1] == "ood_test" and (near := _relative(path, spec, sets)) is not None:
-            family, other = near
-            yield f"{dotted(path)} is of one family with {other} ({family}), which the selection has seen"
-        elif path[1] == "ood_val" and "ImageNet-V2" in _families(path, spec):
-            yield f"{dotted(path)} seems to be ImageNet-V2, which ranks models as ID does and is no OOD validation set"
-
-
-def _relative(path: KeyPath, spec: SetSpec, sets: dict[KeyPath, SetSpec]) -> tuple[str, str] | None:
-    """Returns a family that a test set has in common with an OOD validation set, and that set's key."""
-    for other, its in sets.items():
-        if other[1] == "ood_val" and (both := _families(path, spec) & _families(other, its)):
-            return min(both), dotted(other)
-    return None
-
-
-def _families(path: KeyPath, spec: SetSpec) -> set[str]:
-    """Returns the kinds of shift of an OOD set, as its domains say, and the name of a set that is stored."""
-    if isinstance(spec, CorruptedSet):
-        return set()
-    names = [spec.domain] if isinstance(spec, SandboxSet) else [str(path[-1]), *shown_domains(spec)]
-    names += [spec.name] if isinstance(spec, BenchmarkSet) else []
-    return {family for family, words in FAMILIES.items() for name in names if _words(name) & {*words.split()}}
-
-
-def _words(name: str) -> set[str]:
-    """Returns the words of a name: ``imagenet-v2_matched`` has imagenetv2; v2 alone counts as a whole name only."""
-    plain = re.sub(r"(imagenet|in)[-_ ]?(v2|r)(?![a-z0-9])", r"\1\2", name.lower())
-    words = set(re.split(r"[^a-z0-9]+", plain))
-    return words if plain == "v2" else words - {"v2"}
+        elif path[1] == "ood_val" and isinstance(spec, BenchmarkSet) and spec.name == "imagenet-v2":
+            yield f"{dotted(path)} is ImageNet-V2, which ranks models as ID does and is no OOD validation set"
 
 
 def _domain_names(spec: SetSpec) -> set[tuple[str, str]]:
@@ -149,9 +112,4 @@ def _domain_names(spec: SetSpec) -> set[tuple[str, str]]:
         return {("corrupted", name) for name in spec.corruptions or get_args(Corruption)}
     if isinstance(spec, SandboxSet):
         return {("sandbox", spec.domain)}
-    return {(posixpath.normpath(spec.path), domain) for domain in shown_domains(spec)}
-
-
-def shown_domains(spec: StoredSet) -> tuple[str, ...]:
-    """Returns the domains that a set names; none where its kind has no domains."""
-    return getattr(spec, "domains", None) or ()
+    return {(posixpath.normpath(spec.path), domain) for domain in getattr(spec, "domains", None) or ()}
