@@ -24,6 +24,7 @@ from carft_ray.recipe.text import KeyPath, dotted
 
 _Held = tuple[dict[str, list[str]], set[str]]
 TEST_ROLES = ("id_test", "ood_test")
+PARTS = "parts of one folder have none in common: [0, 0.8] and [0.8, 1]"
 
 
 def check_sets(recipe: Recipe) -> list[Problem]:
@@ -79,8 +80,8 @@ def check_roles(recipe: Recipe) -> list[Problem]:
                 continue
             if shared := _shared(here, holds):
                 rule = f"a set has one role and must not share images with {there}"
-                about, step = _overlap((place, spec), (there, other))
-                problems.append(Problem(place, rule, shared[0] + and_more(shared) + about, next_step=step))
+                step = f"Give {place} images of its own; {PARTS}."
+                problems.append(Problem(place, rule, shared[0] + and_more(shared), next_step=step))
         seen.append((spec, role, place, here))
     return problems
 
@@ -165,14 +166,9 @@ def class_words(recipe: Recipe, folders: tuple[str, ...]) -> tuple[str, ...]:
     words = recipe.prompts.class_names
     if isinstance(words, tuple):
         return words
-    known = benchmark_words(words or train_benchmark(recipe) or "")
-    return tuple(known.get(folder, folder.replace("_", " ")) for folder in folders)
-
-
-def train_benchmark(recipe: Recipe) -> str | None:
-    """Returns the name of the benchmark that is trained on; None for other images."""
     train = plain(recipe.data.train)
-    return train.name if isinstance(train, BenchmarkSet) else None
+    known = benchmark_words(words or (train.name if isinstance(train, BenchmarkSet) else ""))
+    return tuple(known.get(folder, folder.replace("_", " ")) for folder in folders)
 
 
 def cache_dir(recipe: Recipe) -> Path:
@@ -190,16 +186,11 @@ def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
     return sandbox.CLASSES if train is None else train.found
 
 
-def _places(spec: PlainSet) -> list[str]:
-    """Returns where a set's images are, as texts for a message: folders and files, or a domain of the sandbox."""
-    if isinstance(spec, SandboxSet):
-        return [f"sandbox domain {spec.domain}, split {spec.split}"]
-    return reader_of(spec).places(spec)
-
-
 def _held(spec: PlainSet) -> _Held:
     """Returns the places of a set's images, each with the folders around it, and all of these folders."""
-    around = {place: [str(folder) for folder in PurePath(place).parents] for place in _places(spec)}
+    if isinstance(spec, SandboxSet):
+        return {f"sandbox domain {spec.domain}, split {spec.split}": []}, set()
+    around = {place: [str(folder) for folder in PurePath(place).parents] for place in reader_of(spec).places(spec)}
     return around, {folder for folders in around.values() for folder in folders}
 
 
@@ -213,46 +204,15 @@ def _shared(here: _Held, there: _Held) -> list[str]:
 
 def _disjoint(one: PlainSet, other: PlainSet) -> bool:
     """Returns whether two sets of one place share no image all the same."""
-    if isinstance(one, SandboxSet) or isinstance(other, SandboxSet):
+    if isinstance(one, SandboxSet) or isinstance(other, SandboxSet) or type(one) is not type(other):
         return False
-    if type(one) is type(other) and reader_of(one).disjoint(one, other):
+    reader = reader_of(one)
+    if reader.disjoint(one, other):
         return True
-    if one.part is None or other.part is None or not _same_names(one, other):
+    # a part is of the hash of the name, so one image must have one name in both
+    if one.part is None or other.part is None or (one.path, reader.naming(one)) != (other.path, reader.naming(other)):
         return False
     return one.part[1] <= other.part[0] or other.part[1] <= one.part[0]
-
-
-def _overlap(here: tuple[str, SetSpec], there: tuple[str, SetSpec]) -> tuple[str, str]:
-    """Returns in what the parts of two sets of one source, each with its key path, meet, and what mends it."""
-    one, other = plain(here[1]), plain(there[1])
-    step = f"Give {here[0]} images of its own; parts of one folder have none in common: [0, 0.8] and [0.8, 1]."
-    if isinstance(one, SandboxSet) or isinstance(other, SandboxSet) or not _same_names(one, other):
-        return "", step
-    if one.part is None and other.part is None:
-        return "", step
-
-    def written(start: float, end: float) -> str:
-        return f"[{start:.12g}, {end:.12g}]"
-
-    ends = [one.part or (0.0, 1.0), other.part or (0.0, 1.0)]
-    keys = [f"{place}.of.part" if isinstance(spec, CorruptedSet) else f"{place}.part" for place, spec in (here, there)]
-    low, high = max(start for start, _ in ends), min(end for _, end in ends)
-    rests = [
-        (key, *rest)
-        for key, (start, end) in zip(keys, ends, strict=True)
-        for rest in ((start, low), (high, end))
-        if rest[0] < rest[1]
-    ]
-    middle = (low + high) / 2
-    apart = rests[:1] or [(keys[1], low, middle), (keys[0], middle, high)]
-    about = f", part {written(*ends[0])} against {written(*ends[1])}: both have {written(low, high)}"
-    return about, "Such as " + " and ".join(f"{key}: {written(*rest)}" for key, *rest in apart) + "."
-
-
-def _same_names(one: StoredSet, other: StoredSet) -> bool:
-    """Returns whether one image has one name in both sets: a part is of the hash of the name."""
-    names = {(type(spec), spec.path, reader_of(spec).naming(spec)) for spec in (one, other)}
-    return len(names) == 1
 
 
 def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
