@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import cache_builds
 import numpy as np
@@ -356,35 +357,25 @@ def test_a_packed_set_without_images_is_refused(tmp_path):
     assert keys(tmp_path) == set()
 
 
-MOUNTS = """\
-/dev/sda1 / ext4 rw,relatime 0 0
-server:/home /home nfs4 rw 0 0
-/dev/sdb1 /home/me/scratch xfs rw 0 0
-tank /images\\040of\\040all lustre rw 0 0
-sshfs /far fuse.sshfs rw 0 0
-"""
-
-
 @pytest.mark.parametrize(
     ("home", "cache_dir", "expected"),
     [
-        ("/home/me/images", "/tmp/cache", True),
-        ("/images of all/train", "/home/me/scratch/cache", True),
-        ("/far/away", "/cache", True),
-        ("/home/me/images", "/home/me/.cache", False),  # nothing is gained
-        ("/home/me/scratch/images", "/tmp/cache", False),
-        ("/homely", "/tmp/cache", False),
-        ("/srv/images", "/tmp/cache", False),
-        ("", "/tmp/cache", False),
+        ((0, 40), (8, 1), True),
+        ((0, 40), (0, 50), True),
+        ((0, 40), (0, 40), False),  # nothing is gained
+        ((8, 2), (8, 1), False),
+        ((8, 1), (0, 40), False),
     ],
 )
-def test_packing_pays_for_files_on_network_disks_with_a_cache_on_others(home, cache_dir, expected):
-    assert pays(home, False, cache_dir, MOUNTS) is expected
-    assert pays(home, True, cache_dir, MOUNTS)
+def test_packing_pays_for_files_of_no_own_disk_with_a_cache_elsewhere(monkeypatch, home, cache_dir, expected):
+    devices = {Path("/home"): os.makedev(*home), Path("/cache"): os.makedev(*cache_dir)}
+    monkeypatch.setattr(packed, "_device", devices.__getitem__)
+    assert pays("/home", False, Path("/cache")) is expected
+    assert pays("/home", True, Path("/cache"))
 
 
 def test_packing_does_not_pay_here_where_all_is_on_one_disk(tmp_path):
-    assert not pays(str(tmp_path), False, tmp_path / "cache")
+    assert not pays(str(tmp_path / "shards" / "{00..12}.tar"), False, tmp_path / "cache")
 
 
 # ---- the verbs

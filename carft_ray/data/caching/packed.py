@@ -36,11 +36,6 @@ FORMAT_VERSION = 3
 BATCH_BYTES = 32 * 10**6  # held in memory while the file is written
 QUALITY = 95  # of the JPEGs of images that were made smaller
 
-# file systems whose disks are elsewhere, as mount tables name them; those of FUSE are mostly that too
-_NETWORK = (
-    *("9p", "afs", "beegfs", "ceph", "cifs", "fuse", "gpfs"),
-    *("lustre", "nfs", "pvfs2", "smb3", "virtiofs", "wekafs"),
-)
 _COLUMNS = required(image=pa.large_binary(), label=pa.int64(), sample_id=pa.uint64())
 
 
@@ -99,38 +94,24 @@ class PackedSource(DerivedSource):
         return bytes(self._images[index].as_py())
 
 
-def pays(home: str, in_order: bool, cache_dir: Path, mounts: str | None = None) -> bool:
+def pays(home: str, in_order: bool, cache_dir: Path) -> bool:
     """Returns whether images are worth packing.
 
-    They are where they can be read quickly in their order alone, or lie on another machine's disks and the cache does
-    not.
+    They are where they can be read quickly in their order alone, or lie on a file system that is no disk of this
+    machine, as NFS is (its device number has no major part), and the cache on another one.
 
     Args:
         home: Where the images are.
         in_order: Whether they are read quickly in their order alone.
         cache_dir: Folder of the cache; it need not exist.
-        mounts: The system's table of mounts; None: that of now, where there is one (Linux).
     """
-    if in_order:
-        return True
-    if mounts is None:
-        try:
-            with open("/proc/self/mounts", encoding="utf-8", errors="surrogateescape") as file:
-                mounts = file.read()
-        except OSError:
-            return False
-    return _is_remote(home, mounts) and not _is_remote(os.path.realpath(cache_dir), mounts)
+    device = _device(Path(home))
+    return in_order or (os.major(device) == 0 and device != _device(cache_dir.absolute()))
 
 
-def _is_remote(path: str, mounts: str) -> bool:
-    """Returns whether the innermost mount that holds a path is a network's; later mounts hide earlier ones."""
-    best, kind = "", ""
-    for line in mounts.splitlines():
-        _, point, found, *_ = line.split(" ")
-        point = point.replace("\\040", " ")
-        if (path == point or path.startswith(point.rstrip("/") + "/")) and len(point) >= len(best):
-            best, kind = point, found
-    return kind.startswith(_NETWORK)
+def _device(path: Path) -> int:
+    """Returns the number of the file system of a path, or of the folder around it where it is a pattern or missing."""
+    return next(folder.stat().st_dev for folder in (path, *path.parents) if folder.exists())
 
 
 def _smaller(source: StoredSource, index: int, short_side: int) -> bytes:
