@@ -82,30 +82,23 @@ def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can
     source = set_with(tmp_path, EPS)
     with pytest.raises(DataError) as caught:
         source.pixels(3)
-    assert "dog/1.jpg: must be a readable image, but got EPS or PostScript" in str(caught.value)
+    assert "dog/1.jpg: must be a readable image, but got a file that begins with b'%!PS" in str(caught.value)
     assert f"Save it as one of {', '.join(FORMATS)}, or take it out of the set." in str(caught.value)
     assert len(records(source, tmp_path / "cache").problems) == 1
     assert len(without_bad_images(source, tmp_path / "cache")) == 3
     assert not ghostscript.exists()
 
 
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [
-        (EPS, "EPS or PostScript"),
-        (b"%PDF-1.7\n", "PDF"),
-        (b"<!DOCTYPE html><html>", "text such as HTML or SVG"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS in place of the file"),
-        (b"\0\0\0\x1cftypheic\0\0\0\0", "AVIF, HEIC or a video"),
-        (encoded("ICO"), "ICO"),
-        (encoded("TGA"), "no image that is known"),
-        (b"", "no image that is known"),
-    ],
-)
-def test_a_file_of_another_format_is_refused_with_what_it_is(content, kind):
+OTHERS = [EPS, b"%PDF-1.7\n", b"<!DOCTYPE html><html>", b"version https://git-lfs.github.com/spec/v1\n", b""]
+
+
+@pytest.mark.parametrize("content", [*OTHERS, b"\0\0\0\x1cftypheic\0\0\0\0", encoded("ICO"), encoded("TGA")])
+def test_a_file_of_another_format_is_refused_with_its_first_bytes(content):
     for decode in (decode_image, lambda *what: small_image(*what, 4)):
-        with pytest.raises(DataError, match=f"x: must be a readable image, but got {kind}\n") as caught:
+        with pytest.raises(DataError) as caught:
             decode(content, "x")
+        rule = "x: must be a readable image, but got a file that begins with"
+        assert str(caught.value).startswith(f"{rule} {content[:20]!r}\n")
         assert caught.value.exit_code == 4
 
 
@@ -133,7 +126,7 @@ def test_a_small_file_of_very_many_pixels_takes_no_memory_and_can_be_skipped(tmp
     def refuse():
         with pytest.raises(DataError) as caught:
             source.pixels(3)
-        assert "dog/1.jpg: must have at most 64,000,000 pixels (max_pixels), but got 13300 x 13300" in str(caught.value)
+        assert "dog/1.jpg: must have at most 64,000,000 pixels (max_pixels), but got 176,890,000" in str(caught.value)
         assert "Save it smaller, take it out, or raise max_pixels of its set." in str(caught.value)
         assert len(without_bad_images(source, tmp_path / "cache")) == 3
 
@@ -168,7 +161,7 @@ def test_a_small_picture_in_one_large_tile_takes_no_memory():
     assert decode_image(tiled_tiff(64, 64), "x").shape == (64, 64, 3)
 
     def refuse():
-        with pytest.raises(DataError, match=r"must have at most 64,000,000 pixels .*, but got a tile of 1,600,000,000"):
+        with pytest.raises(DataError, match=r"must have at most 64,000,000 pixels .*, but got 1,600,000,000"):
             decode_image(tiled_tiff(64, 40_000), "x")
 
     assert grown(refuse) < 100

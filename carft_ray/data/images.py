@@ -45,19 +45,6 @@ LARGE = 16_000_000  # pixels from which on images are decoded one at a time
 WHITE = (255, 255, 255)
 DECODERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"  # part of the key of what keeps pixels
 
-# what files begin with that often stand where an image should be
-_OTHERS = {
-    b"%!PS": "EPS or PostScript",
-    b"\xc5\xd0\xd3\xc6": "EPS or PostScript",
-    b"%PDF": "PDF",
-    b"8BPS": "PSD",
-    b"\0\0\0\x0cjP": "JPEG 2000",
-    b"\xff\x4f\xff\x51": "JPEG 2000",
-    b"\xff\x0a": "JPEG XL",
-    b"\0\0\1\0": "ICO",
-    b"<": "text such as HTML or SVG",
-    b"version https://git-lfs": "a pointer of Git LFS in place of the file",
-}
 _one_large = threading.Lock()
 _TURNS = (b"Exif\0\0", b"tiff:Orientation")  # where a JPEG can note a rotation
 _START_OF_SCAN = 0xDA
@@ -127,12 +114,10 @@ def small_image(
         return found
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as file:
-            if (number := file.width * file.height) > max_pixels:
-                raise DataError(_too_large(place, max_pixels, f"{file.width} x {file.height}, {number:,}"))
-            if (in_tile := _tile_pixels(file)) > max_pixels:
-                raise DataError(_too_large(place, max_pixels, f"a tile of {in_tile:,}"))
+            if (number := max(file.width * file.height, _tile_pixels(file))) > max_pixels:
+                raise DataError(_too_large(place, max_pixels, f"{number:,}"))
             mode = file.mode
-            with _turn(max(number, in_tile)):
+            with _turn(number):
                 file.load()
                 pixels = np.asarray(_to_rgb(_upright(file)))
             return pixels, (pixels.shape[0], pixels.shape[1]), mode
@@ -142,7 +127,8 @@ def small_image(
         raise DataError(_too_large(place, max_pixels, "more")) from error
     except UnidentifiedImageError as error:
         step = f"Save it as one of {', '.join(FORMATS)}, or take it out of the set."
-        raise DataError(Problem(place, "must be a readable image", _kind(content), next_step=step)) from error
+        value = f"a file that begins with {content[:20]!r}"
+        raise DataError(Problem(place, "must be a readable image", value, next_step=step)) from error
     except Exception as error:  # decoders raise of every kind on damaged files
         cause = str(error) or type(error).__name__
         raise DataError(Problem(place, "must be a readable image", cause, next_step=_STEP)) from error
@@ -182,13 +168,6 @@ def _tile_pixels(file: Image.Image) -> int:
 def _too_large(place: str, max_pixels: int, value: str) -> Problem:
     step = "Save it smaller, take it out, or raise max_pixels of its set."
     return Problem(place, f"must have at most {max_pixels:,} pixels (max_pixels)", value, next_step=step)
-
-
-def _kind(content: bytes) -> str:
-    """Returns what the bytes are, where that is no format that is read; nothing is decoded for that."""
-    if content[4:8] == b"ftyp":
-        return "AVIF, HEIC or a video"
-    return next((name for start, name in _OTHERS.items() if content.startswith(start)), "no image that is known")
 
 
 def _turn(number: int) -> contextlib.AbstractContextManager[object]:
