@@ -79,18 +79,6 @@ def read_lines(path: Path) -> list[str]:
         raise unreadable_list(path, error) from error
 
 
-def read_words(path: Path) -> list[str]:
-    """Returns the words of a text file; what is no UTF-8 is shown as such.
-
-    Raises:
-        DataError: It cannot be read.
-    """
-    try:
-        return read_regular(path, MOST_LIST_BYTES).decode(errors="replace").split()
-    except OSError as error:
-        raise unreadable_list(path, error) from error
-
-
 def read_json_list(path: Path) -> dict[str, list[str]]:
     """Returns a JSON file of class -> images.
 

@@ -241,24 +241,16 @@ def caltech101(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> List
 def cifar10(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``data_batch_1.bin`` to ``data_batch_5.bin``, or ``test_batch.bin``."""
     files = [f"data_batch_{i}" for i in range(1, 6)] if spec.split == "train" else ["test_batch"]
-    return _cifar(root, files, 1, facts, root / "batches.meta.txt")
+    return _cifar(root, files, 1, facts)
 
 
 def cifar100(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listing:
     """Lists ``train.bin`` or ``test.bin``, with the fine labels."""
-    return _cifar(root, [str(spec.split)], 2, facts, root / "fine_label_names.txt")
+    return _cifar(root, [str(spec.split)], 2, facts)
 
 
-def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts, names_path: Path) -> Listing:
-    """Lists the rows of files: the labels, the fine one last, then the red, green and blue plane.
-
-    A set whose own list of class names is another is refused; a set without it is believed.
-    """
-    own = layouts.read_words(names_path) if names_path.is_file() else facts.classes
-    if list(own) != list(facts.classes):
-        first = next((pair for pair in zip(own, facts.classes, strict=False) if pair[0] != pair[1]), None)
-        value = f"{first[0]!r} for {first[1]!r}" if first else f"{len(own)} of {len(facts.classes)}"
-        raise DataError(Problem(str(names_path), f"must name the classes of {facts.title}, in their order", value))
+def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts) -> Listing:
+    """Lists the rows of files: the labels, the fine one last, then the red, green and blue plane."""
     names: list[str] = []
     classes: list[str] = []
     paths: list[str] = []
