@@ -173,12 +173,10 @@ def test_a_missing_root_is_told_with_the_layout(tmp_path):
 
 
 def test_all_wrong_domains_are_told_at_once_with_the_nearest(tree):
-    spec = FolderSet.model_construct(source="folder", path=str(tree), domains=("photos", "../tree", "art", "art", ""))
+    spec = FolderSet(source="folder", path=str(tree), domains=("photos", "arts"))
     text = "\n".join(str(problem) for problem in folder_set_problems(spec, "data.id_val"))
     assert "'photos'; did you mean 'photo'? (allowed: art, photo)" in text
-    assert "not a path, but got '../tree'" in text
-    assert "a domain must be listed once, but got 'art'" in text
-    assert len(text.split("data.id_val:")) == 5
+    assert "'arts'; did you mean 'art'?" in text
 
 
 def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):

@@ -482,7 +482,7 @@ def test_a_list_that_is_none_is_an_error_here(here, dashboard, submit):
     (here / "lists/bad.csv").write_text(SECRET)
     code, _, err = submit("r.yaml", "--study", "study")
     assert code == 4
-    assert "must be a sample id" in err
+    assert "must hold a sample id" in err
     assert dashboard.jobs == {}
 
 

@@ -9,7 +9,7 @@ import io
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +21,7 @@ import numpy as np
 from carft_ray.data.benchmark_sets import reader as benchmarks
 from carft_ray.data.formats import folder, huggingface, tables, webdataset
 from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
-from carft_ray.data.listing import Listing, text_problems
+from carft_ray.data.listing import Listing, and_more, text_problems
 from carft_ray.data.source import IdArray
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.sets import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
@@ -121,7 +121,6 @@ READERS: dict[type[StoredSet], Reader] = {
 
 ID_COLUMN = "sample_id"
 NUM_ENDINGS = 8  # that are named
-NUM_NAMED = 3  # lines of a file of ids that are named
 
 _TAKES = {"part", "shots", "shots_seed", "on_bad_image", "exclude"}  # which images of a listing a set takes
 # while ``listing_once`` is in force, in the thread that called it
@@ -217,30 +216,16 @@ def excluded_ids(written: tuple[int, ...] | str, place: str) -> tuple[IdArray, l
         return np.array(written, np.uint64), []
     path = Path(written)
     try:
-        lines = io.StringIO(read_text(path), newline="")
-        found = [(number, text.strip()) for number, text in _texts(lines) if text.strip()]
+        rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if row]
     except DataError as error:
         return np.empty(0, np.uint64), list(error.problems)
     except (OSError, csv.Error) as error:
         rule = f"must be a text file with a sample id per line, or a CSV file with a column {ID_COLUMN}"
         return np.empty(0, np.uint64), [Problem(place, rule, f"{path}: {cause_of(error)}")]
-    wrong = [(number, text) for number, text in found if not _is_id(text)]
-    problems = [
-        Problem(f"{path}:{number}", "must be a sample id, a whole number from 0 to 2**64 - 1", repr(text))
-        for number, text in wrong[:NUM_NAMED]
-    ]
-    return np.array([int(text) for _, text in found if _is_id(text)], np.uint64), problems
-
-
-def _texts(lines: Iterable[str]) -> Iterator[tuple[int, str]]:
-    """Yields line number and text of every id: of the column of that name, else of the first."""
-    column = 0
-    for row in (reader := csv.reader(lines)):
-        if reader.line_num == 1 and ID_COLUMN in row:
-            column = row.index(ID_COLUMN)
-        elif row:
-            yield reader.line_num, row[column] if column < len(row) else ""
-
-
-def _is_id(text: str) -> bool:
-    return re.fullmatch(r"\d{1,20}", text) is not None and int(text) < 2**64
+    has_names = bool(rows) and ID_COLUMN in rows[0]
+    column = rows[0].index(ID_COLUMN) if has_names else 0
+    texts = [row[column].strip() if column < len(row) else "" for row in rows[has_names:]]
+    if wrong := [text for text in texts if not re.fullmatch(r"\d{1,20}", text) or int(text) >= 2**64]:
+        rule = "every line must hold a sample id, a whole number from 0 to 2**64 - 1"
+        return np.empty(0, np.uint64), [Problem(str(path), rule, f"{wrong[0]!r}{and_more(wrong)}")]
+    return np.array([int(text) for text in texts], np.uint64), []

@@ -74,19 +74,14 @@ def _passed_over(entry: os.DirEntry[str]) -> str | None:
 
 def _spelling_problems(classes: dict[str, list[str]], place: str) -> list[Problem]:
     """Returns a problem for classes that differ in case alone, unless one domain has both: letters may be classes."""
-    spelled: defaultdict[str, dict[str, str]] = defaultdict(dict)
+    spelled: defaultdict[str, dict[str, str]] = defaultdict(dict)  # without case -> name -> its place
     for domain, names in classes.items():
         for name in names:
-            spelled[name.casefold()].setdefault(name, domain)
+            spelled[name.casefold()].setdefault(name, f"{domain}/{name}")
     together = {key for names in classes.values() for key, n in Counter(map(str.casefold, names)).items() if n > 1}
     rule = "a class must be spelled alike in all domains: on disks that ignore case both are one folder"
-    return [
-        Problem(
-            place, rule, " and ".join(f"{domain}/{name}" for name, domain in names.items()), next_step="Rename one."
-        )
-        for key, names in spelled.items()
-        if len(names) > 1 and key not in together
-    ]
+    twice = [places.values() for key, places in spelled.items() if len(places) > 1 and key not in together]
+    return [Problem(place, rule, " and ".join(places), next_step="Rename one.") for places in twice]
 
 
 def file_listing(
@@ -120,19 +115,13 @@ def folder_set_problems(spec: FolderSet, place: str) -> list[Problem]:
     root, domains = Path(spec.path), spec.domains or ()
     if not may_be_folder(root):
         return [Problem(place, "the root of the image tree must be a folder", str(root), next_step=_LAYOUT)]
-    problems = []
-    for position, domain in enumerate(domains):
-        plain = domain not in ("", ".", "..") and "/" not in domain and os.sep not in domain
-        if not plain:
-            rule = "a domain must be the name of one folder, not a path"
-            problems.append(Problem(place, rule, repr(domain), next_step=_LAYOUT))
-        elif domain in domains[:position]:
-            problems.append(Problem(place, "a domain must be listed once", repr(domain)))
-        elif not may_be_folder(root / domain):
-            there = folders(root) if os.access(root, os.R_OK | os.X_OK) else []
-            rule = f"a domain must be a folder of {root}"
-            problems.append(Problem(place, rule, repr(domain), tuple(there), nearest(domain, there)))
-    return problems
+    there = folders(root) if os.access(root, os.R_OK | os.X_OK) else []
+    rule = f"a domain must be a folder of {root}"
+    return [
+        Problem(place, rule, repr(domain), tuple(there), nearest(domain, there))
+        for domain in domains
+        if not may_be_folder(root / domain)
+    ]
 
 
 def folder_set_places(spec: FolderSet) -> list[str]:
