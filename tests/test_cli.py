@@ -202,7 +202,8 @@ MISTAKES = [
     (
         ["validate", "--set", "train.batch_size=21"],
         4,
-        "train.batch_size: must be at most the size of the training set, 20 images, but got 21",
+        "batch_size: must be at most the size of the training set, 20 images, in train, search.space and baselines, "
+        "but got 21",
     ),
     (
         ["validate", "--set", "model={name: ViT-B-33, pretrained: openai}", *OPENAI],

@@ -91,21 +91,6 @@ def test_streams_share_no_words():
     assert not set(one.ravel().tolist()) & set(other.ravel().tolist())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((-1, 1, 0, [0]), "seed"),
-        ((2**64, 1, 0, [0]), "seed"),
-        ((0, 1, -1, [0]), "visit"),
-        ((0, 1, 2**32, [0]), "visit"),
-        ((0, 2**16, 0, [0]), "stream"),
-    ],
-)
-def test_words_refuse_numbers_that_do_not_fit_their_place(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        words(*arguments)
-
-
 # order
 
 

@@ -55,16 +55,12 @@ def image_facts(source: StoredSource, found: Records) -> dict[str, Any]:
 
 def _repeated(source: StoredSource, found: Records) -> tuple[int, list[str]]:
     """Returns how many images repeat an earlier one, and those that contradict its label."""
-    first: dict[bytes, int] = {}
-    twice, contradictions = 0, []
-    for index in np.flatnonzero(found.num_bytes >= 0).tolist():
-        earlier = first.setdefault(found.digests[index].tobytes(), index)
-        if earlier == index:
-            continue
-        twice += 1
-        if source.labels[earlier] != source.labels[index]:
-            contradictions.append(f"{source.place(earlier)} and {source.place(index)}")
-    return twice, contradictions
+    read = np.flatnonzero(found.num_bytes >= 0)
+    _, first, group = np.unique(found.digests[read], axis=0, return_index=True, return_inverse=True)
+    earlier = read[first[group]]
+    pairs = np.stack([earlier, read], axis=1)[earlier != read]
+    wrong = pairs[source.labels[pairs[:, 0]] != source.labels[pairs[:, 1]]].tolist()
+    return len(pairs), [f"{source.place(one)} and {source.place(other)}" for one, other in wrong]
 
 
 def class_counts(source: Source) -> dict[str, Any]:

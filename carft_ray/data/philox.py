@@ -62,21 +62,11 @@ def words(seed: int, stream: int, visit: npt.ArrayLike, items: npt.ArrayLike, nu
 
     Returns:
         Words, uint32 [n, num_blocks, 4].
-
-    Raises:
-        ValueError: A number does not fit its place.
     """
     items = np.asarray(items, dtype=np.uint64)
-    visits = np.asarray(visit, dtype=np.int64)
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"0 <= seed < 2**64 must hold, but got {seed}")
-    if np.any((visits < 0) | (visits >= 2**32)):
-        raise ValueError(f"0 <= visit < 2**32 must hold, but got {visits}")
-    if not (0 <= stream < 2**16 and 0 < num_blocks <= 2**16):
-        raise ValueError(f"stream and block must fit 16 bits, but got stream {stream}, {num_blocks} blocks")
     counter = np.empty((len(items), num_blocks, 4), dtype=np.uint32)
     counter[..., 0] = (stream << 16) + np.arange(num_blocks, dtype=np.uint32)
-    counter[..., 1] = np.broadcast_to(visits, items.shape).astype(np.uint32)[:, None]
+    counter[..., 1] = np.broadcast_to(visit, items.shape).astype(np.uint32)[:, None]
     counter[..., 2] = (items & _LOW).astype(np.uint32)[:, None]
     counter[..., 3] = (items >> _HALF).astype(np.uint32)[:, None]
     return philox4x32(counter, np.array([seed & _MASK, seed >> 32], dtype=np.uint32))

@@ -3,7 +3,6 @@
 A test role is read by nobody here: the checks ask only whether its folders exist.
 """
 
-from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from carft_ray.data.benchmark_sets.reader import benchmark_words
@@ -16,8 +15,7 @@ from carft_ray.data.source import Source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.checks.rules import named_sets
-from carft_ray.recipe.parameters import CategoricalParameter
-from carft_ray.recipe.schedule import can_cut
+from carft_ray.recipe.schedule import can_cut, possible_values
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
@@ -241,26 +239,14 @@ def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | N
         size = spec.num_per_class * len(classes)
     elif train is None or train.problems or not (size := len(selected_rows(train, spec))):
         return problems
-    for place, batch_size in _batch_sizes(recipe):
-        if batch_size > size:
-            rule = f"must be at most the size of the training set, {size} images"
-            problems.append(Problem(place, rule, str(batch_size)))
+    set_alone = [values.get("batch_size") for values in recipe.search.baselines.values()]
+    batch_sizes = [recipe.train.batch_size, *possible_values(recipe, "batch_size"), *set_alone]
+    if (largest := max(each for each in batch_sizes if isinstance(each, int))) > size:
+        rule = f"must be at most the size of the training set, {size} images, in train, search.space and baselines"
+        problems.append(Problem("batch_size", rule, str(largest)))
     if not problems and recipe.search.pruner.name != "none" and can_cut(recipe) and not can_cut(recipe, size):
         pruner = recipe.search.pruner.name
         rule = f"must end early enough for the pruner {pruner}: no intermediate value comes before the end"
         step = "Shorten the warm-up, train longer, or use a smaller batch."
         problems.append(Problem("train.warmup_steps", rule, str(recipe.train.warmup_steps), next_step=step))
     return problems
-
-
-def _batch_sizes(recipe: Recipe) -> Iterator[tuple[str, int]]:
-    """Every global batch that a training of the recipe may use, with its key path."""
-    yield "train.batch_size", recipe.train.batch_size
-    parameter = recipe.search.space.get("batch_size")
-    if parameter is not None:
-        ends = parameter.choices if isinstance(parameter, CategoricalParameter) else (parameter.high,)
-        yield from (("search.space.batch_size", value) for value in ends if isinstance(value, int))
-    for name, values in recipe.search.baselines.items():
-        value = values.get("batch_size")
-        if isinstance(value, int):
-            yield f"search.baselines.{name}.batch_size", value
