@@ -5,7 +5,8 @@ the way to it name a split, the other words a domain: ``photo``, ``train`` (no d
 ``train/photo`` are all found.
 
 The roles are a proposal: the largest domain (or the one that is asked for) trains, a part of it is ``id_val`` and one
-is ``id_test`` unless the tree has splits; the other domains are shared out between ``ood_val`` and ``ood_test``.
+is ``id_test`` unless the tree has splits; the other domains are shared out between ``ood_val``, which comes first, and
+``ood_test``.
 """
 
 import itertools
@@ -149,12 +150,10 @@ def choose_roles(
     if train is None:
         train = max(free or sorted(sizes), key=lambda name: sizes[name])
         free = [name for name in free if name != train]
-    if ood_val is None and ood_test is None:
-        half = (len(free) + 1) // 2
-        return Roles(train, tuple(free[:half]), tuple(free[half:]))
-    if ood_val is None:
-        return Roles(train, tuple(free), tuple(ood_test or ()))
-    return Roles(train, tuple(ood_val), tuple(free) if ood_test is None else tuple(ood_test))
+    num_val = (len(free) + 1) // 2 if ood_test is None else len(free)
+    val = free[:num_val] if ood_val is None else ood_val
+    test = [name for name in free if name not in val] if ood_test is None else ood_test
+    return Roles(train, tuple(val), tuple(test))
 
 
 def draft(
@@ -204,23 +203,18 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
         lines.append(f"  {role}: {{{_id_set(path, found, roles.train, split)}}}")
         if role == "train" and missing:
             lines.append("  # id_val and id_test are other images of the same domain, chosen by a hash of their names")
-    halves = bool(roles.ood_val) and not roles.ood_test
     taken = set(ROLES)
     lines.append("  # Shifts. Those of ood_val choose, so ood_test must show other shifts, not only other images.")
     if not roles.ood_val:
         lines += _CORRUPTED.substitute(of=_id_set(path, found, roles.train, "val")).splitlines()
-    for role, domains in (("ood_val", roles.ood_val), ("ood_test", roles.ood_val if halves else roles.ood_test)):
-        if not domains:
-            continue
-        lines.append(f"  {role}:")
-        if halves and role == "ood_test":
-            lines.append("    # the same shift, other images: what it shows is too good for a new shift")
+    for role, domains in (("ood_val", roles.ood_val), ("ood_test", roles.ood_test)):
+        lines += [f"  {role}:"] if domains else []
         for domain in domains:
-            there = {name for one in found if one.domain == domain for name in one.counts}
+            by_split = {one.split: one for one in found if one.domain == domain}
+            shown = _folder(path, next(by_split[split] for split in OOD_SPLITS if split in by_split))
+            there = {name for one in by_split.values() for name in one.counts}
             some = ", classes: some" if there < set(classes) else ""
-            half = {"ood_val": ", part: [0, 0.5]", "ood_test": ", part: [0.5, 1]"}[role] if halves else ""
-            own = _free(set_name(domain) + ("_test" if halves and role == "ood_test" else ""), taken)
-            lines.append(f"    {_text(own)}: {{{_ood_set(path, found, domain)}{half}{some}}}")
+            lines.append(f"    {_text(_free(set_name(domain), taken))}: {{{shown}{some}}}")
     return lines
 
 
@@ -241,11 +235,6 @@ def _splits(found: Sequence[ClassRoot], domain: str) -> tuple[dict[str, ClassRoo
         largest = max(by_split.values(), key=lambda one: one.num_images)
         by_split["train"] = by_split.pop("" if "" in by_split else largest.split)
     return by_split, [split for split in ("val", "test") if split not in by_split]
-
-
-def _ood_set(path: str, found: Sequence[ClassRoot], domain: str) -> str:
-    by_split = {one.split: one for one in found if one.domain == domain}
-    return _folder(path, next(by_split[split] for split in OOD_SPLITS if split in by_split))
 
 
 def _folder(path: str, one: ClassRoot) -> str:
