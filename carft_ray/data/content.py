@@ -5,7 +5,7 @@
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -13,8 +13,7 @@ from carft_ray import environment
 from carft_ray.data.source import Source
 
 DIGEST_BYTES = 16
-MOST_AT_ONCE = 128  # images in memory while a set is read, with up to half as many threads
-AHEAD, LARGEST_PART = 2, 4  # parts of the range for each thread, and images of one
+AHEAD = 4  # images in memory for each thread while a set is read
 
 T = TypeVar("T")
 
@@ -27,9 +26,9 @@ def reading_threads() -> int:
 def in_order(make: Callable[[int], T], number: int, num_threads: int | None = None) -> Generator[T, None, None]:
     """Yields ``make(0)``, ``make(1)``, ..., made by several threads a little ahead of whoever takes them.
 
-    At most ``MOST_AT_ONCE`` values are made and not taken (``AHEAD`` for each thread, where that is more), all of them
-    close to one another: what is read quickly in order alone is read almost in order. Close it (``contextlib.closing``)
-    where it may not be taken to its end.
+    At most ``AHEAD`` values for each thread are made and not taken, all of them close to one another: what is read
+    quickly in order alone is read almost in order. Close it (``contextlib.closing``) where it may not be taken to its
+    end.
 
     Args:
         make: Called by several threads at once.
@@ -40,32 +39,15 @@ def in_order(make: Callable[[int], T], number: int, num_threads: int | None = No
         Exception: What ``make`` raised for the lowest index, once all values before it are taken.
     """
     threads = num_threads or reading_threads()
-    size = max(1, min(LARGEST_PART, MOST_AT_ONCE // (AHEAD * threads)))
-
-    def made(start: int) -> tuple[list[T], Exception | None]:
-        values: list[T] = []
-        try:
-            for index in range(start, min(start + size, number)):
-                values.append(make(index))
-        except Exception as error:  # raised below, after what comes before it
-            return values, error
-        return values, None
-
-    def taken(part: Future[tuple[list[T], Exception | None]]) -> Iterator[T]:
-        values, error = part.result()
-        yield from values
-        if error is not None:
-            raise error
-
     pool = ThreadPoolExecutor(threads)
+    pending: deque[Future[T]] = deque()
     try:
-        pending: deque[Future[tuple[list[T], Exception | None]]] = deque()
-        for start in range(0, number, size):
-            pending.append(pool.submit(made, start))
+        for index in range(number):
             if len(pending) == AHEAD * threads:
-                yield from taken(pending.popleft())
+                yield pending.popleft().result()
+            pending.append(pool.submit(make, index))
         while pending:
-            yield from taken(pending.popleft())
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
