@@ -81,7 +81,6 @@ class Listing:
         excluded: Sample ids that belong to no set made of the listing (``exclude`` of the recipe), uint64 [K].
         passed_over: How many entries of its folders are no images of the set, by what they are.
         lost: Names of links to images that are not there.
-        problems: What is missing. With problems the rest may be empty.
         stamps: Size and date of each file that was asked for; of a file of many images a hash of its ends, too.
     """
 
@@ -99,7 +98,6 @@ class Listing:
     excluded: IdArray = field(default_factory=lambda: np.empty(0, np.uint64))
     passed_over: Mapping[str, int] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
-    problems: tuple[Problem, ...] = ()
     stamps: dict[str, str] = field(default_factory=dict)
     _unchanged: set[str] = field(default_factory=set, init=False)  # files of many images that were compared with it
     _lock: threading.Lock = field(default_factory=threading.Lock, init=False)

@@ -162,6 +162,9 @@ def list_set(spec: StoredSet, place: str) -> Listing:
     Args:
         spec: The set.
         place: Where the set is named, for the problems.
+
+    Raises:
+        DataError: Something is missing.
     """
     key = spec.model_dump_json(exclude=_TAKES)
     kept = _kept.get()
@@ -169,28 +172,26 @@ def list_set(spec: StoredSet, place: str) -> Listing:
     if listing is None:
         try:
             listing = reader_of(spec).listing(spec, place)
-        except DataError as error:
-            return Listing("", "", problems=error.problems)
         except OSError as error:
-            return Listing("", "", problems=(unreadable(f"{place}: {error.filename}", error),))
+            raise DataError(unreadable(f"{place}: {error.filename}", error)) from error
         if problems := text_problems((spec.path, *listing.found), place):
-            return Listing("", "", problems=tuple(problems))
-        if kept is not None and not listing.problems:  # problems name the set
+            raise DataError(problems)
+        if kept is not None:
             kept[key] = listing
     _tell_passed_over(listing, place)
     if listing.lost and spec.on_bad_image == "fail":
         value = f"none behind {len(listing.lost)}, such as {listing.home}/{listing.lost[0]}"
         step = f"Restore the files, remove the links, or write {place}.on_bad_image: skip."
-        return Listing("", "", problems=(Problem(place, "every link must lead to an image", value, next_step=step),))
-    if spec.exclude is None or listing.problems:
+        raise DataError(Problem(place, "every link must lead to an image", value, next_step=step))
+    if spec.exclude is None:
         return listing
-    excluded, problems = excluded_ids(spec.exclude, f"{place}.exclude")
-    if not problems and not np.isin(excluded, listing.ids).any():
+    excluded = excluded_ids(spec.exclude, f"{place}.exclude")
+    if not np.isin(excluded, listing.ids).any():
         step = "Sample ids stand in predictions.parquet and in what `carft-ray doctor RECIPE --pairs FILE` writes."
         value = f"{len(excluded)}, such as {excluded[0]}" if len(excluded) else "none"
         rule = "must name images of the set by their sample ids"
-        problems = [Problem(f"{place}.exclude", rule, value, next_step=step)]
-    return replace(listing, excluded=excluded, problems=tuple(problems))
+        raise DataError(Problem(f"{place}.exclude", rule, value, next_step=step))
+    return replace(listing, excluded=excluded)
 
 
 def _tell_passed_over(listing: Listing, place: str) -> None:
@@ -205,27 +206,27 @@ def _tell_passed_over(listing: Listing, place: str) -> None:
     _log.warning(text, place, listing.home, visible(words), ", ".join(IMAGE_ENDINGS))
 
 
-def excluded_ids(written: tuple[int, ...] | str, place: str) -> tuple[IdArray, list[Problem]]:
-    """Returns the sample ids that ``exclude`` names, uint64 [K], and what is wrong with its file.
+def excluded_ids(written: tuple[int, ...] | str, place: str) -> IdArray:
+    """Returns the sample ids that ``exclude`` names, uint64 [K].
 
     Args:
         written: The ids, or the path of a text file with one per line or of a CSV file with a column ``sample_id``.
         place: Where it is written, for the problems.
+
+    Raises:
+        DataError: The file cannot be read, or holds something else.
     """
     if not isinstance(written, str):
-        return np.array(written, np.uint64), []
-    path = Path(written)
+        return np.array(written, np.uint64)
     try:
-        rows = [row for row in csv.reader(io.StringIO(read_text(path), newline="")) if row]
-    except DataError as error:
-        return np.empty(0, np.uint64), list(error.problems)
+        rows = [row for row in csv.reader(io.StringIO(read_text(written), newline="")) if row]
     except (OSError, csv.Error) as error:
         rule = f"must be a text file with a sample id per line, or a CSV file with a column {ID_COLUMN}"
-        return np.empty(0, np.uint64), [Problem(place, rule, f"{path}: {cause_of(error)}")]
+        raise DataError(Problem(place, rule, f"{written}: {cause_of(error)}")) from error
     has_names = bool(rows) and ID_COLUMN in rows[0]
     column = rows[0].index(ID_COLUMN) if has_names else 0
     texts = [row[column].strip() if column < len(row) else "" for row in rows[has_names:]]
     if wrong := [text for text in texts if not re.fullmatch(r"\d{1,20}", text) or int(text) >= 2**64]:
         rule = "every line must hold a sample id, a whole number from 0 to 2**64 - 1"
-        return np.empty(0, np.uint64), [Problem(str(path), rule, f"{wrong[0]!r}{and_more(wrong)}")]
-    return np.array([int(text) for text in texts], np.uint64), []
+        raise DataError(Problem(written, rule, f"{wrong[0]!r}{and_more(wrong)}"))
+    return np.array(list(map(int, texts)), np.uint64)

@@ -28,8 +28,7 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
         DataError: Images or classes are missing; all problems at once.
     """
     wanted = listing.found if classes is None else tuple(classes)
-    problems = list(listing.problems) or class_problems(listing, spec, wanted, name)
-    if problems:
+    if problems := class_problems(listing, spec, wanted, name):
         raise DataError(problems)
     if len(np.unique(listing.ids)) < len(listing):
         rule = "names of images must differ, also after Unicode normalisation"
@@ -49,13 +48,7 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
 
 
 def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSource:
-    """Returns the images of a set whose classes are not checked; all labels are 0.
-
-    Raises:
-        DataError: Something is missing.
-    """
-    if listing.problems:
-        raise DataError(listing.problems)
+    """Returns the images of a set whose classes are not checked; all labels are 0."""
     chosen = _part_and_shots(listing, spec)
     rows = _not_excluded(listing, chosen)
     labels = np.zeros(len(rows), np.int64)

@@ -45,16 +45,19 @@ def check_sets(recipe: Recipe) -> list[Problem]:
         elif path[1] in TEST_ROLES:
             problems += reader_of(spec).problems(spec, place)
         else:
-            listings[place] = list_set(spec, place)
-            problems += listings[place].problems
-    train = listings.get(sets["data", "train"][0])
-    if recipe.data.classes is None and train is not None and train.problems:
+            try:
+                listings[place] = list_set(spec, place)
+            except DataError as error:
+                problems += error.problems
+    train_place, train_spec = sets["data", "train"]
+    train = listings.get(train_place)
+    if recipe.data.classes is None and train is None and not isinstance(train_spec, SandboxSet):
         return problems  # without the classes of train there is nothing to compare with
     classes = _class_list(recipe, train)
-    for path, (place, spec) in sets.items():
+    for place, spec in sets.values():
         if isinstance(spec, SandboxSet):
             problems += sandbox.class_problems(classes, place)
-        elif path[1] not in TEST_ROLES and not listings[place].problems:
+        elif place in listings:
             problems += class_problems(listings[place], spec, classes, place)
     return problems + _count_problems(recipe, classes, train)
 
@@ -137,8 +140,6 @@ def class_folders(recipe: Recipe) -> tuple[str, ...]:
     listing, train = None, plain(recipe.data.train)
     if recipe.data.classes is None and isinstance(train, StoredSet):
         listing = list_set(train, plain_place(("data", "train"), recipe.data.train))
-        if listing.problems:
-            raise DataError(listing.problems)
     return _class_list(recipe, listing)
 
 
@@ -237,7 +238,7 @@ def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | N
     spec = plain(recipe.data.train)
     if isinstance(spec, SandboxSet):
         size = spec.num_per_class * len(classes)
-    elif train is None or train.problems or not (size := len(selected_rows(train, spec))):
+    elif train is None or not (size := len(selected_rows(train, spec))):
         return problems
     set_alone = [values.get("batch_size") for values in recipe.search.baselines.values()]
     batch_sizes = [recipe.train.batch_size, *possible_values(recipe, "batch_size"), *set_alone]

@@ -64,8 +64,9 @@ def list_benchmark(spec: BenchmarkSet, place: str) -> Listing:
         raise DataError(problems)
     facts = known_facts(spec.name)
     listing: Listing = getattr(listers, LAYOUTS[spec.name].lister)(_root(spec), spec, facts, place)
-    problems = list(_class_problems(listing, spec, facts, place))
-    return replace(_in_class_list(listing, spec, facts), problems=tuple(problems))
+    if problems := list(_class_problems(listing, spec, facts, place)):
+        raise DataError(problems)
+    return _in_class_list(listing, spec, facts)
 
 
 def benchmark_problems(spec: BenchmarkSet, place: str) -> list[Problem]:

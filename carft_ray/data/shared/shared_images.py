@@ -211,7 +211,7 @@ def without_shared(recipe: Recipe, rows: Iterable[SharedRow]) -> Recipe:
             return spec.model_copy(update={"of": smaller(f"{place}.of", spec.of)})
         if place not in leaving:
             return spec
-        before = [] if spec.exclude is None else excluded_ids(spec.exclude, place)[0].tolist()
+        before = [] if spec.exclude is None else excluded_ids(spec.exclude, place).tolist()
         return spec.model_copy(update={"exclude": tuple(sorted({*before, *leaving[place]}))})
 
     data = recipe.data

@@ -22,7 +22,7 @@ from carft_ray import environment
 from carft_ray import files as disk
 from carft_ray.data.formats.labels import read_class_names
 from carft_ray.data.readers import excluded_ids
-from carft_ray.errors import ClusterError, DataError, Problem, StorageError, UsageError
+from carft_ray.errors import ClusterError, Problem, StorageError, UsageError
 from carft_ray.launch.jobs import package
 from carft_ray.recipe.loading import dump_given, named_paths, with_paths
 from carft_ray.recipe.schema import Recipe
@@ -93,10 +93,8 @@ def search_upload(recipe: Recipe, study: Path, flags: Sequence[str], home: Path,
             replaced[str(path)] = read_class_names(str(path), "class_names")
             continue
         name = f"files/{len(files)}-{path.name}"
-        ids, problems = excluded_ids(str(path), "exclude")
-        if problems:
-            raise DataError(problems)
-        files[name], replaced[str(path)] = "".join(f"{one}\n" for one in ids.tolist()), name
+        ids = excluded_ids(str(path), "exclude").tolist()
+        files[name], replaced[str(path)] = "".join(f"{one}\n" for one in ids), name
     files[RECIPE] = dump_given(with_paths(recipe, lambda written: replaced.get(written, written)))
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
     kept = shlex.quote(str(study.with_name(f"{study.name}.recipe") / digest))
