@@ -11,7 +11,6 @@ import os
 import re
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +21,7 @@ from carft_ray.data.formats.labels import check_names, named_classes, read_class
 from carft_ray.data.formats.shards import find_files, folder_of
 from carft_ray.data.images import IMAGE_ENDINGS, unreadable
 from carft_ray.data.listing import Listing, and_more, image_table
-from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.sets import WebDatasetSet
 from carft_ray.untrusted import open_regular, parse_json, read_regular
 
@@ -128,30 +127,23 @@ def _index(shard: Path, spec: WebDatasetSet) -> pa.Table:
 def _make_index(shard: Path, image: str, label: str, json_key: str | None) -> pa.Table:
     images: list[tarfile.TarInfo] = []
     labels: list[str] = []
-    problems: list[Problem] = []
+    wrong: list[str] = []
     for key, files in _samples(shard):
-        known = [ending for ending in files if f".{ending}" in IMAGE_ENDINGS]
-        endings = [ending for ending in files if ending == image] if image else known
-        if len(endings) == 1 and label in files:
-            images.append(files[endings[0]])
-            member = files[label]
-            if member.size > _LARGEST_LABEL:
-                rule = f"a label must have at most {_LARGEST_LABEL} bytes"
-                raise DataError(Problem(f"{shard}: {member.name}", rule, str(member.size)))
-            text = _content(shard, member.offset_data, member.size).decode("utf-8", "replace")
-            labels.append(text if json_key is None else _value(text, json_key, f"{shard}: {member.name}"))
+        endings = [ending for ending in files if (ending == image if image else f".{ending}" in IMAGE_ENDINGS)]
+        if len(endings) != 1 or label not in files:
+            wrong.append(f"{key} with {', '.join(f'.{ending}' for ending in files)}")
             continue
-        if len(endings) != 1:
-            rule = f"every sample must have a .{image}" if image else "every sample must have one image"
-            step = "Say with image which ending is meant." if len(known) > 1 else ""
-        else:
-            rule = f"every sample must have a .{label}"
-            step = "Say with label where the label stands: an ending, or json:KEY."
-        there = ", ".join(f".{ending}" for ending in files)
-        problems.append(Problem(f"{shard}: {key}", rule, there, next_step=step))
-    if problems:
-        more = f"{and_more(problems)} samples like it" if len(problems) > 1 else ""
-        raise DataError(replace(problems[0], value=problems[0].value + more))
+        images.append(files[endings[0]])
+        member = files[label]
+        if member.size > _LARGEST_LABEL:
+            rule = f"a label must have at most {_LARGEST_LABEL} bytes"
+            raise DataError(Problem(f"{shard}: {member.name}", rule, str(member.size)))
+        text = _content(shard, member.offset_data, member.size).decode("utf-8", "replace")
+        labels.append(text if json_key is None else _value(text, json_key, f"{shard}: {member.name}"))
+    if wrong:
+        rule = f"every sample must have {f'a .{image}' if image else 'one image'} and a .{label}"
+        step = "Say with image and label which endings are meant; of a label also json:KEY."
+        raise DataError(Problem(str(shard), rule, f"{wrong[0]}{and_more(wrong)}", next_step=step))
     names = [_plain(member.name) for member in images]
     offsets, sizes = [member.offset_data for member in images], [member.size for member in images]
     return pa.table([names, offsets, sizes, labels], schema=_INDEX)
@@ -228,17 +220,14 @@ def _value(text: str, key: str, place: str) -> str:
         DataError: It is none, has no such key, or a label cannot be of this kind.
     """
     try:
-        values = parse_json(text)
-    except ValueError as error:
-        raise DataError(Problem(place, "the .json of every sample must be JSON", str(error))) from error
-    if not isinstance(values, dict) or key not in values:
-        there = tuple(values) if isinstance(values, dict) else ()
-        rule = f"the .json of every sample must have the key {key}"
-        raise DataError(Problem(place, rule, "none", there, nearest(key, there)))
-    if isinstance(values[key], dict | list):
+        value = parse_json(text)[key]
+    except (ValueError, LookupError, TypeError) as error:
+        rule = f"the .json of every sample must be an object with the key {key}"
+        raise DataError(Problem(place, rule, f"{type(error).__name__}: {error}")) from error
+    if isinstance(value, dict | list):
         rule = f"the key {key} must hold a text or a whole number"
-        raise DataError(Problem(place, rule, "a list" if isinstance(values[key], list) else "an object"))
-    return json.dumps(values[key])
+        raise DataError(Problem(place, rule, type(value).__name__))
+    return json.dumps(value)
 
 
 def _plain(name: str) -> str:
