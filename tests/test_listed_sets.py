@@ -139,7 +139,7 @@ def test_a_set_that_was_listed_before_is_the_same_set(here, tmp_path, monkeypatc
         assert mapped.hashes() is not None
         assert mapped.labels.tolist() == source.labels.tolist()
         assert mapped.sample_ids.tolist() == source.sample_ids.tolist()
-        for what in ("name", "class_names", "fingerprint", "groups", "home", "in_order", "num_skipped"):
+        for what in ("name", "class_names", "fingerprint", "groups", "home", "skipped"):
             assert getattr(mapped, what) == getattr(source, what), what
         assert [mapped.place(i) for i in range(len(mapped))] == [source.place(i) for i in range(len(source))]
         assert mapped.content(3) == source.content(3)

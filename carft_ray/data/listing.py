@@ -251,16 +251,6 @@ class StoredSource:
         """Where the images are, a resolved path."""
         return self.listing.home
 
-    @property
-    def num_skipped(self) -> int:
-        """Number of the images that were left out because they cannot be decoded."""
-        return len(self.skipped)
-
-    @property
-    def in_order(self) -> bool:
-        """Whether the images are read quickly in their order alone."""
-        return self.listing.in_order
-
     @cached_property
     def fingerprint(self) -> str:
         """Hash of names, places in their files, stamps, labels and groups.

@@ -85,8 +85,8 @@ def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str
         if known is not None and is_stored and isinstance(source, CorruptedSource):
             known = [image_digest(source.shown_content(digest)) for digest in known]
         contents[name] = {"digest": set_digest(source, known), "num_images": len(source)}
-        if num_skipped := getattr(images, "num_skipped", 0):
-            contents[name]["num_skipped"] = num_skipped
+        if skipped := getattr(images, "skipped", ()):
+            contents[name]["num_skipped"] = len(skipped)
     return contents
 
 

@@ -87,7 +87,7 @@ def load_shared_inputs(
         elif isinstance(train, StoredSource) and (
             recipe.data.resize_short_side is not None
             or recipe.data.pack == "always"
-            or (recipe.data.pack == "auto" and pays(train.home, train.in_order, folder))
+            or (recipe.data.pack == "auto" and pays(train.home, train.listing.in_order, folder))
         ):
             train = PackedSource(train, folder, partial(on_image, "train"), limit_gb, recipe.data.resize_short_side)
 
