@@ -130,8 +130,7 @@ def test_problems_count_the_images_of_the_second_set_once():
     (problem,) = shared_problems(shared())
     assert problem.place == "data.id_test"
     assert problem.value.startswith(
-        "2 of 3 images in both (1 with the same file content, "
-        "1 with the same picture re-encoded, resized, cropped or marked): set 0/<b>, 1.png and set 1/<b>, 2.png;"
+        "2 of 3 images in both (same bytes and same picture): set 0/<b>, 1.png and set 1/<b>, 2.png;"
     )
 
 

@@ -60,7 +60,6 @@ NEAREST = 8  # candidates of an image that are compared: of frames of a video ea
 FLOOR = 10.0  # variance, in squared grey levels, below which contrast is rounding and compression
 LEAST_CONTRAST = 4.0  # variance; a picture below it has only its bytes to be known by
 NUM_EXAMPLES = 2
-CHANGED = "re-encoded, resized, cropped or marked"
 STEP = (
     "Write data.shared_images: drop, which leaves them to the role nearest to the test, or remove them from one of the "
     "two sets. All of them: carft-ray doctor RECIPE --pairs pairs.html"
@@ -170,13 +169,10 @@ def shared_problems(pairs: Sequence[SharedPair]) -> list[Problem]:
     for pair in pairs:
         by_sets.setdefault((pair.first.place, pair.second.place), []).append(pair)
     for (first, second), shared in by_sets.items():
-        by_content = {pair.second.index for pair in shared if pair.how == "same bytes"}
-        by_picture = {pair.second.index for pair in shared} - by_content
-        counts = {"the same file content": by_content, f"the same picture {CHANGED}": by_picture}
-        how = ", ".join(f"{len(found)} with {words}" for words, found in counts.items() if found)
+        how = " and ".join(sorted({pair.how for pair in shared}))
         examples = "; ".join(f"{pair.first.name} and {pair.second.name}" for pair in shared[:NUM_EXAMPLES])
         rule = f"a set has one role and must not share images with {first}"
-        num_shared, num_images = len(by_content | by_picture), len(shared[0].second.source)
+        num_shared, num_images = len({pair.second.index for pair in shared}), len(shared[0].second.source)
         value = f"{num_shared} of {num_images} images in both ({how}): {examples}"
         problems.append(Problem(second, rule, value, next_step=STEP))
     return problems

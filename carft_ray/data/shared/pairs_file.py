@@ -1,8 +1,6 @@
 """Pairs of images that stand in two roles, as a file to read: a CSV table, or a page with the pictures side by side."""
 
 import base64
-import os
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from string import Template
@@ -46,32 +44,20 @@ def write_pairs(path: Path, pairs: Sequence[SharedPair]) -> None:
 
 def _page(pairs: Sequence[SharedPair]) -> str:
     title = f"Images in two roles: {counted(len(pairs), 'pair')}"
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for pair in pairs:
-        counts.setdefault((pair.first.place, pair.second.place), Counter())[pair.how] += 1
-    lines = [
-        f"<li>{html(one)} and {html(two)}: {', '.join(f'{n:,} with the {how}' for how, n in found.items())}</li>"
-        for (one, two), found in counts.items()
-    ]
-    names = [image.name for pair in pairs for image in (pair.first, pair.second)]
-    prefix = os.path.commonprefix(names)  # noqa: RUF071  (not every name is a path)
-    common = prefix[: prefix.rfind("/") + 1]
-    shown = "\n".join(_article(number, pair, common) for number, pair in enumerate(pairs[:MOST_SHOWN], start=1))
+    shown = "\n".join(map(_article, pairs[:MOST_SHOWN]))
     rest = f"<p>The first {MOST_SHOWN:,} are shown; a .csv file has all.</p>" if len(pairs) > MOST_SHOWN else ""
-    below = f"<p>All names count from {_breakable(common)}</p>" if common else ""
-    return _PAGE.substitute(title=title, counts="".join(lines), limit=f"{LIMIT:g}", below=below, rest=rest, pairs=shown)
+    return _PAGE.substitute(title=title, limit=f"{LIMIT:g}", rest=rest, pairs=shown)
 
 
-def _article(number: int, pair: SharedPair, common: str) -> str:
-    apart = "" if pair.how == "same bytes" else f", distance {pair.distance:.3f}"
-    pictures, words = zip(*(_shown(image, common) for image in (pair.first, pair.second)), strict=True)
-    heading = f"<h2>{number}: {pair.how}{apart}</h2>"
+def _article(pair: SharedPair) -> str:
+    pictures, words = zip(*map(_shown, (pair.first, pair.second)), strict=True)
+    heading = f"<h2>{pair.how}, distance {pair.distance:.3f}</h2>"
     return f"<article>{''.join(pictures)}<div>{heading}<dl>{''.join(words)}</dl></div></article>"
 
 
-def _shown(image: SharedImage, common: str) -> tuple[str, str]:
-    """Returns the picture of an image, and its set, its name without the common folder, and its size in pixels."""
-    words = f"<dt>{html(image.place)}</dt><dd>{_breakable(image.name.removeprefix(common))}"
+def _shown(image: SharedImage) -> tuple[str, str]:
+    """Returns the picture of an image, and its set, its name, and its size in pixels."""
+    words = f"<dt>{html(image.place)}</dt><dd>{html(image.name)}"
     try:
         pixels = image.source.pixels(image.index)
     except DataError:
@@ -79,8 +65,3 @@ def _shown(image: SharedImage, common: str) -> tuple[str, str]:
     size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
     encoded = base64.b64encode(small_jpeg(pixels, SIDE, QUALITY)).decode()
     return f'<img alt="" src="data:image/jpeg;base64,{encoded}">', f"{words}<br><small>{size}</small></dd>"
-
-
-def _breakable(name: str) -> str:
-    """Returns a path that may be broken behind its slashes."""
-    return html(name).replace("/", "/<wbr>")
