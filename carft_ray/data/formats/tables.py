@@ -147,32 +147,27 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
     there, types = tuple(schema.names), _types(schemas[0])
     images = [name for name in there if features.get(name, {}).get("_type") == "Image" or _kind(types[name]) == "bytes"]
     labels = [name for name in there if _class_label(features.get(name, {})) is not None]
-    image, label = spec.image or _only("image", there, images), spec.label or _only("label", there, labels)
-    problems = []
+    image, label = spec.image or _only("image", there, images), spec.label or _only("label", there, labels)  # or ""
     given = [("image", image), ("label", label), *(("id", name) for name in _id_column(spec))]
     given += [("where", name) for name in spec.where]
     for file, own in zip(files, schemas, strict=True):
-        _check_schema(own, [name for _, name in given if name is not None], f"{place}: {file}")
-    for key, name in given:
-        kinds, rule = _ALLOWED[key]
-        if name is None:
-            rule = f"must be said: which column of {first} holds the {key}s is not clear"
-            problems.append(Problem(f"{place}.{key}", rule, allowed=there))
-        elif name not in types:
-            rule = f"must be a column of {first}"
-            problems.append(Problem(f"{place}.{key}", rule, repr(name), there, nearest(name, there)))
-        elif _kind(types[name]) not in kinds:
-            problems.append(Problem(f"{place}.{key}: column {name}", rule, str(types[name])))
-    if spec.root is not None and image is not None and _kind(types.get(image)) == "bytes":
-        problems.append(Problem(f"{place}.root", f"must be left out: the column {image} holds bytes, not paths"))
-    if problems or image is None or label is None:
-        raise DataError(problems)
-    for file, own in zip(files, schemas, strict=True):
-        other = _types(own)
-        for name in (image, label, *spec.where, *_id_column(spec)):
-            if _kind(other.get(name)) != _kind(types[name]):
+        _check_schema(own, [name for _, name in given], f"{place}: {file}")
+        problems, found = [], _types(own)
+        for key, name in given:
+            kinds, rule = _ALLOWED[key]
+            if not name:
+                rule = f"must be said: which column of {first} holds the {key}s is not clear"
+                problems.append(Problem(f"{place}.{key}", rule, allowed=there))
+            elif name not in found:
+                rule = f"must be a column of {file.name}"
+                problems.append(Problem(f"{place}.{key}", rule, repr(name), there, nearest(name, there)))
+            elif _kind(found[name]) not in kinds:
+                problems.append(Problem(f"{place}.{key}: column {name}", rule, str(found[name])))
+            elif _kind(found[name]) != _kind(types[name]):
                 rule = f"all files of a table must have equal columns: {name} is {types[name]} in {first}"
-                raise DataError(Problem(f"{place}: {file}", rule, str(other.get(name, "no such column"))))
+                problems.append(Problem(f"{place}: {file}", rule, str(found[name])))
+        if problems:
+            raise DataError(problems)
     return _Columns(image, label, _kind(types[image]) == "text", _class_label(features.get(label, {})))
 
 
@@ -191,9 +186,9 @@ def _check_schema(schema: pa.Schema, used: Sequence[str], place: str) -> None:
             raise DataError(Problem(place, f"the column {name} must have no extension type", extension, next_step=step))
 
 
-def _only(name: str, there: Sequence[str], candidates: Sequence[str]) -> str | None:
-    """Returns the column of this name, or the one column that can be meant."""
-    return name if name in there else candidates[0] if len(candidates) == 1 else None
+def _only(name: str, there: Sequence[str], candidates: Sequence[str]) -> str:
+    """Returns the column of this name, or the one column that can be meant; '' for none."""
+    return name if name in there else candidates[0] if len(candidates) == 1 else ""
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
