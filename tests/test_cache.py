@@ -482,6 +482,20 @@ def test_clean_of_a_disk_without_locks_removes_no_entry(run, filled, no_locks, w
     assert len(cache.list_entries(filled)) == 3
 
 
+def test_stored_targets_are_an_entry_that_goes_as_others_do(tmp_path):
+    visit = tmp_path / "targets" / "0123456789abcdef" / "visit-0000"
+    visit.parent.mkdir(parents=True)
+    visit.write_bytes(b"x" * 9000)
+    os.utime(visit, (1e9, 1e9))
+    decoded(tmp_path, 1)
+    _, targets = cache.list_entries(tmp_path)
+    assert (targets.kind, targets.last_used, targets.in_use) == ("targets", 1e9, False)
+    assert targets.num_bytes >= 9000
+    decoded(tmp_path, 2, limit_gb=1e-5)
+    assert not visit.parent.exists()
+    assert len(keys(tmp_path)) == 2
+
+
 @pytest.mark.parametrize(("answer", "kept"), [("y\n", 0), ("n\n", 3), ("\n", 3)])
 def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
     class Terminal:

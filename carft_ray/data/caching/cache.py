@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from carft_ray.errors import Problem, StorageError
-from carft_ray.files import NO_FLOCK, new_file, writing
+from carft_ray.files import NO_FLOCK, new_file, remove_folder, writing
 
 GB = 10**9  # bytes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lock
@@ -34,13 +34,8 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lo
 _ENTRY = re.compile(r"([0-9a-f]{32})\.arrow")
 _ABOUT = "about"  # key of the metadata
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.arrow\..*\.tmp")
-_NOTES = (
-    "records-*.arrow",
-    "records-*.part",
-    "overlap-*.json",
-    "index/**/*.arrow",
-    "targets/*/visit-*",
-)  # of ``data.records`` and others
+_NOTES = ("records-*.arrow", "records-*.part", "overlap-*.json", "index/**/*.arrow")  # of ``data.records`` and others
+_STORES = "targets/*"  # of ``learning.targets``: a folder of files that may be removed at any time
 
 _log = logging.getLogger(__name__)
 _warned: set[int] = set()  # disks without locks that a warning has named
@@ -52,8 +47,8 @@ class Entry:
     """What is known of an entry without opening it.
 
     Attributes:
-        key: Name of its file.
-        kind: ``decoded``, ``packed`` or ``heads``; ``unknown``, where the file is damaged.
+        key: Name of its file, without the ending; of ``targets`` that of their folder.
+        kind: ``decoded``, ``packed``, ``heads`` or ``targets``; ``unknown``, where the file is damaged.
         name: Name of the set for which it was built; the same images may serve others. Of heads, the model.
         source: Kind of the source; of heads, how many sentences.
         num_images: Images; 0 where that is unknown.
@@ -231,6 +226,11 @@ def _flock(handle: int, operation: int, path: Path) -> bool:
 def list_entries(cache_dir: Path) -> list[Entry]:
     """Returns the entries of a cache, last used first. Nothing is written; a folder that is not there has none."""
     found = [_entry(path, key) for path, key in _files(cache_dir, _ENTRY)]
+    for store in cache_dir.glob(_STORES):
+        states = [path.stat() for path in store.iterdir()]
+        used = max((time for state in states for time in (state.st_atime, state.st_mtime)), default=0.0)
+        key, size = store.relative_to(cache_dir).as_posix(), sum(state.st_blocks * 512 for state in states)
+        found.append(Entry(key=key, kind="targets", last_used=used, num_bytes=size, in_use=False))
     return sorted(found, key=lambda each: each.last_used, reverse=True)
 
 
@@ -258,6 +258,9 @@ def remove(cache_dir: Path, key: str) -> bool:
     Raises:
         StorageError: It cannot be removed.
     """
+    if "/" in key:  # targets: who reads them computes them again
+        remove_folder(cache_dir / key)
+        return True
     path = cache_dir / f"{key}.arrow"
     with _alone(path) as free, writing(path):
         if free:
