@@ -172,7 +172,7 @@ def test_the_table_of_the_documents_says_what_the_files_say():
         facts = load_facts(name.strip("`"))
         total = sum(n for split, n in facts.counts.items() if split != "trainval" or "train" not in facts.counts)
         assert (classes, images) == (str(len(facts.classes)), f"{total:,}" if total else ""), name
-        assert unsure == ", ".join(p.item for p in facts.provenance if not p.sure), name
+        assert unsure == ", ".join(each["item"] for each in facts.provenance if not each["sure"]), name
         if len(facts.counts) > 1:
             assert splits.startswith(", ".join(facts.counts)), name
 

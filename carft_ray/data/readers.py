@@ -201,7 +201,6 @@ def _tell_passed_over(listing: Listing, place: str) -> None:
     _warned.add(listing.home)
     counts = sorted(listing.passed_over.items(), key=lambda item: (-item[1], item[0]))
     words = ", ".join(f"{count} {kind}" for kind, count in counts[:NUM_ENDINGS])
-    words += ", ..." if len(counts) > NUM_ENDINGS else ""
     text = "%s: passed over in %s: %s. Images are the files that end in %s"
     _log.warning(text, place, listing.home, visible(words), ", ".join(IMAGE_ENDINGS))
 

@@ -20,19 +20,6 @@ FOLDER = Path(__file__).with_suffix("")
 
 
 @dataclass(frozen=True)
-class Provenance:
-    """Where one item of a set comes from; its file says more.
-
-    Attributes:
-        item: Name of the attribute of ``Facts``.
-        sure: Whether two sources of different owners agree.
-    """
-
-    item: str
-    sure: bool
-
-
-@dataclass(frozen=True)
 class Facts:
     """The facts of one benchmark.
 
@@ -46,7 +33,8 @@ class Facts:
         domains: Domains in DomainBed's order, or the corruptions of ImageNet-C.
         counts: Number of images for each split or domain; empty where nothing is known.
         templates: Prompt templates with ``{}``.
-        provenance: One for each item that is given.
+        provenance: For each item that is given its ``item``, ``sources``, and ``sure``: whether two sources of
+            different owners agree.
     """
 
     name: str
@@ -58,11 +46,11 @@ class Facts:
     domains: tuple[str, ...] | None
     counts: Annotated[Mapping[str, int], AfterValidator(MappingProxyType)]
     templates: tuple[str, ...] | None
-    provenance: tuple[Provenance, ...]
+    provenance: tuple[dict[str, Any], ...]
 
     def is_sure(self, item: str) -> bool:
         """Returns whether two independent sources agree on an item; False for one that is not given."""
-        return any(p.sure for p in self.provenance if p.item == item)
+        return any(each["sure"] for each in self.provenance if each["item"] == item)
 
 
 @functools.cache

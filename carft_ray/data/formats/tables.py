@@ -274,20 +274,14 @@ def _paths(written: Sequence[Any], root: Path, spot: Spot, place: str) -> tuple[
     the same on every machine.
     """
     found = [_below(path, root) for path in written]
-    problems = []
-    if outside := [index for index, path in enumerate(found) if path is None]:
-        first = written[outside[0]]
-        value = f"{'no path' if not first else repr(first)} in {spot(outside[0])}{and_more(outside)}"
-        step = "Give the folder that holds all images as root."
-        rule = f"must be the path of a file inside {root}"
-        problems.append(Problem(f"{place}.image", rule, value, next_step=step))
     paths = [path or "" for path in found]
-    if not problems and (missing := missing_files(root, paths)):
-        rule = f"every image must be a file of {root}"
-        step = "Restore the files, or give another folder as root."
-        value = f"no {paths[missing[0]]!r}, which {spot(missing[0])} names{and_more(missing)}"
-        problems.append(Problem(f"{place}.image", rule, value, next_step=step))
-    return paths, problems
+    wrong = [index for index, path in enumerate(found) if path is None] or missing_files(root, paths)
+    if not wrong:
+        return paths, []
+    rule = f"must be the path of a file inside {root}"
+    step = "Restore the files, or give the folder that holds all images as root."
+    value = f"{written[wrong[0]]!r} in {spot(wrong[0])}{and_more(wrong)}"
+    return paths, [Problem(f"{place}.image", rule, value, next_step=step)]
 
 
 def _below(path: str | None, root: Path) -> str | None:

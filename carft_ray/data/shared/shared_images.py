@@ -31,7 +31,10 @@ NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
 LEAVES: Literal["leaves"] = "leaves"
 STAYS: Literal["stays"] = "stays"
 NUM_EXAMPLES = 2
-PAIRS_STEP = "Inspect the pairs: carft-ray doctor RECIPE --pairs pairs.html."
+LIMIT_STEP = (
+    "The roles are likely wrong. Inspect the pairs: carft-ray doctor RECIPE --pairs pairs.html. Give each role images "
+    "of its own, or write data.shared_images: keep, or a larger data.shared_limit."
+)
 
 _Key = tuple[str, int]  # key path of a set, index of an image there
 
@@ -266,17 +269,15 @@ def _limit_problems(recipe: Recipe, leaving: Sequence[SharedImage]) -> list[Prob
     for place, images in by_set.items():
         source, count = images[0].source, len(images)
         value = f"{count} of {len(source)} images, such as {', '.join(image.name for image in images[:NUM_EXAMPLES])}"
-        own = f"{PAIRS_STEP} Give each role images of its own, or write data.shared_images: keep"
         if not isinstance(source, StoredSource):
             rule = "its images stand in another role too, and cannot be left out: the sandbox draws them"
-            problems.append(Problem(place, rule, value, next_step=f"{own}."))
         elif count > limit * len(source):
             rule = f"at most {100 * limit:g} % of its images may stand in another role too (data.shared_limit)"
-            value += "; the roles are likely wrong"
-            problems.append(Problem(place, rule, value, next_step=f"{own}, or a larger data.shared_limit."))
         elif gone := _classes_gone(source, images):
-            rule = "every class must have an image that stands in no other role"
-            problems.append(Problem(place, rule, f"none in {', '.join(map(repr, gone))}", next_step=f"{own}."))
+            rule = f"every class must have an image that stands in no other role; none in {', '.join(map(repr, gone))}"
+        else:
+            continue
+        problems.append(Problem(place, rule, value, next_step=LIMIT_STEP))
     return problems
 
 
