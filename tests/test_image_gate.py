@@ -139,9 +139,7 @@ def test_the_limit_is_that_of_the_set_for_every_kind_of_file():
     for kind, content in contents.items():
         for decode in (decode_image, lambda content, place, limit: small_image(content, place, 20, limit)[0]):
             assert decode(content, kind, 60_000).ndim == 3
-            with pytest.raises(
-                DataError, match=r"must have at most 59,999 pixels .max_pixels., but got 300 x 200, 60,000"
-            ):
+            with pytest.raises(DataError, match=r"must have at most 59,999 pixels .max_pixels., but got 60,000"):
                 decode(content, kind, 59_999)
     with pytest.raises(DataError, match=r"must have at most 59,999 pixels"):
         decode_image(large_png(20_000, 10_000), "x", 59_999)  # Pillow itself refuses it

@@ -141,8 +141,8 @@ def test_one_of_several_images_is_taken_by_its_ending(base):
     assert opened(base, path, image="png").content(0) == IMAGES[1].content
     assert opened(base, path, image="JPG").listing.names == ["0.jpg"]
     text = told(base, path)
-    assert f"{path}: 0: every sample must have one image, but got .jpg, .png, .cls" in text
-    assert "Say with image which ending is meant." in text
+    assert f"{path}: every sample must have one image and a .cls, but got 0 with .jpg, .png, .cls" in text
+    assert "Say with image and label which endings are meant" in text
 
 
 # names, index, fingerprint

@@ -36,28 +36,19 @@ from carft_ray.data.synthetic.fields import Floats, Rng
 CORRUPTION_VERSION = 1  # changes when the same arguments give other bytes; part of the key of whatever stores them
 SIDES = (32, 64, 224)  # pixels; the tables that were published
 
-# mean and standard deviation of red, green and blue of the five photographs of frost that ImageNet-C draws from
-_FROST_PANES = (
-    ((78, 149, 166), (27, 16, 15)),
-    ((201, 205, 214), (21, 22, 23)),
-    ((201, 205, 214), (21, 22, 23)),
-    ((138, 153, 165), (28, 28, 30)),
-    ((112, 123, 135), (44, 43, 42)),
-)
 _LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
 
 
-def _tables() -> dict[str, dict[int, list[Any]]]:
-    """Returns for each corruption and side the five settings: a number, or a list of the function's arguments."""
-    text = Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    tables = {name: {side: rows[str(side)] for side in SIDES} for name, rows in tomllib.loads(text).items()}
-    # ImageNet-C moves its 224 pixels by fractions of 244, which its authors call a slip and kept
-    elastic = tables["elastic_transform"]
-    elastic[224] = [[244 / 224 * number for number in setting] for setting in elastic[224]]
-    return tables
-
-
-PARAMETERS = _tables()
+_TOML = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+_FROST_PANES = _TOML.pop("frost_panes")
+# for each corruption and side the five settings: a number, or a list of the function's arguments
+PARAMETERS: dict[str, dict[int, list[Any]]] = {
+    name: {side: rows[str(side)] for side in SIDES} for name, rows in _TOML.items()
+}
+# ImageNet-C moves its 224 pixels by fractions of 244, which its authors call a slip and kept
+PARAMETERS["elastic_transform"][224] = [
+    [244 / 224 * number for number in setting] for setting in PARAMETERS["elastic_transform"][224]
+]
 
 
 def corrupt(pixels: PixelArray, name: str, severity: int, seed: int, sample_id: int) -> PixelArray:
