@@ -47,7 +47,6 @@ DECODERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"  # p
 
 _one_large = threading.Lock()
 _TURNS = (b"Exif\0\0", b"tiff:Orientation")  # where a JPEG can note a rotation
-_START_OF_SCAN = 0xDA
 _STEP = "Replace the file, or take it out of the set."
 
 
@@ -188,10 +187,7 @@ def _plain_jpeg(
     Returns:
         As ``small_image``.
     """
-    if not content.startswith(b"\xff\xd8\xff"):
-        return None
-    end = _header_end(content)
-    if any(content.find(mark, 0, end) >= 0 for mark in _TURNS):
+    if not content.startswith(b"\xff\xd8\xff") or any(mark in content for mark in _TURNS):
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
@@ -202,16 +198,6 @@ def _plain_jpeg(
     except ValueError:
         return None
     return pixels, (height, width), "L" if colours == "Gray" else "RGB"
-
-
-def _header_end(content: bytes) -> int:
-    """Returns where the first scan of a JPEG begins: notes stand before it, and Pillow reads none behind it."""
-    place = 2
-    while content[place : place + 1] == b"\xff" and place + 4 <= len(content):
-        if content[place + 1] == _START_OF_SCAN:
-            return place
-        place += 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-    return len(content)
 
 
 def _upright(image: Image.Image) -> Image.Image:
