@@ -160,12 +160,6 @@ def test_images_of_two_sizes_are_refused_and_nothing_is_left(tmp_path):
     assert entries(tmp_path) == []
 
 
-def test_a_set_without_images_is_refused(tmp_path):
-    with pytest.raises(DataError, match="id_val: there must be at least one image"):
-        image_set(Pictures(num_images=0), None, "none", tmp_path)
-    assert entries(tmp_path) == []
-
-
 def test_an_unreadable_image_leaves_nothing(tmp_path):
     class Broken(Pictures):
         def pixels(self, index):

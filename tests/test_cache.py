@@ -351,12 +351,6 @@ def test_a_damaged_image_of_a_packed_set_is_named_as_its_source_names_it(tmp_pat
         found.pixels(2)
 
 
-def test_a_packed_set_without_images_is_refused(tmp_path):
-    with pytest.raises(DataError, match="train: there must be at least one image"):
-        PackedSource(Pictures(num_images=0), tmp_path)
-    assert keys(tmp_path) == set()
-
-
 @pytest.mark.parametrize(
     ("home", "cache_dir", "expected"),
     [

@@ -56,7 +56,7 @@ def image_set(
         The set; its arrays are read-only views of the file.
 
     Raises:
-        DataError: An image cannot be read, sizes differ, or there is no image.
+        DataError: An image cannot be read, or sizes differ.
         StorageError: The entry cannot be written.
     """
 
@@ -135,8 +135,6 @@ def _build(
     Images are made by several threads, and written in order. Pixels go to a plain file first, which has no name, so
     that memory never holds more than a few images (``content.in_order``).
     """
-    if not len(source):
-        raise DataError(Problem(source.name, "there must be at least one image"))
 
     def made(index: int) -> PixelArray:
         pixels = source.pixels(index)
@@ -145,7 +143,7 @@ def _build(
         image = transform(Image.fromarray(pixels))
         return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
-    shape: tuple[int, ...] | None = None
+    shape: tuple[int, ...] = ()
     with (
         tempfile.TemporaryFile(dir=path.parent) as plain,
         contextlib.closing(in_order(made, len(source))) as images,
@@ -160,7 +158,7 @@ def _build(
             if on_image is not None:
                 on_image(index + 1, len(source))
         plain.flush()
-        height, width = shape[:2] if shape else (0, 0)
+        height, width = shape[:2]
         of_set = about(source, "decoded", image_size=f"{width} x {height}", transform=transform_key)
         columns = required(image=pa.binary(height * width * 3), label=pa.int64(), sample_id=pa.uint64())
         schema = pa.schema(columns, {"height": str(height), "width": str(width), **of_set})

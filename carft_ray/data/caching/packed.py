@@ -30,7 +30,6 @@ from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.source import DerivedSource, PixelArray, identity
 from carft_ray.data.views import resize
-from carft_ray.errors import DataError, Problem
 
 FORMAT_VERSION = 3
 BATCH_BYTES = 32 * 10**6  # held in memory while the file is written
@@ -50,7 +49,7 @@ class PackedSource(DerivedSource):
         short_side: Pixels of the shorter side of larger images; None: all images are packed as they are.
 
     Raises:
-        DataError: A file cannot be read, or there is none.
+        DataError: A file cannot be read.
         StorageError: The entry cannot be written.
     """
 
@@ -128,8 +127,6 @@ def _smaller(source: StoredSource, index: int, short_side: int) -> bytes:
 
 def _build(source: StoredSource, path: Path, on_image: OnImage | None, short_side: int | None) -> None:
     read = source.content if short_side is None else partial(_smaller, source, short_side=short_side)
-    if not len(source):
-        raise DataError(Problem(source.name, "there must be at least one image"))
     schema = pa.schema(_COLUMNS, about(source, "packed"))
     with open(path, "wb") as file:
         with (
