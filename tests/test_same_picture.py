@@ -22,7 +22,7 @@ from carft_ray.data.shared.overlap import (
     same_bytes,
     shared_problems,
 )
-from carft_ray.data.shared.pairs_file import write_pairs
+from carft_ray.data.shared.pairs_file import check_pairs_path, write_pairs
 from carft_ray.data.shared.same_picture import LIMIT, WHOLE, grey_picture, inside_border, picture_distance
 from carft_ray.errors import DataError, UsageError
 
@@ -173,4 +173,4 @@ def test_pairs_are_written_as_a_page_of_its_own(tmp_path):
 
 def test_another_ending_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"--pairs: the name must end in \.csv or \.html, but got "):
-        write_pairs(tmp_path / "pairs.txt", [])
+        check_pairs_path(tmp_path / "pairs.txt")

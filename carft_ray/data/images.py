@@ -62,16 +62,6 @@ def read_bytes(path: Path | str) -> bytes:
         raise DataError(unreadable(str(path), error)) from error
 
 
-def check_num_bytes(size: int, place: str) -> None:
-    """Refuses an image in a container that is larger than any image file may be.
-
-    Raises:
-        DataError: It is.
-    """
-    if size > MOST_BYTES:
-        raise DataError(Problem(place, f"an image must have at most {MOST_BYTES:,} bytes", f"{size:,}"))
-
-
 def decode_image(content: bytes, place: str, max_pixels: int = MAX_PIXELS) -> PixelArray:
     """Decodes an image file as RGB by the rules at the top of this file.
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from carft_ray.data.caching.index import checked_stamp, container_stamp, file_stamp
 from carft_ray.data.formats.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
-from carft_ray.data.images import check_num_bytes, decode_image, read_bytes, small_image, unreadable
+from carft_ray.data.images import MOST_BYTES, decode_image, read_bytes, small_image, unreadable
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.sets import MAX_PIXELS
@@ -163,7 +163,8 @@ class Listing:
         if rows is not None:
             return read_row(rows, at, place)
         size = self.table["size"][row].as_py()
-        check_num_bytes(size, place)
+        if size > MOST_BYTES:
+            raise DataError(Problem(place, f"an image must have at most {MOST_BYTES:,} bytes", f"{size:,}"))
         try:
             with open_regular(os.path.join(self.root, path)) as file:
                 file.seek(at)
@@ -260,11 +261,11 @@ class StoredSource:
         """
         if self.listed_as:
             return self.listed_as
-        digest = hashlib.blake2b(_encoded(self.listing.column), digest_size=16)
+        digest = hashlib.blake2b(self.listing.column.encode(), digest_size=16)
         table = self.listing.table.take(pa.array(self.rows))
         columns = (table[name].to_pylist() for name in ("name", "path", "at"))
         for name, path, at, label in zip(*columns, self.labels.tolist(), strict=True):
-            digest.update(_encoded(f"{normal(name)}\0{path}\0{at}\0{self.listing.stamp(path)}\0{label}\n"))
+            digest.update(f"{normal(name)}\0{path}\0{at}\0{self.listing.stamp(path)}\0{label}\n".encode())
         if self.groups is not None:
             digest.update(repr(self.groups).encode())
         return f"{self.listing.kind}/{digest.hexdigest()}"
@@ -341,7 +342,7 @@ def sample_id(name: str) -> int:
 
     The name is normalised (NFC) first, since file systems differ in how they spell accents.
     """
-    return int.from_bytes(hashlib.blake2b(_encoded(normal(name))).digest()[:8], "little")
+    return int.from_bytes(hashlib.blake2b(normal(name).encode()).digest()[:8], "little")
 
 
 def normal(name: str) -> str:
@@ -367,7 +368,3 @@ def text_problems(names: Iterable[str], place: str) -> list[Problem]:
 def and_more(wrong: Sized) -> str:
     """Returns how many others there are of what is wrong, behind the one that a message names."""
     return f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-
-
-def _encoded(name: str) -> bytes:
-    return name.encode("utf-8", "surrogateescape")

@@ -67,12 +67,6 @@ def _of_files(
         **more: Attributes of the reader.
     """
 
-    def list_files(spec: Any, place: str) -> Listing:
-        found = files(spec, place)
-        if problems := text_problems(map(str, found), place):
-            raise DataError(problems)
-        return listing(spec, found, place)
-
     def problems(spec: Any, place: str) -> list[Problem]:
         found: list[Problem] = []
         for check in (files, class_names):
@@ -90,7 +84,7 @@ def _of_files(
             found = files(spec, "")
         return [os.path.realpath(file) for file in found or [spec.path]]
 
-    return Reader(list_files, problems, places, **more)
+    return Reader(lambda spec, place: listing(spec, files(spec, place), place), problems, places, **more)
 
 
 _ROWS: dict[str, Any] = {"disjoint": tables.rows_disjoint, "naming": tables.naming}

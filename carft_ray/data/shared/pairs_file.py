@@ -33,10 +33,8 @@ def write_pairs(path: Path, pairs: Sequence[SharedPair]) -> None:
     """Writes pairs, those most alike first, as the ending of the name says; a page shows ``MOST_SHOWN`` of them.
 
     Raises:
-        UsageError: Another ending than .csv or .html.
         StorageError: The file cannot be written.
     """
-    check_pairs_path(path)
     ordered = sorted(pairs, key=lambda pair: (pair.first.place, pair.second.place, pair.distance))
     is_table = path.suffix.lower() == ".csv"
     write_text(path, csv_of(rows_of(ordered), COLUMNS) if is_table else _page(ordered))
