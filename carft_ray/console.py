@@ -142,10 +142,6 @@ def table(
     return made
 
 
-def _set_name(name: str) -> str:
-    return _NAMES.get(name, name)
-
-
 def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[str, int]) -> Table:
     """Returns a table of accuracies in percent with intervals over images: a line per model, a column per set.
 
@@ -159,7 +155,7 @@ def accuracy_table(rows: Mapping[str, Mapping[str, float]], num_images: Mapping[
     for model, metrics in rows.items():
         cells = [percent(metrics[f"accuracy/{name}"], number) for name, number in sets.items()]
         lines.append([model, *cells, *(percent(metrics.get(name)) for name in (*ood, "objective"))])
-    titles = map(_set_name, (*sets, *ood, "objective"))
+    titles = [_NAMES.get(name, name) for name in (*sets, *ood, "objective")]
     return table(["accuracy, % [95 %]", *numbers(*titles)], lines)
 
 
@@ -174,7 +170,7 @@ def set_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
         worst = metrics["worst_class"]
         losses = [f"{metrics['nll']:.3f}", f"{metrics['brier']:.3f}", percent(metrics["ece"])]
         cells = [f"{metrics['num_images']:,}", percent(metrics["top5"]), *losses]
-        lines.append([_set_name(name), *cells, f"{worst['name']} {percent(worst['accuracy'])}"])
+        lines.append([_NAMES.get(name, name), *cells, f"{worst['name']} {percent(worst['accuracy'])}"])
     titles = numbers("images", "top-5, %", "NLL, nats", "Brier", "ECE, %", "worst class, %")
     return table(["set", *titles], lines)
 
@@ -223,12 +219,13 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table(["", *titles, Column("", max_width=40)], lines, [row["best"] for row in rows])
 
 
-def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Returns the table of confirmed configurations: means in percent with their 95 % intervals.
+def estimate_table(rows: Sequence[Mapping[str, Any]], sets: Sequence[str] = ()) -> Table:
+    """Returns the table of what `confirm` or `test` has measured: means in percent with their 95 % intervals.
 
     Args:
         rows: ``name``, ``role``, ``alpha``, ``seeds``, and ``mean`` and ``ends`` of ``id_accuracy``, ``ood_accuracy``
-            (None without OOD sets) and ``objective``, as fractions.
+            (None without OOD sets) and ``objective``, as fractions; of each of its ``sets``, too.
+        sets: Sets whose means have columns of their own.
     """
     columns = {"ID": "id_accuracy", "OOD mean": "ood_accuracy", "objective": "objective"}
     columns = {title: key for title, key in columns.items() if rows[0][key]}
@@ -236,8 +233,9 @@ def estimate_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         estimates = (map(percent, (row[key]["mean"], *row[key]["ends"])) for key in columns.values())
         cells = [f"{mean} [{low}, {high}]" for mean, low, high in estimates]
-        lines.append([row["name"], f"{row['alpha']:.2f}", str(row["seeds"] or "-"), *cells, row["role"]])
-    titles = numbers("alpha", "seeds", *columns, no_wrap=True)
+        means = [percent(row["sets"][name]["mean"]) for name in sets]
+        lines.append([row["name"], f"{row['alpha']:.2f}", str(row["seeds"] or "-"), *cells, *means, row["role"]])
+    titles = numbers("alpha", "seeds", *columns, *sets, no_wrap=True)
     return table(["%, [95 %]", *titles, ""], lines, [row["role"] == "winner" for row in rows])
 
 

@@ -162,7 +162,7 @@ class SearchView:
         ended = (row for row in reversed(self._rows.values()) if row.kind == self._kind and row not in best)
         latest = list(itertools.islice(ended, max(0, left)))
         if baselines or best or shown:
-            star = ("★" if can_star else "*") if self._ranks else " "
+            star = ("★" if can_star else "*") if self._kind == "trial" else " "
             lines = [_line(row, " ") for row in baselines]
             lines += [_line(row, " " if index else star) for index, row in enumerate(best)]
             lines += [_line(row, "…" if can_star else " ") for row in latest]
@@ -186,10 +186,6 @@ class SearchView:
         elapsed = console.duration(self._clock() - running.began)
         return _cells(f"  {spec.name}", spec.values, [epoch, *accuracies, elapsed]), "cyan"
 
-    @property
-    def _ranks(self) -> bool:
-        return self._kind == "trial"  # fresh seeds are no candidates: none of them is the best
-
     def _ranked(self, number: int) -> list["TrialRow"]:
         """Returns the first trials from the best down; trainings of a confirm from the latest back."""
         from carft_ray.study.rows import rank
@@ -197,8 +193,8 @@ class SearchView:
         return heapq.nsmallest(
             number,
             (row for row in self._rows.values() if row.kind == self._kind and row.objective is not None),
-            key=lambda row: (row.name != self._best, *rank(row)) if self._ranks else (-row.number,),
-        )  # the search names the best: of a front, one row does not show it
+            key=lambda row: (row.name != self._best, *rank(row)) if self._kind == "trial" else (-row.number,),
+        )  # the search names the best: of a front, one row does not show it; fresh seeds are no candidates
 
     def _bar(self, num_trials: int, width: int, can_draw: bool) -> Text:
         ended = sum(row.kind == self._kind for row in self._rows.values())

@@ -512,8 +512,8 @@ def test_clean_asks_first(run, filled, monkeypatch, answer, kept):
         (["clean"], "one of --all, --older-than and --to-gb must say what goes, but got none of them"),
         (["clean", "--all", "--to-gb", "0"], "must say what goes, but got --all and --to-gb"),
         (["clean", "--older-than", "1 month"], "--older-than: must be a time such as 12h or 30d, but got '1 month'"),
-        (["clean", "--all", "--cache", "full"], "no terminal to confirm on; pass --yes"),
-        (["clean", "--all", "--json", "--cache", "full"], "nobody is asked with --json; pass --yes"),
+        (["clean", "--all", "--cache", "full"], "No terminal to confirm on; pass --yes."),
+        (["clean", "--all", "--json", "--cache", "full"], "No terminal to confirm on; pass --yes."),
         (
             ["clean", "--all", "--cache", "elsewhere"],
             "--cache: elsewhere must be the folder of a cache, but got no such",

@@ -23,7 +23,6 @@ from carft_ray.recipe.loading import (
     dump_recipe,
     load_recipe,
     portable_paths,
-    recipe_dir,
     recipe_hash,
     resolve_path,
 )
@@ -398,13 +397,15 @@ BAD = [
     # alpha
     (
         "search: {space: {alpha: {low: 0.2, high: 1}}}",
-        "r.yaml:9: search.space.alpha: must stand in the space in mode sample only\n"
-        "    Write search.alpha.mode: sample, or remove alpha: in profile mode every trial tries the whole curve.",
+        "r.yaml:9: search.alpha.mode: must be sample where alpha is in search.space, else profile, but got profile\n"
+        "    With sample, add search.space.alpha: {low: 0.1, high: 1}; with profile, remove it: every trial tries the "
+        "whole curve.",
     ),
     (
         "search: {alpha: {mode: sample}}",
-        "r.yaml:9: search.alpha.mode: sample needs alpha in search.space\n"
-        "    Add search.space.alpha: {low: 0.1, high: 1}, or remove the mode.",
+        "r.yaml:9: search.alpha.mode: must be sample where alpha is in search.space, else profile, but got sample\n"
+        "    With sample, add search.space.alpha: {low: 0.1, high: 1}; with profile, remove it: every trial tries the "
+        "whole curve.",
     ),
     (
         "search: {alpha: {mode: sample}, space: {alpha: {low: 0, high: 1}}}",
@@ -451,13 +452,13 @@ BAD = [
     ),
     (
         "resources: {gpus_per_worker: 1.5}",
-        "r.yaml:9: resources.gpus_per_worker: must be whole above 1: Ray shares no more than one GPU, but got 1.5\n"
-        "    Write 2, or a share of one GPU, such as 0.5.",
+        "r.yaml:9: resources.gpus_per_worker: must be a whole number above 1, and with several workers, but got 1.5\n"
+        "    Write 1, or with num_workers: 1 a share of one GPU, such as 0.5.",
     ),
     (
         "resources: {gpus_per_worker: 0.5, num_workers: 2}",
-        "r.yaml:9: resources.gpus_per_worker: must be whole with 2 workers: NCCL needs a GPU for each of them, "
-        "but got 0.5\n    Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU.",
+        "r.yaml:9: resources.gpus_per_worker: must be a whole number above 1, and with several workers, but got 0.5\n"
+        "    Write 1, or with num_workers: 1 a share of one GPU, such as 0.5.",
     ),
     (
         "resources: {gpus_per_worker: 0, accelerator: H100}",
@@ -1040,7 +1041,7 @@ data:
   ood_test: {e: {source: sandbox, domain: photo, split: test, num_per_class: 1}}
 """
     recipe = _load(tmp_path, base=base)
-    folder = recipe_dir(tmp_path / "r.yaml")
+    folder = (tmp_path / "r.yaml").resolve().parent
     path = tmp_path / "deep" / "best.yaml"
     path.parent.mkdir()
     path.write_text(dump_recipe(recipe))
@@ -1059,7 +1060,7 @@ data:
 def test_weights_files_are_told_from_tags():
     assert not any(map(is_weights_path, ("openai", "laion2b_s34b_b79k", "datacomp_xl_s13b_b90k", "webli")))
     assert all(map(is_weights_path, ("w.pt", "a/b", "w.safetensors")))
-    assert resolve_path("w.pt", Path("/r")) == Path("/r/w.pt")
+    assert resolve_path(Path("/r"), "w.pt") == "/r/w.pt"
 
 
 def test_a_portable_recipe_names_files_and_folders_without_the_machine(tmp_path):

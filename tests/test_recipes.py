@@ -114,11 +114,11 @@ def test_every_recipe_passes_the_doctor_on_its_layouts_with_copies_between_its_r
     specs = [plain(spec) for spec in named_sets(recipe).values()]
     for spec in specs:
         if isinstance(spec, BenchmarkSet):
-            make(spec.name, resolve_path(spec.path, folder))
+            make(spec.name, Path(resolve_path(folder, spec.path)))
     trees = {spec.path for spec in specs if isinstance(spec, FolderSet)}
     for tree in trees:
         domains = {domain for spec in specs if spec.path == tree for domain in spec.domains}
-        make_folders(resolve_path(tree, folder), sorted(domains))
+        make_folders(Path(resolve_path(folder, tree)), sorted(domains))
     planted = set() if name == "quickstart" else plant(recipe, folder)
     found = examine(recipe, num_images=50)
     assert [str(problem) for problem in found.errors] == []

@@ -595,7 +595,7 @@ CASES = [
 ]  # fmt: skip
 WHEN = [
     ("{kl_weight: {low: 0, high: 1, when: {deacy: all}}, decay: {choices: [all]}}", "search.space.kl_weight.when.deacy: must be a categorical parameter of search.space, but got \"deacy\"; did you mean 'decay'? (allowed: decay)"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {epochs: 1}}, epochs: {low: 1, high: 2}, decay: {choices: [all]}}", "search.space.kl_weight.when.epochs: must be a categorical parameter, and epochs has no choices (allowed: decay)"),  # noqa: E501
+    ("{kl_weight: {low: 0, high: 1, when: {epochs: 1}}, epochs: {low: 1, high: 2}, decay: {choices: [all]}}", "search.space.kl_weight.when.epochs: must be a categorical parameter of search.space, but got \"epochs\" (allowed: decay)"),  # noqa: E501
     ("{kl_weight: {low: 0, high: 1, when: {decay: [all, matrx]}}, decay: {choices: [all, matrices]}}", "search.space.kl_weight.when.decay: must be among the choices of decay, but got \"matrx\"; did you mean 'matrices'? (allowed: all, matrices)"),  # noqa: E501
     ("{kl_weight: {low: 0, high: 1, when: {head_bias: 1}}, head_bias: {choices: [true, false]}}", "search.space.kl_weight.when.head_bias: must be among the choices of head_bias, but got 1 (allowed: true, false)"),  # noqa: E501
     ("{decay: {choices: [all], when: {head_bias: true}}, head_bias: {choices: [true], when: {decay: all}}}", "search.space.decay.when: conditions must not form a circle, but got decay -> head_bias -> decay"),  # noqa: E501

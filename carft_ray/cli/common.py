@@ -39,42 +39,25 @@ app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
 ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a study", "Trusting the numbers"  # panels
-PATH = (  # from images to a model: what for, and an example
-    ("recipe", "for a folder of images", "init --from my_images --to recipe.yaml"),
-    ("", "checked before a GPU is used", "doctor recipe.yaml"),
-    ("search", "values, and alpha with them", "search recipe.yaml --study studies/mine"),
-    ("confirm", "the winner on fresh seeds", "confirm studies/mine --seeds 5"),
-    ("test", "opens the test sets, once", "test studies/mine"),
-    ("export", "a model for other libraries", "export studies/mine --to exports/mine"),
-)
+
 # options that set a key of the recipe
 KEYS = {"executor": "resources.executor", "num_workers": "resources.num_workers", "wall_time": "budget.wall_time"}
 
 RecipeArgument = Annotated[Path, Argument(help="The recipe, a YAML file.", show_default=False)]
 StudyArgument = Annotated[Path, Argument(help="The study directory.", show_default=False)]
 TrainedArgument = Annotated[Path, Argument(help="Folder of a training or a study.", show_default=False)]
-SetOption = Annotated[
-    list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a key of the recipe; repeatable.")
-]
+SetOption = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a recipe key; repeatable.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 DebugOption = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
-ExecutorOption = Annotated[
-    str | None, Option(help="inline, ray-train, debug (without Ray) or auto; replaces that of the recipe.")
-]
-WorkersOption = Annotated[int | None, Option(min=1, help="Workers of one training; replaces that of the recipe.")]
+ExecutorOption = Annotated[str | None, Option(help="auto, inline, ray-train, or debug (without Ray).")]
+WorkersOption = Annotated[int | None, Option(min=1, help="Workers of one training.")]
 AddressOption = Annotated[str | None, Option(help="Address of a running Ray cluster; without it, a local Ray.")]
 DashboardOption = Annotated[
     str | None,
     Option("--address", metavar="URL", help="Dashboard of the cluster.", show_default="http://127.0.0.1:8265"),
 ]
-NotifyUrlOption = Annotated[
-    str | None,
-    Option(metavar="URL", help="Post JSON to this webhook on a new best, on a failed trial and at the end."),
-]
-TrustOption = Annotated[
-    bool,
-    Option("--trust", help="Run the code that train.function names."),
-]
+NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Webhook for a new best, failed trials, the end.")]
+TrustOption = Annotated[bool, Option("--trust", help="Run the code that train.function names.")]
 AlphaOption = Annotated[float | None, Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
 TrialOption = Annotated[str | None, Option(help="Number or name of a trial, or name of a baseline; default: the best.")]
 
@@ -144,18 +127,10 @@ def options(
         bool, Option("--version", help="Show the version and end.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Holds what may stand before any command; the text of the help is the app's own. Alone it shows the path."""
+    """Holds what may stand before any command; the text of the help is the app's own. Alone it shows the help."""
     if context.invoked_subcommand is None:
-        _show_path()
+        typer.echo(context.get_help())
         raise typer.Exit
-
-
-def _show_path() -> None:
-    lines = [f"  {step:<8} {what:<29} carft-ray {line}" for step, what, line in PATH]
-    typer.echo("\n".join(["From a folder of images to a model:", "", *lines, ""]))
-    typer.echo("Without images, on synthetic ones:       carft-ray init --preset quickstart --to recipe.yaml")
-    typer.echo("All commands:                            carft-ray --help")
-    typer.echo("Completion of commands in your shell:    carft-ray --install-completion")
 
 
 class _Warnings(logging.Handler):

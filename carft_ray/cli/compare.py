@@ -84,5 +84,5 @@ def compare(
     console.say("\n" + (f"Difference A - B in points, paired, 95 % {found['words']}." if found["words"] else ""))
     for what, reason in found["reasons"].items():
         console.say(f"{what} cannot be compared: {reason}.")
-    console.say("On validation sets, which choose trials and so flatter the best.")
+    console.say("On validation sets, which chose the best trial: it looks better than it is.")
     console.next_step(f"carft-ray reproduce {shlex.quote(found['a']['folder'])} {found['a']['trial']}".rstrip())

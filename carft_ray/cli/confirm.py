@@ -8,10 +8,7 @@ from typer import Option
 from carft_ray import console
 from carft_ray.cli import common
 
-WINNER = (
-    "search: the winner is the search's. confirmed: the best on the fresh seeds, which is then trained with as many "
-    "further seeds."
-)
+WINNER = "search: that of the search. confirmed: the best on fresh seeds, measured on as many further seeds."
 
 
 @common.command("confirm studies/quickstart --top 3 --seeds 5", common.TRUST, shared=common.RunOptions)

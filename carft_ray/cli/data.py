@@ -91,10 +91,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
 def data_clean(
     all_: Annotated[bool, Option("--all", help="Remove everything, and the notes about images.")] = False,
     older_than: Annotated[str | None, Option(metavar="TIME", help="Remove what was not used for 12h, 30d, ...")] = None,
-    to_gb: Annotated[
-        float | None,
-        Option(min=0, metavar="GB", help="Remove what was not used for longest, until at most so much stays."),
-    ] = None,
+    to_gb: Annotated[float | None, Option(min=0, metavar="GB", help="Keep this much of what was used last.")] = None,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
     cache: CacheOption = None,
     json_: common.JsonOption = False,
@@ -123,7 +120,7 @@ def data_clean(
         with writing(path):
             path.unlink(missing_ok=True)
     num_dead, kept = remove_dead(folder), list_entries(folder)
-    answer = {
+    answer: dict[str, Any] = {
         "cache": str(folder),
         "removed": [each.key for each in removed],
         "num_bytes_freed": sum(each.num_bytes for each in removed),
@@ -132,18 +129,14 @@ def data_clean(
         "num_bytes_kept": sum(each.num_bytes for each in kept),
         "num_in_use": sum(each.in_use for each in kept),
     }
-    if not console.print_json(answer, json_):
-        _show_removed(answer, all_)
-        console.next_step(common.command_line("data", "ls", cache=cache))
-
-
-def _show_removed(answer: Mapping[str, Any], all_: bool) -> None:
-    """Prints what was removed, and what had to stay."""
-    dead = " What killed builds had left is gone too." if answer["num_dead_builds"] else ""
-    what = f"{counted(len(answer['removed']), 'entry')}, {console.size_text(answer['num_bytes_freed'])}"
-    console.say(f"Removed {what}, from {answer['cache']}.{dead}")
+    if console.print_json(answer, json_):
+        return
+    dead = " What killed builds had left is gone too." if num_dead else ""
+    what = f"{counted(len(removed), 'entry')}, {console.size_text(answer['num_bytes_freed'])}"
+    console.say(f"Removed {what}, from {folder}.{dead}")
     if answer["num_in_use"]:
         console.say(f"{counted(answer['num_in_use'], 'entry')} in use{': not removed' if all_ else ''}.")
+    console.next_step(common.command_line("data", "ls", cache=cache))
 
 
 def _folder(cache: Path | None) -> Path:
@@ -168,7 +161,7 @@ def _seconds(text: str) -> float:
 def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
     """Shows what would go and asks; ends the command where the answer is no."""
     if json_ or not sys.stdin.isatty():
-        raise UsageError(f"{'nobody is asked with --json' if json_ else 'no terminal to confirm on'}; pass --yes")
+        raise UsageError("No terminal to confirm on; pass --yes.")
     console.say(console.cache_table(going))
     more = f" and {counted(len(others), 'file')} of notes" if others else ""
     if not typer.confirm(f"Remove {counted(len(going), 'entry')}{more}?", err=True):

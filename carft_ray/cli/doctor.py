@@ -21,20 +21,12 @@ def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
     images: Annotated[
-        int | None,
-        Option(min=1, help="Images of each validation set for zero-shot; by default what two minutes allow."),
+        int | None, Option(min=1, help="Zero-shot images per set; default: what 2 minutes allow.")
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
-    pairs: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="Write all pairs of images in two roles: a .csv table or an .html page."),
-    ] = None,
-    address: Annotated[
-        str | None, Option(help="Check every node of this running Ray cluster, too: HOST:PORT, or auto on one of them.")
-    ] = None,
-    study: Annotated[
-        Path | None, Option(help="Where the study would be, with --address: does every node see and write its folder?")
-    ] = None,
+    pairs: Annotated[Path | None, Option(metavar="FILE", help="Write pairs of shared images: .csv or .html.")] = None,
+    address: Annotated[str | None, Option(help="Check each node of this Ray cluster: HOST:PORT or auto.")] = None,
+    study: Annotated[Path | None, Option(help="With --address: can each node write to this study?")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Check data, prompts, model and machine before anything is trained. Test sets are counted and hashed only.

@@ -18,19 +18,11 @@ if TYPE_CHECKING:
 @common.command("report studies/quickstart", common.TRUST, reads=True)
 def report(
     study: common.StudyArgument,
-    html: Annotated[
-        bool, Option("--html", help="Write it as a page: figures, tables, all trials, in one file.")
-    ] = False,
-    card: Annotated[
-        str | None, Option(metavar="text|svg|latex", help="Only the verdict of five lines, for an issue or a paper.")
-    ] = None,
-    tables: Annotated[
-        Path | None,
-        Option(metavar="DIR", help="Only its tables, each as CSV and Parquet: trials, baselines, curves, sets."),
-    ] = None,
+    html: Annotated[bool, Option("--html", help="Write a page: figures, tables, all trials, in one file.")] = False,
+    card: Annotated[str | None, Option(metavar="text|svg|latex", help="Only the verdict of five lines.")] = None,
+    tables: Annotated[Path | None, Option(metavar="DIR", help="Only its tables, as CSV and Parquet.")] = None,
     out: Annotated[
-        Path | None,
-        Option(metavar="FILE", help="Of --html or --card; default: report.html in the study, the terminal."),
+        Path | None, Option(metavar="FILE", help="File of --html (default: in the study) or --card.")
     ] = None,
     watch: Annotated[bool, Option("--watch", help="With --html: write it again while the search runs.")] = False,
     every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="With --watch: how often to look.")] = 5,
@@ -52,7 +44,12 @@ def report(
             raise UsageError(Problem(option, f"needs {needed}"))
     found = actions.report(study)
     if card is not None:
-        _card(found.card(card, "--card"), out)
+        text = found.card(card, "--card")
+        if out is None:
+            console.show(text.rstrip("\n"))
+        else:
+            files.write_text(out, text)
+            console.say(f"Card: {out}")
         return
     if tables is not None:
         paths = [str(path) for path in found.save_tables(tables)]
@@ -65,14 +62,6 @@ def report(
     if not console.print_json(found.numbers, json_):
         console.show("\n".join(found.numbers["lines"]))
         common.suggest(study, "report")
-
-
-def _card(text: str, out: Path | None) -> None:
-    if out is None:
-        console.show(text.rstrip("\n"))
-    else:
-        files.write_text(out, text)
-        console.say(f"Card: {out}")
 
 
 def _page(found: "Report", study: Path, out: Path | None, every_s: float | None, json_: bool) -> None:
@@ -98,16 +87,9 @@ def _page(found: "Report", study: Path, out: Path | None, every_s: float | None,
 @common.command("rescore studies/quickstart --objective worst_domain", common.TRUST, reads=True)
 def rescore(
     study: common.StudyArgument,
-    objective: Annotated[
-        str | None,
-        Option(metavar="KIND", help="weighted_mean, harmonic or worst_domain; without it that of the recipe."),
-    ] = None,
-    id_weight: Annotated[
-        float | None, Option(min=0, max=1, help="Weight of ID in weighted_mean; default: the recipe's.")
-    ] = None,
-    sets: Annotated[
-        str | None, Option(metavar="A,B", help="OOD validation sets to count; without it all. id_val stays in.")
-    ] = None,
+    objective: Annotated[str | None, Option(metavar="KIND", help="weighted_mean, harmonic or worst_domain.")] = None,
+    id_weight: Annotated[float | None, Option(min=0, max=1, help="Weight of ID in weighted_mean.")] = None,
+    sets: Annotated[str | None, Option(metavar="A,B", help="OOD validation sets that count; default: all.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""

@@ -24,16 +24,11 @@ class SearchOptions(common.RunOptions):
     """The options that `search`, `resume` and `submit` share."""
 
     change_space: Annotated[bool, Option("--change-space", help="Let the search space of the study change.")] = False
-    warm_start: Annotated[
-        list[Path] | None, Option(metavar="DIR", help="Use the trials of another study; repeatable.")
-    ] = None
-    wall_time: Annotated[
-        str | None, Option(metavar="TIME", help="End after this time, such as 45m or 8h; resumable.")
-    ] = None
+    warm_start: Annotated[list[Path] | None, Option(metavar="DIR", help="Use a study's trials; repeatable.")] = None
+    wall_time: Annotated[str | None, Option(metavar="TIME", help="End after 45m, 8h, ...; resumable.")] = None
     notify_url: common.NotifyUrlOption = None
     again: Annotated[
-        str | None,
-        Option(metavar="REASON", help="Train more although the test sets were read; every report keeps the reason."),
+        str | None, Option(metavar="REASON", help="Train after a read of the test sets; every report keeps the reason.")
     ] = None
 
 

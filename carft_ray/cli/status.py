@@ -122,9 +122,7 @@ def _watch(study: Path, every_s: float) -> bool:
 @common.command("ls studies/quickstart --sort objective --limit 10", common.READING, reads=True)
 def list_(
     folder: Annotated[Path, Argument(help="A study, or a folder with studies in it.", show_default=False)],
-    sort: Annotated[
-        str, Option(metavar="objective|number", help="Best first, or in the order of the search.")
-    ] = "objective",
+    sort: Annotated[str, Option(metavar="objective|number", help="Order of the trials.")] = "objective",
     limit: Annotated[int | None, Option(min=1, help="Only so many trials.")] = None,
     json_: common.JsonOption = False,
 ) -> None:

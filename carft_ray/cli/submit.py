@@ -30,15 +30,13 @@ def submit(
     trials: Annotated[str | None, Option(metavar="N|+N", help="With --resume: as of `resume`.")] = None,
     attach: Annotated[str | None, Option(metavar="JOB|STUDY", help="Follow a job that was submitted before.")] = None,
     installed: Annotated[
-        bool, Option("--installed", help="Run the carft-ray of the cluster; without it, this one is sent.")
+        bool, Option("--installed", help="Run the cluster's carft-ray; do not send this one.")
     ] = False,
     send: Annotated[
-        list[Path] | None,
-        Option(metavar="PATH", help="Send a list that the recipe names and that lies outside its folder; repeatable."),
+        list[Path] | None, Option(metavar="PATH", help="Send a list from outside the recipe's folder; repeatable.")
     ] = None,
     env: Annotated[
-        list[str] | None,
-        Option(metavar="NAME", help="Give the job this variable with its value here, as HF_TOKEN; repeatable."),
+        list[str] | None, Option(metavar="NAME", help="Give the job this variable, such as HF_TOKEN; repeatable.")
     ] = None,
     no_wait: Annotated[bool, Option("--no-wait", help="Submit, and do not follow the log.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="Print all that would be sent, and send nothing.")] = False,

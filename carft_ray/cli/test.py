@@ -1,9 +1,7 @@
 """The one command that reads the test sets."""
 
-from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated
 
-from rich.table import Column, Table
 from typer import Option
 
 from carft_ray import console
@@ -14,7 +12,7 @@ from carft_ray.cli import common
 def evaluate_test_sets(
     study: common.StudyArgument,
     again: Annotated[
-        str | None, Option(metavar="REASON", help="Read once more; the ledger and every report keep the reason.")
+        str | None, Option(metavar="REASON", help="Read again; ledger and reports keep the reason.")
     ] = None,
     json_: common.JsonOption = False,
 ) -> None:
@@ -28,23 +26,7 @@ def evaluate_test_sets(
         summary = read_sealed(study, again, console.sayer(not json_))
     if console.print_json({"study": str(study.resolve()), **summary}, json_):
         return
-    console.show(_table(summary))
+    console.show(console.estimate_table(summary["rows"], [name for name in summary["sets"] if name != "id_test"]))
     console.say("\n" + "\n".join([*shared_lines(read_shared(study)), *read_lines(summary)]))
     console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")
     common.suggest(study, "test")
-
-
-def _table(summary: Mapping[str, Any]) -> Table:
-    """Returns the table of a read: a line per row, a column per set, and the interval of the objective."""
-    columns = ["ID test" if name == "id_test" else name for name in summary["sets"]]
-    columns += ["OOD mean"] if summary["rows"][0]["ood_accuracy"] else []
-    lines = []
-    for row in summary["rows"]:
-        found = [*row["sets"].values(), *([row["ood_accuracy"]] if row["ood_accuracy"] else []), row["objective"]]
-        means, (low, high) = [console.percent(each["mean"]) for each in found], row["objective"]["ends"]
-        interval = f"[{console.percent(low)}, {console.percent(high)}]"
-        lines.append([row["name"], f"{row['alpha']:.2f}", str(row["seeds"] or "-"), *means, interval, row["role"]])
-    titles = console.numbers("alpha", "seeds", *columns, "objective")
-    titles += console.numbers("95 % of it", no_wrap=True)
-    winners = [row["role"] == "winner" for row in summary["rows"]]
-    return console.table(["test accuracy, %", *titles, Column("", no_wrap=True)], lines, winners)

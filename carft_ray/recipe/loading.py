@@ -9,6 +9,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +53,7 @@ def parse_recipe(written: str, path: Path, overrides: Sequence[str] = ()) -> Rec
     document = text.parse(written, str(path))
     if document.problems:
         raise RecipeError(document.problems)
-    return _checked(document.value, Places(str(path), document.lines), overrides, recipe_dir(path))
+    return _checked(document.value, Places(str(path), document.lines), overrides, path.resolve().parent)
 
 
 def recipe_of(value: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
@@ -87,7 +88,7 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
         raise RecipeError([finding.at(places.place(finding.path)) for finding in unwritable])
     recipe: Recipe | None = None
     try:
-        recipe = Recipe.model_validate(raw, context=Paths(_absolute(base_dir), reads=True))
+        recipe = Recipe.model_validate(raw, context=Paths(partial(resolve_path, base_dir), reads=True))
         found = broken_rules(recipe)
     except ValidationError as error:
         found = findings(error)
@@ -128,12 +129,7 @@ def _unwritable(value: Any, path: KeyPath) -> Iterator[Finding]:
         yield Finding(path, "must be text without the character NUL and without halves of pairs", visible(shown(value)))
 
 
-def recipe_dir(path: Path) -> Path:
-    """Returns the folder from which the relative paths of the recipe at ``path`` count."""
-    return path.resolve().parent
-
-
-def resolve_path(written: str, base_dir: Path) -> Path:
+def resolve_path(base_dir: Path, written: str) -> str:
     """Returns a path of a recipe as an absolute one; ``~`` is the user's home.
 
     Raises:
@@ -144,11 +140,7 @@ def resolve_path(written: str, base_dir: Path) -> Path:
     if len(encoded) > MOST_PATH_BYTES or max(map(len, encoded.split(b"/"))) > MOST_NAME_BYTES:
         rule = f"must have at most {MOST_PATH_BYTES:,} bytes, and each name in it {MOST_NAME_BYTES}"
         raise RecipeError(Problem("a path of the recipe", rule, shown(written)))
-    return Path(path)
-
-
-def _absolute(base_dir: Path) -> Callable[[str], str]:
-    return lambda written: str(resolve_path(written, base_dir))
+    return path
 
 
 def absolute_paths(part: Part, base_dir: Path) -> Part:
@@ -158,7 +150,7 @@ def absolute_paths(part: Part, base_dir: Path) -> Part:
         part: The recipe or part.
         base_dir: The folder that its relative paths count from.
     """
-    return _with_function_dir(with_paths(part, _absolute(base_dir)), base_dir)
+    return _with_function_dir(with_paths(part, partial(resolve_path, base_dir)), base_dir)
 
 
 def _with_function_dir(part: Part, base_dir: Path) -> Part:

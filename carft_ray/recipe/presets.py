@@ -58,7 +58,8 @@ def ranges_for(model: str) -> Ranges:
 
 def presets() -> dict[str, str]:
     """Returns the names of the recipes and what each is for (its first line), sorted by name."""
-    return {path.stem: _first_line(path) for path in sorted(_folder().glob("*.yaml"))}
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in sorted(_folder().glob("*.yaml"))}
+    return {name: text.removeprefix(SCHEMA_LINE).splitlines()[0].lstrip("# ").rstrip() for name, text in texts.items()}
 
 
 def preset_text(name: str, hold_out: str | None = None) -> str:
@@ -103,7 +104,3 @@ def schema_text() -> str:
 def _folder() -> Path:
     """Returns where the recipes are: inside an installed package, next to it in a checkout."""
     return PACKAGED if PACKAGED.is_dir() else CHECKOUT
-
-
-def _first_line(path: Path) -> str:
-    return path.read_text(encoding="utf-8").removeprefix(SCHEMA_LINE).splitlines()[0].lstrip("# ").rstrip()

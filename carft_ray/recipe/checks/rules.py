@@ -183,15 +183,11 @@ def _alpha(recipe: Recipe) -> Iterator[Finding]:
             step = f"Write search.alpha.mode: sample{'' if parameter else f' and {add}'}."
             yield Finding(kind, "pareto needs alpha as a parameter of the space", next_step=step)
             return
-    if parameter is None:
-        if not profile:
-            step = f"Add {add}, or remove the mode."
-            yield Finding(mode, "sample needs alpha in search.space", next_step=step)
-        return
-    if profile:
-        step = "Write search.alpha.mode: sample, or remove alpha: in profile mode every trial tries the whole curve."
-        yield Finding(path, "must stand in the space in mode sample only", next_step=step)
-    for key, value in _ends(parameter).items():
+    if profile == (parameter is not None):
+        step = f"With sample, add {add}; with profile, remove it: every trial tries the whole curve."
+        rule = "must be sample where alpha is in search.space, else profile"
+        yield Finding(mode, rule, search.alpha.mode, next_step=step)
+    for key, value in (_ends(parameter) if parameter else {}).items():
         if value is None or (isinstance(value, float | int) and value < lowest):
             rule = f"must be at least search.alpha.lowest, {lowest}"
             step = "alpha near 0 is the zero-shot model, which is a baseline and no trial."
@@ -233,10 +229,7 @@ def _resources(recipe: Recipe) -> Iterator[Finding]:
     if recipe.resources.accelerator is not None and recipe.resources.gpus_per_worker == 0:
         kind = ("resources", "accelerator")
         yield Finding(kind, "must be left out with gpus_per_worker: 0", recipe.resources.accelerator)
-    if gpus > 1 and gpus != int(gpus):
-        step = f"Write {gpus:.0f}, or a share of one GPU, such as 0.5."
-        yield Finding(path, "must be whole above 1: Ray shares no more than one GPU", shown(gpus), next_step=step)
-    elif 0 < gpus < 1 and workers > 1:
-        step = "Write gpus_per_worker: 1, or num_workers: 1 for several trials on one GPU."
-        rule = f"must be whole with {workers} workers: NCCL needs a GPU for each of them"
+    if gpus != int(gpus) and (gpus > 1 or workers > 1):
+        step = "Write 1, or with num_workers: 1 a share of one GPU, such as 0.5."
+        rule = "must be a whole number above 1, and with several workers"
         yield Finding(path, rule, shown(gpus), next_step=step)

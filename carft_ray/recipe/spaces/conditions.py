@@ -66,11 +66,8 @@ def _condition(
 ) -> Iterator[Finding]:
     parents = tuple(key for key, each in space.items() if isinstance(each, CategoricalParameter) and key != name)
     parent = space.get(other)
-    if parent is None:
+    if not isinstance(parent, CategoricalParameter):
         yield unlisted(path, "must be a categorical parameter of search.space", other, parents)
-    elif not isinstance(parent, CategoricalParameter):
-        rule = f"must be a categorical parameter, and {other} has no choices"
-        yield Finding(path, rule, allowed=parents)
     else:
         for value in allowed:
             if not any(same(value, choice) for choice in parent.choices):
