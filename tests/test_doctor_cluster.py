@@ -74,7 +74,11 @@ BAD = [
         f"should have python {HERE['python']}, as the driver has it: ",
     ),
     ("error", report(study="/s: not there"), "must see and write the folder of the study, but got /s: not there"),
-    ("error", report(missing=LOST), "/images: No such file or directory (data.train.path, data.id_val.path)"),
+    (
+        "error",
+        report(missing=LOST),
+        "data.train.path: /images: No such file or directory; data.id_val.path: /images: No such file or directory",
+    ),
     ("error", report(cache=space(9) | {"fault": "Read-only file system"}), "must be able to write the cache of images"),
     ("warning", report(cache=space(2)), "should have 5 GB free for the cache of images, but got 2 GB at /full"),
     ("error", report(cache=space(0.1)), "should have 5 GB free for the cache of images, but got 0.1 GB at /full"),
@@ -224,6 +228,10 @@ with running_ray(sys.argv[1], Path(sys.argv[2]).with_name("ray.log")):
 """
 
 
+MISSING = dict.fromkeys(("data.train.path", "data.id_val.path", "data.ood_val.sketch.path"), "images")
+MISSING |= {"model.name": "model"}
+
+
 @pytest.mark.nodes
 @pytest.mark.slow
 def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
@@ -260,9 +268,8 @@ def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
             f"{name}must have carft-ray {OURS}, as the driver has it, but got 0.0.9",
             f"{name}must see and write the folder of the study, but got {disk}: not there, or not the folder in which "
             f"the driver has just written a file",
-            f"{name}must see what the recipe names, but got {disk}/images: No such file or directory "
-            f"(data.train.path, data.id_val.path, data.ood_val.sketch.path); "
-            f"{disk}/model: No such file or directory (model.name)",
+            f"{name}must see what the recipe names, but got "
+            + "; ".join(f"{place}: {disk}/{folder}: No such file or directory" for place, folder in MISSING.items()),
         ]
         assert sorted(path.name for path in disk.iterdir()) == ["images", "model", "recipe.yaml"]
 

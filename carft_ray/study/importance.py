@@ -1,9 +1,7 @@
 """How important each searched parameter is for ID and for OOD accuracy: PED-ANOVA of Optuna (arXiv 2304.10255)."""
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -31,18 +29,13 @@ def importances(study_dir: Path) -> dict[str, dict[str, float]]:
     with rows.readable(study_dir):
         study = rows.stored(rows.storage_of(study_dir), rows.study_name(study_dir, "trial"))
         trials = [] if study is None else rows.trainings(study)
-    complete = [one for one in trials if _metrics(one) and one.state == TrialState.COMPLETE]
+    complete = [(one, one.user_attrs.get("metrics", {})) for one in trials if one.state == TrialState.COMPLETE]
     found = {}
     for metric in METRICS:
-        values = [(one, _metrics(one)[metric]) for one in complete if metric in _metrics(one)]
+        values = [(one, metrics[metric]) for one, metrics in complete if metric in metrics]
         if len(values) >= MIN_TRIALS and len({value for _, value in values}) > 1:
             found[metric] = _of_values(values)
     return {metric: shares for metric, shares in found.items() if shares}
-
-
-def _metrics(trial: FrozenTrial) -> Mapping[str, Any]:
-    metrics: Mapping[str, Any] = trial.user_attrs.get("metrics", {})
-    return metrics
 
 
 def _of_values(values: list[tuple[FrozenTrial, float]]) -> dict[str, float]:

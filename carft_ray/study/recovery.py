@@ -8,14 +8,8 @@ from typing import Any
 
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
-from carft_ray.study.proposals import warm_start
 from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, row_of, trainings
 from carft_ray.study.study import STUCK, Study
-
-
-def check_recoverable(study: Study) -> None:
-    """Raises what ``recover_running`` would raise of the arguments of the user, before anything is written."""
-    warm_start.new_sources(study.journal.studies["trial"], study.study_dir, study.recipe)
 
 
 def recover_running(study: Study) -> list[TrialRow]:

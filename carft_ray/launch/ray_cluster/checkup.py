@@ -223,10 +223,7 @@ def judge_node(
         step = "Mount one disk under one path on all nodes, and put the study there (--study)."
         yield _found("error", "must see and write the folder of the study", facts["study"], step)
     if facts["missing"]:
-        places: dict[str, list[str]] = {}
-        for place, one in facts["missing"].items():
-            places.setdefault(f"{one['path']}: {one['fault']}", []).append(place)
-        value = "; ".join(f"{text} ({', '.join(names)})" for text, names in places.items())
+        value = "; ".join(f"{place}: {one['path']}: {one['fault']}" for place, one in facts["missing"].items())
         step = "Mount or copy it there under the same path, or change the recipe."
         step += "" if report.takes_trials else " It has no CPU for Ray and takes no trial."
         yield _found(grave, "must see what the recipe names", value, step)

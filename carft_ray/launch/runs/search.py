@@ -22,7 +22,8 @@ from carft_ray.recipe.spaces.grid import num_trials
 from carft_ray.recipe.spaces.shared_targets import decide_targets
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.recovery import check_recoverable, recover_running
+from carft_ray.study.proposals.warm_start import new_sources
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
 from carft_ray.study.study import Study
 from carft_ray.words import counted
@@ -91,7 +92,7 @@ def run_search(
     began = time.monotonic()
     with open_study(study_dir, recipe, change_space) as study:
         study_dir = study.study_dir
-        check_recoverable(study)
+        new_sources(study.journal.studies["trial"], study_dir, recipe)  # raises before anything is written
         begin(study_dir, recipe)
         num_before = _num_finished(study)
         recovered = recover_running(study)
