@@ -218,28 +218,29 @@ def confirm(
         notifying(notify_url, recipe.name, study_dir, logger.warning) as with_notices,
         tracking(recipe, study_dir, logger.warning) as with_trackers,
     ):
-        first, second, notes = plan.plan(view, top, seeds, others)
-        second = second if winner == "confirmed" else None
+        first, notes = plan.plan(view, top, seeds, others)
+        second: Stage | None = None
         for note in notes:
             logger.warning("%s", note)
 
-        def train_stage(stage: "Stage") -> None:
+        def train_stage() -> None:
+            stage = second or first
             say(plan.cost(overview.read_study(study_dir), stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
 
                 def fix(locked: Any) -> Any:
-                    return plan.fix(study_dir, recipe, first, second, stage, others)
+                    return plan.fix(study_dir, recipe, first, second, others)
 
                 on_event = with_trackers(with_notices(shown))
                 run_confirm(recipe, study_dir, fix, resume_command, address, on_event, runner)
 
-        train_stage(first)
+        train_stage()
         if winner == "confirmed":
             chosen = choose(study_dir, objective_spec(recipe), first)
             second = plan.second_stage(first, chosen, recipe)
             say(f"The best on the fresh seeds is {chosen}; these seeds chose it, so others measure it.")
-            train_stage(second)
+            train_stage()
     summary = summarise(study_dir, recipe, first, second)
     lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]
     return Answer(recipe.name, summary, (console.estimate_table(summary["rows"]),), tuple(lines))

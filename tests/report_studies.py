@@ -276,12 +276,12 @@ def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=Fal
         entries.append(ledger.record(study_dir, recipe, ledger.TEST, sets, reason="again" if number else ""))
     if went_on and reads == 1:
         ledger.record(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
-    runs = {name: tuple(f"confirm/{name}-{seed}" for seed in seeds) for name in (winner, "fine_tuning")}
-    rows = (
-        summary.Row(winner, "winner", 0.6, 0.7, runs[winner]),
-        summary.Row("fine_tuning", "baseline", 0.6, 0.65, runs["fine_tuning"]),
-        summary.Row("zero_shot", "baseline", 0.0, 0.5, ()),
-    )
+    runs = {name: [f"confirm/{name}-{seed}" for seed in seeds] for name in (winner, "fine_tuning")}
+    rows = [
+        {"name": winner, "role": "winner", "alpha": 0.6, "objective": 0.7, "runs": runs[winner]},
+        {"name": "fine_tuning", "role": "baseline", "alpha": 0.6, "objective": 0.65, "runs": runs["fine_tuning"]},
+        {"name": "zero_shot", "role": "baseline", "alpha": 0.0, "objective": 0.5, "runs": []},
+    ]
     tables = {run: levels(level, sets, 10 * seed) for run, seed in zip(runs[winner], seeds, strict=True)}
     others = zip(runs["fine_tuning"], seeds, strict=True)
     tables |= {run: levels(0.6, sets, 10 * seed + 1) for run, seed in others}
@@ -289,7 +289,7 @@ def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=Fal
     lines = ledger.read_ledger(study_dir)
     content = summary.summarise(
         recipe,
-        summary.Compared(confirmed, tuple(seeds), rows),
+        {"confirmed": confirmed, "seeds": list(seeds), "rows": rows},
         (),
         tables,
         summary.read_record(entries[-1], lines, reads),

@@ -101,15 +101,15 @@ def test_rows_that_differ_in_alpha_alone_share_trainings_and_all_rows_share_seed
 
 @pytest.mark.slow
 def test_more_seeds_and_trials_are_added_to_what_is_there(view):
-    first, second, notes = plan(view, 1, 3)
-    assert (second, notes) == (None, [])
-    fix(view.study_dir, view.recipe, first, None, first)
-    more, _, notes = plan(view, 2, 5)
+    first, notes = plan(view, 1, 3)
+    assert notes == []
+    fix(view.study_dir, view.recipe, first, None)
+    more, notes = plan(view, 2, 5)
     assert notes == []
     assert set(first.trainings()) < set(more.trainings())
     assert more.seeds[:3] == first.seeds
-    fix(view.study_dir, view.recipe, more, None, more)
-    fewer, _, notes = plan(view, 1, 3)
+    fix(view.study_dir, view.recipe, more, None)
+    fewer, notes = plan(view, 1, 3)
     assert fewer.seeds == more.seeds
     assert {row.name for row in fewer.rows} == {row.name for row in more.rows}
     assert notes == ["5 seeds are there already; all of them are used"]
@@ -117,13 +117,13 @@ def test_more_seeds_and_trials_are_added_to_what_is_there(view):
 
 @pytest.mark.slow
 def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_one_a_candidate(view):
-    first, *_ = plan(view, 1, 3)
-    fix(view.study_dir, view.recipe, first, None, first)
+    first, _ = plan(view, 1, 3)
+    fix(view.study_dir, view.recipe, first, None)
     recipe = make_recipe(4)
     with open_study(view.study_dir, recipe) as study:
         recover_running(study)
         finish(study, study.next(), 0.9)
-    now, _, [note] = plan(read_study(view.study_dir), 1, 3)
+    now, [note] = plan(read_study(view.study_dir), 1, 3)
     assert note == f"the search continued after {first.winner} was fixed as the winner; now it is {now.winner}"
     roles = {row.name: row.role for row in now.rows}
     assert (roles[now.winner], roles[first.winner]) == ("winner", "candidate")
@@ -140,7 +140,7 @@ def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_
     assert len(second.seeds) == 3
     assert not set(second.seeds) & set(first.seeds)
     assert not second.trainings().keys() & first.trainings().keys()
-    fix(view.study_dir, view.recipe, first, second, second)
+    fix(view.study_dir, view.recipe, first, second)
     assert read_plan(view.study_dir) == (first, second)
     assert last_stage(view.study_dir) == second
 
@@ -152,7 +152,7 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, tmp
     row = stage.rows[-1]
     best = next(row for row in other.trials if row.objective == 0.65)
     assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", 0.65)
-    assert row.training == f"plain-search-{best.name}"
+    assert row.training == f"other-plain-search-{best.name}"
     assert row.values["learning_rate"] == best.values["learning_rate"]
     assert row.values["epochs"] == other.recipe.train.epochs
     assert not {"seed", "alpha"} & row.values.keys()
@@ -162,18 +162,18 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     other = make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
     for reason in ("", "once more"):
         record(other.study_dir, other.recipe, "test", ("id_test",), {}, reason)
-    first, second, notes = plan(view, 1, 2, [other])
+    first, notes = plan(view, 1, 2, [other])
     assert notes == [f"the test sets of {other.study_dir} were read 2 times; this counts here too"]
     for _ in range(2):  # the same command again
         with open_study(view.study_dir, view.recipe):
-            fix(view.study_dir, view.recipe, first, second, first, [other])
+            fix(view.study_dir, view.recipe, first, None, [other])
         assert len(read_ledger(view.study_dir)) == 1
     assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
     with open_study(view.study_dir, view.recipe):  # without it, what was compared stays known
-        fix(view.study_dir, view.recipe, first, second, first)
+        fix(view.study_dir, view.recipe, first, None)
     assert num_test_reads(view.study_dir) == 2
     third = make_study(tmp_path / "third")
-    assert plan(third, 1, 2, [view])[2] == [
+    assert plan(third, 1, 2, [view])[1] == [
         f"the test sets of {view.study_dir} were read 2 times; this counts here too"
     ]
 

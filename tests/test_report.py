@@ -215,12 +215,13 @@ def test_confirmed_configurations_give_the_seed_noise(study_dir):
         for seed, lift in ((11, 0.05), (12, 0.1), (13, 0.15)):
             folder = study_dir / "confirm" / f"{row['training']}-seed{seed}"
             write_training(folder, predictions(rng, (0.6, 1.0), lift), 0.6, row["alpha"])
-    plan = {"format_version": 1, "winner": "t0001", "seeds": [11, 12, 13], "rows": rows, "stage1": None}
+    stage = {"winner": "t0001", "seeds": [11, 12, 13], "rows": rows}
+    plan = {"first": stage, "second": None}
     (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
     found = confirmed(study_dir, spec)
     assert [by_set["id_val"].shape for by_set in found] == [(3, 60)]
-    first = {"winner": "t0001", "seeds": [11, 12], "rows": rows[:2]}
-    (study_dir / "confirm" / "plan.json").write_text(json.dumps({**plan, "rows": [rows[0]], "stage1": first}))
+    both = {"first": {**stage, "seeds": [11, 12], "rows": rows[:2]}, "second": {**stage, "rows": [rows[0]]}}
+    (study_dir / "confirm" / "plan.json").write_text(json.dumps(both))
     assert [len(by_set["id_val"]) for by_set in confirmed(study_dir, spec)] == [2, 3]
     (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
     report = study_report(read_study(study_dir))

@@ -139,10 +139,10 @@ def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir, 
         "values": {},
         "objective": 1,
     }
-    content = {"format_version": 1, "winner": "x", "seeds": [1], "rows": [row], "stage1": None}
+    content = {"winner": "x", "seeds": [1], "rows": [row]}
     (study_dir / "confirm").mkdir()
     for change in ({}, {"rows": [{**row, "training": "t0"}], "seeds": ["/../../../victim/run1"]}):
-        (study_dir / "confirm" / "plan.json").write_text(json.dumps({**content, **change}))
+        (study_dir / "confirm" / "plan.json").write_text(json.dumps({"first": {**content, **change}, "second": None}))
         with pytest.raises(StorageError, match=r"plan.json: a training must have a name .*victim/run1"):
             read_plan(study_dir)
 

@@ -281,7 +281,7 @@ def test_reads_noted_at_the_same_time_are_all_there(folder, here):
         list(pool.map(lambda name: notes.note(here / name, recipe, [entry_named(name)]), names))
     found, problems = notes.note(here, recipe, [entry_named("last")])
     assert problems == []
-    assert sorted(one.study for one in found) == [str(here / name) for name in names]
+    assert sorted(one["study"] for one in found) == [str(here / name) for name in names]
 
 
 def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder):
@@ -294,7 +294,7 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
         (place / f"{name}.json").write_text(text)
     os.mkfifo(place / "pipe.json")
     found, problems = notes.note(here, recipe, [entry_named("../../outside")])
-    assert [one.study for one in found] == ["x\\x1b[31m"]
+    assert [one["study"] for one in found] == ["x\\x1b[31m"]
     assert len(problems) == len(damaged) + 1
     assert all(any(f"{name}.json" in line for line in problems) for name in (*damaged, "pipe"))
     assert not list(here.parent.rglob("outside*"))

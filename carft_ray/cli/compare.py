@@ -32,7 +32,7 @@ def reproduce(
         from carft_ray.checks import require_trusted
 
         require_trusted(finished.recipe, trust, baselines=False)
-    from carft_ray.results.reproduce import reproduce, shown_changes
+    from carft_ray.results.reproduce import change_lines, difference_error, reproduce, sentence
 
     say = console.sayer(not json_)
     with contextlib.ExitStack() as stack:
@@ -42,15 +42,15 @@ def reproduce(
         say(f"reproducing {finished.title}")
         progress, report = stack.enter_context(training_shown(not json_))
         found = reproduce(finished, out_dir, say, progress, report)
-    console.print_json({**found.data(), "folder": None if out is None else str(out)}, json_)
-    if not found.same:
-        raise found.error()
+    console.print_json({**found, "folder": None if out is None else str(out)}, json_)
+    if not found["same"]:
+        raise difference_error(found)
     if json_:
         return
-    console.show(found.sentence)
-    if found.changes:
+    console.show(sentence(found))
+    if lines := change_lines(found):
         console.say("The manifest differs from this code and machine nevertheless:")
-        console.say("\n".join(f"  {line}" for line in shown_changes(found.changes)))
+        console.say("\n".join(f"  {line}" for line in lines))
     name = f"{folder}:{finished.name}" if finished.name else folder
     if out is not None:
         console.next_step(common.command_line("compare", name, out))

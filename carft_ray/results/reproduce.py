@@ -4,14 +4,12 @@ What the manifest says of data and model is checked first, by contents: sets are
 decoded sets identifies files by size and date only. The training has the same threads and workers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from carft_ray import environment, files
@@ -34,75 +32,39 @@ DECODED = "decoded"
 Row = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """One thing that is not the same.
-
-    Attributes:
-        what: Dotted name: ``metrics.ood_accuracy``, ``predictions.nll``, ``weights``.
-        then: What the study has; a text where it is no single number.
-        now: What was found now.
-        size: Largest absolute difference; None where there is none to take.
-    """
-
-    what: str
-    then: Any
-    now: Any
-    size: float | None
+def sentence(found: Mapping[str, Any]) -> str:
+    """Returns that a training is reproduced, in one sentence."""
+    weights = ", and the weights" if found["weights_compared"] else ""
+    return (
+        f"{found['title']} is reproduced: {found['num_numbers']} numbers (objective, alpha, metrics, curve) and "
+        f"{found['num_predictions']} predictions, column by column{weights}, are the same, bit for bit."
+    )
 
 
-@dataclass(frozen=True)
-class Reproduction:
-    """What repeating a training has shown.
+def difference_error(found: Mapping[str, Any]) -> CarftError:
+    """Returns the error with the largest difference and what may explain it."""
+    differing = found["differences"]
+    largest = max(differing, key=lambda each: each["size"] or 0.0)
+    names = ", ".join(each["what"] for each in differing[:8]) + (", ..." if len(differing) > 8 else "")
+    value = f"{len(differing)} that differ ({names})"
+    value += f"; the largest difference is that of {largest['what']}: {largest['then']} then, {largest['now']} now"
+    if largest["size"] is not None:
+        value += f" ({largest['size']:.3g})"
+    step = "Data, weights, code, versions and hardware are those of the manifest. "
+    step += "A GPU may sum in another order each time; on a CPU, please report it."
+    if lines := change_lines(found):
+        step = "\n      ".join(["What differs now from the manifest:", *lines])
+    return CarftError(Problem(found["title"], "its numbers must be the same", value, next_step=step))
 
-    Attributes:
-        title: The training.
-        num_numbers: Numbers of ``result.json`` that were compared.
-        num_predictions: Rows of the predictions that were compared, all columns.
-        weights_compared: Whether the study still had the fine-tuned weights.
-        differences: What is not the same, the numbers first.
-        changes: What differs now from the manifest: ``(key, then, now)``.
-    """
 
-    title: str
-    num_numbers: int
-    num_predictions: int
-    weights_compared: bool
-    differences: list[Difference]
-    changes: list[tuple[str, Any, Any]]
+def change_lines(found: Mapping[str, Any]) -> list[str]:
+    """Returns what differs now from the manifest, as lines of text."""
+    return [f"{each['key']}: {_short(each['then'])} then, {_short(each['now'])} now" for each in found["changes"]]
 
-    @property
-    def same(self) -> bool:
-        """Whether everything is the same, bit for bit."""
-        return not self.differences
 
-    @property
-    def sentence(self) -> str:
-        """What was found, in one sentence."""
-        weights = ", and the weights" if self.weights_compared else ""
-        return (
-            f"{self.title} is reproduced: {self.num_numbers} numbers (objective, alpha, metrics, curve) and "
-            f"{self.num_predictions} predictions, column by column{weights}, are the same, bit for bit."
-        )
-
-    def data(self) -> dict[str, Any]:
-        """Returns all of it as plain data."""
-        changes = [{"key": key, "then": then, "now": now} for key, then, now in self.changes]
-        return {"same": self.same, **asdict(self), "changes": changes}
-
-    def error(self) -> CarftError:
-        """Returns the error with the largest difference and what may explain it."""
-        largest = max(self.differences, key=lambda each: each.size or 0.0)
-        names = ", ".join(each.what for each in self.differences[:8]) + (", ..." if len(self.differences) > 8 else "")
-        value = f"{len(self.differences)} that differ ({names})"
-        value += f"; the largest difference is that of {largest.what}: {largest.then} then, {largest.now} now"
-        if largest.size is not None:
-            value += f" ({largest.size:.3g})"
-        step = "Data, weights, code, versions and hardware are those of the manifest. "
-        step += "A GPU may sum in another order each time; on a CPU, please report it."
-        if self.changes:
-            step = "\n      ".join(["What differs now from the manifest:", *shown_changes(self.changes)])
-        return CarftError(Problem(self.title, "its numbers must be the same", value, next_step=step))
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def reproduce(
@@ -111,7 +73,7 @@ def reproduce(
     say: Callable[[str], None],
     progress: Callable[[Row], None],
     report: Callable[[Row], None],
-) -> Reproduction:
+) -> dict[str, Any]:
     """Repeats a training and compares.
 
     Args:
@@ -120,6 +82,13 @@ def reproduce(
         say: Gets lines about what is being done.
         progress: Given the metrics every few steps (one worker).
         report: Given the metrics of every epoch (one worker).
+
+    Returns:
+        Plain data: ``same``: whether everything is, bit for bit; ``title`` of the training, ``num_numbers`` of
+        ``result.json`` and ``num_predictions`` that were compared, ``weights_compared``: whether the study still had
+        them; ``differences``, the numbers first: ``what`` (a dotted name), ``then``, ``now``, ``size`` (largest
+        absolute difference; None where there is none to take); ``changes`` from the manifest: ``key``, ``then``,
+        ``now``.
 
     Raises:
         DataError: Images or weights are not those of the manifest; names the sets.
@@ -185,10 +154,10 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
     return recipe.model_copy(update={"resources": resources, "data": data, "train": train})
 
 
-def _compared(finished: Finished, then: pa.Table, again: Finished) -> Reproduction:
+def _compared(finished: Finished, then: pa.Table, again: Finished) -> dict[str, Any]:
     """Compares a training, whose predictions were ``then``, with itself repeated."""
     old, new = _numbers(read_result(finished.run_dir) or finished.result), _numbers(again.result)
-    found = [Difference(key, was, value, _size(was, value)) for key, was, value in differences(old, new)]
+    found = [_difference(key, was, value, _size(was, value)) for key, was, value in differences(old, new)]
     found += table_differences(then, again.predictions())
     with_weights = finished.weights_path.is_file() and again.weights_path.is_file()
     if with_weights:
@@ -198,7 +167,15 @@ def _compared(finished: Finished, then: pa.Table, again: Finished) -> Reproducti
     sources = [each.get("function_source") for each in (where, again.result.get("environment", {}))]
     if sources[0] != sources[1]:
         changes.append(("train.function", *sources))
-    return Reproduction(finished.title, len(leaves(old)), len(then), with_weights, found, changes)
+    return {
+        "same": not found,
+        "title": finished.title,
+        "num_numbers": len(leaves(old)),
+        "num_predictions": len(then),
+        "weights_compared": with_weights,
+        "differences": found,
+        "changes": [{"key": key, "then": was, "now": value} for key, was, value in changes],
+    }
 
 
 def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -209,11 +186,8 @@ def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[
         where: ``environment`` of the training's result, by which its entry of the history is found.
     """
     entries = [provenance, *provenance.get("history", [])]
-    fitting = [
-        entry
-        for entry in entries
-        if entry["code"].get("source") == where.get("source") and entry["versions"].get("torch") == where.get("torch")
-    ]
+    ran_on = (where.get("source"), where.get("torch"))
+    fitting = [each for each in entries if (each["code"].get("source"), each["versions"].get("torch")) == ran_on]
     entry = (fitting or entries)[-1]
     hardware = {**environment.hardware(), "gpus": gpu_names()}
     now = {"code": environment.code(), "versions": environment.versions(), "hardware": hardware}
@@ -229,59 +203,40 @@ def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
     return parts
 
 
+def _difference(what: str, then: Any, now: Any, size: float | None = None) -> dict[str, Any]:
+    return {"what": what, "then": then, "now": now, "size": size}
+
+
 def _size(then: Any, now: Any) -> float | None:
     both = (then, now)
     return abs(float(now) - float(then)) if all(isinstance(value, int | float) for value in both) else None
 
 
-def table_differences(then: pa.Table, now: pa.Table) -> list[Difference]:
+def table_differences(then: pa.Table, now: pa.Table) -> list[dict[str, Any]]:
     """Returns a difference for every column of two tables that is not the same, row by row."""
     if then.column_names != now.column_names:
-        return [Difference("predictions", ", ".join(then.column_names), ", ".join(now.column_names), None)]
+        return [_difference("predictions", ", ".join(then.column_names), ", ".join(now.column_names))]
     if len(then) != len(now):
-        return [Difference("predictions", counted(len(then), "row"), counted(len(now), "row"), None)]
+        return [_difference("predictions", counted(len(then), "row"), counted(len(now), "row"))]
     found = []
     for name in then.column_names:
-        old, new = _array(then[name]), _array(now[name])
-        if old.shape != new.shape:
-            found.append(Difference(f"predictions.{name}", f"{old.shape} values", f"{new.shape} values", None))
-            continue
-        unequal = np.flatnonzero(old != new)
-        if not len(unequal):
-            continue
-        size, first = None, unequal[0]
-        if np.issubdtype(old.dtype, np.floating):
-            gaps = np.abs(old.astype(np.float64) - new.astype(np.float64))
-            first, size = int(np.argmax(gaps)), float(gaps.max())
-        what = f"predictions.{name} ({len(unequal)} of {counted(len(old), 'value')})"
-        found.append(Difference(what, str(old[first]), str(new[first]), size))
+        if then[name].equals(now[name]):
+            continue  # before numbers of Python's are made
+        pairs = zip(then[name].to_pylist(), now[name].to_pylist(), strict=True)
+        unequal = [pair for pair in pairs if pair[0] != pair[1]]
+        if unequal:
+            has_size = pa.types.is_floating(then[name].type)
+            old, new = max(unequal, key=lambda pair: _size(*pair) or 0.0) if has_size else unequal[0]
+            what = f"predictions.{name} ({len(unequal)} of {counted(len(then), 'row')})"
+            found.append(_difference(what, str(old), str(new), _size(old, new) if has_size else None))
     return found
 
 
-def _array(column: pa.ChunkedArray) -> Any:
-    """Returns a column as one array: lists flattened, names of sets as text."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(pa.string())
-    if pa.types.is_list(column.type):
-        column = pc.list_flatten(column)
-    return column.to_numpy()
-
-
-def _weights_differences(then: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[Difference]:
-    if sorted(then) != sorted(now):
-        return [Difference("weights", f"{len(then)} tensors", f"{len(now)} other tensors", None)]
+def _weights_differences(then: Mapping[str, torch.Tensor], now: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
+    if then.keys() != now.keys():
+        return [_difference("weights", f"{len(then)} tensors", f"{len(now)} other tensors")]
     unequal = [name for name in then if not torch.equal(then[name], now[name])]
     if not unequal:
         return []
     size = max(float((then[name].double() - now[name].double()).abs().max()) for name in unequal)
-    return [Difference("weights", f"{len(then)} tensors", f"{len(unequal)} of them differ", size)]
-
-
-def _short(value: Any) -> str:
-    text = "none" if value is None else str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def shown_changes(changes: Sequence[tuple[str, Any, Any]]) -> list[str]:
-    """Returns a line of text per change."""
-    return [f"{key}: {_short(then)} then, {_short(now)} now" for key, then, now in changes]
+    return [_difference("weights", f"{len(then)} tensors", f"{len(unequal)} of them differ", size)]

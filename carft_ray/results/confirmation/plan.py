@@ -7,6 +7,7 @@ The best of N noisy objectives is too high, so it is measured again with fresh s
 not used. ``alpha`` belongs to a configuration and is never chosen again.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError
-from carft_ray.layout import CONFIRM, CONFIRM_PLAN, WEIGHTS
+from carft_ray.layout import CONFIRM, CONFIRM_PLAN
 from carft_ray.recipe.schema import Recipe
 from carft_ray.recipe.sets import CACHE_KEYS
 from carft_ray.results.reading.documents import num_test_reads
@@ -26,7 +27,6 @@ from carft_ray.study.proposals.warm_start import source_id
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
 from carft_ray.words import counted, times
 
-FORMAT_VERSION = 1
 SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
 
 Role = Literal["winner", "candidate", "baseline"]
@@ -110,9 +110,9 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
         NoSuccessfulTrialError: A study has no finished trial.
         UsageError: A study of ``against`` cannot be compared.
     """
-    ranked = _best_first(view)
-    best = [row for row in ranked if row.violation <= ranked[0].violation][:top]
-    rows = [_plan_row(row, "winner" if row is best[0] else "candidate") for row in best]
+    best = require_finished(view.study_dir, view.best)
+    ranked = [row for row in best_first(view.trials) if row.objective is not None and row.violation <= best.violation]
+    rows = [_plan_row(row, "candidate" if index else "winner") for index, row in enumerate(ranked[:top])]
     for row in view.baselines:
         if row.objective is None:
             continue
@@ -121,7 +121,7 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
             rows.append(replace(rows[-1], name=f"{row.name}, alpha 1", alpha=1.0, objective=float(at_one)))
     rows += [_rival(view, other) for other in against]
-    return Stage(best[0].name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
+    return Stage(best.name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
 
 
 def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
@@ -137,10 +137,8 @@ def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
     return Stage(chosen, fresh_seeds(recipe, 2, len(first.seeds)), tuple(rows))
 
 
-def plan(
-    view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()
-) -> tuple[Stage, Stage | None, list[str]]:
-    """Returns both stages with what this call asks for, and notes for the user.
+def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> tuple[Stage, list[str]]:
+    """Returns the first stage with what this call asks for, and notes for the user.
 
     What an earlier call has asked for stays: rows are added and seeds appended. When the search has continued and found
     a better trial, that one is the winner now, and the earlier one a candidate. In a Pareto search a trial may now be
@@ -152,29 +150,27 @@ def plan(
         num_seeds: As ``first_stage``.
         against: As ``first_stage``.
     """
-    before, second = read_plan(view.study_dir) or (None, None)
-    reads = {other.study_dir: num_test_reads(other.study_dir) for other in against}
     notes = [
-        f"the test sets of {path} were read {times(number)}; this counts here too"
-        for path, number in reads.items()
-        if number
+        f"the test sets of {other.study_dir} were read {times(number)}; this counts here too"
+        for other in against
+        if (number := num_test_reads(other.study_dir))
     ]
-    if before is None:
-        return first_stage(view, top, num_seeds, against), None, notes
+    stages = read_plan(view.study_dir)
+    if stages is None:
+        return first_stage(view, top, num_seeds, against), notes
+    before = stages[0]
     first = first_stage(view, top, max(num_seeds, len(before.seeds)), against)
     if num_seeds < len(before.seeds):
         notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
     if first.winner != before.winner:
         notes.append(f"the search continued after {before.winner} was fixed as the winner; now it is {first.winner}")
-        second = None
     earlier = {row.name: row for row in before.rows}
     for row in first.rows:
         old = earlier.pop(row.name, row)
         if row.alpha != old.alpha:
             notes.append(f"the search continued: {row.name} was at alpha {old.alpha:.2f}, now it is at {row.alpha:.2f}")
-            second = None if row.role == "winner" else second
     kept = [replace(row, role="candidate") if row.role == "winner" else row for row in earlier.values()]
-    return Stage(first.winner, first.seeds, (*first.rows, *kept)), second, notes
+    return replace(first, rows=(*first.rows, *kept)), notes
 
 
 def cost(view: Overview, stage: Stage) -> str:
@@ -188,19 +184,11 @@ def cost(view: Overview, stage: Stage) -> str:
     seconds = [row.elapsed_s for row in (*view.trials, *view.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
     if seconds:
         text += f" of about {sum(seconds) / len(seconds):.0f} s each"
-    sizes = [path.stat().st_size for path in view.study_dir.glob(f"*/*/{WEIGHTS}")]
-    if sizes:
-        text += f"; their weights take {len(missing) * max(sizes) / 1e6:.0f} MB"
     return text + "."
 
 
 def fix(
-    study_dir: Path,
-    recipe: Recipe,
-    first: Stage,
-    second: Stage | None,
-    stage: Stage,
-    against: Sequence[Overview] = (),
+    study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, against: Sequence[Overview] = ()
 ) -> dict[str, dict[str, Any]]:
     """Writes ledger and plan, before anything of it is trained; the study's lock is held.
 
@@ -208,8 +196,7 @@ def fix(
         study_dir: The study directory, absolute.
         recipe: Its recipe.
         first: The first stage.
-        second: The second one, where there is one.
-        stage: The one of them that is trained now.
+        second: The second one, once the first one has chosen; it is trained then.
         against: As ``first_stage``; how often their test sets were read is written down, and counts here.
 
     Returns:
@@ -219,25 +206,24 @@ def fix(
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: Something cannot be written.
     """
-    sets = ("id_val", *recipe.data.ood_val)
-    details = {**_stage_data(stage), "chosen_by": "confirm" if stage is second else "search"}
+    stage = second or first
+    details = {**json.loads(json.dumps(asdict(stage))), "chosen_by": "confirm" if second else "search"}
     if against:
         details[AGAINST] = {source_id(other.study_dir): num_test_reads(other.study_dir) for other in against}
     written = [entry.details for entry in read_ledger(study_dir) if entry.purpose == WINNER_FIXED]
     if details not in written[-2:]:  # the same command again, after a kill
-        record(study_dir, recipe, WINNER_FIXED, sets, details)
+        record(study_dir, recipe, WINNER_FIXED, ("id_val", *recipe.data.ood_val), details)
     write_plan(study_dir, first, second)
     return stage.trainings()
 
 
 def write_plan(study_dir: Path, first: Stage, second: Stage | None) -> None:
-    """Writes the stage that is compared at the end, and of two stages the first one under ``stage1``.
+    """Writes both stages; the second is None before there is one.
 
     Raises:
         StorageError: It cannot be written.
     """
-    last = second or first
-    content = {"format_version": FORMAT_VERSION, **_stage_data(last), "stage1": _stage_data(first) if second else None}
+    content = {"first": asdict(first), "second": asdict(second) if second else None}
     files.write_json(study_dir / CONFIRM / CONFIRM_PLAN, content)
 
 
@@ -245,42 +231,29 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
     """Returns the first and the second stage of a study's confirm, or None before there is one.
 
     Raises:
-        StorageError: The plan is damaged or of another version, or names what no folder of a training may be called.
+        StorageError: The plan is damaged, or names what no folder of a training may be called.
     """
     path = study_dir / CONFIRM / CONFIRM_PLAN
     if not path.exists():
         return None
     content = files.read_json(path)
     try:
-        if content["format_version"] != FORMAT_VERSION:
-            rule = f"must have format_version {FORMAT_VERSION}"
-            raise StorageError(Problem(str(path), rule, str(content["format_version"])))
-        last = _stage(content)
-        first = last if content["stage1"] is None else _stage(content["stage1"])
-        for name in (*first.trainings(), *last.trainings()):
+        first, second = _stage(content["first"]), content["second"] and _stage(content["second"])
+        for name in (*first.trainings(), *(second.trainings() if second else ())):
             require_name(name, str(path))
-        return first, None if first is last else last
     except (KeyError, TypeError) as error:
         raise StorageError(Problem(str(path), "must be the plan of a confirm", f"{error!r}")) from error
+    return first, second
 
 
 def last_stage(study_dir: Path) -> Stage | None:
     """Returns the comparison that counts, or None before there is one."""
     plan = read_plan(study_dir)
-    return None if plan is None else plan[1] or plan[0]
-
-
-def _stage_data(stage: Stage) -> dict[str, Any]:
-    return {"winner": stage.winner, "seeds": list(stage.seeds), "rows": [asdict(row) for row in stage.rows]}
+    return plan and (plan[1] or plan[0])
 
 
 def _stage(content: Mapping[str, Any]) -> Stage:
     return Stage(content["winner"], tuple(content["seeds"]), tuple(PlanRow(**row) for row in content["rows"]))
-
-
-def _best_first(view: Overview) -> list[TrialRow]:
-    rows = [row for row in view.trials if row.objective is not None]
-    return best_first(require_finished(view.study_dir, rows))
 
 
 def _plan_row(row: TrialRow, role: Role) -> PlanRow:
@@ -295,20 +268,18 @@ def _rival(view: Overview, other: Overview) -> PlanRow:
     place = f"--against {other.study_dir}"
     if other.study_dir == view.study_dir:
         raise UsageError(Problem(place, "must be another study", "this one"))
-    theirs = _shared(other.recipe)
-    differing = [key for key, value in _shared(view.recipe).items() if value != theirs[key]]
-    if differing:
+    mine, theirs = _shared(view.recipe), _shared(other.recipe)
+    if differing := [key for key in mine if mine[key] != theirs[key]]:
         step = "Search both with recipes that differ in train and search.space alone."
         rule = f"must be a study like {view.study_dir.name}, but for what is trained and searched"
         raise UsageError(Problem(place, rule, f"another {', '.join(differing)}", next_step=step))
-    best = _best_first(other)[0]
+    best = require_finished(other.study_dir, other.best)
     values = {**other.recipe.train.model_dump(mode="json", exclude={"alpha"}), **best.values}
     if best.standing:
         values.setdefault("alpha", best.alpha)
     name = f"{other.study_dir.name} {best.name}"
-    training = re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-150:]  # a folder's name may be longer than a training's
-    row = _plan_row(replace(best, values=values), "baseline")
-    return replace(row, name=name, training=training if training[0].isalnum() else f"other{training}")
+    training = "other-" + re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-144:]
+    return replace(_plan_row(replace(best, values=values), "baseline"), name=name, training=training)
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:

@@ -63,7 +63,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         step = "Confirm the next best: carft-ray confirm with --winner confirmed chooses among those that train."
         rule, value = "the winner must train with every fresh seed", failed[0] if failed else "one that is missing"
         raise NoSuccessfulTrialError(Problem(winner.name, rule, value, next_step=step))
-    comparison = compare(
+    found = compare(
         spec,
         {row.name: row_correct(study_dir, spec, stage, row) for row in whole},
         winner.name,
@@ -72,7 +72,6 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         label=LABEL,
         searched=winner.objective,
     )
-    found = comparison.as_data()
     for row, each in zip(whole, found["rows"], strict=True):
         each |= {"role": row.role, "alpha": row.alpha, "seeds": each["objective"]["num_seeds"] if row.training else 0}
     content = {

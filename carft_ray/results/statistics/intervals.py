@@ -10,6 +10,7 @@ Shape letters: r seeds, n images of one set. All values are fractions; only ``in
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +65,11 @@ class Interval:
     def standard_error(self) -> float:
         """sqrt(max(V_seed, V_res) + V_image)."""
         return math.sqrt(max(self.seed_variance, self.residual_variance) + self.image_variance)
+
+    def data(self) -> dict[str, Any]:
+        """Returns it as JSON: infinite degrees of freedom are None, ``over`` says what it is over."""
+        dof = self.dof if math.isfinite(self.dof) else None
+        return {**vars(self), "ends": [*self.ends], "dof": dof, "notes": [*self.notes], "over": self.words}
 
 
 def crossed(

@@ -10,7 +10,6 @@ Shape letters: r seeds, n images of one set. Accuracies are fractions; text is i
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,98 +27,6 @@ KEYS = ("label", "winner", "headline", "headline_baseline", "id_margin", "rows",
 CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
 
 
-@dataclass(frozen=True)
-class Row:
-    """One configuration.
-
-    Attributes:
-        name: Its name.
-        objective: Its objective.
-        id_accuracy: Its ID accuracy.
-        ood_accuracy: Mean of its OOD accuracies; None without an OOD set.
-        sets: Its accuracy on every set.
-    """
-
-    name: str
-    objective: Interval
-    id_accuracy: Interval
-    ood_accuracy: Interval | None
-    sets: dict[str, Interval]
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Winner minus another configuration, paired by image and seed.
-
-    Attributes:
-        other: Name of the other configuration.
-        objective: On the objective; its ``p_value`` is not adjusted. Its intervals leave 0 out exactly where p < 0.05.
-        p: That of the headline's baseline; adjusted over the other baselines; None for what is no baseline.
-        sets: On ID and on every OOD set.
-        keeps_id: Whether ID is non-inferior.
-        sentence: The result in words.
-    """
-
-    other: str
-    objective: Interval
-    p: float | None
-    sets: dict[str, Interval]
-    keeps_id: bool
-    sentence: str
-
-
-@dataclass(frozen=True)
-class Optimism:
-    """How much the search's objective of the winner exceeds its mean over fresh seeds.
-
-    Attributes:
-        searched: J of the search.
-        value: J - mean.
-        se: s sqrt(1 + 1 / r), s the pooled sd between seeds within a configuration, at least that of their
-            residual (``selection.seed_variances``); None with one seed.
-    """
-
-    searched: float
-    value: float
-    se: float | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The winner against all other configurations.
-
-    Attributes:
-        label: What was measured: ``validation, fresh seeds`` or ``test``.
-        winner: Name of the winner, fixed before.
-        headline_baseline: The baseline with the highest validation objective; None without a baseline.
-        headline: The one sentence; None without a baseline.
-        id_margin: Of ``keeps_id``, a fraction.
-        rows: In the order given.
-        baselines: Winner minus each baseline.
-        others: Winner minus each other configuration.
-        optimism: None where the search's objective was not given.
-    """
-
-    label: str
-    winner: str
-    headline_baseline: str | None
-    headline: str | None
-    id_margin: float
-    rows: tuple[Row, ...]
-    baselines: tuple[Difference, ...]
-    others: tuple[Difference, ...]
-    optimism: Optimism | None
-
-    @property
-    def better_than_winner(self) -> list[str]:
-        """Names of other configurations whose whole paired interval is above the winner."""
-        return [each.other for each in self.others if each.objective.ends[1] < 0]
-
-    def as_data(self) -> dict[str, Any]:
-        """Returns it as JSON; infinite degrees of freedom are None, ``over`` says what an interval is over."""
-        return {**_plain(self), "better_than_winner": self.better_than_winner}
-
-
 def compare(
     spec: ObjectiveSpec,
     correct: Mapping[str, CorrectBySet],
@@ -128,7 +35,7 @@ def compare(
     id_margin: float = ID_MARGIN,
     label: str = "validation, fresh seeds",
     searched: float | None = None,
-) -> Comparison:
+) -> dict[str, Any]:
     """Compares the winner with the baselines and the other configurations.
 
     Args:
@@ -142,31 +49,39 @@ def compare(
         label: What was measured.
         searched: The search's objective of the winner, for the optimism.
 
+    Returns:
+        Plain data, intervals as of ``Interval.data``: ``label``, ``winner``, ``headline_baseline`` and ``headline``
+        (None without a baseline), ``id_margin``; ``rows`` in the order given: ``name``, ``objective``, ``id_accuracy``,
+        ``ood_accuracy`` (None without an OOD set), ``sets``; ``baselines`` and ``others``, the winner minus each:
+        ``other``, ``objective``, ``p`` (of the headline's baseline its own, of other baselines adjusted, of others
+        None), ``sets``, ``keeps_id``, ``sentence``; ``optimism`` (None without ``searched``): ``searched``, ``value`` =
+        searched - mean, ``se`` = s sqrt(1 + 1 / r) with s the pooled sd between seeds, at least that of their residual
+        (None with one seed); ``better_than_winner``: names of others whose whole paired interval is above the winner.
+
     Raises:
         ValueError: The numbers of seeds or images do not belong together.
     """
-    rows = tuple(_row(spec, name, by_set) for name, by_set in correct.items())
+    found = {name: _difference(spec, correct, winner, name, id_margin) for name in correct if name != winner}
+    p_values = {name: found[name]["objective"]["p_value"] for name in baselines}
     headline_baseline = max(baselines, key=lambda name: baselines[name], default=None)
-    against = {name: _difference(spec, correct, winner, name, id_margin) for name in baselines}
     family = [name for name in baselines if name != headline_baseline]
-    tested = dict(zip(family, holm([against[name].objective.p_value for name in family]), strict=True))
-    for name, each in against.items():
-        p, level = tested.get(name, (each.objective.p_value, LEVEL))
-        raised = each if level == LEVEL else _difference(spec, correct, winner, name, id_margin, level)
-        against[name] = replace(raised, p=p)
-    others = [name for name in correct if name != winner and name not in baselines]
-    chosen = None if headline_baseline is None else against[headline_baseline]
-    return Comparison(
-        label,
-        winner,
-        headline_baseline,
-        None if chosen is None else f"{winner}: {chosen.sentence}",
-        id_margin,
-        rows,
-        tuple(against.values()),
-        tuple(_difference(spec, correct, winner, name, id_margin) for name in others),
-        None if searched is None else _optimism(spec, correct, winner, searched),
-    )
+    for name, (p, level) in zip(family, holm([p_values[name] for name in family]), strict=True):
+        p_values[name] = p
+        if level != LEVEL:
+            found[name] = _difference(spec, correct, winner, name, id_margin, level)
+    others = [found[name] | {"p": None} for name in found if name not in baselines]
+    return {
+        "label": label,
+        "winner": winner,
+        "headline_baseline": headline_baseline,
+        "headline": None if headline_baseline is None else f"{winner}: {found[headline_baseline]['sentence']}",
+        "id_margin": id_margin,
+        "rows": [_row(spec, name, by_set) for name, by_set in correct.items()],
+        "baselines": [found[name] | {"p": p_values[name]} for name in baselines],
+        "others": others,
+        "optimism": None if searched is None else _optimism(spec, correct, winner, searched),
+        "better_than_winner": [each["other"] for each in others if each["objective"]["ends"][1] < 0],
+    }
 
 
 def holm(p_values: Sequence[float]) -> list[tuple[float, float]]:
@@ -191,7 +106,7 @@ def keeps_id(difference: Interval, margin: float = ID_MARGIN) -> bool:
 
 
 def row_lines(found: Mapping[str, Any]) -> list[str]:
-    """Returns the configurations of a comparison (``Comparison.as_data``) as lines of text."""
+    """Returns the configurations of a comparison (``compare``) as lines of text."""
     lines = [f"{found['label'][:1].upper()}{found['label'][1:]}, accuracies in percent with 95 % intervals:"]
     for row in found["rows"]:
         shown = {"objective": row["objective"], "ID": row["id_accuracy"], "OOD mean": row["ood_accuracy"]}
@@ -201,7 +116,7 @@ def row_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:
-    """Returns the differences of a comparison (``Comparison.as_data``) as lines of text, the headline last."""
+    """Returns the differences of a comparison (``compare``) as lines of text, the headline last."""
     lines = []
     if found["baselines"] or found["others"]:
         lines.append(
@@ -242,10 +157,16 @@ def _in_points(found: Mapping[str, Any], signed: bool = False) -> str:
     return intervals.in_points(found["mean"], found["ends"], signed)
 
 
-def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> Row:
-    sets = {each: intervals.accuracy_interval(correct[each]) for each in spec.sets}
-    ood = intervals.accuracy_interval(*(correct[each] for each in spec.ood_sets)) if spec.ood_sets else None
-    return Row(name, intervals.objective_interval(spec, correct), sets[spec.id_set], ood, sets)
+def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> dict[str, Any]:
+    sets = {each: intervals.accuracy_interval(correct[each]).data() for each in spec.sets}
+    ood = [correct[each] for each in spec.ood_sets]
+    return {
+        "name": name,
+        "objective": intervals.objective_interval(spec, correct).data(),
+        "id_accuracy": sets[spec.id_set],
+        "ood_accuracy": intervals.accuracy_interval(*ood).data() if ood else None,
+        "sets": sets,
+    }
 
 
 def _difference(
@@ -255,24 +176,30 @@ def _difference(
     other: str,
     id_margin: float,
     level: float = LEVEL,
-) -> Difference:
+) -> dict[str, Any]:
     num_seeds = max(len(correct[row][spec.id_set]) for row in (winner, other))
     a, b = (
         {name: np.broadcast_to(correct[row][name], (num_seeds, correct[row][name].shape[1])) for name in spec.sets}
         for row in (winner, other)
     )
     objective = intervals.objective_difference(spec, a, b, level)
-    sets = {
-        name: intervals.crossed({name: gap}, {name: 1.0}) for name, gap in intervals.paired_differences(a, b).items()
+    gaps = intervals.paired_differences(a, b)
+    sets = {name: intervals.crossed({name: gap}, {name: 1.0}) for name, gap in gaps.items()}
+    return {
+        "other": other,
+        "objective": objective.data(),
+        "sets": {name: each.data() for name, each in sets.items()},
+        "keeps_id": keeps_id(sets[spec.id_set], id_margin),
+        "sentence": intervals.headline(objective, other),
     }
-    id_kept = keeps_id(sets[spec.id_set], id_margin)
-    return Difference(other, objective, None, sets, id_kept, intervals.headline(objective, other))
 
 
-def _optimism(spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, searched: float) -> Optimism:
+def _optimism(
+    spec: ObjectiveSpec, correct: Mapping[str, CorrectBySet], winner: str, searched: float
+) -> dict[str, float | None]:
     own, pooled = intervals.values_by_seed(spec, correct[winner]), seed_variances(spec, correct.values())
     se = math.sqrt(max(pooled) * (1 + 1 / len(own))) if pooled else None
-    return Optimism(searched, searched - float(np.mean(own)), se)
+    return {"searched": searched, "value": searched - float(np.mean(own)), "se": se}
 
 
 def _p(value: float) -> str:
@@ -280,16 +207,3 @@ def _p(value: float) -> str:
         return "p < 0.0001"
     text = f"{value:.2g}"
     return f"p = {text}" if text != "0.05" else f"p {'<' if value < 0.05 else '>'} 0.05"  # rounding changes no verdict
-
-
-def _plain(value: Any) -> Any:
-    """Returns nested dataclasses as JSON takes them."""
-    if isinstance(value, Interval):
-        return _plain({**vars(value), "over": value.words})
-    if is_dataclass(value):
-        return _plain(vars(value))
-    if isinstance(value, dict):
-        return {key: _plain(child) for key, child in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(child) for child in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

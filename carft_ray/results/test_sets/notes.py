@@ -9,8 +9,8 @@ was added or left out. Of a corrupted set the images without corruptions count.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from carft_ray import files
 from carft_ray.data.caching.cache import key_of
@@ -29,21 +29,9 @@ NAME = "note"  # in the details of a read's line in the ledger: that of its file
 _MOST_BYTES, _MOST_SHOWN = 2**20, 3
 
 
-@dataclass(frozen=True)
-class OtherRead:
-    """A read by another study.
-
-    Attributes:
-        study: Its folder, when it read.
-        time: ISO 8601.
-        user: Name of the account.
-        sets: Test sets of this study that have the very images which were read there.
-    """
-
-    study: str
-    time: str
-    user: str
-    sets: tuple[str, ...]
+# a read by another study: ``study`` (its folder, when it read), ``time`` (ISO 8601), ``user``, and ``sets``: those of
+# this study that have the very images which were read there
+OtherRead = dict[str, Any]
 
 
 def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[list[OtherRead], list[str]]:
@@ -77,12 +65,12 @@ def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[lis
             continue
         try:
             other = json.loads(read_text(path, _MOST_BYTES))
-            shared = tuple(name for name, digest in digests.items() if digest in other["sets"].values())
-            study, time, user = (visible(str(other[key])) for key in ("study", "time", "user"))
-            found += [OtherRead(study, time, user, shared)] if shared else []
+            shared = [name for name, digest in digests.items() if digest in other["sets"].values()]
+            if shared:
+                found.append({**{key: visible(str(other[key])) for key in ("study", "time", "user")}, "sets": shared})
         except (CarftError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"a note of a read of test sets cannot be read, and is passed over: {path} ({error!r})")
-    return sorted(found, key=lambda one: one.time), problems
+    return sorted(found, key=lambda one: one["time"]), problems
 
 
 def set_digests(recipe: Recipe) -> dict[str, str]:
@@ -109,6 +97,6 @@ def lines(reads: Sequence[OtherRead]) -> list[str]:
     """Returns them as a line of text; none where there are none."""
     if not reads:
         return []
-    shown = [f"{one.study} ({one.time}: {', '.join(one.sets)})" for one in reads[-_MOST_SHOWN:]]
+    shown = [f"{one['study']} ({one['time']}: {', '.join(one['sets'])})" for one in reads[-_MOST_SHOWN:]]
     more = f", and {len(reads) - len(shown)} more" if len(reads) > len(shown) else ""
     return [f"Other studies have read these very images, too, {times(len(reads))}: {', '.join(shown)}{more}."]

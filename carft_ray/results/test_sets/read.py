@@ -36,7 +36,7 @@ from carft_ray.recipe.schema import Recipe
 from carft_ray.results.reading import overview
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes
-from carft_ray.results.test_sets.summary import Compared, compared_again, compared_rows, read_record, summarise
+from carft_ray.results.test_sets.summary import compared_rows, read_record, summarise
 from carft_ray.study import ledger
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
@@ -92,15 +92,15 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         sources = _open_sources(recipe)
         if entry is None:
             _compare_before_first_read(study_dir, recipe, say)
-        compared = compared_rows(study_dir, recipe) if entry is None else compared_again(entry.details)
-        runs = _alphas_by_run(compared)
+        compared = compared_rows(study_dir, recipe) if entry is None else entry.details
+        runs = _alphas_by_run(compared["rows"])
         for run in runs.keys() - {ZERO_SHOT}:
             kind, _, name = run.partition("/")
             require_name(name if kind in FOLDERS.values() else run, LEDGER)
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
-            details = {**dataclasses.asdict(compared), notes.NAME: secrets.token_hex(8)}
+            details = {**compared, notes.NAME: secrets.token_hex(8)}
             entry = ledger.record(study_dir, recipe, ledger.TEST, sets, details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
@@ -190,12 +190,12 @@ def _open_sources(recipe: Recipe) -> list[Source]:
     return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
 
 
-def _alphas_by_run(compared: Compared) -> dict[str, list[float]]:
+def _alphas_by_run(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     """Returns the trainings by folder, with the alphas at which they are read; zero-shot by its name, at 0."""
-    runs = {ZERO_SHOT: [0.0]} if any(not row.runs for row in compared.rows) else {}
-    for row in compared.rows:
-        for run in row.runs:
-            runs[run] = sorted({*runs.get(run, []), row.alpha})
+    runs = {ZERO_SHOT: [0.0]} if any(not row["runs"] for row in rows) else {}
+    for row in rows:
+        for run in row["runs"]:
+            runs[run] = sorted({*runs.get(run, []), row["alpha"]})
     return runs
 
 

@@ -7,7 +7,7 @@ training each). No torch is loaded.
 import functools
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,72 +21,29 @@ from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.layout import CONFIRM, SUMMARY
 from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirmation.plan import Role, Stage, last_stage
+from carft_ray.results.confirmation.plan import Stage, last_stage
 from carft_ray.results.confirmation.summary import whole_rows
-from carft_ray.results.reading.overview import folder_of
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
 from carft_ray.words import counted, times
 
-FORMAT_VERSION = 1
 ID_TEST = "id_test"
 
 
-ROLES: tuple[Role, ...] = ("winner", "candidate", "baseline")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One configuration with its alpha, which is never chosen again.
-
-    Attributes:
-        name: Unique among the rows.
-        role: ``winner`` (exactly one), ``candidate`` or ``baseline``.
-        alpha: Mixing coefficient, 0 for zero-shot.
-        objective: On the validation sets, in the search: what chose it.
-        runs: Folders of its trainings, relative to the study directory, in the order of the seeds; none for zero-shot.
-    """
-
-    name: str
-    role: Role
-    alpha: float
-    objective: float
-    runs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Compared:
-    """All rows of a study.
-
-    Attributes:
-        confirmed: Whether they were trained on fresh seeds after the search.
-        seeds: Of data order and views, the same for all rows.
-        rows: The winner first, then candidates, then baselines.
-    """
-
-    confirmed: bool
-    seeds: tuple[int, ...]
-    rows: tuple[Row, ...]
-
-    @property
-    def winner(self) -> Row:
-        """The row with that role."""
-        return next(row for row in self.rows if row.role == "winner")
-
-    @property
-    def baselines(self) -> tuple[Row, ...]:
-        """Rows with that role."""
-        return tuple(row for row in self.rows if row.role == "baseline")
-
-
-def compared_rows(study_dir: Path, recipe: Recipe) -> Compared:
-    """Returns the rows of a study: of its confirm, else of its search.
+def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
+    """Returns the rows of a study, of its confirm or else of its search, as the ledger has them.
 
     Args:
         study_dir: The study directory.
         recipe: Its recipe.
+
+    Returns:
+        ``confirmed``: whether they were trained on fresh seeds after the search; ``seeds`` of data order and views, the
+        same for all rows; ``rows``, the winner first: ``name``, ``role`` (``winner``, ``candidate`` or ``baseline``),
+        ``alpha``, which is never chosen again, ``objective`` in the search, and ``runs``, folders of its trainings in
+        the order of the seeds; none for zero-shot.
 
     Raises:
         NoSuccessfulTrialError: The search has no finished trial, or a confirm was begun and is not finished.
@@ -96,22 +53,18 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> Compared:
     if stage is not None:
         return _of_confirm(study_dir, stage)
     best = require_finished(study_dir, best_row(trials(study_dir)))
-    rows: list[Row] = []
+    rows = []
     for row in (best, *baselines(study_dir)):
-        if row.objective is None or row.alpha is None:
-            continue
-        runs = () if row.name == ZERO_SHOT else (folder_of(study_dir, row).relative_to(study_dir).as_posix(),)
-        rows.append(Row(row.name, "winner" if row is best else "baseline", row.alpha, row.objective, runs))
-    return Compared(False, (recipe.train.seed,), tuple(rows))
+        if row.objective is not None:
+            runs = [] if row.name == ZERO_SHOT else [row.folder(study_dir).relative_to(study_dir).as_posix()]
+            role = "winner" if row is best else "baseline"
+            rows.append(
+                {"name": row.name, "role": role, "alpha": row.alpha or 0.0, "objective": row.objective, "runs": runs}
+            )
+    return {"confirmed": False, "seeds": [recipe.train.seed], "rows": rows}
 
 
-def compared_again(details: Mapping[str, Any]) -> Compared:
-    """Returns the rows that a line of the ledger has of a read."""
-    rows = (Row(**{**row, "runs": tuple(row["runs"])}) for row in details["rows"])
-    return Compared(details["confirmed"], tuple(details["seeds"]), tuple(rows))
-
-
-def _of_confirm(study_dir: Path, stage: Stage) -> Compared:
+def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
     """Returns the rows that have a mean over all seeds, as the summary of the confirm has them."""
     path = study_dir / CONFIRM / SUMMARY
     summary = files.read_json(path) if path.exists() else {}
@@ -126,48 +79,32 @@ def _of_confirm(study_dir: Path, stage: Stage) -> Compared:
         rule = "a confirm that was begun must be finished"
         raise NoSuccessfulTrialError(Problem(str(study_dir / CONFIRM), rule, value, next_step=step))
     rows = []
-    for row in whole:
-        runs = tuple(f"{CONFIRM}/{name}" for name in stage.names(row))  # none of the zero-shot model
-        rows.append(Row(row.name, row.role, row.alpha, row.objective, runs))
-    return Compared(True, stage.seeds, tuple(sorted(rows, key=lambda row: ROLES.index(row.role))))
-
-
-@dataclass(frozen=True)
-class ReadRecord:
-    """Which read of the test sets it was, as its summary has it.
-
-    Attributes:
-        read: Counts from 1.
-        reason: Of the user; empty for the first read.
-        time: ISO 8601.
-        user: Name of the account.
-        ledger_line: Its line in the ledger.
-        searches_after_a_read: How often the search had continued after an earlier read.
-        elsewhere: Reads of the same images by other studies, as far as they are noted (``notes``).
-    """
-
-    read: int
-    reason: str
-    time: str
-    user: str
-    ledger_line: int
-    searches_after_a_read: int
-    elsewhere: tuple[notes.OtherRead, ...] = ()
+    for row in sorted(whole, key=lambda row: row.role != "winner"):
+        runs = [f"{CONFIRM}/{name}" for name in stage.names(row)]  # none of the zero-shot model
+        rows.append({"name": row.name, "role": row.role, "alpha": row.alpha, "objective": row.objective, "runs": runs})
+    return {"confirmed": True, "seeds": list(stage.seeds), "rows": rows}
 
 
 def read_record(
     entry: Entry, before: Sequence[Entry], number: int, elsewhere: Sequence[notes.OtherRead] = ()
-) -> ReadRecord:
-    """Returns the record of a read.
+) -> dict[str, Any]:
+    """Returns which read of the test sets it was, as its summary has it.
 
     Args:
         entry: The line of this read in the ledger.
         before: The lines that the ledger held when it began.
         number: Which read it is, from 1.
-        elsewhere: Reads of the same images by other studies.
+        elsewhere: Reads of the same images by other studies, as far as they are noted (``notes``).
     """
-    went_on = sum(one.purpose == WENT_ON and one.number < entry.number for one in before)
-    return ReadRecord(number, entry.reason, entry.time, entry.user, entry.number, went_on, tuple(elsewhere))
+    return {
+        "read": number,
+        "reason": entry.reason,
+        "time": entry.time,
+        "user": entry.user,
+        "ledger_line": entry.number,
+        "searches_after_a_read": sum(one.purpose == WENT_ON and one.number < entry.number for one in before),
+        "elsewhere": list(elsewhere),
+    }
 
 
 def objective_on_test(recipe: Recipe) -> ObjectiveSpec:
@@ -176,47 +113,50 @@ def objective_on_test(recipe: Recipe) -> ObjectiveSpec:
 
 
 def summarise(
-    recipe: Recipe, compared: Compared, shared: Sequence[SharedRow], tables: Mapping[str, pa.Table], record: ReadRecord
+    recipe: Recipe,
+    compared: Mapping[str, Any],
+    shared: Sequence[SharedRow],
+    tables: Mapping[str, pa.Table],
+    record: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns the content of ``summary.json``.
 
     Args:
         recipe: Of the study.
-        compared: The rows that were read.
+        compared: The rows that were read (``compared_rows``).
         shared: The study's list of images in two roles: where it has test images, the numbers are given without
             these, too.
         tables: Predictions on the test sets by the folder of the training, zero-shot by its name.
-        record: Of this read.
+        record: Of this read (``read_record``).
     """
-    spec, winner = objective_on_test(recipe), compared.winner
+    spec, rows = objective_on_test(recipe), compared["rows"]
     evaluations = {
-        row.name: [(tables[run], row.alpha) for run in row.runs] or [(tables[ZERO_SHOT], 0.0)] for row in compared.rows
+        row["name"]: [(tables[run], row["alpha"]) for run in row["runs"]] or [(tables[ZERO_SHOT], 0.0)] for row in rows
     }
     correct = {row: {name: correct_matrix(found, name) for name in spec.sets} for row, found in evaluations.items()}
+    winner = next(row["name"] for row in rows if row["role"] == "winner")
     compare_rows = functools.partial(
         compare,
         spec,
-        winner=winner.name,
-        baselines={row.name: row.objective for row in compared.baselines},
+        winner=winner,
+        baselines={row["name"]: row["objective"] for row in rows if row["role"] == "baseline"},
         id_margin=recipe.search.objective.id_margin,
     )
-    comparison = compare_rows(correct=correct, label="test sets")
-    table, alpha = evaluations[winner.name][0]
+    found = compare_rows(correct=correct, label="test sets")
+    table, alpha = evaluations[winner][0]
     alone = {name: ~np.isin(sample_ids(table, name, alpha), _shared_ids(shared, name)) for name in spec.sets}
     without_shared = None
     if not all(mask.all() for mask in alone.values()) and all(mask.any() for mask in alone.values()):
         fewer = {row: {name: x[:, alone[name]] for name, x in by_set.items()} for row, by_set in correct.items()}
-        without = compare_rows(correct=fewer, label="test sets without images that are in other roles")
-        without_shared = {**without.as_data(), "sets": {name: int(mask.sum()) for name, mask in alone.items()}}
-    found = comparison.as_data()
-    for row, each in zip(compared.rows, found["rows"], strict=True):
-        each |= {"role": row.role, "alpha": row.alpha, "seeds": len(row.runs), "runs": list(row.runs)}
-        each["validation_objective"] = row.objective
+        without_shared = compare_rows(correct=fewer, label="test sets without images that are in other roles")
+        without_shared["sets"] = {name: int(mask.sum()) for name, mask in alone.items()}
+    for row, each in zip(rows, found["rows"], strict=True):
+        each |= {"role": row["role"], "alpha": row["alpha"], "seeds": len(row["runs"]), "runs": row["runs"]}
+        each["validation_objective"] = row["objective"]
     return {
-        "format_version": FORMAT_VERSION,
-        **asdict(record),
-        "confirmed": compared.confirmed,
-        "seeds": list(compared.seeds),
+        **record,
+        "confirmed": compared["confirmed"],
+        "seeds": compared["seeds"],
         "sets": {name: len(mask) for name, mask in alone.items()},
         "objective": {"kind": spec.kind, "id_weight": spec.id_weight},
         **found,
@@ -237,7 +177,7 @@ def read_lines(content: Mapping[str, Any]) -> list[str]:
     return [
         f"Test read {content['read']}, {content['time']} by {content['user']}{reason}.",
         *([f"The search was continued {times(again)} after a test read."] if again else []),
-        *notes.lines([notes.OtherRead(**read) for read in content["elsewhere"]]),
+        *notes.lines(content["elsewhere"]),
         sets,
         f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets.",
         *(comparison_lines(without) if without else []),
