@@ -11,10 +11,9 @@ from rich.table import Table
 from carft_ray import console, files, notebook
 from carft_ray.api import Study, rows_table
 from carft_ray.errors import CarftError, require_choice
+from carft_ray.layout import PAGE
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.outcome import TrialRow
-
-CARD_FORMS = ("text", "svg", "latex")
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,25 +120,22 @@ class Report:
     @property
     def default_path(self) -> Path:
         """Where the page of the study goes."""
-        from carft_ray.results.pages.page import default_path
-
-        return default_path(self.view)
+        return self.view.study_dir / PAGE
 
     def card(self, form: str = "text", place: str = "form") -> str:
         """Returns the verdict of five lines; raises as ``document``.
 
         Args:
-            form: ``text``, ``svg`` or ``latex``.
+            form: ``text`` or ``latex``.
             place: Where it was given, for the message.
 
         Raises:
             UsageError: It is none of these.
         """
-        from carft_ray.results.pages.card import card, verdict
-        from carft_ray.results.pages.page import card_title
+        from carft_ray.results.pages.card import FORMS, card
 
-        require_choice(place, "must be a form of the card", form, CARD_FORMS)
-        return card(verdict(self.document), card_title(self.document), form)
+        require_choice(place, "must be a form of the card", form, FORMS)
+        return card(self.document, form)
 
     @functools.cached_property
     def tables(self) -> dict[str, pa.Table]:

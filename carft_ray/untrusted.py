@@ -175,7 +175,7 @@ def latex(text: str) -> str:
 
 
 def html(text: str) -> str:
-    """Returns text for HTML and SVG, for an attribute too."""
+    """Returns text for HTML, for an attribute too."""
     return standard_html.escape(visible(text))
 
 

@@ -11,6 +11,7 @@ from optuna.trial import create_trial
 from stand_in import SANDBOX_SET
 
 from carft_ray import files
+from carft_ray.answers import Report
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, write_predictions
@@ -296,6 +297,13 @@ def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=Fal
     )
     files.write_json(study_dir / "test" / "summary.json", content)
     return content
+
+
+def write_page(view, path):
+    """Writes the page of a study; returns its document."""
+    report = Report(view)
+    report.save(path)
+    return report.document
 
 
 def of_kinds(folder):

@@ -277,7 +277,7 @@ def test_every_option_of_a_command_has_its_parameter(verb):
     """Those that a recipe has as a key are overrides in Python; what is printed is no matter of a function."""
     in_recipe = {"set_", "executor", "num_workers", "wall_time", "budget"}
     of_the_terminal = {"json_", "debug", "details", "help"}
-    of_the_page = {"html", "card", "tables", "out", "watch", "every"} if verb == "report" else set()
+    of_the_page = {"html", "card", "tables", "out"} if verb == "report" else set()
     renamed = {"format_": "formats"}
     options = {each.name for each in typer.main.get_command(app).commands[verb].params}
     parameters = {*inspect.signature(getattr(carft_ray, verb)).parameters}

@@ -4,18 +4,15 @@ import csv
 import json
 import operator
 import re
-import time
-from concurrent.futures import ThreadPoolExecutor
 from html.parser import HTMLParser
 from pathlib import Path
 
 import crash_host
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import report_studies
-from report_studies import KINDS, of_kinds
+from report_studies import KINDS, of_kinds, write_page
 
 import carft_ray
 from carft_ray.evaluation.predictions import read_predictions
@@ -23,7 +20,7 @@ from carft_ray.evaluation.thumbnails import changed
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.pages.data import page_document
 from carft_ray.results.pages.figures import FIGURES, figures
-from carft_ray.results.pages.page import HERE, packed, watch_page, write_page
+from carft_ray.results.pages.page import HERE, packed
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
 
@@ -75,7 +72,8 @@ def check_page(path, document):
     assert "@import" not in (HERE / "page.css").read_text()
     ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert [one for one in ids if one in {figure.id for figure in FIGURES}] == [f.id for f in figures(document)]
+    known = {name for several in FIGURES.values() for name in several}
+    assert [one for one in ids if one in known] == [name for names in figures(document).values() for name in names]
     data = json.loads(tags.data)
     assert "NaN" not in tags.data
     assert text.count("Plotly.react=") <= 1
@@ -89,7 +87,7 @@ def test_a_study_of_each_kind_has_a_whole_page(studies, tmp_path, kind):
     view = read_study(studies(kind))
     document = write_page(view, tmp_path / "page.html")
     text = check_page(tmp_path / "page.html", document)
-    there = {figure.id for figure in figures(document)}
+    there = {name for names in figures(document).values() for name in names}
     assert ("front" in there) == (kind not in ("no OOD set",) and bool(document["has_ood"]))
     assert ("contour" in there) == (kind == "thirty")  # no surface below twenty trials
     assert ("importance" in there) == (kind == "thirty")
@@ -128,34 +126,15 @@ def test_the_page_holds_the_numbers_of_the_document(studies):
 
 
 @pytest.mark.slow
-def test_a_running_search_has_a_page_that_loads_itself_again(tmp_path):
+def test_a_running_search_has_a_page(tmp_path):
     with open_study(tmp_path / "study", report_studies.make_recipe(6)) as study:
         report_studies.fill(study, 3)
         report_studies.start(study)
-        document = write_page(read_study(tmp_path / "study"), tmp_path / "page.html", reload=True)
+        document = write_page(read_study(tmp_path / "study"), tmp_path / "page.html")
         text = check_page(tmp_path / "page.html", document)
         assert document["running"]
         assert document["status"]["trials"]["running"] == 1
-        assert 'data-reload="' in text
-        write_page(read_study(tmp_path / "study"), tmp_path / "once.html")
-        assert 'data-reload="' not in (tmp_path / "once.html").read_text()
-
-
-@pytest.mark.slow
-def test_watching_writes_the_page_again_until_the_search_ends(tmp_path):
-    study_dir, said = (tmp_path / "study").resolve(), []
-    with ThreadPoolExecutor() as pool:
-        with open_study(study_dir, report_studies.make_recipe(6)) as study:
-            report_studies.fill(study, 2)
-            last = pool.submit(watch_page, study_dir, tmp_path / "page.html", 0.1, said.append)
-            while not said and not last.done():
-                time.sleep(0.05)
-            report_studies.finish(study, study.next(), np.random.default_rng(1))
-        document = last.result(120)
-    assert said[0].startswith("2 of 6 trials finished")
-    assert said[-1].startswith("3 of 6 trials finished")
-    assert not document["running"]
-    assert 'data-reload="' not in (tmp_path / "page.html").read_text()
+        assert "the search is running" in text
 
 
 @pytest.mark.slow
@@ -178,8 +157,7 @@ def test_the_command_writes_into_the_study_or_where_it_is_told(studies, tmp_path
     [
         (["--card", "text", "--html"], "--card must stand without --html"),
         (["--out", "x"], "--out needs --html or --card"),
-        (["--watch"], "--watch needs --html"),
-        (["--card", "png"], "text, svg, latex"),
+        (["--card", "png"], "text, latex"),
         (["--tables", "x", "--html"], "--tables must stand without --html"),
         (["--tables", "x", "--out", "y"], "--out needs --html or --card"),
     ],

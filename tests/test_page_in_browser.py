@@ -12,11 +12,10 @@ import browser
 import crash_host
 import pytest
 import report_studies
-from report_studies import KINDS, make
+from report_studies import KINDS, make, write_page
 
 from carft_ray.results.pages.data import page_document
 from carft_ray.results.pages.figures import figures
-from carft_ray.results.pages.page import write_page
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
 
@@ -81,7 +80,9 @@ def test_pages_of_all_kinds_are_drawn_at_all_widths_in_both_colours(tmp_path):
             for width in WIDTHS if kind == "thirty" else WIDTHS[number % 3 :][:1]:
                 await page.open(path, width, dark=number % 2 == 0)
                 state = await page.evaluate(STATE)
-                assert [figure["id"] for figure in state["figures"]] == [each.id for each in figures(document)]
+                assert [figure["id"] for figure in state["figures"]] == [
+                    name for names in figures(document).values() for name in names
+                ]
                 check(state, width)
             await page.pdf(tmp_path / f"{kind}.pdf")
             assert (tmp_path / f"{kind}.pdf").stat().st_size > 10_000
@@ -204,7 +205,7 @@ def test_a_page_of_a_running_search_keeps_its_filters_when_it_is_loaded_again(tm
         with open_study(tmp_path / "study", report_studies.make_recipe(9)) as study:
             report_studies.fill(study, 6)
             report_studies.start(study)
-            write_page(read_study(tmp_path / "study"), tmp_path / "page.html", reload=True)
+            write_page(read_study(tmp_path / "study"), tmp_path / "page.html")
         await page.open(tmp_path / "page.html")
         await page.evaluate(MOVE.format(id="top", value=50))
         shown = await page.evaluate('document.getElementById("shown").textContent')
@@ -292,7 +293,9 @@ def test_a_page_of_two_thousand_trials_is_small_and_whole(tmp_path):
     async def steps(page):
         await page.open(path, 1024)
         state = await page.evaluate(STATE)
-        assert [figure["id"] for figure in state["figures"]] == [each.id for each in figures(document)]
+        assert [figure["id"] for figure in state["figures"]] == [
+            name for names in figures(document).values() for name in names
+        ]
         check(state, 1024)
         assert {*await page.evaluate(NAMES)} == complete
         said = 'document.getElementById("shown").textContent'

@@ -2,7 +2,7 @@
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from typer import Option
 
@@ -11,21 +11,16 @@ from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError
 from carft_ray.words import counted
 
-if TYPE_CHECKING:
-    from carft_ray.answers import Report
-
 
 @common.command("report studies/quickstart", common.TRUST, reads=True)
 def report(
     study: common.StudyArgument,
     html: Annotated[bool, Option("--html", help="Write a page: figures, tables, all trials, in one file.")] = False,
-    card: Annotated[str | None, Option(metavar="text|svg|latex", help="Only the verdict of five lines.")] = None,
+    card: Annotated[str | None, Option(metavar="text|latex", help="Only the verdict of five lines.")] = None,
     tables: Annotated[Path | None, Option(metavar="DIR", help="Only its tables, as CSV and Parquet.")] = None,
     out: Annotated[
         Path | None, Option(metavar="FILE", help="File of --html (default: in the study) or --card.")
     ] = None,
-    watch: Annotated[bool, Option("--watch", help="With --html: write it again while the search runs.")] = False,
-    every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="With --watch: how often to look.")] = 5,
     json_: common.JsonOption = False,
 ) -> None:
     """Show what the best trial is worth: corrected for the choice, and against baselines. No test set is read."""
@@ -36,12 +31,8 @@ def report(
     ]
     if others:
         raise UsageError(Problem(others[0], f"must stand without {first}"))
-    for option, given, needed, there in (
-        ("--out", out, "--html or --card", html or card),
-        ("--watch", watch, "--html", html),
-    ):
-        if given and not there:
-            raise UsageError(Problem(option, f"needs {needed}"))
+    if out and not (html or card):
+        raise UsageError(Problem("--out", "needs --html or --card"))
     found = actions.report(study)
     if card is not None:
         text = found.card(card, "--card")
@@ -57,31 +48,15 @@ def report(
             console.show("\n".join(paths))
         return
     if html:
-        _page(found, study, out, every if watch else None, json_)
+        path = found.save(out)
+        size = path.stat().st_size
+        if not console.print_json({"page": str(path), "num_bytes": size, "document": found.document}, json_):
+            console.show(f"Page: {path} ({console.size_text(size)}); open it in a browser.")
+            common.suggest(study, "report")
         return
     if not console.print_json(found.numbers, json_):
         console.show("\n".join(found.numbers["lines"]))
         common.suggest(study, "report")
-
-
-def _page(found: "Report", study: Path, out: Path | None, every_s: float | None, json_: bool) -> None:
-    """Writes the page of a study, once or while its search runs."""
-    from carft_ray.results.pages.page import watch_page
-
-    path = out or found.default_path
-    if every_s is None:
-        found.save(path)
-        document = found.document
-    else:
-        try:
-            document = watch_page(found.view.study_dir, path, every_s, console.sayer(not json_))
-        except KeyboardInterrupt:
-            console.say(f"The search continues; the page stays: {path}")
-            return
-    if console.print_json({"page": str(path), "num_bytes": path.stat().st_size, "document": document}, json_):
-        return
-    console.show(f"Page: {path} ({console.size_text(path.stat().st_size)}); open it in a browser.")
-    common.suggest(study, "report")
 
 
 @common.command("rescore studies/quickstart --objective worst_domain", common.TRUST, reads=True)

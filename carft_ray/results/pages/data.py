@@ -12,12 +12,13 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from carft_ray import __version__, files
 from carft_ray.data.shared.shared_images import read_shared
 from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
-from carft_ray.evaluation.objective import ID_SET, mean_ood_accuracy, objective_spec
+from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, read_predictions, select
 from carft_ray.layout import CONFIRM, LOG, MANIFEST, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
@@ -85,7 +86,7 @@ def page_document(view: Overview) -> dict[str, Any]:
     }
     document["rivals"] = _rivals(document)
     document["tables"] = set_tables(document)
-    document["health"] = [asdict(one) for one in findings(view, document)]
+    document["health"] = findings(view, document)
     return document
 
 
@@ -193,25 +194,9 @@ def _reliability(view: Overview) -> list[dict[str, Any]]:
     table, spec = read_predictions(predictions_path(view.study_dir, best)), objective_spec(view.recipe)
     found = []
     for role, sets in (("ID", (spec.id_set,)), ("OOD", spec.ood_sets)):
-        for name, alpha in points:
-            bins = [bin_ for each in sets for bin_ in reliability(answers(select(table, each, alpha)))]
-            if bins:
-                found.append({"role": role, "model": name, "alpha": alpha, "bins": _joined(bins)})
-    return found
-
-
-def _joined(bins: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns bins of several sets as those of all their images; bins of fifteen, by their confidence."""
-    by_place: dict[int, list[Mapping[str, Any]]] = {}
-    for one in bins:
-        by_place.setdefault(min(14, int(np.ceil(15 * one["confidence"]) - 1)), []).append(one)
-    found = []
-    for _, several in sorted(by_place.items()):
-        total = sum(one["num_images"] for one in several)
-        means = {
-            key: sum(one[key] * one["num_images"] for one in several) / total for key in ("confidence", "accuracy")
-        }
-        found.append({**means, "num_images": total})
+        for name, alpha in points if sets else ():
+            part = pa.concat_tables([select(table, each, alpha) for each in sets])
+            found.append({"role": role, "model": name, "alpha": alpha, "bins": reliability(answers(part))})
     return found
 
 
@@ -244,24 +229,18 @@ def _compared_table(label: str, found: Mapping[str, Any] | None) -> dict[str, An
 
 def _search_table(document: Mapping[str, Any]) -> dict[str, Any] | None:
     best, sets = document["status"]["best"], document["status"]["selected_on"]
-    if best is None or not any(f"accuracy/{name}" in best["metrics"] for name in sets):
+    if best is None:
         return None
-    names = [*sets, *(("ood_mean",) if document["has_ood"] else ()), "objective"]
-
-    def values(row: Mapping[str, Any]) -> dict[str, float]:
-        found = {name: row["metrics"][f"accuracy/{name}"] for name in sets if f"accuracy/{name}" in row["metrics"]}
-        if ood := {name: value for name, value in found.items() if name != ID_SET}:
-            found["ood_mean"] = mean_ood_accuracy(ood)
-        return found | {name: row["metrics"][name] for name in ("objective",) if name in row["metrics"]}
-
-    own = values(best)
-    rivals = [row for row in document["baselines"] if row["outcome"] == "complete" and values(row)]
-    rows = [{"name": best["name"], "role": "best", "alpha": best["alpha"], "cells": [_cell(own.get(n)) for n in names]}]
-    differences = []
-    for row in rivals:
-        theirs = values(row)
-        cells = [_cell(theirs.get(name)) for name in names]
-        rows.append({"name": row["name"], "role": "baseline", "alpha": row["alpha"], "cells": cells})
-        gaps = [_cell(own[name] - theirs[name]) if name in own and name in theirs else None for name in names]
+    keys = {name: f"accuracy/{name}" for name in sets}
+    keys |= {"ood_mean": "ood_accuracy"} if document["has_ood"] else {}
+    keys["objective"] = "objective"
+    rivals = [row for row in document["baselines"] if row["outcome"] == "complete"]
+    rows, differences = [], []
+    for row in (best, *rivals):
+        values = [(best["metrics"].get(key), row["metrics"].get(key)) for key in keys.values()]
+        role = "best" if row is best else "baseline"
+        cells = [_cell(value) for _, value in values]
+        rows.append({"name": row["name"], "role": role, "alpha": row["alpha"], "cells": cells})
+        gaps = [None if own is None or value is None else _cell(own - value) for own, value in values]
         differences.append({"name": f"{best['name']} - {row['name']}", "cells": gaps})
-    return {"label": "Validation sets, the search", "sets": names, "rows": rows, "differences": differences}
+    return {"label": "Validation sets, the search", "sets": [*keys], "rows": rows, "differences": differences[1:]}

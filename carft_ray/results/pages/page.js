@@ -583,7 +583,5 @@
   update();
   let columns = isNarrow(document.body);
   window.addEventListener("resize", () => { if (isNarrow(document.body) !== columns) { columns = !columns; renderAll(); } });
-  const reload = Number(document.body.dataset.reload);
-  if (reload) setTimeout(() => location.reload(), 1000 * reload);
   document.body.dataset.ready = "true";
 })();

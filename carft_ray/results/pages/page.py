@@ -9,26 +9,21 @@ import json
 import math
 import os
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from carft_ray import files
 from carft_ray.launch.figures.study_figure import write_figure
-from carft_ray.layout import FIGURE_SVG, FOLDERS, JOURNAL, PAGE
-from carft_ray.results.pages.card import Line, verdict
-from carft_ray.results.pages.data import page_document
+from carft_ray.layout import FIGURE_SVG, FOLDERS
+from carft_ray.results.pages.card import verdict
 from carft_ray.results.pages.figures import figures
-from carft_ray.results.reading.overview import Overview, read_study
+from carft_ray.results.reading.overview import Overview
 from carft_ray.study.lock import require_nothing_outside
 from carft_ray.untrusted import visible
 
 HERE = Path(__file__).parent
-GROUPS = ("Results", "Search", "Trust")
 NUM_STATIC = 100  # trials that stand in the page without JavaScript
-RELOAD_S = 15  # of a page that is written again while the search runs
 NAMES = {  # as people read them
     "id_val": "ID (id_val)",
     "id_test": "ID (id_test)",
@@ -42,63 +37,13 @@ if (t) document.documentElement.dataset.theme = t; } catch (e) {}"""
 _DRAWN = ("id_accuracy", "ood_accuracy")  # metrics of a trial
 
 
-def write_page(view: Overview, path: Path, reload: bool = False) -> dict[str, Any]:
-    """Writes the page of a study, whole or not at all; returns its document.
-
-    Args:
-        view: The study.
-        path: The file.
-        reload: The page is written again: a browser loads it again now and then while the search runs.
-
-    Raises:
-        HoldOutError, StorageError, DataError: As of ``page_document``; the file cannot be written.
-    """
-    document = page_document(view)
-    files.write_bytes(path, page(view, document, path, reload).encode())
-    return document
-
-
-def watch_page(study_dir: Path, path: Path, every_s: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """Writes the page again whenever the study has changed, until no search runs on it; returns the last document.
-
-    Args:
-        study_dir: The study directory.
-        path: The file.
-        every_s: Seconds between two looks at the journal.
-        say: Takes a line per page.
-    """
-    seen = None
-    while True:
-        changed = (study_dir / JOURNAL).stat().st_mtime_ns
-        view = read_study(study_dir)
-        if (changed, view.holder is None) != seen:
-            seen = changed, view.holder is None
-            document = write_page(view, path, reload=True)
-            say(f"{view.num_finished} of {document['status']['wanted']} trials finished: {path}")
-        if view.holder is None:
-            return document
-        time.sleep(every_s)
-
-
-def default_path(view: Overview) -> Path:
-    """Returns where the page of a study goes."""
-    return view.study_dir / PAGE
-
-
-def card_title(document: Mapping[str, Any]) -> str:
-    """Returns the title of a study's card."""
-    synthetic = " (synthetic images)" if document["synthetic"] else ""
-    return f"{document['name']}{synthetic}: CAR-FT by carft-ray {document['made']['version']}"
-
-
-def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool = False) -> str:
+def page(view: Overview, document: Mapping[str, Any], path: Path) -> str:
     """Returns the page as HTML.
 
     Args:
         view: The study.
         document: Of ``page_document``.
         path: Where it will stand: links to the folders of trainings begin there.
-        reload: As of ``write_page``.
 
     Raises:
         StorageError: A link leads out of the study: the page shows the ends of logs, and is passed on.
@@ -118,19 +63,19 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
     )
     filters: dict[str, Callable[..., str]] = {"percent": _percent, "value": _value, "number": _number, "words": _words}
     environment.filters.update(filters)
-    shown = figures(document)
+    groups = figures(document)
+    shown = [name for names in groups.values() for name in names]
     base = quote(os.path.relpath(view.study_dir / FOLDERS["trial"], path.resolve().parent))
-    lines: Sequence[Line] = verdict(document)
+    picture = ""  # without JavaScript
+    if "front" in shown:
+        picture = f"data:image/svg+xml;base64,{base64.b64encode(figure_svg(view)).decode()}"
     own = (HERE / "page.js").read_text(encoding="utf-8")
     scripts = {"first": _FIRST, "plotly": get_plotlyjs() if shown else "", "page": own}
     return environment.get_template("page.html.jinja").render(
         doc=document,
-        title=card_title(document),
-        lines=lines,
-        groups={group: [figure for figure in shown if figure.group == group] for group in GROUPS},
-        picture=as_address(figure_svg(view))
-        if any(figure.id == "front" for figure in shown)
-        else "",  # without JavaScript
+        lines=verdict(document),
+        groups=groups,
+        picture=picture,
         base=base,
         best_rows=_best_rows(document),
         num_static=NUM_STATIC,
@@ -138,8 +83,7 @@ def page(view: Overview, document: Mapping[str, Any], path: Path, reload: bool =
         style=(HERE / "page.css").read_text(encoding="utf-8"),
         scripts=scripts,
         policy=_policy(scripts.values()),
-        data=embedded({**packed(document), "base": base, "names": NAMES, "figures": [figure.id for figure in shown]}),
-        reload_s=RELOAD_S if reload and document["running"] else 0,
+        data=embedded({**packed(document), "base": base, "names": NAMES, "figures": shown}),
     )
 
 
@@ -213,11 +157,6 @@ def figure_svg(view: Overview) -> bytes:
         path = Path(folder, FIGURE_SVG)
         write_figure(view.recipe, view.study_dir, view.trials, view.baselines, path)
         return path.read_bytes()
-
-
-def as_address(svg: bytes) -> str:
-    """Returns a picture as an address that holds it."""
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg).decode()}"
 
 
 def _percent(value: float | None, signed: bool = False) -> str:
