@@ -152,7 +152,7 @@ class Study:
 
     def _repr_html_(self) -> str:
         view = read_study(self.path)
-        rows = [view.row_data(row) for row in (*view.baselines, *best_first(view.trials))]
+        rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
         return notebook.as_html(console.trial_table(rows))
 
 

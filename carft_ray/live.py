@@ -76,7 +76,7 @@ class SearchView:
         from carft_ray.launch.events import Started
         from carft_ray.layout import METRICS
         from carft_ray.recipe.spaces.grid import num_trials
-        from carft_ray.results.reading.overview import alive_since, folder_of, search_began
+        from carft_ray.results.reading.overview import alive_since, search_began
         from carft_ray.study.outcome import TrialSpec
         from carft_ray.study.rows import ZERO_SHOT
 
@@ -85,7 +85,7 @@ class SearchView:
         for row in overview.rows:
             if overview.state(row) == "running":
                 spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
-                lines = files.read_json_lines(folder_of(overview.study_dir, row) / METRICS)
+                lines = files.read_json_lines(row.folder(overview.study_dir) / METRICS)
                 began = alive_since(overview.study_dir, row) or clock()
                 view._running[row.kind, row.name] = _Running(spec, began, lines[-1] if lines else {})
             elif row.name != ZERO_SHOT and row.outcome == "complete" and (seconds := row.spent_s or row.elapsed_s):

@@ -148,7 +148,7 @@ def test_rows_before_a_new_parameter_show_the_value_that_they_trained_with(study
     rows = trials(study_dir)
     assert ["weight_decay" in row.values for row in rows] == [False] * 6 + [True] * 2
     view = Overview(study_dir, wide, rows, [])
-    shown_values = [view.row_data(row)["values"]["weight_decay"] for row in rows]
+    shown_values = [view.data(row)["values"]["weight_decay"] for row in rows]
     assert shown_values[:6] == [wide.train.weight_decay] * 6
     assert shown_values[6:] == [row.values["weight_decay"] for row in rows[6:]]
 

@@ -114,7 +114,7 @@ def test_a_search_that_runs_fewer_at_a_time_from_now_on_says_so_and_takes_longer
 def test_fine_tuned_weights_at_chance_are_told_beside_what_was_measured():
     rows = [row(0, 0.5), replace(row(1, 0.57), at_chance=True)]
     view = Overview(Path(), stand_in.make_recipe(2), rows, [])
-    table = console.trial_table([view.row_data(each) for each in rows])
+    table = console.trial_table([view.data(each) for each in rows])
     [objectives] = [[*map(str, column.cells)] for column in table.columns if str(column.header) == "objective, %"]
     assert objectives == ["50.0", "57.0"]
     assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True]

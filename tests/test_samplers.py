@@ -696,7 +696,7 @@ def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     blank = []
     view = Overview(tmp_path / "study", recipe, rows, [])
     for table in (
-        console.trial_table([view.row_data(row) for row in rows]),
+        console.trial_table([view.data(row) for row in rows]),
         live._fitting_table([live._line(row, " ") for row in rows], 300),
     ):
         [column] = [column for column in table.columns if str(column.header) == "label_smoothing"]

@@ -21,7 +21,7 @@ from stand_in import make_recipe, objective
 
 from carft_ray.cli import app
 from carft_ray.errors import CarftError, DataError, OutdatedAttemptError, RecipeError, StorageError, UsageError
-from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.spaces.space import apply
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.study.lock import study_lock
@@ -593,10 +593,9 @@ def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_t
     with pytest.raises(UsageError, match="--trial: must be the number or name of a trial or baseline, but got '7'"):
         open_trained(study_dir, "7")
     step = str(caught.value).splitlines()[1].strip()
-    words = shlex.split(step.removeprefix("Train it again: carft-ray train "))
-    given = typer.main.get_command(app).commands["train"].make_context("train", words).params
-    trained = load_recipe(Path(given["recipe"]), given["set_"]).train
-    assert trained.model_dump(mode="json") == values
+    words = shlex.split(step.removeprefix("Train it again: carft-ray reproduce "))
+    given = typer.main.get_command(app).commands["reproduce"].make_context("reproduce", words).params
+    assert (given["folder"], given["trial"], given["out"]) == (study_dir.resolve(), row.name, Path("DIR"))
 
 
 def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):

@@ -21,7 +21,7 @@ from carft_ray.results.confirmation.summary import confirm_lines
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import Overview
-from carft_ray.results.reading.stored import Stored, against_baseline, confirmed, read_compared, read_stored
+from carft_ray.results.reading.stored import Chosen, against_baseline, confirmed, read_compared, read_stored
 from carft_ray.results.statistics.paired import row_lines
 from carft_ray.results.statistics.selection import correct_best, ranking_noise
 from carft_ray.results.test_sets.summary import read_lines
@@ -50,8 +50,8 @@ def study_report(view: Overview) -> dict[str, Any]:
         [row for row in rows if row.outcome == "complete" and row.objective is not None]
         for rows in (view.trials, view.baselines)
     )
-    stored = read_stored(study_dir, [*trials, *baselines], spec)
-    data, worth = _by_one_number(view, best, trials, spec, stored) if front is None else _by_front(best, front)
+    chosen, num_alphas = read_stored(study_dir, [*trials, *baselines], spec)
+    data, worth = _by_one_number(view, best, trials, spec, chosen) if front is None else _by_front(best, front)
     ended = [row for row in (*view.trials, *view.baselines) if row.outcome != "running" and row.name != ZERO_SHOT]
     devices = Counter(
         device for row in ended if (device := view.result(row).get("environment", {}).get("device")) is not None
@@ -60,10 +60,10 @@ def study_report(view: Overview) -> dict[str, Any]:
         "trials": view.counts(),
         "devices": dict(devices.most_common()),
         "trainings": len(ended),
-        "alphas": stored.num_alphas,
+        "alphas": num_alphas,
         "test_reads": num_test_reads(study_dir),
     }
-    against = against_baseline(recipe, best, baselines, stored)
+    against = against_baseline(recipe, best, baselines, chosen)
     return {
         "study": str(study_dir),
         "name": recipe.name,
@@ -102,7 +102,7 @@ def _later_lines(study_dir: Path) -> list[str]:
 
 
 def _by_one_number(
-    view: Overview, best: TrialRow, trials: Sequence[TrialRow], spec: ObjectiveSpec, stored: Stored
+    view: Overview, best: TrialRow, trials: Sequence[TrialRow], spec: ObjectiveSpec, chosen: Chosen
 ) -> tuple[dict[str, Any], list[str]]:
     """Returns what the best value is worth where one objective has chosen it, as data and as text.
 
@@ -111,7 +111,7 @@ def _by_one_number(
     competing = [row for row in trials if row.violation <= best.violation]
     objectives = [row.objective or 0.0 for row in competing]
     again = confirmed(view.study_dir, spec)
-    correct = {name: np.concatenate([stored.chosen[row.name][name] for row in competing]) for name in spec.sets}
+    correct = {name: np.concatenate([chosen[row.name][name] for row in competing]) for name in spec.sets}
     noise = ranking_noise(spec, objectives, correct, again)
     corrected = correct_best(objectives, noise.variance)
     covered = "images alone: that of the seeds is still in it, which a confirm measures"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
-from carft_ray.errors import CarftError, HoldOutError, Problem, StorageError, UsageError, nearest
+from carft_ray.errors import HoldOutError, Problem, UsageError, nearest
 from carft_ray.evaluation.alpha import Point, choose_point, curve_points
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objective_spec
@@ -87,42 +87,13 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
 
     Raises:
         NoSuccessfulTrialError: No trial is finished.
-        StorageError: Predictions of a finished trial are missing or damaged; names them all.
+        StorageError, DataError: As ``rescore_row``.
     """
     finished = require_finished(view.study_dir, [row for row in view.trials if row.outcome == "complete"])
-    baselines = [row for row in view.baselines if row.outcome == "complete"]
-    found: dict[str, Point] = {}
-    problems: list[Problem] = []
     bounds = study_limits(view.recipe, view.baselines)
-    for row in (*baselines, *finished):
-        try:
-            found[row.kind + row.name] = rescore_row(view, row, spec, bounds if row.kind == "trial" else ())
-        except CarftError as error:
-            problems += error.problems
-    if problems:
-        raise StorageError(problems)
+    points = [(row, rescore_row(view, row, spec, bounds)) for row in finished]
+    points.sort(key=lambda pair: (total_violation(pair[1]), -pair[1]["objective"], pair[0].number))
     old = {row.number: rank for rank, row in enumerate(best_first(finished), start=1)}
-
-    def order(row: TrialRow) -> tuple[float, float, int]:
-        point = found[row.kind + row.name]
-        return total_violation(point), -point["objective"], row.number
-
-    def data(row: TrialRow, new_rank: int | None = None) -> dict[str, Any]:
-        point = found[row.kind + row.name]
-        return {
-            "name": row.name,
-            "values": row.values,
-            "old_rank": old[row.number] if row.kind == "trial" else None,
-            "new_rank": new_rank,
-            "old_alpha": row.alpha,
-            "old_objective": row.objective,
-            "alpha": point["alpha"],
-            "id_accuracy": point["id_accuracy"],
-            "ood_accuracy": point.get("ood_accuracy"),
-            "objective": point["objective"],
-            "violations": violations(point),
-        }
-
     return {
         "study": str(view.study_dir),
         "objective": _words(spec),
@@ -130,9 +101,25 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
         "constraints": [limit.name for limit in bounds],
         "note": NOTE,
         "study_changed": False,
-        "baselines": [data(row) for row in baselines],
-        "trials": [data(row, rank) for rank, row in enumerate(sorted(finished, key=order), start=1)],
+        "baselines": [_data(row, rescore_row(view, row, spec)) for row in view.baselines if row.outcome == "complete"],
+        "trials": [_data(row, point, old[row.number], rank) for rank, (row, point) in enumerate(points, start=1)],
         "unfinished": len(view.trials) - len(finished),
+    }
+
+
+def _data(row: TrialRow, point: Point, old_rank: int | None = None, new_rank: int | None = None) -> dict[str, Any]:
+    return {
+        "name": row.name,
+        "values": row.values,
+        "old_rank": old_rank,
+        "new_rank": new_rank,
+        "old_alpha": row.alpha,
+        "old_objective": row.objective,
+        "alpha": point["alpha"],
+        "id_accuracy": point["id_accuracy"],
+        "ood_accuracy": point.get("ood_accuracy"),
+        "objective": point["objective"],
+        "violations": violations(point),
     }
 
 

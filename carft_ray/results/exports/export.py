@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from carft_ray.environment import outside_ranges
-from carft_ray.errors import Problem, StorageError, UsageError, nearest
+from carft_ray.errors import Problem, StorageError, UsageError, require_choice
 from carft_ray.files import fsync_file, new_folder, require_new, write_json, write_text
 from carft_ray.learning.checkpoint import load_tensors, save_tensors
 from carft_ray.learning.classifier import ImageClassifier
@@ -62,15 +62,13 @@ class Exported:
     Attributes:
         folder: The export.
         alpha: Mixing coefficient of its weights.
-        largest_difference: Of a logit of the reopened export from the model's own, over ``num_checked`` images and all
-            formats.
         num_checked: Images compared.
-        formats: Largest difference of each format.
+        formats: Of each format the largest difference of a logit of the reopened export from the model's own, over
+            ``num_checked`` images.
     """
 
     folder: Path
     alpha: float
-    largest_difference: float
     num_checked: int
     formats: dict[str, float]
 
@@ -85,13 +83,8 @@ def parse_formats(words: Sequence[str]) -> tuple[str, ...]:
         UsageError: A name is no format.
     """
     asked = [name.strip() for word in words for name in word.split(",")]
-    problems = [
-        Problem("--format", "must be a format", repr(name), tuple(FORMATS), nearest(name, FORMATS))
-        for name in dict.fromkeys(asked)
-        if name not in FORMATS
-    ]
-    if problems:
-        raise UsageError(problems)
+    for name in asked:
+        require_choice("--format", "must be a format", name, FORMATS)
     return tuple(name for name in FORMATS if name in asked) or DEFAULT_FORMATS
 
 
@@ -132,7 +125,7 @@ def export_model(
         for path in folder.iterdir():
             fsync_file(path)
         differences = {name: _difference(folder, name, question, expected) for name in formats}
-    return Exported(out_dir, alpha, max(differences.values()), len(expected["class_logits"]), differences)
+    return Exported(out_dir, alpha, len(expected["class_logits"]), differences)
 
 
 def _require_possible(clip: Clip, formats: Sequence[str]) -> None:

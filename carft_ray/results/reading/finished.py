@@ -14,7 +14,7 @@ from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT
 from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.pareto import placed
-from carft_ray.results.reading.overview import find_row, folder_of, is_study, require_claimed
+from carft_ray.results.reading.overview import find_row, is_study, require_claimed
 from carft_ray.study import identity
 from carft_ray.study.outcome import TrialRow, read_result
 from carft_ray.study.provenance import PROVENANCE
@@ -140,4 +140,4 @@ def _find(study_dir: Path, trial: str | None, place: str) -> tuple[str, Path, Tr
     rows = trials(study_dir)
     row = best_row(rows) if trial is None else find_row([*baselines(study_dir), *rows], trial, place)
     row = require_finished(study_dir, row)
-    return row.name, folder_of(study_dir, row), row
+    return row.name, row.folder(study_dir), row

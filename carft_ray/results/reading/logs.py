@@ -6,7 +6,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.layout import CUT, ERROR, HEARTBEAT, LOG, RESULT
-from carft_ray.results.reading.overview import Overview, find_row, folder_of
+from carft_ray.results.reading.overview import Overview, find_row
 from carft_ray.study.lease import holder
 from carft_ray.study.outcome import TrialRow
 
@@ -23,7 +23,7 @@ def find_log(overview: Overview, written: str) -> tuple[TrialRow, Path]:
     """
     rows = [row for row in overview.confirmations if row.name == written]  # these have no numbers to be called by
     row = rows[0] if rows else find_row([*overview.baselines, *overview.trials], written)
-    return row, folder_of(overview.study_dir, row) / LOG
+    return row, row.folder(overview.study_dir) / LOG
 
 
 def read_log(path: Path) -> list[str] | None:

@@ -15,7 +15,7 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema import Recipe
 from carft_ray.study.identity import caught_up, read_manifest
 from carft_ray.study.lease import holder
-from carft_ray.study.outcome import TrialRow, TrialSpec, read_failure, read_heartbeat, read_result
+from carft_ray.study.outcome import TrialRow, read_failure, read_heartbeat, read_result
 from carft_ray.study.rows import ZERO_SHOT, best_row, rows_by_kind
 from carft_ray.words import counted
 
@@ -78,15 +78,16 @@ class Overview:
         found = [self.state(row) for row in self.trials]
         return {state: found.count(state) for state in STATES}
 
-    def row_data(self, row: TrialRow) -> dict[str, Any]:
-        """Returns a trial or baseline as JSON."""
+    def data(self, row: TrialRow) -> dict[str, Any]:
+        """Returns a training as JSON."""
         best = self.best
         return {
+            "number": row.number,
             "kind": row.kind,
             "name": row.name,
             "values": row.values if row.name == ZERO_SHOT else {**self._own_values, **row.values},
             "outcome": self.state(row),
-            "epoch": last_epoch(folder_of(self.study_dir, row)) if row.outcome == "running" else None,
+            "epoch": last_epoch(row.folder(self.study_dir)) if row.outcome == "running" else None,
             "reason": row.reason,
             "alpha": row.alpha,
             "objective": row.objective,
@@ -97,16 +98,13 @@ class Overview:
             "elapsed_s": row.elapsed_s,
             "outside": row.outside,
             "best": best is not None and row.kind == best.kind and row.name == best.name,
+            "attempt": row.attempt,
+            "started": None if row.started is None else row.started.isoformat(timespec="seconds"),
         }
-
-    def data(self, row: TrialRow) -> dict[str, Any]:
-        """Returns ``row_data`` with number, attempt and start."""
-        started = None if row.started is None else row.started.isoformat(timespec="seconds")
-        return {"number": row.number, **self.row_data(row), "attempt": row.attempt, "started": started}
 
     def result(self, row: TrialRow) -> dict[str, Any]:
         """Returns the content of a row's ``result.json``; empty without one."""
-        return read_result(folder_of(self.study_dir, row)) or {}
+        return read_result(row.folder(self.study_dir)) or {}
 
     @functools.cached_property
     def _own_values(self) -> dict[str, Any]:
@@ -243,11 +241,6 @@ def total_trials(written: str, overview: Overview) -> int:
     return int(digits)
 
 
-def folder_of(study_dir: Path, row: TrialRow) -> Path:
-    """Returns the folder of a row's training."""
-    return TrialSpec(row.kind, row.number, row.name, row.values, row.attempt).folder(study_dir)
-
-
 def last_epoch(folder: Path) -> int | None:
     """Returns the number of the last epoch that a training has finished, or None."""
     rows = files.read_json_lines(folder / METRICS)
@@ -293,7 +286,7 @@ def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
     alive = None
     with files.passing_faults():
-        alive = read_heartbeat(folder_of(study_dir, row), row.attempt)
+        alive = read_heartbeat(row.folder(study_dir), row.attempt)
     return None if alive is None else alive.began
 
 
@@ -313,7 +306,7 @@ def _trains(study_dir: Path, row: TrialRow) -> bool:
     """
     if row.outcome != "running" or not row.attempt:
         return False
-    folder = folder_of(study_dir, row)
+    folder = row.folder(study_dir)
     try:
         begun = (folder / LOG).stat().st_mtime_ns >= (study_dir / RESOLVED).stat().st_mtime_ns
     except OSError:

@@ -4,7 +4,6 @@ Shape letters: r seeds, n images of one set; images are ordered by sample id, th
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +23,22 @@ from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema import Recipe
 from carft_ray.results.confirmation.plan import read_plan
 from carft_ray.results.confirmation.summary import row_correct, whole_rows
-from carft_ray.results.reading.overview import folder_of
 from carft_ray.results.statistics.intervals import headline, objective_difference
 from carft_ray.results.statistics.paired import KEYS
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT
 
-
-@dataclass(frozen=True, eq=False)
-class Stored:
-    """A study's predictions.
-
-    Attributes:
-        chosen: Per trial and baseline its correctness at its alpha by set, bool [1, n].
-        num_alphas: Alphas of trained models that were evaluated, over trials and baselines.
-    """
-
-    chosen: dict[str, dict[str, BoolArray]]
-    num_alphas: int
+Chosen = dict[str, dict[str, BoolArray]]
 
 
 def predictions_path(study_dir: Path, row: TrialRow) -> Path:
     """Returns the path of the validation predictions of a trial or baseline."""
     if row.name == ZERO_SHOT:
         return study_dir / PREPARED / ZERO_SHOT_TABLE
-    return folder_of(study_dir, row) / PREDICTIONS
+    return row.folder(study_dir) / PREDICTIONS
 
 
-def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) -> Stored:
+def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) -> tuple[Chosen, int]:
     """Reads the predictions of complete trials and baselines.
 
     Args:
@@ -59,11 +46,14 @@ def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) 
         rows: Complete trials and baselines, zero-shot among them.
         spec: The objective.
 
+    Returns:
+        Per row and set its correctness at its alpha, bool [1, n], and how many alphas of trained models were evaluated.
+
     Raises:
         StorageError: Predictions are missing or damaged.
         DataError: They lack a set or an alpha, or are of different images.
     """
-    chosen: dict[str, dict[str, BoolArray]] = {}
+    chosen: Chosen = {}
     num_alphas, ids = 0, dict[str, IdArray]()
     for row in rows:  # a table is let go before the next one is read: those of many trials together need much memory
         table, alpha = read_predictions(predictions_path(study_dir, row)), row.alpha or 0.0
@@ -72,7 +62,7 @@ def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) 
             require_same_images(ids.setdefault(name, own), own, name)
         chosen[row.name] = {name: correct_matrix([(table, alpha)], name) for name in spec.sets}
         num_alphas += sum(alpha > 0 for alpha in alphas(table, spec.id_set)) if row.name != ZERO_SHOT else 0
-    return Stored(chosen, num_alphas)
+    return chosen, num_alphas
 
 
 def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]]:
@@ -99,7 +89,7 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
 
 
 def against_baseline(
-    recipe: Recipe, best: TrialRow, baselines: Sequence[TrialRow], stored: Stored
+    recipe: Recipe, best: TrialRow, baselines: Sequence[TrialRow], chosen: Chosen
 ) -> dict[str, Any] | None:
     """Returns the best trial against the baseline with the highest objective, as JSON; None without a baseline.
 
@@ -107,12 +97,12 @@ def against_baseline(
         recipe: The study's recipe.
         best: The best trial.
         baselines: Complete baselines.
-        stored: Predictions of all of them.
+        chosen: Of ``read_stored``, of all of them.
     """
     if not baselines:
         return None
     rival = max(baselines, key=lambda row: row.objective or 0.0)
-    one, other = (stored.chosen[row.name] for row in (best, rival))
+    one, other = (chosen[row.name] for row in (best, rival))
     difference = objective_difference(objective_spec(recipe), one, other)
     sentence, of = headline(difference, rival.name, is_measured_again=False), ""
     if recipe.search.objective.kind == "pareto":

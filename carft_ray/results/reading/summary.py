@@ -19,7 +19,7 @@ from carft_ray.words import counted
 def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     """Returns counts, rows (baselines, then trials from the best down) and the lines that sum the search up."""
     view = Overview(result.study_dir, recipe, result.trials, result.baselines)
-    rows = [view.row_data(row) for row in (*view.baselines, *best_first(view.trials))]
+    rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
     return {
         "study": str(result.study_dir),
         "trials": view.counts(),
@@ -54,8 +54,8 @@ def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
         pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
         value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
     rivals = [row for row in result.baselines if row.objective is not None]
-    stored = read_stored(result.study_dir, [best, *rivals], objective_spec(recipe))
-    against = against_baseline(recipe, best, rivals, stored)
+    chosen, _ = read_stored(result.study_dir, [best, *rivals], objective_spec(recipe))
+    against = against_baseline(recipe, best, rivals, chosen)
     return [
         *front_lines(front),
         *constraint_lines(best),

@@ -1,7 +1,6 @@
 """A finished training with its weights: from the folder of `train`, or of a study."""
 
 import contextlib
-import json
 import shlex
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -21,7 +20,7 @@ from carft_ray.evaluation.objective import metrics_at, objective_spec
 from carft_ray.evaluation.predictions import select
 from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.evaluation.training import device_of
-from carft_ray.layout import HEADS, PREPARED, RESOLVED, RESULT, WEIGHTS
+from carft_ray.layout import CONFIRM, HEADS, PREPARED, RESULT, WEIGHTS
 from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.learning.classifier import ImageClassifier, build_classifier
 from carft_ray.learning.context import RunContext
@@ -119,13 +118,10 @@ def require_weights(study_dir: Path, run_dir: Path, recipe: Recipe) -> None:
     """Raises a ``StorageError``, with the command to train it again, when a training has lost its weights."""
     if (run_dir / WEIGHTS).exists():
         return
-    base, values = recipe.train.model_dump(mode="json"), files.read_json(run_dir / RESULT)["train"]
-    settings = [f"train.{key}={json.dumps(value)}" for key, value in values.items() if base.get(key) != value]
-    command = ["carft-ray", "train", str(study_dir / RESOLVED)]
-    command += [word for setting in settings for word in ("--set", setting)]
-    command += ["--out", str(study_dir.with_name(f"{study_dir.name}-{run_dir.name}"))]
+    name = run_dir.relative_to(study_dir).as_posix() if run_dir.parent.name == CONFIRM else run_dir.name
     rule = f"its weights are gone: a study keeps those of its best {counted(recipe.search.keep_checkpoints, 'trial')}"
-    step = f"Train it again: {shlex.join(command)}\n    A larger search.keep_checkpoints keeps more next time."
+    step = f"Train it again: carft-ray reproduce {shlex.quote(str(study_dir))} {name} --out DIR"
+    step += "\n    A larger search.keep_checkpoints keeps more next time."
     raise StorageError(Problem(str(run_dir), rule, next_step=step))
 
 
