@@ -30,7 +30,7 @@ from killed_searches import SOON_LOST, asked, environment, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
-START_TIMEOUT_S, END_TIMEOUT_S = 120, 60
+START_TIMEOUT_S, END_TIMEOUT_S = 300, 60
 STARTS = 3  # Ray gives a node 30 s, which a busy machine may not have
 OBJECT_STORE_BYTES = 80_000_000
 PORTS = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent")  # of every node

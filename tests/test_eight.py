@@ -167,7 +167,10 @@ def test_a_search_killed_with_eight_running_has_its_trials_once(tmp_path):
     study_dir, search = tmp_path / "study", {"max_concurrent_trials": AT_A_TIME}
     process = killed_searches.driver(study_dir, 10, search=search, **RESOURCES)
     try:
-        killed_searches.wait_until(lambda: len(killed_searches.running_pids(study_dir)) == AT_A_TIME, "eight run")
+        killed_searches.wait_until(
+            lambda: killed_searches.ended(process) or len(killed_searches.running_pids(study_dir)) == AT_A_TIME,
+            "eight run",
+        )
     finally:
         killed_searches.kill_group(process)
     killed_searches.wait_until(lambda: not killed_searches.running_pids(study_dir), "they end with their Ray")

@@ -118,7 +118,7 @@ def _require_connected_to(address: str | None) -> None:
 def _start(temp_dir: str) -> None:
     """Starts Ray without its dashboard: that only helps to clean up after trials stopped from outside, and none is."""
     usable = environment.usable_cores()
-    for is_last in (False, True):  # on a busy machine Ray may not start within its 30 s, and does at the next try
+    for is_last in (False, False, True):  # on a busy machine Ray may not start within its 30 s, and does at a next try
         try:
             ray.init(
                 address="local",
