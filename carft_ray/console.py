@@ -219,13 +219,14 @@ def trial_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     return table(["", *titles, Column("", max_width=40)], lines, [row["best"] for row in rows])
 
 
-def estimate_table(rows: Sequence[Mapping[str, Any]], sets: Sequence[str] = ()) -> Table:
+def estimate_table(rows: Sequence[Mapping[str, Any]], sets: Sequence[str] = (), title: str = "%, [95 %]") -> Table:
     """Returns the table of what `confirm` or `test` has measured: means in percent with their 95 % intervals.
 
     Args:
         rows: ``name``, ``role``, ``alpha``, ``seeds``, and ``mean`` and ``ends`` of ``id_accuracy``, ``ood_accuracy``
             (None without OOD sets) and ``objective``, as fractions; of each of its ``sets``, too.
         sets: Sets whose means have columns of their own.
+        title: Heading of the first column.
     """
     columns = {"ID": "id_accuracy", "OOD mean": "ood_accuracy", "objective": "objective"}
     columns = {title: key for title, key in columns.items() if rows[0][key]}
@@ -236,7 +237,7 @@ def estimate_table(rows: Sequence[Mapping[str, Any]], sets: Sequence[str] = ()) 
         means = [percent(row["sets"][name]["mean"]) for name in sets]
         lines.append([row["name"], f"{row['alpha']:.2f}", str(row["seeds"] or "-"), *cells, *means, row["role"]])
     titles = numbers("alpha", "seeds", *columns, *sets, no_wrap=True)
-    return table(["%, [95 %]", *titles, ""], lines, [row["role"] == "winner" for row in rows])
+    return table([title, *titles, ""], lines, [row["role"] == "winner" for row in rows])
 
 
 def _remark(row: Mapping[str, Any]) -> str:

@@ -26,7 +26,8 @@ def evaluate_test_sets(
         summary = read_sealed(study, again, console.sayer(not json_))
     if console.print_json({"study": str(study.resolve()), **summary}, json_):
         return
-    console.show(console.estimate_table(summary["rows"], [name for name in summary["sets"] if name != "id_test"]))
+    ood_sets = [name for name in summary["sets"] if name != "id_test"]
+    console.show(console.estimate_table(summary["rows"], ood_sets, "test sets, %"))
     console.say("\n" + "\n".join([*shared_lines(read_shared(study)), *read_lines(summary)]))
     console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")
     common.suggest(study, "test")
