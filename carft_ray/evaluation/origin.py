@@ -20,9 +20,7 @@ from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.recipe.schema import Recipe
 
 
-def shared_origin(
-    recipe: Recipe, inputs: SharedInputs, device: torch.device, is_compiled: bool = False
-) -> dict[str, Any]:
+def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device, is_compiled: bool) -> dict[str, Any]:
     """Returns what all trainings of a study share, as plain data.
 
     ``data`` (per set ``digest`` and ``num_images``), ``classes``, ``class_names``, ``templates``, ``augmentation``,
@@ -71,19 +69,18 @@ def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str
     contents: dict[str, dict[str, Any]] = {}
     for name, source in (open_sets(recipe) if inputs is None else inputs.sources).items():
         images = source.images if isinstance(source, CorruptedSource) else source
-        is_stored, known = isinstance(images, StoredSource), None
         if isinstance(images, StoredSource):
             known = images.hashes()
             if known is None and inputs is not None:
                 known = records(images, cache_dir(recipe)).hashes()
+            if known is not None and isinstance(source, CorruptedSource):
+                known = [image_digest(source.shown_content(digest)) for digest in known]
+        elif inputs is None:
+            continue
         elif name in decoded:
             known = [image_digest(pixels.tobytes()) for pixels in decoded[name].images_NHWC]
-        elif inputs is not None:
-            known = image_digests(inputs.train)
         else:
-            continue
-        if known is not None and is_stored and isinstance(source, CorruptedSource):
-            known = [image_digest(source.shown_content(digest)) for digest in known]
+            known = image_digests(inputs.train)
         contents[name] = {"digest": set_digest(source, known), "num_images": len(source)}
         if skipped := getattr(images, "skipped", ()):
             contents[name]["num_skipped"] = len(skipped)

@@ -50,7 +50,6 @@ from carft_ray.learning.models.tower import compiles, recipe_problems
 from carft_ray.learning.own_function import OwnFunction, on_node, source_of
 from carft_ray.learning.own_training import OwnInputs, own_fine_tune
 from carft_ray.learning.ranks import from_rank_0, on_all_ranks
-from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema import Recipe, without_tests
 
@@ -214,11 +213,6 @@ class _Training:
     is_compiled: bool
     function: OwnFunction | None = None
 
-    @property
-    def train(self) -> TrainConfig:
-        """The values of the training, with ``compile`` resolved."""
-        return self.recipe.train.model_copy(update={"compile": self.is_compiled})
-
     @contextlib.contextmanager
     def looks(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> Iterator[At]:
         """Gives what makes the predictions for ``sets`` at an alpha."""
@@ -271,11 +265,12 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
     device, checkpoints = device_of(recipe), training.out_dir / layout.CHECKPOINTS
+    train = recipe.train.model_copy(update={"compile": training.is_compiled})  # resolved
     with _recorder(training.out_dir, run_folder(training.out_dir, recipe), context) as recorded:
         if training.function is not None:
             own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
             checkpoints /= layout.OWN
-            state = own_fine_tune(training.function, training.train, own, recorded, device, checkpoints, on_epoch)
+            state = own_fine_tune(training.function, train, own, recorded, device, checkpoints, on_epoch)
         else:
             micro_batch = micro_batch_of(recipe.train, context.world_size)
             with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
@@ -284,7 +279,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
                     heads["class_head"],
                     heads["context_head"],
                     inputs.train,
-                    training.train,
+                    train,
                     recorded,
                     device=device,
                     checkpoint_dir=checkpoints,

@@ -115,13 +115,10 @@ def shortage(what: str, num_images: int, image_size: int, device: "torch.device"
     """Returns the message that a batch of images does not fit into the memory there is."""
     rule = f"{counted(num_images, 'image')} of {image_size} x {image_size} pixels at a time"
     step = "Free memory of the device, or take a larger one or a smaller model; then run the same command again."
-    return Problem(what, f"{rule} must fit into memory", _free(device), next_step=step)
-
-
-def _free(device: "torch.device") -> str:
+    value = f"too little on the device {device}"
     if device.type == "cuda":
         import torch
 
         free, total = torch.cuda.mem_get_info(device)
-        return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on {torch.cuda.get_device_name(device)}"
-    return f"too little on the device {device}"
+        value = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on {torch.cuda.get_device_name(device)}"
+    return Problem(what, f"{rule} must fit into memory", value, next_step=step)

@@ -108,12 +108,10 @@ def _module(name: str, folder: str | None, place: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _not_importable(place, name, error) from error
-        names = [found.name for found in pkgutil.iter_modules(None if folder is None else [folder])]
-        where = f"in {folder} or on Python's path" if folder else "on Python's path"
-        allowed = tuple(sorted(names)) if folder else ()
-        step = f"It is looked for {where}; train.function_dir names another folder."
-        problem = Problem(place, "must be a module that can be imported", name, allowed, nearest(name, names), step)
-        raise RecipeError(problem) from None
+        near = nearest(name, [found.name for found in pkgutil.iter_modules(None if folder is None else [folder])])
+        step = f"It is looked for in train.function_dir ({folder or 'none is given'}) and on Python's path."
+        rule = "must be a module that can be imported"
+        raise RecipeError(Problem(place, rule, name, nearest=near, next_step=step)) from None
     except (Exception, SystemExit) as error:  # whatever the module does
         raise _not_importable(place, name, error) from error
 

@@ -9,7 +9,6 @@ Both compute the same function; a test compares logits. transformers is not need
 """
 
 import itertools
-import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             **pooling,
         },
     }
-    return model_config, _preprocessing(folder, vision["image_size"])
+    return model_config, _preprocessing(folder)
 
 
 def _tower(config: dict[str, Any], name: str, defaults: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     return tower
 
 
-def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
+def _preprocessing(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
         found = read_object(folder / "preprocessor_config.json")
@@ -185,12 +184,8 @@ def _preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
     if type(resample) is not int or resample not in FILTERS:
         rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
         raise DataError(Problem(PLACE, rule, f"{resample} in {folder}"))
-    size = found.get("size", image_size)
+    size = found.get("size")
     is_squash = isinstance(size, dict) and "height" in size
-    side = size.get("shortest_edge", size.get("height")) if isinstance(size, dict) else size
-    if side != image_size:
-        text = "%s: the folder's preprocessing resizes to %s pixels; the model's input of %s is used instead."
-        logging.getLogger(__name__).warning(text, PLACE, side, image_size)
     return {
         "mean": found.get("image_mean", OPENAI_DATASET_MEAN),
         "std": found.get("image_std", OPENAI_DATASET_STD),

@@ -23,7 +23,7 @@ MOST_WEIGHTS_BYTES = 64 * 2**30  # the largest of open_clip, of 5 billion number
 OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
 _POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")  # open_clip resizes
 _MOST_STRETCHED = 64  # rows of position embeddings that are made of one: eight times the side of an image
-_NUM_SHOWN, _NUM_CHARACTERS = 3, 200  # lines of torch's message about weights that do not fit, and their length
+_NUM_CHARACTERS = 600  # of torch's message about weights that do not fit
 
 State = dict[str, Tensor]
 
@@ -103,9 +103,9 @@ def fitted(model: nn.Module, state: State, weights: str, place: str) -> State:
         try:
             model.load_state_dict(state)  # nothing but shapes, on the device 'meta'
         except RuntimeError as error:
-            said = [line.strip()[:_NUM_CHARACTERS] for line in str(error).splitlines()[1:]]
+            said = " ".join(line.strip() for line in str(error).splitlines()[1:])
             rule = f"the tensors of {weights} must be those of the model"
-            raise DataError(Problem(place, rule, " ".join(said[:_NUM_SHOWN]))) from error
+            raise DataError(Problem(place, rule, said[:_NUM_CHARACTERS])) from error
     if stretched:
         text = "%s: the position embeddings of %s are interpolated (rows of %s)."
         logging.getLogger(__name__).warning(text, place, weights, ", ".join(stretched))
