@@ -24,7 +24,7 @@ from tiny import CONFIG, make_tiny_clip
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
 from carft_ray.evaluation import training
-from carft_ray.evaluation.evaluate import predict_all
+from carft_ray.evaluation.evaluate import predict, predict_all
 from carft_ray.evaluation.heads import build_heads
 from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.launch.micro_batch import fitted, memory_failure
@@ -360,6 +360,17 @@ def test_a_trial_for_which_no_image_fits_is_infeasible_where_its_values_decide_o
 def image_set(size):
     source = ArraySource(num_images=11, size=size, seed=5)
     return ImageSet("id_val", source.images, source.labels, source.sample_ids)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 12])
+def test_the_parts_of_any_number_of_workers_are_one_table(resnet_clip, monkeypatch, world_size):
+    classifier, images = classifier_of(resnet_clip, (torch.eye(5, 16),), settings()), image_set(32)
+    whole, parts = predict(classifier, images, 0.5, 1, RunContext()), []
+    monkeypatch.setattr("carft_ray.evaluation.evaluate.gather", lambda context, part: parts.append(part) or [part])
+    for rank in range(world_size):  # of 12 workers the last has no image
+        predict(classifier, images, 0.5, 1, RunContext(rank, world_size))
+    monkeypatch.setattr("carft_ray.evaluation.evaluate.gather", lambda context, part: parts[::-1])
+    assert predict(classifier, images, 0.5, 1, RunContext(0, world_size)).equals(whole)
 
 
 def test_mixtures_are_those_of_mixed_states_and_leave_the_model_as_it_was(resnet_clip):
