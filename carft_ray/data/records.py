@@ -21,8 +21,7 @@ Shape letters: N images of a set, V = 4 views.
 import json
 import logging
 import math
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
@@ -39,20 +38,19 @@ from carft_ray.data.caching.index import open_table, write_table
 from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource, selection
-from carft_ray.data.shared.same_picture import WHOLE, Box, inside_border, may_have_border
+from carft_ray.data.shared.same_picture import WHOLE, Box, inside_border
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem
 
-FORMAT_VERSION = 3  # rises when other things are found in the same files
+FORMAT_VERSION = 4  # rises when other things are found in the same files
 PART = 4096  # images after which a killed pass continues
 CHUNK = 16  # images of a task
-TOGETHER = 4  # pictures whose thumbnails are made at a time: what that takes stays in the processor's cache
 SIDE = 8  # pixels of a thumbnail
 VIEWS: tuple[Box, ...] = (WHOLE, (0.05, 0.95, 0.05, 0.95), (0.15, 0.85, 0.15, 0.85))  # and inside the border
 NUM_VIEWS = len(VIEWS) + 1
+_GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue, as Pillow has it
 SHORT_SIDE = 40  # pixels of a side that are enough for views
 BORDER_SIDE = 192  # and to see where a border ends
-SHARES = 256  # of a tile along an axis, that its pixels have
 NUM_NAMED = 3  # images that a warning names
 
 OnProgress = Callable[[int, int], None]
@@ -74,7 +72,6 @@ _COLUMNS: dict[str, tuple[pa.DataType, Any]] = {  # type, and the value for a fi
     "mode": (pa.binary(_MODE_BYTES), bytes(_MODE_BYTES)),
 }
 _FIELDS = [pa.field(name, kind, nullable=value is None) for name, (kind, value) in _COLUMNS.items()]
-_NUM_OF_TEST = 4  # fields of a test set: what its images look like is not kept
 _NO_NUMBERS = np.empty(0, np.int64)
 
 
@@ -87,9 +84,9 @@ class Records:
         thumbnails: Of each view, uint8 [N, 4, 8, 8, 3]; black where a picture cannot be decoded.
         num_bytes: Of every file, int64 [N]; negative where it cannot be read.
         problems: Why an image cannot be read or decoded, by its index; of a test set only why it cannot be read.
-        heights: Pixels, int64 [N], 0 where a picture cannot be decoded; empty for a test set, as the next two.
-        widths: Pixels, int64 [N].
-        modes: Modes of Pillow, bytes [N].
+        heights: Pixels, int64 [N], 0 where a picture cannot be decoded, and in a test set.
+        widths: As ``heights``.
+        modes: Modes of Pillow, bytes [N], empty where heights are 0.
     """
 
     digests: PixelArray
@@ -145,13 +142,11 @@ def records(
         index: Problem(source.place(index), **json.loads(texts[index].as_py()))
         for index in np.flatnonzero(texts.is_valid().to_numpy(zero_copy_only=False)).tolist()
     }
-    seen = {}
-    if "mode" in table.column_names:
-        height, width, mode = (_column(table, name) for name in ("height", "width", "mode"))
-        seen = {"heights": height.view(np.int64), "widths": width.view(np.int64), "modes": mode.view(f"S{_MODE_BYTES}")}
+    num_bytes, heights, widths = (_column(table, name).view(np.int64) for name in ("num_bytes", "height", "width"))
     digests = _column(table, "digest").reshape(-1, DIGEST_BYTES)
     thumbnails = _column(table, "thumbnails").reshape(-1, *_SHAPE)
-    return Records(digests, thumbnails, _column(table, "num_bytes").view(np.int64), problems, **seen)
+    modes = _column(table, "mode").view(f"S{_MODE_BYTES}")
+    return Records(digests, thumbnails, num_bytes, problems, heights, widths, modes)
 
 
 def without_bad_images(
@@ -184,108 +179,64 @@ def without_bad_images(
     return left
 
 
-def thumbnails_of(pixels: PixelArray, size: tuple[int, int] | None = None) -> PixelArray:
-    """Returns the mean colours of 8 x 8 tiles of each view of a picture, or of many pictures of one size.
-
-    Args:
-        pixels: uint8 [..., H, W, 3].
-        size: Height and width of a picture where ``pixels`` are so many eighths of it (``images.small_image``), so
-            that the last row and column may be a part of one.
-
-    Returns:
-        uint8 [..., 4, 8, 8, 3].
-    """
-    shape = pixels.shape[-3:-1]
-    height, width = shape if size is None else size
-    eighths = next(k for k in range(8, 0, -1) if (-(-height * k // 8), -(-width * k // 8)) == shape)
-    wholes = pixels.reshape(-1, *pixels.shape[-3:])
-    reduced = [_reduced(whole, (height * eighths / 8, width * eighths / 8), SHORT_SIDE) for whole in wholes]
-    smalls = np.stack([small for small, _ in reduced])
-    views = _means(smalls, reduced[0][1], (height, width), VIEWS)
-    views = np.concatenate([views, views[:, :1]], axis=1)
-    for index in np.flatnonzero(may_have_border(smalls)).tolist():
-        if inside_border(_grey(smalls[index])) != WHOLE:
-            views[index, -1] = _inside(wholes[index])
-    return views.reshape(*pixels.shape[:-3], *_SHAPE)
-
-
-def _grey(pixels: PixelArray) -> PixelArray:
-    return np.asarray(Image.fromarray(pixels).convert("L"))
-
-
-def _inside(pixels: PixelArray) -> PixelArray:
-    """Returns the view of what lies inside the border of a picture, uint8 [8, 8, 3]."""
-    fine, _ = _reduced(pixels, pixels.shape[:2], BORDER_SIDE)
-    left, right, top, bottom = inside_border(_grey(fine))
-    rows, columns = fine.shape[:2]
-    inside = fine[round(top * rows) : round(bottom * rows), round(left * columns) : round(right * columns)]
-    small, size = _reduced(inside, inside.shape[:2], SHORT_SIDE)
-    return np.asarray(_means(small[None], size, inside.shape[:2], (WHOLE,))[0, 0])
-
-
-def _reduced(pixels: PixelArray, size: tuple[float, float], side: int) -> tuple[PixelArray, tuple[float, float]]:
-    """Averages whole pixels of a picture so that each side of ``side`` and more keeps less than twice as many.
+def thumbnails_of(pixels: PixelArray, whole: Callable[[], PixelArray] | None = None) -> PixelArray:
+    """Returns the mean colours of 8 x 8 tiles of each view of a picture, uint8 [4, 8, 8, 3].
 
     Args:
         pixels: uint8 [H, W, 3].
-        size: How many pixels high and wide the picture is: the last row and column may be a part of one.
-        side: Pixels.
-
-    Returns:
-        The smaller picture, and how many of its own pixels high and wide that is.
+        whole: Where ``pixels`` show the picture smaller (``images.small_image``), all of it: to see where a border
+            ends.
     """
+    small = _reduced(pixels, SHORT_SIDE)
+    views = _means(small, pixels.shape if whole is None else (0, 0))
+    if inside_border(_grey(small)) == WHOLE:
+        return np.concatenate([views, views[:1]])
+    if whole is not None:
+        return thumbnails_of(whole())
+    fine = _reduced(pixels, BORDER_SIDE)
+    left, right, top, bottom = inside_border(_grey(fine))
+    rows, columns = fine.shape[:2]
+    inside = fine[round(top * rows) : round(bottom * rows), round(left * columns) : round(right * columns)]
+    return np.concatenate([views, _means(_reduced(inside, SHORT_SIDE), inside.shape)[:1]])
+
+
+def _grey(pixels: PixelArray) -> PixelArray:
+    return np.asarray(pixels @ _GREY + 0.5, np.uint8)
+
+
+def _reduced(pixels: PixelArray, side: int) -> PixelArray:
+    """Averages whole pixels of a picture so that each side of ``side`` and more keeps less than twice as many."""
     down, across = (max(1, length // side) for length in pixels.shape[:2])
-    if down == across == 1:
-        return pixels, size
-    return np.asarray(Image.fromarray(pixels).reduce((across, down))), (size[0] / down, size[1] / across)
+    return pixels if down == across == 1 else np.asarray(Image.fromarray(pixels).reduce((across, down)))
 
 
-def _means(
-    pixels: PixelArray, size: tuple[float, float], original: tuple[int, int], boxes: tuple[Box, ...]
-) -> PixelArray:
-    """Returns the means of the tiles of some boxes of pictures.
-
-    All sums are of whole numbers below 2**24, which float32 holds: they are the same in any order, on any machine.
+def _means(pixels: PixelArray, original: tuple[int, ...]) -> PixelArray:
+    """Returns the means of the tiles of the ``VIEWS`` of a picture, uint8 [3, 8, 8, 3].
 
     Args:
-        pixels: uint8 [N, h, w, 3].
-        size: How many pixels high and wide each picture is; the last row and column may be a part of one.
-        original: How many it was before it was reduced: tiles end between these.
-        boxes: What is divided into tiles.
-
-    Returns:
-        uint8 [N, boxes, 8, 8, 3].
+        pixels: uint8 [h, w, 3].
+        original: How many pixels high and wide it was before it was reduced, between which tiles end; 0: anywhere.
     """
-    number, height, width, channels = pixels.shape
-    down = _shares(height, size[0], original[0], tuple(box[2:] for box in boxes))
-    across = _shares(width, size[1], original[1], tuple(box[:2] for box in boxes))
-    tiles = np.empty((number, len(boxes), SIDE, SIDE, channels), np.float32)
-    for some in (slice(first, first + TOGETHER) for first in range(0, number, TOGETHER)):
-        rows = down @ pixels[some].reshape(-1, 1, height, width * channels).astype(np.float32)
-        tiles[some] = across[:, None] @ rows.reshape(-1, len(boxes), SIDE, width, channels)
-    return np.asarray(tiles / SHARES**2 + 0.5, np.uint8)
+    height, width, channels = pixels.shape
+    rows = _shares(height, original[0]).reshape(-1, height) @ pixels.reshape(height, -1).astype(np.float32)
+    tiles = _shares(width, original[1])[:, None] @ rows.reshape(len(VIEWS), SIDE, width, channels)
+    return np.asarray(tiles + 0.5, np.uint8)
 
 
 @lru_cache
-def _shares(length: int, size: float, original: int, spans: tuple[tuple[float, float], ...]) -> npt.NDArray[np.float32]:
-    """Returns how much of each tile of some spans is of which pixel, whole ``SHARES`` that sum to it.
-
-    Args:
-        length: Number of pixels along an axis.
-        size: And how many of them the picture has: the last may be a part of one.
-        original: And how many it had before it was reduced.
-        spans: First and last place, in shares of the size.
-
-    Returns:
-        float32 [spans, 8, pixels].
-    """
-    ends = np.minimum(np.arange(length + 1), size) / size
-    low, high = np.array(spans).T[:, :, None]
+def _shares(length: int, original: int) -> npt.NDArray[np.float32]:
+    """Returns how much of each tile of the ``VIEWS`` is of which pixel along a side, float32 [3, 8, length]."""
+    low, high = np.array([view[:2] for view in VIEWS]).T[:, :, None]
     edges = low + (high - low) * np.arange(SIDE + 1) / SIDE
     if original * (high - low).min() >= SIDE:  # else some would have no pixel
         edges = np.floor(original * edges + 0.5) / original
+    step, size = (
+        max(1, original // SHORT_SIDE),
+        original or length,
+    )  # the last may be a part of one
+    ends = np.minimum(np.arange(length + 1) * step, size) / size
     passed = (ends - edges[:, :-1, None]) / np.diff(edges)[:, :, None]  # shares of a tile up to the end of each pixel
-    return np.asarray(np.diff(np.rint(SHARES * np.clip(passed, 0, 1))), np.float32)
+    return np.asarray(np.diff(passed.clip(0, 1)), np.float32)
 
 
 def _opened(path: Path, num_images: int) -> pa.Table | None:
@@ -296,7 +247,7 @@ def _opened(path: Path, num_images: int) -> pa.Table | None:
 
 def _read(source: Source, path: Path, is_test: bool, on_progress: OnProgress) -> pa.Table:
     """Reads the files of a set, part by part; what earlier passes have read is not read again."""
-    schema = pa.schema(_FIELDS[:_NUM_OF_TEST] if is_test else _FIELDS)
+    schema = pa.schema(_FIELDS)
     tables, parts = [schema.empty_table()], []
     with ThreadPoolExecutor(reading_threads()) as pool:
         for start in range(0, len(source), PART):
@@ -306,7 +257,7 @@ def _read(source: Source, path: Path, is_test: bool, on_progress: OnProgress) ->
             if table is None:
                 rows: list[dict[str, Any]] = []
                 chunks = [indices[first : first + CHUNK] for first in range(0, len(indices), CHUNK)]
-                for found in pool.map(partial(_found, source, is_test), chunks):
+                for found in pool.map(lambda some: [_record(source, is_test, index) for index in some], chunks):
                     rows += found
                     on_progress(start + len(rows), len(source))
                 table = pa.Table.from_pylist(rows, schema)
@@ -328,62 +279,27 @@ def _keep(path: Path, table: pa.Table) -> bool:
     return complete
 
 
-def _found(source: Source, is_test: bool, indices: Sequence[int]) -> list[dict[str, Any]]:
-    """Returns what is found in images, by columns; of a test set those of sizes and modes are passed over.
-
-    Thumbnails are made of all small pictures of one size together: one by one, threads would wait for each other.
-    """
-    rows: list[dict[str, Any]] = []
-    alike = defaultdict(list)
-    for index in indices:
-        row, content, pixels = _decoded(source, is_test, index)
-        rows.append(row)
-        if pixels is not None and max(pixels.shape) < 2 * SHORT_SIDE:
-            alike[row["height"], row["width"], pixels.shape].append((index, row, content, pixels))
-        elif pixels is not None:
-            _add_thumbnails(source, [(index, row, content, pixels)])  # at once, so that no two are in memory
-    for pictures in alike.values():
-        _add_thumbnails(source, pictures)
-    return rows
-
-
-def _add_thumbnails(source: Source, pictures: list[tuple[int, dict[str, Any], bytes, PixelArray]]) -> None:
-    """Adds the thumbnails of pictures of one size to their rows.
-
-    Args:
-        source: The set.
-        pictures: Index, row, bytes and pixels of each.
-    """
-    size = pictures[0][1]["height"], pictures[0][1]["width"]
-    found = thumbnails_of(np.stack([pixels for *_, pixels in pictures]), size)
-    in_border = (found[:, 0] != found[:, -1]).any((1, 2, 3)).tolist()
-    for (index, row, content, pixels), thumbnails, cut in zip(pictures, found, in_border, strict=True):
-        if cut and pixels.shape[:2] != size and isinstance(source, StoredSource):
-            thumbnails = thumbnails_of(source.decode(content, index))  # to see where the border ends
-        row["thumbnails"] = thumbnails.tobytes()
-
-
-def _decoded(source: Source, is_test: bool, index: int) -> tuple[dict[str, Any], bytes, PixelArray | None]:
-    """Returns what is found in an image but its thumbnails, its bytes, and its pixels; None: it cannot be decoded."""
+def _record(source: Source, is_test: bool, index: int) -> dict[str, Any]:
+    """Returns what is found in an image, by columns."""
     row = {name: value for name, (_, value) in _COLUMNS.items()}
     try:
-        if isinstance(source, StoredSource):
-            content = source.content(index)
-        else:
-            pixels = source.pixels(index)
-            content = pixels.tobytes()
+        content = source.content(index)
     except DataError as error:
-        return {**row, "problem": _as_text(error)}, b"", None
+        return {**row, "problem": _as_text(error)}
     row["digest"], row["num_bytes"] = image_digest(content), len(content)
+    whole = None
     try:
         if isinstance(source, StoredSource):
             pixels, (height, width), mode = source.small(index, content, SHORT_SIDE)
+            whole = None if pixels.shape[:2] == (height, width) else partial(source.decode, content, index)
         else:
+            pixels = source.pixels(index)
             (height, width), mode = pixels.shape[:2], "RGB"
+        row["thumbnails"] = thumbnails_of(pixels, whole).tobytes()
     except DataError as error:
-        return {**row, "problem": None if is_test else _as_text(error)}, content, None
-    row["height"], row["width"], row["mode"] = height, width, mode.encode().ljust(_MODE_BYTES, b"\0")
-    return row, content, pixels
+        return {**row, "problem": None if is_test else _as_text(error)}
+    seen = {"height": height, "width": width, "mode": mode.encode().ljust(_MODE_BYTES, b"\0")}
+    return row if is_test else row | seen  # what the images of a test set look like is not kept
 
 
 def _as_text(error: DataError) -> str:

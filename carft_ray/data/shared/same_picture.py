@@ -36,7 +36,6 @@ HALF_WEIGHT = 10.0  # contrast, in grey levels, of a block that weighs half of t
 BLUR = 1 / 128  # of the side of the picture: a pixel of a grey picture
 EDGE = 0.06  # of the side: left out, since a border bleeds into it
 COARSE, COARSE_BLUR, COARSE_STEPS, FINE_STEPS = 32, 0.02, 6, 3
-GREY = np.array([0.299, 0.587, 0.114], np.float32)  # of red, green and blue, as Pillow has it
 FLAT = 16  # grey levels by which the colour of a border varies
 SMALLEST, SLACK = 0.75, 0.03  # scale of a picture that is a part of another, and by how much it may stick out
 
@@ -65,23 +64,6 @@ def grey_picture(pixels: PixelArray) -> GreyPicture:
     """Returns what a picture, uint8 [H, W, 3], is compared by."""
     grey = Image.fromarray(pixels).convert("L").resize((SIDE, SIDE), Image.Resampling.BILINEAR)
     return GreyPicture(np.asarray(grey), min(pixels.shape[:2]))
-
-
-def may_have_border(pixels: PixelArray) -> npt.NDArray[np.bool_]:
-    """Returns of which pictures an outermost line may have one colour: of all others ``inside_border`` is the whole.
-
-    Args:
-        pixels: uint8 [N, H, W, 3].
-
-    Returns:
-        bool [N].
-    """
-    found = np.zeros(len(pixels), np.bool_)
-    for lines in (pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]):
-        grey = np.sort(lines @ GREY)
-        spare = grey.shape[1] // 50  # pixels that may have another colour
-        found |= grey[:, -1 - spare] - grey[:, spare] <= 2 * FLAT + 1  # grey levels are rounded later
-    return found
 
 
 def inside_border(grey: PixelArray) -> Box:
