@@ -58,8 +58,7 @@ def image_digests(source: Source) -> list[bytes]:
     Raises:
         DataError: A file cannot be read.
     """
-    with ThreadPoolExecutor(reading_threads()) as pool:
-        return list(pool.map(lambda index: image_digest(source.content(index)), range(len(source))))
+    return list(in_order(lambda index: image_digest(source.content(index)), len(source)))
 
 
 def set_digest(source: Source, digests: list[bytes] | None = None) -> str:

@@ -251,17 +251,12 @@ def cifar100(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
 
 def _cifar(root: Path, files: list[str], label_bytes: int, facts: Facts) -> Listing:
     """Lists the rows of files: the labels, the fine one last, then the red, green and blue plane."""
-    names: list[str] = []
-    classes: list[str] = []
-    paths: list[str] = []
-    places: list[int] = []
-    for name in files:
-        path, row_bytes = root / f"{name}.bin", label_bytes + 3 * SIDE * SIDE
-        for row, label in enumerate(_cifar_labels(path, row_bytes, label_bytes - 1)):
-            names.append(f"{name}/{row:05d}")
-            classes.append(layouts.by_number(label, 0, facts, path, f"image {row}"))
-            paths.append(path.name)
-            places.append(row * row_bytes + label_bytes)
+    row_bytes = label_bytes + 3 * SIDE * SIDE
+    labels = {name: _cifar_labels(root / f"{name}.bin", row_bytes, label_bytes - 1) for name in files}
+    rows = [(name, row, label) for name in files for row, label in enumerate(labels[name])]
+    classes = [layouts.by_number(label, 0, facts, root / f"{name}.bin", f"image {row}") for name, row, label in rows]
+    names, paths = [f"{name}/{row:05d}" for name, row, _ in rows], [f"{name}.bin" for name, *_ in rows]
+    places = [row * row_bytes + label_bytes for _, row, _ in rows]
     home = str(root.resolve())
     table = image_table(names, classes, paths, home, places, [3 * SIDE * SIDE] * len(names))
     return Listing(layouts.KIND, home, table, tuple(sorted(set(classes))), str(root), planes=SIDE)

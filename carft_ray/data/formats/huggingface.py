@@ -70,11 +70,10 @@ def _saved(folder: Path, place: str) -> list[Path]:
     listed = state.get("_data_files")
     rows = [file if isinstance(file, dict) else {} for file in listed] if isinstance(listed, list) else []
     files = [folder / Path(str(row.get("filename"))).name for row in rows]
-    if missing := [str(file) for file in files if not os.path.isfile(file)]:  # of a name too long, too
-        rule = f"must hold the {counted(len(files), 'file')} that its state.json names"
-        raise DataError(Problem(f"{place}: {folder}", rule, f"no {missing[0]}"))
-    if not files:
-        raise DataError(Problem(f"{place}: {folder}", "must hold a file of rows", "none in its state.json"))
+    missing = [str(file) for file in files if not os.path.isfile(file)]  # of a name too long, too
+    if missing or not files:
+        rule = "must hold the files that its state.json names, at least one"
+        raise DataError(Problem(f"{place}: {folder}", rule, f"no {missing[0]}" if missing else "none"))
     return files
 
 
