@@ -70,7 +70,7 @@ def image_set(
         return ImageSet(source.name, images_NHWC, labels, sample_ids, source.groups)
 
     def build(path: Path) -> None:
-        _build(source, transform, transform_key, path, on_image)
+        _build(source, transform, path, on_image)
 
     parts = [FORMAT_VERSION, identity(source), transform_key, DECODERS]
     return cache.entry(cache_dir, cache.key_of(parts), read, build, limit_gb, waiting(source, on_image))
@@ -127,9 +127,7 @@ def _column(batch: pa.RecordBatch, name: str) -> PixelArray:
     return np.frombuffer(batch.column(name).buffers()[1], dtype=np.uint8)
 
 
-def _build(
-    source: Source, transform: Transform | None, transform_key: str, path: Path, on_image: OnImage | None
-) -> None:
+def _build(source: Source, transform: Transform | None, path: Path, on_image: OnImage | None) -> None:
     """Writes the file.
 
     Images are made by several threads, and written in order. Pixels go to a plain file first, which has no name, so
@@ -159,7 +157,7 @@ def _build(
                 on_image(index + 1, len(source))
         plain.flush()
         height, width = shape[:2]
-        of_set = about(source, "decoded", image_size=f"{width} x {height}", transform=transform_key)
+        of_set = about(source, "decoded", image_size=f"{width} x {height}")
         columns = required(image=pa.binary(height * width * 3), label=pa.int64(), sample_id=pa.uint64())
         schema = pa.schema(columns, {"height": str(height), "width": str(width), **of_set})
         image_buffer = pa.py_buffer(mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ))

@@ -53,7 +53,6 @@ class Entry:
         source: Kind of the source; of heads, how many sentences.
         num_images: Images; 0 where that is unknown.
         image_size: ``width x height`` in pixels; empty where images differ.
-        transform: What was applied to every image.
         created: When it was built, seconds since 1970; 0 where that is unknown.
         last_used: When it was last opened, seconds since 1970.
         num_bytes: Size on disk.
@@ -66,7 +65,6 @@ class Entry:
     source: str = ""
     num_images: int = 0
     image_size: str = ""
-    transform: str = ""
     created: float = 0.0
     last_used: float
     num_bytes: int

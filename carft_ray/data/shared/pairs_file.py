@@ -10,7 +10,7 @@ from carft_ray.data.shared.overlap import SharedImage, SharedPair
 from carft_ray.data.shared.same_picture import LIMIT
 from carft_ray.data.shared.shared_images import COLUMNS as ALL_COLUMNS
 from carft_ray.data.shared.shared_images import csv_of, rows_of
-from carft_ray.errors import DataError, Problem, UsageError
+from carft_ray.errors import Problem, UsageError
 from carft_ray.files import write_text
 from carft_ray.untrusted import html
 from carft_ray.words import counted
@@ -33,6 +33,7 @@ def write_pairs(path: Path, pairs: Sequence[SharedPair]) -> None:
     """Writes pairs, those most alike first, as the ending of the name says; a page shows ``MOST_SHOWN`` of them.
 
     Raises:
+        DataError: A picture of a page cannot be read.
         StorageError: The file cannot be written.
     """
     ordered = sorted(pairs, key=lambda pair: (pair.first.place, pair.second.place, pair.distance))
@@ -55,11 +56,8 @@ def _article(pair: SharedPair) -> str:
 
 def _shown(image: SharedImage) -> tuple[str, str]:
     """Returns the picture of an image, and its set, its name, and its size in pixels."""
-    words = f"<dt>{html(image.place)}</dt><dd>{html(image.name)}"
-    try:
-        pixels = image.source.pixels(image.index)
-    except DataError:
-        return "<p>This file cannot be decoded.</p>", f"{words}</dd>"
+    pixels = image.source.pixels(image.index)
     size = f"{pixels.shape[1]} x {pixels.shape[0]} pixels"
     encoded = base64.b64encode(small_jpeg(pixels, SIDE, QUALITY)).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">', f"{words}<br><small>{size}</small></dd>"
+    words = f"<dt>{html(image.place)}</dt><dd>{html(image.name)}<br><small>{size}</small></dd>"
+    return f'<img alt="" src="data:image/jpeg;base64,{encoded}">', words
