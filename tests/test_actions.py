@@ -117,7 +117,7 @@ def test_a_search_is_that_of_the_command_line_bit_for_bit(run_in, here, original
     by_command = json.loads(out)
     for answer in (by_command, numbers := json.loads(json.dumps(original.numbers))):
         for row in (answer["best"], *answer["rows"]):
-            del row["name"], row["elapsed_s"]
+            del row["name"], row["elapsed_s"], row["started"]
         for key in ("study", "elapsed_s", "best_recipe", "figure"):
             del answer[key]
         answer["lines"] = [line for line in answer["lines"] if not line.startswith("Best: ")]
