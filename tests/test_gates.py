@@ -35,7 +35,6 @@ MAY = {
         "console.py": "is the gate",
         "live.py": "numbers, and `visible`",
         "notebook.py": "`visible`",
-        "progress.py": "a type",
     },
     ".print": {"console.py": "is the gate", "notebook.py": "as the gate", "progress.py": "`console.plain`"},
     "from_markup": {},
