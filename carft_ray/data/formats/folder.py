@@ -115,13 +115,10 @@ def folder_set_problems(spec: FolderSet, place: str) -> list[Problem]:
     root, domains = Path(spec.path), spec.domains or ()
     if not may_be_folder(root):
         return [Problem(place, "the root of the image tree must be a folder", str(root), next_step=_LAYOUT)]
-    there = folders(root) if os.access(root, os.R_OK | os.X_OK) else []
+    wrong = [domain for domain in domains if not may_be_folder(root / domain)]
+    there = folders(root) if wrong and os.access(root, os.R_OK | os.X_OK) else []
     rule = f"a domain must be a folder of {root}"
-    return [
-        Problem(place, rule, repr(domain), tuple(there), nearest(domain, there))
-        for domain in domains
-        if not may_be_folder(root / domain)
-    ]
+    return [Problem(place, rule, repr(domain), tuple(there), nearest(domain, there)) for domain in wrong]
 
 
 def folder_set_places(spec: FolderSet) -> list[str]:
