@@ -146,18 +146,18 @@ def change_result(study_dir, trial, change):
 def test_another_number_ends_with_the_largest_difference_and_no_explanation(here, monkeypatch, capsys):
     def change(result):
         result["metrics"]["accuracy/sketch"] += 0.25
-        result["moved"] += 0.001
+        result["objective"] += 0.001
 
     change_result(here / "study", "t0000", change)
     assert run(monkeypatch, "reproduce", here / "study", "t0000", "--json") == CarftError.exit_code == 1
     output = capsys.readouterr()
-    assert "2 that differ (metrics.accuracy/sketch, moved); the largest difference is that of metrics.acc" in output.err
+    assert "2 that differ (objective, metrics.accuracy/sketch); the largest difference is that of metrics.acc" in output.err
     assert "Data, weights, code, versions and hardware are those of the manifest" in output.err
     found = json.loads(output.out)
     assert found["same"] is False
     assert {each["what"]: round(each["size"], 6) for each in found["differences"]} == {
         "metrics.accuracy/sketch": 0.25,
-        "moved": 0.001,
+        "objective": 0.001,
     }
 
 

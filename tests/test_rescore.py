@@ -210,7 +210,7 @@ def test_predictions_of_an_older_format_are_named_and_zero_shot_is_evaluated_ane
     table = read_predictions(path)
     write_predictions(path, table.replace_schema_metadata({**table.schema.metadata, b"format_version": b"1"}))
     (prepared / "prepared.json").write_text(json.dumps({**content, "key": content["key"].split(": ", 1)[1]}))
-    with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 2, but got 1"):
+    with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 3, but got 1"):
         rescore(view, objective_spec(view.recipe))
     again = prepare(view.recipe, prepared, lambda text: None)
     assert read_predictions(path).equals(table)

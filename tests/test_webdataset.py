@@ -345,4 +345,4 @@ def test_validate_ends_with_code_4_for_shards_and_3_for_the_recipe(base, capsys,
     assert crash_host.call(["validate", "r.yaml", "--set", "data.train.label='json:'"]) == 3
     assert "must be the ending of a file such as cls, or json:KEY, but got" in capsys.readouterr().err
     assert crash_host.call(["validate", "r.yaml", "--set", "data.train.label=txt"]) == 4
-    assert "every sample must have a .txt" in capsys.readouterr().err
+    assert "every sample must have one image and a .txt" in capsys.readouterr().err
