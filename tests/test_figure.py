@@ -56,6 +56,13 @@ def test_id_ood_figure_stands_any_points(tmp_path, points, baselines, best):
     check(png, svg, (1600, 1200))
 
 
+@pytest.mark.parametrize("kind", ["harmonic", "worst_domain"])
+def test_id_ood_figure_draws_every_kind_of_objective(tmp_path, kind):
+    png, svg = tmp_path / "f.png", tmp_path / "f.svg"
+    id_ood_figure(dots(), BASELINES, curve(), png, svg, "Search", kind=kind)
+    check(png, svg, (1600, 1200))
+
+
 def test_the_same_study_gives_the_same_bytes(tmp_path):
     files = []
     for name in ("a", "b"):
@@ -85,7 +92,7 @@ def test_titles_say_synthetic_only_when_told(tmp_path):
             svg = tmp_path / "f.svg"
             id_ood_figure(dots(), BASELINES, curve(), tmp_path / "f.png", svg, "Search", synthetic=synthetic)
             assert ("Search (synthetic images)" in svg.read_text()) == synthetic
-    for text in ("best trial, alpha 0.4", "plain fine-tuning", "OOD accuracy"):
+    for text in ("best trial, alpha 0.4", "plain fine-tuning", "OOD accuracy", "0.5 ID + 0.5 OOD"):
         assert text in svg.read_text()
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,6 +66,8 @@ def id_ood_figure(
     title: str,
     *,
     synthetic: bool = False,
+    kind: ObjectiveKind = "weighted_mean",
+    id_weight: float = 0.5,
     front: Sequence[Pair] = (),
 ) -> None:
     """Draws OOD accuracy over ID accuracy in percent: a dot per trial, named baselines, the alpha curve of the best.
@@ -77,7 +80,10 @@ def id_ood_figure(
         path_svg: Where the SVG goes.
         title: What was searched.
         synthetic: Whether the images are; the title then says so.
-        front: Points of the front of a Pareto search, by rising ID accuracy; the line through them is drawn.
+        kind: Kind of objective, for the faint lines of equal objective (none for ``worst_domain``).
+        id_weight: w of ``weighted_mean``.
+        front: Points of the front of a Pareto search, by rising ID accuracy; the line through them is drawn and takes
+            the place of the lines of equal objective.
 
     Raises:
         StorageError: A file cannot be written.
@@ -95,6 +101,8 @@ def id_ood_figure(
     axes.set_ylim(*limits([y for _, y in shown]))
     if front:
         _draw_front(axes, front)
+    else:
+        _iso_lines(axes, kind, id_weight)
     _draw_dots(figure, axes, [dot for dot in finite if dot.meets])
     if best_curve is not None:
         _draw_curve(axes, best_curve)
@@ -153,11 +161,31 @@ def limits(values: Sequence[float]) -> tuple[float, float]:
     return max(-2.0, low - margin), min(102.0, high + margin)
 
 
+def _iso_lines(axes: "Axes", kind: ObjectiveKind, id_weight: float) -> None:
+    """Draws faint lines of equal objective and says what they are."""
+    if kind == "worst_domain":  # not a function of the two axes
+        return
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    xs, ys = np.linspace(max(0, left), min(100, right), 60), np.linspace(max(0, bottom), min(100, top), 60)
+    grid = dict(zip(("id", "ood"), np.meshgrid(xs / 100, ys / 100), strict=True))
+    values = 100 * ObjectiveSpec(kind, "id", ("ood",), id_weight).values(grid)
+    axes.contour(xs, ys, values, levels=8, colors=FAINT, linewidths=0.8, zorder=0)
+    name = "harmonic mean" if kind == "harmonic" else f"{id_weight:g} ID + {1 - id_weight:g} OOD"
+    _caption(axes, f"lines of equal objective, {name}")
+
+
+def _caption(axes: "Axes", text: str) -> None:
+    """Says under the right end of the figure what its lines are."""
+    place: dict[str, Any] = {"xytext": (0, -29), "xycoords": "axes fraction", "textcoords": "offset points"}
+    axes.annotate(text, (1, 0), ha="right", va="center", color=GREY, fontsize=9, **place)
+
+
 def _draw_front(axes: "Axes", front: Sequence[Pair]) -> None:
-    """Draws the front as the edge of what its points dominate."""
+    """Draws the front as the edge of what its points dominate, and says what it is."""
     xs, ys = [100 * x for x, _ in front], [100 * y for _, y in front]
     axes.step(xs, ys, where="pre", color=INK, linewidth=1.2, zorder=2)
-    _scatter(axes, front, 22, INK, 5, label="front over all alphas")
+    _scatter(axes, front, 22, INK, 5)
+    _caption(axes, "line: the front over all trials and alphas")
 
 
 def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from carft_ray.evaluation.objective import objective_spec
 from carft_ray.launch.figures.figure import Curve, Dot, Pair, id_ood_figure
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG, FOLDERS
 from carft_ray.recipe.schema import Recipe
@@ -82,6 +83,8 @@ def write_figure(
         svg or study_dir / FIGURE_SVG,
         f"{recipe.name}: {counted(len(dots), 'trial')}" + (f", {num_pruned} more pruned" if num_pruned else ""),
         synthetic=recipe.data.train.source == "sandbox",
+        kind=objective_spec(recipe).kind,
+        id_weight=recipe.search.objective.id_weight,
         front=[point.pair for point in front_of(trials)] if recipe.search.objective.kind == "pareto" else (),
     )
 
