@@ -25,7 +25,7 @@ def dots(num=12):
 
 def curve():
     alphas = np.array(GRID)
-    return Curve(GRID, 0.725 + 0.05 * alphas, 0.575 + 0.05 * alphas - 0.06 * alphas**2, 0.4, 0.745, 0.5854)
+    return Curve(GRID, 0.725 + 0.05 * alphas, 0.575 + 0.05 * alphas - 0.06 * alphas**2, 0.4, 0.745, 0.5854, 0.009, None)
 
 
 def check(png, svg, size):
@@ -43,7 +43,7 @@ def check(png, svg, size):
     [
         (dots(), BASELINES, curve()),
         ([Dot(0.7, 0.6, 1.0)], {}, None),
-        ([Dot(0.7, 0.6, 1.0)] * 5, {"zero-shot": (0.7, 0.6)}, Curve(GRID, [0.7] * 6, [0.6] * 6, 0.1, 0.7, 0.6)),
+        ([Dot(0.7, 0.6, 1.0)] * 5, {"zero-shot": (0.7, 0.6)}, Curve(GRID, [0.7] * 6, [0.6] * 6, 0.1, 0.7, 0.6, 0, 0)),
         ([Dot(0.7, 0.6, None), Dot(0.8, 0.5, 0.0)], BASELINES, None),
         ([Dot(0.0, 0.0, 1e-3), Dot(1.0, 1.0, 1e3), Dot(float("nan"), 0.5, 1.0)], {}, None),
         ([], {}, None),

@@ -47,7 +47,7 @@ class Dot:
 
 @dataclass(frozen=True)
 class Curve:
-    """The alpha curve of the best trial, with its chosen point."""
+    """The alpha curve of the best trial, with its chosen point; errors are standard errors, None where not known."""
 
     alphas: Sequence[float]
     id_accuracies: Sequence[float]
@@ -55,6 +55,8 @@ class Curve:
     chosen_alpha: float
     chosen_id_accuracy: float
     chosen_ood_accuracy: float
+    id_se: float | None = None
+    ood_se: float | None = None
 
 
 def id_ood_figure(
@@ -214,18 +216,24 @@ def _draw_dots(figure: "Figure", axes: "Axes", dots: Sequence[Dot]) -> None:
 
 
 def _draw_curve(axes: "Axes", curve: Curve) -> None:
-    """Draws the alpha curve, with the numbers of its ends."""
+    """Draws the alpha curve; the limits of the axes are final. A point that lies on another one has no number."""
     from matplotlib.patheffects import withStroke
 
     xs, ys = 100 * np.asarray(curve.id_accuracies, float), 100 * np.asarray(curve.ood_accuracies, float)
     x, y = 100 * curve.chosen_id_accuracy, 100 * curve.chosen_ood_accuracy
+    x_error, y_error = (100 * (error or 0.0) for error in (curve.id_se, curve.ood_se))
     name = f"best trial, alpha {curve.chosen_alpha:g}"
     axes.plot(xs, ys, color=_ACCENT, linewidth=1.6, marker="o", markersize=4.5, zorder=4, label=name)
+    axes.errorbar([x], [y], xerr=x_error or None, yerr=y_error or None, color=_ACCENT, linewidth=1, capsize=3, zorder=5)
     axes.scatter([x], [y], s=190, facecolors="none", edgecolors=_ACCENT, linewidths=2.2, zorder=7)
     edge = [withStroke(linewidth=2, foreground="white")]  # readable over lines
     style: dict[str, Any] = {"textcoords": "offset points", "color": _ACCENT, "fontsize": 9, "path_effects": edge}
-    for end in (0, -1):
-        axes.annotate(f"{curve.alphas[end]:g}", (xs[end], ys[end]), xytext=(6, 5), zorder=8, **style)
+    numbered = [axes.transLimits.transform((x, y))]
+    for alpha, *point in zip(curve.alphas, xs, ys, strict=True):
+        place = axes.transLimits.transform(point)  # share of the axes
+        if all(math.dist(place, other) > 0.03 for other in numbered):
+            axes.annotate(f"{alpha:g}", (point[0], point[1]), xytext=(6, 5), zorder=8, **style)
+            numbered.append(place)
 
 
 def write(figure: "Figure", path_png: Path | None, path_svg: Path) -> None:

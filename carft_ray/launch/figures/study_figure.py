@@ -93,12 +93,17 @@ def _curve(study_dir: Path, best: TrialRow | None) -> Curve | None:
     content = None if best is None else read_result(study_dir / FOLDERS["trial"] / best.name)
     if best is None or content is None or "ood_accuracy" not in content["metrics"] or not content.get("curve"):
         return None
-    points = content["curve"]
+    points, metrics, counts = content["curve"], best.metrics, content["num_images"]
+    ood = [name for name in counts if name not in ("train", "id_val")]
+    accuracies = {name: metrics.get(f"accuracy/{name}") for name in counts}
+    variances = {name: a * (1 - a) / counts[name] for name, a in accuracies.items() if a is not None}
     return Curve(
         alphas=[point["alpha"] for point in points],
         id_accuracies=[point["id_accuracy"] for point in points],
         ood_accuracies=[point["ood_accuracy"] for point in points],
         chosen_alpha=best.alpha or 0.0,
-        chosen_id_accuracy=best.metrics["id_accuracy"],
-        chosen_ood_accuracy=best.metrics["ood_accuracy"],
+        chosen_id_accuracy=metrics["id_accuracy"],
+        chosen_ood_accuracy=metrics["ood_accuracy"],
+        id_se=variances["id_val"] ** 0.5,
+        ood_se=sum(variances[name] for name in ood) ** 0.5 / len(ood),
     )
