@@ -201,8 +201,8 @@ class MlflowConfig(Config):
     """MLflow gets a run per training, epoch by epoch; extra ``mlflow``."""
 
     experiment: SetName | None = key(None, "my_experiment", TOLD)
-    """experiment of the runs, a training each; null: none. The server is that of `MLFLOW_TRACKING_URI`; without it, files
-    in `tracking/` of the study"""
+    """experiment of the runs, a training each; null: none. The server is that of `MLFLOW_TRACKING_URI`; without it,
+    files in `tracking/` of the study"""
 
 
 class TrackingConfig(Config):
