@@ -225,7 +225,9 @@ def list_entries(cache_dir: Path) -> list[Entry]:
     """Returns the entries of a cache, last used first. Nothing is written; a folder that is not there has none."""
     found = [_entry(path, key) for path, key in _files(cache_dir, _ENTRY)]
     for store in cache_dir.glob(_STORES):
-        states = [path.stat() for path in store.iterdir()]
+        states = []
+        with contextlib.suppress(OSError):  # another process may be removing it
+            states = [path.stat() for path in store.iterdir()]
         used = max((time for state in states for time in (state.st_atime, state.st_mtime)), default=0.0)
         key, size = store.relative_to(cache_dir).as_posix(), sum(state.st_blocks * 512 for state in states)
         found.append(Entry(key=key, kind="targets", last_used=used, num_bytes=size, in_use=False))
@@ -234,7 +236,11 @@ def list_entries(cache_dir: Path) -> list[Entry]:
 
 def notes(cache_dir: Path) -> dict[Path, int]:
     """Returns the files that hold what is known of images (hashes, thumbnails, sizes), with their sizes in bytes."""
-    return {path: path.stat().st_size for pattern in _NOTES for path in sorted(cache_dir.glob(pattern))}
+    sizes = {}
+    for path in (path for pattern in _NOTES for path in sorted(cache_dir.glob(pattern))):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            sizes[path] = path.stat().st_size
+    return sizes
 
 
 def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:
