@@ -26,7 +26,7 @@ from pydantic import TypeAdapter
 
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
-from carft_ray.recipe.sets import SetSpec
+from carft_ray.recipe.schema.sets import SetSpec
 
 KINDS = {
     "folder": {"source": "folder", "path": "images"},

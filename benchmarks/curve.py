@@ -30,16 +30,16 @@ import pyarrow.parquet as pq
 
 from benchmarks.rows import Row
 from benchmarks.table import TABLE
-from carft_ray import console
 from carft_ray.errors import CarftError
 from carft_ray.evaluation.alpha import choose_point
 from carft_ray.evaluation.objective import ID_SET
-from carft_ray.evaluation.shared_inputs import load_shared_inputs
-from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.layout import RESULT
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.trial_values import apply
+from carft_ray.training.context import RunContext
+from carft_ray.training.run import prepare, run_training
+from carft_ray.training.shared_inputs import load_shared_inputs
+from carft_ray.ui import console
 
 RECIPE = Path(__file__).resolve().parents[1] / "search_spaces" / "quickstart.yaml"
 ONE_THREAD = ("resources.cpus_per_worker=1", "resources.targets=stored")

@@ -34,14 +34,14 @@ import torch
 
 from benchmarks import acceptance
 from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all
-from carft_ray import console, files
+from carft_ray import files
 from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.launch.figures.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.parameters import FloatParameter
-from carft_ray.recipe.schema import DEFAULT_GRID, Recipe
+from carft_ray.recipe.schema.parameters import FloatParameter
+from carft_ray.recipe.schema.recipe import DEFAULT_GRID, Recipe
 from carft_ray.results.statistics.intervals import (
     OVER_SEEDS_AND_IMAGES,
     Interval,
@@ -50,6 +50,7 @@ from carft_ray.results.statistics.intervals import (
     objective_difference,
     paired_differences,
 )
+from carft_ray.ui import console
 
 METHOD_COLOURS = ("#222222", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
 METHOD_MARKS = ("*", "s", "o", "D", "^", "v")

@@ -32,14 +32,14 @@ import numpy as np
 
 from carft_ray import files
 from carft_ray.layout import HEARTBEAT, JOURNAL, METRICS, RESOLVED, RESULT
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, trial_name
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import storage_of
 from carft_ray.study.study import Study
+from carft_ray.training.context import RunContext
 
 PARTS = ("throughput", "study", "driver")
 SIZES = (10, 1_000, 10_000)
@@ -293,9 +293,9 @@ def driver_cost(
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
     from carft_ray.launch.ray_cluster.concurrency import AtATime
-    from carft_ray.live import SearchView
-    from carft_ray.progress import REFRESH_PER_S
     from carft_ray.study.rows import trials
+    from carft_ray.ui.live import SearchView
+    from carft_ray.ui.progress import REFRESH_PER_S
 
     fill(study_dir, num_finished, "random")  # proposals are not what is measured here
     recipe = recipe_of(num_finished + num_live, "random")

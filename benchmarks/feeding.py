@@ -36,10 +36,10 @@ from carft_ray.data.images import decode_image
 from carft_ray.data.source import IdArray, IntArray, PixelArray
 from carft_ray.data.views import view_batch
 from carft_ray.environment import usable_cores
-from carft_ray.learning import loop
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.targets import Targets
-from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.training import loop
+from carft_ray.training.context import RunContext
+from carft_ray.training.targets import Targets
 
 SIDE, WIDTH, HEIGHT, CROP_SCALE = 224, 500, 375, 0.9
 LIGHT, HEAVY = (0.75, 90), (0.95, 94)  # detail and quality of the pictures: 46 and 108 kB

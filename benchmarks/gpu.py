@@ -42,13 +42,13 @@ from benchmarks.towers import TOWERS, Tower, num_operations, peak_of
 from carft_ray.data.views import view_batch
 from carft_ray.environment import usable_cores
 from carft_ray.errors import CarftError
-from carft_ray.learning import loop
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.memory import is_out_of_memory
-from carft_ray.learning.models.clip import Clip, load_clip, wrap_model
-from carft_ray.learning.models.tower import has_compiler
-from carft_ray.learning.targets import BLOCK, Targets, write_block
-from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig
+from carft_ray.model.clip import Clip, load_clip, wrap_model
+from carft_ray.model.tower import has_compiler
+from carft_ray.recipe.schema.fine_tuning import ModelConfig, TrainConfig
+from carft_ray.training import loop
+from carft_ray.training.context import RunContext
+from carft_ray.training.out_of_memory import is_out_of_memory
+from carft_ray.training.targets import BLOCK, Targets, write_block
 
 NUM_CLASSES, NUM_CONTEXTS, CONTEXT_SCALE = 1000, 80, 100.0
 MOST_CPUS = 20

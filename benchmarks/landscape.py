@@ -23,7 +23,7 @@ from benchmarks.effect import space_of
 from benchmarks.table import GRID, SPACE
 from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.alpha import choose_point
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 
 SMOOTHING = 1e-2  # of the spline; in the units of scipy's RBFInterpolator
 FOLDS = 10

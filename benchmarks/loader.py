@@ -32,19 +32,19 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
 from benchmarks.photos import CLASSES, write_tree
-from carft_ray.data.caching.arrays import image_set
-from carft_ray.data.caching.cache import list_entries
-from carft_ray.data.caching.packed import PackedSource
+from carft_ray.data.cache import list_entries
+from carft_ray.data.decoded import image_set
 from carft_ray.data.listing import StoredSource
+from carft_ray.data.packed import PackedSource
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.data.source import ImageSet, Source
-from carft_ray.learning import loop
-from carft_ray.learning.classifier import normalised
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.targets import Targets
-from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.sets import FolderSet
+from carft_ray.model.classifier import normalised
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.sets import FolderSet
+from carft_ray.training import loop
+from carft_ray.training.context import RunContext
+from carft_ray.training.targets import Targets
 
 SIDE = 224
 SIZES = ((224, 224), (500, 375))
@@ -68,7 +68,7 @@ def folder_pass(root: Path, batch_size: int, workers: int, training: bool, to_fl
 
 
 def evaluation_pass(images: ImageSet, batch_size: int, to_floats: bool) -> Pass:
-    """Returns a pass over a decoded set as ``evaluation.evaluate`` reads it."""
+    """Returns a pass over a decoded set as ``training.evaluate`` reads it."""
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
 
     def one_pass() -> int:

@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from carft_ray.data.content import DIGEST_BYTES
+from carft_ray.data.copies.find import candidates, distances
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import decode_image
 from carft_ray.data.records import Records, thumbnails_of
-from carft_ray.data.shared.overlap import candidates, distances
-from carft_ray.data.shared.same_picture import LIMIT, grey_picture, picture_distance
+from carft_ray.data.same_picture import LIMIT, grey_picture, picture_distance
 from carft_ray.data.source import PixelArray
 from carft_ray.data.synthetic.sandbox import DOMAINS, sandbox_source
 

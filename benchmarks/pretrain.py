@@ -1,7 +1,7 @@
 """Makes the sandbox's tiny CLIP from nothing. ``python -m benchmarks.pretrain --to DIR``
 
 Contrastive pre-training on procedural pictures and their captions: so the packaged weights were made
-(``carft_ray/learning/models/sandbox_weights``). Takes about ten minutes on one idle core.
+(``carft_ray/model/sandbox_weights``). Takes about ten minutes on one idle core.
 
 Shape letters: B pictures of a batch, U distinct captions of the batch, D embedding dimension.
 """

@@ -6,7 +6,7 @@ threads, a plain loop that reads and decodes each file (``images.decode_image``)
 which hashes, decodes, makes thumbnails and writes what it has found. Printed are the medians of files per second and
 the ratio of the two, turn by turn.
 
-In the same way it builds a decoded set of 224 pixels (``data.caching.arrays``) with one thread and with all.
+In the same way it builds a decoded set of 224 pixels (``data.decoded``) with one thread and with all.
 
 ``PASS_RATIO`` was fixed before: of each size the pass must read .8 of the files that the plain loop reads.
 """
@@ -28,14 +28,14 @@ from PIL import Image
 
 from benchmarks.photos import write_tree
 from carft_ray.data import content
-from carft_ray.data.caching.arrays import image_set
 from carft_ray.data.content import reading_threads
+from carft_ray.data.decoded import image_set
 from carft_ray.data.images import decode_image, read_bytes
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import list_set
 from carft_ray.data.records import CHUNK, records
 from carft_ray.data.selection import unlabelled_source
-from carft_ray.recipe.sets import FolderSet
+from carft_ray.recipe.schema.sets import FolderSet
 
 PASS_RATIO = 0.8
 SIZES = ((500, 375), (224, 224))

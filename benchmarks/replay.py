@@ -28,16 +28,17 @@ from benchmarks.effect import space_of
 from benchmarks.landscape import FOLDS, FloatArray, Landscape, covered, read_landscape
 from benchmarks.rows import Row
 from benchmarks.table import RECIPE, SPACE, TABLE
-from carft_ray import console, files
+from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError
 from carft_ray.layout import RESULT
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.parameters import FloatParameter
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.parameters import FloatParameter
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import FORMAT_VERSION, Failure, TrialRow, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
+from carft_ray.ui import console
 
 NUM_SEEDS = 20
 NUM_TRIALS = 30

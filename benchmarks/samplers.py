@@ -20,7 +20,7 @@ from benchmarks.landscape import FloatArray, Landscape, covered, read_landscape
 from benchmarks.replay import NUM_SEEDS, mean_with_interval, search
 from benchmarks.table import RECIPE, SPACE, TABLE
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_row
 

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from carft_ray import console
 from carft_ray.errors import CarftError, Problem, UsageError
+from carft_ray.ui import console
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_RUNS = 5

@@ -31,16 +31,16 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.rows import Row, median_row
 from carft_ray.data.views import view_batch
-from carft_ray.evaluation import training
-from carft_ray.evaluation.heads import cached_heads
-from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
-from carft_ray.learning.classifier import build_classifier
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import fine_tune
-from carft_ray.learning.models.clip import load_clip
-from carft_ray.learning.optimizer import build_optimizer
-from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.model.classifier import build_classifier
+from carft_ray.model.clip import load_clip
+from carft_ray.model.heads import cached_heads
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.training import run
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import fine_tune
+from carft_ray.training.optimizer import build_optimizer
+from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
@@ -165,7 +165,7 @@ def first_step(prepared: Path | None, epochs: int) -> dict[str, float]:
     register_optimizer_step_post_hook(begun)
     with tempfile.TemporaryDirectory(prefix="carft-first-") as folder:
         try:
-            training.run_training(recipe, Path(folder), prepared, RunContext())
+            run.run_training(recipe, Path(folder), prepared, RunContext())
         except _BegunError:
             return {"imported": imported, "done": time.time()}
     raise RuntimeError("the training ended without a step")
@@ -180,7 +180,7 @@ def first_rows(turns: int) -> list[Row]:
     inner: dict[str, list[float]] = {name: [] for name in cases}
     with tempfile.TemporaryDirectory(prefix="carft-first-") as folder:
         prepared = Path(folder) / "prepared"
-        training.prepare(recipe, prepared)
+        run.prepare(recipe, prepared)
         for turn in range(turns + 1):
             for name, epochs in cases.items():
                 command = [sys.executable, "-m", "benchmarks.steps", "--begin", str(prepared) if epochs else "-"]

@@ -27,12 +27,13 @@ import pyarrow.parquet as pq
 from scipy.stats import qmc
 
 from benchmarks.trainings import Clock, Finished, Planned, open_bench, run_all
-from carft_ray import console, files
+from carft_ray import files
 from carft_ray.errors import CarftError
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import correct_matrix
 from carft_ray.layout import METRICS
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.ui import console
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"

@@ -33,23 +33,23 @@ import pyarrow as pa
 import torch
 
 from carft_ray import files
-from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.decoded import image_set
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
-from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
-from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import RESULT, WEIGHTS
-from carft_ray.learning.checkpoint import load_tensors
-from carft_ray.learning.classifier import build_classifier
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun
-from carft_ray.learning.mixing import Mixtures
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.model.classifier import build_classifier
+from carft_ray.model.mixing import Mixtures
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.trial_values import apply
+from carft_ray.training.checkpoint import load_tensors
+from carft_ray.training.context import RunContext
+from carft_ray.training.evaluate import predict_all
+from carft_ray.training.loop import StoppedRun
+from carft_ray.training.run import prepare, run_training
+from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 
 ID_TEST = "id_test"
 DIVERGED = "diverged.txt"

@@ -1,7 +1,8 @@
 """carft-ray: Ray-distributed hyperparameter search for CAR-FT (context-aware robust fine-tuning of CLIP).
 
-``carft_ray.search`` and its like do what the commands of these names do, see ``carft_ray.actions``;
-``carft_ray.open_study`` reads the results of a study, see ``carft_ray.api``. To import the package loads nothing heavy.
+``carft_ray.search`` and its like do what the commands of these names do, see ``carft_ray.api.actions``;
+``carft_ray.open_study`` reads the results of a study, see ``carft_ray.api.studies``. To import the package loads
+nothing heavy.
 """
 
 import importlib
@@ -10,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from carft_ray import errors as errors
 
 if TYPE_CHECKING:
-    from carft_ray.actions import confirm, evaluate, export, report, resume, search, train
-    from carft_ray.api import Study, open_study
-    from carft_ray.checks import load_recipe
+    from carft_ray.api.actions import confirm, evaluate, export, report, resume, search, train
+    from carft_ray.api.checks import load_recipe
+    from carft_ray.api.studies import Study, open_study
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,13 +29,13 @@ __all__ = [
     "search",
     "train",
 ]
-_MODULES = {"Study": "api", "open_study": "api", "load_recipe": "checks"}  # all others: actions
+_MODULES = {"Study": "studies", "open_study": "studies", "load_recipe": "checks"}  # all others: actions
 
 
 def __getattr__(name: str) -> Any:
     """Loads the API when it is first asked for."""
     if name in __all__:
-        return getattr(importlib.import_module(f"carft_ray.{_MODULES.get(name, 'actions')}"), name)
+        return getattr(importlib.import_module(f"carft_ray.api.{_MODULES.get(name, 'actions')}"), name)
     raise AttributeError(f"module 'carft_ray' has no attribute {name!r}")
 
 

@@ -72,7 +72,7 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
                 lines = ["```{toctree}", ":hidden:", f":caption: {title}", "", *(f"/{one}" for one in pages), "```"]
                 source[0] += "\n" + "\n".join(lines) + "\n"
     if page == "docs/api":
-        for module in ("carft_ray", "carft_ray.learning"):
+        for module in ("carft_ray", "carft_ray.training"):
             source[0] = source[0].replace(f"<!-- {module} -->", _directives(module))
 
 

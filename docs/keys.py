@@ -18,13 +18,13 @@ from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from ruamel.yaml import YAML
 
-from carft_ray.recipe.fields import Config, core_type, is_config, members, resume_of
-from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.parameters import SEARCHABLE, AnyParameter
 from carft_ray.recipe.presets import SCHEMA
-from carft_ray.recipe.sampling import AnyPruner, AnySampler
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import SetSpec
+from carft_ray.recipe.schema.fields import Config, core_type, is_config, members, resume_of
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.parameters import SEARCHABLE, AnyParameter
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sampling import AnyPruner, AnySampler
+from carft_ray.recipe.schema.sets import SetSpec
 
 Schema = dict[str, Any]
 Tables = dict[str, list[str]]

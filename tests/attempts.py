@@ -17,18 +17,18 @@ import stand_in
 import torch
 
 from carft_ray.errors import OutOfMemoryError
-from carft_ray.evaluation import training
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged
 from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Node
 from carft_ray.launch.runtime import Runner, make_runtime, stop_reader
 from carft_ray.launch.worker import run_worker
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.memory import micro_batch_of, shortage
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
+from carft_ray.training import run
+from carft_ray.training.context import RunContext
+from carft_ray.training.out_of_memory import micro_batch_of, shortage
 
 HERE = Path(__file__).parent
 STAND_IN = Runner(stand_in.prepare, stand_in.train)
@@ -64,7 +64,7 @@ def capped(megabytes, *args):
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + megabytes * 2**20, resource.RLIM_INFINITY))
-    return training.run_training(*args)
+    return run.run_training(*args)
 
 
 def without_memory(recipe, *args):
@@ -74,7 +74,7 @@ def without_memory(recipe, *args):
 
 
 def limited(megabytes):
-    return Runner(training.prepare, partial(capped, megabytes))
+    return Runner(run.prepare, partial(capped, megabytes))
 
 
 def plan_of(study, runner=STAND_IN):

@@ -28,9 +28,9 @@ def import_everything():
     import pandas  # noqa: F401  (pyarrow would load it in every fork)
 
     from carft_ray import errors
-    from carft_ray.data.caching.arrays import image_set
-    from carft_ray.data.caching.packed import PackedSource
+    from carft_ray.data.decoded import image_set
     from carft_ray.data.images import decode_image
+    from carft_ray.data.packed import PackedSource
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,6 @@ __all__ = ["call", "import_everything"]
 
 def import_everything():
     import carft_ray.launch.runs.confirm
-    import carft_ray.results.confirmation.summary  # noqa: F401
+    import carft_ray.results.confirm.summary  # noqa: F401
 
     crash_host.import_everything()

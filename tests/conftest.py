@@ -142,6 +142,6 @@ def heads(tiny_clip):
 
 
 def _heads(clip):
-    from carft_ray.evaluation.heads import build_heads
+    from carft_ray.model.heads import build_heads
 
     return build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)

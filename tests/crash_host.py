@@ -233,12 +233,6 @@ def import_everything():
     import scipy.stats  # noqa: F401
     import torch
 
-    import carft_ray.cli
-    import carft_ray.evaluation.training
-    import carft_ray.launch.runs.single
-    import carft_ray.progress
-    import carft_ray.recipe.checks.advice  # noqa: F401
-
     PIL.Image.preinit()
     torch.set_num_threads(1)
     gc.collect()

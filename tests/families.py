@@ -12,8 +12,8 @@ import timm
 import torch
 from timm.models import register_model
 
-from carft_ray.learning.checkpoint import save_tensors
-from carft_ray.learning.models.building import quiet
+from carft_ray.model.building import quiet
+from carft_ray.training.checkpoint import save_tensors
 
 WORDS = ("a", "photo", "of", "the", "sketch", "dark", "painting", "in", "fog", "cat", "dog", "car", "tree", "house")
 VIT = {"width": 32, "head_width": 16, "layers": 2}

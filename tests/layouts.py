@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from carft_ray.data.benchmark_sets.facts import load_facts
+from carft_ray.data.benchmarks.facts import load_facts
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 OBJECTNET_ONLY = ("air_freshener", "baby_trap")  # folders that ImageNet has no class for

@@ -11,19 +11,19 @@ from optuna.trial import create_trial
 from stand_in import SANDBOX_SET
 
 from carft_ray import files
-from carft_ray.answers import Report
+from carft_ray.api.answers import Report
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, write_predictions
-from carft_ray.evaluation.thumbnails import write_thumbnails
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study import rows
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running
+from carft_ray.training.thumbnails import write_thumbnails
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 IMAGES = {"id_val": 160, "noisy": 80, "blurry": 80}
@@ -243,14 +243,14 @@ def levels(level, sets, seed=0, alpha=0.6):
 
 def confirm_study(study_dir, recipe, winner, level, seeds):
     """Writes a confirm in which the winner has a level and the baseline 0.6; returns its summary."""
-    from carft_ray.results.confirmation import plan, summary
+    from carft_ray.results.confirm import configurations, summary
 
     rows = (
-        plan.PlanRow(winner, "winner", winner, 0.6, {}, 0.7),
-        plan.PlanRow("fine_tuning", "baseline", "fine_tuning", 0.6, {}, 0.65),
-        plan.PlanRow("zero_shot", "baseline", None, 0.0, {}, 0.5),
+        configurations.PlanRow(winner, "winner", winner, 0.6, {}, 0.7),
+        configurations.PlanRow("fine_tuning", "baseline", "fine_tuning", 0.6, {}, 0.65),
+        configurations.PlanRow("zero_shot", "baseline", None, 0.0, {}, 0.5),
     )
-    stage, sets = plan.Stage(winner, tuple(seeds), rows), objective_spec(recipe).sets
+    stage, sets = configurations.Stage(winner, tuple(seeds), rows), objective_spec(recipe).sets
     for number, row in enumerate(rows[:2]):
         for seed, name in zip(seeds, stage.names(row), strict=True):
             folder = study_dir / "confirm" / name

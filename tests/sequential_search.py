@@ -11,11 +11,11 @@ import stand_in
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError
-from carft_ray.learning.context import RunContext
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.trial_values import apply
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
+from carft_ray.training.context import RunContext
 
 DIVERGES = 2  # number of the trial that does
 EPOCHS = 3

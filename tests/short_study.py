@@ -1,14 +1,14 @@
 """A study of short trainings made in this process, as a search makes it, without Ray: seconds instead of a minute."""
 
 from carft_ray import environment, files
-from carft_ray.evaluation.training import prepare, run_training
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.schema import with_threads
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.recipe import with_threads
+from carft_ray.recipe.trial_values import apply
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import record_provenance
 from carft_ray.study.recovery import recover_running
+from carft_ray.training.context import RunContext
+from carft_ray.training.run import prepare, run_training
 
 
 def search(study_dir, recipe, num_attempts=None):

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from carft_ray.data.caching import packed
-from carft_ray.evaluation import shared_inputs, training  # noqa: F401  (with torch: nothing is imported within a trial)
+from carft_ray.data import packed
 from carft_ray.launch import runtime
 from carft_ray.layout import STOP
+from carft_ray.training import run, shared_inputs  # noqa: F401  (with torch: nothing is imported within a trial)
 
 SECONDS = 24.0  # of a build
 FILL_S = 12.0  # of one before the first trial: each node tells of it after three seconds, the driver of both

@@ -8,7 +8,7 @@ from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.sets import SetSpec
+from carft_ray.recipe.schema.sets import SetSpec
 
 
 def absolute_set(spec, base_dir):

@@ -13,7 +13,7 @@ from unittest import mock
 import stand_in
 
 from carft_ray.launch import runtime
-from carft_ray.learning import loop
+from carft_ray.training import loop
 
 prepare = runtime.prepare
 

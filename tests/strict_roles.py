@@ -1,6 +1,6 @@
 """The comparison of roles as ``data.shared_images: fail`` makes it."""
 
-from carft_ray.data.shared.shared_images import find_shared
+from carft_ray.data.copies.shared_images import find_shared
 
 
 def check_overlap(recipe, cache_dir):

@@ -23,7 +23,7 @@ prepare = runtime.prepare
 PLACES = {
     "all_reduce": "torch.distributed.all_reduce",  # the means of a window
     "broadcast": "torch.distributed.broadcast",  # rank 1 waits in it while rank 0 writes a checkpoint
-    "checkpoint": "carft_ray.learning.checkpoint.save_tensors",  # rank 0 alone; twice for each
+    "checkpoint": "carft_ray.training.checkpoint.save_tensors",  # rank 0 alone; twice for each
 }
 
 
@@ -74,9 +74,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     with contextlib.ExitStack() as patches:
         for place, target in PLACES.items():
             patches.enter_context(replaced(target, counted(lambda place=place: place)))
-        patches.enter_context(
-            replaced("carft_ray.evaluation.training.predict_all", counted(lambda: state["evaluated"]))
-        )
-        patches.enter_context(replaced("carft_ray.evaluation.training.fine_tune", fine_tuning))
+        patches.enter_context(replaced("carft_ray.training.run.predict_all", counted(lambda: state["evaluated"])))
+        patches.enter_context(replaced("carft_ray.training.run.fine_tune", fine_tuning))
         patches.enter_context(replaced("torch.nn.parallel.DistributedDataParallel.__init__", hooking))
         return runtime.train(recipe, out_dir, prepared_dir, context, attempt)

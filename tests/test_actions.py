@@ -16,7 +16,7 @@ import typer.main
 from test_debug import numbers as results
 
 import carft_ray
-from carft_ray import actions, notebook, progress
+from carft_ray.api import actions
 from carft_ray.cli import app
 from carft_ray.errors import (
     DataError,
@@ -31,6 +31,7 @@ from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.recipe.text import parse
 from carft_ray.study.lock import study_lock
 from carft_ray.study.outcome import TrialRow
+from carft_ray.ui import notebook, progress
 
 DEBUG = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2}
 

@@ -9,8 +9,8 @@ from carft_ray.errors import DataError, DivergedError
 from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
 from carft_ray.evaluation.predictions import concat, predictions_table
-from carft_ray.recipe.schema import DEFAULT_GRID
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.recipe import DEFAULT_GRID
+from carft_ray.recipe.trial_values import apply
 
 MEASURED = tuple(sorted({*DEFAULT_GRID, 0.1}))  # by default: the grid and the lowest alpha that may be chosen
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("sketch",), 0.5)

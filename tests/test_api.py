@@ -12,7 +12,7 @@ import short_study
 import short_training
 
 import carft_ray
-from carft_ray import api
+from carft_ray.api import studies
 from carft_ray.errors import NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.recipe.loading import load_recipe
@@ -40,7 +40,7 @@ def study_dir(original, tmp_path):
 @pytest.mark.slow
 def test_the_example_of_the_module_gives_what_it_says(original, monkeypatch):
     monkeypatch.chdir(original.parents[1])
-    found = doctest.testmod(api)
+    found = doctest.testmod(studies)
     assert (found.failed, found.attempted) == (0, 7)
 
 
@@ -77,10 +77,10 @@ def test_baselines_are_a_table_too_with_null_where_a_row_has_no_value(original):
 
 def test_values_of_several_kinds_share_a_column():
     rows = [TrialRow("trial", n, f"t{n}", values, "complete") for n, values in enumerate(({"a": 1}, {"a": 0.5}, {}))]
-    assert api.rows_table(rows)["a"].to_pylist() == [1.0, 0.5, None]
+    assert studies.rows_table(rows)["a"].to_pylist() == [1.0, 0.5, None]
     rows.append(TrialRow("trial", 3, "t3", {"a": "auto"}, "complete"))
-    assert api.rows_table(rows)["a"].to_pylist() == ["1", "0.5", None, "auto"]
-    assert api.rows_table([]).schema.field("objective").type == pa.float64()
+    assert studies.rows_table(rows)["a"].to_pylist() == ["1", "0.5", None, "auto"]
+    assert studies.rows_table([]).schema.field("objective").type == pa.float64()
 
 
 def test_best_metrics_and_predictions_belong_together(original):

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.decoded import image_set
 from carft_ray.errors import DataError, StorageError
 
 REPOSITORY = Path(__file__).parent.parent

@@ -21,8 +21,8 @@ from strict_roles import check_overlap
 from test_search_spaces import FOLDER
 
 from carft_ray.cli import main
-from carft_ray.data.benchmark_sets.facts import load_facts
-from carft_ray.data.benchmark_sets.reader import LAYOUTS, benchmark_places, benchmark_words, known_facts, num_expected
+from carft_ray.data.benchmarks.facts import load_facts
+from carft_ray.data.benchmarks.reader import LAYOUTS, benchmark_places, benchmark_words, known_facts, num_expected
 from carft_ray.data.sets import check_roles, check_sets, class_names
 from carft_ray.data.synthetic.corruptions import CORRUPTIONS
 from carft_ray.errors import DataError
@@ -30,8 +30,8 @@ from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import Corruption, SetSpec, plain
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import Corruption, SetSpec, plain
 
 pytestmark = pytest.mark.slow
 

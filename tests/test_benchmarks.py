@@ -46,19 +46,19 @@ from benchmarks.acceptance import (
 from benchmarks.peers import careful
 from benchmarks.rows import Row
 from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
-from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.decoded import image_set
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import CarftError
-from carft_ray.evaluation.training import prepare
-from carft_ray.learning.loop import same_attention
-from carft_ray.learning.models.opening import SANDBOX_WEIGHTS
+from carft_ray.model.opening import SANDBOX_WEIGHTS
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.parameters import FloatParameter
-from carft_ray.recipe.sets import FolderSet
+from carft_ray.recipe.schema.parameters import FloatParameter
+from carft_ray.recipe.schema.sets import FolderSet
 from carft_ray.study.outcome import trial_name
 from carft_ray.study.rows import trials
+from carft_ray.training.loop import same_attention
+from carft_ray.training.run import prepare
 
 SPACE = {
     "learning_rate": FloatParameter(low=1e-4, high=1e-2, log=True),

@@ -22,7 +22,7 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.layout import HEARTBEAT
-from carft_ray.recipe.schema import BudgetConfig
+from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading import documents, overview
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

@@ -16,11 +16,11 @@ import pytest
 import short_training
 from cache_builds import Pictures, halve
 
-from carft_ray.data.caching import cache, packed
-from carft_ray.data.caching.arrays import image_set
-from carft_ray.data.caching.index import kept_index
-from carft_ray.data.caching.packed import PackedSource, pays
+from carft_ray.data import cache, packed
 from carft_ray.data.content import set_digest
+from carft_ray.data.decoded import image_set
+from carft_ray.data.file_index import kept_index
+from carft_ray.data.packed import PackedSource, pays
 from carft_ray.errors import DataError, StorageError
 
 cache_builds.import_everything()

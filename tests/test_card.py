@@ -6,8 +6,8 @@ import crash_host
 import pytest
 from report_studies import confirm_study, of_kinds, read_test_sets
 
-from carft_ray.results.pages.card import Line, latex_card, text_card, verdict
-from carft_ray.results.pages.data import page_document
+from carft_ray.results.page.data import page_document
+from carft_ray.results.page.verdict import Line, latex_card, text_card, verdict
 from carft_ray.results.reading.overview import read_study
 from carft_ray.results.statistics.paired import comparison_lines
 

@@ -5,9 +5,9 @@ import json
 import open_clip
 import pytest
 
-from carft_ray.learning.models.catalog import activation_problems, check_model, size_problems
-from carft_ray.recipe.fine_tuning import ModelConfig
+from carft_ray.model.catalog import activation_problems, check_model, size_problems
 from carft_ray.recipe.loading import absolute_paths
+from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
 
 def test_each_tag_is_refused_under_the_name_of_the_other_activation(tmp_path):

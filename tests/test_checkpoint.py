@@ -16,7 +16,8 @@ import torch
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning.checkpoint import (
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.training.checkpoint import (
     Checkpoint,
     load_checkpoint,
     load_optimizer_tensors,
@@ -26,7 +27,6 @@ from carft_ray.learning.checkpoint import (
     save_checkpoint,
     save_tensors,
 )
-from carft_ray.recipe.loading import load_recipe
 
 
 def checkpoint(step=8, value=1.0):

@@ -14,7 +14,7 @@ from carft_ray.errors import NoSuccessfulTrialError, UsageError
 from carft_ray.evaluation.predictions import correct, predictions_table, read_predictions, write_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.diff import compare
+from carft_ray.results.compare import compare
 from carft_ray.results.reading.finished import split_target
 from carft_ray.results.statistics.intervals import OVER_IMAGES
 

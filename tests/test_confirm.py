@@ -11,11 +11,9 @@ from stand_in import make_recipe
 
 from carft_ray.errors import InterruptedRunError, NoSuccessfulTrialError, UsageError
 from carft_ray.launch.events import Started
-from carft_ray.learning.context import RunContext
-from carft_ray.progress import search_shown
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.spaces.space import apply
-from carft_ray.results.confirmation.plan import (
+from carft_ray.recipe.trial_values import apply
+from carft_ray.results.confirm.configurations import (
     SEED_STEP,
     cost,
     first_stage,
@@ -30,9 +28,11 @@ from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.ledger import read_ledger, record
 from carft_ray.study.opening import open_study
-from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import confirmations, trials
+from carft_ray.study.warm_start import inherited_reads
+from carft_ray.training.context import RunContext
+from carft_ray.ui.progress import search_shown
 
 
 def finish(study, spec, objective, alpha=0.5):
@@ -267,7 +267,7 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monk
         raise InterruptedRunError("stopped")
 
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
-    monkeypatch.setattr("carft_ray.console.err", terminal)
+    monkeypatch.setattr("carft_ray.ui.console.err", terminal)
     monkeypatch.setattr("carft_ray.launch.runs.confirm.run_confirm", stopped)
     written = view.study_dir / "resolved.yaml"
     written.write_text(written.read_text().replace("batch_size: 512", "batch_size: 64"))  # of 64 images

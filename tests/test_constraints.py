@@ -13,9 +13,9 @@ from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
 from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table
 from carft_ray.recipe.checks.advice import warnings
-from carft_ray.recipe.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import alone
+from carft_ray.recipe.schema.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
+from carft_ray.recipe.schema.recipe import alone
 from carft_ray.results.reading.documents import listing, status
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study

@@ -21,11 +21,11 @@ from carft_ray.data.synthetic.corrupted import squared
 from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES
 from carft_ray.errors import DataError, HoldOutError
-from carft_ray.evaluation.origin import set_contents
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.identity import class_of
+from carft_ray.training.origin import set_contents
 
 SANDBOX = {"source": "sandbox", "domain": "photo", "split": "val", "num_per_class": 4}
 NAMES = ("bird", "cat", "dog")

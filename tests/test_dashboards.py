@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import short_training
 
-from carft_ray.evaluation.training import prepare, run_training
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.trial_values import apply
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
+from carft_ray.training.context import RunContext
+from carft_ray.training.run import prepare, run_training
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,10 @@ from carft_ray.launch import runtime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import AtATime
-from carft_ray.learning.checkpoint import newest_checkpoint
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat, read_result
 from carft_ray.study.recovery import recover_running
+from carft_ray.training.checkpoint import newest_checkpoint
 
 SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
 

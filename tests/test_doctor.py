@@ -11,9 +11,9 @@ from PIL import Image
 from short_training import write_model
 
 from carft_ray import words
-from carft_ray.evaluation import doctor
-from carft_ray.evaluation.doctor import as_plain_data, examine, zero_shot_findings
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.training import doctor
+from carft_ray.training.doctor import as_plain_data, examine, zero_shot_findings
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,10 @@ from torch.distributed import TCPStore
 
 import cluster
 from carft_ray import environment
-from carft_ray.console import node_table
 from carft_ray.launch.ray_cluster import checkup, node_facts
 from carft_ray.launch.ray_cluster.checkup import LIBRARIES, NodeReport, judge, judge_node, recipe_paths
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.ui.console import node_table
 
 HERE = {"python": environment.versions()["python"], **environment.versions_of(LIBRARIES)}
 GB = 10**9

@@ -75,7 +75,7 @@ def test_numbers_of_the_documents_are_those_of_the_package():
     [named] = re.findall(
         r"ImageNet with V2, R, A, Sketch and ObjectNet, DomainBed, WILDS, CIFAR and (\w+) more", tutorial
     )
-    facts = {path.stem for path in (ROOT / "carft_ray/data/benchmark_sets/facts").glob("*.json")}
+    facts = {path.stem for path in (ROOT / "carft_ray/data/benchmarks/facts").glob("*.json")}
     domain_bed = {"pacs", "vlcs", "office-home", "terra-incognita", "domain-net"}
     others = facts - domain_bed - {"fmow", "iwildcam", "camelyon17", "objectnet"}
     assert named == NUMBERS[len([name for name in others if not name.startswith(("imagenet", "cifar"))])]

@@ -30,15 +30,15 @@ import carft_ray
 from carft_ray.data.sets import check_sets
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import StorageError, UsageError
-from carft_ray.evaluation.evaluate import predict
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.models.catalog import check_model
+from carft_ray.model.catalog import check_model
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.exports import export as exporting
-from carft_ray.results.exports.export import TOLERANCE, export_model
-from carft_ray.results.exports.model_card import model_card
+from carft_ray.results.export import export as exporting
+from carft_ray.results.export.export import TOLERANCE, export_model
+from carft_ray.results.export.model_card import model_card
 from carft_ray.results.reading.trained import evaluate_trained, open_trained
+from carft_ray.training.context import RunContext
+from carft_ray.training.evaluate import predict
 
 # what a user of an export has: its folder, PNG images, and the code on its model card
 STOCK = """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from carft_ray.data.benchmark_sets.facts import FOLDER, fact_names, label_groups, load_facts, prompt_words, read_file
+from carft_ray.data.benchmarks.facts import FOLDER, fact_names, label_groups, load_facts, prompt_words, read_file
 from carft_ray.errors import DataError
 
 ITEMS = ("classes", "words", "groups", "domains", "counts", "templates", "table")

@@ -11,11 +11,11 @@ from PIL import Image
 from tiny import load_folder
 from torch.nn import functional
 
-from carft_ray.evaluation.heads import build_heads
-from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.losses import context_distribution, context_kl
-from carft_ray.learning.models.building import quiet
-from carft_ray.learning.models.tower import layer_groups
+from carft_ray.model.building import quiet
+from carft_ray.model.classifier import ImageClassifier
+from carft_ray.model.heads import build_heads
+from carft_ray.model.tower import layer_groups
+from carft_ray.training.losses import context_distribution, context_kl
 
 pytestmark = pytest.mark.slow
 

@@ -10,11 +10,11 @@ import torch
 from conftest import ArraySource
 
 from carft_ray.data.views import view_batch
-from carft_ray.learning import feeding
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import _views
-from carft_ray.learning.targets import Targets
-from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.training import feeding
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import _views
+from carft_ray.training.targets import Targets
 
 CPU = torch.device("cpu")
 

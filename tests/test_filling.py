@@ -14,16 +14,16 @@ from ray.cluster_utils import Cluster
 from test_lost import gloo
 
 from carft_ray.errors import DataError, InterruptedRunError
-from carft_ray.evaluation import shared_inputs
 from carft_ray.launch import worker
 from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import HEARTBEAT
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.training import shared_inputs
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import StoppedRun
 
 HERE = Path(__file__).parent
 PREPARED = Path("none")  # no set was listed before

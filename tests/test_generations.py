@@ -14,9 +14,9 @@ from test_study import fail, optuna_study, run_all, write_result
 import carft_ray
 from carft_ray.errors import HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.grid import contains, place
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.space.grid import contains, place
+from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.overview import Overview, study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.study.lock import study_lock

@@ -150,7 +150,7 @@ def test_a_search_starts_its_workers_once_and_after_a_failure_again(tmp_path, mo
 
 
 def train_and_name_the_process(recipe, out_dir, prepared_dir, context, attempt):
-    from carft_ray.learning.ranks import gather
+    from carft_ray.training.ranks import gather
 
     pids = gather(context, os.getpid())
     if context.rank == 0:

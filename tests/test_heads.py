@@ -15,16 +15,16 @@ from families import make_tokenizer
 from open_clip.tokenizer import HFTokenizer
 from tiny import make_tiny_clip
 
-from carft_ray.data.benchmark_sets.facts import load_facts
-from carft_ray.data.caching.cache import list_entries
-from carft_ray.evaluation import heads
-from carft_ray.evaluation.doctor import examine
-from carft_ray.evaluation.heads import build_heads, cached_heads
+from carft_ray.data.benchmarks.facts import load_facts
+from carft_ray.data.cache import list_entries
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning.models.clip import templates, tokenizer_hash
-from carft_ray.recipe.fine_tuning import PromptsConfig
+from carft_ray.model import heads
+from carft_ray.model.clip import templates, tokenizer_hash
+from carft_ray.model.heads import build_heads, cached_heads
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.fine_tuning import PromptsConfig
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.training.doctor import examine
 from carft_ray.words import time_left
 
 

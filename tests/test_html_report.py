@@ -16,13 +16,13 @@ from report_studies import KINDS, of_kinds, write_page
 
 import carft_ray
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.evaluation.thumbnails import changed
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.results.pages.data import page_document
-from carft_ray.results.pages.figures import FIGURES, figures
-from carft_ray.results.pages.page import HERE, packed
+from carft_ray.results.page.data import page_document
+from carft_ray.results.page.figures import FIGURES, figures
+from carft_ray.results.page.page import HERE, packed
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
+from carft_ray.training.thumbnails import changed
 
 MAX_BYTES = 6_000_000
 

@@ -10,8 +10,8 @@ from families import make_tokenizer
 from PIL import Image
 
 from carft_ray.errors import DataError, RecipeError
-from carft_ray.learning.models.clip import load_clip
-from carft_ray.recipe.fine_tuning import ModelConfig
+from carft_ray.model.clip import load_clip
+from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,8 @@ from PIL import Image
 from tiny import CONFIG, load_folder
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
-from carft_ray.learning.models.clip import wrap_model
-from carft_ray.learning.models.hugging_face_files import misfits, to_huggingface, write_huggingface
+from carft_ray.model.clip import wrap_model
+from carft_ray.results.export.huggingface import misfits, to_huggingface, write_huggingface
 
 pytestmark = pytest.mark.slow
 

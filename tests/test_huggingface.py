@@ -12,7 +12,7 @@ from sources import open_set
 from carft_ray.data.sets import check_roles, check_sets
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 
 datasets = pytest.importorskip("datasets")
 IMAGES, OTHERS = pictures(), pictures(2, seed=1)

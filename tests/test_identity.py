@@ -13,9 +13,9 @@ from test_search_spaces import FOLDER, base_of, first_of, key_id, source_of, uni
 from test_study import run_all
 
 from carft_ray.errors import RecipeError
-from carft_ray.recipe.fields import resume_of
 from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.fields import resume_of
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.finished import read_manifest
 from carft_ray.results.reading.overview import study_recipe
 from carft_ray.study.identity import claim, class_of, record_recipe

@@ -7,7 +7,6 @@ import pytest
 from scipy import stats
 
 from benchmarks import selection
-from carft_ray import console
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics.intervals import (
@@ -21,6 +20,7 @@ from carft_ray.results.statistics.intervals import (
     paired_differences,
     rank_correlation,
 )
+from carft_ray.ui import console
 
 FIXTURE = {
     "id": np.array([[1, 1, 0, 1, 1, 0], [1, 0, 0, 1, 1, 1], [1, 1, 0, 1, 0, 1]], bool),

@@ -8,7 +8,7 @@ import torch
 from open_clip.model import _build_vision_tower
 from torch import nn
 
-from carft_ray.learning.models.tower import layer_groups
+from carft_ray.model.tower import layer_groups
 
 pytestmark = pytest.mark.slow
 

@@ -26,15 +26,15 @@ from strict_roles import check_overlap
 from benchmarks.pairs import COPIES as MADE
 from benchmarks.pairs import signed
 from carft_ray.data import records
+from carft_ray.data.copies.find import TOLERANCE, alike, candidates, distances
 from carft_ray.data.records import thumbnails_of
-from carft_ray.data.shared.overlap import TOLERANCE, alike, candidates, distances
-from carft_ray.data.shared.same_picture import LIMIT, grey_picture, picture_distance
+from carft_ray.data.same_picture import LIMIT, grey_picture, picture_distance
 from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, sandbox_source
 from carft_ray.errors import DataError, HoldOutError
-from carft_ray.evaluation import shared_inputs
-from carft_ray.evaluation import training as evaluation
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.training import run as evaluation
+from carft_ray.training import shared_inputs
+from carft_ray.training.context import RunContext
 
 pytestmark = pytest.mark.slow
 

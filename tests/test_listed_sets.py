@@ -19,7 +19,7 @@ from carft_ray.data.listed_sets import open_sets, write_sets
 from carft_ray.data.readers import list_set, listing_once
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.sets import FolderSet
+from carft_ray.recipe.schema.sets import FolderSet
 
 # what every process notes: folders listed and files opened below a root
 AUDIT = """

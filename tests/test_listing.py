@@ -11,10 +11,10 @@ from strict_roles import check_overlap
 from carft_ray.data.records import without_bad_images
 from carft_ray.data.sets import check_roles, check_sets, open_source
 from carft_ray.errors import DataError
-from carft_ray.evaluation.origin import set_contents
 from carft_ray.evaluation.predictions import predictions_table
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.training.origin import set_contents
 
 CLASSES = ("bird", "cat", "dog")
 

@@ -9,7 +9,6 @@ import stand_in
 from ray import cloudpickle
 from rich.console import Console
 
-from carft_ray import console, live, progress
 from carft_ray.launch.events import (
     BaselineFinished,
     ConcurrencyChanged,
@@ -24,6 +23,7 @@ from carft_ray.launch.events import (
 )
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.outcome import TrialRow, TrialSpec
+from carft_ray.ui import console, live, progress
 
 
 class Clock:

@@ -19,16 +19,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from carft_ray import files
 from carft_ray.data.views import permutation, view_batch
 from carft_ray.errors import DivergedError, OutdatedAttemptError, StorageError
-from carft_ray.evaluation.heads import build_heads
-from carft_ray.learning import checkpoint
-from carft_ray.learning.classifier import ImageClassifier, build_classifier, normalised
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun, fine_tune
-from carft_ray.learning.losses import Loss, context_distribution, context_kl
-from carft_ray.learning.mixing import mix_weights
-from carft_ray.learning.optimizer import build_optimizer, learning_rate_at, set_learning_rate
-from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.model.classifier import ImageClassifier, build_classifier, normalised
+from carft_ray.model.heads import build_heads
+from carft_ray.model.mixing import mix_weights
 from carft_ray.recipe.schedule import num_warmup_steps
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.training import checkpoint
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import StoppedRun, fine_tune
+from carft_ray.training.losses import Loss, context_distribution, context_kl
+from carft_ray.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 
 CPU = torch.device("cpu")
 
@@ -257,10 +257,10 @@ def test_stopping_and_resuming_ends_with_the_weights_of_an_uninterrupted_run(tin
 @pytest.fixture
 def frequent(monkeypatch):
     """Windows of two steps, and a clock that is a minute later at each look."""
-    monkeypatch.setattr("carft_ray.learning.loop.LOG_EVERY", 2)
+    monkeypatch.setattr("carft_ray.training.loop.LOG_EVERY", 2)
     minutes = itertools.count()
     clock = SimpleNamespace(monotonic=lambda: 60.0 * next(minutes), perf_counter=time.perf_counter)
-    monkeypatch.setattr("carft_ray.learning.loop.time", clock)
+    monkeypatch.setattr("carft_ray.training.loop.time", clock)
 
 
 @pytest.mark.slow
@@ -428,7 +428,7 @@ def run_worker(rank, world_size, port, folder):
     """
     import torch.distributed as dist
 
-    from carft_ray.learning import loop
+    from carft_ray.training import loop
 
     loop.LOG_EVERY = 2
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from carft_ray.learning.losses import context_distribution, context_entropy, context_kl
+from carft_ray.training.losses import context_distribution, context_entropy, context_kl
 
 B, D, T, S = 7, 12, 9, 20.0
 

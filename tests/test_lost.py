@@ -20,15 +20,15 @@ from tiny import make_tiny_clip
 
 from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, MachineError, Problem, StorageError
-from carft_ray.evaluation.heads import build_heads
 from carft_ray.launch.failures.causes import UNKNOWN, lost_rank
 from carft_ray.launch.worker import run_worker
-from carft_ray.learning import checkpoint, loop
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun, fine_tune
-from carft_ray.learning.ranks import from_rank_0, gather, on_all_ranks
+from carft_ray.model.heads import build_heads
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_failure
+from carft_ray.training import checkpoint, loop
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import StoppedRun, fine_tune
+from carft_ray.training.ranks import from_rank_0, gather, on_all_ranks
 
 TWO = RunContext(rank=1, world_size=2)
 

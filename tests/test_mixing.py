@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from carft_ray.learning.mixing import mix_weights
+from carft_ray.model.mixing import mix_weights
 
 
 @pytest.fixture

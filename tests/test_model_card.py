@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from report_studies import make_recipe
 
-from carft_ray.results.exports import model_card
+from carft_ray.results.export import model_card
 
 SIZES = ((16, 16), (40, 17), (23, 51), (7, 9), (16, 33))  # width, height; smaller than the input too
 

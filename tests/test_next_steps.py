@@ -9,8 +9,8 @@ from stand_in import make_recipe
 from suggestions import check_suggestions
 from test_verbs import BASE, begin, finish, start
 
-from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirmation.plan import PlanRow, Stage, write_plan
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.ledger import TEST, WENT_ON, record

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from carft_ray.learning.classifier import ImageClassifier
-from carft_ray.learning.models.clip import wrap_model
-from carft_ray.learning.models.onnx_files import write_onnx
+from carft_ray.model.classifier import ImageClassifier
+from carft_ray.model.clip import wrap_model
+from carft_ray.results.export.onnx import write_onnx
 
 pytestmark = pytest.mark.slow  # torch traces and translates each tower: seconds
 

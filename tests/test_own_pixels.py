@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from sources import open_set
 
-from carft_ray.data.caching import arrays, cache, packed
-from carft_ray.data.caching.arrays import DecodedSource, image_set
-from carft_ray.data.caching.packed import PackedSource
+from carft_ray.data import cache, decoded, packed
 from carft_ray.data.content import image_digest
+from carft_ray.data.decoded import DecodedSource, image_set
 from carft_ray.data.listed_sets import open_sets, write_sets
+from carft_ray.data.packed import PackedSource
 from carft_ray.data.records import records
 from carft_ray.data.source import identity
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.evaluation.shared_inputs import load_shared_inputs, target_store
-from carft_ray.evaluation.training import prepare
 from carft_ray.layout import HEADS, ZERO_SHOT_TABLE
-from carft_ray.learning.checkpoint import load_tensors
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.training.checkpoint import load_tensors
+from carft_ray.training.run import prepare
+from carft_ray.training.shared_inputs import load_shared_inputs, target_store
 
 SIDE, LARGE = 32, 160
 CLASSES = ("cat", "dog")
@@ -137,7 +137,7 @@ def test_each_set_has_its_own_pixels_in_every_cache(kind, tmp_path):
 def test_an_entry_that_an_older_version_has_made_is_not_used(opened, tmp_path, monkeypatch):
     sources = {view: open_set(**tree(tmp_path, view, "BMP")) for view in GREYS}
     with monkeypatch.context() as older:
-        for module in (arrays, packed):
+        for module in (decoded, packed):
             older.setattr(module, "FORMAT_VERSION", module.FORMAT_VERSION - 1)
             older.setattr(module, "identity", lambda source: source.fingerprint)
         assert (opened(sources["clean"], tmp_path / "cache") == GREYS["clean"]).all()

@@ -23,18 +23,18 @@ from tiny import make_tiny_clip
 
 import carft_ray
 from carft_ray.errors import CarftError, DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
-from carft_ray.evaluation.heads import build_heads
-from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.launch.own_trainer import require_trusted, with_function
 from carft_ray.launch.runs.search import run_search
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun
-from carft_ray.learning.own_function import load_function
-from carft_ray.learning.own_training import OwnInputs, checked_state, own_fine_tune
-from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.model.heads import build_heads
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
 from carft_ray.recipe.loading import own_functions as own_of
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.trial_values import apply
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import StoppedRun
+from carft_ray.training.own_function import load_function
+from carft_ray.training.own_training import OwnInputs, checked_state, own_fine_tune
+from carft_ray.training.run import prepare, run_training
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

@@ -14,8 +14,8 @@ import pytest
 import report_studies
 from report_studies import KINDS, make, write_page
 
-from carft_ray.results.pages.data import page_document
-from carft_ray.results.pages.figures import figures
+from carft_ray.results.page.data import page_document
+from carft_ray.results.page.figures import figures
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
 

@@ -19,29 +19,29 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from carft_ray.evaluation.training import prepare, run_training
 from carft_ray.launch.figures.study_figure import write_figure
 from carft_ray.launch.runs.search import SearchResult, run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.schema import alone
-from carft_ray.recipe.spaces.space import apply
-from carft_ray.results.confirmation.plan import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
-from carft_ray.results.confirmation.summary import summarise
+from carft_ray.recipe.schema.recipe import alone
+from carft_ray.recipe.trial_values import apply
+from carft_ray.results.confirm.configurations import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
+from carft_ray.results.confirm.summary import summarise
 from carft_ray.results.reading.documents import status
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reading.overview import read_study, total_trials
-from carft_ray.results.reading.summary import study_summary
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
+from carft_ray.results.search_summary import study_summary
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, trial_name, write_failure
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import TRAINING_OF, WARM_FROM, best_row, is_training, trials
+from carft_ray.training.context import RunContext
+from carft_ray.training.run import prepare, run_training
 
 HERE = Path(__file__).parent
 

@@ -13,13 +13,13 @@ from crash_host import call
 from ray.cluster_utils import Cluster
 from stand_in import make_recipe
 
-from carft_ray.data.caching.cache import list_entries
+from carft_ray.data.cache import list_entries
 from carft_ray.launch.forecast import Measured, beyond_budget, forecast, makespan, measure_by_training, price
 from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import BudgetConfig, SearchConfig
-from carft_ray.recipe.spaces.shared_targets import num_stored_visits
-from carft_ray.recipe.spaces.space import drawn, middle
+from carft_ray.recipe.schema.recipe import BudgetConfig, SearchConfig
+from carft_ray.recipe.shared_targets import num_stored_visits
+from carft_ray.recipe.trial_values import drawn, middle
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 
 from benchmarks import pretrain
 from benchmarks.pretrain import contrastive_loss, true_templates
+from carft_ray import model
 from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, TEMPLATES, render
-from carft_ray.learning import models
 
-WEIGHTS = Path(models.__file__).parent / "sandbox_weights"
+WEIGHTS = Path(model.__file__).parent / "sandbox_weights"
 
 
 def test_true_templates_name_what_is_seen_and_hide_what_is_not():

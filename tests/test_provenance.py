@@ -14,12 +14,12 @@ from carft_ray import environment
 from carft_ray.data import content
 from carft_ray.data.listing import StoredSource
 from carft_ray.errors import DataError
-from carft_ray.evaluation.origin import set_contents
-from carft_ray.evaluation.shared_inputs import load_shared_inputs
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.study.identity import claim
 from carft_ray.study.provenance import differences, identity_problems, record_provenance
+from carft_ray.training.origin import set_contents
+from carft_ray.training.shared_inputs import load_shared_inputs
 
 
 def manifest(folder):

@@ -15,13 +15,12 @@ from stand_in import make_recipe
 from carft_ray.data.sets import check_sets
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError
 from carft_ray.launch.failures.causes import no_successful_trial
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.recipe.loading import load_recipe, recipe_of
-from carft_ray.recipe.sampling import Pruner
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sampling import Pruner
 from carft_ray.results.reading.documents import pruner_quality, status
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
@@ -29,6 +28,7 @@ from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
 from carft_ray.study.recovery import recover, recover_running
 from carft_ray.study.rows import trials
+from carft_ray.training.context import RunContext
 
 HALVING = {"name": "successive_halving"}
 EPOCHS = 6
@@ -329,7 +329,7 @@ def test_a_search_in_which_all_were_cut_says_so():
 
 @pytest.mark.slow
 def test_a_real_training_is_evaluated_where_its_rungs_end(tmp_path, monkeypatch):
-    from carft_ray.evaluation.training import prepare, run_training
+    from carft_ray.training.run import prepare, run_training
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=successive_halving"]

@@ -13,7 +13,7 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob
 ACTIONS = {"confirm", "evaluate", "export", "load_recipe", "report", "resume", "search", "train"}
 API = {"Study", "__version__", "open_study", *ACTIONS}
 LEARNING = {"RunContext", "context_distribution", "context_kl", "fine_tune", "load_clip", "mix_weights"}
-PUBLIC = {"carft_ray": API, "carft_ray.cli": {"app", "main"}, "carft_ray.learning": LEARNING}
+PUBLIC = {"carft_ray": API, "carft_ray.cli": {"app", "main"}, "carft_ray.training": LEARNING}
 PACKAGES = sorted(".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("carft_ray/**/__init__.py"))
 
 

@@ -6,10 +6,10 @@ from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from test_lost import gloo
 from tiny import make_tiny_clip
 
-from carft_ray.evaluation.heads import build_heads
-from carft_ray.learning.own_training import OwnInputs, own_fine_tune
-from carft_ray.learning.ranks import from_rank_0, gather
-from carft_ray.recipe.fine_tuning import TrainConfig
+from carft_ray.model.heads import build_heads
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.training.own_training import OwnInputs, own_fine_tune
+from carft_ray.training.ranks import from_rank_0, gather
 
 pytestmark = pytest.mark.slow
 

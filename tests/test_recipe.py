@@ -15,9 +15,7 @@ from carft_ray.errors import RecipeError
 from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.checks import advice
-from carft_ray.recipe.checks.messages import findings
 from carft_ray.recipe.checks.rules import TEMPLATE_SETS
-from carft_ray.recipe.fine_tuning import ModelConfig, TrainConfig, field_kind, is_weights_path
 from carft_ray.recipe.loading import (
     absolute_paths,
     dump_recipe,
@@ -26,10 +24,12 @@ from carft_ray.recipe.loading import (
     recipe_hash,
     resolve_path,
 )
-from carft_ray.recipe.sampling import GpSampler, NoPruner
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import Corruption
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.messages import findings
+from carft_ray.recipe.schema.fine_tuning import ModelConfig, TrainConfig, field_kind, is_weights_path
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sampling import GpSampler, NoPruner
+from carft_ray.recipe.schema.sets import Corruption
+from carft_ray.recipe.trial_values import apply
 
 BASE = """\
 name: base

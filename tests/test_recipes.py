@@ -12,12 +12,12 @@ from PIL import Image
 from short_training import write_image, write_model
 from test_search_spaces import FOLDER, RECIPES
 
-from carft_ray.data.benchmark_sets.facts import load_facts
+from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.data.sets import open_source
-from carft_ray.evaluation.doctor import examine
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.loading import load_recipe, resolve_path
-from carft_ray.recipe.sets import BenchmarkSet, FolderSet, plain
+from carft_ray.recipe.schema.sets import BenchmarkSet, FolderSet, plain
+from carft_ray.training.doctor import examine
 
 pytestmark = pytest.mark.slow
 

@@ -25,14 +25,14 @@ from carft_ray.evaluation.predictions import (
     sets,
     write_predictions,
 )
-from carft_ray.evaluation.training import prepare, run_training
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.overview import read_study
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
+from carft_ray.training.context import RunContext
+from carft_ray.training.run import prepare, run_training
 
 pytestmark = pytest.mark.slow
 

@@ -11,8 +11,7 @@ from PIL import Image, ImageDraw
 
 from benchmarks.pairs import COPIES, signed
 from benchmarks.photos import photo
-from carft_ray.data.records import Records, thumbnails_of
-from carft_ray.data.shared.overlap import (
+from carft_ray.data.copies.find import (
     NEAREST,
     TOLERANCE,
     SharedImage,
@@ -22,8 +21,9 @@ from carft_ray.data.shared.overlap import (
     same_bytes,
     shared_problems,
 )
-from carft_ray.data.shared.pairs_file import check_pairs_path, write_pairs
-from carft_ray.data.shared.same_picture import LIMIT, WHOLE, grey_picture, inside_border, picture_distance
+from carft_ray.data.copies.pairs_file import check_pairs_path, write_pairs
+from carft_ray.data.records import Records, thumbnails_of
+from carft_ray.data.same_picture import LIMIT, WHOLE, grey_picture, inside_border, picture_distance
 from carft_ray.errors import UsageError
 
 

@@ -16,20 +16,21 @@ from optuna.trial import TrialState
 from stand_in import make_recipe
 from test_study import run_all
 
-from carft_ray import api, console, live
+from carft_ray.api import studies
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.checks.sampler_rules import population_size
-from carft_ray.recipe.fields import members
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.sampling import AnySampler
-from carft_ray.recipe.spaces.grid import grid_index, grid_size, num_trials
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.fields import members
+from carft_ray.recipe.schema.sampling import AnySampler
+from carft_ray.recipe.space.grid import grid_index, grid_size, num_trials
+from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.overview import Overview
 from carft_ray.study.opening import open_study
 from carft_ray.study.proposals import samplers, space
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
+from carft_ray.ui import console, live
 
 BASE = Path(__file__).parent
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
@@ -701,7 +702,7 @@ def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     ):
         [column] = [column for column in table.columns if str(column.header) == "label_smoothing"]
         blank.append([str(cell) == "" for cell in column.cells])
-    columns = api.rows_table(rows)
+    columns = studies.rows_table(rows)
     blank.append([value is None for value in columns["label_smoothing"].to_pylist()])
     assert blank == [missing] * 3
     for row, is_missing in zip(rows, missing, strict=True):

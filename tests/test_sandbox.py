@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from carft_ray import model as models
 from carft_ray.data.sets import open_source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.data.synthetic.sandbox import (
@@ -22,8 +23,7 @@ from carft_ray.data.synthetic.sandbox import (
     sandbox_source,
 )
 from carft_ray.errors import DataError, UsageError
-from carft_ray.learning import models
-from carft_ray.recipe.sets import SandboxSet
+from carft_ray.recipe.schema.sets import SandboxSet
 
 WEIGHTS = Path(models.__file__).parent / "sandbox_weights"
 

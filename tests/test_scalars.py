@@ -10,11 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.scalars import EventFile, run_folder
-from carft_ray.evaluation.training import _recorder
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.training.context import RunContext
+from carft_ray.training.run import _recorder
+from carft_ray.training.tensorboard import EventFile, run_folder
 
 RUN = "lr=0.01 kl=1"
 NOTHING = (str, lambda row: None, lambda row: None)

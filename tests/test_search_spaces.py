@@ -9,11 +9,11 @@ from recipe_keys import keys
 
 from carft_ray.data.synthetic.sandbox import QUICKSTART_SETS
 from carft_ray.recipe.checks.advice import check_searchable, warnings
-from carft_ray.recipe.fields import Class, members, not_searched, resume_of
-from carft_ray.recipe.fine_tuning import TrainConfig
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.parameters import SEARCHABLE
-from carft_ray.recipe.sets import SandboxSet, SetSpec
+from carft_ray.recipe.schema.fields import Class, members, not_searched, resume_of
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.parameters import SEARCHABLE
+from carft_ray.recipe.schema.sets import SandboxSet, SetSpec
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))

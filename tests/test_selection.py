@@ -10,8 +10,8 @@ from scipy import special, stats
 from benchmarks import selection as benchmark
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics.intervals import crossed, values_by_seed
+from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.statistics.paired import holm, keeps_id
-from carft_ray.results.statistics.selection import correct_best, ranking_noise
 
 J = [0.70, 0.71, 0.69, 0.64, 0.50, 0.715, 0.705, 0.68]
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)

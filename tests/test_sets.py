@@ -13,7 +13,7 @@ from carft_ray.data.sets import cache_dir, check_roles, check_sets, class_folder
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 
 ROLES = ("train", "id_val", "sketch_val", "id_test", "sketch_test")
 

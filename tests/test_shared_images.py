@@ -10,10 +10,7 @@ from PIL import Image
 from sources import open_train, open_validation
 
 from carft_ray import words
-from carft_ray.data.listing import StoredSource, sample_id
-from carft_ray.data.readers import excluded_ids
-from carft_ray.data.sets import check_sets, open_source
-from carft_ray.data.shared.shared_images import (
+from carft_ray.data.copies.shared_images import (
     find_shared,
     read_shared,
     shared_counts,
@@ -22,6 +19,9 @@ from carft_ray.data.shared.shared_images import (
     without_shared,
     write_shared,
 )
+from carft_ray.data.listing import StoredSource, sample_id
+from carft_ray.data.readers import excluded_ids
+from carft_ray.data.sets import check_sets, open_source
 from carft_ray.errors import DataError, HoldOutError, StorageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe

@@ -12,8 +12,8 @@ import short_training
 from crash_host import call
 from test_shared_images import picture
 
-from carft_ray.data.shared import shared_images
-from carft_ray.data.shared.shared_images import read_shared
+from carft_ray.data.copies import shared_images
+from carft_ray.data.copies.shared_images import read_shared
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 
 pytestmark = pytest.mark.slow

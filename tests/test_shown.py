@@ -7,12 +7,13 @@ import pytest
 from report_studies import fail, make_recipe
 from rich.console import Console
 
-from carft_ray import cli, console, live, notebook, progress
+from carft_ray import cli
 from carft_ray.errors import DataError, Problem
 from carft_ray.launch import events
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import append_log
+from carft_ray.ui import console, live, notebook, progress
 
 STEERING = "no space on [/dev/shm] [red]:smile: \x1b]0;owned\x07\u202e\x9b2J"
 SHOWN = r"no space on [/dev/shm] [red]:smile: \x1b]0;owned\x07\u202e\x9b2J"
@@ -24,7 +25,7 @@ def printed(monkeypatch):
     stream = io.StringIO()
     for name in ("out", "err"):
         terminal = Console(file=stream, width=500, force_terminal=True, color_system=None)
-        monkeypatch.setattr(f"carft_ray.console.{name}", terminal)
+        monkeypatch.setattr(f"carft_ray.ui.console.{name}", terminal)
     return stream
 
 

@@ -10,7 +10,7 @@ import pytest
 from documents import DOCUMENTS, ROOT
 
 import carft_ray
-from carft_ray import learning
+from carft_ray import training
 
 pytestmark = pytest.mark.whole
 
@@ -39,7 +39,7 @@ def test_every_document_is_a_page_that_the_navigation_names(site):
 def test_every_public_name_is_in_the_reference(site):
     text = (site / "docs/api.html").read_text()
     names = [f"carft_ray.{name}" for name in carft_ray.__all__ if name != "__version__"]
-    names += [f"carft_ray.learning.{name}" for name in learning.__all__]
+    names += [f"carft_ray.training.{name}" for name in training.__all__]
     assert [name for name in names if f'id="{name}"' not in text] == []
     assert "&lt;function" not in text
 

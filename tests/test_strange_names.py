@@ -14,10 +14,10 @@ from rich.console import Console
 
 import carft_ray
 from carft_ray import cli, files
-from carft_ray.data.shared.shared_images import SharedRow, read_shared, write_shared
+from carft_ray.data.copies.shared_images import SharedRow, read_shared, write_shared
 from carft_ray.layout import MANIFEST
-from carft_ray.recipe.schema import Recipe
-from carft_ray.results.pages.card import Line, latex_card, text_card
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.page.verdict import Line, latex_card, text_card
 from carft_ray.results.reading.overview import read_study
 from carft_ray.results.report_tables import write_tables
 from carft_ray.study.opening import open_study
@@ -56,7 +56,7 @@ def study_dir(tmp_path_factory):
 def printed(monkeypatch):
     stream = io.StringIO()
     for name in ("out", "err"):
-        monkeypatch.setattr(f"carft_ray.console.{name}", Console(file=stream, width=100, soft_wrap=name == "err"))
+        monkeypatch.setattr(f"carft_ray.ui.console.{name}", Console(file=stream, width=100, soft_wrap=name == "err"))
     return stream
 
 

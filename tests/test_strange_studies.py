@@ -9,7 +9,7 @@ import pytest
 import report_studies
 
 from carft_ray.errors import StorageError
-from carft_ray.results.confirmation.plan import read_plan
+from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
 from carft_ray.study.lock import study_lock
 from carft_ray.study.rows import best_first, trials

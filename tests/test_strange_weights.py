@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from tiny import CONFIG, load_folder
 
 from carft_ray.errors import CarftError, DataError
-from carft_ray.learning.models.building import build_model
-from carft_ray.learning.models.catalog import TOKENIZER_OPTIONS, check_model
-from carft_ray.learning.models.clip import load_clip
-from carft_ray.learning.models.weights import read_weights
-from carft_ray.recipe.fine_tuning import ModelConfig
+from carft_ray.model.building import build_model
+from carft_ray.model.catalog import TOKENIZER_OPTIONS, check_model
+from carft_ray.model.clip import load_clip
+from carft_ray.model.weights import read_weights
+from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow
 
@@ -229,7 +229,7 @@ def test_the_index_of_shards_names_files_of_the_folder_alone(folder):
 
 
 def test_an_error_without_a_word_is_told_by_its_kind(folder, monkeypatch):
-    from carft_ray.learning.models import clip
+    from carft_ray.model import clip
 
     def fail(*_, **__):
         raise RuntimeError

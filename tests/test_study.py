@@ -22,7 +22,7 @@ from stand_in import make_recipe, objective
 from carft_ray.cli import app
 from carft_ray.errors import CarftError, DataError, OutdatedAttemptError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study

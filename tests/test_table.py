@@ -10,7 +10,7 @@ from benchmarks.trainings import Finished, Planned
 from carft_ray import files
 from carft_ray.evaluation.predictions import concat, predictions_table, write_predictions
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.trial_values import apply
 
 
 def test_the_design_fills_the_space_and_a_longer_one_begins_alike():

@@ -12,7 +12,7 @@ from layouts_tables import pictures, table_of
 from pickled_columns import FORMS, PICKLED, save_to_disk, struck, write
 from sources import open_set
 
-from carft_ray.data.formats.table_rows import READ_ERRORS, open_rows, read_columns
+from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError
 from carft_ray.launch.ray_cluster import ray_private
 

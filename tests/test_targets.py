@@ -19,16 +19,15 @@ from tiny import make_tiny_clip
 
 from carft_ray.data.source import ImageSet
 from carft_ray.data.views import parts_of, permutation
-from carft_ray.evaluation import training
-from carft_ray.evaluation.heads import build_heads
-from carft_ray.evaluation.shared_inputs import SharedInputs
-from carft_ray.learning import loop, targets
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun, fine_tune
-from carft_ray.learning.targets import BLOCK, Targets, read_block, store_dir, write_block
-from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.spaces.shared_targets import decide_targets, num_stored_visits
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.model.heads import build_heads
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
+from carft_ray.recipe.trial_values import apply
+from carft_ray.training import loop, run, targets
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import StoppedRun, fine_tune
+from carft_ray.training.shared_inputs import SharedInputs
+from carft_ray.training.targets import BLOCK, Targets, read_block, store_dir, write_block
 
 CPU = torch.device("cpu")
 NUM_IMAGES = 150  # blocks of 64, 64 and 22
@@ -356,13 +355,13 @@ def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_cli
     recipe = recipe_of(targets="stored", epochs=10, train=train)
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})})
     prepared, context = tmp_path / "prepared", RunContext(should_stop=lambda: True)
-    training.prepare(recipe, prepared, opened=inputs)
+    run.prepare(recipe, prepared, opened=inputs)
     assert source.shown == 0
     for seed in (0, 7):  # of the search, and a fresh one
         source.shown = 0
         applied = apply(recipe, {"seed": seed})
         with pytest.raises(StoppedRun, match="at step 10 of 156250"):
-            training.run_training(applied, tmp_path / str(seed), prepared, context, opened=inputs)
+            run.run_training(applied, tmp_path / str(seed), prepared, context, opened=inputs)
         assert source.shown <= 13 * 64
     stores = list(tmp_path.glob("cache/targets/*"))
     assert [len(blocks_of(store, 20 * BLOCK)) for store in stores] == [10, 10]

@@ -17,19 +17,17 @@ import short_sealed
 import short_training
 import torch
 
-from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.decoded import image_set
 from carft_ray.data.listing import sample_id
 from carft_ray.data.sets import class_folders, open_source
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, read_predictions
-from carft_ray.evaluation.training import run_training
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.spaces.space import apply
-from carft_ray.results.confirmation.plan import PlanRow, Stage, training_name, write_plan
-from carft_ray.results.confirmation.summary import summarise
-from carft_ray.results.pages.card import verdict
-from carft_ray.results.pages.data import page_document
+from carft_ray.recipe.trial_values import apply
+from carft_ray.results.confirm.configurations import PlanRow, Stage, training_name, write_plan
+from carft_ray.results.confirm.summary import summarise
+from carft_ray.results.page.data import page_document
+from carft_ray.results.page.verdict import verdict
 from carft_ray.results.reading.overview import read_study
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.test_sets import notes
@@ -39,6 +37,8 @@ from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.training.context import RunContext
+from carft_ray.training.run import run_training
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ from PIL import Image
 
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, sets
-from carft_ray.evaluation.thumbnails import SIDE, changed, read_thumbnails, write_thumbnails
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.training.thumbnails import SIDE, changed, read_thumbnails, write_thumbnails
 
 ALPHAS = (0.0, 0.4, 1.0)
 

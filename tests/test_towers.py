@@ -23,31 +23,24 @@ from tiny import CONFIG, make_tiny_clip
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
-from carft_ray.evaluation import training
-from carft_ray.evaluation.evaluate import predict, predict_all
-from carft_ray.evaluation.heads import build_heads
-from carft_ray.evaluation.shared_inputs import SharedInputs
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runs.single import train_once
-from carft_ray.learning.checkpoint import newest_checkpoint
-from carft_ray.learning.classifier import build_classifier
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun, fine_tune
-from carft_ray.learning.lora import merged_state, trained_weights
-from carft_ray.learning.mixing import Mixtures, mix_weights
-from carft_ray.learning.models import tower
-from carft_ray.learning.models.clip import wrap_model
-from carft_ray.learning.models.tower import (
-    layer_factors,
-    layer_groups,
-    num_trained,
-    recipe_problems,
-    shape_tower,
-    tower_problems,
-)
-from carft_ray.learning.optimizer import build_optimizer, set_learning_rate
+from carft_ray.model import tower
+from carft_ray.model.classifier import build_classifier
+from carft_ray.model.clip import wrap_model
+from carft_ray.model.heads import build_heads
+from carft_ray.model.lora import merged_state, trained_weights
+from carft_ray.model.mixing import Mixtures, mix_weights
+from carft_ray.model.tower import layer_factors, layer_groups, num_trained, recipe_problems, shape_tower, tower_problems
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.reading.trained import evaluate_trained, open_trained
+from carft_ray.training import run
+from carft_ray.training.checkpoint import newest_checkpoint
+from carft_ray.training.context import RunContext
+from carft_ray.training.evaluate import predict, predict_all
+from carft_ray.training.loop import StoppedRun, fine_tune
+from carft_ray.training.optimizer import build_optimizer, set_learning_rate
+from carft_ray.training.shared_inputs import SharedInputs
 
 pytestmark = pytest.mark.slow
 
@@ -222,7 +215,7 @@ def test_lora_adapts_the_linear_layers_of_a_timm_tower():
 
 
 def open_classifier(visual):
-    from carft_ray.learning.classifier import ImageClassifier
+    from carft_ray.model.classifier import ImageClassifier
 
     return ImageClassifier(visual, torch.eye(3, 16), 10.0, (0.5,) * 3, (0.5,) * 3)
 
@@ -366,10 +359,10 @@ def image_set(size):
 def test_the_parts_of_any_number_of_workers_are_one_table(resnet_clip, monkeypatch, world_size):
     classifier, images = classifier_of(resnet_clip, (torch.eye(5, 16),), settings()), image_set(32)
     whole, parts = predict(classifier, images, 0.5, 1, RunContext()), []
-    monkeypatch.setattr("carft_ray.evaluation.evaluate.gather", lambda context, part: parts.append(part) or [part])
+    monkeypatch.setattr("carft_ray.training.evaluate.gather", lambda context, part: parts.append(part) or [part])
     for rank in range(world_size):  # of 12 workers the last has no image
         predict(classifier, images, 0.5, 1, RunContext(rank, world_size))
-    monkeypatch.setattr("carft_ray.evaluation.evaluate.gather", lambda context, part: parts[::-1])
+    monkeypatch.setattr("carft_ray.training.evaluate.gather", lambda context, part: parts[::-1])
     assert predict(classifier, images, 0.5, 1, RunContext(0, world_size)).equals(whole)
 
 
@@ -479,7 +472,7 @@ def test_a_tower_whose_weights_have_the_channels_last_trains_and_resumes_as_one_
     def turned(*given):
         return build_classifier(*given).to(memory_format=torch.channels_last)
 
-    monkeypatch.setattr("carft_ray.learning.loop.build_classifier", turned)
+    monkeypatch.setattr("carft_ray.training.loop.build_classifier", turned)
     whole = fine_tune(resnet_clip, *heads, source, train)
     weight = whole["visual.layer1.0.conv2.weight"]
     assert weight.is_contiguous(memory_format=torch.channels_last)
@@ -544,7 +537,7 @@ def test_one_shape_is_compiled_whatever_the_last_batch_and_micro_batch_hold(tiny
 def test_a_compiled_training_resumes_bit_for_bit_before_a_smaller_batch(
     tiny_clip, heads, source, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("carft_ray.learning.loop.LOG_EVERY", 3)
+    monkeypatch.setattr("carft_ray.training.loop.LOG_EVERY", 3)
     train = settings(compile=True, epochs=2, batch_size=12)  # 12, 12, 12, 4
     whole = fine_tune(tiny_clip, *heads, source, train)
     stops = RunContext(should_stop=lambda: True)
@@ -572,12 +565,12 @@ def test_what_auto_means_is_decided_once_for_a_study(tiny_clip, source, tmp_path
     inputs = SharedInputs(tiny_clip, CLASS_WORDS, TEMPLATES, source, validation, {}, "key")
     recipe = make_recipe(1, train={"learning_rate": 1e-3, "batch_size": 10})
     for decides, key in ((True, "key"), (False, "key"), (False, "of another version")):
-        monkeypatch.setattr(training, "compiles", lambda *given, decides=decides: decides)
-        found = training.prepare(recipe, tmp_path, opened=dataclasses.replace(inputs, key=key))
+        monkeypatch.setattr(run, "compiles", lambda *given, decides=decides: decides)
+        found = run.prepare(recipe, tmp_path, opened=dataclasses.replace(inputs, key=key))
         assert "compile" not in found
-        assert training.is_compiled(recipe, tmp_path)
+        assert run.is_compiled(recipe, tmp_path)
     explicit = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": False})})
-    assert not training.is_compiled(explicit, tmp_path)
+    assert not run.is_compiled(explicit, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")

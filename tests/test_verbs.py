@@ -16,11 +16,10 @@ import pytest
 import stand_in
 from stand_in import make_recipe
 
-from carft_ray import actions
+from carft_ray.api import actions
 from carft_ray.errors import UsageError
 from carft_ray.launch.ray_cluster.growth import write_concurrency
 from carft_ray.layout import BEST
-from carft_ray.live import SearchView
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.overview import find_row, read_study, total_trials
 from carft_ray.study.best import write_best
@@ -30,6 +29,7 @@ from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running
+from carft_ray.ui.live import SearchView
 
 BASE = Path(__file__).parent
 METRICS = {"id_accuracy": 0.8, "ood_accuracy": 0.5}

@@ -15,13 +15,13 @@ from test_study import optuna_study, run_all, write_result
 from carft_ray.errors import ClusterError, Problem, RecipeError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import absolute_paths, dump_recipe
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study
-from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
+from carft_ray.study.warm_start import inherited_reads
 
 NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
 

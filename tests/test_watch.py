@@ -16,13 +16,13 @@ from stand_in import make_recipe
 from test_live import shown
 
 from carft_ray.layout import HEARTBEAT, JOURNAL, RESOLVED
-from carft_ray.live import SearchView
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.reading.overview import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
+from carft_ray.ui.live import SearchView
 
 BASE = Path(__file__).parent
 ROOT = BASE.parent

@@ -17,7 +17,7 @@ from carft_ray.data.content import image_digests, set_digest
 from carft_ray.data.sets import check_roles, check_sets
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 
 IMAGES = pictures()
 TRAIN = "set/train"

@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from tiny import CONFIG, load_folder
 
 from carft_ray.errors import DataError, RecipeError
-from carft_ray.learning.models.building import build_model
-from carft_ray.learning.models.catalog import model_warnings
-from carft_ray.learning.models.clip import load_clip, state_hash
-from carft_ray.learning.models.weights import OPENAI_SIZES
-from carft_ray.recipe.fine_tuning import ModelConfig
+from carft_ray.model.building import build_model
+from carft_ray.model.catalog import model_warnings
+from carft_ray.model.clip import load_clip, state_hash
+from carft_ray.model.weights import OPENAI_SIZES
+from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow
 

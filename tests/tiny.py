@@ -5,8 +5,8 @@ import math
 import open_clip
 import torch
 
-from carft_ray.learning.models.clip import load_clip, wrap_model
-from carft_ray.recipe.fine_tuning import ModelConfig
+from carft_ray.model.clip import load_clip, wrap_model
+from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
 CONFIG = {
     "embed_dim": 16,

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import attempts
 
-from carft_ray.evaluation import training
-from carft_ray.learning.context import RunContext
+from carft_ray.training import run
+from carft_ray.training.context import RunContext
 
 
 def _train():
     recipe = attempts.sandbox_recipe(batch_size=64, epochs=1)
     with tempfile.TemporaryDirectory(prefix="carft-") as folder:
         folder = Path(folder)
-        training.prepare(recipe, folder / "prepared")
-        training.run_training(recipe, folder / "training", folder / "prepared", RunContext())
+        run.prepare(recipe, folder / "prepared")
+        run.run_training(recipe, folder / "training", folder / "prepared", RunContext())
 
 
 _train()

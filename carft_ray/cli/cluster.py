@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from carft_ray import console
 from carft_ray.cli import common
+from carft_ray.ui import console
 from carft_ray.words import counted
 
 JobArgument = Annotated[str, Argument(metavar="JOB|STUDY", help="Id of a job, or a study.", show_default=False)]
@@ -84,7 +84,7 @@ def cluster_stop(
 
 def _left(study: str) -> dict[str, Any]:
     """Returns how far a study is; nothing where it is not seen from here."""
-    from carft_ray.recipe.spaces.grid import num_trials
+    from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import overview
 
     if not study or not overview.is_study(Path(study)):

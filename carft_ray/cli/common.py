@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from carft_ray import __version__, console, environment
+from carft_ray import __version__, environment
 from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
+from carft_ray.ui import console
 
 if TYPE_CHECKING:
-    from carft_ray.recipe.schema import Recipe
+    from carft_ray.recipe.schema.recipe import Recipe
 
 app = typer.Typer(
     invoke_without_command=True,
@@ -94,7 +95,7 @@ def command(
     def register(function: Command) -> Command:
         @functools.wraps(function)
         def run(*, debug: bool, **given: Any) -> None:
-            from carft_ray import checks
+            from carft_ray.api import checks
 
             with contextlib.nullcontext() if reads else checks.command():
                 function(**given)
@@ -181,7 +182,7 @@ def load(
     path: Path, overrides: list[str] | None, executor: str | None = None, num_workers: int | None = None
 ) -> "Recipe":
     """Loads and checks a recipe (``checks.load_recipe``) with what a command sets over it."""
-    from carft_ray.checks import load_recipe
+    from carft_ray.api.checks import load_recipe
 
     return load_recipe(path, overrides_of(overrides, {"executor": executor, "num_workers": num_workers}))
 

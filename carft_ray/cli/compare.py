@@ -8,8 +8,8 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from carft_ray import console
 from carft_ray.cli import common
+from carft_ray.ui import console
 
 TARGET = "DIR (the best trial of a study, or a folder of `train`) or DIR:TRIAL."
 TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; without it the best."
@@ -24,12 +24,12 @@ def reproduce(
     json_: common.JsonOption = False,
 ) -> None:
     """Do a training again from the manifest and say whether all its numbers are the same."""
-    from carft_ray.progress import training_shown
     from carft_ray.results.reading.finished import open_finished
+    from carft_ray.ui.progress import training_shown
 
     finished = open_finished(folder, trial)
     if not finished.is_zero_shot:
-        from carft_ray.checks import require_trusted
+        from carft_ray.api.checks import require_trusted
 
         require_trusted(finished.recipe, trust, baselines=False)
     from carft_ray.results.reproduce import change_lines, difference_error, reproduce, sentence
@@ -69,7 +69,7 @@ def compare(
     json_: common.JsonOption = False,
 ) -> None:
     """Explain how two trainings differ: recipes, data, code, versions, and numbers with paired intervals."""
-    from carft_ray.results.diff import compare
+    from carft_ray.results.compare import compare
 
     found = compare(a, b)
     if console.print_json(found, json_):

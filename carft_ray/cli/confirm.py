@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from carft_ray import console
 from carft_ray.cli import common
+from carft_ray.ui import console
 
 WINNER = "search: that of the search. confirmed: the best on fresh seeds, measured on as many further seeds."
 
@@ -29,7 +29,7 @@ def confirm(
     given: dict[str, Any] = {"top": top, "seeds": seeds, "winner": winner, "against": against or []}
     again = common.command_line("confirm", study, **given, **shared)
     shared["overrides"] = common.overrides_of(None, shared)
-    from carft_ray import actions
+    from carft_ray.api import actions
 
     found = actions.confirm(study, **given, **shared, notify_url=notify_url, progress=not json_, resume_command=again)
     summary = found.numbers

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError
+from carft_ray.ui import console
 from carft_ray.words import counted
 
 CacheOption = Annotated[Path | None, Option(help="Folder of the cache (data.cache_dir); default: the user's own.")]
@@ -21,7 +21,7 @@ CacheOption = Annotated[Path | None, Option(help="Folder of the cache (data.cach
 @common.command("data ls", to=common.data_app, reads=True)
 def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None:
     """List what is in the cache, sets and heads: size, when it was built and last used. Nothing is written."""
-    from carft_ray.data.caching.cache import list_entries, notes
+    from carft_ray.data.cache import list_entries, notes
 
     folder = _folder(cache)
     entries, others = list_entries(folder), notes(folder)
@@ -42,13 +42,13 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
 @common.command("data add recipe.yaml", to=common.data_app, reads=True)
 def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_: common.JsonOption = False) -> None:
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
-    from carft_ray.data.caching.arrays import DecodedSource
-    from carft_ray.data.caching.cache import list_entries
-    from carft_ray.data.caching.packed import PackedSource
+    from carft_ray.data.cache import list_entries
+    from carft_ray.data.copies.shared_images import find_shared, shared_lines, without_shared
+    from carft_ray.data.decoded import DecodedSource
+    from carft_ray.data.packed import PackedSource
     from carft_ray.data.sets import cache_dir
-    from carft_ray.data.shared.shared_images import find_shared, shared_lines, without_shared
-    from carft_ray.evaluation.shared_inputs import load_shared_inputs
-    from carft_ray.progress import counting
+    from carft_ray.training.shared_inputs import load_shared_inputs
+    from carft_ray.ui.progress import counting
 
     value = common.load(recipe, set_)
     folder = cache_dir(value)
@@ -97,7 +97,7 @@ def data_clean(
     json_: common.JsonOption = False,
 ) -> None:
     """Remove sets and heads from the cache, except those in use. What is needed again is built again."""
-    from carft_ray.data.caching.cache import GB, list_entries, notes, remove, remove_dead, surplus
+    from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, surplus
     from carft_ray.files import writing
 
     options = {"--all": all_ or None, "--older-than": older_than or None, "--to-gb": to_gb}
@@ -141,7 +141,7 @@ def data_clean(
 
 def _folder(cache: Path | None) -> Path:
     """Returns the folder of the cache; one that is given must be there."""
-    from carft_ray.data.caching.index import user_cache_dir
+    from carft_ray.data.file_index import user_cache_dir
 
     if cache is not None and not cache.is_dir():
         value = "a file" if cache.exists() else "no such folder"
@@ -150,7 +150,7 @@ def _folder(cache: Path | None) -> Path:
 
 
 def _seconds(text: str) -> float:
-    from carft_ray.recipe.fields import seconds_of
+    from carft_ray.recipe.schema.fields import seconds_of
 
     try:
         return float(seconds_of(text))

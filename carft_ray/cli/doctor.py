@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import ClusterError, DataError, Problem, UsageError
+from carft_ray.ui import console
 from carft_ray.words import counted
 
 
@@ -38,10 +38,10 @@ def doctor(
         rule = "must be HOST:PORT or auto: nodes are asked from a machine of the cluster"
         step = f"Run it there:  ray job submit --address {address} -- carft-ray doctor RECIPE --address auto"
         raise ClusterError(Problem("--address", rule, address, next_step=step))
-    from carft_ray.data.shared.pairs_file import check_pairs_path, write_pairs
-    from carft_ray.evaluation.doctor import as_plain_data, examine
-    from carft_ray.progress import counting
+    from carft_ray.data.copies.pairs_file import check_pairs_path, write_pairs
     from carft_ray.recipe.loading import load_recipe
+    from carft_ray.training.doctor import as_plain_data, examine
+    from carft_ray.ui.progress import counting
 
     if pairs is not None:
         check_pairs_path(pairs)
@@ -91,7 +91,7 @@ def doctor(
 def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:
     """Prints a diagnosis; with a cluster, what its nodes have found and what is wrong there, too."""
     if reports:
-        from carft_ray.evaluation.doctor import finding_data
+        from carft_ray.training.doctor import finding_data
 
         data["findings"] += map(finding_data, on_nodes)
         data["healthy"] = data["healthy"] and all(one.level != "error" for one in on_nodes)

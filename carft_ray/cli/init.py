@@ -9,9 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer import Option
 
-from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError, require_choice
+from carft_ray.ui import console
 
 MODEL, PRETRAINED = "ViT-B-16-quickgelu", "openai"
 DomainsOption = list[str] | None
@@ -107,9 +107,9 @@ def _draft(
         DataError: The folder cannot be read, or holds no images in an order that is known.
     """
     from carft_ray.data.draft import choose_roles, draft, set_name, survey
-    from carft_ray.learning.models.catalog import check_model
-    from carft_ray.recipe.fine_tuning import ModelConfig
+    from carft_ray.model.catalog import check_model
     from carft_ray.recipe.loading import absolute_paths
+    from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
     roots = survey(root)
     roles = choose_roles(roots, *domains)

@@ -6,9 +6,10 @@ from typing import Annotated
 
 from typer import Option
 
-from carft_ray import console, files
+from carft_ray import files
 from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError
+from carft_ray.ui import console
 from carft_ray.words import counted
 
 
@@ -24,7 +25,7 @@ def report(
     json_: common.JsonOption = False,
 ) -> None:
     """Show what the best trial is worth: corrected for the choice, and against baselines. No test set is read."""
-    from carft_ray import actions
+    from carft_ray.api import actions
 
     first, *others = [name for name, given in (("--html", html), ("--card", card), ("--tables", tables)) if given] or [
         ""

@@ -5,8 +5,8 @@ from typing import Annotated
 
 from typer import Option
 
-from carft_ray import console
 from carft_ray.cli import common
+from carft_ray.ui import console
 
 
 @common.command("sandbox images --to sandbox_png", to=common.sandbox_app)
@@ -16,7 +16,7 @@ def sandbox_images(
 ) -> None:
     """Write the sandbox as PNG files, domain/class/number.png, for people and for other tools."""
     from carft_ray.data.synthetic.sandbox import export_images
-    from carft_ray.progress import counting
+    from carft_ray.ui.progress import counting
 
     with counting() as begin:
         export_images(to, begin("images"))

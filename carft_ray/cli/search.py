@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import Problem, RecipeError, UsageError
+from carft_ray.ui import console
 from carft_ray.words import counted
 
 if TYPE_CHECKING:
-    from carft_ray.answers import Searched
+    from carft_ray.api.answers import Searched
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def search(
     **shared: Any,
 ) -> None:
     """Search for the best hyperparameters. The same command again resumes the search."""
-    from carft_ray import actions
+    from carft_ray.api import actions
 
     _search(functools.partial(actions.search, recipe, study), study, set_, **shared)
 
@@ -88,7 +88,7 @@ def resume(
 
     What may change: trials, budget, resources, sampler, and the search space with --change-space.
     """
-    from carft_ray import actions
+    from carft_ray.api import actions
 
     _search(functools.partial(actions.resume, study, trials), study, set_, **shared)
 
@@ -101,7 +101,7 @@ def stop(
 ) -> None:
     """Stop a running search or training as Ctrl-C does: it writes its checkpoints and can be resumed."""
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
-    from carft_ray.recipe.spaces.grid import num_trials
+    from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import overview
 
     study_dir = overview.require_claimed(study)

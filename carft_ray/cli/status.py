@@ -9,9 +9,9 @@ from typing import Annotated, Any
 
 from typer import Argument, Option
 
-from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.errors import Problem, UsageError, require_choice
+from carft_ray.ui import console
 from carft_ray.words import counted, times
 
 ORDERS = ("objective", "number")
@@ -100,8 +100,8 @@ def _watch(study: Path, every_s: float) -> bool:
     """
     from rich.live import Live
 
-    from carft_ray.live import SearchView
     from carft_ray.results.reading import overview
+    from carft_ray.ui.live import SearchView
 
     on_terminal = console.out.is_terminal and not console.out.is_dumb_terminal
     live = Live(console=console.out, auto_refresh=False, transient=True)
@@ -196,7 +196,7 @@ def dashboard(
 
     Only this machine can see it. Ctrl-C ends it.
     """
-    from carft_ray.checks import require_versions
+    from carft_ray.api.checks import require_versions
     from carft_ray.results.reading import overview
     from carft_ray.study.dashboard import serve
 

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
-from carft_ray import console
 from carft_ray.cli import common
 from carft_ray.cli.search import SearchOptions
 from carft_ray.errors import Problem, RecipeError, UsageError
+from carft_ray.ui import console
 from carft_ray.untrusted import visible
 
 if TYPE_CHECKING:
     from carft_ray.launch.jobs.server import Server
     from carft_ray.launch.jobs.upload import Upload
-    from carft_ray.recipe.schema import Recipe
+    from carft_ray.recipe.schema.recipe import Recipe
 
 
 @common.command("submit recipe.yaml --study /shared/studies/first", common.SEARCH, shared=SearchOptions)
@@ -89,7 +89,7 @@ def submit(
 
 def _checked(path: Path, overrides: Sequence[str], trust: bool) -> "Recipe":
     """Loads a recipe, and checks what needs neither images nor weights: they may be on the cluster alone."""
-    from carft_ray.checks import require_trusted
+    from carft_ray.api.checks import require_trusted
     from carft_ray.recipe.checks.advice import check_searchable, warnings
     from carft_ray.recipe.loading import load_recipe
 

@@ -4,8 +4,8 @@ from typing import Annotated
 
 from typer import Option
 
-from carft_ray import console
 from carft_ray.cli import common
+from carft_ray.ui import console
 
 
 @common.command("test studies/quickstart", common.TRUST)
@@ -17,7 +17,7 @@ def evaluate_test_sets(
     json_: common.JsonOption = False,
 ) -> None:
     """Open the test sets: measure winner and baselines on id_test and ood_test, once. The ledger records every read."""
-    from carft_ray.data.shared.shared_images import read_shared, shared_lines
+    from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.results.test_sets.read import read_sealed
     from carft_ray.results.test_sets.summary import read_lines
 

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from carft_ray import console
 from carft_ray.cli import common
+from carft_ray.ui import console
 
 
 @common.command("validate recipe.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
@@ -24,8 +24,8 @@ def validate(
 
     value = common.load(recipe, set_)
     if deep:
+        from carft_ray.data.copies.shared_images import find_shared, shared_lines
         from carft_ray.data.sets import cache_dir
-        from carft_ray.data.shared.shared_images import find_shared, shared_lines
 
         for line in shared_lines(find_shared(value, cache_dir(value), console.say)):
             console.say(line)
@@ -50,7 +50,7 @@ def train(
     """Fine-tune once and measure the alpha curve on the validation sets."""
     again = f"{common.command_line('train', recipe, set=set_, out=out, **shared)} --resume"
     overrides = common.overrides_of(set_, shared)
-    from carft_ray import actions
+    from carft_ray.api import actions
 
     found = actions.train(
         recipe, out, overrides=overrides, resume=resume, progress=not json_, resume_command=again, **shared
@@ -78,7 +78,7 @@ def evaluate(
     json_: common.JsonOption = False,
 ) -> None:
     """Measure a trained model on id_val and ood_val again, at any alpha."""
-    from carft_ray import actions
+    from carft_ray.api import actions
     from carft_ray.results.next_steps import export_folder
 
     found = actions.evaluate(folder, alpha=alpha, trial=trial, head=head)
@@ -104,7 +104,7 @@ def export(
     json_: common.JsonOption = False,
 ) -> None:
     """Write the mixed model for open_clip, transformers or onnxruntime. Each opens what was written, as a check."""
-    from carft_ray import actions
+    from carft_ray.api import actions
 
     exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial)
     if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
-from carft_ray.data.benchmark_sets.reader import benchmark_words
+from carft_ray.data.benchmarks.reader import benchmark_words
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import cause_of
 from carft_ray.data.listing import text_problems

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from carft_ray.data.caching.index import open_table, write_table
 from carft_ray.data.content import DIGEST_BYTES
+from carft_ray.data.file_index import open_table, write_table
 from carft_ray.data.listing import Listing, StoredSource
 from carft_ray.data.readers import listing_once
 from carft_ray.data.records import records
@@ -23,8 +23,8 @@ from carft_ray.data.sets import cache_dir, open_source
 from carft_ray.data.source import Source
 from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.layout import SETS
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import CorruptedSet, SetSpec
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import CorruptedSet, SetSpec
 
 FORMAT_VERSION = 3
 TRAIN, ID_VAL = "train", "id_val"

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from carft_ray.data.caching.index import checked_stamp, container_stamp, file_stamp
-from carft_ray.data.formats.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
+from carft_ray.data.file_index import checked_stamp, container_stamp, file_stamp
 from carft_ray.data.images import MOST_BYTES, decode_image, read_bytes, small_image, unreadable
 from carft_ray.data.source import IdArray, IntArray, PixelArray
+from carft_ray.data.table_rows import ArrowRows, ParquetRows, open_rows, read_row, reading_table
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.sets import MAX_PIXELS
+from carft_ray.recipe.schema.sets import MAX_PIXELS
 from carft_ray.untrusted import open_regular
 
 _TABLE = pa.schema(

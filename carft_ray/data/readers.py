@@ -1,6 +1,6 @@
 """Which reader reads which kind of set: the one table from a set of the recipe to its files.
 
-A new kind of set is a class in ``recipe/sets.py``, a file with its reader's functions, and a row here.
+A new kind of set is a class in ``recipe/schema/sets.py``, a file with its reader's functions, and a row here.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from carft_ray.data.benchmark_sets import reader as benchmarks
+from carft_ray.data.benchmarks import reader as benchmarks
 from carft_ray.data.formats import folder, huggingface, tables, webdataset
 from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
 from carft_ray.data.listing import Listing, and_more, text_problems
 from carft_ray.data.source import IdArray
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.sets import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
+from carft_ray.recipe.schema.sets import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
 from carft_ray.untrusted import read_text, visible
 
 

@@ -1,7 +1,7 @@
 """What one reading of a set's files has found. Every command takes it from the cache, and reads no file again.
 
 Of each image: the hash of its bytes and their number, the thumbnails by which the same picture is known
-(``data.shared.overlap``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set
+(``data.copies.find``), and, but for test sets, its size, its mode, or why it cannot be decoded. Of a test set
 nothing is kept that shows its pictures before `test` but thumbnails; one that cannot be decoded has a black one.
 
 - **Where.** ``records-<key>.arrow`` in the folder of the cache, 0.8 kB an image, mapped into memory.
@@ -12,7 +12,7 @@ nothing is kept that shows its pictures before `test` but thumbnails; one that c
   continues from there. Files that cannot be read are reported and not kept: the next pass tries their part again.
 - **Processes.** One reads a set, others that ask for it wait.
 
-The grey picture of 128 x 128 pixels that decides on candidates (``data.shared.same_picture``) is not kept: 16 kB an
+The grey picture of 128 x 128 pixels that decides on candidates (``data.same_picture``) is not kept: 16 kB an
 image would be 21 GB for ImageNet. The candidates, which are few, are read a second time.
 
 Shape letters: N images of a set, V = 4 views.
@@ -33,12 +33,12 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from carft_ray.data.caching.cache import key_of, made_once
-from carft_ray.data.caching.index import open_table, write_table
+from carft_ray.data.cache import key_of, made_once
 from carft_ray.data.content import DIGEST_BYTES, image_digest, reading_threads
+from carft_ray.data.file_index import open_table, write_table
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listing import StoredSource, selection
-from carft_ray.data.shared.same_picture import WHOLE, Box, inside_border
+from carft_ray.data.same_picture import WHOLE, Box, inside_border
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem
 

@@ -5,8 +5,8 @@ A test role is read by nobody here: the checks ask only whether its folders exis
 
 from pathlib import Path, PurePath
 
-from carft_ray.data.benchmark_sets.reader import benchmark_words
-from carft_ray.data.caching.index import user_cache_dir
+from carft_ray.data.benchmarks.reader import benchmark_words
+from carft_ray.data.file_index import user_cache_dir
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.data.readers import list_set, reader_of
 from carft_ray.data.records import without_bad_images
@@ -16,8 +16,8 @@ from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schedule import can_cut, possible_values
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 
 _Held = tuple[dict[str, list[str]], set[str]]
@@ -67,7 +67,7 @@ def check_roles(recipe: Recipe) -> list[Problem]:
 
     Two sets share images when they hold the same folder or file (links resolved), one inside the other's, unless their
     parts of it are disjoint; or the same domain and split of the sandbox. Two sets of one role may, and so may those of
-    ``may_share``. No image is read: ``data.shared.overlap`` does that.
+    ``may_share``. No image is read: ``data.copies.find`` does that.
 
     Args:
         recipe: The recipe.

@@ -18,8 +18,8 @@ from carft_ray.evaluation.constraints import Limit, violations_at
 from carft_ray.evaluation.metrics import is_above_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
 from carft_ray.evaluation.predictions import accuracy, select
-from carft_ray.recipe.constraints import total_violation
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.constraints import total_violation
+from carft_ray.recipe.schema.recipe import Recipe
 
 EQUAL = 1e-12  # objectives that differ by less are of the same counts of images
 

@@ -16,7 +16,7 @@ from carft_ray import files
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.layout import REFERENCES
-from carft_ray.recipe.constraints import ID_DROP, VIOLATION, ConstraintsConfig
+from carft_ray.recipe.schema.constraints import ID_DROP, VIOLATION, ConstraintsConfig
 
 _ROUNDING = 1e-12
 

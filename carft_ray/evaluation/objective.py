@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from carft_ray.evaluation.predictions import accuracy, select
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 
 ID_SET = "id_val"  # role and name of the ID validation set
 

@@ -22,7 +22,7 @@ from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import used_up
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
-from carft_ray.recipe.schema import BudgetConfig
+from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study import outcome
 from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, log_lost, read_failure, read_heartbeat

@@ -1,6 +1,6 @@
 """What a search will take: trials at a time, time, GPU hours, disk. From short trainings.
 
-Two short trainings for each slot are prepared and run as those of a search (``evaluation.probe``). The second one of a
+Two short trainings for each slot are prepared and run as those of a search (``training.probe``). The second one of a
 slot shows what a process saves that is used again, and reads the targets that the first one has stored. A training of E
 epochs then takes
 
@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.sets import cache_dir
-from carft_ray.data.shared.shared_images import find_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.preparation import fill_nodes
 from carft_ray.launch.ray_cluster.concurrency import Capacity
@@ -37,15 +37,15 @@ from carft_ray.launch.session import computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.layout import CONFIRM, KEPT_CHECKPOINTS
-from carft_ray.learning.context import RunContext
 from carft_ray.recipe.schedule import has_intermediate_value
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.recipe.spaces.shared_targets import decide_targets, num_stored_visits
-from carft_ray.recipe.spaces.space import drawn, middle
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
+from carft_ray.recipe.space.grid import num_trials
+from carft_ray.recipe.trial_values import drawn, middle
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_result
 from carft_ray.study.recovery import recover_confirm
+from carft_ray.training.context import RunContext
 
 NUM_SEARCHES = 200
 LEAST_DOUBT = 0.1  # of every forecast: the machine is never quite as it was
@@ -219,7 +219,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
 
 def _train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
     """``evaluation.probe.run_probe``, imported where it runs."""
-    from carft_ray.evaluation import probe
+    from carft_ray.training import probe
 
     forget_pickled_columns()
     return probe.run_probe(recipe, out_dir, prepared_dir, context, attempt)

@@ -15,9 +15,9 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.layout import MICRO_BATCH
-from carft_ray.learning.memory import micro_batch_of
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import Failure
+from carft_ray.training.out_of_memory import micro_batch_of
 
 # fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations
 MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay")

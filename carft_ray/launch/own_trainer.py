@@ -2,7 +2,7 @@
 
 A function of a module travels by its name, with the folder of the module for Python's path on the node; one of
 ``__main__`` or inside another function travels by value (cloudpickle). What is trained with it, and what it is given,
-is in ``evaluation.training`` and ``learning.own_training``.
+is in ``training.run`` and ``training.own_training``.
 """
 
 import sys
@@ -15,10 +15,10 @@ from ray import cloudpickle
 
 from carft_ray.errors import Problem, UsageError
 from carft_ray.launch.runtime import RUNNER, Runner
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.own_function import MAIN, OwnFunction, check_signature, load_function
 from carft_ray.recipe.loading import own_functions
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.training.context import RunContext
+from carft_ray.training.own_function import MAIN, OwnFunction, check_signature, load_function
 
 TRUST = "--trust"
 _LIMITS = (
@@ -94,11 +94,11 @@ class OwnTraining:
         self, recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
     ) -> dict[str, Any]:
         """Runs ``evaluation.training.run_training``, imported where it runs."""
-        from carft_ray.evaluation import training
+        from carft_ray.training import run
 
         is_own = recipe.train.function == self._name
         function = self._loaded() if is_own else None
-        return training.run_training(recipe, out_dir, prepared_dir, context, attempt, function=function)
+        return run.run_training(recipe, out_dir, prepared_dir, context, attempt, function=function)
 
     def _loaded(self) -> OwnFunction:
         if isinstance(self._function, bytes):

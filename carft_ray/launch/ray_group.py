@@ -29,9 +29,9 @@ from carft_ray.launch.ray_cluster.ray_private import lean
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import RAY_FILES, STOP
-from carft_ray.learning.context import RunContext
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import TrialSpec, must_leave
+from carft_ray.training.context import RunContext
 
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 IDLE_S = 30.0
@@ -165,7 +165,7 @@ def collective_timeout_s(recipe: Recipe) -> int:
 
 def _worker(config: Row) -> None:
     """One worker of a group. A failure is raised again, so that Ray ends the others, who may wait for this one."""
-    from carft_ray.learning.ranks import from_rank_0, gather
+    from carft_ray.training.ranks import from_rank_0, gather
 
     runtime, place = config["runtime"], ray.train.get_context()
     context = RunContext(place.get_world_rank(), place.get_world_size())

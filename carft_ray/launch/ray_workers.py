@@ -21,9 +21,9 @@ from carft_ray.launch.ray_group import WorkerGroup, anywhere_but
 from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import STOP
-from carft_ray.learning.context import RunContext
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, TrialSpec, read_failure
+from carft_ray.training.context import RunContext
 
 
 def tune_trainable(runtime: Runtime) -> Any:

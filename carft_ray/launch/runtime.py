@@ -9,14 +9,14 @@ from typing import Any
 import ray
 
 from carft_ray import files
-from carft_ray.data.shared.shared_images import read_shared, without_shared
+from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.errors import Problem
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
 from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.layout import CUT, MANIFEST, STOP
-from carft_ray.learning.context import RunContext
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import must_leave
+from carft_ray.training.context import RunContext
 
 Say = Callable[[str], None]
 Fill = Callable[[Recipe, Path, Say], None]
@@ -28,7 +28,7 @@ STOP_CHECK_S = 0.5
 
 def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> None:
     """``evaluation.shared_inputs.fill_cache``, imported where it runs."""
-    from carft_ray.evaluation import shared_inputs
+    from carft_ray.training import shared_inputs
 
     forget_pickled_columns()
     shared_inputs.fill_cache(recipe, prepared_dir, say)
@@ -36,18 +36,18 @@ def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> None:
 
 def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
     """``evaluation.training.prepare``, imported where it runs: the driver holds no torch."""
-    from carft_ray.evaluation import training
+    from carft_ray.training import run
 
     forget_pickled_columns()
-    return training.prepare(recipe, folder, say)
+    return run.prepare(recipe, folder, say)
 
 
 def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
     """``evaluation.training.run_training``, imported where it runs."""
-    from carft_ray.evaluation import training
+    from carft_ray.training import run
 
     forget_pickled_columns()
-    return training.run_training(recipe, out_dir, prepared_dir, context, attempt)
+    return run.run_training(recipe, out_dir, prepared_dir, context, attempt)
 
 
 @dataclass(frozen=True)

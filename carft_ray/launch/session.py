@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import environment, files
+from carft_ray.data.copies.shared_images import SharedRow, shared_of_study, write_shared
 from carft_ray.data.sets import cache_dir
-from carft_ray.data.shared.shared_images import SharedRow, shared_of_study, write_shared
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import running_ray
@@ -26,7 +26,7 @@ from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
 from carft_ray.launch.stop import interruptions_as
 from carft_ray.layout import RAY_LOG, RESOLVED, STOP
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.provenance import record_provenance
 
 

@@ -20,7 +20,7 @@ from types import FrameType
 from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.layout import STOP
-from carft_ray.recipe.schema import BudgetConfig
+from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study.lease import holder
 
 LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure

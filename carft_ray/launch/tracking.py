@@ -26,7 +26,7 @@ from typing import Any
 from carft_ray import files
 from carft_ray.launch.events import BaselineFinished, Event, OnEvent, Shared, TrialEpoch, TrialFinished
 from carft_ray.layout import MANIFEST, METRICS, TRACKING
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import read_result
 
 PATIENCE_S = 120.0  # after the search, for what is still on its way

@@ -31,8 +31,8 @@ from carft_ray.launch.runtime import Runtime, stop_reader
 from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import RAY_FILES, STOP
-from carft_ray.learning.context import RunContext
 from carft_ray.study.study import Study
+from carft_ray.training.context import RunContext
 
 STOPPED = "stopped on request"
 MAX_PENDING = "100000"  # trials that Tune may hold waiting: how many that are is the driver's affair

@@ -22,12 +22,12 @@ from carft_ray.launch.failures import causes
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import Runtime, not_visible
 from carft_ray.layout import HEARTBEAT, LOG, PREPARED
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.memory import free_device, is_out_of_memory
-from carft_ray.recipe.schema import alone
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.recipe import alone
+from carft_ray.recipe.trial_values import apply
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, Heartbeat, TrialSpec, append_log, check_fence
+from carft_ray.training.context import RunContext
+from carft_ray.training.out_of_memory import free_device, is_out_of_memory
 
 HEARTBEAT_EVERY_S = 1.0  # steps are reported to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
@@ -114,7 +114,7 @@ def _meet(runtime: Runtime, context: RunContext) -> tuple[tuple[str, str], ...]:
     problem, node_id = not_visible(runtime), ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
     everybody = [(node_id, ray.util.get_node_ip_address(), problem)]  # type: ignore[no-untyped-call]
     if context.world_size > 1:
-        from carft_ray.learning.ranks import gather  # torch; the driver holds none
+        from carft_ray.training.ranks import gather
 
         everybody = gather(context, everybody[0])
     for rank, (_, _, problem) in enumerate(everybody):

@@ -1,6 +1,6 @@
 """The benchmarks that ``source: benchmark`` knows by name: what a recipe may say of each (``benchmarks.toml``).
 
-The layout of their files is in ``data/benchmark_sets/layouts.toml``, facts about their classes in ``facts/`` there.
+The layout of their files is in ``data/benchmarks/layouts.toml``, facts about their classes in ``facts/`` there.
 """
 
 import tomllib

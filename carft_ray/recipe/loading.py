@@ -17,12 +17,12 @@ from pydantic import ValidationError
 
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.recipe import text
-from carft_ray.recipe.checks.messages import Finding, findings, shown
 from carft_ray.recipe.checks.rules import broken_rules, named_sets
-from carft_ray.recipe.fields import Config, Paths
+from carft_ray.recipe.messages import Finding, findings, shown
 from carft_ray.recipe.overrides import Places, apply_overrides
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import StoredSet, plain
+from carft_ray.recipe.schema.fields import Config, Paths
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import StoredSet, plain
 from carft_ray.recipe.text import KeyPath
 from carft_ray.untrusted import read_text, visible
 

@@ -7,9 +7,9 @@ from functools import reduce
 from typing import Any, get_args, get_origin
 
 from carft_ray.errors import Problem, nearest
-from carft_ray.recipe.checks.messages import child_type, keys_of
-from carft_ray.recipe.fields import core_type, field_of, members
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.messages import child_type, keys_of
+from carft_ray.recipe.schema.fields import core_type, field_of, members
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.text import KeyPath, dotted, parse
 
 

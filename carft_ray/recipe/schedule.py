@@ -4,9 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from carft_ray.recipe.parameters import CategoricalParameter, FloatParameter
-from carft_ray.recipe.sampling import AnyPruner, HalvingPruner, NoPruner
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.parameters import CategoricalParameter, FloatParameter
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sampling import AnyPruner, HalvingPruner, NoPruner
 
 END = 100  # percent of a schedule
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from carft_ray.evaluation.constraints import Limit, limits
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.front import front_of, front_rule, points_of
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_row

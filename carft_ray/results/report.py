@@ -11,19 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from carft_ray.data.shared.shared_images import read_shared, shared_counts, shared_lines
+from carft_ray.data.copies.shared_images import read_shared, shared_counts, shared_lines
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.layout import CONFIRM, SUMMARY, TEST_DIR
-from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.loading import own_functions
-from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirmation.summary import confirm_lines
+from carft_ray.recipe.schema.constraints import violations
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.confirm.summary import confirm_lines
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import Overview
-from carft_ray.results.reading.stored import Chosen, against_baseline, confirmed, read_compared, read_stored
+from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.statistics.paired import row_lines
-from carft_ray.results.statistics.selection import correct_best, ranking_noise
+from carft_ray.results.stored import Chosen, against_baseline, confirmed, read_compared, read_stored
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.outcome import TrialRow

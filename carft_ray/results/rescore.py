@@ -17,12 +17,12 @@ from carft_ray.evaluation.alpha import Point, choose_point, curve_points
 from carft_ray.evaluation.constraints import Limit
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.recipe.constraints import total_violation, violations
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.constraints import total_violation, violations
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.trial_values import apply
 from carft_ray.results.pareto import study_limits
 from carft_ray.results.reading.overview import Overview
-from carft_ray.results.reading.stored import predictions_path
+from carft_ray.results.stored import predictions_path
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, require_finished
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.layout import BEST, CHECKPOINTS, FOLDERS, THUMBNAILS, WEIGHTS
-from carft_ray.recipe.constraints import violation_words
 from carft_ray.recipe.loading import dump_recipe, trust_word
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.recipe.schema.constraints import violation_words
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.trial_values import apply
 from carft_ray.study.front import front_rule, stand
 from carft_ray.study.lease import Lease
 from carft_ray.study.outcome import TrialRow

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from carft_ray.recipe.constraints import total_violation
-from carft_ray.recipe.schema import ObjectiveConfig
+from carft_ray.recipe.schema.constraints import total_violation
+from carft_ray.recipe.schema.recipe import ObjectiveConfig
 from carft_ray.study.outcome import TrialRow
 from carft_ray.words import counted
 

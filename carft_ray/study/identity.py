@@ -23,11 +23,11 @@ from carft_ray import files
 from carft_ray.data.formats.labels import read_class_names
 from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
-from carft_ray.recipe.checks.messages import child_type, shown
-from carft_ray.recipe.fields import Class, field_of, resume_of
-from carft_ray.recipe.fine_tuning import is_weights_path
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import CorruptedSet, StoredSet, plain
+from carft_ray.recipe.messages import child_type, shown
+from carft_ray.recipe.schema.fields import Class, field_of, resume_of
+from carft_ray.recipe.schema.fine_tuning import is_weights_path
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.study import provenance
 from carft_ray.study.lock import FORMAT_VERSION, check_free_or_claimed

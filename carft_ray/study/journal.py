@@ -25,12 +25,12 @@ from optuna.trial import TrialState
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import JOURNAL, RESULT
-from carft_ray.recipe.constraints import VIOLATION, constraint_names, violations
-from carft_ray.recipe.schema import Recipe
-from carft_ray.study import front
+from carft_ray.recipe.schema.constraints import VIOLATION, constraint_names, violations
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.study import front, warm_start
 from carft_ray.study.lease import Lease
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec, trial_name
-from carft_ray.study.proposals import space, warm_start
+from carft_ray.study.proposals import space
 from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
 from carft_ray.study.proposals.pruning import PrunerTrial
 from carft_ray.study.rows import TRAINING_OF, VALUE_ATTRIBUTE, intermediate_values, is_training, row_of, study_name

@@ -31,8 +31,8 @@ from carft_ray import __version__, files
 from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
 from carft_ray.layout import JOURNAL, LEDGER, MANIFEST
 from carft_ray.recipe.loading import recipe_hash
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces import grid
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.space import grid
 from carft_ray.study.identity import claim
 from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.outcome import TrialRow

@@ -10,7 +10,7 @@ from optuna.storages import JournalStorage
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import FENCE, FOLDERS, JOURNAL
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study import rows
 from carft_ray.study.identity import claim, record_recipe
 from carft_ray.study.lock import gone_if_nothing_began, repair_journal, study_lock

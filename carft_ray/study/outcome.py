@@ -31,8 +31,8 @@ from carft_ray.layout import (
     RESULT,
     WEIGHTS,
 )
-from carft_ray.recipe.constraints import total_violation
-from carft_ray.recipe.schema import ResourcesConfig
+from carft_ray.recipe.schema.constraints import total_violation
+from carft_ray.recipe.schema.recipe import ResourcesConfig
 
 FORMAT_VERSION = 1
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import environment, files
-from carft_ray.data.shared.shared_images import read_shared, shared_counts
+from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import DataError, Problem
 from carft_ray.layout import MANIFEST
-from carft_ray.recipe.checks.messages import shown
 from carft_ray.recipe.checks.rules import named_sets
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.messages import shown
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.text import dotted
 
 PROVENANCE = "provenance"

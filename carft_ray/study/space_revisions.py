@@ -24,8 +24,8 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.grid import place
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.space.grid import place
 from carft_ray.study.ledger import ATTRIBUTE as LEDGER
 from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import OUTSIDE, generation_name, state_and_values

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
-from carft_ray.data.caching.index import kept_index
 from carft_ray.data.content import image_digest
+from carft_ray.data.file_index import kept_index
 from carft_ray.data.formats.folder import file_listing, missing_files
 from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
 from carft_ray.data.formats.shards import find_files, folder_of
-from carft_ray.data.formats.table_rows import (
+from carft_ray.data.listing import Listing, and_more, image_table
+from carft_ray.data.table_rows import (
     ENDINGS,
     extension_in,
     is_text_format,
@@ -31,9 +32,8 @@ from carft_ray.data.formats.table_rows import (
     reading_table,
     split_name,
 )
-from carft_ray.data.listing import Listing, and_more, image_table
 from carft_ray.errors import DataError, Problem, nearest
-from carft_ray.recipe.sets import ColumnSet, TableSet
+from carft_ray.recipe.schema.sets import ColumnSet, TableSet
 from carft_ray.untrusted import parse_json
 
 KIND = "table-1"

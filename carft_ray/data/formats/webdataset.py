@@ -1,7 +1,7 @@
 """WebDataset: samples in tar archives ("shards"), a sample being files of one name with several endings, one behind the
 other: ``0001.jpg``, ``0001.cls``. The name ends at the first dot behind the last slash; hidden files are passed over.
 
-Nothing is unpacked. Where the files stand in a shard is found once and kept (``data.caching.index``); then an image is
+Nothing is unpacked. Where the files stand in a shard is found once and kept (``data.file_index``); then an image is
 one read at its place. The stable name of an image is the name of its file in the shard, so other shards of the same
 samples change no name, and a packed tree has the names of the tree. Only images, labels and JSON are ever read.
 """
@@ -16,13 +16,13 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 
-from carft_ray.data.caching.index import kept_index
+from carft_ray.data.file_index import kept_index
 from carft_ray.data.formats.labels import check_names, named_classes, read_class_names, whole_numbers
 from carft_ray.data.formats.shards import find_files, folder_of
 from carft_ray.data.images import IMAGE_ENDINGS, unreadable
 from carft_ray.data.listing import Listing, and_more, image_table
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.sets import WebDatasetSet
+from carft_ray.recipe.schema.sets import WebDatasetSet
 from carft_ray.untrusted import open_regular, parse_json, read_regular
 
 KIND = "webdataset-1"

@@ -25,7 +25,7 @@ from carft_ray.data.readers import excluded_ids
 from carft_ray.errors import ClusterError, Problem, StorageError, UsageError
 from carft_ray.launch.jobs import package
 from carft_ray.recipe.loading import dump_given, named_paths, with_paths
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 
 RECIPE = "recipe.yaml"
 _CLI = "exec python -m carft_ray.cli"  # where modules are sent, there are no commands

@@ -17,15 +17,15 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import environment, files
 from carft_ray.errors import Problem
-from carft_ray.evaluation.doctor import Finding, Level
 from carft_ray.launch.failures.causes import root_cause
 from carft_ray.launch.ray_cluster import node_facts
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
 from carft_ray.recipe.checks.rules import named_sets
-from carft_ray.recipe.fine_tuning import LOCAL_DIR, is_weights_path
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import StoredSet, plain
+from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR, is_weights_path
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import StoredSet, plain
 from carft_ray.recipe.text import dotted
+from carft_ray.training.doctor import Finding, Level
 from carft_ray.words import counted
 
 ANSWER_WITHIN_S = 60.0  # a worker process starts, and its disks answer or not

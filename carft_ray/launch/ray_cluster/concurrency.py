@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from carft_ray.errors import ClusterError, Problem, nearest
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.words import counted
 
 UNITS = 10_000  # in which Ray counts a resource; what is finer is cut off

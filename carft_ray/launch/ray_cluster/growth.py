@@ -16,7 +16,7 @@ from carft_ray.errors import ClusterError, Problem, StorageError
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, nodes_alive, nodes_now
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
 from carft_ray.layout import CONCURRENCY, RAY_FILES, STOP
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 
 GROUP_LABEL = "ray.io/node-group"  # of nodes that the cluster launcher or KubeRay has started
 CHECK_EVERY_S = 1.0

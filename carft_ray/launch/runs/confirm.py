@@ -12,8 +12,8 @@ from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.shared_targets import decide_targets
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.shared_targets import decide_targets
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_confirm
@@ -44,7 +44,7 @@ def run_confirm(
         resume_command: Shown after an interruption.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
-        runner: What is trained; by default ``evaluation.training``.
+        runner: What is trained; by default ``training.run``.
 
     Returns:
         The rows of these trainings, in the order of their numbers.

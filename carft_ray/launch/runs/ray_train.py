@@ -19,7 +19,7 @@ from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, ERROR, HEARTBEAT, LOG, METRICS, RAY_FILES, STOP
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study import outcome
 from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -46,7 +46,7 @@ def train_with_ray(
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         resume_command: Shown after an interruption.
         on_epoch: Given the metrics of every epoch.
-        runner: What is trained; by default ``evaluation.training``.
+        runner: What is trained; by default ``training.run``.
         say: Given texts of what the preparation does.
 
     Returns:

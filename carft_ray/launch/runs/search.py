@@ -17,15 +17,15 @@ from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption, used_up
 from carft_ray.launch.trainings import STOPPED, run_trainings
 from carft_ray.recipe.loading import trust_word
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.grid import num_trials
-from carft_ray.recipe.spaces.shared_targets import decide_targets
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.shared_targets import decide_targets
+from carft_ray.recipe.space.grid import num_trials
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.proposals.warm_start import new_sources
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
 from carft_ray.study.study import Study
+from carft_ray.study.warm_start import new_sources
 from carft_ray.words import counted
 
 
@@ -74,7 +74,7 @@ def run_search(
         study_dir: The study directory; made when it is missing.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         on_event: Told what happens, in the calling thread.
-        runner: What is trained; by default ``evaluation.training``.
+        runner: What is trained; by default ``training.run``.
         change_space: The search space may change.
 
     Returns:

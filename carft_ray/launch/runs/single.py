@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.data.shared.shared_images import SharedRow, write_shared
+from carft_ray.data.copies.shared_images import SharedRow, write_shared
 from carft_ray.errors import OutOfMemoryError, Problem, UsageError
-from carft_ray.evaluation.training import run_training
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import RUNNER
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption, stop_file_on_signal
 from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.loop import StoppedRun
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.identity import claim
 from carft_ray.study.lock import gone_if_nothing_began, is_ours, study_lock
 from carft_ray.study.provenance import record_provenance
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import StoppedRun
+from carft_ray.training.run import run_training
 from carft_ray.words import counted
 
 Row = dict[str, float]

@@ -6,13 +6,13 @@ from typing import Any, get_args
 
 from carft_ray.errors import Problem
 from carft_ray.recipe.benchmarks import IN_OUT
-from carft_ray.recipe.checks.messages import shown
 from carft_ray.recipe.checks.rules import benchmark_sets, named_sets
 from carft_ray.recipe.checks.sampler_rules import sampler_advice
-from carft_ray.recipe.fields import Config
+from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schedule import possible_values
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec
+from carft_ray.recipe.schema.fields import Config
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, Corruption, SandboxSet, SetSpec
 from carft_ray.recipe.text import dotted
 from carft_ray.words import counted
 

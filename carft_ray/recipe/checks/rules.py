@@ -8,16 +8,16 @@ from pydantic import ValidationError
 
 from carft_ray.errors import nearest
 from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.checks.messages import Finding, findings, nearest_key, shown, unlisted
 from carft_ray.recipe.checks.sampler_rules import sampler_findings
-from carft_ray.recipe.fields import core_type
-from carft_ray.recipe.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
-from carft_ray.recipe.parameters import NOT_SEARCHABLE, SEARCHABLE, CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.messages import Finding, findings, nearest_key, shown, unlisted
 from carft_ray.recipe.schedule import can_cut
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
-from carft_ray.recipe.spaces.conditions import condition_findings
-from carft_ray.recipe.spaces.enqueue import enqueue_findings
+from carft_ray.recipe.schema.fields import core_type
+from carft_ray.recipe.schema.fine_tuning import CLASS_NAMES_RULE, TEMPLATES_RULE, TemplateSet, TrainConfig, field_kind
+from carft_ray.recipe.schema.parameters import NOT_SEARCHABLE, SEARCHABLE, CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, SetSpec, plain
+from carft_ray.recipe.space.conditions import condition_findings
+from carft_ray.recipe.space.enqueue import enqueue_findings
 from carft_ray.recipe.text import KeyPath
 
 ROLES = ("train", "id_val", "ood_val", "id_test", "ood_test")

@@ -5,10 +5,10 @@ The verdicts were read in Optuna 5.0 and are held by a test each. ``study/propos
 
 from collections.abc import Iterator
 
-from carft_ray.recipe.checks.messages import Finding
-from carft_ray.recipe.sampling import NsgaSampler, QmcSampler
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.grid import grid_size, num_values
+from carft_ray.recipe.messages import Finding
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sampling import NsgaSampler, QmcSampler
+from carft_ray.recipe.space.grid import grid_size, num_values
 from carft_ray.words import counted
 
 LARGEST_POPULATION = 50  # Optuna's default

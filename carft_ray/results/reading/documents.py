@@ -11,8 +11,8 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import CarftError
 from carft_ray.layout import JOURNAL, MANIFEST, STOP
-from carft_ray.recipe.sampling import AnyPruner
-from carft_ray.recipe.spaces.grid import num_trials
+from carft_ray.recipe.schema.sampling import AnyPruner
+from carft_ray.recipe.space.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.overview import STATES, Overview, read_study, require_study, search_began, studies_in
 from carft_ray.study.best import constraint_lines
@@ -20,8 +20,8 @@ from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.proposals.pruning import deciding_value
-from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT, best_first
+from carft_ray.study.warm_start import inherited_reads
 from carft_ray.words import counted
 
 WEAK = 0.3  # rank correlation under which a warning is given,

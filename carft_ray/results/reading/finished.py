@@ -11,8 +11,8 @@ from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError, UsageError, nearest
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT, WEIGHTS, ZERO_SHOT_TABLE
-from carft_ray.recipe.fine_tuning import TrainConfig
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.overview import find_row, is_study, require_claimed
 from carft_ray.study import identity

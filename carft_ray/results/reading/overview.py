@@ -10,9 +10,9 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
 from carft_ray.layout import CONCURRENCY, JOURNAL, LOG, MANIFEST, METRICS, RAY_FILES, RESOLVED, STOP
-from carft_ray.recipe.constraints import violations
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.constraints import violations
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.identity import caught_up, read_manifest
 from carft_ray.study.lease import holder
 from carft_ray.study.outcome import TrialRow, read_failure, read_heartbeat, read_result

@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 from carft_ray import files
-from carft_ray.data.shared.shared_images import read_shared, shared_lines, without_shared
+from carft_ray.data.copies.shared_images import read_shared, shared_lines, without_shared
 from carft_ray.errors import Problem, StorageError, UsageError
-from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.metrics import answers, set_metrics
 from carft_ray.evaluation.objective import metrics_at, objective_spec
 from carft_ray.evaluation.predictions import select
-from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
-from carft_ray.evaluation.training import device_of
 from carft_ray.layout import CONFIRM, HEADS, PREPARED, RESULT, WEIGHTS
-from carft_ray.learning.checkpoint import load_tensors
-from carft_ray.learning.classifier import ImageClassifier, build_classifier
-from carft_ray.learning.context import RunContext
-from carft_ray.learning.mixing import Mixtures
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.space import apply
+from carft_ray.model.classifier import ImageClassifier, build_classifier
+from carft_ray.model.mixing import Mixtures
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.finished import open_finished
+from carft_ray.training.checkpoint import load_tensors
+from carft_ray.training.context import RunContext
+from carft_ray.training.evaluate import predict_all
+from carft_ray.training.run import device_of
+from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted
 
 HEAD_NAME = "class_head.safetensors"  # of an export

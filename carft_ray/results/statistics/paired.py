@@ -18,7 +18,7 @@ from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.results.statistics import intervals
 from carft_ray.results.statistics.intervals import LEVEL, Interval
-from carft_ray.results.statistics.selection import seed_variances
+from carft_ray.results.statistics.optimism import seed_variances
 from carft_ray.words import counted
 
 ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost

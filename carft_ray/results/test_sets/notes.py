@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.data.caching.cache import key_of
+from carft_ray.data.cache import key_of
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import records
 from carft_ray.data.sets import cache_dir, class_folders, open_source
 from carft_ray.errors import CarftError
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.sets import plain
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import plain
 from carft_ray.study.ledger import Entry
 from carft_ray.untrusted import is_name, read_text, visible
 from carft_ray.words import times

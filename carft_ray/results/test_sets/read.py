@@ -19,20 +19,15 @@ import pyarrow as pa
 import torch
 
 from carft_ray import files
-from carft_ray.data.caching.arrays import image_set
+from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
+from carft_ray.data.decoded import image_set
 from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, open_source
-from carft_ray.data.shared.shared_images import find_shared, read_shared, without_shared, write_shared
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
-from carft_ray.evaluation.evaluate import predict_all
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.evaluation.shared_inputs import SharedInputs, load_shared_inputs
-from carft_ray.evaluation.training import device_of
 from carft_ray.layout import FOLDERS, HEADS, LEDGER, PREPARED, SUMMARY, TEST_DIR
-from carft_ray.learning.checkpoint import load_tensors
-from carft_ray.learning.classifier import build_classifier
-from carft_ray.learning.context import RunContext
-from carft_ray.recipe.schema import Recipe
+from carft_ray.model.classifier import build_classifier
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading import overview
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes
@@ -42,8 +37,13 @@ from carft_ray.study.identity import claim
 from carft_ray.study.lease import Lease
 from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.outcome import require_name
-from carft_ray.study.proposals.warm_start import inherited_reads
 from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.warm_start import inherited_reads
+from carft_ray.training.checkpoint import load_tensors
+from carft_ray.training.context import RunContext
+from carft_ray.training.evaluate import predict_all
+from carft_ray.training.run import device_of
+from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted, times
 
 

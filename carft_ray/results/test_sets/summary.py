@@ -15,14 +15,14 @@ import numpy as np
 import pyarrow as pa
 
 from carft_ray import files
-from carft_ray.data.shared.shared_images import SharedRow, shared_counts
+from carft_ray.data.copies.shared_images import SharedRow, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.layout import CONFIRM, SUMMARY
-from carft_ray.recipe.schema import Recipe
-from carft_ray.results.confirmation.plan import Stage, last_stage
-from carft_ray.results.confirmation.summary import whole_rows
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.confirm.configurations import Stage, last_stage
+from carft_ray.results.confirm.summary import whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry

@@ -1,6 +1,6 @@
 """The recipe's pruner: which intermediate values of a running training count, and why one is cut. Writes nothing.
 
-An intermediate value is the objective on the subset, best over a few alphas (``evaluation.training``), at the end of
+An intermediate value is the objective on the subset, best over a few alphas (``training.run``), at the end of
 an epoch. Its step is the percent of the training's own schedule, so trainings of different length compare.
 
 The rules are those of Optuna's pruners, and tests hold them to the same answers. They are written again because
@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from carft_ray.recipe.sampling import AnyPruner, HalvingPruner, NoPruner
 from carft_ray.recipe.schedule import END, first_percent, num_warmup_steps, percent, rungs
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sampling import AnyPruner, HalvingPruner, NoPruner
 from carft_ray.words import counted
 
 SUBSET_OBJECTIVE = "subset/objective"  # in a line of metrics.jsonl

@@ -17,8 +17,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, QMCSampler, RandomSampler
 
 from carft_ray.recipe.checks.sampler_rules import population_size, startup_trials
-from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
-from carft_ray.recipe.schema import Recipe
+from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.proposals.optuna_private import on_one_thread
 
 GP_DRAW = "gp:relative_params:0"  # attribute of a trial in which Optuna's GP keeps what it has drawn together

@@ -5,10 +5,10 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from carft_ray.recipe.parameters import CategoricalParameter, IntParameter, Parameter
-from carft_ray.recipe.schema import Recipe
-from carft_ray.recipe.spaces.conditions import in_order, is_active
-from carft_ray.recipe.spaces.grid import grid_index, grid_size
+from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParameter, Parameter
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.space.conditions import in_order, is_active
+from carft_ray.recipe.space.grid import grid_index, grid_size
 from carft_ray.study.proposals.optuna_private import frozen_trial, running_trial
 from carft_ray.study.proposals.samplers import make_sampler
 

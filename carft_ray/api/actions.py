@@ -1,0 +1,403 @@
+"""What `search`, `resume`, `confirm`, `train`, `evaluate`, `export` and `report` do, as functions. The command line
+calls them, too: checks, seal of the test sets and errors (``carft_ray.errors``) are the same.
+
+    >>> import carft_ray
+    >>> study = carft_ray.search("recipe.yaml", "studies/first", overrides={"search.trials": 2})
+    >>> study.best.name in str(study)
+    True
+    >>> study = carft_ray.resume("studies/first", trials="+1")
+    >>> study.trials().num_rows
+    3
+
+They print progress and warnings, no more: a live table on a terminal, one output that is written again in a notebook.
+Ctrl-C, or the stop button of a notebook, has running trainings write a checkpoint; the same call resumes. Torch and Ray
+are loaded when a function needs them.
+"""
+
+import logging
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from carft_ray.api.answers import Answer, Report, Searched
+from carft_ray.api.checks import Overrides, RecipeLike, as_command, load_recipe, override_words, require_trusted
+from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.reading import overview
+from carft_ray.ui import console
+
+if TYPE_CHECKING:
+    from carft_ray.launch.runtime import Runner
+    from carft_ray.results.confirm.configurations import Stage
+    from carft_ray.results.export.export import Exported
+
+Trainer = Callable[..., Any]
+
+HEADS = ("fine_tuned", "zero_shot")
+WINNER_RULES = ("search", "confirmed")
+SAME_CALL = "the same call again"
+logger = logging.getLogger(__name__)
+
+
+@as_command
+def search(
+    recipe: RecipeLike,
+    study: str | Path,
+    *,
+    overrides: Overrides = (),
+    train: Trainer | None = None,
+    address: str | None = None,
+    change_space: bool = False,
+    warm_start: Sequence[str | Path] = (),
+    again: str | None = None,
+    trust: bool = False,
+    notify_url: str | None = None,
+    progress: bool = True,
+    strict: bool = True,
+) -> Searched:
+    """Searches for the best hyperparameters. The same call on the same study resumes the search.
+
+    Args:
+        recipe: As of ``load_recipe``.
+        study: The study directory; made when it is missing.
+        overrides: As of ``load_recipe``. ``{"resources.executor": "debug"}`` trains in this process, without Ray.
+        train: A fine-tuning of your own in place of the built-in one, ``train(values, context)``
+            (``launch.own_trainer``). Give it again to resume.
+        address: Ray cluster to attach to: ``host:port``, or ``auto`` for the one that this machine or process belongs
+            to; None: a Ray of our own on this machine.
+        change_space: Let the search space of the study change.
+        warm_start: Folders of further studies whose trials are passed to the sampler.
+        again: Reason to train more although the test sets were read; every report keeps it.
+        trust: Run the code that ``train.function`` names.
+        notify_url: Webhook that gets JSON on a new best, on a failed trial and at the end.
+        progress: Show how it goes. False: only warnings.
+        strict: Raise when trainings were set aside. False: they are in the result.
+
+    Returns:
+        The study, with what the search has found.
+
+    Raises:
+        InterruptedRunError: Stopped on request; the same call resumes.
+        RecipeError, DataError, HoldOutError: As of ``load_recipe``; or the recipe searches nothing, is not that of the
+            study, or the test sets of the study were read and there is no reason.
+        NoSuccessfulTrialError, BudgetError: All trials have failed; the budget was used up before one was complete.
+        MachineError: Trainings were set aside.
+        UsageError, StorageError, ClusterError: As their messages say.
+    """
+    study = Path(study)
+    value = load_recipe(recipe, overrides)
+    further = (*value.search.warm_start, *(str(Path(path).resolve()) for path in warm_start))
+    update = {"warm_start": tuple(dict.fromkeys(further))}
+    value = value.model_copy(update={"search": value.search.model_copy(update=update)})
+    from carft_ray.recipe.checks.advice import check_searchable
+
+    if problems := check_searchable(value):
+        raise RecipeError(problems)
+    value, runner = _with_trainer(value, train, trust)
+    from carft_ray.study.ledger import require_unread
+
+    if not require_unread(study, value, again, change_space) and again is not None:
+        logger.warning("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
+    from carft_ray.recipe.loading import trust_word
+
+    if trust and not trust_word(value):
+        logger.warning("--trust has no effect: the recipe has no train.function")
+    from carft_ray.launch.notify import notifying
+    from carft_ray.launch.runs.search import run_search
+    from carft_ray.launch.tracking import tracking
+    from carft_ray.results.search_summary import study_summary
+    from carft_ray.ui.progress import search_shown
+
+    with (
+        notifying(notify_url, value.name, study, logger.warning) as with_notices,
+        tracking(value, study, logger.warning) as with_trackers,
+        search_shown(progress, study, value.train.epochs) as on_event,
+    ):
+        result = run_search(value, study, address, with_trackers(with_notices(on_event)), runner, change_space)
+    resume_command = f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}"
+    summary = study_summary(value, result)
+    found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
+    if strict:
+        found.check()
+    return found
+
+
+@as_command
+def resume(
+    study: str | Path, trials: int | str | None = None, *, overrides: Overrides = (), **options: Any
+) -> Searched:
+    """Resumes a study where it was, or extends it. Its recipe is its own ``resolved.yaml``.
+
+    Args:
+        study: The study directory.
+        trials: Trials in all, or how many more, ``"+4"``.
+        overrides: As of ``load_recipe``: budget, resources, sampler, and the search space with ``change_space``.
+        options: The others of ``search``.
+
+    Returns:
+        As ``search``.
+
+    Raises:
+        UsageError: It is no study.
+        CarftError: As ``search``.
+    """
+    study = Path(study)
+    study_dir = overview.require_study(study)
+    recipe = overview.resolved_recipe(study_dir)
+    words = [*overview.behind(study_dir), *override_words(overrides)]
+    if trials is not None:
+        words.append(f"search.trials={overview.total_trials(str(trials), overview.read_study(study_dir))}")
+    return search(recipe, study, overrides=words, **options)
+
+
+@as_command
+def confirm(
+    study: str | Path,
+    *,
+    top: int = 3,
+    seeds: int = 3,
+    winner: str = "search",
+    against: Sequence[str | Path] = (),
+    overrides: Overrides = (),
+    train: Trainer | None = None,
+    address: str | None = None,
+    trust: bool = False,
+    notify_url: str | None = None,
+    progress: bool = True,
+    resume_command: str = SAME_CALL,
+) -> Answer:
+    """Trains the winner, the next best and the baselines again with fresh seeds: what the best is really worth.
+
+    Args:
+        study: The study directory; no search runs on it.
+        top: Trials to train again, from the best down.
+        seeds: Fresh seeds of each, at least 2; more can be added later.
+        winner: ``search``: the winner is the search's. ``confirmed``: the best on the fresh seeds, which is then
+            trained with as many further seeds.
+        against: Studies whose winners are further baselines.
+        overrides: As of ``load_recipe``: where and how fast, nothing that changes a number.
+        train: As of ``search``, that of the study.
+        address: As of ``search``.
+        trust: Run the code that ``train.function`` names.
+        notify_url: As of ``search``.
+        progress: Show how it goes.
+        resume_command: Named after an interruption.
+
+    Returns:
+        The comparison; its ``numbers`` are also ``confirm/summary.json`` of the study.
+
+    Raises:
+        UsageError: A search runs on the study, or it is none.
+        InterruptedRunError: Stopped on request; the same call resumes.
+        NoSuccessfulTrialError: No trial has finished, or the winner failed with a fresh seed.
+        CarftError: As ``search``.
+    """
+    require_choice("--winner", "must say who chooses the winner", winner, WINNER_RULES)
+    for name, number, least in (("--top", top, 1), ("--seeds", seeds, 2)):
+        if number < least:
+            raise UsageError(Problem(name, f"must be at least {least}", str(number)))
+    view = overview.read_study(Path(study))
+    if view.holder is not None:
+        step = f"Wait until it ends, or end it: carft-ray stop {study}"
+        raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
+    others = [overview.read_study(Path(path)) for path in against]
+    recipe = load_recipe(overview.resolved_recipe(view.study_dir), overrides)
+    recipe, runner = _with_trainer(recipe, train, trust)
+    from carft_ray.data.copies.shared_images import read_shared, shared_lines
+    from carft_ray.evaluation.objective import objective_spec
+    from carft_ray.launch.notify import notifying
+    from carft_ray.launch.runs.confirm import run_confirm
+    from carft_ray.launch.tracking import tracking
+    from carft_ray.results.confirm import configurations
+    from carft_ray.results.confirm.summary import choose, confirm_lines, summarise
+    from carft_ray.ui.progress import search_shown
+
+    study_dir, say = view.study_dir, console.sayer(progress)
+    with (
+        notifying(notify_url, recipe.name, study_dir, logger.warning) as with_notices,
+        tracking(recipe, study_dir, logger.warning) as with_trackers,
+    ):
+        first, notes = configurations.plan(view, top, seeds, others)
+        second: Stage | None = None
+        for note in notes:
+            logger.warning("%s", note)
+
+        def train_stage() -> None:
+            stage = second or first
+            say(configurations.cost(overview.read_study(study_dir), stage))
+            trainings = stage.trainings()
+            with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
+
+                def fix(locked: Any) -> Any:
+                    return configurations.fix(study_dir, recipe, first, second, others)
+
+                on_event = with_trackers(with_notices(shown))
+                run_confirm(recipe, study_dir, fix, resume_command, address, on_event, runner)
+
+        train_stage()
+        if winner == "confirmed":
+            chosen = choose(study_dir, objective_spec(recipe), first)
+            second = configurations.second_stage(first, chosen, recipe)
+            say(f"The best on the fresh seeds is {chosen}; these seeds chose it, so others measure it.")
+            train_stage()
+    summary = summarise(study_dir, recipe, first, second)
+    lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]
+    return Answer(recipe.name, summary, (console.estimate_table(summary["rows"]),), tuple(lines))
+
+
+def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[Recipe, "Runner | None"]:
+    """Returns the recipe and the runner of a fine-tuning of the user's; no runner where none is given.
+
+    Raises:
+        UsageError: The recipe names code, in ``train`` or a baseline, that was neither given nor is trusted.
+        RecipeError: It cannot be imported or called.
+    """
+    if train is None:
+        require_trusted(recipe, trust)
+        return recipe, None
+    named = recipe.train.model_copy(update={"function": None})  # the function is here; baselines may name others
+    require_trusted(recipe.model_copy(update={"train": named}), trust)
+    from carft_ray.launch.own_trainer import with_function
+
+    return with_function(recipe, train)
+
+
+@as_command
+def train(
+    recipe: RecipeLike,
+    out: str | Path,
+    *,
+    overrides: Overrides = (),
+    resume: bool = False,
+    address: str | None = None,
+    trust: bool = False,
+    progress: bool = True,
+    resume_command: str = f"{SAME_CALL}, with resume=True",
+) -> Answer:
+    """Fine-tunes once and measures the alpha curve on the validation sets.
+
+    Args:
+        recipe: As of ``load_recipe``.
+        out: Folder of the training; new, or that of the training to resume.
+        overrides: As of ``load_recipe``.
+        resume: Resume from the newest checkpoint in the folder.
+        address: Ray cluster to attach to when there are several workers.
+        trust: Run the code that ``train.function`` names.
+        progress: Show how it goes.
+        resume_command: Named after an interruption.
+
+    Returns:
+        The content of ``result.json`` with ``folder`` and ``zero_shot``.
+
+    Raises:
+        UsageError: The folder holds something, or nothing to resume.
+        InterruptedRunError: Stopped on request.
+        DivergedError: The training has diverged.
+        CarftError: As ``load_recipe``; StorageError, ClusterError and OutOfMemoryError as their messages say.
+    """
+    value, out = load_recipe(recipe, overrides), Path(out)
+    require_trusted(value, trust, baselines=False)
+    if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
+        logger.warning("--address has no effect: one worker trains in this process")
+    from carft_ray.launch.runs.single import train_once
+    from carft_ray.ui.progress import training_shown
+
+    with training_shown(progress) as (on_step, on_epoch):
+        say = console.sayer(progress)
+        result, zero_shot = train_once(value, out, resume, resume_command, say, on_step, on_epoch, address)
+    rows = {
+        "zero-shot": zero_shot,
+        "fine-tuned, alpha 1": result["fine_tuned"],
+        f"mixed, alpha {result['alpha']:g}": result["metrics"],
+    }
+    line = "Validation sets; alpha was chosen on them. Intervals: over images."
+    numbers = {"folder": str(out), "zero_shot": zero_shot, **result}
+    return Answer(value.name, numbers, (console.accuracy_table(rows, result["num_images"]),), (line,))
+
+
+@as_command
+def evaluate(
+    folder: str | Path, *, alpha: float | None = None, trial: str | None = None, head: str = HEADS[0]
+) -> Answer:
+    """Measures a trained model on ``id_val`` and ``ood_val`` again, at any alpha. No test set is opened.
+
+    Args:
+        folder: Of a training or a study.
+        alpha: Mixing coefficient, 0 to 1; None: the chosen one.
+        trial: Number or name of a trial, or name of a baseline; None: the best.
+        head: ``fine_tuned``, or ``zero_shot`` for the class head of the prompts.
+
+    Returns:
+        ``name``, ``alpha``, ``head``, ``metrics``, and ``sets`` with more numbers of each set.
+
+    Raises:
+        UsageError: There is no such training, head or alpha.
+        NoSuccessfulTrialError: It is not finished.
+        StorageError: Its weights are gone, or something in it is damaged.
+    """
+    require_choice("--head", "must be the name of a head", head, HEADS)
+    _check_alpha(alpha)
+    from carft_ray.results.reading.trained import evaluate_trained, open_trained
+
+    trained = open_trained(Path(folder), trial)
+    used = trained.result["alpha"] if alpha is None else alpha
+    metrics, by_set = evaluate_trained(trained, used, head == "zero_shot")
+    numbers = {"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set}
+    rows = {f"{trained.name}, alpha {used:g}": metrics}
+    tables = (console.accuracy_table(rows, trained.result["num_images"]), console.set_table(by_set))
+    return Answer(trained.recipe.name, numbers, tables)
+
+
+@as_command
+def export(
+    folder: str | Path,
+    to: str | Path,
+    *,
+    formats: Sequence[str] = (),
+    alpha: float | None = None,
+    trial: str | None = None,
+) -> "Exported":
+    """Writes the mixed model for open_clip, transformers or onnxruntime; each opens what was written, as a check.
+
+    Args:
+        folder: Of a training or a study.
+        to: Folder of the export; must be new or empty.
+        formats: Of ``open_clip``, ``huggingface`` and ``onnx``; none: open_clip.
+        alpha: As of ``evaluate``.
+        trial: As of ``evaluate``.
+
+    Returns:
+        Folder, alpha, and the largest difference of a logit by format.
+
+    Raises:
+        UsageError: A format is unknown or cannot hold the model, ``to`` holds something, or as ``evaluate``.
+        NoSuccessfulTrialError: As ``evaluate``.
+        StorageError: It cannot be written, or the reopened model gives other logits.
+    """
+    _check_alpha(alpha)
+    from carft_ray.results.export.export import export_model, parse_formats
+    from carft_ray.results.reading.trained import open_trained
+
+    asked = parse_formats([formats] if isinstance(formats, str) else formats)
+    return export_model(open_trained(Path(folder), trial), Path(to), alpha, asked)
+
+
+def report(study: str | Path) -> Report:
+    """Returns what the best trial of a study is worth: corrected for the choice, and against the baselines.
+
+    No test set is read, nothing is locked, and neither torch nor Ray is loaded; a search may be running.
+
+    Args:
+        study: The study directory.
+
+    Raises:
+        UsageError: It is no study.
+        RecipeError, StorageError: It is damaged.
+    """
+    return Report(overview.read_study(Path(study)))
+
+
+def _check_alpha(alpha: float | None) -> None:
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise UsageError(Problem("--alpha", "must be from 0 to 1", f"{alpha:g}"))

@@ -1,0 +1,188 @@
+"""What the functions of ``carft_ray`` return: numbers, and how a terminal and a notebook show them."""
+
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.table import Table
+
+from carft_ray import files
+from carft_ray.api.studies import Study, rows_table
+from carft_ray.errors import CarftError, require_choice
+from carft_ray.layout import PAGE
+from carft_ray.results.reading.overview import Overview
+from carft_ray.study.outcome import TrialRow
+from carft_ray.ui import console, notebook
+
+
+@dataclass(frozen=True, repr=False)
+class Answer:
+    """Numbers with their tables, which ``print`` and a notebook show.
+
+    Attributes:
+        recipe_name: Of the study or training.
+        numbers: What the command of the same name prints with ``--json``.
+        tables: The tables that it prints.
+        lines: What it says below.
+    """
+
+    recipe_name: str
+    numbers: dict[str, Any]
+    tables: tuple[Table, ...] = field(compare=False)
+    lines: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return notebook.as_text(*self.tables, *self.lines)
+
+    def _repr_html_(self) -> str:
+        return notebook.as_html(*self.tables, *self.lines)
+
+
+@dataclass(frozen=True)
+class Searched(Study):
+    """The study after a search, to read from; ``print`` and a notebook show its table.
+
+    Attributes:
+        numbers: What ``carft-ray search --json`` prints.
+        out_of_budget: Which limit of the budget ended the search; empty when all trials are finished.
+        set_aside: Trials and baselines whose attempts were lost again and again; another search tries them again.
+        resume_command: The command that does.
+    """
+
+    numbers: dict[str, Any] = field(repr=False)
+    out_of_budget: str = ""
+    set_aside: tuple[TrialRow, ...] = ()
+    resume_command: str = ""
+
+    @property
+    def table(self) -> Table:
+        """Baselines, then trials from the best down."""
+        return console.trial_table(self.numbers["rows"])
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What the numbers say, in sentences."""
+        budget = self.numbers["budget"]["line"]
+        return (*self.numbers["lines"], *([budget] if budget else []))
+
+    def check(self) -> None:
+        """Raises a ``MachineError`` with the reasons when trainings were set aside."""
+        from carft_ray.launch.runs.search import set_aside_error
+
+        if self.set_aside:
+            raise set_aside_error(self.set_aside, self.resume_command)
+
+    def __str__(self) -> str:
+        return notebook.as_text(self.table, *self.lines)
+
+    def _repr_html_(self) -> str:
+        return notebook.as_html(self.table, *self.lines)
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What the best trial of a study is worth. In a notebook it is the page of the study, ``print`` shows the text.
+
+    It is of the moment at which it was made. Nothing is written but by ``save``, and no test set is opened.
+
+    Attributes:
+        view: The study.
+    """
+
+    view: Overview
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, Any]:
+        """What ``carft-ray report --json`` prints.
+
+        Raises:
+            NoSuccessfulTrialError: No trial has finished.
+            HoldOutError: The ledger was changed, so how often the test sets were read is not known.
+            StorageError, DataError: Stored predictions are missing, damaged or of different images.
+        """
+        from carft_ray.results.report import study_report
+
+        return study_report(self.view)
+
+    @functools.cached_property
+    def document(self) -> dict[str, Any]:
+        """All that the page shows; raises as ``numbers``, but needs no finished trial."""
+        from carft_ray.results.page.data import page_document
+
+        return page_document(self.view)
+
+    @property
+    def html(self) -> str:
+        """The page, one file that needs no network; raises as ``document``."""
+        return self._page(self.default_path)
+
+    @property
+    def default_path(self) -> Path:
+        """Where the page of the study goes."""
+        return self.view.study_dir / PAGE
+
+    def card(self, form: str = "text", place: str = "form") -> str:
+        """Returns the verdict of five lines; raises as ``document``.
+
+        Args:
+            form: ``text`` or ``latex``.
+            place: Where it was given, for the message.
+
+        Raises:
+            UsageError: It is none of these.
+        """
+        from carft_ray.results.page.verdict import FORMS, card
+
+        require_choice(place, "must be a form of the card", form, FORMS)
+        return card(self.document, form)
+
+    @functools.cached_property
+    def tables(self) -> dict[str, pa.Table]:
+        """The tables behind the page: ``trials`` and ``baselines`` as ``Study`` has them, ``curves``, ``sets``.
+
+        ``curves`` is a row per measured alpha of a training, ``sets`` one per configuration (or difference) and set,
+        with its interval. Raises as ``document``.
+        """
+        from carft_ray.results.report_tables import curves_table, sets_table
+
+        own = {"trials": rows_table(self.view.trials), "baselines": rows_table(self.view.baselines)}
+        return {**own, "curves": curves_table(self.view), "sets": sets_table(self.document["tables"])}
+
+    def save_tables(self, folder: str | Path) -> list[Path]:
+        """Writes the tables, each as CSV and as Parquet; returns the paths.
+
+        Raises:
+            StorageError: A file cannot be written.
+        """
+        from carft_ray.results.report_tables import write_tables
+
+        return write_tables(self.tables, Path(folder))
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Writes the page, whole or not at all.
+
+        Args:
+            path: The file; None: ``report.html`` in the study.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        path = self.default_path if path is None else Path(path)
+        files.write_bytes(path, self._page(path).encode())
+        return path
+
+    def _page(self, path: Path) -> str:
+        from carft_ray.results.page.page import page
+
+        return page(self.view, self.document, path)
+
+    def __repr__(self) -> str:
+        try:
+            return "\n".join(self.numbers["lines"])
+        except CarftError as error:  # to show a report is no place for a traceback
+            return str(error)
+
+    def _repr_html_(self) -> str:
+        return notebook.framed(self.html)

@@ -1,0 +1,136 @@
+"""What comes before every command: versions of libraries, and a recipe that is checked together with its folders."""
+
+import contextlib
+import functools
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from carft_ray import environment
+from carft_ray.errors import DataError, HoldOutError, RecipeError, UsageError
+from carft_ray.recipe import loading
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.ui import notebook
+
+P = ParamSpec("P")
+R = TypeVar("R")
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+Overrides = Mapping[str, Any] | Sequence[str]
+
+logger = logging.getLogger(__name__)
+_runs = False  # a command runs: what it calls is no other one
+
+
+@contextlib.contextmanager
+def command() -> Iterator[None]:
+    """What surrounds a command: libraries that are too old are refused, and each tree of images is listed once.
+
+    Raises:
+        UsageError: A library is older than its range.
+    """
+    global _runs
+    if _runs:
+        yield
+        return
+    require_versions()
+    notebook.without_bars_of_others()
+    from carft_ray.data.readers import listing_once
+
+    _runs = True
+    try:
+        with listing_once():
+            yield
+    finally:
+        _runs = False
+
+
+def require_versions(extra: str = "") -> None:
+    """Warns of every library that is newer than its range in pyproject.toml.
+
+    Args:
+        extra: Check the libraries of this extra.
+
+    Raises:
+        UsageError: A library is older than its range.
+    """
+    older, newer = environment.outside_ranges(extra)
+    if older:
+        raise UsageError(older)
+    for problem in newer:
+        logger.warning("%s", problem)
+
+
+def as_command(function: Callable[P, R]) -> Callable[P, R]:
+    """Has a function run as a command (``command``)."""
+
+    @functools.wraps(function)
+    def run(*given: P.args, **named: P.kwargs) -> R:
+        with command():
+            return function(*given, **named)
+
+    return run
+
+
+@as_command
+def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
+    """Reads a recipe and checks it with its folders, as far as that needs no weights. Warnings are logged.
+
+    Torch is loaded only for a model name of open_clip.
+
+    Args:
+        recipe: A YAML file; a dictionary of what one holds, whose relative paths count from the working directory; or
+            a recipe, which is checked again.
+        overrides: Values by key, ``{"train.epochs": 3}``, or texts as of ``--set``.
+
+    Returns:
+        The recipe, all paths absolute.
+
+    Raises:
+        RecipeError: It breaks rules, all of which are told.
+        HoldOutError: Two roles share a set.
+        DataError: Images or class lists are missing.
+    """
+    from carft_ray.data.sets import check_roles, check_sets
+    from carft_ray.model.catalog import check_model, model_warnings
+    from carft_ray.recipe.checks.advice import warnings
+
+    value = _read(recipe, override_words(overrides))
+    if problems := check_model(value.model):
+        raise RecipeError(problems)
+    if problems := check_roles(value):
+        raise HoldOutError(problems)
+    if problems := check_sets(value):
+        raise DataError(problems)
+    if not isinstance(recipe, Recipe):  # its warnings were told when it was loaded
+        for text in (*warnings(value), *model_warnings(value.model)):
+            logger.warning("%s", text)
+    return value
+
+
+def _read(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
+    if isinstance(recipe, str | Path):
+        return loading.load_recipe(Path(recipe), overrides)
+    value = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else recipe
+    return loading.recipe_of(value, overrides)
+
+
+def override_words(overrides: Overrides) -> list[str]:
+    """Returns overrides as the texts of ``--set``."""
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    return list(overrides)
+
+
+def require_trusted(recipe: Recipe, trusted: bool, baselines: bool = True) -> None:
+    """Imports the fine-tunings of the user's own that a recipe names, where ``--trust`` is given; nothing is written.
+
+    Raises:
+        UsageError: It is not given.
+        RecipeError: One cannot be imported.
+    """
+    if loading.own_functions(recipe, baselines):
+        from carft_ray.launch.own_trainer import require_trusted
+
+        require_trusted(recipe, trusted, baselines)

@@ -1,0 +1,191 @@
+"""Reading the results of a study from Python. Nothing is locked or written, and neither torch nor Ray is loaded.
+
+A study displays itself in a notebook: its trials, and ``study.figure``. What trains is in ``carft_ray.api.actions``.
+
+    >>> import carft_ray
+    >>> study = carft_ray.open_study("studies/quickstart")
+    >>> study.recipe.search.trials
+    2
+    >>> study.trials().column_names[:5]
+    ['number', 'name', 'outcome', 'objective', 'alpha']
+    >>> best = study.best
+    >>> sorted(study.metrics(best.name))[:2]
+    ['accuracy/id_val', 'accuracy/sketch']
+    >>> study.predictions(best.name).num_rows > 0
+    True
+
+Tables are those of pyarrow: ``study.trials().to_pandas()`` where pandas is installed. Accuracies are fractions. A
+search may be running: every call reads the study as it is then.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+
+from carft_ray import files
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.reading.finished import open_finished
+from carft_ray.results.reading.overview import read_study, require_study, study_recipe
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import baselines, best_first, best_row, trials
+from carft_ray.ui import console, notebook
+
+Kind = Literal["trial", "baseline"]
+# attributes of a row, with their types in Arrow
+COLUMNS = {"number": "int64", "name": "string", "outcome": "string", "objective": "double"}
+COLUMNS |= {"alpha": "double", "elapsed_s": "double", "reason": "string"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture that displays itself in a notebook.
+
+    Attributes:
+        svg: The file.
+    """
+
+    svg: bytes
+
+    def save(self, path: str | Path) -> Path:
+        """Writes it, whole or not at all.
+
+        Raises:
+            StorageError: It cannot be written.
+        """
+        files.write_bytes(Path(path), self.svg)
+        return Path(path)
+
+    def _repr_svg_(self) -> str:
+        return self.svg.decode()
+
+    def __repr__(self) -> str:
+        return f"Figure(<{len(self.svg)} bytes of SVG>)"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study to read from; use ``open_study``.
+
+    Attributes:
+        path: The study directory, absolute.
+    """
+
+    path: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe of the last search, all paths absolute.
+
+        Raises:
+            RecipeError, StorageError: It cannot be read.
+        """
+        return study_recipe(self.path)
+
+    @property
+    def best(self) -> TrialRow | None:
+        """The trial with the largest objective (``name``, ``values``, ``alpha``, ``objective``, ``metrics``), or None.
+
+        Raises:
+            StorageError: The study is damaged.
+        """
+        return best_row(trials(self.path))
+
+    @property
+    def baselines(self) -> pa.Table:
+        """Zero-shot and the recipe's baselines, as ``trials`` gives them."""
+        return self.trials("baseline")
+
+    @property
+    def figure(self) -> Figure:
+        """ID against OOD accuracy: a dot per trial, the baselines, the alpha curve of the best.
+
+        Raises:
+            UsageError, RecipeError, StorageError: The study is gone or damaged.
+        """
+        from carft_ray.results.page.page import figure_svg
+
+        return Figure(figure_svg(read_study(self.path)))
+
+    def trials(self, kind: Kind = "trial") -> pa.Table:
+        """Returns a row per trial (or baseline), in the order of their numbers.
+
+        Columns: ``number``, ``name``, ``outcome``, ``objective``, ``alpha`` (the chosen one),
+        ``elapsed_s``, ``reason``; then every hyperparameter by its name in ``train``; then every metric
+        (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ...). What a row does not have is null.
+
+        Args:
+            kind: ``trial`` or ``baseline``.
+
+        Raises:
+            ValueError: The kind is none of these.
+            StorageError: The study is damaged.
+        """
+        if kind not in ("trial", "baseline"):
+            raise ValueError(f"kind must be 'trial' or 'baseline', but got {kind!r}")
+        return rows_table(trials(self.path) if kind == "trial" else baselines(self.path))
+
+    def metrics(self, trial: str) -> dict[str, float]:
+        """Returns the metrics of a finished trial or baseline at its alpha.
+
+        Args:
+            trial: Number or name: ``"7"``, ``"t0007"``, ``"t0007-3f9c"``, ``"zero_shot"``, ``"confirm/NAME"``.
+
+        Raises:
+            UsageError: There is no such trial; names the nearest.
+            NoSuccessfulTrialError: It is not finished.
+            StorageError: Its result is damaged.
+        """
+        return dict(open_finished(self.path, trial).result["metrics"])
+
+    def predictions(self, trial: str) -> pa.Table:
+        """Returns a row per image, validation set and alpha: label, prediction, and the logits that were kept.
+
+        Args:
+            trial: As for ``metrics``.
+
+        Raises:
+            UsageError, NoSuccessfulTrialError, StorageError: As ``metrics``.
+        """
+        return open_finished(self.path, trial).predictions()
+
+    def _repr_html_(self) -> str:
+        view = read_study(self.path)
+        rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
+        return notebook.as_html(console.trial_table(rows))
+
+
+def open_study(path: str | Path) -> Study:
+    """Opens a study to read from it.
+
+    Args:
+        path: The study directory; a search may be running on it.
+
+    Raises:
+        UsageError: It is no study.
+    """
+    return Study(require_study(Path(path)))
+
+
+def rows_table(rows: Sequence[TrialRow]) -> pa.Table:
+    """Returns trials or baselines as ``Study.trials`` has them."""
+    own = {
+        name: pa.array([getattr(row, name) for row in rows], pa.type_for_alias(kind)) for name, kind in COLUMNS.items()
+    }
+    own["reason"] = pa.array([row.reason or None for row in rows], pa.string())
+    values = dict.fromkeys(name for row in rows for name in row.values if name not in own)
+    metrics = dict.fromkeys(name for row in rows for name in row.metrics if name not in own)
+    columns = own | {name: _column([row.values.get(name) for row in rows]) for name in values}
+    measured = {name: pa.array([row.metrics.get(name) for row in rows], pa.float64()) for name in metrics}
+    return pa.table(columns | measured)
+
+
+def _column(values: list[object]) -> pa.Array:
+    """Returns hyperparameters as a column; those of several kinds (``auto`` as well as 0.5) as texts."""
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) > 1:
+        kind = float if kinds == {int, float} else str
+        values = [None if value is None else kind(str(value)) for value in values]
+    return pa.array(values)

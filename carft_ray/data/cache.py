@@ -1,0 +1,345 @@
+"""The cache of images and heads: entries that one process builds and all processes of the machine share.
+
+An entry is an Arrow file ``<key>.arrow``, which is mapped into memory; the metadata of its schema say for people what
+it holds. The key is a hash of what the content depends on; an entry is never changed, only built, replaced when it is
+damaged, and removed. Whoever has one open holds a shared lock on it for as long as its arrays live, however the process
+ends: an entry in use is not removed. When it was last opened is its date.
+
+Where a disk has no locks (``files.NO_FLOCK``), each process builds under a name of its own, and the last rename
+decides: what they have built is the same. Every entry counts as in use there, so none is removed.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import mmap
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from carft_ray.errors import Problem, StorageError
+from carft_ray.files import NO_FLOCK, new_file, remove_folder, writing
+
+GB = 10**9  # bytes
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lock
+
+_ENTRY = re.compile(r"([0-9a-f]{32})\.arrow")
+_ABOUT = "about"  # key of the metadata
+_REMAINS = re.compile(r"\.([0-9a-f]{32})\.arrow\..*\.tmp")
+_NOTES = ("records-*.arrow", "records-*.part", "overlap-*.json", "index/**/*.arrow")  # of ``data.records`` and others
+_STORES = "targets/*"  # of ``training.targets``: a folder of files that may be removed at any time
+
+_log = logging.getLogger(__name__)
+_warned: set[int] = set()  # disks without locks that a warning has named
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What is known of an entry without opening it.
+
+    Attributes:
+        key: Name of its file, without the ending; of ``targets`` that of their folder.
+        kind: ``decoded``, ``packed``, ``heads`` or ``targets``; ``unknown``, where the file is damaged.
+        name: Name of the set for which it was built; the same images may serve others. Of heads, the model.
+        source: Kind of the source; of heads, how many sentences.
+        num_images: Images; 0 where that is unknown.
+        image_size: ``width x height`` in pixels; empty where images differ.
+        created: When it was built, seconds since 1970; 0 where that is unknown.
+        last_used: When it was last opened, seconds since 1970.
+        num_bytes: Size on disk.
+        in_use: Whether a process has it open, it belongs to another user, or its disk has no locks.
+    """
+
+    key: str
+    kind: str = "unknown"
+    name: str = ""
+    source: str = ""
+    num_images: int = 0
+    image_size: str = ""
+    created: float = 0.0
+    last_used: float
+    num_bytes: int
+    in_use: bool
+
+
+def key_of(parts: list[Any]) -> str:
+    """Returns the name, 32 hex digits, of what is kept in the cache and depends on these values."""
+    return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def about(**known: Any) -> dict[str, str]:
+    """Returns the metadata of the schema of an entry.
+
+    Args:
+        **known: Attributes of ``Entry``, of those that ``list_entries`` does not find out.
+    """
+    return {_ABOUT: json.dumps({**known, "created": time.time()})}
+
+
+def entry(
+    cache_dir: Path,
+    key: str,
+    read: Callable[[Any], T],
+    build: Callable[[Path], None],
+    limit_gb: float | None = None,
+    on_wait: Callable[[], None] | None = None,
+) -> T:
+    """Opens an entry, building it first where it is missing or damaged.
+
+    Several processes may ask at once: one builds, the others wait for it. A build that dies leaves nothing under the
+    entry's name.
+
+    Args:
+        cache_dir: Folder of all entries; made when missing.
+        key: Name of the entry, 32 hex digits.
+        read: Gets the ``RecordBatchFileReader`` of the file, whose buffers are views of it. Raises ``ValueError`` for
+            a file that is not what it should be.
+        build: Writes and flushes the file, whose schema has the metadata of ``about``.
+        limit_gb: Largest size of the cache in 10^9 bytes. With a new entry, those that were not used for longest go
+            until all fit, but none in use; None: no limit. A disk without locks has none.
+        on_wait: Called about twice a second while another process builds the entry; may raise to wait no longer.
+
+    Returns:
+        What ``read`` returns.
+
+    Raises:
+        StorageError: The entry cannot be written.
+    """
+    path = cache_dir / f"{key}.arrow"
+    if (found := _open(path, read)) is not None:
+        return found
+    with lock(cache_dir / f"{key}.lock", on_wait) as alone:
+        if (found := _open(path, read)) is not None:
+            return found
+        if alone:
+            _remove_remains(path)
+        with new_file(path) as temporary:
+            build(temporary)
+            found = _open(temporary, read)  # before others see it: nobody can remove what is open
+            if found is None:
+                raise StorageError(Problem(str(path), "an entry of the cache must be readable once it is written"))
+            if limit_gb is not None and alone:
+                _make_room(cache_dir, limit_gb, temporary.stat().st_size)
+    return found
+
+
+def _open(path: Path, read: Callable[[Any], T]) -> T | None:
+    """Opens an entry; None when it is missing or, after a warning, when it is damaged."""
+    with writing(path):
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        try:
+            _flock(handle, fcntl.LOCK_SH, path)
+            if not os.fstat(handle).st_nlink:
+                return None  # it was removed while this process waited
+            content = mmap.mmap(handle, 0, access=mmap.ACCESS_READ) if os.fstat(handle).st_size else b""
+        finally:
+            os.close(handle)  # the map keeps the file open, and with it the lock
+    try:
+        found = read(pa.ipc.open_file(pa.py_buffer(content)))
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        _log.warning("The entry %s of the cache is damaged and will be built again: %s", path, error)
+        return None
+    with contextlib.suppress(OSError):  # of another user, or on a disk that is only read
+        os.utime(path)
+    return found
+
+
+@contextlib.contextmanager
+def lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[bool]:
+    """Holds an exclusive flock; it ends with the process, however that ends. The empty lock file stays.
+
+    Gives False on a disk without locks: others may do the same at once, and must not lose what they are writing.
+
+    Args:
+        path: The lock file; made when it is missing.
+        on_wait: Called about twice a second while another process holds it; may raise to wait no longer.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        pause_s = FIRST_PAUSE_S
+        while True:
+            with writing(path), contextlib.suppress(BlockingIOError):
+                alone = _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+                break
+            if on_wait is not None:
+                on_wait()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        yield alone
+    finally:
+        os.close(handle)
+
+
+def made_once(path: Path, lock_path: Path, read: Callable[[Path], T | None], make: Callable[[], T]) -> T:
+    """Returns what a file of the cache has, or makes it: by one of the processes that ask for it, the others wait.
+
+    Args:
+        path: The file.
+        lock_path: Its lock file; made when it is missing.
+        read: Reads the file; None: it is missing or damaged.
+        make: Writes the file, and returns what it has.
+
+    Raises:
+        StorageError: The lock file cannot be written.
+    """
+    if (found := read(path)) is not None:
+        return found
+    with lock(lock_path) as alone:
+        if alone:
+            _remove_remains(path)
+        return make() if (found := read(path)) is None else found
+
+
+def _flock(handle: int, operation: int, path: Path) -> bool:
+    """Takes a lock; returns False, after one warning, on a disk without locks."""
+    try:
+        fcntl.flock(handle, operation)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        device = os.fstat(handle).st_dev
+        if device not in _warned:
+            _warned.add(device)
+            text = "%s: this disk has no locks (flock), so several processes may build the same at once, and no set is "
+            text += "removed: data.cache_gb and `carft-ray data clean` have no effect"
+            _log.warning(text, path.parent)
+        return False
+    return True
+
+
+def list_entries(cache_dir: Path) -> list[Entry]:
+    """Returns the entries of a cache, last used first. Nothing is written; a folder that is not there has none."""
+    found = [_entry(path, key) for path, key in _files(cache_dir, _ENTRY)]
+    for store in cache_dir.glob(_STORES):
+        states = []
+        with contextlib.suppress(OSError):  # another process may be removing it
+            states = [path.stat() for path in store.iterdir()]
+        used = max((time for state in states for time in (state.st_atime, state.st_mtime)), default=0.0)
+        key, size = store.relative_to(cache_dir).as_posix(), sum(state.st_blocks * 512 for state in states)
+        found.append(Entry(key=key, kind="targets", last_used=used, num_bytes=size, in_use=False))
+    return sorted(found, key=lambda each: each.last_used, reverse=True)
+
+
+def notes(cache_dir: Path) -> dict[Path, int]:
+    """Returns the files that hold what is known of images (hashes, thumbnails, sizes), with their sizes in bytes."""
+    sizes = {}
+    for path in (path for pattern in _NOTES for path in sorted(cache_dir.glob(pattern))):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            sizes[path] = path.stat().st_size
+    return sizes
+
+
+def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:
+    """Returns the entries that must go so that the others have at most ``max_bytes``: those not used for longest.
+
+    Entries in use stay, so that may not be enough.
+    """
+    size, gone = sum(each.num_bytes for each in entries), []
+    for each in sorted(entries, key=lambda each: each.last_used):
+        if size > max_bytes and not each.in_use:
+            gone.append(each)
+            size -= each.num_bytes
+    return gone
+
+
+def remove(cache_dir: Path, key: str) -> bool:
+    """Removes an entry unless it is in use; returns whether it did.
+
+    Raises:
+        StorageError: It cannot be removed.
+    """
+    if "/" in key:  # targets: who reads them computes them again
+        remove_folder(cache_dir / key)
+        return True
+    path = cache_dir / f"{key}.arrow"
+    with _alone(path) as free, writing(path):
+        if free:
+            path.unlink(missing_ok=True)  # another process may have been quicker
+        return free
+
+
+def remove_dead(cache_dir: Path) -> int:
+    """Removes what builds that died have left; returns their number. A build that runs is left alone.
+
+    Raises:
+        StorageError: Something cannot be removed.
+    """
+    count = 0
+    for path, key in _files(cache_dir, _REMAINS):
+        with _alone(cache_dir / f"{key}.lock") as free, writing(path):
+            if free:
+                path.unlink(missing_ok=True)
+                count += 1
+    return count
+
+
+def _make_room(cache_dir: Path, limit_gb: float, num_bytes: int) -> None:
+    """Removes entries so that one more of ``num_bytes`` fits; a warning where those in use and that are too large."""
+    remove_dead(cache_dir)
+    for each in surplus(list_entries(cache_dir), limit_gb * GB - num_bytes):
+        remove(cache_dir, each.key)
+    size = num_bytes + sum(each.num_bytes for each in list_entries(cache_dir))
+    if size > limit_gb * GB:
+        text = "The cache %s holds %.3g GB, more than data.cache_gb: %g, and all of it is in use"
+        _log.warning(text, cache_dir, size / GB, limit_gb)
+
+
+def _files(cache_dir: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str]]:
+    """Returns the files whose names a pattern matches, each with its group: the key of an entry."""
+    names = sorted(os.listdir(cache_dir)) if cache_dir.is_dir() else []
+    return [(cache_dir / name, found.group(1)) for name in names if (found := pattern.fullmatch(name))]
+
+
+def _entry(path: Path, key: str) -> Entry:
+    known: dict[str, Any] = {}
+    last_used, num_bytes = 0.0, 0
+    with contextlib.suppress(OSError):
+        state = path.stat()
+        last_used, num_bytes = state.st_mtime, state.st_size
+    with (
+        contextlib.suppress(OSError, pa.ArrowException, ValueError, KeyError, TypeError),
+        pa.memory_map(str(path)) as file,
+    ):
+        about = json.loads(pa.ipc.open_file(file).schema.metadata[_ABOUT.encode()])
+        known = {each.name: about[each.name] for each in fields(Entry) if each.name in about}
+    with _alone(path) as free:
+        return Entry(key=key, last_used=last_used, num_bytes=num_bytes, in_use=not free, **known)
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[bool]:
+    """Returns whether nobody else holds a lock on a file, and holds it meanwhile. A file that is missing is free."""
+    handle: int | None = None
+    try:
+        try:
+            handle = os.open(path, os.O_RDWR)
+            free = _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+        except FileNotFoundError:
+            free = True
+        except OSError:  # held by somebody, or not ours to write
+            free = False
+        yield free
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _remove_remains(path: Path) -> None:
+    """Removes what processes that were killed have left of a file or its parts: only the holder of its lock may."""
+    for left in path.parent.glob(f".{path.stem}.*.tmp"):
+        with writing(left):
+            left.unlink(missing_ok=True)

@@ -1,0 +1,229 @@
+"""CLIP models with their tokenizers and the preprocessing that belongs to them."""
+
+import hashlib
+import re
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import Compose
+
+from carft_ray import environment
+from carft_ray.data.benchmarks.facts import load_facts
+from carft_ray.errors import DataError, Problem
+from carft_ray.model.building import fetching, quiet
+from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
+from carft_ray.model.opening import PREPROCESSING, Opened, open_model, preprocess_config
+from carft_ray.recipe.benchmarks import BENCHMARKS
+from carft_ray.recipe.schema.fine_tuning import ModelConfig, PromptsConfig
+
+WEIGHTS_NAME = "open_clip_model.safetensors"
+CONFIG_NAME = OPEN_CLIP_CONFIG
+_NOT_HASHED = ("cache", "tokenizer")  # of a tokenizer: words that it has seen; one of transformers, which has files
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """A CLIP model with everything that belongs to it.
+
+    Attributes:
+        model: The open_clip model, float32, eval mode, without gradients.
+        tokenizer: list of N sentences -> token ids [N, context length].
+        image_size: Side of the square input in pixels.
+        mean: Per channel, for pixels in [0, 1].
+        std: Per channel.
+        to_input: Resize and crop of the model's evaluation preprocessing, PIL image -> PIL image.
+        input_key: Names ``to_input`` in cache keys.
+        logit_scale: s = exp of the learned log-temperature, frozen.
+            A shift of all logits that a sigmoid loss has learned (SigLIP) is left out: it changes no softmax.
+        config: Content of ``open_clip_config.json``: ``model_cfg`` and ``preprocess_cfg``.
+        weights_hash: Hash of all weights, 16 hex digits.
+    """
+
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    to_input: Callable[[Image.Image], Image.Image]
+    input_key: str
+    logit_scale: float
+    config: dict[str, Any]
+    weights_hash: str
+
+
+def load_clip(part: ModelConfig) -> Clip:
+    """Loads the model that a recipe names.
+
+    Args:
+        part: Name and weights.
+
+    Raises:
+        RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
+        DataError: The weights cannot be fetched, read or put into the model; or its tokenizer cannot.
+    """
+    opened = open_model(part)
+    return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
+
+
+def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the sentences with ``{}`` that a recipe's prompts name.
+
+    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name
+    of a benchmark means its own.
+    """
+    if not isinstance(prompts.templates, str):
+        return prompts.templates
+    if prompts.templates in BENCHMARKS:
+        return load_facts(prompts.templates).templates or ()
+    if prompts.templates == "sandbox":
+        return sandbox_templates
+    named = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
+    return tuple(template("{}") for template in named[prompts.templates])
+
+
+def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model_config: dict[str, Any]) -> Clip:
+    """Returns an open_clip model with what belongs to it; the preprocessing is the one that the model carries.
+
+    Args:
+        model: Built by open_clip; it is put into eval mode, without gradients.
+        tokenizer: Its tokenizer.
+        model_config: open_clip's ``model_cfg``, for exports.
+
+    Raises:
+        DataError: Its input is no square, its preprocessing is none, or the tokenizer gives tokens that it lacks.
+    """
+    model.eval().requires_grad_(False)
+    preprocess = preprocess_config(model)
+    image_size = _image_size(preprocess)
+    stock = open_clip.image_transform(image_size, is_train=False, **{key: preprocess[key] for key in PREPROCESSING})
+    kept = ("Resize", "CenterCrop", "ResizeKeepRatio", "CenterCropOrPad")
+    to_input = Compose([step for step in stock.transforms if type(step).__name__ in kept])
+    vocabulary = open_clip.get_model_tokenize_cfg(model).get("vocab_size")
+    if vocabulary is not None and (largest := int(tokenizer(["a photo of a cat"]).max())) >= vocabulary:
+        rule = f"the tokenizer must be that of the model, which has {vocabulary} tokens"
+        raise DataError(Problem("model.name", rule, f"token {largest}"))
+    return Clip(
+        model=model,
+        tokenizer=tokenizer,
+        image_size=image_size,
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+        to_input=to_input,
+        input_key=f"{image_size}-{preprocess['interpolation']}-{preprocess['resize_mode']}",
+        logit_scale=float(model.logit_scale.detach().exp()),  # type: ignore[operator]  # untyped
+        config={"model_cfg": model_config, "preprocess_cfg": {key: preprocess[key] for key in PREPROCESSING}},
+        weights_hash=state_hash(model.state_dict()),
+    )
+
+
+def _image_size(preprocess: dict[str, Any]) -> int:
+    """Returns the side of a model's input in pixels; raises a ``DataError`` where its preprocessing is none."""
+    size = preprocess["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise DataError(Problem("model.name", "the model must take square images", f"{height} x {width} pixels"))
+    for key, low in (("mean", -1e6), ("std", 1e-6)):
+        numbers = preprocess[key] if isinstance(preprocess[key], list | tuple) else ()
+        if len(numbers) != 3 or not all(type(one) in (int, float) and low <= one <= 1e6 for one in numbers):
+            rule = f"the preprocessing of the weights must have three numbers as {key}, for pixels from 0 to 1"
+            raise DataError(Problem("model.name", rule, str(preprocess[key])[:100]))
+    known = {"interpolation": ("bilinear", "bicubic"), "resize_mode": ("shortest", "longest", "squash")}
+    for key, allowed in known.items():
+        if preprocess[key] not in allowed:
+            rule = f"the preprocessing of the weights must have a known {key}"
+            raise DataError(Problem("model.name", rule, str(preprocess[key])[:100], allowed))
+    return int(height)
+
+
+def write_tokenizer(clip: Clip, folder: Path) -> None:
+    """Writes the files of a model's tokenizer, without which a folder does not open; CLIP's own has none."""
+    options = clip.config["model_cfg"]["text_cfg"].get("tokenizer_kwargs") or {}
+    if MERGES in options:
+        shutil.copy(options[MERGES], folder)
+    if hasattr(clip.tokenizer, "save_pretrained"):
+        clip.tokenizer.save_pretrained(str(folder))
+
+
+def model_key(clip: Clip) -> list[Any]:
+    """Returns what decides what a model computes, but for the libraries.
+
+    Neither the architecture's options nor its modules hold everything: an activation may be in one of them alone.
+    """
+    return [clip.weights_hash, clip.config["model_cfg"], re.sub(" at 0x[0-9a-f]+", "", repr(clip.model))]
+
+
+def computed_on(device: torch.device) -> list[Any]:
+    """Returns what of a machine decides the last bits of what torch computes on a device, with its threads now."""
+    if device.type == "cuda":
+        return [torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
+    return [environment.cpu_model(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
+
+
+def tokenizer_hash(clip: Clip) -> str:
+    """Returns a hash of all that decides which tokens a sentence gets, but for the libraries: 32 hex digits."""
+    tokenizer, digest = clip.tokenizer, hashlib.blake2b(digest_size=16)
+    fields = {name: value for name, value in sorted(vars(tokenizer).items()) if name not in _NOT_HASHED}
+    digest.update(f"{type(tokenizer).__qualname__} {re.sub(' at 0x[0-9a-f]+', '', repr(fields))}".encode())
+    if isinstance(tokenizer, HFTokenizer):
+        with tempfile.TemporaryDirectory() as folder, quiet():
+            tokenizer.save_pretrained(folder)
+            for path in sorted(Path(folder).rglob("*")):
+                digest.update(f"{path.name} ".encode() + (path.read_bytes() if path.is_file() else b""))
+    return digest.hexdigest()
+
+
+def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
+    """Returns the tokenizer of a model: CLIP's own, or one of Hugging Face from the weights' folder or the hub."""
+    text, folder = opened.config["text_cfg"], opened.folder
+    context_length, options = text.get("context_length", 77), {**(text.get("tokenizer_kwargs") or {})}
+    wanted = text.get("hf_tokenizer_name")
+    if not wanted:
+        try:
+            return open_clip.SimpleTokenizer(context_length=context_length, **options)  # type: ignore[no-any-return]
+        except (OSError, EOFError, zlib.error, ValueError, LookupError) as error:  # of merges that come with weights
+            rule, said = "the merges of the tokenizer must be readable", f"{options.get(MERGES)}: {error}"
+            raise DataError(Problem("model.name", rule, said)) from error
+    is_local = folder is not None and has_tokenizer(folder)
+    try:
+        with quiet() if is_local else fetching("model.name", f"the tokenizer of {name}", wanted):
+            options |= {"tokenizer_mode": text.get("tokenizer_mode"), "trust_remote_code": False}
+            if is_local:
+                options["local_files_only"] = True
+            tokenizer: Callable[[list[str]], Tensor] = HFTokenizer(
+                str(folder) if is_local else wanted, context_length, **options
+            )
+            tokenizer(["a photo"])  # what opens may still lack what a sentence needs
+            return tokenizer
+    except ImportError as error:
+        rule = f"the tokenizer of {name} ({wanted}) needs the package transformers"
+        step = "Install it: pip install 'carft-ray[hf]'"
+        raise DataError(Problem("model.name", rule, _said(error), next_step=step)) from error
+    except Exception as error:  # transformers and tokenizers raise many kinds, Exception itself among them
+        if isinstance(error, DataError):
+            raise
+        rule = f"the tokenizer files of {name} ({wanted}) must be readable by transformers"
+        raise DataError(Problem("model.name", rule, f"{folder}: {_said(error)}")) from error
+
+
+def _said(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """Returns a hash of names, types, shapes and bytes of a state, 16 hex digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,175 @@
+"""Files of CLIP weights: read without unpickling code, compared with a model, and put into it."""
+
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from carft_ray.errors import DataError, Problem
+from carft_ray.model.building import quiet
+from carft_ray.model.catalog import WEIGHTS_ENDINGS
+from carft_ray.untrusted import open_regular, parse_json, read_text
+
+SAFETENSORS = ".safetensors"
+MOST_WEIGHTS_BYTES = 64 * 2**30  # the largest of open_clip, of 5 billion numbers, has 20 GB
+# with the tensors in OpenAI's own state: integers of the model's sizes
+OPENAI_SIZES = ("input_resolution", "context_length", "vocab_size")
+_POSITIONS = ("visual.positional_embedding", "positional_embedding", "text.positional_embedding")  # open_clip resizes
+_MOST_STRETCHED = 64  # rows of position embeddings that are made of one: eight times the side of an image
+_NUM_CHARACTERS = 600  # of torch's message about weights that do not fit
+
+State = dict[str, Tensor]
+
+
+def read_weights(path: Path, place: str) -> State:
+    """Reads the tensors of a file: safetensors, or what ``torch.save`` wrote, without running code from it.
+
+    A checkpoint of open_clip's training (``state_dict``) and the prefixes ``module.`` and ``_orig_mod.`` of wrapped
+    models are taken off.
+
+    Raises:
+        DataError: It cannot be read, holds more than tensors and plain values, or is a TorchScript archive.
+    """
+    _require_weights(path, place)
+    try:
+        # not by open_clip's loader, which reads again without ``weights_only`` when the first read raises a TypeError
+        is_plain = path.suffix == SAFETENSORS
+        with quiet():
+            state: Any = load_file(path) if is_plain else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds; all mean that this is no file of tensors
+        raise DataError(_unreadable(path, place, error)) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise DataError(Problem(place, "must hold named tensors, or a checkpoint with state_dict", str(path)))
+    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """Returns the weights of a model folder: the file that open_clip would choose, or the shards of an index.
+
+    Shards are searched in the folder alone, whatever the index of Hugging Face says.
+
+    Raises:
+        DataError: That index is none.
+    """
+    order = ["open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"]
+    order += ["open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth"]
+    order += ["model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth"]
+    present = sorted(path.name for path in folder.iterdir())
+    index = [folder / name for name in present if name.endswith(".index.json")]
+    if index and not any(name in present for name in order):
+        try:
+            shards = parse_json(read_text(index[0]))["weight_map"].values()
+            return sorted({folder / Path(shard).name for shard in shards})
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            rule = "must be JSON with weight_map, as transformers writes it"
+            raise DataError(Problem(str(index[0]), rule, f"{type(error).__name__}: {error}")) from error
+    others = [name for ending in WEIGHTS_ENDINGS for name in present if name.endswith(ending)]
+    return [folder / next(name for name in (*order, *others) if name in present)]
+
+
+def is_from_openai(state: Mapping[str, Any]) -> bool:
+    """Tells OpenAI's own state, which was trained with QuickGELU, by the sizes that it has with its tensors."""
+    return all(name in state for name in OPENAI_SIZES)
+
+
+def fitted(model: nn.Module, state: State, weights: str, place: str) -> State:
+    """Returns weights as an open_clip model loads them; nothing may be missing, left over or of another shape.
+
+    Position embeddings for another image size or context length are interpolated, as open_clip does it, with a warning.
+
+    Args:
+        model: Built by open_clip, on the device 'meta'.
+        state: As ``read_weights`` gives it.
+        weights: What to call them in messages.
+        place: Key of the recipe that named them.
+
+    Raises:
+        DataError: They do not fit; names the tensors.
+    """
+    state = for_model(model, state)
+    stretched = _stretched(model, state)
+    with quiet():
+        if stretched:
+            resize_pos_embed(state, model)
+            resize_text_pos_embed(state, model)
+        try:
+            model.load_state_dict(state)  # nothing but shapes, on the device 'meta'
+        except RuntimeError as error:
+            said = " ".join(line.strip() for line in str(error).splitlines()[1:])
+            rule = f"the tensors of {weights} must be those of the model"
+            raise DataError(Problem(place, rule, said[:_NUM_CHARACTERS])) from error
+    if stretched:
+        text = "%s: the position embeddings of %s are interpolated (rows of %s)."
+        logging.getLogger(__name__).warning(text, place, weights, ", ".join(stretched))
+    return state
+
+
+def _stretched(model: nn.Module, state: State) -> list[str]:
+    """Returns which position embeddings are interpolated, in words; none where one differs in more than its rows."""
+    needed, found = model.state_dict(), []
+    for name in _POSITIONS:
+        if isinstance(state.get(name), Tensor) and name in needed and state[name].shape != needed[name].shape:
+            have, need = state[name].shape, needed[name].shape
+            if len(have) != 2 or have[1] != need[1] or need[0] > _MOST_STRETCHED * have[0]:
+                return []
+            found.append(f"{name} {have[0]} to {need[0]}")
+    return found
+
+
+def for_model(model: nn.Module, state: State) -> State:
+    """Returns a state under the names that a model has, as open_clip's own loader makes it.
+
+    Apple's names are translated, an old state is moved to a text tower of its own, integers of OpenAI's and positions
+    that transformers no longer keeps are left out, and s and logit_bias get the model's number of dimensions.
+    """
+    state = {name: value for name, value in state.items() if name not in OPENAI_SIZES}
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    state.pop("text.transformer.embeddings.position_ids", None)
+    for name in ("logit_scale", "logit_bias"):
+        needed = getattr(model, name, None)
+        if needed is not None and name in state and state[name].numel() == 1:
+            state[name] = state[name].reshape(needed.shape)
+    if getattr(model, "logit_bias", None) is not None and "logit_scale" in state:
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))  # a shift of all logits: no effect
+    return state
+
+
+def _require_weights(path: Path, place: str) -> None:
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise DataError(Problem(place, "must be a weights file that is there", f"{path}: {error.strerror}")) from error
+    if size > MOST_WEIGHTS_BYTES:
+        raise DataError(Problem(str(path), f"must have at most {MOST_WEIGHTS_BYTES:,} bytes", f"{size:,}"))
+
+
+def _unreadable(path: Path, place: str, error: Exception) -> Problem:
+    with path.open("rb") as file:
+        is_pointer = file.read(24).startswith(b"version https://git-lfs")
+    if is_pointer:
+        return Problem(place, "must be a weights file", f"the Git LFS pointer {path}", next_step="Run: git lfs pull")
+    if "TorchScript" in str(error):
+        rule = "must be a file of tensors; a TorchScript archive, such as OpenAI's own .pt files, is a program"
+        step = (
+            "Where you trust it, save the tensors of torch.jit.load(FILE).state_dict() as safetensors (docs/models.md)."
+        )
+        return Problem(place, rule, str(path), next_step=step)
+    if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        rule = "must hold tensors and plain values alone; nothing else is unpickled, since that can run any code"
+        step = "Where you trust it, save model.state_dict() of what it holds as safetensors, and give that file."
+        return Problem(place, rule, str(path), next_step=step)
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    if reason.startswith("Weights only load failed"):  # then comes the advice to unpickle anything
+        reason = "its bytes are not those of a file that torch.save wrote"
+    return Problem(place, "must be a weights file that can be read", f"{path}: {reason}")

@@ -1,0 +1,234 @@
+"""The keys of one fine-tuning: the model, its prompts, the training, and evaluations on the way."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo
+
+from carft_ray.errors import DataError
+from carft_ray.recipe.schema.fields import (
+    Config,
+    Duration,
+    Flag,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    RecipePath,
+    Resume,
+    Seed,
+    core_type,
+    key,
+)
+from carft_ray.untrusted import read_text
+
+TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one template per line
+LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
+TemplateSet = Literal["sandbox", "simple", "openai"]
+
+METHOD = Resume("identity", "another method: its objectives do not compare")
+START = Resume("identity", "the start of every training; a folder or file may move, its weights are compared")
+HEADS = Resume("identity", "both heads are made of them")
+ROUNDING = Resume("identity", "changes the rounding of every number")
+SAVING = Resume("running", "when checkpoints are written, not what is computed")
+MEMORY = Resume("running", "memory and speed, not what is computed")
+SEED_REASON = (
+    "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
+    "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
+)
+ONLY_SAVING = "It changes what is lost with a machine, not the training. Choose one for all trials."
+ONLY_SPEED = "It changes speed and memory, not the gradient. Choose one for all trials."
+ONE_FUNCTION = "A study has one fine-tuning. Compare two by two studies, or by a baseline."
+ONLY_ROUNDING = "It changes speed and rounding, not the method. Choose one for all trials."
+TEMPLATES_RULE = "must be the name of a set of templates, file:PATH, or a list of texts with {}"
+CLASS_NAMES_RULE = "must be the name of a benchmark or a list of texts"
+FUNCTION_RULE = "must be MODULE:NAME, the function NAME of the module MODULE"
+
+
+def _templates(value: Any, info: ValidationInfo) -> Any:
+    """Puts the lines of a file in its place, so that the recipe is complete."""
+    if isinstance(value, str) and value.startswith(TEMPLATE_FILE) and info.context and info.context.reads:
+        path = Path(info.context.change(value.removeprefix(TEMPLATE_FILE)))
+        try:
+            return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
+        except (OSError, DataError) as error:
+            why = f"{path}: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+            raise ValueError(f"must be a file with one template per line, but got {why}") from error
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(template, str) for template in value):
+        raise ValueError(TEMPLATES_RULE)
+    return tuple(value)
+
+
+def _words(value: Any) -> Any:
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
+        raise ValueError(CLASS_NAMES_RULE)
+    if not all(word.strip() for word in value):
+        raise ValueError("must not hold an empty text")
+    return tuple(value)
+
+
+def _function(value: Any) -> Any:
+    if isinstance(value, str):
+        module, colon, name = value.partition(":")
+        if not (colon and module.strip() and name.strip()) or ":" in name or "/" in module or module.endswith(".py"):
+            raise ValueError(FUNCTION_RULE)
+    return value
+
+
+def is_weights_path(pretrained: str) -> bool:
+    """Returns whether a text is the path of a weights file; else it is a tag of open_clip."""
+    return "/" in pretrained or pretrained.endswith((".pt", ".pth", ".bin", ".safetensors"))
+
+
+def _weights(pretrained: str, info: ValidationInfo) -> Any:
+    return info.context.change(pretrained) if info.context and is_weights_path(pretrained) else pretrained
+
+
+def _model(name: str, info: ValidationInfo) -> str:
+    if not info.context or not name.startswith(LOCAL_DIR):
+        return name
+    return f"{LOCAL_DIR}{info.context.change(name.removeprefix(LOCAL_DIR))}"
+
+
+def _auto_or_flag(value: Any) -> Any:
+    if value != "auto" and not isinstance(value, bool):
+        raise ValueError("must be auto, true or false")
+    return value
+
+
+class ModelConfig(Config):
+    """Which CLIP to start from."""
+
+    name: Annotated[str, AfterValidator(_model)] = key("sandbox", "sandbox", START)
+    """`sandbox`, a model of open_clip, `local-dir:DIR` or `hf-hub:OWNER/NAME` ([models.md](../docs/models.md))"""
+    pretrained: Annotated[str, AfterValidator(_weights)] | None = key(None, None, START)
+    """its weights: a tag of open_clip, the path of a weights file, or `random`; required for an open_clip name, left
+    out for the others"""
+
+
+class PromptsConfig(Config):
+    """Text side: one sentence per (template, class). The templates are also the contexts of the KL term."""
+
+    templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = key(
+        "sandbox", ["a photo of a {}.", "a sketch of a {}."], HEADS
+    )
+    """`sandbox`, `simple`, `openai`, those of a benchmark, or your own with one `{}` for the class: a list, or
+    `file:PATH` of a text file with one on each line"""
+    class_names: Annotated[str | tuple[str, ...] | None, BeforeValidator(_words)] = key(None, None, HEADS)
+    """words for the classes: those of a benchmark, or a list in label order, which may repeat; null: those of the
+    benchmark that is trained on, else the class folders, `_` as a space"""
+
+
+class TrainConfig(Config):
+    """One fine-tuning. A field without ``not_searched`` may be a parameter of the search space."""
+
+    learning_rate: PositiveFloat = key(1e-5, 3e-05, METHOD)
+    """peak learning rate of AdamW"""
+    kl_weight: NonNegativeFloat = key(1.0, 10, METHOD)
+    """coefficient of the KL term; 0 is plain fine-tuning. Its size depends on the model's logit scale"""
+    alpha: Fraction | None = key(None, 0.6, METHOD)
+    """fixed mixing coefficient, 0 zero-shot, 1 fine-tuned; null: the best of the alpha curve. Not with `search`: there
+    see [One alpha for all trials](../docs/objectives.md#one-alpha-for-all-trials)"""
+    epochs: PositiveInt = key(10, 6, METHOD)
+    """passes over the training set"""
+    batch_size: PositiveInt = key(512, 64, METHOD)
+    """images per step, over all workers, at most the training set"""
+    micro_batch: PositiveInt | None = key(None, 32, MEMORY, not_searched=ONLY_SPEED)
+    """most images per forward pass of a worker, changes memory and not the gradient; null: the worker's whole part;
+    halved where memory is short"""
+    weight_decay: NonNegativeFloat = key(0.1, 0.05, METHOD)
+    """weight decay of AdamW"""
+    decay: Literal["all", "matrices"] = key("all", "matrices", METHOD)
+    """which tensors decay: all, or only matrices (no norms, no biases)"""
+    warmup_steps: NonNegativeInt | None = key(None, 100, METHOD)
+    """steps of linear warm-up; null: 500, but at most a tenth of all steps"""
+    clip_norm: PositiveFloat | None = key(1.0, None, METHOD)
+    """largest gradient norm; null: no clipping"""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, strict=True)] = key(0.0, 0.1, METHOD)
+    """share of the label spread over all classes"""
+    crop_scale: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.9, 0.6, METHOD)
+    """smallest area of the random crop, as a fraction of the image"""
+    head_bias: Flag = key(False, True, METHOD)
+    """a trained bias in the class head"""
+    head_lr_factor: NonNegativeFloat = key(1.0, 0, METHOD)
+    """learning rate of the class head, relative to the tower's; 0 freezes it"""
+    layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = key(1.0, 0.75, METHOD)
+    """learning rate of a layer of the image tower, relative to that of the layer above it; the class head is the
+    uppermost. 1: one learning rate"""
+    freeze_layers: NonNegativeInt = key(0, 2, METHOD)
+    """lowest layers of the image tower that do not train (stem, blocks, projection); all of them: the class head alone
+    trains"""
+    lora_rank: PositiveInt | None = key(None, 8, METHOD)
+    """the matrices of the tower's blocks train by corrections of this rank (LoRA), at most the smallest side of a
+    matrix, nothing else of the tower trains; null: all trains"""
+    lora_alpha: PositiveFloat | None = key(None, 16, METHOD)
+    """LoRA's corrections count `lora_alpha / lora_rank` times; null: once"""
+    ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = key(None, 0.99, METHOD)
+    """decay of the average of the weights after each step, which is the result; null: the last step is"""
+    context_scale: PositiveFloat | None = key(None, 50, METHOD)
+    """scale in the context softmax; null: the model's own logit scale"""
+    precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)
+    """precision of the image tower's compute; weights stay fp32 (fp64 with fp64)"""
+    grad_checkpointing: Flag = key(False, True, MEMORY, not_searched=ONLY_SPEED)
+    """compute the activations of a block again instead of keeping them: less memory, the same gradient, one more
+    forward pass"""
+    compile: Annotated[Literal["auto", True, False], BeforeValidator(_auto_or_flag)] = key(
+        "auto", True, ROUNDING, not_searched=ONLY_ROUNDING
+    )
+    """train with a compiled image tower (`torch.compile`, needs a compiler): faster after a slow start, other rounding;
+    auto: on a GPU with a compiler that works, where a training has at least 1,000 steps. It is decided once, before the
+    first training of a study"""
+    checkpoint_every: Duration | None = key(900.0, "5m", SAVING, not_searched=ONLY_SAVING)
+    """time from one checkpoint to the next, in seconds or as a text (`30s`, `1h30m`); one is written at the end of
+    every epoch in any case; null: only there"""
+    function: Annotated[str | None, BeforeValidator(_function)] = key(
+        None, "own_trainer:fine_tune", METHOD, not_searched=ONE_FUNCTION
+    )
+    """`MODULE:NAME`, your own fine-tuning in place of the built-in loop, taken only with `--trust`
+    ([own_trainer.md](../docs/own_trainer.md))"""
+    function_dir: RecipePath | None = key(
+        None,
+        "trainers",
+        Resume("running", "a folder may move; the function has the same name"),
+        not_searched=ONE_FUNCTION,
+    )
+    """folder from which `function` is imported, as if Python was started there; null: the recipe's own"""
+    seed: Seed = key(
+        0, 1, Resume("identity", "choosing a luckier seed is selection on noise"), not_searched=SEED_REASON
+    )
+    """order of the images and their random crops, and LoRA's start"""
+
+
+def field_kind(name: str) -> type:
+    """Returns what a field of ``train`` holds: float, int, bool or str; float for a name that is no field."""
+    field = TrainConfig.model_fields.get(name)
+    if field is None:
+        return float
+    kind = core_type(field.annotation)
+    return kind if kind in (float, int, bool) else str
+
+
+class EvaluateConfig(Config):
+    """Evaluation while a training runs; the end is always evaluated in full."""
+
+    every_epochs: NonNegativeInt = key(
+        1, 2, Resume("identity", "a pruner may cut a training only where it is evaluated")
+    )
+    """epochs between evaluations on a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, which is
+    always in full"""
+    subset: PositiveInt = key(
+        250, 1000, Resume("identity", "intermediate values of trainings are compared with each other")
+    )
+    """images per set in the evaluations while a training runs"""
+    batch_size: PositiveInt = key(128, 64, MEMORY)
+    """images per forward pass; halved where memory is short"""
+    thumbnails: Annotated[int, Field(ge=0, le=200, strict=True)] = key(
+        48, 0, Resume("running", "pictures for the report; nothing is computed from them")
+    )
+    """small pictures that a training keeps for `report --html`, of validation images whose answer changes between
+    zero-shot, the chosen alpha and alpha 1; those of the best trials stay; 0: none are kept, and none are shown"""

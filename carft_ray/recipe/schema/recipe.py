@@ -1,0 +1,246 @@
+"""The recipe as one frozen, validated value. Every key that a user can write is a field, here or in the modules below.
+
+A field holds the type, the range and the default of its key, its meaning, an example, and whether it may change when a
+study is resumed (``fields.key``). ``docs/keys.py`` makes of them the tables of ``search_spaces/README.md`` and
+``docs/resume.md`` and the JSON schema for editors. Rules that concern several keys are in ``checks/rules.py``.
+
+Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
+otherwise.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+
+from carft_ray.recipe.schema.constraints import ConstraintsConfig
+from carft_ray.recipe.schema.fields import (
+    Config,
+    Duration,
+    DurationText,
+    Flag,
+    Fraction,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    RecipePath,
+    Resume,
+    SetName,
+    key,
+    nothing_is_empty,
+    seconds_of,
+)
+from carft_ray.recipe.schema.fine_tuning import EvaluateConfig, ModelConfig, PromptsConfig, TrainConfig
+from carft_ray.recipe.schema.parameters import SPACE, Space
+from carft_ray.recipe.schema.sampling import NoPruner, Pruner, Sampler, TpeSampler
+from carft_ray.recipe.schema.sets import DataConfig
+
+LEAST_AMOUNT = 0.0001  # of a resource
+
+OBJECTIVE = Resume("identity", "part of the objective")
+RANKING = Resume("identity", "ranks the trials")
+BEST = Resume("identity", "chooses the best trial")
+PROPOSED = Resume("running", "proposals to come")
+HOW_FAR = Resume("running", "how far")
+TOLD = Resume("running", "who is told; nothing is computed from it")
+HOW_FAST = Resume("running", "where and how fast")
+
+
+# of fields of ``train``; checked where they are applied
+Values = Annotated[dict[str, Any], BeforeValidator(nothing_is_empty, json_schema_input_type=TrainConfig)]
+Baselines = Annotated[dict[SetName, Values], BeforeValidator(nothing_is_empty)]
+Wait = Annotated[NonNegativeFloat, BeforeValidator(seconds_of, json_schema_input_type=NonNegativeFloat | DurationText)]
+
+
+def _amount(value: float) -> float:
+    if 0 < value < LEAST_AMOUNT:
+        raise ValueError(f"must be at least {LEAST_AMOUNT}, the least that Ray counts")
+    return value
+
+
+DEFAULT_GRID = (0.0, 0.2, 0.4, 0.6, 1.0)  # of alphas; .8 more gains nothing (`python -m benchmarks.curve --grids`)
+
+
+class AlphaConfig(Config):
+    """How the mixing coefficient is found."""
+
+    mode: Literal["profile", "sample"] = key("profile", "profile", OBJECTIVE)
+    """profile: each trial takes the best of its alpha curve, without further training; sample: alpha is a parameter of
+    the space"""
+    grid: Annotated[tuple[Fraction, ...], Field(min_length=2)] = key(DEFAULT_GRID, [0, 0.25, 0.5, 0.75, 1], OBJECTIVE)
+    """alphas at which the curve is measured, in addition to `lowest`"""
+    lowest: Annotated[float, Field(gt=0, le=1, strict=True)] = key(0.1, 0.2, OBJECTIVE)
+    """lowest alpha that a trial may choose, always measured; alpha 0 is a baseline"""
+
+    @property
+    def measured(self) -> tuple[float, ...]:
+        """The alphas at which every curve is measured, rising: the grid, and the lowest one that may be chosen."""
+        there = any(abs(alpha - self.lowest) < 1e-9 for alpha in self.grid)
+        return self.grid if there else tuple(sorted((*self.grid, self.lowest)))
+
+    @field_validator("grid")
+    @classmethod
+    def _rises(cls, grid: tuple[float, ...]) -> tuple[float, ...]:
+        if list(grid) != sorted(set(grid)) or grid[0] != 0 or grid[-1] != 1:
+            raise ValueError(f"must rise strictly from 0 to 1, but got {list(grid)}")
+        return grid
+
+
+class ObjectiveConfig(Config):
+    """The number that ranks trials, always maximised; ``pareto`` keeps ID and OOD accuracy apart."""
+
+    kind: Literal["weighted_mean", "harmonic", "worst_domain", "pareto"] = key("weighted_mean", "harmonic", RANKING)
+    """weighted mean or harmonic mean of ID and mean OOD accuracy, the lowest OOD accuracy, or both accuracies as a
+    Pareto front, which needs `alpha.mode: sample`"""
+    id_weight: Fraction = key(0.5, 0.3, RANKING)
+    """weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: its weight in the
+    intermediate values of a running training"""
+    id_margin: Fraction = key(0.005, 0.01, Resume("identity", "what a confirm claims is fixed before it is seen"))
+    """in `confirm` and `test`, "keeps ID" means: not more ID accuracy lost than this, by the 95 % interval; it ranks
+    nothing"""
+    best: Literal["knee", "lexicographic"] = key("knee", "lexicographic", BEST)
+    """with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID"""
+    tolerance: Fraction = key(0.005, 0.01, BEST)
+    """with `lexicographic`: trials this close to the best ID accuracy are ranked by OOD accuracy"""
+
+
+class SearchConfig(Config):
+    """What is searched and how long."""
+
+    trials: PositiveInt = key(16, 30, HOW_FAR)
+    """trainings, baselines not counted"""
+    space: Space = key({}, {"learning_rate": {"low": 0.0001, "high": 0.005, "log": True}}, SPACE)
+    """the search space: fields of `train` marked *; `search` needs at least one"""
+    alpha: AlphaConfig = AlphaConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    constraints: ConstraintsConfig = ConstraintsConfig()
+    sampler: Sampler = TpeSampler()
+    pruner: Pruner = NoPruner()
+    enqueue: tuple[Values, ...] = key((), [{"learning_rate": 0.0005, "kl_weight": 10}], PROPOSED)
+    """values inside the space that are tried first, in this order; a parameter that is left out
+    is drawn; they count as trials"""
+    warm_start: tuple[RecipePath, ...] = key((), ["../studies/first"], PROPOSED)
+    """folders of other studies whose trials are passed to the sampler; they are not trials of this one"""
+    baselines: Baselines = key(
+        {},
+        {"fine_tuning": {"kl_weight": 0}},
+        Resume("identity", "a trained baseline keeps its values; further ones may be added"),
+    )
+    """values over `train`, trained before the trials and shown with them, never passed to the sampler; any name but
+    `zero_shot`, which is always shown"""
+    max_concurrent_trials: PositiveInt | None = key(None, 2, HOW_FAST)
+    """trials at a time; null: as many as the machine or cluster has resources for; one fewer each time that Ray ends a
+    trial that is out of memory"""
+    keep_checkpoints: PositiveInt = key(3, 10, Resume("running", "what is kept"))
+    """best trials of the study whose fine-tuned weights stay, besides those of all baselines (and of all trainings on a
+    Pareto front); the results of the others stay"""
+
+
+class ResourcesConfig(Config):
+    """What one trial gets."""
+
+    executor: Literal["auto", "inline", "ray-train", "debug"] = key("auto", "ray-train", HOW_FAST)
+    """auto: one worker runs inline, more workers run as a Ray Train job; debug: this process, one training after the
+    other, without Ray"""
+    num_workers: PositiveInt = key(1, 1, HOW_FAST)
+    """workers of one trial; 1 with `inline` and `debug`"""
+    cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] | None = key(None, 4, HOW_FAST)
+    """CPU cores per worker, at least 0.0001, which make its views; null: 1 without GPUs, else the same share of a
+    node's cores as of its GPUs, on the node with the fewest cores a GPU of those that are there at the start"""
+    gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(None, 0.5, HOW_FAST)
+    """GPUs per worker: a whole number, or with one worker a share from 0.0001 on; null: 1 where the cluster has GPUs,
+    else 0; a share is of one GPU: with 0.3, three trials run on each. A worker computes on one: for several GPUs a
+    trial see `num_workers`"""
+    accelerator: SetName | None = key(None, "H100", HOW_FAST)
+    """trials run only on nodes with GPUs of this kind (Ray's resource `accelerator_type:H100`); null: on any"""
+    wait_for_nodes: Wait | None = key(None, "10m", HOW_FAST)
+    """on a cluster (`--address`): how long a command waits at its start, in seconds or as a text (`90s`, `1h30m`), for
+    the first nodes on which a trial fits; null: as long as it takes where an autoscaler may add them, else not at
+    all"""
+    threads: PositiveInt | None = key(None, 1, HOW_FAST)
+    """threads per worker, which make views and compute on a CPU; null: `cpus_per_worker`"""
+    targets: Literal["auto", "online", "stored"] = key("auto", "online", HOW_FAST)
+    """the frozen model's context distributions; online: computed in every training; stored: the first training that
+    needs one keeps it in the cache of its node, later ones read it; auto: stored where several trainings share them.
+    The same numbers in each case"""
+    hang_timeout_s: PositiveFloat | None = key(3600.0, 600, HOW_FAST)
+    """in a search: a trial without a training step for so many seconds is ended and tried again, and its log says what
+    its threads did; longer than its evaluations; null: never"""
+
+    @property
+    def threads_per_worker(self) -> int:
+        """Threads of a worker; trials that compete for cores were measured 100 times slower.
+
+        Of a recipe whose ``cpus_per_worker`` is resolved (``launch.runtime``); else 1 where it is null.
+        """
+        return self.threads or max(1, int(self.cpus_per_worker or 1))
+
+
+class BudgetConfig(Config):
+    """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
+
+    wall_time: Duration | None = key(None, "8h", HOW_FAR)
+    """time of one `search` or `resume`, in seconds or as a text (`45m`, `8h`); then it ends with its best and can be
+    resumed"""
+    gpu_hours: PositiveFloat | None = key(None, 24, HOW_FAR)
+    """GPU hours of all attempts of the study, baselines and confirm included; then a `search` or `resume` ends with its
+    best"""
+
+
+class WandbConfig(Config):
+    """Weights & Biases gets a run per training, epoch by epoch; extra ``wandb``."""
+
+    project: SetName | None = key(None, "my_project", TOLD)
+    """project of the runs, a training each; null: none"""
+    entity: SetName | None = key(None, "my_team", TOLD)
+    """user or team that has the project; null: that of the login"""
+    offline: Flag = key(False, True, TOLD)
+    """runs stay in `tracking/` of the study until `wandb sync` sends them; so they do with `WANDB_MODE=offline`"""
+
+
+class MlflowConfig(Config):
+    """MLflow gets a run per training, epoch by epoch; extra ``mlflow``."""
+
+    experiment: SetName | None = key(None, "my_experiment", TOLD)
+    """experiment of the runs, a training each; null: none. The server is that of `MLFLOW_TRACKING_URI`; without it,
+    files in `tracking/` of the study"""
+
+
+class TrackingConfig(Config):
+    """Who is told of the trainings as they run and end. A tracker that fails is a warning, and the search continues."""
+
+    wandb: WandbConfig = WandbConfig()
+    mlflow: MlflowConfig = MlflowConfig()
+
+
+class Recipe(Config):
+    """Everything about one study. A value of this type is valid."""
+
+    format_version: Literal[1] = key(1, 1, Resume("identity", "the form of the folder"))
+    """version of this format"""
+    name: SetName = key("study", "my_search", Resume("running", "for people; nothing is computed from it"))
+    """name of the study, for people"""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    prompts: PromptsConfig = PromptsConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    search: SearchConfig = SearchConfig()
+    resources: ResourcesConfig = ResourcesConfig()
+    budget: BudgetConfig = BudgetConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+def with_threads(recipe: Recipe, number: int) -> Recipe:
+    """Returns the recipe with so many torch threads for each worker."""
+    return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
+
+
+def without_tests(recipe: Recipe) -> Recipe:
+    """Returns the recipe without its test sets, for code that must not find them."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"id_test": None, "ood_test": {}})})
+
+
+def alone(recipe: Recipe) -> Recipe:
+    """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints."""
+    search = recipe.search.model_copy(update={"constraints": ConstraintsConfig()})
+    return recipe.model_copy(update={"search": search})

@@ -1,0 +1,147 @@
+"""Two trainings compared: what differs in their recipes and origin, and how far apart their numbers are. No torch.
+
+Differences are paired image by image, where both were measured on the very same images.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from carft_ray.errors import DataError
+from carft_ray.evaluation.objective import ID_SET, objective_spec
+from carft_ray.evaluation.predictions import correct, select
+from carft_ray.recipe.schema.sets import CACHE_KEYS
+from carft_ray.results.reading.finished import Finished, open_finished, split_target
+from carft_ray.results.statistics.intervals import Interval, crossed, objective_difference, paired_differences
+from carft_ray.study.provenance import differences
+
+ORIGIN = ("data", "model", "classes", "class_names", "templates", "augmentation", "code", "versions", "hardware")
+ENVIRONMENT = ("torch", "device", "threads", "num_workers", "commit", "dirty", "source")
+
+
+def compare(a: str, b: str) -> dict[str, Any]:
+    """Compares two trainings.
+
+    Args:
+        a: ``DIR`` (the best trial of a study, or the folder of `train`) or ``DIR:TRIAL``.
+        b: The other one, in the same form.
+
+    Returns:
+        ``a`` and ``b`` (``name``, ``folder``, ``trial``, ``alpha``, ``objective``), ``recipe`` and ``origin``
+        (``key``, ``a``, ``b``), ``rows`` (``what``, ``a``, ``b``, ``difference`` = a - b, ``low``, ``high``:
+        fractions; None where they are not comparable), ``reasons`` why not, by name, and ``words``: what the intervals
+        are over.
+
+    Raises:
+        UsageError, NoSuccessfulTrialError, StorageError: As ``open_finished``.
+    """
+    first, second = (open_finished(*split_target(written)) for written in (a, b))
+    recipes = [each.recipe.model_dump(mode="json") for each in (first, second)]
+    for recipe in recipes:
+        recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in CACHE_KEYS}
+    pairs, reasons = _pairs(first, second)
+    found = _intervals(first, second, pairs, reasons)
+    left, right = _values(first), _values(second)
+    rows = []
+    for what in {**left, **right}:
+        interval = found.get(what)
+        low, high = interval.ends if interval else (None, None)
+        difference = interval.mean if interval else None
+        numbers = {"a": left.get(what), "b": right.get(what), "difference": difference, "low": low, "high": high}
+        rows.append({"what": what, **numbers})
+    return {
+        "a": _side(first),
+        "b": _side(second),
+        "recipe": _listed(recipes[0], recipes[1]),
+        "origin": _listed(_origin(first), _origin(second)),
+        "rows": rows,
+        "reasons": reasons,
+        "words": next(iter(found.values())).words if found else None,
+    }
+
+
+def _side(finished: Finished) -> dict[str, Any]:
+    return {
+        "name": finished.title,
+        "folder": str(finished.folder),
+        "trial": finished.name,
+        "alpha": finished.result["alpha"],
+        "objective": finished.result["objective"],
+    }
+
+
+def _listed(a: Any, b: Any) -> list[dict[str, Any]]:
+    return [{"key": key, "a": left, "b": right} for key, left, right in differences(a, b)]
+
+
+def _origin(finished: Finished) -> dict[str, Any]:
+    """Returns where a training's numbers come from: the study's part, and the training's own."""
+    own = finished.result.get("environment", {})
+    shared = {key: finished.provenance[key] for key in ORIGIN if key in finished.provenance}
+    if own:  # what the training itself ran on replaces what its study was begun with
+        shared.pop("code", None)
+    return {**shared, "training": {key: own[key] for key in ENVIRONMENT if key in own}}
+
+
+def _values(finished: Finished) -> dict[str, float]:
+    """Returns the numbers that are compared, by name: objective, ID, OOD mean, each OOD set; measured at alpha."""
+    metrics = finished.result["metrics"]
+    names = ["objective", "id_accuracy", "ood_accuracy", *(f"accuracy/{name}" for name in finished.recipe.data.ood_val)]
+    return {name: metrics[name] for name in names if name in metrics}
+
+
+def _pairs(a: Finished, b: Finished) -> tuple[dict[str, tuple[Any, Any]], dict[str, str]]:
+    """Returns per set which images each classifies right, bool [N] twice, and why a set cannot be compared."""
+    tables = (a.predictions(), b.predictions())
+    pairs, reasons = {}, {}
+    sets = [(ID_SET, *each.recipe.data.ood_val) for each in (a, b)]
+    for name in dict.fromkeys([*sets[0], *sets[1]]):
+        if name not in sets[0] or name not in sets[1]:
+            reasons[name] = f"only {(a if name in sets[0] else b).title} has this set"
+            continue
+        digests = [each.provenance.get("data", {}).get(name, {}).get("digest") for each in (a, b)]
+        if None not in digests and digests[0] != digests[1]:
+            reasons[name] = f"the contents of the images differ: digest {digests[0][:12]} and {digests[1][:12]}"
+            continue
+        try:
+            places = [(table, name, float(each.result["alpha"])) for table, each in zip(tables, (a, b), strict=True)]
+            if not _images(*places[0]).equals(_images(*places[1])):
+                reasons[name] = "the images, or their labels, are not the same"
+                continue
+            pairs[name] = (correct(*places[0]), correct(*places[1]))
+        except DataError as error:
+            reasons[name] = error.problems[0].rule
+    return pairs, reasons
+
+
+def _images(table: pa.Table, name: str, alpha: float) -> pa.Table:
+    """Returns sample ids and labels, ordered by sample id."""
+    return select(table, name, alpha).select(["sample_id", "label"]).sort_by("sample_id")
+
+
+def _intervals(
+    a: Finished, b: Finished, pairs: Mapping[str, tuple[Any, Any]], reasons: dict[str, str]
+) -> dict[str, Interval]:
+    """Returns the paired interval of every number that can be compared; adds why the others cannot."""
+    left = {name: pair[0][None] for name, pair in pairs.items()}
+    right = {name: pair[1][None] for name, pair in pairs.items()}
+    gaps = paired_differences(left, right)
+    found = {f"accuracy/{name}": crossed({name: gap}, {name: 1.0}) for name, gap in gaps.items()}
+    if ID_SET in gaps:
+        found["id_accuracy"] = found.pop(f"accuracy/{ID_SET}")
+    specs = [objective_spec(each.recipe) for each in (a, b)]
+    names, ood = specs[0].ood_sets, [set(spec.ood_sets) for spec in specs]
+    if ood[0] != ood[1]:
+        reasons["ood_accuracy"] = "it is the mean of other sets"
+    elif ood[0] and ood[0] <= set(pairs):
+        found["ood_accuracy"] = crossed({name: gaps[name] for name in names}, dict.fromkeys(names, 1 / len(names)))
+    same = (specs[0].kind, specs[0].id_weight, ood[0]) == (specs[1].kind, specs[1].id_weight, ood[1])
+    if not same:
+        reasons["objective"] = "the recipes define it differently"
+    elif {ID_SET, *ood[0]} <= set(pairs):
+        found["objective"] = objective_difference(specs[0], left, right)
+    else:
+        missing = [name for name in (ID_SET, *specs[0].ood_sets) if name not in pairs]
+        reasons["objective"] = f"it needs all its sets, and {', '.join(missing)} cannot be compared"
+    return found

@@ -1,0 +1,292 @@
+"""Confirming the winner of a search: which configurations are trained again, and with which seeds.
+
+    confirm/plan.json     the winner and all rows, fixed before the first of these trainings
+    confirm/summary.json  the numbers, once all of them have ended
+
+The best of N noisy objectives is too high, so it is measured again with fresh seeds, from a range that the search has
+not used. ``alpha`` belongs to a configuration and is never chosen again.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from carft_ray import files
+from carft_ray.errors import Problem, StorageError, UsageError
+from carft_ray.layout import CONFIRM, CONFIRM_PLAN
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import CACHE_KEYS
+from carft_ray.results.reading.documents import num_test_reads
+from carft_ray.results.reading.overview import Overview
+from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
+from carft_ray.study.outcome import TrialRow, require_name
+from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
+from carft_ray.study.warm_start import source_id
+from carft_ray.words import counted, times
+
+SEED_STEP = 10**6  # between the seeds of the search, of the first and of the second stage
+
+Role = Literal["winner", "candidate", "baseline"]
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One configuration; rows that differ in alpha alone share their trainings.
+
+    Attributes:
+        name: For people; unique.
+        role: The winner, another of the top, or a baseline.
+        training: Name of its trainings less the seed; None: the zero-shot model.
+        alpha: Its mixing coefficient.
+        values: Over the recipe's ``train``, less seed and alpha. In a Pareto search with the alpha that was drawn: the
+            training is evaluated there and on the whole grid, at every point of the front that it may get.
+        objective: That of the search, one training on the study's seed.
+    """
+
+    name: str
+    role: Role
+    training: str | None
+    alpha: float
+    values: dict[str, Any]
+    objective: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A comparison: the rows and the seeds that all of them are trained with."""
+
+    winner: str
+    seeds: tuple[int, ...]
+    rows: tuple[PlanRow, ...]
+
+    def names(self, row: PlanRow) -> list[str]:
+        """Returns the names of a row's trainings, seed by seed; none of the zero-shot model."""
+        return [] if row.training is None else [training_name(row.training, seed) for seed in self.seeds]
+
+    def trainings(self) -> dict[str, dict[str, Any]]:
+        """Returns the values of every training by its name, winner first, then seed by seed."""
+        found: dict[str, dict[str, Any]] = {}
+        for seed in self.seeds:
+            for row in self.rows:
+                if row.training is not None:
+                    # a row at alpha 1 needs no training of its own: alpha 1 is always measured
+                    name = training_name(row.training, seed)
+                    found.setdefault(name, {"alpha": row.alpha, **row.values, "seed": seed})
+        return found
+
+
+def training_name(training: str, seed: int) -> str:
+    """Returns the name of one training with a fresh seed, and of its folder."""
+    return f"{training}-seed{seed}"
+
+
+def fresh_seeds(recipe: Recipe, stage: int, num_seeds: int) -> tuple[int, ...]:
+    """Returns seeds from a range that neither the search nor another stage uses.
+
+    Args:
+        recipe: Its ``train.seed`` is the seed of the search.
+        stage: 1, or 2 for the seeds after a choice among confirmed configurations.
+        num_seeds: How many; the first of more are those of fewer.
+    """
+    return tuple((recipe.train.seed + stage * SEED_STEP + index) % 2**63 for index in range(1, num_seeds + 1))
+
+
+def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> Stage:
+    """Returns what is confirmed: the winner by the search's own rule, the next best, and every baseline.
+
+    A trial that misses constraints by more than the winner does is no candidate. A baseline is there with its own
+    alpha and at alpha 1. The winner of another study counts as one more baseline.
+
+    Args:
+        view: The study.
+        top: Trials to confirm, the winner among them.
+        num_seeds: Fresh seeds of each.
+        against: Studies of the same model, data and objective, for instance of plain fine-tuning.
+
+    Raises:
+        NoSuccessfulTrialError: A study has no finished trial.
+        UsageError: A study of ``against`` cannot be compared.
+    """
+    best = require_finished(view.study_dir, view.best)
+    ranked = [row for row in best_first(view.trials) if row.objective is not None and row.violation <= best.violation]
+    rows = [_plan_row(row, "candidate" if index else "winner") for index, row in enumerate(ranked[:top])]
+    for row in view.baselines:
+        if row.objective is None:
+            continue
+        rows.append(_plan_row(row, "baseline"))
+        at_one = view.result(row).get("fine_tuned", {}).get("objective")
+        if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
+            rows.append(replace(rows[-1], name=f"{row.name}, alpha 1", alpha=1.0, objective=float(at_one)))
+    rows += [_rival(view, other) for other in against]
+    return Stage(best.name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
+
+
+def second_stage(first: Stage, chosen: str, recipe: Recipe) -> Stage:
+    """Returns the comparison of the configuration that the first stage chose, on as many seeds that did not choose it.
+
+    Args:
+        first: The first stage.
+        chosen: Name of one of its trials.
+        recipe: The study's recipe.
+    """
+    rows = [replace(row, role="winner") for row in first.rows if row.name == chosen]
+    rows += [row for row in first.rows if row.role == "baseline"]
+    return Stage(chosen, fresh_seeds(recipe, 2, len(first.seeds)), tuple(rows))
+
+
+def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> tuple[Stage, list[str]]:
+    """Returns the first stage with what this call asks for, and notes for the user.
+
+    What an earlier call has asked for stays: rows are added and seeds appended. When the search has continued and found
+    a better trial, that one is the winner now, and the earlier one a candidate. In a Pareto search a trial may now be
+    at another point of its curve; the trainings that are there were evaluated at that point, too.
+
+    Args:
+        view: The study.
+        top: As ``first_stage``.
+        num_seeds: As ``first_stage``.
+        against: As ``first_stage``.
+    """
+    notes = [
+        f"the test sets of {other.study_dir} were read {times(number)}; this counts here too"
+        for other in against
+        if (number := num_test_reads(other.study_dir))
+    ]
+    stages = read_plan(view.study_dir)
+    if stages is None:
+        return first_stage(view, top, num_seeds, against), notes
+    before = stages[0]
+    first = first_stage(view, top, max(num_seeds, len(before.seeds)), against)
+    if num_seeds < len(before.seeds):
+        notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
+    if first.winner != before.winner:
+        notes.append(f"the search continued after {before.winner} was fixed as the winner; now it is {first.winner}")
+    earlier = {row.name: row for row in before.rows}
+    for row in first.rows:
+        old = earlier.pop(row.name, row)
+        if row.alpha != old.alpha:
+            notes.append(f"the search continued: {row.name} was at alpha {old.alpha:.2f}, now it is at {row.alpha:.2f}")
+    kept = [replace(row, role="candidate") if row.role == "winner" else row for row in earlier.values()]
+    return replace(first, rows=(*first.rows, *kept)), notes
+
+
+def cost(view: Overview, stage: Stage) -> str:
+    """Returns what training the rest of a stage takes, in a sentence."""
+    done = {row.name for row in view.confirmations if row.outcome != "running"}
+    missing = [name for name in stage.trainings() if name not in done]
+    if not missing:
+        return f"All {len(stage.trainings())} trainings with fresh seeds are there already."
+    configurations = counted(len({row.training for row in stage.rows if row.training is not None}), "configuration")
+    text = f"{configurations} x {len(stage.seeds)} fresh seeds: {counted(len(missing), 'training')} to run"
+    seconds = [row.elapsed_s for row in (*view.trials, *view.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
+    if seconds:
+        text += f" of about {sum(seconds) / len(seconds):.0f} s each"
+    return text + "."
+
+
+def fix(
+    study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, against: Sequence[Overview] = ()
+) -> dict[str, dict[str, Any]]:
+    """Writes ledger and plan, before anything of it is trained; the study's lock is held.
+
+    Args:
+        study_dir: The study directory, absolute.
+        recipe: Its recipe.
+        first: The first stage.
+        second: The second one, once the first one has chosen; it is trained then.
+        against: As ``first_stage``; how often their test sets were read is written down, and counts here.
+
+    Returns:
+        Values of the stage's trainings by name.
+
+    Raises:
+        HoldOutError: The ledger is not as carft-ray has written it.
+        StorageError: Something cannot be written.
+    """
+    stage = second or first
+    details = {**json.loads(json.dumps(asdict(stage))), "chosen_by": "confirm" if second else "search"}
+    if against:
+        details[AGAINST] = {source_id(other.study_dir): num_test_reads(other.study_dir) for other in against}
+    written = [entry.details for entry in read_ledger(study_dir) if entry.purpose == WINNER_FIXED]
+    if details not in written[-2:]:  # the same command again, after a kill
+        record(study_dir, recipe, WINNER_FIXED, ("id_val", *recipe.data.ood_val), details)
+    write_plan(study_dir, first, second)
+    return stage.trainings()
+
+
+def write_plan(study_dir: Path, first: Stage, second: Stage | None) -> None:
+    """Writes both stages; the second is None before there is one.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    content = {"first": asdict(first), "second": asdict(second) if second else None}
+    files.write_json(study_dir / CONFIRM / CONFIRM_PLAN, content)
+
+
+def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
+    """Returns the first and the second stage of a study's confirm, or None before there is one.
+
+    Raises:
+        StorageError: The plan is damaged, or names what no folder of a training may be called.
+    """
+    path = study_dir / CONFIRM / CONFIRM_PLAN
+    if not path.exists():
+        return None
+    content = files.read_json(path)
+    try:
+        first, second = _stage(content["first"]), content["second"] and _stage(content["second"])
+        for name in (*first.trainings(), *(second.trainings() if second else ())):
+            require_name(name, str(path))
+    except (KeyError, TypeError) as error:
+        raise StorageError(Problem(str(path), "must be the plan of a confirm", f"{error!r}")) from error
+    return first, second
+
+
+def last_stage(study_dir: Path) -> Stage | None:
+    """Returns the comparison that counts, or None before there is one."""
+    plan = read_plan(study_dir)
+    return plan and (plan[1] or plan[0])
+
+
+def _stage(content: Mapping[str, Any]) -> Stage:
+    return Stage(content["winner"], tuple(content["seeds"]), tuple(PlanRow(**row) for row in content["rows"]))
+
+
+def _plan_row(row: TrialRow, role: Role) -> PlanRow:
+    training = None if row.name == ZERO_SHOT else row.name
+    left_out = ("seed",) if row.standing else ("alpha", "seed")
+    values = {name: value for name, value in row.values.items() if name not in left_out}
+    return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0)
+
+
+def _rival(view: Overview, other: Overview) -> PlanRow:
+    """Returns the winner of another study as a baseline of this one."""
+    place = f"--against {other.study_dir}"
+    if other.study_dir == view.study_dir:
+        raise UsageError(Problem(place, "must be another study", "this one"))
+    mine, theirs = _shared(view.recipe), _shared(other.recipe)
+    if differing := [key for key in mine if mine[key] != theirs[key]]:
+        step = "Search both with recipes that differ in train and search.space alone."
+        rule = f"must be a study like {view.study_dir.name}, but for what is trained and searched"
+        raise UsageError(Problem(place, rule, f"another {', '.join(differing)}", next_step=step))
+    best = require_finished(other.study_dir, other.best)
+    values = {**other.recipe.train.model_dump(mode="json", exclude={"alpha"}), **best.values}
+    if best.standing:
+        values.setdefault("alpha", best.alpha)
+    name = f"{other.study_dir.name} {best.name}"
+    training = "other-" + re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-144:]
+    return replace(_plan_row(replace(best, values=values), "baseline"), name=name, training=training)
+
+
+def _shared(recipe: Recipe) -> dict[str, Any]:
+    """Returns what two studies must have in common, or their numbers are not of one comparison."""
+    return {
+        "model": recipe.model,
+        "data": recipe.data.model_dump(exclude={*CACHE_KEYS}),
+        "prompts": recipe.prompts,
+        "search.objective": recipe.search.objective,
+    }

@@ -1,0 +1,209 @@
+"""Exporting a mixed model in the formats that others open: open_clip, Hugging Face, ONNX.
+
+    OUT/{class_head.safetensors, recipe.yaml, README.md}                   always
+        {open_clip_config.json, open_clip_model.safetensors}               open_clip: stock open_clip opens it
+        {config.json, model.safetensors, preprocessor_config.json, ...}    huggingface: transformers.CLIPModel opens it
+        {model.onnx}                                                       onnx: image tower and class head in one
+
+``logits = image_features @ class_head.T`` with normalised features (plus ``class_bias`` where there is one): the scale
+is inside the head. Before the folder takes its name, each format is opened by its own library in a process of its own
+(``results/export/reopen.py``), and must give the logits of the model.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from carft_ray.environment import outside_ranges
+from carft_ray.errors import Problem, StorageError, UsageError, require_choice
+from carft_ray.files import fsync_file, new_folder, require_new, write_json, write_text
+from carft_ray.model.classifier import ImageClassifier
+from carft_ray.model.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenizer
+from carft_ray.recipe.loading import dump_recipe, portable_paths
+from carft_ray.results.export.huggingface import misfits, write_huggingface
+from carft_ray.results.export.model_card import model_card
+from carft_ray.results.export.onnx import write_onnx
+from carft_ray.results.reading.trained import HEAD_NAME, Trained
+from carft_ray.training.checkpoint import load_tensors, save_tensors
+
+TOLERANCE = 1e-3  # largest difference of two logits of size 10 to 100 that rounding explains
+NUM_CHECKED = 32  # images
+NUM_SENTENCES = 16
+BATCH = 8  # images of one pass on the CPU
+# format -> libraries that open it, and the extra of this package that installs them
+FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
+    "open_clip": (("open_clip",), ""),
+    "huggingface": (("transformers",), "hf"),
+    "onnx": (("onnx", "onnxscript", "onnxruntime"), "onnx"),
+}
+DEFAULT_FORMATS = ("open_clip",)
+RECIPE_HEAD = (
+    "# Paths of the machine that trained are left out. To repeat the training, put images and weights next to this\n"
+    "# file under the names below, or give their places with --set.\n"
+)
+_REOPEN = Path(__file__).with_name("reopen.py")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: The export.
+        alpha: Mixing coefficient of its weights.
+        num_checked: Images compared.
+        formats: Of each format the largest difference of a logit of the reopened export from the model's own, over
+            ``num_checked`` images.
+    """
+
+    folder: Path
+    alpha: float
+    num_checked: int
+    formats: dict[str, float]
+
+
+def parse_formats(words: Sequence[str]) -> tuple[str, ...]:
+    """Returns the formats that ``--format`` asks for, each once, in the order of ``FORMATS``.
+
+    Args:
+        words: Names, or several with commas between; none is the default.
+
+    Raises:
+        UsageError: A name is no format.
+    """
+    asked = [name.strip() for word in words for name in word.split(",")]
+    for name in asked:
+        require_choice("--format", "must be a format", name, FORMATS)
+    return tuple(name for name in FORMATS if name in asked) or DEFAULT_FORMATS
+
+
+def export_model(
+    trained: Trained, out_dir: Path, alpha: float | None = None, formats: Sequence[str] = DEFAULT_FORMATS
+) -> Exported:
+    """Writes the mixed model, opens it again from its files, and compares logits before it takes its name.
+
+    Args:
+        trained: The training.
+        out_dir: Folder to make; it must not exist, or be empty.
+        alpha: Mixing coefficient; None: the chosen one.
+        formats: Names of ``FORMATS``; all are written into the one folder.
+
+    Raises:
+        UsageError: ``out_dir`` holds something, or a format cannot hold this model or needs a library that is missing.
+        StorageError: It cannot be written, or the reopened model gives other logits.
+    """
+    out_dir = out_dir.resolve()
+    require_new(out_dir, "--to")
+    _require_possible(trained.inputs.clip, formats)
+    alpha = trained.result["alpha"] if alpha is None else alpha
+    classifier = trained.classifier(alpha).to(device="cpu", dtype=torch.float32)
+    classifier.autocast_dtype = None  # all these libraries compute in float32
+    question, expected = _question(trained, classifier)
+    head = {"class_head": classifier.class_head.detach().float()}
+    if classifier.class_bias is not None:
+        head["class_bias"] = classifier.class_bias.detach().float()
+    about = {"class_names": json.dumps(trained.inputs.class_names), "alpha": repr(alpha)}
+    with new_folder(out_dir) as folder:
+        save_tensors(folder / HEAD_NAME, head, about)
+        recipe = portable_paths(trained.recipe)
+        fixed = recipe.model_copy(update={"train": recipe.train.model_copy(update={"alpha": alpha})})
+        write_text(folder / "recipe.yaml", RECIPE_HEAD + dump_recipe(fixed))
+        card = model_card(replace(trained, recipe=recipe), alpha, formats, "class_bias" in head)
+        write_text(folder / "README.md", card)
+        _write(folder, trained.inputs.clip, classifier, formats, about)
+        for path in folder.iterdir():
+            fsync_file(path)
+        differences = {name: _difference(folder, name, question, expected) for name in formats}
+    return Exported(out_dir, alpha, len(expected["class_logits"]), differences)
+
+
+def _require_possible(clip: Clip, formats: Sequence[str]) -> None:
+    """Raises for every format that this installation or this model cannot have."""
+    problems = []
+    for name in formats:
+        libraries, extra = FORMATS[name]
+        missing = [library for library in libraries if importlib.util.find_spec(library) is None]
+        if missing:
+            rule = f"{name} needs {' and '.join(missing)}, to write the export and to open it again"
+            step = f"Install it: pip install 'carft-ray[{extra}]'"
+            problems.append(Problem("--format", rule, "an installation without", next_step=step))
+        elif extra:
+            problems += outside_ranges(extra)[0]
+    if "huggingface" in formats and (found := misfits(clip)):
+        rule = "huggingface must have what transformers.CLIPModel holds: a ViT with a class token and CLIP's text tower"
+        others = tuple(name for name in FORMATS if name != "huggingface")
+        problems.append(Problem("--format", rule, f"a model with {', '.join(found)}", others))
+    if problems:
+        raise UsageError(problems)
+
+
+def _write(
+    folder: Path, clip: Clip, classifier: ImageClassifier, formats: Sequence[str], about: dict[str, str]
+) -> None:
+    state = {name: tensor.clone() for name, tensor in clip.model.state_dict().items()}
+    for name, tensor in classifier.visual.state_dict().items():
+        state[f"visual.{name}"] = tensor.to(state[f"visual.{name}"].dtype)
+    if "open_clip" in formats:
+        write_json(folder / CONFIG_NAME, clip.config)
+        save_tensors(folder / WEIGHTS_NAME, state)
+        write_tokenizer(clip, folder)
+    if "huggingface" in formats:
+        write_huggingface(folder, clip, state)
+    if "onnx" in formats:
+        write_onnx(folder, classifier, clip.image_size, about)
+
+
+def _question(trained: Trained, classifier: ImageClassifier) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Returns pixels and sentences to ask an export for, and the logits that it must give."""
+    inputs, clip = trained.inputs, trained.inputs.clip
+    pixels_NHWC = torch.from_numpy(inputs.validation[0].images_NHWC[:NUM_CHECKED].copy())
+    sentences = [template.replace("{}", name) for template in inputs.templates for name in inputs.class_names]
+    sentences = sentences[:: -(-len(sentences) // NUM_SENTENCES)]
+    model: Any = clip.model
+    with torch.inference_mode():
+        features_ND = torch.cat([classifier.features(part_BHWC) for part_BHWC in torch.split(pixels_NHWC, BATCH)])
+        texts_MD = functional.normalize(model.encode_text(clip.tokenizer(sentences)), dim=-1)
+        expected = {
+            "class_logits": classifier.logits(features_ND),
+            "text_logits": clip.logit_scale * functional.normalize(features_ND, dim=-1) @ texts_MD.T,
+        }
+    return {"pixels": pixels_NHWC, "sentences": sentences}, expected
+
+
+def _difference(folder: Path, name: str, question: dict[str, Any], expected: dict[str, Tensor]) -> float:
+    """Opens the export in a new process and returns how far the farthest logit is from what it must be.
+
+    Raises:
+        StorageError: It does not open, or that is too far.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        asked, answer = Path(place) / "question.safetensors", Path(place) / "answer.safetensors"
+        save_tensors(asked, {"pixels": question["pixels"]}, {"sentences": json.dumps(question["sentences"])})
+        command = [sys.executable, "-P", "-W", "ignore", str(_REOPEN), name, str(folder), str(asked), str(answer)]
+        own = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **own}, cwd=place
+        )
+        library = FORMATS[name][0][-1]
+        if done.returncode != 0:
+            value = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            value = value.replace(str(folder), "the export")  # the folder has a temporary name
+            raise StorageError(Problem(str(folder), f"{library} must open the export", value))
+        found = load_tensors(answer)
+    # one tensor, since a not-a-number must not lose against a number
+    difference = float(torch.cat([(logits - expected[key]).abs().flatten() for key, logits in found.items()]).max())
+    if not difference <= TOLERANCE:
+        rule = f"{library} must give the logits of the model within {TOLERANCE}"
+        raise StorageError(Problem(str(folder), rule, f"a difference of {difference:.3g}"))
+    return difference

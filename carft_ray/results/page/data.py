@@ -1,0 +1,246 @@
+"""A study as one plain document: what its page is drawn from. Nothing is locked or written, and no set is opened.
+
+``status``, ``report``, ``confirm`` and ``test`` are the documents that these commands print with `--json`, and
+``baselines`` and ``trials`` those of `ls --sort number --json`. The rest is read from stored results and predictions.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from carft_ray import __version__, files
+from carft_ray.data.copies.shared_images import read_shared
+from carft_ray.data.source import IntArray
+from carft_ray.evaluation.metrics import answers, reliability
+from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.predictions import correct_matrix, read_predictions, select
+from carft_ray.layout import CONFIRM, LOG, MANIFEST, SUMMARY, TEST_DIR
+from carft_ray.recipe.loading import dump_recipe
+from carft_ray.recipe.schema.sets import plain
+from carft_ray.results.page.changed_images import changed_images, points_of_best
+from carft_ray.results.page.health import findings
+from carft_ray.results.reading.documents import listing, status
+from carft_ray.results.reading.overview import Overview
+from carft_ray.results.report import study_report
+from carft_ray.results.stored import predictions_path, read_compared
+from carft_ray.study.importance import importances
+from carft_ray.study.ledger import read_ledger
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.provenance import PROVENANCE
+from carft_ray.study.rows import best_first
+
+NUM_CURVES = 12  # best trials whose alpha curves are drawn
+NUM_CLASSES = 5  # that a table of changed answers names
+
+
+def page_document(view: Overview) -> dict[str, Any]:
+    """Returns all that the page of a study shows.
+
+    Args:
+        view: The study.
+
+    Raises:
+        HoldOutError: The ledger was changed, so how often the test sets were read is not known.
+        StorageError, DataError: Stored results are missing, damaged or of different images.
+    """
+    recipe, best, study_dir = view.recipe, view.best, view.study_dir
+    rows = listing(view, by_objective=False)
+    provenance = files.read_json(study_dir / MANIFEST).get(PROVENANCE) or {}
+    spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
+    methods = {row.name: method_of(view, row) for row in view.trials}
+    document = {
+        "study": str(study_dir),
+        "name": recipe.name,
+        "made": {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "version": __version__},
+        "synthetic": plain(recipe.data.train).source == "sandbox",
+        "running": view.holder is not None,
+        "has_ood": bool(recipe.data.ood_val),
+        "objective": {**asdict(spec), "pareto": recipe.search.objective.kind == "pareto"},
+        "space": {name: one.model_dump(mode="json") for name, one in recipe.search.space.items()},
+        "methods": dict(Counter(methods[row.name] for row in view.trials if row.outcome != "running")),
+        "method_of": methods,
+        "devices": _devices(view),
+        "status": status(view),
+        "report": None if best is None else study_report(view),
+        "confirm": read_compared(study_dir / CONFIRM / SUMMARY),
+        "test": read_compared(study_dir / TEST_DIR / SUMMARY),
+        "baselines": rows["baselines"],
+        "trials": rows["trials"],
+        "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},
+        "intermediate_values": {row.name: row.intermediate_values for row in view.trials if row.intermediate_values},
+        "curves": _curves(view),
+        "importance": importances(study_dir),
+        "changes": _changes(view, class_names),
+        "changed_images": changed_images(view, points_of_best(view), class_names),
+        "reliability": _reliability(view),
+        "ledger": [asdict(entry) for entry in read_ledger(study_dir)],
+        "shared_images": [asdict(row) for row in read_shared(study_dir)],
+        "provenance": provenance,
+        "recipe": dump_recipe(recipe),
+    }
+    document["rivals"] = _rivals(document)
+    document["tables"] = set_tables(document)
+    document["health"] = findings(view, document)
+    return document
+
+
+def method_of(view: Overview, row: TrialRow) -> str:
+    """Returns the method of a training: your own function, plain fine-tuning (no KL term), or CAR-FT."""
+    train = view.recipe.train
+    if train.function is not None:
+        return "own trainer"
+    return "CAR-FT" if row.values.get("kl_weight", train.kl_weight) else "plain fine-tuning"
+
+
+def set_tables(document: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns the tables of accuracy per set, the best evidence first: test, confirm, search.
+
+    Each has ``label``, ``sets`` and ``rows`` of ``name``, ``role``, ``alpha`` and ``cells``: per set None, or ``mean``
+    with ``low`` and ``high`` where there is an interval. ``differences`` are rows of the winner minus each baseline.
+    """
+    made = (
+        _compared_table("Test sets", document["test"]),
+        _compared_table("Validation sets, fresh seeds", document["confirm"]),
+        _search_table(document),
+    )
+    return [table for table in made if table]
+
+
+def _rivals(document: Mapping[str, Any]) -> list[str]:
+    """Returns the baselines of a confirm that are winners of other studies."""
+    own = [row["name"] for row in document["baselines"]]
+    rows = (document["confirm"] or {}).get("rows", ())
+    found = [row["name"] for row in rows if row["role"] == "baseline"]
+    return [name for name in found if name.removesuffix(", alpha 1") not in own]
+
+
+def _seconds(view: Overview, row: TrialRow) -> list[float]:
+    """Returns when the first attempt at a training began, in seconds since 1970, and how long all have taken."""
+    began = row.started.timestamp() if row.started else 0.0
+    path = row.folder(view.study_dir) / LOG
+    with contextlib.suppress(OSError, ValueError, IndexError), path.open(encoding="utf-8") as log:  # none has begun yet
+        began = datetime.fromisoformat(log.readline().split()[0]).timestamp()
+    return [round(began, 2), round(max(row.elapsed_s or 0.0, row.spent_s), 2)]
+
+
+def _devices(view: Overview) -> dict[str, str]:
+    """Returns on what kind of device each finished trial ran."""
+    found = {row.name: view.result(row).get("environment", {}).get("device") for row in view.trials}
+    return {name: device for name, device in found.items() if device}
+
+
+def _curves(view: Overview) -> list[dict[str, Any]]:
+    """Returns the measured alpha curves of the best trials and of the baselines."""
+    best = [row for row in best_first(view.trials) if row.outcome == "complete"][:NUM_CURVES]
+    found = []
+    for row in (*best, *view.baselines):
+        points = view.result(row).get("curve") or []
+        if row.outcome == "complete" and len(points) > 1:
+            kept = ("alpha", "id_accuracy", "ood_accuracy", "objective")
+            points = [{name: point[name] for name in kept if name in point} for point in points]
+            found.append({"name": row.name, "kind": row.kind, "alpha": row.alpha, "points": points})
+    return found
+
+
+def _changes(view: Overview, class_names: Sequence[str]) -> list[dict[str, Any]]:
+    """Returns per validation set how many answers of the best trial change between its alphas, and of which classes.
+
+    ``steps`` are between zero-shot, the chosen alpha and alpha 1: numbers of images that become ``right`` and
+    ``wrong``, and the classes of most of them.
+    """
+    points, best = points_of_best(view), view.best
+    if best is None or len(points) < 2:
+        return []
+    table = read_predictions(predictions_path(view.study_dir, best))
+    found = []
+    for name in objective_spec(view.recipe).sets:
+        correct_RN = correct_matrix([(table, alpha) for _, alpha in points], name)
+        part = select(table, name, points[0][1])
+        labels_N = part["label"].to_numpy()[np.argsort(part["sample_id"].to_numpy(), kind="stable")]
+        steps = []
+        for first, second in zip(range(len(points)), range(1, len(points)), strict=False):
+            right, wrong = ~correct_RN[first] & correct_RN[second], correct_RN[first] & ~correct_RN[second]
+            step = {
+                "from": points[first][0],
+                "to": points[second][0],
+                "alphas": [points[first][1], points[second][1]],
+                "right": int(right.sum()),
+                "wrong": int(wrong.sum()),
+                "classes_right": _most(labels_N[right], class_names),
+                "classes_wrong": _most(labels_N[wrong], class_names),
+            }
+            steps.append(step)
+        found.append({"set": name, "num_images": int(correct_RN.shape[1]), "steps": steps})
+    return found
+
+
+def _most(labels: IntArray, class_names: Sequence[str]) -> list[list[Any]]:
+    counts = Counter(labels.tolist()).most_common(NUM_CLASSES)
+    names = dict(enumerate(class_names))
+    return [[names.get(label, f"class {label}"), count] for label, count in counts]
+
+
+def _reliability(view: Overview) -> list[dict[str, Any]]:
+    """Returns the reliability diagrams of the best trial on ID and on all OOD images, at zero-shot, its alpha and 1."""
+    points, best = points_of_best(view), view.best
+    if best is None or not points:
+        return []
+    table, spec = read_predictions(predictions_path(view.study_dir, best)), objective_spec(view.recipe)
+    found = []
+    for role, sets in (("ID", (spec.id_set,)), ("OOD", spec.ood_sets)):
+        for name, alpha in points if sets else ():
+            part = pa.concat_tables([select(table, each, alpha) for each in sets])
+            found.append({"role": role, "model": name, "alpha": alpha, "bins": reliability(answers(part))})
+    return found
+
+
+def _cell(mean: float | None, interval: Sequence[float] | None = None) -> dict[str, float] | None:
+    if mean is None:
+        return None
+    return {"mean": mean} if interval is None else {"mean": mean, "low": interval[0], "high": interval[1]}
+
+
+def _compared_table(label: str, found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the table of a confirm or of a read of the test sets."""
+    if found is None:
+        return None
+    first, kept = found["rows"][0], ("name", "role", "alpha")
+
+    def cells(row: Mapping[str, Any]) -> list[dict[str, float] | None]:
+        ood = [row.get("ood_accuracy")] if first["ood_accuracy"] else []  # a difference has none
+        shown = [*row["sets"].values(), *ood, row["objective"]]
+        return [_cell(each["mean"], each["ends"]) if each else None for each in shown]
+
+    return {
+        "label": label,
+        "sets": [*first["sets"], *(("ood_mean",) if first["ood_accuracy"] else ()), "objective"],
+        "rows": [{**{key: row[key] for key in kept}, "cells": cells(row)} for row in found["rows"]],
+        "differences": [
+            {"name": f"{found['winner']} - {each['other']}", "cells": cells(each)} for each in found["baselines"]
+        ],
+    }
+
+
+def _search_table(document: Mapping[str, Any]) -> dict[str, Any] | None:
+    best, sets = document["status"]["best"], document["status"]["selected_on"]
+    if best is None:
+        return None
+    keys = {name: f"accuracy/{name}" for name in sets}
+    keys |= {"ood_mean": "ood_accuracy"} if document["has_ood"] else {}
+    keys["objective"] = "objective"
+    rivals = [row for row in document["baselines"] if row["outcome"] == "complete"]
+    rows, differences = [], []
+    for row in (best, *rivals):
+        values = [(best["metrics"].get(key), row["metrics"].get(key)) for key in keys.values()]
+        role = "best" if row is best else "baseline"
+        cells = [_cell(value) for _, value in values]
+        rows.append({"name": row["name"], "role": role, "alpha": row["alpha"], "cells": cells})
+        gaps = [None if own is None or value is None else _cell(own - value) for own, value in values]
+        differences.append({"name": f"{best['name']} - {row['name']}", "cells": gaps})
+    return {"label": "Validation sets, the search", "sets": [*keys], "rows": rows, "differences": differences[1:]}

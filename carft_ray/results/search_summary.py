@@ -1,0 +1,66 @@
+"""What a search has found, as data: rows for tables and JSON."""
+
+from typing import Any
+
+from carft_ray.evaluation.objective import objective_spec
+from carft_ray.launch.runs.search import SearchResult
+from carft_ray.layout import BEST, FIGURE_PNG
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.space.grid import num_trials
+from carft_ray.results.pareto import front_data, front_lines
+from carft_ray.results.reading.documents import pruner_quality
+from carft_ray.results.reading.overview import Overview
+from carft_ray.results.stored import against_baseline, read_stored
+from carft_ray.study.best import constraint_lines
+from carft_ray.study.rows import best_first
+from carft_ray.words import counted
+
+
+def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
+    """Returns counts, rows (baselines, then trials from the best down) and the lines that sum the search up."""
+    view = Overview(result.study_dir, recipe, result.trials, result.baselines)
+    rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
+    return {
+        "study": str(result.study_dir),
+        "trials": view.counts(),
+        "pruner": pruner_quality(recipe.search.pruner, result.trials),
+        "new_trials": result.num_new,
+        "elapsed_s": round(result.elapsed_s, 1),
+        "best": next(row for row in rows if row["best"]),
+        "rows": rows,
+        "front": front_data(recipe, result.trials),
+        "lines": _lines(recipe, result),
+        "budget": {"used_up": bool(result.out_of_budget), "line": budget_line(recipe, result)},
+        "best_recipe": str(result.study_dir / BEST),
+        "figure": str(result.study_dir / FIGURE_PNG),
+    }
+
+
+def budget_line(recipe: Recipe, result: SearchResult) -> str:
+    """Returns what a search that its budget has ended leaves unfinished, in a sentence; empty when it was not."""
+    if not result.out_of_budget:
+        return ""
+    begun = [row.name for row in result.trials if row.outcome == "running"]
+    wanted, finished = num_trials(recipe), len(result.trials) - len(begun)
+    stopped = f", {counted(len(begun), 'trial')} stopped ({', '.join(begun)}): resume continues them" if begun else ""
+    done = f"{finished} of {counted(wanted, 'trial')} finished{stopped}"
+    return f"The search has ended early: {result.out_of_budget}. {done}."
+
+
+def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
+    best, front = result.best, front_data(recipe, result.trials)
+    value = f"objective {100 * (best.objective or 0):.1f} %"
+    if front is not None:
+        pair = (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])
+        value = f"ID {100 * pair[0]:.1f} % and OOD {100 * pair[1]:.1f} %"
+    rivals = [row for row in result.baselines if row.objective is not None]
+    chosen, _ = read_stored(result.study_dir, [best, *rivals], objective_spec(recipe))
+    against = against_baseline(recipe, best, rivals, chosen)
+    return [
+        *front_lines(front),
+        *constraint_lines(best),
+        f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.",
+        *([against["line"]] if against else []),
+        "These numbers chose the best trial, so they are too high; test sets were not read.",
+        *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
+    ]

@@ -1,0 +1,133 @@
+"""Stored validation predictions of a study as arrays: no torch, no model, no test set.
+
+Shape letters: r seeds, n images of one set; images are ordered by sample id, the same in every array.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.data.source import IdArray
+from carft_ray.errors import Problem, StorageError
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.predictions import (
+    BoolArray,
+    alphas,
+    correct_matrix,
+    read_predictions,
+    require_same_images,
+    sample_ids,
+)
+from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.confirm.configurations import read_plan
+from carft_ray.results.confirm.summary import row_correct, whole_rows
+from carft_ray.results.statistics.intervals import headline, objective_difference
+from carft_ray.results.statistics.paired import KEYS
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import ZERO_SHOT
+
+Chosen = dict[str, dict[str, BoolArray]]
+
+
+def predictions_path(study_dir: Path, row: TrialRow) -> Path:
+    """Returns the path of the validation predictions of a trial or baseline."""
+    if row.name == ZERO_SHOT:
+        return study_dir / PREPARED / ZERO_SHOT_TABLE
+    return row.folder(study_dir) / PREDICTIONS
+
+
+def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) -> tuple[Chosen, int]:
+    """Reads the predictions of complete trials and baselines.
+
+    Args:
+        study_dir: The study directory.
+        rows: Complete trials and baselines, zero-shot among them.
+        spec: The objective.
+
+    Returns:
+        Per row and set its correctness at its alpha, bool [1, n], and how many alphas of trained models were evaluated.
+
+    Raises:
+        StorageError: Predictions are missing or damaged.
+        DataError: They lack a set or an alpha, or are of different images.
+    """
+    chosen: Chosen = {}
+    num_alphas, ids = 0, dict[str, IdArray]()
+    for row in rows:  # a table is let go before the next one is read: those of many trials together need much memory
+        table, alpha = read_predictions(predictions_path(study_dir, row)), row.alpha or 0.0
+        for name in spec.sets:
+            own = sample_ids(table, name, alpha)
+            require_same_images(ids.setdefault(name, own), own, name)
+        chosen[row.name] = {name: correct_matrix([(table, alpha)], name) for name in spec.sets}
+        num_alphas += sum(alpha > 0 for alpha in alphas(table, spec.id_set)) if row.name != ZERO_SHOT else 0
+    return chosen, num_alphas
+
+
+def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]]:
+    """Returns the trials whose trainings with fresh seeds have all finished, of both stages of a confirm.
+
+    Args:
+        study_dir: The study directory.
+        spec: The objective over the validation sets.
+
+    Returns:
+        Per trial and stage its correctness by set, bool [r, n]; empty before there is a confirm.
+
+    Raises:
+        StorageError: The plan or predictions cannot be read.
+        DataError: Predictions lack a set or an alpha, or are of different images.
+    """
+    return [
+        row_correct(study_dir, spec, stage, row)
+        for stage in read_plan(study_dir) or ()
+        if stage is not None
+        for row in whole_rows(study_dir, stage)
+        if row.role != "baseline"
+    ]
+
+
+def against_baseline(
+    recipe: Recipe, best: TrialRow, baselines: Sequence[TrialRow], chosen: Chosen
+) -> dict[str, Any] | None:
+    """Returns the best trial against the baseline with the highest objective, as JSON; None without a baseline.
+
+    Args:
+        recipe: The study's recipe.
+        best: The best trial.
+        baselines: Complete baselines.
+        chosen: Of ``read_stored``, of all of them.
+    """
+    if not baselines:
+        return None
+    rival = max(baselines, key=lambda row: row.objective or 0.0)
+    one, other = (chosen[row.name] for row in (best, rival))
+    difference = objective_difference(objective_spec(recipe), one, other)
+    sentence, of = headline(difference, rival.name, is_measured_again=False), ""
+    if recipe.search.objective.kind == "pareto":
+        weight = recipe.search.objective.id_weight
+        of = f" by {weight:g} ID + {1 - weight:g} OOD"
+    measured = f"Measured at their alphas{of}, on the images that chose"
+    return {
+        "baseline": rival.name,
+        "mean": difference.mean,
+        "ends": difference.ends,
+        "words": difference.words,
+        "sentence": sentence,
+        "line": f"{measured}: {best.name}: {sentence}; 95 %, {difference.words}.",
+    }
+
+
+def read_compared(path: Path) -> dict[str, Any] | None:
+    """Returns the content of the summary of a confirm or of a test; None before there is one.
+
+    Raises:
+        StorageError: The file is damaged.
+    """
+    if not path.exists():
+        return None
+    content: Any = files.read_json(path)
+    if not isinstance(content, dict) or not {*KEYS} <= content.keys():
+        raise StorageError(Problem(str(path), f"must have {', '.join(KEYS)}"))
+    return content

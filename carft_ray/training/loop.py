@@ -1,0 +1,374 @@
+"""The training loop of CAR-FT. It knows nothing of Ray: ranks, reports and stopping come through ``RunContext``.
+
+The loss is that of ``losses.py``; with ``kl_weight`` 0 the frozen model is never run and the loop is plain fine-tuning.
+
+Shape letters: B images, C classes, T contexts, D embedding width, S side of an image.
+"""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from carft_ray.data.source import IntArray, Source
+from carft_ray.data.views import parts_of, permutation
+from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
+from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
+from carft_ray.model.clip import Clip
+from carft_ray.model.lora import trained_weights
+from carft_ray.model.mixing import update_average
+from carft_ray.model.tower import compile_tower, shape_tower
+from carft_ray.recipe.schedule import num_warmup_steps
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.training import feeding
+from carft_ray.training.checkpoint import (
+    Checkpoint,
+    CheckpointWriter,
+    load_checkpoint,
+    load_optimizer_tensors,
+    newest_checkpoint,
+    optimizer_tensors,
+)
+from carft_ray.training.context import RunContext
+from carft_ray.training.losses import Loss
+from carft_ray.training.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
+from carft_ray.training.out_of_memory import micro_batch_of
+from carft_ray.training.ranks import from_rank_0, on_all_ranks
+from carft_ray.training.targets import BLOCK, Part, Targets
+
+logger = logging.getLogger(__name__)
+
+LOG_EVERY = 10  # steps between two checks of the stop flag and two rows of progress
+MOST_AHEAD = 16  # batches, however small
+CONTINUE, SAVE, STOP = 0, 1, 2  # what rank 0 has all ranks do at the end of such a window
+OnEpoch = Callable[
+    [Callable[[], dict[str, Tensor]], int], dict[str, float]
+]  # given the state's function, and the epoch
+
+
+class Batch(NamedTuple):
+    """A worker's part of a global batch, on the device."""
+
+    epoch: int  # from 1
+    indices: IntArray  # [b]
+    size: int  # of the global batch
+    parts: list[Part]  # of blocks of targets; none without KL
+    pixels_BHWC: Tensor  # uint8 [b, S, S, 3]
+    labels_B: Tensor
+
+
+class StoppedRun(CarftError):  # noqa: N818 (it is no error: the run did what it was asked to)
+    """The loop wrote a checkpoint and ended because ``should_stop`` said yes."""
+
+    exit_code = 130
+
+
+@dataclass
+class _Means:
+    """Means over images of an epoch's metrics; what they need is part of the checkpoint."""
+
+    num_images: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: dict[str, float], num_images: int) -> None:
+        self.num_images += num_images
+        for key, value in values.items():
+            self.totals[key] = self.totals.get(key, 0.0) + value * num_images
+
+    def values(self) -> dict[str, float]:
+        return {key: total / max(self.num_images, 1) for key, total in self.totals.items()}
+
+
+@dataclass
+class _Learner:
+    """What a training changes, and what writes its checkpoints."""
+
+    classifier: ImageClassifier
+    optimizer: torch.optim.Optimizer
+    average: dict[str, Tensor]  # of the weights; empty without ``ema_decay``
+    train: TrainConfig
+    context: RunContext
+    writer: CheckpointWriter
+    step: int = 0
+    saved_at: float = field(default_factory=lambda: time.monotonic())  # the last checkpoint, or the start
+    means: _Means = field(default_factory=_Means)
+
+    def __post_init__(self) -> None:
+        self.parameters = list(self.classifier.parameters())
+
+    def state(self) -> dict[str, Tensor]:
+        return {**self.classifier.state(), **copies(self.average)}
+
+    def update(self, loss: Loss, targets: Targets, model: nn.Module, batch: Batch, num_steps: int) -> Tensor:
+        """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
+        batch_size = batch.size
+        self._seed()
+        with _explained(self.step + 1, num_steps):
+            factor = self.context.world_size / batch_size
+            target_BT = targets.of(batch.parts)
+            sums = loss.backward(model, batch.pixels_BHWC, batch.labels_B, target_BT, factor)
+            grad_norm = clip_gradients(self.parameters, self.train.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if self.train.ema_decay is not None:
+            update_average(self.average, trained_weights(self.classifier), self.train.ema_decay, self.step)
+        return torch.cat([sums, (grad_norm * batch_size / self.context.world_size).double().view(1)])
+
+    def _seed(self) -> None:
+        """Seeds what towers draw from, as some drop patches, by the step alone, which makes resuming exact.
+
+        ``torch.manual_seed`` seeds devices that are not there, too, and notes the stack for each: a millisecond.
+        """
+        seed = (self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types there
+            torch.cuda.manual_seed(seed)
+
+    def save(self) -> None:
+        """Copies what a checkpoint holds, which is written beside the next steps."""
+        self.saved_at = time.monotonic()
+        self.writer.write(self._checkpoint)
+
+    def _checkpoint(self) -> Checkpoint:
+        totals = dict(self.means.totals)
+        position = {"seed": self.train.seed, "num_images": self.means.num_images, "totals": totals}
+        weights, average = copies(self.classifier.state_dict()), copies(self.average)
+        return Checkpoint(self.step, weights, optimizer_tensors(self.optimizer), position, average)
+
+    def resume(self, checkpoint_dir: Path) -> None:
+        """Continues from the newest valid checkpoint, if any. Rank 0 finds it: others may still list an older one."""
+        found: list[Checkpoint] = []
+
+        def find() -> str:
+            checkpoint, damaged = newest_checkpoint(checkpoint_dir)
+            for problem in damaged:
+                logger.warning("passed over a damaged checkpoint: %s", problem)
+            found.extend([] if checkpoint is None else [checkpoint])
+            return "" if checkpoint is None else checkpoint.name
+
+        name = from_rank_0(self.context, find)
+        if not name:
+            return
+        checkpoint = on_all_ranks(self.context, lambda: found[0] if found else load_checkpoint(checkpoint_dir / name))
+        position, place = checkpoint.position, str(checkpoint_dir)
+        if position["seed"] != self.train.seed:
+            raise StorageError(Problem(place, f"must belong to seed {self.train.seed}", str(position["seed"])))
+        if bool(checkpoint.average) != bool(self.average):
+            rule = "must hold an average of the weights with ema_decay, and only then"
+            raise StorageError(Problem(place, rule, "one" if checkpoint.average else "none"))
+        self.classifier.load_state_dict(checkpoint.weights)
+        for name, tensor in self.average.items():
+            tensor.copy_(checkpoint.average[name])
+        load_optimizer_tensors(self.optimizer, checkpoint.optimizer)
+        self.step, self.means = checkpoint.step, _Means(position["num_images"], dict(position["totals"]))
+
+
+@contextlib.contextmanager
+def same_attention() -> Iterator[None]:
+    """Keeps torch's shortcut for attention without gradients off.
+
+    It rounds otherwise than the training path, and the KL between identical models would not be 0.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _explained(step: int, num_steps: int) -> Iterator[None]:
+    """Adds the step to what an exception says; the failure of torch's compiler, at the first step, is one message."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"at step {step} of {num_steps}")
+        if not any(kind.__name__ == "TorchDynamoException" for kind in type(error).__mro__):
+            raise
+        next_step = "Write train.compile: false, or give torch a C++ compiler that works (the variable CXX names one)."
+        rule = "must be false here: torch cannot compile the image tower"
+        problem = Problem("train.compile", rule, str(error).strip().partition("\n")[0], next_step=next_step)
+        raise RecipeError(problem) from error
+
+
+@same_attention()
+def fine_tune(
+    clip: Clip,
+    class_head_CD: Tensor,
+    context_head_TD: Tensor,
+    source: Source,
+    train: TrainConfig,
+    context: RunContext | None = None,
+    *,
+    device: torch.device | None = None,
+    checkpoint_dir: Path | None = None,
+    attempt: int = 1,
+    target_store: Path | None = None,
+    on_epoch: OnEpoch | None = None,
+    num_threads: int = 1,
+) -> dict[str, Tensor]:
+    """Fine-tunes the image tower and the class head, and returns the fine-tuned state on the CPU.
+
+    The state is that of plain weights: LoRA's corrections are merged into it, and with ``ema_decay`` it is the average
+    over the steps.
+
+    With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one at the end of
+    every epoch, after each ``checkpoint_every`` and when it is stopped; the result is that of an uninterrupted
+    training, bit for bit on a CPU, up to rounding on a GPU.
+
+    Args:
+        clip: The model to start from; it is not changed.
+        class_head_CD: Unit rows [C, D] of ``build_heads``.
+        context_head_TD: Unit rows [T, D] of ``build_heads``.
+        source: The training set; every epoch shows each image once.
+        train: Hyperparameters; ``compile: auto`` is off here, the caller resolves it (``tower.compiles``).
+        context: Rank, reports and stop flag; a single worker by default.
+        device: Where to compute; the CPU by default.
+        checkpoint_dir: Folder of the checkpoints; None: none are written.
+        attempt: Number of this attempt at the training; checkpoints go to a folder of its own.
+        target_store: Where the frozen model's context distributions are read, and written where they are missing
+            (``targets.store_dir``); None: neither.
+        on_epoch: Called on every rank at the end of an epoch (from 1), with a function that returns the state as it
+            would be returned now; what it returns joins the epoch's report.
+        num_threads: Threads that make views of source images.
+
+    Raises:
+        StoppedRun: The context asked to stop; a checkpoint was written.
+        DivergedError: The loss became infinite or not a number.
+        StorageError: A checkpoint cannot be written.
+        MachineError: A rank does not see the checkpoint that rank 0 has found.
+        DataError: An image cannot be read.
+        RecipeError: The image tower cannot do what ``train`` asks, or cannot be compiled.
+    """
+    context = context or RunContext()
+    device = device or torch.device("cpu")
+    classifier = build_classifier(clip, class_head_CD, train, device).train()
+    shape_tower(classifier, train)
+    averaged = trained_weights(classifier) if train.ema_decay is not None else {}
+    average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
+    writer = CheckpointWriter(checkpoint_dir if context.rank == 0 else None, attempt)
+    learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, writer)
+    if checkpoint_dir is not None:
+        learner.resume(checkpoint_dir)
+    if train.compile is True:
+        compile_tower(classifier, micro_batch_of(train, context.world_size))
+    model: nn.Module = classifier
+    if context.world_size > 1:
+        model = DistributedDataParallel(classifier, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with Targets(clip, context_head_TD, source, train, device, target_store) as targets, writer:
+        _train(learner, model, targets, on_epoch, num_threads)
+    return learner.state()
+
+
+def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEpoch | None, num_threads: int) -> None:
+    """Makes the steps that are left."""
+    source, train, context, device = targets.source, learner.train, learner.context, targets.device
+    loss = Loss(targets.context_head_TD, targets.context_scale, train)
+    steps_per_epoch = math.ceil(len(source) / train.batch_size)
+    num_steps = train.epochs * steps_per_epoch
+    warmup = num_warmup_steps(train.warmup_steps, num_steps)
+    window, window_images, clock = torch.zeros(4, dtype=torch.float64, device=device), 0, time.perf_counter()
+    for batch in _views(targets, train, context, learner.step, num_threads):
+        learning_rate = learning_rate_at(learner.step, train.learning_rate, warmup, num_steps)
+        set_learning_rate(learner.optimizer, learning_rate)
+        window += learner.update(loss, targets, model, batch, num_steps)
+        window_images += batch.size
+
+        step = learner.step
+        ends_epoch = step % steps_per_epoch == 0
+        if step % LOG_EVERY and not ends_epoch:
+            continue
+        values = _means_of_window(window, window_images, train.kl_weight, context)
+        if not math.isfinite(values["loss"]) or not math.isfinite(values["grad_norm"]):
+            found = f"loss {values['loss']:.4g}; gradient {values['grad_norm']:.4g}"
+            rule = "loss and norm of the gradient must stay finite"
+            raise DivergedError(Problem(f"step {step} of {num_steps}", rule, found))
+        learner.means.add(values, window_images)
+        speed = window_images / max(time.perf_counter() - clock, 1e-9)
+        row = {"step": step, "num_steps": num_steps, "epoch": batch.epoch, "learning_rate": learning_rate}
+        if context.rank == 0:
+            context.progress({**row, **values, "images_per_s": speed})
+        learner.writer.check()
+        if ends_epoch:
+            metrics = on_epoch(learner.state, batch.epoch) if on_epoch is not None else {}
+            if context.rank == 0:
+                context.report({**row, **learner.means.values(), "images_per_s": speed, **metrics})
+            learner.means = _Means()
+            learner.save()
+        asked = CONTINUE if step == num_steps else _asked(learner)
+        if asked != CONTINUE and not ends_epoch:
+            learner.save()
+        if asked == STOP:
+            learner.writer.wait()
+            raise StoppedRun(f"stopped on request at step {step} of {num_steps}")
+        window.zero_()
+        window_images, clock = 0, time.perf_counter()
+
+
+def _views(
+    targets: Targets, train: TrainConfig, context: RunContext, first_step: int, num_threads: int
+) -> Iterator[Batch]:
+    """Yields this worker's part of each batch, from ``first_step`` on; the next ones are made meanwhile.
+
+    A view is a function of seed, sample and visit, so the number of threads changes nothing.
+    """
+    num_images = len(targets.source)
+    first_epoch, first_batch = divmod(first_step, math.ceil(num_images / train.batch_size))
+    part = math.ceil(train.batch_size / context.world_size)
+    # on a CPU one of them computes; a GPU's loop only starts kernels
+    view_threads, stream = num_threads - (targets.device.type != "cuda"), targets.stream
+
+    def parts() -> Iterator[tuple[int, IntArray, int, list[Part]]]:
+        for epoch in range(first_epoch, train.epochs):
+            order = permutation(train.seed, epoch, num_images)
+            skip = first_batch if epoch == first_epoch else 0
+            mine = parts_of(order, train.batch_size, context.rank, context.world_size, skip)
+            for number, (first, indices) in enumerate(mine, start=skip):
+                size = min(train.batch_size, num_images - number * train.batch_size)
+                yield epoch, indices, size, targets.parts(epoch, order, first, len(indices))
+
+    with feeding.view_threads(view_threads) as make_views:
+
+        def make(
+            epoch: int, indices: IntArray, size: int, parts: list[Part]
+        ) -> tuple[int, IntArray, int, list[Part], feeding.Upload]:
+            pixels = targets.views(parts, indices, epoch, make_views)
+            return epoch + 1, indices, size, parts, feeding.upload([pixels, targets.source.labels[indices]], stream)
+
+        number = feeding.num_ahead(part, view_threads)
+        if number and train.kl_weight:  # small batches have blocks of targets together: those of two blocks
+            number = max(number, min(2 * BLOCK // part, MOST_AHEAD))
+        with contextlib.closing(feeding.made_ahead(make, parts(), number)) as made:
+            for epoch, indices, size, blocks, uploaded in made:
+                yield Batch(epoch, indices, size, blocks, *feeding.arrived(uploaded))
+
+
+def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context: RunContext) -> dict[str, float]:
+    """Returns the means over the images that all workers saw since the last row of progress."""
+    window = window.clone()
+    if context.world_size > 1:
+        dist.all_reduce(window)
+    ce, kl, entropy, grad_norm = (window / num_images).tolist()
+    return {"loss": ce + kl_weight * kl, "ce": ce, "kl": kl, "context_entropy": entropy, "grad_norm": grad_norm}
+
+
+def _asked(learner: _Learner) -> int:
+    """Returns on all ranks whether rank 0 is to stop, or to write a checkpoint because of ``checkpoint_every``."""
+    every = learner.train.checkpoint_every
+
+    def ask() -> int:
+        is_due = every is not None and time.monotonic() - learner.saved_at >= every
+        return STOP if learner.context.should_stop() else SAVE if is_due else CONTINUE
+
+    return from_rank_0(learner.context, ask)

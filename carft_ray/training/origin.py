@@ -1,0 +1,115 @@
+"""What the numbers of a training come from: contents of the sets, model, prompts, views, and where it was computed.
+
+``prepare`` finds the part that all trainings of a study share, for the manifest; ``run_training`` adds the part of one
+training to its ``result.json``. Test sets are never opened.
+"""
+
+from typing import Any
+
+import torch
+
+from carft_ray import environment
+from carft_ray.data.content import image_digest, image_digests, set_digest
+from carft_ray.data.listed_sets import open_sets
+from carft_ray.data.listing import StoredSource
+from carft_ray.data.records import records
+from carft_ray.data.sets import cache_dir
+from carft_ray.data.synthetic.corrupted import CorruptedSource
+from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.training.shared_inputs import SharedInputs
+
+
+def shared_origin(recipe: Recipe, inputs: SharedInputs, device: torch.device, is_compiled: bool) -> dict[str, Any]:
+    """Returns what all trainings of a study share, as plain data.
+
+    ``data`` (per set ``digest`` and ``num_images``), ``classes``, ``class_names``, ``templates``, ``augmentation``,
+    ``model`` (``weights_hash``) and ``preparation`` (``device``, ``threads``, ``compile``: what ``auto`` means).
+
+    Raises:
+        DataError: An image cannot be read.
+    """
+    clip = inputs.clip
+    return {
+        "data": set_contents(recipe, inputs),
+        "classes": list(inputs.train.class_names),
+        "class_names": list(inputs.class_names),
+        "templates": list(inputs.templates),
+        "augmentation": {
+            "view_version": VIEW_VERSION,
+            "crop_scale": [recipe.train.crop_scale, 1.0],
+            "interpolation": INTERPOLATION,
+            "image_size": clip.image_size,
+            "mean": list(clip.mean),
+            "std": list(clip.std),
+            "evaluation": clip.input_key,
+        },
+        "model": {"weights_hash": clip.weights_hash},
+        "preparation": {
+            "device": device_name(device),
+            "threads": torch.get_num_threads(),
+            "compile": is_compiled,
+        },
+    }
+
+
+def set_contents(recipe: Recipe, inputs: SharedInputs | None = None) -> dict[str, dict[str, Any]]:
+    """Returns ``digest`` and ``num_images`` of train, id_val and every set of ood_val.
+
+    ``num_skipped`` counts the images that were left out because they cannot be decoded, where there are any.
+
+    The digest of a set of files is that of the files. With ``inputs``, files that are known (``data.records``) are
+    not read again; without, all are read now. Pictures of the sandbox are
+    drawn by the package, which takes long: they are taken as ``inputs`` holds them; without, they are left out.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    decoded = {} if inputs is None else {image_set.name: image_set for image_set in inputs.validation}
+    contents: dict[str, dict[str, Any]] = {}
+    for name, source in (open_sets(recipe) if inputs is None else inputs.sources).items():
+        images = source.images if isinstance(source, CorruptedSource) else source
+        if isinstance(images, StoredSource):
+            known = images.hashes()
+            if known is None and inputs is not None:
+                known = records(images, cache_dir(recipe)).hashes()
+            if known is not None and isinstance(source, CorruptedSource):
+                known = [image_digest(source.shown_content(digest)) for digest in known]
+        elif inputs is None:
+            continue
+        elif name in decoded:
+            known = [image_digest(pixels.tobytes()) for pixels in decoded[name].images_NHWC]
+        else:
+            known = image_digests(inputs.train)
+        contents[name] = {"digest": set_digest(source, known), "num_images": len(source)}
+        if skipped := getattr(images, "skipped", ()):
+            contents[name]["num_skipped"] = len(skipped)
+    return contents
+
+
+def training_environment(device: torch.device, num_workers: int, is_compiled: bool) -> dict[str, Any]:
+    """Returns with what one training was computed: code, torch, ``device``, ``threads``, ``num_workers``, ``compile``.
+
+    Args:
+        device: Where it ran.
+        num_workers: Workers that shared it.
+        is_compiled: Its image tower was compiled.
+    """
+    return {
+        **environment.code(),
+        "torch": torch.__version__,
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "num_workers": num_workers,
+        "compile": is_compiled,
+    }
+
+
+def gpu_names() -> list[str]:
+    """Returns the names of the GPUs that this process sees."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def device_name(device: torch.device) -> str:
+    """Returns ``cpu`` or the name of the GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

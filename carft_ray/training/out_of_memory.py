@@ -1,0 +1,124 @@
+"""Out of memory on a device: recognised, reported with its numbers; and batches that halve until they fit.
+
+The loss is a sum over samples and predictions are per image, so no split into smaller batches changes a result.
+"""
+
+import contextlib
+import gc
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from carft_ray.errors import OutOfMemoryError, Problem
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.words import counted
+
+if TYPE_CHECKING:
+    import torch
+
+Part = TypeVar("Part")
+Positions = npt.NDArray[np.int64]
+
+# of torch's allocator for the CPU, and of the libraries below it on a GPU; the latter's own is an exception class
+TEXTS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+NO_PRIMITIVE = "could not create a primitive"  # of oneDNN, all that it says; another cause has more words
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tells whether an exception of torch, NumPy or Python says that there was no memory. Needs no torch."""
+    if isinstance(error, MemoryError) or any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (text == NO_PRIMITIVE or any(known in text for known in TEXTS))
+
+
+def micro_batch_of(train: TrainConfig, num_workers: int) -> int:
+    """Returns the images of one forward pass of a worker: ``micro_batch``, at most its part of the global batch."""
+    part = math.ceil(train.batch_size / num_workers)
+    return min(train.micro_batch or part, part)
+
+
+@contextlib.contextmanager
+def explained_shortage(
+    what: str, num_images: int, image_size: int, device: "torch.device", micro_batch: int = 0
+) -> Iterator[None]:
+    """Turns running out of memory into an ``OutOfMemoryError`` that says how many images of which size did not fit."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(shortage(what, num_images, image_size, device), micro_batch) from error
+
+
+def in_batches(
+    run: Callable[[Positions], Part], positions: Positions, batch_size: int, image_size: int, device: "torch.device"
+) -> list[Part]:
+    """Runs over positions in batches; one that does not fit into memory, and all after it, are halved.
+
+    Args:
+        run: Given the positions of a batch.
+        positions: [N].
+        batch_size: Largest batch.
+        image_size: Side of an image in pixels, for the message.
+        device: Where it runs.
+
+    Returns:
+        What ``run`` returned, in order.
+
+    Raises:
+        OutOfMemoryError: One image does not fit.
+    """
+    parts: list[Part] = []
+    start = 0
+    while start < len(positions):
+        batch = positions[start : start + batch_size]
+        problem = None
+        try:
+            parts.append(run(batch))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            problem = shortage("evaluation", len(batch), image_size, device)
+        if problem is None:
+            start += len(batch)
+        elif len(batch) == 1:
+            raise OutOfMemoryError(problem)
+        else:  # the exception is gone by now, and with it what it held
+            import torch
+
+            batch_size = len(batch) // 2
+            torch.cuda.empty_cache()  # of what torch keeps in pieces that may be too small now; nothing without a GPU
+    return parts
+
+
+def free_device() -> None:
+    """Gives back what torch keeps of a GPU after a training, in a process that lives on; nothing without a GPU."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        gc.collect()  # modules that are distributed or compiled refer to themselves
+        torch.cuda.empty_cache()
+
+
+def shortage(what: str, num_images: int, image_size: int, device: "torch.device") -> Problem:
+    """Returns the message that a batch of images does not fit into the memory there is."""
+    rule = f"{counted(num_images, 'image')} of {image_size} x {image_size} pixels at a time"
+    step = "Free memory of the device, or take a larger one or a smaller model; then run the same command again."
+    value = f"too little on the device {device}"
+    if device.type == "cuda":
+        import torch
+
+        free, total = torch.cuda.mem_get_info(device)
+        value = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on {torch.cuda.get_device_name(device)}"
+    return Problem(what, f"{rule} must fit into memory", value, next_step=step)

@@ -1,0 +1,102 @@
+"""A short training and one evaluation, timed: what `plan` multiplies.
+
+``run_training`` runs as in a trial and is asked to stop after ``NUM_STEPS`` steps. It does so in a process of the
+search's executor, beside as many others as will run at a time: trainings that share cores or a disk are slower, each.
+"""
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.data.packed import PackedSource
+from carft_ray.evaluation.predictions import write_predictions
+from carft_ray.layout import CHECKPOINTS, HEADS, PREDICTIONS, RESULT
+from carft_ray.model.mixing import Mixtures
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.training.checkpoint import load_tensors
+from carft_ray.training.context import RunContext
+from carft_ray.training.evaluate import predict_all
+from carft_ray.training.loop import StoppedRun
+from carft_ray.training.ranks import from_rank_0
+from carft_ray.training.run import LIVE_ALPHAS, RESULT_VERSION, device_of, run_training
+from carft_ray.training.shared_inputs import shared_inputs_of_worker
+
+NUM_STEPS = 30  # half of all steps where a training has fewer than twice as many
+
+
+def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
+    """Runs a short training, then one evaluation of all validation images.
+
+    Args:
+        recipe: ``recipe.train`` holds the values of this training.
+        out_dir: Folder of this training.
+        prepared_dir: What ``prepare`` made.
+        context: Rank, reports and stop flag.
+        attempt: Number of this attempt.
+
+    Returns:
+        A result, as ``result.json`` holds it. In ``probe``, a training of E epochs takes ``fixed_s`` + E ``epoch_s``
+        and ``look_s`` for each intermediate evaluation; this call took ``inside_s`` and ``ended`` (``time.time``);
+        ``cpu_s`` is what the process computed meanwhile, on all its threads. ``weights``, a ``checkpoint``,
+        ``predictions`` at all alphas, and the ``cache`` of the sets are in bytes.
+
+    Raises:
+        StoppedRun, DivergedError, CarftError: As ``run_training``.
+    """
+    inputs = shared_inputs_of_worker(recipe, context, prepared_dir)  # what a process does once is not timed
+    began, cpu_began, rows = time.perf_counter(), time.process_time(), list[dict[str, float]]()
+
+    def should_stop() -> bool:
+        is_long = bool(rows) and rows[-1]["step"] >= min(NUM_STEPS, rows[-1]["num_steps"] / 2)
+        return is_long or context.should_stop()
+
+    # an epoch of few steps is first asked to stop at its end, and one that is the last ends as a whole training
+    train = recipe.train.model_copy(update={"epochs": max(2, recipe.train.epochs)})
+    evaluate = recipe.evaluate.model_copy(update={"every_epochs": 0})
+    short = recipe.model_copy(update={"train": train, "evaluate": evaluate})
+    timed = dataclasses.replace(context, progress=rows.append, should_stop=should_stop)
+    with contextlib.suppress(StoppedRun):
+        run_training(short, out_dir, prepared_dir, timed, attempt)
+    trained_s = time.perf_counter() - began
+    if from_rank_0(context, context.should_stop):
+        raise StoppedRun("stopped on request")
+
+    class_head_CD = load_tensors(prepared_dir / HEADS)["class_head"]
+    mixtures = Mixtures(inputs.clip, class_head_CD, recipe.train, device_of(recipe))
+    state = mixtures.zero_shot
+    with mixtures.between(state) as mixed:
+        evaluation_began = time.perf_counter()
+        table = predict_all(mixed(0.5), inputs.validation, 0.5, recipe.evaluate.batch_size, context)
+    result: dict[str, Any] = {"format_version": RESULT_VERSION, "objective": 0.0, "metrics": {}}
+    if context.rank != 0:
+        return result
+    write_predictions(out_dir / PREDICTIONS, table)
+    evaluate_s = time.perf_counter() - evaluation_began
+    image_s = statistics.fmean(1 / row["images_per_s"] for row in rows[1:] or rows)  # the first one warms up
+    rest_s = max(0.0, trained_s - rows[-1]["step"] * recipe.train.batch_size * image_s)
+    alphas = recipe.search.alpha.measured if recipe.train.alpha is None else (0.0, recipe.train.alpha, 1.0)
+    of_subset = sum(min(len(each), recipe.evaluate.subset) for each in inputs.validation) / len(table)
+    decoded = sum(image_set.images_NHWC.nbytes for image_set in inputs.validation)
+    result["probe"] = {
+        "ended": time.time(),
+        "inside_s": time.perf_counter() - began,
+        "cpu_s": time.process_time() - cpu_began,
+        "fixed_s": rest_s + (len(alphas) - 1) * evaluate_s,  # the preparation evaluates alpha 0
+        "epoch_s": len(inputs.train) * image_s,
+        "look_s": (len(LIVE_ALPHAS) if recipe.train.alpha is None else 1) * of_subset * evaluate_s,
+        "weights": sum(tensor.nbytes for tensor in state.values()),
+        "checkpoint": max(_num_bytes(folder) for folder in (out_dir / CHECKPOINTS).glob("*/*")),
+        "predictions": len(alphas) * (out_dir / PREDICTIONS).stat().st_size,
+        "cache": decoded + (inputs.train.num_bytes if isinstance(inputs.train, PackedSource) else 0),
+    }
+    files.remove_folder(out_dir / CHECKPOINTS)
+    files.write_json(out_dir / RESULT, result)
+    return result
+
+
+def _num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,0 +1,344 @@
+"""One training from recipe to ``result.json``: what `train`, a trial and a baseline all run.
+
+    out_dir/{metrics.jsonl, 'lr=1e-5 kl=0.5'/ (events for TensorBoard), checkpoint/, fine_tuned.safetensors,
+             predictions/{validation.parquet, thumbnails.parquet}, result.json}
+
+``result.json`` is written last: a training is finished when this file exists. Only ``train``, ``id_val`` and
+``ood_val`` are opened; the test roles are not even built.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from carft_ray import files, layout
+from carft_ray.data.source import ImageSet
+from carft_ray.data.views import VIEW_VERSION
+from carft_ray.errors import RecipeError, StorageError
+from carft_ray.evaluation.alpha import At, alphas_at_chance, choose_point, curve_points, is_at_chance, measure_curve
+from carft_ray.evaluation.constraints import stored_limits
+from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
+from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
+from carft_ray.evaluation.predictions import concat, read_predictions, select, write_predictions
+from carft_ray.model.classifier import build_classifier
+from carft_ray.model.heads import cached_heads
+from carft_ray.model.mixing import Mixtures
+from carft_ray.model.tower import compiles, recipe_problems
+from carft_ray.recipe.schedule import has_intermediate_value
+from carft_ray.recipe.schema.recipe import Recipe, without_tests
+from carft_ray.training.checkpoint import load_tensors, save_tensors
+from carft_ray.training.context import RunContext
+from carft_ray.training.evaluate import predict_all, subset
+from carft_ray.training.loop import fine_tune
+from carft_ray.training.origin import gpu_names, shared_origin, training_environment
+from carft_ray.training.out_of_memory import explained_shortage, micro_batch_of
+from carft_ray.training.own_function import OwnFunction, on_node, source_of
+from carft_ray.training.own_training import OwnInputs, own_fine_tune
+from carft_ray.training.ranks import from_rank_0, on_all_ranks
+from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker, target_store
+from carft_ray.training.tensorboard import EventFile, run_folder, tag_of, varied
+from carft_ray.training.thumbnails import write_thumbnails
+
+RESULT_VERSION = 1
+# The intermediate value of a training is the best of these: alpha 1 alone said nothing of the end (measured: rank
+# correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
+LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
+
+logger = logging.getLogger(__name__)
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Returns where a worker computes: the GPU that it was given, else the CPU."""
+    use_gpu = recipe.resources.gpus_per_worker != 0 and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def prepare(
+    recipe: Recipe,
+    folder: Path,
+    on_progress: Callable[[str], None] | None = None,
+    opened: SharedInputs | None = None,
+) -> dict[str, Any]:
+    """Does once what all trainings of a study share: decoded sets, heads, zero-shot predictions.
+
+    Args:
+        recipe: The study's recipe.
+        folder: Where it is kept; when it is there and belongs to the same model, data and prompts, it is used.
+        on_progress: Called with what is being done.
+        opened: Model and sets to use instead of the recipe's whole ones; their ``provenance`` is left out.
+
+    Returns:
+        Zero-shot metrics (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ``objective``), ``at_chance`` of the
+        answers to the ID images, ``num_images`` per set, ``logit_scale``, ``num_contexts``, and ``provenance`` for the
+        manifest (``training.origin``).
+
+    Raises:
+        RecipeError: The image tower cannot do what the recipe asks of it.
+        CarftError: As its message says.
+    """
+    say = on_progress or logger.info
+    torch.set_num_threads(recipe.resources.threads_per_worker)
+    say("opening model and sets")
+    inputs = opened or load_shared_inputs(recipe, prepared_dir=folder)
+    if problems := recipe_problems(inputs.clip.model.visual, recipe):  # type: ignore[arg-type]  # open_clip is untyped
+        raise RecipeError(problems)
+    done = folder / layout.PREPARATION
+    # those of an older version are made anew
+    key = f"predictions {PREDICTIONS_VERSION}, views {VIEW_VERSION}: {inputs.key}"
+    content: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        content = files.read_object(done) or {}
+    if content.get("key") != key:
+        clip, device = inputs.clip, device_of(recipe)
+        heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
+        with files.new_file(folder / layout.HEADS) as temporary:
+            save_tensors(temporary, heads)
+        say("evaluating zero-shot")
+        classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
+        table = predict_all(classifier, inputs.validation, 0.0, recipe.evaluate.batch_size, RunContext())
+        write_predictions(folder / layout.ZERO_SHOT_TABLE, table)
+        # decided once for a study
+        compiled = content["compile"] if "compile" in content else compiles(recipe.train, len(inputs.train), device)
+        content = {
+            "key": key,
+            "metrics": metrics_at(table, objective_spec(recipe), 0.0),
+            "at_chance": is_at_chance(select(table, objective_spec(recipe).id_set, 0.0)),
+            "num_images": inputs.num_images,
+            "logit_scale": clip.logit_scale,
+            "num_contexts": len(inputs.templates),
+            "compile": compiled,
+            "provenance": shared_origin(recipe, inputs, device, compiled) if opened is None else {},
+        }
+        files.write_json(done, content)
+    provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
+    others = {k: v for k, v in content.items() if k not in ("key", "metrics", "compile")}
+    return {**content["metrics"], **others, "provenance": provenance}
+
+
+def run_training(
+    recipe: Recipe,
+    out_dir: Path,
+    prepared_dir: Path,
+    context: RunContext,
+    attempt: int = 1,
+    opened: SharedInputs | None = None,
+    function: OwnFunction | None = None,
+) -> dict[str, Any]:
+    """Fine-tunes, makes the alpha curve on the validation sets, and returns the content of ``result.json``.
+
+    Called on every worker. Resumes from the newest valid checkpoint in ``out_dir``; a finished training is not run
+    again.
+
+    Args:
+        recipe: ``recipe.train`` holds the values of this training.
+        out_dir: Folder of this training, shared by its workers.
+        prepared_dir: What ``prepare`` made.
+        context: Rank, reports and stop flag.
+        attempt: Number of this attempt.
+        opened: Model and sets to use instead of the recipe's whole ones.
+        function: What ``train.function`` names; None: it is imported.
+
+    Raises:
+        StoppedRun: Stopped on request, after a checkpoint; before the first step, without one.
+        DivergedError: The loss is not finite, or the ID accuracy is at chance at every alpha above 0.
+        OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
+        MachineError: A rank does not see the files from which rank 0 resumes.
+        CarftError: As its message says.
+    """
+    result_path, weights_path = out_dir / layout.RESULT, out_dir / layout.WEIGHTS
+    finished, is_trained = from_rank_0(
+        context,
+        lambda: (files.read_json(result_path) if files.exists(result_path) else None, files.exists(weights_path)),
+    )
+    if finished is not None:
+        return dict(finished)
+    started = time.perf_counter()
+    torch.set_num_threads(recipe.resources.threads_per_worker)
+    inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
+    heads = load_tensors(prepared_dir / layout.HEADS)
+    mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
+    store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
+    if recipe.train.function is not None:
+        function = function or on_node(recipe.train.function, recipe.train.function_dir)
+        recipe = without_tests(recipe)
+    compiled = is_compiled(recipe, prepared_dir)
+    training = _Training(recipe, inputs, heads, out_dir, context, store, mixtures, compiled, function)
+    # where an earlier attempt has trained, only the curve is left
+    fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path)) if is_trained else _train(training, attempt)
+    result = _evaluate(training, fine_tuned, prepared_dir)
+    result |= {
+        "elapsed_s": round(time.perf_counter() - started, 3),
+        "environment": training_environment(device_of(recipe), context.world_size, compiled),
+    }
+    if function is not None:
+        result["environment"]["function_source"] = source_of(function)
+    if context.rank == 0:
+        _write_hparams(recipe, result, out_dir)
+        files.remove_folder(out_dir / layout.CHECKPOINTS)  # before: what is finished is never read again
+        files.write_json(result_path, result)
+    return result
+
+
+def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:
+    """Returns whether trainings compile their image tower; with ``compile: auto``, what the preparation has decided."""
+    if recipe.train.compile != "auto":
+        return recipe.train.compile
+    return bool(files.read_json(prepared_dir / layout.PREPARATION).get("compile", False))
+
+
+@dataclass(frozen=True, eq=False)
+class _Training:
+    """What the parts of one training share in one of its workers."""
+
+    recipe: Recipe
+    inputs: SharedInputs
+    heads: dict[str, Tensor]
+    out_dir: Path
+    context: RunContext
+    store: Path | None
+    mixtures: Mixtures
+    is_compiled: bool
+    function: OwnFunction | None = None
+
+    @contextlib.contextmanager
+    def looks(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> Iterator[At]:
+        """Gives what makes the predictions for ``sets`` at an alpha."""
+        batch_size = self.recipe.evaluate.batch_size
+        with self.mixtures.between(fine_tuned) as mixed:
+            yield lambda alpha: predict_all(mixed(alpha), sets, alpha, batch_size, self.context)
+
+
+def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: Path) -> dict[str, Any]:
+    """Makes the alpha curve and writes its predictions; returns the part of the result that they give."""
+    recipe, inputs, spec = training.recipe, training.inputs, objective_spec(training.recipe)
+    bounds, start = stored_limits(recipe.search.constraints, prepared_dir), prepared_dir / layout.ZERO_SHOT_TABLE
+    with training.looks(fine_tuned, inputs.validation) as at:
+        tables = measure_curve(recipe, read_predictions(start), at)
+    table, curve = concat(list(tables.values())), curve_points(tables, spec, bounds)
+    at_chance = alphas_at_chance(tables, spec.id_set)
+    fixed = [point for point in curve if point["alpha"] == recipe.train.alpha]
+    metrics = dict(fixed[0] if fixed else choose_point(curve, recipe.search.alpha.lowest))
+    alpha = metrics.pop("alpha")
+    if training.context.rank == 0:
+        write_predictions(training.out_dir / layout.PREDICTIONS, table)
+        pictures = training.out_dir / layout.THUMBNAILS
+        write_thumbnails(pictures, table, alpha, inputs.validation, recipe.evaluate.thumbnails)
+    return {
+        "format_version": RESULT_VERSION,
+        "objective": metrics["objective"],
+        "alpha": alpha,
+        "metrics": metrics,
+        "fine_tuned": metrics_at(tables[1.0], spec, 1.0),
+        "curve": curve,
+        "at_chance": 1.0 in at_chance,
+        "train": recipe.train.model_dump(mode="json"),
+        "num_images": inputs.num_images,
+    }
+
+
+def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
+    """Trains from the newest checkpoint; returns the fine-tuned state."""
+    recipe, inputs, heads, context = training.recipe, training.inputs, training.heads, training.context
+    small = [subset(image_set, recipe.evaluate.subset) for image_set in inputs.validation]
+    spec, every, pruner = objective_spec(recipe), recipe.evaluate.every_epochs, recipe.search.pruner
+    alphas = LIVE_ALPHAS if recipe.train.alpha is None else (recipe.train.alpha,)
+
+    def on_epoch(state: Callable[[], dict[str, Tensor]], epoch: int) -> Metrics:
+        if not has_intermediate_value(every, pruner, epoch, recipe.train.epochs):
+            return {}
+        with training.looks(state(), small) as at:
+            found = [{"alpha": alpha, **metrics_at(at(alpha), spec, alpha)} for alpha in alphas]
+        best = max(found, key=lambda metrics: metrics["objective"])
+        return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
+
+    device, checkpoints = device_of(recipe), training.out_dir / layout.CHECKPOINTS
+    train = recipe.train.model_copy(update={"compile": training.is_compiled})  # resolved
+    with _recorder(training.out_dir, run_folder(training.out_dir, recipe), context) as recorded:
+        if training.function is not None:
+            own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
+            checkpoints /= layout.OWN
+            state = own_fine_tune(training.function, train, own, recorded, device, checkpoints, on_epoch)
+        else:
+            micro_batch = micro_batch_of(recipe.train, context.world_size)
+            with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
+                state = fine_tune(
+                    inputs.clip,
+                    heads["class_head"],
+                    heads["context_head"],
+                    inputs.train,
+                    train,
+                    recorded,
+                    device=device,
+                    checkpoint_dir=checkpoints,
+                    attempt=attempt,
+                    target_store=training.store,
+                    on_epoch=on_epoch,
+                    num_threads=recipe.resources.threads_per_worker,
+                )
+    if context.rank == 0:
+        with files.new_file(training.out_dir / layout.WEIGHTS) as temporary:
+            save_tensors(temporary, state)
+    return state
+
+
+@contextlib.contextmanager
+def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[RunContext]:
+    """Gives a context that also writes what is reported to it: epochs to ``metrics.jsonl``, all to TensorBoard."""
+    opened: list[EventFile] = []
+    metrics_path = out_dir / layout.METRICS
+
+    def progress(row: dict[str, float]) -> None:
+        step = int(row["step"])
+        if not opened:  # what a killed attempt wrote from this step on is void
+            opened.append(EventFile(events_dir, purge_step=step))
+        for name, value in row.items():
+            if name not in ("step", "num_steps"):
+                opened[0].scalar(tag_of(name), value, step)
+        context.progress(row)
+
+    def report(row: dict[str, float]) -> None:
+        before = files.read_json_lines(metrics_path)
+        kept = [old for old in before if old["step"] < row["step"]]
+        if len(kept) < len(before):
+            files.write_text(metrics_path, "".join(json.dumps(old) + "\n" for old in kept))
+        files.append_line(metrics_path, json.dumps(row))
+        for name, value in row.items():
+            if name.startswith("subset/"):
+                opened[0].scalar(tag_of(name), value, int(row["step"]))
+        context.report(row)
+
+    try:
+        with files.writing(out_dir):
+            out_dir.mkdir(parents=True, exist_ok=True)
+        yield dataclasses.replace(context, progress=progress, report=report) if context.rank == 0 else context
+    except BaseException:
+        with contextlib.suppress(StorageError):  # the first error is the one to show
+            for events in opened:
+                events.close()
+        raise
+    for events in opened:
+        events.close()
+
+
+def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> None:
+    """Gives the training its line in TensorBoard's HPARAMS table: what the search varies, and its results.
+
+    It is written before ``result.json``: after a kill in between, the next attempt writes the same line again, which
+    TensorBoard shows once.
+    """
+    metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
+    metrics["alpha"] = result["alpha"]
+    rows = files.read_json_lines(out_dir / layout.METRICS)
+    events = EventFile(run_folder(out_dir, recipe))
+    step = int(rows[-1]["step"]) if rows else 0
+    events.hparams(varied(recipe, result["train"]), {f"final/{name}": value for name, value in metrics.items()}, step)
+    events.close()

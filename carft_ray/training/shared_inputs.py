@@ -1,0 +1,171 @@
+"""What every training of a study shares: model, prompts, training set, decoded validation sets."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from carft_ray.data.decoded import DecodedSource, image_set
+from carft_ray.data.images import DECODERS
+from carft_ray.data.listed_sets import TRAIN, open_sets
+from carft_ray.data.listing import StoredSource
+from carft_ray.data.packed import PackedSource, pays
+from carft_ray.data.sets import cache_dir, class_words
+from carft_ray.data.source import ImageSet, Source, identity
+from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
+from carft_ray.model.clip import Clip, load_clip, templates
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import SandboxSet, plain
+from carft_ray.training.context import RunContext
+from carft_ray.training.loop import StoppedRun
+from carft_ray.training.ranks import gather
+from carft_ray.training.targets import TARGETS, store_dir
+from carft_ray.words import time_left
+
+
+@dataclass(frozen=True, eq=False)
+class SharedInputs:
+    """What every training of a study shares; read-only.
+
+    Attributes:
+        clip: The model to start from.
+        class_names: Words for the classes, in label order.
+        templates: Prompts, each with ``{}``; also the contexts.
+        train: The training set.
+        validation: ``id_val`` first, then the OOD validation sets, decoded.
+        sources: All these sets by name, ``train`` first, as they are stored.
+        key: Changes whenever any of this changes.
+    """
+
+    clip: Clip
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    train: Source
+    validation: tuple[ImageSet, ...]
+    sources: Mapping[str, Source]
+    key: str
+
+    @property
+    def num_images(self) -> dict[str, int]:
+        """Images per set, ``train`` first."""
+        return {"train": len(self.train), **{image_set.name: len(image_set) for image_set in self.validation}}
+
+
+_loaded: dict[str, SharedInputs] = {}  # of the last recipe: a process that runs many trials opens everything once
+
+
+def load_shared_inputs(
+    recipe: Recipe,
+    on_image: Callable[[str, int, int], None] = lambda name, done, total: None,
+    prepared_dir: Path | None = None,
+) -> SharedInputs:
+    """Opens model, training set and validation sets; test roles are never touched.
+
+    Args:
+        recipe: The recipe.
+        on_image: Called with (set, images done, images in all) while a set is built into the cache; see
+            ``arrays.image_set``.
+        prepared_dir: Folder of a preparation, whose sets are not listed again (``data.listed_sets``).
+
+    Raises:
+        RecipeError, DataError: The model or a set cannot be opened.
+    """
+    parts = {name: getattr(recipe, name).model_dump(mode="json") for name in ("model", "data", "prompts")}
+    asked = json.dumps(parts, sort_keys=True)
+    if asked not in _loaded:
+        clip = load_clip(recipe.model)
+        folder, limit_gb = cache_dir(recipe), recipe.data.cache_gb
+        sources = open_sets(recipe, prepared_dir)
+        train = sources[TRAIN]
+        if isinstance(plain(recipe.data.train), SandboxSet):  # drawing an image takes longer than training on it
+            train = DecodedSource(train, folder, partial(on_image, "train"), limit_gb)
+        elif isinstance(train, StoredSource) and (
+            recipe.data.resize_short_side is not None
+            or recipe.data.pack == "always"
+            or (recipe.data.pack == "auto" and pays(train.home, train.listing.in_order, folder))
+        ):
+            train = PackedSource(train, folder, partial(on_image, "train"), limit_gb, recipe.data.resize_short_side)
+
+        def decoded(name: str) -> ImageSet:
+            found = image_set(sources[name], clip.to_input, clip.input_key, folder, partial(on_image, name), limit_gb)
+            return dataclasses.replace(found, name=name)
+
+        validation = tuple(decoded(name) for name in sources if name != TRAIN)
+        names, prompts = class_words(recipe, train.class_names), templates(recipe.prompts, SANDBOX_TEMPLATES)
+        key = json.dumps([clip.weights_hash, names, prompts, list(map(identity, sources.values()))])
+        _loaded.clear()
+        _loaded[asked] = SharedInputs(clip, names, prompts, train, validation, sources, key)
+    return _loaded[asked]
+
+
+def fill_cache(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -> None:
+    """Opens model and sets as a training does, so that this machine's cache has all that a training reads.
+
+    Args:
+        recipe: The recipe.
+        prepared_dir: As of ``load_shared_inputs``.
+        say: Called with which set is built, and how long it will take where it takes more than a moment.
+
+    Raises:
+        RecipeError, DataError, StorageError: As ``load_shared_inputs``.
+    """
+    reports: dict[str, Callable[[int, int], None]] = {}
+
+    def on_image(name: str, done: int, total: int) -> None:
+        if not done and name not in reports:
+            say(f"waiting for another process that builds {name} into the cache")
+        if not done or name not in reports:
+            reports[name] = time_left(say, f"building {name} into the cache")
+        if done:
+            reports[name](done, total)
+
+    load_shared_inputs(recipe, on_image, prepared_dir)
+
+
+def shared_inputs_of_worker(recipe: Recipe, context: RunContext, prepared_dir: Path) -> SharedInputs:
+    """Opens model and sets in a worker of a training. While it builds a set into the cache, or waits for another
+    process that does, it asks whether to stop, which is a sign of life.
+
+    Args:
+        recipe: The recipe.
+        context: Of the worker; every rank calls this.
+        prepared_dir: As of ``load_shared_inputs``.
+
+    Raises:
+        StoppedRun: Stopped on request, on all ranks; the entry that was being built is gone.
+        RecipeError, DataError, StorageError: As ``load_shared_inputs``.
+    """
+    inputs, stopped = None, ""
+
+    def on_image(name: str, done: int, total: int) -> None:
+        if context.should_stop():
+            raise StoppedRun(f"stopped on request while {name} was built into the cache")
+
+    try:
+        inputs = load_shared_inputs(recipe, on_image, prepared_dir)
+    except StoppedRun as error:  # raised below, once the others have it
+        stopped = str(error)
+    stopped = next(filter(None, gather(context, stopped)), "")
+    if inputs is None or stopped:
+        raise StoppedRun(stopped)
+    return inputs
+
+
+def target_store(
+    recipe: Recipe, inputs: SharedInputs, context_head_TD: torch.Tensor, device: torch.device
+) -> Path | None:
+    """Returns where the frozen model's targets are read and written; None where ``resources.targets`` stores none.
+
+    Undecided (``auto``) is a training that no other one follows.
+    """
+    if recipe.resources.targets != "stored":
+        return None
+    ids = hashlib.blake2b(inputs.train.sample_ids.tobytes(), digest_size=16).hexdigest()
+    source_key = json.dumps([identity(inputs.train), ids, recipe.data.resize_short_side, DECODERS])
+    folder = cache_dir(recipe) / TARGETS
+    return store_dir(folder, source_key, inputs.clip, context_head_TD, recipe.train, device)
