@@ -80,14 +80,14 @@ def recipe_of(num_trials: int, sampler: str = "tpe") -> Recipe:
 
 
 def prepare(recipe: Recipe, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Stands in for ``evaluation.training.prepare``."""
+    """Stands in for ``training.run.prepare``."""
     del recipe, say
     folder.mkdir(parents=True, exist_ok=True)
     return metrics_of(0.5)
 
 
 def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
-    """Stands in for ``evaluation.training.run_training``: writes a result and trains nothing."""
+    """Stands in for ``training.run.run_training``: writes a result and trains nothing."""
     del prepared_dir, attempt
     context.should_stop()
     return finish(out_dir, objective_of(recipe.train.learning_rate))

@@ -1,6 +1,6 @@
 """Trainings of a benchmark: planned beforehand, run two at a time, kept on disk, and never run twice.
 
-A training is ``evaluation.training.run_training`` as the product runs it; afterwards its model is read on the test
+A training is ``training.run.run_training`` as the product runs it; afterwards its model is read on the test
 sets at the alphas that the plan asks for. The test roles are opened here and nowhere else outside a benchmark.
 
     folder/prepared/                 what all trainings share (``prepare``)

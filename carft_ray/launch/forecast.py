@@ -218,7 +218,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
 
 
 def _train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
-    """``evaluation.probe.run_probe``, imported where it runs."""
+    """``training.probe.run_probe``, imported where it runs."""
     from carft_ray.training import probe
 
     forget_pickled_columns()

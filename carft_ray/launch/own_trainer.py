@@ -59,7 +59,7 @@ def with_function(recipe: Recipe, fn: Callable[..., Any]) -> tuple[Recipe, Runne
 
     Args:
         recipe: The recipe; ``train.function`` is set to ``MODULE:QUALNAME``.
-        fn: ``fn(values, context)``, see ``learning.own_training.TrainingContext``. With ``resources.executor: debug``
+        fn: ``fn(values, context)``, see ``training.own_training.TrainingContext``. With ``resources.executor: debug``
             this very object is called; Ray moves a function of a module by its name, another one by value.
 
     Raises:
@@ -93,7 +93,7 @@ class OwnTraining:
     def __call__(
         self, recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int
     ) -> dict[str, Any]:
-        """Runs ``evaluation.training.run_training``, imported where it runs."""
+        """Runs ``training.run.run_training``, imported where it runs."""
         from carft_ray.training import run
 
         is_own = recipe.train.function == self._name

@@ -27,7 +27,7 @@ STOP_CHECK_S = 0.5
 
 
 def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> None:
-    """``evaluation.shared_inputs.fill_cache``, imported where it runs."""
+    """``training.shared_inputs.fill_cache``, imported where it runs."""
     from carft_ray.training import shared_inputs
 
     forget_pickled_columns()
@@ -35,7 +35,7 @@ def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> None:
 
 
 def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
-    """``evaluation.training.prepare``, imported where it runs: the driver holds no torch."""
+    """``training.run.prepare``, imported where it runs: the driver holds no torch."""
     from carft_ray.training import run
 
     forget_pickled_columns()
@@ -43,7 +43,7 @@ def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
 
 
 def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
-    """``evaluation.training.run_training``, imported where it runs."""
+    """``training.run.run_training``, imported where it runs."""
     from carft_ray.training import run
 
     forget_pickled_columns()

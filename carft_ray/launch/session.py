@@ -88,7 +88,7 @@ def prepare(runtime: Runtime, say: Say) -> dict[str, Any]:
     """Does what all trainings share, and notes in the manifest what their numbers come from.
 
     Returns:
-        Zero-shot metrics and counts (``evaluation.training.prepare``).
+        Zero-shot metrics and counts (``training.run.prepare``).
     """
     metrics = run_prepare(runtime, say)
     record_provenance(runtime.study_dir, runtime.recipe, metrics.pop("provenance", None))

@@ -46,7 +46,7 @@ def sets_table(tables: Sequence[Mapping[str, Any]]) -> pa.Table:
     """Returns accuracies per set with their intervals, and the differences to the baselines, a row per number.
 
     Args:
-        tables: Of ``pages.data.set_tables``, the best evidence first.
+        tables: Of ``page.data.set_tables``, the best evidence first.
     """
     rows = [
         {"evidence": table["label"], "role": "difference", "alpha": None, **row, "set": name, **cell}

@@ -1,6 +1,6 @@
 """What a study is about, and what may change when it is resumed.
 
-The field of every key of a recipe says its class (``recipe.fields.key``). A space that changes with
+The field of every key of a recipe says its class (``recipe.schema.fields.key``). A space that changes with
 ``--change-space`` gives the study another generation (``study.space_revisions``).
 
 ``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.

@@ -77,7 +77,7 @@ def placed_trial(
     Args:
         trial: The trial.
         recipe: Has the space.
-        values: Of the parameters that are drawn, as ``recipe.spaces.grid.place`` gives them.
+        values: Of the parameters that are drawn, as ``recipe.space.grid.place`` gives them.
         attributes: The user attributes.
         with_values: Whether the intermediate values come along.
     """

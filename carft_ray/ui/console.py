@@ -291,7 +291,7 @@ def comparison_table(found: Mapping[str, Any]) -> Table:
     """Returns the numbers of two trainings side by side, in percent, with the paired difference in points.
 
     Args:
-        found: What ``results.diff.compare`` returns.
+        found: What ``results.compare.compare`` returns.
     """
     lines = []
     for row in found["rows"]:
@@ -320,7 +320,7 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
     """Returns the table of what the doctor found in the sets: a line per set; columns without a value are left out.
 
     Args:
-        sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.checkup.image_facts`` returns.
+        sets: Key path -> ``num_images``; optionally ``num_expected`` and what ``data.describe.image_facts`` returns.
         zero_shot: Set -> ``accuracy`` and ``num_images`` of the zero-shot model.
     """
     rows = {}

@@ -50,7 +50,7 @@ def train_with_ray(
         say: Given texts of what the preparation does.
 
     Returns:
-        Content of ``result.json``, and what the preparation found (``evaluation.training.prepare``).
+        Content of ``result.json``, and what the preparation found (``training.run.prepare``).
 
     Raises:
         InterruptedRunError: Stopped on request; run it again to resume.

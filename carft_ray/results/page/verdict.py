@@ -41,7 +41,7 @@ def verdict(document: Document) -> list[Line]:
     """Returns the five lines: result, accuracies, seeds, test sets, cost.
 
     Args:
-        document: Of ``pages.data.page_document``.
+        document: Of ``page.data.page_document``.
     """
     found = _evidence(document)
     if found is None:
@@ -53,7 +53,7 @@ def verdict(document: Document) -> list[Line]:
 
 
 def card(document: Document, form: str = "text") -> str:
-    """Returns the card of a study in one of ``FORMS``; its document is of ``pages.data.page_document``."""
+    """Returns the card of a study in one of ``FORMS``; its document is of ``page.data.page_document``."""
     synthetic = " (synthetic images)" if document["synthetic"] else ""
     title = f"{document['name']}{synthetic}: CAR-FT by carft-ray {document['made']['version']}"
     return {"text": text_card, "latex": latex_card}[form](verdict(document), title)
