@@ -40,7 +40,7 @@ class Limit:
 
 
 def limits(constraints: ConstraintsConfig, id_accuracies: Mapping[str, float]) -> tuple[Limit, ...]:
-    """Returns the constraints of a recipe with their bounds, in the order of ``recipe.schema.constraints.constraint_names``.
+    """Returns the constraints of a recipe with their bounds, in the order of ``constraint_names`` in ``recipe.schema``.
 
     Args:
         constraints: The recipe's.
