@@ -42,11 +42,10 @@ from carft_ray.launch.figures.figure import FAINT, GREY, canvas, legend_above, l
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import DEFAULT_GRID, Recipe
+from carft_ray.results.statistics.headline import headline, in_points
 from carft_ray.results.statistics.intervals import (
     OVER_SEEDS_AND_IMAGES,
     Interval,
-    headline,
-    in_points,
     objective_difference,
     paired_differences,
 )

@@ -33,8 +33,9 @@ import pyarrow as pa
 import torch
 
 from carft_ray import files
+from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
-from carft_ray.data.sets import cache_dir, class_folders, open_source
+from carft_ray.data.sets import cache_dir, open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions

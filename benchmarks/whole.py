@@ -28,7 +28,7 @@ from benchmarks.steps import RECIPE, ROOT, open_task, resident_training
 from carft_ray import files
 from carft_ray.data.synthetic.sandbox import TEMPLATES, export_images
 from carft_ray.layout import RESULT
-from carft_ray.model.opening import SANDBOX_WEIGHTS
+from carft_ray.model.pretrained import SANDBOX_WEIGHTS
 from carft_ray.recipe.loading import load_recipe
 
 FOLDERS = ROOT / "search_spaces" / "folders.yaml"

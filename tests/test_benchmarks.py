@@ -51,7 +51,7 @@ from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import CarftError
-from carft_ray.model.opening import SANDBOX_WEIGHTS
+from carft_ray.model.pretrained import SANDBOX_WEIGHTS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.sets import FolderSet

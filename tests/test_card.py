@@ -7,9 +7,9 @@ import pytest
 from report_studies import confirm_study, of_kinds, read_test_sets
 
 from carft_ray.results.page.data import page_document
-from carft_ray.results.page.verdict import Line, latex_card, text_card, verdict
 from carft_ray.results.reading.overview import read_study
 from carft_ray.results.statistics.paired import comparison_lines
+from carft_ray.results.verdict_card import Line, latex_card, text_card, verdict
 
 BETTER, SAME, WORSE = 0.75, 0.6, 0.45  # of the winner; the baseline has 0.6
 TRADED = (0.5, 0.85)  # of the winner on ID and OOD

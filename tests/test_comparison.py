@@ -9,10 +9,10 @@ import pytest
 
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics import paired
+from carft_ray.results.statistics.headline import in_points
 from carft_ray.results.statistics.intervals import (
     OVER_IMAGES,
     crossed,
-    in_points,
     objective_difference,
     objective_interval,
     values_by_seed,

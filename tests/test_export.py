@@ -34,8 +34,9 @@ from carft_ray.launch.runs.single import train_once
 from carft_ray.model.catalog import check_model
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.export import export as exporting
-from carft_ray.results.export.export import TOLERANCE, export_model
+from carft_ray.results.export.export import export_model
 from carft_ray.results.export.model_card import model_card
+from carft_ray.results.export.verify import TOLERANCE
 from carft_ray.results.reading.trained import evaluate_trained, open_trained
 from carft_ray.training.context import RunContext
 from carft_ray.training.evaluate import predict

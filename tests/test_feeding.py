@@ -11,7 +11,7 @@ from conftest import ArraySource
 
 from carft_ray.data.views import view_batch
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
-from carft_ray.training import feeding
+from carft_ray.training import prefetch
 from carft_ray.training.context import RunContext
 from carft_ray.training.loop import _views
 from carft_ray.training.targets import Targets
@@ -30,7 +30,7 @@ def test_views_of_several_threads_are_those_of_one(num_images, num_threads):
     indices = np.arange(num_images)[::-1].copy()
     visits = np.arange(num_images)
     arguments = (source, indices, source.sample_ids[indices], 3, visits, 0.5, 24)
-    with feeding.view_threads(num_threads) as make_views:
+    with prefetch.view_threads(num_threads) as make_views:
         np.testing.assert_array_equal(make_views(*arguments), view_batch(*arguments))
     assert threads_named("views") == []
 
@@ -44,7 +44,7 @@ def test_values_come_in_order_and_few_are_made_ahead(number):
             begun.append(value)
             yield (value,)
 
-    for value in feeding.made_ahead(lambda value: value * value, parts(), number):
+    for value in prefetch.made_ahead(lambda value: value * value, parts(), number):
         most.append(len(begun) - len(most) - 1)
         assert value == (len(most) - 1) ** 2
     assert len(most) == 20
@@ -59,7 +59,7 @@ def test_an_error_comes_after_the_values_before_it(number):
             raise ValueError("three")
         return value
 
-    values = feeding.made_ahead(make, ((value,) for value in range(10)), number)
+    values = prefetch.made_ahead(make, ((value,) for value in range(10)), number)
     assert [next(values) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="three"):
         next(values)
@@ -82,13 +82,13 @@ def test_no_thread_is_left_when_batches_are_not_taken_to_the_end():
 
 @pytest.mark.parametrize(("num_images", "num_threads"), [(0, 4), (1, 16), (8, 16), (64, 7), (512, 16), (512, 0)])
 def test_every_thread_has_work_and_few_batches_wait(num_images, num_threads):
-    size, ahead = feeding.part_size(num_images, num_threads), feeding.num_ahead(num_images, num_threads)
+    size, ahead = prefetch.part_size(num_images, num_threads), prefetch.num_ahead(num_images, num_threads)
     if not num_threads:
         assert ahead == 0  # the loop makes each batch when it needs it
         return
     parts = -(-max(num_images, 1) // size)
     assert ahead * parts >= num_threads
-    assert ahead == feeding.AHEAD or (ahead - 2) * parts < num_threads
+    assert ahead == prefetch.AHEAD or (ahead - 2) * parts < num_threads
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -96,7 +96,7 @@ def test_every_thread_has_work_and_few_batches_wait(num_images, num_threads):
 def test_images_read_ahead_are_those_of_the_batches(ahead, sizes):
     images_NHWC = np.random.default_rng(0).integers(0, 256, (31, 4, 4, 3), dtype=np.uint8)
     positions, start = np.arange(1, 31, 3), 0
-    with feeding.images_ahead(images_NHWC, positions, CPU, ahead) as images_of:
+    with prefetch.images_ahead(images_NHWC, positions, CPU, ahead) as images_of:
         for size in sizes:
             batch = positions[start : start + size]
             np.testing.assert_array_equal(images_of(batch).numpy(), images_NHWC[batch])
@@ -107,7 +107,7 @@ def test_images_read_ahead_are_those_of_the_batches(ahead, sizes):
 
 def test_nothing_is_copied_on_a_cpu():
     pixels, labels = np.ones((2, 4, 4, 3), np.uint8), np.arange(2)
-    pixels_BHWC, labels_B = feeding.arrived(feeding.upload([pixels, labels], feeding.copy_stream(CPU)))
+    pixels_BHWC, labels_B = prefetch.arrived(prefetch.upload([pixels, labels], prefetch.copy_stream(CPU)))
     pixels[0] = 7
     labels[0] = 5
     np.testing.assert_array_equal(pixels_BHWC.numpy(), pixels)

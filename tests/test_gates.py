@@ -14,7 +14,7 @@ MAY = {
     "sys.stdout": {
         "ui/console.py": "is the gate; JSON has no control characters",
         "cli/submit.py": "the log of a job, through `visible`",
-        "cli/train.py": "a recipe as YAML, to be read back as it is",
+        "cli/validate.py": "a recipe as YAML, to be read back as it is",
         "launch/ray_cluster/spot.py": "our own words about a node",
     },
     "sys.stderr": {

@@ -19,8 +19,9 @@ from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.data.cache import list_entries
 from carft_ray.launch.runs.single import train_once
 from carft_ray.model import heads
-from carft_ray.model.clip import templates, tokenizer_hash
+from carft_ray.model.clip import tokenizer_hash
 from carft_ray.model.heads import build_heads, cached_heads
+from carft_ray.model.prompts import templates
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.fine_tuning import PromptsConfig
 from carft_ray.recipe.schema.recipe import Recipe

@@ -17,7 +17,8 @@ from tiny import make_tiny_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_ray import files
-from carft_ray.data.views import permutation, view_batch
+from carft_ray.data.order import permutation
+from carft_ray.data.views import view_batch
 from carft_ray.errors import DivergedError, OutdatedAttemptError, StorageError
 from carft_ray.model.classifier import ImageClassifier, build_classifier, normalised
 from carft_ray.model.heads import build_heads

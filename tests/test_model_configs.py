@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import load_folder
 
 from carft_ray.errors import CarftError
-from carft_ray.model.weights import read_weights
+from carft_ray.model.weights_files import read_weights
 
 NUMBERS = st.sampled_from([0, -1, 2**31, 2**63, 10**30, 0.5, float("nan"), float("inf"), 1e-320])
 VALUES = st.recursive(

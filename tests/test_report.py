@@ -13,11 +13,11 @@ from carft_ray.evaluation.predictions import concat, correct, predictions_table,
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.page.data import page_document
-from carft_ray.results.page.verdict import verdict
 from carft_ray.results.reading.overview import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.stored import confirmed
+from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure

@@ -17,7 +17,7 @@ from carft_ray.errors import CarftError, DataError
 from carft_ray.model.building import build_model
 from carft_ray.model.catalog import TOKENIZER_OPTIONS, check_model
 from carft_ray.model.clip import load_clip
-from carft_ray.model.weights import read_weights
+from carft_ray.model.weights_files import read_weights
 from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow

@@ -17,8 +17,8 @@ from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from test_lost import gloo
 from tiny import make_tiny_clip
 
+from carft_ray.data.order import parts_of, permutation
 from carft_ray.data.source import ImageSet
-from carft_ray.data.views import parts_of, permutation
 from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits

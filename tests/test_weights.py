@@ -16,7 +16,7 @@ from carft_ray.errors import DataError, RecipeError
 from carft_ray.model.building import build_model
 from carft_ray.model.catalog import model_warnings
 from carft_ray.model.clip import load_clip, state_hash
-from carft_ray.model.weights import OPENAI_SIZES
+from carft_ray.model.weights_files import OPENAI_SIZES
 from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
 pytestmark = pytest.mark.slow

@@ -133,7 +133,7 @@ class Report:
         Raises:
             UsageError: It is none of these.
         """
-        from carft_ray.results.page.verdict import FORMS, card
+        from carft_ray.results.verdict_card import FORMS, card
 
         require_choice(place, "must be a form of the card", form, FORMS)
         return card(self.document, form)

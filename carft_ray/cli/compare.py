@@ -1,65 +1,14 @@
-"""Two trainings side by side, and a training that is done again."""
+"""Two trainings side by side."""
 
-import contextlib
 import shlex
-import tempfile
-from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Argument
 
 from carft_ray.cli import common
 from carft_ray.ui import console
 
 TARGET = "DIR (the best trial of a study, or a folder of `train`) or DIR:TRIAL."
-TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; without it the best."
-
-
-@common.command("reproduce studies/quickstart t0003", common.TRUST)
-def reproduce(
-    folder: Annotated[Path, Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
-    trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
-    out: Annotated[Path | None, Option(help="Keep the new training in this folder, new or empty.")] = None,
-    trust: common.TrustOption = False,
-    json_: common.JsonOption = False,
-) -> None:
-    """Do a training again from the manifest and say whether all its numbers are the same."""
-    from carft_ray.results.reading.finished import open_finished
-    from carft_ray.ui.progress import training_shown
-
-    finished = open_finished(folder, trial)
-    if not finished.is_zero_shot:
-        from carft_ray.api.checks import require_trusted
-
-        require_trusted(finished.recipe, trust, baselines=False)
-    from carft_ray.results.reproduce import change_lines, difference_error, reproduce, sentence
-
-    say = console.sayer(not json_)
-    with contextlib.ExitStack() as stack:
-        out_dir = out
-        if out_dir is None:
-            out_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))) / "again"
-        say(f"reproducing {finished.title}")
-        progress, report = stack.enter_context(training_shown(not json_))
-        found = reproduce(finished, out_dir, say, progress, report)
-    console.print_json({**found, "folder": None if out is None else str(out)}, json_)
-    if not found["same"]:
-        raise difference_error(found)
-    if json_:
-        return
-    console.show(sentence(found))
-    if lines := change_lines(found):
-        console.say("The manifest differs from this code and machine nevertheless:")
-        console.say("\n".join(f"  {line}" for line in lines))
-    name = f"{folder}:{finished.name}" if finished.name else folder
-    if out is not None:
-        console.next_step(common.command_line("compare", name, out))
-    elif finished.name:
-        console.next_step(
-            common.command_line("compare", name, f"{folder}:zero_shot"), common.command_line("ls", folder)
-        )
-    else:
-        console.next_step(common.command_line("evaluate", folder))
 
 
 @common.command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST, reads=True)

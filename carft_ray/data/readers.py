@@ -24,7 +24,17 @@ from carft_ray.data.images import IMAGE_ENDINGS, cause_of, unreadable
 from carft_ray.data.listing import Listing, and_more, text_problems
 from carft_ray.data.source import IdArray
 from carft_ray.errors import DataError, Problem
-from carft_ray.recipe.schema.sets import BenchmarkSet, FolderSet, HuggingFaceSet, StoredSet, TableSet, WebDatasetSet
+from carft_ray.recipe.schema.sets import (
+    BenchmarkSet,
+    CorruptedSet,
+    FolderSet,
+    HuggingFaceSet,
+    SetSpec,
+    StoredSet,
+    TableSet,
+    WebDatasetSet,
+)
+from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.untrusted import read_text, visible
 
 
@@ -223,3 +233,8 @@ def excluded_ids(written: tuple[int, ...] | str, place: str) -> IdArray:
         rule = "every line must hold a sample id, a whole number from 0 to 2**64 - 1"
         raise DataError(Problem(written, rule, f"{wrong[0]!r}{and_more(wrong)}"))
     return np.array(list(map(int, texts)), np.uint64)
+
+
+def plain_place(path: KeyPath, spec: SetSpec) -> str:
+    """Returns where the images of a set are named: its own key path, or that of the set that it shows corrupted."""
+    return dotted((*path, "of")) if isinstance(spec, CorruptedSet) else dotted(path)

@@ -5,20 +5,20 @@ A test role is read by nobody here: the checks ask only whether its folders exis
 
 from pathlib import Path, PurePath
 
-from carft_ray.data.benchmarks.reader import benchmark_words
+from carft_ray.data.class_names import class_list, word_problems
 from carft_ray.data.file_index import user_cache_dir
 from carft_ray.data.listing import Listing, and_more
-from carft_ray.data.readers import list_set, reader_of
+from carft_ray.data.readers import list_set, plain_place, reader_of
 from carft_ray.data.records import without_bad_images
 from carft_ray.data.selection import class_problems, selected_rows, stored_source
 from carft_ray.data.source import Source
 from carft_ray.data.synthetic import sandbox
-from carft_ray.errors import DataError, Problem, nearest
+from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schedule import can_cut, possible_values
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import BenchmarkSet, CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain
-from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.recipe.schema.sets import CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain
+from carft_ray.recipe.text import dotted
 
 _Held = tuple[dict[str, list[str]], set[str]]
 TEST_ROLES = ("id_test", "ood_test")
@@ -53,7 +53,7 @@ def check_sets(recipe: Recipe) -> list[Problem]:
     train = listings.get(train_place)
     if recipe.data.classes is None and train is None and not isinstance(train_spec, SandboxSet):
         return problems  # without the classes of train there is nothing to compare with
-    classes = _class_list(recipe, train)
+    classes = class_list(recipe, train)
     for place, spec in sets.values():
         if isinstance(spec, SandboxSet):
             problems += sandbox.class_problems(classes, place)
@@ -85,11 +85,6 @@ def check_roles(recipe: Recipe) -> list[Problem]:
                 problems.append(Problem(place, rule, shared[0] + and_more(shared), next_step=step))
         seen.append((spec, role, place, here))
     return problems
-
-
-def plain_place(path: KeyPath, spec: SetSpec) -> str:
-    """Returns where the images of a set are named: its own key path, or that of the set that it shows corrupted."""
-    return dotted((*path, "of")) if isinstance(spec, CorruptedSet) else dotted(path)
 
 
 def may_share(one: tuple[str, SetSpec], other: tuple[str, SetSpec]) -> bool:
@@ -131,45 +126,6 @@ def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache
     return sandbox.sandbox_source(spec.domain, spec.split, spec.num_per_class, name)
 
 
-def class_folders(recipe: Recipe) -> tuple[str, ...]:
-    """Returns the class list in label order: ``data.classes``, else the classes of the training set in its order.
-
-    Raises:
-        DataError: The training set is missing.
-    """
-    listing, train = None, plain(recipe.data.train)
-    if recipe.data.classes is None and isinstance(train, StoredSet):
-        listing = list_set(train, plain_place(("data", "train"), recipe.data.train))
-    return _class_list(recipe, listing)
-
-
-def class_names(recipe: Recipe) -> tuple[str, ...]:
-    """Returns the words for the classes in label order, as ``prompts.class_names`` says.
-
-    Without it they are those of the benchmark that is trained on, else the folders with '_' as a space.
-
-    Raises:
-        DataError: The words do not go with the class list, or the folders of the training set are missing.
-    """
-    return class_words(recipe, class_folders(recipe))
-
-
-def class_words(recipe: Recipe, folders: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns ``class_names`` where the class list is known.
-
-    Raises:
-        DataError: The words do not go with the class list.
-    """
-    if problems := _word_problems(recipe, folders):
-        raise DataError(problems)
-    words = recipe.prompts.class_names
-    if isinstance(words, tuple):
-        return words
-    train = plain(recipe.data.train)
-    known = benchmark_words(words or (train.name if isinstance(train, BenchmarkSet) else ""))
-    return tuple(known.get(folder, folder.replace("_", " ")) for folder in folders)
-
-
 def cache_dir(recipe: Recipe) -> Path:
     """Returns the absolute path of the folder for decoded sets; it need not exist.
 
@@ -177,12 +133,6 @@ def cache_dir(recipe: Recipe) -> Path:
         recipe: The recipe; without ``data.cache_dir`` the user's cache folder is taken.
     """
     return user_cache_dir() if recipe.data.cache_dir is None else Path(recipe.data.cache_dir)
-
-
-def _class_list(recipe: Recipe, train: Listing | None) -> tuple[str, ...]:
-    if recipe.data.classes is not None:
-        return recipe.data.classes
-    return sandbox.CLASSES if train is None else train.found
 
 
 def _held(spec: PlainSet) -> _Held:
@@ -214,24 +164,8 @@ def _disjoint(one: PlainSet, other: PlainSet) -> bool:
     return one.part[1] <= other.part[0] or other.part[1] <= one.part[0]
 
 
-def _word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
-    names = recipe.prompts.class_names
-    if isinstance(names, str):
-        known = benchmark_words(names)
-        unknown = [name for name in classes if name not in known]
-        if not unknown:
-            return []
-        rule = f"must be the benchmark that has the classes, but {names} has none {unknown[0]!r}"
-        step = "Leave it out to have the class folders as words, or write a list of texts."
-        return [Problem("prompts.class_names", rule, nearest=nearest(unknown[0], known), next_step=step)]
-    if names is None or len(names) == len(classes):
-        return []
-    rule = f"there must be one text per class, in label order ({len(classes)}: {', '.join(classes[:5])} ...)"
-    return [Problem("prompts.class_names", rule, str(len(names)))]
-
-
 def _count_problems(recipe: Recipe, classes: tuple[str, ...], train: Listing | None) -> list[Problem]:
-    problems = _word_problems(recipe, classes)
+    problems = word_problems(recipe, classes)
     if len(classes) < 2:
         step = "Classes are the folders below the domains: check whether data.train.path is one level too deep."
         problems.append(Problem("data.train", "there must be at least two classes", str(len(classes)), next_step=step))

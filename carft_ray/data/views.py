@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, words
+from carft_ray.data.philox import STREAM_VIEW, words
 from carft_ray.data.source import IdArray, IntArray, PixelArray, Source
 
 VIEW_VERSION = 2  # changes when the same arguments give another view; part of the key of whatever stores views
@@ -22,43 +22,6 @@ _NUM_TRIES = 10
 _RATIO = (3 / 4, 4 / 3)
 _LOG_RATIO = (math.log(3 / 4), math.log(4 / 3))
 Try = tuple[float, float, int, int]  # area as a share of the image, ratio w/h, words of top and left
-
-
-def permutation(seed: int, epoch: int, n: int) -> IntArray:
-    """Returns the order in which an epoch shows a set: a permutation of 0..n-1, int64 [n].
-
-    Position i gets a 64-bit word of (seed, epoch, i); the order is the stable sort of the words. ``epoch`` counts
-    from 0, below 2**32; 0 <= seed < 2**64.
-    """
-    block = words(seed, STREAM_PERMUTATION, epoch, np.arange(n, dtype=np.uint64))[:, 0]
-    keys = block[:, 0].astype(np.uint64) | (block[:, 1].astype(np.uint64) << np.uint64(32))
-    return np.argsort(keys, kind="stable").astype(np.int64)
-
-
-def parts_of(
-    order: IntArray, batch_size: int, rank: int, world_size: int, first_batch: int = 0
-) -> Iterator[tuple[int, IntArray]]:
-    """Yields a worker's part of each global batch of an epoch from ``first_batch`` on.
-
-    Global batch i is the i-th slice of ``order``; the last one may be smaller. The part of rank r is **contiguous**:
-    positions ``b * r // world_size`` to ``b * (r + 1) // world_size`` of a batch of b. So the parts of all ranks, one
-    behind the other, are the global batch in its order; they differ by at most one image, and a part is empty where
-    the batch is smaller than the world.
-
-    Args:
-        order: Of an epoch (``permutation``), int64 [n].
-        batch_size: Global batch.
-        rank: This worker.
-        world_size: Number of workers.
-        first_batch: Number of the first one.
-
-    Yields:
-        Where the part begins in ``order``, and its indices.
-    """
-    for start in range(first_batch * batch_size, len(order), batch_size):
-        size = min(batch_size, len(order) - start)
-        first, end = start + size * rank // world_size, start + size * (rank + 1) // world_size
-        yield first, order[first:end]
 
 
 def crop_tries(seed: int, sample_ids: IdArray, visit: npt.ArrayLike, crop_scale: float) -> Iterator[Iterator[Try]]:

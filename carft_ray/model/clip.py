@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose
 
 from carft_ray import environment
-from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.errors import DataError, Problem
-from carft_ray.model.building import fetching, quiet
+from carft_ray.model.building import quiet
 from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
-from carft_ray.model.opening import PREPROCESSING, Opened, open_model, preprocess_config
-from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.schema.fine_tuning import ModelConfig, PromptsConfig
+from carft_ray.model.hub import fetching
+from carft_ray.model.pretrained import PREPROCESSING, Opened, open_model, preprocess_config
+from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = OPEN_CLIP_CONFIG
@@ -73,22 +72,6 @@ def load_clip(part: ModelConfig) -> Clip:
     """
     opened = open_model(part)
     return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)
-
-
-def templates(prompts: PromptsConfig, sandbox_templates: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the sentences with ``{}`` that a recipe's prompts name.
-
-    'openai' are the 80 ImageNet templates of CLIP, 'simple' the 7 of its notebook, both as open_clip has them; the name
-    of a benchmark means its own.
-    """
-    if not isinstance(prompts.templates, str):
-        return prompts.templates
-    if prompts.templates in BENCHMARKS:
-        return load_facts(prompts.templates).templates or ()
-    if prompts.templates == "sandbox":
-        return sandbox_templates
-    named = {"openai": open_clip.OPENAI_IMAGENET_TEMPLATES, "simple": open_clip.SIMPLE_IMAGENET_TEMPLATES}
-    return tuple(template("{}") for template in named[prompts.templates])
 
 
 def wrap_model(model: nn.Module, tokenizer: Callable[[list[str]], Tensor], model_config: dict[str, Any]) -> Clip:

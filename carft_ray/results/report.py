@@ -21,9 +21,10 @@ from carft_ray.results.confirm.summary import confirm_lines
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.documents import num_test_reads
 from carft_ray.results.reading.overview import Overview
+from carft_ray.results.statistics.headline import against_baseline
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.statistics.paired import row_lines
-from carft_ray.results.stored import Chosen, against_baseline, confirmed, read_compared, read_stored
+from carft_ray.results.stored import Chosen, confirmed, read_compared, read_stored
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.outcome import TrialRow

@@ -10,7 +10,8 @@ from carft_ray.recipe.space.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.documents import pruner_quality
 from carft_ray.results.reading.overview import Overview
-from carft_ray.results.stored import against_baseline, read_stored
+from carft_ray.results.statistics.headline import against_baseline
+from carft_ray.results.stored import read_stored
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.rows import best_first
 from carft_ray.words import counted

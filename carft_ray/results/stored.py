@@ -10,7 +10,7 @@ from typing import Any
 from carft_ray import files
 from carft_ray.data.source import IdArray
 from carft_ray.errors import Problem, StorageError
-from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import (
     BoolArray,
     alphas,
@@ -20,10 +20,8 @@ from carft_ray.evaluation.predictions import (
     sample_ids,
 )
 from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
-from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.results.confirm.summary import row_correct, whole_rows
-from carft_ray.results.statistics.intervals import headline, objective_difference
 from carft_ray.results.statistics.paired import KEYS
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT
@@ -86,37 +84,6 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
         for row in whole_rows(study_dir, stage)
         if row.role != "baseline"
     ]
-
-
-def against_baseline(
-    recipe: Recipe, best: TrialRow, baselines: Sequence[TrialRow], chosen: Chosen
-) -> dict[str, Any] | None:
-    """Returns the best trial against the baseline with the highest objective, as JSON; None without a baseline.
-
-    Args:
-        recipe: The study's recipe.
-        best: The best trial.
-        baselines: Complete baselines.
-        chosen: Of ``read_stored``, of all of them.
-    """
-    if not baselines:
-        return None
-    rival = max(baselines, key=lambda row: row.objective or 0.0)
-    one, other = (chosen[row.name] for row in (best, rival))
-    difference = objective_difference(objective_spec(recipe), one, other)
-    sentence, of = headline(difference, rival.name, is_measured_again=False), ""
-    if recipe.search.objective.kind == "pareto":
-        weight = recipe.search.objective.id_weight
-        of = f" by {weight:g} ID + {1 - weight:g} OOD"
-    measured = f"Measured at their alphas{of}, on the images that chose"
-    return {
-        "baseline": rival.name,
-        "mean": difference.mean,
-        "ends": difference.ends,
-        "words": difference.words,
-        "sentence": sentence,
-        "line": f"{measured}: {best.name}: {sentence}; 95 %, {difference.words}.",
-    }
 
 
 def read_compared(path: Path) -> dict[str, Any] | None:

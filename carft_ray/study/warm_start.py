@@ -15,7 +15,7 @@ from typing import Any
 import optuna
 from optuna.trial import TrialState
 
-from carft_ray.data.sets import class_folders
+from carft_ray.data.class_names import class_folders
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.layout import JOURNAL
 from carft_ray.recipe.loading import recipe_hash

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 
 from carft_ray import environment
+from carft_ray.data.class_names import class_folders, class_names
 from carft_ray.data.copies.find import SharedPair, shared_pairs
 from carft_ray.data.copies.shared_images import decide, shared_lines, without_shared
 from carft_ray.data.describe import IMBALANCE, NUM_EXAMPLES, class_counts, image_facts, same_words
@@ -26,7 +27,7 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import list_set, reader_of
 from carft_ray.data.records import records
 from carft_ray.data.selection import stored_source
-from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, class_names, open_source
+from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
 from carft_ray.errors import CarftError, DataError, Problem
@@ -34,8 +35,9 @@ from carft_ray.evaluation.metrics import chance, is_above_chance, wilson
 from carft_ray.evaluation.predictions import accuracy
 from carft_ray.model.catalog import check_model, model_warnings
 from carft_ray.model.classifier import build_classifier
-from carft_ray.model.clip import Clip, load_clip, templates
+from carft_ray.model.clip import Clip, load_clip
 from carft_ray.model.heads import Say, cached_heads
+from carft_ray.model.prompts import templates
 from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import named_sets

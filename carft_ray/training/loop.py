@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from carft_ray.data.order import parts_of, permutation
 from carft_ray.data.source import IntArray, Source
-from carft_ray.data.views import parts_of, permutation
 from carft_ray.errors import CarftError, DivergedError, Problem, RecipeError, StorageError
 from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.model.clip import Clip
@@ -29,7 +29,7 @@ from carft_ray.model.mixing import update_average
 from carft_ray.model.tower import compile_tower, shape_tower
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
-from carft_ray.training import feeding
+from carft_ray.training import prefetch
 from carft_ray.training.checkpoint import (
     Checkpoint,
     CheckpointWriter,
@@ -338,20 +338,20 @@ def _views(
                 size = min(train.batch_size, num_images - number * train.batch_size)
                 yield epoch, indices, size, targets.parts(epoch, order, first, len(indices))
 
-    with feeding.view_threads(view_threads) as make_views:
+    with prefetch.view_threads(view_threads) as make_views:
 
         def make(
             epoch: int, indices: IntArray, size: int, parts: list[Part]
-        ) -> tuple[int, IntArray, int, list[Part], feeding.Upload]:
+        ) -> tuple[int, IntArray, int, list[Part], prefetch.Upload]:
             pixels = targets.views(parts, indices, epoch, make_views)
-            return epoch + 1, indices, size, parts, feeding.upload([pixels, targets.source.labels[indices]], stream)
+            return epoch + 1, indices, size, parts, prefetch.upload([pixels, targets.source.labels[indices]], stream)
 
-        number = feeding.num_ahead(part, view_threads)
+        number = prefetch.num_ahead(part, view_threads)
         if number and train.kl_weight:  # small batches have blocks of targets together: those of two blocks
             number = max(number, min(2 * BLOCK // part, MOST_AHEAD))
-        with contextlib.closing(feeding.made_ahead(make, parts(), number)) as made:
+        with contextlib.closing(prefetch.made_ahead(make, parts(), number)) as made:
             for epoch, indices, size, blocks, uploaded in made:
-                yield Batch(epoch, indices, size, blocks, *feeding.arrived(uploaded))
+                yield Batch(epoch, indices, size, blocks, *prefetch.arrived(uploaded))
 
 
 def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context: RunContext) -> dict[str, float]:

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import torch
 
+from carft_ray.data.class_names import class_words
 from carft_ray.data.decoded import DecodedSource, image_set
 from carft_ray.data.images import DECODERS
 from carft_ray.data.listed_sets import TRAIN, open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.packed import PackedSource, pays
-from carft_ray.data.sets import cache_dir, class_words
+from carft_ray.data.sets import cache_dir
 from carft_ray.data.source import ImageSet, Source, identity
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
-from carft_ray.model.clip import Clip, load_clip, templates
+from carft_ray.model.clip import Clip, load_clip
+from carft_ray.model.prompts import templates
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import SandboxSet, plain
 from carft_ray.training.context import RunContext

@@ -36,8 +36,8 @@ from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.clip import Clip, computed_on, model_key
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
-from carft_ray.training.feeding import MakeViews, Upload, arrived, copy_stream, upload
 from carft_ray.training.losses import context_distribution
+from carft_ray.training.prefetch import MakeViews, Upload, arrived, copy_stream, upload
 
 TARGETS = "targets"  # all stores, in the cache
 BLOCK = 64  # images; a forward pass of this size fills a GPU, and a part of a batch rarely is smaller

@@ -39,11 +39,11 @@ import numpy.typing as npt
 from carft_ray.data.cache import key_of, made_once
 from carft_ray.data.content import reading_threads
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.readers import list_set
+from carft_ray.data.readers import list_set, plain_place
 from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, Records, records, without_bad_images
 from carft_ray.data.same_picture import LIMIT, GreyPicture, grey_picture, picture_distance
 from carft_ray.data.selection import unlabelled_source
-from carft_ray.data.sets import TEST_ROLES, may_share, open_source, plain_place
+from carft_ray.data.sets import TEST_ROLES, may_share, open_source
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json

@@ -12,21 +12,14 @@ is inside the head. Before the folder takes its name, each format is opened by i
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from carft_ray.environment import outside_ranges
-from carft_ray.errors import Problem, StorageError, UsageError, require_choice
+from carft_ray.errors import Problem, UsageError, require_choice
 from carft_ray.files import fsync_file, new_folder, require_new, write_json, write_text
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.clip import CONFIG_NAME, WEIGHTS_NAME, Clip, write_tokenizer
@@ -34,13 +27,10 @@ from carft_ray.recipe.loading import dump_recipe, portable_paths
 from carft_ray.results.export.huggingface import misfits, write_huggingface
 from carft_ray.results.export.model_card import model_card
 from carft_ray.results.export.onnx import write_onnx
+from carft_ray.results.export.verify import farthest_logit, logits_to_give
 from carft_ray.results.reading.trained import HEAD_NAME, Trained
-from carft_ray.training.checkpoint import load_tensors, save_tensors
+from carft_ray.training.checkpoint import save_tensors
 
-TOLERANCE = 1e-3  # largest difference of two logits of size 10 to 100 that rounding explains
-NUM_CHECKED = 32  # images
-NUM_SENTENCES = 16
-BATCH = 8  # images of one pass on the CPU
 # format -> libraries that open it, and the extra of this package that installs them
 FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
     "open_clip": (("open_clip",), ""),
@@ -52,7 +42,6 @@ RECIPE_HEAD = (
     "# Paths of the machine that trained are left out. To repeat the training, put images and weights next to this\n"
     "# file under the names below, or give their places with --set.\n"
 )
-_REOPEN = Path(__file__).with_name("reopen.py")
 
 
 @dataclass(frozen=True)
@@ -109,7 +98,7 @@ def export_model(
     alpha = trained.result["alpha"] if alpha is None else alpha
     classifier = trained.classifier(alpha).to(device="cpu", dtype=torch.float32)
     classifier.autocast_dtype = None  # all these libraries compute in float32
-    question, expected = _question(trained, classifier)
+    question, expected = logits_to_give(trained, classifier)
     head = {"class_head": classifier.class_head.detach().float()}
     if classifier.class_bias is not None:
         head["class_bias"] = classifier.class_bias.detach().float()
@@ -124,7 +113,7 @@ def export_model(
         _write(folder, trained.inputs.clip, classifier, formats, about)
         for path in folder.iterdir():
             fsync_file(path)
-        differences = {name: _difference(folder, name, question, expected) for name in formats}
+        differences = {name: farthest_logit(folder, name, FORMATS[name][0][-1], question, expected) for name in formats}
     return Exported(out_dir, alpha, len(expected["class_logits"]), differences)
 
 
@@ -162,48 +151,3 @@ def _write(
         write_huggingface(folder, clip, state)
     if "onnx" in formats:
         write_onnx(folder, classifier, clip.image_size, about)
-
-
-def _question(trained: Trained, classifier: ImageClassifier) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns pixels and sentences to ask an export for, and the logits that it must give."""
-    inputs, clip = trained.inputs, trained.inputs.clip
-    pixels_NHWC = torch.from_numpy(inputs.validation[0].images_NHWC[:NUM_CHECKED].copy())
-    sentences = [template.replace("{}", name) for template in inputs.templates for name in inputs.class_names]
-    sentences = sentences[:: -(-len(sentences) // NUM_SENTENCES)]
-    model: Any = clip.model
-    with torch.inference_mode():
-        features_ND = torch.cat([classifier.features(part_BHWC) for part_BHWC in torch.split(pixels_NHWC, BATCH)])
-        texts_MD = functional.normalize(model.encode_text(clip.tokenizer(sentences)), dim=-1)
-        expected = {
-            "class_logits": classifier.logits(features_ND),
-            "text_logits": clip.logit_scale * functional.normalize(features_ND, dim=-1) @ texts_MD.T,
-        }
-    return {"pixels": pixels_NHWC, "sentences": sentences}, expected
-
-
-def _difference(folder: Path, name: str, question: dict[str, Any], expected: dict[str, Tensor]) -> float:
-    """Opens the export in a new process and returns how far the farthest logit is from what it must be.
-
-    Raises:
-        StorageError: It does not open, or that is too far.
-    """
-    with tempfile.TemporaryDirectory() as place:
-        asked, answer = Path(place) / "question.safetensors", Path(place) / "answer.safetensors"
-        save_tensors(asked, {"pixels": question["pixels"]}, {"sentences": json.dumps(question["sentences"])})
-        command = [sys.executable, "-P", "-W", "ignore", str(_REOPEN), name, str(folder), str(asked), str(answer)]
-        own = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env={**os.environ, **own}, cwd=place
-        )
-        library = FORMATS[name][0][-1]
-        if done.returncode != 0:
-            value = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            value = value.replace(str(folder), "the export")  # the folder has a temporary name
-            raise StorageError(Problem(str(folder), f"{library} must open the export", value))
-        found = load_tensors(answer)
-    # one tensor, since a not-a-number must not lose against a number
-    difference = float(torch.cat([(logits - expected[key]).abs().flatten() for key, logits in found.items()]).max())
-    if not difference <= TOLERANCE:
-        rule = f"{library} must give the logits of the model within {TOLERANCE}"
-        raise StorageError(Problem(str(folder), rule, f"a difference of {difference:.3g}"))
-    return difference

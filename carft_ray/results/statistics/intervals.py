@@ -234,44 +234,6 @@ def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
     return float(stats.spearmanr(a, b).statistic)
 
 
-def headline(difference: Interval, baseline: str, is_measured_again: bool = True) -> str:
-    """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images.
-
-    Underscores in the name of the baseline are written as spaces.
-
-    ``improves on ... by`` and ``worse than ... by`` are followed by how much, without a sign: mean and interval are of
-    baseline - winner in the second. Where neither is shown the difference winner - baseline has its sign.
-
-    Args:
-        difference: Winner - baseline.
-        baseline: Its name.
-        is_measured_again: With fresh seeds, or on images that did not choose. What a search alone has measured is
-            ``measured higher than`` or ``measured lower than``, and no improvement.
-    """
-    (low, high), baseline = difference.ends, baseline.replace("_", " ")
-    better, worse = (
-        ("improves on", "worse than") if is_measured_again else ("measured higher than", "measured lower than")
-    )
-    if low > 0:
-        return f"{better} {baseline} by {100 * difference.mean:.1f} {_ends(low, high, '.1f')} points"
-    if high < 0:
-        return f"{worse} {baseline} by {-100 * difference.mean:.1f} {_ends(-high, -low, '.1f')} points"
-    return f"no improvement over {baseline} shown ({100 * difference.mean:+.1f} {_ends(low, high, '+.1f')} points)"
-
-
-def in_points(mean: float, ends: Sequence[float], signed: bool = False) -> str:
-    """Returns a mean and the ends of its interval in points."""
-    form = "+.1f" if signed else ".1f"
-    low, high = ends
-    return f"{100 * mean:{form}} {_ends(low, high, form)}"
-
-
-def _ends(low: float, high: float, form: str) -> str:
-    """Returns the ends of an interval in points; one that is not 0 is not shown as 0, so that its side of 0 shows."""
-    forms = [form if end == 0 or abs(end) >= 0.0005 else form.replace("f", "g") for end in (low, high)]
-    return f"[{100 * low:{forms[0]}}, {100 * high:{forms[1]}}]"
-
-
 def _image_variance(array_rn: FloatArray) -> float:
     """Returns max(0, (MS_I - MS_E) / r) / n, with one seed var_k / n; 0 with one image."""
     num_seeds, num_images = int(array_rn.shape[0]), int(array_rn.shape[1])

@@ -17,6 +17,7 @@ import numpy as np
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.results.statistics import intervals
+from carft_ray.results.statistics.headline import headline, in_points
 from carft_ray.results.statistics.intervals import LEVEL, Interval
 from carft_ray.results.statistics.optimism import seed_variances
 from carft_ray.words import counted
@@ -154,7 +155,7 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def _in_points(found: Mapping[str, Any], signed: bool = False) -> str:
-    return intervals.in_points(found["mean"], found["ends"], signed)
+    return in_points(found["mean"], found["ends"], signed)
 
 
 def _row(spec: ObjectiveSpec, name: str, correct: CorrectBySet) -> dict[str, Any]:
@@ -190,7 +191,7 @@ def _difference(
         "objective": objective.data(),
         "sets": {name: each.data() for name, each in sets.items()},
         "keeps_id": keeps_id(sets[spec.id_set], id_margin),
-        "sentence": intervals.headline(objective, other),
+        "sentence": headline(objective, other),
     }
 
 

@@ -19,9 +19,10 @@ import pyarrow as pa
 import torch
 
 from carft_ray import files
+from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
 from carft_ray.data.decoded import image_set
-from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, class_folders, open_source
+from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, open_source
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions

@@ -17,8 +17,9 @@ from torch import nn
 
 from carft_ray.errors import DataError, Problem, RecipeError
 from carft_ray.model import catalog, hugging_face
-from carft_ray.model.building import build_model, fetching, require_no_code
-from carft_ray.model.weights import State, fitted, folder_files, is_from_openai, read_weights
+from carft_ray.model.building import build_model
+from carft_ray.model.hub import fetching, require_no_code
+from carft_ray.model.weights_files import State, fitted, folder_files, is_from_openai, read_weights
 from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR, ModelConfig
 
 SANDBOX_WEIGHTS = Path(__file__).with_name("sandbox_weights")

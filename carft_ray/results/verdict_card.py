@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from carft_ray.results.statistics import intervals
+from carft_ray.results.statistics.headline import in_points
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.untrusted import latex, visible
 from carft_ray.words import counted, times
@@ -88,7 +88,7 @@ def _of_comparison(found: Document | None, is_new: bool) -> Document | None:
         "ends": against and against["objective"]["ends"],
         "keeps_id": against and against["keeps_id"],
         "accuracies": [
-            intervals.in_points(winner[name]["mean"], winner[name]["ends"])
+            in_points(winner[name]["mean"], winner[name]["ends"])
             for name in ("id_accuracy", "ood_accuracy")
             if winner[name]
         ],

@@ -1,0 +1,34 @@
+"""Exporting a mixed model."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from carft_ray.cli import common
+from carft_ray.ui import console
+
+
+@common.command("export studies/quickstart --to exports/quickstart --format open_clip,onnx", common.ONE_TRAINING)
+def export(
+    folder: common.TrainedArgument,
+    to: Annotated[Path, Option(help="Folder of the export; must be new or empty.")],
+    format_: Annotated[
+        list[str] | None,
+        Option("--format", metavar="NAME", help="open_clip (the default), huggingface or onnx; or A,B."),
+    ] = None,
+    alpha: common.AlphaOption = None,
+    trial: common.TrialOption = None,
+    json_: common.JsonOption = False,
+) -> None:
+    """Write the mixed model for open_clip, transformers or onnxruntime. Each opens what was written, as a check."""
+    from carft_ray.api import actions
+
+    exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial)
+    if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):
+        return
+    console.say(f"Exported to {to} at alpha {exported.alpha:g}. Opened again, each in a process of its own:")
+    for name, difference in exported.formats.items():
+        console.say(f"  {name}: the logits of {exported.num_checked} images differ by at most {difference:.1e}.")
+    console.next_step(f"cat {shlex.quote(str(to / 'README.md'))}")

@@ -1,0 +1,49 @@
+"""The trials of a study, or the studies of a folder."""
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+from typer import Argument, Option
+
+from carft_ray.cli import common
+from carft_ray.errors import require_choice
+from carft_ray.ui import console
+from carft_ray.words import counted
+
+ORDERS = ("objective", "number")
+
+
+@common.command("ls studies/quickstart --sort objective --limit 10", common.READING, reads=True)
+def list_(
+    folder: Annotated[Path, Argument(help="A study, or a folder with studies in it.", show_default=False)],
+    sort: Annotated[str, Option(metavar="objective|number", help="Order of the trials.")] = "objective",
+    limit: Annotated[int | None, Option(min=1, help="Only so many trials.")] = None,
+    json_: common.JsonOption = False,
+) -> None:
+    """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
+    from carft_ray.results.reading import documents, overview
+
+    require_choice("--sort", "must be an order", sort, ORDERS)
+    if not overview.is_study(folder):
+        studies = documents.list_studies(folder)
+        if not console.print_json({"folder": str(folder), "studies": studies}, json_):
+            console.show(console.study_table(studies))
+            console.next_step(f"carft-ray status {shlex.quote(str(folder / studies[0]['name']))}")
+        return
+    answer = documents.listing(overview.read_study(folder), by_objective=sort == "objective", limit=limit)
+    if console.print_json(answer, json_):
+        return
+    rows = [*answer["baselines"], *answer["trials"]]
+    if rows:
+        console.show(console.trial_table(rows))
+    for line in answer["lines"]:
+        console.show(line)
+    left_out = answer["num_trials"] - len(answer["trials"])
+    if left_out:
+        console.say(f"{counted(left_out, 'more trial')}; without --limit all are shown.")
+    if not answer["num_trials"]:
+        console.say("No trial has begun yet.")
+    quoted = shlex.quote(str(folder))
+    named = [f"carft-ray logs {quoted} {answer['trials'][0]['name']}"] if answer["trials"] else []
+    console.next_step(f"carft-ray status {quoted}", *named)

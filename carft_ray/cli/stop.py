@@ -1,0 +1,45 @@
+"""Stopping a search or a training."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument, Option
+
+from carft_ray.cli import common
+from carft_ray.ui import console
+from carft_ray.words import counted
+
+
+@common.command("stop studies/quickstart", common.SEARCH, reads=True)
+def stop(
+    study: Annotated[Path, Argument(help="Folder of a study, or of a training.", show_default=False)],
+    no_wait: Annotated[bool, Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
+    json_: common.JsonOption = False,
+) -> None:
+    """Stop a running search or training as Ctrl-C does: it writes its checkpoints and can be resumed."""
+    from carft_ray.launch.stop import ask_to_stop, wait_until_free
+    from carft_ray.recipe.space.grid import num_trials
+    from carft_ray.results.reading import overview
+
+    study_dir = overview.require_claimed(study)
+    found = ask_to_stop(study_dir)
+    see = common.command_line("status", study)
+    with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
+        if found is not None and not no_wait:
+            if not json_:
+                console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
+            wait_until_free(study_dir)
+    what, so_far = "training", ""
+    answer: dict[str, Any] = {"study": str(study_dir), "asked": found, "ended": found is None or not no_wait}
+    if overview.is_study(study_dir):  # else it is the folder of `train`
+        view = overview.read_study(study_dir)
+        answer |= {"finished": view.num_finished, "wanted": num_trials(view.recipe)}
+        what, so_far = "search", f"; {view.num_finished} of {counted(answer['wanted'], 'trial')} finished"
+    if console.print_json(answer, json_):
+        return
+    if found is None:
+        console.say(f"Nothing to stop: no {what} runs on {study}{so_far}.")
+    else:
+        console.say(f"The {what} has ended{so_far}." if answer["ended"] else f"Asked {found} to stop{so_far}.")
+    if so_far:
+        common.suggest(study, "stop")

@@ -1,0 +1,82 @@
+"""The sentence on what a search has gained over a baseline, and intervals in words."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from carft_ray.evaluation.objective import objective_spec
+from carft_ray.evaluation.predictions import BoolArray
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.statistics.intervals import Interval, objective_difference
+from carft_ray.study.outcome import TrialRow
+
+
+def headline(difference: Interval, baseline: str, is_measured_again: bool = True) -> str:
+    """Returns the one sentence about winner - baseline, in points, by the interval over seeds and images.
+
+    Underscores in the name of the baseline are written as spaces.
+
+    ``improves on ... by`` and ``worse than ... by`` are followed by how much, without a sign: mean and interval are of
+    baseline - winner in the second. Where neither is shown the difference winner - baseline has its sign.
+
+    Args:
+        difference: Winner - baseline.
+        baseline: Its name.
+        is_measured_again: With fresh seeds, or on images that did not choose. What a search alone has measured is
+            ``measured higher than`` or ``measured lower than``, and no improvement.
+    """
+    (low, high), baseline = difference.ends, baseline.replace("_", " ")
+    better, worse = (
+        ("improves on", "worse than") if is_measured_again else ("measured higher than", "measured lower than")
+    )
+    if low > 0:
+        return f"{better} {baseline} by {100 * difference.mean:.1f} {_ends(low, high, '.1f')} points"
+    if high < 0:
+        return f"{worse} {baseline} by {-100 * difference.mean:.1f} {_ends(-high, -low, '.1f')} points"
+    return f"no improvement over {baseline} shown ({100 * difference.mean:+.1f} {_ends(low, high, '+.1f')} points)"
+
+
+def in_points(mean: float, ends: Sequence[float], signed: bool = False) -> str:
+    """Returns a mean and the ends of its interval in points."""
+    form = "+.1f" if signed else ".1f"
+    low, high = ends
+    return f"{100 * mean:{form}} {_ends(low, high, form)}"
+
+
+def _ends(low: float, high: float, form: str) -> str:
+    """Returns the ends of an interval in points; one that is not 0 is not shown as 0, so that its side of 0 shows."""
+    forms = [form if end == 0 or abs(end) >= 0.0005 else form.replace("f", "g") for end in (low, high)]
+    return f"[{100 * low:{forms[0]}}, {100 * high:{forms[1]}}]"
+
+
+def against_baseline(
+    recipe: Recipe,
+    best: TrialRow,
+    baselines: Sequence[TrialRow],
+    chosen: Mapping[str, Mapping[str, BoolArray]],
+) -> dict[str, Any] | None:
+    """Returns the best trial against the baseline with the highest objective, as JSON; None without a baseline.
+
+    Args:
+        recipe: The study's recipe.
+        best: The best trial.
+        baselines: Complete baselines.
+        chosen: Of ``results.stored.read_stored``, of all of them.
+    """
+    if not baselines:
+        return None
+    rival = max(baselines, key=lambda row: row.objective or 0.0)
+    one, other = (chosen[row.name] for row in (best, rival))
+    difference = objective_difference(objective_spec(recipe), one, other)
+    sentence, of = headline(difference, rival.name, is_measured_again=False), ""
+    if recipe.search.objective.kind == "pareto":
+        weight = recipe.search.objective.id_weight
+        of = f" by {weight:g} ID + {1 - weight:g} OOD"
+    measured = f"Measured at their alphas{of}, on the images that chose"
+    return {
+        "baseline": rival.name,
+        "mean": difference.mean,
+        "ends": difference.ends,
+        "words": difference.words,
+        "sentence": sentence,
+        "line": f"{measured}: {best.name}: {sentence}; 95 %, {difference.words}.",
+    }
