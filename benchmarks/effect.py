@@ -42,13 +42,8 @@ from carft_ray.launch.figures.figure import FAINT, GREY, canvas, legend_above, l
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import DEFAULT_GRID, Recipe
-from carft_ray.results.statistics.headline import headline, in_points
-from carft_ray.results.statistics.intervals import (
-    OVER_SEEDS_AND_IMAGES,
-    Interval,
-    objective_difference,
-    paired_differences,
-)
+from carft_ray.results.statistics.headline import headline, in_points, objective_difference
+from carft_ray.results.statistics.intervals import OVER_SEEDS_AND_IMAGES, Interval, paired_differences
 from carft_ray.ui import console
 
 METHOD_COLOURS = ("#222222", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")

@@ -23,7 +23,7 @@ from PIL import Image
 
 from benchmarks.overhead import LOOK_EVERY_S, memory_mb
 from carft_ray.data.benchmarks.facts import load_facts
-from carft_ray.data.sets import open_source
+from carft_ray.data.open_source import open_source
 from carft_ray.files import read_json_lines
 from carft_ray.recipe.loading import load_recipe
 

@@ -33,9 +33,10 @@ import pyarrow as pa
 import torch
 
 from carft_ray import files
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
-from carft_ray.data.sets import cache_dir, open_source
+from carft_ray.data.open_source import open_source
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders
+from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
-from carft_ray.data.sets import cache_dir, open_source
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.sets import SetSpec
 

@@ -24,7 +24,7 @@ from carft_ray.cli import main
 from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.data.benchmarks.reader import LAYOUTS, benchmark_places, benchmark_words, known_facts, num_expected
 from carft_ray.data.class_names import class_names
-from carft_ray.data.sets import check_roles, check_sets
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.synthetic.corruptions import CORRUPTIONS
 from carft_ray.errors import DataError
 from carft_ray.recipe import text

@@ -13,8 +13,8 @@ from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.runs.search import run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, LEASE, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.results.reading.documents import status
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.status_and_ls import status
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running

@@ -23,7 +23,7 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.schema.recipe import BudgetConfig
-from carft_ray.results.reading import documents, overview
+from carft_ray.results.reading import status_and_ls, study_view
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
@@ -123,9 +123,9 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_ne
     first_search.die(other)  # it gets another attempt, but its time is gone
     study = first_search.driver.study
     assert 2 * 2 * 600 <= study.gpu_seconds() < 2 * 2 * 650  # and what passed meanwhile
-    read = overview.read_study(study.study_dir)
+    read = study_view.read_study(study.study_dir)
     assert sum(row.gpu_s for row in read.rows) == study.gpu_seconds()
-    assert documents.status(read)["budget"]["gpu_hours_used"] == pytest.approx(study.gpu_seconds() / 3600, abs=0.01)
+    assert status_and_ls.status(read)["budget"]["gpu_hours_used"] == pytest.approx(study.gpu_seconds() / 3600, abs=0.01)
 
     second = tune(gpu_hours=1)
     again = second.start()
@@ -188,7 +188,7 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     assert result.best.name in (study_dir / "best.yaml").read_text().splitlines()[0]
     assert (study_dir / "figure.png").exists()
     assert all(row.spent_s > 0 for row in finished)
-    view = documents.status(overview.read_study(study_dir))
+    view = status_and_ls.status(study_view.read_study(study_dir))
     assert view["budget"]["ended"] == result.out_of_budget
 
     stand_in.tell(tmp_path, seconds=0.01)

@@ -7,7 +7,7 @@ import pytest
 from report_studies import confirm_study, of_kinds, read_test_sets
 
 from carft_ray.results.page.data import page_document
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.statistics.paired import comparison_lines
 from carft_ray.results.verdict_card import Line, latex_card, text_card, verdict
 

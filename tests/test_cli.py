@@ -14,7 +14,7 @@ from suggestions import check_suggestions, parsed
 
 import carft_ray
 from carft_ray import cli
-from carft_ray.cli import common
+from carft_ray.cli import program
 from carft_ray.errors import Problem
 from carft_ray.recipe.loading import load_recipe
 
@@ -499,7 +499,7 @@ def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch):
     def broken():
         raise ZeroDivisionError("division by zero")
 
-    monkeypatch.setattr(common, "app", broken)
+    monkeypatch.setattr(program, "app", broken)
     code, out, err = run("validate", "recipe.yaml")
     assert (code, out) == (1, "")
     assert err == (

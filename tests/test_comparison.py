@@ -9,14 +9,8 @@ import pytest
 
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics import paired
-from carft_ray.results.statistics.headline import in_points
-from carft_ray.results.statistics.intervals import (
-    OVER_IMAGES,
-    crossed,
-    objective_difference,
-    objective_interval,
-    values_by_seed,
-)
+from carft_ray.results.statistics.headline import in_points, objective_difference
+from carft_ray.results.statistics.intervals import OVER_IMAGES, crossed, objective_interval, values_by_seed
 from carft_ray.results.statistics.paired import KEYS, compare, comparison_lines, holm, row_lines
 
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)

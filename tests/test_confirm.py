@@ -24,8 +24,8 @@ from carft_ray.results.confirm.configurations import (
     read_plan,
     second_stage,
 )
-from carft_ray.results.reading.documents import num_test_reads
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.status_and_ls import num_test_reads
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.ledger import read_ledger, record
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_confirm, recover_running

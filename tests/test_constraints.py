@@ -16,8 +16,8 @@ from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words
 from carft_ray.recipe.schema.recipe import alone
-from carft_ray.results.reading.documents import listing, status
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.status_and_ls import listing, status
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running

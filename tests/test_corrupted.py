@@ -14,9 +14,11 @@ from sources import absolute_set, open_validation
 from strict_roles import check_overlap
 from torchvision.transforms.v2 import functional
 
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
-from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source
+from carft_ray.data.open_source import open_source
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.synthetic.corrupted import squared
 from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES

@@ -27,7 +27,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 
 import carft_ray
-from carft_ray.data.sets import check_sets
+from carft_ray.data.role_checks import check_sets
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import StorageError, UsageError
 from carft_ray.launch.runs.single import train_once

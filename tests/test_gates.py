@@ -23,8 +23,8 @@ MAY = {
         "launch/jobs/package.py": "our own words at the beginning of a job",
         "launch/ray_cluster/joined.py": "two numbers",
     },
-    "typer.echo": {"cli/common.py": "our own words", "cli/init.py": "a recipe as YAML, to be read back as it is"},
-    "traceback.print_exc": {"cli/common.py": "--debug asks for it"},
+    "typer.echo": {"cli/program.py": "our own words", "cli/init.py": "a recipe as YAML, to be read back as it is"},
+    "traceback.print_exc": {"cli/program.py": "--debug asks for it"},
     "Console": {
         "ui/console.py": "is the gate",
         "ui/notebook.py": "as the gate, for HTML",

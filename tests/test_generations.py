@@ -17,7 +17,7 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import contains, place
 from carft_ray.recipe.trial_values import apply
-from carft_ray.results.reading.overview import Overview, study_recipe
+from carft_ray.results.reading.study_view import Overview, study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study

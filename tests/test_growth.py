@@ -35,7 +35,7 @@ from carft_ray.launch.ray_cluster.growth import await_nodes
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 

@@ -20,7 +20,7 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.page.data import page_document
 from carft_ray.results.page.figures import FIGURES, figures
 from carft_ray.results.page.page import HERE, packed
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.training.thumbnails import changed
 

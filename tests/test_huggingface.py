@@ -9,7 +9,7 @@ import pytest
 from layouts_tables import CLASSES, hf_dataset, mixed_modes, pictures, write_folder, write_hub
 from sources import open_set
 
-from carft_ray.data.sets import check_roles, check_sets
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.recipe import Recipe

@@ -17,7 +17,7 @@ from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
 from carft_ray.recipe.schema.fields import resume_of
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.finished import read_manifest
-from carft_ray.results.reading.overview import study_recipe
+from carft_ray.results.reading.study_view import study_recipe
 from carft_ray.study.identity import claim, class_of, record_recipe
 from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study

@@ -9,12 +9,11 @@ from scipy import stats
 from benchmarks import selection
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.statistics.headline import headline, in_points
+from carft_ray.results.statistics.headline import headline, in_points, objective_difference
 from carft_ray.results.statistics.intervals import (
     OVER_IMAGES,
     accuracy_interval,
     crossed,
-    objective_difference,
     objective_interval,
     paired_differences,
     rank_correlation,

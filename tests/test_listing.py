@@ -8,8 +8,9 @@ from PIL import Image
 from sources import open_set, open_train, open_validation
 from strict_roles import check_overlap
 
+from carft_ray.data.open_source import open_source
 from carft_ray.data.records import without_bad_images
-from carft_ray.data.sets import check_roles, check_sets, open_source
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
 from carft_ray.evaluation.predictions import predictions_table
 from carft_ray.recipe.loading import absolute_paths

@@ -21,7 +21,7 @@ from carft_ray.launch.events import (
     TrialFinished,
     TrialStarted,
 )
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.outcome import TrialRow, TrialSpec
 from carft_ray.ui import console, live, progress
 

@@ -12,7 +12,7 @@ from test_verbs import BASE, begin, finish, start
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.ledger import TEST, WENT_ON, record
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

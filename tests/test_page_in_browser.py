@@ -16,7 +16,7 @@ from report_studies import KINDS, make, write_page
 
 from carft_ray.results.page.data import page_document
 from carft_ray.results.page.figures import figures
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 
 pytestmark = [

@@ -27,9 +27,9 @@ from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.confirm.configurations import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.results.confirm.summary import summarise
-from carft_ray.results.reading.documents import status
 from carft_ray.results.reading.finished import open_finished
-from carft_ray.results.reading.overview import read_study, total_trials
+from carft_ray.results.reading.status_and_ls import status
+from carft_ray.results.reading.study_view import read_study, total_trials
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce

@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 from pydantic import TypeAdapter
 from stand_in import make_recipe
 
-from carft_ray.data.sets import check_sets
+from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.recipe.checks.advice import warnings
@@ -21,8 +21,8 @@ from carft_ray.recipe.loading import load_recipe, recipe_of
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import Pruner
-from carft_ray.results.reading.documents import pruner_quality, status
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.status_and_ls import pruner_quality, status
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value

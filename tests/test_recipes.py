@@ -13,7 +13,7 @@ from short_training import write_image, write_model
 from test_search_spaces import FOLDER, RECIPES
 
 from carft_ray.data.benchmarks.facts import load_facts
-from carft_ray.data.sets import open_source
+from carft_ray.data.open_source import open_source
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.loading import load_recipe, resolve_path
 from carft_ray.recipe.schema.sets import BenchmarkSet, FolderSet, plain

@@ -13,7 +13,7 @@ from carft_ray.evaluation.predictions import concat, correct, predictions_table,
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.page.data import page_document
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.stored import confirmed

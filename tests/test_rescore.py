@@ -27,7 +27,7 @@ from carft_ray.evaluation.predictions import (
 )
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.trial_values import apply
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

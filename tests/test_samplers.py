@@ -25,7 +25,7 @@ from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.sampling import AnySampler
 from carft_ray.recipe.space.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.trial_values import apply
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.opening import open_study
 from carft_ray.study.proposals import samplers, space
 from carft_ray.study.recovery import recover_running

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from carft_ray import model as models
-from carft_ray.data.sets import open_source
+from carft_ray.data.open_source import open_source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.data.synthetic.sandbox import (
     CLASSES,

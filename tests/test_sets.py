@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 from sources import open_train, open_validation
 
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders, class_names
-from carft_ray.data.sets import cache_dir, check_roles, check_sets, open_source
+from carft_ray.data.open_source import open_source
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths

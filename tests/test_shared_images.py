@@ -20,8 +20,9 @@ from carft_ray.data.copies.shared_images import (
     write_shared,
 )
 from carft_ray.data.listing import StoredSource, sample_id
+from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import excluded_ids
-from carft_ray.data.sets import check_sets, open_source
+from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import DataError, HoldOutError, StorageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe

@@ -10,7 +10,7 @@ from rich.console import Console
 from carft_ray import cli
 from carft_ray.errors import DataError, Problem
 from carft_ray.launch import events
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import append_log
 from carft_ray.ui import console, live, notebook, progress

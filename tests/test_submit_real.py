@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import short_training
 
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 
 pytestmark = [pytest.mark.slow, pytest.mark.nodes]
 

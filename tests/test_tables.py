@@ -17,7 +17,7 @@ from sources import open_set
 from carft_ray.data.content import image_digests, set_digest
 from carft_ray.data.formats.shards import find_files
 from carft_ray.data.records import without_bad_images
-from carft_ray.data.sets import check_roles, check_sets
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.table_rows import ArrowRows, ParquetRows
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths

@@ -20,7 +20,7 @@ import torch
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
 from carft_ray.data.listing import sample_id
-from carft_ray.data.sets import open_source
+from carft_ray.data.open_source import open_source
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, read_predictions
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -28,7 +28,7 @@ from carft_ray.recipe.trial_values import apply
 from carft_ray.results.confirm.configurations import PlanRow, Stage, training_name, write_plan
 from carft_ray.results.confirm.summary import summarise
 from carft_ray.results.page.data import page_document
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import read_lines

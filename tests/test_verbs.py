@@ -21,7 +21,7 @@ from carft_ray.errors import UsageError
 from carft_ray.launch.ray_cluster.growth import write_concurrency
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.results.reading.overview import find_row, read_study, total_trials
+from carft_ray.results.reading.study_view import find_row, read_study, total_trials
 from carft_ray.study.best import write_best
 from carft_ray.study.identity import claim
 from carft_ray.study.lease import holder

@@ -16,7 +16,7 @@ from carft_ray.errors import ClusterError, Problem, RecipeError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import absolute_paths, dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

@@ -17,7 +17,7 @@ from test_live import shown
 
 from carft_ray.layout import HEARTBEAT, JOURNAL, RESOLVED
 from carft_ray.recipe.loading import dump_recipe
-from carft_ray.results.reading.overview import read_study
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running

@@ -14,7 +14,7 @@ from sources import open_set
 from webdataset.tariterators import group_by_keys, tar_file_iterator
 
 from carft_ray.data.content import image_digests, set_digest
-from carft_ray.data.sets import check_roles, check_sets
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.recipe import Recipe

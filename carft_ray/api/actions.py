@@ -24,7 +24,7 @@ from carft_ray.api.answers import Answer, Report, Searched
 from carft_ray.api.checks import Overrides, RecipeLike, as_command, load_recipe, override_words, require_trusted
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.reading import overview
+from carft_ray.results.reading import study_view
 from carft_ray.ui import console
 
 if TYPE_CHECKING:
@@ -143,11 +143,11 @@ def resume(
         CarftError: As ``search``.
     """
     study = Path(study)
-    study_dir = overview.require_study(study)
-    recipe = overview.resolved_recipe(study_dir)
-    words = [*overview.behind(study_dir), *override_words(overrides)]
+    study_dir = study_view.require_study(study)
+    recipe = study_view.resolved_recipe(study_dir)
+    words = [*study_view.behind(study_dir), *override_words(overrides)]
     if trials is not None:
-        words.append(f"search.trials={overview.total_trials(str(trials), overview.read_study(study_dir))}")
+        words.append(f"search.trials={study_view.total_trials(str(trials), study_view.read_study(study_dir))}")
     return search(recipe, study, overrides=words, **options)
 
 
@@ -197,12 +197,12 @@ def confirm(
     for name, number, least in (("--top", top, 1), ("--seeds", seeds, 2)):
         if number < least:
             raise UsageError(Problem(name, f"must be at least {least}", str(number)))
-    view = overview.read_study(Path(study))
+    view = study_view.read_study(Path(study))
     if view.holder is not None:
         step = f"Wait until it ends, or end it: carft-ray stop {study}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
-    others = [overview.read_study(Path(path)) for path in against]
-    recipe = load_recipe(overview.resolved_recipe(view.study_dir), overrides)
+    others = [study_view.read_study(Path(path)) for path in against]
+    recipe = load_recipe(study_view.resolved_recipe(view.study_dir), overrides)
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec
@@ -225,7 +225,7 @@ def confirm(
 
         def train_stage() -> None:
             stage = second or first
-            say(configurations.cost(overview.read_study(study_dir), stage))
+            say(configurations.cost(study_view.read_study(study_dir), stage))
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
 
@@ -395,7 +395,7 @@ def report(study: str | Path) -> Report:
         UsageError: It is no study.
         RecipeError, StorageError: It is damaged.
     """
-    return Report(overview.read_study(Path(study)))
+    return Report(study_view.read_study(Path(study)))
 
 
 def _check_alpha(alpha: float | None) -> None:

@@ -12,7 +12,7 @@ from carft_ray import files
 from carft_ray.api.studies import Study, rows_table
 from carft_ray.errors import CarftError, require_choice
 from carft_ray.layout import PAGE
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.outcome import TrialRow
 from carft_ray.ui import console, notebook
 

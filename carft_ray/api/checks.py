@@ -92,7 +92,7 @@ def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
         HoldOutError: Two roles share a set.
         DataError: Images or class lists are missing.
     """
-    from carft_ray.data.sets import check_roles, check_sets
+    from carft_ray.data.role_checks import check_roles, check_sets
     from carft_ray.model.catalog import check_model, model_warnings
     from carft_ray.recipe.checks.advice import warnings
 

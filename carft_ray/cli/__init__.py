@@ -9,6 +9,6 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 from carft_ray.cli import init, validate, train, evaluate, export, doctor, search, stop, plan, submit  # noqa: F401  # isort: skip
 from carft_ray.cli import cluster, status, ls, logs, dashboard, confirm, test, report, rescore  # noqa: F401  # isort: skip
 from carft_ray.cli import reproduce, compare, data, sandbox  # noqa: F401  # isort: skip
-from carft_ray.cli.common import app, main
+from carft_ray.cli.program import app, main
 
 __all__ = ["app", "main"]

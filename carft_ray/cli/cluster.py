@@ -7,13 +7,14 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import cluster_app, command
 from carft_ray.ui import console
 from carft_ray.words import counted
 
 JobArgument = Annotated[str, Argument(metavar="JOB|STUDY", help="Id of a job, or a study.", show_default=False)]
 
 
-@common.command("cluster jobs", to=common.cluster_app, reads=True)
+@command("cluster jobs", to=cluster_app, reads=True)
 def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
     """List the jobs of a cluster with their studies, the newest first."""
     from carft_ray.launch.jobs.jobs import described, jobs
@@ -36,7 +37,7 @@ def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOptio
     console.show(console.table(["job", "status", *columns, "study"], lines))
 
 
-@common.command("cluster logs studies/first", to=common.cluster_app, reads=True)
+@command("cluster logs studies/first", to=cluster_app, reads=True)
 def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
     """Print what a job has said so far; `submit --attach` follows it."""
     from carft_ray.launch.jobs.jobs import described, find_job, log_of
@@ -49,7 +50,7 @@ def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_
         console.show(log.rstrip("\n").replace("\r", "\n"))
 
 
-@common.command("cluster stop studies/first", to=common.cluster_app, reads=True)
+@command("cluster stop studies/first", to=cluster_app, reads=True)
 def cluster_stop(
     job: JobArgument,
     address: common.DashboardOption = None,
@@ -85,9 +86,9 @@ def cluster_stop(
 def _left(study: str) -> dict[str, Any]:
     """Returns how far a study is; nothing where it is not seen from here."""
     from carft_ray.recipe.space.grid import num_trials
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import study_view
 
-    if not study or not overview.is_study(Path(study)):
+    if not study or not study_view.is_study(Path(study)):
         return {}
-    view = overview.read_study(Path(study))
+    view = study_view.read_study(Path(study))
     return {"finished": view.num_finished, "wanted": num_trials(view.recipe)}

@@ -1,43 +1,20 @@
-"""The app, what all commands share, and the one place where an error ends as a message and an exit code."""
+"""Options that several commands have, and the lines that a command suggests next."""
 
 import contextlib
-import errno
-import functools
-import inspect
-import logging
 import shlex
-import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from typer import Argument, Option
 
-from carft_ray import __version__, environment
-from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
+from carft_ray.errors import InterruptedRunError, Problem
 from carft_ray.ui import console
 
 if TYPE_CHECKING:
     from carft_ray.recipe.schema.recipe import Recipe
 
-app = typer.Typer(
-    invoke_without_command=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    help="Search hyperparameters of CAR-FT (context-aware robust fine-tuning of CLIP) with Ray and Optuna, for "
-    "accuracy in-distribution and out-of-distribution together.\n\n"
-    "Try it:  carft-ray init --preset quickstart --to recipe.yaml",
-)
-sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images.")
-data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
-cluster_app = typer.Typer(no_args_is_help=True, help="The jobs of a Ray cluster: searches that were submitted.")
-app.add_typer(cluster_app, name="cluster", rich_help_panel="A search")
-app.add_typer(data_app, name="data", rich_help_panel="Images")
-app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 
 ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a study", "Trusting the numbers"  # panels
 
@@ -74,95 +51,6 @@ class RunOptions:
     json_: JsonOption = False
 
 
-Command = Callable[..., None]
-
-
-def command(
-    example: str, panel: str | None = None, to: typer.Typer = app, shared: type | None = None, reads: bool = False
-) -> Callable[[Command], Command]:
-    """Returns a decorator that makes a function a command, with ``--debug``, which ``main`` reads.
-
-    Args:
-        example: For the help; begins with the name of the command.
-        panel: Of the help.
-        to: The app that the command belongs to; the example begins with its name, too.
-        shared: A class whose keyword-only parameters are options of the command, too, which takes them as
-            ``**shared``; those that it has itself are its own.
-        reads: It neither trains nor opens a model: it runs whatever versions of torch and Ray are installed.
-    """
-    of_shared = inspect.signature(shared).parameters.values() if shared else ()
-
-    def register(function: Command) -> Command:
-        @functools.wraps(function)
-        def run(*, debug: bool, **given: Any) -> None:
-            from carft_ray.api import checks
-
-            with contextlib.nullcontext() if reads else checks.command():
-                function(**given)
-
-        signature, last = inspect.signature(function), inspect.Parameter.KEYWORD_ONLY
-        parameters = [one for one in signature.parameters.values() if one.kind != inspect.Parameter.VAR_KEYWORD]
-        own = set(signature.parameters)
-        parameters += [one for one in of_shared if one.kind == last and one.name not in own]
-        debug = inspect.Parameter("debug", last, default=False, annotation=DebugOption)
-        run.__signature__ = signature.replace(parameters=[*parameters, debug])  # type: ignore[attr-defined]
-        name = example.split()[to is not app]
-        to.command(name, epilog=f"Example:  carft-ray {example}", rich_help_panel=panel)(run)
-        return function
-
-    return register
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        found = environment.versions()
-        libraries = ", ".join(f"{name} {found[name]}" for name in ("torch", "open_clip_torch", "ray", "optuna"))
-        typer.echo(f"carft-ray {__version__} (Python {found['python']}, {libraries})")
-        raise typer.Exit
-
-
-@app.callback()
-def options(
-    context: typer.Context,
-    version: Annotated[
-        bool, Option("--version", help="Show the version and end.", is_eager=True, callback=_show_version)
-    ] = False,
-) -> None:
-    """Holds what may stand before any command; the text of the help is the app's own. Alone it shows the help."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
-        raise typer.Exit
-
-
-class _Warnings(logging.Handler):
-    """Shows the warnings that the library logs as those of the commands."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        console.warn(self.format(record))
-
-
-def main() -> None:
-    """Runs the command line; whatever goes wrong ends with one message and its exit code."""
-    logger = logging.getLogger("carft_ray")
-    logger.addHandler(handler := _Warnings(logging.WARNING))
-    try:
-        app()
-    except Exception as error:  # the outermost boundary: nothing is swallowed, everything ends the process
-        if "--debug" in sys.argv:
-            traceback.print_exc()
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            rule = "must be a path that can be: names of at most 255 bytes"
-            error = UsageError(Problem(f"{str(error.filename)[:60]}...", rule))
-        elif not isinstance(error, CarftError):
-            value = f"{type(error).__name__}: {error}".removesuffix(": ")
-            step = "Please report it; with --debug the command shows where it happens."
-            error = CarftError(Problem("", "internal error", value, next_step=step))
-        console.show_error(error)
-        sys.exit(error.exit_code)
-    finally:
-        logger.removeHandler(handler)
-
-
 @contextlib.contextmanager
 def interrupted_as(what: str, step: str) -> Iterator[None]:
     """Turns Ctrl-C within the block into an ``InterruptedRunError``: what has ended by it, and what to do now."""
@@ -196,7 +84,7 @@ def suggest(study: Path, after: str, *more: str) -> None:
         more: Further command lines.
     """
     from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
-    from carft_ray.results.reading.overview import read_study
+    from carft_ray.results.reading.study_view import read_study
 
     view = read_study(study)
     if behind_zero_shot(view):

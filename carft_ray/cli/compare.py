@@ -6,12 +6,13 @@ from typing import Annotated
 from typer import Argument
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 
 TARGET = "DIR (the best trial of a study, or a folder of `train`) or DIR:TRIAL."
 
 
-@common.command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST, reads=True)
+@command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST, reads=True)
 def compare(
     a: Annotated[str, Argument(metavar="A", help=TARGET, show_default=False)],
     b: Annotated[str, Argument(metavar="B", help=TARGET, show_default=False)],

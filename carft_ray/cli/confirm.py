@@ -6,12 +6,13 @@ from typing import Annotated, Any
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 
 WINNER = "search: that of the search. confirmed: the best on fresh seeds, measured on as many further seeds."
 
 
-@common.command("confirm studies/quickstart --top 3 --seeds 5", common.TRUST, shared=common.RunOptions)
+@command("confirm studies/quickstart --top 3 --seeds 5", common.TRUST, shared=common.RunOptions)
 def confirm(
     study: common.StudyArgument,
     top: Annotated[int, Option(min=1, help="Trials to train again, from the best down.")] = 3,

@@ -6,11 +6,12 @@ from typing import Annotated
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.errors import Problem, UsageError
 from carft_ray.ui import console
 
 
-@common.command("dashboard studies/quickstart --port 8080", common.READING, reads=True)
+@command("dashboard studies/quickstart --port 8080", common.READING, reads=True)
 def dashboard(
     study: common.StudyArgument,
     port: Annotated[int, Option(min=0, max=65535, help="Of this machine; 0: a free one.")] = 8080,
@@ -20,11 +21,11 @@ def dashboard(
     Only this machine can see it. Ctrl-C ends it.
     """
     from carft_ray.api.checks import require_versions
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import study_view
     from carft_ray.study.dashboard import serve
 
     require_versions("dashboard")
-    study_dir = overview.require_study(study)
+    study_dir = study_view.require_study(study)
     ready: list[int] = []  # the port, once pages are served
 
     def on_ready(number: int) -> None:

@@ -11,6 +11,7 @@ import typer
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command, data_app
 from carft_ray.errors import Problem, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted
@@ -18,7 +19,7 @@ from carft_ray.words import counted
 CacheOption = Annotated[Path | None, Option(help="Folder of the cache (data.cache_dir); default: the user's own.")]
 
 
-@common.command("data ls", to=common.data_app, reads=True)
+@command("data ls", to=data_app, reads=True)
 def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None:
     """List what is in the cache, sets and heads: size, when it was built and last used. Nothing is written."""
     from carft_ray.data.cache import list_entries, notes
@@ -39,14 +40,13 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
         console.next_step("carft-ray data add recipe.yaml")
 
 
-@common.command("data add recipe.yaml", to=common.data_app, reads=True)
+@command("data add recipe.yaml", to=data_app, reads=True)
 def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_: common.JsonOption = False) -> None:
     """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
-    from carft_ray.data.cache import list_entries
+    from carft_ray.data.cache import cache_dir, list_entries
     from carft_ray.data.copies.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.data.decoded import DecodedSource
     from carft_ray.data.packed import PackedSource
-    from carft_ray.data.sets import cache_dir
     from carft_ray.training.shared_inputs import load_shared_inputs
     from carft_ray.ui.progress import counting
 
@@ -87,7 +87,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
     )
 
 
-@common.command("data clean --older-than 30d", to=common.data_app, reads=True)
+@command("data clean --older-than 30d", to=data_app, reads=True)
 def data_clean(
     all_: Annotated[bool, Option("--all", help="Remove everything, and the notes about images.")] = False,
     older_than: Annotated[str | None, Option(metavar="TIME", help="Remove what was not used for 12h, 30d, ...")] = None,
@@ -141,7 +141,7 @@ def data_clean(
 
 def _folder(cache: Path | None) -> Path:
     """Returns the folder of the cache; one that is given must be there."""
-    from carft_ray.data.file_index import user_cache_dir
+    from carft_ray.data.cache import user_cache_dir
 
     if cache is not None and not cache.is_dir():
         value = "a file" if cache.exists() else "no such folder"

@@ -11,12 +11,13 @@ import typer
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.errors import ClusterError, DataError, Problem, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted
 
 
-@common.command("doctor recipe.yaml", common.ONE_TRAINING)
+@command("doctor recipe.yaml", common.ONE_TRAINING)
 def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,

@@ -5,10 +5,11 @@ from typing import Annotated
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 
 
-@common.command("evaluate runs/first --alpha 0.5", common.ONE_TRAINING)
+@command("evaluate runs/first --alpha 0.5", common.ONE_TRAINING)
 def evaluate(
     folder: common.TrainedArgument,
     alpha: common.AlphaOption = None,

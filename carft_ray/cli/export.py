@@ -7,10 +7,11 @@ from typing import Annotated
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 
 
-@common.command("export studies/quickstart --to exports/quickstart --format open_clip,onnx", common.ONE_TRAINING)
+@command("export studies/quickstart --to exports/quickstart --format open_clip,onnx", common.ONE_TRAINING)
 def export(
     folder: common.TrainedArgument,
     to: Annotated[Path, Option(help="Folder of the export; must be new or empty.")],

@@ -10,6 +10,7 @@ import typer
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.errors import Problem, UsageError, require_choice
 from carft_ray.ui import console
 
@@ -17,7 +18,7 @@ MODEL, PRETRAINED = "ViT-B-16-quickgelu", "openai"
 DomainsOption = list[str] | None
 
 
-@common.command("init --from my_images --to my_recipe.yaml --train photo", common.ONE_TRAINING, reads=True)
+@command("init --from my_images --to my_recipe.yaml --train photo", common.ONE_TRAINING, reads=True)
 def init(
     from_: Annotated[Path | None, Option("--from", help="Folder of images to write a recipe for.")] = None,
     preset: Annotated[str | None, Option(help="Name of a recipe that ships with carft-ray.")] = None,
@@ -81,7 +82,7 @@ def init(
     console.next_step(common.command_line("doctor", to), common.command_line("plan", to), begin)
 
 
-@common.command("schema", common.ONE_TRAINING, reads=True)
+@command("schema", common.ONE_TRAINING, reads=True)
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors; init writes it beside each recipe."""
     from carft_ray.recipe.presets import schema_text

@@ -6,11 +6,12 @@ from typing import Annotated
 from typer import Argument, Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.errors import Problem, UsageError
 from carft_ray.ui import console
 
 
-@common.command("logs studies/quickstart 7 --follow", common.READING, reads=True)
+@command("logs studies/quickstart 7 --follow", common.READING, reads=True)
 def logs(
     study: common.StudyArgument,
     trial: Annotated[str, Argument(help="Trial (7, t0007) or name of a baseline.", show_default=False)],
@@ -18,12 +19,12 @@ def logs(
     json_: common.JsonOption = False,
 ) -> None:
     """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
-    from carft_ray.results.reading import logs, overview
+    from carft_ray.results.reading import logs, study_view
     from carft_ray.study.rows import ZERO_SHOT
 
     if follow and json_:
         raise UsageError(Problem("--json", "must stand without --follow: a document ends"))
-    view = overview.read_study(study)
+    view = study_view.read_study(study)
     row, path = logs.find_log(view, trial)
     lines = logs.read_log(path)
     if console.print_json(lines or [], json_):

@@ -7,6 +7,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.errors import require_choice
 from carft_ray.ui import console
 from carft_ray.words import counted
@@ -14,7 +15,7 @@ from carft_ray.words import counted
 ORDERS = ("objective", "number")
 
 
-@common.command("ls studies/quickstart --sort objective --limit 10", common.READING, reads=True)
+@command("ls studies/quickstart --sort objective --limit 10", common.READING, reads=True)
 def list_(
     folder: Annotated[Path, Argument(help="A study, or a folder with studies in it.", show_default=False)],
     sort: Annotated[str, Option(metavar="objective|number", help="Order of the trials.")] = "objective",
@@ -22,16 +23,16 @@ def list_(
     json_: common.JsonOption = False,
 ) -> None:
     """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
-    from carft_ray.results.reading import documents, overview
+    from carft_ray.results.reading import status_and_ls, study_view
 
     require_choice("--sort", "must be an order", sort, ORDERS)
-    if not overview.is_study(folder):
-        studies = documents.list_studies(folder)
+    if not study_view.is_study(folder):
+        studies = status_and_ls.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
             console.show(console.study_table(studies))
             console.next_step(f"carft-ray status {shlex.quote(str(folder / studies[0]['name']))}")
         return
-    answer = documents.listing(overview.read_study(folder), by_objective=sort == "objective", limit=limit)
+    answer = status_and_ls.listing(study_view.read_study(folder), by_objective=sort == "objective", limit=limit)
     if console.print_json(answer, json_):
         return
     rows = [*answer["baselines"], *answer["trials"]]

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.errors import Problem, RecipeError, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted
 
 
-@common.command("plan recipe.yaml", common.SEARCH)
+@command("plan recipe.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
     study: Annotated[Path | None, Option(help="Where the study would be; the short trainings run beside it.")] = None,

@@ -7,11 +7,12 @@ from typer import Option
 
 from carft_ray import files
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.errors import Problem, UsageError
 from carft_ray.ui import console
 
 
-@common.command("report studies/quickstart", common.TRUST, reads=True)
+@command("report studies/quickstart", common.TRUST, reads=True)
 def report(
     study: common.StudyArgument,
     html: Annotated[bool, Option("--html", help="Write a page: figures, tables, all trials, in one file.")] = False,

@@ -8,12 +8,13 @@ from typing import Annotated
 from typer import Argument, Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 
 TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; without it the best."
 
 
-@common.command("reproduce studies/quickstart t0003", common.TRUST)
+@command("reproduce studies/quickstart t0003", common.TRUST)
 def reproduce(
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
     trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,

@@ -6,11 +6,12 @@ from typing import Annotated
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 from carft_ray.words import counted
 
 
-@common.command("rescore studies/quickstart --objective worst_domain", common.TRUST, reads=True)
+@command("rescore studies/quickstart --objective worst_domain", common.TRUST, reads=True)
 def rescore(
     study: common.StudyArgument,
     objective: Annotated[str | None, Option(metavar="KIND", help="weighted_mean, harmonic or worst_domain.")] = None,
@@ -21,9 +22,9 @@ def rescore(
     """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
     from carft_ray.layout import FOLDERS, WEIGHTS
     from carft_ray.results import rescore as rescoring
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import study_view
 
-    view = overview.read_study(study)
+    view = study_view.read_study(study)
     spec = rescoring.asked_objective(view.recipe, objective, id_weight, sets)
     if id_weight is not None and spec.kind != "weighted_mean":
         console.warn(f"--id-weight has no effect: {spec.kind} has no weight")

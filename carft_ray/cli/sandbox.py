@@ -6,10 +6,11 @@ from typing import Annotated
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command, sandbox_app
 from carft_ray.ui import console
 
 
-@common.command("sandbox images --to sandbox_png", to=common.sandbox_app)
+@command("sandbox images --to sandbox_png", to=sandbox_app)
 def sandbox_images(
     to: Annotated[Path, Option(help="Folder of the images; must be new or empty.")],
     json_: common.JsonOption = False,

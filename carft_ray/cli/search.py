@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 from carft_ray.words import counted
 
@@ -62,7 +63,7 @@ def _search(begin: Callable[..., "Searched"], study: Path, set_: list[str] | Non
         common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(study))}")
 
 
-@common.command("search recipe.yaml --study studies/first", common.SEARCH, shared=SearchOptions)
+@command("search recipe.yaml --study studies/first", common.SEARCH, shared=SearchOptions)
 def search(
     recipe: common.RecipeArgument,
     study: Annotated[Path, Option(help="Study directory; an existing study is resumed.")],
@@ -75,7 +76,7 @@ def search(
     _search(functools.partial(actions.search, recipe, study), study, set_, **shared)
 
 
-@common.command("resume studies/quickstart --trials +4", common.SEARCH, shared=SearchOptions)
+@command("resume studies/quickstart --trials +4", common.SEARCH, shared=SearchOptions)
 def resume(
     study: common.StudyArgument,
     trials: Annotated[str | None, Option(metavar="N|+N", help="Trials in all, or with a plus, how many more.")] = None,

@@ -10,12 +10,13 @@ from typing import Annotated, Any
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.errors import Problem, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted, times
 
 
-@common.command("status studies/quickstart", common.READING, reads=True)
+@command("status studies/quickstart", common.READING, reads=True)
 def status(
     study: common.StudyArgument,
     watch: Annotated[bool, Option("--watch", help="Show it repeatedly until the search ends or Ctrl-C.")] = False,
@@ -23,14 +24,14 @@ def status(
     json_: common.JsonOption = False,
 ) -> None:
     """Show how far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
-    from carft_ray.results.reading import documents, overview
+    from carft_ray.results.reading import status_and_ls, study_view
 
     if watch and json_:
         raise UsageError(Problem("--json", "must stand without --watch: a document ends"))
     if watch and not _watch(study, every):
         return
-    view = overview.read_study(study)
-    answer = documents.status(view)
+    view = study_view.read_study(study)
+    answer = status_and_ls.status(view)
     if console.print_json(answer, json_):
         return
     console.show(f"{answer['name']}: {answer['finished']} of {counted(answer['wanted'], 'trial')} finished.")
@@ -98,14 +99,14 @@ def _watch(study: Path, every_s: float) -> bool:
     """
     from rich.live import Live
 
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import study_view
     from carft_ray.ui.live import SearchView
 
     on_terminal = console.out.is_terminal and not console.out.is_dumb_terminal
     live = Live(console=console.out, auto_refresh=False, transient=True)
     try:
         with live if on_terminal else contextlib.nullcontext():
-            while (view := overview.read_study(study)).holder is not None:
+            while (view := study_view.read_study(study)).holder is not None:
                 if on_terminal:
                     live.update(SearchView.of(view), refresh=True)
                 else:

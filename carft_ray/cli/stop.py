@@ -6,11 +6,12 @@ from typing import Annotated, Any
 from typer import Argument, Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 from carft_ray.words import counted
 
 
-@common.command("stop studies/quickstart", common.SEARCH, reads=True)
+@command("stop studies/quickstart", common.SEARCH, reads=True)
 def stop(
     study: Annotated[Path, Argument(help="Folder of a study, or of a training.", show_default=False)],
     no_wait: Annotated[bool, Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
@@ -19,9 +20,9 @@ def stop(
     """Stop a running search or training as Ctrl-C does: it writes its checkpoints and can be resumed."""
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space.grid import num_trials
-    from carft_ray.results.reading import overview
+    from carft_ray.results.reading import study_view
 
-    study_dir = overview.require_claimed(study)
+    study_dir = study_view.require_claimed(study)
     found = ask_to_stop(study_dir)
     see = common.command_line("status", study)
     with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
@@ -31,8 +32,8 @@ def stop(
             wait_until_free(study_dir)
     what, so_far = "training", ""
     answer: dict[str, Any] = {"study": str(study_dir), "asked": found, "ended": found is None or not no_wait}
-    if overview.is_study(study_dir):  # else it is the folder of `train`
-        view = overview.read_study(study_dir)
+    if study_view.is_study(study_dir):  # else it is the folder of `train`
+        view = study_view.read_study(study_dir)
         answer |= {"finished": view.num_finished, "wanted": num_trials(view.recipe)}
         what, so_far = "search", f"; {view.num_finished} of {counted(answer['wanted'], 'trial')} finished"
     if console.print_json(answer, json_):

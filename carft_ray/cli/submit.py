@@ -10,6 +10,7 @@ import typer
 from typer import Argument, Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.cli.search import SearchOptions
 from carft_ray.errors import Problem, RecipeError, UsageError
 from carft_ray.ui import console
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from carft_ray.recipe.schema.recipe import Recipe
 
 
-@common.command("submit recipe.yaml --study /shared/studies/first", common.SEARCH, shared=SearchOptions)
+@command("submit recipe.yaml --study /shared/studies/first", common.SEARCH, shared=SearchOptions)
 def submit(
     recipe: Annotated[Path | None, Argument(help="The recipe, a YAML file.", show_default=False)] = None,
     study: Annotated[Path | None, Option(help="Study directory, on a disk that all nodes share.")] = None,

@@ -5,10 +5,11 @@ from typing import Annotated
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 
 
-@common.command("test studies/quickstart", common.TRUST)
+@command("test studies/quickstart", common.TRUST)
 def evaluate_test_sets(
     study: common.StudyArgument,
     again: Annotated[

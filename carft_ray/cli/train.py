@@ -7,10 +7,11 @@ from typing import Annotated, Any
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 
 
-@common.command("train recipe.yaml --out runs/first", common.ONE_TRAINING, shared=common.RunOptions)
+@command("train recipe.yaml --out runs/first", common.ONE_TRAINING, shared=common.RunOptions)
 def train(
     recipe: common.RecipeArgument,
     out: Annotated[Path, Option(help="Folder of the training.")],

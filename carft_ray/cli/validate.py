@@ -6,10 +6,11 @@ from typing import Annotated
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.program import command
 from carft_ray.ui import console
 
 
-@common.command("validate recipe.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
+@command("validate recipe.yaml --set train.epochs=3 --show", common.ONE_TRAINING)
 def validate(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
@@ -22,8 +23,8 @@ def validate(
 
     value = common.load(recipe, set_)
     if deep:
+        from carft_ray.data.cache import cache_dir
         from carft_ray.data.copies.shared_images import find_shared, shared_lines
-        from carft_ray.data.sets import cache_dir
 
         for line in shared_lines(find_shared(value, cache_dir(value), console.say)):
             console.say(line)

@@ -27,6 +27,7 @@ import pyarrow as pa
 
 from carft_ray.errors import Problem, StorageError
 from carft_ray.files import NO_FLOCK, new_file, remove_folder, writing
+from carft_ray.recipe.schema.recipe import Recipe
 
 GB = 10**9  # bytes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lock
@@ -343,3 +344,17 @@ def _remove_remains(path: Path) -> None:
     for left in path.parent.glob(f".{path.stem}.*.tmp"):
         with writing(left):
             left.unlink(missing_ok=True)
+
+
+def user_cache_dir() -> Path:
+    """Returns the absolute path of this user's own cache folder, which no recipe can move; it need not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
+
+
+def cache_dir(recipe: Recipe) -> Path:
+    """Returns the absolute path of the folder for decoded sets; it need not exist.
+
+    Args:
+        recipe: The recipe; without ``data.cache_dir`` the user's cache folder is taken.
+    """
+    return user_cache_dir() if recipe.data.cache_dir is None else Path(recipe.data.cache_dir)

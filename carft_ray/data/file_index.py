@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from carft_ray.data.cache import key_of, made_once
+from carft_ray.data.cache import key_of, made_once, user_cache_dir
 from carft_ray.data.images import unreadable
 from carft_ray.errors import DataError
 from carft_ray.files import fsync_file, new_file
@@ -19,11 +19,6 @@ from carft_ray.untrusted import open_regular
 
 FORMAT_VERSION = 1  # rises when another thing is found in the same file
 _END = 1 << 16  # bytes
-
-
-def user_cache_dir() -> Path:
-    """Returns the absolute path of this user's own cache folder, which no recipe can move; it need not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
 
 
 def file_stamp(path: Path) -> str:

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.content import DIGEST_BYTES
 from carft_ray.data.file_index import open_table, write_table
 from carft_ray.data.listing import Listing, StoredSource
+from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import listing_once
 from carft_ray.data.records import records
-from carft_ray.data.sets import cache_dir, open_source
 from carft_ray.data.source import Source
 from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.layout import SETS

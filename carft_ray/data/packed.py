@@ -44,7 +44,7 @@ class PackedSource(DerivedSource):
     Args:
         source: The images.
         cache_dir: Folder of the cache.
-        on_image: As for ``arrays.image_set``.
+        on_image: As for ``decoded.image_set``.
         limit_gb: Largest size of the cache in 10^9 bytes; None: no limit.
         short_side: Pixels of the shorter side of larger images; None: all images are packed as they are.
 

@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.shared_images import find_shared
-from carft_ray.data.sets import cache_dir
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.preparation import fill_nodes
 from carft_ray.launch.ray_cluster.concurrency import Capacity

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import environment, files
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.shared_images import SharedRow, shared_of_study, write_shared
-from carft_ray.data.sets import cache_dir
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import running_ray

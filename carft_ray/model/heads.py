@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from carft_ray import environment
 from carft_ray.data import cache
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.file_index import write_file
-from carft_ray.data.sets import cache_dir
 from carft_ray.errors import StorageError
 from carft_ray.model.classifier import at_least_float32
 from carft_ray.model.clip import Clip, computed_on, model_key, tokenizer_hash

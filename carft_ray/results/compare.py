@@ -13,7 +13,8 @@ from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import correct, select
 from carft_ray.recipe.schema.sets import CACHE_KEYS
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
-from carft_ray.results.statistics.intervals import Interval, crossed, objective_difference, paired_differences
+from carft_ray.results.statistics.headline import objective_difference
+from carft_ray.results.statistics.intervals import Interval, crossed, paired_differences
 from carft_ray.study.provenance import differences
 
 ORIGIN = ("data", "model", "classes", "class_names", "templates", "augmentation", "code", "versions", "hardware")

@@ -10,8 +10,8 @@ from carft_ray.layout import CONFIRM, RESOLVED, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.space.grid import num_trials
 from carft_ray.results.confirm.configurations import read_plan
-from carft_ray.results.reading.documents import budget, ledger
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.status_and_ls import budget, ledger
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.ledger import Entry, needs_reason, read_ledger, reads_of
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads

@@ -19,8 +19,8 @@ from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.summary import confirm_lines
 from carft_ray.results.pareto import front_data, front_lines
-from carft_ray.results.reading.documents import num_test_reads
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.status_and_ls import num_test_reads
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.headline import against_baseline
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.statistics.paired import row_lines

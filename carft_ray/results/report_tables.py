@@ -10,7 +10,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from carft_ray import files
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.untrusted import csv_cell
 
 _OF_SETS = pa.schema(

@@ -21,7 +21,7 @@ from carft_ray.recipe.schema.constraints import total_violation, violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.pareto import study_limits
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import predictions_path
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, require_finished

@@ -19,7 +19,7 @@ from carft_ray.words import counted_trainings, value_text
 
 if TYPE_CHECKING:
     from carft_ray.launch.events import Event, Started
-    from carft_ray.results.reading.overview import Overview
+    from carft_ray.results.reading.study_view import Overview
     from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
 
 NUM_BEST = 5  # rows of the best trials in the live table
@@ -77,7 +77,7 @@ class SearchView:
         from carft_ray.launch.events import Started
         from carft_ray.layout import METRICS
         from carft_ray.recipe.space.grid import num_trials
-        from carft_ray.results.reading.overview import alive_since, search_began
+        from carft_ray.results.reading.study_view import alive_since, search_began
         from carft_ray.study.outcome import TrialSpec
         from carft_ray.study.rows import ZERO_SHOT
 

@@ -39,11 +39,12 @@ import numpy.typing as npt
 from carft_ray.data.cache import key_of, made_once
 from carft_ray.data.content import reading_threads
 from carft_ray.data.listing import StoredSource
+from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import list_set, plain_place
 from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, Records, records, without_bad_images
+from carft_ray.data.role_checks import TEST_ROLES, may_share
 from carft_ray.data.same_picture import LIMIT, GreyPicture, grey_picture, picture_distance
 from carft_ray.data.selection import unlabelled_source
-from carft_ray.data.sets import TEST_ROLES, may_share, open_source
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json
@@ -126,7 +127,7 @@ class _Set:
 def shared_pairs(recipe: Recipe, cache_dir: Path, say: Callable[[str], None] = lambda text: None) -> list[SharedPair]:
     """Returns the images that two roles share. Two sets of one role may, and sandbox sets are compared by name.
 
-    Of a corrupted set the images without corruptions are compared; ``sets.may_share`` says with which it may share.
+    Of a corrupted set the images without corruptions are compared; ``role_checks.may_share`` says which may.
 
     Every stored file is read once (``data.records``), and candidates once more; what was found stays in the cache, so
     the next call only checks dates. A test set that cannot be read is passed over, with a warning in the log: it may

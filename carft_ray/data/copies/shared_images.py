@@ -18,7 +18,7 @@ from carft_ray import files
 from carft_ray.data.copies.find import SharedImage, SharedPair, shared_pairs, shared_problems
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import excluded_ids, plain_place
-from carft_ray.data.sets import TEST_ROLES, check_roles, may_share
+from carft_ray.data.role_checks import TEST_ROLES, check_roles, may_share
 from carft_ray.errors import HoldOutError, Problem, StorageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.checks.rules import named_sets

@@ -19,8 +19,8 @@ from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import CACHE_KEYS
-from carft_ray.results.reading.documents import num_test_reads
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.status_and_ls import num_test_reads
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
 from carft_ray.study.outcome import TrialRow, require_name
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import alphas, read_predictions, select, sets
 from carft_ray.layout import THUMBNAILS
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import predictions_path
 from carft_ray.training.thumbnails import changed, read_thumbnails
 

@@ -25,8 +25,8 @@ from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.sets import plain
 from carft_ray.results.page.changed_images import changed_images, points_of_best
 from carft_ray.results.page.health import findings
-from carft_ray.results.reading.documents import listing, status
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.status_and_ls import listing, status
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
 from carft_ray.results.stored import predictions_path, read_compared
 from carft_ray.study.importance import importances

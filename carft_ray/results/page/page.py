@@ -17,7 +17,7 @@ from urllib.parse import quote
 from carft_ray.launch.figures.study_figure import write_figure
 from carft_ray.layout import FIGURE_SVG, FOLDERS
 from carft_ray.results.page.figures import figures
-from carft_ray.results.reading.overview import Overview
+from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.lock import require_nothing_outside
 from carft_ray.untrusted import visible

@@ -14,7 +14,7 @@ from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.pareto import placed
-from carft_ray.results.reading.overview import find_row, is_study, require_claimed
+from carft_ray.results.reading.study_view import find_row, is_study, require_claimed
 from carft_ray.study import identity
 from carft_ray.study.outcome import TrialRow, read_result
 from carft_ray.study.provenance import PROVENANCE

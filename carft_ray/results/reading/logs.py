@@ -6,7 +6,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.layout import CUT, ERROR, HEARTBEAT, LOG, RESULT
-from carft_ray.results.reading.overview import Overview, find_row
+from carft_ray.results.reading.study_view import Overview, find_row
 from carft_ray.study.lease import holder
 from carft_ray.study.outcome import TrialRow
 

@@ -1,12 +1,23 @@
 """The sentence on what a search has gained over a baseline, and intervals in words."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from carft_ray.evaluation.objective import objective_spec
+import numpy as np
+
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.statistics.intervals import Interval, objective_difference
+from carft_ray.results.statistics.intervals import (
+    LEVEL,
+    Interval,
+    ValuesBySet,
+    crossed,
+    mean_accuracies,
+    values_by_seed,
+    worst_domain_notes,
+)
 from carft_ray.study.outcome import TrialRow
 
 
@@ -80,3 +91,31 @@ def against_baseline(
         "sentence": sentence,
         "line": f"{measured}: {best.name}: {sentence}; 95 %, {difference.words}.",
     }
+
+
+def objective_difference(
+    spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet, level: float = LEVEL
+) -> Interval:
+    """Returns the paired interval of the objective of configuration a minus that of b.
+
+    For a linear objective this is ``crossed`` on the differences of correctness. Otherwise the images enter as
+    (w_aj x_ajqk - w_bj x_bjqk) / w_j with the derivatives at each configuration's own mean accuracies and w_j the
+    larger of the two.
+
+    Args:
+        spec: The objective and its sets.
+        correct_a: Correctness of a per set, bool [r, n_j].
+        correct_b: Correctness of b, the same images in the same order, seeds paired by index.
+        level: Of the intervals.
+    """
+    weights_a, weights_b = (spec.weights(mean_accuracies(correct)) for correct in (correct_a, correct_b))
+    weights = {name: max(w, weights_b[name]) for name, w in weights_a.items() if w or weights_b[name]}
+    differences = {
+        name: weights_a[name] / w * np.asarray(correct_a[name], np.float64)
+        - weights_b[name] / w * np.asarray(correct_b[name], np.float64)
+        for name, w in weights.items()
+    }
+    pairs = zip(values_by_seed(spec, correct_a), values_by_seed(spec, correct_b), strict=True)
+    interval = crossed(differences, weights, [a - b for a, b in pairs], level)
+    notes = dict.fromkeys([*worst_domain_notes(spec, correct_a), *worst_domain_notes(spec, correct_b)])
+    return replace(interval, notes=(*interval.notes, *notes))

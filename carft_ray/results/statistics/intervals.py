@@ -173,35 +173,7 @@ def objective_interval(spec: ObjectiveSpec, correct: ValuesBySet) -> Interval:
     correct = {name: correct[name] for name in spec.sets}
     weights = spec.weights(mean_accuracies(correct))
     interval = _within_unit(crossed(correct, weights, values_by_seed(spec, correct)))
-    return replace(interval, notes=(*interval.notes, *_worst_domain_notes(spec, correct)))
-
-
-def objective_difference(
-    spec: ObjectiveSpec, correct_a: ValuesBySet, correct_b: ValuesBySet, level: float = LEVEL
-) -> Interval:
-    """Returns the paired interval of the objective of configuration a minus that of b.
-
-    For a linear objective this is ``crossed`` on the differences of correctness. Otherwise the images enter as
-    (w_aj x_ajqk - w_bj x_bjqk) / w_j with the derivatives at each configuration's own mean accuracies and w_j the
-    larger of the two.
-
-    Args:
-        spec: The objective and its sets.
-        correct_a: Correctness of a per set, bool [r, n_j].
-        correct_b: Correctness of b, the same images in the same order, seeds paired by index.
-        level: Of the intervals.
-    """
-    weights_a, weights_b = (spec.weights(mean_accuracies(correct)) for correct in (correct_a, correct_b))
-    weights = {name: max(w, weights_b[name]) for name, w in weights_a.items() if w or weights_b[name]}
-    differences = {
-        name: weights_a[name] / w * np.asarray(correct_a[name], np.float64)
-        - weights_b[name] / w * np.asarray(correct_b[name], np.float64)
-        for name, w in weights.items()
-    }
-    pairs = zip(values_by_seed(spec, correct_a), values_by_seed(spec, correct_b), strict=True)
-    interval = crossed(differences, weights, [a - b for a, b in pairs], level)
-    notes = dict.fromkeys([*_worst_domain_notes(spec, correct_a), *_worst_domain_notes(spec, correct_b)])
-    return replace(interval, notes=(*interval.notes, *notes))
+    return replace(interval, notes=(*interval.notes, *worst_domain_notes(spec, correct)))
 
 
 def values_by_seed(spec: ObjectiveSpec, correct: ValuesBySet) -> list[float]:
@@ -295,7 +267,7 @@ def mean_accuracies(correct: ValuesBySet) -> dict[str, float]:
     return {name: float(np.asarray(array, np.float64).mean()) for name, array in correct.items()}
 
 
-def _worst_domain_notes(spec: ObjectiveSpec, correct: ValuesBySet) -> list[str]:
+def worst_domain_notes(spec: ObjectiveSpec, correct: ValuesBySet) -> list[str]:
     """Returns a warning where the lowest OOD set is not clearly the lowest (another one within one SE)."""
     if spec.kind != "worst_domain" or len(spec.ood_sets) < 2:
         return []

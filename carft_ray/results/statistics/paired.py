@@ -17,7 +17,7 @@ import numpy as np
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import BoolArray
 from carft_ray.results.statistics import intervals
-from carft_ray.results.statistics.headline import headline, in_points
+from carft_ray.results.statistics.headline import headline, in_points, objective_difference
 from carft_ray.results.statistics.intervals import LEVEL, Interval
 from carft_ray.results.statistics.optimism import seed_variances
 from carft_ray.words import counted
@@ -183,7 +183,7 @@ def _difference(
         {name: np.broadcast_to(correct[row][name], (num_seeds, correct[row][name].shape[1])) for name in spec.sets}
         for row in (winner, other)
     )
-    objective = intervals.objective_difference(spec, a, b, level)
+    objective = objective_difference(spec, a, b, level)
     gaps = intervals.paired_differences(a, b)
     sets = {name: intervals.crossed({name: gap}, {name: 1.0}) for name, gap in gaps.items()}
     return {

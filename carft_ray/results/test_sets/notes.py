@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.data.cache import key_of
+from carft_ray.data.cache import cache_dir, key_of
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.listing import StoredSource
+from carft_ray.data.open_source import open_source
 from carft_ray.data.records import records
-from carft_ray.data.sets import cache_dir, open_source
 from carft_ray.errors import CarftError
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import plain

@@ -19,17 +19,19 @@ import pyarrow as pa
 import torch
 
 from carft_ray import files
+from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
 from carft_ray.data.decoded import image_set
-from carft_ray.data.sets import TEST_ROLES, cache_dir, check_roles, check_sets, open_source
+from carft_ray.data.open_source import open_source
+from carft_ray.data.role_checks import TEST_ROLES, check_roles, check_sets
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.layout import FOLDERS, HEADS, LEDGER, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.reading import overview
+from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import compared_rows, read_record, summarise
@@ -68,8 +70,8 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         DataError, StorageError: As their messages say.
     """
     ledger.check_reason(reason)
-    study_dir = overview.require_study(study)
-    recipe = overview.study_recipe(study_dir)
+    study_dir = study_view.require_study(study)
+    recipe = study_view.study_recipe(study_dir)
     _require_test_sets(study_dir, recipe)
     with study_lock(study_dir) as held:
         claim(study_dir, recipe)

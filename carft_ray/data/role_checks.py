@@ -1,27 +1,25 @@
-"""From the roles of a recipe to sets of images, and everything that can be said about them without decoding one.
+"""Whether the sets of a recipe are there and hold what their roles need, and whether two roles would share images."""
 
-A test role is read by nobody here: the checks ask only whether its folders exist.
-"""
-
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
 from carft_ray.data.class_names import class_list, word_problems
-from carft_ray.data.file_index import user_cache_dir
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.data.readers import list_set, plain_place, reader_of
-from carft_ray.data.records import without_bad_images
-from carft_ray.data.selection import class_problems, selected_rows, stored_source
-from carft_ray.data.source import Source
+from carft_ray.data.selection import class_problems, selected_rows
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schedule import can_cut, possible_values
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import CorruptedSet, PlainSet, SandboxSet, SetSpec, StoredSet, plain
+from carft_ray.recipe.schema.sets import CorruptedSet, PlainSet, SandboxSet, SetSpec, plain
 from carft_ray.recipe.text import dotted
 
 _Held = tuple[dict[str, list[str]], set[str]]
+
+
 TEST_ROLES = ("id_test", "ood_test")
+
+
 PARTS = "parts of one folder have none in common: [0, 0.8] and [0.8, 1]"
 
 
@@ -96,43 +94,6 @@ def may_share(one: tuple[str, SetSpec], other: tuple[str, SetSpec]) -> bool:
     roles = {one[0], other[0]}
     corrupted = isinstance(one[1], CorruptedSet) or isinstance(other[1], CorruptedSet)
     return len(roles) == 1 or (corrupted and roles in ({"id_val", "ood_val"}, {"id_test", "ood_test"}))
-
-
-def open_source(spec: SetSpec, name: str, classes: tuple[str, ...] | None, cache_dir: Path | None = None) -> Source:
-    """Opens one set.
-
-    Args:
-        spec: The set as the recipe describes it.
-        name: Role or name of the set, for messages.
-        classes: Class folders in label order; None: those of the set.
-        cache_dir: Folder of the decoded sets, which keeps what images cannot be decoded; None: the user's.
-
-    Raises:
-        DataError: Something is missing, or the classes do not match.
-    """
-    if isinstance(spec, CorruptedSet):
-        from carft_ray.data.synthetic.corrupted import CorruptedSource
-
-        return CorruptedSource(open_source(spec.of, name, classes, cache_dir), spec)
-    if isinstance(spec, StoredSet):
-        source = stored_source(list_set(spec, name), spec, classes, name)
-        if spec.on_bad_image == "fail":
-            return source
-        return without_bad_images(source, cache_dir or user_cache_dir())
-    problems = sandbox.domain_problems(spec.domain, name)
-    problems += [] if classes is None else sandbox.class_problems(classes, name)
-    if problems:
-        raise DataError(problems)
-    return sandbox.sandbox_source(spec.domain, spec.split, spec.num_per_class, name)
-
-
-def cache_dir(recipe: Recipe) -> Path:
-    """Returns the absolute path of the folder for decoded sets; it need not exist.
-
-    Args:
-        recipe: The recipe; without ``data.cache_dir`` the user's cache folder is taken.
-    """
-    return user_cache_dir() if recipe.data.cache_dir is None else Path(recipe.data.cache_dir)
 
 
 def _held(spec: PlainSet) -> _Held:

@@ -14,7 +14,7 @@ from carft_ray.layout import JOURNAL, MANIFEST, STOP
 from carft_ray.recipe.schema.sampling import AnyPruner
 from carft_ray.recipe.space.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
-from carft_ray.results.reading.overview import STATES, Overview, read_study, require_study, search_began, studies_in
+from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, search_began, studies_in
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.study.lock import BUDGET_STOP
