@@ -36,8 +36,8 @@ from carft_ray.evaluation.objective import ID_SET
 from carft_ray.layout import RESULT
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.trial_values import apply
-from carft_ray.training.context import RunContext
 from carft_ray.training.run import prepare, run_training
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import load_shared_inputs
 from carft_ray.ui import console
 

@@ -39,7 +39,7 @@ from carft_ray.study.outcome import TrialSpec, trial_name
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import storage_of
 from carft_ray.study.study import Study
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 PARTS = ("throughput", "study", "driver")
 SIZES = (10, 1_000, 10_000)

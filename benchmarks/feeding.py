@@ -38,7 +38,7 @@ from carft_ray.data.views import view_batch
 from carft_ray.environment import usable_cores
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training import loop
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import Targets
 
 SIDE, WIDTH, HEIGHT, CROP_SCALE = 224, 500, 375, 0.9

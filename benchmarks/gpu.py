@@ -46,8 +46,8 @@ from carft_ray.model.clip import Clip, load_clip, wrap_model
 from carft_ray.model.tower import has_compiler
 from carft_ray.recipe.schema.fine_tuning import ModelConfig, TrainConfig
 from carft_ray.training import loop
-from carft_ray.training.context import RunContext
 from carft_ray.training.out_of_memory import is_out_of_memory
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import BLOCK, Targets, write_block
 
 NUM_CLASSES, NUM_CONTEXTS, CONTEXT_SCALE = 1000, 80, 100.0

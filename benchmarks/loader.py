@@ -43,7 +43,7 @@ from carft_ray.model.classifier import normalised
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.sets import FolderSet
 from carft_ray.training import loop
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import Targets
 
 SIDE = 224

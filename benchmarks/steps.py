@@ -37,9 +37,9 @@ from carft_ray.model.heads import cached_heads
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training import run
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.optimizer import build_optimizer
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -47,10 +47,10 @@ from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.context import RunContext
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run import prepare, run_training
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 
 ID_TEST = "id_test"

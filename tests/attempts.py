@@ -27,8 +27,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.training import run
-from carft_ray.training.context import RunContext
 from carft_ray.training.out_of_memory import micro_batch_of, shortage
+from carft_ray.training.run_context import RunContext
 
 HERE = Path(__file__).parent
 STAND_IN = Runner(stand_in.prepare, stand_in.train)

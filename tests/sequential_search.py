@@ -15,7 +15,7 @@ from carft_ray.recipe.trial_values import apply
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 DIVERGES = 2  # number of the trial that does
 EPOCHS = 3

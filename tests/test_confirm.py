@@ -31,7 +31,7 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import confirmations, trials
 from carft_ray.study.warm_start import inherited_reads
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 from carft_ray.ui.progress import search_shown
 
 

@@ -18,8 +18,8 @@ from carft_ray.recipe.trial_values import apply
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
-from carft_ray.training.context import RunContext
 from carft_ray.training.run import prepare, run_training
+from carft_ray.training.run_context import RunContext
 
 pytestmark = pytest.mark.slow
 

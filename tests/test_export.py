@@ -38,8 +38,8 @@ from carft_ray.results.export.export import export_model
 from carft_ray.results.export.model_card import model_card
 from carft_ray.results.export.verify import TOLERANCE
 from carft_ray.results.reading.trained import evaluate_trained, open_trained
-from carft_ray.training.context import RunContext
 from carft_ray.training.evaluate import predict
+from carft_ray.training.run_context import RunContext
 
 # what a user of an export has: its folder, PNG images, and the code on its model card
 STOCK = """

@@ -12,8 +12,8 @@ from conftest import ArraySource
 from carft_ray.data.views import view_batch
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training import prefetch
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import _views
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import Targets
 
 CPU = torch.device("cpu")

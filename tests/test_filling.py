@@ -22,8 +22,8 @@ from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training import shared_inputs
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import StoppedRun
+from carft_ray.training.run_context import RunContext
 
 HERE = Path(__file__).parent
 PREPARED = Path("none")  # no set was listed before

@@ -18,9 +18,10 @@ from PIL import EpsImagePlugin, Image
 from sources import open_set
 
 from carft_ray.data import images
+from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.images import FORMATS, decode_image, read_bytes, small_image
 from carft_ray.data.listed_sets import open_sets, write_sets
-from carft_ray.data.records import records, without_bad_images
+from carft_ray.data.records import records
 from carft_ray.errors import DataError
 from carft_ray.recipe.loading import load_recipe
 

@@ -25,7 +25,7 @@ from strict_roles import check_overlap
 
 from benchmarks.pairs import COPIES as MADE
 from benchmarks.pairs import signed
-from carft_ray.data import records
+from carft_ray.data import bad_images
 from carft_ray.data.copies.find import TOLERANCE, alike, candidates, distances
 from carft_ray.data.records import thumbnails_of
 from carft_ray.data.same_picture import LIMIT, grey_picture, picture_distance
@@ -34,7 +34,7 @@ from carft_ray.errors import DataError, HoldOutError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training import run as evaluation
 from carft_ray.training import shared_inputs
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 pytestmark = pytest.mark.slow
 
@@ -615,6 +615,6 @@ def test_how_many_images_are_left_out_is_told_once_with_the_first_ones(run, here
     assert "; carft-ray doctor RECIPE --json names all of training and validation" in line
     named = json.loads(run("doctor", "recipe.yaml", "--json", *SKIP)[1])["sets"]["data.train"]["unreadable"]
     assert [f"star/{index}.png" in text for index, text in enumerate(named)] == [True] * 4
-    records._warned.clear()  # as in a process of its own, which opens the set three times
+    bad_images._warned.clear()  # as in a process of its own, which opens the set three times
     code, _, said = run("train", "--out", "skipping", *SKIP)
     assert (code, said.count("left out")) == (0, 1)

@@ -8,8 +8,8 @@ from PIL import Image
 from sources import open_set, open_train, open_validation
 from strict_roles import check_overlap
 
+from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.open_source import open_source
-from carft_ray.data.records import without_bad_images
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
 from carft_ray.evaluation.predictions import predictions_table

@@ -26,10 +26,10 @@ from carft_ray.model.mixing import mix_weights
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training import checkpoint
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.losses import Loss, context_distribution, context_kl
 from carft_ray.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from carft_ray.training.run_context import RunContext
 
 CPU = torch.device("cpu")
 

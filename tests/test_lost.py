@@ -26,9 +26,9 @@ from carft_ray.model.heads import build_heads
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_failure
 from carft_ray.training import checkpoint, loop
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.ranks import from_rank_0, gather, on_all_ranks
+from carft_ray.training.run_context import RunContext
 
 TWO = RunContext(rank=1, world_size=2)
 

@@ -30,11 +30,11 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
 from carft_ray.recipe.loading import own_functions as own_of
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.trial_values import apply
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.own_function import load_function
 from carft_ray.training.own_training import OwnInputs, checked_state, own_fine_tune
 from carft_ray.training.run import prepare, run_training
+from carft_ray.training.run_context import RunContext
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent / "examples"

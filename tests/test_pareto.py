@@ -40,8 +40,8 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, trial_name, write_failure
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import TRAINING_OF, WARM_FROM, best_row, is_training, trials
-from carft_ray.training.context import RunContext
 from carft_ray.training.run import prepare, run_training
+from carft_ray.training.run_context import RunContext
 
 HERE = Path(__file__).parent
 

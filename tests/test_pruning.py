@@ -28,7 +28,7 @@ from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
 from carft_ray.study.recovery import recover, recover_running
 from carft_ray.study.rows import trials
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 HALVING = {"name": "successive_halving"}
 EPOCHS = 6

@@ -15,10 +15,11 @@ from sources import open_set
 
 from benchmarks.photos import photo
 from carft_ray.data import records as module
+from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.content import image_digest
 from carft_ray.data.copies.find import candidates, distances, same_bytes
 from carft_ray.data.images import decode_image, small_image
-from carft_ray.data.records import SHORT_SIDE, records, thumbnails_of, without_bad_images
+from carft_ray.data.records import SHORT_SIDE, records, thumbnails_of
 from carft_ray.errors import DataError, Problem
 
 NAMES = [f"{name}/{index}.{ending}" for name in ("bird", "cat") for index, ending in enumerate(("jpg", "png") * 6)]

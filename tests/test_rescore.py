@@ -31,8 +31,8 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
-from carft_ray.training.context import RunContext
 from carft_ray.training.run import prepare, run_training
+from carft_ray.training.run_context import RunContext
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from carft_ray.errors import StorageError
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.training.context import RunContext
 from carft_ray.training.run import _recorder
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.tensorboard import EventFile, run_folder
 
 RUN = "lr=0.01 kl=1"

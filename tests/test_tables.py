@@ -14,9 +14,9 @@ import pytest
 from layouts_tables import CLASSES, mixed_modes, pictures, table_of, write_folder, write_table
 from sources import open_set
 
+from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.content import image_digests, set_digest
 from carft_ray.data.formats.shards import find_files
-from carft_ray.data.records import without_bad_images
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.table_rows import ArrowRows, ParquetRows
 from carft_ray.errors import DataError

@@ -24,8 +24,8 @@ from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
 from carft_ray.recipe.trial_values import apply
 from carft_ray.training import loop, run, targets
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import StoppedRun, fine_tune
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs
 from carft_ray.training.targets import BLOCK, Targets, read_block, store_dir, write_block
 

@@ -38,8 +38,8 @@ from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
-from carft_ray.training.context import RunContext
 from carft_ray.training.run import run_training
+from carft_ray.training.run_context import RunContext
 
 pytestmark = pytest.mark.slow
 

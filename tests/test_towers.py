@@ -36,10 +36,10 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.reading.trained import evaluate_trained, open_trained
 from carft_ray.training import run
 from carft_ray.training.checkpoint import newest_checkpoint
-from carft_ray.training.context import RunContext
 from carft_ray.training.evaluate import predict, predict_all
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.optimizer import build_optimizer, set_learning_rate
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs
 
 pytestmark = pytest.mark.slow

@@ -6,7 +6,7 @@ from pathlib import Path
 import attempts
 
 from carft_ray.training import run
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 
 def _train():

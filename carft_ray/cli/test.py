@@ -19,7 +19,7 @@ def evaluate_test_sets(
 ) -> None:
     """Open the test sets: measure winner and baselines on id_test and ood_test, once. The ledger records every read."""
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
-    from carft_ray.results.test_sets.read import read_sealed
+    from carft_ray.results.test_sets.sealed_read import read_sealed
     from carft_ray.results.test_sets.summary import read_lines
 
     step = f"Resume with: {common.command_line('test', study)}"

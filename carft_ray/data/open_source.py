@@ -1,13 +1,10 @@
-"""From the roles of a recipe to sets of images, and everything that can be said about them without decoding one.
-
-A test role is read by nobody here: the checks ask only whether its folders exist.
-"""
+"""From a set of a recipe to its images, whatever its source; bad ones are left out where the recipe says so."""
 
 from pathlib import Path
 
+from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import user_cache_dir
 from carft_ray.data.readers import list_set
-from carft_ray.data.records import without_bad_images
 from carft_ray.data.selection import stored_source
 from carft_ray.data.source import Source
 from carft_ray.data.synthetic import sandbox

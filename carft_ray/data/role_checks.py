@@ -11,13 +11,10 @@ from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schedule import can_cut, possible_values
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import CorruptedSet, PlainSet, SandboxSet, SetSpec, plain
+from carft_ray.recipe.schema.sets import TEST_ROLES, CorruptedSet, PlainSet, SandboxSet, SetSpec, plain
 from carft_ray.recipe.text import dotted
 
 _Held = tuple[dict[str, list[str]], set[str]]
-
-
-TEST_ROLES = ("id_test", "ood_test")
 
 
 PARTS = "parts of one folder have none in common: [0, 0.8] and [0.8, 1]"

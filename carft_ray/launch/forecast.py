@@ -45,7 +45,7 @@ from carft_ray.recipe.trial_values import drawn, middle
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import read_result
 from carft_ray.study.recovery import recover_confirm
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 NUM_SEARCHES = 200
 LEAST_DOUBT = 0.1  # of every forecast: the machine is never quite as it was

@@ -17,8 +17,8 @@ from carft_ray.errors import Problem, UsageError
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.training.context import RunContext
 from carft_ray.training.own_function import MAIN, OwnFunction, check_signature, load_function
+from carft_ray.training.run_context import RunContext
 
 TRUST = "--trust"
 _LIMITS = (

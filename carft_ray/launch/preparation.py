@@ -19,7 +19,7 @@ from carft_ray.launch.ray_cluster.concurrency import Capacity, num_fitting
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
 from carft_ray.layout import PREPARED, RAY_FILES, STOP
 from carft_ray.recipe.schema.recipe import with_threads
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 DOING = "preparing.txt"  # in it: what the preparation does at the moment
 WAIT_NOTE_AFTER_S = 5.0  # a preparation that has not begun by then gets a note

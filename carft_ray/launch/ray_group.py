@@ -31,7 +31,7 @@ from carft_ray.launch.worker import run_worker
 from carft_ray.layout import RAY_FILES, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import TrialSpec, must_leave
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 IDLE_S = 30.0

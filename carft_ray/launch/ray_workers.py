@@ -23,7 +23,7 @@ from carft_ray.launch.worker import run_worker
 from carft_ray.layout import STOP
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, TrialSpec, read_failure
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 
 def tune_trainable(runtime: Runtime) -> Any:

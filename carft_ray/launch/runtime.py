@@ -16,7 +16,7 @@ from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.layout import CUT, MANIFEST, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import must_leave
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 Say = Callable[[str], None]
 Fill = Callable[[Recipe, Path, Say], None]

@@ -32,7 +32,7 @@ from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import RAY_FILES, STOP
 from carft_ray.study.study import Study
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 STOPPED = "stopped on request"
 MAX_PENDING = "100000"  # trials that Tune may hold waiting: how many that are is the driver's affair

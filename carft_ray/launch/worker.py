@@ -26,8 +26,8 @@ from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, Heartbeat, TrialSpec, append_log, check_fence
-from carft_ray.training.context import RunContext
 from carft_ray.training.out_of_memory import free_device, is_out_of_memory
+from carft_ray.training.run_context import RunContext
 
 HEARTBEAT_EVERY_S = 1.0  # steps are reported to the driver this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log

@@ -20,11 +20,11 @@ from carft_ray.layout import MANIFEST
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import TEST_ROLES
 from carft_ray.recipe.text import dotted
 
 PROVENANCE = "provenance"
 CHANGING = ("code", "versions", "hardware")  # may change between two searches of one study; kept in the history
-TEST_ROLES = ("id_test", "ood_test")
 _COMPARED = (  # besides the sets: place, what it is, its keys in the provenance, next step
     ("data.classes", "the classes", ("classes",), "Restore their names and order"),
     ("model", "the weights", ("model", "weights_hash"), "Restore the weights"),

@@ -7,7 +7,7 @@ import importlib
 from typing import Any
 
 _HOMES = {
-    "RunContext": "training.context",
+    "RunContext": "training.run_context",
     "context_distribution": "training.losses",
     "context_kl": "training.losses",
     "fine_tune": "training.loop",

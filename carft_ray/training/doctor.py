@@ -28,7 +28,7 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import list_set, reader_of
 from carft_ray.data.records import records
-from carft_ray.data.role_checks import TEST_ROLES, check_roles, check_sets
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.selection import stored_source
 from carft_ray.data.source import ImageSet
 from carft_ray.data.synthetic.sandbox import TEMPLATES as SANDBOX_TEMPLATES
@@ -44,12 +44,12 @@ from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
-from carft_ray.recipe.schema.sets import StoredSet
+from carft_ray.recipe.schema.sets import TEST_ROLES, StoredSet
 from carft_ray.recipe.text import dotted
-from carft_ray.training.context import RunContext
+from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict, subset
 from carft_ray.training.losses import context_distribution, context_entropy
-from carft_ray.training.run import device_of
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted, time_left
 

@@ -10,10 +10,10 @@ import torch
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.predictions import concat, predictions_table
 from carft_ray.model.classifier import ImageClassifier
-from carft_ray.training.context import RunContext
 from carft_ray.training.out_of_memory import in_batches
 from carft_ray.training.prefetch import images_ahead
 from carft_ray.training.ranks import gather
+from carft_ray.training.run_context import RunContext
 
 
 def predict(

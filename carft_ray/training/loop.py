@@ -38,11 +38,11 @@ from carft_ray.training.checkpoint import (
     newest_checkpoint,
     optimizer_tensors,
 )
-from carft_ray.training.context import RunContext
 from carft_ray.training.losses import Loss
 from carft_ray.training.optimizer import build_optimizer, clip_gradients, learning_rate_at, set_learning_rate
 from carft_ray.training.out_of_memory import micro_batch_of
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import BLOCK, Part, Targets
 
 logger = logging.getLogger(__name__)

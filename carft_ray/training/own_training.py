@@ -27,11 +27,11 @@ from carft_ray.errors import DivergedError, OutOfMemoryError, Problem, RecipeErr
 from carft_ray.model.classifier import ImageClassifier, build_classifier, copies
 from carft_ray.model.clip import Clip
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import StoppedRun, same_attention
 from carft_ray.training.out_of_memory import is_out_of_memory
 from carft_ray.training.own_function import KEY
 from carft_ray.training.ranks import from_rank_0, gather
+from carft_ray.training.run_context import RunContext
 
 WRAPPERS = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and torch.compile, in each order
 MOST_SHOWN = 5  # problems of a state

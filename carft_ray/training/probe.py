@@ -18,11 +18,12 @@ from carft_ray.layout import CHECKPOINTS, HEADS, PREDICTIONS, RESULT
 from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.context import RunContext
+from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.ranks import from_rank_0
-from carft_ray.training.run import LIVE_ALPHAS, RESULT_VERSION, device_of, run_training
+from carft_ray.training.run import LIVE_ALPHAS, RESULT_VERSION, run_training
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import shared_inputs_of_worker
 
 NUM_STEPS = 30  # half of all steps where a training has fewer than twice as many

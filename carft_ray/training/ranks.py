@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from carft_ray.errors import CarftError, MachineError
 from carft_ray.files import MACHINE_ERRNOS
-from carft_ray.training.context import RunContext
+from carft_ray.training.run_context import RunContext
 
 T = TypeVar("T")
 

@@ -36,7 +36,7 @@ from carft_ray.model.tower import compiles, recipe_problems
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe, without_tests
 from carft_ray.training.checkpoint import load_tensors, save_tensors
-from carft_ray.training.context import RunContext
+from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict_all, subset
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.origin import gpu_names, shared_origin, training_environment
@@ -44,6 +44,7 @@ from carft_ray.training.out_of_memory import explained_shortage, micro_batch_of
 from carft_ray.training.own_function import OwnFunction, on_node, source_of
 from carft_ray.training.own_training import OwnInputs, own_fine_tune
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker, target_store
 from carft_ray.training.tensorboard import EventFile, run_folder, tag_of, varied
 from carft_ray.training.thumbnails import write_thumbnails
@@ -54,12 +55,6 @@ RESULT_VERSION = 1
 LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
 
 logger = logging.getLogger(__name__)
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """Returns where a worker computes: the GPU that it was given, else the CPU."""
-    use_gpu = recipe.resources.gpus_per_worker != 0 and torch.cuda.is_available()
-    return torch.device("cuda" if use_gpu else "cpu")
 
 
 def prepare(

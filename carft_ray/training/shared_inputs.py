@@ -23,9 +23,9 @@ from carft_ray.model.clip import Clip, load_clip
 from carft_ray.model.prompts import templates
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import SandboxSet, plain
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.ranks import gather
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import TARGETS, store_dir
 from carft_ray.words import time_left
 

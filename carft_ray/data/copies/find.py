@@ -36,13 +36,14 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import key_of, made_once
 from carft_ray.data.content import reading_threads
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import list_set, plain_place
-from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, Records, records, without_bad_images
-from carft_ray.data.role_checks import TEST_ROLES, may_share
+from carft_ray.data.records import NUM_NAMED, SIDE, VIEWS, Records, records
+from carft_ray.data.role_checks import may_share
 from carft_ray.data.same_picture import LIMIT, GreyPicture, grey_picture, picture_distance
 from carft_ray.data.selection import unlabelled_source
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
@@ -50,7 +51,7 @@ from carft_ray.errors import DataError, Problem, StorageError
 from carft_ray.files import read_json, write_json
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import SetSpec, StoredSet, plain
+from carft_ray.recipe.schema.sets import TEST_ROLES, SetSpec, StoredSet, plain
 from carft_ray.words import time_left
 
 FORMAT_VERSION = 3  # rises when other pairs are found in the same records

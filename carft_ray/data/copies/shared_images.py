@@ -18,12 +18,12 @@ from carft_ray import files
 from carft_ray.data.copies.find import SharedImage, SharedPair, shared_pairs, shared_problems
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.readers import excluded_ids, plain_place
-from carft_ray.data.role_checks import TEST_ROLES, check_roles, may_share
+from carft_ray.data.role_checks import check_roles, may_share
 from carft_ray.errors import HoldOutError, Problem, StorageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import CorruptedSet
+from carft_ray.recipe.schema.sets import TEST_ROLES, CorruptedSet
 from carft_ray.untrusted import csv_cell, of_csv_cell, read_text
 from carft_ray.words import counted
 

@@ -22,8 +22,8 @@ from carft_ray.errors import MachineError, NoSuccessfulTrialError, Problem
 from carft_ray.files import MACHINE_ERRNOS
 from carft_ray.layout import LOG
 from carft_ray.study.outcome import TrialRow
-from carft_ray.training.context import RunContext
 from carft_ray.training.out_of_memory import TEXTS
+from carft_ray.training.run_context import RunContext
 
 LONGEST = 300  # characters of a cause
 TERMINAL_CODES = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])")

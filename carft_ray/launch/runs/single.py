@@ -18,9 +18,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.identity import claim
 from carft_ray.study.lock import gone_if_nothing_began, is_ours, study_lock
 from carft_ray.study.provenance import record_provenance
-from carft_ray.training.context import RunContext
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run import run_training
+from carft_ray.training.run_context import RunContext
 from carft_ray.words import counted
 
 Row = dict[str, float]

@@ -312,3 +312,4 @@ class DataConfig(Config):
 
 # keys of ``data`` that say where and how images are kept: other values of them do not make another study
 CACHE_KEYS = ("cache_dir", "cache_gb", "pack")
+TEST_ROLES = ("id_test", "ood_test")

@@ -24,9 +24,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.context import RunContext
+from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict_all
-from carft_ray.training.run import device_of
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted
 

@@ -1,10 +1,10 @@
-"""Intervals over seeds and images, crossed, and the sentences about them.
+"""Intervals over seeds and images, crossed.
 
 Every seed is evaluated on the same images, so seeds and images are two crossed random effects (the multi-bootstrap of
 MultiBERTs, arXiv 2106.16163, in closed form). An interval is over new seeds and new images, and printed with these
 words, ``OVER_SEEDS_AND_IMAGES``; of one training it is ``OVER_IMAGES``. Not covered: another training set.
 
-Shape letters: r seeds, n images of one set. All values are fractions; only ``in_points`` writes points (percent).
+Shape letters: r seeds, n images of one set. All values are fractions.
 """
 
 import math

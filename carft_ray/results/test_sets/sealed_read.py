@@ -24,13 +24,14 @@ from carft_ray.data.class_names import class_folders
 from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
 from carft_ray.data.decoded import image_set
 from carft_ray.data.open_source import open_source
-from carft_ray.data.role_checks import TEST_ROLES, check_roles, check_sets
+from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.layout import FOLDERS, HEADS, LEDGER, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import TEST_ROLES
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes
@@ -43,9 +44,9 @@ from carft_ray.study.outcome import require_name
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.context import RunContext
+from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict_all
-from carft_ray.training.run import device_of
+from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted, times
 
