@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import Compose
 
-from carft_ray import environment
 from carft_ray.errors import DataError, Problem
 from carft_ray.model.building import quiet
 from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
@@ -143,13 +142,6 @@ def model_key(clip: Clip) -> list[Any]:
     Neither the architecture's options nor its modules hold everything: an activation may be in one of them alone.
     """
     return [clip.weights_hash, clip.config["model_cfg"], re.sub(" at 0x[0-9a-f]+", "", repr(clip.model))]
-
-
-def computed_on(device: torch.device) -> list[Any]:
-    """Returns what of a machine decides the last bits of what torch computes on a device, with its threads now."""
-    if device.type == "cuda":
-        return [torch.cuda.get_device_name(device), torch.get_float32_matmul_precision()]
-    return [environment.cpu_model(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()]
 
 
 def tokenizer_hash(clip: Clip) -> str:

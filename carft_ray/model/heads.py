@@ -25,7 +25,8 @@ from carft_ray.data.cache import cache_dir
 from carft_ray.data.file_index import write_file
 from carft_ray.errors import StorageError
 from carft_ray.model.classifier import at_least_float32
-from carft_ray.model.clip import Clip, computed_on, model_key, tokenizer_hash
+from carft_ray.model.clip import Clip, model_key, tokenizer_hash
+from carft_ray.model.device import computed_on
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.words import time_left
 

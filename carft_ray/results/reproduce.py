@@ -17,12 +17,13 @@ from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import FOLDERS, PREPARED, REFERENCES
+from carft_ray.model.device import gpu_names
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading.finished import Finished, open_finished
 from carft_ray.study.outcome import read_result
 from carft_ray.study.provenance import CHANGING, differences, identity_problems, leaves
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.origin import gpu_names, set_contents
+from carft_ray.training.origin import set_contents
 from carft_ray.training.run import prepare
 from carft_ray.words import counted
 

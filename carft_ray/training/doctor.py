@@ -38,6 +38,7 @@ from carft_ray.evaluation.predictions import accuracy
 from carft_ray.model.catalog import check_model, model_warnings
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import Clip, load_clip
+from carft_ray.model.device import device_of
 from carft_ray.model.heads import Say, cached_heads
 from carft_ray.model.prompts import templates
 from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
@@ -46,7 +47,6 @@ from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
 from carft_ray.recipe.schema.sets import TEST_ROLES, StoredSet
 from carft_ray.recipe.text import dotted
-from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict, subset
 from carft_ray.training.losses import context_distribution, context_entropy
 from carft_ray.training.run_context import RunContext

@@ -16,6 +16,7 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.data.records import records
 from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.data.views import INTERPOLATION, VIEW_VERSION
+from carft_ray.model.device import device_name
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.shared_inputs import SharedInputs
 
@@ -103,13 +104,3 @@ def training_environment(device: torch.device, num_workers: int, is_compiled: bo
         "num_workers": num_workers,
         "compile": is_compiled,
     }
-
-
-def gpu_names() -> list[str]:
-    """Returns the names of the GPUs that this process sees."""
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def device_name(device: torch.device) -> str:
-    """Returns ``cpu`` or the name of the GPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -15,10 +15,10 @@ from carft_ray import files
 from carft_ray.data.packed import PackedSource
 from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.layout import CHECKPOINTS, HEADS, PREDICTIONS, RESULT
+from carft_ray.model.device import device_of
 from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.ranks import from_rank_0

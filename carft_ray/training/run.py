@@ -30,16 +30,16 @@ from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, select, write_predictions
 from carft_ray.model.classifier import build_classifier
+from carft_ray.model.device import device_of, gpu_names
 from carft_ray.model.heads import cached_heads
 from carft_ray.model.mixing import Mixtures
 from carft_ray.model.tower import compiles, recipe_problems
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe, without_tests
 from carft_ray.training.checkpoint import load_tensors, save_tensors
-from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict_all, subset
 from carft_ray.training.loop import fine_tune
-from carft_ray.training.origin import gpu_names, shared_origin, training_environment
+from carft_ray.training.origin import shared_origin, training_environment
 from carft_ray.training.out_of_memory import explained_shortage, micro_batch_of
 from carft_ray.training.own_function import OwnFunction, on_node, source_of
 from carft_ray.training.own_training import OwnInputs, own_fine_tune

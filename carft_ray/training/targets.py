@@ -34,7 +34,8 @@ from carft_ray import environment
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.model.classifier import ImageClassifier, build_classifier
-from carft_ray.model.clip import Clip, computed_on, model_key
+from carft_ray.model.clip import Clip, model_key
+from carft_ray.model.device import computed_on
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training.losses import context_distribution
 from carft_ray.training.prefetch import MakeViews, Upload, arrived, copy_stream, upload

@@ -19,12 +19,12 @@ from carft_ray.evaluation.objective import metrics_at, objective_spec
 from carft_ray.evaluation.predictions import select
 from carft_ray.layout import CONFIRM, HEADS, PREPARED, RESULT, WEIGHTS
 from carft_ray.model.classifier import ImageClassifier, build_classifier
+from carft_ray.model.device import device_of
 from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs

@@ -30,6 +30,7 @@ from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.layout import FOLDERS, HEADS, LEDGER, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
+from carft_ray.model.device import device_of
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import TEST_ROLES
 from carft_ray.results.reading import study_view
@@ -44,7 +45,6 @@ from carft_ray.study.outcome import require_name
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.device import device_of
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
