@@ -1,4 +1,4 @@
-"""Data order and views as pure functions: nothing is kept between calls, so resume needs only (epoch, step).
+"""Views of training images as pure functions: nothing is kept between calls, so resume needs only (epoch, step).
 
 A view is what one visit shows of one image: a random crop, resized. It depends on (seed, sample id, visit, view
 parameters), never on rank, world size, batch or the number of epochs.

@@ -1,4 +1,4 @@
-"""Building open_clip models without their weights, and reaching the hub that has them."""
+"""Building open_clip models without their weights, and without their libraries' words on the terminal."""
 
 import contextlib
 import logging
