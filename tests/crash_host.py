@@ -233,6 +233,12 @@ def import_everything():
     import scipy.stats  # noqa: F401
     import torch
 
+    import carft_ray.cli
+    import carft_ray.launch.runs.single
+    import carft_ray.recipe.checks.advice
+    import carft_ray.training.run
+    import carft_ray.ui.progress  # noqa: F401
+
     PIL.Image.preinit()
     torch.set_num_threads(1)
     gc.collect()
