@@ -311,7 +311,7 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
 
 KILLED = """
 import os, sys
-from carft_ray.results.test_sets import read as sealed
+from carft_ray.results.test_sets import sealed_read as sealed
 
 plain, calls = sealed.predict_all, []
 
