@@ -15,7 +15,6 @@ from carft_ray.ui import console
 if TYPE_CHECKING:
     from carft_ray.recipe.schema.recipe import Recipe
 
-
 ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a study", "Trusting the numbers"  # panels
 
 # options that set a key of the recipe

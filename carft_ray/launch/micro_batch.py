@@ -79,10 +79,9 @@ def _key(recipe: Recipe) -> str:
 
 def _device(recipe: Recipe) -> str:
     if recipe.resources.gpus_per_worker != 0:  # a training on the CPU may have no torch yet
-        import torch
+        from carft_ray.model.device import device_name, device_of
 
-        if torch.cuda.is_available():
-            return torch.cuda.get_device_name()
+        return device_name(device_of(recipe))
     return "cpu"
 
 

@@ -120,6 +120,8 @@ def shortage(what: str, num_images: int, image_size: int, device: "torch.device"
     if device.type == "cuda":
         import torch
 
+        from carft_ray.model.device import device_name
+
         free, total = torch.cuda.mem_get_info(device)
-        value = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on {torch.cuda.get_device_name(device)}"
+        value = f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free on {device_name(device)}"
     return Problem(what, f"{rule} must fit into memory", value, next_step=step)
