@@ -10,10 +10,10 @@ import errno
 import fnmatch
 import json
 import os
+import secrets
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems wit
 MOST_JSON_BYTES = 2**30  # of a file of a study that is read whole
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
 RETRY_EVERY_S = 0.2
+REMAINS = ".*.[0-9]*.tmp"  # pattern of temporary names
 
 T = TypeVar("T")
 
@@ -159,9 +160,18 @@ def fsync_file(path: Path) -> None:
         os.close(handle)
 
 
-def _temporary(path: Path) -> Path:
-    """Returns a name that no other process has, on whatever machine: in containers most have the same number."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{socket.gethostname()}.tmp")
+def make_folder(path: Path) -> None:
+    """Makes a folder and those that it lies in, where they are missing, so that they survive a power failure."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        with contextlib.suppress(FileExistsError):
+            path.mkdir()
+        fsync_file(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Returns a name beside a file that no other thread or process has: in containers most have the same number."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(6)}.tmp")
 
 
 @contextlib.contextmanager
@@ -173,7 +183,7 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: The file cannot be written; nothing is left under its name that was not there before.
     """
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -193,8 +203,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         StorageError: As ``new_file``.
     """
-    with new_file(path) as temporary, open(temporary, "wb") as file:
-        file.write(data)
+    with new_file(path) as temporary:
+        write_flushed(temporary, [data])
+
+
+def write_flushed(path: Path, pieces: Iterable[bytes]) -> None:
+    """Writes a file under this name at once and flushes it: for temporary names."""
+    with open(path, "wb") as file:
+        file.writelines(pieces)
         file.flush()
         os.fsync(file.fileno())
 
@@ -314,7 +330,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: A file cannot be written.
     """
-    temporary = _temporary(path)
+    temporary = temporary_name(path)
     try:
         with writing(path):
             shutil.rmtree(temporary, ignore_errors=True)
@@ -361,6 +377,6 @@ def remove_remains(folder: Path) -> None:
     with writing(folder):
         remains: list[Path] = []
         for place, folders, names in os.walk(folder):  # a third of the time of rglob, where there are 10,000 trials
-            remains += [Path(place, name) for name in fnmatch.filter([*folders, *names], ".*.[0-9]*.tmp")]
+            remains += [Path(place, name) for name in fnmatch.filter([*folders, *names], REMAINS)]
         for path in remains:
             remove(path)  # it may have been in a folder that is gone

@@ -4,6 +4,7 @@
       manifest.json      what the study is about, and what it was made with; another recipe is refused
       resolved.yaml      the complete recipe of the last search
       study.journal      the Optuna study, the only state of the search
+      log/, packs/       numbered commits, and copies of many in one file (``store.log``; nothing writes them yet)
       lock, lease.json   one search at a time, on this machine and on others
       stop               asks running trainings to write a checkpoint and end
       shared_images.csv  images that stand in two roles, and what was done
@@ -23,6 +24,8 @@ The folder of `train` is laid out as a study without a journal, with one trainin
 MANIFEST = "manifest.json"
 RESOLVED = "resolved.yaml"
 JOURNAL = "study.journal"
+COMMITS = "log"
+PACKS = "packs"
 LOCK = "lock"
 LEASE = "lease.json"
 STOP = "stop"

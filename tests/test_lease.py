@@ -15,6 +15,7 @@ from stand_in import make_recipe
 
 from carft_ray.errors import StorageError
 from carft_ray.layout import LEASE
+from carft_ray.store.owner import identity, process_started
 from carft_ray.study import lease as module
 from carft_ray.study.lease import READERS_STALE_AFTER_S, STALE_AFTER_S, holder
 from carft_ray.study.lock import study_lock
@@ -27,7 +28,7 @@ def leave(study_dir, age_s=0.0, **changes):
     """Writes the lease that a search leaves when it is killed: of this process, but for the changes."""
     study_dir.mkdir(exist_ok=True)
     path = study_dir / LEASE
-    path.write_text(json.dumps({**module._identity(), **changes}))
+    path.write_text(json.dumps({**identity(), **changes}))
     then = time.time() - age_s
     os.utime(path, (then, then))
     return path
@@ -90,7 +91,7 @@ def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_di
 def test_a_process_of_this_machine_that_lives_is_left_alone_even_without_a_lock(study_dir):
     """As on a file system that knows no locks."""
     pid = os.getppid()
-    leave(study_dir, age_s=1000, pid=pid, process_started=module._process_started(pid))
+    leave(study_dir, age_s=1000, pid=pid, process_started=process_started(pid))
     with pytest.raises(StorageError, match=f"process {pid} on "), study_lock(study_dir):
         pass
 

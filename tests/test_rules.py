@@ -29,17 +29,22 @@ LAYERS = (
     "launch",
     "study",
     "training",
+    "store",
     "evaluation",
     "model",
     "data",
     "recipe",
     "base",
 )
-APART = (("study", "training"), ("study", "evaluation"))  # neither imports the other
+APART = (  # neither imports the other
+    ("study", "training"),
+    ("study", "evaluation"),
+    *(("store", layer) for layer in ("evaluation", "model", "data", "recipe")),
+)
 BASE = ("errors", "files", "layout", "environment", "words", "untrusted")
 DOORWAYS = {
     "open_clip": ("model", "results"),  # results: exports, as their user opens them
-    "optuna": ("study",),
+    "optuna": ("study", "store"),  # store: a journal's backend
     "ray": ("launch",),
     "torch": ("data", "model", "training", "launch", "results"),  # data: its resize of uint8 alone
     "typer": ("cli",),
@@ -210,7 +215,7 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "results/reading/logs": "logs of a study, which are followed",
     "study/identity": "the manifest of a study that is held",
     "study/best": "best.yaml of a study that is held",
-    "study/lease": "the lease of a study that is held",
+    "store/owner": "the kernel's files",
     "study/ledger": "the ledger of a study that is held",
     "study/lock": "the journal of a study that is held",
     "study/study": "a file of a study that is held",

@@ -7,25 +7,22 @@ lock, which could turn away a search that begins at that moment, and write nothi
 
 import contextlib
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import LEASE
+from carft_ray.store.owner import identity, is_gone, is_seen, named
 
 BEAT_EVERY_S = 10.0
 STALE_AFTER_S = 60.0
 # a reader may not write a file to ask for the file system's clock, and goes by its own: it must believe in a heartbeat
 # for longer, since clocks of machines differ and what is known of a shared file may be old
 READERS_STALE_AFTER_S = 300.0
-ALIVE = "alive"  # of a process of which no more can be seen
-MACHINE = ("host", "boot", "pid_namespace")  # within one machine (or container) a process can be found
 
 
 class Lease:
@@ -46,7 +43,7 @@ class Lease:
     def check(self) -> None:
         """Raises a ``StorageError`` when another process has taken it over: this one was suspended, or cut off."""
         if self.lost():
-            by = _named(_read(self._path) or {})
+            by = named(_read(self._path) or {})
             rule = f"was taken over by another search while this one gave no sign of life for {STALE_AFTER_S:.0f} s"
             step = "The other search continues with all that is finished; this one has ended."
             raise StorageError(Problem(str(self._path.parent), rule, by, next_step=step))
@@ -68,13 +65,13 @@ def lease(folder: Path) -> Iterator[Lease]:
         StorageError: A live process holds it, or the folder cannot be written.
     """
     path = folder / LEASE
-    content, note = _identity(), ""
+    content, note = identity(), ""
     if files.exists(path):
         before = _read(path) or {}
         age_s = _age_s(path)
         if _is_alive(before, age_s, STALE_AFTER_S):
-            raise StorageError(in_use(folder, _named(before), age_s))
-        note = f"took over from {_named(before)}, which is gone"
+            raise StorageError(in_use(folder, named(before), age_s))
+        note = f"took over from {named(before)}, which is gone"
     files.write_json(path, content)
     held, left = Lease(path, content, note), threading.Event()
     thread = threading.Thread(target=held.beat, args=(left,), name="lease", daemon=True)
@@ -103,7 +100,7 @@ def holder(folder: Path) -> str | None:
     content = _read(path) or {}
     if not content and not files.exists(path):  # its process has just ended
         return None
-    return _named(content) if _is_alive(content, age_s, READERS_STALE_AFTER_S) else None
+    return named(content) if _is_alive(content, age_s, READERS_STALE_AFTER_S) else None
 
 
 def in_use(folder: Path, by: str, age_s: float | None = None) -> Problem:
@@ -114,40 +111,11 @@ def in_use(folder: Path, by: str, age_s: float | None = None) -> Problem:
     return Problem(str(folder), "is in use: two searches on one study would spoil it", by, next_step=step)
 
 
-def _identity() -> dict[str, Any]:
-    return {
-        "host": socket.gethostname(),
-        "boot": _or_empty(Path("/proc/sys/kernel/random/boot_id").read_text),
-        "pid_namespace": _or_empty(lambda: os.readlink("/proc/self/ns/pid")),
-        "pid": os.getpid(),
-        "process_started": _process_started(os.getpid()),
-        "since": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-
-
 def _is_alive(content: dict[str, Any], age_s: float, stale_after_s: float) -> bool:
     """Tells whether the holder of a lease is alive: by its process where that can be seen, else by its heartbeat."""
-    here = _identity()
-    if all(content.get(key) == here[key] for key in MACHINE) and isinstance(content.get("pid"), int):
-        return _process_started(content["pid"]) in (content.get("process_started"), ALIVE)
+    if is_seen(content):
+        return not is_gone(content)
     return age_s < stale_after_s
-
-
-def _process_started(pid: int) -> str:
-    """Returns when a process of this machine began, in the kernel's ticks; empty when there is none.
-
-    One that has ended and for which nobody has asked yet (in a container often nobody ever does) is none.
-    """
-    stat = _or_empty(Path(f"/proc/{pid}/stat").read_text)
-    if stat:
-        fields = stat.rpartition(")")[2].split()  # from field 3 on; the name before it may hold anything
-        return "" if fields[0] in "ZX" else fields[19]
-    with contextlib.suppress(PermissionError):  # it is another user's
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return ""
-    return ALIVE
 
 
 def _age_s(path: Path) -> float:
@@ -160,19 +128,8 @@ def _age_s(path: Path) -> float:
         return now - path.stat().st_mtime
 
 
-def _named(content: dict[str, Any]) -> str:
-    return f"process {content.get('pid', '?')} on {content.get('host', '?')}, since {content.get('since', '?')}"
-
-
 def _read(path: Path) -> dict[str, Any] | None:
     """Returns the content of a lease; None when it cannot be read."""
     with contextlib.suppress(OSError):
         return files.read_object(path)
     return None
-
-
-def _or_empty(read: Callable[[], str]) -> str:
-    try:
-        return read().strip()
-    except OSError:
-        return ""

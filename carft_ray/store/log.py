@@ -1,0 +1,381 @@
+"""The log of a study: numbered objects that never change, each one commit, and the journal of Optuna over them.
+
+    log/00000001    a line with the BLAKE2 of the next, and a line of JSON:
+                    number       of the commit, from 1
+                    previous     the BLAKE2 of the commit before; empty in the first
+                    owner        a word of the process that wrote it, for this log alone
+                    records      our own, each an object with a ``kind``
+                    operations   Optuna's
+    packs/00000001  commits 1 to 500 one after the other, packs/00000501 the next, the last perhaps with fewer
+
+A commit is there or not: creating its number is the only write that counts, and who finds the number taken by another
+has lost the study. There is no other lock. Packs are copies that make opening quick: one that is missing, damaged or
+not what ``log/`` holds is passed over. A listing is believed in what it shows and never in what it lacks.
+
+A search calls ``claim`` first, then opens Optuna's ``JournalStorage`` over the log, writes in ``commit`` and calls
+``release`` in the end. A reader calls ``follow`` instead, now and then. One thread commits; ``beat`` may have its own.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from optuna.storages.journal import BaseJournalBackend
+
+from carft_ray.errors import Problem, StorageError
+from carft_ray.layout import COMMITS, PACKS
+from carft_ray.store.objects import RefusedError, Store, UnknownError, probe
+from carft_ray.store.owner import identity, is_gone, is_this_process, named
+from carft_ray.untrusted import parse_json
+
+OWNER, RELEASED = "owner", "released"  # kinds of records: who writes from here on; that nobody does
+PACK_COMMITS = 500
+BEAT_AFTER_S = 30.0  # without a commit, the owner makes an empty one
+SILENT_FOR_S = 90.0  # without a commit, the owner is taken for dead
+LOOK_EVERY_S = 1.0  # while another owner may be dead
+UNCLEAR_FOR_S = 30.0  # what a store is given to say whether a commit is there
+RETRY_EVERY_S = 0.2
+
+Commit = dict[str, Any]
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
+_NOBODY: tuple[str, dict[str, Any]] = "", {}  # in place of the word in an owner's commits, and its ``identity``
+_OWNERS: set[str] = set()  # words of the logs that this process holds; of the spoiled ones, it holds none
+
+
+@dataclass
+class _Pending:
+    """What the next commit will hold, as JSON: nobody can change it any more."""
+
+    operations: list[str] = field(default_factory=list)
+    records: list[str] = field(default_factory=list)
+
+
+class Log(BaseJournalBackend):
+    """The log of one study, for one ``JournalStorage``.
+
+    After a commit that failed, or whose block raised, Optuna's memory may be ahead of the store: the object is spoiled
+    and raises whatever is asked of it; a new one reads what is there.
+
+    Args:
+        store: Where it lies.
+        clock: Seconds that never go back.
+        sleep: Waits for seconds.
+
+    Attributes:
+        number: Of the last commit that was read or written; 0 in an empty log.
+        digest: BLAKE2 of that commit: with its number it names a state of the study.
+        records: All of our own, each with the number of its commit.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.number, self.digest = 0, ""
+        self.records: list[tuple[int, dict[str, Any]]] = []
+        self._store, self._clock, self._sleep = store, clock, sleep
+        self._nonce = secrets.token_hex(8)
+        self._is_owner, self._is_read, self._spoiled_by = False, False, ""
+        self._holder = _NOBODY  # who has claimed the log and not released it
+        self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
+        self._num_dropped = 0  # the others
+        self._pending, self._depth = _Pending(), 0  # of the open commit: blocks in each other
+        self._block: list[bytes] = []  # commits of the pack that is not full
+        self._last_at = clock()  # when the last commit was written
+        self._lock = threading.RLock()  # of all above but what a commit collects
+
+    def claim(self, tell: Callable[[str], None] = lambda text: None, me: Mapping[str, Any] | None = None) -> int:
+        """Makes this process the owner: reads all, and waits while the last owner may be alive.
+
+        Args:
+            tell: Told once what is waited for.
+            me: The ``identity`` of this process.
+
+        Returns:
+            The number of the commit by which it became the owner.
+
+        Raises:
+            StorageError: Another search goes on, or the log is damaged or cannot be read or written.
+        """
+        self._read_on()
+        if not self.number:
+            probe(self._store)
+        record = _as_json({"kind": OWNER, **(me or identity())})[0]
+        since, has_grown, is_told = self._clock(), False, False
+        while True:
+            if _is_free(self._holder) or self._clock() - since >= SILENT_FOR_S:
+                with contextlib.suppress(RefusedError):  # another one was quicker
+                    self._write(_Pending(records=[record]))
+                    self._is_owner = True
+                    _OWNERS.add(self._nonce)
+                    return self.number
+                self._read_on()
+                since, has_grown = self._clock(), False
+            elif has_grown:
+                rule, step = "is in use: two searches on one study would spoil it", "Wait until the other search ends"
+                step += ", or end it with Ctrl-C; then run the command again."
+                raise StorageError(Problem(str(self._store), rule, named(self._holder[1]), next_step=step))
+            elif not is_told:
+                tell(f"waiting {SILENT_FOR_S:.0f} s for a write of {named(self._holder[1])}, which may be gone")
+                is_told = True
+            self._sleep(LOOK_EVERY_S)
+            has_grown = self._read_on()
+
+    def follow(self) -> bool:
+        """Reads what was committed since; never writes.
+
+        Returns:
+            Whether there was anything. An owner never finds anything.
+
+        Raises:
+            StorageError: The log is damaged, or cannot be read.
+        """
+        self._require_sound()
+        return not self._is_owner and self._read_on()
+
+    @contextlib.contextmanager
+    def commit(self, *records: Mapping[str, Any]) -> Iterator[None]:
+        """Writes what Optuna appends in the block, and our own records, as one commit when the block ends.
+
+        A block within another one is part of its commit. When there is nothing to write, nothing is.
+
+        Args:
+            records: Of our own; ``record`` adds more.
+
+        Raises:
+            RefusedError: Another search has taken the study over.
+            UnknownError: Whether the commit is there could not be found out: the process should end.
+            StorageError: The log could not be written, was spoiled before, or is not claimed.
+        """
+        with self._spoiling():
+            self._depth += 1
+            self.record(*records)
+            yield
+            self._depth -= 1
+            if not self._depth and self._pending != _Pending():
+                pending, self._pending = self._pending, _Pending()
+                self._write(pending)
+
+    def record(self, *records: Mapping[str, Any]) -> None:
+        """Adds records of our own to the commit whose block is open."""
+        if not self._depth:
+            raise StorageError(Problem(str(self._store), "needs an open commit for a record"))
+        self._pending.records += [_as_json(each)[0] for each in records]
+
+    def beat(self) -> None:
+        """Makes an empty commit when the last one is long ago: a sign of life. To be called every few seconds.
+
+        Raises:
+            StorageError: As ``commit``.
+        """
+        if self._clock() - self._last_at >= BEAT_AFTER_S:
+            with self._spoiling():
+                self._write(_Pending())
+
+    def release(self) -> None:
+        """Ends the ownership: another search may begin at once.
+
+        Raises:
+            StorageError: As ``commit``.
+        """
+        with self.commit({"kind": RELEASED}):
+            pass
+        self._is_owner = False
+        _OWNERS.discard(self._nonce)
+        self._write_pack()
+
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        """Gives Optuna the operations from a number on; it has applied those before, which are forgotten."""
+        self._require_sound()
+        with self._lock:
+            num_applied = log_number_from - self._num_dropped
+            if num_applied < 0:
+                raise StorageError(
+                    Problem(str(self._store), "can be opened by one storage of Optuna; open the log anew")
+                )
+            del self._operations[:num_applied]
+            self._num_dropped = log_number_from
+            return list(self._operations)
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        """Takes operations of Optuna for the open commit; outside of one, they are a commit of their own.
+
+        Raises:
+            TypeError: JSON cannot hold them; nothing has changed.
+            ValueError: As above.
+            StorageError: As ``commit``.
+        """
+        taken = [_as_json(each) for each in logs]
+        with self.commit(), self._lock:
+            self._pending.operations += [text for text, _ in taken]
+            self._operations += [operation for _, operation in taken]
+
+    def _require_sound(self) -> None:
+        if self._spoiled_by:
+            step = "Run the same command again: it goes on from what was written."
+            rule = "cannot be used any more by this process, since a commit failed"
+            raise StorageError(Problem(str(self._store), rule, self._spoiled_by, next_step=step))
+
+    @contextlib.contextmanager
+    def _spoiling(self) -> Iterator[None]:
+        self._require_sound()
+        if not self._is_owner:
+            raise StorageError(Problem(str(self._store), "is open for reading only"))
+        try:
+            yield
+        except BaseException as error:
+            _OWNERS.discard(self._nonce)
+            self._spoiled_by = self._spoiled_by or f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise
+
+    def _write(self, pending: _Pending) -> None:
+        with self._lock:
+            self._require_sound()
+            name, head = _name(self.number + 1), {"number": self.number + 1, "previous": self.digest}
+            lists = f'"records":[{",".join(pending.records)}],"operations":[{",".join(pending.operations)}]'
+            data = _sealed(f"{_as_json({**head, 'owner': self._nonce})[0][:-1]},{lists}}}".encode())
+            commit = _decoded(data, self.number + 1, self.digest, f"{self._store}/{name}")  # none that cannot be read
+            self._create(name, data)
+            self._take(commit, data)
+            self._last_at = self._clock()
+            if len(self._block) == PACK_COMMITS:
+                self._write_pack()
+
+    def _create(self, name: str, data: bytes) -> None:
+        """Creates an object and finds out whether it was done: an answer may be lost, or be about an earlier try."""
+        end = self._clock() + UNCLEAR_FOR_S
+        while True:
+            try:
+                return self._store.put_new(name, data)
+            except (RefusedError, UnknownError) as error:
+                found = self._found(name)
+                if found == data and isinstance(error, RefusedError):
+                    return None
+                if found not in (None, data):
+                    rule = "was written by another search, which has taken the study over"
+                    step = "The other search goes on from all that is committed; this one has ended."
+                    raise RefusedError(Problem(f"{self._store}/{name}", rule, next_step=step)) from error
+                if self._clock() >= end:
+                    rule = f"did not say for {UNCLEAR_FOR_S:.0f} s whether it has {name}"
+                    step = "Run the same command again: it finds out."
+                    raise UnknownError(Problem(str(self._store), rule, str(error), next_step=step)) from error
+            self._sleep(RETRY_EVERY_S)
+
+    def _found(self, name: str) -> bytes | None:
+        with contextlib.suppress(StorageError):
+            return self._store.get(name)
+        return None
+
+    def _write_pack(self) -> None:
+        name = _name(self.number - len(self._block) + 1, PACKS)
+        with contextlib.suppress(StorageError):  # a log without it is as good
+            self._store.put(name, b"".join(self._block))
+
+    def _read_on(self) -> bool:
+        """Reads commits to the end of the log; tells whether there were any."""
+        with self._lock:
+            before = self.number
+            while True:
+                if following := self._next_pack() or self._next_commit():
+                    for commit, data in following:
+                        self._take(commit, data)
+                        self._operations += commit["operations"]
+                elif self._is_read or not self._has_later():
+                    break
+            self._is_read = True
+            return self.number > before
+
+    def _next_commit(self) -> list[tuple[Commit, bytes]]:
+        name, number = _name(self.number + 1), self.number + 1
+        data = self._store.get(name)
+        return [] if data is None else [(_decoded(data, number, self.digest, f"{self._store}/{name}"), data)]
+
+    def _next_pack(self) -> list[tuple[Commit, bytes]]:
+        """Returns the commits of the pack that comes next; none where it is not a copy of what the log has."""
+        if self.number % PACK_COMMITS:
+            return []
+        found: list[tuple[Commit, bytes]] = []
+        name, number, digest = _name(self.number + 1, PACKS), self.number, self.digest
+        with contextlib.suppress(StorageError, ValueError):  # ValueError: an odd number of lines
+            lines = (self._store.get(name) or b"").splitlines(keepends=True)
+            for data in map(b"".join, zip(lines[::2], lines[1::2], strict=True)):
+                number += 1
+                found.append((_decoded(data, number, digest, name), data))
+                digest = _digest(data)
+            # each holds the hash of the one before, so the last tells of all
+            if 0 < len(found) <= PACK_COMMITS and self._store.get(_name(number)) == found[-1][1]:
+                return found
+        return []
+
+    def _has_later(self) -> bool:
+        """Tells whether a listing shows commits after one that was not there; then it must be there by now."""
+        name = _name(self.number + 1)
+        later = [each for each in self._store.list(COMMITS, after=name) if re.fullmatch(rf"{COMMITS}/\d{{8}}", each)]
+        if later and self._store.get(name) is None:
+            step = f"Restore {COMMITS}/ from a copy of the study."
+            raise StorageError(
+                Problem(f"{self._store}/{name}", "must be there, as later ones are", "none", next_step=step)
+            )
+        return bool(later)
+
+    def _take(self, commit: Commit, data: bytes) -> None:
+        if len(self._block) == PACK_COMMITS:
+            self._block = []
+        self._block.append(data)
+        self.number, self.digest = commit["number"], _digest(data)
+        for record in commit["records"]:
+            self.records.append((self.number, record))
+            if record.get("kind") in (OWNER, RELEASED):
+                self._holder = (commit["owner"], record) if record["kind"] == OWNER else _NOBODY
+
+
+def _is_free(holder: tuple[str, dict[str, Any]]) -> bool:
+    """Tells whether a log can be claimed at once: nobody holds it, or a process that has ended or failed at it."""
+    nonce, process = holder
+    return not nonce or is_gone(process) or (is_this_process(process) and nonce not in _OWNERS)
+
+
+def _decoded(data: bytes, number: int, previous: str, place: str) -> Commit:
+    """Returns the commit that an object holds, or raises a ``StorageError`` when it is damaged or another one."""
+    body, step = data.partition(b"\n")[2][:-1], f"Restore {COMMITS}/ from a copy of the study."
+    try:
+        commit: Commit = parse_json(body)
+        found = commit["number"], commit["previous"]
+        lists = *commit["records"], *commit["operations"]
+        is_whole = isinstance(commit["owner"], str) and all(isinstance(each, dict) for each in lists)
+        is_whole &= data == _sealed(body)
+    except (ValueError, KeyError, TypeError):
+        is_whole = False
+    if not is_whole:
+        raise StorageError(Problem(place, "must be a whole commit", "a damaged one", next_step=step))
+    if found != (number, previous):
+        rule, value = (f"commit {n} after {before or 'none'}" for n, before in ((number, previous), found))
+        raise StorageError(Problem(place, f"must be {rule}", value, next_step=step))
+    return commit
+
+
+def _sealed(body: bytes) -> bytes:
+    return b"%s\n%s\n" % (hashlib.blake2b(body, digest_size=32).hexdigest().encode(), body)
+
+
+def _digest(data: bytes) -> str:
+    return data.partition(b"\n")[0].decode()
+
+
+def _as_json(value: Any) -> tuple[str, Any]:
+    """Returns a value as JSON, and what will be read from that."""
+    text = _ENCODER.encode(value)
+    return text, parse_json(text)
+
+
+def _name(number: int, folder: str = COMMITS) -> str:
+    return f"{folder}/{number:08d}"
