@@ -1,12 +1,12 @@
 """What the engine itself costs, with trainings that do nothing: ``python -m benchmarks.engine [--only NAME ...]``
 
     throughput   trials per second from end to end through Ray (inline)
-    study        one proposal and one answer after 10, 1,000 and 10,000 finished trials, without Ray: the journal, its
+    study        one proposal and one answer after 10, 1,000 and 10,000 finished trials, without Ray: the log, its
                  size, opening it, `status` and `ls` as commands, memory
     driver       a driver with 200 running trials that report every second: its reading of their files, and the live
                  table, as shares of one core
 
-A study of n trials is not searched, it is written: one trial goes the way of every trial, and its lines in the journal
+A study of n trials is not searched, it is written: one trial goes the way of every trial, and its commits in the log
 and the files of its folder are repeated with other numbers and values. So lines, bytes and files are those of a search.
 Numbers are medians; nothing here is compared with a threshold.
 """
@@ -31,19 +31,20 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
-from carft_ray.layout import HEARTBEAT, JOURNAL, METRICS, RESOLVED, RESULT
+from carft_ray.layout import COMMITS, HEARTBEAT, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, trial_name
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import storage_of
+from carft_ray.study.rows import rows_by_kind
 from carft_ray.study.study import Study
 from carft_ray.training.run_context import RunContext
 
 PARTS = ("throughput", "study", "driver")
 SIZES = (10, 1_000, 10_000)
 NUM_TRIALS = 60  # of the search through Ray
+CREATE_TRIAL = 4  # as Optuna numbers its operations
 NUM_ASKED = 30  # proposals of which the median is taken
 NUM_LIVE = 200
 NUM_SECONDS = 10  # of the driver that are played
@@ -138,28 +139,36 @@ def fill(study_dir: Path, num_trials: int, sampler: str = "tpe") -> None:
         spec = study.next()
         assert spec is not None
         answer(study, spec)
-    folder, journal = spec.folder(study_dir), study_dir / JOURNAL
-    lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
-    creates = [line for line in lines if line["op_code"] == 4]  # ids count over all Optuna studies of the journal
-    own = [creates[-1], *(line for line in lines if line.get("trial_id") == len(creates) - 1)]
-    rng = np.random.default_rng(0)
-    with journal.open("a") as out:
+        folder, log, rng = spec.folder(study_dir), study.log, np.random.default_rng(0)
+        commits = [json.loads(path.read_bytes().splitlines()[1]) for path in sorted((study_dir / COMMITS).iterdir())]
+        creates = [line for each in commits for line in each["operations"] if line["op_code"] == CREATE_TRIAL]
+        last = len(creates) - 1  # ids count over all Optuna studies of the log
+        own = [
+            [line for line in each["operations"] if line is creates[last] or line.get("trial_id") == last]
+            for each in commits
+        ]
         for number in range(1, num_trials):
             logs = rng.uniform(*np.log([[each["low"], each["high"]] for each in SPACE.values()]).T)
             values = dict(zip(SPACE, np.exp(logs).tolist(), strict=True))
-            objective, name = objective_of(values["learning_rate"]), trial_name(number, values)
-            for line in own:
-                copy = {**line, "trial_id": len(creates) - 1 + number} if "trial_id" in line else line
-                if "param_name" in line:
-                    copy["param_value_internal"] = values[line["param_name"]]
-                elif "name" in line.get("user_attr", ()):
-                    copy["user_attr"] = {"name": name}
-                elif "metrics" in line.get("user_attr", ()):
-                    copy["user_attr"] = {"metrics": metrics_of(objective)}
-                elif line.get("values"):
-                    copy["values"] = [objective]
-                out.write(json.dumps(copy, separators=(",", ":")) + "\n")
-            shutil.copytree(folder, folder.with_name(name))
+            for lines in filter(None, own):
+                with log.commit():
+                    log.append_logs([_copy(line, number, last + number, values) for line in lines])
+            shutil.copytree(folder, folder.with_name(trial_name(number, values)))
+
+
+def _copy(line: dict[str, Any], number: int, trial_id: int, values: dict[str, float]) -> dict[str, Any]:
+    """Returns an operation of a trial as another one has it."""
+    objective = objective_of(values["learning_rate"])
+    copy = {**line, "trial_id": trial_id} if "trial_id" in line else line
+    if "param_name" in line:
+        copy["param_value_internal"] = values[line["param_name"]]
+    elif "name" in line.get("user_attr", ()):
+        copy["user_attr"] = {"name": trial_name(number, values)}
+    elif "metrics" in line.get("user_attr", ()):
+        copy["user_attr"] = {"metrics": metrics_of(objective)}
+    elif line.get("values"):
+        copy["values"] = [objective]
+    return copy
 
 
 def answer(study: Study, spec: TrialSpec) -> None:
@@ -181,8 +190,8 @@ class StudyCost:
         ask_p95_ms: Its 95th percentile.
         tell_ms: A finished trial recorded.
         tell_p95_ms: Its 95th percentile.
-        journal_mb: Size of the journal.
-        replay_s: Reading it once.
+        log_mb: Size of the log.
+        replay_s: Reading its rows once.
         open_s: Opening the study for a search, with what is tidied then.
         commands_s: Wall time of whole commands, by name.
         memory_mb: Peak resident memory of the process that proposed and recorded.
@@ -193,7 +202,7 @@ class StudyCost:
     ask_p95_ms: float
     tell_ms: float
     tell_p95_ms: float
-    journal_mb: float
+    log_mb: float
     replay_s: float
     open_s: float
     commands_s: dict[str, float]
@@ -223,8 +232,8 @@ def study_cost(
         commands: Command lines that are timed, by name.
     """
     fill(study_dir, num_trials)
-    journal_mb = (study_dir / JOURNAL).stat().st_size / 1e6
-    replays = [_seconds(lambda: storage_of(study_dir)) for _ in range(3)]
+    log_mb = sum(path.stat().st_size for path in (study_dir / COMMITS).iterdir()) / 1e6
+    replays = [_seconds(lambda: rows_by_kind(study_dir)) for _ in range(3)]
     commands_s = {name: _command_s(words, study_dir) for name, words in commands.items()}
     recipe = recipe_of(num_trials + num_asked)
     asked, settled = [], []
@@ -243,7 +252,7 @@ def study_cost(
         num_trials,
         *_ms(asked),
         *_ms(settled),
-        journal_mb,
+        log_mb,
         statistics.median(replays),
         open_s,
         commands_s,
@@ -406,8 +415,8 @@ def study_table(costs: Sequence[StudyCost]) -> list[str]:
         "propose: median; 95 %, ms": lambda c: f"{c.ask_ms:.0f}; {c.ask_p95_ms:.0f}",
         "tell: median; 95 %, ms": lambda c: f"{c.tell_ms:.1f}; {c.tell_p95_ms:.1f}",
         "trials per minute, propose and tell": lambda c: f"{60_000 / (c.ask_ms + c.tell_ms):,.0f}",
-        "journal, MB": lambda c: f"{c.journal_mb:.2f}",
-        "reading the journal, s": lambda c: f"{c.replay_s:.2f}",
+        "log, MB": lambda c: f"{c.log_mb:.2f}",
+        "reading the log, s": lambda c: f"{c.replay_s:.2f}",
         "opening the study for a search, s": lambda c: f"{c.open_s:.2f}",
         **{f"`{name}`, s": lambda c, name=name: f"{c.commands_s[name]:.2f}" for name in costs[0].commands_s},  # type: ignore[misc]
         "peak memory of the process, MB": lambda c: f"{c.memory_mb:.0f}",

@@ -3,13 +3,10 @@
     study/
       manifest.json      what the study is about, and what it was made with; another recipe is refused
       resolved.yaml      the complete recipe of the last search
-      study.journal      the Optuna study, the only state of the search
-      log/, packs/       numbered commits, and copies of many in one file (``store.log``; nothing writes them yet)
-      lock, lease.json   one search at a time, on this machine and on others
+      log/, packs/       numbered commits, the only state of the search; copies of many in one file (``store.log``)
       stop               asks running trainings to write a checkpoint and end
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
-      ledger.jsonl       who fixed a winner or read the test sets, when
       best.yaml, figure.png, figure.svg, report.html, ray.log
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/
@@ -17,21 +14,18 @@
       test/              what reads of the test sets have found
       _tune/             while a search runs: Ray's own files, and how many trainings run at a time
 
-The folder of `train` is laid out as a study without a journal, with one training in it.
+The folder of `train` is laid out as a study without log/, with one training in it, and owner/: who works in it.
 """
 
 # of a study
 MANIFEST = "manifest.json"
 RESOLVED = "resolved.yaml"
-JOURNAL = "study.journal"
 COMMITS = "log"
 PACKS = "packs"
-LOCK = "lock"
-LEASE = "lease.json"
+OWNER = "owner"
 STOP = "stop"
 SHARED_IMAGES = "shared_images.csv"
 MICRO_BATCH = "fits.json"
-LEDGER = "ledger.jsonl"
 BEST = "best.yaml"
 FIGURE_PNG = "figure.png"
 FIGURE_SVG = "figure.svg"

@@ -119,13 +119,12 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def require_nothing_outside(folder: Path, error: type[CarftError], passed_over: str) -> None:
+def require_nothing_outside(folder: Path, error: type[CarftError]) -> None:
     """Refuses a folder that is to be written to and has a link that leads out of it, or a pipe, device or socket.
 
     Args:
         folder: The folder; it may be a link itself, and need not be there.
         error: What is raised.
-        passed_over: Names that begin so are not looked at.
 
     Raises:
         CarftError: ``error``.
@@ -137,7 +136,7 @@ def require_nothing_outside(folder: Path, error: type[CarftError], passed_over: 
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     places.append(entry.path)
-                elif entry.is_symlink() and not entry.name.startswith(passed_over):
+                elif entry.is_symlink():
                     leads_to = os.path.realpath(entry.path)
                     if not Path(leads_to).is_relative_to(home):
                         rule = f"must not lead out of {folder}, where it would be written or removed"
@@ -145,7 +144,7 @@ def require_nothing_outside(folder: Path, error: type[CarftError], passed_over: 
                         raise error(
                             Problem(visible(entry.path), rule, visible(f"a link to {leads_to}"), next_step=step)
                         )
-                elif not entry.is_symlink() and not entry.is_file(follow_symlinks=False):
+                elif not entry.is_file(follow_symlinks=False):
                     rule = "must be a file or a folder"
                     raise error(Problem(visible(entry.path), rule, _SPECIAL, next_step="Remove it."))
 

@@ -361,7 +361,7 @@ def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
     cost = engine.study_cost(tmp_path / "other", 6, num_asked=2, commands={})
     assert [row.outcome for row in trials(tmp_path / "other")] == ["complete"] * 8
     assert cost.num_trials == 6
-    assert 0 < cost.journal_mb < 0.1
+    assert 0 < cost.log_mb < 0.1
     assert min(cost.ask_ms, cost.tell_ms, cost.open_s, cost.memory_mb) > 0
     assert engine.study_table([cost])[0] == "| finished trials | 6 |"
 

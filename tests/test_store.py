@@ -22,7 +22,7 @@ from carft_ray.store import log as module
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import BEAT_AFTER_S, LOOK_EVERY_S, SILENT_FOR_S, UNCLEAR_FOR_S, Log
 from carft_ray.store.objects import RefusedError, Stamp, UnknownError, probe
-from carft_ray.store.owner import identity
+from carft_ray.store.owner import identity, process_started
 
 NUM_TRIALS = 2
 ELSEWHERE = {**identity(), "host": "elsewhere"}
@@ -448,15 +448,25 @@ def test_a_log_is_free_when_released_or_when_its_process_is_gone(tmp_path):
     assert clock.now == 1000.0
 
 
-@pytest.mark.parametrize("who", ["another machine's", "a living"])
-def test_a_process_that_may_live_is_waited_for_ninety_seconds_of_silence(tmp_path, who):
-    owner = claimed(Folder(tmp_path), me=ELSEWHERE if who == "another machine's" else None)
+@pytest.mark.parametrize("who", ["this one", "another one"])
+def test_a_living_process_of_this_machine_turns_others_away_at_once(tmp_path, who):
+    parent = {**identity(), "pid": os.getppid(), "process_started": process_started(os.getppid())}
+    claimed(Folder(tmp_path), me=None if who == "this one" else parent)
+    before, clock = contents(tmp_path), Clock()
+    with pytest.raises(StorageError, match="is in use: two searches on one study would spoil it: process"):
+        log_of(Folder(tmp_path), clock).claim()
+    assert (clock.now, contents(tmp_path)) == (1000.0, before)
+
+
+def test_a_process_of_another_machine_is_waited_for_ninety_seconds_of_silence(tmp_path):
+    owner = claimed(Folder(tmp_path), me=ELSEWHERE)
     said, clock = [], Clock()
     taker = log_of(Folder(tmp_path), clock)
     assert taker.claim(said.append) == 2
     assert clock.now - 1000 == SILENT_FOR_S
-    assert len(said) == 1
-    assert said[0].startswith("waiting 90 s for a write of process")
+    waited, took = said
+    assert waited.startswith("waiting 90 s for a write of process")
+    assert took.startswith(f"took over from process {os.getpid()} on elsewhere, since ")
     before = contents(tmp_path)
     with pytest.raises(RefusedError, match="taken the study over"), owner.commit({"kind": "late"}):
         pass
@@ -494,7 +504,7 @@ def test_an_owner_that_slept_is_refused_and_changes_nothing(tmp_path):
     told, telling = os.pipe()
 
     def work():
-        log = search(claimed(Folder(tmp_path)))
+        log = search(claimed(Folder(tmp_path), me=ELSEWHERE))
         os.write(telling, b"x")
         os.kill(os.getpid(), signal.SIGSTOP)
         try:

@@ -229,8 +229,8 @@ def confirm(
             trainings = stage.trainings()
             with search_shown(progress, study_dir, recipe.train.epochs, kind="confirm", trainings=trainings) as shown:
 
-                def fix(locked: Any) -> Any:
-                    return configurations.fix(study_dir, recipe, first, second, others)
+                def fix(held: Any) -> Any:
+                    return configurations.fix(held, recipe, first, second, others)
 
                 on_event = with_trackers(with_notices(shown))
                 run_confirm(recipe, study_dir, fix, resume_command, address, on_event, runner)

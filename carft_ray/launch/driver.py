@@ -20,11 +20,10 @@ from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
-from carft_ray.launch.stop import used_up
+from carft_ray.launch.stop import BUDGET_STOP, used_up
 from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study import outcome
-from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, log_lost, read_failure, read_heartbeat
 from carft_ray.study.study import Study
 from carft_ray.words import counted
@@ -223,7 +222,7 @@ class Driver:
 
     def _read(self) -> None:
         try:
-            self.study.check_held()
+            self.study.log.check()
         except StorageError as error:
             self.failure = error
             raise

@@ -20,7 +20,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Note(Event):
-    """A warning: a repaired journal, a trial that gets another attempt."""
+    """A warning: a study that was taken over, a trial that gets another attempt."""
 
     text: str
 

@@ -1,6 +1,6 @@
-"""What `search`, `resume`, `confirm`, `train` and `reproduce` have in common, from the lock to the trainings.
+"""What `search`, `resume`, `confirm`, `train` and `reproduce` have in common, from the claim to the trainings.
 
-with open_study(...) as study:          # or ``hold_training``: lock, lease, recipe, what a kill has left
+with open_study(...) as study:          # or ``holding.held``: the claim, the recipe, what a kill has left
     begin(folder, recipe)               # no stop file of before; resolved.yaml is that of this command
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
         prepare(runtime, say)           # sets, caches, heads, zero-shot; into the manifest

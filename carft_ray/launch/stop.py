@@ -21,8 +21,9 @@ from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.layout import STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
-from carft_ray.study.lease import holder
+from carft_ray.study.holding import log_of
 
+BUDGET_STOP = "budget: "  # how the stop file begins when the search asks itself; what follows is the limit
 LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure
 LARGEST_MARGIN = 0.25  # of the limit
 CHECK_EVERY_S = 0.5
@@ -84,7 +85,7 @@ def ask_to_stop(folder: Path) -> str | None:
     Raises:
         StorageError: The file cannot be written.
     """
-    found = holder(folder)
+    found = log_of(folder).holder()
     if found is not None:
         files.write_text(folder / STOP, "asked by `carft-ray stop`\n")
     return found
@@ -92,8 +93,10 @@ def ask_to_stop(folder: Path) -> str | None:
 
 def wait_until_free(folder: Path) -> None:
     """Returns when no process holds the folder any more."""
-    while holder(folder) is not None:
+    log = log_of(folder)
+    while log.holder() is not None:
         time.sleep(CHECK_EVERY_S)
+        log.follow()
 
 
 def used_up(limits: BudgetConfig, elapsed_s: float, gpu_s: float, gpus: float = 0.0, longest_end_s: float = 0.0) -> str:

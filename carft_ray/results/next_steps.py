@@ -38,10 +38,10 @@ def next_steps(view: Overview, study: Path, after: str) -> list[str]:
     if view.holder is not None:
         running = [row.name for row in view.rows if view.state(row) == "running"][:1]
         steps = [*(f"logs {folder} {name} --follow" for name in running), f"status {folder}", f"stop {folder}"]
-    elif ledger(view.study_dir)["problems"]:
+    elif ledger(view.study_dir, view.log)["problems"]:
         steps = [f"status {folder}", f"ls {folder}"]  # others are refused
     else:
-        steps = _at_rest(view, folder, read_ledger(view.study_dir))
+        steps = _at_rest(view, folder, read_ledger(view.study_dir, view.log))
     return [f"carft-ray {step}" for step in steps if step.split()[0] != after]
 
 

@@ -62,7 +62,7 @@ def study_report(view: Overview) -> dict[str, Any]:
         "devices": dict(devices.most_common()),
         "trainings": len(ended),
         "alphas": num_alphas,
-        "test_reads": num_test_reads(study_dir),
+        "test_reads": num_test_reads(study_dir, view.log),
     }
     against = against_baseline(recipe, best, baselines, chosen)
     return {

@@ -3,6 +3,7 @@
     log/00000001    a line with the BLAKE2 of the next, and a line of JSON:
                     number       of the commit, from 1
                     previous     the BLAKE2 of the commit before; empty in the first
+                    time         when it was made, in seconds since 1970, by the clock of its writer
                     owner        a word of the process that wrote it, for this log alone
                     records      our own, each an object with a ``kind``
                     operations   Optuna's
@@ -32,18 +33,21 @@ from optuna.storages.journal import BaseJournalBackend
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS, PACKS
 from carft_ray.store.objects import RefusedError, Store, UnknownError, probe
-from carft_ray.store.owner import identity, is_gone, is_this_process, named
+from carft_ray.store.owner import identity, is_gone, is_seen, is_this_process, named
 from carft_ray.untrusted import parse_json
 
 OWNER, RELEASED = "owner", "released"  # kinds of records: who writes from here on; that nobody does
 PACK_COMMITS = 500
 BEAT_AFTER_S = 30.0  # without a commit, the owner makes an empty one
 SILENT_FOR_S = 90.0  # without a commit, the owner is taken for dead
+# a reader goes by the clocks of two machines, which differ, and believes in a silent owner for longer
+READERS_SILENT_FOR_S = 300.0
 LOOK_EVERY_S = 1.0  # while another owner may be dead
 UNCLEAR_FOR_S = 30.0  # what a store is given to say whether a commit is there
 RETRY_EVERY_S = 0.2
 
 Commit = dict[str, Any]
+_LATEST = 2**38  # of times: later ones are no dates
 _ENCODER = json.JSONEncoder(separators=(",", ":"))
 _NOBODY: tuple[str, dict[str, Any]] = "", {}  # in place of the word in an owner's commits, and its ``identity``
 _OWNERS: set[str] = set()  # words of the logs that this process holds; of the spoiled ones, it holds none
@@ -71,6 +75,7 @@ class Log(BaseJournalBackend):
     Attributes:
         number: Of the last commit that was read or written; 0 in an empty log.
         digest: BLAKE2 of that commit: with its number it names a state of the study.
+        time: When that commit was made, in seconds since 1970; 0 in an empty log.
         records: All of our own, each with the number of its commit.
     """
 
@@ -80,11 +85,12 @@ class Log(BaseJournalBackend):
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self.number, self.digest = 0, ""
+        self.number, self.digest, self.time = 0, "", 0.0
         self.records: list[tuple[int, dict[str, Any]]] = []
         self._store, self._clock, self._sleep = store, clock, sleep
         self._nonce = secrets.token_hex(8)
-        self._is_owner, self._is_read, self._spoiled_by = False, False, ""
+        self._is_owner, self._is_read = False, False
+        self._spoiled_by: BaseException | None = None
         self._holder = _NOBODY  # who has claimed the log and not released it
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others
@@ -93,11 +99,14 @@ class Log(BaseJournalBackend):
         self._last_at = clock()  # when the last commit was written
         self._lock = threading.RLock()  # of all above but what a commit collects
 
+    def __str__(self) -> str:
+        return str(self._store)
+
     def claim(self, tell: Callable[[str], None] = lambda text: None, me: Mapping[str, Any] | None = None) -> int:
         """Makes this process the owner: reads all, and waits while the last owner may be alive.
 
         Args:
-            tell: Told once what is waited for.
+            tell: Told once what is waited for, and from whom the study was taken over.
             me: The ``identity`` of this process.
 
         Returns:
@@ -112,20 +121,23 @@ class Log(BaseJournalBackend):
         record = _as_json({"kind": OWNER, **(me or identity())})[0]
         since, has_grown, is_told = self._clock(), False, False
         while True:
+            nonce, before = self._holder
             if _is_free(self._holder) or self._clock() - since >= SILENT_FOR_S:
                 with contextlib.suppress(RefusedError):  # another one was quicker
                     self._write(_Pending(records=[record]))
                     self._is_owner = True
                     _OWNERS.add(self._nonce)
+                    if nonce:
+                        tell(f"took over from {named(before)}, which is gone")
                     return self.number
                 self._read_on()
                 since, has_grown = self._clock(), False
-            elif has_grown:
+            elif has_grown or is_seen(before):
                 rule, step = "is in use: two searches on one study would spoil it", "Wait until the other search ends"
                 step += ", or end it with Ctrl-C; then run the command again."
-                raise StorageError(Problem(str(self._store), rule, named(self._holder[1]), next_step=step))
+                raise StorageError(Problem(str(self._store), rule, named(before), next_step=step))
             elif not is_told:
-                tell(f"waiting {SILENT_FOR_S:.0f} s for a write of {named(self._holder[1])}, which may be gone")
+                tell(f"waiting {SILENT_FOR_S:.0f} s for a write of {named(before)}, which may be gone")
                 is_told = True
             self._sleep(LOOK_EVERY_S)
             has_grown = self._read_on()
@@ -141,6 +153,38 @@ class Log(BaseJournalBackend):
         """
         self._require_sound()
         return not self._is_owner and self._read_on()
+
+    def holder(self) -> str | None:
+        """Returns which live process holds the log, in words, as far as the log was read; None when none does.
+
+        One of another machine counts until its last commit is ``READERS_SILENT_FOR_S`` old.
+        """
+        silent_s = 0.0 if is_seen(self._holder[1]) else time.time() - self.time
+        return None if _is_free(self._holder) or silent_s >= READERS_SILENT_FOR_S else named(self._holder[1])
+
+    def digest_of(self, number: int) -> str:
+        """Returns the BLAKE2 of a commit; empty when there is none."""
+        return _digest(self._store.get(_name(number)) or b"")
+
+    def check(self) -> None:
+        """Raises a ``RefusedError`` when another search has taken the study over; writes nothing.
+
+        Raises:
+            StorageError: The log was spoiled before, or is not claimed.
+        """
+        with self._spoiling(), self._lock:
+            if self._found(_name(self.number + 1)) is not None:
+                raise self._refused()
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a commit or ``check`` was refused: another search has taken the study over."""
+        return isinstance(self._spoiled_by, RefusedError)
+
+    def abandon(self) -> None:
+        """Ends the ownership of a log that this process is about to remove."""
+        _OWNERS.discard(self._nonce)
+        self._spoiled_by = StorageError("its folder was removed")
 
     @contextlib.contextmanager
     def commit(self, *records: Mapping[str, Any]) -> Iterator[None]:
@@ -174,11 +218,13 @@ class Log(BaseJournalBackend):
     def beat(self) -> None:
         """Makes an empty commit when the last one is long ago: a sign of life. To be called every few seconds.
 
+        One that was plainly not made spoils nothing: the next one is tried as soon.
+
         Raises:
             StorageError: As ``commit``.
         """
         if self._clock() - self._last_at >= BEAT_AFTER_S:
-            with self._spoiling():
+            with self._spoiling((RefusedError, UnknownError)):
                 self._write(_Pending())
 
     def release(self) -> None:
@@ -220,21 +266,24 @@ class Log(BaseJournalBackend):
             self._operations += [operation for _, operation in taken]
 
     def _require_sound(self) -> None:
-        if self._spoiled_by:
+        if self.is_lost:
+            raise self._refused()
+        if self._spoiled_by is not None:
             step = "Run the same command again: it goes on from what was written."
             rule = "cannot be used any more by this process, since a commit failed"
-            raise StorageError(Problem(str(self._store), rule, self._spoiled_by, next_step=step))
+            cause = f"{type(self._spoiled_by).__name__}: {self._spoiled_by}".partition("\n")[0]
+            raise StorageError(Problem(str(self._store), rule, cause, next_step=step))
 
     @contextlib.contextmanager
-    def _spoiling(self) -> Iterator[None]:
+    def _spoiling(self, errors: tuple[type[BaseException], ...] = (BaseException,)) -> Iterator[None]:
         self._require_sound()
         if not self._is_owner:
             raise StorageError(Problem(str(self._store), "is open for reading only"))
         try:
             yield
-        except BaseException as error:
+        except errors as error:
             _OWNERS.discard(self._nonce)
-            self._spoiled_by = self._spoiled_by or f"{type(error).__name__}: {error}".partition("\n")[0]
+            self._spoiled_by = self._spoiled_by or error
             raise
 
     def _write(self, pending: _Pending) -> None:
@@ -242,7 +291,8 @@ class Log(BaseJournalBackend):
             self._require_sound()
             name, head = _name(self.number + 1), {"number": self.number + 1, "previous": self.digest}
             lists = f'"records":[{",".join(pending.records)}],"operations":[{",".join(pending.operations)}]'
-            data = _sealed(f"{_as_json({**head, 'owner': self._nonce})[0][:-1]},{lists}}}".encode())
+            head |= {"time": round(time.time(), 3), "owner": self._nonce}
+            data = _sealed(f"{_as_json(head)[0][:-1]},{lists}}}".encode())
             commit = _decoded(data, self.number + 1, self.digest, f"{self._store}/{name}")  # none that cannot be read
             self._create(name, data)
             self._take(commit, data)
@@ -261,14 +311,17 @@ class Log(BaseJournalBackend):
                 if found == data and isinstance(error, RefusedError):
                     return None
                 if found not in (None, data):
-                    rule = "was written by another search, which has taken the study over"
-                    step = "The other search goes on from all that is committed; this one has ended."
-                    raise RefusedError(Problem(f"{self._store}/{name}", rule, next_step=step)) from error
+                    raise self._refused() from error
                 if self._clock() >= end:
                     rule = f"did not say for {UNCLEAR_FOR_S:.0f} s whether it has {name}"
                     step = "Run the same command again: it finds out."
                     raise UnknownError(Problem(str(self._store), rule, str(error), next_step=step)) from error
             self._sleep(RETRY_EVERY_S)
+
+    def _refused(self) -> RefusedError:
+        rule = "was written by another search, which has taken the study over"
+        step = "The other search goes on from all that is committed; this one has ended."
+        return RefusedError(Problem(f"{self._store}/{_name(self.number + 1)}", rule, next_step=step))
 
     def _found(self, name: str) -> bytes | None:
         with contextlib.suppress(StorageError):
@@ -331,7 +384,7 @@ class Log(BaseJournalBackend):
         if len(self._block) == PACK_COMMITS:
             self._block = []
         self._block.append(data)
-        self.number, self.digest = commit["number"], _digest(data)
+        self.number, self.digest, self.time = commit["number"], _digest(data), commit["time"]
         for record in commit["records"]:
             self.records.append((self.number, record))
             if record.get("kind") in (OWNER, RELEASED):
@@ -351,7 +404,8 @@ def _decoded(data: bytes, number: int, previous: str, place: str) -> Commit:
         commit: Commit = parse_json(body)
         found = commit["number"], commit["previous"]
         lists = *commit["records"], *commit["operations"]
-        is_whole = isinstance(commit["owner"], str) and all(isinstance(each, dict) for each in lists)
+        is_whole = isinstance(commit["owner"], str) and 0 <= commit["time"] < _LATEST
+        is_whole &= all(isinstance(each, dict) for each in lists)
         is_whole &= data == _sealed(body)
     except (ValueError, KeyError, TypeError):
         is_whole = False

@@ -13,6 +13,7 @@ from carft_ray.files import REMAINS
 from carft_ray.layout import COMMITS
 from carft_ray.untrusted import visible
 
+PROBE = "probe-"  # how the name of an object begins that ``probe`` makes and removes
 Names = list[str]  # in a class with a method ``list``, that word means the method
 
 
@@ -102,7 +103,7 @@ def probe(store: Store) -> None:
     Raises:
         StorageError: It does not, or cannot be written.
     """
-    name = f"{COMMITS}/probe-{secrets.token_hex(8)}"
+    name = f"{COMMITS}/{PROBE}{secrets.token_hex(8)}"
     try:
         store.put_new(name, b"first")
         store.put_new(name, b"second")

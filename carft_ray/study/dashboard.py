@@ -1,8 +1,8 @@
-"""optuna-dashboard on the journal of a study, which it can read and never write.
+"""optuna-dashboard on the log of a study, which it can read and never write.
 
 It has buttons that rename, delete and write. Two things prevent this: requests other than GET and HEAD are refused
-before it gets them, and its storage has a journal that takes no line. Reading a journal needs no lock, so
-the search that writes it is not held up, and what it adds is seen.
+before it gets them, and its storage has a log that was not claimed, which takes no commit. The search that writes it is
+not held up, and what it adds is seen.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,17 +12,18 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from carft_ray.errors import Problem, UsageError
-from carft_ray.layout import JOURNAL
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
 
 REFUSED = b"This dashboard only shows the study. Change it with carft-ray.\n"
 
 
-class _ReadOnlyJournal(JournalFileBackend):
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
-        raise PermissionError("the journal is open for reading only")
+class _Followed(Log):
+    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        self.follow()
+        return super().read_logs(log_number_from)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -57,7 +58,7 @@ def _application(study_dir: Path) -> Callable[..., Iterable[bytes]]:
     except ImportError:
         step = "Install it: pip install 'carft-ray[dashboard]'"
         raise UsageError(Problem("dashboard", "needs the package optuna-dashboard", next_step=step)) from None
-    shown = wsgi(JournalStorage(_ReadOnlyJournal(str(study_dir / JOURNAL))))
+    shown = wsgi(JournalStorage(_Followed(Folder(study_dir))))
 
     def application(asked: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if asked["REQUEST_METHOD"] not in ("GET", "HEAD"):

@@ -4,7 +4,7 @@ The field of every key of a recipe says its class (``recipe.schema.fields.key``)
 ``--change-space`` gives the study another generation (``study.space_revisions``).
 
 ``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.
-It is written after the journal, in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
+It is written after the log, in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
 search, with all that is running.
 """
 
@@ -30,8 +30,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.study import provenance
-from carft_ray.study.lock import FORMAT_VERSION, check_free_or_claimed
 
+FORMAT_VERSION = 1
 GENERATION = "generation"  # keys of the manifest
 RECIPES = "recipes"
 _CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
@@ -86,23 +86,21 @@ def _is_moved(path: KeyPath) -> bool:
 
 
 def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
-    """Makes the folder the study of this recipe, or checks that it is. The lock must be held.
+    """Makes the folder the study of this recipe, or checks that it is. It must be held.
 
-    Of a study nothing is written: ``record_recipe`` does that, once the journal is ready for it.
+    Of a study nothing is written: ``record_recipe`` does that, once the log is ready for it.
 
     Args:
-        study_dir: An empty folder, or a study.
+        study_dir: A folder that ``holding.check_fit`` has passed.
         recipe: The recipe of the search.
         change_space: The space may change.
 
     Raises:
         RecipeError: It is the study of another recipe; names the keys that differ.
-        UsageError: The folder holds something else.
         StorageError: The manifest cannot be read or written.
     """
     path = study_dir / MANIFEST
     if not files.exists(path):
-        check_free_or_claimed(study_dir)
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
         files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
@@ -127,9 +125,9 @@ def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
 
 
 def record_recipe(study_dir: Path, recipe: Recipe, space_changes: bool) -> None:
-    """Makes the recipe of a search that of the study; the one before stays in ``recipes``. The lock must be held.
+    """Makes the recipe of a search that of the study; the one before stays in ``recipes``. The study must be held.
 
-    A space that has changed begins the next generation, which must be whole in the journal by now.
+    A space that has changed begins the next generation, which must be in the log by now.
 
     Raises:
         StorageError: The manifest cannot be written.

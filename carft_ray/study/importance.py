@@ -8,6 +8,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from carft_ray.study import rows
+from carft_ray.study.holding import log_of
 
 MIN_TRIALS = 20  # complete trials from which on importances are given
 METRICS = ("id_accuracy", "ood_accuracy")
@@ -24,10 +25,11 @@ def importances(study_dir: Path) -> dict[str, dict[str, float]]:
         trials do not differ.
 
     Raises:
-        StorageError: The journal is damaged.
+        StorageError: The log is damaged.
     """
-    with rows.readable(study_dir):
-        study = rows.stored(rows.storage_of(study_dir), rows.study_name(study_dir, "trial"))
+    name = rows.study_name(study_dir, "trial")
+    with rows.readable(log_of(study_dir)) as storage:
+        study = rows.stored(storage, name)
         trials = [] if study is None else rows.trainings(study)
     complete = [(one, one.user_attrs.get("metrics", {})) for one in trials if one.state == TrialState.COMPLETE]
     found = {}

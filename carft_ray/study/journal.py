@@ -1,18 +1,19 @@
 """The journal of an open study: its Optuna studies, and all that is written to them of a training.
 
-The journal holds three Optuna studies. The sampler sees ``search`` alone; ``baselines`` has the trainings that it is
+What belongs together is one commit of the log: a trial with its values and name, a training's attributes with its
+points, constraints and state. No ``Trial`` of Optuna's outlives a commit.
+
+The log holds three Optuna studies. The sampler sees ``search`` alone; ``baselines`` has the trainings that it is
 compared with, and ``confirm`` those with fresh seeds.
 
 PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw the same region again. Every finished
 trial has the same constraints: ``trained``, and one per constraint of the recipe (0 where nothing was measured).
 
 A Pareto search has two directions, ID and OOD accuracy. Its sampler gets other points of a training's alpha curve, too
-(``front.spread_points``), as trials of their own that are no trainings (``rows.TRAINING_OF``). They are added before
-the state of the training itself, so that a finished training has all of them.
+(``front.spread_points``), as trials of their own that are no trainings (``rows.TRAINING_OF``).
 """
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,14 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import JOURNAL, RESULT
+from carft_ray.layout import RESULT
 from carft_ray.recipe.schema.constraints import VIOLATION, constraint_names, violations
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.log import Log
 from carft_ray.study import front, warm_start
-from carft_ray.study.lease import Lease
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec, trial_name
 from carft_ray.study.proposals import space
 from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
@@ -39,28 +39,22 @@ ROUNDING = 1e-9  # alphas are sums of steps: one that is the lowest but for roun
 
 
 class Journal:
-    """Every write checks first that the study is still ours, and an ``OSError`` becomes a ``StorageError``.
+    """Every write is a commit of the log, which is refused when the study is no longer ours.
 
     Attributes:
         studies: The Optuna studies that are open.
         rule: Which point of the front is the best; None: the search has one objective.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, lease: Lease, storage: JournalStorage) -> None:
+    def __init__(self, study_dir: Path, recipe: Recipe, log: Log, storage: JournalStorage) -> None:
         self.studies: dict[Kind, optuna.Study] = {}
         self.rule = front.front_rule(recipe.search.objective)
-        self._study_dir, self._recipe, self._lease, self._storage = study_dir, recipe, lease, storage
+        self._study_dir, self._recipe, self._log, self._storage = study_dir, recipe, log, storage
         self._constraints = constraint_names(recipe.search.constraints)
-        self._trials: dict[tuple[Kind, int], optuna.Trial] = {}
+        self._ids: dict[tuple[Kind, int], int] = {}  # of trainings in the storage
         self._known: dict[int, PrunerTrial] | None = None  # by number, once a pruner needs them
-        self.open("trial", "baseline")
-
-    @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Within the block, the journal is written."""
-        self._lease.check()
-        with files.writing(self._study_dir / JOURNAL):
-            yield
+        with log.commit():
+            self.open("trial", "baseline")
 
     def open(self, *kinds: Kind) -> None:
         """Opens or makes the Optuna studies of these kinds."""
@@ -74,61 +68,56 @@ class Journal:
             study = optuna.load_study(study_name=name, storage=self._storage, sampler=sampler, pruner=pruner)
             self.studies[kind] = study
             if rule is not None and front.FRONT not in study.user_attrs:
-                with self.writing():
-                    study.set_user_attr(front.FRONT, asdict(rule))
+                study.set_user_attr(front.FRONT, asdict(rule))
 
     def numbers(self, kind: Kind) -> dict[str, int]:
         """Returns the numbers of the baselines (or trainings of the confirm) by name."""
         return {trial.user_attrs["name"]: trial.number for trial in self.studies[kind].get_trials(deepcopy=False)}
 
-    def running(self, kind: Kind) -> list[optuna.Trial]:
-        """Returns the trainings that are RUNNING."""
-        study = self.studies[kind]
-        found = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [running_trial(study, trial) for trial in found if is_training(trial)]
+    def running(self, kind: Kind) -> list[TrialSpec]:
+        """Returns the last attempts of the trainings that are RUNNING; 0: there was none yet."""
+        found = self.studies[kind].get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [self._spec(kind, trial) for trial in found if is_training(trial)]
 
     def ask(self) -> TrialSpec:
         """Begins a new trial, with values of the sampler or of the recipe."""
-        with self.writing():
-            trial = space.ask(self.studies["trial"], self._recipe)
-        return self.spec("trial", trial)
+        study = self.studies["trial"]
+        with self._log.commit():
+            trial = space.ask(study, self._recipe)
+            trial.set_user_attr("name", trial_name(trial.number, space.draw(study, trial, self._recipe)))
+            return self._spec("trial", self._storage.get_trial(trial_id(trial)))
 
     def add(self, kind: Kind, name: str, values: dict[str, Any]) -> TrialSpec:
         """Enters a training with given values."""
         study = self.studies[kind]
-        with self.writing():
-            frozen = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"name": name, "values": values})
-            study.add_trial(frozen)
-        return self.spec(kind, running_trial(study, study.get_trials(deepcopy=False)[-1]))
+        study.add_trial(
+            optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"name": name, "values": values})
+        )
+        return self._spec(kind, study.get_trials(deepcopy=False)[-1])
 
-    def spec(self, kind: Kind, trial: optuna.Trial) -> TrialSpec:
-        """Returns a RUNNING trial's last attempt (0: none yet). Values that a kill cut off are drawn now."""
-        attributes = trial.user_attrs
-        with self.writing():
-            if kind == "trial":
-                values = space.draw(self.studies["trial"], trial, self._recipe)
-                name = attributes.get("name") or trial_name(trial.number, values)
-            else:
-                values, name = attributes["values"], attributes["name"]
-            if "name" not in attributes:
-                trial.set_user_attr("name", name)
-        self._trials[kind, trial.number] = trial
+    def _spec(self, kind: Kind, trial: FrozenTrial) -> TrialSpec:
+        attributes, names = trial.user_attrs, self._recipe.search.space
+        drawn = {name: trial.params[name] for name in names if name in trial.params}
+        self._ids[kind, trial.number] = trial_id(trial)
+        name, values = attributes.get("name", ""), attributes.get("values", drawn)
         return TrialSpec(kind, trial.number, name, values, attributes.get("attempt", 0))
+
+    def _trial(self, spec: TrialSpec) -> FrozenTrial:
+        return self._storage.get_trial(self._ids[spec.kind, spec.number])
 
     def attribute(self, spec: TrialSpec, name: str) -> Any:
         """Returns an attribute of a training; None where it has none."""
-        return self._trials[spec.kind, spec.number].user_attrs.get(name)
+        return self._trial(spec).user_attrs.get(name)
 
     def note(self, spec: TrialSpec, attributes: Mapping[str, Any]) -> None:
         """Writes attributes of a training."""
-        with self.writing():
+        with self._log.commit():
             for name, value in attributes.items():
-                self._trials[spec.kind, spec.number].set_user_attr(name, value)
+                self._storage.set_trial_user_attr(self._ids[spec.kind, spec.number], name, value)
 
     def take_in(self) -> list[str]:
         """Enters the trials of the recipe's ``search.warm_start``; returns what was done, a sentence each."""
-        with self.writing():
-            notes = warm_start.take_in(self.studies["trial"], self._study_dir, self._recipe)
+        notes = warm_start.take_in(self.studies["trial"], self._log, self._study_dir, self._recipe)
         self._known = None  # trials of another study may have intermediate values
         return notes
 
@@ -147,8 +136,7 @@ class Journal:
         if len(self.studies[spec.kind].directions) > 1:
             self.note(spec, {f"{VALUE_ATTRIBUTE}{percent}": value})
         else:
-            with self.writing():
-                self._trials[spec.kind, spec.number].report(value, percent)
+            self._storage.set_trial_intermediate_value(self._ids[spec.kind, spec.number], percent, value)
         known = self.pruner_trials()
         before = known[spec.number].intermediate_values if spec.number in known else {}
         known[spec.number] = PrunerTrial({**before, percent: value}, complete=False)
@@ -175,32 +163,29 @@ class Journal:
     def tell(
         self, spec: TrialSpec, state: TrialState, attributes: Mapping[str, Any], objective: float | None = None
     ) -> TrialRow:
-        """Writes attributes, other points, constraints, state, in this order: a kill in between leaves it RUNNING."""
-        study, trial = self.studies[spec.kind], self._trials[spec.kind, spec.number]
-        metrics = attributes.get("metrics", {})
+        """Writes attributes, other points, constraints, state."""
+        study, metrics = self.studies[spec.kind], attributes.get("metrics", {})
         values: float | list[float] | None = objective
         names = self._constraints if spec.kind == "trial" else ()
-        self.note(spec, attributes)
-        if spec.kind == "trial" and self.rule is not None and state == TrialState.COMPLETE:
-            values = [metrics["id_accuracy"], metrics["ood_accuracy"]]
-            self._add_points(spec, attributes["alpha"], attributes["points"])
-        with self.writing():
+        with self._log.commit():
+            self.note(spec, attributes)
+            if spec.kind == "trial" and self.rule is not None and state == TrialState.COMPLETE:
+                values = [metrics["id_accuracy"], metrics["ood_accuracy"]]
+                self._add_points(spec, attributes["alpha"], attributes["points"])
+            trial = running_trial(study, self._trial(spec))
             for key, value in constraint_values(attributes["outcome"], metrics, names).items():
-                if key not in trial.constraints:
-                    trial.set_constraint(key, value)
+                trial.set_constraint(key, value)
             study.tell(spec.number, values, state)
         if spec.kind == "trial" and state == TrialState.COMPLETE and spec.number in (known := self._known or {}):
             known[spec.number] = replace(known[spec.number], complete=True)
-        return row_of(spec.kind, self._storage.get_trial(trial_id(trial)))  # not one of all, which a list would hold
+        return row_of(spec.kind, self._trial(spec))  # not one of all, which a list would hold
 
     def _add_points(self, spec: TrialSpec, alpha: float, points: Sequence[dict[str, float]]) -> None:
-        """Gives the sampler further points of a training that lie in the space; those of an earlier search stay."""
-        study, trial = self.studies["trial"], self._trials["trial", spec.number]
-        of_this = [each for each in study.get_trials(deepcopy=False) if each.user_attrs.get(TRAINING_OF) == spec.number]
-        there = {each.params["alpha"] for each in of_this}
+        """Gives the sampler further points of a training that lie in the space."""
+        study, trial = self.studies["trial"], self._trial(spec)
         within = trial.distributions["alpha"]
         for point in front.spread_points(points, alpha):
-            if point["alpha"] in there or not is_within(within, point["alpha"]):
+            if not is_within(within, point["alpha"]):
                 continue
             frozen = optuna.trial.create_trial(
                 values=[point["id_accuracy"], point["ood_accuracy"]],
@@ -209,8 +194,7 @@ class Journal:
                 user_attrs={TRAINING_OF: spec.number},
                 constraints=constraint_values("complete", point, self._constraints),
             )
-            with self.writing():
-                study.add_trial(frozen)
+            study.add_trial(frozen)
 
 
 def constraint_values(outcome: str, metrics: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:

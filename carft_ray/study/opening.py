@@ -1,7 +1,7 @@
-"""Opening a study for one search: locks, repairs, the check of its recipe, another search space."""
+"""Opening a study for one search: claims its log, checks its recipe, begins another search space."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from optuna import get_all_study_names
@@ -9,20 +9,23 @@ from optuna.storages import JournalStorage
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import FENCE, FOLDERS, JOURNAL
+from carft_ray.layout import COMMITS, FENCE, FOLDERS
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
 from carft_ray.study import rows
+from carft_ray.study.holding import check_fit, gone_if_nothing_began, held
 from carft_ray.study.identity import claim, record_recipe
-from carft_ray.study.lock import gone_if_nothing_began, repair_journal, study_lock
 from carft_ray.study.recovery import recover
-from carft_ray.study.rows import storage_of
-from carft_ray.study.space_revisions import begin_generation, remove_half_made
+from carft_ray.study.space_revisions import begin_generation
 from carft_ray.study.study import Study
 
 
 @contextlib.contextmanager
-def open_study(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Iterator[Study]:
-    """Opens a study for one search, or makes it: locks, repairs, checks the recipe. Call ``recover_running`` next.
+def open_study(
+    study_dir: Path, recipe: Recipe, change_space: bool = False, tell: Callable[[str], None] = lambda text: None
+) -> Iterator[Study]:
+    """Opens a study for one search, or makes it: claims it and checks the recipe. Call ``recover_running`` next.
 
     When model or data of a new study turn out unfit before a training has begun, or it gets no Ray, it vanishes.
 
@@ -30,44 +33,45 @@ def open_study(study_dir: Path, recipe: Recipe, change_space: bool = False) -> I
         study_dir: The study directory; made when it is missing.
         recipe: The recipe of the search.
         change_space: The search space may change; a change begins another generation of the study.
+        tell: Told what is waited for, and from whom the study was taken over.
 
     Raises:
-        StorageError: Another search runs on it, the study cannot be read or written, or its journal has lost trainings.
+        StorageError: Another search runs on it, the study cannot be read or written, or its log has lost trainings.
         RecipeError: It is the study of another recipe.
         UsageError: The folder holds something that is no study.
     """
-    study_dir = study_dir.resolve()  # Optuna's own lock spins for ever on a relative path
-    with study_lock(study_dir) as held:
-        claimed = claim(study_dir, recipe, change_space)
-        files.remove_remains(study_dir)
-        notes = [note for note in [held.note] if note] + repair_journal(study_dir)
-        with rows.readable(study_dir):
-            storage = storage_of(study_dir)
+    study_dir = study_dir.resolve()
+    check_fit(study_dir)
+    log = Log(Folder(study_dir))
+    log.follow()
+    with contextlib.ExitStack() as stack:
+        with rows.readable(log) as storage:
             _require_known(study_dir, storage)
-            with files.writing(study_dir / JOURNAL):
-                remove_half_made(storage, claimed.generation)
+            stack.enter_context(held(log, tell))
+            claimed, notes = claim(study_dir, recipe, change_space), list[str]()
+            files.remove_remains(study_dir)
             if claimed.space_changes:
-                before = Study(study_dir, claimed.kept, held, [], storage)
+                before = Study(study_dir, claimed.kept, log, [], storage)
                 recover(before, "trial")  # what has ended is recorded in the space that it was drawn from
-                with before.journal.writing():
+                with log.commit():
                     notes.append(begin_generation(storage, claimed.generation, recipe))
             elif change_space:
                 notes.append("--change-space has no effect: the space is that of the study")
             if claimed.is_news:
-                held.check()
+                log.check()
                 record_recipe(study_dir, recipe, claimed.space_changes)
-            study = Study(study_dir, recipe, held, notes, storage)
-        with gone_if_nothing_began(study_dir, claimed.is_new, study.began):
+            study = Study(study_dir, recipe, log, notes, storage)
+        with gone_if_nothing_began(study_dir, log, claimed.is_new, study.began):
             yield study
 
 
 def _require_known(study_dir: Path, storage: JournalStorage) -> None:
-    """Raises a ``StorageError`` when trainings have begun that the journal does not know: it was cut or replaced."""
+    """Raises a ``StorageError`` when trainings have begun that the log does not know: it was cut or replaced."""
     studies = filter(None, (rows.stored(storage, name) for name in get_all_study_names(storage)))
     known = {trial.user_attrs.get("name") for study in studies for trial in study.get_trials(deepcopy=False)}
     begun = [path.parent for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*/{FENCE}"))]
     if unknown := [str(folder.relative_to(study_dir)) for folder in begun if folder.name not in known]:
         value = f"one that knows nothing of {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
         step = "Restore it from a copy. Without one: move those folders elsewhere, and the search begins without them."
-        rule = "must be the journal of the trainings in this study"
-        raise StorageError(Problem(str(study_dir / JOURNAL), rule, value, next_step=step))
+        rule = "must be the log of the trainings in this study"
+        raise StorageError(Problem(str(study_dir / COMMITS), rule, value, next_step=step))

@@ -18,12 +18,12 @@ from carft_ray import files, untrusted
 from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem, StorageError
 from carft_ray.layout import (
     CHECKPOINTS,
+    COMMITS,
     CUT,
     ERROR,
     FENCE,
     FOLDERS,
     HEARTBEAT,
-    JOURNAL,
     LEAVE,
     LOG,
     METRICS,
@@ -165,7 +165,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Cut:
-    """Content of ``cut.json``; whatever attempt comes later, the training stays cut.
+    """The pruner's decision; whatever attempt comes later, the training stays cut.
 
     Attributes:
         attempt: The attempt that was evaluated.
@@ -178,7 +178,7 @@ class Cut:
     reason: str
 
 
-def require_name(name: Any, place: str = JOURNAL) -> None:
+def require_name(name: Any, place: str = f"{COMMITS}/") -> None:
     """Raises a ``StorageError`` unless what a file of a study calls a training may be the name of a folder.
 
     Args:
@@ -271,12 +271,6 @@ def progress_words(folder: Path) -> str:
         return "its beginning"
     epochs = [int(row["epoch"]) for row in files.read_json_lines(folder / METRICS) if row.get("step", 0) <= step]
     return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
-
-
-def read_cut(folder: Path) -> Cut | None:
-    """Returns where and why a training was cut, or None when it was not."""
-    content = _read(folder / CUT)
-    return None if content is None else Cut(content["attempt"], content["percent"], content["reason"])
 
 
 def write_cut(folder: Path, cut: Cut) -> None:

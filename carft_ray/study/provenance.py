@@ -46,7 +46,7 @@ def known_at_once(recipe: Recipe) -> dict[str, Any]:
 
 
 def record_provenance(folder: Path, recipe: Recipe, found: dict[str, Any] | None) -> None:
-    """Completes the provenance of a study (or training) after its preparation. The lock must be held.
+    """Completes the provenance of a study (or training) after its preparation. It must be held.
 
     The first search writes; a later one adds what has changed to ``history``.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
-from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, row_of, trainings
+from carft_ray.study.rows import SET_ASIDE, SPENT, row_of, trainings
 from carft_ray.study.study import STUCK, Study
 
 
@@ -36,7 +36,8 @@ def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> li
         trainings: Values over the recipe's ``train`` by name; those that are finished already are left alone.
     """
     study.asks = False
-    study.journal.open("confirm")
+    with study.log.commit():
+        study.journal.open("confirm")
     study.enter("confirm", trainings)
     return recover(study, "confirm", trainings)
 
@@ -44,8 +45,7 @@ def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> li
 def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
     """Records or queues what is RUNNING in one of the Optuna studies; None wants everything."""
     ended = []
-    for trial in study.journal.running(kind):
-        spec = study.journal.spec(kind, trial)
+    for spec in study.journal.running(kind):
         if wanted is not None and spec.name not in wanted:
             continue
         _spend_left_behind(study, spec)
@@ -56,7 +56,7 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
             continue
         if study.journal.attribute(spec, SET_ASIDE):  # this is another search
             study.journal.note(spec, {SET_ASIDE: None, STUCK: None})
-        if spec not in study.waiting and spec.name != ZERO_SHOT:  # which is never trained
+        if spec not in study.waiting:
             study.waiting.append(spec)
     return ended
 

@@ -1,4 +1,4 @@
-"""The tables of a study: its trials as rows, read from the journal without a lock and without writing."""
+"""The tables of a study: its trials as rows, read from its log without claiming it and without writing."""
 
 import contextlib
 import shlex
@@ -8,13 +8,14 @@ from typing import TypeVar
 
 import optuna
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.layout import JOURNAL, MANIFEST
+from carft_ray.layout import COMMITS, MANIFEST
+from carft_ray.store.log import Log
 from carft_ray.study import front
+from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.outcome import Kind, TrialRow
 
 Found = TypeVar("Found")
@@ -32,10 +33,10 @@ SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or N
 
 
 def trials(study_dir: Path) -> list[TrialRow]:
-    """Reads a study's trials without locking or writing; ``running`` ones may run, wait, or belong to a dead search.
+    """Reads a study's trials and writes nothing; ``running`` ones may run, wait, or belong to a dead search.
 
     Raises:
-        StorageError: There is no study, or its journal is damaged.
+        StorageError: There is no study, or its log is damaged.
     """
     return rows_by_kind(study_dir)["trial"]
 
@@ -51,18 +52,27 @@ def confirmations(study_dir: Path) -> list[TrialRow]:
 
 
 def rows_by_kind(study_dir: Path) -> dict[Kind, list[TrialRow]]:
-    """Reads trials, baselines and trainings of the confirm at once: the journal is read from its beginning each time.
+    """Reads trials, baselines and trainings of the confirm at once.
 
     Raises:
         StorageError: As ``trials``.
     """
-    if not files.exists(study_dir / JOURNAL):
-        raise StorageError(Problem(str(study_dir), "must be a study", f"no {JOURNAL} in it"))
-    names = {kind: study_name(study_dir, kind) for kind in STUDY_NAMES}  # before the journal, which has them by then
-    with readable(study_dir):
-        storage = storage_of(study_dir)
+    return log_and_rows(study_dir)[1]
+
+
+def log_and_rows(study_dir: Path) -> tuple[Log, dict[Kind, list[TrialRow]]]:
+    """Reads the log, from its beginning each time, and what ``rows_by_kind`` returns.
+
+    Raises:
+        StorageError: As ``trials``.
+    """
+    if not is_study(study_dir):
+        raise StorageError(Problem(str(study_dir), "must be a study", f"no {COMMITS}/ in it"))
+    names = {kind: study_name(study_dir, kind) for kind in STUDY_NAMES}  # before the log, which has them by then
+    log = log_of(study_dir)
+    with readable(log) as storage:
         studies = {kind: stored(storage, name) for kind, name in names.items()}
-        return {kind: rows_of(kind, study) if study else [] for kind, study in studies.items()}
+        return log, {kind: rows_of(kind, study) if study else [] for kind, study in studies.items()}
 
 
 def best_first(rows: Iterable[TrialRow]) -> list[TrialRow]:
@@ -179,27 +189,19 @@ def intermediate_values(trial: FrozenTrial) -> dict[int, float]:
     return {int(percent): value for percent, value in named.items() if percent.isdigit()}
 
 
-def storage_of(study_dir: Path) -> JournalStorage:
-    """Returns the storage of a study's journal; Optuna's own lock spins for ever on a relative path."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return JournalStorage(JournalFileBackend(str(study_dir.resolve() / JOURNAL)))
-
-
 def stored(storage: JournalStorage, name: str) -> optuna.Study | None:
-    """Returns an Optuna study of a journal; None while its first search has not made it yet."""
+    """Returns an Optuna study of a log; None while its first search has not made it yet."""
     there = name in optuna.get_all_study_names(storage)
     return optuna.load_study(study_name=name, storage=storage) if there else None
 
 
 @contextlib.contextmanager
-def readable(study_dir: Path) -> Iterator[None]:
-    """Turns what Optuna raises on a damaged or foreign journal into a ``StorageError``."""
-    path = study_dir / JOURNAL
+def readable(log: Log) -> Iterator[JournalStorage]:
+    """Gives Optuna's storage over a log, once; what it raises on a foreign log becomes a ``StorageError``."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        yield
-    except OSError as error:
-        raise files.storage_error(path, error) from error
+        yield JournalStorage(log)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        step = "Restore the file from a copy; the results of finished trials are still in trials/."
+        step = "Restore it from a copy; the results of finished trials are still in trials/."
         cause = f"{type(error).__name__}: {error}"
-        raise StorageError(Problem(str(path), "must be an Optuna journal", cause, next_step=step)) from error
+        raise StorageError(Problem(f"{log}/{COMMITS}", "must be the log of a study", cause, next_step=step)) from error

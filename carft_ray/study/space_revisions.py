@@ -1,4 +1,4 @@
-"""A search space that shrinks or grows: the study gets another generation, an Optuna study of its own in the journal.
+"""A search space that shrinks or grows: the study gets another generation, an Optuna study of its own in the log.
 
     search, search-2, search-3, ...     names of the Optuna studies of the trials; the manifest names the one that holds
 
@@ -14,8 +14,8 @@ Trials outside stay rows of the study, and may be its best: they were trained fo
 inside again, in a later generation, is to Optuna what it was. What a sampler has kept of its own with a trial is left
 behind: it is about the old space.
 
-All is written to the journal first, then the manifest names it. So a kill leaves the old generation or the new one;
-what it leaves half made is removed when the study is opened next.
+All is one commit, then the manifest names it. So a kill leaves the old generation or the new one; one that it has left
+without a name is made anew by the next change.
 """
 
 from typing import Any
@@ -26,7 +26,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
-from carft_ray.study.ledger import ATTRIBUTE as LEDGER
 from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import OUTSIDE, generation_name, state_and_values
 from carft_ray.words import counted
@@ -34,23 +33,11 @@ from carft_ray.words import counted
 ENDED = "outside the search space, which was changed while it ran"
 
 
-def remove_half_made(storage: JournalStorage, generation: int) -> None:
-    """Removes the Optuna study of a generation that never came to hold. The lock of the study must be held.
-
-    Args:
-        storage: Of the journal.
-        generation: The one that holds.
-    """
-    name = generation_name(generation + 1)
-    if name in optuna.get_all_study_names(storage):
-        optuna.delete_study(study_name=name, storage=storage)
-
-
 def begin_generation(storage: JournalStorage, generation: int, recipe: Recipe) -> str:
-    """Writes the next generation of trials to the journal; it holds when the manifest says so.
+    """Writes the next generation of trials, in an open commit; it holds when the manifest says so.
 
     Args:
-        storage: Of the journal.
+        storage: Of the log.
         generation: The one that holds now.
         recipe: Has the new space.
 
@@ -58,10 +45,12 @@ def begin_generation(storage: JournalStorage, generation: int, recipe: Recipe) -
         What became of the trials, in a sentence.
     """
     old = optuna.load_study(study_name=generation_name(generation), storage=storage)
-    new = optuna.create_study(study_name=generation_name(generation + 1), storage=storage, directions=old.directions)
+    name = generation_name(generation + 1)
+    if name in optuna.get_all_study_names(storage):
+        optuna.delete_study(study_name=name, storage=storage)
+    new = optuna.create_study(study_name=name, storage=storage, directions=old.directions)
     for key, value in old.user_attrs.items():
-        if key != LEDGER:  # which stays where it began
-            new.set_user_attr(key, value)
+        new.set_user_attr(key, value)
     for trial in old.get_trials(deepcopy=False):
         new.add_trial(_carried(trial, recipe))
     carried = new.get_trials(deepcopy=False)

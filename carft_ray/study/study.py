@@ -1,4 +1,4 @@
-"""The study: an Optuna journal on disk that is the only state of a search. Nothing here knows Ray.
+"""The study: an Optuna journal in a log that is the only state of a search. Nothing here knows Ray.
 
 | what happened to a training | outcome | Optuna sees |
 |---|---|---|
@@ -14,9 +14,10 @@ advance. Of attempts in a row that do not, the second exception is a verdict, an
 is set aside and the others continue.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,38 +25,41 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
 from carft_ray import files
-from carft_ray.errors import NoSuccessfulTrialError, Problem
+from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.layout import CUT as CUT_FILE
 from carft_ray.layout import LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
 from carft_ray.recipe.schema.constraints import constraint_names
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.log import Log
 from carft_ray.study import outcome, rows
 from carft_ray.study.best import Retention
 from carft_ray.study.journal import Journal
-from carft_ray.study.lease import Lease
 from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of, raise_fence
 from carft_ray.study.proposals import pruning, space
 from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, rows_of, trainings
 
 ERRORS = 2  # attempts that end with an exception, none advancing, before the study gets the outcome
 LOST_ATTEMPTS = 5  # attempts in a row that do not advance before a training is set aside
+CUT = "cut"  # attribute of a training: the ``Cut``, once the pruner has decided
 STUCK = "without_progress"  # attribute of a training: its attempts in a row that failed without advancing
 
 
 class Study:
-    """An open study; its lock is held. Use ``open_study``.
+    """An open study, held by its log. Use ``open_study``.
 
     Attributes:
+        log: By which it is held.
         recipe: Of the search, with absolute paths.
         notes: What was repaired, found or taken in, one sentence each.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, held: Lease, notes: list[str], storage: JournalStorage) -> None:
+    def __init__(self, study_dir: Path, recipe: Recipe, log: Log, notes: list[str], storage: JournalStorage) -> None:
         self.study_dir = study_dir
         self.recipe = recipe
         self.notes = notes
-        self._lease = held
-        self.journal = Journal(study_dir, recipe, held, storage)
-        self.retention = Retention(study_dir, recipe, held)
+        self.log = log
+        self.journal = Journal(study_dir, recipe, log, storage)
+        self.retention = Retention(study_dir, recipe, log)
         self._references_known = not constraint_names(recipe.search.constraints)  # what constraints compare with
         self.asks = True  # whether the sampler proposes new trials
         self.waiting: deque[TrialSpec] = deque()
@@ -64,11 +68,9 @@ class Study:
     @property
     def taken_over(self) -> bool:
         """Whether another process holds the study by now; then nothing in its folder is ours to write."""
-        return self._lease.lost()
-
-    def check_held(self) -> None:
-        """Raises a ``StorageError`` when another process has taken the study over."""
-        self._lease.check()
+        with contextlib.suppress(StorageError):
+            self.log.check()
+        return self.log.is_lost
 
     def next(self) -> TrialSpec | None:
         """Returns the next attempt to start, or None when nothing is left but what runs already.
@@ -79,22 +81,23 @@ class Study:
         Raises:
             NoSuccessfulTrialError: A baseline that a constraint names has ended without a result.
         """
-        if not self.waiting and self._wants_more() and self._may_try():
-            self.waiting.append(self.journal.ask())
         waiting = next((spec for spec in self.waiting if spec.kind != "trial" or self._may_try()), None)
-        if waiting is None:
+        if waiting is not None:
+            self.waiting.remove(waiting)
+        elif self.waiting or not (self._wants_more() and self._may_try()):
             return None
-        self.waiting.remove(waiting)
-        spec = replace(waiting, attempt=waiting.attempt + 1)
-        self.journal.note(spec, {"attempt": spec.attempt})
+        with self.log.commit():
+            begun = waiting or self.journal.ask()
+            spec = replace(begun, attempt=begun.attempt + 1)
+            self.journal.note(spec, {"attempt": spec.attempt})
         raise_fence(spec.folder(self.study_dir), spec.attempt)
         return spec
 
     def report(self, spec: TrialSpec, line: Mapping[str, Any]) -> str | None:
         """Notes an intermediate value of a running trial, and decides whether its training is cut there.
 
-        The decision is in the trial's folder before the value is in the study, so a kill in between loses neither. A
-        value that is noted already (an attempt repeats an epoch) is passed over, as is what comes after a cut.
+        Value and decision are one commit; then the trial's folder tells the training. A value that is noted already
+        (an attempt repeats an epoch) is passed over, as is what comes after a cut.
 
         Args:
             spec: The attempt; only trials are ever cut.
@@ -111,16 +114,24 @@ class Study:
         if found is None or found[0] in before:
             return None
         folder, (percent, value) = spec.folder(self.study_dir), found
-        cut, reason = outcome.read_cut(folder), None
+        cut, reason = self._cut(spec), None
         if cut is not None and percent > cut.percent:
             return None
         if cut is None and not files.exists(folder / RESULT):  # else it would come too late
             others = [trial for number, trial in known.items() if number != spec.number]
             reason = pruning.cut_reason(pruner, {**before, percent: value}, others)
-            if reason is not None:
-                outcome.write_cut(folder, Cut(spec.attempt, percent, reason))
-        self.journal.report(spec, percent, value)
+            cut = None if reason is None else Cut(spec.attempt, percent, reason)
+        with self.log.commit():
+            self.journal.report(spec, percent, value)
+            if cut is not None and reason is not None:
+                self.journal.note(spec, {CUT: asdict(cut)})
+        if cut is not None and reason is not None:
+            outcome.write_cut(folder, cut)
         return reason
+
+    def _cut(self, spec: TrialSpec) -> Cut | None:
+        found = self.journal.attribute(spec, CUT)
+        return found and Cut(**found)
 
     def settle(self, spec: TrialSpec) -> TrialRow | None:
         """Records how an attempt ended, by what lies in its folder. A result wins over a cut.
@@ -136,10 +147,12 @@ class Study:
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
-        cut = outcome.read_cut(folder)
+        cut = self._cut(spec)
         if result is not None:
             return self._ended(self.journal.complete(spec, result))
         if cut is not None:
+            if not files.exists(folder / CUT_FILE):  # a kill came first
+                outcome.write_cut(folder, cut)
             return self._pruned(spec, "pruned", cut.reason)
         failure = outcome.read_failure(folder, spec.attempt)
         return None if failure is None else self._settle_failure(spec, folder, failure)
@@ -208,7 +221,7 @@ class Study:
         """Writes to the log of a training why it was stopped, and from where the next search resumes it."""
         folder, path = spec.folder(self.study_dir), self.study_dir / STOP
         why = "" if not files.exists(path) else path.read_text(errors="replace").partition("\n")[0]
-        self._lease.check()
+        self.log.check()
         where = f"resume continues from {outcome.progress_words(folder)}"
         append_log(folder, f"attempt {spec.attempt}: stopped: {why or 'on request'}; {where}")
 
@@ -244,17 +257,15 @@ class Study:
         Returns:
             Its row, or None when it is there already.
         """
-        number = self.journal.numbers("baseline").get(ZERO_SHOT)
-        if number is None:
-            spec = self.journal.add("baseline", ZERO_SHOT, {"alpha": 0.0})
-        elif self.rows("baseline")[number].outcome == "running":  # a kill came before all of it was written
-            spec = TrialSpec("baseline", number, ZERO_SHOT, {"alpha": 0.0}, 1)
-        else:
+        if ZERO_SHOT in self.journal.numbers("baseline"):
             return None
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
         attributes = {"outcome": "complete", "alpha": 0.0, "metrics": numbers, "attempt": 1}
         attributes["at_chance"] = bool(metrics.get("at_chance", False))
-        return self._ended(self.journal.tell(spec, TrialState.COMPLETE, attributes, numbers["objective"]))
+        with self.log.commit():
+            spec = self.journal.add("baseline", ZERO_SHOT, {"alpha": 0.0})
+            row = self.journal.tell(spec, TrialState.COMPLETE, attributes, numbers["objective"])
+        return self._ended(row)
 
     def rows(self, kind: Kind = "trial") -> list[TrialRow]:
         """Returns all trials (or baselines, or trainings of the confirm) in the order of their numbers."""
@@ -279,7 +290,7 @@ class Study:
             raise NoSuccessfulTrialError([_without_reference(self.study_dir, *each) for each in ended.items()])
         if any(row is not None and row.outcome == "running" for row in named.values()):
             return False
-        self.check_held()
+        self.log.check()
         found = {name: row.metrics["id_accuracy"] for name, row in named.items() if row is not None}
         files.write_json(self.study_dir / PREPARED / REFERENCES, found)
         self._references_known = True
@@ -293,7 +304,8 @@ class Study:
     def enter(self, kind: Kind, trainings: Mapping[str, dict[str, Any]]) -> None:
         """Enters trainings with given values that are not in the study yet, and queues them."""
         known = self.journal.numbers(kind)
-        self.waiting += [self.journal.add(kind, name, trainings[name]) for name in trainings if name not in known]
+        with self.log.commit():
+            self.waiting += [self.journal.add(kind, name, trainings[name]) for name in trainings if name not in known]
 
     def began(self) -> bool:
         """Tells whether a training was ever started."""

@@ -1,11 +1,10 @@
 """Trials of other studies for the sampler of this one: it begins with what they have found.
 
-They are entered in the journal as finished trials with the attribute ``warm_from``. So they have numbers there, and are
-no trials of the study: not counted, no rows, never its best. Each study is taken in once, with what it holds then: one
-append per trial, and a mark at the end. A kill in between costs nothing; the next search takes in what is missing.
+They are entered in the log as finished trials with the attribute ``warm_from``. So they have numbers there, and are
+no trials of the study: not counted, no rows, never its best. Each study is taken in once, with what it holds then: all
+of its trials, and a record of it, in one commit.
 """
 
-import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
@@ -13,32 +12,35 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.data.class_names import class_folders
 from carft_ray.errors import Problem, RecipeError, nearest
-from carft_ray.layout import JOURNAL
+from carft_ray.layout import COMMITS
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
+from carft_ray.store.log import Log
 from carft_ray.study import rows
-from carft_ray.study.identity import GENERATION, RECIPES, read_manifest
+from carft_ray.study.holding import is_study, log_of
+from carft_ray.study.identity import RECIPES, read_manifest
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
 from carft_ray.study.provenance import PROVENANCE
-from carft_ray.study.rows import WARM_FROM, is_training, state_and_values
+from carft_ray.study.rows import WARM_FROM, state_and_values
 from carft_ray.study.space_revisions import placed_trial
 from carft_ray.words import counted, times
 
-MARKS = "warm_started"  # attribute of the Optuna study: what was taken in, by the id of the source
+TAKEN_IN = "taken in"  # kind of a record: a source, by its id, and what was taken in
 KEY = "search.warm_start"
 
 
-def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
+def take_in(study: optuna.Study, log: Log, study_dir: Path, recipe: Recipe) -> list[str]:
     """Enters the finished trials of the recipe's ``search.warm_start`` that lie in its space.
 
     Args:
         study: The Optuna study of the trials.
+        log: By which the study is held.
         study_dir: The study directory, absolute.
         recipe: The recipe with absolute paths.
 
@@ -49,70 +51,78 @@ def take_in(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[str]:
         RecipeError: A source is no study, the study itself, or has another objective; all problems at once.
         StorageError: A source cannot be read.
     """
-    marks: dict[str, dict[str, Any]] = dict(study.user_attrs.get(MARKS, {}))
     notes = []
-    for source in new_sources(study, study_dir, recipe):
-        number = source_id(source)
-        if number in marks:
-            notes.append(f"warm start: {source} is a copy of {marks[number]['path']}, which was taken in before")
+    for source in new_sources(log, study_dir, recipe):
+        number, before = source_id(source), _sources(log)
+        if number in before:
+            notes.append(f"warm start: {source} is a copy of {before[number]['path']}, which was taken in before")
             continue
-        taken, left_out = _take(study, source, number, recipe)
+        taken, left_out = _placed(source, number, recipe)
         reads = len(reads_of(read_ledger(source))) + inherited_reads(source)
-        marks[number] = {"path": str(source), "taken": taken, "left_out": left_out, "test_reads": reads}
-        study.set_user_attr(MARKS, marks)
+        origin = {"id": number, "path": str(source), "test_reads": reads}
+        with log.commit({"kind": TAKEN_IN, **origin, "taken": len(taken), "left_out": left_out}):
+            study.add_trials(taken)
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
-        note = f"warm start: {taken} of {counted(taken + sum(left_out.values()), 'trial')} of {source} taken in"
+        found = counted(len(taken) + sum(left_out.values()), "trial")
+        note = f"warm start: {len(taken)} of {found} of {source} taken in"
         notes.append(f"{note}; left out: {why}" if why else note)
         if reads:
             notes.append(f"warm start: the test sets of {source} were read {times(reads)}; this counts here too")
     return notes
 
 
-def new_sources(study: optuna.Study, study_dir: Path, recipe: Recipe) -> list[Path]:
+def _sources(log: Log) -> dict[str, dict[str, Any]]:
+    """Returns what was taken in, by the id of the source."""
+    return {record["id"]: record for _, record in log.records if record.get("kind") == TAKEN_IN}
+
+
+def new_sources(log: Log, study_dir: Path, recipe: Recipe) -> list[Path]:
     """Returns the studies of ``search.warm_start`` that ``take_in`` would take in, once all of them are fit for it.
 
     Args:
-        study: As of ``take_in``, and so are the others.
+        log: As of ``take_in``, and so are the others.
         study_dir: The study directory.
         recipe: The recipe.
 
     Raises:
         RecipeError: As ``take_in``.
     """
-    done = {mark["path"] for mark in study.user_attrs.get(MARKS, {}).values()}  # those may be gone by now
+    done = {record["path"] for record in _sources(log).values()}  # those may be gone by now
     sources = [Path(source) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
     if problems := [problem for source in sources for problem in _problems(source, study_dir, recipe)]:
         raise RecipeError(problems)
     return sources
 
 
-def inherited_reads(study_dir: Path) -> int:
+def inherited_reads(study_dir: Path, log: Log | None = None) -> int:
     """Returns how often test sets were read in the studies that this one has learned from or whose winners are its
     baselines (`confirm --against`), and in theirs.
 
+    Args:
+        study_dir: The study directory.
+        log: Its log, where it has been read already.
+
     Raises:
         HoldOutError: The ledger is not as carft-ray has written it.
-        StorageError: There is no study, or its journal is damaged.
+        StorageError: There is no study, or its log is damaged.
     """
-    with _search_of(study_dir) as search:
-        marks = {} if search is None else search.user_attrs.get(MARKS, {})
-    found = {number: mark.get("test_reads", 0) for number, mark in marks.items()}
-    for entry in read_ledger(study_dir):
+    log = log or log_of(study_dir)
+    found = {number: source.get("test_reads", 0) for number, source in _sources(log).items()}
+    for entry in read_ledger(study_dir, log):
         for number, reads in entry.details.get(AGAINST, {}).items():
             found[number] = max(reads, found.get(number, 0))
     return sum(found.values())
 
 
-def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tuple[int, dict[str, int]]:
-    """Enters what is not there yet; returns how many trials of the source are, and how many are not by reason."""
-    theirs = _recipe_of(source)
+def _placed(source: Path, number: str, recipe: Recipe) -> tuple[list[FrozenTrial], dict[str, int]]:
+    """Returns the trials of a source that are taken in, and how many are not by reason."""
+    theirs, name = _recipe_of(source), rows.study_name(source, "trial")
     own = theirs.train.model_dump(mode="json")  # values that its trials have in common
-    with _search_of(source) as search:
+    with rows.readable(log_of(source)) as storage:
+        search = rows.stored(storage, name)
         trials = [] if search is None else rows.trainings(search)
     same_pruner = theirs.evaluate == recipe.evaluate and theirs.search.pruner == recipe.search.pruner
-    known = [trial.user_attrs[WARM_FROM] for trial in study.get_trials(deepcopy=False) if not is_training(trial)]
-    there = {(origin["id"], origin["trial"]) for origin in known if "id" in origin}
-    taken, left_out = 0, Counter[str]()
+    taken, left_out = [], Counter[str]()
     for trial in trials:
         row = rows.row_of("trial", trial)
         if state_and_values(trial)[0] not in (TrialState.COMPLETE, TrialState.PRUNED):
@@ -122,19 +132,17 @@ def _take(study: optuna.Study, source: Path, number: str, recipe: Recipe) -> tup
         if isinstance(placed, str):
             left_out[f"with {placed} outside the space"] += 1
             continue
-        taken += 1
-        if (number, row.name) not in there:
-            origin = {"id": number, "path": str(source), "trial": row.name}
-            attributes = {WARM_FROM: origin, "outcome": row.outcome, "alpha": row.alpha}
-            study.add_trial(placed_trial(trial, recipe, placed, attributes, with_values=same_pruner))
+        origin = {"id": number, "path": str(source), "trial": row.name}
+        attributes = {WARM_FROM: origin, "outcome": row.outcome, "alpha": row.alpha}
+        taken.append(placed_trial(trial, recipe, placed, attributes, with_values=same_pruner))
     return taken, dict(left_out)
 
 
 def _problems(source: Path, study_dir: Path, recipe: Recipe) -> Iterator[Problem]:
     key = f"{KEY}: {source}"
-    if not (source / JOURNAL).is_file():
-        value = "no such folder" if not source.exists() else f"one without {JOURNAL}"
-        others = [str(path.parent) for path in source.parent.glob(f"*/{JOURNAL}")]
+    if not is_study(source):
+        value = "no such folder" if not source.exists() else f"one without {COMMITS}/"
+        others = [str(path.parent) for path in source.parent.glob(f"*/{COMMITS}")]
         yield Problem(key, "must be the folder of a study", value, nearest=nearest(str(source), others))
         return
     if source == study_dir or source_id(source) == source_id(study_dir):
@@ -174,14 +182,6 @@ def _classes(study_dir: Path, recipe: Recipe) -> list[str] | None:
 
 def _recipe_of(source: Path) -> Recipe:
     return Recipe.model_validate(read_manifest(source)["recipe"])
-
-
-@contextlib.contextmanager
-def _search_of(source: Path) -> Iterator[optuna.Study | None]:
-    """Gives the Optuna study of a study's trials to read from; None where no trial was ever begun."""
-    name = rows.generation_name(read_manifest(source).get(GENERATION, 1))
-    with rows.readable(source):
-        yield rows.stored(rows.storage_of(source), name)
 
 
 def source_id(study_dir: Path) -> str:

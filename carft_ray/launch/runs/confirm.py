@@ -39,7 +39,7 @@ def run_confirm(
     Args:
         recipe: The study's resolved recipe.
         study_dir: The study directory.
-        fix: Called with the study once its lock is held and before anything is trained. Returns the values over the
+        fix: Called with the open study and before anything is trained. Returns the values over the
             recipe's ``train`` by name, ``seed`` and ``alpha`` among them.
         resume_command: Shown after an interruption.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
@@ -55,7 +55,7 @@ def run_confirm(
         DataError: Images, classes or weights are no longer those of the study.
         CarftError: As ``run_search``.
     """
-    with open_study(study_dir, recipe) as study:
+    with open_study(study_dir, recipe, tell=lambda text: on_event(Note(text))) as study:
         for note in study.notes:
             on_event(Note(note))
         trainings = fix(study)

@@ -42,7 +42,7 @@ def train_with_ray(
 
     Args:
         recipe: The recipe.
-        out_dir: Folder of the training, seen by every node; it must be claimed and locked (``study.lock``).
+        out_dir: Folder of the training, seen by every node; it must be held (``study.holding``).
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         resume_command: Shown after an interruption.
         on_epoch: Given the metrics of every epoch.

@@ -23,7 +23,7 @@ from carft_ray.recipe.space.grid import num_trials
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import best_row
+from carft_ray.study.rows import best_row, trials
 from carft_ray.study.study import Study
 from carft_ray.study.warm_start import new_sources
 from carft_ray.words import counted
@@ -90,9 +90,9 @@ def run_search(
         StorageError, ClusterError, DataError: As their messages say.
     """
     began = time.monotonic()
-    with open_study(study_dir, recipe, change_space) as study:
+    with open_study(study_dir, recipe, change_space, lambda text: on_event(Note(text))) as study:
         study_dir = study.study_dir
-        new_sources(study.journal.studies["trial"], study_dir, recipe)  # raises before anything is written
+        new_sources(study.log, study_dir, recipe)  # raises before anything is written
         begin(study_dir, recipe)
         num_before = _num_finished(study)
         recovered = recover_running(study)
@@ -162,7 +162,8 @@ def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say:
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
-    what = f"stopped; {_num_finished(study)} of {counted(num_trials(study.recipe), 'trial')} finished"
+    finished = sum(row.outcome != "running" for row in trials(study.study_dir))  # Ctrl-C may have spoiled a commit
+    what = f"stopped; {finished} of {counted(num_trials(study.recipe), 'trial')} finished"
     return interruption(what, _resume(study, address))
 
 

@@ -13,10 +13,12 @@ from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import RUNNER
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption, stop_file_on_signal
-from carft_ray.layout import CHECKPOINTS, JOURNAL, MANIFEST, PREPARED, RESULT, STOP
+from carft_ray.layout import CHECKPOINTS, MANIFEST, OWNER, PREPARED, RESULT, STOP
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
+from carft_ray.study.holding import check_fit, gone_if_nothing_began, held, is_ours, is_study
 from carft_ray.study.identity import claim
-from carft_ray.study.lock import gone_if_nothing_began, is_ours, study_lock
 from carft_ray.study.provenance import record_provenance
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run import run_training
@@ -65,14 +67,12 @@ def train_once(
     """
     out_dir = out_dir.resolve()
     _check_folder(out_dir, resume)
+    check_fit(out_dir)
+    is_new, log = not files.exists(out_dir / MANIFEST), Log(Folder(out_dir / OWNER))
     with (
-        study_lock(out_dir) as held,
-        gone_if_nothing_began(
-            out_dir, not files.exists(out_dir / MANIFEST), lambda: files.exists(out_dir / CHECKPOINTS)
-        ),
+        held(log, say),
+        gone_if_nothing_began(out_dir, log, is_new, lambda: files.exists(out_dir / CHECKPOINTS)),
     ):
-        if held.note:
-            say(held.note)
         claim(out_dir, recipe, change_space=True)  # it has no space
         files.remove_remains(out_dir)
         begin(out_dir, recipe)
@@ -128,7 +128,7 @@ def _run(
 
 def _check_folder(out_dir: Path, resume: bool) -> None:
     other = "Give another folder with --out."
-    if files.exists(out_dir / JOURNAL):
+    if is_study(out_dir):
         raise UsageError(Problem(str(out_dir), "must be the folder of a training", "a study", next_step=other))
     has_training = files.exists(out_dir / MANIFEST)
     if resume and not has_training:
@@ -140,4 +140,4 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
         step = f"Add --resume to {'see its result' if done else 'continue it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
     if not has_training:
-        files.require_new(out_dir, "--out", is_ours)
+        files.require_new(out_dir, "--out", lambda name: is_ours(out_dir / name))

@@ -24,6 +24,7 @@ from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
 from carft_ray.study.outcome import TrialRow, require_name
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
+from carft_ray.study.study import Study
 from carft_ray.study.warm_start import source_id
 from carft_ray.words import counted, times
 
@@ -153,7 +154,7 @@ def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] =
     notes = [
         f"the test sets of {other.study_dir} were read {times(number)}; this counts here too"
         for other in against
-        if (number := num_test_reads(other.study_dir))
+        if (number := num_test_reads(other.study_dir, other.log))
     ]
     stages = read_plan(view.study_dir)
     if stages is None:
@@ -188,12 +189,12 @@ def cost(view: Overview, stage: Stage) -> str:
 
 
 def fix(
-    study_dir: Path, recipe: Recipe, first: Stage, second: Stage | None, against: Sequence[Overview] = ()
+    study: Study, recipe: Recipe, first: Stage, second: Stage | None, against: Sequence[Overview] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Writes ledger and plan, before anything of it is trained; the study's lock is held.
+    """Writes ledger and plan, before anything of it is trained.
 
     Args:
-        study_dir: The study directory, absolute.
+        study: The open study.
         recipe: Its recipe.
         first: The first stage.
         second: The second one, once the first one has chosen; it is trained then.
@@ -206,13 +207,13 @@ def fix(
         HoldOutError: The ledger is not as carft-ray has written it.
         StorageError: Something cannot be written.
     """
-    stage = second or first
+    stage, study_dir = second or first, study.study_dir
     details = {**json.loads(json.dumps(asdict(stage))), "chosen_by": "confirm" if second else "search"}
     if against:
-        details[AGAINST] = {source_id(other.study_dir): num_test_reads(other.study_dir) for other in against}
-    written = [entry.details for entry in read_ledger(study_dir) if entry.purpose == WINNER_FIXED]
+        details[AGAINST] = {source_id(other.study_dir): num_test_reads(other.study_dir, other.log) for other in against}
+    written = [entry.details for entry in read_ledger(study_dir, study.log) if entry.purpose == WINNER_FIXED]
     if details not in written[-2:]:  # the same command again, after a kill
-        record(study_dir, recipe, WINNER_FIXED, ("id_val", *recipe.data.ood_val), details)
+        record(study_dir, study.log, recipe, WINNER_FIXED, ("id_val", *recipe.data.ood_val), details)
     write_plan(study_dir, first, second)
     return stage.trainings()
 

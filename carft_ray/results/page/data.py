@@ -79,7 +79,7 @@ def page_document(view: Overview) -> dict[str, Any]:
         "changes": _changes(view, class_names),
         "changed_images": changed_images(view, points_of_best(view), class_names),
         "reliability": _reliability(view),
-        "ledger": [asdict(entry) for entry in read_ledger(study_dir)],
+        "ledger": [asdict(entry) for entry in read_ledger(study_dir, view.log)],
         "shared_images": [asdict(row) for row in read_shared(study_dir)],
         "provenance": provenance,
         "recipe": dump_recipe(recipe),

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from carft_ray.errors import StorageError
 from carft_ray.launch.figures.study_figure import write_figure
 from carft_ray.layout import FIGURE_SVG, FOLDERS
 from carft_ray.results.page.figures import figures
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.verdict_card import verdict
-from carft_ray.study.lock import require_nothing_outside
-from carft_ray.untrusted import visible
+from carft_ray.untrusted import require_nothing_outside, visible
 
 HERE = Path(__file__).parent
 NUM_STATIC = 100  # trials that stand in the page without JavaScript
@@ -48,7 +48,7 @@ def page(view: Overview, document: Mapping[str, Any], path: Path) -> str:
     Raises:
         StorageError: A link leads out of the study: the page shows the ends of logs, and is passed on.
     """
-    require_nothing_outside(view.study_dir)
+    require_nothing_outside(view.study_dir, StorageError)
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # slow to import, as the next one
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs

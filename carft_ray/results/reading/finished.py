@@ -14,8 +14,9 @@ from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.pareto import placed
-from carft_ray.results.reading.study_view import find_row, is_study, require_claimed
+from carft_ray.results.reading.study_view import find_row, require_claimed
 from carft_ray.study import identity
+from carft_ray.study.holding import is_study
 from carft_ray.study.outcome import TrialRow, read_result
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
@@ -68,7 +69,7 @@ class Finished:
 
 
 def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") -> Finished:
-    """Opens a finished training; nothing is locked or written.
+    """Opens a finished training; nothing is claimed or written.
 
     Args:
         folder: A study, or the folder of `train`.
@@ -78,7 +79,7 @@ def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") 
     Raises:
         UsageError: The folder is neither, or the study has no such trial.
         NoSuccessfulTrialError: The training is not finished, or the study has no finished trial.
-        StorageError: Manifest, journal or result is damaged.
+        StorageError: Manifest, log or result is damaged.
     """
     folder = require_claimed(folder)
     base, provenance = read_manifest(folder)

@@ -7,7 +7,7 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.layout import CUT, ERROR, HEARTBEAT, LOG, RESULT
 from carft_ray.results.reading.study_view import Overview, find_row
-from carft_ray.study.lease import holder
+from carft_ray.study.holding import log_of
 from carft_ray.study.outcome import TrialRow
 
 READ_EVERY_S = 0.5
@@ -42,9 +42,9 @@ def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
     Raises:
         StorageError: It cannot be read.
     """
-    position = 0
+    position, log = 0, log_of(study_dir)
     while True:
-        over = _ended(path.parent) or holder(study_dir) is None  # before the last reading
+        over = _ended(path.parent) or log.holder() is None  # before the last reading
         content = _content(path, position) or b""
         whole = content if over else content[: content.rfind(b"\n") + 1]
         position += len(whole)
@@ -52,6 +52,7 @@ def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
         if over:
             return
         time.sleep(READ_EVERY_S)
+        log.follow()
 
 
 def _content(path: Path, position: int = 0) -> bytes | None:

@@ -10,14 +10,16 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError
-from carft_ray.layout import JOURNAL, MANIFEST, STOP
+from carft_ray.launch.stop import BUDGET_STOP
+from carft_ray.layout import MANIFEST, STOP
 from carft_ray.recipe.schema.sampling import AnyPruner
 from carft_ray.recipe.space.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, search_began, studies_in
+from carft_ray.store.log import Log
 from carft_ray.study.best import constraint_lines
+from carft_ray.study.holding import log_of
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
-from carft_ray.study.lock import BUDGET_STOP
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.proposals.pruning import deciding_value
 from carft_ray.study.rows import ZERO_SHOT, best_first
@@ -33,7 +35,7 @@ def status(overview: Overview) -> dict[str, Any]:
     best, rows, front = overview.best, overview.rows, front_data(overview.recipe, overview.trials)
     fresh = [overview.state(row) for row in overview.confirmations]
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
-    changed, pruner = (overview.study_dir / JOURNAL).stat().st_mtime, overview.recipe.search.pruner
+    pruner, log = overview.recipe.search.pruner, overview.log or log_of(overview.study_dir)
     manifest = overview.study_dir / MANIFEST
     return {
         "study": str(overview.study_dir),
@@ -60,11 +62,11 @@ def status(overview: Overview) -> dict[str, Any]:
             "at_a_time": overview.at_a_time[0] if overview.at_a_time else None,
             "limited_by": overview.at_a_time[1] if overview.at_a_time else None,
         },
-        "ledger": ledger(overview.study_dir),
+        "ledger": ledger(overview.study_dir, log),
         "budget": budget(overview),
         "times": {
             "created": files.read_json(manifest).get("created") if manifest.exists() else None,
-            "last_change": datetime.fromtimestamp(changed).astimezone().isoformat(timespec="seconds"),
+            "last_change": datetime.fromtimestamp(log.time).astimezone().isoformat(timespec="seconds"),
             "training_s": round(sum(seconds), 1),
             "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
         },
@@ -77,20 +79,24 @@ def _failure_lines(rows: list[TrialRow]) -> list[str]:
     return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
 
 
-def num_test_reads(study_dir: Path) -> int:
+def num_test_reads(study_dir: Path, log: Log | None) -> int:
     """Returns how often the test sets were read, by studies that this one has learned from too.
+
+    Args:
+        study_dir: The study directory.
+        log: Its log, where it has been read already.
 
     Raises:
         HoldOutError: The ledger is not as carft-ray has written it.
     """
-    return len(reads_of(read_ledger(study_dir))) + inherited_reads(study_dir)
+    return len(reads_of(read_ledger(study_dir, log))) + inherited_reads(study_dir, log)
 
 
-def ledger(study_dir: Path) -> dict[str, Any]:
+def ledger(study_dir: Path, log: Log | None) -> dict[str, Any]:
     """Returns how often the test sets were read, and what is wrong with the ledger; then the number is None."""
     try:
-        problems = check_ledger(study_dir)
-        reads = None if problems else num_test_reads(study_dir)
+        problems = check_ledger(study_dir, log)
+        reads = None if problems else num_test_reads(study_dir, log)
     except CarftError as error:
         reads, problems = None, list(error.problems)
     return {"test_reads": reads, "problems": [str(problem) for problem in problems]}

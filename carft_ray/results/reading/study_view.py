@@ -1,4 +1,4 @@
-"""A study as commands read it: nothing is locked, nothing is written, no torch is loaded."""
+"""A study as commands read it: nothing is claimed, nothing is written, no torch is loaded."""
 
 import contextlib
 import functools
@@ -9,14 +9,15 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
-from carft_ray.layout import CONCURRENCY, JOURNAL, LOG, MANIFEST, METRICS, RAY_FILES, RESOLVED, STOP
+from carft_ray.layout import COMMITS, CONCURRENCY, LOG, MANIFEST, METRICS, RAY_FILES, RESOLVED, STOP
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.log import Log
+from carft_ray.study.holding import is_study
 from carft_ray.study.identity import caught_up, read_manifest
-from carft_ray.study.lease import holder
 from carft_ray.study.outcome import TrialRow, read_failure, read_heartbeat, read_result
-from carft_ray.study.rows import ZERO_SHOT, best_row, rows_by_kind
+from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.words import counted
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
@@ -36,6 +37,7 @@ class Overview:
         stopping: A stop was asked for and the live search has not ended yet.
         running: Kinds and names of the trainings that run.
         at_a_time: How many the search runs at a time at this moment, and why not more; None where it does not say.
+        log: As it was read; None: it was not.
     """
 
     study_dir: Path
@@ -47,6 +49,7 @@ class Overview:
     stopping: bool = False
     running: frozenset[tuple[str, str]] = frozenset()
     at_a_time: tuple[int, str] | None = None
+    log: Log | None = None
 
     @functools.cached_property
     def best(self) -> TrialRow | None:
@@ -123,22 +126,17 @@ def read_study(folder: Path) -> Overview:
 
     Raises:
         UsageError: The folder is none.
-        RecipeError, StorageError: Its resolved recipe or its journal is damaged.
+        RecipeError, StorageError: Its resolved recipe or its log is damaged.
     """
     study_dir = require_study(folder)
-    found = holder(study_dir)
-    rows = rows_by_kind(study_dir)
+    log, rows = log_and_rows(study_dir)
+    found = log.holder()
     trainings = [row for group in rows.values() for row in group]
     live = frozenset((row.kind, row.name) for row in trainings if found and _trains(study_dir, row))
     stopping = found is not None and (study_dir / STOP).exists()
     recipe = study_recipe(study_dir)
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
-    return Overview(study_dir, recipe, *groups, found, stopping, live, _at_a_time(study_dir) if found else None)
-
-
-def is_study(folder: Path) -> bool:
-    """Returns whether a folder holds a study."""
-    return (folder / JOURNAL).is_file()
+    return Overview(study_dir, recipe, *groups, found, stopping, live, _at_a_time(study_dir) if found else None, log)
 
 
 def studies_in(folder: Path) -> list[Path]:
@@ -164,7 +162,7 @@ def require_study(folder: Path, rule: str = "must be a study") -> Path:
     elif (folder / MANIFEST).exists():
         value, step = "the folder of one training", f"See it: carft-ray evaluate {folder}"
     else:
-        value, step = f"one without {JOURNAL}", "Give the folder that `search --study` was given."
+        value, step = f"one without {COMMITS}/", "Give the folder that `search --study` was given."
     raise UsageError(Problem(str(folder), rule, value, inside, near, step))
 
 

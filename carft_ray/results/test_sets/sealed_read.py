@@ -28,7 +28,7 @@ from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.source import ImageSet, Source
 from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.layout import FOLDERS, HEADS, LEDGER, PREPARED, SUMMARY, TEST_DIR
+from carft_ray.layout import COMMITS, FOLDERS, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.device import device_of
 from carft_ray.recipe.schema.recipe import Recipe
@@ -37,10 +37,11 @@ from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import compared_rows, read_record, summarise
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
 from carft_ray.study import ledger
+from carft_ray.study.holding import check_fit, held
 from carft_ray.study.identity import claim
-from carft_ray.study.lease import Lease
-from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.outcome import require_name
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
@@ -74,19 +75,17 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
     study_dir = study_view.require_study(study)
     recipe = study_view.study_recipe(study_dir)
     _require_test_sets(study_dir, recipe)
-    with study_lock(study_dir) as held:
+    check_fit(study_dir)
+    log = Log(Folder(study_dir))
+    with held(log, say):
         claim(study_dir, recipe)
         files.remove_remains(study_dir)
-        for note in (held.note, *repair_journal(study_dir)):
-            if note:
-                say(note)
-        entries = ledger.read_ledger(study_dir)
-        ledger.mend(study_dir)
+        entries = ledger.read_ledger(study_dir, log)
         reads = ledger.reads_of(entries)
         entry = reads[-1] if reads and reason is None else None
         if entry is not None:
             _require_unfinished(study_dir, entry, len(reads))
-        elif reason is None and (number := inherited_reads(study_dir)):
+        elif reason is None and (number := inherited_reads(study_dir, log)):
             rule = (
                 "the test sets of studies that it has learned from (search.warm_start) or is compared with "
                 f"(confirm --against) were read {times(number)}"
@@ -100,12 +99,12 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         runs = _alphas_by_run(compared["rows"])
         for run in runs.keys() - {ZERO_SHOT}:
             kind, _, name = run.partition("/")
-            require_name(name if kind in FOLDERS.values() else run, LEDGER)
+            require_name(name if kind in FOLDERS.values() else run, f"{COMMITS}/")
             require_weights(study_dir, study_dir / run, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
             details = {**compared, notes.NAME: secrets.token_hex(8)}
-            entry = ledger.record(study_dir, recipe, ledger.TEST, sets, details, reason or "")
+            entry = ledger.record(study_dir, log, recipe, ledger.TEST, sets, details, reason or "")
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
             say(f"continuing the read of {ledger.describe(entry)}")
@@ -114,10 +113,10 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         for line in (*problems, *notes.lines(elsewhere)):
             say(line)
         folder = _read_dir(study_dir, number)
-        tables = _evaluate(study_dir, recipe, runs, sources, folder, held, say)
+        tables = _evaluate(study_dir, recipe, runs, sources, folder, log, say)
         record = read_record(entry, entries, number, elsewhere)
         summary = summarise(recipe, compared, read_shared(study_dir), tables, record)
-        held.check()
+        log.check()
         files.write_json(study_dir / TEST_DIR / SUMMARY, summary)
         files.write_json(folder / SUMMARY, summary)
     return summary
@@ -209,7 +208,7 @@ def _evaluate(
     runs: Mapping[str, Sequence[float]],
     sources: Sequence[Source],
     folder: Path,
-    held: Lease,
+    log: Log,
     say: Callable[[str], None],
 ) -> dict[str, pa.Table]:
     """Reads every training at its alphas; what is there already is not read again.
@@ -232,7 +231,7 @@ def _evaluate(
         say(f"{number}/{len(runs)} {name} at alpha {at}{': read before' if path.exists() else ''}")
         if not path.exists():
             table = _predict(study_dir, recipe, inputs, name, alphas, sets)
-            held.check()
+            log.check()
             write_predictions(path, table)
         tables[name] = read_predictions(path)
     return tables

@@ -1,0 +1,115 @@
+"""Holding the folder of a study, or of a training of `train`, for one process at a time; and who holds it.
+
+Whoever has claimed the log holds the folder (``store.log``). A study has its log at once in it; a training, which has
+nothing else to log, below ``owner/``.
+"""
+
+import contextlib
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from carft_ray import files, untrusted
+from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
+from carft_ray.layout import COMMITS, MANIFEST, OWNER, PACKS, PREPARED
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
+from carft_ray.store.objects import PROBE
+
+LOOK_EVERY_S = 5.0  # whether a sign of life is due
+
+
+def is_study(folder: Path) -> bool:
+    """Returns whether a folder holds a study."""
+    return (folder / MANIFEST).is_file() and (folder / COMMITS).is_dir()
+
+
+def log_of(folder: Path) -> Log:
+    """Returns the log of a study or training, read to its end; one with nothing in it where there is none.
+
+    Raises:
+        StorageError: It is damaged, or cannot be read.
+    """
+    log = Log(Folder(folder if is_study(folder) else folder / OWNER))
+    log.follow()
+    return log
+
+
+def check_fit(folder: Path) -> None:
+    """Raises when a folder is none that may be held; before anything is written.
+
+    Raises:
+        UsageError: It is a file, or holds something and is no study.
+        StorageError: A link leads out of it, or one of its files is a pipe, device or socket.
+    """
+    step = "Give the folder of a study, or one that does not exist yet."
+    if files.exists(folder) and not folder.is_dir():
+        raise UsageError(Problem(str(folder), "must be a folder", "a file", next_step=step))
+    with files.writing(folder):
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    foreign = [name for name in names if not is_ours(folder / name)]
+    if foreign and MANIFEST not in names:
+        raise UsageError(Problem(str(folder), "must be a study or empty", ", ".join(foreign[:5]), next_step=step))
+    with files.writing(folder):
+        untrusted.require_nothing_outside(folder, StorageError)
+
+
+def is_ours(path: Path) -> bool:
+    """Tells whether a file or folder is one that holding the folder above leaves before that belongs to a recipe."""
+    if path.name not in (COMMITS, PACKS, OWNER):
+        return path.name.startswith(f".{MANIFEST}.")
+    names = [each.name for each in path.rglob("*") if not each.is_dir()]
+    return path.is_dir() and all(name.isdigit() or name.startswith((".", PROBE)) for name in names)
+
+
+@contextlib.contextmanager
+def held(log: Log, tell: Callable[[str], None]) -> Iterator[None]:
+    """Holds a folder within the block, by its log.
+
+    Args:
+        log: The log.
+        tell: As of ``Log.claim``.
+
+    Raises:
+        StorageError: Another process holds it, or it cannot be written; nothing is removed then.
+    """
+    log.claim(tell)
+    left = threading.Event()
+
+    def beat() -> None:
+        while not left.wait(LOOK_EVERY_S):
+            with contextlib.suppress(StorageError):  # the next commit tells
+                log.beat()
+
+    thread = threading.Thread(target=beat, name="beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        left.set()
+        thread.join()
+        with contextlib.suppress(StorageError):  # a log that is not released is that of a process that is gone
+            log.release()
+
+
+@contextlib.contextmanager
+def gone_if_nothing_began(folder: Path, log: Log, is_new: bool, began: Callable[[], bool]) -> Iterator[None]:
+    """Removes a folder that this call has made when model or data turn out unfit: the mended recipe may use its name.
+
+    So when Ray does not start. When Ray ends during the preparation, what is prepared stays for the same command.
+
+    Args:
+        folder: A claimed folder.
+        log: By which it is held.
+        is_new: Whether this call has claimed it; another one stays.
+        began: Tells whether a training has begun in it; then it stays.
+    """
+    try:
+        yield
+    except (RecipeError, DataError, HoldOutError, ClusterError) as error:
+        stays = isinstance(error, ClusterError) and files.exists(folder / PREPARED)
+        if is_new and not stays and not began():
+            log.abandon()
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
