@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import stand_in
+from logs import holding
 
 from carft_ray.study.ledger import record
-from carft_ray.study.lock import repair_journal, study_lock
 
 
 def import_everything():
@@ -24,7 +24,6 @@ def call(argv):
     study_dir, reason, template = Path(argv[0]).absolute(), argv[1], Path(argv[2])
     if not study_dir.exists():
         shutil.copytree(template, study_dir)
-    with study_lock(study_dir):
-        repair_journal(study_dir)
-        record(study_dir, stand_in.make_recipe(), "test", ("id_test",), {"rows": [1, 2]}, reason)
+    with holding(study_dir) as log:
+        record(study_dir, log, stand_in.make_recipe(), "test", ("id_test",), {"rows": [1, 2]}, reason)
     return 0

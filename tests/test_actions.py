@@ -13,6 +13,7 @@ import pytest
 import short_sealed
 import short_training
 import typer.main
+from logs import holding
 from test_debug import numbers as results
 
 import carft_ray
@@ -29,7 +30,6 @@ from carft_ray.errors import (
 )
 from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.recipe.text import parse
-from carft_ray.study.lock import study_lock
 from carft_ray.study.outcome import TrialRow
 from carft_ray.ui import notebook, progress
 
@@ -229,7 +229,7 @@ def test_wrong_use_is_an_exception_of_the_command(original, study_dir, tmp_path,
         )
     with pytest.raises(RecipeError, match=r"search\.space"):
         carft_ray.search(here / "recipe.yaml", tmp_path / "none", overrides={**overrides, "search.space": {}})
-    with study_lock(study_dir), pytest.raises(StorageError, match="in use"):
+    with holding(study_dir), pytest.raises(StorageError, match="in use"):
         carft_ray.resume(study_dir, "+1", progress=False)
 
 

@@ -10,13 +10,13 @@ import pyarrow as pa
 import pytest
 import short_study
 import short_training
+from logs import holding
 
 import carft_ray
 from carft_ray.api import studies
 from carft_ray.errors import NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.study.lock import study_lock
 from carft_ray.study.outcome import TrialRow
 
 
@@ -96,7 +96,7 @@ def test_best_metrics_and_predictions_belong_together(original):
 
 
 def test_a_study_that_is_being_searched_can_be_read(study_dir):
-    with study_lock(study_dir):
+    with holding(study_dir):
         before = {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")}
         study = carft_ray.open_study(study_dir)
         assert study.trials().num_rows == 2

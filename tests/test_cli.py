@@ -283,7 +283,7 @@ MISTAKES = [
     (
         ["export", "images", "--to", "new"],
         2,
-        "images: must be a study or the folder of a training, but got one without study.journal",
+        "images: must be a study or the folder of a training, but got one without log/",
     ),
     (
         ["evaluate", "done", "--head", "zeroshot"],

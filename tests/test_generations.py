@@ -7,6 +7,7 @@ import signal
 import crash_host
 import optuna
 import pytest
+from logs import holding
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 from test_study import fail, optuna_study, run_all, write_result
@@ -19,7 +20,6 @@ from carft_ray.recipe.space.grid import contains, place
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview, study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
-from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
@@ -248,8 +248,8 @@ def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recip
 @pytest.mark.slow
 def test_the_ledger_of_the_test_sets_stays_whole(study_dir):
     begin(study_dir, recipe_of())
-    with study_lock(study_dir):
-        record(study_dir, recipe_of(), TEST, ("id_test",))
+    with holding(study_dir) as log:
+        record(study_dir, log, recipe_of(), TEST, ("id_test",))
     narrow = recipe_of(9, learning_rate=NARROW)
     with pytest.raises(HoldOutError, match="add --again REASON"):
         require_unread(study_dir, narrow, None, True)

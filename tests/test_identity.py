@@ -7,6 +7,7 @@ from pathlib import Path
 
 import crash_host
 import pytest
+from logs import holding
 from recipe_keys import keys
 from stand_in import make_recipe
 from test_search_spaces import FOLDER, base_of, first_of, key_id, source_of, unique_keys
@@ -19,7 +20,6 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.finished import read_manifest
 from carft_ray.results.reading.study_view import study_recipe
 from carft_ray.study.identity import claim, class_of, record_recipe
-from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
@@ -191,7 +191,7 @@ def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifes
     with open_study(study_dir, old):
         pass
     (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7)))
-    with study_lock(study_dir):
+    with holding(study_dir):
         record_recipe(study_dir, new, claim(study_dir, new).space_changes)
     assert study_recipe(study_dir) == make_recipe(7, baselines=dict(new.search.baselines))
     (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9)))  # by hand: is refused later

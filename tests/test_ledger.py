@@ -9,11 +9,11 @@ from pathlib import Path
 import crash_host
 import pytest
 import stand_in
+from carft_ray.study.lock import repair_journal, study_lock
 from sequential_search import attempt
 
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
 from carft_ray.study.ledger import check_ledger, mend, read_ledger, reads_of, record, require_unread
-from carft_ray.study.lock import repair_journal, study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials

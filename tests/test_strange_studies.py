@@ -5,13 +5,14 @@ import os
 import shutil
 
 import crash_host
+import logs
 import pytest
 import report_studies
+from logs import holding
 
 from carft_ray.errors import StorageError
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
-from carft_ray.study.lock import study_lock
 from carft_ray.study.rows import best_first, trials
 
 RECIPE = report_studies.make_recipe(4, ood=False)
@@ -43,11 +44,8 @@ def everything(folder):
 
 
 def rename(study_dir, old, new):
-    """Gives a training another name in the journal, its folder the same one where it can."""
-    journal = study_dir / "study.journal"
-    text = journal.read_text()
-    assert json.dumps(old) in text
-    journal.write_text(text.replace(json.dumps(old), json.dumps(new)))
+    """Gives a training another name in the log, its folder the same one where it can."""
+    logs.replace(study_dir, json.dumps(old), json.dumps(new))
 
 
 COMMANDS = {
@@ -76,7 +74,7 @@ def test_a_training_whose_name_leads_out_of_the_study_is_refused(
     code = crash_host.call([word.format(study_dir) for word in COMMANDS[command]])
     told = capsys.readouterr().err
     assert code == StorageError.exit_code, told
-    assert "study.journal: a training must have a name of letters, digits and . _ - (at most 200)" in told
+    assert "log/: a training must have a name of letters, digits and . _ - (at most 200)" in told
     assert "victim/run1'" in told
     assert "Traceback" not in told
     after = everything(tmp_path)
@@ -119,14 +117,14 @@ def test_a_study_from_which_a_link_leads_out_is_not_opened_for_writing(
 def test_a_pipe_in_a_study_is_refused_and_nothing_waits_for_it(study_dir):
     os.mkfifo(study_dir / "fits.json")
     with pytest.raises(StorageError, match=r"fits.json: must be a file or a folder, but got a pipe, device or socket"):
-        study_lock(study_dir).__enter__()
+        holding(study_dir).__enter__()
 
 
 def test_a_link_that_stays_within_a_study_and_a_study_that_is_a_link_are_no_matter(study_dir, tmp_path):
     (study_dir / "tracking").mkdir()
     (study_dir / "tracking" / "latest").symlink_to("../trials")
     (tmp_path / "linked").symlink_to(study_dir)
-    with study_lock(tmp_path / "linked"):
+    with holding(tmp_path / "linked"):
         pass
 
 
@@ -149,10 +147,10 @@ def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir, 
 
 def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_dir, victim, tmp_path, capsys):
     row = {"name": "x", "role": "winner", "alpha": 1.0, "objective": 1.0, "runs": ["trials/../../../victim/run1"]}
-    with study_lock(study_dir):
+    with holding(study_dir) as log:
         details = {"confirmed": False, "seeds": [1], "rows": [row]}
-        ledger.record(study_dir, RECIPE, ledger.TEST, ("id_test",), details)
+        ledger.record(study_dir, log, RECIPE, ledger.TEST, ("id_test",), details)
     before = everything(tmp_path / "victim")
     assert crash_host.call(["test", str(study_dir)]) == StorageError.exit_code
-    assert "ledger.jsonl: a training must have a name" in capsys.readouterr().err
+    assert "log/: a training must have a name" in capsys.readouterr().err
     assert everything(tmp_path / "victim") == before

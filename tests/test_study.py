@@ -1,7 +1,8 @@
-"""The study on disk, without Ray: states, recovery, repair, lock, identity."""
+"""The study on disk, without Ray: states, recovery, kills, who holds it, identity."""
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import optuna
 import pytest
 import typer.main
+from logs import HOLD, commits, holding, rewrite
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -21,10 +23,11 @@ from stand_in import make_recipe, objective
 
 from carft_ray.cli import app
 from carft_ray.errors import CarftError, DataError, OutdatedAttemptError, RecipeError, StorageError, UsageError
+from carft_ray.files import temporary_name
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.trained import open_trained
-from carft_ray.study.lock import study_lock
+from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, check_fence, read_failure, read_result, trial_name, write_failure
 from carft_ray.study.recovery import recover_running
@@ -35,9 +38,7 @@ BASE = Path(__file__).parent
 
 
 def optuna_study(study_dir, name="search"):
-    return optuna.load_study(
-        storage=JournalStorage(JournalFileBackend(str(study_dir / "study.journal"))), study_name=name
-    )
+    return optuna.load_study(storage=JournalStorage(log_of(study_dir)), study_name=name)
 
 
 def write_result(study_dir, spec, value=0.5):
@@ -259,18 +260,30 @@ def test_a_finished_study_has_nothing_to_do_and_can_be_extended(study_dir):
     assert len({row.values["learning_rate"] for row in after}) == 4  # the resumed sampler draws new values
 
 
-def test_values_that_a_kill_has_cut_off_are_drawn_at_recovery(study_dir):
+def test_a_trial_is_one_commit_with_values_name_and_attempt(study_dir):
     recipe = make_recipe(1, baselines={})
-    with open_study(study_dir, recipe):
-        pass
-    trial = optuna_study(study_dir).ask()
-    rate = trial.suggest_float("learning_rate", 1e-5, 1e-2, log=True)
     with open_study(study_dir, recipe) as study:
         recover_running(study)
+        before = len(commits(study_dir))
         spec = study.next()
-    assert spec.values["learning_rate"] == rate
-    assert 0.1 <= spec.values["kl_weight"] <= 10
-    assert (spec.number, spec.attempt) == (0, 1)
+    [commit, _] = commits(study_dir)[before:]  # the other one is the release
+    assert len([each for each in commit["operations"] if each["op_code"] == 4]) == 1
+    rewrite(study_dir, commits(study_dir)[: before + 1])
+    assert [(row.name, row.values, row.attempt) for row in trials(study_dir)] == [(spec.name, spec.values, 1)]
+    with open_study(study_dir, recipe) as study:
+        recover_running(study)
+        again = study.next()
+    assert (again.number, again.name, again.values, again.attempt) == (0, spec.name, spec.values, 2)
+
+
+def test_the_end_of_a_training_is_one_commit(study_dir):
+    with open_study(study_dir, make_recipe(1, baselines={})) as study:
+        recover_running(study)
+        spec = study.next()
+        before = len(commits(study_dir))
+        write_result(study_dir, spec)
+        study.settle(spec)
+        assert len(commits(study_dir)) == before + 1
 
 
 def test_optuna_lets_a_running_trial_be_recovered(tmp_path):
@@ -304,46 +317,24 @@ def test_optuna_lets_a_running_trial_be_recovered(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tail", [b'{"op_code":5,"work', b'{"op_code":5,"work\n', b"\0\0\0\n"])
-def test_a_torn_last_line_is_moved_away_before_anything_is_appended(study_dir, tail):
+@pytest.mark.parametrize("half", [b"", b'{"op_code":5,"work', b"\0\0\0\n"])
+def test_what_a_killed_commit_has_left_is_removed_and_the_search_goes_on(study_dir, half):
     with open_study(study_dir, make_recipe(3)) as study:
         recover_running(study)
         spec = study.next()
-    journal = study_dir / "study.journal"
-    with open(journal, "ab") as file:
-        file.write(tail)
-    whole = journal.read_bytes().removesuffix(tail)
+    temporary_name(study_dir / "log" / "00000099").write_bytes(half)
     with open_study(study_dir, make_recipe(3)) as study:
-        assert any("incomplete last line" in note for note in study.notes)
-        assert journal.read_bytes() == whole
-        assert (study_dir / "study.journal.torn").read_bytes() == tail + b"\n"
+        assert all(path.name.isdigit() for path in (study_dir / "log").iterdir())
         recover_running(study)
         assert run_all(study)[0].name == spec.name
     assert len(trials(study_dir)) == 3
 
 
-def test_the_lock_of_a_dead_optuna_is_removed(study_dir):
-    with open_study(study_dir, make_recipe(2)):
-        pass
-    os.symlink("gone", study_dir / "study.journal.lock")  # its target is missing: Optuna would spin for ever
-    with open_study(study_dir, make_recipe(2)) as study:
-        assert any("study.journal.lock" in note for note in study.notes)
-        recover_running(study)
-        run_all(study)
-
-
 def test_two_searches_on_one_study_are_refused(study_dir):
-    code = f"""
-        import sys, time
-        from pathlib import Path
-        from carft_ray.study.lock import study_lock
-        with study_lock(Path({str(study_dir)!r})):
-            print("locked", flush=True)
-            time.sleep(60)
-    """
-    other = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    code = f"{HOLD}import time\nwith holding({str(study_dir)!r}):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
-        assert other.stdout.readline() == "locked\n"
+        assert other.stdout.readline() == "held\n"
         with pytest.raises(StorageError, match="is in use") as caught, open_study(study_dir, make_recipe()):
             pass
         assert f"process {other.pid} on " in str(caught.value)
@@ -352,7 +343,7 @@ def test_two_searches_on_one_study_are_refused(study_dir):
         other.send_signal(signal.SIGKILL)
         other.wait()
         other.stdout.close()
-    with study_lock(study_dir):  # a killed search leaves no lock
+    with holding(study_dir):  # a killed search holds nothing
         pass
 
 
@@ -388,25 +379,22 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "precious"
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        (b'{"op_code":0}\n{"op_code":1}\n', "must be an Optuna journal"),
-        (
-            b'no json\n{"op_code":0,"worker_id":"x","study_name":"search","directions":[2]}\n',
-            "must be an Optuna journal",
-        ),
-    ],
-)
-def test_a_damaged_journal_is_one_message(study_dir, content, told):
-    with open_study(study_dir, make_recipe()):
-        pass
-    (study_dir / "study.journal").write_bytes(content)
-    with pytest.raises(StorageError, match=told) as caught, open_study(study_dir, make_recipe()):
-        pass
-    assert caught.value.exit_code == 5
-    with pytest.raises(StorageError, match=told):
-        trials(study_dir)
+FOREIGN = {
+    "operations of another Optuna": lambda found: [{**each, "operations": [{"op_code": 0}]} for each in found],
+    "no attributes": lambda found: [*found, {**found[1], "operations": [{"op_code": 8, "worker_id": "x"}]}],
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_log_that_optuna_cannot_read_is_one_message(study_dir, kind):
+    with open_study(study_dir, make_recipe()) as study:
+        recover_running(study)
+    rewrite(study_dir, FOREIGN[kind](commits(study_dir)))
+    for use in (lambda: open_study(study_dir, make_recipe()).__enter__(), lambda: trials(study_dir)):
+        with pytest.raises(StorageError, match="log: must be the log of a study") as caught:
+            use()
+        assert caught.value.exit_code == 5
+        assert "the results of finished trials are still in trials/" in str(caught.value)
 
 
 def test_a_folder_that_is_no_study_has_no_trials(tmp_path):
@@ -481,20 +469,20 @@ def test_the_first_word_of_an_attempt_stands(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk_is_one_message(study_dir):
-    """In a process of its own, whose files may not grow: what fails is the append to the journal."""
+    """In a process of its own, whose files may not grow: what fails is the commit."""
     code = f"""
         import resource, signal
         from pathlib import Path
         from stand_in import make_recipe
         from carft_ray.errors import StorageError
-        from carft_ray.study.opening import open_study
+        from carft_ray.study.holding import log_of
+from carft_ray.study.opening import open_study
         from carft_ray.study.recovery import recover_running
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         study_dir = Path({str(study_dir)!r})
         with open_study(study_dir, make_recipe()) as study:
             recover_running(study)
-            size = (study_dir / "study.journal").stat().st_size
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, size + 10))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
             try:
                 study.next()
             except StorageError as error:
@@ -504,7 +492,7 @@ def test_a_full_disk_is_one_message(study_dir):
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=environment, check=True
     )
-    assert "study.journal: must be writable, but got File too large" in done.stdout
+    assert re.search(r"log/\d{8}: must be writable, but got File too large", done.stdout)
     with open_study(study_dir, make_recipe(2)) as study:  # with space again, nothing is lost
         recover_running(study)
         run_all(study)
@@ -611,20 +599,19 @@ def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):
     assert len(baselines(study_dir)) == 1
 
 
-@pytest.mark.parametrize("lines", [0, 1, 20])
-def test_a_journal_that_has_lost_trainings_is_an_error_and_nothing_is_removed(study_dir, lines):
+@pytest.mark.parametrize("number", [0, 1, 5])
+def test_a_log_that_has_lost_trainings_is_an_error_and_nothing_is_removed(study_dir, number):
     with open_study(study_dir, make_recipe(2)) as study:
         recover_running(study)
         run_all(study)
-    journal = study_dir / "study.journal"
-    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:lines]))
-    before = {path: path.read_bytes() for path in study_dir.rglob("*") if path.is_file() and path.name != "lock"}
-    with pytest.raises(StorageError, match=r"study\.journal: must be the journal of the trainings in") as caught:
+    rewrite(study_dir, commits(study_dir)[:number])
+    before = {path: path.read_bytes() for path in study_dir.rglob("*") if path.is_file()}
+    with pytest.raises(StorageError, match=r"log: must be the log of the trainings in") as caught:
         open_study(study_dir, make_recipe(2)).__enter__()
     assert caught.value.exit_code == 5
     assert "one that knows nothing of trials/t000" in str(caught.value)
     assert "Restore it from a copy. Without one: move those folders elsewhere" in str(caught.value)
-    assert {path: path.read_bytes() for path in before} == before
+    assert {path: path.read_bytes() for path in study_dir.rglob("*") if path.is_file()} == before
     shutil.rmtree(study_dir / "trials")
     (study_dir / "baselines").rename(study_dir / "elsewhere")
     with open_study(study_dir, make_recipe(2)) as study:
@@ -636,7 +623,7 @@ def test_what_this_call_did_not_make_stays_when_the_data_turn_out_unfit(study_di
     with open_study(study_dir, make_recipe(2)):
         pass
     (study_dir / "trials" / "t0000-1234").mkdir(parents=True)
-    (study_dir / "study.journal").write_bytes(b"")
+    rewrite(study_dir, [])
     for error in (DataError, RecipeError):
         with pytest.raises(error), open_study(study_dir, make_recipe(2)):
             raise error("one data set was changed")
@@ -657,19 +644,20 @@ def test_what_killed_writes_have_left_is_removed_at_opening(study_dir):
         pass
     folder = study_dir / "trials" / "t0000-1234"
     (folder / ".step-3.77.tmp").mkdir(parents=True)
-    (study_dir / ".study.journal.77.tmp").write_text("half")
+    (study_dir / ".manifest.json.77.tmp").write_text("half")
     with open_study(study_dir, make_recipe(2)):
         assert list(study_dir.rglob("*.tmp")) == []
 
 
-def test_the_zero_shot_baseline_that_a_kill_cut_off_is_told_and_never_trained(study_dir):
+def test_the_zero_shot_baseline_is_one_commit_and_told_once(study_dir):
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
         recover_running(study)
-        study.journal.add("baseline", "zero_shot", {"alpha": 0.0})
+        before = len(commits(study_dir))
+        assert study.add_zero_shot({"objective": 0.25}).objective == 0.25
+        assert len(commits(study_dir)) == before + 1
     with open_study(study_dir, make_recipe(1, baselines={})) as study:
         recover_running(study)
         assert study.next().kind == "trial"
-        assert study.add_zero_shot({"objective": 0.25}).objective == 0.25
         assert study.add_zero_shot({"objective": 0.5}) is None
         assert [row.objective for row in study.rows("baseline")] == [0.25]
 
@@ -693,21 +681,21 @@ def test_a_search_that_is_opened_again_for_each_trial_draws_what_it_would_have_d
 
 
 @pytest.mark.parametrize("garbage", [b"\0" * 300 + b"\n", b"{half a li", b"no json\n"])
-def test_garbage_in_the_middle_of_a_journal_is_one_message_and_nothing_is_lost(study_dir, garbage):
+def test_garbage_in_the_middle_of_a_log_is_one_message_and_nothing_is_lost(study_dir, garbage):
     with open_study(study_dir, make_recipe(2)) as study:
         recover_running(study)
         run_all(study)
-    journal = study_dir / "study.journal"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    spoilt = b"".join([*lines[:9], garbage, *lines[9:]])
-    journal.write_bytes(spoilt)
-    for use in (lambda: open_study(study_dir, make_recipe(2)).__enter__(), lambda: trials(study_dir)):
-        with pytest.raises(StorageError, match="must be an Optuna journal") as caught:
-            use()
-        assert caught.value.exit_code == 5
-        assert "the results of finished trials are still in trials/" in str(caught.value)
-    assert journal.read_bytes() == spoilt
-    journal.write_bytes(b"".join(lines))  # restored from a copy
+    shutil.rmtree(study_dir / "packs")
+    commit = study_dir / "log" / "00000005"
+    whole = commit.read_bytes()
+    for spoilt in (garbage, whole[:100] + garbage + whole[100:], whole + garbage):
+        commit.write_bytes(spoilt)
+        for use in (lambda: open_study(study_dir, make_recipe(2)).__enter__(), lambda: trials(study_dir)):
+            with pytest.raises(StorageError, match="00000005: must be a whole commit, but got a damaged one") as caught:
+                use()
+            assert caught.value.exit_code == 5
+        assert commit.read_bytes() == spoilt
+    commit.write_bytes(whole)  # restored from a copy
     assert len(trials(study_dir)) == 2
 
 

@@ -16,6 +16,7 @@ import pytest
 import short_sealed
 import short_training
 import torch
+from logs import holding
 
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
@@ -34,7 +35,6 @@ from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import Entry, read_ledger, require_unread
-from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
@@ -465,7 +465,7 @@ def test_lost_weights_are_told_before_the_seal_is_broken(run, here):
 
 
 def test_a_study_in_use_is_told(run, here):
-    with study_lock(here / "study"):
+    with holding(here / "study"):
         code, _, err = run("test", "study")
     assert code == 5
     assert "is in use" in err

@@ -79,20 +79,19 @@ def test_a_folder_from_which_a_link_leads_out_is_refused_and_a_link_within_it_is
     (folder / "trials" / "t0").mkdir(parents=True)
     victim.mkdir()
     (folder / "latest").symlink_to("trials/t0")
-    (folder / "of-ours").symlink_to(victim)
     (tmp_path / "linked").symlink_to(folder)
     for place in (folder, tmp_path / "linked", tmp_path / "not there"):
-        require_nothing_outside(place, StorageError, passed_over="of-ours")
+        require_nothing_outside(place, StorageError)
     for target in (victim, Path("../../../victim/new"), Path("/etc")):
         (folder / "trials" / "t0" / "log.txt").symlink_to(target)
         with pytest.raises(StorageError, match=r"t0/log.txt: must not lead out of .*, but got a link to /"):
-            require_nothing_outside(tmp_path / "linked", StorageError, passed_over="of-ours")
+            require_nothing_outside(tmp_path / "linked", StorageError)
         (folder / "trials" / "t0" / "log.txt").unlink()
     os.mkfifo(folder / "trials" / "result.json")
     with pytest.raises(
         StorageError, match=r"result.json: must be a file or a folder, but got a pipe, device or socket"
     ):
-        require_nothing_outside(folder, StorageError, passed_over="of-ours")
+        require_nothing_outside(folder, StorageError)
 
 
 def test_what_steers_a_terminal_or_the_direction_of_text_is_written_out():

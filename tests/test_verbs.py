@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import stand_in
+from logs import HOLD, commits, holding, rewrite
 from stand_in import make_recipe
 
 from carft_ray.api import actions
@@ -23,9 +24,8 @@ from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.study_view import find_row, read_study, total_trials
 from carft_ray.study.best import write_best
+from carft_ray.study.holding import log_of
 from carft_ray.study.identity import claim
-from carft_ray.study.lease import holder
-from carft_ray.study.lock import study_lock
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running
@@ -213,12 +213,12 @@ def test_readers_never_lock_a_search_out(here):
 
     def reads():
         while not over.is_set():
-            holder(here / "first")
+            log_of(here / "first").holder()
 
     with meanwhile(reads), contextlib.ExitStack() as stack:
         stack.callback(over.set)
         for _ in range(20):
-            with study_lock(here / "first"):
+            with holding(here / "first"):
                 pass
 
 
@@ -238,7 +238,7 @@ def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
 def test_a_study_that_has_just_been_made_is_empty_and_no_error(run, here):
     with open_study(here / "new", make_recipe(4)):
         pass
-    (here / "new" / "study.journal").write_bytes(b"")  # killed before it held anything
+    rewrite(here / "new", commits(here / "new")[:1])  # killed before it held anything
     code, out, _ = run("status", "new", "--json")
     answer = json.loads(out)
     assert (code, answer["finished"], answer["wanted"], answer["best"]) == (0, 0, 4, None)
@@ -273,13 +273,14 @@ def test_ls_lists_baselines_and_then_the_trials_from_the_best_down(run, here):
 def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(run, here):
     make_study(here / "second", 20)
     damaged = here / "third"
-    damaged.mkdir()
-    (damaged / "study.journal").write_text("nonsense\nnonsense\n")
+    (damaged / "log").mkdir(parents=True)
+    (damaged / "manifest.json").write_text((here / "first" / "manifest.json").read_text())
+    (damaged / "log" / "00000001").write_text("nonsense\nnonsense\n")
     (here / "notes").mkdir()
     first, second, third = json.loads(run("ls", ".", "--json")[1])["studies"]
     assert (first["name"], first["wanted"], first["best_objective"], first["running"]) == ("first", 8, 0.7, False)
     assert second["trials"]["complete"] == 3
-    assert "study.journal: must be an Optuna journal" in third["problem"]
+    assert "log/00000001: must be a whole commit, but got a damaged one" in third["problem"]
     code, out, _ = run("ls", ".")
     assert code == 0
     lines = out.splitlines()
@@ -408,7 +409,7 @@ def test_stop_asks_a_training_too(run, here):
     (here / "one").mkdir()
     claim(here / "one", make_recipe(8))
     with contextlib.ExitStack() as held:
-        held.enter_context(study_lock(here / "one"))
+        held.enter_context(holding(here / "one" / "owner"))
         with meanwhile(lambda: ended_by_its_stop_file(here / "one", held)):
             code, _, err = run("stop", "one")
     assert code == 0
@@ -425,10 +426,9 @@ def test_ctrl_c_ends_the_waiting_only(run, here):
 
 def test_a_lock_of_a_dead_process_is_none(here):
     """The files that a killed process has left say nothing."""
-    code = "import os, sys\nfrom pathlib import Path\nfrom carft_ray.study.lock import study_lock\n"
-    code += "with study_lock(Path('first')): os.kill(os.getpid(), 9)\n"
+    code = f"{HOLD}import os\nwith holding('first'): os.kill(os.getpid(), 9)\n"
     subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(BASE.parent)})
-    assert (here / "first" / "lock").is_file()
+    assert commits(here / "first")[-1]["records"][0]["kind"] == "owner"
     assert read_study(here / "first").holder is None
 
 
@@ -494,15 +494,15 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
 MADE = "\n    Give the folder that `search --study` was given.\n"
 MISTAKES = [
     (["resume", "frist"], "frist: must be a study, but got no such folder; did you mean 'first'?\n    Begin one: "),
-    (["status", "first/trials"], "first/trials: must be a study, but got one without study.journal" + MADE),
-    (["status", "first/lock"], "first/lock: must be a study, but got a file" + MADE),
-    (["status", "."], ".: must be a study, but got one without study.journal (allowed: first)" + MADE),
-    (["ls", "empty"], "empty: must be a study, or a folder with studies in it, but got one without study.journal"),
+    (["status", "first/trials"], "first/trials: must be a study, but got one without log/" + MADE),
+    (["status", "first/manifest.json"], "first/manifest.json: must be a study, but got a file" + MADE),
+    (["status", "."], ".: must be a study, but got one without log/ (allowed: first)" + MADE),
+    (["ls", "empty"], "empty: must be a study, or a folder with studies in it, but got one without log/"),
     (
         ["resume", "one"],
         "one: must be a study, but got the folder of one training\n    See it: carft-ray evaluate one\n",
     ),
-    (["stop", "empty"], "empty: must be a study or the folder of a training, but got one without study.journal" + MADE),
+    (["stop", "empty"], "empty: must be a study or the folder of a training, but got one without log/" + MADE),
     (
         ["resume", "first", "--trials", "3"],
         "--trials: must be at least 5: the study has 4 finished trials and 1 begun, but got 3\n"

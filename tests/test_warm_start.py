@@ -187,7 +187,7 @@ def test_what_is_no_study_is_refused_with_the_nearest_one_all_at_once(study_dir,
     (tmp_path / "empty").mkdir()
     told = refused(warm(recipe_of(1), tmp_path / "frist", tmp_path / "empty"), study_dir)
     assert f"must be the folder of a study, but got no such folder; did you mean '{first}'?" in told
-    assert f"{tmp_path / 'empty'}: must be the folder of a study, but got one without study.journal" in told
+    assert f"{tmp_path / 'empty'}: must be the folder of a study, but got one without log/" in told
 
 
 @pytest.mark.slow

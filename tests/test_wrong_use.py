@@ -8,12 +8,12 @@ import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import crash_host
 import pytest
 import short_training
+from logs import HOLD
 
 from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -76,29 +76,19 @@ def refused(here, capsys):
 
 
 def everything(folder):
-    """All that is in a folder, by path; of what a lock is only that it is there."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() and path.name != "lock" else None
-        for path in folder.rglob("*")
-    }
+    """All that is in a folder, by path."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @contextlib.contextmanager
 def another_search(study_dir):
     """Another process that holds a study within the block."""
-    code = f"""
-        import sys
-        from pathlib import Path
-        from carft_ray.study.lock import study_lock
-        with study_lock(Path({str(study_dir)!r})):
-            print("locked", flush=True)
-            sys.stdin.read()
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
+    code = f"{HOLD}import sys\nwith holding({str(study_dir)!r}):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    command = [sys.executable, "-c", code]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
-        assert process.stdout.readline() == "locked\n"
+        assert process.stdout.readline() == "held\n"
         yield process
         process.stdin.close()
 
@@ -179,26 +169,28 @@ def test_fewer_trials_than_are_done(refused, number):
     "words", [SEARCH, RESUME, ("status", "study"), ("export", "study", "--to", "new")], ids=" ".join
 )
 @pytest.mark.parametrize("garbage", [b"\0\xff" * 99 + b"\n", b'{"op_code": 5, "wor', b"nonsense\n"])
-def test_a_journal_with_garbage_in_its_middle(refused, here, words, garbage):
-    journal = here / "study" / "study.journal"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join([*lines[:9], garbage, *lines[9:]]))
-    told = refused(5, *words)
-    assert told.startswith(f"error: {journal}: must be an Optuna journal, but got ")
-    assert told.splitlines()[-1] == (
-        "    Restore the file from a copy; the results of finished trials are still in trials/."
-    )
-    journal.write_bytes(b"".join(lines))
+def test_a_log_with_garbage_in_its_middle(refused, here, words, garbage):
+    commit = here / "study" / "log" / "00000005"
+    whole = commit.read_bytes()
+    for content in (garbage, whole[:200] + garbage + whole[200:]):
+        commit.write_bytes(content)
+        shutil.rmtree(here / "study" / "packs", ignore_errors=True)
+        told = refused(5, *words)
+        assert told.startswith(f"error: {commit}: must be a whole commit, but got a damaged one\n")
+        assert told.splitlines()[-1] == "    Restore log/ from a copy of the study."
+    commit.write_bytes(whole)
     assert len(trials(here / "study")) == 3
 
 
-@pytest.mark.parametrize("names", [("notes.txt",), ("lock", "thesis.tex"), ("study.journal",), (".git", "data")])
+@pytest.mark.parametrize(
+    "names", [("notes.txt",), ("owner", "thesis.tex"), ("log",), ("study.journal",), (".git", "data")]
+)
 def test_a_folder_that_holds_something_else(refused, here, names):
     (here / "mine").mkdir()
     for name in names:
         (here / "mine" / name).write_text("precious")
     told = refused(2, *SEARCH[:-1], "mine")
-    foreign = ", ".join(name for name in names if name != "lock")
+    foreign = ", ".join(names)
     assert told == (
         f"error: {here / 'mine'}: must be a study or empty, but got {foreign}\n"
         "    Give the folder of a study, or one that does not exist yet.\n"
@@ -260,4 +252,4 @@ def test_a_study_that_was_there_stays_when_ray_cannot_be_had(here):
         pass
     with pytest.raises(ClusterError), open_study(here / "new", recipe):
         raise ClusterError("no Ray answers")
-    assert (here / "new" / "study.journal").exists()
+    assert (here / "new" / "log").exists()

@@ -74,7 +74,15 @@ def held(log: Log, tell: Callable[[str], None]) -> Iterator[None]:
     Raises:
         StorageError: Another process holds it, or it cannot be written; nothing is removed then.
     """
-    log.claim(tell)
+    path = Path(str(log)) / COMMITS
+    missing = [each for each in (path, *path.parents) if not files.exists(each)]
+    try:
+        log.claim(tell)
+    except StorageError:
+        for each in missing:
+            with contextlib.suppress(OSError):  # it is not empty: another process has made something in it
+                each.rmdir()
+        raise
     left = threading.Event()
 
     def beat() -> None:

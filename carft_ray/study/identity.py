@@ -91,19 +91,34 @@ def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
     Of a study nothing is written: ``record_recipe`` does that, once the log is ready for it.
 
     Args:
+        study_dir: As of ``compare``, and so are the others.
+        recipe: The recipe.
+        change_space: Whether the space may change.
+
+    Raises:
+        RecipeError, StorageError: As ``compare``; or the manifest cannot be written.
+    """
+    found = compare(study_dir, recipe, change_space)
+    if found.is_new:
+        created = datetime.now().astimezone().isoformat(timespec="seconds")
+        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
+        files.write_json(study_dir / MANIFEST, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
+    return found
+
+
+def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
+    """Returns what ``claim`` would find, and writes nothing.
+
+    Args:
         study_dir: A folder that ``holding.check_fit`` has passed.
         recipe: The recipe of the search.
         change_space: The space may change.
 
     Raises:
         RecipeError: It is the study of another recipe; names the keys that differ.
-        StorageError: The manifest cannot be read or written.
+        StorageError: The manifest cannot be read.
     """
-    path = study_dir / MANIFEST
-    if not files.exists(path):
-        created = datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
-        files.write_json(path, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
+    if not files.exists(study_dir / MANIFEST):
         return Claim(True, recipe)
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])

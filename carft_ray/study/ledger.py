@@ -27,7 +27,7 @@ from carft_ray.recipe.space import grid
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study.holding import check_fit, held, is_study, log_of
-from carft_ray.study.identity import claim
+from carft_ray.study.identity import claim, compare
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import rows_by_kind
 
@@ -210,6 +210,7 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_s
         step = "To continue, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     check_fit(study_dir)
+    compare(study_dir, recipe, change_space)  # before anything is written
     log = Log(Folder(study_dir))
     with held(log, lambda text: None):
         claim(study_dir, recipe, change_space)

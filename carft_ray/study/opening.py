@@ -15,7 +15,7 @@ from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study import rows
 from carft_ray.study.holding import check_fit, gone_if_nothing_began, held
-from carft_ray.study.identity import claim, record_recipe
+from carft_ray.study.identity import claim, compare, record_recipe
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import begin_generation
 from carft_ray.study.study import Study
@@ -42,6 +42,7 @@ def open_study(
     """
     study_dir = study_dir.resolve()
     check_fit(study_dir)
+    compare(study_dir, recipe, change_space)  # before anything is written
     log = Log(Folder(study_dir))
     log.follow()
     with contextlib.ExitStack() as stack:

@@ -18,7 +18,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study.holding import check_fit, gone_if_nothing_began, held, is_ours, is_study
-from carft_ray.study.identity import claim
+from carft_ray.study.identity import claim, compare
 from carft_ray.study.provenance import record_provenance
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run import run_training
@@ -68,12 +68,13 @@ def train_once(
     out_dir = out_dir.resolve()
     _check_folder(out_dir, resume)
     check_fit(out_dir)
+    compare(out_dir, recipe, change_space=True)  # before anything is written; it has no space
     is_new, log = not files.exists(out_dir / MANIFEST), Log(Folder(out_dir / OWNER))
     with (
         held(log, say),
         gone_if_nothing_began(out_dir, log, is_new, lambda: files.exists(out_dir / CHECKPOINTS)),
     ):
-        claim(out_dir, recipe, change_space=True)  # it has no space
+        claim(out_dir, recipe, change_space=True)
         files.remove_remains(out_dir)
         begin(out_dir, recipe)
         if shared is not None:

@@ -1,0 +1,55 @@
+"""The log of a study for tests: held as a search holds it, read as it lies there, and written as a stranger would."""
+
+import contextlib
+import json
+
+from carft_ray.layout import COMMITS, PACKS
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log, _digest, _name, _sealed
+from carft_ray.study.holding import check_fit, held
+
+HOLD = """
+from pathlib import Path
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
+from carft_ray.study.holding import held
+def holding(folder):
+    return held(Log(Folder(Path(folder))), print)
+"""
+
+
+@contextlib.contextmanager
+def holding(folder, tell=lambda text: None):
+    """Holds a study within the block, as a search does; gives its log."""
+    check_fit(folder)
+    log = Log(Folder(folder))
+    with held(log, tell):
+        yield log
+
+
+def commits(study_dir):
+    """Returns the commits of a study as they lie there."""
+    return [json.loads(path.read_bytes().split(b"\n")[1]) for path in sorted((study_dir / COMMITS).iterdir())]
+
+
+def operations(study_dir):
+    """Returns what Optuna has written."""
+    return [each for commit in commits(study_dir) for each in commit["operations"]]
+
+
+def rewrite(study_dir, changed):
+    """Makes these commits the log of a study, whole in itself."""
+    store, digest = Folder(study_dir), ""
+    store.remove(COMMITS)
+    store.remove(PACKS)
+    for number, commit in enumerate(changed, start=1):
+        data = _sealed(json.dumps({**commit, "number": number, "previous": digest}).encode())
+        store.put(_name(number), data)
+        digest = _digest(data)
+
+
+def replace(study_dir, old, new):
+    """Has one text for another in all that a study's log holds."""
+    text = json.dumps(commits(study_dir))
+    assert old in text
+    rewrite(study_dir, json.loads(text.replace(old, new)))

@@ -1,0 +1,248 @@
+"""Who holds a study: what another machine sees of a search, and when it may take the study over."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from logs import HOLD, commits, holding
+from stand_in import make_recipe
+
+from carft_ray.errors import DataError, StorageError
+from carft_ray.store import log as module
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import READERS_SILENT_FOR_S, Log
+from carft_ray.store.objects import RefusedError
+from carft_ray.store.owner import identity, process_started
+from carft_ray.study import holding as held_module
+from carft_ray.study.holding import log_of
+from carft_ray.study.opening import open_study
+from carft_ray.study.recovery import recover_running
+from carft_ray.study.rows import trials
+
+ELSEWHERE = {"host": "node7", "boot": "another", "pid": 12, "since": "noon"}
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    """A study that nobody holds."""
+    study_dir = (tmp_path / "study").resolve()
+    with open_study(study_dir, make_recipe(3)):
+        pass
+    return study_dir
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Silence of a second counts as death, as that of a minute and a half otherwise."""
+    monkeypatch.setattr(module, "SILENT_FOR_S", 1.0)
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.05)
+
+
+def leave(study_dir, **changes):
+    """Claims a study as a search that is killed then; returns its log."""
+    log = Log(Folder(study_dir))
+    log.claim(me={**identity(), **changes})
+    return log
+
+
+def holder(study_dir):
+    return log_of(study_dir).holder()
+
+
+def contents(study_dir):
+    return {path: path.read_bytes() if path.is_file() else None for path in study_dir.rglob("*")}
+
+
+def test_a_study_is_held_while_it_is_open_and_not_after(study_dir):
+    assert holder(study_dir) is None
+    with holding(study_dir):
+        assert re.fullmatch(rf"process {os.getpid()} on \S+, since \S+", holder(study_dir))
+    assert holder(study_dir) is None
+    assert holder(study_dir / "nothing") is None
+
+
+def test_a_live_search_of_another_machine_is_left_alone(study_dir, quick):
+    other = leave(study_dir, **ELSEWHERE)
+    told = []
+
+    def works(text):
+        told.append(text)
+        with other.commit({"kind": "at work"}):
+            pass
+
+    with (
+        pytest.raises(StorageError, match="is in use: two searches") as caught,
+        open_study(study_dir, make_recipe(3), tell=works),
+    ):
+        pass
+    assert caught.value.exit_code == 5
+    assert "process 12 on node7, since noon" in str(caught.value)
+    assert told == ["waiting 1 s for a write of process 12 on node7, since noon, which may be gone"]
+    with other.commit({"kind": "goes on"}):
+        pass
+
+
+def test_a_search_of_another_machine_that_is_silent_is_taken_over_and_told(study_dir, quick):
+    leave(study_dir, **ELSEWHERE)
+    told = []
+    with open_study(study_dir, make_recipe(3), tell=told.append) as study:
+        assert told[1:] == ["took over from process 12 on node7, since noon, which is gone"]
+        recover_running(study)
+        assert study.next() is not None
+
+
+def test_a_dead_process_of_this_machine_is_taken_over_at_once(study_dir):
+    code = f"{HOLD}import os\nwith holding({str(study_dir)!r}): os._exit(1)\n"
+    subprocess.run([sys.executable, "-c", code], check=False)
+    told = []
+    with holding(study_dir, told.append):
+        assert [text.split(" on ")[0].rstrip("0123456789") for text in told] == ["took over from process "]
+
+
+def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_dir):
+    leave(study_dir, pid=os.getppid(), process_started="long ago")
+    told = []
+    with holding(study_dir, told.append):
+        assert "which is gone" in told[0]
+
+
+def test_a_process_of_this_machine_that_lives_is_left_alone_however_long_it_was_silent(study_dir):
+    pid = os.getppid()
+    leave(study_dir, pid=pid, process_started=process_started(pid))
+    before = contents(study_dir)
+    with pytest.raises(StorageError, match=f"process {pid} on "), holding(study_dir):
+        pass
+    assert contents(study_dir) == before
+
+
+def test_a_study_that_this_process_has_open_is_refused_at_once(study_dir):
+    with open_study(study_dir, make_recipe(3)):
+        began = time.monotonic()
+        with (
+            pytest.raises(StorageError, match=f"process {os.getpid()} on "),
+            open_study(study_dir, make_recipe(3)),
+        ):
+            pass
+        assert time.monotonic() - began < module.LOOK_EVERY_S + 30
+    with open_study(study_dir, make_recipe(3)):  # and is free when its block has ended
+        pass
+
+
+@pytest.mark.slow
+def test_signs_of_life_go_on_during_an_open_study_and_end_with_it(study_dir, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_AFTER_S", 0.05)
+    monkeypatch.setattr(held_module, "LOOK_EVERY_S", 0.02)
+    with open_study(study_dir, make_recipe(3)) as study:
+        recover_running(study)
+        before = len(commits(study_dir))
+        wait_until(lambda: len(commits(study_dir)) >= before + 3)
+        assert all(commit["operations"] == commit["records"] == [] for commit in commits(study_dir)[before:])
+        assert study.next() is not None
+    after = len(commits(study_dir))
+    assert not [thread for thread in threading.enumerate() if thread.name == "beat"]
+    assert len(commits(study_dir)) == after
+
+
+def test_a_search_that_was_taken_over_writes_nothing_more(study_dir):
+    with open_study(study_dir, make_recipe(3)) as study:
+        recover_running(study)
+        study.next()
+        assert not study.taken_over
+        other = take(study_dir)
+        before = contents(study_dir / "log")
+        with pytest.raises(RefusedError, match=r"was written by another search, which has taken the study over") as one:
+            study.next()
+        assert one.value.exit_code == 5
+        assert study.taken_over
+        with pytest.raises(RefusedError, match="taken the study over"):
+            study.log.check()
+        assert contents(study_dir / "log") == before
+    assert contents(study_dir / "log") == before  # a study that is the other's is not released
+    with other.commit({"kind": "goes on"}):
+        pass
+    assert trials(study_dir) == []
+
+
+def test_that_a_study_was_taken_over_is_seen_without_a_write(study_dir):
+    with open_study(study_dir, make_recipe(3)) as study:
+        study.log.check()
+        take(study_dir)
+        with pytest.raises(RefusedError, match="taken the study over"):
+            study.log.check()
+        assert study.taken_over
+
+
+def take(study_dir):
+    """Takes a study over whose owner sleeps; returns the log."""
+    log = Log(Folder(study_dir))
+    log.follow()
+    log._holder = module._NOBODY
+    log.claim(me={**identity(), **ELSEWHERE})
+    return log
+
+
+def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BEAT_AFTER_S", 0.0)
+    monkeypatch.setattr(held_module, "LOOK_EVERY_S", 0.001)
+    for _ in range(5):
+        with pytest.raises(DataError), open_study(tmp_path / "new", make_recipe(3)):
+            raise DataError("unfit")
+        assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_with_a_log_of_another_kind_is_refused_and_kept(tmp_path):
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "yesterday.txt").write_text("precious")
+    with pytest.raises(Exception, match="must be a study or empty, but got log"), open_study(tmp_path, make_recipe(3)):
+        pass
+    assert (tmp_path / "log" / "yesterday.txt").read_text() == "precious"
+
+
+# readers, who neither claim nor write
+
+
+@pytest.mark.parametrize(
+    ("age_s", "held"),
+    [(0, True), (-3600, True), (READERS_SILENT_FOR_S / 2, True), (READERS_SILENT_FOR_S + 9, False)],
+)
+def test_a_reader_goes_by_the_last_commit_of_another_machine_with_room_for_clocks_that_differ(
+    study_dir, age_s, held, monkeypatch
+):
+    leave(study_dir, **ELSEWHERE)
+    now = time.time() + age_s
+    monkeypatch.setattr(time, "time", lambda: now)
+    assert holder(study_dir) == ("process 12 on node7, since noon" if held else None)
+
+
+def test_a_reader_writes_nothing(study_dir):
+    leave(study_dir, **ELSEWHERE)
+    before = contents(study_dir), os.stat(study_dir).st_mtime_ns
+    assert holder(study_dir)
+    assert before == (contents(study_dir), os.stat(study_dir).st_mtime_ns)
+
+
+def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_how_it_ended(study_dir):
+    """As in a container, whose first process seldom asks: the dead stay in the list of processes."""
+    code = f"{HOLD}import time\nwith holding({str(study_dir)!r}):\n    print('held', flush=True)\n    time.sleep(60)\n"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        assert holder(study_dir).startswith(f"process {other.pid} on ")
+        other.kill()
+        stat = Path(f"/proc/{other.pid}/stat")
+        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+        assert holder(study_dir) is None
+        told = []
+        with holding(study_dir, told.append):
+            assert told[0].startswith(f"took over from process {other.pid} on ")
+
+
+def wait_until(condition, timeout_s=60):
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
