@@ -7,7 +7,8 @@ The program is that of a module with ``import_everything()`` and ``call(argv)``;
 A job is a name and a list of command lines, run one after the other in a folder of that name, one fork each. What can
 happen to a command line:
 
-    "kill": [n, moment]          SIGKILL at its n-th durable operation: an append, a flush to disk (fsync) or a rename
+    "kill": [n, moment]          SIGKILL at its n-th durable operation: an append, a flush to disk (fsync), a link
+                                 or a rename
     "interrupt": [part, [n..]]   SIGINT, as Ctrl-C sends it, when it opens the n-th file with this part in its path
     "file_size": bytes           no file can grow larger, as on a full disk
     "writes": "late"             a checkpoint is written by its thread when the training waits for it, else at once:
@@ -99,7 +100,7 @@ class Counter:
             return io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
 
         builtins.open = counting_open
-        for name in ("fsync", "rename", "replace"):
+        for name in ("fsync", "link", "rename", "replace"):
             plain = getattr(os, name)
 
             def wrapped(*args, plain=plain, name=name, **kwargs):

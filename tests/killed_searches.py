@@ -19,7 +19,9 @@ from subprocess import PIPE
 
 import chaos
 import stand_in
+from logs import commits, operations
 
+from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import read_ledger
 from carft_ray.study.rows import baselines, confirmations, trials
 
@@ -156,12 +158,12 @@ def check(study_dir, num_trials, before=None):
     best = max(rows, key=lambda row: row.objective)
     assert (study_dir / "trials" / best.name / "fine_tuned.safetensors").exists()
     assert not (study_dir / "_tune").exists()
-    assert not (study_dir / "lease.json").exists()
+    assert commits(study_dir)[-1]["records"] == [{"kind": "released"}]
 
 
 def check_told_once(study_dir):
-    """Raises when the journal ends a trial twice."""
-    lines = [json.loads(line) for line in (study_dir / "study.journal").read_text().splitlines()]
+    """Raises when the log ends a trial twice."""
+    lines = operations(study_dir)
     ended = Counter(line["trial_id"] for line in lines if line["op_code"] == 6 and line["state"] in (1, 2, 3))
     assert set(ended.values()) == {1}, ended
 
@@ -507,7 +509,7 @@ def kill_at_random(study_dir, num_trials, numbers, rng):
         delay_s = rng.uniform(0.1, 1 if done_events else 6)
         time.sleep(delay_s)
         kill_group(process)
-        if (study_dir / "study.journal").exists():
+        if is_study(study_dir):
             trials(study_dir)
         now = results(study_dir)
         assert {name for name, content in before.items() if now[name] != content} == set()

@@ -6,12 +6,13 @@ import re
 import curve_stand_in
 import pytest
 import stand_in
+from logs import take
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
 from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.runs.search import run_search
-from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, LEASE, THUMBNAILS, WEIGHTS
+from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study
@@ -190,8 +191,8 @@ def test_without_a_complete_trial_there_is_no_figure(study_dir, tmp_path):
 def test_a_search_that_was_taken_over_writes_neither(study_dir, tmp_path):
     recipe = finished(study_dir)
     with open_study(study_dir, recipe) as study:
-        (study_dir / LEASE).write_text(json.dumps({"host": "another", "pid": 1}))
-        with pytest.raises(StorageError, match="was taken over"):
+        take(study_dir)
+        with pytest.raises(StorageError, match="has taken the study over"):
             recover_running(study)
         with pytest.raises(InterruptedRunError), figure_at_the_end(study, 0):
             raise InterruptedRunError("stopped")

@@ -114,7 +114,7 @@ def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
     assert tune.driver.check_stop()
 
 
-def test_gpu_hours_of_all_attempts_are_kept_in_the_journal_and_counted_by_the_next_search(tune):
+def test_gpu_hours_of_all_attempts_are_kept_in_the_log_and_counted_by_the_next_search(tune):
     first_search = tune(gpu_hours=1)
     trial, other = first_search.start(), first_search.start()
     for trial_id in (trial.trial_id, other.trial_id):

@@ -7,7 +7,6 @@ import optuna
 import pytest
 from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
@@ -18,6 +17,7 @@ from carft_ray.recipe.schema.constraints import ConstraintsConfig, constraint_na
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
@@ -69,7 +69,7 @@ def study_dir(tmp_path):
 
 
 def told(study_dir):
-    storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
+    storage = JournalStorage(log_of(study_dir))
     return optuna.load_study(storage=storage, study_name="search").trials
 
 

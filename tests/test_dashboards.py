@@ -1,4 +1,4 @@
-"""A study in the tools of others: optuna-dashboard on its journal, TensorBoard on its folder, asked over HTTP."""
+"""A study in the tools of others: optuna-dashboard on its log, TensorBoard on its folder, asked over HTTP."""
 
 import contextlib
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import short_training
+from logs import commits
 
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.trial_values import apply
@@ -82,16 +83,14 @@ def answered(ask, process, log, timeout_s=200):
             time.sleep(0.2)
 
 
-def test_optuna_dashboard_shows_every_trial_with_its_values_and_leaves_the_journal_alone(study_dir, tmp_path):
-    journal = study_dir / "study.journal"
-    before = journal.read_bytes(), sorted(path.name for path in study_dir.iterdir())
-    words = (journal, "--storage-class", "JournalFileStorage", "--server", "wsgiref")
-    with server(tmp_path / "log", "optuna-dashboard", *words) as ask:
+def test_optuna_dashboard_shows_every_trial_with_its_values_and_leaves_the_log_alone(study_dir, tmp_path):
+    before = commits(study_dir), sorted(path.name for path in study_dir.iterdir())
+    with server(tmp_path / "log", "carft-ray", "dashboard", study_dir) as ask:
         found = {study["study_name"]: study["study_id"] for study in ask("/api/studies")["study_summaries"]}
         assert found.keys() == {"search", "baselines"}
         shown = ask(f"/api/studies/{found['search']}?after=0")
         beside = ask(f"/api/studies/{found['baselines']}?after=0")
-    assert (journal.read_bytes(), sorted(path.name for path in study_dir.iterdir())) == before
+    assert (commits(study_dir), sorted(path.name for path in study_dir.iterdir())) == before
 
     rows = trials(study_dir)
     assert len(rows) == len(shown["trials"]) == NUM_TRIALS

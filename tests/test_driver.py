@@ -9,6 +9,7 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
+from logs import take
 from ray.tune.search import Searcher
 from stand_in import make_recipe
 
@@ -322,11 +323,11 @@ def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, m
 def test_a_search_whose_study_was_taken_over_ends_tune_and_leaves_the_folder_alone(tune):
     trial = tune.start()
     study_dir = tune.driver.study.study_dir
-    (study_dir / "lease.json").write_text(json.dumps({"host": "node7", "pid": 12}))
+    take(study_dir)
     tune.finish(trial)
     assert tune.start() == Searcher.FINISHED
     assert not (study_dir / "stop").exists()
-    with pytest.raises(StorageError, match="was taken over by another search"):
+    with pytest.raises(StorageError, match="another search, which has taken the study over"):
         tune.look()
     assert tune.driver.failure.exit_code == 5
 

@@ -21,7 +21,6 @@ from carft_ray.launch.events import BaselineFinished, TrialFinished
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import read_cut
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, rows_by_kind
 
@@ -52,7 +51,7 @@ def search(study_dir, recipe, rng, ways, num_steps=10_000):
             if not live:
                 break
             trial = rng.choice(live)
-            if read_cut(tune.folder(trial)):
+            if (tune.folder(trial) / "cut.json").exists():
                 tune.end(trial)
             elif not advance(tune, trial, rng.random()):
                 end(tune, trial, rng.choice(ways), rng.random())

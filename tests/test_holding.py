@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from logs import HOLD, commits, holding
+from logs import HOLD, commits, holding, take
 from stand_in import make_recipe
 
 from carft_ray.errors import DataError, StorageError
@@ -175,15 +175,6 @@ def test_that_a_study_was_taken_over_is_seen_without_a_write(study_dir):
         with pytest.raises(RefusedError, match="taken the study over"):
             study.log.check()
         assert study.taken_over
-
-
-def take(study_dir):
-    """Takes a study over whose owner sleeps; returns the log."""
-    log = Log(Folder(study_dir))
-    log.follow()
-    log._holder = module._NOBODY
-    log.claim(me={**identity(), **ELSEWHERE})
-    return log
 
 
 def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """The ledger shows every kind of tampering by name, survives a kill at every durable operation, and stops a search."""
 
-import hashlib
 import json
 import shutil
 import signal
@@ -9,11 +8,11 @@ from pathlib import Path
 import crash_host
 import pytest
 import stand_in
-from carft_ray.study.lock import repair_journal, study_lock
+from logs import commits, holding, rewrite
 from sequential_search import attempt
 
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
-from carft_ray.study.ledger import check_ledger, mend, read_ledger, reads_of, record, require_unread
+from carft_ray.study.ledger import check_ledger, read_ledger, reads_of, record, require_unread
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
@@ -35,9 +34,8 @@ def searched(tmp_path_factory):
 
 
 def write(study_dir, purpose="test", **words):
-    with study_lock(study_dir):
-        repair_journal(study_dir)
-        return record(study_dir, RECIPE, purpose, **words)
+    with holding(study_dir) as log:
+        return record(study_dir, log, RECIPE, purpose, **words)
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +59,23 @@ def study_dir(original, tmp_path):
     return Path(shutil.copytree(original, tmp_path / "study"))
 
 
+def places_of(found):
+    """Returns where among commits those with a line of the ledger are."""
+    return [place for place, commit in enumerate(found) if is_line(commit)]
+
+
+def is_line(commit):
+    return any(record["kind"] == "ledger" for record in commit["records"])
+
+
 def lines_of(study_dir):
-    return (study_dir / "ledger.jsonl").read_text().splitlines()
+    return [
+        record["line"] for commit in commits(study_dir) for record in commit["records"] if record["kind"] == "ledger"
+    ]
 
 
-def put(study_dir, lines):
-    (study_dir / "ledger.jsonl").write_text("".join(line + "\n" for line in lines))
+def noted(study_dir):
+    return json.loads((study_dir / "manifest.json").read_text()).get("ledger")
 
 
 def told(study_dir):
@@ -77,19 +86,17 @@ def told(study_dir):
 
 
 @pytest.mark.slow
-def test_each_line_holds_number_purpose_sets_reason_and_the_hash_of_the_line_before(study_dir):
-    texts = lines_of(study_dir)
-    rows = [json.loads(text) for text in texts]
+def test_each_line_holds_number_purpose_sets_and_reason_and_the_manifest_notes_its_commit(study_dir):
+    rows = lines_of(study_dir)
     assert [row["number"] for row in rows] == [1, 2, 3]
     assert [row["purpose"] for row in rows] == ["winner fixed", "test", "test"]
     assert rows[1]["sets"] == ["id_test", "sketch"]
     assert rows[2]["reason"] == "ein Grund: größer"
     assert rows[0]["details"] == {"winner": "t0001"}
     assert all(row["user"] and row["time"] and row["version"] and len(row["recipe_hash"]) == 64 for row in rows)
-    hashes = [hashlib.sha256(text.encode()).hexdigest() for text in texts]
-    assert [row["previous"] for row in rows] == ["", *hashes[:2]]
-    noted = json.loads((study_dir / "manifest.json").read_text())["ledger"]
-    assert noted == {"count": 3, "head": hashes[2]}
+    found = commits(study_dir)
+    place = places_of(found)[-1]
+    assert noted(study_dir) == {"count": 3, "commit": place + 1, "hash": found[place + 1]["previous"]}
 
 
 @pytest.mark.slow
@@ -112,7 +119,7 @@ def test_a_line_changes_no_trial_and_the_study_still_opens(study_dir, searched):
 def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
     with open_study(fresh, larger(3)) as study:
         recover_running(study)
-        record(study.study_dir, RECIPE, "winner fixed", details={"winner": "t0000"})
+        record(study.study_dir, study.log, RECIPE, "winner fixed", details={"winner": "t0000"})
         spec = study.next()
         attempt(study, spec, study.study_dir / "prepared")
         study.settle(spec)
@@ -122,105 +129,102 @@ def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
 
 # tampering
 
+
+def without(number):
+    """Returns what removes the n-th line of the ledger from commits, from 0."""
+    return lambda found: [each for place, each in enumerate(found) if place != places_of(found)[number]]
+
+
+def edited(number, old, new):
+    """Returns what edits the n-th line of the ledger."""
+
+    def edit(found):
+        place = places_of(found)[number]
+        text = json.dumps(found[place])
+        assert old in text
+        return [*found[:place], json.loads(text.replace(old, new)), *found[place + 1 :]]
+
+    return edit
+
+
+def swapped(found):
+    second, third = places_of(found)[1:]
+    found[second], found[third] = found[third], found[second]
+    return found
+
+
+# of the commits: first of a log that is whole in itself, then of the files as they lie there
 TAMPERINGS = {
-    "the first line removed": (lambda lines: lines[1:], "differs from line 1 on"),
-    "a middle line removed": (lambda lines: [lines[0], lines[2]], "differs from line 2 on"),
-    "the last line removed": (lambda lines: lines[:2], "differs from line 3 on"),
-    "two lines removed": (lambda lines: lines[:1], "differs from line 2 on"),
-    "all lines removed": (lambda lines: [], "differs from line 1 on, but got 0 lines"),
-    "another order": (lambda lines: [lines[0], lines[2], lines[1]], "differs from line 2 on"),
-    "a line twice": (lambda lines: [*lines, lines[1]], "differs from line 4 on, but got 4 lines"),
-    "a line appended": (
-        lambda lines: [*lines, lines[2].replace('"number": 3', '"number": 4')],
-        "differs from line 4 on",
-    ),
-    "a line that is no JSON": (lambda lines: [*lines, "hello"], "differs from line 4 on"),
-    "the last line edited": (
-        lambda lines: [*lines[:2], lines[2].replace("ein Gr", "kein Gr").replace("id_test", "id_val")],
-        "differs from line 3 on",
-    ),
-    "a middle line edited": (
-        lambda lines: [lines[0], lines[1].replace("sketch", "photo"), lines[2]],
-        "differs from line 2 on",
-    ),
-    "the first line edited": (lambda lines: [lines[0].replace("t0001", "t0000"), *lines[1:]], "differs from line 1 on"),
-    "a number edited": (
-        lambda lines: [lines[0], lines[1].replace('"number": 2', '"number": 7'), lines[2]],
-        "differs from line 2 on",
-    ),
+    "the first line removed": without(0),
+    "a middle line removed": without(1),
+    "the last line removed": without(2),
+    "all lines removed": lambda found: [each for each in found if not is_line(each)],
+    "all that came after the first line removed": lambda found: found[: places_of(found)[0] + 1],
+    "another order": swapped,
+    "a line twice": lambda found: [*found, found[places_of(found)[1]]],
+    "the last line edited": edited(2, "ein Grund", "kein Grund"),
+    "a middle line edited": edited(1, "sketch", "photo"),
+    "the first line edited": edited(0, "t0001", "t0000"),
+    "a number edited": edited(1, '"number": 2', '"number": 7'),
 }
 
 
 @pytest.mark.parametrize("name", TAMPERINGS)
-def test_tampering_is_found_and_named(study_dir, name):
-    tamper, message = TAMPERINGS[name]
-    before = lines_of(study_dir)
-    after = tamper(before)
-    assert after != before
-    put(study_dir, after)
+def test_tampering_is_found_and_named_even_where_all_hashes_were_made_again(study_dir, name):
+    rewrite(study_dir, TAMPERINGS[name](commits(study_dir)))
+    before = (study_dir / "manifest.json").read_bytes(), lines_of(study_dir)
+    message = 'log: must have the ledger of which manifest.json tells, {"count": 3, "commit": '
     assert message in told(study_dir)
-    assert str(study_dir / "ledger.jsonl") in told(study_dir)
+    assert "how often the test sets were read is not known" in told(study_dir)
     with pytest.raises(HoldOutError) as caught:
         write(study_dir)
     assert caught.value.exit_code == 8
     assert message in str(caught.value)
-    assert lines_of(study_dir) == after  # nothing is mended that was not left by a kill
+    assert ((study_dir / "manifest.json").read_bytes(), lines_of(study_dir)) == before
 
 
-def test_a_removed_file_is_found(study_dir):
-    (study_dir / "ledger.jsonl").unlink()
-    assert "differs from line 1 on, but got 0 lines" in told(study_dir)
-
-
-def test_a_cut_last_line_is_found(study_dir):
-    path = study_dir / "ledger.jsonl"
-    path.write_bytes(path.read_bytes()[:-5])
-    assert "its last line must be whole" in told(study_dir)
-    assert "differs from line 3 on" in told(study_dir)
-
-
-def test_a_line_removed_from_the_file_and_the_manifest_comes_back_from_the_journal(study_dir):
-    lines = lines_of(study_dir)
-    put(study_dir, lines[:2])
-    note(study_dir, 2, lines[1])
-    assert [entry.number for entry in read_ledger(study_dir)] == [1, 2, 3]
-    mend(study_dir)
-    assert lines_of(study_dir) == lines
-
-
-def note(study_dir, count, last):
-    """Writes into the manifest what it would say of so many lines."""
-    manifest = json.loads((study_dir / "manifest.json").read_text())
-    manifest["ledger"] = {"count": count, "head": hashlib.sha256(last.encode()).hexdigest()}
-    (study_dir / "manifest.json").write_text(json.dumps(manifest))
-
-
-def test_a_journal_that_has_forgotten_a_line_is_found(study_dir):
-    """Its last record is removed, and the line from the file."""
-    put(study_dir, lines_of(study_dir)[:2])
-    journal = study_dir / "study.journal"
-    journal.write_bytes(journal.read_bytes().rsplit(b"\n", 2)[0] + b"\n")
-    assert "manifest.json: must say of ledger.jsonl what study.journal says: 2 lines" in told(study_dir)
-    assert "but got 3 lines" in told(study_dir)
-
-
-def test_a_manifest_that_was_edited_is_found(study_dir):
-    note(study_dir, 2, "another line")
-    assert "manifest.json: must say of ledger.jsonl" in told(study_dir)
-    note(study_dir, 1, lines_of(study_dir)[0])
-    assert "but got 1 line" in told(study_dir)
-
-
-def test_a_first_line_without_a_study_that_knows_of_it_is_found(fresh, study_dir):
-    put(fresh, lines_of(study_dir)[:1])
-    assert "differs from line 1 on" in told(fresh)
-
-
-def test_a_damaged_note_in_the_manifest_is_a_storage_error(study_dir):
-    path = study_dir / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "ledger": [3]}))
-    with pytest.raises(StorageError, match="must have count and head"):
+@pytest.mark.parametrize("what", ["removed", "cut", "edited", "swapped"])
+def test_a_commit_that_was_tampered_with_alone_is_damage(study_dir, what):
+    shutil.rmtree(study_dir / "packs")
+    first, second = (study_dir / "log" / f"{1 + place:08d}" for place in places_of(commits(study_dir))[:2])
+    contents = first.read_bytes(), second.read_bytes()
+    if what == "removed":
+        first.unlink()
+    else:
+        other = {"cut": contents[0][:-5], "edited": contents[0].replace(b"t0001", b"t0000"), "swapped": contents[1]}
+        first.write_bytes(other[what])
+    with pytest.raises(StorageError, match=rf"{first.name}: must be "):
         check_ledger(study_dir)
+
+
+def test_the_end_of_a_log_that_was_cut_off_is_found(study_dir):
+    for path in sorted((study_dir / "log").iterdir())[places_of(commits(study_dir))[-1] :]:
+        path.unlink()
+    assert "must have the ledger of which manifest.json tells" in told(study_dir)
+
+
+def note(study_dir, value):
+    """Writes into the manifest what it would say of the ledger."""
+    manifest = json.loads((study_dir / "manifest.json").read_text())
+    (study_dir / "manifest.json").write_text(json.dumps({**manifest, "ledger": value}))
+
+
+def test_a_manifest_that_was_edited_or_damaged_is_found(study_dir):
+    whole = noted(study_dir)
+    for changed in ({"hash": "0" * 64}, {"count": 2}, {"count": 4}, {"commit": whole["commit"] + 1}):
+        note(study_dir, {**whole, **changed})
+        assert "must have the ledger of which manifest.json tells" in told(study_dir)
+    for damaged in ([3], "", 0, {}):
+        note(study_dir, damaged)
+        assert "must have the ledger of which manifest.json tells" in told(study_dir)
+    (study_dir / "manifest.json").write_text("[]")
+    with pytest.raises(StorageError, match="must be the manifest of a study"):
+        check_ledger(study_dir)
+
+
+def test_a_manifest_that_knows_of_lines_in_a_study_without_one_is_found(fresh, study_dir):
+    note(fresh, noted(study_dir))
+    assert "must have the ledger of which manifest.json tells" in told(fresh)
 
 
 # kills
@@ -258,7 +262,7 @@ def test_a_kill_at_any_operation_leaves_no_problem_and_one_line_or_two(killed):
 
 
 @pytest.mark.slow
-def test_after_a_kill_the_next_line_mends_all_three_places(killed, tmp_path):
+def test_after_a_kill_the_next_line_mends_the_manifest(killed, tmp_path):
     for name, killed_study in killed.items():
         study_dir = Path(shutil.copytree(killed_study, tmp_path / name))
         before = read_ledger(study_dir)
@@ -267,10 +271,8 @@ def test_after_a_kill_the_next_line_mends_all_three_places(killed, tmp_path):
         entries = read_ledger(study_dir)
         assert entries[:-1] == before, name
         assert entries[-1].reason == "the next"
-        assert [json.loads(line)["number"] for line in lines_of(study_dir)] == list(range(1, len(entries) + 1))
-        noted = json.loads((study_dir / "manifest.json").read_text())["ledger"]
-        assert noted["count"] == len(entries), name
-        assert noted["head"] == hashlib.sha256(lines_of(study_dir)[-1].encode()).hexdigest(), name
+        assert [line["number"] for line in lines_of(study_dir)] == list(range(1, len(entries) + 1))
+        assert noted(study_dir)["count"] == len(entries), name
 
 
 # a search after a read
@@ -290,7 +292,7 @@ def test_without_a_read_a_search_needs_no_reason(fresh, tmp_path):
 
 def test_after_a_read_more_trials_need_a_reason_that_is_written_down(study_dir):
     assert require_unread(study_dir, RECIPE, None) is False  # nothing to train
-    with pytest.raises(HoldOutError, match=r"its test sets were read: .* by .*\(line 3 of ledger.jsonl\)") as caught:
+    with pytest.raises(HoldOutError, match=r"its test sets were read: .* by .*\(line 3 of the ledger\)") as caught:
         require_unread(study_dir, larger(4), None)
     assert "--again REASON" in str(caught.value)
     assert len(read_ledger(study_dir)) == 3
@@ -323,6 +325,6 @@ def test_the_recipe_of_another_study_is_not_written_down(study_dir):
 
 
 def test_a_search_on_a_damaged_ledger_is_refused(study_dir):
-    put(study_dir, lines_of(study_dir)[:2])
-    with pytest.raises(HoldOutError, match="differs from line 3 on"):
+    rewrite(study_dir, without(2)(commits(study_dir)))
+    with pytest.raises(HoldOutError, match=r"must have the ledger of which manifest.json tells"):
         require_unread(study_dir, larger(4), "because")

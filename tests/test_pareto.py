@@ -16,7 +16,6 @@ import short_study
 import short_training
 from curve_stand_in import ZERO_SHOT, make_recipe, metrics_at, run_all
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from carft_ray.launch.figures.study_figure import write_figure
@@ -36,6 +35,7 @@ from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.search_summary import study_summary
 from carft_ray.study.front import front_of, non_dominated, points_of
+from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, trial_name, write_failure
 from carft_ray.study.recovery import recover_confirm, recover_running
@@ -52,7 +52,7 @@ def study_dir(tmp_path):
 
 
 def told(study_dir):
-    storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
+    storage = JournalStorage(log_of(study_dir))
     return optuna.load_study(storage=storage, study_name="search")
 
 

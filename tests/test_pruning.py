@@ -6,8 +6,8 @@ import numpy as np
 import optuna
 import pytest
 import short_training
+from logs import commits, holding, rewrite
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from pydantic import TypeAdapter
 from stand_in import make_recipe
@@ -23,8 +23,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import Pruner
 from carft_ray.results.reading.status_and_ls import pruner_quality, status
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, TrialRow, read_cut, write_failure
+from carft_ray.study.outcome import Failure, TrialRow, write_failure
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
 from carft_ray.study.recovery import recover, recover_running
 from carft_ray.study.rows import trials
@@ -179,7 +180,7 @@ def recipe():
 
 
 def frozen(study_dir, number):
-    storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
+    storage = JournalStorage(log_of(study_dir))
     return optuna.load_study(storage=storage, study_name="search").trials[number]
 
 
@@ -190,7 +191,7 @@ def test_a_cut_training_is_told_pruned_with_its_values_and_loses_its_weights(stu
         assert study.report(first, row(2, 0.6)) is None
         reason = study.report(second, row(2, 0.5))
         assert reason == "cut at 33 %: 50.0 % was not among the best half of 2 trials"
-        assert read_cut(second.folder(study_dir)).reason == reason
+        assert json.loads((second.folder(study_dir) / "cut.json").read_text())["reason"] == reason
         assert study.report(second, row(4, 0.9)) is None  # it has not seen the file yet
         (second.folder(study_dir) / "checkpoint").mkdir()
         (second.folder(study_dir) / "fine_tuned.safetensors").touch()
@@ -243,7 +244,7 @@ def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_trainin
         finish(study, first)
         write_lines(study, second, *(row(epoch, 0.1) for epoch in range(1, 7)))  # faster than the driver reads
         assert finish(study, second).outcome == "complete"
-        assert read_cut(second.folder(study_dir)) is None
+        assert not (second.folder(study_dir) / "cut.json").exists()
     assert status(read_study(study_dir))["pruner"]["num_cut"] == 0
     assert [found.intermediate_values for found in trials(study_dir)] == [
         {33: 0.6, 50: 0.6, 67: 0.6, 83: 0.6, 100: 0.6},
@@ -262,6 +263,21 @@ def test_a_decided_cut_is_told_at_recovery_and_not_run_again(study_dir, recipe):
         assert [(told.number, told.outcome) for told in recover_running(study)] == [(1, "pruned"), (2, "pruned")]
         again = study.next()
         assert (again.number, again.attempt) == (0, 2)
+
+
+def test_value_and_cut_are_one_commit_and_a_kill_right_after_it_loses_neither(study_dir, recipe):
+    with open_study(study_dir, recipe) as study:
+        recover_running(study)
+        first, second = begin(study), begin(study)
+        study.report(first, row(2, 0.6))
+        before = len(commits(study_dir))
+        reason = study.report(second, row(2, 0.5))
+        assert len(commits(study_dir)) == before + 1
+    (second.folder(study_dir) / "cut.json").unlink()  # as if the driver had not come to it
+    with open_study(study_dir, recipe) as study:
+        assert [(told.number, told.outcome, told.reason) for told in recover_running(study)] == [(1, "pruned", reason)]
+        assert (second.folder(study_dir) / "cut.json").exists()
+    assert trials(study_dir)[1].intermediate_values == {33: 0.5}
 
 
 @pytest.mark.slow
@@ -285,7 +301,7 @@ def test_recovered_trials_keep_their_rungs(study_dir):
                 for spec in specs:
                     with open_study(folder, recipe) as study:
                         recover(study, "trial")
-                        if (spec.kind, spec.number) not in study.journal._trials:
+                        if (spec.kind, spec.number) not in study.journal._ids:
                             found.append(None)
                             continue
                         found.append(study.report(spec, row(epoch, values[spec.number, rung])))
@@ -301,9 +317,10 @@ def test_recovered_trials_keep_their_rungs(study_dir):
 def test_values_of_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, recipe):
     with open_study(study_dir, recipe):
         pass
-    (study_dir / "study.journal").unlink()
-    storage = JournalStorage(JournalFileBackend(str(study_dir / "study.journal")))
-    optuna.create_study(storage=storage, study_name="search", directions=["maximize", "maximize"])
+    rewrite(study_dir, [])
+    with holding(study_dir) as log:
+        directions = ["maximize", "maximize"]
+        optuna.create_study(storage=JournalStorage(log), study_name="search", directions=directions)
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         first, second, third = begin(study), begin(study), begin(study)

@@ -16,7 +16,7 @@ import pytest
 import short_sealed
 import short_training
 import torch
-from logs import holding
+from logs import commits, holding
 
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
@@ -163,15 +163,15 @@ def test_differences_are_paired_and_the_baseline_of_the_headline_is_the_best_on_
     assert "id_test (15 images)" in text
 
 
-def test_nothing_changes_but_test_ledger_journal_and_manifest_and_no_trial(folder, read):
+def test_nothing_changes_but_test_log_and_manifest_and_no_trial(folder, read):
     study, _ = read
     before, after = contents(folder / "study"), contents(study)
-    changed = {name for name in before | after if before.get(name) != after.get(name) and name != "lock"}
-    assert {name for name in changed if not name.startswith("test/")} == {
-        "ledger.jsonl",
-        "manifest.json",
-        "study.journal",
-    }
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert {name for name in changed if not name.startswith(("test/", "log/", "packs/"))} == {"manifest.json"}
+    assert not {name for name in changed & before.keys() if name.startswith("log/")}
+    added = commits(study)[len(commits(folder / "study")) :]
+    assert [record["kind"] for commit in added for record in commit["records"]] == ["owner", "ledger", "released"]
+    assert not [commit for commit in added if commit["operations"]]
     assert trials(study) == trials(folder / "study")
     assert baselines(study) == baselines(folder / "study")
     assert not list(study.rglob("*.tmp"))

@@ -1,5 +1,6 @@
 """Warm starts: what the sampler is told of other studies, what is left out and refused, and kills on the way."""
 
+import json
 import re
 import shutil
 
@@ -7,6 +8,7 @@ import crash_host
 import numpy as np
 import optuna
 import pytest
+from logs import commits, rewrite
 from optuna.trial import TrialState
 from stand_in import SANDBOX_SET
 from test_generations import begin, recipe_of
@@ -234,16 +236,16 @@ def test_the_sampler_begins_with_what_is_known(study_dir, first):
 
 @pytest.mark.slow
 def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
-    """Every append is the last one of a search, which then begins again."""
+    """Every commit is the last one of a search, which then begins again."""
     recipe = warm(recipe_of(1), first)
     with open_study(study_dir, recipe) as study:
         recover_running(study)
     whole = [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)]
-    journal = study_dir / "study.journal"
-    lines = journal.read_bytes().splitlines(keepends=True)
-    begun = next(number for number, line in enumerate(lines) if b"warm_from" in line)
-    for number in range(begun, len(lines)):
-        journal.write_bytes(b"".join(lines[:number]) + lines[number][: len(lines[number]) // 2])
+    found = commits(study_dir)
+    [taken] = [number for number, commit in enumerate(found) if "warm_from" in json.dumps(commit)]
+    assert [record["kind"] for record in found[taken]["records"]] == ["taken in"]
+    for number in range(1, taken + 1):
+        rewrite(study_dir, found[:number])
         with open_study(study_dir, recipe) as study:
             recover_running(study)
             assert any("12 of 13 trials" in note for note in study.notes)

@@ -12,10 +12,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from logs import commits
 from stand_in import make_recipe
 from test_live import shown
 
-from carft_ray.layout import HEARTBEAT, JOURNAL, RESOLVED
+from carft_ray.errors import StorageError
+from carft_ray.layout import HEARTBEAT, RESOLVED
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
@@ -137,7 +139,7 @@ def shown_trials(port, number):
 
 
 @pytest.mark.slow
-def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_path):
+def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path):
     study_dir = tmp_path / "study"
     with open_study(study_dir, make_recipe(9, baselines={})) as study:
         fill(study, 3)
@@ -160,7 +162,7 @@ def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_p
                 assert time.monotonic() < end  # the dashboard looks every few seconds
                 time.sleep(0.5)
 
-            before = (study_dir / JOURNAL).read_bytes(), sorted(path.name for path in study_dir.iterdir())
+            before = commits(study_dir), sorted(path.name for path in study_dir.iterdir())
             for method, path, content in (
                 ("DELETE", f"/api/studies/{number}", None),
                 ("POST", "/api/studies", {"study_name": "new", "directions": ["maximize"]}),
@@ -171,7 +173,7 @@ def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_p
                     ask(port, path, method, content)
                 with refused.value:
                     assert refused.value.code == 403
-            assert ((study_dir / JOURNAL).read_bytes(), sorted(path.name for path in study_dir.iterdir())) == before
+            assert (commits(study_dir), sorted(path.name for path in study_dir.iterdir())) == before
 
             with socket.socket() as taken:  # the port is taken by the first
                 assert taken.connect_ex(("127.0.0.1", port)) == 0
@@ -185,20 +187,21 @@ def test_the_dashboard_follows_a_journal_that_grows_and_never_writes_to_it(tmp_p
     assert "Traceback" not in err
 
 
-def test_the_journal_of_the_dashboard_takes_no_line(tmp_path):
+def test_the_log_of_the_dashboard_takes_no_commit(tmp_path):
     from optuna.storages import JournalStorage
 
-    from carft_ray.study.dashboard import _ReadOnlyJournal
+    from carft_ray.store.folder import Folder
+    from carft_ray.study.dashboard import _Followed
 
     with open_study(tmp_path / "study", make_recipe(2)) as study:
         recover_running(study)
-        before = (tmp_path / "study" / JOURNAL).read_bytes()
-        storage = JournalStorage(_ReadOnlyJournal(str(tmp_path / "study" / JOURNAL)))
+        before = commits(tmp_path / "study")
+        storage = JournalStorage(_Followed(Folder(tmp_path / "study")))
         number = storage.get_all_studies()[0]._study_id
         for write in (lambda: storage.create_new_trial(number), lambda: storage.delete_study(number)):
-            with pytest.raises(PermissionError):
+            with pytest.raises(StorageError, match="is open for reading only"):
                 write()
-        assert (tmp_path / "study" / JOURNAL).read_bytes() == before
+        assert commits(tmp_path / "study") == before
 
 
 @pytest.mark.slow
