@@ -8,6 +8,7 @@ from carft_ray.store.folder import Folder
 from carft_ray.store.log import _NOBODY, Log, _digest, _name, _sealed
 from carft_ray.store.owner import identity
 from carft_ray.study.holding import check_fit, held
+from carft_ray.study.ledger import record
 
 HOLD = """
 from pathlib import Path
@@ -26,6 +27,19 @@ def holding(folder, tell=lambda text: None):
     log = Log(Folder(folder))
     with held(log, tell):
         yield log
+
+
+def write_line(study_dir, recipe, purpose="test", **words):
+    """Writes a line of the ledger, as a command does."""
+    with holding(study_dir) as log:
+        return record(study_dir, log, recipe, purpose, **words)
+
+
+def forget_line(study_dir, number):
+    """Removes a line of the ledger, as a stranger would who makes all hashes again."""
+    found = commits(study_dir)
+    lines = [[record.get("line", {}).get("number") for record in commit["records"]] for commit in found]
+    rewrite(study_dir, [commit for commit, numbers in zip(found, lines, strict=True) if number not in numbers])
 
 
 def take(study_dir):

@@ -266,6 +266,8 @@ def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=Fal
 
     Without a confirm the one training of each that the search made is read.
     """
+    from logs import write_line
+
     from carft_ray.results.test_sets import summary
     from carft_ray.study import ledger
 
@@ -273,10 +275,10 @@ def read_test_sets(study_dir, recipe, winner, level, seeds, reads=1, went_on=Fal
     entries = []
     for number in range(reads):
         if number and went_on:
-            ledger.record(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
-        entries.append(ledger.record(study_dir, recipe, ledger.TEST, sets, reason="again" if number else ""))
+            write_line(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
+        entries.append(write_line(study_dir, recipe, sets=sets, reason="again" if number else ""))
     if went_on and reads == 1:
-        ledger.record(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
+        write_line(study_dir, recipe, ledger.WENT_ON, details={"trials": 9}, reason="more")
     runs = {name: [f"confirm/{name}-{seed}" for seed in seeds] for name in (winner, "fine_tuning")}
     rows = [
         {"name": winner, "role": "winner", "alpha": 0.6, "objective": 0.7, "runs": runs[winner]},

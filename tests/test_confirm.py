@@ -6,6 +6,7 @@ import json
 import crash_host
 import pytest
 import stand_in
+from logs import write_line
 from rich.console import Console
 from stand_in import make_recipe
 
@@ -26,7 +27,7 @@ from carft_ray.results.confirm.configurations import (
 )
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.ledger import read_ledger, record
+from carft_ray.study.ledger import read_ledger
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import confirmations, trials
@@ -89,6 +90,11 @@ def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha
     assert stage.winner == winner
 
 
+def fixed(view, first, second):
+    with open_study(view.study_dir, view.recipe) as study:
+        fix(study, view.recipe, first, second)
+
+
 @pytest.mark.slow
 def test_rows_that_differ_in_alpha_alone_share_trainings_and_all_rows_share_seeds(view):
     stage = first_stage(view, top=2, num_seeds=3)
@@ -103,12 +109,12 @@ def test_rows_that_differ_in_alpha_alone_share_trainings_and_all_rows_share_seed
 def test_more_seeds_and_trials_are_added_to_what_is_there(view):
     first, notes = plan(view, 1, 3)
     assert notes == []
-    fix(view.study_dir, view.recipe, first, None)
+    fixed(view, first, None)
     more, notes = plan(view, 2, 5)
     assert notes == []
     assert set(first.trainings()) < set(more.trainings())
     assert more.seeds[:3] == first.seeds
-    fix(view.study_dir, view.recipe, more, None)
+    fixed(view, more, None)
     fewer, notes = plan(view, 1, 3)
     assert fewer.seeds == more.seeds
     assert {row.name for row in fewer.rows} == {row.name for row in more.rows}
@@ -118,7 +124,7 @@ def test_more_seeds_and_trials_are_added_to_what_is_there(view):
 @pytest.mark.slow
 def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_one_a_candidate(view):
     first, _ = plan(view, 1, 3)
-    fix(view.study_dir, view.recipe, first, None)
+    fixed(view, first, None)
     recipe = make_recipe(4)
     with open_study(view.study_dir, recipe) as study:
         recover_running(study)
@@ -140,7 +146,7 @@ def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_
     assert len(second.seeds) == 3
     assert not set(second.seeds) & set(first.seeds)
     assert not second.trainings().keys() & first.trainings().keys()
-    fix(view.study_dir, view.recipe, first, second)
+    fixed(view, first, second)
     assert read_plan(view.study_dir) == (first, second)
     assert last_stage(view.study_dir) == second
 
@@ -161,16 +167,16 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, tmp
 def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, tmp_path):
     other = make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
     for reason in ("", "once more"):
-        record(other.study_dir, other.recipe, "test", ("id_test",), {}, reason)
+        write_line(other.study_dir, other.recipe, sets=("id_test",), reason=reason)
     first, notes = plan(view, 1, 2, [other])
     assert notes == [f"the test sets of {other.study_dir} were read 2 times; this counts here too"]
     for _ in range(2):  # the same command again
-        with open_study(view.study_dir, view.recipe):
-            fix(view.study_dir, view.recipe, first, None, [other])
+        with open_study(view.study_dir, view.recipe) as study:
+            fix(study, view.recipe, first, None, [other])
         assert len(read_ledger(view.study_dir)) == 1
     assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
-    with open_study(view.study_dir, view.recipe):  # without it, what was compared stays known
-        fix(view.study_dir, view.recipe, first, None)
+    with open_study(view.study_dir, view.recipe) as study:  # without it, what was compared stays known
+        fix(study, view.recipe, first, None)
     assert num_test_reads(view.study_dir) == 2
     third = make_study(tmp_path / "third")
     assert plan(third, 1, 2, [view])[1] == [

@@ -5,6 +5,7 @@ import shutil
 
 import crash_host
 import pytest
+from logs import replace, write_line
 from stand_in import make_recipe
 from suggestions import check_suggestions
 from test_verbs import BASE, begin, finish, start
@@ -13,7 +14,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.ledger import TEST, WENT_ON, record
+from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 
@@ -79,7 +80,7 @@ def confirm(study_dir):
 
 
 def read_tests(study_dir, number):
-    record(study_dir.resolve(), read_study(study_dir).recipe, TEST, ("id_test",))
+    write_line(study_dir.resolve(), read_study(study_dir).recipe, sets=("id_test",))
     (study_dir / "test" / f"read-{number}").mkdir(parents=True)
     (study_dir / "test" / f"read-{number}" / "summary.json").write_text("{}")
 
@@ -118,7 +119,7 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     assert steps(study_dir, after="resume")[0] == "report"
     read_tests(study_dir, 1)
     assert steps(study_dir)[0] == "resume --again REASON"
-    record(study_dir.resolve(), read_study(study_dir).recipe, WENT_ON, details={"trials": 4}, reason="why")
+    write_line(study_dir.resolve(), read_study(study_dir).recipe, WENT_ON, details={"trials": 4}, reason="why")
     assert steps(study_dir)[0] == "resume"
     empty = study("empty")
     assert steps(empty) == ["resume", "ls"]
@@ -167,19 +168,18 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     out, _, found = status()
     assert "Test sets were read once." in out
     assert found == {"test_reads": 1, "problems": []}
-    ledger = study_dir / "ledger.jsonl"
-    ledger.write_text(ledger.read_text().replace('"test"', '"winner fixed"'))
+    replace(study_dir, '"test"', '"winner fixed"')
     out, err, found = status()
     assert "Test sets were read" not in out
     assert "warning: " in err
-    assert "differs from line 1 on" in err
+    assert "must have the ledger of which manifest.json tells" in err
     assert found["test_reads"] is None
-    assert "differs from line 1 on" in found["problems"][0]
+    assert "must have the ledger of which manifest.json tells" in found["problems"][0]
     assert steps(study_dir) == ["ls"]
     manifest = study_dir / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "ledger": 7}))
     _, err, found = status()
-    assert "must have count and head" in err
+    assert "must have the ledger of which manifest.json tells, 7" in err
     assert found["test_reads"] is None
     assert steps(study_dir) == ["ls"]
 

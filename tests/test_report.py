@@ -7,6 +7,7 @@ from pathlib import Path
 import crash_host
 import numpy as np
 import pytest
+from logs import forget_line, write_line
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
@@ -18,7 +19,6 @@ from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.stored import confirmed
 from carft_ray.results.verdict_card import verdict
-from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running
@@ -180,7 +180,7 @@ def test_json_is_one_document_and_the_same_twice(study_dir, capsys):
 @pytest.mark.slow
 def test_test_reads_are_counted_and_a_damaged_summary_is_told(study_dir, capsys):
     for purpose in ("winner fixed", "test", "test"):
-        record(study_dir, make_recipe(), purpose)
+        write_line(study_dir, make_recipe(), purpose)
     _, out, err = run(capsys, study_dir)
     assert f"carft-ray export {study_dir}" in err
     assert "test sets were read 2 times" in out
@@ -192,12 +192,11 @@ def test_test_reads_are_counted_and_a_damaged_summary_is_told(study_dir, capsys)
 @pytest.mark.slow
 def test_a_ledger_that_lost_a_line_is_no_ground_for_a_report(study_dir, capsys):
     for _ in range(2):
-        record(study_dir, make_recipe(), "test")
-    ledger = study_dir / "ledger.jsonl"
-    ledger.write_text(ledger.read_text().splitlines(keepends=True)[0])
+        write_line(study_dir, make_recipe())
+    forget_line(study_dir, 2)
     code, out, err = run(capsys, study_dir)
     assert (code, out) == (8, "")
-    assert "differs from line 2 on" in err
+    assert "must have the ledger of which manifest.json tells" in err
 
 
 @pytest.mark.slow

@@ -475,8 +475,7 @@ def test_a_full_disk_is_one_message(study_dir):
         from pathlib import Path
         from stand_in import make_recipe
         from carft_ray.errors import StorageError
-        from carft_ray.study.holding import log_of
-from carft_ray.study.opening import open_study
+        from carft_ray.study.opening import open_study
         from carft_ray.study.recovery import recover_running
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         study_dir = Path({str(study_dir)!r})

@@ -16,7 +16,7 @@ import pytest
 import short_sealed
 import short_training
 import torch
-from logs import commits, holding
+from logs import commits, forget_line, holding
 
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
@@ -199,7 +199,7 @@ def test_a_second_read_is_refused_and_says_when_and_by_whom(run, again):
     before = contents(again)
     code, out, err = run("test", "study")
     assert (code, out) == (8, "")
-    assert f"{entry.time} by {entry.user} (line 1 of ledger.jsonl)" in err
+    assert f"{entry.time} by {entry.user} (line 1 of the ledger)" in err
     assert "--again REASON" in err
     assert {name: text for name, text in contents(again).items() if name != "lock"} == {
         name: text for name, text in before.items() if name != "lock"
@@ -224,10 +224,10 @@ def test_an_empty_reason_is_a_usage_error(run, again):
 
 
 def test_a_removed_line_is_told_and_stops_the_next_read(run, again):
-    (again / "ledger.jsonl").unlink()
+    forget_line(again, 1)
     code, _, err = run("test", "study", "--again", "why not")
     assert code == 8
-    assert "it differs from line 1 on, but got 0 lines" in err
+    assert "must have the ledger of which manifest.json tells" in err
 
 
 # other studies of the same images

@@ -8,7 +8,7 @@ import crash_host
 import numpy as np
 import optuna
 import pytest
-from logs import commits, rewrite
+from logs import commits, rewrite, write_line
 from optuna.trial import TrialState
 from stand_in import SANDBOX_SET
 from test_generations import begin, recipe_of
@@ -19,7 +19,6 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import absolute_paths, dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.ledger import record
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
@@ -115,7 +114,7 @@ def test_it_may_be_added_to_a_study_later(study_dir, first):
 
 @pytest.mark.slow
 def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned_from_it(study_dir, first, tmp_path):
-    record(first, recipe_of(13), "test", ("id_test",), {}, "")
+    write_line(first, recipe_of(13), sets=("id_test",))
     with open_study(study_dir, warm(recipe_of(3), first)) as study:
         recover_running(study)
         assert study.notes[-1].endswith(f"of {first} were read once; this counts here too")

@@ -79,7 +79,7 @@ def _failure_lines(rows: list[TrialRow]) -> list[str]:
     return [f"{count} of {counted(reasons.total(), 'error')}: {reason}" for reason, count in reasons.most_common(1)]
 
 
-def num_test_reads(study_dir: Path, log: Log | None) -> int:
+def num_test_reads(study_dir: Path, log: Log | None = None) -> int:
     """Returns how often the test sets were read, by studies that this one has learned from too.
 
     Args:
