@@ -24,12 +24,11 @@ from carft_ray.layout import COMMITS, MANIFEST
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import grid
-from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study.holding import check_fit, held, is_study, log_of
-from carft_ray.study.identity import claim, compare
+from carft_ray.study.identity import compare
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.rows import rows_by_kind
+from carft_ray.study.rows import log_and_rows
 
 LEDGER = "ledger"  # kind of its records, and key of the manifest
 
@@ -201,7 +200,8 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_s
     study_dir = study_dir.resolve()
     if not is_study(study_dir):
         return False
-    entries, by_kind, wanted = read_ledger(study_dir), rows_by_kind(study_dir), grid.num_trials(recipe)
+    log, by_kind = log_and_rows(study_dir)
+    entries, wanted = read_ledger(study_dir, log), grid.num_trials(recipe)
     if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted):
         return False
     if reason is None:
@@ -210,10 +210,8 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_s
         step = "To continue, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     check_fit(study_dir)
-    compare(study_dir, recipe, change_space)  # before anything is written
-    log = Log(Folder(study_dir))
+    compare(study_dir, recipe, change_space)
     with held(log, lambda text: None):
-        claim(study_dir, recipe, change_space)
         details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
         record(study_dir, log, recipe, WENT_ON, details=details, reason=reason)
     return True

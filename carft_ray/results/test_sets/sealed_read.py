@@ -37,11 +37,10 @@ from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import compared_rows, read_record, summarise
-from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
-from carft_ray.study.holding import check_fit, held
-from carft_ray.study.identity import claim
+from carft_ray.study.holding import check_fit, held, log_of
+from carft_ray.study.identity import compare
 from carft_ray.study.outcome import require_name
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
@@ -76,22 +75,12 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
     recipe = study_view.study_recipe(study_dir)
     _require_test_sets(study_dir, recipe)
     check_fit(study_dir)
-    log = Log(Folder(study_dir))
+    compare(study_dir, recipe)
+    log = log_of(study_dir)
+    _read_to_continue(study_dir, log, reason)  # it may be refused: before anything is written
     with held(log, say):
-        claim(study_dir, recipe)
         files.remove_remains(study_dir)
-        entries = ledger.read_ledger(study_dir, log)
-        reads = ledger.reads_of(entries)
-        entry = reads[-1] if reads and reason is None else None
-        if entry is not None:
-            _require_unfinished(study_dir, entry, len(reads))
-        elif reason is None and (number := inherited_reads(study_dir, log)):
-            rule = (
-                "the test sets of studies that it has learned from (search.warm_start) or is compared with "
-                f"(confirm --against) were read {times(number)}"
-            )
-            step = f"Every further read is counted and reported: {_again(study_dir)}"
-            raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
+        entries, entry = ledger.read_ledger(study_dir, log), _read_to_continue(study_dir, log, reason)
         sources = _open_sources(recipe)
         if entry is None:
             _compare_before_first_read(study_dir, recipe, say)
@@ -108,7 +97,7 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
             say(f"written to the ledger as line {entry.number}; opening the test sets")
         else:
             say(f"continuing the read of {ledger.describe(entry)}")
-        number = 1 + sum(one.number < entry.number for one in reads)
+        number = 1 + sum(one.number < entry.number for one in ledger.reads_of(entries))
         elsewhere, problems = notes.note(study_dir, recipe, [*entries, entry])
         for line in (*problems, *notes.lines(elsewhere)):
             say(line)
@@ -164,14 +153,28 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
     raise HoldOutError(problems)
 
 
-def _require_unfinished(study_dir: Path, entry: ledger.Entry, number: int) -> None:
-    """Raises a ``HoldOutError`` unless the last read was killed and this one would continue it."""
-    if not (_read_dir(study_dir, number) / SUMMARY).exists():
-        return
-    rule = f"its test sets were read already: {ledger.describe(entry)}"
-    step = f"Its results are in {study_dir / TEST_DIR / SUMMARY}."
-    step += f"\n    Every further read is counted and reported: {_again(study_dir)}"
-    raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
+def _read_to_continue(study_dir: Path, log: Log, reason: str | None) -> ledger.Entry | None:
+    """Returns the last read when it was killed and this one continues it; None when this is another one.
+
+    Raises:
+        HoldOutError: They were read already and no reason is given, here or in a study that this one has learned from.
+    """
+    reads = ledger.reads_of(ledger.read_ledger(study_dir, log))
+    if reason is not None:
+        return None
+    if not reads and (number := inherited_reads(study_dir, log)):
+        rule = (
+            "the test sets of studies that it has learned from (search.warm_start) or is compared with "
+            f"(confirm --against) were read {times(number)}"
+        )
+        step = f"Every further read is counted and reported: {_again(study_dir)}"
+        raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
+    if reads and (_read_dir(study_dir, len(reads)) / SUMMARY).exists():
+        rule = f"its test sets were read already: {ledger.describe(reads[-1])}"
+        step = f"Its results are in {study_dir / TEST_DIR / SUMMARY}."
+        step += f"\n    Every further read is counted and reported: {_again(study_dir)}"
+        raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
+    return reads[-1] if reads else None
 
 
 def _again(study_dir: Path) -> str:
