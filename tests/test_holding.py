@@ -152,13 +152,13 @@ def test_a_search_that_was_taken_over_writes_nothing_more(study_dir):
     with open_study(study_dir, make_recipe(3)) as study:
         recover_running(study)
         study.next()
-        assert not study.taken_over
+        assert not study.log.is_lost
         other = take(study_dir)
         before = contents(study_dir / "log")
         with pytest.raises(RefusedError, match=r"was written by another search, which has taken the study over") as one:
             study.next()
         assert one.value.exit_code == 5
-        assert study.taken_over
+        assert study.log.is_lost
         with pytest.raises(RefusedError, match="taken the study over"):
             study.log.check()
         assert contents(study_dir / "log") == before
@@ -174,7 +174,7 @@ def test_that_a_study_was_taken_over_is_seen_without_a_write(study_dir):
         take(study_dir)
         with pytest.raises(RefusedError, match="taken the study over"):
             study.log.check()
-        assert study.taken_over
+        assert study.log.is_lost
 
 
 def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ class Driver:
             reason: One line, for its log.
         """
         attempt = next((each for each in self._attempts.values() if each.spec == spec), None)
-        if attempt is None or attempt.leaves or self.study.taken_over:
+        if attempt is None or attempt.leaves or self.study.log.is_lost:
             return
         with contextlib.suppress(StorageError):
             outcome.write_leave(spec.folder(self.study.study_dir), spec.attempt, reason)
@@ -431,7 +431,7 @@ class Driver:
         """Keeps the first failure and asks what runs to stop."""
         if self.failure is None:
             self.fail(error)
-            if self.study.taken_over:
+            if self.study.log.is_lost:
                 return  # the stop file is the other search's; ours ends at the next poll
             with contextlib.suppress(CarftError):  # on a full disk what runs ends without it
                 files.write_text(self.study.study_dir / STOP, f"{error}\n")

@@ -150,7 +150,7 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
             driver.leaks.clear()  # Ray keeps that of a group which got its resources while its trial was ended
     except Exception as error:
         driver.fail(error if isinstance(error, CarftError) else _ray_error(error))
-    if not driver.study.taken_over:
+    if not driver.study.log.is_lost:
         shutil.rmtree(ray_files, ignore_errors=True)
 
 

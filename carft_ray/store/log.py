@@ -178,7 +178,9 @@ class Log(BaseJournalBackend):
 
     @property
     def is_lost(self) -> bool:
-        """Whether a commit or ``check`` was refused: another search has taken the study over."""
+        """Whether another search has taken the study over."""
+        with contextlib.suppress(StorageError):
+            self.check()
         return isinstance(self._spoiled_by, RefusedError)
 
     def abandon(self) -> None:
@@ -266,7 +268,7 @@ class Log(BaseJournalBackend):
             self._operations += [operation for _, operation in taken]
 
     def _require_sound(self) -> None:
-        if self.is_lost:
+        if isinstance(self._spoiled_by, RefusedError):
             raise self._refused()
         if self._spoiled_by is not None:
             step = "Run the same command again: it goes on from what was written."

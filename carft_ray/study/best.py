@@ -12,7 +12,6 @@ from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.constraints import violation_words
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
-from carft_ray.store.log import Log
 from carft_ray.study.front import front_rule, stand
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, best_row
@@ -25,8 +24,8 @@ class Retention:
     trainings on the front stay, since the best point moves along it; one that has left the front never comes back.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, log: Log) -> None:
-        self._study_dir, self._recipe, self._log = study_dir, recipe, log
+    def __init__(self, study_dir: Path, recipe: Recipe) -> None:
+        self._study_dir, self._recipe = study_dir, recipe
         self._rule = front_rule(recipe.search.objective)
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
@@ -48,7 +47,6 @@ class Retention:
         """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""
         best = self.best()
         if best is not None and (best.name, best.alpha) != self._noted:
-            self._log.check()
             write_best(self._study_dir, self._recipe, best)
             self._noted = best.name, best.alpha
 

@@ -26,7 +26,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space import grid
 from carft_ray.store.log import Log
 from carft_ray.study.holding import check_fit, held, is_study, log_of
-from carft_ray.study.identity import compare
+from carft_ray.study.identity import compare, read_manifest
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import log_and_rows
 
@@ -95,11 +95,8 @@ def check_ledger(study_dir: Path, log: Log | None = None) -> list[Problem]:
     Raises:
         StorageError: The study cannot be read.
     """
-    path, log = study_dir / MANIFEST, log or log_of(study_dir)
-    manifest = files.read_json(path) if files.exists(path) else {}
-    if not isinstance(manifest, dict):
-        raise StorageError(Problem(str(path), "must be the manifest of a study", f"a {type(manifest).__name__}"))
-    noted, entries = manifest.get(LEDGER), _entries(log)
+    noted, log = read_manifest(study_dir).get(LEDGER), log or log_of(study_dir)
+    entries = _entries(log)
     if noted not in (_note(log, entries), _note(log, entries[:-1])):
         log.follow()  # it may have been written meanwhile
         entries = _entries(log)
@@ -148,8 +145,8 @@ def record(
     )
     with log.commit({"kind": LEDGER, "line": asdict(entry)}):
         pass
-    manifest = files.read_json(study_dir / MANIFEST)
-    files.write_json(study_dir / MANIFEST, {**manifest, LEDGER: _note(log, _entries(log))})
+    manifest = {**read_manifest(study_dir), LEDGER: _note(log, _entries(log))}
+    files.write_json(study_dir / MANIFEST, manifest)
     return entry
 
 

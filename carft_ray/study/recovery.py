@@ -18,6 +18,7 @@ def recover_running(study: Study) -> list[TrialRow]:
     Returns:
         Rows of what was recorded.
     """
+    study.log.check()
     study.enter("baseline", study.recipe.search.baselines)
     ended = recover(study, "baseline") + recover(study, "trial")
     study.notes += study.journal.take_in()

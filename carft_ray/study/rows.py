@@ -10,12 +10,12 @@ import optuna
 from optuna.storages import JournalStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.layout import COMMITS, MANIFEST
+from carft_ray.layout import COMMITS
 from carft_ray.store.log import Log
 from carft_ray.study import front
 from carft_ray.study.holding import is_study, log_of
+from carft_ray.study.identity import GENERATION, read_manifest
 from carft_ray.study.outcome import Kind, TrialRow
 
 Found = TypeVar("Found")
@@ -115,9 +115,7 @@ def study_name(study_dir: Path, kind: Kind) -> str:
     """
     if kind != "trial":
         return STUDY_NAMES[kind]
-    path = study_dir / MANIFEST
-    manifest = files.read_json(path) if files.exists(path) else {}
-    return generation_name(manifest.get("generation", 1) if isinstance(manifest, dict) else 1)
+    return generation_name(read_manifest(study_dir).get(GENERATION, 1))
 
 
 def generation_name(generation: int) -> str:

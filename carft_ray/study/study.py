@@ -14,7 +14,6 @@ advance. Of attempts in a row that do not, the second exception is a verdict, an
 is set aside and the others continue.
 """
 
-import contextlib
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -25,7 +24,7 @@ from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
 from carft_ray import files
-from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.layout import CUT as CUT_FILE
 from carft_ray.layout import LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
 from carft_ray.recipe.schema.constraints import constraint_names
@@ -59,18 +58,11 @@ class Study:
         self.notes = notes
         self.log = log
         self.journal = Journal(study_dir, recipe, log, storage)
-        self.retention = Retention(study_dir, recipe, log)
+        self.retention = Retention(study_dir, recipe)
         self._references_known = not constraint_names(recipe.search.constraints)  # what constraints compare with
         self.asks = True  # whether the sampler proposes new trials
         self.waiting: deque[TrialSpec] = deque()
         self.knows_all = False  # whether all trials were retained or not, as they are once the study is recovered
-
-    @property
-    def taken_over(self) -> bool:
-        """Whether another process holds the study by now; then nothing in its folder is ours to write."""
-        with contextlib.suppress(StorageError):
-            self.log.check()
-        return self.log.is_lost
 
     def next(self) -> TrialSpec | None:
         """Returns the next attempt to start, or None when nothing is left but what runs already.

@@ -40,7 +40,7 @@ def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
 
 
 def _draw(study: Study) -> None:
-    if not study.taken_over and best_row(study.rows()) is not None:
+    if not study.log.is_lost and best_row(study.rows()) is not None:
         write_figure(study.recipe, study.study_dir, study.rows(), study.rows("baseline"))
 
 
