@@ -108,6 +108,7 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
 @pytest.mark.slow
 def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir):
     before = begin(study_dir, recipe_of(), values=True)
+    old = optuna_study(study_dir)
     narrow = recipe_of(10, learning_rate=NARROW)
     with pytest.raises(RecipeError, match="give --change-space"), open_study(study_dir, narrow):
         pass
@@ -124,7 +125,7 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
     assert [spec.number for spec in specs] == [6, 7, 8, 9]
     assert all(1e-4 <= spec.values["learning_rate"] <= 1e-3 for spec in specs)
     assert best_row(trials(study_dir)).name == best_row(before).name  # wherever it lies
-    old, new = optuna_study(study_dir), optuna_study(study_dir, "search-2")
+    new = optuna_study(study_dir)
     for one, other, row in zip(old.trials, new.trials, before, strict=False):
         assert other.intermediate_values == one.intermediate_values
         assert (other.datetime_start, other.datetime_complete) == (one.datetime_start, one.datetime_complete)
@@ -161,11 +162,9 @@ def test_widening_again_makes_the_trials_what_they_were(study_dir):
         pass
     with open_study(study_dir, recipe_of(), True):
         pass
-    again = optuna_study(study_dir, "search-3").trials
+    again = optuna_study(study_dir).trials
     assert [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in again] == kept
     manifest = json.loads((study_dir / "manifest.json").read_text())
-    assert manifest["generation"] == 3
-    assert [one["generation"] for one in manifest["recipes"]] == [1, 2]
     assert [one["recipe"]["search"]["space"]["learning_rate"]["low"] for one in manifest["recipes"]] == [1e-5, 1e-4]
     assert not any(row.outside for row in trials(study_dir))
 
@@ -214,7 +213,7 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
 
 
 @pytest.mark.slow
-def test_readers_and_the_command_line_follow_the_generation(study_dir, monkeypatch, capsys):
+def test_readers_and_the_command_line_follow_the_space(study_dir, monkeypatch, capsys):
     before = begin(study_dir, recipe_of())
     with open_study(study_dir, recipe_of(7, learning_rate=NARROW), True) as study:
         assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4  # a kill here: resolved.yaml is behind
@@ -254,17 +253,15 @@ def test_the_ledger_of_the_test_sets_stays_whole(study_dir):
     with pytest.raises(HoldOutError, match="add --again REASON"):
         require_unread(study_dir, narrow, None, True)
     assert require_unread(study_dir, narrow, "a smaller space", True)
-    assert "generation" not in (study_dir / "manifest.json").read_text()
     with open_study(study_dir, narrow, True):
         pass
     assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
-    assert "ledger" not in optuna_study(study_dir, "search-2").user_attrs
 
 
 def test_an_option_without_a_change_of_the_space_is_told(study_dir):
     with open_study(study_dir, recipe_of(), True) as study:
         assert study.notes == ["--change-space has no effect: the space is that of the study"]
-    assert not (study_dir / "manifest.json").read_text().count("generation")
+    assert "recipes" not in json.loads((study_dir / "manifest.json").read_text())
 
 
 # ---- kills
@@ -297,7 +294,7 @@ def call(argv):
 
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_the_old_generation_or_the_new_one(tmp_path):
+def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(tmp_path):
     begin(tmp_path / "original", recipe_of())
     with open_study(tmp_path / "original", recipe_of(8)) as study:
         recover_running(study)
@@ -324,7 +321,7 @@ def test_a_kill_at_any_moment_leaves_the_old_generation_or_the_new_one(tmp_path)
                 continue
             kill = {"argv": new, "kill": (number, "torn" if kind == "append" and number % 2 else "after")}
             both = (("old", old), ("new", new))
-            late = number > number_of_kills - 12  # where the new generation begins to hold; before, one by turns
+            late = number > number_of_kills - 12  # where the new space begins to hold; before, one by turns
             for name, then in both if late else [both[len(jobs) % 2]]:
                 jobs.append({"name": f"{number}-{name}", "commands": [kill, {"argv": then}]})
         answers = run(jobs)

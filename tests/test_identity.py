@@ -19,7 +19,7 @@ from carft_ray.recipe.schema.fields import resume_of
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.finished import read_manifest
 from carft_ray.results.reading.study_view import study_recipe
-from carft_ray.study.identity import claim, class_of, record_recipe
+from carft_ray.study.identity import class_of, record_recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
@@ -192,7 +192,7 @@ def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifes
         pass
     (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7)))
     with holding(study_dir):
-        record_recipe(study_dir, new, claim(study_dir, new).space_changes)
+        record_recipe(study_dir, new)
     assert study_recipe(study_dir) == make_recipe(7, baselines=dict(new.search.baselines))
     (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9)))  # by hand: is refused later
     assert study_recipe(study_dir).train.epochs == 9

@@ -264,7 +264,7 @@ def test_a_narrowed_study_keeps_what_was_taken_in(study_dir, first):
         assert [row.name for row in study.rows()] == names
         assert [spec.number for spec in run_all(study)] == [14]
         assert len(study.notes) == 1  # of the space: the source is not taken in again
-    found = optuna_study(study_dir, "search-2").trials
+    found = optuna_study(study_dir).trials
     inside = [t for t in found if "warm_from" in t.user_attrs and t.state != TrialState.FAIL]
     assert 0 < len(inside) < 12
 

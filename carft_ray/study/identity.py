@@ -1,10 +1,10 @@
 """What a study is about, and what may change when it is resumed.
 
 The field of every key of a recipe says its class (``recipe.schema.fields.key``). A space that changes with
-``--change-space`` gives the study another generation (``study.space_revisions``).
+``--change-space`` moves the trials to it (``study.space_revisions``).
 
 ``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.
-It is written after the log, in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
+It is written in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
 search, with all that is running.
 """
 
@@ -32,8 +32,7 @@ from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.study import provenance
 
 FORMAT_VERSION = 1
-GENERATION = "generation"  # keys of the manifest
-RECIPES = "recipes"
+RECIPES = "recipes"  # key of the manifest
 _CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
 
 
@@ -52,18 +51,14 @@ class Claim:
 
     Attributes:
         is_new: Whether the folder was empty.
-        kept: The recipe that the manifest has; the same for an empty folder.
         space_changes: Whether the search has another space than the study.
         is_news: Whether the manifest must get the recipe of the search: the space, baselines that were added, moved
             files.
-        generation: Number of the study's generation.
     """
 
     is_new: bool
-    kept: Recipe
     space_changes: bool = False
     is_news: bool = False
-    generation: int = 1
 
 
 MISSING = object()  # stands for a key that is not there
@@ -88,7 +83,7 @@ def _is_moved(path: KeyPath) -> bool:
 def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
     """Makes the folder the study of this recipe, or checks that it is. It must be held.
 
-    Of a study nothing is written: ``record_recipe`` does that, once the log is ready for it.
+    Of a study nothing is written: ``record_recipe`` does that.
 
     Args:
         study_dir: As of ``compare``, and so are the others.
@@ -119,7 +114,7 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Clai
         StorageError: The manifest cannot be read.
     """
     if not files.exists(study_dir / MANIFEST):
-        return Claim(True, recipe)
+        return Claim(True)
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])
     found = list(_differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")))
@@ -136,27 +131,19 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Clai
             step = f"{change}\n    Trials that lie inside still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
     news = [one for one in found if class_of(one.path) != "running" or _is_moved(one.path)]
-    return Claim(False, kept, bool(space), bool(news), int(manifest.get(GENERATION, 1)))
+    return Claim(False, bool(space), bool(news))
 
 
-def record_recipe(study_dir: Path, recipe: Recipe, space_changes: bool) -> None:
+def record_recipe(study_dir: Path, recipe: Recipe) -> None:
     """Makes the recipe of a search that of the study; the one before stays in ``recipes``. The study must be held.
-
-    A space that has changed begins the next generation, which must be in the log by now.
 
     Raises:
         StorageError: The manifest cannot be written.
     """
     manifest = files.read_json(study_dir / MANIFEST)
-    generation = manifest.get(GENERATION, 1)
     until = datetime.now().astimezone().isoformat(timespec="seconds")
-    before = {GENERATION: generation, "until": until, "recipe": manifest["recipe"]}
-    changed = {
-        GENERATION: generation + space_changes,
-        "recipe": recipe.model_dump(mode="json"),
-        RECIPES: [*manifest.get(RECIPES, []), before],
-    }
-    files.write_json(study_dir / MANIFEST, {**manifest, **changed})
+    recipes = [*manifest.get(RECIPES, []), {"until": until, "recipe": manifest["recipe"]}]
+    files.write_json(study_dir / MANIFEST, {**manifest, "recipe": recipe.model_dump(mode="json"), RECIPES: recipes})
 
 
 def read_manifest(study_dir: Path) -> dict[str, Any]:

@@ -27,9 +27,8 @@ def importances(study_dir: Path) -> dict[str, dict[str, float]]:
     Raises:
         StorageError: The log is damaged.
     """
-    name = rows.study_name(study_dir, "trial")
     with rows.readable(log_of(study_dir)) as storage:
-        study = rows.stored(storage, name)
+        study = rows.stored(storage, rows.STUDY_NAMES["trial"])
         trials = [] if study is None else rows.trainings(study)
     complete = [(one, one.user_attrs.get("metrics", {})) for one in trials if one.state == TrialState.COMPLETE]
     found = {}

@@ -33,7 +33,7 @@ from carft_ray.study.outcome import Kind, TrialRow, TrialSpec, trial_name
 from carft_ray.study.proposals import space
 from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
 from carft_ray.study.proposals.pruning import PrunerTrial
-from carft_ray.study.rows import TRAINING_OF, VALUE_ATTRIBUTE, intermediate_values, is_training, row_of, study_name
+from carft_ray.study.rows import STUDY_NAMES, TRAINING_OF, VALUE_ATTRIBUTE, intermediate_values, is_training, row_of
 
 ROUNDING = 1e-9  # alphas are sums of steps: one that is the lowest but for rounding is within
 
@@ -60,7 +60,7 @@ class Journal:
         """Opens or makes the Optuna studies of these kinds."""
         known = optuna.get_all_study_names(self._storage)
         for kind in kinds:
-            name, rule = study_name(self._study_dir, kind), self.rule if kind == "trial" else None
+            name, rule = STUDY_NAMES[kind], self.rule if kind == "trial" else None
             if name not in known:
                 directions = [StudyDirection.MAXIMIZE] * (2 if rule else 1)
                 optuna.create_study(study_name=name, storage=self._storage, directions=directions)

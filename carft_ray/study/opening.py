@@ -1,4 +1,4 @@
-"""Opening a study for one search: claims its log, checks its recipe, begins another search space."""
+"""Opening a study for one search: claims its log, checks its recipe, moves to another search space."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ from carft_ray.study import rows
 from carft_ray.study.holding import check_fit, gone_if_nothing_began, held
 from carft_ray.study.identity import claim, compare, record_recipe
 from carft_ray.study.recovery import recover
-from carft_ray.study.space_revisions import begin_generation
+from carft_ray.study.space_revisions import is_in_space, move_trials, space_record
 from carft_ray.study.study import Study
 
 
@@ -32,7 +32,7 @@ def open_study(
     Args:
         study_dir: The study directory; made when it is missing.
         recipe: The recipe of the search.
-        change_space: The search space may change; a change begins another generation of the study.
+        change_space: The search space may change; a change moves the trials to it.
         tell: Told what is waited for, and from whom the study was taken over.
 
     Raises:
@@ -51,16 +51,15 @@ def open_study(
             stack.enter_context(held(log, tell))
             claimed, notes = claim(study_dir, recipe, change_space), list[str]()
             files.remove_remains(study_dir)
-            if claimed.space_changes:
-                before = Study(study_dir, claimed.kept, log, [], storage)
-                recover(before, "trial")  # what has ended is recorded in the space that it was drawn from
-                with log.commit():
-                    notes.append(begin_generation(storage, claimed.generation, recipe))
-            elif change_space:
+            if change_space and not claimed.space_changes:
                 notes.append("--change-space has no effect: the space is that of the study")
             if claimed.is_news:
                 log.check()
-                record_recipe(study_dir, recipe, claimed.space_changes)
+                record_recipe(study_dir, recipe)
+            if not is_in_space(log, recipe):  # a kill may have come right after the line above, in an earlier search
+                recover(Study(study_dir, recipe, log, [], storage), "trial")  # what has ended, in the space before
+                with log.commit(space_record(recipe)):
+                    notes += move_trials(storage, recipe)
             study = Study(study_dir, recipe, log, notes, storage)
         with gone_if_nothing_began(study_dir, log, claimed.is_new, study.began):
             yield study

@@ -15,7 +15,6 @@ from carft_ray.layout import COMMITS
 from carft_ray.store.log import Log
 from carft_ray.study import front
 from carft_ray.study.holding import is_study, log_of
-from carft_ray.study.identity import GENERATION, read_manifest
 from carft_ray.study.outcome import Kind, TrialRow
 
 Found = TypeVar("Found")
@@ -68,10 +67,9 @@ def log_and_rows(study_dir: Path) -> tuple[Log, dict[Kind, list[TrialRow]]]:
     """
     if not is_study(study_dir):
         raise StorageError(Problem(str(study_dir), "must be a study", f"no {COMMITS}/ in it"))
-    names = {kind: study_name(study_dir, kind) for kind in STUDY_NAMES}  # before the log, which has them by then
     log = log_of(study_dir)
     with readable(log) as storage:
-        studies = {kind: stored(storage, name) for kind, name in names.items()}
+        studies = {kind: stored(storage, name) for kind, name in STUDY_NAMES.items()}
         return log, {kind: rows_of(kind, study) if study else [] for kind, study in studies.items()}
 
 
@@ -105,22 +103,6 @@ def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:
     """Returns the first complete row of ``best_first``."""
     complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]
     return min(complete, key=rank, default=None)
-
-
-def study_name(study_dir: Path, kind: Kind) -> str:
-    """Returns the name of the Optuna study that holds the trainings of a kind.
-
-    Raises:
-        StorageError: The manifest cannot be read.
-    """
-    if kind != "trial":
-        return STUDY_NAMES[kind]
-    return generation_name(read_manifest(study_dir).get(GENERATION, 1))
-
-
-def generation_name(generation: int) -> str:
-    """Returns the name of the Optuna study that holds the trials of a generation, which count from 1."""
-    return STUDY_NAMES["trial"] if generation == 1 else f"{STUDY_NAMES['trial']}-{generation}"
 
 
 def state_and_values(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:

@@ -1,21 +1,17 @@
-"""A search space that shrinks or grows: the study gets another generation, an Optuna study of its own in the log.
+"""A search space that shrinks or grows: the trials move to it, in one commit, in their order.
 
-    search, search-2, search-3, ...     names of the Optuna studies of the trials; the manifest names the one that holds
+Number, name and folder of a trial never change. The log has a record of each space that the trials were in.
 
-A generation takes all trials of the one before, in their order: number, name and folder of a trial never change.
-
-| an earlier trial | in the new generation |
+| an earlier trial | in the new space |
 |---|---|
-| inside the new space | as it was, RUNNING ones too: they are recovered |
+| inside it | as it was, RUNNING ones too: they are recovered |
 | outside, finished | FAIL, which no sampler uses; state and values are kept in the attribute ``outside`` |
 | outside, not finished | as above, with outcome ``error`` |
 
 Trials outside stay rows of the study, and may be its best: they were trained for the same objective. One that lies
-inside again, in a later generation, is to Optuna what it was. What a sampler has kept of its own with a trial is left
-behind: it is about the old space.
-
-All is one commit, then the manifest names it. So a kill leaves the old generation or the new one; one that it has left
-without a name is made anew by the next change.
+inside again, in a later space, is to Optuna what it was. What a sampler has kept of its own with a trial is left
+behind: it is about the old space. The manifest gets the recipe of the new space first: where a kill comes in between,
+the next search with that recipe moves the trials.
 """
 
 from typing import Any
@@ -26,36 +22,43 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
+from carft_ray.store.log import Log
 from carft_ray.study.proposals.samplers import distribution
-from carft_ray.study.rows import OUTSIDE, generation_name, state_and_values
+from carft_ray.study.rows import OUTSIDE, STUDY_NAMES, state_and_values
 from carft_ray.words import counted
 
 ENDED = "outside the search space, which was changed while it ran"
+SPACE = "space"  # kind of a record: the search space from then on
 
 
-def begin_generation(storage: JournalStorage, generation: int, recipe: Recipe) -> str:
-    """Writes the next generation of trials, in an open commit; it holds when the manifest says so.
+def space_record(recipe: Recipe) -> dict[str, Any]:
+    """Returns the record of a recipe's space, for the commit that moves the trials to it."""
+    return {"kind": SPACE, "space": {name: one.model_dump(mode="json") for name, one in recipe.search.space.items()}}
 
-    Args:
-        storage: Of the log.
-        generation: The one that holds now.
-        recipe: Has the new space.
+
+def is_in_space(log: Log, recipe: Recipe) -> bool:
+    """Tells whether the trials of a study are in the space of a recipe."""
+    return [record for _, record in log.records if record.get("kind") == SPACE][-1:] == [space_record(recipe)]
+
+
+def move_trials(storage: JournalStorage, recipe: Recipe) -> list[str]:
+    """Moves the trials to the space of a recipe, within an open commit.
 
     Returns:
-        What became of the trials, in a sentence.
+        What became of them, in a sentence; nothing where there are none.
     """
-    old = optuna.load_study(study_name=generation_name(generation), storage=storage)
-    name = generation_name(generation + 1)
-    if name in optuna.get_all_study_names(storage):
-        optuna.delete_study(study_name=name, storage=storage)
-    new = optuna.create_study(study_name=name, storage=storage, directions=old.directions)
-    for key, value in old.user_attrs.items():
+    old = optuna.load_study(study_name=STUDY_NAMES["trial"], storage=storage)
+    trials, attributes, directions = old.get_trials(deepcopy=False), old.user_attrs, old.directions
+    if not trials:
+        return []
+    optuna.delete_study(study_name=old.study_name, storage=storage)
+    new = optuna.create_study(study_name=old.study_name, storage=storage, directions=directions)
+    for key, value in attributes.items():
         new.set_user_attr(key, value)
-    for trial in old.get_trials(deepcopy=False):
-        new.add_trial(_carried(trial, recipe))
-    carried = new.get_trials(deepcopy=False)
-    num_inside = sum(OUTSIDE not in trial.user_attrs for trial in carried)
-    return f"the search space has changed: {num_inside} of {counted(len(carried), 'earlier trial')} inside the new one"
+    moved = [_moved(trial, recipe) for trial in trials]
+    new.add_trials(moved)
+    num_inside = sum(OUTSIDE not in trial.user_attrs for trial in moved)
+    return [f"the search space has changed: {num_inside} of {counted(len(moved), 'earlier trial')} inside the new one"]
 
 
 def placed_trial(
@@ -83,7 +86,7 @@ def placed_trial(
     return _at_its_time(made, trial)
 
 
-def _carried(trial: FrozenTrial, recipe: Recipe) -> FrozenTrial:
+def _moved(trial: FrozenTrial, recipe: Recipe) -> FrozenTrial:
     attributes = {key: value for key, value in trial.user_attrs.items() if key != OUTSIDE}
     values = attributes.pop("values") if OUTSIDE in trial.user_attrs else trial.params
     placed = place(values, recipe)

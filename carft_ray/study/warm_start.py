@@ -116,10 +116,10 @@ def inherited_reads(study_dir: Path, log: Log | None = None) -> int:
 
 def _placed(source: Path, number: str, recipe: Recipe) -> tuple[list[FrozenTrial], dict[str, int]]:
     """Returns the trials of a source that are taken in, and how many are not by reason."""
-    theirs, name = _recipe_of(source), rows.study_name(source, "trial")
+    theirs = _recipe_of(source)
     own = theirs.train.model_dump(mode="json")  # values that its trials have in common
     with rows.readable(log_of(source)) as storage:
-        search = rows.stored(storage, name)
+        search = rows.stored(storage, rows.STUDY_NAMES["trial"])
         trials = [] if search is None else rows.trainings(search)
     same_pruner = theirs.evaluate == recipe.evaluate and theirs.search.pruner == recipe.search.pruner
     taken, left_out = [], Counter[str]()
