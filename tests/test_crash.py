@@ -98,9 +98,9 @@ def metrics(folder):
 
 
 def files(folder):
-    """Names of all that a training leaves, but for TensorBoard's files: each attempt has its own."""
+    """Names of all that a training leaves, but for its log, and TensorBoard's files: each attempt has its own."""
     names = [path.relative_to(folder) for top in ("out", "cache") for path in (folder / top).rglob("*")]
-    return {str(name) for name in names if "events.out.tfevents" not in name.name}
+    return {str(name) for name in names if "events.out.tfevents" not in name.name and "owner" not in name.parts}
 
 
 def differences(folder, other):

@@ -109,6 +109,10 @@ class Driver:
         self._next_poll = 0.0
         self._stopping_since = 0.0
 
+    def __getstate__(self) -> dict[str, object]:
+        """Nothing: Tune keeps a copy of what it was given, which nobody reads."""
+        return {}
+
     @property
     def live(self) -> list[TrialSpec]:
         """The attempts that have not ended."""
