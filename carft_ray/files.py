@@ -369,7 +369,7 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_remains(folder: Path) -> None:
-    """Removes what writes that were killed have left anywhere in a folder. Only the holder of its lock may.
+    """Removes what writes that were killed have left anywhere in a folder. Only who holds it may.
 
     Raises:
         StorageError: Something cannot be removed.

@@ -386,7 +386,7 @@ def export(
 def report(study: str | Path) -> Report:
     """Returns what the best trial of a study is worth: corrected for the choice, and against the baselines.
 
-    No test set is read, nothing is locked, and neither torch nor Ray is loaded; a search may be running.
+    No test set is read, nothing is written, and neither torch nor Ray is loaded; a search may be running.
 
     Args:
         study: The study directory.

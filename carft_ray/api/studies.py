@@ -1,4 +1,4 @@
-"""Reading the results of a study from Python. Nothing is locked or written, and neither torch nor Ray is loaded.
+"""Reading the results of a study from Python. Nothing is written, and neither torch nor Ray is loaded.
 
 A study displays itself in a notebook: its trials, and ``study.figure``. What trains is in ``carft_ray.api.actions``.
 

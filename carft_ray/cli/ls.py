@@ -22,7 +22,7 @@ def list_(
     limit: Annotated[int | None, Option(min=1, help="Only so many trials.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """List the trials of a study, or the studies of a folder. Nothing is locked or written."""
+    """List the trials of a study, or the studies of a folder. Nothing is written."""
     from carft_ray.results.reading import status_and_ls, study_view
 
     require_choice("--sort", "must be an order", sort, ORDERS)

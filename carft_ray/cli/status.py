@@ -23,7 +23,7 @@ def status(
     every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="With --watch: how often.")] = 2,
     json_: common.JsonOption = False,
 ) -> None:
-    """Show how far a study is: counts, the best trial, what runs, the budget. Nothing is locked or written."""
+    """Show how far a study is: counts, the best trial, what runs, the budget. Nothing is written."""
     from carft_ray.results.reading import status_and_ls, study_view
 
     if watch and json_:

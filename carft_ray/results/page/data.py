@@ -1,4 +1,4 @@
-"""A study as one plain document: what its page is drawn from. Nothing is locked or written, and no set is opened.
+"""A study as one plain document: what its page is drawn from. Nothing is written, and no set is opened.
 
 ``status``, ``report``, ``confirm`` and ``test`` are the documents that these commands print with `--json`, and
 ``baselines`` and ``trials`` those of `ls --sort number --json`. The rest is read from stored results and predictions.
