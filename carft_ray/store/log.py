@@ -172,7 +172,7 @@ class Log(BaseJournalBackend):
         Raises:
             StorageError: The log was spoiled before, or is not claimed.
         """
-        with self._spoiling(), self._lock:
+        with self._spoiling((RefusedError,)), self._lock:
             if self._found(_name(self.number + 1)) is not None:
                 raise self._refused()
 

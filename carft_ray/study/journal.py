@@ -14,7 +14,7 @@ A Pareto search has two directions, ID and OOD accuracy. Its sampler gets other 
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -124,12 +124,14 @@ class Journal:
     def pruner_trials(self) -> dict[int, PrunerTrial]:
         """Returns the trials with intermediate values, by number: only these count, and nobody else writes them."""
         if self._known is None:
-            self._known = {
-                trial.number: PrunerTrial(values, trial.state == TrialState.COMPLETE)
-                for trial in self.studies["trial"].get_trials(deepcopy=False)
-                if (values := intermediate_values(trial))
-            }
+            self._known = {}
+            for trial in self.studies["trial"].get_trials(deepcopy=False):
+                self._see(trial)
         return self._known
+
+    def _see(self, trial: FrozenTrial) -> None:
+        if self._known is not None and (values := intermediate_values(trial)):
+            self._known[trial.number] = PrunerTrial(values, trial.state == TrialState.COMPLETE)
 
     def report(self, spec: TrialSpec, percent: int, value: float) -> None:
         """Writes an intermediate value of a trial. Optuna takes none of a trial with two objectives."""
@@ -137,9 +139,7 @@ class Journal:
             self.note(spec, {f"{VALUE_ATTRIBUTE}{percent}": value})
         else:
             self._storage.set_trial_intermediate_value(self._ids[spec.kind, spec.number], percent, value)
-        known = self.pruner_trials()
-        before = known[spec.number].intermediate_values if spec.number in known else {}
-        known[spec.number] = PrunerTrial({**before, percent: value}, complete=False)
+        self._see(self._trial(spec))
 
     def complete(self, spec: TrialSpec, result: Mapping[str, Any]) -> TrialRow:
         """Writes a result.
@@ -176,9 +176,10 @@ class Journal:
             for key, value in constraint_values(attributes["outcome"], metrics, names).items():
                 trial.set_constraint(key, value)
             study.tell(spec.number, values, state)
-        if spec.kind == "trial" and state == TrialState.COMPLETE and spec.number in (known := self._known or {}):
-            known[spec.number] = replace(known[spec.number], complete=True)
-        return row_of(spec.kind, self._trial(spec))  # not one of all, which a list would hold
+        ended = self._trial(spec)  # not one of all, which a list would hold
+        if spec.kind == "trial":
+            self._see(ended)
+        return row_of(spec.kind, ended)
 
     def _add_points(self, spec: TrialSpec, alpha: float, points: Sequence[dict[str, float]]) -> None:
         """Gives the sampler further points of a training that lie in the space."""

@@ -56,7 +56,7 @@ class Study:
         self.study_dir = study_dir
         self.recipe = recipe
         self.notes = notes
-        self.log = log
+        self.log, self._storage = log, storage
         self.journal = Journal(study_dir, recipe, log, storage)
         self.retention = Retention(study_dir, recipe)
         self._references_known = not constraint_names(recipe.search.constraints)  # what constraints compare with
@@ -112,13 +112,12 @@ class Study:
         if cut is None and not files.exists(folder / RESULT):  # else it would come too late
             others = [trial for number, trial in known.items() if number != spec.number]
             reason = pruning.cut_reason(pruner, {**before, percent: value}, others)
-            cut = None if reason is None else Cut(spec.attempt, percent, reason)
         with self.log.commit():
             self.journal.report(spec, percent, value)
-            if cut is not None and reason is not None:
-                self.journal.note(spec, {CUT: asdict(cut)})
-        if cut is not None and reason is not None:
-            outcome.write_cut(folder, cut)
+            if reason is not None:
+                self.journal.note(spec, {CUT: asdict(Cut(spec.attempt, percent, reason))})
+        if reason is not None:
+            outcome.write_cut(folder, Cut(spec.attempt, percent, reason))
         return reason
 
     def _cut(self, spec: TrialSpec) -> Cut | None:
@@ -238,7 +237,8 @@ class Study:
 
     def gpu_seconds(self) -> float:
         """Returns GPUs x seconds of all attempts of the study."""
-        return sum(row.gpu_s for row in (*self.rows(), *self.rows("baseline"), *rows.confirmations(self.study_dir)))
+        studies = {kind: rows.stored(self._storage, name) for kind, name in rows.STUDY_NAMES.items()}
+        return sum(row.gpu_s for kind, study in studies.items() if study for row in rows_of(kind, study))
 
     def add_zero_shot(self, metrics: dict[str, Any]) -> TrialRow | None:
         """Records the zero-shot model as a baseline, once.
