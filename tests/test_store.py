@@ -1,7 +1,6 @@
 """The store of a study and the log over it: what is there after kills, lost answers, other searches, damage."""
 
 import contextlib
-import hashlib
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from carft_ray.files import temporary_name
 from carft_ray.store import log as module
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import BEAT_AFTER_S, LOOK_EVERY_S, SILENT_FOR_S, UNCLEAR_FOR_S, Log
-from carft_ray.store.objects import RefusedError, Stamp, UnknownError, probe
+from carft_ray.store.objects import RefusedError, UnknownError, probe
 from carft_ray.store.owner import identity, process_started
 
 NUM_TRIALS = 2
@@ -241,22 +240,6 @@ def test_what_a_dead_writer_has_left_is_never_listed(tmp_path):
     half.mkdir()
     (half / "a").touch()
     assert store.list("") == store.list("log") == ["log/00000001"]
-
-
-def test_a_file_goes_up_and_comes_down_with_its_stamp(tmp_path):
-    data = os.urandom(2**20 + 17)
-    (tmp_path / "file").write_bytes(data)
-    store = Folder(tmp_path / "study")
-    stamp = store.upload("trials/a/weights", tmp_path / "file")
-    assert stamp == Stamp(len(data), hashlib.sha256(data).hexdigest())
-    store.download("trials/a/weights", tmp_path / "there" / "again", stamp)
-    assert (tmp_path / "there" / "again").read_bytes() == data
-    (tmp_path / "study" / "trials" / "a" / "weights").write_bytes(data[:-1])
-    with pytest.raises(StorageError, match=r"must have 1,048,593 bytes .* but got 1,048,592"):
-        store.download("trials/a/weights", tmp_path / "damaged", stamp)
-    with pytest.raises(StorageError, match="must be readable, but got No such file"):
-        store.download("trials/b", tmp_path / "damaged", stamp)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "study", "there"]
 
 
 def test_a_store_that_writes_over_what_is_there_is_refused(tmp_path):

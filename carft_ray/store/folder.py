@@ -3,19 +3,15 @@
 import contextlib
 import errno
 import fnmatch
-import hashlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.store.objects import Names, RefusedError, Stamp, UnknownError, check_name
-from carft_ray.untrusted import open_regular, read_regular, visible
+from carft_ray.store.objects import Names, RefusedError, UnknownError, check_name
+from carft_ray.untrusted import read_regular, visible
 
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # what disks without them answer
-_PIECE_BYTES = 2**20
 
 
 class Folder:
@@ -71,20 +67,6 @@ class Folder:
         """Removes an object and all under its name."""
         files.remove(self._path(prefix))
 
-    def upload(self, name: str, file: Path) -> Stamp:
-        """Writes a file as an object."""
-        with _opened(file) as source, files.new_file(self._path_to_write(name)) as temporary:
-            return _copied(source, temporary)
-
-    def download(self, name: str, file: Path, stamp: Stamp) -> None:
-        """Writes an object as a file."""
-        path = self._path(name)
-        with _opened(path) as source, files.new_file(file) as temporary:
-            if (found := _copied(source, temporary)) != stamp:
-                step = "Restore it from a copy of the study."
-                rule = f"must have {stamp.size:,} bytes and the SHA-256 {stamp.sha256}"
-                raise StorageError(Problem(str(path), rule, f"{found.size:,} and {found.sha256}", next_step=step))
-
     def _path(self, name: str) -> Path:
         path = self.path / check_name(name)
         if not Path(leads_to := os.path.realpath(path)).is_relative_to(self.path):
@@ -116,22 +98,3 @@ def _link(temporary: Path, path: Path) -> None:
         raise UnknownError(files.storage_error(path, error).problems) from error
     if is_taken:
         raise RefusedError(Problem(str(path), "is there already"))
-
-
-def _opened(path: Path) -> BinaryIO:
-    try:
-        return open_regular(path, StorageError)
-    except OSError as error:
-        raise files.storage_error(path, error, "must be readable") from error
-
-
-def _copied(source: BinaryIO, target: Path) -> Stamp:
-    sha256 = hashlib.sha256()
-
-    def pieces() -> Iterator[bytes]:
-        while piece := source.read(_PIECE_BYTES):
-            sha256.update(piece)
-            yield piece
-
-    files.write_flushed(target, pieces())
-    return Stamp(source.tell(), sha256.hexdigest())

@@ -5,8 +5,7 @@ A name has pieces, joined by ``/``; what begins with the pieces of a name lies u
 
 import fnmatch
 import secrets
-from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from carft_ray.errors import Problem, StorageError
 from carft_ray.files import REMAINS
@@ -25,30 +24,27 @@ class UnknownError(StorageError):
     """It is not known whether an object was written: the answer is missing, and it may still appear."""
 
 
-class Stamp(NamedTuple):
-    """What a file is known by.
-
-    Attributes:
-        size: In bytes.
-        sha256: Of its content.
-    """
-
-    size: int
-    sha256: str
-
-
-class Place(Protocol):
-    """What a training needs of a store. ``str`` gives its address, for messages.
+class Store(Protocol):
+    """What a study needs of a store. ``str`` gives its address, for messages.
 
     All methods raise a ``StorageError`` for a name that could lead out of the store (``check_name``), and when the
     store cannot be read or written.
     """
 
     def get(self, name: str) -> bytes | None:
-        """Returns the content of a small object; None when there is none."""
+        """Returns the content of an object; None when there is none."""
 
     def put(self, name: str, data: bytes) -> None:
-        """Writes a small object, over one that is there; it is durable when this returns."""
+        """Writes an object, over one that is there; it is durable when this returns."""
+
+    def put_new(self, name: str, data: bytes) -> None:
+        """Creates an object; of several that try at once, one does. Durable when this returns.
+
+        Raises:
+            RefusedError: The name is there; whose it is, its content tells.
+            UnknownError: The answer is missing; ask again.
+            StorageError: It was not created.
+        """
 
     def list(self, prefix: str, after: str = "") -> Names:
         """Returns the names under ``prefix`` that sort after ``after``, in order: those are there, others may be too.
@@ -60,29 +56,6 @@ class Place(Protocol):
 
     def remove(self, prefix: str) -> None:
         """Removes the object of this name and all under it, if there are any."""
-
-    def upload(self, name: str, file: Path) -> Stamp:
-        """Writes an object of any size, as ``put`` does, and returns by what it is known."""
-
-    def download(self, name: str, file: Path, stamp: Stamp) -> None:
-        """Writes the content of an object to a file, which appears whole.
-
-        Raises:
-            StorageError: There is none, or it has another stamp.
-        """
-
-
-class Store(Place, Protocol):
-    """What the driver needs besides."""
-
-    def put_new(self, name: str, data: bytes) -> None:
-        """Creates a small object; of several that try at once, one does. Durable when this returns.
-
-        Raises:
-            RefusedError: The name is there; whose it is, its content tells.
-            UnknownError: The answer is missing; ask again.
-            StorageError: It was not created.
-        """
 
 
 def check_name(name: str) -> str:
