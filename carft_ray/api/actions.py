@@ -97,7 +97,7 @@ def search(
     value, runner = _with_trainer(value, train, trust)
     from carft_ray.study.ledger import require_unread
 
-    if not require_unread(study, value, again, change_space) and again is not None:
+    if not require_unread(study, value, again, change_space, logger.warning) and again is not None:
         logger.warning("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
     from carft_ray.recipe.loading import trust_word
 

@@ -13,8 +13,8 @@ A commit is there or not: creating its number is the only write that counts, and
 has lost the study. There is no other lock. Packs are copies that make opening quick: one that is missing, damaged or
 not what ``log/`` holds is passed over. A listing is believed in what it shows and never in what it lacks.
 
-A search calls ``claim`` first, then opens Optuna's ``JournalStorage`` over the log, writes in ``commit`` and calls
-``release`` in the end. A reader calls ``follow`` instead, now and then. One thread commits; ``beat`` may have its own.
+A search opens Optuna's ``JournalStorage`` over the log, calls ``claim``, writes in ``commit`` and calls ``release``
+at the end. A reader calls ``follow`` instead, now and then. One thread commits; ``beat`` may have its own.
 """
 
 import contextlib

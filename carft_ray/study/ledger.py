@@ -12,7 +12,7 @@ honest people from forgetting a read, and makes hiding one an act of forgery.
 import getpass
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -28,7 +28,7 @@ from carft_ray.store.log import Log
 from carft_ray.study.holding import check_fit, held, is_study, log_of
 from carft_ray.study.identity import compare, read_manifest
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.rows import log_and_rows
+from carft_ray.study.rows import rows_by_kind
 
 LEDGER = "ledger"  # kind of its records, and key of the manifest
 
@@ -172,7 +172,13 @@ def reads_of(entries: list[Entry]) -> list[Entry]:
     return [entry for entry in entries if entry.purpose == TEST]
 
 
-def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_space: bool = False) -> bool:
+def require_unread(
+    study_dir: Path,
+    recipe: Recipe,
+    reason: str | None,
+    change_space: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> bool:
     """Refuses a search that would train more on a study whose test sets were read, unless a reason is given.
 
     With one, the ledger gets a line "search went on", which holds for all searches up to as many trials. A search that
@@ -183,6 +189,7 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_s
         recipe: The recipe of the search.
         reason: What was given with ``--again``.
         change_space: The search space may change.
+        tell: As of ``holding.held``.
 
     Returns:
         Whether the reason was written down.
@@ -197,8 +204,11 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_s
     study_dir = study_dir.resolve()
     if not is_study(study_dir):
         return False
-    log, by_kind = log_and_rows(study_dir)
-    entries, wanted = read_ledger(study_dir, log), grid.num_trials(recipe)
+    log, wanted = log_of(study_dir), grid.num_trials(recipe)
+    entries = read_ledger(study_dir, log)
+    if not reads_of(entries):
+        return False
+    by_kind = rows_by_kind(study_dir)
     if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted):
         return False
     if reason is None:
@@ -208,7 +218,7 @@ def require_unread(study_dir: Path, recipe: Recipe, reason: str | None, change_s
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     check_fit(study_dir)
     compare(study_dir, recipe, change_space)
-    with held(log, lambda text: None):
+    with held(log, tell):
         details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
         record(study_dir, log, recipe, WENT_ON, details=details, reason=reason)
     return True

@@ -37,8 +37,7 @@ def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> li
         trainings: Values over the recipe's ``train`` by name; those that are finished already are left alone.
     """
     study.asks = False
-    with study.log.commit():
-        study.journal.open("confirm")
+    study.journal.open("confirm")
     study.enter("confirm", trainings)
     return recover(study, "confirm", trainings)
 

@@ -45,25 +45,21 @@ def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, 
     """Returns the values of a trial: those that it has already, else new draws; none of an inactive parameter.
 
     Each draw has a generator of its own, seeded by recipe, trial and parameter. So it depends on the
-    finished trials alone: a search that was killed, even between two parameters, draws what it would have drawn.
+    finished trials alone: a search that was killed draws what it would have drawn.
     """
     parameters = recipe.search.space
     places = {name: place for place, name in enumerate(parameters, start=1)}
     values: dict[str, Value] = {}
-    drawn = set(trial.params)
-    usual, together = study.sampler, False
+    usual = study.sampler
     try:
+        if recipe.search.sampler.name == "nsga2":
+            _choose_parents(study, trial, recipe)
+        study.sampler = make_sampler(recipe, trial.number)
+        _ = trial.relative_params  # draws what the sampler draws at once; Optuna's trial keeps it
         for name, parameter in in_order(parameters).items():
-            if not is_active(parameter, values):
-                continue
-            if name not in drawn and not together:
-                if recipe.search.sampler.name == "nsga2":
-                    _choose_parents(study, trial, recipe)
-                study.sampler = make_sampler(recipe, trial.number)
-                _ = trial.relative_params  # draws what the sampler draws at once; Optuna's trial keeps it
-                together = True
-            study.sampler = make_sampler(recipe, trial.number, places[name])
-            values[name] = suggest(trial, name, parameter)
+            if is_active(parameter, values):
+                study.sampler = make_sampler(recipe, trial.number, places[name])
+                values[name] = suggest(trial, name, parameter)
     finally:
         study.sampler = usual  # with ours, ``Study.tell`` would end the study of a grid
     return {name: values[name] for name in parameters if name in values}
