@@ -190,7 +190,7 @@ def test_a_search_killed_at_any_write_doubles_no_point_and_ends_as_the_undisturb
     jobs = [
         {"name": f"{number}-{moment}", "commands": [{"argv": search, "kill": (number, moment)}, {"argv": search}]}
         for number, kind in enumerate(kinds, start=1)
-        for moment in (("torn", "after") if kind == "append" else ())
+        for moment in {"append": ("torn", "after"), "link": ("before", "after")}.get(kind, ())
     ]
 
     def content(study_dir):
@@ -300,9 +300,9 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
         """What `confirm --top 1 --seeds 2` does; returns the stage, what was trained, and all that is said."""
         first, notes = plan(view, 1, 2)
         said = [*notes, cost(view, first)]
-        wanted, trained = fix(study_dir, view.recipe, first, None), []
+        trained = []
         with open_study(study_dir, view.recipe) as study:
-            recover_confirm(study, wanted)
+            recover_confirm(study, fix(study, view.recipe, first, None))
             while (spec := study.next()) is not None:
                 curve_stand_in.write_result(study, spec)
                 assert study.settle(spec).outcome == "complete"
@@ -340,7 +340,7 @@ def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand
     view = read_study(study_dir)
     first = plan(view, 1, 2)[0]
     with open_study(study_dir, view.recipe) as study:
-        recover_confirm(study, fix(study_dir, view.recipe, first, None))
+        recover_confirm(study, fix(study, view.recipe, first, None))
         while (spec := study.next()) is not None:
             recipe, place = apply(alone(view.recipe), spec.values), spec.folder(study_dir)  # as a worker does
             prepare(recipe, study_dir / "prepared")
