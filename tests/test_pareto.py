@@ -190,7 +190,7 @@ def test_a_search_killed_at_any_write_doubles_no_point_and_ends_as_the_undisturb
     jobs = [
         {"name": f"{number}-{moment}", "commands": [{"argv": search, "kill": (number, moment)}, {"argv": search}]}
         for number, kind in enumerate(kinds, start=1)
-        for moment in {"append": ("torn", "after"), "link": ("before", "after")}.get(kind, ())
+        for moment in {"append": ("torn", "after"), "link": ("before", "after")}.get(kind, ("after",))
     ]
 
     def content(study_dir):
