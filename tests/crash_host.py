@@ -78,10 +78,11 @@ class Counter:
             tear()
         if here and self.moment != "after":
             os.kill(os.getpid(), signal.SIGKILL)
-        result = do()
-        if here:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
+        try:
+            return do()  # a link to what is there already raises
+        finally:
+            if here:
+                os.kill(os.getpid(), signal.SIGKILL)
 
     def install(self):
         counter, plain_open = self, open
