@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import crash_host
 import pytest
@@ -154,13 +155,16 @@ def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_
 @pytest.mark.slow
 def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, tmp_path):
     other = make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
+    longer = other.recipe.train.model_copy(update={"epochs": view.recipe.train.epochs + 1})
+    other = replace(other, recipe=other.recipe.model_copy(update={"train": longer}))
     stage = first_stage(view, 1, 2, [other])
     row = stage.rows[-1]
     best = next(row for row in other.trials if row.objective == 0.65)
     assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", 0.65)
     assert row.training == f"other-plain-search-{best.name}"
     assert row.values["learning_rate"] == best.values["learning_rate"]
-    assert row.values["epochs"] == other.recipe.train.epochs
+    assert row.values["epochs"] == longer.epochs
+    assert "batch_size" not in row.values  # as here
     assert not {"seed", "alpha"} & row.values.keys()
 
 

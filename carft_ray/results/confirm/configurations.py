@@ -275,7 +275,8 @@ def _rival(view: Overview, other: Overview) -> PlanRow:
         rule = f"must be a study like {view.study_dir.name}, but for what is trained and searched"
         raise UsageError(Problem(place, rule, f"another {', '.join(differing)}", next_step=step))
     best = require_finished(other.study_dir, other.best)
-    values = {**other.recipe.train.model_dump(mode="json", exclude={"alpha"}), **best.values}
+    here, there = (each.recipe.train.model_dump(mode="json", exclude={"alpha"}) for each in (view, other))
+    values = {**{key: value for key, value in there.items() if value != here[key]}, **best.values}
     if best.standing:
         values.setdefault("alpha", best.alpha)
     name = f"{other.study_dir.name} {best.name}"
