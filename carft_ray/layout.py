@@ -3,7 +3,7 @@
     study/
       manifest.json      what the study is about, and what it was made with; another recipe is refused
       resolved.yaml      the complete recipe of the last search
-      log/, packs/       numbered commits, the only state of the search; copies of many in one file (``store.log``)
+      log/               numbered commits, the only state of the search (``store.log``)
       stop               asks running trainings to write a checkpoint and end
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
@@ -21,7 +21,6 @@ The folder of `train` is laid out as a study without log/, with one training in 
 MANIFEST = "manifest.json"
 RESOLVED = "resolved.yaml"
 COMMITS = "log"
-PACKS = "packs"
 OWNER = "owner"
 STOP = "stop"
 SHARED_IMAGES = "shared_images.csv"

@@ -3,7 +3,7 @@
 import contextlib
 import json
 
-from carft_ray.layout import COMMITS, PACKS
+from carft_ray.layout import COMMITS
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import _NOBODY, Log, _digest, _name, _sealed
 from carft_ray.store.owner import identity
@@ -65,7 +65,6 @@ def rewrite(study_dir, changed):
     """Makes these commits the log of a study, whole in itself."""
     store, digest = Folder(study_dir), ""
     store.remove(COMMITS)
-    store.remove(PACKS)
     for number, commit in enumerate(changed, start=1):
         data = _sealed(json.dumps({**commit, "number": number, "previous": digest}).encode())
         store.put(_name(number), data)

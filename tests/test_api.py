@@ -114,7 +114,6 @@ def test_wrong_use_is_told_in_words(study_dir, tmp_path):
     with pytest.raises(NoSuccessfulTrialError, match="must be a finished training"):
         study.predictions("0")
     (study_dir / "log" / "00000003").write_text("no journal\n{}\n")
-    shutil.rmtree(study_dir / "packs")
     with pytest.raises(StorageError, match="00000003: must be a whole commit"):
         study.trials()
 

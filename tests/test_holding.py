@@ -14,9 +14,8 @@ from stand_in import make_recipe
 
 from carft_ray.errors import DataError, StorageError
 from carft_ray.store import log as module
-from carft_ray.store.folder import Folder
+from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import READERS_SILENT_FOR_S, Log
-from carft_ray.store.objects import RefusedError
 from carft_ray.store.owner import identity, process_started
 from carft_ray.study import holding as held_module
 from carft_ray.study.holding import log_of

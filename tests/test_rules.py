@@ -216,8 +216,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "study/identity": "the manifest of a study that is held",
     "study/best": "best.yaml of a study that is held",
     "store/owner": "the kernel's files",
-    "study/ledger": "the ledger of a study that is held",
-    "study/lock": "the journal of a study that is held",
     "study/study": "a file of a study that is held",
 }
 READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}

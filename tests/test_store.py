@@ -18,9 +18,8 @@ from optuna.trial import TrialState
 from carft_ray.errors import StorageError
 from carft_ray.files import temporary_name
 from carft_ray.store import log as module
-from carft_ray.store.folder import Folder
+from carft_ray.store.folder import Folder, RefusedError, UnknownError, probe
 from carft_ray.store.log import BEAT_AFTER_S, LOOK_EVERY_S, SILENT_FOR_S, UNCLEAR_FOR_S, Log
-from carft_ray.store.objects import RefusedError, UnknownError, probe
 from carft_ray.store.owner import identity, process_started
 
 NUM_TRIALS = 2
@@ -102,8 +101,7 @@ def search(log, committed=lambda number: None):
             with log.commit():
                 optuna.trial.Trial(study, running[0]._trial_id).report(running[0].params["x"] / 2, 50)
         else:
-            with log.commit():
-                log.record({"kind": "ended", "number": len(done)})
+            with log.commit({"kind": "ended", "number": len(done)}):
                 trial = optuna.trial.Trial(study, running[0]._trial_id)
                 trial.set_user_attr("metrics", {"id_accuracy": running[0].params["x"]})
                 study.tell(running[0].number, running[0].params["x"])
@@ -331,14 +329,12 @@ def test_applied_operations_are_not_kept(tmp_path):
 def test_a_commit_is_one_object_also_of_blocks_in_a_block(tmp_path):
     store = Folder(tmp_path)
     log = claimed(store)
-    with log.commit({"kind": "a"}), log.commit({"kind": "b"}):
-        log.record({"kind": "c"})
+    with log.commit({"kind": "a"}), log.commit({"kind": "b"}, {"kind": "c"}):
         assert log.number == 1
     assert [record["kind"] for _, record in read(store).records] == ["owner", "a", "b", "c"]
     assert store.list("log") == ["log/00000001", "log/00000002"]
     log.append_logs([])
-    with pytest.raises(StorageError, match="needs an open commit"):
-        log.record({})
+    assert log.number == 2
 
 
 @pytest.mark.parametrize("value", [{1, 2}, float, "\ud800", {"a": b"x"}])
@@ -719,17 +715,12 @@ def opened(folder):
     return None
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.usefixtures("unflushed")
-def test_damage_of_an_object_gives_a_message_or_the_same_numbers(tmp_path, whole, packed, monkeypatch):
-    monkeypatch.setattr(module, "PACK_COMMITS", 4)
+def test_damage_of_an_object_is_a_message(tmp_path, whole):
     store = Folder(tmp_path)
     search(claimed(store)).release()
-    if not packed:
-        store.remove("packs")
-    names, commits = store.list(""), store.list("log")
-    assert (len(commits), len(names)) == (10, 13 if packed else 10)
-    messages = 0
+    names = store.list("")
+    assert names == [f"log/{number:08d}" for number in range(1, 11)]
     for name in names:
         path = tmp_path / name
         data = path.read_bytes()
@@ -738,23 +729,17 @@ def test_damage_of_an_object_gives_a_message_or_the_same_numbers(tmp_path, whole
                 path.unlink()
                 if damaged is not None:
                     path.write_bytes(damaged)
-                found = opened(tmp_path)
-                messages += found is None
-                is_last = name == commits[-1]
-                if damaged is None and is_last:  # an earlier state: what was noted elsewhere of its hash tells
-                    assert found is not None
+                if damaged is None and name == names[-1]:
+                    # an earlier state: what was noted elsewhere of its hash tells
+                    assert opened(tmp_path) is not None
                 else:
-                    assert found in (None, whole[1]), (name, kind)
-                if not packed:
-                    assert found is None or (kind == "of nothing" and is_last), (name, kind)
+                    assert opened(tmp_path) is None, (name, kind)
         path.write_bytes(data)
-    assert messages
     assert opened(tmp_path) == whole[1]
     for one, other in itertools.pairwise(names):
-        if one.startswith("log") and other.startswith("log"):
-            swap(tmp_path / one, tmp_path / other)
-            assert opened(tmp_path) in ((whole[1], None) if packed else (None,))
-            swap(tmp_path / one, tmp_path / other)
+        swap(tmp_path / one, tmp_path / other)
+        assert opened(tmp_path) is None
+        swap(tmp_path / one, tmp_path / other)
 
 
 def swap(one, other):
@@ -798,36 +783,6 @@ def test_a_listing_with_gaps_does_not_matter(tmp_path, whole):
         if folder == tmp_path:
             search(claimed(Forgetful(folder))).release()
         assert state(read(Forgetful(folder))) == whole[1]
-
-
-def test_packs_are_used_and_never_believed_over_the_log(tmp_path, whole, monkeypatch):
-    monkeypatch.setattr(module, "PACK_COMMITS", 4)
-    store, asked = Folder(tmp_path), []
-
-    def strike(number, name, call):
-        asked.append(name)
-        return call()
-
-    search(claimed(store)).release()
-    assert store.list("packs") == ["packs/00000001", "packs/00000005", "packs/00000009"]
-    assert state(read(Struck(store, strike))) == whole[1]
-    assert asked.count("get") == 2 * 3 + 1  # each pack and its last commit, and one that is not there
-    log = search(claimed(store))  # goes on within the last pack
-    for _ in range(7):
-        with log.commit({"kind": "released"}):
-            pass
-    assert store.list("packs")[2:] == ["packs/00000009", "packs/00000013"]
-    assert (read(store).number, state(read(store))) == (18, whole[1])
-    store.remove("log/00000014")
-    store.remove("log/00000015")
-    assert read(store).number == 18
-    store.put("packs/00000013", store.get("packs/00000009"))
-    with pytest.raises(StorageError, match="00000014: must be there"):
-        read(store)
-    store.remove("log/00000016")
-    store.remove("log/00000017")
-    store.remove("log/00000018")
-    assert read(store).number == 13
 
 
 def test_readers_beside_a_writer_see_prefixes(tmp_path, whole):

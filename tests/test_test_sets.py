@@ -167,7 +167,7 @@ def test_nothing_changes_but_test_log_and_manifest_and_no_trial(folder, read):
     study, _ = read
     before, after = contents(folder / "study"), contents(study)
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert {name for name in changed if not name.startswith(("test/", "log/", "packs/"))} == {"manifest.json"}
+    assert {name for name in changed if not name.startswith(("test/", "log/"))} == {"manifest.json"}
     assert not {name for name in changed & before.keys() if name.startswith("log/")}
     added = commits(study)[len(commits(folder / "study")) :]
     assert [record["kind"] for commit in added for record in commit["records"]] == ["owner", "ledger", "released"]

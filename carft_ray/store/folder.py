@@ -1,21 +1,39 @@
-"""A store in a folder of a disk, which several machines may share. An object is a file."""
+"""A store in a folder of a disk, which several machines may share: named objects, such as ``log/00000001``.
+
+An object is a file, and appears whole or not at all. A name has pieces, joined by ``/``; what begins with the pieces of
+a name lies under it.
+"""
 
 import contextlib
 import errno
 import fnmatch
 import os
+import secrets
 from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.store.objects import Names, RefusedError, UnknownError, check_name
+from carft_ray.layout import COMMITS
 from carft_ray.untrusted import read_regular, visible
 
+PROBE = "probe-"  # how the name of an object begins that ``probe`` makes and removes
+Names = list[str]  # in a class with a method ``list``, that word means the method
 _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # what disks without them answer
 
 
+class RefusedError(StorageError):
+    """An object was not created: its name is there already."""
+
+
+class UnknownError(StorageError):
+    """It is not known whether an object was written: the answer is missing, and it may still appear."""
+
+
 class Folder:
-    """A ``Store``; its methods are explained there.
+    """A store. ``str`` gives its address, for messages.
+
+    All methods raise a ``StorageError`` for a name that could lead out of the folder (``check_name``), and when it
+    cannot be read or written.
 
     Attributes:
         path: The folder, absolute, links resolved. The first object that is written makes it.
@@ -38,11 +56,18 @@ class Folder:
             raise files.storage_error(path, error, "must be readable") from error
 
     def put(self, name: str, data: bytes) -> None:
-        """Writes an object, over one that is there."""
+        """Writes an object, over one that is there; it is durable when this returns."""
         files.write_bytes(self._path_to_write(name), data)
 
     def put_new(self, name: str, data: bytes) -> None:
-        """Creates an object, by a hard link: a rename would replace one that is there."""
+        """Creates an object, by a hard link: a rename would replace one that is there. Of several that try at once, one
+        does. Durable when this returns.
+
+        Raises:
+            RefusedError: The name is there; whose it is, its content tells.
+            UnknownError: The answer is missing; ask again.
+            StorageError: It was not created.
+        """
         path = self._path_to_write(name)
         temporary = files.temporary_name(path)
         try:
@@ -54,7 +79,14 @@ class Folder:
                 temporary.unlink(missing_ok=True)
 
     def list(self, prefix: str, after: str = "") -> Names:
-        """Returns the names under a prefix, without what a dead process has left half written."""
+        """Returns the names under a prefix in order, without what a dead process has left half written.
+
+        They are there, others may be too.
+
+        Args:
+            prefix: A name; empty for all.
+            after: A name: only those that sort after it. Empty for all.
+        """
         found: Names = []
         for folder, folders, names in os.walk(self._path(prefix) if prefix else self.path):
             folders[:] = [each for each in folders if not fnmatch.fnmatch(each, files.REMAINS)]
@@ -98,3 +130,34 @@ def _link(temporary: Path, path: Path) -> None:
         raise UnknownError(files.storage_error(path, error).problems) from error
     if is_taken:
         raise RefusedError(Problem(str(path), "is there already"))
+
+
+def check_name(name: str) -> str:
+    """Returns a name that is one of an object.
+
+    Raises:
+        StorageError: It could lead out of the store, or is one of the temporary names of ``files``.
+    """
+    is_plain = visible(name) == name and not set(name) & set("\\\n\t")  # no control characters, no halves of surrogates
+    pieces = name.split("/")
+    if not is_plain or any(each in ("", ".", "..") or fnmatch.fnmatch(each, files.REMAINS) for each in pieces):
+        raise StorageError(Problem(visible(name), "must be a name of an object, such as log/00000001"))
+    return name
+
+
+def probe(store: Folder) -> None:
+    """Checks that a store refuses to create what is there; leaves nothing behind.
+
+    Raises:
+        StorageError: It does not, or cannot be written.
+    """
+    name = f"{COMMITS}/{PROBE}{secrets.token_hex(8)}"
+    try:
+        store.put_new(name, b"first")
+        store.put_new(name, b"second")
+    except RefusedError:
+        return
+    finally:
+        store.remove(name)
+    rule = "must refuse to create an object that is there, so that two searches cannot spoil one study"
+    raise StorageError(Problem(str(store), rule, "one that writes over it", next_step="Give another folder or bucket."))

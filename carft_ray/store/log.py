@@ -7,11 +7,9 @@
                     owner        a word of the process that wrote it, for this log alone
                     records      our own, each an object with a ``kind``
                     operations   Optuna's
-    packs/00000001  commits 1 to 500 one after the other, packs/00000501 the next, the last perhaps with fewer
 
 A commit is there or not: creating its number is the only write that counts, and who finds the number taken by another
-has lost the study. There is no other lock. Packs are copies that make opening quick: one that is missing, damaged or
-not what ``log/`` holds is passed over. A listing is believed in what it shows and never in what it lacks.
+has lost the study. There is no other lock. A listing is believed in what it shows and never in what it lacks.
 
 A search opens Optuna's ``JournalStorage`` over the log, calls ``claim``, writes in ``commit`` and calls ``release``
 at the end. A reader calls ``follow`` instead, now and then. One thread commits; ``beat`` may have its own.
@@ -31,13 +29,12 @@ from typing import Any
 from optuna.storages.journal import BaseJournalBackend
 
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import COMMITS, PACKS
-from carft_ray.store.objects import RefusedError, Store, UnknownError, probe
+from carft_ray.layout import COMMITS
+from carft_ray.store.folder import Folder, RefusedError, UnknownError, probe
 from carft_ray.store.owner import identity, is_gone, is_seen, is_this_process, named
 from carft_ray.untrusted import parse_json
 
 OWNER, RELEASED = "owner", "released"  # kinds of records: who writes from here on; that nobody does
-PACK_COMMITS = 500
 BEAT_AFTER_S = 30.0  # without a commit, the owner makes an empty one
 SILENT_FOR_S = 90.0  # without a commit, the owner is taken for dead
 # a reader goes by the clocks of two machines, which differ, and believes in a silent owner for longer
@@ -81,7 +78,7 @@ class Log(BaseJournalBackend):
 
     def __init__(
         self,
-        store: Store,
+        store: Folder,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -95,7 +92,6 @@ class Log(BaseJournalBackend):
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others
         self._pending, self._depth = _Pending(), 0  # of the open commit: blocks in each other
-        self._block: list[bytes] = []  # commits of the pack that is not full
         self._last_at = clock()  # when the last commit was written
         self._lock = threading.RLock()  # of all above but what a commit collects
 
@@ -195,7 +191,7 @@ class Log(BaseJournalBackend):
         A block within another one is part of its commit. When there is nothing to write, nothing is.
 
         Args:
-            records: Of our own; ``record`` adds more.
+            records: Of our own.
 
         Raises:
             RefusedError: Another search has taken the study over.
@@ -204,18 +200,12 @@ class Log(BaseJournalBackend):
         """
         with self._spoiling():
             self._depth += 1
-            self.record(*records)
+            self._pending.records += [_as_json(each)[0] for each in records]
             yield
             self._depth -= 1
             if not self._depth and self._pending != _Pending():
                 pending, self._pending = self._pending, _Pending()
                 self._write(pending)
-
-    def record(self, *records: Mapping[str, Any]) -> None:
-        """Adds records of our own to the commit whose block is open."""
-        if not self._depth:
-            raise StorageError(Problem(str(self._store), "needs an open commit for a record"))
-        self._pending.records += [_as_json(each)[0] for each in records]
 
     def beat(self) -> None:
         """Makes an empty commit when the last one is long ago: a sign of life. To be called every few seconds.
@@ -239,7 +229,6 @@ class Log(BaseJournalBackend):
             pass
         self._is_owner = False
         _OWNERS.discard(self._nonce)
-        self._write_pack()
 
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
         """Gives Optuna the operations from a number on; it has applied those before, which are forgotten."""
@@ -247,9 +236,8 @@ class Log(BaseJournalBackend):
         with self._lock:
             num_applied = log_number_from - self._num_dropped
             if num_applied < 0:
-                raise StorageError(
-                    Problem(str(self._store), "can be opened by one storage of Optuna; open the log anew")
-                )
+                rule = "can be opened by one storage of Optuna; open the log anew"
+                raise StorageError(Problem(str(self._store), rule))
             del self._operations[:num_applied]
             self._num_dropped = log_number_from
             return list(self._operations)
@@ -299,8 +287,6 @@ class Log(BaseJournalBackend):
             self._create(name, data)
             self._take(commit, data)
             self._last_at = self._clock()
-            if len(self._block) == PACK_COMMITS:
-                self._write_pack()
 
     def _create(self, name: str, data: bytes) -> None:
         """Creates an object and finds out whether it was done: an answer may be lost, or be about an earlier try."""
@@ -330,62 +316,31 @@ class Log(BaseJournalBackend):
             return self._store.get(name)
         return None
 
-    def _write_pack(self) -> None:
-        name = _name(self.number - len(self._block) + 1, PACKS)
-        with contextlib.suppress(StorageError):  # a log without it is as good
-            self._store.put(name, b"".join(self._block))
-
     def _read_on(self) -> bool:
         """Reads commits to the end of the log; tells whether there were any."""
         with self._lock:
             before = self.number
             while True:
-                if following := self._next_pack() or self._next_commit():
-                    for commit, data in following:
-                        self._take(commit, data)
-                        self._operations += commit["operations"]
+                name = _name(self.number + 1)
+                if (data := self._store.get(name)) is not None:
+                    commit = _decoded(data, self.number + 1, self.digest, f"{self._store}/{name}")
+                    self._take(commit, data)
+                    self._operations += commit["operations"]
                 elif self._is_read or not self._has_later():
                     break
             self._is_read = True
             return self.number > before
-
-    def _next_commit(self) -> list[tuple[Commit, bytes]]:
-        name, number = _name(self.number + 1), self.number + 1
-        data = self._store.get(name)
-        return [] if data is None else [(_decoded(data, number, self.digest, f"{self._store}/{name}"), data)]
-
-    def _next_pack(self) -> list[tuple[Commit, bytes]]:
-        """Returns the commits of the pack that comes next; none where it is not a copy of what the log has."""
-        if self.number % PACK_COMMITS:
-            return []
-        found: list[tuple[Commit, bytes]] = []
-        name, number, digest = _name(self.number + 1, PACKS), self.number, self.digest
-        with contextlib.suppress(StorageError, ValueError):  # ValueError: an odd number of lines
-            lines = (self._store.get(name) or b"").splitlines(keepends=True)
-            for data in map(b"".join, zip(lines[::2], lines[1::2], strict=True)):
-                number += 1
-                found.append((_decoded(data, number, digest, name), data))
-                digest = _digest(data)
-            # each holds the hash of the one before, so the last tells of all
-            if 0 < len(found) <= PACK_COMMITS and self._store.get(_name(number)) == found[-1][1]:
-                return found
-        return []
 
     def _has_later(self) -> bool:
         """Tells whether a listing shows commits after one that was not there; then it must be there by now."""
         name = _name(self.number + 1)
         later = [each for each in self._store.list(COMMITS, after=name) if re.fullmatch(rf"{COMMITS}/\d{{8}}", each)]
         if later and self._store.get(name) is None:
-            step = f"Restore {COMMITS}/ from a copy of the study."
-            raise StorageError(
-                Problem(f"{self._store}/{name}", "must be there, as later ones are", "none", next_step=step)
-            )
+            rule, step = "must be there, as later ones are", f"Restore {COMMITS}/ from a copy of the study."
+            raise StorageError(Problem(f"{self._store}/{name}", rule, "none", next_step=step))
         return bool(later)
 
     def _take(self, commit: Commit, data: bytes) -> None:
-        if len(self._block) == PACK_COMMITS:
-            self._block = []
-        self._block.append(data)
         self.number, self.digest, self.time = commit["number"], _digest(data), commit["time"]
         for record in commit["records"]:
             self.records.append((self.number, record))
@@ -433,5 +388,5 @@ def _as_json(value: Any) -> tuple[str, Any]:
     return text, parse_json(text)
 
 
-def _name(number: int, folder: str = COMMITS) -> str:
-    return f"{folder}/{number:08d}"
+def _name(number: int) -> str:
+    return f"{COMMITS}/{number:08d}"

@@ -12,10 +12,9 @@ from pathlib import Path
 
 from carft_ray import files, untrusted
 from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
-from carft_ray.layout import COMMITS, MANIFEST, OWNER, PACKS, PREPARED
-from carft_ray.store.folder import Folder
+from carft_ray.layout import COMMITS, MANIFEST, OWNER, PREPARED
+from carft_ray.store.folder import PROBE, Folder
 from carft_ray.store.log import Log
-from carft_ray.store.objects import PROBE
 
 LOOK_EVERY_S = 5.0  # whether a sign of life is due
 
@@ -57,7 +56,7 @@ def check_fit(folder: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """Tells whether a file or folder is one that holding the folder above leaves before that belongs to a recipe."""
-    if path.name not in (COMMITS, PACKS, OWNER):
+    if path.name not in (COMMITS, OWNER):
         return path.name.startswith(f".{MANIFEST}.")
     names = [each.name for each in path.rglob("*") if not each.is_dir()]
     return path.is_dir() and all(name.isdigit() or name.startswith((".", PROBE)) for name in names)

@@ -173,8 +173,6 @@ def caught_up(study_dir: Path, resolved: Recipe) -> list[str]:
     Raises:
         StorageError: The manifest cannot be read.
     """
-    if not files.exists(study_dir / MANIFEST):
-        return []
     manifest = read_manifest(study_dir)
     if not manifest.get(RECIPES):
         return []

@@ -90,9 +90,8 @@ class Journal:
     def add(self, kind: Kind, name: str, values: dict[str, Any]) -> TrialSpec:
         """Enters a training with given values."""
         study = self.studies[kind]
-        study.add_trial(
-            optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"name": name, "values": values})
-        )
+        frozen = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"name": name, "values": values})
+        study.add_trial(frozen)
         return self._spec(kind, study.get_trials(deepcopy=False)[-1])
 
     def _spec(self, kind: Kind, trial: FrozenTrial) -> TrialSpec:

@@ -36,7 +36,6 @@ def status(overview: Overview) -> dict[str, Any]:
     fresh = [overview.state(row) for row in overview.confirmations]
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
     pruner, log = overview.recipe.search.pruner, overview.log or log_of(overview.study_dir)
-    manifest = overview.study_dir / MANIFEST
     return {
         "study": str(overview.study_dir),
         "name": overview.recipe.name,
@@ -65,7 +64,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "ledger": ledger(overview.study_dir, log),
         "budget": budget(overview),
         "times": {
-            "created": files.read_json(manifest).get("created") if manifest.exists() else None,
+            "created": files.read_json(overview.study_dir / MANIFEST).get("created"),
             "last_change": datetime.fromtimestamp(log.time).astimezone().isoformat(timespec="seconds"),
             "training_s": round(sum(seconds), 1),
             "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,

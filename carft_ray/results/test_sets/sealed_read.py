@@ -162,17 +162,16 @@ def _read_to_continue(study_dir: Path, log: Log, reason: str | None) -> ledger.E
     reads = ledger.reads_of(ledger.read_ledger(study_dir, log))
     if reason is not None:
         return None
+    again = f"Every further read is counted and reported: {_again(study_dir)}"
     if not reads and (number := inherited_reads(study_dir, log)):
         rule = (
             "the test sets of studies that it has learned from (search.warm_start) or is compared with "
             f"(confirm --against) were read {times(number)}"
         )
-        step = f"Every further read is counted and reported: {_again(study_dir)}"
-        raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
+        raise HoldOutError(Problem(str(study_dir), rule, next_step=again))
     if reads and (_read_dir(study_dir, len(reads)) / SUMMARY).exists():
         rule = f"its test sets were read already: {ledger.describe(reads[-1])}"
-        step = f"Its results are in {study_dir / TEST_DIR / SUMMARY}."
-        step += f"\n    Every further read is counted and reported: {_again(study_dir)}"
+        step = f"Its results are in {study_dir / TEST_DIR / SUMMARY}.\n    {again}"
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     return reads[-1] if reads else None
 
