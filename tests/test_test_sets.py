@@ -294,11 +294,11 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
     for name, text in damaged.items():
         (place / f"{name}.json").write_text(text)
     os.mkfifo(place / "pipe.json")
-    found, problems = notes.note(here, recipe, [entry_named("../../outside")])
+    found, problems = notes.note(here, recipe, [entry_named("../../beyond")])
     assert [one["study"] for one in found] == ["x\\x1b[31m"]
     assert len(problems) == len(damaged) + 1
     assert all(any(f"{name}.json" in line for line in problems) for name in (*damaged, "pipe"))
-    assert not list(here.parent.rglob("outside*"))
+    assert not list(here.parent.rglob("beyond*"))
     shutil.rmtree(place)
     place.write_text("no folder")
     code, _, err = run("test", "study")
