@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from optuna import get_all_study_names
 from optuna.storages import JournalStorage
 
 from carft_ray import files
@@ -67,8 +66,7 @@ def open_study(
 
 def _require_known(study_dir: Path, storage: JournalStorage) -> None:
     """Raises a ``StorageError`` when trainings have begun that the log does not know: it was cut or replaced."""
-    studies = filter(None, (rows.stored(storage, name) for name in get_all_study_names(storage)))
-    known = {trial.user_attrs.get("name") for study in studies for trial in study.get_trials(deepcopy=False)}
+    known = {row.name for found in rows.all_rows(storage).values() for row in found}
     begun = [path.parent for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*/{FENCE}"))]
     if unknown := [str(folder.relative_to(study_dir)) for folder in begun if folder.name not in known]:
         value = f"one that knows nothing of {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"

@@ -69,8 +69,17 @@ def log_and_rows(study_dir: Path) -> tuple[Log, dict[Kind, list[TrialRow]]]:
         raise StorageError(Problem(str(study_dir), "must be a study", f"no {COMMITS}/ in it"))
     log = log_of(study_dir)
     with readable(log) as storage:
-        studies = {kind: stored(storage, name) for kind, name in STUDY_NAMES.items()}
-        return log, {kind: rows_of(kind, study) if study else [] for kind, study in studies.items()}
+        return log, all_rows(storage)
+
+
+def all_rows(storage: JournalStorage) -> dict[Kind, list[TrialRow]]:
+    """Returns trials, baselines and trainings of the confirm of an open log.
+
+    Raises:
+        StorageError: No folder may have the name of one of them.
+    """
+    studies = {kind: stored(storage, name) for kind, name in STUDY_NAMES.items()}
+    return {kind: rows_of(kind, study) if study else [] for kind, study in studies.items()}
 
 
 def best_first(rows: Iterable[TrialRow]) -> list[TrialRow]:

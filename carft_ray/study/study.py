@@ -237,8 +237,7 @@ class Study:
 
     def gpu_seconds(self) -> float:
         """Returns GPUs x seconds of all attempts of the study."""
-        studies = {kind: rows.stored(self._storage, name) for kind, name in rows.STUDY_NAMES.items()}
-        return sum(row.gpu_s for kind, study in studies.items() if study for row in rows_of(kind, study))
+        return sum(row.gpu_s for found in rows.all_rows(self._storage).values() for row in found)
 
     def add_zero_shot(self, metrics: dict[str, Any]) -> TrialRow | None:
         """Records the zero-shot model as a baseline, once.
