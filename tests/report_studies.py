@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+from logs import holding
 from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
 from stand_in import SANDBOX_SET
@@ -164,22 +165,23 @@ def make(study_dir, num=6, recipe=None, fails=lambda number: False, limit=None):
 
 def multiply(study_dir, num):
     """Brings a finished study to so many trials; new ones have the results of those before, at values near by."""
-    search, rng = rows.stored(rows.storage_of(study_dir), rows.STUDY_NAMES["trial"]), np.random.default_rng(1)
-    sources = search.get_trials(deepcopy=False)
-    for number in range(len(sources), num):
-        source = sources[number % len(sources)]
-        name, old, new = f"t{number:04d}-{number:04x}", source.user_attrs["name"], dict(source.params)
-        for key, one in source.distributions.items():
-            if isinstance(one, FloatDistribution):
-                new[key] = float(np.clip(new[key] * 10 ** rng.normal(0, 0.1), one.low, one.high))
-        known = {key: getattr(source, key) for key in ("state", "values", "distributions", "system_attrs")}
-        trial = create_trial(**known, params=new, user_attrs={**source.user_attrs, "name": name})
-        trial.datetime_start = sources[0].datetime_start + timedelta(seconds=number)
-        search.add_trial(trial)
-        before, folder = study_dir / "trials" / old, study_dir / "trials" / name
-        (folder / "predictions").mkdir(parents=True)
-        for path in filter(Path.is_file, before.rglob("*")):
-            (folder / path.relative_to(before)).hardlink_to(path)
+    with holding(study_dir) as log, rows.readable(log) as storage, log.commit():
+        search, rng = rows.stored(storage, rows.STUDY_NAMES["trial"]), np.random.default_rng(1)
+        sources = search.get_trials(deepcopy=False)
+        for number in range(len(sources), num):
+            source = sources[number % len(sources)]
+            name, old, new = f"t{number:04d}-{number:04x}", source.user_attrs["name"], dict(source.params)
+            for key, one in source.distributions.items():
+                if isinstance(one, FloatDistribution):
+                    new[key] = float(np.clip(new[key] * 10 ** rng.normal(0, 0.1), one.low, one.high))
+            known = {key: getattr(source, key) for key in ("state", "values", "distributions", "system_attrs")}
+            trial = create_trial(**known, params=new, user_attrs={**source.user_attrs, "name": name})
+            trial.datetime_start = sources[0].datetime_start + timedelta(seconds=number)
+            search.add_trial(trial)
+            before, folder = study_dir / "trials" / old, study_dir / "trials" / name
+            (folder / "predictions").mkdir(parents=True)
+            for path in filter(Path.is_file, before.rglob("*")):
+                (folder / path.relative_to(before)).hardlink_to(path)
     return study_dir
 
 
