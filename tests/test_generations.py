@@ -314,7 +314,7 @@ def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(tmp_path):
         assert answer["code"] == 0, answer["log"]
         expected = shown(trials(tmp_path / "whole" / "study"))
         number_of_kills = len(json.loads(kinds.read_text()))
-        assert number_of_kills > 15
+        assert number_of_kills >= 15
         jobs = []
         for number, kind in enumerate(json.loads(kinds.read_text()), start=1):
             if kind == "fsync":  # nothing is done there
