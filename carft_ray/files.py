@@ -13,7 +13,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -204,13 +204,13 @@ def write_bytes(path: Path, data: bytes) -> None:
         StorageError: As ``new_file``.
     """
     with new_file(path) as temporary:
-        write_flushed(temporary, [data])
+        write_flushed(temporary, data)
 
 
-def write_flushed(path: Path, pieces: Iterable[bytes]) -> None:
+def write_flushed(path: Path, data: bytes) -> None:
     """Writes a file under this name at once and flushes it: for temporary names."""
     with open(path, "wb") as file:
-        file.writelines(pieces)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -72,7 +72,7 @@ class Folder:
         temporary = files.temporary_name(path)
         try:
             with files.writing(path):
-                files.write_flushed(temporary, [data])
+                files.write_flushed(temporary, data)
             _link(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -160,4 +160,4 @@ def probe(store: Folder) -> None:
     finally:
         store.remove(name)
     rule = "must refuse to create an object that is there, so that two searches cannot spoil one study"
-    raise StorageError(Problem(str(store), rule, "one that writes over it", next_step="Give another folder or bucket."))
+    raise StorageError(Problem(str(store), rule, "one that writes over it", next_step="Give another folder."))

@@ -28,7 +28,7 @@ from carft_ray.store.log import Log
 from carft_ray.study.holding import check_fit, held, is_study, log_of
 from carft_ray.study.identity import compare, read_manifest
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.rows import rows_by_kind
+from carft_ray.study.rows import all_rows, readable
 
 LEDGER = "ledger"  # kind of its records, and key of the manifest
 
@@ -208,7 +208,8 @@ def require_unread(
     entries = read_ledger(study_dir, log)
     if not reads_of(entries):
         return False
-    by_kind = rows_by_kind(study_dir)
+    with readable(log) as storage:
+        by_kind = all_rows(storage)
     if not needs_reason(entries, by_kind["trial"], by_kind["baseline"], wanted):
         return False
     if reason is None:

@@ -94,7 +94,7 @@ def run_search(
         study_dir = study.study_dir
         new_sources(study.log, study_dir, recipe)  # raises before anything is written
         begin(study_dir, recipe)
-        num_before = _num_finished(study)
+        num_before = _num_finished(study.rows())
         recovered = recover_running(study)
         for note in (*study.notes, *own_notes(recipe)):
             on_event(Note(note))
@@ -124,7 +124,7 @@ def run_search(
                 if set_aside
                 else no_successful_trial(study_dir, rows)
             )
-        num_new, baselines = _num_finished(study) - num_before, study.rows("baseline")
+        num_new, baselines = _num_finished(study.rows()) - num_before, study.rows("baseline")
         return SearchResult(study_dir, best, rows, baselines, num_new, elapsed_s, ended, tuple(set_aside))
 
 
@@ -140,8 +140,8 @@ def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineErr
     return MachineError(problems)
 
 
-def _num_finished(study: Study) -> int:
-    return sum(row.outcome != "running" for row in study.rows())
+def _num_finished(rows: Sequence[TrialRow]) -> int:
+    return sum(row.outcome != "running" for row in rows)
 
 
 def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say: Say, began: float) -> str:
@@ -155,14 +155,14 @@ def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say:
     if note:
         on_event(Decided(note))
     capacity = runtime.capacity
-    on_event(Started(num_trials(study.recipe), _num_finished(study), capacity.concurrency, capacity.reason))
+    on_event(Started(num_trials(study.recipe), _num_finished(study.rows()), capacity.concurrency, capacity.reason))
     if study.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
     return run_trainings(study, runtime, on_event, began)
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
-    finished = sum(row.outcome != "running" for row in trials(study.study_dir))  # Ctrl-C may have spoiled a commit
+    finished = _num_finished(trials(study.study_dir))  # read anew: Ctrl-C may have spoiled a commit
     what = f"stopped; {finished} of {counted(num_trials(study.recipe), 'trial')} finished"
     return interruption(what, _resume(study, address))
 
