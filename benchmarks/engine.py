@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
+from carft_ray.evaluation.result import write_result
 from carft_ray.layout import COMMITS, HEARTBEAT, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
@@ -106,17 +107,17 @@ def metrics_of(objective: float) -> dict[str, float]:
 
 
 def finish(folder: Path, objective: float) -> dict[str, Any]:
-    """Writes the files of a finished training and returns its result."""
-    (folder / "predictions").mkdir(parents=True, exist_ok=True)
-    (folder / "tensorboard").mkdir(exist_ok=True)
-    for name in ("predictions/validation.parquet", "tensorboard/events", "log.txt"):
+    """Writes the files of a training that has finished in its first attempt, and returns its result."""
+    place = folder / "attempt-1"
+    for name in ("attempt-1/predictions/validation.parquet", "tensorboard/events", "log.txt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x" * 60)
     (folder / METRICS).write_text("".join(json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, 13)))
     metrics = metrics_of(objective)
     points = [{"alpha": alpha, **metrics} for alpha in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)]
-    content = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": metrics, "elapsed_s": 13.4}
+    content = {"objective": objective, "alpha": 0.5, "metrics": metrics, "elapsed_s": 13.4}
     num_images = dict.fromkeys(("train", "id_val", *SETS), 500)
-    files.write_json(folder / RESULT, {**content, "curve": points, "num_images": num_images})
+    write_result(place, {**content, "curve": points, "num_images": num_images})
     return content
 
 
@@ -384,7 +385,7 @@ def throughput(study_dir: Path, num_trials: int = NUM_TRIALS) -> Throughput:
 
     runner = Runner(engine.prepare, engine.train)
     result = run_search(recipe_of(num_trials), study_dir, on_event=on_event, runner=runner)
-    ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/{RESULT}"))
+    ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/*/{RESULT}"))
     return Throughput(num_trials, started[0].concurrency, (len(ends) - 1) / (ends[-1] - ends[0]), result.elapsed_s)
 
 

@@ -73,7 +73,7 @@ def measure(executor: str, concurrency: int, num_trials: int = NUM_TRIALS) -> Me
             raise RuntimeError(printed.read_text())
         ends = sorted(
             (path.stat().st_mtime, float(files.read_json(path)["elapsed_s"]))
-            for path in study.glob(f"trials/*/{RESULT}")
+            for path in study.glob(f"trials/*/*/{RESULT}")
         )
     between = ends[-1][0] - ends[0][0] - sum(elapsed_s for _, elapsed_s in ends[1:])
     return Measured(peak, between / (len(ends) - 1))

@@ -28,14 +28,13 @@ from benchmarks.effect import space_of
 from benchmarks.landscape import FOLDS, FloatArray, Landscape, covered, read_landscape
 from benchmarks.rows import Row
 from benchmarks.table import RECIPE, SPACE, TABLE
-from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError
-from carft_ray.layout import RESULT
+from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import FORMAT_VERSION, Failure, TrialRow, write_failure
+from carft_ray.study.outcome import Failure, TrialRow, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
 from carft_ray.ui import console
@@ -69,8 +68,7 @@ def search(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[TrialRo
                 error = DivergedError("replayed divergence")
                 write_failure(home, Failure("diverged", str(error), spec.attempt, error.exit_code))
             else:
-                content = {"format_version": FORMAT_VERSION, "objective": objective, "metrics": {}}
-                files.write_json(home / RESULT, content)
+                write_result(spec.place(study.study_dir), {"objective": objective, "metrics": {}})
             study.settle(spec)
         return study.rows()
 

@@ -35,14 +35,15 @@ from benchmarks.samplers import LOWEST, recipe_of
 from benchmarks.table import RECIPE, TABLE
 from carft_ray import files
 from carft_ray.evaluation.alpha import choose_point
-from carft_ray.layout import METRICS, RESULT
+from carft_ray.evaluation.result import write_result
+from carft_ray.layout import METRICS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.constraints import VIOLATION
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import FORMAT_VERSION, TrialRow
+from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 
@@ -114,7 +115,8 @@ def replayed(
                         cut_after = epoch
                         break
             if cut_after is None:
-                files.write_json(home / RESULT, _result(recipe, training, spec.values.get("alpha"), landscape))
+                result = _result(recipe, training, spec.values.get("alpha"), landscape)
+                write_result(spec.place(study.study_dir), result)
             study.settle(spec)
             num_epochs += (cut_after or recipe.train.epochs) if spec.kind == "trial" else 0
         return Searched(study.rows(), num_epochs)
@@ -141,7 +143,6 @@ def _result(recipe: Recipe, training: Measured, drawn: float | None, landscape: 
         drawn = choose_point(curve, recipe.search.alpha.lowest)["alpha"]
     metrics = at(drawn)
     return {
-        "format_version": FORMAT_VERSION,
         "objective": metrics["objective"],
         "alpha": drawn,
         "metrics": metrics,

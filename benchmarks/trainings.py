@@ -5,7 +5,7 @@ sets at the alphas that the plan asks for. The test roles are opened here and no
 
     folder/prepared/                 what all trainings share (``prepare``)
     folder/zero_shot_test.parquet
-    folder/trainings/<name>-<hash>/{result.json, predictions/validation.parquet, predictions/test.parquet}
+    folder/trainings/<name>-<hash>/attempt-N/{result.json, predictions/validation.parquet}, predictions/test.parquet
                                        or diverged.txt
 
 ``folder`` is named by a hash of model, prompts, sets and recipe, so results of other weights are never mixed in.
@@ -41,7 +41,7 @@ from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.launch.stop import stop_file_on_signal
-from carft_ray.layout import RESULT, WEIGHTS
+from carft_ray.layout import ATTEMPT, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
@@ -113,7 +113,7 @@ class Bench:
     def is_finished(self, planned: Planned) -> bool:
         """Returns whether a training has been run to its end and read on the test sets where that is planned."""
         folder = self.training_dir(planned)
-        read = (folder / RESULT).exists() and (not planned.test_alphas or _test_path(folder).exists())
+        read = (_place(folder) / RESULT).exists() and (not planned.test_alphas or _test_path(folder).exists())
         return read or (folder / DIVERGED).exists()
 
 
@@ -132,18 +132,23 @@ class Finished:
     @cached_property
     def result(self) -> dict[str, Any]:
         """Content of ``result.json``."""
-        content: dict[str, Any] = json.loads((self.folder / RESULT).read_text())
+        content: dict[str, Any] = json.loads((_place(self.folder) / RESULT).read_text())
         return content
 
     @cached_property
     def validation(self) -> pa.Table:
         """Predictions on the validation sets."""
-        return read_predictions(self.folder / "predictions" / "validation.parquet")
+        return read_predictions(_place(self.folder) / PREDICTIONS)
 
     @cached_property
     def test(self) -> pa.Table:
         """Predictions on the test sets."""
         return read_predictions(_test_path(self.folder))
+
+
+def _place(folder: Path) -> Path:
+    """Returns the folder of the last attempt at a training."""
+    return folder / f"{ATTEMPT}{max(1, len(list(folder.glob(f'{ATTEMPT}*'))))}"
 
 
 def open_bench(recipe: Recipe, out: Path) -> Bench:
@@ -228,7 +233,7 @@ def _run(bench: Bench, planned: Planned) -> bool:
     if bench.stop_path.exists():
         return False
     recipe, folder = apply(bench.recipe, planned.values), bench.training_dir(planned)
-    attempt = 1 + len(list((folder / "checkpoint").glob("attempt-*")))
+    attempt = 1 + len(list(folder.glob(f"{ATTEMPT}*")))
     context = RunContext(should_stop=bench.stop_path.exists)
     try:
         run_training(recipe, folder, bench.prepared_dir, context, attempt)
@@ -239,7 +244,7 @@ def _run(bench: Bench, planned: Planned) -> bool:
         return True
     if planned.test_alphas and not _test_path(folder).exists():
         write_predictions(_test_path(folder), _predict_tests(recipe, bench, folder, planned.test_alphas))
-    (folder / WEIGHTS).unlink(missing_ok=True)  # 5 MB, read for the last time
+    (_place(folder) / WEIGHTS).unlink(missing_ok=True)  # 5 MB, read for the last time
     return True
 
 
@@ -248,7 +253,7 @@ def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[
     heads = load_tensors(bench.prepared_dir / "heads.safetensors")
     mixtures, tests = Mixtures(inputs.clip, heads["class_head"], recipe.train, CPU), _test_sets(recipe, inputs)
     batch_size = recipe.evaluate.batch_size
-    with mixtures.between(load_tensors(folder / WEIGHTS)) as mixed:
+    with mixtures.between(load_tensors(_place(folder) / WEIGHTS)) as mixed:
         return concat([predict_all(mixed(alpha), tests, alpha, batch_size, RunContext()) for alpha in alphas])
 
 

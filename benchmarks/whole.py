@@ -52,7 +52,7 @@ def searched(recipe: Path, study: Path, settings: Sequence[str], environment: Ma
     """
     command = [sys.executable, "-m", "carft_ray.cli", "search", str(recipe), "--study", str(study), "--json"]
     seconds, _ = _run([*command, *(word for each in settings for word in ("--set", each))], environment)
-    results = [files.read_json(path) for path in study.glob(f"trials/*/{RESULT}")]
+    results = [files.read_json(path) for path in study.glob(f"trials/*/*/{RESULT}")]
     return Ended(seconds, max(result["metrics"]["objective"] for result in results))
 
 

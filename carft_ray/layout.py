@@ -9,7 +9,8 @@
       fits.json          the micro-batch that fits into memory
       best.yaml, figure.png, figure.svg, report.html, ray.log
       prepared/          what all trainings share
-      trials/NAME/, baselines/NAME/, confirm/NAME/
+      trials/NAME/, baselines/NAME/, confirm/NAME/     log, metrics, TensorBoard's events
+        attempt-N/       what one attempt writes: checkpoints, weights, predictions, and result.json, last
       tracking/          what Weights & Biases or MLflow keep, where they keep it here
       test/              what reads of the test sets have found
       _tune/             while a search runs: Ray's own files, and how many trainings run at a time
@@ -55,11 +56,13 @@ ERROR = "error.json"
 LOG = "log.txt"
 METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
-CHECKPOINTS = "checkpoint"
+ATTEMPT = "attempt-"  # begins the name of the folder with what one attempt writes: ``attempt-2``
+STEP = "step-"  # begins the name of a checkpoint's folder in it
 KEPT_CHECKPOINTS = 2  # newest ones, while a training runs: if the last is damaged, the one before it serves
-OWN = "own"  # in it: what a fine-tuning of the user's own keeps
+OWN = "own"  # in it, too: what a fine-tuning of the user's own keeps
 PREDICTIONS = "predictions/validation.parquet"
 THUMBNAILS = "predictions/thumbnails.parquet"  # of images whose answers change; they go with the weights
+OF_RESULT = (WEIGHTS, PREDICTIONS)  # files whose size and hash a result has
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
 CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
 LEAVE = "leave.json"  # the driver's word that an attempt is to write a checkpoint and end; another one follows

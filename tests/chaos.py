@@ -20,6 +20,7 @@ import stand_in
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, OutOfMemoryError, Problem
+from carft_ray.evaluation.result import write_result
 from carft_ray.launch.events import Note
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
@@ -114,11 +115,11 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         if context.should_stop() and epoch < EPOCHS:
             raise InterruptedRunError("stopped")
     numbers = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
-    result = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": numbers}
+    result = {"objective": objective, "alpha": 0.5, "metrics": numbers}
     if context.rank == 0:
-        files.write_bytes(out_dir / "fine_tuned.safetensors", b"weights")
-        files.remove_folder(out_dir / "checkpoint")
-        files.write_json(out_dir / "result.json", {**result, "elapsed_s": 0.1})
+        place = out_dir / f"attempt-{attempt}"
+        files.write_bytes(place / "fine_tuned.safetensors", b"weights")
+        write_result(place, {**result, "elapsed_s": 0.1})
     return result
 
 

@@ -11,6 +11,7 @@ import stand_in
 
 from carft_ray import files
 from carft_ray.errors import CarftError
+from carft_ray.evaluation import result
 from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
@@ -63,14 +64,13 @@ def result_of(recipe, study_dir):
     metrics = at(alpha)
     content = {"objective": metrics["objective"], "alpha": alpha, "metrics": metrics, "curve": curve, "elapsed_s": 0.1}
     content["train"] = recipe.train.model_dump(mode="json")
-    return {"format_version": 1, "num_images": {"train": 64, "id_val": 64, "sketch": 64}, **content}
+    return {"num_images": {"train": 64, "id_val": 64, "sketch": 64}, **content}
 
 
 def write_result(study, spec):
-    folder = spec.folder(study.study_dir)
-    files.write_bytes(folder / "fine_tuned.safetensors", b"weights")
-    recipe = apply(study.recipe, spec.values)
-    files.write_json(folder / "result.json", result_of(recipe, study.study_dir))
+    place, recipe = spec.place(study.study_dir), apply(study.recipe, spec.values)
+    files.write_bytes(place / "fine_tuned.safetensors", b"weights")
+    result.write_result(place, result_of(recipe, study.study_dir))
 
 
 def prepare(recipe, folder, say=None):
@@ -79,10 +79,9 @@ def prepare(recipe, folder, say=None):
 
 
 def train(recipe, out_dir, prepared_dir, context, attempt):
-    files.write_bytes(out_dir / "fine_tuned.safetensors", b"weights")
-    result = result_of(recipe, prepared_dir.parent)
-    files.write_json(out_dir / "result.json", result)
-    return result
+    place = out_dir / f"attempt-{attempt}"
+    files.write_bytes(place / "fine_tuned.safetensors", b"weights")
+    return result.write_result(place, result_of(recipe, prepared_dir.parent))
 
 
 def run_all(study, num=None):

@@ -129,7 +129,7 @@ def kill_group(process):
 
 def results(study_dir):
     """Contents of all ``result.json``, by name of the training."""
-    return {path.parent.name: path.read_bytes() for path in study_dir.glob("*/*/result.json")}
+    return {path.parents[1].name: path.read_bytes() for path in study_dir.glob("*/*/*/result.json")}
 
 
 def check(study_dir, num_trials, before=None):
@@ -156,7 +156,7 @@ def check(study_dir, num_trials, before=None):
     assert changed == []
     assert list(study_dir.rglob("*.tmp")) == []
     best = max(rows, key=lambda row: row.objective)
-    assert (study_dir / "trials" / best.name / "fine_tuned.safetensors").exists()
+    assert (best.place(study_dir) / "fine_tuned.safetensors").exists()
     assert not (study_dir / "_tune").exists()
     assert commits(study_dir)[-1]["records"] == [{"kind": "released"}]
 
@@ -445,7 +445,9 @@ def confirm(study_dir):
 
 def confirmed(study_dir):
     """Numbers of every training of a confirm that has finished, less the time it took."""
-    contents = {path.parent.name: json.loads(path.read_text()) for path in study_dir.glob("confirm/*/result.json")}
+    contents = {
+        path.parents[1].name: json.loads(path.read_text()) for path in study_dir.glob("confirm/*/*/result.json")
+    }
     return {name: {**content, "elapsed_s": None, "environment": None} for name, content in contents.items()}
 
 

@@ -16,6 +16,7 @@ from carft_ray.api.answers import Report
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, write_predictions
+from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
@@ -23,7 +24,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.study import rows
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
-from carft_ray.study.recovery import recover_running
+from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.training.thumbnails import write_thumbnails
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -96,11 +97,11 @@ def metrics_of(table, spec, alpha):
 
 def finish(study, spec, rng, limit=None):
     """Writes what a training of these values leaves, and settles it."""
-    folder, recipe = spec.folder(study.study_dir), apply(study.recipe, spec.values)
+    place, recipe = spec.place(study.study_dir), apply(study.recipe, spec.values)
     what = objective_spec(recipe)
     alphas = sorted({*GRID, spec.values.get("alpha", 1.0)})
     table = predictions(recipe.train, alphas, what.sets, rng)
-    write_predictions(folder / "predictions" / "validation.parquet", table)
+    write_predictions(place / "predictions" / "validation.parquet", table)
     curve = [{"alpha": alpha, **metrics_of(table, what, alpha)} for alpha in alphas]
     missing = "violation/id_drop/strong"
     if limit is not None:
@@ -115,7 +116,6 @@ def finish(study, spec, rng, limit=None):
         best = next(point for point in curve if point["alpha"] == spec.values["alpha"])
     metrics = {name: value for name, value in best.items() if name != "alpha"}
     content = {
-        "format_version": 1,
         "objective": metrics["objective"],
         "alpha": best["alpha"],
         "metrics": metrics,
@@ -126,7 +126,7 @@ def finish(study, spec, rng, limit=None):
         "train": recipe.train.model_dump(mode="json"),
         "elapsed_s": 0.02 + 0.01 * rng.random(),
     }
-    files.write_json(folder / "result.json", content)
+    write_result(place, content)
     study.spend(spec, content["elapsed_s"], 0.0)
     assert study.settle(spec) is not None
 
@@ -179,7 +179,7 @@ def multiply(study_dir, num):
             trial.datetime_start = sources[0].datetime_start + timedelta(seconds=number)
             search.add_trial(trial)
             before, folder = study_dir / "trials" / old, study_dir / "trials" / name
-            (folder / "predictions").mkdir(parents=True)
+            (folder / "attempt-1" / "predictions").mkdir(parents=True)
             for path in filter(Path.is_file, before.rglob("*")):
                 (folder / path.relative_to(before)).hardlink_to(path)
     return study_dir
@@ -188,7 +188,7 @@ def multiply(study_dir, num):
 def keep_thumbnails(study_dir, number=48, side=128):
     """Writes what the best trial keeps of its images: gradients with a square, of a colour for each class."""
     view = read_study(study_dir)
-    folder = study_dir / "trials" / view.best.name
+    place = view.best.place(study_dir)
     sets = []
     for name in objective_spec(view.recipe).sets:
         ids, rng = np.arange(IMAGES[name], dtype=np.uint64), np.random.default_rng(3)
@@ -198,8 +198,8 @@ def keep_thumbnails(study_dir, number=48, side=128):
         colours = rng.integers(0, 256, (len(CLASSES), 3), np.uint8)
         images[:, side // 4 : -side // 4, side // 4 : -side // 4] = colours[labels][:, None, None]
         sets.append(ImageSet(name, images, labels, ids))
-    table = read_predictions(folder / "predictions" / "validation.parquet")
-    write_thumbnails(folder / "predictions" / "thumbnails.parquet", table, view.best.alpha, sets, number)
+    table = read_predictions(place / "predictions" / "validation.parquet")
+    write_thumbnails(place / "predictions" / "thumbnails.parquet", table, view.best.alpha, sets, number)
 
 
 def start(study):
@@ -253,12 +253,17 @@ def confirm_study(study_dir, recipe, winner, level, seeds):
         configurations.PlanRow("zero_shot", "baseline", None, 0.0, {}, 0.5),
     )
     stage, sets = configurations.Stage(winner, tuple(seeds), rows), objective_spec(recipe).sets
-    for number, row in enumerate(rows[:2]):
-        for seed, name in zip(seeds, stage.names(row), strict=True):
-            folder = study_dir / "confirm" / name
-            table = levels(0.6 if number else level, sets, 10 * seed + number)
-            write_predictions(folder / "predictions" / "validation.parquet", table)
-            files.write_json(folder / "result.json", {})
+    tables = {
+        name: levels(0.6 if number else level, sets, 10 * seed + number)
+        for number, row in enumerate(rows[:2])
+        for seed, name in zip(seeds, stage.names(row), strict=True)
+    }
+    with open_study(study_dir, recipe) as study:
+        recover_confirm(study, {name: {} for name in tables})
+        while spec := study.next():
+            write_predictions(spec.place(study_dir) / "predictions" / "validation.parquet", tables[spec.name])
+            write_result(spec.place(study_dir), {"objective": 0.5, "metrics": {}})
+            study.settle(spec)
     write_predictions(study_dir / "prepared" / "zero_shot.parquet", levels(0.5, sets, alpha=0.0))
     return summary.summarise(study_dir, recipe, stage, None)
 

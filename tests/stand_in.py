@@ -9,12 +9,12 @@ first epoch, nor does one of mode ``hold``.
 import json
 import math
 import os
-import shutil
 import signal
 import time
 
 from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, InterruptedRunError
+from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import TrialSpec
@@ -85,8 +85,8 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         os.kill(os.getpid(), signal.SIGKILL)
     if mode == "hang" or (mode == "hang_once" and attempt == 1):
         time.sleep(1000)
-    weights = out_dir / "fine_tuned.safetensors"
-    done = recipe.train.epochs if weights.exists() else epochs_done(out_dir)
+    place, trained = out_dir / f"attempt-{attempt}", list(out_dir.glob("attempt-*/fine_tuned.safetensors"))
+    done = recipe.train.epochs if trained else epochs_done(out_dir)
     for epoch in range(done + 1, recipe.train.epochs + 1):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
@@ -108,16 +108,16 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     told = {"pid": os.getpid()} if modes.get("tell_pid") else {}
     value = math.nan if mode == "nan" else objective(recipe.train)
     result = {
-        "format_version": 1,
         "objective": value,
         "alpha": 0.5,
         "metrics": {"id_accuracy": 0.8, "ood_accuracy": 0.5, "ranks": reduced(context)} | told,
         "elapsed_s": 0.1,
     }
     if context.rank == 0 and math.isfinite(value):
-        files.write_bytes(weights, b"weights")
-        shutil.rmtree(out_dir / "checkpoint", ignore_errors=True)
-        files.write_json(out_dir / "result.json", result)
+        files.write_bytes(place / "fine_tuned.safetensors", b"weights")
+        for path in place.glob("step-*"):
+            files.remove(path)
+        write_result(place, result)
     if mode == "slow_end":
         time.sleep(5)
     return result
@@ -139,11 +139,11 @@ def is_noted(out_dir, number):
 
 def save(out_dir, attempt, epoch):
     """Writes what stands for a checkpoint, under its name."""
-    files.write_json(out_dir / "checkpoint" / f"attempt-{attempt}" / f"step-{10 * epoch:08d}", epoch)
+    files.write_json(out_dir / f"attempt-{attempt}" / f"step-{10 * epoch:08d}", epoch)
 
 
 def epochs_done(out_dir):
-    return max((int(path.name[5:]) // 10 for path in out_dir.glob("checkpoint/attempt-*/step-*")), default=0)
+    return max((int(path.name[5:]) // 10 for path in out_dir.glob("attempt-*/step-*")), default=0)
 
 
 def report(path, row):

@@ -161,7 +161,7 @@ def test_a_study_is_resumed_extended_and_confirmed(study_dir):
         carft_ray.resume(study_dir, adress="auto")
     confirmed = carft_ray.confirm(study_dir, top=1, seeds=2, progress=False)
     assert confirmed.numbers == json.loads((study_dir / "confirm" / "summary.json").read_text())
-    assert len(list((study_dir / "confirm").glob("*/result.json"))) == 2
+    assert len(list((study_dir / "confirm").glob("*/*/result.json"))) == 2
     assert longer.best.name in confirmed._repr_html_()
     assert str(confirmed).split()[-9:] == confirmed.lines[-1].split()[-9:]
 
@@ -267,7 +267,7 @@ def test_the_seal_holds_in_python_too(tmp_path, run_in):
 
 @pytest.mark.slow
 def test_a_trial_that_is_not_there_and_a_study_without_one(study_dir):
-    for path in study_dir.glob("trials/*/result.json"):
+    for path in study_dir.glob("trials/*/*/result.json"):
         path.unlink()
     with pytest.raises(NoSuccessfulTrialError):
         carft_ray.evaluate(study_dir, trial="0")

@@ -47,7 +47,7 @@ def test_the_example_of_the_module_gives_what_it_says(original, monkeypatch):
 @pytest.mark.slow
 def test_the_table_of_trials_has_values_and_metrics_as_typed_columns(original):
     table = carft_ray.open_study(original).trials()
-    results = [json.loads(path.read_text()) for path in sorted(original.glob("trials/*/result.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(original.glob("trials/*/*/result.json"))]
     assert table.num_rows == len(results) == 2
     assert table.column_names == [
         *("number", "name", "outcome", "objective", "alpha", "elapsed_s", "reason"),
@@ -88,7 +88,7 @@ def test_best_metrics_and_predictions_belong_together(original):
     best = study.best
     assert best.objective == max(study.trials()["objective"].to_pylist())
     assert study.metrics(best.name) == study.metrics(str(best.number)) == best.metrics
-    path = original / "trials" / best.name / "predictions" / "validation.parquet"
+    path = original / "trials" / best.name / "attempt-1" / "predictions" / "validation.parquet"
     assert study.predictions(best.name).equals(read_predictions(path))
     zero_shot = study.predictions("zero_shot")
     assert set(zero_shot["alpha"].to_pylist()) == {0.0}
@@ -110,7 +110,7 @@ def test_wrong_use_is_told_in_words(study_dir, tmp_path):
     study = carft_ray.open_study(study_dir)
     with pytest.raises(UsageError, match="did you mean 'fine_tuning'"):
         study.metrics("fine_tunimg")
-    next(study_dir.glob("trials/t0000*/result.json")).unlink()
+    next(study_dir.glob("trials/t0000*/*/result.json")).unlink()
     with pytest.raises(NoSuccessfulTrialError, match="must be a finished training"):
         study.predictions("0")
     (study_dir / "log" / "00000003").write_text("no journal\n{}\n")

@@ -226,8 +226,8 @@ def test_finished_trainings_are_not_run_again(recipe, tmp_path):
     bench = Bench(recipe, tmp_path)
     plans = [Planned("only validation", {"seed": 1}), Planned("with test", {"seed": 2}, (1.0,))]
     for planned in plans:
-        bench.training_dir(planned).mkdir(parents=True)
-        (bench.training_dir(planned) / "result.json").write_text(json.dumps({"objective": 0.5}))
+        (bench.training_dir(planned) / "attempt-1").mkdir(parents=True)
+        (bench.training_dir(planned) / "attempt-1" / "result.json").write_text(json.dumps({"objective": 0.5}))
     assert [bench.is_finished(planned) for planned in plans] == [True, False]
     finished = run_all(bench, plans[:1], 2, Clock(10.0))
     assert finished[0].result == {"objective": 0.5}
@@ -235,8 +235,8 @@ def test_finished_trainings_are_not_run_again(recipe, tmp_path):
 
 def finish(bench, planned, objective, alpha):
     folder = bench.training_dir(planned)
-    folder.mkdir(parents=True)
-    (folder / "result.json").write_text(json.dumps({"objective": objective, "alpha": alpha}))
+    (folder / "attempt-1").mkdir(parents=True)
+    (folder / "attempt-1" / "result.json").write_text(json.dumps({"objective": objective, "alpha": alpha}))
     return Finished(planned, folder)
 
 

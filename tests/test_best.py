@@ -1,6 +1,5 @@
 """``best.yaml`` and the figure: there, and of the trial that `status` names, however a search ends. No Ray runs."""
 
-import json
 import re
 
 import curve_stand_in
@@ -10,6 +9,7 @@ from logs import take
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
+from carft_ray.evaluation import result
 from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.runs.search import run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
@@ -28,11 +28,8 @@ def study_dir(tmp_path):
 
 
 def write_result(study_dir, spec, objective, **more):
-    folder = spec.folder(study_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = {"objective": objective, "id_accuracy": objective, "ood_accuracy": objective}
-    content = {"format_version": 1, "objective": objective, "alpha": 0.4, "metrics": metrics, **more}
-    (folder / "result.json").write_text(json.dumps(content))
+    result.write_result(spec.place(study_dir), {"objective": objective, "alpha": 0.4, "metrics": metrics, **more})
 
 
 def in_file(study_dir):
@@ -127,10 +124,10 @@ def test_of_equal_points_the_first_trial_is_the_best_whichever_was_told_first(st
         first, second = study.next(), study.next()
         for spec in (second, first):
             write_result(study_dir, spec, 0.7, alpha=spec.values["alpha"])
-            (spec.folder(study_dir) / "fine_tuned.safetensors").write_bytes(b"weights")
+            (spec.place(study_dir) / "fine_tuned.safetensors").write_bytes(b"weights")
             study.settle(spec)
     assert in_file(study_dir) == in_study(study_dir) == (first.name, first.values["alpha"])
-    assert (first.folder(study_dir) / "fine_tuned.safetensors").exists()
+    assert (first.place(study_dir) / "fine_tuned.safetensors").exists()
 
 
 def finished(study_dir, num=3):
@@ -210,6 +207,6 @@ def test_a_worse_trial_loses_its_weights_and_its_pictures(study_dir, tmp_path):
                 files.write_bytes(spec.folder(study_dir) / name, b"content")
             study.settle(spec)
         kept = [
-            {name: (row.folder(study_dir) / name).exists() for name in (WEIGHTS, THUMBNAILS)} for row in study.rows()
+            {name: (row.place(study_dir) / name).exists() for name in (WEIGHTS, THUMBNAILS)} for row in study.rows()
         ]
     assert [all(each.values()) for each in kept] == [any(each.values()) for each in kept] == [True, False, True, False]

@@ -90,7 +90,7 @@ def test_the_interval_is_that_of_the_paired_differences_of_the_images(here, tmp_
 
 def test_a_study_stands_for_its_best_trial_and_a_colon_names_another(here):
     study = here / "study"
-    results = {path.parent.name: json.loads(path.read_text()) for path in study.glob("trials/*/result.json")}
+    results = {path.parents[1].name: json.loads(path.read_text()) for path in study.glob("trials/*/*/result.json")}
     best = max(sorted(results), key=lambda name: results[name]["objective"])
     found = compare(str(study), f"{study}:zero_shot")
     assert (found["a"]["trial"], found["b"]["trial"], found["b"]["alpha"]) == (best, "zero_shot", 0.0)
@@ -174,7 +174,7 @@ def test_wrong_targets_are_refused(here, tmp_path):
     with pytest.raises(UsageError, match="no such folder"):
         compare(str(here / "run"), str(here / "rum"))
     shutil.copytree(here / "study", tmp_path / "study")
-    for path in (tmp_path / "study" / "trials").glob("*/result.json"):
+    for path in (tmp_path / "study" / "trials").glob("*/*/result.json"):
         path.unlink()
     with pytest.raises(NoSuccessfulTrialError, match="must be a finished training"):
         compare(str(here / "run"), str(tmp_path / "study"))

@@ -1,7 +1,6 @@
 """Confirming a search: which configurations are trained again, on which seeds, and what a kill leaves."""
 
 import io
-import json
 from dataclasses import replace
 
 import crash_host
@@ -12,6 +11,7 @@ from rich.console import Console
 from stand_in import make_recipe
 
 from carft_ray.errors import InterruptedRunError, NoSuccessfulTrialError, UsageError
+from carft_ray.evaluation.result import write_result
 from carft_ray.launch.events import Started
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
@@ -38,11 +38,9 @@ from carft_ray.ui.progress import search_shown
 
 
 def finish(study, spec, objective, alpha=0.5):
-    folder = spec.folder(study.study_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = {"id_accuracy": objective, "ood_accuracy": objective}
-    content = {"format_version": 1, "objective": objective, "alpha": alpha, "metrics": metrics, "elapsed_s": 7.0}
-    (folder / "result.json").write_text(json.dumps({**content, "fine_tuned": {"objective": objective / 2}}))
+    content = {"objective": objective, "alpha": alpha, "metrics": metrics, "elapsed_s": 7.0}
+    write_result(spec.place(study.study_dir), {**content, "fine_tuned": {"objective": objective / 2}})
     study.settle(spec)
 
 

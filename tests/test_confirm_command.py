@@ -104,5 +104,5 @@ def test_a_confirm_on_images_or_weights_that_are_no_longer_those_of_the_study_is
             confirm, resume = (answer["log"].partition("error: ")[2] for answer in found)
             assert f"{rule} must be " in confirm
             assert confirm == resume
-            assert not list(place.glob("study/confirm/*/result.json"))
+            assert not list(place.glob("study/confirm/*/*/result.json"))
             path.write_bytes(before)

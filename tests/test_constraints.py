@@ -9,6 +9,7 @@ from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
 from optuna.storages import JournalStorage
 
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
+from carft_ray.evaluation import result
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
 from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table
 from carft_ray.recipe.checks.advice import warnings
@@ -164,7 +165,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
         study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
         run_all(study)
     view = read_study(study_dir)
-    assert [path.parent.name for path in study_dir.glob("trials/*/fine_tuned.safetensors")] == [view.best.name]
+    assert [path.parents[1].name for path in study_dir.glob("trials/*/*/fine_tuned.safetensors")] == [view.best.name]
     assert view.best.violation == min(row.violation for row in view.trials)
     [line] = status(view)["lines"]
     assert line.startswith(
@@ -178,10 +179,7 @@ def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
         recover_running(study)
         study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         spec = study.next()
-        folder = spec.folder(study_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"format_version": 1, "objective": 0.5, "metrics": {"id_accuracy": 0.5}}
-        (folder / "result.json").write_text(json.dumps(content))
+        result.write_result(spec.place(study_dir), {"objective": 0.5, "metrics": {"id_accuracy": 0.5}})
         with pytest.raises(StorageError, match="violation/id_drop/zero_shot"):
             study.settle(spec)
 

@@ -38,7 +38,7 @@ def command(folder, *words):
 def numbers(study):
     """Everything that a study's trainings have found, by their numbers, and what the sampler proposed."""
     found = {}
-    for path in sorted(study.glob("*/*/result.json")):
+    for path in sorted(study.glob("*/*/*/result.json")):
         result = json.loads(path.read_text())
         del result["elapsed_s"]
         found[path.parent.name.partition("-")[0]] = result

@@ -10,12 +10,13 @@ from stand_in import make_recipe
 
 from carft_ray import files
 from carft_ray.errors import StorageError
+from carft_ray.evaluation.result import read_result
 from carft_ray.launch import runtime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat, read_result
+from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat
 from carft_ray.study.recovery import recover_running
 from carft_ray.training.checkpoint import newest_checkpoint
 
@@ -93,7 +94,7 @@ def test_what_a_training_has_left_is_read_again_and_is_not_taken_for_missing(dis
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
     for name in ("result.json", "error.json", "metrics.jsonl"):
         disk(name, 2, errno.ETIMEDOUT)
-    assert read_result(tmp_path) == files.read_json(tmp_path / "result.json") == content
+    assert read_result(tmp_path)[0] == files.read_json(tmp_path / "result.json") == content
     assert read_failure(tmp_path, 1).reason == "why"
     assert files.read_json_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
     disk("result.json", FOREVER)

@@ -14,6 +14,7 @@ from ray.tune.search import Searcher
 from stand_in import make_recipe
 
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
+from carft_ray.evaluation.result import write_result
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     BaselineFinished,
@@ -61,10 +62,8 @@ class Tune:
         return trial
 
     def finish(self, trial, objective=0.5):
-        folder = self.folder(trial)
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": {}}
-        (folder / "result.json").write_text(json.dumps(content))
+        content = {"objective": objective, "alpha": 0.5, "metrics": {}}
+        write_result(self.place(trial), content)
         self.end(trial)
 
     def fail(self, trial, outcome, reason="because", exit_code=1):
@@ -82,6 +81,9 @@ class Tune:
         trial.status = "ERROR"
         trial.get_pickled_error = lambda: RuntimeError(message)
         self.searcher.on_trial_complete(trial.trial_id, error=True)
+
+    def place(self, trial):
+        return self.folder(trial) / f"attempt-{trial.config['spec']['attempt']}"
 
     def folder(self, trial):
         return TrialSpec(**trial.config["spec"]).folder(self.driver.study.study_dir)
@@ -145,7 +147,7 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
 
 def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_goes_on(tune):
     first, second = tune.start(), tune.start()
-    (tune.folder(second) / "checkpoint" / "attempt-1" / "step-00000030").mkdir(parents=True)
+    (tune.folder(second) / "attempt-1" / "step-00000030").mkdir(parents=True)
     lines = "".join(json.dumps({"epoch": epoch, "step": 10 * epoch}) + "\n" for epoch in (1, 2, 3, 4))
     (tune.folder(second) / "metrics.jsonl").write_text(lines)
     study_dir = tune.driver.study.study_dir
@@ -461,7 +463,7 @@ def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
     for number in range(30):
         trial = tune.start()
         spec = TrialSpec(**trial.config["spec"])
-        (tune.folder(trial) / "checkpoint" / f"attempt-{spec.attempt}" / f"step-{number + 1:08d}").mkdir(parents=True)
+        (tune.folder(trial) / f"attempt-{spec.attempt}" / f"step-{number + 1:08d}").mkdir(parents=True)
         tune.end(trial, lost="the node was taken away")
     assert tune.driver.failure is None
 
@@ -514,7 +516,7 @@ def test_an_attempt_that_was_asked_to_leave_is_repeated_again_and_again_and_no_f
     trial = tune.start()
     name, folder = trial.config["spec"]["name"], tune.folder(trial)
     for number in range(1, 20):
-        (folder / "checkpoint" / "attempt-1" / f"step-{10 * number:08d}").mkdir(parents=True)
+        (folder / "attempt-1" / f"step-{10 * number:08d}").mkdir(parents=True)
         for reason in ("node7 goes", "asked once more"):
             tune.driver.ask_to_leave(spec_of(trial), reason)
         assert must_leave(folder, number)

@@ -16,6 +16,7 @@ from stand_in import make_recipe
 from test_driver import Tune, spec_of
 
 from carft_ray.errors import NoSuccessfulTrialError
+from carft_ray.evaluation.result import write_result
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import BaselineFinished, TrialFinished
 from carft_ray.launch.ray_cluster.concurrency import AtATime
@@ -59,7 +60,7 @@ def search(study_dir, recipe, rng, ways, num_steps=10_000):
             tune.look()
         for trial in live:
             if rng.random() < 0.3:
-                write_result(tune.folder(trial), rng.random())
+                write(tune.place(trial), rng.random())
     ended = [each if isinstance(each, str) else each.row.name for each in told if ends(each)]
     return tune.driver, ended
 
@@ -80,10 +81,8 @@ def advance(tune, trial, objective):
     return epoch <= EPOCHS
 
 
-def write_result(folder, objective):
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": {}}
-    (folder / "result.json").write_text(json.dumps(content))
+def write(place, objective):
+    write_result(place, {"objective": objective, "alpha": 0.5, "metrics": {}})
 
 
 def end(tune, trial, way, objective):

@@ -20,6 +20,7 @@ from ray.air.execution._internal.actor_manager import RayActorManager
 
 from carft_ray import files
 from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
+from carft_ray.evaluation.result import read_result
 from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.failures.causes import host_memory
 from carft_ray.launch.micro_batch import fitted, memory_failure
@@ -29,7 +30,7 @@ from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.worker import run_worker
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence, read_failure, read_result
+from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence, read_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -390,7 +391,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
     assert [line["epoch"] for line in files.read_json_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert read_failure(folder, 1) is read_failure(folder, 2) is None
-    assert read_result(folder)["metrics"]["pid"] == process.pid
+    assert read_result(folder / "attempt-1")[0]["metrics"]["pid"] == process.pid
     assert (folder / "log.txt").read_text().count("attempt") == 3  # two starts and a loss
 
 

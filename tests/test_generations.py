@@ -196,7 +196,7 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
         assert len(outside) > 1
         assert inside
         write_result(study_dir, outside[0], 0.9)  # its driver died before it could tell
-        (outside[1].folder(study_dir) / "checkpoint").mkdir(parents=True)
+        outside[1].place(study_dir).mkdir(parents=True)
     with open_study(study_dir, recipe_of(12, learning_rate=NARROW), True) as study:
         recover_running(study)
         rows = study.rows()
@@ -204,7 +204,7 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
         for spec in outside[1:]:
             assert (rows[spec.number].outcome, rows[spec.number].name) == ("error", spec.name)
             assert rows[spec.number].reason == "outside the search space, which was changed while it ran"
-        assert not (outside[1].folder(study_dir) / "checkpoint").exists()
+        assert not outside[1].place(study_dir).exists()
         again = [study.next() for _ in inside]
         assert [(s.number, s.name, s.values, s.attempt) for s in again] == [
             (s.number, s.name, s.values, 2) for s in inside

@@ -214,7 +214,7 @@ def test_the_page_shows_the_pictures_of_the_best_trial_with_the_answers_of_its_p
     report_studies.keep_thumbnails(study_dir)
     view = read_study(study_dir)
     document = write_page(view, tmp_path / "page.html")
-    table = read_predictions(study_dir / "trials" / view.best.name / "predictions" / "validation.parquet")
+    table = read_predictions(view.best.place(study_dir) / "predictions" / "validation.parquet")
     alphas = sorted({0.0, view.best.alpha, 1.0})
     everywhere = {name: changed(table, name, alphas) for name in ("id_val", "noisy", "blurry")}
     num_images = sum(len(ids) for found in everywhere.values() for ids in found.values())

@@ -204,7 +204,7 @@ def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_
     with nodes(2) as (reached, started):
         process = driver(study_dir, 1, "inline", *reached, search=search, training="stepped")
         training = running_trial(study_dir, process, 1)
-        wait_until(lambda: ended(process) or list(training.glob("checkpoint/attempt-1/step-*")), "it saves")
+        wait_until(lambda: ended(process) or list(training.glob("attempt-1/step-*")), "it saves")
         known = len(stepped.steps(training))
         wait_until(lambda: ended(process) or len(stepped.steps(training)) >= known + 7, "it goes on")
         kill_group(node_of(training, started)[0])
@@ -228,7 +228,7 @@ def test_after_the_loss_of_the_head_the_same_command_on_a_new_one_ends_the_study
     study_dir, soon = tmp_path / "study", {"RAY_gcs_rpc_server_reconnect_timeout_s": "40"}
     with nodes(1, **soon) as ((address, auth), _):
         process = driver(study_dir, 3, "inline", address, {**auth, **soon})
-        finished = lambda: list(study_dir.glob("trials/*/result.json")) or ended(process)  # noqa: E731
+        finished = lambda: list(study_dir.glob("trials/*/*/result.json")) or ended(process)  # noqa: E731
         wait_until(lambda: finished() and killed_searches.running_pids(study_dir), "a trial has ended, another runs")
     before = killed_searches.results(study_dir)
     code, output = finish(process)

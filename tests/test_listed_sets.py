@@ -91,7 +91,7 @@ def test_trials_list_nothing(made):
     listed, _ = run(made, "search", made / "recipe.yaml", "--study", study, "--set", "search.trials=2", *MANY)
     assert listed
     assert set(listed.values()) == {1}
-    assert len(list((study / "trials").glob("*/result.json"))) == 2
+    assert len(list((study / "trials").glob("*/*/result.json"))) == 2
 
 
 def test_sets_that_share_a_tree_share_its_listing_while_that_is_asked_for(tmp_path):

@@ -600,7 +600,7 @@ def test_a_function_runs_in_the_processes_of_ray(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
     function = ["--set", "train.function=of_the_recipe:fine_tune"]
     assert call(["search", recipe, "--study", tmp_path / "study", "--executor", "inline", "--trust", *function]) == 0
-    assert len(list((tmp_path / "study").glob("trials/*/result.json"))) == 2
+    assert len(list((tmp_path / "study").glob("trials/*/*/result.json"))) == 2
 
 
 @pytest.mark.slow

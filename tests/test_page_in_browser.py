@@ -218,7 +218,7 @@ def test_a_page_of_a_running_search_keeps_its_filters_when_it_is_loaded_again(tm
 
 def test_trials_on_one_kind_of_device_are_filtered(tmp_path):
     study_dir = make(tmp_path / "study", num=6)
-    for number, path in enumerate(sorted(study_dir.glob("trials/*/result.json"))):
+    for number, path in enumerate(sorted(study_dir.glob("trials/*/*/result.json"))):
         content = json.loads(path.read_text())
         path.write_text(json.dumps({**content, "environment": {"device": "T4" if number < 2 else "H100"}}))
     write_page(read_study(study_dir), tmp_path / "page.html")

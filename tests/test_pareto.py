@@ -18,6 +18,7 @@ from curve_stand_in import ZERO_SHOT, make_recipe, metrics_at, run_all
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
+from carft_ray.evaluation.result import write_result
 from carft_ray.launch.figures.study_figure import write_figure
 from carft_ray.launch.runs.search import SearchResult, run_search
 from carft_ray.launch.runtime import Runner
@@ -146,7 +147,7 @@ def test_the_best_stands_at_its_point_of_the_front_and_says_so(study_dir):
 @pytest.mark.slow
 def test_weights_of_all_trainings_on_the_front_stay(study_dir):
     make_study(study_dir, make_recipe(8))
-    kept = {path.parent.name for path in study_dir.glob("trials/*/fine_tuned.safetensors")}
+    kept = {path.parents[1].name for path in study_dir.glob("trials/*/*/fine_tuned.safetensors")}
     on_front = {row.name for row in trials(study_dir) if row.standing}
     assert kept == on_front
     assert len(kept) < 8
@@ -205,7 +206,7 @@ def test_a_search_killed_at_any_write_doubles_no_point_and_ends_as_the_undisturb
             )
             for trial in told(study_dir).trials
         ]
-        weights = sorted(path.parent.name for path in study_dir.glob("*/*/fine_tuned.safetensors"))
+        weights = sorted(path.parents[1].name for path in study_dir.glob("*/*/*/fine_tuned.safetensors"))
         best = (study_dir / "best.yaml").read_text().replace(str(study_dir.parent), "")
         return found, [(row.name, row.alpha, row.standing) for row in trials(study_dir)], weights, best
 
@@ -275,11 +276,9 @@ def points_result(study_dir, spec, points):
         {"alpha": alpha, "id_accuracy": one, "ood_accuracy": other, "objective": (one + other) / 2}
         for alpha, one, other in points
     ]
-    folder = spec.folder(study_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     metrics = {name: value for name, value in curve[-1].items() if name != "alpha"}
-    content = {"format_version": 1, "objective": metrics["objective"], "alpha": points[-1][0], "metrics": metrics}
-    (folder / "result.json").write_text(json.dumps({**content, "curve": curve, "elapsed_s": 7.0}))
+    content = {"objective": metrics["objective"], "alpha": points[-1][0], "metrics": metrics}
+    write_result(spec.place(study_dir), {**content, "curve": curve, "elapsed_s": 7.0})
 
 
 @pytest.mark.slow
@@ -328,7 +327,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
     assert [row.name for row in now.rows].count(winner) == 1
     assert last_stage(study_dir) == now
     for name in now.trainings():
-        content = json.loads((study_dir / "confirm" / name / "result.json").read_text())
+        content = json.loads((study_dir / "confirm" / name / "attempt-1" / "result.json").read_text())
         assert {0.4, drawn} <= {point["alpha"] for point in content["curve"]}
     assert confirm(view)[1:] == ([], ["All 2 trainings with fresh seeds are there already."])
 
@@ -362,7 +361,7 @@ def test_real_trials_meet_their_constraints_wherever_an_evaluated_alpha_does(sea
     view = read_study(studies["constrained"])
     assert not any(name.startswith("violation/") for row in view.baselines for name in row.metrics)
     for row in view.trials:
-        result = json.loads((studies["constrained"] / "trials" / row.name / "result.json").read_text())
+        result = json.loads((studies["constrained"] / "trials" / row.name / "attempt-1" / "result.json").read_text())
         assert len([name for name in row.metrics if name.startswith("violation/")]) == 2
         missed = [
             sum(max(0.0, value) for name, value in point.items() if name.startswith("violation/"))

@@ -14,6 +14,7 @@ from stand_in import make_recipe
 
 from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError
+from carft_ray.evaluation.result import write_result
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules
@@ -163,9 +164,7 @@ def write_lines(study, spec, *lines):
 
 
 def finish(study, spec, value=0.5):
-    folder = spec.folder(study.study_dir)
-    content = {"format_version": 1, "objective": value, "alpha": 0.5, "metrics": {}}
-    (folder / "result.json").write_text(json.dumps(content))
+    write_result(spec.place(study.study_dir), {"objective": value, "alpha": 0.5, "metrics": {}})
     return study.settle(spec)
 
 
@@ -193,8 +192,8 @@ def test_a_cut_training_is_told_pruned_with_its_values_and_loses_its_weights(stu
         assert reason == "cut at 33 %: 50.0 % was not among the best half of 2 trials"
         assert json.loads((second.folder(study_dir) / "cut.json").read_text())["reason"] == reason
         assert study.report(second, row(4, 0.9)) is None  # it has not seen the file yet
-        (second.folder(study_dir) / "checkpoint").mkdir()
-        (second.folder(study_dir) / "fine_tuned.safetensors").touch()
+        (second.place(study_dir) / "step-00000010").mkdir(parents=True)
+        (second.place(study_dir) / "fine_tuned.safetensors").touch()
         told = study.settle(second)
         assert (told.outcome, told.reason, told.objective, told.intermediate_values) == (
             "pruned",
@@ -202,8 +201,7 @@ def test_a_cut_training_is_told_pruned_with_its_values_and_loses_its_weights(stu
             None,
             {33: 0.5},
         )
-        assert not (second.folder(study_dir) / "checkpoint").exists()
-        assert not (second.folder(study_dir) / "fine_tuned.safetensors").exists()
+        assert not second.place(study_dir).exists()
         assert finish(study, first).outcome == "complete"
         assert not study.done()
     trial = frozen(study_dir, 1)

@@ -122,7 +122,10 @@ def test_counts_and_corrections(original):
     assert (found["counts"]["trainings"], found["counts"]["alphas"], found["counts"]["test_reads"]) == (6, 5 * 6, 0)
     spec = objective_spec(view.recipe)
     rows = complete(view)
-    tables = [read_predictions(original / "trials" / row.name / "predictions" / "validation.parquet") for row in rows]
+    tables = [
+        read_predictions(original / "trials" / row.name / "attempt-1" / "predictions" / "validation.parquet")
+        for row in rows
+    ]
     matrices = {name: np.stack([correct(table, name, 0.65) for table in tables]) for name in SETS}
     objectives = [row.objective for row in rows]
     noise = ranking_noise(spec, objectives, matrices)
@@ -135,7 +138,7 @@ def test_counts_and_corrections(original):
 @pytest.mark.slow
 def test_trainings_on_different_kinds_of_gpus_are_told(study_dir):
     for folder, device in zip(
-        sorted((study_dir / "trials").glob("*/result.json")), ("H100", "A100", "H100"), strict=False
+        sorted((study_dir / "trials").glob("*/*/result.json")), ("H100", "A100", "H100"), strict=False
     ):
         content = json.loads(folder.read_text())
         folder.write_text(json.dumps({**content, "environment": {"device": device}}))
@@ -240,6 +243,6 @@ def test_a_study_without_a_finished_trial_is_told_so(tmp_path, capsys):
 @pytest.mark.slow
 def test_missing_predictions_and_no_study_are_told(study_dir, tmp_path, capsys):
     best = read_study(study_dir).best.name
-    (study_dir / "trials" / best / "predictions" / "validation.parquet").unlink()
+    (study_dir / "trials" / best / "attempt-1" / "predictions" / "validation.parquet").unlink()
     assert run(capsys, study_dir)[0] == 5
     assert run(capsys, tmp_path / "nothing")[0] == 2

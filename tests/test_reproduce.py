@@ -137,7 +137,7 @@ def test_other_weights_are_named_and_nothing_is_left_behind(here, original):
 
 
 def change_result(study_dir, trial, change):
-    path = next((study_dir / "trials").glob(f"{trial}*")) / "result.json"
+    path = next((study_dir / "trials").glob(f"{trial}*")) / "attempt-1" / "result.json"
     result = json.loads(path.read_text())
     change(result)
     path.write_text(json.dumps(result))
@@ -183,7 +183,7 @@ def test_changes_are_told_even_when_the_numbers_agree(here, monkeypatch, capsys)
 
 
 def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
-    path = next((here / "study" / "trials").glob("t0000*")) / "predictions" / "validation.parquet"
+    path = next((here / "study" / "trials").glob("t0000*")) / "attempt-1" / "predictions" / "validation.parquet"
     table = pq.read_table(path)
     values = table["nll"].to_numpy().copy()
     values[3] = np.nextafter(values[3], np.inf)
@@ -222,7 +222,7 @@ def test_wrong_targets_are_refused_with_the_nearest(here, tmp_path):
 
 
 def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
-    next((here / "study" / "trials").glob("t0001*")).joinpath("result.json").unlink()
+    next((here / "study" / "trials").glob("t0001*")).joinpath("attempt-1/result.json").unlink()
     with pytest.raises(NoSuccessfulTrialError, match="carft-ray resume"):
         open_finished(here / "study", "1")
     (here / "run" / "result.json").unlink()

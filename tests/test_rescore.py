@@ -126,7 +126,7 @@ def test_another_objective_is_that_of_the_stored_accuracies(view, asked, spec):
     assert asked_objective(view.recipe, *asked) == spec
     for row in rescore(view, spec)["trials"]:
         trial = next(each for each in view.trials if each.name == row["name"])
-        table = read_predictions(trial.folder(view.study_dir) / "predictions" / "validation.parquet")
+        table = read_predictions(trial.place(view.study_dir) / "predictions" / "validation.parquet")
         values = {
             alpha: spec.value({name: accuracy(select(table, name, alpha)) for name in sets(table)})
             for alpha in alphas(table, "id_val")
@@ -154,7 +154,7 @@ def test_an_objective_that_turns_the_order_gives_old_and_new_ranks(profiled, tmp
             for name in ("id_val", "sketch", "fog")
             for alpha in grid
         ]
-        write_predictions(row.folder(view.study_dir) / "predictions" / "validation.parquet", concat(parts))
+        write_predictions(row.place(view.study_dir) / "predictions" / "validation.parquet", concat(parts))
     by_id = rescore(view, asked_objective(view.recipe, id_weight=1.0))
     by_ood = rescore(view, asked_objective(view.recipe, id_weight=0.0))
     names = [row.name for row in view.trials]
@@ -196,7 +196,7 @@ def test_all_wrong_words_are_told_at_once_with_the_nearest_match(view):
 
 def test_missing_and_damaged_predictions_are_named(profiled, tmp_path):
     view = read_study(copied(profiled, tmp_path))
-    path = view.trials[0].folder(view.study_dir) / "predictions" / "validation.parquet"
+    path = view.trials[0].place(view.study_dir) / "predictions" / "validation.parquet"
     for spoil in (lambda: path.write_bytes(b"nonsense"), path.unlink):
         spoil()
         with pytest.raises(StorageError, match=str(path)):
@@ -255,7 +255,7 @@ def test_the_command_shows_ranks_and_says_that_nothing_was_changed(run, profiled
     assert "one more selection on the same validation images" in " ".join(err.split())
     answer = json.loads(run("study", "--objective", "worst_domain", "--sets", "fog", "--json")[1])
     first = answer["trials"][0]["name"]
-    has_weights = (profiled / "trials" / first / "fine_tuned.safetensors").exists()
+    has_weights = (profiled / "trials" / first / "attempt-1" / "fine_tuned.safetensors").exists()
     assert (f"carft-ray evaluate study --trial {first}" in err) == has_weights
     _, out, _ = run("study")
     assert out.startswith("Objective: weighted_mean, ID weight 0.5 (the study's own objective). OOD: mean over sketch")

@@ -18,6 +18,7 @@ from test_study import run_all
 
 from carft_ray.api import studies
 from carft_ray.errors import RecipeError
+from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.checks.sampler_rules import population_size
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -456,9 +457,7 @@ def test_the_grid_is_tried_once_each_and_then_the_search_ends(tmp_path):
             recover_running(study)
             begun = [study.next() for _ in range(9)]
             for spec in filter(None, begun):
-                (spec.folder(study_dir)).mkdir(parents=True, exist_ok=True)
-                content = {"format_version": 1, "objective": 0.5, "metrics": {}}
-                (spec.folder(study_dir) / "result.json").write_text(json.dumps(content))
+                write_result(spec.place(study_dir), {"objective": 0.5, "metrics": {}})
                 study.settle(spec)
             assert study.done() == (len(trials(study_dir)) == size)
     points = [grid_index(recipe.search.space, row.values) for row in trials(study_dir)]
@@ -526,9 +525,7 @@ def test_enqueued_values_are_tried_first_in_their_order_and_once(tmp_path):
             recover_running(study)
             spec = study.next()
             if spec is not None:
-                spec.folder(parts).mkdir(parents=True, exist_ok=True)
-                content = {"format_version": 1, "objective": 0.5, "metrics": {}}
-                (spec.folder(parts) / "result.json").write_text(json.dumps(content))
+                write_result(spec.place(parts), {"objective": 0.5, "metrics": {}})
     drawn = [row.values for row in trials(parts)]
     assert drawn == [row.values for row in trials(whole)]
     assert len(drawn) == 6

@@ -84,7 +84,7 @@ def run(capsys, *words):
 
 
 def results(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/result.json"))]
 
 
 def test_a_search_leaves_copies_out_of_training_and_says_so_in_one_line(searched):
@@ -133,7 +133,7 @@ def test_confirm_and_reproduce_train_on_what_the_search_trained_on(study, capsys
     assert json.loads((study / "confirm" / "summary.json").read_text())["shared_images"] == {
         "data.train": {"leaves": SHARED}
     }
-    for name in ("0", "plain", f"confirm/{next((study / 'confirm').glob('*/result.json')).parent.name}"):
+    for name in ("0", "plain", f"confirm/{next((study / 'confirm').glob('*/*/result.json')).parents[1].name}"):
         code, out, err = run(capsys, "reproduce", study, name)
         assert code == 0, err
         assert "the same, bit for bit" in out + err

@@ -219,7 +219,7 @@ def test_a_study_over_two_nodes_is_stopped_requeued_and_resumed(tmp_path):
         job.nothing_is_left(study)
         stopped = {row.name: row for row in trials(study)}
         assert "running" in {row.outcome for row in stopped.values()}
-        assert list(study.glob("trials/*/checkpoint/*"))
+        assert list(study.glob("trials/*/attempt-*/step-*"))
 
         with job.running(recipe, study, *options) as process:
             assert process.wait(500) == 0, job.output

@@ -33,8 +33,13 @@ def study_dir(made, tmp_path):
 def victim(tmp_path):
     """A training of someone else, with all that a study would remove or write."""
     folder = tmp_path / "victim" / "run1"
-    (folder / "checkpoint" / "attempt-1").mkdir(parents=True)
-    for name in ("log.txt", "fine_tuned.safetensors", "result.json", "checkpoint/attempt-1/state.json"):
+    (folder / "attempt-1" / "step-00000010").mkdir(parents=True)
+    for name in (
+        "log.txt",
+        "attempt-1/fine_tuned.safetensors",
+        "attempt-1/result.json",
+        "attempt-1/step-00000010/state.json",
+    ):
         (folder / name).write_text("precious\n")
     return folder
 

@@ -23,13 +23,14 @@ from stand_in import make_recipe, objective
 
 from carft_ray.cli import app
 from carft_ray.errors import CarftError, DataError, OutdatedAttemptError, RecipeError, StorageError, UsageError
+from carft_ray.evaluation import result
 from carft_ray.files import temporary_name
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, check_fence, read_failure, read_result, trial_name, write_failure
+from carft_ray.study.outcome import Failure, check_fence, read_failure, trial_name, write_failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -42,10 +43,8 @@ def optuna_study(study_dir, name="search"):
 
 
 def write_result(study_dir, spec, value=0.5):
-    folder = spec.folder(study_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"format_version": 1, "objective": value, "alpha": 0.4, "metrics": {"id_accuracy": 0.7}, "elapsed_s": 2.0}
-    (folder / "result.json").write_text(json.dumps(content))
+    content = {"objective": value, "alpha": 0.4, "metrics": {"id_accuracy": 0.7}, "elapsed_s": 2.0}
+    result.write_result(spec.place(study_dir), content)
 
 
 def fail(study_dir, spec, outcome, reason="because"):
@@ -146,7 +145,7 @@ def test_the_sampler_leaves_the_region_where_trials_diverge(study_dir):
 
 def advance(study_dir, spec, step):
     """Leaves what stands for a checkpoint."""
-    (spec.folder(study_dir) / "checkpoint" / f"attempt-{spec.attempt}" / f"step-{step:08d}").mkdir(parents=True)
+    (spec.place(study_dir) / f"step-{step:08d}").mkdir(parents=True)
 
 
 @pytest.mark.slow
@@ -454,7 +453,7 @@ def test_the_same_seed_draws_the_same_values(tmp_path, name):
 )
 def test_a_result_that_is_not_whole_does_not_count(tmp_path, content):
     (tmp_path / "result.json").write_text(content)
-    assert read_result(tmp_path) is None
+    assert result.read_result(tmp_path) is None
 
 
 def test_the_first_word_of_an_attempt_stands(tmp_path):
@@ -499,11 +498,11 @@ def test_a_full_disk_is_one_message(study_dir):
 
 
 def add_weights(study_dir, spec):
-    (spec.folder(study_dir) / "fine_tuned.safetensors").write_bytes(b"weights")
+    (spec.place(study_dir) / "fine_tuned.safetensors").write_bytes(b"weights")
 
 
 def weights(study_dir):
-    return {path.parent.name for path in study_dir.glob("*/*/fine_tuned.safetensors")}
+    return {path.parents[1].name for path in study_dir.glob("*/*/*/fine_tuned.safetensors")}
 
 
 def run_with_weights(study, value):
@@ -527,7 +526,7 @@ def test_the_weights_of_the_best_trials_and_of_all_baselines_stay(study_dir, ord
         recover_running(study)
         ranked = run_with_weights(study, lambda spec: values[order](spec.number) if spec.kind == "trial" else -100)
     assert weights(study_dir) == {"plain", "other", *ranked[:3]}
-    assert len(list(study_dir.glob("trials/*/result.json"))) == 8
+    assert len(list(study_dir.glob("trials/*/*/result.json"))) == 8
 
 
 @pytest.mark.slow
@@ -568,7 +567,7 @@ def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_t
         run_with_weights(study, lambda spec: spec.number)
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         row = study.rows()[0]
-    result_path = study_dir / "trials" / row.name / "result.json"
+    result_path = study_dir / "trials" / row.name / "attempt-1" / "result.json"
     values = {**recipe.train.model_dump(mode="json"), **row.values}
     result_path.write_text(json.dumps({**json.loads(result_path.read_text()), "train": values}))
     with pytest.raises(StorageError, match="its weights are gone: a study keeps those of its best 1 trial") as caught:

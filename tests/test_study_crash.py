@@ -82,11 +82,11 @@ def told(study_dir):
 
 
 def results(study_dir):
-    return {path.parent.name: json.loads(path.read_text()) for path in study_dir.glob("*/*/result.json")}
+    return {path.parents[1].name: json.loads(path.read_text()) for path in study_dir.glob("*/*/*/result.json")}
 
 
 def weights(study_dir):
-    return {path.parent.name for path in study_dir.glob("*/*/fine_tuned.safetensors")}
+    return {path.parents[1].name for path in study_dir.glob("*/*/*/fine_tuned.safetensors")}
 
 
 def files(study_dir):

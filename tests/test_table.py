@@ -39,11 +39,11 @@ def test_a_row_keeps_curve_epochs_and_every_image(tmp_path):
             labels = np.zeros(len(part), np.int64)
             logits = np.array([[1.0, 0.0] if hit else [0.0, 1.0] for hit in part], np.float32)
             parts.append(predictions_table(name, alpha, np.arange(len(part), dtype=np.uint64), labels, logits))
-    write_predictions(tmp_path / "predictions" / "validation.parquet", concat(parts))
+    write_predictions(tmp_path / "attempt-1" / "predictions" / "validation.parquet", concat(parts))
     curve = [{"alpha": alpha, "objective": 0.5, "id_accuracy": 0.6} for alpha in right]
     metrics = {"id_accuracy": 0.6, "ood_accuracy": 0.4}
     result = {"objective": 0.5, "alpha": 1.0, "metrics": metrics, "curve": curve, "elapsed_s": 3.0}
-    (tmp_path / "result.json").write_text(json.dumps(result))
+    (tmp_path / "attempt-1" / "result.json").write_text(json.dumps(result))
     files.append_line(tmp_path / "metrics.jsonl", json.dumps({"epoch": 1, "loss": 2.0, "images_per_s": 9, "step": 4}))
 
     row = table.row_of(7, Finished(Planned("point 7", {"learning_rate": 1e-3}), tmp_path), sets)

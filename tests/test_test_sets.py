@@ -399,7 +399,7 @@ def confirmed(here):
 
 
 def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, confirmed):
-    result = next(confirmed.glob("confirm/plain-seed102/result.json"))
+    result = next(confirmed.glob("confirm/plain-seed102/*/result.json"))
     result.rename(result.with_name("hidden"))
     code, _, err = run("test", "study")
     assert code == 6
@@ -457,7 +457,7 @@ def test_a_study_without_a_finished_trial_is_told(run, here, folder):
 
 def test_lost_weights_are_told_before_the_seal_is_broken(run, here):
     best = best_row(trials(here / "study"))
-    (here / "study" / "trials" / best.name / "fine_tuned.safetensors").unlink()
+    (here / "study" / "trials" / best.name / "attempt-1" / "fine_tuned.safetensors").unlink()
     code, _, err = run("test", "study")
     assert code == 5
     assert "its weights are gone" in err

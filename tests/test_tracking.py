@@ -81,7 +81,7 @@ def test_both_hold_values_metrics_and_curves(here, tmp_path, caplog):
     study, warned = search(here, tmp_path / "study", caplog, **BOTH)
     assert warned == []
     rows = {row["name"]: row for row in (*study.trials().to_pylist(), *study.baselines.to_pylist())}
-    results = {path.parent.name: json.loads(path.read_text()) for path in study.path.glob("*/*/result.json")}
+    results = {path.parents[1].name: json.loads(path.read_text()) for path in study.path.glob("*/*/*/result.json")}
 
     client = mlflow.MlflowClient((study.path / "tracking" / "mlflow").as_uri())
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])

@@ -19,6 +19,7 @@ from stand_in import make_recipe
 
 from carft_ray.api import actions
 from carft_ray.errors import UsageError
+from carft_ray.evaluation.result import write_result
 from carft_ray.launch.ray_cluster.growth import write_concurrency
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -50,8 +51,8 @@ def start(study, name=None):
 
 
 def finish(study, spec, objective):
-    content = {"format_version": 1, "objective": objective, "alpha": 0.5, "metrics": METRICS, "elapsed_s": 61.0}
-    (spec.folder(study.study_dir) / "result.json").write_text(json.dumps(content))
+    content = {"objective": objective, "alpha": 0.5, "metrics": METRICS, "elapsed_s": 61.0}
+    write_result(spec.place(study.study_dir), content)
     study.settle(spec)
 
 
@@ -331,7 +332,7 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(
                 time.sleep(0.15)
                 with open(spec.folder(study_dir) / "log.txt", "a") as file:
                     file.write(text)
-            (spec.folder(study_dir) / "result.json").write_text("{}")
+            write_result(spec.place(study_dir), {})
 
         with meanwhile(training):
             code, out, _ = run("logs", "first", "4", "--follow")

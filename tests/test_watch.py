@@ -17,6 +17,7 @@ from stand_in import make_recipe
 from test_live import shown
 
 from carft_ray.errors import StorageError
+from carft_ray.evaluation.result import write_result
 from carft_ray.layout import HEARTBEAT, RESOLVED
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.reading.study_view import read_study
@@ -45,8 +46,8 @@ def fill(study, num_finished):
             write_failure(folder, Failure("diverged", "loss not finite", 1))
         else:
             metrics = {"id_accuracy": 0.5, "ood_accuracy": 0.4}
-            content = {"format_version": 1, "objective": 0.3 + 0.001 * number, "alpha": 0.5, "metrics": metrics}
-            (folder / "result.json").write_text(json.dumps(content))
+            content = {"objective": 0.3 + 0.001 * number, "alpha": 0.5, "metrics": metrics}
+            write_result(spec.place(study_dir), content)
         assert study.settle(spec) is not None
     for _ in range(2):
         spec = study.next()
@@ -152,10 +153,7 @@ def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path)
             number = found["search"]
             assert len(ask(port, f"/api/studies/{number}?after=0")["trials"]) == 5
             spec = study.next()  # the search goes on
-            folder = spec.folder(study_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            content = {"format_version": 1, "objective": 0.9, "alpha": 0.5, "metrics": {}}
-            (folder / "result.json").write_text(json.dumps(content))
+            write_result(spec.place(study_dir), {"objective": 0.9, "alpha": 0.5, "metrics": {}})
             study.settle(spec)
             end = time.monotonic() + 120
             while sum(trial["state"] == "Complete" for trial in shown_trials(port, number)) < 4:

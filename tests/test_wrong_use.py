@@ -16,6 +16,7 @@ import short_training
 from logs import HOLD
 
 from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError
+from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -36,10 +37,8 @@ def original(tmp_path_factory):
         study.add_zero_shot({"objective": 0.25})
         for _ in range(len(recipe.search.baselines) + 3):
             spec = study.next()
-            place = spec.folder(study.study_dir)
-            place.mkdir(parents=True, exist_ok=True)
-            content = {"format_version": 1, "objective": 0.5, "alpha": 0.5, "metrics": {}, "elapsed_s": 1.0}
-            (place / "result.json").write_text(json.dumps(content))
+            content = {"objective": 0.5, "alpha": 0.5, "metrics": {}, "elapsed_s": 1.0}
+            write_result(spec.place(study.study_dir), content)
             study.settle(spec)
     return folder
 

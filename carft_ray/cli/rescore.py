@@ -20,7 +20,7 @@ def rescore(
     json_: common.JsonOption = False,
 ) -> None:
     """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
-    from carft_ray.layout import FOLDERS, WEIGHTS
+    from carft_ray.layout import WEIGHTS
     from carft_ray.results import rescore as rescoring
     from carft_ray.results.reading import study_view
 
@@ -47,6 +47,7 @@ def rescore(
     console.say(f"\n{answer['note']}")
     first, folder = answer["trials"][0], shlex.quote(str(study))
     steps = [f"carft-ray ls {folder}"]
-    if (view.study_dir / FOLDERS["trial"] / first["name"] / WEIGHTS).exists():  # a study keeps those of its best
+    row = next(row for row in view.trials if row.name == first["name"])
+    if (row.place(view.study_dir) / WEIGHTS).exists():  # a study keeps those of its best
         steps.insert(0, f"carft-ray evaluate {folder} --trial {first['name']} --alpha {first['alpha']:g}")
     console.next_step(*steps)

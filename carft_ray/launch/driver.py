@@ -163,7 +163,7 @@ class Driver:
             self.study.spend(spec, seconds, self.gpus)
             folder = spec.folder(self.study.study_dir)
             with contextlib.suppress(OSError):  # not there
-                end_s = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
+                end_s = (spec.place(self.study.study_dir) / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
                 self._longest_end_s = max(self._longest_end_s, end_s)
             self._settle(attempt, seconds, gone)
         except Exception as failure:  # raised again by the search

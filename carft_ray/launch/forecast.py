@@ -36,14 +36,14 @@ from carft_ray.launch.runtime import RUNNER, Say
 from carft_ray.launch.session import computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.layout import CONFIRM, KEPT_CHECKPOINTS
+from carft_ray.layout import KEPT_CHECKPOINTS
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
 from carft_ray.recipe.space.grid import num_trials
 from carft_ray.recipe.trial_values import drawn, middle
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import read_result
+from carft_ray.study.outcome import result_of
 from carft_ray.study.recovery import recover_confirm
 from carft_ray.training.run_context import RunContext
 
@@ -184,10 +184,11 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
             runtime = replace(runtime, recipe=decided, capacity=fixed, attached=False)
             if run_trainings(study, runtime, lambda event: None):
                 raise _interrupted()
-        if failed := [row.reason for row in study.rows("confirm") if row.outcome != "complete"]:
+        rows = study.rows("confirm")
+        if failed := [row.reason for row in rows if row.outcome != "complete"]:
             step = "A training would end in the same way; run it by `carft-ray train` to see all of it."
             raise ClusterError(Problem("plan", f"a short training has failed: {failed[0]}", next_step=step))
-        results = [(read_result(study.study_dir / CONFIRM / name) or {})["probe"] for name in names]
+        results = [result_of(study.study_dir, row)["probe"] for row in rows]
     slots, every, pruner = capacity.concurrency, recipe.evaluate.every_epochs, recipe.search.pruner
     first, later = _means(results[:slots]), _means(results[slots:])
     # where targets are stored, the first training of a slot computes them

@@ -27,7 +27,7 @@ from carft_ray import files
 from carft_ray.launch.events import BaselineFinished, Event, OnEvent, Shared, TrialEpoch, TrialFinished
 from carft_ray.layout import MANIFEST, METRICS, TRACKING
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.outcome import read_result
+from carft_ray.study.outcome import result_of
 
 PATIENCE_S = 120.0  # after the search, for what is still on its way
 STOPPED = "stopped"
@@ -123,7 +123,7 @@ def _tell(client: Any, event: Told) -> None:
             client.log(one.name, numbers, line["step"])
     if isinstance(event, TrialEpoch):
         return
-    for point in (read_result(folder) or {}).get("curve") or ():
+    for point in result_of(client.study_dir, event.row).get("curve") or ():
         client.log(one.name, {f"curve/{name}": point[name] for name in CURVE if name in point}, 100 * point["alpha"])
     row, own = event.row, ("objective", "alpha", "elapsed_s")
     numbers = row.metrics | {name: getattr(row, name) for name in own if getattr(row, name) is not None}

@@ -16,11 +16,11 @@ from carft_ray import environment, files
 from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
 from carft_ray.launch.runs.single import train_once
-from carft_ray.layout import FOLDERS, PREPARED, REFERENCES
+from carft_ray.layout import PREPARED, REFERENCES
 from carft_ray.model.device import gpu_names
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading.finished import Finished, open_finished
-from carft_ray.study.outcome import read_result
+from carft_ray.study.outcome import result_of
 from carft_ray.study.provenance import CHANGING, differences, identity_problems, leaves
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.origin import set_contents
@@ -105,8 +105,7 @@ def reproduce(
     base = without_shared(finished.base, rows)
     _check({"data": set_contents(base)}, kept)
     shared = _as_computed(base, kept["preparation"], out_dir)
-    of_study = finished.run_dir != finished.folder
-    is_trial = of_study and finished.run_dir.parent.name == FOLDERS["trial"]
+    is_trial = finished.row.kind == "trial"
     references = finished.folder / PREPARED / REFERENCES
 
     def prepare_first(folder: Path) -> dict[str, Any]:
@@ -117,10 +116,10 @@ def reproduce(
         return found
 
     if finished.is_zero_shot:
-        metrics = {k: v for k, v in prepare_first(out_dir).items() if k in finished.result["metrics"]}
+        metrics = {k: v for k, v in prepare_first(out_dir / PREPARED).items() if k in finished.result["metrics"]}
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
-        return _compared(finished, then, replace(finished, run_dir=out_dir, result=result))
-    was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
+        return _compared(finished, then, replace(finished, folder=out_dir, result=result))
+    was = finished.recipe if is_trial else alone(finished.recipe)
     recipe = _as_computed(was, finished.result["environment"], out_dir)
     try:
         train_once(recipe, out_dir, False, "", say, progress, report, None, prepare_first, rows)
@@ -157,7 +156,7 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
 
 def _compared(finished: Finished, then: pa.Table, again: Finished) -> dict[str, Any]:
     """Compares a training, whose predictions were ``then``, with itself repeated."""
-    old, new = _numbers(read_result(finished.run_dir) or finished.result), _numbers(again.result)
+    old, new = _numbers(result_of(finished.folder, finished.row) or finished.result), _numbers(again.result)
     found = [_difference(key, was, value, _size(was, value)) for key, was, value in differences(old, new)]
     found += table_differences(then, again.predictions())
     with_weights = finished.weights_path.is_file() and again.weights_path.is_file()

@@ -21,19 +21,19 @@ from carft_ray.evaluation.predictions import (
 )
 from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
 from carft_ray.results.confirm.configurations import read_plan
-from carft_ray.results.confirm.summary import row_correct, whole_rows
+from carft_ray.results.confirm.summary import complete_trainings, row_correct, whole_rows
 from carft_ray.results.statistics.paired import KEYS
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.outcome import TrialRow, file_of
 from carft_ray.study.rows import ZERO_SHOT
 
 Chosen = dict[str, dict[str, BoolArray]]
 
 
 def predictions_path(study_dir: Path, row: TrialRow) -> Path:
-    """Returns the path of the validation predictions of a trial or baseline."""
+    """Returns the path of the validation predictions of a trial or baseline; raises as ``file_of``."""
     if row.name == ZERO_SHOT:
         return study_dir / PREPARED / ZERO_SHOT_TABLE
-    return row.folder(study_dir) / PREDICTIONS
+    return file_of(study_dir, row, PREDICTIONS)
 
 
 def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) -> tuple[Chosen, int]:
@@ -77,11 +77,12 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
         StorageError: The plan or predictions cannot be read.
         DataError: Predictions lack a set or an alpha, or are of different images.
     """
+    stages = [stage for stage in read_plan(study_dir) or () if stage is not None]
+    complete = complete_trainings(study_dir) if stages else {}
     return [
-        row_correct(study_dir, spec, stage, row)
-        for stage in read_plan(study_dir) or ()
-        if stage is not None
-        for row in whole_rows(study_dir, stage)
+        row_correct(study_dir, spec, trainings, row)
+        for stage in stages
+        for row, trainings in whole_rows(stage, complete)
         if row.role != "baseline"
     ]
 

@@ -4,10 +4,11 @@ Both follow every training that ends. At opening all trainings are gone through 
 and ``best.yaml`` is written where the kill came first.
 """
 
+import shutil
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.layout import BEST, CHECKPOINTS, FOLDERS, THUMBNAILS, WEIGHTS
+from carft_ray.layout import ATTEMPT, BEST, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.constraints import violation_words
 from carft_ray.recipe.schema.recipe import Recipe
@@ -20,8 +21,9 @@ from carft_ray.study.rows import best_first, best_row
 class Retention:
     """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials and of all baselines, no others.
 
-    A failed or cut training loses its checkpoints, too; a finished one has none. In a Pareto search those of all
-    trainings on the front stay, since the best point moves along it; one that has left the front never comes back.
+    Of a failed or cut training no attempt's files stay, of a complete one those of its result. In a
+    Pareto search those of all trainings on the front stay, since the best point moves along it; one that has left the
+    front never comes back.
     """
 
     def __init__(self, study_dir: Path, recipe: Recipe) -> None:
@@ -32,16 +34,18 @@ class Retention:
 
     def ended(self, row: TrialRow) -> None:
         """Removes what is not kept any longer, now that a training has ended."""
-        folder = self._study_dir / FOLDERS[row.kind]
-        if row.outcome not in ("complete", "running"):
-            files.remove(folder / row.name / CHECKPOINTS)
-            _forget(folder / row.name)
-        elif row.outcome == "complete" and row.kind == "trial":
+        if row.outcome == "running":
+            return
+        for place in row.folder(self._study_dir).glob(f"{ATTEMPT}*"):
+            if row.outcome != "complete" or place != row.place(self._study_dir):
+                shutil.rmtree(place, ignore_errors=True)  # an attempt that was taken for lost may still write there
+        if row.outcome == "complete" and row.kind == "trial":
             self._kept[row.name] = row
             for worse in best_first(self._ranked())[self._recipe.search.keep_checkpoints :]:
                 if not worse.standing:
                     del self._kept[worse.name]
-                    _forget(folder / worse.name)
+                    for name in (WEIGHTS, THUMBNAILS):
+                        files.remove(worse.place(self._study_dir) / name)
 
     def note_best(self) -> None:
         """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""
@@ -60,11 +64,6 @@ class Retention:
     def _ranked(self) -> list[TrialRow]:
         kept = sorted(self._kept.values(), key=lambda row: row.number)  # of equal points the first one counts
         return kept if self._rule is None else stand(kept, self._rule)
-
-
-def _forget(folder: Path) -> None:
-    for name in (WEIGHTS, THUMBNAILS):
-        files.remove(folder / name)
 
 
 def write_best(study_dir: Path, recipe: Recipe, best: TrialRow) -> None:

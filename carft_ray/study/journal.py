@@ -140,12 +140,13 @@ class Journal:
             self._storage.set_trial_intermediate_value(self._ids[spec.kind, spec.number], percent, value)
         self._see(self._trial(spec))
 
-    def complete(self, spec: TrialSpec, result: Mapping[str, Any]) -> TrialRow:
+    def complete(self, spec: TrialSpec, result: Mapping[str, Any], digest: str) -> TrialRow:
         """Writes a result.
 
         Args:
             spec: The attempt.
             result: Content of its ``result.json``.
+            digest: SHA-256 of that file.
 
         Raises:
             StorageError: The result of a trial lacks what its search needs.
@@ -155,9 +156,10 @@ class Journal:
             lowest = self._recipe.search.alpha.lowest if self.rule else None
             missing, rule = missing_metrics(result["metrics"], self._constraints, self.rule is not None)
             if missing:
-                place = str(spec.folder(self._study_dir) / RESULT)
+                place = str(spec.place(self._study_dir) / RESULT)
                 raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
-        return self.tell(spec, TrialState.COMPLETE, result_attributes(result, lowest), result["objective"])
+        attributes = {**result_attributes(result, lowest), "digest": digest}
+        return self.tell(spec, TrialState.COMPLETE, attributes, result["objective"])
 
     def tell(
         self, spec: TrialSpec, state: TrialState, attributes: Mapping[str, Any], objective: float | None = None

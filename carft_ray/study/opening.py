@@ -8,7 +8,7 @@ from optuna.storages import JournalStorage
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import COMMITS, FENCE, FOLDERS
+from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
@@ -67,7 +67,7 @@ def open_study(
 def _require_known(study_dir: Path, storage: JournalStorage) -> None:
     """Raises a ``StorageError`` when trainings have begun that the log does not know: it was cut or replaced."""
     known = {row.name for found in rows.all_rows(storage).values() for row in found}
-    begun = [path.parent for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*/{FENCE}"))]
+    begun = [path.parent for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*/{ATTEMPT}*"))]
     if unknown := [str(folder.relative_to(study_dir)) for folder in begun if folder.name not in known]:
         value = f"one that knows nothing of {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
         step = "Restore it from a copy. Without one: move those folders elsewhere, and the search begins without them."

@@ -6,7 +6,6 @@ all. A worker writes them, the study reads them.
 
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime
@@ -16,8 +15,9 @@ from typing import Any, Literal
 
 from carft_ray import files, untrusted
 from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem, StorageError
+from carft_ray.evaluation.result import FORMAT_VERSION, read_result, sha256
 from carft_ray.layout import (
-    CHECKPOINTS,
+    ATTEMPT,
     COMMITS,
     CUT,
     ERROR,
@@ -29,12 +29,10 @@ from carft_ray.layout import (
     METRICS,
     OWN,
     RESULT,
+    STEP,
     WEIGHTS,
 )
 from carft_ray.recipe.schema.constraints import total_violation
-from carft_ray.recipe.schema.recipe import ResourcesConfig
-
-FORMAT_VERSION = 1
 
 Kind = Literal["trial", "baseline", "confirm"]
 Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
@@ -66,6 +64,10 @@ class TrialSpec:
         """Returns the folder of the training."""
         return study_dir / FOLDERS[self.kind] / self.name
 
+    def place(self, study_dir: Path) -> Path:
+        """Returns the folder of the attempt."""
+        return self.folder(study_dir) / f"{ATTEMPT}{self.attempt}"
+
 
 @dataclass(frozen=True)
 class TrialRow:
@@ -74,6 +76,7 @@ class TrialRow:
     Attributes:
         at_chance: The fine-tuned weights alone, alpha 1, are at chance, others of the curve above; of zero-shot: it is.
         outside: The search space has changed since, and the sampler no longer uses this trial.
+        digest: Of a complete training, the SHA-256 of its ``result.json``; empty of the zero-shot model.
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.
         standing: Of a Pareto search: 2 for the training that holds the best point, 1 for others with a point on the
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``study.front``).
@@ -92,6 +95,7 @@ class TrialRow:
     started: datetime | None = None
     elapsed_s: float | None = None
     outside: bool = False
+    digest: str = ""
     points: tuple[dict[str, float], ...] = ()
     standing: int = 0
     intermediate_values: dict[int, float] = field(default_factory=dict)  # percent of schedule -> objective
@@ -107,6 +111,10 @@ class TrialRow:
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""
         return study_dir / FOLDERS[self.kind] / self.name
+
+    def place(self, study_dir: Path) -> Path:
+        """Returns the folder of its last attempt: of a complete training, the one whose result counts."""
+        return self.folder(study_dir) / f"{ATTEMPT}{self.attempt}"
 
     @cached_property
     def violation(self) -> float:
@@ -197,14 +205,41 @@ def trial_name(number: int, values: Mapping[str, Any]) -> str:
     return f"t{number:04d}-{hashlib.sha256(text.encode()).hexdigest()[:4]}"
 
 
-def read_result(folder: Path) -> dict[str, Any] | None:
-    """Returns the content of ``result.json`` when it is there and valid: known version, finite objective."""
-    content = _read(folder / RESULT)
-    if content is None or content.get("format_version") != FORMAT_VERSION:
-        return None
-    objective = content.get("objective")
-    valid = isinstance(objective, int | float) and math.isfinite(objective) and isinstance(content.get("metrics"), dict)
-    return content if valid else None
+def result_of(study_dir: Path, row: TrialRow) -> dict[str, Any]:
+    """Returns the result of a complete training, as the study has it; empty of another one, or the zero-shot model.
+
+    Raises:
+        StorageError: It is missing, or not the one that the study has recorded.
+    """
+    if row.outcome != "complete" or not row.digest:
+        return {}
+    found = read_result(row.place(study_dir))
+    if found is None or found[1] != row.digest:
+        raise StorageError(_not_recorded(row.place(study_dir) / RESULT))
+    return found[0]
+
+
+def file_of(study_dir: Path, row: TrialRow, name: str) -> Path:
+    """Returns where a file of a complete training is, once its content is known to be that of its result.
+
+    Args:
+        study_dir: The study directory.
+        row: The training.
+        name: Its name (``layout.OF_RESULT``). Whether it is there is for the caller to find out.
+
+    Raises:
+        StorageError: It is another one, or so is the result.
+    """
+    path, recorded = row.place(study_dir) / name, result_of(study_dir, row).get("files", {}).get(name)
+    if files.exists(path) and (recorded is None or sha256(path) != recorded["sha256"]):
+        raise StorageError(_not_recorded(path))
+    return path
+
+
+def _not_recorded(path: Path) -> Problem:
+    step = "Restore it from a copy; no command changes a finished training."
+    value = "another one" if files.exists(path) else "none"
+    return Problem(str(path), "must be the file that the study has recorded", value, next_step=step)
 
 
 def read_failure(folder: Path, attempt: int) -> Failure | None:
@@ -256,10 +291,11 @@ def progress_of(folder: Path) -> list[int]:
 
     Of a fine-tuning of the user's own, which keeps what only it knows, the step that it has reported last counts.
     """
-    steps = [int(path.name.partition("-")[2]) for path in folder.glob(f"{CHECKPOINTS}/attempt-*/step-*")]
-    if any(folder.glob(f"{CHECKPOINTS}/{OWN}/*")):
+    found = [path.name.removeprefix(STEP) for path in folder.glob(f"{ATTEMPT}*/{STEP}*")]
+    steps = [int(number) for number in found if number.isdigit()]
+    if any(folder.glob(f"{ATTEMPT}*/{OWN}/*")):
         steps += [int(row["step"]) for row in files.read_json_lines(folder / METRICS)]
-    return [int(files.exists(folder / WEIGHTS)), max(steps, default=0)]
+    return [int(any(folder.glob(f"{ATTEMPT}*/{WEIGHTS}"))), max(steps, default=0)]
 
 
 def progress_words(folder: Path) -> str:
@@ -354,24 +390,6 @@ def read_heartbeat(folder: Path, attempt: int, known: Heartbeat | None = None) -
     nodes = tuple((str(node_id), str(address)) for node_id, address in content.get("nodes", []))
     names = content["pid"], content["node_id"], content["group"]
     return Heartbeat(attempt, *names, last_step_ns, began, gpus, nodes)
-
-
-def left_behind(folder: Path, attempt: int, resources: ResourcesConfig) -> tuple[float, float]:
-    """Returns seconds and GPUs of an attempt whose driver was killed, by what lies in its folder; zeros for no trace.
-
-    Args:
-        folder: Folder of the training.
-        attempt: The attempt.
-        resources: Of the recipe, for a training that came to its end.
-    """
-    alive = files.retried(folder, lambda: read_heartbeat(folder, attempt))
-    if alive is not None:
-        return max(0.0, alive.last_step_ns / 1e9 - alive.began), alive.gpus
-    result = read_result(folder) or {}
-    made_on = result.get("environment") or {}
-    each = 1.0 if resources.gpus_per_worker is None else resources.gpus_per_worker
-    gpus = each * made_on.get("num_workers", 1) if made_on.get("device", "cpu") != "cpu" else 0.0
-    return float(result.get("elapsed_s") or 0.0), gpus
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

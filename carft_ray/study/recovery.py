@@ -4,8 +4,12 @@ What has ended is recorded; the rest is queued for another attempt, which resume
 """
 
 from collections.abc import Container, Mapping
+from pathlib import Path
 from typing import Any
 
+from carft_ray import files
+from carft_ray.evaluation.result import read_result
+from carft_ray.recipe.schema.recipe import ResourcesConfig
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
 from carft_ray.study.rows import SET_ASIDE, SPENT, row_of, trainings
@@ -63,6 +67,25 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
 
 def _spend_left_behind(study: Study, spec: TrialSpec) -> None:
     if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
-        seconds, gpus = outcome.left_behind(spec.folder(study.study_dir), spec.attempt, study.recipe.resources)
+        seconds, gpus = _left_behind(study.study_dir, spec, study.recipe.resources)
         if seconds:
             study.spend(spec, seconds, gpus)
+
+
+def _left_behind(study_dir: Path, spec: TrialSpec, resources: ResourcesConfig) -> tuple[float, float]:
+    """Returns seconds and GPUs of an attempt whose driver was killed, by what lies in its folder; zeros for no trace.
+
+    Args:
+        study_dir: The study directory.
+        spec: The attempt.
+        resources: Of the recipe, for a training that came to its end.
+    """
+    folder = spec.folder(study_dir)
+    alive = files.retried(folder, lambda: outcome.read_heartbeat(folder, spec.attempt))
+    if alive is not None:
+        return max(0.0, alive.last_step_ns / 1e9 - alive.began), alive.gpus
+    result, _ = read_result(spec.place(study_dir)) or ({}, "")
+    made_on = result.get("environment") or {}
+    each = 1.0 if resources.gpus_per_worker is None else resources.gpus_per_worker
+    gpus = each * made_on.get("num_workers", 1) if made_on.get("device", "cpu") != "cpu" else 0.0
+    return float(result.get("elapsed_s") or 0.0), gpus

@@ -27,7 +27,7 @@ OUTSIDE = "outside"  # attribute of a trial outside the space: its state and val
 TRAINING_OF, WARM_FROM = "training_of", "warm_from"
 VALUE_ATTRIBUTE = "look/"  # with the percent: an intermediate value of a trial with two objectives
 SPENT = "attempts_s"  # attempt -> [seconds, GPUs]; written when an attempt ends, however it ends
-SAME_NAMES = ("alpha", "at_chance", "metrics")  # attributes that a row has, too
+SAME_NAMES = ("alpha", "at_chance", "digest", "metrics")  # attributes that a row has, too
 SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
 
 

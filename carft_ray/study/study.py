@@ -25,6 +25,7 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
+from carft_ray.evaluation.result import read_result
 from carft_ray.layout import CUT as CUT_FILE
 from carft_ray.layout import LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
 from carft_ray.recipe.schema.constraints import constraint_names
@@ -109,7 +110,7 @@ class Study:
         cut, reason = self._cut(spec), None
         if cut is not None and percent > cut.percent:
             return None
-        if cut is None and not files.exists(folder / RESULT):  # else it would come too late
+        if cut is None and not files.exists(spec.place(self.study_dir) / RESULT):  # else it would come too late
             others = [trial for number, trial in known.items() if number != spec.number]
             reason = pruning.cut_reason(pruner, {**before, percent: value}, others)
         with self.log.commit():
@@ -134,13 +135,13 @@ class Study:
             CarftError: The training found a fault that is not in its values; it stays RUNNING.
         """
         folder = spec.folder(self.study_dir)
-        result = outcome.read_result(folder)
+        found = read_result(spec.place(self.study_dir))
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
         cut = self._cut(spec)
-        if result is not None:
-            return self._ended(self.journal.complete(spec, result))
+        if found is not None:
+            return self._ended(self.journal.complete(spec, *found))
         if cut is not None:
             if not files.exists(folder / CUT_FILE):  # a kill came first
                 outcome.write_cut(folder, cut)

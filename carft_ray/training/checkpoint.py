@@ -1,7 +1,7 @@
 """Checkpoints of a training: safetensors and JSON, no pickle.
 
-    checkpoint/attempt-1/step-00000024/{weights.safetensors, optimizer.safetensors, state.json}
-                                        and average.safetensors with `ema_decay`
+    attempt-1/step-00000024/{weights.safetensors, optimizer.safetensors, state.json}
+                             and average.safetensors with `ema_decay`
 
 A checkpoint folder appears under its name only whole. The newest valid one wins; an attempt writes only into its own
 folder, so an older one that still runs cannot overwrite a newer one's work. A training copies its state to the host,
@@ -26,11 +26,11 @@ from torch import Tensor
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import KEPT_CHECKPOINTS
+from carft_ray.layout import ATTEMPT, KEPT_CHECKPOINTS, STEP
 
 FORMAT_VERSION = 1
 WEIGHTS, OPTIMIZER, AVERAGE = "weights.safetensors", "optimizer.safetensors", "average.safetensors"
-_NAME = re.compile(r"^attempt-(\d+)/step-(\d+)$")
+_NAME = re.compile(rf"^{ATTEMPT}(\d+)/{STEP}(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class CheckpointWriter:
     A context manager: leaving it waits for the last one, so that all is written inside the attempt's fence.
 
     Args:
-        checkpoint_dir: Folder of all checkpoints of the training; None: none are written.
+        checkpoint_dir: Folder of the training, in which its attempts have theirs; None: none are written.
         attempt: Number of the attempt.
     """
 
@@ -134,7 +134,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
     Raises:
         StorageError: It cannot be written; the checkpoints before it are untouched.
     """
-    folder = checkpoint_dir / f"attempt-{attempt}" / f"step-{checkpoint.step:08d}"
+    folder = checkpoint_dir / f"{ATTEMPT}{attempt}" / f"{STEP}{checkpoint.step:08d}"
     if files.exists(folder):
         return folder
     with files.writing(folder):
@@ -250,7 +250,7 @@ def _sha256_of_state(content: Mapping[str, Any]) -> str:
 
 def _folders(checkpoint_dir: Path) -> list[tuple[tuple[int, int], Path]]:
     """Returns ``((step, attempt), folder)`` of all checkpoints, newest first."""
-    folders = checkpoint_dir.glob("attempt-*/step-*")
+    folders = checkpoint_dir.glob(f"{ATTEMPT}*/{STEP}*")
     named = [(_NAME.match(folder.relative_to(checkpoint_dir).as_posix()), folder) for folder in folders]
     return sorted((((int(match[2]), int(match[1])), folder) for match, folder in named if match), reverse=True)
 

@@ -235,7 +235,7 @@ def fine_tune(
         train: Hyperparameters; ``compile: auto`` is off here, the caller resolves it (``tower.compiles``).
         context: Rank, reports and stop flag; a single worker by default.
         device: Where to compute; the CPU by default.
-        checkpoint_dir: Folder of the checkpoints; None: none are written.
+        checkpoint_dir: Folder of the training, in which attempts have theirs; None: no checkpoints are written.
         attempt: Number of this attempt at the training; checkpoints go to a folder of its own.
         target_store: Where the frozen model's context distributions are read, and written where they are missing
             (``targets.store_dir``); None: neither.

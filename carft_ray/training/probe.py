@@ -14,7 +14,8 @@ from typing import Any
 from carft_ray import files
 from carft_ray.data.packed import PackedSource
 from carft_ray.evaluation.predictions import write_predictions
-from carft_ray.layout import CHECKPOINTS, HEADS, PREDICTIONS, RESULT
+from carft_ray.evaluation.result import write_result
+from carft_ray.layout import ATTEMPT, HEADS, PREDICTIONS, STEP
 from carft_ray.model.device import device_of
 from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
@@ -22,7 +23,7 @@ from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.ranks import from_rank_0
-from carft_ray.training.run import LIVE_ALPHAS, RESULT_VERSION, run_training
+from carft_ray.training.run import LIVE_ALPHAS, run_training
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import shared_inputs_of_worker
 
@@ -72,10 +73,11 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
     with mixtures.between(state) as mixed:
         evaluation_began = time.perf_counter()
         table = predict_all(mixed(0.5), inputs.validation, 0.5, recipe.evaluate.batch_size, context)
-    result: dict[str, Any] = {"format_version": RESULT_VERSION, "objective": 0.0, "metrics": {}}
+    result: dict[str, Any] = {"objective": 0.0, "metrics": {}}
     if context.rank != 0:
         return result
-    write_predictions(out_dir / PREDICTIONS, table)
+    place = out_dir / f"{ATTEMPT}{attempt}"
+    write_predictions(place / PREDICTIONS, table)
     evaluate_s = time.perf_counter() - evaluation_began
     image_s = statistics.fmean(1 / row["images_per_s"] for row in rows[1:] or rows)  # the first one warms up
     rest_s = max(0.0, trained_s - rows[-1]["step"] * recipe.train.batch_size * image_s)
@@ -90,13 +92,13 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         "epoch_s": len(inputs.train) * image_s,
         "look_s": (len(LIVE_ALPHAS) if recipe.train.alpha is None else 1) * of_subset * evaluate_s,
         "weights": sum(tensor.nbytes for tensor in state.values()),
-        "checkpoint": max(_num_bytes(folder) for folder in (out_dir / CHECKPOINTS).glob("*/*")),
-        "predictions": len(alphas) * (out_dir / PREDICTIONS).stat().st_size,
+        "checkpoint": max(_num_bytes(folder) for folder in place.glob(f"{STEP}*")),
+        "predictions": len(alphas) * (place / PREDICTIONS).stat().st_size,
         "cache": decoded + (inputs.train.num_bytes if isinstance(inputs.train, PackedSource) else 0),
     }
-    files.remove_folder(out_dir / CHECKPOINTS)
-    files.write_json(out_dir / RESULT, result)
-    return result
+    for folder in place.glob(f"{STEP}*"):
+        files.remove_folder(folder)
+    return write_result(place, result)
 
 
 def _num_bytes(folder: Path) -> int:

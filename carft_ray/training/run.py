@@ -1,9 +1,11 @@
 """One training from recipe to ``result.json``: what `train`, a trial and a baseline all run.
 
-    out_dir/{metrics.jsonl, 'lr=1e-5 kl=0.5'/ (events for TensorBoard), checkpoint/, fine_tuned.safetensors,
-             predictions/{validation.parquet, thumbnails.parquet}, result.json}
+    out_dir/{metrics.jsonl, 'lr=1e-5 kl=0.5'/ (events for TensorBoard)}
+    out_dir/attempt-N/{step-00000024/, fine_tuned.safetensors,
+                       predictions/{validation.parquet, thumbnails.parquet}, result.json}
 
-``result.json`` is written last: a training is finished when this file exists. Only ``train``, ``id_val`` and
+``result.json`` is written last: a training is finished when this file exists. An attempt continues from what those
+before it have left, and writes below its own folder alone. Only ``train``, ``id_val`` and
 ``ood_val`` are opened; the test roles are not even built.
 """
 
@@ -11,6 +13,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, select, write_predictions
+from carft_ray.evaluation.result import write_result
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.device import device_of, gpu_names
 from carft_ray.model.heads import cached_heads
@@ -49,7 +53,6 @@ from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs, s
 from carft_ray.training.tensorboard import EventFile, run_folder, tag_of, varied
 from carft_ray.training.thumbnails import write_thumbnails
 
-RESULT_VERSION = 1
 # The intermediate value of a training is the best of these: alpha 1 alone said nothing of the end (measured: rank
 # correlation -.2 with the final objective over alpha), and alpha 0 is the same for all.
 LIVE_ALPHAS = (0.25, 0.5, 0.75, 1.0)
@@ -130,15 +133,14 @@ def run_training(
 ) -> dict[str, Any]:
     """Fine-tunes, makes the alpha curve on the validation sets, and returns the content of ``result.json``.
 
-    Called on every worker. Resumes from the newest valid checkpoint in ``out_dir``; a finished training is not run
-    again.
+    Called on every worker. Continues from the weights of an earlier attempt, or from the newest valid checkpoint.
 
     Args:
         recipe: ``recipe.train`` holds the values of this training.
         out_dir: Folder of this training, shared by its workers.
         prepared_dir: What ``prepare`` made.
         context: Rank, reports and stop flag.
-        attempt: Number of this attempt.
+        attempt: Number of this attempt, which no other one of this training has.
         opened: Model and sets to use instead of the recipe's whole ones.
         function: What ``train.function`` names; None: it is imported.
 
@@ -149,13 +151,8 @@ def run_training(
         MachineError: A rank does not see the files from which rank 0 resumes.
         CarftError: As its message says.
     """
-    result_path, weights_path = out_dir / layout.RESULT, out_dir / layout.WEIGHTS
-    finished, is_trained = from_rank_0(
-        context,
-        lambda: (files.read_json(result_path) if files.exists(result_path) else None, files.exists(weights_path)),
-    )
-    if finished is not None:
-        return dict(finished)
+    place = out_dir / f"{layout.ATTEMPT}{attempt}"
+    trained = from_rank_0(context, lambda: _left(out_dir, layout.WEIGHTS))
     started = time.perf_counter()
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
@@ -166,9 +163,12 @@ def run_training(
         function = function or on_node(recipe.train.function, recipe.train.function_dir)
         recipe = without_tests(recipe)
     compiled = is_compiled(recipe, prepared_dir)
-    training = _Training(recipe, inputs, heads, out_dir, context, store, mixtures, compiled, function)
+    training = _Training(recipe, inputs, heads, out_dir, place, context, store, mixtures, compiled, function)
     # where an earlier attempt has trained, only the curve is left
-    fine_tuned = on_all_ranks(context, lambda: load_tensors(weights_path)) if is_trained else _train(training, attempt)
+    fine_tuned = on_all_ranks(context, lambda: load_tensors(trained[-1])) if trained else _train(training, attempt)
+    if context.rank == 0:
+        with files.new_file(place / layout.WEIGHTS) as temporary:
+            save_tensors(temporary, fine_tuned)
     result = _evaluate(training, fine_tuned, prepared_dir)
     result |= {
         "elapsed_s": round(time.perf_counter() - started, 3),
@@ -178,9 +178,16 @@ def run_training(
         result["environment"]["function_source"] = source_of(function)
     if context.rank == 0:
         _write_hparams(recipe, result, out_dir)
-        files.remove_folder(out_dir / layout.CHECKPOINTS)  # before: what is finished is never read again
-        files.write_json(result_path, result)
+        for folder in (*place.glob(f"{layout.STEP}*"), place / layout.OWN):  # before: nobody reads them again
+            files.remove_folder(folder)
+        result = write_result(place, result)
     return result
+
+
+def _left(out_dir: Path, name: str) -> list[Path]:
+    """Returns what attempts have left under a name, the newest last."""
+    found = out_dir.glob(f"{layout.ATTEMPT}*/{name}")
+    return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))  # by their numbers
 
 
 def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:
@@ -198,6 +205,7 @@ class _Training:
     inputs: SharedInputs
     heads: dict[str, Tensor]
     out_dir: Path
+    place: Path
     context: RunContext
     store: Path | None
     mixtures: Mixtures
@@ -224,11 +232,10 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
     metrics = dict(fixed[0] if fixed else choose_point(curve, recipe.search.alpha.lowest))
     alpha = metrics.pop("alpha")
     if training.context.rank == 0:
-        write_predictions(training.out_dir / layout.PREDICTIONS, table)
-        pictures = training.out_dir / layout.THUMBNAILS
+        write_predictions(training.place / layout.PREDICTIONS, table)
+        pictures = training.place / layout.THUMBNAILS
         write_thumbnails(pictures, table, alpha, inputs.validation, recipe.evaluate.thumbnails)
     return {
-        "format_version": RESULT_VERSION,
         "objective": metrics["objective"],
         "alpha": alpha,
         "metrics": metrics,
@@ -255,34 +262,45 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
         best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}
 
-    device, checkpoints = device_of(recipe), training.out_dir / layout.CHECKPOINTS
+    device = device_of(recipe)
     train = recipe.train.model_copy(update={"compile": training.is_compiled})  # resolved
     with _recorder(training.out_dir, run_folder(training.out_dir, recipe), context) as recorded:
         if training.function is not None:
             own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
-            checkpoints /= layout.OWN
-            state = own_fine_tune(training.function, train, own, recorded, device, checkpoints, on_epoch)
-        else:
-            micro_batch = micro_batch_of(recipe.train, context.world_size)
-            with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
-                state = fine_tune(
-                    inputs.clip,
-                    heads["class_head"],
-                    heads["context_head"],
-                    inputs.train,
-                    train,
-                    recorded,
-                    device=device,
-                    checkpoint_dir=checkpoints,
-                    attempt=attempt,
-                    target_store=training.store,
-                    on_epoch=on_epoch,
-                    num_threads=recipe.resources.threads_per_worker,
-                )
-    if context.rank == 0:
-        with files.new_file(training.out_dir / layout.WEIGHTS) as temporary:
-            save_tensors(temporary, state)
-    return state
+            from_rank_0(context, lambda: _take_over(training.out_dir, training.place / layout.OWN))
+            kept = training.place / layout.OWN
+            return own_fine_tune(training.function, train, own, recorded, device, kept, on_epoch)
+        micro_batch = micro_batch_of(recipe.train, context.world_size)
+        with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
+            return fine_tune(
+                inputs.clip,
+                heads["class_head"],
+                heads["context_head"],
+                inputs.train,
+                train,
+                recorded,
+                device=device,
+                checkpoint_dir=training.out_dir,
+                attempt=attempt,
+                target_store=training.store,
+                on_epoch=on_epoch,
+                num_threads=recipe.resources.threads_per_worker,
+            )
+
+
+def _take_over(out_dir: Path, own: Path) -> None:
+    """Copies what the attempt before has kept of a fine-tuning of the user's own; that of older ones goes."""
+    before = _left(out_dir, layout.OWN)
+
+    def copy(source: str, target: str) -> None:
+        shutil.copy2(source, target)
+        files.fsync_file(Path(target))
+
+    if before and before[-1] != own:
+        with files.new_folder(own) as temporary:
+            shutil.copytree(before[-1], temporary, symlinks=True, dirs_exist_ok=True, copy_function=copy)
+    for older in before[:-1]:
+        files.remove_folder(older)
 
 
 @contextlib.contextmanager

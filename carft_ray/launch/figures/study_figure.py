@@ -6,10 +6,10 @@ from pathlib import Path
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.launch.figures.figure import Curve, Dot, Pair, id_ood_figure
-from carft_ray.layout import FIGURE_PNG, FIGURE_SVG, FOLDERS
+from carft_ray.layout import FIGURE_PNG, FIGURE_SVG
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.front import front_of
-from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.study.outcome import TrialRow, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row
 from carft_ray.study.study import Study
 from carft_ray.words import counted
@@ -90,8 +90,8 @@ def write_figure(
 
 
 def _curve(study_dir: Path, best: TrialRow | None) -> Curve | None:
-    content = None if best is None else read_result(study_dir / FOLDERS["trial"] / best.name)
-    if best is None or content is None or "ood_accuracy" not in content["metrics"] or not content.get("curve"):
+    content = None if best is None else result_of(study_dir, best)
+    if best is None or not content or "ood_accuracy" not in content["metrics"] or not content.get("curve"):
         return None
     points, metrics, counts = content["curve"], best.metrics, content["num_images"]
     ood = [name for name in counts if name not in ("train", "id_val")]

@@ -11,6 +11,7 @@ import ray
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, Problem
+from carft_ray.evaluation.result import read_result
 from carft_ray.launch.failures.causes import STARTED_LATE, explained
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY
@@ -18,7 +19,7 @@ from carft_ray.launch.ray_workers import NestedRun
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
-from carft_ray.layout import CHECKPOINTS, ERROR, HEARTBEAT, LOG, METRICS, RAY_FILES, STOP
+from carft_ray.layout import ATTEMPT, ERROR, HEARTBEAT, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study import outcome
 from carft_ray.study.outcome import TrialSpec
@@ -62,7 +63,7 @@ def train_with_ray(
     interrupted = partial(interruption, "stopped; the newest checkpoint is kept", resume_command)
     number, before = 0, [0, 0]  # attempts in a row that were lost without advancing, and how far they came
     while True:
-        attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
+        attempt = 1 + len(list(out_dir.glob(f"{ATTEMPT}*")))
         spec = TrialSpec("trial", 0, "train", {}, attempt)
         for stale in (STOP, ERROR, HEARTBEAT):  # of an attempt of this number, which ended without a checkpoint
             files.remove(out_dir / stale)
@@ -74,8 +75,8 @@ def train_with_ray(
                     gone = _wait(actor.run.remote(runtime, spec, out_dir), out_dir, on_epoch)
         finally:
             shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
-        if (result := outcome.read_result(out_dir)) is not None:
-            return result, prepared
+        if (result := read_result(out_dir / f"{ATTEMPT}{attempt}")) is not None:
+            return result[0], prepared
         failure = outcome.read_failure(out_dir, attempt)
         if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
             number, before = 0, [0, 0]

@@ -13,7 +13,7 @@ from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import RUNNER
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption, stop_file_on_signal
-from carft_ray.layout import CHECKPOINTS, MANIFEST, OWNER, PREPARED, RESULT, STOP
+from carft_ray.layout import ATTEMPT, MANIFEST, OWNER, PREPARED, RESULT, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
@@ -72,7 +72,7 @@ def train_once(
     is_new, log = not files.exists(out_dir / MANIFEST), Log(Folder(out_dir / OWNER))
     with (
         held(log, say),
-        gone_if_nothing_began(out_dir, log, is_new, lambda: files.exists(out_dir / CHECKPOINTS)),
+        gone_if_nothing_began(out_dir, log, is_new, lambda: bool(list(out_dir.glob(f"{ATTEMPT}*")))),
     ):
         claim(out_dir, recipe, change_space=True)
         files.remove_remains(out_dir)
@@ -97,7 +97,7 @@ def train_once(
             runner = replace(RUNNER, prepare=first)
             with computing(recipe, out_dir, runner, None, at_once, say, in_process=True) as runtime:
                 zero_shot = prepare(runtime, say)
-                attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
+                attempt = 1 + len(list(out_dir.glob(f"{ATTEMPT}*")))
                 context = RunContext(progress=progress, report=report, should_stop=lambda: files.seen(out_dir / STOP))
                 with stop_file_on_signal(out_dir / STOP):
                     result = _run(runtime.recipe, out_dir, context, attempt, say)
@@ -136,7 +136,7 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
         step = "Leave --resume out to begin one."
         raise UsageError(Problem(str(out_dir), "must hold a training to resume", "none", next_step=step))
     if not resume and has_training:
-        done = files.exists(out_dir / RESULT)
+        done = bool(list(out_dir.glob(f"{ATTEMPT}*/{RESULT}")))
         state = "a finished training" if done else "an unfinished training"
         step = f"Add --resume to {'see its result' if done else 'continue it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))

@@ -3,7 +3,7 @@
 Validation images, fresh seeds: the luck of the seeds is gone, that of the images is not. `test` has new images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, RESULT, SUMMARY, ZERO_SHOT_TABLE
+from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import PlanRow, Stage
 from carft_ray.results.statistics.intervals import values_by_seed
 from carft_ray.results.statistics.paired import compare, comparison_lines
+from carft_ray.study.outcome import TrialRow, file_of
 from carft_ray.study.rows import confirmations
 
 LABEL = "validation images, fresh seeds"
@@ -30,9 +31,10 @@ def choose(study_dir: Path, spec: ObjectiveSpec, stage: Stage) -> str:
     Raises:
         NoSuccessfulTrialError: None of them was trained with all seeds.
     """
+    complete = complete_trainings(study_dir)
     means = {
-        row.name: float(np.mean(values_by_seed(spec, row_correct(study_dir, spec, stage, row))))
-        for row in whole_rows(study_dir, stage)
+        row.name: float(np.mean(values_by_seed(spec, row_correct(study_dir, spec, trainings, row))))
+        for row, trainings in whole_rows(stage, complete)
         if row.role != "baseline"
     }
     if not means:
@@ -57,7 +59,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         StorageError: Predictions are damaged, or the summary cannot be written.
     """
     stage, spec = second or first, objective_spec(recipe)
-    failed, whole = _failures(study_dir, stage), whole_rows(study_dir, stage)
+    failed, whole = _failures(study_dir, stage), dict(whole_rows(stage, complete_trainings(study_dir)))
     winner = next(row for row in stage.rows if row.role == "winner")
     if winner not in whole:
         step = "Confirm the next best: carft-ray confirm with --winner confirmed chooses among those that train."
@@ -65,7 +67,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         raise NoSuccessfulTrialError(Problem(winner.name, rule, value, next_step=step))
     found = compare(
         spec,
-        {row.name: row_correct(study_dir, spec, stage, row) for row in whole},
+        {row.name: row_correct(study_dir, spec, trainings, row) for row, trainings in whole.items()},
         winner.name,
         {row.name: row.objective for row in whole if row.role == "baseline"},
         id_margin=recipe.search.objective.id_margin,
@@ -98,14 +100,20 @@ def confirm_lines(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def whole_rows(study_dir: Path, stage: Stage) -> list[PlanRow]:
-    """Returns the rows of which all trainings have finished; the zero-shot model needs none."""
-    return [
-        row for row in stage.rows if all((study_dir / CONFIRM / name / RESULT).exists() for name in stage.names(row))
-    ]
+def complete_trainings(study_dir: Path) -> dict[str, TrialRow]:
+    """Returns the trainings with fresh seeds that are complete, by name."""
+    return {row.name: row for row in confirmations(study_dir) if row.outcome == "complete"}
 
 
-def row_correct(study_dir: Path, spec: ObjectiveSpec, stage: Stage, row: PlanRow) -> dict[str, BoolArray]:
+def whole_rows(stage: Stage, complete: Mapping[str, TrialRow]) -> list[tuple[PlanRow, list[TrialRow]]]:
+    """Returns the rows of which all trainings are complete, with these by seed; the zero-shot model needs none."""
+    rows = [(row, stage.names(row)) for row in stage.rows]
+    return [(row, [complete[name] for name in names]) for row, names in rows if all(name in complete for name in names)]
+
+
+def row_correct(
+    study_dir: Path, spec: ObjectiveSpec, trainings: Sequence[TrialRow], row: PlanRow
+) -> dict[str, BoolArray]:
     """Returns per validation set which images a configuration classifies right at its alpha, bool [r, n].
 
     The zero-shot model has no seeds: r is 1.
@@ -113,7 +121,7 @@ def row_correct(study_dir: Path, spec: ObjectiveSpec, stage: Stage, row: PlanRow
     Raises:
         StorageError: Predictions are missing or damaged.
     """
-    paths = [study_dir / CONFIRM / name / PREDICTIONS for name in stage.names(row)]
+    paths = [file_of(study_dir, each, PREDICTIONS) for each in trainings]
     tables = [read_predictions(path) for path in paths or [study_dir / PREPARED / ZERO_SHOT_TABLE]]
     return {name: correct_matrix([(table, row.alpha) for table in tables], name) for name in spec.sets}
 

@@ -60,7 +60,7 @@ def changed_images(view: Overview, points: Sequence[Point], class_names: Sequenc
     best, most = view.best, view.recipe.evaluate.thumbnails
     if best is None or len(points) < 2 or not most:
         return []
-    pictures = read_thumbnails(best.folder(view.study_dir) / THUMBNAILS).slice(0, most)
+    pictures = read_thumbnails(best.place(view.study_dir) / THUMBNAILS).slice(0, most)
     if not len(pictures):
         return []
     known: dict[str, dict[int, bytes]] = {}

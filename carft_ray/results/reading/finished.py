@@ -14,12 +14,11 @@ from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.pareto import placed
-from carft_ray.results.reading.study_view import find_row, require_claimed
+from carft_ray.results.reading.study_view import find_row, require_study
 from carft_ray.study import identity
-from carft_ray.study.holding import is_study
-from carft_ray.study.outcome import TrialRow, read_result
+from carft_ray.study.outcome import TrialRow, file_of, result_of
 from carft_ray.study.provenance import PROVENANCE
-from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
+from carft_ray.study.rows import ZERO_SHOT, best_row, require_finished, rows_by_kind
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class Finished:
     """A finished training, or the zero-shot model of a study.
 
     Attributes:
-        folder: The study directory, or the folder of `train`; absolute.
-        name: Name of the trial, of the baseline, or ``confirm/NAME``; empty for the folder of `train`.
-        base: Recipe of the study (or of the training) as its manifest has it.
+        folder: The study directory, absolute.
+        name: Name of the trial, of the baseline, or ``confirm/NAME``.
+        base: Recipe of the study as its manifest has it.
         recipe: The same with the values of this training.
         result: Content of ``result.json``; a trial of a Pareto search is at its point of the front.
         provenance: Of the manifest; empty when there is none.
-        run_dir: Folder of the training.
+        row: The training.
     """
 
     folder: Path
@@ -42,7 +41,7 @@ class Finished:
     recipe: Recipe
     result: dict[str, Any]
     provenance: dict[str, Any]
-    run_dir: Path
+    row: TrialRow
 
     @property
     def is_zero_shot(self) -> bool:
@@ -52,61 +51,53 @@ class Finished:
     @property
     def title(self) -> str:
         """Its name in messages: ``quickstart:t0007-3f9c``."""
-        return f"{self.folder.name}:{self.name}" if self.name else self.folder.name
+        return f"{self.folder.name}:{self.name}"
 
     @property
     def weights_path(self) -> Path:
         """The fine-tuned weights; a study keeps those of its best trials."""
-        return self.run_dir / WEIGHTS
+        return file_of(self.folder, self.row, WEIGHTS)
 
     def predictions(self) -> pa.Table:
         """Returns the predictions on the validation sets, of all alphas.
 
         Raises:
-            StorageError: The file is missing or damaged.
+            StorageError: The file is missing, damaged, or not the one that the study has recorded.
         """
-        return read_predictions(self.run_dir / (ZERO_SHOT_TABLE if self.is_zero_shot else PREDICTIONS))
+        zero_shot = self.folder / PREPARED / ZERO_SHOT_TABLE
+        return read_predictions(zero_shot if self.is_zero_shot else file_of(self.folder, self.row, PREDICTIONS))
 
 
 def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") -> Finished:
     """Opens a finished training; nothing is claimed or written.
 
     Args:
-        folder: A study, or the folder of `train`.
+        folder: A study.
         trial: Number or name of a trial, name of a baseline, or ``confirm/NAME``; None: the best trial of a study.
         place: The argument or option that names the trial, for messages.
 
     Raises:
-        UsageError: The folder is neither, or the study has no such trial.
+        UsageError: The folder is none, or the study has no such trial.
         NoSuccessfulTrialError: The training is not finished, or the study has no finished trial.
         StorageError: Manifest, log or result is damaged.
     """
-    folder = require_claimed(folder)
+    folder = require_study(folder)
     base, provenance = read_manifest(folder)
-    name, run_dir, row = "", folder, None
-    step = "Finish it first: the same `carft-ray train` command again, with --resume."
-    if is_study(folder):
-        name, run_dir, row = _find(folder, trial, place)
-        step = f"Continue the search: carft-ray resume {shlex.quote(str(folder))}"
-    elif trial is not None:
-        step = f"Leave the trial {trial!r} out, or give the folder of a study."
-        raise UsageError(Problem(place, "needs a study", f"the folder of one training, {folder}", next_step=step))
+    name, row = _find(folder, trial, place)
     if name == ZERO_SHOT:
         metrics = files.read_json(folder / PREPARED / PREPARATION)["metrics"]
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
-        return Finished(folder, name, base, base, result, provenance, folder / PREPARED)
-    if not (run_dir / RESULT).is_file():
-        value = "an unfinished or failed one"
-        raise NoSuccessfulTrialError(Problem(str(run_dir), "must be a finished training", value, next_step=step))
-    found = read_result(run_dir)
+        return Finished(folder, name, base, base, result, provenance, row)
+    if row.outcome != "complete":
+        value, step = "an unfinished or failed one", f"Continue the search: carft-ray resume {shlex.quote(str(folder))}"
+        raise NoSuccessfulTrialError(Problem(f"{folder}:{name}", "must be a finished training", value, next_step=step))
+    found = result_of(folder, row)
     try:
-        if found is None:
-            raise ValueError("no objective, or another format")
         recipe = base.model_copy(update={"train": TrainConfig.model_validate(found["train"])})
     except (ValueError, KeyError) as error:
         rule, step = "must be the result of a training", "Restore it from a copy; no command changes a finished trial."
-        raise StorageError(Problem(str(run_dir / RESULT), rule, str(error), next_step=step)) from error
-    return Finished(folder, name, base, recipe, placed(found, row), provenance, run_dir)
+        raise StorageError(Problem(str(row.place(folder) / RESULT), rule, str(error), next_step=step)) from error
+    return Finished(folder, name, base, recipe, placed(found, row), provenance, row)
 
 
 def read_manifest(folder: Path) -> tuple[Recipe, dict[str, Any]]:
@@ -129,16 +120,15 @@ def split_target(written: str) -> tuple[Path, str | None]:
     return Path(folder), trial
 
 
-def _find(study_dir: Path, trial: str | None, place: str) -> tuple[str, Path, TrialRow | None]:
-    """Returns name, folder and row of a training of a study; one of a confirm has no row here."""
+def _find(study_dir: Path, trial: str | None, place: str) -> tuple[str, TrialRow]:
+    """Returns name and row of a training of a study."""
+    rows = rows_by_kind(study_dir)
     if trial is not None and trial.startswith(f"{CONFIRM}/"):
-        name = trial.rstrip("/")
-        allowed = tuple(f"{CONFIRM}/{path.name}" for path in sorted((study_dir / CONFIRM).glob("*/")))
-        if name not in allowed:
+        known, name = {f"{CONFIRM}/{row.name}": row for row in rows["confirm"]}, trial.rstrip("/")
+        if name not in known:
             rule = f"must be a training of {study_dir / CONFIRM}"
-            raise UsageError(Problem(place, rule, repr(trial), allowed, nearest(trial, allowed)))
-        return name, study_dir / name, None
-    rows = trials(study_dir)
-    row = best_row(rows) if trial is None else find_row([*baselines(study_dir), *rows], trial, place)
-    row = require_finished(study_dir, row)
-    return row.name, row.folder(study_dir), row
+            raise UsageError(Problem(place, rule, repr(trial), tuple(known), nearest(trial, known)))
+        return name, known[name]
+    trained = [*rows["baseline"], *rows["trial"]]
+    row = require_finished(study_dir, best_row(rows["trial"]) if trial is None else find_row(trained, trial, place))
+    return row.name, row

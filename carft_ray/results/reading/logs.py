@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.layout import CUT, ERROR, HEARTBEAT, LOG, RESULT
+from carft_ray.layout import ATTEMPT, CUT, ERROR, HEARTBEAT, LOG, RESULT
 from carft_ray.results.reading.study_view import Overview, find_row
 from carft_ray.study.holding import log_of
 from carft_ray.study.outcome import TrialRow
@@ -70,4 +70,4 @@ def _ended(folder: Path) -> bool:
     """Returns whether a training has finished, was cut or diverged; other failures may be followed by an attempt."""
     failure = files.read_json(folder / ERROR) if (folder / ERROR).exists() else {}
     was_cut = (folder / CUT).exists() and not (folder / HEARTBEAT).exists()
-    return (folder / RESULT).exists() or was_cut or failure.get("outcome") == "diverged"
+    return any(folder.glob(f"{ATTEMPT}*/{RESULT}")) or was_cut or failure.get("outcome") == "diverged"

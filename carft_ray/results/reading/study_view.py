@@ -16,7 +16,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study as is_study
 from carft_ray.study.identity import caught_up, read_manifest
-from carft_ray.study.outcome import TrialRow, read_failure, read_heartbeat, read_result
+from carft_ray.study.outcome import TrialRow, read_failure, read_heartbeat, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.words import counted
 
@@ -107,7 +107,7 @@ class Overview:
 
     def result(self, row: TrialRow) -> dict[str, Any]:
         """Returns the content of a row's ``result.json``; empty without one."""
-        return read_result(row.folder(self.study_dir)) or {}
+        return result_of(self.study_dir, row)
 
     @functools.cached_property
     def _own_values(self) -> dict[str, Any]:

@@ -4,26 +4,27 @@ import contextlib
 import shlex
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, shared_lines, without_shared
 from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.evaluation.metrics import answers, set_metrics
 from carft_ray.evaluation.objective import metrics_at, objective_spec
 from carft_ray.evaluation.predictions import select
-from carft_ray.layout import CONFIRM, HEADS, PREPARED, RESULT, WEIGHTS
+from carft_ray.layout import CONFIRM, HEADS, PREPARED, WEIGHTS
 from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.device import device_of
 from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
+from carft_ray.results.pareto import placed
 from carft_ray.results.reading.finished import open_finished
+from carft_ray.study.outcome import TrialRow, file_of, result_of
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.run_context import RunContext
@@ -89,40 +90,38 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     found = open_finished(folder, trial, "--trial")
     if found.is_zero_shot:
         raise UsageError(Problem("--trial", f"must be a training of {folder}", "the zero-shot model"))
-    name = f"{found.folder.name}/{found.name}" if found.name else found.folder.name
-    return replace(open_run(found.folder, found.run_dir, found.base, name), result=found.result)
+    return open_run(found.folder, found.row, found.base, f"{found.folder.name}/{found.name}")
 
 
-def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
-    """Opens one finished training of a study, or that of `train` (``run_dir`` is then ``folder``).
+def open_run(folder: Path, row: TrialRow, recipe: Recipe, name: str) -> Trained:
+    """Opens a complete training of a study.
 
     Args:
-        folder: The study directory, or the folder of the training; absolute.
-        run_dir: Folder of the training, with its result.
+        folder: The study directory, absolute.
+        row: The training; of a Pareto search at its point of the front.
         recipe: The recipe; its paths absolute.
         name: For people.
 
     Raises:
         StorageError: Its weights are gone, or something in it is damaged.
     """
-    result = files.read_json(run_dir / RESULT)
-    if run_dir != folder:
-        require_weights(folder, run_dir, recipe)
+    require_weights(folder, row, recipe)
+    result = placed(result_of(folder, row), row)
     recipe = apply(recipe, result["train"])
     head, shared = load_tensors(folder / PREPARED / HEADS)["class_head"], read_shared(folder)
-    inputs = load_shared_inputs(without_shared(recipe, shared))
-    return Trained(name, recipe, result, inputs, head, load_tensors(run_dir / WEIGHTS), tuple(shared_lines(shared)))
+    inputs, weights = load_shared_inputs(without_shared(recipe, shared)), load_tensors(file_of(folder, row, WEIGHTS))
+    return Trained(name, recipe, result, inputs, head, weights, tuple(shared_lines(shared)))
 
 
-def require_weights(study_dir: Path, run_dir: Path, recipe: Recipe) -> None:
+def require_weights(study_dir: Path, row: TrialRow, recipe: Recipe) -> None:
     """Raises a ``StorageError``, with the command to train it again, when a training has lost its weights."""
-    if (run_dir / WEIGHTS).exists():
+    if (row.place(study_dir) / WEIGHTS).exists():
         return
-    name = run_dir.relative_to(study_dir).as_posix() if run_dir.parent.name == CONFIRM else run_dir.name
+    name = f"{CONFIRM}/{row.name}" if row.kind == "confirm" else row.name
     rule = f"its weights are gone: a study keeps those of its best {counted(recipe.search.keep_checkpoints, 'trial')}"
     step = f"Train it again: carft-ray reproduce {shlex.quote(str(study_dir))} {name} --out DIR"
     step += "\n    A larger search.keep_checkpoints keeps more next time."
-    raise StorageError(Problem(str(run_dir), rule, next_step=step))
+    raise StorageError(Problem(str(row.folder(study_dir)), rule, next_step=step))
 
 
 def evaluate_trained(

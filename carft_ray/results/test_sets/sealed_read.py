@@ -11,7 +11,7 @@ continues from there, however the study has changed since, and needs no reason. 
 import dataclasses
 import secrets
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from carft_ray.data.decoded import image_set
 from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.source import ImageSet, Source
-from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError
+from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError, StorageError
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
-from carft_ray.layout import COMMITS, FOLDERS, HEADS, PREPARED, SUMMARY, TEST_DIR
+from carft_ray.layout import COMMITS, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.device import device_of
 from carft_ray.recipe.schema.recipe import Recipe
@@ -41,13 +41,14 @@ from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held, log_of
 from carft_ray.study.identity import compare
-from carft_ray.study.outcome import require_name
-from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import predict_all
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
+from carft_ray.untrusted import visible
 from carft_ray.words import counted, times
 
 
@@ -86,10 +87,9 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
             _compare_before_first_read(study_dir, recipe, say)
         compared = compared_rows(study_dir, recipe) if entry is None else entry.details
         runs = _alphas_by_run(compared["rows"])
-        for run in runs.keys() - {ZERO_SHOT}:
-            kind, _, name = run.partition("/")
-            require_name(name if kind in FOLDERS.values() else run, f"{COMMITS}/")
-            require_weights(study_dir, study_dir / run, recipe)
+        trained = _trainings(study_dir, runs.keys() - {ZERO_SHOT})
+        for row in trained.values():
+            require_weights(study_dir, row, recipe)
         if entry is None:
             sets = tuple(source.name for source in sources)
             details = {**compared, notes.NAME: secrets.token_hex(8)}
@@ -102,7 +102,7 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         for line in (*problems, *notes.lines(elsewhere)):
             say(line)
         folder = _read_dir(study_dir, number)
-        tables = _evaluate(study_dir, recipe, runs, sources, folder, log, say)
+        tables = _evaluate(study_dir, recipe, runs, trained, sources, folder, log, say)
         record = read_record(entry, entries, number, elsewhere)
         summary = summarise(recipe, compared, read_shared(study_dir), tables, record)
         log.check()
@@ -204,10 +204,26 @@ def _alphas_by_run(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     return runs
 
 
+def _trainings(study_dir: Path, names: Iterable[str]) -> dict[str, TrialRow]:
+    """Returns trainings by their folder in the study.
+
+    Raises:
+        StorageError: A line of the ledger names one that the study has not.
+    """
+    rows = [row for group in rows_by_kind(study_dir).values() for row in group]
+    known = {row.folder(study_dir).relative_to(study_dir).as_posix(): row for row in rows}
+    for name in names:
+        if name not in known:
+            rule = "the ledger must name trainings of the study"
+            raise StorageError(Problem(str(study_dir / COMMITS), rule, visible(repr(name))))
+    return {name: known[name] for name in names}
+
+
 def _evaluate(
     study_dir: Path,
     recipe: Recipe,
     runs: Mapping[str, Sequence[float]],
+    trained: Mapping[str, TrialRow],
     sources: Sequence[Source],
     folder: Path,
     log: Log,
@@ -232,7 +248,7 @@ def _evaluate(
         path, at = paths[name], ", ".join(f"{alpha:.2f}" for alpha in alphas)
         say(f"{number}/{len(runs)} {name} at alpha {at}{': read before' if path.exists() else ''}")
         if not path.exists():
-            table = _predict(study_dir, recipe, inputs, name, alphas, sets)
+            table = _predict(study_dir, recipe, inputs, trained.get(name), alphas, sets)
             log.check()
             write_predictions(path, table)
         tables[name] = read_predictions(path)
@@ -240,13 +256,19 @@ def _evaluate(
 
 
 def _predict(
-    study_dir: Path, recipe: Recipe, inputs: SharedInputs, name: str, alphas: Sequence[float], sets: Sequence[ImageSet]
+    study_dir: Path,
+    recipe: Recipe,
+    inputs: SharedInputs,
+    row: TrialRow | None,
+    alphas: Sequence[float],
+    sets: Sequence[ImageSet],
 ) -> pa.Table:
+    """Returns the predictions of a training, or of the zero-shot model (None)."""
     batch_size = recipe.evaluate.batch_size
-    if name == ZERO_SHOT:
+    if row is None:
         heads = load_tensors(study_dir / PREPARED / HEADS)
         classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
         return predict_all(classifier, sets, 0.0, batch_size, RunContext())
-    trained = open_run(study_dir, study_dir / name, recipe, name)
+    trained = open_run(study_dir, row, recipe, row.name)
     with trained.mixtures() as mixed:
         return concat([predict_all(mixed(alpha), sets, alpha, batch_size, RunContext()) for alpha in alphas])

@@ -22,7 +22,7 @@ from carft_ray.evaluation.predictions import correct_matrix, sample_ids
 from carft_ray.layout import CONFIRM, SUMMARY
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import Stage, last_stage
-from carft_ray.results.confirm.summary import whole_rows
+from carft_ray.results.confirm.summary import complete_trainings, whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
@@ -69,7 +69,7 @@ def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
     path = study_dir / CONFIRM / SUMMARY
     summary = files.read_json(path) if path.exists() else {}
     failed = {line.split(":")[0] for line in summary.get("failed", ())}
-    whole = whole_rows(study_dir, stage)
+    whole = [row for row, _ in whole_rows(stage, complete_trainings(study_dir))]
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
     has_winner = any(row.role == "winner" for row in whole)
     if unfinished or not has_winner or summary.get("seeds") != list(stage.seeds):
