@@ -204,7 +204,7 @@ def test_a_worse_trial_loses_its_weights_and_its_pictures(study_dir, tmp_path):
             spec = study.next()
             write_result(study_dir, spec, objective)
             for name in (WEIGHTS, THUMBNAILS):
-                files.write_bytes(spec.folder(study_dir) / name, b"content")
+                files.write_bytes(spec.place(study_dir) / name, b"content")
             study.settle(spec)
         kept = [
             {name: (row.place(study_dir) / name).exists() for name in (WEIGHTS, THUMBNAILS)} for row in study.rows()

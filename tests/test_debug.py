@@ -41,7 +41,7 @@ def numbers(study):
     for path in sorted(study.glob("*/*/*/result.json")):
         result = json.loads(path.read_text())
         del result["elapsed_s"]
-        found[path.parent.name.partition("-")[0]] = result
+        found[path.parents[1].name.partition("-")[0]] = result
     return found
 
 

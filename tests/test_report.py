@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import crash_host
+import forging
 import numpy as np
 import pytest
 from logs import forget_line, write_line
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
+from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.page.data import page_document
@@ -21,7 +23,7 @@ from carft_ray.results.stored import confirmed
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
-from carft_ray.study.recovery import recover_running
+from carft_ray.study.recovery import recover_confirm, recover_running
 
 BASE = Path(__file__).parent
 SETS = {"id_val": 60, "noisy": 40, "blurry": 40}
@@ -63,12 +65,11 @@ def predictions(rng, alphas, lift):
     return concat(tables)
 
 
-def write_training(folder, table, objective, alpha):
-    folder.mkdir(parents=True, exist_ok=True)
-    write_predictions(folder / "predictions" / "validation.parquet", table)
+def write_training(place, table, objective, alpha):
+    write_predictions(place / "predictions" / "validation.parquet", table)
     metrics = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
     content = {"objective": objective, "alpha": alpha, "metrics": metrics, "elapsed_s": 61.0, "moved": 0.02}
-    (folder / "result.json").write_text(json.dumps({"format_version": 1, **content}))
+    write_result(place, content)
 
 
 def make_study(study_dir, recipe, alpha=0.65):
@@ -81,7 +82,7 @@ def make_study(study_dir, recipe, alpha=0.65):
         write_predictions(study_dir / "prepared" / "zero_shot.parquet", predictions(rng, (0.0,), 0))
         for lift in (0.02, 0.1, 0.12, 0.11, 0.05):
             spec = study.next()
-            write_training(spec.folder(study_dir), predictions(rng, stored, lift), 0.5 + 1.96 * lift, alpha)
+            write_training(spec.place(study_dir), predictions(rng, stored, lift), 0.5 + 1.96 * lift, alpha)
             study.settle(spec)
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
@@ -142,6 +143,7 @@ def test_trainings_on_different_kinds_of_gpus_are_told(study_dir):
     ):
         content = json.loads(folder.read_text())
         folder.write_text(json.dumps({**content, "environment": {"device": device}}))
+    forging.record(study_dir)
     found = study_report(read_study(study_dir))
     assert found["counts"]["devices"] == {"H100": 2, "A100": 1}
     assert found["lines"][1] == "They ran on different devices, which round differently: 2 on H100, 1 on A100."
@@ -213,10 +215,12 @@ def test_confirmed_configurations_give_the_seed_noise(study_dir):
         {"name": "plain", "role": "baseline", "training": "plain", "alpha": 1.0, **values},
         {"name": "zero_shot", "role": "baseline", "training": None, "alpha": 0.0, **values},
     ]
-    for row in (rows[0], rows[2]):
-        for seed, lift in ((11, 0.05), (12, 0.1), (13, 0.15)):
-            folder = study_dir / "confirm" / f"{row['training']}-seed{seed}"
-            write_training(folder, predictions(rng, (0.6, 1.0), lift), 0.6, row["alpha"])
+    lifts = {f"{row['training']}-seed{10 + n}": 0.05 * n for row in (rows[0], rows[2]) for n in (1, 2, 3)}
+    with open_study(study_dir, make_recipe()) as study:
+        recover_confirm(study, {name: {} for name in lifts})
+        while held := study.next():
+            write_training(held.place(study_dir), predictions(rng, (0.6, 1.0), lifts[held.name]), 0.6, 0.6)
+            study.settle(held)
     stage = {"winner": "t0001", "seeds": [11, 12, 13], "rows": rows}
     plan = {"first": stage, "second": None}
     (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))

@@ -6,6 +6,7 @@ import shlex
 import shutil
 
 import crash_host
+import forging
 import numpy as np
 import pytest
 import short_training
@@ -155,6 +156,8 @@ def test_an_objective_that_turns_the_order_gives_old_and_new_ranks(profiled, tmp
             for alpha in grid
         ]
         write_predictions(row.place(view.study_dir) / "predictions" / "validation.parquet", concat(parts))
+    forging.record(view.study_dir)
+    view = read_study(view.study_dir)
     by_id = rescore(view, asked_objective(view.recipe, id_weight=1.0))
     by_ood = rescore(view, asked_objective(view.recipe, id_weight=0.0))
     names = [row.name for row in view.trials]

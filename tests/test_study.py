@@ -1,6 +1,5 @@
 """The study on disk, without Ray: states, recovery, kills, who holds it, identity."""
 
-import json
 import os
 import re
 import shlex
@@ -42,9 +41,9 @@ def optuna_study(study_dir, name="search"):
     return optuna.load_study(storage=JournalStorage(log_of(study_dir)), study_name=name)
 
 
-def write_result(study_dir, spec, value=0.5):
+def write_result(study_dir, spec, value=0.5, **more):
     content = {"objective": value, "alpha": 0.4, "metrics": {"id_accuracy": 0.7}, "elapsed_s": 2.0}
-    result.write_result(spec.place(study_dir), content)
+    result.write_result(spec.place(study_dir), {**content, **more})
 
 
 def fail(study_dir, spec, outcome, reason="because"):
@@ -508,7 +507,8 @@ def weights(study_dir):
 def run_with_weights(study, value):
     """Runs all that is left; returns the names by objective, best first."""
     while (spec := study.next()) is not None:
-        write_result(study.study_dir, spec, value(spec))
+        train = apply(study.recipe, spec.values).train.model_dump(mode="json")
+        write_result(study.study_dir, spec, value(spec), train=train)
         add_weights(study.study_dir, spec)
         row = study.settle(spec)
         best = best_row(study.rows())
@@ -550,11 +550,11 @@ def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
             for _ in range({"diverged": 1, "error": 2}[outcome]):
                 spec = study.next()
                 folder = spec.folder(study_dir)
-                (folder / "checkpoint" / f"attempt-{spec.attempt}").mkdir(parents=True)
+                (spec.place(study_dir) / "step-00000010").mkdir(parents=True)
                 add_weights(study_dir, spec)
                 fail(study_dir, spec, outcome)
                 row = study.settle(spec)
-                assert (folder / "checkpoint").exists() == (row is None)
+                assert spec.place(study_dir).exists() == (row is None)
             assert {path.name for path in folder.iterdir()} <= {"log.txt", "error.json", "fence.json"}
     assert [row.outcome for row in trials(study_dir)] == ["diverged", "error"]
 
@@ -567,9 +567,6 @@ def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_t
         run_with_weights(study, lambda spec: spec.number)
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         row = study.rows()[0]
-    result_path = study_dir / "trials" / row.name / "attempt-1" / "result.json"
-    values = {**recipe.train.model_dump(mode="json"), **row.values}
-    result_path.write_text(json.dumps({**json.loads(result_path.read_text()), "train": values}))
     with pytest.raises(StorageError, match="its weights are gone: a study keeps those of its best 1 trial") as caught:
         open_trained(study_dir, row.name)
     for written in ("0", "t0", "t0000"):  # as other commands take them

@@ -59,22 +59,22 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         StorageError: Predictions are damaged, or the summary cannot be written.
     """
     stage, spec = second or first, objective_spec(recipe)
-    failed, whole = _failures(study_dir, stage), dict(whole_rows(stage, complete_trainings(study_dir)))
+    failed, whole = _failures(study_dir, stage), whole_rows(stage, complete_trainings(study_dir))
     winner = next(row for row in stage.rows if row.role == "winner")
-    if winner not in whole:
+    if all(row != winner for row, _ in whole):
         step = "Confirm the next best: carft-ray confirm with --winner confirmed chooses among those that train."
         rule, value = "the winner must train with every fresh seed", failed[0] if failed else "one that is missing"
         raise NoSuccessfulTrialError(Problem(winner.name, rule, value, next_step=step))
     found = compare(
         spec,
-        {row.name: row_correct(study_dir, spec, trainings, row) for row, trainings in whole.items()},
+        {row.name: row_correct(study_dir, spec, trainings, row) for row, trainings in whole},
         winner.name,
-        {row.name: row.objective for row in whole if row.role == "baseline"},
+        {row.name: row.objective for row, _ in whole if row.role == "baseline"},
         id_margin=recipe.search.objective.id_margin,
         label=LABEL,
         searched=winner.objective,
     )
-    for row, each in zip(whole, found["rows"], strict=True):
+    for (row, _), each in zip(whole, found["rows"], strict=True):
         each |= {"role": row.role, "alpha": row.alpha, "seeds": each["objective"]["num_seeds"] if row.training else 0}
     content = {
         **found,
