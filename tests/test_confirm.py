@@ -244,7 +244,9 @@ def test_a_confirm_trains_each_once_and_asks_the_sampler_for_nothing(view):
     rows = confirmations(view.study_dir)
     assert [row.name for row in rows] == list(trainings)
     assert [row.values for row in rows] == list(trainings.values())
-    assert all((view.study_dir / "confirm" / name / "fine_tuned.safetensors").exists() for name in trainings)
+    assert all(
+        (view.study_dir / "confirm" / name / "attempt-1" / "fine_tuned.safetensors").exists() for name in trainings
+    )
 
 
 @pytest.mark.slow

@@ -391,7 +391,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
     assert [line["epoch"] for line in files.read_json_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert read_failure(folder, 1) is read_failure(folder, 2) is None
-    assert read_result(folder / "attempt-1")[0]["metrics"]["pid"] == process.pid
+    assert read_result(folder / "attempt-2")[0]["metrics"]["pid"] == process.pid
     assert (folder / "log.txt").read_text().count("attempt") == 3  # two starts and a loss
 
 
