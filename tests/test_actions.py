@@ -22,7 +22,6 @@ from carft_ray.cli import app
 from carft_ray.errors import (
     DataError,
     HoldOutError,
-    NoSuccessfulTrialError,
     Problem,
     RecipeError,
     StorageError,
@@ -267,10 +266,11 @@ def test_the_seal_holds_in_python_too(tmp_path, run_in):
 
 @pytest.mark.slow
 def test_a_trial_that_is_not_there_and_a_study_without_one(study_dir):
-    for path in study_dir.glob("trials/*/*/result.json"):
-        path.unlink()
-    with pytest.raises(NoSuccessfulTrialError):
+    next(study_dir.glob("trials/t0000*/*/result.json")).unlink()
+    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
         carft_ray.evaluate(study_dir, trial="0")
+    with pytest.raises(UsageError, match="must be the number or name of a trial"):
+        carft_ray.evaluate(study_dir, trial="7")
 
 
 @pytest.mark.parametrize("verb", ["search", "resume", "confirm", "train", "evaluate", "export", "report"])

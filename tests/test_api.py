@@ -14,7 +14,7 @@ from logs import holding
 
 import carft_ray
 from carft_ray.api import studies
-from carft_ray.errors import NoSuccessfulTrialError, StorageError, UsageError
+from carft_ray.errors import StorageError, UsageError
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.study.outcome import TrialRow
@@ -111,7 +111,7 @@ def test_wrong_use_is_told_in_words(study_dir, tmp_path):
     with pytest.raises(UsageError, match="did you mean 'fine_tuning'"):
         study.metrics("fine_tunimg")
     next(study_dir.glob("trials/t0000*/*/result.json")).unlink()
-    with pytest.raises(NoSuccessfulTrialError, match="must be a finished training"):
+    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
         study.predictions("0")
     (study_dir / "log" / "00000003").write_text("no journal\n{}\n")
     with pytest.raises(StorageError, match="00000003: must be a whole commit"):

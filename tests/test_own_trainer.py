@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forging
 import numpy as np
 import own_functions
 import pytest
@@ -275,7 +276,7 @@ def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(tm
     recipe = recipe_for(tmp_path, "stubborn", *ONE_EPOCH)
     with pytest.raises(StoppedRun, match="stopped on request after epoch 0 of 1"):
         trained(tmp_path, recipe, RunContext(should_stop=lambda: True), stubborn)
-    assert (tmp_path / "out" / "checkpoint" / "own").is_dir()
+    assert (tmp_path / "out" / "attempt-1" / "own").is_dir()
 
 
 def two_workers(rank, port, folder):
@@ -516,6 +517,7 @@ def test_no_command_imports_a_strangers_code_without_trust(finished, tmp_path, m
             content := path.read_bytes()
         ):
             path.write_bytes(content.replace(str(finished).encode(), str(folder).encode()))
+    forging.record(folder / "study")
     ran = tmp_path / "ran"
     (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n{(folder / 'mine.py').read_text()}")
     monkeypatch.delitem(sys.modules, "mine", raising=False)

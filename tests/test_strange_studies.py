@@ -157,5 +157,49 @@ def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_d
         ledger.record(study_dir, log, RECIPE, ledger.TEST, ("id_test",), details)
     before = everything(tmp_path / "victim")
     assert crash_host.call(["test", str(study_dir)]) == StorageError.exit_code
-    assert "log/: a training must have a name" in capsys.readouterr().err
+    assert "log: the ledger must name trainings of the study, but got" in capsys.readouterr().err
     assert everything(tmp_path / "victim") == before
+
+
+# damage
+
+
+def damaged(data):
+    """Contents that are not those of a file: cut off, empty, with a bit flipped, and another file's."""
+    middle = len(data) // 2
+    yield "truncated", data[:middle]
+    yield "empty", b""
+    for place in (middle, len(data) - 2):
+        yield f"bit flipped at {place}", data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
+
+
+def numbers(command, capsys):
+    """What a command prints as JSON, less what time and place decide, and how it ends."""
+    capsys.readouterr()
+    code = crash_host.call(command)
+    told = capsys.readouterr()
+    assert "Traceback" not in told.err, (command, told.err)
+    return code, told.out
+
+
+def test_a_file_of_a_result_that_was_damaged_is_a_message_or_makes_no_difference(study_dir, capsys):
+    read = [["report", "--json"], ["rescore", "--objective", "weighted_mean", "--json"]]
+    read += [["status", "--json"], ["compare", f"{study_dir}:0", f"{study_dir}:1", "--json"]]
+    commands = [[words[0], *([] if words[0] == "compare" else [str(study_dir)]), *words[1:]] for words in read]
+    whole = [numbers(command, capsys) for command in commands]
+    assert [code for code, _ in whole] == [0] * len(commands)
+    refused = 0
+    paths = [path for path in study_dir.glob("trials/*/*/**/*") if path.is_file()]
+    assert {path.name for path in paths} == {"result.json", "validation.parquet"}
+    for path in paths:
+        data = path.read_bytes()
+        other = next(each for each in paths if each.name == path.name and each != path).read_bytes()
+        for what, content in [*damaged(data), ("another trial's", other), ("removed", None)]:
+            path.unlink() if content is None else path.write_bytes(content)
+            for command, undisturbed in zip(commands, whole, strict=True):
+                found = numbers(command, capsys)
+                assert found == undisturbed or found[0] == StorageError.exit_code, (path, what, command, found)
+                refused += found != undisturbed
+            path.write_bytes(data)
+    assert refused >= 4 * len(paths)
+    assert [numbers(command, capsys) for command in commands] == whole
