@@ -183,7 +183,7 @@ def numbers(command, capsys):
 
 
 def test_a_file_of_a_result_that_was_damaged_is_a_message_or_makes_no_difference(study_dir, capsys):
-    read = [["report", "--json"], ["rescore", "--objective", "weighted_mean", "--json"]]
+    read = [["report", "--json"], ["ls", "--json"]]
     read += [["status", "--json"], ["compare", f"{study_dir}:0", f"{study_dir}:1", "--json"]]
     commands = [[words[0], *([] if words[0] == "compare" else [str(study_dir)]), *words[1:]] for words in read]
     whole = [numbers(command, capsys) for command in commands]
