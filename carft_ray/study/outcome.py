@@ -1,7 +1,7 @@
 """What a training left in its folder, and the rows of a study's tables.
 
-``result.json`` means finished; ``error.json`` of the same attempt says why there is none. Both appear whole or not at
-all. A worker writes them, the study reads them.
+``result.json`` of an attempt means finished; ``error.json`` of the training says why its last attempt has none. Both
+appear whole or not at all. A worker writes them, the study reads them.
 """
 
 import hashlib
