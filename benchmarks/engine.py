@@ -31,10 +31,10 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
-from carft_ray.evaluation.result import write_result
 from carft_ray.layout import COMMITS, HEARTBEAT, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, trial_name
 from carft_ray.study.recovery import recover_running

@@ -29,10 +29,10 @@ from benchmarks.landscape import FOLDS, FloatArray, Landscape, covered, read_lan
 from benchmarks.rows import Row
 from benchmarks.table import RECIPE, SPACE, TABLE
 from carft_ray.errors import CarftError, DivergedError
-from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialRow, write_failure
 from carft_ray.study.recovery import recover_running

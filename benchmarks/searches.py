@@ -35,12 +35,12 @@ from benchmarks.samplers import LOWEST, recipe_of
 from benchmarks.table import RECIPE, TABLE
 from carft_ray import files
 from carft_ray.evaluation.alpha import choose_point
-from carft_ray.evaluation.result import write_result
 from carft_ray.layout import METRICS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.constraints import VIOLATION
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.result import write_result
 from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow

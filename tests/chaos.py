@@ -20,10 +20,10 @@ import stand_in
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, OutOfMemoryError, Problem
-from carft_ray.evaluation.result import write_result
 from carft_ray.launch.events import Note
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
+from carft_ray.store.result import write_result
 from carft_ray.study.rows import trials
 
 PRUNER = {"name": "median", "startup_trials": 6}  # of the searches below

@@ -11,10 +11,10 @@ import stand_in
 
 from carft_ray import files
 from carft_ray.errors import CarftError
-from carft_ray.evaluation import result
 from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
+from carft_ray.store import result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 

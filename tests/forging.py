@@ -3,9 +3,9 @@
 import json
 
 from carft_ray import files
-from carft_ray.evaluation.result import read_result, sha256
 from carft_ray.layout import COMMITS, MANIFEST, RESULT
 from carft_ray.store.log import _digest, _sealed
+from carft_ray.store.result import read_result, sha256
 from carft_ray.study import ledger
 from carft_ray.study.holding import log_of
 from carft_ray.study.rows import rows_by_kind

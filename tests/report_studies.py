@@ -16,11 +16,11 @@ from carft_ray.api.answers import Report
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, write_predictions
-from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.result import write_result
 from carft_ray.study import rows
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure

@@ -14,9 +14,9 @@ import time
 
 from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, InterruptedRunError
-from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.result import write_result
 from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.rows import trials
 

@@ -9,13 +9,13 @@ from logs import take
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
-from carft_ray.evaluation import result
 from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.runs.search import run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store import result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_running

@@ -11,7 +11,6 @@ from rich.console import Console
 from stand_in import make_recipe
 
 from carft_ray.errors import InterruptedRunError, NoSuccessfulTrialError, UsageError
-from carft_ray.evaluation.result import write_result
 from carft_ray.launch.events import Started
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
@@ -28,6 +27,7 @@ from carft_ray.results.confirm.configurations import (
 )
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.result import write_result
 from carft_ray.study.ledger import read_ledger
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_confirm, recover_running

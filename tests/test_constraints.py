@@ -9,7 +9,6 @@ from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
 from optuna.storages import JournalStorage
 
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
-from carft_ray.evaluation import result
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
 from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table
 from carft_ray.recipe.checks.advice import warnings
@@ -18,6 +17,7 @@ from carft_ray.recipe.schema.constraints import ConstraintsConfig, constraint_na
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store import result
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure

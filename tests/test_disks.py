@@ -10,11 +10,11 @@ from stand_in import make_recipe
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.result import read_result
 from carft_ray.launch import runtime
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import AtATime
+from carft_ray.store.result import read_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat
 from carft_ray.study.recovery import recover_running

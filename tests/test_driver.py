@@ -14,7 +14,6 @@ from ray.tune.search import Searcher
 from stand_in import make_recipe
 
 from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
-from carft_ray.evaluation.result import write_result
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     BaselineFinished,
@@ -30,6 +29,7 @@ from carft_ray.launch.ray_cluster.concurrency import AtATime, Node, capacity_of
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
+from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialSpec, must_leave, write_failure
 from carft_ray.study.recovery import recover_confirm, recover_running

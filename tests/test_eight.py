@@ -16,11 +16,11 @@ from stand_in import make_recipe
 from test_driver import Tune, spec_of
 
 from carft_ray.errors import NoSuccessfulTrialError
-from carft_ray.evaluation.result import write_result
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import BaselineFinished, TrialFinished
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, rows_by_kind

@@ -20,7 +20,6 @@ from ray.air.execution._internal.actor_manager import RayActorManager
 
 from carft_ray import files
 from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
-from carft_ray.evaluation.result import read_result
 from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.failures.causes import host_memory
 from carft_ray.launch.micro_batch import fitted, memory_failure
@@ -29,6 +28,7 @@ from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.worker import run_worker
+from carft_ray.store.result import read_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence, read_failure
 from carft_ray.study.recovery import recover_running

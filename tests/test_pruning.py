@@ -14,7 +14,6 @@ from stand_in import make_recipe
 
 from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError
-from carft_ray.evaluation.result import write_result
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules
@@ -24,6 +23,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import Pruner
 from carft_ray.results.reading.status_and_ls import pruner_quality, status
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.result import write_result
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialRow, write_failure

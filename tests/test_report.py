@@ -12,7 +12,6 @@ from logs import forget_line, write_line
 
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
-from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.page.data import page_document
@@ -21,6 +20,7 @@ from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.stored import confirmed
 from carft_ray.results.verdict_card import verdict
+from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, write_failure
 from carft_ray.study.recovery import recover_confirm, recover_running

@@ -18,7 +18,6 @@ from test_study import run_all
 
 from carft_ray.api import studies
 from carft_ray.errors import RecipeError
-from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.checks.sampler_rules import population_size
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -27,6 +26,7 @@ from carft_ray.recipe.schema.sampling import AnySampler
 from carft_ray.recipe.space.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.proposals import samplers, space
 from carft_ray.study.recovery import recover_running

@@ -22,11 +22,11 @@ from stand_in import make_recipe, objective
 
 from carft_ray.cli import app
 from carft_ray.errors import CarftError, DataError, OutdatedAttemptError, RecipeError, StorageError, UsageError
-from carft_ray.evaluation import result
 from carft_ray.files import temporary_name
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.trained import open_trained
+from carft_ray.store import result
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, check_fence, read_failure, trial_name, write_failure

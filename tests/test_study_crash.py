@@ -91,7 +91,7 @@ def weights(study_dir):
 
 def files(study_dir):
     """Names of all that a search leaves; of commits and probes a search that was killed has more."""
-    found = {str(path.relative_to(study_dir)) for path in study_dir.rglob("*")}
+    found = {re.sub(r"attempt-\d+", "attempt", str(path.relative_to(study_dir))) for path in study_dir.rglob("*")}
     return {name for name in found if not re.fullmatch(r"log/(\d{8}|probe-.*)", name)}
 
 

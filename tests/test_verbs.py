@@ -19,11 +19,11 @@ from stand_in import make_recipe
 
 from carft_ray.api import actions
 from carft_ray.errors import UsageError
-from carft_ray.evaluation.result import write_result
 from carft_ray.launch.ray_cluster.growth import write_concurrency
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.study_view import find_row, read_study, total_trials
+from carft_ray.store.result import write_result
 from carft_ray.study.best import write_best
 from carft_ray.study.holding import log_of
 from carft_ray.study.identity import claim

@@ -17,10 +17,10 @@ from stand_in import make_recipe
 from test_live import shown
 
 from carft_ray.errors import StorageError
-from carft_ray.evaluation.result import write_result
 from carft_ray.layout import HEARTBEAT, RESOLVED
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running

@@ -16,8 +16,8 @@ import short_training
 from logs import HOLD
 
 from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError
-from carft_ray.evaluation.result import write_result
 from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 from carft_ray import files, untrusted
 from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem, StorageError
-from carft_ray.evaluation.result import FORMAT_VERSION, read_result, sha256
 from carft_ray.layout import (
     ATTEMPT,
     COMMITS,
@@ -33,6 +32,7 @@ from carft_ray.layout import (
     WEIGHTS,
 )
 from carft_ray.recipe.schema.constraints import total_violation
+from carft_ray.store.result import FORMAT_VERSION, read_result, sha256
 
 Kind = Literal["trial", "baseline", "confirm"]
 Outcome = Literal["complete", "pruned", "diverged", "error", "running"]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.evaluation.result import read_result
 from carft_ray.recipe.schema.recipe import ResourcesConfig
+from carft_ray.store.result import read_result
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
 from carft_ray.study.rows import SET_ASIDE, SPENT, row_of, trainings

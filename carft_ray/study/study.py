@@ -25,12 +25,12 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
-from carft_ray.evaluation.result import read_result
 from carft_ray.layout import CUT as CUT_FILE
 from carft_ray.layout import LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
 from carft_ray.recipe.schema.constraints import constraint_names
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
+from carft_ray.store.result import read_result
 from carft_ray.study import outcome, rows
 from carft_ray.study.best import Retention
 from carft_ray.study.journal import Journal

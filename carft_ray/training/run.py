@@ -32,7 +32,6 @@ from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, select, write_predictions
-from carft_ray.evaluation.result import write_result
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.device import device_of, gpu_names
 from carft_ray.model.heads import cached_heads
@@ -40,6 +39,7 @@ from carft_ray.model.mixing import Mixtures
 from carft_ray.model.tower import compiles, recipe_problems
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe, without_tests
+from carft_ray.store.result import write_result
 from carft_ray.training.checkpoint import load_tensors, save_tensors
 from carft_ray.training.evaluate import predict_all, subset
 from carft_ray.training.loop import fine_tune

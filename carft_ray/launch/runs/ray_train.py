@@ -11,7 +11,6 @@ import ray
 
 from carft_ray import files
 from carft_ray.errors import ClusterError, Problem
-from carft_ray.evaluation.result import read_result
 from carft_ray.launch.failures.causes import STARTED_LATE, explained
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY
@@ -21,6 +20,7 @@ from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
 from carft_ray.layout import ATTEMPT, ERROR, HEARTBEAT, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.result import read_result
 from carft_ray.study import outcome
 from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import LOST_ATTEMPTS

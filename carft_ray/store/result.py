@@ -59,5 +59,5 @@ def sha256(path: Path) -> str:
     Raises:
         StorageError: It cannot be read.
     """
-    with files.writing(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with files.writing(path), untrusted.open_regular(path, StorageError) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a buffered file
