@@ -479,6 +479,22 @@ def test_who_is_refused_while_claiming_waits_anew(tmp_path):
     assert clock.now - 1000 == 2 * SILENT_FOR_S
 
 
+def test_who_sees_another_take_over_at_the_last_look_leaves_it_the_log(tmp_path):
+    claimed(Folder(tmp_path), me=ELSEWHERE)
+    quicker, clock = [], Clock()
+
+    def take():
+        if clock.now - 1000 == SILENT_FOR_S:
+            quicker.append(log_of(Folder(tmp_path)))
+            quicker[0].claim(me={**ELSEWHERE, "pid": 7})
+
+    clock.meanwhile = take
+    with pytest.raises(StorageError, match=r"is in use: .* process 7 on elsewhere"):
+        log_of(Folder(tmp_path), clock).claim()
+    with quicker[0].commit({"kind": "goes on"}):
+        pass
+
+
 def test_an_owner_that_slept_is_refused_and_changes_nothing(tmp_path):
     told, telling = os.pipe()
 
@@ -495,7 +511,8 @@ def test_an_owner_that_slept_is_refused_and_changes_nothing(tmp_path):
     pid = in_fork(work)
     assert os.read(told, 1) == b"x"
     os.waitpid(pid, os.WUNTRACED)
-    log = claimed(Folder(tmp_path))  # by a clock that passes at once
+    claimed(Folder(tmp_path)).release()  # by a clock that passes at once: one takes over and ends
+    log = claimed(Folder(tmp_path))  # the next one works
     with log.commit({"kind": "new"}):
         pass
     before = contents(tmp_path)
