@@ -277,6 +277,24 @@ def state_of(process):
     return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+@pytest.mark.slow
+def test_a_head_that_restarts_at_once_waits_for_its_predecessor_and_says_so(tmp_path, search):
+    hold = stand_in.tell(tmp_path) / "hold"
+    hold.touch()
+    first = search("before", 2)
+    read_to(first, "TrialEpoch t0000-")
+    first.kill()
+    hold.unlink()
+    second = search("after", 2)
+    output, _ = second.communicate(timeout=killed_searches.TIMEOUT_S)
+    assert second.returncode == 0, output
+    said = [line.removeprefix("Note ") for line in output.splitlines() if line.startswith("Note ")][:2]
+    holder = re.escape(f"process {first.pid} on ") + r"\S+, since \S+"
+    assert re.fullmatch(rf"waiting 1 s for a write of {holder}, which may be gone", said[0]), output
+    assert re.fullmatch(rf"took over from {holder}, which is gone", said[1]), output
+    assert [(row.outcome, row.attempt) for row in trials(tmp_path / "study")] == [("complete", 2), ("complete", 1)]
+
+
 ROUNDS = 100  # of each of two pairs of processes
 
 
