@@ -18,7 +18,7 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-all test-fast test-nodes test-oldest coverage kill-matrix cluster-story fuzz lint format tables docs clean
+.PHONY: quickstart test test-all test-fast test-nodes test-oldest coverage kill-matrix crash-points cluster-story fuzz lint format tables docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -87,6 +87,10 @@ test-oldest: $(OLDEST)/.installed
 # some 45 minutes on two cores
 kill-matrix: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py
+
+# a short search, more of it and a confirm, each killed before and after every write of its log: some two minutes
+crash-points: $(VENV)/.installed-dev
+	@PYTHONPATH=. $(BIN)/python tests/crash_points.py
 
 # a search on a cluster of real nodes: one is killed, one joins, one is drained, the head dies and comes back; inline and
 # ray-train, some 10 minutes

@@ -7,8 +7,8 @@ The program is that of a module with ``import_everything()`` and ``call(argv)``;
 A job is a name and a list of command lines, run one after the other in a folder of that name, one fork each. What can
 happen to a command line:
 
-    "kill": [n, moment]          SIGKILL at its n-th durable operation: an append, a flush to disk (fsync), a link
-                                 or a rename
+    "kill": [n, moment, kind]    SIGKILL at its n-th durable operation: an append, a flush to disk (fsync), a link
+                                 or a rename; with a kind, of these alone: each "link" is an object of a store
     "interrupt": [part, [n..]]   SIGINT, as Ctrl-C sends it, when it opens the n-th file with this part in its path
     "file_size": bytes           no file can grow larger, as on a full disk
     "writes": "late"             a checkpoint is written by its thread when the training waits for it, else at once:
@@ -66,12 +66,15 @@ class Counter:
     Args:
         number: The operation; 0: none.
         moment: "before" it, "after" it, or "torn": an append of which half was written.
+        only: Kind of the operations that count; empty: all.
     """
 
-    def __init__(self, number=0, moment="after"):
-        self.number, self.moment, self.kinds = number, moment, []
+    def __init__(self, number=0, moment="after", only=""):
+        self.number, self.moment, self.only, self.kinds = number, moment, only, []
 
     def operation(self, kind, do, tear=None):
+        if self.only not in ("", kind):
+            return do()
         self.kinds.append(kind)
         here = len(self.kinds) == self.number
         if here and self.moment == "torn":

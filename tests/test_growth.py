@@ -12,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import killed_searches
 import pytest
 import ray
 import stand_in
@@ -25,12 +26,13 @@ from carft_ray.launch.events import (
     Note,
     Preparing,
     Started,
+    TrialEpoch,
     TrialFinished,
     TrialStarted,
 )
 from carft_ray.launch.failures.causes import STARTED_LATE
 from carft_ray.launch.ray_cluster.cluster import nodes_now, running_ray
-from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity, Node, capacity_of, node_of
+from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity, Node, capacity_of, held_by_others, node_of
 from carft_ray.launch.ray_cluster.growth import await_nodes
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
@@ -85,6 +87,88 @@ def test_a_trial_that_fits_on_no_node_of_a_fixed_cluster_is_refused(nodes, resou
     with pytest.raises(ClusterError) as caught:
         capacity_of(stand_in.make_recipe(resources=resources), tuple(nodes))
     assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "may_grow", "resources", "found", "reason"),
+    [
+        ([Node(4, 0, "", 1)], False, {}, (3, 0), "3 of 4 CPUs, others hold the rest, 1 a trial"),
+        # CPUs go by what there is, so that a trial is the same one whoever else is there
+        ([Node(8, 2, "", 0, 1)], False, {}, (1, 0), "1 of 2 GPUs, others hold the rest, 1 a trial"),
+        ([Node(8, 2, "", 8, 0)], False, {}, (0, 1), "0 of 8 CPUs, others hold the rest, 4 a trial; one waits"),
+        ([Node(2, 0, "", 2)], True, {}, (0, 1), "0 of 2 CPUs, others hold the rest, 1 a trial; nodes for 1 are asked "
+         "for"),
+        ([Node(2, 0, "", 1), Node(2, 0)], False, {"num_workers": 2}, (1, 0), "3 of 4 CPUs, others hold the rest, "
+         "2 a trial"),
+        # half of a GPU that another one holds leaves the other half
+        ([Node(8, 2, "", 0, 0.5)], False, {"gpus_per_worker": 0.5, "cpus_per_worker": 1}, (3, 0),
+         "1.5 of 2 GPUs, others hold the rest, 0.5 a trial"),
+    ],
+)  # fmt: skip
+def test_what_others_hold_of_a_cluster_is_left_to_them(nodes, may_grow, resources, found, reason):
+    capacity = capacity_of(stand_in.make_recipe(resources=resources), tuple(nodes), may_grow)
+    assert (capacity.concurrency, capacity.asked, capacity.reason) == (*found, reason)
+    alone = capacity_of(stand_in.make_recipe(resources=resources), tuple(Node(*node_of_all(node)) for node in nodes))
+    assert capacity.worker_resources == alone.worker_resources
+    assert capacity.one_node == alone.one_node
+
+
+def node_of_all(node):
+    return node.num_cpus, node.num_gpus, node.accelerator
+
+
+def test_what_is_not_free_and_not_in_a_group_of_the_job_is_held_by_others():
+    groups = {"CPU_group_ab01000000": 1.0, "CPU_group_0_ab01000000": 1.0, "CPU_group_cd02000000": 2.0}
+    there = {"CPU": 8.0, "GPU": 2.0, "GPU_group_ab01000000": 1.0, **groups}
+    assert held_by_others({"CPU": 4.5}, there, "01000000") == {"CPU": 2.5, "GPU": 1.0}
+    assert held_by_others({"CPU": 7.0, "GPU": 1.0}, there, "01000000") == {"CPU": 0.0, "GPU": 0.0}
+
+
+@pytest.mark.slow
+def test_a_search_beside_another_driver_takes_what_that_leaves_and_more_when_it_has_ended(tmp_path, monkeypatch):
+    stand_in.tell(tmp_path, seconds=0.2)
+    hold = tmp_path / "base" / "hold"
+    hold.touch()
+    recipe = stand_in.make_recipe(6, baselines={}, resources={"gpus_per_worker": 0})
+    with killed_searches.cluster(2) as (address, auth), contextlib.ExitStack() as others:
+        for name, value in auth.items():
+            monkeypatch.setenv(name, value)
+        others.enter_context(killed_searches.occupied(1, address, auth))
+        events, seen = [], []
+
+        def on_event(event):
+            events.append(event)
+            if isinstance(event, TrialEpoch) and not seen:  # one runs, and holds what it has itself
+                seen.append(nodes_now())
+                others.close()
+            if isinstance(event, ConcurrencyChanged):
+                hold.unlink()
+
+        result = run_search(recipe, tmp_path / "study", address, on_event, RUNNER)
+        [started] = [event for event in events if isinstance(event, Started)]
+        assert (started.concurrency, started.reason) == (1, "1 of 2 CPUs, others hold the rest, 1 a trial")
+        assert seen == [(Node(2, 0, "", 1),)]
+        assert changes(events) == [(2, "2 CPUs, 1 a trial")]
+        assert [row.outcome for row in result.trials] == ["complete"] * 6
+
+
+@pytest.mark.slow
+def test_a_search_on_a_cluster_that_another_driver_holds_waits_for_it_and_says_so(tmp_path, monkeypatch):
+    recipe = stand_in.make_recipe(2, baselines={}, resources={"gpus_per_worker": 0})
+    with killed_searches.cluster(1) as (address, auth), contextlib.ExitStack() as others:
+        for name, value in auth.items():
+            monkeypatch.setenv(name, value)
+        others.enter_context(killed_searches.occupied(1, address, auth))
+        told = []
+
+        def on_event(event):
+            if isinstance(event, Preparing) and event.what.startswith("waiting: "):
+                told.append(event.what)
+                others.close()
+
+        result = run_search(recipe, tmp_path / "study", address, on_event, RUNNER)
+    assert told == ["waiting: 0 of 1 CPU, others hold the rest, 1 a trial; one waits"]
+    assert [row.outcome for row in result.trials] == ["complete"] * 2
 
 
 def test_a_kind_of_accelerator_is_asked_of_ray():

@@ -1,14 +1,21 @@
 """Who holds a study: what another machine sees of a search, and when it may take the study over."""
 
+import contextlib
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
+import elsewhere
+import killed_searches
 import pytest
+import stand_in
 from logs import HOLD, commits, holding, take
 from stand_in import make_recipe
 
@@ -18,7 +25,7 @@ from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import READERS_SILENT_FOR_S, Log
 from carft_ray.store.owner import identity, process_started
 from carft_ray.study import holding as held_module
-from carft_ray.study.holding import log_of
+from carft_ray.study.holding import held, log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
@@ -191,6 +198,167 @@ def test_a_folder_with_a_log_of_another_kind_is_refused_and_kept(tmp_path):
     with pytest.raises(Exception, match="must be a study or empty, but got log"), open_study(tmp_path, make_recipe(3)):
         pass
     assert (tmp_path / "log" / "yesterday.txt").read_text() == "precious"
+
+
+# searches of several machines, each a process
+
+
+@pytest.fixture
+def search(tmp_path):
+    """Gives a function that starts a search as on another machine; what still runs at the end is killed."""
+    started = []
+
+    def start(boot, trials):
+        command = [sys.executable, elsewhere.__file__, boot, str(tmp_path / "study"), str(trials)]
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        started.append(subprocess.Popen(command, text=True, env=killed_searches.environment(), **streams))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def read_to(process, start):
+    """Reads what a search prints, to the first line that begins so."""
+    for line in process.stdout:
+        if line.startswith(start):
+            return
+    raise AssertionError(f"it has ended before {start}")
+
+
+@pytest.mark.slow
+def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_writes_nothing(tmp_path, search):
+    hold, study_dir = stand_in.tell(tmp_path) / "hold", tmp_path / "study"
+    hold.touch()
+    first = search("one", 3)
+    read_to(first, "TrialEpoch t0000-")
+    first.send_signal(signal.SIGSTOP)
+    wait_until(lambda: state_of(first) == "T")
+    hold.unlink()
+    second = search("two", 3)
+    output, _ = second.communicate(timeout=killed_searches.TIMEOUT_S)
+    assert second.returncode == 0, output
+    assert f"took over from process {first.pid} on " in output
+    assert [row.attempt for row in trials(study_dir)] == [2, 1, 1]
+    ended = commits(study_dir)
+
+    hold.touch()
+    third = search("three", 5)
+    read_to(third, "TrialEpoch t0003-")
+    before = contents(study_dir)
+    first.send_signal(signal.SIGCONT)
+    output, _ = first.communicate(timeout=killed_searches.TIMEOUT_S)
+    assert first.returncode == 5
+    *lines, error, step = output.splitlines()
+    assert not any("Error" in line or "Traceback" in line for line in lines), output
+    assert error.endswith("was written by another search, which has taken the study over")
+    assert step == "    The other search goes on from all that is committed; this one has ended."
+    after = contents(study_dir)
+    changed = {
+        str(path.relative_to(study_dir)) for path in before.keys() | after if before.get(path) != after.get(path)
+    }
+    assert {name for name in changed if not name.startswith(("log", "trials/t0003-"))} == set()
+    hold.unlink()
+    output, _ = third.communicate(timeout=killed_searches.TIMEOUT_S)
+    assert third.returncode == 0, output
+
+    rows = trials(study_dir)
+    assert [(row.number, row.outcome) for row in rows] == [(number, "complete") for number in range(5)]
+    assert len({row.name for row in rows}) == 5
+    killed_searches.check_told_once(study_dir)
+    assert commits(study_dir)[: len(ended)] == ended
+    owners = [commit["owner"] for commit in commits(study_dir)]
+    assert len(set(owners)) == 1 + sum(one != other for one, other in pairwise(owners)) == 3
+
+
+def state_of(process):
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.slow
+def test_a_head_that_restarts_at_once_waits_for_its_predecessor_and_says_so(tmp_path, search):
+    hold = stand_in.tell(tmp_path) / "hold"
+    hold.touch()
+    first = search("before", 2)
+    read_to(first, "TrialEpoch t0000-")
+    first.kill()
+    hold.unlink()
+    second = search("after", 2)
+    output, _ = second.communicate(timeout=killed_searches.TIMEOUT_S)
+    assert second.returncode == 0, output
+    said = [line.removeprefix("Note ") for line in output.splitlines() if line.startswith("Note ")][:2]
+    holder = re.escape(f"process {first.pid} on ") + r"\S+, since \S+"
+    assert re.fullmatch(rf"waiting 1 s for a write of {holder}, which may be gone", said[0]), output
+    assert re.fullmatch(rf"took over from {holder}, which is gone", said[1]), output
+    assert [(row.outcome, row.attempt) for row in trials(tmp_path / "study")] == [("complete", 2), ("complete", 1)]
+
+
+ROUNDS = 100  # of each of two pairs of processes
+
+
+def starter(boot, folder, barrier, over, told):
+    """Claims one study after the other, always together with another process; tells what came of each."""
+    elsewhere.move(boot)
+    os.fsync = lambda handle: None
+    for number in range(ROUNDS):
+        study_dir, said = folder / str(number), ""
+        if number % 5 == 4 and boot == "one":  # a search has died in it, on a third machine
+            Log(Folder(study_dir)).claim(me={**identity(), **ELSEWHERE})
+        barrier.wait()
+        log, count = Log(Folder(study_dir)), 0
+        try:
+            with held(log, lambda text: None):
+                (study_dir / boot).touch()
+                while not over.is_set():
+                    count += 1
+                    with log.commit({"kind": "at work", "count": count}):
+                        pass
+                    time.sleep(0.002)
+        except StorageError as error:
+            said = str(error)
+            over.set()
+        barrier.wait()
+        over.clear()
+        told.send((number, os.getpid(), said, count))
+    told.send(None)
+
+
+@pytest.mark.slow
+def test_of_two_machines_that_start_at_once_one_holds_the_study_and_the_other_says_who(tmp_path):
+    fork, running, found = multiprocessing.get_context("fork"), [], []
+    for pair in ("a", "b"):
+        shared = fork.Barrier(2, timeout=killed_searches.TIMEOUT_S), fork.Event()
+        for boot in ("one", "two"):
+            reader, writer = fork.Pipe(duplex=False)
+            process = fork.Process(target=starter, args=(boot, tmp_path / pair, *shared, writer), daemon=True)
+            process.start()
+            writer.close()
+            running.append((pair, reader, process))
+    for pair, reader, process in running:
+        with contextlib.suppress(EOFError):
+            while (answer := reader.recv()) is not None:
+                found.append((pair, *answer))
+        process.join()
+        assert process.exitcode == 0
+    assert len(found) == 4 * ROUNDS
+    for pair in ("a", "b"):
+        for number in range(ROUNDS):
+            check_round(tmp_path / pair / str(number), [each[2:] for each in found if each[:2] == (pair, number)])
+
+
+def check_round(study_dir, told):
+    """Raises when not exactly one of two has held a study, or the other has spoilt something."""
+    (_, refusal, none), (pid, said, count) = sorted(told, key=lambda each: not each[1])
+    assert (said, none) == ("", 0), told
+    assert f"is in use: two searches on one study would spoil it: process {pid} on " in refusal, told
+    log = Log(Folder(study_dir))
+    log.follow()  # it is whole: each commit names the one before
+    records = [record for _, record in log.records if record.get("host") != ELSEWHERE["host"]]
+    assert [record["kind"] for record in records] == ["owner", *["at work"] * count, "released"]
+    assert [record["count"] for record in records[1:-1]] == list(range(1, count + 1))
+    assert {path.name for path in study_dir.iterdir()} == {"log", records[0]["boot"]}
 
 
 # readers, who neither claim nor write

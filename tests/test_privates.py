@@ -73,6 +73,13 @@ def test_a_release_that_does_not_name_the_nodes_that_it_drains_is_told(monkeypat
         ray_private.draining_nodes()
 
 
+def test_a_release_that_does_not_say_what_is_free_on_a_node_is_told(monkeypatch):
+    """What the calls return is pinned in test_growth.py, with a Ray."""
+    monkeypatch.delattr(ray._private.state, "available_resources_per_node")
+    with pytest.raises(UsageError, match=r"state\.available_resources_per_node, which carft-ray uses"):
+        ray_private.resources_of_nodes()
+
+
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own data sets
 def test_a_lean_trainer_starts_no_actors_for_data_sets_and_leaks(monkeypatch):
     """Trainings by it, with its controller in their own process, are in test_executors.py, with a Ray."""

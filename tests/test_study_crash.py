@@ -10,12 +10,13 @@ import signal
 from collections import Counter
 
 import crash_host
+import crash_points
 import kill_points
 import pytest
 import stand_in
 from sequential_search import DIVERGES, SEARCH
 
-from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.rows import baselines, best_row, confirmations, trials
 
 NUM_TRIALS = 5
 
@@ -144,3 +145,35 @@ def test_what_was_finished_is_told_and_not_run_again(undisturbed, killed):
         rows = trials(study) + baselines(study)
         again = [row.name for row in rows if row.attempt > 1]
         assert len(again) < len(answers), name
+
+
+# searches, their continuation and a confirm as the commands run them: ``make crash-points``
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory):
+    """Gives the runner of jobs, its folder, and what the undisturbed commands have left."""
+    folder = tmp_path_factory.mktemp("points")
+    crash_points.prepare(folder)
+    with crash_host.started(folder, crash_points.PROGRAM) as run:
+        yield run, folder, crash_points.undisturbed(run, folder)
+
+
+@pytest.mark.parametrize("which", kill_points.SHARES)
+def test_a_search_more_of_it_and_a_confirm_killed_around_any_write_of_the_log_lose_and_double_nothing(points, which):
+    run, folder, calm = points
+    jobs = kill_points.share(crash_points.jobs_of(calm), which)
+    found = crash_points.killed(run, folder, calm, jobs)
+    assert {crash_points.command_of(name) for name in found} == set(crash_points.COMMANDS)
+    assert len(found) == len(jobs) > 2 * sum(number for _, number in calm.values()) / 4
+    assert crash_points.differences(found, calm) == ([], [])
+
+
+def test_what_the_kills_are_compared_with_was_cut_extended_and_confirmed(points):
+    _, _, calm = points
+    outcomes = [Counter(row.outcome for row in trials(place / "study")) for place, _ in calm.values()]
+    assert outcomes[0] == {"complete": 4, "diverged": 1, "pruned": 1}
+    assert sum(outcomes[1].values()) == 8
+    assert outcomes[2] == outcomes[1]
+    rows = confirmations(calm["confirm"][0] / "study")
+    assert [row.outcome for row in rows] == ["complete"] * 4

@@ -437,6 +437,19 @@ def test_stop_waits_for_the_end_and_says_how_to_resume(here, dashboard, run):
     assert dashboard.stopped == ["one"]
 
 
+@pytest.mark.slow
+def test_stop_of_a_job_that_does_not_end_says_where_to_look(here, dashboard, run, monkeypatch):
+    monkeypatch.setattr("carft_ray.launch.jobs.jobs.STOP_WAIT_S", 0.2)
+    monkeypatch.setattr("carft_ray.launch.stop.TELL_AFTER_S", 0.0)
+    dashboard.is_deaf, dashboard.polls = True, 1000
+    dashboard.add("one", here / "study")
+    code, _, err = run("cluster", "stop", "one", "--address", dashboard.address)
+    assert code == 5
+    assert "one still runs: its trainings end at their next checkpoint" in told(err)
+    assert "error: one: must end within 0.3 s of being asked to stop, but got it still runs" in told(err)
+    assert f"See: carft-ray cluster jobs --address {dashboard.address}" in told(err)
+
+
 SECRET = "-----BEGIN OPENSSH PRIVATE KEY-----\nc2VjcmV0\n"
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 import stand_in
-from logs import HOLD, commits, holding, rewrite
+from logs import HOLD, commits, holding, rewrite, take
 from stand_in import make_recipe
 
 from carft_ray.api import actions
 from carft_ray.errors import UsageError
 from carft_ray.launch.ray_cluster.growth import write_concurrency
+from carft_ray.launch.stop import ask_to_stop, wait_until_free
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.study_view import find_row, read_study, total_trials
@@ -423,6 +424,27 @@ def test_ctrl_c_ends_the_waiting_only(run, here):
         code, _, err = run("stop", "first")
     assert code == 130
     assert err.endswith("no longer waiting; it still stops\n    See: carft-ray status first\n")
+
+
+def test_stop_says_what_it_waits_for_and_ends_with_the_command_that_shows_it(run, here, monkeypatch):
+    monkeypatch.setattr("carft_ray.launch.stop.TELL_AFTER_S", 0.0)
+    monkeypatch.setattr("carft_ray.launch.stop.END_WITHIN_S", 0.6)
+    with holding(here / "first"):
+        code, _, err = run("stop", "first")
+    assert code == 5
+    holder = re.escape(f"process {os.getpid()} on ") + r"\S+, since \S+"
+    _, told, error, step = err.splitlines()
+    assert re.fullmatch(rf"{holder} still runs: its trainings end at their next checkpoint", told)
+    assert re.fullmatch(rf"error: {holder}: must end within 0.6 s of being asked to stop, but got it still runs", error)
+    assert step == "    See: carft-ray status first"
+
+
+def test_stop_waits_for_the_process_that_was_asked_and_not_for_the_next_one(here):
+    with holding(here / "first"):
+        asked = ask_to_stop(here / "first")
+    take(here / "first")
+    wait_until_free(here / "first", asked, pytest.fail, "")
+    assert read_study(here / "first").holder.startswith("process 12 on node7")
 
 
 def test_a_lock_of_a_dead_process_is_none(here):

@@ -69,7 +69,7 @@ def cluster_stop(
             console.say(f"Asking {name} to stop, and waiting for its checkpoints. Ctrl-C ends the waiting only.")
         see = common.command_line("cluster", "jobs", address=server.address)
         with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
-            found = jobs.stop(server, name, wait=not no_wait)
+            found = jobs.stop(server, name, console.sayer(not json_), see, wait=not no_wait)
     answer, ended = jobs.described(found), found.status.is_terminal()
     left = _left(answer["study"])
     if console.print_json({"address": server.address, **answer, "asked": asked, **left}, json_):

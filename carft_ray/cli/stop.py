@@ -29,7 +29,7 @@ def stop(
         if found is not None and not no_wait:
             if not json_:
                 console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
-            wait_until_free(study_dir)
+            wait_until_free(study_dir, found, console.sayer(not json_), see)
     what, so_far = "training", ""
     answer: dict[str, Any] = {"study": str(study_dir), "asked": found, "ended": found is None or not no_wait}
     if study_view.is_study(study_dir):  # else it is the folder of `train`

@@ -27,6 +27,8 @@ BUDGET_STOP = "budget: "  # how the stop file begins when the search asks itself
 LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure
 LARGEST_MARGIN = 0.25  # of the limit
 CHECK_EVERY_S = 0.5
+TELL_AFTER_S = 30.0  # of a wait for what was asked to stop
+END_WITHIN_S = 3600.0  # a search: an evaluation is finished first
 
 
 @contextlib.contextmanager
@@ -91,12 +93,53 @@ def ask_to_stop(folder: Path) -> str | None:
     return found
 
 
-def wait_until_free(folder: Path) -> None:
-    """Returns when no process holds the folder any more."""
+def wait_until_free(folder: Path, holder: str, tell: Callable[[str], None], see: str) -> None:
+    """Waits until a process that was asked to stop holds the folder no more.
+
+    Args:
+        folder: Of a study or training.
+        holder: The process, as ``ask_to_stop`` returns it.
+        tell: As of ``wait_until_ended``.
+        see: As of ``wait_until_ended``.
+
+    Raises:
+        ClusterError: It has not ended within ``END_WITHIN_S``.
+        StorageError: The log is damaged, or cannot be read.
+    """
     log = log_of(folder)
-    while log.holder() is not None:
-        time.sleep(CHECK_EVERY_S)
+
+    def has_ended() -> bool:
         log.follow()
+        return log.holder() != holder
+
+    wait_until_ended(holder, has_ended, END_WITHIN_S, tell, see)
+
+
+def wait_until_ended(
+    what: str, has_ended: Callable[[], bool], limit_s: float, tell: Callable[[str], None], see: str
+) -> None:
+    """Waits for the end of what was asked to stop.
+
+    Args:
+        what: A process or a job, in words.
+        has_ended: Tells whether it has ended.
+        limit_s: How long that may take.
+        tell: Told what is waited for, once, after ``TELL_AFTER_S``.
+        see: A command that shows what it does.
+
+    Raises:
+        ClusterError: It has not ended within the limit.
+    """
+    began, is_told = time.monotonic(), False
+    while not has_ended():
+        waited_s = time.monotonic() - began
+        if waited_s >= limit_s:
+            rule = f"must end within {limit_s:g} s of being asked to stop"
+            raise ClusterError(Problem(what, rule, "it still runs", next_step=f"See: {see}"))
+        if waited_s >= TELL_AFTER_S and not is_told:
+            tell(f"{what} still runs: its trainings end at their next checkpoint")
+            is_told = True
+        time.sleep(CHECK_EVERY_S)
 
 
 def used_up(limits: BudgetConfig, elapsed_s: float, gpu_s: float, gpus: float = 0.0, longest_end_s: float = 0.0) -> str:

@@ -118,7 +118,8 @@ class Log(BaseJournalBackend):
         since, has_grown, is_told = self._clock(), False, False
         while True:
             nonce, before = self._holder
-            if _is_free(self._holder) or self._clock() - since >= SILENT_FOR_S:
+            is_silent = not has_grown and self._clock() - since >= SILENT_FOR_S
+            if _is_free(self._holder) or is_silent:
                 with contextlib.suppress(RefusedError):  # another one was quicker
                     self._write(_Pending(records=[record]))
                     self._is_owner = True

@@ -19,7 +19,7 @@ from carft_ray import __version__
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch.jobs.server import NoAnswerError, Server, ask
 from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT, START_TIMEOUT
-from carft_ray.launch.stop import interruption
+from carft_ray.launch.stop import interruption, wait_until_ended
 
 STUDY = "study"  # of a job's metadata
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -176,19 +176,23 @@ def log_of(server: Server, name: str) -> str:
     return ask(server, lambda client: client.get_job_logs(name))
 
 
-def stop(server: Server, name: str, wait: bool) -> JobDetails:
+def stop(server: Server, name: str, tell: Callable[[str], None], see: str, wait: bool = True) -> JobDetails:
     """Asks a job to stop, and returns it; its trainings have ``STOP_WAIT_S`` for their checkpoints.
 
     Args:
         server: The cluster.
         name: Id of the job.
-        wait: Until it has ended, or should have.
+        tell: As of ``launch.stop.wait_until_ended``.
+        see: As of ``launch.stop.wait_until_ended``.
+        wait: Until it has ended.
+
+    Raises:
+        ClusterError: It has not ended half as long after that.
     """
     ask(server, lambda client: client.stop_job(name))
-    end = time.monotonic() + 1.5 * STOP_WAIT_S
-    while not (job := _details(server, name)).status.is_terminal() and wait and time.monotonic() < end:
-        time.sleep(POLL_S)
-    return job
+    if wait:
+        wait_until_ended(name, lambda: _details(server, name).status.is_terminal(), 1.5 * STOP_WAIT_S, tell, see)
+    return _details(server, name)
 
 
 def ended_error(job: JobDetails, resume_command: str = "") -> ClusterError | InterruptedRunError:

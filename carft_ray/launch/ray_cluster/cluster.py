@@ -19,8 +19,12 @@ import ray
 
 from carft_ray import environment, files
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
-from carft_ray.launch.ray_cluster.concurrency import Node, node_of
-from carft_ray.launch.ray_cluster.ray_private import read_authentication_anew, without_news_of_workers
+from carft_ray.launch.ray_cluster.concurrency import Node, held_by_others, node_of
+from carft_ray.launch.ray_cluster.ray_private import (
+    read_authentication_anew,
+    resources_of_nodes,
+    without_news_of_workers,
+)
 
 # RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
 ENVIRONMENT = {
@@ -266,5 +270,11 @@ def nodes_alive() -> list[dict[str, Any]]:
 
 
 def nodes_now(without: Collection[str] = ()) -> tuple[Node, ...]:
-    """Returns the nodes that are alive, without those of these names (Ray's)."""
-    return tuple(node_of(node["Resources"]) for node in nodes_alive() if node["NodeID"] not in without)
+    """Returns the nodes that are alive, without those of these names (Ray's), and what other jobs hold of them."""
+    free, there = resources_of_nodes()
+    nodes = {node["NodeID"]: node["Resources"] for node in nodes_alive() if node["NodeID"] not in without}
+    job_id = ray.get_runtime_context().get_job_id()
+    return tuple(
+        node_of(resources, held_by_others(free[name], there[name], job_id) if name in free and name in there else {})
+        for name, resources in nodes.items()
+    )

@@ -1,5 +1,6 @@
 """How many trainings run at a time: what fits on the nodes of a cluster, and how a search follows that."""
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,15 +19,29 @@ MEMORY = "memory was full"
 
 @dataclass(frozen=True)
 class Node:
-    """Resources of one machine; ``accelerator`` is the kind of its GPUs by Ray's name: ``H100``."""
+    """Resources of one machine.
+
+    Attributes:
+        num_cpus: What it has.
+        num_gpus: As above.
+        accelerator: The kind of its GPUs by Ray's name: ``H100``.
+        held_cpus: What others hold of its CPUs; what this job holds is its own.
+        held_gpus: As above.
+    """
 
     num_cpus: float
     num_gpus: float
     accelerator: str = ""
+    held_cpus: float = 0.0
+    held_gpus: float = 0.0
 
     def amount(self, name: str) -> float:
         """Returns how much it has of ``CPU`` or ``GPU``."""
         return self.num_cpus if name == "CPU" else self.num_gpus
+
+    def free(self, name: str) -> float:
+        """Returns how much of that others leave."""
+        return self.amount(name) - (self.held_cpus if name == "CPU" else self.held_gpus)
 
 
 @dataclass(frozen=True)
@@ -60,15 +75,33 @@ class Capacity:
         return need | ({f"{KIND}{self.accelerator}": OF_KIND} if self.accelerator else {})
 
 
-def node_of(resources: Mapping[str, float]) -> Node:
-    """Returns a machine with these resources, by Ray's names."""
+def node_of(resources: Mapping[str, float], held: Mapping[str, float] | None = None) -> Node:
+    """Returns a machine with these resources, by Ray's names, of which others hold some."""
     kinds = [name.removeprefix(KIND) for name in resources if name.startswith(KIND)]
     kind = min(kinds, key=len, default="")  # a placement group adds longer names of its own
-    return Node(resources.get("CPU", 0), resources.get("GPU", 0), kind)
+    held = held or {}
+    return Node(resources.get("CPU", 0), resources.get("GPU", 0), kind, held.get("CPU", 0), held.get("GPU", 0))
+
+
+def held_by_others(free: Mapping[str, float], there: Mapping[str, float], job_id: str) -> dict[str, float]:
+    """Returns what is not free on a node and not held by a placement group of a job, as all of its trainings are.
+
+    Args:
+        free: What is free there (``ray_private.resources_of_nodes``).
+        there: What there is. The name of a group ends with that of its job.
+        job_id: The job.
+    """
+    found = {}
+    for name in ("CPU", "GPU"):
+        ours = sum(there[each] for each in there if re.fullmatch(rf"{name}_group_[0-9a-f]+{job_id}", each))
+        found[name] = round(max(0.0, there.get(name, 0.0) - free.get(name, 0.0) - ours), 4)
+    return found
 
 
 def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], may_grow: bool = False) -> Capacity:
     """Returns how many trials of a recipe run at a time on these nodes, and what limits them.
+
+    What others hold is left to them; where they leave too little for a trial, one waits for it.
 
     While a cluster may grow, one trial waits for a node; where ``search.max_concurrent_trials`` says how many are
     wanted, as many wait as run. Ray asks its autoscaler for nodes on behalf of what waits.
@@ -88,10 +121,14 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], may_grow: bool = False)
     usable = tuple(node for node in nodes if kind in (None, node.accelerator))
     cpus = resources.cpus_per_worker or _share_of_cores(gpus, usable)
     need = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
-    together = [min(counts) for counts in zip(*_slots(need, usable).values(), strict=True)]
-    one_node = any(count >= num_workers for count in together)
+    without_others, together = (
+        [min(counts) for counts in zip(*_slots(need, usable, amount).values(), strict=True)]
+        for amount in (Node.amount, Node.free)
+    )
+    one_node = any(count >= num_workers for count in without_others)
     fitting, asked = _num_trials(together, num_workers, one_node), 0
-    if fitting:
+    is_held = not fitting and _num_trials(without_others, num_workers, one_node) > 0
+    if fitting or is_held:
         reason = _limit(fitting, need, usable, num_workers, one_node)
     elif may_grow:
         reason = f"no node for a trial, which needs {_needed(need, num_workers, kind)}"
@@ -104,7 +141,9 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], may_grow: bool = False)
         fitting, asked, reason = wanted, 0, "search.max_concurrent_trials"
     if resources.executor == "debug":
         fitting, asked, reason = 1, 0, "executor debug: one after the other"
-    if asked:
+    if is_held and not asked:
+        asked, reason = 1, f"{reason}; one waits"
+    elif asked:
         reason += f"; nodes for {asked}{' more' if fitting else ''} are asked for"
     return Capacity(fitting, reason, num_workers, cpus, gpus, one_node, asked, kind or "")
 
@@ -115,9 +154,11 @@ def _share_of_cores(gpus: float, usable: tuple[Node, ...]) -> float:
     return float(max(1, min(shares, default=1))) if gpus else 1.0
 
 
-def _slots(need: dict[str, float], nodes: tuple[Node, ...]) -> dict[str, list[int]]:
+def _slots(
+    need: dict[str, float], nodes: tuple[Node, ...], amount_of: Callable[[Node, str], float]
+) -> dict[str, list[int]]:
     """Returns how many workers fit on each node, by each resource alone."""
-    return {name: [num_fitting(name, amount, node.amount(name)) for node in nodes] for name, amount in need.items()}
+    return {name: [num_fitting(name, each, amount_of(node, name)) for node in nodes] for name, each in need.items()}
 
 
 def _num_trials(counts: list[int], num_workers: int, one_node: bool) -> int:
@@ -176,12 +217,15 @@ def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_wo
         num_workers: As in ``Capacity``.
         one_node: As in ``Capacity``.
     """
-    slots = _slots(need, nodes)
+    slots = _slots(need, nodes, Node.free)
     by_one = {name: (_num_trials(counts, num_workers, one_node), sum(counts)) for name, counts in slots.items()}
     name = min(reversed(need), key=lambda name: by_one[name])  # of equals the GPUs
-    total, amount = sum(node.amount(name) for node in nodes), need[name]
-    reason = f"{amount_text(total, name)}, {amount * num_workers:g} a trial"
-    is_all = round(total * UNITS) // (int(amount * UNITS) * num_workers) == fitting
+    total, free, amount = (*(sum(of(node, name) for node in nodes) for of in (Node.amount, Node.free)), need[name])
+    there = (
+        amount_text(total, name) if free == total else f"{free:g} of {amount_text(total, name)}, others hold the rest"
+    )
+    reason = f"{there}, {amount * num_workers:g} a trial"
+    is_all = round(free * UNITS) // (int(amount * UNITS) * num_workers) == fitting
     return reason if is_all else f"{reason}; what is left on each node or GPU is too little"
 
 

@@ -67,6 +67,17 @@ def draining_nodes() -> Mapping[str, int]:
     return found
 
 
+def resources_of_nodes() -> tuple[Mapping[str, Mapping[str, float]], Mapping[str, Mapping[str, float]]]:
+    """Returns what is free on each node, and what there is, by Ray's name of the node.
+
+    What there is has a name for each placement group besides: ``CPU_group_ID``, with its share of the node. Both tell
+    of one moment: a node reports them together.
+    """
+    names = [f"ray._private.state.{each}_resources_per_node" for each in ("available", "total")]
+    free, there = (private_name("ray", name, partial(resolve_name, name))() for name in names)
+    return free, there
+
+
 def job_client(address: str, headers: dict[str, str], silence_s: float) -> "JobSubmissionClient":
     """Returns the client of a dashboard whose calls end after a silence; Ray's own waits without an end.
 

@@ -1,0 +1,70 @@
+"""A search and a confirm of stand-in trainings by the executor ``debug``, as a program of ``crash_host``.
+
+    search STUDY_DIR TRIALS     a search, or its continuation with more trials
+    confirm STUDY_DIR           its best trial and its baseline with two fresh seeds
+    look STUDY_DIR              prints what the study knows, as JSON, and changes nothing
+
+Every look of the driver is made at once, so that what is written, and in which order, is the same each time. No figure
+is drawn.
+"""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+
+import crash_host
+import stand_in
+
+from carft_ray.errors import CarftError
+from carft_ray.launch import driver, runtime
+from carft_ray.launch.runs import confirm, search
+from carft_ray.launch.runtime import Runner
+from carft_ray.results.confirm import configurations
+from carft_ray.results.reading.study_view import read_study
+from carft_ray.study.holding import is_study
+from carft_ray.study.ledger import read_ledger
+from carft_ray.study.rows import baselines, confirmations, trials
+
+EPOCHS = 3
+SEARCH = {
+    "sampler": {"name": "tpe", "startup_trials": 2},
+    "pruner": {"name": "median", "startup_trials": 2},
+    "evaluate": {"every_epochs": 1},
+    "resources": {"executor": "debug"},
+}
+RUNNER = Runner(stand_in.prepare, stand_in.train)
+
+
+def import_everything():
+    crash_host.import_everything()
+    driver.POLL_EVERY_S, driver.POLL_SHARE, runtime.STOP_CHECK_S = 0.0, 1.0, 0.0
+    search.figure_at_the_end = lambda study, num_before: contextlib.nullcontext()
+
+
+def told(study_dir):
+    """Returns all trainings and the ledger as JSON holds them, without times and attempts."""
+    if not is_study(study_dir):
+        return []
+    rows = [*trials(study_dir), *baselines(study_dir), *confirmations(study_dir)]
+    found = [[row.kind, row.number, row.name, row.values, row.outcome, row.reason, row.objective] for row in rows]
+    return json.loads(json.dumps(found + [["ledger", entry.purpose] for entry in read_ledger(study_dir)]))
+
+
+def call(argv):
+    what, study_dir = argv[0], Path(argv[1])
+    try:
+        if what == "search":
+            recipe = stand_in.make_recipe(int(argv[2]), epochs=EPOCHS, **SEARCH)
+            search.run_search(recipe, study_dir, runner=RUNNER)
+        elif what == "confirm":
+            view = read_study(study_dir)
+            stage, _ = configurations.plan(view, 1, 2)
+            fix = lambda study: configurations.fix(study, view.recipe, stage, None)  # noqa: E731
+            confirm.run_confirm(view.recipe, study_dir, fix, "the same command", runner=RUNNER)
+        else:
+            print(json.dumps(told(study_dir)))
+    except CarftError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    return 0
