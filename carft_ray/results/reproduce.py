@@ -78,11 +78,11 @@ def reproduce(
     """Repeats a training and compares.
 
     Args:
-        finished: A training of a study or of `train`, or the zero-shot model of a study.
+        finished: A training of a study, or its zero-shot model.
         out_dir: Folder of the new training; must be new. Afterwards it is like that of `train`.
         say: Gets lines about what is being done.
         progress: Given the metrics every few steps (one worker).
-        report: Given the metrics of every epoch (one worker).
+        report: Given the metrics of every epoch.
 
     Returns:
         Plain data: ``same``: whether everything is, bit for bit; ``title`` of the training, ``num_numbers`` of
@@ -105,8 +105,7 @@ def reproduce(
     base = without_shared(finished.base, rows)
     _check({"data": set_contents(base)}, kept)
     shared = _as_computed(base, kept["preparation"], out_dir)
-    of_study = finished.run_dir != finished.folder
-    is_trial = of_study and finished.run_dir.parent.name == FOLDERS["trial"]
+    is_trial = finished.run_dir.parent.name == FOLDERS["trial"]
     references = finished.folder / PREPARED / REFERENCES
 
     def prepare_first(folder: Path) -> dict[str, Any]:
@@ -120,7 +119,7 @@ def reproduce(
         metrics = {k: v for k, v in prepare_first(out_dir).items() if k in finished.result["metrics"]}
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return _compared(finished, then, replace(finished, run_dir=out_dir, result=result))
-    was = finished.recipe if is_trial or not of_study else alone(finished.recipe)
+    was = finished.recipe if is_trial else alone(finished.recipe)
     recipe = _as_computed(was, finished.result["environment"], out_dir)
     try:
         train_once(recipe, out_dir, False, "", say, progress, report, None, prepare_first, rows)

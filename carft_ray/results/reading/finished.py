@@ -1,6 +1,5 @@
 """A finished training as it is on disk: result, predictions, and the manifest that it belongs to. No torch."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from carft_ray.layout import CONFIRM, PREDICTIONS, PREPARATION, PREPARED, RESULT
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.pareto import placed
-from carft_ray.results.reading.study_view import find_row, require_claimed
+from carft_ray.results.reading.study_view import find_row, require_study
 from carft_ray.study import identity
-from carft_ray.study.holding import is_study
 from carft_ray.study.outcome import TrialRow, read_result
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
@@ -27,9 +25,9 @@ class Finished:
     """A finished training, or the zero-shot model of a study.
 
     Attributes:
-        folder: The study directory, or the folder of `train`; absolute.
-        name: Name of the trial, of the baseline, or ``confirm/NAME``; empty for the folder of `train`.
-        base: Recipe of the study (or of the training) as its manifest has it.
+        folder: The study directory, absolute.
+        name: Name of the trial, of the baseline, or ``confirm/NAME``.
+        base: Recipe of the study as its manifest has it.
         recipe: The same with the values of this training.
         result: Content of ``result.json``; a trial of a Pareto search is at its point of the front.
         provenance: Of the manifest; empty when there is none.
@@ -52,7 +50,7 @@ class Finished:
     @property
     def title(self) -> str:
         """Its name in messages: ``quickstart:t0007-3f9c``."""
-        return f"{self.folder.name}:{self.name}" if self.name else self.folder.name
+        return f"{self.folder.name}:{self.name}"
 
     @property
     def weights_path(self) -> Path:
@@ -72,31 +70,24 @@ def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") 
     """Opens a finished training; nothing is claimed or written.
 
     Args:
-        folder: A study, or the folder of `train`.
-        trial: Number or name of a trial, name of a baseline, or ``confirm/NAME``; None: the best trial of a study.
+        folder: A study.
+        trial: Number or name of a trial, name of a baseline, or ``confirm/NAME``; None: the best trial.
         place: The argument or option that names the trial, for messages.
 
     Raises:
-        UsageError: The folder is neither, or the study has no such trial.
+        UsageError: The folder is no study, or it has no such trial.
         NoSuccessfulTrialError: The training is not finished, or the study has no finished trial.
         StorageError: Manifest, log or result is damaged.
     """
-    folder = require_claimed(folder)
+    folder = require_study(folder, "must be a study or the folder of a training")
     base, provenance = read_manifest(folder)
-    name, run_dir, row = "", folder, None
-    step = "Finish it first: the same `carft-ray train` command again, with --resume."
-    if is_study(folder):
-        name, run_dir, row = _find(folder, trial, place)
-        step = f"Continue the search: carft-ray resume {shlex.quote(str(folder))}"
-    elif trial is not None:
-        step = f"Leave the trial {trial!r} out, or give the folder of a study."
-        raise UsageError(Problem(place, "needs a study", f"the folder of one training, {folder}", next_step=step))
+    name, run_dir, row = _find(folder, trial, place)
     if name == ZERO_SHOT:
         metrics = files.read_json(folder / PREPARED / PREPARATION)["metrics"]
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return Finished(folder, name, base, base, result, provenance, folder / PREPARED)
     if not (run_dir / RESULT).is_file():
-        value = "an unfinished or failed one"
+        value, step = "an unfinished or failed one", f"Go on with it: {identity.resume_command(folder)}"
         raise NoSuccessfulTrialError(Problem(str(run_dir), "must be a finished training", value, next_step=step))
     found = read_result(run_dir)
     try:

@@ -1,4 +1,4 @@
-"""A finished training with its weights: from the folder of `train`, or of a study."""
+"""A finished training of a study with its weights."""
 
 import contextlib
 import shlex
@@ -38,7 +38,7 @@ class Trained:
     """A finished training.
 
     Attributes:
-        name: Folder of the training, or study and trial.
+        name: Study and trial.
         recipe: With the values of this training in ``train``; all paths absolute.
         result: Content of its ``result.json``; a trial of a Pareto search is at its point of the front.
         inputs: Model, prompts and sets.
@@ -71,14 +71,14 @@ class Trained:
 
 
 def open_trained(folder: Path, trial: str | None = None) -> Trained:
-    """Opens the folder of a `train` or a study.
+    """Opens a finished training of a study.
 
     Args:
         folder: What `train --out` or `search --study` was given.
         trial: Number or name of a trial of the study, name of a baseline, or ``confirm/NAME``; None: the best one.
 
     Raises:
-        UsageError: The folder is neither, the trial does not exist, or it is the zero-shot model.
+        UsageError: The folder is no study, the trial does not exist, or it is the zero-shot model.
         NoSuccessfulTrialError: The study has no finished trial, or the training is not finished.
         StorageError: Something in it is damaged.
     """
@@ -89,15 +89,15 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
     found = open_finished(folder, trial, "--trial")
     if found.is_zero_shot:
         raise UsageError(Problem("--trial", f"must be a training of {folder}", "the zero-shot model"))
-    name = f"{found.folder.name}/{found.name}" if found.name else found.folder.name
-    return replace(open_run(found.folder, found.run_dir, found.base, name), result=found.result)
+    run = open_run(found.folder, found.run_dir, found.base, f"{found.folder.name}/{found.name}")
+    return replace(run, result=found.result)
 
 
 def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
-    """Opens one finished training of a study, or that of `train` (``run_dir`` is then ``folder``).
+    """Opens one finished training of a study.
 
     Args:
-        folder: The study directory, or the folder of the training; absolute.
+        folder: The study directory, absolute.
         run_dir: Folder of the training, with its result.
         recipe: The recipe; its paths absolute.
         name: For people.
@@ -106,8 +106,7 @@ def open_run(folder: Path, run_dir: Path, recipe: Recipe, name: str) -> Trained:
         StorageError: Its weights are gone, or something in it is damaged.
     """
     result = files.read_json(run_dir / RESULT)
-    if run_dir != folder:
-        require_weights(folder, run_dir, recipe)
+    require_weights(folder, run_dir, recipe)
     recipe = apply(recipe, result["train"])
     head, shared = load_tensors(folder / PREPARED / HEADS)["class_head"], read_shared(folder)
     inputs = load_shared_inputs(without_shared(recipe, shared))
