@@ -15,14 +15,13 @@
       test/              what reads of the test sets have found
       _tune/             while a search runs: Ray's own files, and how many trainings run at a time
 
-The folder of `train` is laid out as a study without log/, with one training in it, and owner/: who works in it.
+The folder of `train` is a study of one trial, trials/train/.
 """
 
 # of a study
 MANIFEST = "manifest.json"
 RESOLVED = "resolved.yaml"
 COMMITS = "log"
-OWNER = "owner"
 STOP = "stop"
 SHARED_IMAGES = "shared_images.csv"
 MICRO_BATCH = "fits.json"

@@ -46,6 +46,16 @@ def make(folder: Path, vision_cfg: dict | None = None) -> Path:
     return recipe
 
 
+def training_in(out: Path) -> Path:
+    """Returns the folder of the training in the one that `train` was given."""
+    return out / "trials" / "train"
+
+
+def place_in(out: Path) -> Path:
+    """Returns the folder of its last attempt."""
+    return max(training_in(out).glob("attempt-*"))
+
+
 def write_image(path: Path, label: int, seed: int) -> None:
     """Writes a noisy image of 20 x 16 pixels with a corner that tells its class."""
     pixels = np.random.default_rng([label, seed]).integers(0, 256, (16, 20, 3), dtype=np.uint8)

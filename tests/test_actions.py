@@ -169,7 +169,7 @@ def test_a_study_is_resumed_extended_and_confirmed(study_dir):
 def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, capsys):
     trained = carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
     assert capsys.readouterr() == ("", "")
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    result = json.loads((short_training.place_in(tmp_path / "run") / "result.json").read_text())
     assert {key: trained.numbers[key] for key in result} == result
     measured = carft_ray.evaluate(tmp_path / "run")
     assert measured.numbers["metrics"] == pytest.approx(result["metrics"])

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import crash_host
 import pytest
 import ray
+import short_training
 import stand_in
 from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.exceptions import ActorDiedError
@@ -18,11 +19,10 @@ from ray.train import ControllerError, WorkerGroupError
 from carft_ray.errors import ClusterError
 from carft_ray.launch import driver
 from carft_ray.launch.failures.causes import LONGEST, error_of, explained, is_full_memory, root_cause
-from carft_ray.launch.runs.ray_train import train_with_ray
 from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
 from carft_ray.study import study
-from carft_ray.study.identity import claim
 from carft_ray.study.outcome import log_lost
 from carft_ray.study.rows import trials
 
@@ -302,9 +302,9 @@ def test_a_process_whose_node_was_taken_away_is_told_so():
 @pytest.mark.slow
 def test_one_training_that_cannot_begin_has_its_cause_in_its_log(tmp_path, bad_start):
     recipe = stand_in.make_recipe(resources={"executor": "ray-train"})
-    claim(tmp_path / "one", recipe)
+    nothing = (str, lambda row: None, lambda row: None)
     with pytest.raises(ClusterError) as caught:
-        train_with_ray(recipe, tmp_path / "one", runner=bad_start("raise_worker"))
-    assert str(caught.value).startswith(f"train: its workers must stay alive, but got {NEVER}\n")
+        train_once(recipe, tmp_path / "one", False, "", *nothing, runner=bad_start("raise_worker"))
+    assert NEVER in str(caught.value)
     check_told(str(caught.value))
-    assert f"attempt 1: lost: {NEVER}" in (tmp_path / "one" / "log.txt").read_text()
+    assert f"attempt 1: lost: {NEVER}" in (short_training.training_in(tmp_path / "one") / "log.txt").read_text()

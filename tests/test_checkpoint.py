@@ -380,17 +380,17 @@ def stopped(tmp_path_factory):
     recipe_path = short_training.make(folder)
     recipe = load_recipe(recipe_path, [f"data.cache_dir={folder / 'cache'}"])
 
-    def train(out, report):
-        return train_once(recipe, folder / out, False, "the same command", str, lambda row: None, report)
+    def train(out, progress):
+        return train_once(recipe, folder / out, False, "the same command", str, progress, lambda row: None)
 
     def stop_after_two(row):
-        if row["epoch"] == 2:
+        if row["step"] == 6:
             (folder / "out" / "stop").write_text("")
 
     train("whole", lambda row: None)
-    with pytest.raises(InterruptedRunError, match="step 6 of 9"):
+    with pytest.raises(InterruptedRunError, match=r"continues from step 6 \(epoch 2 done\)"):
         train("out", stop_after_two)
-    return recipe_path, folder, (folder / "whole" / "fine_tuned.safetensors").read_bytes()
+    return recipe_path, folder, (short_training.place_in(folder / "whole") / "fine_tuned.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -403,14 +403,14 @@ def resume(stopped, tmp_path, capsys):
     def call(*words):
         cache = f"data.cache_dir={folder / 'cache'}"
         code = crash_host.call(["train", recipe_path, "--set", cache, "--out", out, "--resume", *words])
-        weights = out / "fine_tuned.safetensors"
+        weights = short_training.training_in(out) / "attempt-2" / "fine_tuned.safetensors"
         return code, capsys.readouterr().err, weights.read_bytes() if weights.exists() else None
 
     return out, call
 
 
 def checkpoints(out):
-    return sorted(out.glob("checkpoint/attempt-1/step-*"))
+    return sorted(short_training.training_in(out).glob("attempt-1/step-*"))
 
 
 @pytest.mark.slow
@@ -439,8 +439,9 @@ def test_train_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before
 def test_a_damaged_result_is_told_and_not_trained_over(stopped, resume):
     out, call = resume
     assert call()[0] == 0
-    cut(out / "result.json")
-    (out / "result.json").write_text((out / "result.json").read_text()[:-50])
+    result = short_training.place_in(out) / "result.json"
+    cut(result)
+    result.write_text(result.read_text()[:-50])
     code, said, _ = call()
     assert code == 5
-    assert f"error: {out / 'result.json'}: must be a whole JSON file, but got a damaged one" in said
+    assert f"error: {result}: must be the file that the study has recorded, but got another one" in said

@@ -16,7 +16,12 @@ import carft_ray
 from carft_ray import cli
 from carft_ray.cli import program
 from carft_ray.errors import Problem
+from carft_ray.launch.session import begin
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema.recipe import single
+from carft_ray.study.opening import open_study
+
+TRAINING = short_training.training_in(Path()) / "attempt-1"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     code, out, err = run("evaluate", "out", "--json")
     found = json.loads(out)
     by_set = found.pop("sets")
-    assert found == {"name": "out", "alpha": result["alpha"], "head": "fine_tuned", "metrics": result["metrics"]}
+    assert found == {"name": "out/train", "alpha": result["alpha"], "head": "fine_tuned", "metrics": result["metrics"]}
     assert list(by_set) == ["id_val", "sketch"]
     for name, values in by_set.items():
         assert values["accuracy"] == result["metrics"][f"accuracy/{name}"]
@@ -91,7 +96,7 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     code, out, err = run("evaluate", "out", "--alpha", "0", "--head", "zero_shot", "--json")
     assert json.loads(out)["metrics"] == {key: result["zero_shot"][key] for key in metrics}
     code, out, err = run("evaluate", "out", "--alpha", "0.5")
-    assert "out, alpha 0.5" in out
+    assert "out/train, alpha 0.5" in out
     head, *rows = out.split("\n\n")[1].splitlines()
     assert re.split(r"  +", head) == ["set", "images", "top-5, %", "NLL, nats", "Brier", "ECE, %", "worst class, %"]
     assert [row.split()[0] for row in rows] == ["ID", "sketch"]
@@ -294,8 +299,8 @@ MISTAKES = [
     (
         ["evaluate", "done", "--trial", "t0003"],
         2,
-        "--trial: needs a study, but got the folder of one training, {here}/done\n"
-        "    Leave the trial 't0003' out, or give the folder of a study.",
+        "--trial: must be the number or name of a trial or baseline, but got 't0003'; did you mean 't0000'? (allowed: "
+        "zero_shot, train)",
     ),
     (
         ["export", "done", "--to", "full"],
@@ -414,21 +419,36 @@ def test_damaged_weights_of_a_local_model_are_a_data_error(run):
     assert everything() == before
 
 
-@pytest.mark.parametrize("name", ["fine_tuned.safetensors", "prepared/heads.safetensors"])
+NOT_RECORDED = (
+    "must be the file that the study has recorded, but got another one",
+    "    Restore it from a copy; no command changes a finished training.",
+)
+NO_TENSORS = (
+    "must be a file of tensors, but got a damaged one (",
+    "    Restore it from a copy, or train again into another folder.",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [(TRAINING / "fine_tuned.safetensors", NOT_RECORDED), ("prepared/heads.safetensors", NO_TENSORS)],
+    ids=["weights", "heads"],
+)
 @pytest.mark.parametrize("words", [["evaluate", "done"], ["export", "done", "--to", "new"]], ids=lambda words: words[0])
-def test_damaged_results_are_a_storage_error(run, name, words):
+def test_damaged_results_are_a_storage_error(run, name, says, words):
     path = Path("done", name)
     path.write_bytes(path.read_bytes()[:-1])
     before = everything()
     code, _, err = run(*words)
     assert code == 5
-    assert err.startswith(f"error: {path.absolute()}: must be a file of tensors, but got a damaged one (")
-    assert err.splitlines()[-1] == "    Restore it from a copy, or train again into another folder."
+    assert err.startswith(f"error: {path.absolute()}: {says[0]}")
+    assert err.splitlines()[-1] == says[1]
     assert everything() == before
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("result.json", "result of a training"), ("manifest.json", "manifest of a")]
+    ("name", "what"),
+    [(TRAINING / "result.json", "file that the study has recorded"), ("manifest.json", "manifest of a")],
 )
 def test_a_damaged_json_file_is_a_storage_error(run, name, what):
     path = Path("done", name)
@@ -439,12 +459,15 @@ def test_a_damaged_json_file_is_a_storage_error(run, name, what):
 
 
 def test_an_unfinished_training_is_no_model(run):
-    Path("done/result.json").unlink()
-    code, _, err = run("export", "done", "--to", "new")
+    begun = Path("begun").absolute()
+    recipe = single(load_recipe(Path("recipe.yaml")))
+    with open_study(begun, recipe):
+        begin(begun, recipe)
+    code, _, err = run("export", "begun", "--to", "new")
     assert code == 6
     assert err == (
-        f"error: {Path('done').absolute()}: must be a finished training, but got an unfinished or failed one\n"
-        "    Finish it first: the same `carft-ray train` command again, with --resume.\n"
+        f"error: {begun}: must have a finished trial, but got none\n"
+        f"    Go on with it: carft-ray train {begun}/resolved.yaml --out {begun} --resume\n"
     )
 
 

@@ -72,14 +72,14 @@ def test_values_that_differ_are_named_and_differences_are_those_of_the_metrics(h
 def test_the_interval_is_that_of_the_paired_differences_of_the_images(here, tmp_path):
     """The normal interval of the mean of d_k = a_k - b_k, with a NumPy sum; half of the other's answers are right."""
     other = shutil.copytree(here / "run", tmp_path / "other")
-    path = other / "predictions" / "validation.parquet"
+    path = short_training.place_in(other) / "predictions" / "validation.parquet"
     table = read_predictions(path)
     answers = table["label"].to_numpy() + np.arange(len(table)) % 2
     column = table.schema.get_field_index("prediction")
     write_predictions(path, table.set_column(column, table.schema.field(column), [answers.astype(np.int32)]))
     found = row(compare(str(here / "run"), str(other)), "id_accuracy")
     right = []
-    for folder in (here / "run", other):
+    for folder in map(short_training.training_in, (here / "run", other)):
         alpha = json.loads((folder / "result.json").read_text())["alpha"]
         table = read_predictions(folder / "predictions" / "validation.parquet")
         right.append(correct(table, "id_val", alpha).astype(float))
@@ -121,7 +121,7 @@ def test_a_set_of_one_side_only_and_another_objective_are_not_compared(here):
     alone = training(here, "alone", "data.ood_val={}", "search.objective.id_weight=0.25")
     found = compare(str(here / "run"), str(alone))
     assert found["reasons"] == {
-        "sketch": "only run has this set",
+        "sketch": "only run:train has this set",
         "ood_accuracy": "it is the mean of other sets",
         "objective": "the recipes define it differently",
     }
@@ -131,9 +131,10 @@ def test_a_set_of_one_side_only_and_another_objective_are_not_compared(here):
 
 def test_the_same_images_with_other_labels_are_not_compared(here, tmp_path):
     shutil.copytree(here / "run", tmp_path / "run")
-    path = tmp_path / "run" / "predictions" / "validation.parquet"
+    inside = short_training.place_in(tmp_path / "run")
+    path = inside / "predictions" / "validation.parquet"
     table = read_predictions(path)
-    alpha = json.loads((tmp_path / "run" / "result.json").read_text())["alpha"]
+    alpha = json.loads((inside / "result.json").read_text())["alpha"]
     ids = np.unique(table.filter(np.array(table["set"].to_pylist()) == "id_val")["sample_id"].to_numpy())
     parts = [
         predictions_table(name, alpha, ids, np.zeros(len(ids), int), np.zeros((len(ids), 5), np.float32))
@@ -151,9 +152,10 @@ def test_another_version_of_a_library_is_part_of_the_explanation(here, tmp_path)
     manifest = json.loads(path.read_text())
     manifest["provenance"]["versions"]["numpy"] = "1.0"
     path.write_text(json.dumps(manifest))
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    path = short_training.place_in(tmp_path / "run") / "result.json"
+    result = json.loads(path.read_text())
     result["environment"]["commit"] = "c0ffee"
-    (tmp_path / "run" / "result.json").write_text(json.dumps(result))
+    path.write_text(json.dumps(result))
     found = keys(compare(str(here / "run"), str(tmp_path / "run"))["origin"])
     assert set(found) == {"versions.numpy", "training.commit"}
 
@@ -194,7 +196,14 @@ def test_the_command_shows_both_sides_and_the_json_is_the_whole_answer(here, mon
     assert json.loads(capsys.readouterr().out) == compare(str(here / "run"), str(here / "faster"))
     assert run(monkeypatch, "compare", here / "run", here / "faster") == 0
     output = capsys.readouterr()
-    for text in ("train.learning_rate", "A: run, alpha", "B: faster, alpha", "ID (id_val)", "sketch", "A - B, points"):
+    for text in (
+        "train.learning_rate",
+        "A: run:train, alpha",
+        "B: faster:train, alpha",
+        "ID (id_val)",
+        "sketch",
+        "A - B, points",
+    ):
         assert text in output.out
     assert "over images; one training: seeds not covered" in output.err
     assert f"carft-ray reproduce {here / 'run'}" in output.err

@@ -6,6 +6,7 @@ from pathlib import Path
 import pyarrow.compute as pc
 import pytest
 import ray
+import short_training
 import torch
 from safetensors.torch import load_file
 
@@ -51,7 +52,7 @@ def trained(tmp_path_factory):
         assert [row["epoch"] for row in epochs] == [1]
         assert not (folder / way / "_tune").exists()
         assert not ray.is_initialized()
-        return folder / way, result
+        return short_training.place_in(folder / way), result
 
     return train
 

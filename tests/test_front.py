@@ -193,7 +193,7 @@ def test_what_is_kept_of_the_trials_gives_the_best_of_all_of_them(tmp_path, seed
         limits = rng.choice([-0.1, 0.05, 0.1], 3)
         rows.append(row(number, [(index / 2, *counts[index], limits[index]) for index in range(3)]))
         retention.ended(rows[-1])
-        assert retention.best() == best_row(stand(rows, front_rule(recipe.search.objective)))
+        assert retention.best() == best_row(stand(rows, front_rule(recipe.search)))
     assert len(retention._kept) < 30
 
 

@@ -98,7 +98,7 @@ def test_no_image_of_a_test_set_is_read_for_it(here, monkeypatch):
 
 def test_a_result_says_on_what_it_was_computed(here):
     folder, _ = here
-    run = json.loads((folder / "run" / "result.json").read_text())["environment"]
+    run = json.loads((short_training.place_in(folder / "run") / "result.json").read_text())["environment"]
     trial = json.loads(next((folder / "study" / "trials").glob("*/*/result.json")).read_text())["environment"]
     assert run["source"] == environment.source_digest()
     assert (run["device"], run["threads"], run["num_workers"], run["compile"]) == ("cpu", 1, 1, False)

@@ -402,7 +402,7 @@ BAD = [
         "whole curve.",
     ),
     (
-        "search: {alpha: {mode: sample}}",
+        "search: {alpha: {mode: sample}, space: {kl_weight: {low: 1, high: 2}}}",
         "r.yaml:9: search.alpha.mode: must be sample where alpha is in search.space, else profile, but got sample\n"
         "    With sample, add search.space.alpha: {low: 0.1, high: 1}; with profile, remove it: every trial tries the "
         "whole curve.",

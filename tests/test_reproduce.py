@@ -22,6 +22,8 @@ from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reproduce import reproduce, sentence, table_differences
+from carft_ray.study.opening import open_study
+from carft_ray.study.recovery import recover_confirm
 
 pytestmark = pytest.mark.slow
 
@@ -80,7 +82,9 @@ def test_every_training_of_a_study_is_reproduced(here, trial):
 def test_a_training_of_train_is_reproduced(here):
     found = again(here / "run")
     assert found["same"]
-    assert found["num_predictions"] == len(read_predictions(here / "run" / "predictions" / "validation.parquet"))
+    assert found["num_predictions"] == len(
+        read_predictions(short_training.place_in(here / "run") / "predictions" / "validation.parquet")
+    )
 
 
 def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
@@ -88,7 +92,11 @@ def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
     name = next((here / "study" / "trials").iterdir()).name
     recipe = load_recipe(original / "study" / "resolved.yaml", ["train.seed=5"])
     train_once(recipe, here / "seed5", False, "", quiet, quiet, quiet)
-    shutil.copytree(here / "seed5", here / "study" / "confirm" / f"{name}-seed5")
+    with open_study(here / "study", load_recipe(original / "study" / "resolved.yaml")) as study:
+        recover_confirm(study, {f"{name}-seed5": {}})
+        spec = study.next()
+        shutil.copytree(short_training.place_in(here / "seed5"), spec.place(study.study_dir))
+        study.settle(spec)
     assert again(here / "study", f"confirm/{name}-seed5")["same"]
     with pytest.raises(UsageError, match=f"did you mean 'confirm/{name}-seed5'"):
         open_finished(here / "study", f"confirm/{name}-seed6")
@@ -177,9 +185,9 @@ def test_changes_are_told_even_when_the_numbers_agree(here, monkeypatch, capsys)
     monkeypatch.setattr(environment, "versions", lambda: {**then, "ray": "99.0"})
     assert run(monkeypatch, "reproduce", here / "run", "--out", here / "kept") == 0
     output = capsys.readouterr()
-    assert output.out.startswith("run is reproduced: ")
+    assert output.out.startswith("run:train is reproduced: ")
     assert f"versions.ray: {then['ray']} then, 99.0 now" in output.err
-    assert (here / "kept" / "result.json").exists()
+    assert (short_training.place_in(here / "kept") / "result.json").exists()
 
 
 def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
@@ -212,8 +220,8 @@ def test_wrong_targets_are_refused_with_the_nearest(here, tmp_path):
         open_finished(here / "study", name[:-1] + "x")
     with pytest.raises(UsageError, match="did you mean 'fine_tuning'"):
         open_finished(here / "study", "fine_tunning")
-    with pytest.raises(UsageError, match="needs a study, but got the folder of one training"):
-        open_finished(here / "run", "0")
+    with pytest.raises(UsageError, match="number or name of a trial or baseline"):
+        open_finished(here / "run", "1")
     with pytest.raises(UsageError, match="no such folder"):
         open_finished(here / "studi")
     (tmp_path / "other").mkdir()
@@ -225,7 +233,7 @@ def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
     next((here / "study" / "trials").glob("t0001*")).joinpath("attempt-1/result.json").unlink()
     with pytest.raises(NoSuccessfulTrialError, match="carft-ray resume"):
         open_finished(here / "study", "1")
-    (here / "run" / "result.json").unlink()
+    (short_training.place_in(here / "run") / "result.json").unlink()
     with pytest.raises(NoSuccessfulTrialError, match="--resume"):
         open_finished(here / "run")
 

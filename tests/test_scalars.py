@@ -9,7 +9,7 @@ import short_training
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from carft_ray.errors import StorageError
+from carft_ray.errors import InterruptedRunError, StorageError
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training.run import _recorder
@@ -50,18 +50,25 @@ def largest_file(size):
 
 @pytest.fixture(scope="module")
 def training(tmp_path_factory):
-    """A finished training, begun again where its result was lost, and asked once more: folder, recipe, results."""
+    """A training that was stopped, resumed, and asked once more when it had finished: folder, recipe, results."""
     folder = tmp_path_factory.mktemp("scalars")
     overrides = [f"data.cache_dir={folder / 'cache'}", "train.epochs=2", "search.baselines.soft={label_smoothing: 0.1}"]
     recipe = load_recipe(short_training.make(folder), overrides)
-    result, _ = train_once(recipe, folder / "out", False, "", *NOTHING)
-    once = len(list((folder / "out" / RUN).iterdir()))
+    out = short_training.training_in(folder / "out")
+
+    def stop(row):
+        if row["step"] == 3:
+            (folder / "out" / "stop").write_text("")
+
+    with pytest.raises(InterruptedRunError):
+        train_once(recipe, folder / "out", False, "", str, stop, lambda row: None)
+    once = len(list((out / RUN).iterdir()))
+    result, _ = train_once(recipe, folder / "out", True, "", *NOTHING)
+    twice = len(list((out / RUN).iterdir()))
+    assert twice > once
     train_once(recipe, folder / "out", True, "", *NOTHING)
-    assert len(list((folder / "out" / RUN).iterdir())) == once
-    (folder / "out" / "result.json").unlink()
-    train_once(recipe, folder / "out", True, "", *NOTHING)
-    assert len(list((folder / "out" / RUN).iterdir())) == once + 1
-    return folder / "out", recipe, result
+    assert len(list((out / RUN).iterdir())) == twice
+    return out, recipe, result
 
 
 @pytest.mark.slow

@@ -88,6 +88,7 @@ def test_a_training_keeps_pictures_of_what_has_changed_and_none_when_it_is_told_
         evaluate = recipe.evaluate.model_copy(update={"thumbnails": number})
         out = tmp_path / str(number)
         result, _ = train_once(recipe.model_copy(update={"evaluate": evaluate}), out, False, "", *nothing)
+        out = short_training.place_in(out)
         assert (out / THUMBNAILS).exists() == bool(number)
         kept, table = read_thumbnails(out / THUMBNAILS), read_predictions(out / PREDICTIONS)
         alphas = sorted({0.0, result["alpha"], 1.0})

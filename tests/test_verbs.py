@@ -23,11 +23,11 @@ from carft_ray.launch.ray_cluster.growth import write_concurrency
 from carft_ray.launch.stop import ask_to_stop, wait_until_free
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.schema.recipe import single
 from carft_ray.results.reading.study_view import find_row, read_study, total_trials
 from carft_ray.store.result import write_result
 from carft_ray.study.best import write_best
 from carft_ray.study.holding import log_of
-from carft_ray.study.identity import claim
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, append_log, write_failure
 from carft_ray.study.recovery import recover_running
@@ -408,14 +408,12 @@ def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
 
 @pytest.mark.slow
 def test_stop_asks_a_training_too(run, here):
-    (here / "one").mkdir()
-    claim(here / "one", make_recipe(8))
     with contextlib.ExitStack() as held:
-        held.enter_context(holding(here / "one" / "owner"))
+        held.enter_context(open_study(here / "one", single(make_recipe(8))))
         with meanwhile(lambda: ended_by_its_stop_file(here / "one", held)):
             code, _, err = run("stop", "one")
     assert code == 0
-    assert err.splitlines()[-1] == "The training has ended."
+    assert "The training has ended; 0 of 1 trial finished.\n" in err
 
 
 @pytest.mark.slow
@@ -515,16 +513,19 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
 # mistakes: words, the beginning of the message
 
 MADE = "\n    Give the folder that `search --study` was given.\n"
+ONE_TRAINING = (
+    "one: must be the study of a search, but got one training\n"
+    "    Go on with it: carft-ray train one/resolved.yaml --out one --resume\n"
+    "    To search, give another folder with --study.\n"
+)
 MISTAKES = [
     (["resume", "frist"], "frist: must be a study, but got no such folder; did you mean 'first'?\n    Begin one: "),
     (["status", "first/trials"], "first/trials: must be a study, but got one without log/" + MADE),
     (["status", "first/manifest.json"], "first/manifest.json: must be a study, but got a file" + MADE),
-    (["status", "."], ".: must be a study, but got one without log/ (allowed: first)" + MADE),
+    (["status", "."], ".: must be a study, but got one without log/ (allowed: first, one)" + MADE),
     (["ls", "empty"], "empty: must be a study, or a folder with studies in it, but got one without log/"),
-    (
-        ["resume", "one"],
-        "one: must be a study, but got the folder of one training\n    See it: carft-ray evaluate one\n",
-    ),
+    (["resume", "one"], ONE_TRAINING),
+    (["search", "first/resolved.yaml", "--study", "one"], ONE_TRAINING),
     (["stop", "empty"], "empty: must be a study or the folder of a training, but got one without log/" + MADE),
     (
         ["resume", "first", "--trials", "3"],
@@ -553,8 +554,8 @@ MISTAKES = [
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda value: str(value)[:60])
 def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, words, message):
     (here / "empty").mkdir()
-    (here / "one").mkdir()
-    claim(here / "one", make_recipe(8))
+    with open_study(here / "one", single(make_recipe(8))):
+        pass  # that of a `train` which has not begun
     before = everything(here)
     code, out, err = run(*words)
     assert (code, out) == (2, ""), err

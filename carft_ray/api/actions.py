@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from carft_ray.api.answers import Answer, Report, Searched
 from carft_ray.api.checks import Overrides, RecipeLike, as_command, load_recipe, override_words, require_trusted
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
-from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
 from carft_ray.ui import console
 
@@ -83,9 +83,11 @@ def search(
             study, or the test sets of the study were read and there is no reason.
         NoSuccessfulTrialError, BudgetError: All trials have failed; the budget was used up before one was complete.
         MachineError: Trainings were set aside.
-        UsageError, StorageError, ClusterError: As their messages say.
+        UsageError: The folder holds the training of a `train`, or no study.
+        StorageError, ClusterError: As their messages say.
     """
     study = Path(study)
+    study_view.require_search(study)
     value = load_recipe(recipe, overrides)
     further = (*value.search.warm_start, *(str(Path(path).resolve()) for path in warm_start))
     update = {"warm_start": tuple(dict.fromkeys(further))}
@@ -144,6 +146,7 @@ def resume(
     """
     study = Path(study)
     study_dir = study_view.require_study(study)
+    study_view.require_search(study)
     recipe = study_view.resolved_recipe(study_dir)
     words = [*study_view.behind(study_dir), *override_words(overrides)]
     if trials is not None:
@@ -277,8 +280,10 @@ def train(
 ) -> Answer:
     """Fine-tunes once and measures the alpha curve on the validation sets.
 
+    Its folder is a study of one trial.
+
     Args:
-        recipe: As of ``load_recipe``.
+        recipe: As of ``load_recipe``; what it says of a search has no effect.
         out: Folder of the training; new, or that of the training to resume.
         overrides: As of ``load_recipe``.
         resume: Resume from the newest checkpoint in the folder.
@@ -294,7 +299,8 @@ def train(
         UsageError: The folder holds something, or nothing to resume.
         InterruptedRunError: Stopped on request.
         DivergedError: The training has diverged.
-        CarftError: As ``load_recipe``; StorageError, ClusterError and OutOfMemoryError as their messages say.
+        MachineError: Its attempts were lost one after the other; the same call tries again.
+        CarftError: As ``load_recipe``; StorageError and ClusterError as their messages say.
     """
     value, out = load_recipe(recipe, overrides), Path(out)
     require_trusted(value, trust, baselines=False)
@@ -305,7 +311,7 @@ def train(
 
     with training_shown(progress) as (on_step, on_epoch):
         say = console.sayer(progress)
-        result, zero_shot = train_once(value, out, resume, resume_command, say, on_step, on_epoch, address)
+        result, zero_shot = train_once(alone(value), out, resume, resume_command, say, on_step, on_epoch, address)
     rows = {
         "zero-shot": zero_shot,
         "fine-tuned, alpha 1": result["fine_tuned"],

@@ -63,10 +63,10 @@ def status(
     if not view.recipe.data.ood_val:
         console.show("\nSelected on ID only: the recipe has no ood_val.")
     if view.holder is None:
-        console.say("\nNo search runs on it.")
+        console.say(f"\nNo {view.what} runs on it.")
     else:
         asked = "; it was asked to stop" if view.stopping else ""
-        console.say(f"\nA search runs on it: {view.holder}{asked}.")
+        console.say(f"\nA {view.what} runs on it: {view.holder}{asked}.")
         if view.at_a_time is not None:
             console.say(f"{view.at_a_time[0]} at a time ({view.at_a_time[1]}).")
     common.suggest(study, "status")

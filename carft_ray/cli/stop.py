@@ -1,7 +1,7 @@
 """Stopping a search or a training."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from typer import Argument, Option
 
@@ -22,7 +22,7 @@ def stop(
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
 
-    study_dir = study_view.require_claimed(study)
+    study_dir = study_view.require_study(study, "must be a study or the folder of a training")
     found = ask_to_stop(study_dir)
     see = common.command_line("status", study)
     with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
@@ -30,17 +30,14 @@ def stop(
             if not json_:
                 console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
             wait_until_free(study_dir, found, console.sayer(not json_), see)
-    what, so_far = "training", ""
-    answer: dict[str, Any] = {"study": str(study_dir), "asked": found, "ended": found is None or not no_wait}
-    if study_view.is_study(study_dir):  # else it is the folder of `train`
-        view = study_view.read_study(study_dir)
-        answer |= {"finished": view.num_finished, "wanted": num_trials(view.recipe)}
-        what, so_far = "search", f"; {view.num_finished} of {counted(answer['wanted'], 'trial')} finished"
+    view, ended = study_view.read_study(study_dir), found is None or not no_wait
+    finished, wanted = view.num_finished, num_trials(view.recipe)
+    answer = {"study": str(study_dir), "asked": found, "ended": ended, "finished": finished, "wanted": wanted}
     if console.print_json(answer, json_):
         return
+    so_far = f"{finished} of {counted(wanted, 'trial')} finished"
     if found is None:
-        console.say(f"Nothing to stop: no {what} runs on {study}{so_far}.")
+        console.say(f"Nothing to stop: no {view.what} runs on {study}; {so_far}.")
     else:
-        console.say(f"The {what} has ended{so_far}." if answer["ended"] else f"Asked {found} to stop{so_far}.")
-    if so_far:
-        common.suggest(study, "stop")
+        console.say(f"The {view.what} has ended; {so_far}." if ended else f"Asked {found} to stop; {so_far}.")
+    common.suggest(study, "stop")

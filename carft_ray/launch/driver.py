@@ -161,6 +161,7 @@ class Driver:
         self._gpu_s += seconds * self.gpus
         try:
             self.study.spend(spec, seconds, self.gpus)
+            self._report_epochs(attempt)  # the last ones
             folder = spec.folder(self.study.study_dir)
             with contextlib.suppress(OSError):  # not there
                 end_s = (spec.place(self.study.study_dir) / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
@@ -305,8 +306,8 @@ class Driver:
                 self.study.report(attempt.spec, line)  # which may cut it
         except Exception as failure:  # raised again by the search
             self._fail(failure)
-        if rows:
-            self.on_event(events.TrialEpoch(attempt.spec, rows[-1]))
+        for row in rows:
+            self.on_event(events.TrialEpoch(attempt.spec, row))
 
     def _budget_ends(self) -> bool:
         """Asks what runs to stop when the budget is used up; tells whether it is."""

@@ -28,7 +28,7 @@ def fitted(recipe: Recipe, folder: Path, num_workers: int) -> Recipe:
 
     Args:
         recipe: Of a training, with its values.
-        folder: The study directory (or that of a training of `train`).
+        folder: The study directory.
         num_workers: Workers that share a global batch.
     """
     found = _read(folder).get(_key(recipe))

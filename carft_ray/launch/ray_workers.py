@@ -82,29 +82,13 @@ class NestedTrial(tune.Trainable):
         self._group.close()
 
 
-class NestedRun:
-    """Runs one attempt in a Ray Train group of its own; an actor, in which alone ``ray_private.lean`` works."""
-
-    def run(self, runtime: Runtime, spec: TrialSpec, folder: Path) -> str:
-        """Waits for the attempt; how it ended lies in its folder.
-
-        Args:
-            runtime: How and where trainings run.
-            spec: The attempt.
-            folder: Of the training.
-
-        Returns:
-            Why the group ended before its time, for an attempt without a message (``causes.explained``); else empty.
-        """
-        group = WorkerGroup(runtime)
-        try:
-            return _run(group, spec, folder) or ""
-        finally:
-            group.close()
-
-
 def _run(group: WorkerGroup, spec: TrialSpec, folder: Path) -> str | None:
-    """Runs an attempt; returns as ``NestedRun``, or None where the group had ended before."""
+    """Runs an attempt; how it ended lies in its folder.
+
+    Returns:
+        Why the group ended before its time, for an attempt without a message (``causes.explained``); else empty. None
+        where the group had ended before.
+    """
     try:
         return "" if group.run(spec, folder) else None
     except Exception as error:

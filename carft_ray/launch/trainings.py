@@ -38,7 +38,13 @@ STOPPED = "stopped on request"
 MAX_PENDING = "100000"  # trials that Tune may hold waiting: how many that are is the driver's affair
 
 
-def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], None], began: float | None = None) -> str:
+def run_trainings(
+    study: Study,
+    runtime: Runtime,
+    on_event: Callable[[Event], None],
+    began: float | None = None,
+    progress: Callable[[dict[str, float]], None] = lambda row: None,
+) -> str:
     """Runs what a recovered study proposes, until nothing is left or a stop is asked for.
 
     Args:
@@ -46,6 +52,7 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         runtime: How and where trainings run.
         on_event: Given what happens, in the calling thread.
         began: When the search began (``time.monotonic``), from which its budget counts; None: it has no budget.
+        progress: Given the metrics of a training every few steps, in this process.
 
     Returns:
         What ended it before all was done: ``STOPPED``, or which limit of the budget. Empty otherwise.
@@ -77,7 +84,10 @@ def run_trainings(study: Study, runtime: Runtime, on_event: Callable[[Event], No
         drains=drains,
     )
     with stop_file_on_signal(study.study_dir / STOP):
-        (_run_here if runtime.in_process else _run_with_tune)(driver, runtime)
+        if runtime.in_process:
+            _run_here(driver, runtime, progress)
+        else:
+            _run_with_tune(driver, runtime)
     if driver.failure is not None:
         raise driver.failure
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
@@ -94,14 +104,14 @@ def _capacity_now(runtime: Runtime, drains: Drains | None, without: Sequence[str
     return present_capacity(runtime.recipe, runtime.may_grow, gone)
 
 
-def _run_here(driver: Driver, runtime: Runtime) -> None:
+def _run_here(driver: Driver, runtime: Runtime, progress: Callable[[dict[str, float]], None]) -> None:
     """Runs one training after the other in this process."""
     key, study_dir = "training", runtime.study_dir
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
         folder = spec.folder(study_dir)
-        should_stop = stop_reader(study_dir, folder, spec.attempt)
-        run_worker(runtime, spec, folder, RunContext(should_stop=_polling(driver, should_stop)))
+        should_stop = _polling(driver, stop_reader(study_dir, folder, spec.attempt))
+        run_worker(runtime, spec, folder, RunContext(progress=progress, should_stop=should_stop))
         driver.poll(at_once=True)  # its last epochs
         driver.ended(key)
 
@@ -112,7 +122,7 @@ def _polling(driver: Driver, should_stop: Callable[[], bool]) -> Callable[[], bo
             driver.poll()
         except StorageError:  # the driver keeps it: another search runs in the same folders
             return True
-        return should_stop()
+        return driver.check_stop() or should_stop()
 
     return poll
 

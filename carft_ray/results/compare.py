@@ -11,6 +11,7 @@ import pyarrow as pa
 from carft_ray.errors import DataError
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import correct, select
+from carft_ray.recipe.schema.recipe import alone, single
 from carft_ray.recipe.schema.sets import CACHE_KEYS
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
 from carft_ray.results.statistics.headline import objective_difference
@@ -25,7 +26,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
     """Compares two trainings.
 
     Args:
-        a: ``DIR`` (the best trial of a study, or the folder of `train`) or ``DIR:TRIAL``.
+        a: ``DIR`` (the best trial of a study) or ``DIR:TRIAL``.
         b: The other one, in the same form.
 
     Returns:
@@ -38,7 +39,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
         UsageError, NoSuccessfulTrialError, StorageError: As ``open_finished``.
     """
     first, second = (open_finished(*split_target(written)) for written in (a, b))
-    recipes = [each.recipe.model_dump(mode="json") for each in (first, second)]
+    recipes = [single(alone(each.recipe)).model_dump(mode="json") for each in (first, second)]  # not of their searches
     for recipe in recipes:
         recipe["data"] = {key: value for key, value in recipe["data"].items() if key not in CACHE_KEYS}
     pairs, reasons = _pairs(first, second)

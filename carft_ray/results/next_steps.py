@@ -79,7 +79,10 @@ def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
         used, more = budget(view), ""
         if "gpu_hours" in used["ended"]:
             more = f" --set budget.gpu_hours={2 * used['gpu_hours']:g}"
-        steps.append(f"resume {folder}{more}{again}{trust}")
+        go_on = f"resume {folder}{more}{again}"
+        if not view.recipe.search.space:
+            go_on = f"train {folder}/{RESOLVED} --out {folder} --resume"
+        steps.append(f"{go_on}{trust}")
     if view.best is None:
         return [*steps, f"ls {folder}"]
     steps.append(f"report {folder}")
@@ -89,7 +92,8 @@ def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
         steps.append(f"export {folder} --to {export_folder(view.recipe.name)}")
     num_more = max(4, wanted // 2)
     search = view.recipe.search.model_copy(update={"trials": wanted + num_more})
-    if finished and not reads and num_trials(view.recipe.model_copy(update={"search": search})) > wanted:
+    has_more = num_trials(view.recipe.model_copy(update={"search": search})) > wanted
+    if finished and not reads and has_more and view.recipe.search.space:
         steps.append(f"resume {folder} --trials +{num_more}{trust}")
     return [*steps, f"ls {folder}"]
 

@@ -1,9 +1,8 @@
-"""The front of a Pareto search as data and text, and the constraints of a study. Nothing is evaluated."""
+"""The front of a Pareto search as data and text. Nothing is evaluated."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from carft_ray.evaluation.constraints import Limit, limits
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.front import front_of, front_rule, points_of
 from carft_ray.study.outcome import TrialRow
@@ -22,7 +21,7 @@ def front_data(recipe: Recipe, rows: Sequence[TrialRow]) -> dict[str, Any] | Non
         ``rule`` (``best``, ``tolerance``, ``words``), ``num_trainings`` and ``num_points`` over which the front is,
         ``points`` by rising ID accuracy: ``name``, ``alpha``, ``id_accuracy``, ``ood_accuracy``, ``best``.
     """
-    rule, best = front_rule(recipe.search.objective), best_row(rows)
+    rule, best = front_rule(recipe.search), best_row(rows)
     if rule is None:
         return None
     complete = [row for row in rows if row.outcome == "complete"]
@@ -61,9 +60,3 @@ def placed(result: dict[str, Any], row: TrialRow | None) -> dict[str, Any]:
     if row is None or not row.standing:
         return result
     return {**result, "alpha": row.alpha, "objective": row.objective, "metrics": dict(row.metrics)}
-
-
-def study_limits(recipe: Recipe, baselines: Sequence[TrialRow]) -> tuple[Limit, ...]:
-    """Returns the constraints of a study with their bounds, as its trials had them."""
-    ids = {row.name: row.metrics["id_accuracy"] for row in baselines if row.outcome == "complete"}
-    return limits(recipe.search.constraints, ids)

@@ -78,11 +78,11 @@ def reproduce(
     """Repeats a training and compares.
 
     Args:
-        finished: A training of a study or of `train`, or the zero-shot model of a study.
+        finished: A training of a study, or its zero-shot model.
         out_dir: Folder of the new training; must be new. Afterwards it is like that of `train`.
         say: Gets lines about what is being done.
         progress: Given the metrics every few steps (one worker).
-        report: Given the metrics of every epoch (one worker).
+        report: Given the metrics of every epoch.
 
     Returns:
         Plain data: ``same``: whether everything is, bit for bit; ``title`` of the training, ``num_numbers`` of

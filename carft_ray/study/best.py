@@ -28,7 +28,7 @@ class Retention:
 
     def __init__(self, study_dir: Path, recipe: Recipe) -> None:
         self._study_dir, self._recipe = study_dir, recipe
-        self._rule = front_rule(recipe.search.objective)
+        self._rule = front_rule(recipe.search)
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
 

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from carft_ray.recipe.schema.constraints import total_violation
-from carft_ray.recipe.schema.recipe import ObjectiveConfig
+from carft_ray.recipe.schema.recipe import SearchConfig
 from carft_ray.study.outcome import TrialRow
 from carft_ray.words import counted
 
@@ -108,9 +108,10 @@ class FrontRule:
         return f"lexicographic, highest OOD within {counted(100 * self.tolerance, 'point')} of the best ID"
 
 
-def front_rule(objective: ObjectiveConfig) -> FrontRule | None:
-    """Returns the rule of a recipe, or None when its search has one objective."""
-    return FrontRule(objective.best, objective.tolerance) if objective.kind == "pareto" else None
+def front_rule(search: SearchConfig) -> FrontRule | None:
+    """Returns the rule of a recipe, or None when its search has one objective, or it searches nothing."""
+    objective = search.objective
+    return FrontRule(objective.best, objective.tolerance) if objective.kind == "pareto" and search.space else None
 
 
 @dataclass(frozen=True)

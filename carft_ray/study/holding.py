@@ -1,7 +1,6 @@
-"""Holding the folder of a study, or of a training of `train`, for one process at a time; and who holds it.
+"""Holding the folder of a study for one process at a time; and who holds it.
 
-Whoever has claimed the log holds the folder (``store.log``). A study has its log at once in it; a training, which has
-nothing else to log, below ``owner/``.
+Whoever has claimed the log holds the folder (``store.log``).
 """
 
 import contextlib
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from carft_ray import files, untrusted
 from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
-from carft_ray.layout import COMMITS, MANIFEST, OWNER, PREPARED
+from carft_ray.layout import COMMITS, MANIFEST, PREPARED
 from carft_ray.store.folder import PROBE, Folder
 from carft_ray.store.log import Log
 
@@ -25,12 +24,12 @@ def is_study(folder: Path) -> bool:
 
 
 def log_of(folder: Path) -> Log:
-    """Returns the log of a study or training, read to its end; one with nothing in it where there is none.
+    """Returns the log of a study, read to its end; one with nothing in it where there is none.
 
     Raises:
         StorageError: It is damaged, or cannot be read.
     """
-    log = Log(Folder(folder if is_study(folder) else folder / OWNER))
+    log = Log(Folder(folder))
     log.follow()
     return log
 
@@ -56,7 +55,7 @@ def check_fit(folder: Path) -> None:
 
 def is_ours(path: Path) -> bool:
     """Tells whether a file or folder is one that holding the folder above leaves before that belongs to a recipe."""
-    if path.name not in (COMMITS, OWNER):
+    if path.name != COMMITS:
         return path.name.startswith(f".{MANIFEST}.")
     names = [each.name for each in path.rglob("*") if not each.is_dir()]
     return path.is_dir() and all(name.isdigit() or name.startswith((".", PROBE)) for name in names)

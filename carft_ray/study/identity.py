@@ -11,6 +11,7 @@ search, with all that is running.
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -162,6 +163,27 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
     return manifest
+
+
+def is_single(study_dir: Path) -> bool:
+    """Tells whether a study is that of `train`: one training, and nothing to search.
+
+    Raises:
+        StorageError: The manifest cannot be read.
+    """
+    return not read_manifest(study_dir)["recipe"]["search"]["space"]
+
+
+def resume_command(study_dir: Path) -> str:
+    """Returns the command that continues a study: its search, or its one training.
+
+    Raises:
+        StorageError: The manifest cannot be read.
+    """
+    folder = shlex.quote(str(study_dir))
+    if is_single(study_dir):
+        return f"carft-ray train {folder}/{RESOLVED} --out {folder} --resume"
+    return f"carft-ray resume {folder}"
 
 
 def caught_up(study_dir: Path, resolved: Recipe) -> list[str]:

@@ -48,7 +48,7 @@ class Journal:
 
     def __init__(self, study_dir: Path, recipe: Recipe, log: Log, storage: JournalStorage) -> None:
         self.studies: dict[Kind, optuna.Study] = {}
-        self.rule = front.front_rule(recipe.search.objective)
+        self.rule = front.front_rule(recipe.search)
         self._study_dir, self._recipe, self._log, self._storage = study_dir, recipe, log, storage
         self._constraints = constraint_names(recipe.search.constraints)
         self._ids: dict[tuple[Kind, int], int] = {}  # of trainings in the storage

@@ -1,7 +1,6 @@
 """The tables of a study: its trials as rows, read from its log without claiming it and without writing."""
 
 import contextlib
-import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -15,6 +14,7 @@ from carft_ray.layout import COMMITS
 from carft_ray.store.log import Log
 from carft_ray.study import front
 from carft_ray.study.holding import is_study, log_of
+from carft_ray.study.identity import resume_command
 from carft_ray.study.outcome import Kind, TrialRow
 
 Found = TypeVar("Found")
@@ -103,7 +103,7 @@ def require_finished(study_dir: Path, found: Found | None) -> Found:
         NoSuccessfulTrialError: That is nothing.
     """
     if not found:
-        step = f"Go on with the search: carft-ray resume {shlex.quote(str(study_dir))}"
+        step = f"Go on with it: {resume_command(study_dir)}"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
     return found
 

@@ -74,7 +74,7 @@ class Study:
         Raises:
             NoSuccessfulTrialError: A baseline that a constraint names has ended without a result.
         """
-        waiting = next((spec for spec in self.waiting if spec.kind != "trial" or self._may_try()), None)
+        waiting = next((spec for spec in self.waiting if self._may_start(spec)), None)
         if waiting is not None:
             self.waiting.remove(waiting)
         elif self.waiting or not (self._wants_more() and self._may_try()):
@@ -266,6 +266,9 @@ class Study:
     def done(self) -> bool:
         """Tells whether nothing is left to start."""
         return not self.waiting and not self._wants_more()
+
+    def _may_start(self, spec: TrialSpec) -> bool:
+        return spec.kind != "trial" or not self.asks or self._may_try()  # of given values all is known already
 
     def _may_try(self) -> bool:
         """Tells whether the baselines that constraints name have finished; notes their ID accuracy for the trials.

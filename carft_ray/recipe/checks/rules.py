@@ -175,14 +175,15 @@ def _alpha(recipe: Recipe) -> Iterator[Finding]:
     path, mode, kind = ("search", "space", "alpha"), ("search", "alpha", "mode"), ("search", "objective", "kind")
     parameter, lowest = search.space.get("alpha"), search.alpha.lowest
     add, profile = f"search.space.alpha: {{low: {lowest}, high: 1}}", search.alpha.mode == "profile"
-    if search.objective.kind == "pareto":
-        if not recipe.data.ood_val:
-            step = "Add a set to data.ood_val, or choose another kind."
-            yield Finding(kind, "pareto needs an OOD validation set", next_step=step)
-        if profile:
-            step = f"Write search.alpha.mode: sample{'' if parameter else f' and {add}'}."
-            yield Finding(kind, "pareto needs alpha as a parameter of the space", next_step=step)
-            return
+    if search.objective.kind == "pareto" and not recipe.data.ood_val:
+        step = "Add a set to data.ood_val, or choose another kind."
+        yield Finding(kind, "pareto needs an OOD validation set", next_step=step)
+    if not search.space:  # it searches nothing
+        return
+    if search.objective.kind == "pareto" and profile:
+        step = f"Write search.alpha.mode: sample{'' if parameter else f' and {add}'}."
+        yield Finding(kind, "pareto needs alpha as a parameter of the space", next_step=step)
+        return
     if profile == (parameter is not None):
         step = f"With sample, add {add}; with profile, remove it: every trial tries the whole curve."
         rule = "must be sample where alpha is in search.space, else profile"

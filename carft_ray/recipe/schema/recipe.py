@@ -244,3 +244,10 @@ def alone(recipe: Recipe) -> Recipe:
     """Returns the recipe of a training that is no trial (a baseline, a fresh seed): free of constraints."""
     search = recipe.search.model_copy(update={"constraints": ConstraintsConfig()})
     return recipe.model_copy(update={"search": search})
+
+
+def single(recipe: Recipe) -> Recipe:
+    """Returns the recipe of one training: it searches nothing, and of ``search`` has what the training itself reads."""
+    read = {name: getattr(recipe.search, name) for name in ("alpha", "objective", "constraints", "baselines")}
+    search = SearchConfig(trials=1).model_copy(update=read)
+    return recipe.model_copy(update={"search": search, "budget": BudgetConfig()})

@@ -1,6 +1,5 @@
 """A finished training as it is on disk: result, predictions, and the manifest that it belongs to. No torch."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,15 +72,15 @@ def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") 
 
     Args:
         folder: A study.
-        trial: Number or name of a trial, name of a baseline, or ``confirm/NAME``; None: the best trial of a study.
+        trial: Number or name of a trial, name of a baseline, or ``confirm/NAME``; None: the best trial.
         place: The argument or option that names the trial, for messages.
 
     Raises:
-        UsageError: The folder is none, or the study has no such trial.
+        UsageError: The folder is no study, or it has no such trial.
         NoSuccessfulTrialError: The training is not finished, or the study has no finished trial.
         StorageError: Manifest, log or result is damaged.
     """
-    folder = require_study(folder)
+    folder = require_study(folder, "must be a study or the folder of a training")
     base, provenance = read_manifest(folder)
     name, row = _find(folder, trial, place)
     if name == ZERO_SHOT:
@@ -89,7 +88,7 @@ def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") 
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return Finished(folder, name, base, base, result, provenance, row)
     if row.outcome != "complete":
-        value, step = "an unfinished or failed one", f"Continue the search: carft-ray resume {shlex.quote(str(folder))}"
+        value, step = "an unfinished or failed one", f"Go on with it: {identity.resume_command(folder)}"
         raise NoSuccessfulTrialError(Problem(f"{folder}:{name}", "must be a finished training", value, next_step=step))
     found = result_of(folder, row)
     try:

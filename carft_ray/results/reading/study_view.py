@@ -9,13 +9,13 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
-from carft_ray.layout import COMMITS, CONCURRENCY, LOG, MANIFEST, METRICS, RAY_FILES, RESOLVED, STOP
+from carft_ray.layout import COMMITS, CONCURRENCY, LOG, METRICS, RAY_FILES, RESOLVED, STOP
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study as is_study
-from carft_ray.study.identity import caught_up, read_manifest
+from carft_ray.study.identity import caught_up, is_single, read_manifest, resume_command
 from carft_ray.study.outcome import TrialRow, read_failure, read_heartbeat, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.words import counted
@@ -55,6 +55,11 @@ class Overview:
     def best(self) -> TrialRow | None:
         """The best trial (``study.rows.best_first``); of a Pareto search, at its point of the front."""
         return best_row(self.trials)
+
+    @property
+    def what(self) -> str:
+        """What runs on it, in a word."""
+        return "search" if self.recipe.search.space else "training"
 
     @property
     def rows(self) -> list[TrialRow]:
@@ -159,22 +164,16 @@ def require_study(folder: Path, rule: str = "must be a study") -> Path:
         value = "no such folder"
     elif not folder.is_dir():
         value, step = "a file", "Give the folder that `search --study` was given."
-    elif (folder / MANIFEST).exists():
-        value, step = "the folder of one training", f"See it: carft-ray evaluate {folder}"
     else:
         value, step = f"one without {COMMITS}/", "Give the folder that `search --study` was given."
     raise UsageError(Problem(str(folder), rule, value, inside, near, step))
 
 
-def require_claimed(folder: Path) -> Path:
-    """Returns the folder of a study or of a training as an absolute path.
-
-    Raises:
-        UsageError: It is neither.
-    """
-    if (folder / MANIFEST).is_file():
-        return folder.resolve()
-    return require_study(folder, "must be a study or the folder of a training")
+def require_search(folder: Path) -> None:
+    """Raises a ``UsageError`` where a folder holds a training of `train`, on which there is nothing to search."""
+    if is_study(folder) and is_single(folder.resolve()):
+        step = f"Go on with it: {resume_command(folder)}\n    To search, give another folder with --study."
+        raise UsageError(Problem(str(folder), "must be the study of a search", "one training", next_step=step))
 
 
 def resolved_recipe(study_dir: Path) -> Path:

@@ -1,4 +1,4 @@
-"""A finished training with its weights: from the folder of `train`, or of a study."""
+"""A finished training of a study with its weights."""
 
 import contextlib
 import shlex
@@ -39,7 +39,7 @@ class Trained:
     """A finished training.
 
     Attributes:
-        name: Folder of the training, or study and trial.
+        name: Study and trial.
         recipe: With the values of this training in ``train``; all paths absolute.
         result: Content of its ``result.json``; a trial of a Pareto search is at its point of the front.
         inputs: Model, prompts and sets.
@@ -72,14 +72,14 @@ class Trained:
 
 
 def open_trained(folder: Path, trial: str | None = None) -> Trained:
-    """Opens the folder of a `train` or a study.
+    """Opens a finished training of a study.
 
     Args:
         folder: What `train --out` or `search --study` was given.
         trial: Number or name of a trial of the study, name of a baseline, or ``confirm/NAME``; None: the best one.
 
     Raises:
-        UsageError: The folder is neither, the trial does not exist, or it is the zero-shot model.
+        UsageError: The folder is no study, the trial does not exist, or it is the zero-shot model.
         NoSuccessfulTrialError: The study has no finished trial, or the training is not finished.
         StorageError: Something in it is damaged.
     """
