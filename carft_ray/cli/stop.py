@@ -21,6 +21,7 @@ def stop(
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
+    from carft_ray.study.holding import is_study
 
     study_dir = study_view.require_claimed(study)
     found = ask_to_stop(study_dir)
@@ -32,7 +33,7 @@ def stop(
             wait_until_free(study_dir, found, console.sayer(not json_), see)
     what, so_far = "training", ""
     answer: dict[str, Any] = {"study": str(study_dir), "asked": found, "ended": found is None or not no_wait}
-    if study_view.is_study(study_dir):  # else it is the folder of `train`
+    if is_study(study_dir):  # else it is the folder of `train`
         view = study_view.read_study(study_dir)
         answer |= {"finished": view.num_finished, "wanted": num_trials(view.recipe)}
         what, so_far = "search", f"; {view.num_finished} of {counted(answer['wanted'], 'trial')} finished"
