@@ -107,6 +107,22 @@ def test_a_folder_without_hard_links_is_refused(tmp_path, monkeypatch):
     assert contents(tmp_path) == {}
 
 
+def test_a_write_whose_temporary_file_was_taken_for_remains_is_unclear_and_tried_again(tmp_path, monkeypatch):
+    store, link, taken = Folder(tmp_path), os.link, []
+
+    def late(source, target):
+        if not taken:
+            taken.append(target)
+            files.remove_remains(tmp_path)
+        link(source, target)
+
+    log = claimed(store)
+    monkeypatch.setattr(os, "link", late)
+    with log.commit({"kind": "a"}):
+        pass
+    assert (len(taken), read(store).number) == (1, 2)
+
+
 def test_a_flush_that_fails_after_the_link_is_unclear_and_settled_by_another_try(tmp_path, monkeypatch):
     store, flush, failures = Folder(tmp_path), os.fsync, [5, 5]
 

@@ -118,7 +118,7 @@ def _link(temporary: Path, path: Path) -> None:
     except FileExistsError:
         is_taken = True  # perhaps by this file: the answer to an earlier link may have been lost
     except OSError as error:
-        if error.errno in files.MACHINE_ERRNOS:
+        if error.errno in (*files.MACHINE_ERRNOS, errno.ENOENT):  # who holds the study has removed it with remains
             raise UnknownError(files.storage_error(path, error).problems) from error
         rule = "must lie on a disk with hard links" if error.errno in _NO_HARD_LINKS else "must be writable"
         raise files.storage_error(path, error, rule) from error
