@@ -136,15 +136,17 @@ def node(
         yield started
 
 
-def hiding(*folders: Path) -> list[str]:
+def hiding(*folders: Path, size: str = "50%") -> list[str]:
     """Returns words before a command that see empty folders in these places, as on a machine without that disk.
+
+    Each holds so much, by default half as much as there is memory.
 
     They are mounts that nobody else sees; a system that forbids those skips the test.
     """
     unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:
         pytest.skip("this system forbids mounts of one's own")
-    mounts = " && ".join(f"mount -t tmpfs none {shlex.quote(str(folder))}" for folder in folders)
+    mounts = " && ".join(f"mount -t tmpfs -o size={size} none {shlex.quote(str(folder))}" for folder in folders)
     return [*unshare, "sh", "-c", f'{mounts} && exec "$@"', "sh"]
 
 

@@ -38,14 +38,14 @@ LANES = 2
 
 
 @contextlib.contextmanager
-def started(folder, *module):
+def started(folder, *module, before=()):
     """Starts this program and gives a function that runs jobs and returns for each name its folder and its answers.
 
-    The module may lie in the folder.
+    The module may lie in the folder; ``before`` are words before the command.
     """
     paths = os.pathsep.join([str(HERE.parent), str(HERE), str(folder)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, str(folder), *module]
+    command = [*before, sys.executable, __file__, str(folder), *module]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
 

@@ -67,7 +67,7 @@ def rewrite(study_dir, changed):
     store.remove(COMMITS)
     for number, commit in enumerate(changed, start=1):
         data = _sealed(json.dumps({**commit, "number": number, "previous": digest}).encode())
-        store.put(_name(number), data)
+        store.put_new(_name(number), data)
         digest = _digest(data)
 
 

@@ -1,11 +1,14 @@
-"""A network disk that does not answer for a moment: no verdict on a training, and no end of a search."""
+"""A network disk that does not answer for a moment: no verdict on a training, and no end of a search. A full disk."""
 
 import errno
 import json
 import os
 from pathlib import Path
 
+import crash_host
+import crash_points
 import pytest
+from cluster import hiding
 from stand_in import make_recipe
 
 from carft_ray import files
@@ -174,3 +177,43 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over_as_damaged(disk
     disk("state.json", FOREVER)
     with pytest.raises(StorageError, match="must be readable"):
         newest_checkpoint(tmp_path)
+
+
+ROOM_KB = range(0, 360, 24)  # a search of six stand-in trainings writes some 350 kB
+
+
+@pytest.mark.slow
+def test_a_search_on_a_disk_that_fills_ends_with_one_message_and_goes_on_where_there_is_space(tmp_path):
+    """A disk of 12 MB, of which there is less and less room: each search meets its end at another write."""
+    (disk := tmp_path / "disk").mkdir()
+    crash_points.prepare(tmp_path)
+    with crash_host.started(tmp_path, "full_disk", before=hiding(disk, size="12m")) as run:
+
+        def commands(*argvs):
+            [(_, answers)] = run([{"name": "job", "commands": [{"argv": argv} for argv in argvs]}]).values()
+            return [(answer["code"], answer["log"]) for answer in answers]
+
+        def searched(number):
+            study = str(disk / str(number))
+            return ["search", study, "6"], ["look", study]
+
+        (code, log), (_, whole) = commands(*searched("whole"))
+        assert code == 0, log
+        stopped_at = set()
+        for room in ROOM_KB:
+            search, look = searched(room)
+            filled, (code, log), (_, now), _, last, (_, after) = commands(
+                ["fill", str(disk), str(room)], search, look, ["clear", str(disk)], search, look
+            )
+            assert (filled, last) == ((0, ""), (0, "")), room
+            assert json.loads(now)[1] == [], room
+            assert after == whole, room
+            if code == 0:
+                continue
+            message, step = log.splitlines()
+            assert code == 5, log
+            assert message.startswith(f"{disk}/{room}"), log
+            assert message.endswith(": must be writable, but got No space left on device"), log
+            assert step == "    Free some space or choose another folder, then run the same command again.", log
+            stopped_at.add(Path(message.split(":")[0]).relative_to(disk / str(room)).parts[0])
+        assert {"log", "trials"} <= stopped_at

@@ -25,7 +25,7 @@ from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import READERS_SILENT_FOR_S, Log
 from carft_ray.store.owner import identity, process_started
 from carft_ray.study import holding as held_module
-from carft_ray.study.holding import held, log_of
+from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
@@ -302,18 +302,18 @@ def starter(boot, folder, barrier, over, told):
     """Claims one study after the other, always together with another process; tells what came of each."""
     elsewhere.move(boot)
     os.fsync = lambda handle: None
+    recipe = make_recipe(3)
     for number in range(ROUNDS):
         study_dir, said = folder / str(number), ""
         if number % 5 == 4 and boot == "one":  # a search has died in it, on a third machine
             Log(Folder(study_dir)).claim(me={**identity(), **ELSEWHERE})
         barrier.wait()
-        log, count = Log(Folder(study_dir)), 0
+        count = 0
         try:
-            with held(log, lambda text: None):
-                (study_dir / boot).touch()
+            with open_study(study_dir, recipe) as study:
                 while not over.is_set():
                     count += 1
-                    with log.commit({"kind": "at work", "count": count}):
+                    with study.log.commit({"kind": "at work", "count": count}):
                         pass
                     time.sleep(0.002)
         except StorageError as error:
@@ -356,9 +356,10 @@ def check_round(study_dir, told):
     log = Log(Folder(study_dir))
     log.follow()  # it is whole: each commit names the one before
     records = [record for _, record in log.records if record.get("host") != ELSEWHERE["host"]]
-    assert [record["kind"] for record in records] == ["owner", *["at work"] * count, "released"]
-    assert [record["count"] for record in records[1:-1]] == list(range(1, count + 1))
-    assert {path.name for path in study_dir.iterdir()} == {"log", records[0]["boot"]}
+    assert [record["kind"] for record in records] == ["owner", "space", *["at work"] * count, "released"]
+    assert [record["count"] for record in records[2:-1]] == list(range(1, count + 1))
+    assert {path.name for path in study_dir.iterdir()} == {"log", "manifest.json"}
+    assert all(path.name.isdigit() for path in (study_dir / "log").iterdir())
 
 
 # readers, who neither claim nor write

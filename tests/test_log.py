@@ -232,6 +232,22 @@ def test_who_sees_another_take_over_at_the_last_look_leaves_it_the_log(tmp_path)
         pass
 
 
+def test_who_checks_the_store_while_another_begins_and_clears_it_says_who(tmp_path):
+    removed = []
+
+    def strike(number, name, call):
+        probes = [] if removed else list((tmp_path / "log").glob("probe-*"))
+        if probes:  # between the two writes of the check
+            claimed(Folder(tmp_path))
+            removed.extend(each.unlink() for each in probes)
+        return call()
+
+    with pytest.raises(StorageError, match=rf"is in use: .* process {os.getpid()} on "):
+        log_of(Struck(Folder(tmp_path), strike)).claim()
+    assert len(removed) == 1
+    assert [path.name for path in (tmp_path / "log").iterdir()] == ["00000001"]
+
+
 def test_an_owner_that_slept_is_refused_and_changes_nothing(tmp_path):
     told, telling = os.pipe()
 

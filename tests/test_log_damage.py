@@ -278,7 +278,7 @@ def opened(folder):
 def test_damage_of_an_object_is_a_message(tmp_path, whole):
     store = Folder(tmp_path)
     search(claimed(store)).release()
-    names = store.list("")
+    names = store.list("log")
     assert names == [f"log/{number:08d}" for number in range(1, 11)]
     for name in names:
         path = tmp_path / name
@@ -328,7 +328,7 @@ def test_several_objects_that_are_gone_from_the_middle_show(tmp_path, whole):
     ],
 )
 def test_a_commit_that_nobody_of_ours_has_written_is_a_message(tmp_path, content):
-    Folder(tmp_path).put("log/00000001", module._sealed(json.dumps(content).encode()))
+    Folder(tmp_path).put_new("log/00000001", module._sealed(json.dumps(content).encode()))
     assert opened(tmp_path) is None
 
 

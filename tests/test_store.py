@@ -6,6 +6,7 @@ import threading
 import pytest
 from short_log import claimed, contents, read
 
+from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.files import temporary_name
 from carft_ray.store.folder import Folder, RefusedError, UnknownError, probe
@@ -13,18 +14,19 @@ from carft_ray.store.folder import Folder, RefusedError, UnknownError, probe
 
 def test_an_object_is_read_back_listed_and_removed(tmp_path):
     store = Folder(tmp_path / "new" / "study")
-    assert (store.get("a/b"), store.list(""), store.list("a")) == (None, [], [])
-    store.put("a/b", b"1")
-    store.put("a/b", b"2")
-    store.put_new("a/c/d", b"3")
-    store.put("ab", b"4")
-    assert (store.get("a/b"), store.get("a/c/d")) == (b"2", b"3")
-    assert store.list("") == ["a/b", "a/c/d", "ab"]
-    assert store.list("a") == ["a/b", "a/c/d"]
-    assert store.list("a", after="a/b") == ["a/c/d"]
+    assert (store.get("a/b"), store.list("a")) == (None, [])
+    store.put_new("a/b", b"1")
+    with pytest.raises(RefusedError, match="is there already"):
+        store.put_new("a/b", b"2")
+    store.put_new("a/c", b"3")
+    store.put_new("ab", b"4")
+    assert [store.get(name) for name in ("a/b", "a/c", "ab")] == [b"1", b"3", b"4"]
+    assert store.list("a") == ["a/b", "a/c"]
+    assert store.list("a", after="a/b") == ["a/c"]
+    assert store.list("ab") == store.list("nothing") == []
     store.remove("a/c")
     store.remove("a/c")
-    assert store.list("") == ["a/b", "ab"]
+    assert store.list("a") == ["a/b"]
     with pytest.raises(StorageError, match="must be a regular file, but got a folder"):
         store.get("a")
 
@@ -34,7 +36,7 @@ def test_an_object_is_read_back_listed_and_removed(tmp_path):
 )
 def test_a_name_that_leads_out_or_is_temporary_is_refused(tmp_path, name):
     store = Folder(tmp_path / "study")
-    for call in (store.get, store.remove, lambda name: store.put(name, b""), lambda name: store.put_new(name, b"")):
+    for call in (store.get, store.list, store.remove, lambda name: store.put_new(name, b"")):
         with pytest.raises(StorageError, match="must be a name of an object"):
             call(name)
     assert not list(tmp_path.iterdir())
@@ -46,10 +48,10 @@ def test_a_link_that_leads_out_is_refused(tmp_path):
     (tmp_path / "study" / "log").symlink_to(tmp_path / "outside")
     (tmp_path / "alias").symlink_to(tmp_path / "study")
     store = Folder(tmp_path / "alias")  # the folder itself may be a link
-    for call in (lambda: store.put("log/1", b""), lambda: store.get("log/1"), lambda: store.remove("log")):
+    for call in (lambda: store.put_new("log/1", b""), lambda: store.get("log/1"), lambda: store.remove("log")):
         with pytest.raises(StorageError, match="must not lead out of"):
             call()
-    store.put("other", b"x")
+    store.put_new("other", b"x")
     assert not list((tmp_path / "outside").iterdir())
 
 
@@ -76,26 +78,23 @@ def test_of_sixteen_threads_one_creates_an_object(tmp_path):
 
 def test_what_a_dead_writer_has_left_is_never_listed(tmp_path):
     store = Folder(tmp_path)
-    store.put("log/00000001", b"1")
+    store.put_new("log/00000001", b"1")
     temporary_name(tmp_path / "log" / "00000002").write_bytes(b"half")
-    half = temporary_name(tmp_path / "trials")
-    half.mkdir()
-    (half / "a").touch()
-    assert store.list("") == store.list("log") == ["log/00000001"]
+    assert store.list("log") == ["log/00000001"]
 
 
 def test_a_store_that_writes_over_what_is_there_is_refused(tmp_path):
     store = Folder(tmp_path)
     probe(store)
-    assert store.list("") == []
+    assert contents(tmp_path) == {}
 
     class Careless(Folder):
         def put_new(self, name, data):
-            self.put(name, data)
+            files.write_bytes(self.path / name, data)
 
     with pytest.raises(StorageError, match="must refuse to create an object that is there"):
         claimed(Careless(tmp_path))
-    assert store.list("") == []
+    assert contents(tmp_path) == {}
 
 
 def test_a_folder_without_hard_links_is_refused(tmp_path, monkeypatch):
@@ -106,6 +105,22 @@ def test_a_folder_without_hard_links_is_refused(tmp_path, monkeypatch):
     with pytest.raises(StorageError, match="must lie on a disk with hard links, but got Operation not permitted"):
         claimed(Folder(tmp_path))
     assert contents(tmp_path) == {}
+
+
+def test_a_write_whose_temporary_file_was_taken_for_remains_is_unclear_and_tried_again(tmp_path, monkeypatch):
+    store, link, taken = Folder(tmp_path), os.link, []
+
+    def late(source, target):
+        if not taken:
+            taken.append(target)
+            files.remove_remains(tmp_path)
+        link(source, target)
+
+    log = claimed(store)
+    monkeypatch.setattr(os, "link", late)
+    with log.commit({"kind": "a"}):
+        pass
+    assert (len(taken), read(store).number) == (1, 2)
 
 
 def test_a_flush_that_fails_after_the_link_is_unclear_and_settled_by_another_try(tmp_path, monkeypatch):

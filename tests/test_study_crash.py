@@ -91,9 +91,9 @@ def weights(study_dir):
 
 
 def files(study_dir):
-    """Names of all that a search leaves; of commits and probes a search that was killed has more."""
+    """Names of all that a search leaves; of commits a search that was killed has more."""
     found = {re.sub(r"attempt-\d+", "attempt", str(path.relative_to(study_dir))) for path in study_dir.rglob("*")}
-    return {name for name in found if not re.fullmatch(r"log/(\d{8}|probe-.*)", name)}
+    return {name for name in found if not re.fullmatch(r"log/\d{8}", name)}
 
 
 def test_the_undisturbed_search_is_what_the_others_are_compared_with(undisturbed):

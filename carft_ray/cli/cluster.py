@@ -87,8 +87,9 @@ def _left(study: str) -> dict[str, Any]:
     """Returns how far a study is; nothing where it is not seen from here."""
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
+    from carft_ray.study.holding import is_study
 
-    if not study or not study_view.is_study(Path(study)):
+    if not study or not is_study(Path(study)):
         return {}
     view = study_view.read_study(Path(study))
     return {"finished": view.num_finished, "wanted": num_trials(view.recipe)}

@@ -24,9 +24,10 @@ def list_(
 ) -> None:
     """List the trials of a study, or the studies of a folder. Nothing is written."""
     from carft_ray.results.reading import status_and_ls, study_view
+    from carft_ray.study.holding import is_study
 
     require_choice("--sort", "must be an order", sort, ORDERS)
-    if not study_view.is_study(folder):
+    if not is_study(folder):
         studies = status_and_ls.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
             console.show(console.study_table(studies))

@@ -55,10 +55,6 @@ class Folder:
         except OSError as error:
             raise files.storage_error(path, error, "must be readable") from error
 
-    def put(self, name: str, data: bytes) -> None:
-        """Writes an object, over one that is there; it is durable when this returns."""
-        files.write_bytes(self._path_to_write(name), data)
-
     def put_new(self, name: str, data: bytes) -> None:
         """Creates an object, by a hard link: a rename would replace one that is there. Of several that try at once, one
         does. Durable when this returns.
@@ -79,21 +75,23 @@ class Folder:
                 temporary.unlink(missing_ok=True)
 
     def list(self, prefix: str, after: str = "") -> Names:
-        """Returns the names under a prefix in order, without what a dead process has left half written.
+        """Returns the names one piece longer than another one, in order, without what dead processes left half written.
 
         They are there, others may be too.
 
         Args:
-            prefix: A name; empty for all.
+            prefix: The other name.
             after: A name: only those that sort after it. Empty for all.
         """
-        found: Names = []
-        for folder, folders, names in os.walk(self._path(prefix) if prefix else self.path):
-            folders[:] = [each for each in folders if not fnmatch.fnmatch(each, files.REMAINS)]
-            above = os.path.relpath(folder, self.path)
-            whole = (each for each in names if not fnmatch.fnmatch(each, files.REMAINS))
-            found += whole if above == "." else (f"{above}/{each}" for each in whole)
-        return sorted(name for name in found if name > after)
+        folder = self._path(prefix)
+        try:
+            found = files.retried(folder, lambda: os.listdir(folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except OSError as error:
+            raise files.storage_error(folder, error, "must be readable") from error
+        whole = (f"{prefix}/{name}" for name in found if not fnmatch.fnmatch(name, files.REMAINS))
+        return sorted(name for name in whole if name > after)
 
     def remove(self, prefix: str) -> None:
         """Removes an object and all under its name."""
@@ -120,7 +118,7 @@ def _link(temporary: Path, path: Path) -> None:
     except FileExistsError:
         is_taken = True  # perhaps by this file: the answer to an earlier link may have been lost
     except OSError as error:
-        if error.errno in files.MACHINE_ERRNOS:
+        if error.errno in (*files.MACHINE_ERRNOS, errno.ENOENT):  # who holds the study has removed it with remains
             raise UnknownError(files.storage_error(path, error).problems) from error
         rule = "must lie on a disk with hard links" if error.errno in _NO_HARD_LINKS else "must be writable"
         raise files.storage_error(path, error, rule) from error

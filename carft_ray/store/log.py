@@ -112,8 +112,12 @@ class Log(BaseJournalBackend):
             StorageError: Another search goes on, or the log is damaged or cannot be read or written.
         """
         self._read_on()
-        if not self.number:
-            probe(self._store)
+        try:
+            if not self.number:
+                probe(self._store)
+        except StorageError:  # another search may have begun, and removed what it took for remains
+            if not self._read_on():
+                raise
         record = _as_json({"kind": OWNER, **(me or identity())})[0]
         since, has_grown, is_told = self._clock(), False, False
         while True:

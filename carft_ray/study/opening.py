@@ -10,7 +10,7 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.folder import Folder
+from carft_ray.store.folder import PROBE, Folder
 from carft_ray.store.log import Log
 from carft_ray.study import rows
 from carft_ray.study.holding import check_fit, gone_if_nothing_began, held
@@ -50,6 +50,8 @@ def open_study(
             stack.enter_context(held(log, tell))
             claimed, notes = claim(study_dir, recipe, change_space), list[str]()
             files.remove_remains(study_dir)
+            for path in (study_dir / COMMITS).glob(f"{PROBE}*"):  # of a search that was killed at its first write
+                files.remove(path)
             if change_space and not claimed.space_changes:
                 notes.append("--change-space has no effect: the space is that of the study")
             if claimed.is_news:

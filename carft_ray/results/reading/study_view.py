@@ -14,7 +14,7 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
-from carft_ray.study.holding import is_study as is_study
+from carft_ray.study.holding import is_study
 from carft_ray.study.identity import caught_up, is_single, read_manifest, resume_command
 from carft_ray.study.outcome import TrialRow, read_failure, read_heartbeat, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
