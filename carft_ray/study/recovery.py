@@ -6,8 +6,9 @@ What has ended is recorded; the rest is queued for another attempt, which resume
 from collections.abc import Container, Mapping
 from typing import Any
 
+from carft_ray.layout import FOLDERS
 from carft_ray.study import outcome
-from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
+from carft_ray.study.outcome import Kind, TrialRow
 from carft_ray.study.rows import SET_ASIDE, SPENT, row_of, trainings
 from carft_ray.study.study import STUCK, Study
 
@@ -44,14 +45,12 @@ def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> li
 
 def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
     """Records or queues what is RUNNING in one of the Optuna studies; None wants everything."""
+    _spend_left_behind(study)
     ended = []
     for spec in study.journal.running(kind):
         if wanted is not None and spec.name not in wanted:
             continue
-        _spend_left_behind(study, spec)
-        failure = outcome.read_failure(spec.folder(study.study_dir), spec.attempt)
-        mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
-        if row := study.settle(spec) if spec.attempt and not mended else None:
+        if row := study.settle(spec) if spec.attempt else None:
             ended.append(row)
             continue
         if study.journal.attribute(spec, SET_ASIDE):  # this is another search
@@ -61,8 +60,17 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
     return ended
 
 
-def _spend_left_behind(study: Study, spec: TrialSpec) -> None:
-    if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
-        seconds, gpus = outcome.left_behind(spec.folder(study.study_dir), spec.attempt, study.recipe.resources)
-        if seconds:
-            study.spend(spec, seconds, gpus)
+def _spend_left_behind(study: Study) -> None:
+    """Notes what the attempts took that ran when a driver was killed."""
+    live = outcome.read_live(study.study_dir)
+    for spec in [spec for kind in study.journal.studies for spec in study.journal.running(kind)]:
+        if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
+            known = live.get(spec.place)
+            known = known if known is not None and known.attempt == spec.attempt else None
+            seconds, gpus = outcome.left_behind(spec.folder(study.study_dir), known, study.recipe.resources)
+            if seconds:
+                study.spend(spec, seconds, gpus)
+    own = {FOLDERS[kind] for kind in study.journal.studies}
+    left = {place: each for place, each in live.items() if place.partition("/")[0] not in own}
+    if left != live:
+        outcome.write_live(study.study_dir, left)

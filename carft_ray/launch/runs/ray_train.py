@@ -18,7 +18,7 @@ from carft_ray.launch.ray_workers import NestedRun
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import computing
 from carft_ray.launch.stop import CHECK_EVERY_S, interruption, stop_file_on_signal
-from carft_ray.layout import CHECKPOINTS, ERROR, HEARTBEAT, LOG, METRICS, RAY_FILES, STOP
+from carft_ray.layout import CHECKPOINTS, LOG, METRICS, RAY_FILES, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study import outcome
 from carft_ray.study.outcome import TrialSpec
@@ -64,7 +64,7 @@ def train_with_ray(
     while True:
         attempt = 1 + len(list((out_dir / CHECKPOINTS).glob("attempt-*")))
         spec = TrialSpec("trial", 0, "train", {}, attempt)
-        for stale in (STOP, ERROR, HEARTBEAT):  # of an attempt of this number, which ended without a checkpoint
+        for stale in (STOP,):  # of an attempt of this number, which ended without a checkpoint
             files.remove(out_dir / stale)
         try:
             with computing(recipe, out_dir, runner, address, interrupted, say) as runtime:
@@ -76,7 +76,7 @@ def train_with_ray(
             shutil.rmtree(out_dir / RAY_FILES, ignore_errors=True)
         if (result := outcome.read_result(out_dir)) is not None:
             return result, prepared
-        failure = outcome.read_failure(out_dir, attempt)
+        failure: outcome.Failure | None = None
         if failure is not None and failure.outcome == "memory":  # again with the smaller micro-batch that was noted
             number, before = 0, [0, 0]
             continue
@@ -93,7 +93,7 @@ def train_with_ray(
         outcome.log_lost(out_dir, attempt, reason, details)
         now = outcome.progress_of(out_dir)
         number, before = 1 if now > before else number + 1, now
-        has_begun = failure is not None or outcome.read_heartbeat(out_dir, attempt) is not None
+        has_begun = failure is not None or files.seen(out_dir / LOG)
         if not has_begun or number >= LOST_ATTEMPTS:
             step = f"Details are in {out_dir / LOG}."
             raise ClusterError(Problem("train", "its workers must stay alive", reason, next_step=step))
