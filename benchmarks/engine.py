@@ -333,7 +333,7 @@ def driver_cost(
             for spec in specs:
                 with (spec.folder(study_dir) / METRICS).open("a") as out:
                     out.write(json.dumps({**EPOCH, "epoch": num_reports + second}) + "\n")
-                box.post(Post(spec.place, spec.attempt, 0, second, Process(1, "1", "n" * 56)))
+                box.post(Post(spec.training, spec.attempt, 0, second, Process(1, "1", "n" * 56)))
             for _ in range(round(1 / POLL_EVERY_S)):
                 began, cpu = time.perf_counter(), time.process_time()
                 driver.poll(at_once=True)  # though it reads less often where one reading takes long

@@ -39,7 +39,7 @@ def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_
     ran = []
 
     def on_event(event):
-        if isinstance(event, TrialEpoch) and (live := read_live(tmp_path / "study").get(event.spec.place)):
+        if isinstance(event, TrialEpoch) and (live := read_live(tmp_path / "study").get(event.spec.training)):
             ran.append(live.node)
 
     run_search(recipe, tmp_path / "study", address, on_event, Runner(stand_in.prepare, stand_in.train))

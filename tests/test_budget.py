@@ -139,7 +139,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         spec = study.next()
-    write_live(study_dir, {spec.place: Live(1, 1.0, 900.0, 4.0, 10, 1, "n")})
+    write_live(study_dir, {spec.training: Live(1, 1.0, 900.0, 4.0, 10, 1, "n")})
     for _ in range(2):  # once only
         with open_study(study_dir, recipe) as study:
             recover_running(study)

@@ -72,7 +72,7 @@ class Tune:
     def fail(self, trial, outcome, reason="because", exit_code=1):
         spec = TrialSpec(**trial.config["spec"])
         self.folder(trial).mkdir(parents=True, exist_ok=True)
-        self.box.post(Post(spec.place, spec.attempt, failure=Failure(outcome, reason, spec.attempt, exit_code)))
+        self.box.post(Post(spec.training, spec.attempt, failure=Failure(outcome, reason, spec.attempt, exit_code)))
         self.end(trial)
 
     def end(self, trial, lost=""):
@@ -88,13 +88,13 @@ class Tune:
         """Posts as rank 0 of a trial; returns the order."""
         spec, nodes = TrialSpec(**trial.config["spec"]), tuple(map(tuple, nodes))
         process = Process(77, "5", nodes[0][0] if nodes else "n1", group, nodes)
-        return self.box.post(Post(spec.place, spec.attempt, 0, steps, process))
+        return self.box.post(Post(spec.training, spec.attempt, 0, steps, process))
 
     def order(self, trial):
         """What the driver wants of a trial now."""
         self.driver.exchange.now()
         spec = TrialSpec(**trial.config["spec"])
-        return self.box.post(Post(spec.place, spec.attempt, 1))
+        return self.box.post(Post(spec.training, spec.attempt, 1))
 
     def folder(self, trial):
         return TrialSpec(**trial.config["spec"]).folder(self.driver.study.study_dir)

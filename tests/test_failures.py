@@ -380,12 +380,12 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         assert study.lost(first, "its node is lost") != "set aside"
         second = study.next()
         process = attempts.start(plan, second)
-        orders = {second.place: (2, "go")}
+        orders = {second.training: (2, "go")}
         wait_until(lambda: [signs.process.pid for signs in box.exchange(orders).values()] == [process.pid])
         os.kill(zombie.pid, signal.SIGCONT)
         zombie.join(120)
         assert zombie.exitcode == 0  # quietly, at its next look for a stop
-        assert box.exchange(orders)[second.place].process.pid == process.pid
+        assert box.exchange(orders)[second.training].process.pid == process.pid
         hold.unlink()
         process.join(120)
         row = study.settle(second)

@@ -55,7 +55,7 @@ def fill(study, num_finished):
         folder.mkdir(parents=True, exist_ok=True)
         append_log(folder, "attempt 1: starts on here")
         (folder / "metrics.jsonl").write_text('{"epoch": 1, "subset/id_accuracy": 0.61, "subset/objective": 0.55}\n')
-        live[spec.place] = Live(1, time.time() - 30, 30.0, 0.0, 10, 1, "n")
+        live[spec.training] = Live(1, time.time() - 30, 30.0, 0.0, 10, 1, "n")
     write_live(study_dir, live)
 
 

@@ -148,7 +148,7 @@ class Driver:
         if spec is not None:
             now = time.monotonic()
             self._attempts[key] = _Attempt(spec, now, seen=now)
-            self.exchange.order(spec.place, spec.attempt)
+            self.exchange.order(spec.training, spec.attempt)
         return spec
 
     def started(self, key: str) -> None:
@@ -174,9 +174,9 @@ class Driver:
         self._read_post(attempt)
         spec, seconds = attempt.spec, self._held_s(attempt)
         if gone:
-            self.exchange.order(spec.place, spec.attempt + 1)  # should it wake up, it leaves
+            self.exchange.order(spec.training, spec.attempt + 1)  # should it wake up, it leaves
         else:
-            self.exchange.forget(spec.place)
+            self.exchange.forget(spec.training)
         self._gpu_s += seconds * self.gpus
         try:
             self.study.spend(spec, seconds, self.gpus)
@@ -202,7 +202,7 @@ class Driver:
         """
         attempt = next((each for each in self._attempts.values() if each.spec == spec), None)
         if attempt is not None and not attempt.leaves:
-            self.exchange.order(spec.place, spec.attempt, "leave")
+            self.exchange.order(spec.training, spec.attempt, "leave")
             attempt.leaves = reason
 
     def avoided(self) -> list[str]:
@@ -220,7 +220,7 @@ class Driver:
         if not self.is_stopping and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
             self.is_stopping, self._stopping_since = True, time.monotonic()
             for spec in self.live:
-                self.exchange.order(spec.place, spec.attempt, "stop")
+                self.exchange.order(spec.training, spec.attempt, "stop")
             self.on_event(events.Stopping(len(self._attempts), self.out_of_budget))
         return self.is_stopping
 
@@ -296,7 +296,7 @@ class Driver:
             self.ended(key)
 
     def _read_post(self, attempt: _Attempt) -> None:
-        mail = self.exchange.mail(attempt.spec.place, attempt.spec.attempt)
+        mail = self.exchange.mail(attempt.spec.training, attempt.spec.attempt)
         if mail is None:
             return
         if mail.signs.process and not attempt.alive and self.leaks is not None:
@@ -316,21 +316,21 @@ class Driver:
         elif self.hang_timeout_s is not None and now - attempt.seen >= self.hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
             attempt.hung = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s)"
-            attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {spec.place}/{LOG}"
+            attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {spec.training}/{LOG}"
             self.on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
             self.end_process(alive)
 
     def _write_live(self) -> None:
         """Writes ``live.json`` when something else runs, and after a while."""
         now, running = time.monotonic(), [each for each in self._attempts.values() if each.alive]
-        names = {f"{each.spec.place}-{each.spec.attempt}" for each in running}
+        names = {f"{each.spec.training}-{each.spec.attempt}" for each in running}
         if self._written[1] == names and now - self._written[0] < LIVE_EVERY_S:
             return
         live = dict(self._of_others)
         for each in running:
             spec, seconds, alive = each.spec, self._held_s(each), each.alive or Process(0, "")
             began = datetime.now().timestamp() - seconds
-            live[spec.place] = Live(spec.attempt, began, seconds, self.gpus, each.steps, alive.pid, alive.node_id)
+            live[spec.training] = Live(spec.attempt, began, seconds, self.gpus, each.steps, alive.pid, alive.node_id)
         with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
             outcome.write_live(self.study.study_dir, live)
             self._written = now, names
@@ -343,7 +343,7 @@ class Driver:
         try:
             for line in rows:
                 if self.study.report(attempt.spec, line):
-                    self.exchange.order(attempt.spec.place, attempt.spec.attempt, "stop")
+                    self.exchange.order(attempt.spec.training, attempt.spec.attempt, "stop")
         except Exception as failure:  # raised again by the search
             self._fail(failure)
         for row in rows:

@@ -54,7 +54,7 @@ def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCont
     try:
         with (
             files.fenced(lambda: check_fence(folder, spec.attempt)),
-            Poster(runtime.mailbox, spec.place, spec.attempt, context.rank, _this_process(context)) as poster,
+            Poster(runtime.mailbox, spec.training, spec.attempt, context.rank, _this_process(context)) as poster,
         ):
             failure = _run_worker(runtime, spec, folder, context, poster)
             if failure is not None:

@@ -59,13 +59,13 @@ class TrialSpec:
         require_name(self.name)
 
     @property
-    def place(self) -> str:
+    def training(self) -> str:
         """The folder of the training within the study, which names it."""
         return f"{FOLDERS[self.kind]}/{self.name}"
 
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""
-        return study_dir / self.place
+        return study_dir / self.training
 
 
 @dataclass(frozen=True)
@@ -106,13 +106,13 @@ class TrialRow:
         require_name(self.name)
 
     @property
-    def place(self) -> str:
+    def training(self) -> str:
         """The folder of the training within the study, which names it."""
         return f"{FOLDERS[self.kind]}/{self.name}"
 
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""
-        return study_dir / self.place
+        return study_dir / self.training
 
     def is_of(self, live: "Live | None") -> bool:
         """Tells whether its last attempt is one that runs."""

@@ -65,7 +65,7 @@ def _spend_left_behind(study: Study) -> None:
     live = outcome.read_live(study.study_dir)
     for spec in [spec for kind in study.journal.studies for spec in study.journal.running(kind)]:
         if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
-            known = live.get(spec.place)
+            known = live.get(spec.training)
             known = known if known is not None and known.attempt == spec.attempt else None
             seconds, gpus = outcome.left_behind(spec.folder(study.study_dir), known, study.recipe.resources)
             if seconds:

@@ -133,7 +133,7 @@ def read_study(folder: Path) -> Overview:
     found = log.holder()
     trainings = [row for group in rows.values() for row in group]
     live = read_live(study_dir) if found else {}
-    running = frozenset((row.kind, row.name) for row in trainings if row.is_of(live.get(row.place)))
+    running = frozenset((row.kind, row.name) for row in trainings if row.is_of(live.get(row.training)))
     stopping = found is not None and (study_dir / STOP).exists()
     recipe = study_recipe(study_dir)
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
@@ -283,7 +283,7 @@ def search_began(study_dir: Path) -> float | None:
 
 def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
-    live = read_live(study_dir).get(row.place)
+    live = read_live(study_dir).get(row.training)
     return live.began if live is not None and row.is_of(live) else None
 
 
