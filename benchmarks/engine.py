@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 
 from carft_ray import files
-from carft_ray.layout import COMMITS, HEARTBEAT, METRICS, RESOLVED, RESULT
+from carft_ray.layout import COMMITS, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.result import write_result
@@ -302,6 +302,7 @@ def driver_cost(
 
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
+    from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
     from carft_ray.launch.ray_cluster.concurrency import AtATime
     from carft_ray.study.rows import trials
     from carft_ray.ui.live import SearchView
@@ -315,24 +316,25 @@ def driver_cost(
     shown: list[str | None] = []
     with open_study(study_dir, recipe) as study:
         recover_running(study)
-        driver = Driver(study, AtATime(num_live), lambda event: shown.append(view.update(event)), hang_timeout_s=3600.0)
+        box = Mailbox()
+        show = lambda event: shown.append(view.update(event))  # noqa: E731
+        driver = Driver(study, AtATime(num_live), show, hang_timeout_s=3600.0, exchange=Exchange(box))
         view.update(Started(num_finished + num_live, num_finished, num_live, "as many as are measured"))
-        folders = []
+        specs = []
         for index in range(num_live):
             spec = driver.propose(f"id{index}")
             assert spec is not None
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / HEARTBEAT).write_text(json.dumps({"attempt": 1, "pid": 1, "node_id": "n" * 56, "group": ""}))
             lines = (json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, num_reports + 1))
             (folder / METRICS).write_text("".join(lines))
             driver.started(f"id{index}")
-            folders.append(folder)
+            specs.append(spec)
         for second in range(1, num_seconds + 1):
-            for folder in folders:
-                with (folder / METRICS).open("a") as out:
+            for spec in specs:
+                with (spec.folder(study_dir) / METRICS).open("a") as out:
                     out.write(json.dumps({**EPOCH, "epoch": num_reports + second}) + "\n")
-                os.utime(folder / HEARTBEAT)
+                box.post(Post(spec.training, spec.attempt, 0, second, Process(1, "1", "n" * 56)))
             for _ in range(round(1 / POLL_EVERY_S)):
                 began, cpu = time.perf_counter(), time.process_time()
                 driver.poll(at_once=True)  # though it reads less often where one reading takes long

@@ -34,7 +34,7 @@ from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, TrialRow, write_failure
+from carft_ray.study.outcome import Failure, TrialRow
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
 from carft_ray.ui import console
@@ -63,13 +63,13 @@ def search(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[TrialRo
         while (spec := study.next()) is not None:
             home = spec.folder(study.study_dir)
             home.mkdir(parents=True, exist_ok=True)
-            objective = objective_of(spec.values, rng)
+            objective, failure = objective_of(spec.values, rng), None
             if objective is None:
                 error = DivergedError("replayed divergence")
-                write_failure(home, Failure("diverged", str(error), spec.attempt, error.exit_code))
+                failure = Failure("diverged", str(error), spec.attempt, error.exit_code)
             else:
                 write_result(spec.place(study.study_dir), {"objective": objective, "metrics": {}})
-            study.settle(spec)
+            study.settle(spec, failure)
         return study.rows()
 
 

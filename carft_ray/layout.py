@@ -4,10 +4,11 @@
       manifest.json      what the study is about, and what it was made with; another recipe is refused
       resolved.yaml      the complete recipe of the last search
       log/               numbered commits, the only state of the search (``store.log``)
-      stop               asks running trainings to write a checkpoint and end
+      stop               asks the driver to end: running trainings write a checkpoint
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
       best.yaml, figure.png, figure.svg, report.html, ray.log
+      live.json          what runs, as the driver knew it some seconds ago
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/     log, metrics, TensorBoard's events
         attempt-N/       what one attempt writes: checkpoints, weights, predictions, and result.json, last
@@ -30,6 +31,7 @@ FIGURE_PNG = "figure.png"
 FIGURE_SVG = "figure.svg"
 PAGE = "report.html"
 RAY_LOG = "ray.log"
+LIVE = "live.json"
 PREPARED = "prepared"
 RAY_FILES = "_tune"
 CONCURRENCY = "concurrency.json"  # in it: trainings at a time, and why not more
@@ -51,7 +53,6 @@ REFERENCES = "references.json"  # what constraints compare with
 
 # of a training
 RESULT = "result.json"
-ERROR = "error.json"
 LOG = "log.txt"
 METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
@@ -63,6 +64,3 @@ PREDICTIONS = "predictions/validation.parquet"
 THUMBNAILS = "predictions/thumbnails.parquet"  # of images whose answers change; they go with the weights
 OF_RESULT = (WEIGHTS, PREDICTIONS)  # files whose size and hash a result has
 FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts
-CUT = "cut.json"  # the driver's word that the pruner has cut the training; it reads it and ends
-LEAVE = "leave.json"  # the driver's word that an attempt is to write a checkpoint and end; another one follows
-HEARTBEAT = "heartbeat.json"  # while an attempt runs: its process and nodes; the time of change is its last step

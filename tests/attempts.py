@@ -8,8 +8,10 @@ import os
 import resource
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from multiprocessing import forkserver
+from multiprocessing.managers import BaseManager
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,9 @@ from carft_ray.errors import OutOfMemoryError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged
 from carft_ray.launch.failures.causes import explained
+from carft_ray.launch.mailbox import Exchange, Mailbox
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Node
-from carft_ray.launch.runtime import Runner, make_runtime, stop_reader
+from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.worker import run_worker
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
@@ -77,8 +80,15 @@ def limited(megabytes):
     return Runner(run.prepare, partial(capped, megabytes))
 
 
-def plan_of(study, runner=STAND_IN):
-    return make_runtime(study.recipe, study.study_dir, (Node(2, 0),), runner)
+class Mailboxes(BaseManager):
+    """A process with mailboxes that others reach."""
+
+
+Mailboxes.register("Mailbox", Mailbox)
+
+
+def plan_of(study, runner=STAND_IN, **more):
+    return replace(make_runtime(study.recipe, study.study_dir, (Node(2, 0),), runner), **more)
 
 
 def start(plan, spec):
@@ -97,9 +107,8 @@ def forked(function, *args):
 
 
 def _attempt(plan, spec):
-    context = RunContext(should_stop=stop_reader(plan.study_dir, spec.folder(plan.study_dir), spec.attempt))
     try:
-        run_worker(plan, spec, spec.folder(plan.study_dir), context)
+        run_worker(plan, spec, spec.folder(plan.study_dir), RunContext())
     except Exception as error:  # what Tune would tell
         print(type(error).__name__, error, file=sys.stderr)
         os._exit(1)
@@ -109,8 +118,9 @@ def _attempt(plan, spec):
 def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died unexpectedly."):
     """Runs a search; returns its driver and what it told."""
     events, running = [], {}
-    with open_study(study_dir, recipe) as study:
-        plan = plan_of(study, runner)
+    with open_study(study_dir, recipe) as study, Mailboxes(ctx=_forks) as mailboxes:
+        box = mailboxes.Mailbox()
+        plan = plan_of(study, runner, mailbox=box)
         recover_running(study)
         limit_s = recipe.resources.hang_timeout_s
         changed = lambda *change: events.append(ConcurrencyChanged(*change))  # noqa: E731
@@ -119,7 +129,8 @@ def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died
             AtATime(at_a_time, on_change=changed),
             events.append,
             hang_timeout_s=limit_s,
-            end_process=lambda alive: os.kill(alive.pid, 9),
+            end_process=lambda process: os.kill(process.pid, 9),
+            exchange=Exchange(box),
         )
         for key in map(str, range(10_000)):
             driver.poll()

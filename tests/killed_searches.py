@@ -23,6 +23,7 @@ from logs import commits, operations
 
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import read_ledger
+from carft_ray.study.outcome import read_live
 from carft_ray.study.rows import baselines, confirmations, trials
 
 HERE = Path(__file__).parent
@@ -331,11 +332,11 @@ def wait_for_no_groups(address, auth, timeout_s=60):
 def running_pids(study_dir, epoch=1):
     """Returns the living processes of trainings that have got so far."""
     found = []
-    for path in study_dir.glob("*/*/heartbeat.json"):
-        with contextlib.suppress(OSError, ValueError):
-            pid, metrics = json.loads(path.read_text())["pid"], path.with_name("metrics.jsonl")
-            if len(metrics.read_text().splitlines()) >= epoch and Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
+    for place, live in read_live(study_dir).items():
+        with contextlib.suppress(OSError):
+            metrics = (study_dir / place / "metrics.jsonl").read_text().splitlines()
+            if len(metrics) >= epoch and Path(f"/proc/{live.pid}/cmdline").read_bytes():
+                found.append(live.pid)
     return found
 
 

@@ -23,7 +23,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.result import write_result
 from carft_ray.study import rows
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.outcome import Failure, append_log
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.training.thumbnails import write_thumbnails
 
@@ -134,8 +134,7 @@ def finish(study, spec, rng, limit=None):
 def fail(study, spec, outcome="diverged", reason="loss not finite at step 3 <b>"):
     spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
     study.spend(spec, 0.01, 0.0)
-    write_failure(spec.folder(study.study_dir), Failure(outcome, reason, spec.attempt))
-    study.settle(spec)
+    study.settle(spec, Failure(outcome, reason, spec.attempt))
 
 
 def fill(study, num, fails=lambda number: False, limit=None):

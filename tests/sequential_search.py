@@ -13,7 +13,7 @@ from carft_ray import files
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError
 from carft_ray.recipe.trial_values import apply
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.outcome import Failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.training.run_context import RunContext
 
@@ -48,8 +48,7 @@ def call(argv):
             prepared = study.study_dir / "prepared"
             study.add_zero_shot(stand_in.prepare(recipe, prepared))
             while (spec := study.next()) is not None:
-                attempt(study, spec, prepared)
-                row = study.settle(spec)
+                row = study.settle(spec, attempt(study, spec, prepared))
                 assert row is not None
                 told.append(row)
             print(*study.notes, sep="\n")
@@ -61,19 +60,26 @@ def call(argv):
 
 
 def attempt(study, spec, prepared):
-    """One training, as a worker runs it, and what the driver does meanwhile: it looks, and the worker sees a cut."""
+    """One training, as a worker runs it, and what the driver does meanwhile: it looks, and the worker sees a cut.
+
+    Returns:
+        How it failed, if it did.
+    """
     folder = spec.folder(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
 
+    cuts = []
+
     def should_stop():
         for line in files.read_json_lines(folder / "metrics.jsonl"):
-            study.report(spec, line)
-        return (folder / "cut.json").exists()
+            cuts.append(study.report(spec, line))
+        return any(cuts)
 
     context = RunContext(should_stop=should_stop)
     try:
         stand_in.train(apply(study.recipe, spec.values), folder, prepared, context, spec.attempt)
     except InterruptedRunError:
-        return
+        pass
     except DivergedError as error:
-        write_failure(folder, Failure("diverged", str(error), spec.attempt, error.exit_code, details="Traceback ..."))
+        return Failure("diverged", str(error), spec.attempt, error.exit_code, details="Traceback ...")
+    return None

@@ -11,7 +11,7 @@ from carft_ray.launch.events import TrialEpoch
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.study.outcome import read_heartbeat
+from carft_ray.study.outcome import read_live
 
 HERE = Path(__file__).parent
 SIZES = {"object_store_memory": 10**8}
@@ -39,8 +39,8 @@ def test_no_training_runs_on_a_node_that_is_left_out(tmp_path, monkeypatch, two_
     ran = []
 
     def on_event(event):
-        if isinstance(event, TrialEpoch) and (alive := read_heartbeat(event.spec.folder(tmp_path / "study"), 1)):
-            ran.append(alive.node_id)  # of a training that still runs when its epoch is seen
+        if isinstance(event, TrialEpoch) and (live := read_live(tmp_path / "study").get(event.spec.training)):
+            ran.append(live.node)
 
     run_search(recipe, tmp_path / "study", address, on_event, Runner(stand_in.prepare, stand_in.train))
     assert set(ran) == {other}

@@ -17,7 +17,7 @@ from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store import result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.outcome import Failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 
@@ -76,8 +76,7 @@ def test_only_a_better_trial_changes_it(study_dir, tmp_path):
         write_result(study_dir, first, 0.4)
         study.settle(first)
         third.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(third.folder(study_dir), Failure("diverged", "because", 1, 6))
-        study.settle(third)
+        study.settle(third, Failure("diverged", "because", 1, 6))
     with open_study(study_dir, stand_in.make_recipe(3, baselines={})) as study:
         recover_running(study)
     assert written(study_dir / BEST) == before

@@ -1,6 +1,5 @@
 """The budget: when a search asks its trainings to stop, what it counts, and how it ends."""
 
-import json
 import os
 import time
 from pathlib import Path
@@ -21,10 +20,10 @@ from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
-from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading import status_and_ls, study_view
 from carft_ray.study.opening import open_study
+from carft_ray.study.outcome import Live, write_live
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 
@@ -140,12 +139,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         spec = study.next()
-    folder = spec.folder(study_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    now = time.time()
-    alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": now - 1000, "gpus": 4.0}
-    (folder / HEARTBEAT).write_text(json.dumps(alive))
-    os.utime(folder / HEARTBEAT, (now - 100, now - 100))
+    write_live(study_dir, {spec.training: Live(1, 1.0, 900.0, 4.0, 10, 1, "n")})
     for _ in range(2):  # once only
         with open_study(study_dir, recipe) as study:
             recover_running(study)

@@ -20,7 +20,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.store import result
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.outcome import Failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 
@@ -114,10 +114,7 @@ def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_
         recover_running(study)
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(
-            spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, 6, details="Traceback ...")
-        )
-        study.settle(spec)
+        study.settle(spec, Failure("diverged", "loss not finite", spec.attempt, 6, details="Traceback ..."))
         with pytest.raises(NoSuccessfulTrialError) as caught:
             study.next()
     assert caught.value.exit_code == 6
@@ -139,8 +136,8 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
         for outcome, attempts in (("diverged", 1), ("error", 2)):
             for attempt in range(1, attempts + 1):
                 spec = study.next()
-                write_failure(spec.folder(study_dir), Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
-                study.settle(spec)
+                spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
+                study.settle(spec, Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
     found = [trial.constraints for trial in told(study_dir)]
     assert {frozenset(each) for each in found} == {frozenset({"trained", "id_drop/zero_shot"})}
     assert [each["trained"] for each in found] == [-1, -1, -1, 1, 1]

@@ -8,22 +8,17 @@ from pathlib import Path
 import crash_host
 import crash_points
 import pytest
-from cluster import hiding
 from stand_in import make_recipe
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.launch import runtime
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.store.result import read_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat
 from carft_ray.study.recovery import recover_running
 from carft_ray.training.checkpoint import newest_checkpoint
-
-SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
+from cluster import hiding
 
 
 @pytest.fixture
@@ -81,24 +76,14 @@ def test_a_full_disk_or_a_missing_permission_is_never_hidden(disk, tmp_path, num
         assert raised.value.errno == number
 
 
-def test_a_training_asks_for_its_stop_again_where_the_disk_does_not_answer(disk, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "STOP_CHECK_S", 0.0)
-    should_stop = runtime.stop_reader(tmp_path, tmp_path / "trial", 1)
-    (tmp_path / "stop").write_text("asked")
-    disk("stop", 1, errno.EIO)
-    assert [should_stop(), should_stop()] == [False, True]
-
-
 @pytest.mark.slow
 def test_what_a_training_has_left_is_read_again_and_is_not_taken_for_missing(disk, tmp_path):
     content = {"format_version": 1, "objective": 0.5, "metrics": {}}
     (tmp_path / "result.json").write_text(json.dumps(content))
-    (tmp_path / "error.json").write_text('{"attempt": 1, "outcome": "error", "reason": "why", "exit_code": 1}')
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    for name in ("result.json", "error.json", "metrics.jsonl"):
+    for name in ("result.json", "metrics.jsonl"):
         disk(name, 2, errno.ETIMEDOUT)
     assert read_result(tmp_path)[0] == files.read_json(tmp_path / "result.json") == content
-    assert read_failure(tmp_path, 1).reason == "why"
     assert files.read_json_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
     disk("result.json", FOREVER)
     with pytest.raises(StorageError, match="must be readable"):
@@ -115,27 +100,21 @@ def test_lines_that_could_not_be_read_come_with_the_next_look(disk, tmp_path):
     assert [row["epoch"] for row in rows + files.read_new_lines(path, offset)[0]] == [1, 2]
 
 
-def alive(folder):
-    folder.mkdir(parents=True, exist_ok=True)
-    content = {"attempt": 1, "pid": 1, "node_id": "", "group": "beef", "began": 1.0}
-    (folder / "heartbeat.json").write_text(json.dumps(content))
-
-
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
     events = []
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
         recover_running(study)
         driver = Driver(study, AtATime(1), events.append)
         folder = driver.propose("one").folder(study.study_dir)
-        alive(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         driver.started("one")
         (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
         (study.study_dir / "stop").write_text("asked")
-        for name in ("stop", "heartbeat.json", "metrics.jsonl"):
+        for name in ("stop", "metrics.jsonl"):
             disk(name, FOREVER, errno.EHOSTDOWN)
         driver.poll()
         assert not driver.is_stopping
-        for name in ("stop", "heartbeat.json", "metrics.jsonl"):
+        for name in ("stop", "metrics.jsonl"):
             disk(name, 0)
         assert driver.check_stop()
         assert driver.failure is None
@@ -153,19 +132,6 @@ def test_a_study_is_not_taken_for_a_new_one_while_its_disk_does_not_answer(disk,
         recover_running(study)
         assert study.next().name == name
     assert (tmp_path / "study" / "manifest.json").read_bytes() == before
-
-
-def test_no_group_is_removed_while_it_is_not_known_whose_it_is(disk, tmp_path):
-    removed = []
-    leaks = Leaks(tmp_path, lambda: {"beef": True, "dead": True}, removed.append)
-    folder = SPEC.folder(tmp_path)
-    alive(folder)
-    leaks.suspect()
-    disk("heartbeat.json", 1)
-    assert leaks.check([SPEC]) == 0
-    assert read_heartbeat(folder, 1).group == "beef"
-    assert leaks.check([SPEC]) == 1
-    assert removed == ["dead"]
 
 
 @pytest.mark.slow

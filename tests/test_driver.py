@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import time
 from fractions import Fraction
@@ -25,13 +24,14 @@ from carft_ray.launch.events import (
     TrialStarted,
 )
 from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Node, capacity_of
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, TrialSpec, must_leave, write_failure
+from carft_ray.study.outcome import Failure, TrialSpec
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -42,6 +42,8 @@ class Tune:
 
     def __init__(self, driver):
         self.driver = driver
+        self.box = Mailbox()
+        driver.exchange = Exchange(self.box)
         self.searcher = DriverSearcher(driver)
         self.callback = DriverCallback(driver, self.searcher)
         self.trials = []
@@ -68,9 +70,8 @@ class Tune:
 
     def fail(self, trial, outcome, reason="because", exit_code=1):
         spec = TrialSpec(**trial.config["spec"])
-        folder = self.folder(trial)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_failure(folder, Failure(outcome, reason, spec.attempt, exit_code))
+        self.folder(trial).mkdir(parents=True, exist_ok=True)
+        self.box.post(Post(spec.training, spec.attempt, failure=Failure(outcome, reason, spec.attempt, exit_code)))
         self.end(trial)
 
     def end(self, trial, lost=""):
@@ -84,6 +85,18 @@ class Tune:
 
     def place(self, trial):
         return self.folder(trial) / f"attempt-{trial.config['spec']['attempt']}"
+
+    def post(self, trial, steps=1, group="", nodes=()):
+        """Posts as rank 0 of a trial; returns the order."""
+        spec, nodes = TrialSpec(**trial.config["spec"]), tuple(map(tuple, nodes))
+        process = Process(77, "5", nodes[0][0] if nodes else "n1", group, nodes)
+        return self.box.post(Post(spec.training, spec.attempt, 0, steps, process))
+
+    def order(self, trial):
+        """What the driver wants of a trial now."""
+        self.driver.exchange.now()
+        spec = TrialSpec(**trial.config["spec"])
+        return self.box.post(Post(spec.training, spec.attempt, 1))
 
     def folder(self, trial):
         return TrialSpec(**trial.config["spec"]).folder(self.driver.study.study_dir)
@@ -313,7 +326,7 @@ def test_a_fault_of_the_surroundings_stops_all_and_is_kept_for_the_driver(tune):
 def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, monkeypatch):
     first = tune.start()
 
-    def broken(spec):
+    def broken(spec, failure):
         raise StorageError("no space left")
 
     monkeypatch.setattr(tune.driver.study, "settle", broken)
@@ -353,25 +366,8 @@ def test_epochs_are_told_from_the_files_of_the_training(tune):
     (folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
     tune.look()
     tune.look()
-    assert kinds(tune.events) == [TrialStarted, TrialEpoch]
+    assert kinds(tune.events) == [TrialStarted, TrialEpoch, TrialEpoch]
     assert tune.events[-1].metrics == {"epoch": 2}
-
-
-def write_alive(tune, trial, last_step=1.0, group="", nodes=()):
-    path = tune.folder(trial) / "heartbeat.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(
-        json.dumps(
-            {
-                "attempt": trial.config["spec"]["attempt"],
-                "pid": 77,
-                "node_id": nodes[0][0] if nodes else "n1",
-                "group": group,
-                "nodes": list(nodes),
-            }
-        )
-    )
-    os.utime(path, (last_step, last_step))
 
 
 @pytest.mark.slow
@@ -381,9 +377,8 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     tune.finish(tune.start())
     trial = tune.start()
     name = trial.config["spec"]["name"]
-    write_alive(tune, trial)
-    for step in range(4):  # each look sees another step
-        write_alive(tune, trial, step)
+    for step in range(5):  # each look sees another step
+        tune.post(trial, step)
         tune.look()
         time.sleep(0.1)
     assert ended == []
@@ -397,7 +392,8 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     assert tune.events[-1] == Note(f"{name} gets another attempt: {reason}")
     again = tune.start()
     time.sleep(0.3)
-    tune.look()  # the file is that of the attempt before
+    tune.post(trial, 9)  # of the attempt before
+    tune.look()
     assert len(ended) == 1
     assert again.config["spec"]["attempt"] == 2
 
@@ -405,7 +401,7 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
 def test_without_a_limit_nothing_is_ended(search):
     ended = []
     tune = search(end_process=ended.append)
-    write_alive(tune, tune.start())
+    tune.post(tune.start())
     for _ in range(3):
         tune.look()
     assert ended == []
@@ -476,7 +472,7 @@ def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for
 
     def run(node, end):
         trial = tune.start()
-        write_alive(tune, trial, nodes=[[node, nodes[node]]])
+        tune.post(trial, nodes=[[node, nodes[node]]])
         tune.look()
         end(trial)
         return trial.config["avoid"]
@@ -519,19 +515,19 @@ def test_an_attempt_that_was_asked_to_leave_is_repeated_again_and_again_and_no_f
         (folder / "attempt-1" / f"step-{10 * number:08d}").mkdir(parents=True)
         for reason in ("node7 goes", "asked once more"):
             tune.driver.ask_to_leave(spec_of(trial), reason)
-        assert must_leave(folder, number)
+        assert tune.order(trial) == "leave"
         tune.end(trial)
         assert tune.events[-1] == Note(f"{name} gets another attempt: node7 goes")
         trial = tune.start()
         assert spec_of(trial).attempt == number + 1
-        assert not must_leave(folder, number + 1)  # what an attempt before was asked means nothing
+        assert tune.order(trial) == "go"  # what an attempt before was asked means nothing
     tune.finish(trial)
     assert kinds(tune.events).count(BaselineFinished) == 1
     lines = (folder / "log.txt").read_text().splitlines()
     assert lines[0].endswith("attempt 1: left: node7 goes; the next attempt continues from step 10 (epoch 1)")
     assert len(lines) == 19
     tune.driver.ask_to_leave(spec_of(trial), "it has ended")
-    assert not must_leave(folder, 20)
+    assert tune.order(trial) == "go"
 
 
 def test_an_attempt_that_dies_before_it_has_left_is_lost_as_any_other(tune):
@@ -560,20 +556,19 @@ def test_what_has_a_rank_on_a_node_that_is_taken_away_leaves_it_and_nothing_is_p
     draining, now = {}, [0.0]
     tune.driver.drains = Drains(lambda: draining, lambda: now[0])
     first, second = tune.start(), tune.start()
-    write_alive(tune, second, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
+    tune.post(second, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
     tune.look()
     draining["n2"] = round(1000 * (time.time() + 1000))
     tune.look()  # Ray is asked once a second
-    assert not must_leave(tune.folder(second), 1)
+    assert tune.order(second) == "go"
     now[0] = 1.0
     tune.look()
-    assert must_leave(tune.folder(second), 1)
-    write_alive(tune, first, nodes=[("n1", "10.0.0.1")])
+    assert tune.order(second) == "leave"
+    tune.post(first, nodes=[("n1", "10.0.0.1")])
     tune.look()
-    assert not must_leave(tune.folder(first), 1)
-    reason = json.loads((tune.folder(second) / "leave.json").read_text())["reason"]
-    assert re.fullmatch(r"10\.0\.0\.2 is being taken away within \d+ s", reason)
+    assert tune.order(first) == "go"
     tune.end(second)
+    assert re.search(r" gets another attempt: 10\.0\.0\.2 is being taken away within \d+ s$", tune.events[-1].text)
     again = tune.start()
     assert (again.config["spec"]["name"], again.config["avoid"]) == (second.config["spec"]["name"], ["n2"])
     del draining["n2"]  # it is gone
@@ -590,8 +585,7 @@ def leaking(search):
         removed.append(name)
         del groups[name]
 
-    study_dir = search().driver.study.study_dir
-    return search(leaks=Leaks(study_dir, lambda: dict(groups), remove)), groups, removed
+    return search(leaks=Leaks(lambda: dict(groups), remove)), groups, removed
 
 
 def kill(tune, trial):
@@ -608,10 +602,10 @@ def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(sear
     assert removed == []  # which of the two is the second one's is not known yet
     third = tune.start()
     groups["g3"] = True
-    write_alive(tune, second, group="g2")
+    tune.post(second, group="g2")
     tune.look()
     assert removed == []  # the third one may have taken a group that was there
-    write_alive(tune, third, group="g3")
+    tune.post(third, group="g3")
     tune.look()
     assert removed == ["g1"]
     assert tune.events[-1] == Note("removed 1 placement group that a killed trial had left behind")
@@ -623,7 +617,7 @@ def test_a_killed_trial_does_not_keep_a_waiting_one_from_its_resources(search):
     tune, groups, removed = leaking(search)
     first, second = tune.start(), tune.start()
     groups |= {"g1": True, "g2": False}  # the second one waits for what the first one holds
-    write_alive(tune, first, group="g1")
+    tune.post(first, group="g1")
     kill(tune, first)
     tune.look()
     assert removed == ["g1"]

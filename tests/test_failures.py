@@ -30,7 +30,7 @@ from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.worker import run_worker
 from carft_ray.store.result import read_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence, read_failure
+from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -369,9 +369,10 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
     hold = stand_in.tell(tmp_path, tell_pid=True) / "hold"
     hold.touch()
     recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"gpus_per_worker": 0})
-    with open_study(study_dir, recipe) as study:
+    with open_study(study_dir, recipe) as study, attempts.Mailboxes(ctx=attempts._forks) as mailboxes:
         recover_running(study)
-        plan = attempts.plan_of(study)
+        box = mailboxes.Mailbox()
+        plan = attempts.plan_of(study, mailbox=box)
         first = study.next()
         folder = first.folder(study_dir)
         zombie = attempts.start(plan, first)
@@ -380,17 +381,17 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         assert study.lost(first, "its node is lost") != "set aside"
         second = study.next()
         process = attempts.start(plan, second)
-        wait_until(lambda: json.loads((folder / "heartbeat.json").read_text())["pid"] == process.pid)
+        orders = {second.training: (2, "go")}
+        wait_until(lambda: [signs.process.pid for signs in box.exchange(orders).values()] == [process.pid])
         os.kill(zombie.pid, signal.SIGCONT)
         zombie.join(120)
         assert zombie.exitcode == 0  # quietly, at its next look for a stop
-        assert json.loads((folder / "heartbeat.json").read_text())["pid"] == process.pid
+        assert box.exchange(orders)[second.training].process.pid == process.pid
         hold.unlink()
         process.join(120)
         row = study.settle(second)
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
     assert [line["epoch"] for line in files.read_json_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
-    assert read_failure(folder, 1) is read_failure(folder, 2) is None
     assert read_result(folder / "attempt-2")[0]["metrics"]["pid"] == process.pid
     assert (folder / "log.txt").read_text().count("attempt") == 3  # two starts and a loss
 

@@ -16,9 +16,9 @@ from test_lost import gloo
 from carft_ray.errors import DataError, InterruptedRunError
 from carft_ray.launch import worker
 from carft_ray.launch.events import Note, Preparing
+from carft_ray.launch.mailbox import Mailbox, Poster
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.layout import HEARTBEAT
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training import shared_inputs
@@ -165,15 +165,13 @@ def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(t
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_of_a_training_reports_its_steps(tmp_path, monkeypatch, rank):
-    monkeypatch.setattr(worker, "HEARTBEAT_EVERY_S", 0.0)
-    path = tmp_path / HEARTBEAT
-    path.write_text("{}")
-    alive = {"nodes": [("node", "address"), ("node", "address")]}
-    with worker._heartbeat(tmp_path, 1, RunContext(rank, 2), alive, None) as context:
-        os.utime(path, (1, 1))
-        assert not context.should_stop()
-        assert path.stat().st_mtime > 1
+def test_every_rank_of_a_training_reports_its_steps(tmp_path, rank):
+    box = Mailbox()
+    with Poster(box, "trials/t0000", 1, rank) as poster:
+        with worker._watched(tmp_path, RunContext(rank, 2), poster, 3600) as context:
+            assert [context.should_stop() for _ in range(3)] == [False] * 3
+        poster.post()
+    assert box.exchange({"trials/t0000": (1, "go")})["trials/t0000"].steps == {rank: 3}
 
 
 def stop_together(context, base_dir):

@@ -1,5 +1,6 @@
-"""Groups of workers that run one training after the other: their files, by a group without Ray; and a real one."""
+"""Groups of workers that run one training after the other: what they say, by a group without Ray; and a real one."""
 
+import itertools
 import json
 import os
 import threading
@@ -11,11 +12,11 @@ import pytest
 import stand_in
 
 from carft_ray.launch import ray_group
+from carft_ray.launch.mailbox import Mailbox
 from carft_ray.launch.ray_cluster.concurrency import Capacity
-from carft_ray.launch.ray_group import WorkerGroup
+from carft_ray.launch.ray_group import Said, WorkerGroup
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.study import outcome
 from carft_ray.study.outcome import TrialSpec
 
 HERE = Path(__file__).parent
@@ -31,34 +32,35 @@ class Groups:
 
     def __init__(self, study_dir, monkeypatch):
         self.study_dir, self.ran, self.num = study_dir, [], 0
-        self.fails, self.dies = set(), threading.Event()  # trials that fail; a worker that dies while it waits
-        monkeypatch.setattr(ray_group, "_trainer", lambda runtime, folder, avoid: self._trainer(runtime, folder))
+        self.fails, self.told = set(), set()  # trials that fail, and that end because they were told to
+        self.dies = threading.Event()  # a worker that dies while it waits
+        self.runtime = SimpleNamespace(study_dir=study_dir, capacity=CAPACITY, mailbox=Mailbox())
+        monkeypatch.setattr(ray_group, "_trainer", lambda runtime, name, avoid: self._trainer(name))
         monkeypatch.setattr(ray_group, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self._wait))
-        self.runtime = SimpleNamespace(study_dir=study_dir, capacity=CAPACITY)
 
     def group(self):
         return WorkerGroup(self.runtime)
 
     def run(self, group, number):
         spec = spec_of(number)
-        folder = spec.folder(self.study_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        return group.run(spec, folder)
+        return group.run(spec, spec.folder(self.study_dir))
 
     def _wait(self, seconds):
         if self.dies.is_set():
-            raise OSError("a worker died")
+            raise ValueError("a worker died")
         time.sleep(seconds)
 
-    def _trainer(self, runtime, folder):
+    def _trainer(self, name):
         self.num += 1
-        return SimpleNamespace(fit=lambda: self._work(runtime, folder, self.num))
+        return SimpleNamespace(fit=lambda: self._work(name, self.num))
 
-    def _work(self, runtime, folder, group):
-        for order in ray_group._orders(runtime, folder, [f"node{group}"]):
-            self.ran.append((group, order["spec"]["number"]))
-            if order["spec"]["number"] in self.fails:
+    def _work(self, name, group):
+        said = Said([f"node{group}"])
+        while work := ray_group._next(self.runtime.mailbox, name, said):
+            self.ran.append((group, work.spec.number))
+            if work.spec.number in self.fails:
                 raise ValueError("no trial")
+            said = Said(said.nodes, work.number, work.number, work.spec.number in self.told)
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_one_group_runs_one_training_after_the_other_and_ends_when_closed(groups
     assert groups.ran == [(1, 0), (1, 1)]
     assert group.fits(groups.runtime, ["node2"])
     assert not group.fits(groups.runtime, ["node1"])  # it is on a node that is left out
-    fewer = SimpleNamespace(study_dir=groups.study_dir, capacity=Capacity(1, "", 1, 1.0, 0.0, one_node=True))
+    fewer = SimpleNamespace(capacity=Capacity(1, "", 1, 1.0, 0.0, one_node=True))
     assert not group.fits(fewer, [])
     group.close()
     group.close()
@@ -106,18 +108,61 @@ def test_a_training_is_not_lost_with_a_group_that_ended_before(groups, monkeypat
     assert [trial for _, trial in groups.ran] == [0, 2]
 
 
-@pytest.mark.slow
-def test_a_group_ends_with_a_training_that_leaves_and_with_a_stop(groups):
-    leaving, stopping = groups.group(), groups.group()
-    assert groups.run(leaving, 0)
-    outcome.write_leave(spec_of(1).folder(groups.study_dir), 1, "the node is being taken away")
-    assert groups.run(leaving, 1)
-    assert not leaving.fits(groups.runtime, [])
+def test_a_group_ends_with_a_training_that_was_told_to_end(groups):
+    group, groups.told = groups.group(), {1}
+    assert groups.run(group, 0)
+    assert groups.run(group, 1)
+    assert not group.fits(groups.runtime, [])
 
-    assert groups.run(stopping, 2)
-    (groups.study_dir / "stop").touch()
-    until(lambda: not stopping.fits(groups.runtime, []))
-    assert not groups.run(stopping, 3)
+
+class Forgetful(Mailbox):
+    """Every third call finds a mailbox that was just started again, every fourth one none."""
+
+    def __init__(self):
+        super().__init__()
+        self._calls = itertools.count()
+
+    def _meet(self):
+        number = next(self._calls)
+        if number % 3 == 1:
+            super().__init__()
+            self._calls = itertools.count(number + 1)
+        if number % 4 == 3:
+            raise ConnectionError
+
+    def give(self, group, work):
+        self._meet()
+        return super().give(group, work)
+
+    def take(self, group, said):
+        self._meet()
+        return super().take(group, said)
+
+
+def test_a_mailbox_that_forgets_costs_no_training_and_none_is_run_twice(groups):
+    groups.runtime.mailbox = Forgetful()
+    group = groups.group()
+    assert [groups.run(group, number) for number in range(4)] == [True] * 4
+    assert groups.ran == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_a_group_that_does_not_end_does_not_hold_up_the_one_who_closes_it(groups, monkeypatch):
+    monkeypatch.setattr(ray_group, "CLOSE_S", 0.1)
+    ends, group = threading.Event(), groups.group()
+    monkeypatch.setattr(ray_group, "_trainer", lambda *given: SimpleNamespace(fit=ends.wait))
+    thread = threading.Thread(target=lambda: groups.ran.append(_raised(groups.run, group, 0)))
+    thread.start()
+    until(lambda: group.fits(groups.runtime, []))
+    group.close()
+    ends.set()
+    thread.join()
+    assert groups.ran == ["its workers ended without a message"]
+
+
+def _raised(run, *given):
+    with pytest.raises(RuntimeError) as raised:
+        run(*given)
+    return str(raised.value)
 
 
 def test_a_group_that_cannot_begin_says_why(groups, monkeypatch):

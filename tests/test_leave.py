@@ -1,7 +1,6 @@
 """Trainings that leave a node before it goes, with real clusters whose nodes are drained and killed."""
 
 import contextlib
-import json
 import os
 import re
 import signal
@@ -19,12 +18,11 @@ import stepped
 from killed_searches import asked, cluster, driver, ended, environment, finish, join, kill_group, parent_of, wait_until
 from ray.cluster_utils import Cluster
 
-from carft_ray import files
 from carft_ray.launch.events import TrialEpoch
 from carft_ray.launch.ray_cluster.ray_private import draining_nodes
 from carft_ray.launch.runs.search import run_search
-from carft_ray.launch.runtime import Runner, stop_reader
-from carft_ray.study.outcome import read_heartbeat, write_leave
+from carft_ray.launch.runtime import Runner
+from carft_ray.study.outcome import read_live
 from carft_ray.study.rows import baselines, trials
 
 HERE = Path(__file__).parent
@@ -46,15 +44,6 @@ def no_driver_is_left():
     killed_searches.kill_drivers()
 
 
-def test_an_attempt_reads_that_it_is_to_leave_and_no_other_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("carft_ray.launch.runtime.STOP_CHECK_S", 0.0)
-    readers = [stop_reader(tmp_path, tmp_path / "t", attempt) for attempt in (1, 2, 3)]
-    assert [should_stop() for should_stop in readers] == [False] * 3
-    (tmp_path / "t").mkdir()
-    write_leave(tmp_path / "t", 2, "its node goes")
-    assert [should_stop() for should_stop in readers] == [False, True, False]
-
-
 @pytest.fixture
 def two_nodes(monkeypatch):
     """A cluster whose head has no CPU, and two nodes with one each; gives its address."""
@@ -74,15 +63,15 @@ class Drained:
         self.ran = []
 
     def epoch(self, folder):
-        content = files.read_object(folder / "heartbeat.json")
-        if content is None or not (alive := read_heartbeat(folder, content["attempt"])):
+        live = read_live(folder.parents[1]).get(f"trials/{folder.name}")
+        if live is None:
             return  # it has ended
         if not self.ran:
             deadline = round(1000 * (time.time() + 600))
             client = ray._private.worker.global_worker.gcs_client
-            assert client.drain_node(alive.node_id, PREEMPTION, "a notice", deadline)[0]
-            assert draining_nodes() == {alive.node_id: deadline}
-        self.ran.append((alive.attempt, alive.node_id))
+            assert client.drain_node(live.node, PREEMPTION, "a notice", deadline)[0]
+            assert draining_nodes() == {live.node: deadline}
+        self.ran.append((live.attempt, live.node))
 
     def check(self, folder):
         assert len({node for _, node in self.ran}) == 2, self.ran  # another one for the second attempt
@@ -127,9 +116,9 @@ def nodes(number, **settings):
 
 def node_of(training, started):
     """Returns which of the processes of ``ray start`` the first rank of a training runs under, and Ray's name of it."""
-    alive = json.loads((training / "heartbeat.json").read_text())
-    pid = parent_of(parent_of(alive["pid"]))
-    return next(node for node in started if node.pid == pid), alive["node_id"]
+    live = read_live(training.parents[1])[f"trials/{training.name}"]
+    pid = parent_of(parent_of(live.pid))
+    return next(node for node in started if node.pid == pid), live.node
 
 
 def running_trial(study_dir, process, at_least):

@@ -38,7 +38,7 @@ from carft_ray.store.result import write_result
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, trial_name, write_failure
+from carft_ray.study.outcome import Failure, trial_name
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import TRAINING_OF, WARM_FROM, best_row, is_training, trials
 from carft_ray.training.run import prepare, run_training
@@ -159,8 +159,7 @@ def test_a_failed_training_of_a_pareto_search_is_told_and_the_search_goes_on(stu
         recover_running(study)
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(spec.folder(study_dir), Failure("diverged", "nan", 1, 6, details="Traceback ..."))
-        assert study.settle(spec).outcome == "diverged"
+        assert study.settle(spec, Failure("diverged", "nan", 1, 6, details="Traceback ...")).outcome == "diverged"
         run_all(study)
     assert [row.outcome for row in trials(study_dir)] == ["diverged"] + ["complete"] * 5
 

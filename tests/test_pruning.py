@@ -26,7 +26,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.result import write_result
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, TrialRow, write_failure
+from carft_ray.study.outcome import Failure, TrialRow
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
 from carft_ray.study.recovery import recover, recover_running
 from carft_ray.study.rows import trials
@@ -190,8 +190,8 @@ def test_a_cut_training_is_told_pruned_with_its_values_and_loses_its_weights(stu
         assert study.report(first, row(2, 0.6)) is None
         reason = study.report(second, row(2, 0.5))
         assert reason == "cut at 33 %: 50.0 % was not among the best half of 2 trials"
-        assert json.loads((second.folder(study_dir) / "cut.json").read_text())["reason"] == reason
-        assert study.report(second, row(4, 0.9)) is None  # it has not seen the file yet
+        assert (second.folder(study_dir) / "log.txt").read_text().endswith(f" attempt 1: {reason}\n")
+        assert study.report(second, row(4, 0.9)) is None  # it has not got the order yet
         (second.place(study_dir) / "step-00000010").mkdir(parents=True)
         (second.place(study_dir) / "fine_tuned.safetensors").touch()
         told = study.settle(second)
@@ -230,8 +230,7 @@ def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir
         told = finish(study, second)
         assert (told.outcome, told.reason) == ("complete", "")
         assert study.report(third, row(2, 0.4))
-        write_failure(third.folder(study_dir), Failure("error", "worker gone", third.attempt))
-        assert study.settle(third).outcome == "pruned"
+        assert study.settle(third, Failure("error", "worker gone", third.attempt)).outcome == "pruned"
 
 
 def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_training_are_noted(study_dir, recipe):
@@ -242,7 +241,6 @@ def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_trainin
         finish(study, first)
         write_lines(study, second, *(row(epoch, 0.1) for epoch in range(1, 7)))  # faster than the driver reads
         assert finish(study, second).outcome == "complete"
-        assert not (second.folder(study_dir) / "cut.json").exists()
     assert status(read_study(study_dir))["pruner"]["num_cut"] == 0
     assert [found.intermediate_values for found in trials(study_dir)] == [
         {33: 0.6, 50: 0.6, 67: 0.6, 83: 0.6, 100: 0.6},
@@ -271,10 +269,8 @@ def test_value_and_cut_are_one_commit_and_a_kill_right_after_it_loses_neither(st
         before = len(commits(study_dir))
         reason = study.report(second, row(2, 0.5))
         assert len(commits(study_dir)) == before + 1
-    (second.folder(study_dir) / "cut.json").unlink()  # as if the driver had not come to it
     with open_study(study_dir, recipe) as study:
         assert [(told.number, told.outcome, told.reason) for told in recover_running(study)] == [(1, "pruned", reason)]
-        assert (second.folder(study_dir) / "cut.json").exists()
     assert trials(study_dir)[1].intermediate_values == {33: 0.5}
 
 

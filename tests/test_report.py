@@ -22,7 +22,7 @@ from carft_ray.results.stored import confirmed
 from carft_ray.results.verdict_card import verdict
 from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.outcome import Failure
 from carft_ray.study.recovery import recover_confirm, recover_running
 
 BASE = Path(__file__).parent
@@ -86,10 +86,7 @@ def make_study(study_dir, recipe, alpha=0.65):
             study.settle(spec)
         spec = study.next()
         spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        write_failure(
-            spec.folder(study_dir), Failure("diverged", "loss not finite", spec.attempt, details="Traceback ...")
-        )
-        study.settle(spec)
+        study.settle(spec, Failure("diverged", "loss not finite", spec.attempt, details="Traceback ..."))
     return study_dir
 
 

@@ -203,7 +203,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "model/pretrained": "a weights file that was opened as a regular one",
     "model/weights_files": "a weights file that was opened as a regular one",
     "launch/worker": "writes the log of a training",
-    "launch/ray_group": "rows of a training that runs",
     "launch/preparation": "what a preparation that runs says",
     "launch/failures/causes": "what a process that has ended has left",
     "launch/jobs/server": "the user's own token",

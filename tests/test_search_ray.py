@@ -18,7 +18,7 @@ from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, write_failure
+from carft_ray.study.outcome import Failure
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 
@@ -212,8 +212,7 @@ def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path):
         recover_running(study)
         while (spec := study.next()) is not None:
             spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
-            write_failure(spec.folder(study.study_dir), Failure("diverged", "loss not finite", spec.attempt, 6))
-            study.settle(spec)
+            study.settle(spec, Failure("diverged", "loss not finite", spec.attempt, 6))
     with pytest.raises(NoSuccessfulTrialError, match="3 of 3 failed in this way: loss not finite") as caught:
         run_search(recipe, tmp_path / "study", runner=RUNNER)
     assert caught.value.exit_code == 6

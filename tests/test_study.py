@@ -29,7 +29,7 @@ from carft_ray.results.reading.trained import open_trained
 from carft_ray.store import result
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, check_fence, read_failure, trial_name, write_failure
+from carft_ray.study.outcome import Failure, check_fence, trial_name
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -46,10 +46,8 @@ def write_result(study_dir, spec, value=0.5, **more):
     result.write_result(spec.place(study_dir), {**content, **more})
 
 
-def fail(study_dir, spec, outcome, reason="because"):
-    folder = spec.folder(study_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_failure(folder, Failure(outcome, reason, spec.attempt, 4, details="Traceback ..."))
+def failed(spec, outcome, reason="because"):
+    return Failure(outcome, reason, spec.attempt, 4, details="Traceback ...")
 
 
 def run_all(study, value=lambda spec: 0.5):
@@ -110,15 +108,12 @@ def test_diverged_is_pruned_with_a_constraint_and_an_exception_only_when_it_come
     with open_study(study_dir, make_recipe(3, baselines={})) as study:
         recover_running(study)
         first, second = study.next(), study.next()
-        fail(study_dir, first, "diverged", "loss not finite")
-        assert study.settle(first).outcome == "diverged"
-        fail(study_dir, second, "error", "RuntimeError: once")
-        assert study.settle(second) is None
+        assert study.settle(first, failed(first, "diverged", "loss not finite")).outcome == "diverged"
+        assert study.settle(second, failed(second, "error", "RuntimeError: once")) is None
         again = study.next()
         assert (again.number, again.attempt, again.values) == (second.number, 2, second.values)
-        assert study.settle(again) is None  # the error.json of attempt 1 is not its word
-        fail(study_dir, again, "error", "RuntimeError: twice")
-        row = study.settle(again)
+        assert study.settle(again) is None
+        row = study.settle(again, failed(again, "error", "RuntimeError: twice"))
         assert (row.outcome, row.reason, row.attempt) == ("error", "RuntimeError: twice", 2)
     for trial, outcome in zip(optuna_study(study_dir).trials, ("diverged", "error"), strict=False):
         assert trial.state == TrialState.PRUNED
@@ -134,10 +129,10 @@ def test_the_sampler_leaves_the_region_where_trials_diverge(study_dir):
         recover_running(study)
         while (spec := study.next()) is not None:
             if spec.values["learning_rate"] > limit:
-                fail(study_dir, spec, "diverged")
+                study.settle(spec, failed(spec, "diverged"))
             else:
                 write_result(study_dir, spec, objective(apply(recipe, spec.values).train))
-            study.settle(spec)
+                study.settle(spec)
     late = [row.values["learning_rate"] > limit for row in trials(study_dir)[20:]]
     assert np.mean(late) <= 0.4
 
@@ -196,14 +191,12 @@ def test_an_exception_is_a_verdict_when_it_comes_back_and_no_attempt_has_advance
         for step in (10, 20):
             spec = study.next()
             advance(study_dir, spec, step)
-            fail(study_dir, spec, "error", "IndexError")
-            assert study.settle(spec) is None
-            assert study.settle(spec) is None  # read again after a kill of the driver, it is one exception still
+            assert study.settle(spec, failed(spec, "error", "IndexError")) is None
+            assert study.settle(spec, failed(spec, "error", "IndexError")) is None  # told again, it is one exception
             study.waiting.pop()
         assert study.lost(study.next(), "its node is gone") == "repeated"
         spec = study.next()
-        fail(study_dir, spec, "error", "IndexError")
-        row = study.settle(spec)
+        row = study.settle(spec, failed(spec, "error", "IndexError"))
         assert (row.outcome, row.reason, row.attempt) == ("error", "IndexError", 4)
 
 
@@ -212,9 +205,8 @@ def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         spec = study.next()
-        fail(study_dir, spec, "fatal", "a file is gone")
         with pytest.raises(CarftError, match="a file is gone") as caught:
-            study.settle(spec)
+            study.settle(spec, failed(spec, "fatal", "a file is gone"))
         assert caught.value.exit_code == 4
     with open_study(study_dir, recipe) as study:  # mended meanwhile
         recover_running(study)
@@ -455,16 +447,6 @@ def test_a_result_that_is_not_whole_does_not_count(tmp_path, content):
     assert result.read_result(tmp_path) is None
 
 
-def test_the_first_word_of_an_attempt_stands(tmp_path):
-    write_failure(tmp_path, Failure("error", "the cause", 1))
-    write_failure(tmp_path, Failure("error", "a consequence", 1))
-    assert read_failure(tmp_path, 1).reason == "the cause"
-    write_failure(tmp_path, Failure("diverged", "later", 2))
-    assert read_failure(tmp_path, 1) is None
-    assert read_failure(tmp_path, 2).reason == "later"
-    assert (tmp_path / "log.txt").read_text().count("attempt") == 3
-
-
 @pytest.mark.slow
 def test_a_full_disk_is_one_message(study_dir):
     """In a process of its own, whose files may not grow: what fails is the commit."""
@@ -552,10 +534,9 @@ def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
                 folder = spec.folder(study_dir)
                 (spec.place(study_dir) / "step-00000010").mkdir(parents=True)
                 add_weights(study_dir, spec)
-                fail(study_dir, spec, outcome)
-                row = study.settle(spec)
+                row = study.settle(spec, failed(spec, outcome))
                 assert spec.place(study_dir).exists() == (row is None)
-            assert {path.name for path in folder.iterdir()} <= {"log.txt", "error.json", "fence.json"}
+            assert {path.name for path in folder.iterdir()} <= {"log.txt", "fence.json"}
     assert [row.outcome for row in trials(study_dir)] == ["diverged", "error"]
 
 

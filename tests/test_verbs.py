@@ -29,7 +29,7 @@ from carft_ray.store.result import write_result
 from carft_ray.study.best import write_best
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.outcome import Failure, append_log
 from carft_ray.study.recovery import recover_running
 from carft_ray.ui.live import SearchView
 
@@ -58,8 +58,7 @@ def finish(study, spec, objective):
 
 
 def fail(study, spec, outcome, reason):
-    write_failure(spec.folder(study.study_dir), Failure(outcome, reason, spec.attempt, details="Traceback ..."))
-    study.settle(spec)
+    study.settle(spec, Failure(outcome, reason, spec.attempt, details="Traceback ..."))
 
 
 def make_study(study_dir, num_trials=8):
@@ -348,9 +347,8 @@ def test_follow_ends_with_a_training_that_diverges(run, here):
         begin(study_dir, recipe)
         recover_running(study)
         spec = start(study)
-        folder = spec.folder(study_dir)
         failure = Failure("diverged", "loss not finite at step 9", spec.attempt)
-        with meanwhile(lambda: (time.sleep(0.3), write_failure(folder, failure))):
+        with meanwhile(lambda: (time.sleep(0.3), study.settle(spec, failure))):
             code, out, _ = run("logs", "first", "4", "-f")
     assert code == 0
     assert out.rstrip().endswith("attempt 2: diverged: loss not finite at step 9")

@@ -17,12 +17,12 @@ from stand_in import make_recipe
 from test_live import shown
 
 from carft_ray.errors import StorageError
-from carft_ray.layout import HEARTBEAT, RESOLVED
+from carft_ray.layout import RESOLVED
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, append_log, write_failure
+from carft_ray.study.outcome import Failure, Live, append_log, read_live, write_live
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.ui.live import SearchView
@@ -43,20 +43,21 @@ def fill(study, num_finished):
         folder.mkdir(parents=True, exist_ok=True)
         study.spend(spec, 50.0 + number % 10, 0.0)
         if number % 7 == 3:
-            write_failure(folder, Failure("diverged", "loss not finite", 1))
+            assert study.settle(spec, Failure("diverged", "loss not finite", 1)) is not None
         else:
             metrics = {"id_accuracy": 0.5, "ood_accuracy": 0.4}
             content = {"objective": 0.3 + 0.001 * number, "alpha": 0.5, "metrics": metrics}
             write_result(spec.place(study_dir), content)
-        assert study.settle(spec) is not None
+            assert study.settle(spec) is not None
+    live = {}
     for _ in range(2):
         spec = study.next()
         folder = spec.folder(study_dir)
         folder.mkdir(parents=True, exist_ok=True)
         append_log(folder, "attempt 1: starts on here")
         (folder / "metrics.jsonl").write_text('{"epoch": 1, "subset/id_accuracy": 0.61, "subset/objective": 0.55}\n')
-        alive = {"attempt": 1, "pid": 1, "node_id": "n", "group": "", "began": time.time() - 30, "gpus": 0.0}
-        (folder / HEARTBEAT).write_text(json.dumps(alive))
+        live[spec.training] = Live(1, time.time() - 30, 30.0, 0.0, 10, 1, "n")
+    write_live(study_dir, live)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def large(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50)])
 def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height):
-    newest = max(json.loads(path.read_text())["began"] for path in large.glob(f"*/*/{HEARTBEAT}"))
+    newest = max(live.began for live in read_live(large).values())
     lines = shown(SearchView.of(read_study(large), clock=lambda: newest + 30.2), width, height)
     text = "\n".join(lines)
     assert len(lines) < height

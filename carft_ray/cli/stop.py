@@ -21,7 +21,6 @@ def stop(
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
-    from carft_ray.study.holding import is_study
 
     study_dir = study_view.require_study(study, "must be a study or the folder of a training")
     found = ask_to_stop(study_dir)

@@ -1,7 +1,8 @@
 """What a search does next and what has ended: one state machine over a study, whatever runs the trainings.
 
 An attempt at a training is **proposed** (``propose``), **runs** once it has its resources (``started``), and has
-**ended** (``ended``). Between, ``poll`` reads the files: steps and epochs of what runs, the stop file, the budget.
+**ended** (``ended``). Between, ``poll`` reads what was posted, the epochs of what runs, whether a stop was asked for,
+and the budget; what is to end gets its order through the mailbox.
 Whoever runs the trainings (``launch.trainings``: Ray Tune, or this process) calls these four, each from one thread.
 """
 
@@ -10,21 +11,23 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from datetime import datetime
 from statistics import median
 
 from carft_ray import files
-from carft_ray.errors import CarftError, MachineError, NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.errors import CarftError, ClusterError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events
 from carft_ray.launch.failures.causes import STARTED_LATE, is_full_memory, no_successful_trial
 from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.mailbox import Exchange, Mailbox, Process
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import BUDGET_STOP, used_up
-from carft_ray.layout import FOLDERS, LOG, METRICS, RESULT, STOP
+from carft_ray.layout import LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study import outcome
-from carft_ray.study.outcome import Failure, Heartbeat, TrialRow, TrialSpec, log_lost, read_failure, read_heartbeat
+from carft_ray.study.outcome import Failure, Live, TrialRow, TrialSpec, log_lost
 from carft_ray.study.study import Study
 from carft_ray.words import counted
 
@@ -36,6 +39,7 @@ POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note
+LIVE_EVERY_S = 10.0
 
 
 @dataclass
@@ -46,9 +50,10 @@ class _Attempt:
         spec: The attempt.
         began: When it was proposed, and once it runs, when it got its resources, of ``time.monotonic``.
         offset: Bytes of ``metrics.jsonl`` that were read; None until it runs.
-        alive: Its process, once it has written its heartbeat.
-        step_ns: Its last step; -1 until it was read.
-        seen: When that step was first seen here.
+        alive: Its process, once it has posted.
+        failure: How it ended, where it has posted that.
+        steps: Signs of life that rank 0 has given.
+        seen: Its last step, or when it was ended or missed last, of ``time.monotonic``.
         hung: Why it was ended from outside; empty where it was not.
         leaves: Why it was asked to leave; empty where it was not.
     """
@@ -56,8 +61,9 @@ class _Attempt:
     spec: TrialSpec
     began: float
     offset: int | None = None
-    alive: Heartbeat | None = None
-    step_ns: int = -1
+    alive: Process | None = None
+    failure: Failure | None = None
+    steps: int = 0
     seen: float = 0.0
     hung: str = ""
     leaves: str = ""
@@ -79,6 +85,7 @@ class Driver:
         leaks: Removes what killed trials leave; None: they leave nothing.
         bad_nodes: Nodes on which attempts fail again and again.
         drains: Nodes that are being taken away; None: there are none to ask for.
+        exchange: By which it talks to what runs.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
         is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
@@ -91,10 +98,11 @@ class Driver:
     budget: BudgetConfig | None = None
     began: float = field(default_factory=lambda: time.monotonic())
     hang_timeout_s: float | None = None
-    end_process: Callable[[Heartbeat], None] = lambda alive: None
+    end_process: Callable[[Process], None] = lambda process: None
     leaks: Leaks | None = None
     bad_nodes: BadNodes = field(default_factory=BadNodes)
     drains: Drains | None = None
+    exchange: Exchange = field(default_factory=lambda: Exchange(Mailbox()))
     failure: Exception | None = field(default=None, init=False)
     out_of_budget: str = field(default="", init=False)
     is_stopping: bool = field(default=False, init=False)
@@ -108,6 +116,8 @@ class Driver:
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
         self._stopping_since = 0.0
+        self._of_others = outcome.read_live(self.study.study_dir)  # of kinds that are not recovered yet
+        self._written: tuple[float, set[str]] = time.monotonic(), set()  # ``live.json``: when, and what it names
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing: Tune keeps a copy of what it was given, which nobody reads."""
@@ -136,28 +146,37 @@ class Driver:
             self._fail(error)
             return None
         if spec is not None:
-            self._attempts[key] = _Attempt(spec, time.monotonic())
+            now = time.monotonic()
+            self._attempts[key] = _Attempt(spec, now, seen=now)
+            self.exchange.order(spec.training, spec.attempt)
         return spec
 
     def started(self, key: str) -> None:
         """Notes that an attempt has got its resources: from now on its time counts."""
         attempt = self._attempts[key]
-        attempt.began = time.monotonic()
+        attempt.began = attempt.seen = time.monotonic()
         path = attempt.spec.folder(self.study.study_dir) / METRICS
         attempt.offset = files.read_new_lines(path, 0)[1]
         self.on_event(events.TrialStarted(attempt.spec))
 
-    def ended(self, key: str, gone: str = "") -> None:
+    def ended(self, key: str, gone: str = "", dead_rank: int | None = None) -> None:
         """Has the study record how an attempt ended; never raises: the failure ends the search.
 
         Args:
             key: Names the attempt; one that has ended already is passed over.
             gone: Why its processes have ended before their time (first line) and what is known besides, if they have.
+            dead_rank: Which of them has died, where that is known; the others may have made something else of it.
         """
         attempt = self._attempts.pop(key, None)
         if attempt is None:
             return
+        self.exchange.now()
+        self._read_post(attempt)
         spec, seconds = attempt.spec, self._held_s(attempt)
+        if gone:
+            self.exchange.order(spec.training, spec.attempt + 1)  # should it wake up, it leaves
+        else:
+            self.exchange.forget(spec.training)
         self._gpu_s += seconds * self.gpus
         try:
             self.study.spend(spec, seconds, self.gpus)
@@ -166,6 +185,8 @@ class Driver:
             with contextlib.suppress(OSError):  # not there
                 end_s = (spec.place(self.study.study_dir) / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
                 self._longest_end_s = max(self._longest_end_s, end_s)
+            if dead_rank is not None:
+                gone = self._died(attempt, gone, dead_rank)
             self._settle(attempt, seconds, gone)
         except Exception as failure:  # raised again by the search
             self._fail(failure)
@@ -173,18 +194,15 @@ class Driver:
     def ask_to_leave(self, spec: TrialSpec, reason: str) -> None:
         """Asks an attempt to write a checkpoint and end. Another one continues from there, and no failure is counted.
 
-        It ends at the end of its metrics window. One that was asked before, or has ended, is passed over; where the
-        request cannot be written, the next call tries again.
+        It ends at the end of its metrics window. One that was asked before, or has ended, is passed over.
 
         Args:
             spec: The attempt.
             reason: One line, for its log.
         """
         attempt = next((each for each in self._attempts.values() if each.spec == spec), None)
-        if attempt is None or attempt.leaves or self.study.log.is_lost:
-            return
-        with contextlib.suppress(StorageError):
-            outcome.write_leave(spec.folder(self.study.study_dir), spec.attempt, reason)
+        if attempt is not None and not attempt.leaves:
+            self.exchange.order(spec.training, spec.attempt, "leave")
             attempt.leaves = reason
 
     def avoided(self) -> list[str]:
@@ -195,17 +213,19 @@ class Driver:
         return sorted({*self.bad_nodes.left_out(), *(self.drains.nodes() if self.drains else ())})
 
     def check_stop(self) -> bool:
-        """Tells whether a stop was asked for. Reads the file: a worker may have seen it a moment ago.
+        """Tells whether a stop was asked for, by a file that the driver alone reads, or the budget is used up.
 
-        When the budget is used up, it asks what runs to stop.
+        What runs is then asked to stop.
         """
         if not self.is_stopping and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
             self.is_stopping, self._stopping_since = True, time.monotonic()
+            for spec in self.live:
+                self.exchange.order(spec.training, spec.attempt, "stop")
             self.on_event(events.Stopping(len(self._attempts), self.out_of_budget))
         return self.is_stopping
 
     def poll(self, at_once: bool = False) -> None:
-        """Reads the files of what runs, twice a second at most.
+        """Reads what has come of what runs, twice a second at most.
 
         Where this takes long (many trials, a slow file system), it is repeated less often: it never takes more than
         ``POLL_SHARE`` of the time.
@@ -232,9 +252,13 @@ class Driver:
             self.failure = error
             raise
         self.at_a_time.follow()
+        self.exchange.now()
         for attempt in list(self._attempts.values()):
-            self._read_steps(attempt)
-        if self.leaks and (number := self.leaks.check(self.live)):
+            self._read_post(attempt)
+            self._check_steps(attempt)
+        self._write_live()
+        groups = [each.alive.group if each.alive else "" for each in self._attempts.values()]
+        if self.leaks and (number := self.leaks.check(groups)):
             what = counted(number, "placement group")
             self.on_event(events.Note(f"removed {what} that a killed trial had left behind"))
         if not self.check_stop():
@@ -271,30 +295,45 @@ class Driver:
         for key in list(self._attempts):
             self.ended(key)
 
-    def _read_steps(self, attempt: _Attempt) -> None:
+    def _read_post(self, attempt: _Attempt) -> None:
+        mail = self.exchange.mail(attempt.spec.training, attempt.spec.attempt)
+        if mail is None:
+            return
+        if mail.signs.process and not attempt.alive and self.leaks is not None:
+            attempt.began = time.monotonic()  # since then its workers have held their resources for it
+        attempt.seen = max(attempt.seen, mail.seen) if attempt.alive else mail.seen
+        attempt.failure = mail.signs.failure or attempt.failure
+        attempt.alive, attempt.steps = mail.signs.process or attempt.alive, mail.signs.steps.get(0, 0)
+        self._longest_step_s = max(self._longest_step_s, mail.longest_s)
+
+    def _check_steps(self, attempt: _Attempt) -> None:
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
-        with files.passing_faults():  # then nothing is new
-            alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt, alive)
-        if alive and not attempt.alive and self.leaks is not None:
-            attempt.began = now  # since then its workers have held their resources for it
-        attempt.alive = alive or attempt.alive
-        step_ns = alive.last_step_ns if alive else 0
-        if step_ns != attempt.step_ns:
-            if attempt.step_ns > 0:
-                self._longest_step_s = max(self._longest_step_s, (step_ns - attempt.step_ns) / 1e9)
-            attempt.step_ns, attempt.seen = step_ns, now
-        elif alive is None:
+        if alive is None:
             if now - attempt.seen >= WAIT_NOTE_AFTER_S:
                 attempt.seen = math.inf  # once
                 waited = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process"
                 self.on_event(events.Note(f"{waited}: is the cluster full? See `ray status`"))
         elif self.hang_timeout_s is not None and now - attempt.seen >= self.hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
-            log = f"{FOLDERS[spec.kind]}/{spec.name}/{LOG}"
             attempt.hung = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s)"
-            attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {log}"
+            attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {spec.training}/{LOG}"
             self.on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
             self.end_process(alive)
+
+    def _write_live(self) -> None:
+        """Writes ``live.json`` when something else runs, and after a while."""
+        now, running = time.monotonic(), [each for each in self._attempts.values() if each.alive]
+        names = {f"{each.spec.training}-{each.spec.attempt}" for each in running}
+        if self._written[1] == names and now - self._written[0] < LIVE_EVERY_S:
+            return
+        live = dict(self._of_others)
+        for each in running:
+            spec, seconds, alive = each.spec, self._held_s(each), each.alive or Process(0, "")
+            began = datetime.now().timestamp() - seconds
+            live[spec.training] = Live(spec.attempt, began, seconds, self.gpus, each.steps, alive.pid, alive.node_id)
+        with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
+            outcome.write_live(self.study.study_dir, live)
+            self._written = now, names
 
     def _report_epochs(self, attempt: _Attempt) -> None:
         if attempt.offset is None:
@@ -303,7 +342,8 @@ class Driver:
         rows, attempt.offset = files.read_new_lines(path, attempt.offset)
         try:
             for line in rows:
-                self.study.report(attempt.spec, line)  # which may cut it
+                if self.study.report(attempt.spec, line):
+                    self.exchange.order(attempt.spec.training, attempt.spec.attempt, "stop")
         except Exception as failure:  # raised again by the search
             self._fail(failure)
         for row in rows:
@@ -325,15 +365,31 @@ class Driver:
                 self._fail(error)
         return bool(self.out_of_budget)
 
+    def _died(self, attempt: _Attempt, gone: str, rank: int) -> str:
+        """Notes that an attempt was lost with one of its ranks, whatever the others have made of it.
+
+        Returns:
+            Which rank, where, and why.
+        """
+        spec, nodes = attempt.spec, attempt.alive.nodes if attempt.alive else ()
+        node, address = nodes[rank] if rank < len(nodes) else ("", "")
+        where = f"rank {rank}{f' on {address}' if address else ''}"
+        reason = gone if is_full_memory(gone) else f"{where}: {gone}"
+        before = attempt.failure
+        if before is None or before.outcome in ("error", "lost"):
+            details = "" if before is None else before.details or before.reason
+            attempt.failure = Failure("lost", reason, spec.attempt, ClusterError.exit_code, details, node)
+        return reason
+
     def _settle(self, attempt: _Attempt, seconds: float, gone: str) -> None:
         """Has the study record how an attempt ended that took so many seconds; ``gone`` as of ``ended``."""
         spec = attempt.spec
-        row = self.study.settle(spec)
+        failure = attempt.failure
+        row = self.study.settle(spec, failure)
         if row is None:
             if self.check_stop():
                 self.study.stopped(spec)  # it stays RUNNING, for the next search
                 return
-            failure = read_failure(spec.folder(self.study.study_dir), spec.attempt)
             if failure is None and attempt.leaves and not gone:
                 outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, attempt.leaves)
                 self.study.repeat(spec)
@@ -385,11 +441,9 @@ class Driver:
             failure: What its workers have left of it.
             gone: As of ``ended``.
         """
-        spec, alive = attempt.spec, None
+        spec, alive = attempt.spec, attempt.alive
         reason, _, details = gone.partition("\n")
         reason = attempt.hung or reason or "its process ended without a message"
-        with files.passing_faults():
-            alive = read_heartbeat(spec.folder(self.study.study_dir), spec.attempt)
         node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
         if failure is not None:
             reason, details, node = failure.reason, failure.details, failure.node

@@ -1,44 +1,64 @@
 """A Ray Train group of workers that runs one training after the other.
 
 A group takes seconds to start, so whoever has started one gives it the next training, too: process group, model, data
-and compiled code are kept. Both talk through two files, opened anew for each look, so that a network file system shows
-what is new: ``orders.jsonl`` has a line per training, ``told.jsonl`` says what has become of them.
+and compiled code are kept. Both talk through the mailbox, and say again what holds with each look: the one "do this,
+your Nth training", rank 0 of the group "I have ended N".
 
 A group ends with a worker that dies or raises (so does the attempt; the study gives the training another one), after a
-training that was asked to leave, when the search stops, after 30 seconds without a training, and when it is closed.
+training that was told to stop or leave, after 30 seconds without a training, and when it is closed.
 """
 
 import contextlib
-import json
 import os
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from carft_ray import files
-from carft_ray.errors import StorageError
+from carft_ray.launch.mailbox import Box
 from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT
 from carft_ray.launch.ray_cluster.ray_private import lean
-from carft_ray.launch.runtime import Runtime, stop_reader
+from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.worker import run_worker
-from carft_ray.layout import RAY_FILES, STOP
+from carft_ray.layout import RAY_FILES
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.outcome import TrialSpec, must_leave
+from carft_ray.study.outcome import Failure, TrialSpec
 from carft_ray.training.run_context import RunContext
 
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 IDLE_S = 30.0
 PATIENCE, SHORTEST_TIMEOUT_S = 8, 1800  # 8 hours by default; the default of torch
 LOOK_EVERY_S = 0.05
-ORDERS, TOLD = "orders.jsonl", "told.jsonl"
+END = "end"  # in place of work
+CLOSE_S = 60.0  # a group that does not end is left to Ray, which ends it with the process that has started it
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """The training that a group is given as its ``number``th, from 1."""
+
+    number: int
+    spec: TrialSpec
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Said:
+    """What rank 0 of a group says: its nodes, which training it has begun and which ended, and whether that was the
+    last one.
+    """
+
+    nodes: Sequence[str] = ()
+    begun: int = 0
+    ended: int = 0
+    last: bool = False
 
 
 def anywhere_but(nodes: Sequence[str]) -> dict[str, str]:
@@ -57,16 +77,17 @@ class WorkerGroup:
             avoid: Ray's names of nodes that are left out.
         """
         self._runtime, self._avoid = runtime, tuple(avoid)
-        self._folder = runtime.study_dir / RAY_FILES / "groups" / uuid.uuid4().hex
+        self._box = runtime.mailbox
+        self._name = uuid.uuid4().hex
         self._thread = threading.Thread(target=self._fit, daemon=True)
-        self._number = self._offset = 0
-        self._told: Row = {"nodes": [], "begun": 0, "ended": 0, "last": False}
+        self._number = 0
+        self._said = Said()
         self._error: BaseException | None = None
 
     def fits(self, runtime: Runtime, avoid: Sequence[str]) -> bool:
         """Tells whether it is there for a training of this runtime, and on none of the nodes that are left out."""
         same = runtime.capacity == self._runtime.capacity
-        return self._thread.is_alive() and same and not set(avoid) & set(self._told["nodes"])
+        return self._thread.is_alive() and same and not set(avoid) & set(self._said.nodes)
 
     def run(self, spec: TrialSpec, folder: Path) -> bool:
         """Runs one attempt and waits for it; how it ended lies in its folder.
@@ -82,45 +103,38 @@ class WorkerGroup:
             BaseException: What ended the group within the attempt, or before its first, as Ray Train raised it.
         """
         self._number += 1
-        is_first = self._number == 1
-        if is_first:
-            with files.writing(self._folder):
-                self._folder.mkdir(parents=True)
-        order = {"number": self._number, "spec": asdict(spec), "folder": str(folder)}
-        files.append_line(self._folder / ORDERS, json.dumps(order))
+        work, is_first = Work(self._number, spec, folder), self._number == 1
+        self._give(work)
         if is_first:
             self._thread.start()
-        while self._thread.is_alive() and self._told["ended"] < self._number:
+        while self._thread.is_alive() and self._said.ended < self._number:
             self._thread.join(LOOK_EVERY_S)
-            self._listen()
-        self._listen()
-        if self._told["last"]:  # its resources are free before the next training is given
-            self._thread.join()
-        if self._told["ended"] < self._number and (is_first or self._told["begun"] == self._number):
+            self._give(work)
+        self._give(work)  # what it has said at its very end
+        if self._said.last:  # its resources are free before the next training is given
+            self._thread.join(CLOSE_S)
+        if self._said.ended < self._number and (is_first or self._said.begun == self._number):
             raise self._error or RuntimeError("its workers ended without a message")
-        return bool(self._told["ended"] == self._number)
+        return self._said.ended == self._number
 
     def close(self) -> None:
-        """Asks the workers to end and waits until they have."""
+        """Asks the workers to end and waits until they have, within a bound."""
         if self._thread.is_alive():
-            # without it they end, too, when nothing comes for long
-            with contextlib.suppress(StorageError):
-                files.append_line(self._folder / ORDERS, json.dumps({"number": 0}))
-            self._thread.join()
+            self._give(END)
+            self._thread.join(CLOSE_S)
 
-    def _listen(self) -> None:
-        rows, self._offset = _new_rows(self._folder / TOLD, self._offset)
-        for row in rows:
-            self._told |= row
+    def _give(self, work: Work | str) -> None:
+        with contextlib.suppress(OSError):  # it is said again
+            self._said = self._box.give(self._name, work) or self._said
 
     def _fit(self) -> None:
         try:
-            _trainer(self._runtime, self._folder, self._avoid).fit()
+            _trainer(self._runtime, self._name, self._avoid).fit()
         except BaseException as error:  # raised by ``run``
             self._error = error
 
 
-def _trainer(runtime: Runtime, folder: Path, avoid: Sequence[str]) -> Any:
+def _trainer(runtime: Runtime, name: str, avoid: Sequence[str]) -> Any:
     """Returns the ``TorchTrainer`` of a group. Nothing is restarted inside."""
     for key, value in ENVIRONMENT.items():  # a job that was there before the search has an environment of its own
         os.environ.setdefault(key, value)
@@ -134,7 +148,7 @@ def _trainer(runtime: Runtime, folder: Path, avoid: Sequence[str]) -> Any:
     failures |= {"max_preemption_failures": 0} if counts_apart else {}
     trainer = TorchTrainer(
         _worker,
-        train_loop_config={"runtime": runtime, "folder": folder},
+        train_loop_config={"runtime": runtime, "name": name},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=collective_timeout_s(runtime.recipe)),
         scaling_config=ScalingConfig(
             num_workers=runtime.capacity.num_workers,
@@ -144,7 +158,7 @@ def _trainer(runtime: Runtime, folder: Path, avoid: Sequence[str]) -> Any:
             **selector,
         ),
         run_config=RunConfig(
-            name=folder.name,  # of its own: Ray Train would resume a run by its name
+            name=name,  # of its own: Ray Train would resume a run by its name
             storage_path=str(runtime.study_dir / RAY_FILES / "train"),
             failure_config=FailureConfig(**failures),
         ),
@@ -169,52 +183,40 @@ def _worker(config: Row) -> None:
 
     runtime, place = config["runtime"], ray.train.get_context()
     context = RunContext(place.get_world_rank(), place.get_world_size())
-    orders = _orders(runtime, config["folder"], gather(context, ray.get_runtime_context().get_node_id()))
-    while order := from_rank_0(context, partial(next, orders, None)):
-        spec, out_dir = TrialSpec(**order["spec"]), Path(order["folder"])
-        should_stop = stop_reader(runtime.study_dir, out_dir, spec.attempt)
-        if not run_worker(runtime, spec, out_dir, replace(context, should_stop=should_stop)):
-            raise RuntimeError(f"{spec.name} failed, see its folder")
+    said = Said(gather(context, ray.get_runtime_context().get_node_id()))
+    while work := from_rank_0(context, partial(_next, runtime.mailbox, config["name"], said)):
+        ended = run_worker(runtime, work.spec, work.folder, context)
+        if isinstance(ended, Failure):
+            raise RuntimeError(f"{work.spec.name} failed: {ended.reason}")
         gather(context, None)  # no rank has failed
+        said = Said(said.nodes, work.number, work.number, ended != "go")
 
 
-def _orders(runtime: Runtime, folder: Path, nodes: Sequence[str]) -> Iterator[Row]:
-    """Yields the trainings that a group is given, each once the one before has ended well; read and told by rank 0.
+def _next(box: Box, group: str, said: Said) -> Work | None:
+    """Returns what a group is to do next, once that is there; None: it is to end.
 
     Args:
-        runtime: Of the group.
-        folder: Of its files.
-        nodes: Ray's names of the nodes of its workers.
+        box: The mailbox.
+        group: Name of the group.
+        said: What it says meanwhile.
 
-    Yields:
-        What ``WorkerGroup.run`` has written.
+    Raises:
+        OSError: The mailbox cannot be reached.
     """
-    stop, offset, free_since = runtime.study_dir / STOP, 0, time.monotonic()
+    free_since = time.monotonic()
     while True:
-        rows, offset = _new_rows(folder / ORDERS, offset)
-        if not rows:
-            if time.monotonic() >= free_since + IDLE_S or files.seen(stop):
-                return
-            time.sleep(LOOK_EVERY_S)
+        is_late = time.monotonic() - free_since >= IDLE_S
+        try:
+            work: Work | str | None = box.take(group, said)
+        except OSError:
+            if is_late:
+                raise
             continue
-        order = rows[-1]
-        if not order["number"]:
-            return
-        number = order["number"]
-        files.append_line(folder / TOLD, json.dumps({"begun": number, "nodes": nodes}))
-        yield order
-        free_since = time.monotonic()
-        is_last = files.seen(stop) or must_leave(Path(order["folder"]), order["spec"]["attempt"])
-        files.append_line(folder / TOLD, json.dumps({"ended": number, "last": is_last}))
-        if is_last:
-            return
-
-
-def _new_rows(path: Path, offset: int) -> tuple[list[Row], int]:
-    """Returns the rows after an offset, and the next offset; none where the file is missing or its disk is silent."""
-    content = b""
-    with contextlib.suppress(FileNotFoundError), files.passing_faults(), open(path, "rb") as file:
-        file.seek(offset)
-        content = file.read()
-    end = content.rfind(b"\n") + 1
-    return [json.loads(line) for line in content[:end].splitlines()], offset + end
+        if isinstance(work, Work) and work.number > said.ended:
+            if work.number == said.begun:
+                return work  # which the one who waits for it knows now
+            said = replace(said, begun=work.number)
+        elif said.last or is_late or work == END:
+            return None
+        else:
+            time.sleep(LOOK_EVERY_S)

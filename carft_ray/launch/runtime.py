@@ -1,8 +1,7 @@
 """What every training of a search shares, wherever it runs: recipe, folder, capacity, and the functions to call."""
 
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import ray
 from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.errors import Problem
+from carft_ray.launch.mailbox import Box, Mailbox
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
 from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
-from carft_ray.layout import CUT, MANIFEST, STOP
+from carft_ray.layout import MANIFEST
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.outcome import must_leave
 from carft_ray.training.run_context import RunContext
 
 Say = Callable[[str], None]
@@ -80,6 +79,7 @@ class Runtime:
         in_process: Run all in the driver's own process, without Ray.
         attached: The Ray is not ours: its nodes come and go.
         may_grow: An autoscaler may add nodes to it.
+        mailbox: By which the driver and its trainings talk; the first one has no driver, and says ``go``.
     """
 
     recipe: Recipe
@@ -89,6 +89,7 @@ class Runtime:
     in_process: bool = False
     attached: bool = False
     may_grow: bool = False
+    mailbox: Box = field(default_factory=Mailbox)
 
     @property
     def nested(self) -> bool:
@@ -111,24 +112,6 @@ def make_runtime(
     resources = recipe.resources.model_copy(update=resolved)
     recipe = without_shared(recipe, read_shared(study_dir))
     return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner, may_grow=may_grow)
-
-
-def stop_reader(study_dir: Path, folder: Path, attempt: int) -> Callable[[], bool]:
-    """Returns a function that tells whether an attempt is to end: the search stops, the pruner has cut the training, or
-    the attempt is to leave.
-
-    It reads at most twice a second. Where the disk does not answer, the training continues, and it reads again.
-    """
-    stopped, next_at = False, 0.0
-
-    def should_stop() -> bool:
-        nonlocal stopped, next_at
-        if not stopped and time.monotonic() >= next_at:
-            stopped = files.seen(study_dir / STOP) or files.seen(folder / CUT) or must_leave(folder, attempt)
-            next_at = time.monotonic() + STOP_CHECK_S
-        return stopped
-
-    return should_stop
 
 
 def not_visible(runtime: Runtime) -> Problem | None:

@@ -21,13 +21,14 @@ from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Event
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
+from carft_ray.launch.mailbox import Exchange, Mailbox, start_mailbox
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.growth import present_capacity, write_concurrency
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_workers import tune_trainable
-from carft_ray.launch.runtime import Runtime, stop_reader
+from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import RAY_FILES, STOP
@@ -63,6 +64,8 @@ def run_trainings(
     forget_listings()
     capacity = runtime.capacity
     drains = None if runtime.in_process else Drains()
+    box = Mailbox() if runtime.in_process else start_mailbox()
+    runtime = dataclasses.replace(runtime, mailbox=box)
     driver = Driver(
         study,
         AtATime(
@@ -79,11 +82,12 @@ def run_trainings(
         time.monotonic() if began is None else began,
         hang_timeout_s=None if runtime.in_process else study.recipe.resources.hang_timeout_s,
         end_process=end_process,
-        leaks=Leaks(study.study_dir) if runtime.nested else None,
+        leaks=Leaks() if runtime.nested else None,
         bad_nodes=BadNodes(fits=lambda without: _capacity_now(runtime, drains, without).concurrency > 0),
         drains=drains,
+        exchange=Exchange(box),
     )
-    with stop_file_on_signal(study.study_dir / STOP):
+    with stop_file_on_signal(study.study_dir / STOP), driver.exchange.going_on():
         if runtime.in_process:
             _run_here(driver, runtime, progress)
         else:
@@ -109,22 +113,19 @@ def _run_here(driver: Driver, runtime: Runtime, progress: Callable[[dict[str, fl
     key, study_dir = "training", runtime.study_dir
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
-        folder = spec.folder(study_dir)
-        should_stop = _polling(driver, stop_reader(study_dir, folder, spec.attempt))
-        run_worker(runtime, spec, folder, RunContext(progress=progress, should_stop=should_stop))
+        context = RunContext(progress=progress, should_stop=functools.partial(_poll, driver))
+        run_worker(runtime, spec, spec.folder(study_dir), context)
         driver.poll(at_once=True)  # its last epochs
         driver.ended(key)
 
 
-def _polling(driver: Driver, should_stop: Callable[[], bool]) -> Callable[[], bool]:
-    def poll() -> bool:
-        try:
-            driver.poll()
-        except StorageError:  # the driver keeps it: another search runs in the same folders
-            return True
-        return driver.check_stop() or should_stop()
-
-    return poll
+def _poll(driver: Driver) -> bool:
+    """Polls within a training of this process; tells whether it is to end."""
+    try:
+        driver.poll()
+    except StorageError:  # the driver keeps it: another search has the study
+        return True
+    return driver.check_stop()
 
 
 def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
@@ -196,11 +197,12 @@ class DriverSearcher(Searcher):
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Reports it to the driver."""
-        gone = str((result or {}).get("lost", ""))
+        told = result or {}
+        gone = str(told.get("lost", ""))
         if error:
             trial = next((trial for trial in self._trials if trial.trial_id == trial_id), None)
             gone = "" if trial is None else explained(error_of(trial))
-        self._driver.ended(trial_id, gone)
+        self._driver.ended(trial_id, gone, told.get("dead_rank"))
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
         """Says that the limit is ours."""

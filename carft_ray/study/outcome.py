@@ -1,13 +1,12 @@
 """What a training left in its folder, and the rows of a study's tables.
 
-``result.json`` of an attempt means finished; ``error.json`` of the training says why its last attempt has none. Both
-appear whole or not at all. A worker writes them, the study reads them.
+``result.json`` of an attempt means finished; it appears whole or not at all. A worker writes it, the study reads it.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +17,9 @@ from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Pr
 from carft_ray.layout import (
     ATTEMPT,
     COMMITS,
-    CUT,
-    ERROR,
     FENCE,
     FOLDERS,
-    HEARTBEAT,
-    LEAVE,
+    LIVE,
     LOG,
     METRICS,
     OWN,
@@ -60,9 +56,14 @@ class TrialSpec:
         """Raises a ``StorageError`` when no folder may have the name."""
         require_name(self.name)
 
+    @property
+    def training(self) -> str:
+        """The folder of the training within the study, which names it."""
+        return f"{FOLDERS[self.kind]}/{self.name}"
+
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""
-        return study_dir / FOLDERS[self.kind] / self.name
+        return study_dir / self.training
 
     def place(self, study_dir: Path) -> Path:
         """Returns the folder of the attempt."""
@@ -108,9 +109,18 @@ class TrialRow:
         """Raises a ``StorageError`` when no folder may have the name."""
         require_name(self.name)
 
+    @property
+    def training(self) -> str:
+        """The folder of the training within the study, which names it."""
+        return f"{FOLDERS[self.kind]}/{self.name}"
+
     def folder(self, study_dir: Path) -> Path:
         """Returns the folder of the training."""
-        return study_dir / FOLDERS[self.kind] / self.name
+        return study_dir / self.training
+
+    def is_of(self, live: "Live | None") -> bool:
+        """Tells whether its last attempt is one that runs."""
+        return live is not None and self.outcome == "running" and live.attempt == self.attempt
 
     def place(self, study_dir: Path) -> Path:
         """Returns the folder of its last attempt: of a complete training, the one whose result counts."""
@@ -123,33 +133,31 @@ class TrialRow:
 
 
 @dataclass(frozen=True)
-class Heartbeat:
-    """The process of a running attempt (rank 0) and when it was last known to make a step.
+class Live:
+    """A running attempt in ``live.json``, as its driver knew it when it wrote the file.
 
     Attributes:
-        attempt: The attempt.
-        pid: Number of its process.
-        node_id: Ray's name of the node that it runs on.
-        group: Ray's name of the placement group of its workers; empty when there is none.
-        last_step_ns: Time of the file system, to be compared with another of these only.
-        began: When the attempt began, seconds since 1970.
+        attempt: Its number.
+        began: When it got its resources, seconds since 1970.
+        seconds: For how long it has held them.
         gpus: GPUs that its workers hold together.
-        nodes: Of each rank: Ray's name of its node, and the node's address.
+        steps: Signs of life that rank 0 has given.
+        pid: Of rank 0.
+        node: Ray's name of the node of rank 0; empty without Ray.
     """
 
     attempt: int
+    began: float
+    seconds: float
+    gpus: float
+    steps: int
     pid: int
-    node_id: str
-    group: str
-    last_step_ns: int
-    began: float = 0.0
-    gpus: float = 0.0
-    nodes: tuple[tuple[str, str], ...] = ()
+    node: str
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Content of ``error.json``.
+    """How an attempt ended that did not end well; its worker posts it.
 
     Attributes:
         outcome: ``diverged`` and ``error`` are verdicts on the values. ``lost`` is none: a worker, node, connection,
@@ -159,7 +167,7 @@ class Failure:
         reason: One line.
         attempt: The attempt that failed.
         exit_code: Of the error.
-        details: A traceback for the log; of ``lost`` those of the workers that were left, kept in the file until then.
+        details: A traceback for the log; of ``lost`` those of the workers that were left.
         node: Of ``lost``: Ray's name of the node that failed; empty where it is not known.
     """
 
@@ -242,39 +250,13 @@ def _not_recorded(path: Path) -> Problem:
     return Problem(str(path), "must be the file that the study has recorded", value, next_step=step)
 
 
-def read_failure(folder: Path, attempt: int) -> Failure | None:
-    """Returns why this attempt failed, or None when it left no message."""
-    content = _read(folder / ERROR)
-    if content is None or content.get("attempt") != attempt:
-        return None
-    content.pop("format_version", None)
-    return Failure(**content)
-
-
-def write_failure(folder: Path, failure: Failure) -> None:
-    """Writes ``error.json`` and appends the failure with its details to the log.
-
-    The first failure of an attempt stands: when one worker fails, the others fail after it. A ``lost`` attempt is
-    logged when it is settled, so that its cause stands above what followed from it.
+def log_failure(folder: Path, failure: Failure) -> None:
+    """Appends a failure with its details to the log of its training.
 
     Raises:
-        StorageError: The folder cannot be written.
+        StorageError: The log cannot be written.
     """
-    if failure.outcome != "lost":
-        line = f"attempt {failure.attempt}: {failure.outcome}: {failure.reason}"
-        append_log(folder, f"{line}\n{failure.details.rstrip()}")
-        failure = replace(failure, details="")
-    if read_failure(folder, failure.attempt) is None:
-        replace_failure(folder, failure)
-
-
-def replace_failure(folder: Path, failure: Failure) -> None:
-    """Writes ``error.json`` over what an attempt has there.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    files.write_json(folder / ERROR, {"format_version": FORMAT_VERSION, **asdict(failure)})
+    append_log(folder, f"attempt {failure.attempt}: {failure.outcome}: {failure.reason}\n{failure.details.rstrip()}")
 
 
 def log_lost(folder: Path, attempt: int, reason: str, details: str = "") -> None:
@@ -309,38 +291,6 @@ def progress_words(folder: Path) -> str:
     return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
 
 
-def write_cut(folder: Path, cut: Cut) -> None:
-    """Writes ``cut.json``, which a running training takes as a request to end, and a line of the log.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
-    files.write_json(folder / CUT, {"format_version": FORMAT_VERSION, **asdict(cut)})
-
-
-def write_leave(folder: Path, attempt: int, reason: str) -> None:
-    """Asks an attempt to write a checkpoint and end, so that another one continues elsewhere; it means no other.
-
-    Args:
-        folder: Of the training.
-        attempt: The attempt.
-        reason: One line.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    files.write_json(folder / LEAVE, {"attempt": attempt, "reason": reason})
-
-
-def must_leave(folder: Path, attempt: int) -> bool:
-    """Tells whether an attempt was asked to leave; asks once, and no when the disk does not answer."""
-    content = None
-    with files.passing_faults():
-        content = files.read_object(folder / LEAVE)
-    return content is not None and content.get("attempt") == attempt
-
-
 def log_left(folder: Path, attempt: int, reason: str) -> None:
     """Appends to the log of a training that an attempt has left as it was asked to, and from where the next continues.
 
@@ -366,30 +316,23 @@ def check_fence(folder: Path, attempt: int) -> None:
         raise OutdatedAttemptError(f"attempt {attempt} is outdated: attempt {content['attempt']} has begun")
 
 
-def read_heartbeat(folder: Path, attempt: int, known: Heartbeat | None = None) -> Heartbeat | None:
-    """Returns the process of an attempt, or None when it has not begun or has ended.
-
-    Args:
-        folder: Of the training.
-        attempt: The attempt.
-        known: What was read of this attempt before: the file is not opened again then, and its time alone asked for.
+def write_live(study_dir: Path, live: Mapping[str, Live]) -> None:
+    """Writes what runs, by folder of the training within the study, for readers and in case the driver is killed.
 
     Raises:
-        OSError: A network disk does not answer; it is asked once.
+        StorageError: The folder cannot be written.
     """
-    content = None if known else files.read_object(folder / HEARTBEAT)
-    if not known and (content is None or content.get("attempt") != attempt):
-        return None
+    trainings = {place: asdict(each) for place, each in live.items()}
+    files.write_json(study_dir / LIVE, {"format_version": FORMAT_VERSION, "trainings": trainings})
+
+
+def read_live(study_dir: Path) -> dict[str, Live]:
+    """Returns what ``write_live`` has written last; nothing where that cannot be read."""
     try:
-        last_step_ns = (folder / HEARTBEAT).stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-    if content is None:
-        return known and replace(known, last_step_ns=last_step_ns)
-    began, gpus = content.get("began", last_step_ns / 1e9), content.get("gpus", 0.0)
-    nodes = tuple((str(node_id), str(address)) for node_id, address in content.get("nodes", []))
-    names = content["pid"], content["node_id"], content["group"]
-    return Heartbeat(attempt, *names, last_step_ns, began, gpus, nodes)
+        found = (files.read_object(study_dir / LIVE) or {}).get("trainings", {})
+        return {place: Live(**each) for place, each in found.items()}
+    except (OSError, TypeError, AttributeError):
+        return {}
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:
@@ -402,6 +345,8 @@ def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:
 
 def append_log(folder: Path, text: str) -> None:
     """Appends text with the time to the log of a training."""
+    with files.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     files.append_line(folder / LOG, f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}")
 
 

@@ -7,11 +7,11 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from carft_ray import files
+from carft_ray.layout import FOLDERS
 from carft_ray.recipe.schema.recipe import ResourcesConfig
 from carft_ray.store.result import read_result
 from carft_ray.study import outcome
-from carft_ray.study.outcome import Kind, TrialRow, TrialSpec
+from carft_ray.study.outcome import Kind, TrialRow
 from carft_ray.study.rows import SET_ASIDE, SPENT, row_of, trainings
 from carft_ray.study.study import STUCK, Study
 
@@ -48,14 +48,12 @@ def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> li
 
 def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
     """Records or queues what is RUNNING in one of the Optuna studies; None wants everything."""
+    _spend_left_behind(study)
     ended = []
     for spec in study.journal.running(kind):
         if wanted is not None and spec.name not in wanted:
             continue
-        _spend_left_behind(study, spec)
-        failure = outcome.read_failure(spec.folder(study.study_dir), spec.attempt)
-        mended = failure is not None and failure.outcome == "fatal"  # the user had the time to mend it
-        if row := study.settle(spec) if spec.attempt and not mended else None:
+        if row := study.settle(spec) if spec.attempt else None:
             ended.append(row)
             continue
         if study.journal.attribute(spec, SET_ASIDE):  # this is another search
@@ -65,26 +63,33 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
     return ended
 
 
-def _spend_left_behind(study: Study, spec: TrialSpec) -> None:
-    if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
-        seconds, gpus = _left_behind(study.study_dir, spec, study.recipe.resources)
-        if seconds:
-            study.spend(spec, seconds, gpus)
+def _spend_left_behind(study: Study) -> None:
+    """Notes what the attempts took that ran when a driver was killed."""
+    live = outcome.read_live(study.study_dir)
+    for spec in [spec for kind in study.journal.studies for spec in study.journal.running(kind)]:
+        if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
+            known = live.get(spec.training)
+            known = known if known is not None and known.attempt == spec.attempt else None
+            seconds, gpus = _left_behind(spec.place(study.study_dir), known, study.recipe.resources)
+            if seconds:
+                study.spend(spec, seconds, gpus)
+    own = {FOLDERS[kind] for kind in study.journal.studies}
+    left = {place: each for place, each in live.items() if place.partition("/")[0] not in own}
+    if left != live:
+        outcome.write_live(study.study_dir, left)
 
 
-def _left_behind(study_dir: Path, spec: TrialSpec, resources: ResourcesConfig) -> tuple[float, float]:
-    """Returns seconds and GPUs of an attempt whose driver was killed, by what lies in its folder; zeros for no trace.
+def _left_behind(place: Path, live: outcome.Live | None, resources: ResourcesConfig) -> tuple[float, float]:
+    """Returns seconds and GPUs of an attempt whose driver was killed; zeros for no trace.
 
     Args:
-        study_dir: The study directory.
-        spec: The attempt.
+        place: Folder of the attempt.
+        live: What the driver has written of it.
         resources: Of the recipe, for a training that came to its end.
     """
-    folder = spec.folder(study_dir)
-    alive = files.retried(folder, lambda: outcome.read_heartbeat(folder, spec.attempt))
-    if alive is not None:
-        return max(0.0, alive.last_step_ns / 1e9 - alive.began), alive.gpus
-    result, _ = read_result(spec.place(study_dir)) or ({}, "")
+    if live is not None:
+        return live.seconds, live.gpus
+    result, _ = read_result(place) or ({}, "")
     made_on = result.get("environment") or {}
     each = 1.0 if resources.gpus_per_worker is None else resources.gpus_per_worker
     gpus = each * made_on.get("num_workers", 1) if made_on.get("device", "cpu") != "cpu" else 0.0

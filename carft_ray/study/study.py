@@ -25,7 +25,6 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
-from carft_ray.layout import CUT as CUT_FILE
 from carft_ray.layout import LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
 from carft_ray.recipe.schema.constraints import constraint_names
 from carft_ray.recipe.schema.recipe import Recipe
@@ -89,15 +88,15 @@ class Study:
     def report(self, spec: TrialSpec, line: Mapping[str, Any]) -> str | None:
         """Notes an intermediate value of a running trial, and decides whether its training is cut there.
 
-        Value and decision are one commit; then the trial's folder tells the training. A value that is noted already
-        (an attempt repeats an epoch) is passed over, as is what comes after a cut.
+        Value and decision are one commit. A value that is noted already (an attempt repeats an epoch) is passed over,
+        as is what comes after a cut.
 
         Args:
             spec: The attempt; only trials are ever cut.
             line: A line of its ``metrics.jsonl``.
 
         Returns:
-            Why the training is cut; it ends once it has read the file. None: it continues.
+            Why the training is cut: it must be told to end. None: it continues.
         """
         pruner = self.recipe.search.pruner
         if spec.kind != "trial" or pruner.name == "none":
@@ -118,24 +117,30 @@ class Study:
             if reason is not None:
                 self.journal.note(spec, {CUT: asdict(Cut(spec.attempt, percent, reason))})
         if reason is not None:
-            outcome.write_cut(folder, Cut(spec.attempt, percent, reason))
+            append_log(folder, f"attempt {spec.attempt}: {reason}")
         return reason
 
     def _cut(self, spec: TrialSpec) -> Cut | None:
         found = self.journal.attribute(spec, CUT)
         return found and Cut(**found)
 
-    def settle(self, spec: TrialSpec) -> TrialRow | None:
-        """Records how an attempt ended, by what lies in its folder. A result wins over a cut.
+    def settle(self, spec: TrialSpec, failure: Failure | None = None) -> TrialRow | None:
+        """Records how an attempt ended, by what lies in its folder. A result wins over a cut, and a cut over a failure.
+
+        Args:
+            spec: The attempt.
+            failure: How it failed, where it says so.
 
         Returns:
-            The row; None when the folder has no verdict, or the same training gets another attempt.
+            The row; None when there is no verdict, or the same training gets another attempt.
 
         Raises:
             CarftError: The training found a fault that is not in its values; it stays RUNNING.
         """
         folder = spec.folder(self.study_dir)
         found = read_result(spec.place(self.study_dir))
+        if failure is not None and failure.outcome != "lost":  # which is logged with its cause
+            outcome.log_failure(folder, failure)
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
@@ -143,10 +148,7 @@ class Study:
         if found is not None:
             return self._ended(self.journal.complete(spec, *found))
         if cut is not None:
-            if not files.exists(folder / CUT_FILE):  # a kill came first
-                outcome.write_cut(folder, cut)
             return self._pruned(spec, "pruned", cut.reason)
-        failure = outcome.read_failure(folder, spec.attempt)
         return None if failure is None else self._settle_failure(spec, folder, failure)
 
     def _settle_failure(self, spec: TrialSpec, folder: Path, failure: Failure) -> TrialRow | None:

@@ -6,15 +6,11 @@ need not run, and is left out. The trials that follow would wait for these resou
 removes the group.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
-
-from carft_ray import files
-from carft_ray.study.outcome import TrialSpec, read_heartbeat
 
 HEAD = "node:__internal_head__"  # Tune's own groups, which Tune removes, hold this alone
 
@@ -43,17 +39,15 @@ def remove_group(name: str) -> None:
 class Leaks:
     """Finds the groups of killed trials: those that were there when it died and belong to no other.
 
-    A training writes which group is its own when its workers begin (``heartbeat.json``). Until all that run have done
-    so or wait for resources, nothing is removed. A group that has no training at that moment (``launch.ray_group``) is
-    removed, too: the next training starts another.
+    A training posts which group is its own when its workers begin. Until all that run have done so or wait for
+    resources, nothing is removed. A group that has no training at that moment (``launch.ray_group``) is removed, too:
+    the next training starts another.
 
     Attributes:
-        study_dir: The study directory.
         groups: Lists the groups of the job.
         remove: Removes one.
     """
 
-    study_dir: Path
     groups: Callable[[], dict[str, bool]] = groups_of_job
     remove: Callable[[str], None] = remove_group
     _suspects: set[str] = field(default_factory=set)
@@ -62,15 +56,13 @@ class Leaks:
         """Notes that the process of an attempt has died."""
         self._suspects |= set(self.groups())
 
-    def check(self, live: Iterable[TrialSpec]) -> int:
-        """Removes what is known to be left behind; returns how many groups that were."""
+    def check(self, owned: Sequence[str]) -> int:
+        """Removes what is known to be left behind; returns how many groups that were.
+
+        Args:
+            owned: The group of each attempt that runs; empty where it is not known yet.
+        """
         if not self._suspects:
-            return 0
-        owned = None
-        with files.passing_faults():  # nothing is removed on half of the answers
-            found = [read_heartbeat(spec.folder(self.study_dir), spec.attempt) for spec in live]
-            owned = [alive.group if alive else "" for alive in found]
-        if owned is None:
             return 0
         now = self.groups()
         if owned.count("") > sum(not has_resources for has_resources in now.values()):

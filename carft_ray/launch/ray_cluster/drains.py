@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from carft_ray.launch.mailbox import Process
 from carft_ray.launch.ray_cluster.ray_private import draining_nodes
-from carft_ray.study.outcome import Heartbeat
 
 ASK_EVERY_S = 1.0
 
@@ -35,7 +35,7 @@ class Drains:
             self._nodes = dict(self.ask())
         return sorted(self._nodes)
 
-    def reason(self, alive: Heartbeat | None) -> str:
+    def reason(self, alive: Process | None) -> str:
         """Returns why an attempt must leave, in one line; empty where none of its ranks is on a node that is drained.
 
         Args:

@@ -7,7 +7,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.data.copies.shared_images import SharedRow
-from carft_ray.errors import InterruptedRunError, Problem, UsageError
+from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch.events import Event, Note, Stopping, TrialEpoch
 from carft_ray.launch.runs.search import set_aside_error
 from carft_ray.launch.runtime import RUNNER, Runner
@@ -114,8 +114,11 @@ def _result(study_dir: Path, row: TrialRow, resume_command: str) -> dict[str, An
     if row.outcome == "complete":
         return outcome.result_of(study_dir, row)
     folder = row.folder(study_dir)
-    failure = outcome.read_failure(folder, row.attempt) or Failure("error", row.reason, row.attempt)
-    raise outcome.failure_error(failure, NAME, folder)
+    has_diverged = row.outcome == "diverged"
+    code = (DivergedError if has_diverged else CarftError).exit_code
+    raise outcome.failure_error(
+        Failure("diverged" if has_diverged else "error", row.reason, row.attempt, code), NAME, folder
+    )
 
 
 def _check_folder(out_dir: Path, resume: bool) -> None:

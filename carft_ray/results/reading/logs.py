@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.layout import ATTEMPT, CUT, ERROR, HEARTBEAT, LOG, RESULT
+from carft_ray.layout import LOG
 from carft_ray.results.reading.study_view import Overview, find_row
 from carft_ray.study.holding import log_of
 from carft_ray.study.outcome import TrialRow
+from carft_ray.study.rows import all_rows, readable
 
 READ_EVERY_S = 0.5
 
@@ -43,16 +44,19 @@ def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
         StorageError: It cannot be read.
     """
     position, log = 0, log_of(study_dir)
-    while True:
-        over = _ended(path.parent) or log.holder() is None  # before the last reading
-        content = _content(path, position) or b""
-        whole = content if over else content[: content.rfind(b"\n") + 1]
-        position += len(whole)
-        yield from whole.decode(errors="replace").splitlines()
-        if over:
-            return
-        time.sleep(READ_EVERY_S)
-        log.follow()
+    with readable(log) as storage:
+        over = False
+        while not over:
+            if not position or log.follow():  # before the last reading
+                rows = [row for group in all_rows(storage).values() for row in group]
+                over = any(row.folder(study_dir) == path.parent and row.outcome != "running" for row in rows)
+            over = over or log.holder() is None
+            content = _content(path, position) or b""
+            whole = content if over else content[: content.rfind(b"\n") + 1]
+            position += len(whole)
+            yield from whole.decode(errors="replace").splitlines()
+            if not over:
+                time.sleep(READ_EVERY_S)
 
 
 def _content(path: Path, position: int = 0) -> bytes | None:
@@ -64,10 +68,3 @@ def _content(path: Path, position: int = 0) -> bytes | None:
         return None
     except OSError as error:
         raise files.storage_error(path, error) from error
-
-
-def _ended(folder: Path) -> bool:
-    """Returns whether a training has finished, was cut or diverged; other failures may be followed by an attempt."""
-    failure = files.read_json(folder / ERROR) if (folder / ERROR).exists() else {}
-    was_cut = (folder / CUT).exists() and not (folder / HEARTBEAT).exists()
-    return any(folder.glob(f"{ATTEMPT}*/{RESULT}")) or was_cut or failure.get("outcome") == "diverged"

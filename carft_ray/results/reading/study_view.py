@@ -9,14 +9,14 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
-from carft_ray.layout import COMMITS, CONCURRENCY, LOG, METRICS, RAY_FILES, RESOLVED, STOP
+from carft_ray.layout import COMMITS, CONCURRENCY, METRICS, RAY_FILES, RESOLVED, STOP
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study
 from carft_ray.study.identity import caught_up, is_single, read_manifest, resume_command
-from carft_ray.study.outcome import TrialRow, read_failure, read_heartbeat, result_of
+from carft_ray.study.outcome import TrialRow, read_live, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.words import counted
 
@@ -137,11 +137,12 @@ def read_study(folder: Path) -> Overview:
     log, rows = log_and_rows(study_dir)
     found = log.holder()
     trainings = [row for group in rows.values() for row in group]
-    live = frozenset((row.kind, row.name) for row in trainings if found and _trains(study_dir, row))
+    live = read_live(study_dir) if found else {}
+    running = frozenset((row.kind, row.name) for row in trainings if row.is_of(live.get(row.training)))
     stopping = found is not None and (study_dir / STOP).exists()
     recipe = study_recipe(study_dir)
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
-    return Overview(study_dir, recipe, *groups, found, stopping, live, _at_a_time(study_dir) if found else None, log)
+    return Overview(study_dir, recipe, *groups, found, stopping, running, _at_a_time(study_dir) if found else None, log)
 
 
 def studies_in(folder: Path) -> list[Path]:
@@ -281,10 +282,8 @@ def search_began(study_dir: Path) -> float | None:
 
 def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
-    alive = None
-    with files.passing_faults():
-        alive = read_heartbeat(row.folder(study_dir), row.attempt)
-    return None if alive is None else alive.began
+    live = read_live(study_dir).get(row.training)
+    return live.began if live is not None and row.is_of(live) else None
 
 
 def _at_a_time(study_dir: Path) -> tuple[int, str] | None:
@@ -293,19 +292,3 @@ def _at_a_time(study_dir: Path) -> tuple[int, str] | None:
     with contextlib.suppress(OSError):  # of a network disk: nothing is known then
         found = files.read_object(study_dir / RAY_FILES / CONCURRENCY)
     return (int(found["concurrency"]), str(found["reason"])) if found else None
-
-
-def _trains(study_dir: Path, row: TrialRow) -> bool:
-    """Returns whether a row's training has begun in the search that holds the study.
-
-    Every search writes ``resolved.yaml`` when it begins, and every attempt a line into its log; an attempt that has
-    left ``error.json`` waits for another one.
-    """
-    if row.outcome != "running" or not row.attempt:
-        return False
-    folder = row.folder(study_dir)
-    try:
-        begun = (folder / LOG).stat().st_mtime_ns >= (study_dir / RESOLVED).stat().st_mtime_ns
-    except OSError:
-        return False
-    return begun and read_failure(folder, row.attempt) is None

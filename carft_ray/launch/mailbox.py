@@ -1,0 +1,338 @@
+"""The mailbox between the driver and the processes of its trainings: signs of life go in, orders come back.
+
+    rank of a training    ``Poster``: every second how far it is; the answer is its order
+    group of workers      what it has ended, and what it is to do next (``launch.ray_group``)
+    ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
+    driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
+
+Both sides say all that holds each time, so a mailbox that was restarted knows everything again after the next exchange
+and the next posts; nothing else guards it. A driver that is silent for ``PATIENCE_S`` (it sleeps) and a mailbox that
+cannot be reached for as long mean ``leave``: GPUs are not held for nobody.
+"""
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Protocol
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from carft_ray.study.outcome import Failure
+
+POST_EVERY_S = 1.0
+EXCHANGE_EVERY_S = 0.5
+PATIENCE_S = 60.0
+CALL_TIMEOUT_S = 10.0
+RETRY_EVERY_S = 0.2
+
+# stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; outdated: another one runs
+Order = Literal["go", "stop", "leave", "outdated"]
+
+
+@dataclass(frozen=True)
+class Process:
+    """The process of rank 0 of an attempt, and where the others are.
+
+    Attributes:
+        pid: Its number.
+        started: When it began (``store.owner.process_started``).
+        node_id: Ray's name of its node; empty without Ray.
+        group: Ray's name of the placement group of the workers; empty when there is none.
+        nodes: Of each rank: Ray's name of its node, and the node's address; empty until the ranks have met.
+    """
+
+    pid: int
+    started: str
+    node_id: str = ""
+    group: str = ""
+    nodes: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Post:
+    """What a rank says of an attempt.
+
+    Attributes:
+        training: Folder of the training within the study.
+        attempt: Number of the attempt.
+        rank: Of the worker.
+        steps: Signs of life that it has given.
+        process: Of rank 0 alone.
+        failure: How the attempt has ended for this rank, if not well.
+    """
+
+    training: str
+    attempt: int
+    rank: int = 0
+    steps: int = 0
+    process: Process | None = None
+    failure: Failure | None = None
+
+
+@dataclass
+class Signs:
+    """What was posted of an attempt.
+
+    Attributes:
+        attempt: Number of the attempt.
+        steps: Signs of life by rank.
+        process: Of rank 0, once it has posted.
+        failure: The first that was posted: when one worker fails, the others fail after it.
+    """
+
+    attempt: int
+    steps: dict[int, int] = field(default_factory=dict)
+    process: Process | None = None
+    failure: Failure | None = None
+
+
+class Box(Protocol):
+    """A mailbox, wherever it is. Its calls raise an ``OSError`` when it cannot be reached."""
+
+    def post(self, post: Post) -> Order: ...
+    def exchange(self, orders: Mapping[str, tuple[int, Order]]) -> dict[str, Signs]: ...
+    def give(self, group: str, work: Any) -> Any: ...
+    def take(self, group: str, said: Any) -> Any: ...
+
+
+class Mailbox:
+    """The state between one driver and its trainings; the actor is one of these, too.
+
+    Args:
+        clock: Seconds that never go back.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._heard_at: float | None = None  # of the driver
+        self._orders: Mapping[str, tuple[int, Order]] = {}
+        self._signs: dict[str, Signs] = {}
+        self._work: dict[str, Any] = {}
+        self._said: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Elsewhere it is another one."""
+        return Mailbox, ()
+
+    def post(self, post: Post) -> Order:
+        """Takes a sign of life; returns the order.
+
+        An attempt of which the driver has not told (it has just begun, or the mailbox has) goes on; it is outdated only
+        where the driver has named a later one of its training.
+        """
+        with self._lock:
+            attempt, order = self._orders.get(post.training, (0, "go"))
+            if attempt > post.attempt:
+                return "outdated"
+            known = self._signs.get(post.training)
+            if known is None or known.attempt < post.attempt:
+                known = self._signs[post.training] = Signs(post.attempt)
+            if known.attempt == post.attempt:
+                known.steps[post.rank] = post.steps
+                known.process, known.failure = post.process or known.process, known.failure or post.failure
+            if self._heard_at is not None and self._clock() - self._heard_at >= PATIENCE_S:
+                return "leave"
+            return order if attempt == post.attempt else "go"
+
+    def exchange(self, orders: Mapping[str, tuple[int, Order]]) -> dict[str, Signs]:
+        """Takes all orders of the driver: by training the number of its attempt and the word for it.
+
+        Returns:
+            What was posted of these attempts; the rest is forgotten.
+        """
+        with self._lock:
+            self._heard_at, self._orders = self._clock(), dict(orders)
+            kept = {name: signs for name, signs in self._signs.items() if name in orders}
+            self._signs = {name: signs for name, signs in kept.items() if signs.attempt == orders[name][0]}
+            return {name: replace(signs, steps=dict(signs.steps)) for name, signs in self._signs.items()}
+
+    def give(self, group: str, work: Any) -> Any:
+        """Takes what a kept group of workers is to do next; returns what the group has said last, or None."""
+        with self._lock:
+            self._work[group] = work
+            return self._said.get(group)
+
+    def take(self, group: str, said: Any) -> Any:
+        """Takes what a kept group of workers says; returns what it is to do next, or None."""
+        with self._lock:
+            self._said[group] = said
+            return self._work.get(group)
+
+
+class RemoteMailbox:
+    """The actor, for whoever holds this; travels to workers."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def post(self, post: Post) -> Order:
+        """As ``Mailbox.post``; raises an ``OSError`` when it has no answer in time."""
+        return self._call("post", post)  # type: ignore[no-any-return]
+
+    def exchange(self, orders: Mapping[str, tuple[int, Order]]) -> dict[str, Signs]:
+        """As ``Mailbox.exchange``; raises an ``OSError`` when it has no answer in time."""
+        return self._call("exchange", orders)  # type: ignore[no-any-return]
+
+    def give(self, group: str, work: Any) -> Any:
+        """As ``Mailbox.give``; raises an ``OSError`` when it has no answer in time."""
+        return self._call("give", group, work)
+
+    def take(self, group: str, said: Any) -> Any:
+        """As ``Mailbox.take``; raises an ``OSError`` when it has no answer in time."""
+        return self._call("take", group, said)
+
+    def _call(self, name: str, *given: Any) -> Any:
+        try:
+            return ray.get(getattr(self._actor, name).remote(*given), timeout=CALL_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(f"the mailbox does not answer: {type(error).__name__}") from error
+
+
+def start_mailbox() -> RemoteMailbox:
+    """Starts the actor on this node; it ends with this driver, and Ray starts it again when its process dies."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox)  # type: ignore[call-overload]
+    return RemoteMailbox(actor.remote())
+
+
+class Poster:
+    """Posts for one rank of an attempt, in a thread, so that no step waits for the mailbox.
+
+    Used as a context: the first post is made before the block begins, the last one after it.
+
+    Args:
+        box: The mailbox.
+        training: Folder of the training within the study.
+        attempt: Number of the attempt.
+        rank: Of this worker.
+        process: This one, of rank 0.
+
+    Attributes:
+        order: The last one.
+    """
+
+    def __init__(self, box: Box, training: str, attempt: int, rank: int = 0, process: Process | None = None) -> None:
+        self.order: Order = "go"
+        self._box, self._post = box, Post(training, attempt, rank, process=process)
+        self._heard_at = time.monotonic()
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
+
+    def __enter__(self) -> "Poster":
+        self.post()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        limit = time.monotonic() + CALL_TIMEOUT_S
+        while not self.post() and time.monotonic() < limit:  # how it has ended
+            time.sleep(RETRY_EVERY_S)
+
+    def knows(self, nodes: tuple[tuple[str, str], ...]) -> None:
+        """Takes where the ranks are, and posts it."""
+        if self._post.process is not None:
+            self._post = replace(self._post, process=replace(self._post.process, nodes=nodes))
+            self.post()
+
+    def step(self) -> Order:
+        """Gives a sign of life; returns the order."""
+        self._post = replace(self._post, steps=self._post.steps + 1)
+        return self.order
+
+    def failed(self, failure: Failure) -> None:
+        """Takes how the attempt has ended for this rank."""
+        self._post = replace(self._post, failure=failure)
+
+    def post(self) -> bool:
+        """Posts at once; tells whether there was an answer. None for ``PATIENCE_S`` makes the order ``leave``."""
+        try:
+            self.order = self._box.post(self._post)
+            self._heard_at = time.monotonic()
+            return True
+        except OSError:
+            if time.monotonic() - self._heard_at >= PATIENCE_S:
+                self.order = "leave"
+            return False
+
+    def _run(self) -> None:
+        while not self._ends.wait(POST_EVERY_S):
+            self.post()
+
+
+@dataclass(frozen=True)
+class Mail:
+    """What the driver knows of an attempt from its posts.
+
+    Attributes:
+        signs: What was posted last.
+        seen: When its last step was seen, of ``time.monotonic``.
+        longest_s: The longest between two of its steps.
+    """
+
+    signs: Signs
+    seen: float
+    longest_s: float = 0.0
+
+
+class Exchange:
+    """The driver's side of a mailbox.
+
+    Args:
+        box: The mailbox.
+    """
+
+    def __init__(self, box: Box) -> None:
+        self._box = box
+        self._orders: dict[str, tuple[int, Order]] = {}
+        self._mail: dict[str, Mail] = {}
+        self._lock = threading.Lock()
+
+    def order(self, training: str, attempt: int, order: Order = "go") -> None:
+        """Names the newest attempt of a training, and what it is to do; earlier ones are outdated."""
+        self._orders[training] = attempt, order
+
+    def forget(self, training: str) -> None:
+        """Drops a training whose attempt has ended by itself."""
+        self._orders.pop(training, None)
+
+    def mail(self, training: str, attempt: int) -> Mail | None:
+        """Returns what is known of an attempt; None before its first post."""
+        found = self._mail.get(training)
+        return found if found is not None and found.signs.attempt == attempt else None
+
+    def now(self) -> None:
+        """Exchanges at once; a mailbox that does not answer is asked again with the next exchange."""
+        with self._lock, contextlib.suppress(OSError):
+            found, now = self._box.exchange(dict(self._orders)), time.monotonic()
+            self._mail = {training: self._read(training, signs, now) for training, signs in found.items()}
+
+    def _read(self, training: str, signs: Signs, now: float) -> Mail:
+        before = self.mail(training, signs.attempt)
+        if before is None:
+            return Mail(signs, now)
+        if signs.steps == before.signs.steps:
+            return replace(before, signs=signs)
+        return Mail(signs, now, max(before.longest_s, now - before.seen))
+
+    @contextlib.contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Exchanges twice a second while the block lasts, in a thread that nothing of the driver's delays."""
+        ends = threading.Event()
+
+        def run() -> None:
+            while not ends.wait(EXCHANGE_EVERY_S):
+                self.now()
+
+        thread = threading.Thread(target=run, name="exchange", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ends.set()
+            thread.join()

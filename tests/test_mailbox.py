@@ -1,0 +1,222 @@
+"""The mailbox between a driver and its trainings: as a plain object, and as an actor of a real Ray."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import ray
+
+from carft_ray.launch import mailbox
+from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Poster, Process, start_mailbox
+
+NAME, OTHER = "trials/t0000-abcd", "trials/t0001-abcd"
+PROCESS = Process(7, "5", "n1", "g1", (("n1", "10.0.0.1"),))
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def until(condition):
+    limit = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
+
+
+def test_what_all_ranks_post_is_given_to_the_driver_and_what_it_does_not_name_is_forgotten():
+    box = Mailbox()
+    box.post(Post(NAME, 1, 0, 3, PROCESS))
+    box.post(Post(NAME, 1, 1, 5))
+    box.post(Post(OTHER, 1, 0, 1))
+    found = box.exchange({NAME: (1, "go")})
+    assert (found[NAME].steps, found[NAME].process) == ({0: 3, 1: 5}, PROCESS)
+    assert list(found) == [NAME]
+    assert list(box.exchange({NAME: (1, "go"), OTHER: (1, "go")})) == [NAME]
+    assert box.exchange({NAME: (2, "go")}) == {}  # of another attempt
+
+
+@pytest.mark.parametrize("order", ["go", "stop", "leave"])
+def test_an_attempt_gets_the_order_that_is_its_own(order):
+    box = Mailbox()
+    assert box.post(Post(NAME, 2)) == "go"  # the driver has not named it yet
+    box.exchange({NAME: (2, order)})
+    assert [box.post(Post(NAME, attempt)) for attempt in (1, 2, 3)] == ["outdated", order, "go"]
+    assert box.post(Post(OTHER, 1)) == "go"
+
+
+def test_what_an_outdated_attempt_posts_is_not_taken_for_the_next_one():
+    box = Mailbox()
+    box.exchange({NAME: (2, "go")})
+    box.post(Post(NAME, 2, 0, 1, PROCESS))
+    assert box.post(Post(NAME, 1, 0, 99, Process(1, "1"))) == "outdated"
+    [found] = box.exchange({NAME: (2, "go")}).values()
+    assert (found.attempt, found.steps, found.process) == (2, {0: 1}, PROCESS)
+
+
+def test_while_the_driver_is_silent_for_long_all_are_to_leave():
+    clock = Clock()
+    box = Mailbox(clock)
+    box.exchange({NAME: (1, "go")})
+    clock.now = PATIENCE_S - 1
+    assert box.post(Post(NAME, 1)) == "go"
+    clock.now = PATIENCE_S
+    assert [box.post(Post(name, 1)) for name in (NAME, OTHER)] == ["leave"] * 2
+    box.exchange({NAME: (1, "go")})  # it is awake again
+    assert box.post(Post(NAME, 1)) == "go"
+
+
+class Broken:
+    def post(self, post):
+        raise ConnectionError
+
+
+def test_a_training_that_cannot_reach_the_mailbox_for_long_leaves(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(mailbox, "time", type("Time", (), {"monotonic": clock}))
+    poster = Poster(Broken(), NAME, 1)
+    clock.now = PATIENCE_S - 1
+    poster.post()
+    assert poster.step() == "go"
+    clock.now = PATIENCE_S
+    poster.post()
+    assert poster.step() == "leave"
+
+
+def test_a_mailbox_that_was_started_again_knows_all_after_an_exchange_and_a_post():
+    box, orders = Mailbox(), {NAME: (3, "stop")}
+    with Poster(box, NAME, 3, process=PROCESS) as poster:
+        poster.step()
+        poster._box = box = Mailbox()
+        poster.post()
+        assert box.exchange(orders)[NAME].process == PROCESS
+        poster.post()
+        assert poster.step() == "stop"
+
+
+def test_a_step_never_waits_for_the_mailbox():
+    held, box = threading.Event(), Mailbox()
+
+    class Slow:
+        def post(self, post):
+            if post.steps:
+                held.wait()
+            return box.post(post)
+
+    with Poster(Slow(), NAME, 1) as poster:
+        for _ in range(1000):
+            assert poster.step() == "go"
+        until(lambda: poster._thread.is_alive())
+        held.set()
+
+
+def test_the_driver_knows_when_a_step_was_last_seen_and_the_longest_between_two(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(mailbox, "time", type("Time", (), {"monotonic": clock}))
+    box = Mailbox()
+    exchange = Exchange(box)
+    exchange.order(NAME, 1)
+    assert exchange.mail(NAME, 1) is None
+
+    def look(now, *steps):
+        clock.now = now
+        for rank, number in enumerate(steps):
+            box.post(Post(NAME, 1, rank, number))
+        exchange.now()
+        mail = exchange.mail(NAME, 1)
+        return mail.seen, mail.longest_s
+
+    assert look(1.0, 0, 0) == (1.0, 0.0)
+    assert look(3.0, 0, 0) == (1.0, 0.0)
+    assert look(4.0, 0, 1) == (4.0, 3.0)  # one of the ranks is enough
+    assert look(5.0, 1, 1) == (5.0, 3.0)
+    assert exchange.mail(NAME, 2) is None
+    exchange.forget(NAME)
+    exchange.now()
+    assert exchange.mail(NAME, 1) is None
+
+
+def test_an_exchange_goes_on_while_the_driver_is_busy_and_when_the_mailbox_fails(monkeypatch):
+    monkeypatch.setattr(mailbox, "EXCHANGE_EVERY_S", 0.01)
+    box, calls = Mailbox(), []
+
+    class Flaky:
+        def exchange(self, orders):
+            calls.append(orders)
+            if len(calls) % 2:
+                raise ConnectionError
+            return box.exchange(orders)
+
+    exchange = Exchange(Flaky())
+    with exchange.going_on():
+        exchange.order(NAME, 1, "stop")
+        until(lambda: box.post(Post(NAME, 1, 0, 8)) == "stop" and exchange.mail(NAME, 1) is not None)
+    assert exchange.mail(NAME, 1).signs.steps == {0: 8}
+
+
+@pytest.fixture(scope="module")
+def actor():
+    """A mailbox as an actor, with its number of posters at work as a task."""
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield start_mailbox()
+    ray.shutdown()
+
+
+def pid_of(box):
+    """The process of an actor; None while it has none."""
+    try:
+        return ray.get(box._actor.__ray_call__.remote(lambda self: os.getpid()), timeout=10)
+    except ray.exceptions.RayError:
+        return None
+
+
+@pytest.mark.slow
+def test_the_actor_answers_as_the_object_and_comes_back_when_it_is_killed(actor):
+    orders = {NAME: (1, "leave")}
+    actor.exchange(orders)
+    with Poster(actor, NAME, 1, process=PROCESS) as poster:
+        assert poster.order == "leave"
+        killed = pid_of(actor)
+        os.kill(killed, signal.SIGKILL)
+        until(lambda: pid_of(actor) not in (None, killed))
+        until(lambda: actor.exchange(orders) and actor.exchange(orders)[NAME].process == PROCESS)
+    assert actor.post(Post(NAME, 1)) == "leave"
+
+
+@pytest.mark.slow
+def test_a_mailbox_that_does_not_answer_is_an_error_of_the_system_and_no_hang(actor, monkeypatch):
+    monkeypatch.setattr(mailbox, "CALL_TIMEOUT_S", 0.2)
+    pid = pid_of(actor)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(OSError, match="the mailbox does not answer"):
+            actor.post(Post(NAME, 1))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    until(lambda: pid_of(actor) == pid)
+
+
+@pytest.mark.slow
+def test_two_hundred_trainings_post_while_the_driver_exchanges(actor):
+    names = [f"trials/t{number:04d}" for number in range(200)]
+
+    @ray.remote(num_cpus=0)
+    def post(box, names):
+        orders = set()
+        for step in range(5):
+            orders |= {box.post(Post(name, 1, 0, step)) for name in names}
+        return orders
+
+    exchange = Exchange(actor)
+    for name in names:
+        exchange.order(name, 1)
+    with exchange.going_on():
+        tasks = [post.remote(actor, names[part::4]) for part in range(4)]
+        assert ray.get(tasks) == [{"go"}] * 4
+        exchange.now()
+    assert all(exchange.mail(name, 1).signs.steps == {0: 4} for name in names)
