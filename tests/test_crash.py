@@ -102,9 +102,13 @@ def metrics(folder):
 
 
 def files(folder):
-    """Names of all that a training leaves, but for its commits, and TensorBoard's files: each attempt has its own."""
+    """Names of all that a training leaves, but for its commits, why an attempt has failed, and TensorBoard's files."""
     names = [path.relative_to(folder) for top in ("out", "cache") for path in (folder / top).rglob("*")]
-    return {str(name) for name in names if "events.out.tfevents" not in name.name and "log" not in name.parts}
+    return {
+        str(name)
+        for name in names
+        if "events.out.tfevents" not in name.name and not {"log", "error.json"} & {*name.parts}
+    }
 
 
 def differences(folder, other):
