@@ -94,8 +94,8 @@ def run(num_workers: int) -> dict[str, float]:
         took = time.perf_counter() - began
         if process.returncode:
             raise RuntimeError((here / "printed.txt").read_text())
-        (epoch,) = read_json_lines(here / "run" / "metrics.jsonl")
-        result = json.loads((here / "run" / "result.json").read_text())
+        (epoch,) = read_json_lines(here / "run" / "trials" / "train" / "metrics.jsonl")
+        result = json.loads((here / "run" / "trials" / "train" / "result.json").read_text())
     return {
         "steps": epoch["step"],
         "loss": epoch["loss"],

@@ -105,7 +105,7 @@ def metrics(folder):
 
 
 def files(folder):
-    """Names of all that a training leaves, but for its commits, and TensorBoard's files: each attempt has its own."""
+    """Names of all that a training leaves, but for its commits, why an attempt has failed, and TensorBoard's files."""
     names = [path.relative_to(folder) for top in ("out", "cache") for path in (folder / top).rglob("*")]
     kept = [str(name) for name in names if "events.out.tfevents" not in name.name and "log" not in name.parts]
     return {re.sub(r"attempt-\d+", "attempt", name) for name in kept}

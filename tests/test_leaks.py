@@ -304,7 +304,8 @@ REFUSED = [
     ("looks at a test set on the way", None, [*TRAIN, "--set", "evaluate.sets=[id_test]"], 3,
      "--set evaluate.sets=[id_test]: unknown key"),
     ("evaluating a test set", None, ["evaluate", "done", "--set", "id_test"], 2, "No such option"),
-    ("evaluating a test set as a trial", None, ["evaluate", "done", "--trial", "id_test"], 2, "--trial: needs a study"),
+    ("evaluating a test set as a trial", None, ["evaluate", "done", "--trial", "id_test"], 2,
+     "--trial: must be the number or name"),
     ("exporting at the alpha of a test set", None, ["export", "done", "--to", "new", "--alpha", "id_test"], 2,
      "Invalid value for"),
 ]  # fmt: skip

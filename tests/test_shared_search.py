@@ -145,7 +145,7 @@ def test_train_prepares_and_trains_on_the_same_images_and_is_reproduced(made, tm
     assert LINE in err
     provenance = json.loads((tmp_path / "run" / "manifest.json").read_text())["provenance"]
     assert {name: one["num_images"] for name, one in provenance["data"].items()} == LEFT
-    (result,) = results(tmp_path)
+    (result,) = results(tmp_path / "run" / "trials")
     assert result["num_images"] == LEFT
     code, _, err = run(capsys, "reproduce", tmp_path / "run", "--out", tmp_path / "again")
     assert code == 0, err

@@ -35,4 +35,4 @@ def compare(
     for what, reason in found["reasons"].items():
         console.say(f"{what} cannot be compared: {reason}.")
     console.say("On validation sets, which chose the best trial: it looks better than it is.")
-    console.next_step(f"carft-ray reproduce {shlex.quote(found['a']['folder'])} {found['a']['trial']}".rstrip())
+    console.next_step(f"carft-ray reproduce {shlex.quote(found['a']['folder'])} {found['a']['trial']}")

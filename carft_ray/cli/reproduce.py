@@ -50,12 +50,5 @@ def reproduce(
     if lines := change_lines(found):
         console.say("The manifest differs from this code and machine nevertheless:")
         console.say("\n".join(f"  {line}" for line in lines))
-    name = f"{folder}:{finished.name}" if finished.name else folder
-    if out is not None:
-        console.next_step(common.command_line("compare", name, out))
-    elif finished.name:
-        console.next_step(
-            common.command_line("compare", name, f"{folder}:zero_shot"), common.command_line("ls", folder)
-        )
-    else:
-        console.next_step(common.command_line("evaluate", folder))
+    compare = common.command_line("compare", f"{folder}:{finished.name}", out or f"{folder}:zero_shot")
+    console.next_step(compare, *([common.command_line("ls", folder)] if out is None else []))

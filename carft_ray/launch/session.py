@@ -1,6 +1,6 @@
 """What `search`, `resume`, `confirm`, `train` and `reproduce` have in common, from the claim to the trainings.
 
-with open_study(...) as study:          # or ``holding.held``: the claim, the recipe, what a kill has left
+with open_study(...) as study:          # the claim, the recipe, what a kill has left
     begin(folder, recipe)               # no stop file of before; resolved.yaml is that of this command
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
         prepare(runtime, say)           # sets, caches, heads, zero-shot; into the manifest
@@ -31,7 +31,7 @@ from carft_ray.study.provenance import record_provenance
 
 
 def begin(folder: Path, recipe: Recipe) -> None:
-    """Begins a command on a study or training that is held: a stop was asked of another command.
+    """Begins a command on a study that is held: a stop was asked of another command.
 
     Raises:
         StorageError: The folder cannot be written.
@@ -55,7 +55,7 @@ def computing(
 
     Args:
         recipe: The recipe; ``resources.executor: debug`` takes this process, one training at a time, and no Ray.
-        folder: Of the study or training.
+        folder: Of the study.
         runner: What is run.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         interrupted: Returns what a signal becomes.
