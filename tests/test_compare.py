@@ -4,13 +4,14 @@ import json
 import shutil
 import sys
 
+import forging
 import numpy as np
 import pytest
 import short_study
 import short_training
 
 from carft_ray import cli
-from carft_ray.errors import NoSuccessfulTrialError, UsageError
+from carft_ray.errors import UsageError
 from carft_ray.evaluation.predictions import correct, predictions_table, read_predictions, write_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
@@ -77,9 +78,10 @@ def test_the_interval_is_that_of_the_paired_differences_of_the_images(here, tmp_
     answers = table["label"].to_numpy() + np.arange(len(table)) % 2
     column = table.schema.get_field_index("prediction")
     write_predictions(path, table.set_column(column, table.schema.field(column), [answers.astype(np.int32)]))
+    forging.record(other)
     found = row(compare(str(here / "run"), str(other)), "id_accuracy")
     right = []
-    for folder in map(short_training.training_in, (here / "run", other)):
+    for folder in map(short_training.place_in, (here / "run", other)):
         alpha = json.loads((folder / "result.json").read_text())["alpha"]
         table = read_predictions(folder / "predictions" / "validation.parquet")
         right.append(correct(table, "id_val", alpha).astype(float))
@@ -143,6 +145,7 @@ def test_the_same_images_with_other_labels_are_not_compared(here, tmp_path):
     import pyarrow as pa
 
     write_predictions(path, pa.concat_tables(parts).unify_dictionaries().combine_chunks())
+    forging.record(tmp_path / "run")
     assert set(compare(str(here / "run"), str(tmp_path / "run"))["reasons"]) == {"id_val", "sketch", "objective"}
 
 
@@ -156,6 +159,7 @@ def test_another_version_of_a_library_is_part_of_the_explanation(here, tmp_path)
     result = json.loads(path.read_text())
     result["environment"]["commit"] = "c0ffee"
     path.write_text(json.dumps(result))
+    forging.record(tmp_path / "run")
     found = keys(compare(str(here / "run"), str(tmp_path / "run"))["origin"])
     assert set(found) == {"versions.numpy", "training.commit"}
 
@@ -178,7 +182,7 @@ def test_wrong_targets_are_refused(here, tmp_path):
     shutil.copytree(here / "study", tmp_path / "study")
     for path in (tmp_path / "study" / "trials").glob("*/*/result.json"):
         path.unlink()
-    with pytest.raises(NoSuccessfulTrialError, match="must be a finished training"):
+    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
         compare(str(here / "run"), str(tmp_path / "study"))
 
 

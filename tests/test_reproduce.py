@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forging
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,10 +21,11 @@ from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, Stor
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema.recipe import single
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reproduce import reproduce, sentence, table_differences
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_confirm
+from carft_ray.study.recovery import recover_confirm, recover_running
 
 pytestmark = pytest.mark.slow
 
@@ -149,6 +151,7 @@ def change_result(study_dir, trial, change):
     result = json.loads(path.read_text())
     change(result)
     path.write_text(json.dumps(result))
+    forging.record(study_dir)
 
 
 def test_another_number_ends_with_the_largest_difference_and_no_explanation(here, monkeypatch, capsys):
@@ -197,6 +200,7 @@ def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
     values[3] = np.nextafter(values[3], np.inf)
     index = table.schema.get_field_index("nll")
     pq.write_table(table.set_column(index, table.schema.field(index), pa.array(values)), path)
+    forging.record(here / "study")
     found = again(here / "study", "0")
     assert [each["what"] for each in found["differences"]] == [f"predictions.nll (1 of {len(values)} rows)"]
     assert 0 < found["differences"][0]["size"] < 1e-5
@@ -230,12 +234,16 @@ def test_wrong_targets_are_refused_with_the_nearest(here, tmp_path):
 
 
 def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
-    next((here / "study" / "trials").glob("t0001*")).joinpath("attempt-1/result.json").unlink()
+    recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=3"])
+    with open_study(here / "study", recipe) as study:
+        recover_running(study)
+        assert study.next().number == 2
     with pytest.raises(NoSuccessfulTrialError, match="carft-ray resume"):
-        open_finished(here / "study", "1")
-    (short_training.place_in(here / "run") / "result.json").unlink()
+        open_finished(here / "study", "2")
+    with open_study(here / "begun", single(recipe)) as study:
+        study.enter("trial", {"train": {}})
     with pytest.raises(NoSuccessfulTrialError, match="--resume"):
-        open_finished(here / "run")
+        open_finished(here / "begun")
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "result.json", "validation.parquet"])
