@@ -11,7 +11,7 @@ import short_study
 import short_training
 
 from carft_ray import cli
-from carft_ray.errors import UsageError
+from carft_ray.errors import StorageError, UsageError
 from carft_ray.evaluation.predictions import correct, predictions_table, read_predictions, write_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
