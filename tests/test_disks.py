@@ -8,7 +8,6 @@ from pathlib import Path
 import crash_host
 import crash_points
 import pytest
-from cluster import hiding
 from stand_in import make_recipe
 
 from carft_ray import files
@@ -21,6 +20,7 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialSpec, read_failure, read_heartbeat, read_result
 from carft_ray.study.recovery import recover_running
 from carft_ray.training.checkpoint import newest_checkpoint
+from cluster import hiding
 
 SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
 
