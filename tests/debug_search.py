@@ -17,7 +17,7 @@ import crash_host
 import stand_in
 
 from carft_ray.errors import CarftError
-from carft_ray.launch import driver, runtime
+from carft_ray.launch import driver
 from carft_ray.launch.runs import confirm, search
 from carft_ray.launch.runtime import Runner
 from carft_ray.results.confirm import configurations
@@ -38,7 +38,7 @@ RUNNER = Runner(stand_in.prepare, stand_in.train)
 
 def import_everything():
     crash_host.import_everything()
-    driver.POLL_EVERY_S, driver.POLL_SHARE, runtime.STOP_CHECK_S = 0.0, 1.0, 0.0
+    driver.POLL_EVERY_S, driver.POLL_SHARE = 0.0, 1.0
     search.figure_at_the_end = lambda study, num_before: contextlib.nullcontext()
 
 

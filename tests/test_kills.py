@@ -7,6 +7,7 @@ executors.
 
 import random
 import secrets
+import signal
 
 import killed_searches as searches
 import pytest
@@ -73,15 +74,18 @@ def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group
 
 @pytest.mark.whole
 def test_workers_that_do_not_start_name_the_cause(tmp_path, cluster):
-    """Something else holds the cluster: room for the preparation is left, but not for two workers."""
+    """Another job takes the cluster after the search has counted what is left, and before its first workers start."""
     address, auth = cluster
-    with searches.occupied(1.5, *cluster):
-        auth = {**auth, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
-        process = searches.driver(tmp_path / "study", 1, "ray-train", address, auth)
-        try:
+    auth = {**auth, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "2"}
+    process = searches.driver(tmp_path / "study", 1, "ray-train", address, auth)
+    try:
+        assert any(line.startswith("Started") for line in process.stdout)
+        process.send_signal(signal.SIGSTOP)
+        with searches.occupied(1.5, *cluster):
+            process.send_signal(signal.SIGCONT)
             told = next(line for line in process.stdout if "waits again" in line)
-        finally:
-            searches.kill_group(process)
+    finally:
+        searches.kill_group(process)
     why = "WorkerGroupStartupTimeoutError: The worker group startup timed out after 2.0 seconds waiting for 2 workers"
     assert f" waits again: {why}" in told
 

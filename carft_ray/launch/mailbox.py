@@ -297,6 +297,10 @@ class Exchange:
         """Names the newest attempt of a training, and what it is to do; earlier ones are outdated."""
         self._orders[training] = attempt, order
 
+    def ordered(self, training: str) -> Order:
+        """Returns what the newest attempt of a training is to do."""
+        return self._orders.get(training, (0, "go"))[1]
+
     def forget(self, training: str) -> None:
         """Drops a training whose attempt has ended by itself."""
         self._orders.pop(training, None)

@@ -32,6 +32,7 @@ from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import RAY_FILES, STOP
+from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import Study
 from carft_ray.training.run_context import RunContext
 
@@ -113,19 +114,19 @@ def _run_here(driver: Driver, runtime: Runtime, progress: Callable[[dict[str, fl
     key, study_dir = "training", runtime.study_dir
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
-        context = RunContext(progress=progress, should_stop=functools.partial(_poll, driver))
+        context = RunContext(progress=progress, should_stop=functools.partial(_poll, driver, spec))
         run_worker(runtime, spec, spec.folder(study_dir), context)
         driver.poll(at_once=True)  # its last epochs
         driver.ended(key)
 
 
-def _poll(driver: Driver) -> bool:
-    """Polls within a training of this process; tells whether it is to end."""
+def _poll(driver: Driver, spec: TrialSpec) -> bool:
+    """Polls within a training of this process; tells whether it is to end, without the way through the mailbox."""
     try:
         driver.poll()
     except StorageError:  # the driver keeps it: another search has the study
         return True
-    return driver.check_stop()
+    return driver.check_stop() or driver.exchange.ordered(spec.training) != "go"
 
 
 def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
