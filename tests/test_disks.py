@@ -20,8 +20,6 @@ from carft_ray.study.recovery import recover_running
 from carft_ray.training.checkpoint import newest_checkpoint
 from cluster import hiding
 
-SPEC = TrialSpec("trial", 0, "t0000-abcd", {}, 1)
-
 
 @pytest.fixture
 def disk(monkeypatch):
