@@ -249,7 +249,7 @@ class Driver:
         try:
             self.study.log.check()
         except StorageError as error:
-            self.failure = error
+            self.fail(error)
             raise
         self.at_a_time.follow()
         self.exchange.now()
