@@ -105,7 +105,7 @@ class Study:
         before = known[spec.number].intermediate_values if spec.number in known else {}
         if found is None or found[0] in before:
             return None
-        folder, (percent, value) = spec.folder(self.study_dir), found
+        percent, value = found
         cut, reason = self._cut(spec), None
         if cut is not None and percent > cut.percent:
             return None
@@ -116,8 +116,6 @@ class Study:
             self.journal.report(spec, percent, value)
             if reason is not None:
                 self.journal.note(spec, {CUT: asdict(Cut(spec.attempt, percent, reason))})
-        if reason is not None:
-            append_log(folder, f"attempt {spec.attempt}: {reason}")
         return reason
 
     def _cut(self, spec: TrialSpec) -> Cut | None:
@@ -148,6 +146,7 @@ class Study:
         if found is not None:
             return self._ended(self.journal.complete(spec, *found))
         if cut is not None:
+            append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
             return self._pruned(spec, "pruned", cut.reason)
         return None if failure is None else self._settle_failure(spec, folder, failure)
 
