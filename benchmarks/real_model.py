@@ -95,7 +95,7 @@ def run(num_workers: int) -> dict[str, float]:
         if process.returncode:
             raise RuntimeError((here / "printed.txt").read_text())
         (epoch,) = read_json_lines(here / "run" / "trials" / "train" / "metrics.jsonl")
-        result = json.loads((here / "run" / "trials" / "train" / "result.json").read_text())
+        result = json.loads((here / "run" / "trials" / "train" / "attempt-1" / "result.json").read_text())
     return {
         "steps": epoch["step"],
         "loss": epoch["loss"],

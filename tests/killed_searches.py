@@ -210,11 +210,11 @@ def kill_workers(folder, num_kills, rng):
     assert list((folder / "base" / "strikes").glob("*.json")) == [], "planned, but not met"
     assert row.attempt > num_kills
     check_told_once(study_dir)
-    trial, baseline = study_dir / "trials" / row.name, study_dir / "baselines" / "calm"
     for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
-        assert (trial / name).read_bytes() == (baseline / name).read_bytes(), name
-    assert numbers_of(trial) == numbers_of(baseline)
-    log = (trial / "log.txt").read_text()
+        one, other = (each.place(study_dir) / name for each in (row, calm))
+        assert one.read_bytes() == other.read_bytes(), name
+    assert numbers_of(study_dir, row) == numbers_of(study_dir, calm)
+    log = (row.folder(study_dir) / "log.txt").read_text()
     dead = re.findall(r"lost: rank (\d)", log)
     assert list(map(int, dead)) == [strike["rank"] for strike in plan], log
     for attempt in log.split(": starts on ")[1:]:  # what follows from a death stands below it
@@ -222,10 +222,10 @@ def kill_workers(folder, num_kills, rng):
     return plan
 
 
-def numbers_of(training):
-    """Returns the content of ``result.json`` and ``metrics.jsonl``, less how long things took."""
-    rows = [json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()]
-    result = json.loads((training / "result.json").read_text())
+def numbers_of(study_dir, row):
+    """Returns the content of ``result.json`` and ``metrics.jsonl`` of a training, less how long things took."""
+    rows = [json.loads(line) for line in (row.folder(study_dir) / "metrics.jsonl").read_text().splitlines()]
+    result = json.loads((row.place(study_dir) / "result.json").read_text())
     return {**result, "elapsed_s": None}, [{**row, "images_per_s": None} for row in rows]
 
 

@@ -131,14 +131,14 @@ def running_trial(study_dir, process, at_least):
     return wait_until(found, "the trial trains")[0]
 
 
-def check_continued(study_dir, training):
+def check_continued(study_dir):
     """Raises unless a trial has ended in two attempts, with the numbers of its twin that was left in peace."""
     [row], [calm] = trials(study_dir), [row for row in baselines(study_dir) if row.name == "calm"]
     assert (row.outcome, row.attempt, calm.outcome, calm.attempt) == ("complete", 2, "complete", 1)
-    twin = study_dir / "baselines" / "calm"
     for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
-        assert (training / name).read_bytes() == (twin / name).read_bytes(), name
-    assert killed_searches.numbers_of(training) == killed_searches.numbers_of(twin)
+        one, other = (each.place(study_dir) / name for each in (row, calm))
+        assert one.read_bytes() == other.read_bytes(), name
+    assert killed_searches.numbers_of(study_dir, row) == killed_searches.numbers_of(study_dir, calm)
 
 
 @pytest.mark.nodes
@@ -161,7 +161,7 @@ def test_a_training_leaves_a_node_that_gets_sigterm_or_a_notice_and_continues_el
         code, output = finish(process)
         assert code == 0, output
         killed_searches.wait_for_no_groups(*reached)
-    check_continued(study_dir, training)
+    check_continued(study_dir)
     made = [step.step for step in stepped.steps(training) if step.rank == 0]
     assert made == list(range(1, 65))
     log = (training / "log.txt").read_text()
@@ -199,7 +199,7 @@ def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_
         kill_group(node_of(training, started)[0])
         code, output = finish(process)
         assert code == 0, output
-    check_continued(study_dir, training)
+    check_continued(study_dir)
     made = stepped.steps(training)
     first, second = ([step for step in made if step.attempt == attempt] for attempt in (1, 2))
     resumed, at = second[0].step - 1, {step.step: step.at for step in first}

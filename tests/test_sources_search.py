@@ -59,7 +59,7 @@ def results(here):
             patch.setenv("XDG_CACHE_HOME", str(here / f"cache_{kind}"))
             code = crash_host.call(["train", here / f"{kind}.yaml", "--out", here / f"out_{kind}", "--json"])
         assert code == 0
-        found[kind] = json.loads((short_training.training_in(here / f"out_{kind}") / "result.json").read_text())
+        found[kind] = json.loads((short_training.place_in(here / f"out_{kind}") / "result.json").read_text())
     return found
 
 
