@@ -13,6 +13,7 @@ cannot be reached for as long mean ``leave``: GPUs are not held for nobody.
 import contextlib
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
@@ -27,6 +28,7 @@ EXCHANGE_EVERY_S = 0.5
 PATIENCE_S = 60.0
 CALL_TIMEOUT_S = 10.0
 RETRY_EVERY_S = 0.2
+NAMESPACE = "carft-ray"  # of Ray's names of actors: workers of Ray Train are in another one by default
 
 # stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; outdated: another one runs
 Order = Literal["go", "stop", "leave", "outdated"]
@@ -164,10 +166,22 @@ class Mailbox:
 
 
 class RemoteMailbox:
-    """The actor, for whoever holds this; travels to workers."""
+    """The actor, for whoever holds this; travels to workers, by the actor's name.
 
-    def __init__(self, actor: Any) -> None:
-        self._actor = actor
+    Tune keeps what it was given, and pickles it again with the next Ray of this process when it could not before; the
+    handle of an actor that is gone would end the process there.
+
+    Args:
+        name: Of the actor.
+        actor: Its first handle, which keeps it alive.
+    """
+
+    def __init__(self, name: str, actor: Any = None) -> None:
+        self._name, self._actor = name, actor
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Leaves the handle out."""
+        return RemoteMailbox, (self._name,)
 
     def post(self, post: Post) -> Order:
         """As ``Mailbox.post``; raises an ``OSError`` when it has no answer in time."""
@@ -187,16 +201,18 @@ class RemoteMailbox:
 
     def _call(self, name: str, *given: Any) -> Any:
         try:
+            self._actor = self._actor or ray.get_actor(self._name, NAMESPACE)
             return ray.get(getattr(self._actor, name).remote(*given), timeout=CALL_TIMEOUT_S)
-        except ray.exceptions.RayError as error:
+        except (ray.exceptions.RayError, ValueError) as error:  # ValueError: there is no such actor
             raise ConnectionError(f"the mailbox does not answer: {type(error).__name__}") from error
 
 
 def start_mailbox() -> RemoteMailbox:
     """Starts the actor on this node; it ends with this driver, and Ray starts it again when its process dies."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Mailbox)  # type: ignore[call-overload]
-    return RemoteMailbox(actor.remote())
+    name = f"mailbox-{uuid.uuid4().hex}"
+    named = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
+    return RemoteMailbox(name, ray.remote(**named)(Mailbox).remote())  # type: ignore[call-overload]
 
 
 class Poster:
