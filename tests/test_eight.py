@@ -52,7 +52,7 @@ def search(study_dir, recipe, rng, ways, num_steps=10_000):
             if not live:
                 break
             trial = rng.choice(live)
-            if tune.order(trial) == "stop":
+            if tune.order(trial) in ("stop", "cut"):
                 tune.end(trial)
             elif not advance(tune, trial, rng.random()):
                 end(tune, trial, rng.choice(ways), rng.random())

@@ -343,7 +343,7 @@ class Driver:
         try:
             for line in rows:
                 if self.study.report(attempt.spec, line):
-                    self.exchange.order(attempt.spec.training, attempt.spec.attempt, "stop")
+                    self.exchange.order(attempt.spec.training, attempt.spec.attempt, "cut")
         except Exception as failure:  # raised again by the search
             self._fail(failure)
         for row in rows:

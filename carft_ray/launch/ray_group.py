@@ -189,7 +189,7 @@ def _worker(config: Row) -> None:
         if isinstance(ended, Failure):
             raise RuntimeError(f"{work.spec.name} failed: {ended.reason}")
         gather(context, None)  # no rank has failed
-        said = Said(said.nodes, work.number, work.number, ended != "go")
+        said = Said(said.nodes, work.number, work.number, ended not in ("go", "cut"))
 
 
 def _next(box: Box, group: str, said: Said) -> Work | None:
