@@ -30,8 +30,8 @@ CALL_TIMEOUT_S = 10.0
 RETRY_EVERY_S = 0.2
 NAMESPACE = "carft-ray"  # of Ray's names of actors: workers of Ray Train are in another one by default
 
-# stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; cut: end, and the same workers
-# may get the next training; outdated: another attempt runs
+# stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; cut: end, and the same
+# workers may get the next training; outdated: another attempt runs
 Order = Literal["go", "cut", "stop", "leave", "outdated"]
 
 
