@@ -97,11 +97,20 @@ def start(plan, spec):
     return forked(_attempt, plan, spec)
 
 
+def ready():
+    """Starts the process that is forked, once. It finds the modules here.
+
+    Its threads reserve no memory of their own, which a limit on the address space would count.
+    """
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+        patched.setenv("MALLOC_ARENA_MAX", "1")
+        forkserver.ensure_running()
+
+
 def forked(function, *args):
     """Starts a module's function in a process that has torch and all loaded; returns the process."""
-    with pytest.MonkeyPatch.context() as patched:  # the process to fork looks for modules where it is told to
-        patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
-        forkserver.ensure_running()
+    ready()
     process = _forks.Process(target=function, args=args, daemon=True)
     process.start()
     return process
@@ -119,6 +128,7 @@ def _attempt(plan, spec):
 def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died unexpectedly."):
     """Runs a search; returns its driver and what it told."""
     events, running = [], {}
+    ready()
     with open_study(study_dir, recipe) as study, Mailboxes(ctx=_forks) as mailboxes:
         box = mailboxes.Mailbox()
         plan = plan_of(study, runner, mailbox=box)
