@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.result import write_result
 from carft_ray.study import rows
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, append_log
+from carft_ray.study.outcome import Failure, Live, append_log, write_live
 from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.training.thumbnails import write_thumbnails
 
@@ -206,6 +207,7 @@ def start(study):
     spec = study.next()
     append_log(spec.folder(study.study_dir), "attempt 1: starts on here")
     (spec.folder(study.study_dir) / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
+    write_live(study.study_dir, {spec.training: Live(spec.attempt, time.time(), 1.0, 0.0, 1, 1, "")})
 
 
 STRICT = {

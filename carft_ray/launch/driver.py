@@ -252,7 +252,7 @@ class Driver:
             self.fail(error)
             raise
         self.at_a_time.follow()
-        self.exchange.now()
+        self.exchange.look()
         for attempt in list(self._attempts.values()):
             self._read_post(attempt)
             self._check_steps(attempt)
