@@ -10,6 +10,7 @@ import ray
 
 from carft_ray.launch import mailbox
 from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Poster, Process, start_mailbox
+from carft_ray.launch.ray_cluster.cluster import running_ray
 
 NAME, OTHER = "trials/t0000-abcd", "trials/t0001-abcd"
 PROCESS = Process(7, "5", "n1", "g1", (("n1", "10.0.0.1"),))
@@ -160,11 +161,10 @@ def test_an_exchange_goes_on_while_the_driver_is_busy_and_when_the_mailbox_fails
 
 
 @pytest.fixture(scope="module")
-def actor():
-    """A mailbox as an actor, with its number of posters at work as a task."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield start_mailbox()
-    ray.shutdown()
+def actor(tmp_path_factory):
+    """A mailbox as an actor."""
+    with running_ray(None, tmp_path_factory.mktemp("ray") / "ray.log"):
+        yield start_mailbox()
 
 
 def pid_of(box):
