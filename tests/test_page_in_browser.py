@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlparse
 
 import browser
 import crash_host
+import forging
 import pytest
 import report_studies
 from report_studies import KINDS, make, write_page
@@ -221,6 +222,7 @@ def test_trials_on_one_kind_of_device_are_filtered(tmp_path):
     for number, path in enumerate(sorted(study_dir.glob("trials/*/*/result.json"))):
         content = json.loads(path.read_text())
         path.write_text(json.dumps({**content, "environment": {"device": "T4" if number < 2 else "H100"}}))
+    forging.record(study_dir)
     write_page(read_study(study_dir), tmp_path / "page.html")
     said, names = 'document.getElementById("shown").textContent', '[...document.getElementById("device").options]'
     choose = 'const e = document.getElementById("device"); e.value = "T4"; e.dispatchEvent(new Event("change"));'
