@@ -334,7 +334,7 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(
                 time.sleep(0.15)
                 with open(spec.folder(study_dir) / "log.txt", "a") as file:
                     file.write(text)
-            write_result(spec.place(study_dir), {})
+            finish(study, spec, 0.5)
 
         with meanwhile(training):
             code, out, _ = run("logs", "first", "4", "--follow")
