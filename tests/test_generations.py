@@ -10,7 +10,7 @@ import pytest
 from logs import holding
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
-from test_study import fail, optuna_study, run_all, write_result
+from test_study import failed, optuna_study, run_all, write_result
 
 import carft_ray
 from carft_ray.errors import HoldOutError, RecipeError
@@ -53,13 +53,12 @@ def begin(study_dir, recipe, num_trials=6, values=False):
         recover_running(study)
         for _ in range(num_trials):
             spec = study.next()
-            if spec.number % 3 == 2:
-                fail(study_dir, spec, "diverged")
-            else:
+            failure = failed(spec, "diverged") if spec.number % 3 == 2 else None
+            if failure is None:
                 write_result(study_dir, spec, objective(apply(recipe, spec.values).train))
             if values:
                 study.journal.report(spec, 1, 0.1 * spec.number)
-            study.settle(spec)
+            study.settle(spec, failure)
     return trials(study_dir)
 
 
