@@ -90,7 +90,7 @@ class WorkerGroup:
         return self._thread.is_alive() and same and not set(avoid) & set(self._said.nodes)
 
     def run(self, spec: TrialSpec, folder: Path) -> bool:
-        """Runs one attempt and waits for it; how it ended lies in its folder.
+        """Runs one attempt and waits for it; a result lies in its folder then, a failure was posted.
 
         Args:
             spec: The attempt.
@@ -211,6 +211,7 @@ def _next(box: Box, group: str, said: Said) -> Work | None:
         except OSError:
             if is_late:
                 raise
+            time.sleep(LOOK_EVERY_S)
             continue
         if isinstance(work, Work) and work.number > said.ended:
             if work.number == said.begun:

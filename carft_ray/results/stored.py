@@ -24,7 +24,7 @@ from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.results.confirm.summary import complete_trainings, row_correct, whole_rows
 from carft_ray.results.statistics.paired import KEYS
 from carft_ray.study.outcome import TrialRow, file_of
-from carft_ray.study.rows import ZERO_SHOT
+from carft_ray.study.rows import ZERO_SHOT, confirmations
 
 Chosen = dict[str, dict[str, BoolArray]]
 
@@ -78,7 +78,7 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
         DataError: Predictions lack a set or an alpha, or are of different images.
     """
     stages = [stage for stage in read_plan(study_dir) or () if stage is not None]
-    complete = complete_trainings(study_dir) if stages else {}
+    complete = complete_trainings(confirmations(study_dir)) if stages else {}
     return [
         row_correct(study_dir, spec, trainings, row)
         for stage in stages

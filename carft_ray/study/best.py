@@ -21,9 +21,9 @@ from carft_ray.study.rows import best_first, best_row
 class Retention:
     """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials and of all baselines, no others.
 
-    Of a failed or cut training no attempt's files stay, of a complete one those of its result. In a
-    Pareto search those of all trainings on the front stay, since the best point moves along it; one that has left the
-    front never comes back.
+    Of a failed or cut training no attempt's files stay, of a complete one those of its result. In a Pareto search those
+    of all trainings on the front stay, since the best point moves along it; one that has left the front never comes
+    back.
     """
 
     def __init__(self, study_dir: Path, recipe: Recipe) -> None:

@@ -31,7 +31,7 @@ def choose(study_dir: Path, spec: ObjectiveSpec, stage: Stage) -> str:
     Raises:
         NoSuccessfulTrialError: None of them was trained with all seeds.
     """
-    complete = complete_trainings(study_dir)
+    complete = complete_trainings(confirmations(study_dir))
     means = {
         row.name: float(np.mean(values_by_seed(spec, row_correct(study_dir, spec, trainings, row))))
         for row, trainings in whole_rows(stage, complete)
@@ -58,8 +58,8 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
         NoSuccessfulTrialError: The winner failed with a fresh seed.
         StorageError: Predictions are damaged, or the summary cannot be written.
     """
-    stage, spec = second or first, objective_spec(recipe)
-    failed, whole = _failures(study_dir, stage), whole_rows(stage, complete_trainings(study_dir))
+    stage, spec, trained = second or first, objective_spec(recipe), confirmations(study_dir)
+    failed, whole = _failures(trained, stage), whole_rows(stage, complete_trainings(trained))
     winner = next(row for row in stage.rows if row.role == "winner")
     if all(row != winner for row, _ in whole):
         step = "Confirm the next best: carft-ray confirm with --winner confirmed chooses among those that train."
@@ -100,9 +100,9 @@ def confirm_lines(content: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def complete_trainings(study_dir: Path) -> dict[str, TrialRow]:
+def complete_trainings(rows: Sequence[TrialRow]) -> dict[str, TrialRow]:
     """Returns the trainings with fresh seeds that are complete, by name."""
-    return {row.name: row for row in confirmations(study_dir) if row.outcome == "complete"}
+    return {row.name: row for row in rows if row.outcome == "complete"}
 
 
 def whole_rows(stage: Stage, complete: Mapping[str, TrialRow]) -> list[tuple[PlanRow, list[TrialRow]]]:
@@ -126,11 +126,11 @@ def row_correct(
     return {name: correct_matrix([(table, row.alpha) for table in tables], name) for name in spec.sets}
 
 
-def _failures(study_dir: Path, stage: Stage) -> list[str]:
+def _failures(rows: Sequence[TrialRow], stage: Stage) -> list[str]:
     """Returns a line per training of the stage that ended without a result."""
     wanted = stage.trainings()
     return [
         f"{row.name}: {row.outcome}, {row.reason}"
-        for row in confirmations(study_dir)
+        for row in rows
         if row.name in wanted and row.outcome not in ("complete", "running")
     ]

@@ -210,8 +210,7 @@ def _trainings(study_dir: Path, names: Iterable[str]) -> dict[str, TrialRow]:
     Raises:
         StorageError: A line of the ledger names one that the study has not.
     """
-    rows = [row for group in rows_by_kind(study_dir).values() for row in group]
-    known = {row.folder(study_dir).relative_to(study_dir).as_posix(): row for row in rows}
+    known = {row.training: row for group in rows_by_kind(study_dir).values() for row in group}
     for name in names:
         if name not in known:
             rule = "the ledger must name trainings of the study"

@@ -26,7 +26,7 @@ from carft_ray.results.confirm.summary import complete_trainings, whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
-from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, require_finished, trials
+from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, confirmations, require_finished, trials
 from carft_ray.words import counted, times
 
 ID_TEST = "id_test"
@@ -56,7 +56,7 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
     rows = []
     for row in (best, *baselines(study_dir)):
         if row.objective is not None:
-            runs = [] if row.name == ZERO_SHOT else [row.folder(study_dir).relative_to(study_dir).as_posix()]
+            runs = [] if row.name == ZERO_SHOT else [row.training]
             role = "winner" if row is best else "baseline"
             rows.append(
                 {"name": row.name, "role": role, "alpha": row.alpha or 0.0, "objective": row.objective, "runs": runs}
@@ -69,7 +69,7 @@ def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
     path = study_dir / CONFIRM / SUMMARY
     summary = files.read_json(path) if path.exists() else {}
     failed = {line.split(":")[0] for line in summary.get("failed", ())}
-    whole = [row for row, _ in whole_rows(stage, complete_trainings(study_dir))]
+    whole = [row for row, _ in whole_rows(stage, complete_trainings(confirmations(study_dir)))]
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
     has_winner = any(row.role == "winner" for row in whole)
     if unfinished or not has_winner or summary.get("seeds") != list(stage.seeds):
