@@ -249,8 +249,7 @@ class Driver:
         try:
             self.study.log.check()
         except StorageError as error:
-            self.fail(error)
-            raise
+            raise self.fail(error) from None
         self.at_a_time.follow()
         self.exchange.look()
         for attempt in list(self._attempts.values()):
@@ -482,9 +481,10 @@ class Driver:
             kind = MachineError if lost else NoSuccessfulTrialError
             raise kind(Problem("search", rule, next_step=step))
 
-    def fail(self, error: Exception) -> None:
-        """Keeps the first failure, which whoever runs the trainings raises at the end."""
+    def fail(self, error: Exception) -> Exception:
+        """Keeps the first failure, which whoever runs the trainings raises at the end, and returns that."""
         self.failure = self.failure or error
+        return self.failure
 
     def _fail(self, error: Exception) -> None:
         """Keeps the first failure and asks what runs to stop."""
