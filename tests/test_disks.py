@@ -105,14 +105,11 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
         folder = driver.propose("one").folder(study.study_dir)
         folder.mkdir(parents=True, exist_ok=True)
         driver.started("one")
-        (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
         (study.study_dir / "stop").write_text("asked")
-        for name in ("stop", "metrics.jsonl"):
-            disk(name, FOREVER, errno.EHOSTDOWN)
+        disk("stop", FOREVER, errno.EHOSTDOWN)
         driver.poll()
         assert not driver.is_stopping
-        for name in ("stop", "metrics.jsonl"):
-            disk(name, 0)
+        disk("stop", 0)
         assert driver.check_stop()
         assert driver.failure is None
 

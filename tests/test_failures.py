@@ -22,6 +22,7 @@ from carft_ray import files
 from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
 from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.failures.causes import host_memory
+from carft_ray.launch.mailbox import Wish
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
@@ -375,12 +376,13 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         first = study.next()
         folder = first.folder(study_dir)
         zombie = attempts.start(plan, first)
-        wait_until(lambda: files.read_json_lines(folder / "metrics.jsonl"))
+        orders = {first.training: Wish(1)}
+        wait_until(lambda: rows_in(box, orders))
         os.kill(zombie.pid, signal.SIGSTOP)
         assert study.lost(first, "its node is lost") != "set aside"
         second = study.next()
         process = attempts.start(plan, second)
-        orders = {second.training: (2, "go")}
+        orders = {second.training: Wish(2, "go")}
         wait_until(lambda: [signs.process.pid for signs in box.exchange(orders).values()] == [process.pid])
         os.kill(zombie.pid, signal.SIGCONT)
         zombie.join(120)
@@ -388,11 +390,15 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         assert box.exchange(orders)[second.training].process.pid == process.pid
         hold.unlink()
         process.join(120)
-        row = study.settle(second)
+        row, rows = study.settle(second), rows_in(box, orders)
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
-    assert [line["epoch"] for line in files.read_json_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert read_result(folder)["metrics"]["pid"] == process.pid
-    assert (folder / "log.txt").read_text().count("attempt") == 3  # two starts and a loss
+    assert (folder / "log.txt").read_text().count("attempt") == 1  # the loss
+
+
+def rows_in(box, orders):
+    return [value for signs in box.exchange(orders).values() for kind, value in signs.records if kind == "row"]
 
 
 def wait_until(holds):
@@ -416,7 +422,7 @@ def test_another_attempt_says_in_the_log_from_where_it_goes_on(tmp_path):
         folders.append(spec.folder(plan.study_dir))
         folders[-1].mkdir(parents=True)
         if step:
-            stand_in.save(folders[-1], 1, 1)
+            stand_in.save(folders[-1], 1, 1, [])
             (folders[-1] / "metrics.jsonl").write_text('{"epoch": 1, "step": 10}\n')
         assert run_worker(plan, spec, folders[-1], attempts.RunContext())
     begun = [(folder / "log.txt").read_text().splitlines()[0].partition("starts on ")[2] for folder in folders]

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import median
+from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, ClusterError, MachineError, NoSuccessfulTrialError, Problem, StorageError
@@ -27,7 +28,7 @@ from carft_ray.launch.stop import BUDGET_STOP, used_up
 from carft_ray.layout import LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study import outcome
-from carft_ray.study.outcome import Failure, Live, TrialRow, TrialSpec, log_lost
+from carft_ray.study.outcome import Failure, Live, TrialRow, TrialSpec, append_log, log_lost
 from carft_ray.study.study import Study
 from carft_ray.words import counted
 
@@ -49,7 +50,9 @@ class _Attempt:
     Attributes:
         spec: The attempt.
         began: When it was proposed, and once it runs, when it got its resources, of ``time.monotonic``.
-        offset: Bytes of ``metrics.jsonl`` that were read; None until it runs.
+        is_running: Whether it has its resources.
+        rows: Of the epochs, as they stand in ``metrics.jsonl``.
+        new: Those of them that the study has not judged.
         alive: Its process, once it has posted.
         failure: How it ended, where it has posted that.
         steps: Signs of life that rank 0 has given.
@@ -60,7 +63,9 @@ class _Attempt:
 
     spec: TrialSpec
     began: float
-    offset: int | None = None
+    is_running: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    new: list[dict[str, Any]] = field(default_factory=list)
     alive: Process | None = None
     failure: Failure | None = None
     steps: int = 0
@@ -155,8 +160,8 @@ class Driver:
         """Notes that an attempt has got its resources: from now on its time counts."""
         attempt = self._attempts[key]
         attempt.began = attempt.seen = time.monotonic()
-        path = attempt.spec.folder(self.study.study_dir) / METRICS
-        attempt.offset = files.read_new_lines(path, 0)[1]
+        attempt.is_running = True
+        attempt.rows = files.read_json_lines(attempt.spec.folder(self.study.study_dir) / METRICS)
         self.on_event(events.TrialStarted(attempt.spec))
 
     def ended(self, key: str, gone: str = "", dead_rank: int | None = None) -> None:
@@ -274,7 +279,7 @@ class Driver:
 
     def _held_s(self, attempt: _Attempt) -> float:
         """Returns for how long an attempt has held its resources; a Ray Train group has them when its workers run."""
-        waits = attempt.offset is None or (self.leaks is not None and attempt.alive is None)
+        waits = not attempt.is_running or (self.leaks is not None and attempt.alive is None)
         return 0.0 if waits else time.monotonic() - attempt.began
 
     @property
@@ -285,7 +290,7 @@ class Driver:
         """
         late = self.is_stopping and time.monotonic() - self._stopping_since >= STOP_WAITING_AFTER_S
         waiting = [
-            attempt.offset is None or (late and self.leaks is not None and attempt.alive is None)
+            not attempt.is_running or (late and self.leaks is not None and attempt.alive is None)
             for attempt in self._attempts.values()
         ]
         return self.is_stopping and bool(waiting) and all(waiting)
@@ -296,6 +301,16 @@ class Driver:
             self.ended(key)
 
     def _read_post(self, attempt: _Attempt) -> None:
+        records = self.exchange.records(attempt.spec.training)
+        try:
+            for kind, value in records:
+                if kind == "log":
+                    append_log(attempt.spec.folder(self.study.study_dir), value)
+                elif value not in attempt.rows:  # which an attempt says again that continues
+                    attempt.rows = outcome.add_row(attempt.spec.folder(self.study.study_dir), attempt.rows, value)
+                    attempt.new.append(value)
+        except StorageError as error:
+            self._fail(error)
         mail = self.exchange.mail(attempt.spec.training, attempt.spec.attempt)
         if mail is None:
             return
@@ -336,13 +351,10 @@ class Driver:
             self._written = now, names
 
     def _report_epochs(self, attempt: _Attempt) -> None:
-        if attempt.offset is None:
-            return
-        path = attempt.spec.folder(self.study.study_dir) / METRICS
-        rows, attempt.offset = files.read_new_lines(path, attempt.offset)
+        rows, attempt.new = attempt.new, []
         try:
-            for line in rows:
-                if self.study.report(attempt.spec, line):
+            for row in rows:
+                if self.study.report(attempt.spec, row):
                     self.exchange.order(attempt.spec.training, attempt.spec.attempt, "stop")
         except Exception as failure:  # raised again by the search
             self._fail(failure)

@@ -26,7 +26,7 @@ from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
 from carft_ray.store.owner import process_started
 from carft_ray.study import outcome
-from carft_ray.study.outcome import Failure, TrialSpec, append_log, check_fence
+from carft_ray.study.outcome import Failure, TrialSpec, check_fence
 from carft_ray.training.out_of_memory import free_device, is_out_of_memory
 from carft_ray.training.run_context import RunContext
 
@@ -76,7 +76,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
             addresses = dict.fromkeys(address for _, address in nodes)
             start = f" with {context.world_size} workers" if context.world_size > 1 else ""
             start += f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
-            append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
+            poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(recipe, runtime.study_dir, context.world_size)
         with _watched(folder, context, poster, runtime.recipe.resources.hang_timeout_s) as context:
@@ -88,7 +88,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
         return replace(failure, details=traceback.format_exc())
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
         if is_out_of_memory(error):
-            append_log(folder, f"attempt {spec.attempt}: no memory\n{traceback.format_exc().rstrip()}")
+            poster.record("log", f"attempt {spec.attempt}: no memory\n{traceback.format_exc().rstrip()}")
             raise
         failed = _failure(error, spec.attempt, context, nodes)
         return failed and replace(failed, details=traceback.format_exc())
@@ -129,7 +129,8 @@ def _this_process(context: RunContext) -> Process | None:
 
 @contextlib.contextmanager
 def _watched(folder: Path, context: RunContext, poster: Poster, hang_timeout_s: float | None) -> Iterator[RunContext]:
-    """Gives a context whose checks for a stop are signs of life, and answered by the driver's order.
+    """Gives a context that posts what is reported, and whose checks for a stop are signs of life, and answered by the
+    driver's order.
 
     All ranks give them: rank 0 may be waiting for one that builds a set into the cache of its node.
 
@@ -137,6 +138,14 @@ def _watched(folder: Path, context: RunContext, poster: Poster, hang_timeout_s: 
     to end the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
     """
     next_at = 0.0
+
+    def report(row: dict[str, float]) -> None:
+        poster.record("row", row)
+        context.report(row)
+
+    def resumed(rows: list[dict[str, float]]) -> None:
+        for row in rows:
+            poster.record("row", row)
 
     def should_stop(watch: Callable[[], None] = lambda: None) -> bool:
         nonlocal next_at
@@ -146,15 +155,16 @@ def _watched(folder: Path, context: RunContext, poster: Poster, hang_timeout_s: 
         asked = context.should_stop()
         return poster.step() != "go" or asked
 
+    posting = replace(context, should_stop=should_stop, report=report, resumed=resumed)
     if context.rank != 0 or hang_timeout_s is None:
-        yield replace(context, should_stop=should_stop)
+        yield posting
         return
     limit_s = STACKS_AFTER * hang_timeout_s
     with open(folder / LOG, "a") as log:
         try:
             watch = partial(faulthandler.dump_traceback_later, limit_s, file=log)
             watch()
-            yield replace(context, should_stop=partial(should_stop, watch))
+            yield replace(posting, should_stop=partial(should_stop, watch))
         finally:
             faulthandler.cancel_dump_traceback_later()
 

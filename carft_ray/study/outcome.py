@@ -324,6 +324,30 @@ def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:
     return error
 
 
+def add_row(folder: Path, rows: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Adds the row of an epoch to ``metrics.jsonl``; what a killed attempt has reported from this step on is void.
+
+    Args:
+        folder: Of the training.
+        rows: What the file holds.
+        row: The row.
+
+    Returns:
+        What it holds then.
+
+    Raises:
+        StorageError: The file cannot be written.
+    """
+    kept = [old for old in rows if old["step"] < row["step"]]
+    if len(kept) == len(rows):
+        with files.writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        files.append_line(folder / METRICS, json.dumps(row))
+    else:
+        files.write_text(folder / METRICS, "".join(json.dumps(each) + "\n" for each in (*kept, row)))
+    return [*kept, row]
+
+
 def append_log(folder: Path, text: str) -> None:
     """Appends text with the time to the log of a training."""
     with files.writing(folder):

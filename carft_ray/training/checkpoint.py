@@ -41,7 +41,8 @@ class Checkpoint:
         step: Updates done.
         weights: ``state_dict`` of the classifier; with LoRA matrices and corrections apart.
         optimizer: Tensors of the optimizer, ``<parameter index>.<key>``.
-        position: Seed and the running sums of the epoch's metrics. Order, views and torch's generator are functions
+        position: Seed, the running sums of the epoch's metrics, and all rows that were reported: they reach the driver
+            anew with the next attempt. Order, views and torch's generator are functions
             of (seed, step), so step and seed are also the sampler's position and the random state.
         average: Average of the weights over the steps; empty where none is taken.
         name: Of one that was read: its folder below that of all checkpoints.

@@ -9,7 +9,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -177,7 +176,7 @@ def run_training(
     if function is not None:
         result["environment"]["function_source"] = source_of(function)
     if context.rank == 0:
-        _write_hparams(recipe, result, out_dir)
+        _write_hparams(training, result)
         files.remove_folder(out_dir / layout.CHECKPOINTS)  # before: what is finished is never read again
         files.write_json(result_path, result)
     return result
@@ -203,6 +202,7 @@ class _Training:
     mixtures: Mixtures
     is_compiled: bool
     function: OwnFunction | None = None
+    steps: list[int] = dataclasses.field(default_factory=list)  # of the rows that were reported
 
     @contextlib.contextmanager
     def looks(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> Iterator[At]:
@@ -257,7 +257,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
 
     device, checkpoints = device_of(recipe), training.out_dir / layout.CHECKPOINTS
     train = recipe.train.model_copy(update={"compile": training.is_compiled})  # resolved
-    with _recorder(training.out_dir, run_folder(training.out_dir, recipe), context) as recorded:
+    with _recorder(training, run_folder(training.out_dir, recipe)) as recorded:
         if training.function is not None:
             own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
             checkpoints /= layout.OWN
@@ -286,10 +286,10 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[RunContext]:
-    """Gives a context that also writes what is reported to it: epochs to ``metrics.jsonl``, all to TensorBoard."""
+def _recorder(training: _Training, events_dir: Path) -> Iterator[RunContext]:
+    """Gives a context that also writes what is reported to it for TensorBoard."""
     opened: list[EventFile] = []
-    metrics_path = out_dir / layout.METRICS
+    context, out_dir = training.context, training.out_dir
 
     def progress(row: dict[str, float]) -> None:
         step = int(row["step"])
@@ -301,14 +301,10 @@ def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[
         context.progress(row)
 
     def report(row: dict[str, float]) -> None:
-        before = files.read_json_lines(metrics_path)
-        kept = [old for old in before if old["step"] < row["step"]]
-        if len(kept) < len(before):
-            files.write_text(metrics_path, "".join(json.dumps(old) + "\n" for old in kept))
-        files.append_line(metrics_path, json.dumps(row))
         for name, value in row.items():
             if name.startswith("subset/"):
                 opened[0].scalar(tag_of(name), value, int(row["step"]))
+        training.steps.append(int(row["step"]))
         context.report(row)
 
     try:
@@ -324,7 +320,7 @@ def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[
         events.close()
 
 
-def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> None:
+def _write_hparams(training: _Training, result: dict[str, Any]) -> None:
     """Gives the training its line in TensorBoard's HPARAMS table: what the search varies, and its results.
 
     It is written before ``result.json``: after a kill in between, the next attempt writes the same line again, which
@@ -332,8 +328,10 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     """
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
     metrics["alpha"] = result["alpha"]
-    rows = files.read_json_lines(out_dir / layout.METRICS)
-    events = EventFile(run_folder(out_dir, recipe))
-    step = int(rows[-1]["step"]) if rows else 0
-    events.hparams(varied(recipe, result["train"]), {f"final/{name}": value for name, value in metrics.items()}, step)
+    # where an earlier attempt has trained, the driver has its rows
+    steps = training.steps or [int(row["step"]) for row in files.read_json_lines(training.out_dir / layout.METRICS)]
+    events, step = EventFile(run_folder(training.out_dir, training.recipe)), max(steps, default=0)
+    events.hparams(
+        varied(training.recipe, result["train"]), {f"final/{name}": value for name, value in metrics.items()}, step
+    )
     events.close()
