@@ -27,7 +27,7 @@ from carft_ray.study.best import write_best
 from carft_ray.study.holding import log_of
 from carft_ray.study.identity import claim
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, append_log
+from carft_ray.study.outcome import Failure, Live, append_log, write_live
 from carft_ray.study.recovery import recover_running
 from carft_ray.ui.live import SearchView
 
@@ -41,11 +41,12 @@ def begin(study_dir, recipe):
 
 
 def start(study, name=None):
-    """Starts the next attempt as a worker does: its log begins."""
+    """Starts the next attempt: its log begins, and the driver says that it runs."""
     spec = study.next()
     folder = spec.folder(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
     append_log(folder, f"attempt {spec.attempt}: starts on 127.0.0.1")
+    write_live(study.study_dir, {spec.training: Live(spec.attempt, 1.0, 1.0, 0.0, 1, 1, "")})
     return spec
 
 
@@ -199,6 +200,7 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
         assert f"A search runs on it: process {os.getpid()} on " in text[2]
         assert f"carft-ray logs first {spec.name} --follow" in text[2]
         fail(study, spec, "error", "RuntimeError: once")
+        write_live(study_dir, {})
         assert counts() == ({"waiting": 1}, True, [])  # for another attempt
         start(study)
     assert counts() == ({"stopped": 1}, False, [])
