@@ -393,7 +393,12 @@ def test_lines_of_a_training_stand_in_its_log(tune):
 @pytest.mark.slow
 def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt(search):
     ended = []
-    tune = search(hang_timeout_s=0.2, end_process=ended.append)
+
+    def end_process(process):
+        ended.append(process)
+        return lambda: "what it hung in"
+
+    tune = search(hang_timeout_s=0.2, end_process=end_process)
     tune.finish(tune.start())
     trial = tune.start()
     name = trial.config["spec"]["name"]
@@ -410,6 +415,7 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     assert tune.events[-1] == Note(f"{name} hangs: {reason}")
     tune.die(trial)
     assert tune.events[-1] == Note(f"{name} gets another attempt: {reason}")
+    assert "what it hung in" in (tune.folder(trial) / "log.txt").read_text()
     again = tune.start()
     time.sleep(0.3)
     tune.post(trial, 9)  # of the attempt before

@@ -58,6 +58,7 @@ class _Attempt:
         steps: Signs of life that rank 0 has given.
         seen: Its last step, or when it was ended or missed last, of ``time.monotonic``.
         hung: Why it was ended from outside; empty where it was not.
+        stacks: Gives what its threads did then.
         leaves: Why it was asked to leave; empty where it was not.
     """
 
@@ -71,6 +72,7 @@ class _Attempt:
     steps: int = 0
     seen: float = 0.0
     hung: str = ""
+    stacks: Callable[[], str] = str
     leaves: str = ""
 
 
@@ -86,7 +88,7 @@ class Driver:
         budget: Of this search; None: it has none.
         began: When the search began, of ``time.monotonic``.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
-        end_process: Ends the process of an attempt.
+        end_process: Ends the process of an attempt; returns how to learn what its threads did.
         leaks: Removes what killed trials leave; None: they leave nothing.
         bad_nodes: Nodes on which attempts fail again and again.
         drains: Nodes that are being taken away; None: there are none to ask for.
@@ -103,7 +105,7 @@ class Driver:
     budget: BudgetConfig | None = None
     began: float = field(default_factory=lambda: time.monotonic())
     hang_timeout_s: float | None = None
-    end_process: Callable[[Process], None] = lambda process: None
+    end_process: Callable[[Process], Callable[[], str]] = lambda process: str
     leaks: Leaks | None = None
     bad_nodes: BadNodes = field(default_factory=BadNodes)
     drains: Drains | None = None
@@ -190,7 +192,7 @@ class Driver:
             with contextlib.suppress(OSError):  # not there
                 end_s = (folder / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
                 self._longest_end_s = max(self._longest_end_s, end_s)
-            if dead_rank is not None:
+            if dead_rank is not None and not attempt.hung:
                 gone = self._died(attempt, gone, dead_rank)
             self._settle(attempt, seconds, gone)
         except Exception as failure:  # raised again by the search
@@ -333,7 +335,7 @@ class Driver:
             attempt.hung = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s)"
             attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {spec.training}/{LOG}"
             self.on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
-            self.end_process(alive)
+            attempt.stacks = self.end_process(alive)
 
     def _write_live(self) -> None:
         """Writes ``live.json`` when something else runs, and after a while."""
@@ -455,7 +457,9 @@ class Driver:
         """
         spec, alive = attempt.spec, attempt.alive
         reason, _, details = gone.partition("\n")
-        reason = attempt.hung or reason or "its process ended without a message"
+        if attempt.hung:
+            reason, details = attempt.hung, "\n".join(filter(None, [attempt.stacks(), details]))
+        reason = reason or "its process ended without a message"
         node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
         if failure is not None:
             reason, details, node = failure.reason, failure.details, failure.node

@@ -1,11 +1,12 @@
-"""The mailbox between the driver and the processes of its trainings: signs of life go in, orders come back.
+"""The mailbox between the driver and the processes of its trainings: what they report goes in, orders come back.
 
-    rank of a training    ``Poster``: every second how far it is; the answer is its order
+    rank of a training    ``Poster``: every second how far it is, rank 0 rows of epochs and lines of the log, each how it
+                          failed; the answer is its order
     group of workers      what it has ended, and what it is to do next (``launch.ray_group``)
     ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
     driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
 
-Both sides say all that holds each time, so a mailbox that was restarted knows everything again after the next exchange
+Both sides say all that holds each time, a poster all records that the driver has not taken, so a mailbox that was restarted knows everything again after the next exchange
 and the next posts; nothing else guards it. A driver that is silent for ``PATIENCE_S`` (it sleeps) and a mailbox that
 cannot be reached for as long mean ``leave``: GPUs are not held for nobody.
 """
@@ -58,6 +59,7 @@ class Process:
         node_id: Ray's name of its node; empty without Ray.
         group: Ray's name of the placement group of the workers; empty when there is none.
         nodes: Of each rank: Ray's name of its node, and the node's address; empty until the ranks have met.
+        stacks: File on its node with what its threads do, should it hang; empty where nobody looks for that.
     """
 
     pid: int
@@ -65,6 +67,7 @@ class Process:
     node_id: str = ""
     group: str = ""
     nodes: tuple[tuple[str, str], ...] = ()
+    stacks: str = ""
 
 
 @dataclass(frozen=True)
@@ -267,10 +270,10 @@ class Poster:
         while not self.post() and time.monotonic() < limit:  # how it has ended, and the last records
             time.sleep(RETRY_EVERY_S)
 
-    def knows(self, nodes: tuple[tuple[str, str], ...]) -> None:
-        """Takes where the ranks are, and posts it."""
+    def knows(self, **found: Any) -> None:
+        """Takes fields of ``Process``, of rank 0, and posts them."""
         if self._post.process is not None:
-            self._change(process=replace(self._post.process, nodes=nodes))
+            self._change(process=replace(self._post.process, **found))
             self.post()
 
     def step(self) -> Order:
