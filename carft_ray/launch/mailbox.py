@@ -1,14 +1,15 @@
 """The mailbox between the driver and the processes of its trainings: what they report goes in, orders come back.
 
-    rank of a training    ``Poster``: every second how far it is, rank 0 rows of epochs and lines of the log, each how it
-                          failed; the answer is its order
+    rank of a training    ``Poster``: every second how far it is, and how it failed; rank 0 also rows of epochs and lines
+                          of the log; the answer is its order
     group of workers      what it has ended, and what it is to do next (``launch.ray_group``)
     ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
     driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
 
-Both sides say all that holds each time, a poster all records that the driver has not taken, so a mailbox that was restarted knows everything again after the next exchange
-and the next posts; nothing else guards it. A driver that is silent for ``PATIENCE_S`` (it sleeps) and a mailbox that
-cannot be reached for as long mean ``leave``: GPUs are not held for nobody.
+Both sides say all that holds each time, a poster all records that the driver has not taken, so a mailbox that was
+restarted knows everything again after the next exchange and the next posts; nothing else guards it. A driver that is
+silent for ``PATIENCE_S`` (it sleeps) and a mailbox that cannot be reached for as long mean ``leave``: GPUs are not held
+for nobody.
 """
 
 import contextlib
