@@ -1,7 +1,7 @@
 """The mailbox between the driver and the processes of its trainings: what they report goes in, orders come back.
 
-    rank of a training    ``Poster``: every second how far it is, and how it failed; rank 0 also rows of epochs and lines
-                          of the log; the answer is its order
+    rank of a training    ``Poster``: every second how far it is, and how it failed; rank 0 also rows of epochs and
+                          lines of the log; the answer is its order
     group of workers      what it has ended, and what it is to do next (``launch.ray_group``)
     ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
     driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
