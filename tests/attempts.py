@@ -3,6 +3,7 @@
 Searches of such attempts (``search``) go through the Searcher as Tune's do.
 """
 
+import itertools
 import multiprocessing
 import os
 import resource
@@ -132,7 +133,7 @@ def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died
             end_process=lambda process: partial(str, kill(process)),
             exchange=Exchange(box),
         )
-        for key in map(str, range(10_000)):
+        for key in map(str, itertools.count()):
             driver.poll()
             if spec := driver.propose(key):
                 driver.started(key)
