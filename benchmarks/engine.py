@@ -302,7 +302,7 @@ def driver_cost(
 
     from carft_ray.launch.driver import POLL_EVERY_S, Driver
     from carft_ray.launch.events import Started
-    from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
+    from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process, Record
     from carft_ray.launch.ray_cluster.concurrency import AtATime
     from carft_ray.study.rows import trials
     from carft_ray.ui.live import SearchView
@@ -326,15 +326,17 @@ def driver_cost(
             assert spec is not None
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps({**EPOCH, "epoch": epoch}) + "\n" for epoch in range(1, num_reports + 1))
+            epochs = range(1, num_reports + 1)
+            lines = (json.dumps({**EPOCH, "step": epoch, "epoch": epoch}) + "\n" for epoch in epochs)
             (folder / METRICS).write_text("".join(lines))
             driver.started(f"id{index}")
             specs.append(spec)
         for second in range(1, num_seconds + 1):
             for spec in specs:
-                with (spec.folder(study_dir) / METRICS).open("a") as out:
-                    out.write(json.dumps({**EPOCH, "epoch": num_reports + second}) + "\n")
-                box.post(Post(spec.training, spec.attempt, 0, second, Process(1, "1", "n" * 56)))
+                row = {**EPOCH, "step": num_reports + second, "epoch": num_reports + second}
+                process = Process(1, "1", "n" * 56)
+                record: Record = ("row", row)
+                box.post(Post(spec.training, spec.attempt, 0, second, process, None, (record,), second - 1))
             for _ in range(round(1 / POLL_EVERY_S)):
                 began, cpu = time.perf_counter(), time.process_time()
                 driver.poll(at_once=True)  # though it reads less often where one reading takes long

@@ -155,10 +155,6 @@ class InterruptedRunError(CarftError):
     exit_code = 130
 
 
-class OutdatedAttemptError(InterruptedRunError):
-    """A newer attempt of the same training has begun while this one gave no sign of life; it must not write."""
-
-
 def nearest(value: str, allowed: Iterable[str]) -> str | None:
     """Returns the allowed word that is most similar to ``value``, or None when none is close."""
     return next(iter(difflib.get_close_matches(value, list(allowed), n=1, cutoff=0.6)), None)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from carft_ray.errors import Problem, StorageError, UsageError
-from carft_ray.untrusted import open_regular, parse_json, read_regular
+from carft_ray.untrusted import parse_json, read_regular
 
 # of a network disk or connection that has gone, or of a disk that fails (not every system has each); a full disk or a
 # missing permission is not among them: another attempt would meet it again
@@ -32,23 +32,6 @@ RETRY_EVERY_S = 0.2
 REMAINS = ".*.[0-9]*.tmp"  # pattern of temporary names
 
 T = TypeVar("T")
-
-_may_write: list[Callable[[], None]] = []  # of this process, see ``fenced``
-
-
-@contextlib.contextmanager
-def fenced(check: Callable[[], None]) -> Iterator[None]:
-    """Within the block, every durable operation of this process calls ``check`` first, which raises to forbid it."""
-    _may_write.append(check)
-    try:
-        yield
-    finally:
-        _may_write.remove(check)
-
-
-def _check_fence() -> None:
-    for check in _may_write:
-        check()
 
 
 @contextlib.contextmanager
@@ -188,7 +171,6 @@ def new_file(path: Path) -> Iterator[Path]:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _check_fence()
             os.replace(temporary, path)
             fsync_file(path.parent)
     except BaseException:
@@ -231,7 +213,6 @@ def append_line(path: Path, line: str) -> None:
     Raises:
         StorageError: The line cannot be written.
     """
-    _check_fence()
     with writing(path), open(path, "a+b") as file:
         size = file.seek(0, os.SEEK_END)
         if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
@@ -294,33 +275,6 @@ def _whole_rows(content: bytes) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict)]
 
 
-def read_new_lines(path: Path, offset: int) -> tuple[list[dict[str, Any]], int]:
-    """Reads the JSON lines that were appended since the last read; what was read before is not read again.
-
-    A file that has become shorter was begun anew, and is read from its beginning. A disk that does not answer has
-    nothing new.
-
-    Args:
-        path: The file, which need not be there.
-        offset: Where the last read ended; 0 at first.
-
-    Returns:
-        The new lines, and where this read ended: after the last whole line.
-    """
-    start, content = offset, b""
-    try:
-        with passing_faults():
-            size = path.stat().st_size
-            if size == offset:
-                return [], offset
-            with open_regular(path, StorageError) as file:
-                start = file.seek(offset if size > offset else 0)
-                content = file.read()
-    except FileNotFoundError:
-        return [], 0
-    return _whole_rows(content), start + content.rfind(b"\n") + 1
-
-
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder that takes the name ``path`` when the block ends well, and vanishes otherwise.
@@ -337,7 +291,6 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             fsync_file(temporary)
-            _check_fence()
             os.rename(temporary, path)
             fsync_file(path.parent)
     except BaseException as error:
@@ -360,12 +313,6 @@ def remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-
-
-def remove_folder(path: Path) -> None:
-    """Removes a folder of this process's training as far as it can; what stays harms nobody."""
-    _check_fence()
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def remove_remains(folder: Path) -> None:

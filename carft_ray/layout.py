@@ -63,4 +63,3 @@ OWN = "own"  # in it, too: what a fine-tuning of the user's own keeps
 PREDICTIONS = "predictions/validation.parquet"
 THUMBNAILS = "predictions/thumbnails.parquet"  # of images whose answers change; they go with the weights
 OF_RESULT = (WEIGHTS, PREDICTIONS)  # files whose size and hash a result has
-FENCE = "fence.json"  # number of the attempt that may write, by the driver before it starts

@@ -26,7 +26,7 @@ from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.mailbox import Exchange, Mailbox
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Node
 from carft_ray.launch.runtime import Runner, make_runtime
-from carft_ray.launch.worker import run_worker
+from carft_ray.launch.worker import kill, run_worker
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -140,7 +140,7 @@ def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died
             AtATime(at_a_time, on_change=changed),
             events.append,
             hang_timeout_s=limit_s,
-            end_process=lambda process: os.kill(process.pid, 9),
+            end_process=lambda process: partial(str, kill(process)),
             exchange=Exchange(box),
         )
         for key in map(str, itertools.count()):

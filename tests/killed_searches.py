@@ -226,7 +226,7 @@ def numbers_of(study_dir, row):
     """Returns the content of ``result.json`` and ``metrics.jsonl`` of a training, less how long things took."""
     rows = [json.loads(line) for line in (row.folder(study_dir) / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((row.place(study_dir) / "result.json").read_text())
-    return {**result, "elapsed_s": None}, [{**row, "images_per_s": None} for row in rows]
+    return {**result, "elapsed_s": None, "rows": None}, [{**row, "images_per_s": None} for row in rows]
 
 
 def ended(process):

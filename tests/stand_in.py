@@ -86,7 +86,10 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     if mode == "hang" or (mode == "hang_once" and attempt == 1):
         time.sleep(1000)
     place, trained = out_dir / f"attempt-{attempt}", list(out_dir.glob("attempt-*/fine_tuned.safetensors"))
-    done = recipe.train.epochs if trained else epochs_done(out_dir)
+    rows = saved_rows(out_dir)
+    done = recipe.train.epochs if trained else len(rows)
+    if context.rank == 0:
+        context.resumed(rows)
     for epoch in range(done + 1, recipe.train.epochs + 1):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
@@ -99,8 +102,9 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
             row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}
             if has_intermediate_value(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
                 row["subset/objective"] = look(recipe.train, epoch)
-            report(out_dir / "metrics.jsonl", row)
-            save(out_dir, attempt, epoch)
+            rows.append(row)
+            context.report(row)
+            save(out_dir, attempt, epoch, rows)
             while modes.get("paced") and not context.should_stop() and not is_noted(out_dir, epoch):
                 time.sleep(0.05)
         if context.should_stop() and epoch < recipe.train.epochs:
@@ -115,9 +119,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     }
     if context.rank == 0 and math.isfinite(value):
         files.write_bytes(place / "fine_tuned.safetensors", b"weights")
-        for path in place.glob("step-*"):
-            files.remove(path)
-        write_result(place, result)
+        write_result(place, result | {"rows": rows})
     if mode == "slow_end":
         time.sleep(5)
     return result
@@ -137,22 +139,15 @@ def is_noted(out_dir, number):
     return any(len(row.intermediate_values) >= number for row in trials(out_dir.parents[1]) if row.name == out_dir.name)
 
 
-def save(out_dir, attempt, epoch):
+def save(out_dir, attempt, epoch, rows):
     """Writes what stands for a checkpoint, under its name."""
-    files.write_json(out_dir / f"attempt-{attempt}" / f"step-{10 * epoch:08d}", epoch)
+    files.write_json(out_dir / f"attempt-{attempt}" / f"step-{10 * epoch:08d}" / "state.json", rows)
 
 
-def epochs_done(out_dir):
-    return max((int(path.name[5:]) // 10 for path in out_dir.glob("attempt-*/step-*")), default=0)
-
-
-def report(path, row):
-    """Appends an epoch, without those from it on that a killed attempt has written."""
-    before = files.read_json_lines(path)
-    kept = [old for old in before if old["epoch"] < row["epoch"]]
-    if len(kept) < len(before):
-        files.write_text(path, "".join(json.dumps(old) + "\n" for old in kept))
-    files.append_line(path, json.dumps(row))
+def saved_rows(out_dir):
+    """The rows of the epochs until the newest checkpoint."""
+    found = max(out_dir.glob("attempt-*/step-*/state.json"), key=lambda path: path.parent.name, default=None)
+    return [] if found is None else files.read_json(found)
 
 
 def reduced(context):

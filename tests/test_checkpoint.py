@@ -313,30 +313,6 @@ def test_an_append_after_a_crash_in_the_middle_of_a_line_keeps_every_whole_line(
         assert len(files.read_json_lines(path)) == len(path.read_bytes().splitlines()) == whole + 1
 
 
-def test_new_lines_are_read_once_and_a_file_that_was_begun_anew_from_its_beginning(tmp_path):
-    path, seen, offset = tmp_path / "rows.jsonl", [], 0
-
-    def look():
-        nonlocal offset
-        rows, offset = files.read_new_lines(path, offset)
-        seen.append([row["a"] for row in rows])
-
-    look()
-    for text in ('{"a": 1}\n{"a": 2}\n', "", '{"a": 3}\n{"a"', ": 4}\n"):
-        with path.open("a") as file:
-            file.write(text)
-        look()
-    assert seen == [[], [1, 2], [], [3], [4]]
-    path.write_text('{"a": 1}\n')
-    look()
-    path.write_text('{"b": "another file with more bytes"}\n{"a": 2}\n')
-    look()
-    assert seen[5:] == [[1], [2]]
-    path.unlink()
-    look()
-    assert (seen[-1], offset) == ([], 0)
-
-
 def half_a_folder(path):
     with files.new_folder(path) as folder:
         (folder / "a").write_text("half")

@@ -95,7 +95,10 @@ def inside(folder):
 
 def result(folder):
     return without(
-        json.loads((short_training.place_in(folder / "out") / "result.json").read_text()), "elapsed_s", "environment"
+        json.loads((short_training.place_in(folder / "out") / "result.json").read_text()),
+        "elapsed_s",
+        "environment",
+        "rows",
     )
 
 

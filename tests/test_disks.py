@@ -69,7 +69,7 @@ def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_a_storage_error
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
 def test_a_full_disk_or_a_missing_permission_is_never_hidden(disk, tmp_path, number):
-    for read in (files.exists, files.seen, files.read_json_lines, lambda path: files.read_new_lines(path, 0)):
+    for read in (files.exists, files.seen, files.read_json_lines):
         disk("file", 1, number)
         with pytest.raises(OSError, match=os.strerror(number)) as raised:
             read(tmp_path / "file")
@@ -90,16 +90,6 @@ def test_what_a_training_has_left_is_read_again_and_is_not_taken_for_missing(dis
         read_result(tmp_path)
 
 
-def test_lines_that_could_not_be_read_come_with_the_next_look(disk, tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"epoch": 1}\n')
-    rows, offset = files.read_new_lines(path, 0)
-    files.append_line(path, '{"epoch": 2}')
-    disk("metrics.jsonl", 1)
-    assert files.read_new_lines(path, offset) == ([], offset)
-    assert [row["epoch"] for row in rows + files.read_new_lines(path, offset)[0]] == [1, 2]
-
-
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
     events = []
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
@@ -108,14 +98,11 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
         folder = driver.propose("one").folder(study.study_dir)
         folder.mkdir(parents=True, exist_ok=True)
         driver.started("one")
-        (folder / "metrics.jsonl").write_text('{"epoch": 1}\n')
         (study.study_dir / "stop").write_text("asked")
-        for name in ("stop", "metrics.jsonl"):
-            disk(name, FOREVER, errno.EHOSTDOWN)
+        disk("stop", FOREVER, errno.EHOSTDOWN)
         driver.poll()
         assert not driver.is_stopping
-        for name in ("stop", "metrics.jsonl"):
-            disk(name, 0)
+        disk("stop", 0)
         assert driver.check_stop()
         assert driver.failure is None
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import re
 import time
+from collections import Counter
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -21,7 +22,6 @@ from carft_ray.launch.events import (
     TrialEpoch,
     TrialFinished,
     TrialSetAside,
-    TrialStarted,
 )
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
@@ -42,7 +42,7 @@ class Tune:
 
     def __init__(self, driver):
         self.driver = driver
-        self.box = Mailbox()
+        self.box, self.num_rows = Mailbox(), Counter()
         driver.exchange = Exchange(self.box)
         self.searcher = DriverSearcher(driver)
         self.callback = DriverCallback(driver, self.searcher)
@@ -90,13 +90,20 @@ class Tune:
         """Posts as rank 0 of a trial; returns the order."""
         spec, nodes = TrialSpec(**trial.config["spec"]), tuple(map(tuple, nodes))
         process = Process(77, "5", nodes[0][0] if nodes else "n1", group, nodes)
-        return self.box.post(Post(spec.training, spec.attempt, 0, steps, process))
+        return self.box.post(Post(spec.training, spec.attempt, 0, steps, process)).order
+
+    def report(self, trial, *rows):
+        """Posts rows of epochs as rank 0 of a trial."""
+        spec = TrialSpec(**trial.config["spec"])
+        first = self.num_rows[spec.training, spec.attempt]
+        self.num_rows[spec.training, spec.attempt] += len(rows)
+        self.box.post(Post(spec.training, spec.attempt, records=tuple(("row", row) for row in rows), first=first))
 
     def order(self, trial):
         """What the driver wants of a trial now."""
         self.driver.exchange.now()
         spec = TrialSpec(**trial.config["spec"])
-        return self.box.post(Post(spec.training, spec.attempt, 1))
+        return self.box.post(Post(spec.training, spec.attempt, 1)).order
 
     def folder(self, trial):
         return TrialSpec(**trial.config["spec"]).folder(self.driver.study.study_dir)
@@ -359,21 +366,41 @@ def test_a_stop_leaves_running_trials_to_the_next_search(tune):
     assert [row.outcome for row in trials(tune.driver.study.study_dir)] == ["running"]
 
 
-def test_epochs_are_told_from_the_files_of_the_training(tune):
+def test_what_a_training_reports_is_written_and_told_once_however_often_its_attempts_say_it(tune):
+    tune.finish(tune.start())
+    rows = [{"epoch": epoch, "step": 10 * epoch, "loss": 1 / epoch} for epoch in (1, 2, 3)]
     trial = tune.start()
-    folder = tune.folder(trial)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n{"epo')
+    tune.report(trial, *rows[:2])
     tune.look()
+    tune.report(trial, rows[2])
+    tune.die(trial)
+    again = tune.start()
+    other = {**rows[2], "loss": 0.5}  # of the epoch after its checkpoint, trained anew
+    tune.report(again, *rows[:2], other)
     tune.look()
-    assert kinds(tune.events) == [TrialStarted, TrialEpoch, TrialEpoch]
-    assert tune.events[-1].metrics == {"epoch": 2}
+    told = [event.metrics for event in tune.events if isinstance(event, TrialEpoch)]
+    assert told == [*rows, other]
+    lines = (tune.folder(trial) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [*rows[:2], other]
+
+
+def test_lines_of_a_training_stand_in_its_log(tune):
+    trial = tune.start()
+    spec = spec_of(trial)
+    tune.box.post(Post(spec.training, 1, records=(("log", "attempt 1: starts on here"),)))
+    tune.end(trial)
+    assert (tune.folder(trial) / "log.txt").read_text().splitlines()[0].endswith(" attempt 1: starts on here")
 
 
 @pytest.mark.slow
 def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt(search):
     ended = []
-    tune = search(hang_timeout_s=0.2, end_process=ended.append)
+
+    def end_process(process):
+        ended.append(process)
+        return lambda: "what it hung in"
+
+    tune = search(hang_timeout_s=0.2, end_process=end_process)
     tune.finish(tune.start())
     trial = tune.start()
     name = trial.config["spec"]["name"]
@@ -390,6 +417,7 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     assert tune.events[-1] == Note(f"{name} hangs: {reason}")
     tune.die(trial)
     assert tune.events[-1] == Note(f"{name} gets another attempt: {reason}")
+    assert "what it hung in" in (tune.folder(trial) / "log.txt").read_text()
     again = tune.start()
     time.sleep(0.3)
     tune.post(trial, 9)  # of the attempt before

@@ -19,9 +19,10 @@ import torch
 from ray.air.execution._internal.actor_manager import RayActorManager
 
 from carft_ray import files
-from carft_ray.errors import OutdatedAttemptError, OutOfMemoryError
+from carft_ray.errors import OutOfMemoryError
 from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.failures.causes import host_memory
+from carft_ray.launch.mailbox import Wish
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
@@ -30,7 +31,7 @@ from carft_ray.launch.trainings import run_trainings
 from carft_ray.launch.worker import run_worker
 from carft_ray.store.result import read_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialSpec, check_fence, raise_fence
+from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -333,37 +334,8 @@ def test_a_training_that_hangs_leaves_the_stacks_of_its_threads_in_its_log(tmp_p
 # attempts that wake up
 
 
-def test_behind_a_fence_nothing_is_written_once_another_attempt_has_begun(tmp_path):
-    (tmp_path / "log.txt").write_text("before\n")
-    (tmp_path / "checkpoint").mkdir()
-    check_fence(tmp_path, 1)  # without a fence, as in `train`
-    raise_fence(tmp_path, 1)
-    with files.fenced(lambda: check_fence(tmp_path, 1)):
-        files.append_line(tmp_path / "log.txt", "mine")
-        files.write_text(tmp_path / "result.json", "mine")
-        for write in (
-            lambda: files.append_line(tmp_path / "log.txt", "late"),
-            lambda: files.write_text(tmp_path / "result.json", "late"),
-            lambda: files.remove_folder(tmp_path / "checkpoint"),
-            lambda: _new_folder(tmp_path / "step"),
-        ):
-            (tmp_path / "fence.json").write_text('{"attempt": 2}')
-            with pytest.raises(OutdatedAttemptError, match="attempt 1 is outdated: attempt 2 has begun"):
-                write()
-    files.write_text(tmp_path / "after.json", "free again")
-    assert (tmp_path / "log.txt").read_text() == "before\nmine\n"
-    assert (tmp_path / "result.json").read_text() == "mine"
-    names = {"log.txt", "result.json", "checkpoint", "after.json", "fence.json"}
-    assert {path.name for path in tmp_path.iterdir()} == names
-
-
-def _new_folder(path):
-    with files.new_folder(path):
-        pass
-
-
 @pytest.mark.slow
-def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_ends(tmp_path):
+def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_nothing(tmp_path):
     """The first process is stopped after its first epoch and woken while the next attempt runs; both are held."""
     study_dir = tmp_path / "study"
     hold = stand_in.tell(tmp_path, tell_pid=True) / "hold"
@@ -376,12 +348,13 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         first = study.next()
         folder = first.folder(study_dir)
         zombie = attempts.start(plan, first)
-        wait_until(lambda: files.read_json_lines(folder / "metrics.jsonl"))
+        orders = {first.training: Wish(1)}
+        wait_until(lambda: rows_in(box, orders))
         os.kill(zombie.pid, signal.SIGSTOP)
         assert study.lost(first, "its node is lost") != "set aside"
         second = study.next()
         process = attempts.start(plan, second)
-        orders = {second.training: (2, "go")}
+        orders = {second.training: Wish(2, "go")}
         wait_until(lambda: [signs.process.pid for signs in box.exchange(orders).values()] == [process.pid])
         os.kill(zombie.pid, signal.SIGCONT)
         zombie.join(120)
@@ -389,11 +362,15 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_writes_nothing_and_end
         assert box.exchange(orders)[second.training].process.pid == process.pid
         hold.unlink()
         process.join(120)
-        row = study.settle(second)
+        row, rows = study.settle(second), rows_in(box, orders)
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
-    assert [line["epoch"] for line in files.read_json_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert read_result(folder / "attempt-2")[0]["metrics"]["pid"] == process.pid
-    assert (folder / "log.txt").read_text().count("attempt") == 3  # two starts and a loss
+    assert (folder / "log.txt").read_text().count("attempt") == 1  # the loss
+
+
+def rows_in(box, orders):
+    return [value for signs in box.exchange(orders).values() for kind, value in signs.records if kind == "row"]
 
 
 def wait_until(holds):
@@ -417,7 +394,7 @@ def test_another_attempt_says_in_the_log_from_where_it_goes_on(tmp_path):
         folders.append(spec.folder(plan.study_dir))
         folders[-1].mkdir(parents=True)
         if step:
-            stand_in.save(folders[-1], 1, 1)
+            stand_in.save(folders[-1], 1, 1, [])
             (folders[-1] / "metrics.jsonl").write_text('{"epoch": 1, "step": 10}\n')
         assert run_worker(plan, spec, folders[-1], attempts.RunContext())
     begun = [(folder / "log.txt").read_text().splitlines()[0].partition("starts on ")[2] for folder in folders]

@@ -16,7 +16,7 @@ from test_lost import gloo
 from carft_ray.errors import DataError, InterruptedRunError
 from carft_ray.launch import worker
 from carft_ray.launch.events import Note, Preparing
-from carft_ray.launch.mailbox import Mailbox, Poster
+from carft_ray.launch.mailbox import Mailbox, Poster, Wish
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.loading import absolute_paths
@@ -165,13 +165,13 @@ def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(t
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_of_a_training_reports_its_steps(tmp_path, rank):
+def test_every_rank_of_a_training_reports_its_steps(rank):
     box = Mailbox()
     with Poster(box, "trials/t0000", 1, rank) as poster:
-        with worker._watched(tmp_path, RunContext(rank, 2), poster, 3600) as context:
+        with worker._watched(RunContext(rank, 2), poster, 3600) as context:
             assert [context.should_stop() for _ in range(3)] == [False] * 3
         poster.post()
-    assert box.exchange({"trials/t0000": (1, "go")})["trials/t0000"].steps == {rank: 3}
+    assert box.exchange({"trials/t0000": Wish(1, "go")})["trials/t0000"].steps == {rank: 3}
 
 
 def stop_together(context, base_dir):

@@ -16,10 +16,9 @@ from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from tiny import make_tiny_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from carft_ray import files
 from carft_ray.data.order import permutation
 from carft_ray.data.views import view_batch
-from carft_ray.errors import DivergedError, OutdatedAttemptError, StorageError
+from carft_ray.errors import DivergedError, StorageError
 from carft_ray.model.classifier import ImageClassifier, build_classifier, normalised
 from carft_ray.model.heads import build_heads
 from carft_ray.model.mixing import mix_weights
@@ -377,15 +376,6 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training_before_the_next_o
     with pytest.raises(StorageError, match="must be writable"):
         fine_tune(tiny_clip, *heads, source, train, context, checkpoint_dir=folder)
     assert rows[-1]["step"] <= (2 if stops else 20)
-
-
-def test_an_attempt_that_another_one_follows_writes_no_checkpoint(tiny_clip, heads, source, tmp_path, frequent):
-    def check():
-        raise OutdatedAttemptError("another attempt has begun")
-
-    with files.fenced(check), pytest.raises(OutdatedAttemptError):
-        fine_tune(tiny_clip, *heads, source, settings(batch_size=4), checkpoint_dir=tmp_path)
-    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def without_speed(row):

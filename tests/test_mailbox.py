@@ -9,7 +9,7 @@ import pytest
 import ray
 
 from carft_ray.launch import mailbox
-from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Poster, Process, start_mailbox
+from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Poster, Process, Wish, start_mailbox
 from carft_ray.launch.ray_cluster.cluster import running_ray
 
 NAME, OTHER = "trials/t0000-abcd", "trials/t0001-abcd"
@@ -35,41 +35,41 @@ def test_what_all_ranks_post_is_given_to_the_driver_and_what_it_does_not_name_is
     box.post(Post(NAME, 1, 0, 3, PROCESS))
     box.post(Post(NAME, 1, 1, 5))
     box.post(Post(OTHER, 1, 0, 1))
-    found = box.exchange({NAME: (1, "go")})
+    found = box.exchange({NAME: Wish(1, "go")})
     assert (found[NAME].steps, found[NAME].process) == ({0: 3, 1: 5}, PROCESS)
     assert list(found) == [NAME]
-    assert list(box.exchange({NAME: (1, "go"), OTHER: (1, "go")})) == [NAME]
-    assert box.exchange({NAME: (2, "go")}) == {}  # of another attempt
+    assert list(box.exchange({NAME: Wish(1, "go"), OTHER: Wish(1, "go")})) == [NAME]
+    assert box.exchange({NAME: Wish(2, "go")}) == {}  # of another attempt
 
 
 @pytest.mark.parametrize("order", ["go", "stop", "leave"])
 def test_an_attempt_gets_the_order_that_is_its_own(order):
     box = Mailbox()
-    assert box.post(Post(NAME, 2)) == "go"  # the driver has not named it yet
-    box.exchange({NAME: (2, order)})
-    assert [box.post(Post(NAME, attempt)) for attempt in (1, 2, 3)] == ["outdated", order, "go"]
-    assert box.post(Post(OTHER, 1)) == "go"
+    assert box.post(Post(NAME, 2)).order == "go"  # the driver has not named it yet
+    box.exchange({NAME: Wish(2, order)})
+    assert [box.post(Post(NAME, attempt)).order for attempt in (1, 2, 3)] == ["outdated", order, "go"]
+    assert box.post(Post(OTHER, 1)).order == "go"
 
 
 def test_what_an_outdated_attempt_posts_is_not_taken_for_the_next_one():
     box = Mailbox()
-    box.exchange({NAME: (2, "go")})
+    box.exchange({NAME: Wish(2, "go")})
     box.post(Post(NAME, 2, 0, 1, PROCESS))
-    assert box.post(Post(NAME, 1, 0, 99, Process(1, "1"))) == "outdated"
-    [found] = box.exchange({NAME: (2, "go")}).values()
+    assert box.post(Post(NAME, 1, 0, 99, Process(1, "1"))).order == "outdated"
+    [found] = box.exchange({NAME: Wish(2, "go")}).values()
     assert (found.attempt, found.steps, found.process) == (2, {0: 1}, PROCESS)
 
 
 def test_while_the_driver_is_silent_for_long_all_are_to_leave():
     clock = Clock()
     box = Mailbox(clock)
-    box.exchange({NAME: (1, "go")})
+    box.exchange({NAME: Wish(1, "go")})
     clock.now = PATIENCE_S - 1
-    assert box.post(Post(NAME, 1)) == "go"
+    assert box.post(Post(NAME, 1)).order == "go"
     clock.now = PATIENCE_S
-    assert [box.post(Post(name, 1)) for name in (NAME, OTHER)] == ["leave"] * 2
-    box.exchange({NAME: (1, "go")})  # it is awake again
-    assert box.post(Post(NAME, 1)) == "go"
+    assert [box.post(Post(name, 1)).order for name in (NAME, OTHER)] == ["leave"] * 2
+    box.exchange({NAME: Wish(1, "go")})  # it is awake again
+    assert box.post(Post(NAME, 1)).order == "go"
 
 
 class Broken:
@@ -90,7 +90,7 @@ def test_a_training_that_cannot_reach_the_mailbox_for_long_leaves(monkeypatch):
 
 
 def test_a_mailbox_that_was_started_again_knows_all_after_an_exchange_and_a_post():
-    box, orders = Mailbox(), {NAME: (3, "stop")}
+    box, orders = Mailbox(), {NAME: Wish(3, "stop")}
     with Poster(box, NAME, 3, process=PROCESS) as poster:
         poster.step()
         poster._box = box = Mailbox()
@@ -156,8 +156,58 @@ def test_an_exchange_goes_on_while_the_driver_is_busy_and_when_the_mailbox_fails
     exchange = Exchange(Flaky())
     with exchange.going_on():
         exchange.order(NAME, 1, "stop")
-        until(lambda: box.post(Post(NAME, 1, 0, 8)) == "stop" and exchange.mail(NAME, 1) is not None)
+        until(lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1) is not None)
     assert exchange.mail(NAME, 1).signs.steps == {0: 8}
+
+
+class Losing(Mailbox):
+    """Every third post has no answer though it came, every fourth finds a mailbox that was just started again."""
+
+    calls = 0
+
+    def post(self, post):
+        self.calls += 1
+        if self.calls % 4 == 0:
+            super().__init__()
+        answer = super().post(post)
+        if self.calls % 3 == 0:
+            raise ConnectionError
+        return answer
+
+
+@pytest.mark.parametrize("looks", [1, 2, 5])
+def test_each_record_reaches_the_driver_once_and_in_order_whatever_is_lost_on_the_way(looks):
+    box, found = Losing(), []
+    exchange, poster = Exchange(box), Poster(box, NAME, 1)
+    exchange.order(NAME, 1)
+    for number in range(40):
+        poster.record("row", number)
+        for _ in range(number % 3):
+            poster.post()
+        if number % looks == 0:
+            exchange.now()
+            found += exchange.records(NAME)
+    while not poster.post():
+        pass
+    exchange.now()
+    found += exchange.records(NAME)
+    assert found == [("row", number) for number in range(40)]
+    for _ in range(3):  # by then the poster knows, and drops them
+        exchange.now()
+        poster.post()
+    assert poster._records == []
+
+
+def test_records_of_an_attempt_are_not_those_of_the_next():
+    box = Mailbox()
+    exchange = Exchange(box)
+    exchange.order(NAME, 1)
+    box.post(Post(NAME, 1, records=(("row", 1), ("row", 2))))
+    exchange.now()
+    exchange.order(NAME, 2)
+    box.post(Post(NAME, 2, records=(("row", 3),)))
+    exchange.now()
+    assert exchange.records(NAME) == [("row", 3)]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +227,7 @@ def pid_of(box):
 
 @pytest.mark.slow
 def test_the_actor_answers_as_the_object_and_comes_back_when_it_is_killed(actor):
-    orders = {NAME: (1, "leave")}
+    orders = {NAME: Wish(1, "leave")}
     actor.exchange(orders)
     with Poster(actor, NAME, 1, process=PROCESS) as poster:
         assert poster.order == "leave"
@@ -185,7 +235,7 @@ def test_the_actor_answers_as_the_object_and_comes_back_when_it_is_killed(actor)
         os.kill(killed, signal.SIGKILL)
         until(lambda: pid_of(actor) not in (None, killed))
         until(lambda: actor.exchange(orders) and actor.exchange(orders)[NAME].process == PROCESS)
-    assert actor.post(Post(NAME, 1)) == "leave"
+    assert actor.post(Post(NAME, 1)).order == "leave"
 
 
 @pytest.mark.slow
@@ -209,7 +259,7 @@ def test_two_hundred_trainings_post_while_the_driver_exchanges(actor):
     def post(box, names):
         orders = set()
         for step in range(5):
-            orders |= {box.post(Post(name, 1, 0, step)) for name in names}
+            orders |= {box.post(Post(name, 1, 0, step)).order for name in names}
         return orders
 
     exchange = Exchange(actor)

@@ -373,7 +373,6 @@ def test_every_error_has_the_exit_code_of_its_kind():
         "BudgetError": 7,
         "HoldOutError": 8,
         "InterruptedRunError": 130,
-        "OutdatedAttemptError": 130,
     }
     leaves = {
         kind.__name__: kind.exit_code

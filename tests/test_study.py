@@ -21,7 +21,7 @@ from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 
 from carft_ray.cli import app
-from carft_ray.errors import CarftError, DataError, OutdatedAttemptError, RecipeError, StorageError, UsageError
+from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
 from carft_ray.files import temporary_name
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
@@ -29,7 +29,7 @@ from carft_ray.results.reading.trained import open_trained
 from carft_ray.store import result
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, check_fence, trial_name
+from carft_ray.study.outcome import Failure, trial_name
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -152,8 +152,6 @@ def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the
             advance(study_dir, spec, 10)
             told = study.lost(spec, "the process died", "Traceback of the other rank")
             assert told == ("advanced" if attempt == 1 else "repeated" if attempt < LOST_ATTEMPTS else "set aside")
-        with pytest.raises(OutdatedAttemptError):  # should it wake up
-            check_fence(spec.folder(study_dir), spec.attempt)
         other = study.next()  # the others go on
         assert other.number == 1
         write_result(study_dir, other)
@@ -536,7 +534,7 @@ def test_a_failed_training_keeps_neither_weights_nor_checkpoints(study_dir):
                 add_weights(study_dir, spec)
                 row = study.settle(spec, failed(spec, outcome))
                 assert spec.place(study_dir).exists() == (row is None)
-            assert {path.name for path in folder.iterdir()} <= {"log.txt", "fence.json"}
+            assert {path.name for path in folder.iterdir()} <= {"log.txt"}
     assert [row.outcome for row in trials(study_dir)] == ["diverged", "error"]
 
 

@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from carft_ray.errors import Problem, StorageError
-from carft_ray.files import NO_FLOCK, new_file, remove_folder, writing
+from carft_ray.files import NO_FLOCK, new_file, writing
 from carft_ray.recipe.schema.recipe import Recipe
 
 GB = 10**9  # bytes
@@ -264,7 +265,7 @@ def remove(cache_dir: Path, key: str) -> bool:
         StorageError: It cannot be removed.
     """
     if "/" in key:  # targets: who reads them computes them again
-        remove_folder(cache_dir / key)
+        shutil.rmtree(cache_dir / key, ignore_errors=True)
         return True
     path = cache_dir / f"{key}.arrow"
     with _alone(path) as free, writing(path):

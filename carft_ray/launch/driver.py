@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import median
+from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, ClusterError, MachineError, NoSuccessfulTrialError, Problem, StorageError
@@ -27,7 +28,7 @@ from carft_ray.launch.stop import BUDGET_STOP, used_up
 from carft_ray.layout import LOG, METRICS, RESULT, STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study import outcome
-from carft_ray.study.outcome import Failure, Live, TrialRow, TrialSpec, log_lost
+from carft_ray.study.outcome import Failure, Live, TrialRow, TrialSpec, append_log, log_lost
 from carft_ray.study.study import Study
 from carft_ray.words import counted
 
@@ -49,23 +50,27 @@ class _Attempt:
     Attributes:
         spec: The attempt.
         began: When it was proposed, and once it runs, when it got its resources, of ``time.monotonic``.
-        offset: Bytes of ``metrics.jsonl`` that were read; None until it runs.
+        is_running: Whether it has its resources.
+        rows: Of epochs that the study has not judged.
         alive: Its process, once it has posted.
         failure: How it ended, where it has posted that.
         steps: Signs of life that rank 0 has given.
         seen: Its last step, or when it was ended or missed last, of ``time.monotonic``.
         hung: Why it was ended from outside; empty where it was not.
+        stacks: Gives what its threads did then.
         leaves: Why it was asked to leave; empty where it was not.
     """
 
     spec: TrialSpec
     began: float
-    offset: int | None = None
+    is_running: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
     alive: Process | None = None
     failure: Failure | None = None
     steps: int = 0
     seen: float = 0.0
     hung: str = ""
+    stacks: Callable[[], str] = str
     leaves: str = ""
 
 
@@ -81,7 +86,7 @@ class Driver:
         budget: Of this search; None: it has none.
         began: When the search began, of ``time.monotonic``.
         hang_timeout_s: An attempt that makes no step for so long is ended; None: none is.
-        end_process: Ends the process of an attempt.
+        end_process: Ends the process of an attempt; returns how to learn what its threads did.
         leaks: Removes what killed trials leave; None: they leave nothing.
         bad_nodes: Nodes on which attempts fail again and again.
         drains: Nodes that are being taken away; None: there are none to ask for.
@@ -98,7 +103,7 @@ class Driver:
     budget: BudgetConfig | None = None
     began: float = field(default_factory=lambda: time.monotonic())
     hang_timeout_s: float | None = None
-    end_process: Callable[[Process], None] = lambda process: None
+    end_process: Callable[[Process], Callable[[], str]] = lambda process: str
     leaks: Leaks | None = None
     bad_nodes: BadNodes = field(default_factory=BadNodes)
     drains: Drains | None = None
@@ -155,8 +160,7 @@ class Driver:
         """Notes that an attempt has got its resources: from now on its time counts."""
         attempt = self._attempts[key]
         attempt.began = attempt.seen = time.monotonic()
-        path = attempt.spec.folder(self.study.study_dir) / METRICS
-        attempt.offset = files.read_new_lines(path, 0)[1]
+        attempt.is_running = True
         self.on_event(events.TrialStarted(attempt.spec))
 
     def ended(self, key: str, gone: str = "", dead_rank: int | None = None) -> None:
@@ -185,7 +189,7 @@ class Driver:
             with contextlib.suppress(OSError):  # not there
                 end_s = (spec.place(self.study.study_dir) / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
                 self._longest_end_s = max(self._longest_end_s, end_s)
-            if dead_rank is not None:
+            if dead_rank is not None and not attempt.hung:
                 gone = self._died(attempt, gone, dead_rank)
             self._settle(attempt, seconds, gone)
         except Exception as failure:  # raised again by the search
@@ -273,7 +277,7 @@ class Driver:
 
     def _held_s(self, attempt: _Attempt) -> float:
         """Returns for how long an attempt has held its resources; a Ray Train group has them when its workers run."""
-        waits = attempt.offset is None or (self.leaks is not None and attempt.alive is None)
+        waits = not attempt.is_running or (self.leaks is not None and attempt.alive is None)
         return 0.0 if waits else time.monotonic() - attempt.began
 
     @property
@@ -284,7 +288,7 @@ class Driver:
         """
         late = self.is_stopping and time.monotonic() - self._stopping_since >= STOP_WAITING_AFTER_S
         waiting = [
-            attempt.offset is None or (late and self.leaks is not None and attempt.alive is None)
+            not attempt.is_running or (late and self.leaks is not None and attempt.alive is None)
             for attempt in self._attempts.values()
         ]
         return self.is_stopping and bool(waiting) and all(waiting)
@@ -295,6 +299,14 @@ class Driver:
             self.ended(key)
 
     def _read_post(self, attempt: _Attempt) -> None:
+        try:
+            for kind, value in self.exchange.records(attempt.spec.training):
+                if kind == "log":
+                    append_log(attempt.spec.folder(self.study.study_dir), value)
+                elif self.study.add_row(attempt.spec, value):
+                    attempt.rows.append(value)
+        except StorageError as error:
+            self._fail(error)
         mail = self.exchange.mail(attempt.spec.training, attempt.spec.attempt)
         if mail is None:
             return
@@ -317,7 +329,7 @@ class Driver:
             attempt.hung = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s)"
             attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {spec.training}/{LOG}"
             self.on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
-            self.end_process(alive)
+            attempt.stacks = self.end_process(alive)
 
     def _write_live(self) -> None:
         """Writes ``live.json`` when something else runs, and after a while."""
@@ -335,13 +347,10 @@ class Driver:
             self._written = now, names
 
     def _report_epochs(self, attempt: _Attempt) -> None:
-        if attempt.offset is None:
-            return
-        path = attempt.spec.folder(self.study.study_dir) / METRICS
-        rows, attempt.offset = files.read_new_lines(path, attempt.offset)
+        rows, attempt.rows = attempt.rows, []
         try:
-            for line in rows:
-                if self.study.report(attempt.spec, line):
+            for row in rows:
+                if self.study.report(attempt.spec, row):
                     self.exchange.order(attempt.spec.training, attempt.spec.attempt, "cut")
         except Exception as failure:  # raised again by the search
             self._fail(failure)
@@ -442,7 +451,9 @@ class Driver:
         """
         spec, alive = attempt.spec, attempt.alive
         reason, _, details = gone.partition("\n")
-        reason = attempt.hung or reason or "its process ended without a message"
+        if attempt.hung:
+            reason, details = attempt.hung, "\n".join(filter(None, [attempt.stacks(), details]))
+        reason = reason or "its process ended without a message"
         node = alive.node_id if alive and len(alive.nodes) == 1 else ""  # of several, it is not known which
         if failure is not None:
             reason, details, node = failure.reason, failure.details, failure.node

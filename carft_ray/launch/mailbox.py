@@ -1,13 +1,15 @@
-"""The mailbox between the driver and the processes of its trainings: signs of life go in, orders come back.
+"""The mailbox between the driver and the processes of its trainings: what they report goes in, orders come back.
 
-    rank of a training    ``Poster``: every second how far it is; the answer is its order
+    rank of a training    ``Poster``: every second how far it is, and how it failed; rank 0 also rows of epochs and
+                          lines of the log; the answer is its order
     group of workers      what it has ended, and what it is to do next (``launch.ray_group``)
     ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
     driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
 
-Both sides say all that holds each time, so a mailbox that was restarted knows everything again after the next exchange
-and the next posts; nothing else guards it. A driver that is silent for ``PATIENCE_S`` (it sleeps) and a mailbox that
-cannot be reached for as long mean ``leave``: GPUs are not held for nobody.
+Both sides say all that holds each time, a poster all records that the driver has not taken, so a mailbox that was
+restarted knows everything again after the next exchange and the next posts; nothing else guards it. A driver that is
+silent for ``PATIENCE_S`` (it sleeps) and a mailbox that cannot be reached for as long mean ``leave``: GPUs are not held
+for nobody.
 """
 
 import contextlib
@@ -16,7 +18,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,6 +35,22 @@ NAMESPACE = "carft-ray"  # of Ray's names of actors: workers of Ray Train are in
 # stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; cut: end, and the same
 # workers may get the next training; outdated: another attempt runs
 Order = Literal["go", "cut", "stop", "leave", "outdated"]
+Record = tuple[Literal["row", "log"], Any]  # of an epoch; text of the log
+
+
+class Wish(NamedTuple):
+    """What the driver says of a training: its newest attempt, the order, and how many of its records it has."""
+
+    attempt: int
+    order: Order = "go"
+    num_taken: int = 0
+
+
+class Answer(NamedTuple):
+    """To a post: the order, and how many of its records the driver has."""
+
+    order: Order
+    num_taken: int = 0
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Process:
         node_id: Ray's name of its node; empty without Ray.
         group: Ray's name of the placement group of the workers; empty when there is none.
         nodes: Of each rank: Ray's name of its node, and the node's address; empty until the ranks have met.
+        stacks: File on its node with what its threads do, should it hang; empty where nobody looks for that.
     """
 
     pid: int
@@ -52,6 +71,7 @@ class Process:
     node_id: str = ""
     group: str = ""
     nodes: tuple[tuple[str, str], ...] = ()
+    stacks: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,6 +85,8 @@ class Post:
         steps: Signs of life that it has given.
         process: Of rank 0 alone.
         failure: How the attempt has ended for this rank, if not well.
+        records: Of rank 0: those that the driver may not have.
+        first: How many came before them in this attempt.
     """
 
     training: str
@@ -73,6 +95,8 @@ class Post:
     steps: int = 0
     process: Process | None = None
     failure: Failure | None = None
+    records: tuple[Record, ...] = ()
+    first: int = 0
 
 
 @dataclass
@@ -84,19 +108,23 @@ class Signs:
         steps: Signs of life by rank.
         process: Of rank 0, once it has posted.
         failure: The first that was posted: when one worker fails, the others fail after it.
+        records: Of rank 0, in its last post.
+        first: How many came before them.
     """
 
     attempt: int
     steps: dict[int, int] = field(default_factory=dict)
     process: Process | None = None
     failure: Failure | None = None
+    records: tuple[Record, ...] = ()
+    first: int = 0
 
 
 class Box(Protocol):
     """A mailbox, wherever it is. Its calls raise an ``OSError`` when it cannot be reached."""
 
-    def post(self, post: Post) -> Order: ...
-    def exchange(self, orders: Mapping[str, tuple[int, Order]]) -> dict[str, Signs]: ...
+    def post(self, post: Post) -> Answer: ...
+    def exchange(self, wishes: Mapping[str, Wish]) -> dict[str, Signs]: ...
     def give(self, group: str, work: Any) -> Any: ...
     def take(self, group: str, said: Any) -> Any: ...
 
@@ -111,7 +139,7 @@ class Mailbox:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._heard_at: float | None = None  # of the driver
-        self._orders: Mapping[str, tuple[int, Order]] = {}
+        self._wishes: Mapping[str, Wish] = {}
         self._signs: dict[str, Signs] = {}
         self._work: dict[str, Any] = {}
         self._said: dict[str, Any] = {}
@@ -121,36 +149,39 @@ class Mailbox:
         """Elsewhere it is another one."""
         return Mailbox, ()
 
-    def post(self, post: Post) -> Order:
+    def post(self, post: Post) -> Answer:
         """Takes a sign of life; returns the order.
 
         An attempt of which the driver has not told (it has just begun, or the mailbox has) goes on; it is outdated only
         where the driver has named a later one of its training.
         """
         with self._lock:
-            attempt, order = self._orders.get(post.training, (0, "go"))
-            if attempt > post.attempt:
-                return "outdated"
+            wish = self._wishes.get(post.training, Wish(0))
+            if wish.attempt > post.attempt:
+                return Answer("outdated")
             known = self._signs.get(post.training)
             if known is None or known.attempt < post.attempt:
                 known = self._signs[post.training] = Signs(post.attempt)
             if known.attempt == post.attempt:
                 known.steps[post.rank] = post.steps
                 known.process, known.failure = post.process or known.process, known.failure or post.failure
+                if post.rank == 0:
+                    known.records, known.first = post.records, post.first
+            num_taken = wish.num_taken if wish.attempt == post.attempt else 0
             if self._heard_at is not None and self._clock() - self._heard_at >= PATIENCE_S:
-                return "leave"
-            return order if attempt == post.attempt else "go"
+                return Answer("leave", num_taken)
+            return Answer(wish.order if wish.attempt == post.attempt else "go", num_taken)
 
-    def exchange(self, orders: Mapping[str, tuple[int, Order]]) -> dict[str, Signs]:
-        """Takes all orders of the driver: by training the number of its attempt and the word for it.
+    def exchange(self, wishes: Mapping[str, Wish]) -> dict[str, Signs]:
+        """Takes all that the driver wants, by training.
 
         Returns:
             What was posted of these attempts; the rest is forgotten.
         """
         with self._lock:
-            self._heard_at, self._orders = self._clock(), dict(orders)
-            kept = {name: signs for name, signs in self._signs.items() if name in orders}
-            self._signs = {name: signs for name, signs in kept.items() if signs.attempt == orders[name][0]}
+            self._heard_at, self._wishes = self._clock(), dict(wishes)
+            kept = {name: signs for name, signs in self._signs.items() if name in wishes}
+            self._signs = {name: signs for name, signs in kept.items() if signs.attempt == wishes[name].attempt}
             return {name: replace(signs, steps=dict(signs.steps)) for name, signs in self._signs.items()}
 
     def give(self, group: str, work: Any) -> Any:
@@ -184,13 +215,13 @@ class RemoteMailbox:
         """Leaves the handle out."""
         return RemoteMailbox, (self._name,)
 
-    def post(self, post: Post) -> Order:
+    def post(self, post: Post) -> Answer:
         """As ``Mailbox.post``; raises an ``OSError`` when it has no answer in time."""
         return self._call("post", post)  # type: ignore[no-any-return]
 
-    def exchange(self, orders: Mapping[str, tuple[int, Order]]) -> dict[str, Signs]:
+    def exchange(self, wishes: Mapping[str, Wish]) -> dict[str, Signs]:
         """As ``Mailbox.exchange``; raises an ``OSError`` when it has no answer in time."""
-        return self._call("exchange", orders)  # type: ignore[no-any-return]
+        return self._call("exchange", wishes)  # type: ignore[no-any-return]
 
     def give(self, group: str, work: Any) -> Any:
         """As ``Mailbox.give``; raises an ``OSError`` when it has no answer in time."""
@@ -236,6 +267,8 @@ class Poster:
         self.order: Order = "go"
         self._box, self._post = box, Post(training, attempt, rank, process=process)
         self._heard_at = time.monotonic()
+        self._records: list[Record] = []
+        self._lock = threading.RLock()  # of the post and the records
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
 
@@ -248,29 +281,44 @@ class Poster:
         self._ends.set()
         self._thread.join()
         limit = time.monotonic() + CALL_TIMEOUT_S
-        while not self.post() and time.monotonic() < limit:  # how it has ended
+        while not self.post() and time.monotonic() < limit:  # how it has ended, and the last records
             time.sleep(RETRY_EVERY_S)
 
-    def knows(self, nodes: tuple[tuple[str, str], ...]) -> None:
-        """Takes where the ranks are, and posts it."""
+    def knows(self, **found: Any) -> None:
+        """Takes fields of ``Process``, of rank 0, and posts them."""
         if self._post.process is not None:
-            self._post = replace(self._post, process=replace(self._post.process, nodes=nodes))
+            self._change(process=replace(self._post.process, **found))
             self.post()
 
     def step(self) -> Order:
         """Gives a sign of life; returns the order."""
-        self._post = replace(self._post, steps=self._post.steps + 1)
+        self._change(steps=self._post.steps + 1)
         return self.order
 
     def failed(self, failure: Failure) -> None:
         """Takes how the attempt has ended for this rank."""
-        self._post = replace(self._post, failure=failure)
+        self._change(failure=failure)
+
+    def record(self, kind: Literal["row", "log"], value: Any) -> None:
+        """Takes a record for the driver: the row of an epoch, or text for the log."""
+        with self._lock:
+            self._records.append((kind, value))
+
+    def _change(self, **changes: Any) -> None:
+        with self._lock:
+            self._post = replace(self._post, **changes)
 
     def post(self) -> bool:
         """Posts at once; tells whether there was an answer. None for ``PATIENCE_S`` makes the order ``leave``."""
+        with self._lock:
+            post = replace(self._post, records=tuple(self._records))
         try:
-            self.order = self._box.post(self._post)
-            self._heard_at = time.monotonic()
+            answer = self._box.post(post)
+            self.order, self._heard_at = answer.order, time.monotonic()
+            with self._lock:
+                old = max(0, answer.num_taken - self._post.first)
+                del self._records[:old]
+                self._change(first=self._post.first + old)
             return True
         except OSError:
             if time.monotonic() - self._heard_at >= PATIENCE_S:
@@ -306,22 +354,36 @@ class Exchange:
 
     def __init__(self, box: Box) -> None:
         self._box = box
-        self._orders: dict[str, tuple[int, Order]] = {}
+        self._wishes: dict[str, Wish] = {}
         self._mail: dict[str, Mail] = {}
-        self._lock = threading.Lock()
+        self._records: dict[str, list[Record]] = {}  # that the driver has not read
+        self._calls = threading.Lock()  # one at a time
+        self._lock = threading.Lock()  # of all above
         self._goes_on = False
 
     def order(self, training: str, attempt: int, order: Order = "go") -> None:
         """Names the newest attempt of a training, and what it is to do; earlier ones are outdated."""
-        self._orders[training] = attempt, order
+        with self._lock:
+            before = self._wishes.get(training, Wish(0))
+            if before.attempt != attempt:
+                self._records[training] = []
+            self._wishes[training] = Wish(attempt, order, before.num_taken if before.attempt == attempt else 0)
 
     def ordered(self, training: str) -> Order:
         """Returns what the newest attempt of a training is to do."""
-        return self._orders.get(training, (0, "go"))[1]
+        return self._wishes.get(training, Wish(0)).order
 
     def forget(self, training: str) -> None:
         """Drops a training whose attempt has ended by itself."""
-        self._orders.pop(training, None)
+        with self._lock:
+            self._wishes.pop(training, None)
+            self._records.pop(training, None)
+
+    def records(self, training: str) -> list[Record]:
+        """Returns the records of the newest attempt of a training that were not returned before."""
+        with self._lock:
+            found, self._records[training] = self._records.get(training, []), []
+        return found
 
     def mail(self, training: str, attempt: int) -> Mail | None:
         """Returns what is known of an attempt; None before its first post."""
@@ -335,9 +397,17 @@ class Exchange:
 
     def now(self) -> None:
         """Exchanges at once; a mailbox that does not answer is asked again with the next exchange."""
-        with self._lock, contextlib.suppress(OSError):
-            found, now = self._box.exchange(dict(self._orders)), time.monotonic()
-            self._mail = {training: self._read(training, signs, now) for training, signs in found.items()}
+        with self._calls, contextlib.suppress(OSError):
+            with self._lock:
+                wishes = dict(self._wishes)
+            found, now = self._box.exchange(wishes), time.monotonic()
+            with self._lock:
+                self._mail = {training: self._read(training, signs, now) for training, signs in found.items()}
+                for training, signs in found.items():
+                    wish = self._wishes.get(training)
+                    if wish is not None and wish.attempt == signs.attempt:
+                        self._records[training] += signs.records[max(0, wish.num_taken - signs.first) :]
+                        self._wishes[training] = wish._replace(num_taken=signs.first + len(signs.records))
 
     def _read(self, training: str, signs: Signs, now: float) -> Mail:
         before = self.mail(training, signs.attempt)

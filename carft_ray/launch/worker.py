@@ -5,6 +5,7 @@ import faulthandler
 import math
 import os
 import signal
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -15,29 +16,30 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from carft_ray import errors, files
-from carft_ray.errors import CarftError, ClusterError, OutdatedAttemptError
+from carft_ray import errors
+from carft_ray.errors import CarftError, ClusterError
 from carft_ray.launch.failures import causes
 from carft_ray.launch.mailbox import Order, Poster, Process
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import Runtime, not_visible
-from carft_ray.layout import LOG, PREPARED
+from carft_ray.layout import PREPARED
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
 from carft_ray.store.owner import process_started
 from carft_ray.study import outcome
-from carft_ray.study.outcome import Failure, TrialSpec, append_log, check_fence
+from carft_ray.study.outcome import Failure, TrialSpec
 from carft_ray.training.out_of_memory import free_device, is_out_of_memory
 from carft_ray.training.run_context import RunContext
 
 WATCH_EVERY_S = 1.0  # the watchdog of threads is set this often at most
-STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, its threads are written to its log
+STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, what its threads do is written
+STACKS_TIMEOUT_S = 10.0
 
 
 def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext) -> Order | Failure:
     """Runs one attempt in this process. A result lies in the folder afterwards; a failure is posted.
 
-    Once the driver has begun another attempt, it writes nothing more and ends at its next check or write.
+    Once the driver has begun another attempt, it ends at its next check; what it has written counts for nothing.
 
     Args:
         runtime: How and where trainings run.
@@ -52,16 +54,12 @@ def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCont
         MemoryError, RuntimeError: The machine has no memory for the process as such; nothing is left in the folder.
     """
     try:
-        with (
-            files.fenced(lambda: check_fence(folder, spec.attempt)),
-            Poster(runtime.mailbox, spec.training, spec.attempt, context.rank, _this_process(context)) as poster,
-        ):
+        this = _this_process(context)
+        with Poster(runtime.mailbox, spec.training, spec.attempt, context.rank, this) as poster:
             failure = _run_worker(runtime, spec, folder, context, poster)
             if failure is not None:
                 poster.failed(failure)
             return failure or poster.order
-    except OutdatedAttemptError:
-        return "outdated"
     finally:
         free_device()  # for the next training of this process, and for those of others that share the GPU
 
@@ -70,25 +68,23 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
     recipe, nodes = runtime.recipe, tuple[tuple[str, str], ...]()
     try:
         nodes = _meet(runtime, context)
-        poster.knows(nodes)
+        poster.knows(nodes=nodes)
         folder.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             addresses = dict.fromkeys(address for _, address in nodes)
             start = f" with {context.world_size} workers" if context.world_size > 1 else ""
             start += f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
-            append_log(folder, f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
+            poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(recipe, runtime.study_dir, context.world_size)
-        with _watched(folder, context, poster, runtime.recipe.resources.hang_timeout_s) as context:
+        with _watched(context, poster, runtime.recipe.resources.hang_timeout_s) as context:
             result = runtime.runner.train(recipe, folder, runtime.study_dir / PREPARED, context, spec.attempt)
-    except OutdatedAttemptError:
-        raise
     except errors.OutOfMemoryError as error:
         failure = memory_failure(error, recipe, spec.values, runtime.study_dir, spec.attempt)
         return replace(failure, details=traceback.format_exc())
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
         if is_out_of_memory(error):
-            append_log(folder, f"attempt {spec.attempt}: no memory\n{traceback.format_exc().rstrip()}")
+            poster.record("log", f"attempt {spec.attempt}: no memory\n{traceback.format_exc().rstrip()}")
             raise
         failed = _failure(error, spec.attempt, context, nodes)
         return failed and replace(failed, details=traceback.format_exc())
@@ -128,15 +124,25 @@ def _this_process(context: RunContext) -> Process | None:
 
 
 @contextlib.contextmanager
-def _watched(folder: Path, context: RunContext, poster: Poster, hang_timeout_s: float | None) -> Iterator[RunContext]:
-    """Gives a context whose checks for a stop are signs of life, and answered by the driver's order.
+def _watched(context: RunContext, poster: Poster, hang_timeout_s: float | None) -> Iterator[RunContext]:
+    """Gives a context that posts what is reported, and whose checks for a stop are signs of life, and answered by the
+    driver's order.
 
     All ranks give them: rank 0 may be waiting for one that builds a set into the cache of its node.
 
-    Without a step for most of ``hang_timeout_s`` the stacks of all threads of rank 0 go to the log: the driver is about
-    to end the process. Python's own watchdog writes them, whatever the process does; setting it costs 0.1 ms a second.
+    Without a step for most of ``hang_timeout_s`` the stacks of all threads of rank 0 go to a file of its node, from
+    which the one who ends the process takes them. Python's own watchdog writes them, whatever the process does; setting
+    it costs 0.1 ms a second.
     """
     next_at = 0.0
+
+    def report(row: dict[str, float]) -> None:
+        poster.record("row", row)
+        context.report(row)
+
+    def resumed(rows: list[dict[str, float]]) -> None:
+        for row in rows:
+            poster.record("row", row)
 
     def should_stop(watch: Callable[[], None] = lambda: None) -> bool:
         nonlocal next_at
@@ -146,31 +152,49 @@ def _watched(folder: Path, context: RunContext, poster: Poster, hang_timeout_s: 
         asked = context.should_stop()
         return poster.step() != "go" or asked
 
+    posting = replace(context, should_stop=should_stop, report=report, resumed=resumed)
     if context.rank != 0 or hang_timeout_s is None:
-        yield replace(context, should_stop=should_stop)
+        yield posting
         return
     limit_s = STACKS_AFTER * hang_timeout_s
-    with open(folder / LOG, "a") as log:
+    with tempfile.NamedTemporaryFile("w", prefix="carft-stacks-") as stacks:
+        poster.knows(stacks=stacks.name)
         try:
-            watch = partial(faulthandler.dump_traceback_later, limit_s, file=log)
+            watch = partial(faulthandler.dump_traceback_later, limit_s, file=stacks)
             watch()
-            yield replace(context, should_stop=partial(should_stop, watch))
+            yield replace(posting, should_stop=partial(should_stop, watch))
         finally:
             faulthandler.cancel_dump_traceback_later()
 
 
-def end_process(process: Process) -> None:
-    """Ends the process of an attempt that hangs, on whatever node it runs; does not wait for it."""
+def end_process(process: Process) -> Callable[[], str]:
+    """Ends the process of an attempt that hangs, on whatever node it runs; does not wait for it.
+
+    Returns:
+        What its threads did, as a function that waits for the answer of the node.
+    """
     where = NodeAffinitySchedulingStrategy(node_id=process.node_id, soft=False)
-    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(_kill)  # type: ignore[call-overload]
-    task.remote(process.pid, process.started)
+    task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=where)(kill)  # type: ignore[call-overload]
+    found = task.remote(process)
+
+    def stacks() -> str:
+        with contextlib.suppress(ray.exceptions.RayError):  # its node is gone, say
+            return str(ray.get(found, timeout=STACKS_TIMEOUT_S))
+        return ""
+
+    return stacks
 
 
-def _kill(pid: int, started: str) -> None:
-    """Kills a process, unless its number has become that of another one."""
-    if process_started(pid) == started:
+def kill(process: Process) -> str:
+    """Kills a process of this machine, unless its number has become that of another one; returns what it hung in."""
+    if process_started(process.pid) == process.started:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(process.pid, signal.SIGKILL)
+    text, path = "", Path(process.stacks)
+    with contextlib.suppress(OSError):
+        text = path.read_text()
+        path.unlink()
+    return text
 
 
 def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequence[tuple[str, str]]) -> Failure | None:

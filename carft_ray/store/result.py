@@ -19,7 +19,7 @@ def write_result(place: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         place: Folder of the attempt.
-        content: ``objective``, ``metrics`` and whatever else is known.
+        content: ``objective``, ``metrics``, ``rows`` that were reported, and whatever else is known.
 
     Raises:
         StorageError: It cannot be written.
@@ -37,7 +37,8 @@ def write_result(place: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 def read_result(place: Path) -> tuple[dict[str, Any], str] | None:
     """Returns what ``write_result`` has written, and the SHA-256 of the file; None where it is not there or not valid.
 
-    It is valid with a known version and a finite objective. Of its files, those that a study does not keep may be gone.
+    It is valid with a known version, a finite objective, and steps in all its rows. Of its files, those that a study
+    does not keep may be gone.
     """
     path = place / RESULT
     if not files.exists(path):
@@ -48,8 +49,10 @@ def read_result(place: Path) -> tuple[dict[str, Any], str] | None:
         content = untrusted.parse_json(data)
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         return None
-    objective = content.get("objective")
+    objective, rows = content.get("objective"), content.get("rows", [])
     valid = isinstance(objective, int | float) and math.isfinite(objective) and isinstance(content.get("metrics"), dict)
+    valid &= isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    valid = valid and all(isinstance(row.get("step"), int | float) for row in rows)
     return (content, hashlib.sha256(data).hexdigest()) if valid else None
 
 

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.layout import ATTEMPT, BEST, THUMBNAILS, WEIGHTS
+from carft_ray.layout import ATTEMPT, BEST, OWN, STEP, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.constraints import violation_words
 from carft_ray.recipe.schema.recipe import Recipe
@@ -21,9 +21,9 @@ from carft_ray.study.rows import best_first, best_row
 class Retention:
     """Keeps weights and thumbnails of the best ``search.keep_checkpoints`` trials and of all baselines, no others.
 
-    Of a failed or cut training no attempt's files stay, of a complete one those of its result. In a Pareto search those
-    of all trainings on the front stay, since the best point moves along it; one that has left the front never comes
-    back.
+    Of a failed or cut training no attempt's files stay, of a complete one those of its result, without checkpoints. In
+    a Pareto search those of all trainings on the front stay, since the best point moves along it; one that has left the
+    front never comes back.
     """
 
     def __init__(self, study_dir: Path, recipe: Recipe) -> None:
@@ -37,8 +37,9 @@ class Retention:
         if row.outcome == "running":
             return
         for place in row.folder(self._study_dir).glob(f"{ATTEMPT}*"):
-            if row.outcome != "complete" or place != row.place(self._study_dir):
-                shutil.rmtree(place, ignore_errors=True)  # an attempt that was taken for lost may still write there
+            is_kept = row.outcome == "complete" and place == row.place(self._study_dir)
+            for folder in (*place.glob(f"{STEP}*"), place / OWN) if is_kept else (place,):
+                shutil.rmtree(folder, ignore_errors=True)  # an attempt that was taken for lost may still write there
         if row.outcome == "complete" and row.kind == "trial":
             self._kept[row.name] = row
             for worse in best_first(self._ranked())[self._recipe.search.keep_checkpoints :]:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files, untrusted
-from carft_ray.errors import CarftError, DivergedError, OutdatedAttemptError, Problem, StorageError
+from carft_ray.errors import CarftError, DivergedError, Problem, StorageError
 from carft_ray.layout import (
     ATTEMPT,
     COMMITS,
-    FENCE,
     FOLDERS,
     LIVE,
     LOG,
@@ -298,22 +297,6 @@ def log_left(folder: Path, attempt: int, reason: str) -> None:
         StorageError: The log cannot be written.
     """
     append_log(folder, f"attempt {attempt}: left: {reason}; the next attempt continues from {progress_words(folder)}")
-
-
-def raise_fence(folder: Path, attempt: int) -> None:
-    """Says that from now on only this attempt at a training may write into its folder; the driver's to call.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    files.write_json(folder / FENCE, {"attempt": attempt})
-
-
-def check_fence(folder: Path, attempt: int) -> None:
-    """Raises an ``OutdatedAttemptError`` when a newer attempt may write into the folder: this one was believed lost."""
-    content = _read(folder / FENCE)
-    if content is not None and content["attempt"] > attempt:
-        raise OutdatedAttemptError(f"attempt {attempt} is outdated: attempt {content['attempt']} has begun")
 
 
 def write_live(study_dir: Path, live: Mapping[str, Live]) -> None:

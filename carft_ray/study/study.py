@@ -14,6 +14,7 @@ advance. Of attempts in a row that do not, the second exception is a verdict, an
 is set aside and the others continue.
 """
 
+import json
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -33,7 +34,7 @@ from carft_ray.store.result import read_result
 from carft_ray.study import outcome, rows
 from carft_ray.study.best import Retention
 from carft_ray.study.journal import Journal
-from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of, raise_fence
+from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of
 from carft_ray.study.proposals import pruning, space
 from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, rows_of, trainings
 
@@ -82,8 +83,33 @@ class Study:
             begun = waiting or self.journal.ask()
             spec = replace(begun, attempt=begun.attempt + 1)
             self.journal.note(spec, {"attempt": spec.attempt})
-        raise_fence(spec.folder(self.study_dir), spec.attempt)
         return spec
+
+    def add_row(self, spec: TrialSpec, row: Mapping[str, Any]) -> bool:
+        """Adds an epoch to ``metrics.jsonl``; what an earlier attempt has reported from its step on is void.
+
+        Args:
+            spec: The attempt.
+            row: What it has reported.
+
+        Returns:
+            Whether the file had it not: an attempt that continues says again what was reported before.
+
+        Raises:
+            StorageError: The file cannot be written.
+        """
+        path = spec.folder(self.study_dir) / METRICS
+        known = files.read_json_lines(path)
+        if row in known:
+            return False
+        kept = [each for each in known if each.get("step", 0) < row["step"]]
+        if len(kept) < len(known):
+            files.write_text(path, "".join(json.dumps(each) + "\n" for each in (*kept, row)))
+        else:
+            with files.writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+            files.append_line(path, json.dumps(row))
+        return True
 
     def report(self, spec: TrialSpec, line: Mapping[str, Any]) -> str | None:
         """Notes an intermediate value of a running trial, and decides whether its training is cut there.
@@ -139,6 +165,8 @@ class Study:
         found = read_result(spec.place(self.study_dir))
         if failure is not None and failure.outcome != "lost":  # which is logged with its cause
             outcome.log_failure(folder, failure)
+        for row in found[0].get("rows", ()) if found else ():  # the last ones may not have come
+            self.add_row(spec, row)
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
@@ -205,7 +233,6 @@ class Study:
         if found["number"] < LOST_ATTEMPTS:
             self.repeat(spec)
             return "advanced" if found["number"] == 1 and found["progress"] > [0, 0] else "repeated"
-        raise_fence(folder, spec.attempt + 1)  # should it wake up, it writes nothing any more
         why = f"{found['number']} attempts in a row did not advance; the last: {reason}"
         self.journal.note(spec, {SET_ASIDE: why})
         return "set aside"

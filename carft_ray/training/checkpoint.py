@@ -8,10 +8,12 @@ folder, so an older one that still runs cannot overwrite a newer one's work. A t
 and a thread writes the copies (``CheckpointWriter``).
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -41,8 +43,9 @@ class Checkpoint:
         step: Updates done.
         weights: ``state_dict`` of the classifier; with LoRA matrices and corrections apart.
         optimizer: Tensors of the optimizer, ``<parameter index>.<key>``.
-        position: Seed and the running sums of the epoch's metrics. Order, views and torch's generator are functions
-            of (seed, step), so step and seed are also the sampler's position and the random state.
+        position: Seed, the running sums of the epoch's metrics, and all rows that were reported, which the next attempt
+            says again. Order, views and torch's generator are functions of (seed, step), so step and seed are also the
+            sampler's position and the random state.
         average: Average of the weights over the steps; empty where none is taken.
         name: Of one that was read: its folder below that of all checkpoints.
     """
@@ -58,7 +61,7 @@ class Checkpoint:
 class CheckpointWriter:
     """Writes the checkpoints of one attempt in a thread, one at a time: no step waits for the disk.
 
-    A context manager: leaving it waits for the last one, so that all is written inside the attempt's fence.
+    A context manager: leaving it waits for the last one.
 
     Args:
         checkpoint_dir: Folder of the training, in which its attempts have theirs; None: none are written.
@@ -153,7 +156,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         content["sha256"]["state"] = _sha256_of_state(content)
         files.write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
     for _, old in _folders(checkpoint_dir)[KEPT_CHECKPOINTS:]:
-        files.remove_folder(old)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -174,6 +177,14 @@ def newest_checkpoint(checkpoint_dir: Path) -> tuple[Checkpoint | None, list[Pro
     return None, problems
 
 
+def newest_rows(checkpoint_dir: Path) -> list[dict[str, float]]:
+    """Returns the rows that were reported until the newest checkpoint whose ``state.json`` is whole."""
+    for _, folder in _folders(checkpoint_dir):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StorageError):
+            return list(_state(folder)["position"]["rows"])
+    return []
+
+
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads one checkpoint folder and verifies its hashes.
 
@@ -188,12 +199,8 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def _load(folder: Path) -> Checkpoint:
     try:
-        content = json.loads((folder / "state.json").read_text())
-        version, hashes = content["format_version"], content["sha256"]
-        if version != FORMAT_VERSION:
-            raise StorageError(Problem(str(folder), f"must have format_version {FORMAT_VERSION}", str(version)))
-        if _sha256_of_state(content) != hashes["state"]:
-            raise StorageError(_damaged(folder, "a state.json that does not match its hash"))
+        content = _state(folder)
+        hashes = content["sha256"]
         with_average = AVERAGE in hashes or (folder / AVERAGE).exists()
         names = (WEIGHTS, OPTIMIZER, *([AVERAGE] if with_average else []))
         for name in names:
@@ -204,6 +211,16 @@ def _load(folder: Path) -> Checkpoint:
         raise StorageError(_damaged(folder, "a damaged state.json")) from error
     average, name = tensors.get(AVERAGE, {}), f"{folder.parent.name}/{folder.name}"
     return Checkpoint(content["step"], tensors[WEIGHTS], tensors[OPTIMIZER], content["position"], average, name)
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    if content["format_version"] != FORMAT_VERSION:
+        rule, value = f"must have format_version {FORMAT_VERSION}", str(content["format_version"])
+        raise StorageError(Problem(str(folder), rule, value))
+    if _sha256_of_state(content) != content["sha256"]["state"]:
+        raise StorageError(_damaged(folder, "a state.json that does not match its hash"))
+    return content
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

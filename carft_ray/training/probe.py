@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from carft_ray import files
 from carft_ray.data.packed import PackedSource
 from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.layout import ATTEMPT, HEADS, PREDICTIONS, STEP
@@ -96,8 +95,6 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         "predictions": len(alphas) * (place / PREDICTIONS).stat().st_size,
         "cache": decoded + (inputs.train.num_bytes if isinstance(inputs.train, PackedSource) else 0),
     }
-    for folder in place.glob(f"{STEP}*"):
-        files.remove_folder(folder)
     return write_result(place, result)
 
 

@@ -11,7 +11,6 @@ before it have left, and writes below its own folder alone. Only ``train``, ``id
 
 import contextlib
 import dataclasses
-import json
 import logging
 import shutil
 import time
@@ -40,7 +39,7 @@ from carft_ray.model.tower import compiles, recipe_problems
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe, without_tests
 from carft_ray.store.result import write_result
-from carft_ray.training.checkpoint import load_tensors, save_tensors
+from carft_ray.training.checkpoint import load_tensors, newest_rows, save_tensors
 from carft_ray.training.evaluate import predict_all, subset
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.origin import shared_origin, training_environment
@@ -164,7 +163,9 @@ def run_training(
         recipe = without_tests(recipe)
     compiled = is_compiled(recipe, prepared_dir)
     training = _Training(recipe, inputs, heads, out_dir, place, context, store, mixtures, compiled, function)
-    # where an earlier attempt has trained, only the curve is left
+    if trained and context.rank == 0:  # by an earlier attempt; only the curve is left
+        training.rows.extend(newest_rows(out_dir))
+        context.resumed(training.rows)
     fine_tuned = on_all_ranks(context, lambda: load_tensors(trained[-1])) if trained else _train(training, attempt)
     if context.rank == 0:
         with files.new_file(place / layout.WEIGHTS) as temporary:
@@ -177,10 +178,8 @@ def run_training(
     if function is not None:
         result["environment"]["function_source"] = source_of(function)
     if context.rank == 0:
-        _write_hparams(recipe, result, out_dir)
-        for folder in (*place.glob(f"{layout.STEP}*"), place / layout.OWN):  # before: nobody reads them again
-            files.remove_folder(folder)
-        result = write_result(place, result)
+        _write_hparams(training, result)
+        result = write_result(place, result | {"rows": training.rows})
     return result
 
 
@@ -211,6 +210,7 @@ class _Training:
     mixtures: Mixtures
     is_compiled: bool
     function: OwnFunction | None = None
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # that were reported, by all attempts
 
     @contextlib.contextmanager
     def looks(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> Iterator[At]:
@@ -264,7 +264,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
 
     device = device_of(recipe)
     train = recipe.train.model_copy(update={"compile": training.is_compiled})  # resolved
-    with _recorder(training.out_dir, run_folder(training.out_dir, recipe), context) as recorded:
+    with _recorder(training, run_folder(training.out_dir, recipe)) as recorded:
         if training.function is not None:
             own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
             from_rank_0(context, lambda: _take_over(training.out_dir, training.place / layout.OWN))
@@ -300,14 +300,14 @@ def _take_over(out_dir: Path, own: Path) -> None:
         with files.new_folder(own) as temporary:
             shutil.copytree(before[-1], temporary, symlinks=True, dirs_exist_ok=True, copy_function=copy)
     for older in before[:-1]:
-        files.remove_folder(older)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[RunContext]:
-    """Gives a context that also writes what is reported to it: epochs to ``metrics.jsonl``, all to TensorBoard."""
+def _recorder(training: _Training, events_dir: Path) -> Iterator[RunContext]:
+    """Gives a context that also writes what is reported to it for TensorBoard."""
     opened: list[EventFile] = []
-    metrics_path = out_dir / layout.METRICS
+    context, out_dir = training.context, training.out_dir
 
     def progress(row: dict[str, float]) -> None:
         step = int(row["step"])
@@ -319,20 +319,21 @@ def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[
         context.progress(row)
 
     def report(row: dict[str, float]) -> None:
-        before = files.read_json_lines(metrics_path)
-        kept = [old for old in before if old["step"] < row["step"]]
-        if len(kept) < len(before):
-            files.write_text(metrics_path, "".join(json.dumps(old) + "\n" for old in kept))
-        files.append_line(metrics_path, json.dumps(row))
         for name, value in row.items():
             if name.startswith("subset/"):
                 opened[0].scalar(tag_of(name), value, int(row["step"]))
+        training.rows.append(row)
         context.report(row)
+
+    def resumed(rows: list[dict[str, float]]) -> None:
+        training.rows[:] = rows
+        context.resumed(rows)
 
     try:
         with files.writing(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
-        yield dataclasses.replace(context, progress=progress, report=report) if context.rank == 0 else context
+        posting = dataclasses.replace(context, progress=progress, report=report, resumed=resumed)
+        yield posting if context.rank == 0 else context
     except BaseException:
         with contextlib.suppress(StorageError):  # the first error is the one to show
             for events in opened:
@@ -342,7 +343,7 @@ def _recorder(out_dir: Path, events_dir: Path, context: RunContext) -> Iterator[
         events.close()
 
 
-def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> None:
+def _write_hparams(training: _Training, result: dict[str, Any]) -> None:
     """Gives the training its line in TensorBoard's HPARAMS table: what the search varies, and its results.
 
     It is written before ``result.json``: after a kill in between, the next attempt writes the same line again, which
@@ -350,8 +351,8 @@ def _write_hparams(recipe: Recipe, result: dict[str, Any], out_dir: Path) -> Non
     """
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
     metrics["alpha"] = result["alpha"]
-    rows = files.read_json_lines(out_dir / layout.METRICS)
-    events = EventFile(run_folder(out_dir, recipe))
-    step = int(rows[-1]["step"]) if rows else 0
-    events.hparams(varied(recipe, result["train"]), {f"final/{name}": value for name, value in metrics.items()}, step)
+    numbers = {f"final/{name}": value for name, value in metrics.items()}
+    step = int(training.rows[-1]["step"]) if training.rows else 0
+    events = EventFile(run_folder(training.out_dir, training.recipe))
+    events.hparams(varied(training.recipe, result["train"]), numbers, step)
     events.close()
