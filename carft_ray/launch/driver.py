@@ -300,7 +300,7 @@ class Driver:
 
     def _read_post(self, attempt: _Attempt) -> None:
         try:
-            for kind, value in self.exchange.records(attempt.spec.training):
+            for kind, value in self.exchange.records(attempt.spec.training, attempt.spec.attempt):
                 if kind == "log":
                     append_log(attempt.spec.folder(self.study.study_dir), value)
                 elif self.study.add_row(attempt.spec, value):

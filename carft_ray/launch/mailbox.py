@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -267,8 +267,9 @@ class Poster:
         self.order: Order = "go"
         self._box, self._post = box, Post(training, attempt, rank, process=process)
         self._heard_at = time.monotonic()
-        self._records: list[Record] = []
-        self._lock = threading.RLock()  # of the post and the records
+        self._records: list[Record] = []  # that the driver may not have
+        self._num_taken = 0  # by it, of those before
+        self._posting = threading.Lock()
         self._ends = threading.Event()
         self._thread = threading.Thread(target=self._run, name="poster", daemon=True)
 
@@ -287,43 +288,37 @@ class Poster:
     def knows(self, **found: Any) -> None:
         """Takes fields of ``Process``, of rank 0, and posts them."""
         if self._post.process is not None:
-            self._change(process=replace(self._post.process, **found))
+            self._post = replace(self._post, process=replace(self._post.process, **found))
             self.post()
 
     def step(self) -> Order:
         """Gives a sign of life; returns the order."""
-        self._change(steps=self._post.steps + 1)
+        self._post = replace(self._post, steps=self._post.steps + 1)
         return self.order
 
     def failed(self, failure: Failure) -> None:
         """Takes how the attempt has ended for this rank."""
-        self._change(failure=failure)
+        self._post = replace(self._post, failure=failure)
 
     def record(self, kind: Literal["row", "log"], value: Any) -> None:
         """Takes a record for the driver: the row of an epoch, or text for the log."""
-        with self._lock:
-            self._records.append((kind, value))
-
-    def _change(self, **changes: Any) -> None:
-        with self._lock:
-            self._post = replace(self._post, **changes)
+        self._records.append((kind, value))
 
     def post(self) -> bool:
         """Posts at once; tells whether there was an answer. None for ``PATIENCE_S`` makes the order ``leave``."""
-        with self._lock:
-            post = replace(self._post, records=tuple(self._records))
-        try:
-            answer = self._box.post(post)
+        with self._posting:
+            try:
+                post = replace(self._post, records=tuple(self._records), first=self._num_taken)
+                answer = self._box.post(post)
+            except OSError:
+                if time.monotonic() - self._heard_at >= PATIENCE_S:
+                    self.order = "leave"
+                return False
             self.order, self._heard_at = answer.order, time.monotonic()
-            with self._lock:
-                old = max(0, answer.num_taken - self._post.first)
-                del self._records[:old]
-                self._change(first=self._post.first + old)
+            num_taken = max(self._num_taken, answer.num_taken)  # an outdated attempt is not told
+            del self._records[: num_taken - self._num_taken]
+            self._num_taken = num_taken
             return True
-        except OSError:
-            if time.monotonic() - self._heard_at >= PATIENCE_S:
-                self.order = "leave"
-            return False
 
     def _run(self) -> None:
         while not self._ends.wait(POST_EVERY_S):
@@ -354,20 +349,15 @@ class Exchange:
 
     def __init__(self, box: Box) -> None:
         self._box = box
-        self._wishes: dict[str, Wish] = {}
+        self._wishes: dict[str, Wish] = {}  # that the driver's thread alone changes
         self._mail: dict[str, Mail] = {}
-        self._records: dict[str, list[Record]] = {}  # that the driver has not read
-        self._calls = threading.Lock()  # one at a time
-        self._lock = threading.Lock()  # of all above
+        self._exchanging = threading.Lock()
         self._goes_on = False
 
     def order(self, training: str, attempt: int, order: Order = "go") -> None:
         """Names the newest attempt of a training, and what it is to do; earlier ones are outdated."""
-        with self._lock:
-            before = self._wishes.get(training, Wish(0))
-            if before.attempt != attempt:
-                self._records[training] = []
-            self._wishes[training] = Wish(attempt, order, before.num_taken if before.attempt == attempt else 0)
+        before = self._wishes.get(training, Wish(0))
+        self._wishes[training] = Wish(attempt, order, before.num_taken if before.attempt == attempt else 0)
 
     def ordered(self, training: str) -> Order:
         """Returns what the newest attempt of a training is to do."""
@@ -375,20 +365,21 @@ class Exchange:
 
     def forget(self, training: str) -> None:
         """Drops a training whose attempt has ended by itself."""
-        with self._lock:
-            self._wishes.pop(training, None)
-            self._records.pop(training, None)
-
-    def records(self, training: str) -> list[Record]:
-        """Returns the records of the newest attempt of a training that were not returned before."""
-        with self._lock:
-            found, self._records[training] = self._records.get(training, []), []
-        return found
+        self._wishes.pop(training, None)
 
     def mail(self, training: str, attempt: int) -> Mail | None:
         """Returns what is known of an attempt; None before its first post."""
         found = self._mail.get(training)
         return found if found is not None and found.signs.attempt == attempt else None
+
+    def records(self, training: str, attempt: int) -> Sequence[Record]:
+        """Takes what the newest attempt of a training has recorded since it was asked for last."""
+        mail, wish = self.mail(training, attempt), self._wishes.get(training)
+        if mail is None or wish is None or wish.attempt != attempt:
+            return ()
+        new = mail.signs.records[max(0, wish.num_taken - mail.signs.first) :]
+        self._wishes[training] = wish._replace(num_taken=wish.num_taken + len(new))
+        return new
 
     def look(self) -> None:
         """Exchanges, unless a thread does so twice a second: what polls then never waits for the mailbox."""
@@ -397,17 +388,9 @@ class Exchange:
 
     def now(self) -> None:
         """Exchanges at once; a mailbox that does not answer is asked again with the next exchange."""
-        with self._calls, contextlib.suppress(OSError):
-            with self._lock:
-                wishes = dict(self._wishes)
-            found, now = self._box.exchange(wishes), time.monotonic()
-            with self._lock:
-                self._mail = {training: self._read(training, signs, now) for training, signs in found.items()}
-                for training, signs in found.items():
-                    wish = self._wishes.get(training)
-                    if wish is not None and wish.attempt == signs.attempt:
-                        self._records[training] += signs.records[max(0, wish.num_taken - signs.first) :]
-                        self._wishes[training] = wish._replace(num_taken=signs.first + len(signs.records))
+        with self._exchanging, contextlib.suppress(OSError):
+            found, now = self._box.exchange(dict(self._wishes)), time.monotonic()
+            self._mail = {training: self._read(training, signs, now) for training, signs in found.items()}
 
     def _read(self, training: str, signs: Signs, now: float) -> Mail:
         before = self.mail(training, signs.attempt)
