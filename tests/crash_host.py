@@ -11,8 +11,9 @@ happen to a command line:
                                  or a rename; with a kind, of these alone: each "link" is an object of a store
     "interrupt": [part, [n..]]   SIGINT, as Ctrl-C sends it, when it opens the n-th file with this part in its path
     "file_size": bytes           no file can grow larger, as on a full disk
-    "writes": "late"             a checkpoint is written by its thread when the training waits for it, else at once:
-                                 the operations have one order
+    "writes": "late"             a checkpoint is written by its thread when the training waits for it, else at once
+
+Operations of the command line have one order: so does what a driver writes (``order_posts``).
 
 The wrappers that do it live here; the program knows nothing of them. A job answers ``answers.json`` in its folder: for
 each command line ``code``, ``log`` and the temporary files that it left (``remains``). Tests start it with ``started``.
@@ -24,6 +25,7 @@ import gc
 import importlib
 import io
 import json
+import math
 import os
 import resource
 import signal
@@ -228,8 +230,23 @@ def work(program, jobs, folder):
         (place / "answers.json").write_text(json.dumps(answers))
 
 
+def order_posts():
+    """Has the driver learn of each record at the next check for a stop, and write nothing by the clock."""
+    from carft_ray.launch import driver, mailbox
+
+    plain = mailbox.Poster.record
+
+    def record(poster, *given):
+        plain(poster, *given)
+        poster.post()
+
+    mailbox.Poster.record, mailbox.Exchange.look = record, mailbox.Exchange.now
+    driver.POLL_EVERY_S, driver.POLL_SHARE, driver.LIVE_EVERY_S = 0.0, 1.0, math.inf
+
+
 def import_everything():
     """Loads what a training loads, and keeps the collector of garbage from touching all of it in every short fork."""
+    order_posts()
     import optuna.samplers._tpe.sampler  # noqa: F401
     import packaging.requirements  # noqa: F401
     import pandas  # noqa: F401

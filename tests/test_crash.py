@@ -108,9 +108,9 @@ def metrics(folder):
 
 
 def files(folder):
-    """Names of all that a training leaves, but for its commits, what ran, why one failed, and TensorBoard's files."""
+    """Names of all that a training leaves, but for its commits, what ran, its log, and TensorBoard's files."""
     names = [path.relative_to(folder) for top in ("out", "cache") for path in (folder / top).rglob("*")]
-    left_out = "log", "live.json"
+    left_out = "log", "live.json", "log.txt"
     kept = [str(name) for name in names if "tfevents" not in name.name and not set(left_out) & set(name.parts)]
     return {re.sub(r"attempt-\d+", "attempt", name) for name in kept}
 

@@ -116,7 +116,6 @@ def _run_here(driver: Driver, runtime: Runtime, progress: Callable[[dict[str, fl
         driver.started(key)
         context = RunContext(progress=progress, should_stop=functools.partial(_poll, driver, spec))
         run_worker(runtime, spec, spec.folder(study_dir), context)
-        driver.poll(at_once=True)  # its last epochs
         driver.ended(key)
 
 

@@ -26,9 +26,6 @@ def recover_running(study: Study) -> list[TrialRow]:
     study.enter("baseline", study.recipe.search.baselines)
     ended = recover(study, "baseline") + recover(study, "trial")
     study.notes += study.journal.take_in()
-    trials = [row_of("trial", each) for each in trainings(study.journal.studies["trial"])]
-    for row in study.rows("baseline") + trials:
-        study.retention.ended(row)
     study.knows_all = True
     study.retention.note_best()
     return ended
@@ -60,6 +57,8 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
             study.journal.note(spec, {SET_ASIDE: None, STUCK: None})
         if spec not in study.waiting:
             study.waiting.append(spec)
+    for each in trainings(study.journal.studies[kind]):
+        study.retention.ended(row_of(kind, each))  # of what was told right before a kill, all files are there
     return ended
 
 
