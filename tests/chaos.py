@@ -123,7 +123,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     if context.rank == 0:
         place = out_dir / f"attempt-{attempt}"
         files.write_bytes(place / "fine_tuned.safetensors", b"weights")
-        write_result(place, {**result, "elapsed_s": 0.1})
+        write_result(place, {**result, "elapsed_s": 0.1, "rows": rows})
     return result
 
 

@@ -5,6 +5,7 @@
 
 import gc
 import sys
+from functools import partial
 from pathlib import Path
 
 import stand_in
@@ -75,7 +76,11 @@ def attempt(study, spec, prepared):
             cuts.append(study.report(spec, line))
         return any(cuts)
 
-    context = RunContext(should_stop=should_stop)
+    def resumed(rows):
+        for row in rows:
+            study.add_row(spec, row)
+
+    context = RunContext(report=partial(study.add_row, spec), resumed=resumed, should_stop=should_stop)
     try:
         stand_in.train(apply(study.recipe, spec.values), folder, prepared, context, spec.attempt)
     except InterruptedRunError:
