@@ -66,6 +66,21 @@ def test_the_best_trial_is_a_recipe_as_soon_as_it_is_told(study_dir, tmp_path):
     assert recipe.train.alpha == 0.4
 
 
+def test_a_finished_training_keeps_no_checkpoint_nor_what_a_function_has_kept(study_dir):
+    recipe = stand_in.make_recipe(1, baselines={})
+    with open_study(study_dir, recipe) as study:
+        recover_running(study)
+        spec = study.next()
+        place, left = spec.place(study_dir), ("step-00000010", "own")
+        write_result(study_dir, spec, 0.5)
+        for again in (lambda: study.settle(spec), lambda: recover_running(study)):  # a kill may come between
+            for name in left:
+                (place / name).mkdir()
+            again()
+            assert {path.name for path in place.iterdir()} & {*left} == set()
+            assert (place / "result.json").exists()
+
+
 def test_only_a_better_trial_changes_it(study_dir, tmp_path):
     with open_study(study_dir, stand_in.make_recipe(3, baselines={})) as study:
         recover_running(study)

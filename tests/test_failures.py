@@ -388,16 +388,17 @@ def test_another_attempt_says_in_the_log_from_where_it_goes_on(tmp_path):
     recipe = stand_in.make_recipe(2, epochs=3)
     plan = make_runtime(recipe, tmp_path / "study", (attempts.Node(2, 0),), attempts.STAND_IN)
     files.write_json(plan.study_dir / "manifest.json", {})
-    folders = []
+    begun = []
     for attempt, step in ((1, 0), (2, 10), (3, 0)):
         spec = TrialSpec("trial", attempt, f"t000{attempt}-0000", {}, attempt)
-        folders.append(spec.folder(plan.study_dir))
-        folders[-1].mkdir(parents=True)
+        folder = spec.folder(plan.study_dir)
+        folder.mkdir(parents=True)
         if step:
-            stand_in.save(folders[-1], 1, 1, [])
-            (folders[-1] / "metrics.jsonl").write_text('{"epoch": 1, "step": 10}\n')
-        assert run_worker(plan, spec, folders[-1], attempts.RunContext())
-    begun = [(folder / "log.txt").read_text().splitlines()[0].partition("starts on ")[2] for folder in folders]
+            stand_in.save(folder, 1, 1, [])
+            (folder / "metrics.jsonl").write_text('{"epoch": 1, "step": 10}\n')
+        assert run_worker(plan, spec, folder, attempts.RunContext())
+        [signs] = plan.mailbox.exchange({spec.training: Wish(attempt)}).values()
+        begun.append(signs.records[0][1].partition("starts on ")[2])
     assert begun[1].endswith(" from step 10 (epoch 1 done)")
     assert begun[2].endswith(" from its beginning")
     assert begun[0] in begun[1]  # a first attempt has nothing to go on from
