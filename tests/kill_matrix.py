@@ -98,7 +98,7 @@ KILLS = {  # what is killed -> how, executor, times, and what does it
         ("trainings of all fates, themselves", "ray-train", 0, partial(all_fates, "ray-train", 16, 0)),
     ),
     "rank": (
-        ("one of two, in every collective; real", "ray-train, gloo", 12, in_collectives),
+        ("one of two, in every collective; real", "ray-train, gloo", 8, in_collectives),
         ("worker 0, its cluster lives", "ray-train", 1, partial(on_a_cluster, "training", "ray-train")),
     ),
     "node": (

@@ -22,7 +22,7 @@ from carft_ray.launch import runtime
 prepare = runtime.prepare
 PLACES = {
     "all_reduce": "torch.distributed.all_reduce",  # the means of a window
-    "broadcast": "torch.distributed.broadcast",  # rank 1 waits in it while rank 0 writes a checkpoint
+    "broadcast": "torch.distributed.broadcast_object_list",  # rank 1 waits in it for what rank 0 has found
     "checkpoint": "carft_ray.training.checkpoint.save_tensors",  # rank 0 alone; twice for each
 }
 
