@@ -32,10 +32,10 @@ HEADER = ("what", "killed", "executor", "times", "trainings", "lost", "twice", "
 
 def any_moment(folder, times, rng):
     first = rng.randrange(10)
-    kills = searches.kill_at_random(folder / "study", 8, range(first, first + times), rng, **searches.REAL)
+    kills = searches.kill_at_random(folder / "study", 24, range(first, first + times), rng, **searches.REAL)
     for executor, event, delay_s, done in kills:
         print(f"{executor}: {delay_s:.1f} s after {event}, {done} finished", flush=True)
-    searches.check_numbers(folder / "study", searches.undisturbed(folder / "calm", 12))
+    searches.check_numbers(folder / "study", searches.undisturbed(folder / "calm", 28))
 
 
 def again(what, executor, num_trials, more, folder, times, rng):
