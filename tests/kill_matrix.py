@@ -39,6 +39,7 @@ def any_moment(folder, times, rng):
 
 
 def again(what, executor, num_trials, more, folder, times, rng):
+    stand_in.tell(folder, seconds=1)
     searches.kill_again(what, executor, folder / "study", num_trials, times, rng, **more)
     if more == searches.REAL:
         searches.check_numbers(folder / "study", searches.undisturbed(folder / "calm", num_trials))

@@ -38,7 +38,7 @@ EIGHT = {"search": {"max_concurrent_trials": AT_A_TIME}, "num_workers": 1, "cpus
 # the same with real ones, whose values are the same in whatever order they end
 REAL_SEARCH = {"train": {"batch_size": 8}, "sampler": {"name": "random", "seed": 1}, **EIGHT["search"]}
 REAL = {**EIGHT, "search": REAL_SEARCH, "training": "carft_ray.launch.runtime"}
-TITLES = {"trial": (b"ray::ImplicitFunc", b"ray::ResourceTrainable"), "mailbox": b"ray::Mailbox"}
+TITLES = {"trial": (b"ray::ImplicitFunc.train", b"ray::ResourceTrainable.train"), "mailbox": b"ray::Mailbox"}
 CUT = {"pruner": {"name": "successive_halving", "first": 0.25}}
 # a cluster notices the loss of a node after a second
 SOON_LOST = {
@@ -417,13 +417,13 @@ def kill_again(what, executor, study_dir, num_trials, times, rng, **more):
         executor: Runs the trainings.
         study_dir: A new study.
         num_trials: Of the search.
-        times: How many are killed; each a random while after a further part of the trainings has ended.
+        times: How many are killed; each a random while after a further part of the first half of trainings has ended.
         rng: Draws them.
         more: For ``driver``.
     """
     process = driver(study_dir, num_trials, executor, **more)
     for number in range(times):
-        part = number * num_trials // times
+        part = number * num_trials // (2 * times)
         wait_until(lambda: ended(process) or len(results(study_dir)) >= part, f"{part} have ended")  # noqa: B023
         time.sleep(rng.uniform(0, 2) if number else 0)
         victims = wait_until(lambda: ended(process) or titled(what, process.pid), f"there is a {what}")
@@ -611,7 +611,7 @@ def kill_at_random(study_dir, num_trials, numbers, rng, **more):
         process = driver(study_dir, num_trials, executor, **more)
         for event in done_events:
             while not (line := process.stdout.readline()).startswith(event):
-                assert line, f"the search has ended before {event}"
+                assert line, f"the search has ended before {event}: {finish(process)}"
         delay_s = rng.uniform(0.1, 1 if done_events else 6)
         time.sleep(delay_s)
         kill_group(process)
