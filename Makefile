@@ -82,11 +82,11 @@ test-oldest: $(OLDEST)/.installed
 			--study $(OLDEST)/tried/$$way || exit 1; \
 	done
 
-# ten kills of one study, five of a confirm, six of a real training's workers, lost nodes and ten others over a real Ray,
-# and four long searches of all fates:
-# some 45 minutes on two cores
+# searches with eight trainings at a time over a real Ray, of which one thing is killed again and again: WHAT=driver, trial,
+# rank, node or mailbox (all by default); minutes each on two cores
+WHAT ?=
 kill-matrix: $(VENV)/.installed-dev
-	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py
+	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py $(WHAT)
 
 # a short search, more of it and a confirm, each killed before and after every write of its log: some two minutes
 crash-points: $(VENV)/.installed-dev

@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from killed_searches import SOON_LOST, asked, environment, wait_until
+from killed_searches import SOON_LOST, asked, environment, of_session, wait_until
 
 RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
@@ -61,7 +61,7 @@ class Node:
     @property
     def node_id(self) -> str:
         """Ray's name of the node."""
-        for pid in _of_session(self.process.pid):
+        for pid in of_session(self.process.pid):
             with contextlib.suppress(OSError):
                 if found := re.search(rb"--node[-_]id=(\w+)", Path(f"/proc/{pid}/cmdline").read_bytes()):
                     return found[1].decode()
@@ -205,20 +205,9 @@ def _free_ports(options: tuple[str, ...]) -> dict[str, int]:
     return dict(zip(options, found, strict=True))
 
 
-def _of_session(session: int) -> list[int]:
-    """Returns the living processes of a session, in whatever group they are."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
-            if int(its) == session and state != "Z":
-                found.append(int(path.parent.name))
-    return found
-
-
 def _kill_session(session: int) -> list[int]:
     """Kills the processes of a session; returns those that there were."""
-    pids = _of_session(session)
+    pids = of_session(session)
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -228,7 +217,7 @@ def _kill_session(session: int) -> list[int]:
 def _shared_memory(session: int) -> set[str]:
     """Returns the files in shared memory that the processes of a session have open under a name."""
     found = set()
-    for pid in _of_session(session):
+    for pid in of_session(session):
         with contextlib.suppress(OSError):
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
             found |= {line.split()[-1] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}

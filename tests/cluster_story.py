@@ -21,7 +21,7 @@ import short_training
 import cluster
 from carft_ray.study.rows import baselines, trials
 
-NUM_TRIALS, EPOCHS = 6, 160
+NUM_TRIALS, EPOCHS = 10, 160  # more than end meanwhile on a busy machine
 DEADLINE_S = 20
 TIMEOUT_S = 1200  # of a busy machine
 RESOURCES = {

@@ -1,12 +1,10 @@
-"""Kills everything that a search consists of, checks what is left, and prints a table: ``make kill-matrix``.
+"""Kills what a search consists of, again and again, checks what is left, and prints a table: ``make kill-matrix``.
 
-Four searches are those of ``chaos.py``, in which trials diverge, raise, hang, die and want for memory by themselves.
-Two studies are of real trainings: the ``confirm`` of one and the workers of the other are killed.
+    python tests/kill_matrix.py [driver|trial|rank|node|mailbox ...] [--seed N]
 
-    python tests/kill_matrix.py [--kills 10] [--times 2] [--seed N] [--only PART]
-
-The other trainings are stand-ins (``stand_in.py``), Ray is real. Ends with an error at the first study that is not
-whole.
+Each search has eight trainings at a time over a real Ray. Those said to be real are compared, bit for bit, with ones
+that nothing disturbs; the others are stand-ins (``stand_in.py``), some of which diverge, raise, hang, die and want for
+memory by themselves (``chaos.py``). Ends with an error at the first study that is not whole.
 """
 
 import argparse
@@ -17,6 +15,7 @@ import secrets
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import killed_searches as searches
@@ -24,105 +23,120 @@ import short_sealed
 import short_training
 import stand_in
 
-from carft_ray.study.rows import baselines, confirmations, trials
+from carft_ray.study.holding import is_study
+from carft_ray.study.rows import rows_by_kind
 
-NUM_CONFIRM_KILLS, NUM_WORKER_KILLS = 5, 6
-AT_A_TIME = {"inline": 32, "ray-train": 8}  # trainings on four nodes; a group of Ray Train has four processes
-CALM = "numbers of one left in peace"
-HEADER = ("killed", "executor", "times", "outcome", "lost trials", "begun again", "seconds each")
+LOADED = {"num_workers": 1, "cpus_per_worker": 0.25, "hang_timeout_s": 10}  # with eight, steps of all fates take longer
+HEADER = ("what", "killed", "executor", "times", "trainings", "lost", "twice", "begun again", "seconds")
 
 
-def at_random(folder, kills, seed, times):
-    rng = random.Random(seed)
+def any_moment(folder, times, rng):
     first = rng.randrange(10)
-    began = time.monotonic()
-    struck = searches.kill_at_random(folder / "random", 12, range(first, first + kills), rng)
-    yield row("driver and its Ray, any moment", "both", len(struck), [folder / "random"], began)
-    for executor, event, delay_s, done in struck:
+    kills = searches.kill_at_random(folder / "study", 24, range(first, first + times), rng, **searches.REAL)
+    for executor, event, delay_s, done in kills:
         print(f"{executor}: {delay_s:.1f} s after {event}, {done} finished", flush=True)
+    searches.check_numbers(folder / "study", searches.undisturbed(folder / "calm", 28))
 
 
-def all_fates(folder, kills, seed, times):
-    for executor, num_kills in (("inline", 0), ("inline", 5), ("ray-train", 0), ("ray-train", 5)):
-        began, study_dir = time.monotonic(), folder / f"chaos-{executor}-{num_kills}"
-        counts = searches.chaotic(study_dir, 40, seed, executor, num_kills)
-        told = ", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items()))
-        again = sum(each.attempt - 1 for each in trials(study_dir))
-        what = f"40 trials of all fates, driver killed {num_kills} times"
-        yield what, executor, 1, told, 0, again, f"{time.monotonic() - began:.0f}"
+def again(what, executor, num_trials, more, folder, times, rng):
+    stand_in.tell(folder, seconds=1)
+    searches.kill_again(what, executor, folder / "study", num_trials, times, rng, **more)
+    if more == searches.REAL:
+        searches.check_numbers(folder / "study", searches.undisturbed(folder / "calm", num_trials))
 
 
-def confirm(folder, kills, seed, times):
-    began, study_dir = time.monotonic(), short_sealed.make(folder / "confirm", short_training)
-    searches.kill_confirm(study_dir, folder, NUM_CONFIRM_KILLS, random.Random(seed))
-    again = sum(each.attempt - 1 for each in confirmations(folder / "killed"))
-    what = f"confirm of real trainings, killed {NUM_CONFIRM_KILLS} times"
-    yield what, "inline", 1, CALM, 0, again, f"{time.monotonic() - began:.0f}"
+def on_a_cluster(what, executor, folder, times, rng):
+    with searches.cluster() as reached:
+        for number in range(times):
+            searches.kill_one(what, executor, folder / f"study-{number}", reached, 8, **searches.EIGHT)
 
 
-def workers(folder, kills, seed, times):
-    began, study_dir = time.monotonic(), folder / "workers" / "study"
-    searches.kill_workers(folder / "workers", NUM_WORKER_KILLS, random.Random(seed))
-    what = f"worker 0 and 1 of a real training in turn, {NUM_WORKER_KILLS} times"
-    yield row(what, "ray-train", 1, [study_dir], began, CALM)
+def of_a_confirm(folder, times, rng):
+    study_dir = short_sealed.make(folder, short_training, "resources.cpus_per_worker=0.25", trials=3)
+    searches.kill_confirm(study_dir, folder, times, rng, top=3)
 
 
-def nodes(folder, kills, seed, times):
-    for executor, at_a_time in AT_A_TIME.items():
-        began, study_dir = time.monotonic(), folder / f"nodes-{executor}"
-        stand_in.tell(folder, seconds=0.1)
-        searches.lose_nodes(executor, study_dir, at_a_time, at_a_time * 5 // 4)
-        what = f"two of four nodes with {at_a_time // 2} of {at_a_time} trainings, twice"
-        yield row(what, executor, 1, [study_dir], began)
-        began, study_dir = time.monotonic(), folder / f"aside-{executor}"
-        searches.set_one_aside(executor, study_dir)
-        yield row("one trial at each start: set aside, then resumed", executor, 1, [study_dir], began)
+def all_fates(executor, num_trials, num_kills, folder, times, rng):
+    counts = searches.chaotic(folder / "study", num_trials, rng.randrange(10**6), executor, num_kills, **LOADED)
+    print(", ".join(f"{number} {outcome}" for outcome, number in sorted(counts.items())), flush=True)
 
 
-def processes(folder, kills, seed, times):
-    with searches.cluster() as cluster:
-        for what, executor, name in (
-            ("training", "inline", "process of a training"),
-            ("training", "ray-train", "worker 0"),
-            ("trial", "ray-train", "trial that waits for its workers"),
-            ("driver", "inline", "driver, its cluster lives"),
-            ("driver", "ray-train", "driver, its cluster lives"),
-        ):
-            began, studies = time.monotonic(), []
-            for number in range(times):
-                studies.append(folder / f"{what}-{executor}-{number}")
-                searches.kill_one(what, executor, studies[-1], cluster)
-            yield row(name, executor, times, studies, began)
+def aside(executor, folder, times, rng):
+    searches.set_one_aside(executor, folder / "study", 8, **searches.EIGHT)
 
 
-PARTS = {each.__name__: each for each in (at_random, all_fates, confirm, workers, nodes, processes)}
+def in_collectives(folder, times, rng):
+    searches.kill_workers(folder, times, rng, num_trials=8, cpus_per_worker=0.125)
 
 
-def main(kills, times, seed, only):
+def lost_nodes(executor, folder, times, rng):
+    stand_in.tell(folder, seconds=0.1)
+    searches.lose_nodes(executor, folder / "study", 8, 12)
+
+
+def in_cuts(executor, folder, times, rng):
+    stand_in.tell(folder, seconds=2, slow_stop=1)
+    searches.kill_in_cuts(executor, folder / "study", 16, times)
+
+
+KILLS = {  # what is killed -> how, executor, times, and what does it
+    "driver": (
+        ("with its Ray, at any moment; real", "both", 10, any_moment),
+        ("its cluster lives", "inline", 1, partial(on_a_cluster, "driver", "inline")),
+        ("its cluster lives", "ray-train", 1, partial(on_a_cluster, "driver", "ray-train")),
+        ("a confirm; real", "inline", 5, of_a_confirm),
+        ("trainings of all fates", "inline", 5, partial(all_fates, "inline", 40, 5)),
+        ("trainings of all fates", "ray-train", 2, partial(all_fates, "ray-train", 16, 2)),
+    ),
+    "trial": (
+        ("process of a trial; real", "inline", 8, partial(again, "trial", "inline", 16, searches.REAL)),
+        ("trial with its group", "ray-train", 4, partial(again, "trial", "ray-train", 16, searches.EIGHT)),
+        ("its cluster lives", "inline", 1, partial(on_a_cluster, "training", "inline")),
+        ("its cluster lives", "ray-train", 1, partial(on_a_cluster, "trial", "ray-train")),
+        ("one trial at each start: set aside, then resumed", "inline", 3, partial(aside, "inline")),
+        ("one trial at each start: set aside, then resumed", "ray-train", 3, partial(aside, "ray-train")),
+        ("trainings of all fates, themselves", "inline", 0, partial(all_fates, "inline", 40, 0)),
+        ("trainings of all fates, themselves", "ray-train", 0, partial(all_fates, "ray-train", 16, 0)),
+    ),
+    "rank": (
+        ("one of two, in every collective; real", "ray-train, gloo", 8, in_collectives),
+        ("worker 0, its cluster lives", "ray-train", 1, partial(on_a_cluster, "training", "ray-train")),
+    ),
+    "node": (
+        ("two of four with 4 of 8 trainings, twice", "inline", 4, partial(lost_nodes, "inline")),
+        ("two of four with 4 of 8 trainings, twice", "ray-train", 4, partial(lost_nodes, "ray-train")),
+    ),
+    "mailbox": (
+        ("from its start on; real", "inline", 8, partial(again, "mailbox", "inline", 16, searches.REAL)),
+        ("from its start on", "ray-train", 6, partial(again, "mailbox", "ray-train", 16, searches.EIGHT)),
+        ("a trial is being cut", "inline", 4, partial(in_cuts, "inline")),
+        ("a trial is being cut", "ray-train", 4, partial(in_cuts, "ray-train")),
+    ),
+}
+
+
+def main(what, seed):
     print(f"seed {seed}; {platform.machine()}, {os.cpu_count()} CPUs", flush=True)
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="carft-kills-", ignore_cleanup_errors=True) as folder:
-        for name in only or PARTS:
-            stand_in.tell(Path(folder), seconds=0.5)
-            for cells in PARTS[name](Path(folder), kills, seed, times):
-                rows.append(cells)
-                print(cells, flush=True)
+    rows, rng = [], random.Random(seed)
+    for name in what:
+        for how, executor, times, kill in KILLS[name]:
+            with tempfile.TemporaryDirectory(prefix="carft-kills-", ignore_cleanup_errors=True) as folder:
+                began = time.monotonic()
+                stand_in.tell(Path(folder), seconds=0.5)
+                kill(Path(folder), times, rng)
+                studies = [path for path in Path(folder).iterdir() if is_study(path) and path.name != "calm"]
+                found = [row for study in studies for kind in rows_by_kind(study).values() for row in kind]
+                trained = [row for row in found if row.name != "zero_shot"]
+                again = sum(row.attempt - 1 for row in trained)
+                seconds = f"{time.monotonic() - began:.0f}"
+                rows.append((name, how, executor, times, len(trained), 0, 0, again, seconds))  # else it had raised
+                print(rows[-1], flush=True)
     print("\n| " + " | ".join(HEADER) + " |\n|" + "---|" * len(HEADER))
     print("\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in rows))
 
 
-def row(what, executor, times, studies, began, outcome="finished, as if undisturbed"):
-    """Returns the cells of a table's row, for studies that have passed their checks."""
-    rows = [each for study in studies for each in trials(study) + baselines(study)]
-    again = sum(each.attempt - 1 for each in rows)
-    seconds = (time.monotonic() - began) / times
-    return what, executor, times, outcome, 0, again, f"{seconds:.0f}"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=10, help="of one study with its Ray, at random moments")
-    parser.add_argument("--times", type=int, default=2, help="of each other kill")
-    parser.add_argument("--only", action="append", choices=PARTS, help="one part; may be repeated")
+    parser.add_argument("what", nargs="*", choices=[*KILLS], default=[*KILLS])
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
     sys.exit(main(**vars(parser.parse_args())))

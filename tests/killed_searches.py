@@ -32,6 +32,14 @@ RESOURCES = {
     "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},
 }
 EPOCHS = 4  # of search_driver.py
+# eight trainings at a time on two cores, and no more on others
+AT_A_TIME = 8
+EIGHT = {"search": {"max_concurrent_trials": AT_A_TIME}, "num_workers": 1, "cpus_per_worker": 0.25}
+# the same with real ones, whose values are the same in whatever order they end
+REAL_SEARCH = {"train": {"batch_size": 8}, "sampler": {"name": "random", "seed": 1}, **EIGHT["search"]}
+REAL = {**EIGHT, "search": REAL_SEARCH, "training": "carft_ray.launch.runtime"}
+TITLES = {"trial": (b"ray::ImplicitFunc.train", b"ray::ResourceTrainable.train"), "mailbox": b"ray::Mailbox"}
+CUT = {"pruner": {"name": "successive_halving", "first": 0.25}}
 # a cluster notices the loss of a node after a second
 SOON_LOST = {
     "RAY_health_check_initial_delay_ms": "0",
@@ -41,8 +49,8 @@ SOON_LOST = {
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # real trainings of 8 epochs of 8 steps by two workers: a trial, and a baseline with its values
 STRUCK = {"epochs": 8, "train": {"batch_size": 8}, "enqueue": [VALUES], "baselines": {"calm": VALUES}}
-# calls of each place of struck.py in an epoch of them, at least; "curve" comes once, after the last epoch
-CALLS = {"backward": 8, "all_reduce": 1, "broadcast": 1, "evaluation": 4, "checkpoint": 2}
+# calls of each place of struck.py until the end of an epoch of them, at least; "curve" comes once, after the last epoch
+CALLS = {"backward": 8, "all_reduce": 1, "broadcast": 3, "evaluation": 4, "checkpoint": 2}
 CURVE = 5
 TIMEOUT_S = 900  # of a busy machine
 COURSE = ("Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search, by its driver's events
@@ -66,8 +74,9 @@ def driver(
     **resources,
 ):
     """Starts a search in a process group of its own."""
+    resources = {**RESOURCES.get(executor, {"executor": executor}), **resources}
     command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(num_trials)]
-    command += [json.dumps({**RESOURCES[executor], **resources}), address or "", json.dumps(dict(search)), training]
+    command += [json.dumps(resources), address or "", json.dumps(dict(search)), training]
     surroundings = environment(**(auth or {}))
     process = subprocess.Popen(
         command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=surroundings
@@ -76,7 +85,7 @@ def driver(
     return process
 
 
-def chaotic(study_dir, num_trials, seed, executor, num_kills):
+def chaotic(study_dir, num_trials, seed, executor, num_kills, **resources):
     """Runs a search of ``chaos.py`` to its end, its driver and Ray killed so often at random moments, and checks it.
 
     Returns:
@@ -84,7 +93,7 @@ def chaotic(study_dir, num_trials, seed, executor, num_kills):
     """
     rng = random.Random(f"kills {seed}")
     command = [sys.executable, str(HERE / "chaos.py"), str(study_dir), str(num_trials), str(seed)]
-    command.append(json.dumps(chaos.RESOURCES[executor]))
+    command.append(json.dumps({**chaos.RESOURCES[executor], **resources}))
     for number in range(num_kills + 1):
         process = subprocess.Popen(
             command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
@@ -162,6 +171,31 @@ def check(study_dir, num_trials, before=None):
     assert commits(study_dir)[-1]["records"] == [{"kind": "released"}]
 
 
+def undisturbed(study_dir, num_trials):
+    """Searches with real trainings, one after the other in the process of the search; returns the study."""
+    code, output = finish(driver(study_dir, num_trials, "debug", search=REAL_SEARCH, training=REAL["training"]))
+    assert code == 0, output
+    return study_dir
+
+
+def check_numbers(study_dir, calm):
+    """Raises when a study has other trainings than an undisturbed one, or a bit of one of them is another."""
+    found, wanted = ({row.name: (study, row) for row in trials(study)} for study in (study_dir, calm))
+    assert found.keys() == wanted.keys()
+    for name, pair in found.items():
+        check_same(pair, wanted[name])
+
+
+def check_same(*pairs):
+    """Raises when two trainings, each a study and its row, differ in numbers, weights or predictions."""
+    (one, row), (other, another) = pairs
+    assert numbers_of(one, row) == numbers_of(other, another), row.name
+    for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
+        first, second = (each.place(study) / name for study, each in pairs)
+        if first.exists() and second.exists():  # the search has removed those of trials that are not the best
+            assert first.read_bytes() == second.read_bytes(), first
+
+
 def check_told_once(study_dir):
     """Raises when the log ends a trial twice."""
     lines = operations(study_dir)
@@ -169,57 +203,57 @@ def check_told_once(study_dir):
     assert set(ended.values()) == {1}, ended
 
 
-def write_strikes(base_dir, num_kills, rng):
-    """Plans the deaths of workers, rank 0 and 1 in turn, each in another place, the last in the alpha curve.
+def write_strikes(base_dir, num_kills, rng, num_trials=1):
+    """Plans the deaths of workers, rank 0 and 1 in turn, in all places in turn; the last ones come in the alpha curve.
 
     Every second one comes after a checkpoint of its attempt.
 
     Returns:
-        The plan, as ``struck.py`` has it.
+        The plan of each trial, as ``struck.py`` has it.
     """
-    places = rng.sample(sorted(CALLS), num_kills - 1)
-    first = places.index("checkpoint") if "checkpoint" in places else rng.randrange(2)  # rank 0 writes it
-    plan = []
-    for number, place in enumerate([*places, "curve"]):
+    num_curves, plans = max(1, num_kills // (len(CALLS) + 1)), [[] for _ in range(num_trials)]
+    places = (rng.sample(sorted(CALLS), len(CALLS)) * num_kills)[: num_kills - num_curves] + ["curve"] * num_curves
+    first = 0 if "checkpoint" in places else rng.randrange(2)  # rank 0 writes it
+    for number, place in enumerate(places):
         earlier = number % 2 * CALLS.get(place, 0)
         strike = {
-            "rank": (first + number) % 2,
+            "rank": 0 if place == "checkpoint" else (first + number) % 2,
             "place": place,
             "calls": earlier + rng.randint(1, CALLS.get(place, CURVE)),
         }
-        plan.append({**strike, "delay_s": rng.choice((0, rng.uniform(0, 0.03)))})
-    (base_dir / "strikes").mkdir(parents=True)
-    for number, strike in enumerate(plan, start=1):
-        (base_dir / "strikes" / f"{number:02d}.json").write_text(json.dumps(strike))
-    return plan
+        plans[number % num_trials].append({**strike, "delay_s": rng.choice((0, rng.uniform(0, 0.03)))})
+    for trial, plan in enumerate(plans):
+        (base_dir / "strikes" / f"t{trial:04d}").mkdir(parents=True)
+        for number, strike in enumerate(plan, start=1):
+            (base_dir / "strikes" / f"t{trial:04d}" / f"{number:02d}.json").write_text(json.dumps(strike))
+    return plans
 
 
-def kill_workers(folder, num_kills, rng):
-    """Trains one trial for real with two workers that die so often, and the same in peace beside it; compares them.
+def kill_workers(folder, num_kills, rng, num_trials=1, **resources):
+    """Trains trials for real with two workers each, of which so many die, and the same in peace beside them.
 
-    Returns:
-        The plan of the deaths.
+    All have the same values, so that each must end bit for bit as the baseline that is left in peace.
     """
-    plan, study_dir = write_strikes(folder / "base", num_kills, rng), folder / "study"
-    print(*plan, sep="\n", flush=True)
-    process = driver(study_dir, 1, "ray-train", search=STRUCK, training="struck")
+    plans, study_dir = write_strikes(folder / "base", num_kills, rng, num_trials), folder / "study"
+    print(*plans, sep="\n", flush=True)
+    search = {**STRUCK, **EIGHT["search"], "enqueue": [VALUES] * num_trials}
+    process = driver(study_dir, num_trials, "ray-train", search=search, training="struck", **resources)
     code, output = finish(process, TIMEOUT_S + 60 * num_kills)
     assert code == 0, output
-    [row], calm = trials(study_dir), next(row for row in baselines(study_dir) if row.name == "calm")
-    assert (row.outcome, calm.outcome) == ("complete", "complete"), row
-    assert list((folder / "base" / "strikes").glob("*.json")) == [], "planned, but not met"
-    assert row.attempt > num_kills
+    rows, calm = trials(study_dir), next(row for row in baselines(study_dir) if row.name == "calm")
+    left = sorted((folder / "base" / "strikes").rglob("*.json"))
+    assert left == [], f"planned, but not met: {left}"
+    assert {row.outcome for row in (*rows, calm)} == {"complete"}, rows
+    assert [row.number for row in rows] == list(range(num_trials))
     check_told_once(study_dir)
-    for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
-        one, other = (each.place(study_dir) / name for each in (row, calm))
-        assert one.read_bytes() == other.read_bytes(), name
-    assert numbers_of(study_dir, row) == numbers_of(study_dir, calm)
-    log = (row.folder(study_dir) / "log.txt").read_text()
-    dead = re.findall(r"lost: rank (\d)", log)
-    assert list(map(int, dead)) == [strike["rank"] for strike in plan], log
-    for attempt in log.split(": starts on ")[1:]:  # what follows from a death stands below it
-        assert "Traceback" not in attempt.partition(": lost: ")[0], attempt
-    return plan
+    for row, plan in zip(rows, plans, strict=True):
+        assert row.attempt > len(plan)
+        check_same((study_dir, row), (study_dir, calm))
+        log = (row.folder(study_dir) / "log.txt").read_text()
+        dead = re.findall(r"lost: rank (\d)", log)
+        assert list(map(int, dead)) == [strike["rank"] for strike in plan], log
+        for attempt in log.split(": starts on ")[1:]:  # what follows from a death stands below it
+            assert "Traceback" not in attempt.partition(": lost: ")[0], attempt
 
 
 def numbers_of(study_dir, row):
@@ -227,6 +261,27 @@ def numbers_of(study_dir, row):
     rows = [json.loads(line) for line in (row.folder(study_dir) / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((row.place(study_dir) / "result.json").read_text())
     return {**result, "elapsed_s": None, "rows": None}, [{**row, "images_per_s": None} for row in rows]
+
+
+def of_session(session):
+    """Returns the living processes of a session, in whatever group they are."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def titled(what, session):
+    """Returns the processes of a search's own Ray that are, as Ray names them, one of ``TITLES``."""
+    found = []
+    for pid in of_session(session):
+        with contextlib.suppress(OSError):
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(TITLES[what]):
+                found.append(pid)
+    return found
 
 
 def ended(process):
@@ -354,8 +409,54 @@ def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
-def kill_one(what, executor, study_dir, cluster):
-    """Searches for one trial and a baseline on a Ray that stays alive, kills one process, and checks what follows.
+def kill_again(what, executor, study_dir, num_trials, times, rng, **more):
+    """Searches while one process after the other dies, from the first on that is there; checks what follows.
+
+    Args:
+        what: One of ``TITLES``.
+        executor: Runs the trainings.
+        study_dir: A new study.
+        num_trials: Of the search.
+        times: How many are killed; each a random while after a further part of the first half of trainings has ended.
+        rng: Draws them.
+        more: For ``driver``.
+    """
+    process = driver(study_dir, num_trials, executor, **more)
+    for number in range(times):
+        part = number * num_trials // (2 * times)
+        wait_until(lambda: ended(process) or len(results(study_dir)) >= part, f"{part} have ended")  # noqa: B023
+        time.sleep(rng.uniform(0, 2) if number else 0)
+        victims = wait_until(lambda: ended(process) or titled(what, process.pid), f"there is a {what}")
+        os.kill(rng.choice(victims), signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    check(study_dir, num_trials)
+
+
+def kill_in_cuts(executor, study_dir, num_trials, times):
+    """Searches while the mailbox dies, so often, when a cut was decided and its training still runs; checks it."""
+    process, seen = driver(study_dir, num_trials, executor, **{**EIGHT, "search": {**CUT, **EIGHT["search"]}}), set()
+    for _ in range(times):
+        seen.update(wait_until(lambda: ended(process) or decided_cuts(study_dir) - seen, "a training is cut"))
+        for pid in titled("mailbox", process.pid):
+            os.kill(pid, signal.SIGKILL)
+    code, output = finish(process)
+    assert code == 0, output
+    rows = trials(study_dir)
+    assert [row.number for row in rows] == list(range(num_trials))
+    assert {row.outcome for row in rows} == {"complete", "pruned"}, rows  # a result wins over a cut
+    check_told_once(study_dir)
+
+
+def decided_cuts(study_dir):
+    """Returns the numbers in Optuna's log of the trainings whose cut was decided."""
+    if not is_study(study_dir):
+        return set()
+    return {line["trial_id"] for line in operations(study_dir) if line["op_code"] == 8 and "cut" in line["user_attr"]}
+
+
+def kill_one(what, executor, study_dir, cluster, num_trials=1, **more):
+    """Searches on a Ray that stays alive, kills one process, and checks what follows.
 
     Args:
         what: "training" (the process of an inline one, worker 0 of a group), "trial" (which waits for its group), or
@@ -363,42 +464,44 @@ def kill_one(what, executor, study_dir, cluster):
         executor: Runs the trainings.
         study_dir: A new study.
         cluster: What ``cluster`` gives.
+        num_trials: Of the search.
+        more: For ``driver``.
 
     Returns:
         What the search printed that came to the end.
     """
-    process = driver(study_dir, 1, executor, *cluster)
+    process = driver(study_dir, num_trials, executor, *cluster, **more)
     pid = wait_until(lambda: running_pids(study_dir) or ended(process), "a training runs")[0]
     before = results(study_dir)
     if what == "driver":
         process.kill()
         process.communicate()
         wait_for_no_groups(*cluster)
-        process = driver(study_dir, 1, executor, *cluster)
+        process = driver(study_dir, num_trials, executor, *cluster, **more)
     else:
         os.kill(waiting_trial(pid) if what == "trial" else pid, signal.SIGKILL)
     code, output = finish(process)
     assert code == 0, output
-    check(study_dir, 1, before)
+    check(study_dir, num_trials, before)
     wait_for_no_groups(*cluster)
     return output
 
 
-def set_one_aside(executor, study_dir):
-    """Searches for four trials, one of which dies at each start; the same command again, without the fault, ends it."""
+def set_one_aside(executor, study_dir, num_trials=4, **more):
+    """Searches with a trial that dies at each start; the same command again, without the fault, ends it."""
     stand_in.tell(study_dir.parent, seconds=0.05, **{"1": "die"})
-    code, output = finish(driver(study_dir, 4, executor))
+    code, output = finish(driver(study_dir, num_trials, executor, **more))
     assert code == 5, output
     rows = trials(study_dir)
-    assert [row.outcome for row in rows] == ["complete", "running", "complete", "complete"], output
+    assert [row.number for row in rows if row.outcome != "complete"] == [1], output
     assert [row.number for row in rows if row.set_aside] == [1]
     assert f"{rows[1].name}: is set aside: {rows[1].reason}" in output
     assert "did not advance" in rows[1].reason
     before = results(study_dir)
     stand_in.tell(study_dir.parent, seconds=0.05)
-    code, output = finish(driver(study_dir, 4, executor))
+    code, output = finish(driver(study_dir, num_trials, executor, **more))
     assert code == 0, output
-    check(study_dir, 4, before)
+    check(study_dir, num_trials, before)
 
 
 def lose_nodes(executor, study_dir, at_a_time, num_trials):
@@ -434,9 +537,9 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
         wait_for_no_groups(*reached)
 
 
-def confirm(study_dir):
-    """Starts a confirm in a process group of its own, with two seeds of the winner and of the baseline."""
-    command = [sys.executable, "-m", "carft_ray.cli", "confirm", str(study_dir), "--top", "1", "--seeds", "2"]
+def confirm(study_dir, top=1):
+    """Starts a confirm in a process group of its own, with two seeds of the best trials and of the baseline."""
+    command = [sys.executable, "-m", "carft_ray.cli", "confirm", str(study_dir), "--top", str(top), "--seeds", "2"]
     process = subprocess.Popen(
         command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
     )
@@ -454,7 +557,7 @@ def confirmed(study_dir):
     }
 
 
-def kill_confirm(finished_study, folder, num_kills, rng):
+def kill_confirm(finished_study, folder, num_kills, rng, top=1):
     """Confirms a copy of a study in peace, and another one killed so often; raises when they end otherwise.
 
     The kills come at random moments, one in each of ``num_kills`` parts of the time that a whole confirm takes. The
@@ -462,29 +565,29 @@ def kill_confirm(finished_study, folder, num_kills, rng):
     """
     calm, killed = (Path(shutil.copytree(finished_study, folder / name)) for name in ("calm", "killed"))
     began = time.monotonic()
-    code, output = finish(confirm(calm))
+    code, output = finish(confirm(calm, top))
     assert code == 0, output
     whole_s, before = time.monotonic() - began, {}
     for number in range(num_kills):
-        process = confirm(killed)
+        process = confirm(killed, top)
         time.sleep(whole_s * rng.uniform(number, number + 1) / num_kills)
         kill_group(process)
         now = confirmed(killed)
         assert {name for name in before if now[name] != before[name]} == set()
         before = now
-    code, output = finish(confirm(killed))
+    code, output = finish(confirm(killed, top))
     assert code == 0, output
-    check_confirm(killed, calm)
+    check_confirm(killed, calm, top)
 
 
-def check_confirm(killed, calm):
-    """Raises when a killed confirm has ended otherwise than one left in peace; two trainings with two seeds each."""
+def check_confirm(killed, calm, top=1):
+    """Raises when a killed confirm has ended otherwise than one left in peace; two seeds of each trial and baseline."""
     assert confirmed(killed) == confirmed(calm)
-    assert len(confirmed(killed)) == 4
+    assert len(confirmed(killed)) == 2 * (top + 1)
     summaries = [json.loads((study / "confirm" / "summary.json").read_text()) for study in (calm, killed)]
     assert summaries[0] == summaries[1]
     assert {row.outcome for row in confirmations(killed)} == {"complete"}
-    assert len(confirmations(killed)) == 4
+    assert len(confirmations(killed)) == 2 * (top + 1)
     assert [entry.purpose for entry in read_ledger(killed)] == ["winner fixed"]
     assert list(killed.rglob("*.tmp")) == []
 
@@ -494,7 +597,7 @@ def moment(number):
     return tuple(RESOURCES)[number % len(RESOURCES)], ("start", *COURSE)[number % NUM_MOMENTS]
 
 
-def kill_at_random(study_dir, num_trials, numbers, rng):
+def kill_at_random(study_dir, num_trials, numbers, rng, **more):
     """Kills one study again and again with its Ray, extends it by 4, finishes and checks it.
 
     The numbers go through the course of a search, inline and with Ray Train in turn: each kill comes a random while
@@ -507,10 +610,10 @@ def kill_at_random(study_dir, num_trials, numbers, rng):
     kills, before = [], {}
     for number in numbers:
         (executor, last), done_events = moment(number), COURSE[: number % NUM_MOMENTS]
-        process = driver(study_dir, num_trials, executor)
+        process = driver(study_dir, num_trials, executor, **more)
         for event in done_events:
             while not (line := process.stdout.readline()).startswith(event):
-                assert line, f"the search has ended before {event}"
+                assert line, f"the search has ended before {event}: {finish(process)}"
         delay_s = rng.uniform(0.1, 1 if done_events else 6)
         time.sleep(delay_s)
         kill_group(process)
@@ -520,7 +623,7 @@ def kill_at_random(study_dir, num_trials, numbers, rng):
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now
         kills.append((executor, last, delay_s, len(now)))
-    code, output = finish(driver(study_dir, num_trials + 4))
+    code, output = finish(driver(study_dir, num_trials + 4, **more))
     assert code == 0, output
     check(study_dir, num_trials + 4, before)
     return kills

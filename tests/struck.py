@@ -1,7 +1,7 @@
 """A real training whose workers kill themselves at planned moments; workers import it by name.
 
-``strikes`` in the recipe's folder holds a file for each kill, ``01.json``, ``02.json``: the worker of ``rank`` dies at
-the ``calls``-th call of ``place`` in its attempt, or ``delay_s`` later. Baselines are left in peace. The first file
+``base/strikes/t0000`` holds a file for each kill of that trial, ``01.json``, ``02.json``: the worker of ``rank`` dies
+at the ``calls``-th call of ``place`` in its attempt, or ``delay_s`` later. Baselines are left in peace. The first file
 that is left holds, from the attempt of its number on: what outlives a kill in the same attempt dies of that kill alone.
 A file is renamed before its kill, so that no kill comes twice.
 """
@@ -22,7 +22,7 @@ from carft_ray.launch import runtime
 prepare = runtime.prepare
 PLACES = {
     "all_reduce": "torch.distributed.all_reduce",  # the means of a window
-    "broadcast": "torch.distributed.broadcast",  # rank 1 waits in it while rank 0 writes a checkpoint
+    "broadcast": "torch.distributed.broadcast_object_list",  # rank 1 waits in it for what rank 0 has found
     "checkpoint": "carft_ray.training.checkpoint.save_tensors",  # rank 0 alone; twice for each
 }
 
@@ -32,8 +32,9 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
 
     def at(place):
         calls[place] += 1
-        path = min((stand_in.scripts(prepared_dir) / "strikes").glob("*.json"), default=None)
-        if path is None or int(path.stem) > attempt or out_dir.parent.name != "trials":
+        planned = stand_in.scripts(prepared_dir) / "strikes" / out_dir.name[:5]
+        path = min(planned.glob("*.json"), default=None)
+        if path is None or int(path.stem) > attempt:
             return
         strike = json.loads(path.read_text())
         if (strike["rank"], strike["place"], strike["calls"]) == (context.rank, place, calls[place]):

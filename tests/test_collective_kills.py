@@ -1,6 +1,6 @@
 """A real training by two workers, one of which dies within backward pass, collective, evaluation or checkpoint.
 
-``make kill-matrix`` has six deaths of one training, in every place.
+``make kill-matrix WHAT=rank`` has deaths in every place, with eight trainings at a time.
 """
 
 import random

@@ -1,6 +1,6 @@
 """``carft-ray confirm`` with real trainings: killed at moments of its course, and asked to look at test sets.
 
-Five kills of one confirm on a real Ray are a row of ``make kill-matrix``.
+Five kills of one confirm on a real Ray are a row of ``make kill-matrix WHAT=driver``.
 """
 
 import json

@@ -1,8 +1,7 @@
 """Searches over a real Ray, killed from outside: drivers, trials, workers, and trainings that hang.
 
-The long version is ``make kill-matrix``: ten kills of one study, so that each moment meets both executors; two of every
-other kill; and forty trials of all fates (``chaos.py``), undisturbed and with the driver killed five times, with both
-executors.
+The long version is ``make kill-matrix``: eight trainings at a time, ten kills of the driver, so that each moment meets
+both executors, and trainings of all fates (``chaos.py``), undisturbed and with the driver killed.
 """
 
 import random
