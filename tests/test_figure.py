@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.effect import Estimate, effect_figure
 from carft_ray.errors import StorageError
-from carft_ray.launch.figures.figure import Curve, Dot, id_ood_figure
+from carft_ray.results.figure import Curve, Dot, id_ood_figure
 
 pytestmark = pytest.mark.slow
 
@@ -105,5 +105,5 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_importing_the_module_does_not_load_matplotlib():
-    code = "import sys, carft_ray.launch.figures.figure; assert not {'matplotlib', 'torch'} & {*sys.modules}"
+    code = "import sys, carft_ray.results.figure; assert not {'matplotlib', 'torch'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

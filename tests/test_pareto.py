@@ -18,7 +18,6 @@ from curve_stand_in import ZERO_SHOT, make_recipe, metrics_at, run_all
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from carft_ray.launch.figures.study_figure import write_figure
 from carft_ray.launch.runs.search import SearchResult, run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.loading import dump_recipe, load_recipe
@@ -34,6 +33,7 @@ from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.search_summary import study_summary
+from carft_ray.results.study_figure import write_figure
 from carft_ray.store.result import write_result
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.holding import log_of

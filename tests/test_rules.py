@@ -49,7 +49,7 @@ DOORWAYS = {
     "torch": ("data", "model", "training", "launch", "results"),  # data: its resize of uint8 alone
     "typer": ("cli",),
     "rich": ("cli", "api", "ui"),
-    "matplotlib": ("launch",),
+    "matplotlib": ("results",),
     "wandb": ("launch",),
     "mlflow": ("launch",),
     "plotly": ("results",),

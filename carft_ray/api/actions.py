@@ -109,6 +109,7 @@ def search(
     from carft_ray.launch.runs.search import run_search
     from carft_ray.launch.tracking import tracking
     from carft_ray.results.search_summary import study_summary
+    from carft_ray.results.study_figure import figure_at_the_end
     from carft_ray.ui.progress import search_shown
 
     with (
@@ -116,7 +117,8 @@ def search(
         tracking(value, study, logger.warning) as with_trackers,
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
-        result = run_search(value, study, address, with_trackers(with_notices(on_event)), runner, change_space)
+        told = with_trackers(with_notices(on_event))
+        result = run_search(value, study, address, told, runner, change_space, figure_at_the_end)
     resume_command = f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}"
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)

@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.events import BaselineFinished, Decided, Event, Note, Preparing, Started, TrialFinished
 from carft_ray.launch.failures.causes import no_successful_trial
-from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.own_trainer import own_notes
 from carft_ray.launch.runtime import RUNNER, Runner, Runtime, Say
 from carft_ray.launch.session import begin, computing, prepare
@@ -61,10 +61,11 @@ def run_search(
     on_event: Callable[[Event], None] = lambda event: None,
     runner: Runner | None = None,
     change_space: bool = False,
+    around: Callable[[Study, int], AbstractContextManager[None]] = lambda study, num_before: nullcontext(),
 ) -> SearchResult:
     """Runs a search to its end, or resumes one.
 
-    ``best.yaml`` follows the best trial all the time; the figure is drawn at the end, however the search ends.
+    ``best.yaml`` follows the best trial all the time.
 
     When its budget is used up, running trainings are asked to write a checkpoint, and the search ends with its best.
     Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
@@ -76,6 +77,8 @@ def run_search(
         on_event: Told what happens, in the calling thread.
         runner: What is trained; by default ``training.run``.
         change_space: The search space may change.
+        around: What surrounds the search: a context, given the open study and the number of trials that were finished
+            before, such as ``results.study_figure.figure_at_the_end``.
 
     Returns:
         The best trial, and all rows.
@@ -105,7 +108,7 @@ def run_search(
             on_event(Preparing(text))
 
         ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
-        with figure_at_the_end(study, num_before):
+        with around(study, num_before):
             if not ended and not study.done():
                 interrupted = partial(_interrupted, study, address)
                 with computing(recipe, study_dir, runner or RUNNER, address, interrupted, say) as runtime:

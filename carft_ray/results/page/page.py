@@ -15,10 +15,10 @@ from typing import Any
 from urllib.parse import quote
 
 from carft_ray.errors import StorageError
-from carft_ray.launch.figures.study_figure import write_figure
 from carft_ray.layout import FIGURE_SVG, FOLDERS
 from carft_ray.results.page.figures import figures
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.results.study_figure import write_figure
 from carft_ray.results.verdict_card import verdict
 from carft_ray.untrusted import require_nothing_outside, visible
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.launch.figures.figure import Curve, Dot, Pair, id_ood_figure
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.figure import Curve, Dot, Pair, id_ood_figure
 from carft_ray.study.front import front_of
 from carft_ray.study.outcome import TrialRow, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row
