@@ -7,7 +7,6 @@ from pathlib import Path
 
 import crash_host
 import pytest
-from logs import holding
 from recipe_keys import keys
 from stand_in import make_recipe
 from test_search_spaces import FOLDER, base_of, first_of, key_id, source_of, unique_keys
@@ -19,7 +18,7 @@ from carft_ray.recipe.schema.fields import resume_of
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.finished import read_manifest
 from carft_ray.results.reading.study_view import study_recipe
-from carft_ray.study.identity import class_of, record_recipe
+from carft_ray.study.identity import class_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
@@ -185,17 +184,14 @@ def test_compile_auto_is_what_the_study_has_and_nothing_else_takes_its_place(tmp
             pass
 
 
-def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifest(tmp_path):
+def test_the_recipe_of_a_study_is_that_of_its_last_search_and_only_news_leave_the_one_before(tmp_path):
     study_dir = tmp_path / "study"
-    old, new = make_recipe(2), make_recipe(2, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})
-    with open_study(study_dir, old):
-        pass
-    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7)))
-    with holding(study_dir):
-        record_recipe(study_dir, new)
-    assert study_recipe(study_dir) == make_recipe(7, baselines=dict(new.search.baselines))
-    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9)))  # by hand: is refused later
-    assert study_recipe(study_dir).train.epochs == 9
+    more, other = make_recipe(7), make_recipe(7, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})
+    for recipe, num_before in ((make_recipe(2), 0), (more, 0), (other, 1), (other, 1)):
+        with open_study(study_dir, recipe):
+            pass
+        assert study_recipe(study_dir) == recipe
+        assert len(json.loads((study_dir / "manifest.json").read_text()).get("recipes", [])) == num_before
 
 
 # ---- moved folders

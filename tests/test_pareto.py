@@ -15,12 +15,13 @@ import pytest
 import short_study
 import short_training
 from curve_stand_in import ZERO_SHOT, make_recipe, metrics_at, run_all
+from logs import set_recipe
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
 from carft_ray.launch.runs.search import SearchResult, run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.confirm.configurations import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
@@ -85,7 +86,7 @@ def test_trainings_and_points_are_counted_apart(study_dir):
 
 
 def read_study_with_recipe(study_dir, recipe):
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
+    set_recipe(study_dir, recipe)
     return read_study(study_dir)
 
 

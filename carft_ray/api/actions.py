@@ -131,7 +131,7 @@ def search(
 def resume(
     study: str | Path, trials: int | str | None = None, *, overrides: Overrides = (), **options: Any
 ) -> Searched:
-    """Resumes a study where it was, or extends it. Its recipe is its own ``resolved.yaml``.
+    """Resumes a study where it was, or extends it. Its recipe is that of its last search.
 
     Args:
         study: The study directory.
@@ -149,8 +149,8 @@ def resume(
     study = Path(study)
     study_dir = study_view.require_study(study)
     study_view.require_search(study)
-    recipe = study_view.resolved_recipe(study_dir)
-    words = [*study_view.behind(study_dir), *override_words(overrides)]
+    recipe = study_view.study_recipe(study_dir).model_dump(mode="json")
+    words = override_words(overrides)
     if trials is not None:
         words.append(f"search.trials={study_view.total_trials(str(trials), study_view.read_study(study_dir))}")
     return search(recipe, study, overrides=words, **options)
@@ -207,7 +207,7 @@ def confirm(
         step = f"Wait until it ends, or end it: carft-ray stop {study}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [study_view.read_study(Path(path)) for path in against]
-    recipe = load_recipe(study_view.resolved_recipe(view.study_dir), overrides)
+    recipe = load_recipe(view.recipe.model_dump(mode="json"), overrides)
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec

@@ -3,9 +3,9 @@
 The field of every key of a recipe says its class (``recipe.schema.fields.key``). A space that changes with
 ``--change-space`` moves the trials to it (``study.space_revisions``).
 
-``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.
-It is written in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
-search, with all that is running.
+``manifest.json`` holds the recipe of the last search in ``recipe``, with all that is running; in ``recipes``, oldest
+first, those before another space, further baselines or moved files. It is written in one piece: what it says is what
+holds. ``resolved.yaml`` shows the recipe to people.
 """
 
 import contextlib
@@ -15,8 +15,6 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ from carft_ray.study import provenance
 
 FORMAT_VERSION = 1
 RECIPES = "recipes"  # key of the manifest
-_CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
 
 
 @dataclass(frozen=True)
@@ -53,12 +50,14 @@ class Claim:
     Attributes:
         is_new: Whether the folder was empty.
         space_changes: Whether the search has another space than the study.
-        is_news: Whether the manifest must get the recipe of the search: the space, baselines that were added, moved
-            files.
+        differs: Whether the search has another recipe than the study.
+        is_news: Whether the recipe of the study stays in ``recipes`` then: the space differs, baselines were added,
+            files have moved.
     """
 
     is_new: bool
     space_changes: bool = False
+    differs: bool = False
     is_news: bool = False
 
 
@@ -132,19 +131,20 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Clai
             step = f"{change}\n    Trials that lie inside still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
     news = [one for one in found if class_of(one.path) != "running" or _is_moved(one.path)]
-    return Claim(False, bool(space), bool(news))
+    return Claim(False, bool(space), bool(found), bool(news))
 
 
-def record_recipe(study_dir: Path, recipe: Recipe) -> None:
-    """Makes the recipe of a search that of the study; the one before stays in ``recipes``. The study must be held.
+def record_recipe(study_dir: Path, recipe: Recipe, is_news: bool) -> None:
+    """Makes the recipe of a search that of the study, which must be held; one with news leaves that before it.
 
     Raises:
         StorageError: The manifest cannot be written.
     """
     manifest = files.read_json(study_dir / MANIFEST)
-    until = datetime.now().astimezone().isoformat(timespec="seconds")
-    recipes = [*manifest.get(RECIPES, []), {"until": until, "recipe": manifest["recipe"]}]
-    files.write_json(study_dir / MANIFEST, {**manifest, "recipe": recipe.model_dump(mode="json"), RECIPES: recipes})
+    if is_news:
+        until = datetime.now().astimezone().isoformat(timespec="seconds")
+        manifest[RECIPES] = [*manifest.get(RECIPES, []), {"until": until, "recipe": manifest["recipe"]}]
+    files.write_json(study_dir / MANIFEST, {**manifest, "recipe": recipe.model_dump(mode="json")})
 
 
 def read_manifest(study_dir: Path) -> dict[str, Any]:
@@ -184,24 +184,6 @@ def resume_command(study_dir: Path) -> str:
     if is_single(study_dir):
         return f"carft-ray train {folder}/{RESOLVED} --out {folder} --resume"
     return f"carft-ray resume {folder}"
-
-
-def caught_up(study_dir: Path, resolved: Recipe) -> list[str]:
-    """Returns what a kill has kept from ``resolved.yaml``, as texts ``key=value`` to set over it; mostly nothing.
-
-    The manifest is written first. Where the resolved recipe has a part as it was before the last change of the
-    study, the part of the manifest holds.
-
-    Raises:
-        StorageError: The manifest cannot be read.
-    """
-    manifest = read_manifest(study_dir)
-    if not manifest.get(RECIPES):
-        return []
-    before = Recipe.model_validate(manifest[RECIPES][-1]["recipe"]).model_dump(mode="json")
-    now, last = Recipe.model_validate(manifest["recipe"]).model_dump(mode="json"), resolved.model_dump(mode="json")
-    parts = [(key, *(reduce(getitem, key.split("."), whole) for whole in (before, now, last))) for key in _CATCH_UP]
-    return [f"{key}={json.dumps(new)}" for key, old, new, found in parts if found == old != new]
 
 
 def _differences(old: Any, new: Any, path: KeyPath = ()) -> Iterator[Difference]:

@@ -54,9 +54,9 @@ def open_study(
                 files.remove(path)
             if change_space and not claimed.space_changes:
                 notes.append("--change-space has no effect: the space is that of the study")
-            if claimed.is_news:
+            if claimed.differs:
                 log.check()
-                record_recipe(study_dir, recipe)
+                record_recipe(study_dir, recipe, claimed.is_news)
             if not is_in_space(log, recipe):  # a kill may have come right after the line above, in an earlier search
                 recover(Study(study_dir, recipe, log, [], storage), "trial")  # what has ended, in the space before
                 with log.commit(space_record(recipe)):
