@@ -32,7 +32,7 @@ def holding(folder, tell=lambda text: None):
 
 def set_recipe(study_dir, recipe):
     """Makes a recipe that of a study, as a search does that has claimed it."""
-    record_recipe(study_dir, recipe, is_news=False)
+    record_recipe(study_dir, recipe, [])
 
 
 def write_line(study_dir, recipe, purpose="test", **words):

@@ -18,7 +18,8 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import contains, place
 from carft_ray.recipe.trial_values import apply
-from carft_ray.results.reading.study_view import Overview, study_recipe
+from carft_ray.results.reading.study_view import Overview
+from carft_ray.study.identity import study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running

@@ -25,6 +25,7 @@ from carft_ray.api.checks import Overrides, RecipeLike, as_command, load_recipe,
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
+from carft_ray.study.identity import study_recipe
 from carft_ray.ui import console
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def resume(
     study = Path(study)
     study_dir = study_view.require_study(study)
     study_view.require_search(study)
-    recipe = study_view.study_recipe(study_dir).model_dump(mode="json")
+    recipe = study_recipe(study_dir).model_dump(mode="json")
     words = override_words(overrides)
     if trials is not None:
         words.append(f"search.trials={study_view.total_trials(str(trials), study_view.read_study(study_dir))}")

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -43,24 +43,6 @@ class Difference:
     new: Any
 
 
-@dataclass(frozen=True)
-class Claim:
-    """What claiming a folder has found.
-
-    Attributes:
-        is_new: Whether the folder was empty.
-        space_changes: Whether the search has another space than the study.
-        differs: Whether the search has another recipe than the study.
-        is_news: Whether the recipe of the study stays in ``recipes`` then: the space differs, baselines were added,
-            files have moved.
-    """
-
-    is_new: bool
-    space_changes: bool = False
-    differs: bool = False
-    is_news: bool = False
-
-
 MISSING = object()  # stands for a key that is not there
 
 
@@ -76,11 +58,7 @@ def class_of(path: KeyPath) -> Class:
     return found
 
 
-def _is_moved(path: KeyPath) -> bool:
-    return path[0] == "data" and path[-1] in ("path", "root")
-
-
-def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
+def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
     """Makes the folder the study of this recipe, or checks that it is. It must be held.
 
     Of a study nothing is written: ``record_recipe`` does that.
@@ -94,15 +72,15 @@ def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
         RecipeError, StorageError: As ``compare``; or the manifest cannot be written.
     """
     found = compare(study_dir, recipe, change_space)
-    if found.is_new:
+    if found is None:
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
         files.write_json(study_dir / MANIFEST, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
     return found
 
 
-def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
-    """Returns what ``claim`` would find, and writes nothing.
+def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
+    """Returns where a recipe differs from that of the study, all of it allowed; None of a folder that is no study yet.
 
     Args:
         study_dir: A folder that ``holding.check_fit`` has passed.
@@ -114,7 +92,7 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Clai
         StorageError: The manifest cannot be read.
     """
     if not files.exists(study_dir / MANIFEST):
-        return Claim(True)
+        return None
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])
     found = list(_differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")))
@@ -130,18 +108,22 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Clai
             change = f"To change the search space, give --change-space, here or with: {command}."
             step = f"{change}\n    Trials that lie inside still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
-    news = [one for one in found if class_of(one.path) != "running" or _is_moved(one.path)]
-    return Claim(False, bool(space), bool(found), bool(news))
+    return found
 
 
-def record_recipe(study_dir: Path, recipe: Recipe, is_news: bool) -> None:
-    """Makes the recipe of a search that of the study, which must be held; one with news leaves that before it.
+def record_recipe(study_dir: Path, recipe: Recipe, found: Sequence[Difference]) -> None:
+    """Makes the recipe of a search that of the study, which must be held.
+
+    Args:
+        study_dir: The study directory.
+        recipe: The recipe of the search.
+        found: Where it differs. With another space, further baselines or moved files, the one before is kept, too.
 
     Raises:
         StorageError: The manifest cannot be written.
     """
     manifest = files.read_json(study_dir / MANIFEST)
-    if is_news:
+    if any(class_of(one.path) != "running" or one.path[-1] in ("path", "root") for one in found):
         until = datetime.now().astimezone().isoformat(timespec="seconds")
         manifest[RECIPES] = [*manifest.get(RECIPES, []), {"until": until, "recipe": manifest["recipe"]}]
     files.write_json(study_dir / MANIFEST, {**manifest, "recipe": recipe.model_dump(mode="json")})
@@ -163,6 +145,15 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
     return manifest
+
+
+def study_recipe(study_dir: Path) -> Recipe:
+    """Returns the recipe of a study's last search.
+
+    Raises:
+        StorageError: The manifest cannot be read.
+    """
+    return Recipe.model_validate(read_manifest(study_dir)["recipe"])
 
 
 def is_single(study_dir: Path) -> bool:

@@ -121,13 +121,11 @@ def run_search(
         set_aside = study.set_aside()
         if best is None and ended:
             raise _nothing_within_budget(study, ended, address)
+        if best is None and set_aside:
+            raise set_aside_error(set_aside, _resume(study, address))
         if best is None:
-            raise (
-                set_aside_error(set_aside, _resume(study, address))
-                if set_aside
-                else no_successful_trial(study_dir, rows)
-            )
-        num_new, baselines = _num_finished(study.rows()) - num_before, study.rows("baseline")
+            raise no_successful_trial(study_dir, rows)
+        num_new, baselines = _num_finished(rows) - num_before, study.rows("baseline")
         return SearchResult(study_dir, best, rows, baselines, num_new, elapsed_s, ended, tuple(set_aside))
 
 

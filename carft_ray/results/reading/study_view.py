@@ -14,7 +14,7 @@ from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study
-from carft_ray.study.identity import is_single, read_manifest, resume_command
+from carft_ray.study.identity import is_single, resume_command, study_recipe
 from carft_ray.study.outcome import TrialRow, read_live, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.words import counted
@@ -174,15 +174,6 @@ def require_search(folder: Path) -> None:
     if is_study(folder) and is_single(folder.resolve()):
         step = f"Go on with it: {resume_command(folder)}\n    To search, give another folder with --study."
         raise UsageError(Problem(str(folder), "must be the study of a search", "one training", next_step=step))
-
-
-def study_recipe(study_dir: Path) -> Recipe:
-    """Returns the recipe of a study's last search.
-
-    Raises:
-        StorageError: The manifest cannot be read.
-    """
-    return Recipe.model_validate(read_manifest(study_dir)["recipe"])
 
 
 def total_trials(written: str, overview: Overview) -> int:
