@@ -22,6 +22,7 @@ from carft_ray import files
 from carft_ray.data.formats.labels import read_class_names
 from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
+from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.messages import child_type, shown
 from carft_ray.recipe.schema.fields import Class, field_of, resume_of
 from carft_ray.recipe.schema.fine_tuning import is_weights_path
@@ -151,9 +152,10 @@ def study_recipe(study_dir: Path) -> Recipe:
     """Returns the recipe of a study's last search.
 
     Raises:
+        RecipeError: It breaks a rule: carft-ray has not written it.
         StorageError: The manifest cannot be read.
     """
-    return Recipe.model_validate(read_manifest(study_dir)["recipe"])
+    return recipe_of(read_manifest(study_dir)["recipe"])
 
 
 def is_single(study_dir: Path) -> bool:
