@@ -23,7 +23,7 @@ from carft_ray.recipe.space.grid import num_trials
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import best_row, trials
+from carft_ray.study.rows import best_row, num_finished, trials
 from carft_ray.study.study import Study
 from carft_ray.study.warm_start import new_sources
 from carft_ray.words import counted
@@ -97,7 +97,7 @@ def run_search(
         study_dir = study.study_dir
         new_sources(study.log, study_dir, recipe)  # raises before anything is written
         begin(study_dir, recipe)
-        num_before = _num_finished(study.rows())
+        num_before = num_finished(study.rows())
         recovered = recover_running(study)
         for note in (*study.notes, *own_notes(recipe)):
             on_event(Note(note))
@@ -125,7 +125,7 @@ def run_search(
             raise set_aside_error(set_aside, _resume(study, address))
         if best is None:
             raise no_successful_trial(study_dir, rows)
-        num_new, baselines = _num_finished(rows) - num_before, study.rows("baseline")
+        num_new, baselines = num_finished(rows) - num_before, study.rows("baseline")
         return SearchResult(study_dir, best, rows, baselines, num_new, elapsed_s, ended, tuple(set_aside))
 
 
@@ -141,10 +141,6 @@ def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineErr
     return MachineError(problems)
 
 
-def _num_finished(rows: Sequence[TrialRow]) -> int:
-    return sum(row.outcome != "running" for row in rows)
-
-
 def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say: Say, began: float) -> str:
     """Prepares and trains; returns what ended it early, as ``run_trainings`` does."""
     on_event(Preparing())
@@ -156,14 +152,14 @@ def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say:
     if note:
         on_event(Decided(note))
     capacity = runtime.capacity
-    on_event(Started(num_trials(study.recipe), _num_finished(study.rows()), capacity.concurrency, capacity.reason))
+    on_event(Started(num_trials(study.recipe), num_finished(study.rows()), capacity.concurrency, capacity.reason))
     if study.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
     return run_trainings(study, runtime, on_event, began)
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
-    finished = _num_finished(trials(study.study_dir))  # read anew: Ctrl-C may have spoiled a commit
+    finished = num_finished(trials(study.study_dir))  # read anew: Ctrl-C may have spoiled a commit
     what = f"stopped; {finished} of {counted(num_trials(study.recipe), 'trial')} finished"
     return interruption(what, _resume(study, address))
 
