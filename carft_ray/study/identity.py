@@ -3,14 +3,15 @@
 The field of every key of a recipe says its class (``recipe.schema.fields.key``). A space that changes with
 ``--change-space`` moves the trials to it (``study.space_revisions``).
 
-``manifest.json`` holds the recipe of the last search in ``recipe``, with all that is running; in ``recipes``, oldest
-first, those before another space, further baselines or moved files. It is written in one piece: what it says is what
-holds. ``resolved.yaml`` shows the recipe to people.
+``manifest.json`` holds an ``id``, which a copy has, too; the recipe of the last search in ``recipe``, with all that is
+running; in ``recipes``, oldest first, those before another space, further baselines or moved files. It is written in
+one piece: what it says is what holds. ``resolved.yaml`` shows the recipe to people.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -75,7 +76,8 @@ def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list[D
     found = compare(study_dir, recipe, change_space)
     if found is None:
         created = datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
+        content = {"format_version": FORMAT_VERSION, "id": secrets.token_hex(6), "created": created}
+        content |= {"recipe": recipe.model_dump(mode="json")}
         files.write_json(study_dir / MANIFEST, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
     return found
 
@@ -139,7 +141,7 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     path = study_dir / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(files.retried(path, path.read_text))
-        version = manifest["format_version"]
+        version, _ = manifest["format_version"], manifest["id"]
         Recipe.model_validate(manifest["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(Problem(str(path), "must be the manifest of a study", str(error))) from error

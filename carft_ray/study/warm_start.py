@@ -5,7 +5,6 @@ no trials of the study: not counted, no rows, never its best. Each study is take
 of its trials, and a record of it, in one commit.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +16,13 @@ from optuna.trial import FrozenTrial, TrialState
 from carft_ray.data.class_names import class_folders
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.layout import COMMITS
-from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
 from carft_ray.store.log import Log
 from carft_ray.study import rows
 from carft_ray.study.holding import is_study, log_of
-from carft_ray.study.identity import RECIPES, read_manifest, study_recipe
+from carft_ray.study.identity import read_manifest, study_recipe
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import WARM_FROM, state_and_values
@@ -181,8 +179,5 @@ def _classes(study_dir: Path, recipe: Recipe) -> list[str] | None:
 
 
 def source_id(study_dir: Path) -> str:
-    """Returns what identifies a study, wherever its folder is: when it was made, and with which recipe."""
-    manifest = read_manifest(study_dir)
-    first = manifest[RECIPES][0]["recipe"] if manifest.get(RECIPES) else manifest["recipe"]
-    text = f"{manifest.get('created')} {recipe_hash(Recipe.model_validate(first))}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Returns what identifies a study, wherever its folder is; a copy has the same."""
+    return str(read_manifest(study_dir)["id"])
