@@ -38,10 +38,10 @@ from carft_ray import files
 from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
-from carft_ray.launch.figures.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import DEFAULT_GRID, Recipe
+from carft_ray.results.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.results.statistics.headline import headline, in_points, objective_difference
 from carft_ray.results.statistics.intervals import OVER_SEEDS_AND_IMAGES, Interval, paired_differences
 from carft_ray.ui import console

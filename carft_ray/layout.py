@@ -2,7 +2,7 @@
 
     study/
       manifest.json      what the study is about, and what it was made with; another recipe is refused
-      resolved.yaml      the complete recipe of the last search
+      resolved.yaml      the complete recipe of the last search, for people
       log/               numbered commits, the only state of the search (``store.log``)
       stop               asks the driver to end: running trainings write a checkpoint
       shared_images.csv  images that stand in two roles, and what was done

@@ -8,6 +8,7 @@ from carft_ray.store.folder import Folder
 from carft_ray.store.log import _NOBODY, Log, _digest, _name, _sealed
 from carft_ray.store.owner import identity
 from carft_ray.study.holding import check_fit, held
+from carft_ray.study.identity import record_recipe
 from carft_ray.study.ledger import record
 
 HOLD = """
@@ -27,6 +28,11 @@ def holding(folder, tell=lambda text: None):
     log = Log(Folder(folder))
     with held(log, tell):
         yield log
+
+
+def set_recipe(study_dir, recipe):
+    """Makes a recipe that of a study, as a search does that has claimed it."""
+    record_recipe(study_dir, recipe, [])
 
 
 def write_line(study_dir, recipe, purpose="test", **words):

@@ -18,6 +18,7 @@ from carft_ray.errors import CarftError
 from carft_ray.launch.events import Note
 from carft_ray.launch.runs.search import run_search, set_aside_error
 from carft_ray.launch.runtime import Runner
+from carft_ray.results.study_figure import figure_at_the_end
 
 
 def show(event):
@@ -32,7 +33,7 @@ def main(study_dir, trials, resources="{}", address="", search="{}", training="s
     module = importlib.import_module(training)
     runner = Runner(module.prepare, module.train)
     try:
-        result = run_search(recipe, Path(study_dir), address or None, show, runner)
+        result = run_search(recipe, Path(study_dir), address or None, show, runner, around=figure_at_the_end)
         if result.set_aside:
             raise set_aside_error(result.set_aside, "the same command")
     except CarftError as error:

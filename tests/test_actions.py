@@ -328,7 +328,7 @@ class Display:
 def row(number, objective):
     metrics = {"id_accuracy": objective, "ood_accuracy": objective}
     found = {"alpha": 0.5, "objective": objective, "metrics": metrics}
-    return TrialRow("trial", number, f"t{number:04d}-abcd", {"learning_rate": 1e-4}, "complete", **found)
+    return TrialRow("trial", number, f"t{number:04d}-abcd", {"learning_rate": 1e-4}, 1, "complete", **found)
 
 
 def test_a_search_is_one_output_of_a_notebook(tmp_path, monkeypatch, capsys):

@@ -76,9 +76,9 @@ def test_baselines_are_a_table_too_with_null_where_a_row_has_no_value(original):
 
 
 def test_values_of_several_kinds_share_a_column():
-    rows = [TrialRow("trial", n, f"t{n}", values, "complete") for n, values in enumerate(({"a": 1}, {"a": 0.5}, {}))]
+    rows = [TrialRow("trial", n, f"t{n}", values, 1, "complete") for n, values in enumerate(({"a": 1}, {"a": 0.5}, {}))]
     assert studies.rows_table(rows)["a"].to_pylist() == [1.0, 0.5, None]
-    rows.append(TrialRow("trial", 3, "t3", {"a": "auto"}, "complete"))
+    rows.append(TrialRow("trial", 3, "t3", {"a": "auto"}, 1, "complete"))
     assert studies.rows_table(rows)["a"].to_pylist() == ["1", "0.5", None, "auto"]
     assert studies.rows_table([]).schema.field("objective").type == pa.float64()
 

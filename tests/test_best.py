@@ -9,12 +9,12 @@ from logs import take
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
-from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.runs.search import run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.results.study_figure import figure_at_the_end
 from carft_ray.store import result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure
@@ -163,7 +163,7 @@ def figures(study_dir):
 def test_who_calls_run_search_gets_the_recipe_and_the_figure(study_dir, tmp_path):
     recipe = finished(study_dir)
     assert figures(study_dir) == set()
-    result = run_search(recipe, study_dir)  # nothing is left to do
+    result = run_search(recipe, study_dir, around=figure_at_the_end)  # nothing is left to do
     assert in_file(study_dir) == (result.best.name, result.best.alpha)
     assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
 

@@ -22,6 +22,7 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, margin_s, used_up
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading import status_and_ls, study_view
+from carft_ray.results.study_figure import figure_at_the_end
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Live, write_live
 from carft_ray.study.recovery import recover_running
@@ -174,7 +175,7 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     def used(event):
         ahead[0] = 3600 if isinstance(event, TrialFinished) else ahead[0]
 
-    result = run_search(budgeted(recipe, wall_time=3600), study_dir, None, used, runner)
+    result = run_search(budgeted(recipe, wall_time=3600), study_dir, None, used, runner, around=figure_at_the_end)
     assert result.out_of_budget == "the wall time is used up (budget.wall_time, 3600 s)"
     assert result.best.outcome == "complete"
     finished = [row for row in result.trials if row.outcome == "complete"]

@@ -279,8 +279,8 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monk
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
     monkeypatch.setattr("carft_ray.ui.console.err", terminal)
     monkeypatch.setattr("carft_ray.launch.runs.confirm.run_confirm", stopped)
-    written = view.study_dir / "resolved.yaml"
-    written.write_text(written.read_text().replace("batch_size: 512", "batch_size: 64"))  # of 64 images
+    written = view.study_dir / "manifest.json"
+    written.write_text(written.read_text().replace('"batch_size": 512', '"batch_size": 64'))  # of 64 images
     assert crash_host.call(["confirm", view.study_dir, "--top", 2, "--seeds", 2]) == 130
     assert "6 of 6 trainings with fresh seeds finished" in terminal.file.getvalue()
 

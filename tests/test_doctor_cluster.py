@@ -15,7 +15,7 @@ from torch.distributed import TCPStore
 import cluster
 from carft_ray import environment
 from carft_ray.launch.ray_cluster import checkup, node_facts
-from carft_ray.launch.ray_cluster.checkup import LIBRARIES, NodeReport, judge, judge_node, recipe_paths
+from carft_ray.launch.ray_cluster.checkup import LIBRARIES, NodeReport, judge, recipe_paths
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.ui.console import node_table
 
@@ -44,8 +44,7 @@ def report(name="10.0.0.2", resources=None, fault="", **facts):
 
 
 def told(one):
-    recipe = stand_in.make_recipe(1)
-    return [(found.level, str(found.problem)) for found in judge_node(one, recipe, HERE, environment.code())]
+    return [(found.level, str(found.problem)) for found in judge([one])]
 
 
 def space(free_gb):
@@ -110,7 +109,7 @@ def test_a_node_without_cpus_takes_no_trial_and_needs_no_images():
 def test_nodes_with_the_same_fault_share_one_message_and_errors_stand_first():
     reports = [report("10.0.0.4", gpus=[GPU])]
     reports += [report(f"10.0.0.{each}", study="no such folder: /s", cache=space(2)) for each in (2, 3)]
-    found = judge(reports, stand_in.make_recipe(1))
+    found = judge(reports)
     assert [(one.level, one.problem.place) for one in found] == [
         ("error", "2 nodes (10.0.0.2, 10.0.0.3)"),
         ("warning", "node 10.0.0.4"),

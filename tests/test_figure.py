@@ -10,7 +10,7 @@ from PIL import Image
 
 from benchmarks.effect import Estimate, effect_figure
 from carft_ray.errors import StorageError
-from carft_ray.launch.figures.figure import Curve, Dot, id_ood_figure
+from carft_ray.results.figure import Curve, Dot, id_ood_figure, write
 
 pytestmark = pytest.mark.slow
 
@@ -52,14 +52,14 @@ def check(png, svg, size):
 )
 def test_id_ood_figure_stands_any_points(tmp_path, points, baselines, best):
     png, svg = tmp_path / "out" / "f.png", tmp_path / "out" / "f.svg"
-    id_ood_figure(points, baselines, best, png, svg, "Search", synthetic=True)
+    write(id_ood_figure(points, baselines, best, "Search", synthetic=True), png, svg)
     check(png, svg, (1600, 1200))
 
 
 @pytest.mark.parametrize("kind", ["harmonic", "worst_domain"])
 def test_id_ood_figure_draws_every_kind_of_objective(tmp_path, kind):
     png, svg = tmp_path / "f.png", tmp_path / "f.svg"
-    id_ood_figure(dots(), BASELINES, curve(), png, svg, "Search", kind=kind)
+    write(id_ood_figure(dots(), BASELINES, curve(), "Search", kind=kind), png, svg)
     check(png, svg, (1600, 1200))
 
 
@@ -67,7 +67,7 @@ def test_the_same_study_gives_the_same_bytes(tmp_path):
     files = []
     for name in ("a", "b"):
         png, svg = tmp_path / f"{name}.png", tmp_path / f"{name}.svg"
-        id_ood_figure(dots(), BASELINES, curve(), png, svg, "Search")
+        write(id_ood_figure(dots(), BASELINES, curve(), "Search"), png, svg)
         files.append((png.read_bytes(), svg.read_bytes()))
     assert files[0] == files[1]
 
@@ -90,7 +90,7 @@ def test_titles_say_synthetic_only_when_told(tmp_path):
     with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text
         for synthetic in (True, False):
             svg = tmp_path / "f.svg"
-            id_ood_figure(dots(), BASELINES, curve(), tmp_path / "f.png", svg, "Search", synthetic=synthetic)
+            write(id_ood_figure(dots(), BASELINES, curve(), "Search", synthetic=synthetic), svg)
             assert ("Search (synthetic images)" in svg.read_text()) == synthetic
     for text in ("best trial, alpha 0.4", "plain fine-tuning", "OOD accuracy", "0.5 ID + 0.5 OOD"):
         assert text in svg.read_text()
@@ -100,10 +100,10 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     taken = tmp_path / "f.png"
     taken.mkdir()
     with pytest.raises(StorageError, match=rf"{taken}: must be writable"):
-        id_ood_figure([], {}, None, taken, tmp_path / "f.svg", "Search")
+        write(id_ood_figure([], {}, None, "Search"), taken, tmp_path / "f.svg")
     assert [path.name for path in tmp_path.iterdir()] == ["f.png"]
 
 
 def test_importing_the_module_does_not_load_matplotlib():
-    code = "import sys, carft_ray.launch.figures.figure; assert not {'matplotlib', 'torch'} & {*sys.modules}"
+    code = "import sys, carft_ray.results.figure; assert not {'matplotlib', 'torch'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -80,7 +80,7 @@ def searched(recipe, base_dir, address, runner):
 
     def on_event(event):
         if isinstance(event, Preparing):
-            told.append(event.what)
+            told.append(event.text)
         if isinstance(event, Note):
             noted.append(event.text)
 

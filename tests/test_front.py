@@ -126,7 +126,7 @@ def row(number, points, drawn=0, outcome="complete"):
     own = curve[drawn]
     metrics = {name: value for name, value in own.items() if name != "alpha"}
     return TrialRow(
-        "trial", number, f"t{number}", {}, outcome, objective=own["objective"], alpha=own["alpha"], metrics=metrics,
+        "trial", number, f"t{number}", {}, 1, outcome, objective=own["objective"], alpha=own["alpha"], metrics=metrics,
         points=tuple(curve),
     )  # fmt: skip
 

@@ -18,7 +18,8 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import contains, place
 from carft_ray.recipe.trial_values import apply
-from carft_ray.results.reading.study_view import Overview, study_recipe
+from carft_ray.results.reading.study_view import Overview
+from carft_ray.study.identity import study_recipe
 from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -215,7 +216,7 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
 def test_readers_and_the_command_line_follow_the_space(study_dir, monkeypatch, capsys):
     before = begin(study_dir, recipe_of())
     with open_study(study_dir, recipe_of(7, learning_rate=NARROW), True) as study:
-        assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4  # a kill here: resolved.yaml is behind
+        assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4
         recover_running(study)
         run_all(study, lambda spec: 0.01)
     assert carft_ray.open_study(study_dir).trials().num_rows == 7

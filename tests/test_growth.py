@@ -162,8 +162,8 @@ def test_a_search_on_a_cluster_that_another_driver_holds_waits_for_it_and_says_s
         told = []
 
         def on_event(event):
-            if isinstance(event, Preparing) and event.what.startswith("waiting: "):
-                told.append(event.what)
+            if isinstance(event, Preparing) and event.text.startswith("waiting: "):
+                told.append(event.text)
                 others.close()
 
         result = run_search(recipe, tmp_path / "study", address, on_event, RUNNER)
@@ -344,7 +344,7 @@ class Hands:
     def __call__(self, event):
         self.events.append(event)
         ended = isinstance(event, TrialFinished)
-        if (isinstance(event, Preparing) and event.what.startswith("waiting: ")) or (ended and len(self.nodes) == 1):
+        if (isinstance(event, Preparing) and event.text.startswith("waiting: ")) or (ended and len(self.nodes) == 1):
             self.seen.append(read_study(self.study_dir).at_a_time)
             self.nodes.append(self.cluster.add_node(num_cpus=1, **SIZES))
         elif ended and len(self.nodes) == 2 and read_study(self.study_dir).at_a_time[0] == 2:
@@ -389,7 +389,7 @@ def test_a_stop_ends_a_search_that_waits_for_nodes(tmp_path, monkeypatch, cluste
     recipe = stand_in.make_recipe(9, baselines={}, resources=resources)
 
     def stopped_by(event):
-        if isinstance(event, Preparing) and event.what.startswith("waiting: "):
+        if isinstance(event, Preparing) and event.text.startswith("waiting: "):
             (tmp_path / "study" / STOP).write_text("asked\n")
 
     short = stand_in.make_recipe(resources={**resources, "wait_for_nodes": 1})
@@ -513,7 +513,7 @@ def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_
     with short_folder() as folder, autoscaling_head(folder / "h", version) as address:
         result = run_search(recipe, base_dir / "study", address, events.append, RUNNER)
         assert [row.outcome for row in result.trials] == ["complete"] * 6
-        waits = [event.what for event in events if isinstance(event, Preparing) and event.what.startswith("waiting")]
+        waits = [event.text for event in events if isinstance(event, Preparing) and event.text.startswith("waiting")]
         assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"]
         [started] = [event for event in events if isinstance(event, Started)]
         told = (2, "2 CPUs, 1 a trial; nodes for 1 more are asked for")

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import report_studies
+from logs import set_recipe
 from report_studies import KINDS, of_kinds, write_page
 
 import carft_ray
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.recipe.loading import dump_recipe
 from carft_ray.results.page.data import page_document
 from carft_ray.results.page.figures import FIGURES, figures
 from carft_ray.results.page.page import HERE, packed
@@ -230,7 +230,6 @@ def test_the_page_shows_the_pictures_of_the_best_trial_with_the_answers_of_its_p
     check_page(tmp_path / "page.html", document)
     pictures = [at["src"] for tag, at in Tags((tmp_path / "page.html").read_text()).found if tag == "img"]
     assert sorted(pictures[-len(shown) :]) == sorted(one["picture"] for one in shown)
-    path = study_dir / "resolved.yaml"
     recipe = view.recipe.model_copy(update={"evaluate": view.recipe.evaluate.model_copy(update={"thumbnails": 0})})
-    path.write_text(dump_recipe(recipe))
+    set_recipe(study_dir, recipe)
     assert page_document(read_study(study_dir))["changed_images"] == []

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import crash_host
 import pytest
-from logs import holding
 from recipe_keys import keys
 from stand_in import make_recipe
 from test_search_spaces import FOLDER, base_of, first_of, key_id, source_of, unique_keys
@@ -17,9 +16,7 @@ from carft_ray.errors import RecipeError
 from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
 from carft_ray.recipe.schema.fields import resume_of
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.results.reading.finished import read_manifest
-from carft_ray.results.reading.study_view import study_recipe
-from carft_ray.study.identity import class_of, record_recipe
+from carft_ray.study.identity import class_of, study_recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
@@ -113,7 +110,7 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     if kind == "running":
         with open_study(study_dir, recipe) as found:
             assert found.recipe == recipe
-        assert read_manifest(study_dir)[0].search.space == old.search.space
+        assert study_recipe(study_dir).search.space == old.search.space
         return
     with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe):
         pass
@@ -128,7 +125,7 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     if kind == "space":
         with open_study(study_dir, recipe, True) as found:
             assert found.recipe == recipe
-        assert read_manifest(study_dir)[0].search.space == recipe.search.space
+        assert study_recipe(study_dir).search.space == recipe.search.space
     else:
         with pytest.raises(RecipeError), open_study(study_dir, recipe, True):
             pass
@@ -158,7 +155,7 @@ def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
         recover_running(study)
         assert [spec.name for spec in run_all(study)] == ["strong"]
     assert [row.name for row in baselines(study_dir)] == ["plain", "strong"]
-    assert set(read_manifest(study_dir)[0].search.baselines) == {"plain", "strong"}
+    assert set(study_recipe(study_dir).search.baselines) == {"plain", "strong"}
     for other in ({"strong": {"kl_weight": 9}}, {**more, "strong": {"kl_weight": 8}}):
         with (
             pytest.raises(RecipeError, match=r"search\.baselines\.(plain|strong)"),
@@ -185,17 +182,14 @@ def test_compile_auto_is_what_the_study_has_and_nothing_else_takes_its_place(tmp
             pass
 
 
-def test_what_a_kill_has_kept_from_the_resolved_recipe_is_taken_from_the_manifest(tmp_path):
+def test_the_recipe_of_a_study_is_that_of_its_last_search_and_only_news_leave_the_one_before(tmp_path):
     study_dir = tmp_path / "study"
-    old, new = make_recipe(2), make_recipe(2, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})
-    with open_study(study_dir, old):
-        pass
-    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7)))
-    with holding(study_dir):
-        record_recipe(study_dir, new)
-    assert study_recipe(study_dir) == make_recipe(7, baselines=dict(new.search.baselines))
-    (study_dir / "resolved.yaml").write_text(dump_recipe(make_recipe(7, epochs=9)))  # by hand: is refused later
-    assert study_recipe(study_dir).train.epochs == 9
+    more, other = make_recipe(7), make_recipe(7, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})
+    for recipe, num_before in ((make_recipe(2), 0), (more, 0), (other, 1), (other, 1)):
+        with open_study(study_dir, recipe):
+            pass
+        assert study_recipe(study_dir) == recipe
+        assert len(json.loads((study_dir / "manifest.json").read_text()).get("recipes", [])) == num_before
 
 
 # ---- moved folders
@@ -232,7 +226,7 @@ def test_a_project_that_was_moved_goes_on(tmp_path):
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         assert [spec.number for spec in run_all(study)] == [2]
-    assert read_manifest(study_dir)[0].data.id_test.path == str(tmp_path / "new" / "images")
+    assert study_recipe(study_dir).data.id_test.path == str(tmp_path / "new" / "images")
     kept = json.loads((study_dir / "manifest.json").read_text())["recipes"]
     assert [one["recipe"]["data"]["train"]["path"] for one in kept] == [str(tmp_path / "old" / "images")]
 

@@ -56,7 +56,7 @@ def spec(number, attempt=1, kind="trial"):
 def row(number, objective=None, outcome="complete", kind="trial", reason=""):
     metrics = {} if objective is None else {"id_accuracy": objective + 0.1, "ood_accuracy": objective - 0.1}
     name = spec(number, kind=kind).name
-    return TrialRow(kind, number, name, values(number), outcome, 1, reason, objective, 0.5, metrics, None, 61.0)
+    return TrialRow(kind, number, name, values(number), 1, outcome, reason, objective, 0.5, metrics, None, 61.0)
 
 
 def running(view, numbers, epoch=0):

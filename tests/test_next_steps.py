@@ -123,15 +123,13 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     assert steps(study_dir)[0] == "resume"
     empty = study("empty")
     assert steps(empty) == ["resume", "ls"]
-    (empty / "resolved.yaml").unlink()  # killed before it had one; its first command must be run again
-    assert steps(empty) == ["ls"]
 
 
 @pytest.mark.slow
 def test_a_search_that_its_gpu_hours_have_ended_goes_on_with_more(study):
     study_dir = study("begun")
-    resolved = (study_dir / "resolved.yaml").read_text()
-    (study_dir / "resolved.yaml").write_text(resolved.replace("gpu_hours: null", "gpu_hours: 3"))
+    manifest = (study_dir / "manifest.json").read_text()
+    (study_dir / "manifest.json").write_text(manifest.replace('"gpu_hours": null', '"gpu_hours": 3', 1))
     (study_dir / "stop").write_text("budget: 3 GPU hours are used (budget.gpu_hours, 3)\n")
     assert steps(study_dir)[0] == "resume --set budget.gpu_hours=6"
 

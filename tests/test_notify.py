@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 def ended(number, objective=0.5, outcome="complete", reason="", is_best=False):
     objective = objective if outcome == "complete" else None
-    row = TrialRow("trial", number, f"t{number:04d}-abcd", {}, outcome, 1, reason, objective, 0.4, {}, datetime.now())
+    row = TrialRow("trial", number, f"t{number:04d}-abcd", {}, 1, outcome, reason, objective, 0.4, {}, datetime.now())
     return TrialFinished(row, is_best)
 
 

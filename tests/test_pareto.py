@@ -15,17 +15,18 @@ import pytest
 import short_study
 import short_training
 from curve_stand_in import ZERO_SHOT, make_recipe, metrics_at, run_all
+from logs import set_recipe
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 
-from carft_ray.launch.figures.study_figure import write_figure
 from carft_ray.launch.runs.search import SearchResult, run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.confirm.configurations import cost, first_stage, fix, last_stage, plan, second_stage, write_plan
 from carft_ray.results.confirm.summary import summarise
+from carft_ray.results.figure import rendered
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study, total_trials
@@ -34,6 +35,7 @@ from carft_ray.results.report import study_report
 from carft_ray.results.reproduce import reproduce
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.search_summary import study_summary
+from carft_ray.results.study_figure import study_figure
 from carft_ray.store.result import write_result
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.holding import log_of
@@ -85,7 +87,7 @@ def test_trainings_and_points_are_counted_apart(study_dir):
 
 
 def read_study_with_recipe(study_dir, recipe):
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
+    set_recipe(study_dir, recipe)
     return read_study(study_dir)
 
 
@@ -259,8 +261,7 @@ def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_p
     assert (trained.result["alpha"], trained.result["metrics"]) == (best.alpha, best.metrics)
     result = SearchResult(studies["pareto"], best, view.trials, view.baselines, 3, 1.0)
     assert load_recipe(studies["pareto"] / "best.yaml").train.alpha == best.alpha
-    write_figure(view.recipe, studies["pareto"], view.trials, view.baselines)
-    assert (studies["pareto"] / "figure.png").stat().st_size > 10_000
+    assert len(rendered(study_figure(view.recipe, studies["pareto"], view.trials, view.baselines), "png")) > 10_000
     summary = study_summary(view.recipe, result)
     assert any(line.startswith(f"Best: {best.name}, ID ") for line in summary["lines"])
     assert json.loads(json.dumps(summary))["front"]["points"]

@@ -332,7 +332,7 @@ def test_values_of_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, re
 
 
 def test_a_search_in_which_all_were_cut_says_so():
-    rows = [TrialRow("trial", n, f"t{n}", {}, "pruned", reason="cut at 50 %") for n in range(3)]
+    rows = [TrialRow("trial", n, f"t{n}", {}, 1, "pruned", reason="cut at 50 %") for n in range(3)]
     error = no_successful_trial(None, rows)
     assert isinstance(error, NoSuccessfulTrialError)
     assert "the pruner has cut all 3" in str(error)
@@ -360,6 +360,7 @@ def complete(number, value, objective, **more):
         number,
         f"t{number}",
         {},
+        1,
         "complete",
         objective=objective,
         intermediate_values={33: 0.0, 67: value},
@@ -377,7 +378,7 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
     assert "hardly predict" in pruner_quality(part, bad)["warning"]
     assert pruner_quality(part, bad[:9])["warning"] is None
     assert pruner_quality(part, [])["rank_correlation"] is None
-    pruned = TrialRow("trial", 10, "t10", {}, "pruned", intermediate_values={33: 0.0})
+    pruned = TrialRow("trial", 10, "t10", {}, 1, "pruned", intermediate_values={33: 0.0})
     assert pruner_quality(part, [*good, pruned])["trials"] == 10
     assert "1 trial cut" in pruner_quality(part, [*good, pruned])["lines"][0]
 

@@ -49,7 +49,7 @@ DOORWAYS = {
     "torch": ("data", "model", "training", "launch", "results"),  # data: its resize of uint8 alone
     "typer": ("cli",),
     "rich": ("cli", "api", "ui"),
-    "matplotlib": ("launch",),
+    "matplotlib": ("results",),
     "wandb": ("launch",),
     "mlflow": ("launch",),
     "plotly": ("results",),
@@ -209,7 +209,7 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "launch/ray_cluster/node_facts": "a file that the driver has just written",
     "results/export/model_card": "the package's own page",
     "results/page/data": "the first line of a log of a study",
-    "results/page/page": "the package's own page; a figure that was just drawn",
+    "results/page/page": "the package's own page",
     "results/reading/status_and_ls": "the stop file of a study",
     "results/reading/logs": "logs of a study, which are followed",
     "study/identity": "the manifest of a study that is held",

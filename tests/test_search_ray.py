@@ -17,6 +17,7 @@ from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
+from carft_ray.results.study_figure import figure_at_the_end
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure
 from carft_ray.study.recovery import recover_running
@@ -196,8 +197,9 @@ def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path):
 @pytest.mark.slow
 def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
     stand_in.tell(tmp_path, **{"1": "no_data"})
+    recipe = stand_in.make_recipe(4, resources={"executor": "debug"})
     with pytest.raises(CarftError, match="a file of the training set is gone") as caught:
-        run_search(stand_in.make_recipe(4, resources={"executor": "debug"}), tmp_path / "study", None, runner=RUNNER)
+        run_search(recipe, tmp_path / "study", None, runner=RUNNER, around=figure_at_the_end)
     assert caught.value.exit_code == 4
     assert "trial t0001-" in str(caught.value)
     complete, failed = trials(tmp_path / "study")

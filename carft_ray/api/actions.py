@@ -25,6 +25,7 @@ from carft_ray.api.checks import Overrides, RecipeLike, as_command, load_recipe,
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
+from carft_ray.study.identity import study_recipe
 from carft_ray.ui import console
 
 if TYPE_CHECKING:
@@ -109,6 +110,7 @@ def search(
     from carft_ray.launch.runs.search import run_search
     from carft_ray.launch.tracking import tracking
     from carft_ray.results.search_summary import study_summary
+    from carft_ray.results.study_figure import figure_at_the_end
     from carft_ray.ui.progress import search_shown
 
     with (
@@ -116,7 +118,8 @@ def search(
         tracking(value, study, logger.warning) as with_trackers,
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
-        result = run_search(value, study, address, with_trackers(with_notices(on_event)), runner, change_space)
+        told = with_trackers(with_notices(on_event))
+        result = run_search(value, study, address, told, runner, change_space, figure_at_the_end)
     resume_command = f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}"
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
@@ -129,7 +132,7 @@ def search(
 def resume(
     study: str | Path, trials: int | str | None = None, *, overrides: Overrides = (), **options: Any
 ) -> Searched:
-    """Resumes a study where it was, or extends it. Its recipe is its own ``resolved.yaml``.
+    """Resumes a study where it was, or extends it. Its recipe is that of its last search.
 
     Args:
         study: The study directory.
@@ -147,8 +150,8 @@ def resume(
     study = Path(study)
     study_dir = study_view.require_study(study)
     study_view.require_search(study)
-    recipe = study_view.resolved_recipe(study_dir)
-    words = [*study_view.behind(study_dir), *override_words(overrides)]
+    recipe = study_recipe(study_dir).model_dump(mode="json")
+    words = override_words(overrides)
     if trials is not None:
         words.append(f"search.trials={study_view.total_trials(str(trials), study_view.read_study(study_dir))}")
     return search(recipe, study, overrides=words, **options)
@@ -205,7 +208,7 @@ def confirm(
         step = f"Wait until it ends, or end it: carft-ray stop {study}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [study_view.read_study(Path(path)) for path in against]
-    recipe = load_recipe(study_view.resolved_recipe(view.study_dir), overrides)
+    recipe = load_recipe(view.recipe.model_dump(mode="json"), overrides)
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec

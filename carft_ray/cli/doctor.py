@@ -67,7 +67,7 @@ def doctor(
                 found = examine(value, images, quick, console.say, progress)
         if address is not None:
             reports = checkup.ask_nodes(value, study, say)
-            on_nodes = [*checkup.judge(reports, value), *checkup.check_collective(reports, value, say)]
+            on_nodes = [*checkup.judge(reports), *checkup.check_collective(reports, value, say)]
     if json_:
         _print_json(as_plain_data(found), reports, on_nodes)
     else:

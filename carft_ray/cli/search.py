@@ -83,7 +83,7 @@ def resume(
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:
-    """Resume a study where it was, or extend it. Its recipe is its own resolved.yaml.
+    """Resume a study where it was, or extend it. Its recipe is that of its last search.
 
     What may change: trials, budget, resources, sampler, and the search space with --change-space.
     """

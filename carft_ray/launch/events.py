@@ -19,33 +19,26 @@ class Event:
 
 
 @dataclass(frozen=True)
-class Note(Event):
+class _Text(Event):
+    text: str
+
+    def line(self) -> str:
+        return self.text
+
+
+class Note(_Text):
     """A warning: a study that was taken over, a trial that gets another attempt."""
 
-    text: str
 
-    def line(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True)
-class Decided(Event):
+class Decided(_Text):
     """What an ``auto`` of the recipe has come to."""
 
-    text: str
-
-    def line(self) -> str:
-        return self.text
-
 
 @dataclass(frozen=True)
-class Preparing(Event):
+class Preparing(_Text):
     """What all trainings share is being made (seconds to minutes the first time), or the sets compared before."""
 
-    what: str = "preparing: model, sets, heads, zero-shot"
-
-    def line(self) -> str:
-        return self.what
+    text: str = "preparing: model, sets, heads, zero-shot"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ place of its run.
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import os
 import queue
@@ -104,8 +103,7 @@ class _Client:
     def __init__(self, recipe: Recipe, study_dir: Path) -> None:
         self.recipe, self.study_dir, self.folder = recipe, study_dir, study_dir / TRACKING
         self.runs, self.steps = dict[str, Any](), Numbers()
-        created = str(files.read_json(study_dir / MANIFEST)["created"])  # which a study keeps when it is moved
-        self.study_id = hashlib.sha256(created.encode()).hexdigest()[:8]
+        self.study_id = str(files.read_json(study_dir / MANIFEST)["id"])
         self.group = f"{recipe.name}-{self.study_id}"
         self.folder.mkdir(exist_ok=True)
 

@@ -74,7 +74,7 @@ def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
     rows = [*view.trials, *view.baselines]
     finished = len(view.trials) >= wanted and all(row.outcome != "running" for row in rows)
     steps, trust = [], trust_word(view.recipe)
-    if not finished and (view.study_dir / RESOLVED).is_file():  # without it, resume has no recipe
+    if not finished:
         again = AGAIN if needs_reason(entries, view.trials, view.baselines, wanted) else ""
         used, more = budget(view), ""
         if "gpu_hours" in used["ended"]:

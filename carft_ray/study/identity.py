@@ -3,20 +3,19 @@
 The field of every key of a recipe says its class (``recipe.schema.fields.key``). A space that changes with
 ``--change-space`` moves the trials to it (``study.space_revisions``).
 
-``manifest.json`` holds the recipe of the study in ``recipe``; those that it had before, oldest first, in ``recipes``.
-It is written in one piece: what it says is what holds. ``resolved.yaml`` is the recipe of the last
-search, with all that is running.
+``manifest.json`` holds an ``id``, which a copy has, too; the recipe of the last search in ``recipe``, with all that is
+running; in ``recipes``, oldest first, those before another space, further baselines or moved files. It is written in
+one piece: what it says is what holds. ``resolved.yaml`` shows the recipe to people.
 """
 
 import contextlib
 import json
 import os
+import secrets
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import reduce
-from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from carft_ray import files
 from carft_ray.data.formats.labels import read_class_names
 from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
+from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.messages import child_type, shown
 from carft_ray.recipe.schema.fields import Class, field_of, resume_of
 from carft_ray.recipe.schema.fine_tuning import is_weights_path
@@ -34,7 +34,6 @@ from carft_ray.study import provenance
 
 FORMAT_VERSION = 1
 RECIPES = "recipes"  # key of the manifest
-_CATCH_UP = ("search.space", "search.baselines", "data", "model")  # what the manifest may know before resolved.yaml
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,6 @@ class Difference:
     path: KeyPath
     old: Any
     new: Any
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What claiming a folder has found.
-
-    Attributes:
-        is_new: Whether the folder was empty.
-        space_changes: Whether the search has another space than the study.
-        is_news: Whether the manifest must get the recipe of the search: the space, baselines that were added, moved
-            files.
-    """
-
-    is_new: bool
-    space_changes: bool = False
-    is_news: bool = False
 
 
 MISSING = object()  # stands for a key that is not there
@@ -77,11 +60,7 @@ def class_of(path: KeyPath) -> Class:
     return found
 
 
-def _is_moved(path: KeyPath) -> bool:
-    return path[0] == "data" and path[-1] in ("path", "root")
-
-
-def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
+def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
     """Makes the folder the study of this recipe, or checks that it is. It must be held.
 
     Of a study nothing is written: ``record_recipe`` does that.
@@ -95,15 +74,16 @@ def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
         RecipeError, StorageError: As ``compare``; or the manifest cannot be written.
     """
     found = compare(study_dir, recipe, change_space)
-    if found.is_new:
+    if found is None:
         created = datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"format_version": FORMAT_VERSION, "created": created, "recipe": recipe.model_dump(mode="json")}
+        content = {"format_version": FORMAT_VERSION, "id": secrets.token_hex(6), "created": created}
+        content |= {"recipe": recipe.model_dump(mode="json")}
         files.write_json(study_dir / MANIFEST, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
     return found
 
 
-def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Claim:
-    """Returns what ``claim`` would find, and writes nothing.
+def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
+    """Returns where a recipe differs from that of the study, all of it allowed; None of a folder that is no study yet.
 
     Args:
         study_dir: A folder that ``holding.check_fit`` has passed.
@@ -115,7 +95,7 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Clai
         StorageError: The manifest cannot be read.
     """
     if not files.exists(study_dir / MANIFEST):
-        return Claim(True)
+        return None
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])
     found = list(_differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")))
@@ -131,20 +111,25 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> Clai
             change = f"To change the search space, give --change-space, here or with: {command}."
             step = f"{change}\n    Trials that lie inside still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
-    news = [one for one in found if class_of(one.path) != "running" or _is_moved(one.path)]
-    return Claim(False, bool(space), bool(news))
+    return found
 
 
-def record_recipe(study_dir: Path, recipe: Recipe) -> None:
-    """Makes the recipe of a search that of the study; the one before stays in ``recipes``. The study must be held.
+def record_recipe(study_dir: Path, recipe: Recipe, found: Sequence[Difference]) -> None:
+    """Makes the recipe of a search that of the study, which must be held.
+
+    Args:
+        study_dir: The study directory.
+        recipe: The recipe of the search.
+        found: Where it differs. With another space, further baselines or moved files, the one before is kept, too.
 
     Raises:
         StorageError: The manifest cannot be written.
     """
     manifest = files.read_json(study_dir / MANIFEST)
-    until = datetime.now().astimezone().isoformat(timespec="seconds")
-    recipes = [*manifest.get(RECIPES, []), {"until": until, "recipe": manifest["recipe"]}]
-    files.write_json(study_dir / MANIFEST, {**manifest, "recipe": recipe.model_dump(mode="json"), RECIPES: recipes})
+    if any(class_of(one.path) != "running" or one.path[-1] in ("path", "root") for one in found):
+        until = datetime.now().astimezone().isoformat(timespec="seconds")
+        manifest[RECIPES] = [*manifest.get(RECIPES, []), {"until": until, "recipe": manifest["recipe"]}]
+    files.write_json(study_dir / MANIFEST, {**manifest, "recipe": recipe.model_dump(mode="json")})
 
 
 def read_manifest(study_dir: Path) -> dict[str, Any]:
@@ -156,13 +141,23 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     path = study_dir / MANIFEST
     try:
         manifest: dict[str, Any] = json.loads(files.retried(path, path.read_text))
-        version = manifest["format_version"]
+        version, _ = manifest["format_version"], manifest["id"]
         Recipe.model_validate(manifest["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(Problem(str(path), "must be the manifest of a study", str(error))) from error
     if version != FORMAT_VERSION:
         raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
     return manifest
+
+
+def study_recipe(study_dir: Path) -> Recipe:
+    """Returns the recipe of a study's last search.
+
+    Raises:
+        RecipeError: It breaks a rule: carft-ray has not written it.
+        StorageError: The manifest cannot be read.
+    """
+    return recipe_of(read_manifest(study_dir)["recipe"])
 
 
 def is_single(study_dir: Path) -> bool:
@@ -184,24 +179,6 @@ def resume_command(study_dir: Path) -> str:
     if is_single(study_dir):
         return f"carft-ray train {folder}/{RESOLVED} --out {folder} --resume"
     return f"carft-ray resume {folder}"
-
-
-def caught_up(study_dir: Path, resolved: Recipe) -> list[str]:
-    """Returns what a kill has kept from ``resolved.yaml``, as texts ``key=value`` to set over it; mostly nothing.
-
-    The manifest is written first. Where the resolved recipe has a part as it was before the last change of the
-    study, the part of the manifest holds.
-
-    Raises:
-        StorageError: The manifest cannot be read.
-    """
-    manifest = read_manifest(study_dir)
-    if not manifest.get(RECIPES):
-        return []
-    before = Recipe.model_validate(manifest[RECIPES][-1]["recipe"]).model_dump(mode="json")
-    now, last = Recipe.model_validate(manifest["recipe"]).model_dump(mode="json"), resolved.model_dump(mode="json")
-    parts = [(key, *(reduce(getitem, key.split("."), whole) for whole in (before, now, last))) for key in _CATCH_UP]
-    return [f"{key}={json.dumps(new)}" for key, old, new, found in parts if found == old != new]
 
 
 def _differences(old: Any, new: Any, path: KeyPath = ()) -> Iterator[Difference]:

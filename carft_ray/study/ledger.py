@@ -96,12 +96,11 @@ def check_ledger(study_dir: Path, log: Log | None = None) -> list[Problem]:
         StorageError: The study cannot be read.
     """
     noted, log = read_manifest(study_dir).get(LEDGER), log or log_of(study_dir)
-    entries = _entries(log)
-    if noted not in (_note(log, entries), _note(log, entries[:-1])):
-        log.follow()  # it may have been written meanwhile
+    for _ in range(2):
         entries = _entries(log)
-    if noted in (_note(log, entries), _note(log, entries[:-1])):
-        return []
+        if noted in (_note(log, entries), _note(log, entries[:-1])):
+            return []
+        log.follow()  # it may have been written meanwhile
     rule = f"must have the ledger of which {MANIFEST} tells, {json.dumps(noted)}"
     step = f"Restore {COMMITS}/ and {MANIFEST} from a copy: how often the test sets were read is not known."
     value = json.dumps(_note(log, entries))

@@ -14,7 +14,7 @@ from carft_ray.store.folder import PROBE, Folder
 from carft_ray.store.log import Log
 from carft_ray.study import rows
 from carft_ray.study.holding import check_fit, gone_if_nothing_began, held
-from carft_ray.study.identity import claim, compare, record_recipe
+from carft_ray.study.identity import claim, class_of, compare, record_recipe
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import is_in_space, move_trials, space_record
 from carft_ray.study.study import Study
@@ -48,21 +48,21 @@ def open_study(
         with rows.readable(log) as storage:
             _require_known(study_dir, storage)
             stack.enter_context(held(log, tell))
-            claimed, notes = claim(study_dir, recipe, change_space), list[str]()
+            differences, notes = claim(study_dir, recipe, change_space), list[str]()
             files.remove_remains(study_dir)
             for path in (study_dir / COMMITS).glob(f"{PROBE}*"):  # of a search that was killed at its first write
                 files.remove(path)
-            if change_space and not claimed.space_changes:
+            if change_space and all(class_of(one.path) != "space" for one in differences or ()):
                 notes.append("--change-space has no effect: the space is that of the study")
-            if claimed.is_news:
+            if differences:
                 log.check()
-                record_recipe(study_dir, recipe)
+                record_recipe(study_dir, recipe, differences)
             if not is_in_space(log, recipe):  # a kill may have come right after the line above, in an earlier search
                 recover(Study(study_dir, recipe, log, [], storage), "trial")  # what has ended, in the space before
                 with log.commit(space_record(recipe)):
                     notes += move_trials(storage, recipe)
             study = Study(study_dir, recipe, log, notes, storage)
-        with gone_if_nothing_began(study_dir, log, claimed.is_new, study.began):
+        with gone_if_nothing_began(study_dir, log, differences is None, study.began):
             yield study
 
 

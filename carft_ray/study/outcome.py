@@ -70,8 +70,8 @@ class TrialSpec:
 
 
 @dataclass(frozen=True)
-class TrialRow:
-    """A training of a study as tables show it. Accuracies and objective are fractions.
+class TrialRow(TrialSpec):
+    """A training as tables show it, with its last attempt. Accuracies and objective are fractions.
 
     Attributes:
         at_chance: The fine-tuned weights alone, alpha 1, are at chance, others of the curve above; of zero-shot: it is.
@@ -82,12 +82,7 @@ class TrialRow:
             front. These stand at that point: ``alpha``, ``objective`` and ``metrics`` are its own (``study.front``).
     """
 
-    kind: Kind
-    number: int
-    name: str
-    values: dict[str, Any]
     outcome: Outcome
-    attempt: int = 1
     reason: str = ""
     objective: float | None = None
     alpha: float | None = None
@@ -104,26 +99,9 @@ class TrialRow:
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
 
-    def __post_init__(self) -> None:
-        """Raises a ``StorageError`` when no folder may have the name."""
-        require_name(self.name)
-
-    @property
-    def training(self) -> str:
-        """The folder of the training within the study, which names it."""
-        return f"{FOLDERS[self.kind]}/{self.name}"
-
-    def folder(self, study_dir: Path) -> Path:
-        """Returns the folder of the training."""
-        return study_dir / self.training
-
     def is_of(self, live: "Live | None") -> bool:
         """Tells whether its last attempt is one that runs."""
         return live is not None and self.outcome == "running" and live.attempt == self.attempt
-
-    def place(self, study_dir: Path) -> Path:
-        """Returns the folder of its last attempt: of a complete training, the one whose result counts."""
-        return self.folder(study_dir) / f"{ATTEMPT}{self.attempt}"
 
     @cached_property
     def violation(self) -> float:

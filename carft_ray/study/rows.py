@@ -108,6 +108,11 @@ def require_finished(study_dir: Path, found: Found | None) -> Found:
     return found
 
 
+def num_finished(rows: Iterable[TrialRow]) -> int:
+    """Returns how many trainings have ended, well or not."""
+    return sum(row.outcome != "running" for row in rows)
+
+
 def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:
     """Returns the first complete row of ``best_first``."""
     complete = [row for row in rows if row.outcome == "complete" and row.objective is not None]

@@ -5,7 +5,6 @@ no trials of the study: not counted, no rows, never its best. Each study is take
 of its trials, and a record of it, in one commit.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,14 +16,13 @@ from optuna.trial import FrozenTrial, TrialState
 from carft_ray.data.class_names import class_folders
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.layout import COMMITS
-from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
 from carft_ray.store.log import Log
 from carft_ray.study import rows
 from carft_ray.study.holding import is_study, log_of
-from carft_ray.study.identity import RECIPES, read_manifest
+from carft_ray.study.identity import read_manifest, study_recipe
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import WARM_FROM, state_and_values
@@ -116,7 +114,7 @@ def inherited_reads(study_dir: Path, log: Log | None = None) -> int:
 
 def _placed(source: Path, number: str, recipe: Recipe) -> tuple[list[FrozenTrial], dict[str, int]]:
     """Returns the trials of a source that are taken in, and how many are not by reason."""
-    theirs = _recipe_of(source)
+    theirs = study_recipe(source)
     own = theirs.train.model_dump(mode="json")  # values that its trials have in common
     with rows.readable(log_of(source)) as storage:
         search = rows.stored(storage, rows.STUDY_NAMES["trial"])
@@ -148,8 +146,8 @@ def _problems(source: Path, study_dir: Path, recipe: Recipe) -> Iterator[Problem
     if source == study_dir or source_id(source) == source_id(study_dir):
         yield Problem(key, "must be another study", "this one" if source == study_dir else "a copy of this one")
         return
-    ours, theirs = _objective(recipe), _objective(_recipe_of(source))
-    ours["the classes"], theirs["the classes"] = _classes(study_dir, recipe), _classes(source, _recipe_of(source))
+    ours, theirs = _objective(recipe), _objective(study_recipe(source))
+    ours["the classes"], theirs["the classes"] = _classes(study_dir, recipe), _classes(source, study_recipe(source))
     for name in ours:
         if None not in (ours[name], theirs[name]) and ours[name] != theirs[name]:
             rule = f"must be a study with {name} of this one, {shown(ours[name])}: other objectives do not compare"
@@ -180,13 +178,6 @@ def _classes(study_dir: Path, recipe: Recipe) -> list[str] | None:
         return None
 
 
-def _recipe_of(source: Path) -> Recipe:
-    return Recipe.model_validate(read_manifest(source)["recipe"])
-
-
 def source_id(study_dir: Path) -> str:
-    """Returns what identifies a study, wherever its folder is: when it was made, and with which recipe."""
-    manifest = read_manifest(study_dir)
-    first = manifest[RECIPES][0]["recipe"] if manifest.get(RECIPES) else manifest["recipe"]
-    text = f"{manifest.get('created')} {recipe_hash(Recipe.model_validate(first))}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+    """Returns what identifies a study, wherever its folder is; a copy has the same."""
+    return str(read_manifest(study_dir)["id"])

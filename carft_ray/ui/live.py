@@ -78,17 +78,15 @@ class SearchView:
         from carft_ray.layout import METRICS
         from carft_ray.recipe.space.grid import num_trials
         from carft_ray.results.reading.study_view import alive_since, search_began
-        from carft_ray.study.outcome import TrialSpec
         from carft_ray.study.rows import ZERO_SHOT
 
         view = cls(overview.recipe.train.epochs, overview.rows, clock)
         view._began = search_began(overview.study_dir) or clock()
         for row in overview.rows:
             if overview.state(row) == "running":
-                spec = TrialSpec(row.kind, row.number, row.name, row.values, row.attempt)
                 lines = files.read_json_lines(row.folder(overview.study_dir) / METRICS)
                 began = alive_since(overview.study_dir, row) or clock()
-                view._running[row.kind, row.name] = _Running(spec, began, lines[-1] if lines else {})
+                view._running[row.kind, row.name] = _Running(row, began, lines[-1] if lines else {})
             elif row.name != ZERO_SHOT and row.outcome == "complete" and (seconds := row.spent_s or row.elapsed_s):
                 view._seconds.append(seconds)
         view._phase = "" if overview.holder else "no search runs"

@@ -7,7 +7,7 @@ A list is read here, and what was read is sent: never the bytes of a file that a
 that lies outside the recipe's folder is sent only where ``--send`` names it.
 
 A study outlives its job, and with it the folder that Ray unpacks: the job copies the folder next to the study first
-(``STUDY.recipe/HASH``) and searches with the copy, which ``resolved.yaml`` then names. Images, shards and weights are
+(``STUDY.recipe/HASH``) and searches with the copy, which the study's recipe then names. Images, shards and weights are
 never sent: they must lie on disks that the nodes see, under the paths that they have here.
 """
 

@@ -5,10 +5,11 @@ GPUs that it offers, and reach the other nodes. What would make trials fail is a
 """
 
 import contextlib
+import platform
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ ANSWER_WITHIN_S = 60.0  # a worker process starts, and its disks answer or not
 COLLECTIVE_WITHIN_S = 60.0
 LIBRARIES = ("torch", "torchvision", "open_clip_torch", "ray", "optuna")
 LITTLE_SPACE_GB, NO_SPACE_GB = 5.0, 0.5
+Fault = tuple[Level, str, str, str]  # and rule, value, next step
 
 
 @dataclass(frozen=True)
@@ -184,96 +186,80 @@ def check_collective(reports: Sequence[NodeReport], recipe: Recipe, say: Callabl
     return [Finding("error", Problem("cluster", f"nodes must run a collective by {backend}", value, next_step=step))]
 
 
-def judge(reports: Sequence[NodeReport], recipe: Recipe) -> list[Finding]:
-    """Returns what is wrong on the nodes, in one finding for all nodes that share it."""
-    here = {"python": environment.versions()["python"], **environment.versions_of(LIBRARIES)}
-    together: dict[Finding, list[str]] = {}
+def judge(reports: Sequence[NodeReport]) -> list[Finding]:
+    """Returns what is wrong on the nodes, errors first, in one finding for all nodes that share it."""
+    together: dict[Fault, list[str]] = {}
     for report in reports:
-        for finding in judge_node(report, recipe, here, environment.code()):
-            together.setdefault(finding, []).append(report.name)
-    found = [_on(names, finding) for finding, names in together.items()]
+        for fault in _faults(report):
+            together.setdefault(fault, []).append(report.name)
+    found = []
+    for (level, rule, value, step), names in together.items():
+        place = f"node {names[0]}" if len(names) == 1 else f"{len(names)} nodes ({', '.join(names)})"
+        found.append(Finding(level, Problem(place, rule, value, next_step=step)))
     return sorted(found, key=lambda one: ("error", "warning", "note").index(one.level))
 
 
-def _on(names: Sequence[str], finding: Finding) -> Finding:
-    place = f"node {names[0]}" if len(names) == 1 else f"{len(names)} nodes ({', '.join(names)})"
-    return replace(finding, problem=replace(finding.problem, place=place))
-
-
-def judge_node(
-    report: NodeReport, recipe: Recipe, here: Mapping[str, str | None], code: Mapping[str, Any]
-) -> Iterator[Finding]:
-    """Yields what is wrong on one node; the places are empty.
-
-    Args:
-        report: What is known of the node.
-        recipe: The recipe.
-        here: Versions of Python and of libraries, as the driver has them.
-        code: ``environment.code`` of the driver.
-    """
+def _faults(report: NodeReport) -> Iterator[Fault]:
+    """Yields what is wrong on one node."""
     facts = report.facts
     if facts is None:
         step = "Do its disks answer? May the other nodes reach its ports? See `ray status` and the logs of that node."
-        yield _found("error", "must run a task", report.fault, step)
+        yield "error", "must run a task", report.fault, step
         return
-    yield from _judge_code(facts, here, code)
+    yield from _faults_of_code(facts)
     # a node without CPUs, such as a head that only holds the driver, opens no image and trains nothing
     grave: Level = "error" if report.takes_trials else "note"
     if facts["study"]:
         step = "Mount one disk under one path on all nodes, and put the study there (--study)."
-        yield _found("error", "must see and write the folder of the study", facts["study"], step)
+        yield "error", "must see and write the folder of the study", facts["study"], step
     if facts["missing"]:
         value = "; ".join(f"{place}: {one['path']}: {one['fault']}" for place, one in facts["missing"].items())
         step = "Mount or copy it there under the same path, or change the recipe."
         step += "" if report.takes_trials else " It has no CPU for Ray and takes no trial."
-        yield _found(grave, "must see what the recipe names", value, step)
+        yield grave, "must see what the recipe names", value, step
     cache, step = facts["cache"], "Free some, or name another folder in data.cache_dir."
     free_gb = cache["free_bytes"] / 1e9
     if cache["fault"]:
-        yield _found(grave, "must be able to write the cache of images", f"{cache['path']}: {cache['fault']}", step)
+        yield grave, "must be able to write the cache of images", f"{cache['path']}: {cache['fault']}", step
     elif free_gb < LITTLE_SPACE_GB:
         rule = f"should have {LITTLE_SPACE_GB:g} GB free for the cache of images"
-        level = grave if free_gb < NO_SPACE_GB else "warning"
-        yield _found(level, rule, f"{free_gb:.2g} GB at {cache['path']}", step)
-    yield from _judge_gpus(report, facts)
+        yield grave if free_gb < NO_SPACE_GB else "warning", rule, f"{free_gb:.2g} GB at {cache['path']}", step
+    yield from _faults_of_gpus(report, facts)
 
 
-def _found(level: Level, rule: str, value: str = "", next_step: str = "") -> Finding:
-    return Finding(level, Problem("", rule, value, next_step=next_step))
-
-
-def _judge_code(facts: Mapping[str, Any], here: Mapping[str, str | None], code: Mapping[str, Any]) -> Iterator[Finding]:
-    ours, version = facts["carft_ray"], code["version"]
-    install = f"Install carft-ray {version} there, into the Python that runs `ray start`."
-    if ours["version"] != version:
-        rule = f"must have carft-ray {version}, as the driver has it"
-        yield _found("error", rule, ours["fault"] or ours["version"], install)
-    elif ours["source"] != code["source"]:
-        rule = "has other files of carft-ray than the driver, of the same version"
-        yield _found("warning", rule, next_step=install)
-    for name, wanted in here.items():
+def _faults_of_code(facts: Mapping[str, Any]) -> Iterator[Fault]:
+    ours, here = facts["carft_ray"], environment.code()
+    install = f"Install carft-ray {here['version']} there, into the Python that runs `ray start`."
+    if ours["version"] != here["version"]:
+        rule = f"must have carft-ray {here['version']}, as the driver has it"
+        yield "error", rule, ours["fault"] or ours["version"], install
+    elif ours["source"] != here["source"]:
+        yield "warning", "has other files of carft-ray than the driver, of the same version", "", install
+    for name, wanted in (environment.versions_of(LIBRARIES) | {"python": platform.python_version()}).items():
         there, step = facts["versions"][name], f"Install {name} {wanted} there."
         if there is None:
-            yield _found("error", f"must have {name} {wanted}, as the driver has it", "none", step)
+            yield "error", f"must have {name} {wanted}, as the driver has it", "none", step
         elif wanted is not None and _release(there) != _release(wanted):
-            rule = f"should have {name} {wanted}, as the driver has it: results may differ by node"
-            yield _found("warning", rule, there, step)
+            yield (
+                "warning",
+                f"should have {name} {wanted}, as the driver has it: results may differ by node",
+                there,
+                step,
+            )
 
 
 def _release(version: str) -> str:
     return version.partition("+")[0]  # a build for CPUs beside one for CUDA is the same release
 
 
-def _judge_gpus(report: NodeReport, facts: Mapping[str, Any]) -> Iterator[Finding]:
-    offered, there = report.resources.get("GPU", 0), facts["gpus"]
-    torch = facts["versions"]["torch"] or ""
+def _faults_of_gpus(report: NodeReport, facts: Mapping[str, Any]) -> Iterator[Fault]:
+    offered, there, torch = report.resources.get("GPU", 0), facts["gpus"], facts["versions"]["torch"] or ""
+    found = f"{len(there)} by nvidia-smi"
     if offered and "+cpu" in torch:
-        rule = "must have a torch with CUDA, as it offers GPUs to Ray"
-        yield _found("error", rule, torch, "Install torch for CUDA there.")
+        yield "error", "must have a torch with CUDA, as it offers GPUs to Ray", torch, "Install torch for CUDA there."
     if offered > len(there) and there:
         step = "Start its Ray with the number of GPUs that nvidia-smi shows."
-        rule = f"must have the {offered:g} GPUs that it offers to Ray"
-        yield _found("error", rule, f"{len(there)} by nvidia-smi", step)
+        yield "error", f"must have the {offered:g} GPUs that it offers to Ray", found, step
     if there and not offered and report.takes_trials:
         step = "Start its Ray with --num-gpus, where trials shall use them."
-        yield _found("warning", "offers none of its GPUs to Ray", f"{len(there)} by nvidia-smi", step)
+        yield "warning", "offers none of its GPUs to Ray", found, step

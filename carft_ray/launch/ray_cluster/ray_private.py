@@ -38,6 +38,10 @@ def forget_pickled_columns() -> list[str]:
     return found
 
 
+def _named(name: str) -> Any:
+    return private_name("ray", name, lambda: resolve_name(name))
+
+
 @contextlib.contextmanager
 def without_news_of_workers() -> Iterator[None]:
     """Within the block, Ray's driver prints no '(raylet) A worker died': the switch of its debugger."""
@@ -55,15 +59,13 @@ def read_authentication_anew() -> None:
 
     Other settings of Ray's own, ``RAY_...`` in the environment, are read anew with it. No Ray may be connected.
     """
-    config, loader = "ray._raylet.Config.initialize", "ray._raylet.AuthenticationTokenLoader"
-    private_name("ray", config, lambda: resolve_name(config))("")
-    private_name("ray", loader, lambda: resolve_name(loader)).instance().reset_cache()
+    _named("ray._raylet.Config.initialize")("")
+    _named("ray._raylet.AuthenticationTokenLoader").instance().reset_cache()
 
 
 def draining_nodes() -> Mapping[str, int]:
     """Returns the nodes that Ray drains: by its name of each the deadline, milliseconds since 1970, 0 without one."""
-    name = "ray._private.state.state.get_draining_nodes"
-    found: Mapping[str, int] = private_name("ray", name, lambda: resolve_name(name))()
+    found: Mapping[str, int] = _named("ray._private.state.state.get_draining_nodes")()
     return found
 
 
@@ -73,9 +75,8 @@ def resources_of_nodes() -> tuple[Mapping[str, Mapping[str, float]], Mapping[str
     What there is has a name for each placement group besides: ``CPU_group_ID``, with its share of the node. Both tell
     of one moment: a node reports them together.
     """
-    names = [f"ray._private.state.{each}_resources_per_node" for each in ("available", "total")]
-    free, there = (private_name("ray", name, partial(resolve_name, name))() for name in names)
-    return free, there
+    state = "ray._private.state"
+    return _named(f"{state}.available_resources_per_node")(), _named(f"{state}.total_resources_per_node")()
 
 
 def job_client(address: str, headers: dict[str, str], silence_s: float) -> "JobSubmissionClient":
@@ -102,8 +103,7 @@ def one_trial_dies() -> Iterator[None]:
 
     The exception is no ``RayActorError``, and at what it does not know Tune ends its whole run (read in Ray 2.60).
     """
-    name = "ray.air.execution._internal.actor_manager.RayActorManager"
-    manager = private_name("ray", name, lambda: resolve_name(name))
+    manager = _named("ray.air.execution._internal.actor_manager.RayActorManager")
     names = ("_actor_start_failed", "_actor_task_failed")
     before = {each: private_name("ray", f"RayActorManager.{each}", partial(getattr, manager, each)) for each in names}
 
@@ -132,8 +132,7 @@ def lean(trainer: Any) -> Any:
     """
     names = ("_create_default_callbacks", "_initialize_and_run_controller")
     callbacks, _ = (private_name("ray", f"TorchTrainer.{name}", partial(getattr, trainer, name)) for name in names)
-    name = "ray.train.v2._internal.execution.controller.TrainController"
-    controller_of: Any = private_name("ray", name, lambda: resolve_name(name))
+    controller_of = _named("ray.train.v2._internal.execution.controller.TrainController")
     without = ("DatasetsCallback", "DatasetsSetupCallback", "PlacementGroupCleanerCallback")
 
     def run(**arguments: Any) -> Any:

@@ -17,6 +17,7 @@ from carft_ray.recipe.shared_targets import decide_targets
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_confirm
+from carft_ray.study.rows import num_finished
 from carft_ray.study.study import Study
 from carft_ray.words import counted
 
@@ -66,11 +67,8 @@ def run_confirm(
         def rows() -> list[TrialRow]:
             return [row for row in study.rows("confirm") if row.name in trainings]
 
-        def num_finished() -> int:
-            return sum(row.outcome != "running" for row in rows())
-
         def interrupted() -> InterruptedRunError:
-            what = f"stopped; {num_finished()} of {counted(len(trainings), 'training')} finished"
+            what = f"stopped; {num_finished(rows())} of {counted(len(trainings), 'training')} finished"
             return interruption(what, resume_command)
 
         def say(text: str) -> None:
@@ -85,7 +83,9 @@ def run_confirm(
                 if note:
                     on_event(Decided(note))
                 capacity = runtime.capacity
-                on_event(Started(len(trainings), num_finished(), capacity.concurrency, capacity.reason, "confirm"))
+                on_event(
+                    Started(len(trainings), num_finished(rows()), capacity.concurrency, capacity.reason, "confirm")
+                )
                 if run_trainings(study, runtime, on_event):
                     raise interrupted()
         if set_aside := [row for row in rows() if row.set_aside]:

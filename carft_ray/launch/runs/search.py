@@ -3,6 +3,7 @@
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,6 @@ from pathlib import Path
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.events import BaselineFinished, Decided, Event, Note, Preparing, Started, TrialFinished
 from carft_ray.launch.failures.causes import no_successful_trial
-from carft_ray.launch.figures.study_figure import figure_at_the_end
 from carft_ray.launch.own_trainer import own_notes
 from carft_ray.launch.runtime import RUNNER, Runner, Runtime, Say
 from carft_ray.launch.session import begin, computing, prepare
@@ -23,7 +23,7 @@ from carft_ray.recipe.space.grid import num_trials
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import best_row, trials
+from carft_ray.study.rows import best_row, num_finished, trials
 from carft_ray.study.study import Study
 from carft_ray.study.warm_start import new_sources
 from carft_ray.words import counted
@@ -61,10 +61,11 @@ def run_search(
     on_event: Callable[[Event], None] = lambda event: None,
     runner: Runner | None = None,
     change_space: bool = False,
+    around: Callable[[Study, int], AbstractContextManager[None]] = lambda study, num_before: nullcontext(),
 ) -> SearchResult:
     """Runs a search to its end, or resumes one.
 
-    ``best.yaml`` follows the best trial all the time; the figure is drawn at the end, however the search ends.
+    ``best.yaml`` follows the best trial all the time.
 
     When its budget is used up, running trainings are asked to write a checkpoint, and the search ends with its best.
     Ctrl-C (or SIGTERM) asks the running trainings to write a checkpoint and waits for them; a second one does not wait.
@@ -76,6 +77,8 @@ def run_search(
         on_event: Told what happens, in the calling thread.
         runner: What is trained; by default ``training.run``.
         change_space: The search space may change.
+        around: What surrounds the search: a context, given the open study and the number of trials that were finished
+            before, such as ``results.study_figure.figure_at_the_end``.
 
     Returns:
         The best trial, and all rows.
@@ -94,7 +97,7 @@ def run_search(
         study_dir = study.study_dir
         new_sources(study.log, study_dir, recipe)  # raises before anything is written
         begin(study_dir, recipe)
-        num_before = _num_finished(study.rows())
+        num_before = num_finished(study.rows())
         recovered = recover_running(study)
         for note in (*study.notes, *own_notes(recipe)):
             on_event(Note(note))
@@ -105,7 +108,7 @@ def run_search(
             on_event(Preparing(text))
 
         ended = "" if study.done() else used_up(recipe.budget, 0.0, study.gpu_seconds())
-        with figure_at_the_end(study, num_before):
+        with around(study, num_before):
             if not ended and not study.done():
                 interrupted = partial(_interrupted, study, address)
                 with computing(recipe, study_dir, runner or RUNNER, address, interrupted, say) as runtime:
@@ -118,13 +121,11 @@ def run_search(
         set_aside = study.set_aside()
         if best is None and ended:
             raise _nothing_within_budget(study, ended, address)
+        if best is None and set_aside:
+            raise set_aside_error(set_aside, _resume(study, address))
         if best is None:
-            raise (
-                set_aside_error(set_aside, _resume(study, address))
-                if set_aside
-                else no_successful_trial(study_dir, rows)
-            )
-        num_new, baselines = _num_finished(study.rows()) - num_before, study.rows("baseline")
+            raise no_successful_trial(study_dir, rows)
+        num_new, baselines = num_finished(rows) - num_before, study.rows("baseline")
         return SearchResult(study_dir, best, rows, baselines, num_new, elapsed_s, ended, tuple(set_aside))
 
 
@@ -140,10 +141,6 @@ def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineErr
     return MachineError(problems)
 
 
-def _num_finished(rows: Sequence[TrialRow]) -> int:
-    return sum(row.outcome != "running" for row in rows)
-
-
 def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say: Say, began: float) -> str:
     """Prepares and trains; returns what ended it early, as ``run_trainings`` does."""
     on_event(Preparing())
@@ -155,14 +152,14 @@ def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say:
     if note:
         on_event(Decided(note))
     capacity = runtime.capacity
-    on_event(Started(num_trials(study.recipe), _num_finished(study.rows()), capacity.concurrency, capacity.reason))
+    on_event(Started(num_trials(study.recipe), num_finished(study.rows()), capacity.concurrency, capacity.reason))
     if study.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
     return run_trainings(study, runtime, on_event, began)
 
 
 def _interrupted(study: Study, address: str | None) -> InterruptedRunError:
-    finished = _num_finished(trials(study.study_dir))  # read anew: Ctrl-C may have spoiled a commit
+    finished = num_finished(trials(study.study_dir))  # read anew: Ctrl-C may have spoiled a commit
     what = f"stopped; {finished} of {counted(num_trials(study.recipe), 'trial')} finished"
     return interruption(what, _resume(study, address))
 

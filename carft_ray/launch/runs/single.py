@@ -14,13 +14,13 @@ from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.layout import MANIFEST, PREPARED
+from carft_ray.layout import LOG, MANIFEST, PREPARED
 from carft_ray.recipe.schema.recipe import Recipe, single
 from carft_ray.study import outcome
 from carft_ray.study.holding import is_ours
 from carft_ray.study.identity import is_single
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, TrialRow
+from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover
 from carft_ray.study.rows import best_row, trials
 from carft_ray.words import counted
@@ -113,12 +113,8 @@ def _result(study_dir: Path, row: TrialRow, resume_command: str) -> dict[str, An
         raise set_aside_error([row], resume_command)
     if row.outcome == "complete":
         return outcome.result_of(study_dir, row)
-    folder = row.folder(study_dir)
-    has_diverged = row.outcome == "diverged"
-    code = (DivergedError if has_diverged else CarftError).exit_code
-    raise outcome.failure_error(
-        Failure("diverged" if has_diverged else "error", row.reason, row.attempt, code), NAME, folder
-    )
+    kind = DivergedError if row.outcome == "diverged" else CarftError
+    raise kind(Problem(NAME, row.reason, next_step=f"Details are in {row.folder(study_dir) / LOG}."))
 
 
 def _check_folder(out_dir: Path, resume: bool) -> None:

@@ -8,17 +8,17 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from carft_ray.errors import StorageError
-from carft_ray.launch.figures.study_figure import write_figure
-from carft_ray.layout import FIGURE_SVG, FOLDERS
+from carft_ray.layout import FOLDERS
+from carft_ray.results.figure import rendered
 from carft_ray.results.page.figures import figures
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.results.study_figure import study_figure
 from carft_ray.results.verdict_card import verdict
 from carft_ray.untrusted import require_nothing_outside, visible
 
@@ -153,10 +153,7 @@ def _best_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def figure_svg(view: Overview) -> bytes:
     """Returns the figure of a study, ID against OOD accuracy, as SVG."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, FIGURE_SVG)
-        write_figure(view.recipe, view.study_dir, view.trials, view.baselines, path)
-        return path.read_bytes()
+    return rendered(study_figure(view.recipe, view.study_dir, view.trials, view.baselines), "svg")
 
 
 def _percent(value: float | None, signed: bool = False) -> str:

@@ -81,7 +81,8 @@ def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") 
         StorageError: Manifest, log or result is damaged.
     """
     folder = require_study(folder, "must be a study or the folder of a training")
-    base, provenance = read_manifest(folder)
+    manifest = identity.read_manifest(folder)
+    base, provenance = Recipe.model_validate(manifest["recipe"]), manifest.get(PROVENANCE) or {}
     name, row = _find(folder, trial, place)
     if name == ZERO_SHOT:
         metrics = files.read_json(folder / PREPARED / PREPARATION)["metrics"]
@@ -97,16 +98,6 @@ def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") 
         rule, step = "must be the result of a training", "Restore it from a copy; no command changes a finished trial."
         raise StorageError(Problem(str(row.place(folder) / RESULT), rule, str(error), next_step=step)) from error
     return Finished(folder, name, base, recipe, placed(found, row), provenance, row)
-
-
-def read_manifest(folder: Path) -> tuple[Recipe, dict[str, Any]]:
-    """Returns recipe and provenance of a claimed folder.
-
-    Raises:
-        StorageError: The manifest is missing, damaged or of another format.
-    """
-    manifest = identity.read_manifest(folder)
-    return Recipe.model_validate(manifest["recipe"]), manifest.get(PROVENANCE) or {}
 
 
 def split_target(written: str) -> tuple[Path, str | None]:

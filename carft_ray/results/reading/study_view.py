@@ -10,12 +10,11 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
 from carft_ray.layout import COMMITS, CONCURRENCY, METRICS, RAY_FILES, RESOLVED, STOP
-from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study
-from carft_ray.study.identity import caught_up, is_single, read_manifest, resume_command
+from carft_ray.study.identity import is_single, resume_command, study_recipe
 from carft_ray.study.outcome import TrialRow, read_live, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.words import counted
@@ -175,43 +174,6 @@ def require_search(folder: Path) -> None:
     if is_study(folder) and is_single(folder.resolve()):
         step = f"Go on with it: {resume_command(folder)}\n    To search, give another folder with --study."
         raise UsageError(Problem(str(folder), "must be the study of a search", "one training", next_step=step))
-
-
-def resolved_recipe(study_dir: Path) -> Path:
-    """Returns the path of the recipe with which a study is resumed.
-
-    Raises:
-        UsageError: Its first search was killed before it wrote the recipe.
-    """
-    path = study_dir / RESOLVED
-    if not path.is_file():
-        step = f"Run its first command again: carft-ray search RECIPE --study {study_dir}"
-        value = "one whose first search was killed at its beginning"
-        raise UsageError(Problem(str(study_dir), f"must be a study with a {RESOLVED}", value, next_step=step))
-    return path
-
-
-def behind(study_dir: Path) -> list[str]:
-    """Returns what must be set over ``resolved.yaml``, as ``key=value``, where a kill has kept it from being written.
-
-    Raises:
-        RecipeError, StorageError: As ``study_recipe``.
-    """
-    return caught_up(study_dir, load_recipe(study_dir / RESOLVED))
-
-
-def study_recipe(study_dir: Path) -> Recipe:
-    """Returns the recipe of a study's last search: ``resolved.yaml``, else that of its manifest.
-
-    Raises:
-        RecipeError: The recipe breaks a rule.
-        StorageError: The manifest cannot be read.
-    """
-    if (study_dir / RESOLVED).exists():
-        recipe = load_recipe(study_dir / RESOLVED)
-        missing = caught_up(study_dir, recipe)
-        return load_recipe(study_dir / RESOLVED, missing) if missing else recipe
-    return Recipe.model_validate(read_manifest(study_dir)["recipe"])
 
 
 def total_trials(written: str, overview: Overview) -> int:

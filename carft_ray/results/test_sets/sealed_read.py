@@ -40,7 +40,7 @@ from carft_ray.results.test_sets.summary import compared_rows, read_record, summ
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held, log_of
-from carft_ray.study.identity import compare
+from carft_ray.study.identity import study_recipe
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
 from carft_ray.study.warm_start import inherited_reads
@@ -73,10 +73,9 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
     """
     ledger.check_reason(reason)
     study_dir = study_view.require_study(study)
-    recipe = study_view.study_recipe(study_dir)
+    recipe = study_recipe(study_dir)
     _require_test_sets(study_dir, recipe)
     check_fit(study_dir)
-    compare(study_dir, recipe)
     log = log_of(study_dir)
     _read_to_continue(study_dir, log, reason)  # it may be refused: before anything is written
     with held(log, say):

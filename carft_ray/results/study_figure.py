@@ -3,16 +3,20 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.launch.figures.figure import Curve, Dot, Pair, id_ood_figure
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.results.figure import Curve, Dot, Pair, id_ood_figure, write
 from carft_ray.study.front import front_of
 from carft_ray.study.outcome import TrialRow, result_of
-from carft_ray.study.rows import ZERO_SHOT, best_row
+from carft_ray.study.rows import ZERO_SHOT, best_row, num_finished
 from carft_ray.study.study import Study
 from carft_ray.words import counted
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @contextlib.contextmanager
@@ -33,7 +37,7 @@ def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(Exception, KeyboardInterrupt):
-            if sum(row.outcome != "running" for row in study.rows()) > num_before:
+            if num_finished(study.rows()) > num_before:
                 _draw(study)
         raise
     _draw(study)
@@ -41,16 +45,13 @@ def figure_at_the_end(study: Study, num_before: int) -> Iterator[None]:
 
 def _draw(study: Study) -> None:
     if not study.log.is_lost and best_row(study.rows()) is not None:
-        write_figure(study.recipe, study.study_dir, study.rows(), study.rows("baseline"))
+        figure = study_figure(study.recipe, study.study_dir, study.rows(), study.rows("baseline"))
+        write(figure, study.study_dir / FIGURE_PNG, study.study_dir / FIGURE_SVG)
 
 
-def write_figure(
-    recipe: Recipe,
-    study_dir: Path,
-    trials: Sequence[TrialRow],
-    baselines: Sequence[TrialRow],
-    svg: Path | None = None,
-) -> None:
+def study_figure(
+    recipe: Recipe, study_dir: Path, trials: Sequence[TrialRow], baselines: Sequence[TrialRow]
+) -> "Figure":
     """Draws ID against OOD accuracy, a dot per trial, with the baselines and the alpha curve of the best.
 
     Args:
@@ -58,10 +59,9 @@ def write_figure(
         study_dir: The study directory.
         trials: All trials, with their standing in a Pareto search.
         baselines: All baselines.
-        svg: Where the figure goes, as SVG alone; None: as PNG and SVG into the study directory.
 
     Raises:
-        StorageError: It cannot be written.
+        StorageError: The result of the best trial is damaged.
     """
 
     def pair(row: TrialRow) -> Pair:
@@ -75,12 +75,10 @@ def write_figure(
     named = sorted(baselines, key=lambda row: row.name != ZERO_SHOT)
     marks = {row.name.replace("_", " "): pair(row) for row in named if "ood_accuracy" in row.metrics}
     num_pruned = sum(row.outcome == "pruned" for row in trials)
-    id_ood_figure(
+    return id_ood_figure(
         dots,
         marks,
         _curve(study_dir, best_row(trials)),
-        None if svg else study_dir / FIGURE_PNG,
-        svg or study_dir / FIGURE_SVG,
         f"{recipe.name}: {counted(len(dots), 'trial')}" + (f", {num_pruned} more pruned" if num_pruned else ""),
         synthetic=recipe.data.train.source == "sandbox",
         kind=objective_spec(recipe).kind,

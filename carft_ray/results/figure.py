@@ -1,7 +1,7 @@
 """The picture of a search: ID against OOD accuracy.
 
-It is written as PNG and SVG, whole or not at all. Colours can be distinguished by the colour-blind (Okabe and Ito 2008;
-cividis), marks differ in form too, and text is readable when the picture is shown 800 pixels wide.
+Colours can be distinguished by the colour-blind (Okabe and Ito 2008; cividis), marks differ in form too, and text is
+readable when the picture is shown 800 pixels wide.
 """
 
 import io
@@ -63,23 +63,19 @@ def id_ood_figure(
     points: Sequence[Dot],
     baselines: Mapping[str, Pair],
     best_curve: Curve | None,
-    path_png: Path | None,
-    path_svg: Path,
     title: str,
     *,
     synthetic: bool = False,
     kind: ObjectiveKind = "weighted_mean",
     id_weight: float = 0.5,
     front: Sequence[Pair] = (),
-) -> None:
+) -> "Figure":
     """Draws OOD accuracy over ID accuracy in percent: a dot per trial, named baselines, the alpha curve of the best.
 
     Args:
         points: The trials, coloured by KL weight on a log scale.
         baselines: Name -> (ID accuracy, mean OOD accuracy), drawn as named marks; the first one gets the star.
         best_curve: Alpha curve of the best trial, its chosen point ringed; None draws none.
-        path_png: Where the PNG goes (1,600 x 1,200 pixels); None: nowhere.
-        path_svg: Where the SVG goes.
         title: What was searched.
         synthetic: Whether the images are; the title then says so.
         kind: Kind of objective, for the faint lines of equal objective (none for ``worst_domain``).
@@ -87,8 +83,8 @@ def id_ood_figure(
         front: Points of the front of a Pareto search, by rising ID accuracy; the line through them is drawn and takes
             the place of the lines of equal objective.
 
-    Raises:
-        StorageError: A file cannot be written.
+    Returns:
+        The figure, 1,600 x 1,200 pixels.
     """
     figure, axes = canvas(_HEIGHT)
     finite = [dot for dot in points if all(map(math.isfinite, dot.pair))]
@@ -116,7 +112,7 @@ def id_ood_figure(
     axes.set_xlabel("ID accuracy, %", loc="left")
     axes.set_ylabel("OOD accuracy, mean over sets, %")
     set_title(axes, title, synthetic, pad=10 + 20 * legend_above(axes))
-    write(figure, path_png, path_svg)
+    return figure
 
 
 def _scatter(axes: "Axes", pairs: Sequence[Pair], size: float, color: Any, zorder: int, **style: Any) -> Any:
@@ -236,15 +232,21 @@ def _draw_curve(axes: "Axes", curve: Curve) -> None:
             numbered.append(place)
 
 
-def write(figure: "Figure", path_png: Path | None, path_svg: Path) -> None:
-    """Writes a figure as PNG, unless it is not wanted, and SVG, each whole or not at all; the same bytes each time."""
+def rendered(figure: "Figure", form: str) -> bytes:
+    """Returns a figure as ``png`` or ``svg``: of the same study the same bytes each time."""
     from matplotlib import rc_context
 
-    for path, form in ((path_png, "png"), (path_svg, "svg")):
-        if path is None:
-            continue
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if form == "svg" else {}  # the same study, the same bytes
-        with rc_context({"svg.hashsalt": "carft-ray"}):
-            figure.savefig(buffer, format=form, dpi=_DPI, metadata=metadata)
-        files.write_bytes(path, buffer.getvalue())
+    buffer = io.BytesIO()
+    with rc_context({"svg.hashsalt": "carft-ray"}):
+        figure.savefig(buffer, format=form, dpi=_DPI, metadata={"Date": None} if form == "svg" else {})
+    return buffer.getvalue()
+
+
+def write(figure: "Figure", *paths: Path) -> None:
+    """Writes a figure as PNG or SVG, by the ending of each path, whole or not at all.
+
+    Raises:
+        StorageError: A file cannot be written.
+    """
+    for path in paths:
+        files.write_bytes(path, rendered(figure, path.suffix[1:]))
