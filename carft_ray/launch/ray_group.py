@@ -34,7 +34,7 @@ from carft_ray.training.run_context import RunContext
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 IDLE_S = 30.0
 PATIENCE, SHORTEST_TIMEOUT_S = 8, 1800  # 8 hours by default; the default of torch
-LOOK_EVERY_S = 0.05
+LOOK_EVERY_S, LOOK_AT_LEAST_EVERY_S = 0.05, 0.5  # at first, and in a long training: 200 groups ask one mailbox
 END = "end"  # in place of work
 CLOSE_S = 60.0  # a group that does not end is left to Ray, which ends it with the process that has started it
 Row = dict[str, Any]
@@ -107,9 +107,11 @@ class WorkerGroup:
         self._give(work)
         if is_first:
             self._thread.start()
+        wait_s = LOOK_EVERY_S
         while self._thread.is_alive() and self._said.ended < self._number:
-            self._thread.join(LOOK_EVERY_S)
+            self._thread.join(wait_s)
             self._give(work)
+            wait_s = min(2 * wait_s, LOOK_AT_LEAST_EVERY_S)
         self._give(work)  # what it has said at its very end
         if self._said.last:  # its resources are free before the next training is given
             self._thread.join(CLOSE_S)
