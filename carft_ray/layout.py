@@ -60,6 +60,7 @@ ATTEMPT = "attempt-"  # begins the name of the folder with what one attempt writ
 STEP = "step-"  # begins the name of a checkpoint's folder in it
 KEPT_CHECKPOINTS = 2  # newest ones, while a training runs: if the last is damaged, the one before it serves
 OWN = "own"  # in it, too: what a fine-tuning of the user's own keeps
+OWN_ROWS = "own-rows.json"  # beside it: what that has reported; else a checkpoint has the rows
 PREDICTIONS = "predictions/validation.parquet"
 THUMBNAILS = "predictions/thumbnails.parquet"  # of images whose answers change; they go with the weights
 OF_RESULT = (WEIGHTS, PREDICTIONS)  # files whose size and hash a result has

@@ -3,6 +3,7 @@
 import contextlib
 import resource
 import threading
+from types import SimpleNamespace
 
 import pytest
 import short_training
@@ -155,7 +156,8 @@ def test_what_a_killed_attempt_wrote_after_its_checkpoint_is_void(tmp_path):
 
 def record(folder, num_steps, error=None):
     """Tells the recorder of a training so many steps; ends with the error."""
-    with _recorder(folder, folder / "run", RunContext()) as context:
+    training = SimpleNamespace(context=RunContext(), out_dir=folder, rows=[], function=None)
+    with _recorder(training, folder / "run") as context:
         for step in range(num_steps):
             context.progress({"step": step, "num_steps": 9, "loss": 0.5})
         if error:

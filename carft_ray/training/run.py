@@ -164,7 +164,7 @@ def run_training(
     compiled = is_compiled(recipe, prepared_dir)
     training = _Training(recipe, inputs, heads, out_dir, place, context, store, mixtures, compiled, function)
     if trained and context.rank == 0:  # by an earlier attempt; only the curve is left
-        training.rows.extend(newest_rows(out_dir))
+        training.rows.extend(_own_rows(out_dir) or newest_rows(out_dir))
         context.resumed(training.rows)
     fine_tuned = on_all_ranks(context, lambda: load_tensors(trained[-1])) if trained else _train(training, attempt)
     if context.rank == 0:
@@ -187,6 +187,12 @@ def _left(out_dir: Path, name: str) -> list[Path]:
     """Returns what attempts have left under a name, the newest last."""
     found = out_dir.glob(f"{layout.ATTEMPT}*/{name}")
     return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))  # by their numbers
+
+
+def _own_rows(out_dir: Path) -> list[dict[str, float]]:
+    """Returns what a fine-tuning of the user's own has reported in attempts before."""
+    found = _left(out_dir, layout.OWN_ROWS)
+    return files.read_json(found[-1]) if found else []
 
 
 def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:
@@ -269,6 +275,8 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
             own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
             from_rank_0(context, lambda: _take_over(training.out_dir, training.place / layout.OWN))
             kept = training.place / layout.OWN
+            if context.rank == 0:
+                recorded.resumed(_own_rows(training.out_dir))
             return own_fine_tune(training.function, train, own, recorded, device, kept, on_epoch)
         micro_batch = micro_batch_of(recipe.train, context.world_size)
         with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
@@ -322,7 +330,9 @@ def _recorder(training: _Training, events_dir: Path) -> Iterator[RunContext]:
         for name, value in row.items():
             if name.startswith("subset/"):
                 opened[0].scalar(tag_of(name), value, int(row["step"]))
-        training.rows.append(row)
+        training.rows[:] = [each for each in training.rows if each["step"] < row["step"]] + [row]
+        if training.function is not None:
+            files.write_json(training.place / layout.OWN_ROWS, training.rows)
         context.report(row)
 
     def resumed(rows: list[dict[str, float]]) -> None:
