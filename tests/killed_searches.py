@@ -189,7 +189,11 @@ def check_numbers(study_dir, calm):
 def check_same(*pairs):
     """Raises when two trainings, each a study and its row, differ in numbers, weights or predictions."""
     (one, row), (other, another) = pairs
-    assert numbers_of(one, row) == numbers_of(other, another), row.name
+    (result, lines), (wanted, expected) = numbers_of(one, row), numbers_of(other, another)
+    differing = {key: (result.get(key), wanted.get(key)) for key in {*result, *wanted}}
+    differing = {key: values for key, values in differing.items() if values[0] != values[1]}
+    assert differing == {}, f"{row.name}: {differing}"
+    assert lines == expected, f"{row.name}: {lines} instead of {expected}"
     for name in ("fine_tuned.safetensors", "predictions/validation.parquet"):
         first, second = (each.place(study) / name for study, each in pairs)
         if first.exists() and second.exists():  # the search has removed those of trials that are not the best
