@@ -428,7 +428,7 @@ def kill_again(what, executor, study_dir, num_trials, times, rng, **more):
     process = driver(study_dir, num_trials, executor, **more)
     for number in range(times):
         part = number * num_trials // (2 * times)
-        wait_until(lambda: ended(process) or len(results(study_dir)) >= part, f"{part} have ended")  # noqa: B023
+        wait_until(lambda: ended(process) or len(results(study_dir)) >= part, f"{part} have ended")  # noqa: B023  # asked in this round alone
         time.sleep(rng.uniform(0, 2) if number else 0)
         victims = wait_until(lambda: ended(process) or titled(what, process.pid), f"there is a {what}")
         os.kill(rng.choice(victims), signal.SIGKILL)

@@ -165,8 +165,10 @@ class Study:
         found = read_result(spec.place(self.study_dir))
         if failure is not None and failure.outcome != "lost":  # which is logged with its cause
             outcome.log_failure(folder, failure)
-        for row in found[0].get("rows", ()) if found else ():  # the last ones may not have come
-            self.add_row(spec, row)
+        reported = found[0].get("rows", []) if found else []
+        if reported != files.read_json_lines(folder / METRICS):  # the last ones may not have come
+            for row in reported:
+                self.add_row(spec, row)
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
