@@ -11,7 +11,7 @@
       live.json          what runs, as the driver knew it some seconds ago
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/     log, metrics, TensorBoard's events
-        attempt-N/       what one attempt writes: checkpoints, weights, predictions, and result.json, last
+        attempt-N/       what one attempt writes: epochs, checkpoints, weights, predictions, and result.json, last
       tracking/          what Weights & Biases or MLflow keep, where they keep it here
       test/              what reads of the test sets have found
       _tune/             while a search runs: Ray's own files, and how many trainings run at a time
@@ -60,7 +60,7 @@ ATTEMPT = "attempt-"  # begins the name of the folder with what one attempt writ
 STEP = "step-"  # begins the name of a checkpoint's folder in it
 KEPT_CHECKPOINTS = 2  # newest ones, while a training runs: if the last is damaged, the one before it serves
 OWN = "own"  # in it, too: what a fine-tuning of the user's own keeps
-OWN_ROWS = "own-rows.json"  # beside it: what that has reported; else a checkpoint has the rows
+ROWS = "rows.jsonl"  # in it, too, while a training has not ended: what the attempt has reported, a line per epoch
 PREDICTIONS = "predictions/validation.parquet"
 THUMBNAILS = "predictions/thumbnails.parquet"  # of images whose answers change; they go with the weights
 OF_RESULT = (WEIGHTS, PREDICTIONS)  # files whose size and hash a result has

@@ -118,10 +118,9 @@ if [ "$SLURM_JOB_NUM_NODES" -gt 1 ]; then
 fi
 
 code=130
-follow python -m carft_ray.launch.ray_cluster.joined "$SLURM_JOB_NUM_NODES" --address "$address" ||
-    [ -n "$stopping$lost" ] || say "going on with the nodes that are there"
 if [ -z "$stopping$lost" ]; then
-    follow carft-ray search "$recipe" --study "$study" --address "$address" "$@"
+    # waits for the head, and takes further nodes as they join
+    follow carft-ray search "$recipe" --study "$study" --address "$address" --set resources.wait_for_nodes=10m "$@"
     code=$?
 fi
 [ -z "$lost" ] || code=5

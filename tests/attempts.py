@@ -118,7 +118,7 @@ def forked(function, *args):
 
 def _attempt(plan, spec):
     try:
-        run_worker(plan, spec, spec.folder(plan.study_dir), RunContext())
+        run_worker(plan, spec, RunContext())
     except Exception as error:  # what Tune would tell
         print(type(error).__name__, error, file=sys.stderr)
         os._exit(1)

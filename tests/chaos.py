@@ -104,18 +104,14 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         raise DivergedError("loss not finite at step 3")
     objective = stand_in.objective(recipe.train) * (POOR if is_poor(number) else 1)
     step_size = 10
-    rows = stand_in.saved_rows(out_dir)
-    if context.rank == 0:
-        context.resumed(rows)
-    for epoch in range(len(rows) + 1, EPOCHS + 1):
+    for epoch in range(stand_in.saved_epoch(out_dir) + 1, EPOCHS + 1):
         time.sleep(0.6 if is_poor(number) else 0.02)  # time enough to be cut
         if epoch == 2 and context.rank == 0:
             misfortune(mode, out_dir)
         if context.rank == 0:
             row = {"epoch": epoch, "step": epoch * step_size, "num_steps": EPOCHS * step_size, "loss": 1 / epoch}
-            rows.append({**row, "subset/objective": objective * epoch / EPOCHS})
-            context.report(rows[-1])
-            stand_in.save(out_dir, attempt, epoch, rows)
+            context.report({**row, "subset/objective": objective * epoch / EPOCHS})
+            stand_in.save(out_dir, attempt, epoch)
         if context.should_stop() and epoch < EPOCHS:
             raise InterruptedRunError("stopped")
     numbers = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
@@ -123,7 +119,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     if context.rank == 0:
         place = out_dir / f"attempt-{attempt}"
         files.write_bytes(place / "fine_tuned.safetensors", b"weights")
-        write_result(place, {**result, "elapsed_s": 0.1, "rows": rows})
+        write_result(place, {**result, "elapsed_s": 0.1})
     return result
 
 

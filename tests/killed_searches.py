@@ -240,7 +240,8 @@ def kill_workers(folder, num_kills, rng, num_trials=1, **resources):
     """
     plans, study_dir = write_strikes(folder / "base", num_kills, rng, num_trials), folder / "study"
     print(*plans, sep="\n", flush=True)
-    search = {**STRUCK, **EIGHT["search"], "enqueue": [VALUES] * num_trials}
+    space = {name: {"type": "categorical", "choices": [value]} for name, value in VALUES.items()}
+    search = {**STRUCK, **EIGHT["search"], "space": space, "enqueue": []}
     process = driver(study_dir, num_trials, "ray-train", search=search, training="struck", **resources)
     code, output = finish(process, TIMEOUT_S + 60 * num_kills)
     assert code == 0, output
@@ -264,7 +265,7 @@ def numbers_of(study_dir, row):
     """Returns the content of ``result.json`` and ``metrics.jsonl`` of a training, less how long things took."""
     rows = [json.loads(line) for line in (row.folder(study_dir) / "metrics.jsonl").read_text().splitlines()]
     result = json.loads((row.place(study_dir) / "result.json").read_text())
-    return {**result, "elapsed_s": None, "rows": None}, [{**row, "images_per_s": None} for row in rows]
+    return {**result, "elapsed_s": None}, [{**row, "images_per_s": None} for row in rows]
 
 
 def of_session(session):

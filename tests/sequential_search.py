@@ -4,8 +4,8 @@
 """
 
 import gc
+import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import stand_in
@@ -67,7 +67,7 @@ def attempt(study, spec, prepared):
         How it failed, if it did.
     """
     folder = spec.folder(study.study_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    spec.place(study.study_dir).mkdir(parents=True, exist_ok=True)
 
     cuts = []
 
@@ -76,11 +76,11 @@ def attempt(study, spec, prepared):
             cuts.append(study.report(spec, line))
         return any(cuts)
 
-    def resumed(rows):
-        for row in rows:
-            study.add_row(spec, row)
+    def report(row):
+        files.append_line(spec.place(study.study_dir) / "rows.jsonl", json.dumps(row))
+        study.add_row(spec, row)
 
-    context = RunContext(report=partial(study.add_row, spec), resumed=resumed, should_stop=should_stop)
+    context = RunContext(report=report, should_stop=should_stop)
     try:
         stand_in.train(apply(study.recipe, spec.values), folder, prepared, context, spec.attempt)
     except InterruptedRunError:

@@ -86,10 +86,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     if mode == "hang" or (mode == "hang_once" and attempt == 1):
         time.sleep(1000)
     place, trained = out_dir / f"attempt-{attempt}", list(out_dir.glob("attempt-*/fine_tuned.safetensors"))
-    rows = saved_rows(out_dir)
-    done = recipe.train.epochs if trained else len(rows)
-    if context.rank == 0:
-        context.resumed(rows)
+    done = recipe.train.epochs if trained else saved_epoch(out_dir)
     for epoch in range(done + 1, recipe.train.epochs + 1):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
@@ -102,9 +99,8 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
             row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}
             if has_intermediate_value(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
                 row["subset/objective"] = look(recipe.train, epoch)
-            rows.append(row)
             context.report(row)
-            save(out_dir, attempt, epoch, rows)
+            save(out_dir, attempt, epoch)
             while modes.get("paced") and not context.should_stop() and not is_noted(out_dir, epoch):
                 time.sleep(0.05)
         if context.should_stop() and epoch < recipe.train.epochs:
@@ -119,7 +115,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     }
     if context.rank == 0 and math.isfinite(value):
         files.write_bytes(place / "fine_tuned.safetensors", b"weights")
-        write_result(place, result | {"rows": rows})
+        write_result(place, result)
     if mode == "slow_end":
         time.sleep(5)
     return result
@@ -139,15 +135,14 @@ def is_noted(out_dir, number):
     return any(len(row.intermediate_values) >= number for row in trials(out_dir.parents[1]) if row.name == out_dir.name)
 
 
-def save(out_dir, attempt, epoch, rows):
+def save(out_dir, attempt, epoch):
     """Writes what stands for a checkpoint, under its name."""
-    files.write_json(out_dir / f"attempt-{attempt}" / f"step-{10 * epoch:08d}" / "state.json", rows)
+    files.write_json(out_dir / f"attempt-{attempt}" / f"step-{10 * epoch:08d}" / "state.json", epoch)
 
 
-def saved_rows(out_dir):
-    """The rows of the epochs until the newest checkpoint."""
-    found = max(out_dir.glob("attempt-*/step-*/state.json"), key=lambda path: path.parent.name, default=None)
-    return [] if found is None else files.read_json(found)
+def saved_epoch(out_dir):
+    """The epoch of the newest checkpoint; 0 where there is none."""
+    return max((files.read_json(path) for path in out_dir.glob("attempt-*/step-*/state.json")), default=0)
 
 
 def reduced(context):

@@ -362,7 +362,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_no
         assert box.exchange(orders)[second.training].process.pid == process.pid
         hold.unlink()
         process.join(120)
-        row, rows = study.settle(second), rows_in(box, orders)
+        row, rows = study.settle(second), files.read_json_lines(folder / "metrics.jsonl")
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert read_result(folder / "attempt-2")[0]["metrics"]["pid"] == process.pid
@@ -394,9 +394,9 @@ def test_another_attempt_says_in_the_log_from_where_it_goes_on(tmp_path):
         folder = spec.folder(plan.study_dir)
         folder.mkdir(parents=True)
         if step:
-            stand_in.save(folder, 1, 1, [])
+            stand_in.save(folder, 1, 1)
             (folder / "metrics.jsonl").write_text('{"epoch": 1, "step": 10}\n')
-        assert run_worker(plan, spec, folder, attempts.RunContext())
+        assert run_worker(plan, spec, attempts.RunContext())
         [signs] = plan.mailbox.exchange({spec.training: Wish(attempt)}).values()
         begun.append(signs.records[0][1].partition("starts on ")[2])
     assert begun[1].endswith(" from step 10 (epoch 1 done)")

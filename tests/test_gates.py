@@ -21,7 +21,6 @@ MAY = {
         "cli/submit.py": "as above",
         "launch/ray_cluster/cluster.py": "our own words, in a thread while the process ends",
         "launch/jobs/package.py": "our own words at the beginning of a job",
-        "launch/ray_cluster/joined.py": "two numbers",
     },
     "typer.echo": {"cli/program.py": "our own words", "cli/init.py": "a recipe as YAML, to be read back as it is"},
     "traceback.print_exc": {"cli/program.py": "--debug asks for it"},

@@ -43,7 +43,7 @@ class Groups:
 
     def run(self, group, number):
         spec = spec_of(number)
-        return group.run(spec, spec.folder(self.study_dir))
+        return group.run(spec)
 
     def _wait(self, seconds):
         if self.dies.is_set():

@@ -155,7 +155,7 @@ def start_without_the_study(context, study_dir, recipe):
     with_study = attempts.make_runtime(recipe, study_dir, (attempts.Node(2, 0),), attempts.STAND_IN)
     plan = replace(with_study, study_dir=study_dir / "not here") if context.rank == 1 else with_study
     spec = stand_in.spec(1)
-    failure = run_worker(plan, spec, spec.folder(plan.study_dir), context)
+    failure = run_worker(plan, spec, context)
     assert failure.outcome == "lost"
     assert "not here: must be seen by every node: a trial runs on any of them, but got not on" in failure.reason
     assert "Put the study into a folder that all nodes share." in failure.reason
@@ -170,8 +170,7 @@ def test_the_reason_of_a_training_that_diverged_is_one_line_without_advice(tmp_p
     with open_study(study_dir, recipe):
         runner = attempts.Runner(stand_in.prepare, diverge)
         plan = attempts.make_runtime(recipe, study_dir, (attempts.Node(2, 0),), runner)
-        folder = stand_in.spec(1).folder(study_dir)
-        failure = run_worker(plan, stand_in.spec(1), folder, RunContext())
+        failure = run_worker(plan, stand_in.spec(1), RunContext())
     assert failure.outcome == "diverged"
     assert failure.reason == "alpha curve: ID accuracy must be above chance, but got at most 6.2 %"
     assert "Try a lower learning_rate." in failure.details

@@ -24,7 +24,7 @@ from tiny import make_tiny_clip
 
 import carft_ray
 from carft_ray.errors import CarftError, DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
-from carft_ray.launch.own_trainer import require_trusted, with_function
+from carft_ray.launch.own_trainer import with_function
 from carft_ray.launch.runs.search import run_search
 from carft_ray.model.heads import build_heads
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
@@ -32,7 +32,7 @@ from carft_ray.recipe.loading import own_functions as own_of
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.trial_values import apply
 from carft_ray.training.loop import StoppedRun
-from carft_ray.training.own_function import load_function
+from carft_ray.training.own_function import load_function, require_trusted
 from carft_ray.training.own_training import OwnInputs, checked_state, own_fine_tune
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
@@ -207,7 +207,8 @@ def test_no_test_set_can_be_reached_through_the_context(tmp_path):
 @pytest.mark.slow
 def test_what_is_reported_is_a_row_with_an_intermediate_value_once_the_model_has_changed(tmp_path):
     recipe = recipe_for(tmp_path, "few_steps", "train.epochs=2", "train.learning_rate=0.1")
-    rows = trained(tmp_path, recipe)["rows"]
+    rows = []
+    trained(tmp_path, recipe, RunContext(report=rows.append))
     assert [(row["epoch"], row["step"], row["num_steps"]) for row in rows] == [(1, 1, 2), (2, 2, 2)]
     assert all(0 <= row["subset/objective"] <= 1 and row["loss"] > 0 for row in rows)
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import ray
@@ -14,6 +15,7 @@ import stand_in
 
 from carft_ray.errors import CarftError, ClusterError, DataError, NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.launch.events import Note, Started, TrialFinished
+from carft_ray.launch.ray_cluster import cluster
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
@@ -254,6 +256,17 @@ def test_a_closed_port_is_told_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "init", None)  # which would try for two minutes
     with pytest.raises(ClusterError, match="no Ray answers at"), running_ray(f"127.0.0.1:{port}", tmp_path / "ray.log"):
         pass
+
+
+def test_a_head_that_comes_up_is_waited_for(tmp_path, monkeypatch):
+    faults, said = iter(["refused", "refused", ""]), []
+    monkeypatch.setattr(cluster, "_greet", lambda host, port: next(faults))
+    monkeypatch.setattr(cluster, "CHECK_HEAD_EVERY_S", 0.01)
+    monkeypatch.setattr(ray, "init", mock.Mock(side_effect=ConnectionError("it was reached")))
+    ray_at = running_ray("10.0.0.7:6379", tmp_path / "ray.log", wait_s=60.0, say=said.append)
+    with pytest.raises(ClusterError, match="it was reached"), ray_at:
+        pass
+    assert said == ["waiting: no Ray answers at 10.0.0.7:6379 yet"]
 
 
 @pytest.mark.slow

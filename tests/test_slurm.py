@@ -32,7 +32,6 @@ exec "${@//\\/tmp\\/r$SLURM_JOB_ID//tmp/r${SLURM_JOB_ID}n}"
 STAND_INS = {  # of what the script starts: quick ones
     "ray": '#!/bin/bash\necho "$$ $*" >> "$STUBS/ray.txt"\n[ -z "$RAY_ENDS" ] || exit 1\ntrap "exit 1" TERM\n'
     "while :; do sleep 0.05; done\n",
-    "python": '#!/bin/bash\necho "$*" >> "$STUBS/python.txt"\n',
     "carft-ray": '#!/bin/bash\necho "$*" > "$STUBS/search.txt"\ncp "$RAY_AUTH_TOKEN_PATH" "$STUBS/token"\n'
     'stat -c %a "$RAY_AUTH_TOKEN_PATH" > "$STUBS/mode"\n[ -z "$CODE" ] || exit $CODE\ntrap "exit 130" TERM\n'
     'touch "$STUBS/running"\nwhile :; do sleep 0.05; done\n',
@@ -148,8 +147,7 @@ def test_what_it_starts_and_that_the_exit_code_is_the_search_s(tmp_path):
     assert f"start --address localhost:{port} --num-cpus 1" in worker
     [srun] = job.written("srun.txt")
     assert srun.startswith("--nodes=1 --ntasks=1 --exclude=localhost --cpus-per-task=1 bash -c ")
-    assert job.written("python.txt") == [f"-m carft_ray.launch.ray_cluster.joined 2 --address localhost:{port}"]
-    address = f"--address localhost:{port} --set search.trials=3 "
+    address = f"--address localhost:{port} --set resources.wait_for_nodes=10m --set search.trials=3 "
     assert job.written("search.txt") == [f"search recipe.yaml --study {study} {address}"]
     assert job.written("mode") == ["600"]
     assert len((job.stubs / "token").read_text()) == 64

@@ -131,6 +131,6 @@ def require_trusted(recipe: Recipe, trusted: bool, baselines: bool = True) -> No
         RecipeError: One cannot be imported.
     """
     if loading.own_functions(recipe, baselines):
-        from carft_ray.launch.own_trainer import require_trusted
+        from carft_ray.training.own_function import require_trusted
 
         require_trusted(recipe, trusted, baselines)

@@ -1,4 +1,4 @@
-"""The user's own fine-tuning, from Python or by ``train.function``: who may run it, and how it comes to the workers.
+"""The user's own fine-tuning, from Python or by ``train.function``: how it comes to the workers.
 
 A function of a module travels by its name, with the folder of the module for Python's path on the node; one of
 ``__main__`` or inside another function travels by value (cloudpickle). What is trained with it, and what it is given,
@@ -15,38 +15,14 @@ from ray import cloudpickle
 
 from carft_ray.errors import Problem, UsageError
 from carft_ray.launch.runtime import RUNNER, Runner
-from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.training.own_function import MAIN, OwnFunction, check_signature, load_function
+from carft_ray.training.own_function import MAIN, OwnFunction, check_signature
 from carft_ray.training.run_context import RunContext
 
-TRUST = "--trust"
 _LIMITS = (
     "train.function replaces the built-in loop: exact resume, micro-batches and stored targets are not promised; "
     "a training that is stopped or lost continues from what the function keeps in context.checkpoint_dir"
 )
-
-
-def require_trusted(recipe: Recipe, trusted: bool, baselines: bool = True) -> None:
-    """Imports what a recipe names as fine-tunings of the user's own, where it may. Nothing is written.
-
-    Args:
-        recipe: The recipe.
-        trusted: The user trusts the code that it names.
-        baselines: The recipe's baselines will be trained, too.
-
-    Raises:
-        UsageError: It is not trusted.
-        RecipeError: A function cannot be imported, or is none.
-    """
-    named = own_functions(recipe, baselines)
-    if named and not trusted:
-        function, folder = next(iter(named.values())), recipe.train.function_dir
-        rule = f"names code that a training would run: {function}{f' in {folder}' if folder else ''}"
-        step = f"If you trust it, add {TRUST}."
-        raise UsageError(Problem(next(iter(named)), rule, next_step=step))
-    for place, function in named.items():
-        load_function(function, recipe.train.function_dir, place)
 
 
 def own_notes(recipe: Recipe) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -46,7 +45,6 @@ class Work:
 
     number: int
     spec: TrialSpec
-    folder: Path
 
 
 @dataclass(frozen=True)
@@ -89,12 +87,8 @@ class WorkerGroup:
         same = runtime.capacity == self._runtime.capacity
         return self._thread.is_alive() and same and not set(avoid) & set(self._said.nodes)
 
-    def run(self, spec: TrialSpec, folder: Path) -> bool:
+    def run(self, spec: TrialSpec) -> bool:
         """Runs one attempt and waits for it; a result lies in its folder then, a failure was posted.
-
-        Args:
-            spec: The attempt.
-            folder: Of the training.
 
         Returns:
             Whether the group took it; False where it had ended since the training before.
@@ -103,7 +97,7 @@ class WorkerGroup:
             BaseException: What ended the group within the attempt, or before its first, as Ray Train raised it.
         """
         self._number += 1
-        work, is_first = Work(self._number, spec, folder), self._number == 1
+        work, is_first = Work(self._number, spec), self._number == 1
         self._give(work)
         if is_first:
             self._thread.start()
@@ -187,7 +181,7 @@ def _worker(config: Row) -> None:
     context = RunContext(place.get_world_rank(), place.get_world_size())
     said = Said(gather(context, ray.get_runtime_context().get_node_id()))
     while work := from_rank_0(context, partial(_next, runtime.mailbox, config["name"], said)):
-        ended = run_worker(runtime, work.spec, work.folder, context)
+        ended = run_worker(runtime, work.spec, context)
         if isinstance(ended, Failure):
             raise RuntimeError(f"{work.spec.name} failed: {ended.reason}")
         gather(context, None)  # no rank has failed

@@ -5,7 +5,6 @@ leaks placement groups. A training writes its results into its folder before it 
 """
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -32,7 +31,7 @@ def tune_trainable(runtime: Runtime) -> Any:
 
     def inline_trial(config: dict[str, Any]) -> dict[str, str]:
         spec = TrialSpec(**config["spec"])
-        ended = run_worker(runtime, spec, spec.folder(runtime.study_dir), RunContext())
+        ended = run_worker(runtime, spec, RunContext())
         if isinstance(ended, Failure) and ended.outcome == "memory":  # Ray ends the process, and all that it held
             raise RuntimeError(f"{spec.name}: {ended.reason}")
         return {"lost": ""}
@@ -60,7 +59,7 @@ class NestedTrial(tune.Trainable):
             if not self._group.fits(here, self.config["avoid"]):
                 self._group.close()
                 self._group = WorkerGroup(here, self.config["avoid"])
-            lost = _run(self._group, spec, spec.folder(here.study_dir))
+            lost = _run(self._group, spec)
         return {**lost, "done": True}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -72,10 +71,10 @@ class NestedTrial(tune.Trainable):
         self._group.close()
 
 
-def _run(group: WorkerGroup, spec: TrialSpec, folder: Path) -> dict[str, Any] | None:
+def _run(group: WorkerGroup, spec: TrialSpec) -> dict[str, Any] | None:
     """Runs an attempt; returns what Tune is told of its end, or None where the group had ended before."""
     try:
-        return {"lost": ""} if group.run(spec, folder) else None
+        return {"lost": ""} if group.run(spec) else None
     except Exception as error:
         failures: dict[int, BaseException] = getattr(error, "worker_failures", None) or {}
         dead = {rank: each for rank, each in failures.items() if causes.is_death(each)}

@@ -73,7 +73,7 @@ def computing(
     in_process = in_process or recipe.resources.executor == "debug"
     with interruptions_as(interrupted, stop_path):
         rows = shared_of_study(recipe, cache_dir(recipe), folder, say) if shared is None else shared
-        ray = running_ray(address, folder / RAY_LOG, stop_path)
+        ray = running_ray(address, folder / RAY_LOG, stop_path, recipe.resources.wait_for_nodes or 0.0, say)
         with contextlib.nullcontext((_this_machine(recipe),)) if in_process else ray as nodes:
             write_shared(folder, rows)
             attached = address is not None and not in_process

@@ -111,11 +111,11 @@ def _capacity_now(runtime: Runtime, drains: Drains | None, without: Sequence[str
 
 def _run_here(driver: Driver, runtime: Runtime, progress: Callable[[dict[str, float]], None]) -> None:
     """Runs one training after the other in this process."""
-    key, study_dir = "training", runtime.study_dir
+    key = "training"
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
         context = RunContext(progress=progress, should_stop=functools.partial(_poll, driver, spec))
-        run_worker(runtime, spec, spec.folder(study_dir), context)
+        run_worker(runtime, spec, context)
         driver.ended(key)
 
 

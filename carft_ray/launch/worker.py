@@ -2,6 +2,7 @@
 
 import contextlib
 import faulthandler
+import json
 import math
 import os
 import signal
@@ -16,13 +17,13 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from carft_ray import errors
+from carft_ray import errors, files
 from carft_ray.errors import CarftError, ClusterError
 from carft_ray.launch.failures import causes
 from carft_ray.launch.mailbox import Order, Poster, Process
 from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.launch.runtime import Runtime, not_visible
-from carft_ray.layout import PREPARED
+from carft_ray.layout import PREPARED, ROWS
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
 from carft_ray.store.owner import process_started
@@ -36,15 +37,14 @@ STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended
 STACKS_TIMEOUT_S = 10.0
 
 
-def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext) -> Order | Failure:
-    """Runs one attempt in this process. A result lies in the folder afterwards; a failure is posted.
+def run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext) -> Order | Failure:
+    """Runs one attempt in this process. A result lies in its folder afterwards; a failure is posted.
 
     Once the driver has begun another attempt, it ends at its next check; what it has written counts for nothing.
 
     Args:
         runtime: How and where trainings run.
         spec: The attempt.
-        folder: Of the training.
         context: Rank and stop flag, which counts besides the driver's order.
 
     Returns:
@@ -56,7 +56,7 @@ def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCont
     try:
         this = _this_process(context)
         with Poster(runtime.mailbox, spec.training, spec.attempt, context.rank, this) as poster:
-            failure = _run_worker(runtime, spec, folder, context, poster)
+            failure = _run_worker(runtime, spec, context, poster)
             if failure is not None:
                 poster.failed(failure)
             return failure or poster.order
@@ -64,12 +64,13 @@ def run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCont
         free_device()  # for the next training of this process, and for those of others that share the GPU
 
 
-def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunContext, poster: Poster) -> Failure | None:
+def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: Poster) -> Failure | None:
+    folder, place = spec.folder(runtime.study_dir), spec.place(runtime.study_dir)
     recipe, nodes = runtime.recipe, tuple[tuple[str, str], ...]()
     try:
         nodes = _meet(runtime, context)
         poster.knows(nodes=nodes)
-        folder.mkdir(parents=True, exist_ok=True)
+        place.mkdir(parents=True, exist_ok=True)
         if context.rank == 0:
             addresses = dict.fromkeys(address for _, address in nodes)
             start = f" with {context.world_size} workers" if context.world_size > 1 else ""
@@ -77,7 +78,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, folder: Path, context: RunCon
             poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
         recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
         recipe = fitted(recipe, runtime.study_dir, context.world_size)
-        with _watched(context, poster, runtime.recipe.resources.hang_timeout_s) as context:
+        with _watched(context, poster, place, runtime.recipe.resources.hang_timeout_s) as context:
             result = runtime.runner.train(recipe, folder, runtime.study_dir / PREPARED, context, spec.attempt)
     except errors.OutOfMemoryError as error:
         failure = memory_failure(error, recipe, spec.values, runtime.study_dir, spec.attempt)
@@ -124,9 +125,9 @@ def _this_process(context: RunContext) -> Process | None:
 
 
 @contextlib.contextmanager
-def _watched(context: RunContext, poster: Poster, hang_timeout_s: float | None) -> Iterator[RunContext]:
-    """Gives a context that posts what is reported, and whose checks for a stop are signs of life, and answered by the
-    driver's order.
+def _watched(context: RunContext, poster: Poster, place: Path, hang_timeout_s: float | None) -> Iterator[RunContext]:
+    """Gives a context that keeps and posts what is reported, and whose checks for a stop are signs of life, which the
+    driver's order answers.
 
     All ranks give them: rank 0 may be waiting for one that builds a set into the cache of its node.
 
@@ -137,12 +138,9 @@ def _watched(context: RunContext, poster: Poster, hang_timeout_s: float | None) 
     next_at = 0.0
 
     def report(row: dict[str, float]) -> None:
+        files.append_line(place / ROWS, json.dumps(row))
         poster.record("row", row)
         context.report(row)
-
-    def resumed(rows: list[dict[str, float]]) -> None:
-        for row in rows:
-            poster.record("row", row)
 
     def should_stop(watch: Callable[[], None] = lambda: None) -> bool:
         nonlocal next_at
@@ -152,7 +150,7 @@ def _watched(context: RunContext, poster: Poster, hang_timeout_s: float | None) 
         asked = context.should_stop()
         return poster.step() != "go" or asked
 
-    posting = replace(context, should_stop=should_stop, report=report, resumed=resumed)
+    posting = replace(context, should_stop=should_stop, report=report)
     if context.rank != 0 or hang_timeout_s is None:
         yield posting
         return

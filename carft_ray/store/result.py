@@ -9,7 +9,7 @@ from typing import Any
 
 from carft_ray import files, untrusted
 from carft_ray.errors import StorageError
-from carft_ray.layout import OF_RESULT, RESULT
+from carft_ray.layout import ATTEMPT, OF_RESULT, RESULT, ROWS
 
 FORMAT_VERSION = 1
 
@@ -19,7 +19,7 @@ def write_result(place: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         place: Folder of the attempt.
-        content: ``objective``, ``metrics``, ``rows`` that were reported, and whatever else is known.
+        content: ``objective``, ``metrics``, and whatever else is known.
 
     Raises:
         StorageError: It cannot be written.
@@ -37,8 +37,7 @@ def write_result(place: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 def read_result(place: Path) -> tuple[dict[str, Any], str] | None:
     """Returns what ``write_result`` has written, and the SHA-256 of the file; None where it is not there or not valid.
 
-    It is valid with a known version, a finite objective, and steps in all its rows. Of its files, those that a study
-    does not keep may be gone.
+    It is valid with a known version and a finite objective. Of its files, those that a study does not keep may be gone.
     """
     path = place / RESULT
     if not files.exists(path):
@@ -49,11 +48,27 @@ def read_result(place: Path) -> tuple[dict[str, Any], str] | None:
         content = untrusted.parse_json(data)
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         return None
-    objective, rows = content.get("objective"), content.get("rows", [])
+    objective = content.get("objective")
     valid = isinstance(objective, int | float) and math.isfinite(objective) and isinstance(content.get("metrics"), dict)
-    valid &= isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    valid = valid and all(isinstance(row.get("step"), int | float) for row in rows)
     return (content, hashlib.sha256(data).hexdigest()) if valid else None
+
+
+def left(folder: Path, name: str) -> list[Path]:
+    """Returns what the attempts at a training have left under a name, the newest last."""
+    found = folder.glob(f"{ATTEMPT}*/{name}")
+    return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))  # by their numbers
+
+
+def reported_rows(folder: Path) -> list[dict[str, Any]]:
+    """Returns what the attempts at a training have reported, a row per epoch.
+
+    What an attempt has reported from the first step of a later one on is void.
+    """
+    found: list[dict[str, Any]] = []
+    for row in (row for path in left(folder, ROWS) for row in files.read_json_lines(path)):
+        if isinstance(row.get("step"), int | float):
+            found = [*(each for each in found if each["step"] < row["step"]), row]
+    return found
 
 
 def sha256(path: Path) -> str:

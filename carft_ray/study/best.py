@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.layout import ATTEMPT, BEST, OWN, STEP, THUMBNAILS, WEIGHTS
+from carft_ray.layout import ATTEMPT, BEST, OWN, ROWS, STEP, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.constraints import violation_words
 from carft_ray.recipe.schema.recipe import Recipe
@@ -40,6 +40,7 @@ class Retention:
             is_kept = row.outcome == "complete" and place == row.place(self._study_dir)
             for folder in (*place.glob(f"{STEP}*"), place / OWN) if is_kept else (place,):
                 shutil.rmtree(folder, ignore_errors=True)  # an attempt that was taken for lost may still write there
+            files.remove(place / ROWS)
         if row.outcome == "complete" and row.kind == "trial":
             self._kept[row.name] = row
             for worse in best_first(self._ranked())[self._recipe.search.keep_checkpoints :]:

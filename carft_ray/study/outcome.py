@@ -309,7 +309,3 @@ def append_log(folder: Path, text: str) -> None:
     with files.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     files.append_line(folder / LOG, f"{datetime.now().astimezone().isoformat(timespec='seconds')} {text}")
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return files.retried(path, lambda: files.read_object(path))

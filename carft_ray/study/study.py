@@ -30,7 +30,7 @@ from carft_ray.layout import LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
 from carft_ray.recipe.schema.constraints import constraint_names
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
-from carft_ray.store.result import read_result
+from carft_ray.store.result import read_result, reported_rows
 from carft_ray.study import outcome, rows
 from carft_ray.study.best import Retention
 from carft_ray.study.journal import Journal
@@ -165,10 +165,9 @@ class Study:
         found = read_result(spec.place(self.study_dir))
         if failure is not None and failure.outcome != "lost":  # which is logged with its cause
             outcome.log_failure(folder, failure)
-        reported = found[0].get("rows", []) if found else []
-        if reported != files.read_json_lines(folder / METRICS):  # the last ones may not have come
-            for row in reported:
-                self.add_row(spec, row)
+        reported = reported_rows(folder)
+        if reported and reported != files.read_json_lines(folder / METRICS):  # the last ones may not have come
+            files.write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in reported))
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)

@@ -8,7 +8,6 @@ folder, so an older one that still runs cannot overwrite a newer one's work. A t
 and a thread writes the copies (``CheckpointWriter``).
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -43,9 +42,8 @@ class Checkpoint:
         step: Updates done.
         weights: ``state_dict`` of the classifier; with LoRA matrices and corrections apart.
         optimizer: Tensors of the optimizer, ``<parameter index>.<key>``.
-        position: Seed, the running sums of the epoch's metrics, and all rows that were reported, which the next attempt
-            says again. Order, views and torch's generator are functions of (seed, step), so step and seed are also the
-            sampler's position and the random state.
+        position: Seed, and the running sums of the epoch's metrics. Order, views and torch's generator are functions of
+            (seed, step), so step and seed are also the sampler's position and the random state.
         average: Average of the weights over the steps; empty where none is taken.
         name: Of one that was read: its folder below that of all checkpoints.
     """
@@ -177,14 +175,6 @@ def newest_checkpoint(checkpoint_dir: Path) -> tuple[Checkpoint | None, list[Pro
     return None, problems
 
 
-def newest_rows(checkpoint_dir: Path) -> list[dict[str, float]]:
-    """Returns the rows that were reported until the newest checkpoint whose ``state.json`` is whole."""
-    for _, folder in _folders(checkpoint_dir):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, StorageError):
-            return list(_state(folder)["position"]["rows"])
-    return []
-
-
 def load_checkpoint(folder: Path) -> Checkpoint:
     """Reads one checkpoint folder and verifies its hashes.
 
@@ -199,8 +189,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def _load(folder: Path) -> Checkpoint:
     try:
-        content = _state(folder)
+        content = json.loads((folder / "state.json").read_text())
+        if content["format_version"] != FORMAT_VERSION:
+            rule, value = f"must have format_version {FORMAT_VERSION}", str(content["format_version"])
+            raise StorageError(Problem(str(folder), rule, value))
         hashes = content["sha256"]
+        if _sha256_of_state(content) != hashes["state"]:
+            raise StorageError(_damaged(folder, "a state.json that does not match its hash"))
         with_average = AVERAGE in hashes or (folder / AVERAGE).exists()
         names = (WEIGHTS, OPTIMIZER, *([AVERAGE] if with_average else []))
         for name in names:
@@ -211,16 +206,6 @@ def _load(folder: Path) -> Checkpoint:
         raise StorageError(_damaged(folder, "a damaged state.json")) from error
     average, name = tensors.get(AVERAGE, {}), f"{folder.parent.name}/{folder.name}"
     return Checkpoint(content["step"], tensors[WEIGHTS], tensors[OPTIMIZER], content["position"], average, name)
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    if content["format_version"] != FORMAT_VERSION:
-        rule, value = f"must have format_version {FORMAT_VERSION}", str(content["format_version"])
-        raise StorageError(Problem(str(folder), rule, value))
-    if _sha256_of_state(content) != content["sha256"]["state"]:
-        raise StorageError(_damaged(folder, "a state.json that does not match its hash"))
-    return content
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -101,7 +101,6 @@ class _Learner:
     step: int = 0
     saved_at: float = field(default_factory=lambda: time.monotonic())  # the last checkpoint, or the start
     means: _Means = field(default_factory=_Means)
-    rows: list[dict[str, float]] = field(default_factory=list)  # that were reported
 
     def __post_init__(self) -> None:
         self.parameters = list(self.classifier.parameters())
@@ -142,12 +141,7 @@ class _Learner:
 
     def _checkpoint(self) -> Checkpoint:
         totals = dict(self.means.totals)
-        position = {
-            "seed": self.train.seed,
-            "num_images": self.means.num_images,
-            "totals": totals,
-            "rows": [*self.rows],
-        }
+        position = {"seed": self.train.seed, "num_images": self.means.num_images, "totals": totals}
         weights, average = copies(self.classifier.state_dict()), copies(self.average)
         return Checkpoint(self.step, weights, optimizer_tensors(self.optimizer), position, average)
 
@@ -177,9 +171,6 @@ class _Learner:
             tensor.copy_(checkpoint.average[name])
         load_optimizer_tensors(self.optimizer, checkpoint.optimizer)
         self.step, self.means = checkpoint.step, _Means(position["num_images"], dict(position["totals"]))
-        self.rows = list(position["rows"])
-        if self.context.rank == 0 and self.rows:
-            self.context.resumed(self.rows)
 
 
 @contextlib.contextmanager
@@ -311,9 +302,8 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
         learner.writer.check()
         if ends_epoch:
             metrics = on_epoch(learner.state, batch.epoch) if on_epoch is not None else {}
-            learner.rows.append({**row, **learner.means.values(), "images_per_s": speed, **metrics})
             if context.rank == 0:
-                context.report(learner.rows[-1])
+                context.report({**row, **learner.means.values(), "images_per_s": speed, **metrics})
             learner.means = _Means()
             learner.save()
         asked = CONTINUE if step == num_steps else _asked(learner)

@@ -1,6 +1,6 @@
 """The user's own fine-tuning by its name: ``train.function: MODULE:NAME``, imported from ``train.function_dir``.
 
-Importing runs the module, and so anything: the command line asks for ``--trust`` first (``launch.own_trainer``).
+Importing runs the module, and so anything: the command line asks for ``--trust`` first (``require_trusted``).
 """
 
 import contextlib
@@ -16,13 +16,38 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from carft_ray.errors import MachineError, Problem, RecipeError, nearest
+from carft_ray.errors import MachineError, Problem, RecipeError, UsageError, nearest
+from carft_ray.recipe.loading import own_functions
+from carft_ray.recipe.schema.recipe import Recipe
 
 OwnFunction = Callable[[dict[str, Any], Any], Any]  # (values, learning.own_training.TrainingContext) -> state
 
 KEY = "train.function"
+TRUST = "--trust"
 MAIN = "__main__"
 _IMPORTING = (__file__, importlib.__file__)
+
+
+def require_trusted(recipe: Recipe, trusted: bool, baselines: bool = True) -> None:
+    """Imports what a recipe names as fine-tunings of the user's own, where it may. Nothing is written.
+
+    Args:
+        recipe: The recipe.
+        trusted: The user trusts the code that it names.
+        baselines: The recipe's baselines will be trained, too.
+
+    Raises:
+        UsageError: It is not trusted.
+        RecipeError: A function cannot be imported, or is none.
+    """
+    named = own_functions(recipe, baselines)
+    if named and not trusted:
+        function, folder = next(iter(named.values())), recipe.train.function_dir
+        rule = f"names code that a training would run: {function}{f' in {folder}' if folder else ''}"
+        step = f"If you trust it, add {TRUST}."
+        raise UsageError(Problem(next(iter(named)), rule, next_step=step))
+    for place, function in named.items():
+        load_function(function, recipe.train.function_dir, place)
 
 
 def load_function(name: str, folder: str | None, place: str = KEY) -> OwnFunction:

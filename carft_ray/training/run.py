@@ -38,8 +38,8 @@ from carft_ray.model.mixing import Mixtures
 from carft_ray.model.tower import compiles, recipe_problems
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe, without_tests
-from carft_ray.store.result import write_result
-from carft_ray.training.checkpoint import load_tensors, newest_rows, save_tensors
+from carft_ray.store.result import left, write_result
+from carft_ray.training.checkpoint import load_tensors, save_tensors
 from carft_ray.training.evaluate import predict_all, subset
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.origin import shared_origin, training_environment
@@ -151,7 +151,7 @@ def run_training(
         CarftError: As its message says.
     """
     place = out_dir / f"{layout.ATTEMPT}{attempt}"
-    trained = from_rank_0(context, lambda: _left(out_dir, layout.WEIGHTS))
+    trained = from_rank_0(context, lambda: left(out_dir, layout.WEIGHTS))
     started = time.perf_counter()
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
@@ -163,9 +163,7 @@ def run_training(
         recipe = without_tests(recipe)
     compiled = is_compiled(recipe, prepared_dir)
     training = _Training(recipe, inputs, heads, out_dir, place, context, store, mixtures, compiled, function)
-    if trained and context.rank == 0:  # by an earlier attempt; only the curve is left
-        training.rows.extend(_own_rows(out_dir) or newest_rows(out_dir))
-        context.resumed(training.rows)
+    # by an earlier attempt: only the curve is left
     fine_tuned = on_all_ranks(context, lambda: load_tensors(trained[-1])) if trained else _train(training, attempt)
     if context.rank == 0:
         with files.new_file(place / layout.WEIGHTS) as temporary:
@@ -179,20 +177,8 @@ def run_training(
         result["environment"]["function_source"] = source_of(function)
     if context.rank == 0:
         _write_hparams(training, result)
-        result = write_result(place, result | {"rows": training.rows})
+        result = write_result(place, result)
     return result
-
-
-def _left(out_dir: Path, name: str) -> list[Path]:
-    """Returns what attempts have left under a name, the newest last."""
-    found = out_dir.glob(f"{layout.ATTEMPT}*/{name}")
-    return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))  # by their numbers
-
-
-def _own_rows(out_dir: Path) -> list[dict[str, float]]:
-    """Returns what a fine-tuning of the user's own has reported in attempts before."""
-    found = _left(out_dir, layout.OWN_ROWS)
-    return files.read_json(found[-1]) if found else []
 
 
 def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:
@@ -216,7 +202,7 @@ class _Training:
     mixtures: Mixtures
     is_compiled: bool
     function: OwnFunction | None = None
-    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # that were reported, by all attempts
+    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # that this attempt has reported
 
     @contextlib.contextmanager
     def looks(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> Iterator[At]:
@@ -275,8 +261,6 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
             own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
             from_rank_0(context, lambda: _take_over(training.out_dir, training.place / layout.OWN))
             kept = training.place / layout.OWN
-            if context.rank == 0:
-                recorded.resumed(_own_rows(training.out_dir))
             return own_fine_tune(training.function, train, own, recorded, device, kept, on_epoch)
         micro_batch = micro_batch_of(recipe.train, context.world_size)
         with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
@@ -298,7 +282,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
 
 def _take_over(out_dir: Path, own: Path) -> None:
     """Copies what the attempt before has kept of a fine-tuning of the user's own; that of older ones goes."""
-    before = _left(out_dir, layout.OWN)
+    before = left(out_dir, layout.OWN)
 
     def copy(source: str, target: str) -> None:
         shutil.copy2(source, target)
@@ -330,19 +314,13 @@ def _recorder(training: _Training, events_dir: Path) -> Iterator[RunContext]:
         for name, value in row.items():
             if name.startswith("subset/"):
                 opened[0].scalar(tag_of(name), value, int(row["step"]))
-        training.rows[:] = [each for each in training.rows if each["step"] < row["step"]] + [row]
-        if training.function is not None:
-            files.write_json(training.place / layout.OWN_ROWS, training.rows)
+        training.rows.append(row)
         context.report(row)
-
-    def resumed(rows: list[dict[str, float]]) -> None:
-        training.rows[:] = rows
-        context.resumed(rows)
 
     try:
         with files.writing(out_dir):
             out_dir.mkdir(parents=True, exist_ok=True)
-        posting = dataclasses.replace(context, progress=progress, report=report, resumed=resumed)
+        posting = dataclasses.replace(context, progress=progress, report=report)
         yield posting if context.rank == 0 else context
     except BaseException:
         with contextlib.suppress(StorageError):  # the first error is the one to show
@@ -362,7 +340,8 @@ def _write_hparams(training: _Training, result: dict[str, Any]) -> None:
     metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
     metrics["alpha"] = result["alpha"]
     numbers = {f"final/{name}": value for name, value in metrics.items()}
-    step = int(training.rows[-1]["step"]) if training.rows else 0
+    rows = training.rows or files.read_json_lines(training.out_dir / layout.METRICS)  # of the attempts before
+    step = int(rows[-1]["step"]) if rows else 0
     events = EventFile(run_folder(training.out_dir, training.recipe))
     events.hparams(varied(training.recipe, result["train"]), numbers, step)
     events.close()

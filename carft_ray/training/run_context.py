@@ -12,7 +12,6 @@ class RunContext:
         rank: Number of this worker, 0 is the one that writes and reports.
         world_size: Number of workers. With more than one, ``torch.distributed`` is initialised by the caller.
         report: Called on rank 0 at the end of every epoch with the epoch's metrics.
-        resumed: Called on rank 0, before the first step, with all that earlier attempts have reported until there.
         progress: Called on rank 0 every few steps with the latest metrics; must be quick.
         should_stop: Asked by rank 0 every few steps. When it says yes, all workers write a checkpoint and raise
             ``StoppedRun``. Evaluations ask too, as a sign of life, and continue whatever the answer is.
@@ -21,6 +20,5 @@ class RunContext:
     rank: int = 0
     world_size: int = 1
     report: Callable[[dict[str, float]], None] = lambda row: None
-    resumed: Callable[[list[dict[str, float]]], None] = lambda rows: None
     progress: Callable[[dict[str, float]], None] = lambda row: None
     should_stop: Callable[[], bool] = lambda: False

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,13 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 
 
 
 @contextlib.contextmanager
-def running_ray(address: str | None, log_path: Path, stop_path: Path | None = None) -> Iterator[tuple[Node, ...]]:
+def running_ray(
+    address: str | None,
+    log_path: Path,
+    stop_path: Path | None = None,
+    wait_s: float = 0.0,
+    say: Callable[[str], None] = lambda text: None,
+) -> Iterator[tuple[Node, ...]]:
     """Starts a Ray on this machine and shuts it down at the end, or attaches to a running one and leaves it running.
 
     A process that is connected to a Ray already, such as a job of a larger program, uses that one and stays connected.
@@ -68,6 +74,8 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
             connected already: ``auto``, or the address of that Ray.
         log_path: File for the warnings of Ray's driver side; the terminal sees none of them.
         stop_path: The stop file, from which it is known why Ray has ended, should it end.
+        wait_s: How long the head of a cluster may take until it answers.
+        say: Told what is waited for.
 
     Yields:
         The nodes.
@@ -94,7 +102,7 @@ def running_ray(address: str | None, log_path: Path, stop_path: Path | None = No
             if temp_dir is not None:
                 _start(f"{temp_dir}/r")  # Ray opens the folder that it is given to all
             elif not is_connected:
-                _attach(address or "")
+                _attach(address or "", wait_s, say)
             try:
                 with _noticing_its_end(temp_dir, stop_path):
                     yield nodes_now()
@@ -142,7 +150,7 @@ def _start(temp_dir: str) -> None:
                 raise ClusterError(Problem("Ray", rule, _first_line(error), next_step=step)) from error
 
 
-def _attach(address: str) -> None:
+def _attach(address: str, wait_s: float, say: Callable[[str], None]) -> None:
     step = "Start one with 'ray start --head', or leave the address out to use this machine."
     if "://" in address:
         rule = "must be host:port or auto, from a machine of the cluster"
@@ -152,10 +160,12 @@ def _attach(address: str) -> None:
     if address != "auto":
         if not host or not port.isdecimal():
             raise ClusterError(Problem("address", "must be host:port or auto", address))
-        try:
+        fault, end = _greet(host, int(port)), time.monotonic() + wait_s
+        if fault and wait_s:
+            say(f"waiting: no Ray answers at {address} yet")
+        while fault and time.monotonic() < end:
+            time.sleep(CHECK_HEAD_EVERY_S)
             fault = _greet(host, int(port))
-        except (OSError, OverflowError) as error:
-            fault = str(error)
         if fault:
             raise ClusterError(Problem("address", f"no Ray answers at {address}", fault, next_step=step))
     try:
@@ -179,11 +189,14 @@ def _greet(host: str, port: int) -> str:
 
     Ray speaks gRPC: a server of HTTP/2 answers a greeting with a frame of type SETTINGS (4).
     """
-    with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as connection:
-        if os.environ.get("RAY_USE_TLS", "0") == "1":
-            return ""
-        connection.sendall(HTTP2_GREETING)
-        answer = connection.recv(9)
+    try:
+        with socket.create_connection((host, port), CONNECT_TIMEOUT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "1":
+                return ""
+            connection.sendall(HTTP2_GREETING)
+            answer = connection.recv(9)
+    except (OSError, OverflowError) as error:
+        return str(error)
     return "" if answer[3:4] == b"\x04" else "a server of another kind"
 
 

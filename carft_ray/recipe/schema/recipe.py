@@ -154,8 +154,8 @@ class ResourcesConfig(Config):
     """trials run only on nodes with GPUs of this kind (Ray's resource `accelerator_type:H100`); null: on any"""
     wait_for_nodes: Wait | None = key(None, "10m", HOW_FAST)
     """on a cluster (`--address`): how long a command waits at its start, in seconds or as a text (`90s`, `1h30m`), for
-    the first nodes on which a trial fits; null: as long as it takes where an autoscaler may add them, else not at
-    all"""
+    the head, and then for the first nodes on which a trial fits; null: as long as it takes where an autoscaler may add
+    nodes, else not at all"""
     threads: PositiveInt | None = key(None, 1, HOW_FAST)
     """threads per worker, which make views and compute on a CPU; null: `cpus_per_worker`"""
     targets: Literal["auto", "online", "stored"] = key("auto", "online", HOW_FAST)
