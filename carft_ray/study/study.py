@@ -165,9 +165,9 @@ class Study:
         found = read_result(spec.place(self.study_dir))
         if failure is not None and failure.outcome != "lost":  # which is logged with its cause
             outcome.log_failure(folder, failure)
-        reported = reported_rows(folder)
-        if reported and reported != files.read_json_lines(folder / METRICS):  # the last ones may not have come
-            files.write_text(folder / METRICS, "".join(json.dumps(row) + "\n" for row in reported))
+        reported, known = reported_rows(folder), files.read_json_lines(folder / METRICS)
+        for row in reported if any(row not in known for row in reported) else ():  # some may not have come
+            self.add_row(spec, row)
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
