@@ -14,13 +14,9 @@ import pytest
 import short_training
 from logs import commits
 
+from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.trial_values import apply
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
-from carft_ray.training.run import prepare, run_training
-from carft_ray.training.run_context import RunContext
 
 pytestmark = pytest.mark.slow
 
@@ -30,23 +26,16 @@ OVERRIDES = (
     "search.space.kl_weight={low: 0.1, high: 10, log: true}",
     "search.baselines.plain={kl_weight: 0}",
     "train.epochs=2",
+    "resources.executor=debug",
 )
 
 
 @pytest.fixture(scope="module")
 def study_dir(tmp_path_factory):
-    """A finished study of real trainings, made as a search makes it, without Ray."""
+    """A finished study of real trainings."""
     folder = tmp_path_factory.mktemp("dashboards")
     recipe = load_recipe(short_training.make(folder), [*OVERRIDES, f"data.cache_dir={folder / 'cache'}"])
-    with open_study(folder / "study", recipe) as study:
-        recover_running(study)
-        prepared = study.study_dir / "prepared"
-        study.add_zero_shot(prepare(recipe, prepared))
-        while (spec := study.next()) is not None:
-            value = apply(recipe, spec.values)
-            run_training(value, spec.folder(study.study_dir), prepared, RunContext(), spec.attempt)
-            assert study.settle(spec) is not None
-    return study.study_dir
+    return run_search(recipe, folder / "study").study_dir
 
 
 @contextlib.contextmanager

@@ -2,20 +2,19 @@
 
 import contextlib
 import resource
-import threading
-from types import SimpleNamespace
 
 import pytest
 import short_training
+import stand_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from carft_ray.errors import InterruptedRunError, StorageError
+from carft_ray.launch.curves import Curves
+from carft_ray.launch.events import TrialStep
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.training.run import _recorder
-from carft_ray.training.run_context import RunContext
-from carft_ray.training.tensorboard import EventFile, run_folder
+from carft_ray.training.tensorboard import add_scalars, begin_file, run_folder
 
 RUN = "lr=0.01 kl=1"
 NOTHING = (str, lambda row: None, lambda row: None)
@@ -146,38 +145,28 @@ def test_the_hparams_table_has_what_the_search_varies_and_the_final_metrics(trai
 
 
 def test_what_a_killed_attempt_wrote_after_its_checkpoint_is_void(tmp_path):
-    for first, steps in ((1, range(1, 6)), (3, range(3, 5))):
-        events = EventFile(tmp_path, purge_step=first)
+    recipe = stand_in.make_recipe(1)
+    curves = Curves(tmp_path, recipe)
+    for attempt, steps in ((1, range(1, 6)), (2, range(3, 5))):
+        spec = stand_in.spec(attempt)
         for step in steps:
-            events.scalar("loss", first, step)
-        events.close()
-    assert [(point.step, point.value) for point in read(tmp_path).Scalars("loss")] == [(1, 1), (2, 1), (3, 3), (4, 3)]
+            curves(TrialStep(spec, {"step": step, "num_steps": 9, "loss": attempt}))
+    points = read(run_folder(spec.folder(tmp_path), recipe)).Scalars("curves/1_loss")
+    assert [(point.step, point.value) for point in points] == [(1, 1), (2, 1), (3, 2), (4, 2)]
 
 
-def record(folder, num_steps, error=None):
-    """Tells the recorder of a training so many steps; ends with the error."""
-    training = SimpleNamespace(context=RunContext(), out_dir=folder, rows=[], function=None)
-    with _recorder(training, folder / "run") as context:
-        for step in range(num_steps):
-            context.progress({"step": step, "num_steps": 9, "loss": 0.5})
-        if error:
-            raise error
-
-
-def test_a_full_disk_is_a_storage_error_that_names_the_file_and_no_thread_is_left(tmp_path):
-    before = threading.active_count()
+def test_a_full_disk_is_a_storage_error_that_names_the_file(tmp_path):
+    numbers = {f"loss {number}": 0.5 for number in range(1000)}
     told = r"events.out.tfevents.*: must be writable, but got File too large"
-    with largest_file(60_000), pytest.raises(StorageError, match=told) as caught:
-        record(tmp_path, 10_000)
+    with largest_file(10_000), pytest.raises(StorageError, match=told) as caught:
+        add_scalars(begin_file(tmp_path), numbers, 1)
     assert caught.value.exit_code == 5
-    assert threading.active_count() == before
 
 
-def test_a_disk_that_fills_at_the_last_flush_is_told_too(tmp_path):
-    with largest_file(300), pytest.raises(StorageError, match="must be writable"):
-        record(tmp_path, 20)
-
-
-def test_the_first_word_of_a_training_that_ends_badly_stands(tmp_path):
-    with largest_file(300), pytest.raises(ZeroDivisionError):
-        record(tmp_path, 20, ZeroDivisionError())
+def test_curves_that_cannot_be_written_are_left_out(tmp_path):
+    spec, curves = stand_in.spec(), Curves(tmp_path, stand_in.make_recipe(1))
+    with largest_file(300):
+        for step in range(20):
+            curves(TrialStep(spec, {"step": step, "num_steps": 20, "loss": 0.5}))
+    [path] = tmp_path.rglob("events.out.tfevents.*")
+    assert 0 < len(read(path.parent).Scalars("curves/1_loss")) < 20

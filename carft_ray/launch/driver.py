@@ -303,6 +303,8 @@ class Driver:
             for kind, value in self.exchange.records(attempt.spec.training, attempt.spec.attempt):
                 if kind == "log":
                     append_log(attempt.spec.folder(self.study.study_dir), value)
+                elif kind == "step":
+                    self.on_event(events.TrialStep(attempt.spec, value))
                 elif self.study.add_row(attempt.spec, value):
                     attempt.rows.append(value)
         except StorageError as error:

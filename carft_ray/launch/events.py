@@ -75,6 +75,14 @@ class TrialStarted(Event):
 
 
 @dataclass(frozen=True)
+class TrialStep(Event):
+    """A training has gone on by some steps; ``metrics`` are those of its last ones."""
+
+    spec: TrialSpec
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class TrialEpoch(Event):
     """A training finished an epoch; ``metrics`` is the last line of its ``metrics.jsonl``."""
 

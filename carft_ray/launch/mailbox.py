@@ -1,7 +1,7 @@
 """The mailbox between the driver and the processes of its trainings: what they report goes in, orders come back.
 
-    rank of a training    ``Poster``: every second how far it is, and how it failed; rank 0 also rows of epochs and
-                          lines of the log; the answer is its order
+    rank of a training    ``Poster``: every second how far it is, and how it failed; rank 0 also rows of steps and
+                          epochs and lines of the log; the answer is its order
     group of workers      what it has ended, and what it is to do next (``launch.ray_group``)
     ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
     driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
@@ -35,7 +35,8 @@ NAMESPACE = "carft-ray"  # of Ray's names of actors: workers of Ray Train are in
 # stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; cut: end, and the same
 # workers may get the next training; outdated: another attempt runs
 Order = Literal["go", "cut", "stop", "leave", "outdated"]
-Record = tuple[Literal["row", "log"], Any]  # of an epoch; text of the log
+Kind = Literal["step", "row", "log"]
+Record = tuple[Kind, Any]  # metrics of some steps; those of an epoch; text of the log
 
 
 class Wish(NamedTuple):
@@ -300,8 +301,8 @@ class Poster:
         """Takes how the attempt has ended for this rank."""
         self._post = replace(self._post, failure=failure)
 
-    def record(self, kind: Literal["row", "log"], value: Any) -> None:
-        """Takes a record for the driver: the row of an epoch, or text for the log."""
+    def record(self, kind: Kind, value: Any) -> None:
+        """Takes a record for the driver."""
         self._records.append((kind, value))
 
     def post(self) -> bool:

@@ -137,6 +137,10 @@ def _watched(context: RunContext, poster: Poster, place: Path, hang_timeout_s: f
     """
     next_at = 0.0
 
+    def progress(row: dict[str, float]) -> None:
+        poster.record("step", row)
+        context.progress(row)
+
     def report(row: dict[str, float]) -> None:
         files.append_line(place / ROWS, json.dumps(row))
         poster.record("row", row)
@@ -150,7 +154,7 @@ def _watched(context: RunContext, poster: Poster, place: Path, hang_timeout_s: f
         asked = context.should_stop()
         return poster.step() != "go" or asked
 
-    posting = replace(context, should_stop=should_stop, report=report)
+    posting = replace(context, should_stop=should_stop, progress=progress, report=report)
     if context.rank != 0 or hang_timeout_s is None:
         yield posting
         return

@@ -1,6 +1,5 @@
 """One training from recipe to ``result.json``: what `train`, a trial and a baseline all run.
 
-    out_dir/{metrics.jsonl, 'lr=1e-5 kl=0.5'/ (events for TensorBoard)}
     out_dir/attempt-N/{step-00000024/, fine_tuned.safetensors,
                        predictions/{validation.parquet, thumbnails.parquet}, result.json}
 
@@ -10,7 +9,6 @@ before it have left, and writes below its own folder alone. Only ``train``, ``id
 """
 
 import contextlib
-import dataclasses
 import logging
 import shutil
 import time
@@ -25,7 +23,7 @@ from torch import Tensor
 from carft_ray import files, layout
 from carft_ray.data.source import ImageSet
 from carft_ray.data.views import VIEW_VERSION
-from carft_ray.errors import RecipeError, StorageError
+from carft_ray.errors import RecipeError
 from carft_ray.evaluation.alpha import At, alphas_at_chance, choose_point, curve_points, is_at_chance, measure_curve
 from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
@@ -49,7 +47,6 @@ from carft_ray.training.own_training import OwnInputs, own_fine_tune
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs, shared_inputs_of_worker, target_store
-from carft_ray.training.tensorboard import EventFile, run_folder, tag_of, varied
 from carft_ray.training.thumbnails import write_thumbnails
 
 # The intermediate value of a training is the best of these: alpha 1 alone said nothing of the end (measured: rank
@@ -176,7 +173,6 @@ def run_training(
     if function is not None:
         result["environment"]["function_source"] = source_of(function)
     if context.rank == 0:
-        _write_hparams(training, result)
         result = write_result(place, result)
     return result
 
@@ -202,7 +198,6 @@ class _Training:
     mixtures: Mixtures
     is_compiled: bool
     function: OwnFunction | None = None
-    rows: list[dict[str, float]] = dataclasses.field(default_factory=list)  # that this attempt has reported
 
     @contextlib.contextmanager
     def looks(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> Iterator[At]:
@@ -256,28 +251,27 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
 
     device = device_of(recipe)
     train = recipe.train.model_copy(update={"compile": training.is_compiled})  # resolved
-    with _recorder(training, run_folder(training.out_dir, recipe)) as recorded:
-        if training.function is not None:
-            own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
-            from_rank_0(context, lambda: _take_over(training.out_dir, training.place / layout.OWN))
-            kept = training.place / layout.OWN
-            return own_fine_tune(training.function, train, own, recorded, device, kept, on_epoch)
-        micro_batch = micro_batch_of(recipe.train, context.world_size)
-        with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
-            return fine_tune(
-                inputs.clip,
-                heads["class_head"],
-                heads["context_head"],
-                inputs.train,
-                train,
-                recorded,
-                device=device,
-                checkpoint_dir=training.out_dir,
-                attempt=attempt,
-                target_store=training.store,
-                on_epoch=on_epoch,
-                num_threads=recipe.resources.threads_per_worker,
-            )
+    if training.function is not None:
+        own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
+        from_rank_0(context, lambda: _take_over(training.out_dir, training.place / layout.OWN))
+        kept = training.place / layout.OWN
+        return own_fine_tune(training.function, train, own, context, device, kept, on_epoch)
+    micro_batch = micro_batch_of(recipe.train, context.world_size)
+    with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):
+        return fine_tune(
+            inputs.clip,
+            heads["class_head"],
+            heads["context_head"],
+            inputs.train,
+            train,
+            context,
+            device=device,
+            checkpoint_dir=training.out_dir,
+            attempt=attempt,
+            target_store=training.store,
+            on_epoch=on_epoch,
+            num_threads=recipe.resources.threads_per_worker,
+        )
 
 
 def _take_over(out_dir: Path, own: Path) -> None:
@@ -293,55 +287,3 @@ def _take_over(out_dir: Path, own: Path) -> None:
             shutil.copytree(before[-1], temporary, symlinks=True, dirs_exist_ok=True, copy_function=copy)
     for older in before[:-1]:
         shutil.rmtree(older, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _recorder(training: _Training, events_dir: Path) -> Iterator[RunContext]:
-    """Gives a context that also writes what is reported to it for TensorBoard."""
-    opened: list[EventFile] = []
-    context, out_dir = training.context, training.out_dir
-
-    def progress(row: dict[str, float]) -> None:
-        step = int(row["step"])
-        if not opened:  # what a killed attempt wrote from this step on is void
-            opened.append(EventFile(events_dir, purge_step=step))
-        for name, value in row.items():
-            if name not in ("step", "num_steps"):
-                opened[0].scalar(tag_of(name), value, step)
-        context.progress(row)
-
-    def report(row: dict[str, float]) -> None:
-        for name, value in row.items():
-            if name.startswith("subset/"):
-                opened[0].scalar(tag_of(name), value, int(row["step"]))
-        training.rows.append(row)
-        context.report(row)
-
-    try:
-        with files.writing(out_dir):
-            out_dir.mkdir(parents=True, exist_ok=True)
-        posting = dataclasses.replace(context, progress=progress, report=report)
-        yield posting if context.rank == 0 else context
-    except BaseException:
-        with contextlib.suppress(StorageError):  # the first error is the one to show
-            for events in opened:
-                events.close()
-        raise
-    for events in opened:
-        events.close()
-
-
-def _write_hparams(training: _Training, result: dict[str, Any]) -> None:
-    """Gives the training its line in TensorBoard's HPARAMS table: what the search varies, and its results.
-
-    It is written before ``result.json``: after a kill in between, the next attempt writes the same line again, which
-    TensorBoard shows once.
-    """
-    metrics = {name: value for name, value in result["metrics"].items() if "/" not in name}
-    metrics["alpha"] = result["alpha"]
-    numbers = {f"final/{name}": value for name, value in metrics.items()}
-    rows = training.rows or files.read_json_lines(training.out_dir / layout.METRICS)  # of the attempts before
-    step = int(rows[-1]["step"]) if rows else 0
-    events = EventFile(run_folder(training.out_dir, training.recipe))
-    events.hparams(varied(training.recipe, result["train"]), numbers, step)
-    events.close()

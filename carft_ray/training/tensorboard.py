@@ -1,9 +1,10 @@
-"""Event files for TensorBoard, written in the calling thread.
+"""Event files of a training for TensorBoard; several of them in one folder are one run.
 
-``SummaryWriter`` writes in a thread of its own, where a full disk gives a traceback on the terminal while the training
-continues. Here it is a ``StorageError`` of the training.
+``SummaryWriter`` writes in a thread of its own, where a full disk gives a traceback on the terminal. Here it is a
+``StorageError``. No file stays open.
 """
 
+import io
 import itertools
 import os
 import re
@@ -14,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.plugins.hparams import metadata
+from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName, Status
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
 from tensorboard.summary.writer.record_writer import RecordWriter
-from torch.utils.tensorboard import summary
 
 from carft_ray import files
 from carft_ray.recipe.schema.recipe import Recipe
 
-FLUSH_EVERY_S = 5.0
 # TensorBoard shows groups, and plots inside them, in the order of their names: curves, epochs, final, other
 TAGS = {name: f"curves/{i}_{name}" for i, name in enumerate(("loss", "ce", "kl", "learning_rate"), 1)}
 _OF_EPOCHS = ("id_accuracy", "ood_accuracy", "objective", "alpha")
@@ -56,15 +58,15 @@ def run_folder(out_dir: Path, recipe: Recipe) -> Path:
     return out_dir / " ".join(words)[:LONGEST_NAME].strip()
 
 
-def varied(recipe: Recipe, train: Mapping[str, Any]) -> HParams:
+def varied(recipe: Recipe) -> HParams:
     """Returns the values of a training that its study varies, as the columns of TensorBoard's HPARAMS table.
 
     Args:
-        recipe: The study's.
-        train: All values of the training.
+        recipe: ``train`` holds its values.
     """
     of_baselines = [name for values in recipe.search.baselines.values() for name in values]
     names = dict.fromkeys(("learning_rate", "kl_weight", *recipe.search.space, *of_baselines))
+    train = recipe.train.model_dump(mode="json")
     values = {name: value for name in names if (value := train.get(name)) is not None}
     return {name: value if isinstance(value, int | float | str) else str(value) for name, value in values.items()}
 
@@ -75,54 +77,67 @@ def _short(value: Any) -> str:
     return re.sub(r"[^A-Za-z0-9_.+-]+", "-", text.replace("e+", "e"))
 
 
-class EventFile:
-    """One new event file in the folder of a TensorBoard run; several of them in one folder are one run.
+def begin_file(folder: Path, purge_step: int | None = None) -> Path:
+    """Makes a new event file; returns its path.
 
     Args:
-        folder: Folder of the run; made when it is missing.
+        folder: Of the run; made when it is missing.
         purge_step: What earlier files of the run hold from this step on is void.
 
     Raises:
-        StorageError: Here and in all methods: the file cannot be written.
+        StorageError: Here and in the functions below: the file cannot be written.
     """
+    ending = f"{socket.gethostname()}.{os.getpid()}.{next(_count):06d}"  # that no other file has
+    path = folder / f"{EVENTS}{int(time.time()):010d}.{ending}"
+    with files.writing(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    start = [] if purge_step is None else [{"step": purge_step, "session_log": SessionLog(status=SessionLog.START)}]
+    _append(path, {"file_version": "brain.Event:2"}, *start)
+    return path
 
-    def __init__(self, folder: Path, purge_step: int | None = None) -> None:
-        ending = f"{socket.gethostname()}.{os.getpid()}.{next(_count):06d}"  # that no other file has
-        self.path = folder / f"{EVENTS}{int(time.time()):010d}.{ending}"
-        self._flushed = time.monotonic()
-        with files.writing(self.path):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "wb")  # noqa: SIM115  # open as long as the training
-        self._records = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
 
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """Adds a point to a curve."""
-        self._write(step=step, summary=Summary(value=[Summary.Value(tag=name, simple_value=value)]))
+def add_scalars(path: Path, numbers: Mapping[str, float], step: int) -> None:
+    """Adds a point to each of some curves, by tag."""
+    values = [Summary.Value(tag=tag, simple_value=number) for tag, number in numbers.items()]
+    _append(path, {"step": step, "summary": Summary(value=values)})
 
-    def hparams(self, values: HParams, metrics: Mapping[str, float], step: int) -> None:
-        """Adds the line of a finished training to TensorBoard's HPARAMS table.
 
-        Args:
-            values: The columns of hyperparameters.
-            metrics: The columns of metrics, each a scalar of the run too.
-            step: Step of these scalars.
-        """
-        for part in summary.hparams({**values}, {**metrics}):  # type: ignore[no-untyped-call]  # torch has no types there
-            self._write(summary=part)
-        for name, number in metrics.items():
-            self.scalar(name, number, step)
+def add_hparams(path: Path, values: HParams, metrics: Mapping[str, float], step: int) -> None:
+    """Adds the line of a finished training to TensorBoard's HPARAMS table.
 
-    def close(self) -> None:
-        """Writes what is still in memory."""
-        with files.writing(self.path):
-            self._file.close()
+    Args:
+        path: The file.
+        values: The columns of hyperparameters.
+        metrics: The columns of metrics, each a scalar of the run too.
+        step: Step of these scalars.
+    """
+    start, columns = SessionStartInfo(), []
+    for name, value in values.items():
+        kind = "string" if isinstance(value, str) else "bool" if isinstance(value, bool) else "number"
+        setattr(start.hparams[name], f"{kind}_value", value)
+        type_name = {"string": "STRING", "bool": "BOOL", "number": "FLOAT64"}[kind]
+        columns.append(HParamInfo(name=name, type=DataType.Value(f"DATA_TYPE_{type_name}")))
+    experiment = Experiment(
+        hparam_infos=columns, metric_infos=[MetricInfo(name=MetricName(tag=tag)) for tag in metrics]
+    )
+    parts = {
+        metadata.EXPERIMENT_TAG: {"experiment": experiment},
+        metadata.SESSION_START_INFO_TAG: {"session_start_info": start},
+        metadata.SESSION_END_INFO_TAG: {"session_end_info": SessionEndInfo(status=Status.Value("STATUS_SUCCESS"))},
+    }
+    found = []
+    for tag, content in parts.items():
+        data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content).SerializeToString()
+        about = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data)
+        found.append(Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=about)))
+    _append(path, *({"summary": Summary(value=[value])} for value in found))
+    add_scalars(path, metrics, step)
 
-    def _write(self, **fields: Any) -> None:
-        with files.writing(self.path):
-            self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
-            if time.monotonic() - self._flushed > FLUSH_EVERY_S:
-                self._file.flush()
-                self._flushed = time.monotonic()
+
+def _append(path: Path, *events: Mapping[str, Any]) -> None:
+    data = io.BytesIO()
+    records = RecordWriter(data)
+    for fields in events:
+        records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+    with files.writing(path), open(path, "ab") as file:
+        file.write(data.getvalue())

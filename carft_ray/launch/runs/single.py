@@ -8,7 +8,8 @@ from typing import Any
 from carft_ray import files
 from carft_ray.data.copies.shared_images import SharedRow
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem, UsageError
-from carft_ray.launch.events import Event, Note, Stopping, TrialEpoch
+from carft_ray.launch.curves import Curves
+from carft_ray.launch.events import Event, Note, Shared, Stopping, TrialEpoch, TrialFinished
 from carft_ray.launch.runs.search import set_aside_error
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import begin, computing, prepare
@@ -77,7 +78,7 @@ def train_once(
     _check_folder(out_dir, resume)
     in_process = recipe.resources.executor != "ray-train" and recipe.resources.num_workers == 1
 
-    def on_event(event: Event) -> None:
+    def tell(event: Event) -> None:
         if isinstance(event, TrialEpoch):
             report(event.metrics)
         elif isinstance(event, Note):
@@ -87,9 +88,11 @@ def train_once(
 
     with open_study(out_dir, recipe, tell=say) as study:
         begin(out_dir, recipe)
+        on_event = Shared(tell, Curves(out_dir, recipe))
         study.asks = False
         study.enter("trial", {NAME: {}})
-        recover(study, "trial")
+        for row in recover(study, "trial"):
+            on_event(TrialFinished(row, is_best=False))
         folder = study.rows()[0].folder(out_dir)
 
         def interrupted() -> InterruptedRunError:

@@ -23,13 +23,13 @@ from carft_ray.evaluation.predictions import correct_matrix, read_predictions, s
 from carft_ray.layout import CONFIRM, LOG, MANIFEST, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.sets import plain
-from carft_ray.results.importance import importances
 from carft_ray.results.page.changed_images import changed_images, points_of_best
 from carft_ray.results.page.health import findings
 from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
 from carft_ray.results.stored import predictions_path, read_compared
+from carft_ray.study.importance import importances
 from carft_ray.study.ledger import read_ledger
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.provenance import PROVENANCE

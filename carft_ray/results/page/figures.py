@@ -6,7 +6,7 @@ The template has their titles, and ``page.js`` draws them, each by a function of
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from carft_ray.results.importance import MIN_TRIALS
+from carft_ray.study.importance import MIN_TRIALS
 
 Document = Mapping[str, Any]
 
