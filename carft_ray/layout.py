@@ -8,13 +8,12 @@
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
       best.yaml, figure.png, figure.svg, report.html, ray.log
-      live.json          what runs, as the driver knew it some seconds ago
+      live.json          what runs, and how many at a time, as the driver knew it some seconds ago
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/     log, metrics, TensorBoard's events
         attempt-N/       what one attempt writes: epochs, checkpoints, weights, predictions, and result.json, last
       tracking/          what Weights & Biases or MLflow keep, where they keep it here
       test/              what reads of the test sets have found
-      _tune/             while a search runs: Ray's own files, and how many trainings run at a time
 
 The folder of `train` is a study of one trial, trials/train/.
 """
@@ -33,8 +32,6 @@ PAGE = "report.html"
 RAY_LOG = "ray.log"
 LIVE = "live.json"
 PREPARED = "prepared"
-RAY_FILES = "_tune"
-CONCURRENCY = "concurrency.json"  # in it: trainings at a time, and why not more
 FOLDERS = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}  # of trainings, by kind
 CONFIRM = FOLDERS["confirm"]
 TEST_DIR = "test"

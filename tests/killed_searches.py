@@ -392,7 +392,7 @@ def wait_for_no_groups(address, auth, timeout_s=60):
 def running_pids(study_dir, epoch=1):
     """Returns the living processes of trainings that have got so far."""
     found = []
-    for place, live in read_live(study_dir).items():
+    for place, live in read_live(study_dir)[0].items():
         with contextlib.suppress(OSError):
             metrics = (study_dir / place / "metrics.jsonl").read_text().splitlines()
             if len(metrics) >= epoch and Path(f"/proc/{live.pid}/cmdline").read_bytes():

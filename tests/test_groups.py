@@ -35,7 +35,7 @@ class Groups:
         self.fails, self.told = set(), set()  # trials that fail, and that end because they were told to
         self.dies = threading.Event()  # a worker that dies while it waits
         self.runtime = SimpleNamespace(study_dir=study_dir, capacity=CAPACITY, mailbox=Mailbox())
-        monkeypatch.setattr(ray_group, "_trainer", lambda runtime, name, avoid: self._trainer(name))
+        monkeypatch.setattr(ray_group, "_trainer", lambda runtime, name, avoid, folder: self._trainer(name))
         monkeypatch.setattr(ray_group, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self._wait))
 
     def group(self):

@@ -63,7 +63,7 @@ class Drained:
         self.ran = []
 
     def epoch(self, folder):
-        live = read_live(folder.parents[1]).get(f"trials/{folder.name}")
+        live = read_live(folder.parents[1])[0].get(f"trials/{folder.name}")
         if live is None:
             return  # it has ended
         if not self.ran:
@@ -116,7 +116,7 @@ def nodes(number, **settings):
 
 def node_of(training, started):
     """Returns which of the processes of ``ray start`` the first rank of a training runs under, and Ray's name of it."""
-    live = read_live(training.parents[1])[f"trials/{training.name}"]
+    live = read_live(training.parents[1])[0][f"trials/{training.name}"]
     pid = parent_of(parent_of(live.pid))
     return next(node for node in started if node.pid == pid), live.node
 

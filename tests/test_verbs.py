@@ -19,7 +19,6 @@ from stand_in import make_recipe
 
 from carft_ray.api import actions
 from carft_ray.errors import UsageError
-from carft_ray.launch.ray_cluster.growth import write_concurrency
 from carft_ray.launch.stop import ask_to_stop, wait_until_free
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe, recipe_of
@@ -375,14 +374,14 @@ def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
 
 @pytest.mark.slow
 def test_status_shows_how_many_run_at_a_time_and_why(run, here):
-    write_concurrency(here / "first", 3, "3 GPUs, 1 a trial")
+    write_live(here / "first", {}, (3, "3 GPUs, 1 a trial"))
     assert "at a time" not in run("status", "first")[2]  # of a search that has ended
     with open_study(here / "first", make_recipe(8)):
         found = json.loads(run("status", "first", "--json")[1])["search"]
         assert (found["at_a_time"], found["limited_by"]) == (3, "3 GPUs, 1 a trial")
         assert "3 at a time (3 GPUs, 1 a trial)." in run("status", "first")[2]
         assert " · 3 at a time (3 GPUs, 1 a trial) · " in SearchView.of(read_study(here / "first")).line()
-        write_concurrency(here / "first", 0, "no node for a trial")
+        write_live(here / "first", {}, (0, "no node for a trial"))
         assert " · 0 at a time (no node for a trial) · " in SearchView.of(read_study(here / "first")).line()
 
 

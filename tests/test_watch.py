@@ -72,7 +72,7 @@ def large(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50)])
 def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height):
-    newest = max(live.began for live in read_live(large).values())
+    newest = max(live.began for live in read_live(large)[0].values())
     lines = shown(SearchView.of(read_study(large), clock=lambda: newest + 30.2), width, height)
     text = "\n".join(lines)
     assert len(lines) < height

@@ -121,8 +121,8 @@ class Driver:
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
         self._stopping_since = 0.0
-        self._of_others = outcome.read_live(self.study.study_dir)  # of kinds that are not recovered yet
-        self._written: tuple[float, set[str]] = time.monotonic(), set()  # ``live.json``: when, and what it names
+        self._of_others, _ = outcome.read_live(self.study.study_dir)  # of kinds that are not recovered yet
+        self._written: tuple[float, object] = -math.inf, None  # ``live.json``: when, and what it names
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing: Tune keeps a copy of what it was given, which nobody reads."""
@@ -336,7 +336,8 @@ class Driver:
     def _write_live(self) -> None:
         """Writes ``live.json`` when something else runs, and after a while."""
         now, running = time.monotonic(), [each for each in self._attempts.values() if each.alive]
-        names = {f"{each.spec.training}-{each.spec.attempt}" for each in running}
+        at_a_time = self.at_a_time.told
+        names = at_a_time, {f"{each.spec.training}-{each.spec.attempt}" for each in running}
         if self._written[1] == names and now - self._written[0] < LIVE_EVERY_S:
             return
         live = dict(self._of_others)
@@ -345,7 +346,7 @@ class Driver:
             began = datetime.now().timestamp() - seconds
             live[spec.training] = Live(spec.attempt, began, seconds, self.gpus, each.steps, alive.pid, alive.node_id)
         with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
-            outcome.write_live(self.study.study_dir, live)
+            outcome.write_live(self.study.study_dir, live, at_a_time)
             self._written = now, names
 
     def _report_epochs(self, attempt: _Attempt) -> None:

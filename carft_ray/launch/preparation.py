@@ -1,10 +1,9 @@
 """Preparation of a study: the caches of all nodes, then once what all trainings share."""
 
 import contextlib
-import shutil
 import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,33 +11,32 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import environment, files
 from carft_ray.data.listed_sets import write_sets
-from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
+from carft_ray.errors import CarftError, ClusterError, Problem
 from carft_ray.launch.failures.causes import lost_rank, root_cause
+from carft_ray.launch.mailbox import Box
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
 from carft_ray.launch.ray_cluster.concurrency import Capacity, num_fitting
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
-from carft_ray.layout import PREPARED, RAY_FILES, STOP
+from carft_ray.layout import PREPARED, STOP
 from carft_ray.recipe.schema.recipe import with_threads
 from carft_ray.training.run_context import RunContext
 
-DOING = "preparing.txt"  # in it: what the preparation does at the moment
+FILLING, PREPARING = "filling", "preparing"  # what is said in the mailbox, under these names, is what is done
 WAIT_NOTE_AFTER_S = 5.0  # a preparation that has not begun by then gets a note
+WAITS = "the preparation waits for a node: is the cluster full? See `ray status`"
 
 
-def progress_writer(folder: Path, node: str = "") -> Callable[[str], None]:
-    """Returns what a preparation in ``folder`` passes its texts to: the driver's process reads the newest one.
+def _say(box: Box, what: str, node: str, text: str) -> None:
+    """Passes what a task does, on a node that is named where there are several, to the driver's process."""
+    with contextlib.suppress(OSError):  # the next text will do
+        box.take(what, f"{node}: {text}" if node else text)
 
-    Args:
-        folder: Where the preparation is kept.
-        node: Begins the texts, where several nodes prepare at a time.
-    """
-    path = folder.parent / RAY_FILES / DOING
 
-    def say(text: str) -> None:
-        with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
-            files.write_text(path, f"{node}: {text}" if node else text)
-
-    return say
+def _said(box: Box, what: str) -> str:
+    """Returns what a task does, as it has said last; empty where it has said nothing."""
+    with contextlib.suppress(OSError):
+        return str(box.give(what, None) or "")
+    return ""
 
 
 def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
@@ -68,7 +66,8 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
         pending[task.remote(runtime, address if len(nodes) > 1 else "")] = node_id
     show = _changes(say)
     while pending:
-        for done in _ended(runtime, list(pending), show):
+        show(_said(runtime.mailbox, FILLING))
+        for done in _ended(runtime, list(pending)):
             node_id = pending.pop(done)
             try:
                 reason = ray.get(done)
@@ -82,15 +81,10 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
         alive = _nodes_for_trainings(runtime.capacity)
         for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
             say(f"{nodes[pending.pop(lost)]} is gone: the search continues without it")
-    files.remove(_doing(runtime))
 
 
-def _doing(runtime: Runtime) -> Path:
-    return runtime.study_dir / RAY_FILES / DOING
-
-
-def _ended(runtime: Runtime, tasks: list[Any], show: Callable[[str], None]) -> list[Any]:
-    """Waits a moment, shows what is being done, and returns the tasks that have ended.
+def _ended(runtime: Runtime, tasks: list[Any]) -> list[Any]:
+    """Waits a moment, and returns the tasks that have ended.
 
     Raises:
         ClusterError: The study's stop file is there, from which the caller knows that it was no fault (``stop``).
@@ -98,8 +92,6 @@ def _ended(runtime: Runtime, tasks: list[Any], show: Callable[[str], None]) -> l
     if files.seen(runtime.study_dir / STOP):
         raise ClusterError(Problem("preparation", "was stopped on request"))
     ended: list[Any] = ray.wait(tasks, timeout=STOP_CHECK_S)[0]
-    with contextlib.suppress(OSError):
-        show(_doing(runtime).read_text())
     return ended
 
 
@@ -132,7 +124,7 @@ def _fill(runtime: Runtime, node: str) -> str:
         return ""
     prepared = runtime.study_dir / PREPARED
     try:
-        runtime.runner.fill(runtime.recipe, prepared, progress_writer(prepared, node))
+        runtime.runner.fill(runtime.recipe, prepared, partial(_say, runtime.mailbox, FILLING, node))
     except Exception as error:
         if lost_rank(error, RunContext()) is None:
             raise
@@ -160,14 +152,12 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
     task = ray.remote(
         num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, resources=kind, max_retries=0
     )(_prepare)
-    path, show = _doing(runtime), _changes(say)
-    shutil.rmtree(path.parent, ignore_errors=True)  # what a killed search has left
     try:
         fill_nodes(runtime, say)
-        pending, began = task.remote(runtime), time.monotonic()
-        while not _ended(runtime, [pending], show):
-            if time.monotonic() - began >= WAIT_NOTE_AFTER_S and not files.seen(path):
-                show("the preparation waits for a node: is the cluster full? See `ray status`")
+        pending, began, show = task.remote(runtime), time.monotonic(), _changes(say)
+        while not _ended(runtime, [pending]):
+            is_late = time.monotonic() - began >= WAIT_NOTE_AFTER_S
+            show(_said(runtime.mailbox, PREPARING) or (WAITS if is_late else ""))
         metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it
@@ -175,8 +165,6 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
             raise cause from None
         step = "Run it again with --debug to see where."
         raise ClusterError(Problem("preparation", "must run to its end", root_cause(error), next_step=step)) from error
-    finally:
-        shutil.rmtree(path.parent, ignore_errors=True)
     return metrics
 
 
@@ -185,4 +173,5 @@ def _prepare(runtime: Runtime) -> dict[str, Any]:
         raise ClusterError(problem)
     node_id, folder = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
     num_cpus = next(node["Resources"].get("CPU", 1) for node in nodes_alive() if node["NodeID"] == node_id)
-    return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, progress_writer(folder))
+    say = partial(_say, runtime.mailbox, PREPARING, "")
+    return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, say)

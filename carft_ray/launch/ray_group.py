@@ -10,6 +10,7 @@ training that was told to stop or leave, after 30 seconds without a training, an
 
 import contextlib
 import os
+import tempfile
 import threading
 import time
 import uuid
@@ -25,7 +26,6 @@ from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT
 from carft_ray.launch.ray_cluster.ray_private import lean
 from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.worker import run_worker
-from carft_ray.layout import RAY_FILES
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import Failure, TrialSpec
 from carft_ray.training.run_context import RunContext
@@ -125,13 +125,14 @@ class WorkerGroup:
 
     def _fit(self) -> None:
         try:
-            _trainer(self._runtime, self._name, self._avoid).fit()
+            with tempfile.TemporaryDirectory(prefix="carft-train-", ignore_cleanup_errors=True) as folder:
+                _trainer(self._runtime, self._name, self._avoid, folder).fit()
         except BaseException as error:  # raised by ``run``
             self._error = error
 
 
-def _trainer(runtime: Runtime, name: str, avoid: Sequence[str]) -> Any:
-    """Returns the ``TorchTrainer`` of a group. Nothing is restarted inside."""
+def _trainer(runtime: Runtime, name: str, avoid: Sequence[str], folder: str) -> Any:
+    """Returns the ``TorchTrainer`` of a group, with a folder for Ray's own files. Nothing is restarted inside."""
     for key, value in ENVIRONMENT.items():  # a job that was there before the search has an environment of its own
         os.environ.setdefault(key, value)
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -155,7 +156,7 @@ def _trainer(runtime: Runtime, name: str, avoid: Sequence[str]) -> Any:
         ),
         run_config=RunConfig(
             name=name,  # of its own: Ray Train would resume a run by its name
-            storage_path=str(runtime.study_dir / RAY_FILES / "train"),
+            storage_path=folder,
             failure_config=FailureConfig(**failures),
         ),
     )

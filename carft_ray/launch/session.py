@@ -17,6 +17,7 @@ from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.shared_images import SharedRow, shared_of_study, write_shared
 from carft_ray.errors import InterruptedRunError
+from carft_ray.launch.mailbox import Mailbox, start_mailbox
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.concurrency import Node
@@ -81,7 +82,8 @@ def computing(
             if attached:
                 nodes = await_nodes(recipe, nodes, grows, folder, say)
             runtime = make_runtime(recipe, folder, nodes, runner, grows)
-            yield replace(runtime, in_process=in_process, attached=attached)
+            box = Mailbox() if in_process else start_mailbox()
+            yield replace(runtime, in_process=in_process, attached=attached, mailbox=box)
 
 
 def prepare(runtime: Runtime, say: Say) -> dict[str, Any]:

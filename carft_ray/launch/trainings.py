@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,17 +22,17 @@ from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Event
 from carft_ray.launch.failures.causes import error_of, explained, root_cause
 from carft_ray.launch.failures.leaks import Leaks
-from carft_ray.launch.mailbox import Exchange, Mailbox, start_mailbox
+from carft_ray.launch.mailbox import Exchange
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity
 from carft_ray.launch.ray_cluster.drains import Drains
-from carft_ray.launch.ray_cluster.growth import present_capacity, write_concurrency
+from carft_ray.launch.ray_cluster.growth import present_capacity
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_workers import tune_trainable
 from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.launch.worker import end_process, run_worker
-from carft_ray.layout import RAY_FILES, STOP
+from carft_ray.layout import STOP
 from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import Study
 from carft_ray.training.run_context import RunContext
@@ -65,8 +66,6 @@ def run_trainings(
     forget_listings()
     capacity = runtime.capacity
     drains = None if runtime.in_process else Drains()
-    box = Mailbox() if runtime.in_process else start_mailbox()
-    runtime = dataclasses.replace(runtime, mailbox=box)
     driver = Driver(
         study,
         AtATime(
@@ -75,7 +74,7 @@ def run_trainings(
             capacity.reason,
             capacity.one_node,
             functools.partial(_capacity_now, runtime, drains) if runtime.attached else None,
-            functools.partial(_changed, study, on_event),
+            lambda concurrency, reason: on_event(ConcurrencyChanged(concurrency, reason)),
         ),
         on_event,
         capacity.num_workers * capacity.gpus_per_worker,
@@ -86,7 +85,7 @@ def run_trainings(
         leaks=Leaks() if runtime.nested else None,
         bad_nodes=BadNodes(fits=lambda without: _capacity_now(runtime, drains, without).concurrency > 0),
         drains=drains,
-        exchange=Exchange(box),
+        exchange=Exchange(runtime.mailbox),
     )
     with stop_file_on_signal(study.study_dir / STOP), driver.exchange.going_on():
         if runtime.in_process:
@@ -96,11 +95,6 @@ def run_trainings(
     if driver.failure is not None:
         raise driver.failure
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
-
-
-def _changed(study: Study, on_event: Callable[[Event], None], concurrency: int, reason: str) -> None:
-    write_concurrency(study.study_dir, concurrency, reason)
-    on_event(ConcurrencyChanged(concurrency, reason))
 
 
 def _capacity_now(runtime: Runtime, drains: Drains | None, without: Sequence[str] = ()) -> Capacity:
@@ -131,10 +125,7 @@ def _poll(driver: Driver, spec: TrialSpec) -> bool:
 def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
     """Has Ray Tune run the trainings; what goes wrong is the driver's ``failure``."""
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = MAX_PENDING  # else actors start one after the other
-    ray_files = runtime.study_dir / RAY_FILES
-    shutil.rmtree(ray_files, ignore_errors=True)  # of a search that was killed
-    write_concurrency(runtime.study_dir, driver.at_a_time.concurrency, driver.at_a_time.reason)
-    searcher = DriverSearcher(driver)
+    searcher, ray_files = DriverSearcher(driver), tempfile.mkdtemp(prefix="carft-tune-")
     try:
         tuner = tune.Tuner(
             tune_trainable(runtime),
@@ -147,7 +138,7 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
             ),
             run_config=tune.RunConfig(
                 name="search",
-                storage_path=str(ray_files),
+                storage_path=ray_files,
                 verbose=0,
                 callbacks=[DriverCallback(driver, searcher)],
                 stop=EndOfWaiting(driver),
@@ -161,7 +152,7 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
             driver.leaks.clear()  # Ray keeps that of a group which got its resources while its trial was ended
     except Exception as error:
         driver.fail(error if isinstance(error, CarftError) else _ray_error(error))
-    if not driver.study.log.is_lost:
+    finally:
         shutil.rmtree(ray_files, ignore_errors=True)
 
 

@@ -277,23 +277,31 @@ def log_left(folder: Path, attempt: int, reason: str) -> None:
     append_log(folder, f"attempt {attempt}: left: {reason}; the next attempt continues from {progress_words(folder)}")
 
 
-def write_live(study_dir: Path, live: Mapping[str, Live]) -> None:
-    """Writes what runs, by folder of the training within the study, for readers and in case the driver is killed.
+def write_live(study_dir: Path, live: Mapping[str, Live], at_a_time: tuple[int, str] | None = None) -> None:
+    """Writes what runs, for readers and in case the driver is killed.
+
+    Args:
+        study_dir: The study directory.
+        live: By folder of the training within the study.
+        at_a_time: How many trainings run at a time, and why not more.
 
     Raises:
         StorageError: The folder cannot be written.
     """
     trainings = {place: asdict(each) for place, each in live.items()}
-    files.write_json(study_dir / LIVE, {"format_version": FORMAT_VERSION, "trainings": trainings})
+    content = {"format_version": FORMAT_VERSION, "at_a_time": at_a_time, "trainings": trainings}
+    files.write_json(study_dir / LIVE, content)
 
 
-def read_live(study_dir: Path) -> dict[str, Live]:
+def read_live(study_dir: Path) -> tuple[dict[str, Live], tuple[int, str] | None]:
     """Returns what ``write_live`` has written last; nothing where that cannot be read."""
     try:
-        found = (files.read_object(study_dir / LIVE) or {}).get("trainings", {})
-        return {place: Live(**each) for place, each in found.items()}
-    except (OSError, TypeError, AttributeError):
-        return {}
+        found = files.read_object(study_dir / LIVE) or {}
+        at_a_time = found.get("at_a_time")
+        live = {place: Live(**each) for place, each in found.get("trainings", {}).items()}
+        return live, None if at_a_time is None else (int(at_a_time[0]), str(at_a_time[1]))
+    except (OSError, ValueError, TypeError, AttributeError, IndexError, KeyError):
+        return {}, None
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

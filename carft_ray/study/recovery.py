@@ -64,7 +64,7 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
 
 def _spend_left_behind(study: Study) -> None:
     """Notes what the attempts took that ran when a driver was killed."""
-    live = outcome.read_live(study.study_dir)
+    live, _ = outcome.read_live(study.study_dir)
     for spec in [spec for kind in study.journal.studies for spec in study.journal.running(kind)]:
         if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
             known = live.get(spec.training)

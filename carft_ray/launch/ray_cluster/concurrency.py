@@ -241,6 +241,7 @@ class AtATime:
         capacity_now: Returns how trainings fit now; None: that does not change.
         on_change: Given trainings at a time, and why not more, whenever they change.
         most: The most that ran at a time.
+        told: Trainings at a time, and why not more, at the last change.
     """
 
     concurrency: int
@@ -254,7 +255,7 @@ class AtATime:
     def __post_init__(self) -> None:
         self.most = self.concurrency
         self._share = Fraction(1)  # of the trainings that fit, those for which there is memory
-        self._told = self.concurrency, self.reason
+        self.told = self.concurrency, self.reason
         self._next_count = 0.0
 
     @property
@@ -289,6 +290,6 @@ class AtATime:
 
     def _tell(self, reason: str) -> None:
         self.most = max(self.most, self.concurrency)
-        if (self.concurrency, reason) != self._told:
-            self._told = self.concurrency, reason
+        if (self.concurrency, reason) != self.told:
+            self.told = self.concurrency, reason
             self.on_change(self.concurrency, reason)

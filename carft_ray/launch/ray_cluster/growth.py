@@ -4,7 +4,6 @@ Ray's autoscaler starts nodes for what waits: a task, or the placement group of 
 when the driver is killed; what ``request_resources`` asks for would not.
 """
 
-import contextlib
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,11 +11,12 @@ from pathlib import Path
 import ray
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, Problem, StorageError
+from carft_ray.errors import ClusterError, Problem
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, nodes_alive, nodes_now
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
-from carft_ray.layout import CONCURRENCY, RAY_FILES, STOP
+from carft_ray.layout import STOP
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.study.outcome import read_live, write_live
 
 GROUP_LABEL = "ray.io/node-group"  # of nodes that the cluster launcher or KubeRay has started
 CHECK_EVERY_S = 1.0
@@ -65,7 +65,7 @@ def await_nodes(
     capacity = capacity_of(recipe, nodes, grows or limit_s is not None)
     if capacity.concurrency:
         return nodes
-    write_concurrency(study_dir, 0, capacity.reason)
+    write_live(study_dir, read_live(study_dir)[0], (0, capacity.reason))
     say(f"waiting: {capacity.reason}")
     strategy = "STRICT_PACK" if capacity.one_node else "PACK"
     group = ray.util.placement_group([capacity.worker_resources] * capacity.num_workers, strategy=strategy)
@@ -81,9 +81,3 @@ def await_nodes(
     finally:
         ray.util.remove_placement_group(group)
     return nodes_now()
-
-
-def write_concurrency(study_dir: Path, concurrency: int, reason: str) -> None:
-    """Notes for other processes how many trainings run at a time, and why not more."""
-    with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
-        files.write_json(study_dir / RAY_FILES / CONCURRENCY, {"concurrency": concurrency, "reason": reason})

@@ -1,6 +1,5 @@
 """A study as commands read it: nothing is claimed, nothing is written, no torch is loaded."""
 
-import contextlib
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +8,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
-from carft_ray.layout import COMMITS, CONCURRENCY, METRICS, RAY_FILES, RESOLVED, STOP
+from carft_ray.layout import COMMITS, METRICS, RESOLVED, STOP
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
@@ -136,12 +135,12 @@ def read_study(folder: Path) -> Overview:
     log, rows = log_and_rows(study_dir)
     found = log.holder()
     trainings = [row for group in rows.values() for row in group]
-    live = read_live(study_dir) if found else {}
+    live, at_a_time = read_live(study_dir) if found else ({}, None)
     running = frozenset((row.kind, row.name) for row in trainings if row.is_of(live.get(row.training)))
     stopping = found is not None and (study_dir / STOP).exists()
     recipe = study_recipe(study_dir)
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
-    return Overview(study_dir, recipe, *groups, found, stopping, running, _at_a_time(study_dir) if found else None, log)
+    return Overview(study_dir, recipe, *groups, found, stopping, running, at_a_time, log)
 
 
 def studies_in(folder: Path) -> list[Path]:
@@ -244,13 +243,5 @@ def search_began(study_dir: Path) -> float | None:
 
 def alive_since(study_dir: Path, row: TrialRow) -> float | None:
     """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
-    live = read_live(study_dir).get(row.training)
+    live = read_live(study_dir)[0].get(row.training)
     return live.began if live is not None and row.is_of(live) else None
-
-
-def _at_a_time(study_dir: Path) -> tuple[int, str] | None:
-    """Returns how many trainings the search that holds the study runs at a time, and why not more."""
-    found = None
-    with contextlib.suppress(OSError):  # of a network disk: nothing is known then
-        found = files.read_object(study_dir / RAY_FILES / CONCURRENCY)
-    return (int(found["concurrency"]), str(found["reason"])) if found else None
