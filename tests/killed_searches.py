@@ -557,9 +557,7 @@ def confirmed(study_dir):
     contents = {
         path.parents[1].name: json.loads(path.read_text()) for path in study_dir.glob("confirm/*/*/result.json")
     }
-    return {
-        name: {**content, "elapsed_s": None, "environment": None, "rows": None} for name, content in contents.items()
-    }
+    return {name: {**content, "elapsed_s": None, "environment": None} for name, content in contents.items()}
 
 
 def kill_confirm(finished_study, folder, num_kills, rng, top=1):

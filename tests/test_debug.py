@@ -41,7 +41,8 @@ def numbers(study):
     for path in sorted(study.glob("*/*/*/result.json")):
         result = json.loads(path.read_text())
         del result["elapsed_s"]
-        result["rows"] = [{**row, "images_per_s": None} for row in result["rows"]]
+        rows = map(json.loads, (path.parents[1] / "metrics.jsonl").read_text().splitlines())
+        result["rows"] = [{**row, "images_per_s": None} for row in rows]
         found[path.parents[1].name.partition("-")[0]] = result
     return found
 
