@@ -1,10 +1,10 @@
 """What lies on the driver's machine alone: a node that cannot see it trains all the same."""
 
-import cluster
 import killed_searches as searches
 import pytest
 import stand_in
 
+import cluster
 from carft_ray.study.rows import baselines, trials
 
 
