@@ -165,10 +165,10 @@ def test_a_training_that_is_stopped_while_it_builds_a_set_leaves_no_half_entry(t
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_of_a_training_reports_its_steps(rank):
+def test_every_rank_of_a_training_reports_its_steps(rank, tmp_path):
     box = Mailbox()
     with Poster(box, "trials/t0000", 1, rank) as poster:
-        with worker._watched(RunContext(rank, 2), poster, 3600) as context:
+        with worker._watched(RunContext(rank, 2), poster, tmp_path, 3600) as context:
             assert [context.should_stop() for _ in range(3)] == [False] * 3
         poster.post()
     assert box.exchange({"trials/t0000": Wish(1, "go")})["trials/t0000"].steps == {rank: 3}
