@@ -498,7 +498,7 @@ SEEDED = [  # file, what is replaced by what, and what must be found
     ("kuberay-storage.yaml", "ReadWriteMany]", "ReadWriteOnce]", "ReadWriteMany"),
     ("skypilot.yaml", "num_nodes:", "num_node:", "num_node"),
     ("skypilot.yaml", "  use_spot: true", "  usespot: true", "unknown key usespot"),
-    ("skypilot.yaml", '--address "$head"\n', "--address auto\n", "SkyPilot's own Ray"),
+    ("skypilot.yaml", '--address "$head" --set', "--address auto --set", "SkyPilot's own Ray"),
     ("skypilot.yaml", "listen-port 52366", "listen-port 52365", "SkyPilot's own Ray"),
     ("skypilot.yaml", "RAY_AUTH_MODE=token ", "", "tokens are off"),
     ("skypilot.yaml", " --dashboard-host 127.0.0.1", "", "the dashboard is not on"),

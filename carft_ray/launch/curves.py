@@ -37,7 +37,7 @@ class Curves:
                     self._add(spec, {name: row[name] for name in row.keys() - {"step", "num_steps"}}, int(row["step"]))
                 case TrialEpoch(spec, row):
                     self._add(spec, {name: row[name] for name in row if "subset/" in name}, int(row["step"]))
-                case TrialFinished(row) | BaselineFinished(row) if row.outcome == "complete":
+                case TrialFinished(row) | BaselineFinished(row) if row.digest:  # a training, with a result
                     self._end(row)
 
     def _add(self, spec: TrialSpec, numbers: dict[str, float], step: int) -> None:
