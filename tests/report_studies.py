@@ -7,6 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+from from_logits import predictions_table
 from logs import holding
 from optuna.distributions import FloatDistribution
 from optuna.trial import create_trial
@@ -16,7 +17,7 @@ from carft_ray import files
 from carft_ray.api.answers import Report
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, write_predictions
+from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply

@@ -3,12 +3,13 @@
 import curve_stand_in
 import numpy as np
 import pytest
+from from_logits import predictions_table
 
 from benchmarks import curve as benchmark
 from carft_ray.errors import DataError, DivergedError
 from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
-from carft_ray.evaluation.predictions import concat, predictions_table
+from carft_ray.evaluation.predictions import concat
 from carft_ray.recipe.schema.recipe import DEFAULT_GRID
 from carft_ray.recipe.trial_values import apply
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import short_study
 import short_training
+from from_logits import predictions_table
 
 from carft_ray import cli
 from carft_ray.errors import StorageError, UsageError
-from carft_ray.evaluation.predictions import correct, predictions_table, read_predictions, write_predictions
+from carft_ray.evaluation.predictions import correct, read_predictions, write_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.compare import compare

@@ -6,11 +6,12 @@ import numpy as np
 import optuna
 import pytest
 from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
+from from_logits import predictions_table
 from optuna.storages import JournalStorage
 
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
-from carft_ray.evaluation.predictions import concat, correct_matrix, predictions_table
+from carft_ray.evaluation.predictions import concat, correct_matrix
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.constraints import ConstraintsConfig, constraint_names, total_violation, violation_words

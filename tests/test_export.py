@@ -163,7 +163,7 @@ def right_and_close(training, alpha, tolerance, k=1):
     with torch.inference_mode():
         logits = classifier(torch.from_numpy(id_val.images_NHWC.copy()))[1].float().sort(descending=True)[0]
     close = (logits[:, k - 1] - logits[:, k] <= tolerance).sum()
-    return int((table["rank"].to_numpy() < k).sum()), int(close)
+    return sum(1 <= rank <= k for rank in table["rank"].to_pylist()), int(close)
 
 
 def in_single(training):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from from_logits import predictions_table
 from PIL import Image
 from sources import open_set, open_train, open_validation
 from strict_roles import check_overlap
@@ -12,7 +13,6 @@ from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
-from carft_ray.evaluation.predictions import predictions_table
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.origin import set_contents
@@ -96,10 +96,8 @@ def test_masked_predictions_are_those_of_the_logits_of_the_groups_alone():
     merged = np.stack([logits[:, [1, 4]].max(1), logits[:, 2], logits[:, 5]], axis=1)
     assert table["prediction"].to_pylist() == named[merged.argmax(1)].tolist()
     alone = predictions_table("r", 1.0, ids, np.searchsorted(named, labels), merged)
-    for name in ("rank", "confidence", "nll", "brier"):
+    for name in ("rank", "confidence", "nll", "sum_p2"):
         np.testing.assert_array_equal(table[name].to_numpy(), alone[name].to_numpy())
-    with pytest.raises(ValueError, match="first class of a group"):
-        predictions_table("r", 1.0, ids, np.full(50, 4), logits, groups)
     everything = tuple((label,) for label in range(6))
     plain, masked = (predictions_table("r", 1.0, ids, labels, logits, groups) for groups in (None, everything))
     assert plain.equals(masked)

@@ -11,10 +11,11 @@ import scipy.special
 import sklearn.calibration
 import sklearn.metrics
 import torch
+from from_logits import predictions_table
 
 from carft_ray.evaluation import metrics
 from carft_ray.evaluation.metrics import answers, equal_width_bins
-from carft_ray.evaluation.predictions import concat, predictions_table, select
+from carft_ray.evaluation.predictions import concat, select
 
 CASES = ("random", "ties", "empty classes", "two classes", "confident")
 
@@ -25,7 +26,7 @@ def answers_of_logits(labels, logits):
 
 
 def taken(given, indices):
-    names = ("labels", "true_rank", "confidence", "nll", "brier")
+    names = ("labels", "rank", "confidence", "nll", "brier")
     return replace(given, **{name: getattr(given, name)[indices] for name in names})
 
 
@@ -104,10 +105,10 @@ def test_ties_are_among_the_cases():
     assert len(np.unique(answers_of_logits(*case("ties")).confidence)) < 800
 
 
-@pytest.mark.parametrize("k", [1, 2, 5, 10])
+@pytest.mark.parametrize("k", [1, 2, 5])
 def test_top_k_accuracy_equals_that_of_scikit_learn(both, k):
     given, labels, logits, _ = both
-    num_classes, top_accuracy = logits.shape[1], (given.true_rank < k).mean()
+    num_classes, top_accuracy = logits.shape[1], ((given.rank > 0) & (given.rank <= k)).mean()
     if k >= num_classes:
         assert top_accuracy == 1
         return
@@ -142,7 +143,7 @@ def test_negative_log_likelihood_equals_that_of_torch_and_scipy(both):
     oracle = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels))
     assert metrics.set_metrics(given)["nll"] == same(oracle)
     log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
-    np.testing.assert_allclose(given.nll, -log_p, atol=1e-11)
+    np.testing.assert_allclose(given.nll, -log_p, rtol=2**-24, atol=1e-11)
 
 
 def test_brier_score_equals_that_of_scikit_learn(both):
@@ -151,14 +152,14 @@ def test_brier_score_equals_that_of_scikit_learn(both):
     oracle = sklearn.metrics.brier_score_loss(labels, probabilities, labels=classes, scale_by_half=False)
     assert metrics.set_metrics(given)["brier"] == same(oracle)
     one_hot = np.eye(len(classes))[labels]
-    np.testing.assert_allclose(given.brier, ((probabilities - one_hot) ** 2).sum(axis=1), atol=1e-12)
+    np.testing.assert_allclose(given.brier, ((probabilities - one_hot) ** 2).sum(axis=1), atol=2**-22)
 
 
 def guo(confidence, correct, num_bins):
     """ECE as Guo et al. 2017 compute it: lower edge out, upper edge in."""
     total = 0.0
     for b in range(num_bins):
-        inside = (confidence > b / num_bins) & (confidence <= (b + 1) / num_bins)
+        inside = (confidence > np.float32(b / num_bins)) & (confidence <= np.float32((b + 1) / num_bins))
         if inside.any():
             total += inside.mean() * abs(correct[inside].mean() - confidence[inside].mean())
     return total
@@ -169,7 +170,7 @@ def test_calibration_error_equals_that_of_guo(both, num_bins):
     given, _, _, probabilities = both
     found = metrics.expected_calibration_error(given, num_bins)
     assert found == same(guo(given.confidence, given.correct, num_bins))
-    np.testing.assert_allclose(given.confidence, probabilities.max(axis=1), atol=1e-12)
+    np.testing.assert_allclose(given.confidence, probabilities.max(axis=1), rtol=2**-24)
 
 
 @pytest.mark.slow  # importing torchmetrics takes seconds
@@ -213,9 +214,9 @@ def test_a_confidence_on_an_edge_belongs_to_the_lower_bin():
 
 
 def test_every_edge_of_fifteen_bins_belongs_to_the_lower_bin():
-    edges = np.arange(1, 16) / 15
+    edges = (np.arange(1, 16) / 15).astype(np.float32)
     assert equal_width_bins(edges).tolist() == list(range(15))
-    assert equal_width_bins(np.nextafter(edges[:-1], 1)).tolist() == list(range(1, 15))
+    assert equal_width_bins(np.nextafter(edges[:-1], np.float32(1))).tolist() == list(range(1, 15))
 
 
 def test_everything_of_a_set_at_once_is_plain_and_finite(both):
@@ -238,6 +239,6 @@ def test_metrics_of_a_table_are_those_of_its_logits():
 
 def test_huge_logits_give_finite_metrics():
     given = answers_of_logits(np.array([0, 1, 1]), np.array([[3e4, -3e4], [3e4, -3e4], [-3e4, -3e4]], np.float32))
-    assert given.confidence.tolist() == pytest.approx([1, 1, 0.5], abs=1e-11)
-    assert given.nll.tolist() == [0, 6e4, pytest.approx(math.log(2), abs=1e-10)]
-    assert given.brier.tolist() == pytest.approx([0, 2, 0.5], abs=1e-10)
+    assert given.confidence.tolist() == [1, 1, 0.5]
+    assert given.nll.tolist() == [0, 6e4, np.float32(math.log(2))]
+    assert given.brier.tolist() == pytest.approx([0, 2, 0.5], abs=1e-7)

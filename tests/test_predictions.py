@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from from_logits import predictions_table
 
 from carft_ray.errors import CarftError, DataError, StorageError
 from carft_ray.evaluation import predictions
@@ -13,7 +14,6 @@ from carft_ray.evaluation.predictions import (
     concat,
     correct,
     correct_matrix,
-    predictions_table,
     read_predictions,
     sample_ids,
     select,
@@ -39,13 +39,14 @@ def test_table_agrees_with_numpy(classes):
     ids, labels, logits = random_set(classes=classes)
     table = predictions_table("id_val", 0.6, ids, labels, logits)
     order = np.argsort(-logits.astype(np.float64), axis=1, kind="stable")
-    assert table["rank"].to_pylist() == (np.flatnonzero(order == labels[:, None]) % classes).tolist()
+    place = 1 + np.flatnonzero(order == labels[:, None]) % classes
+    assert table["rank"].to_pylist() == np.where(place <= 5, place, 0).tolist()
     assert table["prediction"].to_pylist() == order[:, 0].tolist()
     odds = np.exp(logits.astype(np.float64))
     p = odds / odds.sum(1, keepdims=True)
-    np.testing.assert_allclose(table["confidence"].to_numpy(), p.max(1), rtol=1e-12)
-    np.testing.assert_allclose(table["nll"].to_numpy(), -np.log(p[np.arange(len(p)), labels]), atol=1e-12)
-    np.testing.assert_allclose(table["brier"].to_numpy(), ((p - np.eye(classes)[labels]) ** 2).sum(1), atol=1e-12)
+    of_label = -np.log(p[np.arange(len(p)), labels])
+    for name, expected in (("confidence", p.max(1)), ("nll", of_label), ("sum_p2", (p**2).sum(1))):
+        np.testing.assert_allclose(table[name].to_numpy(), expected, rtol=2**-24, atol=1e-12)
     assert table["sample_id"].to_numpy().tolist() == ids.tolist()
     assert accuracy(table) == (logits.argmax(1) == labels).mean()
 
@@ -53,15 +54,15 @@ def test_table_agrees_with_numpy(classes):
 def test_equal_logits_are_ordered_by_class_index():
     rows = [[0, 7, 7, 7], [1, 1, 1, 1], [7, 7, 0, 7]]
     table = predictions_table("s", 0.0, np.arange(3, dtype=np.uint64), [2, 0, 3], rows)
-    assert table["rank"].to_pylist() == [1, 0, 2]
+    assert table["rank"].to_pylist() == [2, 1, 3]
     assert table["prediction"].to_pylist() == [1, 0, 0]
 
 
 def test_huge_logits_do_not_overflow():
     table = predictions_table("s", 1.0, np.arange(2, dtype=np.uint64), [0, 0], [[3e4, 3e4], [-3e4, -3e4]])
-    for name in ("confidence", "brier"):
-        np.testing.assert_allclose(table[name].to_numpy(), [0.5, 0.5], rtol=1e-10)
-    np.testing.assert_allclose(table["nll"].to_numpy(), np.log([2, 2]), rtol=1e-10)
+    for name in ("confidence", "sum_p2"):
+        np.testing.assert_allclose(table[name].to_numpy(), [0.5, 0.5])
+    np.testing.assert_allclose(table["nll"].to_numpy(), np.log([2, 2]), rtol=2**-24)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -124,11 +125,11 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
     with pytest.raises(StorageError, match="No such file"):
         read_predictions(tmp_path / "none.parquet")
     pq.write_table(pa.table({"a": [1]}), path)
-    with pytest.raises(StorageError, match="format_version of predictions must be 3, but got none"):
+    with pytest.raises(StorageError, match="format_version of predictions must be 4, but got none"):
         read_predictions(path)
-    for version in ("2", "4"):
+    for version in ("3", "5"):
         pq.write_table(table_of().replace_schema_metadata({"format_version": version}), path)
-        with pytest.raises(StorageError, match=f"must be 3, but got {version}\n    Evaluate the model again"):
+        with pytest.raises(StorageError, match=f"must be 4, but got {version}\n    Evaluate the model again"):
             read_predictions(path)
     pq.write_table(table_of().drop_columns(["label"]), path)
     with pytest.raises(
@@ -138,6 +139,6 @@ def test_damaged_missing_and_foreign_files_are_named(tmp_path):
 
 
 def test_the_columns_are_the_published_format():
-    names = "set alpha sample_id label prediction rank confidence nll brier"
+    names = "set alpha sample_id label prediction rank confidence nll sum_p2"
     assert " ".join(predictions.SCHEMA.names) == names
     assert table_of().schema.equals(predictions.SCHEMA)

@@ -8,10 +8,11 @@ import crash_host
 import forging
 import numpy as np
 import pytest
+from from_logits import predictions_table
 from logs import forget_line, write_line
 
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.evaluation.predictions import concat, correct, predictions_table, read_predictions, write_predictions
+from carft_ray.evaluation.predictions import concat, correct, read_predictions, write_predictions
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.page.data import page_document

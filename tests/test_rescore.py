@@ -12,6 +12,7 @@ import pytest
 import short_training
 import stand_in
 import typer.main
+from from_logits import predictions_table
 
 from carft_ray import cli
 from carft_ray.errors import HoldOutError, StorageError, UsageError
@@ -20,7 +21,6 @@ from carft_ray.evaluation.predictions import (
     accuracy,
     alphas,
     concat,
-    predictions_table,
     read_predictions,
     select,
     sets,
@@ -213,7 +213,7 @@ def test_predictions_of_an_older_format_are_named_and_zero_shot_is_evaluated_ane
     table = read_predictions(path)
     write_predictions(path, table.replace_schema_metadata({**table.schema.metadata, b"format_version": b"1"}))
     (prepared / "prepared.json").write_text(json.dumps({**content, "key": content["key"].split(": ", 1)[1]}))
-    with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 3, but got 1"):
+    with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 4, but got 1"):
         rescore(view, objective_spec(view.recipe))
     again = prepare(view.recipe, prepared, lambda text: None)
     assert read_predictions(path).equals(table)

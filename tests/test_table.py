@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from from_logits import predictions_table
 
 from benchmarks import table
 from benchmarks.trainings import Finished, Planned
 from carft_ray import files
-from carft_ray.evaluation.predictions import concat, predictions_table, write_predictions
+from carft_ray.evaluation.predictions import concat, write_predictions
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.trial_values import apply
 

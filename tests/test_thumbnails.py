@@ -5,10 +5,11 @@ import io
 import numpy as np
 import pytest
 import short_training
+from from_logits import predictions_table
 from PIL import Image
 
 from carft_ray.data.source import ImageSet
-from carft_ray.evaluation.predictions import concat, predictions_table, read_predictions, sets
+from carft_ray.evaluation.predictions import concat, read_predictions, sets
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.recipe.loading import load_recipe

@@ -142,7 +142,7 @@ class Study:
         return dict(open_finished(self.path, trial).result["metrics"])
 
     def predictions(self, trial: str) -> pa.Table:
-        """Returns a row per image, validation set and alpha: label, prediction, and the logits that were kept.
+        """Returns a row per image, validation set and alpha: label, prediction, and what was kept of the logits.
 
         Args:
             trial: As for ``metrics``.

@@ -1,6 +1,6 @@
 """Metrics of one model on one set, made from its stored predictions: no images, no model, no torch.
 
-    accuracy, top-k    share of images whose label is the first, or among the first k, of the classes by logit;
+    accuracy, top-5    share of images whose label is the first, or among the first five, of the classes by logit;
                        equal logits are ordered by class index
     NLL                mean of -log p_true, in nats
     Brier              mean of sum_c (p_c - y_c)^2 = 1 - 2 p_true + sum_c p_c^2, from 0 to 2 (Brier 1950)
@@ -32,14 +32,14 @@ class Answers:
 
     Attributes:
         labels: True classes, int [N].
-        true_rank: How many classes come before the true one, int [N]: 0 is a right answer.
+        rank: Place of the true class, int [N]: 1 is a right answer, 0 is none of the first five.
         confidence: Probability of the predicted class, float64 [N].
         nll: -log p_true in nats, float64 [N].
         brier: sum_c (p_c - y_c)^2, float64 [N].
     """
 
     labels: IntArray
-    true_rank: IntArray
+    rank: IntArray
     confidence: FloatArray
     nll: FloatArray
     brier: FloatArray
@@ -50,7 +50,7 @@ class Answers:
     @property
     def correct(self) -> BoolArray:
         """Which images are classified right, bool [N]."""
-        return np.asarray(self.true_rank == 0)
+        return np.asarray(self.rank == 1)
 
 
 def answers(table: pa.Table) -> Answers:
@@ -59,7 +59,9 @@ def answers(table: pa.Table) -> Answers:
     Args:
         table: Predictions of one set at one alpha, with at least one image (``predictions.select``).
     """
-    return Answers(*(table[name].to_numpy() for name in ("label", "rank", "confidence", "nll", "brier")))
+    labels_N, rank_N = (table[name].to_numpy() for name in ("label", "rank"))
+    confidence_N, nll_N, sum_p2_N = (table[name].to_numpy().astype(float) for name in ("confidence", "nll", "sum_p2"))
+    return Answers(labels_N, rank_N, confidence_N, nll_N, np.maximum(1 - 2 * np.exp(-nll_N) + sum_p2_N, 0.0))
 
 
 def class_accuracies(given: Answers) -> dict[int, float]:
@@ -73,10 +75,10 @@ def equal_width_bins(confidence: FloatArray, num_bins: int = NUM_BINS) -> IntArr
     """Returns the bin of each confidence, 0 .. num_bins - 1, [N].
 
     Bin b holds b / num_bins < confidence <= (b + 1) / num_bins, as in Guo et al. 2017; a confidence on an edge belongs
-    to the lower bin, and 0 to the first.
+    to the lower bin, and 0 to the first. Both are compared in float32, in which confidences are stored.
     """
-    edges = np.arange(num_bins + 1) / num_bins
-    return (np.searchsorted(edges, confidence, side="left") - 1).clip(0)
+    edges = (np.arange(num_bins + 1) / num_bins).astype(np.float32)
+    return (np.searchsorted(edges, confidence.astype(np.float32), side="left") - 1).clip(0)
 
 
 def expected_calibration_error(given: Answers, num_bins: int = NUM_BINS) -> float:
@@ -103,7 +105,7 @@ def set_metrics(given: Answers) -> dict[str, Any]:
     return {
         "num_images": len(given),
         "accuracy": float(given.correct.mean()),
-        "top5": float((given.true_rank < 5).mean()),
+        "top5": float((given.rank > 0).mean()),
         "mean_class_accuracy": math.fsum(by_class.values()) / len(by_class),
         "worst_class": {"index": worst, "accuracy": by_class[worst]},
         "nll": float(given.nll.mean()),

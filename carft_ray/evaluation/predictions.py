@@ -1,9 +1,10 @@
 """Results per image as Arrow tables; every accuracy in the product is derived from them.
 
 A row is one image of one set, seen by one model (one ``alpha``). A table may hold several sets and several alphas.
-What is kept of the logits is enough for the metrics (``metrics``) without the images or the model.
+What is kept of the logits is enough for the metrics (``metrics``) without the images or the model. It is made where the
+model computes (``training.evaluate``).
 
-Shape letters: N images of a set, C classes, R tables that are compared.
+Shape letters: N images of a set, R tables that are compared.
 """
 
 import io
@@ -20,7 +21,9 @@ from carft_ray import files
 from carft_ray.data.source import IdArray, IntArray
 from carft_ray.errors import DataError, DivergedError, Problem, StorageError
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+LAST_RANK = 5
+OF_LOGITS = ("prediction", "rank", "confidence", "nll", "sum_p2")
 
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
@@ -33,79 +36,44 @@ SCHEMA = pa.schema(
         ("sample_id", pa.uint64()),
         ("label", pa.int32()),
         ("prediction", pa.int32()),
-        ("rank", pa.int32()),  # classes that come before the true one; 0 is a right answer
-        ("confidence", pa.float64()),  # max_c p_c, with p the softmax of the logits z
-        ("nll", pa.float64()),  # -log p_true, in nats
-        ("brier", pa.float64()),  # sum_c (p_c - y_c)^2 = 1 - 2 p_true + sum_c p_c^2
+        ("rank", pa.int8()),  # place of the true class by logit, from 1; 0 where it is none of the first LAST_RANK
+        ("confidence", pa.float32()),  # max_c p_c, with p the softmax of the logits
+        ("nll", pa.float32()),  # -log p_true, in nats
+        ("sum_p2", pa.float32()),  # sum_c p_c^2
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
 
 
 def predictions_table(
-    set_name: str,
-    alpha: float,
-    sample_ids: IdArray,
-    labels: IntArray,
-    logits_NC: npt.NDArray[np.float32],
-    groups: Sequence[Sequence[int]] | None = None,
+    set_name: str, alpha: float, sample_ids: IdArray, labels: IntArray, answers_N5: FloatArray
 ) -> pa.Table:
     """Returns the results of one model on N images of one set, in the order given.
-
-    The prediction is the class with the largest logit; equal logits are ordered by class index, so the result does
-    not depend on batch size or machine. Probabilities are taken in float64 with the largest logit subtracted.
 
     Args:
         set_name: Role or name of the set.
         alpha: Mixing coefficient of the model.
         sample_ids: Stable ids, uint64 [N].
-        labels: True classes, [N], each in 0 .. C - 1.
-        logits_NC: Class logits, [N, C], as float32. N may be 0 (an empty part of a sharded evaluation).
-        groups: Classes between which the images are classified, where these are not all: a group scores the largest
-            logit of its classes and is named by its first class (``ImageSet.groups``). All other logits are ignored,
-            in the probabilities too.
+        labels: True classes, [N]. N may be 0 (an empty part of a sharded evaluation).
+        answers_N5: The columns ``OF_LOGITS`` (``training.answers``); ``nll`` is NaN where logits are not finite.
 
     Raises:
         DivergedError: A logit is not finite.
-        ValueError: With groups, a label is no first class.
     """
-    logits_NC, labels = np.asarray(logits_NC, np.float32), np.asarray(labels, np.int64)
-    num_samples, num_classes = logits_NC.shape
-    if not np.isfinite(logits_NC).all():
-        bad = int((~np.isfinite(logits_NC)).any(axis=1).sum())
-        rule = f"class logits must be finite, but those of {bad} of {num_samples} images are not"
+    num_images, bad = len(answers_N5), int(np.isnan(answers_N5[:, OF_LOGITS.index("nll")]).sum())
+    if bad:
+        rule = f"class logits must be finite, but those of {bad} of {num_images} images are not"
         step = "The training has diverged; try a lower learning_rate."
         raise DivergedError(Problem(f"{set_name} at alpha {alpha:g}", rule, next_step=step))
-
-    named_G = np.arange(num_classes)  # class by which a column is named
-    columns_N = labels
-    if groups is not None:
-        named_G = np.array([group[0] for group in groups], np.int64)
-        column_of = np.full(num_classes, -1)
-        column_of[named_G] = np.arange(len(groups))
-        columns_N = column_of[labels]
-        if (columns_N < 0).any():
-            raise ValueError("labels must be the first class of a group")
-        logits_NC = np.stack([logits_NC[:, list(group)].max(axis=1) for group in groups], axis=1)
-    true_N1 = np.take_along_axis(logits_NC, columns_N[:, None], axis=1)
-    is_before_NC = (logits_NC == true_N1) & (np.arange(len(named_G)) < columns_N[:, None])
-    rank_N = ((logits_NC > true_N1) | is_before_NC).sum(axis=1)
-    largest_N = logits_NC.max(axis=1).astype(np.float64)
-    odds_NC = np.exp(logits_NC - largest_N[:, None])  # p_c over the largest p
-    log_sum_exp_N = largest_N + np.log(odds_NC.sum(axis=1))
-    log_sum_exp_2_N = 2 * largest_N + np.log((odds_NC * odds_NC).sum(axis=1))  # log sum_c exp(2 z_c)
-    nll_N = log_sum_exp_N - true_N1[:, 0].astype(np.float64)
-    brier_N = 1 - 2 * np.exp(-nll_N) + np.exp(log_sum_exp_2_N - 2 * log_sum_exp_N)
     columns = [
-        pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_samples, np.int32)), pa.array([set_name])),
-        pa.array(np.full(num_samples, alpha, np.float64)),
+        pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_images, np.int32)), pa.array([set_name])),
+        pa.array(np.full(num_images, alpha, np.float64)),
         pa.array(np.asarray(sample_ids, np.uint64)),
-        pa.array(labels.astype(np.int32)),
-        pa.array(named_G[logits_NC.argmax(axis=1)].astype(np.int32)),
-        pa.array(rank_N.astype(np.int32)),
-        pa.array(np.minimum(np.exp(largest_N - log_sum_exp_N), 1.0)),
-        pa.array(np.maximum(nll_N, 0.0)),
-        pa.array(np.maximum(brier_N, 0.0)),
+        pa.array(np.asarray(labels, np.int32)),
+        *(
+            pa.array(answers_N5[:, place].astype(SCHEMA.field(name).type.to_pandas_dtype()))
+            for place, name in enumerate(OF_LOGITS)
+        ),
     ]
     return pa.table(columns, schema=SCHEMA)
 
@@ -210,7 +178,9 @@ def write_predictions(path: Path, table: pa.Table) -> None:
         StorageError: The file cannot be written.
     """
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    plain = [field.name for field in SCHEMA if not pa.types.is_float32(field.type)]
+    split = [name for name in OF_LOGITS if name not in plain]  # hardly a float is there twice, but its first bytes are
+    pq.write_table(table, buffer, compression="zstd", use_dictionary=plain, use_byte_stream_split=split)
     files.write_bytes(path, buffer.getvalue())
 
 

@@ -9,6 +9,7 @@ With gradient checkpointing another one fits: its key ends in ``, checkpointed``
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def memory_failure(
         files.write_json(folder / MICRO_BATCH, {name: size for name, size in found.items() if name != key})
     decisive = [f"{name} {values[name]}" for name in MEMORY_FIELDS if name in values]
     if decisive:
-        return Failure("error", f"out of memory with {', '.join(decisive)}: {error.problems[0].rule}", attempt)
+        problem = replace(error.problems[0], value="", next_step="")
+        return Failure("error", f"out of memory with {', '.join(decisive)}: {problem}", attempt)
     return Failure("fatal", str(error), attempt, error.exit_code)
 
 

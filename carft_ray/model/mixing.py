@@ -46,7 +46,10 @@ def mix_weights(zero_shot_state: State, fine_tuned_state: State, alpha: float) -
 
 @torch.no_grad()
 def _mix(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> None:
-    """Mixes into the tensors of ``mixed``."""
+    """Mixes into the tensors of ``mixed``, beside which nothing of the size of a model is made on their device.
+
+    ``zero_shot`` is on that device, ``fine_tuned`` may be on another.
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"0 <= alpha <= 1 must hold, but got alpha={alpha}")
     odd = sorted(zero_shot.keys() ^ fine_tuned.keys()) or [
@@ -55,19 +58,22 @@ def _mix(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> Non
     if odd:
         raise ValueError(f"both states must have the same names and shapes, but these differ: {', '.join(odd[:5])}")
     for name, start in zero_shot.items():
-        end = fine_tuned[name]
-        if not start.is_floating_point() or alpha == 0 or torch.equal(start, end):
-            mixed[name].copy_(start)
-        elif alpha == 1:
-            mixed[name].copy_(end)
-        else:
-            torch.mul(start, 1 - alpha, out=mixed[name]).add_(alpha * end)
+        into = mixed[name]
+        if not start.is_floating_point() or alpha == 0:
+            into.copy_(start)
+            continue
+        into.copy_(fine_tuned[name])
+        if torch.equal(start, into):
+            into.copy_(start)  # the sign of a zero, too
+        elif alpha < 1:
+            torch.lerp(start, into, alpha, out=into)
 
 
 class Mixtures:
     """The mixtures of one training, one after the other in the same classifier.
 
-    Outside of ``between`` the classifier shares the weights of ``clip`` and takes no memory of its own.
+    Outside of ``between`` the classifier shares the weights of ``clip`` and takes no memory of its own. Within, a GPU
+    holds the classifier and one copy of the zero-shot weights.
 
     Args:
         clip: The model that training starts from.
@@ -91,18 +97,18 @@ class Mixtures:
         """Gives a function that mixes the weights at an alpha and returns the classifier, the same one each time.
 
         Args:
-            fine_tuned: The state at alpha 1.
+            fine_tuned: The state at alpha 1, on the CPU or the device.
         """
-        states = self.zero_shot, fine_tuned
-        start, end = ({name: tensor.to(self._device) for name, tensor in state.items()} for state in states)
-        self._classifier.load_state_dict({name: tensor.clone() for name, tensor in start.items()}, assign=True)
-        arranged(self._classifier)
-
-        def at(alpha: float) -> ImageClassifier:
-            _mix(self._classifier.state_dict(), start, end, alpha)
-            return self._classifier
-
         try:
+            start = {name: tensor.to(self._device) for name, tensor in self.zero_shot.items()}
+            self._classifier.load_state_dict({name: tensor.clone() for name, tensor in start.items()}, assign=True)
+            arranged(self._classifier)
+            mixed = self._classifier.state_dict()
+
+            def at(alpha: float) -> ImageClassifier:
+                _mix(mixed, start, fine_tuned, alpha)
+                return self._classifier
+
             yield at
         finally:
             self._classifier.load_state_dict(self.zero_shot, assign=True)

@@ -33,6 +33,7 @@ TEXTS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
+MIXING = "mixing"  # names the place
 NO_PRIMITIVE = "could not create a primitive"  # of oneDNN, all that it says; another cause has more words
 
 
@@ -54,7 +55,15 @@ def micro_batch_of(train: TrainConfig, num_workers: int) -> int:
 def explained_shortage(
     what: str, num_images: int, image_size: int, device: "torch.device", micro_batch: int = 0
 ) -> Iterator[None]:
-    """Turns running out of memory into an ``OutOfMemoryError`` that says how many images of which size did not fit."""
+    """Turns running out of memory into an ``OutOfMemoryError`` that says what did not fit.
+
+    Args:
+        what: Names the place.
+        num_images: That are computed at a time; 0 where weights alone are copied.
+        image_size: Side of an image in pixels.
+        device: Where.
+        micro_batch: Of the error.
+    """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -113,8 +122,9 @@ def free_device() -> None:
 
 
 def shortage(what: str, num_images: int, image_size: int, device: "torch.device") -> Problem:
-    """Returns the message that a batch of images does not fit into the memory there is."""
+    """Returns the message that a batch of images, or without one a copy of weights, does not fit into memory."""
     rule = f"{counted(num_images, 'image')} of {image_size} x {image_size} pixels at a time"
+    rule = rule if num_images else "two more copies of the model's weights"
     step = "Free memory of the device, or take a larger one or a smaller model; then run the same command again."
     value = f"too little on the device {device}"
     if device.type == "cuda":

@@ -41,7 +41,7 @@ from carft_ray.training.checkpoint import load_tensors, save_tensors
 from carft_ray.training.evaluate import predict_all, subset
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.origin import shared_origin, training_environment
-from carft_ray.training.out_of_memory import explained_shortage, micro_batch_of
+from carft_ray.training.out_of_memory import MIXING, explained_shortage, free_device, micro_batch_of
 from carft_ray.training.own_function import OwnFunction, on_node, source_of
 from carft_ray.training.own_training import OwnInputs, own_fine_tune
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
@@ -143,7 +143,8 @@ def run_training(
     Raises:
         StoppedRun: Stopped on request, after a checkpoint; before the first step, without one.
         DivergedError: The loss is not finite, or the ID accuracy is at chance at every alpha above 0.
-        OutOfMemoryError: The micro-batch, or a single image, does not fit into the device's memory.
+        OutOfMemoryError: The device has no memory for the micro-batch; in an evaluation, for a single image or for the
+            weights that are mixed.
         MachineError: A rank does not see the files from which rank 0 resumes.
         CarftError: As its message says.
     """
@@ -153,7 +154,8 @@ def run_training(
     torch.set_num_threads(recipe.resources.threads_per_worker)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
-    mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
+    with explained_shortage(MIXING, 0, 0, device_of(recipe)):
+        mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
     store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
     if recipe.train.function is not None:
         function = function or on_node(recipe.train.function, recipe.train.function_dir)
@@ -200,10 +202,10 @@ class _Training:
     function: OwnFunction | None = None
 
     @contextlib.contextmanager
-    def looks(self, fine_tuned: dict[str, Tensor], sets: Sequence[ImageSet]) -> Iterator[At]:
-        """Gives what makes the predictions for ``sets`` at an alpha."""
+    def looks(self, state: Callable[[], dict[str, Tensor]], sets: Sequence[ImageSet]) -> Iterator[At]:
+        """Gives what makes the predictions for ``sets`` at an alpha, between zero-shot and the state."""
         batch_size = self.recipe.evaluate.batch_size
-        with self.mixtures.between(fine_tuned) as mixed:
+        with explained_shortage(MIXING, 0, 0, device_of(self.recipe)), self.mixtures.between(state()) as mixed:
             yield lambda alpha: predict_all(mixed(alpha), sets, alpha, batch_size, self.context)
 
 
@@ -211,7 +213,8 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
     """Makes the alpha curve and writes its predictions; returns the part of the result that they give."""
     recipe, inputs, spec = training.recipe, training.inputs, objective_spec(training.recipe)
     bounds, start = stored_limits(recipe.search.constraints, prepared_dir), prepared_dir / layout.ZERO_SHOT_TABLE
-    with training.looks(fine_tuned, inputs.validation) as at:
+    free_device()  # of what the training held
+    with training.looks(lambda: fine_tuned, inputs.validation) as at:
         tables = measure_curve(recipe, read_predictions(start), at)
     table, curve = concat(list(tables.values())), curve_points(tables, spec, bounds)
     at_chance = alphas_at_chance(tables, spec.id_set)
@@ -244,7 +247,7 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
     def on_epoch(state: Callable[[], dict[str, Tensor]], epoch: int) -> Metrics:
         if not has_intermediate_value(every, pruner, epoch, recipe.train.epochs):
             return {}
-        with training.looks(state(), small) as at:
+        with training.looks(state, small) as at:
             found = [{"alpha": alpha, **metrics_at(at(alpha), spec, alpha)} for alpha in alphas]
         best = max(found, key=lambda metrics: metrics["objective"])
         return {f"subset/{name}": value for name, value in best.items() if "/" not in name}

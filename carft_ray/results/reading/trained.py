@@ -27,6 +27,7 @@ from carft_ray.results.reading.finished import open_finished
 from carft_ray.study.outcome import TrialRow, file_of, result_of
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import predict_all
+from carft_ray.training.out_of_memory import MIXING, explained_shortage
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted
@@ -61,9 +62,10 @@ class Trained:
         """Gives ``mixing.Mixtures.between`` of the training's two models, on the device of the recipe."""
         recipe = self.recipe
         torch.set_num_threads(recipe.resources.threads_per_worker)
-        mixtures = Mixtures(self.inputs.clip, self.class_head_CD, recipe.train, device_of(recipe))
-        with mixtures.between(self.fine_tuned) as mixed:
-            yield mixed
+        with explained_shortage(MIXING, 0, 0, device_of(recipe)):
+            mixtures = Mixtures(self.inputs.clip, self.class_head_CD, recipe.train, device_of(recipe))
+            with mixtures.between(self.fine_tuned) as mixed:
+                yield mixed
 
     def classifier(self, alpha: float) -> ImageClassifier:
         """Returns a copy of the model mixed at ``alpha``, in eval mode."""

@@ -1,0 +1,95 @@
+"""Evaluation of a set: what leaves the device, and what it takes of a worker's memory."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ArraySource
+from test_towers import make_resnet_clip, settings
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from carft_ray.data.source import ImageSet
+from carft_ray.evaluation.predictions import OF_LOGITS
+from carft_ray.model.classifier import build_classifier
+from carft_ray.training import evaluate
+from carft_ray.training.evaluate import predict, predict_all
+from carft_ray.training.run_context import RunContext
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+PROGRAM = Path(__file__).parent / "evaluation_memory.py"
+
+
+class Left(TorchDispatchMode):
+    """Notes the bytes of each tensor that leaves the device ``meta``, which stands for a GPU, for the host.
+
+    The host gets zeros. What needs a value in another way, as ``numpy``, ``nonzero`` and a mask as an index do, is an
+    error of this device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.name()
+        there = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor) and each.device == META]
+        if there and (name.startswith("aten::_local_scalar_dense") or CPU in tree_leaves((args[1:], kwargs))):
+            self.bytes += [each.nbytes for each in there]
+            return 0 if name.startswith("aten::_local") else torch.zeros(there[0].shape, dtype=there[0].dtype)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta(images, positions, device, ahead):
+    yield lambda batch: torch.from_numpy(images[batch]).to(device)
+
+
+def set_of(side, groups=None, number=22):
+    source = ArraySource(num_images=number, size=side)
+    labels = np.zeros(number, np.int64) if groups else source.labels
+    return ImageSet("id_val", source.images, labels, source.sample_ids, groups)
+
+
+def test_what_a_device_gives_back_is_noted():
+    with Left() as left:
+        total = torch.ones(3, device=META).sum()
+        assert total.item() == 0
+        assert total.double().cpu().tolist() == 0
+        assert torch.ones(2, device=META).tolist() == [0, 0]
+        assert not total
+    assert left.bytes == [4, 8, 8, 4]
+    for asks in (torch.Tensor.numpy, torch.Tensor.nonzero, lambda ones: ones[ones > 0], lambda ones: ones.equal(ones)):
+        with Left(), pytest.raises((RuntimeError, TypeError)):
+            asks(torch.ones(3, device=META))
+
+
+@pytest.mark.parametrize("groups", [None, ((0, 3), (2,))])
+def test_nothing_waits_for_a_batch_and_an_image_leaves_40_bytes(tiny_clip, heads, monkeypatch, groups):
+    monkeypatch.setattr(evaluate, "images_ahead", on_meta)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
+    for clip, class_head_CD, side in ((tiny_clip, heads[0], 16), (make_resnet_clip(), torch.eye(5, 16), 32)):
+        classifier = build_classifier(clip, class_head_CD, settings(), CPU).to(META)
+        with Left() as left:
+            table = predict_all(classifier, [set_of(side, groups)] * 2, 0.5, 4, RunContext())
+        assert left.bytes == [22 * 8 * len(OF_LOGITS)] * 2  # one copy at the end of each set
+        assert len(table) == 44
+
+
+def test_labels_of_a_set_of_groups_must_be_their_first_classes(tiny_clip, heads):
+    classifier = build_classifier(tiny_clip, heads[0], settings(), CPU)
+    with pytest.raises(ValueError, match="first class of a group"):
+        predict(classifier, set_of(16, ((1, 0), (2,))), 0.5, 4, RunContext())
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_images_times_classes():
+    """Of 1,500 images, 4,000 classes, 2,000 groups; all logits are 24 MB, softmax over them in float64 150 more."""
+    words = [sys.executable, str(PROGRAM), "1500", "4000", "2000"]
+    found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+    assert found["bytes"] < 20e6

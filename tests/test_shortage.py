@@ -1,0 +1,78 @@
+"""What a study says where memory runs out in an evaluation: in a look within a training, and at its end."""
+
+import pytest
+import short_training
+import torch
+
+from carft_ray.errors import CarftError
+from carft_ray.launch.runs.search import run_search
+from carft_ray.model import classifier, mixing
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.study.rows import trials
+from carft_ray.training import evaluate, run
+
+pytestmark = pytest.mark.slow
+
+
+def short(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def search(folder, *overrides):
+    always = [f"data.cache_dir={folder / 'cache'}", "resources.executor=debug", "search.trials=1", "train.epochs=2"]
+    recipe = load_recipe(short_training.make(folder), [*always, *overrides])
+    run_search(recipe, folder / "study")
+
+
+def in_forward(monkeypatch):
+    """Every forward pass of an evaluation of mixed weights; the preparation's, of alpha 0, is none."""
+    real = evaluate.predict_all
+
+    def call(model, sets, alpha, *rest):
+        with monkeypatch.context() as patches:
+            if alpha > 0:
+                patches.setattr(evaluate, "answers", short)
+            return real(model, sets, alpha, *rest)
+
+    monkeypatch.setattr(run, "predict_all", call)
+
+
+PLACES = {
+    "forward": (in_forward, "evaluation: 1 image of 16 x 16 pixels at a time must fit into memory"),
+    "mixing": (lambda patches: patches.setattr(torch, "lerp", short), "mixing: two more copies of the model's weights"),
+    "copy to the device": (
+        lambda patches: patches.setattr(mixing, "arranged", short),
+        "mixing: two more copies of the model's weights",
+    ),
+    "copy of the state": (
+        lambda patches: patches.setattr(classifier.ImageClassifier, "state", short),
+        "mixing: two more copies of the model's weights",
+    ),
+}
+CASES = [(place, every) for place in PLACES for every in (0, 1) if (place, every) != ("copy of the state", 0)]
+
+
+@pytest.mark.parametrize(("place", "every_epochs"), CASES)
+def test_a_shortage_of_an_evaluation_is_named_and_not_taken_for_another(tmp_path, monkeypatch, place, every_epochs):
+    patch, text = PLACES[place]
+    patch(monkeypatch)
+    with pytest.raises(CarftError) as caught:
+        search(tmp_path, f"evaluate.every_epochs={every_epochs}")
+    assert text in str(caught.value)
+    assert "too little on the device cpu" in str(caught.value)
+    assert caught.value.exit_code == 5
+    assert not (tmp_path / "study" / "fits.json").exists()
+
+
+def test_an_evaluation_takes_half_until_it_fits(tmp_path, monkeypatch):
+    real, sizes = evaluate.answers, []
+
+    def tight(logits_BC, labels_B):
+        sizes.append(len(logits_BC))
+        return short() if len(logits_BC) > 4 else real(logits_BC, labels_B)
+
+    monkeypatch.setattr(evaluate, "answers", tight)
+    search(tmp_path, "evaluate.every_epochs=1")
+    assert [(row.outcome, row.attempt) for row in trials(tmp_path / "study")] == [("complete", 1)]
+    assert {15, 7, 3} <= set(sizes)
+    assert not (tmp_path / "study" / "fits.json").exists()
