@@ -300,7 +300,10 @@ class Driver:
 
     def _read_post(self, attempt: _Attempt) -> None:
         try:
-            for kind, value in self.exchange.records(attempt.spec.training, attempt.spec.attempt):
+            records = self.exchange.records(attempt.spec.training, attempt.spec.attempt)
+            if records:
+                self.study.log.check()  # the files are those of whoever holds the study
+            for kind, value in records:
                 if kind == "log":
                     append_log(attempt.spec.folder(self.study.study_dir), value)
                 elif kind == "step":
@@ -352,11 +355,14 @@ class Driver:
     def _report_epochs(self, attempt: _Attempt) -> None:
         rows, attempt.rows = attempt.rows, []
         try:
+            if rows:
+                self.study.log.check()
             for row in rows:
                 if self.study.report(attempt.spec, row):
                     self.exchange.order(attempt.spec.training, attempt.spec.attempt, "cut")
         except Exception as failure:  # raised again by the search
             self._fail(failure)
+            return
         for row in rows:
             self.on_event(events.TrialEpoch(attempt.spec, row))
 
