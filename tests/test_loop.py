@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from tiny import make_tiny_clip
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_ray.data.order import permutation
@@ -390,16 +391,34 @@ class Reads(TorchDispatchMode):
         self.number = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.number += function is torch.ops.aten._local_scalar_dense.default
+        self.number += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.9, "micro_batch": 3}])
+class Copies(TorchFunctionMode):
+    """Counts how often a tensor is turned into what Python or the host reads, in this thread.
+
+    ``numpy`` is not among it: views are made by it, and on a GPU it is refused without ``cpu``.
+    """
+
+    NAMES = ("item", "cpu", "tolist", "__bool__", "__float__", "__int__")
+
+    def __init__(self):
+        super().__init__()
+        self.number = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.number += getattr(function, "__name__", "") in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("values", [{}, {"ema_decay": 0.9, "micro_batch": 3}, {"ema_decay": 0.9, "lora_rank": 2}])
 def test_no_number_is_read_from_the_device_between_two_rows_of_progress(tiny_clip, heads, source, values):
-    with Reads() as reads:
+    with Reads() as reads, Copies() as copied:
         assert float(torch.ones(())) == 1.0
         fine_tune(tiny_clip, *heads, source, settings(batch_size=4, epochs=2, **values))  # 20 steps
     assert reads.number <= 1 + 2  # a row after every tenth step
+    assert copied.number == 1 + 2
 
 
 @pytest.mark.slow

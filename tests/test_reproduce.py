@@ -172,6 +172,29 @@ def test_another_number_ends_with_the_largest_difference_and_no_explanation(here
     }
 
 
+def test_a_gpu_repeats_a_training_within_rounding(here, monkeypatch, capsys):
+    """Where it is not deterministic; the training is one that a CPU has made, under another name."""
+
+    def change(result):
+        result["environment"]["device"] = "NVIDIA H100 80GB HBM3"
+        result["objective"] += 0.001
+
+    change_result(here / "study", "t0000", change)
+    assert run(monkeypatch, "reproduce", here / "study", "t0000", "--json") == 0
+    output = capsys.readouterr()
+    assert json.loads(output.out)["tolerance"] == 0.01
+    assert "report it" not in output.err
+    found = again(here / "study", "0")
+    assert "is reproduced within rounding" in sentence(found)
+    assert "bit for bit" in sentence(found)  # by which key
+    change_result(here / "study", "t0000", lambda result: result.update(objective=result["objective"] + 0.25))
+    assert run(monkeypatch, "reproduce", here / "study", "t0000") == CarftError.exit_code
+    text = capsys.readouterr().err
+    assert "its numbers must differ by at most 0.01, but got 1 that differ (objective)" in text
+    assert "train.deterministic: true" in text
+    assert "report it" not in text
+
+
 def test_a_difference_is_explained_by_what_the_manifest_says_otherwise(here, monkeypatch, capsys):
     change_result(here / "study", "t0000", lambda result: result.update(objective=0.1))
     then = environment.versions()

@@ -52,7 +52,12 @@ def largest_file(size):
 def training(tmp_path_factory):
     """A training that was stopped, resumed, and asked once more when it had finished: folder, recipe, results."""
     folder = tmp_path_factory.mktemp("scalars")
-    overrides = [f"data.cache_dir={folder / 'cache'}", "train.epochs=2", "search.baselines.soft={label_smoothing: 0.1}"]
+    overrides = [
+        f"data.cache_dir={folder / 'cache'}",
+        "train.epochs=2",
+        "evaluate.every_epochs=1",
+        "search.baselines.soft={label_smoothing: 0.1}",
+    ]
     recipe = load_recipe(short_training.make(folder), overrides)
     out = short_training.training_in(folder / "out")
 

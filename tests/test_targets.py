@@ -371,7 +371,7 @@ def test_what_is_kept_of_a_visit_does_not_grow(tiny_clip, heads, images):
     with Targets(tiny_clip, heads[1], images, settings(), CPU) as found:
         order = permutation(0, 0, NUM_IMAGES)
         for first in range(0, NUM_IMAGES, 10):
-            found.of(found.parts(0, order, first, 10))
+            found.of(found.parts(0, order, first, 10), torch.zeros(10))
             assert len(found._live) <= 2
 
 

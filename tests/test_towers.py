@@ -20,6 +20,7 @@ from stand_in import make_recipe
 from test_loop import CPU, largest_difference, plain_fine_tuning, settings, without_speed
 from timm.optim import param_groups_layer_decay
 from tiny import CONFIG, make_tiny_clip
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
@@ -29,7 +30,7 @@ from carft_ray.model import tower
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import wrap_model
 from carft_ray.model.heads import build_heads
-from carft_ray.model.lora import merged_state, trained_weights
+from carft_ray.model.lora import merged_state, plain_name, trained_weights
 from carft_ray.model.mixing import Mixtures, mix_weights
 from carft_ray.model.tower import layer_factors, layer_groups, num_trained, recipe_problems, shape_tower, tower_problems
 from carft_ray.recipe.loading import load_recipe
@@ -176,11 +177,29 @@ def test_lora_gradients_are_those_of_the_whole_matrix_seen_through_the_correctio
     names = [name for name, _ in corrected.named_parameters() if name.endswith(".B")]
     assert len(names) == 2 * len(MATRICES)
     for name in names:
-        holder, kind = name.removesuffix(".0.B").split(".parametrizations.")
         factor_A = corrected.get_parameter(f"{name[:-1]}A")
-        torch.testing.assert_close(
-            corrected.get_parameter(name).grad, 2 * whole[f"{holder}.{kind}"].grad @ factor_A.T, rtol=1e-9, atol=1e-12
-        )
+        expected = 2 * whole[plain_name(name)].grad @ factor_A.T
+        torch.testing.assert_close(corrected.get_parameter(name).grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_no_matrix_of_an_mlp_is_made_anew_or_has_a_gradient_with_lora(tiny_clip, heads, source):
+    classifier = classifier_of(tiny_clip, heads, settings(lora_rank=3))
+    widths = {tuple(p.shape) for name, p in classifier.named_parameters() if ".mlp." in name and p.ndim == 2}
+    made = set()
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and not function.is_view:
+                made.add(tuple(found.shape))
+            return found
+
+    with Shapes():
+        classifier(torch.from_numpy(source.images[:7]))[1].sum().backward()
+    whole = {shape for shape in widths if 3 not in shape}
+    assert len(whole) == 2
+    assert not whole & made
+    assert (96, 32) in made  # of the attention, which reads its matrix
 
 
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
@@ -330,6 +349,15 @@ def test_gradient_checkpointing_of_a_timm_tower_gives_the_gradients_of_none():
         F.cross_entropy(classifier(pixels)[1], torch.tensor([0, 2])).backward()
         gradients.append({name: p.grad for name, p in classifier.named_parameters()})
     assert largest_difference(*gradients) == 0.0
+
+
+def test_a_micro_batch_that_fits_is_remembered_for_what_decides_over_memory(tmp_path):
+    plain = make_recipe(1, train={"batch_size": 64})
+    memory_failure(OutOfMemoryError("short", 64), plain, {}, tmp_path, 1)
+    for values in ({"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}, {"compile": True}):
+        other = plain.model_copy(update={"train": plain.train.model_copy(update=values)})
+        assert fitted(other, tmp_path, 1).train.micro_batch is None
+    assert fitted(plain, tmp_path, 1).train.micro_batch == 32
 
 
 def test_a_micro_batch_that_fits_is_remembered_apart_for_gradient_checkpointing(tmp_path):

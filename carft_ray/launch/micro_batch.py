@@ -5,7 +5,7 @@ training continues from its checkpoint with what is noted. The global batch, and
 
     study_dir/fits.json    {"<model>, <precision>, <device>": largest micro-batch}      a model has one resolution
 
-With gradient checkpointing another one fits: its key ends in ``, checkpointed``.
+Another one fits with gradient checkpointing, a compiled tower, LoRA, frozen layers or an average: the key ends in them.
 """
 
 from collections.abc import Mapping
@@ -76,7 +76,12 @@ def memory_failure(
 def _key(recipe: Recipe) -> str:
     model, train = recipe.model, recipe.train
     parts = [" ".join(filter(None, (model.name, model.pretrained))), train.precision, _device(recipe)]
-    return ", ".join([*parts, *(["checkpointed"] if train.grad_checkpointing else [])])
+    parts += ["checkpointed"] if train.grad_checkpointing else []
+    parts += ["compiled"] if train.compile is True else []
+    parts += [f"LoRA {train.lora_rank}"] if train.lora_rank is not None else []
+    parts += [f"{train.freeze_layers} frozen"] if train.freeze_layers else []
+    parts += ["averaged"] if train.ema_decay is not None else []
+    return ", ".join(parts)
 
 
 def _device(recipe: Recipe) -> str:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from carft_ray.model.clip import Clip
+from carft_ray.model.device import compute_dtype
 from carft_ray.model.lora import merged_state
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 
@@ -153,10 +154,9 @@ def build_classifier(
 ) -> ImageClassifier:
     """Returns the zero-shot classifier that a training starts from, on ``device``, in the precision of the recipe.
 
-    Precision 'auto' is bf16 where the device computes in it natively, else that of the weights.
+    See ``device.compute_dtype``.
     """
-    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    dtype = torch.bfloat16 if train.precision == "bf16" or (train.precision == "auto" and has_bf16) else None
+    dtype = compute_dtype(train, device)
     visual: nn.Module = clip.model.visual  # type: ignore[assignment]  # open_clip is untyped
     classifier = kind(visual, class_head_CD, clip.logit_scale, clip.mean, clip.std, train.head_bias, dtype)
     classifier.to(device=device, dtype=torch.float64 if train.precision == "fp64" else torch.float32)

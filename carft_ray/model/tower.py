@@ -112,14 +112,22 @@ def has_compiler(device: torch.device) -> bool:
     return True
 
 
-def compile_tower(classifier: ImageClassifier, micro_batch: int) -> None:
+def compile_tower(classifier: ImageClassifier, micro_batch: int, grad_checkpointing: bool) -> None:
     """Has the tower of a training compiled at its first step, for passes of ``micro_batch`` images, in place.
 
     A pass of fewer images is filled up with blank ones: one shape is compiled, and the numbers of a training depend
     neither on the step at which it resumes nor on what else the process has compiled.
     """
     torch.compiler.reset()  # a process compiles a function 8 times; then torch computes without a word as it is
-    classifier.fixed_batch = micro_batch
+    # torch splits a compiled tower of several workers, to send gradients early; older releases refuse to do so with
+    # blocks whose activations are computed again (pytorch#104674)
+    torch._dynamo.config.optimize_ddp = not grad_checkpointing
+    compile_passes(classifier, micro_batch)
+
+
+def compile_passes(classifier: ImageClassifier, num_images: int) -> None:
+    """Has a tower compiled at its first pass, for passes of so many images, in place, beside what is compiled."""
+    classifier.fixed_batch = num_images
     classifier.visual.compile(dynamic=False)
 
 

@@ -42,11 +42,14 @@ def rungs(pruner: AnyPruner) -> tuple[int, ...]:
     return tuple(found)
 
 
-def has_intermediate_value(every_epochs: int, pruner: AnyPruner, epoch: int, epochs: int) -> bool:
+def has_intermediate_value(every_epochs: int | None, pruner: AnyPruner, epoch: int, epochs: int) -> bool:
     """Returns whether a training is evaluated on the subset at the end of an epoch.
 
-    It is every ``every_epochs`` epochs (0: never), and at the end of every rung: the first epoch that reaches it.
+    It is every ``every_epochs`` epochs (0: never; None: each where there is a pruner), and at the end of every rung:
+    the first epoch that reaches it.
     """
+    if every_epochs is None:
+        every_epochs = 0 if isinstance(pruner, NoPruner) else 1
     before, now = percent(epoch - 1, epochs), percent(epoch, epochs)
     reached = any(before < rung <= now for rung in rungs(pruner))
     return reached or bool(every_epochs and epoch % every_epochs == 0)

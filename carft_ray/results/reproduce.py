@@ -1,10 +1,12 @@
 """A training repeated from the manifest of its study, and whether the numbers are the same, column by column.
 
 What the manifest says of data and model is checked first, by contents: sets are decoded again, since the cache of
-decoded sets identifies files by size and date only. The training has the same threads and workers.
+decoded sets identifies files by size and date only. The training has the same threads and workers. On a CPU, and with
+``train.deterministic``, every bit must be the same; else a GPU sums in another order each time, and of two trainings
+that rounding has led apart the objective and the points of the curve are compared, within ``TOLERANCE``.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +31,20 @@ from carft_ray.words import counted
 
 # of result.json; all but times and the machine
 COMPARED = ("objective", "alpha", "metrics", "fine_tuned", "curve", "num_images")
+COMPARED_WITHIN = ("objective", "fine_tuned", "curve", "num_images")
+TOLERANCE = 0.01  # a percentage point
 DECODED = "decoded"
 Row = dict[str, float]
 
 
 def sentence(found: Mapping[str, Any]) -> str:
     """Returns that a training is reproduced, in one sentence."""
+    if found["tolerance"]:
+        return (
+            f"{found['title']} is reproduced within rounding: {found['num_numbers']} numbers (objective, curve) differ "
+            f"by at most {found['tolerance']:g}. A GPU sums in another order each time; trainings with "
+            "train.deterministic: true repeat bit for bit."
+        )
     weights = ", and the weights" if found["weights_compared"] else ""
     return (
         f"{found['title']} is reproduced: {found['num_numbers']} numbers (objective, alpha, metrics, curve) and "
@@ -46,16 +56,27 @@ def difference_error(found: Mapping[str, Any]) -> CarftError:
     """Returns the error with the largest difference and what may explain it."""
     differing = found["differences"]
     largest = max(differing, key=lambda each: each["size"] or 0.0)
+    rule = (
+        f"its numbers must differ by at most {found['tolerance']:g}"
+        if found["tolerance"]
+        else "its numbers must be the same"
+    )
     names = ", ".join(each["what"] for each in differing[:8]) + (", ..." if len(differing) > 8 else "")
     value = f"{len(differing)} that differ ({names})"
     value += f"; the largest difference is that of {largest['what']}: {largest['then']} then, {largest['now']} now"
     if largest["size"] is not None:
         value += f" ({largest['size']:.3g})"
     step = "Data, weights, code, versions and hardware are those of the manifest. "
-    step += "A GPU may sum in another order each time; on a CPU, please report it."
+    if found["tolerance"]:
+        step += (
+            f"A GPU sums in another order each time, which seldom explains more than {found['tolerance']:g}: compare "
+        )
+        step += "with trainings of other seeds; those with train.deterministic: true repeat bit for bit."
+    else:
+        step += "Please report it."
     if lines := change_lines(found):
         step = "\n      ".join(["What differs now from the manifest:", *lines])
-    return CarftError(Problem(found["title"], "its numbers must be the same", value, next_step=step))
+    return CarftError(Problem(found["title"], rule, value, next_step=step))
 
 
 def change_lines(found: Mapping[str, Any]) -> list[str]:
@@ -85,11 +106,11 @@ def reproduce(
         report: Given the metrics of every epoch.
 
     Returns:
-        Plain data: ``same``: whether everything is, bit for bit; ``title`` of the training, ``num_numbers`` of
-        ``result.json`` and ``num_predictions`` that were compared, ``weights_compared``: whether the study still had
-        them; ``differences``, the numbers first: ``what`` (a dotted name), ``then``, ``now``, ``size`` (largest
-        absolute difference; None where there is none to take); ``changes`` from the manifest: ``key``, ``then``,
-        ``now``.
+        Plain data: ``same``: whether everything is, within ``tolerance`` (0: bit for bit); ``title`` of the training,
+        ``num_numbers`` of ``result.json`` and ``num_predictions`` that were compared, ``weights_compared``: whether
+        the weights were, which the study may not have kept; ``differences``, the numbers first: ``what`` (a dotted
+        name), ``then``, ``now``, ``size`` (largest absolute difference; None where there is none to take);
+        ``changes`` from the manifest: ``key``, ``then``, ``now``.
 
     Raises:
         DataError: Images or weights are not those of the manifest; names the sets.
@@ -156,13 +177,18 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
 
 def _compared(finished: Finished, then: pa.Table, again: Finished) -> dict[str, Any]:
     """Compares a training, whose predictions were ``then``, with itself repeated."""
-    old, new = _numbers(result_of(finished.folder, finished.row) or finished.result), _numbers(again.result)
-    found = [_difference(key, was, value, _size(was, value)) for key, was, value in differences(old, new)]
-    found += table_differences(then, again.predictions())
-    with_weights = finished.weights_path.is_file() and again.weights_path.is_file()
+    where = finished.result.get("environment", {})
+    device = where.get("device") or finished.provenance["preparation"]["device"]
+    tolerance = 0.0 if device == "cpu" or finished.recipe.train.deterministic else TOLERANCE
+    compared = COMPARED_WITHIN if tolerance else COMPARED
+    old = _numbers(result_of(finished.folder, finished.row) or finished.result, compared)
+    found = [_difference(*each, _size(*each[1:])) for each in differences(old, _numbers(again.result, compared))]
+    found = [each for each in found if each["size"] is None or each["size"] > tolerance]
+    if not tolerance:
+        found += table_differences(then, again.predictions())
+    with_weights = not tolerance and finished.weights_path.is_file() and again.weights_path.is_file()
     if with_weights:
         found += _weights_differences(load_tensors(finished.weights_path), load_tensors(again.weights_path))
-    where = finished.result.get("environment", {})
     changes = changes_since(finished.provenance, where)
     sources = [each.get("function_source") for each in (where, again.result.get("environment", {}))]
     if sources[0] != sources[1]:
@@ -171,7 +197,8 @@ def _compared(finished: Finished, then: pa.Table, again: Finished) -> dict[str, 
         "same": not found,
         "title": finished.title,
         "num_numbers": len(leaves(old)),
-        "num_predictions": len(then),
+        "num_predictions": 0 if tolerance else len(then),
+        "tolerance": tolerance,
         "weights_compared": with_weights,
         "differences": found,
         "changes": [{"key": key, "then": was, "now": value} for key, was, value in changes],
@@ -195,9 +222,9 @@ def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[
     return differences(then, now)
 
 
-def _numbers(result: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(result: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
     """Returns what is compared of a result; points of the curve by their alpha."""
-    parts = {key: result[key] for key in COMPARED if key in result}
+    parts = {key: result[key] for key in keys if key in result}
     if "curve" in parts:
         parts["curve"] = {f"{point['alpha']:g}": point for point in parts["curve"]}
     return parts

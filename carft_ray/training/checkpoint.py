@@ -42,8 +42,8 @@ class Checkpoint:
         step: Updates done.
         weights: ``state_dict`` of the classifier; with LoRA matrices and corrections apart.
         optimizer: Tensors of the optimizer, ``<parameter index>.<key>``.
-        position: Seed, and the running sums of the epoch's metrics. Order, views and torch's generator are functions of
-            (seed, step), so step and seed are also the sampler's position and the random state.
+        position: Seed, and the running sums of the epoch's metrics. Order and views are functions of (seed, step) and
+            nothing else is drawn, so step and seed are also the sampler's position and the random state.
         average: Average of the weights over the steps; empty where none is taken.
         name: Of one that was read: its folder below that of all checkpoints.
     """

@@ -104,6 +104,8 @@ class _Learner:
 
     def __post_init__(self) -> None:
         self.parameters = list(self.classifier.parameters())
+        # LoRA's are merged anew after each step, the others are the parameters themselves
+        self.weights = trained_weights(self.classifier) if self.average and self.train.lora_rank is None else None
 
     def state(self) -> dict[str, Tensor]:
         return {**self.classifier.state(), **copies(self.average)}
@@ -111,28 +113,18 @@ class _Learner:
     def update(self, loss: Loss, targets: Targets, model: nn.Module, batch: Batch, num_steps: int) -> Tensor:
         """Makes one step; returns the sums of ``Loss.backward`` and the norm of the gradient, [4]."""
         batch_size = batch.size
-        self._seed()
         with _explained(self.step + 1, num_steps):
             factor = self.context.world_size / batch_size
-            target_BT = targets.of(batch.parts)
+            target_BT = targets.of(batch.parts, batch.pixels_BHWC)
             sums = loss.backward(model, batch.pixels_BHWC, batch.labels_B, target_BT, factor)
             grad_norm = clip_gradients(self.parameters, self.train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if self.train.ema_decay is not None:
-            update_average(self.average, trained_weights(self.classifier), self.train.ema_decay, self.step)
+            weights = self.weights or trained_weights(self.classifier)
+            update_average(self.average, weights, self.train.ema_decay, self.step)
         return torch.cat([sums, (grad_norm * batch_size / self.context.world_size).double().view(1)])
-
-    def _seed(self) -> None:
-        """Seeds what towers draw from, as some drop patches, by the step alone, which makes resuming exact.
-
-        ``torch.manual_seed`` seeds devices that are not there, too, and notes the stack for each: a millisecond.
-        """
-        seed = (self.train.seed * 1_000_003 + self.step * 1_009 + self.context.rank) % 2**63
-        torch.default_generator.manual_seed(seed)
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch has no types there
-            torch.cuda.manual_seed(seed)
 
     def save(self) -> None:
         """Copies what a checkpoint holds, which is written beside the next steps."""
@@ -225,7 +217,7 @@ def fine_tune(
 
     With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one at the end of
     every epoch, after each ``checkpoint_every`` and when it is stopped; the result is that of an uninterrupted
-    training, bit for bit on a CPU, up to rounding on a GPU.
+    training, bit for bit on a CPU, up to rounding on a GPU without deterministic algorithms (``device.set_up``).
 
     Args:
         clip: The model to start from; it is not changed.
@@ -261,12 +253,13 @@ def fine_tune(
     learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, writer)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
+    micro_batch = micro_batch_of(train, context.world_size)
     if train.compile is True:
-        compile_tower(classifier, micro_batch_of(train, context.world_size))
+        compile_tower(classifier, micro_batch, train.grad_checkpointing)
     model: nn.Module = classifier
     if context.world_size > 1:
         model = DistributedDataParallel(classifier, broadcast_buffers=False, gradient_as_bucket_view=True)
-    with Targets(clip, context_head_TD, source, train, device, target_store) as targets, writer:
+    with Targets(clip, context_head_TD, source, train, device, target_store, micro_batch) as targets, writer:
         _train(learner, model, targets, on_epoch, num_threads)
     return learner.state()
 

@@ -126,8 +126,17 @@ def upload(arrays: Iterable[npt.NDArray[Any]], stream: "torch.cuda.Stream | None
     if stream is None:
         return Upload(tensors, None)
     with torch.cuda.stream(stream):  # memory on the device is of this stream, too: nothing else writes into it
-        there = tuple(tensor.pin_memory().to(stream.device, non_blocking=True) for tensor in tensors)
+        there = tuple(_pinned(tensor).to(stream.device, non_blocking=True) for tensor in tensors)
         return Upload(there, stream.record_event())
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    """Returns a copy in pinned memory. NumPy makes it, in this thread: torch would share it out over as many threads
+    as it computes with, of its own for each thread that loads.
+    """
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    np.copyto(pinned.numpy(), tensor.numpy())
+    return pinned
 
 
 def arrived(uploaded: Upload) -> tuple[Tensor, ...]:

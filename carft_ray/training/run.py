@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from carft_ray import files, layout
@@ -30,7 +29,7 @@ from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, select, write_predictions
 from carft_ray.model.classifier import build_classifier
-from carft_ray.model.device import device_of, gpu_names
+from carft_ray.model.device import device_of, gpu_names, precision_words, set_up
 from carft_ray.model.heads import cached_heads
 from carft_ray.model.mixing import Mixtures
 from carft_ray.model.tower import compiles, recipe_problems
@@ -80,7 +79,7 @@ def prepare(
         CarftError: As its message says.
     """
     say = on_progress or logger.info
-    torch.set_num_threads(recipe.resources.threads_per_worker)
+    set_up(recipe)
     say("opening model and sets")
     inputs = opened or load_shared_inputs(recipe, prepared_dir=folder)
     if problems := recipe_problems(inputs.clip.model.visual, recipe):  # type: ignore[arg-type]  # open_clip is untyped
@@ -96,6 +95,8 @@ def prepare(
         heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
         with files.new_file(folder / layout.HEADS) as temporary:
             save_tensors(temporary, heads)
+        if words := precision_words(recipe.train, device):
+            logger.warning("train.precision: %s", words)
         say("evaluating zero-shot")
         classifier = build_classifier(clip, heads["class_head"], recipe.train, device)
         table = predict_all(classifier, inputs.validation, 0.0, recipe.evaluate.batch_size, RunContext())
@@ -151,7 +152,7 @@ def run_training(
     place = out_dir / f"{layout.ATTEMPT}{attempt}"
     trained = from_rank_0(context, lambda: left(out_dir, layout.WEIGHTS))
     started = time.perf_counter()
-    torch.set_num_threads(recipe.resources.threads_per_worker)
+    set_up(recipe)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
     with explained_shortage(MIXING, 0, 0, device_of(recipe)):

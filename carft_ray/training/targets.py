@@ -6,6 +6,10 @@ its bits depend neither on batch size, rank and number of workers, nor on who as
 values whether it has computed or read them, and whether anything is stored: on one kind of device they are the same,
 bit for bit. The frozen tower is built at the first block that is not stored.
 
+A GPU that neither reads nor stores them computes them for the images of a batch, which lie there already, in passes of
+the micro-batch and compiled where the other tower is: nobody else sees them, and no bit is promised there but with
+``train.deterministic``.
+
 A visit is one file of the cache, ``STORE/visit-0003``; block b stands at a multiple of the size of a block: 8 bytes, a
 hash of its place and content, then float16 [images, contexts], little-endian. Nothing is flushed or locked: a block
 that is missing, half written or damaged does not have its hash, and is computed again. Two that write a block write the
@@ -35,7 +39,8 @@ from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.clip import Clip, model_key
-from carft_ray.model.device import computed_on
+from carft_ray.model.device import compute_dtype, computed_on
+from carft_ray.model.tower import compile_passes
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training.losses import context_distribution
 from carft_ray.training.prefetch import MakeViews, Upload, arrived, copy_stream, upload
@@ -85,14 +90,19 @@ def store_dir(
     """
     head_TD = context_head_TD.contiguous().cpu()
     head = hashlib.blake2b(head_TD.numpy().tobytes(), digest_size=16).hexdigest()
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    dtype = str(compute_dtype(train, device))
     parts = [
         [FORMAT_VERSION, BLOCK, source_key, environment.versions_of(("torch", "open_clip_torch", "timm"))],
         [model_key(clip), clip.image_size, clip.mean, clip.std, head, str(head_TD.dtype), len(head_TD)],
-        [VIEW_VERSION, train.seed, train.crop_scale, train.context_scale or clip.logit_scale, train.precision, bf16],
+        [VIEW_VERSION, train.seed, train.crop_scale, train.context_scale or clip.logit_scale, train.precision, dtype],
         [device.type, *computed_on(device)],
     ]
     return folder / hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+
+
+def by_batches(train: TrainConfig, device: torch.device, store: Path | None) -> bool:
+    """Tells whether targets are computed for the images of a batch, not in blocks."""
+    return device.type == "cuda" and store is None and not train.deterministic
 
 
 class Targets:
@@ -105,6 +115,7 @@ class Targets:
         train: Seed, crop scale, context scale and precision decide which targets.
         device: Where the frozen model runs.
         store: Of ``store_dir``; None: nothing is read or written.
+        micro_batch: Images of a pass of the frozen model, where they are not those of a block.
     """
 
     def __init__(
@@ -115,6 +126,7 @@ class Targets:
         train: TrainConfig,
         device: torch.device,
         store: Path | None = None,
+        micro_batch: int = BLOCK,
     ) -> None:
         self.clip, self.source, self.train, self.device, self.store = clip, source, train, device, store
         self.context_head_TD = context_head_TD.to(device)
@@ -124,6 +136,7 @@ class Targets:
         self._live: dict[tuple[int, int], Block] = {}
         self._writer = ThreadPoolExecutor(1, "targets")
         self._failed = False
+        self._pass = micro_batch if by_batches(train, device, store) else 0
 
     def __enter__(self) -> "Targets":
         return self
@@ -132,7 +145,7 @@ class Targets:
         self._writer.shutdown(cancel_futures=kind is not None)
 
     def parts(self, visit: int, order: IntArray, first: int, num_images: int) -> list[Part]:
-        """Returns the parts of blocks that hold consecutive positions of a visit's order; none without a KL term.
+        """Returns the parts of blocks that hold consecutive positions of a visit's order; none where none is needed.
 
         Called for one batch after the other, in one thread. A block lives as long as batches that hold it.
 
@@ -142,7 +155,7 @@ class Targets:
             first: The first position.
             num_images: How many.
         """
-        if not num_images or not self.train.kl_weight:
+        if not num_images or not self.train.kl_weight or self._pass:
             return []
         end, found = first + num_images, []
         live: dict[tuple[int, int], Block] = {}
@@ -175,15 +188,21 @@ class Targets:
             ]
         )
 
-    def of(self, parts: Sequence[Part]) -> Tensor | None:
+    def of(self, parts: Sequence[Part], pixels_BHWC: Tensor) -> Tensor | None:
         """Returns the rounded probabilities of a worker's part of a batch, float16 [B, T] on the device.
 
         None without a KL term.
+
+        Args:
+            parts: Of ``parts``.
+            pixels_BHWC: Its views, on the device.
         """
         if not self.train.kl_weight:
             return None
-        if not parts:  # of a last batch with fewer images than workers
+        if not len(pixels_BHWC):  # of a last batch with fewer images than workers
             return torch.zeros(0, len(self.context_head_TD), dtype=torch.float16, device=self.device)
+        if self._pass:
+            return torch.cat([self._compute(pass_BHWC) for pass_BHWC in torch.split(pixels_BHWC, self._pass)])
         return torch.cat([self._of_block(part.block)[part.rows] for part in parts])
 
     def _begun(self, block: Block, make: MakeViews = view_batch) -> Block:
@@ -219,6 +238,8 @@ class Targets:
             unused_head_CD = self.context_head_TD[:1]  # of classes: only the image tower runs
             frozen = build_classifier(self.clip, unused_head_CD, self.train, self.device)
             self.frozen = frozen.eval().requires_grad_(False)
+            if self._pass and self.train.compile is True:
+                compile_passes(self.frozen, self._pass)
         features_KD = self.frozen.features(pixels_KHWC)
         return context_distribution(features_KD, self.context_head_TD, self.context_scale).exp().half()
 

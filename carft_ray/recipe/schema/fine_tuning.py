@@ -173,7 +173,8 @@ class TrainConfig(Config):
     context_scale: PositiveFloat | None = key(None, 50, METHOD)
     """scale in the context softmax; null: the model's own logit scale"""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)
-    """precision of the image tower's compute; weights stay fp32 (fp64 with fp64)"""
+    """precision of the image tower's compute; weights stay fp32 (fp64 with fp64). auto: bf16 on a GPU that has it, else
+    fp32; fp32 is never TF32"""
     grad_checkpointing: Flag = key(False, True, MEMORY, not_searched=ONLY_SPEED)
     """compute the activations of a block again instead of keeping them: less memory, the same gradient, one more
     forward pass"""
@@ -183,6 +184,9 @@ class TrainConfig(Config):
     """train with a compiled image tower (`torch.compile`, needs a compiler): faster after a slow start, other rounding;
     auto: on a GPU with a compiler that works, where a training has at least 1,000 steps. It is decided once, before the
     first training of a study"""
+    deterministic: Flag = key(False, True, ROUNDING, not_searched=ONLY_ROUNDING)
+    """sums in one order on a GPU as well, so that a training there repeats bit for bit on the same card; slower. On a
+    CPU it always does"""
     checkpoint_every: Duration | None = key(900.0, "5m", SAVING, not_searched=ONLY_SAVING)
     """time from one checkpoint to the next, in seconds or as a text (`30s`, `1h30m`); one is written at the end of
     every epoch in any case; null: only there"""
@@ -216,11 +220,11 @@ def field_kind(name: str) -> type:
 class EvaluateConfig(Config):
     """Evaluation while a training runs; the end is always evaluated in full."""
 
-    every_epochs: NonNegativeInt = key(
-        1, 2, Resume("identity", "a pruner may cut a training only where it is evaluated")
+    every_epochs: NonNegativeInt | None = key(
+        None, 2, Resume("identity", "a pruner may cut a training only where it is evaluated")
     )
     """epochs between evaluations on a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, which is
-    always in full"""
+    always in full; null: 1 with a pruner, else 0"""
     subset: PositiveInt = key(
         250, 1000, Resume("identity", "intermediate values of trainings are compared with each other")
     )

@@ -18,7 +18,7 @@ from carft_ray.evaluation.objective import metrics_at, objective_spec
 from carft_ray.evaluation.predictions import select
 from carft_ray.layout import CONFIRM, HEADS, PREPARED, WEIGHTS
 from carft_ray.model.classifier import ImageClassifier, build_classifier
-from carft_ray.model.device import device_of
+from carft_ray.model.device import device_of, set_up
 from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
@@ -61,7 +61,7 @@ class Trained:
     def mixtures(self) -> Iterator[Callable[[float], ImageClassifier]]:
         """Gives ``mixing.Mixtures.between`` of the training's two models, on the device of the recipe."""
         recipe = self.recipe
-        torch.set_num_threads(recipe.resources.threads_per_worker)
+        set_up(recipe)
         with explained_shortage(MIXING, 0, 0, device_of(recipe)):
             mixtures = Mixtures(self.inputs.clip, self.class_head_CD, recipe.train, device_of(recipe))
             with mixtures.between(self.fine_tuned) as mixed:

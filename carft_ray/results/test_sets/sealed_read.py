@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
@@ -30,7 +29,7 @@ from carft_ray.errors import DataError, HoldOutError, Problem, RecipeError, Stor
 from carft_ray.evaluation.predictions import concat, read_predictions, write_predictions
 from carft_ray.layout import COMMITS, HEADS, PREPARED, SUMMARY, TEST_DIR
 from carft_ray.model.classifier import build_classifier
-from carft_ray.model.device import device_of
+from carft_ray.model.device import device_of, set_up
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import TEST_ROLES
 from carft_ray.results.reading import study_view
@@ -232,7 +231,7 @@ def _evaluate(
     Returns:
         Predictions by the folder of the training, zero-shot by its name.
     """
-    torch.set_num_threads(recipe.resources.threads_per_worker)
+    set_up(recipe)
     inputs = load_shared_inputs(without_shared(recipe, read_shared(study_dir)))
     paths = {name: folder / f"{name}.parquet" for name in runs}
     sets = []
