@@ -46,7 +46,6 @@ def again(what, executor, num_trials, more, folder, times, rng):
 
 
 def on_a_cluster(what, executor, folder, times, rng):
-    stand_in.tell(folder, seconds=3)  # it is killed within a training, not in the pause after one
     with searches.cluster() as reached:
         for number in range(times):
             searches.kill_one(what, executor, folder / f"study-{number}", reached, 8, **searches.EIGHT)

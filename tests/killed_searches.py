@@ -475,16 +475,21 @@ def kill_one(what, executor, study_dir, cluster, num_trials=1, **more):
     Returns:
         What the search printed that came to the end.
     """
+    hold = study_dir.parent / "base" / "hold"  # within a training, not in the pause after one
+    hold.parent.mkdir(exist_ok=True)
+    hold.touch()
     process = driver(study_dir, num_trials, executor, *cluster, **more)
     pid = wait_until(lambda: running_pids(study_dir) or ended(process), "a training runs")[0]
     before = results(study_dir)
     if what == "driver":
         process.kill()
         process.communicate()
+        hold.unlink()
         wait_for_no_groups(*cluster)
         process = driver(study_dir, num_trials, executor, *cluster, **more)
     else:
         os.kill(waiting_trial(pid) if what == "trial" else pid, signal.SIGKILL)
+        hold.unlink()
     code, output = finish(process)
     assert code == 0, output
     check(study_dir, num_trials, before)
