@@ -47,7 +47,7 @@ from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema.recipe import Recipe, with_threads
 from carft_ray.recipe.schema.sets import TEST_ROLES, StoredSet
 from carft_ray.recipe.text import dotted
-from carft_ray.training.evaluate import predict, subset
+from carft_ray.training.evaluate import predict, subset, usual_batch
 from carft_ray.training.losses import context_distribution, context_entropy
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
@@ -296,7 +296,8 @@ def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found
 def _measure(
     recipe: Recipe, inputs: SharedInputs, heads: Heads, num_images: int | None, found: Diagnosis, say: Say
 ) -> None:
-    device, batch_size = device_of(recipe), recipe.evaluate.batch_size
+    device = device_of(recipe)
+    batch_size = recipe.evaluate.batch_size or usual_batch(device)
     classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device).eval()
     if num_images is None:
         num_images = _affordable(classifier, inputs.validation, device, found)

@@ -21,8 +21,13 @@ from carft_ray.training.ranks import gather
 from carft_ray.training.run_context import RunContext
 
 
+def usual_batch(device: torch.device) -> int:
+    """Returns the images of a forward pass of an evaluation."""
+    return 128 if device.type == "cpu" else 512
+
+
 def predict(
-    classifier: ImageClassifier, image_set: ImageSet, alpha: float, batch_size: int, context: RunContext
+    classifier: ImageClassifier, image_set: ImageSet, alpha: float, batch_size: int | None, context: RunContext
 ) -> pa.Table:
     """Returns the predictions for the images of a set, the same table on every worker.
 
@@ -33,7 +38,7 @@ def predict(
         classifier: On the device where it is to run.
         image_set: N decoded images of the model's input size.
         alpha: Written into the table.
-        batch_size: Images per forward pass, fewer where they do not fit into memory.
+        batch_size: Images per forward pass, fewer where they do not fit into memory; None: ``usual_batch``.
         context: Rank and number of workers.
 
     Raises:
@@ -47,6 +52,7 @@ def predict(
     if groups is not None and not np.isin(labels, [group[0] for group in groups]).all():
         raise ValueError("labels must be the first class of a group")
     answer = answers if groups is None else answers_between(groups, device)
+    batch_size = batch_size or usual_batch(device)
     side, ahead = image_set.images_NHWC.shape[1], device.type != "cpu"
     classifier.eval()
     with (
@@ -72,7 +78,7 @@ def predict_all(
     classifier: ImageClassifier,
     sets: Sequence[ImageSet],
     alpha: float,
-    batch_size: int,
+    batch_size: int | None,
     context: RunContext,
 ) -> pa.Table:
     """Returns the predictions for several sets in one table.
