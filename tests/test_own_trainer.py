@@ -206,7 +206,7 @@ def test_no_test_set_can_be_reached_through_the_context(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_reported_is_a_row_with_an_intermediate_value_once_the_model_has_changed(tmp_path):
-    recipe = recipe_for(tmp_path, "few_steps", "train.epochs=2", "train.learning_rate=0.1")
+    recipe = recipe_for(tmp_path, "few_steps", "train.epochs=2", "train.learning_rate=0.1", "evaluate.every_epochs=1")
     rows = []
     trained(tmp_path, recipe, RunContext(report=rows.append))
     assert [(row["epoch"], row["step"], row["num_steps"]) for row in rows] == [(1, 1, 2), (2, 2, 2)]
@@ -573,6 +573,7 @@ def test_the_example_is_killed_and_goes_on_from_what_it_has_kept(tmp_path, monke
     shutil.copy(EXAMPLES / "own_trainer.py", tmp_path)
     words = ["search", recipe, "--study", "study", "--executor", "debug", "--trust"]
     words += ["--set", "train.function=own_trainer:fine_tune", "--set", "train.epochs=20", "--set", "search.trials=1"]
+    words += ["--set", "evaluate.every_epochs=1"]  # it takes its time
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     process = subprocess.Popen(
         [sys.executable, "-m", "carft_ray.cli", *map(str, words)],
