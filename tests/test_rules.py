@@ -203,7 +203,6 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "model/pretrained": "a weights file that was opened as a regular one",
     "model/weights_files": "a weights file that was opened as a regular one",
     "launch/worker": "writes the log of a training",
-    "launch/preparation": "what a preparation that runs says",
     "launch/failures/causes": "what a process that has ended has left",
     "launch/jobs/server": "the user's own token",
     "launch/ray_cluster/node_facts": "a file that the driver has just written",
