@@ -78,7 +78,8 @@ def add_corrections(visual: nn.Module, names: Iterable[str], rank: int, scale: f
 
 
 def _corrected(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-    return output + getattr(module, CORRECTION).product(inputs[0])  # type: ignore[no-any-return]
+    correction: LowRank = getattr(module, CORRECTION)
+    return output + correction.product(inputs[0])
 
 
 def plain_name(name: str) -> str:
