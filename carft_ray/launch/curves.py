@@ -41,6 +41,8 @@ class Curves:
                     self._end(row)
 
     def _add(self, spec: TrialSpec, numbers: dict[str, float], step: int) -> None:
+        if not numbers:  # an epoch that was not evaluated
+            return
         attempt, path = self._files.get(spec.training, (0, Path()))
         if attempt != spec.attempt:  # what the one before wrote from this step on is void
             path = begin_file(self._run_folder(spec), step)
