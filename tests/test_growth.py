@@ -148,8 +148,7 @@ def test_a_search_beside_another_driver_takes_what_that_leaves_and_more_when_it_
         [started] = [event for event in events if isinstance(event, Started)]
         assert (started.concurrency, started.reason) == (1, "1 of 2 CPUs, others hold the rest, 1 a trial")
         assert seen == [(Node(2, 0, "", 1),)]
-        found = changes(events)  # on a busy machine Ray's numbers may lag behind for a moment, and come back
-        assert found[0] == found[-1] == (2, "2 CPUs, 1 a trial"), found
+        assert changes(events) == [(2, "2 CPUs, 1 a trial")]
         assert [row.outcome for row in result.trials] == ["complete"] * 6
 
 
@@ -234,6 +233,8 @@ def test_trainings_at_a_time_follow_the_nodes(followed):
     assert running[-1].config["one_node"]
     tune.cluster.fits, tune.cluster.asked = 1, 0
     tune.look()
+    assert tune.driver.at_a_time.concurrency == 3  # it may be a group of its own, half made
+    tune.look()
     for trial in running[:3]:
         tune.finish(trial)
         assert tune.start() is None  # fewer from now on
@@ -245,6 +246,7 @@ def test_trainings_at_a_time_follow_the_nodes(followed):
 def test_without_any_node_one_trial_waits(followed):
     tune = followed()
     tune.cluster.fits = 0
+    tune.look()
     tune.look()
     assert tune.start() is not None
     assert tune.start() is None
@@ -258,6 +260,7 @@ def test_where_memory_was_full_the_same_share_of_a_larger_cluster_is_used(follow
     assert changes(tune.events) == [(1, "memory was full")]
     for fits, at_a_time in ((2, 1), (8, 4), (1, 1), (0, 0), (3, 1)):
         tune.cluster.fits, tune.cluster.asked = fits, 1
+        tune.look()
         tune.look()
         assert (tune.driver.at_a_time.concurrency, tune.driver.at_a_time.asked) == (at_a_time, 0)
     assert changes(tune.events)[-1] == (1, "memory was full; 3 would fit")

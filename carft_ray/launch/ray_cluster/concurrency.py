@@ -257,6 +257,7 @@ class AtATime:
         self._share = Fraction(1)  # of the trainings that fit, those for which there is memory
         self.told = self.concurrency, self.reason
         self._next_count = 0.0
+        self._fewer = False  # fit, by the last count
 
     @property
     def limit(self) -> int:
@@ -266,6 +267,9 @@ class AtATime:
     def follow(self) -> None:
         """Asks now and then how many trainings fit on the nodes that are there, and keeps to that.
 
+        Fewer are believed at the second count: while Ray makes or removes a placement group of this job, what the group
+        takes looks for a moment like what another job holds.
+
         Where memory was full, as large a share of them as had memory; no nodes are asked for then, as what would wait
         for them would take what is left free.
         """
@@ -274,13 +278,14 @@ class AtATime:
             return
         self._next_count = now + COUNT_EVERY_S
         found = self.capacity_now()
-        self.concurrency, self.asked, self.one_node = found.concurrency, found.asked, found.one_node
-        if self._share == 1:
-            self._tell(found.reason)
-        else:
-            self.concurrency = max(1, int(found.concurrency * self._share)) if found.concurrency else 0
-            self.asked = 0
-            self._tell(f"{MEMORY}; {found.concurrency} would fit")
+        fits, asked, reason = found.concurrency, found.asked, found.reason
+        if self._share != 1:
+            fits, asked = (max(1, int(fits * self._share)) if fits else 0), 0
+            reason = f"{MEMORY}; {found.concurrency} would fit"
+        fewer_before, self._fewer = self._fewer, fits < self.concurrency
+        if fewer_before or not self._fewer:
+            self.concurrency, self.asked, self.one_node = fits, asked, found.one_node
+            self._tell(reason)
 
     def memory_was_full(self) -> None:
         """Lowers it by one training."""

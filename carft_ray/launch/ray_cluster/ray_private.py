@@ -72,8 +72,8 @@ def draining_nodes() -> Mapping[str, int]:
 def resources_of_nodes() -> tuple[Mapping[str, Mapping[str, float]], Mapping[str, Mapping[str, float]]]:
     """Returns what is free on each node, and what there is, by Ray's name of the node.
 
-    What there is has a name for each placement group besides: ``CPU_group_ID``, with its share of the node. Both tell
-    of one moment: a node reports them together.
+    What there is has a name for each placement group besides: ``CPU_group_ID``, with its share of the node. While a
+    group is made or removed the two may tell of different moments.
     """
     state = "ray._private.state"
     return _named(f"{state}.available_resources_per_node")(), _named(f"{state}.total_resources_per_node")()
