@@ -3,7 +3,7 @@
     python examples/inside_a_ray_job.py RECIPE STUDY          (or submitted with `ray job submit`)
 
 ``address="auto"`` is all that it needs. Trials take what the rest of the job leaves free, and the connection stays when
-the search has ended. The study must lie in a folder that all nodes share.
+the search has ended. Nodes that do not see the study get and send what they need of it through Ray.
 """
 
 import sys

@@ -1,5 +1,7 @@
 """A search that is submitted to a cluster: a node is killed, one joins, one is drained, the head dies and comes back.
 
+No node but the head sees the study: what trainings read and write of it goes through Ray.
+
     python cluster_story.py FOLDER [EXECUTOR]
 
 Real trainings of the command line, each a second or two per epoch of a few; ``story`` raises when a trial is missing,
@@ -48,7 +50,8 @@ def search(first, recipe, study_dir, executor):
 
 def story(folder, executor="inline"):
     """Tells the story once in a new folder; returns what each part took, in seconds."""
-    recipe, study_dir = short_training.make(folder / "images"), folder / "study"
+    recipe, study_dir = short_training.make(folder / "images"), folder / "head" / "study"
+    study_dir.parent.mkdir()
     text = recipe.read_text().replace("epochs: 3", f"epochs: {EPOCHS}").replace("trials: 2", f"trials: {NUM_TRIALS}")
     recipe.write_text(text)
     took, began = {}, time.monotonic()
@@ -67,7 +70,8 @@ def story(folder, executor="inline"):
 
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # where a job finds its Python
     with cluster.head(RAY_gcs_rpc_server_reconnect_timeout_s="10", PATH=path) as first:
-        with cluster.node(first) as lost, cluster.node(first) as drained:
+        without = {"hidden": (study_dir.parent,)}
+        with cluster.node(first, **without) as lost, cluster.node(first, **without) as drained:
             part("head and two nodes")
             done = cli(first, "doctor", recipe, "--quick", "--address", first.address, "--study", study_dir)
             assert done.returncode == 0, done.stdout + done.stderr
@@ -81,7 +85,7 @@ def story(folder, executor="inline"):
                 lost.kill()
                 running(1)
                 part("a node is killed")
-                with cluster.node(first) as joined:
+                with cluster.node(first, **without) as joined:
                     running(2)
                     part("a node has joined")
                     drained.drain(DEADLINE_S)
@@ -100,7 +104,11 @@ def story(folder, executor="inline"):
                 if process.poll() is None:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait(TIMEOUT_S)
-        with cluster.head(like=first, PATH=path) as second, cluster.node(second), cluster.node(second):
+        with (
+            cluster.head(like=first, PATH=path) as second,
+            cluster.node(second, **without),
+            cluster.node(second, **without),
+        ):
             process = search(second, recipe, study_dir, executor)
             try:
                 process.wait(TIMEOUT_S)
@@ -140,6 +148,7 @@ def check(study_dir, before):
         starts = [int(step) for _, step in RESUMES.findall(log)]
         assert starts == sorted(starts), log
         continued += bool(starts)
+        assert "MB came through Ray" in log
     assert continued >= 2, "trainings that were continued from a checkpoint"
 
 

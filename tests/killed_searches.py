@@ -48,7 +48,13 @@ SOON_LOST = {
 }
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # real trainings of 8 epochs of 8 steps by two workers: a trial, and a baseline with its values
-STRUCK = {"epochs": 8, "train": {"batch_size": 8}, "enqueue": [VALUES], "baselines": {"calm": VALUES}}
+STRUCK = {
+    "epochs": 8,
+    "train": {"batch_size": 8},
+    "evaluate": {"every_epochs": 1},
+    "enqueue": [VALUES],
+    "baselines": {"calm": VALUES},
+}
 # calls of each place of struck.py until the end of an epoch of them, at least; "curve" comes once, after the last epoch
 CALLS = {"backward": 8, "all_reduce": 1, "broadcast": 3, "evaluation": 4, "checkpoint": 2}
 CURVE = 5
@@ -578,7 +584,10 @@ def kill_confirm(finished_study, folder, num_kills, rng, top=1):
     whole_s, before = time.monotonic() - began, {}
     for number in range(num_kills):
         process = confirm(killed, top)
-        time.sleep(whole_s * rng.uniform(number, number + 1) / num_kills)
+        if number % 2:  # while one trains
+            wait_until(lambda: running_pids(killed) or ended(process), "a training runs")  # noqa: B023  # at once
+        else:
+            time.sleep(whole_s * rng.uniform(number, number + 1) / num_kills)
         kill_group(process)
         now = confirmed(killed)
         assert {name for name in before if now[name] != before[name]} == set()

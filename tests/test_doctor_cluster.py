@@ -72,7 +72,6 @@ BAD = [
         report(versions=versions(python="3.10.1")),
         f"should have python {HERE['python']}, as the driver has it: ",
     ),
-    ("error", report(study="/s: not there"), "must see and write the folder of the study, but got /s: not there"),
     (
         "error",
         report(missing=LOST),
@@ -103,17 +102,22 @@ def test_nothing_is_told_of_a_healthy_node():
 
 def test_a_node_without_cpus_takes_no_trial_and_needs_no_images():
     assert [level for level, _ in told(report(resources={"GPU": 0}, missing=LOST))] == ["note"]
-    assert [level for level, _ in told(report(resources={"GPU": 0}, study="no such folder: /s"))] == ["error"]
+
+
+def test_a_node_that_does_not_see_the_study_gets_what_it_needs_through_ray():
+    assert told(report(study="/s")) == [
+        ("note", "node 10.0.0.2: gets and sends what its trials need of the study through Ray, as it does not see /s")
+    ]
 
 
 def test_nodes_with_the_same_fault_share_one_message_and_errors_stand_first():
     reports = [report("10.0.0.4", gpus=[GPU])]
-    reports += [report(f"10.0.0.{each}", study="no such folder: /s", cache=space(2)) for each in (2, 3)]
+    reports += [report(f"10.0.0.{each}", study="no such folder: /s", cache=space(0.1)) for each in (2, 3)]
     found = judge(reports)
     assert [(one.level, one.problem.place) for one in found] == [
         ("error", "2 nodes (10.0.0.2, 10.0.0.3)"),
         ("warning", "node 10.0.0.4"),
-        ("warning", "2 nodes (10.0.0.2, 10.0.0.3)"),
+        ("note", "2 nodes (10.0.0.2, 10.0.0.3)"),
     ]
 
 
@@ -134,7 +138,7 @@ def test_a_node_finds_what_this_machine_has(tmp_path):
     assert facts.keys() == healthy().keys()
     assert facts["versions"] == HERE
     assert facts["missing"] == {"model.name": {"path": str(tmp_path / "gone"), "fault": "No such file or directory"}}
-    assert "not the folder in which the driver has just written a file" in facts["study"]
+    assert facts["study"] == str(tmp_path)
     assert facts["cache"]["fault"] == ""
     assert facts["carft_ray"]["source"] == environment.code()["source"]
     (tmp_path / "marker").write_text("abc")
@@ -265,8 +269,6 @@ def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
         name = f"node {nodes[blind.node_id]['name']}: "
         assert sorted(one["text"].partition("\n")[0] for one in data["findings"] if one["level"] == "error") == [
             f"{name}must have carft-ray {OURS}, as the driver has it, but got 0.0.9",
-            f"{name}must see and write the folder of the study, but got {disk}: not there, or not the folder in which "
-            f"the driver has just written a file",
             f"{name}must see what the recipe names, but got "
             + "; ".join(f"{place}: {disk}/{folder}: No such file or directory" for place, folder in MISSING.items()),
         ]

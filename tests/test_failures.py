@@ -23,7 +23,7 @@ from carft_ray.errors import OutOfMemoryError
 from carft_ray.launch.events import ConcurrencyChanged, Note
 from carft_ray.launch.failures.causes import host_memory
 from carft_ray.launch.mailbox import Wish
-from carft_ray.launch.micro_batch import fitted, memory_failure
+from carft_ray.launch.micro_batch import fitted, memory_failure, note
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.runtime import Runner, make_runtime
@@ -113,7 +113,8 @@ def test_what_fits_is_noted_once_and_never_raised(tmp_path):
     recipe = with_train(batch_size=64)
     assert fitted(recipe, tmp_path, 1) is recipe
     for failed, noted in ((64, 32), (32, 16), (64, 16)):  # the last one began before the others had noted theirs
-        failure = memory_failure(OutOfMemoryError("short", failed), recipe, {}, tmp_path, 1)
+        failure = memory_failure(OutOfMemoryError("short", failed), recipe, {}, 1)
+        note(tmp_path, failure)
         assert failure.outcome == "memory"
         assert fitted(recipe, tmp_path, 1).train.micro_batch == noted
     assert fitted(with_train(batch_size=64, micro_batch=8), tmp_path, 1).train.micro_batch == 8
@@ -133,8 +134,9 @@ def test_what_fits_is_noted_once_and_never_raised(tmp_path):
 )
 def test_where_one_image_does_not_fit_the_search_ends_unless_the_values_decide_it(tmp_path, values, outcome):
     recipe = with_train(batch_size=2, micro_batch=2)
-    memory_failure(OutOfMemoryError("short", 2), recipe, values, tmp_path, 1)
-    failure = memory_failure(OutOfMemoryError("short", 1), recipe, values, tmp_path, 2)
+    note(tmp_path, memory_failure(OutOfMemoryError("short", 2), recipe, values, 1))
+    failure = memory_failure(OutOfMemoryError("short", 1), recipe, values, 2)
+    note(tmp_path, failure)
     assert failure.outcome == outcome
     assert fitted(recipe, tmp_path, 1) is recipe  # the next search begins anew
 

@@ -17,12 +17,16 @@ import torch
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from test_loop import largest_difference, settings
 from tiny import make_tiny_clip
+from unseen import Here, unseen
 
 from carft_ray import files
 from carft_ray.errors import DataError, DivergedError, MachineError, Problem, StorageError
 from carft_ray.launch.failures.causes import UNKNOWN, lost_rank
 from carft_ray.launch.worker import run_worker
 from carft_ray.model.heads import build_heads
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
+from carft_ray.store.result import read_result
 from carft_ray.study.opening import open_study
 from carft_ray.training import checkpoint, loop
 from carft_ray.training.loop import StoppedRun, fine_tune
@@ -130,10 +134,10 @@ def resume_with_different_listings(context, folder):
     with pytest.raises(StoppedRun):
         fine_tune(clip, *heads, source, train, stop, checkpoint_dir=folder)
     torch.distributed.barrier()  # rank 0 has written it
-    plain = checkpoint._folders
+    plain = checkpoint.checkpoints
     assert len(plain(folder)) == 2
     if context.rank == 1:
-        checkpoint._folders = lambda path: plain(path)[1:]  # as a network disk lists it for a while
+        checkpoint.checkpoints = lambda path: plain(path)[1:]  # as a network disk lists it for a while
     again = fine_tune(clip, *heads, source, train, context, checkpoint_dir=folder, attempt=2)
     assert largest_difference(whole, again) == 0.0
 
@@ -151,14 +155,16 @@ def resume_with_different_listings(context, folder):
 
 
 def start_without_the_study(context, study_dir, recipe):
-    """Rank 1 runs on a node without the study: each rank says so."""
-    with_study = attempts.make_runtime(recipe, study_dir, (attempts.Node(2, 0),), attempts.STAND_IN)
-    plan = replace(with_study, study_dir=study_dir / "not here") if context.rank == 1 else with_study
-    spec = stand_in.spec(1)
-    failure = run_worker(plan, spec, context)
-    assert failure.outcome == "lost"
-    assert "not here: must be seen by every node: a trial runs on any of them, but got not on" in failure.reason
-    assert "Put the study into a folder that all nodes share." in failure.reason
+    """A rank runs on a node without the study: both train, and what they leave lies in the study."""
+    data = recipe.data.model_copy(update={"cache_dir": str(study_dir.parent / "cache")})
+    runtime = attempts.make_runtime(recipe, study_dir, (attempts.Node(2, 0),), attempts.STAND_IN)
+    runtime = replace(runtime, recipe=recipe.model_copy(update={"data": data}), files=Here(study_dir))
+    for attempt, without in ((11, 1), (12, 0)):
+        seen = replace(runtime, commit=(1, Log(Folder(study_dir)).digest_of(1)))
+        spec = stand_in.spec(attempt)
+        assert run_worker(unseen(seen) if context.rank == without else seen, spec, context) == "go"
+        torch.distributed.barrier()  # rank 0 has written it
+        assert read_result(spec.place(study_dir))[0]["metrics"]["ranks"] == 3.0
 
 
 def test_the_reason_of_a_training_that_diverged_is_one_line_without_advice(tmp_path):

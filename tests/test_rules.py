@@ -197,6 +197,7 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "data/packed": "the user's own cache; the kernel's files",
     "data/copies/pairs_file": "the package's own page",
     "training/tensorboard": "writes",
+    "launch/study_files": "a node's own files; those of a study whose pipes were refused when it was opened",
     "training/checkpoint": "checkpoints of a training that runs",
     "training/own_function": "code that the user has trusted",
     "training/targets": "the user's own cache",

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
-from carft_ray.launch.micro_batch import fitted, memory_failure
+from carft_ray.launch.micro_batch import fitted, memory_failure, note
 from carft_ray.launch.runs.single import train_once
 from carft_ray.model import tower
 from carft_ray.model.classifier import build_classifier
@@ -353,7 +353,7 @@ def test_gradient_checkpointing_of_a_timm_tower_gives_the_gradients_of_none():
 
 def test_a_micro_batch_that_fits_is_remembered_for_what_decides_over_memory(tmp_path):
     plain = make_recipe(1, train={"batch_size": 64})
-    memory_failure(OutOfMemoryError("short", 64), plain, {}, tmp_path, 1)
+    note(tmp_path, memory_failure(OutOfMemoryError("short", 64), plain, {}, 1))
     for values in ({"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}, {"compile": True}):
         other = plain.model_copy(update={"train": plain.train.model_copy(update=values)})
         assert fitted(other, tmp_path, 1).train.micro_batch is None
@@ -364,15 +364,17 @@ def test_a_micro_batch_that_fits_is_remembered_apart_for_gradient_checkpointing(
     short = OutOfMemoryError("short", 8)
     kept = make_recipe(2)
     checkpointed = kept.model_copy(update={"train": kept.train.model_copy(update={"grad_checkpointing": True})})
-    assert memory_failure(short, kept, {}, tmp_path, 1).outcome == "memory"
+    failure = memory_failure(short, kept, {}, 1)
+    assert failure.outcome == "memory"
+    note(tmp_path, failure)
     assert fitted(kept, tmp_path, 1).train.micro_batch == 4
     assert fitted(checkpointed, tmp_path, 1) == checkpointed
 
 
 @pytest.mark.parametrize("values", [{"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}])
 def test_a_trial_for_which_no_image_fits_is_infeasible_where_its_values_decide_over_memory(tmp_path, values):
-    assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), values, tmp_path, 1).outcome == "error"
-    assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), {}, tmp_path, 1).outcome == "fatal"
+    assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), values, 1).outcome == "error"
+    assert memory_failure(OutOfMemoryError("short", 1), make_recipe(2), {}, 1).outcome == "fatal"
 
 
 # ---- mixtures

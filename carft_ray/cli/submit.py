@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @command("submit recipe.yaml --study /shared/studies/first", common.SEARCH, shared=SearchOptions)
 def submit(
     recipe: Annotated[Path | None, Argument(help="The recipe, a YAML file.", show_default=False)] = None,
-    study: Annotated[Path | None, Option(help="Study directory, on a disk that all nodes share.")] = None,
+    study: Annotated[Path | None, Option(help="Study directory, on the head.")] = None,
     address: common.DashboardOption = None,
     resume: Annotated[Path | None, Option(metavar="STUDY", help="Resume a study by its own recipe.")] = None,
     trials: Annotated[str | None, Option(metavar="N|+N", help="With --resume: as of `resume`.")] = None,

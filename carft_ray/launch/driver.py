@@ -17,7 +17,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import CarftError, ClusterError, MachineError, NoSuccessfulTrialError, Problem, StorageError
-from carft_ray.launch import events
+from carft_ray.launch import events, micro_batch
 from carft_ray.launch.failures.causes import STARTED_LATE, is_full_memory, no_successful_trial
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.mailbox import Exchange, Mailbox, Process
@@ -402,6 +402,8 @@ class Driver:
         """Has the study record how an attempt ended that took so many seconds; ``gone`` as of ``ended``."""
         spec = attempt.spec
         failure = attempt.failure
+        if failure is not None and failure.device:
+            micro_batch.note(self.study.study_dir, failure)
         row = self.study.settle(spec, failure)
         if row is None:
             if self.check_stop():

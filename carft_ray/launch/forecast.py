@@ -151,7 +151,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
     Args:
         recipe: The recipe.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
-        parent: Folder that every node of the cluster sees.
+        parent: Folder in which one is made for them.
         say: Given a text of what is being done.
 
     Raises:
@@ -168,7 +168,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
     ):
         shared = find_shared(recipe, cache_dir(recipe), say)
         runner, starts = replace(RUNNER, train=_train), time.time()
-        with computing(recipe, study.study_dir, runner, address, _interrupted, say, shared) as runtime:
+        with computing(study, recipe, runner, address, _interrupted, say, shared) as runtime:
             ready = time.time()
             fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
             filling_s = time.time() - ready

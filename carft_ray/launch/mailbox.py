@@ -15,14 +15,11 @@ for nobody.
 import contextlib
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
+from carft_ray.launch.named_actor import NamedActor, started_here
 from carft_ray.study.outcome import Failure
 
 POST_EVERY_S = 1.0
@@ -30,7 +27,6 @@ EXCHANGE_EVERY_S = 0.5
 PATIENCE_S = 60.0
 CALL_TIMEOUT_S = 10.0
 RETRY_EVERY_S = 0.2
-NAMESPACE = "carft-ray"  # of Ray's names of actors: workers of Ray Train are in another one by default
 
 # stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; cut: end, and the same
 # workers may get the next training; outdated: another attempt runs
@@ -198,23 +194,8 @@ class Mailbox:
             return self._work.get(group)
 
 
-class RemoteMailbox:
-    """The actor, for whoever holds this; travels to workers, by the actor's name.
-
-    Tune keeps what it was given, and pickles it again with the next Ray of this process when it could not before; the
-    handle of an actor that is gone would end the process there.
-
-    Args:
-        name: Of the actor.
-        actor: Its first handle, which keeps it alive.
-    """
-
-    def __init__(self, name: str, actor: Any = None) -> None:
-        self._name, self._actor = name, actor
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leaves the handle out."""
-        return RemoteMailbox, (self._name,)
+class RemoteMailbox(NamedActor):
+    """The actor, for whoever holds this."""
 
     def post(self, post: Post) -> Answer:
         """As ``Mailbox.post``; raises an ``OSError`` when it has no answer in time."""
@@ -232,20 +213,13 @@ class RemoteMailbox:
         """As ``Mailbox.take``; raises an ``OSError`` when it has no answer in time."""
         return self._call("take", group, said)
 
-    def _call(self, name: str, *given: Any) -> Any:
-        try:
-            self._actor = self._actor or ray.get_actor(self._name, NAMESPACE)
-            return ray.get(getattr(self._actor, name).remote(*given), timeout=CALL_TIMEOUT_S)
-        except (ray.exceptions.RayError, ValueError) as error:  # ValueError: there is no such actor
-            raise ConnectionError(f"the mailbox does not answer: {type(error).__name__}") from error
+    def _call(self, method: str, *given: Any) -> Any:
+        return self.result(self.begin(method, *given), CALL_TIMEOUT_S)
 
 
 def start_mailbox() -> RemoteMailbox:
-    """Starts the actor on this node; it ends with this driver, and Ray starts it again when its process dies."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    name = f"mailbox-{uuid.uuid4().hex}"
-    named = {"name": name, "namespace": NAMESPACE, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here}
-    return RemoteMailbox(name, ray.remote(**named)(Mailbox).remote())  # type: ignore[call-overload]
+    """Starts the actor on this node."""
+    return RemoteMailbox(*started_here(Mailbox, "mailbox"))
 
 
 class Poster:

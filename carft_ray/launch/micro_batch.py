@@ -1,7 +1,7 @@
 """The micro-batch that fits into a device's memory: found by halving, once in a study, and used by all its trainings.
 
-A training that runs out of memory is retried. The attempt that met it notes half of its micro-batch and ends; the
-training continues from its checkpoint with what is noted. The global batch, and so the result, stays the same.
+A training that runs out of memory is retried. The attempt that met it ends, the driver notes half of its micro-batch,
+and the training continues from its checkpoint with what is noted. The global batch, and so the result, stays the same.
 
     study_dir/fits.json    {"<model>, <precision>, <device>": largest micro-batch}      a model has one resolution
 
@@ -29,7 +29,7 @@ def fitted(recipe: Recipe, folder: Path, num_workers: int) -> Recipe:
 
     Args:
         recipe: Of a training, with its values.
-        folder: The study directory.
+        folder: The study directory, or what a node has of it.
         num_workers: Workers that share a global batch.
     """
     found = _read(folder).get(_key(recipe))
@@ -38,39 +38,47 @@ def fitted(recipe: Recipe, folder: Path, num_workers: int) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": found})})
 
 
-def memory_failure(
-    error: OutOfMemoryError, recipe: Recipe, values: Mapping[str, Any], folder: Path, attempt: int
-) -> Failure:
-    """Returns how an attempt ends that ran out of memory, and notes what may fit.
+def memory_failure(error: OutOfMemoryError, recipe: Recipe, values: Mapping[str, Any], attempt: int) -> Failure:
+    """Returns how an attempt ends that ran out of memory.
 
     Args:
         error: What it met.
         recipe: As it was trained.
         values: Of the trial or baseline, over the study's recipe.
-        folder: As of ``fitted``.
         attempt: Its number.
 
     Returns:
         ``memory``: the next attempt takes half. When one image does not fit, or a smaller micro-batch would not help:
         ``error`` where the values decide over memory (the trial is infeasible), else ``fatal``.
+    """
+    key = _key(recipe)
+    if error.micro_batch > 1:
+        half = error.micro_batch // 2
+        short = f"{error.problems[0].rule}, but got {error.problems[0].value}"
+        reason = f"out of memory: {short}; the next attempt takes a micro-batch of {half}"
+        return Failure("memory", reason, attempt, error.exit_code, device=key, fits=half)
+    decisive = [f"{name} {values[name]}" for name in MEMORY_FIELDS if name in values]
+    if decisive:
+        problem = replace(error.problems[0], value="", next_step="")
+        return Failure("error", f"out of memory with {', '.join(decisive)}: {problem}", attempt, device=key)
+    return Failure("fatal", str(error), attempt, error.exit_code, device=key)
+
+
+def note(folder: Path, failure: Failure) -> None:
+    """Notes what a shortage of memory says of its device, for the trainings that follow, in the study directory.
+
+    When one image did not fit, the next search begins anew: something else may have filled the device.
 
     Raises:
         StorageError: The folder cannot be written.
     """
-    key, found = _key(recipe), _read(folder)
-    if error.micro_batch > 1:
-        half = error.micro_batch // 2
-        files.write_json(folder / MICRO_BATCH, {**found, key: min(half, found.get(key, half))})
-        short = f"{error.problems[0].rule}, but got {error.problems[0].value}"
-        reason = f"out of memory: {short}; the next attempt takes a micro-batch of {half}"
-        return Failure("memory", reason, attempt, error.exit_code)
-    if key in found:  # the next search begins anew: something else may have filled the device
-        files.write_json(folder / MICRO_BATCH, {name: size for name, size in found.items() if name != key})
-    decisive = [f"{name} {values[name]}" for name in MEMORY_FIELDS if name in values]
-    if decisive:
-        problem = replace(error.problems[0], value="", next_step="")
-        return Failure("error", f"out of memory with {', '.join(decisive)}: {problem}", attempt)
-    return Failure("fatal", str(error), attempt, error.exit_code)
+    found = _read(folder)
+    if failure.fits:
+        noted = {**found, failure.device: min(failure.fits, found.get(failure.device, failure.fits))}
+    else:
+        noted = {name: size for name, size in found.items() if name != failure.device}
+    if noted != found:
+        files.write_json(folder / MICRO_BATCH, noted)
 
 
 def _key(recipe: Recipe) -> str:

@@ -2,8 +2,9 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -12,16 +13,19 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from carft_ray import environment, files
 from carft_ray.data.listed_sets import write_sets
 from carft_ray.errors import CarftError, ClusterError, Problem
+from carft_ray.launch.at_hand import prepared_at_hand, sees
 from carft_ray.launch.failures.causes import lost_rank, root_cause
 from carft_ray.launch.mailbox import Box
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
 from carft_ray.launch.ray_cluster.concurrency import Capacity, num_fitting
-from carft_ray.launch.runtime import STOP_CHECK_S, Runtime, not_visible
+from carft_ray.launch.runtime import STOP_CHECK_S, Runtime
 from carft_ray.layout import PREPARED, STOP
 from carft_ray.recipe.schema.recipe import with_threads
 from carft_ray.training.run_context import RunContext
+from carft_ray.words import counted
 
 FILLING, PREPARING = "filling", "preparing"  # what is said in the mailbox, under these names, is what is done
+MOST_NAMED = 3  # nodes in a line
 WAIT_NOTE_AFTER_S = 5.0  # a preparation that has not begun by then gets a note
 WAITS = "the preparation waits for a node: is the cluster full? See `ray status`"
 
@@ -54,12 +58,12 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
         CarftError: A set or the model cannot be opened; a ``ClusterError`` where a stop was asked for.
     """
     write_sets(runtime.recipe, runtime.study_dir / PREPARED)
-    if runtime.runner.fill is None or runtime.in_process:
+    if runtime.in_process or (runtime.runner.fill is None and runtime.files is None):
         return
     nodes = _nodes_for_trainings(runtime.capacity)
     # a process that the preparation may not use again (Ray keeps those with GPUs apart) would hold a model for nothing
     max_calls = 1 if runtime.capacity.gpus_per_worker or len(nodes) > 1 else 0
-    pending = {}
+    pending, without = dict[Any, str](), list[str]()
     for node_id, address in nodes.items():
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)  # type: ignore[call-overload]
@@ -69,8 +73,9 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
         show(_said(runtime.mailbox, FILLING))
         for done in _ended(runtime, list(pending)):
             node_id = pending.pop(done)
+            reason, seen = "", True
             try:
-                reason = ray.get(done)
+                reason, seen = ray.get(done)
             except Exception as error:  # of another kind than of sets: the preparation meets it, too, or is spared it
                 cause = getattr(error, "cause", error)
                 if isinstance(cause, CarftError):
@@ -78,9 +83,20 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
                 reason = root_cause(error)
             if reason:
                 say(f"{nodes[node_id]} did not fill its cache, which its trials will do: {reason}")
+            without += [] if seen else [nodes[node_id]]
         alive = _nodes_for_trainings(runtime.capacity)
         for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
             say(f"{nodes[pending.pop(lost)]} is gone: the search continues without it")
+    if runtime.files is not None:
+        say(_sight(runtime.study_dir, len(nodes), sorted(without)))
+
+
+def _sight(study_dir: Path, num_nodes: int, without: Sequence[str]) -> str:
+    """Returns how many nodes see the study, and that the others have its files through Ray."""
+    if not without:
+        return f"{'the node sees' if num_nodes == 1 else f'all {num_nodes} nodes see'} {study_dir}"
+    names = ", ".join(without[:MOST_NAMED]) + (", ..." if len(without) > MOST_NAMED else "")
+    return f"{len(without)} of {counted(num_nodes, 'node')} do not see {study_dir}: its files go through Ray ({names})"
 
 
 def _ended(runtime: Runtime, tasks: list[Any]) -> list[Any]:
@@ -118,18 +134,22 @@ def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     }
 
 
-def _fill(runtime: Runtime, node: str) -> str:
-    """Fills the cache of this node; returns why it could not where the machine failed."""
-    if runtime.runner.fill is None or not_visible(runtime):  # a training on this node will say so
-        return ""
-    prepared = runtime.study_dir / PREPARED
+def _fill(runtime: Runtime, node: str) -> tuple[str, bool]:
+    """Fills the cache of this node.
+
+    Returns:
+        Why it could not, where the machine failed; and whether it sees the study.
+    """
+    seen = sees(runtime)
     try:
-        runtime.runner.fill(runtime.recipe, prepared, partial(_say, runtime.mailbox, FILLING, node))
+        with prepared_at_hand(runtime) as prepared:
+            if runtime.runner.fill is not None:
+                runtime.runner.fill(runtime.recipe, prepared, partial(_say, runtime.mailbox, FILLING, node))
     except Exception as error:
         if lost_rank(error, RunContext()) is None:
             raise
-        return " ".join(str(error).split())
-    return ""
+        return " ".join(str(error).split()), seen
+    return "", seen
 
 
 def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
@@ -169,9 +189,8 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
 
 
 def _prepare(runtime: Runtime) -> dict[str, Any]:
-    if problem := not_visible(runtime):
-        raise ClusterError(problem)
-    node_id, folder = ray.get_runtime_context().get_node_id(), runtime.study_dir / PREPARED
+    node_id = ray.get_runtime_context().get_node_id()
     num_cpus = next(node["Resources"].get("CPU", 1) for node in nodes_alive() if node["NodeID"] == node_id)
     say = partial(_say, runtime.mailbox, PREPARING, "")
-    return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, say)
+    with prepared_at_hand(runtime) as folder:
+        return runtime.runner.prepare(with_threads(runtime.recipe, max(1, int(num_cpus))), folder, say)

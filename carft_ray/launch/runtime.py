@@ -5,15 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import ray
-
-from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, without_shared
-from carft_ray.errors import Problem
 from carft_ray.launch.mailbox import Box, Mailbox
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
 from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
-from carft_ray.layout import MANIFEST
+from carft_ray.launch.study_files import StudyFiles
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.run_context import RunContext
 
@@ -73,13 +69,16 @@ class Runtime:
 
     Attributes:
         recipe: With ``cpus_per_worker`` and ``gpus_per_worker`` resolved.
-        study_dir: The study directory, seen by every node.
+        study_dir: The study directory; nodes that do not see it have ``launch.at_hand``.
         capacity: Trainings at a time, workers of each and what they get.
         runner: Preparation and training.
         in_process: Run all in the driver's own process, without Ray.
         attached: The Ray is not ours: its nodes come and go.
         may_grow: An autoscaler may add nodes to it.
         mailbox: By which the driver and its trainings talk; the first one has no driver, and says ``go``.
+        files: The files of the study, for nodes that do not see it; None: all see it.
+        commit: Number and digest of a commit of this search, by which a node knows the study's folder.
+        first_commit: Digest of the first one, which tells studies apart.
     """
 
     recipe: Recipe
@@ -90,6 +89,9 @@ class Runtime:
     attached: bool = False
     may_grow: bool = False
     mailbox: Box = field(default_factory=Mailbox)
+    files: StudyFiles | None = None
+    commit: tuple[int, str] = (0, "")
+    first_commit: str = ""
 
     @property
     def nested(self) -> bool:
@@ -112,12 +114,3 @@ def make_runtime(
     resources = recipe.resources.model_copy(update=resolved)
     recipe = without_shared(recipe, read_shared(study_dir))
     return Runtime(recipe.model_copy(update={"resources": resources}), study_dir, capacity, runner, may_grow=may_grow)
-
-
-def not_visible(runtime: Runtime) -> Problem | None:
-    """Returns the message that this node does not see the study; None where it does."""
-    if files.exists(runtime.study_dir / MANIFEST):
-        return None
-    rule = "must be seen by every node: a trial runs on any of them"
-    step = "Put the study into a folder that all nodes share."
-    return Problem(str(runtime.study_dir), rule, f"not on {ray.util.get_node_ip_address()}", next_step=step)  # type: ignore[no-untyped-call]

@@ -25,10 +25,12 @@ from carft_ray.launch.ray_cluster.growth import await_nodes, may_grow
 from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
 from carft_ray.launch.stop import interruptions_as
+from carft_ray.launch.study_files import start_files
 from carft_ray.layout import RAY_LOG, RESOLVED, STOP
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.provenance import record_provenance
+from carft_ray.study.study import Study
 
 
 def begin(folder: Path, recipe: Recipe) -> None:
@@ -43,8 +45,8 @@ def begin(folder: Path, recipe: Recipe) -> None:
 
 @contextlib.contextmanager
 def computing(
+    study: Study,
     recipe: Recipe,
-    folder: Path,
     runner: Runner,
     address: str | None,
     interrupted: Callable[[], InterruptedRunError],
@@ -55,8 +57,8 @@ def computing(
     """Compares the images of the roles, then starts Ray, or attaches to one, for as long as the block lasts.
 
     Args:
-        recipe: The recipe; ``resources.executor: debug`` takes this process, one training at a time, and no Ray.
-        folder: Of the study.
+        study: The study.
+        recipe: Its recipe; ``resources.executor: debug`` takes this process, one training at a time, and no Ray.
         runner: What is run.
         address: Ray cluster to attach to; None: a Ray of our own on this machine.
         interrupted: Returns what a signal becomes.
@@ -70,6 +72,7 @@ def computing(
         ClusterError: There is no Ray, or a training does not fit.
     """
     forget_pickled_columns()  # before a set is opened here
+    folder = study.study_dir
     stop_path = folder / STOP
     in_process = in_process or recipe.resources.executor == "debug"
     with interruptions_as(interrupted, stop_path):
@@ -83,7 +86,11 @@ def computing(
                 nodes = await_nodes(recipe, nodes, grows, folder, say)
             runtime = make_runtime(recipe, folder, nodes, runner, grows)
             box = Mailbox() if in_process else start_mailbox()
-            yield replace(runtime, in_process=in_process, attached=attached, mailbox=box)
+            runtime = replace(runtime, in_process=in_process, attached=attached, mailbox=box)
+            if attached:
+                last, first = (study.log.number, study.log.digest), study.log.digest_of(1)
+                runtime = replace(runtime, files=start_files(folder), commit=last, first_commit=first)
+            yield runtime
 
 
 def prepare(runtime: Runtime, say: Say) -> dict[str, Any]:

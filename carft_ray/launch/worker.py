@@ -19,10 +19,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import errors, files
 from carft_ray.errors import CarftError, ClusterError
+from carft_ray.launch.at_hand import Delivery, sees, training_at_hand
 from carft_ray.launch.failures import causes
 from carft_ray.launch.mailbox import Order, Poster, Process
 from carft_ray.launch.micro_batch import fitted, memory_failure
-from carft_ray.launch.runtime import Runtime, not_visible
+from carft_ray.launch.runtime import Runtime
 from carft_ray.layout import PREPARED, ROWS
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
@@ -65,23 +66,28 @@ def run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext) -> Order 
 
 
 def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: Poster) -> Failure | None:
-    folder, place = spec.folder(runtime.study_dir), spec.place(runtime.study_dir)
     recipe, nodes = runtime.recipe, tuple[tuple[str, str], ...]()
     try:
-        nodes = _meet(runtime, context)
+        everybody = _meet(runtime, context)
+        nodes = tuple((node_id, address) for node_id, address, _ in everybody)
         poster.knows(nodes=nodes)
-        place.mkdir(parents=True, exist_ok=True)
-        if context.rank == 0:
-            addresses = dict.fromkeys(address for _, address in nodes)
-            start = f" with {context.world_size} workers" if context.world_size > 1 else ""
-            start += f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
-            poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
-        recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
-        recipe = fitted(recipe, runtime.study_dir, context.world_size)
-        with _watched(context, poster, place, runtime.recipe.resources.hang_timeout_s) as context:
-            result = runtime.runner.train(recipe, folder, runtime.study_dir / PREPARED, context, spec.attempt)
+        sight = [(node_id, seen) for node_id, _, seen in everybody]
+        with training_at_hand(runtime, spec, context, sight) as (study_dir, context, sends):
+            folder, place = spec.folder(study_dir), spec.place(study_dir)
+            place.mkdir(parents=True, exist_ok=True)
+            if context.rank == 0:
+                addresses = dict.fromkeys(address for _, address in nodes)
+                start = f" with {context.world_size} workers" if context.world_size > 1 else ""
+                start += f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
+                poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
+            recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
+            recipe = fitted(recipe, study_dir, context.world_size)
+            with _watched(context, poster, place, runtime.recipe.resources.hang_timeout_s, sends) as context:
+                result = runtime.runner.train(recipe, folder, study_dir / PREPARED, context, spec.attempt)
+        if sends is not None:
+            poster.record("log", f"attempt {spec.attempt}: {sends.words()}")
     except errors.OutOfMemoryError as error:
-        failure = memory_failure(error, recipe, spec.values, runtime.study_dir, spec.attempt)
+        failure = memory_failure(error, recipe, spec.values, spec.attempt)
         return replace(failure, details=traceback.format_exc())
     except Exception as error:  # whatever it is, the tables show it; processes and clusters stay healthy
         if is_out_of_memory(error):
@@ -95,22 +101,15 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
     return Failure("diverged", reason, spec.attempt, errors.DivergedError.exit_code)
 
 
-def _meet(runtime: Runtime, context: RunContext) -> tuple[tuple[str, str], ...]:
-    """Returns Ray's name and the address of each rank's node, once all of them see the study.
+def _meet(runtime: Runtime, context: RunContext) -> list[tuple[str, str, bool]]:
+    """Returns of each rank Ray's name and the address of its node, and whether that sees the study."""
+    node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
+    mine = (node_id, ray.util.get_node_ip_address(), sees(runtime))  # type: ignore[no-untyped-call]
+    if context.world_size == 1:
+        return [mine]
+    from carft_ray.training.ranks import gather
 
-    Raises:
-        MachineError: One does not; the message is the same on every rank.
-    """
-    problem, node_id = not_visible(runtime), ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    everybody = [(node_id, ray.util.get_node_ip_address(), problem)]  # type: ignore[no-untyped-call]
-    if context.world_size > 1:
-        from carft_ray.training.ranks import gather
-
-        everybody = gather(context, everybody[0])
-    for rank, (_, _, problem) in enumerate(everybody):
-        if problem:
-            raise errors.MachineError(problem, rank)
-    return tuple((node_id, address) for node_id, address, _ in everybody)
+    return gather(context, mine)
 
 
 def _this_process(context: RunContext) -> Process | None:
@@ -125,9 +124,11 @@ def _this_process(context: RunContext) -> Process | None:
 
 
 @contextlib.contextmanager
-def _watched(context: RunContext, poster: Poster, place: Path, hang_timeout_s: float | None) -> Iterator[RunContext]:
+def _watched(
+    context: RunContext, poster: Poster, place: Path, hang_timeout_s: float | None, sends: Delivery | None = None
+) -> Iterator[RunContext]:
     """Gives a context that keeps and posts what is reported, and whose checks for a stop are signs of life, which the
-    driver's order answers.
+    driver's order answers. On a node that does not see the study, what was kept until a report goes there with it.
 
     All ranks give them: rank 0 may be waiting for one that builds a set into the cache of its node.
 
@@ -143,6 +144,8 @@ def _watched(context: RunContext, poster: Poster, place: Path, hang_timeout_s: f
 
     def report(row: dict[str, float]) -> None:
         files.append_line(place / ROWS, json.dumps(row))
+        if sends is not None:
+            sends.own()
         poster.record("row", row)
         context.report(row)
 
@@ -152,6 +155,8 @@ def _watched(context: RunContext, poster: Poster, place: Path, hang_timeout_s: f
             next_at = time.monotonic() + WATCH_EVERY_S
             watch()
         asked = context.should_stop()
+        if sends is not None:
+            sends.check()
         return poster.step() != "go" or asked
 
     posting = replace(context, should_stop=should_stop, progress=progress, report=report)

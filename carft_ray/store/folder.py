@@ -47,7 +47,7 @@ class Folder:
 
     def get(self, name: str) -> bytes | None:
         """Returns the content of an object; None when there is none."""
-        path = self._path(name)
+        path = self.path_of(name)
         try:
             return files.retried(path, lambda: read_regular(path, files.MOST_JSON_BYTES, StorageError))
         except (FileNotFoundError, NotADirectoryError):
@@ -83,7 +83,7 @@ class Folder:
             prefix: The other name.
             after: A name: only those that sort after it. Empty for all.
         """
-        folder = self._path(prefix)
+        folder = self.path_of(prefix)
         try:
             found = files.retried(folder, lambda: os.listdir(folder))
         except (FileNotFoundError, NotADirectoryError):
@@ -95,16 +95,17 @@ class Folder:
 
     def remove(self, prefix: str) -> None:
         """Removes an object and all under its name."""
-        files.remove(self._path(prefix))
+        files.remove(self.path_of(prefix))
 
-    def _path(self, name: str) -> Path:
+    def path_of(self, name: str) -> Path:
+        """Returns where an object lies."""
         path = self.path / check_name(name)
         if not Path(leads_to := os.path.realpath(path)).is_relative_to(self.path):
             raise StorageError(Problem(str(path), f"must not lead out of {self}", visible(f"a link to {leads_to}")))
         return path
 
     def _path_to_write(self, name: str) -> Path:
-        path = self._path(name)
+        path = self.path_of(name)
         with files.writing(path):
             files.make_folder(path.parent)
         return path

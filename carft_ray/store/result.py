@@ -3,15 +3,17 @@
 import contextlib
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files, untrusted
 from carft_ray.errors import StorageError
-from carft_ray.layout import ATTEMPT, OF_RESULT, RESULT, ROWS
+from carft_ray.layout import ATTEMPT, OF_RESULT, RESULT, ROWS, STEP
 
 FORMAT_VERSION = 1
+_CHECKPOINT = re.compile(rf"^{ATTEMPT}(\d+)/{STEP}(\d+)$")
 
 
 def write_result(place: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -57,6 +59,12 @@ def left(folder: Path, name: str) -> list[Path]:
     """Returns what the attempts at a training have left under a name, the newest last."""
     found = folder.glob(f"{ATTEMPT}*/{name}")
     return sorted(found, key=lambda path: (len(path.parent.name), path.parent.name))  # by their numbers
+
+
+def checkpoints(folder: Path) -> list[tuple[tuple[int, int], Path]]:
+    """Returns ``((step, attempt), folder)`` of all checkpoints of a training, the newest first."""
+    named = [(_CHECKPOINT.match(path.relative_to(folder).as_posix()), path) for path in left(folder, f"{STEP}*")]
+    return sorted((((int(match[2]), int(match[1])), path) for match, path in named if match), reverse=True)
 
 
 def reported_rows(folder: Path) -> list[dict[str, Any]]:

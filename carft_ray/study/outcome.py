@@ -145,6 +145,8 @@ class Failure:
         attempt: The attempt that failed.
         exit_code: Of the error.
         details: A traceback for the log; of ``lost`` those of the workers that were left.
+        device: Of a shortage of memory: the key under which the study notes what fits (``launch.micro_batch``).
+        fits: Of ``memory``: the micro-batch that may fit there; else 0, and what was noted is void.
         node: Of ``lost``: Ray's name of the node that failed; empty where it is not known.
     """
 
@@ -154,6 +156,8 @@ class Failure:
     exit_code: int = 1
     details: str = ""
     node: str = ""
+    device: str = ""
+    fits: int = 0
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from torch import Tensor
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import ATTEMPT, KEPT_CHECKPOINTS, STEP
+from carft_ray.store.result import checkpoints
 
 FORMAT_VERSION = 1
 WEIGHTS, OPTIMIZER, AVERAGE = "weights.safetensors", "optimizer.safetensors", "average.safetensors"
-_NAME = re.compile(rf"^{ATTEMPT}(\d+)/{STEP}(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
         }
         content["sha256"]["state"] = _sha256_of_state(content)
         files.write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
-    for _, old in _folders(checkpoint_dir)[KEPT_CHECKPOINTS:]:
+    for _, old in checkpoints(checkpoint_dir)[KEPT_CHECKPOINTS:]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -165,7 +165,7 @@ def newest_checkpoint(checkpoint_dir: Path) -> tuple[Checkpoint | None, list[Pro
         StorageError: A network disk does not answer, so it is not known which ones are damaged.
     """
     problems: list[Problem] = []
-    for _, folder in _folders(checkpoint_dir):
+    for _, folder in checkpoints(checkpoint_dir):
         try:
             return load_checkpoint(folder), problems
         except StorageError as error:
@@ -248,13 +248,6 @@ def _damaged(folder: Path, value: str) -> Problem:
 def _sha256_of_state(content: Mapping[str, Any]) -> str:
     """Returns the hash of what ``state.json`` says besides the hashes; a flipped digit must be noticed."""
     return hashlib.sha256(json.dumps([content["step"], content["position"]], sort_keys=True).encode()).hexdigest()
-
-
-def _folders(checkpoint_dir: Path) -> list[tuple[tuple[int, int], Path]]:
-    """Returns ``((step, attempt), folder)`` of all checkpoints, newest first."""
-    folders = checkpoint_dir.glob(f"{ATTEMPT}*/{STEP}*")
-    named = [(_NAME.match(folder.relative_to(checkpoint_dir).as_posix()), folder) for folder in folders]
-    return sorted((((int(match[2]), int(match[1])), folder) for match, folder in named if match), reverse=True)
 
 
 def _sha256(path: Path) -> str:

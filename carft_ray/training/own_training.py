@@ -30,7 +30,7 @@ from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training.loop import StoppedRun, same_attention
 from carft_ray.training.out_of_memory import is_out_of_memory
 from carft_ray.training.own_function import KEY
-from carft_ray.training.ranks import from_rank_0, gather
+from carft_ray.training.ranks import from_rank_0, gather, on_all_ranks
 from carft_ray.training.run_context import RunContext
 
 WRAPPERS = ("module.", "_orig_mod.", "module.")  # of DistributedDataParallel and torch.compile, in each order
@@ -129,7 +129,8 @@ class TrainingContext:
         train_set: The training set, with ``train_transform``.
         validation_sets: By name, ``id_val`` first, with ``transform``.
         checkpoint_dir: A folder of this training for whatever the function needs to continue; it is there. Empty at
-            the first attempt, removed when the training has ended. All ranks see it.
+            the first attempt, removed when the training has ended. Rank 0 writes it; what it holds is kept with each
+            report.
     """
 
     rank: int
@@ -236,7 +237,7 @@ def own_fine_tune(
         OutOfMemoryError: The device has no memory for it.
         Exception: What it raises.
     """
-    from_rank_0(context, lambda: _made(checkpoint_dir))
+    on_all_ranks(context, lambda: _made(checkpoint_dir))
     clip = inputs.clip
 
     def made() -> OwnClassifier:

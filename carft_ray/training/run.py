@@ -150,7 +150,7 @@ def run_training(
         CarftError: As its message says.
     """
     place = out_dir / f"{layout.ATTEMPT}{attempt}"
-    trained = from_rank_0(context, lambda: left(out_dir, layout.WEIGHTS))
+    trained = from_rank_0(context, lambda: [str(path.relative_to(out_dir)) for path in left(out_dir, layout.WEIGHTS)])
     started = time.perf_counter()
     set_up(recipe)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
@@ -164,7 +164,9 @@ def run_training(
     compiled = is_compiled(recipe, prepared_dir)
     training = _Training(recipe, inputs, heads, out_dir, place, context, store, mixtures, compiled, function)
     # by an earlier attempt: only the curve is left
-    fine_tuned = on_all_ranks(context, lambda: load_tensors(trained[-1])) if trained else _train(training, attempt)
+    fine_tuned = (
+        on_all_ranks(context, lambda: load_tensors(out_dir / trained[-1])) if trained else _train(training, attempt)
+    )
     if context.rank == 0:
         with files.new_file(place / layout.WEIGHTS) as temporary:
             save_tensors(temporary, fine_tuned)
@@ -257,8 +259,9 @@ def _train(training: _Training, attempt: int) -> dict[str, Tensor]:
     train = recipe.train.model_copy(update={"compile": training.is_compiled})  # resolved
     if training.function is not None:
         own = OwnInputs(inputs.clip, heads["class_head"], inputs.class_names, inputs.train, inputs.validation)
-        from_rank_0(context, lambda: _take_over(training.out_dir, training.place / layout.OWN))
         kept = training.place / layout.OWN
+        is_first = context.rank == 0 or context.keeps_files
+        on_all_ranks(context, lambda: _take_over(training.out_dir, kept) if is_first else None)
         return own_fine_tune(training.function, train, own, context, device, kept, on_epoch)
     micro_batch = micro_batch_of(recipe.train, context.world_size)
     with explained_shortage("training", micro_batch, inputs.clip.image_size, device, micro_batch):

@@ -15,6 +15,7 @@ class RunContext:
         progress: Called on rank 0 every few steps with the latest metrics; must be quick.
         should_stop: Asked by rank 0 every few steps. When it says yes, all workers write a checkpoint and raise
             ``StoppedRun``. Evaluations ask too, as a sign of life, and continue whatever the answer is.
+        keeps_files: On a node that does not see the study, whether this is the first rank there.
     """
 
     rank: int = 0
@@ -22,3 +23,4 @@ class RunContext:
     report: Callable[[dict[str, float]], None] = lambda row: None
     progress: Callable[[dict[str, float]], None] = lambda row: None
     should_stop: Callable[[], bool] = lambda: False
+    keeps_files: bool = False

@@ -1,6 +1,6 @@
 """Whether the nodes of a cluster can run the trials of a recipe: each is asked, and what it answers is judged.
 
-A node must see the study, the images and the model under the paths of the driver, have the driver's libraries and the
+A node must see the images and the model under the paths of the driver, have the driver's libraries and the
 GPUs that it offers, and reach the other nodes. What would make trials fail is an error, what may not is a warning.
 """
 
@@ -210,8 +210,8 @@ def _faults(report: NodeReport) -> Iterator[Fault]:
     # a node without CPUs, such as a head that only holds the driver, opens no image and trains nothing
     grave: Level = "error" if report.takes_trials else "note"
     if facts["study"]:
-        step = "Mount one disk under one path on all nodes, and put the study there (--study)."
-        yield "error", "must see and write the folder of the study", facts["study"], step
+        rule = "gets and sends what its trials need of the study through Ray, as it does not see"
+        yield "note", f"{rule} {facts['study']}", "", ""
     if facts["missing"]:
         value = "; ".join(f"{place}: {one['path']}: {one['fault']}" for place, one in facts["missing"].items())
         step = "Mount or copy it there under the same path, or change the recipe."

@@ -86,7 +86,7 @@ def _fault_of(path: str) -> str:
 
 
 def _study_fault(study: Mapping[str, str]) -> str:
-    """Returns why a node cannot work in the folder of studies; empty when it sees the driver's file and may write."""
+    """Returns the folder of studies, and why, when a node cannot work in it; empty when it sees the driver's file."""
     folder = study["folder"]
     try:
         if Path(folder, study["marker"]).read_text() == study["text"]:
@@ -95,8 +95,8 @@ def _study_fault(study: Mapping[str, str]) -> str:
     except FileNotFoundError:
         pass
     except OSError as error:
-        return f"{folder}: {error.strerror}"
-    return f"{folder}: not there, or not the folder in which the driver has just written a file"
+        return f"{folder} ({error.strerror})"
+    return str(folder)
 
 
 def _folder_to_write(path: Path) -> dict[str, Any]:

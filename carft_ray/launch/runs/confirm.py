@@ -77,7 +77,7 @@ def run_confirm(
             on_event(Preparing(text))
 
         if not study.done():
-            with computing(recipe, study.study_dir, runner or RUNNER, address, interrupted, say) as runtime:
+            with computing(study, recipe, runner or RUNNER, address, interrupted, say) as runtime:
                 on_event(Preparing())
                 prepare(runtime, say)
                 decided, note = decide_targets(runtime.recipe, trainings.values())

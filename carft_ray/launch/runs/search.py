@@ -113,7 +113,7 @@ def run_search(
         with around(study, num_before):
             if not ended and not study.done():
                 interrupted = partial(_interrupted, study, address)
-                with computing(recipe, study_dir, runner or RUNNER, address, interrupted, say) as runtime:
+                with computing(study, recipe, runner or RUNNER, address, interrupted, say) as runtime:
                     ended = _run(study, runtime, on_event, say, began)
                 if ended == STOPPED:
                     raise interrupted()

@@ -98,7 +98,7 @@ def train_once(
         def interrupted() -> InterruptedRunError:
             return interruption(f"stopped; it continues from {outcome.progress_words(folder)}", resume_command)
 
-        with computing(recipe, out_dir, runner or RUNNER, address, interrupted, say, shared, in_process) as runtime:
+        with computing(study, recipe, runner or RUNNER, address, interrupted, say, shared, in_process) as runtime:
             if prepare_first is not None:
                 prepare_first(out_dir / PREPARED)
             zero_shot = prepare(runtime, say)

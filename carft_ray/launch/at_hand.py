@@ -1,0 +1,257 @@
+"""What a training or a preparation reads and writes, on the node where it runs.
+
+Where the node sees the study's folder, it is that. Else it is a folder in the node's cache: what is needed comes there
+from the driver's machine before, and what is made goes back (``launch.study_files``).
+
+    CACHE/studies/KEY/     as the study: prepared/, fits.json, trials/NAME/ while a training of this name runs
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from carft_ray import files
+from carft_ray.data.cache import cache_dir, key_of
+from carft_ray.errors import CarftError, StorageError
+from carft_ray.launch.runtime import Runtime
+from carft_ray.launch.study_files import Entry, StudyFiles, entries
+from carft_ray.layout import (
+    ATTEMPT,
+    KEPT_CHECKPOINTS,
+    METRICS,
+    MICRO_BATCH,
+    OWN,
+    PREPARATION,
+    PREPARED,
+    RESULT,
+    ROWS,
+    STEP,
+    WEIGHTS,
+)
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
+from carft_ray.study.outcome import TrialSpec
+from carft_ray.training.run_context import RunContext
+
+SEND_EVERY_S = 1.0
+KEPT_FOR_S = 7 * 24 * 3600.0  # what a killed process has left of another study
+
+
+def sees(runtime: Runtime) -> bool:
+    """Tells whether this node sees the study's folder: the commit by which the driver holds it lies there."""
+    if runtime.files is None:
+        return True
+    with contextlib.suppress(StorageError):  # this user may not read it, say
+        number, digest = runtime.commit
+        return Log(Folder(runtime.study_dir)).digest_of(number) == digest and os.access(runtime.study_dir, os.W_OK)
+    return False
+
+
+def here(runtime: Runtime) -> Path:
+    """Returns the folder in place of the study's on a node that does not see it; those of old studies go."""
+    place = (
+        cache_dir(runtime.recipe) / "studies" / key_of([str(runtime.study_dir), runtime.first_commit, platform.node()])
+    )
+    with files.writing(place):
+        place.mkdir(parents=True, exist_ok=True)
+        os.utime(place)
+    for other in place.parent.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - other.stat().st_mtime > KEPT_FOR_S:
+                shutil.rmtree(other, ignore_errors=True)
+    return place
+
+
+@contextlib.contextmanager
+def prepared_at_hand(runtime: Runtime) -> Iterator[Path]:
+    """Gives the folder of the preparation; what the block changes in it goes to the study.
+
+    Raises:
+        MachineError: The driver's machine does not answer.
+        StorageError: A disk cannot be read or written.
+    """
+    if runtime.files is None or sees(runtime):
+        yield runtime.study_dir / PREPARED
+        return
+    folder = here(runtime)
+    runtime.files.get(runtime.files.entries(PREPARED), folder)
+    before = entries(folder, PREPARED)
+    yield folder / PREPARED
+    new = [each.name for each in entries(folder, PREPARED) if each not in before]
+    for name in sorted(new, key=f"{PREPARED}/{PREPARATION}".__eq__):  # this one last
+        runtime.files.send(folder, name)
+
+
+@contextlib.contextmanager
+def training_at_hand(
+    runtime: Runtime, spec: TrialSpec, context: RunContext, nodes: Sequence[tuple[str, bool]]
+) -> Iterator[tuple[Path, RunContext, "Delivery | None"]]:
+    """Gives the study's folder as this node has it, for one attempt at a training.
+
+    Args:
+        runtime: Of the search.
+        spec: The attempt.
+        context: Of this rank; every rank calls this.
+        nodes: Of each rank, Ray's name of its node and whether it sees the study.
+
+    Yields:
+        The folder; the context of a training there; and what sends to the study what the attempt writes, on rank 0
+        where that is needed.
+
+    Raises:
+        MachineError: The driver's machine does not answer.
+        StorageError: A disk cannot be read or written.
+    """
+    node, seen = nodes[context.rank]
+    if runtime.files is None or seen:
+        folder, is_first = runtime.study_dir, False
+    else:
+        folder, is_first = here(runtime), nodes.index((node, False)) == context.rank
+    source, counts = runtime.files, (0, 0) if runtime.files is None else runtime.files.counts
+    if not all(seen for _, seen in nodes):
+        from carft_ray.training.ranks import on_all_ranks
+
+        on_all_ranks(context, lambda: _get(source, spec, folder) if is_first and source else None)
+    if not is_first or source is None:
+        yield folder, context, None
+        return
+    delivery = Delivery(source, folder, spec, counts) if context.rank == 0 else None
+    try:
+        with delivery or contextlib.nullcontext():
+            yield folder, replace(context, keeps_files=True), delivery
+    finally:
+        shutil.rmtree(spec.folder(folder), ignore_errors=True)
+
+
+def _get(source: StudyFiles, spec: TrialSpec, folder: Path) -> None:
+    """Brings what an attempt reads of the study, and removes what else a killed one has left here of its training."""
+    wanted = needed(source.entries(spec.training), spec.training)
+    names = {each.name for each in wanted}
+    for each in entries(folder, spec.training):
+        if each.name not in names:
+            files.remove(folder / each.name)
+    source.get([*source.entries(PREPARED), *source.entries(MICRO_BATCH), *wanted], folder)
+
+
+def needed(found: Sequence[Entry], training: str) -> list[Entry]:
+    """Returns which files of a training another attempt at it reads.
+
+    These are its rows; the newest weights of a training that has ended, else the newest checkpoints; and what the
+    newest attempt has kept of a fine-tuning of the user's own.
+    """
+    kept: dict[str, dict[tuple[int, ...], list[Entry]]] = {what: defaultdict(list) for what in (WEIGHTS, STEP, OWN)}
+    rows = []
+    for each in found:
+        first, _, rest = each.name.removeprefix(f"{training}/").partition("/")
+        what, attempt = rest.partition("/")[0], first.removeprefix(ATTEMPT)
+        step = what.removeprefix(STEP)
+        if first == METRICS:
+            rows.append(each)
+        elif not attempt.isdigit():
+            continue
+        elif what in (WEIGHTS, OWN):
+            kept[what][int(attempt),].append(each)
+        elif step.isdigit():
+            kept[STEP][int(step), int(attempt)].append(each)
+    numbers = {WEIGHTS: 1, STEP: 0 if kept[WEIGHTS] else KEPT_CHECKPOINTS, OWN: 1}
+    newest = [each for what, by in kept.items() for key in sorted(by)[::-1][: numbers[what]] for each in by[key]]
+    return [*rows, *newest]
+
+
+class Delivery:
+    """Sends what an attempt writes to the study: checkpoints and rows in a thread, all at the end, the result last.
+
+    Used as a context. The rows of a checkpoint are there before it is.
+
+    Args:
+        target: The study's files.
+        folder: In place of the study's folder on this node.
+        spec: The attempt.
+        counts: Those of ``target`` when the attempt began.
+    """
+
+    def __init__(self, target: StudyFiles, folder: Path, spec: TrialSpec, counts: tuple[int, int] = (0, 0)) -> None:
+        self._target, self._folder, self._training = target, folder, spec.training
+        self._place = f"{spec.training}/{ATTEMPT}{spec.attempt}"
+        self._counts, self._sent = counts, dict[str, Entry]()
+        self._sending, self._ends = threading.Lock(), threading.Event()
+        self._failure: CarftError | None = None
+        self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
+
+    def __enter__(self) -> "Delivery":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._ends.set()
+        self._thread.join()
+        try:
+            self.check()
+            self.checkpoints()
+            self.own()
+            left, last = [each.name for each in entries(self._folder, self._place)], f"{self._place}/{RESULT}"
+            self._send([*(name for name in left if f"/{STEP}" not in name and name != last), last])
+        except CarftError:
+            if kind is None:
+                raise
+
+    def check(self) -> None:
+        """Raises why something could not be sent.
+
+        Raises:
+            MachineError: The driver's machine does not answer.
+            StorageError: A disk cannot be read or written.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+    def checkpoints(self) -> None:
+        """Sends rows and checkpoints that are new."""
+        with self._sending:
+            steps = sorted(path.name for path in (self._folder / self._place).glob(f"{STEP}*"))
+            new = [name for step in steps if (name := f"{self._place}/{step}") not in self._sent]
+            self._send([f"{self._place}/{ROWS}"])
+            for name in new:
+                with contextlib.suppress(FileNotFoundError):  # two newer ones are there
+                    self._target.send(self._folder, name)
+                    self._target.keep_newest(self._training)
+                self._sent[name] = Entry(name, 0, 0)
+            os.utime(self._folder)
+
+    def own(self) -> None:
+        """Sends what a fine-tuning of the user's own keeps, after the rows; what it has removed goes there, too."""
+        with self._sending:
+            prefix = f"{self._place}/{OWN}"
+            there = [each.name for each in entries(self._folder, prefix)]
+            self._send([f"{self._place}/{ROWS}", *there])
+            for gone in [name for name in self._sent if name.startswith(f"{prefix}/") and name not in there]:
+                self._target.remove(gone)
+                del self._sent[gone]
+
+    def words(self) -> str:
+        """Returns how much has come and gone through Ray, for the log."""
+        got, sent = (now - before for now, before in zip(self._target.counts, self._counts, strict=True))
+        return f"{got / 1e6:.1f} MB came through Ray, {sent / 1e6:.1f} MB went"
+
+    def _send(self, names: Sequence[str]) -> None:
+        """Sends those files that are there and have changed since they were sent."""
+        for each in (each for name in names for each in entries(self._folder, name)):
+            if self._sent.get(each.name) != each:
+                with contextlib.suppress(FileNotFoundError):  # the user's own function has removed it
+                    self._target.send(self._folder, each.name)
+                self._sent[each.name] = each
+
+    def _run(self) -> None:
+        while not self._ends.wait(SEND_EVERY_S):
+            try:
+                self.checkpoints()
+            except CarftError as error:  # raised by ``check``
+                self._failure = error
+                return
