@@ -119,6 +119,7 @@ def story(folder, executor="inline"):
             part("the same command on a new head")
             searches.wait_for_no_groups(second.address, second.environment)
             check(study_dir, before)
+            assert "2 of 2 nodes do not see" in study_dir.with_suffix(".log").read_text()
             done = cli(second, "export", study_dir, "--to", folder / "export")
             assert done.returncode == 0, done.stdout + done.stderr
             part("export")
