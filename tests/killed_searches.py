@@ -38,7 +38,11 @@ EIGHT = {"search": {"max_concurrent_trials": AT_A_TIME}, "num_workers": 1, "cpus
 # the same with real ones, whose values are the same in whatever order they end
 REAL_SEARCH = {"train": {"batch_size": 8}, "sampler": {"name": "random", "seed": 1}, **EIGHT["search"]}
 REAL = {**EIGHT, "search": REAL_SEARCH, "training": "carft_ray.launch.runtime"}
-TITLES = {"trial": (b"ray::ImplicitFunc.train", b"ray::ResourceTrainable.train"), "mailbox": b"ray::Mailbox"}
+TITLES = {
+    "trial": (b"ray::ImplicitFunc.train", b"ray::ResourceTrainable.train"),
+    "mailbox": b"ray::Mailbox",
+    "files": b"ray::FileServer",
+}
 CUT = {"pruner": {"name": "successive_halving", "first": 0.25}}
 # a cluster notices the loss of a node after a second
 SOON_LOST = {

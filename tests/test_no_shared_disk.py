@@ -1,6 +1,8 @@
 """Searches on nodes that see neither the study nor the head's caches: all comes and goes through Ray."""
 
+import os
 import re
+import signal
 
 import killed_searches as searches
 import pytest
@@ -22,17 +24,26 @@ def logs(study_dir):
 
 @pytest.mark.slow
 @pytest.mark.nodes
-@pytest.mark.parametrize("executor", ["inline", "ray-train"])
-def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine(executor, tmp_path):
+@pytest.mark.parametrize(("executor", "kills"), [("inline", 0), ("ray-train", 3)])
+def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine(executor, kills, tmp_path):
+    """Those of the process are killed that has the files on the head."""
     hidden = tmp_path / "head"
     hidden.mkdir()
     study_dir = hidden / "study"
     with cluster.head() as head, cluster.node(head, 2, hidden=(hidden,)) as node:
         given = {**REAL, "cpus_per_worker": 0.5, "wait_for_nodes": 120}
         try:
-            code, output = searches.finish(
-                searches.driver(study_dir, 3, executor, head.address, auth_of(head), **given)
-            )
+            process = searches.driver(study_dir, 3, executor, head.address, auth_of(head), **given)
+            for part in range(kills):
+                searches.wait_until(
+                    lambda: searches.ended(process) or len(searches.results(study_dir)) >= part,  # noqa: B023  # at once
+                    f"{part} have ended",
+                )
+                [pid] = searches.wait_until(
+                    lambda: searches.ended(process) or searches.titled("files", head.process.pid), "there is one"
+                )
+                os.kill(pid, signal.SIGKILL)
+            code, output = searches.finish(process)
         finally:
             searches.kill_drivers()
         left = [path for path in (node.folder / "home").rglob("*") if path.is_file() and "/trials/" in str(path)]
