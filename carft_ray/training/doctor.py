@@ -38,7 +38,7 @@ from carft_ray.evaluation.predictions import accuracy
 from carft_ray.model.catalog import check_model, model_warnings
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import Clip, load_clip
-from carft_ray.model.device import device_of
+from carft_ray.model.device import compute_dtype, device_of, precision_words, set_up
 from carft_ray.model.heads import Say, cached_heads
 from carft_ray.model.prompts import templates
 from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
@@ -49,6 +49,8 @@ from carft_ray.recipe.schema.sets import TEST_ROLES, StoredSet
 from carft_ray.recipe.text import dotted
 from carft_ray.training.evaluate import predict, subset, usual_batch
 from carft_ray.training.losses import context_distribution, context_entropy
+from carft_ray.training.memory import step_memory
+from carft_ray.training.out_of_memory import micro_batch_of
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted, time_left
@@ -121,6 +123,7 @@ def examine(
     quick: bool = False,
     say: Say = lambda text: None,
     progress: Callable[[str], OnImage] = lambda what: lambda done, total: None,
+    memory_gb: float | None = None,
 ) -> Diagnosis:
     """Checks everything, and continues as far as it can after a problem. Test sets are counted and hashed only.
 
@@ -131,6 +134,7 @@ def examine(
         quick: Read no image: lists, model and prompts only.
         say: Called with what is being done.
         progress: Given what is read, returns a callback for (images done, images in all).
+        memory_gb: Memory of the GPU for which a micro-batch is foretold; None: of the one that is here, if any.
     """
     found = Diagnosis()
     for text in (*warnings(recipe), *model_warnings(recipe.model)):
@@ -163,7 +167,7 @@ def examine(
             say("the model is not checked: correct the errors first")
             return found
         say("opening the model")
-        _check_model(recipe, num_images, quick, found, say)
+        _check_model(recipe, num_images, quick, found, say, memory_gb)
     except CarftError as error:
         found.fail(error.problems)
     return found
@@ -244,9 +248,11 @@ def _judge_images(place: str, on_bad_image: str, facts: Mapping[str, Any], found
         found.add("note", place, f"images of several modes are made RGB (docs/data.md): {words}")
 
 
-def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Diagnosis, say: Say) -> None:
+def _check_model(
+    recipe: Recipe, num_images: int | None, quick: bool, found: Diagnosis, say: Say, memory_gb: float | None
+) -> None:
     recipe = with_threads(recipe, environment.usable_cores())
-    torch.set_num_threads(recipe.resources.threads_per_worker)
+    set_up(recipe)
     inputs = None if quick else load_shared_inputs(recipe)
     clip = load_clip(recipe.model) if inputs is None else inputs.clip
     words, prompts = class_names(recipe), templates(recipe.prompts, SANDBOX_TEMPLATES)
@@ -258,6 +264,8 @@ def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Dia
     found.fail(impossible)
     trained = weights if impossible else num_trained(visual, recipe.train)
     needed_gb = round(training_bytes(weights, trained, recipe.train.ema_decay is not None) / 1e9, 2)
+    if precision := precision_words(recipe.train, device_of(recipe)):
+        found.add("note", "train.precision", precision)
     found.model = {
         "name": recipe.model.name,
         "weights_hash": clip.weights_hash,
@@ -269,6 +277,8 @@ def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Dia
         "trained_weights": trained,
         "training_memory_gb": needed_gb,
     }
+    if not impossible:
+        found.model |= _step_memory(recipe, clip, heads, memory_gb, say)
     medians = {place: one["short_side"]["median"] for place, one in found.sets.items() if one.get("short_side")}
     small = [f"{place} {side:g}" for place, side in medians.items() if side < clip.image_size / 2]
     if small:
@@ -276,6 +286,21 @@ def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Dia
         found.add("note", "model", rule)
     if inputs is not None:
         _measure(recipe, inputs, heads, num_images, found, say)
+
+
+def _step_memory(recipe: Recipe, clip: Clip, heads: Heads, memory_gb: float | None, say: Say) -> dict[str, Any]:
+    """Returns the largest micro-batch that fits a GPU, and the memory that a step takes with it; nothing for a CPU."""
+    device, train = device_of(recipe), recipe.train
+    if memory_gb is None and device.type != "cuda":
+        return {}
+    say("estimating the memory of a step")
+    is_bf16 = train.precision == "auto" if memory_gb is not None else compute_dtype(train, device) is not None
+    train = train.model_copy(update={"precision": "bf16"}) if is_bf16 else train
+    needed = step_memory(clip, train, heads["class_head"], heads["context_head"])
+    there = memory_gb * 1e9 if memory_gb is not None else float(torch.cuda.mem_get_info(device)[1])
+    most = micro_batch_of(train.model_copy(update={"micro_batch": None}), recipe.resources.num_workers)
+    fits = needed.largest(there, most)
+    return {"micro_batch": fits, "step_gb": round(needed.of(max(fits, 1)) / 1e9, 2), "gpu_gb": round(there / 1e9, 1)}
 
 
 def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:
