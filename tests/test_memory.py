@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 SIDE = 64
 TOWERS = {
-    "vit": {"layers": 6, "width": 192, "head_width": 64, "patch_size": 8},
+    "vit": {"layers": 3, "width": 192, "head_width": 64, "patch_size": 8},
     "resnet": {"layers": [1, 1, 1, 1], "width": 32, "head_width": 64},
     "convnext": {"timm_model_name": "convnext_atto", "timm_pool": "avg", "timm_proj": "linear"},
 }
@@ -60,7 +60,6 @@ def test_what_more_images_take_is_foretold_within_15_percent(tmp_path, name):
     clip, heads = model_of(name)
     found = step_memory(clip, settings(precision="fp32"), *heads)
     expected = found.of(MANY) - found.of(FEW)
-    print(f"{name}: {(peaks[1] - peaks[0]) / 1e6:.1f} MB, foretold {expected / 1e6:.1f} MB")
     assert peaks[1] - peaks[0] == pytest.approx(expected, rel=0.15)
 
 
@@ -69,7 +68,7 @@ def test_each_way_to_save_memory_is_foretold_to_save_some():
     plain, frozen, lora, again, bf16, average, alone = (
         step_memory(clip, settings(**{"precision": "fp32", **values}), *heads)
         for values in (
-            *({}, {"freeze_layers": 4}, {"lora_rank": 4}, {"grad_checkpointing": True}),
+            *({}, {"freeze_layers": 2}, {"lora_rank": 4}, {"grad_checkpointing": True}),
             *({"precision": "bf16"}, {"ema_decay": 0.9}, {"kl_weight": 0.0}),
         )
     )

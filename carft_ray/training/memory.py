@@ -68,11 +68,11 @@ def step_memory(clip: Clip, train: TrainConfig, class_head_CD: Tensor, context_h
     return StepMemory(least, few - MEASURED[0] * an_image, an_image)
 
 
-class _Held(TorchDispatchMode):
+class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's initialisation has no types
     """Counts the bytes of all tensors that are alive at a time; ``most`` is their largest number."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.most = 0
         self._known = WeakIdKeyDictionary()
 
