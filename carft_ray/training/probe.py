@@ -15,13 +15,11 @@ from carft_ray.data.packed import PackedSource
 from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.layout import ATTEMPT, HEADS, PREDICTIONS, STEP
 from carft_ray.model.device import device_of
-from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.result import write_result
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.evaluate import predict_all
+from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.loop import StoppedRun
-from carft_ray.training.out_of_memory import MIXING, explained_shortage
 from carft_ray.training.ranks import from_rank_0
 from carft_ray.training.run import LIVE_ALPHAS, run_training
 from carft_ray.training.run_context import RunContext
@@ -68,12 +66,11 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         raise StoppedRun("stopped on request")
 
     class_head_CD = load_tensors(prepared_dir / HEADS)["class_head"]
-    with explained_shortage(MIXING, 0, 0, device_of(recipe)):
-        mixtures = Mixtures(inputs.clip, class_head_CD, recipe.train, device_of(recipe))
-        state = mixtures.zero_shot
-        with mixtures.between(state) as mixed:
-            evaluation_began = time.perf_counter()
-            table = predict_all(mixed(0.5), inputs.validation, 0.5, recipe.evaluate.batch_size, context)
+    mixtures = Mixtures(inputs.clip, class_head_CD, recipe.train, device_of(recipe))
+    state = mixtures.zero_shot
+    with mixtures.between(lambda: state) as mixed:
+        evaluation_began = time.perf_counter()
+        table = predict_all(mixed(0.5), inputs.validation, 0.5, recipe.evaluate.batch_size, context)
     result: dict[str, Any] = {"objective": 0.0, "metrics": {}}
     if context.rank != 0:
         return result
