@@ -122,6 +122,14 @@ def _show(found: Any, reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:
         console.say(f"No error, {counted(warnings, 'warning')}, {counted(notes, 'note')}.")
 
 
+def step_words(found: dict[str, Any]) -> str:
+    """Returns what ``micro_batch_to_begin_with`` has found, in a sentence."""
+    step = f"a step takes {found['step_gb']:.2g} of {found['gpu_gb']:.0f} GB (estimated)"
+    if found["micro_batch"]:
+        return f"micro-batch to begin with: {found['micro_batch']}; {step}"
+    return f"not one image fits the GPU: {step}; docs/gpu.md says what takes less"
+
+
 def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str]:
     if model:
         contexts = counted(model["num_contexts"], "context")
@@ -133,12 +141,7 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str
             f"{model['training_memory_gb']:.2g} GB with the frozen tower, gradients and AdamW, images come on top"
         )
     if "micro_batch" in model:
-        step = f"a step takes {model['step_gb']:.2g} of {model['gpu_gb']:.0f} GB (estimated)"
-        yield (
-            f"micro-batch to begin with: {model['micro_batch']}; {step}"
-            if model["micro_batch"]
-            else (f"not one image fits the GPU: {step}; docs/gpu.md says what takes less")
-        )
+        yield step_words(model)
     if not machine:
         return
     yield (

@@ -38,7 +38,7 @@ from carft_ray.evaluation.predictions import accuracy
 from carft_ray.model.catalog import check_model, model_warnings
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import Clip, load_clip
-from carft_ray.model.device import compute_dtype, device_of, precision_words, set_up
+from carft_ray.model.device import device_of, precision_words, set_up
 from carft_ray.model.heads import Say, cached_heads
 from carft_ray.model.prompts import templates
 from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
@@ -49,8 +49,7 @@ from carft_ray.recipe.schema.sets import TEST_ROLES, StoredSet
 from carft_ray.recipe.text import dotted
 from carft_ray.training.evaluate import predict, subset, usual_batch
 from carft_ray.training.losses import context_distribution, context_entropy
-from carft_ray.training.memory import step_memory
-from carft_ray.training.out_of_memory import micro_batch_of
+from carft_ray.training.memory import micro_batch_to_begin_with
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted, time_left
@@ -278,7 +277,7 @@ def _check_model(
         "training_memory_gb": needed_gb,
     }
     if not impossible:
-        found.model |= _step_memory(recipe, clip, heads, memory_gb, say)
+        found.model |= micro_batch_to_begin_with(recipe, clip, heads, memory_gb, say)
     medians = {place: one["short_side"]["median"] for place, one in found.sets.items() if one.get("short_side")}
     small = [f"{place} {side:g}" for place, side in medians.items() if side < clip.image_size / 2]
     if small:
@@ -286,21 +285,6 @@ def _check_model(
         found.add("note", "model", rule)
     if inputs is not None:
         _measure(recipe, inputs, heads, num_images, found, say)
-
-
-def _step_memory(recipe: Recipe, clip: Clip, heads: Heads, memory_gb: float | None, say: Say) -> dict[str, Any]:
-    """Returns the largest micro-batch that fits a GPU, and the memory that a step takes with it; nothing for a CPU."""
-    device, train = device_of(recipe), recipe.train
-    if memory_gb is None and device.type != "cuda":
-        return {}
-    say("estimating the memory of a step")
-    is_bf16 = train.precision == "auto" if memory_gb is not None else compute_dtype(train, device) is not None
-    train = train.model_copy(update={"precision": "bf16"}) if is_bf16 else train
-    needed = step_memory(clip, train, heads["class_head"], heads["context_head"])
-    there = memory_gb * 1e9 if memory_gb is not None else float(torch.cuda.mem_get_info(device)[1])
-    most = micro_batch_of(train.model_copy(update={"micro_batch": None}), recipe.resources.num_workers)
-    fits = needed.largest(there, most)
-    return {"micro_batch": fits, "step_gb": round(needed.of(max(fits, 1)) / 1e9, 2), "gpu_gb": round(there / 1e9, 1)}
 
 
 def _judge_words(clip: Clip, words: Sequence[str], prompts: Sequence[str], found: Diagnosis) -> None:

@@ -6,6 +6,7 @@ itself (some 0.5 to 1 GB on a GPU), what lies idle between pieces in use, and wh
 
 import copy
 import weakref
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +18,16 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.model.clip import Clip
-from carft_ray.model.device import compute_dtype
+from carft_ray.model.device import compute_dtype, device_of
+from carft_ray.model.heads import Say
 from carft_ray.model.lora import trained_weights
 from carft_ray.model.mixing import update_average
 from carft_ray.model.tower import shape_tower
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.losses import Loss, context_distribution
 from carft_ray.training.optimizer import build_optimizer, clip_gradients
+from carft_ray.training.out_of_memory import micro_batch_of
 
 MEASURED = (256, 512)  # images of a pass: so many that the peak lies at its end, and grows by the same for each image
 USABLE = 0.9  # of a device's memory: see above
@@ -66,6 +70,39 @@ def step_memory(clip: Clip, train: TrainConfig, class_head_CD: Tensor, context_h
     least, few, many = (_peak(clip, train, (class_head_CD, context_head_TD), number) for number in (1, *MEASURED))
     an_image = (many - few) / (MEASURED[1] - MEASURED[0])
     return StepMemory(least, few - MEASURED[0] * an_image, an_image)
+
+
+def micro_batch_to_begin_with(
+    recipe: Recipe,
+    clip: Clip,
+    heads: Mapping[str, Tensor],
+    memory_gb: float | None = None,
+    say: Say = lambda text: None,
+) -> dict[str, Any]:
+    """Returns which micro-batch fits a GPU by the estimate, and what a step takes with it; nothing for a CPU.
+
+    Args:
+        recipe: With the values of the training.
+        clip: The model.
+        heads: ``class_head`` and ``context_head``.
+        memory_gb: Memory of the GPU; None: of this process's own, if it has one.
+        say: Called before it takes some seconds.
+
+    Returns:
+        ``micro_batch``, the largest half of a half of a worker's part of the batch, 0: not one image fits; ``step_gb``
+        with it, and ``gpu_gb`` of the device.
+    """
+    device, train = device_of(recipe), recipe.train
+    if memory_gb is None and device.type != "cuda":
+        return {}
+    say("estimating the memory of a step")
+    is_bf16 = train.precision == "auto" if memory_gb is not None else compute_dtype(train, device) is not None
+    train = train.model_copy(update={"precision": "bf16"}) if is_bf16 else train
+    needed = step_memory(clip, train, heads["class_head"], heads["context_head"])
+    there = memory_gb * 1e9 if memory_gb is not None else float(torch.cuda.mem_get_info(device)[1])
+    most = micro_batch_of(train.model_copy(update={"micro_batch": None}), recipe.resources.num_workers)
+    fits = needed.largest(there, most)
+    return {"micro_batch": fits, "step_gb": round(needed.of(max(fits, 1)) / 1e9, 2), "gpu_gb": round(there / 1e9, 1)}
 
 
 class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's initialisation has no types
