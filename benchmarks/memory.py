@@ -44,8 +44,9 @@ def main(names: list[str]) -> None:
     cards = " | ".join(f"{card} GB" for card in CARDS)
     lines = [f"| model | | fixed, GB | per image, MB | {cards} |", "|---|---|---|---|" + "---|" * len(CARDS)]
     for name in names or MODELS:
-        lines += rows(name)
-        print(lines[-1], flush=True)
+        found = rows(name)
+        print("\n".join(found), flush=True)
+        lines += found
     if not names:
         before, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
