@@ -43,11 +43,10 @@ from carft_ray.evaluation.predictions import concat, read_predictions, write_pre
 from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import ATTEMPT, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.model.classifier import build_classifier
-from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.evaluate import predict_all
+from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
@@ -253,7 +252,7 @@ def _predict_tests(recipe: Recipe, bench: Bench, folder: Path, alphas: Sequence[
     heads = load_tensors(bench.prepared_dir / "heads.safetensors")
     mixtures, tests = Mixtures(inputs.clip, heads["class_head"], recipe.train, CPU), _test_sets(recipe, inputs)
     batch_size = recipe.evaluate.batch_size
-    with mixtures.between(load_tensors(_place(folder) / WEIGHTS)) as mixed:
+    with mixtures.between(lambda: load_tensors(_place(folder) / WEIGHTS)) as mixed:
         return concat([predict_all(mixed(alpha), tests, alpha, batch_size, RunContext()) for alpha in alphas])
 
 

@@ -11,6 +11,7 @@ from PIL import Image
 from short_training import write_model
 
 from carft_ray import words
+from carft_ray.cli.doctor import step_words
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training import doctor
 from carft_ray.training.doctor import as_plain_data, examine, zero_shot_findings
@@ -249,6 +250,16 @@ def test_quick_opens_no_image(here, monkeypatch, capsys):
     told = capsys.readouterr()
     assert "Next:" in told.err
     assert "36" in told.out
+
+
+def test_the_micro_batch_for_a_gpu_that_is_elsewhere_is_foretold(here, capsys):
+    assert call(["doctor", "r.yaml", "--quick"]) == 0
+    assert "micro-batch" not in capsys.readouterr().out
+    assert call(["doctor", "r.yaml", "--quick", "--memory-gb", "16", "--json"]) == 0
+    model = json.loads(capsys.readouterr().out)["model"]
+    assert (model["micro_batch"], model["gpu_gb"]) == (8, 16)  # the whole batch
+    assert re.fullmatch(r"micro-batch to begin with: 8; a step takes \S+ of 16 GB \(estimated\)", step_words(model))
+    assert step_words({"micro_batch": 0, "step_gb": 30.1, "gpu_gb": 16}).startswith("not one image fits the GPU: ")
 
 
 @pytest.mark.parametrize(

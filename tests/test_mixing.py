@@ -7,7 +7,8 @@ from test_towers import settings
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from carft_ray.model.mixing import Mixtures, mix_weights
+from carft_ray.model.mixing import mix_weights
+from carft_ray.training.evaluate import Mixtures
 
 
 @pytest.fixture
@@ -80,7 +81,7 @@ def test_mixing_makes_one_copy_of_the_weights_and_none_at_an_alpha(tiny_clip, he
     mixtures = Mixtures(tiny_clip, heads[0], settings(), torch.device("cpu"))
     size = sum(each.nbytes for each in mixtures.zero_shot.values())
     fine_tuned = {name: tensor + 1 for name, tensor in mixtures.zero_shot.items()}
-    with Made() as made, mixtures.between(fine_tuned) as mixed:  # on the CPU zero-shot's weights are there
+    with Made() as made, mixtures.between(lambda: fine_tuned) as mixed:  # on the CPU zero-shot's weights are there
         assert made.num_bytes == size
         for alpha in (0.0, 0.3, 1.0):
             mixed(alpha)

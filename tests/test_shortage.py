@@ -6,7 +6,7 @@ import torch
 
 from carft_ray.errors import CarftError
 from carft_ray.launch.runs.search import run_search
-from carft_ray.model import classifier, mixing
+from carft_ray.model import classifier
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.study.rows import trials
 from carft_ray.training import evaluate, run
@@ -41,7 +41,7 @@ PLACES = {
     "forward": (in_forward, "evaluation: 1 image of 16 x 16 pixels at a time must fit into memory"),
     "mixing": (lambda patches: patches.setattr(torch, "lerp", short), "mixing: two more copies of the model's weights"),
     "copy to the device": (
-        lambda patches: patches.setattr(mixing, "arranged", short),
+        lambda patches: patches.setattr(evaluate, "arranged", short),
         "mixing: two more copies of the model's weights",
     ),
     "copy of the state": (

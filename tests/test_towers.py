@@ -31,13 +31,13 @@ from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import wrap_model
 from carft_ray.model.heads import build_heads
 from carft_ray.model.lora import merged_state, plain_name, trained_weights
-from carft_ray.model.mixing import Mixtures, mix_weights
+from carft_ray.model.mixing import mix_weights
 from carft_ray.model.tower import layer_factors, layer_groups, num_trained, recipe_problems, shape_tower, tower_problems
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.reading.trained import evaluate_trained, open_trained
 from carft_ray.training import run
 from carft_ray.training.checkpoint import newest_checkpoint
-from carft_ray.training.evaluate import predict, predict_all
+from carft_ray.training.evaluate import Mixtures, predict, predict_all
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.optimizer import build_optimizer, set_learning_rate
 from carft_ray.training.run_context import RunContext
@@ -405,7 +405,7 @@ def test_mixtures_are_those_of_mixed_states_and_leave_the_model_as_it_was(resnet
     start = classifier_of(resnet_clip, heads, settings()).state()
     assert largest_difference(mixtures.zero_shot, start) == 0.0
     for state in (*tuned, tuned[0]):
-        with mixtures.between(state) as mixed:
+        with mixtures.between(lambda state=state: state) as mixed:
             for alpha in (1.0, 0.4, 0.0, 0.4):  # an order leaves no trace
                 by_hand = classifier_of(resnet_clip, heads, settings())
                 by_hand.load_state_dict(mix_weights(start, state, alpha))
@@ -422,7 +422,7 @@ def test_mixtures_have_no_weights_of_their_own_between_two_looks(tiny_clip, head
 
     mixtures = Mixtures(tiny_clip, heads[0], settings(), CPU)
     shared = {each.untyped_storage().data_ptr() for each in tiny_clip.model.visual.state_dict().values()}
-    with mixtures.between(mixtures.zero_shot) as mixed:
+    with mixtures.between(lambda: mixtures.zero_shot) as mixed:
         classifier = mixed(0.5)
         assert not storages(classifier.named_parameters()) & shared
         assert mixed(1.0) is classifier

@@ -26,6 +26,9 @@ def doctor(
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
     pairs: Annotated[Path | None, Option(metavar="FILE", help="Write pairs of shared images: .csv or .html.")] = None,
+    memory_gb: Annotated[
+        float | None, Option(min=1, help="Memory of a GPU: which micro-batch fits? Default: the GPU that is here.")
+    ] = None,
     address: Annotated[str | None, Option(help="Check each node of this Ray cluster: HOST:PORT or auto.")] = None,
     study: Annotated[Path | None, Option(help="With --address: can each node write to this study?")] = None,
     json_: common.JsonOption = False,
@@ -61,10 +64,10 @@ def doctor(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))
             stack.enter_context(cluster.running_ray(address, Path(folder) / RAY_LOG))
         if json_:
-            found = examine(value, images, quick)
+            found = examine(value, images, quick, memory_gb=memory_gb)
         else:
             with counting() as progress:
-                found = examine(value, images, quick, console.say, progress)
+                found = examine(value, images, quick, console.say, progress, memory_gb)
         if address is not None:
             reports = checkup.ask_nodes(value, study, say)
             on_nodes = [*checkup.judge(reports), *checkup.check_collective(reports, value, say)]
@@ -119,6 +122,14 @@ def _show(found: Any, reports: Sequence[Any], on_nodes: Sequence[Any]) -> None:
         console.say(f"No error, {counted(warnings, 'warning')}, {counted(notes, 'note')}.")
 
 
+def step_words(found: dict[str, Any]) -> str:
+    """Returns what ``micro_batch_to_begin_with`` has found, in a sentence."""
+    step = f"a step takes {found['step_gb']:.2g} of {found['gpu_gb']:.0f} GB (estimated)"
+    if found["micro_batch"]:
+        return f"micro-batch to begin with: {found['micro_batch']}; {step}"
+    return f"not one image fits the GPU: {step}; docs/gpu.md says what takes less"
+
+
 def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str]:
     if model:
         contexts = counted(model["num_contexts"], "context")
@@ -129,6 +140,8 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str
             f"{model['num_classes']} classes, {contexts}; {model['trained_weights'] / 1e6:.1f} million weights train, "
             f"{model['training_memory_gb']:.2g} GB with the frozen tower, gradients and AdamW, images come on top"
         )
+    if "micro_batch" in model:
+        yield step_words(model)
     if not machine:
         return
     yield (

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from typer import Option
 
 from carft_ray.cli import common
+from carft_ray.cli.doctor import step_words
 from carft_ray.cli.program import command
 from carft_ray.errors import Problem, RecipeError, UsageError
 from carft_ray.ui import console
@@ -59,6 +60,8 @@ def plan(
     console.show(f"{what}, {found['concurrency']} at a time ({found['limited_by']})")
     console.show(console.table(["", *console.numbers("expected", no_wrap=True), "range"], _lines(found)))
     console.say(f"From short trainings, {found['measured']['took_s']:.0f} s in all.")
+    if found["step"]:
+        console.say(step_words(found["step"]))
     if found["budget"]:
         console.say(found["budget"])
     if value.search.pruner.name != "none":

@@ -66,6 +66,7 @@ class Measured:
         next_s: The same for each further one.
         alone: Which share of its time a training takes with nothing beside it: less than 1 where slots share cores.
         sizes: Bytes: ``weights`` and ``predictions`` of a training, ``targets`` of an epoch, further ones in all.
+        step: What ``micro_batch_to_begin_with`` found on a GPU, the smallest one.
     """
 
     took_s: float
@@ -76,6 +77,7 @@ class Measured:
     next_s: float = 0.0
     alone: float = 1.0
     sizes: dict[str, float] = field(default_factory=dict)
+    step: dict[str, float] = field(default_factory=dict)
 
 
 def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str
         **{name: getattr(capacity, name) for name in ("gpus_per_worker", "cpus_per_worker")},
         "prepare_s": round(measured.prepare_s, 1),
         **{name: _range(values, measured.doubt) for name, values in ranges.items()},
+        "step": measured.step,
         "disk_bytes": {name: int(numbers.get(name, 1) * size) for name, size in measured.sizes.items()},
         "measured": {"took_s": round(measured.took_s, 1), "doubt": round(measured.doubt, 3)},
     }
@@ -189,6 +192,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
             step = "A training would end in the same way; run it by `carft-ray train` to see all of it."
             raise ClusterError(Problem("plan", f"a short training has failed: {failed[0]}", next_step=step))
         results = [result_of(study.study_dir, row)["probe"] for row in rows]
+    steps = [each.pop("step") for each in results]
     slots, every, pruner = capacity.concurrency, recipe.evaluate.every_epochs, recipe.search.pruner
     first, later = _means(results[:slots]), _means(results[slots:])
     # where targets are stored, the first training of a slot computes them
@@ -208,6 +212,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         alone=1.0 if capacity.gpus_per_worker else min(1.0, later["cpu_s"] / later["inside_s"]),
         training_s=training_s,
         doubt=max(LEAST_DOUBT, statistics.pstdev(each["inside_s"] for each in results[slots:]) / later["inside_s"]),
+        step=min(steps, key=lambda step: step.get("micro_batch", 0)),
         sizes={
             "weights": later["weights"],
             "predictions": later["predictions"],

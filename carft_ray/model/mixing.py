@@ -12,15 +12,10 @@ not pulled to its start (the bias correction of Adam, arXiv 1412.6980). Step by 
     average[t] = average[t - 1] + (1 - d) / (1 - d^(t + 1)) * (w[t] - average[t - 1])
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-
-from carft_ray.model.classifier import ImageClassifier, arranged, build_classifier
-from carft_ray.model.clip import Clip
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
 
 State = Mapping[str, Tensor]
 
@@ -40,13 +35,13 @@ def mix_weights(zero_shot_state: State, fine_tuned_state: State, alpha: float) -
         ValueError: ``alpha`` is outside [0, 1], or names or shapes differ.
     """
     mixed = {name: torch.empty_like(tensor) for name, tensor in zero_shot_state.items()}
-    _mix(mixed, zero_shot_state, fine_tuned_state, alpha)
+    mix_into(mixed, zero_shot_state, fine_tuned_state, alpha)
     return mixed
 
 
 @torch.no_grad()
-def _mix(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> None:
-    """Mixes into the tensors of ``mixed``, beside which nothing of the size of a model is made on their device.
+def mix_into(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> None:
+    """Does ``mix_weights`` into the tensors of ``mixed``, beside which their device holds nothing of a model's size.
 
     ``zero_shot`` is on that device, ``fine_tuned`` may be on another.
     """
@@ -67,51 +62,6 @@ def _mix(mixed: State, zero_shot: State, fine_tuned: State, alpha: float) -> Non
             into.copy_(start)  # the sign of a zero, too
         elif alpha < 1:
             torch.lerp(start, into, alpha, out=into)
-
-
-class Mixtures:
-    """The mixtures of one training, one after the other in the same classifier.
-
-    Outside of ``between`` the classifier shares the weights of ``clip`` and takes no memory of its own. Within, a GPU
-    holds the classifier and one copy of the zero-shot weights.
-
-    Args:
-        clip: The model that training starts from.
-        class_head_CD: Unit rows [C, D].
-        train: The values of the training.
-        device: Where to compute.
-
-    Attributes:
-        zero_shot: The zero-shot state, on the CPU.
-    """
-
-    def __init__(self, clip: Clip, class_head_CD: Tensor, train: TrainConfig, device: torch.device) -> None:
-        self._classifier, self._device = build_classifier(clip, class_head_CD, train, device), device
-        tower = {f"visual.{name}": tensor for name, tensor in clip.model.visual.state_dict().items()}  # type: ignore[union-attr]  # open_clip is untyped
-        own = self._classifier.state_dict()
-        self.zero_shot = {name: tower.get(name, own[name]).to("cpu", own[name].dtype) for name in own}
-        self._classifier.load_state_dict(self.zero_shot, assign=True)
-
-    @contextlib.contextmanager
-    def between(self, fine_tuned: State) -> Iterator[Callable[[float], ImageClassifier]]:
-        """Gives a function that mixes the weights at an alpha and returns the classifier, the same one each time.
-
-        Args:
-            fine_tuned: The state at alpha 1, on the CPU or the device.
-        """
-        try:
-            start = {name: tensor.to(self._device) for name, tensor in self.zero_shot.items()}
-            self._classifier.load_state_dict({name: tensor.clone() for name, tensor in start.items()}, assign=True)
-            arranged(self._classifier)
-            mixed = self._classifier.state_dict()
-
-            def at(alpha: float) -> ImageClassifier:
-                _mix(mixed, start, fine_tuned, alpha)
-                return self._classifier
-
-            yield at
-        finally:
-            self._classifier.load_state_dict(self.zero_shot, assign=True)
 
 
 def update_average(average: State, weights: State, decay: float, step: int) -> None:

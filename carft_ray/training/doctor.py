@@ -38,7 +38,7 @@ from carft_ray.evaluation.predictions import accuracy
 from carft_ray.model.catalog import check_model, model_warnings
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import Clip, load_clip
-from carft_ray.model.device import device_of
+from carft_ray.model.device import device_of, precision_words, set_up
 from carft_ray.model.heads import Say, cached_heads
 from carft_ray.model.prompts import templates
 from carft_ray.model.tower import num_trained, recipe_problems, training_bytes
@@ -49,6 +49,7 @@ from carft_ray.recipe.schema.sets import TEST_ROLES, StoredSet
 from carft_ray.recipe.text import dotted
 from carft_ray.training.evaluate import predict, subset, usual_batch
 from carft_ray.training.losses import context_distribution, context_entropy
+from carft_ray.training.memory import micro_batch_to_begin_with
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted, time_left
@@ -121,6 +122,7 @@ def examine(
     quick: bool = False,
     say: Say = lambda text: None,
     progress: Callable[[str], OnImage] = lambda what: lambda done, total: None,
+    memory_gb: float | None = None,
 ) -> Diagnosis:
     """Checks everything, and continues as far as it can after a problem. Test sets are counted and hashed only.
 
@@ -131,6 +133,7 @@ def examine(
         quick: Read no image: lists, model and prompts only.
         say: Called with what is being done.
         progress: Given what is read, returns a callback for (images done, images in all).
+        memory_gb: Memory of the GPU for which a micro-batch is foretold; None: of the one that is here, if any.
     """
     found = Diagnosis()
     for text in (*warnings(recipe), *model_warnings(recipe.model)):
@@ -163,7 +166,7 @@ def examine(
             say("the model is not checked: correct the errors first")
             return found
         say("opening the model")
-        _check_model(recipe, num_images, quick, found, say)
+        _check_model(recipe, num_images, quick, found, say, memory_gb)
     except CarftError as error:
         found.fail(error.problems)
     return found
@@ -244,9 +247,11 @@ def _judge_images(place: str, on_bad_image: str, facts: Mapping[str, Any], found
         found.add("note", place, f"images of several modes are made RGB (docs/data.md): {words}")
 
 
-def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Diagnosis, say: Say) -> None:
+def _check_model(
+    recipe: Recipe, num_images: int | None, quick: bool, found: Diagnosis, say: Say, memory_gb: float | None
+) -> None:
     recipe = with_threads(recipe, environment.usable_cores())
-    torch.set_num_threads(recipe.resources.threads_per_worker)
+    set_up(recipe)
     inputs = None if quick else load_shared_inputs(recipe)
     clip = load_clip(recipe.model) if inputs is None else inputs.clip
     words, prompts = class_names(recipe), templates(recipe.prompts, SANDBOX_TEMPLATES)
@@ -258,6 +263,8 @@ def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Dia
     found.fail(impossible)
     trained = weights if impossible else num_trained(visual, recipe.train)
     needed_gb = round(training_bytes(weights, trained, recipe.train.ema_decay is not None) / 1e9, 2)
+    if precision := precision_words(recipe.train, device_of(recipe)):
+        found.add("note", "train.precision", precision)
     found.model = {
         "name": recipe.model.name,
         "weights_hash": clip.weights_hash,
@@ -269,6 +276,8 @@ def _check_model(recipe: Recipe, num_images: int | None, quick: bool, found: Dia
         "trained_weights": trained,
         "training_memory_gb": needed_gb,
     }
+    if not impossible:
+        found.model |= micro_batch_to_begin_with(recipe, clip, heads, memory_gb, say)
     medians = {place: one["short_side"]["median"] for place, one in found.sets.items() if one.get("short_side")}
     small = [f"{place} {side:g}" for place, side in medians.items() if side < clip.image_size / 2]
     if small:

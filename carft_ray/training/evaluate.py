@@ -1,10 +1,11 @@
-"""Running a classifier over decoded sets, shared out over the workers of a training, exactly.
+"""The mixtures of a training, and running a classifier over decoded sets, shared out over its workers, exactly.
 
 Nothing waits for the device before the end of a set, when 40 bytes an image leave it.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,69 @@ from torch import Tensor
 
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.predictions import OF_LOGITS, concat, predictions_table
-from carft_ray.model.classifier import ImageClassifier
+from carft_ray.model.classifier import ImageClassifier, arranged, build_classifier
+from carft_ray.model.clip import Clip
+from carft_ray.model.mixing import State, mix_into
+from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training.answers import answers, answers_between
 from carft_ray.training.out_of_memory import explained_shortage, in_batches
 from carft_ray.training.prefetch import images_ahead
 from carft_ray.training.ranks import gather
 from carft_ray.training.run_context import RunContext
+
+
+class Mixtures:
+    """The mixtures of one training, one after the other in the same classifier.
+
+    Outside of ``between`` the classifier shares the weights of ``clip`` and takes no memory of its own. Within, a GPU
+    holds the classifier and one copy of the zero-shot weights.
+
+    Each of its methods raises ``OutOfMemoryError`` where these do not fit.
+
+    Args:
+        clip: The model that training starts from.
+        class_head_CD: Unit rows [C, D].
+        train: The values of the training.
+        device: Where to compute.
+
+    Attributes:
+        zero_shot: The zero-shot state, on the CPU.
+    """
+
+    def __init__(self, clip: Clip, class_head_CD: Tensor, train: TrainConfig, device: torch.device) -> None:
+        self._device = device
+        with self._explained():
+            self._classifier = build_classifier(clip, class_head_CD, train, device)
+        tower = {f"visual.{name}": tensor for name, tensor in clip.model.visual.state_dict().items()}  # type: ignore[union-attr]  # open_clip is untyped
+        own = self._classifier.state_dict()
+        self.zero_shot = {name: tower.get(name, own[name]).to("cpu", own[name].dtype) for name in own}
+        self._classifier.load_state_dict(self.zero_shot, assign=True)
+
+    @contextlib.contextmanager
+    def between(self, fine_tuned: Callable[[], State]) -> Iterator[Callable[[float], ImageClassifier]]:
+        """Gives a function that mixes the weights at an alpha and returns the classifier, the same one each time.
+
+        Args:
+            fine_tuned: Returns the state at alpha 1, on the CPU or the device.
+        """
+        with self._explained():
+            end = fine_tuned()
+            try:
+                start = {name: tensor.to(self._device) for name, tensor in self.zero_shot.items()}
+                self._classifier.load_state_dict({name: tensor.clone() for name, tensor in start.items()}, assign=True)
+                arranged(self._classifier)
+                mixed = self._classifier.state_dict()
+
+                def at(alpha: float) -> ImageClassifier:
+                    mix_into(mixed, start, end, alpha)
+                    return self._classifier
+
+                yield at
+            finally:
+                self._classifier.load_state_dict(self.zero_shot, assign=True)
+
+    def _explained(self) -> contextlib.AbstractContextManager[None]:
+        return explained_shortage("mixing", 0, 0, self._device)
 
 
 def usual_batch(device: torch.device) -> int:

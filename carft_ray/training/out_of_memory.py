@@ -33,7 +33,6 @@ TEXTS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_ALLOC_FAILED",
 )
-MIXING = "mixing"  # names the place
 NO_PRIMITIVE = "could not create a primitive"  # of oneDNN, all that it says; another cause has more words
 
 

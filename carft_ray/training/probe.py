@@ -15,13 +15,12 @@ from carft_ray.data.packed import PackedSource
 from carft_ray.evaluation.predictions import write_predictions
 from carft_ray.layout import ATTEMPT, HEADS, PREDICTIONS, STEP
 from carft_ray.model.device import device_of
-from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.result import write_result
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.evaluate import predict_all
+from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.loop import StoppedRun
-from carft_ray.training.out_of_memory import MIXING, explained_shortage
+from carft_ray.training.memory import micro_batch_to_begin_with
 from carft_ray.training.ranks import from_rank_0
 from carft_ray.training.run import LIVE_ALPHAS, run_training
 from carft_ray.training.run_context import RunContext
@@ -44,7 +43,8 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
         A result, as ``result.json`` holds it. In ``probe``, a training of E epochs takes ``fixed_s`` + E ``epoch_s``
         and ``look_s`` for each intermediate evaluation; this call took ``inside_s`` and ``ended`` (``time.time``);
         ``cpu_s`` is what the process computed meanwhile, on all its threads. ``weights``, a ``checkpoint``,
-        ``predictions`` at all alphas, and the ``cache`` of the sets are in bytes.
+        ``predictions`` at all alphas, and the ``cache`` of the sets are in bytes; ``step`` is what
+        ``micro_batch_to_begin_with`` found.
 
     Raises:
         StoppedRun, DivergedError, CarftError: As ``run_training``.
@@ -67,13 +67,12 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
     if from_rank_0(context, context.should_stop):
         raise StoppedRun("stopped on request")
 
-    class_head_CD = load_tensors(prepared_dir / HEADS)["class_head"]
-    with explained_shortage(MIXING, 0, 0, device_of(recipe)):
-        mixtures = Mixtures(inputs.clip, class_head_CD, recipe.train, device_of(recipe))
-        state = mixtures.zero_shot
-        with mixtures.between(state) as mixed:
-            evaluation_began = time.perf_counter()
-            table = predict_all(mixed(0.5), inputs.validation, 0.5, recipe.evaluate.batch_size, context)
+    heads = load_tensors(prepared_dir / HEADS)
+    mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
+    state = mixtures.zero_shot
+    with mixtures.between(lambda: state) as mixed:
+        evaluation_began = time.perf_counter()
+        table = predict_all(mixed(0.5), inputs.validation, 0.5, recipe.evaluate.batch_size, context)
     result: dict[str, Any] = {"objective": 0.0, "metrics": {}}
     if context.rank != 0:
         return result
@@ -83,9 +82,11 @@ def run_probe(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunCon
     image_s = statistics.fmean(1 / row["images_per_s"] for row in rows[1:] or rows)  # the first one warms up
     rest_s = max(0.0, trained_s - rows[-1]["step"] * recipe.train.batch_size * image_s)
     alphas = recipe.search.alpha.measured if recipe.train.alpha is None else (0.0, recipe.train.alpha, 1.0)
+    step = micro_batch_to_begin_with(recipe, inputs.clip, heads)
     of_subset = sum(min(len(each), recipe.evaluate.subset) for each in inputs.validation) / len(table)
     decoded = sum(image_set.images_NHWC.nbytes for image_set in inputs.validation)
     result["probe"] = {
+        "step": step,
         "ended": time.time(),
         "inside_s": time.perf_counter() - began,
         "cpu_s": time.process_time() - cpu_began,

@@ -31,16 +31,15 @@ from carft_ray.evaluation.predictions import concat, read_predictions, select, w
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.device import device_of, gpu_names, precision_words, set_up
 from carft_ray.model.heads import cached_heads
-from carft_ray.model.mixing import Mixtures
 from carft_ray.model.tower import compiles, recipe_problems
 from carft_ray.recipe.schedule import has_intermediate_value
 from carft_ray.recipe.schema.recipe import Recipe, without_tests
 from carft_ray.store.result import left, write_result
 from carft_ray.training.checkpoint import load_tensors, save_tensors
-from carft_ray.training.evaluate import predict_all, subset
+from carft_ray.training.evaluate import Mixtures, predict_all, subset
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.origin import shared_origin, training_environment
-from carft_ray.training.out_of_memory import MIXING, explained_shortage, free_device, micro_batch_of
+from carft_ray.training.out_of_memory import explained_shortage, free_device, micro_batch_of
 from carft_ray.training.own_function import OwnFunction, on_node, source_of
 from carft_ray.training.own_training import OwnInputs, own_fine_tune
 from carft_ray.training.ranks import from_rank_0, on_all_ranks
@@ -155,8 +154,7 @@ def run_training(
     set_up(recipe)
     inputs = opened or shared_inputs_of_worker(recipe, context, prepared_dir)
     heads = load_tensors(prepared_dir / layout.HEADS)
-    with explained_shortage(MIXING, 0, 0, device_of(recipe)):
-        mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
+    mixtures = Mixtures(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
     store = target_store(recipe, inputs, heads["context_head"], device_of(recipe))
     if recipe.train.function is not None:
         function = function or on_node(recipe.train.function, recipe.train.function_dir)
@@ -208,7 +206,7 @@ class _Training:
     def looks(self, state: Callable[[], dict[str, Tensor]], sets: Sequence[ImageSet]) -> Iterator[At]:
         """Gives what makes the predictions for ``sets`` at an alpha, between zero-shot and the state."""
         batch_size = self.recipe.evaluate.batch_size
-        with explained_shortage(MIXING, 0, 0, device_of(self.recipe)), self.mixtures.between(state()) as mixed:
+        with self.mixtures.between(state) as mixed:
             yield lambda alpha: predict_all(mixed(alpha), sets, alpha, batch_size, self.context)
 
 

@@ -19,15 +19,13 @@ from carft_ray.evaluation.predictions import select
 from carft_ray.layout import CONFIRM, HEADS, PREPARED, WEIGHTS
 from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.device import device_of, set_up
-from carft_ray.model.mixing import Mixtures
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.finished import open_finished
 from carft_ray.study.outcome import TrialRow, file_of, result_of
 from carft_ray.training.checkpoint import load_tensors
-from carft_ray.training.evaluate import predict_all
-from carft_ray.training.out_of_memory import MIXING, explained_shortage
+from carft_ray.training.evaluate import Mixtures, predict_all
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted
@@ -59,13 +57,12 @@ class Trained:
 
     @contextlib.contextmanager
     def mixtures(self) -> Iterator[Callable[[float], ImageClassifier]]:
-        """Gives ``mixing.Mixtures.between`` of the training's two models, on the device of the recipe."""
+        """Gives ``evaluate.Mixtures.between`` of the training's two models, on the device of the recipe."""
         recipe = self.recipe
         set_up(recipe)
-        with explained_shortage(MIXING, 0, 0, device_of(recipe)):
-            mixtures = Mixtures(self.inputs.clip, self.class_head_CD, recipe.train, device_of(recipe))
-            with mixtures.between(self.fine_tuned) as mixed:
-                yield mixed
+        mixtures = Mixtures(self.inputs.clip, self.class_head_CD, recipe.train, device_of(recipe))
+        with mixtures.between(lambda: self.fine_tuned) as mixed:
+            yield mixed
 
     def classifier(self, alpha: float) -> ImageClassifier:
         """Returns a copy of the model mixed at ``alpha``, in eval mode."""
