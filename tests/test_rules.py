@@ -50,6 +50,7 @@ DOORWAYS = {
     "typer": ("cli",),
     "rich": ("cli", "api", "ui"),
     "matplotlib": ("results",),
+    "obstore": ("store",),
     "wandb": ("launch",),
     "mlflow": ("launch",),
     "plotly": ("results",),
