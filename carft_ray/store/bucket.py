@@ -5,6 +5,7 @@ an object, a file or a message. Names are as in ``store.folder``.
 """
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -90,6 +91,7 @@ class Bucket:
         scheme, place = _parsed(address)
         self.address = f"{scheme}://{place}"
         self._store = _opened(self.address, MAX_RETRIES)
+        self._api = importlib.import_module("obstore")
         self._once = _opened(self.address, 0)  # a retry would take its own first try for another's
         if scheme not in TESTED and scheme not in _warned:
             _warned.add(scheme)
@@ -100,12 +102,10 @@ class Bucket:
 
     def get(self, name: str) -> bytes | None:
         """Returns the content of an object; None when there is none."""
-        import obstore
-
         check_name(name)
         try:
             with self._errors(name, "must be readable"):
-                found = obstore.get(self._store, name)
+                found = self._api.get(self._store, name)
                 if (size := found.meta["size"]) <= files.MOST_JSON_BYTES:
                     return bytes(found.bytes())
         except _MissingError:
@@ -121,31 +121,25 @@ class Bucket:
             UnknownError: The answer is missing or unclear: it may be there, or appear later; ask again.
             StorageError: It was not created.
         """
-        import obstore
-
         check_name(name)
         with self._errors(name, "must be writable", UnknownError):
-            obstore.put(self._once, name, data, mode="create", use_multipart=False)
+            self._api.put(self._once, name, data, mode="create", use_multipart=False)
 
     def put(self, name: str, data: bytes) -> None:
         """Writes an object, over what is there. Durable when this returns."""
-        import obstore
-
         check_name(name)
         with self._errors(name, "must be writable"):
-            obstore.put(self._store, name, data, use_multipart=False)
+            self._api.put(self._store, name, data, use_multipart=False)
 
     def upload(self, name: str, path: Path) -> None:
         """As ``put``, for a file of any size: the object is there whole or not at all."""
-        import obstore
-
         check_name(name)
         with files.writing(path):
             if path.stat().st_size <= PIECE_BYTES:  # it may grow meanwhile
                 self.put(name, read_regular(path, files.MOST_JSON_BYTES, StorageError))
             else:
                 with self._errors(name, "must be writable"):
-                    obstore.put(self._store, name, path, chunk_size=PIECE_BYTES, max_concurrency=3)
+                    self._api.put(self._store, name, path, chunk_size=PIECE_BYTES, max_concurrency=3)
 
     def download(self, name: str, path: Path) -> bool:
         """Writes an object to a file, whole or not at all; returns False when there is none.
@@ -155,12 +149,10 @@ class Bucket:
         Raises:
             StorageError: As all methods; also when the object changes meanwhile, or the file cannot be written.
         """
-        import obstore
-
         check_name(name)
         try:
             with files.new_file(path) as temporary, self._errors(name, "must be readable"):
-                found = obstore.get(self._store, name)
+                found = self._api.get(self._store, name)
                 size, options = found.meta["size"], {"if_match": found.meta["e_tag"]}
                 with open(temporary, "wb") as file:
                     if size <= PIECE_BYTES:
@@ -168,7 +160,7 @@ class Bucket:
                     for begin in range(0, size, PIECE_BYTES) if size > PIECE_BYTES else ():
                         end = min(begin + PIECE_BYTES, size)
                         piece: Any = {**options, "range": (begin, end)}
-                        file.write(obstore.get(self._store, name, options=piece).bytes())
+                        file.write(self._api.get(self._store, name, options=piece).bytes())
                     file.flush()
                     os.fsync(file.fileno())
                 stamp_ns = _listed(found.meta).stamp_ns
@@ -190,13 +182,11 @@ class Bucket:
         Raises:
             StorageError: The name of one could lead out of a folder.
         """
-        import obstore
-
         prefixes: Names = [prefix]
         found = {}
         if without:
             with self._errors(prefix, "must be readable"):
-                top = obstore.list_with_delimiter(self._store, prefix or None)
+                top = self._api.list_with_delimiter(self._store, prefix or None)
             found = {each["path"]: _listed(each) for each in top["objects"]}
             prefixes = [each for each in top["common_prefixes"] if each != without]
         for each in prefixes:
@@ -206,19 +196,25 @@ class Bucket:
             check_name(name): found[name] for name in sorted(found.keys() - folders)
         }  # some mark folders by objects
 
+    def stat(self, name: str) -> Listed | None:
+        """Returns how an object would be listed; None when there is none."""
+        with contextlib.suppress(_MissingError), self._errors(check_name(name), "must be readable"):
+            return _listed(self._api.head(self._store, name))
+        return None
+
     def remove(self, prefix: str) -> None:
         """As of ``Folder``."""
-        import obstore
+        self.delete([check_name(prefix), *(each["path"] for each in self._objects(prefix))])
 
-        names = [check_name(prefix), *(each["path"] for each in self._objects(prefix))]
-        with self._errors(prefix, "must be removable"), contextlib.suppress(_MissingError):
-            obstore.delete(self._store, names)
+    def delete(self, names: Names) -> None:
+        """Removes objects, some of which may not be there."""
+        if names:
+            with contextlib.suppress(_MissingError), self._errors(names[0], "must be removable"):
+                self._api.delete(self._store, names)
 
     def _objects(self, prefix: str, offset: str | None = None) -> Iterator[Any]:
-        import obstore
-
         with self._errors(prefix, "must be readable"):
-            for page in obstore.list(self._store, prefix or None, offset=offset, chunk_size=1000):
+            for page in self._api.list(self._store, prefix or None, offset=offset, chunk_size=1000):
                 yield from page
 
     @contextlib.contextmanager

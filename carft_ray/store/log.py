@@ -57,7 +57,7 @@ _OWNERS: set[str] = set()  # words of the logs that this process holds; of the s
 
 
 @dataclass
-class _Pending:
+class Pending:
     """What the next commit will hold, as JSON: nobody can change it any more."""
 
     operations: list[str] = field(default_factory=list)
@@ -98,7 +98,7 @@ class Log(BaseJournalBackend):
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others
         self._unpacked: list[bytes] = []  # commits of the pack that is not full, where the store has packs
-        self._pending, self._depth = _Pending(), 0  # of the open commit: blocks in each other
+        self._pending, self._depth = Pending(), 0  # of the open commit: blocks in each other
         self._last_at = clock()  # when the last commit was written
         self._lock = threading.RLock()  # of all above but what a commit collects
 
@@ -132,7 +132,7 @@ class Log(BaseJournalBackend):
             is_silent = not has_grown and self._clock() - since >= SILENT_FOR_S
             if _is_free(self._holder) or is_silent:
                 with contextlib.suppress(RefusedError):  # another one was quicker
-                    self._write(_Pending(records=[record]))
+                    self._write(Pending(records=[record]))
                     self._is_owner = True
                     _OWNERS.add(self._nonce)
                     if nonce:
@@ -215,8 +215,8 @@ class Log(BaseJournalBackend):
             self._pending.records += [_as_json(each)[0] for each in records]
             yield
             self._depth -= 1
-            if not self._depth and self._pending != _Pending():
-                pending, self._pending = self._pending, _Pending()
+            if not self._depth and self._pending != Pending():
+                pending, self._pending = self._pending, Pending()
                 self._write(pending)
 
     def beat(self) -> None:
@@ -229,7 +229,7 @@ class Log(BaseJournalBackend):
         """
         if self._clock() - self._last_at >= BEAT_AFTER_S:
             with self._spoiling((RefusedError, UnknownError)):
-                self._write(_Pending())
+                self._write(Pending())
 
     def release(self) -> None:
         """Ends the ownership: another search may begin at once.
@@ -289,7 +289,7 @@ class Log(BaseJournalBackend):
             self._spoiled_by = self._spoiled_by or error
             raise
 
-    def _write(self, pending: _Pending) -> None:
+    def _write(self, pending: Pending) -> None:
         with self._lock:
             self._require_sound()
             name, head = commit_name(self.number + 1), {"number": self.number + 1, "previous": self.digest}
