@@ -252,11 +252,11 @@ def _is_needed(name: str, need: int) -> bool:
     pieces = name.split("/")
     if need == ALL:
         return name not in _OF_PROCESSES
+    if OWN in pieces or any(piece.startswith(STEP) for piece in pieces):
+        return False
     if pieces[-1] == WEIGHTS:
         return need >= MODELS
-    if PREDICTIONS.partition("/")[0] in pieces:
-        return need >= IMAGES
-    return OWN not in pieces and not any(piece.startswith(STEP) for piece in pieces)
+    return need >= IMAGES or PREDICTIONS.partition("/")[0] not in pieces
 
 
 def files_in(folder: Path) -> dict[str, int]:

@@ -41,7 +41,7 @@ class _Mirrored(Through):
     def begin(self) -> None:
         """Makes the folder equal to the bucket."""
         there = fetch_files(self, self.here.path, ALL)
-        self._known = {name: _version(self.here.path / name) for name in there}
+        self._known = {name: _version(path) for name in there if (path := self.here.path / name).exists()}
 
     def upload_new(self, checkpoints: bool) -> None:
         """Uploads files that are new or have changed, and removes those that are gone; checkpoints, or the others.

@@ -14,7 +14,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study
 from carft_ray.study.identity import is_single, resume_command, study_recipe
-from carft_ray.study.mirror import IMAGES, Place, fetched
+from carft_ray.study.mirror import IMAGES, Place, fetched, named
 from carft_ray.study.outcome import TrialRow, read_live, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.words import counted
@@ -163,16 +163,16 @@ def require_study(place: Place, rule: str = "must be a study", need: int = IMAGE
     folder = fetched(place, need)
     if is_study(folder):
         return folder.resolve()
-    inside = tuple(str(path) for path in studies_in(folder))
+    name, inside = named(folder), tuple(str(path) for path in studies_in(folder))
     near = nearest(str(folder), [str(path) for path in studies_in(folder.parent)])
-    step = f"Begin one: carft-ray search RECIPE --study {folder}"
+    step = f"Begin one: carft-ray search RECIPE --study {name}"
     if not folder.exists():
         value = "no such folder"
     elif not folder.is_dir():
         value, step = "a file", "Give the folder that `search --study` was given."
     else:
         value, step = f"one without {COMMITS}/", "Give the folder that `search --study` was given."
-    raise UsageError(Problem(str(folder), rule, value, inside, near, step))
+    raise UsageError(Problem(name, rule, value, inside, near, step))
 
 
 def require_search(folder: Path) -> None:
