@@ -50,7 +50,7 @@ CHAPTERS = {
     "Data and models": ("docs/data", "docs/benchmarks", "docs/corruptions", "docs/models", "docs/towers"),
     "A search": ("docs/commands", "docs/samplers", "docs/pruning", "docs/objectives", "docs/budget", "docs/resume"),
     "Results": ("docs/results", "docs/honesty", "docs/report", "docs/exports"),
-    "Clusters": ("cluster/README", "docs/clusters", "docs/capacity", "docs/gpu", "docs/scale"),
+    "Clusters": ("cluster/README", "docs/clusters", "docs/capacity", "docs/gpu", "docs/scale", "docs/storage"),
     "Python": ("docs/python", "docs/own_trainer", "docs/tracking", "docs/api"),
     "The project": ("docs/trust", "SECURITY", "benchmarks/README", "CONTRIBUTING", "CHANGELOG"),
 }

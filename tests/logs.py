@@ -5,7 +5,7 @@ import json
 
 from carft_ray.layout import COMMITS
 from carft_ray.store.folder import Folder
-from carft_ray.store.log import _NOBODY, Log, _digest, _name, _sealed
+from carft_ray.store.log import _NOBODY, Log, _digest, _sealed, commit_name
 from carft_ray.store.owner import identity
 from carft_ray.study.holding import check_fit, held
 from carft_ray.study.identity import record_recipe
@@ -73,7 +73,7 @@ def rewrite(study_dir, changed):
     store.remove(COMMITS)
     for number, commit in enumerate(changed, start=1):
         data = _sealed(json.dumps({**commit, "number": number, "previous": digest}).encode())
-        store.put_new(_name(number), data)
+        store.put_new(commit_name(number), data)
         digest = _digest(data)
 
 

@@ -40,6 +40,8 @@ class Struck:
 
     def __getattr__(self, name):
         method = getattr(self._store, name)
+        if not callable(method):
+            return method
 
         def call(*arguments, **named):
             self.count += 1

@@ -498,8 +498,8 @@ WITHOUT_TRUST = {
     "compare": ["study", "study:zero_shot"],
     "reproduce": ["study", "--out", "again"],
 }
-# they read the images and the machine of who asks; the dashboard serves the journal and opens no recipe
-OF_NOBODY_ELSE = {"init", "cluster", "data", "sandbox", "dashboard", "schema"}
+# they read the images and the machine of who asks; the dashboard serves the journal, copies copy: none opens a recipe
+OF_NOBODY_ELSE = {"pull", "push", "init", "cluster", "data", "sandbox", "dashboard", "schema"}
 
 
 @pytest.mark.slow

@@ -50,6 +50,7 @@ DOORWAYS = {
     "typer": ("cli",),
     "rich": ("cli", "api", "ui"),
     "matplotlib": ("results",),
+    "obstore": ("store",),
     "wandb": ("launch",),
     "mlflow": ("launch",),
     "plotly": ("results",),
@@ -214,6 +215,7 @@ AROUND = {  # modules that read files without ``untrusted``, and why they may
     "results/reading/logs": "logs of a study, which are followed",
     "study/identity": "the manifest of a study that is held",
     "study/best": "best.yaml of a study that is held",
+    "store/bucket": "writes",
     "store/owner": "the kernel's files",
     "study/study": "a file of a study that is held",
 }

@@ -4,16 +4,27 @@ import os
 import threading
 
 import pytest
+from bucket_server import bucket_server
 from short_log import claimed, contents, read
 
 from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.files import temporary_name
+from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder, RefusedError, UnknownError, probe
 
 
-def test_an_object_is_read_back_listed_and_removed(tmp_path):
-    store = Folder(tmp_path / "new" / "study")
+@pytest.fixture(params=["folder", "bucket"])
+def store(request, tmp_path, monkeypatch):
+    """An empty store of each kind."""
+    if request.param == "folder":
+        yield Folder(tmp_path / "new" / "study")
+    else:
+        with bucket_server(monkeypatch) as server:
+            yield Bucket(server.address("study"))
+
+
+def test_an_object_is_read_back_listed_and_removed(store):
     assert (store.get("a/b"), store.list("a")) == (None, [])
     store.put_new("a/b", b"1")
     with pytest.raises(RefusedError, match="is there already"):
@@ -24,9 +35,18 @@ def test_an_object_is_read_back_listed_and_removed(tmp_path):
     assert store.list("a") == ["a/b", "a/c"]
     assert store.list("a", after="a/b") == ["a/c"]
     assert store.list("ab") == store.list("nothing") == []
+    store.put("a/b", b"5")
+    store.put("a/d/e", b"6")
+    assert (store.get("a/b"), store.list("a")) == (b"5", ["a/b", "a/c", "a/d"])
     store.remove("a/c")
     store.remove("a/c")
+    store.remove("a/d")
     assert store.list("a") == ["a/b"]
+
+
+def test_a_folder_is_no_object(tmp_path):
+    store = Folder(tmp_path)
+    store.put("a/b", b"1")
     with pytest.raises(StorageError, match="must be a regular file, but got a folder"):
         store.get("a")
 
@@ -34,9 +54,9 @@ def test_an_object_is_read_back_listed_and_removed(tmp_path):
 @pytest.mark.parametrize(
     "name", ["", "/a", "../a", "a/../../b", "a//b", "a/", ".", "a\0b", "a\\b", "a\nb", "\ud800", ".a.12-0f.tmp"]
 )
-def test_a_name_that_leads_out_or_is_temporary_is_refused(tmp_path, name):
-    store = Folder(tmp_path / "study")
-    for call in (store.get, store.list, store.remove, lambda name: store.put_new(name, b"")):
+def test_a_name_that_leads_out_or_is_temporary_is_refused(store, tmp_path, name):
+    writes = (lambda name: store.put_new(name, b""), lambda name: store.put(name, b""))
+    for call in (store.get, store.list, store.remove, *writes):
         with pytest.raises(StorageError, match="must be a name of an object"):
             call(name)
     assert not list(tmp_path.iterdir())
@@ -55,8 +75,8 @@ def test_a_link_that_leads_out_is_refused(tmp_path):
     assert not list((tmp_path / "outside").iterdir())
 
 
-def test_of_sixteen_threads_one_creates_an_object(tmp_path):
-    store, won, start = Folder(tmp_path), [], threading.Barrier(16)
+def test_of_sixteen_threads_one_creates_an_object(store):
+    won, start = [], threading.Barrier(16)
 
     def create(number):
         start.wait()
@@ -73,7 +93,7 @@ def test_of_sixteen_threads_one_creates_an_object(tmp_path):
         thread.join()
     assert len(won) == 1
     assert store.get("log/00000001") == b"%d" % won[0] * 1000
-    assert [path.name for path in (tmp_path / "log").iterdir()] == ["00000001"]
+    assert store.list("log") == ["log/00000001"]
 
 
 def test_what_a_dead_writer_has_left_is_never_listed(tmp_path):

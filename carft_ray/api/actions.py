@@ -26,6 +26,7 @@ from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
 from carft_ray.study.identity import study_recipe
+from carft_ray.study.mirror import named, own_folder
 from carft_ray.ui import console
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def search(
 
     Args:
         recipe: As of ``load_recipe``.
-        study: The study directory; made when it is missing.
+        study: The study directory, or its address, ``s3://...``; made when it is missing.
         overrides: As of ``load_recipe``. ``{"resources.executor": "debug"}`` trains in this process, without Ray.
         train: A fine-tuning of your own in place of the built-in one, ``train(values, context)``
             (``launch.own_trainer``). Give it again to resume.
@@ -87,7 +88,7 @@ def search(
         UsageError: The folder holds the training of a `train`, or no study.
         StorageError, ClusterError: As their messages say.
     """
-    study = Path(study)
+    study = own_folder(study)
     study_view.require_search(study)
     value = load_recipe(recipe, overrides)
     further = (*value.search.warm_start, *(str(Path(path).resolve()) for path in warm_start))
@@ -120,7 +121,7 @@ def search(
     ):
         told = with_trackers(with_notices(on_event))
         result = run_search(value, study, address, told, runner, change_space, figure_at_the_end)
-    resume_command = f"carft-ray resume {shlex.quote(str(study))}{trust_word(value)}"
+    resume_command = f"carft-ray resume {shlex.quote(named(study))}{trust_word(value)}"
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
     if strict:
@@ -147,7 +148,7 @@ def resume(
         UsageError: It is no study.
         CarftError: As ``search``.
     """
-    study = Path(study)
+    study = own_folder(study)
     study_dir = study_view.require_study(study)
     study_view.require_search(study)
     recipe = study_recipe(study_dir).model_dump(mode="json")
@@ -203,11 +204,11 @@ def confirm(
     for name, number, least in (("--top", top, 1), ("--seeds", seeds, 2)):
         if number < least:
             raise UsageError(Problem(name, f"must be at least {least}", str(number)))
-    view = study_view.read_study(Path(study))
+    view = study_view.read_study(own_folder(study))
     if view.holder is not None:
         step = f"Wait until it ends, or end it: carft-ray stop {study}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
-    others = [study_view.read_study(Path(path)) for path in against]
+    others = [study_view.read_study(path) for path in against]
     recipe = load_recipe(view.recipe.model_dump(mode="json"), overrides)
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
@@ -305,7 +306,7 @@ def train(
         MachineError: Its attempts were lost one after the other; the same call tries again.
         CarftError: As ``load_recipe``; StorageError and ClusterError as their messages say.
     """
-    value, out = load_recipe(recipe, overrides), Path(out)
+    value, out = load_recipe(recipe, overrides), own_folder(out)
     require_trusted(value, trust, baselines=False)
     if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
         logger.warning("--address has no effect: one worker trains in this process")
@@ -321,7 +322,7 @@ def train(
         f"mixed, alpha {result['alpha']:g}": result["metrics"],
     }
     line = "Validation sets; alpha was chosen on them. Intervals: over images."
-    numbers = {"folder": str(out), "zero_shot": zero_shot, **result}
+    numbers = {"folder": named(out), "zero_shot": zero_shot, **result}
     return Answer(value.name, numbers, (console.accuracy_table(rows, result["num_images"]),), (line,))
 
 
@@ -332,7 +333,7 @@ def evaluate(
     """Measures a trained model on ``id_val`` and ``ood_val`` again, at any alpha. No test set is opened.
 
     Args:
-        folder: Of a training or a study.
+        folder: Of a training or a study, or the address of one in a bucket.
         alpha: Mixing coefficient, 0 to 1; None: the chosen one.
         trial: Number or name of a trial, or name of a baseline; None: the best.
         head: ``fine_tuned``, or ``zero_shot`` for the class head of the prompts.
@@ -349,7 +350,7 @@ def evaluate(
     _check_alpha(alpha)
     from carft_ray.results.reading.trained import evaluate_trained, open_trained
 
-    trained = open_trained(Path(folder), trial)
+    trained = open_trained(folder, trial)
     used = trained.result["alpha"] if alpha is None else alpha
     metrics, by_set = evaluate_trained(trained, used, head == "zero_shot")
     numbers = {"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set}
@@ -370,7 +371,7 @@ def export(
     """Writes the mixed model for open_clip, transformers or onnxruntime; each opens what was written, as a check.
 
     Args:
-        folder: Of a training or a study.
+        folder: Of a training or a study, or the address of one in a bucket.
         to: Folder of the export; must be new or empty.
         formats: Of ``open_clip``, ``huggingface`` and ``onnx``; none: open_clip.
         alpha: As of ``evaluate``.
@@ -389,7 +390,7 @@ def export(
     from carft_ray.results.reading.trained import open_trained
 
     asked = parse_formats([formats] if isinstance(formats, str) else formats)
-    return export_model(open_trained(Path(folder), trial), Path(to), alpha, asked)
+    return export_model(open_trained(folder, trial), Path(to), alpha, asked)
 
 
 def report(study: str | Path) -> Report:
@@ -398,13 +399,13 @@ def report(study: str | Path) -> Report:
     No test set is read, nothing is written, and neither torch nor Ray is loaded; a search may be running.
 
     Args:
-        study: The study directory.
+        study: The study directory, or the address of one in a bucket.
 
     Raises:
         UsageError: It is no study.
-        RecipeError, StorageError: It is damaged.
+        RecipeError, StorageError: It is damaged, or its bucket cannot be read.
     """
-    return Report(study_view.read_study(Path(study)))
+    return Report(study_view.read_study(study))
 
 
 def _check_alpha(alpha: float | None) -> None:

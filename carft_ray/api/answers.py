@@ -120,7 +120,7 @@ class Report:
 
     @property
     def default_path(self) -> Path:
-        """Where the page of the study goes."""
+        """Where the page of the study goes; one in a bucket has its page in the copy."""
         return self.view.study_dir / PAGE
 
     def card(self, form: str = "text", place: str = "form") -> str:

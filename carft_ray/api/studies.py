@@ -162,12 +162,14 @@ def open_study(path: str | Path) -> Study:
     """Opens a study to read from it.
 
     Args:
-        path: The study directory; a search may be running on it.
+        path: The study directory, or its address, ``s3://...``: then a copy, as the study is now. A search may be
+            running on it.
 
     Raises:
         UsageError: It is no study.
+        StorageError: The bucket cannot be read.
     """
-    return Study(require_study(Path(path)))
+    return Study(require_study(path))
 
 
 def rows_table(rows: Sequence[TrialRow]) -> pa.Table:

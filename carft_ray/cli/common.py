@@ -21,8 +21,10 @@ ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a st
 KEYS = {"executor": "resources.executor", "num_workers": "resources.num_workers", "wall_time": "budget.wall_time"}
 
 RecipeArgument = Annotated[Path, Argument(help="The recipe, a YAML file.", show_default=False)]
-StudyArgument = Annotated[Path, Argument(help="The study directory.", show_default=False)]
-TrainedArgument = Annotated[Path, Argument(help="Folder of a training or a study.", show_default=False)]
+StudyArgument = Annotated[
+    str, Argument(help="The study directory, or its address, s3://BUCKET/STUDY.", show_default=False)
+]
+TrainedArgument = Annotated[str, Argument(help="Folder or address of a training or a study.", show_default=False)]
 SetOption = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a recipe key; repeatable.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 DebugOption = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
@@ -74,18 +76,20 @@ def load(
     return load_recipe(path, overrides_of(overrides, {"executor": executor, "num_workers": num_workers}))
 
 
-def suggest(study: Path, after: str, *more: str) -> None:
+def suggest(study: str, after: str, *more: str, changed: bool = False) -> None:
     """Prints what to run next on a study as it stands now (``results.next_steps``).
 
     Args:
-        study: Its folder as the user has written it.
+        study: Its folder or address as the user has written it.
         after: Name of the command that ends here.
         more: Further command lines.
+        changed: The command has changed the study.
     """
     from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
     from carft_ray.results.reading.study_view import read_study
+    from carft_ray.study.mirror import own_folder
 
-    view = read_study(study)
+    view = read_study(own_folder(study, brings=False) if changed else study)
     if behind_zero_shot(view):
         console.say(BEHIND)
     console.next_step(*next_steps(view, study, after), *more)

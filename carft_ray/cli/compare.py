@@ -9,7 +9,7 @@ from carft_ray.cli import common
 from carft_ray.cli.program import command
 from carft_ray.ui import console
 
-TARGET = "DIR (the best trial of a study, or the one of `train`) or DIR:TRIAL."
+TARGET = "DIR (the best trial of a study, or the one of `train`) or DIR:TRIAL; DIR may be an address."
 
 
 @command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST, reads=True)

@@ -41,4 +41,4 @@ def confirm(
     if summary["better_than_winner"] and winner == "search":
         console.next_step(common.command_line("confirm", study, winner="confirmed", trust=shared["trust"]))
     else:
-        common.suggest(study, "confirm")
+        common.suggest(study, "confirm", changed=True)

@@ -23,9 +23,10 @@ def dashboard(
     from carft_ray.api.checks import require_versions
     from carft_ray.results.reading import study_view
     from carft_ray.study.dashboard import serve
+    from carft_ray.study.mirror import NUMBERS
 
     require_versions("dashboard")
-    study_dir = study_view.require_study(study)
+    study_view.require_study(study, need=NUMBERS)
     ready: list[int] = []  # the port, once pages are served
 
     def on_ready(number: int) -> None:
@@ -34,9 +35,9 @@ def dashboard(
         console.say("optuna-dashboard, read-only: what is changed there is refused. Ctrl-C ends it.")
 
     try:
-        serve(study_dir, port, on_ready)
+        serve(study, port, on_ready)
     except KeyboardInterrupt:
-        console.next_step(f"carft-ray status {shlex.quote(str(study))}")
+        console.next_step(f"carft-ray status {shlex.quote(study)}")
     except OSError as error:
         if ready:
             raise

@@ -20,18 +20,19 @@ def logs(
 ) -> None:
     """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
     from carft_ray.results.reading import logs, study_view
+    from carft_ray.study.mirror import NUMBERS
     from carft_ray.study.rows import ZERO_SHOT
 
     if follow and json_:
         raise UsageError(Problem("--json", "must stand without --follow: a document ends"))
-    view = study_view.read_study(study)
+    view = study_view.read_study(study, NUMBERS)
     row, path = logs.find_log(view, trial)
     lines = logs.read_log(path)
     if console.print_json(lines or [], json_):
         return
     if follow and view.holder is not None and row.outcome == "running":
         try:
-            for line in logs.follow_log(path, view.study_dir):
+            for line in logs.follow_log(path, study):
                 console.show(line)
         except KeyboardInterrupt:
             console.say("The search continues.")
@@ -41,4 +42,4 @@ def logs(
     else:
         for line in lines:
             console.show(line)
-    console.next_step(f"carft-ray status {shlex.quote(str(study))}")
+    console.next_step(f"carft-ray status {shlex.quote(study)}")

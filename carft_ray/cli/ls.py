@@ -1,7 +1,6 @@
 """The trials of a study, or the studies of a folder."""
 
 import shlex
-from pathlib import Path
 from typing import Annotated
 
 from typer import Argument, Option
@@ -13,11 +12,12 @@ from carft_ray.ui import console
 from carft_ray.words import counted
 
 ORDERS = ("objective", "number")
+FOLDER = "A study, its address, or a folder with studies in it."
 
 
 @command("ls studies/quickstart --sort objective --limit 10", common.READING, reads=True)
 def list_(
-    folder: Annotated[Path, Argument(help="A study, or a folder with studies in it.", show_default=False)],
+    place: Annotated[str, Argument(metavar="FOLDER", help=FOLDER, show_default=False)],
     sort: Annotated[str, Option(metavar="objective|number", help="Order of the trials.")] = "objective",
     limit: Annotated[int | None, Option(min=1, help="Only so many trials.")] = None,
     json_: common.JsonOption = False,
@@ -25,8 +25,10 @@ def list_(
     """List the trials of a study, or the studies of a folder. Nothing is written."""
     from carft_ray.results.reading import status_and_ls, study_view
     from carft_ray.study.holding import is_study
+    from carft_ray.study.mirror import NUMBERS, fetched
 
     require_choice("--sort", "must be an order", sort, ORDERS)
+    folder = fetched(place, NUMBERS)
     if not is_study(folder):
         studies = status_and_ls.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
@@ -46,6 +48,6 @@ def list_(
         console.say(f"{counted(left_out, 'more trial')}; without --limit all are shown.")
     if not answer["num_trials"]:
         console.say("No trial has begun yet.")
-    quoted = shlex.quote(str(folder))
+    quoted = shlex.quote(place)
     named = [f"carft-ray logs {quoted} {answer['trials'][0]['name']}"] if answer["trials"] else []
     console.next_step(f"carft-ray status {quoted}", *named)

@@ -25,6 +25,7 @@ def report(
 ) -> None:
     """Show what the best trial is worth: corrected for the choice, and against baselines. No test set is read."""
     from carft_ray.api import actions
+    from carft_ray.store.bucket import is_address
 
     first, *others = [name for name, given in (("--html", html), ("--card", card), ("--tables", tables)) if given] or [
         ""
@@ -33,6 +34,8 @@ def report(
         raise UsageError(Problem(others[0], f"must stand without {first}"))
     if out and not (html or card):
         raise UsageError(Problem("--out", "needs --html or --card"))
+    if html and out is None and is_address(study):
+        raise UsageError(Problem("--html", "needs --out where the study is in a bucket"))
     found = actions.report(study)
     if card is not None:
         text = found.card(card, "--card")

@@ -16,7 +16,7 @@ TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NA
 
 @command("reproduce studies/quickstart t0003", common.TRUST)
 def reproduce(
-    folder: Annotated[Path, Argument(metavar="DIR", help="Folder of a study or a training.", show_default=False)],
+    folder: common.TrainedArgument,
     trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
     out: Annotated[Path | None, Option(help="Keep the new training in this folder, new or empty.")] = None,
     trust: common.TrustOption = False,

@@ -45,7 +45,7 @@ def rescore(
     if answer["unfinished"]:
         console.say(f"Without a result: {counted(answer['unfinished'], 'more trial')}.")
     console.say(f"\n{answer['note']}")
-    first, folder = answer["trials"][0], shlex.quote(str(study))
+    first, folder = answer["trials"][0], shlex.quote(study)
     steps = [f"carft-ray ls {folder}"]
     row = next(row for row in view.trials if row.name == first["name"])
     if (row.place(view.study_dir) / WEIGHTS).exists():  # a study keeps those of its best

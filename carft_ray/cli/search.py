@@ -11,6 +11,7 @@ from typer import Option
 
 from carft_ray.cli import common
 from carft_ray.cli.program import command
+from carft_ray.store.bucket import is_address
 from carft_ray.ui import console
 from carft_ray.words import counted
 
@@ -31,12 +32,12 @@ class SearchOptions(common.RunOptions):
     ] = None
 
 
-def _search(begin: Callable[..., "Searched"], study: Path, set_: list[str] | None, json_: bool, **options: Any) -> None:
+def _search(begin: Callable[..., "Searched"], study: str, set_: list[str] | None, json_: bool, **options: Any) -> None:
     """What `search` and `resume` share.
 
     Args:
         begin: ``actions.search`` or ``actions.resume``, with what is their own.
-        study: The study directory.
+        study: The study directory, or its address.
         set_: Of ``--set``.
         json_: Of ``--json``.
         options: The other ``SearchOptions``.
@@ -60,13 +61,14 @@ def _search(begin: Callable[..., "Searched"], study: Path, set_: list[str] | Non
     if json_ or not found.out_of_budget:
         found.check()
     if not json_:
-        common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(study))}")
+        logs = found.path if is_address(study) else study
+        common.suggest(study, "search", f"tensorboard --logdir {shlex.quote(str(logs))}", changed=True)
 
 
 @command("search recipe.yaml --study studies/first", common.SEARCH, shared=SearchOptions)
 def search(
     recipe: common.RecipeArgument,
-    study: Annotated[Path, Option(help="Study directory; an existing study is resumed.")],
+    study: Annotated[str, Option(help="Study directory, or s3://BUCKET/STUDY; one that is there is resumed.")],
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:

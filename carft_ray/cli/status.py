@@ -4,7 +4,6 @@ import contextlib
 import shlex
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
@@ -25,12 +24,13 @@ def status(
 ) -> None:
     """Show how far a study is: counts, the best trial, what runs, the budget. Nothing is written."""
     from carft_ray.results.reading import status_and_ls, study_view
+    from carft_ray.study.mirror import NUMBERS
 
     if watch and json_:
         raise UsageError(Problem("--json", "must stand without --watch: a document ends"))
     if watch and not _watch(study, every):
         return
-    view = study_view.read_study(study)
+    view = study_view.read_study(study, NUMBERS)
     answer = status_and_ls.status(view)
     if console.print_json(answer, json_):
         return
@@ -87,11 +87,11 @@ def _budget_lines(budget: Mapping[str, Any]) -> Iterator[str]:
         yield f"The last search ended early: {budget['ended']}."
 
 
-def _watch(study: Path, every_s: float) -> bool:
+def _watch(study: str, every_s: float) -> bool:
     """Shows a study until its search ends or the user has seen enough: a live table on a terminal, lines elsewhere.
 
     Args:
-        study: The study directory.
+        study: The study directory, or its address.
         every_s: Seconds between two reads.
 
     Returns:
@@ -100,19 +100,20 @@ def _watch(study: Path, every_s: float) -> bool:
     from rich.live import Live
 
     from carft_ray.results.reading import study_view
+    from carft_ray.study.mirror import NUMBERS
     from carft_ray.ui.live import SearchView
 
     on_terminal = console.out.is_terminal and not console.out.is_dumb_terminal
     live = Live(console=console.out, auto_refresh=False, transient=True)
     try:
         with live if on_terminal else contextlib.nullcontext():
-            while (view := study_view.read_study(study)).holder is not None:
+            while (view := study_view.read_study(study, NUMBERS)).holder is not None:
                 if on_terminal:
                     live.update(SearchView.of(view), refresh=True)
                 else:
                     console.show(SearchView.of(view).line())
                 time.sleep(every_s)
     except KeyboardInterrupt:
-        console.say(f"The search continues. Stop it: carft-ray stop {shlex.quote(str(study))}")
+        console.say(f"The search continues. Stop it: carft-ray stop {shlex.quote(study)}")
         return False
     return True

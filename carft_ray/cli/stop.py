@@ -1,9 +1,8 @@
 """Stopping a search or a training."""
 
-from pathlib import Path
 from typing import Annotated
 
-from typer import Argument, Option
+from typer import Option
 
 from carft_ray.cli import common
 from carft_ray.cli.program import command
@@ -13,7 +12,7 @@ from carft_ray.words import counted
 
 @command("stop studies/quickstart", common.SEARCH, reads=True)
 def stop(
-    study: Annotated[Path, Argument(help="Folder of a study, or of a training.", show_default=False)],
+    study: common.TrainedArgument,
     no_wait: Annotated[bool, Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
@@ -21,8 +20,9 @@ def stop(
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
+    from carft_ray.study.mirror import named, own_folder
 
-    study_dir = study_view.require_study(study, "must be a study or the folder of a training")
+    study_dir = study_view.require_study(own_folder(study, brings=False), "must be a study or the folder of a training")
     found = ask_to_stop(study_dir)
     see = common.command_line("status", study)
     with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
@@ -32,7 +32,7 @@ def stop(
             wait_until_free(study_dir, found, console.sayer(not json_), see)
     view, ended = study_view.read_study(study_dir), found is None or not no_wait
     finished, wanted = view.num_finished, num_trials(view.recipe)
-    answer = {"study": str(study_dir), "asked": found, "ended": ended, "finished": finished, "wanted": wanted}
+    answer = {"study": named(study_dir), "asked": found, "ended": ended, "finished": finished, "wanted": wanted}
     if console.print_json(answer, json_):
         return
     so_far = f"{finished} of {counted(wanted, 'trial')} finished"
@@ -40,4 +40,4 @@ def stop(
         console.say(f"Nothing to stop: no {view.what} runs on {study}; {so_far}.")
     else:
         console.say(f"The {view.what} has ended; {so_far}." if ended else f"Asked {found} to stop; {so_far}.")
-    common.suggest(study, "stop")
+    common.suggest(study, "stop", changed=True)

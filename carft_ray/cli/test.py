@@ -21,14 +21,16 @@ def evaluate_test_sets(
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.results.test_sets.sealed_read import read_sealed
     from carft_ray.results.test_sets.summary import read_lines
+    from carft_ray.study.mirror import named, own_folder
 
     step = f"Resume with: {common.command_line('test', study)}"
     with common.interrupted_as("stopped; what was read so far is kept", step):
-        summary = read_sealed(study, again, console.sayer(not json_))
-    if console.print_json({"study": str(study.resolve()), **summary}, json_):
+        folder = own_folder(study)
+        summary = read_sealed(folder, again, console.sayer(not json_))
+    if console.print_json({"study": named(folder.resolve()), **summary}, json_):
         return
     ood_sets = [name for name in summary["sets"] if name != "id_test"]
     console.show(console.estimate_table(summary["rows"], ood_sets, "test sets, %"))
-    console.say("\n" + "\n".join([*shared_lines(read_shared(study)), *read_lines(summary)]))
-    console.say(f"Results: {study / 'test' / 'read-'}{summary['read']}")
-    common.suggest(study, "test")
+    console.say("\n" + "\n".join([*shared_lines(read_shared(folder)), *read_lines(summary)]))
+    console.say(f"Results: {folder / 'test' / 'read-'}{summary['read']}")
+    common.suggest(study, "test", changed=True)

@@ -16,6 +16,7 @@ from carft_ray.recipe.schema.sets import CACHE_KEYS
 from carft_ray.results.reading.finished import Finished, open_finished, split_target
 from carft_ray.results.statistics.headline import objective_difference
 from carft_ray.results.statistics.intervals import Interval, crossed, paired_differences
+from carft_ray.study.mirror import named
 from carft_ray.study.provenance import differences
 
 ORIGIN = ("data", "model", "classes", "class_names", "templates", "augmentation", "code", "versions", "hardware")
@@ -66,7 +67,7 @@ def compare(a: str, b: str) -> dict[str, Any]:
 def _side(finished: Finished) -> dict[str, Any]:
     return {
         "name": finished.title,
-        "folder": str(finished.folder),
+        "folder": named(finished.folder),
         "trial": finished.name,
         "alpha": finished.result["alpha"],
         "objective": finished.result["objective"],

@@ -13,6 +13,7 @@ from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.results.reading.status_and_ls import budget, ledger
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.ledger import Entry, needs_reason, read_ledger, reads_of
+from carft_ray.study.mirror import Place
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.study.warm_start import inherited_reads
 
@@ -23,12 +24,12 @@ BEHIND = (
 )
 
 
-def next_steps(view: Overview, study: Path, after: str) -> list[str]:
+def next_steps(view: Overview, study: Place, after: str) -> list[str]:
     """Returns the commands that make sense now, the most useful one first.
 
     Args:
         view: The study, read when the command before has ended.
-        study: Its folder as the user has written it.
+        study: Its folder or address as the user has written it.
         after: Name of the command that has ended, which is not suggested again.
 
     Raises:

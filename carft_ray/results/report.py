@@ -27,6 +27,7 @@ from carft_ray.results.statistics.paired import row_lines
 from carft_ray.results.stored import Chosen, confirmed, read_compared, read_stored
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.study.best import constraint_lines
+from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.words import counted, times
@@ -66,7 +67,7 @@ def study_report(view: Overview) -> dict[str, Any]:
     }
     against = against_baseline(recipe, best, baselines, chosen)
     return {
-        "study": str(study_dir),
+        "study": named(study_dir),
         "name": recipe.name,
         "counts": counts,
         "shared_images": shared_counts(shared),

@@ -23,6 +23,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import predictions_path
+from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, require_finished
 
@@ -95,7 +96,7 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
     points.sort(key=lambda pair: (total_violation(pair[1]), -pair[1]["objective"], pair[0].number))
     old = {row.number: rank for rank, row in enumerate(best_first(finished), start=1)}
     return {
-        "study": str(view.study_dir),
+        "study": named(view.study_dir),
         "objective": _words(spec),
         "own_objective": {**_words(objective_spec(view.recipe)), "kind": view.recipe.search.objective.kind},
         "constraints": [limit.name for limit in bounds],

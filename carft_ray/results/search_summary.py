@@ -13,6 +13,7 @@ from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.headline import against_baseline
 from carft_ray.results.stored import read_stored
 from carft_ray.study.best import constraint_lines
+from carft_ray.study.mirror import named
 from carft_ray.study.rows import best_first
 from carft_ray.words import counted
 
@@ -22,7 +23,7 @@ def study_summary(recipe: Recipe, result: SearchResult) -> dict[str, Any]:
     view = Overview(result.study_dir, recipe, result.trials, result.baselines)
     rows = [view.data(row) for row in (*view.baselines, *best_first(view.trials))]
     return {
-        "study": str(result.study_dir),
+        "study": named(result.study_dir),
         "trials": view.counts(),
         "pruner": pruner_quality(recipe.search.pruner, result.trials),
         "new_trials": result.num_new,

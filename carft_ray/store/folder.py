@@ -10,6 +10,7 @@ import fnmatch
 import os
 import secrets
 from pathlib import Path
+from typing import Protocol
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
@@ -29,6 +30,23 @@ class UnknownError(StorageError):
     """It is not known whether an object was written: the answer is missing, and it may still appear."""
 
 
+class Store(Protocol):
+    """Where a log lies: ``Folder``, or ``bucket.Bucket``. ``str`` gives its address, for messages."""
+
+    has_packs: bool  # what is small is slow to read
+
+    def get(self, name: str) -> bytes | None:
+        """As of ``Folder``, and so are the others."""
+
+    def put_new(self, name: str, data: bytes) -> None: ...
+
+    def put(self, name: str, data: bytes) -> None: ...
+
+    def list(self, prefix: str, after: str = "") -> Names: ...
+
+    def remove(self, prefix: str) -> None: ...
+
+
 class Folder:
     """A store. ``str`` gives its address, for messages.
 
@@ -38,6 +56,8 @@ class Folder:
     Attributes:
         path: The folder, absolute, links resolved. The first object that is written makes it.
     """
+
+    has_packs = False
 
     def __init__(self, path: Path) -> None:
         self.path = Path(os.path.realpath(path))
@@ -73,6 +93,10 @@ class Folder:
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+    def put(self, name: str, data: bytes) -> None:
+        """Writes an object, over what is there. Durable when this returns."""
+        files.write_bytes(self._path_to_write(name), data)
 
     def list(self, prefix: str, after: str = "") -> Names:
         """Returns the names one piece longer than another one, in order, without what dead processes left half written.
@@ -144,7 +168,7 @@ def check_name(name: str) -> str:
     return name
 
 
-def probe(store: Folder) -> None:
+def probe(store: Store) -> None:
     """Checks that a store refuses to create what is there; leaves nothing behind.
 
     Raises:
@@ -159,4 +183,4 @@ def probe(store: Folder) -> None:
     finally:
         store.remove(name)
     rule = "must refuse to create an object that is there, so that two searches cannot spoil one study"
-    raise StorageError(Problem(str(store), rule, "one that writes over it", next_step="Give another folder."))
+    raise StorageError(Problem(str(store), rule, "one that writes over it", next_step="Give another folder or bucket."))

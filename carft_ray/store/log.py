@@ -11,6 +11,11 @@
 A commit is there or not: creating its number is the only write that counts, and who finds the number taken by another
 has lost the study. There is no other lock. A listing is believed in what it shows and never in what it lacks.
 
+Where reading is slow, the owner also writes packs: the objects of up to 500 commits, one after the other. A pack is
+believed when its last commit is that of the log, to which the chain of digests binds the others.
+
+    log/pack-00000501   commits from 501 to at most 1000
+
 A search opens Optuna's ``JournalStorage`` over the log, calls ``claim``, writes in ``commit`` and calls ``release``
 at the end. A reader calls ``follow`` instead, now and then. One thread commits; ``beat`` may have its own.
 """
@@ -30,7 +35,7 @@ from optuna.storages.journal import BaseJournalBackend
 
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS
-from carft_ray.store.folder import Folder, RefusedError, UnknownError, probe
+from carft_ray.store.folder import RefusedError, Store, UnknownError, probe
 from carft_ray.store.owner import identity, is_gone, is_seen, is_this_process, named
 from carft_ray.untrusted import parse_json
 
@@ -42,6 +47,7 @@ READERS_SILENT_FOR_S = 300.0
 LOOK_EVERY_S = 1.0  # while another owner may be dead
 UNCLEAR_FOR_S = 30.0  # what a store is given to say whether a commit is there
 RETRY_EVERY_S = 0.2
+PACKED, PACK_EVERY = 500, 50  # commits in a pack; after so many it is written again
 
 Commit = dict[str, Any]
 _LATEST = 2**38  # of times: later ones are no dates
@@ -51,7 +57,7 @@ _OWNERS: set[str] = set()  # words of the logs that this process holds; of the s
 
 
 @dataclass
-class _Pending:
+class Pending:
     """What the next commit will hold, as JSON: nobody can change it any more."""
 
     operations: list[str] = field(default_factory=list)
@@ -78,7 +84,7 @@ class Log(BaseJournalBackend):
 
     def __init__(
         self,
-        store: Folder,
+        store: Store,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -91,7 +97,8 @@ class Log(BaseJournalBackend):
         self._holder = _NOBODY  # who has claimed the log and not released it
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others
-        self._pending, self._depth = _Pending(), 0  # of the open commit: blocks in each other
+        self._unpacked: list[bytes] = []  # commits of the pack that is not full, where the store has packs
+        self._pending, self._depth = Pending(), 0  # of the open commit: blocks in each other
         self._last_at = clock()  # when the last commit was written
         self._lock = threading.RLock()  # of all above but what a commit collects
 
@@ -125,7 +132,7 @@ class Log(BaseJournalBackend):
             is_silent = not has_grown and self._clock() - since >= SILENT_FOR_S
             if _is_free(self._holder) or is_silent:
                 with contextlib.suppress(RefusedError):  # another one was quicker
-                    self._write(_Pending(records=[record]))
+                    self._write(Pending(records=[record]))
                     self._is_owner = True
                     _OWNERS.add(self._nonce)
                     if nonce:
@@ -165,7 +172,7 @@ class Log(BaseJournalBackend):
 
     def digest_of(self, number: int) -> str:
         """Returns the BLAKE2 of a commit; empty when there is none."""
-        return _digest(self._store.get(_name(number)) or b"")
+        return _digest(self._store.get(commit_name(number)) or b"")
 
     def check(self) -> None:
         """Raises a ``RefusedError`` when another search has taken the study over; writes nothing.
@@ -174,7 +181,7 @@ class Log(BaseJournalBackend):
             StorageError: The log was spoiled before, or is not claimed.
         """
         with self._spoiling((RefusedError,)), self._lock:
-            if self._found(_name(self.number + 1)) is not None:
+            if self._found(commit_name(self.number + 1)) is not None:
                 raise self._refused()
 
     @property
@@ -208,8 +215,8 @@ class Log(BaseJournalBackend):
             self._pending.records += [_as_json(each)[0] for each in records]
             yield
             self._depth -= 1
-            if not self._depth and self._pending != _Pending():
-                pending, self._pending = self._pending, _Pending()
+            if not self._depth and self._pending != Pending():
+                pending, self._pending = self._pending, Pending()
                 self._write(pending)
 
     def beat(self) -> None:
@@ -222,7 +229,7 @@ class Log(BaseJournalBackend):
         """
         if self._clock() - self._last_at >= BEAT_AFTER_S:
             with self._spoiling((RefusedError, UnknownError)):
-                self._write(_Pending())
+                self._write(Pending())
 
     def release(self) -> None:
         """Ends the ownership: another search may begin at once.
@@ -232,6 +239,7 @@ class Log(BaseJournalBackend):
         """
         with self.commit({"kind": RELEASED}):
             pass
+        self._pack()
         self._is_owner = False
         _OWNERS.discard(self._nonce)
 
@@ -281,26 +289,36 @@ class Log(BaseJournalBackend):
             self._spoiled_by = self._spoiled_by or error
             raise
 
-    def _write(self, pending: _Pending) -> None:
+    def _write(self, pending: Pending) -> None:
         with self._lock:
             self._require_sound()
-            name, head = _name(self.number + 1), {"number": self.number + 1, "previous": self.digest}
+            name, head = commit_name(self.number + 1), {"number": self.number + 1, "previous": self.digest}
             lists = f'"records":[{",".join(pending.records)}],"operations":[{",".join(pending.operations)}]'
             head |= {"time": round(time.time(), 3), "owner": self._nonce}
             data = _sealed(f"{_as_json(head)[0][:-1]},{lists}}}".encode())
             commit = _decoded(data, self.number + 1, self.digest, f"{self._store}/{name}")  # none that cannot be read
             self._create(name, data)
             self._take(commit, data)
+            if self.number % PACKED == 0 or len(self._unpacked) % PACK_EVERY == 0:
+                self._pack()
             self._last_at = self._clock()
+
+    def _pack(self) -> None:
+        """Writes the pack that the last commit belongs to; without it, reading takes longer."""
+        if self._unpacked:
+            with contextlib.suppress(StorageError):
+                self._store.put(pack_name(self.number), b"".join(self._unpacked))
 
     def _create(self, name: str, data: bytes) -> None:
         """Creates an object and finds out whether it was done: an answer may be lost, or be about an earlier try."""
-        end = self._clock() + UNCLEAR_FOR_S
+        end, is_first = self._clock() + UNCLEAR_FOR_S, True
         while True:
             try:
                 return self._store.put_new(name, data)
-            except (RefusedError, UnknownError) as error:
-                found = self._found(name)
+            except StorageError as error:
+                if not isinstance(error, RefusedError | UnknownError):  # refused; but what of the tries before?
+                    raise error if is_first else UnknownError(error.problems) from error
+                is_first, found = False, self._found(name)
                 if found == data and isinstance(error, RefusedError):
                     return None
                 if found not in (None, data):
@@ -314,7 +332,7 @@ class Log(BaseJournalBackend):
     def _refused(self) -> RefusedError:
         rule = "was written by another search, which has taken the study over"
         step = "The other search goes on from all that is committed; this one has ended."
-        return RefusedError(Problem(f"{self._store}/{_name(self.number + 1)}", rule, next_step=step))
+        return RefusedError(Problem(f"{self._store}/{commit_name(self.number + 1)}", rule, next_step=step))
 
     def _found(self, name: str) -> bytes | None:
         with contextlib.suppress(StorageError):
@@ -326,19 +344,37 @@ class Log(BaseJournalBackend):
         with self._lock:
             before = self.number
             while True:
-                name = _name(self.number + 1)
-                if (data := self._store.get(name)) is not None:
-                    commit = _decoded(data, self.number + 1, self.digest, f"{self._store}/{name}")
-                    self._take(commit, data)
-                    self._operations += commit["operations"]
+                if found := self._next():
+                    for commit, data in found:
+                        self._take(commit, data)
+                        self._operations += commit["operations"]
                 elif self._is_read or not self._has_later():
                     break
             self._is_read = True
             return self.number > before
 
+    def _next(self) -> list[tuple[Commit, bytes]]:
+        """Returns the commits of the next pack; without one that is whole, the next commit, or nothing."""
+        found: list[tuple[Commit, bytes]] = []
+        if self._store.has_packs and not self._is_read and self.number % PACKED == 0:
+            name = pack_name(self.number + 1)
+            with contextlib.suppress(StorageError):
+                lines = (self._store.get(name) or b"").split(b"\n")
+                before = self.digest
+                for number, (head, body) in enumerate(zip(lines[:-1:2], lines[1::2], strict=False), self.number + 1):
+                    data = b"%s\n%s\n" % (head, body)
+                    found.append((_decoded(data, number, before, f"{self._store}/{name}"), data))
+                    before = _digest(data)
+                if found and self._store.get(commit_name(self.number + len(found))) == found[-1][1]:
+                    return found
+        name = commit_name(self.number + 1)
+        if (one := self._store.get(name)) is None:
+            return []
+        return [(_decoded(one, self.number + 1, self.digest, f"{self._store}/{name}"), one)]
+
     def _has_later(self) -> bool:
         """Tells whether a listing shows commits after one that was not there; then it must be there by now."""
-        name = _name(self.number + 1)
+        name = commit_name(self.number + 1)
         later = [each for each in self._store.list(COMMITS, after=name) if re.fullmatch(rf"{COMMITS}/\d{{8}}", each)]
         if later and self._store.get(name) is None:
             rule, step = "must be there, as later ones are", f"Restore {COMMITS}/ from a copy of the study."
@@ -347,6 +383,10 @@ class Log(BaseJournalBackend):
 
     def _take(self, commit: Commit, data: bytes) -> None:
         self.number, self.digest, self.time = commit["number"], _digest(data), commit["time"]
+        if self._store.has_packs:
+            if self.number % PACKED == 1:
+                self._unpacked = []
+            self._unpacked.append(data)
         for record in commit["records"]:
             self.records.append((self.number, record))
             if record.get("kind") in (OWNER, RELEASED):
@@ -393,5 +433,11 @@ def _as_json(value: Any) -> tuple[str, Any]:
     return text, parse_json(text)
 
 
-def _name(number: int) -> str:
+def commit_name(number: int) -> str:
+    """Returns the name of a commit in the store."""
     return f"{COMMITS}/{number:08d}"
+
+
+def pack_name(number: int) -> str:
+    """Returns the name of the pack that a commit belongs to."""
+    return f"{COMMITS}/pack-{(number - 1) // PACKED * PACKED + 1:08d}"

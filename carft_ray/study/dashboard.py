@@ -6,7 +6,6 @@ not held up, and what it adds is seen.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -16,12 +15,18 @@ from optuna.storages import JournalStorage
 from carft_ray.errors import Problem, UsageError
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
+from carft_ray.study.mirror import NUMBERS, Place, fetched
 
 REFUSED = b"This dashboard only shows the study. Change it with carft-ray.\n"
 
 
 class _Followed(Log):
+    def __init__(self, place: Place) -> None:
+        super().__init__(Folder(fetched(place, NUMBERS)))
+        self._place = place
+
     def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
+        fetched(self._place, NUMBERS)
         self.follow()
         return super().read_logs(log_number_from)
 
@@ -35,11 +40,11 @@ class _Silent(WSGIRequestHandler):
         """Says nothing of single requests."""
 
 
-def serve(study_dir: Path, port: int, ready: Callable[[int], None]) -> None:
+def serve(place: Place, port: int, ready: Callable[[int], None]) -> None:
     """Serves the dashboard of a study to this machine until ``KeyboardInterrupt``.
 
     Args:
-        study_dir: The study directory, absolute.
+        place: Folder or address of the study.
         port: Where to listen on 127.0.0.1; 0: a free port.
         ready: Told the port once it listens.
 
@@ -47,18 +52,18 @@ def serve(study_dir: Path, port: int, ready: Callable[[int], None]) -> None:
         UsageError: optuna-dashboard is not installed.
         OSError: The port is taken.
     """
-    with make_server("127.0.0.1", port, _application(study_dir), _Server, _Silent) as server:
+    with make_server("127.0.0.1", port, _application(place), _Server, _Silent) as server:
         ready(server.server_port)
         server.serve_forever()
 
 
-def _application(study_dir: Path) -> Callable[..., Iterable[bytes]]:
+def _application(place: Place) -> Callable[..., Iterable[bytes]]:
     try:
         from optuna_dashboard import wsgi
     except ImportError:
         step = "Install it: pip install 'carft-ray[dashboard]'"
         raise UsageError(Problem("dashboard", "needs the package optuna-dashboard", next_step=step)) from None
-    shown = wsgi(JournalStorage(_Followed(Folder(study_dir))))
+    shown = wsgi(JournalStorage(_Followed(place)))
 
     def application(asked: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         if asked["REQUEST_METHOD"] not in ("GET", "HEAD"):

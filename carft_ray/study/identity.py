@@ -31,6 +31,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.study import provenance
+from carft_ray.study.mirror import named
 
 FORMAT_VERSION = 1
 RECIPES = "recipes"  # key of the manifest
@@ -175,7 +176,7 @@ def resume_command(study_dir: Path) -> str:
     Raises:
         StorageError: The manifest cannot be read.
     """
-    folder = shlex.quote(str(study_dir))
+    folder = shlex.quote(named(study_dir))
     if is_single(study_dir):
         return f"carft-ray train {folder}/{RESOLVED} --out {folder} --resume"
     return f"carft-ray resume {folder}"

@@ -10,14 +10,14 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.store.folder import PROBE, Folder
-from carft_ray.store.log import Log
+from carft_ray.store.folder import PROBE
 from carft_ray.study import rows
 from carft_ray.study.holding import check_fit, gone_if_nothing_began, held
 from carft_ray.study.identity import claim, class_of, compare, record_recipe
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import is_in_space, move_trials, space_record
 from carft_ray.study.study import Study
+from carft_ray.study.uploads import open_log, uploading
 
 
 @contextlib.contextmanager
@@ -42,12 +42,13 @@ def open_study(
     study_dir = study_dir.resolve()
     check_fit(study_dir)
     compare(study_dir, recipe, change_space)  # before anything is written
-    log = Log(Folder(study_dir))
+    log = open_log(study_dir)
     log.follow()
     with contextlib.ExitStack() as stack:
         with rows.readable(log) as storage:
             _require_known(study_dir, storage)
             stack.enter_context(held(log, tell))
+            stack.enter_context(uploading(log))
             differences, notes = claim(study_dir, recipe, change_space), list[str]()
             files.remove_remains(study_dir)
             for path in (study_dir / COMMITS).glob(f"{PROBE}*"):  # of a search that was killed at its first write

@@ -31,6 +31,7 @@ from carft_ray.results.report import study_report
 from carft_ray.results.stored import predictions_path, read_compared
 from carft_ray.study.importance import importances
 from carft_ray.study.ledger import read_ledger
+from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import best_first
@@ -55,7 +56,7 @@ def page_document(view: Overview) -> dict[str, Any]:
     spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
     methods = {row.name: method_of(view, row) for row in view.trials}
     document = {
-        "study": str(study_dir),
+        "study": named(study_dir),
         "name": recipe.name,
         "made": {"time": datetime.now().astimezone().isoformat(timespec="seconds"), "version": __version__},
         "synthetic": plain(recipe.data.train).source == "sandbox",

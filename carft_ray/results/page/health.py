@@ -8,6 +8,7 @@ from typing import Any
 
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.study.mirror import named
 from carft_ray.words import counted
 
 NEAR_END = 0.03  # of the width of a parameter: the best trial is on its bound
@@ -39,7 +40,7 @@ def findings(view: Overview, document: Document) -> list[dict[str, str]]:
     if len(failed) >= MANY_FAILURES * max(1, view.num_finished):
         reason, count = Counter(row.reason or row.outcome for row in failed).most_common(1)[0]
         text = f"{len(failed)} of {counted(view.num_finished, 'trial')} failed; {count} of them: {reason}"
-        step = f"read the log: carft-ray logs {shlex.quote(str(view.study_dir))} {failed[0].name}"
+        step = f"read the log: carft-ray logs {shlex.quote(named(view.study_dir))} {failed[0].name}"
         found.append(("many failures", text, step))
     for line in document["status"]["lines"]:
         if line.startswith("No trial meets all constraints"):
@@ -51,7 +52,7 @@ def _ends(view: Overview, document: Document) -> list[tuple[str, str, str]]:
     """Returns a finding for each parameter whose value of the best trial lies on an end of the space."""
     if view.best is None:
         return []
-    folder, found = shlex.quote(str(view.study_dir)), []
+    folder, found = shlex.quote(named(view.study_dir)), []
     for name, one in document["space"].items():
         value = view.best.values.get(name)
         place = position(value, one)

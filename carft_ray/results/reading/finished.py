@@ -15,6 +15,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.study_view import find_row, require_study
 from carft_ray.study import identity
+from carft_ray.study.mirror import Place
 from carft_ray.study.outcome import TrialRow, file_of, result_of
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import ZERO_SHOT, best_row, require_finished, rows_by_kind
@@ -67,23 +68,23 @@ class Finished:
         return read_predictions(zero_shot if self.is_zero_shot else file_of(self.folder, self.row, PREDICTIONS))
 
 
-def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") -> Finished:
+def open_finished(place: Place, trial: str | None = None, argument: str = "TRIAL") -> Finished:
     """Opens a finished training; nothing is claimed or written.
 
     Args:
-        folder: A study.
+        place: Folder or address of a study.
         trial: Number or name of a trial, name of a baseline, or ``confirm/NAME``; None: the best trial.
-        place: The argument or option that names the trial, for messages.
+        argument: The argument or option that names the trial, for messages.
 
     Raises:
         UsageError: The folder is no study, or it has no such trial.
         NoSuccessfulTrialError: The training is not finished, or the study has no finished trial.
         StorageError: Manifest, log or result is damaged.
     """
-    folder = require_study(folder, "must be a study or the folder of a training")
+    folder = require_study(place, "must be a study or the folder of a training")
     manifest = identity.read_manifest(folder)
     base, provenance = Recipe.model_validate(manifest["recipe"]), manifest.get(PROVENANCE) or {}
-    name, row = _find(folder, trial, place)
+    name, row = _find(folder, trial, argument)
     if name == ZERO_SHOT:
         metrics = files.read_json(folder / PREPARED / PREPARATION)["metrics"]
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
@@ -100,14 +101,14 @@ def open_finished(folder: Path, trial: str | None = None, place: str = "TRIAL") 
     return Finished(folder, name, base, recipe, placed(found, row), provenance, row)
 
 
-def split_target(written: str) -> tuple[Path, str | None]:
-    """Returns folder and trial of ``DIR`` or ``DIR:TRIAL``; an existing folder may have a colon in its name."""
+def split_target(written: str) -> tuple[Place, str | None]:
+    """Returns folder (or address) and trial of ``DIR`` or ``DIR:TRIAL``; a folder's name may have a colon, too."""
     folder, colon, trial = written.rpartition(":")
-    if not colon or Path(written).exists():
-        return Path(written), None
+    if not colon or trial.startswith("/") or Path(written).exists():
+        return written, None
     if not folder or not trial:
         raise UsageError(Problem(written, "must be DIR or DIR:TRIAL", repr(written)))
-    return Path(folder), trial
+    return folder, trial
 
 
 def _find(study_dir: Path, trial: str | None, place: str) -> tuple[str, TrialRow]:

@@ -8,6 +8,7 @@ from carft_ray import files
 from carft_ray.layout import LOG
 from carft_ray.results.reading.study_view import Overview, find_row
 from carft_ray.study.holding import log_of
+from carft_ray.study.mirror import NUMBERS, Place, fetched
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import all_rows, readable
 
@@ -37,16 +38,18 @@ def read_log(path: Path) -> list[str] | None:
     return None if content is None else content.decode(errors="replace").splitlines()
 
 
-def follow_log(path: Path, study_dir: Path) -> Iterator[str]:
+def follow_log(path: Path, place: Place) -> Iterator[str]:
     """Yields the whole lines of a log, old ones and new ones, until its training has ended or no search is left.
 
     Raises:
         StorageError: It cannot be read.
     """
+    study_dir = fetched(place, NUMBERS).resolve()
     position, log = 0, log_of(study_dir)
     with readable(log) as storage:
         over = False
         while not over:
+            fetched(place, NUMBERS)
             if not position or log.follow():  # before the last reading
                 rows = [row for group in all_rows(storage).values() for row in group]
                 over = any(row.folder(study_dir) == path.parent and row.outcome != "running" for row in rows)

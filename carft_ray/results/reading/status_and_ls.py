@@ -20,6 +20,7 @@ from carft_ray.store.log import Log
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.holding import log_of
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
+from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.proposals.pruning import deciding_value
 from carft_ray.study.rows import ZERO_SHOT, best_first
@@ -37,7 +38,7 @@ def status(overview: Overview) -> dict[str, Any]:
     seconds = [row.elapsed_s for row in rows if row.elapsed_s is not None and row.name != ZERO_SHOT]
     pruner, log = overview.recipe.search.pruner, overview.log or log_of(overview.study_dir)
     return {
-        "study": str(overview.study_dir),
+        "study": named(overview.study_dir),
         "name": overview.recipe.name,
         "wanted": num_trials(overview.recipe),
         "finished": overview.num_finished,
@@ -124,7 +125,7 @@ def listing(overview: Overview, by_objective: bool = True, limit: int | None = N
     """Returns what `ls` reports of a study, as JSON: baselines, and the trials that come first."""
     rows = best_first(overview.trials) if by_objective else overview.trials  # those without an objective come last
     return {
-        "study": str(overview.study_dir),
+        "study": named(overview.study_dir),
         "num_trials": len(rows),
         "lines": constraint_lines(overview.best),
         "baselines": [overview.data(row) for row in overview.baselines],
@@ -152,7 +153,7 @@ def list_studies(folder: Path) -> list[dict[str, Any]]:
         lines.append(
             {
                 "name": path.name,
-                "study": str(overview.study_dir),
+                "study": named(overview.study_dir),
                 "problem": None,
                 "wanted": num_trials(overview.recipe),
                 "trials": overview.counts(),

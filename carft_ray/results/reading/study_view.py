@@ -14,6 +14,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study
 from carft_ray.study.identity import is_single, resume_command, study_recipe
+from carft_ray.study.mirror import IMAGES, Place, fetched, named
 from carft_ray.study.outcome import TrialRow, read_live, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.words import counted
@@ -124,14 +125,18 @@ class Overview:
         return {name: own[name] for name in names if name in own and name not in left_out}
 
 
-def read_study(folder: Path) -> Overview:
+def read_study(place: Place, need: int = IMAGES) -> Overview:
     """Reads a study.
 
+    Args:
+        place: Its folder, or its address.
+        need: As of ``study.mirror.fetched``.
+
     Raises:
-        UsageError: The folder is none.
-        RecipeError, StorageError: Its resolved recipe or its log is damaged.
+        UsageError: There is none.
+        RecipeError, StorageError: Its resolved recipe or its log is damaged, or its bucket cannot be read.
     """
-    study_dir = require_study(folder)
+    study_dir = require_study(place, need=need)
     log, rows = log_and_rows(study_dir)
     found = log.holder()
     trainings = [row for group in rows.values() for row in group]
@@ -148,24 +153,26 @@ def studies_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if is_study(path)) if folder.is_dir() else []
 
 
-def require_study(folder: Path, rule: str = "must be a study") -> Path:
-    """Returns a study's folder as an absolute path.
+def require_study(place: Place, rule: str = "must be a study", need: int = IMAGES) -> Path:
+    """Returns a study's folder as an absolute path; of one in a bucket that of its copy, brought up to date.
 
     Raises:
         UsageError: It is no study; names the nearest one next to it, or those inside it.
+        StorageError: The bucket cannot be read.
     """
+    folder = fetched(place, need)
     if is_study(folder):
         return folder.resolve()
-    inside = tuple(str(path) for path in studies_in(folder))
+    name, inside = named(folder), tuple(str(path) for path in studies_in(folder))
     near = nearest(str(folder), [str(path) for path in studies_in(folder.parent)])
-    step = f"Begin one: carft-ray search RECIPE --study {folder}"
+    step = f"Begin one: carft-ray search RECIPE --study {name}"
     if not folder.exists():
         value = "no such folder"
     elif not folder.is_dir():
         value, step = "a file", "Give the folder that `search --study` was given."
     else:
         value, step = f"one without {COMMITS}/", "Give the folder that `search --study` was given."
-    raise UsageError(Problem(str(folder), rule, value, inside, near, step))
+    raise UsageError(Problem(name, rule, value, inside, near, step))
 
 
 def require_search(folder: Path) -> None:

@@ -23,6 +23,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.finished import open_finished
+from carft_ray.study.mirror import MODELS, Place, fetched, named
 from carft_ray.study.outcome import TrialRow, file_of, result_of
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import Mixtures, predict_all
@@ -70,11 +71,11 @@ class Trained:
             return deepcopy(mixed(alpha)).eval()
 
 
-def open_trained(folder: Path, trial: str | None = None) -> Trained:
+def open_trained(place: Place, trial: str | None = None) -> Trained:
     """Opens a finished training of a study.
 
     Args:
-        folder: What `train --out` or `search --study` was given.
+        place: What `train --out` or `search --study` was given.
         trial: Number or name of a trial of the study, name of a baseline, or ``confirm/NAME``; None: the best one.
 
     Raises:
@@ -82,6 +83,7 @@ def open_trained(folder: Path, trial: str | None = None) -> Trained:
         NoSuccessfulTrialError: The study has no finished trial, or the training is not finished.
         StorageError: Something in it is damaged.
     """
+    folder = fetched(place, MODELS)
     if (folder / HEAD_NAME).is_file():
         step = "An export is read by other libraries (its README.md); give the study or training that it is of."
         rule = "must be a study or the folder of a training"
@@ -118,7 +120,7 @@ def require_weights(study_dir: Path, row: TrialRow, recipe: Recipe) -> None:
         return
     name = f"{CONFIRM}/{row.name}" if row.kind == "confirm" else row.name
     rule = f"its weights are gone: a study keeps those of its best {counted(recipe.search.keep_checkpoints, 'trial')}"
-    step = f"Train it again: carft-ray reproduce {shlex.quote(str(study_dir))} {name} --out DIR"
+    step = f"Train it again: carft-ray reproduce {shlex.quote(named(study_dir))} {name} --out DIR"
     step += "\n    A larger search.keep_checkpoints keeps more next time."
     raise StorageError(Problem(str(row.folder(study_dir)), rule, next_step=step))
 

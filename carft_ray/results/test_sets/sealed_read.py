@@ -38,10 +38,11 @@ from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import compared_rows, read_record, summarise
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
-from carft_ray.study.holding import check_fit, held, log_of
+from carft_ray.study.holding import check_fit, held
 from carft_ray.study.identity import study_recipe
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
+from carft_ray.study.uploads import open_log, uploading
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.evaluate import predict_all
@@ -75,9 +76,10 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
     recipe = study_recipe(study_dir)
     _require_test_sets(study_dir, recipe)
     check_fit(study_dir)
-    log = log_of(study_dir)
+    log = open_log(study_dir)
+    log.follow()
     _read_to_continue(study_dir, log, reason)  # it may be refused: before anything is written
-    with held(log, say):
+    with held(log, say), uploading(log):
         files.remove_remains(study_dir)
         entries, entry = ledger.read_ledger(study_dir, log), _read_to_continue(study_dir, log, reason)
         sources = _open_sources(recipe)

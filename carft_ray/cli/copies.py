@@ -1,0 +1,55 @@
+"""Copying a study between a bucket and a folder."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from typer import Argument
+
+from carft_ray.cli import common
+from carft_ray.cli.program import command
+from carft_ray.ui import console
+from carft_ray.words import counted
+
+MB = 10**6
+AddressArgument = Annotated[str, Argument(metavar="ADDRESS", help="s3://BUCKET/STUDY.", show_default=False)]
+
+
+@command("pull s3://my-bucket/quickstart studies/quickstart", common.READING, reads=True)
+def pull(
+    address: AddressArgument,
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder of the copy; new or empty.", show_default=False)],
+    json_: common.JsonOption = False,
+) -> None:
+    """Copy a study from a bucket to a folder, with its weights; its manifest says that it is a copy."""
+    from carft_ray.study import mirror
+
+    _copied(lambda tell: mirror.pull(address, folder, tell), "pulling", str(folder), json_)
+
+
+@command("push studies/quickstart s3://my-bucket/quickstart", common.READING, reads=True)
+def push(
+    study: Annotated[Path, Argument(help="The study directory.", show_default=False)],
+    address: AddressArgument,
+    json_: common.JsonOption = False,
+) -> None:
+    """Copy a study to a bucket, at an address where nothing is; its manifest there says that it is a copy."""
+    from carft_ray.study import mirror
+
+    _copied(lambda tell: mirror.push(study, address, tell), "pushing", address, json_)
+
+
+def _copied(copy: Callable[[Any], dict[str, Any]], what: str, to: str, json_: bool) -> None:
+    from carft_ray.ui.progress import counting
+
+    with (
+        common.interrupted_as(f"stopped {what}; half a copy is no study", "Run the command again."),
+        counting() as begin,
+    ):
+        tell = begin(f"{what}, MB")
+        answer = copy(lambda done, total: tell(done // MB, -(-total // MB)))
+    if not console.print_json(answer, json_):
+        size = console.size_text(answer["num_bytes"])
+        console.say(f"Copied {counted(answer['commits'], 'commit')} and {counted(answer['files'], 'file')} ({size}).")
+        console.next_step(f"carft-ray status {shlex.quote(to)}")

@@ -1,0 +1,282 @@
+"""A study in a bucket and its copies in folders: fetched to be read, pulled, pushed.
+
+What is fetched stays in the user's cache, and the next time only what has changed is fetched:
+
+    studies/HASH/address.txt    of the study
+    studies/HASH/NAME/          the copy, with the last part of the address as its name
+    driven/HASH/                the same, where a search of this machine works (``study.uploads``)
+"""
+
+import contextlib
+import fnmatch
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from carft_ray import files
+from carft_ray.data.cache import user_cache_dir
+from carft_ray.errors import Problem, UsageError
+from carft_ray.layout import ADDRESS, COMMITS, MANIFEST, OWN, PREDICTIONS, RAY_LOG, STEP, STOP, WEIGHTS
+from carft_ray.store.bucket import Bucket, Listed, is_address
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import PACKED, Commit, Log, commit_name, pack_name
+from carft_ray.study.holding import is_study
+from carft_ray.untrusted import read_text
+
+Place = Path | str  # of a study: its folder, or its address
+Tell = Callable[[int, int], None]  # bytes that are done, of all
+NUMBERS, IMAGES, MODELS, ALL = 0, 1, 2, 3  # what is needed: no predictions, no weights, no checkpoints, all
+COPIED_FROM = "copied_from"  # key of the manifest of a copy
+FRESH_FOR_S = 5.0  # a copy, for the steps of one command
+THREADS = 16
+STUDIES, DRIVEN = "studies", "driven"  # in the cache
+_OF_PROCESSES = (RAY_LOG, STOP)  # that run in a study: no copy has them
+_fetched: dict[str, tuple[float, int]] = {}  # by address: when, and what was needed
+
+
+def fetched(place: Place, need: int = IMAGES) -> Path:
+    """Returns the folder of a study; of one in a bucket that of a copy, brought up to date.
+
+    Args:
+        place: The folder or the address.
+        need: Which files of the study.
+
+    Raises:
+        UsageError: It is an address, but none of a study.
+        StorageError: The bucket cannot be read, or the copy not be written.
+    """
+    text = str(place)
+    if not is_address(text):
+        return Path(place)
+    if text.startswith("file:"):
+        return Path("/" + unquote(text.removeprefix("file:").lstrip("/")))
+    bucket = Bucket(text)
+    address, folder = str(bucket), _place_of(bucket, STUDIES)
+    when, had = _fetched.get(address, (-FRESH_FOR_S, ALL))
+    if time.monotonic() - when < FRESH_FOR_S and had >= need and is_study(folder):
+        return folder
+    _require_study(bucket)
+    _fetch_log(bucket, folder)
+    fetch_files(bucket, folder, need)
+    _fetched[address] = (time.monotonic(), need)
+    return folder
+
+
+def _place_of(bucket: Bucket, root: str) -> Path:
+    """Returns the folder of a study of a bucket in the cache; beside it stands the address."""
+    home = user_cache_dir() / root / blake2b(str(bucket).encode(), digest_size=8).hexdigest()
+    files.write_text(home / ADDRESS, str(bucket))
+    return home / str(bucket).rpartition("/")[2]
+
+
+def named(folder: Place) -> str:
+    """Returns by what a user calls a study: the address of which a folder is the copy, or the folder."""
+    path = Path(folder)
+    return (address_in(path, STUDIES) or address_in(path, DRIVEN)) or str(folder)
+
+
+def address_in(folder: Path, root: str) -> str | None:
+    """Returns the address of the study that a folder of the cache belongs to; None of another folder."""
+    home = folder.resolve().parent
+    return read_text(home / ADDRESS) if home.parent == (user_cache_dir() / root).resolve() else None
+
+
+def own_folder(place: Place, brings: bool = True) -> Path:
+    """Returns the folder of a study that a command changes; of one in a bucket the one where this machine works on it.
+
+    Args:
+        place: The folder or the address.
+        brings: The folder gets what the bucket has, unless a search holds it.
+
+    Raises:
+        StorageError: The bucket cannot be read, or the folder not be written.
+    """
+    if not is_address(str(place)) or str(place).startswith("file:"):
+        return fetched(place)
+    bucket = Bucket(str(place))
+    folder = _place_of(bucket, DRIVEN)
+    if brings and _fetch_log(bucket, folder).holder() is None:
+        fetch_files(bucket, folder, ALL, removes=False)
+    return folder
+
+
+def pull(address: str, folder: Path, tell: Tell = lambda done, total: None) -> dict[str, Any]:
+    """Copies a study from a bucket: the log first, then all files but those of processes that run in it.
+
+    The manifest of the copy says where it comes from.
+
+    Args:
+        address: Of the study.
+        folder: The copy: new, or empty.
+        tell: Told how many bytes are done.
+
+    Returns:
+        ``study``, ``address``, ``commits``, ``files`` and ``num_bytes``.
+
+    Raises:
+        UsageError: There is no study, or the folder holds something.
+        StorageError: The bucket cannot be read, or the folder not be written; nothing is left then.
+    """
+    files.require_new(folder, "DIR")
+    bucket, folder = Bucket(address), folder.absolute()
+    _require_study(bucket)
+    with contextlib.suppress(OSError):
+        folder.rmdir()  # it is empty
+    with files.new_folder(folder) as temporary:
+        log = _fetch_log(bucket, temporary)
+        found = fetch_files(bucket, temporary, ALL, tell)
+        manifest = _marked(files.read_json(temporary / MANIFEST), str(bucket), log)
+        files.write_json(temporary / MANIFEST, manifest)
+    return _answer(folder, bucket, log, [each.num_bytes for each in found.values()])
+
+
+def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> dict[str, Any]:
+    """Copies a study to a bucket, as ``pull``; its manifest comes last, so that half a copy is no study.
+
+    Args:
+        folder: The study.
+        address: Of the copy; nothing may be there.
+        tell: As of ``pull``.
+
+    Returns:
+        As of ``pull``.
+
+    Raises:
+        UsageError: The folder is no study, or something lies at the address.
+        StorageError: A file cannot be read, or the bucket not be written.
+    """
+    if not is_study(folder):
+        raise UsageError(Problem(str(folder), "must be a study"))
+    bucket, folder = Bucket(address), folder.resolve()
+    if there := list(bucket.all()):
+        value = f"one that holds {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}"
+        raise UsageError(Problem(str(bucket), "must be an address where nothing is", value))
+    here, log = Folder(folder), Log(Folder(folder))
+    log.follow()
+
+    def commit(number: int) -> bytes:
+        return here.get(commit_name(number)) or b""
+
+    numbers = dict.fromkeys(range(1, log.number + 1), 0)
+    _each(lambda number: bucket.put(commit_name(number), commit(number)), numbers)
+    for first in range(1, log.number + 1, PACKED):
+        bucket.put(pack_name(first), b"".join(map(commit, range(first, min(first + PACKED, log.number + 1)))))
+    found = {name: size for name, size in files_in(folder).items() if name not in (MANIFEST, *_OF_PROCESSES)}
+    manifest = json.dumps(_marked(files.read_json(folder / MANIFEST), str(folder), log), indent=2).encode()
+    _each(lambda name: bucket.upload(name, folder / name), found, tell)
+    bucket.put(MANIFEST, manifest)
+    return _answer(folder, bucket, log, [*found.values(), len(manifest)])
+
+
+def _marked(manifest: dict[str, Any], place: str, log: Log) -> dict[str, Any]:
+    return {**manifest, COPIED_FROM: {"place": place, "commit": log.number, "digest": log.digest}}
+
+
+def _answer(folder: Path, bucket: Bucket, log: Log, sizes: list[int]) -> dict[str, Any]:
+    numbers = {"commits": log.number, "files": len(sizes), "num_bytes": sum(sizes)}
+    return {"study": str(folder), "address": str(bucket), **numbers}
+
+
+def _require_study(bucket: Bucket) -> None:
+    if bucket.get(MANIFEST) is None:
+        raise UsageError(Problem(str(bucket), "must be the address of a study", f"one without {MANIFEST}"))
+
+
+class Through(Bucket):
+    """A bucket to read a log from; commits that a folder has are read there."""
+
+    def __init__(self, address: str, here: Folder) -> None:
+        super().__init__(address)
+        self.here = here
+
+    def get(self, name: str) -> bytes | None:
+        first = self.here.get(name.replace("pack-", ""))  # of a pack
+        return super().get(name) if first is None else first if "pack-" not in name else None
+
+
+class _Kept(Log):
+    """A log whose commits get into a folder as they are read."""
+
+    def __init__(self, store: Through) -> None:
+        super().__init__(store)
+        self.here = store.here
+
+    def _take(self, commit: Commit, data: bytes) -> None:
+        super()._take(commit, data)
+        if self.here.get(name := commit_name(self.number)) is None:
+            self.here.put(name, data)
+
+
+def _fetch_log(bucket: Bucket, folder: Path) -> Log:
+    """Fetches the commits that a folder does not have; returns the log as it is in the bucket."""
+    here = Folder(folder)
+    last = here.list(COMMITS)[-1:]
+    if last and bucket.get(last[0]) != here.get(last[0]):  # another study has this address now
+        files.remove(folder)
+    log = _Kept(Through(str(bucket), Folder(folder)))
+    log.follow()
+    return log
+
+
+def fetch_files(
+    bucket: Bucket, folder: Path, need: int, tell: Tell = lambda done, total: None, removes: bool = True
+) -> dict[str, Listed]:
+    """Fetches the files that are needed and have changed; with ``removes``, others that a folder has go.
+
+    Returns:
+        Those needed.
+    """
+    there = bucket.all(without=COMMITS)
+    needed = {name: each for name, each in there.items() if _is_needed(name, need)}
+    new = {}
+    for name, each in needed.items():
+        with contextlib.suppress(OSError):
+            seen = (folder / name).stat()
+            if (seen.st_size, seen.st_mtime_ns) == (each.num_bytes, each.stamp_ns):
+                continue
+        new[name] = each.num_bytes
+    for name in files_in(folder).keys() - there.keys() if removes else ():
+        files.remove(folder / name)
+    _each(lambda name: bucket.download(name, folder / name), new, tell)
+    return needed
+
+
+def _is_needed(name: str, need: int) -> bool:
+    pieces = name.split("/")
+    if need == ALL:
+        return name not in _OF_PROCESSES
+    if OWN in pieces or any(piece.startswith(STEP) for piece in pieces):
+        return False
+    if pieces[-1] == WEIGHTS:
+        return need >= MODELS
+    return need >= IMAGES or PREDICTIONS.partition("/")[0] not in pieces
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """Returns names and sizes of the files of a study, without the log and what is half written."""
+    found = {}
+    with files.writing(folder):
+        for place, folders, names in os.walk(folder):
+            if Path(place) == folder and COMMITS in folders:
+                folders.remove(COMMITS)
+            for path in (Path(place, name) for name in names if not fnmatch.fnmatch(name, files.REMAINS)):
+                with contextlib.suppress(FileNotFoundError):  # it is gone by now
+                    if stat.S_ISREG((seen := path.lstat()).st_mode):
+                        found[path.relative_to(folder).as_posix()] = seen.st_size
+    return found
+
+
+def _each(work: Callable[[Any], object], sizes: Mapping[Any, int], tell: Tell = lambda done, total: None) -> None:
+    """Does the keys of ``sizes``, some at a time; tells of the sums of their sizes."""
+    done, total = 0, sum(sizes.values())
+    with ThreadPoolExecutor(THREADS) as pool:
+        for key, _ in zip(sizes, pool.map(work, sizes), strict=True):
+            done += sizes[key]
+            tell(done, total)

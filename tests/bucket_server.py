@@ -1,0 +1,119 @@
+"""A server of buckets in this process, moto's, whose answers a test may lose, delay or refuse.
+
+    with bucket_server(monkeypatch) as server:
+        store = Bucket(server.address("study"))
+        server.strike = lambda method, path: LOST if method == "PUT" else None
+
+No request leaves the machine. Other processes get ``server.environment``.
+"""
+
+import contextlib
+import io
+import itertools
+import logging
+import os
+import secrets
+import socket
+import threading
+import time
+
+import boto3
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from moto.s3.models import s3_backends
+from werkzeug.serving import make_server
+
+SECRET = "wJalr-a-secret-of-the-tests"
+LOST = "lost"  # it is done, and the connection ends without an answer
+LATE = "late"  # the connection ends without an answer, and it is done after ``late_s``
+CUT = "cut"  # the connection ends, and it is not done
+DONE_503 = "done, then 503"
+BUCKET = "studies"
+_numbers = itertools.count()
+
+
+def refused(status, code):
+    """A fault: this status with this code, and it is not done."""
+    return status, code
+
+
+class Server:
+    """Attributes: ``strike(method, path)`` returns a fault or None; ``requests``, as (method, path); ``late_s``."""
+
+    def __init__(self):
+        self.strike, self.requests, self.late_s, self.delay_s = (lambda method, path: None), [], 0.3, 0.0
+        self.bucket = f"{BUCKET}-{next(_numbers)}-{secrets.token_hex(3)}"
+        self._app = DomainDispatcherApplication(create_backend_app)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
+        self.environment = {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.server_port}",
+            "AWS_ACCESS_KEY_ID": "an-id-of-the-tests",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+        }
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def address(self, name):
+        return f"s3://{self.bucket}/{name}"
+
+    def objects(self):
+        """Name and content of all objects of the bucket."""
+        keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[self.bucket].keys
+        return {name: keys[name].value for name in keys}
+
+    def put(self, name, data):
+        """Writes an object past all faults, with any name."""
+        s3_backends[DEFAULT_ACCOUNT_ID]["aws"].put_object(self.bucket, name, data)
+
+    def _answer(self, environ, start_response):
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        self.requests.append((method, path))
+        fault = self.strike(method, path)
+        time.sleep(self.delay_s)
+        if isinstance(fault, tuple):
+            return self._refuse(environ, start_response, *fault)
+        if fault is None:
+            return self._app(environ, start_response)
+        environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
+        connection = environ["werkzeug.socket"]
+
+        def do():
+            list(self._app(environ, lambda *given: None))
+
+        if fault == LATE:
+            threading.Timer(self.late_s, do).start()
+        elif fault != CUT:
+            do()
+        if fault == DONE_503:
+            return self._refuse(environ, start_response, 503, "SlowDown")
+        connection.shutdown(socket.SHUT_RDWR)
+        return []
+
+    def _refuse(self, environ, start_response, status, code):
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        text = f"<Error><Code>{code}</Code><AWSAccessKeyId>an-id-of-the-tests</AWSAccessKeyId></Error>".encode()
+        start_response(f"{status} no", [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))])
+        return [text]
+
+
+@contextlib.contextmanager
+def bucket_server(monkeypatch=None):
+    """Gives a server with one empty bucket, to which the environment of this process leads meanwhile."""
+    server = Server()
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in server.environment.items():
+        monkeypatch.setenv(name, value)
+    server._thread.start()
+    try:
+        keys = {"aws_access_key_id": "x", "aws_secret_access_key": "x", "region_name": "us-east-1"}
+        client = boto3.client("s3", endpoint_url=server.environment["AWS_ENDPOINT_URL"], **keys)
+        client.create_bucket(Bucket=server.bucket)
+        client.close()
+        server.requests.clear()
+        yield server
+    finally:
+        server._server.shutdown()
+        server._thread.join()
+        server._server.server_close()

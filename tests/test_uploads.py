@@ -1,0 +1,138 @@
+"""A search on a study in a bucket: killed, resumed by another machine, taken over; and what the bucket holds then."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from bucket_search import search
+from bucket_server import SECRET, bucket_server, refused
+from crash_host import call
+
+from carft_ray.errors import StorageError
+from carft_ray.layout import MANIFEST
+from carft_ray.results.reading.study_view import read_study
+from carft_ray.store import bucket
+from carft_ray.store.log import Log
+from carft_ray.study import mirror, uploads
+from carft_ray.study.mirror import NUMBERS, own_folder, pull
+from carft_ray.study.rows import baselines, trials
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    monkeypatch.setattr(bucket, "MAX_RETRIES", 1)
+    monkeypatch.setattr(mirror, "FRESH_FOR_S", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    with bucket_server(monkeypatch) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a search finds in a folder."""
+    return told(search(tmp_path_factory.mktemp("whole") / "study", 3).study_dir)
+
+
+def told(study_dir):
+    rows = [*trials(study_dir), *baselines(study_dir)]
+    return [[row.kind, row.name, row.values, row.outcome, row.objective] for row in rows]
+
+
+def contents(folder):
+    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if name not in (MANIFEST, "ray.log", "stop")}
+
+
+def ended(server):
+    return sum(b'"outcome"' in data for name, data in server.objects().items() if "/log/0" in name)
+
+
+@pytest.mark.slow
+def test_a_killed_search_is_resumed_from_another_machine(server, whole, tmp_path, capsys):
+    address = server.address("study")
+    elsewhere = {**os.environ, **server.environment, "XDG_CACHE_HOME": str(tmp_path / "elsewhere")}
+    elsewhere |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
+    with subprocess.Popen([sys.executable, HERE / "bucket_search.py", address, "3"], env=elsewhere) as process:
+        while ended(server) < 3:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    before = ended(server)
+    search(address, 3)
+    assert ended(server) >= before
+    folder = own_folder(address, brings=False)
+    assert told(folder) == whole
+    assert told(read_study(address).study_dir) == whole
+    assert call(["status", address, "--json"]) == 0
+    status = json.loads(capsys.readouterr().out)
+    assert (status["study"], status["finished"], status["search"]["running"]) == (address, 3, False)
+    pull(address, tmp_path / "back")
+    assert told(tmp_path / "back") == whole
+    assert contents(tmp_path / "back") == contents(folder)
+    for name, data in server.objects().items():
+        assert SECRET not in name
+        assert SECRET.encode() not in data, name
+
+
+@pytest.mark.slow
+def test_the_same_machine_fetches_nothing_that_it_has_uploaded(server):
+    address = server.address("study")
+    search(address, 2)
+    server.requests.clear()
+    search(address, 3)
+    got = [path.partition("/study/")[2] for method, path in server.requests if method == "GET"]
+    assert not [name for name in got if name.startswith(("trials/", "baselines/", "prepared/"))]
+
+
+@pytest.mark.slow
+def test_before_a_commit_of_an_end_the_files_of_the_training_are_there(server, whole):
+    address = server.address("study")
+    search(address, 3)
+    puts = [path.partition("/study/")[2] for method, path in server.requests if method == "PUT"]
+    objects = {name.removeprefix("study/"): data for name, data in server.objects().items()}
+    ends = [name for name, data in sorted(objects.items()) if name.startswith("log/0") and b'"outcome"' in data]
+    ends = [name for name in ends if b"zero_shot" not in objects[name]]
+    assert len(ends) == 4
+    for number, name in enumerate(ends, 1):
+        before = {each for each in puts[: puts.index(name)] if each.endswith("/result.json")}
+        assert len(before) >= number
+    assert told(read_study(address, NUMBERS).study_dir) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [(403, "AccessDenied"), (400, "ExpiredToken")])
+def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, whole, code):
+    address, puts = server.address("study"), []
+
+    def strike(method, path):
+        puts.append(path) if method == "PUT" else None
+        return refused(*code) if method == "PUT" and len(puts) > 25 else None
+
+    server.strike = strike
+    with pytest.raises(StorageError, match=code[1]):
+        search(address, 3)
+    server.strike = lambda method, path: None
+    search(address, 3)
+    assert told(own_folder(address, brings=False)) == whole
+
+
+@pytest.mark.slow
+def test_a_second_search_is_turned_away_and_changes_nothing(server, monkeypatch):
+    address = server.address("study")
+    search(address, 1)
+    log = uploads.open_log(own_folder(address))
+    log.claim()
+    with uploads.uploading(log):
+        (own_folder(address, brings=False) / "new.txt").write_text("of the first")
+        with pytest.raises(StorageError, match="is in use: two searches on one study would spoil it"):
+            search(address, 2)
+        assert (own_folder(address) / "new.txt").exists(), "what a live search has written stays"
+    log.release()
+    assert server.objects()["study/new.txt"] == b"of the first"
+    assert isinstance(log, Log)
