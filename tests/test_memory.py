@@ -76,7 +76,7 @@ def test_each_way_to_save_memory_is_foretold_to_save_some():
     assert plain.fixed == pytest.approx(4 * weights, rel=0.1)  # two towers, two moments
     assert plain.least > 5 * weights  # and all gradients
     assert lora.fixed < plain.fixed - 1.5 * weights
-    assert frozen.fixed < plain.fixed - 0.8 * weights
+    assert frozen.fixed < plain.fixed - 0.6 * weights  # two moments of a third of them
     assert frozen.an_image < 0.8 * plain.an_image
     assert again.an_image < 0.5 * plain.an_image
     assert bf16.an_image < 0.8 * plain.an_image
