@@ -83,7 +83,7 @@ test-oldest: $(OLDEST)/.installed
 	done
 
 # searches with eight trainings at a time over a real Ray, of which one thing is killed again and again: WHAT=driver, trial,
-# rank, node or mailbox (all by default); minutes each on two cores
+# rank, node, mailbox or bucket (all by default); minutes each on two cores
 WHAT ?=
 kill-matrix: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py $(WHAT)

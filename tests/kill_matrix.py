@@ -1,6 +1,6 @@
 """Kills what a search consists of, again and again, checks what is left, and prints a table: ``make kill-matrix``.
 
-    python tests/kill_matrix.py [driver|trial|rank|node|mailbox ...] [--seed N]
+    python tests/kill_matrix.py [driver|trial|rank|node|mailbox|bucket ...] [--seed N]
 
 Each search has eight trainings at a time over a real Ray. Those said to be real are compared, bit for bit, with ones
 that nothing disturbs; the others are stand-ins (``stand_in.py``), some of which diverge, raise, hang, die and want for
@@ -19,9 +19,11 @@ from functools import partial
 from pathlib import Path
 
 import killed_searches as searches
+import pytest
 import short_sealed
 import short_training
 import stand_in
+from bucket_server import bucket_server
 
 from carft_ray.study.holding import is_study
 from carft_ray.study.rows import rows_by_kind
@@ -79,6 +81,13 @@ def in_cuts(executor, folder, times, rng):
     searches.kill_in_cuts(executor, folder / "study", 16, times)
 
 
+def in_a_bucket(folder, times, rng):
+    with pytest.MonkeyPatch.context() as patched, bucket_server(patched) as server:
+        patched.setenv("XDG_CACHE_HOME", str(folder / "home"))
+        searches.kill_on_a_bucket(server, folder, 16, times, rng)
+    searches.check_numbers(folder / "pulled", searches.undisturbed(folder / "calm", 16))
+
+
 KILLS = {  # what is killed -> how, executor, times, and what does it
     "driver": (
         ("with its Ray, at any moment; real", "both", 10, any_moment),
@@ -112,6 +121,7 @@ KILLS = {  # what is killed -> how, executor, times, and what does it
         ("a trial is being cut", "inline", 4, partial(in_cuts, "inline")),
         ("a trial is being cut", "ray-train", 4, partial(in_cuts, "ray-train")),
     ),
+    "bucket": (("driver with its Ray, at any moment; each from another HOME; real", "both", 10, in_a_bucket),),
 }
 
 

@@ -23,6 +23,7 @@ from logs import commits, operations
 
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import read_ledger
+from carft_ray.study.mirror import pull
 from carft_ray.study.outcome import read_live
 from carft_ray.study.rows import baselines, confirmations, trials
 
@@ -618,6 +619,43 @@ def moment(number):
     return tuple(RESOURCES)[number % len(RESOURCES)], ("start", *COURSE)[number % NUM_MOMENTS]
 
 
+def kill_after(process, number, rng):
+    """Kills a driver with its Ray a random while after the event of a number (``moment``); returns the while, in s."""
+    done_events = COURSE[: number % NUM_MOMENTS]
+    for event in done_events:
+        while not (line := process.stdout.readline()).startswith(event):
+            assert line, f"the search has ended before {event}: {finish(process)}"
+    delay_s = rng.uniform(0.1, 1 if done_events else 6)
+    time.sleep(delay_s)
+    kill_group(process)
+    return delay_s
+
+
+def kill_on_a_bucket(server, folder, num_trials, times, rng):
+    """Kills a search on a study in a bucket, with its Ray, and resumes it from another HOME each time; pulls the study.
+
+    Args:
+        server: ``bucket_server.Server``.
+        folder: Of the HOMEs, and of ``pulled``.
+        num_trials: Of the search, real trainings.
+        times: How many kills; as of ``kill_at_random``.
+        rng: As of ``kill_at_random``.
+    """
+    address, before = server.address("study"), {}
+    for number in range(times + 1):
+        auth = {**server.environment, "XDG_CACHE_HOME": str(folder / f"home-{number}")}
+        process = driver(address, num_trials, moment(number)[0], auth=auth, **REAL)
+        if number < times:
+            kill_after(process, number, rng)
+            now = {name: data for name, data in server.objects().items() if name.endswith("/result.json")}
+            assert {name for name, data in before.items() if now[name] != data} == set()
+            before = now
+    code, output = finish(process)
+    assert code == 0, output
+    pull(address, folder / "pulled")
+    check(folder / "pulled", num_trials)
+
+
 def kill_at_random(study_dir, num_trials, numbers, rng, **more):
     """Kills one study again and again with its Ray, extends it by 4, finishes and checks it.
 
@@ -630,14 +668,8 @@ def kill_at_random(study_dir, num_trials, numbers, rng, **more):
     """
     kills, before = [], {}
     for number in numbers:
-        (executor, last), done_events = moment(number), COURSE[: number % NUM_MOMENTS]
-        process = driver(study_dir, num_trials, executor, **more)
-        for event in done_events:
-            while not (line := process.stdout.readline()).startswith(event):
-                assert line, f"the search has ended before {event}: {finish(process)}"
-        delay_s = rng.uniform(0.1, 1 if done_events else 6)
-        time.sleep(delay_s)
-        kill_group(process)
+        executor, last = moment(number)
+        delay_s = kill_after(driver(study_dir, num_trials, executor, **more), number, rng)
         if is_study(study_dir):
             trials(study_dir)
         now = results(study_dir)

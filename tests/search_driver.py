@@ -10,7 +10,6 @@ Prints one line per event, and ends with the exit code of the error, as the comm
 import importlib
 import json
 import sys
-from pathlib import Path
 
 import stand_in
 
@@ -19,6 +18,7 @@ from carft_ray.launch.events import Note
 from carft_ray.launch.runs.search import run_search, set_aside_error
 from carft_ray.launch.runtime import Runner
 from carft_ray.results.study_figure import figure_at_the_end
+from carft_ray.study.mirror import own_folder
 
 
 def show(event):
@@ -33,7 +33,7 @@ def main(study_dir, trials, resources="{}", address="", search="{}", training="s
     module = importlib.import_module(training)
     runner = Runner(module.prepare, module.train)
     try:
-        result = run_search(recipe, Path(study_dir), address or None, show, runner, around=figure_at_the_end)
+        result = run_search(recipe, own_folder(study_dir), address or None, show, runner, around=figure_at_the_end)
         if result.set_aside:
             raise set_aside_error(result.set_aside, "the same command")
     except CarftError as error:
