@@ -557,7 +557,7 @@ def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_t
     step = str(caught.value).splitlines()[1].strip()
     words = shlex.split(step.removeprefix("Train it again: carft-ray reproduce "))
     given = typer.main.get_command(app).commands["reproduce"].make_context("reproduce", words).params
-    assert (given["folder"], given["trial"], given["out"]) == (study_dir.resolve(), row.name, Path("DIR"))
+    assert (given["folder"], given["trial"], given["out"]) == (str(study_dir.resolve()), row.name, Path("DIR"))
 
 
 def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):

@@ -189,13 +189,12 @@ def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path)
 def test_the_log_of_the_dashboard_takes_no_commit(tmp_path):
     from optuna.storages import JournalStorage
 
-    from carft_ray.store.folder import Folder
     from carft_ray.study.dashboard import _Followed
 
     with open_study(tmp_path / "study", make_recipe(2)) as study:
         recover_running(study)
         before = commits(tmp_path / "study")
-        storage = JournalStorage(_Followed(Folder(tmp_path / "study")))
+        storage = JournalStorage(_Followed(tmp_path / "study"))
         number = storage.get_all_studies()[0]._study_id
         for write in (lambda: storage.create_new_trial(number), lambda: storage.delete_study(number)):
             with pytest.raises(StorageError, match="is open for reading only"):
