@@ -621,10 +621,11 @@ def moment(number):
 
 def kill_after(process, number, rng):
     """Kills a driver with its Ray a random while after the event of a number (``moment``); returns the while, in s."""
-    done_events = COURSE[: number % NUM_MOMENTS]
+    done_events, said = COURSE[: number % NUM_MOMENTS], [""]
     for event in done_events:
-        while not (line := process.stdout.readline()).startswith(event):
-            assert line, f"the search has ended before {event}: {finish(process)}"
+        while not said[-1].startswith(event):
+            said.append(process.stdout.readline())
+            assert said[-1], f"the search has ended before {event}: {finish(process)[0]}\n{''.join(said)}"
     delay_s = rng.uniform(0.1, 1 if done_events else 6)
     time.sleep(delay_s)
     kill_group(process)
