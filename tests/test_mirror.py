@@ -10,6 +10,7 @@ from bucket_server import SECRET, bucket_server, refused
 from crash_host import call
 
 import carft_ray
+from carft_ray import files
 from carft_ray.errors import StorageError, UsageError
 from carft_ray.layout import MANIFEST, RAY_LOG
 from carft_ray.results.reading.study_view import read_study
@@ -163,6 +164,12 @@ def test_a_study_is_pulled_whole_and_says_that_it_is_a_copy(address, made, tmp_p
     assert again["best"] == printed(capsys, "report", str(made))["best"]
     with open_study(tmp_path / "back", report_studies.make_recipe(4)):
         pass  # the search may go on in it
+
+
+def test_what_is_half_written_is_no_file_of_a_study(tmp_path):
+    for name in ("a/weights", "a/.step-00000032.1301-a0147b1cb809.tmp/weights", "a/.x.12-0f.tmp", "log/00000001"):
+        files.write_bytes(tmp_path / name, b"12")
+    assert mirror.files_in(tmp_path) == {"a/weights": 2}
 
 
 def test_a_pushed_study_has_its_log_packs_and_files(address, made, server):

@@ -266,6 +266,7 @@ def files_in(folder: Path) -> dict[str, int]:
         for place, folders, names in os.walk(folder):
             if Path(place) == folder and COMMITS in folders:
                 folders.remove(COMMITS)
+            folders[:] = [name for name in folders if not fnmatch.fnmatch(name, files.REMAINS)]
             for path in (Path(place, name) for name in names if not fnmatch.fnmatch(name, files.REMAINS)):
                 with contextlib.suppress(FileNotFoundError):  # it is gone by now
                     if stat.S_ISREG((seen := path.lstat()).st_mode):
