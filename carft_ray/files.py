@@ -315,6 +315,14 @@ def remove(path: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def whole_files(folder: Path, without: str = "") -> Iterator[Path]:
+    """Gives the files below a folder, without what is half written, and without those in one folder right below it."""
+    for place, folders, names in os.walk(folder):
+        top = without if Path(place) == folder else ""
+        folders[:] = [name for name in folders if name != top and not fnmatch.fnmatch(name, REMAINS)]
+        yield from (Path(place, name) for name in names if not fnmatch.fnmatch(name, REMAINS))
+
+
 def remove_remains(folder: Path) -> None:
     """Removes what writes that were killed have left anywhere in a folder. Only who holds it may.
 

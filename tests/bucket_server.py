@@ -23,6 +23,9 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 
+from carft_ray.store import bucket
+from carft_ray.study import mirror
+
 SECRET = "wJalr-a-secret-of-the-tests"
 LOST = "lost"  # it is done, and the connection ends without an answer
 LATE = "late"  # the connection ends without an answer, and it is done after ``late_s``
@@ -95,6 +98,16 @@ class Server:
         text = f"<Error><Code>{code}</Code><AWSAccessKeyId>an-id-of-the-tests</AWSAccessKeyId></Error>".encode()
         start_response(f"{status} no", [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))])
         return [text]
+
+
+@contextlib.contextmanager
+def impatient(monkeypatch, cache):
+    """Gives a server to a process that tries again once, has this cache, and looks at the bucket each time."""
+    monkeypatch.setattr(bucket, "MAX_RETRIES", 1)
+    monkeypatch.setattr(mirror, "FRESH_FOR_S", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    with bucket_server(monkeypatch) as server:
+        yield server
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import report_studies
-from bucket_server import SECRET, bucket_server, refused
+from bucket_server import SECRET, impatient, refused
 from crash_host import call
 
 import carft_ray
@@ -14,7 +14,6 @@ from carft_ray import files
 from carft_ray.errors import StorageError, UsageError
 from carft_ray.layout import MANIFEST, RAY_LOG
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.store import bucket
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import PACKED
@@ -39,10 +38,7 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    monkeypatch.setattr(bucket, "MAX_RETRIES", 1)
-    monkeypatch.setattr(mirror, "FRESH_FOR_S", 0.0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    with bucket_server(monkeypatch) as server:
+    with impatient(monkeypatch, tmp_path / "cache") as server:
         yield server
 
 

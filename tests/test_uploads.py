@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 from bucket_search import search
-from bucket_server import SECRET, bucket_server, refused
+from bucket_server import SECRET, impatient, refused
 from crash_host import call
 
 from carft_ray.errors import StorageError
 from carft_ray.layout import MANIFEST
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.store import bucket
 from carft_ray.store.log import Log
-from carft_ray.study import mirror, uploads
+from carft_ray.study import uploads
 from carft_ray.study.mirror import NUMBERS, own_folder, pull
 from carft_ray.study.rows import baselines, trials
 
@@ -26,10 +25,7 @@ HERE = Path(__file__).parent
 
 @pytest.fixture
 def server(monkeypatch, tmp_path):
-    monkeypatch.setattr(bucket, "MAX_RETRIES", 1)
-    monkeypatch.setattr(mirror, "FRESH_FOR_S", 0.0)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
-    with bucket_server(monkeypatch) as server:
+    with impatient(monkeypatch, tmp_path / "here") as server:
         yield server
 
 

@@ -3,7 +3,7 @@
 Where the node sees the study's folder, it is that. Else it is a folder in the node's cache: what is needed comes there
 from the driver's machine before, and what is made goes back (``launch.study_files``).
 
-    CACHE/studies/KEY/     as the study: prepared/, fits.json, trials/NAME/ while a training of this name runs
+    CACHE/unseen/KEY/     as the study: prepared/, fits.json, trials/NAME/ while a training of this name runs
 """
 
 import contextlib
@@ -40,6 +40,7 @@ from carft_ray.store.log import Log
 from carft_ray.study.outcome import TrialSpec
 from carft_ray.training.run_context import RunContext
 
+UNSEEN = "unseen"  # folder of the cache
 SEND_EVERY_S = 1.0
 KEPT_FOR_S = 7 * 24 * 3600.0  # what a killed process has left of another study
 
@@ -56,9 +57,8 @@ def sees(runtime: Runtime) -> bool:
 
 def here(runtime: Runtime) -> Path:
     """Returns the folder in place of the study's on a node that does not see it; those of old studies go."""
-    place = (
-        cache_dir(runtime.recipe) / "studies" / key_of([str(runtime.study_dir), runtime.first_commit, platform.node()])
-    )
+    key = key_of([str(runtime.study_dir), runtime.first_commit, platform.node()])
+    place = cache_dir(runtime.recipe) / UNSEEN / key
     with files.writing(place):
         place.mkdir(parents=True, exist_ok=True)
         os.utime(place)

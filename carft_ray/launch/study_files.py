@@ -5,7 +5,6 @@ node                ``StudyFiles``: gets files into a folder there, and sends ot
 """
 
 import contextlib
-import fnmatch
 import os
 import shutil
 import time
@@ -39,20 +38,12 @@ class Entry(NamedTuple):
 
 def entries(folder: Path, prefix: str) -> list[Entry]:
     """Returns the files of this name or below it, in order, without those that are half written."""
-    found = []
-    for path in _files(folder / prefix):
+    found, place = list[Entry](), folder / prefix
+    for path in [place] if place.is_file() else files.whole_files(place):
         with contextlib.suppress(FileNotFoundError):
             state = path.stat()
             found.append(Entry(path.relative_to(folder).as_posix(), state.st_size, state.st_mtime_ns))
     return sorted(found)
-
-
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_file():
-        yield path
-    for place, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not fnmatch.fnmatch(name, files.REMAINS)]
-        yield from (Path(place, name) for name in names if not fnmatch.fnmatch(name, files.REMAINS))
 
 
 class FileServer:

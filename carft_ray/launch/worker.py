@@ -104,7 +104,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
 def _meet(runtime: Runtime, context: RunContext) -> list[tuple[str, str, bool]]:
     """Returns of each rank Ray's name and the address of its node, and whether that sees the study."""
     node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else ""
-    mine = (node_id, ray.util.get_node_ip_address(), sees(runtime))  # type: ignore[no-untyped-call]
+    mine = (node_id, ray.util.get_node_ip_address(), sees(runtime))  # type: ignore[no-untyped-call]  # of Ray
     if context.world_size == 1:
         return [mine]
     from carft_ray.training.ranks import gather

@@ -8,9 +8,7 @@ What is fetched stays in the user's cache, and the next time only what has chang
 """
 
 import contextlib
-import fnmatch
 import json
-import os
 import stat
 import time
 from collections.abc import Callable, Mapping
@@ -263,14 +261,10 @@ def files_in(folder: Path) -> dict[str, int]:
     """Returns names and sizes of the files of a study, without the log and what is half written."""
     found = {}
     with files.writing(folder):
-        for place, folders, names in os.walk(folder):
-            if Path(place) == folder and COMMITS in folders:
-                folders.remove(COMMITS)
-            folders[:] = [name for name in folders if not fnmatch.fnmatch(name, files.REMAINS)]
-            for path in (Path(place, name) for name in names if not fnmatch.fnmatch(name, files.REMAINS)):
-                with contextlib.suppress(FileNotFoundError):  # it is gone by now
-                    if stat.S_ISREG((seen := path.lstat()).st_mode):
-                        found[path.relative_to(folder).as_posix()] = seen.st_size
+        for path in files.whole_files(folder, COMMITS):
+            with contextlib.suppress(FileNotFoundError):  # it is gone by now
+                if stat.S_ISREG((seen := path.lstat()).st_mode):
+                    found[path.relative_to(folder).as_posix()] = seen.st_size
     return found
 
 

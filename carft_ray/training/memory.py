@@ -109,7 +109,7 @@ class _Held(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's init
     """Counts the bytes of all tensors that are alive at a time; ``most`` is their largest number."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # as above
         self.now = self.most = 0
         self._known = WeakIdKeyDictionary()
 
