@@ -49,7 +49,7 @@ def numbers(study):
 
 def kill_within_a_training(process, study):
     """Kills a search when a trial has made three epochs."""
-    while not any(len(path.read_text().splitlines()) > 2 for path in study.glob("trials/*/metrics.jsonl")):
+    while not any(len(path.read_text().splitlines()) > 2 for path in study.glob("trials/*/*/rows.jsonl")):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.02)
     process.kill()

@@ -566,14 +566,32 @@ def test_another_function_is_another_study(finished, capsys, monkeypatch):
     assert 'train.function: must be "mine:few_steps" as in' in capsys.readouterr().err
 
 
+# The example, which waits after its fourth epoch until the test has killed it.
+HELD = """
+import pathlib, time
+import own_trainer
+
+def fine_tune(values, context):
+    report = context.report
+
+    def held(metrics):
+        report(metrics)
+        while metrics["epoch"] == 4 and not pathlib.Path("killed").exists():
+            time.sleep(0.02)
+
+    context.report = held
+    return own_trainer.fine_tune(values, context)
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.whole
 def test_the_example_is_killed_and_goes_on_from_what_it_has_kept(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
     shutil.copy(EXAMPLES / "own_trainer.py", tmp_path)
+    (tmp_path / "held.py").write_text(HELD)
     words = ["search", recipe, "--study", "study", "--executor", "debug", "--trust"]
-    words += ["--set", "train.function=own_trainer:fine_tune", "--set", "train.epochs=20", "--set", "search.trials=1"]
-    words += ["--set", "evaluate.every_epochs=1"]  # it takes its time
+    words += ["--set", "train.function=held:fine_tune", "--set", "train.epochs=20", "--set", "search.trials=1"]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
     process = subprocess.Popen(
         [sys.executable, "-m", "carft_ray.cli", *map(str, words)],
@@ -584,6 +602,7 @@ def test_the_example_is_killed_and_goes_on_from_what_it_has_kept(tmp_path, monke
     )
     study = tmp_path / "study"
     kill_within_a_training(process, study)
+    (tmp_path / "killed").touch()
     monkeypatch.chdir(tmp_path)
     assert call(words) == 0
     [trial] = study.glob("trials/*")
