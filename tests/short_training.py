@@ -22,7 +22,7 @@ data:
     sketch: {source: folder, path: images, domains: [sketch]}
 prompts:
   templates: ["a photo of a {}", "a sketch of a {}", "a dark {}"]
-train: {learning_rate: 1e-2, kl_weight: 1, epochs: 3, batch_size: 8}
+train: {learning_rate: 1e-2, kl_weight: 1, epochs: 3, batch_size: 8, checkpoint_every: null}
 search:
   trials: 2
   space:

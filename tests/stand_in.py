@@ -32,7 +32,7 @@ def make_recipe(trials=8, epochs=2, **search):
     return Recipe.model_validate(
         {
             "data": {"train": {**SANDBOX_SET, "split": "train"}, "id_val": {**SANDBOX_SET, "split": "val"}},
-            "train": {"epochs": epochs, **train},
+            "train": {"epochs": epochs, "checkpoint_every": None, **train},
             "search": {"trials": trials, "space": space, "baselines": {"plain": {"kl_weight": 0}}, **search},
             "resources": resources,
             "evaluate": evaluate,

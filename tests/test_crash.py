@@ -124,7 +124,7 @@ def test_every_kill_struck_and_every_kind_of_operation_was_counted(reference, ki
     assert kinds == Counter(reference[2])
     assert reference[1] != reference[2]
     assert kinds["append"] == 7  # that the attempt starts, and an epoch each, by the training and by the driver
-    assert kinds["rename"] >= 3  # a checkpoint each
+    assert kinds["rename"] >= 2  # a checkpoint after each epoch but the last
     assert kinds["replace"] >= 10
     assert kinds["fsync"] > 30
     assert len(killed) >= 0.4 * len(reference[1])

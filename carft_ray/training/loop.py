@@ -215,9 +215,10 @@ def fine_tune(
     The state is that of plain weights: LoRA's corrections are merged into it, and with ``ema_decay`` it is the average
     over the steps.
 
-    With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one at the end of
-    every epoch, after each ``checkpoint_every`` and when it is stopped; the result is that of an uninterrupted
-    training, bit for bit on a CPU, up to rounding on a GPU without deterministic algorithms (``device.set_up``).
+    With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one after each
+    ``checkpoint_every`` (None: at the end of every epoch) and when it is stopped, none after the last step; the result
+    is that of an uninterrupted training, bit for bit on a CPU, up to rounding on a GPU without deterministic algorithms
+    (``device.set_up``).
 
     Args:
         clip: The model to start from; it is not changed.
@@ -298,9 +299,8 @@ def _train(learner: _Learner, model: nn.Module, targets: Targets, on_epoch: OnEp
             if context.rank == 0:
                 context.report({**row, **learner.means.values(), "images_per_s": speed, **metrics})
             learner.means = _Means()
-            learner.save()
-        asked = CONTINUE if step == num_steps else _asked(learner)
-        if asked != CONTINUE and not ends_epoch:
+        asked = CONTINUE if step == num_steps else _asked(learner, ends_epoch)
+        if asked != CONTINUE:
             learner.save()
         if asked == STOP:
             learner.writer.wait()
@@ -356,12 +356,12 @@ def _means_of_window(window: Tensor, num_images: int, kl_weight: float, context:
     return {"loss": ce + kl_weight * kl, "ce": ce, "kl": kl, "context_entropy": entropy, "grad_norm": grad_norm}
 
 
-def _asked(learner: _Learner) -> int:
+def _asked(learner: _Learner, ends_epoch: bool) -> int:
     """Returns on all ranks whether rank 0 is to stop, or to write a checkpoint because of ``checkpoint_every``."""
     every = learner.train.checkpoint_every
 
     def ask() -> int:
-        is_due = every is not None and time.monotonic() - learner.saved_at >= every
+        is_due = ends_epoch if every is None else time.monotonic() - learner.saved_at >= every
         return STOP if learner.context.should_stop() else SAVE if is_due else CONTINUE
 
     return from_rank_0(learner.context, ask)

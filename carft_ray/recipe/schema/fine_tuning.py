@@ -188,8 +188,8 @@ class TrainConfig(Config):
     """sums in one order on a GPU as well, so that a training there repeats bit for bit on the same card; slower. On a
     CPU it always does"""
     checkpoint_every: Duration | None = key(900.0, "5m", SAVING, not_searched=ONLY_SAVING)
-    """time from one checkpoint to the next, in seconds or as a text (`30s`, `1h30m`); one is written at the end of
-    every epoch in any case; null: only there"""
+    """time from one checkpoint to the next, in seconds or as a text (`30s`, `1h30m`); null: one at the end of every
+    epoch. A training that is asked to stop or to leave writes one as well"""
     function: Annotated[str | None, BeforeValidator(_function)] = key(
         None, "own_trainer:fine_tune", METHOD, not_searched=ONE_FUNCTION
     )
