@@ -5,6 +5,7 @@
       resolved.yaml      the complete recipe of the last search, for people
       log/               numbered commits, the only state of the search (``store.log``)
       stop               asks the driver to end: running trainings write a checkpoint
+      requests/          of a study in a bucket: the same from any machine, by the number of the driver's claim
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
       best.yaml, figure.png, figure.svg, report.html, ray.log
@@ -24,6 +25,7 @@ MANIFEST = "manifest.json"
 RESOLVED = "resolved.yaml"
 COMMITS = "log"
 STOP = "stop"
+STOP_REQUESTS = "requests"
 SHARED_IMAGES = "shared_images.csv"
 MICRO_BATCH = "fits.json"
 BEST = "best.yaml"

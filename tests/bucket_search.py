@@ -1,11 +1,16 @@
-"""A search of stand-in trainings on a study in a bucket, by the executor ``debug``: bucket_search.py ADDRESS TRIALS."""
+"""A search of stand-in trainings on a study in a bucket, by the executor ``debug``.
+
+python bucket_search.py ADDRESS TRIALS [SECONDS]    the last: between two uploads of checkpoints
+"""
 
 import sys
 
 import stand_in
 
+from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
+from carft_ray.study import uploads
 from carft_ray.study.mirror import own_folder
 
 RUNNER = Runner(stand_in.prepare, stand_in.train)
@@ -17,4 +22,9 @@ def search(place, trials, epochs=3):
 
 
 if __name__ == "__main__":
-    search(*sys.argv[1:])
+    address, num_trials, *every_s = sys.argv[1:]
+    uploads.UPLOAD_EVERY_S = float(every_s[0]) if every_s else uploads.UPLOAD_EVERY_S
+    try:
+        search(address, num_trials)
+    except InterruptedRunError as error:
+        sys.exit(error.exit_code)

@@ -12,6 +12,7 @@ import pytest
 import stub_dashboard
 
 from carft_ray import __version__, environment
+from carft_ray.cli.submit import BUCKET_KEYS
 from carft_ray.errors import UsageError
 from carft_ray.launch.jobs import jobs, server, upload
 from carft_ray.recipe.loading import load_recipe
@@ -104,6 +105,32 @@ def test_paths_with_spaces_stay_one_word_for_the_shell(here):
     assert words[words.index("--study") + 1] == f"{here}/a study; rm"
     assert words[-1] == "it's me"
     assert jobs.job_id(here / "a study; rm").startswith("carft-a-study-rm-")
+
+
+@pytest.mark.slow
+def test_a_study_in_a_bucket_keeps_its_recipe_in_the_cache_of_the_head(here, submit, monkeypatch):
+    for name in BUCKET_KEYS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "an-id")
+    address = "s3://bucket/studies/first"
+    code, out, err = submit("r.yaml", "--study", f"{address}/", "--dry-run", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["study"] == address
+    assert found["job"] == jobs.job_id(address) != jobs.job_id(here / "first")
+    assert "an-id" not in out + err
+    assert "Without them there, add --env AWS_ACCESS_KEY_ID." in told(err)
+    copied = found["entrypoint"].partition("; ")[2].replace("exec python -m carft_ray.cli", "echo")
+    home = {"HOME": f"{here}/a home", "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["sh", "-c", copied], env=home, cwd=here / "more", stdout=subprocess.PIPE, text=True, check=True
+    )
+    kept = next(here.glob("a home/.cache/carft-ray/recipes/*"))
+    assert (kept / "bad.csv").read_text() == "2\n"
+    assert done.stdout == f"search {kept}/recipe.yaml --study {address} --address auto\n"
+    code, out, _ = submit("--resume", address, "--dry-run", "--json", "--env", "AWS_ACCESS_KEY_ID")
+    assert f"resume {address} --address auto" in json.loads(out)["entrypoint"]
+    assert "an-id" not in out
 
 
 @pytest.mark.slow

@@ -14,10 +14,13 @@ import time
 import urllib.request
 from pathlib import Path
 
+import crash_host
 import pytest
 import short_training
+from bucket_server import impatient
 
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.study.mirror import NUMBERS
 
 pytestmark = [pytest.mark.slow, pytest.mark.nodes]
 
@@ -152,6 +155,32 @@ def test_a_job_is_left_followed_stopped_and_resumed(cluster):
     code, out, _ = call(cluster, "cluster", "jobs", "--json")
     jobs = {job["id"]: job["status"] for job in json.loads(out)["jobs"] if job["study"] == str(study)}
     assert sorted(jobs.values()) == ["STOPPED", "SUCCEEDED"]
+
+
+def test_a_search_on_a_study_in_a_bucket_is_submitted_stopped_from_here_and_resumed(cluster, monkeypatch, tmp_path):
+    with impatient(monkeypatch, tmp_path) as server:
+        address, keys = server.address("third"), [word for name in server.environment for word in ("--env", name)]
+        words = ("submit", "recipe.yaml", "--study", address, "--executor", "inline", "--set", "train.epochs=60")
+        code, _, err = call(cluster, *words, "--set", "search.trials=100", "--no-wait", *keys, **server.environment)
+        assert code == 0, err
+        end = time.monotonic() + WITHIN_S
+        while sum(b'"outcome"' in data for name, data in server.objects().items() if "/log/0" in name) < 3:  # zero shot
+            assert time.monotonic() < end
+            time.sleep(0.5)
+        assert crash_host.call(["stop", address]) == 0
+        code, out, err = call(cluster, "submit", "--attach", address)
+        assert (code, "saving checkpoints" in out) == (130, True), out + err
+        finished = read_study(address, NUMBERS).num_finished
+        assert 1 <= finished < 100
+        more = ("--trials", str(finished + 2), *keys)
+        code, out, err = call(cluster, "submit", "--resume", address, *more, **server.environment)
+        assert code == 0, out + err
+        view = read_study(address, NUMBERS)
+        assert view.num_finished == finished + 2
+        assert [row.attempt for row in view.rows if row.attempt > 1]
+        code, out, _ = call(cluster, "cluster", "stop", address, "--json", **server.environment)
+        found = json.loads(out)
+        assert (code, found["asked"], found["finished"], found["study"]) == (0, False, finished + 2, address)
 
 
 def test_a_wrong_token_is_told_in_one_message(cluster):

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import stand_in
 from bucket_search import search
 from bucket_server import SECRET, impatient, refused
 from crash_host import call
@@ -49,12 +50,18 @@ def ended(server):
     return sum(b'"outcome"' in data for name, data in server.objects().items() if "/log/0" in name)
 
 
+def searching(server, cache, *words):
+    """A search by a process with another cache, as another machine has it."""
+    environment = {**os.environ, **server.environment, "XDG_CACHE_HOME": str(cache)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+    command = [sys.executable, HERE / "bucket_search.py", server.address("study"), *map(str, words)]
+    return subprocess.Popen(command, env=environment)
+
+
 @pytest.mark.slow
 def test_a_killed_search_is_resumed_from_another_machine(server, whole, tmp_path, capsys):
     address = server.address("study")
-    elsewhere = {**os.environ, **server.environment, "XDG_CACHE_HOME": str(tmp_path / "elsewhere")}
-    elsewhere |= {"PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE)])}
-    with subprocess.Popen([sys.executable, HERE / "bucket_search.py", address, "3"], env=elsewhere) as process:
+    with searching(server, tmp_path / "elsewhere", 3) as process:
         while ended(server) < 3:
             assert process.poll() is None
             time.sleep(0.05)
@@ -74,6 +81,28 @@ def test_a_killed_search_is_resumed_from_another_machine(server, whole, tmp_path
     for name, data in server.objects().items():
         assert SECRET not in name
         assert SECRET.encode() not in data, name
+
+
+@pytest.mark.slow
+def test_a_search_is_stopped_from_another_machine_and_only_the_one_that_was_asked(server, whole, tmp_path, capsys):
+    address = server.address("study")
+    server.put("study/requests/00000099", b"of an earlier holder")
+    (hold := stand_in.tell(tmp_path) / "hold").touch()
+    with searching(server, tmp_path / "elsewhere", 3, 0.2) as process:
+        while not any("/rows" in name or "/step-" in name for name in server.objects()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        assert not [name for name in server.objects() if "requests/" in name]
+        assert call(["stop", address, "--json"]) == 0
+        assert process.wait() == 130
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["study"], answer["ended"], answer["finished"], answer["wanted"]) == (address, True, 0, 3)
+    assert answer["asked"].startswith(f"process {process.pid} ")
+    hold.unlink()
+    search(address, 3)
+    assert told(own_folder(address, brings=False)) == whole
+    assert call(["stop", address]) == 0
+    assert f"Nothing to stop: no search runs on {address}; 3 of 3 trials finished." in capsys.readouterr().err
 
 
 @pytest.mark.slow

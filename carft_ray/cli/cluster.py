@@ -1,13 +1,13 @@
 """The jobs of a Ray cluster: which there are, what one has said, and the end of one."""
 
 from datetime import datetime
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Argument, Option
 
 from carft_ray.cli import common
 from carft_ray.cli.program import cluster_app, command
+from carft_ray.errors import StorageError, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted
 
@@ -87,9 +87,10 @@ def _left(study: str) -> dict[str, Any]:
     """Returns how far a study is; nothing where it is not seen from here."""
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
-    from carft_ray.study.holding import is_study
+    from carft_ray.study.mirror import NUMBERS
 
-    if not study or not is_study(Path(study)):
+    try:
+        view = study_view.read_study(study, NUMBERS)
+    except (UsageError, StorageError):
         return {}
-    view = study_view.read_study(Path(study))
     return {"finished": view.num_finished, "wanted": num_trials(view.recipe)}

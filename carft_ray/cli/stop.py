@@ -20,19 +20,20 @@ def stop(
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
-    from carft_ray.study.mirror import named, own_folder
+    from carft_ray.study.mirror import NUMBERS, absolute, named
 
-    study_dir = study_view.require_study(own_folder(study, brings=False), "must be a study or the folder of a training")
-    found = ask_to_stop(study_dir)
+    study_view.require_study(study, "must be a study or the folder of a training", NUMBERS)
+    place = absolute(study)
+    found = ask_to_stop(place)
     see = common.command_line("status", study)
     with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
         if found is not None and not no_wait:
             if not json_:
                 console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
-            wait_until_free(study_dir, found, console.sayer(not json_), see)
-    view, ended = study_view.read_study(study_dir), found is None or not no_wait
+            wait_until_free(place, found, console.sayer(not json_), see)
+    view, ended = study_view.read_study(place, NUMBERS), found is None or not no_wait
     finished, wanted = view.num_finished, num_trials(view.recipe)
-    answer = {"study": named(study_dir), "asked": found, "ended": ended, "finished": finished, "wanted": wanted}
+    answer = {"study": named(view.study_dir), "asked": found, "ended": ended, "finished": finished, "wanted": wanted}
     if console.print_json(answer, json_):
         return
     so_far = f"{finished} of {counted(wanted, 'trial')} finished"
@@ -40,4 +41,4 @@ def stop(
         console.say(f"Nothing to stop: no {view.what} runs on {study}; {so_far}.")
     else:
         console.say(f"The {view.what} has ended; {so_far}." if ended else f"Asked {found} to stop; {so_far}.")
-    common.suggest(study, "stop", changed=True)
+    common.suggest(study, "stop")

@@ -1,5 +1,7 @@
 """A search on a Ray cluster, begun from outside of it."""
 
+import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,12 +24,15 @@ if TYPE_CHECKING:
     from carft_ray.recipe.schema.recipe import Recipe
 
 
+BUCKET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_ENDPOINT_URL")
+
+
 @command("submit recipe.yaml --study /shared/studies/first", common.SEARCH, shared=SearchOptions)
 def submit(
     recipe: Annotated[Path | None, Argument(help="The recipe, a YAML file.", show_default=False)] = None,
-    study: Annotated[Path | None, Option(help="Study directory, on the head.")] = None,
+    study: Annotated[str | None, Option(help="Study directory, on the head, or s3://BUCKET/STUDY.")] = None,
     address: common.DashboardOption = None,
-    resume: Annotated[Path | None, Option(metavar="STUDY", help="Resume a study by its own recipe.")] = None,
+    resume: Annotated[str | None, Option(metavar="STUDY", help="Resume a study by its own recipe.")] = None,
     trials: Annotated[str | None, Option(metavar="N|+N", help="With --resume: as of `resume`.")] = None,
     attach: Annotated[str | None, Option(metavar="JOB|STUDY", help="Follow a job that was submitted before.")] = None,
     installed: Annotated[
@@ -47,12 +52,13 @@ def submit(
 ) -> None:
     """Run a search on a Ray cluster, and follow its log. The same command again follows it, or resumes it.
 
-    The recipe and the lists that it names are sent, never images or weights: those, and the study, are on disks that
-    all nodes see under the same paths as here. Ctrl-C leaves the job running.
+    The recipe and the lists that it names are sent, never images or weights: those are on disks that all nodes see
+    under the same paths as here. The study is in a folder of the head, or in a bucket. Ctrl-C leaves the job running.
     """
     if [recipe, resume, attach].count(None) != 2:
         raise UsageError(Problem("submit", "must be given one of: a recipe, --resume, --attach"))
     from carft_ray.launch.jobs import jobs, server, upload
+    from carft_ray.study.mirror import in_bucket
 
     if attach is not None:
         _follow(server.connect(address), attach, json_)
@@ -76,6 +82,10 @@ def submit(
         if tracked.project is not None and not tracked.offline and "WANDB_API_KEY" not in (env or ()):
             console.say("tracking.wandb needs a login on the cluster. Without one there, add --env WANDB_API_KEY.")
     variables = jobs.environment_of(env or ())
+    absent = [name for name in BUCKET_KEYS if name in os.environ and name not in variables]
+    if absent and in_bucket(sent.study):
+        say = "The job takes the keys of the bucket from its cluster. Without them there, add"
+        console.say(f"{say} {shlex.join(common.option_words(env=absent))}.")
     if dry_run:
         _show(sent, sorted(variables), address, installed, json_)
         return
@@ -161,7 +171,7 @@ def _show(upload: "Upload", variables: Sequence[str], address: str | None, insta
         "address": server.dashboard_address(address),
         "token_from": server.find_token()[1] or None,
         "job": jobs.job_id(upload.study),
-        "study": str(upload.study),
+        "study": upload.study,
         "entrypoint": upload.entrypoint(installed),
         "runtime_env": jobs.runtime_env(None, modules, dict.fromkeys(variables, "(its value here)")),
         "files": {name: len(text.encode()) for name, text in upload.files.items()},

@@ -21,7 +21,8 @@ from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.layout import STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
-from carft_ray.study.holding import log_of
+from carft_ray.store.bucket import Bucket
+from carft_ray.study.mirror import Place, in_bucket, log_at, stop_request
 
 BUDGET_STOP = "budget: "  # how the stop file begins when the search asks itself; what follows is the limit
 LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure
@@ -78,8 +79,8 @@ def interruption(what: str, resume_command: str) -> InterruptedRunError:
     return InterruptedRunError(Problem("", what, next_step=step))
 
 
-def ask_to_stop(folder: Path) -> str | None:
-    """Writes the stop file when a live process holds the folder.
+def ask_to_stop(place: Place) -> str | None:
+    """Writes the stop file when a live process holds a study; in a bucket an object from which it makes that.
 
     Returns:
         Which process holds it; None when none does, and then nothing is written.
@@ -87,17 +88,22 @@ def ask_to_stop(folder: Path) -> str | None:
     Raises:
         StorageError: The file cannot be written.
     """
-    found = log_of(folder).holder()
-    if found is not None:
-        files.write_text(folder / STOP, "asked by `carft-ray stop`\n")
+    log, text = log_at(place), "asked by `carft-ray stop`\n"
+    found = log.holder()
+    if found is None:
+        return None
+    if in_bucket(place):
+        Bucket(str(place)).put(stop_request(log), text.encode())
+    else:
+        files.write_text(Path(place) / STOP, text)
     return found
 
 
-def wait_until_free(folder: Path, holder: str, tell: Callable[[str], None], see: str) -> None:
-    """Waits until a process that was asked to stop holds the folder no more.
+def wait_until_free(place: Place, holder: str, tell: Callable[[str], None], see: str) -> None:
+    """Waits until a process that was asked to stop holds the study no more.
 
     Args:
-        folder: Of a study or training.
+        place: Of the study, or of a training.
         holder: The process, as ``ask_to_stop`` returns it.
         tell: As of ``wait_until_ended``.
         see: As of ``wait_until_ended``.
@@ -106,7 +112,7 @@ def wait_until_free(folder: Path, holder: str, tell: Callable[[str], None], see:
         ClusterError: It has not ended within ``END_WITHIN_S``.
         StorageError: The log is damaged, or cannot be read.
     """
-    log = log_of(folder)
+    log = log_at(place)
 
     def has_ended() -> bool:
         log.follow()

@@ -170,6 +170,11 @@ class Log(BaseJournalBackend):
         silent_s = 0.0 if is_seen(self._holder[1]) else time.time() - self.time
         return None if _is_free(self._holder) or silent_s >= READERS_SILENT_FOR_S else named(self._holder[1])
 
+    @property
+    def claimed(self) -> int:
+        """The number of the newest commit by which a process has claimed the log, as far as it was read; else 0."""
+        return next((number for number, record in reversed(self.records) if record.get("kind") == OWNER), 0)
+
     def digest_of(self, number: int) -> str:
         """Returns the BLAKE2 of a commit; empty when there is none."""
         return _digest(self._store.get(commit_name(number)) or b"")

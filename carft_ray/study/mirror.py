@@ -21,11 +21,22 @@ from urllib.parse import unquote
 from carft_ray import files
 from carft_ray.data.cache import user_cache_dir
 from carft_ray.errors import Problem, UsageError
-from carft_ray.layout import ADDRESS, COMMITS, MANIFEST, OWN, PREDICTIONS, RAY_LOG, STEP, STOP, WEIGHTS
+from carft_ray.layout import (
+    ADDRESS,
+    COMMITS,
+    MANIFEST,
+    OWN,
+    PREDICTIONS,
+    RAY_LOG,
+    STEP,
+    STOP,
+    STOP_REQUESTS,
+    WEIGHTS,
+)
 from carft_ray.store.bucket import Bucket, Listed, is_address
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import PACKED, Commit, Log, commit_name, pack_name
-from carft_ray.study.holding import is_study
+from carft_ray.study.holding import is_study, log_of
 from carft_ray.untrusted import read_text
 
 Place = Path | str  # of a study: its folder, or its address
@@ -86,6 +97,35 @@ def address_in(folder: Path, root: str) -> str | None:
     return read_text(home / ADDRESS) if home.parent == (user_cache_dir() / root).resolve() else None
 
 
+def in_bucket(place: Place) -> bool:
+    """Tells whether a place is an address of a bucket."""
+    return is_address(str(place)) and not str(place).startswith("file:")
+
+
+def absolute(place: Place) -> str:
+    """Returns a place as another machine would name it: the address, or the absolute path."""
+    return str(place).rstrip("/") if in_bucket(place) else str(fetched(place).absolute())
+
+
+def log_at(place: Place) -> Log:
+    """Returns the log of a study, read to its end: that of the folder, or as it is in the bucket.
+
+    Raises:
+        UsageError: It is an address, but none of a study.
+        StorageError: The log is damaged, or cannot be read.
+    """
+    if not in_bucket(place):
+        return log_of(fetched(place))
+    bucket = Bucket(str(place))
+    _require_study(bucket)
+    return _fetch_log(bucket, _place_of(bucket, STUDIES))
+
+
+def stop_request(log: Log) -> str:
+    """Returns the name of the object that asks the holder of a log to stop; another holder has another."""
+    return f"{STOP_REQUESTS}/{log.claimed:08d}"
+
+
 def own_folder(place: Place, brings: bool = True) -> Path:
     """Returns the folder of a study that a command changes; of one in a bucket the one where this machine works on it.
 
@@ -96,7 +136,7 @@ def own_folder(place: Place, brings: bool = True) -> Path:
     Raises:
         StorageError: The bucket cannot be read, or the folder not be written.
     """
-    if not is_address(str(place)) or str(place).startswith("file:"):
+    if not in_bucket(place):
         return fetched(place)
     bucket = Bucket(str(place))
     folder = _place_of(bucket, DRIVEN)
@@ -248,6 +288,8 @@ def fetch_files(
 
 def _is_needed(name: str, need: int) -> bool:
     pieces = name.split("/")
+    if pieces[0] == STOP_REQUESTS:
+        return False
     if need == ALL:
         return name not in _OF_PROCESSES
     if OWN in pieces or any(piece.startswith(STEP) for piece in pieces):

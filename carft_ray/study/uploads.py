@@ -12,11 +12,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.layout import COMMITS, RAY_LOG, STEP, STOP
+from carft_ray.layout import COMMITS, RAY_LOG, STEP, STOP, STOP_REQUESTS
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log, Pending
-from carft_ray.study.mirror import ALL, DRIVEN, Through, address_in, fetch_files, files_in
+from carft_ray.study.mirror import ALL, DRIVEN, Through, address_in, fetch_files, files_in, stop_request
 
 UPLOAD_EVERY_S = 10.0
 _ENDS = '"outcome"'  # in an operation that says how a training ended
@@ -38,8 +39,9 @@ class _Mirrored(Through):
         if _COMMIT.fullmatch(name):
             self.here.put(name, data)
 
-    def begin(self) -> None:
-        """Makes the folder equal to the bucket."""
+    def begin(self, own_request: str) -> None:
+        """Makes the folder equal to the bucket, and drops what asked earlier holders to stop."""
+        self.delete([name for name in self.list(STOP_REQUESTS) if name != own_request])
         there = fetch_files(self, self.here.path, ALL)
         self._known = {name: _version(path) for name in there if (path := self.here.path / name).exists()}
 
@@ -100,12 +102,15 @@ def uploading(log: Log) -> Iterator[None]:
     if not isinstance(log, _Uploading):
         yield
         return
-    log.store.begin()
+    request = stop_request(log)
+    log.store.begin(request)
     left = threading.Event()
 
     def upload() -> None:
         while not left.wait(UPLOAD_EVERY_S):
             with contextlib.suppress(StorageError):  # the next commit tells
+                if (asked := log.store.get(request)) is not None:
+                    files.write_text(log.store.here.path / STOP, asked.decode(errors="replace"))
                 all_files()
 
     def all_files() -> None:

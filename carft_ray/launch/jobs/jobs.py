@@ -20,6 +20,7 @@ from carft_ray.errors import ClusterError, InterruptedRunError, Problem, UsageEr
 from carft_ray.launch.jobs.server import NoAnswerError, Server, ask
 from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT, START_TIMEOUT
 from carft_ray.launch.stop import interruption, wait_until_ended
+from carft_ray.study.mirror import Place, absolute
 
 STUDY = "study"  # of a job's metadata
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
@@ -30,10 +31,11 @@ LOG_PER_S = 100_000  # characters: a long log, which comes whole each time, is a
 HEAD_MAY_BE_AWAY_S = 60.0
 
 
-def job_id(study: Path) -> str:
-    """Returns the id of the first job of a study: its name, and a hash of its absolute path."""
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", study.name)[:40].strip("-") or "study"
-    return f"carft-{name}-{hashlib.sha256(str(study.absolute()).encode()).hexdigest()[:8]}"
+def job_id(study: Place) -> str:
+    """Returns the id of the first job of a study: its name, and a hash of its absolute path or its address."""
+    place = absolute(study)
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", place.rpartition("/")[2])[:40].strip("-") or "study"
+    return f"carft-{name}-{hashlib.sha256(place.encode()).hexdigest()[:8]}"
 
 
 def described(job: JobDetails) -> dict[str, Any]:
@@ -56,7 +58,7 @@ def described(job: JobDetails) -> dict[str, Any]:
 
 
 def study_of(job: JobDetails) -> str:
-    """Returns the study directory of a job; empty where it was not submitted by carft-ray."""
+    """Returns the study directory of a job, or its address; empty where it was not submitted by carft-ray."""
     return (job.metadata or {}).get(STUDY, "")
 
 
@@ -66,19 +68,20 @@ def jobs(server: Server) -> list[JobDetails]:
     return sorted((job for job in found if job.type == JobType.SUBMISSION), key=lambda job: -(job.start_time or 0))
 
 
-def running_job(server: Server, study: Path) -> JobDetails | None:
+def running_job(server: Server, study: Place) -> JobDetails | None:
     """Returns the job that runs, or waits to run, on a study."""
-    of_study = (job for job in jobs(server) if study_of(job) == str(study.absolute()))
+    place = absolute(study)
+    of_study = (job for job in jobs(server) if study_of(job) == place)
     return next((job for job in of_study if not job.status.is_terminal()), None)
 
 
 def find_job(server: Server, written: str) -> JobDetails:
-    """Returns a job by its id, or the newest job of a study by the path of that.
+    """Returns a job by its id, or the newest job of a study by the path or address of that.
 
     Raises:
         ClusterError: There is none.
     """
-    found, study = jobs(server), str(Path(written).absolute())
+    found, study = jobs(server), absolute(written)
     of_study = [job for job in found if study_of(job) == study]
     matching = [job for job in found if job.submission_id == written] or of_study
     if not matching:
@@ -87,12 +90,12 @@ def find_job(server: Server, written: str) -> JobDetails:
     return matching[0]
 
 
-def submit(server: Server, study: Path, entrypoint: str, runtime_env: Mapping[str, Any]) -> str:
+def submit(server: Server, study: Place, entrypoint: str, runtime_env: Mapping[str, Any]) -> str:
     """Submits a search.
 
     Args:
         server: The cluster.
-        study: The study directory.
+        study: The study directory, or the address of the study.
         entrypoint: The shell command.
         runtime_env: As ``runtime_env`` returns it.
 
@@ -103,7 +106,7 @@ def submit(server: Server, study: Path, entrypoint: str, runtime_env: Mapping[st
     taken = {job.submission_id for job in jobs(server)}
     name = next(each for each in (first, *(f"{first}-{n}" for n in range(2, len(taken) + 3))) if each not in taken)
     given: dict[str, Any] = {"entrypoint": entrypoint, "submission_id": name, "runtime_env": dict(runtime_env)}
-    given["metadata"] = {STUDY: str(study.absolute()), "version": __version__}
+    given["metadata"] = {STUDY: absolute(study), "version": __version__}
     return ask(server, lambda client: client.submit_job(**given))
 
 

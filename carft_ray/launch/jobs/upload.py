@@ -7,8 +7,9 @@ A list is read here, and what was read is sent: never the bytes of a file that a
 that lies outside the recipe's folder is sent only where ``--send`` names it.
 
 A study outlives its job, and with it the folder that Ray unpacks: the job copies the folder next to the study first
-(``STUDY.recipe/HASH``) and searches with the copy, which the study's recipe then names. Images, shards and weights are
-never sent: they must lie on disks that the nodes see, under the paths that they have here.
+(``STUDY.recipe/HASH``; of a study in a bucket to the cache of the head, ``recipes/HASH``) and searches with the copy,
+which the study's recipe then names. Images, shards and weights are never sent: they must lie on disks that the nodes
+see, under the paths that they have here.
 """
 
 import hashlib
@@ -26,8 +27,10 @@ from carft_ray.errors import ClusterError, Problem, StorageError, UsageError
 from carft_ray.launch.jobs import package
 from carft_ray.recipe.loading import dump_given, named_paths, with_paths
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.study.mirror import Place, absolute, in_bucket
 
 RECIPE = "recipe.yaml"
+_CACHE = '"${XDG_CACHE_HOME:-$HOME/.cache}"/carft-ray/recipes/'  # of the head, for a shell
 _CLI = "exec python -m carft_ray.cli"  # where modules are sent, there are no commands
 
 
@@ -36,13 +39,13 @@ class Upload:
     """A search as it is sent.
 
     Attributes:
-        study: The study directory, as the cluster will see it.
+        study: The study directory as the cluster will see it, or the address of the study.
         command: What the job runs once its carft-ray is found good, for a shell.
         files: Name in the folder that is sent -> text of the file; empty where the study has its own recipe.
         paths: What the recipe names and is not sent: it must be there on the cluster.
     """
 
-    study: Path
+    study: str
     command: str
     files: Mapping[str, str] = field(default_factory=dict)
     paths: tuple[Path, ...] = ()
@@ -68,12 +71,12 @@ class Upload:
                 (folder / name).write_text(text, encoding="utf-8")
 
 
-def search_upload(recipe: Recipe, study: Path, flags: Sequence[str], home: Path, send: Sequence[Path] = ()) -> Upload:
+def search_upload(recipe: Recipe, study: Place, flags: Sequence[str], home: Path, send: Sequence[Path] = ()) -> Upload:
     """Returns what a search, or the resumption of its study, sends.
 
     Args:
         recipe: The recipe, with absolute paths.
-        study: The study directory.
+        study: The study directory, or the address of the study.
         flags: Further options of `carft-ray search`.
         home: Folder of the recipe.
         send: Lists, or folders of lists, that may be sent though they lie elsewhere.
@@ -82,7 +85,7 @@ def search_upload(recipe: Recipe, study: Path, flags: Sequence[str], home: Path,
         UsageError: A list that it names lies elsewhere and may not be sent.
         DataError: One of them is no list of sample ids or class names, or cannot be read.
     """
-    study = study.absolute()
+    study = absolute(study)
     lists, paths = named_paths(recipe)
     there = [path for path in map(Path, lists) if path.is_file()]
     _check_places(there, home, send)
@@ -97,8 +100,8 @@ def search_upload(recipe: Recipe, study: Path, flags: Sequence[str], home: Path,
         files[name], replaced[str(path)] = "".join(f"{one}\n" for one in ids), name
     files[RECIPE] = dump_given(with_paths(recipe, lambda written: replaced.get(written, written)))
     digest = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:8]
-    kept = shlex.quote(str(study.with_name(f"{study.name}.recipe") / digest))
-    words = shlex.join(["--study", str(study), "--address", "auto", *flags])
+    kept = f"{_CACHE}{digest}" if in_bucket(study) else shlex.quote(f"{study}.recipe/{digest}")
+    words = shlex.join(["--study", study, "--address", "auto", *flags])
     absent = [path for path in lists if path not in replaced]
     command = (
         f"mkdir -p {kept} && cp -R ./. {kept} || exit {StorageError.exit_code}; {_CLI} search {kept}/{RECIPE} {words}"
@@ -106,10 +109,10 @@ def search_upload(recipe: Recipe, study: Path, flags: Sequence[str], home: Path,
     return Upload(study, command, files, tuple(map(Path, [*paths, *absent])))
 
 
-def resume_upload(study: Path, flags: Sequence[str]) -> Upload:
+def resume_upload(study: Place, flags: Sequence[str]) -> Upload:
     """Returns what the resumption of a study by its own recipe sends: nothing but the command."""
-    study = study.absolute()
-    return Upload(study, f"{_CLI} resume {shlex.join([str(study), '--address', 'auto', *flags])}")
+    study = absolute(study)
+    return Upload(study, f"{_CLI} resume {shlex.join([study, '--address', 'auto', *flags])}")
 
 
 def _check_places(paths: Sequence[Path], home: Path, send: Sequence[Path]) -> None:
