@@ -88,9 +88,11 @@ WHAT ?=
 kill-matrix: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py $(WHAT)
 
-# a short search, more of it and a confirm, each killed before and after every write of its log: some two minutes
+# a short search, more of it and a confirm, each killed before and after every write of its log: some two minutes;
+# WHERE=bucket: every write to a bucket, some ten
+WHERE ?= folder
 crash-points: $(VENV)/.installed-dev
-	@PYTHONPATH=. $(BIN)/python tests/crash_points.py
+	@PYTHONPATH=. $(BIN)/python tests/crash_points.py $(WHERE)
 
 # a search on a cluster of real nodes: one is killed, one joins, one is drained, the head dies and comes back; inline and
 # ray-train, some 10 minutes

@@ -8,10 +8,12 @@ A job is a name and a list of command lines, run one after the other in a folder
 happen to a command line:
 
     "kill": [n, moment, kind]    SIGKILL at its n-th durable operation: an append, a flush to disk (fsync), a link
-                                 or a rename; with a kind, of these alone: each "link" is an object of a store
+                                 or a rename; with a kind, of these alone: each "link" is an object of a store, each
+                                 "request" writes or removes objects of a bucket
     "interrupt": [part, [n..]]   SIGINT, as Ctrl-C sends it, when it opens the n-th file with this part in its path
     "file_size": bytes           no file can grow larger, as on a full disk
     "writes": "late"             a checkpoint is written by its thread when the training waits for it, else at once
+    "cache": name                of the folder for the user's cache, beside the study; "cache" by default
 
 Operations of the command line have one order: so does what a driver writes (``order_posts``).
 
@@ -34,6 +36,8 @@ import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+
+import obstore
 
 HERE = Path(__file__).parent
 LANES = 2
@@ -115,6 +119,11 @@ class Counter:
                 return counter.operation(name, lambda: plain(*args, **kwargs))
 
             setattr(os, name, wrapped)
+        for name in ("put", "delete"):
+            setattr(obstore, name, counter.wrap("request", getattr(obstore, name)))
+
+    def wrap(self, kind, plain):
+        return lambda *given, **more: self.operation(kind, lambda: plain(*given, **more))
 
 
 def interrupt_at_open(part, numbers):
@@ -180,7 +189,7 @@ def run(program, command, folder):
         os.close(readable)
         os.close(writable)
         os.chdir(folder)
-        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        os.environ["XDG_CACHE_HOME"] = str(folder / command.get("cache", "cache"))
         signal.signal(signal.SIGINT, signal.default_int_handler)
         counter = Counter(*command.get("kill", ()))
         counter.install()

@@ -1,13 +1,15 @@
-"""Kills a search before and after every write of its log, has it go on, and compares: ``make crash-points``.
+"""Kills a search before and after every write of its store, has it go on, and compares: ``make crash-points``.
 
 A search of six trials, one of which is cut and one diverges, its continuation to eight, and a confirm, all with the
 executor ``debug`` and stand-in trainings, in forks of one process (``crash_host.py``).
 
-    python tests/crash_points.py
+    python tests/crash_points.py [folder|bucket]
 
-Prints a table, and ends with an error when a kill has lost or doubled anything.
+A store is the log of a study in a folder; or all objects of one in a bucket. Prints a table, and ends with an error
+when a kill has lost or doubled anything.
 """
 
+import contextlib
 import json
 import shutil
 import signal
@@ -19,9 +21,12 @@ from pathlib import Path
 
 import crash_host
 import killed_searches
+import pytest
 import stand_in
+from bucket_server import bucket_server
 from debug_search import told
 
+from carft_ray.study.mirror import pull
 from carft_ray.study.rows import baselines, confirmations, trials
 
 PROGRAM = "debug_search"
@@ -36,30 +41,71 @@ def prepare(folder):
     stand_in.tell(folder, **{"seconds": 0, DIVERGES: "diverge"})
 
 
+class Folders:
+    """Studies in folders: runs jobs and returns for each name its folder, with the study in it, and its answers."""
+
+    kind = "link"  # of the operations that write a store
+
+    def __init__(self, run, folder):
+        self.run, self.folder = run, folder
+
+    def copy(self, before, name):
+        shutil.copytree(self.folder / before / "study", self.folder / name / "study")
+
+    def __call__(self, jobs):
+        return self.run(jobs)
+
+
+class Buckets(Folders):
+    """The same in a bucket; whoever comes after a kill has another cache."""
+
+    kind = "request"
+
+    def __init__(self, run, folder, server):
+        super().__init__(run, folder)
+        self.server = server
+
+    def copy(self, before, name):
+        for each, data in self.server.objects().items():
+            if each.startswith(f"{before}/"):
+                self.server.put(each.replace(before, name, 1), data)
+
+    def __call__(self, jobs):
+        for job in jobs:
+            for number, command in enumerate(job["commands"]):
+                address = self.server.address(job["name"])
+                command["argv"] = [address if word == "study" else word for word in command["argv"]]
+                command["cache"] = f"cache-{number}"
+        found = self.run(jobs)
+        for name, (place, _) in found.items():
+            pull(self.server.address(name), place / "study")
+        return found
+
+
 def undisturbed(host, folder):
-    """Runs the commands in peace, each in a copy of the study that the one before has left.
+    """Runs the commands in peace, each on a copy of the study that the one before has left.
 
     Returns:
-        By command the folder in which it was run, and how many writes of the log it has made.
+        By command the folder in which it was run, and how many writes of the store it has made.
     """
     found, before = {}, None
     for name, argv in COMMANDS.items():
         if before is not None:
-            shutil.copytree(before / "study", folder / name / "study")
+            host.copy(before, name)
         kinds = folder / f"{name}.json"
         place, [answer] = host([{"name": name, "commands": [{"argv": argv, "count_to": str(kinds)}]}])[name]
         assert answer["code"] == 0, answer["log"]
-        found[name] = place, json.loads(kinds.read_text()).count("link")
-        before = place
+        found[name] = place, json.loads(kinds.read_text()).count(host.kind)
+        before = name
     return found
 
 
-def jobs_of(calm):
+def jobs_of(calm, kind="link"):
     """Returns the jobs of ``crash_host``: each command killed before and after each write, then looked at and run."""
     return [
         {
             "name": f"{number:03d}-{name}-{moment}",
-            "commands": [{"argv": argv, "kill": (number, moment, "link")}, {"argv": LOOK}, {"argv": argv}],
+            "commands": [{"argv": argv, "kill": (number, moment, kind)}, {"argv": LOOK}, {"argv": argv}],
         }
         for name, argv in COMMANDS.items()
         for number in range(1, calm[name][1] + 1)
@@ -67,12 +113,12 @@ def jobs_of(calm):
     ]
 
 
-def killed(host, folder, calm, jobs):
-    """Runs jobs, each in a copy of the study as it was before its command; returns what ``host`` returns."""
-    starts = dict(zip(list(COMMANDS)[1:], (place for place, _ in calm.values()), strict=False))
+def killed(host, jobs):
+    """Runs jobs, each on a copy of the study as it was before its command; returns what ``host`` returns."""
+    starts = dict(zip(list(COMMANDS)[1:], COMMANDS, strict=False))
     for job in jobs:
         if start := starts.get(command_of(job["name"])):
-            shutil.copytree(start / "study", folder / job["name"] / "study")
+            host.copy(start, job["name"])
     return host(jobs)
 
 
@@ -108,15 +154,24 @@ def begun_again(study_dir):
     return sum(row.attempt - 1 for kind in (trials, baselines, confirmations) for row in kind(study_dir))
 
 
-def main():
+@contextlib.contextmanager
+def started(folder, where="folder"):
+    """Gives the runner of jobs, on studies in a folder or in a bucket of moto's."""
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        server = None if where == "folder" else stack.enter_context(bucket_server(patch))
+        run = stack.enter_context(crash_host.started(folder, PROGRAM))
+        yield Folders(run, folder) if server is None else Buckets(run, folder, server)
+
+
+def main(where="folder"):
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="carft-points-") as temporary:
         folder = Path(temporary)
         prepare(folder)
-        with crash_host.started(folder, PROGRAM) as host:
+        with started(folder, where) as host:
             calm = undisturbed(host, folder)
-            jobs = jobs_of(calm)
-            found = killed(host, folder, calm, jobs)
+            found = killed(host, jobs_of(calm, host.kind))
         print(*HEADER, sep="\t")
         failed = []
         for name, (_, number) in calm.items():
@@ -130,4 +185,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

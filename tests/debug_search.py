@@ -1,28 +1,29 @@
 """A search and a confirm of stand-in trainings by the executor ``debug``, as a program of ``crash_host``.
 
-    search STUDY_DIR TRIALS     a search, or its continuation with more trials
-    confirm STUDY_DIR           its best trial and its baseline with two fresh seeds
-    look STUDY_DIR              prints what the study knows, as JSON, and changes nothing
+    search STUDY TRIALS     a search, or its continuation with more trials
+    confirm STUDY           its best trial and its baseline with two fresh seeds
+    look STUDY              prints what the study knows, as JSON, and changes nothing
 
-Every look of the driver is made at once, so that what is written, and in which order, is the same each time. No figure
-is drawn.
+STUDY is a folder or an address. Every look of the driver is made at once, so that what is written, and in which order,
+is the same each time; into a bucket nothing goes on the side. No figure is drawn.
 """
 
 import json
 import sys
-from pathlib import Path
 
 import crash_host
 import stand_in
 
-from carft_ray.errors import CarftError
+from carft_ray.errors import CarftError, UsageError
 from carft_ray.launch import driver
 from carft_ray.launch.runs import confirm, search
 from carft_ray.launch.runtime import Runner
 from carft_ray.results.confirm import configurations
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.study import uploads
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import read_ledger
+from carft_ray.study.mirror import NUMBERS, fetched, own_folder
 from carft_ray.study.rows import baselines, confirmations, trials
 
 EPOCHS = 3
@@ -38,6 +39,7 @@ RUNNER = Runner(stand_in.prepare, stand_in.train)
 def import_everything():
     crash_host.import_everything()
     driver.POLL_EVERY_S, driver.POLL_SHARE = 0.0, 1.0
+    uploads.UPLOAD_EVERY_S = 1000.0
 
 
 def told(study_dir):
@@ -49,19 +51,29 @@ def told(study_dir):
     return json.loads(json.dumps(found + [["ledger", entry.purpose] for entry in read_ledger(study_dir)]))
 
 
-def call(argv):
-    what, study_dir = argv[0], Path(argv[1])
+def looked(study):
+    """Returns what a reader is told; nothing where there is no study yet."""
     try:
+        return told(fetched(study, NUMBERS))
+    except UsageError:
+        return []
+
+
+def call(argv):
+    what = argv[0]
+    try:
+        if what == "look":
+            print(json.dumps(looked(argv[1])))
+            return 0
+        study_dir = own_folder(argv[1])
         if what == "search":
             recipe = stand_in.make_recipe(int(argv[2]), epochs=EPOCHS, **SEARCH)
             search.run_search(recipe, study_dir, runner=RUNNER)
-        elif what == "confirm":
+        else:
             view = read_study(study_dir)
             stage, _ = configurations.plan(view, 1, 2)
             fix = lambda study: configurations.fix(study, view.recipe, stage, None)  # noqa: E731
             confirm.run_confirm(view.recipe, study_dir, fix, "the same command", runner=RUNNER)
-        else:
-            print(json.dumps(told(study_dir)))
     except CarftError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -152,25 +152,35 @@ def test_what_was_finished_is_told_and_not_run_again(undisturbed, killed):
 
 @pytest.fixture(scope="module")
 def points(tmp_path_factory):
-    """Gives the runner of jobs, its folder, and what the undisturbed commands have left."""
+    """Gives the runner of jobs, and what the undisturbed commands have left."""
     folder = tmp_path_factory.mktemp("points")
     crash_points.prepare(folder)
-    with crash_host.started(folder, crash_points.PROGRAM) as run:
-        yield run, folder, crash_points.undisturbed(run, folder)
+    with crash_points.started(folder) as host:
+        yield host, crash_points.undisturbed(host, folder)
 
 
 @pytest.mark.parametrize("which", kill_points.SHARES)
 def test_a_search_more_of_it_and_a_confirm_killed_around_any_write_of_the_log_lose_and_double_nothing(points, which):
-    run, folder, calm = points
+    host, calm = points
     jobs = kill_points.share(crash_points.jobs_of(calm), which)
-    found = crash_points.killed(run, folder, calm, jobs)
+    found = crash_points.killed(host, jobs)
     assert {crash_points.command_of(name) for name in found} == set(crash_points.COMMANDS)
     assert len(found) == len(jobs) > 2 * sum(number for _, number in calm.values()) / 4
     assert crash_points.differences(found, calm) == ([], [])
 
 
+@pytest.mark.whole
+def test_they_lose_and_double_nothing_when_killed_around_writes_to_a_bucket(tmp_path):
+    crash_points.prepare(tmp_path)
+    with crash_points.started(tmp_path, "bucket") as host:
+        calm = crash_points.undisturbed(host, tmp_path)
+        found = crash_points.killed(host, crash_points.jobs_of(calm, host.kind)[::37])
+        assert {crash_points.command_of(name) for name in found} == set(crash_points.COMMANDS)
+        assert crash_points.differences(found, calm) == ([], [])
+
+
 def test_what_the_kills_are_compared_with_was_cut_extended_and_confirmed(points):
-    _, _, calm = points
+    _, calm = points
     outcomes = [Counter(row.outcome for row in trials(place / "study")) for place, _ in calm.values()]
     assert outcomes[0] == {"complete": 4, "diverged": 1, "pruned": 1}
     assert sum(outcomes[1].values()) == 8
