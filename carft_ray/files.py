@@ -10,6 +10,7 @@ import errno
 import fnmatch
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -29,9 +30,15 @@ NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems wit
 MOST_JSON_BYTES = 2**30  # of a file of a study that is read whole
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
 RETRY_EVERY_S = 0.2
+ADDRESS = re.compile(r"([A-Za-z0-9]+)://?(.*)")  # of a bucket; ``s3:/`` is what becomes of ``s3://`` in a path
 REMAINS = ".*.[0-9]*.tmp"  # pattern of temporary names
 
 T = TypeVar("T")
+
+
+def is_address(text: str) -> bool:
+    """Tells whether a text is to be an address, and not a path."""
+    return ADDRESS.fullmatch(text) is not None and not Path(text).exists()
 
 
 @contextlib.contextmanager

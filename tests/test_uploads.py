@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import short_training
 import stand_in
 from bucket_search import search
 from bucket_server import SECRET, impatient, refused
 from crash_host import call
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from carft_ray.errors import StorageError
 from carft_ray.layout import MANIFEST
@@ -19,7 +21,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.log import Log
 from carft_ray.study import uploads
 from carft_ray.study.mirror import NUMBERS, own_folder, pull
-from carft_ray.study.rows import baselines, trials
+from carft_ray.study.rows import baselines, best_row, trials
 
 HERE = Path(__file__).parent
 
@@ -103,6 +105,36 @@ def test_a_search_is_stopped_from_another_machine_and_only_the_one_that_was_aske
     assert told(own_folder(address, brings=False)) == whole
     assert call(["stop", address]) == 0
     assert f"Nothing to stop: no search runs on {address}; 3 of 3 trials finished." in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_what_was_trained_here_is_used_elsewhere_by_its_address(server, tmp_path, monkeypatch, capsys):
+    first, single, next_one = (server.address(name) for name in ("first", "single", "next"))
+    recipe = str(short_training.make(tmp_path))
+    assert call(["search", recipe, "--study", first, "--executor", "debug"]) == 0
+    assert call(["train", recipe, "--out", single, "--executor", "debug"]) == 0
+    assert f"carft-ray evaluate {single}" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    for address in (first, single):
+        to = tmp_path / f"export-{address[-3:]}"
+        assert call(["export", address, "--to", to]) == 0
+        assert (to / "README.md").exists()
+        capsys.readouterr()
+        assert call(["evaluate", address, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        best = best_row(read_study(address, NUMBERS).trials)
+        assert found["metrics"]["objective"] == pytest.approx(best.objective, abs=1e-6)
+    assert call(["search", recipe, "--study", next_one, "--executor", "debug", "--warm-start", first]) == 0
+    assert f"2 of 2 trials of {first} taken in" in capsys.readouterr().err
+    assert call(["confirm", first, "--executor", "debug", "--seeds", "2", "--against", next_one]) == 0
+    assert call(["test", first]) == 3
+    assert f"{first}: must be the study of a recipe with test sets" in capsys.readouterr().err
+    pull(first, tmp_path / "back")
+    curves = [EventAccumulator(str(path.parent)).Reload() for path in tmp_path.glob("back/trials/*/*/*tfevents*")]
+    assert curves
+    assert all(each.Tags()["scalars"] for each in curves)
+    assert not [name for name, data in server.objects().items() if SECRET.encode() in data]
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
 from carft_ray.study.identity import study_recipe
-from carft_ray.study.mirror import named, own_folder
+from carft_ray.study.mirror import in_bucket, named, own_folder
 from carft_ray.ui import console
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def search(
         address: Ray cluster to attach to: ``host:port``, or ``auto`` for the one that this machine or process belongs
             to; None: a Ray of our own on this machine.
         change_space: Let the search space of the study change.
-        warm_start: Folders of further studies whose trials are passed to the sampler.
+        warm_start: Folders or addresses of further studies whose trials are passed to the sampler.
         again: Reason to train more although the test sets were read; every report keeps it.
         trust: Run the code that ``train.function`` names.
         notify_url: Webhook that gets JSON on a new best, on a failed trial and at the end.
@@ -91,7 +91,10 @@ def search(
     study = own_folder(study)
     study_view.require_search(study)
     value = load_recipe(recipe, overrides)
-    further = (*value.search.warm_start, *(str(Path(path).resolve()) for path in warm_start))
+    further = (
+        *value.search.warm_start,
+        *(str(path) if in_bucket(path) else str(Path(path).resolve()) for path in warm_start),
+    )
     update = {"warm_start": tuple(dict.fromkeys(further))}
     value = value.model_copy(update={"search": value.search.model_copy(update=update)})
     from carft_ray.recipe.checks.advice import check_searchable

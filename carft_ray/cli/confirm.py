@@ -1,6 +1,5 @@
 """Confirming the winner of a search with fresh seeds."""
 
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
@@ -18,7 +17,7 @@ def confirm(
     top: Annotated[int, Option(min=1, help="Trials to train again, from the best down.")] = 3,
     seeds: Annotated[int, Option(min=2, help="Fresh seeds of each; 5 for publication. You can add more later.")] = 3,
     winner: Annotated[str, Option(metavar="search|confirmed", help=WINNER)] = "search",
-    against: Annotated[list[Path] | None, Option(help="Study whose winner is one more baseline; repeatable.")] = None,
+    against: Annotated[list[str] | None, Option(help="Study whose winner is one more baseline; repeatable.")] = None,
     notify_url: common.NotifyUrlOption = None,
     json_: common.JsonOption = False,
     **shared: Any,

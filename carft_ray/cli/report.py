@@ -25,7 +25,7 @@ def report(
 ) -> None:
     """Show what the best trial is worth: corrected for the choice, and against baselines. No test set is read."""
     from carft_ray.api import actions
-    from carft_ray.store.bucket import is_address
+    from carft_ray.files import is_address
 
     first, *others = [name for name, given in (("--html", html), ("--card", card), ("--tables", tables)) if given] or [
         ""

@@ -4,14 +4,13 @@ import functools
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from carft_ray.cli import common
 from carft_ray.cli.program import command
-from carft_ray.store.bucket import is_address
+from carft_ray.files import is_address
 from carft_ray.ui import console
 from carft_ray.words import counted
 
@@ -24,7 +23,7 @@ class SearchOptions(common.RunOptions):
     """The options that `search`, `resume` and `submit` share."""
 
     change_space: Annotated[bool, Option("--change-space", help="Let the search space of the study change.")] = False
-    warm_start: Annotated[list[Path] | None, Option(metavar="DIR", help="Use a study's trials; repeatable.")] = None
+    warm_start: Annotated[list[str] | None, Option(metavar="STUDY", help="Use a study's trials; repeatable.")] = None
     wall_time: Annotated[str | None, Option(metavar="TIME", help="End after 45m, 8h, ...; resumable.")] = None
     notify_url: common.NotifyUrlOption = None
     again: Annotated[

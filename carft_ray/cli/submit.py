@@ -58,7 +58,7 @@ def submit(
     if [recipe, resume, attach].count(None) != 2:
         raise UsageError(Problem("submit", "must be given one of: a recipe, --resume, --attach"))
     from carft_ray.launch.jobs import jobs, server, upload
-    from carft_ray.study.mirror import in_bucket
+    from carft_ray.study.mirror import absolute, in_bucket
 
     if attach is not None:
         _follow(server.connect(address), attach, json_)
@@ -69,7 +69,7 @@ def submit(
     if recipe is not None and trials is not None:
         raise UsageError(Problem("--trials", "must stand with --resume", next_step="Use --set search.trials=N."))
     overrides = common.overrides_of(set_, shared)
-    shared["warm_start"] = [path.absolute() for path in shared["warm_start"] or ()]
+    shared["warm_start"] = [absolute(place) for place in shared["warm_start"] or ()]
     words = common.option_words(trials=trials, **shared)
     if resume is not None:
         if send:

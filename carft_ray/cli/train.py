@@ -1,7 +1,6 @@
 """One training."""
 
 import shlex
-from pathlib import Path
 from typing import Annotated, Any
 
 from typer import Option
@@ -14,7 +13,7 @@ from carft_ray.ui import console
 @command("train recipe.yaml --out runs/first", common.ONE_TRAINING, shared=common.RunOptions)
 def train(
     recipe: common.RecipeArgument,
-    out: Annotated[Path, Option(help="Folder of the training.")],
+    out: Annotated[str, Option(help="Folder of the training, or s3://BUCKET/NAME.")],
     set_: common.SetOption = None,
     resume: Annotated[bool, Option("--resume", help="Resume from the newest checkpoint in the folder.")] = False,
     json_: common.JsonOption = False,
@@ -33,10 +32,11 @@ def train(
     console.show(found.tables[0])
     console.say("\n".join(found.lines))
     from carft_ray.results.next_steps import export_folder
+    from carft_ray.study.mirror import own_folder
 
-    folder = shlex.quote(str(out))
+    folder, logs = shlex.quote(out), shlex.quote(str(own_folder(out, brings=False)))
     console.next_step(
         f"carft-ray evaluate {folder}",
         f"carft-ray export {folder} --to {export_folder(found.recipe_name)}",
-        f"tensorboard --logdir {folder}",
+        f"tensorboard --logdir {logs}",
     )

@@ -30,7 +30,6 @@ TIMEOUT_S, CONNECT_TIMEOUT_S = 60.0, 5.0  # of one request
 RETRY_FOR_S, MAX_RETRIES = 60.0, 5  # of one operation but ``put_new``
 PIECE_BYTES = 16 * 2**20  # what one request carries of a large file
 
-_ADDRESS = re.compile(r"([A-Za-z0-9]+)://?(.*)")
 _CONTAINER = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}")
 _STATUS, _CODE = re.compile(r"status code: (\d{3})"), re.compile(r"<Code>(\w{1,64})</Code>")
 _UNCLEAR = (408, 409, 425, 429)  # of the statuses 4xx, those after which an object may be there, or that pass
@@ -65,11 +64,6 @@ class Listed:
 
     num_bytes: int
     stamp_ns: int
-
-
-def is_address(text: str) -> bool:
-    """Tells whether a text is to be an address; ``s3:/`` is what becomes of ``s3://`` in a path."""
-    return _ADDRESS.fullmatch(text) is not None and not Path(text).exists()
 
 
 class Bucket:
@@ -243,7 +237,7 @@ class Bucket:
 
 def _parsed(address: str) -> tuple[str, str]:
     """Returns the scheme of an address, and bucket and prefix joined by ``/``."""
-    match = _ADDRESS.fullmatch(address)
+    match = files.ADDRESS.fullmatch(address)
     scheme, place = match.groups() if match else ("", "")
     if scheme not in SCHEMES:
         allowed = tuple(f"{each}://" for each in SCHEMES)

@@ -21,6 +21,7 @@ from urllib.parse import unquote
 from carft_ray import files
 from carft_ray.data.cache import user_cache_dir
 from carft_ray.errors import Problem, UsageError
+from carft_ray.files import is_address
 from carft_ray.layout import (
     ADDRESS,
     COMMITS,
@@ -33,7 +34,7 @@ from carft_ray.layout import (
     STOP_REQUESTS,
     WEIGHTS,
 )
-from carft_ray.store.bucket import Bucket, Listed, is_address
+from carft_ray.store.bucket import Bucket, Listed
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import PACKED, Commit, Log, commit_name, pack_name
 from carft_ray.study.holding import is_study, log_of

@@ -24,6 +24,7 @@ from carft_ray.study import rows
 from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.identity import read_manifest, study_recipe
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
+from carft_ray.study.mirror import NUMBERS, fetched, named
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import WARM_FROM, state_and_values
 from carft_ray.study.space_revisions import placed_trial
@@ -51,21 +52,21 @@ def take_in(study: optuna.Study, log: Log, study_dir: Path, recipe: Recipe) -> l
     """
     notes = []
     for source in new_sources(log, study_dir, recipe):
-        number, before = source_id(source), _sources(log)
+        number, before, name = source_id(source), _sources(log), named(source)
         if number in before:
-            notes.append(f"warm start: {source} is a copy of {before[number]['path']}, which was taken in before")
+            notes.append(f"warm start: {name} is a copy of {before[number]['path']}, which was taken in before")
             continue
         taken, left_out = _placed(source, number, recipe)
         reads = len(reads_of(read_ledger(source))) + inherited_reads(source)
-        origin = {"id": number, "path": str(source), "test_reads": reads}
+        origin = {"id": number, "path": name, "test_reads": reads}
         with log.commit({"kind": TAKEN_IN, **origin, "taken": len(taken), "left_out": left_out}):
             study.add_trials(taken)
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         found = counted(len(taken) + sum(left_out.values()), "trial")
-        note = f"warm start: {len(taken)} of {found} of {source} taken in"
+        note = f"warm start: {len(taken)} of {found} of {name} taken in"
         notes.append(f"{note}; left out: {why}" if why else note)
         if reads:
-            notes.append(f"warm start: the test sets of {source} were read {times(reads)}; this counts here too")
+            notes.append(f"warm start: the test sets of {name} were read {times(reads)}; this counts here too")
     return notes
 
 
@@ -84,9 +85,10 @@ def new_sources(log: Log, study_dir: Path, recipe: Recipe) -> list[Path]:
 
     Raises:
         RecipeError: As ``take_in``.
+        UsageError: An address is that of no study.
     """
     done = {record["path"] for record in _sources(log).values()}  # those may be gone by now
-    sources = [Path(source) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
+    sources = [fetched(source, NUMBERS) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
     if problems := [problem for source in sources for problem in _problems(source, study_dir, recipe)]:
         raise RecipeError(problems)
     return sources
@@ -130,14 +132,14 @@ def _placed(source: Path, number: str, recipe: Recipe) -> tuple[list[FrozenTrial
         if isinstance(placed, str):
             left_out[f"with {placed} outside the space"] += 1
             continue
-        origin = {"id": number, "path": str(source), "trial": row.name}
+        origin = {"id": number, "path": named(source), "trial": row.name}
         attributes = {WARM_FROM: origin, "outcome": row.outcome, "alpha": row.alpha}
         taken.append(placed_trial(trial, recipe, placed, attributes, with_values=same_pruner))
     return taken, dict(left_out)
 
 
 def _problems(source: Path, study_dir: Path, recipe: Recipe) -> Iterator[Problem]:
-    key = f"{KEY}: {source}"
+    key = f"{KEY}: {named(source)}"
     if not is_study(source):
         value = "no such folder" if not source.exists() else f"one without {COMMITS}/"
         others = [str(path.parent) for path in source.parent.glob(f"*/{COMMITS}")]

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args,
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 
+from carft_ray.files import is_address
+
 
 def seconds_of(value: Any) -> Any:
     """Reads 90, '90s', '45m', '8h', '1h30m' as seconds."""
@@ -53,8 +55,13 @@ def _changed(written: str, info: ValidationInfo) -> Any:
     return info.context.change(written) if info.context else written
 
 
-# a text that is a path
+def _changed_if_path(written: str, info: ValidationInfo) -> Any:
+    return written if is_address(written) else _changed(written, info)
+
+
+# a text that is a path; and one that is a path or an address
 RecipePath = Annotated[str, AfterValidator(_changed)]
+StudyPlace = Annotated[str, AfterValidator(_changed_if_path)]
 Class = Literal["identity", "space", "running"]
 REQUIRED: Any = ...  # in place of a default
 

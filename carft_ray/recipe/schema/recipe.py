@@ -22,9 +22,9 @@ from carft_ray.recipe.schema.fields import (
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
-    RecipePath,
     Resume,
     SetName,
+    StudyPlace,
     key,
     nothing_is_empty,
     seconds_of,
@@ -118,8 +118,8 @@ class SearchConfig(Config):
     enqueue: tuple[Values, ...] = key((), [{"learning_rate": 0.0005, "kl_weight": 10}], PROPOSED)
     """values inside the space that are tried first, in this order; a parameter that is left out
     is drawn; they count as trials"""
-    warm_start: tuple[RecipePath, ...] = key((), ["../studies/first"], PROPOSED)
-    """folders of other studies whose trials are passed to the sampler; they are not trials of this one"""
+    warm_start: tuple[StudyPlace, ...] = key((), ["../studies/first"], PROPOSED)
+    """other studies, folders or addresses, whose trials are passed to the sampler; they are not trials of this one"""
     baselines: Baselines = key(
         {},
         {"fine_tuning": {"kl_weight": 0}},

@@ -22,6 +22,7 @@ from carft_ray.recipe.schema.sets import CACHE_KEYS
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
+from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow, require_name
 from carft_ray.study.rows import ZERO_SHOT, best_first, require_finished
 from carft_ray.study.study import Study
@@ -266,7 +267,7 @@ def _plan_row(row: TrialRow, role: Role) -> PlanRow:
 
 def _rival(view: Overview, other: Overview) -> PlanRow:
     """Returns the winner of another study as a baseline of this one."""
-    place = f"--against {other.study_dir}"
+    place = f"--against {named(other.study_dir)}"
     if other.study_dir == view.study_dir:
         raise UsageError(Problem(place, "must be another study", "this one"))
     mine, theirs = _shared(view.recipe), _shared(other.recipe)

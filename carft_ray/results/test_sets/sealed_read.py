@@ -40,6 +40,7 @@ from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
 from carft_ray.study.identity import study_recipe
+from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
 from carft_ray.study.uploads import open_log, uploading
@@ -116,7 +117,7 @@ def _require_test_sets(study_dir: Path, recipe: Recipe) -> None:
         return
     value = "one without data.id_test" + ("" if recipe.data.ood_test else " and data.ood_test")
     step = "A study keeps its sets: write data.id_test and data.ood_test into the recipe, and begin a new study."
-    raise RecipeError(Problem(str(study_dir), "must be the study of a recipe with test sets", value, next_step=step))
+    raise RecipeError(Problem(named(study_dir), "must be the study of a recipe with test sets", value, next_step=step))
 
 
 def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[str], None]) -> None:
