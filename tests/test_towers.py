@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
+from carft_ray.launch import micro_batch
 from carft_ray.launch.micro_batch import fitted, memory_failure, note
 from carft_ray.launch.runs.single import train_once
 from carft_ray.model import tower
@@ -358,6 +359,14 @@ def test_a_micro_batch_that_fits_is_remembered_for_what_decides_over_memory(tmp_
         other = plain.model_copy(update={"train": plain.train.model_copy(update=values)})
         assert fitted(other, tmp_path, 1).train.micro_batch is None
     assert fitted(plain, tmp_path, 1).train.micro_batch == 32
+
+
+def test_a_micro_batch_that_fits_beside_another_training_is_not_that_of_a_whole_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(micro_batch, "_device", lambda recipe: "a GPU")
+    whole, half = (make_recipe(1, train={"batch_size": 64}, resources={"gpus_per_worker": n}) for n in (1.0, 0.5))
+    note(tmp_path, memory_failure(OutOfMemoryError("short", 64), half, {}, 1))
+    assert fitted(whole, tmp_path, 1).train.micro_batch is None
+    assert fitted(half, tmp_path, 1).train.micro_batch == 32
 
 
 def test_a_micro_batch_that_fits_is_remembered_apart_for_gradient_checkpointing(tmp_path):

@@ -5,7 +5,8 @@ and the training continues from its checkpoint with what is noted. The global ba
 
     study_dir/fits.json    {"<model>, <precision>, <device>": largest micro-batch}      a model has one resolution
 
-Another one fits with gradient checkpointing, a compiled tower, LoRA, frozen layers or an average: the key ends in them.
+Another one fits with gradient checkpointing, a compiled tower, LoRA, frozen layers or an average, and where a training
+shares its GPU with others of the study: the key ends in these.
 """
 
 from collections.abc import Mapping
@@ -89,6 +90,8 @@ def _key(recipe: Recipe) -> str:
     parts += [f"LoRA {train.lora_rank}"] if train.lora_rank is not None else []
     parts += [f"{train.freeze_layers} frozen"] if train.freeze_layers else []
     parts += ["averaged"] if train.ema_decay is not None else []
+    share = recipe.resources.gpus_per_worker or 1
+    parts += [f"{share:g} of a GPU"] if share < 1 else []
     return ", ".join(parts)
 
 
