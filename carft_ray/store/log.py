@@ -224,6 +224,13 @@ class Log(BaseJournalBackend):
                 pending, self._pending = self._pending, Pending()
                 self._write(pending)
 
+    def keep_files(self) -> None:
+        """Called before a commit that names files of the study; where it is not in a folder, they must be kept first.
+
+        Raises:
+            StorageError: They cannot be.
+        """
+
     def beat(self) -> None:
         """Makes an empty commit when the last one is long ago: a sign of life. To be called every few seconds.
 

@@ -168,6 +168,7 @@ class Journal:
         study, metrics = self.studies[spec.kind], attributes.get("metrics", {})
         values: float | list[float] | None = objective
         names = self._constraints if spec.kind == "trial" else ()
+        self._log.keep_files()
         with self._log.commit():
             self.note(spec, attributes)
             if spec.kind == "trial" and self.rule is not None and state == TrialState.COMPLETE:

@@ -16,11 +16,10 @@ from carft_ray import files
 from carft_ray.errors import StorageError
 from carft_ray.layout import COMMITS, RAY_LOG, STEP, STOP, STOP_REQUESTS
 from carft_ray.store.folder import Folder
-from carft_ray.store.log import Log, Pending
+from carft_ray.store.log import Log
 from carft_ray.study.mirror import ALL, DRIVEN, Through, address_in, fetch_files, files_in, stop_request
 
 UPLOAD_EVERY_S = 10.0
-_ENDS = '"outcome"'  # in an operation that says how a training ended
 _COMMIT = re.compile(rf"{COMMITS}/\d{{8}}")
 _Version = tuple[int, int, int]  # of a file: bytes, time in ns, inode
 
@@ -80,10 +79,8 @@ class _Uploading(Log):
         super().__init__(store)
         self.store = store
 
-    def _write(self, pending: Pending) -> None:
-        if any(_ENDS in text for text in pending.operations):  # others may beat meanwhile
-            self.store.upload_new(checkpoints=False)
-        super()._write(pending)
+    def keep_files(self) -> None:
+        self.store.upload_new(checkpoints=False)
 
 
 def open_log(study_dir: Path) -> Log:
