@@ -88,11 +88,12 @@ WHAT ?=
 kill-matrix: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/kill_matrix.py $(WHAT)
 
-# a short search, more of it and a confirm, each killed before and after every write of its log: some two minutes;
-# WHERE=bucket: every write to a bucket, some ten
+# all kills of a training, of searches and of a confirm, around every write; `make test` makes others of them every day.
+# Some ten minutes; WHERE=bucket: around every write to a bucket
 WHERE ?= folder
 crash-points: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/crash_points.py $(WHERE)
+	@KILLS_OF=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/test_crash.py tests/test_study_crash.py tests/test_pareto.py
 
 # a search on a cluster of real nodes: one is killed, one joins, one is drained, the head dies and comes back; inline and
 # ray-train, some 10 minutes

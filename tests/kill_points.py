@@ -1,22 +1,26 @@
-"""Which of many kills a run of the tests makes: every third of each kind, or the others (marked ``whole``)."""
+"""Which of many kills a run of the tests makes: one of eight of each kind, others every day. All: KILLS_OF=1."""
 
+import os
 from collections import Counter
+from datetime import date
 
-import pytest
-
-SAMPLE = "every third"
-SHARES = (SAMPLE, pytest.param("the others", marks=pytest.mark.whole))
+OF = int(os.environ.get("KILLS_OF", "8"))
 
 
-def share(jobs, which):
-    """Returns the jobs of ``crash_host`` in one of ``SHARES``; their kind is what follows the number in their name.
+def kind_of(job):
+    return job["name"].partition("-")[2]
 
-    The first of each kind is in the sample.
+
+def share(jobs):
+    """Returns the jobs of ``crash_host`` that are done today; their kind is what follows the number in their name.
+
+    Each kind has one at least.
     """
-    counts, chosen = Counter(), []
+    totals, counts, chosen, today = Counter(map(kind_of, jobs)), Counter(), [], date.today().toordinal()
     for job in jobs:
-        kind = job["name"].partition("-")[2]
-        if (counts[kind] % 3 == 0) == (which == SAMPLE):
+        kind = kind_of(job)
+        every = min(OF, totals[kind])
+        if counts[kind] % every == today % every:
             chosen.append(job)
         counts[kind] += 1
     return chosen

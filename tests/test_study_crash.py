@@ -1,7 +1,7 @@
 """A search that is killed at every durable operation and goes on: nothing lost, nothing doubled, the same values.
 
-Without Ray, in forks of one process (``crash_host.py``); what is trained is a stand-in. ``make test`` makes every third
-kill of each kind, ``make test-all`` all.
+Without Ray, in forks of one process (``crash_host.py``); what is trained is a stand-in. Each day has its share of the
+kills (``kill_points.py``), ``make crash-points`` makes all.
 """
 
 import json
@@ -60,8 +60,8 @@ def moments(kinds, number):
     return () if kinds[number - 1] == "fsync" and kinds[number - 2] in ("append", "replace") else ("after",)
 
 
-@pytest.fixture(scope="module", params=kill_points.SHARES)
-def killed(request, host, search, undisturbed):
+@pytest.fixture(scope="module")
+def killed(host, search, undisturbed):
     """Searches killed within or after durable operations, each then run to its end; some killed twice."""
     _, kinds = undisturbed
     jobs = []
@@ -73,7 +73,7 @@ def killed(request, host, search, undisturbed):
         again = {"argv": search, "kill": (3 + number * 7 % 17, "after")}
         commands = [{"argv": search, "kill": (number, "after")}, again, {"argv": search}]
         jobs.append({"name": f"{number:03d}-twice", "commands": commands})
-    return host(kill_points.share(jobs, request.param))
+    return host(kill_points.share(jobs))
 
 
 def told(study_dir):
@@ -108,10 +108,10 @@ def test_the_undisturbed_search_is_what_the_others_are_compared_with(undisturbed
 
 def test_every_kill_struck_and_every_search_then_ended(undisturbed, killed):
     codes = {name: [answer["code"] for answer in answers] for name, (_, answers) in killed.items()}
-    assert len(codes) > 0.25 * len(undisturbed[1])
+    assert len(codes) * kill_points.OF > 0.75 * len(undisturbed[1])
     assert {name: found for name, found in codes.items() if found[0] != -signal.SIGKILL or found[-1]} == {}
     second = [found[1] for name, found in codes.items() if "twice" in name]
-    assert second.count(-signal.SIGKILL) > len(second) / 4
+    assert second.count(-signal.SIGKILL) > len(second) / 4 or kill_points.OF > 1
     logs = [answer["log"] for _, answers in killed.values() for answer in answers]
     assert [log for log in logs if "Traceback (" in log or "arning" in log] == []
 
@@ -159,13 +159,12 @@ def points(tmp_path_factory):
         yield host, crash_points.undisturbed(host, folder)
 
 
-@pytest.mark.parametrize("which", kill_points.SHARES)
-def test_a_search_more_of_it_and_a_confirm_killed_around_any_write_of_the_log_lose_and_double_nothing(points, which):
+def test_a_search_more_of_it_and_a_confirm_killed_around_any_write_of_the_log_lose_and_double_nothing(points):
     host, calm = points
-    jobs = kill_points.share(crash_points.jobs_of(calm), which)
+    jobs = kill_points.share(crash_points.jobs_of(calm))
     found = crash_points.killed(host, jobs)
     assert {crash_points.command_of(name) for name in found} == set(crash_points.COMMANDS)
-    assert len(found) == len(jobs) > 2 * sum(number for _, number in calm.values()) / 4
+    assert len(found) == len(jobs)
     assert crash_points.differences(found, calm) == ([], [])
 
 
