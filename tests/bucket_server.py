@@ -47,6 +47,7 @@ class Server:
         self.strike, self.requests, self.late_s, self.delay_s = (lambda method, path: None), [], 0.3, 0.0
         self.bucket = f"{BUCKET}-{next(_numbers)}-{secrets.token_hex(3)}"
         self._app = DomainDispatcherApplication(create_backend_app)
+        self._doing = threading.Lock()  # moto lists and removes in turn, not at once
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.environment = {
@@ -77,12 +78,12 @@ class Server:
         if isinstance(fault, tuple):
             return self._refuse(environ, start_response, *fault)
         if fault is None:
-            return self._app(environ, start_response)
+            return self._done(environ, start_response)
         environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
         connection = environ["werkzeug.socket"]
 
         def do():
-            list(self._app(environ, lambda *given: None))
+            self._done(environ, lambda *given: None)
 
         if fault == LATE:
             threading.Timer(self.late_s, do).start()
@@ -92,6 +93,10 @@ class Server:
             return self._refuse(environ, start_response, 503, "SlowDown")
         connection.shutdown(socket.SHUT_RDWR)
         return []
+
+    def _done(self, environ, start_response):
+        with self._doing:
+            return list(self._app(environ, start_response))
 
     def _refuse(self, environ, start_response, status, code):
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))

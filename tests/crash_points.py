@@ -77,7 +77,8 @@ class Buckets(Folders):
                 command["argv"] = [address if word == "study" else word for word in command["argv"]]
                 command["cache"] = f"cache-{number}"
         found = self.run(jobs)
-        for name, (place, _) in found.items():
+        for name, (place, answers) in found.items():
+            assert answers[-1]["code"] == 0, (name, answers)
             pull(self.server.address(name), place / "study")
         return found
 
