@@ -33,12 +33,6 @@ def test_three_of_each_kind():
     assert told.splitlines()[-1].split()[:2] == ["all", str(3 * len(fuzz.KINDS))]
 
 
-@pytest.mark.slow
-@pytest.mark.whole
-def test_forty_of_each_kind():
-    run("--cases", str(40 * len(fuzz.KINDS)), "--seed", "1")
-
-
 @pytest.mark.parametrize("kind", mutations.KINDS)
 def test_a_case_is_the_same_each_time(kind, tmp_path_factory):
     base, found = Path(__file__).parent, []
