@@ -91,11 +91,8 @@ def search(
     study = own_folder(study)
     study_view.require_search(study)
     value = load_recipe(recipe, overrides)
-    further = (
-        *value.search.warm_start,
-        *(str(path) if in_bucket(path) else str(Path(path).resolve()) for path in warm_start),
-    )
-    update = {"warm_start": tuple(dict.fromkeys(further))}
+    further = [str(path) if in_bucket(path) else str(Path(path).resolve()) for path in warm_start]
+    update = {"warm_start": tuple(dict.fromkeys((*value.search.warm_start, *further)))}
     value = value.model_copy(update={"search": value.search.model_copy(update=update)})
     from carft_ray.recipe.checks.advice import check_searchable
 

@@ -89,6 +89,8 @@ def _left(study: str) -> dict[str, Any]:
     from carft_ray.results.reading import study_view
     from carft_ray.study.mirror import NUMBERS
 
+    if not study:
+        return {}
     try:
         view = study_view.read_study(study, NUMBERS)
     except (UsageError, StorageError):

@@ -106,8 +106,8 @@ def uploading(log: Log) -> Iterator[None]:
     def upload() -> None:
         while not left.wait(UPLOAD_EVERY_S):
             with contextlib.suppress(StorageError):  # the next commit tells
-                if (asked := log.store.get(request)) is not None:
-                    files.write_text(log.store.here.path / STOP, asked.decode(errors="replace"))
+                if log.store.get(request) is not None:
+                    files.write_text(log.store.here.path / STOP, f"asked by {request}\n")
                 all_files()
 
     def all_files() -> None:
