@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import curve, feeding, gpu, overhead, replay, steps, whole
+from benchmarks import curve, feeding, gpu, overhead, steps, whole
 from benchmarks.rows import Row, as_data, machine, machine_line
 
 
@@ -46,7 +46,6 @@ PARTS = {
     "quickstart": Part("the quickstart's search against its trainings", lambda full: [whole.quickstart_row()]),
     "inline": Part("trainings in processes, against the script by hand", whole.inline_rows),
     "nested": Part("trainings as Ray Train groups, against the script", whole.nested_rows),
-    "replay": Part("trainings needed to reach the script's objective", lambda full: [replay.needed_row()]),
     "gpu": Part("images per second of one GPU", _gpu),
 }
 

@@ -23,13 +23,12 @@ from benchmarks import (
     gpu,
     loader,
     overhead,
-    pairs,
     photos,
     rows,
     startup,
     steps,
-    towers,
     whole,
+    winner,
 )
 from benchmarks.acceptance import (
     THRESHOLDS,
@@ -288,7 +287,6 @@ def test_effect_refuses_bad_arguments(arguments, capsys):
         steps.main,
         loader.main,
         overhead.main,
-        pairs.main,
         startup.main,
     ],
 )
@@ -303,6 +301,41 @@ def test_help_says_what_it_is(main, capsys):
 def test_exit_code_says_whether_all_thresholds_are_reached(passed, exit_code, monkeypatch, tmp_path):
     monkeypatch.setattr(effect, "run", lambda out, figure_dir, processes: passed)
     assert effect.main(["--out", str(tmp_path)]) == exit_code
+
+
+def test_plain_fine_tuning_has_the_space_of_the_recipe_without_the_kl(recipe):
+    settings = winner.plain_settings(recipe, effect.RECIPE)
+    plain = load_recipe(effect.RECIPE, settings)
+    assert plain.search.space == {"learning_rate": recipe.search.space["learning_rate"]}
+    assert plain.train.kl_weight == 0
+    assert plain.search.baselines == {}
+
+
+def test_a_recipe_that_cannot_be_compared_ends_before_anything_is_trained(tmp_path, capsys):
+    changed = ["search.space={kl_weight: {low: 1, high: 10}}", "data.id_test=null"]
+    words = [word for setting in changed for word in ("--set", setting)]
+    assert effect.main(["--recipe", str(effect.RECIPE), "--out", str(tmp_path / "out"), *words]) == 2
+    told = capsys.readouterr().err
+    assert "beside kl_weight" in told
+    assert "data.id_test" in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_comparison_is_printed_and_drawn_again(tmp_path, capsys):
+    def estimate(mean):
+        return {"mean": mean, "ends": [mean - 0.01, mean + 0.01]}
+
+    sets = {"id_test": estimate(0.8), "sketch": estimate(0.7)}
+    row = {"name": "car_ft", "alpha": 0.4, "id_accuracy": estimate(0.8), "ood_accuracy": estimate(0.7), "sets": sets}
+    summary = {"rows": [{**row, "objective": estimate(0.75)}], "headline": "one row", "seeds": [1, 2]}
+    path = tmp_path / "car_ft" / "test" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(summary))
+    assert effect.main(["--recipe", str(effect.RECIPE), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "| car ft | 0.40 | 80.0 [79.0, 81.0] | 70.0 [69.0, 71.0] | 75.0 [74.0, 76.0] |" in out
+    assert out.endswith("one row\n")
+    assert (tmp_path / "effect.png").stat().st_size > 1000
 
 
 def test_startup_judges_the_median():
@@ -395,24 +428,6 @@ def test_decoders_are_compared_with_pillow(capsys):
 
 
 @pytest.mark.slow
-def test_copies_of_a_folder_are_found_and_pairs_that_were_not_made_are_judged_by_labels(tmp_path, capsys):
-    for index in range(3):
-        path = tmp_path / "images" / "photo" / "cat" / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(photos.jpeg(index, 120, 90))
-    Image.open(tmp_path / "images/photo/cat/0.jpg").save(tmp_path / "images/photo/cat/again.png")
-    command = [str(tmp_path / "images"), "--copies", "2"]
-    assert pairs.main(command) == 0
-    told = capsys.readouterr().out
-    assert "PASS  small watermark: 100.0 % found, at least 95.0 %" in told
-    assert "photo/cat/0.jpg and photo/cat/again.png: inspect them" in told
-    assert "0 of copies, 1 not judged" in told
-    (tmp_path / "labels.csv").write_text("first,second,same_picture\nphoto/cat/again.png,photo/cat/0.jpg,no\n")
-    assert pairs.main([*command, "--labels", str(tmp_path / "labels.csv")]) == 1
-    assert "FAIL  1 pairs of different pictures among 4 images, at most 0" in capsys.readouterr().out
-
-
-@pytest.mark.slow
 def test_a_pass_of_each_side_gives_every_image(tmp_path):
     photos.write_tree(tmp_path / "images" / "photo", 16, 40, 30)
     spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
@@ -480,13 +495,13 @@ def test_operations_of_a_tower_are_those_that_torch_counts():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    tower = towers.TOWERS["tiny"]
+    tower = gpu.TOWERS["tiny"]
     visual = open_clip.CLIP(**gpu.TINY).visual.eval()
     plain = sdpa_kernel(SDPBackend.MATH)  # of attention in one piece it counts nothing on a CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad(), same_attention(), plain:
         visual(torch.zeros(1, 3, tower.image_size, tower.image_size))
-    assert counter.get_total_flops() == towers.num_operations(tower)
-    assert towers.num_operations(towers.TOWERS["ViT-B-16"]) == pytest.approx(35.1e9, rel=1e-3)
+    assert counter.get_total_flops() == gpu.num_operations(tower)
+    assert gpu.num_operations(gpu.TOWERS["ViT-B-16"]) == pytest.approx(35.1e9, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +516,7 @@ def test_operations_of_a_tower_are_those_that_torch_counts():
     ],
 )
 def test_the_peak_of_a_card_is_known_or_not(name, peak):
-    assert towers.peak_of(name) == peak
+    assert gpu.peak_of(name) == peak
 
 
 def test_time_busy_is_that_of_at_least_one_kernel():
