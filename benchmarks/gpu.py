@@ -38,7 +38,7 @@ from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import memory
-from benchmarks.feeding import HEAVY, Pictures, pictures
+from benchmarks.photos import HEAVY, Pictures, pictures
 from benchmarks.rows import Row, as_data, machine, machine_line
 from carft_ray.data.views import view_batch
 from carft_ray.environment import usable_cores
