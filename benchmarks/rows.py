@@ -10,8 +10,6 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from carft_ray import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,6 +84,8 @@ def as_data(row: Row) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Returns where and when something is measured."""
+    import torch  # not above: the memory of a process without it is measured, too
+
     return {
         "date": date.today().isoformat(),
         "processor": environment.cpu_model(),
@@ -101,3 +101,8 @@ def machine_line(found: dict[str, Any]) -> str:
     """Returns ``machine`` in one line, for people."""
     gpu, loads = found["gpu"] or "no GPU", " ".join(map(str, found["load"]))
     return f"{found['date']}, {found['processor']}, {found['cpus']} CPUs, {gpu}, torch {found['torch']}, load {loads}"
+
+
+def let_workers_import() -> None:
+    """Lets Ray's workers find the benchmarks by their names; to be called before Ray starts."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

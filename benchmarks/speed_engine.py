@@ -13,7 +13,6 @@ Numbers are medians.
 
 import json
 import math
-import os
 import resource
 import shutil
 import statistics
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import ROOT, Row, apart
+from benchmarks.rows import Row, apart, let_workers_import
 from carft_ray import files
 from carft_ray.layout import COMMITS, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
@@ -45,7 +44,7 @@ NUM_TRIALS = 60  # of the search through Ray
 CREATE_TRIAL = 4  # as Optuna numbers its operations
 NUM_ASKED = 30  # proposals of which the median is taken
 NUM_LIVE = 200
-NUM_SECONDS = 10  # of the driver that are played
+NUM_SECONDS = 4  # of the driver that are played
 SETS = ("noisy_photo", "blurry_photo", "painting", "negative")  # OOD validation sets
 SPACE = {
     "learning_rate": {"low": 1e-4, "high": 5e-3, "log": True},
@@ -376,7 +375,7 @@ def throughput(study_dir: Path, num_trials: int = NUM_TRIALS) -> Throughput:
     from carft_ray.launch.runs.search import run_search
     from carft_ray.launch.runtime import Runner
 
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])  # of Ray's workers
+    let_workers_import()
     started: list[Started] = []
 
     def on_event(event: Event) -> None:
@@ -438,8 +437,8 @@ def study_cost_in(folder: str, num_trials: int) -> dict[str, Any]:
 
 
 def driver_rows(full: bool, scale: bool) -> list[Row]:
-    """Measures a driver with 200 running trials; with ``scale`` also after 10,000 finished ones."""
-    rows, cases = [], {"1,000 lines each": (10, 1_000)}
+    """Measures a driver with 200 running trials that had reported before; ``scale``: after 10,000 finished, too."""
+    rows, cases = [], {"10 lines each": (10, 10), "1,000 lines each": (10, 1_000)}
     if scale:
         cases["10,000 finished trials"] = (10_000, 10)
     for name, (num_finished, num_reports) in cases.items():

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 import ray
 
-from benchmarks.rows import ROOT, Row, median_row
+from benchmarks.rows import ROOT, Row, let_workers_import, median_row
 from benchmarks.speed_steps import RECIPE, open_task, resident_training
 from carft_ray import files
 from carft_ray.data.synthetic.sandbox import TEMPLATES, export_images
@@ -280,6 +280,7 @@ def _peak_mb() -> float:
 
 def file_rows(full: bool, scale: bool = False) -> list[Row]:
     """Measures a file of 350 MB, in full one of 1,024 MB as well."""
+    let_workers_import()
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=200 * 2**20)
     try:
         return [row for megabytes in ((350, 1024) if full else (350,)) for row in _moved(megabytes)]

@@ -100,7 +100,7 @@ def with_one_thread(source: StoredSource) -> None:
 def ratio_row(name: str, source: StoredSource, runs: tuple[Run, Run], num_turns: int, target: float | None) -> Row:
     """Returns the row of files per second of the first run against those of the second."""
     turns = [(_rate(runs[1], source), _rate(runs[0], source)) for _ in range(num_turns)]
-    shown = " and ".join(f"{statistics.median(rates):,.0f}" for rates in zip(*turns, strict=True))
+    shown = " and ".join(f"{statistics.median(rates):,.0f}" for rates in reversed([*zip(*turns, strict=True)]))
     return median_row(name, [mine / other for other, mine in turns], target, False, f"{shown} files/s")
 
 
