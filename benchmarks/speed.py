@@ -57,7 +57,7 @@ PARTS = {
     "startup": Part("commands against Python that does nothing", speed_searches.startup_rows),
     "study": Part("a study of many trials against one of 10", speed_engine.study_rows),
     "driver": Part("a driver with 200 running trials", speed_engine.driver_rows),
-    "throughput": Part("trainings of nothing through Ray", lambda full, scale: speed_engine.throughput_rows()),
+    "throughput": Part("trainings of nothing through Ray", speed_engine.throughput_rows),
     "files": Part("a file through Ray against a copy", speed_searches.file_rows),
     "overhead": Part("what a trial costs besides its training", speed_searches.overhead_rows, True),
     "quickstart": Part("the quickstart's search against its trainings", speed_searches.quickstart_rows, True),

@@ -1,9 +1,9 @@
 """What the engine itself costs, with trainings that do nothing.
 
-    throughput   trials per second from end to end through Ray (inline)
+    throughput   trials per second through Ray (inline), from the first end to the last
     study        one proposal and one answer after so many finished trials, without Ray: the log, its size, opening it,
                  `status` and `ls` as commands, memory
-    driver       a driver with 200 running trials that report every second: its reading of their files, and the live
+    driver       a driver with 200 running trials that report every second: taking in what they report, and the live
                  table, as shares of one core
 
 A study of n trials is not searched, it is written: one trial goes the way of every trial, and its commits in the log
@@ -208,9 +208,7 @@ class StudyCost:
 
 COMMANDS = {
     "status": ("status",),
-    "status --json": ("status", "--json"),
     "ls --limit 10": ("ls", "--limit", "10"),
-    "ls --json": ("ls", "--json"),
 }
 
 
@@ -263,7 +261,7 @@ class DriverCost:
 
     Attributes:
         num_reports: Lines that each trial had written before.
-        read_ms: One reading of the files of all, median.
+        read_ms: Taking in what all have reported, median.
         read_share: Processor time of all readings per second of the search.
         view_ms: Drawing the live table once, median.
         view_share: As ``read_share``.
@@ -352,41 +350,6 @@ def driver_cost(
     )
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """A search of trainings of nothing through Ray.
-
-    Attributes:
-        num_trials: Trials.
-        at_a_time: How many run together.
-        per_s: Trials per second, from the first end to the last.
-        total_s: Whole search, Ray's start and end with it.
-    """
-
-    num_trials: int
-    at_a_time: int
-    per_s: float
-    total_s: float
-
-
-def throughput(study_dir: Path, num_trials: int = NUM_TRIALS) -> Throughput:
-    """Searches with Ray on this machine, inline."""
-    from carft_ray.launch.events import Event, Started
-    from carft_ray.launch.runs.search import run_search
-    from carft_ray.launch.runtime import Runner
-
-    let_workers_import()
-    started: list[Started] = []
-
-    def on_event(event: Event) -> None:
-        started.extend([event] if isinstance(event, Started) else [])
-
-    runner = Runner(prepare, train)
-    result = run_search(recipe_of(num_trials), study_dir, on_event=on_event, runner=runner)
-    ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/*/{RESULT}"))
-    return Throughput(num_trials, started[0].concurrency, (len(ends) - 1) / (ends[-1] - ends[0]), result.elapsed_s)
-
-
 def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -450,9 +413,21 @@ def driver_rows(full: bool, scale: bool) -> list[Row]:
     return rows
 
 
-def throughput_rows(num_trials: int = NUM_TRIALS) -> list[Row]:
-    """Measures a search through Ray."""
+def throughput_rows(full: bool, scale: bool) -> list[Row]:
+    """Measures a search of trainings of nothing through Ray on this machine, inline."""
+    from carft_ray.launch.events import Event, Started
+    from carft_ray.launch.runs.search import run_search
+    from carft_ray.launch.runtime import Runner
+
+    let_workers_import()
+    started: list[Started] = []
+
+    def on_event(event: Event) -> None:
+        started.extend([event] if isinstance(event, Started) else [])
+
     with tempfile.TemporaryDirectory(prefix="carft-engine-") as folder:
-        done = throughput(Path(folder).resolve() / "study", num_trials)
-    shown = f"{done.at_a_time} at a time, {done.total_s:.1f} s in all"
-    return [Row("trials of nothing through Ray, a second", done.per_s, detail=shown)]
+        study_dir = Path(folder).resolve() / "study"
+        result = run_search(recipe_of(NUM_TRIALS), study_dir, on_event=on_event, runner=Runner(prepare, train))
+        ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/*/{RESULT}"))
+    shown = f"{started[0].concurrency} at a time, {result.elapsed_s:.1f} s in all"
+    return [Row("trials of nothing through Ray, a second", (len(ends) - 1) / (ends[-1] - ends[0]), detail=shown)]

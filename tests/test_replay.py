@@ -136,7 +136,7 @@ def test_each_grid_is_judged_on_images_that_did_not_choose(landscape, capsys):
 def test_each_part_runs(table_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "TABLE", table_path)
     for module in (searches, replay):
-        monkeypatch.setattr(module, "NUM_TRIALS", 6)
+        monkeypatch.setattr(module, "NUM_TRIALS", 12)
     monkeypatch.setattr(searches, "SAMPLERS", {"random": []})
     monkeypatch.setattr(searches, "GRIDS", {30: (2, 2, 1, 1), 100: (2, 2, 2, 1)})
     parts = [name for name in samplers.PARTS if name != "grids"]
