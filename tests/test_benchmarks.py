@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -274,6 +275,13 @@ def test_effect_refuses_bad_arguments(arguments, capsys):
         effect.main(arguments)
     assert left.value.code == 2
     assert "benchmarks.effect" in capsys.readouterr().err
+
+
+def test_each_command_is_in_the_readme_and_there_is_no_other():
+    folder = Path(effect.__file__).parent
+    commands = {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text()}
+    assert commands == {"effect", "gpu", "samplers", "speed", "statistics"}
+    assert commands == {*re.findall(r"(?m)^\| `python -m benchmarks\.(\w+)` \|", (folder / "README.md").read_text())}
 
 
 @pytest.mark.parametrize("module", [effect, gpu, samplers, speed, statistics])
