@@ -10,11 +10,14 @@ product's own code, recipe ``search_spaces/quickstart.yaml``:
     confirm  the best plain and the best of the first five random points (equal budgets, chosen by validation), each at
              its own alpha, with five fresh seeds, read on the test sets
 
-This benchmark **reads the test sets**; no search and no training of the product does. It prints every threshold with
-PASS or FAIL, and the comparison of the tuned methods whichever way it comes out; exit code 1 when a threshold is
-missed. All numbers go to ``effect.json``, the figure of docs/results.md to ``docs/effect.png`` and ``.svg``. Finished
-trainings are kept and not run again: a killed benchmark continues with the same command. They belong to one set of
-weights and one recipe; after a change of the training code, remove the folder.
+It prints every threshold with PASS or FAIL, and the comparison of the tuned methods whichever way it comes out; exit
+code 1 when a threshold is missed. All numbers go to ``effect.json``, the figure of docs/results.md to
+``docs/effect.png`` and ``.svg``. Finished trainings are kept and not run again: a killed benchmark continues with the
+same command. They belong to one set of weights and one recipe; after a change of the training code, remove the folder.
+
+``--recipe R`` asks of any images what the best of a search is worth (``benchmarks/winner.py``), ``--pretrain DIR``
+makes the packaged weights anew (``benchmarks/pretrain.py``). Like ``carft-ray test``, and unlike every search and
+training, the first two **read the test sets**.
 """
 
 import argparse
@@ -24,7 +27,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,26 +35,23 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from benchmarks import acceptance
-from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all
+from benchmarks import acceptance, pretrain, winner
+from benchmarks.effect_figure import Estimate, effect_figure
+from benchmarks.trainings import ID_TEST, Bench, Clock, Finished, Planned, open_bench, run_all, space_of
 from carft_ray import files
 from carft_ray.errors import CarftError, Problem
 from carft_ray.evaluation.objective import ID_SET, objective_spec
 from carft_ray.evaluation.predictions import BoolArray, correct_matrix, read_predictions
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import DEFAULT_GRID, Recipe
-from carft_ray.results.figure import FAINT, GREY, canvas, legend_above, limits, set_title, write
 from carft_ray.results.statistics.headline import headline, in_points, objective_difference
 from carft_ray.results.statistics.intervals import OVER_SEEDS_AND_IMAGES, Interval, paired_differences
 from carft_ray.ui import console
 
-METHOD_COLOURS = ("#222222", "#e69f00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9")
-METHOD_MARKS = ("*", "s", "o", "D", "^", "v")
-
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
 OUT = ROOT / "benchmarks" / "results" / "effect"
+DOCS = ROOT / "docs"
 
 LEARNING_RATE, KL_WEIGHT = 5e-4, 10.0
 PAIR_SEEDS = (1, 2, 3, 4, 5)
@@ -63,11 +63,6 @@ MAY_DIVERGE = ("random", "rates", "repeats")  # as trials of a search may
 
 Group = dict[str, list[Finished]]
 Correct = dict[str, BoolArray]  # per set [r, n]
-
-
-def space_of(recipe: Recipe) -> dict[str, FloatParameter]:
-    """Returns the search space, which this benchmark expects to hold floats alone."""
-    return {name: part for name, part in recipe.search.space.items() if isinstance(part, FloatParameter)}
 
 
 def first_plan(recipe: Recipe) -> dict[str, list[Planned]]:
@@ -246,15 +241,6 @@ def show(
     print(f"CAR-FT with alpha, objective on the test sets: {headline(difference, 'plain fine-tuning with alpha')}")
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A value with the ends of its interval, as fractions."""
-
-    mean: float
-    low: float
-    high: float
-
-
 def draw(methods: Mapping[str, Correct], folder: Path) -> None:
     """Draws the figure of docs/results.md."""
     effects = {
@@ -264,63 +250,6 @@ def draw(methods: Mapping[str, Correct], folder: Path) -> None:
     words = f"test sets; 95 % intervals {OVER_SEEDS_AND_IMAGES}, {len(PAIR_SEEDS)} seeds (zero-shot: over images)"
     title = f"Equal learning rate ({LEARNING_RATE:g}), alpha 1, KL weight 0 and {KL_WEIGHT:g}"
     effect_figure(effects, folder / "effect.png", folder / "effect.svg", title, words=words, synthetic=True)
-
-
-def effect_figure(
-    effects: Mapping[str, Mapping[str, Estimate]],
-    path_png: Path,
-    path_svg: Path,
-    title: str,
-    *,
-    words: str,
-    synthetic: bool = False,
-) -> None:
-    """Draws methods side by side on every set: a mark at the mean and a line over the interval, in percent.
-
-    Args:
-        effects: Method -> column (``ID``, ``OOD mean``, then single sets, drawn in this order) -> estimate. A method
-            may lack a column.
-        path_png: Where the PNG goes.
-        path_svg: Where the SVG goes.
-        title: What is compared.
-        words: What the intervals are over, with the number of seeds; written below the picture.
-        synthetic: Whether the images are; the title then says so.
-
-    Raises:
-        StorageError: A file cannot be written.
-    """
-    figure, axes = canvas(4.8)
-    columns = list(dict.fromkeys(column for estimates in effects.values() for column in estimates))
-    step = min(0.22, 0.66 / max(1, len(effects)))
-    ends: list[float] = []
-    for i, (method, estimates) in enumerate(effects.items()):
-        colour, mark = METHOD_COLOURS[i % len(METHOD_COLOURS)], METHOD_MARKS[i % len(METHOD_MARKS)]
-        shown = [(column, e) for column, e in estimates.items() if all(map(math.isfinite, (e.mean, e.low, e.high)))]
-        axes.errorbar(
-            [columns.index(column) + step * (i - (len(effects) - 1) / 2) for column, _ in shown],
-            [100 * e.mean for _, e in shown],
-            yerr=100 * np.array([(max(0, e.mean - e.low), max(0, e.high - e.mean)) for _, e in shown]).reshape(-1, 2).T,
-            fmt=mark,
-            color=colour,
-            markersize=10 if mark == "*" else 6,
-            linewidth=1.6,
-            capsize=4,
-            capthick=1.6,
-            label=method,
-        )
-        ends += [end for _, e in shown for end in (e.low, e.high)]
-    for i in range(1, len(columns)):
-        axes.axvline(i - 0.5, color=GREY if columns[i - 1] == "OOD mean" else FAINT, linewidth=0.8)
-    axes.set_xlim(-0.5, max(0, len(columns) - 1) + 0.5)
-    axes.set_ylim(*limits(ends))
-    axes.set_xticks(range(len(columns)), [column.replace("_", "\n") for column in columns])
-    axes.tick_params(axis="x", length=0)
-    axes.grid(axis="y", color=FAINT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.set_ylabel("accuracy, %")
-    figure.supxlabel(words, fontsize=10, color=GREY)
-    set_title(axes, title, synthetic, pad=10 + 20 * legend_above(axes))
-    write(figure, path_png, path_svg)
 
 
 def hardware() -> str:
@@ -387,21 +316,33 @@ def _finite(value: Any) -> Any:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.effect", description="The acceptance of the sandbox.")
-    parser.add_argument("--out", type=Path, default=OUT, help="where trainings and numbers are kept (%(default)s)")
-    parser.add_argument("--figure-dir", type=Path, default=ROOT / "docs", help="where the figure goes (%(default)s)")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.effect", description="What CAR-FT is worth.")
+    parser.add_argument("--recipe", type=Path, help="compares the winners of two searches of this recipe instead")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over this recipe")
+    parser.add_argument("--out", type=Path, help=f"where trainings and numbers are kept ({OUT}, or beside it)")
+    parser.add_argument("--figure-dir", type=Path, help="where the figure goes (docs; of --recipe: --out)")
     parser.add_argument("--processes", type=int, default=2, help="trainings at a time, one thread each (%(default)s)")
+    parser.add_argument("--pretrain", type=Path, metavar="DIR", help="makes the weights of the sandbox anew instead")
+    parser.add_argument("--steps", type=int, default=pretrain.NUM_STEPS, help="of --pretrain (%(default)s)")
     arguments = parser.parse_args(argv)
     if arguments.processes < 1:
         parser.error("--processes must be at least 1")
+    if arguments.steps < 10:
+        parser.error("--steps must be at least 10")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 all thresholds reached, 1 one missed, else that of the error."""
-    arguments = _arguments(argv)
+    given = _arguments(argv)
     try:
-        return 0 if run(arguments.out.resolve(), arguments.figure_dir.resolve(), arguments.processes) else 1
+        if given.pretrain is not None:
+            pretrain.pretrain(given.pretrain, given.steps, progress=pretrain.show)
+            return 0
+        if given.recipe is not None:
+            out = (given.out or OUT.with_name(given.recipe.stem)).resolve()
+            return winner.run(given.recipe.resolve(), out, (given.figure_dir or out).resolve(), given.set)
+        return 0 if run((given.out or OUT).resolve(), (given.figure_dir or DOCS).resolve(), given.processes) else 1
     except CarftError as error:
         console.show_error(error)
         return error.exit_code

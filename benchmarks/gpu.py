@@ -13,7 +13,8 @@ again or padded, per second, of what the maker says of the card for dense bf16. 
 time in which at least one kernel ran, by torch's profiler, whose own work in these steps counts as idle. The KL at step
 0 compares the model that trains with the targets, which the same weights have made.
 
-Without a GPU everything is tiny: it shows that the benchmark runs, and no number means anything.
+Without a GPU everything is tiny: it shows that the benchmark runs, and no number means anything. ``--memory`` measures
+nothing: it estimates what a step takes (``benchmarks/memory.py``), and needs no GPU.
 """
 
 import argparse
@@ -36,9 +37,9 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]  # it is not
 from torch.nn.functional import normalize
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.feeding import HEAVY, Pictures, pictures
+from benchmarks import memory
+from benchmarks.photos import HEAVY, Pictures, pictures
 from benchmarks.rows import Row, as_data, machine, machine_line
-from benchmarks.towers import TOWERS, Tower, num_operations, peak_of
 from carft_ray.data.views import view_batch
 from carft_ray.environment import usable_cores
 from carft_ray.errors import CarftError
@@ -58,6 +59,37 @@ TINY: dict[str, Any] = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 8},
     "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+# dense bf16, in 10^12 operations per second: half of what the makers' sheets say with sparsity; the first that matches
+PEAKS = (
+    ("H100 PCIe", 756.0),
+    ("H100 NVL", 835.0),
+    ("H100", 989.0),
+    ("H200", 989.0),
+    ("A100", 312.0),
+    ("A30", 165.0),
+    ("L40S", 362.0),
+)
+
+
+class Tower(NamedTuple):
+    """Sizes of an image tower, and of its batches: of a step, and of a forward pass."""
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    embed_dim: int
+    batch_size: int = 512
+    micro_batch: int = 512
+
+
+TOWERS = {
+    "ViT-B-16": Tower(224, 16, 768, 12, 512),
+    "ViT-B-32": Tower(224, 32, 768, 12, 512),
+    "ViT-L-14": Tower(224, 14, 1024, 24, 768, 256, 128),
+    "tiny": Tower(32, 8, 32, 2, 16, 4, 4),
 }
 
 
@@ -172,6 +204,29 @@ class Watch:
         """Returns the steps per second of the windows that count."""
         (first, began), (last, ended) = self.marks[WARM - 1], self.marks[-1]
         return (last - first) / (ended - began)
+
+
+def num_operations(tower: Tower) -> float:
+    """Returns the floating-point operations of a forward pass of one image; a multiplication and an addition are two.
+
+    n tokens of width d, L layers, patches of p pixels, embedding D (of the layers' products alone; training takes three
+    times as many):
+
+        L * (24 n d^2 + 4 n^2 d)  +  2 (n - 1) 3 p^2 d  +  2 d D
+    """
+    num_patches, d = (tower.image_size // tower.patch_size) ** 2, tower.width
+    n = num_patches + 1
+    layers = tower.layers * (24 * n * d**2 + 4 * n**2 * d)
+    return float(layers + 2 * num_patches * 3 * tower.patch_size**2 * d + 2 * d * tower.embed_dim)
+
+
+def peak_of(device_name: str) -> float | None:
+    """Returns the operations per second that a card's maker states for dense bf16; None: not known here."""
+    words = device_name.split()
+    for name, peak in PEAKS:
+        if all(any(word == part or word.startswith(f"{part}-") for word in words) for part in name.split()):
+            return 1e12 * peak
+    return None
 
 
 def busy_share(profiler: Any) -> float | None:
@@ -380,9 +435,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each measurement (%(default)s)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="writes a trace of ten steps, for ui.perfetto.dev")
     parser.add_argument("--json", action="store_true", help="all numbers as JSON; the lines go to standard error")
+    parser.add_argument(
+        "--memory",
+        nargs="*",
+        metavar="MODEL",
+        help="estimates the memory of a step instead (all: also into docs/gpu.md)",
+    )
     arguments = parser.parse_args(argv)
     if arguments.threads < 1:
         parser.error("--threads: at least 1")
+    if arguments.memory is not None:
+        memory.table(arguments.memory)
+        return 0
     out = sys.stderr if arguments.json else sys.stdout
 
     def say(text: str) -> None:

@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from scipy import stats
 from scipy.interpolate import CubicSpline, RBFInterpolator
 
-from benchmarks.effect import space_of
 from benchmarks.table import GRID, SPACE
+from benchmarks.trainings import space_of
 from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.alpha import choose_point
 from carft_ray.recipe.schema.recipe import Recipe
@@ -125,7 +125,7 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
         StorageError: There is no table.
     """
     if not path.exists():
-        step = "Make it: python -m benchmarks.table (about 200 trainings)"
+        step = "Make it: python -m benchmarks.samplers --make (about 200 trainings)"
         raise StorageError(Problem(str(path), "must be the table of trainings", "none", next_step=step))
     rows = [row for row in pq.read_table(path).to_pylist() if not row["diverged"]]
     alphas, lowest = tuple(map(float, GRID)), recipe.search.alpha.lowest
@@ -165,6 +165,13 @@ def read_landscape(path: Path, recipe: Recipe) -> Landscape:
         cv_error=float(np.sqrt(np.mean((predicted - measured)[counted] ** 2))),
         defaults={name: getattr(recipe.train, name) for name in SPACE},
     )
+
+
+def mean_with_interval(values: FloatArray) -> str:
+    """Returns the mean in percent, with Student's 95 % interval over searches."""
+    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
+    mean = float(np.mean(values))
+    return f"{100 * mean:.2f} [{100 * (mean - half):.2f}, {100 * (mean + half):.2f}]"
 
 
 def best_objective(alphas: Sequence[float], objectives: FloatArray, lowest: float) -> float:

@@ -1,10 +1,11 @@
-"""What a training step takes on a GPU: ``python -m benchmarks.memory``, some ten minutes, no GPU
+"""What a training step takes on a GPU: ``python -m benchmarks.gpu --memory``, some ten minutes, no GPU
 
 The table of docs/gpu.md, by ``carft_ray.training.memory``: towers with random weights, 1,000 classes, 80 contexts, the
 frozen tower online, AdamW. The last columns: the largest micro-batch, at most 512, for cards of so many GB.
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,7 +41,7 @@ def rows(name: str) -> list[str]:
     return found
 
 
-def main(names: list[str]) -> None:
+def table(names: Sequence[str]) -> None:
     """Prints the table; of all models, also writes it into the document."""
     cards = " | ".join(f"{card} GB" for card in CARDS)
     lines = [f"| model | | fixed, GB | per image, MB | {cards} |", "|---|---|---|---|" + "---|" * len(CARDS)]
@@ -56,7 +57,3 @@ def main(names: list[str]) -> None:
         before, _, rest = DOCUMENT.read_text("utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
         DOCUMENT.write_text("\n".join([f"{before}{BEGIN}", *lines, f"{END}{after}"]), "utf-8")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -5,18 +5,23 @@ of random patterns, each twice as fine and ``FALL`` times as strong as the one b
 """
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
+
+from carft_ray.data.images import decode_image
+from carft_ray.data.source import IdArray, IntArray, PixelArray
 
 FALL = 0.75
 QUALITY = 90
+WIDTH, HEIGHT = 500, 375  # of most files of ImageNet
+LIGHT, HEAVY = (0.75, 90), (0.95, 94)  # detail and quality of the pictures: 46 and 108 kB
 CLASSES = ("bird", "boat", "bridge", "car", "castle", "cat", "dog", "field")
 
 
-def photo(seed: int, width: int, height: int, fall: float = FALL) -> npt.NDArray[np.uint8]:
+def photo(seed: int, width: int, height: int, fall: float = FALL) -> PixelArray:
     """Returns a picture, uint8 [height, width, 3]; the nearer ``fall`` is to 1, the more detail it has."""
     draw = np.random.default_rng(seed)
     total = np.zeros((height, width, 3), np.float32)
@@ -27,7 +32,7 @@ def photo(seed: int, width: int, height: int, fall: float = FALL) -> npt.NDArray
             layer = Image.fromarray(pattern[..., colour]).resize((width, height), Image.Resampling.BICUBIC)
             total[..., colour] += fall**octave * np.asarray(layer)
     low, high = np.quantile(total, (0.01, 0.99))
-    pixels: npt.NDArray[np.uint8] = np.clip((total - low) / (high - low) * 255, 0, 255).astype(np.uint8)
+    pixels: PixelArray = np.clip((total - low) / (high - low) * 255, 0, 255).astype(np.uint8)
     return pixels
 
 
@@ -59,3 +64,33 @@ def write_tree(root: Path, num_images: int, width: int, height: int, num_distinc
             made.append(path)
         size += path.stat().st_size
     return size
+
+
+def pillow(content: bytes) -> PixelArray:
+    """Decodes as most loaders do."""
+    with Image.open(io.BytesIO(content)) as file:
+        return np.asarray(file.convert("RGB"))
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """JPEG files in memory, as the source of a training; image i is file ``i % len(contents)``."""
+
+    contents: tuple[bytes, ...]
+    labels: IntArray
+    sample_ids: IdArray
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+        return len(self.labels)
+
+    def pixels(self, index: int) -> PixelArray:
+        """Returns image ``index``, uint8 [H, W, 3]."""
+        return decode_image(self.contents[index % len(self.contents)], "benchmark")
+
+
+def pictures(num_images: int, num_distinct: int, kind: tuple[float, int]) -> Pictures:
+    """Returns a set of pictures of one kind."""
+    contents = tuple(jpeg(seed, WIDTH, HEIGHT, *kind) for seed in range(num_distinct))
+    numbers = np.arange(num_images)
+    return Pictures(contents, numbers, numbers.astype(np.uint64))

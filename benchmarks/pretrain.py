@@ -1,4 +1,4 @@
-"""Makes the sandbox's tiny CLIP from nothing. ``python -m benchmarks.pretrain --to DIR``
+"""Makes the sandbox's tiny CLIP from nothing. ``python -m benchmarks.effect --pretrain DIR``
 
 Contrastive pre-training on procedural pictures and their captions: so the packaged weights were made
 (``carft_ray/model/sandbox_weights``). Takes about ten minutes on one idle core.
@@ -6,10 +6,8 @@ Contrastive pre-training on procedural pictures and their captions: so the packa
 Shape letters: B pictures of a batch, U distinct captions of the batch, D embedding dimension.
 """
 
-import argparse
 import math
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +83,7 @@ def pretrain(out_dir: Path, num_steps: int = NUM_STEPS, seed: int = SEED, progre
         UsageError: The folder is not empty.
         StorageError: It cannot be written.
     """
-    require_new(out_dir, "--to")
+    require_new(out_dir, "--pretrain")
     state = train_model(draw_pictures(_NUM_PICTURES, progress), num_steps, seed, progress)
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     with new_folder(out_dir) as folder:
@@ -188,21 +186,8 @@ def _word(rng: np.random.Generator, label: int) -> int:
     return CLASSES.index(others[rng.integers(len(others))])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.pretrain", description="The sandbox's tiny CLIP.")
-    parser.add_argument("--to", type=Path, required=True, help="folder of the model; must be new or empty")
-    parser.add_argument("--steps", type=int, default=NUM_STEPS, help="at least 10; fewer make a weaker model")
-    arguments = parser.parse_args(argv)
-
-    def progress(done: int, total: int, metrics: Mapping[str, float]) -> None:
-        if done == total or done % (50 if metrics else 5000) == 0:
-            numbers = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
-            print(f"{'step' if metrics else 'picture'} {done}/{total}  {numbers}")
-
-    pretrain(arguments.to, arguments.steps, progress=progress)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def show(done: int, total: int, metrics: Mapping[str, float]) -> None:
+    """Prints how far it is, now and then."""
+    if done == total or done % (50 if metrics else 5000) == 0:
+        numbers = ", ".join(f"{name} {value:.3f}" for name, value in metrics.items())
+        print(f"{'step' if metrics else 'picture'} {done}/{total}  {numbers}")

@@ -1,20 +1,21 @@
-"""Searches replayed on the table of real trainings, in seconds. ``python -m benchmarks.replay``
+"""Searches replayed on the table of real trainings, in seconds: parts of ``python -m benchmarks.samplers``
 
 What a training gives comes from ``benchmarks.landscape``; the search spaces are cut to what the table covers. A
 replayed trial adds the noise between seeds, measured on the points that the table holds with several. The search itself
-is the product's own: ``study.study`` with its journal, sampler and outcomes. Every comparison uses ``NUM_SEEDS``
-searches a side; what is compared is the noise-free objective of the trial that the search calls best, with Student's
-95 % interval over searches.
+is the product's own: ``study.study`` with its journal, sampler and outcomes. What
+is compared is the noise-free objective of the trial that the search calls best, with Student's 95 % interval over
+searches.
 
-    TPE against random          30 trials
-    profile against sample      30 trainings each: alpha from the curve, or drawn like the other parameters
-    divergence                  every learning rate above a limit diverges; share of such trials in the second half,
-                                recorded as the product does (PRUNED and a constraint) and as FAIL
+    alpha        TPE against random search, 30 trials; 30 trainings each with alpha from the curve, and with alpha
+                 drawn like the other parameters
+    divergence   every learning rate above a limit diverges; share of such trials in the second half, recorded as the
+                 product does (PRUNED and a constraint) and as FAIL
+    script       trainings that find as much as 16 of ``benchmarks.peers.careful``
+    grids        grids of alphas of the alpha curve, on the trainings of the table themselves
 """
 
-import argparse
 import itertools
-import sys
+import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,13 +23,15 @@ from typing import Any
 
 import numpy as np
 import optuna
-from scipy import stats
+import pyarrow.parquet as pq
 
-from benchmarks.effect import space_of
-from benchmarks.landscape import FOLDS, FloatArray, Landscape, covered, read_landscape
+from benchmarks.landscape import FloatArray, Landscape, covered, mean_with_interval
 from benchmarks.rows import Row
 from benchmarks.table import RECIPE, SPACE, TABLE
-from carft_ray.errors import CarftError, DivergedError
+from benchmarks.trainings import space_of
+from carft_ray.errors import DivergedError
+from carft_ray.evaluation.alpha import choose_point
+from carft_ray.evaluation.objective import ID_SET
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
@@ -37,13 +40,13 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialRow
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row
-from carft_ray.ui import console
 
-NUM_SEEDS = 20
 NUM_TRIALS = 30
 NEEDED_TARGET = 0.5
 DIVERGES_ABOVE = 1e-3  # learning rate; half of the space on its log scale
 LARGEST_INFEASIBLE_SHARE = 0.40
+DRAWN = ["search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"]
+INNER = (0.2, 0.4, 0.6, 0.8)  # of the table's alphas, those that a grid may leave out
 
 # objective of a training; None: diverged
 ObjectiveOf = Callable[[Mapping[str, Any], np.random.Generator], float | None]
@@ -132,18 +135,15 @@ def by_hand(recipe: Recipe, objective_of: ObjectiveOf, seed: int) -> list[tuple[
     return found
 
 
-def needed_row(table: Path = TABLE, num_seeds: int = NUM_SEEDS, num_trials: int = 16, most: int = 32) -> Row:
+def needed_row(landscape: Landscape, num_seeds: int, num_trials: int = 16, most: int = 32) -> Row:
     """Replays the product's search (profile) and the script's (alpha drawn), each from ``num_seeds`` seeds.
 
     What a search has found after n trainings is the noise-free objective of the one with the best noisy value. The row
     is the fewest trainings after which the mean over seeds of the product's is at least that of the script's at its
     end, relative to the script's trainings; infinite where ``most`` do not suffice.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     ours = covered(load_recipe(RECIPE, [f"search.trials={most}"]))
-    drawn = ["search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"]
-    script = covered(load_recipe(RECIPE, [f"search.trials={num_trials}", *drawn]))
-    landscape, lowest = read_landscape(table, ours), ours.search.alpha.lowest
+    careful, lowest = covered(load_recipe(RECIPE, [f"search.trials={num_trials}", *DRAWN])), ours.search.alpha.lowest
 
     def objective_of(values: Mapping[str, Any], rng: np.random.Generator) -> float:
         return landscape.objective(values, lowest) + float(rng.normal(0, landscape.seed_sd))
@@ -158,7 +158,7 @@ def needed_row(table: Path = TABLE, num_seeds: int = NUM_SEEDS, num_trials: int 
         for seed in range(num_seeds)
     ]
     means = np.mean([found_after(trials) for trials in by_product], axis=0)
-    end = float(np.mean([found_after(by_hand(script, objective_of, seed))[-1] for seed in range(num_seeds)]))
+    end = float(np.mean([found_after(by_hand(careful, objective_of, seed))[-1] for seed in range(num_seeds)]))
     reached = np.flatnonzero(means >= end)
     number = float(reached[0] + 1) if len(reached) else float("inf")
     name = (
@@ -167,37 +167,28 @@ def needed_row(table: Path = TABLE, num_seeds: int = NUM_SEEDS, num_trials: int 
     return Row(f"{name} / {num_trials}", number / num_trials, NEEDED_TARGET)
 
 
-def mean_with_interval(values: FloatArray) -> str:
-    """Returns the mean in percent, with Student's 95 % interval over searches."""
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    mean = float(np.mean(values))
-    return f"{100 * mean:.2f} [{100 * (mean - half):.2f}, {100 * (mean + half):.2f}]"
-
-
-def run(table: Path, num_seeds: int, num_trials: int) -> bool:
-    """Prints all comparisons; returns whether the one with a threshold reaches it."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    recipe = covered(load_recipe(RECIPE, [f"search.trials={num_trials}"]))
-    landscape = read_landscape(table, recipe)
-    print(
-        f"Spline over {table.name}: {landscape.num_collapsed} trainings collapsed; of the others rank correlation "
-        f"{landscape.cv_correlation:.2f} and error {100 * landscape.cv_error:.2f} points in {FOLDS}-fold "
-        f"cross-validation; between seeds {100 * landscape.seed_sd:.2f} points. Synthetic images."
-    )
-    low, high, log = SPACE["learning_rate"]
-    whole = {**recipe.search.space, "learning_rate": FloatParameter(low=low, high=high, log=log)}
+def alpha(landscape: Landscape, num_seeds: int) -> bool:
+    """Prints TPE against random search, and alpha from the curve against alpha drawn like the other parameters."""
     settings = {
-        "TPE, profile": [],
         "random, profile": ["search.sampler.name=random"],
-        "TPE, sample": ["search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"],
+        "TPE, profile": [],
+        "TPE, sample": DRAWN,
     }
     results = {}
     for name, overrides in settings.items():
-        setting = covered(load_recipe(RECIPE, [f"search.trials={num_trials}", *overrides]))
+        setting = covered(load_recipe(RECIPE, [f"search.trials={NUM_TRIALS}", *overrides]))
         results[name] = found(landscape, setting, num_seeds)
-        print(f"{name}: best objective after {num_trials} trials {mean_with_interval(results[name])} %")
-    for a, b in itertools.pairwise(("random, profile", "TPE, profile", "TPE, sample")):
+        print(f"{name}: best objective after {NUM_TRIALS} trials {mean_with_interval(results[name])} %")
+    for a, b in itertools.pairwise(results):
         print(f"  {a} - {b}: {mean_with_interval(results[a] - results[b])} points")
+    return True
+
+
+def divergence(landscape: Landscape, num_seeds: int) -> bool:
+    """Prints the share of diverged trials in the second half of searches; returns whether it is small enough."""
+    recipe = covered(load_recipe(RECIPE, [f"search.trials={NUM_TRIALS}"]))
+    low, high, log = SPACE["learning_rate"]
+    whole = {**recipe.search.space, "learning_rate": FloatParameter(low=low, high=high, log=log)}
     wide = recipe.model_copy(update={"search": recipe.search.model_copy(update={"space": whole})})
     ours, fail = infeasible_shares(landscape, wide, num_seeds)
     reached = bool(np.mean(ours) <= LARGEST_INFEASIBLE_SHARE)
@@ -209,26 +200,61 @@ def run(table: Path, num_seeds: int, num_trials: int) -> bool:
     return reached
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.replay", description="Searches replayed on the table.")
-    parser.add_argument("--table", type=Path, default=TABLE, help="the table (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="searches a side (%(default)s)")
-    parser.add_argument("--trials", type=int, default=NUM_TRIALS, help="trials of a search (%(default)s)")
-    arguments = parser.parse_args(argv)
-    if min(arguments.seeds, arguments.trials) < 2:
-        parser.error("--seeds and --trials must be at least 2")
-    return arguments
+def script(landscape: Landscape, num_seeds: int) -> bool:
+    """Prints how many trainings reach what a search by hand finds; returns whether they are few enough."""
+    row = needed_row(landscape, num_seeds)
+    print(row)
+    return row.is_met
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a missed threshold, or that of the error."""
-    arguments = _arguments(argv)
-    try:
-        return 0 if run(arguments.table.resolve(), arguments.seeds, arguments.trials) else 1
-    except CarftError as error:
-        console.show_error(error)
-        return error.exit_code
+def read_table() -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Returns the trainings of the table that have a curve, and the number of images by set."""
+    table = pq.read_table(TABLE)
+    return [row for row in table.to_pylist() if not row["diverged"]], json.loads(table.schema.metadata[b"sets"])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def halves(rng: np.random.Generator) -> tuple[tuple[float, ...], FloatArray]:
+    """Returns the alphas that all trainings of the table share, and their objectives on two halves of the images.
+
+    Returns:
+        A alphas above 0; objectives (equal weights of ID and OOD mean), [2, trainings, A].
+    """
+    trainings, sizes = read_table()
+    curves = [{round(point["alpha"], 9): point["correct"] for point in row["curve"]} for row in trainings]
+    alphas = tuple(sorted(set.intersection(*map(set, curves)) - {0.0}))
+    bits_RAn = np.stack([[np.unpackbits(np.frombuffer(curve[a], np.uint8)) for a in alphas] for curve in curves])
+    found: FloatArray = np.zeros((2, *bits_RAn.shape[:2]))
+    start = 0
+    for name, size in sizes.items():
+        order, weight = start + rng.permutation(size), 0.5 if name == ID_SET else 0.5 / (len(sizes) - 1)
+        for half, part in enumerate(np.array_split(order, 2)):
+            found[half] += weight * bits_RAn[:, :, part].mean(axis=2)
+        start += size
+    return alphas, found
+
+
+def judged(alphas: Sequence[float], objectives_2RA: FloatArray, grid: Sequence[float]) -> FloatArray:
+    """Returns per training what the choice from a grid is worth on the half that did not choose, the mean of both."""
+    taken = [alphas.index(alpha) for alpha in grid]
+    worth: FloatArray = np.zeros(objectives_2RA.shape[1])
+    for chosen_RA, judge_RA in itertools.permutations(objectives_2RA, 2):
+        for index, values in enumerate(chosen_RA):
+            points = [{"alpha": alphas[i], "objective": float(values[i])} for i in taken]
+            worth[index] += judge_RA[index, alphas.index(choose_point(points, grid[0])["alpha"])] / 2
+    return worth
+
+
+def grids(landscape: Landscape, num_seeds: int) -> bool:
+    """Prints per grid of alphas what its choice is worth against that from all points, the mean over trainings.
+
+    Each training of the table chooses the best point of a grid on half of the images, drawn at random in every set, and
+    the other half says what it is worth; then the halves change places.
+    """
+    tried = [(*inner, 1.0) for count in range(len(INNER), 0, -1) for inner in itertools.combinations(INNER, count)]
+    splits = [halves(np.random.default_rng(seed)) for seed in range(num_seeds)]
+    worth = {grid: np.mean([judged(*split, grid) for split in splits], axis=0) for grid in tried}
+    for grid, values in worth.items():
+        gap = values - worth[tried[0]]
+        error = float(gap.std(ddof=1)) / len(gap) ** 0.5
+        print(f"{', '.join(f'{alpha:g}' for alpha in grid)}: {100 * gap.mean():+.3f} +- {100 * error:.3f} points")
+    return True

@@ -1,9 +1,10 @@
-"""Pruning, Pareto search, constraints and warm start on the replayed table. ``python -m benchmarks.searches``
+"""Samplers, pruning, Pareto search, constraints, warm start, replayed: parts of ``python -m benchmarks.samplers``
 
-Searches of the product's own study over ``benchmarks.landscape``, ``NUM_SEEDS`` a side, over the four values of
-``benchmarks.samplers``; a trial shows the noise between seeds, what is compared is free of it, with Student's 95 %
+Searches of the product's own study over ``benchmarks.landscape``, over the four values of
+``VALUES``; a trial shows the noise between seeds, what is compared is free of it, with Student's 95 %
 interval over searches. Differences are paired by seed.
 
+    samplers      every sampler after 30 and after 100 trials, against random search
     pruners       each pruner against none, 30 trials of 12 epochs: epochs saved, objective of the best; next to it the
                   best of the first trials without a pruner that train as many epochs
     pareto        TPE with and without successive halving, and random: hypervolume of the reported front beyond
@@ -12,27 +13,22 @@ interval over searches. Differences are paired by seed.
                   with the constraint passed to TPE, with it in the choice of alpha alone (random), and without
     warm_start    10 trials after a search of 30 on a related task (the same space, whose trainings give what half as
                   many epochs give), against 10 and 30 trials alone
-    real          a search of the sandbox with successive halving, and what its replay predicts
 """
 
-import argparse
 import json
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import stats
 from scipy.interpolate import CubicSpline
 
-from benchmarks.landscape import FloatArray, Landscape, Measured, covered, read_landscape
-from benchmarks.replay import NUM_SEEDS, mean_with_interval
-from benchmarks.samplers import LOWEST, recipe_of
-from benchmarks.table import RECIPE, TABLE
+from benchmarks.landscape import FloatArray, Landscape, Measured, covered, mean_with_interval
+from benchmarks.replay import search
+from benchmarks.table import RECIPE, SPACE
 from carft_ray import files
 from carft_ray.evaluation.alpha import choose_point
 from carft_ray.layout import METRICS
@@ -45,9 +41,19 @@ from carft_ray.study.front import front_of, non_dominated
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import best_row, trials
+from carft_ray.study.rows import best_row
 
-ROOT = Path(__file__).parent.parent
+LOWEST = 0.1  # alpha that a trial may choose
+LENGTHS = (30, 100)  # trials after which a search is read
+SAMPLERS = {
+    "random": [],
+    "tpe": ["search.sampler.startup_trials=8"],
+    "gp": ["search.sampler.startup_trials=8"],
+    "nsga2": ["search.sampler.population_size=10"],
+    "qmc": [],
+}
+GRIDS = {30: (5, 3, 2, 1), 100: (5, 5, 2, 2)}  # points per value, in the order of ``VALUES``
+VALUES = ("learning_rate", "kl_weight", "weight_decay", "crop_scale")
 NUM_TRIALS = 30
 EPOCHS = 12
 STEPS_AN_EPOCH = 8  # of the quickstart recipe
@@ -62,6 +68,75 @@ PRUNERS: dict[str, list[str]] = {
 }
 TPE = ["search.sampler.startup_trials=8"]
 DRAWN_ALPHA = ["search.objective.kind=pareto", "search.alpha.mode=sample", "search.space.alpha={low: 0.1, high: 1.0}"]
+
+
+def four_values(name: str, num_trials: int, overrides: Sequence[str]) -> Recipe:
+    """Returns the recipe of a search with one of the samplers over ``VALUES``."""
+    settings = [f"search.trials={num_trials}", f"search.sampler.name={name}", *overrides]
+    return covered(load_recipe(RECIPE, [*settings, *_space(GRIDS[num_trials] if name == "grid" else None)]))
+
+
+def _space(points: Sequence[int] | None) -> list[str]:
+    """Returns the space as overrides: ranges, or a grid of so many points per value."""
+    if points is None:
+        ranges = {name: SPACE[name] for name in VALUES}
+        return [
+            f"search.space.{name}={{low: {low}, high: {high}, log: {str(log).lower()}}}"
+            for name, (low, high, log) in ranges.items()
+        ]
+    found = []
+    for name, number in zip(VALUES, points, strict=True):
+        low, high, log = SPACE[name]
+        shares = (np.arange(number) + 0.5) / number
+        ticks = low * (high / low) ** shares if log else low + shares * (high - low)
+        found.append(f"search.space.{name}={{choices: [{', '.join(f'{tick:.6g}' for tick in ticks)}]}}")
+    return found
+
+
+def best_after(rows: Sequence[TrialRow], num_trials: int, landscape: Landscape) -> float:
+    """Returns the noise-free objective of the best of the first trials, as the search calls it."""
+    best = best_row(rows[:num_trials])
+    assert best is not None
+    return landscape.objective(best.values, LOWEST)
+
+
+def found_by(name: str, landscape: Landscape, num_seeds: int) -> FloatArray:
+    """Returns the noise-free objectives, [searches, len(LENGTHS)]."""
+
+    def objective_of(values: Mapping[str, Any], rng: np.random.Generator) -> float:
+        return landscape.training(values, rng).objective(LOWEST)
+
+    runs = []
+    for seed in range(num_seeds):
+        if name == "grid":
+            rows = [search(four_values(name, number, []), objective_of, seed) for number in LENGTHS]
+        else:
+            rows = [search(four_values(name, max(LENGTHS), SAMPLERS[name]), objective_of, seed)] * len(LENGTHS)
+        runs.append([best_after(rows[i], number, landscape) for i, number in enumerate(LENGTHS)])
+    return np.array(runs)
+
+
+def samplers(landscape: Landscape, num_seeds: int) -> bool:
+    """Prints a row for each sampler: after 30 and 100 trials, and its difference to random search of the same seed.
+
+    A search has 100 trials, of which the first 30 are what a search of 30 would have done: ``tpe`` and ``gp`` begin
+    with 8 random trials, the populations have 10. The grid cannot be cut short: it has a search for each number of
+    trials, of as many points.
+    """
+    heads = " | ".join(f"{number} trials | minus random" for number in LENGTHS)
+    print(f"| sampler | {heads} | s a search |\n|---|{'---|' * (2 * len(LENGTHS) + 1)}")
+    random: FloatArray | None = None
+    for name in (*SAMPLERS, "grid"):
+        began = time.perf_counter()
+        best = found_by(name, landscape, num_seeds)
+        seconds = (time.perf_counter() - began) / num_seeds
+        cells = []
+        for index in range(len(LENGTHS)):
+            cells.append(mean_with_interval(best[:, index]))
+            cells.append("" if random is None else mean_with_interval(best[:, index] - random[:, index]))
+        random = best if random is None else random
+        print(f"| `{name}` | {' | '.join(cells)} | {seconds:.1f} |", flush=True)
+    return True
 
 
 @dataclass(frozen=True)
@@ -179,13 +254,13 @@ def best_truth(rows: Sequence[TrialRow], landscape: Landscape) -> float:
     return sum(truth(best, landscape)) / 2
 
 
-def pruners(landscape: Landscape, num_seeds: int) -> None:
+def pruners(landscape: Landscape, num_seeds: int) -> bool:
     """Prints what each pruner saves and costs."""
     heads = ("pruner", "epochs saved, %", "trials cut", "best, %", "minus none", "minus none of as many epochs")
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     unpruned: list[Searched] = []
     for name, overrides in PRUNERS.items():
-        recipe = recipe_of("tpe", NUM_TRIALS, [*TPE, "evaluate.every_epochs=1", *overrides])
+        recipe = four_values("tpe", NUM_TRIALS, [*TPE, "evaluate.every_epochs=1", *overrides])
         found = [replayed(recipe, landscape, seed) for seed in range(num_seeds)]
         saved = np.array([1 - each.num_epochs / (NUM_TRIALS * EPOCHS) for each in found])
         cut = np.mean([sum(row.outcome == "pruned" for row in each.rows) for each in found])
@@ -201,6 +276,7 @@ def pruners(landscape: Landscape, num_seeds: int) -> None:
             cells = [mean_with_interval(saved), f"{cut:.1f}", mean_with_interval(best)]
             cells += [mean_with_interval(best - plain), mean_with_interval(best - np.array(as_many))]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return True
 
 
 def hypervolume(points_N2: FloatArray, reference: tuple[float, float]) -> float:
@@ -222,7 +298,7 @@ def hypervolume(points_N2: FloatArray, reference: tuple[float, float]) -> float:
     return float(area)
 
 
-def pareto(landscape: Landscape, num_seeds: int) -> None:
+def pareto(landscape: Landscape, num_seeds: int) -> bool:
     """Prints the hypervolume of fronts, in thousandths of the unit square."""
     zero_shot = landscape.training(PLAIN)
     reference = (float(zero_shot.id_accuracies[0]), float(zero_shot.ood_accuracies[0]))
@@ -231,7 +307,7 @@ def pareto(landscape: Landscape, num_seeds: int) -> None:
     settings = {"random": ("random", []), "TPE": ("tpe", TPE), "TPE, successive halving": ("tpe", [*TPE, *halving])}
     random: FloatArray | None = None
     for name, (sampler, overrides) in settings.items():
-        recipe = recipe_of(sampler, NUM_TRIALS, [*DRAWN_ALPHA, *overrides])
+        recipe = four_values(sampler, NUM_TRIALS, [*DRAWN_ALPHA, *overrides])
         volumes, saved = [], []
         for seed in range(num_seeds):
             searched = replayed(recipe, landscape, seed)
@@ -247,9 +323,10 @@ def pareto(landscape: Landscape, num_seeds: int) -> None:
         difference = mean_with_interval(10 * (found - random)) if name != "random" else ""
         share = mean_with_interval(np.array(saved)) if any(saved) else "0"
         print(f"| {name} | {mean_with_interval(10 * found)} | {difference} | {share} |", flush=True)
+    return True
 
 
-def constraints(landscape: Landscape, num_seeds: int) -> None:
+def constraints(landscape: Landscape, num_seeds: int) -> bool:
     """Prints how often the best trial meets a constraint, free of noise."""
     bound = id_bound(landscape)
     print(f"ID accuracy of at least {100 * bound:.2f} %, free of noise:")
@@ -259,7 +336,7 @@ def constraints(landscape: Landscape, num_seeds: int) -> None:
     settings = {"TPE, none": ("tpe", TPE), "random, in the choice of alpha": ("random", constrained)}
     settings["TPE, in the choice of alpha and passed"] = ("tpe", [*TPE, *constrained])
     for name, (sampler, overrides) in settings.items():
-        recipe = recipe_of(sampler, NUM_TRIALS, overrides)
+        recipe = four_values(sampler, NUM_TRIALS, overrides)
         met, missed, later, best = [], [], [], []
         for seed in range(num_seeds):
             rows = replayed(recipe, landscape, seed).rows
@@ -272,12 +349,13 @@ def constraints(landscape: Landscape, num_seeds: int) -> None:
             best.append(best_truth(rows, landscape))
         cells = [f"{100 * np.mean(met):.0f}", *(mean_with_interval(np.array(each)) for each in (missed, later, best))]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+    return True
 
 
-def warm_start(landscape: Landscape, num_seeds: int) -> None:
+def warm_start(landscape: Landscape, num_seeds: int) -> bool:
     """Prints what a search on a related task is worth to the next one."""
     few = 10
-    alone = {number: recipe_of("tpe", number, TPE) for number in (few, NUM_TRIALS)}
+    alone = {number: four_values("tpe", number, TPE) for number in (few, NUM_TRIALS)}
     found: dict[str, list[float]] = {}
     for seed in range(num_seeds):
         with tempfile.TemporaryDirectory(prefix="carft-warm-") as folder:
@@ -295,58 +373,4 @@ def warm_start(landscape: Landscape, num_seeds: int) -> None:
         best = np.array(values)
         difference = "" if name == f"{few} trials" else mean_with_interval(best - cold)
         print(f"| {name} | {mean_with_interval(best)} | {difference} |")
-
-
-def real(landscape: Landscape, num_seeds: int) -> None:
-    """Runs the sandbox's search with successive halving, and prints what its replay predicts."""
-    settings = ["evaluate.every_epochs=2", "search.pruner.name=successive_halving", "search.baselines={}"]
-    recipe = covered(load_recipe(RECIPE, settings))
-    with tempfile.TemporaryDirectory(prefix="carft-real-") as folder:
-        study_dir = Path(folder) / "study"
-        command = [sys.executable, "-m", "carft_ray.cli", "search", str(RECIPE), "--study", str(study_dir)]
-        space = [f"search.space.{name}={part.model_dump_json()}" for name, part in recipe.search.space.items()]
-        command += [word for setting in (*settings, *space) for word in ("--set", setting)]
-        subprocess.run(command, cwd=ROOT, check=True)
-        rows = trials(study_dir)
-        epochs = [len(files.read_json_lines(study_dir / "trials" / row.name / METRICS)) for row in rows]
-    complete = [row for row in rows if row.outcome == "complete"]
-    measured = np.array([row.objective for row in complete], np.float64)
-    predicted = np.array([landscape.objective(row.values, LOWEST) for row in complete])
-    error = np.sqrt(np.mean((measured - predicted) ** 2))
-    rank = stats.spearmanr(measured, predicted).statistic
-    replays = [replayed(recipe, landscape, seed) for seed in range(num_seeds)]
-    all_epochs = recipe.search.trials * EPOCHS
-    saved = np.array([1 - each.num_epochs / all_epochs for each in replays])
-    cut = np.array([sum(row.outcome == "pruned" for row in each.rows) for each in replays])
-    share = 100 * (1 - sum(epochs) / all_epochs)
-    print(f"real: {len(rows) - len(complete)} of {len(rows)} trials cut, {share:.0f} % of the epochs saved")
-    print(f"replayed: {cut.mean():.1f} cut (from {cut.min()} to {cut.max()}), {mean_with_interval(saved)} % saved")
-    print(f"objectives of {len(complete)} complete trials: rank correlation {rank:.2f}, error {100 * error:.2f} points")
-
-
-PARTS: Mapping[str, Callable[[Landscape, int], None]] = {
-    "pruners": pruners,
-    "pareto": pareto,
-    "constraints": constraints,
-    "warm_start": warm_start,
-    "real": real,
-}
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.searches", description="Searches, replayed.")
-    parser.add_argument("--only", choices=PARTS, action="append", help="a part; as often as you like (all)")
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="searches a side (%(default)s)")
-    arguments = parser.parse_args(argv)
-    if arguments.seeds < 2:
-        parser.error("--seeds must be at least 2")
-    landscape = read_landscape(TABLE, covered(load_recipe(RECIPE, [])))
-    for name in arguments.only or PARTS:
-        print(f"\n{name}")
-        PARTS[name](landscape, arguments.seeds)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return True

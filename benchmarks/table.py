@@ -1,4 +1,4 @@
-"""About 200 real sandbox trainings as one table, for benchmarks that replay them. ``python -m benchmarks.table``
+"""About 200 real sandbox trainings as one table, to be replayed: ``python -m benchmarks.samplers --make``
 
 A space-filling design (scrambled Sobol) over five values of a training, ``SPACE``; each point is trained by the
 product's own code with the recipe ``search_spaces/quickstart.yaml`` and read on the validation sets only. The table
@@ -14,9 +14,7 @@ metadata). A training that diverged has its values and nothing else. Finished tr
 killed benchmark continues with the same command.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +26,10 @@ from scipy.stats import qmc
 
 from benchmarks.trainings import Clock, Finished, Planned, open_bench, run_all
 from carft_ray import files
-from carft_ray.errors import CarftError
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import correct_matrix
 from carft_ray.layout import METRICS
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.ui import console
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
@@ -95,8 +91,8 @@ def _bits(training: Finished, alpha: float, sets: Sequence[str]) -> bytes:
     return np.packbits(np.concatenate([correct_matrix([(table, alpha)], name)[0] for name in sets])).tobytes()
 
 
-def run(out: Path, table_path: Path, num_points: int, processes: int) -> None:
-    """Runs what is missing and writes the table."""
+def make(out: Path, table_path: Path = TABLE, num_points: int = NUM_POINTS, processes: int = 2) -> None:
+    """Runs the trainings that are missing, so many at a time with one thread each, and writes the table."""
     recipe = load_recipe(RECIPE, ["evaluate.every_epochs=1", "evaluate.subset=200", f"search.alpha.grid={GRID}"])
     bench = open_bench(recipe, out)
     points = list(enumerate(design(num_points)))
@@ -124,30 +120,3 @@ def run(out: Path, table_path: Path, num_points: int, processes: int) -> None:
         f"{min(training.result['objective'] for training in finished):.4f} to {best.result['objective']:.4f}, best at "
         f"{dict(best.planned.values)}; {table_path}, {table_path.stat().st_size / 1e6:.2f} MB"
     )
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.table", description="Trainings to replay, as a table.")
-    parser.add_argument("--out", type=Path, default=OUT, help="where trainings are kept (%(default)s)")
-    parser.add_argument("--table", type=Path, default=TABLE, help="the table (%(default)s)")
-    parser.add_argument("--points", type=int, default=NUM_POINTS, help="points of the design (%(default)s)")
-    parser.add_argument("--processes", type=int, default=2, help="trainings at a time, one thread each (%(default)s)")
-    arguments = parser.parse_args(argv)
-    if min(arguments.processes, arguments.points) < 1:
-        parser.error("--processes and --points must be at least 1")
-    return arguments
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or that of the error."""
-    arguments = _arguments(argv)
-    try:
-        run(arguments.out.resolve(), arguments.table.resolve(), arguments.points, arguments.processes)
-    except CarftError as error:
-        console.show_error(error)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

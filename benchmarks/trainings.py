@@ -43,6 +43,7 @@ from carft_ray.evaluation.predictions import concat, read_predictions, write_pre
 from carft_ray.launch.stop import stop_file_on_signal
 from carft_ray.layout import ATTEMPT, PREDICTIONS, RESULT, WEIGHTS
 from carft_ray.model.classifier import build_classifier
+from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.training.checkpoint import load_tensors
@@ -55,6 +56,11 @@ from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 ID_TEST = "id_test"
 DIVERGED = "diverged.txt"
 CPU = torch.device("cpu")
+
+
+def space_of(recipe: Recipe) -> dict[str, FloatParameter]:
+    """Returns the search space, of which the floats count."""
+    return {name: part for name, part in recipe.search.space.items() if isinstance(part, FloatParameter)}
 
 
 @dataclass(frozen=True)

@@ -1,107 +1,116 @@
-"""What the best of a search is worth, read on the test sets. ``python -m benchmarks.winner``
+"""What the best of a search is worth, on any images: ``python -m benchmarks.effect --recipe RECIPE``
 
-The whole sequence that a user would run, by the command line, on the sandbox (synthetic images):
+The whole sequence that a user would run, by the command line:
 
-    search    search_spaces/quickstart.yaml: 16 trials of CAR-FT
-    search    the same with ``kl_weight`` 0: 16 trials of plain fine-tuning, an equal budget
+    search    the recipe: CAR-FT
+    search    the same with ``kl_weight`` 0, which its space then leaves out: plain fine-tuning, an equal budget
     confirm   the winner, the winner of plain fine-tuning, and the baselines, each with five fresh seeds
     test      all of them on id_test and ood_test, once, at the alphas that validation chose
 
-It prints a table in Markdown. Everything is written to ``--out`` (git ignores it); a run that was killed continues with
-the same command, and a finished one is only printed again.
+It prints a table in Markdown and draws it. Everything is written to ``--out``; a run that was killed continues with the
+same command, and a finished one is only printed again.
 """
 
-import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.effect_figure import Estimate, effect_figure
 from carft_ray import files
+from carft_ray.errors import Problem, UsageError
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.schema.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
-OUT = ROOT / "benchmarks" / "results" / "winner"
 NUM_SEEDS = 5
-PLAIN = (
-    "name=plain",
-    "train.kl_weight=0",
-    "search.space={learning_rate: {low: 1e-4, high: 5e-3, log: true}}",
-    "search.baselines={}",
-)
 SUMMARY = Path("test") / "summary.json"
+COLUMNS = {"id_accuracy": "ID test", "ood_accuracy": "OOD test, mean", "objective": "objective"}
 
 
-def carft_ray(*words: str) -> None:
-    """Runs a command; its progress goes to the terminal.
-
-    Raises:
-        subprocess.CalledProcessError: It failed, with its exit code.
-    """
-    print(f"$ carft-ray {' '.join(words)}", file=sys.stderr, flush=True)
-    subprocess.run([sys.executable, "-m", "carft_ray.cli", *words], check=True, cwd=ROOT, stdout=sys.stderr)
-
-
-def run(out: Path, num_seeds: int, settings: Sequence[str]) -> None:
-    """Runs what is missing and prints the table.
+def run(recipe_path: Path, out: Path, figure_dir: Path, settings: Sequence[str]) -> int:
+    """Runs what is missing, prints the table and draws the figure; returns the exit code of what failed, else 0.
 
     Args:
+        recipe_path: Its test sets are read.
         out: Folder of the two studies.
-        num_seeds: Fresh seeds of each configuration.
+        figure_dir: Where ``effect.png`` and ``.svg`` go.
         settings: Over the recipe, ``key=value``.
+
+    Raises:
+        UsageError: The recipe has no test sets, or its space nothing but ``kl_weight``.
     """
+    recipe = load_recipe(recipe_path, settings)
+    plain_over = plain_settings(recipe, recipe_path)
     out.mkdir(parents=True, exist_ok=True)
     files.write_text(out / ".gitignore", "*\n")
-    study, plain = out / "car_ft", out / "plain"
-    if not (study / SUMMARY).exists():
-        changed = [word for setting in settings for word in ("--set", setting)]
-        carft_ray("search", str(RECIPE), "--study", str(study), *changed)
-        carft_ray("search", str(RECIPE), "--study", str(plain), *changed, *plain_settings())
-        carft_ray("confirm", str(study), "--top", "1", "--seeds", str(num_seeds), "--against", str(plain))
-        carft_ray("test", str(study))
-    summary = files.read_json(study / SUMMARY)
+    study, plain = str(out / "car_ft"), str(out / "plain")
+    changed = [word for setting in settings for word in ("--set", setting)]
+    plain_changed = [word for setting in plain_over for word in ("--set", setting)]
+    commands = (
+        ("search", str(recipe_path), "--study", study, *changed),
+        ("search", str(recipe_path), "--study", plain, *changed, *plain_changed),
+        ("confirm", study, "--top", "1", "--seeds", str(NUM_SEEDS), "--against", plain),
+        ("test", study),
+    )
+    for words in () if (out / "car_ft" / SUMMARY).exists() else commands:
+        print(f"$ carft-ray {' '.join(words)}", file=sys.stderr, flush=True)
+        done = subprocess.run([sys.executable, "-m", "carft_ray.cli", *words], check=False, stdout=sys.stderr)
+        if done.returncode:
+            return done.returncode
+    summary = files.read_json(out / "car_ft" / SUMMARY)
     print("\n".join(markdown(summary)))
     print(f"\n{summary['headline']}")
+    below = f"test sets; 95 % intervals, {len(summary['seeds'])} seeds"
+    synthetic = recipe.data.train.source == "sandbox"
+    pictures = figure_dir / "effect.png", figure_dir / "effect.svg"
+    figure_dir.mkdir(parents=True, exist_ok=True)
+    effect_figure(estimates(summary), *pictures, recipe.name, words=below, synthetic=synthetic)
+    return 0
 
 
-def plain_settings() -> list[str]:
-    """Returns the options that make the recipe one of plain fine-tuning."""
-    return [word for setting in PLAIN for word in ("--set", setting)]
+def plain_settings(recipe: Recipe, path: Path) -> list[str]:
+    """Returns the settings that make the recipe one of plain fine-tuning.
+
+    Raises:
+        UsageError: The recipe has no test sets, or its space nothing but ``kl_weight``.
+    """
+    space = {name: part.model_dump(mode="json") for name, part in recipe.search.space.items() if name != "kl_weight"}
+    problems = []
+    if not space:
+        problems.append(Problem(f"{path}: search.space", "must have a parameter beside kl_weight", "none"))
+    if recipe.data.id_test is None:
+        problems.append(Problem(f"{path}: data.id_test", "must be a set: this benchmark reads test sets", "none"))
+    if problems:
+        raise UsageError(problems)
+    return ["name=plain", "train.kl_weight=0", f"search.space={json.dumps(space)}", "search.baselines={}"]
 
 
 def markdown(summary: Mapping[str, Any]) -> list[str]:
     """Returns the rows of ``test/summary.json`` as a Markdown table, accuracies in percent with 95 % intervals."""
-    columns = {"id_accuracy": "ID test", "ood_accuracy": "OOD test, mean", "objective": "objective"}
-    lines = ["| | alpha | " + " | ".join(columns.values()) + " |", "|---" * (2 + len(columns)) + "|"]
+    lines = ["| | alpha | " + " | ".join(COLUMNS.values()) + " |", "|---" * (2 + len(COLUMNS)) + "|"]
     for row in summary["rows"]:
-        cells = [_estimate(row[name]) for name in columns]
+        cells = [_cell(row[name]) for name in COLUMNS]
         lines.append(f"| {row['name'].replace('_', ' ')} | {row['alpha']:.2f} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _estimate(found: Mapping[str, Any]) -> str:
+def estimates(summary: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+    """Returns the accuracies of the rows for the figure: ID, OOD mean, and each OOD test set."""
+    found = {}
+    for row in summary["rows"]:
+        ood = {name: each for name, each in row["sets"].items() if name != "id_test"}
+        columns = {"ID": row["id_accuracy"], "OOD mean": row["ood_accuracy"], **ood}
+        found[row["name"].replace("_", " ")] = {
+            name: Estimate(each["mean"], *each["ends"]) for name, each in columns.items() if each is not None
+        }
+    return found
+
+
+def _cell(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return ""
     low, high = found["ends"]
     return f"{100 * found['mean']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.winner", description="What the best is worth.")
-    parser.add_argument("--out", type=Path, default=OUT, help="where the studies are kept (%(default)s)")
-    parser.add_argument("--seeds", type=int, default=NUM_SEEDS, help="fresh seeds of each (%(default)s)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="over the recipe")
-    return parser.parse_args(argv)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or that of the command that failed."""
-    arguments = _arguments(argv)
-    try:
-        run(arguments.out.resolve(), arguments.seeds, arguments.set)
-    except subprocess.CalledProcessError as error:
-        return error.returncode
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

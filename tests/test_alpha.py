@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from from_logits import predictions_table
 
-from benchmarks import curve as benchmark
 from carft_ray.errors import DataError, DivergedError
 from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
@@ -15,7 +14,6 @@ from carft_ray.recipe.trial_values import apply
 
 MEASURED = tuple(sorted({*DEFAULT_GRID, 0.1}))  # by default: the grid and the lowest alpha that may be chosen
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("sketch",), 0.5)
-OOD_SETS = ("noisy_photo", "blurry_photo", "painting", "negative")
 
 
 def points(objectives, alphas=MEASURED, **violations):
@@ -129,28 +127,3 @@ def test_a_training_has_diverged_only_where_every_alpha_is_at_chance():
         alphas_at_chance(curve_of(1000, 0, "constant"), "id_val")
     assert alphas_at_chance(curve_of(0, 0, 0), "id_val") == []  # zero-shot knows no more
     assert alphas_at_chance(curve_of("constant", 700, 0), "id_val") == []
-
-
-# ---------------------------------------------------------------------------------------------- the benchmark
-
-FEW = [f"data.{name}.num_per_class=2" for name in ("train", "id_val", *(f"ood_val.{one}" for one in OOD_SETS))]
-
-
-@pytest.mark.whole
-def test_the_benchmark_measures_the_curve_and_its_training(tmp_path):
-    settings = [*FEW, f"data.cache_dir={tmp_path}", "train.epochs=30", "train.batch_size=32", "evaluate.every_epochs=0"]
-    pairs = benchmark.curve_and_training(settings)
-    assert len(pairs) == len(benchmark.LEARNING_RATES) - 1
-    assert all(curve_s > 0 and training_s > 0 for curve_s, training_s in pairs)  # one epoch is shorter than their noise
-
-
-@pytest.mark.slow
-def test_the_benchmark_judges_each_grid_on_images_that_did_not_choose(capsys, monkeypatch):
-    monkeypatch.setattr(benchmark, "NUM_SPLITS", 2)
-    table, _ = benchmark.read_table()
-    alphas, objectives_2RA = benchmark.halves(np.random.default_rng(0))
-    assert objectives_2RA.shape == (2, len(table), len(alphas))
-    whole, few = (benchmark.judged(alphas, objectives_2RA, grid) for grid in (alphas, (0.2, 1.0)))
-    assert whole.mean() > few.mean()
-    assert benchmark.main(["--grids"]) == 0
-    assert "0.2, 0.4, 0.6, 1: " in capsys.readouterr().out

@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,22 +15,20 @@ import torch
 from PIL import Image
 from torch.autograd import DeviceType
 
-from benchmarks import __main__ as command
 from benchmarks import (
-    decoders,
     effect,
-    engine,
-    feeding,
     gpu,
-    loader,
-    overhead,
-    pairs,
     photos,
     rows,
-    startup,
-    steps,
-    towers,
-    whole,
+    samplers,
+    speed,
+    speed_engine,
+    speed_searches,
+    speed_sets,
+    speed_steps,
+    speed_views,
+    statistics,
+    winner,
 )
 from benchmarks.acceptance import (
     THRESHOLDS,
@@ -48,7 +47,7 @@ from benchmarks.rows import Row
 from benchmarks.trainings import Bench, Clock, Finished, Planned, run_all
 from carft_ray.data.decoded import image_set
 from carft_ray.data.readers import list_set
-from carft_ray.data.selection import stored_source
+from carft_ray.data.selection import stored_source, unlabelled_source
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import CarftError
 from carft_ray.model.pretrained import SANDBOX_WEIGHTS
@@ -278,25 +277,19 @@ def test_effect_refuses_bad_arguments(arguments, capsys):
     assert "benchmarks.effect" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "main",
-    [
-        decoders.main,
-        effect.main,
-        feeding.main,
-        gpu.main,
-        steps.main,
-        loader.main,
-        overhead.main,
-        pairs.main,
-        startup.main,
-    ],
-)
-def test_help_says_what_it_is(main, capsys):
+def test_each_command_is_in_the_readme_and_there_is_no_other():
+    folder = Path(effect.__file__).parent
+    commands = {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text()}
+    assert commands == {"effect", "gpu", "samplers", "speed", "statistics"}
+    assert commands == {*re.findall(r"(?m)^\| `python -m benchmarks\.(\w+)` \|", (folder / "README.md").read_text())}
+
+
+@pytest.mark.parametrize("module", [effect, gpu, samplers, speed, statistics])
+def test_help_says_what_it_is(module, capsys):
     with pytest.raises(SystemExit) as left:
-        main(["--help"])
+        module.main(["--help"])
     assert left.value.code == 0
-    assert "usage: python -m benchmarks." in capsys.readouterr().out
+    assert f"usage: python -m {module.__name__} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("passed", "exit_code"), [(True, 0), (False, 1)])
@@ -305,31 +298,64 @@ def test_exit_code_says_whether_all_thresholds_are_reached(passed, exit_code, mo
     assert effect.main(["--out", str(tmp_path)]) == exit_code
 
 
-def test_startup_judges_the_median():
-    command = startup.Command(("--help",), 0.4)
-    assert startup.verdict(command, [0.3, 0.39, 9.0])[1]
-    line, passed = startup.verdict(command, [0.3, 0.4, 0.5])
-    assert not passed
-    assert line == "FAIL  carft-ray --help: median 0.40 s of 3 (0.30 to 0.50), must be below 0.4 s"
+def test_plain_fine_tuning_has_the_space_of_the_recipe_without_the_kl(recipe):
+    settings = winner.plain_settings(recipe, effect.RECIPE)
+    plain = load_recipe(effect.RECIPE, settings)
+    assert plain.search.space == {"learning_rate": recipe.search.space["learning_rate"]}
+    assert plain.train.kl_weight == 0
+    assert plain.search.baselines == {}
 
 
-def test_startup_counts_the_runs_after_the_first():
-    assert len(startup.run_times(["true"], num_runs=2)) == 2
+def test_a_recipe_that_cannot_be_compared_ends_before_anything_is_trained(tmp_path, capsys):
+    changed = ["search.space={kl_weight: {low: 1, high: 10}}", "data.id_test=null"]
+    words = [word for setting in changed for word in ("--set", setting)]
+    assert effect.main(["--recipe", str(effect.RECIPE), "--out", str(tmp_path / "out"), *words]) == 2
+    told = capsys.readouterr().err
+    assert "beside kl_weight" in told
+    assert "data.id_test" in told
+    assert not (tmp_path / "out").exists()
 
 
-def test_startup_tells_of_a_command_that_fails(monkeypatch, capsys, tmp_path):
+def test_a_finished_comparison_is_printed_and_drawn_again(tmp_path, capsys):
+    def estimate(mean):
+        return {"mean": mean, "ends": [mean - 0.01, mean + 0.01]}
+
+    sets = {"id_test": estimate(0.8), "sketch": estimate(0.7)}
+    row = {"name": "car_ft", "alpha": 0.4, "id_accuracy": estimate(0.8), "ood_accuracy": estimate(0.7), "sets": sets}
+    summary = {"rows": [{**row, "objective": estimate(0.75)}], "headline": "one row", "seeds": [1, 2]}
+    path = tmp_path / "car_ft" / "test" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(summary))
+    assert effect.main(["--recipe", str(effect.RECIPE), "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "| car ft | 0.40 | 80.0 [79.0, 81.0] | 70.0 [69.0, 71.0] | 75.0 [74.0, 76.0] |" in out
+    assert out.endswith("one row\n")
+    assert (tmp_path / "effect.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_start_of_commands_is_measured_against_python_that_does_nothing(monkeypatch, tmp_path):
+    script = tmp_path / "carft-ray"
+    script.write_text("#!/bin/sh\nexit 0\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(speed_searches.sysconfig, "get_path", lambda name: str(tmp_path))
+    found = speed_searches.startup_rows(False)
+    assert [row.name for row in found] == [
+        "carft-ray --help / python -c pass",
+        "carft-ray validate search_spaces/quickstart.yaml / python -c pass",
+    ]
+    assert all(row.value > 0 for row in found)
+
+
+def test_a_command_that_fails_is_told_with_what_it_printed(monkeypatch, tmp_path):
+    monkeypatch.setattr(speed_searches.sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"pip install -e \."):
+        speed_searches.startup_rows(False)
     script = tmp_path / "carft-ray"
     script.write_text("#!/bin/sh\necho broken >&2\nexit 3\n")
     script.chmod(0o755)
-    monkeypatch.setattr(startup, "script", lambda: script)
-    assert startup.main([]) == 1
-    assert "exit code 3: broken" in capsys.readouterr().err
-
-
-def test_startup_tells_when_the_product_is_not_installed(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(startup.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert startup.main([]) == 2
-    assert "pip install -e ." in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="broken"):
+        speed_searches.startup_rows(False)
 
 
 @pytest.mark.slow
@@ -340,7 +366,7 @@ def test_memory_of_a_process_counts_its_children():
         [sys.executable, "-c", code, child], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         process.stdout.readline()
-        assert 120 < overhead.memory_mb(process.pid) < 200
+        assert 120 < speed_searches.memory_mb(process.pid) < 200
         process.communicate(b"\n")
 
 
@@ -350,66 +376,29 @@ def test_memory_of_a_process_counts_its_children():
 @pytest.mark.slow
 def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
     """One real trial, then copies of its lines: all are read, all have folders, and the sampler takes them."""
-    engine.fill(tmp_path / "study", 6)
+    speed_engine.fill(tmp_path / "study", 6)
     rows = trials(tmp_path / "study")
     assert [row.number for row in rows] == list(range(6))
     assert {row.outcome for row in rows} == {"complete"}
     assert len({row.values["learning_rate"] for row in rows}) == 6
     assert [row.name for row in rows] == [trial_name(row.number, row.values) for row in rows]
-    assert [row.objective for row in rows] == [engine.objective_of(row.values["learning_rate"]) for row in rows]
+    assert [row.objective for row in rows] == [speed_engine.objective_of(row.values["learning_rate"]) for row in rows]
     assert {path.name for path in tmp_path.glob("study/trials/*")} == {row.name for row in rows}
-    cost = engine.study_cost(tmp_path / "other", 6, num_asked=2, commands={})
+    cost = speed_engine.study_cost(tmp_path / "other", 6, num_asked=2, commands={})
     assert [row.outcome for row in trials(tmp_path / "other")] == ["complete"] * 8
     assert cost.num_trials == 6
     assert 0 < cost.log_mb < 0.1
     assert min(cost.ask_ms, cost.tell_ms, cost.open_s, cost.memory_mb) > 0
-    assert engine.study_table([cost])[0] == "| finished trials | 6 |"
 
 
 @pytest.mark.slow
 def test_a_played_driver_has_its_trials_running(tmp_path):
-    cost = engine.driver_cost(tmp_path / "study", num_finished=3, num_live=4, num_reports=5, num_seconds=2)
+    cost = speed_engine.driver_cost(tmp_path / "study", num_finished=3, num_live=4, num_reports=5, num_seconds=2)
     assert min(cost.read_ms, cost.read_share, cost.view_ms, cost.view_share) > 0
-    assert len(engine.driver_table([cost])) == 3
     assert [row.outcome for row in trials(tmp_path / "study")] == ["complete"] * 3 + ["running"] * 4
 
 
-def test_engine_refuses_a_study_without_trials(capsys):
-    with pytest.raises(SystemExit) as left:
-        engine.main(["--sizes", "0"])
-    assert left.value.code == 2
-    assert "at least 1" in capsys.readouterr().err
-
-
 # ------------------------------------------------------------------------------------------------ images
-
-
-def test_decoders_are_compared_with_pillow(capsys):
-    assert decoders.main(["--pictures", "1", "--repeats", "1"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    for name in ("simplejpeg ", "torchvision", "carft-ray"):
-        shown = [line for line in lines if line.strip().startswith(name)]
-        assert len(shown) == len(decoders.SIZES)
-        assert all(line.endswith("x Pillow  same") for line in shown)
-    assert any(line.endswith("another size") for line in lines)
-
-
-@pytest.mark.slow
-def test_copies_of_a_folder_are_found_and_pairs_that_were_not_made_are_judged_by_labels(tmp_path, capsys):
-    for index in range(3):
-        path = tmp_path / "images" / "photo" / "cat" / f"{index}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(photos.jpeg(index, 120, 90))
-    Image.open(tmp_path / "images/photo/cat/0.jpg").save(tmp_path / "images/photo/cat/again.png")
-    command = [str(tmp_path / "images"), "--copies", "2"]
-    assert pairs.main(command) == 0
-    told = capsys.readouterr().out
-    assert "PASS  small watermark: 100.0 % found, at least 95.0 %" in told
-    assert "photo/cat/0.jpg and photo/cat/again.png: inspect them" in told
-    assert "0 of copies, 1 not judged" in told
-    (tmp_path / "labels.csv").write_text("first,second,same_picture\nphoto/cat/again.png,photo/cat/0.jpg,no\n")
-    assert pairs.main([*command, "--labels", str(tmp_path / "labels.csv")]) == 1
-    assert "FAIL  1 pairs of different pictures among 4 images, at most 0" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -419,19 +408,19 @@ def test_a_pass_of_each_side_gives_every_image(tmp_path):
     source = stored_source(list_set(spec, "train"), spec, photos.CLASSES, "train")
     images = image_set(source, None, "as-is", tmp_path / "cache")
     root = tmp_path / "images" / "photo"
-    passes = [loader.folder_pass(root, 5, 0, training, to_floats) for training in (0, 1) for to_floats in (0, 1)]
-    passes += [loader.evaluation_pass(images, 5, to_floats) for to_floats in (False, True)]
-    passes += [loader.training_pass(source, 5, workers) for workers in (0, 1)]
+    passes = [speed_views.folder_pass(root, 5, 0, training, to_floats) for training in (0, 1) for to_floats in (0, 1)]
+    passes += [speed_views.evaluation_pass(images, 5, to_floats) for to_floats in (False, True)]
+    passes += [speed_views.training_pass(source, 5, workers) for workers in (0, 1)]
     assert [one_pass() for one_pass in passes] == [16] * 8
 
 
 @pytest.mark.slow
 def test_views_are_measured_against_decoding_and_into_a_stand_in_device():
-    judged, told = feeding.view_rows((0.5, 50), 2, 1)
+    judged, told = speed_views.view_rows((0.5, 50), 2, 1)
     assert 1 < told.value < 1000
     assert told.target is None
     assert judged.is_met == (judged.value <= 1.25)
-    fed, step = feeding.device_rows(2, 4, 3, 1, False)
+    fed, step = speed_views.device_rows(2, 4, 3, 1, False)
     assert fed.value > 0
     assert fed._replace(value=0.9).is_met
     assert "FAIL  step, 2 threads, batches of 4: with views / without: 1.06" in str(step._replace(value=1.06))
@@ -441,52 +430,98 @@ def test_bytes_are_read_from_files_and_packed(tmp_path):
     photos.write_tree(tmp_path / "images" / "photo", 8, 20, 20)
     spec = FolderSet(source="folder", path=str(tmp_path / "images"), domains=("photo",))
     source = stored_source(list_set(spec, "train"), spec, photos.CLASSES, "train")
-    times = loader.read_times(source, tmp_path / "cache", 1)
+    times = speed_views.read_times(source, tmp_path / "cache", 1)
     assert list(times) == ["files, disk", "files, memory", "packed, disk", "packed, memory"]
     assert all(value > 0 for value in times.values())
+
+
+@pytest.mark.slow
+def test_the_reading_of_a_set_is_measured_against_decoding_it(tmp_path):
+    photos.write_tree(tmp_path, 6, 40, 30, 3)
+    spec = FolderSet(source="folder", path=str(tmp_path))
+    source = unlabelled_source(list_set(spec, "set"), spec, "set")
+    row = speed_sets.ratio_row("ratio", source, (speed_sets.one_pass, speed_sets.plain_loop), 1, None)
+    assert row.value > 0
+    built = speed_sets.ratio_row("ratio", source, (speed_sets.decoded_set, speed_sets.with_one_thread), 1, None)
+    assert built.value > 0
+
+
+@pytest.mark.slow
+def test_each_container_is_read_and_one_in_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "")  # the reading sets it
+    speed_sets.write(tmp_path, 30, 100, 3)
+    assert len([*(tmp_path / "shards").iterdir()]) == 3
+    found = {kind: speed_sets.read(str(tmp_path), kind) for kind in speed_sets.KINDS}
+    found["apart"] = rows.apart(speed_sets.read, str(tmp_path), "shards")
+    assert all(min(each["in_order"], each["at_random"], each["index_s"]) > 0 for each in found.values())
 
 
 # ------------------------------------------------------------------------------------------------ rows with targets
 
 
 def test_a_row_says_whether_its_target_is_reached():
-    row = rows.median_row("ratio", [1.0, 1.2, 1.1], 1.1)
-    assert str(row) == "PASS  ratio: 1.10 (1.00 to 1.20), at most 1.1"
+    row = rows.median_row("ratio", [1.0, 1.2, 1.1], 1.1, detail="3 s")
+    assert str(row) == "PASS  ratio: 1.10 (1.00 to 1.20; 3 s), at most 1.1"
     assert str(row._replace(value=1.11)).startswith("FAIL")
     assert str(row._replace(at_most=False, value=math.nan)).startswith("FAIL")
     assert str(Row("told", 1234.5, digits=0)) == "      told: 1,234"
     assert rows.as_data(Row("told", 1.0))["is_met"] is None
 
 
-def test_every_part_is_measured_though_one_fails(monkeypatch, capsys):
+def test_every_part_is_measured_though_one_fails_and_long_ones_where_they_are_asked_for(monkeypatch, capsys):
     parts = {
-        "good": command.Part("good", lambda full: [Row("size", 2.0 if full else 1.0, 1.0)]),
-        "bad": command.Part("bad", lambda full: 1 / 0),
-        "none": command.Part("none", lambda full: []),
+        "good": speed.Part("good", lambda full, scale: [Row("size", 2.0 if full else 1.0, 1.0)]),
+        "bad": speed.Part("bad", lambda full, scale: 1 / 0),
+        "long": speed.Part("long", lambda full, scale: [Row("told", 7.0 if scale else 5.0)], True),
     }
-    monkeypatch.setattr(command, "PARTS", parts)
-    assert command.main(["--rows", "good", "none"]) == 0
-    assert "none: not here, which has no GPU" in capsys.readouterr().out
-    assert command.main(["--json"]) == 1
+    monkeypatch.setattr(speed, "PARTS", parts)
+    assert speed.main(["--rows", "good", "long", "--scale"]) == 0
+    assert "told: 7.00" in capsys.readouterr().out
+    assert speed.main(["--json"]) == 1
     out, err = capsys.readouterr()
     found = json.loads(out)["parts"]
+    assert [*found] == ["good", "bad"]
     assert found["good"]["rows"][0]["is_met"] is True
     assert found["bad"]["error"] == "ZeroDivisionError: division by zero"
     assert "FAIL  bad: ZeroDivisionError: division by zero" in err
-    assert command.main(["--full", "--rows", "good"]) == 1
+    assert speed.main(["--full"]) == 1
+    assert "told: 5.00" in capsys.readouterr().out
+
+
+def test_what_is_kept_of_a_machine_is_compared_with_the_next_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(speed, "KEPT", tmp_path / "speed.json")
+    values = {"one": 2.0, "two": 4.0}
+
+    def part(name):
+        return speed.Part(name, lambda full, scale: [Row(name, values[name], detail="3 s")])
+
+    monkeypatch.setattr(speed, "PARTS", {name: part(name) for name in values})
+    assert speed.main(["--keep"]) == 0
+    assert " of the " not in capsys.readouterr().out
+    values |= {"one": 3.0, "two": 5.0}
+    assert speed.main(["--keep", "--rows", "one"]) == 0
+    assert "      one: 3.00 (3 s); 1.50 of the 2.00 of " in capsys.readouterr().out
+    (machine,) = speed.read_kept().values()
+    assert {name: kept["value"] for name, kept in machine.items()} == {"one": 3.0, "two": 4.0}
+
+
+@pytest.mark.slow
+def test_a_function_that_fails_in_a_process_of_its_own_says_why():
+    with pytest.raises(RuntimeError, match="math domain error"):
+        rows.apart(speed_engine.objective_of, 0)
 
 
 def test_operations_of_a_tower_are_those_that_torch_counts():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    tower = towers.TOWERS["tiny"]
+    tower = gpu.TOWERS["tiny"]
     visual = open_clip.CLIP(**gpu.TINY).visual.eval()
     plain = sdpa_kernel(SDPBackend.MATH)  # of attention in one piece it counts nothing on a CPU
     with FlopCounterMode(display=False) as counter, torch.no_grad(), same_attention(), plain:
         visual(torch.zeros(1, 3, tower.image_size, tower.image_size))
-    assert counter.get_total_flops() == towers.num_operations(tower)
-    assert towers.num_operations(towers.TOWERS["ViT-B-16"]) == pytest.approx(35.1e9, rel=1e-3)
+    assert counter.get_total_flops() == gpu.num_operations(tower)
+    assert gpu.num_operations(gpu.TOWERS["ViT-B-16"]) == pytest.approx(35.1e9, rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -501,7 +536,7 @@ def test_operations_of_a_tower_are_those_that_torch_counts():
     ],
 )
 def test_the_peak_of_a_card_is_known_or_not(name, peak):
-    assert towers.peak_of(name) == peak
+    assert gpu.peak_of(name) == peak
 
 
 def test_time_busy_is_that_of_at_least_one_kernel():
@@ -538,9 +573,19 @@ def test_the_gpu_benchmark_runs_without_one(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_loop_is_measured_against_a_resident_batch():
-    found = steps.step_rows(1, 2, ["data.train.num_per_class=8"])
+    found = speed_steps.step_rows(1, 2, ["data.train.num_per_class=8"])
     assert [row.target for row in found] == [0.97, 1.03, 1.36]
     assert all(0.1 < row.value < 10 for row in found)
+
+
+@pytest.mark.whole
+def test_the_curve_and_its_training_are_measured(tmp_path):
+    sets = ("train", "id_val", *(f"ood_val.{name}" for name in ("noisy_photo", "blurry_photo", "painting", "negative")))
+    settings = [f"data.{name}.num_per_class=2" for name in sets]
+    settings += [f"data.cache_dir={tmp_path}", "train.epochs=30", "train.batch_size=32", "evaluate.every_epochs=0"]
+    pairs = speed_steps.curve_and_training(settings)
+    assert len(pairs) == len(speed_steps.LEARNING_RATES) - 1
+    assert all(curve_s > 0 and training_s > 0 for curve_s, training_s in pairs)  # one epoch is shorter than their noise
 
 
 @pytest.mark.slow
@@ -556,7 +601,7 @@ def test_the_script_by_hand_begins_from_the_same_model_and_trains(tmp_path, monk
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     (tmp_path / "recipes").mkdir()
     recipe = tmp_path / "recipes" / "folders.yaml"
-    recipe.write_text(whole.FOLDERS.read_text())
+    recipe.write_text(speed_searches.FOLDERS.read_text())
     settings = ["data.id_test=null", "data.ood_test={}", "train.batch_size=16", f"data.cache_dir={tmp_path / 'cache'}"]
     expected = prepare(load_recipe(recipe, settings), tmp_path / "prepared")["objective"]
     monkeypatch.setattr(careful, "EPOCHS", 1)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.effect import Estimate, effect_figure
+from benchmarks.effect_figure import Estimate, effect_figure
 from carft_ray.errors import StorageError
 from carft_ray.results.figure import Curve, Dot, id_ood_figure, write
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks import selection
+from benchmarks import statistics
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics.headline import headline, in_points, objective_difference
@@ -67,7 +67,7 @@ def test_one_net_image_of_160_is_no_finding():
 @pytest.mark.parametrize(("flips", "seed_sd"), [(0.01, 0.03), (0.05, 0.0)])
 def test_few_seeds_cover_zero_for_equal_configurations(num_seeds, flips, seed_sd):
     """300 pairs on 500 images; 95 % expected, Monte Carlo standard error 1.3 %; 88 % without the lower bounds."""
-    found = selection.pair_intervals(np.random.default_rng(0), 300, num_seeds, 500, flips, seed_sd)
+    found = statistics.pair_intervals(np.random.default_rng(0), 300, num_seeds, 500, flips, seed_sd)
     covered = [low <= 0 <= high for low, high in (each.ends for each in found)]
     assert np.mean(covered) >= 0.92
     assert all(low < high for low, high in (each.ends for each in found))

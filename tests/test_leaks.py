@@ -20,11 +20,11 @@ import crash_host
 import numpy as np
 import pytest
 import short_training
+from picture_copies import COPIES as MADE
+from picture_copies import signed
 from PIL import Image, ImageOps
 from strict_roles import check_overlap
 
-from benchmarks.pairs import COPIES as MADE
-from benchmarks.pairs import signed
 from carft_ray.data import bad_images
 from carft_ray.data.copies.find import TOLERANCE, alike, candidates, distances
 from carft_ray.data.records import thumbnails_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import pretrain
+from benchmarks import effect, pretrain
 from benchmarks.pretrain import contrastive_loss, true_templates
 from carft_ray import model
 from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, TEMPLATES, render
@@ -54,7 +54,7 @@ def test_pretraining_writes_a_model_that_open_clip_opens_and_repeats_bit_for_bit
     monkeypatch.setattr(pretrain, "_NUM_PICTURES", 192)
     monkeypatch.setattr(pretrain, "_BATCH_SIZE", 16)
     for name in ("a", "b"):
-        assert pretrain.main(["--to", str(tmp_path / name), "--steps", "10"]) == 0
+        assert effect.main(["--pretrain", str(tmp_path / name), "--steps", "10"]) == 0
     first, second = ((tmp_path / name / "open_clip_model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
     assert "step 10/10  loss " in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""``benchmarks.replay`` on a made-up table whose best training is known."""
+"""``benchmarks.samplers`` on a made-up table whose best training is known."""
 
 import math
 
@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from benchmarks import landscape as landscapes
-from benchmarks import replay, table
+from benchmarks import replay, samplers, searches, table
 from carft_ray.recipe.loading import load_recipe
 
 ALPHAS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -115,12 +115,45 @@ def test_what_diverges_is_avoided_better_than_when_told_as_fail(landscape):
 
 
 @pytest.mark.slow
-def test_trainings_needed_are_counted_from_the_first(table_path):
-    row = replay.needed_row(table_path, num_seeds=2, num_trials=3, most=6)
+def test_trainings_needed_are_counted_from_the_first(landscape):
+    row = replay.needed_row(landscape, num_seeds=2, num_trials=3, most=6)
     assert row.value in [n / 3 for n in range(1, 7)] or row.value == np.inf
     assert row.target == 0.5
 
 
-def test_without_a_table_the_command_that_makes_it_is_named(tmp_path, capsys):
-    assert replay.main(["--table", str(tmp_path / "none.parquet")]) == 5
-    assert "python -m benchmarks.table" in capsys.readouterr().err
+@pytest.mark.slow
+def test_each_grid_is_judged_on_images_that_did_not_choose(landscape, capsys):
+    rows, _ = replay.read_table()
+    alphas, objectives_2RA = replay.halves(np.random.default_rng(0))
+    assert objectives_2RA.shape == (2, len(rows), len(alphas))
+    whole, few = (replay.judged(alphas, objectives_2RA, grid) for grid in (alphas, (0.2, 1.0)))
+    assert whole.mean() > few.mean()
+    assert replay.grids(landscape, 2)
+    assert "0.2, 0.4, 0.6, 1: " in capsys.readouterr().out
+
+
+@pytest.mark.whole
+def test_each_part_runs(table_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "TABLE", table_path)
+    for module in (searches, replay):
+        monkeypatch.setattr(module, "NUM_TRIALS", 12)
+    monkeypatch.setattr(searches, "SAMPLERS", {"random": []})
+    monkeypatch.setattr(searches, "GRIDS", {30: (2, 2, 1, 1), 100: (2, 2, 2, 1)})
+    parts = [name for name in samplers.PARTS if name != "grids"]
+    assert samplers.main([*parts, "--seeds", "2"]) in (0, 1)  # a made-up table promises nothing of the thresholds
+    out = capsys.readouterr().out
+    assert all(f"\n{name}\n" in out for name in parts)
+
+
+def test_without_a_table_the_command_that_makes_it_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "TABLE", tmp_path / "none.parquet")
+    assert samplers.main([]) == 5
+    assert "python -m benchmarks.samplers --make" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--seeds", "1"], ["pruner"]])
+def test_bad_arguments_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as left:
+        samplers.main(arguments)
+    assert left.value.code == 2
+    assert "benchmarks.samplers" in capsys.readouterr().err

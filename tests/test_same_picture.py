@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 from conftest import ArraySource
+from picture_copies import COPIES, signed
 from PIL import Image, ImageDraw
 
-from benchmarks.pairs import COPIES, signed
 from benchmarks.photos import photo
 from carft_ray.data.copies.find import (
     NEAREST,

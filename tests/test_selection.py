@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from scipy import special, stats
 
-from benchmarks import selection as benchmark
+from benchmarks import statistics as benchmark
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics.intervals import crossed, values_by_seed
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise

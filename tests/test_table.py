@@ -3,7 +3,6 @@
 import json
 
 import numpy as np
-import pytest
 from from_logits import predictions_table
 
 from benchmarks import table
@@ -59,10 +58,3 @@ def test_a_diverged_training_has_its_values_alone(tmp_path):
     (tmp_path / "diverged.txt").write_text("step 3")
     row = table.row_of(0, Finished(Planned("point 0", {"learning_rate": 1e-2}), tmp_path), ("id_val",))
     assert row == {"point": 0, "learning_rate": 1e-2, "seed": 0, "diverged": True}
-
-
-def test_bad_arguments_are_refused(capsys):
-    with pytest.raises(SystemExit) as left:
-        table.main(["--points", "0"])
-    assert left.value.code == 2
-    assert "at least 1" in capsys.readouterr().err

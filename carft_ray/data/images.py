@@ -13,7 +13,7 @@ CMYK is read by Adobe's convention (inverted in JPEG) and mixed as ``(255 - C)(2
 a colour profile. Of an animation the first picture counts.
 
 Most JPEGs are decoded by simplejpeg, which is libjpeg-turbo without a detour. Pillow has the same underneath, so the
-pixels are the same to the bit (``benchmarks/decoders.py`` says how much faster). What needs a rule of the list above,
+pixels are the same to the bit (benchmarks/README.md says how much faster). What needs a rule of the list above,
 and what it finds anything wrong with, goes to Pillow.
 
 All images of strangers are opened here. The ending of a file says nothing: of Pillow's 43 formats those of ``FORMATS``

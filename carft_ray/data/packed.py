@@ -3,7 +3,7 @@
 A random crop needs the original, so a training set is not decoded ahead. On a network disk each small file costs a
 round trip, in every epoch of every training; packed, it costs one in all, and all trainings of a machine share one copy
 in memory. On a disk of the machine itself, files that are in memory gain next to nothing and others a tenth
-of the time of a view (``benchmarks/loader.py``).
+of the time of a view (``benchmarks.speed``).
 
 With ``data.resize_short_side`` larger images are made smaller once and kept as JPEG; the crops of every training are of
 these. Decoding takes most of the time of a view, and its time goes by the number of pixels.

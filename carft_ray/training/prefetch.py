@@ -1,6 +1,6 @@
 """Batches that are made ahead, by threads, while the device computes; and their copy to the device.
 
-Decoding, cropping and resizing run without Python's lock, so threads suffice (``benchmarks.loader`` compares them with
+Decoding, cropping and resizing run without Python's lock, so threads suffice (``benchmarks.speed`` compares them with
 processes). A batch is shared out over all threads. On CUDA it goes through pinned memory and a stream of its own, so
 that neither the copy nor its start waits for the step that runs.
 

@@ -57,7 +57,7 @@ def _amount(value: float) -> float:
     return value
 
 
-DEFAULT_GRID = (0.0, 0.2, 0.4, 0.6, 1.0)  # of alphas; .8 more gains nothing (`python -m benchmarks.curve --grids`)
+DEFAULT_GRID = (0.0, 0.2, 0.4, 0.6, 1.0)  # of alphas; .8 more gains nothing (`python -m benchmarks.samplers grids`)
 
 
 class AlphaConfig(Config):

@@ -94,7 +94,7 @@ def crossed(
     widest interval and the largest p-value count. V_res is a part of what V_seed estimates, so V_seed falls below it
     by chance only: without it, few seeds whose means agree by chance would give a point. The interval is never narrower
     than with V_image = 0 (new seeds, these images): where V_seed is small by chance, ``dof`` is too large, and two or
-    three seeds would cover 88 to 92 % (`python -m benchmarks.selection`).
+    three seeds would cover 88 to 92 % (`python -m benchmarks.statistics`).
 
     One seed: V_image = sum_j w_j^2 var_k(x_jk, ddof=1) / n_j and the normal distribution, images only. Where nothing
     varies, the half-width is that of the rule of three (Hanley and Lippman-Hand 1983), max_j |w_j| 3 / N_j: of N_j

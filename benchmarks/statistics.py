@@ -1,4 +1,4 @@
-"""The statistics of selection on simulated studies with known true scores: ``python -m benchmarks.selection``
+"""The statistics of selection on simulated studies with known true scores: ``python -m benchmarks.statistics``
 
 Each study has 40 trials on an ID and two OOD sets (500, 300, 300 images, weights .5, .25, .25). An answer of
 configuration c with seed q on image k is right when
@@ -279,7 +279,7 @@ def within(text: str, value: float, most: float) -> Check:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 all checks pass, 1 one does not."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.selection", description="Statistics of selection.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.statistics", description="Statistics of selection.")
     parser.add_argument("--studies", type=int, default=NUM_STUDIES, help=f"simulated studies ({NUM_STUDIES})")
     parser.add_argument("--trials", type=int, default=NUM_TRIALS, help=f"trials of each ({NUM_TRIALS})")
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"equal configurations per setting ({NUM_PAIRS})")

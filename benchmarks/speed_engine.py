@@ -1,21 +1,18 @@
-"""What the engine itself costs, with trainings that do nothing: ``python -m benchmarks.engine [--only NAME ...]``
+"""What the engine itself costs, with trainings that do nothing.
 
-    throughput   trials per second from end to end through Ray (inline)
-    study        one proposal and one answer after 10, 1,000 and 10,000 finished trials, without Ray: the log, its
-                 size, opening it, `status` and `ls` as commands, memory
-    driver       a driver with 200 running trials that report every second: its reading of their files, and the live
+    throughput   trials per second through Ray (inline), from the first end to the last
+    study        one proposal and one answer after so many finished trials, without Ray: the log, its size, opening it,
+                 `status` and `ls` as commands, memory
+    driver       a driver with 200 running trials that report every second: taking in what they report, and the live
                  table, as shares of one core
 
 A study of n trials is not searched, it is written: one trial goes the way of every trial, and its commits in the log
 and the files of its folder are repeated with other numbers and values. So lines, bytes and files are those of a search.
-Numbers are medians; nothing here is compared with a threshold.
+Numbers are medians.
 """
 
-import argparse
 import json
 import math
-import os
-import platform
 import resource
 import shutil
 import statistics
@@ -30,6 +27,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.rows import Row, apart, let_workers_import
 from carft_ray import files
 from carft_ray.layout import COMMITS, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
@@ -42,13 +40,11 @@ from carft_ray.study.rows import rows_by_kind
 from carft_ray.study.study import Study
 from carft_ray.training.run_context import RunContext
 
-PARTS = ("throughput", "study", "driver")
-SIZES = (10, 1_000, 10_000)
 NUM_TRIALS = 60  # of the search through Ray
 CREATE_TRIAL = 4  # as Optuna numbers its operations
 NUM_ASKED = 30  # proposals of which the median is taken
 NUM_LIVE = 200
-NUM_SECONDS = 10  # of the driver that are played
+NUM_SECONDS = 4  # of the driver that are played
 SETS = ("noisy_photo", "blurry_photo", "painting", "negative")  # OOD validation sets
 SPACE = {
     "learning_rate": {"low": 1e-4, "high": 5e-3, "log": True},
@@ -212,9 +208,7 @@ class StudyCost:
 
 COMMANDS = {
     "status": ("status",),
-    "status --json": ("status", "--json"),
     "ls --limit 10": ("ls", "--limit", "10"),
-    "ls --json": ("ls", "--json"),
 }
 
 
@@ -267,7 +261,7 @@ class DriverCost:
 
     Attributes:
         num_reports: Lines that each trial had written before.
-        read_ms: One reading of the files of all, median.
+        read_ms: Taking in what all have reported, median.
         read_share: Processor time of all readings per second of the search.
         view_ms: Drawing the live table once, median.
         view_share: As ``read_share``.
@@ -356,43 +350,6 @@ def driver_cost(
     )
 
 
-@dataclass(frozen=True)
-class Throughput:
-    """A search of trainings of nothing through Ray.
-
-    Attributes:
-        num_trials: Trials.
-        at_a_time: How many run together.
-        per_s: Trials per second, from the first end to the last.
-        total_s: Whole search, Ray's start and end with it.
-    """
-
-    num_trials: int
-    at_a_time: int
-    per_s: float
-    total_s: float
-
-
-def throughput(study_dir: Path, num_trials: int = NUM_TRIALS) -> Throughput:
-    """Searches with Ray on this machine, inline."""
-    from carft_ray.launch.events import Event, Started
-    from carft_ray.launch.runs.search import run_search
-    from carft_ray.launch.runtime import Runner
-
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    from benchmarks import engine  # by its name, by which workers find the trainings, also where this is __main__
-
-    started: list[Started] = []
-
-    def on_event(event: Event) -> None:
-        started.extend([event] if isinstance(event, Started) else [])
-
-    runner = Runner(engine.prepare, engine.train)
-    result = run_search(recipe_of(num_trials), study_dir, on_event=on_event, runner=runner)
-    ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/*/{RESULT}"))
-    return Throughput(num_trials, started[0].concurrency, (len(ends) - 1) / (ends[-1] - ends[0]), result.elapsed_s)
-
-
 def _seconds(call: Callable[[], object]) -> float:
     began = time.perf_counter()
     call()
@@ -411,83 +368,66 @@ def _ms(seconds: Sequence[float]) -> tuple[float, float]:
     return 1000 * statistics.median(seconds), 1000 * float(np.percentile(seconds, 95))
 
 
-# ---------------------------------------------------------------------------------------------- tables
+# ---------------------------------------------------------------------------------------------- rows
 
 
-def study_table(costs: Sequence[StudyCost]) -> list[str]:
-    """Returns the lines of a Markdown table, a column per size."""
-    rows: dict[str, Callable[[StudyCost], str]] = {
-        "propose: median; 95 %, ms": lambda c: f"{c.ask_ms:.0f}; {c.ask_p95_ms:.0f}",
-        "tell: median; 95 %, ms": lambda c: f"{c.tell_ms:.1f}; {c.tell_p95_ms:.1f}",
-        "trials per minute, propose and tell": lambda c: f"{60_000 / (c.ask_ms + c.tell_ms):,.0f}",
-        "log, MB": lambda c: f"{c.log_mb:.2f}",
-        "reading the log, s": lambda c: f"{c.replay_s:.2f}",
-        "opening the study for a search, s": lambda c: f"{c.open_s:.2f}",
-        **{f"`{name}`, s": lambda c, name=name: f"{c.commands_s[name]:.2f}" for name in costs[0].commands_s},  # type: ignore[misc]
-        "peak memory of the process, MB": lambda c: f"{c.memory_mb:.0f}",
+def study_rows(full: bool, scale: bool) -> list[Row]:
+    """Measures a study of 1,000 finished trials, or 10,000 with ``scale``, against one of 10."""
+    many = 10_000 if scale else 1_000
+    costs = []
+    for number in (10, many):
+        with tempfile.TemporaryDirectory(prefix="carft-engine-") as folder:
+            costs.append(StudyCost(**apart(study_cost_in, folder, number)))
+    few, most = costs
+    measured: dict[str, tuple[float, float, str]] = {
+        "a proposal": (few.ask_ms, most.ask_ms, f"{most.ask_ms:.1f} ms, 95 % {most.ask_p95_ms:.0f}"),
+        "an answer": (few.tell_ms, most.tell_ms, f"{most.tell_ms:.1f} ms, 95 % {most.tell_p95_ms:.0f}"),
+        "size of the log": (few.log_mb, most.log_mb, f"{most.log_mb:.1f} MB"),
+        "reading the log": (few.replay_s, most.replay_s, f"{most.replay_s:.2f} s"),
+        "opening the study": (few.open_s, most.open_s, f"{most.open_s:.2f} s"),
+        "peak memory": (few.memory_mb, most.memory_mb, f"{most.memory_mb:.0f} MB"),
     }
-    head = ["| finished trials | " + " | ".join(f"{cost.num_trials:,}" for cost in costs) + " |"]
+    measured |= {name: (few.commands_s[name], took, f"{took:.2f} s") for name, took in most.commands_s.items()}
     return [
-        *head,
-        "|---" * (len(costs) + 1) + "|",
-        *(f"| {name} | " + " | ".join(cell(cost) for cost in costs) + " |" for name, cell in rows.items()),
+        Row(f"{name}, {many:,} finished trials / 10", above / below, detail=shown)
+        for name, (below, above, shown) in measured.items()
     ]
 
 
-def driver_table(costs: Sequence[DriverCost]) -> list[str]:
-    """Returns the lines of a Markdown table, a row per number of lines written before."""
-    head = [
-        "| lines written before | a reading, ms | share of a core | live table, ms | share of a core |",
-        "|---" * 5 + "|",
-    ]
-    return head + [
-        f"| {c.num_reports:,} | {c.read_ms:.1f} | {100 * c.read_share:.1f} % "
-        f"| {c.view_ms:.1f} | {100 * c.view_share:.1f} % |"
-        for c in costs
-    ]
+def study_cost_in(folder: str, num_trials: int) -> dict[str, Any]:
+    """Returns ``study_cost`` of a study in a folder, as plain data."""
+    return vars(study_cost(Path(folder).resolve() / "study", num_trials))
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engine", description="What the engine itself costs.")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to measure (all)")
-    parser.add_argument(
-        "--sizes", nargs="+", type=int, default=SIZES, metavar="N", help="finished trials (10 1000 10000)"
-    )
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)  # a study of this size, in a process of its own
-    arguments = parser.parse_args(argv)
-    if min(arguments.sizes) < 1:
-        parser.error("argument --sizes: at least 1")
-    return arguments
+def driver_rows(full: bool, scale: bool) -> list[Row]:
+    """Measures a driver with 200 running trials that had reported before; ``scale``: after 10,000 finished, too."""
+    rows, cases = [], {"10 lines each": (10, 10), "1,000 lines each": (10, 1_000)}
+    if scale:
+        cases["10,000 finished trials"] = (10_000, 10)
+    for name, (num_finished, num_reports) in cases.items():
+        with tempfile.TemporaryDirectory(prefix="carft-engine-") as folder:
+            cost = driver_cost(Path(folder).resolve() / "study", num_finished=num_finished, num_reports=num_reports)
+        what = f"share of a core for {NUM_LIVE} running trials"
+        rows.append(Row(f"{what}, reading, {name}", cost.read_share, digits=4, detail=f"{cost.read_ms:.1f} ms each"))
+        rows.append(Row(f"{what}, table, {name}", cost.view_share, digits=4, detail=f"{cost.view_ms:.1f} ms each"))
+    return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Prints Markdown tables and returns 0."""
-    arguments = _arguments(argv)
-    with tempfile.TemporaryDirectory(prefix="carft-engine-") as temporary:
-        folder = Path(temporary).resolve()
-        if arguments.one:
-            print(json.dumps(vars(study_cost(folder / "study", arguments.one))))
-            return 0
-        print(
-            f"{os.cpu_count()} CPUs, {platform.machine()}, Python {platform.python_version()}, trainings of nothing\n"
-        )
-        if "study" in arguments.only:
-            command = [sys.executable, "-m", "benchmarks.engine", "--one"]
-            found = [subprocess.run([*command, str(n)], check=True, stdout=subprocess.PIPE) for n in arguments.sizes]
-            print("\n".join(study_table([StudyCost(**json.loads(each.stdout)) for each in found])) + "\n", flush=True)
-        if "driver" in arguments.only:
-            costs = [driver_cost(folder / f"driver-{n}", num_reports=n) for n in (10, 1_000)]
-            print(f"{NUM_LIVE} running trials\n\n" + "\n".join(driver_table(costs)) + "\n", flush=True)
-            costs = [driver_cost(folder / "driver-many", num_finished=10_000, num_reports=10)]
-            print("after 10,000 finished trials\n\n" + "\n".join(driver_table(costs)) + "\n", flush=True)
-        if "throughput" in arguments.only:
-            done = throughput(folder / "study")
-            print(
-                f"{done.num_trials} trials, {done.at_a_time} at a time: {done.per_s:.1f} trials/s "
-                f"between the first end and the last, {done.total_s:.1f} s in all"
-            )
-    return 0
+def throughput_rows(full: bool, scale: bool) -> list[Row]:
+    """Measures a search of trainings of nothing through Ray on this machine, inline."""
+    from carft_ray.launch.events import Event, Started
+    from carft_ray.launch.runs.search import run_search
+    from carft_ray.launch.runtime import Runner
 
+    let_workers_import()
+    started: list[Started] = []
 
-if __name__ == "__main__":
-    sys.exit(main())
+    def on_event(event: Event) -> None:
+        started.extend([event] if isinstance(event, Started) else [])
+
+    with tempfile.TemporaryDirectory(prefix="carft-engine-") as folder:
+        study_dir = Path(folder).resolve() / "study"
+        result = run_search(recipe_of(NUM_TRIALS), study_dir, on_event=on_event, runner=Runner(prepare, train))
+        ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/*/{RESULT}"))
+    shown = f"{started[0].concurrency} at a time, {result.elapsed_s:.1f} s in all"
+    return [Row("trials of nothing through Ray, a second", (len(ends) - 1) / (ends[-1] - ends[0]), detail=shown)]

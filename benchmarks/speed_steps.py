@@ -1,21 +1,20 @@
-"""What the training loop and the KL term add to a step, and how soon a training begins.
+"""What the loop and the KL term add to a step, what the alpha curve costs, and how soon a training begins.
 
 The quickstart's model, images and recipe, one thread; processor time where nothing else is said. All sides take turns.
 
     loop    a plain step (CE, clipping, AdamW, written out here) over and over on one batch that lies in memory, against
             a step of the product's loop with ``kl_weight`` 0: views, order, reports, checks
     kl      a step of CAR-FT against such a step of the loop: targets that are stored, and computed in each step
+    curve   the alpha curve of a training (predictions at every alpha that it needs, the choice, and writing them)
+            against everything up to its fine-tuned weights; measured by running the training again, which finds its
+            weights and makes the curve alone
     first   wall time from the start of a process to the first step of a training, against a process that opens the
             model and does nothing; caches are warm. With the recipe's epochs, and with as many as make 10 million
             targets
 """
 
-import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -29,24 +28,27 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from benchmarks.rows import Row, median_row
+from benchmarks.rows import ROOT, Row, apart, median_row
 from carft_ray.data.views import view_batch
 from carft_ray.model.classifier import build_classifier
 from carft_ray.model.clip import load_clip
 from carft_ray.model.heads import cached_heads
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
+from carft_ray.recipe.trial_values import apply
 from carft_ray.training import run
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.optimizer import build_optimizer
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 
-ROOT = Path(__file__).resolve().parents[1]
 RECIPE = ROOT / "search_spaces" / "quickstart.yaml"
 CPU = torch.device("cpu")
 NUM_PAIRS = 10_000_000  # of image and visit
-LOOP_TARGET, STORED_TARGET, ONLINE_TARGET, FIRST_TARGET = 0.97, 1.03, 1.36, 1.5
+LOOP_TARGET, STORED_TARGET, ONLINE_TARGET, FIRST_TARGET, CURVE_TARGET = 0.97, 1.03, 1.36, 1.5, 0.35
+ONE_THREAD = ("resources.cpus_per_worker=1", "resources.targets=stored")
+# the first writes the targets and is not measured; then low, middle and high in the recipe's range of learning rates
+LEARNING_RATES = (5e-4, 2e-4, 7e-4, 2.5e-3)
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,7 +141,7 @@ def step_rows(turns: int, epochs: int = 3, settings: Sequence[str] = ()) -> list
     size = f"{1000 * statistics.median(found['plain']):.0f} ms, batch {task.train.batch_size}"
     return [
         median_row(
-            f"loop / resident batch, steps per second ({size})", ratios("resident", "plain"), LOOP_TARGET, False
+            "loop / resident batch, steps per second", ratios("resident", "plain"), LOOP_TARGET, False, detail=size
         ),
         median_row("CAR-FT step / plain step, targets stored", ratios("stored", "plain"), STORED_TARGET),
         median_row("CAR-FT step / plain step, targets online", ratios("online", "plain"), ONLINE_TARGET),
@@ -150,12 +152,13 @@ class _BegunError(Exception):
     """The first step is made."""
 
 
-def first_step(prepared: Path | None, epochs: int) -> dict[str, float]:
-    """Opens the model (``prepared`` None), or begins a training; returns when imports were done and when all was."""
+def first_step(prepared: str, epochs: int) -> dict[str, float]:
+    """Opens the model (``prepared`` empty), or begins a training; returns when imports were done and when all was."""
     imported = time.time()
+    torch.set_num_threads(1)
     settings = [f"train.epochs={epochs}", "resources.targets=stored"]
     recipe = load_recipe(RECIPE, settings)
-    if prepared is None:
+    if not prepared:
         load_clip(recipe.model)
         return {"imported": imported, "done": time.time()}
 
@@ -165,7 +168,7 @@ def first_step(prepared: Path | None, epochs: int) -> dict[str, float]:
     register_optimizer_step_post_hook(begun)
     with tempfile.TemporaryDirectory(prefix="carft-first-") as folder:
         try:
-            run.run_training(recipe, Path(folder), prepared, RunContext())
+            run.run_training(recipe, Path(folder), Path(prepared), RunContext())
         except _BegunError:
             return {"imported": imported, "done": time.time()}
     raise RuntimeError("the training ended without a step")
@@ -183,12 +186,8 @@ def first_rows(turns: int) -> list[Row]:
         run.prepare(recipe, prepared)
         for turn in range(turns + 1):
             for name, epochs in cases.items():
-                command = [sys.executable, "-m", "benchmarks.steps", "--begin", str(prepared) if epochs else "-"]
                 began = time.time()
-                done = subprocess.run(
-                    [*command, "--epochs", str(epochs or 1)], cwd=ROOT, check=True, capture_output=True, text=True
-                )
-                times = json.loads(done.stdout.splitlines()[-1])
+                times = apart(first_step, str(prepared) if epochs else "", epochs or 1)
                 if turn:
                     whole[name].append(times["done"] - began)
                     inner[name].append(times["done"] - times["imported"])
@@ -196,28 +195,38 @@ def first_rows(turns: int) -> list[Row]:
     rows = []
     for name, images in (("short", cases["short"] * num_images), ("long", cases["long"] * num_images)):
         text = f"first step / opening the model, {images:,} targets"
-        spread = f"({opened:.1f} s; {opened_s:.2f} s without the imports)"
-        rows.append(median_row(f"{text} {spread}", [each / opened for each in whole[name]], FIRST_TARGET))
-        rows.append(median_row(f"{text}, both without the imports", [each / opened_s for each in inner[name]], None))
+        spread = f"{opened:.1f} s; {opened_s:.2f} s without the imports"
+        rows.append(median_row(text, [each / opened for each in whole[name]], FIRST_TARGET, detail=spread))
+        rows.append(median_row(f"{text}, both without the imports", [each / opened_s for each in inner[name]]))
     return rows
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 all targets were reached, 1 not all."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description="A step, and the first one.")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each side (%(default)s)")
-    parser.add_argument("--begin", help=argparse.SUPPRESS)  # in a process of its own: folder of a preparation, or -
-    parser.add_argument("--epochs", type=int, default=1, help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    if arguments.begin is not None:
-        torch.set_num_threads(1)
-        prepared = None if arguments.begin == "-" else Path(arguments.begin)
-        print(json.dumps(first_step(prepared, arguments.epochs)))
-        return 0
-    found = [*step_rows(arguments.turns), *first_rows(arguments.turns)]
-    print("\n".join(map(str, found)))
-    return 0 if all(row.is_met for row in found) else 1
+def curve_and_training(settings: Sequence[str] = ()) -> list[tuple[float, float]]:
+    """Returns the seconds of processor time of the curve and of its training, one pair per measured training.
+
+    Args:
+        settings: Overrides of the quickstart recipe.
+    """
+    recipe = load_recipe(RECIPE, [*ONE_THREAD, *settings])
+    found = []
+    with tempfile.TemporaryDirectory(prefix="carft-curve-") as folder:
+        prepared = Path(folder) / "prepared"
+        run.prepare(recipe, prepared)
+        opened = load_shared_inputs(recipe)
+        for learning_rate in LEARNING_RATES:
+            training, out = apply(recipe, {"learning_rate": learning_rate}), Path(folder) / f"{learning_rate:g}"
+            started = time.process_time()
+            run.run_training(training, out, prepared, RunContext(), opened=opened)
+            ended = time.process_time()
+            run.run_training(training, out, prepared, RunContext(), 2, opened=opened)  # from the weights of the first
+            curve_s = time.process_time() - ended
+            found.append((curve_s, ended - started - curve_s))
+    return found[1:]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def curve_rows(settings: Sequence[str] = ()) -> list[Row]:
+    """Returns the row "alpha curve / its training, quickstart": the mean of the trainings, and its range."""
+    pairs = curve_and_training(settings)
+    ratios = [curve_s / training_s for curve_s, training_s in pairs]
+    mean = sum(curve_s for curve_s, _ in pairs) / sum(training_s for _, training_s in pairs)
+    return [Row("alpha curve / its training, quickstart", mean, CURVE_TARGET, True, (min(ratios), max(ratios)))]

@@ -1,0 +1,74 @@
+"""Copies of a picture as people make them, and the records of pictures that are in memory."""
+
+import io
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from carft_ray.data.content import DIGEST_BYTES
+from carft_ray.data.records import Records, thumbnails_of
+from carft_ray.data.source import PixelArray
+
+BORDER = 0.06  # of the shorter side
+MARGIN = 0.05  # of each side
+MARK = "(c) example"
+MARK_WIDTH = 1 / 3  # of the width
+
+Change = Callable[[Image.Image], Image.Image]
+
+
+def _saved(ending: str, quality: int | None = None) -> Change:
+    def change(image: Image.Image) -> Image.Image:
+        content = io.BytesIO()
+        image.save(content, ending, **({} if quality is None else {"quality": quality}))
+        return Image.open(content).convert("RGB")
+
+    return change
+
+
+def _resized(factor: float) -> Change:
+    def change(image: Image.Image) -> Image.Image:
+        return image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.BICUBIC)
+
+    return change
+
+
+def _cropped(image: Image.Image) -> Image.Image:
+    x, y = round(MARGIN * image.width), round(MARGIN * image.height)
+    return image.crop((x, y, image.width - x, image.height - y))
+
+
+def _bordered(image: Image.Image) -> Image.Image:
+    """Lays a border around: white where the picture begins dark, else black."""
+    colour = "white" if np.asarray(image.convert("L"))[0].mean() < 128 else "black"
+    return ImageOps.expand(image, max(1, round(BORDER * min(image.size))), fill=colour)
+
+
+def _marked(image: Image.Image) -> Image.Image:
+    """Writes a text over a third of the width into the lower right corner, white with a black outline."""
+    marked = image.copy()
+    draw, size = ImageDraw.Draw(marked), 1.0
+    while draw.textlength(MARK, font=ImageFont.load_default(size + 1)) <= MARK_WIDTH * image.width:
+        size += 1
+    place, font = (0.97 * image.width, 0.97 * image.height), ImageFont.load_default(size)
+    draw.text(place, MARK, "white", font, "rb", stroke_width=max(1, round(size / 10)), stroke_fill="black")
+    return marked
+
+
+COPIES: dict[str, Change] = {
+    "PNG": _saved("PNG"),
+    "JPEG 90": _saved("JPEG", 90),
+    "JPEG 75": _saved("JPEG", 75),
+    "half size": _resized(0.5),
+    "double size": _resized(2),
+    "5 % margin off": _cropped,
+    "border": _bordered,
+    "small watermark": _marked,
+}
+
+
+def signed(pictures: Sequence[PixelArray], seed: int) -> Records:
+    """Returns the records of pictures; each has bytes of its own, so that copies are found by what they show."""
+    digests = np.random.default_rng(seed).integers(0, 256, (len(pictures), DIGEST_BYTES), dtype=np.uint8)
+    return Records(digests, np.stack([thumbnails_of(pixels) for pixels in pictures]))
