@@ -15,6 +15,7 @@ is set aside and the others continue.
 """
 
 import json
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -63,6 +64,7 @@ class Study:
         self._references_known = not constraint_names(recipe.search.constraints)  # what constraints compare with
         self.asks = True  # whether the sampler proposes new trials
         self.waiting: deque[TrialSpec] = deque()
+        self._last_steps: dict[str, float] = {}  # of the rows of trainings, by folder
         self.knows_all = False  # whether all trials were retained or not, as they are once the study is recovered
 
     def next(self) -> TrialSpec | None:
@@ -99,7 +101,8 @@ class Study:
             StorageError: The file cannot be written.
         """
         path = spec.folder(self.study_dir) / METRICS
-        known = files.read_json_lines(path)
+        is_new = row["step"] > self._last_steps.get(spec.training, math.inf)
+        known = [] if is_new else files.read_json_lines(path)
         if row in known:
             return False
         kept = [each for each in known if each.get("step", 0) < row["step"]]
@@ -109,6 +112,7 @@ class Study:
             with files.writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
             files.append_line(path, json.dumps(row))
+        self._last_steps[spec.training] = row["step"]
         return True
 
     def report(self, spec: TrialSpec, line: Mapping[str, Any]) -> str | None:
