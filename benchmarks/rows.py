@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -101,6 +102,12 @@ def machine_line(found: dict[str, Any]) -> str:
     """Returns ``machine`` in one line, for people."""
     gpu, loads = found["gpu"] or "no GPU", " ".join(map(str, found["load"]))
     return f"{found['date']}, {found['processor']}, {found['cpus']} CPUs, {gpu}, torch {found['torch']}, load {loads}"
+
+
+def peak_mb() -> float:
+    """Returns the most memory that this process has held; Linux only."""
+    status = Path("/proc/self/status").read_text()  # `ru_maxrss` begins with that of the process that started this one
+    return float(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
 def let_workers_import() -> None:

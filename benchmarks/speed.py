@@ -43,7 +43,7 @@ def _steps(full: bool, scale: bool) -> list[Row]:
 
 
 def _first(full: bool, scale: bool) -> list[Row]:
-    return speed_steps.first_rows(5 if full else 3)
+    return speed_steps.first_rows(5 if full else 2)
 
 
 PARTS = {

@@ -13,7 +13,6 @@ Numbers are medians.
 
 import json
 import math
-import resource
 import shutil
 import statistics
 import subprocess
@@ -27,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.rows import Row, apart, let_workers_import
+from benchmarks.rows import Row, apart, let_workers_import, peak_mb
 from carft_ray import files
 from carft_ray.layout import COMMITS, METRICS, RESOLVED, RESULT
 from carft_ray.recipe.loading import dump_recipe
@@ -251,7 +250,7 @@ def study_cost(
         statistics.median(replays),
         open_s,
         commands_s,
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000,
+        peak_mb(),
     )
 
 

@@ -22,7 +22,6 @@ import json
 import math
 import multiprocessing
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -38,7 +37,7 @@ from typing import NamedTuple
 
 import ray
 
-from benchmarks.rows import ROOT, Row, let_workers_import, median_row
+from benchmarks.rows import ROOT, Row, let_workers_import, median_row, peak_mb
 from benchmarks.speed_steps import RECIPE, open_task, resident_training
 from carft_ray import files
 from carft_ray.data.synthetic.sandbox import TEMPLATES, export_images
@@ -265,17 +264,13 @@ def startup_rows(full: bool, scale: bool = False) -> list[Row]:
 
 def move(away: StudyFiles, folder: Path) -> dict[str, float]:
     """Gets a file of a study and sends it, in a worker; returns seconds and MB."""
-    before, began = _peak_mb(), time.perf_counter()
+    before, began = peak_mb(), time.perf_counter()
     away.get(away.entries("trials"), folder)
     got_s = time.perf_counter() - began
     (folder / "trials/t/attempt-1").rename(folder / "trials/t/attempt-2")
     began = time.perf_counter()
     away.send(folder, "trials/t/attempt-2/step-00000010")
-    return {"got": got_s, "sent": time.perf_counter() - began, "memory": _peak_mb() - before}
-
-
-def _peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"got": got_s, "sent": time.perf_counter() - began, "memory": peak_mb() - before}
 
 
 def file_rows(full: bool, scale: bool = False) -> list[Row]:
