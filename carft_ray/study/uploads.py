@@ -14,7 +14,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.layout import COMMITS, RAY_LOG, STEP, STOP, STOP_REQUESTS
+from carft_ray.layout import COMMITS, MANIFEST, RAY_LOG, STEP, STOP, STOP_REQUESTS
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study.mirror import ALL, DRIVEN, Through, address_in, fetch_files, files_in, stop_request
@@ -51,8 +51,10 @@ class _Mirrored(Through):
             StorageError: A file cannot be read, or the bucket not be written.
         """
         with self._locks[checkpoints]:
-            names = [name for name in files_in(self.here.path) if name not in (RAY_LOG, STOP)]
+            there = files_in(self.here.path)
+            names = [name for name in there if name not in (RAY_LOG, STOP)] if MANIFEST in there else []
             names = [name for name in names if _is_checkpoint(name) == checkpoints]
+            names.sort(key=lambda name: name != MANIFEST)  # files without one are no study
             for name in names:
                 self._upload(name, self.here.path / name)
             gone = [name for name in self._known if _is_checkpoint(name) == checkpoints and name not in set(names)]
