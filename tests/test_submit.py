@@ -130,6 +130,8 @@ def test_a_study_in_a_bucket_keeps_its_recipe_in_the_cache_of_the_head(here, sub
     assert done.stdout == f"search {kept}/recipe.yaml --study {address} --address auto\n"
     code, out, _ = submit("--resume", address, "--dry-run", "--json", "--env", "AWS_ACCESS_KEY_ID")
     assert f"resume {address} --address auto" in json.loads(out)["entrypoint"]
+    code, _, err = submit("--resume", "s3://No Bucket/first", "--dry-run")
+    assert (code, "must be a bucket and perhaps a prefix" in told(err)) == (2, True)
     assert "an-id" not in out
 
 

@@ -82,7 +82,7 @@ class Bucket:
     has_packs = True
 
     def __init__(self, address: str) -> None:
-        scheme, place = _parsed(address)
+        scheme, place = parsed(address)
         self.address = f"{scheme}://{place}"
         self._store = _opened(self.address, MAX_RETRIES)
         self._api = importlib.import_module("obstore")
@@ -235,8 +235,12 @@ class Bucket:
             raise kind(Problem(place, rule, value, next_step=step)) from None
 
 
-def _parsed(address: str) -> tuple[str, str]:
-    """Returns the scheme of an address, and bucket and prefix joined by ``/``."""
+def parsed(address: str) -> tuple[str, str]:
+    """Returns the scheme of an address, and bucket and prefix joined by ``/``.
+
+    Raises:
+        UsageError: It is none.
+    """
     match = files.ADDRESS.fullmatch(address)
     scheme, place = match.groups() if match else ("", "")
     if scheme not in SCHEMES:

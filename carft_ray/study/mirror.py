@@ -34,7 +34,7 @@ from carft_ray.layout import (
     STOP_REQUESTS,
     WEIGHTS,
 )
-from carft_ray.store.bucket import Bucket, Listed
+from carft_ray.store.bucket import Bucket, Listed, parsed
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import PACKED, Commit, Log, commit_name, pack_name
 from carft_ray.study.holding import is_study, log_of
@@ -105,7 +105,7 @@ def in_bucket(place: Place) -> bool:
 
 def absolute(place: Place) -> str:
     """Returns a place as another machine would name it: the address, or the absolute path."""
-    return str(place).rstrip("/") if in_bucket(place) else str(fetched(place).absolute())
+    return "://".join(parsed(str(place))) if in_bucket(place) else str(fetched(place).absolute())
 
 
 def log_at(place: Place) -> Log:

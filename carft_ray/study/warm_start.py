@@ -14,7 +14,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.data.class_names import class_folders
-from carft_ray.errors import Problem, RecipeError, nearest
+from carft_ray.errors import Problem, RecipeError, UsageError, nearest
 from carft_ray.layout import COMMITS
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
@@ -85,10 +85,12 @@ def new_sources(log: Log, study_dir: Path, recipe: Recipe) -> list[Path]:
 
     Raises:
         RecipeError: As ``take_in``.
-        UsageError: An address is that of no study.
     """
     done = {record["path"] for record in _sources(log).values()}  # those may be gone by now
-    sources = [fetched(source, NUMBERS) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
+    try:
+        sources = [fetched(source, NUMBERS) for source in dict.fromkeys(recipe.search.warm_start) if source not in done]
+    except UsageError as error:
+        raise RecipeError(error.problems) from None
     if problems := [problem for source in sources for problem in _problems(source, study_dir, recipe)]:
         raise RecipeError(problems)
     return sources
