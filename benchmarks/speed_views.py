@@ -75,7 +75,8 @@ class _Batches(Dataset[Tensor]):
 
 
 def _views(source: Pictures, indices: IntArray) -> PixelArray:
-    return view_batch(source, indices, source.sample_ids[indices], 0, 0, CROP_SCALE, SIDE)  # type: ignore[arg-type]
+    ids = source.sample_ids[indices]
+    return view_batch(source, indices, ids, 0, 0, CROP_SCALE, SIDE)  # type: ignore[arg-type]  # what views need of one
 
 
 def view_rows(kind: tuple[float, int], num_pictures: int, repeats: int) -> list[Row]:
@@ -129,10 +130,11 @@ def device_rows(num_threads: int, batch_size: int, num_batches: int, repeats: in
     return rows
 
 
-def _by_threads(source: Pictures, batch_size: int, num_threads: int) -> Iterator[Tensor]:
+def _by_threads(source: Pictures | Source, batch_size: int, num_threads: int) -> Iterator[Tensor]:
+    """Yields the views of one epoch as the training loop makes them."""
     train = TrainConfig(epochs=1, batch_size=batch_size, crop_scale=CROP_SCALE, kl_weight=0.0)
     clip: Any = SimpleNamespace(image_size=SIDE, logit_scale=100.0)  # no model runs
-    targets = Targets(clip, torch.zeros(1, 1), source, train, CPU)  # type: ignore[arg-type]
+    targets = Targets(clip, torch.zeros(1, 1), source, train, CPU)  # type: ignore[arg-type]  # what views need of one
     for batch in loop._views(targets, train, RunContext(), 0, 1 + num_threads):
         yield batch.pixels_BHWC
 
@@ -207,15 +209,8 @@ def evaluation_pass(images: ImageSet, batch_size: int, to_floats: bool) -> Pass:
 
 
 def training_pass(source: Source, batch_size: int, workers: int) -> Pass:
-    """Returns a pass over the views of one epoch as the training loop makes them."""
-    train = TrainConfig(epochs=1, batch_size=batch_size, crop_scale=CROP_SCALE, kl_weight=0.0)
-    clip: Any = SimpleNamespace(image_size=SIDE, logit_scale=100.0)  # no model runs
-
-    def one_pass() -> int:
-        targets = Targets(clip, torch.zeros(1, 1), source, train, CPU)
-        return sum(len(batch.indices) for batch in loop._views(targets, train, RunContext(), 0, 1 + workers))
-
-    return one_pass
+    """Returns a pass over the views of one epoch."""
+    return lambda: sum(map(len, _by_threads(source, batch_size, workers)))
 
 
 def rates(passes: dict[str, Pass], repeats: int) -> dict[str, list[float]]:
