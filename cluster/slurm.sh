@@ -2,11 +2,13 @@
 # A study on Slurm: a Ray on the nodes of one job, which requeues itself at its time limit and then resumes.
 #
 #     sbatch cluster/slurm.sh RECIPE STUDY     start; what follows STUDY goes to `carft-ray search`
-#     carft-ray status STUDY --watch           watch, on any machine that sees STUDY; the log is carft-JOBID.out
+#     carft-ray status STUDY --watch           watch, where STUDY is seen; the log is carft-JOBID.out
 #     carft-ray stop STUDY                     stop: checkpoints are written, nothing is requeued
 #     sbatch cluster/slurm.sh RECIPE STUDY     resume, after a stop, a scancel or a lost node
 #
-# Activate the environment that has carft-ray before sbatch. It, the images and STUDY lie on a disk that all nodes see.
+# Activate the environment that has carft-ray before sbatch; it and the images lie at the same place on all nodes. STUDY is
+# a folder on a disk that all nodes see, or in a bucket (s3://...; then the folder of sbatch is on such a disk): it must
+# be there when the job is requeued, on other nodes perhaps.
 # What your site asks for comes from the command line: sbatch --partition=... --account=... --time=... cluster/slurm.sh
 # As it stands: 4 nodes with 64 CPUs and 8 GPUs each, 4 trials of search_spaces/cluster.yaml at a time. All nodes of a
 # job end together, so the first one runs the head and takes trials as the others do.
@@ -40,7 +42,11 @@ if ! command -v carft-ray >/dev/null || ! command -v ray >/dev/null; then
 fi
 recipe=$1 study=$2
 shift 2
-mkdir -p "$(dirname "$study")" || exit 5
+case $study in
+    *://*) place=${SLURM_SUBMIT_DIR:-.} ;; # a bucket
+    *) place=$(dirname "$study") ;;
+esac
+mkdir -p "$place" || exit 5
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) # this script runs there
 port=$((20000 + SLURM_JOB_ID % 4000 * 3))                          # and the two after it: jobs may share a node
@@ -50,7 +56,7 @@ temp=/tmp/r$SLURM_JOB_ID # on each node: Ray's sockets need a short path on a lo
 # only this job knows the token; a file, as what stands in the environment is shown by many tools
 unset RAY_AUTH_TOKEN RAY_ADDRESS
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH
-RAY_AUTH_TOKEN_PATH=$(realpath "$(dirname "$study")")/.ray-token-$SLURM_JOB_ID
+RAY_AUTH_TOKEN_PATH=$(realpath "$place")/.ray-token-$SLURM_JOB_ID # on a disk that all nodes see
 (umask 077 && head -c 32 /dev/urandom | od -An -tx1 | tr -d ' \n' >"$RAY_AUTH_TOKEN_PATH") || exit 5
 
 ray_head="" workers="" current="" lost="" stopping="" stopped_at=0
