@@ -214,8 +214,13 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def append_line(path: Path, line: str) -> None:
-    """Appends one line and flushes it to disk. An incomplete last line, which a crash has left, is removed first.
+def append_line(path: Path, line: str, is_flushed: bool = True) -> None:
+    """Appends one line. An incomplete last line, which a crash has left, is removed first.
+
+    Args:
+        path: The file.
+        line: Without its end.
+        is_flushed: The line survives a power failure, once this returns.
 
     Raises:
         StorageError: The line cannot be written.
@@ -226,7 +231,8 @@ def append_line(path: Path, line: str) -> None:
             file.truncate(os.pread(file.fileno(), size, 0).rfind(b"\n") + 1)
         file.write(line.encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())
+        if is_flushed:
+            os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:

@@ -124,8 +124,10 @@ class Folder:
     def path_of(self, name: str) -> Path:
         """Returns where an object lies."""
         path = self.path / check_name(name)
-        if not Path(leads_to := os.path.realpath(path)).is_relative_to(self.path):
-            raise StorageError(Problem(str(path), f"must not lead out of {self}", visible(f"a link to {leads_to}")))
+        if any(map(os.path.islink, (path, *path.parents[: name.count("/")]))):  # a third of the time of ``realpath``
+            leads_to = os.path.realpath(path)
+            if not Path(leads_to).is_relative_to(self.path):
+                raise StorageError(Problem(str(path), f"must not lead out of {self}", visible(f"a link to {leads_to}")))
         return path
 
     def _path_to_write(self, name: str) -> Path:

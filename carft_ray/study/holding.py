@@ -46,8 +46,8 @@ def check_fit(folder: Path) -> None:
         raise UsageError(Problem(str(folder), "must be a folder", "a file", next_step=step))
     with files.writing(folder):
         names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    foreign = [name for name in names if not is_ours(folder / name)]
-    if foreign and MANIFEST not in names:
+    foreign = [] if MANIFEST in names else [name for name in names if not is_ours(folder / name)]
+    if foreign:
         raise UsageError(Problem(str(folder), "must be a study or empty", ", ".join(foreign[:5]), next_step=step))
     with files.writing(folder):
         untrusted.require_nothing_outside(folder, StorageError)

@@ -14,6 +14,7 @@ advance. Of attempts in a row that do not, the second exception is a verdict, an
 is set aside and the others continue.
 """
 
+import contextlib
 import json
 import math
 from collections import deque
@@ -90,6 +91,8 @@ class Study:
     def add_row(self, spec: TrialSpec, row: Mapping[str, Any]) -> bool:
         """Adds an epoch to ``metrics.jsonl``; what an earlier attempt has reported from its step on is void.
 
+        ``settle`` flushes the file: until then the attempt has its rows in a file of its own.
+
         Args:
             spec: The attempt.
             row: What it has reported.
@@ -111,7 +114,7 @@ class Study:
         else:
             with files.writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-            files.append_line(path, json.dumps(row))
+            files.append_line(path, json.dumps(row), is_flushed=False)
         self._last_steps[spec.training] = row["step"]
         return True
 
@@ -172,6 +175,8 @@ class Study:
         reported, known = reported_rows(folder), files.read_json_lines(folder / METRICS)
         for row in reported if any(row not in known for row in reported) else ():  # some may not have come
             self.add_row(spec, row)
+        with files.writing(folder / METRICS), contextlib.suppress(FileNotFoundError):
+            files.fsync_file(folder / METRICS)
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
