@@ -25,22 +25,14 @@ def points(objectives, alphas=MEASURED, **violations):
     ]
 
 
-def test_the_highest_measured_objective_is_chosen_whatever_the_order_of_the_points():
+def test_the_highest_measured_objective_from_the_lowest_alpha_on_is_chosen_and_of_equal_ones_the_smaller_alpha():
     curve = points([0.6 + 0.1 * alpha * (1 - alpha) - (alpha == 0) for alpha in MEASURED])
     best = max(curve, key=lambda point: point["objective"])
     assert choose_point(curve, 0.1) == choose_point(curve[::-1], 0.1) == best
-
-
-def test_an_alpha_below_the_lowest_is_never_chosen():
     falling = points([0.7 - 0.1 * alpha for alpha in MEASURED])
-    assert choose_point(falling, 0.1)["alpha"] == 0.1
-    assert choose_point(falling, 0.33)["alpha"] == 0.4
-    assert choose_point(falling, 1.0)["alpha"] == 1.0
-
-
-def test_of_equal_objectives_the_smaller_alpha_wins_and_rounding_makes_none_unequal():
+    assert [choose_point(falling, lowest)["alpha"] for lowest in (0.1, 0.33, 1.0)] == [0.1, 0.4, 1.0]
     assert choose_point(points([0.7] * len(MEASURED))[::-1], 0.1)["alpha"] == 0.1
-    assert choose_point(points([0.6, 0.7 - 1e-15, 0.7], (0.0, 0.5, 1.0)), 0.1)["alpha"] == 0.5
+    assert choose_point(points([0.6, 0.7 - 1e-15, 0.7], (0.0, 0.5, 1.0)), 0.1)["alpha"] == 0.5  # rounding counts not
 
 
 def test_only_the_points_that_miss_the_constraints_least_take_part():
@@ -56,11 +48,11 @@ def test_only_the_points_that_miss_the_constraints_least_take_part():
     assert choose_point(points(rising, alphas, drop=[0.3] * 5), 0.1)["alpha"] == 1.0
 
 
-def model(asked, num=500, seed=0):
-    """Gives predictions whose ID accuracy rises with alpha and whose OOD accuracy rises and falls."""
-    rng = np.random.default_rng(seed)
-    luck = {name: rng.random(num) for name in ("id_val", "sketch")}
-    ids = {name: rng.integers(0, 2**64, num, dtype=np.uint64) for name in luck}
+def measured(recipe):
+    """Measures the curve of a recipe with predictions whose OOD accuracy rises and falls: the tables by alpha."""
+    rng, asked = np.random.default_rng(0), []
+    luck = {name: rng.random(500) for name in ("id_val", "sketch")}
+    ids = {name: rng.integers(0, 2**64, 500, dtype=np.uint64) for name in luck}
 
     def at(alpha):
         asked.append(alpha)
@@ -68,37 +60,31 @@ def model(asked, num=500, seed=0):
         rights = {name: luck[name] < accuracy for name, accuracy in accuracies.items()}
         logits = {name: np.stack([right, ~right], 1).astype(np.float32) for name, right in rights.items()}
         return concat(
-            [predictions_table(name, alpha, ids[name], np.zeros(num, np.int64), logits[name]) for name in luck]
+            [predictions_table(name, alpha, ids[name], np.zeros(500, np.int64), logits[name]) for name in luck]
         )
 
-    return at
+    tables = measure_curve(recipe, at(0.0), at)
+    assert asked == list(tables)  # each once
+    return tables
 
 
 def test_the_grid_and_the_lowest_alpha_are_each_measured_once():
-    recipe, asked = curve_stand_in.make_recipe(objective={}, alpha={}), []
-    at = model(asked)
-    tables = measure_curve(recipe, at(0.0), at)
-    assert asked == list(tables) == list(MEASURED)
+    tables = measured(curve_stand_in.make_recipe(objective={}, alpha={}))
+    assert list(tables) == list(MEASURED)
     curve = curve_points(tables, SPEC, ())
-    assert [point["alpha"] for point in curve] == asked
+    assert [point["alpha"] for point in curve] == list(MEASURED)
     assert all(point.items() > metrics_at(tables[point["alpha"]], SPEC, point["alpha"]).items() for point in curve)
     whole = concat(list(tables.values()))  # as a study stores it
     assert curve_points(dict.fromkeys(tables, whole), SPEC, ()) == curve
+    with pytest.raises(DataError, match=r"must have been evaluated at the alpha, but got id_val at 0\.45"):
+        curve_points({0.45: tables[1.0]}, SPEC, ())
 
 
 def test_a_fixed_alpha_is_measured_with_the_end_and_in_a_pareto_search_with_the_grid():
     fixed = curve_stand_in.make_recipe(objective={}, alpha={"mode": "sample"})
     pareto = curve_stand_in.make_recipe()
     for recipe, expected in ((fixed, [0.0, 0.7, 1.0]), (pareto, sorted({*MEASURED, 0.7}))):
-        asked = []
-        at = model(asked)
-        assert list(measure_curve(apply(recipe, {"alpha": 0.7}), at(0.0), at)) == asked == expected
-
-
-def test_a_set_that_was_not_evaluated_at_an_alpha_is_an_error():
-    table = model([])(0.5)
-    with pytest.raises(DataError, match=r"must have been evaluated at the alpha, but got id_val at 0\.4"):
-        curve_points({0.4: table}, SPEC, ())
+        assert list(measured(apply(recipe, {"alpha": 0.7}))) == expected
 
 
 def curve_of(*num_right, num_classes=16, num_images=2000):

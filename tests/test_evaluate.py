@@ -58,15 +58,11 @@ def set_of(side, groups=None, number=22):
 
 def test_what_a_device_gives_back_is_noted():
     with Left() as left:
-        total = torch.ones(3, device=META).sum()
-        assert total.item() == 0
-        assert total.double().cpu().tolist() == 0
+        assert torch.ones(3, device=META).sum().item() == 0
         assert torch.ones(2, device=META).tolist() == [0, 0]
-        assert not total
-    assert left.bytes == [4, 8, 8, 4]
-    for asks in (torch.Tensor.numpy, torch.Tensor.nonzero, lambda ones: ones[ones > 0], lambda ones: ones.equal(ones)):
-        with Left(), pytest.raises((RuntimeError, TypeError)):
-            asks(torch.ones(3, device=META))
+    assert left.bytes == [4, 8]
+    with Left(), pytest.raises((RuntimeError, TypeError)):
+        torch.ones(3, device=META).nonzero()
 
 
 @pytest.mark.parametrize("groups", [None, ((0, 3), (2,))])

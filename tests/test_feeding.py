@@ -23,8 +23,7 @@ def threads_named(*names):
     return [each.name for each in threading.enumerate() if each.name.rpartition("_")[0] in names]
 
 
-@pytest.mark.parametrize("num_images", [0, 1, 3, 37])
-@pytest.mark.parametrize("num_threads", [0, 1, 3])
+@pytest.mark.parametrize(("num_images", "num_threads"), [(0, 3), (1, 3), (37, 0), (37, 1), (37, 3)])
 def test_views_of_several_threads_are_those_of_one(num_images, num_threads):
     source = ArraySource(num_images=40, size=36)
     indices = np.arange(num_images)[::-1].copy()
@@ -36,33 +35,26 @@ def test_views_of_several_threads_are_those_of_one(num_images, num_threads):
 
 
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_values_come_in_order_and_few_are_made_ahead(number):
+def test_values_come_in_order_before_an_error_and_few_are_made_ahead(number):
     begun, most = [], []
 
+    def square(value):
+        if value == 20:
+            raise ValueError("twenty")
+        return value * value
+
     def parts():
-        for value in range(20):
+        for value in range(30):
             begun.append(value)
             yield (value,)
 
-    for value in prefetch.made_ahead(lambda value: value * value, parts(), number):
-        most.append(len(begun) - len(most) - 1)
-        assert value == (len(most) - 1) ** 2
-    assert len(most) == 20
-    assert max(most) <= number
-    assert threads_named("batches") == []
-
-
-@pytest.mark.parametrize("number", [0, 2])
-def test_an_error_comes_after_the_values_before_it(number):
-    def make(value):
-        if value == 3:
-            raise ValueError("three")
-        return value
-
-    values = prefetch.made_ahead(make, ((value,) for value in range(10)), number)
-    assert [next(values) for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(ValueError, match="three"):
+    values = prefetch.made_ahead(square, parts(), number)
+    for expected in range(20):
+        assert next(values) == expected**2
+        most.append(len(begun) - expected - 1)
+    with pytest.raises(ValueError, match="twenty"):
         next(values)
+    assert max(most) <= number
     assert threads_named("batches") == []
 
 
@@ -80,7 +72,7 @@ def test_no_thread_is_left_when_batches_are_not_taken_to_the_end():
     assert threads_named("views", "batches") == []
 
 
-@pytest.mark.parametrize(("num_images", "num_threads"), [(0, 4), (1, 16), (8, 16), (64, 7), (512, 16), (512, 0)])
+@pytest.mark.parametrize(("num_images", "num_threads"), [(0, 4), (8, 16), (64, 7), (512, 0)])
 def test_every_thread_has_work_and_few_batches_wait(num_images, num_threads):
     size, ahead = prefetch.part_size(num_images, num_threads), prefetch.num_ahead(num_images, num_threads)
     if not num_threads:
@@ -92,7 +84,7 @@ def test_every_thread_has_work_and_few_batches_wait(num_images, num_threads):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-@pytest.mark.parametrize("sizes", [(4, 4, 2), (4, 1, 1, 4), (10,), (1,) * 10])
+@pytest.mark.parametrize("sizes", [(4, 1, 1, 4), (10,)])
 def test_images_read_ahead_are_those_of_the_batches(ahead, sizes):
     images_NHWC = np.random.default_rng(0).integers(0, 256, (31, 4, 4, 3), dtype=np.uint8)
     positions, start = np.arange(1, 31, 3), 0

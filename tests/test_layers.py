@@ -6,16 +6,16 @@ import open_clip
 import pytest
 import torch
 from open_clip.model import _build_vision_tower
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
-from carft_ray.model.tower import layer_groups
+from carft_ray.model.tower import layer_factors, layer_groups
 
 pytestmark = pytest.mark.slow
 
 # name -> number of layers: stem, blocks, and what stands after them
 TOWERS = {
     "ViT-B-32": 12 + 2,
-    "ViT-L-14-336": 24 + 2,
     "ViT-L-14-CLIPA": 24 + 2,
     "coca_ViT-B-32": 12 + 2,
     "RN50": 3 + 4 + 6 + 3 + 2,
@@ -47,42 +47,28 @@ def test_each_parameter_stands_in_one_layer_and_the_blocks_are_counted(name):
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-CLIPA"])
-@pytest.mark.parametrize("num_unlocked", [1, 2, 3, 13])
-def test_the_last_layers_of_a_vit_are_those_that_open_clip_unlocks(name, num_unlocked):
-    visual = tower(name)
-    visual.lock(unlocked_groups=num_unlocked)
-    trained = {parameter for parameter, value in visual.named_parameters() if value.requires_grad}
-    assert trained == {parameter for group in layer_groups(visual)[-num_unlocked:] for parameter in group}
+def test_the_last_layers_of_a_vit_are_those_that_open_clip_unlocks(name):
+    for num_unlocked in (1, 2, 13):
+        visual = tower(name)
+        visual.lock(unlocked_groups=num_unlocked)
+        trained = {parameter for parameter, value in visual.named_parameters() if value.requires_grad}
+        assert trained == {parameter for group in layer_groups(visual)[-num_unlocked:] for parameter in group}
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "EVA02-B-16", "MobileCLIP2-S2", "swin_base_patch4_window7_224"])
 def test_the_layers_of_a_timm_tower_are_those_of_its_layer_decay(name):
-    from timm.optim import param_groups_layer_decay
-
     visual = tower(name)
-    factors = {}
-    for group in param_groups_layer_decay(visual.trunk, layer_decay=0.5):
-        factors |= {id(parameter): group["lr_scale"] for parameter in group["params"]}
-    groups = layer_groups(visual)
-    parameters = dict(visual.named_parameters())
-    ours = {parameter: 0.5 ** (len(groups) - 1 - depth) for depth, group in enumerate(groups) for parameter in group}
+    theirs = param_groups_layer_decay(visual.trunk, layer_decay=0.5)
+    factors = {id(parameter): group["lr_scale"] for group in theirs for parameter in group["params"]}
+    ours = layer_factors(visual, 0.5)  # below one more layer, the class head
     after = 0.5 if name.startswith("swin") else 1.0  # timm does not know the projection that open_clip adds to it
-    for parameter, value in parameters.items():
-        if parameter.startswith("trunk."):
-            assert ours[parameter] == after * factors[id(value)]
-        else:
-            assert ours[parameter] == 1.0
+    for parameter, value in visual.named_parameters():
+        assert ours[parameter] == 0.5 * (after * factors[id(value)] if parameter.startswith("trunk.") else 1.0)
 
 
-def test_the_stem_the_last_norm_and_the_projection_have_their_places():
-    groups = layer_groups(tower("ViT-B-32"))
-    assert {"conv1.weight", "class_embedding", "positional_embedding", "ln_pre.bias"} < set(groups[0])
-    assert "ln_post.weight" in groups[12]
-    assert groups[13] == ["proj"]
-    assert "ln_post.weight" in layer_groups(tower("coca_ViT-B-32"))[13]  # there it stands after attention pooling
-
-
-def test_any_other_module_counts_its_children():
+def test_attention_pooling_stands_before_the_last_norm_and_any_other_module_counts_its_children():
+    assert "ln_post.weight" in layer_groups(tower("ViT-B-32"))[12]
+    assert "ln_post.weight" in layer_groups(tower("coca_ViT-B-32"))[13]
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
     module.register_parameter("scale", nn.Parameter(torch.ones(1)))
     assert layer_groups(module) == [["scale"], ["0.weight", "0.bias"], ["2.weight", "2.bias"]]

@@ -58,13 +58,6 @@ def test_equal_logits_are_ordered_by_class_index():
     assert table["prediction"].to_pylist() == [1, 0, 0]
 
 
-def test_huge_logits_do_not_overflow():
-    table = predictions_table("s", 1.0, np.arange(2, dtype=np.uint64), [0, 0], [[3e4, 3e4], [-3e4, -3e4]])
-    for name in ("confidence", "sum_p2"):
-        np.testing.assert_allclose(table[name].to_numpy(), [0.5, 0.5])
-    np.testing.assert_allclose(table["nll"].to_numpy(), np.log([2, 2]), rtol=2**-24)
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_are_an_error_that_counts_the_images(value):
     ids, labels, logits = random_set()
@@ -78,7 +71,6 @@ def test_rows_by_set_and_alpha():
     table = concat(parts)
     assert sets(table) == ["id_val", "noisy"]
     assert alphas(table, "noisy") == [0.0, 0.6, 1.0]
-    assert accuracy(select(table, "noisy", 0.6)) == accuracy(parts[5])
     assert select(table, "id_val", 0.6).to_pylist() == parts[2].to_pylist()
 
 
@@ -94,51 +86,38 @@ def test_correctness_does_not_depend_on_the_order_of_the_rows():
     assert correct_matrix([(a, 1.0), (b, 1.0)], "s").shape == (2, 37)
 
 
-def test_comparing_results_of_other_images_is_an_error():
+def test_results_of_other_images_or_of_no_evaluation_are_an_error():
     with pytest.raises(DataError, match="must be of the same images"):
         correct_matrix([(table_of(), 1.0), (table_of(num_samples=36), 1.0)], "id_val")
-
-
-def test_a_set_that_was_not_evaluated_is_named_with_those_that_were():
     with pytest.raises(DataError, match=r"but got noisy at 0.5 \(allowed: id_val at 1\)"):
         correct(table_of(), "noisy", 0.5)
 
 
-def test_file_gives_back_the_same_table(tmp_path):
+def test_file_gives_back_the_same_table_in_the_published_format(tmp_path):
     table = concat([table_of("id_val"), table_of("noisy", 0.6, seed=1)])
     path = tmp_path / "predictions" / "t.parquet"
     write_predictions(path, table)
-    back = read_predictions(path)
-    assert back.equals(table)
+    assert read_predictions(path).equals(table)
     assert [file.name for file in path.parent.iterdir()] == ["t.parquet"]
     assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+    assert table.schema.equals(predictions.SCHEMA)
+    names = "set alpha sample_id label prediction rank confidence nll sum_p2"
+    assert " ".join(predictions.SCHEMA.names) == names
 
 
 def test_damaged_missing_and_foreign_files_are_named(tmp_path):
-    path = tmp_path / "t.parquet"
-    write_predictions(path, table_of())
-    data = path.read_bytes()
-    for broken in (b"", data[: len(data) // 2], b"nonsense"):
+    path, table = tmp_path / "t.parquet", table_of()
+    for broken in (b"", b"nonsense"):
         path.write_bytes(broken)
         with pytest.raises(StorageError, match=rf"{path}: must be a readable Parquet file"):
             read_predictions(path)
     with pytest.raises(StorageError, match="No such file"):
         read_predictions(tmp_path / "none.parquet")
-    pq.write_table(pa.table({"a": [1]}), path)
-    with pytest.raises(StorageError, match="format_version of predictions must be 4, but got none"):
-        read_predictions(path)
-    for version in ("3", "5"):
-        pq.write_table(table_of().replace_schema_metadata({"format_version": version}), path)
-        with pytest.raises(StorageError, match=f"must be 4, but got {version}\n    Evaluate the model again"):
-            read_predictions(path)
-    pq.write_table(table_of().drop_columns(["label"]), path)
-    with pytest.raises(
-        StorageError, match=r"must have the columns set, alpha, .*, but got set, alpha, sample_id, pred"
+    for foreign, message in (
+        (pa.table({"a": [1]}), "format_version of predictions must be 4, but got none"),
+        (table.replace_schema_metadata({"format_version": "3"}), "must be 4, but got 3\n    Evaluate the model again"),
+        (table.drop_columns(["label"]), r"must have the columns set, alpha, .*, but got set, alpha, sample_id, pred"),
     ):
-        read_predictions(path)
-
-
-def test_the_columns_are_the_published_format():
-    names = "set alpha sample_id label prediction rank confidence nll sum_p2"
-    assert " ".join(predictions.SCHEMA.names) == names
-    assert table_of().schema.equals(predictions.SCHEMA)
+        pq.write_table(foreign, path)
+        with pytest.raises(StorageError, match=message):
+            read_predictions(path)
