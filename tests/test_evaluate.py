@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ArraySource
-from test_towers import make_resnet_clip, settings
+from test_loop import settings
+from tiny import make_resnet_clip
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

@@ -278,66 +278,6 @@ def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(tm
     assert (tmp_path / "out" / "attempt-1" / "own").is_dir()
 
 
-def two_workers(rank, port, folder):
-    """One of two gloo workers; module level, so that it can be started in a new process."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    clip = make_tiny_clip()
-    class_head_CD, _ = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
-    inputs = OwnInputs(clip, class_head_CD, CLASS_WORDS, ArraySource(), ())
-    rows, stops, epochs = [], [], []
-
-    def call(function):
-        run = RunContext(rank, 2, rows.append, should_stop=lambda: rank == 0 and bool(stops))
-        on_epoch = lambda state, epoch: epochs.append(float(state()["class_head"].sum())) or {}  # noqa: E731
-        try:
-            return own_fine_tune(function, TrainConfig(epochs=2), inputs, run, torch.device("cpu"), folder, on_epoch)
-        except CarftError as error:
-            return f"{type(error).__name__}: {error}"
-
-    def trains(values, context):
-        model = torch.nn.parallel.DistributedDataParallel(context.model, broadcast_buffers=False)
-        sampler = torch.utils.data.DistributedSampler(context.train_set, context.world_size, context.rank)
-        loader = torch.utils.data.DataLoader(context.train_set, batch_size=10, sampler=sampler)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for images, labels in loader:
-            assert not context.should_stop()
-            torch.nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        context.report({"loss": 1.0 + context.rank})
-        return context.model.state_dict() if context.rank == 0 else None
-
-    def diverges_on_one(values, context):
-        context.report({"loss": float("inf") if context.rank else 1.0})
-
-    def stops_on_one(values, context):
-        stops.append(True)
-        assert context.should_stop()
-
-    state = call(trains)
-    found = {"head": float(state["class_head"].sum()), "rows": rows, "epochs": epochs}
-    found |= {"diverged": call(diverges_on_one), "stopped": call(stops_on_one), "wrong": call(own_functions.nothing)}
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.whole
-def test_two_workers_agree_on_what_one_of_them_has_met(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(two_workers, (port, tmp_path), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["head"] == second["head"] == first["epochs"][0] == second["epochs"][0]
-    assert [row["loss"] for row in first["rows"]] == [1.0]
-    assert second["rows"] == []
-    for each in (first, second):
-        assert "the loss must stay finite, but got loss inf" in each["diverged"]
-        assert "StoppedRun: stopped on request" in each["stopped"]
-        assert "must return a state dict" in each["wrong"]
-
-
 # given from Python
 
 

@@ -27,5 +27,17 @@ def make_tiny_clip(seed=0, dtype=torch.float32):
     return wrap_model(model.to(dtype), tokenizer, CONFIG)
 
 
+def make_resnet_clip():
+    """A CLIP with BatchNorm: OpenAI's ResNet, 32 x 32 pixels, random weights, statistics other than those of data."""
+    torch.manual_seed(0)
+    resnet = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 64}
+    config = {**CONFIG, "vision_cfg": resnet}
+    model = open_clip.CLIP(**config)
+    with torch.no_grad():
+        model.logit_scale.fill_(math.log(20.0))
+    open_clip.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": 32})
+    return wrap_model(model, open_clip.SimpleTokenizer(context_length=16), config)
+
+
 def load_folder(folder):
     return load_clip(ModelConfig(name=f"local-dir:{folder}"))
