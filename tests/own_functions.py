@@ -1,7 +1,5 @@
 """Fine-tunings of the user's own for the tests: each does one thing that such a function may do."""
 
-import os
-import signal
 import time
 
 import torch
@@ -74,23 +72,6 @@ def without_head(values, context):
 def other_shape(values, context):
     state = context.model.state_dict()
     return {**state, "class_head": state["class_head"][1:]}
-
-
-def killed_once(values, context):
-    """Is killed in its second epoch, the first time."""
-    mark = context.checkpoint_dir / "epoch"
-    first = int(mark.read_text()) + 1 if mark.exists() else 1
-    for epoch in range(first, values["epochs"] + 1):
-        if epoch == 2 and first == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with torch.no_grad():
-            context.model.class_head.mul_(1 + values["learning_rate"])
-        context.report({"epoch": epoch, "loss": 1.0})
-        mark.write_text(str(epoch))
-    return context.model.state_dict()
-
-
-not_a_function = 7
 
 
 def one_argument(values):
