@@ -18,7 +18,7 @@ from test_loop import CPU, largest_difference
 from test_lost import gloo
 from tiny import make_tiny_clip
 
-from carft_ray.data.order import parts_of, permutation
+from carft_ray.data.order import parts_of
 from carft_ray.data.source import ImageSet
 from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
@@ -327,14 +327,6 @@ def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_cli
         assert source.shown <= 13 * 64  # and those that are made ahead
     stores = list(tmp_path.glob("cache/targets/*"))
     assert [len(blocks_of(store, 20 * BLOCK)) for store in stores] == [10, 10]
-
-
-def test_what_is_kept_of_a_visit_does_not_grow(tiny_clip, heads, images):
-    with Targets(tiny_clip, heads[1], images, settings(), CPU) as found:
-        order = permutation(0, 0, NUM_IMAGES)
-        for first in range(0, NUM_IMAGES, 10):
-            found.of(found.parts(0, order, first, 10), torch.zeros(10))
-            assert len(found._live) <= 2
 
 
 # ---- which trainings share
