@@ -34,6 +34,8 @@ def test_class_head_equals_the_zero_shot_classifier_of_open_clip(tiny_clip):
     class_head, _ = build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)
     oracle = open_clip.build_zero_shot_classifier(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)
     torch.testing.assert_close(class_head, oracle.T, atol=1e-6, rtol=0)
+    class_head, _ = build_heads(tiny_clip.model, tiny_clip.tokenizer, ("missile", "missile", "dog"), TEMPLATES)
+    torch.testing.assert_close(class_head[0], class_head[1])  # equal words are allowed
 
 
 @pytest.mark.slow
@@ -51,12 +53,6 @@ def test_both_heads_equal_numpy_in_float64(monkeypatch):
 
     np.testing.assert_allclose(class_head.numpy(), normal(normal(raw).mean(axis=0)), atol=1e-9)
     np.testing.assert_allclose(context_head.numpy(), normal(normal(raw).mean(axis=1)), atol=1e-9)
-
-
-@pytest.mark.slow
-def test_equal_class_words_are_allowed(tiny_clip):
-    class_head, _ = build_heads(tiny_clip.model, tiny_clip.tokenizer, ("missile", "missile", "dog"), TEMPLATES)
-    torch.testing.assert_close(class_head[0], class_head[1])
 
 
 def test_templates_are_those_of_the_benchmark_that_is_named():
@@ -112,7 +108,7 @@ def test_heads_from_the_cache_are_the_very_bits_and_are_embedded_once(tmp_path, 
 
 
 @pytest.mark.slow
-def test_everything_that_decides_the_heads_makes_others(tmp_path, words, tiny_clip):
+def test_everything_that_decides_the_heads_makes_others(tmp_path, words, tiny_clip, monkeypatch):
     def embeds(*args, clip=tiny_clip):
         before = words.passes
         kept(tmp_path, clip, *args)
@@ -130,26 +126,16 @@ def test_everything_that_decides_the_heads_makes_others(tmp_path, words, tiny_cl
         embeds(clip=shorter)
     quick = {**tiny_clip.config, "model_cfg": {**tiny_clip.config["model_cfg"], "quick_gelu": True}}
     assert embeds(clip=dataclasses.replace(tiny_clip, config=quick))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)  # last bits may differ
-    try:
-        assert embeds()
-    finally:
-        torch.set_num_threads(threads)
-    assert not embeds()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)  # last bits may differ
+    assert embeds()
 
 
 def test_heads_in_the_cache_are_found_without_tokenising_a_sentence(tmp_path, words, tiny_clip, monkeypatch):
     kept(tmp_path, tiny_clip)
     monkeypatch.setattr(open_clip.SimpleTokenizer, "__call__", None)
-    kept(tmp_path, open_again(tiny_clip))
-    assert words.said == []
-
-
-def open_again(clip):
-    """Returns the model with a tokenizer that has seen no sentence."""
-    length = clip.tokenizer.context_length
-    return dataclasses.replace(clip, tokenizer=open_clip.SimpleTokenizer(context_length=length))
+    fresh = open_clip.SimpleTokenizer(context_length=tiny_clip.tokenizer.context_length)
+    kept(tmp_path, dataclasses.replace(tiny_clip, tokenizer=fresh))
+    assert words.passes == len(TEMPLATES)
 
 
 def test_a_tokenizer_has_another_hash_where_it_may_give_other_tokens(tmp_path, tiny_clip):
@@ -180,14 +166,9 @@ def test_of_two_that_ask_at_once_one_embeds_and_both_get_the_heads(tmp_path, wor
 
 def test_a_cache_that_cannot_be_written_costs_a_warning_and_no_second_pass(tmp_path, words, tiny_clip, caplog):
     (tmp_path / "cache").write_text("no folder")
-    found = kept(tmp_path, tiny_clip)
+    assert kept(tmp_path, tiny_clip)["class_head"].shape == (len(CLASS_WORDS), 16)
     assert words.passes == len(TEMPLATES)
-    assert [record.getMessage().split(":")[0] for record in caplog.records] == [
-        "The heads are not kept for the next command"
-    ]
-    assert torch.equal(
-        found["class_head"], build_heads(tiny_clip.model, tiny_clip.tokenizer, CLASS_WORDS, TEMPLATES)[0]
-    )
+    assert caplog.text.count("The heads are not kept for the next command") == 1
 
 
 def test_heads_are_listed_with_the_cache_and_cleaned_with_it(tmp_path, tiny_clip, capsys):

@@ -120,46 +120,24 @@ def test_a_text_tower_of_the_hub_runs_no_code(folder, ran, tmp_path, monkeypatch
     assert "code that comes with weights is never run, but got a configuration with auto_map" in refused(folder)
 
 
-@pytest.mark.parametrize(
-    ("text", "towers", "key", "rule"),
-    [
-        ({"hf_model_name": "/srv/model"}, {}, "text_cfg.hf_model_name", "must be the name of a page of the hub"),
-        ({"hf_model_name": "../model"}, {}, "text_cfg.hf_model_name", "must be the name of a page of the hub"),
-        ({"hf_model_name": ["a"]}, {}, "text_cfg.hf_model_name", "must be the name of a page of the hub"),
-        (
-            {},
-            {"vision_cfg": {"timm_model_name": "hf-hub:nobody/model"}},
-            "vision_cfg.timm_model_name",
-            "must be a model name of timm",
-        ),
-        (
-            {},
-            {"vision_cfg": {"timm_model_name": "local-dir:/srv"}},
-            "vision_cfg.timm_model_name",
-            "must be a model name of timm",
-        ),
-        (
-            {"tokenizer_kwargs": {"bpe_path": "/etc/shadow.gz"}},
-            {},
-            "text_cfg.tokenizer_kwargs.bpe_path",
-            "must name a file in the folder",
-        ),
-        (
-            {"tokenizer_kwargs": {"reduction_mask": "syntax"}},
-            {},
-            "text_cfg.tokenizer_kwargs.reduction_mask",
-            "must be left out: open_clip's own models have no such key",
-        ),
-        (
-            {"tokenizer_kwargs": {"clean": "eval"}},
-            {},
-            "text_cfg.tokenizer_kwargs.clean",
-            "must be a value of open_clip",
-        ),
-    ],
-)
-def test_a_configuration_names_no_other_place(folder, text, towers, key, rule):
-    write_config(folder, text, **towers)
+PAGE, TIMM = "must be the name of a page of the hub", "must be a model name of timm"
+PLACES = [
+    ("text_cfg.hf_model_name", "/srv/model", PAGE),
+    ("text_cfg.hf_model_name", "../model", PAGE),
+    ("text_cfg.hf_model_name", ["a"], PAGE),
+    ("vision_cfg.timm_model_name", "hf-hub:nobody/model", TIMM),
+    ("vision_cfg.timm_model_name", "local-dir:/srv", TIMM),
+    ("text_cfg.tokenizer_kwargs.bpe_path", "/etc/shadow.gz", "must name a file in the folder"),
+    ("text_cfg.tokenizer_kwargs.reduction_mask", "syntax", "must be left out: open_clip's own models have no such key"),
+    ("text_cfg.tokenizer_kwargs.clean", "eval", "must be a value of open_clip"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "rule"), PLACES)
+def test_a_configuration_names_no_other_place(folder, key, value, rule):
+    part, *between, name = key.split(".")
+    given = {between[0]: {name: value}} if between else {name: value}
+    write_config(folder, given) if part == "text_cfg" else write_config(folder, **{part: given})
     assert f"open_clip_config.json: model_cfg.{key}: {rule}, but got " in refused(folder)
 
 
@@ -181,7 +159,7 @@ class Trap:
         return open, (str(self.ran), "w")
 
 
-@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "pytorch_model.pth", "epoch.pt"])
+@pytest.mark.parametrize("name", ["open_clip_pytorch_model.bin", "pytorch_model.pth"])
 @pytest.mark.parametrize("form", ["torch", "pickle", "type_error"])
 def test_a_pickle_is_refused_whatever_the_environment_says(folder, ran, monkeypatch, name, form):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
@@ -202,8 +180,7 @@ def test_a_pickle_is_refused_whatever_the_environment_says(folder, ran, monkeypa
     with pytest.raises(DataError):
         read_weights(path, "model.pretrained")
     (folder / "open_clip_model.safetensors").unlink()
-    if name != "epoch.pt":
-        refused(folder)
+    refused(folder)
 
 
 def test_a_weights_file_is_regular_and_of_sane_size(folder):
