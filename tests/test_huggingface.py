@@ -101,93 +101,58 @@ def test_the_only_split_need_not_be_named(base):
 # sets that are not as they should be
 
 
-def write_state(base, **changes):
-    state = base / "saved" / "train" / "state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), **changes}))
-
-
-def removed(name):
-    return lambda base: (base / name).unlink()
-
-
-def overwritten(name, content):
-    return lambda base: (base / name).write_bytes(content)
+def spoilt(name, content=None):
+    """Overwrites a file of the sets, or removes it."""
+    return lambda base: (base / name).unlink() if content is None else (base / name).write_text(content)
 
 
 def with_state(**changes):
-    return lambda base: write_state(base, **changes)
+    def write(base):
+        state = json.loads((base / STATE).read_text())
+        (base / STATE).write_text(json.dumps({**state, **changes}))
+
+    return write
 
 
-TRAIN = {"split": "train"}
-SPLITS = "(allowed: train, validation)"
+STATE, SPLITS, HUB_FILE = "saved/train/state.json", "saved/dataset_dict.json", "train-00001-of-00002.parquet"
+ALLOWED = "(allowed: train, validation)"
 NO_FILES = "must hold the files that its state.json names, at least one, but got no"
-STATE, FIRST = "saved/train/state.json", "data-00000-of-00003.arrow"
-# what makes a set wrong -> path and keys of the set, and the message
-BROKEN = {
-    "no such folder": (None, "none", {}, "train: must be the folder of a data set, but got no such folder"),
-    "no data set": (None, ".", {}, "which is none (allowed: "),
-    "no split": (None, "saved", {}, f"must be a split of the data set, but got none {SPLITS}"),
-    "wrong split": (None, "hub", {"split": "val"}, f"but got 'val' {SPLITS}"),
-    "near split": (None, "hub", {"split": "validatoin"}, "did you mean 'validation'?"),
-    "split of a part": (None, "saved/train", {"split": "test"}, "split: must be left out: the folder holds one data"),
-    "missing file of the hub": (
-        removed("hub/data/train-00001-of-00002.parquet"),
-        "hub",
-        TRAIN,
-        "the split train must have 2 files, but got 1, without train-00001-of-00002.parquet",
-    ),
-    "missing file": (removed("saved/train/data-00002-of-00003.arrow"), "saved", TRAIN, f"{NO_FILES} "),
-    "missing state": (removed(STATE), "saved", TRAIN, "must be a readable JSON file, but got No such"),
-    "damaged state": (
-        overwritten(STATE, b"{"),
-        "saved",
-        TRAIN,
-        "state.json: must be a readable JSON file, but got Expecting",
-    ),
-    "no file": (with_state(_data_files=[]), "saved", TRAIN, f"{NO_FILES}ne"),
-    "no objects": (with_state(_data_files=[[FIRST], 1]), "saved", TRAIN, f"{NO_FILES} "),
-    "a name too long": (with_state(_data_files=[{"filename": [FIRST] * 9}]), "saved", TRAIN, f"{NO_FILES} "),
-    "splits that are no texts": (
-        overwritten("saved/dataset_dict.json", b'{"splits": [1, ["train"]]}'),
-        "saved",
-        TRAIN,
-        "must be a split of the data set, but got 'train'",
-    ),
-    "indices": (
-        with_state(_indices_data_files=[{"filename": "indices.arrow"}]),
-        "saved",
-        TRAIN,
-        "must be a data set without a file of indices",
-    ),
-    "cut off": (
-        overwritten("saved/train/data-00001-of-00003.arrow", b"\xff\xff"),
-        "saved",
-        TRAIN,
-        "data-00001-of-00003.arrow: must be a readable table, but got it is cut off, or no Arrow file",
-    ),
-    "missing column": (
-        None,
-        "saved",
-        {**TRAIN, "label": "lable"},
-        f"must be a column of {FIRST}, but got 'lable'; did you mean 'label'?",
-    ),
-    "missing class": (
-        None,
-        "saved",
-        {**TRAIN, "names": (*CLASSES, "fish")},
-        "every class must be there in every set, but got none for 'fish'",
-    ),
-}
+# what makes a set of the split train wrong, its path, and the message
+BROKEN = [
+    (spoilt(f"hub/data/{HUB_FILE}"), "hub", f"the split train must have 2 files, but got 1, without {HUB_FILE}"),
+    (spoilt("saved/train/data-00002-of-00003.arrow"), "saved", f"{NO_FILES} "),
+    (spoilt(STATE), "saved", "must be a readable JSON file, but got No such"),
+    (spoilt(STATE, "{"), "saved", "state.json: must be a readable JSON file, but got Expecting"),
+    (with_state(_data_files=[]), "saved", f"{NO_FILES}ne"),
+    (with_state(_data_files=[["a.arrow"], 1]), "saved", f"{NO_FILES} "),
+    (with_state(_indices_data_files=[{"filename": "a"}]), "saved", "must be a data set without a file of indices"),
+    (spoilt(SPLITS, '{"splits": [1, ["train"]]}'), "saved", "must be a split of the data set, but got 'train'"),
+    (spoilt("saved/train/data-00001-of-00003.arrow", "?"), "saved", "but got it is cut off, or no Arrow file"),
+]
+# path and keys of a set that is sound
+WRONG = [
+    ("none", {}, "train: must be the folder of a data set, but got no such folder"),
+    (".", {}, "which is none (allowed: "),
+    ("saved", {}, f"must be a split of the data set, but got none {ALLOWED}"),
+    ("hub", {"split": "validatoin"}, "did you mean 'validation'?"),
+    ("saved/train", {"split": "test"}, "split: must be left out: the folder holds one data set"),
+    ("saved/train", {"label": "lable"}, "must be a column of data-00000-of-00003.arrow, but got 'lable'; did you mean"),
+]
 
 
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_set_gets_one_message(base, case):
-    spoil, path, keys, message = BROKEN[case]
-    if spoil is not None:
-        spoil(base)
-    text = told(base, path, **keys)
+@pytest.mark.parametrize(("spoil", "path", "message"), BROKEN)
+def test_a_broken_set_gets_one_message(base, spoil, path, message):
+    spoil(base)
+    text = told(base, path, split="train")
     assert message in text
     assert text.count("\n") <= 1, "one problem, one next step"
+
+
+@pytest.mark.parametrize(("path", "keys", "message"), WRONG)
+def test_what_names_no_set_gets_one_message(base, path, keys, message):
+    text = told(base, path, **keys)
+    assert message in text
+    assert text.count("\n") <= 1
 
 
 def test_images_without_a_label_are_told(base):
@@ -205,16 +170,15 @@ def test_images_without_a_label_are_told(base):
 
 
 def test_splits_may_have_two_roles_and_one_split_may_not(base):
-    def recipe(**id_val):
+    def problems(**id_val):
         spec = {"source": "huggingface", "path": "saved", "split": "train"}
         data = {"train": spec, "id_val": {**spec, **id_val}}
-        return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 2}}), base)
+        recipe = absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 2}}), base)
+        return check_roles(recipe) or check_sets(recipe)
 
-    apart = recipe(split="validation")
-    assert check_roles(apart) == check_sets(apart) == []
-    assert check_roles(recipe(path="hub", split="validation")) == []
+    assert problems(split="validation") == []
     for shared in ({}, {"path": "saved/train", "split": None}):
-        assert "must not share images with data.train" in str(check_roles(recipe(**shared))[0])
+        assert "must not share images with data.train" in str(problems(**shared)[0])
 
 
 @pytest.mark.slow

@@ -23,28 +23,36 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
-WRONG = {
-    "model_cfg.embed_dim": ("8", "TypeError"),
-    "model_cfg.vision_cfg.layers": (10**9, "must be a number of at most 1,000, but got 1000000000"),
-    "model_cfg.vision_cfg.width": (2**40, "must be a number of at most 4,194,304"),
-    "model_cfg.vision_cfg.image_size": (2**20, "the tensors of"),
-    "model_cfg.text_cfg.heads": (0.5, "model_cfg.text_cfg.heads: must be a whole number of at least 1, but got 0.5"),
-    "model_cfg.text_cfg.width": ([], "must be of a model that open_clip can build"),
-    "preprocess_cfg.mean": ([0.5, 0.5], "must have three numbers as mean"),
-    "preprocess_cfg.std": ([0.5, 0.5, "1"], "must have three numbers as std"),
-    "preprocess_cfg.resize_mode": ([None], "must have a known resize_mode"),
-}
-WRONG_CLIP = {
-    "projection_dim": ("8", "projection_dim: must be of the type int, but got '8'"),
-    "vision_config": ([], "the tensors of"),
-    "text_config": ("x", "text_config: must be an object, but got x"),
-    "vision_config.num_attention_heads": (0, "num_attention_heads: must be a whole number of at least 1, but got 0"),
-    "vision_config.patch_size": (2**31 - 1, "must be a number of at most 4,194,304"),
-    "vision_config.image_size": (2**14, "the tensors of"),
-    "text_config.num_hidden_layers": (1001, "must be a number of at most 1,000, but got 1001"),
-    "text_config.layer_norm_eps": (None, "must be of the type float, but got None"),
-    "text_config.hidden_act": (["gelu"], "hidden_act: must be of the type str"),
-}
+PAGE, TIMM = "must be the name of a page of the hub, but got", "must be a model name of timm, but got"
+WRONG = [
+    ("open_clip", "model_cfg.embed_dim", "8", "TypeError"),
+    ("open_clip", "model_cfg.vision_cfg.layers", 10**9, "must be a number of at most 1,000, but got 1000000000"),
+    ("open_clip", "model_cfg.vision_cfg.width", 2**40, "must be a number of at most 4,194,304"),
+    ("open_clip", "model_cfg.vision_cfg.image_size", 2**20, "the tensors of"),
+    ("open_clip", "model_cfg.text_cfg.heads", 0.5, "text_cfg.heads: must be a whole number of at least 1, but got 0.5"),
+    ("open_clip", "model_cfg.text_cfg.width", [], "must be of a model that open_clip can build"),
+    ("open_clip", "preprocess_cfg.mean", [0.5, 0.5], "must have three numbers as mean"),
+    ("open_clip", "preprocess_cfg.std", [0.5, 0.5, "1"], "must have three numbers as std"),
+    ("open_clip", "preprocess_cfg.resize_mode", [None], "must have a known resize_mode"),
+    # no other place is named
+    ("open_clip", "model_cfg.text_cfg.hf_model_name", "/srv/model", f"text_cfg.hf_model_name: {PAGE}"),
+    ("open_clip", "model_cfg.text_cfg.hf_model_name", "../model", PAGE),
+    ("open_clip", "model_cfg.text_cfg.hf_model_name", ["a"], PAGE),
+    ("open_clip", "model_cfg.vision_cfg.timm_model_name", "hf-hub:nobody/model", f"vision_cfg.timm_model_name: {TIMM}"),
+    ("open_clip", "model_cfg.vision_cfg.timm_model_name", "local-dir:/srv", TIMM),
+    ("open_clip", "model_cfg.text_cfg.tokenizer_kwargs.bpe_path", "/etc/shadow.gz", "must name a file in the folder"),
+    ("open_clip", "model_cfg.text_cfg.tokenizer_kwargs.reduction_mask", "syntax", "reduction_mask: must be left out"),
+    ("open_clip", "model_cfg.text_cfg.tokenizer_kwargs.clean", "eval", "clean: must be a value of open_clip"),
+    ("clip", "projection_dim", "8", "projection_dim: must be of the type int, but got '8'"),
+    ("clip", "vision_config", [], "the tensors of"),
+    ("clip", "text_config", "x", "text_config: must be an object, but got x"),
+    ("clip", "vision_config.num_attention_heads", 0, "num_attention_heads: must be a whole number of at least 1"),
+    ("clip", "vision_config.patch_size", 2**31 - 1, "must be a number of at most 4,194,304"),
+    ("clip", "vision_config.image_size", 2**14, "the tensors of"),
+    ("clip", "text_config.num_hidden_layers", 1001, "must be a number of at most 1,000, but got 1001"),
+    ("clip", "text_config.layer_norm_eps", None, "must be of the type float, but got None"),
+    ("clip", "text_config.hidden_act", ["gelu"], "hidden_act: must be of the type str"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,20 +79,16 @@ def opened(folders, kind, change):
     return load_folder(path.parent)
 
 
-def put(config, key, value):
-    *places, name = key.split(".")
-    for place in places:
-        config = config[place]
-    config[name] = value
+@pytest.mark.parametrize(("kind", "key", "value", "message"), WRONG)
+def test_what_is_no_size_preprocessing_or_place_is_told(folders, kind, key, value, message):
+    def put(config):
+        *places, name = key.split(".")
+        for place in places:
+            config = config[place]
+        config[name] = value
 
-
-@pytest.mark.parametrize(
-    ("kind", "key"), [*(("open_clip", key) for key in WRONG), *(("clip", key) for key in WRONG_CLIP)]
-)
-def test_what_is_no_size_or_preprocessing_is_told(folders, kind, key):
-    value, message = {**WRONG, **WRONG_CLIP}[key]
     with pytest.raises(CarftError) as caught:
-        opened(folders, kind, lambda config: put(config, key, value))
+        opened(folders, kind, put)
     assert message in str(caught.value)
 
 

@@ -18,16 +18,12 @@ from test_loop import CPU, largest_difference
 from test_lost import gloo
 from tiny import make_tiny_clip
 
-from carft_ray.data.order import parts_of
-from carft_ray.data.source import ImageSet
 from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
-from carft_ray.recipe.trial_values import apply
-from carft_ray.training import loop, run, targets
+from carft_ray.training import loop, targets
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.run_context import RunContext
-from carft_ray.training.shared_inputs import SharedInputs
 from carft_ray.training.targets import BLOCK, Targets, read_block, store_dir, write_block
 
 NUM_IMAGES = 150  # blocks of 64, 64 and 22
@@ -157,21 +153,6 @@ def test_two_ranks_compute_the_blocks_of_one_and_end_with_its_weights(tmp_path, 
         assert blocks_of(tmp_path / f"store-{rank}").items() <= expected.items()  # what it has met, it has computed
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "num_ranks", "least", "most"),
-    [(7, 1, 1, 1), (512, 8, 1, 1), (128, 2, 1, 1), (500, 2, 1, 1.27), (512, 6, 1, 1.7), (512, 16, 2, 2)],
-)
-def test_blocks_that_ranks_share_are_few_where_a_part_is_a_block_or_more(batch_size, num_ranks, least, most):
-    """Images that all ranks together put through the frozen tower, over those of the batches."""
-    order, computed = np.arange(4096), 0
-    for rank in range(num_ranks):
-        seen = set()
-        for first, indices in parts_of(order, batch_size, rank, num_ranks):
-            seen |= set(range(first // BLOCK, math.ceil((first + len(indices)) / BLOCK)))
-        computed += len(seen) * BLOCK
-    assert least <= computed / len(order) <= most
-
-
 # ---- killed, at once, damaged
 
 
@@ -289,44 +270,18 @@ def test_a_store_of_other_weights_views_machines_or_versions_is_not_read(tiny_cl
     assert len({first, *others}) == 1 + 10
 
 
-# ---- large sets
-
-
-class Million(ArraySource):
-    """A million images, of which ten are in memory."""
-
-    def __init__(self):
-        super().__init__(10)
-        self.labels = np.arange(1_000_000, dtype=np.int64) % len(CLASS_WORDS)
-        self.sample_ids = np.arange(1_000_000, dtype=np.uint64)
-        self.shown = 0
-
-    def __len__(self):
-        return len(self.labels)
-
-    def pixels(self, index):
-        self.shown += 1
-        return self.images[index % 10]
-
-
 @pytest.mark.slow
-def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_clip, tmp_path):
-    source, small = Million(), ArraySource(10)
-    validation = (ImageSet("id_val", small.images, small.labels, small.sample_ids),)
-    inputs = SharedInputs(tiny_clip, CLASS_WORDS, TEMPLATES, source, validation, {}, "key")
-    recipe = recipe_of(targets="stored", epochs=10, train={"batch_size": 64, "learning_rate": 1e-3})
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})})
-    prepared, context = tmp_path / "prepared", RunContext(should_stop=lambda: True)  # after the first ten steps
-    run.prepare(recipe, prepared, opened=inputs)
-    assert source.shown == 0
-    for number, seed in enumerate((0, 0, 7)):  # of two trials, and a fresh one
-        source.shown = 0
-        applied = apply(recipe, {"seed": seed})
-        with pytest.raises(StoppedRun, match="at step 10 of 156250"):
-            run.run_training(applied, tmp_path / str(number), prepared, context, opened=inputs)
-        assert source.shown <= 13 * 64  # and those that are made ahead
-    stores = list(tmp_path.glob("cache/targets/*"))
-    assert [len(blocks_of(store, 20 * BLOCK)) for store in stores] == [10, 10]
+def test_a_training_begins_with_the_first_blocks(tiny_clip, heads, tmp_path, monkeypatch):
+    shown, pixels = [], ArraySource.pixels
+    monkeypatch.setattr(ArraySource, "pixels", lambda self, index: shown.append(index) or pixels(self, index))
+    source, train = ArraySource(3840), settings(epochs=10, batch_size=64)
+    context = RunContext(should_stop=lambda: True)  # after the first ten steps
+    for _ in range(2):
+        shown.clear()
+        with pytest.raises(StoppedRun, match="at step 10 of 600"):
+            fine_tune(tiny_clip, *heads, source, train, context, target_store=tmp_path, num_threads=2)
+        assert len(shown) <= 13 * 64  # and those that are made ahead
+    assert len(blocks_of(tmp_path, 3840)) == 10
 
 
 # ---- which trainings share
