@@ -20,8 +20,7 @@ def short(*args, **kwargs):
 
 def search(folder, *overrides):
     always = [f"data.cache_dir={folder / 'cache'}", "resources.executor=debug", "search.trials=1", "train.epochs=2"]
-    recipe = load_recipe(short_training.make(folder), [*always, *overrides])
-    run_search(recipe, folder / "study")
+    run_search(load_recipe(short_training.make(folder), [*always, *overrides]), folder / "study")
 
 
 def in_forward(monkeypatch):
@@ -37,24 +36,20 @@ def in_forward(monkeypatch):
     monkeypatch.setattr(run, "predict_all", call)
 
 
-PLACES = {
-    "forward": (in_forward, "evaluation: 1 image of 16 x 16 pixels at a time must fit into memory"),
-    "mixing": (lambda patches: patches.setattr(torch, "lerp", short), "mixing: two more copies of the model's weights"),
-    "copy to the device": (
-        lambda patches: patches.setattr(evaluate, "arranged", short),
-        "mixing: two more copies of the model's weights",
-    ),
-    "copy of the state": (
-        lambda patches: patches.setattr(classifier.ImageClassifier, "state", short),
-        "mixing: two more copies of the model's weights",
-    ),
-}
-CASES = [(place, every) for place in PLACES for every in (0, 1) if (place, every) != ("copy of the state", 0)]
+COPIES = "mixing: two more copies of the model's weights"
+PLACES = [
+    (in_forward, 0, "evaluation: 1 image of 16 x 16 pixels at a time must fit into memory"),
+    (in_forward, 1, "evaluation: 1 image of 16 x 16 pixels at a time must fit into memory"),
+    (lambda patches: patches.setattr(torch, "lerp", short), 0, COPIES),
+    (lambda patches: patches.setattr(evaluate, "arranged", short), 0, COPIES),  # the copy to the device
+    (lambda patches: patches.setattr(classifier.ImageClassifier, "state", short), 1, COPIES),
+]
 
 
-@pytest.mark.parametrize(("place", "every_epochs"), CASES)
-def test_a_shortage_of_an_evaluation_is_named_and_not_taken_for_another(tmp_path, monkeypatch, place, every_epochs):
-    patch, text = PLACES[place]
+@pytest.mark.parametrize(("patch", "every_epochs", "text"), PLACES)
+def test_a_shortage_of_an_evaluation_is_named_and_not_taken_for_another(
+    tmp_path, monkeypatch, patch, every_epochs, text
+):
     patch(monkeypatch)
     with pytest.raises(CarftError) as caught:
         search(tmp_path, f"evaluate.every_epochs={every_epochs}")
