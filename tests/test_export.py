@@ -110,7 +110,7 @@ def plain(trained, tmp_path_factory):
 
 
 def stock_counts(exports, images):
-    """Returns how many of a folder of PNG images each format of each export gets right, found out in another process."""
+    """Returns how many of a folder of PNG images each format of each export gets right, found in another process."""
     words = [f"{export.folder}:{LIBRARIES[name]}" for export in exports for name in export.formats]
     command = [sys.executable, "-W", "ignore", "-c", STOCK, str(images), *words]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}

@@ -422,6 +422,7 @@ def test_no_command_imports_a_strangers_code_without_trust(finished, tmp_path, m
     from carft_ray.cli import app
 
     assert set(get_command(app).commands) == {*WITHOUT_TRUST, *OF_NOBODY_ELSE}
+    monkeypatch.setattr("carft_ray.results.export.export.farthest_logit", lambda *given: 0.0)  # seconds each
     folder = tmp_path / "sent"
     shutil.copytree(finished, folder)
     for path in folder.rglob("*"):  # the study names the folder where it was made
@@ -520,20 +521,3 @@ def test_a_function_runs_in_the_processes_of_ray(tmp_path, monkeypatch):
     function = ["--set", "train.function=of_the_recipe:fine_tune"]
     assert call(["search", recipe, "--study", tmp_path / "study", "--executor", "inline", "--trust", *function]) == 0
     assert len(list((tmp_path / "study").glob("trials/*/*/result.json"))) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.whole
-def test_the_example_finds_the_accuracy_of_the_built_in_loop_without_its_kl_term(tmp_path):
-    overrides = ["train.epochs=4", "train.kl_weight=0", "train.alpha=1.0", "evaluate.every_epochs=0"]
-    overrides += ["data.id_val.num_per_class=63", "data.ood_val={}", "search.baselines={}", "resources.threads=1"]
-    own = load_recipe(EXAMPLES / "own_trainer.yaml", overrides)
-    zero_shot = prepare(own, tmp_path / "prepared", lambda text: None, False)["id_accuracy"]
-    found = []
-    for number, recipe in enumerate((own, apply(own, {"function": None}))):
-        result = run_training(recipe, tmp_path / str(number), tmp_path / "prepared", RunContext())
-        found.append(round(1008 * result["fine_tuned"]["id_accuracy"]))
-    # Six trainings (three seeds of each loop) had 834 to 850 of 1008 images right, with a standard deviation of 5: two
-    # of them differ by less than 3.5 x 5 x sqrt(2) = 25. Training gains about 40 images.
-    assert abs(found[0] - found[1]) <= 25, found
-    assert min(found) > 1008 * zero_shot + 15, (found, zero_shot)
