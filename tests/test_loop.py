@@ -291,14 +291,9 @@ def test_steps_do_not_wait_for_a_checkpoint_and_it_holds_the_state_of_its_step(
     late = fine_tune(tiny_clip, *heads, source, train, context, checkpoint_dir=tmp_path / "late")
     soon = fine_tune(tiny_clip, *heads, source, train, checkpoint_dir=tmp_path / "soon")
     assert largest_difference(late, soon) == 0.0
-    for step in (10, 20):
-        names = [tmp_path / name / "attempt-1" / f"step-{step:08d}" for name in ("late", "soon")]
-        found = [checkpoint.load_checkpoint(name) for name in names]
-        assert found[0].position == found[1].position
-        for part in ("weights", "optimizer", "average"):
-            one, other = (getattr(each, part) for each in found)
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one)
+    for step in ("step-00000010", "step-00000020"):
+        one, other = (sorted((tmp_path / name / "attempt-1" / step).iterdir()) for name in ("late", "soon"))
+        assert [path.read_bytes() for path in one] == [path.read_bytes() for path in other]
     assert writers() == []
 
 
@@ -348,10 +343,7 @@ class Copies(TorchFunctionMode):
     """
 
     NAMES = ("item", "cpu", "tolist", "__bool__", "__float__", "__int__")
-
-    def __init__(self):
-        super().__init__()
-        self.number = 0
+    number = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.number += getattr(function, "__name__", "") in self.NAMES

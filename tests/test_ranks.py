@@ -9,6 +9,7 @@ import torch
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from test_loop import CPU, largest_difference, settings, without_speed
 from test_lost import gloo
+from test_targets import blocks_of
 from tiny import make_tiny_clip
 
 from carft_ray.errors import CarftError
@@ -22,34 +23,40 @@ from carft_ray.training.run_context import RunContext
 
 pytestmark = pytest.mark.slow
 
-TWO = settings(precision="fp64", batch_size=13, checkpoint_every=1e-9)  # an epoch has four steps
+TWO = settings(precision="fp64", batch_size=40, checkpoint_every=1e-9)
+NUM_IMAGES = 121  # two blocks of targets; the last batch has one image, so one of two workers has none
 
 
 def train_as_two(context, folder):
-    """The last batch has one image, so one of the workers has none; a checkpoint is written after every other step."""
+    """A checkpoint is written after every other step."""
     loop.LOG_EVERY, rows = 2, []
-    clip = make_tiny_clip(dtype=torch.float64)
+    clip, images = make_tiny_clip(dtype=torch.float64), ArraySource(NUM_IMAGES)
     heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
     train, context = TWO.model_copy(update={"micro_batch": 4}), replace(context, report=rows.append)
-    state = fine_tune(clip, *heads, ArraySource(), train, context, checkpoint_dir=folder / "two")
-    grown = fine_tune(clip, *heads, ArraySource(), train, context, checkpoint_dir=folder / "grown", attempt=2)
+    store = folder / f"store-{context.rank}"
+    state = fine_tune(clip, *heads, images, train, context, checkpoint_dir=folder / "two", target_store=store)
+    grown = fine_tune(clip, *heads, images, train, context, checkpoint_dir=folder / "grown", attempt=2)
     torch.save((state, grown, rows), folder / f"{context.rank}.pt")
 
 
-def test_two_workers_end_with_the_weights_of_one(clip64, heads64, source, tmp_path, monkeypatch):
+def test_two_workers_end_with_the_weights_and_targets_of_one(clip64, heads64, tmp_path, monkeypatch):
     """And so do two that continue from the checkpoint of one."""
     monkeypatch.setattr(loop, "LOG_EVERY", 2)
-    rows, reported = [], []
-    one = fine_tune(clip64, *heads64, source, TWO, RunContext(report=rows.append))
+    rows, reported, images = [], [], ArraySource(NUM_IMAGES)
+    alone = RunContext(report=rows.append)
+    one = fine_tune(clip64, *heads64, images, TWO, alone, target_store=tmp_path / "store")
     ends = RunContext(report=reported.append, should_stop=lambda: bool(reported))
     with pytest.raises(StoppedRun, match="at step 4 of 12"):
-        fine_tune(clip64, *heads64, source, TWO, ends, checkpoint_dir=tmp_path / "grown")
+        fine_tune(clip64, *heads64, images, TWO, ends, checkpoint_dir=tmp_path / "grown")
     assert gloo(train_as_two, tmp_path) == [0, 0]
     assert {path.name for path in tmp_path.glob("two/attempt-1/step-*")} == {"step-00000008", "step-00000010"}
+    blocks = blocks_of(tmp_path / "store", NUM_IMAGES)
     for rank, expected in enumerate(([*rows, *rows[1:]], [])):
         state, grown, found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        # Adam divides by 1e-8 where a gradient is nothing but rounding (1e-16)
         assert largest_difference(one, state) < 1e-9
         assert largest_difference(one, grown) < 1e-9
+        assert blocks_of(tmp_path / f"store-{rank}", NUM_IMAGES).items() <= blocks.items()  # what it has met
         for mine, theirs in zip(expected, found, strict=True):
             assert without_speed(mine) == pytest.approx(without_speed(theirs), rel=1e-9, abs=1e-12)
 

@@ -14,8 +14,7 @@ import pytest
 import stand_in
 import torch
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
-from test_loop import CPU, largest_difference
-from test_lost import gloo
+from test_loop import CPU
 from tiny import make_tiny_clip
 
 from carft_ray.model.heads import build_heads
@@ -31,9 +30,6 @@ NUM_IMAGES = 150  # blocks of 64, 64 and 22
 
 def settings(**values):
     return TrainConfig(**{"learning_rate": 1e-3, "kl_weight": 5.0, "epochs": 2, "batch_size": 48, **values})
-
-
-OF_TWO = settings(precision="fp64", batch_size=40)
 
 
 @pytest.fixture
@@ -83,24 +79,16 @@ def same(a, b):
 
 
 @pytest.mark.slow
-def test_a_training_that_computes_writes_or_reads_ends_with_the_same_weights(tuned, tmp_path, without_frozen_model):
-    online, writer = tuned(None), tuned(tmp_path)
+@pytest.mark.parametrize("values", [{}, {"batch_size": 7, "micro_batch": 5, "epochs": 1, "num_threads": 3}])
+def test_trainings_of_any_batch_size_and_length_that_compute_write_or_read_end_with_the_same_weights(
+    tuned, tmp_path, without_frozen_model, values
+):
+    writer, expected, before = tuned(tmp_path), tuned(None, **values), blocks_of(tmp_path)
+    assert values or same(writer, expected)
     assert {path.name for path in tmp_path.iterdir()} == {"visit-0000", "visit-0001"}
-    assert sum(map(len, blocks_of(tmp_path).values())) == 2 * NUM_IMAGES * len(TEMPLATES) * 2
+    assert sum(map(len, before.values())) == 2 * NUM_IMAGES * len(TEMPLATES) * 2
     without_frozen_model()
-    reader = tuned(tmp_path)
-    assert same(online, writer)
-    assert same(online, reader)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [7, 150])
-def test_trainings_of_other_batch_sizes_and_lengths_share_blocks(tuned, tmp_path, without_frozen_model, batch_size):
-    tuned(tmp_path)
-    expected = tuned(None, batch_size=batch_size, micro_batch=5, epochs=1)
-    before = blocks_of(tmp_path)
-    without_frozen_model()
-    assert same(tuned(tmp_path, batch_size=batch_size, micro_batch=5, epochs=1, num_threads=3), expected)
+    assert same(tuned(tmp_path, **values), expected)
     assert blocks_of(tmp_path) == before
 
 
@@ -133,24 +121,6 @@ def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, 
             break
     assert attempt > 4
     assert same(whole, state)
-
-
-def train_as_two(context, folder):
-    clip, images = make_tiny_clip(dtype=torch.float64), ArraySource(NUM_IMAGES)
-    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
-    store = folder / f"store-{context.rank}"
-    torch.save(fine_tune(clip, *heads, images, OF_TWO, context, target_store=store), folder / f"{context.rank}.pt")
-
-
-@pytest.mark.slow
-def test_two_ranks_compute_the_blocks_of_one_and_end_with_its_weights(tmp_path, clip64, heads64):
-    assert gloo(train_as_two, tmp_path) == [0, 0]
-    one = fine_tune(clip64, *heads64, ArraySource(NUM_IMAGES), OF_TWO, target_store=tmp_path / "one")
-    expected = blocks_of(tmp_path / "one")
-    for rank in (0, 1):
-        # Adam divides by 1e-8 where a gradient is nothing but rounding (1e-16)
-        assert largest_difference(one, torch.load(tmp_path / f"{rank}.pt")) < 1e-9
-        assert blocks_of(tmp_path / f"store-{rank}").items() <= expected.items()  # what it has met, it has computed
 
 
 # ---- killed, at once, damaged

@@ -1,11 +1,11 @@
 """How the image tower trains: layer-wise learning rates, frozen layers, LoRA, averages, checkpointing, BatchNorm."""
 
+import copy
 import dataclasses
 import functools
 
 import numpy as np
 import pytest
-import short_training
 import torch
 import torch.nn.functional as F
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
@@ -18,15 +18,12 @@ from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
 from carft_ray.launch import micro_batch
 from carft_ray.launch.micro_batch import fitted, memory_failure, note
-from carft_ray.launch.runs.single import train_once
 from carft_ray.model import tower
-from carft_ray.model.classifier import build_classifier
+from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.heads import build_heads
 from carft_ray.model.lora import merged_state, plain_name, trained_weights
 from carft_ray.model.mixing import mix_weights
 from carft_ray.model.tower import layer_groups, num_trained, recipe_problems, shape_tower
-from carft_ray.recipe.loading import load_recipe
-from carft_ray.results.reading.trained import evaluate_trained, open_trained
 from carft_ray.training import run
 from carft_ray.training.checkpoint import newest_checkpoint
 from carft_ray.training.evaluate import Mixtures, predict, predict_all
@@ -75,12 +72,9 @@ def test_the_first_update_of_a_layer_is_its_factor_times_that_with_one_learning_
             torch.testing.assert_close(decayed[name] - start[name], expected, rtol=1e-6, atol=1e-12)
 
 
-def test_the_groups_of_the_optimizer_are_those_of_layers_and_decay(tiny_clip, heads):
-    classifier = classifier_of(tiny_clip, heads, settings())
-    groups = build_optimizer(classifier, settings()).param_groups
-    assert [len(group["params"]) for group in groups] == [len(list(classifier.visual.parameters())), 1]
-    assert {(group["lr_factor"], group["weight_decay"]) for group in groups} == {(1.0, 0.1)}
-    groups = build_optimizer(classifier, settings(decay="matrices", layer_decay=0.5)).param_groups
+def test_decay_of_matrices_spares_norms_and_biases_in_every_layer(tiny_clip, heads):
+    train = settings(decay="matrices", layer_decay=0.5)
+    groups = build_optimizer(classifier_of(tiny_clip, heads, train), train).param_groups
     assert {(g["lr_factor"], g["weight_decay"]) for g in groups[:-1]} >= {(0.0625, 0.1), (0.0625, 0.0), (0.5, 0.1)}
     assert all(parameter.ndim < 2 for group in groups if not group["weight_decay"] for parameter in group["params"])
 
@@ -109,21 +103,16 @@ def test_with_all_layers_frozen_the_class_head_alone_trains_as_a_linear_probe(cl
 # ---- LoRA
 
 
-def test_lora_starts_as_the_zero_shot_model_bit_for_bit(tiny_clip, heads, source):
-    pixels = torch.from_numpy(source.images)
-    train = settings(lora_rank=4)
-    plain, corrected = (classifier_of(tiny_clip, heads, train, shaped).eval() for shaped in (False, True))
-    assert largest_difference(plain.state(), corrected.state()) == 0.0
-    with torch.no_grad():
-        assert torch.equal(plain(pixels)[1], corrected(pixels)[1])
-
-
-def test_lora_moves_the_matrices_of_the_blocks_alone_by_its_rank(tiny_clip, heads, source):
+def test_lora_starts_as_the_zero_shot_model_and_moves_the_matrices_of_the_blocks_by_its_rank(tiny_clip, heads, source):
     train = settings(lora_rank=2, freeze_layers=2)  # of the blocks the second alone
+    plain, corrected = (classifier_of(tiny_clip, heads, train, shaped).eval() for shaped in (False, True))
+    start = plain.state()
+    assert largest_difference(start, corrected.state()) == 0.0
+    with torch.no_grad():
+        assert torch.equal(*(model(torch.from_numpy(source.images))[1] for model in (plain, corrected)))
     state = fine_tune(tiny_clip, *heads, source, train)
     expected = {f"visual.transformer.resblocks.1.{name}" for name in MATRICES}
     assert moved(tiny_clip, heads, state, train) == {*expected, "class_head"}
-    start = classifier_of(tiny_clip, heads, train, shaped=False).state()
     for name in expected:
         singular = torch.linalg.svdvals((state[name] - start[name]).double())
         assert singular[2] < 1e-5 * singular[0], name
@@ -160,24 +149,26 @@ def test_alpha_scales_the_merged_correction(clip64, heads64, source):
     assert largest_difference(plain.state(), corrected.state()) < 1e-12
 
 
-def test_lora_adapts_the_linear_layers_of_a_timm_tower():
-    visual = TimmModel("test_vit", embed_dim=16, image_size=160, pool="avg", proj="linear")
-    names = set(dict(visual.named_parameters()))
-    train = settings(lora_rank=4, layer_decay=0.5)
-    classifier = open_classifier(visual)
-    shape_tower(classifier, train)
-    assert {f"visual.{name}" for name in names} | {"class_head"} == merged_state(classifier).keys()
+def test_lora_adapts_the_linear_layers_of_a_timm_tower_and_checkpointing_changes_no_bit_of_it():
+    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 160, 160, 3), dtype=np.uint8))
+    torch.manual_seed(0)
+    visual = TimmModel("test_vit", embed_dim=16, image_size=160, pool="avg", proj="linear").double()
+    names = {*(f"visual.{name}" for name, _ in visual.named_parameters()), "class_head"}
+    gradients = []
+    for on in (False, True):
+        train = settings(lora_rank=4, layer_decay=0.5, grad_checkpointing=on)
+        torch.manual_seed(1)
+        classifier = ImageClassifier(copy.deepcopy(visual), torch.eye(3, 16), 10.0, (0.5,) * 3, (0.5,) * 3).double()
+        shape_tower(classifier, train)
+        F.cross_entropy(classifier(pixels)[1], torch.tensor([0, 2])).backward()
+        gradients.append({name: p.grad for name, p in classifier.named_parameters() if p.grad is not None})
+    assert largest_difference(*gradients) == 0.0
+    assert merged_state(classifier).keys() == names
     trained = trained_weights(classifier)
     assert len(trained) == 6 * 4 + 1
     assert all(".blocks." in name for name in trained if name != "class_head")
     factors = {group["lr_factor"] for group in build_optimizer(classifier, train).param_groups}
     assert factors == {1.0, *(0.5 ** (8 - layer) for layer in range(1, 7))}
-
-
-def open_classifier(visual):
-    from carft_ray.model.classifier import ImageClassifier
-
-    return ImageClassifier(visual, torch.eye(3, 16), 10.0, (0.5,) * 3, (0.5,) * 3)
 
 
 # ---- the average over the steps
@@ -215,65 +206,27 @@ def test_a_damaged_or_lost_average_makes_the_checkpoint_before_it_serve(tiny_cli
         fine_tune(tiny_clip, *heads, source, settings(epochs=2), checkpoint_dir=tmp_path)
 
 
-# ---- gradient checkpointing
+# ---- micro-batches that fit
 
-
-def test_gradient_checkpointing_keeps_less_and_changes_no_bit(clip64, heads64, source):
-    states, kept = [], []
-
-    def keep(tensor):
-        kept[-1] += tensor.nbytes
-        return tensor
-
-    for on in (False, True):
-        train = settings(precision="fp64", grad_checkpointing=on)
-        states.append(fine_tune(clip64, *heads64, source, train))
-        classifier = classifier_of(clip64, heads64, train).train()
-        kept.append(0)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            classifier(torch.from_numpy(source.images))
-    assert largest_difference(*states) == 0.0
-    assert kept[1] < 0.5 * kept[0]
-
-
-def test_gradient_checkpointing_of_a_timm_tower_gives_the_gradients_of_none():
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 160, 160, 3), dtype=np.uint8))
-    torch.manual_seed(0)
-    visual = TimmModel("test_vit", embed_dim=16, image_size=160, pool="avg", proj="linear").double()
-    gradients = []
-    for on in (False, True):
-        classifier = open_classifier(visual).double()
-        shape_tower(classifier, settings(grad_checkpointing=on))
-        F.cross_entropy(classifier(pixels)[1], torch.tensor([0, 2])).backward()
-        gradients.append({name: p.grad for name, p in classifier.named_parameters()})
-    assert largest_difference(*gradients) == 0.0
-
-
-SHORT = OutOfMemoryError("short", 64)
 OF_MEMORY = [{"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}]  # values that decide over it
 
 
 @pytest.mark.parametrize("values", [*OF_MEMORY, {"compile": True}, {"grad_checkpointing": True}])
 def test_a_micro_batch_that_fits_is_remembered_for_what_decides_over_memory(tmp_path, values):
-    plain = make_recipe(1, train={"batch_size": 64})
-    note(tmp_path, memory_failure(SHORT, plain, {}, 1))
+    plain, other = (make_recipe(1, train={"batch_size": 64, **more}) for more in ({}, values))
+    note(tmp_path, memory_failure(OutOfMemoryError("short", 64), plain, {}, 1))
     assert fitted(plain, tmp_path, 1).train.micro_batch == 32
-    other = make_recipe(1, train={"batch_size": 64, **values})
     assert fitted(other, tmp_path, 1) == other
+    no_image = memory_failure(OutOfMemoryError("short", 1), plain, values, 1)
+    assert no_image.outcome == ("error" if values in OF_MEMORY else "fatal")
 
 
 def test_a_micro_batch_that_fits_beside_another_training_is_not_that_of_a_whole_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(micro_batch, "_device", lambda recipe: "a GPU")
     whole, half = (make_recipe(1, train={"batch_size": 64}, resources={"gpus_per_worker": n}) for n in (1.0, 0.5))
-    note(tmp_path, memory_failure(SHORT, half, {}, 1))
+    note(tmp_path, memory_failure(OutOfMemoryError("short", 64), half, {}, 1))
     assert fitted(whole, tmp_path, 1).train.micro_batch is None
     assert fitted(half, tmp_path, 1).train.micro_batch == 32
-
-
-@pytest.mark.parametrize("values", [*OF_MEMORY, {}])
-def test_a_trial_for_which_no_image_fits_is_infeasible_where_its_values_decide_over_memory(values):
-    outcome = memory_failure(OutOfMemoryError("short", 1), make_recipe(2), values, 1).outcome
-    assert outcome == ("error" if values else "fatal")
 
 
 # ---- mixtures
@@ -316,19 +269,6 @@ def test_mixtures_are_those_of_mixed_states_and_leave_the_model_as_it_was(resnet
     assert largest_difference(before, resnet_clip.model.visual.state_dict()) == 0.0
 
 
-# ---- whole trainings: curve, evaluate, export
-
-
-def test_what_lora_and_the_average_leave_are_plain_weights(tmp_path):
-    values = ["train.epochs=2", "train.lora_rank=2", "train.ema_decay=0.5", "train.freeze_layers=1"]
-    recipe = load_recipe(short_training.make(tmp_path), [f"data.cache_dir={tmp_path / 'cache'}", *values])
-    train_once(recipe, tmp_path / "out", False, "", str, lambda row: None, lambda row: None)
-    trained = open_trained(tmp_path / "out")
-    start = classifier_of(trained.inputs.clip, (trained.class_head_CD,), settings()).state()
-    assert trained.fine_tuned.keys() == start.keys()
-    assert evaluate_trained(trained, trained.result["alpha"])[0] == trained.result["metrics"]
-
-
 # ---- torch.compile
 
 
@@ -344,6 +284,7 @@ def without_compiler(monkeypatch, tmp_path):
     torch.compiler.reset()
 
 
+@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_one_shape_is_compiled_whatever_the_last_batch_and_micro_batch_hold(tiny_clip, heads, source, monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -451,9 +392,8 @@ def test_a_study_is_refused_before_it_trains_for_what_its_space_or_a_baseline_wo
     assert not recipe_problems(visual, make_recipe(2, space={"freeze_layers": {"low": 0, "high": 4}}))
 
 
-def test_the_numbers_that_train_are_counted_without_shaping_a_tower(tiny_clip, heads):
-    for values in ({}, {"freeze_layers": 2}, {"lora_rank": 3}, {"lora_rank": 3, "freeze_layers": 2}):
-        train = settings(**values)
-        parameters = classifier_of(tiny_clip, heads, train).visual.parameters()
-        counted = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-        assert num_trained(tiny_clip.model.visual, train) == counted
+@pytest.mark.parametrize("values", [{"freeze_layers": 2}, {"lora_rank": 3}])
+def test_the_numbers_that_train_are_counted_without_shaping_a_tower(tiny_clip, heads, values):
+    parameters = classifier_of(tiny_clip, heads, settings(**values)).visual.parameters()
+    counted = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    assert num_trained(tiny_clip.model.visual, settings(**values)) == counted
