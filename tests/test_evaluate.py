@@ -55,15 +55,6 @@ def set_of(side, groups=None, number=22):
     return ImageSet("id_val", source.images, labels, source.sample_ids, groups)
 
 
-def test_what_a_device_gives_back_is_noted():
-    with Left() as left:
-        assert torch.ones(3, device=META).sum().item() == 0
-        assert torch.ones(2, device=META).tolist() == [0, 0]
-    assert left.bytes == [4, 8]
-    with Left(), pytest.raises((RuntimeError, TypeError)):
-        torch.ones(3, device=META).nonzero()
-
-
 @pytest.mark.parametrize("groups", [None, ((0, 3), (2,))])
 def test_nothing_waits_for_a_batch_and_an_image_leaves_40_bytes(tiny_clip, heads, monkeypatch, groups):
     monkeypatch.setattr(evaluate, "images_ahead", on_meta)

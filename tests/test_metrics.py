@@ -3,7 +3,6 @@
 import itertools
 import math
 import operator
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -145,25 +144,6 @@ def test_calibration_error_equals_that_of_guo(both, num_bins):
     found = metrics.expected_calibration_error(given, num_bins)
     assert found == same(guo(given.confidence, given.correct, num_bins))
     np.testing.assert_allclose(given.confidence, probabilities.max(axis=1), rtol=2**-24)
-
-
-@pytest.mark.whole  # importing torchmetrics takes seconds
-def test_metrics_equal_those_of_torchmetrics(both):
-    from torchmetrics.functional import classification
-
-    given, labels, logits, _ = both
-    guesses_N, labels_N = torch.from_numpy(logits.argmax(1)), torch.from_numpy(labels)
-    by_class = classification.multiclass_accuracy(guesses_N, labels_N, logits.shape[1], average="none").tolist()
-    assert all(value == same(by_class[index]) for index, value in metrics.class_accuracies(given).items())
-    for num_bins in (1, 7, 15):  # an upper edge is out there, and edges are float32: images on one are left out
-        edges = np.arange(num_bins + 1) / num_bins
-        inner = np.flatnonzero(~np.isclose(given.confidence[:, None], edges, atol=1e-6).any(axis=1))
-        names = ("labels", "rank", "confidence", "nll", "brier")
-        part = replace(given, **{name: getattr(given, name)[inner] for name in names})
-        correct_N = torch.from_numpy(part.correct.astype(np.int64))
-        confidence = torch.from_numpy(part.confidence)  # as of two classes: no rule orders equal logits there
-        oracle = classification.binary_calibration_error(confidence, correct_N, num_bins)
-        assert metrics.expected_calibration_error(part, num_bins) == same(oracle)
 
 
 def test_a_confidence_on_an_edge_belongs_to_the_lower_bin():

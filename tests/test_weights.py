@@ -82,10 +82,8 @@ def test_what_is_no_file_of_tensors_is_refused_and_nothing_is_run(models, tmp_pa
     assert "nothing else is unpickled, since that can run any code, but got" in message(tmp_path / "trap.pt")
     assert not marker.exists()
     (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert message(tmp_path / "pointer.bin") == (
-        f"model.pretrained: must be a weights file, but got the Git LFS pointer {tmp_path}/pointer.bin\n"
-        "    Run: git lfs pull"
-    )
+    pointer = f"model.pretrained: must be a weights file, but got the Git LFS pointer {tmp_path}/pointer.bin\n"
+    assert message(tmp_path / "pointer.bin") == f"{pointer}    Run: git lfs pull"
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     assert "must hold named tensors, or a checkpoint with state_dict, but got" in message(tmp_path / "empty.pt")
     for name in ("cut.safetensors", "cut.pt"):
@@ -104,9 +102,7 @@ def test_a_torch_script_archive_is_refused_with_the_call_that_opens_it(models, t
 def test_missing_extra_and_reshaped_tensors_are_named(models, tmp_path):
     save_file(models, tmp_path / "fine.safetensors")
     text = message(tmp_path / "fine.safetensors", OTHER)
-    assert text.startswith(
-        "model.pretrained: the tensors of fine.safetensors must be those of the model, but got size mismatch for "
-    )
+    assert text.startswith("model.pretrained: the tensors of fine.safetensors must be those of the model, but got size")
     assert "torch.Size([32, 3, 8, 8]) from checkpoint, the shape in current model is torch.Size([32, 3, 4, 4])" in text
     save_file({**models, "more": torch.zeros(1)}, tmp_path / "more.safetensors")
     assert message(tmp_path / "more.safetensors").endswith('but got Unexpected key(s) in state_dict: "more".')
@@ -175,8 +171,8 @@ def test_the_tokenizer_comes_from_the_folder_of_the_weights(models, tmp_path):
     assert clip.tokenizer(["a photo of the cat"]).tolist() == [[4, 5, 6, 7, 13, 2, 1, 1]]
     too_many = ("more", "words", "than", "the", "model", "has", *map(str, range(20)), "a", "photo", "cat")
     make_tokenizer(tmp_path, too_many)
-    text = message(tmp_path / "weights.safetensors", WORDS)
-    assert text == "model.name: the tokenizer must be that of the model, which has 18 tokens, but got token 32"
+    told = "model.name: the tokenizer must be that of the model, which has 18 tokens, but got token 32"
+    assert message(tmp_path / "weights.safetensors", WORDS) == told
     (tmp_path / "tokenizer.json").write_text("{}")
     told = f"model.name: the tokenizer files of {WORDS} (nobody/words) must be readable by transformers"
     assert message(tmp_path / "weights.safetensors", WORDS).startswith(told)
@@ -185,21 +181,12 @@ def test_the_tokenizer_comes_from_the_folder_of_the_weights(models, tmp_path):
 def test_weights_of_openai_need_quick_gelu_in_the_configuration_of_their_folder(models, tmp_path):
     openai = {**models, **dict.fromkeys(OPENAI_SIZES, torch.tensor(1))}
     torch.save(openai, tmp_path / "open_clip_pytorch_model.bin")
-    for quick in (False, True):
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, "quick_gelu": quick}}))
-        if quick:
-            assert load_folder(tmp_path).config["model_cfg"]["quick_gelu"]
-        else:
-            with pytest.raises(DataError, match="must have quick_gelu: true for OpenAI's own weights"):
-                load_folder(tmp_path)
-
-
-def test_a_configuration_that_open_clip_cannot_build_is_told(models, tmp_path):
-    save_file(models, tmp_path / "model.safetensors")
-    for wrong in ({"embed_dims": 3}, {"embed_dim": "many"}):
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, **wrong}}))
-        with pytest.raises(DataError, match="must be of a model that open_clip can build, but got TypeError"):
-            load_folder(tmp_path)
+    config = tmp_path / "open_clip_config.json"
+    config.write_text(json.dumps({"model_cfg": CONFIG}))
+    with pytest.raises(DataError, match="must have quick_gelu: true for OpenAI's own weights"):
+        load_folder(tmp_path)
+    config.write_text(json.dumps({"model_cfg": {**CONFIG, "quick_gelu": True}}))
+    assert load_folder(tmp_path).config["model_cfg"]["quick_gelu"]
 
 
 @pytest.mark.parametrize(
