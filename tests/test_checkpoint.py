@@ -321,7 +321,6 @@ def resume(stopped, tmp_path, capsys):
     return call
 
 
-@pytest.mark.slow
 def test_train_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(stopped, resume, tmp_path):
     older, newer = sorted(short_training.training_in(tmp_path / "out").glob("attempt-1/step-*"))
     flip(newer / "weights.safetensors")
@@ -334,7 +333,6 @@ def test_train_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before
     assert older.name == "step-00000003"
 
 
-@pytest.mark.slow
 def test_a_stopped_training_resumes_and_its_result_that_is_damaged_then_is_told_and_not_trained_over(
     stopped, resume, tmp_path
 ):

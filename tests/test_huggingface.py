@@ -50,7 +50,6 @@ def told(base, *args, **keys):
     return str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", ["saved", "saved/train", "hub", "hub/data", "modes"])
 def test_the_rows_are_those_of_the_library(base, path):
     split = {"saved": "train", "hub": "train", "hub/data": "train"}.get(path)
@@ -181,7 +180,6 @@ def test_splits_may_have_two_roles_and_one_split_may_not(base):
         assert "must not share images with data.train" in str(problems(**shared)[0])
 
 
-@pytest.mark.slow
 def test_validate_reads_the_sets_and_finds_the_same_images_in_two_of_them(base, capsys, monkeypatch):
     monkeypatch.chdir(base)
     (base / "r.yaml").write_text(

@@ -75,7 +75,6 @@ def plain_fine_tuning(clip, class_head, source, train, tower_trains=True):
     return {"class_head": head.detach(), **{f"visual.{k}": v.detach() for k, v in visual.state_dict().items()}}
 
 
-@pytest.mark.slow
 def test_kl_weight_zero_is_plain_fine_tuning(clip64, heads64, source):
     train = settings(kl_weight=0.0, precision="fp64")
     mine = fine_tune(clip64, *heads64, source, train)
@@ -84,7 +83,6 @@ def test_kl_weight_zero_is_plain_fine_tuning(clip64, heads64, source):
     assert largest_difference(mine, reference) < 1e-9
 
 
-@pytest.mark.slow
 def test_one_context_and_kl_weight_zero_with_any_contexts_are_plain_fine_tuning_bit_for_bit(tiny_clip, heads, source):
     plain, *others = (
         fine_tune(tiny_clip, heads[0], context_head, source, settings(kl_weight=weight))
@@ -93,7 +91,6 @@ def test_one_context_and_kl_weight_zero_with_any_contexts_are_plain_fine_tuning_
     assert [largest_difference(plain, other) for other in others] == [0.0, 0.0]
 
 
-@pytest.mark.slow
 def test_the_kl_and_its_gradient_are_zero_at_step_zero_for_targets_that_are_not_rounded(clip64, heads64, source):
     pixels, labels = torch.from_numpy(source.images), torch.from_numpy(source.labels)
     gradients = []
@@ -110,7 +107,6 @@ def test_the_kl_and_its_gradient_are_zero_at_step_zero_for_targets_that_are_not_
     assert largest_difference(gradients[0], gradients[2]) <= 1e-12
 
 
-@pytest.mark.slow
 def test_training_kl_falls_as_its_weight_rises(tiny_clip, heads, source):
     values, pixels = [], torch.from_numpy(source.images)
     for weight in (0.0, 1.0, 100.0):
@@ -125,20 +121,17 @@ def test_training_kl_falls_as_its_weight_rises(tiny_clip, heads, source):
     assert values[0] > values[1] > values[2] >= 0
 
 
-@pytest.mark.slow
 def test_micro_batches_give_the_weights_of_whole_batches(clip64, heads64, source):
     whole = fine_tune(clip64, *heads64, source, settings(precision="fp64", epochs=2))
     split = fine_tune(clip64, *heads64, source, settings(precision="fp64", epochs=2, micro_batch=5))
     assert largest_difference(whole, split) < 1e-9
 
 
-@pytest.mark.slow
 def test_head_lr_factor_zero_freezes_the_head(tiny_clip, heads, source):
     state = fine_tune(tiny_clip, *heads, source, settings(head_lr_factor=0.0))
     assert torch.equal(state["class_head"], tiny_clip.logit_scale * heads[0])
 
 
-@pytest.mark.slow
 def test_the_whole_image_tower_trains_and_the_text_side_does_not(tiny_clip, heads, source):
     before = {name: tensor.clone() for name, tensor in tiny_clip.model.state_dict().items()}
     state = fine_tune(tiny_clip, *heads, source, settings())
@@ -219,7 +212,6 @@ def frequent(monkeypatch):
 TOGETHER = {"lora_rank": 3, "lora_alpha": 1.5, "ema_decay": 0.8, "layer_decay": 0.7, "freeze_layers": 1}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("ends", "values"), [("killed", {}), ("killed", TOGETHER), ("stopped", TOGETHER)])
 def test_a_kill_or_a_stop_after_any_checkpoint_inside_an_epoch_changes_no_number(
     tiny_clip, heads, source, tmp_path, frequent, values, ends
@@ -249,7 +241,6 @@ def test_a_kill_or_a_stop_after_any_checkpoint_inside_an_epoch_changes_no_number
     assert [without_speed(row) for row in rows] == [without_speed(row) for row in whole_rows]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("every", "steps"), [(None, [10]), (50, [16, 18]), (130, [12, 18]), (1e6, [])])
 def test_checkpoints_come_after_each_time_or_at_the_end_of_every_epoch_and_none_after_the_last(
     tiny_clip, heads, source, tmp_path, frequent, every, steps
@@ -358,7 +349,6 @@ def test_no_number_is_read_from_the_device_between_two_rows_of_progress(tiny_cli
     assert copied.number == 1 + 2  # a row after every tenth step
 
 
-@pytest.mark.slow
 def test_a_seed_changes_order_and_views(tiny_clip, heads, source):
     states = [fine_tune(tiny_clip, *heads, source, settings(seed=seed)) for seed in (0, 0, 1)]
     assert largest_difference(states[0], states[1]) == 0.0

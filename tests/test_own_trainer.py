@@ -152,7 +152,6 @@ def test_a_function_of_a_baseline_counts_where_baselines_are_trained():
 # one training
 
 
-@pytest.mark.slow
 def test_values_model_sets_and_folder_are_what_a_function_needs(train):
     seen = {}
 
@@ -181,7 +180,6 @@ def test_values_model_sets_and_folder_are_what_a_function_needs(train):
     assert {point["objective"] for point in result["curve"]} == {result["objective"]}  # all weights are the same
 
 
-@pytest.mark.slow
 def test_no_test_set_can_be_reached_through_the_context(train):
     found = []
 
@@ -211,7 +209,6 @@ def test_no_test_set_can_be_reached_through_the_context(train):
     assert not [text for text in found if "sealed" in text]
 
 
-@pytest.mark.slow
 def test_what_is_reported_is_a_row_with_an_intermediate_value_once_the_model_has_changed(train):
     rows, values = [], ["train.epochs=2", "train.learning_rate=0.1", "evaluate.every_epochs=1"]
     train("few_steps", *values, context=RunContext(report=rows.append))
@@ -219,7 +216,6 @@ def test_what_is_reported_is_a_row_with_an_intermediate_value_once_the_model_has
     assert all(0 <= row["subset/objective"] <= 1 and row["loss"] > 0 for row in rows)
 
 
-@pytest.mark.slow
 def test_the_same_seed_gives_the_same_random_numbers_and_another_does_not(train):
     drawn = []
 
@@ -233,7 +229,6 @@ def test_the_same_seed_gives_the_same_random_numbers_and_another_does_not(train)
     assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
@@ -260,7 +255,6 @@ def test_the_prefixes_of_wrapped_models_are_taken_off():
         assert {name: tensor.tolist() for name, tensor in found.items()} == {"visual.a": [2] * 2, "class_head": [2] * 3}
 
 
-@pytest.mark.slow
 def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(train):
     def stubborn(values, context):
         assert context.should_stop()
@@ -273,7 +267,6 @@ def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(tr
 # given from Python
 
 
-@pytest.mark.slow
 def test_a_function_that_is_given_is_called_itself_and_a_baseline_may_have_the_built_in_loop(ready, tmp_path):
     calls = []
 
@@ -294,7 +287,6 @@ def test_a_function_that_is_given_is_called_itself_and_a_baseline_may_have_the_b
     assert result["train"]["function"] is None
 
 
-@pytest.mark.slow
 def test_a_function_of_a_module_travels_by_its_name_and_finds_its_folder_there(ready, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "far_away.py").write_text("def fit(values, context):\n    raise LookupError(__file__)\n")
@@ -331,7 +323,6 @@ OUTCOMES = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTCOMES)
 def test_what_a_function_raises_is_a_verdict_on_the_trial_with_its_traceback(tmp_path, name):
     outcome, reason = OUTCOMES[name]
@@ -343,7 +334,6 @@ def test_what_a_function_raises_is_a_verdict_on_the_trial_with_its_traceback(tmp
     assert "own_functions.py" in log.read_text()
 
 
-@pytest.mark.slow
 def test_a_wrong_state_ends_the_search_with_the_first_trial(tmp_path):
     with pytest.raises(CarftError, match="'class_haed'") as caught:
         run_search(recipe_for(tmp_path, "misspelled", DEBUG), tmp_path / "study")
@@ -373,7 +363,6 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys, monkeypatch):
     monkeypatch.chdir(finished)
     before = contents(finished)
@@ -415,7 +404,6 @@ WITHOUT_TRUST = {
 OF_NOBODY_ELSE = {"pull", "push", "init", "cluster", "data", "sandbox", "dashboard", "schema"}
 
 
-@pytest.mark.slow
 def test_no_command_imports_a_strangers_code_without_trust(finished, tmp_path, monkeypatch, capsys):
     from typer.main import get_command
 

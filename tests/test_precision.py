@@ -34,7 +34,6 @@ def test_auto_is_bf16_where_a_gpu_has_it_and_the_reason_is_said_where_it_has_not
     assert not precision_words(settings(precision="bf16"), CPU)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("values", [{"precision": "fp64"}, {}, {"precision": "bf16"}, {"lora_rank": 4}])
 def test_the_kl_at_step_zero_is_that_of_rounded_targets_in_every_precision(tiny_clip, heads, source, values):
     rows, train = [], settings(epochs=1, batch_size=40, **values)
@@ -62,7 +61,6 @@ def test_a_process_computes_as_its_last_recipe_says():
         torch.set_num_threads(before)
 
 
-@pytest.mark.slow
 def test_every_operation_of_a_training_has_a_deterministic_form(tiny_clip, heads, source):
     values = {"lora_rank": 2, "ema_decay": 0.5, "grad_checkpointing": True}
     plain = fine_tune(tiny_clip, *heads, source, settings(epochs=1, **values))
@@ -83,7 +81,6 @@ def test_targets_are_computed_for_batches_on_a_gpu_that_promises_no_bits_and_sto
         assert not targets.by_batches(*case)
 
 
-@pytest.mark.slow
 def test_targets_of_batches_are_those_of_blocks_up_to_rounding(clip64, heads64, source, monkeypatch):
     train = settings(precision="fp64", epochs=2, batch_size=7, micro_batch=4)
     blocks = fine_tune(clip64, *heads64, source, train)

@@ -63,7 +63,6 @@ def training(tmp_path_factory):
     return out, recipe, result
 
 
-@pytest.mark.slow
 def test_a_training_is_one_run_with_the_curves_first_and_the_last_numbers_after_them(training):
     out, recipe, _ = training
     assert {path.parent for path in out.rglob("events.out.tfevents.*")} == {out / RUN}
@@ -95,7 +94,6 @@ def test_a_run_is_named_by_the_values_that_the_search_varies(tmp_path, space, ov
     assert run_folder(tmp_path / "t0003-3f9c", recipe) == tmp_path / "t0003-3f9c" / name
 
 
-@pytest.mark.slow
 def test_an_attempt_that_goes_on_has_the_name_of_the_first_whatever_is_searched_by_then(training):
     out, recipe, _ = training
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update={"learning_rate": 0.5})})
@@ -103,7 +101,6 @@ def test_an_attempt_that_goes_on_has_the_name_of_the_first_whatever_is_searched_
     assert run_folder(out / "new", other).name == "lr=0.5 kl=1"
 
 
-@pytest.mark.slow
 def test_the_hparams_table_has_what_the_search_varies_and_the_final_metrics(training):
     out, recipe, result = training
     events = read(out / RUN)

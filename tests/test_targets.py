@@ -78,7 +78,6 @@ def same(a, b):
 # ---- the same numbers, whoever computes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("values", [{}, {"batch_size": 7, "micro_batch": 5, "epochs": 1, "num_threads": 3}])
 def test_trainings_of_any_batch_size_and_length_that_compute_write_or_read_end_with_the_same_weights(
     tuned, tmp_path, without_frozen_model, values
@@ -92,7 +91,6 @@ def test_trainings_of_any_batch_size_and_length_that_compute_write_or_read_end_w
     assert blocks_of(tmp_path) == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "num_threads"), [(7, 1), (48, 4)])
 def test_every_view_is_made_once_and_every_block_computed_once(
     tiny_clip, heads, images, tmp_path, monkeypatch, batch_size, num_threads
@@ -109,7 +107,6 @@ def test_every_view_is_made_once_and_every_block_computed_once(
     assert computed == [64, 64, 22] * 4
 
 
-@pytest.mark.slow
 def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     whole, store = tuned(None, batch_size=20), tmp_path / "store"
@@ -126,7 +123,6 @@ def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, 
 # ---- killed, at once, damaged
 
 
-@pytest.mark.slow
 def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tiny_clip, heads, images, tmp_path, monkeypatch):
     expected = tuned(tmp_path / "one")
     both, compute = threading.Barrier(2, timeout=60), Targets._compute
@@ -163,7 +159,6 @@ def write_and_die(store, number):
     fine_tune(clip, *heads, ArraySource(NUM_IMAGES), settings(), target_store=store)
 
 
-@pytest.mark.slow
 def test_a_block_that_a_killed_writer_has_half_written_is_none(tuned, tmp_path):
     whole = tuned(tmp_path / "whole")
     process = attempts.forked(write_and_die, tmp_path / "killed", 3)
@@ -176,7 +171,6 @@ def test_a_block_that_a_killed_writer_has_half_written_is_none(tuned, tmp_path):
     assert blocks_of(tmp_path / "killed") == expected
 
 
-@pytest.mark.slow
 def test_a_damaged_block_is_computed_again(tuned, tmp_path):
     whole = tuned(tmp_path)
     expected, path = blocks_of(tmp_path), tmp_path / "visit-0001"
@@ -199,7 +193,6 @@ def test_a_block_of_another_visit_or_place_and_a_hole_are_none(tmp_path):
     assert read_block(tmp_path, 1, 0, BLOCK, 3) is None  # block 2 in the place of block 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("why", ["a file stands there", "no space"])
 def test_a_training_goes_on_where_its_targets_cannot_be_kept(tuned, tmp_path, caplog, monkeypatch, why):
     expected, write, store = tuned(None), os.pwrite, tmp_path / "store"
@@ -240,7 +233,6 @@ def test_a_store_of_other_weights_views_machines_or_versions_is_not_read(tiny_cl
     assert len({first, *others}) == 1 + 10
 
 
-@pytest.mark.slow
 def test_a_training_begins_with_the_first_blocks(tiny_clip, heads, tmp_path, monkeypatch):
     shown, pixels = [], ArraySource.pixels
     monkeypatch.setattr(ArraySource, "pixels", lambda self, index: shown.append(index) or pixels(self, index))
