@@ -50,6 +50,7 @@ def train(name, num_images, out):
     os._exit(0)
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("name", TOWERS)
 def test_what_more_images_take_is_foretold_within_15_percent(tmp_path, name):
     peaks = []
@@ -63,6 +64,7 @@ def test_what_more_images_take_is_foretold_within_15_percent(tmp_path, name):
     assert peaks[1] - peaks[0] == pytest.approx(expected, rel=0.15)
 
 
+@pytest.mark.whole
 def test_each_way_to_save_memory_is_foretold_to_save_some():
     clip, heads = model_of("vit")
     plain, frozen, lora, again, bf16, average, alone = (

@@ -3,12 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from test_loop import CPU, settings
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from carft_ray.model.mixing import mix_weights
-from carft_ray.training.evaluate import Mixtures
 
 
 @pytest.fixture
@@ -41,29 +37,3 @@ def test_wrong_alpha_and_wrong_names_are_refused(states):
     for name in ("extra", "weight"):
         with pytest.raises(ValueError, match=f"differ: {name}"):
             mix_weights(states[0], {**states[1], name: torch.zeros(1)}, 0.5)
-
-
-class Made(TorchDispatchMode):
-    """Counts the bytes of tensors that are made."""
-
-    num_bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        def tensors(tree):
-            return [each for each in tree_leaves(tree) if isinstance(each, torch.Tensor)]
-
-        given = {each.untyped_storage().data_ptr() for each in tensors((args, kwargs))}
-        found = func(*args, **kwargs or {})
-        self.num_bytes += sum(each.nbytes for each in tensors(found) if each.untyped_storage().data_ptr() not in given)
-        return found
-
-
-def test_mixing_makes_one_copy_of_the_weights_and_none_at_an_alpha(tiny_clip, heads):
-    mixtures = Mixtures(tiny_clip, heads[0], settings(), CPU)
-    size = sum(each.nbytes for each in mixtures.zero_shot.values())
-    fine_tuned = {name: tensor + 1 for name, tensor in mixtures.zero_shot.items()}
-    with Made() as made, mixtures.between(lambda: fine_tuned) as mixed:  # on the CPU zero-shot's weights are there
-        assert made.num_bytes == size
-        for alpha in (0.0, 0.3, 1.0):
-            mixed(alpha)
-        assert made.num_bytes == size

@@ -12,10 +12,10 @@ from torch.nn import functional
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.results.export.onnx import write_onnx
 
-pytestmark = pytest.mark.slow  # torch traces and translates each tower: seconds
+pytestmark = pytest.mark.whole  # torch traces and translates each tower: seconds
 
 
-@pytest.mark.parametrize("name", ["resnet", pytest.param("timm", marks=pytest.mark.whole)])
+@pytest.mark.parametrize("name", ["resnet", "timm"])
 def test_onnxruntime_gives_the_same_logits_and_features_for_any_batch(tmp_path, name):
     clip, size, head = make_resnet_clip(), 32, functional.normalize(torch.randn(5, 16), dim=-1)
     visual = clip.model.visual

@@ -91,22 +91,6 @@ def test_trainings_of_any_batch_size_and_length_that_compute_write_or_read_end_w
     assert blocks_of(tmp_path) == before
 
 
-@pytest.mark.parametrize(("batch_size", "num_threads"), [(7, 1), (48, 4)])
-def test_every_view_is_made_once_and_every_block_computed_once(
-    tiny_clip, heads, images, tmp_path, monkeypatch, batch_size, num_threads
-):
-    made, computed = [], []
-    pixels, compute = ArraySource.pixels, Targets._compute
-    monkeypatch.setattr(ArraySource, "pixels", lambda self, index: made.append(index) or pixels(self, index))
-    monkeypatch.setattr(Targets, "_compute", lambda self, given: computed.append(len(given)) or compute(self, given))
-    for store in (None, tmp_path, tmp_path):
-        train = settings(batch_size=batch_size)
-        fine_tune(tiny_clip, *heads, images, train, target_store=store, num_threads=num_threads)
-        assert sorted(made) == sorted([*range(NUM_IMAGES)] * 2)
-        made.clear()
-    assert computed == [64, 64, 22] * 4
-
-
 def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     whole, store = tuned(None, batch_size=20), tmp_path / "store"

@@ -72,15 +72,6 @@ def test_every_form_of_file_gives_the_same_model(models, tmp_path):
 
 
 def test_what_is_no_file_of_tensors_is_refused_and_nothing_is_run(models, tmp_path):
-    marker = tmp_path / "run"
-
-    class Trap:
-        def __reduce__(self):
-            return open, (str(marker), "w")
-
-    torch.save({"state_dict": models, "trap": Trap()}, tmp_path / "trap.pt")
-    assert "nothing else is unpickled, since that can run any code, but got" in message(tmp_path / "trap.pt")
-    assert not marker.exists()
     (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
     pointer = f"model.pretrained: must be a weights file, but got the Git LFS pointer {tmp_path}/pointer.bin\n"
     assert message(tmp_path / "pointer.bin") == f"{pointer}    Run: git lfs pull"
@@ -194,11 +185,8 @@ def test_weights_of_openai_need_quick_gelu_in_the_configuration_of_their_folder(
     [
         ("ViT-B-32", "model.pt", True),
         ("ViT-B-32", "ViT-B-32-openai.pt", True),
-        ("ViT-B-32", "vit_b_32-quickgelu-8a00ab3c.pt", True),
         ("ViT-B-32-quickgelu", "laion2b_s34b_b79k.pt", True),
         ("ViT-B-32-quickgelu", "vit_b_32-quickgelu-8a00ab3c.pt", False),
-        ("ViT-B-32-quickgelu", "model.pt", True),
-        ("ViT-B-32-quickgelu", "ViT-B-32-openai.pt", True),
         ("ViT-B-32", "laion2b_s34b_b79k", False),
         ("ViT-B-32-256", "model.pt", False),
         ("sandbox", None, False),
@@ -226,16 +214,6 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once_with_the_local_ways(monkey
         assert "but got not in the cache, and no connection to the hub\n    Without a network: " in text
         assert all(way in text for way in ("model.pretrained: a weights file", "model.name: local-dir:FOLDER"))
     assert not constants.HF_HUB_OFFLINE
-
-
-def test_a_page_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
-    page = tmp_path / "models--nobody--clip"
-    make_folder(FAMILIES["openai-vit"], page / "snapshots" / ("a" * 40))
-    (page / "refs").mkdir()
-    (page / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    clip = load_clip(ModelConfig(name="hf-hub:nobody/clip"))
-    assert clip.weights_hash == load_folder(page / "snapshots" / ("a" * 40)).weights_hash
 
 
 def test_untrained_weights_are_the_same_in_every_process_and_draw_nothing_from_the_generator(tmp_path):
