@@ -5,7 +5,6 @@ import errno
 import json
 import os
 import resource
-import shutil
 from pathlib import Path
 
 import crash_host
@@ -287,61 +286,27 @@ def test_remains_of_killed_writes_are_removed_and_nothing_else(tmp_path):
 # through the command line
 
 
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory):
-    """Recipe and folder of a training that was stopped after two of three epochs, and the weights it must come to."""
-    folder = tmp_path_factory.mktemp("stopped")
-    recipe_path = short_training.make(folder)
-    recipe = load_recipe(recipe_path, [f"data.cache_dir={folder / 'cache'}"])
+def test_train_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(tmp_path, capsys):
+    path, cache = short_training.make(tmp_path), f"data.cache_dir={tmp_path / 'cache'}"
 
     def train(out, progress):
-        return train_once(recipe, folder / out, False, "the same command", str, progress, lambda row: None)
+        return train_once(load_recipe(path, [cache]), out, False, "again", str, progress, lambda row: None)
 
-    def stop_after_two(row):
+    def stop_after_two_epochs(row):
         if row["step"] == 6:
-            (folder / "out" / "stop").write_text("")
+            (tmp_path / "out" / "stop").write_text("")
 
-    train("whole", lambda row: None)
+    def weights(out):
+        return (short_training.place_in(out) / "fine_tuned.safetensors").read_bytes()
+
+    train(tmp_path / "whole", lambda row: None)
     with pytest.raises(InterruptedRunError, match=r"continues from step 6 \(epoch 2 done\)"):
-        train("out", stop_after_two)
-    return recipe_path, folder, (short_training.place_in(folder / "whole") / "fine_tuned.safetensors").read_bytes()
-
-
-@pytest.fixture
-def resume(stopped, tmp_path, capsys):
-    """Resumes a copy of the stopped training: exit code and standard error."""
-    recipe_path, folder, _ = stopped
-    shutil.copytree(folder / "out", tmp_path / "out")
-
-    def call(*words):
-        cache = f"data.cache_dir={folder / 'cache'}"
-        code = crash_host.call(["train", recipe_path, "--set", cache, "--out", tmp_path / "out", "--resume", *words])
-        return code, capsys.readouterr().err
-
-    return call
-
-
-def test_train_resume_names_a_damaged_checkpoint_and_goes_on_from_the_one_before(stopped, resume, tmp_path):
+        train(tmp_path / "out", stop_after_two_epochs)
     older, newer = sorted(short_training.training_in(tmp_path / "out").glob("attempt-1/step-*"))
     flip(newer / "weights.safetensors")
-    code, said = resume("--json")
-    assert code == 0
-    assert (short_training.place_in(tmp_path / "out") / "fine_tuned.safetensors").read_bytes() == stopped[2]
-    warnings = [line for line in said.splitlines() if "warning" in line]
+    assert crash_host.call(["train", path, "--set", cache, "--out", tmp_path / "out", "--resume", "--json"]) == 0
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     reason = "must be a whole checkpoint, but got a file weights.safetensors that does not match its hash"
     assert warnings == [f"warning: passed over a damaged checkpoint: {newer}: {reason}"]
     assert older.name == "step-00000003"
-
-
-def test_a_stopped_training_resumes_and_its_result_that_is_damaged_then_is_told_and_not_trained_over(
-    stopped, resume, tmp_path
-):
-    code, said = resume()
-    place = short_training.place_in(tmp_path / "out")
-    assert (code, (place / "fine_tuned.safetensors").read_bytes()) == (0, stopped[2])
-    assert "warning" not in said
-    assert "epoch 2:" not in said  # it continues after it
-    cut(place / "result.json")
-    code, said = resume()
-    assert code == 5
-    assert f"error: {place / 'result.json'}: must be the file that the study has recorded, but got another one" in said

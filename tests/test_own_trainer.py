@@ -5,8 +5,6 @@ import json
 import pickle
 import random
 import shutil
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -468,12 +466,12 @@ import os, pathlib, signal
 import own_trainer
 
 def fine_tune(values, context):
-    report = context.report
+    report, mark = context.report, pathlib.Path(__file__).with_name("mark")
 
     def report_and_die(metrics):
         report(metrics)
-        if metrics["epoch"] == 2 and not pathlib.Path("killed").exists():
-            pathlib.Path("killed").touch()
+        if metrics["epoch"] == 2 and not mark.exists():
+            mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     context.report = report_and_die
@@ -483,30 +481,17 @@ def fine_tune(values, context):
 
 @pytest.mark.slow
 @pytest.mark.whole
-def test_the_example_is_killed_and_goes_on_from_what_it_has_kept(tmp_path, monkeypatch):
+def test_the_example_is_killed_in_a_process_of_ray_and_goes_on_from_what_it_has_kept(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
     shutil.copy(EXAMPLES / "own_trainer.py", tmp_path)
     (tmp_path / "killed.py").write_text(KILLED)
-    words = ["search", recipe, "--study", "study", "--executor", "debug", "--trust"]
-    words += ["--set", "train.function=killed:fine_tune", "--set", "train.epochs=4", "--set", "search.trials=1"]
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
-    killed = subprocess.run([sys.executable, "-m", "carft_ray.cli", *words], cwd=tmp_path, stderr=subprocess.DEVNULL)
-    assert killed.returncode == -signal.SIGKILL
-    monkeypatch.chdir(tmp_path)
+    words = ["search", recipe, "--study", tmp_path / "study", "--executor", "inline", "--trust"]
+    words += ["--set", "train.function=killed:fine_tune", "--set", "train.epochs=4", "--set", "search.trials=1"]
     assert call(words) == 0
     [trial] = (tmp_path / "study").glob("trials/*")
-    assert "attempt 2: starts on" in (log := (trial / "log.txt").read_text())
+    log = (trial / "log.txt").read_text()
+    assert "attempt 2: starts on" in log
     assert "from step" in log
     rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
-
-
-@pytest.mark.slow
-@pytest.mark.whole
-def test_a_function_runs_in_the_processes_of_ray(tmp_path, monkeypatch):
-    recipe = short_training.make(tmp_path)
-    shutil.copy(EXAMPLES / "own_trainer.py", tmp_path / "of_the_recipe.py")
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
-    function = ["--set", "train.function=of_the_recipe:fine_tune"]
-    assert call(["search", recipe, "--study", tmp_path / "study", "--executor", "inline", "--trust", *function]) == 0
-    assert len(list((tmp_path / "study").glob("trials/*/*/result.json"))) == 2
