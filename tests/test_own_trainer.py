@@ -227,20 +227,24 @@ def test_the_same_seed_gives_the_same_random_numbers_and_another_does_not(train)
     assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("name", "error", "said"),
-    [
-        ("nothing", RecipeError, "must return a state dict such as context.model.state_dict()"),
-        ("the_model", RecipeError, "but got OwnClassifier\n    Return model.state_dict()."),
-        ("misspelled", RecipeError, "but got 'class_haed'; did you mean 'class_head'?"),
-        ("without_head", RecipeError, "'class_head' must be a tensor of the shape [5, "),
-        ("other_shape", RecipeError, "'class_head' must be a tensor of the shape [5, "),
-        ("not_finite", DivergedError, "must be finite"),
-    ],
-)
-def test_what_is_no_finite_state_of_the_model_is_told(train, tmp_path, name, error, said):
-    with pytest.raises(error) as caught:
-        train(name)
+HEAD = "'class_head' must be a tensor of the shape [5, "
+RETURNED = [
+    (lambda model: None, "must return a state dict such as context.model.state_dict()"),
+    (lambda model: model, "but got OwnClassifier\n    Return model.state_dict()."),
+    (own_functions.misspelled_state, "but got 'class_haed'; did you mean 'class_head'?"),
+    (lambda model: {"visual.conv1.weight": model.state_dict()["visual.conv1.weight"]}, HEAD),
+    (lambda model: {**model.state_dict(), "class_head": model.class_head[1:]}, HEAD),
+    (lambda model: {**model.state_dict(), "class_head": model.class_head / 0}, "must be finite"),
+]
+
+
+@pytest.mark.parametrize(("returned", "said"), RETURNED)
+def test_what_is_no_finite_state_of_the_model_is_told(train, tmp_path, returned, said):
+    def returns(values, context):
+        return returned(context.model)
+
+    with pytest.raises(DivergedError if "finite" in said else RecipeError) as caught:
+        train(returns)
     assert said in str(caught.value)
     assert len(caught.value.problems) <= 6
     assert not list((tmp_path / "out").glob("*/fine_tuned.safetensors"))
