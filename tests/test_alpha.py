@@ -1,14 +1,18 @@
 """The alpha curve: which alphas are measured, which point is chosen, and where a training is at chance."""
 
+import math
+
 import curve_stand_in
 import numpy as np
 import pytest
+import torch
 from from_logits import predictions_table
 
 from carft_ray.errors import DataError, DivergedError
 from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
 from carft_ray.evaluation.predictions import concat
+from carft_ray.model.mixing import mix_weights
 from carft_ray.recipe.schema.recipe import DEFAULT_GRID
 from carft_ray.recipe.trial_values import apply
 
@@ -113,3 +117,94 @@ def test_a_training_has_diverged_only_where_every_alpha_is_at_chance():
         alphas_at_chance(curve_of(1000, 0, "constant"), "id_val")
     assert alphas_at_chance(curve_of(0, 0, 0), "id_val") == []  # zero-shot knows no more
     assert alphas_at_chance(curve_of("constant", 700, 0), "id_val") == []
+
+
+# ---- the objective
+
+KINDS = ["weighted_mean", "harmonic", "worst_domain"]
+OOD = {"noisy": 0.5, "blurry": 0.7}
+
+
+def objective(kind, id_weight, id_accuracy, ood):
+    return ObjectiveSpec(kind, "id_val", tuple(ood), id_weight).value({"id_val": id_accuracy, **ood})
+
+
+def objective_weights(kind, id_weight, id_accuracy, ood):
+    return ObjectiveSpec(kind, "id_val", tuple(ood), id_weight).weights({"id_val": id_accuracy, **ood})
+
+
+def test_formulas():
+    assert objective("weighted_mean", 0.25, 0.8, OOD) == pytest.approx(0.25 * 0.8 + 0.75 * 0.6)
+    assert objective("harmonic", 0.25, 0.8, OOD) == pytest.approx(2 * 0.8 * 0.6 / 1.4)
+    assert objective("worst_domain", 0.25, 0.8, OOD) == 0.5
+    assert objective("weighted_mean", 1.0, 0.7, OOD) == 0.7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_limit_cases(kind):
+    assert objective(kind, 0.5, 0.0, {"a": 0.0}) == 0
+    assert objective(kind, 0.5, 1.0, {"a": 1.0}) == 1
+    assert objective(kind, 0.3, 0.6, {"a": 0.6, "b": 0.6}) == pytest.approx(0.6)
+    assert objective(kind, 0.5, 0.7, {}) == 0.7
+    assert objective_weights(kind, 0.5, 0.4, {}) == {"id_val": 1.0}
+    assert all(map(math.isfinite, objective_weights(kind, 0.5, 0.0, {"a": 0.0, "b": 0.0}).values()))
+    of_equal = objective_weights("worst_domain", 0.5, 0.1, {"a": 0.3, "b": 0.3})
+    assert of_equal == {"id_val": 0, "a": 1, "b": 0}  # the first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_the_derivatives(kind):
+    step, point = 1e-6, {"id_val": 0.8, **OOD}
+    for name, weight in objective_weights(kind, 0.3, 0.8, OOD).items():
+        spec = ObjectiveSpec(kind, "id_val", tuple(OOD), 0.3)
+        up, down = (spec.value({**point, name: point[name] + sign * step}) for sign in (1, -1))
+        assert weight == pytest.approx((up - down) / (2 * step), abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ood_sets", [("a", "b"), ()])
+def test_values_of_many_models_are_those_of_each(kind, ood_sets):
+    rng = np.random.default_rng(0)
+    spec = ObjectiveSpec(kind, "id_val", ood_sets, 0.3)
+    accuracies = {name: rng.random((3, 4)) for name in ("id_val", *ood_sets)}
+    for array in accuracies.values():
+        array[0, 0] = 0.0
+    values = spec.values(accuracies)
+    for index in np.ndindex(3, 4):
+        one = {name: float(array[index]) for name, array in accuracies.items()}
+        assert values[index] == pytest.approx(spec.value(one), abs=1e-14)
+
+
+# ---- mixing
+
+
+@pytest.fixture
+def states():
+    generator = torch.Generator().manual_seed(0)
+    zero_shot = {
+        "weight": torch.randn(5, 3, generator=generator, dtype=torch.float64),
+        "running_mean": torch.randn(3, generator=generator),
+        "num_batches_tracked": torch.tensor(7),
+        "mask": torch.full((2, 2), -torch.inf),
+    }
+    moved = zero_shot["weight"] + torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    return zero_shot, {**zero_shot, "weight": moved, "num_batches_tracked": torch.tensor(9)}
+
+
+def test_a_mixture_is_that_of_numpy_and_its_ends_are_the_models_bit_for_bit(states):
+    zero_shot, fine_tuned = (state["weight"].numpy().copy() for state in states)
+    for alpha in (0.0, 0.1, 0.73, 1.0):
+        mixed = mix_weights(*states, alpha)
+        expected = (1 - alpha) * zero_shot + alpha * fine_tuned
+        np.testing.assert_allclose(mixed["weight"].numpy(), expected, rtol=0, atol=1e-9 if 0 < alpha < 1 else 0)
+        for name in ("num_batches_tracked", "mask", "running_mean"):  # integers, and what is equal at both ends
+            assert torch.equal(mixed[name], states[0][name])
+        mixed["weight"].zero_()  # a copy
+
+
+def test_wrong_alpha_and_wrong_names_are_refused(states):
+    with pytest.raises(ValueError, match="0 <= alpha <= 1"):
+        mix_weights(*states, 1.5)
+    for name in ("extra", "weight"):
+        with pytest.raises(ValueError, match=f"differ: {name}"):
+            mix_weights(states[0], {**states[1], name: torch.zeros(1)}, 0.5)

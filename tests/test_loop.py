@@ -12,21 +12,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ArraySource
+from stand_in import make_recipe
 from tiny import make_tiny_clip
 from torch.overrides import TorchFunctionMode
 
 from carft_ray.data.order import permutation
 from carft_ray.data.views import view_batch
 from carft_ray.errors import DivergedError, StorageError
+from carft_ray.model import device
 from carft_ray.model.classifier import ImageClassifier, build_classifier, normalised
+from carft_ray.model.device import compute_dtype, precision_words, set_up
 from carft_ray.model.mixing import mix_weights
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
-from carft_ray.training import checkpoint
-from carft_ray.training.loop import StoppedRun, fine_tune
+from carft_ray.training import checkpoint, prefetch, targets
+from carft_ray.training.loop import StoppedRun, _views, fine_tune
 from carft_ray.training.losses import Loss, context_distribution, context_kl
 from carft_ray.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
 from carft_ray.training.run_context import RunContext
+from carft_ray.training.targets import Targets
 
 CPU = torch.device("cpu")
 
@@ -353,3 +358,151 @@ def test_a_seed_changes_order_and_views(tiny_clip, heads, source):
     states = [fine_tune(tiny_clip, *heads, source, settings(seed=seed)) for seed in (0, 0, 1)]
     assert largest_difference(states[0], states[1]) == 0.0
     assert largest_difference(states[0], states[2]) > 1e-5
+
+
+# ---- precision, device, and what repeats bit for bit
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize("is_native", [True, False])  # a GPU that has bf16, and one for which torch emulates it
+def test_auto_is_bf16_where_a_gpu_has_it_and_the_reason_is_said_where_it_has_not(monkeypatch, is_native):
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: is_native or including_emulation
+    )
+    monkeypatch.setattr(device, "device_name", lambda where: "Tesla T4")
+    bf16, names = torch.bfloat16, ("auto", "bf16", "fp32", "fp64")
+    assert [compute_dtype(settings(precision=name), GPU) for name in names] == [
+        *(bf16 if is_native else None, bf16),
+        None,
+        None,
+    ]
+    words = [precision_words(settings(precision=name), GPU) for name in names]
+    assert [bool(each) for each in words] == [not is_native, not is_native, False, False]
+    assert is_native or words[0].startswith("auto is fp32 on Tesla T4, which has no units for bf16")
+    assert is_native or words[1].startswith("bf16 is emulated and slow on Tesla T4")
+    assert compute_dtype(settings(), CPU) is None
+    assert not precision_words(settings(precision="bf16"), CPU)
+
+
+@pytest.mark.parametrize("values", [{"precision": "fp64"}, {}, {"precision": "bf16"}, {"lora_rank": 4}])
+def test_the_kl_at_step_zero_is_that_of_rounded_targets_in_every_precision(tiny_clip, heads, source, values):
+    rows, train = [], settings(epochs=1, batch_size=40, **values)
+    heads = [head.double() if train.precision == "fp64" else head for head in heads]
+    fine_tune(tiny_clip, *heads, source, train, RunContext(report=rows.append))
+    assert abs(rows[0]["kl"]) <= 2e-4
+
+
+def test_a_process_computes_as_its_last_recipe_says():
+    before = torch.get_num_threads()
+    recipe = make_recipe(1, resources={"threads": 1})
+    strict = recipe.model_copy(update={"train": recipe.train.model_copy(update={"deterministic": True})})
+    try:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+            set_up(strict)
+            assert torch.are_deterministic_algorithms_enabled()
+            assert device.os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        set_up(recipe)
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cudnn.allow_tf32
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(before)
+
+
+def test_every_operation_of_a_training_has_a_deterministic_form(tiny_clip, heads, source):
+    values = {"lora_rank": 2, "ema_decay": 0.5, "grad_checkpointing": True}
+    plain = fine_tune(tiny_clip, *heads, source, settings(epochs=1, **values))
+    try:
+        torch.use_deterministic_algorithms(True)
+        strict = fine_tune(tiny_clip, *heads, source, settings(epochs=1, deterministic=True, **values))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert largest_difference(plain, strict) == 0.0
+
+
+# ---- the frozen model on the images of a batch
+
+
+def test_targets_are_computed_for_batches_on_a_gpu_that_promises_no_bits_and_stores_none(tmp_path):
+    assert targets.by_batches(settings(), GPU, None)
+    for case in ((settings(deterministic=True), GPU, None), (settings(), GPU, tmp_path), (settings(), CPU, None)):
+        assert not targets.by_batches(*case)
+
+
+def test_targets_of_batches_are_those_of_blocks_up_to_rounding(clip64, heads64, source, monkeypatch):
+    train = settings(precision="fp64", epochs=2, batch_size=7, micro_batch=4)
+    blocks = fine_tune(clip64, *heads64, source, train)
+    monkeypatch.setattr(targets, "by_batches", lambda *given: True)
+    batches = fine_tune(clip64, *heads64, source, train)
+    assert largest_difference(blocks, batches) < 1e-6
+
+
+# ---- batches made ahead
+
+CPU = torch.device("cpu")
+
+
+def threads_named(*names):
+    return [each.name for each in threading.enumerate() if each.name.rpartition("_")[0] in names]
+
+
+@pytest.mark.parametrize(("num_images", "num_threads"), [(0, 3), (37, 1), (37, 3)])
+def test_views_of_several_threads_are_those_of_one(num_images, num_threads):
+    source = ArraySource(num_images=40, size=36)
+    indices = np.arange(num_images)[::-1].copy()
+    visits = np.arange(num_images)
+    arguments = (source, indices, source.sample_ids[indices], 3, visits, 0.5, 24)
+    with prefetch.view_threads(num_threads) as make_views:
+        np.testing.assert_array_equal(make_views(*arguments), view_batch(*arguments))
+    assert threads_named("views") == []
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_values_come_in_order_before_an_error_and_few_are_made_ahead(number):
+    begun, most = [], []
+
+    def square(value):
+        if value == 20:
+            raise ValueError("twenty")
+        return value * value
+
+    def parts():
+        for value in range(30):
+            begun.append(value)
+            yield (value,)
+
+    values = prefetch.made_ahead(square, parts(), number)
+    for expected in range(20):
+        assert next(values) == expected**2
+        most.append(len(begun) - expected - 1)
+    with pytest.raises(ValueError, match="twenty"):
+        next(values)
+    assert max(most) <= number
+    assert threads_named("batches") == []
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_images_read_ahead_are_those_of_the_batches(ahead):
+    images_NHWC = np.random.default_rng(0).integers(0, 256, (31, 4, 4, 3), dtype=np.uint8)
+    positions = np.arange(1, 31, 3)
+    with prefetch.images_ahead(images_NHWC, positions, CPU, ahead) as images_of:
+        for batch in np.split(positions, (4, 5, 6)):
+            np.testing.assert_array_equal(images_of(batch).numpy(), images_NHWC[batch])
+    assert threads_named("images") == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_on_a_gpu_are_those_on_a_cpu():
+    train, source = TrainConfig(epochs=2, batch_size=16, kl_weight=0.0), ArraySource(num_images=40, size=36)
+    without_model = SimpleNamespace(image_size=32, logit_scale=100.0)
+    there, here = (
+        _views(Targets(without_model, torch.zeros(1, 1), source, train, device), train, RunContext(), 1, 3)
+        for device in (torch.device("cuda"), CPU)
+    )
+    for found, expected in zip(there, here, strict=True):
+        assert found.pixels_BHWC.is_cuda
+        assert torch.equal(found.pixels_BHWC.cpu(), expected.pixels_BHWC)
+        assert torch.equal(found.labels_B.cpu(), expected.labels_B)

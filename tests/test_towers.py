@@ -2,16 +2,21 @@
 
 import copy
 import dataclasses
+import logging
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
+from open_clip.model import _build_vision_tower
 from open_clip.timm_model import TimmModel
 from stand_in import make_recipe
 from test_loop import CPU, largest_difference, plain_fine_tuning, settings
+from timm.optim import param_groups_layer_decay
 from tiny import make_resnet_clip
+from torch import nn
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
@@ -22,7 +27,7 @@ from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.heads import build_heads
 from carft_ray.model.lora import merged_state, plain_name, trained_weights
 from carft_ray.model.mixing import mix_weights
-from carft_ray.model.tower import layer_groups, num_trained, recipe_problems, shape_tower
+from carft_ray.model.tower import layer_factors, layer_groups, num_trained, recipe_problems, shape_tower
 from carft_ray.training import run
 from carft_ray.training.checkpoint import newest_checkpoint
 from carft_ray.training.evaluate import Mixtures, predict, predict_all
@@ -380,3 +385,67 @@ def test_the_numbers_that_train_are_counted_without_shaping_a_tower(tiny_clip, h
     parameters = classifier_of(tiny_clip, heads, settings(**values)).visual.parameters()
     counted = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     assert num_trained(tiny_clip.model.visual, settings(**values)) == counted
+
+
+# ---- the layers of image towers, against open_clip and timm
+
+
+# name -> number of layers: stem, blocks, and what stands after them
+TOWERS = {
+    "ViT-B-32": 12 + 2,
+    "ViT-L-14-CLIPA": 24 + 2,
+    "coca_ViT-B-32": 12 + 2,
+    "RN50": 3 + 4 + 6 + 3 + 2,
+    "ViT-B-16-SigLIP": 12 + 2,
+    "EVA02-B-16": 12 + 2,
+    "PE-Core-B-16": 12 + 2,
+    "MobileCLIP2-B": 12 + 2,
+    "convnext_base_w": 3 + 3 + 27 + 3 + 2,
+}
+
+
+def built(name):
+    config = open_clip.get_model_config(name)
+    level = logging.getLogger().level
+    with torch.device("meta"):
+        visual = _build_vision_tower(config["embed_dim"], config["vision_cfg"])
+    logging.getLogger().setLevel(level)
+    return visual
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_each_parameter_stands_in_one_layer_and_the_blocks_are_counted(name):
+    visual = built(name)
+    groups = layer_groups(visual)
+    names = [parameter for parameter, _ in visual.named_parameters()]
+    assert sorted(parameter for group in groups for parameter in group) == sorted(names)
+    assert len(groups) == TOWERS[name]
+    assert all(group == [parameter for parameter in names if parameter in set(group)] for group in groups)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-L-14-CLIPA"])
+def test_the_last_layers_of_a_vit_are_those_that_open_clip_unlocks(name):
+    for num_unlocked in (1, 2, 13):
+        visual = built(name)
+        visual.lock(unlocked_groups=num_unlocked)
+        trained = {parameter for parameter, value in visual.named_parameters() if value.requires_grad}
+        assert trained == {parameter for group in layer_groups(visual)[-num_unlocked:] for parameter in group}
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "EVA02-B-16", "MobileCLIP2-S2", "swin_base_patch4_window7_224"])
+def test_the_layers_of_a_timm_tower_are_those_of_its_layer_decay(name):
+    visual = built(name)
+    theirs = param_groups_layer_decay(visual.trunk, layer_decay=0.5)
+    factors = {id(parameter): group["lr_scale"] for group in theirs for parameter in group["params"]}
+    ours = layer_factors(visual, 0.5)  # below one more layer, the class head
+    after = 0.5 if name.startswith("swin") else 1.0  # timm does not know the projection that open_clip adds to it
+    for parameter, value in visual.named_parameters():
+        assert ours[parameter] == 0.5 * (after * factors[id(value)] if parameter.startswith("trunk.") else 1.0)
+
+
+def test_attention_pooling_stands_before_the_last_norm_and_any_other_module_counts_its_children():
+    assert "ln_post.weight" in layer_groups(built("ViT-B-32"))[12]
+    assert "ln_post.weight" in layer_groups(built("coca_ViT-B-32"))[13]
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4))
+    module.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    assert layer_groups(module) == [["scale"], ["0.weight", "0.bias"], ["2.weight", "2.bias"]]
