@@ -5,14 +5,12 @@ import os
 import resource
 
 import attempts
-import open_clip
 import pytest
 import torch
 from conftest import TEMPLATES, ArraySource
 from test_loop import settings
-from tiny import CONFIG
+from tiny import make_clip
 
-from carft_ray.model.clip import wrap_model
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.memory import StepMemory, step_memory
 
@@ -29,14 +27,8 @@ M_MMAP_THRESHOLD = -3  # of malloc.h: what is larger goes back to the system whe
 
 
 def model_of(name):
-    torch.manual_seed(0)
-    config = {**CONFIG, "vision_cfg": {**TOWERS[name], "image_size": SIDE}}
-    model = open_clip.CLIP(**config)
-    open_clip.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": SIDE})
-    return wrap_model(model, open_clip.SimpleTokenizer(context_length=16), config), (
-        torch.nn.functional.normalize(torch.randn(5, 16), dim=-1),
-        torch.nn.functional.normalize(torch.randn(len(TEMPLATES), 16), dim=-1),
-    )
+    unit = torch.nn.functional.normalize(torch.randn(2, len(TEMPLATES), 16), dim=-1)
+    return make_clip({**TOWERS[name], "image_size": SIDE}), tuple(unit)
 
 
 def train(name, num_images, out):
@@ -89,7 +81,4 @@ def test_each_way_to_save_memory_is_foretold_to_save_some():
 
 def test_the_micro_batch_to_begin_with_is_a_half_of_a_half_that_fits():
     needed = StepMemory(least=1.1e9, fixed=1e9, an_image=1e7)
-    assert needed.largest(100e9, 512) == 512
-    assert needed.largest(5e9, 512) == 256
-    assert needed.largest(1.3e9, 512) == 16
-    assert needed.largest(1.2e9, 512) == 0
+    assert [needed.largest(there, 512) for there in (100e9, 5e9, 1.3e9, 1.2e9)] == [512, 256, 16, 0]
