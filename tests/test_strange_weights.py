@@ -319,7 +319,7 @@ def test_other_files_of_a_folder_that_are_no_json_are_told(folders, name):
 
 
 @pytest.mark.parametrize("kind", ["open_clip", "clip"])
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_anywhere_gives_a_model_or_one_message(folders, kind, data):
     def change(config):
