@@ -1,4 +1,4 @@
-"""The alpha curve: which alphas are measured, which point is chosen, and where a training is at chance."""
+"""The alpha curve, the objective and mixing: which point is chosen, formulas, limit cases and derivatives."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Evaluation of a set: what leaves the device, and what it takes of a worker's memory."""
+"""Evaluation of a set: what leaves the device, what it takes of memory, and what is said where that is too little."""
 
 import contextlib
 import json

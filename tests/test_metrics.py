@@ -1,4 +1,4 @@
-"""Metrics against their oracles (scikit-learn, torchmetrics, SciPy), with ties, edges of bins and empty classes."""
+"""Metrics against their oracles, with ties, edges of bins and empty classes; their table."""
 
 import itertools
 import math
