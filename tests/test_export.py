@@ -74,6 +74,7 @@ FORMS = {
     "biased": ["train.head_bias=true", "train.alpha=0.7", "train.precision=bf16"],
 }
 LIBRARIES = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnxruntime"}
+FARTHEST_LOGIT = "carft_ray.results.export.export.farthest_logit"  # opens an export in another process, seconds
 ALWAYS = {"README.md", "class_head.safetensors", "recipe.yaml"}
 FILES = {
     "open_clip": {"open_clip_config.json", "open_clip_model.safetensors", "no_merges.txt.gz"},
@@ -269,7 +270,7 @@ def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path, monke
     clip = load_folder(folder)
     assert clip.tokenizer(["a dark circle"])[0, :4].tolist() == [3, 7, 9, 0]
     other = dataclasses.replace(training, inputs=dataclasses.replace(training.inputs, clip=clip))
-    monkeypatch.setattr(exporting, "farthest_logit", lambda *given: 0.0)  # seconds
+    monkeypatch.setattr(FARTHEST_LOGIT, lambda *given: 0.0)
     export = export_model(other, tmp_path / "export")
     assert load_folder(export.folder).tokenizer(["a dark circle"])[0, :4].tolist() == [3, 7, 9, 0]
     assert {"tokenizer.json", "tokenizer_config.json"} < {path.name for path in export.folder.iterdir()}
@@ -313,7 +314,7 @@ def test_a_format_whose_library_is_missing_is_told_before_anything_is_written(tr
 
 
 def test_the_command_says_for_each_format_how_far_it_is_off(trained, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(exporting, "farthest_logit", lambda *given: 1.5e-6)  # seconds
+    monkeypatch.setattr(FARTHEST_LOGIT, lambda *given: 1.5e-6)
     folder = Path(trained["plain"].recipe.data.train.path).parent / "plain"
     words = ["export", folder, "--to", tmp_path / "export", "--alpha", "0", "--format", "huggingface"]
     assert crash_host.call(words) == 0
