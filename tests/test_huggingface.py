@@ -9,10 +9,7 @@ import pytest
 from layouts_tables import CLASSES, hf_dataset, mixed_modes, pictures, write_folder, write_hub
 from sources import open_set
 
-from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
-from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema.recipe import Recipe
 
 datasets = pytest.importorskip("datasets")
 IMAGES, OTHERS = pictures(), pictures(2, seed=1)
@@ -154,30 +151,7 @@ def test_what_names_no_set_gets_one_message(base, path, keys, message):
     assert text.count("\n") <= 1
 
 
-def test_images_without_a_label_are_told(base):
-    images = hf_dataset(IMAGES)
-    features = images.features
-    rows = {**images.to_dict(), "label": [-1] * len(IMAGES)}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(base / "unlabelled")
-    rule = (
-        "a label must be from 0 to 2, as there are 3 class names, but got -1 in data-00000-of-00001.arrow, row 1 and 11"
-    )
-    assert rule in told(base, "unlabelled")
-
-
 # roles and the command line
-
-
-def test_splits_may_have_two_roles_and_one_split_may_not(base):
-    def problems(**id_val):
-        spec = {"source": "huggingface", "path": "saved", "split": "train"}
-        data = {"train": spec, "id_val": {**spec, **id_val}}
-        recipe = absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 2}}), base)
-        return check_roles(recipe) or check_sets(recipe)
-
-    assert problems(split="validation") == []
-    for shared in ({}, {"path": "saved/train", "split": None}):
-        assert "must not share images with data.train" in str(problems(**shared)[0])
 
 
 def test_validate_reads_the_sets_and_finds_the_same_images_in_two_of_them(base, capsys, monkeypatch):

@@ -21,15 +21,14 @@ from carft_ray.data.order import permutation
 from carft_ray.data.views import view_batch
 from carft_ray.errors import DivergedError, StorageError
 from carft_ray.model import device
-from carft_ray.model.classifier import ImageClassifier, build_classifier, normalised
+from carft_ray.model.classifier import build_classifier, normalised
 from carft_ray.model.device import compute_dtype, precision_words, set_up
-from carft_ray.model.mixing import mix_weights
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training import checkpoint, prefetch, targets
 from carft_ray.training.loop import StoppedRun, _views, fine_tune
 from carft_ray.training.losses import Loss, context_distribution, context_kl
-from carft_ray.training.optimizer import build_optimizer, learning_rate_at, set_learning_rate
+from carft_ray.training.optimizer import learning_rate_at
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import Targets
 
@@ -137,22 +136,6 @@ def test_the_whole_image_tower_trains_and_the_text_side_does_not(tiny_clip, head
     start = build_classifier(tiny_clip, heads[0], settings(), CPU).state()
     assert [name for name in start if torch.equal(state[name], start[name])] == []
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_clip.model.state_dict().items())
-
-
-def test_batch_norm_keeps_its_statistics_and_mixing_copies_them():
-    tower = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 8, 8), torch.nn.BatchNorm2d(4), torch.nn.Flatten())
-    classifier = ImageClassifier(tower, torch.eye(3, 16), 10.0, (0.5,) * 3, (0.5,) * 3).train()
-    before = classifier.state()
-    optimizer = build_optimizer(classifier, settings())
-    pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), dtype=np.uint8))
-    F.cross_entropy(classifier(pixels)[1], torch.tensor([0, 1, 2, 0, 1, 2])).backward()
-    set_learning_rate(optimizer, 1e-2)
-    optimizer.step()
-    mixed = mix_weights(before, classifier.state(), 0.4)
-    for name in ("visual.1.running_mean", "visual.1.running_var", "visual.1.num_batches_tracked"):
-        assert torch.equal(classifier.state()[name], before[name])
-        assert torch.equal(mixed[name], before[name])
-    assert not torch.equal(mixed["visual.1.weight"], before["visual.1.weight"])
 
 
 def test_zero_shot_logits_are_those_of_clip(tiny_clip, heads, source):

@@ -259,7 +259,10 @@ def test_mixtures_are_those_of_mixed_states_and_leave_the_model_as_it_was(resnet
     before = {name: tensor.clone() for name, tensor in resnet_clip.model.visual.state_dict().items()}
     mixtures = Mixtures(resnet_clip, heads[0], settings(), CPU)
     start = classifier_of(resnet_clip, heads, settings()).state()
+    statistics = [name for name in start if "running_" in name or "num_batches" in name]
+    assert statistics
     for state in (*tuned, tuned[0]):
+        assert all(torch.equal(state[name], start[name]) for name in statistics)
         with mixtures.between(lambda state=state: state) as mixed:
             for alpha in (1.0, 0.4, 0.0, 0.4):  # an order leaves no trace
                 by_hand = classifier_of(resnet_clip, heads, settings())
