@@ -227,6 +227,17 @@ def test_equal_logits_are_ordered_by_class_index():
     assert table["prediction"].to_pylist() == [1, 0, 0]
 
 
+def test_a_group_of_classes_scores_its_largest_logit_and_is_named_by_its_first_class():
+    groups, (ids, labels, logits) = ((4, 1), (0, 2, 3)), random_set(classes=6)
+    labels = np.where(labels % 2, 4, 0)
+    found = predictions_table("s", 1.0, ids, labels, logits, groups)
+    largest = np.stack([logits[:, list(group)].max(axis=1) for group in groups], axis=1)
+    plain = predictions_table("s", 1.0, ids, (labels == 0).astype(int), largest)
+    assert found["prediction"].to_pylist() == [groups[index][0] for index in plain["prediction"].to_pylist()]
+    for name in ("rank", "confidence", "nll", "sum_p2"):
+        assert found[name].equals(plain[name])
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_logits_that_are_not_finite_are_an_error_that_counts_the_images(value):
     ids, labels, logits = random_set()
