@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import attempts
 import numpy as np
@@ -23,7 +24,7 @@ from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
 from carft_ray.training import loop, targets
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.run_context import RunContext
-from carft_ray.training.targets import BLOCK, Targets, read_block, store_dir, write_block
+from carft_ray.training.targets import BLOCK, read_block, store_dir, write_block
 
 NUM_IMAGES = 150  # blocks of 64, 64 and 22
 
@@ -107,24 +108,12 @@ def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, 
 # ---- killed, at once, damaged
 
 
-def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tiny_clip, heads, images, tmp_path, monkeypatch):
+def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tmp_path, monkeypatch):
     expected = tuned(tmp_path / "one")
-    both, compute = threading.Barrier(2, timeout=60), Targets._compute
-
-    def together(self, given):
-        both.wait()  # each has found the block missing
-        return compute(self, given)
-
-    monkeypatch.setattr(Targets, "_compute", together)
-    monkeypatch.setattr(targets, "read_block", lambda *_: None)
-    states = []
-    writers = [threading.Thread(target=lambda: states.append(tuned(tmp_path / "both"))) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+        patched.setattr(targets, "read_block", lambda *_: None)  # each finds every block missing
+        states = list(pool.map(lambda _: tuned(tmp_path / "both"), range(2)))
     assert [same(state, expected) for state in states] == [True, True]
-    monkeypatch.undo()
     assert blocks_of(tmp_path / "both") == blocks_of(tmp_path / "one")
 
 
@@ -185,13 +174,12 @@ def test_a_training_goes_on_where_its_targets_cannot_be_kept(tuned, tmp_path, ca
         write(handle, content[:20], offset)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    if why == "no space":
-        monkeypatch.setattr(os, "pwrite", full)
-    else:
-        store.write_text("a file")
-    assert same(tuned(store), expected)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        if why == "a file stands there":
+            store.write_text(why)
+        assert same(tuned(store), expected)
     assert len([record for record in caplog.records if "not kept" in record.getMessage()]) == 1
-    monkeypatch.undo()
     assert blocks_of(store) == {}
 
 
