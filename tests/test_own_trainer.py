@@ -119,9 +119,11 @@ def test_the_folder_of_the_recipe_is_first_on_the_path_whatever_was_imported_bef
 
 
 @pytest.mark.parametrize("text", ["trainer", "trainer.py:fit", ":fit", "a:b:c"])
-def test_a_recipe_names_module_and_function(tmp_path, text):
+def test_a_recipe_names_module_and_function_and_its_space_none(text):
     with pytest.raises(RecipeError, match="must be MODULE:NAME, the function"):
         load_recipe(EXAMPLES / "own_trainer.yaml", [f"train.function='{text}'"])
+    with pytest.raises(RecipeError, match="must not be searched"):
+        load_recipe(EXAMPLES / "own_trainer.yaml", ["search.space.function={choices: ['a:b', 'c:d']}"])
 
 
 def test_the_folder_is_that_of_the_recipe_and_stays_in_the_resolved_one(tmp_path):
@@ -131,11 +133,6 @@ def test_the_folder_is_that_of_the_recipe_and_stays_in_the_resolved_one(tmp_path
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
     assert portable_paths(recipe).train.function_dir == "examples"
     assert load_recipe(HERE.parent / "search_spaces" / "quickstart.yaml").train.function_dir is None
-
-
-def test_a_search_space_has_no_function():
-    with pytest.raises(RecipeError, match="must not be searched"):
-        load_recipe(EXAMPLES / "own_trainer.yaml", ["search.space.function={choices: ['a:b', 'c:d']}"])
 
 
 def test_a_function_of_a_baseline_counts_where_baselines_are_trained():
@@ -318,16 +315,15 @@ def test_a_function_that_cannot_be_sent_to_workers_is_refused_unless_nothing_is_
 # searches
 
 
-OUTCOMES = {
-    "raises": ("error", "ZeroDivisionError: of mine"),
-    "exits": ("error", "RuntimeError: train.function called sys.exit(3)"),
-    "diverges": ("diverged", "epoch 2 of 3: the loss must stay finite, but got train/loss nan"),
-}
+OUTCOMES = [
+    ("raises", "error", "ZeroDivisionError: of mine"),
+    ("exits", "error", "RuntimeError: train.function called sys.exit(3)"),
+    ("diverges", "diverged", "epoch 2 of 3: the loss must stay finite, but got train/loss nan"),
+]
 
 
-@pytest.mark.parametrize("name", OUTCOMES)
-def test_what_a_function_raises_is_a_verdict_on_the_trial_with_its_traceback(tmp_path, name):
-    outcome, reason = OUTCOMES[name]
+@pytest.mark.parametrize(("name", "outcome", "reason"), OUTCOMES)
+def test_what_a_function_raises_is_a_verdict_on_the_trial_with_its_traceback(tmp_path, name, outcome, reason):
     with pytest.raises(NoSuccessfulTrialError) as caught:
         run_search(recipe_for(tmp_path, name, DEBUG, "search.trials=1"), tmp_path / "study")
     assert reason in str(caught.value)
