@@ -209,6 +209,14 @@ def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(trai
     assert [told in model_card(each, alpha, (), False) for each in (training, alone)] == [False, True]
 
 
+def test_the_zero_shot_head_scores_mixed_features(trained):
+    training = trained["biased"]
+    start = training.classifier(0.0).state()
+    head = {name: start[name] for name in ("class_head", "class_bias")}
+    scored = dataclasses.replace(training, fine_tuned={**training.fine_tuned, **head})
+    assert evaluate_trained(training, 0.7, zero_shot_head=True)[0] == evaluate_trained(scored, 0.7)[0]
+
+
 def test_the_model_card_holds_no_test_number(trained, export):
     assert trained["biased"].recipe.data.id_test is not None
     card = (export.folder / "README.md").read_text()

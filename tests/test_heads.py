@@ -26,6 +26,7 @@ from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.fine_tuning import PromptsConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training.doctor import examine
+from carft_ray.words import time_left
 
 
 def test_both_heads_equal_numpy_in_float64(monkeypatch):
@@ -151,6 +152,16 @@ def test_heads_are_listed_with_the_cache_and_cleaned_with_it(tmp_path, tiny_clip
     assert call(["data", "clean", "--all", "--yes", "--cache", str(tmp_path / "cache")]) == 0
     assert "Removed 1 entry, " in capsys.readouterr().err
     assert list_entries(tmp_path / "cache") == []
+
+
+def test_how_long_the_embedding_takes_is_told_after_a_moment_and_not_too_often():
+    said, now = [], [0.0]
+    on_progress = time_left(said.append, "embedding sentences", lambda: now[0])
+    for done in range(1, 41):
+        now[0] = float(done)
+        on_progress(7 * done, 280)
+    assert said[0] == "embedding sentences: 21 of 280, about 37 s left"
+    assert [line.split()[2] for line in said] == ["21", "91", "161", "231"]
 
 
 def test_the_doctor_embeds_for_the_training_that_follows(tmp_path, passes):
