@@ -6,13 +6,15 @@ import torch
 from torch.nn.functional import cross_entropy
 
 
-def few_steps(values, context, seconds=0.0):
+def few_steps(values, context, before_last=lambda: None):
     """Trains on one batch, an epoch a step; reports and asks as a real one does."""
     model, images = context.model, context.train_set
     batch = torch.stack([images[i][0] for i in range(len(images))]).to(context.device)
     labels = torch.from_numpy(images.labels).to(context.device)
     optimizer = torch.optim.SGD(model.parameters(), values["learning_rate"])
     for epoch in range(1, values["epochs"] + 1):
+        if epoch == values["epochs"]:
+            before_last()
         if context.should_stop():
             return None
         loss = cross_entropy(model(batch), labels)
@@ -20,13 +22,18 @@ def few_steps(values, context, seconds=0.0):
         loss.backward()
         optimizer.step()
         context.report({"epoch": epoch, "loss": loss})
-        time.sleep(seconds)
     return model.state_dict()
 
 
-def slow_steps(values, context):
-    """The same, so slow that the pruner's answer comes while it trains."""
-    return few_steps(values, context, seconds=0.6)
+def waiting_steps(values, context):
+    """The same; with a small learning rate it waits before its last epoch for the pruner's answer."""
+
+    def wait():
+        end = time.monotonic() + 60
+        while values["learning_rate"] < 0.01 and not context.should_stop() and time.monotonic() < end:
+            time.sleep(0.05)
+
+    return few_steps(values, context, wait)
 
 
 def frozen(values, context):

@@ -345,7 +345,7 @@ def test_the_pruner_cuts_a_function_that_asks(tmp_path):
     pruner = "search.pruner={name: percentile, percentile: 1.0, startup_trials: 1, first: 0.2}"
     space = "search.space={learning_rate: {low: 0.0001, high: 0.1, log: true}}"
     enqueue = "search.enqueue=[{learning_rate: 0.1}, {learning_rate: 0.0001}]"
-    recipe = recipe_for(tmp_path, "slow_steps", DEBUG, "search.trials=2", "train.epochs=5", pruner, space, enqueue)
+    recipe = recipe_for(tmp_path, "waiting_steps", DEBUG, "search.trials=2", "train.epochs=5", pruner, space, enqueue)
     result = run_search(recipe, tmp_path / "study", on_event=lambda event: notes.append(getattr(event, "text", "")))
     assert [row.outcome for row in result.trials] == ["complete", "pruned"], result.trials
     assert len([text for text in notes if "train.function replaces the built-in loop: exact resume," in text]) == 1
