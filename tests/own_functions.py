@@ -1,20 +1,20 @@
 """Fine-tunings of the user's own for the tests: each does one thing that such a function may do."""
 
-import os
-import signal
 import time
 
 import torch
 from torch.nn.functional import cross_entropy
 
 
-def few_steps(values, context, seconds=0.0):
+def few_steps(values, context, before_last=lambda: None):
     """Trains on one batch, an epoch a step; reports and asks as a real one does."""
     model, images = context.model, context.train_set
     batch = torch.stack([images[i][0] for i in range(len(images))]).to(context.device)
     labels = torch.from_numpy(images.labels).to(context.device)
     optimizer = torch.optim.SGD(model.parameters(), values["learning_rate"])
     for epoch in range(1, values["epochs"] + 1):
+        if epoch == values["epochs"]:
+            before_last()
         if context.should_stop():
             return None
         loss = cross_entropy(model(batch), labels)
@@ -22,13 +22,18 @@ def few_steps(values, context, seconds=0.0):
         loss.backward()
         optimizer.step()
         context.report({"epoch": epoch, "loss": loss})
-        time.sleep(seconds)
     return model.state_dict()
 
 
-def slow_steps(values, context):
-    """The same, so slow that the pruner's answer comes while it trains."""
-    return few_steps(values, context, seconds=0.6)
+def waiting_steps(values, context):
+    """The same; with a small learning rate it waits before its last epoch for the pruner's answer."""
+
+    def wait():
+        end = time.monotonic() + 60
+        while values["learning_rate"] < 0.01 and not context.should_stop() and time.monotonic() < end:
+            time.sleep(0.05)
+
+    return few_steps(values, context, wait)
 
 
 def frozen(values, context):
@@ -49,48 +54,12 @@ def diverges(values, context):
     context.report({"epoch": 2, "train/loss": float("nan")})
 
 
-def not_finite(values, context):
-    state = context.model.state_dict()
-    state["class_head"] = state["class_head"] * float("inf")
-    return state
-
-
-def nothing(values, context):
-    return None
-
-
-def the_model(values, context):
-    return context.model
+def misspelled_state(model):
+    return {name.replace("head", "haed"): tensor for name, tensor in model.state_dict().items()}
 
 
 def misspelled(values, context):
-    return {name.replace("head", "haed"): tensor for name, tensor in context.model.state_dict().items()}
-
-
-def without_head(values, context):
-    return {name: tensor for name, tensor in context.model.state_dict().items() if name != "class_head"}
-
-
-def other_shape(values, context):
-    state = context.model.state_dict()
-    return {**state, "class_head": state["class_head"][1:]}
-
-
-def killed_once(values, context):
-    """Is killed in its second epoch, the first time."""
-    mark = context.checkpoint_dir / "epoch"
-    first = int(mark.read_text()) + 1 if mark.exists() else 1
-    for epoch in range(first, values["epochs"] + 1):
-        if epoch == 2 and first == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with torch.no_grad():
-            context.model.class_head.mul_(1 + values["learning_rate"])
-        context.report({"epoch": epoch, "loss": 1.0})
-        mark.write_text(str(epoch))
-    return context.model.state_dict()
-
-
-not_a_function = 7
+    return misspelled_state(context.model)
 
 
 def one_argument(values):

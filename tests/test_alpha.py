@@ -1,14 +1,18 @@
-"""The alpha curve: which alphas are measured, which point is chosen, and where a training is at chance."""
+"""The alpha curve, the objective and mixing: which point is chosen, formulas, limit cases and derivatives."""
+
+import math
 
 import curve_stand_in
 import numpy as np
 import pytest
+import torch
 from from_logits import predictions_table
 
 from carft_ray.errors import DataError, DivergedError
 from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
 from carft_ray.evaluation.predictions import concat
+from carft_ray.model.mixing import mix_weights
 from carft_ray.recipe.schema.recipe import DEFAULT_GRID
 from carft_ray.recipe.trial_values import apply
 
@@ -25,22 +29,14 @@ def points(objectives, alphas=MEASURED, **violations):
     ]
 
 
-def test_the_highest_measured_objective_is_chosen_whatever_the_order_of_the_points():
+def test_the_highest_measured_objective_from_the_lowest_alpha_on_is_chosen_and_of_equal_ones_the_smaller_alpha():
     curve = points([0.6 + 0.1 * alpha * (1 - alpha) - (alpha == 0) for alpha in MEASURED])
     best = max(curve, key=lambda point: point["objective"])
     assert choose_point(curve, 0.1) == choose_point(curve[::-1], 0.1) == best
-
-
-def test_an_alpha_below_the_lowest_is_never_chosen():
     falling = points([0.7 - 0.1 * alpha for alpha in MEASURED])
-    assert choose_point(falling, 0.1)["alpha"] == 0.1
-    assert choose_point(falling, 0.33)["alpha"] == 0.4
-    assert choose_point(falling, 1.0)["alpha"] == 1.0
-
-
-def test_of_equal_objectives_the_smaller_alpha_wins_and_rounding_makes_none_unequal():
+    assert [choose_point(falling, lowest)["alpha"] for lowest in (0.1, 0.33, 1.0)] == [0.1, 0.4, 1.0]
     assert choose_point(points([0.7] * len(MEASURED))[::-1], 0.1)["alpha"] == 0.1
-    assert choose_point(points([0.6, 0.7 - 1e-15, 0.7], (0.0, 0.5, 1.0)), 0.1)["alpha"] == 0.5
+    assert choose_point(points([0.6, 0.7 - 1e-15, 0.7], (0.0, 0.5, 1.0)), 0.1)["alpha"] == 0.5  # rounding counts not
 
 
 def test_only_the_points_that_miss_the_constraints_least_take_part():
@@ -56,11 +52,11 @@ def test_only_the_points_that_miss_the_constraints_least_take_part():
     assert choose_point(points(rising, alphas, drop=[0.3] * 5), 0.1)["alpha"] == 1.0
 
 
-def model(asked, num=500, seed=0):
-    """Gives predictions whose ID accuracy rises with alpha and whose OOD accuracy rises and falls."""
-    rng = np.random.default_rng(seed)
-    luck = {name: rng.random(num) for name in ("id_val", "sketch")}
-    ids = {name: rng.integers(0, 2**64, num, dtype=np.uint64) for name in luck}
+def measured(recipe):
+    """Measures the curve of a recipe with predictions whose OOD accuracy rises and falls: the tables by alpha."""
+    rng, asked = np.random.default_rng(0), []
+    luck = {name: rng.random(500) for name in ("id_val", "sketch")}
+    ids = {name: rng.integers(0, 2**64, 500, dtype=np.uint64) for name in luck}
 
     def at(alpha):
         asked.append(alpha)
@@ -68,37 +64,31 @@ def model(asked, num=500, seed=0):
         rights = {name: luck[name] < accuracy for name, accuracy in accuracies.items()}
         logits = {name: np.stack([right, ~right], 1).astype(np.float32) for name, right in rights.items()}
         return concat(
-            [predictions_table(name, alpha, ids[name], np.zeros(num, np.int64), logits[name]) for name in luck]
+            [predictions_table(name, alpha, ids[name], np.zeros(500, np.int64), logits[name]) for name in luck]
         )
 
-    return at
+    tables = measure_curve(recipe, at(0.0), at)
+    assert asked == list(tables)  # each once
+    return tables
 
 
 def test_the_grid_and_the_lowest_alpha_are_each_measured_once():
-    recipe, asked = curve_stand_in.make_recipe(objective={}, alpha={}), []
-    at = model(asked)
-    tables = measure_curve(recipe, at(0.0), at)
-    assert asked == list(tables) == list(MEASURED)
+    tables = measured(curve_stand_in.make_recipe(objective={}, alpha={}))
+    assert list(tables) == list(MEASURED)
     curve = curve_points(tables, SPEC, ())
-    assert [point["alpha"] for point in curve] == asked
+    assert [point["alpha"] for point in curve] == list(MEASURED)
     assert all(point.items() > metrics_at(tables[point["alpha"]], SPEC, point["alpha"]).items() for point in curve)
     whole = concat(list(tables.values()))  # as a study stores it
     assert curve_points(dict.fromkeys(tables, whole), SPEC, ()) == curve
+    with pytest.raises(DataError, match=r"must have been evaluated at the alpha, but got id_val at 0\.45"):
+        curve_points({0.45: tables[1.0]}, SPEC, ())
 
 
 def test_a_fixed_alpha_is_measured_with_the_end_and_in_a_pareto_search_with_the_grid():
     fixed = curve_stand_in.make_recipe(objective={}, alpha={"mode": "sample"})
     pareto = curve_stand_in.make_recipe()
     for recipe, expected in ((fixed, [0.0, 0.7, 1.0]), (pareto, sorted({*MEASURED, 0.7}))):
-        asked = []
-        at = model(asked)
-        assert list(measure_curve(apply(recipe, {"alpha": 0.7}), at(0.0), at)) == asked == expected
-
-
-def test_a_set_that_was_not_evaluated_at_an_alpha_is_an_error():
-    table = model([])(0.5)
-    with pytest.raises(DataError, match=r"must have been evaluated at the alpha, but got id_val at 0\.4"):
-        curve_points({0.4: table}, SPEC, ())
+        assert list(measured(apply(recipe, {"alpha": 0.7}))) == expected
 
 
 def curve_of(*num_right, num_classes=16, num_images=2000):
@@ -127,3 +117,94 @@ def test_a_training_has_diverged_only_where_every_alpha_is_at_chance():
         alphas_at_chance(curve_of(1000, 0, "constant"), "id_val")
     assert alphas_at_chance(curve_of(0, 0, 0), "id_val") == []  # zero-shot knows no more
     assert alphas_at_chance(curve_of("constant", 700, 0), "id_val") == []
+
+
+# ---- the objective
+
+KINDS = ["weighted_mean", "harmonic", "worst_domain"]
+OOD = {"noisy": 0.5, "blurry": 0.7}
+
+
+def objective(kind, id_weight, id_accuracy, ood):
+    return ObjectiveSpec(kind, "id_val", tuple(ood), id_weight).value({"id_val": id_accuracy, **ood})
+
+
+def objective_weights(kind, id_weight, id_accuracy, ood):
+    return ObjectiveSpec(kind, "id_val", tuple(ood), id_weight).weights({"id_val": id_accuracy, **ood})
+
+
+def test_formulas():
+    assert objective("weighted_mean", 0.25, 0.8, OOD) == pytest.approx(0.25 * 0.8 + 0.75 * 0.6)
+    assert objective("harmonic", 0.25, 0.8, OOD) == pytest.approx(2 * 0.8 * 0.6 / 1.4)
+    assert objective("worst_domain", 0.25, 0.8, OOD) == 0.5
+    assert objective("weighted_mean", 1.0, 0.7, OOD) == 0.7
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_limit_cases(kind):
+    assert objective(kind, 0.5, 0.0, {"a": 0.0}) == 0
+    assert objective(kind, 0.5, 1.0, {"a": 1.0}) == 1
+    assert objective(kind, 0.3, 0.6, {"a": 0.6, "b": 0.6}) == pytest.approx(0.6)
+    assert objective(kind, 0.5, 0.7, {}) == 0.7
+    assert objective_weights(kind, 0.5, 0.4, {}) == {"id_val": 1.0}
+    assert all(map(math.isfinite, objective_weights(kind, 0.5, 0.0, {"a": 0.0, "b": 0.0}).values()))
+    of_equal = objective_weights("worst_domain", 0.5, 0.1, {"a": 0.3, "b": 0.3})
+    assert of_equal == {"id_val": 0, "a": 1, "b": 0}  # the first
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_are_the_derivatives(kind):
+    step, point = 1e-6, {"id_val": 0.8, **OOD}
+    for name, weight in objective_weights(kind, 0.3, 0.8, OOD).items():
+        spec = ObjectiveSpec(kind, "id_val", tuple(OOD), 0.3)
+        up, down = (spec.value({**point, name: point[name] + sign * step}) for sign in (1, -1))
+        assert weight == pytest.approx((up - down) / (2 * step), abs=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("ood_sets", [("a", "b"), ()])
+def test_values_of_many_models_are_those_of_each(kind, ood_sets):
+    rng = np.random.default_rng(0)
+    spec = ObjectiveSpec(kind, "id_val", ood_sets, 0.3)
+    accuracies = {name: rng.random((3, 4)) for name in ("id_val", *ood_sets)}
+    for array in accuracies.values():
+        array[0, 0] = 0.0
+    values = spec.values(accuracies)
+    for index in np.ndindex(3, 4):
+        one = {name: float(array[index]) for name, array in accuracies.items()}
+        assert values[index] == pytest.approx(spec.value(one), abs=1e-14)
+
+
+# ---- mixing
+
+
+@pytest.fixture
+def states():
+    generator = torch.Generator().manual_seed(0)
+    zero_shot = {
+        "weight": torch.randn(5, 3, generator=generator, dtype=torch.float64),
+        "running_mean": torch.randn(3, generator=generator),
+        "num_batches_tracked": torch.tensor(7),
+        "mask": torch.full((2, 2), -torch.inf),
+    }
+    moved = zero_shot["weight"] + torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    return zero_shot, {**zero_shot, "weight": moved, "num_batches_tracked": torch.tensor(9)}
+
+
+def test_a_mixture_is_that_of_numpy_and_its_ends_are_the_models_bit_for_bit(states):
+    zero_shot, fine_tuned = (state["weight"].numpy().copy() for state in states)
+    for alpha in (0.0, 0.1, 0.73, 1.0):
+        mixed = mix_weights(*states, alpha)
+        expected = (1 - alpha) * zero_shot + alpha * fine_tuned
+        np.testing.assert_allclose(mixed["weight"].numpy(), expected, rtol=0, atol=1e-9 if 0 < alpha < 1 else 0)
+        for name in ("num_batches_tracked", "mask", "running_mean"):  # integers, and what is equal at both ends
+            assert torch.equal(mixed[name], states[0][name])
+        mixed["weight"].zero_()  # a copy
+
+
+def test_wrong_alpha_and_wrong_names_are_refused(states):
+    with pytest.raises(ValueError, match="0 <= alpha <= 1"):
+        mix_weights(*states, 1.5)
+    for name in ("extra", "weight"):
+        with pytest.raises(ValueError, match=f"differ: {name}"):
+            mix_weights(states[0], {**states[1], name: torch.zeros(1)}, 0.5)

@@ -9,10 +9,7 @@ import pytest
 from layouts_tables import CLASSES, hf_dataset, mixed_modes, pictures, write_folder, write_hub
 from sources import open_set
 
-from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
-from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema.recipe import Recipe
 
 datasets = pytest.importorskip("datasets")
 IMAGES, OTHERS = pictures(), pictures(2, seed=1)
@@ -50,7 +47,6 @@ def told(base, *args, **keys):
     return str(caught.value)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", ["saved", "saved/train", "hub", "hub/data", "modes"])
 def test_the_rows_are_those_of_the_library(base, path):
     split = {"saved": "train", "hub": "train", "hub/data": "train"}.get(path)
@@ -70,20 +66,15 @@ def test_the_rows_are_those_of_the_library(base, path):
             np.testing.assert_array_equal(source.pixels(index), np.asarray(row["image"]))
 
 
-def test_a_saved_set_is_the_folder_set_of_the_same_images(base):
-    write_folder(base / "images", IMAGES)
-    saved = opened(base, "saved", split="train", id="name")
-    folder = open_set(base_dir=base, source="folder", path="images")
-    np.testing.assert_array_equal(saved.sample_ids, folder.sample_ids)
-    np.testing.assert_array_equal(saved.labels, folder.labels)
-
-
 def test_names_are_those_of_the_same_images_in_another_layout(base):
     saved, hub = opened(base, "saved", split="train"), opened(base, "hub", split="train")
     np.testing.assert_array_equal(saved.sample_ids, hub.sample_ids)
     assert saved.fingerprint != hub.fingerprint
     shutil.copytree(base / "saved", base / "moved")
     assert opened(base, "moved", split="train").fingerprint == saved.fingerprint
+    write_folder(base / "images", IMAGES)
+    folder = open_set(base_dir=base, source="folder", path="images")
+    np.testing.assert_array_equal(opened(base, "saved", split="train", id="name").sample_ids, folder.sample_ids)
 
 
 def test_a_column_of_paths_counts_from_the_root(base):
@@ -106,147 +97,63 @@ def test_the_only_split_need_not_be_named(base):
 # sets that are not as they should be
 
 
-def write_state(base, **changes):
-    state = base / "saved" / "train" / "state.json"
-    state.write_text(json.dumps({**json.loads(state.read_text()), **changes}))
+def spoilt(name, content=None):
+    """Overwrites a file of the sets, or removes it."""
+    return lambda base: (base / name).unlink() if content is None else (base / name).write_text(content)
 
 
-def removed(name):
-    return lambda base: (base / name).unlink()
+def with_state(**changes):
+    def write(base):
+        state = json.loads((base / STATE).read_text())
+        (base / STATE).write_text(json.dumps({**state, **changes}))
+
+    return write
 
 
-def overwritten(name, content):
-    return lambda base: (base / name).write_bytes(content)
+STATE, SPLITS, HUB_FILE = "saved/train/state.json", "saved/dataset_dict.json", "train-00001-of-00002.parquet"
+ALLOWED = "(allowed: train, validation)"
+NO_FILES = "must hold the files that its state.json names, at least one, but got no"
+# what makes a set of the split train wrong, its path, and the message
+BROKEN = [
+    (spoilt(f"hub/data/{HUB_FILE}"), "hub", f"the split train must have 2 files, but got 1, without {HUB_FILE}"),
+    (spoilt("saved/train/data-00002-of-00003.arrow"), "saved", f"{NO_FILES} "),
+    (spoilt(STATE), "saved", "must be a readable JSON file, but got No such"),
+    (spoilt(STATE, "{"), "saved", "state.json: must be a readable JSON file, but got Expecting"),
+    (with_state(_data_files=[]), "saved", f"{NO_FILES}ne"),
+    (with_state(_data_files=[["a.arrow"], 1]), "saved", f"{NO_FILES} "),
+    (with_state(_indices_data_files=[{"filename": "a"}]), "saved", "must be a data set without a file of indices"),
+    (spoilt(SPLITS, '{"splits": [1, ["train"]]}'), "saved", "must be a split of the data set, but got 'train'"),
+    (spoilt("saved/train/data-00001-of-00003.arrow", "?"), "saved", "but got it is cut off, or no Arrow file"),
+]
+# path and keys of a set that is sound
+WRONG = [
+    ("none", {}, "train: must be the folder of a data set, but got no such folder"),
+    (".", {}, "which is none (allowed: "),
+    ("saved", {}, f"must be a split of the data set, but got none {ALLOWED}"),
+    ("hub", {"split": "validatoin"}, "did you mean 'validation'?"),
+    ("saved/train", {"split": "test"}, "split: must be left out: the folder holds one data set"),
+    ("saved/train", {"label": "lable"}, "must be a column of data-00000-of-00003.arrow, but got 'lable'; did you mean"),
+]
 
 
-TRAIN = {"split": "train"}
-# what is wrong -> what makes it so, path and keys of the set, and the message
-BROKEN = {
-    "no such folder": (None, "none", {}, "train: must be the folder of a data set, but got no such folder"),
-    "no data set": (None, ".", {}, "which is none (allowed: "),
-    "no split": (None, "saved", {}, "must be a split of the data set, but got none (allowed: train, validation)"),
-    "wrong split": (None, "hub", {"split": "val"}, "but got 'val' (allowed: train, validation)"),
-    "near split": (None, "hub", {"split": "validatoin"}, "did you mean 'validation'?"),
-    "split of a part": (
-        None,
-        "saved/train",
-        {"split": "test"},
-        "split: must be left out: the folder holds one data set",
-    ),
-    "missing file of the hub": (
-        removed("hub/data/train-00001-of-00002.parquet"),
-        "hub",
-        TRAIN,
-        "the split train must have 2 files, but got 1, without train-00001-of-00002.parquet",
-    ),
-    "missing file": (
-        removed("saved/train/data-00002-of-00003.arrow"),
-        "saved",
-        TRAIN,
-        "must hold the files that its state.json names, at least one, but got no ",
-    ),
-    "missing state": (
-        removed("saved/train/state.json"),
-        "saved",
-        TRAIN,
-        "must be a readable JSON file, but got No such",
-    ),
-    "damaged state": (
-        overwritten("saved/train/state.json", b"{"),
-        "saved",
-        TRAIN,
-        "state.json: must be a readable JSON file, but got Expecting",
-    ),
-    "no file": (
-        lambda base: write_state(base, _data_files=[]),
-        "saved",
-        TRAIN,
-        "must hold the files that its state.json names, at least one, but got none",
-    ),
-    "no objects": (
-        lambda base: write_state(base, _data_files=[["data-00000-of-00003.arrow"], 1]),
-        "saved",
-        TRAIN,
-        "must hold the files that its state.json names, at least one, but got no ",
-    ),
-    "a name too long": (
-        lambda base: write_state(base, _data_files=[{"filename": ["data-00000-of-00003.arrow"] * 9}]),
-        "saved",
-        TRAIN,
-        "must hold the files that its state.json names, at least one, but got no ",
-    ),
-    "splits that are no texts": (
-        overwritten("saved/dataset_dict.json", b'{"splits": [1, ["train"]]}'),
-        "saved",
-        TRAIN,
-        "must be a split of the data set, but got 'train'",
-    ),
-    "indices": (
-        lambda base: write_state(base, _indices_data_files=[{"filename": "indices.arrow"}]),
-        "saved",
-        TRAIN,
-        "must be a data set without a file of indices",
-    ),
-    "cut off": (
-        overwritten("saved/train/data-00001-of-00003.arrow", b"\xff\xff"),
-        "saved",
-        TRAIN,
-        "data-00001-of-00003.arrow: must be a readable table, but got it is cut off, or no Arrow file",
-    ),
-    "missing column": (
-        None,
-        "saved",
-        {**TRAIN, "label": "lable"},
-        "must be a column of data-00000-of-00003.arrow, but got 'lable'; did you mean 'label'?",
-    ),
-    "missing class": (
-        None,
-        "saved",
-        {**TRAIN, "names": (*CLASSES, "fish")},
-        "every class must be there in every set, but got none for 'fish'",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_set_gets_one_message(base, case):
-    spoil, path, keys, message = BROKEN[case]
-    if spoil is not None:
-        spoil(base)
-    text = told(base, path, **keys)
+@pytest.mark.parametrize(("spoil", "path", "message"), BROKEN)
+def test_a_broken_set_gets_one_message(base, spoil, path, message):
+    spoil(base)
+    text = told(base, path, split="train")
     assert message in text
     assert text.count("\n") <= 1, "one problem, one next step"
 
 
-def test_images_without_a_label_are_told(base):
-    images = hf_dataset(IMAGES)
-    features = images.features
-    rows = {**images.to_dict(), "label": [-1] * len(IMAGES)}
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(base / "unlabelled")
-    text = told(base, "unlabelled")
-    assert (
-        "a label must be from 0 to 2, as there are 3 class names, but got -1 in data-00000-of-00001.arrow, row 1 and 11"
-        in text
-    )
+@pytest.mark.parametrize(("path", "keys", "message"), WRONG)
+def test_what_names_no_set_gets_one_message(base, path, keys, message):
+    text = told(base, path, **keys)
+    assert message in text
+    assert text.count("\n") <= 1
 
 
 # roles and the command line
 
 
-def test_splits_may_have_two_roles_and_one_split_may_not(base):
-    def recipe(**id_val):
-        spec = {"source": "huggingface", "path": "saved", "split": "train"}
-        data = {"train": spec, "id_val": {**spec, **id_val}}
-        return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 2}}), base)
-
-    apart = recipe(split="validation")
-    assert check_roles(apart) == check_sets(apart) == []
-    assert check_roles(recipe(path="hub", split="validation")) == []
-    for shared in ({}, {"path": "saved/train", "split": None}):
-        assert "must not share images with data.train" in str(check_roles(recipe(**shared))[0])
-
-
-@pytest.mark.slow
 def test_validate_reads_the_sets_and_finds_the_same_images_in_two_of_them(base, capsys, monkeypatch):
     monkeypatch.chdir(base)
     (base / "r.yaml").write_text(

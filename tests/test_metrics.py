@@ -1,11 +1,12 @@
-"""Metrics against their oracles (scikit-learn, torchmetrics, SciPy), with ties, edges of bins and empty classes."""
+"""Metrics against their oracles, with ties, edges of bins and empty classes; their table."""
 
 import itertools
 import math
 import operator
-from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import scipy.special
 import sklearn.calibration
@@ -13,9 +14,21 @@ import sklearn.metrics
 import torch
 from from_logits import predictions_table
 
-from carft_ray.evaluation import metrics
+from carft_ray.errors import CarftError, DataError, StorageError
+from carft_ray.evaluation import metrics, predictions
 from carft_ray.evaluation.metrics import answers, equal_width_bins
-from carft_ray.evaluation.predictions import concat, select
+from carft_ray.evaluation.predictions import (
+    accuracy,
+    alphas,
+    concat,
+    correct,
+    correct_matrix,
+    read_predictions,
+    sample_ids,
+    select,
+    sets,
+    write_predictions,
+)
 
 CASES = ("random", "ties", "empty classes", "two classes", "confident")
 
@@ -23,11 +36,6 @@ CASES = ("random", "ties", "empty classes", "two classes", "confident")
 def answers_of_logits(labels, logits):
     ids = np.arange(len(labels), dtype=np.uint64)
     return answers(predictions_table("set", 1.0, ids, labels, logits))
-
-
-def taken(given, indices):
-    names = ("labels", "rank", "confidence", "nll", "brier")
-    return replace(given, **{name: getattr(given, name)[indices] for name in names})
 
 
 def case(name):
@@ -63,18 +71,9 @@ def test_one_class_as_the_only_answer_is_at_chance_however_common_it_is(shares):
     for answer in range(len(shares)):
         assert not metrics.is_above_chance(labels, np.full(len(labels), answer))
     assert metrics.is_above_chance(labels, labels)
-
-
-def test_a_weak_model_of_unequal_classes_is_above_chance():
-    """34 % of four classes are right, and of each class more than of the others."""
-    generator = np.random.default_rng(0)
-    labels = np.repeat(np.arange(4), [700, 100, 100, 100])
-    answers = generator.choice(4, len(labels), p=[0.1, 0.3, 0.3, 0.3])
-    answers = np.where(generator.random(len(labels)) < 0.2, labels, answers)
-    assert (answers == labels).mean() < 0.36
-    assert metrics.is_above_chance(labels, answers)
-    assert not metrics.is_above_chance(labels, generator.permutation(answers))
-    assert metrics.chance(labels, answers) == pytest.approx((np.bincount(labels) @ np.bincount(answers)) / 1000**2)
+    for few in (0, 1):  # no image and one tell nothing
+        assert not metrics.is_above_chance(np.zeros(few, int), np.zeros(few, int))
+    assert metrics.chance(np.zeros(0, int), np.zeros(0, int)) == 0
 
 
 def test_luck_is_that_of_answers_dealt_out_at_random():
@@ -92,67 +91,45 @@ def test_luck_is_that_of_answers_dealt_out_at_random():
     assert 20 <= sum(above) <= 90  # 50 expected, of a binomial with standard deviation 7; the counts are whole
 
 
-def test_no_image_and_one_tell_nothing():
-    assert not metrics.is_above_chance(np.zeros(0, int), np.zeros(0, int))
-    assert not metrics.is_above_chance(np.zeros(1, int), np.zeros(1, int))
-    assert metrics.chance(np.zeros(0, int), np.zeros(0, int)) == 0
-
-
-def test_ties_are_among_the_cases():
-    _, logits = case("ties")
-    top = np.sort(logits, axis=1)
-    assert (top[:, -1] == top[:, -2]).mean() > 0.2
-    assert len(np.unique(answers_of_logits(*case("ties")).confidence)) < 800
-
-
 @pytest.mark.parametrize("k", [1, 2, 5])
 def test_top_k_accuracy_equals_that_of_scikit_learn(both, k):
     given, labels, logits, _ = both
     num_classes, top_accuracy = logits.shape[1], ((given.rank > 0) & (given.rank <= k)).mean()
-    if k >= num_classes:
-        assert top_accuracy == 1
-        return
-    # of equal logits scikit-learn takes the last class first, so it is shown the classes in reverse
-    reversed_scores = logits[:, ::-1] if num_classes > 2 else logits[:, 0]
-    classes = np.arange(num_classes)
-    oracle = sklearn.metrics.top_k_accuracy_score(num_classes - 1 - labels, reversed_scores, k=k, labels=classes)
     if num_classes > 2:
-        assert top_accuracy == same(oracle)
+        # of equal logits scikit-learn takes the last class first, so it is shown the classes in reverse
+        classes = np.arange(num_classes)
+        oracle = sklearn.metrics.top_k_accuracy_score(num_classes - 1 - labels, logits[:, ::-1], k=k, labels=classes)
     else:
-        assert top_accuracy == same(sklearn.metrics.accuracy_score(labels, logits.argmax(1)))
+        oracle = sklearn.metrics.accuracy_score(labels, logits.argmax(1)) if k == 1 else 1
+    assert top_accuracy == same(oracle)
     if k in (1, 5):
         assert metrics.set_metrics(given)["accuracy" if k == 1 else "top5"] == top_accuracy
 
 
 def test_accuracies_by_class_equal_those_of_scikit_learn(both):
     given, labels, logits, _ = both
-    num_classes, guesses = logits.shape[1], logits.argmax(1)
-    found = metrics.class_accuracies(given)
+    classes, found = np.arange(logits.shape[1]), metrics.class_accuracies(given)
     assert list(found) == sorted(set(labels.tolist()))
-    recall = sklearn.metrics.recall_score(
-        labels, guesses, labels=np.arange(num_classes), average=None, zero_division=np.nan
-    )
+    recall = sklearn.metrics.recall_score(labels, logits.argmax(1), labels=classes, average=None, zero_division=np.nan)
     assert all(value == same(recall[index]) for index, value in found.items())
     of_set = metrics.set_metrics(given)
     assert of_set["worst_class"] == {"index": int(np.nanargmin(recall)), "accuracy": same(np.nanmin(recall))}
     assert of_set["mean_class_accuracy"] == same(np.nanmean(recall))
+    numbers = [value for value in of_set.values() if not isinstance(value, dict)]
+    assert all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
 
 
-def test_negative_log_likelihood_equals_that_of_torch_and_scipy(both):
-    given, labels, logits, _ = both
+def test_negative_log_likelihood_and_brier_score_equal_those_of_torch_scipy_and_scikit_learn(both):
+    given, labels, logits, probabilities = both
+    found, classes = metrics.set_metrics(given), np.arange(logits.shape[1])
     oracle = torch.nn.functional.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels))
-    assert metrics.set_metrics(given)["nll"] == same(oracle)
+    assert found["nll"] == same(oracle)
     log_p = scipy.special.log_softmax(logits.astype(np.float64), axis=1)[np.arange(len(labels)), labels]
     np.testing.assert_allclose(given.nll, -log_p, rtol=2**-24, atol=1e-11)
-
-
-def test_brier_score_equals_that_of_scikit_learn(both):
-    given, labels, _, probabilities = both
-    classes = np.arange(probabilities.shape[1])
     oracle = sklearn.metrics.brier_score_loss(labels, probabilities, labels=classes, scale_by_half=False)
-    assert metrics.set_metrics(given)["brier"] == same(oracle)
-    one_hot = np.eye(len(classes))[labels]
-    np.testing.assert_allclose(given.brier, ((probabilities - one_hot) ** 2).sum(axis=1), atol=2**-22)
+    assert found["brier"] == same(oracle)
+    squares = ((probabilities - np.eye(len(classes))[labels]) ** 2).sum(axis=1)
+    np.testing.assert_allclose(given.brier, squares, atol=2**-22)
 
 
 def guo(confidence, correct, num_bins):
@@ -173,68 +150,25 @@ def test_calibration_error_equals_that_of_guo(both, num_bins):
     np.testing.assert_allclose(given.confidence, probabilities.max(axis=1), rtol=2**-24)
 
 
-@pytest.mark.slow  # importing torchmetrics takes seconds
-def test_metrics_equal_those_of_torchmetrics(both):
-    from torchmetrics.functional import classification
-
-    given, labels, logits, probabilities = both
-    num_classes, labels_N = logits.shape[1], torch.from_numpy(labels)
-    guesses_N = torch.from_numpy(logits.argmax(1))
-    by_class = classification.multiclass_accuracy(guesses_N, labels_N, num_classes, average="none").tolist()
-    for index, value in metrics.class_accuracies(given).items():
-        assert value == same(by_class[index])
-    correct_N = torch.from_numpy(given.correct.astype(np.int64))
-    for num_bins in (1, 7, 15):  # an upper edge is out there, and edges are float32: images on one are left out
-        edges = np.arange(num_bins + 1) / num_bins
-        inner = np.flatnonzero(~np.isclose(given.confidence[:, None], edges, atol=1e-6).any(axis=1))
-        part = taken(given, inner)
-        found = metrics.expected_calibration_error(part, num_bins)
-        confidence = torch.from_numpy(given.confidence[inner])  # as of two classes: no rule orders equal logits there
-        assert found == same(classification.binary_calibration_error(confidence, correct_N[inner], num_bins))
-        if len(inner) == len(given) and len(np.unique(logits)) > 100:
-            oracle = classification.multiclass_calibration_error(
-                torch.from_numpy(probabilities), labels_N, num_classes, n_bins=num_bins
-            )
-            assert found == same(oracle)
-
-
-def curve_of(bins, confidence, correct):
-    """Count, mean confidence and accuracy of each bin."""
-    inside = [bins == index for index in range(bins.max() + 1)]
-    return [(each.sum(), confidence[each].mean(), correct[each].mean()) for each in inside]
-
-
 def test_a_confidence_on_an_edge_belongs_to_the_lower_bin():
     confidence = np.array([0.0, 0.25, 0.25, 0.26, 0.5, 0.75, 1.0, 1.0])
     correct = np.array([0, 1, 0, 1, 0, 1, 1, 0], bool)
-    counts, confidences, shares = zip(*curve_of(equal_width_bins(confidence, 4), confidence, correct), strict=True)
-    assert counts == (3, 2, 1, 2)
-    oracle = sklearn.calibration.calibration_curve(correct, confidence, n_bins=4)  # has the same rule
-    assert (shares, confidences) == tuple(pytest.approx(each, abs=1e-12) for each in oracle)
-
-
-def test_every_edge_of_fifteen_bins_belongs_to_the_lower_bin():
+    inside = [equal_width_bins(confidence, 4) == index for index in range(4)]
+    assert [each.sum() for each in inside] == [3, 2, 1, 2]
+    shares, confidences = sklearn.calibration.calibration_curve(correct, confidence, n_bins=4)  # has the same rule
+    assert [correct[each].mean() for each in inside] == pytest.approx(shares, abs=1e-12)
+    assert [confidence[each].mean() for each in inside] == pytest.approx(confidences, abs=1e-12)
     edges = (np.arange(1, 16) / 15).astype(np.float32)
     assert equal_width_bins(edges).tolist() == list(range(15))
     assert equal_width_bins(np.nextafter(edges[:-1], np.float32(1))).tolist() == list(range(1, 15))
-
-
-def test_everything_of_a_set_at_once_is_plain_and_finite(both):
-    given, *_ = both
-    found = metrics.set_metrics(given)
-    numbers = [value for value in found.values() if not isinstance(value, dict)]
-    assert all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
-    assert 0 <= found["brier"] <= 2
-    assert 0 <= found["ece"] <= 1
 
 
 def test_metrics_of_a_table_are_those_of_its_logits():
     labels, logits = case("random")
     ids = np.arange(len(labels), dtype=np.uint64)
     table = concat([predictions_table(name, 0.6, ids, labels, logits) for name in ("id_val", "noisy")])
-    assert metrics.set_metrics(answers(select(table, "noisy", 0.6))) == metrics.set_metrics(
-        answers_of_logits(labels, logits)
-    )
+    found = metrics.set_metrics(answers(select(table, "noisy", 0.6)))
+    assert found == metrics.set_metrics(answers_of_logits(labels, logits))
 
 
 def test_huge_logits_give_finite_metrics():
@@ -242,3 +176,118 @@ def test_huge_logits_give_finite_metrics():
     assert given.confidence.tolist() == [1, 1, 0.5]
     assert given.nll.tolist() == [0, 6e4, np.float32(math.log(2))]
     assert given.brier.tolist() == pytest.approx([0, 2, 0.5], abs=1e-7)
+
+
+# ---- results of each image: a table of them, and its file
+
+
+def random_set(num_samples=37, classes=16, seed=0, scale=8.0):
+    rng = np.random.default_rng(seed)
+    ids = rng.permutation(np.arange(num_samples, dtype=np.uint64) * np.uint64(2**57 + 1) + np.uint64(2**63))
+    labels = rng.integers(0, classes, num_samples)
+    logits = (scale * rng.normal(size=(num_samples, classes))).astype(np.float32)
+    return ids, labels, logits
+
+
+def table_of(set_name="id_val", alpha=1.0, **kwargs):
+    return predictions_table(set_name, alpha, *random_set(**kwargs))
+
+
+@pytest.mark.parametrize("classes", [1, 3, 16, 300])
+def test_table_agrees_with_numpy(classes):
+    ids, labels, logits = random_set(classes=classes)
+    table = predictions_table("id_val", 0.6, ids, labels, logits)
+    order = np.argsort(-logits.astype(np.float64), axis=1, kind="stable")
+    place = 1 + np.flatnonzero(order == labels[:, None]) % classes
+    assert table["rank"].to_pylist() == np.where(place <= 5, place, 0).tolist()
+    assert table["prediction"].to_pylist() == order[:, 0].tolist()
+    odds = np.exp(logits.astype(np.float64))
+    p = odds / odds.sum(1, keepdims=True)
+    of_label = -np.log(p[np.arange(len(p)), labels])
+    for name, expected in (("confidence", p.max(1)), ("nll", of_label), ("sum_p2", (p**2).sum(1))):
+        np.testing.assert_allclose(table[name].to_numpy(), expected, rtol=2**-24, atol=1e-12)
+    assert table["sample_id"].to_numpy().tolist() == ids.tolist()
+    assert accuracy(table) == (logits.argmax(1) == labels).mean()
+
+
+def test_equal_logits_are_ordered_by_class_index():
+    rows = [[0, 7, 7, 7], [1, 1, 1, 1], [7, 7, 0, 7]]
+    table = predictions_table("s", 0.0, np.arange(3, dtype=np.uint64), [2, 0, 3], rows)
+    assert table["rank"].to_pylist() == [2, 1, 3]
+    assert table["prediction"].to_pylist() == [1, 0, 0]
+
+
+def test_a_group_of_classes_scores_its_largest_logit_and_is_named_by_its_first_class():
+    groups, (ids, labels, logits) = ((4, 1), (0, 2, 3)), random_set(classes=6)
+    labels = np.where(labels % 2, 4, 0)
+    found = predictions_table("s", 1.0, ids, labels, logits, groups)
+    largest = np.stack([logits[:, list(group)].max(axis=1) for group in groups], axis=1)
+    plain = predictions_table("s", 1.0, ids, (labels == 0).astype(int), largest)
+    assert found["prediction"].to_pylist() == [groups[index][0] for index in plain["prediction"].to_pylist()]
+    for name in ("rank", "confidence", "nll", "sum_p2"):
+        assert found[name].equals(plain[name])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_logits_that_are_not_finite_are_an_error_that_counts_the_images(value):
+    ids, labels, logits = random_set()
+    logits[3, 1] = value
+    with pytest.raises(CarftError, match=r"id_val at alpha 0\.4: class logits must be finite, but those of 1 of 37"):
+        predictions_table("id_val", 0.4, ids, labels, logits)
+
+
+def test_rows_by_set_and_alpha():
+    parts = [table_of(name, alpha, seed=i) for i, name in enumerate(("id_val", "noisy")) for alpha in (1.0, 0.0, 0.6)]
+    table = concat(parts)
+    assert sets(table) == ["id_val", "noisy"]
+    assert alphas(table, "noisy") == [0.0, 0.6, 1.0]
+    assert select(table, "id_val", 0.6).to_pylist() == parts[2].to_pylist()
+
+
+def test_correctness_does_not_depend_on_the_order_of_the_rows():
+    ids, labels, logits = random_set()
+    order = np.random.default_rng(5).permutation(37)
+    a = predictions_table("s", 1.0, ids, labels, logits)
+    b = predictions_table("s", 1.0, ids[order], labels[order], logits[order])
+    assert correct(a, "s", 1.0).tolist() == correct(b, "s", 1.0).tolist()
+    by_id = dict(zip(ids.tolist(), (logits.argmax(1) == labels).tolist(), strict=True))
+    assert correct(a, "s", 1.0).tolist() == [by_id[i] for i in sorted(by_id)]
+    assert sample_ids(b, "s", 1.0).tolist() == sorted(by_id)
+    assert correct_matrix([(a, 1.0), (b, 1.0)], "s").shape == (2, 37)
+
+
+def test_results_of_other_images_or_of_no_evaluation_are_an_error():
+    with pytest.raises(DataError, match="must be of the same images"):
+        correct_matrix([(table_of(), 1.0), (table_of(num_samples=36), 1.0)], "id_val")
+    with pytest.raises(DataError, match=r"but got noisy at 0.5 \(allowed: id_val at 1\)"):
+        correct(table_of(), "noisy", 0.5)
+
+
+def test_file_gives_back_the_same_table_in_the_published_format(tmp_path):
+    table = concat([table_of("id_val"), table_of("noisy", 0.6, seed=1)])
+    path = tmp_path / "predictions" / "t.parquet"
+    write_predictions(path, table)
+    assert read_predictions(path).equals(table)
+    assert [file.name for file in path.parent.iterdir()] == ["t.parquet"]
+    assert pq.ParquetFile(path).metadata.row_group(0).column(0).compression == "ZSTD"
+    assert table.schema.equals(predictions.SCHEMA)
+    names = "set alpha sample_id label prediction rank confidence nll sum_p2"
+    assert " ".join(predictions.SCHEMA.names) == names
+
+
+def test_damaged_missing_and_foreign_files_are_named(tmp_path):
+    path, table = tmp_path / "t.parquet", table_of()
+    for broken in (b"", b"nonsense"):
+        path.write_bytes(broken)
+        with pytest.raises(StorageError, match=rf"{path}: must be a readable Parquet file"):
+            read_predictions(path)
+    with pytest.raises(StorageError, match="No such file"):
+        read_predictions(tmp_path / "none.parquet")
+    for foreign, message in (
+        (pa.table({"a": [1]}), "format_version of predictions must be 4, but got none"),
+        (table.replace_schema_metadata({"format_version": "3"}), "must be 4, but got 3\n    Evaluate the model again"),
+        (table.drop_columns(["label"]), r"must have the columns set, alpha, .*, but got set, alpha, sample_id, pred"),
+    ):
+        pq.write_table(foreign, path)
+        with pytest.raises(StorageError, match=message):
+            read_predictions(path)

@@ -2,10 +2,9 @@
 
 import contextlib
 import json
-import os
+import pickle
+import random
 import shutil
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,24 +15,19 @@ import pytest
 import short_sealed
 import short_training
 import torch
-from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from crash_host import call
 from ray import cloudpickle
-from test_debug import kill_within_a_training
-from tiny import make_tiny_clip
 
 import carft_ray
 from carft_ray.errors import CarftError, DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
 from carft_ray.launch.own_trainer import with_function
 from carft_ray.launch.runs.search import run_search
-from carft_ray.model.heads import build_heads
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
 from carft_ray.recipe.loading import own_functions as own_of
-from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.trial_values import apply
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.own_function import load_function, require_trusted
-from carft_ray.training.own_training import OwnInputs, checked_state, own_fine_tune
+from carft_ray.training.own_training import checked_state
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
 
@@ -53,10 +47,29 @@ def recipe_for(folder, name, *overrides):
     return load_recipe(path, [*named, *overrides])
 
 
-def trained(folder, recipe, context=None, function=None):
-    """One training without a study; returns its result."""
-    prepare(recipe, folder / "prepared", lambda text: None, False)
-    return run_training(recipe, folder / "out", folder / "prepared", context or RunContext(), 1, function=function)
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    """A folder in which trainings are prepared; its recipe names test sets, which are not there."""
+    folder = tmp_path_factory.mktemp("ready")
+    tests = [text for text in short_sealed.settings(folder, 1) if "test" in text]
+    tests = [text.replace("photo_test", "sealed_photo").replace("[cartoon]", "[sealed_cartoon]") for text in tests]
+    prepare(recipe_for(folder, "few_steps", *tests), folder / "prepared", lambda text: None, False)
+    return folder, tests
+
+
+@pytest.fixture
+def train(ready, tmp_path):
+    """Makes one training without a study, by a function of ``own_functions`` or one that is given."""
+    folder, tests = ready
+
+    def call(function, *overrides, context=None, out="out"):
+        name = function if isinstance(function, str) else function.__name__
+        recipe = recipe_for(folder, name, *tests, *(overrides or ONE_EPOCH))
+        given = None if isinstance(function, str) else function
+        context = context or RunContext()
+        return run_training(recipe, tmp_path / out, folder / "prepared", context, 1, function=given)
+
+    return call
 
 
 def contents(folder):
@@ -88,6 +101,7 @@ def modules(tmp_path):
         ("script:fine_tune", "the module script must be importable, but got SystemExit: 1"),
         ("__main__:fine_tune", "was given from Python and has no module to import"),
         ("trainer:make.<locals>.fine_tune", "was given from Python"),
+        ("own_functions:one_argument", "must take two arguments, fn(values, context), but got one_argument(values)"),
     ],
 )
 def test_a_function_that_cannot_be_had_is_one_message(modules, name, said):
@@ -97,11 +111,6 @@ def test_a_function_that_cannot_be_had_is_one_message(modules, name, said):
     assert str(caught.value).startswith("train.function: ")
 
 
-def test_a_function_takes_values_and_context():
-    with pytest.raises(RecipeError, match=r"must take two arguments, fn\(values, context\), but got one_argument\(val"):
-        load_function("own_functions:one_argument", str(HERE))
-
-
 def test_the_folder_of_the_recipe_is_first_on_the_path_whatever_was_imported_before(modules, tmp_path_factory):
     assert load_function("trainer:fine_tune", str(modules))({}, None) == "of the folder"
     other = tmp_path_factory.mktemp("other")
@@ -109,10 +118,12 @@ def test_the_folder_of_the_recipe_is_first_on_the_path_whatever_was_imported_bef
     assert load_function("trainer:fine_tune", str(other))({}, None) == "of another"
 
 
-@pytest.mark.parametrize("text", ["trainer", "trainer.py:fit", "a/b:fit", ":fit", "trainer:", "a:b:c"])
-def test_a_recipe_names_module_and_function(tmp_path, text):
+@pytest.mark.parametrize("text", ["trainer", "trainer.py:fit", ":fit", "a:b:c"])
+def test_a_recipe_names_module_and_function_and_its_space_none(text):
     with pytest.raises(RecipeError, match="must be MODULE:NAME, the function"):
         load_recipe(EXAMPLES / "own_trainer.yaml", [f"train.function='{text}'"])
+    with pytest.raises(RecipeError, match="must not be searched"):
+        load_recipe(EXAMPLES / "own_trainer.yaml", ["search.space.function={choices: ['a:b', 'c:d']}"])
 
 
 def test_the_folder_is_that_of_the_recipe_and_stays_in_the_resolved_one(tmp_path):
@@ -122,11 +133,6 @@ def test_the_folder_is_that_of_the_recipe_and_stays_in_the_resolved_one(tmp_path
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
     assert portable_paths(recipe).train.function_dir == "examples"
     assert load_recipe(HERE.parent / "search_spaces" / "quickstart.yaml").train.function_dir is None
-
-
-def test_a_search_space_has_no_function():
-    with pytest.raises(RecipeError, match="must not be searched"):
-        load_recipe(EXAMPLES / "own_trainer.yaml", ["search.space.function={choices: ['a:b', 'c:d']}"])
 
 
 def test_a_function_of_a_baseline_counts_where_baselines_are_trained():
@@ -141,12 +147,11 @@ def test_a_function_of_a_baseline_counts_where_baselines_are_trained():
 # one training
 
 
-@pytest.mark.slow
-def test_values_model_sets_and_folder_are_what_a_function_needs(tmp_path):
+def test_values_model_sets_and_folder_are_what_a_function_needs(train):
     seen = {}
 
     def look(values, context):
-        seen["context"], seen["values"] = context, values
+        seen["values"] = values
         image, label = context.train_set[0]
         assert context.model(image[None]).shape == (1, len(context.class_names))
         assert torch.equal(context.model.eval()(image[None]), context.frozen(image[None]))
@@ -165,14 +170,12 @@ def test_values_model_sets_and_folder_are_what_a_function_needs(tmp_path):
         torch.testing.assert_close(context.frozen(stored[3][0][None]), same, rtol=1e-4, atol=1e-4)
         return context.model.state_dict()
 
-    recipe = recipe_for(tmp_path, "look", *ONE_EPOCH, "train.head_bias=true")
-    result = trained(tmp_path, recipe, function=look)
-    assert seen["values"] == {**recipe.train.model_dump(mode="json"), "compile": False}  # what auto means here
+    result = train(look, *ONE_EPOCH, "train.head_bias=true")
+    assert seen["values"] == {**result["train"], "compile": False}  # what auto means here
     assert {point["objective"] for point in result["curve"]} == {result["objective"]}  # all weights are the same
 
 
-@pytest.mark.slow
-def test_no_test_set_can_be_reached_through_the_context(tmp_path):
+def test_no_test_set_can_be_reached_through_the_context(train):
     found = []
 
     def walk(value, seen):
@@ -196,54 +199,49 @@ def test_no_test_set_can_be_reached_through_the_context(tmp_path):
         walk(values, {})
         return context.model.state_dict()
 
-    tests = [text for text in short_sealed.settings(tmp_path, 1) if "test" in text]
-    tests = [text.replace("photo_test", "sealed_photo").replace("[cartoon]", "[sealed_cartoon]") for text in tests]
-    recipe = recipe_for(tmp_path, "look", *ONE_EPOCH, *tests)
-    trained(tmp_path, recipe, function=look)
+    train(look)
     assert any("photo_val" in text for text in found)  # the walk reaches the sets
     assert not [text for text in found if "sealed" in text]
 
 
-@pytest.mark.slow
-def test_what_is_reported_is_a_row_with_an_intermediate_value_once_the_model_has_changed(tmp_path):
-    recipe = recipe_for(tmp_path, "few_steps", "train.epochs=2", "train.learning_rate=0.1", "evaluate.every_epochs=1")
-    rows = []
-    trained(tmp_path, recipe, RunContext(report=rows.append))
+def test_what_is_reported_is_a_row_with_an_intermediate_value_once_the_model_has_changed(train):
+    rows, values = [], ["train.epochs=2", "train.learning_rate=0.1", "evaluate.every_epochs=1"]
+    train("few_steps", *values, context=RunContext(report=rows.append))
     assert [(row["epoch"], row["step"], row["num_steps"]) for row in rows] == [(1, 1, 2), (2, 2, 2)]
     assert all(0 <= row["subset/objective"] <= 1 and row["loss"] > 0 for row in rows)
 
 
-@pytest.mark.slow
-def test_the_same_seed_gives_the_same_random_numbers_and_another_does_not(tmp_path):
+def test_the_same_seed_gives_the_same_random_numbers_and_another_does_not(train):
     drawn = []
 
     def draws(values, context):
-        drawn.append((torch.rand(1).item(), __import__("random").random(), context.train_set[0][0].sum().item()))
+        drawn.append((torch.rand(1).item(), random.random(), context.train_set[0][0].sum().item()))
         return context.model.state_dict()
 
-    recipe = recipe_for(tmp_path, "draws", *ONE_EPOCH, "train.crop_scale=0.3")
-    prepare(recipe, tmp_path / "prepared", lambda text: None, False)
     for number, seed in enumerate((0, 0, 1)):
-        seeded = apply(recipe, {"seed": seed})
-        run_training(seeded, tmp_path / str(number), tmp_path / "prepared", RunContext(), function=draws)
+        train(draws, *ONE_EPOCH, "train.crop_scale=0.3", f"train.seed={seed}", out=str(number))
     assert drawn[0] == drawn[1]
     assert all(a != b for a, b in zip(drawn[1], drawn[2], strict=True))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("nothing", "must return a state dict such as context.model.state_dict()"),
-        ("the_model", "but got OwnClassifier\n    Return model.state_dict()."),
-        ("misspelled", "but got 'class_haed'; did you mean 'class_head'?"),
-        ("without_head", "'class_head' must be a tensor of the shape [5, "),
-        ("other_shape", "'class_head' must be a tensor of the shape [5, "),
-    ],
-)
-def test_what_is_no_state_of_the_model_is_told(tmp_path, name, said):
-    with pytest.raises(RecipeError) as caught:
-        trained(tmp_path, recipe_for(tmp_path, name, *ONE_EPOCH))
+HEAD = "'class_head' must be a tensor of the shape [5, "
+RETURNED = [
+    (lambda model: None, "must return a state dict such as context.model.state_dict()"),
+    (lambda model: model, "but got OwnClassifier\n    Return model.state_dict()."),
+    (own_functions.misspelled_state, "but got 'class_haed'; did you mean 'class_head'?"),
+    (lambda model: {"visual.conv1.weight": model.state_dict()["visual.conv1.weight"]}, HEAD),
+    (lambda model: {**model.state_dict(), "class_head": model.class_head[1:]}, HEAD),
+    (lambda model: {**model.state_dict(), "class_head": model.class_head / 0}, "must be finite"),
+]
+
+
+@pytest.mark.parametrize(("returned", "said"), RETURNED)
+def test_what_is_no_finite_state_of_the_model_is_told(train, tmp_path, returned, said):
+    def returns(values, context):
+        return returned(context.model)
+
+    with pytest.raises(DivergedError if "finite" in said else RecipeError) as caught:
+        train(returns)
     assert said in str(caught.value)
     assert len(caught.value.problems) <= 6
     assert not list((tmp_path / "out").glob("*/fine_tuned.safetensors"))
@@ -256,127 +254,49 @@ def test_the_prefixes_of_wrapped_models_are_taken_off():
         assert {name: tensor.tolist() for name, tensor in found.items()} == {"visual.a": [2] * 2, "class_head": [2] * 3}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("diverges", "epoch 2 of 3: the loss must stay finite, but got train/loss nan"), ("not_finite", "must be finite")],
-)
-def test_a_loss_or_a_weight_that_is_not_finite_is_a_divergence(tmp_path, name, said):
-    with pytest.raises(DivergedError, match=said):
-        trained(tmp_path, recipe_for(tmp_path, name))
-
-
-@pytest.mark.slow
-def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(tmp_path):
+def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(train):
     def stubborn(values, context):
         assert context.should_stop()
         return context.model.state_dict()
 
-    recipe = recipe_for(tmp_path, "stubborn", *ONE_EPOCH)
     with pytest.raises(StoppedRun, match="stopped on request after epoch 0 of 1"):
-        trained(tmp_path, recipe, RunContext(should_stop=lambda: True), stubborn)
-    assert (tmp_path / "out" / "attempt-1" / "own").is_dir()
-
-
-def two_workers(rank, port, folder):
-    """One of two gloo workers; module level, so that it can be started in a new process."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    clip = make_tiny_clip()
-    class_head_CD, _ = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
-    inputs = OwnInputs(clip, class_head_CD, CLASS_WORDS, ArraySource(), ())
-    rows, stops, epochs = [], [], []
-
-    def call(function):
-        run = RunContext(rank, 2, rows.append, should_stop=lambda: rank == 0 and bool(stops))
-        on_epoch = lambda state, epoch: epochs.append(float(state()["class_head"].sum())) or {}  # noqa: E731
-        try:
-            return own_fine_tune(function, TrainConfig(epochs=2), inputs, run, torch.device("cpu"), folder, on_epoch)
-        except CarftError as error:
-            return f"{type(error).__name__}: {error}"
-
-    def trains(values, context):
-        model = torch.nn.parallel.DistributedDataParallel(context.model, broadcast_buffers=False)
-        sampler = torch.utils.data.DistributedSampler(context.train_set, context.world_size, context.rank)
-        loader = torch.utils.data.DataLoader(context.train_set, batch_size=10, sampler=sampler)
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        for images, labels in loader:
-            assert not context.should_stop()
-            torch.nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        context.report({"loss": 1.0 + context.rank})
-        return context.model.state_dict() if context.rank == 0 else None
-
-    def diverges_on_one(values, context):
-        context.report({"loss": float("inf") if context.rank else 1.0})
-
-    def stops_on_one(values, context):
-        stops.append(True)
-        assert context.should_stop()
-
-    state = call(trains)
-    found = {"head": float(state["class_head"].sum()), "rows": rows, "epochs": epochs}
-    found |= {"diverged": call(diverges_on_one), "stopped": call(stops_on_one), "wrong": call(own_functions.nothing)}
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.whole
-def test_two_workers_agree_on_what_one_of_them_has_met(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(two_workers, (port, tmp_path), nprocs=2)
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert first["head"] == second["head"] == first["epochs"][0] == second["epochs"][0]
-    assert [row["loss"] for row in first["rows"]] == [1.0]
-    assert second["rows"] == []
-    for each in (first, second):
-        assert "the loss must stay finite, but got loss inf" in each["diverged"]
-        assert "StoppedRun: stopped on request" in each["stopped"]
-        assert "must return a state dict" in each["wrong"]
+        train(stubborn, context=RunContext(should_stop=lambda: True))
 
 
 # given from Python
 
 
-@pytest.mark.slow
-def test_a_function_that_is_given_is_called_itself_and_a_baseline_may_have_the_built_in_loop(tmp_path):
+def test_a_function_that_is_given_is_called_itself_and_a_baseline_may_have_the_built_in_loop(ready, tmp_path):
     calls = []
 
     def mine(values, context):
         calls.append(values["learning_rate"])
         return own_functions.few_steps(values, context)
 
-    short_training.make(tmp_path)
-    base = load_recipe(tmp_path / "recipe.yaml", [DEBUG, *ONE_EPOCH, f"data.cache_dir={tmp_path / 'cache'}"])
+    folder, _ = ready
+    base = load_recipe(folder / "recipe.yaml", [DEBUG, *ONE_EPOCH, f"data.cache_dir={folder / 'cache'}"])
     recipe, runner = with_function(base, mine)
     assert recipe.train.function == f"{__name__}:{mine.__qualname__}"
-    prepare(recipe, tmp_path / "prepared", lambda text: None, False)
-    runner.train(recipe, tmp_path / "own", tmp_path / "prepared", RunContext(), 1)
+    prepared = folder / "prepared"
+    runner.train(recipe, tmp_path / "own", prepared, RunContext(), 1)
     assert calls == [recipe.train.learning_rate]
     built_in = apply(recipe, {"function": None, "kl_weight": 0.0})
-    result = runner.train(built_in, tmp_path / "built-in", tmp_path / "prepared", RunContext(), 1)
+    result = runner.train(built_in, tmp_path / "built-in", prepared, RunContext(), 1)
     assert len(calls) == 1
     assert result["train"]["function"] is None
 
 
-@pytest.mark.slow
-def test_a_function_of_a_module_travels_by_its_name_and_finds_its_folder_there(tmp_path):
-    (tmp_path / "far_away.py").write_text("def fit(values, context):\n    return __file__\n")
+def test_a_function_of_a_module_travels_by_its_name_and_finds_its_folder_there(ready, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "far_away.py").write_text("def fit(values, context):\n    raise LookupError(__file__)\n")
     fit = load_function("far_away:fit", str(tmp_path))
-    try:
-        recipe, runner = with_function(load_recipe(EXAMPLES / "own_trainer.yaml"), fit)
-        assert (recipe.train.function, recipe.train.function_dir) == ("far_away:fit", str(tmp_path))
-        moved = cloudpickle.dumps(runner)
-        program = "import sys, pickle; print(pickle.load(sys.stdin.buffer).train._loaded()({}, None))"
-        environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-        done = subprocess.run([sys.executable, "-c", program], input=moved, env=environment, capture_output=True)
-        assert done.stdout.decode().strip() == str(tmp_path / "far_away.py"), done.stderr.decode()
-    finally:
-        sys.path.remove(str(tmp_path))
-        del sys.modules["far_away"]
+    recipe, runner = with_function(recipe_for(ready[0], "few_steps", *ONE_EPOCH), fit)
+    assert (recipe.train.function, recipe.train.function_dir) == ("far_away:fit", str(tmp_path))
+    packed = cloudpickle.dumps(runner)
+    sys.path.remove(str(tmp_path))
+    del sys.modules["far_away"]  # as in the process of a worker
+    with pytest.raises(LookupError, match=str(tmp_path / "far_away.py")):
+        pickle.loads(packed).train(recipe, tmp_path / "out", ready[0] / "prepared", RunContext(), 1)
 
 
 def test_a_function_that_cannot_be_sent_to_workers_is_refused_unless_nothing_is_sent(tmp_path):
@@ -390,37 +310,31 @@ def test_a_function_that_cannot_be_sent_to_workers_is_refused_unless_nothing_is_
         with pytest.raises(UsageError, match="must be a function that can be sent to workers, but got PicklingError"):
             with_function(recipe, holds)
         with_function(load_recipe(EXAMPLES / "own_trainer.yaml", [DEBUG]), holds)
-    with pytest.raises(RecipeError, match="must take two arguments"):
-        with_function(recipe, own_functions.one_argument)
 
 
 # searches
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "outcome", "reason"),
-    [
-        ("raises", "error", "ZeroDivisionError: of mine"),
-        ("exits", "error", "RuntimeError: train.function called sys.exit(3)"),
-        ("diverges", "diverged", "epoch 2 of 3: the loss must stay finite, but got train/loss nan"),
-    ],
-)
+OUTCOMES = [
+    ("raises", "error", "ZeroDivisionError: of mine"),
+    ("exits", "error", "RuntimeError: train.function called sys.exit(3)"),
+    ("diverges", "diverged", "epoch 2 of 3: the loss must stay finite, but got train/loss nan"),
+]
+
+
+@pytest.mark.parametrize(("name", "outcome", "reason"), OUTCOMES)
 def test_what_a_function_raises_is_a_verdict_on_the_trial_with_its_traceback(tmp_path, name, outcome, reason):
-    recipe = recipe_for(tmp_path, name, DEBUG, "search.trials=1")
     with pytest.raises(NoSuccessfulTrialError) as caught:
-        run_search(recipe, tmp_path / "study")
+        run_search(recipe_for(tmp_path, name, DEBUG, "search.trials=1"), tmp_path / "study")
     assert reason in str(caught.value)
     [log] = (tmp_path / "study").glob("trials/*/log.txt")
     assert f": {outcome}: {reason}" in log.read_text()
     assert "own_functions.py" in log.read_text()
 
 
-@pytest.mark.slow
 def test_a_wrong_state_ends_the_search_with_the_first_trial(tmp_path):
-    recipe = recipe_for(tmp_path, "misspelled", DEBUG)
-    with pytest.raises(Exception, match="'class_haed'") as caught:
-        run_search(recipe, tmp_path / "study")
+    with pytest.raises(CarftError, match="'class_haed'") as caught:
+        run_search(recipe_for(tmp_path, "misspelled", DEBUG), tmp_path / "study")
     assert caught.value.exit_code == RecipeError.exit_code
     assert len(list((tmp_path / "study").glob("trials/*"))) == 1
 
@@ -431,13 +345,10 @@ def test_the_pruner_cuts_a_function_that_asks(tmp_path):
     pruner = "search.pruner={name: percentile, percentile: 1.0, startup_trials: 1, first: 0.2}"
     space = "search.space={learning_rate: {low: 0.0001, high: 0.1, log: true}}"
     enqueue = "search.enqueue=[{learning_rate: 0.1}, {learning_rate: 0.0001}]"
-    recipe = recipe_for(tmp_path, "slow_steps", DEBUG, "search.trials=2", "train.epochs=8", pruner, space, enqueue)
+    recipe = recipe_for(tmp_path, "waiting_steps", DEBUG, "search.trials=2", "train.epochs=5", pruner, space, enqueue)
     result = run_search(recipe, tmp_path / "study", on_event=lambda event: notes.append(getattr(event, "text", "")))
     assert [row.outcome for row in result.trials] == ["complete", "pruned"], result.trials
-    assert [text for text in notes if "replaces the built-in loop" in text] == [
-        "train.function replaces the built-in loop: exact resume, micro-batches and stored targets are not promised; a "
-        "training that is stopped or lost continues from what the function keeps in context.checkpoint_dir"
-    ]
+    assert len([text for text in notes if "train.function replaces the built-in loop: exact resume," in text]) == 1
 
 
 @pytest.fixture(scope="module")
@@ -450,7 +361,6 @@ def finished(tmp_path_factory):
     return folder
 
 
-@pytest.mark.slow
 def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys, monkeypatch):
     monkeypatch.chdir(finished)
     before = contents(finished)
@@ -465,9 +375,8 @@ def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys,
         ["train", "study/best.yaml", "--out", "run"],
     ):
         assert call(words) == 2, words
-        assert f"names code that a training would run: mine:few_steps in {finished}" in (
-            said := capsys.readouterr().err
-        )
+        said = capsys.readouterr().err
+        assert f"names code that a training would run: mine:few_steps in {finished}" in said
         assert "If you trust it, add --trust." in said
     assert call(["plan", *new]) == 2
     assert "plan measures the built-in loop" in capsys.readouterr().err
@@ -478,23 +387,14 @@ def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys,
 
 # each command that opens what a stranger may have sent, as it would be given without ``--trust``
 WITHOUT_TRUST = {
-    "search": ["recipe.yaml", "--study", "other", *STRANGE],
+    **{name: ["study"] for name in ("stop", "status", "ls", "logs", "confirm", "test", "report", "rescore")},
+    **{name: ["recipe.yaml", "--study", "other", *STRANGE] for name in ("search", "submit")},
+    **{name: ["study/best.yaml"] for name in ("validate", "doctor")},
     "plan": ["recipe.yaml", *STRANGE],
-    "submit": ["recipe.yaml", "--study", "other", *STRANGE],
     "train": ["study/best.yaml", "--out", "run"],
-    "validate": ["study/best.yaml"],
-    "doctor": ["study/best.yaml"],
     "evaluate": ["TRAINING"],
     "export": ["study", "--to", "sent"],
     "resume": ["study", "--trials", "+1"],
-    "stop": ["study"],
-    "status": ["study"],
-    "ls": ["study"],
-    "logs": ["study"],
-    "confirm": ["study"],
-    "test": ["study"],
-    "report": ["study"],
-    "rescore": ["study"],
     "compare": ["study", "study:zero_shot"],
     "reproduce": ["study", "--out", "again"],
 }
@@ -502,20 +402,18 @@ WITHOUT_TRUST = {
 OF_NOBODY_ELSE = {"pull", "push", "init", "cluster", "data", "sandbox", "dashboard", "schema"}
 
 
-@pytest.mark.slow
 def test_no_command_imports_a_strangers_code_without_trust(finished, tmp_path, monkeypatch, capsys):
     from typer.main import get_command
 
     from carft_ray.cli import app
 
     assert set(get_command(app).commands) == {*WITHOUT_TRUST, *OF_NOBODY_ELSE}
+    monkeypatch.setattr("carft_ray.results.export.export.farthest_logit", lambda *given: 0.0)  # seconds each
     folder = tmp_path / "sent"
     shutil.copytree(finished, folder)
     for path in folder.rglob("*"):  # the study names the folder where it was made
-        if path.suffix in (".json", ".jsonl", ".yaml", ".log") and str(finished).encode() in (
-            content := path.read_bytes()
-        ):
-            path.write_bytes(content.replace(str(finished).encode(), str(folder).encode()))
+        if path.suffix in (".json", ".jsonl", ".yaml", ".log"):
+            path.write_bytes(path.read_bytes().replace(str(finished).encode(), str(folder).encode()))
     forging.record(folder / "study")
     ran = tmp_path / "ran"
     (folder / "mine.py").write_text(f"open({str(ran)!r}, 'w')\n{(folder / 'mine.py').read_text()}")
@@ -545,6 +443,7 @@ def test_no_command_imports_a_strangers_code_without_trust(finished, tmp_path, m
 @pytest.mark.slow
 def test_with_trust_it_is_resumed_confirmed_tested_exported_and_trained_again(finished, capsys, monkeypatch):
     monkeypatch.chdir(finished)
+    monkeypatch.setattr("carft_ray.results.export.export.farthest_logit", lambda *given: 0.0)  # seconds
     debug = ["--executor", "debug", "--trust"]
     assert call(["resume", "study", "--trials", "2", *debug]) == 0
     assert "carft-ray confirm study --trust" in capsys.readouterr().err
@@ -557,85 +456,42 @@ def test_with_trust_it_is_resumed_confirmed_tested_exported_and_trained_again(fi
     assert "--trust" in (finished / "study" / "best.yaml").read_text().splitlines()[0]
     assert call(["train", "study/best.yaml", "--out", "run", "--trust"]) == 0
     assert "epoch 3: loss " in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_another_function_is_another_study(finished, capsys, monkeypatch):
-    monkeypatch.chdir(finished)
     assert call(["resume", "study", "--set", "train.function=mine:frozen", "--trust", "--executor", "debug"]) == 3
     assert 'train.function: must be "mine:few_steps" as in' in capsys.readouterr().err
 
 
-# The example, which waits after its fourth epoch until the test has killed it.
-HELD = """
-import pathlib, time
+# The example, which kills its process after its second epoch, the first time.
+KILLED = """
+import os, pathlib, signal
 import own_trainer
 
 def fine_tune(values, context):
-    report = context.report
+    report, mark = context.report, pathlib.Path(__file__).with_name("mark")
 
-    def held(metrics):
+    def report_and_die(metrics):
         report(metrics)
-        while metrics["epoch"] == 4 and not pathlib.Path("killed").exists():
-            time.sleep(0.02)
+        if metrics["epoch"] == 2 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    context.report = held
+    context.report = report_and_die
     return own_trainer.fine_tune(values, context)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.whole
-def test_the_example_is_killed_and_goes_on_from_what_it_has_kept(tmp_path, monkeypatch):
+def test_the_example_is_killed_in_a_process_of_ray_and_goes_on_from_what_it_has_kept(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
     shutil.copy(EXAMPLES / "own_trainer.py", tmp_path)
-    (tmp_path / "held.py").write_text(HELD)
-    words = ["search", recipe, "--study", "study", "--executor", "debug", "--trust"]
-    words += ["--set", "train.function=held:fine_tune", "--set", "train.epochs=20", "--set", "search.trials=1"]
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "carft_ray.cli", *map(str, words)],
-        cwd=tmp_path,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    study = tmp_path / "study"
-    kill_within_a_training(process, study)
-    (tmp_path / "killed").touch()
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "killed.py").write_text(KILLED)
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+    words = ["search", recipe, "--study", tmp_path / "study", "--executor", "inline", "--trust"]
+    words += ["--set", "train.function=killed:fine_tune", "--set", "train.epochs=4", "--set", "search.trials=1"]
     assert call(words) == 0
-    [trial] = study.glob("trials/*")
-    assert "attempt 2: starts on" in (log := (trial / "log.txt").read_text())
+    [trial] = (tmp_path / "study").glob("trials/*")
+    log = (trial / "log.txt").read_text()
+    assert "attempt 2: starts on" in log
     assert "from step" in log
     rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == list(range(1, 21))
-    assert rows[0]["loss"] > rows[-1]["loss"]
-
-
-@pytest.mark.slow
-@pytest.mark.whole
-def test_a_function_runs_in_the_processes_of_ray(tmp_path, monkeypatch):
-    recipe = short_training.make(tmp_path)
-    shutil.copy(EXAMPLES / "own_trainer.py", tmp_path / "of_the_recipe.py")
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
-    function = ["--set", "train.function=of_the_recipe:fine_tune"]
-    assert call(["search", recipe, "--study", tmp_path / "study", "--executor", "inline", "--trust", *function]) == 0
-    assert len(list((tmp_path / "study").glob("trials/*/*/result.json"))) == 2
-
-
-@pytest.mark.slow
-@pytest.mark.whole
-def test_the_example_finds_the_accuracy_of_the_built_in_loop_without_its_kl_term(tmp_path):
-    overrides = ["train.epochs=4", "train.kl_weight=0", "train.alpha=1.0", "evaluate.every_epochs=0"]
-    overrides += ["data.id_val.num_per_class=63", "data.ood_val={}", "search.baselines={}", "resources.threads=1"]
-    own = load_recipe(EXAMPLES / "own_trainer.yaml", overrides)
-    zero_shot = prepare(own, tmp_path / "prepared", lambda text: None, False)["id_accuracy"]
-    found = []
-    for number, recipe in enumerate((own, apply(own, {"function": None}))):
-        result = run_training(recipe, tmp_path / str(number), tmp_path / "prepared", RunContext())
-        found.append(round(1008 * result["fine_tuned"]["id_accuracy"]))
-    # Six trainings (three seeds of each loop) had 834 to 850 of 1008 images right, with a standard deviation of 5: two
-    # of them differ by less than 3.5 x 5 x sqrt(2) = 25. Training gains about 40 images.
-    assert abs(found[0] - found[1]) <= 25, found
-    assert min(found) > 1008 * zero_shot + 15, (found, zero_shot)
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]

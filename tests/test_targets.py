@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import attempts
 import numpy as np
@@ -14,22 +15,17 @@ import pytest
 import stand_in
 import torch
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
-from test_lost import gloo
+from test_loop import CPU
 from tiny import make_tiny_clip
 
-from carft_ray.data.order import parts_of, permutation
-from carft_ray.data.source import ImageSet
 from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
-from carft_ray.recipe.trial_values import apply
-from carft_ray.training import loop, run, targets
+from carft_ray.training import loop, targets
 from carft_ray.training.loop import StoppedRun, fine_tune
 from carft_ray.training.run_context import RunContext
-from carft_ray.training.shared_inputs import SharedInputs
-from carft_ray.training.targets import BLOCK, Targets, read_block, store_dir, write_block
+from carft_ray.training.targets import BLOCK, read_block, store_dir, write_block
 
-CPU = torch.device("cpu")
 NUM_IMAGES = 150  # blocks of 64, 64 and 22
 
 
@@ -83,47 +79,19 @@ def same(a, b):
 # ---- the same numbers, whoever computes
 
 
-@pytest.mark.slow
-def test_a_training_that_computes_writes_or_reads_ends_with_the_same_weights(tuned, tmp_path, without_frozen_model):
-    online, writer = tuned(None), tuned(tmp_path)
+@pytest.mark.parametrize("values", [{}, {"batch_size": 7, "micro_batch": 5, "epochs": 1, "num_threads": 3}])
+def test_trainings_of_any_batch_size_and_length_that_compute_write_or_read_end_with_the_same_weights(
+    tuned, tmp_path, without_frozen_model, values
+):
+    writer, expected, before = tuned(tmp_path), tuned(None, **values), blocks_of(tmp_path)
+    assert values or same(writer, expected)
     assert {path.name for path in tmp_path.iterdir()} == {"visit-0000", "visit-0001"}
-    assert sum(map(len, blocks_of(tmp_path).values())) == 2 * NUM_IMAGES * len(TEMPLATES) * 2
+    assert sum(map(len, before.values())) == 2 * NUM_IMAGES * len(TEMPLATES) * 2
     without_frozen_model()
-    reader = tuned(tmp_path)
-    assert same(online, writer)
-    assert same(online, reader)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("batch_size", [7, 64, 150])
-def test_trainings_of_other_batch_sizes_and_lengths_share_blocks(tuned, tmp_path, without_frozen_model, batch_size):
-    tuned(tmp_path)
-    expected = tuned(None, batch_size=batch_size, micro_batch=5, epochs=1)
-    before = blocks_of(tmp_path)
-    without_frozen_model()
-    assert same(tuned(tmp_path, batch_size=batch_size, micro_batch=5, epochs=1, num_threads=3), expected)
+    assert same(tuned(tmp_path, **values), expected)
     assert blocks_of(tmp_path) == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("num_threads", [1, 4])
-@pytest.mark.parametrize("batch_size", [7, 48, 128])
-def test_every_view_is_made_once_and_every_block_computed_once(
-    tiny_clip, heads, images, tmp_path, monkeypatch, batch_size, num_threads
-):
-    made, computed = [], []
-    pixels, compute = ArraySource.pixels, Targets._compute
-    monkeypatch.setattr(ArraySource, "pixels", lambda self, index: made.append(index) or pixels(self, index))
-    monkeypatch.setattr(Targets, "_compute", lambda self, given: computed.append(len(given)) or compute(self, given))
-    for store in (None, tmp_path, tmp_path):
-        train = settings(batch_size=batch_size)
-        fine_tune(tiny_clip, *heads, images, train, target_store=store, num_threads=num_threads)
-        assert sorted(made) == sorted([*range(NUM_IMAGES)] * 2)
-        made.clear()
-    assert computed == [64, 64, 22] * 4
-
-
-@pytest.mark.slow
 def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOG_EVERY", 1)
     whole, store = tuned(None, batch_size=20), tmp_path / "store"
@@ -137,70 +105,15 @@ def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, 
     assert same(whole, state)
 
 
-def train_as_two(context, folder):
-    clip, images = make_tiny_clip(dtype=torch.float64), ArraySource(NUM_IMAGES)
-    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
-    train = settings(precision="fp64", batch_size=40)
-    store = folder if context.rank == 0 else folder.with_name("other")
-    state = fine_tune(clip, *heads, images, train, context, target_store=store)
-    if context.rank == 0:
-        torch.save(state, folder.with_name("state.pt"))
-
-
-@pytest.mark.slow
-def test_two_ranks_compute_the_blocks_of_one_and_end_with_its_weights(tmp_path, clip64, heads64):
-    assert gloo(train_as_two, tmp_path / "store") == [0, 0]
-    state = torch.load(tmp_path / "state.pt")
-    train = settings(precision="fp64", batch_size=40)
-    one = fine_tune(clip64, *heads64, ArraySource(NUM_IMAGES), train, target_store=tmp_path / "one")
-    # Adam divides by 1e-8 where a gradient is nothing but rounding (1e-16)
-    assert max(float((one[name] - state[name]).abs().max()) for name in one) < 1e-9
-    expected = blocks_of(tmp_path / "one")
-    for name in ("store", "other"):  # what each rank has met, it has computed to the same bytes
-        assert blocks_of(tmp_path / name).items() <= expected.items()
-
-
-def test_blocks_that_ranks_share_are_few_where_a_part_is_a_block_or_more():
-    """Images that all ranks together put through the frozen tower, over those of the batches."""
-
-    def cost(batch_size, world_size, num_images=4096):
-        order, computed = np.arange(num_images), 0
-        for rank in range(world_size):
-            seen = set()
-            for first, indices in parts_of(order, batch_size, rank, world_size):
-                seen |= set(range(first // BLOCK, math.ceil((first + len(indices)) / BLOCK)))
-            computed += len(seen) * BLOCK
-        return computed / num_images
-
-    assert cost(512, 1) == cost(500, 1) == cost(7, 1) == 1
-    assert cost(512, 8) == cost(128, 2) == 1
-    assert cost(500, 2) <= 1.27
-    assert cost(512, 6) <= 1.7
-    assert cost(512, 16) == 2
-
-
 # ---- killed, at once, damaged
 
 
-@pytest.mark.slow
-def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tiny_clip, heads, images, tmp_path, monkeypatch):
+def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tmp_path, monkeypatch):
     expected = tuned(tmp_path / "one")
-    both, compute = threading.Barrier(2, timeout=60), Targets._compute
-
-    def together(self, given):
-        both.wait()  # each has found the block missing
-        return compute(self, given)
-
-    monkeypatch.setattr(Targets, "_compute", together)
-    monkeypatch.setattr(targets, "read_block", lambda *_: None)
-    states = []
-    writers = [threading.Thread(target=lambda: states.append(tuned(tmp_path / "both"))) for _ in range(2)]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
+    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
+        patched.setattr(targets, "read_block", lambda *_: None)  # each finds every block missing
+        states = list(pool.map(lambda _: tuned(tmp_path / "both"), range(2)))
     assert [same(state, expected) for state in states] == [True, True]
-    monkeypatch.undo()
     assert blocks_of(tmp_path / "both") == blocks_of(tmp_path / "one")
 
 
@@ -219,7 +132,6 @@ def write_and_die(store, number):
     fine_tune(clip, *heads, ArraySource(NUM_IMAGES), settings(), target_store=store)
 
 
-@pytest.mark.slow
 def test_a_block_that_a_killed_writer_has_half_written_is_none(tuned, tmp_path):
     whole = tuned(tmp_path / "whole")
     process = attempts.forked(write_and_die, tmp_path / "killed", 3)
@@ -232,14 +144,13 @@ def test_a_block_that_a_killed_writer_has_half_written_is_none(tuned, tmp_path):
     assert blocks_of(tmp_path / "killed") == expected
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: b"", lambda data: data[:-1] + b"\xff"])
-def test_a_damaged_block_is_computed_again(tuned, tmp_path, damage):
+def test_a_damaged_block_is_computed_again(tuned, tmp_path):
     whole = tuned(tmp_path)
     expected, path = blocks_of(tmp_path), tmp_path / "visit-0001"
-    path.write_bytes(damage(path.read_bytes()))
-    assert same(tuned(tmp_path), whole)
-    assert blocks_of(tmp_path) == expected
+    for damaged in (path.read_bytes()[:-1], b"", path.read_bytes()[:-1] + b"\xff"):
+        path.write_bytes(damaged)
+        assert same(tuned(tmp_path), whole)
+        assert blocks_of(tmp_path) == expected
 
 
 def test_a_block_of_another_visit_or_place_and_a_hole_are_none(tmp_path):
@@ -255,27 +166,21 @@ def test_a_block_of_another_visit_or_place_and_a_hole_are_none(tmp_path):
     assert read_block(tmp_path, 1, 0, BLOCK, 3) is None  # block 2 in the place of block 0
 
 
-@pytest.mark.slow
-def test_a_training_goes_on_where_its_targets_cannot_be_kept(tuned, tmp_path, caplog):
-    expected = tuned(None)
-    (tmp_path / "store").write_text("a file")
-    assert same(tuned(tmp_path / "store" / "of"), expected)
-    assert len([record for record in caplog.records if "not kept" in record.getMessage()]) == 1
-
-
-@pytest.mark.slow
-def test_a_training_goes_on_where_the_disk_is_full(tuned, tmp_path, caplog, monkeypatch):
-    expected, write = tuned(None), os.pwrite
+@pytest.mark.parametrize("why", ["a file stands there", "no space"])
+def test_a_training_goes_on_where_its_targets_cannot_be_kept(tuned, tmp_path, caplog, monkeypatch, why):
+    expected, write, store = tuned(None), os.pwrite, tmp_path / "store"
 
     def full(handle, content, offset):
         write(handle, content[:20], offset)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "pwrite", full)
-    assert same(tuned(tmp_path), expected)
-    assert [record.getMessage().endswith("No space left on device") for record in caplog.records] == [True]
-    monkeypatch.undo()
-    assert blocks_of(tmp_path) == {}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        if why == "a file stands there":
+            store.write_text(why)
+        assert same(tuned(store), expected)
+    assert len([record for record in caplog.records if "not kept" in record.getMessage()]) == 1
+    assert blocks_of(store) == {}
 
 
 # ---- the key
@@ -287,92 +192,31 @@ def test_a_store_of_other_weights_views_machines_or_versions_is_not_read(tiny_cl
 
     first = name()
     assert first == name(learning_rate=1e-5, kl_weight=0.1, batch_size=4, epochs=9, compile=True, lora_rank=2)
-    others = [
-        name("other inputs"),
-        name(context_head=heads[1][:2]),
-        name(context_head=heads[1].flip(0)),
-        name(seed=1),
-        name(crop_scale=0.5),
-        name(context_scale=3.0),
-        name(precision="bf16"),
-    ]
-    with monkeypatch.context() as patched:
-        patched.setattr("carft_ray.environment.versions_of", lambda names: dict.fromkeys(names, "99.0"))
-        others.append(name())
-    with monkeypatch.context() as patched:
-        patched.setattr(torch, "get_num_threads", lambda: 77)
-        others.append(name())
-    with monkeypatch.context() as patched:
-        patched.setattr("carft_ray.environment.cpu_model", lambda: "another processor")
-        others.append(name())
-    assert len({first, *others}) == 1 + len(others)
+    others = [name("other inputs"), name(context_head=heads[1][:2]), name(context_head=heads[1].flip(0))]
+    others += [name(seed=1), name(crop_scale=0.5), name(context_scale=3.0), name(precision="bf16")]
+    for target, other in (
+        ("carft_ray.environment.versions_of", lambda names: dict.fromkeys(names, "99.0")),
+        ("torch.get_num_threads", lambda: 77),
+        ("carft_ray.environment.cpu_model", lambda: "another processor"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(target, other)
+            others.append(name())
+    assert len({first, *others}) == 1 + 10
 
 
-# ---- large sets
-
-
-class Million(ArraySource):
-    """A million images, of which ten are in memory."""
-
-    def __init__(self):
-        super().__init__(10)
-        self.labels = np.arange(1_000_000, dtype=np.int64) % len(CLASS_WORDS)
-        self.sample_ids = np.arange(1_000_000, dtype=np.uint64)
-        self.shown = 0
-
-    def __len__(self):
-        return len(self.labels)
-
-    def pixels(self, index):
-        self.shown += 1
-        return self.images[index % 10]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["online", "first", "later"])
-def test_a_training_of_ten_million_pairs_begins_with_the_first_blocks(tiny_clip, heads, tmp_path, monkeypatch, mode):
-    source, store = Million(), None if mode == "online" else tmp_path
-    for folder in ("os.scandir", "os.listdir"):  # nothing of the store is listed
-        monkeypatch.setattr(folder, lambda path=".", *_: pytest.fail(f"lists {path}"))
-    train = settings(epochs=10, batch_size=64)
+def test_a_training_begins_with_the_first_blocks(tiny_clip, heads, tmp_path, monkeypatch):
+    shown, pixels = [], ArraySource.pixels
+    monkeypatch.setattr(ArraySource, "pixels", lambda self, index: shown.append(index) or pixels(self, index))
+    source, train = ArraySource(3840), settings(epochs=10, batch_size=64)
     context = RunContext(should_stop=lambda: True)  # after the first ten steps
-    for _ in range(2 if mode == "later" else 1):
-        source.shown = 0
-        with pytest.raises(StoppedRun, match="at step 10 of 156250"):
-            fine_tune(tiny_clip, *heads, source, train, context, target_store=store, num_threads=2)
-        assert source.shown <= 13 * 64  # and those that are made ahead
-    monkeypatch.undo()
-    assert len(blocks_of(tmp_path, 20 * BLOCK)) == (0 if mode == "online" else 10)
-
-
-@pytest.mark.slow
-def test_a_search_and_a_confirm_of_ten_million_pairs_wait_for_no_target(tiny_clip, heads, tmp_path):
-    source, small = Million(), ArraySource(10)
-    pixels = np.stack([small.pixels(index) for index in range(10)])
-    validation = (ImageSet("id_val", pixels, small.labels, small.sample_ids),)
-    inputs = SharedInputs(tiny_clip, CLASS_WORDS, TEMPLATES, source, validation, {}, "key")
-    train = {"batch_size": 64, "learning_rate": 1e-3}
-    recipe = recipe_of(targets="stored", epochs=10, train=train)
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})})
-    prepared, context = tmp_path / "prepared", RunContext(should_stop=lambda: True)
-    run.prepare(recipe, prepared, opened=inputs)
-    assert source.shown == 0
-    for seed in (0, 7):  # of the search, and a fresh one
-        source.shown = 0
-        applied = apply(recipe, {"seed": seed})
-        with pytest.raises(StoppedRun, match="at step 10 of 156250"):
-            run.run_training(applied, tmp_path / str(seed), prepared, context, opened=inputs)
-        assert source.shown <= 13 * 64
-    stores = list(tmp_path.glob("cache/targets/*"))
-    assert [len(blocks_of(store, 20 * BLOCK)) for store in stores] == [10, 10]
-
-
-def test_what_is_kept_of_a_visit_does_not_grow(tiny_clip, heads, images):
-    with Targets(tiny_clip, heads[1], images, settings(), CPU) as found:
-        order = permutation(0, 0, NUM_IMAGES)
-        for first in range(0, NUM_IMAGES, 10):
-            found.of(found.parts(0, order, first, 10), torch.zeros(10))
-            assert len(found._live) <= 2
+    for _ in range(2):
+        shown.clear()
+        with pytest.raises(StoppedRun, match="at step 10 of 600"):
+            fine_tune(tiny_clip, *heads, source, train, context, target_store=tmp_path, num_threads=2)
+        assert len(shown) <= 13 * 64  # and those that are made ahead
+        assert not [thread for thread in threading.enumerate() if thread.name.startswith(("views", "batches"))]
+    assert len(blocks_of(tmp_path, 3840)) == 10
 
 
 # ---- which trainings share
@@ -396,14 +240,10 @@ def test_trials_share_their_targets_unless_the_search_changes_them():
     assert decided(searched) == decided(recipe_of(1)) == "online"
     assert "no two trainings have the same seed, crop_scale, " in decide_targets(searched)[1]
     assert num_stored_visits(searched) == 0
-
-
-def test_trials_share_the_few_values_of_a_searched_view():
     choices = {"crop_scale": {"choices": [0.5, 0.9]}}
     assert [decided(recipe_of(trials, space=choices)) for trials in (4, 3)] == ["stored", "online"]
-    steps = {"crop_scale": {"low": 0.1, "high": 0.9, "step": 0.1}}
-    assert decided(recipe_of(18, space=steps)) == "stored"
-    assert num_stored_visits(recipe_of(18, space=steps)) == 9 * recipe_of().train.epochs
+    steps = recipe_of(18, space={"crop_scale": {"low": 0.1, "high": 0.9, "step": 0.1}})
+    assert (decided(steps), num_stored_visits(steps)) == ("stored", 9 * recipe.train.epochs)
 
 
 def test_baselines_share_too_and_what_is_asked_for_holds():

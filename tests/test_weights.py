@@ -61,58 +61,30 @@ def message(path, name=NAME, error=DataError):
 def test_every_form_of_file_gives_the_same_model(models, tmp_path):
     save_file(models, tmp_path / "plain.safetensors")
     torch.save(models, tmp_path / "plain.pt")
-    wrapped = {f"module.{name}": value for name, value in models.items()}
+    wrapped = {f"module._orig_mod.{name}": value for name, value in models.items()}
     extra = {"epoch": 3, "name": "x", "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}}
-    torch.save({**extra, "state_dict": wrapped}, tmp_path / "epoch_3.pt")
-    compiled = {f"module._orig_mod.{name}": value for name, value in models.items()}
-    torch.save({"state_dict": compiled}, tmp_path / "compiled.bin")
+    torch.save({**extra, "state_dict": wrapped}, tmp_path / "epoch_3.bin")
+    assert len({load(path).weights_hash for path in tmp_path.iterdir()}) == 1
     save_file({name: value.half() for name, value in models.items()}, tmp_path / "half.safetensors")
-    hashes = {path.name: load(path).weights_hash for path in tmp_path.iterdir()}
-    assert len({value for name, value in hashes.items() if name != "half.safetensors"}) == 1
-    half = load(tmp_path / "half.safetensors")
-    assert half.model.visual.proj.dtype == torch.float32
-    torch.testing.assert_close(half.model.state_dict()["visual.proj"], models["visual.proj"], atol=1e-3, rtol=1e-3)
+    half = load(tmp_path / "half.safetensors").model
+    assert half.visual.proj.dtype == torch.float32
+    torch.testing.assert_close(half.state_dict()["visual.proj"], models["visual.proj"], atol=1e-3, rtol=1e-3)
 
 
 def test_what_is_no_file_of_tensors_is_refused_and_nothing_is_run(models, tmp_path):
-    marker = tmp_path / "run"
-
-    class Trap:
-        def __reduce__(self):
-            return open, (str(marker), "w")
-
-    torch.save({"state_dict": models, "trap": Trap()}, tmp_path / "trap.pt")
-    assert message(tmp_path / "trap.pt").startswith(
-        "model.pretrained: must hold tensors and plain values alone; nothing else is unpickled, since that can run any "
-        f"code, but got {tmp_path}/trap.pt\n    Where you trust it, save model.state_dict()"
-    )
-    assert not marker.exists()
     (tmp_path / "pointer.bin").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    assert message(tmp_path / "pointer.bin") == (
-        f"model.pretrained: must be a weights file, but got the Git LFS pointer {tmp_path}/pointer.bin\n"
-        "    Run: git lfs pull"
-    )
+    pointer = f"model.pretrained: must be a weights file, but got the Git LFS pointer {tmp_path}/pointer.bin\n"
+    assert message(tmp_path / "pointer.bin") == f"{pointer}    Run: git lfs pull"
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
     assert "must hold named tensors, or a checkpoint with state_dict, but got" in message(tmp_path / "empty.pt")
     for name in ("cut.safetensors", "cut.pt"):
         (tmp_path / name).write_bytes(b"\x00" * 100)
-        assert message(tmp_path / name).startswith(
-            f"model.pretrained: must be a weights file that can be read, but got {tmp_path}/{name}: "
-        )
+        assert message(tmp_path / name).startswith("model.pretrained: must be a weights file that can be read, but got")
 
 
 def test_a_torch_script_archive_is_refused_with_the_call_that_opens_it(models, tmp_path):
-    class Scripted(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            for name, value in models.items():
-                self.register_buffer(name.replace(".", "_"), value)
-
-        def forward(self, x):
-            return x
-
     with pytest.warns(DeprecationWarning, match="torch.jit"):
-        torch.jit.save(torch.jit.script(Scripted()), str(tmp_path / "ViT-B-32.pt"))
+        torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), str(tmp_path / "ViT-B-32.pt"))
     text = message(tmp_path / "ViT-B-32.pt")
     assert text.startswith("model.pretrained: must be a file of tensors; a TorchScript archive, such as OpenAI's own")
     assert "torch.jit.load(FILE).state_dict()" in text
@@ -121,9 +93,7 @@ def test_a_torch_script_archive_is_refused_with_the_call_that_opens_it(models, t
 def test_missing_extra_and_reshaped_tensors_are_named(models, tmp_path):
     save_file(models, tmp_path / "fine.safetensors")
     text = message(tmp_path / "fine.safetensors", OTHER)
-    assert text.startswith(
-        "model.pretrained: the tensors of fine.safetensors must be those of the model, but got size mismatch for "
-    )
+    assert text.startswith("model.pretrained: the tensors of fine.safetensors must be those of the model, but got size")
     assert "torch.Size([32, 3, 8, 8]) from checkpoint, the shape in current model is torch.Size([32, 3, 4, 4])" in text
     save_file({**models, "more": torch.zeros(1)}, tmp_path / "more.safetensors")
     assert message(tmp_path / "more.safetensors").endswith('but got Unexpected key(s) in state_dict: "more".')
@@ -139,10 +109,7 @@ def test_positions_of_another_image_size_are_interpolated_with_a_warning(models,
     with caplog.at_level(logging.WARNING, "carft_ray"):
         clip = load(tmp_path / "larger.safetensors")
     assert clip.model.visual.positional_embedding.shape == (5, 32)
-    assert caplog.messages == [
-        "model.pretrained: the position embeddings of larger.safetensors are interpolated (rows of "
-        "visual.positional_embedding 10 to 5)."
-    ]
+    assert "interpolated (rows of visual.positional_embedding 10 to 5)" in caplog.text
 
 
 def test_gelu_and_quick_gelu_give_other_logits_and_openais_state_is_refused_under_a_gelu_name(models, tmp_path):
@@ -152,12 +119,7 @@ def test_gelu_and_quick_gelu_give_other_logits_and_openais_state_is_refused_unde
     with torch.inference_mode():
         logits = [clip.model.get_logits(images, tokens)[0] for clip in clips]
     assert (logits[0] - logits[1]).abs().max() > 0.01  # rounding: 1e-5
-    sizes = {
-        "input_resolution": torch.tensor(16),
-        "context_length": torch.tensor(16),
-        "vocab_size": torch.tensor(49408),
-    }
-    torch.save({**models, **sizes}, tmp_path / "openai.pt")
+    torch.save({**models, **dict.fromkeys(OPENAI_SIZES, torch.tensor(1))}, tmp_path / "openai.pt")
     assert message(tmp_path / "openai.pt", NAME, RecipeError) == (
         "model.name: must compute the activation that openai.pt (OpenAI's own) was trained with (QuickGELU), or every "
         f"number is wrong, but got {NAME} (GELU)\n    Write model.name: {NAME}-quickgelu"
@@ -198,61 +160,43 @@ def test_the_tokenizer_comes_from_the_folder_of_the_weights(models, tmp_path):
     make_tokenizer(tmp_path)
     clip = load(tmp_path / "weights.safetensors", WORDS)
     assert clip.tokenizer(["a photo of the cat"]).tolist() == [[4, 5, 6, 7, 13, 2, 1, 1]]
-    make_tokenizer(
-        tmp_path, ("more", "words", "than", "the", "model", "has", *map(str, range(20)), "a", "photo", "cat")
-    )
-    text = message(tmp_path / "weights.safetensors", WORDS)
-    assert text == "model.name: the tokenizer must be that of the model, which has 18 tokens, but got token 32"
+    too_many = ("more", "words", "than", "the", "model", "has", *map(str, range(20)), "a", "photo", "cat")
+    make_tokenizer(tmp_path, too_many)
+    told = "model.name: the tokenizer must be that of the model, which has 18 tokens, but got token 32"
+    assert message(tmp_path / "weights.safetensors", WORDS) == told
     (tmp_path / "tokenizer.json").write_text("{}")
-    text = message(tmp_path / "weights.safetensors", WORDS)
-    assert text.startswith(
-        f"model.name: the tokenizer files of {WORDS} (nobody/words) must be readable by transformers"
-    )
+    told = f"model.name: the tokenizer files of {WORDS} (nobody/words) must be readable by transformers"
+    assert message(tmp_path / "weights.safetensors", WORDS).startswith(told)
 
 
 def test_weights_of_openai_need_quick_gelu_in_the_configuration_of_their_folder(models, tmp_path):
-    sizes = {name: torch.tensor(1) for name in OPENAI_SIZES}
-    torch.save({**models, **sizes}, tmp_path / "open_clip_pytorch_model.bin")
-    for quick in (False, True):
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, "quick_gelu": quick}}))
-        if quick:
-            assert load_folder(tmp_path).config["model_cfg"]["quick_gelu"]
-        else:
-            with pytest.raises(DataError, match="must have quick_gelu: true for OpenAI's own weights"):
-                load_folder(tmp_path)
-
-
-def test_a_configuration_that_open_clip_cannot_build_is_told(models, tmp_path):
-    save_file(models, tmp_path / "model.safetensors")
-    for wrong in ({"embed_dims": 3}, {"embed_dim": "many"}):
-        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {**CONFIG, **wrong}}))
-        with pytest.raises(DataError, match="must be of a model that open_clip can build, but got TypeError"):
-            load_folder(tmp_path)
+    openai = {**models, **dict.fromkeys(OPENAI_SIZES, torch.tensor(1))}
+    torch.save(openai, tmp_path / "open_clip_pytorch_model.bin")
+    config = tmp_path / "open_clip_config.json"
+    config.write_text(json.dumps({"model_cfg": CONFIG}))
+    with pytest.raises(DataError, match="must have quick_gelu: true for OpenAI's own weights"):
+        load_folder(tmp_path)
+    config.write_text(json.dumps({"model_cfg": {**CONFIG, "quick_gelu": True}}))
+    assert load_folder(tmp_path).config["model_cfg"]["quick_gelu"]
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "start"),
+    ("name", "path", "is_warned"),
     [
-        (
-            "ViT-B-32",
-            "model.pt",
-            "model.pt does not record which activation it was trained with. ViT-B-32 computes GELU; ",
-        ),
-        ("ViT-B-32", "ViT-B-32-openai.pt", "ViT-B-32-openai.pt does not record which activation it was trained with. "),
-        ("ViT-B-32", "vit_b_32-quickgelu-8a00ab3c.pt", "vit_b_32-quickgelu-8a00ab3c.pt does not record "),
-        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k.pt", "laion2b_s34b_b79k.pt does not record which activation "),
-        ("ViT-B-32-quickgelu", "vit_b_32-quickgelu-8a00ab3c.pt", None),
-        ("ViT-B-32-quickgelu", "model.pt", "model.pt does not record which activation it was trained with. "),
-        ("ViT-B-32-quickgelu", "ViT-B-32-openai.pt", "ViT-B-32-openai.pt does not record which activation it was "),
-        ("ViT-B-32", "laion2b_s34b_b79k", None),
-        ("ViT-B-32-256", "model.pt", None),
-        ("sandbox", None, None),
+        ("ViT-B-32", "model.pt", True),
+        ("ViT-B-32", "ViT-B-32-openai.pt", True),
+        ("ViT-B-32-quickgelu", "laion2b_s34b_b79k.pt", True),
+        ("ViT-B-32-quickgelu", "vit_b_32-quickgelu-8a00ab3c.pt", False),
+        ("ViT-B-32", "laion2b_s34b_b79k", False),
+        ("ViT-B-32-256", "model.pt", False),
+        ("sandbox", None, False),
     ],
 )
-def test_a_bare_file_gets_a_warning_that_names_the_trap(name, path, start, tmp_path):
-    written = None if path is None else str(tmp_path / path) if "." in path else path
+def test_a_bare_file_gets_a_warning_that_names_the_trap(name, path, is_warned, tmp_path):
+    written = str(tmp_path / path) if path is not None and "." in path else path
     found = model_warnings(ModelConfig(name=name, pretrained=written))
-    assert [text.startswith(f"model.pretrained: {start}") for text in found] == ([] if start is None else [True])
+    told = f"model.pretrained: {path} does not record which activation it was trained with. {name} computes "
+    assert [text.startswith(told) for text in found] == [True] * is_warned
 
 
 def test_a_hub_that_cannot_be_reached_is_told_at_once_with_the_local_ways(monkeypatch, tmp_path):
@@ -270,17 +214,6 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once_with_the_local_ways(monkey
         assert "but got not in the cache, and no connection to the hub\n    Without a network: " in text
         assert all(way in text for way in ("model.pretrained: a weights file", "model.name: local-dir:FOLDER"))
     assert not constants.HF_HUB_OFFLINE
-
-
-def test_a_page_of_the_hub_is_read_from_its_cache(tmp_path, monkeypatch):
-    page = tmp_path / "models--nobody--clip"
-    make_folder(FAMILIES["openai-vit"], page / "snapshots" / ("a" * 40))
-    (page / "refs").mkdir()
-    (page / "refs" / "main").write_text("a" * 40)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    clip = load_clip(ModelConfig(name="hf-hub:nobody/clip"))
-    assert clip.weights_hash == load_folder(page / "snapshots" / ("a" * 40)).weights_hash
-    assert torch.is_tensor(clip.tokenizer(["a"]))
 
 
 def test_untrained_weights_are_the_same_in_every_process_and_draw_nothing_from_the_generator(tmp_path):

@@ -15,16 +15,30 @@ CONFIG = {
 }
 
 
-def make_tiny_clip(seed=0, dtype=torch.float32):
+RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 64}
+
+
+def make_clip(vision_cfg, dtype=torch.float32, seed=0, noise=0.0):
+    """A CLIP with another image tower, random weights, s = 20."""
     torch.manual_seed(seed)
-    model = open_clip.CLIP(**CONFIG)
+    config = {**CONFIG, "vision_cfg": vision_cfg}
+    model = open_clip.CLIP(**config)
     with torch.no_grad():
         model.logit_scale.fill_(math.log(20.0))
         for parameter in model.visual.parameters():
-            parameter.add_(0.02 * torch.randn_like(parameter))
-    open_clip.set_model_preprocess_cfg(model, {**vars(open_clip.transform.PreprocessCfg()), "size": 16})
-    tokenizer = open_clip.SimpleTokenizer(context_length=16)
-    return wrap_model(model.to(dtype), tokenizer, CONFIG)
+            parameter.add_(noise * torch.randn_like(parameter))
+    preprocess = {**vars(open_clip.transform.PreprocessCfg()), "size": vision_cfg["image_size"]}
+    open_clip.set_model_preprocess_cfg(model, preprocess)
+    return wrap_model(model.to(dtype), open_clip.SimpleTokenizer(context_length=16), config)
+
+
+def make_tiny_clip(seed=0, dtype=torch.float32):
+    return make_clip(CONFIG["vision_cfg"], dtype, seed, noise=0.02)
+
+
+def make_resnet_clip():
+    """One with BatchNorm, whose statistics are others than those of data."""
+    return make_clip(RESNET)
 
 
 def load_folder(folder):
