@@ -1,24 +1,74 @@
 """Evaluation of a set: what leaves the device, what it takes of memory, and what is said where that is too little."""
 
+import contextlib
 import json
 
 import attempts
 import evaluation_memory
+import numpy as np
 import pytest
 import short_training
 import torch
+from conftest import ArraySource
 from test_loop import CPU, settings
+from tiny import make_resnet_clip
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError
+from carft_ray.evaluation.predictions import OF_LOGITS
 from carft_ray.launch.runs.search import run_search
 from carft_ray.model import classifier
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.study.rows import trials
 from carft_ray.training import evaluate, run
-from carft_ray.training.evaluate import predict
+from carft_ray.training.evaluate import predict, predict_all
 from carft_ray.training.run_context import RunContext
+
+META = torch.device("meta")
+
+
+class Left(TorchDispatchMode):
+    """Notes the bytes of each tensor that leaves the device ``meta``, which stands for a GPU, for the host.
+
+    The host gets zeros. What needs a value in another way, as ``numpy``, ``nonzero`` and a mask as an index do, is an
+    error of this device.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func.name()
+        there = [each for each in tree_leaves(args) if isinstance(each, torch.Tensor) and each.device == META]
+        if there and (name.startswith("aten::_local_scalar_dense") or CPU in tree_leaves((args[1:], kwargs))):
+            self.bytes += [each.nbytes for each in there]
+            return 0 if name.startswith("aten::_local") else torch.zeros(there[0].shape, dtype=there[0].dtype)
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def on_meta(images, positions, device, ahead):
+    yield lambda batch: torch.from_numpy(images[batch]).to(device)
+
+
+@pytest.mark.parametrize("groups", [None, ((0, 3), (2,))])
+def test_nothing_waits_for_a_batch_and_an_image_leaves_40_bytes(tiny_clip, heads, monkeypatch, groups):
+    monkeypatch.setattr(evaluate, "images_ahead", on_meta)
+    monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
+    for clip, class_head_CD, side in ((tiny_clip, heads[0], 16), (make_resnet_clip(), torch.eye(5, 16), 32)):
+        classifier = build_classifier(clip, class_head_CD, settings(), CPU).to(META)
+        source = ArraySource(num_images=22, size=side)
+        labels = np.zeros(22, np.int64) if groups else source.labels
+        images = ImageSet("id_val", source.images, labels, source.sample_ids, groups)
+        with Left() as left:
+            assert torch.ones(1, device=META).item() == 0
+            table = predict_all(classifier, [images] * 2, 0.5, 4, RunContext())
+        assert left.bytes == [4, *[22 * 8 * len(OF_LOGITS)] * 2]  # one copy at the end of each set
+        assert len(table) == 44
 
 
 def test_labels_of_a_set_of_groups_must_be_their_first_classes(tiny_clip, heads, source):
