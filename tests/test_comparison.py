@@ -1,4 +1,4 @@
-"""Confirmed configurations compared: families, broadcasting of the zero-shot model, headline, optimism, lines."""
+"""What a choice is worth: noise and correction of the best, families of tests, configurations compared, the lines."""
 
 import json
 import math
@@ -11,10 +11,72 @@ from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.results.statistics import paired
 from carft_ray.results.statistics.headline import in_points, objective_difference
 from carft_ray.results.statistics.intervals import OVER_IMAGES, crossed, objective_interval, values_by_seed
+from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.statistics.paired import KEYS, compare, comparison_lines, holm, row_lines
 
 SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
 SIZES = {"id_val": 400, "a": 200, "b": 200}
+J = [0.70, 0.71, 0.69, 0.64, 0.50, 0.715, 0.705, 0.68]
+BASELINES = {"fine_tuning": 0.7, "paper": 0.6, "zero_shot": 0.5}  # validation objectives
+
+
+def random_correct(rng, num_rows):
+    return {name: rng.random((num_rows, n // 8)) < 0.6 for name, n in SIZES.items()}
+
+
+# correction of the best
+
+
+def test_correction_of_the_fixture_and_of_equal_trials():
+    found = correct_best(J, 0.01**2, num_draws=200_000)
+    assert (found.spread, found.factor) == pytest.approx((1.875e-4, 0.466667), abs=5e-7)
+    assert found.num_trials == 8
+    assert found.optimism == pytest.approx(0.01109, abs=1e-4)
+    assert found.value == pytest.approx(0.715 - found.optimism)
+    assert correct_best(J, 0.01**2).optimism == pytest.approx(0.01109, abs=8e-4)
+    exact = correct_best(J, 0.0)
+    assert (exact.value, exact.optimism, exact.factor) == (0.715, 0.0, 1.0)
+    equal = correct_best([0.7] * 10, 0.01**2, num_draws=100_000)
+    assert equal.factor == 0
+    assert equal.optimism == pytest.approx(0.01538753, abs=1e-4)  # of ten standard normal values: 1.538753
+    assert correct_best([0.7], 0.01**2).value == pytest.approx(0.7, abs=1e-3)
+
+
+def test_noise_agrees_with_sums_written_out_over_the_upper_half_and_shared_luck_is_none():
+    rng = np.random.default_rng(0)
+    correct, objectives = random_correct(rng, 7), [0.5, 0.9, 0.6, 0.8, 0.55, 0.7, 0.4]
+    expected = 0.0
+    for name, w in (("id_val", 0.5), ("a", 0.25), ("b", 0.25)):
+        x = correct[name][[1, 2, 3, 5]].astype(float)
+        n = x.shape[1]
+        residual = sum((x[i, k] - x[i].mean() - x[:, k].mean() + x.mean()) ** 2 for i in range(4) for k in range(n))
+        expected += w**2 * residual / ((n - 1) * 3) / n
+    noise = ranking_noise(SPEC, objectives, correct)
+    assert noise.image == pytest.approx(expected, abs=1e-15)
+    assert (noise.seed, noise.variance, noise.words) == (None, noise.image, "image noise only")
+    shared = {name: np.repeat(rows, 6, axis=0) for name, rows in random_correct(rng, 1).items()}
+    assert ranking_noise(SPEC, J[:6], shared).variance == pytest.approx(0, abs=1e-30)
+    assert ranking_noise(SPEC, [0.7], random_correct(rng, 1)).variance == 0
+
+
+def test_seed_noise_is_what_the_images_do_not_explain():
+    rng = np.random.default_rng(2)
+    correct, configurations = random_correct(rng, 4), [random_correct(rng, 5), random_correct(rng, 3)]
+    total = dof = own = 0.0
+    for by_set in configurations:
+        y = values_by_seed(SPEC, by_set)
+        total += sum((value - np.mean(y)) ** 2 for value in y)
+        own += (len(y) - 1) * ranking_noise(SPEC, [1.0] * len(y), by_set).image
+        dof += len(y) - 1
+    noise = ranking_noise(SPEC, J[:4], correct, configurations)
+    assert noise.seed == pytest.approx(max(0.0, (total - own) / dof))
+    assert noise.words == "image and seed noise"
+    assert ranking_noise(SPEC, J[:4], correct, [random_correct(rng, 1)]).seed is None
+    moving = {name: np.stack([np.arange(n) < share * n for share in (0.2, 0.5, 0.8)]) for name, n in SIZES.items()}
+    assert ranking_noise(SPEC, J[:4], correct, [moving]).seed == pytest.approx(0.09, rel=0.05)
+
+
+# configurations compared
 
 
 def answers(rng, hard, share, num_seeds):
@@ -36,19 +98,12 @@ def correct():
     return {name: answers(rng, hard, *values) for name, values in shares.items()}
 
 
-BASELINES = {"fine_tuning": 0.7, "paper": 0.6, "zero_shot": 0.5}  # validation objectives
-
-
 @pytest.fixture(scope="module")
 def found(correct):
     return compare(SPEC, correct, "t0007", BASELINES, searched=0.78)
 
 
-def by_name(differences):
-    return {each["other"]: each for each in differences}
-
-
-def test_rows_have_the_intervals_of_each_configuration(correct, found):
+def test_rows_have_the_intervals_of_each_configuration_and_all_of_it_is_json(correct, found):
     assert [row["name"] for row in found["rows"]] == list(correct)
     row = found["rows"][0]
     assert row["objective"] == objective_interval(SPEC, correct["t0007"]).data()
@@ -56,10 +111,13 @@ def test_rows_have_the_intervals_of_each_configuration(correct, found):
     assert row["ood_accuracy"] == crossed(ood, {"a": 0.5, "b": 0.5}).data()
     assert list(row["sets"]) == ["id_val", "a", "b"]
     assert found["rows"][-1]["objective"]["over"] == OVER_IMAGES
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert {*KEYS} <= found.keys()
+    assert found["rows"][-1]["objective"]["dof"] is None  # infinite
 
 
 def test_the_baseline_of_the_headline_has_its_own_p_value_and_interval_and_the_others_holms(correct, found):
-    against = by_name(found["baselines"])
+    against = {each["other"]: each for each in found["baselines"]}
     assert list(against) == list(BASELINES)
     own = objective_difference(SPEC, correct["t0007"], correct["fine_tuning"])
     assert (against["fine_tuning"]["objective"], against["fine_tuning"]["p"]) == (own.data(), own.p_value)
@@ -67,15 +125,9 @@ def test_the_baseline_of_the_headline_has_its_own_p_value_and_interval_and_the_o
     assert [against[name]["p"] for name in ("paper", "zero_shot")] == [p for p, _ in raised]
     level = raised[1][1]
     assert level == pytest.approx(0.975)  # the first of two
-    repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}
+    repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}  # for every seed
     assert against["zero_shot"]["objective"] == objective_difference(SPEC, correct["t0007"], repeated, level).data()
     assert [(each["other"], each["p"]) for each in found["others"]] == [("t0002", None)]
-
-
-def shown_in(line):
-    """The first interval of a printed line, and its p-value as a match."""
-    ends = [float(end) for end in line.partition("[")[2].partition("]")[0].split(", ")]
-    return ends, re.search(r"p (<|=|>) ([0-9.e-]+)", line)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2, 3])
@@ -92,17 +144,16 @@ def test_no_line_has_an_interval_and_a_p_value_that_disagree(num_seeds):
             assert ("no improvement" not in each["sentence"]) == (each["p"] < 0.05)
             seen[each["p"] < 0.05] += 1
         for line in [one for one in comparison_lines(found) if re.search(r"; p [<=>]", one)]:
-            (low, high), (_, sign, number) = shown_in(line)[0], shown_in(line)[1].group(0, 1, 2)
-            counts = sign == "<" or (sign == "=" and float(number) < 0.05)
-            assert counts == (low > 0 or high < 0), line
+            low, high = (float(end) for end in line.partition("[")[2].partition("]")[0].split(", "))
+            sign, number = re.search(r"p (<|=|>) ([0-9.e-]+)", line).groups()
+            assert (sign == "<" or (sign == "=" and float(number) < 0.05)) == (low > 0 or high < 0), line
         headline = next(each for each in found["baselines"] if each["other"] == found["headline_baseline"])
         assert found["headline"] == f"c0: {headline['sentence']}"
     assert min(seen.values()) > 0
 
 
 def test_a_p_value_next_to_the_limit_is_not_rounded_onto_it():
-    rng = np.random.default_rng(3)
-    noise = rng.normal(0, 1, (3, 400)) / 100
+    noise = np.random.default_rng(3).normal(0, 1, (3, 400)) / 100
     noise -= noise.mean()
     half = crossed({"a": noise}, {"a": 1.0}).ends[1]
     for factor, words in ((1.001, "p < 0.05"), (0.999, "p > 0.05")):
@@ -113,49 +164,16 @@ def test_a_p_value_next_to_the_limit_is_not_rounded_onto_it():
         assert low != 0
 
 
-def test_one_training_counts_for_every_seed_in_differences(correct):
-    repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}
-    expected = objective_difference(SPEC, correct["t0007"], repeated)
-    alone = compare(SPEC, correct, "t0007", {"zero_shot": 0.5})
-    assert alone["baselines"][0]["objective"] == expected.data()
-    assert expected.num_seeds == 3
-
-
-def test_headline_names_the_baseline_that_was_chosen_before(correct, found):
-    assert found["headline"].startswith("t0007: improves on fine tuning by 7.")
-    assert compare(SPEC, correct, "t0007", {**BASELINES, "paper": 0.8})["headline"].startswith(
-        "t0007: no improvement over paper shown"
-    )
-    assert compare(SPEC, correct, "fine_tuning", {"paper": 0.6})["headline"].startswith(
-        "fine_tuning: worse than paper by"
-    )
-    assert compare(SPEC, correct, "t0007", {})["headline"] is None
-
-
 def test_equal_configurations_differ_by_zero(correct):
-    same = compare(SPEC, {"one": correct["paper"], "two": correct["paper"]}, "one", {"two": 0.6})
+    both = {"one": correct["paper"], "two": correct["paper"]}
+    same = compare(SPEC, both, "one", {"two": 0.6})
     difference = same["baselines"][0]["objective"]
     low, high = difference["ends"]
     assert (difference["mean"], difference["p_value"]) == (0, 1)
     assert low < 0 < high < 0.01
     # 400 images without any change show that less than 0.75 % change, not that less than 0.5 % do
     assert not same["baselines"][0]["keeps_id"]
-    wider = compare(SPEC, {"one": correct["paper"], "two": correct["paper"]}, "one", {"two": 0.6}, 0.01)
-    assert wider["baselines"][0]["keeps_id"]
-    assert "no improvement over two shown" in same["headline"]
-
-
-def test_keeping_id_depends_on_the_margin(correct):
-    low = compare(SPEC, correct, "t0007", {"paper": 0.6})["baselines"][0]["sets"]["id_val"]["ends"][0]
-    assert low < 0
-    for margin, kept in ((-low + 1e-6, True), (-low - 1e-6, False)):
-        assert compare(SPEC, correct, "t0007", {"paper": 0.6}, id_margin=margin)["baselines"][0]["keeps_id"] is kept
-
-
-def test_another_configuration_above_the_winner_is_named(correct):
-    found = compare(SPEC, correct, "fine_tuning", {"zero_shot": 0.5})
-    assert found["better_than_winner"] == ["t0007", "t0002", "paper"]
-    assert any(line.startswith("t0007 is better than the winner") for line in comparison_lines(found))
+    assert compare(SPEC, both, "one", {"two": 0.6}, 0.01)["baselines"][0]["keeps_id"]
 
 
 def test_optimism_has_the_standard_error_of_a_new_mean(correct, found):
@@ -167,24 +185,10 @@ def test_optimism_has_the_standard_error_of_a_new_mean(correct, found):
     )
     assert found["optimism"]["value"] == pytest.approx(0.78 - np.mean(values["t0007"]))
     assert found["optimism"]["se"] == pytest.approx(math.sqrt(pooled * (1 + 1 / 3)))
-    assert compare(SPEC, correct, "t0007", {})["optimism"] is None
-
-
-def test_one_training_each_works_and_covers_images_only(correct):
-    single = {name: {each: rows[:1] for each, rows in by_set.items()} for name, by_set in correct.items()}
-    found = compare(SPEC, single, "t0007", BASELINES, label="test", searched=0.78)
-    assert {each["objective"]["over"] for each in found["baselines"]} == {OVER_IMAGES}
-    assert found["optimism"]["se"] is None
-    lines = comparison_lines(found)
-    assert lines[0].startswith("t0007 minus each other, test: objective in points")
-    assert lines[-1].endswith(f"points; test; 95 %, {OVER_IMAGES}.")
-    json.dumps(found, allow_nan=False)
 
 
 def test_each_number_has_one_interval_and_the_text_says_what_p_means(found):
     lines = comparison_lines(found)
-    assert not any("±" in line or "+-" in line for line in lines)
-    assert any("Keeps ID: at most 0.5 points of ID accuracy lost" in line for line in lines)
     assert [line.partition(":")[0].strip() for line in row_lines(found)[1:]] == [row["name"] for row in found["rows"]]
     told = {line.partition(":")[0].strip(): line for line in lines}
     for each in (*found["baselines"], *found["others"]):
@@ -192,30 +196,36 @@ def test_each_number_has_one_interval_and_the_text_says_what_p_means(found):
         assert f" [{100 * low:+.1f}, {100 * high:+.1f}]" in told[each["other"]]
         assert told[each["other"]].count("[") == 1
         assert ("; p " in told[each["other"]]) == (each["p"] is not None)
-    assert "of the 2 other baselines, p and interval are raised for their number (Holm)" in " ".join(lines)
-    assert "fine_tuning was chosen before" in " ".join(lines)
+    text = " ".join(lines)
+    assert "Keeps ID: at most 0.5 points of ID accuracy lost" in text
+    assert "of the 2 other baselines, p and interval are raised for their number (Holm)" in text
+    assert "fine_tuning was chosen before" in text
 
 
-def test_data_are_json_that_the_text_is_made_of(found):
-    data = json.loads(json.dumps(found, allow_nan=False))
-    assert data == found
-    assert {*KEYS} <= data.keys()
-    assert data["baselines"][0]["other"] == "fine_tuning"
-    assert data["rows"][-1]["objective"]["dof"] is None  # infinite
-    assert data["better_than_winner"] == []
+def test_holm_of_the_fixture_and_its_limits():
+    assert [one for one, _ in holm([0.01, 0.04, 0.03])] == pytest.approx([0.03, 0.06, 0.06])
+    assert [one for one, _ in holm([0.9, 0.8])] == [1.0, 1.0]
+    assert holm([0.02]) == [(0.02, pytest.approx(0.95))]
+    assert holm([]) == []
+
+
+def test_the_headline_is_about_the_baseline_that_was_chosen_before(correct, found):
+    assert found["headline"].startswith("t0007: improves on fine tuning by 7.")
+    other = compare(SPEC, correct, "t0007", {**BASELINES, "paper": 0.8})
+    assert other["headline"].startswith("t0007: no improvement over paper shown")
+    worse = compare(SPEC, correct, "fine_tuning", {"paper": 0.6})
+    assert worse["headline"].startswith("fine_tuning: worse than paper by")
+    assert worse["better_than_winner"] == ["t0007", "t0002"]
+    assert any(line.startswith("t0007 is better than the winner") for line in comparison_lines(worse))
+    assert compare(SPEC, correct, "t0007", {})["headline"] is None
 
 
 @pytest.mark.parametrize("kind", ["harmonic", "worst_domain"])
-def test_other_objectives_and_no_ood_set_work(correct, kind):
-    found = compare(ObjectiveSpec(kind, "id_val", ("a", "b")), correct, "t0007", BASELINES)
-    assert math.isfinite(found["baselines"][0]["objective"]["p_value"])
-    alone = compare(ObjectiveSpec(kind, "id_val", ()), correct, "t0007", BASELINES)
-    assert alone["rows"][0]["ood_accuracy"] is None
-    assert list(alone["baselines"][0]["sets"]) == ["id_val"]
-    assert comparison_lines(alone)
-
-
-def test_other_numbers_of_seeds_are_refused(correct):
-    short = {name: rows[:2] for name, rows in correct["paper"].items()}
-    with pytest.raises(ValueError, match="broadcast"):
-        compare(SPEC, {**correct, "paper": short}, "t0007", {"paper": 0.6})
+def test_other_objectives_work_without_an_ood_set_and_one_training_each_covers_images_only(correct, kind):
+    single = {name: {each: rows[:1] for each, rows in by_set.items()} for name, by_set in correct.items()}
+    found = compare(ObjectiveSpec(kind, "id_val", ()), single, "t0007", BASELINES, label="test", searched=0.78)
+    assert found["rows"][0]["ood_accuracy"] is found["optimism"]["se"] is None
+    assert list(found["baselines"][0]["sets"]) == ["id_val"]
+    assert comparison_lines(found)[-1].endswith(f"points; test; 95 %, {OVER_IMAGES}.")
+    pair = compare(ObjectiveSpec(kind, "id_val", ("a", "b")), correct, "t0007", BASELINES)["baselines"][0]
+    assert 0 <= pair["p"] <= 1
