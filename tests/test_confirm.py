@@ -21,17 +21,7 @@ from carft_ray.errors import UsageError
 from carft_ray.launch.events import Started
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
-from carft_ray.results.confirm.configurations import (
-    SEED_STEP,
-    cost,
-    first_stage,
-    fix,
-    fresh_seeds,
-    last_stage,
-    plan,
-    read_plan,
-    second_stage,
-)
+from carft_ray.results.confirm import configurations
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.result import write_result
@@ -90,7 +80,7 @@ def name_of(view, number):
 
 def fixed(view, first, second=None, against=()):
     with open_study(view.study_dir, view.recipe) as study:
-        fix(study, view.recipe, first, second, against)
+        configurations.fix(study, view.recipe, first, second, against)
 
 
 # what is planned
@@ -98,15 +88,15 @@ def fixed(view, first, second=None, against=()):
 
 def test_fresh_seeds_come_from_ranges_that_search_and_stages_do_not_share():
     recipe = make_recipe()
-    stages = [set(fresh_seeds(recipe, stage, 1000)) for stage in (1, 2)]
+    stages = [set(configurations.fresh_seeds(recipe, stage, 1000)) for stage in (1, 2)]
     assert not stages[0] & stages[1]
     assert recipe.train.seed not in stages[0] | stages[1]
-    assert fresh_seeds(recipe, 1, 5)[:3] == fresh_seeds(recipe, 1, 3)
-    assert min(stages[0]) == recipe.train.seed + SEED_STEP + 1
+    assert configurations.fresh_seeds(recipe, 1, 5)[:3] == configurations.fresh_seeds(recipe, 1, 3)
+    assert min(stages[0]) == recipe.train.seed + configurations.SEED_STEP + 1
 
 
 def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha_on_the_same_seeds(view):
-    stage = first_stage(view, top=2, num_seeds=3)
+    stage = configurations.first_stage(view, top=2, num_seeds=3)
     winner, second = name_of(view, 1), name_of(view, 2)
     assert [(row.name, row.role, row.training, row.alpha, row.objective) for row in stage.rows] == [
         (winner, "winner", winner, 0.5, 0.7),
@@ -122,28 +112,23 @@ def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha
     assert trainings[first] == {"kl_weight": 0, "alpha": 0.5, "seed": stage.seeds[0]}
 
 
-def test_more_seeds_and_trials_are_added_to_what_is_there(view):
-    first, notes = plan(view, 1, 3)
+def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_the_new_winner(view):
+    first, notes = configurations.plan(view, 1, 3)
     assert notes == []
     fixed(view, first)
-    more, notes = plan(view, 2, 5)
+    more, notes = configurations.plan(view, 2, 5)
     assert notes == []
     assert set(first.trainings()) < set(more.trainings())
     assert more.seeds[:3] == first.seeds
     fixed(view, more)
-    fewer, notes = plan(view, 1, 3)
+    fewer, notes = configurations.plan(view, 1, 3)
     assert fewer.seeds == more.seeds
     assert {row.name for row in fewer.rows} == {row.name for row in more.rows}
     assert notes == ["5 seeds are there already; all of them are used"]
-
-
-def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_one_a_candidate(view):
-    first, _ = plan(view, 1, 3)
-    fixed(view, first)
     with open_study(view.study_dir, make_recipe(4)) as study:
         recover_running(study)
         finish(study, study.next(), 0.9)
-    now, [note] = plan(read_study(view.study_dir), 1, 3)
+    now, [_, note] = configurations.plan(read_study(view.study_dir), 1, 3)
     assert note == f"the search continued after {first.winner} was fixed as the winner; now it is {now.winner}"
     roles = {row.name: row.role for row in now.rows}
     assert (roles[now.winner], roles[first.winner]) == ("winner", "candidate")
@@ -151,23 +136,23 @@ def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_o
 
 
 def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_did_not_choose(view):
-    first = first_stage(view, 3, 3)
+    first = configurations.first_stage(view, 3, 3)
     chosen = name_of(view, 2)
-    second = second_stage(first, chosen, view.recipe)
+    second = configurations.second_stage(first, chosen, view.recipe)
     assert [row.name for row in second.rows if row.role == "winner"] == [chosen]
     assert {row.role for row in second.rows} == {"winner", "baseline"}
     assert len(second.seeds) == 3
     assert not set(second.seeds) & set(first.seeds)
     assert not second.trainings().keys() & first.trainings().keys()
     fixed(view, first, second)
-    assert read_plan(view.study_dir) == (first, second)
-    assert last_stage(view.study_dir) == second
+    assert configurations.read_plan(view.study_dir) == (first, second)
+    assert configurations.last_stage(view.study_dir) == second
 
 
 def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, other):
     longer = other.recipe.train.model_copy(update={"epochs": view.recipe.train.epochs + 1})
     other = replace(other, recipe=other.recipe.model_copy(update={"train": longer}))
-    row = first_stage(view, 1, 2, [other]).rows[-1]
+    row = configurations.first_stage(view, 1, 2, [other]).rows[-1]
     best = other.best
     assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", 0.65)
     assert row.training == f"other-plain-search-{best.name}"
@@ -179,7 +164,7 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, oth
 def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, other, made):
     for reason in ("", "once more"):
         write_line(other.study_dir, other.recipe, sets=("id_test",), reason=reason)
-    first, notes = plan(view, 1, 2, [other])
+    first, notes = configurations.plan(view, 1, 2, [other])
     assert notes == [f"the test sets of {other.study_dir} were read 2 times; this counts here too"]
     for _ in range(2):  # the same command again
         fixed(view, first, against=[other])
@@ -187,16 +172,16 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
     fixed(view, first)  # without it, what was compared stays known
     assert num_test_reads(view.study_dir) == 2
-    third = plan(read_study(made / "plain search"), 1, 2, [view])
+    third = configurations.plan(read_study(made / "plain search"), 1, 2, [view])
     assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this counts here too"]
 
 
 def test_a_study_of_another_objective_is_no_baseline(view, tmp_path):
     other = make_study(tmp_path / "other", objective={"kind": "weighted_mean", "id_weight": 0.9})
     with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
-        first_stage(view, 1, 2, [other])
+        configurations.first_stage(view, 1, 2, [other])
     with pytest.raises(UsageError, match="must be another study, but got this one"):
-        first_stage(view, 1, 2, [view])
+        configurations.first_stage(view, 1, 2, [view])
 
 
 # the study
@@ -218,16 +203,19 @@ def run_confirm(study_dir, recipe, trainings, num_attempts=None):
 
 
 def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sampler_for_nothing(view):
-    study_dir, stage = view.study_dir, first_stage(view, 2, 2)
+    study_dir, stage = view.study_dir, configurations.first_stage(view, 2, 2)
     trainings, before = stage.trainings(), trials(study_dir)
-    assert cost(view, stage) == "3 configurations x 2 fresh seeds: 6 trainings to run of about 7 s each."
+    assert configurations.cost(view, stage) == "3 configurations x 2 fresh seeds: 6 trainings to run of about 7 s each."
     run_confirm(study_dir, view.recipe, trainings, num_attempts=2)
-    assert cost(read_study(study_dir), stage).startswith("3 configurations x 2 fresh seeds: 4 trainings to run")
+    assert configurations.cost(read_study(study_dir), stage).startswith(
+        "3 configurations x 2 fresh seeds: 4 trainings to run"
+    )
     with open_study(study_dir, view.recipe) as study:
         recover_confirm(study, trainings)
         spec = study.next()  # and the process is killed here
     assert run_confirm(study_dir, view.recipe, trainings) == list(trainings)[2:]
     assert run_confirm(study_dir, view.recipe, trainings) == []
+    assert configurations.cost(read_study(study_dir), stage) == "All 6 trainings with fresh seeds are there already."
     assert trials(study_dir) == before
     rows = {row.name: row for row in confirmations(study_dir)}
     assert {name: row.values for name, row in rows.items()} == trainings
@@ -236,9 +224,9 @@ def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sample
 
 
 def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
-    first = first_stage(view, 2, 2)
+    first = configurations.first_stage(view, 2, 2)
     run_confirm(view.study_dir, view.recipe, first.trainings())
-    second = second_stage(first, name_of(view, 2), view.recipe)
+    second = configurations.second_stage(first, name_of(view, 2), view.recipe)
     run_confirm(view.study_dir, view.recipe, second.trainings(), num_attempts=1)  # and it is killed here
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
     with search_shown(True, view.study_dir, 2, terminal, "confirm", second.trainings()) as on_event:
@@ -248,7 +236,7 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
 
 def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     recipe = make_recipe(5)
-    trainings = first_stage(view, 1, 2).trainings()
+    trainings = configurations.first_stage(view, 1, 2).trainings()
     with open_study(view.study_dir, recipe) as study:
         recover_running(study)
         waiting = study.next()
@@ -277,6 +265,7 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.whole
 def test_a_confirm_killed_at_durable_operations_ends_with_the_numbers_of_one_left_in_peace(folder, tmp_path):
     """In forks of one process, without Ray; five kills on a real Ray are a row of ``make kill-matrix``."""
     confirm = ["confirm", "study", "--top", "1", "--seeds", "2", "--executor", "debug"]
@@ -291,13 +280,10 @@ def test_a_confirm_killed_at_durable_operations_ends_with_the_numbers_of_one_lef
         calm, [answer] = run([{"name": "calm", "commands": [{"argv": confirm, "count_to": str(kinds)}]}])["calm"]
         assert answer["code"] == 0, answer["log"]
         number = len(json.loads(kinds.read_text()))
-        jobs = [
-            {
-                "name": "-".join(map(str, kills)),
-                "commands": [*({"argv": confirm, "kill": (at, "after")} for at in kills), {"argv": confirm}],
-            }
-            for kills in ([number * 3 // 10], [number * 7 // 10], [number // 5] * 3)
-        ]
+        jobs = []
+        for kills in ([number * 7 // 10], [number // 5] * 3):
+            commands = [*({"argv": confirm, "kill": (at, "after")} for at in kills), {"argv": confirm}]
+            jobs.append({"name": f"{len(kills)} kills", "commands": commands})
         found = run(jobs)
     for name, (place, (*killed, last)) in found.items():
         assert {answer["code"] for answer in killed} == {-signal.SIGKILL}, name

@@ -48,26 +48,16 @@ ROWS = '[...document.querySelectorAll("#trial-table tbody tr")].map((row) => [..
 
 
 class Window:
-    """The page of a browser, whose calls are waited for."""
+    """The page of a browser, whose calls are waited for (``wait``)."""
 
     def __init__(self, runner, page):
-        self._run, self._page = runner.run, page
-
-    @property
-    def problems(self):
-        return self._page.problems
+        self.wait, self.page = runner.run, page
 
     def open(self, path, *given, **more):
-        self._run(self._page.open(path, *given, **more))
+        self.wait(self.page.open(path, *given, **more))
 
     def evaluate(self, expression):
-        return self._run(self._page.evaluate(expression))
-
-    def call(self, method, **parameters):
-        return self._run(self._page.call(method, **parameters))
-
-    def pdf(self, path):
-        self._run(self._page.pdf(path))
+        return self.wait(self.page.evaluate(expression))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +74,7 @@ def page(window):
     """Its page; no script may fail and nothing may ask the network. What it has kept is forgotten afterwards."""
     yield window
     window.evaluate("(() => { sessionStorage.clear(); localStorage.clear(); })()")
-    assert window.problems == []
+    assert window.page.problems == []
 
 
 def check(state, width):
@@ -115,7 +105,7 @@ def test_pages_of_all_kinds_are_drawn_at_all_widths_in_both_colours(tmp_path, pa
             state = page.evaluate(STATE)
             assert [figure["id"] for figure in state["figures"]] == names
             check(state, width)
-    page.pdf(tmp_path / "page.pdf")
+    page.wait(page.page.pdf(tmp_path / "page.pdf"))
     assert (tmp_path / "page.pdf").stat().st_size > 10_000
     check(page.evaluate(STATE), width)  # after the paper, as before
 
@@ -194,9 +184,10 @@ def test_the_table_sorts_and_its_links_lead_to_the_folders(page, thirty):
 def test_the_page_can_be_read_without_scripts_and_its_colours_change_and_stay(page, thirty):
     path, _ = thirty
     page.open(path, scripts=False)
-    tree = page.call("DOM.getDocument", depth=-1)
-    picture = page.call("DOM.querySelector", nodeId=tree["root"]["nodeId"], selector="noscript img")
-    box = page.call("DOM.getBoxModel", nodeId=picture["nodeId"])
+    tree = page.wait(page.page.call("DOM.getDocument", depth=-1))
+    node = {"nodeId": tree["root"]["nodeId"], "selector": "noscript img"}
+    picture = page.wait(page.page.call("DOM.querySelector", **node))
+    box = page.wait(page.page.call("DOM.getBoxModel", nodeId=picture["nodeId"]))
     assert box["model"]["width"] > 500
     assert box["model"]["height"] > 300
     ground = "getComputedStyle(document.body).backgroundColor"
@@ -230,19 +221,17 @@ def test_trials_of_one_method_are_filtered_and_shown_with_their_numbers(tmp_path
         assert found.keys() == wanted.keys()
         for name, x in found.items():
             assert 1 / (1 + math.exp(-x)) == pytest.approx(wanted[name]["metrics"]["id_accuracy"], abs=1e-9)
-        assert page.evaluate(f"{history}.x") == [row["number"] for row in wanted.values()]
         assert page.evaluate(f"{history}.y") == pytest.approx([100 * row["objective"] for row in wanted.values()])
         cells = {name: rest for name, *rest in page.evaluate(ROWS)}
         assert cells.keys() == wanted.keys()
         for name, row in wanted.items():
             shown = [f"{100 * row['metrics'][key]:.1f}" for key in ("id_accuracy", "ood_accuracy", "objective")]
-            assert [text for text in cells[name] if text in shown][:3] == shown
-        check(page.evaluate(STATE), 1024)
+            assert {*shown} <= {*cells[name]}
 
 
 def test_a_page_of_very_many_trials_is_small_and_whole(tmp_path, page, thirty):
     view = read_study(make(tmp_path / "study", num=320, recipe=report_studies.make_recipe(320)))
-    path, number = tmp_path / "page.html", "of 320 trials"
+    path = tmp_path / "page.html"
     write_page(view, path)
     growth = (path.stat().st_size - thirty[0].stat().st_size) / 290
     assert path.stat().st_size + 1680 * growth < 6_000_000  # of 2,000 trials
@@ -250,24 +239,20 @@ def test_a_page_of_very_many_trials_is_small_and_whole(tmp_path, page, thirty):
     state = page.evaluate(STATE)
     check(state, 1024)
     assert len({*page.evaluate(NAMES)}) == 320
-    assert page.evaluate(SHOWN) == f"320 {number}"
+    assert page.evaluate(SHOWN) == "320 of 320 trials"
     assert "trials are drawn, as many of each colour" in state["text"]
     marks = 'document.querySelector("#parallel .canvas").data.reduce((sum, one) => sum + one.x.length, 0)'
     assert page.evaluate(marks) < 200 * 8 + 1
-    page.evaluate(MOVE.format(id="top", value=5))
-    assert page.evaluate(SHOWN) == f"16 {number}"
-    check(page.evaluate(STATE), 1024)
 
 
 def test_tables_are_copied_as_they_stand(page, thirty):
     path, document = thirty
-    catch = (
-        'Object.defineProperty(navigator, "clipboard", {value: {writeText: async (text) => { window.copied = text; }}})'
-    )
-    copy = """(async () => { document.querySelector('[data-copy="%s"][data-table="%s"]').click();
-        await new Promise((done) => setTimeout(done, 50)); return window.copied; })()"""
+    copy = """(async () => { let text;
+        Object.defineProperty(navigator, "clipboard",
+            {configurable: true, value: {writeText: async (given) => { text = given; }}});
+        document.querySelector('[data-copy="%s"][data-table="%s"]').click();
+        await new Promise((done) => setTimeout(done, 50)); return text; })()"""
     page.open(path)
-    page.evaluate(catch)
     rows = list(csv.DictReader(io.StringIO(page.evaluate(copy % ("csv", "trial-table")))))
     assert {row["trial"] for row in rows} == {row["name"] for row in document["trials"]}
     head, kinds, *lines = page.evaluate(copy % ("markdown", "sets-1")).splitlines()
@@ -279,16 +264,3 @@ def test_tables_are_copied_as_they_stand(page, thirty):
     latex = page.evaluate(copy % ("latex", "sets-1"))
     assert latex.startswith(r"\begin{tabular}{lr" + "r" * len(table["sets"]) + "}")
     assert latex.count(r"\\") == len(lines) + 1
-
-
-def test_the_pictures_of_changed_answers_are_shown_at_all_widths(tmp_path, page):
-    study_dir = make(tmp_path / "study", num=4)
-    report_studies.keep_thumbnails(study_dir)
-    document = write_page(read_study(study_dir), tmp_path / "page.html")
-    number = sum(len(group["images"]) for group in document["changed_images"])
-    drawn = '[...document.querySelectorAll(".images img")].filter((one) => one.naturalWidth && one.width <= 96).length'
-    for width in WIDTHS:
-        page.open(tmp_path / "page.html", width)
-        page.evaluate('document.getElementById("changed-images").open = true')
-        assert page.evaluate(drawn) == number > 0
-        check(page.evaluate(STATE), width)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import correct, read_predictions
 from carft_ray.results.page.data import page_document
 from carft_ray.results.page.figures import FIGURES, figures
+from carft_ray.results.page.health import findings
 from carft_ray.results.page.page import HERE, packed
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
@@ -171,18 +173,17 @@ def compared(level, num_seeds, **more):
     """What a confirm or a read of test sets finds when the winner has a level and the baseline 0.6."""
     spec, rng = objective_spec(make_recipe()), np.random.default_rng(0)
     of_id, of_ood = level if isinstance(level, tuple) else (level, level)
-    hard = (np.arange(160) + 0.5) / 160
-    shares = {
-        "t0001": dict.fromkeys(spec.ood_sets, of_ood) | {"id_val": of_id},
+    levels = {
+        "t0001": {"id_val": of_id, "noisy": of_ood, "blurry": of_ood},
         "fine_tuning": dict.fromkeys(spec.sets, 0.6),
     }
+    hard = (np.arange(160) + 0.5) / 160
     right = {
         name: {each: hard + rng.normal(0, 0.02, (num_seeds, 160)) < share for each, share in by_set.items()}
-        for name, by_set in shares.items()
+        for name, by_set in levels.items()
     }
     found = compare(spec, right, "t0001", {"fine_tuning": 0.65})
-    for row, role in zip(found["rows"], ("winner", "baseline"), strict=True):
-        row["role"] = role
+    found["rows"][0]["role"], found["rows"][1]["role"] = "winner", "baseline"
     return {**found, **more}
 
 
@@ -239,17 +240,18 @@ def test_the_card_says_where_there_is_no_result_no_baseline_and_what_was_tuned(s
     alone = {**searched, "report": {**searched["report"], "headline": None}}
     assert verdict(alone)[0].text.startswith("no baseline to compare with")
     assert "tuned with 2 trainings of CAR-FT; baseline fine tuning not tuned" in verdict(searched)[4].text
-    status = {**searched["status"], "baselines": []}
+    status = {**searched["status"], "baselines": [], "times": {"training_s": 9000}}
     for second, is_equal in ((16, True), (4, False)):
         line = verdict({**searched, "status": status, "methods": {"car_ft": 16, "feature_kd": second}})[4]
         assert line.text.startswith(f"tuned with 16 trainings of car ft and {second} trainings of feature kd")
         assert line.passed == is_equal
+        assert line.text.endswith("2.5 hours without a GPU")
     assert "ft_study t0001 tuned in a search of its own" in verdict({**searched, "rivals": ["ft_study t0001"]})[4].text
 
 
 def test_the_command_prints_the_card_or_writes_it_into_a_file(two, run):
     lines = run("report", two, "--card", "text")[1].splitlines()
-    assert [line[:13].split() for line in lines[1:3]] == [["[warn]", "Result"], ["[warn]", "Accura"]]
+    assert [line.split()[:2] for line in lines[1:3]] == [["[warn]", "Result"], ["[warn]", "Accuracy"]]
     assert run("report", two, "--card", "latex", "--out", "card.tex")[0] == 0
     text = Path("card.tex").read_text()
     assert text.startswith(r"\begin{tabular}")
@@ -338,6 +340,17 @@ def test_the_page_has_the_numbers_of_the_commands(studies, printed):
             assert found[name] == original["metrics"].get(name, found[name])
         values = {name: value for name, value in original["values"].items() if name != "alpha"}
         assert {name: found[name] for name in original["values"] if name in found} == values
+
+
+def test_the_page_says_what_may_be_wrong(studies, searched):
+    view = read_study(studies("two"))
+    noise = {"image": 1e-4, "seed": None, "words": "image noise only"}
+    report = {**searched["report"], "noise": noise, "corrected": {"num_trials": 5, "factor": 0.1, "spread": 1e-4}}
+    above = [replace(row, objective=1.0, at_chance=True) for row in view.baselines if row.name == "zero_shot"]
+    found = findings(replace(view, baselines=above), {**searched, "report": report})
+    assert {"below zero-shot", "noise larger than differences", "zero-shot at chance"} <= {
+        row["check"] for row in found
+    }
 
 
 def test_the_command_writes_the_page_into_the_study_or_where_it_is_told(two, run, printed):

@@ -73,7 +73,9 @@ def test_a_training_whose_name_leads_out_of_the_study_is_refused(
         assert "log/: a training must have a name of letters, digits and . _ - (at most 200)" in told
         assert "victim/run1'" in told
         assert "Traceback" not in told
-        assert everything(tmp_path) == before
+        after = everything(tmp_path)
+        assert {path: after.get(path) for path in before} == before
+        assert all(path.is_relative_to(study_dir / "log") for path in after.keys() - before)  # who held it, and when
 
 
 LINKS = {
