@@ -1,14 +1,10 @@
 """Confirming a search: which configurations are trained again, on which seeds, what is refused, what a kill leaves."""
 
 import io
-import json
 import re
 import shutil
-import signal
 from dataclasses import replace
 
-import crash_host
-import killed_searches as searches
 import pytest
 import short_sealed
 import short_training
@@ -263,32 +259,6 @@ def folder(tmp_path_factory):
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.mark.whole
-def test_a_confirm_killed_at_durable_operations_ends_with_the_numbers_of_one_left_in_peace(folder, tmp_path):
-    """In forks of one process, without Ray; five kills on a real Ray are a row of ``make kill-matrix``."""
-    confirm = ["confirm", "study", "--top", "1", "--seeds", "2", "--executor", "debug"]
-    with crash_host.started(tmp_path) as host:
-
-        def run(jobs):
-            for job in jobs:
-                shutil.copytree(folder / "study", tmp_path / job["name"] / "study")
-            return host(jobs)
-
-        kinds = tmp_path / "kinds.json"
-        calm, [answer] = run([{"name": "calm", "commands": [{"argv": confirm, "count_to": str(kinds)}]}])["calm"]
-        assert answer["code"] == 0, answer["log"]
-        number = len(json.loads(kinds.read_text()))
-        jobs = []
-        for kills in ([number * 7 // 10], [number // 5] * 3):
-            commands = [*({"argv": confirm, "kill": (at, "after")} for at in kills), {"argv": confirm}]
-            jobs.append({"name": f"{len(kills)} kills", "commands": commands})
-        found = run(jobs)
-    for name, (place, (*killed, last)) in found.items():
-        assert {answer["code"] for answer in killed} == {-signal.SIGKILL}, name
-        assert last["code"] == 0, last["log"]
-        searches.check_confirm(place / "study", calm / "study")
 
 
 @pytest.mark.parametrize(

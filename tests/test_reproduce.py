@@ -231,14 +231,6 @@ def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
         open_finished(here / "begun")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "result.json", "validation.parquet"])
-def test_a_damaged_file_of_a_study_is_named(here, name):
-    path = next(here.glob("run/**/" + name))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(StorageError, match=name):
-        again(here / "run")
-
-
 # two trainings compared
 
 

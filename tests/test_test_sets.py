@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import short_sealed
 import torch
-from logs import commits, forget_line, holding
+from logs import commits, holding
 
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
@@ -187,13 +187,6 @@ def test_a_reason_reads_once_more_and_is_counted(run, again, read, is_cut_off):
     assert json.loads((again / "test" / "summary.json").read_text()) == summary
     assert [entry.reason for entry in read_ledger(again)] == ["", "a reviewer asked"]
     assert run("test", "study")[0] == 8
-
-
-def test_a_removed_line_is_told_and_stops_the_next_read(run, again):
-    forget_line(again, 1)
-    code, _, err = run("test", "study", "--again", "why not")
-    assert code == 8
-    assert "must have the ledger of which manifest.json tells" in err
 
 
 def test_a_read_after_the_search_went_on_says_so(run, again):
