@@ -155,6 +155,12 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, oth
     assert row.values["learning_rate"] == best.values["learning_rate"]
     assert row.values["epochs"] == longer.epochs
     assert not {"seed", "alpha", "batch_size"} & row.values.keys()  # the last one is as here
+    with pytest.raises(UsageError, match="must be another study, but got this one"):
+        configurations.first_stage(view, 1, 2, [view])
+    objective = {"kind": "weighted_mean", "id_weight": 0.9}
+    other = make_study(view.study_dir.with_name("other"), objective=objective)
+    with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
+        configurations.first_stage(view, 1, 2, [other])
 
 
 def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, other, made):
@@ -170,14 +176,6 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     assert num_test_reads(view.study_dir) == 2
     third = configurations.plan(read_study(made / "plain search"), 1, 2, [view])
     assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this counts here too"]
-
-
-def test_a_study_of_another_objective_is_no_baseline(view, tmp_path):
-    other = make_study(tmp_path / "other", objective={"kind": "weighted_mean", "id_weight": 0.9})
-    with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
-        configurations.first_stage(view, 1, 2, [other])
-    with pytest.raises(UsageError, match="must be another study, but got this one"):
-        configurations.first_stage(view, 1, 2, [view])
 
 
 # the study

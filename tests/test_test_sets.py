@@ -202,11 +202,6 @@ def test_a_read_after_the_search_went_on_says_so(run, again):
 # other studies of the same images
 
 
-def change_manifest(study, change):
-    path = study / "manifest.json"
-    path.write_text(json.dumps(change(json.loads(path.read_text()))))
-
-
 def test_another_study_of_the_same_images_is_told_who_has_read_them(run, here, folder):
     """Whatever its folder and its images' names: what counts is their bytes. Nothing is refused for it."""
     assert run("test", "study", "--json")[0] == 0
@@ -361,11 +356,9 @@ def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished
 
 
 def lose_test_sets(study, folder):
-    def without(manifest):
-        manifest["recipe"]["data"] |= {"id_test": None, "ood_test": {}}
-        return manifest
-
-    change_manifest(study, without)
+    manifest = json.loads((study / "manifest.json").read_text())
+    manifest["recipe"]["data"] |= {"id_test": None, "ood_test": {}}
+    (study / "manifest.json").write_text(json.dumps(manifest))
 
 
 def lose_weights(study, folder):
