@@ -257,41 +257,35 @@ def test_the_command_prints_the_card_or_writes_it_into_a_file(two, run):
 
 
 class Tags(HTMLParser):
-    """Start tags of a page, and the text of its script of data."""
+    """Start tags of a page with their attributes."""
 
     def __init__(self, text):
         super().__init__()
-        self.found, self.data, self._in_data = [], "", False
+        self.found = []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
         self.found.append((tag, dict(attributes)))
-        self._in_data = tag == "script" and ("id", "data") in attributes
-
-    def handle_endtag(self, tag):
-        self._in_data = False
-
-    def handle_data(self, text):
-        self.data += text if self._in_data else ""
 
 
 def check_page(path, document):
     """A page holds all that it needs, is not too large, and has the figures that the document has numbers for."""
     text = path.read_text(encoding="utf-8")
     assert len(text.encode()) < MAX_BYTES
-    tags = Tags(text)
-    for tag, attributes in tags.found:
+    tags = Tags(text).found
+    for tag, attributes in tags:
         for name in ("src", "srcset", "action", "data"):
             assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
         assert not re.match(r"(https?:)?//", attributes.get("href") or "")
         assert tag not in ("link", "iframe", "base", "object")
     assert "@import" not in (HERE / "page.css").read_text()
-    ids = [attributes["id"] for _, attributes in tags.found if "id" in attributes]
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     known = {name for several in FIGURES.values() for name in several}
     assert [one for one in ids if one in known] == [name for names in figures(document).values() for name in names]
-    assert "NaN" not in tags.data
-    assert len(json.loads(tags.data)["trials"]["rows"]) == len(document["trials"])
+    data = re.search(r'(?s)<script[^>]* id="data"[^>]*>(.*?)</script>', text)[1]
+    assert "NaN" not in data
+    assert len(json.loads(data)["trials"]["rows"]) == len(document["trials"])
     return text
 
 
@@ -343,9 +337,8 @@ def test_the_page_says_what_may_be_wrong(studies, searched):
     report = {**searched["report"], "noise": noise, "corrected": {"num_trials": 5, "factor": 0.1, "spread": 1e-4}}
     above = [replace(row, objective=1.0, at_chance=True) for row in view.baselines if row.name == "zero_shot"]
     found = findings(replace(view, baselines=above), {**searched, "report": report})
-    assert {"below zero-shot", "noise larger than differences", "zero-shot at chance"} <= {
-        row["check"] for row in found
-    }
+    checks = {row["check"] for row in found}
+    assert {"below zero-shot", "noise larger than differences", "zero-shot at chance"} <= checks
 
 
 def test_the_command_writes_the_page_into_the_study_or_where_it_is_told(two, run, printed):
@@ -374,26 +367,25 @@ def test_options_that_do_not_belong_together_are_refused(two, run, words, part):
     assert part in err.replace(":", "")
 
 
-def test_the_page_shows_the_pictures_of_the_best_trial_with_the_answers_of_its_predictions(tmp_path):
-    study_dir = report_studies.make(tmp_path / "study", num=4)
-    report_studies.keep_thumbnails(study_dir)
-    view = read_study(study_dir)
+def test_the_page_shows_the_pictures_of_the_best_trial_with_the_answers_of_its_predictions(two, tmp_path):
+    report_studies.keep_thumbnails(two)
+    view = read_study(two)
     document = write_page(view, tmp_path / "page.html")
-    table = read_predictions(view.best.place(study_dir) / "predictions" / "validation.parquet")
+    table = read_predictions(view.best.place(two) / "predictions" / "validation.parquet")
     alphas = sorted({0.0, view.best.alpha, 1.0})
-    found = [ids for name in ("id_val", "noisy", "blurry") for ids in changed(table, name, alphas).values()]
-    assert sum(group["num_images"] for group in document["changed_images"]) == sum(map(len, found))
+    num = sum(len(ids) for name in objective_spec(view.recipe).sets for ids in changed(table, name, alphas).values())
+    assert sum(group["num_images"] for group in document["changed_images"]) == num
     shown = [one for group in document["changed_images"] for one in group["images"]]
-    assert len(shown) == min(48, sum(map(len, found)))
+    assert len(shown) == min(48, num)
     for one in shown:
         assert [answer["alpha"] for answer in one["answers"]] == alphas
         assert {answer["right"] for answer in one["answers"]} == {True, False}
         assert all(answer["right"] == (answer["answer"] == one["label"]) for answer in one["answers"])
     text = check_page(tmp_path / "page.html", document)
     assert all(one["picture"] in text for one in shown)
-    recipe = view.recipe.model_copy(update={"evaluate": view.recipe.evaluate.model_copy(update={"thumbnails": 0})})
-    set_recipe(study_dir, recipe)
-    assert page_document(read_study(study_dir))["changed_images"] == []
+    evaluate = view.recipe.evaluate.model_copy(update={"thumbnails": 0})
+    set_recipe(two, view.recipe.model_copy(update={"evaluate": evaluate}))
+    assert page_document(read_study(two))["changed_images"] == []
 
 
 # tables
