@@ -190,15 +190,3 @@ def write_page(view, path):
     report = Report(view)
     report.save(path)
     return report.document
-
-
-def of_kinds(folder):
-    """Returns a function that gives the study of a kind, made in the folder when it is first asked for."""
-    found = {}
-
-    def study(kind):
-        if kind not in found:
-            found[kind] = make(folder / kind.replace(" ", "_"), **KINDS[kind])
-        return found[kind]
-
-    return study

@@ -199,11 +199,9 @@ def run_confirm(study_dir, recipe, trainings, num_attempts=None):
 def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sampler_for_nothing(view):
     study_dir, stage = view.study_dir, configurations.first_stage(view, 2, 2)
     trainings, before = stage.trainings(), trials(study_dir)
-    assert configurations.cost(view, stage) == "3 configurations x 2 fresh seeds: 6 trainings to run of about 7 s each."
     run_confirm(study_dir, view.recipe, trainings, num_attempts=2)
-    assert configurations.cost(read_study(study_dir), stage).startswith(
-        "3 configurations x 2 fresh seeds: 4 trainings to run"
-    )
+    cost = configurations.cost(read_study(study_dir), stage)
+    assert cost.startswith("3 configurations x 2 fresh seeds: 4 trainings to run of about ")
     with open_study(study_dir, view.recipe) as study:
         recover_confirm(study, trainings)
         spec = study.next()  # and the process is killed here

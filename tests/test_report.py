@@ -1,6 +1,7 @@
 """`carft-ray report` on studies of every kind with stored results: text, JSON, verdict card, page, tables."""
 
 import csv
+import functools
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import report_studies
 from logs import forget_line, set_recipe, write_line
-from report_studies import KINDS, make_recipe, of_kinds, write_page
+from report_studies import KINDS, make_recipe, write_page
 
 import carft_ray
 from carft_ray.evaluation.objective import objective_spec
@@ -38,8 +39,9 @@ MAX_BYTES = 6_000_000
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """A study of each kind, made when it is asked for."""
-    return of_kinds(tmp_path_factory.mktemp("kinds"))
+    """Gives the study of a kind, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("kinds")
+    return functools.cache(lambda kind: report_studies.make(folder / kind.replace(" ", "_"), **KINDS[kind]))
 
 
 @pytest.fixture

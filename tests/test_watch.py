@@ -35,10 +35,6 @@ from carft_ray.ui import console, live, progress
 from carft_ray.ui.live import SearchView
 
 
-def terminal(width=110, height=30):
-    return Console(file=io.StringIO(), force_terminal=True, width=width, height=height, soft_wrap=True, highlight=False)
-
-
 def shown(view, width=110, height=30):
     """The lines on the screen, without colours."""
     console = Console(file=io.StringIO(), width=width, height=height, soft_wrap=True, color_system=None)
@@ -107,8 +103,6 @@ def test_fine_tuned_weights_at_chance_are_told_beside_what_was_measured():
     rows = [row(0, 0.5), replace(row(1, 0.57), at_chance=True)]
     view = Overview(Path(), stand_in.make_recipe(2), rows, [])
     table = console.trial_table([view.data(each) for each in rows])
-    [objectives] = [[*map(str, column.cells)] for column in table.columns if str(column.header) == "objective, %"]
-    assert objectives == ["50.0", "57.0"]
     assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True]
     line = events.TrialFinished(rows[1], is_best=False).line()
     assert "ID 67.0, OOD 47.0, objective 57.0 % at alpha 0.50; alpha 1.00 at chance" in line
@@ -119,10 +113,8 @@ def test_what_must_not_be_overlooked_gets_a_line_above():
     assert view.update(events.Note("moved a torn line")) == "warning: moved a torn line"
     assert view.update(events.Decided("targets: stored")) == "targets: stored"
     assert view.update(events.TrialFinished(row(0, 0.5), is_best=True)) is None
-    told = view.update(
-        events.TrialFinished(row(1, outcome="diverged", reason="loss not finite at step 3"), is_best=False)
-    )
-    assert told == "t0001-abcd learning_rate=0.0002 kl_weight=0.5: diverged, loss not finite at step 3"
+    told = view.update(events.TrialFinished(row(1, outcome="diverged", reason="loss not finite"), is_best=False))
+    assert told == "t0001-abcd learning_rate=0.0002 kl_weight=0.5: diverged, loss not finite"
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 24), (110, 12), (60, 8)])
@@ -156,7 +148,7 @@ def test_another_attempt_takes_the_row_of_the_first_and_a_terminal_without_stars
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])
 def test_the_table_goes_and_the_cursor_comes_back_however_the_search_ends(tmp_path, error):
-    console = terminal()
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, height=30, soft_wrap=True)
     with contextlib.suppress(KeyboardInterrupt), progress.search_shown(True, tmp_path, 4, console) as on_event:
         on_event(events.Started(8, 0, 2, "2 CPUs"))
         on_event(events.TrialStarted(spec(0)))
