@@ -6,6 +6,7 @@ import contextlib
 import re
 import shutil
 import subprocess
+import threading
 
 import aiohttp
 
@@ -89,6 +90,7 @@ async def browser(folder):
             for line in process.stderr:
                 if found := re.search(r"DevTools listening on ws://([^/]+)/", line):
                     break
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop it
             async with aiohttp.ClientSession() as session:
                 async with session.get(f"http://{found[1]}/json") as answer:
                     target = next(one for one in await answer.json() if one["type"] == "page")

@@ -1,10 +1,38 @@
 """A finished study of short trainings with test sets, made without Ray in seconds."""
 
+import shutil
+
+import short_training
 from short_study import search
 
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.trial_values import apply
+from carft_ray.study.opening import open_study
+from carft_ray.study.recovery import recover_confirm
+from carft_ray.training.run import run_training
+from carft_ray.training.run_context import RunContext
 
 TEST_SETS = {"photo_test": (3, 300), "cartoon": (2, 400), "painting": (4, 500)}  # domain -> images per class, seed
+
+
+def shared(tmp_path_factory):
+    """Returns the folder of such a study for all tests of a process, which leave it as it is."""
+    folder = tmp_path_factory.getbasetemp() / "short_sealed"
+    if not (folder / "study").exists():
+        make(folder, short_training)
+    return folder
+
+
+def copy(folder, place):
+    """Copies the study with images and weights of its own into another folder, at the same age; returns it."""
+    for name in ("study", "images", "model"):
+        shutil.copytree(folder / name, place / name, copy_function=shutil.copy2)
+    for path in (place / "study" / "manifest.json", place / "study" / "resolved.yaml"):
+        text = path.read_text()
+        for name in ("images", "model"):
+            text = text.replace(str(folder / name), str(place / name))
+        path.write_text(text)
+    return place / "study"
 
 
 def make(folder, short_training, *overrides, trials=2):
@@ -36,3 +64,14 @@ def settings(folder, trials):
         "search.baselines.plain={kl_weight: 0}",
         "train.epochs=3",
     ]
+
+
+def confirm(study_dir, trainings):
+    """Runs trainings of a confirm, given by name with their values."""
+    recipe = load_recipe(study_dir / "resolved.yaml")
+    with open_study(study_dir, recipe) as study:
+        recover_confirm(study, trainings)
+        while spec := study.next():
+            values = apply(recipe, spec.values)
+            run_training(values, spec.folder(study_dir), study_dir / "prepared", RunContext(), spec.attempt)
+            study.settle(spec)

@@ -1,30 +1,23 @@
-"""Confirming a search: which configurations are trained again, on which seeds, and what a kill leaves."""
+"""Confirming a search: which configurations are trained again, on which seeds, what is refused, what a kill leaves."""
 
 import io
+import re
+import shutil
 from dataclasses import replace
 
-import crash_host
 import pytest
+import short_sealed
+import short_training
 import stand_in
 from logs import write_line
 from rich.console import Console
 from stand_in import make_recipe
 
-from carft_ray.errors import InterruptedRunError, NoSuccessfulTrialError, UsageError
+from carft_ray.errors import UsageError
 from carft_ray.launch.events import Started
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
-from carft_ray.results.confirm.configurations import (
-    SEED_STEP,
-    cost,
-    first_stage,
-    fix,
-    fresh_seeds,
-    last_stage,
-    plan,
-    read_plan,
-    second_stage,
-)
+from carft_ray.results.confirm import configurations
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.result import write_result
@@ -35,6 +28,8 @@ from carft_ray.study.rows import confirmations, trials
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.training.run_context import RunContext
 from carft_ray.ui.progress import search_shown
+
+pytestmark = pytest.mark.slow
 
 
 def finish(study, spec, objective, alpha=0.5):
@@ -56,164 +51,131 @@ def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
     return read_study(study_dir)
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A study of stand-in trainings, and another one with which it can be compared."""
+    folder = tmp_path_factory.mktemp("made")
+    make_study(folder / "first")
+    make_study(folder / "plain search", (0.3, 0.65, 0.35))
+    return folder
+
+
 @pytest.fixture
-def view(tmp_path):
-    return make_study(tmp_path / "first")
+def view(made, tmp_path):
+    return read_study(shutil.copytree(made / "first", tmp_path / "first"))
+
+
+@pytest.fixture
+def other(made, tmp_path):
+    return read_study(shutil.copytree(made / "plain search", tmp_path / "plain search"))
 
 
 def name_of(view, number):
     return next(row.name for row in view.trials if row.number == number)
 
 
+def fixed(view, first, second=None, against=()):
+    with open_study(view.study_dir, view.recipe) as study:
+        configurations.fix(study, view.recipe, first, second, against)
+
+
+# what is planned
+
+
 def test_fresh_seeds_come_from_ranges_that_search_and_stages_do_not_share():
     recipe = make_recipe()
-    stages = [set(fresh_seeds(recipe, stage, 1000)) for stage in (1, 2)]
+    stages = [set(configurations.fresh_seeds(recipe, stage, 1000)) for stage in (1, 2)]
     assert not stages[0] & stages[1]
     assert recipe.train.seed not in stages[0] | stages[1]
-    assert fresh_seeds(recipe, 1, 5)[:3] == fresh_seeds(recipe, 1, 3)
-    assert min(stages[0]) == recipe.train.seed + SEED_STEP + 1
+    assert configurations.fresh_seeds(recipe, 1, 5)[:3] == configurations.fresh_seeds(recipe, 1, 3)
+    assert min(stages[0]) == recipe.train.seed + configurations.SEED_STEP + 1
 
 
-@pytest.mark.slow
-def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha(view):
-    stage = first_stage(view, top=2, num_seeds=3)
-    rows = [(row.name, row.role, row.training, row.alpha, row.objective) for row in stage.rows]
+def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha_on_the_same_seeds(view):
+    stage = configurations.first_stage(view, top=2, num_seeds=3)
     winner, second = name_of(view, 1), name_of(view, 2)
-    assert rows == [
+    assert [(row.name, row.role, row.training, row.alpha, row.objective) for row in stage.rows] == [
         (winner, "winner", winner, 0.5, 0.7),
         (second, "candidate", second, 0.5, 0.6),
         ("plain", "baseline", "plain", 0.5, 0.4),
         ("plain, alpha 1", "baseline", "plain", 1.0, 0.2),
         ("zero_shot", "baseline", None, 0.0, 0.25),
     ]
-    assert stage.winner == winner
-
-
-def fixed(view, first, second):
-    with open_study(view.study_dir, view.recipe) as study:
-        fix(study, view.recipe, first, second)
-
-
-@pytest.mark.slow
-def test_rows_that_differ_in_alpha_alone_share_trainings_and_all_rows_share_seeds(view):
-    stage = first_stage(view, top=2, num_seeds=3)
     trainings = stage.trainings()
-    assert len(trainings) == 3 * 3  # winner, candidate, plain
+    assert len(trainings) == 3 * 3  # winner, candidate, plain: rows that differ in alpha alone share trainings
     assert {values["seed"] for values in trainings.values()} == set(stage.seeds)
     first = f"plain-seed{stage.seeds[0]}"
     assert trainings[first] == {"kl_weight": 0, "alpha": 0.5, "seed": stage.seeds[0]}
 
 
-@pytest.mark.slow
-def test_more_seeds_and_trials_are_added_to_what_is_there(view):
-    first, notes = plan(view, 1, 3)
+def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_the_new_winner(view):
+    first, notes = configurations.plan(view, 1, 3)
     assert notes == []
-    fixed(view, first, None)
-    more, notes = plan(view, 2, 5)
+    fixed(view, first)
+    more, notes = configurations.plan(view, 2, 5)
     assert notes == []
     assert set(first.trainings()) < set(more.trainings())
     assert more.seeds[:3] == first.seeds
-    fixed(view, more, None)
-    fewer, notes = plan(view, 1, 3)
+    fixed(view, more)
+    fewer, notes = configurations.plan(view, 1, 3)
     assert fewer.seeds == more.seeds
     assert {row.name for row in fewer.rows} == {row.name for row in more.rows}
     assert notes == ["5 seeds are there already; all of them are used"]
-
-
-@pytest.mark.slow
-def test_a_better_trial_of_a_search_that_went_on_is_the_new_winner_and_the_old_one_a_candidate(view):
-    first, _ = plan(view, 1, 3)
-    fixed(view, first, None)
-    recipe = make_recipe(4)
-    with open_study(view.study_dir, recipe) as study:
+    with open_study(view.study_dir, make_recipe(4)) as study:
         recover_running(study)
         finish(study, study.next(), 0.9)
-    now, [note] = plan(read_study(view.study_dir), 1, 3)
+    now, [_, note] = configurations.plan(read_study(view.study_dir), 1, 3)
     assert note == f"the search continued after {first.winner} was fixed as the winner; now it is {now.winner}"
     roles = {row.name: row.role for row in now.rows}
     assert (roles[now.winner], roles[first.winner]) == ("winner", "candidate")
     assert [*roles.values()].count("winner") == 1
 
 
-@pytest.mark.slow
 def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_did_not_choose(view):
-    first = first_stage(view, 3, 3)
+    first = configurations.first_stage(view, 3, 3)
     chosen = name_of(view, 2)
-    second = second_stage(first, chosen, view.recipe)
+    second = configurations.second_stage(first, chosen, view.recipe)
     assert [row.name for row in second.rows if row.role == "winner"] == [chosen]
     assert {row.role for row in second.rows} == {"winner", "baseline"}
     assert len(second.seeds) == 3
     assert not set(second.seeds) & set(first.seeds)
     assert not second.trainings().keys() & first.trainings().keys()
     fixed(view, first, second)
-    assert read_plan(view.study_dir) == (first, second)
-    assert last_stage(view.study_dir) == second
+    assert configurations.read_plan(view.study_dir) == (first, second)
+    assert configurations.last_stage(view.study_dir) == second
 
 
-@pytest.mark.slow
-def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, tmp_path):
-    other = make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
+def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, other):
     longer = other.recipe.train.model_copy(update={"epochs": view.recipe.train.epochs + 1})
     other = replace(other, recipe=other.recipe.model_copy(update={"train": longer}))
-    stage = first_stage(view, 1, 2, [other])
-    row = stage.rows[-1]
-    best = next(row for row in other.trials if row.objective == 0.65)
+    row = configurations.first_stage(view, 1, 2, [other]).rows[-1]
+    best = other.best
     assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", 0.65)
     assert row.training == f"other-plain-search-{best.name}"
     assert row.values["learning_rate"] == best.values["learning_rate"]
     assert row.values["epochs"] == longer.epochs
-    assert "batch_size" not in row.values  # as here
-    assert not {"seed", "alpha"} & row.values.keys()
+    assert not {"seed", "alpha", "batch_size"} & row.values.keys()  # the last one is as here
+    with pytest.raises(UsageError, match="must be another study, but got this one"):
+        configurations.first_stage(view, 1, 2, [view])
+    objective = {"kind": "weighted_mean", "id_weight": 0.9}
+    other = make_study(view.study_dir.with_name("other"), objective=objective)
+    with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
+        configurations.first_stage(view, 1, 2, [other])
 
 
-def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, tmp_path):
-    other = make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
+def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, other, made):
     for reason in ("", "once more"):
         write_line(other.study_dir, other.recipe, sets=("id_test",), reason=reason)
-    first, notes = plan(view, 1, 2, [other])
+    first, notes = configurations.plan(view, 1, 2, [other])
     assert notes == [f"the test sets of {other.study_dir} were read 2 times; this counts here too"]
     for _ in range(2):  # the same command again
-        with open_study(view.study_dir, view.recipe) as study:
-            fix(study, view.recipe, first, None, [other])
+        fixed(view, first, against=[other])
         assert len(read_ledger(view.study_dir)) == 1
     assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
-    with open_study(view.study_dir, view.recipe) as study:  # without it, what was compared stays known
-        fix(study, view.recipe, first, None)
+    fixed(view, first)  # without it, what was compared stays known
     assert num_test_reads(view.study_dir) == 2
-    third = make_study(tmp_path / "third")
-    assert plan(third, 1, 2, [view])[1] == [
-        f"the test sets of {view.study_dir} were read 2 times; this counts here too"
-    ]
-
-
-@pytest.mark.slow
-def test_a_study_of_another_objective_is_no_baseline(view, tmp_path):
-    other = make_study(tmp_path / "other", objective={"kind": "weighted_mean", "id_weight": 0.9})
-    with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
-        first_stage(view, 1, 2, [other])
-    with pytest.raises(UsageError, match="must be another study, but got this one"):
-        first_stage(view, 1, 2, [view])
-
-
-def test_a_study_without_a_finished_trial_cannot_be_confirmed(tmp_path):
-    recipe = make_recipe(2)
-    with open_study(tmp_path / "study", recipe) as study:
-        (tmp_path / "study" / "resolved.yaml").write_text(dump_recipe(recipe))
-        recover_running(study)
-    with pytest.raises(NoSuccessfulTrialError, match="must have a finished trial"):
-        first_stage(read_study(tmp_path / "study"), 1, 2)
-
-
-@pytest.mark.slow
-def test_the_cost_counts_what_is_missing(view):
-    stage = first_stage(view, 1, 2)
-    assert cost(view, stage) == "2 configurations x 2 fresh seeds: 4 trainings to run of about 7 s each."
-    with open_study(view.study_dir, view.recipe) as study:
-        recover_confirm(study, stage.trainings())
-        for _ in range(3):
-            finish(study, study.next(), 0.5)
-    now = read_study(view.study_dir)
-    assert cost(now, stage).startswith("2 configurations x 2 fresh seeds: 1 training to run")
+    third = configurations.plan(read_study(made / "plain search"), 1, 2, [view])
+    assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this counts here too"]
 
 
 # the study
@@ -234,61 +196,39 @@ def run_confirm(study_dir, recipe, trainings, num_attempts=None):
     return trained
 
 
-@pytest.mark.slow
-def test_a_confirm_trains_each_once_and_asks_the_sampler_for_nothing(view):
-    trainings = first_stage(view, 2, 2).trainings()
-    before = trials(view.study_dir)
-    assert run_confirm(view.study_dir, view.recipe, trainings) == list(trainings)
-    assert run_confirm(view.study_dir, view.recipe, trainings) == []
-    assert trials(view.study_dir) == before
-    rows = confirmations(view.study_dir)
-    assert [row.name for row in rows] == list(trainings)
-    assert [row.values for row in rows] == list(trainings.values())
-    assert all(
-        (view.study_dir / "confirm" / name / "attempt-1" / "fine_tuned.safetensors").exists() for name in trainings
-    )
-
-
-@pytest.mark.slow
-def test_a_confirm_that_ended_early_goes_on_and_what_its_kill_left_running_is_recovered(view):
-    trainings = first_stage(view, 1, 3).trainings()
-    run_confirm(view.study_dir, view.recipe, trainings, num_attempts=2)
-    with open_study(view.study_dir, view.recipe) as study:
+def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sampler_for_nothing(view):
+    study_dir, stage = view.study_dir, configurations.first_stage(view, 2, 2)
+    trainings, before = stage.trainings(), trials(study_dir)
+    run_confirm(study_dir, view.recipe, trainings, num_attempts=2)
+    cost = configurations.cost(read_study(study_dir), stage)
+    assert cost.startswith("3 configurations x 2 fresh seeds: 4 trainings to run of about ")
+    with open_study(study_dir, view.recipe) as study:
         recover_confirm(study, trainings)
         spec = study.next()  # and the process is killed here
-    rest = run_confirm(view.study_dir, view.recipe, trainings)
-    assert rest == list(trainings)[2:]
-    assert {row.name: row.attempt for row in confirmations(view.study_dir)}[spec.name] == 2
+    assert run_confirm(study_dir, view.recipe, trainings) == list(trainings)[2:]
+    assert run_confirm(study_dir, view.recipe, trainings) == []
+    assert configurations.cost(read_study(study_dir), stage) == "All 6 trainings with fresh seeds are there already."
+    assert trials(study_dir) == before
+    rows = {row.name: row for row in confirmations(study_dir)}
+    assert {name: row.values for name, row in rows.items()} == trainings
+    assert {name: row.attempt for name, row in rows.items()} == {**dict.fromkeys(trainings, 1), spec.name: 2}
+    assert all((rows[name].place(study_dir) / "fine_tuned.safetensors").exists() for name in trainings)
 
 
-@pytest.mark.slow
-def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view, monkeypatch):
-    first = first_stage(view, 2, 2)
+def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
+    first = configurations.first_stage(view, 2, 2)
     run_confirm(view.study_dir, view.recipe, first.trainings())
-    second = second_stage(first, name_of(view, 2), view.recipe)
+    second = configurations.second_stage(first, name_of(view, 2), view.recipe)
     run_confirm(view.study_dir, view.recipe, second.trainings(), num_attempts=1)  # and it is killed here
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
     with search_shown(True, view.study_dir, 2, terminal, "confirm", second.trainings()) as on_event:
         on_event(Started(4, 1, 2, "2 CPUs, 1 a trial", "confirm"))
     assert "1 of 4 trainings with fresh seeds finished" in terminal.file.getvalue()
 
-    def stopped(recipe, study_dir, fix, command, address, on_event, runner):
-        on_event(Started(6, 6, 2, "2 CPUs, 1 a trial", "confirm"))
-        raise InterruptedRunError("stopped")
 
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
-    monkeypatch.setattr("carft_ray.ui.console.err", terminal)
-    monkeypatch.setattr("carft_ray.launch.runs.confirm.run_confirm", stopped)
-    written = view.study_dir / "manifest.json"
-    written.write_text(written.read_text().replace('"batch_size": 512', '"batch_size": 64'))  # of 64 images
-    assert crash_host.call(["confirm", view.study_dir, "--top", 2, "--seeds", 2]) == 130
-    assert "6 of 6 trainings with fresh seeds finished" in terminal.file.getvalue()
-
-
-@pytest.mark.slow
 def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     recipe = make_recipe(5)
-    trainings = first_stage(view, 1, 2).trainings()
+    trainings = configurations.first_stage(view, 1, 2).trainings()
     with open_study(view.study_dir, recipe) as study:
         recover_running(study)
         waiting = study.next()
@@ -301,3 +241,46 @@ def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
         assert (new.kind, new.number) == ("trial", 4)
         assert study.next() is None
     assert run_confirm(view.study_dir, recipe, trainings) == list(trainings)[1:]
+
+
+# the command, with real trainings
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return short_sealed.shared(tmp_path_factory)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [("sketch", "sketch", "cartoon"), ("id_val", "photo_val", "photo_test")],
+    ids=["a test set as one more OOD set", "the ID test set for validation"],
+)
+def test_a_confirm_with_a_recipe_that_was_changed_to_see_a_test_set_is_refused(folder, here, run, key, old, new):
+    path = shutil.copytree(folder / "study", here / "study") / "manifest.json"
+    text = path.read_text()
+    changed = re.sub(rf'(?s)("recipe":.*?"{key}".*?"domains":\s*\[\s*"){old}\b', rf"\g<1>{new}", text, count=1)
+    assert changed != text
+    path.write_text(changed)
+    code, _, err = run("confirm", "study", "--top", "1", "--seeds", "2")
+    assert code == 8
+    assert "must not share images with data." in err
+    assert not (here / "study" / "confirm").exists()
+
+
+def test_images_that_are_no_longer_those_of_the_study_are_refused(folder, here, run):
+    short_sealed.copy(folder, here)
+    short_training.write_image(here / "images/photo_val/heart/0.png", 2, seed=999)
+    told = []
+    for words in (["confirm", "study", "--seeds", "2"], ["resume", "study", "--trials", "3"]):
+        code, _, err = run(*words, "--executor", "debug")
+        assert code == 4, err
+        told.append(err.partition("error: ")[2])
+    assert told[0] == told[1]
+    assert "data.id_val: the contents of this set must be " in told[0]

@@ -1,250 +1,429 @@
-"""`carft-ray report` on a small study with stored predictions; nothing is trained here."""
+"""`carft-ray report` on studies of every kind with stored results: text, JSON, verdict card, page, tables."""
 
+import csv
+import functools
 import json
+import re
 import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 
-import crash_host
 import forging
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from from_logits import predictions_table
-from logs import forget_line, write_line
+import report_studies
+from logs import forget_line, set_recipe, write_line
+from report_studies import KINDS, make_recipe, write_page
 
+import carft_ray
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.evaluation.predictions import concat, correct, read_predictions, write_predictions
-from carft_ray.recipe.loading import dump_recipe
-from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.evaluation.predictions import correct, read_predictions
 from carft_ray.results.page.data import page_document
+from carft_ray.results.page.figures import FIGURES, figures
+from carft_ray.results.page.health import findings
+from carft_ray.results.page.page import HERE, packed
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report import OWN_CHOICES, study_report
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
-from carft_ray.results.stored import confirmed
-from carft_ray.results.verdict_card import verdict
-from carft_ray.store.result import write_result
+from carft_ray.results.statistics.paired import compare
+from carft_ray.results.verdict_card import Line, verdict
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure
-from carft_ray.study.recovery import recover_confirm, recover_running
+from carft_ray.training.thumbnails import changed
 
-BASE = Path(__file__).parent
-SETS = {"id_val": 60, "noisy": 40, "blurry": 40}
-GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-
-
-def make_recipe(**train):
-    def images(domain, split):
-        return {"source": "sandbox", "domain": domain, "split": split, "num_per_class": 4}
-
-    return Recipe.model_validate(
-        {
-            "name": "small",
-            "data": {
-                "train": images("photo", "train"),
-                "id_val": images("photo", "val"),
-                "ood_val": {"noisy": images("noisy_photo", "val"), "blurry": images("blurry_photo", "val")},
-            },
-            "train": train,
-            "search": {
-                "trials": 6,
-                "space": {"kl_weight": {"low": 0.1, "high": 10, "log": True}},
-                "baselines": {"plain": {"kl_weight": 0}},
-            },
-        }
-    )
-
-
-def predictions(rng, alphas, lift):
-    """Predictions whose accuracy rises with ``lift`` and has its best between the ends."""
-    tables = []
-    for alpha in alphas:
-        for name, n in SETS.items():
-            labels = np.arange(n) % 3
-            right = np.arange(n) * 7 % n / n + rng.normal(0, 0.03, n) < 0.5 + 4 * lift * alpha * (1.4 - alpha)
-            logits = np.zeros((n, 3), np.float32)
-            logits[np.arange(n), np.where(right, labels, (labels + 1) % 3)] = 1
-            tables.append(predictions_table(name, alpha, np.arange(n, dtype=np.uint64), labels, logits))
-    return concat(tables)
-
-
-def write_training(place, table, objective, alpha):
-    write_predictions(place / "predictions" / "validation.parquet", table)
-    metrics = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
-    content = {"objective": objective, "alpha": alpha, "metrics": metrics, "elapsed_s": 61.0, "moved": 0.02}
-    write_result(place, content)
-
-
-def make_study(study_dir, recipe, alpha=0.65):
-    rng = np.random.default_rng(0)
-    stored = sorted({*GRID, alpha})
-    with open_study(study_dir, recipe) as study:
-        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        recover_running(study)
-        study.add_zero_shot({"objective": 0.5, "id_accuracy": 0.5, "ood_accuracy": 0.5})
-        write_predictions(study_dir / "prepared" / "zero_shot.parquet", predictions(rng, (0.0,), 0))
-        for lift in (0.02, 0.1, 0.12, 0.11, 0.05):
-            spec = study.next()
-            write_training(spec.place(study_dir), predictions(rng, stored, lift), 0.5 + 1.96 * lift, alpha)
-            study.settle(spec)
-        spec = study.next()
-        spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        study.settle(spec, Failure("diverged", "loss not finite", spec.attempt, details="Traceback ..."))
-    return study_dir
+pytestmark = pytest.mark.slow
+MAX_BYTES = 6_000_000
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return make_study(tmp_path_factory.mktemp("studies") / "small", make_recipe())
+def studies(tmp_path_factory):
+    """Gives the study of a kind, made when it is first asked for."""
+    folder = tmp_path_factory.mktemp("kinds")
+    return functools.cache(lambda kind: report_studies.make(folder / kind.replace(" ", "_"), **KINDS[kind]))
 
 
 @pytest.fixture
-def study_dir(original, tmp_path):
-    return Path(shutil.copytree(original, tmp_path / "small"))
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
-def run(capsys, *words):
-    capsys.readouterr()
-    code = crash_host.call(["report", *map(str, words)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+@pytest.fixture
+def two(studies, here):
+    """A copy of a study of two trials."""
+    return Path(shutil.copytree(studies("two"), here / "study"))
 
 
-def complete(view):
-    return [row for row in view.trials if row.outcome == "complete"]
+@pytest.fixture
+def printed(run):
+    """Gives what a command prints with ``--json``."""
+
+    def call(*words):
+        code, out, err = run(*words, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    return call
 
 
-@pytest.mark.slow
-def test_counts_and_corrections(original):
-    view = read_study(original)
+# text and JSON
+
+
+def test_counts_and_corrections_and_the_text_tells_what_each_number_corrects(studies, run):
+    view = read_study(studies("thirty"))
     found = study_report(view)
-    assert found["counts"]["trials"]["complete"] == 4
-    assert found["counts"]["trials"]["diverged"] == 1
-    assert (found["counts"]["trainings"], found["counts"]["alphas"], found["counts"]["test_reads"]) == (6, 5 * 6, 0)
-    spec = objective_spec(view.recipe)
-    rows = complete(view)
-    tables = [
-        read_predictions(original / "trials" / row.name / "attempt-1" / "predictions" / "validation.parquet")
-        for row in rows
-    ]
-    matrices = {name: np.stack([correct(table, name, 0.65) for table in tables]) for name in SETS}
+    assert found["counts"]["trials"]["complete"] == 26
+    assert found["counts"]["trials"]["diverged"] == 4
+    assert (found["counts"]["trainings"], found["counts"]["alphas"], found["counts"]["test_reads"]) == (31, 27 * 5, 0)
+    spec, rows = objective_spec(view.recipe), [row for row in view.trials if row.outcome == "complete"]
+    tables = [read_predictions(row.place(view.study_dir) / "predictions" / "validation.parquet") for row in rows]
+    right = {
+        name: np.stack([correct(table, name, row.alpha) for table, row in zip(tables, rows, strict=True)])
+        for name in spec.sets
+    }
     objectives = [row.objective for row in rows]
-    noise = ranking_noise(spec, objectives, matrices)
+    noise = ranking_noise(spec, objectives, right)
     assert found["noise"]["image"] == pytest.approx(noise.variance)
     assert found["corrected"]["value"] == correct_best(objectives, noise.variance).value
     assert found["best"]["name"] == view.best.name
-    assert found["headline"]["baseline"] == "plain"
-
-
-@pytest.mark.slow
-def test_trainings_on_different_kinds_of_gpus_are_told(study_dir):
-    for folder, device in zip(
-        sorted((study_dir / "trials").glob("*/*/result.json")), ("H100", "A100", "H100"), strict=False
-    ):
-        content = json.loads(folder.read_text())
-        folder.write_text(json.dumps({**content, "environment": {"device": device}}))
-    forging.record(study_dir)
-    found = study_report(read_study(study_dir))
-    assert found["counts"]["devices"] == {"H100": 2, "A100": 1}
-    assert found["lines"][1] == "They ran on different devices, which round differently: 2 on H100, 1 on A100."
-
-
-@pytest.mark.slow
-def test_a_trainer_of_ones_own_may_have_chosen_and_every_text_says_that_nobody_counted(original, tmp_path):
-    study_dir = make_study(tmp_path / "own", make_recipe(function="mine:fit"))
-    for path, is_own in ((study_dir, True), (original, False)):
-        found = study_report(read_study(path))
-        assert (OWN_CHOICES in found["lines"]) == is_own
-        cost = verdict(page_document(read_study(path)))[-1].text
-        assert ("chosen on the labelled validation sets is not counted" in cost) == is_own
-
-
-@pytest.mark.slow
-def test_text_tells_what_each_number_corrects_and_ends_with_the_next_command(study_dir, capsys):
-    code, out, err = run(capsys, study_dir)
+    assert found["headline"]["baseline"] == "fine_tuning"
+    code, out, err = run("report", view.study_dir)
     assert code == 0
-    corrected = json.loads(run(capsys, study_dir, "--json")[1])["corrected"]
-    for words in (
-        "small: trials: 4 complete, 1 diverged.",
-        "6 trainings and 30 evaluated alphas chose on these validation images; test sets were read 0 times.",
-        f"Corrected: {100 * corrected['value']:.1f} %. The luck expected of the best of 4 values is subtracted, "
-        f"{100 * corrected['optimism']:.1f} points: that of images alone: that of the seeds is still in it",
-        "measured higher than plain by" if "higher than" in out else "no improvement over plain shown",
-    ):
-        assert words in out, words
-    assert f"carft-ray resume {study_dir}" in err  # it is not finished
+    assert "26 complete, 4 diverged.\n31 trainings and 135 evaluated alphas chose on these validation images;" in out
+    assert f"Corrected: {100 * found['corrected']['value']:.1f} %. The luck expected of the best of 26 values" in out
+    assert found["headline"]["sentence"] in out
+    assert "carft-ray " in err
 
 
-@pytest.mark.slow
-def test_json_is_one_document_and_the_same_twice(study_dir, capsys):
-    code, out, _ = run(capsys, study_dir, "--json")
-    assert code == 0
-    assert json.loads(out) == json.loads(run(capsys, study_dir, "--json")[1])
+def test_trainings_on_different_kinds_of_gpus_are_told(two):
+    for number, path in enumerate(sorted(two.glob("trials/*/*/result.json"))):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps({**content, "environment": {"device": ("H100", "A100")[number]}}))
+    forging.record(two)
+    found = study_report(read_study(two))
+    assert found["counts"]["devices"] == {"H100": 1, "A100": 1}
+    assert found["lines"][1] == "They ran on different devices, which round differently: 1 on H100, 1 on A100."
 
 
-@pytest.mark.slow
-def test_test_reads_are_counted_and_a_damaged_summary_is_told(study_dir, capsys):
+def test_a_trainer_of_ones_own_may_have_chosen_and_every_text_says_that_nobody_counted(two, searched):
+    train = make_recipe(2).train.model_copy(update={"function": "mine:fit"})
+    set_recipe(two, make_recipe(2).model_copy(update={"train": train}))
+    for document, is_own in ((page_document(read_study(two)), True), (searched, False)):
+        assert (OWN_CHOICES in document["report"]["lines"]) == is_own
+        assert ("chosen on the labelled validation sets is not counted" in verdict(document)[-1].text) == is_own
+
+
+def test_test_reads_are_counted_and_a_ledger_that_lost_a_line_is_no_ground_for_a_report(two, run):
     for purpose in ("winner fixed", "test", "test"):
-        write_line(study_dir, make_recipe(), purpose)
-    _, out, err = run(capsys, study_dir)
-    assert f"carft-ray export {study_dir}" in err
-    assert "test sets were read 2 times" in out
-    (study_dir / "confirm").mkdir()
-    (study_dir / "confirm" / "summary.json").write_text("[]")
-    assert run(capsys, study_dir)[0] == 5
-
-
-@pytest.mark.slow
-def test_a_ledger_that_lost_a_line_is_no_ground_for_a_report(study_dir, capsys):
-    for _ in range(2):
-        write_line(study_dir, make_recipe())
-    forget_line(study_dir, 2)
-    code, out, err = run(capsys, study_dir)
+        write_line(two, make_recipe(2), purpose)
+    assert "test sets were read 2 times" in run("report", two)[1]
+    forget_line(two, 3)
+    code, out, err = run("report", two)
     assert (code, out) == (8, "")
     assert "must have the ledger of which manifest.json tells" in err
 
 
-@pytest.mark.slow
-def test_confirmed_configurations_give_the_seed_noise(study_dir):
-    rng = np.random.default_rng(1)
-    spec = objective_spec(make_recipe())
-    values = {"values": {}, "objective": 0.6}
-    rows = [
-        {"name": "t0001", "role": "winner", "training": "t0001", "alpha": 0.6, **values},
-        {"name": "unfinished", "role": "candidate", "training": "t0002", "alpha": 0.6, **values},
-        {"name": "plain", "role": "baseline", "training": "plain", "alpha": 1.0, **values},
-        {"name": "zero_shot", "role": "baseline", "training": None, "alpha": 0.0, **values},
-    ]
-    lifts = {f"{row['training']}-seed{10 + n}": 0.05 * n for row in (rows[0], rows[2]) for n in (1, 2, 3)}
-    with open_study(study_dir, make_recipe()) as study:
-        recover_confirm(study, {name: {} for name in lifts})
-        while held := study.next():
-            write_training(held.place(study_dir), predictions(rng, (0.6, 1.0), lifts[held.name]), 0.6, 0.6)
-            study.settle(held)
-    stage = {"winner": "t0001", "seeds": [11, 12, 13], "rows": rows}
-    plan = {"first": stage, "second": None}
-    (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
-    found = confirmed(study_dir, spec)
-    assert [by_set["id_val"].shape for by_set in found] == [(3, 60)]
-    both = {"first": {**stage, "seeds": [11, 12], "rows": rows[:2]}, "second": {**stage, "rows": [rows[0]]}}
-    (study_dir / "confirm" / "plan.json").write_text(json.dumps(both))
-    assert [len(by_set["id_val"]) for by_set in confirmed(study_dir, spec)] == [2, 3]
-    (study_dir / "confirm" / "plan.json").write_text(json.dumps(plan))
-    report = study_report(read_study(study_dir))
-    assert report["noise"]["seed"] > 0
-    assert any("images and seeds, the latter from 1 confirmed" in line for line in report["lines"])
+def damage_summary(study_dir):
+    (study_dir / "confirm").mkdir()
+    (study_dir / "confirm" / "summary.json").write_text("[]")
 
 
-def test_a_study_without_a_finished_trial_is_told_so(tmp_path, capsys):
-    recipe = make_recipe()
-    with open_study(tmp_path / "new", recipe):
-        (tmp_path / "new" / "resolved.yaml").write_text(dump_recipe(recipe))
-    code, _, err = run(capsys, tmp_path / "new")
-    assert code == 6
-    assert "must have a finished trial" in err
+def lose_predictions(study_dir):
+    (read_study(study_dir).best.place(study_dir) / "predictions" / "validation.parquet").unlink()
 
 
-@pytest.mark.slow
-def test_missing_predictions_and_no_study_are_told(study_dir, tmp_path, capsys):
-    best = read_study(study_dir).best.name
-    (study_dir / "trials" / best / "attempt-1" / "predictions" / "validation.parquet").unlink()
-    assert run(capsys, study_dir)[0] == 5
-    assert run(capsys, tmp_path / "nothing")[0] == 2
+def lose_trials(study_dir):
+    shutil.rmtree(study_dir)
+    with open_study(study_dir, make_recipe(2)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"), [(damage_summary, 5), (lose_predictions, 5), (lose_trials, 6), (shutil.rmtree, 2)]
+)
+def test_what_is_damaged_or_missing_is_told(two, run, damage, code):
+    damage(two)
+    assert run("report", two)[0] == code
+
+
+# verdict card
+
+BETTER, SAME, WORSE = 0.75, 0.6, 0.45  # of the winner; the baseline has 0.6
+TRADED = (0.5, 0.85)  # of the winner on ID and OOD
+# what is done after the search with which level and how many seeds, and the marks: result, accuracy, seeds, test sets
+CASES = {
+    "confirmed, better": ({"confirm": (BETTER, 3)}, "warn warn pass warn"),
+    "confirmed with two seeds": ({"confirm": (BETTER, 2)}, "warn warn warn warn"),
+    "confirmed, better by OOD, ID lost": ({"confirm": (TRADED, 3)}, "warn warn pass warn"),
+    "tested, better": ({"confirm": (SAME, 3), "test": (BETTER, 3)}, "pass pass pass pass"),
+    "tested, the same": ({"confirm": (BETTER, 3), "test": (SAME, 3)}, "warn ? pass pass"),
+    "tested, worse": ({"confirm": (BETTER, 3), "test": (WORSE, 3)}, "warn warn pass pass"),
+    "tested without a confirm": ({"test": (BETTER, 1)}, "pass pass warn pass"),
+    "read twice": ({"confirm": (BETTER, 3), "test": (BETTER, 3), "reads": 2}, "pass pass pass warn"),
+    "went on": ({"confirm": (BETTER, 3), "test": (BETTER, 3), "went on": 1}, "pass pass pass warn"),
+}
+
+
+def compared(level, num_seeds, **more):
+    """What a confirm or a read of test sets finds when the winner has a level and the baseline 0.6."""
+    spec, rng = objective_spec(make_recipe()), np.random.default_rng(0)
+    of_id, of_ood = level if isinstance(level, tuple) else (level, level)
+    levels = {
+        "t0001": {"id_val": of_id, "noisy": of_ood, "blurry": of_ood},
+        "fine_tuning": dict.fromkeys(spec.sets, 0.6),
+    }
+    hard = (np.arange(160) + 0.5) / 160
+    right = {
+        name: {each: hard + rng.normal(0, 0.02, (num_seeds, 160)) < share for each, share in by_set.items()}
+        for name, by_set in levels.items()
+    }
+    found = compare(spec, right, "t0001", {"fine_tuning": 0.65})
+    found["rows"][0]["role"], found["rows"][1]["role"] = "winner", "baseline"
+    return {**found, **more}
+
+
+@pytest.fixture(scope="module")
+def searched(studies):
+    """The document of a study that has only a search."""
+    return page_document(read_study(studies("two")))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_card_agrees_with_confirm_and_test(searched, case):
+    done, marks = CASES[case]
+    document = dict(searched)
+    if "confirm" in done:
+        document["confirm"] = compared(*done["confirm"])
+    if "test" in done:
+        document["test"] = compared(*done["test"], confirmed="confirm" in done)
+        document["status"] = {**searched["status"], "ledger": {"test_reads": done.get("reads", 1)}}
+        document["ledger"] = [{"purpose": "search went on"}] * done.get("went on", 0)
+    source = "test" if "test" in done else "confirm"
+    summary, num_seeds = document[source], done[source][1]
+    lines = verdict(document)
+    assert [line.label for line in lines] == ["Result", "Accuracy", "Seeds", "Test sets", "Cost"]
+    assert lines[0].text.startswith(summary["headline"])  # the very sentence
+    for line, mark in zip(lines, marks.split(), strict=False):
+        assert mark in ("?", line.mark), line
+    row, kept = summary["rows"][0], summary["baselines"][0]["keeps_id"]
+    assert lines[1].passed == (kept and source == "test")  # the images of a confirm have chosen
+    assert ("keeps the ID accuracy" in lines[1].text) == kept
+    for what, is_missing in (("seeds", num_seeds == 1), ("the choice by these images", source == "confirm")):
+        assert (what in lines[0].text.partition("not covered: ")[2]) == is_missing
+    for name in ("id_accuracy", "ood_accuracy"):
+        mean, low, high = (100 * number for number in (row[name]["mean"], *row[name]["ends"]))
+        assert f"{mean:.1f} [{low:.1f}, {high:.1f}] %" in lines[1].text
+    assert ("one training each" if num_seeds == 1 else f"{num_seeds} fresh seeds") in lines[2].text
+    assert (done.get("reads", 1) == 2) == ("read 2 times" in lines[3].text)
+    assert ("went on" in done) == ("continued" in lines[3].text)
+
+
+@pytest.mark.parametrize("kind", ["thirty", "no OOD set", "Pareto"])
+def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(studies, kind):
+    document = page_document(read_study(studies(kind)))
+    lines, headline = verdict(document), document["report"]["headline"]
+    assert lines[0].text.startswith(f"{document['status']['best']['name']}: {headline['sentence']}")
+    assert [line.passed for line in lines] == [False] * 5  # the images that chose show nothing
+    assert lines[0].text.endswith("95 %, over images; not covered: seeds, the choice by these images")
+    assert "improves" not in str(document["report"]["lines"])
+    assert ("there is no OOD set" in lines[1].text) == (kind == "no OOD set")
+
+
+def test_the_card_says_where_there_is_no_result_no_baseline_and_what_was_tuned(studies, searched):
+    failed = page_document(read_study(studies("all failed")))
+    assert verdict(failed)[0] == Line("Result", False, "no trial has finished: 5 diverged")
+    alone = {**searched, "report": {**searched["report"], "headline": None}}
+    assert verdict(alone)[0].text.startswith("no baseline to compare with")
+    assert "tuned with 2 trainings of CAR-FT; baseline fine tuning not tuned" in verdict(searched)[4].text
+    status = {**searched["status"], "baselines": [], "times": {"training_s": 9000}}
+    for second, is_equal in ((16, True), (4, False)):
+        line = verdict({**searched, "status": status, "methods": {"car_ft": 16, "feature_kd": second}})[4]
+        assert line.text.startswith(f"tuned with 16 trainings of car ft and {second} trainings of feature kd")
+        assert line.passed == is_equal
+        assert line.text.endswith("2.5 hours without a GPU")
+    assert "ft_study t0001 tuned in a search of its own" in verdict({**searched, "rivals": ["ft_study t0001"]})[4].text
+
+
+def test_the_command_prints_the_card_or_writes_it_into_a_file(two, run):
+    lines = run("report", two, "--card", "text")[1].splitlines()
+    assert [line.split()[:2] for line in lines[1:3]] == [["[warn]", "Result"], ["[warn]", "Accuracy"]]
+    assert run("report", two, "--card", "latex", "--out", "card.tex")[0] == 0
+    text = Path("card.tex").read_text()
+    assert text.startswith(r"\begin{tabular}")
+    assert text.count(r"\\") == len(lines) == 6
+
+
+# page
+
+
+class Tags(HTMLParser):
+    """Start tags of a page with their attributes."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+
+
+def check_page(path, document):
+    """A page holds all that it needs, is not too large, and has the figures that the document has numbers for."""
+    text = path.read_text(encoding="utf-8")
+    assert len(text.encode()) < MAX_BYTES
+    tags = Tags(text).found
+    for tag, attributes in tags:
+        for name in ("src", "srcset", "action", "data"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+        assert not re.match(r"(https?:)?//", attributes.get("href") or "")
+        assert tag not in ("link", "iframe", "base", "object")
+    assert "@import" not in (HERE / "page.css").read_text()
+    ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    known = {name for several in FIGURES.values() for name in several}
+    assert [one for one in ids if one in known] == [name for names in figures(document).values() for name in names]
+    data = re.search(r'(?s)<script[^>]* id="data"[^>]*>(.*?)</script>', text)[1]
+    assert "NaN" not in data
+    assert len(json.loads(data)["trials"]["rows"]) == len(document["trials"])
+    return text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_study_of_each_kind_has_a_whole_page(studies, tmp_path, kind):
+    document = write_page(read_study(studies(kind)), tmp_path / "page.html")
+    text = check_page(tmp_path / "page.html", document)
+    there = {name for names in figures(document).values() for name in names}
+    assert ("front" in there) == (kind != "no OOD set" and bool(document["has_ood"]))
+    assert ("contour" in there) == ("importance" in there) == (kind == "thirty")  # not below twenty trials
+    assert ("alphas" in there) == (kind == "no OOD set")
+    visible = re.sub(r"(?s)<(script|style)\b.*?</\1>", "", text)
+    assert not re.search(r"\b(NaN|nan|None|Undefined|undefined|inf)\b", visible)
+    assert visible.count("<noscript><figure") == ("front" in there)
+    assert "<b>" not in visible  # a reason of a failure is text
+
+
+def test_a_running_search_has_a_page(tmp_path):
+    with open_study(tmp_path / "study", make_recipe(6)) as study:
+        report_studies.fill(study, 3)
+        report_studies.start(study)
+        document = write_page(read_study(tmp_path / "study"), tmp_path / "page.html")
+    assert document["running"]
+    assert document["status"]["trials"]["running"] == 1
+    assert "the search is running" in check_page(tmp_path / "page.html", document)
+
+
+def test_the_page_has_the_numbers_of_the_commands(studies, printed):
+    study_dir = studies("thirty")
+    document = json.loads(json.dumps(page_document(read_study(study_dir))))
+    assert document["report"] == printed("report", study_dir)
+    assert document["status"] == printed("status", study_dir)
+    rows = printed("ls", study_dir, "--sort", "number")
+    assert (document["trials"], document["baselines"]) == (rows["trials"], rows["baselines"])
+    trials = packed(document)["trials"]
+    names = [*trials["kept"], *trials["values"], *trials["metrics"]]
+    for row, original in zip(trials["rows"], document["trials"], strict=True):
+        found = dict(zip(names, row, strict=True))
+        assert (found["objective"], found["alpha"]) == (original["objective"], original["alpha"])
+        for name in trials["metrics"]:
+            assert found[name] == original["metrics"].get(name, found[name])
+        values = {name: value for name, value in original["values"].items() if name != "alpha"}
+        assert {name: found[name] for name in original["values"] if name in found} == values
+
+
+def test_the_page_says_what_may_be_wrong(studies, searched):
+    view = read_study(studies("two"))
+    noise = {"image": 1e-4, "seed": None, "words": "image noise only"}
+    report = {**searched["report"], "noise": noise, "corrected": {"num_trials": 5, "factor": 0.1, "spread": 1e-4}}
+    above = [replace(row, objective=1.0, at_chance=True) for row in view.baselines if row.name == "zero_shot"]
+    found = findings(replace(view, baselines=above), {**searched, "report": report})
+    checks = {row["check"] for row in found}
+    assert {"below zero-shot", "noise larger than differences", "zero-shot at chance"} <= checks
+
+
+def test_the_command_writes_the_page_into_the_study_or_where_it_is_told(two, run, printed):
+    assert "report.html" in run("report", two, "--html")[1]
+    assert (two / "report.html").is_file()
+    out = Path("elsewhere", "page.html")
+    assert printed("report", two, "--html", "--out", out)["num_bytes"] == out.stat().st_size
+    links = [attributes["href"] for tag, attributes in Tags(out.read_text()).found if tag == "a"]
+    folders = [Path(out.parent, link) for link in links if link.endswith("/")]
+    assert len(folders) == 2
+    assert all(folder.is_dir() for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        ("--card text --html", "--card must stand without --html"),
+        ("--card png", "text, latex"),
+        ("--tables x --html", "--tables must stand without --html"),
+        ("--tables x --out y", "--out needs --html or --card"),
+    ],
+)
+def test_options_that_do_not_belong_together_are_refused(two, run, words, part):
+    code, _, err = run("report", two, *words.split())
+    assert code == 2
+    assert part in err.replace(":", "")
+
+
+def test_the_page_shows_the_pictures_of_the_best_trial_with_the_answers_of_its_predictions(two, tmp_path):
+    report_studies.keep_thumbnails(two)
+    view = read_study(two)
+    document = write_page(view, tmp_path / "page.html")
+    table = read_predictions(view.best.place(two) / "predictions" / "validation.parquet")
+    alphas = sorted({0.0, view.best.alpha, 1.0})
+    num = sum(len(ids) for name in objective_spec(view.recipe).sets for ids in changed(table, name, alphas).values())
+    assert sum(group["num_images"] for group in document["changed_images"]) == num
+    shown = [one for group in document["changed_images"] for one in group["images"]]
+    assert len(shown) == min(48, num)
+    for one in shown:
+        assert [answer["alpha"] for answer in one["answers"]] == alphas
+        assert {answer["right"] for answer in one["answers"]} == {True, False}
+        assert all(answer["right"] == (answer["answer"] == one["label"]) for answer in one["answers"])
+    text = check_page(tmp_path / "page.html", document)
+    assert all(one["picture"] in text for one in shown)
+    evaluate = view.recipe.evaluate.model_copy(update={"thumbnails": 0})
+    set_recipe(two, view.recipe.model_copy(update={"evaluate": evaluate}))
+    assert page_document(read_study(two))["changed_images"] == []
+
+
+# tables
+
+
+def test_the_tables_are_files_of_csv_and_parquet_with_the_numbers_of_the_page(studies, here, printed):
+    study_dir = studies("thirty")
+    view, document = read_study(study_dir), page_document(read_study(study_dir))
+    paths = map(Path, printed("report", study_dir, "--tables", "tables")["tables"])
+    tables = {path.stem: pq.read_table(path) for path in paths if path.suffix == ".parquet"}
+    assert [*tables] == ["trials", "baselines", "curves", "sets"]
+    for name, table in tables.items():
+        with (here / "tables" / f"{name}.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [list(row) for row in rows] == [table.column_names] * table.num_rows
+        for column in table.column_names:
+            kept = [row[column] for row in rows if row[column]]
+            values = [value for value in table[column].to_pylist() if value not in (None, "")]
+            assert len(kept) == len(values)
+            if pa.types.is_floating(table[column].type):
+                assert [float(text) for text in kept] == values
+    assert tables["trials"].equals(carft_ray.open_study(study_dir).trials())
+    assert tables["baselines"].equals(carft_ray.open_study(study_dir).baselines)
+    points = [{"name": row.name, **point} for row in view.rows for point in view.result(row).get("curve", ())]
+    curves = [{name: row[name] for name in points[0]} for row in tables["curves"].to_pylist()]
+    assert all(point in curves for point in points)
+    chosen = {row["name"]: row["alpha"] for row in tables["curves"].to_pylist() if row["chosen"]}
+    assert chosen == {row.name: row.alpha for row in view.rows if row.outcome == "complete" and row.name != "zero_shot"}
+    shown = {(row["name"], row["set"]): row["mean"] for row in tables["sets"].to_pylist()}
+    [table] = document["tables"]
+    for row in (*table["rows"], *table["differences"]):
+        for name, cell in zip(table["sets"], row["cells"], strict=True):
+            assert shown[row["name"], name] == cell["mean"]
+
+
+def test_a_study_without_a_result_has_tables_without_rows(studies, tmp_path):
+    paths = carft_ray.report(studies("all failed")).save_tables(tmp_path)
+    rows = {path.stem: pq.read_table(path).num_rows for path in paths if path.suffix == ".parquet"}
+    assert rows == {"trials": 5, "baselines": 2, "curves": 6, "sets": 0}

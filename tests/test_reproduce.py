@@ -1,170 +1,154 @@
-"""A training of a study done again gives the same numbers, or says why not. The trainings are real and short."""
+"""Two trainings side by side: one done again gives the same numbers or says why not, and any two are compared."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import forging
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import short_study
+import short_sealed
 import short_training
 from safetensors.torch import load_file, save_file
 
-from carft_ray import cli, environment
+from carft_ray import environment
 from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, StorageError, UsageError
-from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.evaluation.predictions import correct, read_predictions, write_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import single
-from carft_ray.results.reading.finished import open_finished
+from carft_ray.results.compare import compare
+from carft_ray.results.reading.finished import open_finished, split_target
 from carft_ray.results.reproduce import reproduce, sentence, table_differences
+from carft_ray.results.statistics.intervals import OVER_IMAGES
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_confirm, recover_running
+from carft_ray.study.recovery import recover_running
+from carft_ray.study.rows import trials
 
 pytestmark = pytest.mark.slow
+PREDICTIONS = Path("predictions") / "validation.parquet"
 
 
 def quiet(*words):
     del words
 
 
-def again(folder, trial=None, out=None):
-    finished = open_finished(folder, trial)
-    return reproduce(finished, out or folder.with_name("again"), quiet, quiet, quiet)
-
-
-def run(monkeypatch, *words):
-    """Runs a command; returns its exit code."""
-    monkeypatch.setattr(sys, "argv", ["carft-ray", *map(str, words)])
-    try:
-        cli.main()
-    except SystemExit as end:
-        return end.code or 0
-    return 0
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    """Model and images, and a study of two trials and two baselines."""
+    return short_sealed.shared(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    """Model, images, a study of two trials and two baselines, and a training of ``train``."""
-    here = tmp_path_factory.mktemp("original")
-    overrides = [
-        f"data.cache_dir={here / 'cache'}",
-        "train.epochs=2",
-        "search.baselines={fine_tuning: {kl_weight: 0}, longer: {epochs: 3}}",
-    ]
-    recipe = load_recipe(short_training.make(here), overrides)
-    short_study.search(here / "study", recipe)
-    train_once(recipe, here / "run", False, "", quiet, quiet, quiet)
-    return here
+def trained(original, tmp_path_factory):
+    """A training of ``train`` on the same images."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    recipe = load_recipe(original / "recipe.yaml", [f"data.cache_dir={original / 'cache'}", "train.epochs=2"])
+    train_once(recipe, folder, False, "", quiet, quiet, quiet)
+    return folder
 
 
 @pytest.fixture
-def here(original, tmp_path):
-    """A copy at the same age of every file; the study still names the images of the original."""
-    for name in ("study", "run"):
-        shutil.copytree(original / name, tmp_path / name, copy_function=shutil.copy2)
+def here(original, trained, tmp_path):
+    """Copies at the same age of every file; they still name the images of the original."""
+    shutil.copytree(original / "study", tmp_path / "study", copy_function=shutil.copy2)
+    shutil.copytree(trained, tmp_path / "run", copy_function=shutil.copy2)
     return tmp_path
 
 
-@pytest.mark.parametrize("trial", [None, "0", "t0001", "fine_tuning", "longer", "zero_shot"])
+def again(folder, trial=None, out=None):
+    return reproduce(open_finished(folder, trial), out or folder.with_name("again"), quiet, quiet, quiet)
+
+
+@pytest.mark.parametrize("trial", [None, "plain", "zero_shot"])
 def test_every_training_of_a_study_is_reproduced(here, trial):
     found = again(here / "study", trial)
-    assert found["differences"] == []
-    assert found["changes"] == []
+    assert found["differences"] == found["changes"] == []
     assert found["weights_compared"] == (trial != "zero_shot")
     assert "the same, bit for bit" in sentence(found)
 
 
-def test_a_training_of_train_is_reproduced(here):
-    found = again(here / "run")
+def test_a_training_of_train_is_reproduced_and_the_new_one_is_one_like_any_other(here):
+    found = again(here / "run", None, here / "kept")
     assert found["same"]
-    assert found["num_predictions"] == len(
-        read_predictions(short_training.place_in(here / "run") / "predictions" / "validation.parquet")
-    )
+    assert found["num_predictions"] == len(read_predictions(short_training.place_in(here / "run") / PREDICTIONS))
+    assert again(here / "kept")["same"]
+    for trial in ("0", "zero_shot"):
+        with pytest.raises(UsageError, match="--out"):
+            again(here / "study", trial, here / "kept")
 
 
-def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here, original):
+def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here):
     """It is a training like a trial, with a seed of its own."""
-    name = next((here / "study" / "trials").iterdir()).name
-    recipe = load_recipe(original / "study" / "resolved.yaml", ["train.seed=5"])
-    train_once(recipe, here / "seed5", False, "", quiet, quiet, quiet)
-    with open_study(here / "study", load_recipe(original / "study" / "resolved.yaml")) as study:
-        recover_confirm(study, {f"{name}-seed5": {}})
-        spec = study.next()
-        shutil.copytree(short_training.place_in(here / "seed5"), spec.place(study.study_dir))
-        study.settle(spec)
-    assert again(here / "study", f"confirm/{name}-seed5")["same"]
-    with pytest.raises(UsageError, match=f"did you mean 'confirm/{name}-seed5'"):
-        open_finished(here / "study", f"confirm/{name}-seed6")
+    row = trials(here / "study")[0]
+    short_sealed.confirm(here / "study", {f"{row.name}-seed5": {**row.values, "seed": 5}})
+    assert again(here / "study", f"confirm/{row.name}-seed5")["same"]
+    with pytest.raises(UsageError, match=f"did you mean 'confirm/{row.name}-seed5'"):
+        open_finished(here / "study", f"confirm/{row.name}-seed6")
 
 
-def test_the_new_training_can_be_kept_and_is_one_like_any_other(here):
-    again(here / "study", "0", here / "kept")
-    assert again(here / "kept", None, here / "twice")["same"]
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-@pytest.fixture
-def flipped(original):
-    """One bit of one PNG is flipped; size and date stay. Mended afterwards."""
-    path = original / "images" / "sketch" / "heart" / "1.png"
-    kept, times = path.read_bytes(), path.stat()
-    changed = bytearray(kept)
-    changed[len(changed) // 2] ^= 1
-    path.write_bytes(changed)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert (path.stat().st_size, path.stat().st_mtime_ns) == (times.st_size, times.st_mtime_ns)
-    yield path
-    path.write_bytes(kept)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def test_one_flipped_bit_behind_the_same_size_and_date_names_the_set(here, flipped, monkeypatch, capsys):
-    assert run(monkeypatch, "reproduce", here / "study", "t0000") == DataError.exit_code == 4
-    text = capsys.readouterr().err
-    assert "data.ood_val.sketch: the contents of this set must be those of the manifest" in text
-    assert "data.id_val" not in text
-    assert not (here / "again").exists()
-
-
-def test_other_weights_are_named_and_nothing_is_left_behind(here, original):
-    path = original / "model" / "open_clip_model.safetensors"
-    kept = path.read_bytes()
+def raise_scale(path):
     state = load_file(path)
-    state["logit_scale"] = state["logit_scale"] + 1
-    save_file(state, path)
-    try:
-        with pytest.raises(DataError, match="model: the weights must be as in the manifest"):
-            again(here / "study", "0")
-    finally:
-        path.write_bytes(kept)
+    save_file({**state, "logit_scale": state["logit_scale"] + 1}, path)
+
+
+@pytest.mark.parametrize(
+    ("path", "write", "told"),
+    [
+        ("images/sketch/heart/1.png", flip_a_bit, "data.ood_val.sketch: the contents of this set must be those of the"),
+        ("model/open_clip_model.safetensors", raise_scale, "model: the weights must be as in the manifest"),
+    ],
+)
+def test_other_images_or_weights_are_named_and_nothing_is_left_behind(here, original, run, path, write, told):
+    """Size and date are those of before."""
+    study, times = short_sealed.copy(original, here / "own"), (original / path).stat()
+    write(here / "own" / path)
+    os.utime(here / "own" / path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    code, _, err = run("reproduce", study, "t0000", "--out", here / "again")
+    assert code == DataError.exit_code == 4
+    assert told in err
+    assert "data.id_val" not in err
     assert not (here / "again").exists()
 
 
-def change_result(study_dir, trial, change):
-    path = next((study_dir / "trials").glob(f"{trial}*")) / "attempt-1" / "result.json"
+def change_result(study_dir, change):
+    """Changes the stored result of the first trial."""
+    path = next((study_dir / "trials").glob("t0000*")) / "attempt-1" / "result.json"
     result = json.loads(path.read_text())
     change(result)
     path.write_text(json.dumps(result))
     forging.record(study_dir)
 
 
-def test_another_number_ends_with_the_largest_difference_and_no_explanation(here, monkeypatch, capsys):
+def change_column(folder, name, values):
+    """Changes the stored predictions of a training of ``train``."""
+    path = short_training.place_in(folder) / PREDICTIONS
+    table = read_predictions(path)
+    index = table.schema.get_field_index(name)
+    column = pa.array(values, table.schema.field(index).type)
+    write_predictions(path, table.set_column(index, table.schema.field(index), column))
+    forging.record(folder)
+
+
+def test_another_number_ends_with_the_largest_difference_and_no_explanation(here, run):
     def change(result):
         result["metrics"]["accuracy/sketch"] += 0.25
         result["objective"] += 0.001
 
-    change_result(here / "study", "t0000", change)
-    assert run(monkeypatch, "reproduce", here / "study", "t0000", "--json") == CarftError.exit_code == 1
-    output = capsys.readouterr()
-    assert "2 that differ (objective, metrics.accuracy/sketch); the largest difference is that of" in output.err
-    assert "Data, weights, code, versions and hardware are those of the manifest" in output.err
-    found = json.loads(output.out)
+    change_result(here / "study", change)
+    code, out, err = run("reproduce", here / "study", "t0000", "--json")
+    assert code == CarftError.exit_code == 1
+    assert "2 that differ (objective, metrics.accuracy/sketch); the largest difference is that of" in err
+    assert "Data, weights, code, versions and hardware are those of the manifest" in err
+    found = json.loads(out)
     assert found["same"] is False
     assert {each["what"]: round(each["size"], 6) for each in found["differences"]} == {
         "metrics.accuracy/sketch": 0.25,
@@ -172,88 +156,66 @@ def test_another_number_ends_with_the_largest_difference_and_no_explanation(here
     }
 
 
-def test_a_gpu_repeats_a_training_within_rounding(here, monkeypatch, capsys):
+def test_a_gpu_repeats_a_training_within_rounding(here, run):
     """Where it is not deterministic; the training is one that a CPU has made, under another name."""
 
     def change(result):
         result["environment"]["device"] = "NVIDIA H100 80GB HBM3"
         result["objective"] += 0.001
 
-    change_result(here / "study", "t0000", change)
-    assert run(monkeypatch, "reproduce", here / "study", "t0000", "--json") == 0
-    output = capsys.readouterr()
-    assert json.loads(output.out)["tolerance"] == 0.01
-    assert "report it" not in output.err
-    found = again(here / "study", "0")
+    change_result(here / "study", change)
+    code, out, _ = run("reproduce", here / "study", "t0000", "--json")
+    found = json.loads(out)
+    assert (code, found["same"], found["tolerance"]) == (0, True, 0.01)
     assert "is reproduced within rounding" in sentence(found)
-    assert "bit for bit" in sentence(found)  # by which key
-    change_result(here / "study", "t0000", lambda result: result.update(objective=result["objective"] + 0.25))
-    assert run(monkeypatch, "reproduce", here / "study", "t0000") == CarftError.exit_code
-    text = capsys.readouterr().err
-    assert "its numbers must differ by at most 0.01, but got 1 that differ (objective)" in text
-    assert "train.deterministic: true" in text
-    assert "report it" not in text
+    change_result(here / "study", lambda result: result.update(objective=result["objective"] + 0.25))
+    code, _, err = run("reproduce", here / "study", "t0000")
+    assert code == CarftError.exit_code
+    assert "its numbers must differ by at most 0.01, but got 1 that differ (objective)" in err
+    assert "train.deterministic: true" in err
+    assert "report it" not in err
 
 
-def test_a_difference_is_explained_by_what_the_manifest_says_otherwise(here, monkeypatch, capsys):
-    change_result(here / "study", "t0000", lambda result: result.update(objective=0.1))
+@pytest.mark.parametrize("is_same", [True, False])
+def test_what_the_manifest_says_otherwise_is_told_and_explains_a_difference(here, monkeypatch, run, is_same):
+    if not is_same:
+        change_result(here / "study", lambda result: result.update(objective=0.1))
     then = environment.versions()
     monkeypatch.setattr(environment, "versions", lambda: {**then, "numpy": "99.0"})
     monkeypatch.setattr(environment, "hardware", lambda: {"platform": "here", "cpu": "fast", "cores": 99})
-    assert run(monkeypatch, "reproduce", here / "study", "t0000") == 1
-    text = capsys.readouterr().err
-    assert f"versions.numpy: {then['numpy']} then, 99.0 now" in text
-    assert "hardware.cores" in text
-
-
-def test_changes_are_told_even_when_the_numbers_agree(here, monkeypatch, capsys):
-    then = environment.versions()
-    monkeypatch.setattr(environment, "versions", lambda: {**then, "ray": "99.0"})
-    assert run(monkeypatch, "reproduce", here / "run", "--out", here / "kept") == 0
-    output = capsys.readouterr()
-    assert output.out.startswith("run:train is reproduced: ")
-    assert f"versions.ray: {then['ray']} then, 99.0 now" in output.err
+    code, out, err = run("reproduce", here / "study", "t0000", "--out", here / "kept")
+    assert code == (0 if is_same else 1)
+    assert ("is reproduced: " in out) == is_same
+    assert f"versions.numpy: {then['numpy']} then, 99.0 now" in err
+    assert "hardware.cores" in err
     assert (short_training.place_in(here / "kept") / "result.json").exists()
 
 
 def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
-    path = next((here / "study" / "trials").glob("t0000*")) / "attempt-1" / "predictions" / "validation.parquet"
-    table = pq.read_table(path)
+    table = read_predictions(short_training.place_in(here / "run") / PREDICTIONS)
     values = table["nll"].to_numpy().copy()
     values[3] = np.nextafter(values[3], np.inf)
-    index = table.schema.get_field_index("nll")
-    pq.write_table(table.set_column(index, table.schema.field(index), pa.array(values)), path)
-    forging.record(here / "study")
-    found = again(here / "study", "0")
+    change_column(here / "run", "nll", values)
+    found = again(here / "run")
     assert [each["what"] for each in found["differences"]] == [f"predictions.nll (1 of {len(values)} rows)"]
     assert 0 < found["differences"][0]["size"] < 1e-5
+    assert table_differences(table, table.slice(1))[0]["now"] == f"{len(table) - 1} rows"
+    assert table_differences(table, table.select(["nll"]))[0]["now"] == "nll"
+    assert table_differences(pa.table({"a": [1, 2]}), pa.table({"a": [1, 3]}))[0]["size"] is None
 
 
-def test_tables_of_other_rows_or_columns_are_no_columns_to_compare():
-    table = pa.table({"a": [1, 2], "b": [1.0, 2.0]})
-    assert table_differences(table, table) == []
-    assert table_differences(table, table.slice(1))[0]["then"] == "2 rows"
-    assert table_differences(table, table.select(["a"]))[0]["now"] == "a"
-    other = pa.table({"a": [1, 3], "b": [1.25, 2.5]})
-    assert [(each["what"], each["now"], each["size"]) for each in table_differences(table, other)] == [
-        ("predictions.a (1 of 2 rows)", "3", None),
-        ("predictions.b (2 of 2 rows)", "2.5", 0.5),
-    ]
-
-
-def test_wrong_targets_are_refused_with_the_nearest(here, tmp_path):
-    name = next((here / "study" / "trials").glob("t0001*")).name
-    with pytest.raises(UsageError, match=f"did you mean {name!r}"):
-        open_finished(here / "study", name[:-1] + "x")
-    with pytest.raises(UsageError, match="did you mean 'fine_tuning'"):
-        open_finished(here / "study", "fine_tunning")
-    with pytest.raises(UsageError, match="number or name of a trial or baseline"):
-        open_finished(here / "run", "1")
-    with pytest.raises(UsageError, match="no such folder"):
-        open_finished(here / "studi")
-    (tmp_path / "other").mkdir()
-    with pytest.raises(UsageError, match="must be a study or the folder of a training"):
-        open_finished(tmp_path / "other")
+@pytest.mark.parametrize(
+    ("folder", "trial", "told"),
+    [
+        ("study", "plane", "did you mean 'plain'"),
+        ("run", "1", "number or name of a trial or baseline"),
+        ("studi", None, "no such folder"),
+        ("", None, "must be a study or the folder of a training"),
+    ],
+)
+def test_wrong_targets_are_refused_with_the_nearest(here, folder, trial, told):
+    with pytest.raises(UsageError, match=told):
+        open_finished(here / folder, trial)
 
 
 def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
@@ -269,37 +231,114 @@ def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
         open_finished(here / "begun")
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "result.json", "validation.parquet"])
-def test_a_damaged_file_of_a_study_is_named(here, name):
-    path = next(here.glob("run/**/" + name))
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(StorageError, match=name):
-        again(here / "run")
+# two trainings compared
 
 
-def test_the_new_folder_must_be_new(here):
-    with pytest.raises(UsageError, match="--out"):
-        again(here / "study", "0", here / "run")
-    with pytest.raises(UsageError, match="--out"):
-        again(here / "study", "zero_shot", here / "run")
+def row(found, what):
+    return next(each for each in found["rows"] if each["what"] == what)
 
 
-@pytest.mark.whole
-def test_a_trial_of_a_real_search_is_reproduced(tmp_path):
-    """Trained in a process of Ray with threads of its own; done again in that of the command."""
-    settings = [f"data.cache_dir={tmp_path / 'cache'}", "search.trials=1"]
-    recipe = short_training.make(tmp_path)
-    words = [word for setting in settings for word in ("--set", setting)]
-    for command in (
-        ["search", recipe, *words, "--study", tmp_path / "study"],
-        ["reproduce", tmp_path / "study", "0"],
-    ):
-        done = subprocess.run(
-            [sys.executable, "-m", "carft_ray.cli", *map(str, command)],
-            capture_output=True,
-            text=True,
-            cwd=Path(__file__).parents[1],
-            timeout=600,
-        )
-        assert done.returncode == 0, done.stderr
-    assert "the same, bit for bit" in done.stdout
+def keys(rows):
+    return {each["key"]: (each["a"], each["b"]) for each in rows}
+
+
+def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metrics(here):
+    study = here / "study"
+    results = {path.parts[-3]: json.loads(path.read_text()) for path in study.glob("trials/*/*/result.json")}
+    best = max(sorted(results), key=lambda name: results[name]["objective"])
+    found = compare(str(study), f"{study}:plain")
+    assert (found["a"]["trial"], found["b"]["trial"]) == (best, "plain")
+    assert row(found, "objective")["a"] == results[best]["metrics"]["objective"]
+    assert keys(found["recipe"]).keys() == {"train.kl_weight", "train.learning_rate"}
+    assert found["origin"] == []
+    assert [each["what"] for each in found["rows"]] == ["objective", "id_accuracy", "ood_accuracy", "accuracy/sketch"]
+    for each in found["rows"]:
+        assert each["difference"] == pytest.approx(each["a"] - each["b"], abs=1e-12)
+        assert each["low"] <= each["difference"] <= each["high"]
+    assert found["words"] == OVER_IMAGES
+    assert compare(str(study), f"{study}:zero_shot")["b"]["alpha"] == 0.0
+    same = compare(str(here / "run"), str(here / "run"))
+    assert same["recipe"] == same["origin"] == []
+    assert {each["difference"] for each in same["rows"]} == {0.0}
+    assert all(each["low"] < 0 < each["high"] for each in same["rows"])  # these few images only
+
+
+def test_the_interval_is_that_of_the_paired_differences_of_the_images(here, trained):
+    """The normal interval of the mean of d_k = a_k - b_k, with a NumPy sum; half of the other's answers are right."""
+    table = read_predictions(short_training.place_in(trained) / PREDICTIONS)
+    change_column(here / "run", "prediction", table["label"].to_numpy() + np.arange(len(table)) % 2)
+    found = row(compare(str(trained), str(here / "run")), "id_accuracy")
+    right = []
+    for folder in map(short_training.place_in, (trained, here / "run")):
+        alpha = json.loads((folder / "result.json").read_text())["alpha"]
+        right.append(correct(read_predictions(folder / PREDICTIONS), "id_val", alpha).astype(float))
+    d = right[0] - right[1]
+    half = 1.959963984540054 * d.std(ddof=1) / np.sqrt(len(d))
+    assert (found["low"], found["high"]) == pytest.approx((d.mean() - half, d.mean() + half), abs=1e-12)
+
+
+def test_the_same_images_with_other_labels_are_not_compared(here, trained):
+    table = read_predictions(short_training.place_in(trained) / PREDICTIONS)
+    change_column(here / "run", "label", (table["label"].to_numpy() + 1) % 5)
+    assert set(compare(str(trained), str(here / "run"))["reasons"]) == {"id_val", "sketch", "objective"}
+
+
+def change_manifest(folder, change):
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run, trained):
+    assert split_target("a/b") == ("a/b", None)
+    assert split_target("a/b:confirm/x") == ("a/b", "confirm/x")
+    (here / "run:1").mkdir()
+    assert split_target(f"{here}/run:1")[1] is None
+    for wrong in (":7", "a:"):
+        with pytest.raises(UsageError, match="DIR or DIR:TRIAL"):
+            split_target(wrong)
+    for path in (here / "study" / "trials").glob("*/*/result.json"):
+        path.unlink()
+    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
+        compare(str(trained), str(here / "study"))
+    assert run("compare", here / "run", here / "runn")[0] == 2
+
+
+def test_the_command_shows_both_sides_and_the_json_is_the_whole_answer(here, run):
+    words = [f"{here / 'study'}:{name}" for name in ("t0000", "plain")]
+    assert json.loads(run("compare", *words, "--json")[1]) == compare(*words)
+    code, out, err = run("compare", *words)
+    assert code == 0
+    for text in ("train.learning_rate", "A: study:t0000", ", alpha", "B: study:plain", "ID (id_val)", "A - B, points"):
+        assert text in out
+    assert "over images; one training: seeds not covered" in err
+    assert f"carft-ray reproduce {here / 'study'}" in err
+
+
+def test_what_was_measured_on_other_images_or_defined_otherwise_is_not_compared(here, trained):
+    """Sample ids are those of the names: only the contents tell."""
+
+    def change(manifest):
+        manifest["provenance"]["data"]["sketch"]["digest"] = "0" * 64
+        manifest["provenance"]["versions"]["numpy"] = "1.0"
+
+    def leave_out(manifest):
+        manifest["recipe"]["data"]["ood_val"] = {}
+        manifest["recipe"]["search"]["objective"]["id_weight"] = 0.25
+
+    change_manifest(here / "run", change)
+    found = compare(str(trained), str(here / "run"))
+    assert keys(found["origin"]).keys() == {"data.sketch.digest", "versions.numpy"}
+    assert "the contents of the images differ" in found["reasons"]["sketch"]
+    assert found["reasons"]["objective"] == "it needs all its sets, and sketch cannot be compared"
+    assert row(found, "accuracy/sketch")["difference"] is row(found, "ood_accuracy")["difference"] is None
+    assert row(found, "id_accuracy")["difference"] == 0
+    change_manifest(here / "run", leave_out)
+    found = compare(str(trained), str(here / "run"))
+    assert found["reasons"] == {
+        "sketch": "only run:train has this set",
+        "ood_accuracy": "it is the mean of other sets",
+        "objective": "the recipes define it differently",
+    }
+    assert (row(found, "accuracy/sketch")["b"], row(found, "objective")["difference"]) == (None, None)

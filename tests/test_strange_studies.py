@@ -34,23 +34,15 @@ def victim(tmp_path):
     """A training of someone else, with all that a study would remove or write."""
     folder = tmp_path / "victim" / "run1"
     (folder / "attempt-1" / "step-00000010").mkdir(parents=True)
-    for name in (
-        "log.txt",
-        "attempt-1/fine_tuned.safetensors",
-        "attempt-1/result.json",
-        "attempt-1/step-00000010/state.json",
-    ):
+    for name in ("log.txt", "attempt-1/fine_tuned.safetensors", "attempt-1/step-00000010/state.json"):
         (folder / name).write_text("precious\n")
     return folder
 
 
 def everything(folder):
-    return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
-
-
-def rename(study_dir, old, new):
-    """Gives a training another name in the log, its folder the same one where it can."""
-    logs.replace(study_dir, json.dumps(old), json.dumps(new))
+    """All that lies in a folder; the lock is of who holds the study."""
+    paths = [path for path in folder.rglob("*") if path.name != "lock"]
+    return {path: path.read_bytes() if path.is_file() else None for path in paths}
 
 
 COMMANDS = {
@@ -65,27 +57,25 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize(
-    "command", [pytest.param(name, marks=[pytest.mark.slow] * (name == "test")) for name in COMMANDS]
-)
-@pytest.mark.parametrize("place", ["relative", "absolute"])
+@pytest.mark.slow
+@pytest.mark.parametrize("is_absolute", [False, True])
 def test_a_training_whose_name_leads_out_of_the_study_is_refused(
-    study_dir, victim, tmp_path, monkeypatch, capsys, command, place
+    study_dir, victim, tmp_path, monkeypatch, capsys, is_absolute
 ):
     monkeypatch.chdir(tmp_path)
-    best = best_first(trials(study_dir))[0].name
-    rename(study_dir, best, {"relative": "../../../victim/run1", "absolute": str(victim)}[place])
+    name = str(victim) if is_absolute else "../../../victim/run1"
+    logs.replace(study_dir, json.dumps(best_first(trials(study_dir))[0].name), json.dumps(name))
     before = everything(tmp_path)
-    code = crash_host.call([word.format(study_dir) for word in COMMANDS[command]])
-    told = capsys.readouterr().err
-    assert code == StorageError.exit_code, told
-    assert "log/: a training must have a name of letters, digits and . _ - (at most 200)" in told
-    assert "victim/run1'" in told
-    assert "Traceback" not in told
-    after = everything(tmp_path)
-    assert {path: after.get(path) for path in before if path.name != "lock"} == {
-        path: content for path, content in before.items() if path.name != "lock"
-    }
+    for words in COMMANDS.values():
+        code = crash_host.call([word.format(study_dir) for word in words])
+        told = capsys.readouterr().err
+        assert code == StorageError.exit_code, (words, told)
+        assert "log/: a training must have a name of letters, digits and . _ - (at most 200)" in told
+        assert "victim/run1'" in told
+        assert "Traceback" not in told
+        after = everything(tmp_path)
+        assert {path: after.get(path) for path in before} == before
+        assert all(path.is_relative_to(study_dir / "log") for path in after.keys() - before)  # who held it, and when
 
 
 LINKS = {
@@ -133,15 +123,9 @@ def test_a_link_that_stays_within_a_study_and_a_study_that_is_a_link_are_no_matt
         pass
 
 
-def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir, victim):
-    row = {
-        "name": "x",
-        "role": "winner",
-        "training": "../../../victim/run1",
-        "alpha": 1.0,
-        "values": {},
-        "objective": 1,
-    }
+def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir):
+    place = "../../../victim/run1"
+    row = {"name": "x", "role": "winner", "training": place, "alpha": 1.0, "values": {}, "objective": 1}
     content = {"winner": "x", "seeds": [1], "rows": [row]}
     (study_dir / "confirm").mkdir()
     for change in ({}, {"rows": [{**row, "training": "t0"}], "seeds": ["/../../../victim/run1"]}):
@@ -164,42 +148,37 @@ def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_d
 # damage
 
 
-def damaged(data):
-    """Contents that are not those of a file: cut off, empty, with a bit flipped, and another file's."""
+def damaged(data, other):
+    """Contents that are not those of a file: cut off, empty, with a bit flipped, another file's, and none."""
     middle = len(data) // 2
-    yield "truncated", data[:middle]
-    yield "empty", b""
-    for place in (middle, len(data) - 2):
-        yield f"bit flipped at {place}", data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :]
-
-
-def numbers(command, capsys):
-    """What a command prints as JSON, less what time and place decide, and how it ends."""
-    capsys.readouterr()
-    code = crash_host.call(command)
-    told = capsys.readouterr()
-    assert "Traceback" not in told.err, (command, told.err)
-    return code, told.out
+    flipped = [data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :] for at in (middle, len(data) - 2)]
+    return [data[:middle], b"", *flipped, other, None]
 
 
 def test_a_file_of_a_result_that_was_damaged_is_a_message_or_makes_no_difference(study_dir, capsys):
-    read = [["report", "--json"], ["ls", "--json"]]
-    read += [["status", "--json"], ["compare", f"{study_dir}:0", f"{study_dir}:1", "--json"]]
-    commands = [[words[0], *([] if words[0] == "compare" else [str(study_dir)]), *words[1:]] for words in read]
-    whole = [numbers(command, capsys) for command in commands]
+    commands = [[name, study_dir, "--json"] for name in ("report", "ls", "status")]
+    commands.append(["compare", f"{study_dir}:0", f"{study_dir}:1", "--json"])
+
+    def numbers(command):
+        capsys.readouterr()
+        code = crash_host.call(command)
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err, (command, told.err)
+        return code, told.out
+
+    whole = [numbers(command) for command in commands]
     assert [code for code, _ in whole] == [0] * len(commands)
-    refused = 0
-    paths = [path for path in study_dir.glob("trials/*/*/**/*") if path.is_file()]
-    assert {path.name for path in paths} == {"result.json", "validation.parquet"}
-    for path in paths:
-        data = path.read_bytes()
-        other = next(each for each in paths if each.name == path.name and each != path).read_bytes()
-        for what, content in [*damaged(data), ("another trial's", other), ("removed", None)]:
+    first, second = (next(study_dir.glob(f"trials/t000{number}*/*")) for number in (0, 1))
+    names = [path.relative_to(first) for path in first.rglob("*") if path.is_file()]
+    assert {name.name for name in names} == {"result.json", "validation.parquet"}
+    for path in [first / name for name in names]:
+        data, refused = path.read_bytes(), 0
+        for content in damaged(data, (second / path.relative_to(first)).read_bytes()):
             path.unlink() if content is None else path.write_bytes(content)
             for command, undisturbed in zip(commands, whole, strict=True):
-                found = numbers(command, capsys)
-                assert found == undisturbed or found[0] == StorageError.exit_code, (path, what, command, found)
+                found = numbers(command)
+                assert found == undisturbed or found[0] == StorageError.exit_code, (path, content, command, found)
                 refused += found != undisturbed
             path.write_bytes(data)
-    assert refused >= 4 * len(paths)
-    assert [numbers(command, capsys) for command in commands] == whole
+        assert refused >= 4
+    assert [numbers(command) for command in commands] == whole

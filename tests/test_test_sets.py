@@ -1,5 +1,7 @@
 """`test` opens the seal once: rows, alphas and numbers are those of the study, every read is counted, kills go on."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -11,12 +13,10 @@ from pathlib import Path
 
 import crash_host
 import numpy as np
-import pyarrow.compute as pc
 import pytest
 import short_sealed
-import short_training
 import torch
-from logs import commits, forget_line, holding
+from logs import commits, holding
 
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
@@ -24,10 +24,9 @@ from carft_ray.data.listing import sample_id
 from carft_ray.data.open_source import open_source
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, read_predictions
-from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.trial_values import apply
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
-from carft_ray.results.confirm.summary import summarise
+from carft_ray.results.confirm.summary import confirm_lines, summarise
 from carft_ray.results.page.data import page_document
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reading.trained import open_trained
@@ -35,29 +34,22 @@ from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import Entry, read_ledger, require_unread
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_confirm, recover_running
 from carft_ray.study.rows import baselines, best_row, trials
-from carft_ray.training.run import run_training
-from carft_ray.training.run_context import RunContext
 
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).parent
 SETS = {"id_test": ("photo_test", 15), "cartoon": ("cartoon", 10), "painting": ("painting", 20)}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A folder with a finished study, images, a recipe and a cache."""
-    folder = tmp_path_factory.mktemp("sealed")
-    short_sealed.make(folder, short_training)
-    return folder
+    return short_sealed.shared(tmp_path_factory)
 
 
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch):
-    """A copy of the study, beside the working directory's other files; no other has read these images."""
+    """The working directory with a copy of the study; no other has read these images."""
     shutil.rmtree(folder / "cache" / "test_reads", ignore_errors=True)
     shutil.copytree(folder / "study", tmp_path / "study")
     monkeypatch.chdir(tmp_path)
@@ -66,24 +58,33 @@ def here(folder, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def read(folder, tmp_path_factory):
-    """A study whose test sets were read once, and the summary."""
+    """A study whose test sets were read once, the summary, and what the command wrote to each stream."""
     study = tmp_path_factory.mktemp("read") / "study"
     shutil.rmtree(folder / "cache" / "test_reads", ignore_errors=True)
     shutil.copytree(folder / "study", study)
-    assert crash_host.call(["test", study, "--json"]) == 0
-    return study, json.loads((study / "test" / "summary.json").read_text())
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        assert crash_host.call(["test", study]) == 0
+    return study, json.loads((study / "test" / "summary.json").read_text()), out.getvalue(), err.getvalue()
 
 
 @pytest.fixture
 def again(read, here):
     """A copy of that study, in the place of the one that was not read."""
     shutil.rmtree(here / "study")
-    shutil.copytree(read[0], here / "study")
-    return here / "study"
+    return Path(shutil.copytree(read[0], here / "study"))
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What lies in a folder; the lock is of who holds it."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name != "lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+def summary_of(run, study, *words):
+    """Returns what ``test --json`` prints of a study."""
+    code, out, err = run("test", study, *words, "--json")
+    assert code == 0, err
+    return json.loads(out)
 
 
 def right(study, name, domain, alpha):
@@ -109,30 +110,35 @@ def right(study, name, domain, alpha):
 
 
 def test_winner_and_every_baseline_are_read_on_all_test_sets_at_their_stored_alphas(read):
-    study, summary = read
+    study, summary, out, err = read
     best = best_row(trials(study))
     rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == [best.name, "plain", "zero_shot"] or list(rows) == [best.name, "zero_shot", "plain"]
-    assert {name: row["role"] for name, row in rows.items()} == {
-        best.name: "winner",
-        "plain": "baseline",
-        "zero_shot": "baseline",
-    }
+    roles = {best.name: "winner", "plain": "baseline", "zero_shot": "baseline"}
+    assert {name: row["role"] for name, row in rows.items()} == roles
     stored = {row.name: row.alpha for row in (best, *baselines(study))}
     assert {name: row["alpha"] for name, row in rows.items()} == stored
     assert summary["sets"] == {name: count for name, (_, count) in SETS.items()}
     for name, path in {best.name: f"trials/{best.name}", "plain": "baselines/plain", "zero_shot": "zero_shot"}.items():
         table = read_predictions(study / "test" / "read-1" / f"{path}.parquet")
         assert {alpha for set_name in SETS for alpha in alphas(table, set_name)} == {stored[name]}
+    assert out.startswith("test sets, %")
+    assert re.search(rf"^{best.name} .*winner", out, re.M)
+    assert all(words in err for words in ("1/3 zero_shot", "Next:", "Test read 1"))
+    [entry] = read_ledger(study)
+    assert (entry.purpose, entry.sets, entry.reason) == ("test", tuple(SETS), "")
+    validation = {row.name: row.objective for row in baselines(study)}
+    assert summary["headline_baseline"] == max(validation, key=validation.get)
+    text = "\n".join(read_lines(summary))
+    for words in (summary["headline"], "OOD mean: over cartoon (10), painting (20).", "id_test (15 images)"):
+        assert words in text
 
 
 def test_the_numbers_are_those_of_the_models_by_hand(read):
-    study, summary = read
+    study, summary, *_ = read
     for row in summary["rows"]:
         name = "plain" if row["name"] == "zero_shot" else row["name"]  # any training is zero-shot at alpha 0
         found = {set_name: right(study, name, domain, row["alpha"]) for set_name, (domain, _) in SETS.items()}
-        told = {set_name: row["sets"][set_name]["mean"] for set_name in SETS}
-        assert told == pytest.approx(found)
+        assert {set_name: row["sets"][set_name]["mean"] for set_name in SETS} == pytest.approx(found)
         ood_mean = (found["cartoon"] + found["painting"]) / 2
         assert row["ood_accuracy"]["mean"] == pytest.approx(ood_mean)
         assert row["objective"]["mean"] == pytest.approx((found["id_test"] + ood_mean) / 2)
@@ -140,31 +146,8 @@ def test_the_numbers_are_those_of_the_models_by_hand(read):
     assert len({json.dumps(row["sets"]) for row in summary["rows"]}) > 1
 
 
-def test_differences_are_paired_and_the_baseline_of_the_headline_is_the_best_on_validation(read):
-    study, summary = read
-    rows = {row["name"]: row for row in summary["rows"]}
-    winner = summary["rows"][0]["name"]
-    validation = {row.name: row.objective for row in baselines(study)}
-    means = {name: row["objective"]["mean"] for name, row in rows.items()}
-    assert {each["other"] for each in summary["baselines"]} == {"plain", "zero_shot"}
-    for each in summary["baselines"]:
-        assert each["objective"]["mean"] == pytest.approx(means[winner] - means[each["other"]])
-        low, high = each["objective"]["ends"]
-        assert (each["p"] < 0.05) == (low > 0 or high < 0)
-        assert each["sets"].keys() == SETS.keys()
-        assert each["objective"]["over"] == "over images; one training: seeds not covered"
-    table = {name: row["validation_objective"] for name, row in rows.items()}
-    assert table["zero_shot"] == pytest.approx(validation["zero_shot"])
-    assert table["plain"] == pytest.approx(validation["plain"])
-    assert summary["headline_baseline"] == max(("plain", "zero_shot"), key=table.get)
-    text = "\n".join(read_lines(summary))
-    assert summary["headline"] in text
-    assert "OOD mean: over cartoon (10), painting (20)." in text
-    assert "id_test (15 images)" in text
-
-
 def test_nothing_changes_but_test_log_and_manifest_and_no_trial(folder, read):
-    study, _ = read
+    study = read[0]
     before, after = contents(folder / "study"), contents(study)
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     assert {name for name in changed if not name.startswith(("test/", "log/"))} == {"manifest.json"}
@@ -173,109 +156,81 @@ def test_nothing_changes_but_test_log_and_manifest_and_no_trial(folder, read):
     assert [record["kind"] for commit in added for record in commit["records"]] == ["owner", "ledger", "released"]
     assert not [commit for commit in added if commit["operations"]]
     assert trials(study) == trials(folder / "study")
-    assert baselines(study) == baselines(folder / "study")
-    assert not list(study.rglob("*.tmp"))
 
 
 # how often
 
 
-def test_the_first_read_works_and_ends_with_a_table_and_the_next_command(run, here):
-    code, out, err = run("test", "study")
-    assert code == 0, err
-    winner = best_row(trials(here / "study")).name
-    assert re.search(rf"^{winner} .*winner", out, re.M)
-    assert out.startswith("test sets, %")
-    assert "OOD mean" in out
-    assert "1/3 zero_shot" in err
-    assert "Next:" in err
-    assert "Test read 1" in err
-    [entry] = read_ledger(here / "study")
-    assert (entry.purpose, entry.sets, entry.reason) == ("test", ("id_test", "cartoon", "painting"), "")
-
-
-def test_a_second_read_is_refused_and_says_when_and_by_whom(run, again):
+@pytest.mark.parametrize("words", ["test study", "resume study --trials +1"])
+def test_without_a_reason_a_second_read_or_more_trials_are_refused_and_nothing_is_written(run, again, words):
     [entry] = read_ledger(again)
     before = contents(again)
-    code, out, err = run("test", "study")
+    code, out, err = run(*words.split())
     assert (code, out) == (8, "")
     assert f"{entry.time} by {entry.user} (line 1 of the ledger)" in err
     assert "--again REASON" in err
-    assert {name: text for name, text in contents(again).items() if name != "lock"} == {
-        name: text for name, text in before.items() if name != "lock"
-    }
+    assert contents(again) == before
+    assert run("test", "study", "--again", " ")[0] == 2
+    assert run("resume", "study")[0] == 0  # nothing to do
 
 
-def test_again_reads_once_more_and_is_counted(run, again, read):
-    code, out, err = run("test", "study", "--again", "a reviewer asked", "--json")
-    assert code == 0, err
-    summary = json.loads(out)
+@pytest.mark.parametrize("is_cut_off", [False, True])
+def test_a_reason_reads_once_more_and_is_counted(run, again, read, is_cut_off):
+    """Also where the first read is not finished: its weights may be gone by now. It stays counted."""
+    if is_cut_off:
+        (again / "test" / "read-1" / "summary.json").unlink()
+    summary = summary_of(run, again, "--again", "a reviewer asked")
     assert (summary["read"], summary["reason"], summary["ledger_line"]) == (2, "a reviewer asked", 2)
     assert summary["rows"] == read[1]["rows"]
     assert any(line.startswith("Test read 2") and "reason: a reviewer asked" in line for line in read_lines(summary))
     assert summary.pop("study") == str(again)
     assert json.loads((again / "test" / "summary.json").read_text()) == summary
-    assert json.loads((again / "test" / "read-1" / "summary.json").read_text()) == read[1]
     assert [entry.reason for entry in read_ledger(again)] == ["", "a reviewer asked"]
+    assert run("test", "study")[0] == 8
 
 
-def test_an_empty_reason_is_a_usage_error(run, again):
-    assert run("test", "study", "--again", " ")[0] == 2
-
-
-def test_a_removed_line_is_told_and_stops_the_next_read(run, again):
-    forget_line(again, 1)
-    code, _, err = run("test", "study", "--again", "why not")
-    assert code == 8
-    assert "must have the ledger of which manifest.json tells" in err
+def test_a_read_after_the_search_went_on_says_so(run, again):
+    recipe = load_recipe(again / "resolved.yaml", ["search.trials=3"])
+    assert require_unread(again, recipe, "a wider range")
+    short_sealed.search(again, recipe)
+    assert len(trials(again)) == 3
+    summary = summary_of(run, again, "--again", "after a wider range")
+    assert "The search was continued once after a test read." in read_lines(summary)
+    assert summary["ledger_line"] == 3
 
 
 # other studies of the same images
 
 
-def test_a_new_study_of_the_same_images_is_told_who_has_read_them(run, here, folder):
+def test_another_study_of_the_same_images_is_told_who_has_read_them(run, here, folder):
     """Whatever its folder and its images' names: what counts is their bytes. Nothing is refused for it."""
     assert run("test", "study", "--json")[0] == 0
-    recipe = load_recipe(here / "study" / "resolved.yaml")
-    images = here / "moved"
-    shutil.copytree(folder / "images", images)
-    for path in images.glob("cartoon/*/*.png"):
+    other = short_sealed.copy(folder, here / "moved")
+    for path in (here / "moved" / "images").glob("cartoon/*/*.png"):
         path.rename(path.with_name(f"renamed_{path.name}"))
-    short_sealed.search(
-        here / "again",
-        load_recipe(
-            here / "study" / "resolved.yaml",
-            [
-                "data.id_test.path=" + str(images),
-                "data.ood_test.cartoon.path=" + str(images),
-                "data.ood_test.painting=null",
-                f"data.train.path={images}",
-                f"data.id_val.path={images}",
-                *(f"data.ood_val.{name}.path={images}" for name in recipe.data.ood_val),
-            ],
-        ),
-    )
-    code, _, err = run("test", "again")
+    (here / "moved" / "images" / "painting" / "star" / "0.png").unlink()
+    code, _, err = run("test", other)
     assert code == 0, err
     told, words = "Other studies have read these very images, too, once:", " ".join(err.split())
     assert words.index(told) < words.index("1/3")  # before the first image is opened
     assert words.count(told) == 2  # and with the numbers
     assert f"{told} {here / 'study'} (" in words
-    summary = json.loads((here / "again" / "test" / "summary.json").read_text())
-    [other] = summary["elsewhere"]
-    assert (other["study"], other["sets"]) == (str(here / "study"), ["id_test", "cartoon"])
-    line = verdict(page_document(read_study(here / "again")))[3]
+    summary = json.loads((other / "test" / "summary.json").read_text())
+    assert [(read["study"], read["sets"]) for read in summary["elsewhere"]] == [
+        (str(here / "study"), ["id_test", "cartoon"])
+    ]
+    line = verdict(page_document(read_study(other)))[3]
     assert not line.passed
     assert f"other studies have read these very images once: {here / 'study'}" in line.text
-    assert run("test", "again", "--again", "once more", "--json")[0] == 0  # its own first read is in its own ledger
-    assert len(json.loads((here / "again" / "test" / "summary.json").read_text())["elsewhere"]) == 1
+    again = summary_of(run, other, "--again", "once more")
+    assert len(again["elsewhere"]) == 1  # its own first read is in its own ledger
 
 
 def entry_named(name, study="one"):
     return Entry(1, "2026-11-28T05:00:00+00:00", study, "hash", "version", "test", details={notes.NAME: name})
 
 
-def test_reads_noted_at_the_same_time_are_all_there(folder, here):
+def test_reads_noted_at_the_same_time_are_all_there(here):
     recipe = load_recipe(here / "study" / "resolved.yaml")
     with ThreadPoolExecutor(8) as pool:
         names = [f"{number:016x}" for number in range(24)]
@@ -310,38 +265,28 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
 # kills
 
 KILLED = """
-import os, sys
+import os, pathlib, sys
 from carft_ray.results.test_sets import sealed_read as sealed
 
-plain, calls = sealed.predict_all, []
-
-def dying(*args):
-    calls.append(args)
-    if len(calls) == int(sys.argv[2]):
-        os._exit(9)
-    return plain(*args)
-
-sealed.predict_all = dying
-sealed.read_sealed(__import__("pathlib").Path(sys.argv[1]), None, str)
+plain, left = sealed.predict_all, ["the first", "the second"]
+sealed.predict_all = lambda *given: plain(*given) if left and left.pop() else os._exit(9)
+sealed.read_sealed(pathlib.Path(sys.argv[1]), None, str)
 """
 
 
 @pytest.mark.whole
 def test_a_read_that_was_killed_goes_on_under_its_line(run, here, read):
-    study, number = here / "study", 3
-    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
-    done = subprocess.run([sys.executable, "-c", KILLED, study, str(number)], env=environment, timeout=600)
+    study = here / "study"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", KILLED, study], env=environment, timeout=600)
     assert done.returncode == 9
     assert not (study / "test" / "summary.json").exists()
     kept = {path: path.stat().st_mtime_ns for path in study.glob("test/**/*.parquet")}
-    assert len(kept) == number - 1
-    code, out, err = run("test", "study", "--json")
-    assert code == 0, err
-    summary = json.loads(out)
+    assert len(kept) == 2
+    summary = summary_of(run, study)
     assert len(read_ledger(study)) == 1
     assert (summary["read"], summary["rows"], summary["baselines"]) == (1, read[1]["rows"], read[1]["baselines"])
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
-    assert run("test", "study")[0] == 8
 
 
 @pytest.mark.parametrize("gone", ["", "summary.json", "summary.json zero_shot.parquet"], ids=["all", "last", "two"])
@@ -357,41 +302,18 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
     assert code == 0, err
     assert "continuing the read of" in err
     assert ("read before" in err) == bool(gone)
-    assert json.loads((again / "test" / "summary.json").read_text()) == read[1]
-    assert json.loads((again / "test" / "read-1" / "summary.json").read_text()) == read[1]
+    for path in ("summary.json", "read-1/summary.json"):
+        assert json.loads((again / "test" / path).read_text()) == read[1]
     assert len(read_ledger(again)) == 1
-
-
-def test_a_reason_begins_another_read_though_one_is_not_finished(run, again):
-    """As when its weights are gone by now: it cannot be finished, and stays counted."""
-    (again / "test" / "read-1" / "summary.json").unlink()
-    code, out, err = run("test", "study", "--again", "the first was cut off", "--json")
-    assert code == 0, err
-    assert json.loads(out)["read"] == 2
-    assert run("test", "study")[0] == 8
 
 
 # confirm
 
 
-def train(study_dir, trainings, wanted):
-    """Runs those of the trainings of a confirm whose names are wanted."""
-    recipe = load_recipe(study_dir / "resolved.yaml")
-    with open_study(study_dir, recipe) as study:
-        recover_confirm(study, {name: trainings[name] for name in wanted})
-        while spec := study.next():
-            chosen = apply(recipe, spec.values)
-            run_training(chosen, spec.folder(study_dir), study_dir / "prepared", RunContext(), spec.attempt)
-            study.settle(spec)
-
-
-@pytest.fixture
-def planned(here):
-    """The study with the plan of a confirm: winner and a baseline at two alphas on two fresh seeds, and zero-shot."""
+def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, here):
+    """Winner and a baseline at two alphas on two fresh seeds, and zero-shot."""
     study = here / "study"
-    recipe = load_recipe(study / "resolved.yaml")
-    best = best_row(trials(study))
-    plain = next(row for row in baselines(study) if row.name == "plain")
+    best, plain = best_row(trials(study)), next(row for row in baselines(study) if row.name == "plain")
     rows = (
         PlanRow("plain, alpha 1", "baseline", "plain", 1.0, plain.values, 0.1),
         PlanRow("plain", "baseline", "plain", plain.alpha, plain.values, 0.2),
@@ -400,70 +322,68 @@ def planned(here):
     )
     stage = Stage(best.name, (101, 102), rows)
     write_plan(study, stage, None)
-    return study, recipe, stage
-
-
-def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, planned):
-    confirmed, recipe, stage = planned
     trainings = {name: {**each, "alpha": 0.6} for name, each in stage.trainings().items()}  # and 0 and 1
-    train(confirmed, trainings, trainings.keys() - {"plain-seed102"})
+    short_sealed.confirm(study, {name: each for name, each in trainings.items() if name != "plain-seed102"})
     code, _, err = run("test", "study")
     assert code == 6
     assert "one without all seeds of plain, alpha 1, plain" in err
-    assert read_ledger(confirmed) == []
-    train(confirmed, trainings, ["plain-seed102"])
-    summarise(confirmed, recipe, stage, None)
-    code, out, err = run("test", "study", "--json")
-    assert code == 0, err
-    summary = json.loads(out)
-    best = best_row(trials(confirmed))
-    rows = {row["name"]: row for row in summary["rows"]}
-    assert list(rows) == [best.name, "plain, alpha 1", "plain", "zero_shot"]
-    assert summary["confirmed"]
-    assert summary["seeds"] == [101, 102]
-    assert [row["seeds"] for row in summary["rows"]] == [2, 2, 2, 0]
-    assert rows["plain"]["runs"] == rows["plain, alpha 1"]["runs"]
-    read_dir = confirmed / "test" / "read-1"
-    trainings = {f"confirm/{name}-seed{seed}.parquet" for name in (best.name, "plain") for seed in (101, 102)}
-    assert {str(path.relative_to(read_dir)) for path in read_dir.rglob("*.parquet")} == {
-        "zero_shot.parquet",
-        *trainings,
-    }
-    assert rows[best.name]["objective"]["over"] == "over seeds and images"
+    assert read_ledger(study) == []
+    short_sealed.confirm(study, {"plain-seed102": trainings["plain-seed102"]})
+    summarise(study, load_recipe(study / "resolved.yaml"), stage, None)
+    summary = summary_of(run, study)
+    assert (summary["confirmed"], summary["seeds"]) == (True, [101, 102])
+    assert [(row["name"], row["seeds"]) for row in summary["rows"]] == [
+        (best.name, 2),
+        ("plain, alpha 1", 2),
+        ("plain", 2),
+        ("zero_shot", 0),
+    ]
+    read_dir = study / "test" / "read-1"
+    names = {f"confirm/{name}" for name in trainings} | {"zero_shot"}
+    assert {str(path.relative_to(read_dir).with_suffix("")) for path in read_dir.rglob("*.parquet")} == names
+    assert summary["rows"][0]["objective"]["over"] == "over seeds and images"
     assert {each["objective"]["num_seeds"] for each in summary["baselines"]} == {2}
-    table = read_predictions(confirmed / "test" / "read-1" / "confirm" / "plain-seed101.parquet")
-    assert alphas(table, "id_test") == sorted({rows["plain"]["alpha"], 1.0})
+    table = read_predictions(read_dir / "confirm" / "plain-seed101.parquet")
+    assert alphas(table, "id_test") == sorted({summary["rows"][2]["alpha"], 1.0})
+    document = page_document(read_study(study))
+    assert verdict(document)[0].text.startswith(summary["headline"])
+    assert document["report"]["lines"][-1].startswith(summary["headline"])
+    assert {*confirm_lines(document["confirm"])} < {*document["report"]["lines"]}
+    assert document["report"]["noise"]["words"] == "image and seed noise"
 
 
 # what is refused before the seal is broken
 
 
-def test_a_study_without_test_sets_is_told_to_begin_another(run, here, folder):
-    manifest = json.loads((here / "study" / "manifest.json").read_text())
+def lose_test_sets(study, folder):
+    manifest = json.loads((study / "manifest.json").read_text())
     manifest["recipe"]["data"] |= {"id_test": None, "ood_test": {}}
-    (here / "study" / "manifest.json").write_text(json.dumps(manifest))
-    code, _, err = run("test", "study")
-    assert code == 3
-    assert "without data.id_test and data.ood_test" in err
-    assert "begin a new study" in err
+    (study / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_a_study_without_a_finished_trial_is_told(run, here, folder):
-    recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=1"])
-    with open_study(here / "empty", recipe) as study:
-        recover_running(study)
-        (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-    code, _, err = run("test", "empty")
-    assert code == 6
-    assert "must have a finished trial" in err
+def lose_weights(study, folder):
+    (best_row(trials(study)).place(study) / "fine_tuned.safetensors").unlink()
 
 
-def test_lost_weights_are_told_before_the_seal_is_broken(run, here):
-    best = best_row(trials(here / "study"))
-    (here / "study" / "trials" / best.name / "attempt-1" / "fine_tuned.safetensors").unlink()
-    code, _, err = run("test", "study")
-    assert code == 5
-    assert "its weights are gone" in err
+def lose_images(study, folder):
+    shutil.rmtree(study)
+    short_sealed.copy(folder, study.parent)
+    shutil.rmtree(study.parent / "images" / "cartoon" / "star")
+
+
+@pytest.mark.parametrize(
+    ("lose", "code", "told"),
+    [
+        (lose_test_sets, 3, "without data.id_test and data.ood_test"),
+        (lose_weights, 5, "its weights are gone"),
+        (lose_images, 4, "star"),
+    ],
+)
+def test_what_is_lost_is_told_before_the_seal_is_broken(run, here, folder, lose, code, told):
+    lose(here / "study", folder)
+    found, _, err = run("test", "study")
+    assert found == code
+    assert told in err
     assert read_ledger(here / "study") == []
 
 
@@ -472,28 +392,14 @@ def test_a_study_in_use_is_told(run, here):
         code, _, err = run("test", "study")
     assert code == 5
     assert "is in use" in err
-    assert read_ledger(here / "study") == []
-
-
-def test_missing_test_images_are_told_before_the_seal_is_broken(run, here, folder):
-    shutil.copytree(folder / "images", here / "images")
-    manifest = here / "study" / "manifest.json"
-    resolved = here / "study" / "resolved.yaml"
-    for path in (manifest, resolved):
-        path.write_text(path.read_text().replace(str(folder / "images"), str(here / "images")))
-    shutil.rmtree(here / "images" / "cartoon" / "star")
-    code, _, err = run("test", "study")
-    assert code == 4
-    assert "cartoon" in err
-    assert "star" in err
+    assert run("test", "nothing")[0] == 2
     assert read_ledger(here / "study") == []
 
 
 def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apart(run, here, folder):
     """The folder of the test set was not there when the study began; one of its images was trained on."""
-    shutil.copytree(folder / "images", here / "images")
-    for path in (here / "study" / "manifest.json", here / "study" / "resolved.yaml"):
-        path.write_text(path.read_text().replace(str(folder / "images"), str(here / "images")))
+    shutil.rmtree(here / "study")
+    short_sealed.copy(folder, here)
     trained = sorted((here / "images" / "photo" / "star").iterdir())[0]
     test = sorted((here / "images" / "cartoon" / "star").iterdir())[0]
     shutil.copy(trained, test)
@@ -503,49 +409,14 @@ def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apa
     assert str(test) in err
     assert read_ledger(here / "study") == []
     assert run("resume", "study", "--set", "data.shared_images=keep")[0] == 0
-    code, out, err = run("test", "study", "--json")
-    assert code == 0, err
-    summary = json.loads(out)
+    summary = summary_of(run, here / "study")
     assert summary["shared_images"] == {"data.ood_test.cartoon": {"stays": 1}, "data.train": {"stays": 1}}
     without = summary["without_shared_images"]
     assert without["sets"] == {**summary["sets"], "cartoon": summary["sets"]["cartoon"] - 1}
-    table = read_predictions(here / "study" / "test" / "read-1" / "zero_shot.parquet")
-    zero_shot = next(row for row in summary["rows"] if row["name"] == "zero_shot")
-    part = table.filter(pc.field("set") == "cartoon").to_pandas()
+    table = read_predictions(here / "study" / "test" / "read-1" / "zero_shot.parquet").to_pandas()
+    part = table[table["set"] == "cartoon"]
     right = part["prediction"] == part["label"]
     alone = part["sample_id"] != sample_id(f"cartoon/star/{test.name}")
-    assert zero_shot["sets"]["cartoon"]["mean"] == pytest.approx(right.mean())
-    fewer = next(row for row in without["rows"] if row["name"] == "zero_shot")
-    assert fewer["sets"]["cartoon"]["mean"] == pytest.approx(right[alone].mean())
-
-
-def test_a_folder_that_is_no_study_is_a_usage_error(run):
-    assert run("test", "nothing")[0] == 2
-
-
-# a search that goes on
-
-
-def test_after_a_read_resume_needs_a_reason(run, again):
-    code, _, err = run("resume", "study", "--trials", "+1")
-    assert code == 8
-    assert "its test sets were read" in err
-    assert "--again REASON" in err
-    assert len(read_ledger(again)) == 1
-
-
-def test_after_a_read_resume_with_nothing_to_do_needs_no_reason(run, again):
-    code, _, err = run("resume", "study")
-    assert code == 0, err
-    assert "Nothing to do" in err
-
-
-def test_a_read_after_the_search_went_on_says_so(run, again):
-    recipe = load_recipe(again / "resolved.yaml", ["search.trials=3"])
-    assert require_unread(again, recipe, "a wider range")
-    short_sealed.search(again, recipe)
-    assert len(trials(again)) == 3
-    code, out, err = run("test", "study", "--again", "after a wider range", "--json")
-    assert code == 0, err
-    assert "The search was continued once after a test read." in read_lines(json.loads(out))
-    assert json.loads(out)["ledger_line"] == 3
+    for rows, answers in ((summary["rows"], right), (without["rows"], right[alone])):
+        zero_shot = next(row for row in rows if row["name"] == "zero_shot")
+        assert zero_shot["sets"]["cartoon"]["mean"] == pytest.approx(answers.mean())

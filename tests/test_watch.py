@@ -1,101 +1,199 @@
-"""Watching a study from another process: the table from disk, `status --watch`, and the dashboard."""
+"""Watching a search: its live table, the table from disk, `status --watch`, and the dashboard of Optuna."""
 
+import contextlib
+import io
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
+import crash_host
 import pytest
+import report_studies
+import stand_in
 from logs import commits
-from stand_in import make_recipe
-from test_live import shown
+from optuna.storages import JournalStorage
+from ray import cloudpickle
+from rich.console import Console
 
 from carft_ray.errors import StorageError
-from carft_ray.layout import RESOLVED
-from carft_ray.recipe.loading import dump_recipe
-from carft_ray.results.reading.study_view import read_study
+from carft_ray.launch import events
+from carft_ray.results.reading.study_view import Overview, read_study
 from carft_ray.store.result import write_result
+from carft_ray.study.dashboard import _Followed
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, Live, append_log, read_live, write_live
+from carft_ray.study.outcome import TrialRow, TrialSpec, read_live
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import trials
+from carft_ray.study.rows import baselines, trials
+from carft_ray.ui import console, live, progress
 from carft_ray.ui.live import SearchView
 
-BASE = Path(__file__).parent
-ROOT = BASE.parent
+
+def shown(view, width=110, height=30):
+    """The lines on the screen, without colours."""
+    console = Console(file=io.StringIO(), width=width, height=height, soft_wrap=True, color_system=None)
+    console.print(view)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def fill(study, num_finished):
-    """Finishes trials of an open study, every seventh badly, and leaves two that run."""
-    study_dir = study.study_dir
-    (study_dir / RESOLVED).write_text(dump_recipe(study.recipe))
-    recover_running(study)
-    study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
-    for number in range(num_finished):
-        spec = study.next()
-        folder = spec.folder(study_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        study.spend(spec, 50.0 + number % 10, 0.0)
-        if number % 7 == 3:
-            assert study.settle(spec, Failure("diverged", "loss not finite", 1)) is not None
-        else:
-            metrics = {"id_accuracy": 0.5, "ood_accuracy": 0.4}
-            content = {"objective": 0.3 + 0.001 * number, "alpha": 0.5, "metrics": metrics}
-            write_result(spec.place(study_dir), content)
-            assert study.settle(spec) is not None
-    live = {}
-    for _ in range(2):
-        spec = study.next()
-        folder = spec.folder(study_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        append_log(folder, "attempt 1: starts on here")
-        (folder / "metrics.jsonl").write_text('{"epoch": 1, "subset/id_accuracy": 0.61, "subset/objective": 0.55}\n')
-        live[spec.training] = Live(1, time.time() - 30, 30.0, 0.0, 10, 1, "n")
-    write_live(study_dir, live)
+def values(number):
+    return {"learning_rate": 1e-4 * (number + 1), "kl_weight": 0.5}
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    """A study of 200 trials that runs: 195 ended, two train."""
-    study_dir = tmp_path_factory.mktemp("large") / "study"
-    with open_study(study_dir, make_recipe(200, baselines={})) as study:
-        fill(study, 195)
-        yield study_dir
+def spec(number, attempt=1, kind="trial"):
+    name = f"t{number:04d}-abcd" if kind == "trial" else f"base{number}"
+    return TrialSpec(kind, number, name, values(number), attempt)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("width", "height"), [(80, 24), (200, 50)])
-def test_a_study_of_two_hundred_trials_fits_on_the_terminal(large, width, height):
-    newest = max(live.began for live in read_live(large)[0].values())
-    lines = shown(SearchView.of(read_study(large), clock=lambda: newest + 30.2), width, height)
-    text = "\n".join(lines)
+def row(number, objective=None, outcome="complete", kind="trial", reason=""):
+    metrics = {} if objective is None else {"id_accuracy": objective + 0.1, "ood_accuracy": objective - 0.1}
+    name = spec(number, kind=kind).name
+    return TrialRow(kind, number, name, values(number), 1, outcome, reason, objective, 0.5, metrics, None, 61.0)
+
+
+def running(view, numbers, epoch=0):
+    for number in numbers:
+        view.update(events.TrialStarted(spec(number)))
+        if epoch:
+            metrics = {"epoch": epoch, "subset/id_accuracy": 0.61, "subset/ood_accuracy": 0.5, "subset/objective": 0.55}
+            view.update(events.TrialEpoch(spec(number), metrics))
+
+
+def test_a_search_from_its_first_to_its_last_event():
+    now = [0.0]
+    view = live.SearchView(4, clock=lambda: now[0])
+    assert shown(view) == ["starting Ray · 0:00 elapsed"]
+    view.update(events.Preparing())
+    assert shown(view)[-1].startswith("preparing: model, sets")
+    view.update(events.BaselineFinished(row(0, 0.3, kind="baseline")))
+    view.update(events.ConcurrencyChanged(1, "memory"))  # before it says how many: nothing to change
+    view.update(events.Started(8, 0, 2, "2 CPUs"))
+    assert shown(view)[-1] == "0 of 8 trials finished · 2 at a time (2 CPUs) · 0:00 elapsed"
+    running(view, [0])
+    now[0] = 30
+    running(view, [1], epoch=2)
+    now[0] = 60
+    view.update(events.TrialFinished(row(0, 0.4), is_best=True))
+    header, baseline, best, runs, note, bar, last = shown(view)
+    assert header.replace(",", "").replace(" %", "").split() == [*values(0), "epoch", "ID", "OOD", "objective", "time"]
+    assert baseline.split() == ["base0", "0.0001", "0.5", "40.0", "20.0", "30.0", "1:01"]
+    assert best.split() == ["★", "t0000-abcd", "0.0001", "0.5", "50.0", "30.0", "40.0", "1:01"]
+    assert runs.split() == ["t0001-abcd", "0.0002", "0.5", "2/4", "61.0", "50.0", "55.0", "0:30"]
+    assert note.strip() == "of running trials: on a subset, at the best of a few alphas"
+    assert bar == "━" * 5 + "─" * 35 + " 12 %"
+    # the running one needs 30 s more, six others 60 s each, two at a time
+    assert last == "1 of 8 trials finished · 2 at a time (2 CPUs) · 1:00 elapsed · about 3:15 left"
+    assert view.update(events.ConcurrencyChanged(1, "memory")) is None
+    assert shown(view)[-1].endswith("1 at a time (memory) · 1:00 elapsed · about 6:30 left")
+    view.update(events.TrialFinished(row(1, 0.6), is_best=True))
+    assert [line.split()[:2] for line in shown(view)[2:4]] == [["★", "t0001-abcd"], ["t0000-abcd", "0.0001"]]
+    view.update(events.Stopping(2))
+    last = shown(view)[-1]
+    assert last.startswith("stopping; saving checkpoints of 2 trainings · 2 of 8 trials finished")
+    assert "left" not in last
+
+
+def test_fine_tuned_weights_at_chance_are_told_beside_what_was_measured():
+    rows = [row(0, 0.5), replace(row(1, 0.57), at_chance=True)]
+    view = Overview(Path(), stand_in.make_recipe(2), rows, [])
+    table = console.trial_table([view.data(each) for each in rows])
+    assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True]
+    line = events.TrialFinished(rows[1], is_best=False).line()
+    assert "ID 67.0, OOD 47.0, objective 57.0 % at alpha 0.50; alpha 1.00 at chance" in line
+
+
+def test_what_must_not_be_overlooked_gets_a_line_above():
+    view = live.SearchView(4)
+    assert view.update(events.Note("moved a torn line")) == "warning: moved a torn line"
+    assert view.update(events.Decided("targets: stored")) == "targets: stored"
+    assert view.update(events.TrialFinished(row(0, 0.5), is_best=True)) is None
+    told = view.update(events.TrialFinished(row(1, outcome="diverged", reason="loss not finite"), is_best=False))
+    assert told == "t0001-abcd learning_rate=0.0002 kl_weight=0.5: diverged, loss not finite"
+
+
+@pytest.mark.parametrize(("width", "height"), [(80, 24), (110, 12), (60, 8)])
+def test_two_hundred_trials_fit_on_the_terminal_with_all_that_matters(width, height):
+    finished = [row(number, 0.001 * number) for number in range(180)]
+    view = live.SearchView(4, [row(0, 0.1, kind="baseline"), *finished])
+    view.update(events.Started(200, 180, 16, "search.max_concurrent_trials"))
+    running(view, range(180, 196), epoch=1)
+    lines = shown(view, width, height)
     assert len(lines) < height
-    assert max(map(len, lines)) <= width
-    rows = trials(large)
-    best = max(rows, key=lambda row: row.objective or 0)
-    assert f"★ {best.name}" in text
-    assert text.count("…") == 3  # those that ended last, a failed one among them
-    assert "diverged" in text
-    assert all(row.name in text for row in rows[-2:])  # they run
-    assert "1/2" in text
-    assert "0:30" in text
-    assert "98 %" in text  # the bar
-    tail = " ".join(lines[-2:])
-    assert "195 of 200 trials finished, 28 of them failed · 2 running" in tail
-    assert "elapsed" in tail
-    assert tail.endswith("left")
+    assert max(len(line) for line in lines) <= width
+    text = "\n".join(lines)
+    assert "180 of 200 trials finished" in text
+    assert "★ t0179-abcd" in text
+    assert "t0180-abcd" in text
+    if height >= 12:
+        assert text.endswith("elapsed")
+    hidden = 16 - text.count("1/4")
+    assert (f"and {hidden} more, running" in text) == (hidden > 0)
 
 
-def cli(*words, **more):
-    command = [sys.executable, "-m", "carft_ray.cli", *map(str, words)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more)
+def test_another_attempt_takes_the_row_of_the_first_and_a_terminal_without_stars_gets_an_asterisk(monkeypatch):
+    view = live.SearchView(4, [row(0, 0.4)])
+    running(view, [3], epoch=2)
+    view.update(events.TrialStarted(spec(3, attempt=2)))
+    [line] = [line for line in shown(view) if "t0003" in line]
+    assert "0/4" in line
+    monkeypatch.setattr(Console, "encoding", "ascii")
+    assert shown(view)[1].startswith("* t0000")
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_the_table_goes_and_the_cursor_comes_back_however_the_search_ends(tmp_path, error):
+    console = Console(file=io.StringIO(), force_terminal=True, width=110, height=30, soft_wrap=True)
+    with contextlib.suppress(KeyboardInterrupt), progress.search_shown(True, tmp_path, 4, console) as on_event:
+        on_event(events.Started(8, 0, 2, "2 CPUs"))
+        on_event(events.TrialStarted(spec(0)))
+        on_event(events.Note("a journal was mended"))
+        assert cloudpickle.loads(cloudpickle.dumps(on_event)) is None  # Tune pickles what it is given
+        if error:
+            raise error
+    written = console.file.getvalue()
+    assert written.count("\x1b[?25l") == written.count("\x1b[?25h") == 1
+    assert "warning: a journal was mended" in written
+    assert "0 of 8 trials finished" in written
+    assert written.rindex("\x1b[2K") > written.rindex("elapsed")  # the last thing is that its lines are erased
+
+
+def test_without_a_terminal_there_are_lines(tmp_path, capsys):
+    with progress.search_shown(True, tmp_path, 4) as on_event:
+        on_event(events.TrialFinished(row(7, 0.3), is_best=False))  # recovered: it had finished before
+        on_event(events.Started(8, 1, 2, "2 CPUs"))
+        on_event(events.ConcurrencyChanged(3, "3 CPUs"))
+        on_event(events.TrialFinished(row(0, 0.4), is_best=True))
+    first, second, changed, third = capsys.readouterr().err.splitlines()
+    assert first.startswith("[0:00] t0007-abcd learning_rate=")
+    assert second == "[0:00] 7 trials to go, 2 at a time (2 CPUs)"
+    assert changed == "[0:00] from now on 3 at a time (3 CPUs)"
+    assert third.startswith("[0:00] 2/8 t0000-abcd")
+    assert third.endswith("<- best so far")
+
+
+# from another process
+
+
+@contextlib.contextmanager
+def searching(study_dir, num_finished):
+    """A study of nine trials that is searched within the block: the fourth ended badly, and one trains."""
+    with open_study(study_dir, report_studies.make_recipe(9)) as study:
+        report_studies.fill(study, num_finished, lambda number: number == 3)
+        report_studies.start(study)
+        yield study
+
+
+def command(*words, **more):
+    """Starts a command of carft-ray."""
+    argv = [sys.executable, "-m", "carft_ray.cli", *map(str, words)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **more)
 
 
 def ended(process):
@@ -108,15 +206,25 @@ def ended(process):
 
 
 @pytest.mark.slow
-def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(tmp_path):
+def test_another_process_sees_what_runs_and_watches_until_the_search_or_ctrl_c_ends(tmp_path):
     study_dir = tmp_path / "study"
-    with open_study(study_dir, make_recipe(9, baselines={})) as study:
-        fill(study, 5)
-        watcher = cli("status", study_dir, "--watch", "--every", "0.5")
-        impatient = cli("status", study_dir, "--watch", "--every", "0.5", start_new_session=True)
+    with searching(study_dir, 5):
+        [live] = read_live(study_dir)[0].values()
+        lines = shown(SearchView.of(read_study(study_dir), clock=lambda: live.began + 30.2), 140)
+        text, best = "\n".join(lines), read_study(study_dir).best
+        assert f"★ {best.name}" in text
+        assert trials(study_dir)[-1].name in text  # it runs
+        for words in ("diverged", "1/10", "0:30", "56 %"):
+            assert words in text, text
+        tail = " ".join(lines[-2:])
+        assert "5 of 9 trials finished, 1 of them failed · 1 running" in tail
+        assert tail.endswith("left")
+
+        watcher = command("status", study_dir, "--watch", "--every", "0.5")
+        impatient = command("status", study_dir, "--watch", "--every", "0.5", start_new_session=True)
         line = watcher.stdout.readline()
-        assert line.startswith("5 of 9 trials finished, 1 of them failed · 2 running · ")
-        assert line.rstrip().endswith(f"best 30.4 % ({trials(study_dir)[4].name})")
+        assert line.startswith("5 of 9 trials finished, 1 of them failed · 1 running · ")
+        assert line.rstrip().endswith(f"best {100 * best.objective:.1f} % ({best.name})")
         impatient.stdout.readline()
         err = ended(impatient)
         assert (impatient.returncode, "Traceback" in err) == (0, False)
@@ -129,6 +237,7 @@ def test_watch_prints_lines_off_a_terminal_ends_with_the_search_and_with_ctrl_c(
 
 
 def ask(port, path, method="GET", content=None):
+    """Asks a server of this machine for JSON."""
     data = None if content is None else json.dumps(content).encode()
     asked = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, {"Content-Type": "application/json"})
     asked.method = method
@@ -136,47 +245,57 @@ def ask(port, path, method="GET", content=None):
         return json.load(answer)
 
 
-def shown_trials(port, number):
-    return ask(port, f"/api/studies/{number}?after=0")["trials"]
-
-
 @pytest.mark.slow
 def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path):
     study_dir = tmp_path / "study"
-    with open_study(study_dir, make_recipe(9, baselines={})) as study:
-        fill(study, 3)
-        dashboard = cli("dashboard", study_dir, "--port", "0")
+    with searching(study_dir, 3) as study:
+        dashboard = command("dashboard", study_dir, "--port", "0")
         try:
             url = dashboard.stdout.readline().strip()
             assert url.startswith("http://127.0.0.1:"), dashboard.stderr.read()
             port = int(url.rstrip("/").rpartition(":")[2])
             found = {each["study_name"]: each["study_id"] for each in ask(port, "/api/studies")["study_summaries"]}
-            number = found["search"]
-            assert len(ask(port, f"/api/studies/{number}?after=0")["trials"]) == 5
+            assert found.keys() == {"search", "baselines"}
+
+            def asked(name="search"):
+                return ask(port, f"/api/studies/{found[name]}?after=0")["trials"]
+
+            assert len(asked()) == 4
+            measured = [trial["values"] for trial in asked("baselines")]
+            assert measured == [[row.objective] for row in baselines(study_dir)]
             spec = study.next()  # the search goes on
             write_result(spec.place(study_dir), {"objective": 0.9, "alpha": 0.5, "metrics": {}})
             study.settle(spec)
             end = time.monotonic() + 120
-            while sum(trial["state"] == "Complete" for trial in shown_trials(port, number)) < 4:
+            while sum(trial["state"] == "Complete" for trial in asked()) < 4:
                 assert time.monotonic() < end  # the dashboard looks every few seconds
                 time.sleep(0.5)
+            for row, trial in zip(trials(study_dir), asked(), strict=True):
+                assert trial["number"] == row.number
+                assert trial.get("values") == (None if row.objective is None else [row.objective])
+                drawn = {each["name"]: each["param_external_value"] for each in trial["params"]}
+                assert drawn == {name: str(value) for name, value in row.values.items()}
+                assert {each["key"]: each["value"] for each in trial["user_attrs"]}["name"] == row.name
 
             before = commits(study_dir), sorted(path.name for path in study_dir.iterdir())
             for method, path, content in (
-                ("DELETE", f"/api/studies/{number}", None),
+                ("DELETE", f"/api/studies/{found['search']}", None),
                 ("POST", "/api/studies", {"study_name": "new", "directions": ["maximize"]}),
-                ("PUT", f"/api/studies/{number}/note", {"body": "hello", "version": 1}),
-                ("POST", f"/api/trials/{shown_trials(port, number)[3]['trial_id']}/tell", {"state": "FAIL"}),
+                ("PUT", f"/api/studies/{found['search']}/note", {"body": "hello", "version": 1}),
+                ("POST", f"/api/trials/{asked()[3]['trial_id']}/tell", {"state": "FAIL"}),
             ):
                 with pytest.raises(urllib.error.HTTPError) as refused:
                     ask(port, path, method, content)
                 with refused.value:
                     assert refused.value.code == 403
+            storage = JournalStorage(_Followed(study_dir))  # what it has to write with takes nothing
+            number = storage.get_all_studies()[0]._study_id
+            for write in (lambda: storage.create_new_trial(number), lambda: storage.delete_study(number)):
+                with pytest.raises(StorageError, match="is open for reading only"):
+                    write()
             assert (commits(study_dir), sorted(path.name for path in study_dir.iterdir())) == before
 
-            with socket.socket() as taken:  # the port is taken by the first
-                assert taken.connect_ex(("127.0.0.1", port)) == 0
-            second = cli("dashboard", study_dir, "--port", port)
+            second = command("dashboard", study_dir, "--port", port)
             _, err = second.communicate(timeout=120)
             assert second.returncode == 2
             assert f"error: --port: must be free on this machine, but got {port}" in err
@@ -186,33 +305,14 @@ def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path)
     assert "Traceback" not in err
 
 
-def test_the_log_of_the_dashboard_takes_no_commit(tmp_path):
-    from optuna.storages import JournalStorage
-
-    from carft_ray.study.dashboard import _Followed
-
-    with open_study(tmp_path / "study", make_recipe(2)) as study:
-        recover_running(study)
-        before = commits(tmp_path / "study")
-        storage = JournalStorage(_Followed(tmp_path / "study"))
-        number = storage.get_all_studies()[0]._study_id
-        for write in (lambda: storage.create_new_trial(number), lambda: storage.delete_study(number)):
-            with pytest.raises(StorageError, match="is open for reading only"):
-                write()
-        assert commits(tmp_path / "study") == before
-
-
 @pytest.mark.slow
-def test_without_optuna_dashboard_there_is_one_message_with_the_command_that_installs_it(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules['optuna_dashboard'] = None\n")
-    with open_study(tmp_path / "study", make_recipe(2)) as study:
+def test_without_optuna_dashboard_there_is_one_message_with_the_command_that_installs_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "optuna_dashboard", None)
+    with open_study(tmp_path / "study", report_studies.make_recipe(2)) as study:
         recover_running(study)
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    command = [sys.executable, "-m", "carft_ray.cli", "dashboard", str(tmp_path / "study")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 2
-    lines = done.stderr.splitlines()
-    assert lines == [
+    capsys.readouterr()
+    assert crash_host.call(["dashboard", tmp_path / "study"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
         "error: dashboard: needs the package optuna-dashboard",
         "    Install it: pip install 'carft-ray[dashboard]'",
     ]

@@ -1,0 +1,403 @@
+"""Intervals over seeds and images, what the choice of the best is worth, configurations compared, and the lines."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks import statistics
+from carft_ray.evaluation.metrics import wilson
+from carft_ray.evaluation.objective import ObjectiveSpec
+from carft_ray.results.statistics import paired
+from carft_ray.results.statistics.headline import headline, in_points, objective_difference
+from carft_ray.results.statistics.intervals import (
+    OVER_IMAGES,
+    accuracy_interval,
+    crossed,
+    objective_interval,
+    paired_differences,
+    rank_correlation,
+    values_by_seed,
+)
+from carft_ray.results.statistics.optimism import correct_best, ranking_noise
+from carft_ray.results.statistics.paired import KEYS, compare, comparison_lines, holm, row_lines
+from carft_ray.ui import console
+
+FIXTURE = {
+    "id": np.array([[1, 1, 0, 1, 1, 0], [1, 0, 0, 1, 1, 1], [1, 1, 0, 1, 0, 1]], bool),
+    "ood": np.array([[0, 1, 0, 1], [0, 1, 1, 1], [0, 0, 0, 1]], bool),
+}
+HALVES = {"id": 0.5, "ood": 0.5}
+
+
+def test_fixture():
+    result = crossed(FIXTURE, HALVES)
+    assert result.mean == pytest.approx(0.583333, abs=5e-7)
+    assert result.seed_variance == pytest.approx(0.00520833, abs=5e-9)
+    assert result.image_variance == pytest.approx(0.01145833, abs=5e-9)
+    assert result.dof == pytest.approx(4.8454, abs=5e-5)
+    assert result.ends == pytest.approx((0.24826, 0.91840), abs=5e-6)
+    assert result.notes == ()
+    assert in_points(result.mean, result.ends) == "58.3 [24.8, 91.8]"
+    assert in_points(0.75, (0.26, 1.24), signed=True) == "+75.0 [+26.0, +124.0]"
+
+
+def test_seeds_that_agree_by_chance_keep_the_noise_of_images():
+    """Reference numbers worked out by hand; without V_res this was a point and p < 0.0001."""
+    differences = np.array([[1, 0, 0, 0, 0, 0, 0, -1, 1, 0], [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]])
+    result = crossed({"a": differences}, {"a": 1.0})
+    assert (result.mean, result.seed_variance, result.image_variance) == (pytest.approx(0.1), 0, 0)
+    assert result.residual_variance == pytest.approx(1 / 90)
+    assert result.dof == pytest.approx(9)
+    assert result.ends == pytest.approx((-0.13845, 0.33845), abs=5e-6)
+    assert result.p_value == pytest.approx(0.3676, abs=5e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("num_seeds", "flips", "seed_sd"), [(2, 0.01, 0.03), (2, 0.05, 0.0), (3, 0.01, 0.03)])
+def test_few_seeds_cover_zero_for_equal_configurations(num_seeds, flips, seed_sd):
+    """300 pairs on 500 images; 95 % expected, Monte Carlo standard error 1.3 %; 88 % without the lower bounds."""
+    found = statistics.pair_intervals(np.random.default_rng(0), 300, num_seeds, 500, flips, seed_sd)
+    covered = [low <= 0 <= high for low, high in (each.ends for each in found)]
+    assert np.mean(covered) >= 0.92
+    assert all(low < high for low, high in (each.ends for each in found))
+
+
+def test_random_data_agree_with_sums_written_out():
+    rng = np.random.default_rng(4)
+    skill = {"a": rng.random((1, 30)), "b": rng.random((1, 20))}
+    values = {name: (rng.random((4, part.shape[1])) < part).astype(float) for name, part in skill.items()}
+    weights = {"a": 0.7, "b": -0.4}
+    y = [sum(weights[name] * values[name][q].mean() for name in values) for q in range(4)]
+    v_seed, v_image, v_res = np.var(y, ddof=1) / 4, 0.0, 0.0
+    for name, x in values.items():
+        n = x.shape[1]
+        total = x.mean()
+        ms_i = 4 * sum((x[:, k].mean() - total) ** 2 for k in range(n)) / (n - 1)
+        ms_e = sum((x[q, k] - x[q].mean() - x[:, k].mean() + total) ** 2 for q in range(4) for k in range(n))
+        ms_e /= (n - 1) * 3
+        v_image += weights[name] ** 2 * max(0, (ms_i - ms_e) / 4) / n
+        v_res += weights[name] ** 2 * ms_e / (4 * n)
+    dof = (v_seed + v_image) ** 2 / (v_seed**2 / 3 + v_image**2 / 19)
+    half = stats.t.ppf(0.975, dof) * math.sqrt(v_seed + v_image)
+    result = crossed(values, weights)
+    assert v_image > 0
+    assert v_seed > v_res == pytest.approx(result.residual_variance)
+    assert result.ends == pytest.approx((np.mean(y) - half, np.mean(y) + half), abs=1e-12)
+    p_values = [2 * stats.t.sf(abs(np.mean(y)) / math.sqrt(v), d) for v, d in ((v_seed + v_image, dof), (v_seed, 3))]
+    assert result.p_value == pytest.approx(max(p_values), abs=1e-12)
+    assert crossed({**values, "spare": np.ones((4, 2))}, {**weights, "spare": 0.0}) == result
+
+
+@pytest.mark.parametrize("level", [0.95, 0.99])
+@pytest.mark.parametrize("num_seeds", [1, 2, 3])
+@pytest.mark.parametrize("noise", [0, 1])  # without noise nothing varies: the rule of three
+def test_p_value_and_interval_agree_and_new_images_never_narrow_it(num_seeds, level, noise):
+    rng = np.random.default_rng(1)
+    for _ in range(30):
+        values = rng.normal(0.2) / 10 + noise * rng.normal(0.15, 1, (num_seeds, 40))
+        result = crossed({"a": values}, {"a": 1.0}, level=level)
+        assert (result.p_value < 1 - level) == (result.ends[0] > 0 or result.ends[1] < 0)
+        if num_seeds > 1:
+            half = stats.t.ppf((1 + level) / 2, num_seeds - 1) * math.sqrt(result.seed_variance)  # of these images
+            assert result.ends[1] - result.mean >= half - 1e-12
+
+
+def test_few_seeds_and_few_images_are_told_and_give_numbers():
+    one = crossed({name: values[:1] for name, values in FIXTURE.items()}, HALVES)
+    half = 1.959964 * math.sqrt(sum(0.25 * x[0].astype(float).var(ddof=1) / x.shape[1] for x in FIXTURE.values()))
+    assert one.ends == pytest.approx((7 / 12 - half, 7 / 12 + half), abs=1e-6)
+    assert (one.notes, one.words) == (("one training: seeds not covered",), OVER_IMAGES)
+    two = crossed({name: values[:2] for name, values in FIXTURE.items()}, HALVES)
+    assert "two seeds" in two.notes[0]
+    assert two.ends[1] - two.mean >= 8.98 * np.std([7 / 12, 17 / 24], ddof=1)
+    one_image = crossed({"a": np.array([[1], [0], [1]])}, {"a": 1.0})
+    assert one_image.notes == ("a has one image: its image variance is not covered",)
+    assert all(map(math.isfinite, one_image.ends))
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2, 5])
+@pytest.mark.parametrize("value", [0.0, 0.1 + 0.2])
+def test_where_nothing_varies_the_rule_of_three_holds(num_seeds, value):
+    result = crossed({"a": np.full((num_seeds, 70), value), "b": np.zeros((num_seeds, 60))}, {"a": 0.5, "b": 0.5})
+    half = -math.log(0.05) * 0.5 / 60
+    assert result.ends == pytest.approx((result.mean - half, result.mean + half))
+    assert result.p_value == pytest.approx(1.0 if value == 0 else 20 ** (-value / 2 / half))
+    assert (result.seed_variance, result.residual_variance, result.image_variance) == (0, 0, 0)
+
+
+def test_objectives_weigh_sets_by_their_derivatives():
+    weighted, other = ObjectiveSpec("weighted_mean", "id", ("ood",), 0.5), {k: v[::-1] for k, v in FIXTURE.items()}
+    assert objective_interval(weighted, FIXTURE).ends == pytest.approx(crossed(FIXTURE, HALVES).ends, abs=1e-14)
+    difference = objective_difference(weighted, FIXTURE, other)
+    plain = crossed(paired_differences(FIXTURE, other), HALVES)
+    assert (*difference.ends, difference.p_value) == pytest.approx((*plain.ends, plain.p_value), abs=1e-12)
+    harmonic = objective_interval(ObjectiveSpec("harmonic", "id", ("ood",)), FIXTURE)
+    a, b = (FIXTURE[name].mean(axis=1) for name in ("id", "ood"))
+    y = 2 * a * b / (a + b)
+    assert (harmonic.mean, harmonic.seed_variance) == pytest.approx((y.mean(), y.var(ddof=1) / 3))
+    a, b = a.mean(), b.mean()
+    weights = {"id": 2 * b**2 / (a + b) ** 2, "ood": 2 * a**2 / (a + b) ** 2}
+    assert harmonic.image_variance == pytest.approx(crossed(FIXTURE, weights).image_variance)
+
+
+def test_an_accuracy_without_variation_gets_the_interval_of_wilson_and_stays_below_one():
+    assert accuracy_interval(np.array([[True] * 9 + [False]])).ends == pytest.approx(wilson(9, 10))
+    assert accuracy_interval(np.ones((3, 28), bool)).ends == pytest.approx(wilson(28, 28))
+    nearly = np.ones((2, 40), bool)
+    nearly[0, 0] = nearly[1, 1] = False
+    result = accuracy_interval(nearly)
+    assert 0 < result.ends[0] < result.mean < result.ends[1] == 1
+    for right, num in ((0, 10), (3, 10), (812, 1008)):
+        reference = stats.binomtest(right, num).proportion_ci(0.95, method="wilson")
+        assert wilson(right, num) == pytest.approx((reference.low, reference.high), abs=1e-12)
+    assert wilson(0, 0) == (0.0, 1.0)
+    assert [console.percent(share, 28) for share in (0.0, 0.5)] == ["0.0 [0.0, 12.1]", "50.0 [32.6, 67.4]"]
+
+
+def test_the_headline_says_better_worse_or_neither_and_worse_by_is_better_by_turned_round():
+    noise = np.tile([0.1, -0.1], (3, 20)) + np.array([[0.01], [-0.01], [0.0]])
+    better, worse, same = (crossed({"a": noise * (sign or 1) + 0.5 * sign}, {"a": 1.0}) for sign in (1, -1, 0))
+    told = headline(better, "fine_tuning").removeprefix("improves on fine tuning by ")
+    low, high = (float(end) for end in told.partition("[")[2].partition("]")[0].split(", "))
+    assert 0 < low < float(told.partition(" ")[0]) == 50 < high
+    assert headline(worse, "fine_tuning") == f"worse than fine tuning by {told}"
+    assert headline(same, "paper").startswith("no improvement over paper shown (+0.0 [-")
+    found = [headline(each, "paper", is_measured_again=False).partition(" by ")[0] for each in (better, worse)]
+    assert found == ["measured higher than paper", "measured lower than paper"]
+
+
+def test_worst_domain_near_another_set_is_marked_approximate():
+    rng = np.random.default_rng(3)
+    correct = {name: rng.random((3, 400)) < share for name, share in (("id", 0.8), ("a", 0.5), ("b", 0.7))}
+    correct["c"] = correct["a"][:, ::-1]
+    clear = objective_interval(ObjectiveSpec("worst_domain", "id", ("a", "b")), correct)
+    close = objective_interval(ObjectiveSpec("worst_domain", "id", ("a", "b", "c")), correct)
+    assert clear.mean == pytest.approx(correct["a"].mean(axis=1).mean())
+    assert clear.notes == ()
+    assert "approximate" in close.notes[0]
+
+
+def test_rank_correlation_is_none_where_it_is_not_defined():
+    assert rank_correlation([1, 2, 2, 4], [3, 1, 1, 9]) == pytest.approx(stats.spearmanr([1, 2, 2, 4], [3, 1, 1, 9])[0])
+    assert rank_correlation([1, 2, 3], [1, 1, 1]) is rank_correlation([1], [1]) is None
+
+
+SPEC = ObjectiveSpec("weighted_mean", "id_val", ("a", "b"), 0.5)
+SIZES = {"id_val": 400, "a": 200, "b": 200}
+J = [0.70, 0.71, 0.69, 0.64, 0.50, 0.715, 0.705, 0.68]
+BASELINES = {"fine_tuning": 0.7, "paper": 0.6, "zero_shot": 0.5}  # validation objectives
+
+
+def random_correct(rng, num_rows):
+    return {name: rng.random((num_rows, n // 8)) < 0.6 for name, n in SIZES.items()}
+
+
+# correction of the best
+
+
+def test_correction_of_the_fixture_and_of_equal_trials():
+    found = correct_best(J, 0.01**2, num_draws=200_000)
+    assert (found.spread, found.factor) == pytest.approx((1.875e-4, 0.466667), abs=5e-7)
+    assert found.num_trials == 8
+    assert found.optimism == pytest.approx(0.01109, abs=1e-4)
+    assert found.value == pytest.approx(0.715 - found.optimism)
+    assert correct_best(J, 0.01**2).optimism == pytest.approx(0.01109, abs=8e-4)
+    exact = correct_best(J, 0.0)
+    assert (exact.value, exact.optimism, exact.factor) == (0.715, 0.0, 1.0)
+    equal = correct_best([0.7] * 10, 0.01**2, num_draws=100_000)
+    assert equal.factor == 0
+    assert equal.optimism == pytest.approx(0.01538753, abs=1e-4)  # of ten standard normal values: 1.538753
+    assert correct_best([0.7], 0.01**2).value == pytest.approx(0.7, abs=1e-3)
+
+
+def test_noise_agrees_with_sums_written_out_over_the_upper_half_and_shared_luck_is_none():
+    rng = np.random.default_rng(0)
+    correct, objectives = random_correct(rng, 7), [0.5, 0.9, 0.6, 0.8, 0.55, 0.7, 0.4]
+    expected = 0.0
+    for name, w in (("id_val", 0.5), ("a", 0.25), ("b", 0.25)):
+        x = correct[name][[1, 2, 3, 5]].astype(float)
+        n = x.shape[1]
+        residual = sum((x[i, k] - x[i].mean() - x[:, k].mean() + x.mean()) ** 2 for i in range(4) for k in range(n))
+        expected += w**2 * residual / ((n - 1) * 3) / n
+    noise = ranking_noise(SPEC, objectives, correct)
+    assert noise.image == pytest.approx(expected, abs=1e-15)
+    assert (noise.seed, noise.variance, noise.words) == (None, noise.image, "image noise only")
+    shared = {name: np.repeat(rows, 6, axis=0) for name, rows in random_correct(rng, 1).items()}
+    assert ranking_noise(SPEC, J[:6], shared).variance == pytest.approx(0, abs=1e-30)
+    assert ranking_noise(SPEC, [0.7], random_correct(rng, 1)).variance == 0
+
+
+def test_seed_noise_is_what_the_images_do_not_explain():
+    rng = np.random.default_rng(2)
+    correct, configurations = random_correct(rng, 4), [random_correct(rng, 5), random_correct(rng, 3)]
+    total = dof = own = 0.0
+    for by_set in configurations:
+        y = values_by_seed(SPEC, by_set)
+        total += sum((value - np.mean(y)) ** 2 for value in y)
+        own += (len(y) - 1) * ranking_noise(SPEC, [1.0] * len(y), by_set).image
+        dof += len(y) - 1
+    noise = ranking_noise(SPEC, J[:4], correct, configurations)
+    assert noise.seed == pytest.approx(max(0.0, (total - own) / dof))
+    assert noise.words == "image and seed noise"
+    assert ranking_noise(SPEC, J[:4], correct, [random_correct(rng, 1)]).seed is None
+    moving = {name: np.stack([np.arange(n) < share * n for share in (0.2, 0.5, 0.8)]) for name, n in SIZES.items()}
+    assert ranking_noise(SPEC, J[:4], correct, [moving]).seed == pytest.approx(0.09, rel=0.05)
+
+
+# configurations compared
+
+
+def answers(rng, hard, share, num_seeds):
+    """Correctness over seeds on images whose hardness all configurations share."""
+    return {name: rng.normal(0, 0.05, (num_seeds, n)) + hard[name] < share for name, n in SIZES.items()}
+
+
+@pytest.fixture(scope="module")
+def correct():
+    rng = np.random.default_rng(0)
+    hard = {name: rng.random(n) for name, n in SIZES.items()}
+    shares = {
+        "t0007": (0.75, 3),
+        "t0002": (0.74, 3),
+        "fine_tuning": (0.68, 3),
+        "paper": (0.75, 3),
+        "zero_shot": (0.5, 1),
+    }
+    return {name: answers(rng, hard, *values) for name, values in shares.items()}
+
+
+@pytest.fixture(scope="module")
+def found(correct):
+    return compare(SPEC, correct, "t0007", BASELINES, searched=0.78)
+
+
+def test_rows_have_the_intervals_of_each_configuration_and_all_of_it_is_json(correct, found):
+    assert [row["name"] for row in found["rows"]] == list(correct)
+    row = found["rows"][0]
+    assert row["objective"] == objective_interval(SPEC, correct["t0007"]).data()
+    ood = {name: correct["t0007"][name] for name in SPEC.ood_sets}
+    assert row["ood_accuracy"] == crossed(ood, {"a": 0.5, "b": 0.5}).data()
+    assert list(row["sets"]) == ["id_val", "a", "b"]
+    assert found["rows"][-1]["objective"]["over"] == OVER_IMAGES
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert {*KEYS} <= found.keys()
+    assert found["rows"][-1]["objective"]["dof"] is None  # infinite
+
+
+def test_the_baseline_of_the_headline_has_its_own_p_value_and_interval_and_the_others_holms(correct, found):
+    against = {each["other"]: each for each in found["baselines"]}
+    assert list(against) == list(BASELINES)
+    own = objective_difference(SPEC, correct["t0007"], correct["fine_tuning"])
+    assert (against["fine_tuning"]["objective"], against["fine_tuning"]["p"]) == (own.data(), own.p_value)
+    raised = holm([against[name]["objective"]["p_value"] for name in ("paper", "zero_shot")])
+    assert [against[name]["p"] for name in ("paper", "zero_shot")] == [p for p, _ in raised]
+    level = raised[1][1]
+    assert level == pytest.approx(0.975)  # the first of two
+    repeated = {name: np.repeat(rows, 3, axis=0) for name, rows in correct["zero_shot"].items()}  # for every seed
+    assert against["zero_shot"]["objective"] == objective_difference(SPEC, correct["t0007"], repeated, level).data()
+    assert [(each["other"], each["p"]) for each in found["others"]] == [("t0002", None)]
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2, 3])
+def test_no_line_has_an_interval_and_a_p_value_that_disagree(num_seeds):
+    """Not in the numbers, and not as they are printed: rounding puts neither on the other side."""
+    rng, seen = np.random.default_rng(5), {True: 0, False: 0}
+    for _ in range(12):
+        hard = {name: rng.random(n) for name, n in SIZES.items()}
+        several = {f"c{number}": answers(rng, hard, 0.7 + rng.normal(0, 0.02), num_seeds) for number in range(5)}
+        found = compare(SPEC, several, "c0", {f"c{number}": rng.random() for number in range(1, 5)})
+        for each in found["baselines"]:
+            low, high = each["objective"]["ends"]
+            assert (each["p"] < 0.05) == (low > 0 or high < 0)
+            assert ("no improvement" not in each["sentence"]) == (each["p"] < 0.05)
+            seen[each["p"] < 0.05] += 1
+        for line in [one for one in comparison_lines(found) if re.search(r"; p [<=>]", one)]:
+            low, high = (float(end) for end in line.partition("[")[2].partition("]")[0].split(", "))
+            sign, number = re.search(r"p (<|=|>) ([0-9.e-]+)", line).groups()
+            assert (sign == "<" or (sign == "=" and float(number) < 0.05)) == (low > 0 or high < 0), line
+        headline = next(each for each in found["baselines"] if each["other"] == found["headline_baseline"])
+        assert found["headline"] == f"c0: {headline['sentence']}"
+    assert min(seen.values()) > 0
+
+
+def test_a_p_value_next_to_the_limit_is_not_rounded_onto_it():
+    noise = np.random.default_rng(3).normal(0, 1, (3, 400)) / 100
+    noise -= noise.mean()
+    half = crossed({"a": noise}, {"a": 1.0}).ends[1]
+    for factor, words in ((1.001, "p < 0.05"), (0.999, "p > 0.05")):
+        interval = crossed({"a": noise + factor * half}, {"a": 1.0})
+        assert paired._p(interval.p_value) == words
+        low = float(in_points(interval.mean, interval.ends, signed=True).partition("[")[2].partition(",")[0])
+        assert (low > 0) == (words == "p < 0.05")
+        assert low != 0
+
+
+def test_equal_configurations_differ_by_zero(correct):
+    both = {"one": correct["paper"], "two": correct["paper"]}
+    same = compare(SPEC, both, "one", {"two": 0.6})
+    difference = same["baselines"][0]["objective"]
+    low, high = difference["ends"]
+    assert (difference["mean"], difference["p_value"]) == (0, 1)
+    assert low < 0 < high < 0.01
+    # 400 images without any change show that less than 0.75 % change, not that less than 0.5 % do
+    assert not same["baselines"][0]["keeps_id"]
+    assert compare(SPEC, both, "one", {"two": 0.6}, 0.01)["baselines"][0]["keeps_id"]
+
+
+def test_optimism_has_the_standard_error_of_a_new_mean(correct, found):
+    values = {name: values_by_seed(SPEC, rows) for name, rows in correct.items()}
+    trained = ("t0007", "t0002", "fine_tuning", "paper")
+    pooled = max(
+        np.mean([np.var(values[name], ddof=1) for name in trained]),
+        3 * np.mean([objective_interval(SPEC, correct[name]).residual_variance for name in trained]),
+    )
+    assert found["optimism"]["value"] == pytest.approx(0.78 - np.mean(values["t0007"]))
+    assert found["optimism"]["se"] == pytest.approx(math.sqrt(pooled * (1 + 1 / 3)))
+
+
+def test_each_number_has_one_interval_and_the_text_says_what_p_means(found):
+    lines = comparison_lines(found)
+    assert [line.partition(":")[0].strip() for line in row_lines(found)[1:]] == [row["name"] for row in found["rows"]]
+    told = {line.partition(":")[0].strip(): line for line in lines}
+    for each in (*found["baselines"], *found["others"]):
+        low, high = each["objective"]["ends"]
+        assert f" [{100 * low:+.1f}, {100 * high:+.1f}]" in told[each["other"]]
+        assert told[each["other"]].count("[") == 1
+        assert ("; p " in told[each["other"]]) == (each["p"] is not None)
+    text = " ".join(lines)
+    assert "Keeps ID: at most 0.5 points of ID accuracy lost" in text
+    assert "of the 2 other baselines, p and interval are raised for their number (Holm)" in text
+    assert "fine_tuning was chosen before" in text
+
+
+def test_holm_of_the_fixture_and_its_limits():
+    assert [one for one, _ in holm([0.01, 0.04, 0.03])] == pytest.approx([0.03, 0.06, 0.06])
+    assert [one for one, _ in holm([0.9, 0.8])] == [1.0, 1.0]
+    assert holm([0.02]) == [(0.02, pytest.approx(0.95))]
+    assert holm([]) == []
+
+
+def test_the_headline_is_about_the_baseline_that_was_chosen_before(correct, found):
+    assert found["headline"].startswith("t0007: improves on fine tuning by 7.")
+    other = compare(SPEC, correct, "t0007", {**BASELINES, "paper": 0.8})
+    assert other["headline"].startswith("t0007: no improvement over paper shown")
+    worse = compare(SPEC, correct, "fine_tuning", {"paper": 0.6})
+    assert worse["headline"].startswith("fine_tuning: worse than paper by")
+    assert worse["better_than_winner"] == ["t0007", "t0002"]
+    assert any(line.startswith("t0007 is better than the winner") for line in comparison_lines(worse))
+    assert compare(SPEC, correct, "t0007", {})["headline"] is None
+
+
+@pytest.mark.parametrize("kind", ["harmonic", "worst_domain"])
+def test_other_objectives_work_without_an_ood_set_and_one_training_each_covers_images_only(correct, kind):
+    single = {name: {each: rows[:1] for each, rows in by_set.items()} for name, by_set in correct.items()}
+    found = compare(ObjectiveSpec(kind, "id_val", ()), single, "t0007", BASELINES, label="test", searched=0.78)
+    assert found["rows"][0]["ood_accuracy"] is found["optimism"]["se"] is None
+    assert list(found["baselines"][0]["sets"]) == ["id_val"]
+    assert comparison_lines(found)[-1].endswith(f"points; test; 95 %, {OVER_IMAGES}.")
+    pair = compare(ObjectiveSpec(kind, "id_val", ("a", "b")), correct, "t0007", BASELINES)["baselines"][0]
+    assert 0 <= pair["p"] <= 1
