@@ -43,8 +43,6 @@ PUBLISHED_PSNR = {
     "pixelate": (29.5, 30.3, 26.9, 26.2, 27.8),
     "jpeg_compression": (28.6, 28.1, 27.7, 26.7, 25.6),
 }
-# where the published constants give no order of PSNR: severity is what the authors judged, not a distance
-UNORDERED = {"glass_blur", "snow", "pixelate"}
 DRAWN_FAR_APART = {"fog": 0.8}  # dB; the others agree within 0.3
 
 
@@ -65,12 +63,6 @@ def grey(level, side=128):
     return np.full((side, side, 3), float(level))
 
 
-def dot(side=65):
-    x = np.zeros((side, side, 3))
-    x[side // 2, side // 2] = 1
-    return x
-
-
 def rows(name):
     """Every published setting of a corruption, over tables and severities."""
     for row in PARAMETERS[name].values():
@@ -89,65 +81,36 @@ def psnr(x, y):
 # What there is
 
 
-def test_the_fifteen_of_the_paper_are_there():
+def test_the_fifteen_of_the_paper_are_there_with_five_severities_for_every_published_side():
     assert tuple(CORRUPTIONS) == PUBLISHED
-
-
-def test_every_table_has_five_severities_for_every_published_side():
     assert set(PARAMETERS) == set(CORRUPTIONS)
     for name, tables in PARAMETERS.items():
         assert set(tables) == set(SIDES), name
         assert all(len(row) == 5 for row in tables.values()), name
 
 
-@pytest.mark.parametrize(
-    ("size", "side"),
-    [
-        ((32, 32), 32),
-        ((45, 500), 32),
-        ((46, 46), 64),
-        ((119, 200), 64),
-        ((200, 120), 224),
-        ((224, 224), 224),
-        ((900, 900), 224),
-    ],
-)
-def test_the_table_nearest_to_the_shorter_side_is_taken(size, side):
-    assert table_side(*size) == side
+def test_the_table_nearest_to_the_shorter_side_is_taken():
+    sizes = [(32, 32), (45, 500), (46, 46), (119, 200), (200, 120), (224, 224), (900, 900)]
+    assert [table_side(*size) for size in sizes] == [32, 32, 64, 64, 224, 224, 224]
 
 
 # The same bytes always
 
-GOLDEN = {
-    "gaussian_noise": "8f174155996e83b5",
-    "shot_noise": "7a9c38c15405a5e8",
-    "impulse_noise": "7b7905907f835dfa",
-    "defocus_blur": "1e699a535d4db82c",
-    "glass_blur": "ca043b7d13f51d2f",
-    "motion_blur": "2fda46549ad41d40",
-    "zoom_blur": "418b31ae18823f8d",
-    "snow": "c5a63911bb501a4b",
-    "frost": "f3692f4a2db01b57",
-    "fog": "d3bb6a099986ec3d",
-    "brightness": "de22a22e350486ec",
-    "contrast": "f43ebe39f98b68fc",
-    "elastic_transform": "debeca16bc17c263",
-    "pixelate": "3418cf976cdeb557",
-    "jpeg_compression": "c21ca63086060b28",
-}
+# of gaussian_noise, shot_noise ...
+GOLDEN = (
+    "8f174155996e83b5 7a9c38c15405a5e8 7b7905907f835dfa 1e699a535d4db82c ca043b7d13f51d2f 2fda46549ad41d40 "
+    "418b31ae18823f8d c5a63911bb501a4b f3692f4a2db01b57 d3bb6a099986ec3d de22a22e350486ec f43ebe39f98b68fc "
+    "debeca16bc17c263 3418cf976cdeb557 c21ca63086060b28"
+)
 
 
-def digest(name):
+@pytest.mark.parametrize(("name", "golden"), list(zip(PUBLISHED, GOLDEN.split(), strict=True)))
+def test_golden_bytes(name, golden):
+    """A change here changes every stored set: raise CORRUPTION_VERSION with it."""
     small, large = picture(40, 48), picture(130, 120)
     images = [corrupt(small, name, severity, 7, 2**63 + 5) for severity in range(1, 6)]
     images += [corrupt(picture(64, 64), name, 4, 7, 11), corrupt(large, name, 3, 2**64 - 1, 11)]
-    return hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:16]
-
-
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_golden_bytes(name):
-    """A change here changes every stored set: raise CORRUPTION_VERSION with it."""
-    assert digest(name) == GOLDEN[name]
+    assert hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:16] == golden
 
 
 def test_bytes_depend_on_neither_order_nor_global_state():
@@ -173,55 +136,30 @@ def test_another_process_gives_the_same_bytes_and_needs_no_heavy_library():
 
 
 def test_seed_sample_and_name_each_draw_anew_and_severities_share_their_draws():
-    draws = [
-        generator(name, seed, sample).standard_normal(8).tolist()
-        for name, seed, sample in (
-            ("snow", 0, 0),
-            ("snow", 1, 0),
-            ("snow", 0, 1),
-            ("fog", 0, 0),
-            ("snow", 2**63, 2**63),
-        )
-    ]
-    assert len({tuple(draw) for draw in draws}) == 5
+    drawn = [("snow", 0, 0), ("snow", 1, 0), ("snow", 0, 1), ("fog", 0, 0), ("snow", 2**63, 2**63)]
+    assert len({generator(*what).standard_normal(8).tobytes() for what in drawn}) == 5
     x = np.full((64, 64, 3), 128, dtype=np.uint8)
     weak, strong = (corrupt(x, "gaussian_noise", severity, 0, 0).astype(float) - 128 for severity in (1, 2))
     np.testing.assert_allclose(strong, 2 * weak, atol=1.01)  # 0.08 is twice 0.04; two roundings
-
-
-@pytest.mark.parametrize("name", CORRUPTIONS)
-def test_another_sample_is_corrupted_otherwise_where_there_are_draws(name):
-    x = picture(64, 64)
-    same = np.array_equal(corrupt(x, name, 3, 0, 1), corrupt(x, name, 3, 0, 2))
-    assert same == (name in WITHOUT_DRAWS)
+    for name in CORRUPTIONS:
+        same = np.array_equal(*(corrupt(picture(64, 64), name, 3, 0, sample) for sample in (1, 2)))
+        assert same == (name in WITHOUT_DRAWS), name
 
 
 # As published
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """PSNR of the picture by name: [severity], mean over the samples where there are draws."""
-    x = picture()
-
-    def mean(name, severity):
-        samples = range(1 if name in WITHOUT_DRAWS else 8 if name in DRAWN_FAR_APART else 2)
-        return np.mean([psnr(corrupt(x, name, severity, 0, sample), x) for sample in samples])
-
-    return {name: [mean(name, severity) for severity in range(1, 6)] for name in PUBLISHED_PSNR}
-
-
 @pytest.mark.parametrize("name", PUBLISHED_PSNR)
-def test_each_is_as_strong_as_the_published_code(name, measured):
-    np.testing.assert_allclose(measured[name], PUBLISHED_PSNR[name], atol=DRAWN_FAR_APART.get(name, 0.3))
+def test_each_is_as_strong_as_the_published_code(name):
+    x, samples = picture(), 1 if name in WITHOUT_DRAWS else 8 if name in DRAWN_FAR_APART else 2
+    measured = [
+        np.mean([psnr(corrupt(x, name, severity, 0, sample), x) for sample in range(samples)])
+        for severity in range(1, 6)
+    ]
+    np.testing.assert_allclose(measured, PUBLISHED_PSNR[name], atol=DRAWN_FAR_APART.get(name, 0.3))
 
 
-@pytest.mark.parametrize("name", sorted(set(PUBLISHED_PSNR) - UNORDERED))
-def test_a_higher_severity_is_further_from_the_picture(name, measured):
-    assert np.all(np.diff(measured[name]) < 0), measured[name]
-
-
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (64, 64), (96, 80), (119, 120), (160, 224), (224, 224)])
+@pytest.mark.parametrize("size", [(32, 32), (33, 47), (96, 80), (119, 120), (160, 224)])
 def test_every_size_is_corrupted_and_changed(size):
     x = picture(*size)
     for name in CORRUPTIONS:
@@ -232,10 +170,9 @@ def test_every_size_is_corrupted_and_changed(size):
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 90)])
 def test_slivers_and_flat_images_are_no_trouble(size):
-    for level in (0, 128, 255):
+    for level in (0, 255):
         x = np.full((*size, 3), level, dtype=np.uint8)
-        for name in CORRUPTIONS:
-            assert corrupt(x, name, 5, 0, 0).shape == x.shape
+        assert {corrupt(x, name, 5, 0, 0).shape for name in CORRUPTIONS} == {x.shape}
 
 
 # Noise
@@ -246,13 +183,6 @@ def test_gaussian_noise_has_the_published_deviation():
         noise = CORRUPTIONS["gaussian_noise"](grey(0.5), rng(), deviation) - 0.5
         assert noise.std() == pytest.approx(deviation, rel=0.02)
         assert noise.mean() == pytest.approx(0, abs=4 * deviation / math.sqrt(noise.size))
-
-
-def test_gaussian_noise_of_the_whole_path_on_mid_grey():
-    x = np.full((224, 224, 3), 128, dtype=np.uint8)
-    noise = corrupt(x, "gaussian_noise", 1, 0, 0).astype(float) - 128
-    # rounding to whole levels adds a variance of 1/12
-    assert noise.std() == pytest.approx(math.hypot(0.08 * 255, math.sqrt(1 / 12)), rel=0.01)
 
 
 def test_shot_noise_has_the_mean_and_variance_of_a_poisson_count():
@@ -278,21 +208,7 @@ def test_impulse_noise_replaces_its_share_half_by_white_half_by_black_each_colou
 # Blur
 
 
-@pytest.mark.parametrize("name", ["defocus_blur", "glass_blur", "motion_blur", "zoom_blur"])
-def test_blur_keeps_flat_colours(name):
-    for setting in rows(name):
-        np.testing.assert_allclose(
-            CORRUPTIONS[name](grey(0.4, 40), rng(), *setting), 0.4, atol=1e-12 if "glass" not in name else 0
-        )
-
-
-@pytest.mark.parametrize("name", ["defocus_blur", "motion_blur"])
-def test_the_kernel_of_a_blur_sums_to_one(name):
-    for setting in rows(name):
-        np.testing.assert_allclose(CORRUPTIONS[name](dot(97), rng(), *setting).sum(axis=(0, 1)), 1)
-
-
-@pytest.mark.parametrize("radius", [0.5, 1, 1.5, 2.5, 3, 8, 10])
+@pytest.mark.parametrize("radius", [0.5, 1.5, 3, 10])
 def test_defocus_blur_is_the_mean_over_a_disc(radius):
     x = rng().random((40, 50, 3))
     down, right = np.indices((25, 25)) - 12
@@ -302,7 +218,8 @@ def test_defocus_blur_is_the_mean_over_a_disc(radius):
 
 
 def test_motion_blur_is_half_a_gaussian_along_a_line():
-    x = dot()
+    x = np.zeros((65, 65, 3))
+    x[32, 32] = 1
     kernel = fields.smear(x[..., 0], 10, 3, 0.0)[32]
     weights = np.exp(-0.5 * (np.arange(21) / 3) ** 2)
     np.testing.assert_allclose(kernel[12:33][::-1], weights / weights.sum())
@@ -316,15 +233,15 @@ def test_motion_blur_is_half_a_gaussian_along_a_line():
     assert 30 < max(angles) < 46
 
 
-@pytest.mark.parametrize("factor", [1.0, 1.01, 1.25, 2.25, 4.5])
-@pytest.mark.parametrize("side", [32, 65])
-def test_enlargement_is_the_centre_of_scipys(factor, side):
-    x = rng().random((side, side))
-    kept = math.ceil(side / factor)
-    first = (side - kept) // 2
-    large = ndimage.zoom(x[first : first + kept, first : first + kept], factor, order=1)
-    cut = (len(large) - side) // 2
-    np.testing.assert_allclose(fields.zoom(x, factor), large[cut : cut + side, cut : cut + side], atol=1e-12)
+@pytest.mark.parametrize("factor", [1.0, 1.01, 2.25, 4.5])
+def test_enlargement_is_the_centre_of_scipys(factor):
+    for side in (32, 65):
+        x = rng().random((side, side))
+        kept = math.ceil(side / factor)
+        first = (side - kept) // 2
+        large = ndimage.zoom(x[first : first + kept, first : first + kept], factor, order=1)
+        cut = (len(large) - side) // 2
+        np.testing.assert_allclose(fields.zoom(x, factor), large[cut : cut + side, cut : cut + side], atol=1e-12)
 
 
 def test_glass_blur_lets_pixels_take_the_place_of_near_ones():
@@ -355,14 +272,6 @@ def test_fog_adds_a_cloud_and_keeps_the_maximum():
         np.testing.assert_allclose(CORRUPTIONS["fog"](x, rng(), density, decay), expected)
 
 
-def test_a_cloud_that_decays_faster_is_smoother():
-    roughness = [
-        np.mean([np.abs(np.diff(fields.plasma(128, 100, rng(seed), decay), 2)).mean() for seed in range(5)])
-        for decay in (1.4, 2, 3)
-    ]
-    assert roughness[0] > 2 * roughness[1] > 4 * roughness[2]
-
-
 def test_snow_whitens_and_falls_steeply():
     x = grey(0.2, 96)
     for mean, deviation, zoom, threshold, radius, sigma, mix in rows("snow"):
@@ -389,21 +298,13 @@ def test_frost_has_the_published_shares_and_the_colours_of_the_photographs():
 # Digital
 
 
-def hsv_by_colorsys(x, change):
-    flat = [colorsys.hsv_to_rgb(*change(*colorsys.rgb_to_hsv(*colour))) for colour in x.reshape(-1, 3).tolist()]
-    return np.array(flat).reshape(x.shape)
-
-
-def colours():
-    """All corners, greys and random colours, [N, 1, 3]."""
-    corners = np.indices((3, 3, 3)).reshape(3, -1).T / 2
-    return np.concatenate([corners, rng().random((300, 3))])[:, None]
-
-
 def test_brightness_shifts_the_value_of_hsv():
+    corners = np.indices((3, 3, 3)).reshape(3, -1).T / 2
+    colours = np.concatenate([corners, rng().random((300, 3))])[:, None]
+    hsv = [colorsys.rgb_to_hsv(*colour) for colour in colours[:, 0].tolist()]
     for (shift,) in rows("brightness"):
-        expected = hsv_by_colorsys(colours(), lambda h, s, v, shift=shift: (h, s, min(v + shift, 1)))
-        np.testing.assert_allclose(CORRUPTIONS["brightness"](colours(), rng(), shift), expected, atol=1e-12)
+        expected = np.array([colorsys.hsv_to_rgb(h, s, min(v + shift, 1)) for h, s, v in hsv])[:, None]
+        np.testing.assert_allclose(CORRUPTIONS["brightness"](colours, rng(), shift), expected, atol=1e-12)
 
 
 def test_contrast_keeps_the_means_and_scales_the_deviations():
@@ -414,18 +315,19 @@ def test_contrast_keeps_the_means_and_scales_the_deviations():
         np.testing.assert_allclose(y.std(axis=(0, 1)), share * x.std(axis=(0, 1)))
 
 
-@pytest.mark.parametrize(("severity", "quality"), [(1, 25), (2, 18), (3, 15), (4, 10), (5, 7)])
-def test_jpeg_is_a_round_trip_of_the_published_quality(severity, quality):
-    file = io.BytesIO()
-    Image.fromarray(picture()).save(file, "JPEG", quality=quality)
-    np.testing.assert_array_equal(corrupt(picture(), "jpeg_compression", severity, 0, 0), np.asarray(Image.open(file)))
+def test_jpeg_is_a_round_trip_of_the_published_quality():
+    for severity, quality in enumerate((25, 18, 15, 10, 7), start=1):
+        file = io.BytesIO()
+        Image.fromarray(picture()).save(file, "JPEG", quality=quality)
+        found = corrupt(picture(), "jpeg_compression", severity, 0, 0)
+        np.testing.assert_array_equal(found, np.asarray(Image.open(file)))
 
 
-@pytest.mark.parametrize(("severity", "block"), [(2, 2), (5, 4)])
-def test_pixelate_gives_the_means_of_blocks(severity, block):
-    y = corrupt(picture(), "pixelate", severity, 0, 0)
-    blocks = picture().reshape(224 // block, block, 224 // block, block, 3).mean(axis=(1, 3))
-    np.testing.assert_allclose(y, blocks.repeat(block, axis=0).repeat(block, axis=1), atol=1)
+def test_pixelate_gives_the_means_of_blocks():
+    for severity, block in ((2, 2), (5, 4)):
+        y = corrupt(picture(), "pixelate", severity, 0, 0)
+        blocks = picture().reshape(224 // block, block, 224 // block, block, 3).mean(axis=(1, 3))
+        np.testing.assert_allclose(y, blocks.repeat(block, axis=0).repeat(block, axis=1), atol=1)
 
 
 def test_elastic_moves_three_points_and_bends_smoothly():
@@ -439,13 +341,6 @@ def test_elastic_moves_three_points_and_bends_smoothly():
     seen = [ndimage.map_coordinates(y[..., axis], after.T, order=1) * 100 for axis in (0, 1)]
     np.testing.assert_allclose(np.transpose(seen), before, atol=1e-6)
     np.testing.assert_allclose(CORRUPTIONS["elastic_transform"](ramp, rng(), 0, 0, 0), ramp, atol=1e-9)
-
-
-def test_elastic_roughly_keeps_the_histogram():
-    x = picture()
-    counts = [np.histogram(corrupt(x, "elastic_transform", severity, 0, 0), 8, (0, 256))[0] for severity in (3, 4, 5)]
-    kept = np.histogram(x, 8, (0, 256))[0]
-    assert np.abs(counts - kept).sum(axis=1).max() < 0.2 * x.size
 
 
 @pytest.mark.parametrize("sigma", [0, 0.3, 1.6, 19.5, 60])
