@@ -13,12 +13,11 @@ from typing import get_args
 import numpy as np
 import pytest
 import torchvision.datasets as oracle
-from layouts import BACKGROUND, DEVKIT, OBJECTNET_ONLY, cifar_batches, make_flat_val, make_layout, picture
+from layouts import DEVKIT, OBJECTNET_ONLY, cifar_batches, make_flat_val, make_layout, picture
 from PIL import Image
 from pydantic import TypeAdapter
 from sources import open_set
 from strict_roles import check_overlap
-from test_search_spaces import FOLDER
 
 from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.data.benchmarks.reader import LAYOUTS, benchmark_places, benchmark_words, known_facts, num_expected
@@ -26,12 +25,9 @@ from carft_ray.data.class_names import class_names
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.synthetic.corruptions import CORRUPTIONS
 from carft_ray.errors import DataError
-from carft_ray.recipe import text
 from carft_ray.recipe.benchmarks import BENCHMARKS
-from carft_ray.recipe.checks.rules import named_sets
-from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import Corruption, SetSpec, plain
+from carft_ray.recipe.schema.sets import Corruption, SetSpec
 
 pytestmark = pytest.mark.slow
 
@@ -197,12 +193,6 @@ def test_files_and_labels_are_those_of_torchvision(name, made, monkeypatch):
         assert dict(zip(found, source.labels.tolist(), strict=True)) == dict(zip(names, map(int, labels), strict=True))
 
 
-def test_caltech_101_is_read_as_by_torchvision_without_its_background(made):
-    theirs, source = oracle.Caltech101(made("caltech101")), opened(made("caltech101"), "caltech101")
-    assert (list(source.class_names), source.labels.tolist()) == (theirs.categories, theirs.y)
-    assert not any(BACKGROUND in name for name in source.listing.names)
-
-
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_read_as_by_torchvision(name, made, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
@@ -294,25 +284,6 @@ def test_one_domain_is_left_out_by_domains_and_split(made, tmp_path):
     recipe = leave_out(made("pacs"), "sketch")
     assert check_roles(recipe) == check_sets(recipe) == []
     check_overlap(recipe, tmp_path)
-
-
-RECIPES = [path for path in FOLDER.glob("*.yaml") if "source: benchmark" in path.read_text()]
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES), ids=lambda path: path.name)
-def test_the_recipes_of_benchmarks_fit_their_layouts(path, made, tmp_path):
-    """Sets, prompts and words only: the other keys have tests of their own."""
-    written = text.parse(path.read_text(), path.name).value
-    recipe = Recipe.model_validate({"data": written["data"], "prompts": written["prompts"], "train": {"batch_size": 2}})
-    recipe = absolute_paths(recipe, tmp_path / "search_spaces")
-    for spec in map(plain, named_sets(recipe).values()):
-        place = Path(spec.path)
-        if not place.exists():
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.symlink_to(made(spec.name))
-    assert check_roles(recipe) == []
-    assert check_sets(recipe) == []
-    assert len(class_names(recipe)) == len(load_facts(recipe.data.train.name).classes)
 
 
 # ---- roles

@@ -85,10 +85,8 @@ def test_every_corruption_is_drawn_about_equally_often_and_by_the_seed():
     drawn = [first.corruption(index) for index in range(len(first))]
     counts = Counter(drawn)
     assert set(counts) == set(CORRUPTIONS)
-    mean = 2000 / 15
-    assert sum((count - mean) ** 2 / mean for count in counts.values()) < 36.1  # chi-square, 14 df, p = .001
-    same = np.mean([second.corruption(index) == name for index, name in enumerate(drawn)])
-    assert 0.04 < same < 0.1
+    assert sum((count - 2000 / 15) ** 2 / (2000 / 15) for count in counts.values()) < 36.1  # 14 df, p = .001
+    assert 0.04 < np.mean([second.corruption(index) == name for index, name in enumerate(drawn)]) < 0.1
     only = opened(corrupted(many, corruptions=["fog"]))
     assert {only.corruption(index) for index in range(50)} == {"fog"}
 
@@ -98,16 +96,10 @@ def test_the_fingerprint_and_the_contents_hold_all_that_is_seen_and_not_the_orde
     first = opened(spec)
     assert first.fingerprint.startswith(f"corrupted-{CORRUPTION_VERSION}/fog,snow/3/0/224/sandbox-")
     assert opened({**spec, "corruptions": ["snow", "fog"]}).fingerprint == first.fingerprint
-    others = (
-        {"severity": 2},
-        {"seed": 1},
-        {"size": 64},
-        {"corruptions": ["fog"]},
-        {"of": {**SANDBOX, "split": "test"}},
-    )
-    found = [opened({**spec, **change}) for change in others]
-    assert len({first.fingerprint, *(other.fingerprint for other in found)}) == 6
-    assert len({first.content(0), opened(SANDBOX).content(0), *(other.content(0) for other in found)}) == 7
+    changes = [{"severity": 2}, {"seed": 1}, {"size": 64}, {"corruptions": ["fog"]}]
+    changes.append({"of": {**SANDBOX, "split": "test"}})
+    found = [first, *(opened({**spec, **change}) for change in changes)]
+    assert len({other.fingerprint for other in found}) == len({other.content(0) for other in found}) == 6
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (300, 300), (257, 800), (225, 240)])
@@ -115,17 +107,7 @@ def test_large_images_are_resized_and_cropped_as_imagenet_c_was(width, height):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     theirs = functional.center_crop(functional.resize(Image.fromarray(pixels), [256]), [224])
     np.testing.assert_array_equal(squared(pixels, 224), np.asarray(theirs))
-
-
-def test_small_images_stay_as_they_are():
-    pixels = np.zeros((224, 900, 3), np.uint8)
-    assert squared(pixels, 224) is pixels
-
-
-def test_a_set_of_some_classes_stays_one(tree):
-    some = folder("val", classes="some")
-    shown = opened(corrupted(some), tree, ("ant", *NAMES))
-    assert shown.groups == ((1,), (2,), (3,))
+    assert squared(pixels[:224], 224).shape == (224, width, 3)  # no large image
 
 
 # ---- roles
@@ -157,6 +139,7 @@ def test_only_validation_with_validation_and_test_with_test_may_share_images(set
         assert [f"must not share images with {shared}" in str(problem) for problem in problems] == [True]
 
 
+@pytest.mark.slow
 def test_copies_are_found_below_a_corruption(tree):
     shutil.copy(tree / "train" / "cat" / "0.png", tree / "val" / "dog" / "9.png")
     sets = {"id_val": folder("other"), "ood_val": {"noise": corrupted(folder("val"))}}
@@ -164,29 +147,18 @@ def test_copies_are_found_below_a_corruption(tree):
         check_overlap(recipe_of(**sets), tree / "cache")
     shutil.copy(tree / "other" / "cat" / "0.png", tree / "val" / "dog" / "9.png")
     check_overlap(recipe_of(**sets), tree / "cache")
-
-
-@pytest.mark.slow
-def test_a_copy_between_plain_validation_sets_is_still_found_after_a_corrupted_one_was_allowed(tree):
-    shown, plain = ({"ood_val": {"x": spec}} for spec in (corrupted(folder("copy")), folder("copy")))
-    shutil.copytree(tree / "val", tree / "copy")
-    check_overlap(recipe_of(**shown), tree / "cache")
     with pytest.raises(HoldOutError, match=r"data\.ood_val\.x: .* must not share images with data\.id_val"):
-        check_overlap(recipe_of(**plain), tree / "cache")
+        check_overlap(recipe_of(id_val=folder("other"), ood_val={"x": folder("val")}), tree / "cache")
 
 
 # ---- the recipe
 
 
-def test_what_is_wrong_with_the_images_is_told_at_their_key(tree):
+def test_keys_and_paths_of_the_images_are_those_below_of(tree):
     recipe = recipe_of(ood_val={"x": corrupted(folder("none"))}, ood_test={"y": corrupted(folder("nowhere"))})
-    places = [problem.place for problem in check_sets(recipe)]
-    assert places == ["data.ood_val.x.of", "data.ood_test.y.of"]
+    assert [problem.place for problem in check_sets(recipe)] == ["data.ood_val.x.of", "data.ood_test.y.of"]
     with pytest.raises(DataError, match="the root of the image tree must be a folder"):
         open_validation(recipe)
-
-
-def test_paths_of_the_images_become_absolute_and_may_move(tree):
     recipe = absolute_paths(recipe_of(ood_val={"x": corrupted(folder("val"))}), tree)
     assert recipe.data.ood_val["x"].of.path == str(tree / "val")
     assert class_of(("data", "ood_val", "x", "of", "path")) == "running"
@@ -226,16 +198,10 @@ def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch)
 def test_a_training_is_validated_on_the_corruptions_of_its_id_set(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    small = {**SANDBOX, "num_per_class": 8}
-    data = {
-        "train": {**small, "split": "train"},
-        "id_val": small,
-        "ood_val": {name: corrupted(small, severity=severity) for name, severity in (("weak", 1), ("strong", 5))},
-    }
+    seen = {name: corrupted(SANDBOX, severity=severity) for name, severity in (("weak", 1), ("strong", 5))}
+    data = {"train": {**SANDBOX, "split": "train"}, "id_val": SANDBOX, "ood_val": seen}
     recipe = {"data": data, "train": {"epochs": 1, "batch_size": 32, "learning_rate": 1e-3}}
     Path("noise.yaml").write_text(json.dumps(recipe))
-    assert crash_host.call(["validate", "noise.yaml", "--deep"]) == 0
-    capsys.readouterr()
     assert crash_host.call(["train", "noise.yaml", "--out", "run", "--json"]) == 0
     metrics = json.loads(capsys.readouterr().out)["metrics"]
     assert {"accuracy/id_val", "accuracy/weak", "accuracy/strong"} <= set(metrics)

@@ -67,11 +67,11 @@ def here(tree, tmp_path):
     return tmp_path / "here"
 
 
-def copy(here, source, target, again=False):
-    """Copies an image, or saves it again as JPEG."""
+def copy(here, source, target):
+    """Copies an image; as JPEG it is saved again."""
     path, there = here / "images" / source, here / "images" / target
-    if again:
-        Image.open(path).save(there.with_suffix(".jpg"), quality=90)
+    if there.suffix == ".jpg":
+        Image.open(path).save(there, quality=90)
     else:
         shutil.copy(path, there)
 
@@ -85,73 +85,81 @@ def found(here, *options):
 
 
 def leaving(rows):
-    """Returns set and name of every image that leaves."""
-    names = [(row.set, row.image, row.done) for row in rows]
-    names += [(row.other_set, row.other_image, row.other_done) for row in rows]
-    return sorted({(place, "/".join(Path(image).parts[-3:])) for place, image, done in names if done == "leaves"})
+    """Returns every image that leaves its set."""
+    images = [(row.image, row.done) for row in rows] + [(row.other_image, row.other_done) for row in rows]
+    return sorted({"/".join(Path(image).parts[-3:]) for image, done in images if done == "leaves"})
+
+
+NOISE = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
+FRACTION = sample_id("train/cat/x.png") / 2**64  # where the image stands in its set
+OUTSIDE = f"[0, {FRACTION}]" if FRACTION > 0.5 else f"[{FRACTION + 1e-9}, 1]"
+# copies, as JPEG of the same picture alone; a setting; what leaves: an image stays in the role nearest to the test
+ROLES = {
+    "test and train": ("test/cat/0.png train/cat/a.png", "", "train/cat/a.png"),
+    "test and validation": ("test/dog/1.png val/dog/b.jpg", "", "val/dog/b.jpg"),
+    "validation and train": ("val/cat/3.png train/cat/c.jpg", "", "train/cat/c.jpg"),
+    "two of validation": ("sketch/cat/4.png val/cat/d.png", "", "val/cat/d.png"),
+    "two of test": ("test/cat/0.png paint/cat/x.png", "", ""),
+    # A in train is re-encoded in val, B; its bytes are C in the test: both leave, whichever pairs were found
+    "a chain": ("test/cat/5.png val/cat/b.png val/cat/b.png train/cat/a.jpg", "", "train/cat/a.jpg val/cat/b.png"),
+    "every copy": (
+        "val/cat/0.png train/cat/a.png val/cat/0.png train/cat/b.png val/cat/0.png val/cat/c.png "
+        "val/cat/0.png train/dog/d.jpg",
+        "data.shared_limit=0.1",
+        "train/cat/a.png train/cat/b.png train/dog/d.jpg",
+    ),
+    "outside the part": ("val/cat/0.png train/cat/x.png", f"data.train.part={OUTSIDE}", ""),
+    "shown under a corruption": ("val/cat/0.png train/cat/x.png", f"data.ood_val={{n: {NOISE}}}", "train/cat/x.png"),
+    "kept": ("test/cat/0.png train/cat/a.png", "data.shared_images=keep", ""),
+}
 
 
 @pytest.mark.slow
-def test_an_image_stays_in_the_role_nearest_to_the_test(here):
+@pytest.mark.parametrize(("copies", "setting", "leave"), ROLES.values(), ids=ROLES)
+def test_an_image_stays_in_the_role_nearest_to_the_test(here, copies, setting, leave):
+    names = copies.split()
+    for source, target in zip(names[::2], names[1::2], strict=True):
+        copy(here, source, target)
+    assert leaving(found(here, *filter(None, [setting]))) == leave.split()
+
+
+@pytest.mark.slow
+def test_what_leaves_or_is_kept_is_counted_and_told_by_set(here):
     copy(here, "test/cat/0.png", "train/cat/a.png")
-    copy(here, "test/dog/1.png", "val/dog/b.png", again=True)
-    copy(here, "val/cat/3.png", "train/cat/c.png", again=True)
-    copy(here, "sketch/cat/4.png", "val/cat/d.png")
+    copy(here, "test/dog/1.png", "val/dog/b.jpg")
     rows = found(here)
-    assert leaving(rows) == [
-        ("data.id_val", "val/cat/d.png"),
-        ("data.id_val", "val/dog/b.jpg"),
-        ("data.train", "train/cat/a.png"),
-        ("data.train", "train/cat/c.jpg"),
-    ]
-    assert shared_counts(rows) == {"data.id_val": {"leaves": 2}, "data.train": {"leaves": 2}}
+    assert shared_counts(rows) == {"data.id_val": {"leaves": 1}, "data.train": {"leaves": 1}}
     assert shared_lines(rows) == [
-        "data.id_val: 2 images left out, also in data.id_test and data.ood_val.sketch",
-        "data.train: 2 images left out, also in data.id_test and data.id_val",
+        "data.id_val: 1 image left out, also in data.id_test",
+        "data.train: 1 image left out, also in data.id_test",
     ]
     assert {row.found_by for row in rows} == {"same bytes", "same picture"}
-
-
-@pytest.mark.slow
-def test_a_chain_over_three_roles_is_one_thing(here):
-    """A in train is re-encoded in val, B; its bytes are C in the test: both leave, whichever pairs were found."""
-    copy(here, "test/cat/5.png", "val/cat/b.png")
-    copy(here, "val/cat/b.png", "train/cat/a.png", again=True)
-    assert leaving(found(here)) == [("data.id_val", "val/cat/b.png"), ("data.train", "train/cat/a.jpg")]
-
-
-@pytest.mark.slow
-def test_every_copy_in_a_set_leaves(here):
-    for name in ("a", "b", "c"):
-        copy(here, "val/cat/0.png", f"train/cat/{name}.png")
-    copy(here, "val/cat/0.png", "val/cat/again.png")
-    copy(here, "val/cat/0.png", "train/dog/d.png", again=True)
-    assert [name for _, name in leaving(found(here, "data.shared_limit=0.1"))] == [
-        "train/cat/a.png",
-        "train/cat/b.png",
-        "train/cat/c.png",
-        "train/dog/d.jpg",
+    (here / "images" / "val" / "dog" / "b.jpg").unlink()
+    assert shared_lines(found(here, "data.shared_images=keep")) == [
+        "data.id_test: 1 image kept, also in data.train",
+        "data.train: 1 image kept, also in data.id_test",
     ]
 
 
 @pytest.mark.slow
-def test_test_sets_lose_no_image(here):
-    copy(here, "test/cat/0.png", "paint/cat/x.png")
-    rows = found(here)
-    assert leaving(rows) == []
-    assert shared_counts(rows) == {"data.id_test": {"stays": 1}, "data.ood_test.paint": {"stays": 1}}
+def test_corrupted_images_leave_the_set_that_is_shown(here):
+    copy(here, "test/cat/0.png", "val/cat/x.png")
+    recipe = loaded(here, f"data.ood_val={{noise: {NOISE}}}")
+    smaller = without_shared(recipe, find_shared(recipe, here / "cache"))
+    assert smaller.data.train == recipe.data.train
+    id_val, ood_val = open_validation(smaller)
+    assert len(id_val) == len(ood_val["noise"]) == 40
 
 
 @pytest.mark.slow
 def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monkeypatch):
     copy(here, "test/cat/0.png", "train/cat/a.png")
-    copy(here, "test/dog/1.png", "val/dog/b.png", again=True)
     monkeypatch.setattr(words, "FIRST_AFTER_S", 0)
     monkeypatch.setattr(words, "THEN_EVERY_S", 0)
     said = []
     rows = find_shared(loaded(here), here / "cache", said.append)
-    assert len(rows) == 2
-    for name, count in {"train": 49, "id_val": 41, "ood_val.sketch": 40, "id_test": 40}.items():
+    assert len(rows) == 1
+    for name, count in {"train": 49, "id_val": 40, "ood_val.sketch": 40, "id_test": 40}.items():
         begin = f"reading the images of data.{name}: 32 of {count}, about "
         assert any(line.startswith(begin) and line.endswith(" s left") for line in said)
     monkeypatch.setattr(StoredSource, "content", lambda *index: pytest.fail("an image was read again"))
@@ -159,46 +167,19 @@ def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monk
 
 
 @pytest.mark.slow
-def test_a_corrupted_set_may_show_id_val_and_both_stay(here):
-    copy(here, "val/cat/0.png", "train/cat/x.png")
-    noise = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
-    recipe = loaded(here, f"data.ood_val={{noise: {noise}}}")
-    rows = find_shared(recipe, here / "cache")
-    assert leaving(rows) == [("data.train", "train/cat/x.png")]
-    smaller = without_shared(recipe, rows)
-    assert smaller.data.ood_val == recipe.data.ood_val
-    assert len(open_train(smaller)) == 48
-
-
-@pytest.mark.slow
-def test_corrupted_images_leave_the_set_that_is_shown(here):
-    copy(here, "test/cat/0.png", "val/cat/x.png")
-    noise = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
-    recipe = loaded(here, f"data.ood_val={{noise: {noise}}}")
-    smaller = without_shared(recipe, find_shared(recipe, here / "cache"))
-    id_val, ood_val = open_validation(smaller)
-    assert len(id_val) == len(ood_val["noise"]) == 40
-
-
-@pytest.mark.slow
-def test_keep_leaves_all_and_fail_refuses(here):
-    copy(here, "test/cat/0.png", "train/cat/a.png")
-    rows = found(here, "data.shared_images=keep")
-    assert leaving(rows) == []
-    assert shared_lines(rows) == [
-        "data.id_test: 1 image kept, also in data.train",
-        "data.train: 1 image kept, also in data.id_test",
-    ]
-    with pytest.raises(HoldOutError, match=r"data\.id_test: .* must not share images with data\.train"):
-        found(here, "data.shared_images=fail")
-
-
-@pytest.mark.slow
-def test_so_many_shared_images_mean_wrong_roles(here):
+def test_what_cannot_be_left_out_is_refused(here):
     shutil.copytree(here / "images" / "sketch", here / "images" / "same")
-    with pytest.raises(HoldOutError, match=r"data\.train: at most 5 % .* 40 of 40 images") as error:
-        found(here, "data.train.domains=[same]")
-    assert "data.shared_images: keep" in str(error.value)
+    shutil.copytree(here / "images" / "train", here / "images" / "few")
+    for path in sorted((here / "images" / "few" / "cat").glob("*.png"))[1:]:
+        path.unlink()
+    copy(here, "few/cat/0.png", "val/cat/x.png")
+    for setting, limit, message in (
+        ("data.train.domains=[same]", 0.05, r"data\.train: at most 5 % .* 40 of 40 images"),
+        ("data.train.domains=[few]", 0.5, r"data\.train: every class must .* none in 'cat'"),
+        ("data.shared_images=fail", 0.05, r"data\.id_val: .* must not share images with data\.train"),
+    ):
+        with pytest.raises(HoldOutError, match=message) as error:
+            found(here, setting, f"data.shared_limit={limit}")
     assert "--pairs" in str(error.value)
 
 
@@ -207,34 +188,19 @@ def test_a_test_set_without_images_is_passed_over_with_a_warning(here, caplog):
     for path in (here / "images" / "test").glob("*/*.png"):
         path.unlink()
     copy(here, "paint/cat/0.png", "train/cat/a.png")
-    assert leaving(found(here)) == [("data.train", "train/cat/a.png")]
+    assert leaving(found(here)) == ["train/cat/a.png"]
     assert "data.id_test: must have an image" in caplog.text
 
 
 @pytest.mark.slow
-def test_a_class_of_which_all_images_would_leave_is_refused(here):
-    for path in sorted((here / "images" / "train" / "cat").glob("*.png"))[1:]:
-        path.unlink()
-    copy(here, "train/cat/0.png", "val/cat/x.png")
-    with pytest.raises(HoldOutError, match=r"data\.train: every class must .* none in 'cat'"):
-        found(here, "data.shared_limit=0.5")
-
-
-@pytest.mark.slow
-def test_parts_come_first(here):
-    """A pair of which one image is outside the part of its set is none."""
-    copy(here, "val/cat/0.png", "train/cat/x.png")
-    fraction = sample_id("train/cat/x.png") / 2**64
-    outside = f"[0, {fraction}]" if fraction > 0.5 else f"[{fraction + 1e-9}, 1]"
-    assert found(here, f"data.train.part={outside}") == []
-
-
-@pytest.mark.slow
 def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
-    study, recipe = tmp_path / "study", loaded(here)
+    study, recipe, told = tmp_path / "study", loaded(here), []
     study.mkdir()
+    write_shared(study, shared_of_study(recipe, here / "cache", study))
+    assert (study / SHARED_IMAGES).exists()
+    assert read_shared(study) == read_shared(tmp_path) == []
+    (study / SHARED_IMAGES).unlink()
     copy(here, "val/cat/0.png", "train/cat/x.png")
-    told = []
     write_shared(study, shared_of_study(recipe, here / "cache", study, told.append))
     assert told[-1] == "data.train: 1 image left out, also in data.id_val"
     rows = read_shared(study)
@@ -247,14 +213,6 @@ def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
     assert shared_of_study(recipe, here / "cache", study) == rows
     with (study / SHARED_IMAGES).open() as file:
         assert [row["found_by"] for row in csv.DictReader(file)] == ["same bytes"]
-
-
-@pytest.mark.slow
-def test_a_study_without_shared_images_keeps_an_empty_list(here, tmp_path):
-    (tmp_path / "study").mkdir()
-    write_shared(tmp_path / "study", shared_of_study(loaded(here), here / "cache", tmp_path / "study"))
-    assert (tmp_path / "study" / SHARED_IMAGES).exists()
-    assert read_shared(tmp_path / "study") == read_shared(tmp_path) == []
 
 
 @pytest.mark.parametrize("text", ["set,image\na,b\n", "\x00", "set,image,sample_id,distance\na,b,c,d\n"])
