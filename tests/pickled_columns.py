@@ -6,9 +6,8 @@ from pathlib import Path
 import crash_host
 import pyarrow as pa
 import pyarrow.feather
-import pyarrow.parquet as pq
 import pytest
-from layouts_tables import hf_dataset, table_of
+from layouts_tables import hf_dataset, table_of, write_table
 
 PICKLED = "ray.data.arrow_pickled_object"
 FORMS = ("beside", "inside", "whole")
@@ -49,14 +48,14 @@ def struck(images, trap, form="beside"):
 def write(path, table):
     """Writes a table as the file's ending says; ``stream.arrow`` as a stream, other ``.arrow`` as an Arrow file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".parquet":
-        pq.write_table(table, path)
-    elif path.suffix == ".feather":
-        pa.feather.write_feather(table, str(path), compression="uncompressed")
-    else:
-        made = pa.ipc.new_stream if path.stem == "stream" else pa.ipc.new_file
-        with made(str(path), table.schema) as writer:
+    if path.name == "stream.arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
             writer.write_table(table)
+    elif path.suffix == ".arrow":
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    else:
+        write_table(path, table, **({"chunksize": len(table)} if path.suffix == ".feather" else {}))
 
 
 def save_to_disk(folder, images, classes, table):

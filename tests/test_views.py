@@ -172,7 +172,7 @@ def test_views_are_pinned(width, height, image_size):
 
 def digest_of_many_views():
     draw, found = np.random.default_rng(0), hashlib.blake2b()
-    for number in range(100):
+    for number in range(40):
         side, largest = int(draw.choice([16, 32, 224])), int(draw.choice([40, 700]))
         width, height = draw.integers(1, largest, 2).tolist()
         pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -254,4 +254,4 @@ PERMUTATION_0_1 = [3, 4, 5, 7, 9, 1, 8, 2, 6, 0]
 PERMUTATION_LARGE = [5, 6, 3, 2, 9, 4, 0, 7, 1, 8]
 BOXES = [(0, 1, 30, 32), (1, 0, 31, 31), (0, 2, 31, 32), (25, 7, 574, 471)]
 VIEWS = {40: "dadc23d5db3f8025", 400: "0d5071878ce1d217", 61: "35e3c2669c56c8ca"}
-MANY_VIEWS = "caab39c9bc871fd1"
+MANY_VIEWS = "5471df048b78069e"
