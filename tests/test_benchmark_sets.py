@@ -2,11 +2,9 @@
 
 import functools
 import hashlib
-import os
 import pickle
 import re
 import shutil
-from collections import Counter
 from pathlib import Path
 from typing import get_args
 
@@ -48,15 +46,7 @@ def made(tmp_path_factory):
 @pytest.fixture
 def own(made, tmp_path):
     """Gives a copy of a benchmark that a test may break."""
-
-    def copy(name):
-        return shutil.copytree(made(name), tmp_path / name, copy_function=copy_lists)
-
-    def copy_lists(source, target):
-        """Copies lists and links images: who changes an image must unlink it first."""
-        (os.link if Path(source).suffix.lower() in (".jpg", ".jpeg", ".png") else shutil.copy)(source, target)
-
-    return copy
+    return lambda name: shutil.copytree(made(name), tmp_path / name)
 
 
 def opened(root, name, split=None, class_list=None, **keys):
@@ -91,25 +81,20 @@ def test_every_benchmark_has_a_layout_and_facts_and_the_recipe_knows_what_they_h
 @pytest.mark.parametrize(("name", "split"), SPLITS + WHOLE)
 def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
     source, facts = opened(made(name), name, split), known_facts(name)
-    sizes = Counter(source.labels.tolist())
+    sizes, count = np.bincount(source.labels), len(facts.classes)
     if BENCHMARKS[name].has_domains:
-        count = len(facts.classes)
         held_out = int(ONE_OF_FIVE * count)
-        per_domain = {None: count, "out": held_out, "in": count - held_out}[split]
-        assert len(source) == per_domain * len(facts.domains)
+        assert len(source) == {None: count, "out": held_out, "in": count - held_out}[split] * len(facts.domains)
     elif name == "iwildcam" and split != "train":
-        assert sorted(sizes) == list(range(0, 182, 7))
+        assert np.flatnonzero(sizes).tolist() == list(range(0, 182, 7))
     else:
-        assert len(sizes) == len(facts.classes)
-        assert set(sizes.values()) == {COPIES.get((name, split), 1)}
-    imagenet = facts.within == "imagenet" or name == "imagenet"
+        assert len(source) == count * COPIES.get((name, split), 1)
+        assert set(sizes.tolist()) <= {0, COPIES.get((name, split), 1)}
     if name not in ("imagenet-r", "imagenet-a"):
-        assert source.class_names == (IMAGENET if imagenet else facts.classes)
+        assert source.class_names == (IMAGENET if name == "imagenet" or facts.within == "imagenet" else facts.classes)
     assert source.pixels(0).dtype == np.uint8
-    spec = TypeAdapter(SetSpec).validate_python(
-        {"source": "benchmark", "name": name, "path": str(made(name)), "split": split}
-    )
-    places = benchmark_places(spec)
+    spec = {"source": "benchmark", "name": name, "path": str(made(name)), "split": split}
+    places = benchmark_places(TypeAdapter(SetSpec).validate_python(spec))
     assert all(source.place(index).startswith(tuple(places)) for index in range(len(source)))
     assert all(Path(place).is_dir() for place in places)
     assert len(np.unique(source.sample_ids)) == len(source)
@@ -123,6 +108,28 @@ def test_a_set_of_two_hundred_classes_is_told_apart_between_these_of_the_thousan
     assert labelled(source) == {file: file.split("/")[0] for file in labelled(source)}
     assert set(labelled(source).values()) == set(wnids)
     assert labelled(opened(made(name), name, class_list=IMAGENET[::-1])) == labelled(source)
+    assert len(opened(made(name) / name, name)) == 200  # the folder of the images itself
+    with pytest.raises(DataError, match=rf"every class of a set must be in the class list, but got '{wnids[0]}'"):
+        opened(made(name), name, class_list=[wnid for wnid in IMAGENET if wnid != wnids[0]])
+
+
+@pytest.mark.parametrize("name", ["imagenet-v2", "imagenet-sketch"])
+def test_the_folders_of_imagenet_v2_are_labels_and_those_of_sketch_are_wnids(name, made):
+    source = opened(made(name), name, class_list=IMAGENET)
+    assert source.groups is None
+    folders = [file.split("/")[0] for file in source.listing.names]
+    labels = [int(folder) if name == "imagenet-v2" else IMAGENET.index(folder) for folder in folders]
+    assert source.labels.tolist() == labels
+    with pytest.raises(DataError, match=r"every class must be there in every set, but got none for 'n09999999'"):
+        opened(made(name), name, class_list=[*IMAGENET, "n09999999"])
+
+
+def test_part_of_imagenet_is_a_set_of_some_classes(tmp_path):
+    for wnid in IMAGENET[100:110]:
+        (tmp_path / "train" / wnid).mkdir(parents=True)
+        (tmp_path / "train" / wnid / f"{wnid}_1.JPEG").write_bytes(picture("x"))
+    assert opened(tmp_path, "imagenet", "train", classes="some").class_names == IMAGENET[100:110]
+    assert "must have an image, but got none of 'n01440764' and 989 more" in refused(tmp_path, "imagenet", "train")
 
 
 def test_a_class_of_objectnet_scores_the_largest_of_its_imagenet_classes_and_its_red_frame_is_cut_off(made):
@@ -136,15 +143,6 @@ def test_a_class_of_objectnet_scores_the_largest_of_its_imagenet_classes_and_its
     whole = np.asarray(Image.open(source.place(5)).convert("RGB"))
     np.testing.assert_array_equal(source.pixels(5), whole[2:-2, 2:-2])
     assert source.content(5) == Path(source.place(5)).read_bytes()
-
-
-def test_the_folders_of_imagenet_v2_are_labels_and_those_of_sketch_are_wnids(made):
-    for name in ("imagenet-v2", "imagenet-sketch"):
-        source = opened(made(name), name, class_list=IMAGENET)
-        assert source.groups is None
-        folders = [file.split("/")[0] for file in source.listing.names]
-        labels = [int(folder) if name == "imagenet-v2" else IMAGENET.index(folder) for folder in folders]
-        assert source.labels.tolist() == labels
 
 
 def test_a_flat_val_of_imagenet_is_labelled_by_the_devkit(tmp_path):
@@ -195,24 +193,21 @@ def test_files_and_labels_are_those_of_torchvision(name, made, monkeypatch):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_cifar_is_read_as_by_torchvision(name, made, tmp_path, monkeypatch):
+    """Which reads the Python version, here of the same images."""
     monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda path, md5: True)
-    ten = name == "cifar10"
-    folder = tmp_path / ("cifar-10-batches-py" if ten else "cifar-100-python")
-    folder.mkdir()
-    files = cifar_batches(name, 1).items()  # the same images in the Python version, which torchvision reads
-    contents = {file: {"data": each, "labels" if ten else "fine_labels": labels} for file, (each, labels) in files}
-    names = {"label_names" if ten else "fine_label_names": list(load_facts(name).classes)}
-    for file, value in {**contents, "batches.meta" if ten else "meta": names}.items():
-        (folder / file).write_bytes(pickle.dumps(value))
+    names = ("cifar-10-batches-py", "labels", "batches.meta", "label_names", oracle.CIFAR10)
+    if name == "cifar100":
+        names = ("cifar-100-python", "fine_labels", "meta", "fine_label_names", oracle.CIFAR100)
+    folder, labels_key, meta, classes_key, kind = names
+    (tmp_path / folder).mkdir()
+    files = {file: {"data": each, labels_key: labels} for file, (each, labels) in cifar_batches(name, 1).items()}
+    for file, value in {**files, meta: {classes_key: list(load_facts(name).classes)}}.items():
+        (tmp_path / folder / file).write_bytes(pickle.dumps(value))
     for split in ("train", "test"):
-        source, theirs = (
-            opened(made(name), name, split),
-            (oracle.CIFAR10 if ten else oracle.CIFAR100)(tmp_path, train=split == "train"),
-        )
+        source, theirs = opened(made(name), name, split), kind(tmp_path, train=split == "train")
         assert (list(source.class_names), source.labels.tolist()) == (theirs.classes, theirs.targets)
         pixels = np.stack([source.pixels(index) for index in range(len(source))])
         np.testing.assert_array_equal(pixels, theirs.data)
-        assert len(np.unique(source.sample_ids)) == len(theirs)
 
 
 YEARS = {"train": ("train", 0, 2012), "id_val": ("val", 0, 2012), "id_test": ("test", 0, 2012)}
@@ -260,12 +255,8 @@ def test_in_and_out_are_domainbeds_images(trial_seed, tmp_path):
             ours = opened(tmp_path, "pacs", split, domains=[domain], trial_seed=trial_seed)
             assert set(labelled(ours)) == names
     assert [len(names) for names in theirs.values()] == [5, 23]
-
-
-def test_the_environments_are_the_sorted_folders(made):
-    for name in ("pacs", "vlcs", "office-home", "terra-incognita", "domain-net"):
-        (folder,) = made(name).iterdir()
-        assert sorted(path.name for path in folder.iterdir()) == list(load_facts(name).domains)
+    rule = "train.domains: must be a domain of PACS, but got 'foto'; did you mean 'photo'?"
+    assert refused(tmp_path, "pacs", domains=["foto"]).startswith(rule)
 
 
 def leave_out(root, target, **more):
@@ -280,24 +271,15 @@ def leave_out(root, target, **more):
     return Recipe.model_validate({"data": {**data, **more}, "train": {"batch_size": 4}})
 
 
-def test_one_domain_is_left_out_by_domains_and_split(made, tmp_path):
-    recipe = leave_out(made("pacs"), "sketch")
-    assert check_roles(recipe) == check_sets(recipe) == []
-    check_overlap(recipe, tmp_path)
-
-
 # ---- roles
 
 
 SHARED = [
-    ("food101", {"split": "train"}, {"split": "test"}, 0),
     ("food101", {"split": "train"}, {"split": "train"}, 1),
     ("food101", {"split": "train", "part": [0.1, 1]}, {"split": "train", "part": [0, 0.1]}, 0),
     ("fgvc-aircraft", {"split": "trainval"}, {"split": "test"}, 0),
     ("fgvc-aircraft", {"split": "trainval"}, {"split": "val"}, 1),
     ("sun397", {}, {"split": "test"}, 1),
-    ("imagenet", {"split": "train"}, {"split": "val"}, 0),
-    ("pacs", {"split": "in"}, {"split": "out"}, 0),
     ("pacs", {"split": "in"}, {"split": "out", "trial_seed": 1}, 1),
     ("pacs", {"split": "in"}, {}, 1),
     ("pacs", {"domains": ["photo"]}, {"domains": ["sketch"]}, 0),
@@ -311,13 +293,15 @@ def test_splits_of_one_benchmark_are_images_of_their_own(name, first, second, nu
     assert len(check_roles(recipe)) == num_problems
 
 
-def test_the_same_images_as_a_folder_are_the_same_images(made):
+def test_one_domain_is_left_out_by_domains_and_split_and_the_same_folder_is_the_same_images(made, tmp_path):
+    recipe = leave_out(made("pacs"), "sketch")
+    assert check_roles(recipe) == check_sets(recipe) == []
+    check_overlap(recipe, tmp_path)
     folder = {"source": "folder", "path": f"{made('pacs')}/PACS", "domains": ["photo"]}
     (problem,) = check_roles(leave_out(made("pacs"), "sketch", id_val=folder))
     assert "must not share images with data.train" in str(problem)
-    as_folder = open_set(source="folder", path=f"{made('pacs')}/PACS", domains=["photo"])
     named = opened(made("pacs"), "pacs", domains=["photo"])
-    np.testing.assert_array_equal(np.sort(as_folder.sample_ids), np.sort(named.sample_ids))
+    np.testing.assert_array_equal(np.sort(open_set(**folder).sample_ids), np.sort(named.sample_ids))
 
 
 # ---- sizes and words
@@ -325,15 +309,12 @@ def test_the_same_images_as_a_folder_are_the_same_images(made):
 
 NUMBERS = [
     ({"name": "imagenet", "split": "val"}, 50_000),
-    ({"name": "imagenet-r"}, 30_000),
     ({"name": "pacs", "domains": ["photo", "sketch"], "split": "out"}, 334 + 785),
-    ({"name": "pacs", "domains": ["photo", "sketch"], "split": "in"}, 1336 + 3144),
     ({"name": "pacs"}, 9991),
     ({"name": "pacs", "part": [0, 0.5]}, None),
     ({"name": "pacs", "shots": 4}, None),
     ({"name": "imagenet", "split": "train", "classes": "some"}, None),
     ({"name": "terra-incognita"}, None),  # two versions are around
-    ({"name": "objectnet"}, None),
 ]
 
 
@@ -361,22 +342,6 @@ def test_words_come_from_the_benchmark_by_class_and_not_by_position(made):
     assert benchmark_words("imagenet-v2")["n01440764"] == "tench"
     with pytest.raises(DataError, match=r"must be the benchmark that has the classes, but pacs has none 'n01443537'"):
         words("imagenet", "val", chosen, class_names="pacs")
-
-
-def test_part_of_imagenet_is_a_set_of_some_classes(tmp_path):
-    kept = IMAGENET[100:110]
-    for wnid in kept:
-        (tmp_path / "train" / wnid).mkdir(parents=True)
-        (tmp_path / "train" / wnid / f"{wnid}_1.JPEG").write_bytes(picture("x"))
-    assert opened(tmp_path, "imagenet", "train", classes="some").class_names == kept
-    assert "must have an image, but got none of 'n01440764' and 989 more" in refused(tmp_path, "imagenet", "train")
-
-
-def test_a_set_may_lie_in_a_folder_of_its_own_or_be_the_path_itself(made, tmp_path):
-    for path in (made("dtd"), made("dtd") / "dtd", made("dtd") / "dtd" / "dtd"):
-        assert len(opened(path, "dtd", "val")) == 47
-    for path in (made("imagenet-r"), made("imagenet-r") / "imagenet-r"):
-        assert len(opened(path, "imagenet-r")) == 200
 
 
 # ---- sets that are not what their name says
@@ -467,15 +432,3 @@ def test_a_broken_benchmark_is_told_with_its_reason(name, split, break_it, messa
     break_it(root)
     text = refused(root, name, split, num_problems=2 if message == BOTH else 1)
     assert message in (re.sub("(?s)got .*train: every", "got and every", text) if message == BOTH else text)
-
-
-def test_a_domain_that_there_is_not_is_told_with_the_nearest(made):
-    rule = "train.domains: must be a domain of PACS, but got 'foto'; did you mean 'photo'?"
-    assert refused(made("pacs"), "pacs", domains=["foto"]).startswith(rule)
-
-
-def test_a_class_list_that_is_not_imagenets_is_told(made):
-    with pytest.raises(DataError, match=r"every class of a set must be in the class list, but got 'n01498041'"):
-        opened(made("imagenet-r"), "imagenet-r", class_list=[wnid for wnid in IMAGENET if wnid != "n01498041"])
-    with pytest.raises(DataError, match=r"every class must be there in every set, but got none for 'n09999999'"):
-        opened(made("imagenet-sketch"), "imagenet-sketch", class_list=[*IMAGENET, "n09999999"])

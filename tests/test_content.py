@@ -14,7 +14,9 @@ from carft_ray.errors import DataError
 def test_values_come_in_order_each_made_once_and_few_ahead(num_threads):
     for number in (0, 1, 7, 500):
         made = []
-        with contextlib.closing(in_order(lambda index, made=made: made.append(index) or index, number, num_threads)) as values:
+        with contextlib.closing(
+            in_order(lambda index, made=made: made.append(index) or index, number, num_threads)
+        ) as values:
             for taken, value in enumerate(values):
                 assert value == taken
                 assert max(made) - taken <= AHEAD * num_threads

@@ -113,22 +113,22 @@ def test_large_images_are_resized_and_cropped_as_imagenet_c_was(width, height):
 # ---- roles
 
 
-@pytest.mark.parametrize(
-    ("sets", "shared"),
-    [
-        ({"ood_val": {"noise": corrupted(folder("val"))}}, None),
-        ({"ood_val": {"noise": corrupted(folder("val")), "fog": corrupted(folder("val"), corruptions=["fog"])}}, None),
-        ({"ood_val": {"noise": corrupted(folder("other"))}}, None),
-        ({"id_val": corrupted(folder("val")), "ood_val": {"plain": folder("val")}}, None),
-        ({"id_test": folder("test"), "ood_test": {"noise": corrupted(folder("test"))}}, None),
-        ({"ood_val": {"noise": corrupted(folder("train"))}}, "data.train"),
-        ({"id_val": corrupted(folder("train"))}, "data.train"),
-        ({"ood_val": {"noise": corrupted(folder("test"))}, "id_test": folder("test")}, "data.ood_val.noise"),
-        ({"ood_test": {"noise": corrupted(folder("val"))}}, "data.id_val"),
-        ({"ood_test": {"noise": corrupted(folder("train"))}}, "data.train"),
-        ({"ood_val": {"plain": folder("val")}}, "data.id_val"),
-    ],
-)
+# sets of a recipe, and the set with which one shares images though it must not
+SHARED = [
+    ({"ood_val": {"noise": corrupted(folder("val")), "fog": corrupted(folder("val"), corruptions=["fog"])}}, None),
+    ({"ood_val": {"noise": corrupted(folder("other"))}}, None),
+    ({"id_val": corrupted(folder("val")), "ood_val": {"plain": folder("val")}}, None),
+    ({"id_test": folder("test"), "ood_test": {"noise": corrupted(folder("test"))}}, None),
+    ({"ood_val": {"noise": corrupted(folder("train"))}}, "data.train"),
+    ({"id_val": corrupted(folder("train"))}, "data.train"),
+    ({"ood_val": {"noise": corrupted(folder("test"))}, "id_test": folder("test")}, "data.ood_val.noise"),
+    ({"ood_test": {"noise": corrupted(folder("val"))}}, "data.id_val"),
+    ({"ood_test": {"noise": corrupted(folder("train"))}}, "data.train"),
+    ({"ood_val": {"plain": folder("val")}}, "data.id_val"),
+]
+
+
+@pytest.mark.parametrize(("sets", "shared"), SHARED)
 def test_only_validation_with_validation_and_test_with_test_may_share_images(sets, shared, tree):
     recipe = recipe_of(**sets)
     problems = check_roles(recipe)
@@ -180,16 +180,13 @@ def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tree / "cache"))
     (tree / "val" / "cat" / "3.png").write_bytes(b"no image")
     skipping = folder("val", on_bad_image="skip")
-    sets = {
-        "id_val": skipping,
-        "ood_val": {name: corrupted(skipping, severity=severity) for name, severity in (("weak", 1), ("strong", 5))},
-    }
-    recipe = recipe_of(**sets)
+    seen = {"weak": corrupted(skipping, severity=1), "strong": corrupted(skipping, severity=5)}
+    recipe, names = recipe_of(id_val=skipping, ood_val=seen), ("id_val", "weak", "strong")
     found = set_contents(recipe)
-    assert [found[name]["num_skipped"] for name in ("id_val", "weak", "strong")] == [1, 1, 1]
-    assert len({found[name]["digest"] for name in ("id_val", "weak", "strong")}) == 3
-    check_overlap(recipe, cache_dir(recipe))
+    assert [found[name]["num_skipped"] for name in names] == [1, 1, 1]
+    assert len({found[name]["digest"] for name in names}) == 3
     sources = open_sets(recipe)
+    check_overlap(recipe, cache_dir(recipe))
     monkeypatch.setattr(StoredSource, "content", None)  # the same without reading a file
     assert set_contents(recipe, SimpleNamespace(validation=(), sources=sources)) == found
 

@@ -4,9 +4,6 @@ import colorsys
 import hashlib
 import io
 import math
-import subprocess
-import sys
-import zlib
 
 import numpy as np
 import pytest
@@ -113,28 +110,6 @@ def test_golden_bytes(name, golden):
     assert hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:16] == golden
 
 
-def test_bytes_depend_on_neither_order_nor_global_state():
-    x = picture(48, 48)
-    x.flags.writeable = False
-    before = np.random.get_state()[1].copy()
-    forth = [corrupt(x, name, 2, 3, 4) for name in CORRUPTIONS]
-    back = [corrupt(x, name, 2, 3, 4) for name in reversed(CORRUPTIONS)][::-1]
-    np.testing.assert_array_equal(forth, back)
-    np.testing.assert_array_equal(np.random.get_state()[1], before)
-
-
-def test_another_process_gives_the_same_bytes_and_needs_no_heavy_library():
-    code = (
-        "import sys, zlib, numpy; from carft_ray.data.synthetic.corruptions import corrupt;"
-        "x = numpy.full((40, 40, 3), 90, dtype=numpy.uint8);"
-        "print([n for n in ('torch', 'ray', 'cv2', 'skimage') if n in sys.modules]);"
-        "print(zlib.crc32(corrupt(x, 'snow', 3, 1, 2)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    here = zlib.crc32(corrupt(np.full((40, 40, 3), 90, dtype=np.uint8), "snow", 3, 1, 2))
-    assert done.stdout.strip() == f"[]\n{here}"
-
-
 def test_seed_sample_and_name_each_draw_anew_and_severities_share_their_draws():
     drawn = [("snow", 0, 0), ("snow", 1, 0), ("snow", 0, 1), ("fog", 0, 0), ("snow", 2**63, 2**63)]
     assert len({generator(*what).standard_normal(8).tobytes() for what in drawn}) == 5
@@ -159,50 +134,36 @@ def test_each_is_as_strong_as_the_published_code(name):
     np.testing.assert_allclose(measured, PUBLISHED_PSNR[name], atol=DRAWN_FAR_APART.get(name, 0.3))
 
 
-@pytest.mark.parametrize("size", [(32, 32), (33, 47), (96, 80), (119, 120), (160, 224)])
+@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 90), (32, 32), (33, 47), (119, 120), (160, 224)])
 def test_every_size_is_corrupted_and_changed(size):
-    x = picture(*size)
+    x, flat = picture(*size), np.full((*size, 3), 255, dtype=np.uint8)
     for name in CORRUPTIONS:
         y = corrupt(x, name, 5, 0, 0)
         assert (y.shape, y.dtype) == (x.shape, np.uint8), name
-        assert 3 < psnr(y, x) < 40, name
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 3), (3, 90)])
-def test_slivers_and_flat_images_are_no_trouble(size):
-    for level in (0, 255):
-        x = np.full((*size, 3), level, dtype=np.uint8)
-        assert {corrupt(x, name, 5, 0, 0).shape for name in CORRUPTIONS} == {x.shape}
+        assert min(size) < 32 or 3 < psnr(y, x) < 40, name
+        assert corrupt(flat, name, 5, 0, 0).shape == x.shape
 
 
 # Noise
 
 
-def test_gaussian_noise_has_the_published_deviation():
+def test_noise_has_the_published_deviations_and_shares():
     for (deviation,) in rows("gaussian_noise"):
         noise = CORRUPTIONS["gaussian_noise"](grey(0.5), rng(), deviation) - 0.5
         assert noise.std() == pytest.approx(deviation, rel=0.02)
         assert noise.mean() == pytest.approx(0, abs=4 * deviation / math.sqrt(noise.size))
-
-
-def test_shot_noise_has_the_mean_and_variance_of_a_poisson_count():
     for (photons,) in rows("shot_noise"):
-        for level in (0.1, 0.5):
+        for level in (0.1, 0.5):  # mean and variance of a Poisson count
             counted = CORRUPTIONS["shot_noise"](grey(level), rng(), photons)
             assert counted.mean() == pytest.approx(level, rel=0.03)
             assert counted.var() == pytest.approx(level / photons, rel=0.04)
             np.testing.assert_allclose(counted * photons, np.rint(counted * photons), atol=1e-9)
-
-
-def test_impulse_noise_replaces_its_share_half_by_white_half_by_black_each_colour_for_itself():
-    for (share,) in rows("impulse_noise"):
+    for (share,) in rows("impulse_noise"):  # half of it by white, half by black, each colour for itself
         y = CORRUPTIONS["impulse_noise"](grey(0.5), rng(), share)
         assert set(np.unique(y)) == {0, 0.5, 1}
-        deviation = math.sqrt(share / y.size)
-        assert np.mean(y == 1) == pytest.approx(share / 2, abs=4 * deviation)
-        assert np.mean(y == 0) == pytest.approx(share / 2, abs=4 * deviation)
-        hit = y != 0.5
-        assert np.mean(hit[..., 0] & hit[..., 1]) == pytest.approx(share**2, abs=0.01)
+        for value in (0, 1):
+            assert np.mean(y == value) == pytest.approx(share / 2, abs=4 * math.sqrt(share / y.size))
+        assert np.mean((y[..., 0] != 0.5) & (y[..., 1] != 0.5)) == pytest.approx(share**2, abs=0.01)
 
 
 # Blur
@@ -224,11 +185,9 @@ def test_motion_blur_is_half_a_gaussian_along_a_line():
     weights = np.exp(-0.5 * (np.arange(21) / 3) ** 2)
     np.testing.assert_allclose(kernel[12:33][::-1], weights / weights.sum())
     assert kernel[33:].sum() == 0
-    angles = []
-    for sample in range(40):
-        kernel = CORRUPTIONS["motion_blur"](x, rng(sample), 20, 15)[..., 0]
-        down, right = np.average(np.indices(kernel.shape) - 32, axis=(1, 2), weights=kernel)
-        angles.append(math.degrees(math.atan2(-down, -right)))
+    kernels = [CORRUPTIONS["motion_blur"](x, rng(sample), 20, 15)[..., 0] for sample in range(40)]
+    places = [np.average(np.indices((65, 65)) - 32, axis=(1, 2), weights=kernel) for kernel in kernels]
+    angles = [math.degrees(math.atan2(-down, -right)) for down, right in places]
     assert -46 < min(angles) < -30
     assert 30 < max(angles) < 46
 
@@ -272,21 +231,7 @@ def test_fog_adds_a_cloud_and_keeps_the_maximum():
         np.testing.assert_allclose(CORRUPTIONS["fog"](x, rng(), density, decay), expected)
 
 
-def test_snow_whitens_and_falls_steeply():
-    x = grey(0.2, 96)
-    for mean, deviation, zoom, threshold, radius, sigma, mix in rows("snow"):
-        without = CORRUPTIONS["snow"](x, rng(), mean, deviation, zoom, math.inf, radius, sigma, mix)
-        np.testing.assert_allclose(without, mix * 0.2 + (1 - mix) * (0.2 * 1.5 + 0.5))
-        flakes = CORRUPTIONS["snow"](x, rng(), mean, deviation, zoom, threshold, radius, sigma, mix) - without
-        assert flakes.min() >= -1e-12
-        np.testing.assert_allclose(flakes, flakes[::-1, ::-1], atol=1e-12)
-
-
 def test_frost_has_the_published_shares_and_the_colours_of_the_photographs():
-    panes = {
-        CORRUPTIONS["frost"](grey(0, 40), rng(seed), 0.5, 1).mean(axis=(0, 1)).round(1).tobytes() for seed in range(30)
-    }
-    assert len(panes) == 4  # two of the five photographs are alike
     frosted = CORRUPTIONS["frost"](grey(0), rng(1), 1, 1)
     means, deviations = module._FROST_PANES[int(rng(1).integers(5))]
     np.testing.assert_allclose(frosted.mean(axis=(0, 1)) * 255, means, atol=3)
@@ -315,15 +260,12 @@ def test_contrast_keeps_the_means_and_scales_the_deviations():
         np.testing.assert_allclose(y.std(axis=(0, 1)), share * x.std(axis=(0, 1)))
 
 
-def test_jpeg_is_a_round_trip_of_the_published_quality():
+def test_jpeg_and_pixelate_are_a_round_trip_of_the_published_quality_and_means_of_blocks():
     for severity, quality in enumerate((25, 18, 15, 10, 7), start=1):
         file = io.BytesIO()
         Image.fromarray(picture()).save(file, "JPEG", quality=quality)
         found = corrupt(picture(), "jpeg_compression", severity, 0, 0)
         np.testing.assert_array_equal(found, np.asarray(Image.open(file)))
-
-
-def test_pixelate_gives_the_means_of_blocks():
     for severity, block in ((2, 2), (5, 4)):
         y = corrupt(picture(), "pixelate", severity, 0, 0)
         blocks = picture().reshape(224 // block, block, 224 // block, block, 3).mean(axis=(1, 3))

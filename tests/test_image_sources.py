@@ -488,14 +488,6 @@ def test_a_broken_set_gets_one_message(base, content, keys, message):
     assert text.count("\n") <= 1, "one problem, one next step"
 
 
-def test_labels_and_paths_are_told_at_once(base):
-    write_folder(base / "images", IMAGES)
-    write_table(base / "set.csv", pa.table({"image": ["cat/0.png", "cat/9.png"], "label": ["cat", ""]}))
-    text = told(table, base, "set.csv", root="images")
-    assert "every image must have a label" in text
-    assert "but got 'cat/9.png' in set.csv, row 2" in text
-
-
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
 def test_a_compressed_arrow_file_is_refused_for_images_only(base, compression):
     path = write_table(base / "set.feather", table_of(IMAGES), compression=compression)
@@ -651,16 +643,6 @@ def test_a_search_lists_each_folder_once_and_its_trials_none(base, monkeypatch):
     found = Counter(path for path in listed if path.startswith(str(base / "images")))
     assert set(found.values()) == {1}
     assert len(list((base / "study" / "trials").glob("*/*/result.json"))) == 2
-
-
-def test_sets_that_share_a_tree_share_its_listing_while_that_is_asked_for(base):
-    write_folder(base / "images", IMAGES)
-    spec = FolderSet(source="folder", path=str(base / "images"), part=(0, 0.5))
-    with listing_once():
-        first = list_set(spec, "one")
-        assert list_set(spec.model_copy(update={"part": (0.5, 1.0)}), "other") is first
-    (base / "images" / IMAGES[0].name).unlink()
-    assert len(list_set(spec, "one")) == len(first) - 1
 
 
 def test_listings_of_threads_that_overlap_end_with_their_own_thread(base):

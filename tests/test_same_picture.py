@@ -18,7 +18,6 @@ from carft_ray.data.copies.find import (
     candidates,
     distances,
     same_bytes,
-    shared_problems,
 )
 from carft_ray.data.copies.pairs_file import check_pairs_path, write_pairs
 from carft_ray.data.records import Records, thumbnails_of
@@ -107,14 +106,6 @@ def shared():
         for place, source in zip(("data.train", "data.id_test"), sources, strict=True)
     )
     return [SharedPair(first[i], second[j], how, distance) for i, j, how, distance in rows]
-
-
-def test_problems_count_the_images_of_the_second_set_once():
-    (problem,) = shared_problems(shared())
-    assert problem.place == "data.id_test"
-    assert problem.value.startswith(
-        "2 of 3 images in both (same bytes and same picture): set 0/<b>, 1.png and set 1/<b>, 2.png;"
-    )
 
 
 def test_pairs_are_written_as_a_table(tmp_path):

@@ -1,6 +1,8 @@
 """Tables from strangers: nothing is unpickled, no other memory is read, and a damaged page costs its own rows only."""
 
 import contextlib
+import pickle
+from pathlib import Path
 
 import crash_host
 import numpy as np
@@ -8,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import short_training
-from layouts_tables import pictures, table_of
-from pickled_columns import FORMS, PICKLED, save_to_disk, struck, write
+from layouts_tables import hf_dataset, pictures, table_of, write_table
 from sources import open_set
 
 from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
@@ -18,6 +19,84 @@ from carft_ray.launch.ray_cluster import ray_private
 
 IMAGES = pictures(classes=short_training.CLASSES)
 NAMES = ("set.parquet", "set.arrow", "stream.arrow", "set.feather")
+PICKLED = "ray.data.arrow_pickled_object"
+FORMS = ("beside", "inside", "whole")
+
+
+class _Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def struck(images, trap, form="beside"):
+    """Returns a table in whose image column an object is pickled that makes the file ``trap`` when it is read.
+
+    Args:
+        images: Pictures.
+        trap: The file.
+        form: Where: ``beside`` the bytes in a struct, ``inside`` as its bytes, or ``whole``, the column itself.
+    """
+    name = {"ARROW:extension:name": PICKLED, "ARROW:extension:metadata": ""}
+    payload = pa.array([pickle.dumps(_Payload(trap))] * len(images), pa.large_binary())
+    pickled = pa.field("bytes" if form == "inside" else "object", pa.large_binary(), metadata=name)
+    contents = pa.array([image.content for image in images], pa.binary())
+    if form == "whole":
+        column, kind = payload, pa.field("image", pa.large_binary(), metadata=name)
+    else:
+        fields = {"beside": [pa.field("bytes", pa.binary()), pickled], "inside": [pickled]}[form]
+        column = pa.StructArray.from_arrays([contents, payload][-len(fields) :], fields=fields)
+        kind = pa.field("image", column.type)
+    table = table_of(images)
+    return table.set_column(0, kind, column)
+
+
+def write(path, table):
+    """Writes a table as the file's ending says; ``stream.arrow`` as a stream, other ``.arrow`` as an Arrow file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.name == "stream.arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    elif path.suffix == ".arrow":
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table)
+    else:
+        write_table(path, table, **({"chunksize": len(table)} if path.suffix == ".feather" else {}))
+
+
+def save_to_disk(folder, images, classes, table):
+    """Writes a folder as ``datasets`` saves it, with the rows of another table."""
+    hf_dataset(images, classes).save_to_disk(folder)
+    (file,) = folder.glob("*.arrow")
+    with pa.ipc.open_stream(file) as reader:
+        noted = reader.schema.metadata
+    write(folder / "stream.arrow", table.replace_schema_metadata(noted))
+    (folder / "stream.arrow").rename(file)
+
+
+# ---- the command line in a process with Ray's types registered, for ``crash_host``
+
+
+def import_everything():
+    import ray.data
+    import ray.data._internal.object_extensions.arrow  # noqa: F401
+
+    crash_host.import_everything()
+
+
+def call(argv):
+    import ray
+
+    with pytest.raises(pa.ArrowKeyError):  # it is registered
+        pa.register_extension_type(ray.data._internal.object_extensions.arrow.ArrowPythonObjectType())
+    return crash_host.call(argv)
+
+
+# ---- what is pickled
 
 
 @pytest.fixture
@@ -76,15 +155,12 @@ def test_no_command_unpickles_what_ray_would(tmp_path):
     ]
     argvs.append(["doctor", "../recipe.yaml", "--set", f"data.train={sets[0]}"])
     commands = [{"argv": argv} for argv in argvs]
-    with crash_host.started(tmp_path, "pickled_columns") as run:
+    with crash_host.started(tmp_path, "test_table_attacks") as run:
         ((_, answers),) = run([{"name": "job", "commands": commands}]).values()
     for answer in answers:
         assert answer["code"] == 4, answer["log"]
         assert f"the column image must have no extension type, but got {PICKLED}" in answer["log"]
     assert not trap.exists()
-
-
-# offsets that lead out of a file
 
 
 @pytest.mark.parametrize("column", ["image", "label"])
@@ -99,9 +175,6 @@ def test_an_offset_out_of_the_file_is_told_and_no_other_memory_is_read(tmp_path,
     (tmp_path / name).write_bytes(raw.replace(ends, ends[:8] + np.array([2**24], "<i4").tobytes() + ends[12:]))
     with pytest.raises(DataError, match=f"{name}: must be a readable table, but got .*(?i:offset)"):
         open_set(base_dir=tmp_path, source="table", path=name)
-
-
-# pages of a Parquet file
 
 
 def test_a_damaged_page_costs_the_rows_of_its_row_group_from_there_on(tmp_path):

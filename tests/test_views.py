@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
@@ -85,16 +84,6 @@ def test_permutation_is_pinned_and_holds_every_index_once():
     np.testing.assert_array_equal(np.sort(order), np.arange(1000))
 
 
-@pytest.mark.slow
-def test_permutation_puts_every_index_everywhere_equally_often():
-    table = np.zeros((5, 5))
-    for seed in range(40):
-        for epoch in range(50):
-            table[permutation(seed, epoch, 5), np.arange(5)] += 1
-    chi2 = float(((table - 400) ** 2 / 400).sum())  # (5 - 1)^2 degrees of freedom
-    assert stats.chi2.sf(chi2, 16) > 1e-3
-
-
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 16])
 def test_parts_of_all_ranks_are_the_global_batches_of_one_worker(world_size):
     alone = batches(3, 2, 50, 12, 0, 1)
@@ -165,8 +154,7 @@ def shown(pixels, seed, sample_id, visit, crop_scale, image_size):
 @pytest.mark.parametrize(("width", "height", "image_size"), [(40, 30, 32), (400, 300, 224), (61, 233, 48)])
 def test_views_are_pinned(width, height, image_size):
     view = shown(scattered(width, height), 3, 12345678901234567890, 2, 0.5, image_size)
-    assert view.shape == (image_size, image_size, 3)
-    assert view.dtype == np.uint8
+    assert (view.shape, view.dtype) == ((image_size, image_size, 3), np.uint8)
     assert hashlib.blake2b(view.tobytes(), digest_size=8).hexdigest() == VIEWS[width]
 
 
@@ -180,13 +168,12 @@ def digest_of_many_views():
     return found.hexdigest()[:16]
 
 
-@pytest.mark.slow  # the generic kernel takes ten times as long, and torch is loaded
+@pytest.mark.slow  # torch is loaded
 def test_views_do_not_depend_on_the_instructions_of_the_processor():
-    setting = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import test_views; print(test_views.digest_of_many_views())"
-    command = [sys.executable, "-c", code]
-    folder = os.path.dirname(__file__)
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=setting, cwd=folder)
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    setting = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", "import test_views; print(test_views.digest_of_many_views())"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=setting)
     assert done.stdout.strip() == digest_of_many_views() == MANY_VIEWS
 
 
@@ -194,8 +181,7 @@ def test_view_depends_on_visit_seed_and_sample_id_and_on_nothing_else():
     pixels = picture(32, 32)
     base = view(pixels, 0, 1, 0, 0.5, 32)
     np.testing.assert_array_equal(base, view(pixels.copy(), 0, 1, 0, 0.5, 32))
-    for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
-        assert not np.array_equal(base, view(pixels, *other, 0.5, 32))
+    assert not any(np.array_equal(base, view(pixels, *other, 0.5, 32)) for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)))
 
 
 def test_view_is_pillows_to_a_grey_level():
@@ -208,15 +194,6 @@ def test_view_is_pillows_to_a_grey_level():
     difference = np.abs(np.stack(found).astype(int) - np.stack(theirs))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.02
-
-
-def test_full_crop_of_a_square_image_at_its_own_size_is_the_image_on_both_paths():
-    images = np.stack([picture(32, 32, seed) for seed in range(40)])
-    ids = np.arange(40, dtype=np.uint64)
-    fast = view_batch(images, np.arange(40), ids, 0, 5, 1.0, 32)
-    slow = np.stack([view(images[i], 0, i, 5, 1.0, 32) for i in range(40)])
-    np.testing.assert_array_equal(fast, slow)
-    np.testing.assert_array_equal(fast, images)
 
 
 class Pictures:
