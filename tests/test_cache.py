@@ -12,17 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import short_training
-import test_cache_builds
 from PIL import Image
 from test_cache_builds import Pictures, halve
+from test_cache_builds import no_locks as no_flock
 
 from carft_ray.data import cache, packed
 from carft_ray.data.decoded import image_set
 from carft_ray.data.file_index import kept_index
 from carft_ray.data.packed import PackedSource, pays
 from carft_ray.errors import DataError, StorageError
-
-test_cache_builds.import_everything()
 
 NOTHING = pa.BufferOutputStream()  # an Arrow file without metadata
 with pa.ipc.new_file(NOTHING, pa.schema([])):
@@ -135,7 +133,7 @@ def test_an_entry_that_says_nothing_is_unknown_and_can_be_removed(tmp_path, cont
 
 @pytest.fixture
 def no_locks(monkeypatch):
-    monkeypatch.setattr("fcntl.flock", test_cache_builds.no_locks)
+    monkeypatch.setattr("fcntl.flock", no_flock)
     monkeypatch.setattr(cache, "_warned", set())
 
 

@@ -12,12 +12,19 @@ import json
 import os
 import signal
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import crash_host
 import numpy as np
 import pytest
+import simplejpeg
+
+from carft_ray import errors
+from carft_ray.data.decoded import image_set
+from carft_ray.data.images import decode_image
+from carft_ray.data.packed import PackedSource
 
 pytestmark = pytest.mark.slow
 
@@ -26,13 +33,7 @@ LARGE = (400, 224)  # images, side in pixels: 60 MB, against 3 MB that any proce
 
 
 def import_everything():
-    global image_set, PackedSource, errors, decode_image
     import pandas  # noqa: F401  (pyarrow would load it in every fork)
-
-    from carft_ray import errors
-    from carft_ray.data.decoded import image_set
-    from carft_ray.data.images import decode_image
-    from carft_ray.data.packed import PackedSource
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class Pictures:
     groups: None = None
     home: str = "/nowhere"
 
+    def __len__(self):
+        return self.num_images
+
     @property
     def labels(self):
         return np.arange(self.num_images, dtype=np.int64) % 2
@@ -56,15 +60,10 @@ class Pictures:
     def sample_ids(self):
         return np.arange(self.num_images, dtype=np.uint64) + np.uint64(2**63)
 
-    def __len__(self):
-        return self.num_images
-
     def place(self, index):
         return f"picture {index}"
 
     def content(self, index):
-        import simplejpeg
-
         if self.log_path is not None:
             handle = os.open(self.log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.write(handle, f"{os.getpid()} {index}\n".encode())
@@ -92,14 +91,13 @@ def halve(image):
 
 def opened(kind, folder):
     """Returns the sum of all pixels of a set, from the cache."""
-    source = Pictures(folder / "log")
+    source, cache = Pictures(folder / "log"), folder / "cache"
     if kind == "packed":
-        packed = PackedSource(source, folder / "cache")
+        packed = PackedSource(source, cache)
         return sum(int(packed.pixels(index).sum()) for index in range(len(packed)))
     if kind == "limited":
-        one_set = 3e-6  # GB: the sets have 2,106 and 3,834 bytes
-        return int(image_set(source, halve, "halved", folder / "cache", limit_gb=one_set).images_NHWC.sum())
-    return int(image_set(source, None, "as-is", folder / "cache").images_NHWC.sum())
+        return int(image_set(source, halve, "halved", cache, limit_gb=3e-6).images_NHWC.sum())  # of 3,834 bytes
+    return int(image_set(source, None, "as-is", cache).images_NHWC.sum())
 
 
 def no_locks(handle, operation):
@@ -124,58 +122,51 @@ def call(argv):
 
 def at_once(work):
     """Runs ``work`` in eight forks that begin together; returns what they answer."""
-    ready, go = os.pipe(), os.pipe()
-    answers = []
+    ready, go, answers = os.pipe(), os.pipe(), []
     for _ in range(NUM_PROCESSES):
-        answer = os.pipe()
+        answers.append(os.pipe())
         if not os.fork():
             os.write(ready[1], b"x")
             os.close(go[1])
             os.read(go[0], 1)  # until the parent closes its end
-            os.write(answer[1], json.dumps(work()).encode())
+            os.write(answers[-1][1], json.dumps(work()).encode())
             os._exit(0)
-        os.close(answer[1])
-        answers.append(answer[0])
+        os.close(answers[-1][1])
     for _ in range(NUM_PROCESSES):
         os.read(ready[0], 1)
     os.close(go[0])
     os.close(go[1])
-    found = [json.loads(os.read(answer, 10_000)) for answer in answers]
-    for _ in range(NUM_PROCESSES):
-        if os.waitstatus_to_exitcode(os.wait()[1]):
-            sys.exit("a process failed")
+    found = [json.loads(os.read(answer[0], 10_000)) for answer in answers]
+    if any(os.waitstatus_to_exitcode(os.wait()[1]) for _ in range(NUM_PROCESSES)):
+        sys.exit("a process failed")
     return found
 
 
 def readers(folder):
     """Returns what a reader does: it reads all pixels in batches and tells by how much its own memory has grown."""
-    number, side = LARGE
-    source = Plain(None, number, side, fingerprint="plain-1/0")
+    source = Plain(None, *LARGE, fingerprint="plain-1/0")
     image_set(source, None, "as-is", folder / "cache")
     met = folder / "met"
     met.mkdir()
 
     def own_bytes():
-        """Memory that is this process's alone (USS), and all of it but what is shared with a file (bytes)."""
-        found = dict(line.split(":") for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-        kb = {name: int(value.split()[0]) for name, value in found.items()}
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return 1024 * (kb["Private_Clean"] + kb["Private_Dirty"]), 1024 * int(status["RssAnon"].split()[0])
+        """Memory that is this process's alone."""
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
+
+    def meet(what):
+        (met / f"{os.getpid()} {what}").touch()
+        while len(list(met.glob(f"* {what}"))) < NUM_PROCESSES:
+            time.sleep(0.01)
 
     def read():
-        import time
-
         before = own_bytes()
         images_NHWC = image_set(source, None, "as-is", folder / "cache").images_NHWC
-        total = sum(int(images_NHWC[start : start + 8].copy().sum()) for start in range(0, number, 8))
-        (met / str(os.getpid())).touch()
-        while len(os.listdir(met)) < NUM_PROCESSES:  # all have the whole set mapped
-            time.sleep(0.01)
-        after = own_bytes()
-        (met / f"{os.getpid()} measured").touch()
-        while len(os.listdir(met)) < 2 * NUM_PROCESSES:
-            time.sleep(0.01)
-        return {"total": total, "grown": [after[0] - before[0], after[1] - before[1]], "set": images_NHWC.nbytes}
+        total = sum(int(images_NHWC[start : start + 8].copy().sum()) for start in range(0, len(source), 8))
+        meet("mapped")  # all have the whole set mapped
+        grown = own_bytes() - before
+        meet("measured")
+        return {"total": total, "grown": grown, "set": images_NHWC.nbytes}
 
     return read
 
@@ -218,8 +209,7 @@ def test_eight_processes_that_ask_at_once_build_a_set_once_or_without_locks_one_
 def test_eight_readers_share_one_copy_in_memory(host):
     found = json.loads(one_job(host, "readers", "readers", ".")[1]["log"])
     assert len({each["total"] for each in found}) == 1
-    for each in found:
-        assert max(each["grown"]) < 0.1 * each["set"], found
+    assert max(each["grown"] / each["set"] for each in found) < 0.1, found
 
 
 @pytest.mark.parametrize("kind", ["decoded", "packed", "limited"])

@@ -23,7 +23,6 @@ from carft_ray.data.synthetic.corrupted import squared
 from carft_ray.data.synthetic.corruptions import CORRUPTION_VERSION, CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES
 from carft_ray.errors import DataError, HoldOutError
-from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.identity import class_of
@@ -164,15 +163,6 @@ def test_keys_and_paths_of_the_images_are_those_below_of(tree):
     assert class_of(("data", "ood_val", "x", "of", "path")) == "running"
     assert class_of(("data", "train", "of", "domains")) == "identity"
     assert class_of(("data", "ood_val", "x", "of")) == class_of(("data", "ood_val", "x", "severity")) == "identity"
-
-
-def test_a_corruption_in_validation_and_test_is_a_shift_that_was_seen():
-    sets = {"ood_val": {"x": corrupted(folder("val"), corruptions=["fog", "snow"])}}
-    tests = {"ood_test": {"y": corrupted(folder("test"), corruptions=["fog"])}}
-    told = [text for text in warnings(recipe_of(**sets, **tests)) if "y" in text]
-    assert told == ["data.ood_test.y shows other images of a shift that data.ood_val.x has shown to the selection"]
-    other = {"ood_test": {"y": corrupted(folder("test"), corruptions=["frost"])}}
-    assert not any("ood_test" in text for text in warnings(recipe_of(**sets, **other)))
 
 
 @pytest.mark.slow

@@ -387,11 +387,11 @@ KINDS += [{"keep_rgb": True}, {"restart_marker_blocks": 3}]
 
 @pytest.mark.parametrize("options", [*KINDS, {"mode": "L"}], ids=str)
 def test_every_kind_of_jpeg_has_the_pixels_of_pillow_to_the_bit(options):
-    saved = {key: value for key, value in options.items() if key != "mode"}
+    settings = {key: value for key, value in options.items() if key != "mode"}
     for width, height in ((1, 1), (7, 5), (16, 16), (33, 47), (150, 97)):
         for quality in (20, 75, 100):
             image = smooth(width, height).convert(options.get("mode", "RGB"))
-            content = saved(image, "jpeg", quality=quality, **saved)
+            content = saved(image, "jpeg", quality=quality, **settings)
             np.testing.assert_array_equal(_plain_jpeg(content)[0], by_pillow(content))
 
 
