@@ -60,9 +60,6 @@ def labelled(source):
     return dict(zip(names, (source.class_names[label] for label in source.labels.tolist()), strict=True))
 
 
-# ---- the tables go together
-
-
 def test_every_benchmark_has_a_layout_and_facts_and_the_recipe_knows_what_they_have():
     assert set(LAYOUTS) == set(BENCHMARKS)
     for name, known in BENCHMARKS.items():
@@ -73,9 +70,6 @@ def test_every_benchmark_has_a_layout_and_facts_and_the_recipe_knows_what_they_h
         elif known.needs_split:
             assert set(known.splits) == set(facts.counts), name
     assert get_args(Corruption) == tuple(CORRUPTIONS)
-
-
-# ---- every layout is read
 
 
 @pytest.mark.parametrize(("name", "split"), SPLITS + WHOLE)
@@ -271,9 +265,6 @@ def leave_out(root, target, **more):
     return Recipe.model_validate({"data": {**data, **more}, "train": {"batch_size": 4}})
 
 
-# ---- roles
-
-
 SHARED = [
     ("food101", {"split": "train"}, {"split": "train"}, 1),
     ("food101", {"split": "train", "part": [0.1, 1]}, {"split": "train", "part": [0, 0.1]}, 0),
@@ -302,9 +293,6 @@ def test_one_domain_is_left_out_by_domains_and_split_and_the_same_folder_is_the_
     assert "must not share images with data.train" in str(problem)
     named = opened(made("pacs"), "pacs", domains=["photo"])
     np.testing.assert_array_equal(np.sort(open_set(**folder).sample_ids), np.sort(named.sample_ids))
-
-
-# ---- sizes and words
 
 
 NUMBERS = [
@@ -342,9 +330,6 @@ def test_words_come_from_the_benchmark_by_class_and_not_by_position(made):
     assert benchmark_words("imagenet-v2")["n01440764"] == "tench"
     with pytest.raises(DataError, match=r"must be the benchmark that has the classes, but pacs has none 'n01443537'"):
         words("imagenet", "val", chosen, class_names="pacs")
-
-
-# ---- sets that are not what their name says
 
 
 def refused(root, name, split=None, num_problems=1, **keys):

@@ -49,9 +49,6 @@ def keys(cache_dir):
     return {entry.key for entry in cache.list_entries(cache_dir)}
 
 
-# ---- what is in it
-
-
 def test_an_entry_says_what_it_holds_and_other_tools_read_it(tmp_path):
     assert cache.list_entries(tmp_path / "none") == []
     assert cache.notes(tmp_path / "none") == {}
@@ -126,9 +123,6 @@ def test_an_entry_that_says_nothing_is_unknown_and_can_be_removed(tmp_path, cont
     assert entry.num_bytes == len(content)
     assert cache.remove(tmp_path, entry.key)
     assert keys(tmp_path) == set()
-
-
-# ---- disks without locks
 
 
 @pytest.fixture
@@ -232,9 +226,6 @@ def test_what_killed_builds_have_left_goes_but_not_a_build_that_runs(tmp_path):
     assert cache.remove_dead(tmp_path) == 2
     assert (tmp_path / "studies").is_dir()
     assert keys(tmp_path) == {key}
-
-
-# ---- waiting for another's build
 
 
 def opened(kind, cache_dir, on_image=None, source=None):
@@ -449,9 +440,6 @@ def test_a_mistake_gives_one_message_exit_code_2_and_removes_nothing(run, filled
     assert (code, out) == (2, "")
     assert message in re.sub(r"\s+", " ", err.replace("│", " "))
     assert len(cache.list_entries(filled)) == 3
-
-
-# ---- indexes of files
 
 
 def test_each_index_that_is_made_lists_few_others(tmp_path, monkeypatch):

@@ -171,9 +171,6 @@ def readers(folder):
     return read
 
 
-# ---- tests
-
-
 @pytest.fixture(scope="module")
 def host(tmp_path_factory):
     with crash_host.started(tmp_path_factory.mktemp("builds"), "test_cache_builds") as run:

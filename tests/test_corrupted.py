@@ -63,9 +63,6 @@ def folder(name, **keys):
     return {"source": "folder", "path": name, **keys}
 
 
-# ---- the pictures
-
-
 def test_a_picture_is_the_corruption_of_the_picture_without_and_nothing_else_changes():
     plain, shown = opened(SANDBOX), opened(corrupted(SANDBOX, seed=5))
     assert len(shown) == len(plain) == 4 * len(CLASSES)
@@ -109,9 +106,6 @@ def test_large_images_are_resized_and_cropped_as_imagenet_c_was(width, height):
     assert squared(pixels[:224], 224).shape == (224, width, 3)  # no large image
 
 
-# ---- roles
-
-
 # sets of a recipe, and the set with which one shares images though it must not
 SHARED = [
     ({"ood_val": {"noise": corrupted(folder("val")), "fog": corrupted(folder("val"), corruptions=["fog"])}}, None),
@@ -148,9 +142,6 @@ def test_copies_are_found_below_a_corruption(tree):
     check_overlap(recipe_of(**sets), tree / "cache")
     with pytest.raises(HoldOutError, match=r"data\.ood_val\.x: .* must not share images with data\.id_val"):
         check_overlap(recipe_of(id_val=folder("other"), ood_val={"x": folder("val")}), tree / "cache")
-
-
-# ---- the recipe
 
 
 def test_keys_and_paths_of_the_images_are_those_below_of(tree):

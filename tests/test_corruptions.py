@@ -75,9 +75,6 @@ def psnr(x, y):
     return 10 * math.log10(255**2 / np.mean((x.astype(float) - y) ** 2))
 
 
-# What there is
-
-
 def test_the_fifteen_of_the_paper_are_there_with_five_severities_for_every_published_side():
     assert tuple(CORRUPTIONS) == PUBLISHED
     assert set(PARAMETERS) == set(CORRUPTIONS)
@@ -90,8 +87,6 @@ def test_the_table_nearest_to_the_shorter_side_is_taken():
     sizes = [(32, 32), (45, 500), (46, 46), (119, 200), (200, 120), (224, 224), (900, 900)]
     assert [table_side(*size) for size in sizes] == [32, 32, 64, 64, 224, 224, 224]
 
-
-# The same bytes always
 
 # of gaussian_noise, shot_noise ...
 GOLDEN = (
@@ -121,9 +116,6 @@ def test_seed_sample_and_name_each_draw_anew_and_severities_share_their_draws():
         assert same == (name in WITHOUT_DRAWS), name
 
 
-# As published
-
-
 @pytest.mark.parametrize("name", PUBLISHED_PSNR)
 def test_each_is_as_strong_as_the_published_code(name):
     x, samples = picture(), 1 if name in WITHOUT_DRAWS else 8 if name in DRAWN_FAR_APART else 2
@@ -144,9 +136,6 @@ def test_every_size_is_corrupted_and_changed(size):
         assert corrupt(flat, name, 5, 0, 0).shape == x.shape
 
 
-# Noise
-
-
 def test_noise_has_the_published_deviations_and_shares():
     for (deviation,) in rows("gaussian_noise"):
         noise = CORRUPTIONS["gaussian_noise"](grey(0.5), rng(), deviation) - 0.5
@@ -164,9 +153,6 @@ def test_noise_has_the_published_deviations_and_shares():
         for value in (0, 1):
             assert np.mean(y == value) == pytest.approx(share / 2, abs=4 * math.sqrt(share / y.size))
         assert np.mean((y[..., 0] != 0.5) & (y[..., 1] != 0.5)) == pytest.approx(share**2, abs=0.01)
-
-
-# Blur
 
 
 @pytest.mark.parametrize("radius", [0.5, 1.5, 3, 10])
@@ -219,9 +205,6 @@ def test_glass_blur_lets_pixels_take_the_place_of_near_ones():
     np.testing.assert_allclose(y * 255, expected, atol=1e-9)
 
 
-# Weather
-
-
 def test_fog_adds_a_cloud_and_keeps_the_maximum():
     x = picture(64, 64) / 255
     for density, decay in rows("fog"):
@@ -238,9 +221,6 @@ def test_frost_has_the_published_shares_and_the_colours_of_the_photographs():
     np.testing.assert_allclose(frosted.std(axis=(0, 1)) * 255, deviations, atol=4)
     for share, ice in rows("frost"):
         np.testing.assert_allclose(CORRUPTIONS["frost"](grey(0.3), rng(1), share, ice), share * 0.3 + ice * frosted)
-
-
-# Digital
 
 
 def test_brightness_shifts_the_value_of_hsv():

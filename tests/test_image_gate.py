@@ -112,9 +112,6 @@ def test_a_file_of_another_format_is_refused_with_its_first_bytes(content):
         assert decode_image(encoded(kind), "x.png").shape == (6, 8, 3)  # whatever the ending
 
 
-# ---- sizes
-
-
 def grown(work):
     """Returns by how many MB the memory of this process has ever grown over what it was."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -213,9 +210,6 @@ def test_large_images_are_decoded_one_at_a_time(kind, monkeypatch):
         small_ones = False
         assert {found.shape for found in pool.map(decode_image, [large] * 40, "x" * 40)} == {(100, 200, 3)}
     assert set(most) == {1}
-
-
-# ---- one gate
 
 
 # calls that decode an image; of "the gate itself", and of a JPEG that was just written

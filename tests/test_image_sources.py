@@ -629,11 +629,6 @@ def test_a_training_on_the_same_images_has_the_same_numbers_whatever_holds_them(
         assert results[0][key] == results[1][key], key
 
 
-# ---- trees are listed once a command, and not at all by trials
-
-# what every process notes: folders listed below a root
-
-
 @pytest.mark.slow
 def test_a_search_lists_each_folder_once_and_its_trials_none(base, monkeypatch):
     recipe, listed, scandir = short_training.make(base), [], os.scandir

@@ -66,9 +66,6 @@ def texts(problems):
     return [str(problem) for problem in problems]
 
 
-# opening
-
-
 def test_folders_open_with_the_classes_of_train_or_those_of_the_recipe(base):
     recipe = folder_recipe()
     assert check_sets(recipe) == []
@@ -99,9 +96,6 @@ def test_cache_dir_is_absolute_and_follows_the_users_cache(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
     assert cache_dir(sandbox_recipe()) == tmp_path / "other" / "carft-ray"
     assert cache_dir(sandbox_recipe({"cache_dir": "decoded"})) == tmp_path / "decoded"
-
-
-# check_sets: everything at once, each with its key path
 
 
 def test_check_names_every_missing_folder_at_once(base):
@@ -137,9 +131,6 @@ def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(
     assert single.startswith("data.train: there must be at least two classes, but got 1")
 
 
-# one role per image
-
-
 def test_sets_without_common_images_and_two_sets_of_one_role_pass(base):
     assert check_roles(folder_recipe()) == check_roles(sandbox_recipe()) == []
     both = {"one": folder_set("sketch_val"), "both": folder_set("sketch_val")}
@@ -157,9 +148,6 @@ def test_a_folder_in_two_roles_is_told_however_it_is_written(base, path):
     assert str(base / "images" / "sketch_val") in problem
 
 
-# test roles
-
-
 def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base):
     hidden = base / "hidden"
     (base / "images").rename(hidden)
@@ -170,9 +158,6 @@ def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base):
         assert check_sets(recipe) == []
     finally:
         hidden.chmod(0o700)
-
-
-# many shards
 
 
 def shard_recipe(folder, number, **other):

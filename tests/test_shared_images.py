@@ -222,9 +222,6 @@ def test_a_damaged_list_is_named(tmp_path, text):
         read_shared(tmp_path)
 
 
-# exclude
-
-
 @pytest.mark.slow
 def test_excluded_images_leave_after_part_and_shots(here):
     ids = [sample_id("train/cat/0.png"), sample_id("train/dog/3.png")]

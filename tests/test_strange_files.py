@@ -54,9 +54,6 @@ def sparse(path, size=TB, content=b""):
         file.truncate(size)
 
 
-# what never ends
-
-
 def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(here):
     write_folder(here / "images", IMAGES)
     os.mkfifo("images/cat/pipe.png")
@@ -85,9 +82,6 @@ def test_a_pipe_or_a_device_in_place_of_a_list_is_told(here, kind):
         load_recipe(recipe, [f"prompts.templates='file:{kind}'"])
     with pytest.raises(RecipeError, match=rule):
         load_recipe(here / kind)
-
-
-# what is too large
 
 
 def test_an_image_of_a_terabyte_in_a_shard_or_a_table_is_told_and_not_read(here):
@@ -176,9 +170,6 @@ def test_the_state_of_a_saved_data_set_may_be_nothing_but_json(here):
     assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
 
 
-# what cannot be
-
-
 def test_an_arrow_set_with_damaged_names_is_told(here):
     """They are a SystemError or a UnicodeDecodeError of Arrow."""
     noted = json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a"]}}}})
@@ -192,7 +183,6 @@ def test_an_arrow_set_with_damaged_names_is_told(here):
 
 
 NO_NUL = "must be text without the character NUL"
-# a setting of a recipe, and the rule that it breaks
 NO_NUL = "must be text without the character NUL and without halves"
 # a setting of a recipe, and the rule that it breaks
 CANNOT_BE = [

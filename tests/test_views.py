@@ -31,9 +31,6 @@ def picture(width, height, seed=0):
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
-# Philox
-
-
 def crop_box(seed, sample_id, visit, width, height, crop_scale):
     (tries,) = views.crop_tries(seed, np.array([sample_id], np.uint64), visit, crop_scale)
     return tuple(int(side) for side in views.crop_box(tries, width, height))
@@ -71,9 +68,6 @@ def test_words_follow_the_documented_layout():
     np.testing.assert_array_equal(found[0], expected)
 
 
-# order
-
-
 def test_permutation_is_pinned_and_holds_every_index_once():
     assert permutation(0, 0, 10).tolist() == PERMUTATION_0_0
     assert permutation(0, 1, 10).tolist() == PERMUTATION_0_1
@@ -94,9 +88,6 @@ def test_parts_of_all_ranks_are_the_global_batches_of_one_worker(world_size):
         np.testing.assert_array_equal(np.concatenate([part[i] for part in parts]), batch)
         sizes = [len(part[i]) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-
-
-# boxes
 
 
 def reference_box(seed, sample_id, visit, width, height, crop_scale):
@@ -134,9 +125,6 @@ def test_boxes_follow_the_rule_of_torchvision(width, height, crop_scale):
         assert box == reference_box(11, sample_id, 4, width, height, crop_scale)
         assert 0 <= left < right <= width
         assert 0 <= top < bottom <= height
-
-
-# views
 
 
 def scattered(width, height):
