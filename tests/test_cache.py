@@ -49,41 +49,58 @@ def keys(cache_dir):
     return {entry.key for entry in cache.list_entries(cache_dir)}
 
 
+def opened(kind, cache_dir, on_image=None, source=None):
+    source = source or Pictures()
+    if kind == "packed":
+        return PackedSource(source, cache_dir, on_image)
+    return image_set(source, None, "as-is", cache_dir, on_image)
+
+
+def pixels_of(found, index):
+    return found.pixels(index) if isinstance(found, PackedSource) else found.images_NHWC[index]
+
+
 def test_an_entry_says_what_it_holds_and_other_tools_read_it(tmp_path):
     assert cache.list_entries(tmp_path / "none") == []
     assert cache.notes(tmp_path / "none") == {}
     assert cache.remove_dead(tmp_path / "none") == 0
-    image_set(replace(Pictures(), name="sketch"), halve, "halved", tmp_path)
+    source = replace(Pictures(), name="sketch")
+    found = image_set(source, lambda image: halve(image).convert("L"), "halved", tmp_path)
+    expected = np.asarray(halve(Image.fromarray(source.pixels(2))).convert("L").convert("RGB"))
+    np.testing.assert_array_equal(found.images_NHWC[2], expected)
     (entry,) = cache.list_entries(tmp_path)
     assert (entry.kind, entry.name, entry.source, entry.num_images) == ("decoded", "sketch", "pictures", 12)
     assert entry.image_size == "4 x 4"
     assert entry.num_bytes == (tmp_path / f"{entry.key}.arrow").stat().st_size
     assert abs(entry.last_used - entry.created) < 60  # two clocks: of the process, and of the disk
-    with pa.memory_map(str(tmp_path / f"{entry.key}.arrow")) as file:
-        table = pa.ipc.open_file(file).read_all()
+    table = pa.ipc.open_file((tmp_path / f"{entry.key}.arrow").read_bytes()).read_all()
     assert table.column_names == ["image", "label", "sample_id"]
     assert table.schema.field("image").type == pa.binary(4 * 4 * 3)
 
 
-# ---- decoded sets
-
-
-def test_a_decoded_set_holds_pixels_labels_and_ids_of_the_source_and_a_transform_is_applied(tmp_path):
+@pytest.mark.parametrize("kind", ["decoded", "packed"])
+def test_a_set_holds_pixels_labels_and_ids_of_the_source_in_any_number_of_batches(tmp_path, kind, monkeypatch):
     source = Pictures()
-    found = image_set(source, None, "none", tmp_path)
+    monkeypatch.setattr(packed, "BATCH_BYTES", 2 * len(source.content(0)))
+    found = opened(kind, tmp_path)
+    (path,) = tmp_path.glob("*.arrow")
+    assert (pa.ipc.open_file(path.read_bytes()).num_record_batches > 3) is (kind == "packed")
     assert (found.name, len(found)) == ("train", 12)
-    for value, expected in (
-        (found.images_NHWC, np.stack([source.pixels(index) for index in range(12)])),
-        (found.labels, source.labels),
-        (found.sample_ids, source.sample_ids),
-    ):
-        np.testing.assert_array_equal(value, expected)
-        assert value.dtype == expected.dtype
-        assert not value.flags.writeable
-        assert not value.flags.owndata  # a view of the file
-    grey = image_set(source, lambda image: halve(image).convert("L"), "halve", tmp_path)
-    expected = np.asarray(halve(Image.fromarray(source.pixels(2))).convert("L").convert("RGB"))
-    np.testing.assert_array_equal(grey.images_NHWC[2], expected)
+    for index in (0, 3, 11):
+        np.testing.assert_array_equal(pixels_of(found, index), source.pixels(index))
+    np.testing.assert_array_equal(found.labels, source.labels)
+    np.testing.assert_array_equal(found.sample_ids, source.sample_ids)
+    assert (found.labels.dtype, found.sample_ids.dtype) == (np.int64, np.uint64)
+    if kind == "packed":
+        assert (found.class_names, found.fingerprint) == (source.class_names, source.fingerprint)
+    else:
+        assert not found.images_NHWC.flags.writeable
+        assert not found.images_NHWC.flags.owndata  # a view of the file
+    (entry,) = cache.list_entries(tmp_path)
+    assert (entry.kind, entry.image_size, entry.in_use) == (kind, "" if kind == "packed" else "8 x 8", True)
+
+
+# ---- decoded sets
 
 
 @pytest.mark.parametrize("kind", ["decoded", "packed"])
@@ -108,8 +125,7 @@ def test_a_damaged_entry_or_one_of_other_images_is_built_again_with_a_warning(tm
         path.write_bytes(path.read_bytes()[:damage])
     found = opened(kind, tmp_path, None, Pictures(None, 11 if damage == "other images" else 12))
     assert f"{path} of the cache is damaged and will be built again" in caplog.text
-    pixels = found.pixels(4) if kind == "packed" else found.images_NHWC[4]
-    np.testing.assert_array_equal(pixels, Pictures().pixels(4))
+    np.testing.assert_array_equal(pixels_of(found, 4), Pictures().pixels(4))
     assert pa.ipc.open_file(path.read_bytes()).num_record_batches == 1
 
 
@@ -228,13 +244,6 @@ def test_what_killed_builds_have_left_goes_but_not_a_build_that_runs(tmp_path):
     assert keys(tmp_path) == {key}
 
 
-def opened(kind, cache_dir, on_image=None, source=None):
-    source = source or Pictures()
-    if kind == "packed":
-        return PackedSource(source, cache_dir, on_image)
-    return image_set(source, None, "as-is", cache_dir, on_image)
-
-
 @pytest.mark.parametrize("kind", ["decoded", "packed"])
 def test_who_waits_for_a_build_is_told_of_no_image_and_may_give_up(tmp_path, kind):
     seen = []
@@ -274,35 +283,15 @@ def test_a_build_that_is_stopped_or_meets_another_size_leaves_nothing(tmp_path, 
 # ---- packed sets
 
 
-def test_a_packed_set_gives_the_pixels_of_its_source_in_any_number_of_batches(tmp_path, monkeypatch):
+@pytest.mark.parametrize("short_side", [7, 8])
+def test_a_packed_set_may_hold_larger_images_made_smaller_and_others_as_they_are(tmp_path, short_side):
     source = Pictures()
-    monkeypatch.setattr(packed, "BATCH_BYTES", 2 * len(source.content(0)))
-    found = PackedSource(source, tmp_path)
-    (path,) = tmp_path.glob("*.arrow")
-    assert pa.ipc.open_file(path.read_bytes()).num_record_batches > 3
-    assert len(found) == 12
-    for index in (0, 3, 11):
-        np.testing.assert_array_equal(found.pixels(index), source.pixels(index))
-    np.testing.assert_array_equal(found.labels, source.labels)
-    np.testing.assert_array_equal(found.sample_ids, source.sample_ids)
-    assert (found.name, found.class_names, found.fingerprint) == (source.name, source.class_names, source.fingerprint)
-    (entry,) = cache.list_entries(tmp_path)
-    assert (entry.kind, entry.image_size, entry.in_use) == ("packed", "", True)
-
-
-def test_a_packed_set_may_hold_larger_images_made_smaller_and_others_as_they_are(tmp_path):
-    source = Pictures()
-    sides = [source.pixels(index).shape[:2] for index in range(len(source))]
-    limit = sorted(min(side) for side in sides)[len(sides) // 2] - 1
-    found = PackedSource(source, tmp_path, short_side=limit)
-    for index, (height, width) in enumerate(sides):
-        if min(height, width) <= limit:
+    found = PackedSource(source, tmp_path, short_side=short_side)
+    for index in range(len(source)):
+        if short_side == 8:
             assert found.packed_bytes(index) == source.content(index)
-        else:
-            share = limit / min(height, width)
-            assert found.pixels(index).shape == (round(height * share), round(width * share), 3)
-            assert abs(found.pixels(index).mean() - source.pixels(index).mean()) < 2  # it is the same picture
-    assert {min(found.pixels(index).shape[:2]) for index in range(len(source))} >= {limit}
+        assert found.pixels(index).shape == (short_side, short_side, 3)
+        assert abs(found.pixels(index).mean() - source.pixels(index).mean()) < 2  # it is the same picture
     PackedSource(source, tmp_path)
     assert len(cache.list_entries(tmp_path)) == 2
 
