@@ -21,6 +21,7 @@ from carft_ray.data.decoded import image_set
 from carft_ray.data.file_index import kept_index
 from carft_ray.data.packed import PackedSource, pays
 from carft_ray.errors import DataError, StorageError
+from carft_ray.words import counted
 
 NOTHING = pa.BufferOutputStream()  # an Arrow file without metadata
 with pa.ipc.new_file(NOTHING, pa.schema([])):
@@ -93,6 +94,7 @@ def test_a_set_holds_pixels_labels_and_ids_of_the_source_in_any_number_of_batche
     assert (found.labels.dtype, found.sample_ids.dtype) == (np.int64, np.uint64)
     if kind == "packed":
         assert (found.class_names, found.fingerprint) == (source.class_names, source.fingerprint)
+        assert found.content(3) == source.content(3)  # of the file as it is now
     else:
         assert not found.images_NHWC.flags.writeable
         assert not found.images_NHWC.flags.owndata  # a view of the file
@@ -409,6 +411,24 @@ def test_clean_asks_first_and_leaves_what_is_in_use(run, filled, monkeypatch, an
         assert "1 entry in use: not removed." in err
         assert f"carft-ray data ls --cache {filled}" in err
     assert len(held) == 12
+    del held
+    _, _, err = run("data", "clean", "--cache", filled, "--all", "--yes")
+    assert f"Removed {counted(kept, 'entry')}, " in err
+    assert "in use" not in err
+
+
+def test_stored_targets_are_an_entry_that_goes_as_others_do(tmp_path):
+    visit = tmp_path / "targets" / "0123456789abcdef" / "visit-0000"
+    visit.parent.mkdir(parents=True)
+    visit.write_bytes(b"x" * 9000)
+    os.utime(visit, (1e9, 1e9))
+    decoded(tmp_path, 1)
+    _, targets = cache.list_entries(tmp_path)
+    assert (targets.kind, targets.last_used, targets.in_use) == ("targets", 1e9, False)
+    assert targets.num_bytes >= 9000
+    decoded(tmp_path, 2, limit_gb=1e-5)
+    assert not visit.parent.exists()
+    assert len(keys(tmp_path)) == 2
 
 
 @pytest.mark.parametrize(

@@ -174,6 +174,17 @@ def test_a_set_without_some_of_its_images_is_known_with_the_others(root):
     assert more == []
 
 
+def test_where_a_border_ends_is_seen_in_the_whole_of_a_jpeg():
+    file = io.BytesIO()
+    framed = np.pad(photo(1, 300, 250), ((9, 17), (30, 0), (0, 0)), constant_values=240)
+    Image.fromarray(framed).save(file, "JPEG", quality=95)
+    pixels, *_ = small_image(file.getvalue(), "x", SHORT_SIDE)
+    whole = decode_image(file.getvalue(), "x")
+    found = thumbnails_of(pixels, lambda: whole)
+    np.testing.assert_array_equal(found, thumbnails_of(whole))
+    assert distances(found[-1:], thumbnails_of(photo(1, 300, 250))[:1])[0] < 0.05
+
+
 @pytest.mark.slow
 def test_a_smaller_decoding_has_the_thumbnails_of_the_whole_and_finds_what_is_wrong(root):
     def told(decode, content):

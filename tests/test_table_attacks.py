@@ -126,7 +126,7 @@ def test_no_command_unpickles_what_ray_would(tmp_path):
     with pa.ipc.open_stream(file) as reader:
         noted = reader.schema.metadata
     write_table(file, table.replace_schema_metadata(noted))
-    sets = [f"{{source: table, path: ../{name}}}" for name in NAMES] + ["{source: huggingface, path: ../saved}"]
+    sets = [f"{{source: table, path: {name}}}" for name in NAMES] + ["{source: huggingface, path: saved}"]
     argvs = [
         ["search", "../recipe.yaml", "--executor", "debug", "--study", "study", "--set", f"data.train={one}"]
         for one in sets
