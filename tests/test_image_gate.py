@@ -90,14 +90,7 @@ def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can
     assert not ghostscript.exists()
 
 
-OTHERS = [
-    EPS,
-    b"%PDF-1.7",
-    b"<!DOCTYPE html>",
-    b"version https://git-lfs.github.com/spec/v1",
-    b"",
-    b"\0\0\0\x1cftypheic",
-]
+OTHERS = [EPS, b"%PDF-1.7", b"<html>", b"version https://git-lfs.github.com", b"", b"\0\0\0\x1cftypheic"]
 
 
 @pytest.mark.parametrize("content", [*OTHERS, encoded("ICO"), encoded("TGA")])

@@ -16,6 +16,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from layouts_tables import pictures, write_folder
 from PIL import Image
 from scipy import ndimage
 from sources import absolute_set, open_validation
@@ -301,7 +302,6 @@ def test_smoothing_by_cosines_equals_the_filter(sigma):
 
 
 SANDBOX = {"source": "sandbox", "domain": "photo", "split": "val", "num_per_class": 4}
-NAMES = ("bird", "cat", "dog")
 
 
 def corrupted(of, **keys):
@@ -316,13 +316,8 @@ def opened(spec, base_dir=Path("/"), classes=None):
 def tree(tmp_path, monkeypatch):
     """Four folders, each with three classes of six images."""
     monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    for folder in ("train", "val", "test", "other"):
-        for name in NAMES:
-            (tmp_path / folder / name).mkdir(parents=True)
-            for index in range(6):
-                low = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
-                Image.fromarray(low).resize((40, 32), 0).save(tmp_path / folder / name / f"{index}.png")
+    for seed, name in enumerate(("train", "val", "test", "other")):
+        write_folder(tmp_path / name, pictures(6, seed=seed))
     return tmp_path
 
 
