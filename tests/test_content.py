@@ -5,7 +5,6 @@ import threading
 
 import pytest
 
-from carft_ray.data import content
 from carft_ray.data.content import AHEAD, in_order
 from carft_ray.errors import DataError
 
@@ -52,9 +51,3 @@ def test_nothing_is_made_any_more_once_it_is_closed():
     values.close()
     assert len(made) < 100
     assert [each.name for each in threading.enumerate() if each.name.startswith("ThreadPool")] == []
-
-
-def test_a_machine_reads_with_all_its_cores_and_four_threads_at_least(monkeypatch):
-    for cores, threads in ((1, 4), (32, 32)):
-        monkeypatch.setattr(content.environment, "usable_cores", lambda cores=cores: cores)
-        assert content.reading_threads() == threads

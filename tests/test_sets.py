@@ -94,16 +94,6 @@ def test_cache_dir_is_absolute_and_follows_the_users_cache(tmp_path, monkeypatch
     assert cache_dir(sandbox_recipe({"cache_dir": "decoded"})) == tmp_path / "decoded"
 
 
-def test_check_names_every_missing_folder_at_once(base):
-    missing = {"sketch": folder_set("sketch_val", path="nowhere")}
-    data = {"id_val": folder_set("id_vall"), "ood_val": missing, "ood_test": {"other": folder_set("none")}}
-    missing_domain, missing_root, missing_test = texts(check_sets(folder_recipe(data)))
-    assert missing_domain.startswith("data.id_val: a domain must be a folder of")
-    assert "'id_vall'; did you mean 'id_val'?" in missing_domain
-    assert missing_root.startswith(f"data.ood_val.sketch: the root of the image tree must be a folder, but got {base}")
-    assert missing_test.startswith("data.ood_test.other: a domain must be a folder of")
-
-
 def test_check_compares_with_data_classes_where_training_folders_are_missing(base):
     recipe = folder_recipe({"train": folder_set("trian"), "classes": ["bird", "lorry"]})
     found = texts(check_sets(recipe))
@@ -144,16 +134,16 @@ def test_a_folder_in_two_roles_is_told_however_it_is_written(base, path):
     assert str(base / "images" / "sketch_val") in problem
 
 
-def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base):
-    hidden = base / "hidden"
-    (base / "images").rename(hidden)
-    write_tree(base / "images")
-    recipe = folder_recipe({"ood_test": {"other": folder_set("sketch_test", path="hidden")}})
-    hidden.chmod(0o000)
-    try:
-        assert check_sets(recipe) == []
-    finally:
-        hidden.chmod(0o700)
+def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base, monkeypatch):
+    plain = Path.stat
+
+    def stat(path, **more):
+        if "hidden" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return plain(path, **more)
+
+    monkeypatch.setattr(Path, "stat", stat)  # no folder is closed to root
+    assert check_sets(folder_recipe({"ood_test": {"other": folder_set("sketch_test", path="hidden")}})) == []
 
 
 def shard_recipe(folder, number, **other):

@@ -185,15 +185,6 @@ def test_what_cannot_be_left_out_is_refused(here):
 
 
 @pytest.mark.slow
-def test_a_test_set_without_images_is_passed_over_with_a_warning(here, caplog):
-    for path in (here / "images" / "test").glob("*/*.png"):
-        path.unlink()
-    copy(here, "paint/cat/0.png", "train/cat/a.png")
-    assert leaving(found(here)) == ["train/cat/a.png"]
-    assert "data.id_test: must have an image" in caplog.text
-
-
-@pytest.mark.slow
 def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
     study, recipe, told = tmp_path / "study", loaded(here), []
     study.mkdir()
