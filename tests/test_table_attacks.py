@@ -104,6 +104,13 @@ def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, registered, n
     assert not (tmp_path / "trap").exists()
 
 
+def test_it_is_refused_whether_or_not_the_type_is_registered(tmp_path):
+    ray_private.forget_pickled_columns()
+    write_table(tmp_path / "set.parquet", struck(IMAGES, tmp_path / "trap"))
+    with pytest.raises(DataError, match="of a struct bytes and path are enough"):
+        open_set(base_dir=tmp_path, source="table", path="set.parquet")
+
+
 def test_a_column_that_nobody_uses_may_hold_anything(tmp_path, registered):
     table = struck(IMAGES, tmp_path / "trap").rename_columns(["other", "label", "name"])
     table = table.append_column("image", pa.array([image.content for image in IMAGES], pa.binary()))
@@ -126,13 +133,11 @@ def test_no_command_unpickles_what_ray_would(tmp_path):
     with pa.ipc.open_stream(file) as reader:
         noted = reader.schema.metadata
     write_table(file, table.replace_schema_metadata(noted))
-    sets = [f"{{source: table, path: {name}}}" for name in NAMES] + ["{source: huggingface, path: saved}"]
-    argvs = [
-        ["search", "../recipe.yaml", "--executor", "debug", "--study", "study", "--set", f"data.train={one}"]
-        for one in sets
-    ]
-    argvs.append(["doctor", "../recipe.yaml", "--set", f"data.train={sets[0]}"])
-    commands = [{"argv": argv} for argv in argvs]
+    search = ["search", "--executor", "debug", "--study", "study"]
+    saved = "{source: huggingface, path: saved}"
+    tables = [f"{{source: table, path: {name}}}" for name in NAMES]
+    argvs = [(*search, tables[0]), (*search, saved), ("doctor", tables[1])]
+    commands = [{"argv": [*words, "../recipe.yaml", "--set", f"data.train={one}"]} for *words, one in argvs]
     with crash_host.started(tmp_path, "test_table_attacks") as run:
         ((_, answers),) = run([{"name": "job", "commands": commands}]).values()
     for answer in answers:
