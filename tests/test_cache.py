@@ -102,9 +102,6 @@ def test_a_set_holds_pixels_labels_and_ids_of_the_source_in_any_number_of_batche
     assert (entry.kind, entry.image_size, entry.in_use) == (kind, "" if kind == "packed" else "8 x 8", True)
 
 
-# ---- decoded sets
-
-
 @pytest.mark.parametrize("kind", ["decoded", "packed"])
 def test_a_set_is_built_once_and_again_for_another_fingerprint_or_transform_but_not_name(tmp_path, kind):
     seen, source = [], Pictures(tmp_path / "log")
