@@ -116,7 +116,7 @@ def test_results_and_checkpoints_that_cannot_be_read_now_are_neither_missing_nor
             read(tmp_path)
 
 
-ROOM_KB = range(0, 360, 72)  # a search of six stand-in trainings writes some 350 kB
+ROOM_KB = range(0, 360, 90)  # a search of six stand-in trainings writes some 350 kB
 
 
 @pytest.mark.slow
