@@ -12,29 +12,17 @@ from carft_ray.data.benchmarks.facts import load_facts
 
 DEVKIT = "ILSVRC2012_devkit_t12/data"
 OBJECTNET_ONLY = ("air_freshener", "baby_trap")  # folders that ImageNet has no class for
-FMOW_DAYS = {
-    "train": ("train", "2010-05-01T00:00:00Z"),
-    "id_val": ("val", "2012-12-31T23:59:59Z"),
-    "val": ("val", "2013-01-01T00:00:00Z"),
-    "id_test": ("test", "2011-05-01T00:00:00Z"),
-    "test": ("test", "2016-01-01T00:00:00Z"),
-}
+FMOW_DAYS = [("train", "2010-05-01T00:00:00Z"), ("val", "2012-12-31T23:59:59Z"), ("val", "2013-01-01T00:00:00Z")]
+FMOW_DAYS += [("test", "2011-05-01T00:00:00Z"), ("test", "2016-01-01T00:00:00Z")]
 CAMELYON = {"train": ("0", "0"), "id_val": ("3", "1"), "val": ("1", "0"), "test": ("2", "1")}  # hospital, split
 BACKGROUND = "BACKGROUND_Google"
 
 
-def make_layout(name, root, per_class=1, splits=None):
-    """Writes a benchmark under a folder as its archives unpack there.
-
-    Args:
-        name: The benchmark.
-        root: Folder; made.
-        per_class: Images per class, and per domain or split.
-        splits: Only these splits, where there are splits.
-    """
+def make_layout(name, root, per_class=1):
+    """Writes a benchmark under a folder as its archives unpack there; so many images per class, and domain or split."""
     root.mkdir(parents=True, exist_ok=True)
     facts = load_facts(name)
-    _MAKERS[name](root, facts.classes, per_class, facts, splits)
+    _MAKERS[name](root, facts.classes, per_class, facts)
     return root
 
 
@@ -58,11 +46,9 @@ def _tree(root, classes, per_class, pattern, side=8):
             _save(root / name / pattern.format(name=name, index=index), side)
 
 
-def _imagenet(root, classes, per_class, facts, splits):
-    if "train" in (splits or ("train", "val")):
-        _tree(root / "train", classes, per_class, "{name}_{index}.JPEG")
-    if "val" in (splits or ("train", "val")):
-        _tree(root / "val", classes, per_class, "ILSVRC2012_val_{name}{index}.JPEG")
+def _imagenet(root, classes, per_class, facts):
+    _tree(root / "train", classes, per_class, "{name}_{index}.JPEG")
+    _tree(root / "val", classes, per_class, "ILSVRC2012_val_{name}{index}.JPEG")
 
 
 def make_flat_val(root, labels):
@@ -82,34 +68,32 @@ def make_flat_val(root, labels):
     savemat(root / DEVKIT / "meta.mat", {"synsets": np.array(rows, dtype=kinds)})
 
 
-def _imagenet_v2(root, classes, per_class, facts, splits):
+def _imagenet_v2(root, classes, per_class, facts):
     _tree(root / "imagenetv2-matched-frequency-format-val", classes, per_class, "{index:040x}.jpeg")
 
 
 def _by_folder(folder, pattern):
-    def make(root, classes, per_class, facts, splits):
+    def make(root, classes, per_class, facts):
         _tree(root / folder, classes, per_class, pattern)
 
     return make
 
 
-def _objectnet(root, classes, per_class, facts, splits):
+def _objectnet(root, classes, per_class, facts):
     _tree(root / "objectnet-1.0" / "images", (*classes, *OBJECTNET_ONLY), per_class, "{index:013x}.png", side=10)
 
 
 def _domains(folder):
-    def make(root, classes, per_class, facts, splits):
+    def make(root, classes, per_class, facts):
         for domain in facts.domains:
             _tree(root / folder / domain, classes, per_class, "pic_{index:03d}.jpg")
 
     return make
 
 
-def _fmow(root, classes, per_class, facts, splits):
+def _fmow(root, classes, per_class, facts):
     rows = [(c, "seq", "2016-05-01T00:00:00Z") for c in classes[:1]]  # sequestered: not among the images
-    for split, (own, day) in FMOW_DAYS.items():
-        if splits is None or split in splits:
-            rows += [(name, own, day) for name in classes for _ in range(per_class)]
+    rows += [(name, own, day) for own, day in FMOW_DAYS for name in classes for _ in range(per_class)]
     rows.append((classes[0], "train", "2014-01-01T00:00:00Z"))  # of no split
     lines = ["split,img_path,category,timestamp,country_code"]
     for index, (name, split, day) in enumerate(rows):
@@ -119,7 +103,7 @@ def _fmow(root, classes, per_class, facts, splits):
     (root / "fmow_v1.1" / "rgb_metadata.csv").write_text("\n".join(lines) + "\n")
 
 
-def _iwildcam(root, classes, per_class, facts, splits):
+def _iwildcam(root, classes, per_class, facts):
     lines = ["split,location_remapped,sequence_remapped,y,datetime,filename"]
     for split in ("train", "val", "test", "id_val", "id_test"):
         kept = classes if split == "train" else classes[::7]  # the other splits lack many species
@@ -131,7 +115,7 @@ def _iwildcam(root, classes, per_class, facts, splits):
     (root / "iwildcam_v2.0" / "metadata.csv").write_text("\n".join(lines) + "\n")
 
 
-def _camelyon17(root, classes, per_class, facts, splits):
+def _camelyon17(root, classes, per_class, facts):
     lines = [",patient,node,x_coord,y_coord,tumor,slide,center,split"]
     for hospital, number in CAMELYON.values():
         for tumor in (0, 1):
@@ -156,7 +140,7 @@ def cifar_batches(name, per_class):
     }
 
 
-def _cifar(root, classes, per_class, facts, splits):
+def _cifar(root, classes, per_class, facts):
     """Writes the binary version: per image the label (CIFAR-100: the coarse one before it) and 3072 bytes."""
     ten = facts.name == "cifar10"
     folder = root / ("cifar-10-batches-bin" if ten else "cifar-100-binary")
@@ -168,7 +152,7 @@ def _cifar(root, classes, per_class, facts, splits):
     (folder / ("batches.meta.txt" if ten else "fine_label_names.txt")).write_text(names + "\n" * ten)
 
 
-def _flowers102(root, classes, per_class, facts, splits):
+def _flowers102(root, classes, per_class, facts):
     folder = root / "flowers-102"
     labels, parts = [], {"trnid": [], "valid": [], "tstid": []}
     for key in parts:
@@ -181,7 +165,7 @@ def _flowers102(root, classes, per_class, facts, splits):
     savemat(folder / "setid.mat", {key: np.array([numbers], np.uint16) for key, numbers in parts.items()})
 
 
-def _fgvc_aircraft(root, classes, per_class, facts, splits):
+def _fgvc_aircraft(root, classes, per_class, facts):
     data = root / "fgvc-aircraft-2013b" / "data"
     lists = {}
     for split in ("train", "val", "test"):
@@ -196,7 +180,7 @@ def _fgvc_aircraft(root, classes, per_class, facts, splits):
     (data / "variants.txt").write_text("\n".join(classes) + "\n")
 
 
-def _stanford_cars(root, classes, per_class, facts, splits):
+def _stanford_cars(root, classes, per_class, facts):
     folder = root / "stanford_cars"
     (folder / "devkit").mkdir(parents=True)
     files = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
@@ -211,7 +195,7 @@ def _stanford_cars(root, classes, per_class, facts, splits):
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([list(classes)], dtype=object)})
 
 
-def _food101(root, classes, per_class, facts, splits):
+def _food101(root, classes, per_class, facts):
     folder = root / "food-101"
     (folder / "meta").mkdir(parents=True)
     for start, split in ((0, "train"), (1000, "test")):
@@ -221,7 +205,7 @@ def _food101(root, classes, per_class, facts, splits):
             _save(folder / "images" / f"{image}.jpg")
 
 
-def _dtd(root, classes, per_class, facts, splits):
+def _dtd(root, classes, per_class, facts):
     folder = root / "dtd" / "dtd"
     (folder / "labels").mkdir(parents=True)
     for start, split in ((1, "train"), (100, "val"), (200, "test")):
@@ -231,7 +215,7 @@ def _dtd(root, classes, per_class, facts, splits):
             _save(folder / "images" / line)
 
 
-def _sun397(root, classes, per_class, facts, splits):
+def _sun397(root, classes, per_class, facts):
     folder = root / "SUN397"
     lines = {"Training": [], "Testing": []}
     for name in classes:
@@ -244,7 +228,7 @@ def _sun397(root, classes, per_class, facts, splits):
         (folder / f"{part}_01.txt").write_text("\n".join(found) + "\n")
 
 
-def _oxford_pets(root, classes, per_class, facts, splits):
+def _oxford_pets(root, classes, per_class, facts):
     folder = root / "oxford-iiit-pet"
     (folder / "annotations").mkdir(parents=True)
     for start, split in ((1, "trainval"), (100, "test")):
@@ -257,7 +241,7 @@ def _oxford_pets(root, classes, per_class, facts, splits):
         (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
 
 
-def _caltech101(root, classes, per_class, facts, splits):
+def _caltech101(root, classes, per_class, facts):
     folder = root / "caltech101" / "101_ObjectCategories"
     for name in (*classes, BACKGROUND):
         for index in range(per_class):

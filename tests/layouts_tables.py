@@ -1,5 +1,6 @@
 """Writes one set of images in every layout that a source reads: folders, tables, WebDataset shards, Hugging Face."""
 
+import csv
 import io
 import json
 import os
@@ -12,6 +13,10 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 CLASSES = ("bird", "cat", "dog")
+BINARY = ("parquet", "arrow", "feather")
+KINDS = ("folder", "csv paths", "tsv paths")
+KINDS += tuple(f"{ending} {form}" for ending in BINARY for form in ("paths", "bytes", "struct"))
+KINDS += ("shards", "saved", "hub")
 
 
 class Picture(NamedTuple):
@@ -93,8 +98,6 @@ def write_table(path, table, **settings):
             writer.write_table(table, max_chunksize=5)
     else:
         text = io.StringIO(newline="")
-        import csv
-
         writer = csv.writer(text, delimiter="\t" if path.suffix == ".tsv" else ",")
         writer.writerows([table.column_names, *zip(*(column.to_pylist() for column in table.columns), strict=True)])
         path.write_text(text.getvalue(), encoding="utf-8", newline="")
@@ -139,3 +142,24 @@ def write_hub(folder, splits, num_files=2):
         for number in range(num_files):
             part = dataset.shard(num_files, number, contiguous=True)
             part.to_parquet(str(folder / "data" / f"{split}-{number:05d}-of-{num_files:05d}.parquet"))
+
+
+def write_set(kind, base, images, name="set", classes=CLASSES):
+    """Writes images below a folder in one of the layouts ``KINDS``; returns the keys of the set."""
+    if kind == "folder":
+        write_folder(base / name, images)
+        return {"source": "folder", "path": name}
+    if kind == "shards":
+        write_shards(base / name / "shards", images, classes=classes)
+        return {"source": "webdataset", "path": f"{name}/shards"}
+    if kind in ("saved", "hub"):
+        dataset = hf_dataset(images, classes)
+        dataset.save_to_disk(base / name) if kind == "saved" else write_hub(base / name, {"train": dataset})
+        return {"source": "huggingface", "path": name, "id": "name"}
+    ending, form = kind.split()
+    path = f"{name}/set.{ending}"
+    write_table(base / path, table_of(images, form))
+    if form == "paths":
+        write_folder(base / name / "images", images)
+        return {"source": "table", "path": path, "root": f"{name}/images"}
+    return {"source": "table", "path": path, "id": "name"}

@@ -1,51 +1,44 @@
 """Copies of a picture as people make them, and the records of pictures that are in memory."""
 
 import io
-from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from carft_ray.data.content import DIGEST_BYTES
 from carft_ray.data.records import Records, thumbnails_of
-from carft_ray.data.source import PixelArray
 
 BORDER = 0.06  # of the shorter side
 MARGIN = 0.05  # of each side
 MARK = "(c) example"
 MARK_WIDTH = 1 / 3  # of the width
 
-Change = Callable[[Image.Image], Image.Image]
 
-
-def _saved(ending: str, quality: int | None = None) -> Change:
-    def change(image: Image.Image) -> Image.Image:
+def _saved(ending, **settings):
+    def change(image):
         content = io.BytesIO()
-        image.save(content, ending, **({} if quality is None else {"quality": quality}))
+        image.save(content, ending, **settings)
         return Image.open(content).convert("RGB")
 
     return change
 
 
-def _resized(factor: float) -> Change:
-    def change(image: Image.Image) -> Image.Image:
-        return image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.BICUBIC)
-
-    return change
+def _resized(factor):
+    return lambda image: image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.BICUBIC)
 
 
-def _cropped(image: Image.Image) -> Image.Image:
+def _cropped(image):
     x, y = round(MARGIN * image.width), round(MARGIN * image.height)
     return image.crop((x, y, image.width - x, image.height - y))
 
 
-def _bordered(image: Image.Image) -> Image.Image:
+def _bordered(image):
     """Lays a border around: white where the picture begins dark, else black."""
     colour = "white" if np.asarray(image.convert("L"))[0].mean() < 128 else "black"
     return ImageOps.expand(image, max(1, round(BORDER * min(image.size))), fill=colour)
 
 
-def _marked(image: Image.Image) -> Image.Image:
+def _marked(image):
     """Writes a text over a third of the width into the lower right corner, white with a black outline."""
     marked = image.copy()
     draw, size = ImageDraw.Draw(marked), 1.0
@@ -56,10 +49,10 @@ def _marked(image: Image.Image) -> Image.Image:
     return marked
 
 
-COPIES: dict[str, Change] = {
+COPIES = {
     "PNG": _saved("PNG"),
-    "JPEG 90": _saved("JPEG", 90),
-    "JPEG 75": _saved("JPEG", 75),
+    "JPEG 90": _saved("JPEG", quality=90),
+    "JPEG 75": _saved("JPEG", quality=75),
     "half size": _resized(0.5),
     "double size": _resized(2),
     "5 % margin off": _cropped,
@@ -68,7 +61,7 @@ COPIES: dict[str, Change] = {
 }
 
 
-def signed(pictures: Sequence[PixelArray], seed: int) -> Records:
+def signed(pictures, seed):
     """Returns the records of pictures; each has bytes of its own, so that copies are found by what they show."""
     digests = np.random.default_rng(seed).integers(0, 256, (len(pictures), DIGEST_BYTES), dtype=np.uint8)
     return Records(digests, np.stack([thumbnails_of(pixels) for pixels in pictures]))

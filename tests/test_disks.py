@@ -53,10 +53,9 @@ FOREVER = 10**6
 def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_a_storage_error(disk, tmp_path, number):
     path = tmp_path / "there"
     path.write_text("x")
-    disk("there", 3, number)
-    assert files.exists(path)
-    disk("missing", 3, number)
-    assert not files.exists(tmp_path / "missing")
+    for name, there in (("there", True), ("missing", False)):
+        disk(name, 3, number)
+        assert files.exists(tmp_path / name) is there
     assert not files.exists(path / "below_a_file")
     disk("there", FOREVER, number)
     with pytest.raises(StorageError, match="must be readable") as raised:
@@ -67,36 +66,19 @@ def test_a_fault_that_passes_is_waited_for_and_one_that_stays_is_a_storage_error
     assert files.seen(path)
 
 
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES], ids=errno.errorcode.get)
 def test_a_full_disk_or_a_missing_permission_is_never_hidden(disk, tmp_path, number):
     for read in (files.exists, files.seen, files.read_json_lines):
         disk("file", 1, number)
-        with pytest.raises(OSError, match=os.strerror(number)) as raised:
+        with pytest.raises(OSError, match=os.strerror(number)):
             read(tmp_path / "file")
-        assert raised.value.errno == number
-
-
-@pytest.mark.slow
-def test_what_a_training_has_left_is_read_again_and_is_not_taken_for_missing(disk, tmp_path):
-    content = {"format_version": 1, "objective": 0.5, "metrics": {}}
-    (tmp_path / "result.json").write_text(json.dumps(content))
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n')
-    for name in ("result.json", "metrics.jsonl"):
-        disk(name, 2, errno.ETIMEDOUT)
-    assert read_result(tmp_path)[0] == files.read_json(tmp_path / "result.json") == content
-    assert files.read_json_lines(tmp_path / "metrics.jsonl") == [{"epoch": 1}]
-    disk("result.json", FOREVER)
-    with pytest.raises(StorageError, match="must be readable"):
-        read_result(tmp_path)
 
 
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
-    events = []
     with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
         recover_running(study)
-        driver = Driver(study, AtATime(1), events.append)
-        folder = driver.propose("one").folder(study.study_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        driver = Driver(study, AtATime(1), lambda event: None)
+        driver.propose("one").folder(study.study_dir).mkdir(parents=True, exist_ok=True)
         driver.started("one")
         (study.study_dir / "stop").write_text("asked")
         disk("stop", FOREVER, errno.EHOSTDOWN)
@@ -108,31 +90,33 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
 
 
 def test_a_study_is_not_taken_for_a_new_one_while_its_disk_does_not_answer(disk, tmp_path):
-    recipe = make_recipe(2, baselines={})
-    with open_study(tmp_path / "study", recipe) as study:
-        recover_running(study)
-        name = study.next().name
-    before = (tmp_path / "study" / "manifest.json").read_bytes()
-    disk("manifest.json", 5)
-    disk("study", 1)
-    with open_study(tmp_path / "study", recipe) as study:
-        recover_running(study)
-        assert study.next().name == name
-    assert (tmp_path / "study" / "manifest.json").read_bytes() == before
+    names = []
+    for _ in range(2):
+        with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
+            recover_running(study)
+            names.append(study.next().name)
+        disk("manifest.json", 5)
+        disk("study", 1)
+    assert names[0] == names[1]
 
 
 @pytest.mark.slow
-def test_a_checkpoint_that_cannot_be_read_now_is_not_passed_over_as_damaged(disk, tmp_path):
+def test_results_and_checkpoints_that_cannot_be_read_now_are_neither_missing_nor_damaged(disk, tmp_path):
+    content = {"format_version": 1, "objective": 0.5, "metrics": {}}
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    disk("result.json", 2, errno.ETIMEDOUT)
+    assert read_result(tmp_path)[0] == content
     folder = tmp_path / "attempt-1" / "step-00000003"
     folder.mkdir(parents=True)
     (folder / "state.json").write_text("{}")
     assert newest_checkpoint(tmp_path)[0] is None
-    disk("state.json", FOREVER)
-    with pytest.raises(StorageError, match="must be readable"):
-        newest_checkpoint(tmp_path)
+    for name, read in (("result.json", read_result), ("state.json", newest_checkpoint)):
+        disk(name, FOREVER)
+        with pytest.raises(StorageError, match="must be readable"):
+            read(tmp_path)
 
 
-ROOM_KB = range(0, 360, 24)  # a search of six stand-in trainings writes some 350 kB
+ROOM_KB = range(0, 360, 90)  # a search of six stand-in trainings writes some 350 kB
 
 
 @pytest.mark.slow

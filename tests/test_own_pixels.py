@@ -1,21 +1,16 @@
 """Each set gets its own pixels from every cache, where archives give all files one date and one size."""
 
-import csv
-import io
+import json
 import os
-import tarfile
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.feather
-import pyarrow.parquet as pq
 import pytest
 import short_training
 import torch
-from PIL import Image
+from layouts_tables import Picture, encoded, image_column, table_of, write_folder, write_set, write_table
 from sources import open_set
 
-from carft_ray.data import cache, decoded, packed
 from carft_ray.data.content import image_digest
 from carft_ray.data.decoded import DecodedSource, image_set
 from carft_ray.data.listed_sets import open_sets, write_sets
@@ -29,88 +24,59 @@ from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.run import prepare
 from carft_ray.training.shared_inputs import load_shared_inputs, target_store
 
-SIDE, LARGE = 32, 160
-CLASSES = ("cat", "dog")
 GREYS = {"clean": 200, "foggy": 90}
 
 
-def grey(view, kind="BMP", side=SIDE):
-    content = io.BytesIO()
-    Image.new("RGB", (side, side), (GREYS[view],) * 3).save(content, kind)
-    return content.getvalue()
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    os.utime(path, ns=(0, 0))
-    return path
-
-
-def tree(root, view, kind):
-    for name in CLASSES:
-        write(root / view / name / f"0.{kind.lower()}", grey(view, kind))
-    return {"source": "folder", "path": str(root / view)}
-
-
-def cifar(root, view):
-    rows = b"".join(bytes([label]) + bytes([GREYS[view]]) * (3 * SIDE * SIDE) for label in range(10))
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        write(root / view / "cifar-10-batches-bin" / f"{name}.bin", rows)
-    return {"source": "benchmark", "name": "cifar10", "path": str(root / view), "split": "test"}
+def images(view):
+    """Three large images of one size, which differ in their middle alone."""
+    names = ("cat/0.bmp", "dog/1.bmp", "dog/2.bmp")
+    greys = [np.full((160, 160, 3), GREYS[shown], np.uint8) for shown in ("clean", view, "clean")]
+    return [Picture(name, name[:3], encoded(grey, "BMP")) for name, grey in zip(names, greys, strict=True)]
 
 
 def list_with_ids(root, view):
     """One folder of images, and two lists that give one id to two of them."""
-    tree(root, view, "BMP")
-    text = io.StringIO()
-    csv.writer(text).writerows([("id", "image", "label"), *((name, f"{view}/{name}/0.bmp", name) for name in CLASSES)])
-    path = write(root / f"{view}.csv", text.getvalue().encode())
-    return {"source": "table", "path": str(path), "root": str(root), "id": "id", "image": "image", "label": "label"}
+    shown = [image._replace(name=f"{view}/{image.name}") for image in images(view)]
+    write_folder(root, shown)
+    columns = table_of(shown, "paths").set_column(2, "name", [[image.name for image in images(view)]])
+    write_table(root / f"{view}.csv", columns)
+    return {"source": "table", "path": f"{view}.csv", "root": ".", "id": "name"}
 
 
 def columns(root, view):
     """One file with two images in each row."""
-    views = {each: [grey(each)] * 2 for each in GREYS}
-    pq.write_table(pa.table({"id": CLASSES, "label": CLASSES, **views}), root / "both.parquet")
-    os.utime(root / "both.parquet", ns=(0, 0))
-    return {"source": "table", "path": str(root / "both.parquet"), "id": "id", "image": view, "label": "label"}
+    shown = {each: image_column(images(each), "bytes") for each in GREYS}
+    write_table(root / "both.parquet", table_of(images("clean"), **shown))
+    return {"source": "table", "path": "both.parquet", "id": "name", "image": view}
 
 
 def rows(root, view):
     """One file with two rows of each id."""
-    found = [(each, name, name, grey(each)) for each in GREYS for name in CLASSES]
-    table = pa.table(dict(zip(("view", "id", "label", "image"), zip(*found, strict=True), strict=True)))
-    pyarrow.feather.write_feather(table, root / "both.arrow", compression="uncompressed")
-    os.utime(root / "both.arrow", ns=(0, 0))
-    here = {"where": {"view": view}, "id": "id", "image": "image", "label": "label"}
-    return {"source": "table", "path": str(root / "both.arrow"), **here}
+    tables = [table_of(images(each), view=[each] * 3) for each in GREYS]
+    write_table(root / "both.feather", pa.concat_tables(tables))
+    return {"source": "table", "path": "both.feather", "where": {"view": view}, "id": "name"}
 
 
-def shard(root, view):
-    """Archives that differ in their middle alone."""
-    content = io.BytesIO()
-    with tarfile.open(fileobj=content, mode="w") as archive:
-        for number, shown in enumerate(("clean", view, "clean")):
-            for name, each in ((f"{number}.cls", b"%d" % (number % 2)), (f"{number}.bmp", grey(shown, side=LARGE))):
-                member = tarfile.TarInfo(name)
-                member.size = len(each)
-                archive.addfile(member, io.BytesIO(each))
-    return {
-        "source": "webdataset",
-        "path": str(write(root / view / "0.tar", content.getvalue())),
-        "class_names": CLASSES,
-    }
+def cifar(root, view):
+    content = b"".join(bytes([label]) + bytes([GREYS[view]]) * 3072 for label in range(10))
+    (root / view / "cifar-10-batches-bin").mkdir(parents=True)
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        (root / view / "cifar-10-batches-bin" / f"{name}.bin").write_bytes(content)
+    return {"source": "benchmark", "name": "cifar10", "path": view, "split": "test"}
 
 
-KINDS = {
-    **{kind: lambda root, view, kind=kind: tree(root, view, kind) for kind in ("BMP", "PPM", "TIFF")},
-    "cifar": cifar,
-    "list with ids": list_with_ids,
-    "columns of a table": columns,
-    "rows of a table": rows,
-    "shards": shard,
-}
+def written(kind, root, view):
+    """Writes a set whose files all have one date."""
+    if kind in (list_with_ids, columns, rows, cifar):
+        spec = kind(root, view)
+    else:
+        spec = write_set(kind, root, images(view), view, ("cat", "dog"))
+    for path in root.rglob("*"):
+        os.utime(path, ns=(0, 0))
+    return spec
+
+
+KINDS = ("folder", "parquet bytes", "arrow struct", "shards", "saved", list_with_ids, columns, rows, cifar)
 CACHES = {
     "decoded": lambda source, folder: image_set(source, None, "as-is", folder).images_NHWC[1],
     "decoded for training": lambda source, folder: DecodedSource(source, folder).pixels(1),
@@ -120,7 +86,7 @@ CACHES = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_set_has_its_own_pixels_in_every_cache(kind, tmp_path):
-    sources = {view: open_set(**KINDS[kind](tmp_path, view)) for view in GREYS}
+    sources = {view: open_set(base_dir=tmp_path, **written(kind, tmp_path, view)) for view in GREYS}
     for view, source in sources.items():
         np.testing.assert_array_equal(source.pixels(1)[0, 0], GREYS[view])
     ids, labels = ([getattr(source, name).tolist() for source in sources.values()] for name in ("sample_ids", "labels"))
@@ -133,42 +99,21 @@ def test_each_set_has_its_own_pixels_in_every_cache(kind, tmp_path):
         assert records(source, tmp_path / "cache").hashes()[1] == image_digest(source.content(1))
 
 
-@pytest.mark.parametrize("opened", CACHES.values(), ids=CACHES)
-def test_an_entry_that_an_older_version_has_made_is_not_used(opened, tmp_path, monkeypatch):
-    sources = {view: open_set(**tree(tmp_path, view, "BMP")) for view in GREYS}
-    with monkeypatch.context() as older:
-        for module in (decoded, packed):
-            older.setattr(module, "FORMAT_VERSION", module.FORMAT_VERSION - 1)
-            older.setattr(module, "identity", lambda source: source.fingerprint)
-        assert (opened(sources["clean"], tmp_path / "cache") == GREYS["clean"]).all()
-        assert (opened(sources["foggy"], tmp_path / "cache") == GREYS["clean"]).all()  # what it did
-    assert (opened(sources["foggy"], tmp_path / "cache") == GREYS["foggy"]).all()
-    assert len(cache.list_entries(tmp_path / "cache")) == 2
-
-
 def test_a_preparation_and_the_targets_of_a_training_belong_to_the_place_of_the_images(tmp_path):
     path = short_training.make(tmp_path)
-    tree(tmp_path, "clean", "BMP")
-    tree(tmp_path, "foggy", "BMP")
-
-    def recipe(view):
-        text = path.read_text().replace("path: images, domains: [photo_val]", f"path: {view}")
-        text = text.replace("path: images, domains: [photo]", f"path: {view}")
-        text = text.replace("path: images, domains: [sketch]", f"path: {view}")
-        (tmp_path / f"{view}.yaml").write_text(text + "resources: {targets: stored}\n")
-        return load_recipe(tmp_path / f"{view}.yaml")
-
     stores, tables = [], []
     for view in (*GREYS, "clean"):
-        prepare(recipe(view), tmp_path / "prepared")
-        inputs = load_shared_inputs(recipe(view), prepared_dir=tmp_path / "prepared")
+        spec = json.dumps(written("folder", tmp_path, view))
+        sets = [f"data.{role}={spec}" for role in ("train", "id_val", "ood_val.sketch")]
+        recipe = load_recipe(path, [*sets, "resources.targets=stored", f"data.cache_dir={tmp_path / 'cache'}"])
+        prepare(recipe, tmp_path / "prepared")
+        inputs = load_shared_inputs(recipe, prepared_dir=tmp_path / "prepared")
         heads = load_tensors(tmp_path / "prepared" / HEADS)
-        stores.append(target_store(recipe(view), inputs, heads["context_head"], torch.device("cpu")))
+        stores.append(target_store(recipe, inputs, heads["context_head"], torch.device("cpu")))
         tables.append(read_predictions(tmp_path / "prepared" / ZERO_SHOT_TABLE))
-        assert (inputs.validation[0].images_NHWC == GREYS[view]).all()
+        assert (inputs.validation[0].images_NHWC[1] == GREYS[view]).all()
     assert stores[0] == stores[2] != stores[1]
     assert tables[0] == tables[2] != tables[1]
-    assert torch.get_num_threads() >= 1
 
 
 def test_nodes_that_see_the_images_at_another_place_share_what_the_driver_has_listed(tmp_path, monkeypatch):

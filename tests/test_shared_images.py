@@ -1,29 +1,30 @@
-"""Images that stand in two roles: who leaves, what is refused, the list of a study, and `exclude`."""
+"""Images that stand in two roles: who leaves, what is refused, the list of a study, `exclude`; which are copies."""
 
 import csv
+import itertools
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from conftest import ArraySource
+from picture_copies import COPIES, signed
+from PIL import Image, ImageDraw
 from sources import open_train, open_validation
 
+from benchmarks.photos import photo
 from carft_ray import words
-from carft_ray.data.copies.shared_images import (
-    find_shared,
-    read_shared,
-    shared_counts,
-    shared_lines,
-    shared_of_study,
-    without_shared,
-    write_shared,
-)
+from carft_ray.data.copies import find
+from carft_ray.data.copies import shared_images as shares
+from carft_ray.data.copies.pairs_file import check_pairs_path, write_pairs
 from carft_ray.data.listing import StoredSource, sample_id
 from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import excluded_ids
+from carft_ray.data.records import Records, thumbnails_of
 from carft_ray.data.role_checks import check_sets
-from carft_ray.errors import DataError, HoldOutError, StorageError
+from carft_ray.data.same_picture import LIMIT, WHOLE, grey_picture, inside_border, picture_distance
+from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe
 
@@ -67,11 +68,11 @@ def here(tree, tmp_path):
     return tmp_path / "here"
 
 
-def copy(here, source, target, again=False):
-    """Copies an image, or saves it again as JPEG."""
+def copy(here, source, target):
+    """Copies an image; as JPEG it is saved again."""
     path, there = here / "images" / source, here / "images" / target
-    if again:
-        Image.open(path).save(there.with_suffix(".jpg"), quality=90)
+    if there.suffix == ".jpg":
+        Image.open(path).save(there, quality=90)
     else:
         shutil.copy(path, there)
 
@@ -81,190 +82,138 @@ def loaded(here, *options):
 
 
 def found(here, *options):
-    return find_shared(loaded(here, *options), here / "cache")
+    return shares.find_shared(loaded(here, *options), here / "cache")
 
 
 def leaving(rows):
-    """Returns set and name of every image that leaves."""
-    names = [(row.set, row.image, row.done) for row in rows]
-    names += [(row.other_set, row.other_image, row.other_done) for row in rows]
-    return sorted({(place, "/".join(Path(image).parts[-3:])) for place, image, done in names if done == "leaves"})
+    """Returns every image that leaves its set."""
+    images = [(row.image, row.done) for row in rows] + [(row.other_image, row.other_done) for row in rows]
+    return sorted({"/".join(Path(image).parts[-3:]) for image, done in images if done == "leaves"})
+
+
+NOISE = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
+FRACTION = sample_id("train/cat/x.png") / 2**64  # where the image stands in its set
+OUTSIDE = f"[0, {FRACTION}]" if FRACTION > 0.5 else f"[{FRACTION + 1e-9}, 1]"
+# copies, as JPEG of the same picture alone; a setting; what leaves: an image stays in the role nearest to the test
+ROLES = {
+    "test and train": ("test/cat/0.png train/cat/a.png", "", "train/cat/a.png"),
+    "test and validation": ("test/dog/1.png val/dog/b.jpg", "", "val/dog/b.jpg"),
+    "validation and train": ("val/cat/3.png train/cat/c.jpg", "", "train/cat/c.jpg"),
+    "two of validation": ("sketch/cat/4.png val/cat/d.png", "", "val/cat/d.png"),
+    "two of test": ("test/cat/0.png paint/cat/x.png", "", ""),
+    # A in train is re-encoded in val, B; its bytes are C in the test: both leave, whichever pairs were found
+    "a chain": ("test/cat/5.png val/cat/b.png val/cat/b.png train/cat/a.jpg", "", "train/cat/a.jpg val/cat/b.png"),
+    "every copy": (
+        "val/cat/0.png train/cat/a.png val/cat/0.png train/cat/b.png val/cat/0.png val/cat/c.png "
+        "val/cat/0.png train/dog/d.jpg",
+        "data.shared_limit=0.1",
+        "train/cat/a.png train/cat/b.png train/dog/d.jpg",
+    ),
+    "outside the part": ("val/cat/0.png train/cat/x.png", f"data.train.part={OUTSIDE}", ""),
+    "shown under a corruption": ("val/cat/0.png train/cat/x.png", f"data.ood_val={{n: {NOISE}}}", "train/cat/x.png"),
+    "kept": ("test/cat/0.png train/cat/a.png", "data.shared_images=keep", ""),
+}
 
 
 @pytest.mark.slow
-def test_an_image_stays_in_the_role_nearest_to_the_test(here):
+@pytest.mark.parametrize(("copies", "setting", "leave"), ROLES.values(), ids=ROLES)
+def test_an_image_stays_in_the_role_nearest_to_the_test(here, copies, setting, leave):
+    names = copies.split()
+    for source, target in zip(names[::2], names[1::2], strict=True):
+        copy(here, source, target)
+    rows = found(here, *filter(None, [setting]))
+    assert leaving(rows) == leave.split()
+    assert bool(rows) is not setting.startswith("data.train.part")  # they are found, whether or not one leaves
+
+
+@pytest.mark.slow
+def test_what_leaves_or_is_kept_is_counted_and_told_by_set(here):
     copy(here, "test/cat/0.png", "train/cat/a.png")
-    copy(here, "test/dog/1.png", "val/dog/b.png", again=True)
-    copy(here, "val/cat/3.png", "train/cat/c.png", again=True)
-    copy(here, "sketch/cat/4.png", "val/cat/d.png")
+    copy(here, "test/dog/1.png", "val/dog/b.jpg")
     rows = found(here)
-    assert leaving(rows) == [
-        ("data.id_val", "val/cat/d.png"),
-        ("data.id_val", "val/dog/b.jpg"),
-        ("data.train", "train/cat/a.png"),
-        ("data.train", "train/cat/c.jpg"),
-    ]
-    assert shared_counts(rows) == {"data.id_val": {"leaves": 2}, "data.train": {"leaves": 2}}
-    assert shared_lines(rows) == [
-        "data.id_val: 2 images left out, also in data.id_test and data.ood_val.sketch",
-        "data.train: 2 images left out, also in data.id_test and data.id_val",
+    assert shares.shared_counts(rows) == {"data.id_val": {"leaves": 1}, "data.train": {"leaves": 1}}
+    assert shares.shared_lines(rows) == [
+        "data.id_val: 1 image left out, also in data.id_test",
+        "data.train: 1 image left out, also in data.id_test",
     ]
     assert {row.found_by for row in rows} == {"same bytes", "same picture"}
-
-
-@pytest.mark.slow
-def test_a_chain_over_three_roles_is_one_thing(here):
-    """A in train is re-encoded in val, B; its bytes are C in the test: both leave, whichever pairs were found."""
-    copy(here, "test/cat/5.png", "val/cat/b.png")
-    copy(here, "val/cat/b.png", "train/cat/a.png", again=True)
-    assert leaving(found(here)) == [("data.id_val", "val/cat/b.png"), ("data.train", "train/cat/a.jpg")]
-
-
-@pytest.mark.slow
-def test_every_copy_in_a_set_leaves(here):
-    for name in ("a", "b", "c"):
-        copy(here, "val/cat/0.png", f"train/cat/{name}.png")
-    copy(here, "val/cat/0.png", "val/cat/again.png")
-    copy(here, "val/cat/0.png", "train/dog/d.png", again=True)
-    assert [name for _, name in leaving(found(here, "data.shared_limit=0.1"))] == [
-        "train/cat/a.png",
-        "train/cat/b.png",
-        "train/cat/c.png",
-        "train/dog/d.jpg",
+    (here / "images" / "val" / "dog" / "b.jpg").unlink()
+    assert shares.shared_lines(found(here, "data.shared_images=keep")) == [
+        "data.id_test: 1 image kept, also in data.train",
+        "data.train: 1 image kept, also in data.id_test",
     ]
-
-
-@pytest.mark.slow
-def test_test_sets_lose_no_image(here):
-    copy(here, "test/cat/0.png", "paint/cat/x.png")
-    rows = found(here)
-    assert leaving(rows) == []
-    assert shared_counts(rows) == {"data.id_test": {"stays": 1}, "data.ood_test.paint": {"stays": 1}}
-
-
-@pytest.mark.slow
-def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monkeypatch):
-    copy(here, "test/cat/0.png", "train/cat/a.png")
-    copy(here, "test/dog/1.png", "val/dog/b.png", again=True)
-    monkeypatch.setattr(words, "FIRST_AFTER_S", 0)
-    monkeypatch.setattr(words, "THEN_EVERY_S", 0)
-    said = []
-    rows = find_shared(loaded(here), here / "cache", said.append)
-    assert len(rows) == 2
-    for name, count in {"train": 49, "id_val": 41, "ood_val.sketch": 40, "id_test": 40}.items():
-        begin = f"reading the images of data.{name}: 32 of {count}, about "
-        assert any(line.startswith(begin) and line.endswith(" s left") for line in said)
-    monkeypatch.setattr(StoredSource, "content", lambda *index: pytest.fail("an image was read again"))
-    assert find_shared(loaded(here), here / "cache", said.append) == rows
-
-
-@pytest.mark.slow
-def test_a_corrupted_set_may_show_id_val_and_both_stay(here):
-    copy(here, "val/cat/0.png", "train/cat/x.png")
-    noise = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
-    recipe = loaded(here, f"data.ood_val={{noise: {noise}}}")
-    rows = find_shared(recipe, here / "cache")
-    assert leaving(rows) == [("data.train", "train/cat/x.png")]
-    smaller = without_shared(recipe, rows)
-    assert smaller.data.ood_val == recipe.data.ood_val
-    assert len(open_train(smaller)) == 48
 
 
 @pytest.mark.slow
 def test_corrupted_images_leave_the_set_that_is_shown(here):
     copy(here, "test/cat/0.png", "val/cat/x.png")
-    noise = "{source: corrupted, of: {source: folder, path: images, domains: [val]}, severity: 1, corruptions: [fog]}"
-    recipe = loaded(here, f"data.ood_val={{noise: {noise}}}")
-    smaller = without_shared(recipe, find_shared(recipe, here / "cache"))
+    recipe = loaded(here, f"data.ood_val={{noise: {NOISE}}}")
+    smaller = shares.without_shared(recipe, shares.find_shared(recipe, here / "cache"))
+    assert smaller.data.train == recipe.data.train
     id_val, ood_val = open_validation(smaller)
     assert len(id_val) == len(ood_val["noise"]) == 40
 
 
 @pytest.mark.slow
-def test_keep_leaves_all_and_fail_refuses(here):
+def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monkeypatch):
     copy(here, "test/cat/0.png", "train/cat/a.png")
-    rows = found(here, "data.shared_images=keep")
-    assert leaving(rows) == []
-    assert shared_lines(rows) == [
-        "data.id_test: 1 image kept, also in data.train",
-        "data.train: 1 image kept, also in data.id_test",
-    ]
-    with pytest.raises(HoldOutError, match=r"data\.id_test: .* must not share images with data\.train"):
-        found(here, "data.shared_images=fail")
+    monkeypatch.setattr(words, "FIRST_AFTER_S", 0)
+    monkeypatch.setattr(words, "THEN_EVERY_S", 0)
+    said = []
+    rows = shares.find_shared(loaded(here), here / "cache", said.append)
+    assert len(rows) == 1
+    for name, count in {"train": 49, "id_val": 40, "ood_val.sketch": 40, "id_test": 40}.items():
+        begin = f"reading the images of data.{name}: 32 of {count}, about "
+        assert any(line.startswith(begin) and line.endswith(" s left") for line in said)
+    monkeypatch.setattr(StoredSource, "content", lambda *index: pytest.fail("an image was read again"))
+    assert shares.find_shared(loaded(here), here / "cache", said.append) == rows
 
 
 @pytest.mark.slow
-def test_so_many_shared_images_mean_wrong_roles(here):
+def test_what_cannot_be_left_out_is_refused(here):
     shutil.copytree(here / "images" / "sketch", here / "images" / "same")
-    with pytest.raises(HoldOutError, match=r"data\.train: at most 5 % .* 40 of 40 images") as error:
-        found(here, "data.train.domains=[same]")
-    assert "data.shared_images: keep" in str(error.value)
+    shutil.copytree(here / "images" / "train", here / "images" / "few")
+    for path in sorted((here / "images" / "few" / "cat").glob("*.png"))[1:]:
+        path.unlink()
+    copy(here, "few/cat/0.png", "val/cat/x.png")
+    for setting, limit, message in (
+        ("data.train.domains=[same]", 0.05, r"data\.train: at most 5 % .* 40 of 40 images"),
+        ("data.train.domains=[few]", 0.5, r"data\.train: every class must .* none in 'cat'"),
+        ("data.shared_images=fail", 0.05, r"data\.id_val: .* must not share images with data\.train"),
+    ):
+        with pytest.raises(HoldOutError, match=message) as error:
+            found(here, setting, f"data.shared_limit={limit}")
     assert "--pairs" in str(error.value)
 
 
 @pytest.mark.slow
-def test_a_test_set_without_images_is_passed_over_with_a_warning(here, caplog):
-    for path in (here / "images" / "test").glob("*/*.png"):
-        path.unlink()
-    copy(here, "paint/cat/0.png", "train/cat/a.png")
-    assert leaving(found(here)) == [("data.train", "train/cat/a.png")]
-    assert "data.id_test: must have an image" in caplog.text
-
-
-@pytest.mark.slow
-def test_a_class_of_which_all_images_would_leave_is_refused(here):
-    for path in sorted((here / "images" / "train" / "cat").glob("*.png"))[1:]:
-        path.unlink()
-    copy(here, "train/cat/0.png", "val/cat/x.png")
-    with pytest.raises(HoldOutError, match=r"data\.train: every class must .* none in 'cat'"):
-        found(here, "data.shared_limit=0.5")
-
-
-@pytest.mark.slow
-def test_parts_come_first(here):
-    """A pair of which one image is outside the part of its set is none."""
-    copy(here, "val/cat/0.png", "train/cat/x.png")
-    fraction = sample_id("train/cat/x.png") / 2**64
-    outside = f"[0, {fraction}]" if fraction > 0.5 else f"[{fraction + 1e-9}, 1]"
-    assert found(here, f"data.train.part={outside}") == []
-
-
-@pytest.mark.slow
 def test_the_list_is_made_once_and_decides_what_is_opened(here, tmp_path):
-    study, recipe = tmp_path / "study", loaded(here)
+    study, recipe, told = tmp_path / "study", loaded(here), []
     study.mkdir()
+    shares.write_shared(study, shares.shared_of_study(recipe, here / "cache", study))
+    assert (study / SHARED_IMAGES).exists()
+    assert shares.read_shared(study) == shares.read_shared(tmp_path) == []
+    (study / SHARED_IMAGES).unlink()
     copy(here, "val/cat/0.png", "train/cat/x.png")
-    told = []
-    write_shared(study, shared_of_study(recipe, here / "cache", study, told.append))
+    shares.write_shared(study, shares.shared_of_study(recipe, here / "cache", study, told.append))
     assert told[-1] == "data.train: 1 image left out, also in data.id_val"
-    rows = read_shared(study)
-    smaller = without_shared(recipe, rows)
+    rows = shares.read_shared(study)
+    smaller = shares.without_shared(recipe, rows)
     before, after = open_train(recipe), open_train(smaller)
     assert set(before.sample_ids.tolist()) - set(after.sample_ids.tolist()) == {sample_id("train/cat/x.png")}
     assert before.fingerprint != after.fingerprint
     assert not check_sets(smaller)
     copy(here, "val/cat/1.png", "train/cat/y.png")
-    assert shared_of_study(recipe, here / "cache", study) == rows
+    assert shares.shared_of_study(recipe, here / "cache", study) == rows
     with (study / SHARED_IMAGES).open() as file:
         assert [row["found_by"] for row in csv.DictReader(file)] == ["same bytes"]
-
-
-@pytest.mark.slow
-def test_a_study_without_shared_images_keeps_an_empty_list(here, tmp_path):
-    (tmp_path / "study").mkdir()
-    write_shared(tmp_path / "study", shared_of_study(loaded(here), here / "cache", tmp_path / "study"))
-    assert (tmp_path / "study" / SHARED_IMAGES).exists()
-    assert read_shared(tmp_path / "study") == read_shared(tmp_path) == []
 
 
 @pytest.mark.parametrize("text", ["set,image\na,b\n", "\x00", "set,image,sample_id,distance\na,b,c,d\n"])
 def test_a_damaged_list_is_named(tmp_path, text):
     (tmp_path / SHARED_IMAGES).write_text(text)
     with pytest.raises(StorageError, match=f"{SHARED_IMAGES}: must be the list of shared images"):
-        read_shared(tmp_path)
-
-
-# exclude
+        shares.read_shared(tmp_path)
 
 
 @pytest.mark.slow
@@ -290,3 +239,116 @@ def test_what_is_wrong_with_exclude_is_told(here):
         with pytest.raises(DataError, match=message):
             open_source(recipe.data.train, "data.train", None)
     assert excluded_ids((3, 4), "x").tolist() == [3, 4]
+
+
+# ---- copies of a picture
+
+
+def drawing(code, side=224):
+    """Diagonal strokes on white, one in each of ten squares, rising or falling as the bits of the code have it."""
+    image = Image.new("RGB", (side, side), "white")
+    draw, step = ImageDraw.Draw(image), side // 8
+    for bit, (x, y) in enumerate(((2, 1), (3, 1), (4, 1), (2, 2), (4, 3), (3, 4), (2, 5), (4, 5), (5, 5), (3, 6))):
+        left, right = step * x + 4, step * (x + 1) - 5
+        top, bottom = (step * y + 4, step * (y + 1) - 5)[:: 1 if code >> bit & 1 else -1]
+        draw.line((left, top, right, bottom), "black", 2)
+    return np.asarray(image)
+
+
+PICTURES = {"photo": photo(3, 200, 160), "small photo": photo(4, 48, 64), "drawing": drawing(0)}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_copy_is_a_candidate_and_then_the_same_picture(name, kind):
+    original = PICTURES[name]
+    copy = np.asarray(COPIES[kind](Image.fromarray(original)))
+    assert find.candidates(signed([original], 1), signed([copy], 2)).tolist() == [[0, 0]]
+    assert picture_distance(grey_picture(original), grey_picture(copy)) <= LIMIT
+
+
+def test_drawings_whose_thumbnails_agree_are_not_one_picture():
+    drawings = [drawing(code) for code in (0, 0b0000011111, 0b1111100000, 0b1111111111)]  # half differ, or all
+    for one, other in itertools.combinations(drawings, 2):
+        assert find.distances(thumbnails_of(one)[None, 0], thumbnails_of(other)[None, 0])[0] <= find.TOLERANCE
+        assert picture_distance(grey_picture(one), grey_picture(other)) > LIMIT
+
+
+def test_other_pictures_are_far_apart_and_the_order_makes_no_difference():
+    blank = np.full((40, 40, 3), 90, np.uint8)
+    shapes = []
+    for box in ((10, 10, 60, 60), (30, 40, 90, 100)):  # the same shape elsewhere on a plain ground
+        image = Image.new("RGB", (128, 128), "white")
+        ImageDraw.Draw(image).ellipse(box, fill="black")
+        shapes.append(np.asarray(image))
+    looks = list(map(grey_picture, (*PICTURES.values(), photo(5, 200, 160), *shapes)))
+    assert [picture_distance(look, look) for look in looks] == [0] * len(looks)
+    for one, other in itertools.combinations(looks, 2):
+        assert LIMIT < picture_distance(one, other) == picture_distance(other, one)
+    assert 0 <= picture_distance(grey_picture(blank), looks[0]) <= 1
+
+
+def test_what_lies_inside_a_border_is_found():
+    grey = np.asarray(Image.fromarray(PICTURES["photo"]).convert("L"))
+    assert inside_border(grey) == WHOLE
+    framed = np.pad(grey, ((16, 16), (20, 20)), constant_values=255)
+    assert inside_border(framed) == pytest.approx((20 / 240, 220 / 240, 16 / 192, 176 / 192))
+    assert inside_border(np.pad(grey, 200)) == WHOLE  # more border than picture
+
+
+def test_of_many_files_with_the_same_bytes_each_stands_in_a_pair():
+    digests = [np.repeat(np.array(rows, np.uint8)[:, None], 16, axis=1) for rows in ((7, 1, 7, 7), (2, 7, 7))]
+    mine, theirs = (Records(each, np.zeros((len(each), 4, 8, 8, 3), np.uint8)) for each in digests)
+    pairs = find.same_bytes(mine, theirs)
+    assert {*pairs[:, 0].tolist()} == {0, 2, 3}
+    assert {*pairs[:, 1].tolist()} == {1, 2}
+    assert len(pairs) == 4
+
+
+def test_candidates_are_those_of_the_views_and_few_for_an_image_of_which_there_are_many():
+    rng = np.random.default_rng(0)
+    frames = [np.clip(PICTURES["photo"] + rng.integers(-3, 4, PICTURES["photo"].shape), 0, 255) for _ in range(30)]
+    frames = [frame.astype(np.uint8) for frame in frames]
+    found = find.candidates(signed(frames, 1), signed(frames[:2], 2))
+    assert np.bincount(found[:, 1]).tolist() == [find.NEAREST, find.NEAREST]
+    assert all([index, index] in found.tolist() for index in range(2))  # the nearest is the same
+
+
+def shared():
+    sources = [ArraySource(num_images=3, seed=seed, name=f"set {seed}") for seed in range(2)]
+    for source in sources:
+        source.place = f"{source.name}/<b>, {{}}.png".format
+        source.pixels = source.images.__getitem__
+    rows = [(1, 2, "same picture", 0.1234), (0, 0, "same bytes", 0.0), (2, 0, "same picture", 0.05)]
+    first, second = (
+        [find.SharedImage(place, source, index) for index in range(3)]
+        for place, source in zip(("data.train", "data.id_test"), sources, strict=True)
+    )
+    return [find.SharedPair(first[i], second[j], how, distance) for i, j, how, distance in rows]
+
+
+def test_pairs_are_written_as_a_table(tmp_path):
+    pairs = shared()
+    write_pairs(tmp_path / "pairs.csv", pairs)
+    ids = [str(image.source.sample_ids[image.index]) for image in (pairs[0].first, pairs[0].second)]
+    lines = (tmp_path / "pairs.csv").read_text().splitlines()
+    assert lines[0] == "set,image,sample_id,other_set,other_image,other_sample_id,found_by,distance"
+    assert lines[3] == (
+        f'data.train,"set 0/<b>, 1.png",{ids[0]},data.id_test,"set 1/<b>, 2.png",{ids[1]},same picture,0.1234'
+    )
+    assert [line.rsplit(",", 2)[1:] for line in lines[1:3]] == [["same bytes", "0.0"], ["same picture", "0.05"]]
+    write_pairs(tmp_path / "none.csv", [])
+    assert (tmp_path / "none.csv").read_text() == f"{lines[0]}\n"
+    with pytest.raises(UsageError, match=r"--pairs: the name must end in \.csv or \.html, but got "):
+        check_pairs_path(tmp_path / "pairs.txt")
+
+
+def test_pairs_are_written_as_a_page_of_its_own(tmp_path):
+    pairs = shared()
+    write_pairs(tmp_path / "pairs.html", pairs)
+    page = (tmp_path / "pairs.html").read_text()
+    assert page.count("<article>") == 3
+    assert page.count('src="data:image/jpeg;base64,') == 6
+    assert "<b>, 1" not in page
+    assert "&lt;b&gt;, 1.png" in page
+    assert not re.search(r"https?://", page)

@@ -9,25 +9,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy import stats
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from carft_ray.data import views
 from carft_ray.data.order import parts_of, permutation
-from carft_ray.data.philox import STREAM_PERMUTATION, STREAM_VIEW, philox4x32, words
+from carft_ray.data.philox import STREAM_VIEW, philox4x32, words
 from carft_ray.data.views import view_batch
 
-ALL_ONES = 0xFFFFFFFF
 # Random123 1.14, tests/kat_vectors, lines "philox4x32 10": counter, key, expected
 KNOWN_ANSWERS = [
-    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
-    ((ALL_ONES,) * 4, (ALL_ONES,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-    (
-        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
-        (0xA4093822, 0x299F31D0),
-        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
-    ),
+    ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
+    ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
+    ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
 
 
@@ -37,17 +31,9 @@ def picture(width, height, seed=0):
     return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
-# Philox
-
-
 def crop_box(seed, sample_id, visit, width, height, crop_scale):
-    return tuple(crop_boxes(seed, np.array([sample_id], np.uint64), visit, width, height, crop_scale)[0].tolist())
-
-
-def crop_boxes(seed, sample_ids, visit, widths, heights, crop_scale):
-    tries = views.crop_tries(seed, sample_ids, visit, crop_scale)
-    sizes = zip(*(np.broadcast_to(sides, len(sample_ids)).tolist() for sides in (widths, heights)), strict=True)
-    return np.array([views.crop_box(one, *size) for one, size in zip(tries, sizes, strict=True)])
+    (tries,) = views.crop_tries(seed, np.array([sample_id], np.uint64), visit, crop_scale)
+    return tuple(int(side) for side in views.crop_box(tries, width, height))
 
 
 def batches(seed, epoch, n, batch_size, rank, world_size):
@@ -63,20 +49,15 @@ def view(pixels, seed, sample_id, visit, crop_scale, image_size):
     return shown_CHW.permute(1, 2, 0).numpy()
 
 
-@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
-def test_philox_gives_the_known_answers_of_random123(counter, key, expected):
-    output = philox4x32(np.array(counter, dtype=np.uint32), np.array(key, dtype=np.uint32))
-    assert tuple(output.tolist()) == expected
-
-
-def test_philox_of_many_counters_equals_one_at_a_time():
-    counters = np.random.default_rng(0).integers(0, 2**32, (5, 7, 4), dtype=np.uint32)
-    key = np.array([1, 2], dtype=np.uint32)
-    together = philox4x32(counters, key)
-    assert together.shape == (5, 7, 4)
-    assert together.dtype == np.uint32
-    for row, column in np.ndindex(5, 7):
-        np.testing.assert_array_equal(together[row, column], philox4x32(counters[row, column], key))
+def test_philox_gives_the_known_answers_of_random123_alone_and_many_at_once():
+    counters, keys, expected = (
+        np.array([[int(word, 16) for word in text.split()] for text in texts], dtype=np.uint32)
+        for texts in zip(*KNOWN_ANSWERS, strict=True)
+    )
+    for counter, key, answer in zip(counters, keys, expected, strict=True):
+        together = philox4x32(np.stack([counters, counters[::-1], [counter] * 3]), key)
+        assert (together.shape, together.dtype) == ((3, 3, 4), np.uint32)
+        np.testing.assert_array_equal(together[2], [answer] * 3)
 
 
 def test_words_follow_the_documented_layout():
@@ -87,41 +68,14 @@ def test_words_follow_the_documented_layout():
     np.testing.assert_array_equal(found[0], expected)
 
 
-def test_streams_share_no_words():
-    one, other = (words(0, stream, 0, np.arange(500)) for stream in (STREAM_PERMUTATION, STREAM_VIEW))
-    assert not set(one.ravel().tolist()) & set(other.ravel().tolist())
-
-
-# order
-
-
-def test_permutation_is_pinned():
+def test_permutation_is_pinned_and_holds_every_index_once():
     assert permutation(0, 0, 10).tolist() == PERMUTATION_0_0
     assert permutation(0, 1, 10).tolist() == PERMUTATION_0_1
     assert permutation(2**63 - 1, 2**32 - 1, 10).tolist() == PERMUTATION_LARGE
     assert permutation(0, 0, 0).tolist() == []
-
-
-def test_permutation_holds_every_index_once():
     order = permutation(5, 3, 1000)
     assert order.dtype == np.int64
     np.testing.assert_array_equal(np.sort(order), np.arange(1000))
-
-
-@pytest.mark.slow
-def test_permutation_puts_every_index_everywhere_equally_often():
-    table = np.zeros((5, 5))
-    for seed in range(40):
-        for epoch in range(50):
-            table[permutation(seed, epoch, 5), np.arange(5)] += 1
-    chi2 = float(((table - 400) ** 2 / 400).sum())  # (5 - 1)^2 degrees of freedom
-    assert stats.chi2.sf(chi2, 16) > 1e-3
-
-
-def test_permutations_of_epochs_and_seeds_are_unrelated():
-    orders = [permutation(seed, epoch, 2000) for seed, epoch in ((0, 0), (0, 1), (1, 0), (1, 1))]
-    correlations = np.corrcoef(orders)[np.triu_indices(4, 1)]
-    assert np.abs(correlations).max() < 4 / np.sqrt(2000)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 16])
@@ -134,9 +88,6 @@ def test_parts_of_all_ranks_are_the_global_batches_of_one_worker(world_size):
         np.testing.assert_array_equal(np.concatenate([part[i] for part in parts]), batch)
         sizes = [len(part[i]) for part in parts]
         assert max(sizes) - min(sizes) <= 1
-
-
-# boxes
 
 
 def reference_box(seed, sample_id, visit, width, height, crop_scale):
@@ -158,53 +109,17 @@ def reference_box(seed, sample_id, visit, width, height, crop_scale):
     return left, top, left + w, top + h
 
 
-def test_boxes_are_pinned():
-    cases = [(0, 0, 0, 32, 32, 0.9), (0, 1, 0, 32, 32, 0.9), (0, 1, 1, 32, 32, 0.9), (7, 2**64 - 1, 3, 640, 480, 0.08)]
-    assert [crop_box(*case) for case in cases] == BOXES
+SIZES = [(32, 32), (640, 480), (100, 300), (300, 100), (1, 1), (2, 9), (1, 4000), (4000, 1)]
 
 
-@pytest.mark.parametrize(
-    ("width", "height"), [(32, 32), (224, 224), (640, 480), (100, 300), (300, 100), (1, 1), (2, 9)]
-)
-@pytest.mark.parametrize("crop_scale", [0.08, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize(("width", "height"), SIZES)
+@pytest.mark.parametrize("crop_scale", [0.08, 0.9, 1.0])
 def test_boxes_follow_the_rule_of_torchvision(width, height, crop_scale):
-    ids = np.random.default_rng(1).integers(0, 2**64, 60, dtype=np.uint64)
-    boxes = crop_boxes(11, ids, 4, width, height, crop_scale)
-    expected = [reference_box(11, int(i), 4, width, height, crop_scale) for i in ids]
-    np.testing.assert_array_equal(boxes, expected)
-    assert (boxes[:, 0] >= 0).all()
-    assert (boxes[:, 2] <= width).all()
-    assert (boxes[:, 2] > boxes[:, 0]).all()
-    assert (boxes[:, 3] > boxes[:, 1]).all()
-
-
-def test_boxes_lie_as_those_that_torchvision_draws():
-    import torch
-    from torchvision.transforms import RandomResizedCrop
-
-    torch.manual_seed(0)
-    image = torch.zeros(3, 60, 90)
-    theirs = np.array([RandomResizedCrop.get_params(image, [0.3, 1.0], [3 / 4, 4 / 3]) for _ in range(1500)])
-    boxes = crop_boxes(0, np.arange(1500, dtype=np.uint64), 0, 90, 60, 0.3)
-    ours = np.stack([boxes[:, 1], boxes[:, 0], boxes[:, 3] - boxes[:, 1], boxes[:, 2] - boxes[:, 0]], axis=1)
-    for column in range(4):
-        assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3
-
-
-def test_a_sliver_gets_a_box_that_is_not_empty():
-    assert crop_box(0, 0, 0, 1, 4000, 1.0) == (0, 1999, 1, 2000)
-    assert crop_box(0, 0, 0, 4000, 1, 1.0) == (1999, 0, 2000, 1)
-
-
-def test_boxes_of_many_images_equal_one_at_a_time():
-    ids, visits = np.array([5, 2**63, 9], dtype=np.uint64), [0, 4, 4]
-    widths, heights = [40, 50, 400], [30, 90, 100]
-    boxes = crop_boxes(1, ids, visits, widths, heights, 0.4)
-    single = [crop_box(1, int(ids[i]), visits[i], widths[i], heights[i], 0.4) for i in range(3)]
-    assert [tuple(box) for box in boxes.tolist()] == single
-
-
-# views
+    for sample_id in np.random.default_rng(1).integers(0, 2**64, 60, dtype=np.uint64).tolist():
+        left, top, right, bottom = box = crop_box(11, sample_id, 4, width, height, crop_scale)
+        assert box == reference_box(11, sample_id, 4, width, height, crop_scale)
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
 
 
 def scattered(width, height):
@@ -222,14 +137,13 @@ def shown(pixels, seed, sample_id, visit, crop_scale, image_size):
 @pytest.mark.parametrize(("width", "height", "image_size"), [(40, 30, 32), (400, 300, 224), (61, 233, 48)])
 def test_views_are_pinned(width, height, image_size):
     view = shown(scattered(width, height), 3, 12345678901234567890, 2, 0.5, image_size)
-    assert view.shape == (image_size, image_size, 3)
-    assert view.dtype == np.uint8
+    assert (view.shape, view.dtype) == ((image_size, image_size, 3), np.uint8)
     assert hashlib.blake2b(view.tobytes(), digest_size=8).hexdigest() == VIEWS[width]
 
 
 def digest_of_many_views():
     draw, found = np.random.default_rng(0), hashlib.blake2b()
-    for number in range(100):
+    for number in range(20):
         side, largest = int(draw.choice([16, 32, 224])), int(draw.choice([40, 700]))
         width, height = draw.integers(1, largest, 2).tolist()
         pixels = draw.integers(0, 256, (height, width, 3), dtype=np.uint8)
@@ -237,13 +151,12 @@ def digest_of_many_views():
     return found.hexdigest()[:16]
 
 
-@pytest.mark.slow  # the generic kernel takes ten times as long, and torch is loaded
+@pytest.mark.slow  # torch is loaded
 def test_views_do_not_depend_on_the_instructions_of_the_processor():
-    setting = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import test_views; print(test_views.digest_of_many_views())"
-    command = [sys.executable, "-c", code]
-    folder = os.path.dirname(__file__)
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=setting, cwd=folder)
+    paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    setting = {**os.environ, "ATEN_CPU_CAPABILITY": "default", "PYTHONPATH": paths}
+    command = [sys.executable, "-c", "import test_views; print(test_views.digest_of_many_views())"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=setting)
     assert done.stdout.strip() == digest_of_many_views() == MANY_VIEWS
 
 
@@ -251,29 +164,7 @@ def test_view_depends_on_visit_seed_and_sample_id_and_on_nothing_else():
     pixels = picture(32, 32)
     base = view(pixels, 0, 1, 0, 0.5, 32)
     np.testing.assert_array_equal(base, view(pixels.copy(), 0, 1, 0, 0.5, 32))
-    for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)):
-        assert not np.array_equal(base, view(pixels, *other, 0.5, 32))
-
-
-def test_view_is_pillows_to_a_grey_level():
-    """Pillow's weights are finer; both round the row and the column pass."""
-    pixels, found, theirs = picture(120, 90), [], []
-    for sample_id in range(20):
-        box = crop_box(0, sample_id, 0, 120, 90, 0.5)
-        found.append(shown(pixels, 0, sample_id, 0, 0.5, 32))
-        theirs.append(np.asarray(Image.fromarray(pixels).crop(box).resize((32, 32), Image.Resampling.BICUBIC)))
-    difference = np.abs(np.stack(found).astype(int) - np.stack(theirs))
-    assert difference.max() <= 1
-    assert (difference > 0).mean() < 0.02
-
-
-def test_full_crop_of_a_square_image_at_its_own_size_is_the_image_on_both_paths():
-    images = np.stack([picture(32, 32, seed) for seed in range(40)])
-    ids = np.arange(40, dtype=np.uint64)
-    fast = view_batch(images, np.arange(40), ids, 0, 5, 1.0, 32)
-    slow = np.stack([view(images[i], 0, i, 5, 1.0, 32) for i in range(40)])
-    np.testing.assert_array_equal(fast, slow)
-    np.testing.assert_array_equal(fast, images)
+    assert not any(np.array_equal(base, view(pixels, *other, 0.5, 32)) for other in ((1, 1, 0), (0, 2, 0), (0, 1, 1)))
 
 
 class Pictures:
@@ -291,51 +182,23 @@ class Pictures:
 def test_view_batch_equals_one_view_at_a_time(image_size, crop_scale):
     decoded = np.stack([picture(40, 36, seed) for seed in range(6)])
     mixed = Pictures([(40, 36), (36, 40), (64, 20), (32, 32), (24, 24), (9, 50)])
-    indices = np.array([4, 0, 4, 2])
+    indices, visits = np.array([4, 0, 4, 2]), np.array([0, 1, 2, 3])
     ids = np.array([2**64 - 1, 8, 3, 0], dtype=np.uint64)
-    visits = np.array([0, 1, 2, 3])
     for images, pixels in ((decoded, decoded.__getitem__), (mixed, mixed.pixels)):
         together = view_batch(images, indices, ids, 9, visits, crop_scale, image_size)
-        single = [
-            view(pixels(index), 9, int(i), visit, crop_scale, image_size)
-            for index, i, visit in zip(indices.tolist(), ids, visits.tolist(), strict=True)
-        ]
-        np.testing.assert_array_equal(together, np.stack(single))
+        for shown, index, sample_id, visit in zip(together, indices, ids.tolist(), visits.tolist(), strict=True):
+            single = view(pixels(index), 9, sample_id, visit, crop_scale, image_size)
+            np.testing.assert_array_equal(shown, single)
         assert together.flags.writeable
-
-
-@pytest.mark.parametrize("crop_scale", [0.9, 1.0])
-def test_view_batch_of_no_images_is_empty(crop_scale):
-    images = np.zeros((3, 32, 32, 3), dtype=np.uint8)
-    nothing = view_batch(images, np.array([], dtype=np.int64), np.array([], dtype=np.uint64), 0, 0, crop_scale, 32)
-    assert nothing.shape == (0, 32, 32, 3)
-    assert nothing.dtype == np.uint8
-
-
-def test_view_batch_refuses_the_ids_of_the_whole_set():
-    images = np.zeros((3, 32, 32, 3), dtype=np.uint8)
+    nothing = view_batch(decoded, indices[:0], ids[:0], 0, 0, crop_scale, image_size)
+    assert (nothing.shape, nothing.dtype) == ((0, image_size, image_size, 3), np.uint8)
     with pytest.raises(ValueError, match="one sample id per index"):
-        view_batch(images, np.array([0]), np.arange(3, dtype=np.uint64), 0, 0, 0.9, 32)
-
-
-def test_views_of_an_epoch_do_not_depend_on_the_world_size():
-    images = np.stack([picture(32, 32, seed) for seed in range(20)])
-    ids = np.arange(100, 120, dtype=np.uint64)
-
-    def epoch(world_size):
-        shown = {}
-        for rank in range(world_size):
-            for part in batches(1, 3, 20, 8, rank, world_size):
-                shown |= zip(part.tolist(), view_batch(images, part, ids[part], 1, 3, 0.5, 32), strict=True)
-        return np.stack([shown[index] for index in range(20)])
-
-    np.testing.assert_array_equal(epoch(1), epoch(3))
+        view_batch(decoded, indices[:1], ids, 0, 0, crop_scale, image_size)
 
 
 # Golden values of VIEW_VERSION 2. They change only together with it.
 PERMUTATION_0_0 = [0, 3, 6, 5, 7, 9, 8, 4, 1, 2]
 PERMUTATION_0_1 = [3, 4, 5, 7, 9, 1, 8, 2, 6, 0]
 PERMUTATION_LARGE = [5, 6, 3, 2, 9, 4, 0, 7, 1, 8]
-BOXES = [(0, 1, 30, 32), (1, 0, 31, 31), (0, 2, 31, 32), (25, 7, 574, 471)]
 VIEWS = {40: "dadc23d5db3f8025", 400: "0d5071878ce1d217", 61: "35e3c2669c56c8ca"}
-MANY_VIEWS = "caab39c9bc871fd1"
+MANY_VIEWS = "ccc08bbad7abe13e"

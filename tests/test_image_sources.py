@@ -1,0 +1,661 @@
+"""All sources of stored images: the same images are the same set in every layout, and a fault has one message."""
+
+import gzip
+import io
+import json
+import os
+import random
+import shutil
+import tarfile
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import crash_host
+import numpy as np
+import pyarrow as pa
+import pytest
+import short_training
+from layouts_tables import (
+    BINARY,
+    CLASSES,
+    KINDS,
+    Picture,
+    mixed_modes,
+    pictures,
+    table_of,
+    write_folder,
+    write_set,
+    write_shards,
+    write_table,
+)
+from sources import open_set
+
+from carft_ray.data.bad_images import without_bad_images
+from carft_ray.data.content import image_digests, set_digest
+from carft_ray.data.formats.shards import find_files
+from carft_ray.data.listed_sets import open_sets, write_sets
+from carft_ray.data.readers import list_set, listing_once
+from carft_ray.data.role_checks import check_roles, check_sets
+from carft_ray.data.table_rows import ArrowRows, ParquetRows
+from carft_ray.errors import DataError
+from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import FolderSet
+
+IMAGES = pictures()
+MIXED = sorted([*pictures(2), *mixed_modes()])
+CONTAINERS = ("parquet bytes", "arrow struct", "feather bytes", "shards", "saved", "hub")
+
+
+@pytest.fixture(autouse=True)
+def base(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def opened(base, names=None, **keys):
+    return open_set(names, base_dir=base, **keys)
+
+
+def table(base, path="set.parquet", names=None, **keys):
+    return opened(base, names, source="table", path=str(path), **keys)
+
+
+def shards(base, path="set/shards", **keys):
+    return opened(base, source="webdataset", path=str(path), **keys)
+
+
+def told(open_it, *args, **keys):
+    """Returns the message for a set that cannot be opened."""
+    with pytest.raises(DataError) as caught:
+        open_it(*args, **keys)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
+
+
+def contents(source):
+    """Returns what is known of every image by its id."""
+    ids = source.sample_ids.tolist()
+    return {ids[i]: (source.class_names[source.labels[i]], source.content(i)) for i in range(len(source))}
+
+
+def recipe_of(**sets):
+    return absolute_paths(Recipe.model_validate({"data": sets, "train": {"batch_size": 2}}), Path.cwd())
+
+
+def write_tar(path, files):
+    """Writes an archive of (name, bytes) and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+# ---- the contract
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_same_images_are_the_same_set_in_every_layout(base, kind):
+    folder = opened(base, **write_set("folder", base, MIXED, "folder"))
+    source = opened(base, **write_set(kind, base, MIXED))
+    assert source.class_names == folder.class_names == CLASSES
+    assert [source.class_names[label] for label in source.labels] == [image.label for image in MIXED]
+    np.testing.assert_array_equal(source.sample_ids, folder.sample_ids)
+    assert image_digests(source) == image_digests(folder)
+    assert set_digest(source) == set_digest(folder)
+    for index in range(len(MIXED)):
+        np.testing.assert_array_equal(source.pixels(index), folder.pixels(index))
+    rows = random.Random(0).choices(range(len(MIXED)), k=100)
+    with ThreadPoolExecutor(4) as pool:  # in any order
+        assert list(pool.map(source.content, rows)) == [MIXED[row].content for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv paths", *CONTAINERS])
+def test_the_fingerprint_changes_with_the_files_and_not_with_their_place(base, kind):
+    spec = write_set(kind, base, IMAGES)
+    source = opened(base, **spec)
+    before = source.fingerprint
+    shutil.copytree(base / "set", base / "moved")
+    moved = {key: value.replace("set", "moved", 1) if key in ("path", "root") else value for key, value in spec.items()}
+    assert opened(base, **moved).fingerprint == before
+    assert opened(base, **moved).home != source.home
+    files = [path for path in (base / "set").rglob("*") if path.suffix in (".png", ".tar", *(f".{e}" for e in BINARY))]
+    os.utime(files[0], ns=(0, 0))
+    assert opened(base, **spec).fingerprint != before
+    source = opened(base, **spec)
+    files[0].unlink()
+    with pytest.raises(DataError, match=f"{files[0]}: must be readable"):
+        _ = source.fingerprint
+
+
+def test_two_tables_of_one_size_date_and_names_have_other_fingerprints(base):
+    sources = []
+    for name, shift in (("a", 0), ("b", 1)):
+        images = [image._replace(content=bytes([(row - shift) % 12]) * 100) for row, image in enumerate(IMAGES)]
+        os.utime(write_table(base / f"{name}.arrow", table_of(images)), ns=(0, 0))
+        sources.append(table(base, f"{name}.arrow", id="name"))
+    assert (base / "a.arrow").stat().st_size == (base / "b.arrow").stat().st_size
+    assert sources[0].fingerprint != sources[1].fingerprint
+
+
+@pytest.mark.parametrize("kind", ["paths", "bytes", "id", "image.path", "shards"])
+def test_names_depend_on_neither_order_nor_the_cut_into_files(base, kind):
+    shuffled = random.Random(0).sample(IMAGES, len(IMAGES))
+    if kind == "shards":
+        for name, images, per_shard in (("whole", IMAGES, 5), ("cut", shuffled, 7)):
+            write_shards(base / name / "x", images, per_shard)
+        whole, cut = shards(base, "whole/x"), shards(base, "cut/x")
+    else:
+        form = "paths" if kind == "paths" else "struct"
+        keys = {"paths": {"root": "images"}, "bytes": {}, "id": {"id": "name"}}.get(kind, {"id": kind})
+        write_folder(base / "images", IMAGES)
+        for name, images in (
+            ("whole.parquet", IMAGES),
+            ("cut/b.parquet", shuffled[7:]),
+            ("cut/a.parquet", shuffled[:7]),
+        ):
+            write_table(base / name, table_of(images, form))
+        whole, cut = table(base, "whole.parquet", **keys), table(base, "cut", **keys)
+    assert contents(whole) == contents(cut)
+    assert set_digest(whole) == set_digest(cut)
+
+
+def test_equal_bytes_are_told_apart_by_class_and_count_in_any_order(base):
+    same = [image._replace(content=IMAGES[0].content) for image in IMAGES[3:7]]  # one bird and three cats
+    images = [*IMAGES, *same]
+    write_table(base / "set.parquet", table_of(images))
+    write_table(base / "other.parquet", table_of(images[::-1]))
+    source = table(base)
+    assert len(set(source.sample_ids.tolist())) == len(images)
+    assert contents(source) == contents(table(base, "other.parquet"))
+    assert {name.partition("-")[2] for name in source.listing.names} == {"", "2", "3", "4", "5"}
+
+
+@pytest.mark.parametrize("kind", ["parquet bytes", "shards"])
+def test_an_index_is_made_once_until_its_file_changes(base, kind):
+    spec = {**write_set(kind, base, IMAGES), **({"id": None} if kind != "shards" else {})}
+    names = opened(base, **spec).listing.names
+    entries = {path: path.stat().st_mtime_ns for path in (base / "cache").rglob("index/**/*.arrow")}
+    assert len(entries) == (3 if kind == "shards" else 1)
+    assert opened(base, **spec).listing.names == names
+    assert {path: path.stat().st_mtime_ns for path in entries} == entries
+    next(iter(entries)).write_bytes(b"damaged")
+    assert opened(base, **spec).listing.names == names
+    write_set(kind, base, [image._replace(name=f"{image.name[:-4]}x.png") for image in pictures(seed=1)])
+    assert not set(opened(base, **spec).listing.names) & set(names)
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv paths", *CONTAINERS])
+def test_a_set_that_was_listed_before_is_the_same_set(base, kind):
+    spec = write_set(kind, base, pictures(8))
+    recipe = recipe_of(train={**spec, "part": [0.5, 1]}, id_val={**spec, "part": [0, 0.5]})
+    write_sets(recipe, base / "prepared")
+    listed = open_sets(recipe, base / "prepared")
+    for name, source in open_sets(recipe).items():
+        mapped = listed[name]
+        assert mapped.hashes() is not None
+        assert contents(mapped) == contents(source)
+        for what in ("name", "class_names", "fingerprint", "groups", "home", "skipped"):
+            assert getattr(mapped, what) == getattr(source, what), what
+        assert [mapped.place(i) for i in range(len(mapped))] == [source.place(i) for i in range(len(source))]
+        assert (mapped.pixels(3) == source.pixels(3)).all()
+    other = recipe.model_copy(update={"data": recipe.data.model_copy(update={"pack": "always"})})
+    assert open_sets(other, base / "prepared")["train"].hashes() is None  # of another recipe
+
+
+@pytest.mark.parametrize("kind", ["folder", "csv paths", *CONTAINERS])
+def test_an_image_that_is_cut_off_is_told_at_its_place_or_left_out(base, kind):
+    images = [IMAGES[0]._replace(content=IMAGES[0].content[:60]), *IMAGES[1:]]
+    spec = write_set(kind, base, images)
+    source = opened(base, **spec)
+    with pytest.raises(DataError, match="must be a readable image") as caught:
+        source.pixels(0)
+    assert str(caught.value).startswith(f"{source.place(0)}: ")
+    at = {"shards": "000.tar: bird/0.png", "folder": "bird/0.png", "csv paths": "bird/0.png"}
+    assert source.place(0).endswith(at.get(kind, ", row 1"))
+    left = without_bad_images(opened(base, on_bad_image="skip", **spec), base / "cache")
+    assert (len(left), left.skipped) == (len(IMAGES) - 1, (source.place(0),))
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_a_file_that_is_cut_off_is_told(base, kind):
+    spec = write_set(kind, base, IMAGES)
+    path = sorted(path for path in (base / "set").rglob("*") if path.suffix[1:] in ("tar", *BINARY))[0]
+    whole = path.read_bytes()
+    rule = "must be a whole tar archive" if kind == "shards" else "must be a readable table"
+    for left in (0, 100, 1000, *({"shards": (), "arrow struct": (-200, -8)}.get(kind, (-200,)))):
+        path.write_bytes(whole[:left])
+        assert f"{path}: {rule}, but got " in told(opened, base, **spec)
+
+
+@pytest.mark.parametrize("kind", ["parquet bytes", "shards"])
+def test_a_container_that_changes_in_use_is_told(base, kind):
+    spec = write_set(kind, base, pictures(8))
+    recipe = recipe_of(train={**spec, "part": [0.5, 1]}, id_val={**spec, "part": [0, 0.5]})
+    write_sets(recipe, base / "prepared")
+    mapped, directly = open_sets(recipe, base / "prepared")["train"], open_sets(recipe)["train"]
+    assert mapped.fingerprint == directly.fingerprint
+    for path in [path for path in (base / "set").rglob("*") if path.suffix in (".parquet", ".tar")]:
+        shutil.copy(path, base / "copy")
+        os.replace(base / "copy", path)
+    for source in (mapped, directly):
+        with pytest.raises(DataError, match="must not change while a command uses it"):
+            source.content(0)
+
+
+# ---- labels, columns, rows, paths
+
+
+def test_numbers_are_named_by_a_list_by_a_file_or_by_the_schema_and_texts_take_that_order(base):
+    (base / "names.txt").write_text("\ufeffbird\ncat\r\ndog\n\n", encoding="utf-8")
+    noted = b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["x", "y", "z"]}}}}'
+    numbers = table_of(IMAGES, classes=CLASSES)
+    for columns, names, expected in (
+        (numbers, ["bird", "cat", "dog"], CLASSES),
+        (numbers, "names.txt", CLASSES),
+        (numbers.replace_schema_metadata({"huggingface": noted}), None, ("x", "y", "z")),
+        (numbers.replace_schema_metadata({"huggingface": noted}), ["z", "b", "a"], ("z", "b", "a")),
+        (table_of(IMAGES), ["dog", "bird", "cat"], ("dog", "bird", "cat")),
+    ):
+        write_table(base / "set.parquet", columns)
+        source = table(base, class_names=names)
+        assert source.class_names == expected
+        labels = [expected.index(image.label) if "dog" in expected else CLASSES.index(image.label) for image in IMAGES]
+        assert source.labels.tolist() == labels
+
+
+def test_columns_are_found_where_only_one_can_be_meant(base):
+    columns = table_of(IMAGES, "struct").rename_columns(["picture", "label", "name"])
+    for name in ("set.parquet", "set.arrow"):
+        write_table(base / name, columns)
+        expected = contents(table(base, name))
+        assert expected == contents(table(base, name, image="picture", label="label"))
+        assert expected == contents(table(base, name, image="picture.bytes"))
+
+
+def test_where_takes_rows_by_texts_numbers_and_flags(base):
+    numbers = range(len(IMAGES))
+    kind = pa.array(["ab"[i % 2] for i in numbers]).dictionary_encode()
+    columns = {"fold": [i % 4 for i in numbers], "kind": kind, "good": [i % 3 > 0 for i in numbers]}
+    write_table(base / "set.parquet", table_of(IMAGES, **columns))
+    for where, rows in (
+        ({"fold": 1}, [i for i in numbers if i % 4 == 1]),
+        ({"fold": [0, "3"]}, [i for i in numbers if i % 4 in (0, 3)]),
+        ({"kind": "b", "good": True}, [i for i in numbers if i % 2 == 1 and i % 3 > 0]),
+    ):
+        source = table(base, where=where, id="name", classes="some", names=CLASSES)
+        assert list(source.listing.names) == [IMAGES[row].name for row in rows]
+        assert [source.content(index) for index in range(len(rows))] == [IMAGES[row].content for row in rows]
+
+
+def test_paths_are_taken_inside_the_root_in_one_form(base):
+    write_folder(base / "images", IMAGES)
+    written = [f"./{IMAGES[0].name}", str(base / "images" / IMAGES[4].name), f"cat/../{IMAGES[8].name}"]
+    write_table(base / "set.csv", pa.table({"image": written, "label": ["bird", "cat", "dog"]}))
+    source = table(base, "set.csv", root="images")
+    assert list(source.listing.names) == [IMAGES[row].name for row in (0, 4, 8)]
+    assert source.place(1) == str(base / "images" / IMAGES[4].name)
+
+
+@pytest.mark.parametrize("path", ["../images/cat/0.png", "/etc/x.png", "", ".", "a/../../images/cat/0.png"])
+def test_paths_out_of_the_root_are_refused(base, path):
+    write_folder(base / "images", IMAGES)
+    write_table(base / "set.csv", pa.table({"image": ["cat/0.png", path], "label": ["a", "b"]}))
+    text = told(table, base, "set.csv", root="images")
+    assert f"train.image: must be the path of a file inside {base / 'images'}" in text
+    assert "in set.csv, row 2" in text
+    assert "or give the folder that holds all images as root." in text
+
+
+PATTERNS = [
+    ("x-{000..002}.csv", "x-000.csv x-001.csv x-002.csv"),
+    ("x-{000,002}.csv", "x-000.csv x-002.csv"),
+    ("x-*[12].csv", "x-001.csv x-002.csv"),
+    (".", "x-000.csv x-001.csv x-002.csv"),
+    ("{x-{0..9}.tsv,*.csv}", "but got no such file"),
+    ("x-00{2..1}.csv", "but got none in"),
+    ("x-00{2..3}.csv", "but got no such file"),
+    ("none*", "but got no such file"),
+    ("empty", "but got none in"),
+    ("set.txt", "but got set.txt"),
+    ("x-{0..999999999}.csv", "a pattern must count at most 100000 files, but got x-"),
+]
+
+
+@pytest.mark.parametrize(("written", "found"), PATTERNS)
+def test_patterns_of_files(base, written, found):
+    for name in ("x-000.csv", "x-001.csv", "x-002.csv", "set.txt"):
+        (base / name).touch()
+    (base / "empty").mkdir()
+    if "but got" in found:
+        assert found in told(find_files, written, (".csv", ".tsv"), "data.train", "")
+    else:
+        assert [file.name for file in find_files(written, (".csv", ".tsv"), "data.train", "")] == found.split()
+
+
+def test_rows_are_read_without_the_table_in_memory(base):
+    rows = [np.random.default_rng(row).bytes(20_000) for row in range(1500)]
+    columns, total = pa.table({"image": pa.array(rows, pa.binary())}), 20_000 * 1500
+    for ending, share in (("arrow", 0.01), ("feather", 0.01), ("parquet", 0.4)):
+        settings = {"row_group_size": 100} if ending == "parquet" else {}
+        path, before = write_table(base / f"set.{ending}", columns, **settings), pa.total_allocated_bytes()
+        found = ParquetRows(path, "image") if ending == "parquet" else ArrowRows(path, "image")
+        assert [found.value(row) for row in (0, 700, 1499, 3)] == [rows[row] for row in (0, 700, 1499, 3)]
+        assert pa.total_allocated_bytes() - before < share * total, path
+
+
+# ---- samples of shards
+
+
+def samples(*labels, ending="cls"):
+    """Returns a sample per label: ``0.png``, ``0.cls`` ..."""
+    return [
+        file
+        for number, label in enumerate(labels)
+        for file in ((f"{number}.png", IMAGES[number].content), (f"{number}.{ending}", label.encode()))
+    ]
+
+
+def test_files_of_one_name_are_a_sample_and_other_files_are_passed_over(base):
+    content = IMAGES[0].content
+    others = ["__meta__/y.png", "a/.hidden", "a/readme", "a.b/x.v2.cls"]
+    files = [("./a/x.PNG", content), ("./a/x.seg.png", b"mask"), ("./a/x.cls", b"cat\n")]
+    files += [*((name, b"of no sample") for name in others), ("a.b/x.png", content), ("a.b/x.cls", b"dog")]
+    source = shards(base, write_tar(base / "odd.tar", files))
+    assert list(source.listing.names) == ["a/x.PNG", "a.b/x.png"]
+    assert [source.class_names[label] for label in source.labels] == ["cat", "dog"]
+
+
+def test_images_and_labels_are_found_by_ending_and_of_json_the_value_alone_is_kept(base):
+    files = [("0.jpg", IMAGES[0].content), ("0.png", IMAGES[1].content), ("0.txt", b"cat")]
+    path = write_tar(base / "two.tar", files)
+    assert shards(base, path, image="png", label="txt").content(0) == IMAGES[1].content
+    assert shards(base, path, image="JPG", label="txt").listing.names == ["0.jpg"]
+    text = told(shards, base, path)
+    assert f"{path}: every sample must have one image and a .cls, but got 0 with .jpg, .png, .txt" in text
+    assert "Say with image and label which endings are meant" in text
+    large = [json.dumps({"y": name, "caption": "x" * 100_000, "z": 1 - i}) for i, name in enumerate(("cat", "dog"))]
+    path = write_tar(base / "large.tar", samples(*large, ending="json"))
+    before = {*(base / "cache").rglob("*.arrow")}
+    assert shards(base, path, label="json:y").class_names == ("cat", "dog")
+    (entry,) = {*(base / "cache").rglob("*.arrow")} - before
+    assert entry.stat().st_size < 10_000
+    assert shards(base, path, label="json:z", class_names=["a", "b"]).labels.tolist() == [1, 0]  # another index
+
+
+# ---- sets that are not as they should be
+
+
+def broken(column, value, row=2, classes=None):
+    """Returns the table with another value in one row."""
+    columns = table_of(IMAGES, classes=classes)
+    values = columns.column(column).to_pylist()
+    values[row] = value
+    place = columns.column_names.index(column)
+    return columns.set_column(place, column, pa.array(values, columns.schema.field(column).type))
+
+
+def json_samples(text):
+    return samples(text, ending="json")
+
+
+NAMES, JSON, OF_FILES = {"class_names": list(CLASSES)}, {"label": "json:y"}, {"root": "images"}
+PLAIN, NUMBERS = table_of(IMAGES), table_of(IMAGES, classes=CLASSES)
+HALVES = PLAIN.set_column(1, "label", pa.array([0.5] * len(IMAGES)))
+TWICE = PLAIN.append_column("name", PLAIN.column("name"))
+PNG = IMAGES[0].content
+FILES = [(f"{number}.{ending}", content) for number in range(3) for ending, content in (("png", PNG), ("cls", b"0"))]
+OBJECT = "x.tar: 0.json: the .json of every sample must be an object with the key y, but got"
+# what is wrong; the set: a table, the text of a CSV file, or the files of a shard; its keys; the message
+BROKEN = [
+    # of tables
+    ("missing column", PLAIN, {"label": "lable"}, "label: must be a column of set.parquet, but got 'lable'; did you"),
+    ("missing where", PLAIN, {"where": {"nam": "x"}}, "train.where: must be a column of set.parquet, but got 'nam'"),
+    ("no such value", PLAIN, {"where": {"label": ["cat", "brd"]}},
+     "train.where.label: must be a value of the column label, but got 'brd'; did you mean 'bird'?"),
+    ("no column is clear", pa.table({"image": [b"1"], "a": ["1"], "b": ["2"]}), {},
+     "train.label: must be said: which column of set.parquet holds the labels is not clear (allowed: image, a, b)"),
+    ("wrong label type", HALVES, {}, "column label: must hold texts or whole numbers, but got double"),
+    ("wrong image type", HALVES, {"image": "label"}, "must hold paths, or the bytes of image files, but got double"),
+    ("no bytes", broken("image", None), {}, "row 3: every row must hold the bytes of an image, but got none"),
+    ("no name", broken("name", None), {"id": "name"}, "id: every image must have a name, but got none in set.parquet"),
+    ("no row", PLAIN.slice(0, 0), {}, "train: a table must have a row, but got none"),
+    ("two columns of one name", TWICE, {}, "no two columns may have one name, but got 'name'"),
+    ("no names file", PLAIN, {"class_names": "none.txt"}, "none.txt: No such file or directory"),
+    ("empty CSV", "", OF_FILES, "set.csv: must be a readable table, but got an empty file"),
+    ("CSV without rows", "image,label\n", OF_FILES, "a table must have a row, but got none"),
+    ("CSV with a short row", "image,label\ncat/0.png\n", OF_FILES, "must be a readable table, but got CSV parse error"),
+    ("CSV of another code", "image,label\n\xff\xfe,cat\n", OF_FILES, "set.csv: must be a readable table, but got "),
+    ("missing file", "image,label\nbird/0.png,a\nx.png,a\ny.png,b\n", OF_FILES,
+     "/images, but got 'x.png' in set.csv, row 2 and 1 more"),
+    # of shards
+    ("no label in a sample", FILES[:-1], {}, "must have one image and a .cls, but got 2 with .png\n"),
+    ("no image in a sample", FILES[:4] + FILES[5:], {}, "must have one image and a .cls, but got 2 with .cls\n"),
+    ("another image", FILES[:4], {"image": "jpg"}, "a .jpg and a .cls, but got 0 with .png, .cls and 1 more\n"),
+    ("no key", json_samples('{"yy": 0}'), JSON, f"{OBJECT} KeyError: 'y'"),
+    ("list", json_samples("[0]"), JSON, f"{OBJECT} TypeError"),
+    ("damaged JSON", json_samples("{"), JSON, f"{OBJECT} JSONDecodeError: Expecting"),
+    ("deep JSON", json_samples("[" * 200_000), JSON, f"{OBJECT} ValueError: nested too deep"),
+    ("half of a pair", json_samples('{"y": "\\ud800"}'), JSON, f"{OBJECT} UnicodeEncodeError: 'utf-8' codec can't"),
+    ("label list", json_samples('{"y": [1]}'), JSON, "the key y must hold a text or a whole number, but got list"),
+    ("label type", json_samples('{"y": 0.5}'), JSON, "or every one a whole number, but got 0.5"),
+    ("file twice", [FILES[0], *FILES[:2]], {}, "0.png: must stand in its sample once, but got two"),
+    ("no sample", [("readme", b"x")], {}, "a shard must have a sample with an image, but got none"),
+    # of both
+    ("numbers without names", NUMBERS, {}, "labels that are numbers need the names of the classes, but got 0 in"),
+    ("numbers without names", FILES, {}, "labels that are numbers need the names of the classes, but got 0 in x.tar"),
+    ("label out of range", broken("label", 3, classes=CLASSES), NAMES,
+     "label: a label must be from 0 to 2, as there are 3 class names, but got 3 in set.parquet, row 3"),
+    ("label out of range", samples("0", "3", "-1"), NAMES,
+     "a label must be from 0 to 2, as there are 3 class names, but got 3 in x.tar: 1.png and 1 more"),
+    ("negative label", broken("label", -1, classes=CLASSES), NAMES, "but got -1 in set.parquet, row 3"),
+    ("empty label", broken("label", None), {}, "every image must have a label, but got None in set.parquet, row 3"),
+    ("empty label", samples("0", ""), NAMES, "every image must have a label, but got '' in x.tar: 1.png"),
+    ("unknown label", broken("label", "brd"), NAMES,
+     "label: a label must be one of class_names, but got 'brd' in set.parquet, row 3; did you mean 'bird'?"),
+    ("unknown label", samples("bird", "brid"), NAMES, "got 'brid' in x.tar: 1.png; did you mean 'bird'?"),
+    ("missing class", PLAIN.slice(4), {"names": CLASSES}, "must be there in every set, but got none for 'bird'"),
+    ("class without images", PLAIN.slice(4), NAMES, "train: every class must have an image, but got none in 'bird'"),
+    ("class without images", samples("0", "1"), NAMES, "every class must have an image, but got none in 'dog'"),
+    ("class name twice", FILES, {"class_names": "twice.txt"}, "twice.txt:1 and "),
+    ("name twice", broken("name", "bird/0.png"), {"id": "name"},
+     "names of two images must differ, but got 'bird/0.png' in set.parquet, row 1 and set.parquet, row 3"),
+    ("name twice", FILES[:4] + FILES[:2], NAMES,
+     "the names of two samples must differ, but got '0.png' in x.tar: 0.png and x.tar: 0.png"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "keys", "message"), [row[1:] for row in BROKEN], ids=[row[0] for row in BROKEN])
+def test_a_broken_set_gets_one_message(base, content, keys, message):
+    (base / "twice.txt").write_text("crane\ncat\ncrane\n")
+    if isinstance(content, list):
+        write_tar(base / "x.tar", content)
+        text = told(shards, base, "x.tar", **keys)
+    elif isinstance(content, str):
+        write_folder(base / "images", IMAGES)
+        (base / "set.csv").write_bytes(content.encode("latin-1"))
+        text = told(table, base, "set.csv", **keys)
+    else:
+        write_table(base / "set.parquet", content)
+        text = told(table, base, **keys)
+    assert message in text
+    assert text.count("\n") <= 1, "one problem, one next step"
+
+
+@pytest.mark.parametrize("compression", ["lz4", "zstd"])
+def test_a_compressed_arrow_file_is_refused_for_images_only(base, compression):
+    path = write_table(base / "set.feather", table_of(IMAGES), compression=compression)
+    rule = "a compressed Arrow file, of which no image can be read alone: write it with no compression"
+    assert rule in told(table, base, path)
+    write_folder(base / "images", IMAGES)
+    write_table(base / "set.feather", table_of(IMAGES, "paths"), compression=compression)
+    assert len(table(base, path, root="images")) == len(IMAGES)
+
+
+def test_files_of_one_set_must_have_equal_columns(base):
+    write_table(base / "tables" / "a.parquet", table_of(IMAGES[:5]))
+    write_table(base / "tables" / "b.parquet", table_of(IMAGES[5:], classes=CLASSES))
+    rule = "b.parquet: all files of a table must have equal columns: label is string in a.parquet, but got int64"
+    assert rule in told(table, base, "tables")
+    write_table(base / "tables" / "b.parquet", table_of(IMAGES[5:]).drop_columns("label"))
+    assert "train.label: must be a column of b.parquet, but got 'label'" in told(table, base, "tables")
+
+
+def test_a_shard_that_is_cut_off_or_damaged_anywhere_is_told_and_all_at_once(base):
+    write_shards(base / "set" / "shards", IMAGES)
+    paths = sorted((base / "set" / "shards").glob("*.tar"))
+    with tarfile.open(paths[1]) as archive:
+        third, *_, last = archive.getmembers()[2:]
+    whole = paths[1].read_bytes()
+    damaged_header = whole[: third.offset] + b"\x01" * 512 + whole[third.offset + 512 :]
+    # inside an image, between two files, inside a header, without its end
+    cut = [whole[:end] for end in (third.offset_data + 10, third.offset, third.offset + 100, last.offset_data + 512)]
+    for damaged in (*cut, damaged_header):
+        paths[1].write_bytes(damaged)
+        rule = "must be a whole tar archive, but got one that is cut off or damaged"
+        assert told(shards, base).startswith(f"{paths[1]}: {rule}")
+        assert not list((base / "cache").rglob("*.tmp"))
+    for path in paths:
+        path.write_bytes(b"no archive")
+    assert told(shards, base).count("must be a whole tar archive") == 3
+
+
+def test_compressed_and_missing_shards_are_told_with_the_reason(base):
+    write_shards(base / "set" / "shards", IMAGES)
+    path = base / "set" / "shards" / "000.tar"
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    text = told(shards, base)
+    assert f"{path}: a shard must not be compressed: of a compressed one no image can be read alone" in text
+    assert "gunzip" in text
+    path.rename(path.with_name("000.tar.gz"))
+    for place in ("set/shards", "set/shards/000.tar.gz"):
+        assert "a shard must not be compressed" in told(shards, base, place)
+    path.with_name("000.tar.gz").unlink()
+    assert "must hold the 3 shards that its nshards.txt states, but got 2" in told(shards, base)
+
+
+# ---- roles and commands
+
+
+def test_rows_of_one_table_may_have_two_roles(base):
+    write_table(base / "set.parquet", table_of(IMAGES, fold=["train", "val", "test", "val"] * 3))
+    spec = {"source": "table", "path": "set.parquet"}
+    train, id_val, id_test = ({**spec, "where": {"fold": fold}} for fold in ("train", "val", ["test"]))
+    apart = recipe_of(train=train, id_val=id_val, id_test=id_test)
+    assert check_roles(apart) == check_sets(apart) == []
+    for other in ({"where": {"fold": ["train", "val"]}}, {}, {"where": {"label": "cat"}}, {"path": "./set.parquet"}):
+        (problem,) = check_roles(recipe_of(train=train, id_val={**spec, **other}))
+        assert "must not share images with data.train" in str(problem)
+    high, low = ({**spec, "part": part} for part in ([0.5, 1], [0, 0.5]))
+    assert check_roles(recipe_of(train=high, id_val=low)) == []
+    (problem,) = check_roles(recipe_of(train=high, id_val={**low, "id": "name"}))
+    assert "must not share images" in str(problem)
+
+
+def test_shards_may_be_cut_into_roles_by_parts_or_by_shards(base):
+    write_shards(base / "set", IMAGES)
+    spec = {"source": "webdataset", "path": "set/{000..001}.tar"}
+
+    def found(**id_val):
+        return check_roles(recipe_of(train={**spec, "part": [0.5, 1]}, id_val={**spec, **id_val}))
+
+    assert found(path="set/002.tar") == found(part=[0, 0.5]) == []
+    for path in ("set", "set/{001..002}.tar", "set/*1.tar"):
+        assert "must not share images with data.train" in str(found(path=path)[0])
+
+
+@pytest.mark.parametrize("kind", ["parquet bytes", "shards"])
+def test_of_a_test_set_no_file_is_opened(base, kind):
+    train, id_val = write_set(kind, base, IMAGES), write_set(kind, base, pictures(seed=1), "other")
+    tests = {key: value for key, value in train.items() if key != "id"}
+    name = "test.parquet" if kind != "shards" else "test.tar"
+    (base / name).write_bytes(b"neither a table nor an archive")
+    assert check_sets(recipe_of(train=train, id_val=id_val, id_test={**tests, "path": name})) == []
+    (problem,) = check_sets(recipe_of(train=train, id_val=id_val, ood_test={"x": {**tests, "path": "none"}}))
+    assert str(problem).startswith("data.ood_test.x: must be a file, a folder, or a pattern of files")
+
+
+@pytest.mark.slow
+def test_validate_ends_with_code_4_for_a_set_and_3_for_the_recipe(base, capsys):
+    train, other = write_set("csv paths", base, IMAGES), write_set("csv paths", base, IMAGES[1:], "other")
+    sets = {"train": train, "id_val": {**other, "root": train["root"]}}
+    (base / "tables.yaml").write_text(json.dumps({"data": sets, "train": {"batch_size": 4}}))
+    sets = {"train": write_set("shards", base, IMAGES, "a"), "id_val": write_set("shards", base, pictures(seed=1), "b")}
+    (base / "shards.yaml").write_text(json.dumps({"data": sets, "train": {"batch_size": 4}}))
+    assert crash_host.call(["validate", "tables.yaml"]) == crash_host.call(["validate", "shards.yaml", "--deep"]) == 0
+    assert crash_host.call(["validate", "tables.yaml", "--deep"]) == 8  # the same files under two tables
+    values = "must be a text, a whole number, true or false, or a list of them"
+    for recipe, setting, code, message in (
+        ("tables", "id_val.label=lable", 4, "did you mean 'label'?"),
+        ("tables", "id_val.where={label: 0.5}", 3, values),
+        ("tables", "id_val.where={label: []}", 3, values),
+        ("tables", "id_val.class_names=[cat, cat]", 3, "must not hold a name twice, but got cat"),
+        ("tables", "id_val.class_names=[1]", 3, "must be a list of texts, or the path of a text file with one name"),
+        ("tables", "id_val.columns=3", 3, "unknown key"),
+        ("shards", "train.label='json:'", 3, "must be the ending of a file such as cls, or json:KEY, but got"),
+        ("shards", "train.label=txt", 4, "every sample must have one image and a .txt"),
+    ):
+        capsys.readouterr()
+        assert crash_host.call(["validate", f"{recipe}.yaml", "--set", f"data.{setting}"]) == code, setting
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_training_on_the_same_images_has_the_same_numbers_whatever_holds_them(base):
+    recipe, results = short_training.make(base), []
+    kinds = {
+        "train": ("photo", "saved"),
+        "id_val": ("photo_val", "shards"),
+        "ood_val.sketch": ("sketch", "parquet struct"),
+    }
+    settings = []
+    for role, (domain, kind) in kinds.items():
+        files = sorted((base / "images" / domain).glob("*/*.png"))
+        images = [Picture(f"{file.parent.name}/{file.name}", file.parent.name, file.read_bytes()) for file in files]
+        spec = write_set(kind, base, images, f"{domain}_{kind[:5]}", short_training.CLASSES)
+        settings.append(f"data.{role}={json.dumps(spec)}")
+    folders = [f"data.{role}={{source: folder, path: images/{domain}}}" for role, (domain, _) in kinds.items()]
+    for name, chosen in (("folders", folders), ("mixed", settings)):
+        (base / f"{name}.yaml").write_text(dump_recipe(load_recipe(recipe, [*chosen, f"data.cache_dir={name}_cache"])))
+        assert crash_host.call(["train", f"{name}.yaml", "--out", name, "--json"]) == 0
+        results.append(json.loads((short_training.place_in(base / name) / "result.json").read_text()))
+    for key in ("objective", "alpha", "metrics", "fine_tuned", "curve"):
+        assert results[0][key] == results[1][key], key
+
+
+@pytest.mark.slow
+def test_a_search_lists_each_folder_once_and_its_trials_none(base, monkeypatch):
+    recipe, listed, scandir = short_training.make(base), [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": listed.append(str(path)) or scandir(path))
+    words = ["search", recipe, "--study", "study", "--executor", "debug", "--set", "train.epochs=1"]
+    assert crash_host.call([*words, "--set", "search.baselines={}"]) == 0
+    found = Counter(path for path in listed if path.startswith(str(base / "images")))
+    assert set(found.values()) == {1}
+    assert len(list((base / "study" / "trials").glob("*/*/result.json"))) == 2
+
+
+def test_listings_of_threads_that_overlap_end_with_their_own_thread(base):
+    write_folder(base / "images", IMAGES[:1])
+    spec = FolderSet(source="folder", path=str(base / "images"))
+    began, done = threading.Event(), threading.Event()
+
+    def other():
+        with listing_once():
+            list_set(spec, "other")
+            began.set()
+            assert done.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with listing_once():
+            ended = pool.submit(other)
+            assert began.wait(10)
+        done.set()
+        ended.result()
+    write_folder(base / "images", IMAGES[:2])
+    assert len(list_set(spec, "now")) == 2
