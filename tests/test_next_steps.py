@@ -85,8 +85,7 @@ def read_tests(study_dir, number):
     (study_dir / "test" / f"read-{number}" / "summary.json").write_text("{}")
 
 
-@pytest.mark.slow
-def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(study):
+def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(study, tmp_path):
     study_dir = study("finished")
     export = "export --to exports/study"
     assert steps(study_dir) == ["report", "confirm", export, "resume --trials +4", "ls"]
@@ -95,24 +94,14 @@ def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(st
     assert steps(study_dir)[:2] == ["report", "confirm --top 1 --seeds 2"]
     confirm(study_dir)
     assert steps(study_dir) == ["report", "test", export, "resume --trials +4", "ls"]
+    (tmp_path / "exports" / "study").mkdir(parents=True)
     read_tests(study_dir, 1)
-    assert steps(study_dir) == ["report", export, "ls"]  # more trials would need a reason
+    assert steps(study_dir) == ["report", f"{export}-2", "ls"]  # more trials would need a reason
     (study_dir / "test" / "read-1" / "summary.json").unlink()  # that read was killed
     assert "test" in steps(study_dir)
+    assert not any(step.startswith("resume") for step in steps(study("grid")))  # which is used up
 
 
-@pytest.mark.slow
-def test_a_folder_that_is_there_is_no_place_for_an_export(study, tmp_path):
-    (tmp_path / "exports" / "study").mkdir(parents=True)
-    assert "export --to exports/study-2" in steps(study("finished"))
-
-
-@pytest.mark.slow
-def test_a_grid_that_is_used_up_gives_no_more_trials(study):
-    assert not any(step.startswith("resume") for step in steps(study("grid")))
-
-
-@pytest.mark.slow
 def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     study_dir = study("begun")
     assert steps(study_dir)[:2] == ["resume", "report"]
@@ -121,20 +110,13 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     assert steps(study_dir)[0] == "resume --again REASON"
     write_line(study_dir.resolve(), read_study(study_dir).recipe, WENT_ON, details={"trials": 4}, reason="why")
     assert steps(study_dir)[0] == "resume"
-    empty = study("empty")
-    assert steps(empty) == ["resume", "ls"]
-
-
-@pytest.mark.slow
-def test_a_search_that_its_gpu_hours_have_ended_goes_on_with_more(study):
-    study_dir = study("begun")
     manifest = (study_dir / "manifest.json").read_text()
     (study_dir / "manifest.json").write_text(manifest.replace('"gpu_hours": null', '"gpu_hours": 3', 1))
     (study_dir / "stop").write_text("budget: 3 GPU hours are used (budget.gpu_hours, 3)\n")
     assert steps(study_dir)[0] == "resume --set budget.gpu_hours=6"
+    assert steps(study("empty")) == ["resume", "ls"]
 
 
-@pytest.mark.slow
 def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
     study_dir = study("worse")
     assert behind_zero_shot(read_study(study_dir))
@@ -149,7 +131,6 @@ def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
     assert behind_zero_shot(read_study(better))
 
 
-@pytest.mark.slow
 def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(study, capsys):
     study_dir = study("finished")
 
@@ -170,15 +151,9 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     out, err, found = status()
     assert "Test sets were read" not in out
     assert "warning: " in err
-    assert "must have the ledger of which manifest.json tells" in err
     assert found["test_reads"] is None
-    assert "must have the ledger of which manifest.json tells" in found["problems"][0]
-    assert steps(study_dir) == ["ls"]
-    manifest = study_dir / "manifest.json"
-    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "ledger": 7}))
-    _, err, found = status()
-    assert "must have the ledger of which manifest.json tells, 7" in err
-    assert found["test_reads"] is None
+    for told in (err, found["problems"][0]):
+        assert "must have the ledger of which manifest.json tells" in told
     assert steps(study_dir) == ["ls"]
 
 
