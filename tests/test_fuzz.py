@@ -1,7 +1,6 @@
 """Inputs of strangers end in a result or one message: cases of ``fuzz.py``, and values that Hypothesis finds."""
 
 import contextlib
-import random
 import subprocess
 import sys
 from pathlib import Path
@@ -21,25 +20,12 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe, recipe_of
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-def run(*words):
-    ended = subprocess.run([sys.executable, fuzz.__file__, *words], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
-
-
 @pytest.mark.slow
 def test_three_of_each_kind():
-    told = run("--cases", str(3 * len(fuzz.KINDS)))
-    assert told.splitlines()[-1].split()[:2] == ["all", str(3 * len(fuzz.KINDS))]
-
-
-@pytest.mark.parametrize("kind", mutations.KINDS)
-def test_a_case_is_the_same_each_time(kind, tmp_path_factory):
-    base, found = Path(__file__).parent, []
-    for _ in range(2):
-        rng = random.Random(f"0 {kind} 7")
-        found.append([mutations.damaged(rng, b"a" * 400), mutations.warped(rng, mutations.recipe_value(base))])
-    assert repr(found[0]) == repr(found[1])
+    cases = str(3 * len(fuzz.KINDS))
+    ended = subprocess.run([sys.executable, fuzz.__file__, "--cases", cases], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1].split()[:2] == ["all", cases]
 
 
 @pytest.mark.parametrize(

@@ -66,18 +66,13 @@ def test_the_column_types_of_ray_that_run_code_are_known_and_taken_away():
     assert found.splitlines() == [" ".join(f"ray.data.arrow_{kind}" for kind in kinds), ""]
 
 
-def test_a_release_that_does_not_name_the_nodes_that_it_drains_is_told(monkeypatch):
-    """What the call returns is pinned in test_leave.py, with a Ray."""
-    monkeypatch.delattr(type(ray._private.state.state), "get_draining_nodes")
-    with pytest.raises(UsageError, match=r"state\.get_draining_nodes, which carft-ray uses"):
-        ray_private.draining_nodes()
-
-
-def test_a_release_that_does_not_say_what_is_free_on_a_node_is_told(monkeypatch):
-    """What the calls return is pinned in test_growth.py, with a Ray."""
-    monkeypatch.delattr(ray._private.state, "available_resources_per_node")
-    with pytest.raises(UsageError, match=r"state\.available_resources_per_node, which carft-ray uses"):
-        ray_private.resources_of_nodes()
+@pytest.mark.parametrize("name", ["get_draining_nodes", "available_resources_per_node"])
+def test_a_release_that_does_not_tell_of_its_nodes_is_named(monkeypatch, name):
+    """What the calls return is pinned in test_leave.py and test_growth.py, with a Ray."""
+    state = ray._private.state
+    monkeypatch.delattr(type(state.state) if name == "get_draining_nodes" else state, name)
+    with pytest.raises(UsageError, match=rf"state\.{name}, which carft-ray uses"):
+        (ray_private.draining_nodes if name == "get_draining_nodes" else ray_private.resources_of_nodes)()
 
 
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own data sets
