@@ -1,11 +1,13 @@
-"""The verbs of a study on the command line: status, ls, logs, stop, and what resume refuses. No Ray runs."""
+"""The verbs of a study on the command line: status, ls, logs, stop, resume; studies in wrong hands. No Ray runs."""
 
 import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,11 +16,11 @@ from pathlib import Path
 
 import pytest
 import stand_in
-from logs import commits, holding, rewrite, set_recipe, take
+from logs import HOLD, commits, holding, rewrite, set_recipe, take
 from stand_in import make_recipe
 
 from carft_ray.api import actions
-from carft_ray.errors import UsageError
+from carft_ray.errors import ClusterError, DataError, HoldOutError, RecipeError, UsageError
 from carft_ray.launch.stop import ask_to_stop, wait_until_free
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, load_recipe, recipe_of
@@ -32,6 +34,7 @@ from carft_ray.study.recovery import recover_running
 from carft_ray.ui.live import SearchView
 
 BASE = Path(__file__).parent
+RECIPE = make_recipe(8, train={"batch_size": 4})
 METRICS = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
 
 
@@ -41,7 +44,7 @@ def begin(study_dir, recipe):
     set_recipe(study_dir, recipe)
 
 
-def start(study, name=None):
+def start(study):
     """Starts the next attempt: its log begins, and the driver says that it runs."""
     spec = study.next()
     folder = spec.folder(study.study_dir)
@@ -61,15 +64,13 @@ def fail(study, spec, outcome, reason):
     study.settle(spec, Failure(outcome, reason, spec.attempt, details="Traceback ..."))
 
 
-def make_study(study_dir, num_trials=8):
+def make_study(study_dir, recipe=RECIPE):
     """A study of a search that was killed: three trials finished, one diverged, one begun."""
-    recipe = make_recipe(num_trials)
     with open_study(study_dir, recipe) as study:
         begin(study_dir, recipe)
         recover_running(study)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
-        finish(study, start(study), 0.4)
-        for objective in (0.5, 0.7, 0.6):
+        for objective in (0.4, 0.5, 0.7, 0.6):  # the first of a baseline
             finish(study, start(study), objective)
         fail(study, start(study), "diverged", "loss not finite at step 3")
         spec = start(study)
@@ -156,9 +157,8 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
 
 @pytest.mark.parametrize("with_ood", [False, True])
 def test_the_best_recipe_says_when_it_was_selected_on_id_only(here, with_ood):
-    recipe = make_recipe(8)
-    ood_val = {"sketch": recipe.data.id_val} if with_ood else {}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": ood_val})})
+    ood_val = {"sketch": RECIPE.data.id_val} if with_ood else {}
+    recipe = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"ood_val": ood_val})})
     view, path = read_study(here / "first"), here / "first" / BEST
     write_best(here / "first", recipe, view.best)
     assert ("# Selected on ID only: the recipe has no ood_val." in path.read_text().splitlines()) != with_ood
@@ -171,21 +171,18 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
 
     def counts():
         answer = json.loads(run("status", "first", "--json")[1])
-        found = {
-            state: count
-            for state, count in answer["trials"].items()
-            if count and state in ("running", "stopped", "waiting")
-        }
-        return found, answer["search"]["running"], [row["epoch"] for row in answer["running"]]
+        found = {state: answer["trials"][state] for state in ("running", "stopped", "waiting")}
+        return (
+            {state: count for state, count in found.items() if count},
+            answer["search"]["running"],
+            [row["epoch"] for row in answer["running"]],
+        )
 
     assert counts() == ({"stopped": 1}, False, [])
-    recipe = make_recipe(8)
-    with open_study(study_dir, recipe) as study:
-        time.sleep(0.02)
-        begin(study_dir, recipe)
+    with open_study(study_dir, RECIPE) as study:
+        begin(study_dir, RECIPE)
         recover_running(study)
         assert counts() == ({"waiting": 1}, True, [])  # it waits to be recovered
-        time.sleep(0.02)
         spec = start(study)
         assert spec.attempt == 2
         assert counts() == ({"running": 1}, True, [1])
@@ -238,11 +235,9 @@ def test_ls_lists_baselines_and_then_the_trials_from_the_best_down(run, here):
 
 @pytest.mark.slow
 def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(run, here):
-    make_study(here / "second", 20)
-    damaged = here / "third"
-    (damaged / "log").mkdir(parents=True)
-    (damaged / "manifest.json").write_text((here / "first" / "manifest.json").read_text())
-    (damaged / "log" / "00000001").write_text("nonsense\nnonsense\n")
+    make_study(here / "second", make_recipe(20))
+    shutil.copytree(here / "first", here / "third")
+    (here / "third" / "log" / "00000001").write_text("nonsense\nnonsense\n")
     (here / "notes").mkdir()
     first, second, third = json.loads(run("ls", ".", "--json")[1])["studies"]
     assert (first["name"], first["wanted"], first["best_objective"], first["running"]) == ("first", 8, 0.7, False)
@@ -283,9 +278,9 @@ def test_a_trial_without_a_log_is_no_error(run, here):
 
 @pytest.mark.slow
 def test_follow_prints_whole_lines_as_they_come_until_the_training_has_ended(run, here):
-    study_dir, recipe = here / "first", make_recipe(8)
-    with open_study(study_dir, recipe) as study:
-        begin(study_dir, recipe)
+    study_dir = here / "first"
+    with open_study(study_dir, RECIPE) as study:
+        begin(study_dir, RECIPE)
         recover_running(study)
         spec = start(study)
 
@@ -299,9 +294,9 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_ended(run
         with meanwhile(training):
             code, out, _ = run("logs", "first", "4", "--follow")
     assert code == 0
-    *lines, last = out.splitlines()
+    *lines, end, _ = out.splitlines()
     assert lines[-3:] == ["half a line", "and more", "last"]
-    assert last.endswith("attempt 2: diverged: loss not finite at step 9")
+    assert end.endswith("attempt 2: diverged: loss not finite at step 9")
 
 
 # stop
@@ -311,8 +306,8 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_ended(run
 @pytest.mark.parametrize(
     ("name", "recipe", "told"),
     [
-        ("first", make_recipe(8), "The search has ended; 4 of 8 trials finished."),
-        ("one", single(make_recipe(8)), "The training has ended; 0 of 1 trial finished."),
+        ("first", RECIPE, "The search has ended; 4 of 8 trials finished."),
+        ("one", single(RECIPE), "The training has ended; 0 of 1 trial finished."),
     ],
     ids=["search", "training"],
 )
@@ -331,7 +326,7 @@ def test_stop_asks_what_runs_and_waits_for_its_end(run, here, name, recipe, told
 def test_status_shows_how_many_run_at_a_time_and_why(run, here):
     write_live(here / "first", {}, (3, "3 GPUs, 1 a trial"))
     assert "at a time" not in run("status", "first")[2]  # of a search that has ended
-    with open_study(here / "first", make_recipe(8)):
+    with open_study(here / "first", RECIPE):
         found = json.loads(run("status", "first", "--json")[1])["search"]
         assert (found["at_a_time"], found["limited_by"]) == (3, "3 GPUs, 1 a trial")
         assert "3 at a time (3 GPUs, 1 a trial)." in run("status", "first")[2]
@@ -341,8 +336,14 @@ def test_status_shows_how_many_run_at_a_time_and_why(run, here):
 
 
 @pytest.mark.slow
-def test_stop_without_waiting_returns_at_once(run, here):
-    with open_study(here / "first", make_recipe(8)):
+def test_stop_without_waiting_returns_at_once_and_writes_nothing_where_nothing_runs(run, here):
+    before = everything(here)
+    code, _, err = run("stop", "first")
+    assert code == 0
+    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials finished.\n")
+    assert json.loads(run("stop", "first", "--json")[1])["asked"] is None
+    assert everything(here) == before
+    with open_study(here / "first", RECIPE):
         answer = json.loads(run("stop", "first", "--no-wait", "--json")[1])
         assert answer["ended"] is False
         assert answer["asked"].startswith("process ")
@@ -352,19 +353,9 @@ def test_stop_without_waiting_returns_at_once(run, here):
 
 
 @pytest.mark.slow
-def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
-    before = everything(here)
-    code, _, err = run("stop", "first")
-    assert code == 0
-    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials finished.\n")
-    assert json.loads(run("stop", "first", "--json")[1])["asked"] is None
-    assert everything(here) == before
-
-
-@pytest.mark.slow
 def test_ctrl_c_ends_the_waiting_only(run, here, monkeypatch):
     monkeypatch.setattr("carft_ray.launch.stop.wait_until_free", lambda *given: signal.raise_signal(signal.SIGINT))
-    with open_study(here / "first", make_recipe(8)):
+    with open_study(here / "first", RECIPE):
         code, _, err = run("stop", "first")
     assert code == 130
     assert err.endswith("no longer waiting; it still stops\n    See: carft-ray status first\n")
@@ -396,9 +387,8 @@ def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
     (stand_in.tell(here) / "hold").touch()  # no training gets further than its first epoch
     command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), "6", '{"executor": "debug"}']
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as search:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as search:
         for line in search.stdout:
             if line.startswith("TrialEpoch"):
                 break
@@ -426,8 +416,6 @@ def test_trials_are_a_total_or_how_many_more_than_have_begun(here):
 
 
 def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
-    path = here / "first" / "manifest.json"
-    path.write_text(re.sub(r'"batch_size": \d+', '"batch_size": 4', path.read_text(), count=1))  # as many as images
     (here / "first" / "resolved.yaml").unlink()  # for people alone
     asked = []
 
@@ -477,7 +465,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
 def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, line, message):
     (here / "empty").mkdir()
-    with open_study(here / "one", single(make_recipe(8))):
+    with open_study(here / "one", single(RECIPE)):
         pass  # that of a `train` which has not begun
     before = everything(here)
     code, out, err = run(*line.split())
@@ -487,10 +475,148 @@ def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, l
     assert everything(here) == before
 
 
-def test_a_damaged_recipe_of_a_study_is_told(run, here):
-    path = here / "first" / "manifest.json"
-    path.write_text(path.read_text().replace('"trials": 8', '"trials": 0'))
-    code, _, err = run("resume", "first")
-    assert code == 5
-    assert "manifest.json: must be the manifest of a study" in err
-    assert "trials" in err
+# studies in wrong hands
+
+
+@pytest.fixture
+def refused(run, here):
+    """Runs a command line that must end with a code and one message, and change nothing; returns the message."""
+
+    def call(code, *words):
+        before = everything(here)
+        found, out, err = run(*words)
+        assert (found, out) == (code, ""), err
+        assert err.count("error: ") == 1
+        told = err[err.index("error: ") :]  # without the warning that the recipe has no ood_val
+        after = everything(here)
+        assert before.keys() <= after.keys()
+        changed = [name for name in after if name not in before or after[name][1] != before[name][1]]
+        assert {name.split("/")[1] for name in changed} <= {"log", "live.json"}  # who has held the study since
+        return told
+
+    return call
+
+
+@contextlib.contextmanager
+def another_search(study_dir):
+    """Another process that holds a study within the block."""
+    code = f"{HOLD}import sys\nwith holding({str(study_dir)!r}):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": BASE.parent}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.stdin.close()
+
+
+def closed_port():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+SEARCH = ("search", "first/resolved.yaml", "--study")
+RESUME = ("resume", "first")
+EACH = [(*SEARCH, "first"), RESUME, ("status", "first"), ("export", "first", "--to", "new")]
+
+
+@pytest.mark.slow
+def test_two_searches_on_one_study(refused, here):
+    with another_search(here / "first") as other:
+        for words in EACH[:2]:
+            told = refused(5, *words)
+            assert told.startswith(f"error: {here / 'first'}: is in use: two searches on one study would spoil it: ")
+            assert f"process {other.pid} on " in told
+            assert told.splitlines()[1].startswith("    Wait until the other search ends")
+
+
+def test_a_study_of_another_recipe_names_all_keys_that_differ(refused, here):
+    told = refused(3, *EACH[0], "--set", "train.epochs=9", "--set", "search.space.learning_rate.high=0.1")
+    assert told.startswith("error: 2 problems\n")
+    for place, was, given in (("train.epochs", 2, 9), ("search.space.learning_rate.high", 0.01, 0.1)):
+        assert f"{place}: must be {was} as in {here / 'first'}, but got {given}" in told
+    assert told.splitlines()[-1].strip() == f"Continue with {here / 'first' / 'resolved.yaml'}, or give another folder."
+
+
+@pytest.mark.slow
+def test_an_address_where_nothing_answers_is_told_and_leaves_no_folder(refused):
+    address = f"127.0.0.1:{closed_port()}"
+    training = ("train", "first/resolved.yaml", "--out", "new", "--num-workers", "2", "--executor", "ray-train")
+    for words in ((*SEARCH, "new"), RESUME, training):
+        told = refused(5, *words, "--address", address)
+        assert f"no Ray answers at {address}: " in told
+    assert "Start one with 'ray start --head', or leave the address out to use this machine." in told
+
+
+@pytest.mark.parametrize("command", [SEARCH, ("train", "first/resolved.yaml", "--out")], ids=lambda words: words[0])
+def test_a_place_where_no_folder_can_be_made(refused, here, command):
+    for place in ("first/resolved.yaml/deeper/new", "/proc/new"):
+        told = refused(5, *command, place)
+        assert told.startswith(f"error: {here / place}")
+        assert "must be writable, but got " in told
+        assert told.splitlines()[-1].startswith("    ")
+
+
+def test_a_full_disk_at_the_first_write_leaves_no_folder(refused):
+    """Files that may not grow stand for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        told = refused(5, *SEARCH, "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "must be writable, but got File too large" in told
+    assert "run the same command again" in told
+
+
+@pytest.mark.parametrize("words", EACH, ids=lambda words: words[0])
+def test_a_log_with_garbage_in_its_middle(refused, here, words):
+    commit = here / "first" / "log" / "00000005"
+    whole = commit.read_bytes()
+    for content in (b"\0\xff" * 99 + b"\n", whole[:200] + b'{"op_code": 5, "wor' + whole[200:]):
+        commit.write_bytes(content)
+        told = refused(5, *words)
+        assert told.startswith(f"error: {commit}: must be a whole commit, but got a damaged one\n")
+        assert told.splitlines()[-1] == "    Restore log/ from a copy of the study."
+
+
+@pytest.mark.parametrize("names", [("owner", "thesis.tex"), ("log",), ("study.journal",), (".git", "data"), ()])
+def test_what_is_no_study_is_refused_and_kept(refused, here, names):
+    mine = here / "mine"
+    if names:
+        mine.mkdir()
+    for path in [mine / name for name in names] or [mine]:
+        path.write_text("precious")
+    told = refused(2, *SEARCH, "mine")
+    rule = f"must be a study or empty, but got {', '.join(names)}\n" if names else "must be a folder, but got a file\n"
+    assert told.startswith(f"error: {mine}: {rule}    ")
+
+
+@pytest.mark.parametrize("words", EACH[:2], ids=lambda words: words[0])
+def test_a_manifest_that_is_damaged_or_of_another_version(refused, here, words):
+    manifest = here / "first" / "manifest.json"
+    whole = manifest.read_text()
+    newer = json.dumps({**json.loads(whole), "format_version": 99})
+    wrong = whole.replace('"trials": 8', '"trials": 0')
+    for content in ("", "[]", '{"format_version": 1, "recipe": {}}', "\0", wrong, newer):
+        manifest.write_text(content)
+        told = refused(5, *words)
+        assert told.startswith(f"error: {manifest}: must ")
+    assert "must have format_version " in told
+
+
+def with_what_is_prepared(study_dir, error):
+    (study_dir / "prepared").mkdir()
+    return error
+
+
+def test_a_study_that_could_not_begin_leaves_no_folder_but_keeps_what_was_there(here):
+    for error in (RecipeError, DataError, HoldOutError, ClusterError):
+        with pytest.raises(error), open_study(here / "new", RECIPE):
+            raise error("unfit")
+        assert not (here / "new").exists()
+    with pytest.raises(ClusterError), open_study(here / "prepared", RECIPE):
+        raise with_what_is_prepared(here / "prepared", ClusterError("its head is gone"))
+    assert (here / "prepared" / "prepared").exists()
+    with pytest.raises(ClusterError), open_study(here / "first", RECIPE):
+        raise ClusterError("no Ray answers")
+    assert (here / "first" / "log").exists()
