@@ -40,6 +40,7 @@ TASKS = {
     "caltech101": "part: [0.2, 1] | part: [0, 0.1] | part: [0.1, 0.2]",
 }  # of downstream.yaml, for each of its lines: what stands for train, id_val and id_test
 NAMES = [path.stem for path in RECIPES] + [f"downstream:{task}" for task in TASKS]
+OFTEN = ("quickstart", "folders", "pacs", "imagenet-b16", "fmow", "downstream:dtd")  # the others in `make test-all`
 FEW_CLASSES = 110  # up to so many, four images of each
 
 
@@ -106,7 +107,9 @@ def put(path, seed, quality):
         path.write_bytes(content.getvalue())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.whole) for name in NAMES]
+)
 def test_every_recipe_passes_the_doctor_on_its_layouts_with_copies_between_its_roles(workshop, name, monkeypatch):
     folder, make = workshop
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
