@@ -66,12 +66,8 @@ def everything(here="."):
 def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     code, out, err = run("train", "recipe.yaml", "--out", "out")
     assert code == 0, err
-    assert [line.split("  ")[0].split(",")[0] for line in out.splitlines()] == [
-        "accuracy",
-        "zero-shot",
-        "fine-tuned",
-        "mixed",
-    ]
+    rows = [line.split("  ")[0].split(",")[0] for line in out.splitlines()]
+    assert rows == ["accuracy", "zero-shot", "fine-tuned", "mixed"]
     assert re.search(r"^zero-shot +\d+\.\d \[\d+\.\d, \d+\.\d\]", out, re.M)
     assert "carft-ray export out --to exports/short" in err
 
@@ -86,16 +82,17 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     found = json.loads(out)
     by_set = found.pop("sets")
     assert found == {"name": "out/train", "alpha": result["alpha"], "head": "fine_tuned", "metrics": result["metrics"]}
-    assert list(by_set) == ["id_val", "sketch"]
-    for name, values in by_set.items():
+    for name in ("id_val", "sketch"):
+        values = by_set.pop(name)
         assert values["accuracy"] == result["metrics"][f"accuracy/{name}"]
         assert {"top5", "nll", "brier", "ece", "worst_class"} <= values.keys()
-        assert values["worst_class"]["name"] in short_training.CLASSES
         assert values["worst_class"]["accuracy"] <= values["accuracy"]
-    code, out, err = run("evaluate", "out", "--alpha", "1", "--json")
-    assert json.loads(out)["metrics"] == result["fine_tuned"]
-    code, out, err = run("evaluate", "out", "--alpha", "0", "--head", "zero_shot", "--json")
-    assert json.loads(out)["metrics"] == {key: result["zero_shot"][key] for key in metrics}
+    assert by_set == {}
+    for words, expected in (
+        (["--alpha", "1"], result["fine_tuned"]),
+        (["--alpha", "0", "--head", "zero_shot"], {key: result["zero_shot"][key] for key in metrics}),
+    ):
+        assert json.loads(run("evaluate", "out", *words, "--json")[1])["metrics"] == expected
     code, out, err = run("evaluate", "out", "--alpha", "0.5")
     assert "out/train, alpha 0.5" in out
     head, *rows = out.split("\n\n")[1].splitlines()
@@ -109,7 +106,6 @@ def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     exported = json.loads(out)
     assert exported.keys() == {"folder", "alpha", "num_checked", "formats"}
     assert exported["alpha"] == result["alpha"]
-    assert exported["formats"].keys() == {"open_clip"}
     assert exported["formats"]["open_clip"] < 1e-3
 
 
