@@ -323,11 +323,8 @@ def table(rows):
         seconds[kind] += took
     found["all"], seconds["all"] = sum(found.values(), Counter()), sum(seconds.values())
     heads = ["result", *CODES, "anything else"]
-    lines = [
-        f"{'kind':<8} {'cases':>6} {'result':>7} "
-        + "".join(f"{code:>6}" for code in CODES)
-        + "  anything else  processor, s"
-    ]
+    codes = "".join(f"{code:>6}" for code in CODES)
+    lines = [f"{'kind':<8} {'cases':>6} {'result':>7} {codes}  anything else  processor, s"]
     for kind, counts in found.items():
         numbers = [counts[head] for head in heads]
         middle = "".join(f"{number:>6}" for number in numbers[1:-1])
