@@ -31,36 +31,40 @@ def write_tree(root, folders, classes=CLASSES, images=10, mode="RGB", size=6):
 
 
 # folders of classes -> (domain, split) of each
-LAYOUTS = [
-    (["."], [("", "")]),
-    (["art", "photo"], [("art", ""), ("photo", "")]),
-    (["train", "val"], [("", "train"), ("", "val")]),
-    (["Training", "validation", "TEST"], [("", "test"), ("", "train"), ("", "val")]),
-    (["art/train", "art/test", "photo/train", "photo/val"], None),
-    (["train/art", "train/photo", "val/photo"], None),
-]
+LAYOUTS = {
+    ".": [("", "")],
+    "art photo": [("art", ""), ("photo", "")],
+    "train val": [("", "train"), ("", "val")],
+    "Training validation TEST": [("", "test"), ("", "train"), ("", "val")],
+    "art/train art/test photo/train photo/val": [
+        ("art", "test"),
+        ("art", "train"),
+        ("photo", "train"),
+        ("photo", "val"),
+    ],
+    "train/art train/photo val/photo": [("art", "train"), ("photo", "train"), ("photo", "val")],
+}
 
 
-@pytest.mark.parametrize(("folders", "expected"), LAYOUTS, ids=[", ".join(folders) for folders, _ in LAYOUTS])
-def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders, expected):
-    write_tree(tmp_path / "tree", folders)
+def drafted(folder, found, roles, model="sandbox", pretrained=None):
+    """The recipe that is drafted for a tree beside it, and its text."""
+    written = draft("x", "tree", found, roles, model, pretrained, 2)
+    (folder / "r.yaml").write_text(written)
+    return load_recipe(folder / "r.yaml"), written
+
+
+@pytest.mark.parametrize("folders", LAYOUTS)
+def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders):
+    write_tree(tmp_path / "tree", folders.split())
     found = survey(tmp_path / "tree")
-    assert sorted(one.folder for one in found) == sorted(folders)
-    assert sum(one.num_images for one in found) == 30 * len(folders)
-    if expected is not None:
-        assert sorted((one.domain, one.split) for one in found) == expected
-    if any("art" in folder for folder in folders):
-        roles = choose_roles(found, "photo", None, None)
-        assert roles.ood_val == ("art",)
-    else:
-        roles = choose_roles(found, None, None, None)
-        assert roles.train == ""
-        assert roles.ood_val == ()
-    (tmp_path / "r.yaml").write_text(draft("tree", "tree", found, roles, "sandbox", None, 2))
-    recipe = load_recipe(tmp_path / "r.yaml")
-    assert check_searchable(recipe) == []
-    assert check_roles(recipe) == []
-    assert check_sets(recipe) == []
+    assert sorted(one.folder for one in found) == sorted(folders.split())
+    assert {one.num_images for one in found} == {30}
+    assert sorted((one.domain, one.split) for one in found) == LAYOUTS[folders]
+    has_domains = "art" in folders
+    roles = choose_roles(found, "photo" if has_domains else None, None, None)
+    assert (roles.train, roles.ood_val) == (("photo", ("art",)) if has_domains else ("", ()))
+    recipe, _ = drafted(tmp_path, found, roles)
+    assert check_searchable(recipe) == check_roles(recipe) == check_sets(recipe) == []
     assert recipe.data.ood_val
 
 
@@ -72,18 +76,9 @@ def test_a_class_folder_becomes_words():
         assert readable(name) == name
 
 
-def drafted(tmp_path, classes):
-    """The recipe for a tree of these classes, and its text."""
-    write_tree(tmp_path / "tree", ["photo", "art"], classes, images=5)
-    found = survey(tmp_path / "tree")
-    roles = choose_roles(found, "photo", None, None)
-    (tmp_path / "r.yaml").write_text(written := draft("x", "tree", found, roles, "ViT-B-16", "openai", 2))
-    return load_recipe(tmp_path / "r.yaml"), written
-
-
 def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_folders(tmp_path):
     folders = ("animalsNature", "city-street", "old_town")
-    recipe, written = drafted(tmp_path, folders)
+    recipe, written = of_classes(tmp_path, folders)
     assert class_names(recipe) == ("animals nature", "city street", "old town")
     assert class_folders(recipe) == folders
     assert "NO WORDS" not in written
@@ -92,11 +87,18 @@ def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_
     assert ids == same
 
 
+def of_classes(folder, classes):
+    """The recipe for a tree of these classes, and its text."""
+    write_tree(folder / "tree", ["photo", "art"], classes, images=5)
+    found = survey(folder / "tree")
+    return drafted(folder, found, choose_roles(found, "photo", None, None), "ViT-B-16", "openai")
+
+
 def test_ids_of_imagenet_get_its_words_and_other_ids_a_word_of_warning(tmp_path):
-    recipe, written = drafted(tmp_path / "known", ("n01440764", "n01443537"))
+    recipe, written = of_classes(tmp_path / "known", ("n01440764", "n01443537"))
     assert class_names(recipe) == ("tench", "goldfish")
     assert "NO WORDS" not in written
-    recipe, written = drafted(tmp_path / "other", ("n01440764", "n99999999"))
+    recipe, written = of_classes(tmp_path / "other", ("n01440764", "n99999999"))
     assert recipe.prompts.class_names is None
     assert "THESE FOLDER NAMES ARE NO WORDS" in written
 
@@ -114,13 +116,10 @@ def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
 
 
 def test_one_other_domain_is_for_validation_and_a_domain_of_some_classes_is_marked(tmp_path):
-    write_tree(tmp_path, ["photo"])
-    write_tree(tmp_path, ["art"], CLASSES[:2])
-    found = survey(tmp_path)
-    (tmp_path / "r.yaml").write_text(
-        draft("x", str(tmp_path), found, choose_roles(found, None, None, None), "sandbox", None, 2)
-    )
-    data = load_recipe(tmp_path / "r.yaml").data
+    write_tree(tmp_path / "tree", ["photo"])
+    write_tree(tmp_path / "tree", ["art"], CLASSES[:2])
+    found = survey(tmp_path / "tree")
+    data = drafted(tmp_path, found, choose_roles(found, None, None, None))[0].data
     assert (data.ood_val["art"].part, data.ood_val["art"].classes, data.ood_test) == (None, "some", {})
     assert data.train.part == (0.2, 1)
 
@@ -135,8 +134,7 @@ def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
     recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.data.train.domains == ("no",)
     assert [spec.domains for spec in recipe.data.ood_val.values()] == [("été #1",)]
-    assert check_sets(recipe) == []
-    assert warnings(recipe) == []
+    assert check_sets(recipe) == warnings(recipe) == []
 
 
 def test_a_tree_of_no_known_layout_is_told(tmp_path):
@@ -226,16 +224,14 @@ def test_a_new_users_tree_goes_from_init_over_doctor_to_a_training(tmp_path, mon
 
 def test_domains_whose_names_would_be_one_or_a_role_s_get_names_of_their_own(tmp_path):
     write_tree(tmp_path / "tree", ["photo", "my art", "my_art", "my-art", "id_val", "x" * 150], images=5)
-    write_tree(tmp_path / "tree", ["photo"], images=20)
     found = survey(tmp_path / "tree")
-    everything = choose_roles(found, "photo", None, None)
-    for roles in (everything, choose_roles(found, "photo", [one.domain for one in found if one.domain != "photo"], [])):
-        (tmp_path / "r.yaml").write_text(draft("tree", "tree", found, roles, "sandbox", None, 2))
-        recipe = load_recipe(tmp_path / "r.yaml")
+    others = [one.domain for one in found if one.domain != "photo"]
+    for roles in (choose_roles(found, "photo", None, None), choose_roles(found, "photo", others, [])):
+        recipe, _ = drafted(tmp_path, found, roles)
         assert check_roles(recipe) == check_sets(recipe) == []
-        domains = [spec.domains for sets in (recipe.data.ood_val, recipe.data.ood_test) for spec in sets.values()]
-        assert len(domains) == 5
-        assert {"id_val_2", "my_art", "my_art_2"} <= {*recipe.data.ood_val, *recipe.data.ood_test}
+        sets = {**recipe.data.ood_val, **recipe.data.ood_test}
+        assert len({spec.domains for spec in sets.values()}) == 5
+        assert {"id_val_2", "my_art", "my_art_2"} <= {*sets}
 
 
 def test_nothing_is_written_for_a_recipe_that_cannot_be_and_the_second_try_works(tmp_path, monkeypatch, capsys):
