@@ -21,9 +21,7 @@ from benchmarks import (
     speed,
     speed_engine,
     speed_sets,
-    speed_steps,
     speed_views,
-    winner,
 )
 from benchmarks.acceptance import (
     THRESHOLDS,
@@ -196,14 +194,6 @@ def test_each_command_says_what_it_is_and_stands_in_the_readme(capsys):
             assert f"usage: python -m benchmarks.{name} " in shown.out + shown.err
 
 
-def test_plain_fine_tuning_has_the_space_of_the_recipe_without_the_kl(recipe):
-    settings = winner.plain_settings(recipe, effect.RECIPE)
-    plain = load_recipe(effect.RECIPE, settings)
-    assert plain.search.space == {"learning_rate": recipe.search.space["learning_rate"]}
-    assert plain.train.kl_weight == 0
-    assert plain.search.baselines == {}
-
-
 def test_a_recipe_that_cannot_be_compared_ends_before_anything_is_trained(tmp_path, capsys):
     changed = ["search.space={kl_weight: {low: 1, high: 10}}", "data.id_test=null"]
     words = [word for setting in changed for word in ("--set", setting)]
@@ -334,10 +324,3 @@ def test_the_gpu_benchmark_runs_without_one(capsys, monkeypatch):
     assert all(cell["images_per_s"] > 0 and not cell["error"] for cell in found["cells"])
     assert 0 <= found["kl"]["fp32"] < 2e-4
     assert "No number means anything" in err
-
-
-@pytest.mark.whole
-def test_a_loop_is_measured_against_a_resident_batch():
-    found = speed_steps.step_rows(1, 2, ["data.train.num_per_class=8"])
-    assert [row.target for row in found] == [0.97, 1.03, 1.36]
-    assert all(0.1 < row.value < 10 for row in found)

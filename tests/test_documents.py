@@ -53,12 +53,6 @@ def test_links_lead_to_files_and_headings_and_each_page_is_named_by_another():
         assert len(texts[name].splitlines()) <= most
 
 
-def test_each_question_of_the_faq_names_the_page_that_answers():
-    parts = re.split(r"(?m)^## ", (ROOT / "docs/faq.md").read_text())[1:]
-    for part in parts:
-        assert re.search(r"\]\([^)]+\)", part) or "leaves my machine" in part or "leave my machine" in part, part[:60]
-
-
 def test_numbers_of_the_documents_are_those_of_the_package():
     recipes = list((ROOT / "search_spaces").glob("*.yaml"))
     assert f"{NUMBERS[len(recipes)]} recipes ship" in (ROOT / "README.md").read_text()
@@ -99,18 +93,6 @@ def test_the_recipe_of_the_readme_is_one(here):
     recipe = load_recipe(here / "mine.yaml")
     assert {*recipe.search.space} == {"learning_rate", "kl_weight"}
     assert recipe.data.id_test is not None
-
-
-@pytest.mark.whole
-def test_the_recipe_of_the_readme_is_searched(here, capsys):
-    documents.draw_images(here / "my_images", ["photo", "painting", "sketch"])
-    (written,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())
-    (here / "mine.yaml").write_text(written)
-    documents.shorten(here / "mine.yaml")
-    settings = ["model={name: sandbox}", "resources.executor=debug", "prompts.templates=sandbox"]
-    given = [word for setting in settings for word in ("--set", setting)]
-    documents.run("carft-ray search mine.yaml --study studies/mine", capsys, *given)
-    documents.run("carft-ray report studies/mine", capsys)
 
 
 @pytest.mark.whole

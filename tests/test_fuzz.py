@@ -3,7 +3,6 @@
 import contextlib
 import subprocess
 import sys
-from pathlib import Path
 
 import fuzz
 import mutations
@@ -15,7 +14,6 @@ from hypothesis import strategies as st
 from sources import open_set
 
 from carft_ray.errors import CarftError
-from carft_ray.recipe.loading import dump_recipe, load_recipe, recipe_of
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -47,18 +45,7 @@ def test_what_must_not_be_is_told_from_results_and_messages(code, said, wrong):
     assert bool(wrong) == bool(found)
 
 
-@FEW
-@given(rng=st.randoms(use_true_random=False))
-def test_a_recipe_with_any_values_is_valid_or_told(rng, tmp_path_factory):
-    value = mutations.warped(rng, mutations.recipe_value(Path("/nowhere")))
-    with contextlib.suppress(CarftError):
-        recipe = recipe_of(value)
-        path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
-        path.write_text(dump_recipe(recipe))
-        assert load_recipe(path) == recipe
-
-
-@FEW
+@FEW @ FEW
 @given(rng=st.randoms(use_true_random=False), ending=st.sampled_from(["parquet", "arrow"]))
 def test_a_table_with_any_columns_is_listed_or_told(rng, ending, tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")

@@ -87,28 +87,6 @@ def test_a_seed_moves_curve_and_looks_together_and_leaves_zero_shot(landscape):
     assert np.std(shifts) == pytest.approx(landscape.seed_sd, rel=0.2)
 
 
-@pytest.mark.slow
-def test_a_replayed_search_is_a_search_of_the_product(landscape, recipe, capsys):
-    rows = replay.search(recipe, lambda values, rng: landscape.objective(values, 0.1), seed=3)
-    assert [row.outcome for row in rows] == ["complete"] * 12
-    assert rows[0].values != replay.search(recipe, lambda values, rng: 0.5, seed=4)[0].values
-    best = replay.found(landscape, recipe, num_seeds=2)
-    assert best.shape == (2,)
-    assert (best > 0.6).all()  # zero-shot
-    row = replay.needed_row(landscape, num_seeds=2, num_trials=3, most=6)
-    assert row.value in [n / 3 for n in range(1, 7)] or row.value == np.inf
-    alphas, objectives_2RA = replay.halves(np.random.default_rng(0))
-    whole, few = (replay.judged(alphas, objectives_2RA, grid) for grid in (alphas, (0.2, 1.0)))
-    assert whole.mean() > few.mean()  # on images that did not choose
-
-
-@pytest.mark.slow
-def test_what_diverges_is_avoided_better_than_when_told_as_fail(landscape):
-    settings = ["search.trials=24", "search.space.learning_rate={low: 1e-4, high: 1e-2, log: true}"]
-    ours, fail = replay.infeasible_shares(landscape, load_recipe(replay.RECIPE, settings), num_seeds=3)
-    assert ours.mean() < fail.mean()
-
-
 @pytest.mark.whole
 def test_each_part_runs(table_path, monkeypatch, capsys):
     monkeypatch.setattr(table, "TABLE", table_path)
