@@ -41,13 +41,10 @@ def study_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["ls", "logs"])
-def test_a_reason_of_a_trial_is_shown_as_it_is(study_dir, printed, command):
+def test_a_reason_of_a_trial_is_shown_as_it_is(study_dir, printed, command, capsys):
     cli.app([command, str(study_dir), *(["0"] if command == "logs" else [])], standalone_mode=False)
     assert all(word in printed.getvalue() for word in SHOWN.split(" "))  # a column of remarks is narrow
     assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(printed.getvalue())
-
-
-def test_a_document_stays_json_and_holds_no_control_character(study_dir, capsys):
     cli.app(["ls", str(study_dir), "--json"], standalone_mode=False)
     written = capsys.readouterr().out
     assert written.isascii()
