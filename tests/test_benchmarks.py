@@ -35,11 +35,10 @@ from benchmarks.acceptance import (
     verdicts,
 )
 from benchmarks.rows import Row
-from benchmarks.trainings import Bench, Clock, Finished, Planned
+from benchmarks.trainings import Bench, Finished
 from carft_ray.data.decoded import image_set
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source, unlabelled_source
-from carft_ray.errors import CarftError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.sets import FolderSet
@@ -162,19 +161,6 @@ def test_tuned_methods_get_equal_budgets_and_fresh_seeds(recipe, tmp_path):
     assert tuned["tuned CAR-FT"][0].values == {**plans["random"][4].values, "alpha": 0.8, "seed": 11}
     assert [planned.test_alphas for planned in tuned["tuned plain"]] == [(0.4,)] * 5
     assert [planned.values["seed"] for planned in tuned["tuned CAR-FT"]] == [11, 12, 13, 14, 15]
-
-
-def test_what_diverged_is_left_out_of_the_random_points_and_nowhere_else(recipe, tmp_path, capsys):
-    bench = Bench(recipe, tmp_path)
-    good, bad = Planned("good", {"seed": 1}), Planned("bad", {"seed": 2}, (1.0,))
-    finish(bench, good, 0.5, 1.0)
-    bench.training_dir(bad).mkdir(parents=True)
-    (bench.training_dir(bad) / "diverged.txt").write_text("step 3")
-    group = effect.run_groups(bench, {"random": [bad, good]}, 1, Clock(1.0))
-    assert [training.planned for training in group["random"]] == [good]
-    assert "bad: diverged" in capsys.readouterr().out
-    with pytest.raises(CarftError, match="bad: must not diverge"):
-        effect.run_groups(bench, {"CAR-FT": [good, bad]}, 1, Clock(1.0))
 
 
 # ---------------------------------------------------------------------------------------------- command lines

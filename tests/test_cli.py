@@ -16,7 +16,6 @@ from suggestions import check_suggestions, parsed
 import carft_ray
 from carft_ray import cli
 from carft_ray.cli import program
-from carft_ray.errors import Problem
 from carft_ray.launch.session import begin
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import single
@@ -195,29 +194,6 @@ def test_words_that_are_no_command_end_with_2_and_the_way_to_the_help(run, line,
     assert [part for part in (*parts, "-h' for help") if part not in err] == []
 
 
-def test_all_problems_of_a_file_are_told_at_once_with_their_lines(run):
-    written = Path("recipe.yaml").read_text()
-    Path("recipe.yaml").write_text(written.replace("epochs: 3", "epochs: 0").replace("trials: 2", "trails: 2"))
-    one, other = [n for n, line in enumerate(written.splitlines(), 1) if "epochs: 3" in line or "trials: 2" in line]
-    code, _, err = run("validate", "recipe.yaml")
-    first, *problems = err.splitlines()
-    assert (code, first) == (3, "error: 2 problems")
-    assert problems[0] == f"  - recipe.yaml:{one}: train.epochs: must be at least 1, but got 0"
-    assert problems[1].startswith(f"  - recipe.yaml:{other}: search.trails: unknown key; did you mean 'trials'?")
-
-
-def test_a_class_list_that_does_not_match_is_told_for_every_set(run):
-    code, _, err = run("validate", "recipe.yaml", "--set", "data.classes=[arrow, circle, heart, sqare, star]")
-    assert code == 4
-    assert err.startswith("error: 6 problems\n")
-    for place in ("data.train", "data.id_val", "data.ood_val.sketch"):
-        assert (
-            f"  - {place}: every class of a set must be in the class list, but got 'square'; did you mean 'sqare'?"
-            in err
-        )
-        assert f"  - {place}: every class must be there in every set, but got none for 'sqare'" in err
-
-
 @pytest.mark.slow
 def test_a_damaged_image_or_weights_file_is_named_and_the_mended_command_works(run):
     image, weights = Path("images/sketch/star/1.png"), Path("model/open_clip_model.safetensors")
@@ -274,20 +250,6 @@ def test_an_unfinished_training_is_no_model(run):
 
 
 # what is shown
-
-
-def test_debug_shows_the_traceback_and_keeps_message_and_exit_code(run):
-    code, _, err = run("evaluate", "nowhere", "--debug")
-    assert code == 2
-    assert err.startswith("Traceback (most recent call last):")
-    assert "\nerror: " in err
-
-
-def test_a_value_stands_behind_a_rule_or_behind_a_fact():
-    assert str(Problem("x", "must be 1", "2")) == "x: must be 1, but got 2"
-    assert str(Problem("x", "needs a number", "a")) == "x: needs a number, but got a"
-    assert str(Problem("", "no Ray answers at 1.2.3.4:5", "timed out")) == "no Ray answers at 1.2.3.4:5: timed out"
-    assert carft_ray.errors.Problem is Problem
 
 
 def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch):

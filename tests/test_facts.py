@@ -57,14 +57,6 @@ def test_names_are_unique_but_for_the_known_twins():
             assert template.format("word") != template
 
 
-def test_folders_are_sorted_where_labels_come_from_sorted_folders():
-    by_number = {"imagenet-v2", "iwildcam", "camelyon17"}  # and names in an order of their own:
-    own = {"flowers102", "fgvc-aircraft", "stanford-cars", "oxford-pets", "cifar10", "cifar100"}
-    for name in set(CLASSES) - by_number - own:
-        assert list(load_facts(name).classes) == sorted(load_facts(name).classes), name
-    assert load_facts("imagenet-v2").classes == tuple(str(i) for i in range(1000))
-
-
 def test_masks_lie_within_imagenet():
     imagenet = load_facts("imagenet")
     assert {name for name in fact_names() if load_facts(name).within} == set(WITHIN_IMAGENET)

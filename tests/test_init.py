@@ -115,15 +115,6 @@ def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
     assert [str(problem).split(":")[0] for problem in caught.value.problems] == ["--train", "--ood-val", "--ood-test"]
 
 
-def test_one_other_domain_is_for_validation_and_a_domain_of_some_classes_is_marked(tmp_path):
-    write_tree(tmp_path / "tree", ["photo"])
-    write_tree(tmp_path / "tree", ["art"], CLASSES[:2])
-    found = survey(tmp_path / "tree")
-    data = drafted(tmp_path, found, choose_roles(found, None, None, None))[0].data
-    assert (data.ood_val["art"].part, data.ood_val["art"].classes, data.ood_test) == (None, "some", {})
-    assert data.train.part == (0.2, 1)
-
-
 @pytest.mark.parametrize("name", ["my: tree", "my: " + "long " * 20 + "tree", "\u2028 {, }"])
 def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
     write_tree(tmp_path / name, ["été #1", "no"], ["n01440764", "12", "true"])
@@ -232,15 +223,3 @@ def test_domains_whose_names_would_be_one_or_a_role_s_get_names_of_their_own(tmp
         sets = {**recipe.data.ood_val, **recipe.data.ood_test}
         assert len({spec.domains for spec in sets.values()}) == 5
         assert {"id_val_2", "my_art", "my_art_2"} <= {*sets}
-
-
-def test_nothing_is_written_for_a_recipe_that_cannot_be_and_the_second_try_works(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    write_tree(tmp_path / "tree", ["photo", "art"], images=5)
-    words = ["init", "--from", "tree", "--to", "r.yaml", "--model", "sandbox"]
-    with monkeypatch.context() as patch:
-        patch.setattr("carft_ray.data.draft.set_name", lambda domain: "no name")
-        assert call(words) == 3
-        assert "a name must begin with a letter or digit" in capsys.readouterr().err
-    assert not (tmp_path / "r.yaml").exists()
-    assert call(words) == 0

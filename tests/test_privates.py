@@ -32,14 +32,6 @@ def test_a_running_trial_of_the_storage_can_be_drawn_and_told():
         pass
 
 
-def test_the_switch_of_rays_news_is_there_and_is_set_back():
-    worker = ray._private.worker
-    assert worker._worker_logs_enabled is True
-    with ray_private.without_news_of_workers():
-        assert worker._worker_logs_enabled is False
-    assert worker._worker_logs_enabled is True
-
-
 def test_ray_reads_its_mode_of_authentication_and_its_token_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # where a user may have a token
     for mode, token in (("token", "a" * 32), ("disabled", ""), ("token", "b" * 32)):
@@ -93,13 +85,13 @@ def test_a_lean_trainer_starts_no_actors_for_data_sets_and_leaks(monkeypatch):
 
 
 def test_a_release_without_a_name_is_told_with_release_and_name(monkeypatch):
-    monkeypatch.delattr(ray._private.worker, "_worker_logs_enabled")
-    with (
-        pytest.raises(
-            UsageError, match=rf"_worker_logs_enabled, which carft-ray uses, but got release {ray.__version__}"
-        ),
-        ray_private.without_news_of_workers(),
-    ):
+    worker = ray._private.worker
+    with ray_private.without_news_of_workers():
+        assert worker._worker_logs_enabled is False
+    assert worker._worker_logs_enabled is True
+    monkeypatch.delattr(worker, "_worker_logs_enabled")
+    told = rf"_worker_logs_enabled, which carft-ray uses, but got release {ray.__version__}"
+    with pytest.raises(UsageError, match=told), ray_private.without_news_of_workers():
         pass
     with pytest.raises(UsageError, match=rf"_trial_id, which carft-ray uses, but got release {optuna.__version__}"):
         optuna_private.trial_id(object())

@@ -98,15 +98,3 @@ def test_each_part_runs(table_path, monkeypatch, capsys):
     assert samplers.main([*parts, "--seeds", "2"]) in (0, 1)  # a made-up table promises nothing of the thresholds
     out = capsys.readouterr().out
     assert all(f"\n{name}\n" in out for name in parts)
-
-
-def test_without_a_table_the_command_that_makes_it_is_named_and_bad_arguments_are_refused(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr(table, "TABLE", tmp_path / "none.parquet")
-    assert samplers.main([]) == 5
-    assert "python -m benchmarks.samplers --make" in capsys.readouterr().err
-    for arguments in (["--seeds", "1"], ["pruner"]):
-        with pytest.raises(SystemExit) as left:
-            samplers.main(arguments)
-        assert left.value.code == 2

@@ -53,10 +53,8 @@ def test_a_reason_of_a_trial_is_shown_as_it_is(study_dir, printed, command, caps
 
 
 def test_messages_errors_and_tables_are_no_markup(printed):
-    console.show(STEERING)
-    console.say(STEERING)
-    console.warn(STEERING)
-    console.next_step(STEERING)
+    for show in (console.show, console.say, console.warn, console.next_step):
+        show(STEERING)
     console.show_error(DataError([Problem(STEERING, "must hold"), Problem("x", "must hold", STEERING)]))
     console.show(console.table([STEERING, *console.numbers(STEERING)], [[STEERING, STEERING]]))
     console.show(console.table(["", ""], [[STEERING, STEERING]]))

@@ -62,14 +62,6 @@ def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(wheel):
     assert data <= {Path(name).suffix for name in names} | {""}
 
 
-def test_a_python_that_is_too_old_is_told_by_pip(wheel, tmp_path):
-    words = ["install", "--no-deps", "--no-index", "--python-version", "3.10", "--only-binary", ":all:"]
-    done = subprocess.run([*PIP, *words, "--target", str(tmp_path), str(wheel)], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "requires a different Python: 3.10" in done.stderr
-    assert "not in '>=3.11'" in done.stderr
-
-
 def test_it_searches_from_an_empty_folder(run):
     done = run("init", "--preset", "quickstart", "--to", "recipe.yaml")
     assert done.returncode == 0, done.stderr
