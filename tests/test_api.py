@@ -335,11 +335,12 @@ def test_nothing_heavy_is_loaded_until_a_function_needs_it(original, here):
 class Display:
     """A stand-in for the display of a notebook: what it has shown, and how often it was written again."""
 
+    kernel, HTML = object(), str
+
     def __init__(self, monkeypatch):
         self.versions, self.num_outputs = [], 0
         monkeypatch.setitem(sys.modules, "IPython", self)
         monkeypatch.setitem(sys.modules, "IPython.display", self)
-        self.kernel, self.HTML = object(), str
 
     def get_ipython(self):
         return self
@@ -354,13 +355,7 @@ class Display:
         self.versions.append(content)
 
 
-def row(number, objective):
-    metrics = {"id_accuracy": objective, "ood_accuracy": objective}
-    found = {"alpha": 0.5, "objective": objective, "metrics": metrics}
-    return TrialRow("trial", number, f"t{number:04d}-abcd", {"learning_rate": 1e-4}, 1, "complete", **found)
-
-
-def test_a_search_is_one_output_of_a_notebook(tmp_path, monkeypatch, capsys):
+def test_a_search_and_a_training_are_one_output_of_a_notebook(tmp_path, monkeypatch, capsys):
     assert not notebook.in_notebook()
     shown = Display(monkeypatch)
     assert notebook.in_notebook()
@@ -368,26 +363,24 @@ def test_a_search_is_one_output_of_a_notebook(tmp_path, monkeypatch, capsys):
         on_event(Note("a journal was mended"))
         on_event(Started(8, 0, 2, "2 CPUs"))
         for number in range(8):
-            on_event(TrialFinished(row(number, 0.1 * number), is_best=True))
+            metrics = {"id_accuracy": 0.1 * number, "ood_accuracy": 0.1 * number}
+            found = {"alpha": 0.5, "objective": 0.1 * number, "metrics": metrics}
+            row = TrialRow("trial", number, f"t{number:04d}-abcd", {"learning_rate": 1e-4}, 1, "complete", **found)
+            on_event(TrialFinished(row, is_best=True))
     assert shown.num_outputs == 1
     assert len(shown.versions) <= 4  # at most two in a second
-    assert "warning: a journal was mended" in shown.versions[-1]
-    assert "8 of 8 trials finished" in shown.versions[-1]
-    assert "best 70.0 % (t0007-abcd)" in shown.versions[-1]
-    assert capsys.readouterr() == ("", "")
-
-
-def test_a_training_is_one_output_of_a_notebook(monkeypatch):
-    shown = Display(monkeypatch)
+    for text in ("warning: a journal was mended", "8 of 8 trials finished", "best 70.0 % (t0007-abcd)"):
+        assert text in shown.versions[-1]
     step = {"epoch": 1, "step": 3, "num_steps": 9, "loss": 1.0, "ce": 0.5, "kl": 0.1, "learning_rate": 1e-4}
     with progress.training_shown(True) as (on_step, on_epoch):
         on_step({**step, "images_per_s": 10.0})
+        assert "3/9" in shown.versions[-1]
         for epoch in range(1, 9):
             on_epoch({**step, "epoch": epoch, "context_entropy": 1.0, "images_per_s": 10.0})
-    assert shown.num_outputs == 1
-    assert "3/9" in shown.versions[0]
+    assert shown.num_outputs == 2
     assert shown.versions[-1].count("context entropy") == notebook.NUM_LINES
     assert "epoch 8: loss 1.000" in shown.versions[-1]
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.slow

@@ -43,20 +43,6 @@ def test_hashes_and_sources_are_complete():
         assert not facts.is_sure("nothing")
 
 
-def test_names_are_unique_but_for_the_known_twins():
-    for name in CLASSES:
-        facts = load_facts(name)
-        twice = {word for word, n in Counter(facts.classes).items() if n > 1}
-        assert twice == ({"mazama temama"} if name == "iwildcam" else set())
-        words = {word for word, n in Counter(facts.words or ()).items() if n > 1}
-        if name != "iwildcam":  # common names of animals: several species share one
-            assert words == ({"missile", "sunglasses"} if name == "imagenet" else set()), name
-        assert facts.words is None or len(facts.words) == len(facts.classes), name
-        for template in facts.templates or ():
-            assert template.count("{}") == 1
-            assert template.format("word") != template
-
-
 def test_masks_lie_within_imagenet():
     imagenet = load_facts("imagenet")
     assert {name for name in fact_names() if load_facts(name).within} == set(WITHIN_IMAGENET)

@@ -132,17 +132,6 @@ def test_only_fields_of_train_say_that_they_cannot_be_searched():
     assert refused == {f"train.{name}" for name in TrainConfig.model_fields} - {f"train.{name}" for name in SEARCHABLE}
 
 
-def test_tables_give_what_the_field_says_where_it_has_no_words():
-    lines = [line.strip("| ").split(" | ") for table in keys.key_tables().values() for line in table]
-    rows = {cells[0]: cells[2:5] for cells in lines if len(cells) == 6}
-    assert rows["`train.learning_rate`"] == ["float", "`1e-5`", "> 0"]
-    assert rows["`train.label_smoothing`"] == ["float", "`0.0`", "0 <= x < 1"]
-    assert rows["`train.head_bias`"] == ["bool", "`false`", "`true`, `false`"]
-    assert rows["`search.alpha.mode`"] == ["text", "`profile`", "`profile`, `sample`"]
-    assert rows["`search.alpha.grid`"] == ["list of float", "`[0.0, 0.2, 0.4, 0.6, 1.0]`", "at least 2"]
-    assert rows["`data.train`"] == ["set", "required", ""]
-
-
 def test_a_stale_table_is_found_and_written_anew(tmp_path):
     root = FOLDER.parent
     assert keys.main(["--check"]) is None
