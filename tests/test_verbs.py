@@ -37,10 +37,11 @@ RECIPE = make_recipe(8, train={"batch_size": 4})
 METRICS = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
 
 
-def begin(study_dir, recipe):
+def begin(study, recipe):
     """What a search does first, under the lock."""
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-    set_recipe(study_dir, recipe)
+    (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
+    set_recipe(study.study_dir, recipe)
+    recover_running(study)
 
 
 def start(study):
@@ -66,8 +67,7 @@ def fail(study, spec, outcome, reason):
 def make_study(study_dir, recipe=RECIPE):
     """A study of a search that was killed: three trials finished, one diverged, one begun."""
     with open_study(study_dir, recipe) as study:
-        begin(study_dir, recipe)
-        recover_running(study)
+        begin(study, recipe)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for objective in (0.4, 0.5, 0.7, 0.6):  # the first of a baseline
             finish(study, start(study), objective)
@@ -166,8 +166,7 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
 
     assert counts() == ({"stopped": 1}, False, [])
     with open_study(study_dir, RECIPE) as study:
-        begin(study_dir, RECIPE)
-        recover_running(study)
+        begin(study, RECIPE)
         assert counts() == ({"waiting": 1}, True, [])  # it waits to be recovered
         spec = start(study)
         assert spec.attempt == 2
@@ -260,8 +259,7 @@ def test_a_trial_without_a_log_is_no_error(run, here):
 def test_follow_prints_whole_lines_as_they_come_until_the_training_has_ended(run, here):
     study_dir = here / "first"
     with open_study(study_dir, RECIPE) as study:
-        begin(study_dir, RECIPE)
-        recover_running(study)
+        begin(study, RECIPE)
         spec = start(study)
 
         def training():
@@ -378,7 +376,7 @@ def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
 def test_trials_are_a_total_or_how_many_more_than_have_begun(here):
     view = read_study(here / "first")
     assert [total_trials(written, view) for written in ("+4", "20", "5", " +1")] == [12, 20, 5, 9]
-    begin(here / "first", make_recipe(2))  # a shorter recipe came after
+    set_recipe(here / "first", make_recipe(2))  # a shorter recipe came after
     assert total_trials("+4", read_study(here / "first")) == 9
 
 
