@@ -13,16 +13,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from benchmarks import (
-    effect,
-    gpu,
-    photos,
-    rows,
-    speed,
-    speed_engine,
-    speed_sets,
-    speed_views,
-)
+from benchmarks import effect, gpu, photos, rows, speed, speed_engine, speed_sets, speed_views
 from benchmarks.acceptance import (
     THRESHOLDS,
     Threshold,

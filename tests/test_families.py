@@ -26,9 +26,7 @@ WORDS = ("cat", "dog", "car")
 OFTEN = ("openai-vit", "openai-resnet", "siglip2", "coca", "convnext")  # the others in `make test-all`
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=[] if name in OFTEN else pytest.mark.whole) for name in FAMILIES],
-)
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in OFTEN else pytest.mark.whole) for name in FAMILIES])
 def family(request):
     return FAMILIES[request.param]
 
