@@ -45,7 +45,7 @@ def test_what_must_not_be_is_told_from_results_and_messages(code, said, wrong):
     assert bool(wrong) == bool(found)
 
 
-@FEW @ FEW
+@FEW
 @given(rng=st.randoms(use_true_random=False), ending=st.sampled_from(["parquet", "arrow"]))
 def test_a_table_with_any_columns_is_listed_or_told(rng, ending, tmp_path_factory):
     folder = tmp_path_factory.mktemp("table")

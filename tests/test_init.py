@@ -36,12 +36,7 @@ LAYOUTS = {
     "art photo": [("art", ""), ("photo", "")],
     "train val": [("", "train"), ("", "val")],
     "Training validation TEST": [("", "test"), ("", "train"), ("", "val")],
-    "art/train art/test photo/train photo/val": [
-        ("art", "test"),
-        ("art", "train"),
-        ("photo", "train"),
-        ("photo", "val"),
-    ],
+    "art/train art/test photo/train": [("art", "test"), ("art", "train"), ("photo", "train")],
     "train/art train/photo val/photo": [("art", "train"), ("photo", "train"), ("photo", "val")],
 }
 
