@@ -1,8 +1,11 @@
 """Inputs of strangers end in a result or one message: cases of ``fuzz.py``, and values that Hypothesis finds."""
 
 import contextlib
+import random
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import fuzz
 import mutations
@@ -14,6 +17,7 @@ from hypothesis import strategies as st
 from sources import open_set
 
 from carft_ray.errors import CarftError
+from carft_ray.recipe.loading import dump_recipe, load_recipe, recipe_of
 
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
@@ -43,6 +47,27 @@ def test_what_must_not_be_is_told_from_results_and_messages(code, said, wrong):
     found = fuzz.judged(code, said, ("doctor",))
     assert wrong in found
     assert bool(wrong) == bool(found)
+
+
+def test_a_case_is_the_same_each_time():
+    one, other = (random.Random("0 tar 7") for _ in range(2))
+    assert mutations.damaged(one, b"a" * 400) == mutations.damaged(other, b"a" * 400)
+    assert repr(mutations.anything(one)) == repr(mutations.anything(other))
+
+
+@FEW
+@given(rng=st.randoms(use_true_random=False))
+def test_a_recipe_with_any_values_is_valid_or_told_in_words_of_our_own(rng, tmp_path_factory):
+    value = mutations.warped(rng, mutations.recipe_value(Path("/nowhere")))
+    try:
+        recipe = recipe_of(value)
+    except CarftError as error:
+        for problem in error.problems:
+            assert not re.search(r"[Ii]nput|valid dictionary|tagged|instance|pydantic|form that is not", problem.rule)
+        return
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
 
 
 @FEW
