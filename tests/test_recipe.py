@@ -384,6 +384,11 @@ def test_a_setting_without_effect_is_named(tmp_path, more, words):
     assert [warning[: len(words or "")] for warning in told] == [word for word in [words] if word]
 
 
+def test_imagenet_v2_is_no_ood_validation_set(tmp_path):
+    (told,) = advice.warnings(_load(tmp_path, "", f"data.ood_val={{x: {BENCHMARK}name: imagenet-v2}}}}"))
+    assert told.startswith("data.ood_val.x is ImageNet-V2, which ranks models as ID does")
+
+
 def test_what_only_a_search_minds(tmp_path):
     assert list(map(str, advice.check_searchable(_load(tmp_path, "train: {alpha: 0.5}")))) == [
         "search.space: must hold at least one parameter to search\n"
