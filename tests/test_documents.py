@@ -73,6 +73,17 @@ def test_the_functions_that_the_faq_names_are_those_that_are_commands():
     assert sorted(re.findall(r"`(\w+)`", answer)) == functions
 
 
+def test_each_statement_on_trust_names_the_test_that_holds_it():
+    statements = re.findall(r"(?ms)^- .*?(?=^- |^$)", (ROOT / "docs/trust.md").read_text())
+    assert len(statements) >= 20
+    for statement in statements:
+        named = re.findall(r"<!-- (\w+\.py)::(\w+) -->", statement)
+        assert named
+        assert statement.count("<!--") == len(named)
+        for file, name in named:
+            assert re.search(rf"(?m)^def {name}\(", (ROOT / "tests" / file).read_text()), name
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import importlib
 import json
 import pickle
 import re
@@ -14,6 +15,7 @@ import pytest
 import typer.main
 from documents import DOCUMENTS, code_lines
 
+import carft_ray
 from carft_ray import errors
 from carft_ray.cli import app
 from carft_ray.recipe.loading import load_recipe
@@ -299,3 +301,37 @@ def test_every_error_has_the_exit_code_of_its_kind_and_survives_the_pickling_wit
     for kind in kinds:
         again = pickle.loads(pickle.dumps(kind(problems)))
         assert (type(again), str(again), again.problems) == (kind, str(kind(problems)), tuple(problems))
+
+
+API = {
+    "Study",
+    "__version__",
+    "open_study",
+    "confirm",
+    "evaluate",
+    "export",
+    "load_recipe",
+    "report",
+    "resume",
+    "search",
+}
+API |= {"train"}
+LEARNING = {"RunContext", "context_distribution", "context_kl", "fine_tune", "load_clip", "mix_weights"}
+PUBLIC = {"carft_ray": API, "carft_ray.cli": {"app", "main"}, "carft_ray.training": LEARNING}
+
+
+def test_a_package_gives_out_the_names_that_are_listed_each_with_a_docstring_and_in_a_document():
+    for path in PACKAGE.rglob("__init__.py"):
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        module = importlib.import_module(package)
+        names = getattr(module, "__all__", [])
+        assert len(names) == len({*names})
+        assert {*names} == PUBLIC.get(package, set()), package
+        for name in names:
+            assert isinstance(getattr(module, name), str) or getattr(module, name).__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'test'"):  # which the command line has alone
+        carft_ray.test  # noqa: B018
+    text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS if "/" not in name or name.startswith("docs/"))
+    methods = [name for name in vars(carft_ray.Study) if not name.startswith("_") and name != "path"]
+    for name in [*API, *LEARNING, *methods]:
+        assert re.search(rf"\b{name}\b", text), name
