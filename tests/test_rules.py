@@ -210,6 +210,12 @@ def test_no_file_names_a_path_of_one_machine():
         assert not re.search(r"(?<![\w.~])/(home|root|work|mnt|data)/", path.read_text()), path
 
 
+def test_no_assert_checks_what_a_user_gives():
+    """An assertion vanishes with -O and has no message: the package raises errors of errors.py."""
+    for path in FILES:
+        assert not [node for node in nodes_of(path) if isinstance(node, ast.Assert)], path
+
+
 QUICK = {  # what is not loaded, and by which modules, one after the other
     "torch ray optuna open_clip numpy pyarrow PIL": (
         *("carft_ray", "carft_ray.environment", "carft_ray.recipe.loading", "carft_ray.recipe.trial_values"),
