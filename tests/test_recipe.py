@@ -146,7 +146,7 @@ BAD_SPACES = [
     ("seed: {low: 0, high: 9}", "seed: must not be searched\n    Seeds are no hyperparameters: "),
     ("precision: {choices: [fp32, bf16]}", "must not be searched\n    It changes speed and rounding, "),
     ("micro_batch: {low: 1, high: 2}", "must not be searched\n    It changes speed and memory, "),
-    ("kl_weigth: {low: 1, high: 2}", 'must be a field of train, but got "kl_weigth"; did you mean \'kl_'),
+    ("kl_weigth: {low: 1, high: 2}", 'must be a field of train, but got "kl_weigth"; did you mean'),
     ("train.lr: {low: 1, high: 2}", "but got \"train.lr\"; did you mean 'learning_rate'? (allowed: "),
     ("label_smoothing: {low: 0, high: 1}", "train.label_smoothing must be less than 1, but got 1.0"),
     ("epochs: {type: float, low: 1, high: 2}", "epochs takes whole numbers only, but got type float\n"),
@@ -370,10 +370,10 @@ WARNINGS = [
     ("search: {space: {lora_alpha: {low: 1, high: 8}}}", f"search.space.lora_alpha {NO_EFFECT}lora_rank is null"),
     ("train: {ema_decay: 0}", f"train.ema_decay {NO_EFFECT}an average with decay 0 is the last step"),
     ("train: {precision: fp64}", "train.precision fp64 is for checks of the numbers: several times slower, no"),
-    ("search: {objective: {kind: harmonic, id_weight: 0.3}}", f"search.objective.id_weight {NO_EFFECT}the obj"),
+    ("search: {objective: {kind: harmonic, id_weight: 0.3}}", f"search.objective.id_weight {NO_EFFECT}"),
     ("resources: {gpus_per_worker: 4}", "resources.gpus_per_worker takes 4 GPUs for each worker, which "),
     ("model: {name: ViT-B-16-quickgelu, pretrained: openai}", "prompts.templates sandbox describes the sandbox's own"),
-    ("    b: {source: sandbox, domain: sketch, split: test, num_per_class: 1}", "data.ood_test.b shows other im"),
+    ("    b: {source: sandbox, domain: sketch, split: test, num_per_class: 1}", "data.ood_test.b shows other"),
     ("    b: {source: sandbox, domain: photo, split: test, num_per_class: 1}", "data.ood_test.b is no shift:"),
 ]
 
