@@ -130,3 +130,10 @@ def test_skipped_images_are_counted_in_the_manifest_and_fail_is_the_default(tree
     strict = open_source(recipe_of(tree).data.train.model_copy(update={"part": None}), "train", None)
     with pytest.raises(DataError, match=r"07\.png: must be a readable image"):
         strict.pixels(47)
+
+
+def test_a_set_of_bad_images_alone_is_refused(tree):
+    for path in tree.glob("images/*/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="at least one image that can be decoded, but got none of 120"):
+        without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")

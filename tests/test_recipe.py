@@ -86,6 +86,7 @@ BAD = [
     # prompts and classes
     ("prompts: {templates: openia}", f":9: prompts.templates: {TEMPLATES}\"openia\"; did you mean 'openai'?"),
     ("prompts: {templates: 'a {}'}", '\n    Write one template as a list: ["a {}"].'),
+    ("prompts: {templates: []}", ":9: prompts.templates: must not be empty, but got []"),
     ("prompts:\n  templates:\n  - a {}\n  - a photo", f':12: prompts.templates.1: {BRACES}"a photo"'),
     ("prompts: {templates: ['{} {c}']}", f':9: prompts.templates.0: {BRACES}"{{}} {{c}}"'),
     ("prompts: {templates: ['a {}', 'a {}']}", "prompts.templates.1: must not repeat an earlier template, but got "),
@@ -119,6 +120,7 @@ BAD = [
     ("train: *t", ":9:8: must be valid YAML: found undefined alias 't'"),
     ("---\nname: x", ":9:1: must be valid YAML: but found another document"),
     ("train: !!python/object/apply:os.system [ls]", f":9: train: {TAG}python/object/apply:os.system"),
+    ("train: !!int x", f":9: train: {TAG}int"),
     ("? [a]\n: b", ":9: a key must be a word"),
     ("train: &a [*a]", DEEP),
     ("train: " + "[" * 600, DEEP),

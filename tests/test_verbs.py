@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import stand_in
-from logs import HOLD, holding, set_recipe, take
+from logs import HOLD, commits, holding, rewrite, set_recipe, take
 from stand_in import make_recipe
 
 from carft_ray.api import actions
@@ -227,6 +227,15 @@ def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(r
     lines = out.splitlines()
     assert lines[1].split() == ["first", "8", "3", "1", "1", "70.0"]
     assert "cannot be read" in lines[3]
+
+
+def test_a_study_that_has_just_been_made_is_empty_and_no_error(run, here):
+    with open_study(here / "new", make_recipe(4)):
+        pass
+    rewrite(here / "new", commits(here / "new")[:1])  # killed before it held anything
+    answer = json.loads(run("status", "new", "--json")[1])
+    assert (answer["finished"], answer["wanted"], answer["best"]) == (0, 4, None)
+    assert "No trial has begun yet." in run("ls", "new")[2]
 
 
 # logs
