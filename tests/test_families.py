@@ -23,7 +23,7 @@ TEMPLATES = ("a photo of a {}", "a sketch of the {}")
 WORDS = ("cat", "dog", "car")
 
 
-OFTEN = ("openai-vit", "openai-resnet", "siglip2", "coca", "convnext")  # the others in `make test-all`
+OFTEN = ("openai-resnet", "siglip2", "coca")  # the others in `make test-all`
 
 
 @pytest.fixture(params=[pytest.param(name, marks=[] if name in OFTEN else pytest.mark.whole) for name in FAMILIES])

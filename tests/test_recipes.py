@@ -36,7 +36,7 @@ TASKS = {
     "caltech101": "part: [0.2, 1] | part: [0, 0.1] | part: [0.1, 0.2]",
 }  # of downstream.yaml, for each of its lines: what stands for train, id_val and id_test
 NAMES = [path.stem for path in RECIPES] + [f"downstream:{task}" for task in TASKS]
-OFTEN = ("quickstart", "folders", "pacs", "imagenet-b16", "fmow", "downstream:dtd")  # the others in `make test-all`
+OFTEN = ("folders", "pacs", "fmow", "downstream:dtd")  # the others in `make test-all`
 FEW_CLASSES = 110  # up to so many, four images of each
 
 
