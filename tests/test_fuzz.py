@@ -22,9 +22,9 @@ from carft_ray.recipe.loading import dump_recipe, load_recipe, recipe_of
 FEW = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
-@pytest.mark.slow
-def test_one_of_each_kind():
-    cases = str(len(fuzz.KINDS))
+@pytest.mark.whole
+def test_three_of_each_kind():
+    cases = str(3 * len(fuzz.KINDS))
     ended = subprocess.run([sys.executable, fuzz.__file__, "--cases", cases], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.splitlines()[-1].split()[:2] == ["all", cases]
