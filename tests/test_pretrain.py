@@ -39,7 +39,7 @@ def test_packaged_weights_are_small_and_belong_to_the_code_that_makes_them():
     assert config == {"model_cfg": pretrain.MODEL_CONFIG, "preprocess_cfg": pretrain.PREPROCESS_CONFIG}
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_pretraining_writes_a_model_that_open_clip_opens_and_repeats_bit_for_bit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "_NUM_PICTURES", 192)
     monkeypatch.setattr(pretrain, "_BATCH_SIZE", 16)
