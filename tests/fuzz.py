@@ -262,52 +262,41 @@ def one(kind, number, seed, lane, base):
     return outcome, used.ru_utime + used.ru_stime
 
 
-def work(cases, seed, lane, base, write):
-    """Runs cases one after the other and tells the outcome of each; the folder of what is wrong stays."""
+def work(cases, seed, lane, base):
+    """Runs cases one after the other and writes the outcome of each; tells what is wrong, whose folder stays."""
     lane.mkdir()
-    for kind, number in cases:
-        outcome, seconds = one(kind, number, seed, lane / "now", base)
-        write(json.dumps([kind, number, outcome, seconds]).encode() + b"\n")
-        if is_wrong(outcome) or len(cases) == 1:
-            kept = lane.parent / "found" / f"{kind}-{number}"
-            shutil.rmtree(kept, ignore_errors=True)
-            (lane / "now").rename(kept)
-        else:
-            shutil.rmtree(lane / "now")
+    with open(lane / "rows", "w") as rows:
+        for kind, number in cases:
+            outcome, seconds = one(kind, number, seed, lane / "now", base)
+            rows.write(json.dumps([kind, number, outcome, seconds]) + "\n")
+            if is_wrong(outcome):
+                print(f"--kind {kind} --case {number} --seed {seed}: {outcome}", flush=True)
+            if is_wrong(outcome) or len(cases) == 1:
+                (lane / "now").rename(lane.parent / "found" / f"{kind}-{number}")
+            else:
+                shutil.rmtree(lane / "now")
 
 
-def run(cases, seed, folder, show, num_lanes=2):
+def run(cases, seed, folder, num_lanes=2):
     """Runs cases on some processes; returns (kind, number, outcome, seconds of processor) of each."""
     base = folder / "samples"
     base.mkdir(parents=True)
     (folder / "found").mkdir()
     import_everything(base)
-    pipes, lanes = [], []
+    processes, cores = [], sorted(os.sched_getaffinity(0))
     for number in range(num_lanes):
-        readable, writable = os.pipe()
-        pipes.append(readable)
-        lanes.append(os.fork())
-        if not lanes[-1]:
-            cores = sorted(os.sched_getaffinity(0))
+        processes.append(os.fork())
+        if not processes[-1]:
             os.sched_setaffinity(0, {cores[number % len(cores)]})  # one thread of torch, too
             with _ended():
-                write = functools.partial(os.write, writable)
-                work(cases[number::num_lanes], seed, folder / f"lane{number}", base, write)
-        os.close(writable)
-    rows, buffers = [], dict.fromkeys(pipes, b"")
-    while buffers:
-        for pipe in select.select(list(buffers), [], [])[0]:
-            piece = os.read(pipe, 65536)
-            *lines, buffers[pipe] = (buffers[pipe] + piece).split(b"\n")
-            for line in lines:
-                rows.append(json.loads(line))
-                show(rows[-1], len(rows))
-            if not piece:
-                del buffers[pipe]
-    for lane in lanes:
-        os.waitpid(lane, 0)
-    assert len(rows) == len(cases), f"{len(rows)} of {len(cases)} cases have ended"
-    return rows
+                work(cases[number::num_lanes], seed, folder / f"lane{number}", base)
+    for process in processes:
+        os.waitpid(process, 0)
+    lines = [
+        line for number in range(num_lanes) for line in (folder / f"lane{number}" / "rows").read_text().splitlines()
+    ]
+    assert len(lines) == len(cases), f"{len(lines)} of {len(cases)} cases have ended"
+    return [json.loads(line) for line in lines]
 
 
 def is_wrong(outcome):
@@ -323,11 +312,8 @@ def table(rows):
         seconds[kind] += took
     found["all"], seconds["all"] = sum(found.values(), Counter()), sum(seconds.values())
     heads = ["result", *CODES, "anything else"]
-    lines = [
-        f"{'kind':<8} {'cases':>6} {'result':>7} "
-        + "".join(f"{code:>6}" for code in CODES)
-        + "  anything else  processor, s"
-    ]
+    codes = "".join(f"{code:>6}" for code in CODES)
+    lines = [f"{'kind':<8} {'cases':>6} {'result':>7} {codes}  anything else  processor, s"]
     for kind, counts in found.items():
         numbers = [counts[head] for head in heads]
         middle = "".join(f"{number:>6}" for number in numbers[1:-1])
@@ -349,15 +335,7 @@ def main():
     numbers = range(-(-given.cases // len(kinds))) if given.case is None else (given.case,)
     cases = [(kind, number) for number in numbers for kind in kinds]
     folder = Path(tempfile.mkdtemp(prefix="carft-fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-
-    def show(row, done):
-        kind, number, outcome, _ = row
-        if is_wrong(outcome):
-            print(f"--kind {kind} --case {number} --seed {given.seed}: {outcome}", flush=True)
-        if done % 500 == 0:
-            print(f"{done} of {len(cases)}", file=sys.stderr, flush=True)
-
-    rows = run(cases, given.seed, folder, show, given.lanes)
+    rows = run(cases, given.seed, folder, given.lanes)
     print(table(rows))
     if given.case is not None:
         print((folder / "found" / f"{given.kind}-{given.case}" / "output").read_text(errors="replace"))

@@ -19,41 +19,21 @@ import tarfile
 import zlib
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 CLASSES = ("circle", "square")
 NUM_IMAGES = {"train": 6, "val": 4}
 IMAGE_KINDS = {"jpeg": ".jpg", "png": ".png", "bmp": ".bmp", "webp": ".webp", "tiff": ".tif", "ppm": ".ppm"}
 CANARY = "canary"  # a folder beside that of a case: nothing may write there
-ESCAPES = (
-    f"../{CANARY}/x",
-    f"{{here}}/../{CANARY}/x",
-    f"a/../../{CANARY}/x",
-    "/dev/zero",
-    "/proc/self/mem",
-    "..",
-    "~/x",
-)
+ESCAPES = (f"../{CANARY}/x", f"{{here}}/../{CANARY}/x", f"a/../../{CANARY}/x", "..", "~/x")
+ESCAPES += ("/dev/zero", "/proc/self/mem")
 WORDS = (
-    *ESCAPES,
-    *(
-        "",
-        " ",
-        "\0",
-        "\x1b[2J",
-        "\u202e",
-        "\ud7ff",
-        "[/red]",
-        "$x^",
-        "=1+1",
-        "x" * 5000,
-        "a\nb",
-        "'",
-        '"',
-        "~nobody1/x",
-    ),
+    *(*ESCAPES, "", " ", "\0", "\x1b[2J", "\u202e", "\ud7ff", "[/red]", "$x^", "=1+1", "x" * 5000, "a\nb", "'", '"'),
     *("null", "true", "nan", ".inf", "1e-320", "1e400", "0x10", "-0", "evil:run", "evil", "__import__", "C:\\x", "{}"),
     *("[" * 20000, "{a: " * 3000, "&a [*a]", "!!python/object/apply:os.system [touch x]", "${x}", "%s%n", "json:a"),
+    "~nobody1/x",
 )
 NUMBERS = (0, -1, 1, 2, 255, 256, 2**15, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**63, 2**64, 10**30, -(2**63))
 FLOATS = (0.5, -0.5, 1e-320, 1e308, math.inf, -math.inf, math.nan, 3.0, 1e20)
@@ -131,9 +111,8 @@ def warped(rng, value):
         elif change == 2:
             inside[key] = rng.choice(([inside[key]], {"a": inside[key]}, str(inside[key]), [inside[key]] * 9))
         elif change == 3 and isinstance(inside[key], int | float):
-            inside[key] = rng.choice(
-                (-inside[key], inside[key] + 1, inside[key] * 2, inside[key] / 3, float(inside[key]))
-            )
+            number = inside[key]
+            inside[key] = rng.choice((-number, number + 1, number * 2, number / 3, float(number)))
         else:
             inside[key] = anything(rng)
     return value
@@ -182,16 +161,13 @@ def picture(label, seed, kind):
 
 def rows():
     """Returns name, class number and bytes of the images that tables and shards hold."""
-    of_class = range(NUM_IMAGES["train"] // len(CLASSES))
-    return [
-        (f"{word}/{i}.png", label, picture(label, i, "png")) for label, word in enumerate(CLASSES) for i in of_class
-    ]
+    labels = [label for label in range(len(CLASSES)) for _ in range(NUM_IMAGES["train"] // len(CLASSES))]
+    numbers = [number % labels.count(0) for number in range(len(labels))]
+    return [(f"{CLASSES[n]}/{i}.png", n, picture(n, i, "png")) for n, i in zip(labels, numbers, strict=True)]
 
 
 def write_samples(base):
     """Writes sound inputs of all kinds, and what cases share: images and two models."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     import torch
     from families import make_tokenizer
     from safetensors.torch import load_file
@@ -215,9 +191,8 @@ def write_samples(base):
     make_tokenizer(base / "clip")
     size = {"shortest_edge": 16}, {"height": 16, "width": 16}
     processor = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_center_crop": True}
-    (base / "clip" / "preprocessor_config.json").write_text(
-        json.dumps({**processor, "size": size[0], "crop_size": size[1]})
-    )
+    processor |= {"size": size[0], "crop_size": size[1]}
+    (base / "clip" / "preprocessor_config.json").write_text(json.dumps(processor))
     names, labels, contents = zip(*rows(), strict=True)
     for folder in ("csv", "parquet", "arrow", "hf", "tar"):
         (base / folder).mkdir()
@@ -239,11 +214,8 @@ def write_samples(base):
 
 def write_saved(folder, table):
     """Writes a table as ``save_to_disk`` of ``datasets`` does."""
-    import pyarrow as pa
-
-    images = pa.StructArray.from_arrays(
-        [table["image"].combine_chunks(), table["name"].combine_chunks()], ["bytes", "path"]
-    )
+    columns = [table[name].combine_chunks() for name in ("image", "name")]
+    images = pa.StructArray.from_arrays(columns, ["bytes", "path"])
     features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(CLASSES)}}
     features["name"] = {"_type": "Value", "dtype": "string"}
     about = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -301,10 +273,8 @@ def csv(rng, here, base):
             line = rng.choice(lines)
             line[rng.randrange(len(line))] = rng.choice((_text(rng), str(rng.choice(NUMBERS + FLOATS)), lines[0][0]))
         quote = rng.choice(("", "", '"'))
-        content = "\n".join(",".join(f"{quote}{cell}{quote}" for cell in line) for line in lines).encode(
-            "utf-8", "replace"
-        )
-        content = content.decode().encode(rng.choice(("utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1")), "replace")
+        text = "\n".join(",".join(f"{quote}{cell}{quote}" for cell in line) for line in lines)
+        content = text.encode(rng.choice(("utf-8", "utf-8", "utf-8-sig", "utf-16", "latin-1")), "replace")
     else:
         content = damaged(rng, content)
     (here / "data.csv").write_bytes(content.replace(b"{here}", os.fsencode(here)))
@@ -315,13 +285,8 @@ def columns(rng, name="name"):
     """Returns keys of a set that name its columns, mostly none."""
     if rng.random() < 0.7:
         return {}
-    keys = {
-        "image": "image",
-        "label": "label",
-        "id": name,
-        "where": {"label": list(CLASSES)},
-        "class_names": list(CLASSES),
-    }
+    keys = {"image": "image", "label": "label", "id": name, "class_names": list(CLASSES)}
+    keys["where"] = {"label": list(CLASSES)}
     chosen = dict(rng.sample(sorted(keys.items()), rng.choice((1, 2))))
     changed = warped(rng, chosen) if rng.random() < 0.3 else chosen
     return changed if isinstance(changed, dict) else {}
@@ -329,9 +294,6 @@ def columns(rng, name="name"):
 
 def table_file(ending):
     def make(rng, here, base):
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         path = here / f"data.{ending}"
         if rng.random() < 0.5:
             content = (base / ending / path.name).read_bytes()
@@ -355,19 +317,12 @@ def table_file(ending):
 
 def random_table(rng):
     """Returns a table like the sound one, with columns of other types, names and values."""
-    import pyarrow as pa
-
     names, numbers, contents = (list(column) for column in zip(*rows(), strict=True))
     labels = [CLASSES[number] for number in numbers]
-    found = [
-        ("image", pa.array(contents, pa.binary())),
-        ("label", pa.array(labels)),
-        ("name", pa.array(names)),
-    ]
+    found = [("image", pa.array(contents, pa.binary())), ("label", pa.array(labels)), ("name", pa.array(names))]
     for _ in range(rng.choice((1, 1, 2, 4))):
-        column = rng.choice(
-            (names, labels, numbers, contents, [None] * len(names), [rng.choice(FLOATS) for _ in names])
-        )
+        floats = [rng.choice(FLOATS) for _ in names]
+        column = rng.choice((names, labels, numbers, contents, [None] * len(names), floats))
         place, name = rng.randrange(4), rng.choice(("image", "label", "name", "bytes", "path", "", "a.b", _text(rng)))
         found[place : place + rng.randrange(2)] = [(name, _column(rng, column))]
     return pa.Table.from_arrays([values for _, values in found], [name.replace("\0", "") for name, _ in found])
@@ -375,8 +330,6 @@ def random_table(rng):
 
 def _column(rng, values):
     """Returns values as an array of a random type that can hold them."""
-    import pyarrow as pa
-
     kinds = [pa.binary(), pa.large_binary(), pa.string(), pa.large_string(), pa.int8(), pa.uint64(), pa.float32()]
     kinds += [pa.binary(3), pa.bool_(), pa.null(), pa.date32(), pa.timestamp("ns"), pa.decimal128(10, 2), pa.float16()]
     kinds += [pa.string_view(), pa.binary_view(), pa.int64(), pa.duration("s")]
@@ -405,8 +358,6 @@ def _column(rng, values):
 
 
 def _pickled():
-    import pyarrow as pa
-
     class Pickled(pa.ExtensionType):
         """Ray's type of pickled objects, by its name."""
 
@@ -425,20 +376,16 @@ def _pickled():
 
 def hf(rng, here, base):
     def change(files):
+        if rng.random() < 0.25:
+            table, buffer = random_table(rng), io.BytesIO()
+            with pa.ipc.new_stream(buffer, table.schema) as file:
+                file.write_table(table)
+            files["data-00000-of-00001.arrow"] = buffer.getvalue()
+            return
         name = rng.choice(sorted(files))
         files[name] = json_file(rng, files[name]) if name.endswith(".json") else damaged(rng, files[name])
 
-    if rng.random() < 0.25:
-        (here / "hf").mkdir()
-        table = random_table(rng)
-        import pyarrow as pa
-
-        with pa.ipc.new_stream(here / "hf" / "data-00000-of-00001.arrow", table.schema) as file:
-            file.write_table(table)
-        for name in ("state.json", "dataset_info.json"):
-            (here / "hf" / name).write_bytes((base / "hf" / name).read_bytes())
-    else:
-        copied(base / "hf", here / "hf", change)
+    copied(base / "hf", here / "hf", change)
     return {"source": "huggingface", "path": "hf", **columns(rng)}
 
 
@@ -462,9 +409,8 @@ def tar(rng, here, base):
                     size = str(rng.choice((*NUMBERS, 20 * 10**9)))
                     member.pax_headers = {rng.choice(("size", "path", "GNU.sparse.size", "hdrcharset")): size}
                 if ending != ".png" and rng.random() < 0.1:
-                    data = rng.choice(
-                        (_text(rng).encode("utf-8", "replace"), b"[" * 50000, rng.randbytes(9), b"1" * 5000)
-                    )
+                    text = _text(rng).encode("utf-8", "replace")
+                    data = rng.choice((text, b"[" * 50000, rng.randbytes(9), b"1" * 5000))
                 member.size = len(data)
                 shard.addfile(member, io.BytesIO(data))
     return {"source": "webdataset", "path": "000.tar", **label}
@@ -537,6 +483,7 @@ KINDS = {
 def recipe_value(base):
     """Returns a sound recipe of the samples, as a value."""
     images = {"source": "folder", "path": str(base / "png")}
+    space = {"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}}
     return {
         "format_version": 1,
         "name": "fuzz",
@@ -545,11 +492,7 @@ def recipe_value(base):
         "prompts": {"templates": ["a photo of a {}", "a sketch of a {}"]},
         "train": {"epochs": 1, "batch_size": 6, "learning_rate": 1e-3},
         "evaluate": {"thumbnails": 4},
-        "search": {
-            "trials": 1,
-            "space": {"learning_rate": {"low": 1e-3, "high": 1e-2, "log": True}},
-            "alpha": {"grid": [0, 0.5, 1]},
-        },
+        "search": {"trials": 1, "space": space, "alpha": {"grid": [0, 0.5, 1]}},
     }
 
 

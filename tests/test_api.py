@@ -1,76 +1,290 @@
-"""The Python API reads a study: typed tables, nothing locked or written, nothing heavy loaded."""
+"""The Python API: its functions do what the commands do, and a study is read as typed tables; nothing is printed."""
 
 import doctest
+import inspect
 import json
+import logging
 import shutil
 import subprocess
 import sys
 
+import crash_host
+import own_functions
 import pyarrow as pa
 import pytest
-import short_study
+import short_sealed
 import short_training
+import typer.main
 from logs import holding
+from test_debug import numbers as results
 
 import carft_ray
-from carft_ray.api import studies
-from carft_ray.errors import StorageError, UsageError
+from carft_ray.api import actions, studies
+from carft_ray.cli import app
+from carft_ray.errors import DataError, HoldOutError, RecipeError, StorageError, UsageError
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.launch.events import Note, Started, TrialFinished
+from carft_ray.recipe.text import parse
 from carft_ray.study.outcome import TrialRow
+from carft_ray.ui import notebook, progress
+
+DEBUG = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2}
+BASELINES = {"fine_tuning": {"kl_weight": 0}}
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    here = tmp_path_factory.mktemp("original")
-    overrides = [
-        f"data.cache_dir={here / 'cache'}",
-        "train.epochs=1",
-        "search.baselines={fine_tuning: {kl_weight: 0}, bf16: {precision: bf16}}",
-    ]
-    recipe = load_recipe(short_training.make(here), overrides)
-    return short_study.search(here / "studies" / "quickstart", recipe)
+def here(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("here")
+    short_training.make(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def overrides(here):
+    return {**DEBUG, "data.cache_dir": here / "cache"}
+
+
+@pytest.fixture(scope="module")
+def original(here, overrides):
+    given = {**overrides, "search.baselines": BASELINES}
+    return carft_ray.search(here / "recipe.yaml", here / "studies" / "quickstart", overrides=given, progress=False)
 
 
 @pytest.fixture
 def study_dir(original, tmp_path):
-    return shutil.copytree(original, tmp_path / "study")
+    return shutil.copytree(original.path, tmp_path / "study")
+
+
+@pytest.fixture
+def run_in(here, monkeypatch, capsys):
+    monkeypatch.chdir(here)
+
+    def call(*words):
+        capsys.readouterr()
+        code = crash_host.call(words)
+        return code, *capsys.readouterr()
+
+    return call
+
+
+# recipes
 
 
 @pytest.mark.slow
-def test_the_example_of_the_module_gives_what_it_says(original, monkeypatch):
-    monkeypatch.chdir(original.parents[1])
-    found = doctest.testmod(studies)
-    assert (found.failed, found.attempted) == (0, 7)
+def test_a_path_a_dictionary_and_a_recipe_are_one_recipe(here, monkeypatch):
+    monkeypatch.chdir(here)
+    written = parse((here / "recipe.yaml").read_text(), "recipe.yaml").value
+    by_path = carft_ray.load_recipe("recipe.yaml", {"train.epochs": 2})
+    assert by_path == carft_ray.load_recipe({**written, "train": {**written["train"], "epochs": 2}})
+    assert by_path == carft_ray.load_recipe(by_path) == carft_ray.load_recipe(here / "recipe.yaml", ["train.epochs=2"])
+    train = {**written["data"]["train"], "path": here / "images", "domains": ("photo",)}  # as Python writes them
+    assert by_path == carft_ray.load_recipe(
+        {**written, "data": {**written["data"], "train": train}}, {"train.epochs": 2}
+    )
+    with pytest.raises(RecipeError) as caught:
+        carft_ray.load_recipe({**written, "train": {"learning_rate": -1.0, "epoch": 3}}, {"search.trials": 0})
+    places = [problem.place for problem in caught.value.problems]
+    assert {*places} == {"train.epoch", "train.learning_rate", "--set search.trials=0"}
+    assert "did you mean 'epochs'" in str(caught.value)
+
+
+def test_a_recipe_that_was_changed_in_python_is_checked_again_and_warnings_are_logged_once(here, caplog):
+    recipe = carft_ray.load_recipe(here / "recipe.yaml")
+    gone = recipe.data.train.model_copy(update={"path": str(here / "nowhere")})
+    with pytest.raises(DataError, match="nowhere"):
+        carft_ray.load_recipe(recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": gone})}))
+    train = recipe.train.model_copy(update={"epochs": 0})
+    with pytest.raises(RecipeError, match=r"train\.epochs"):
+        carft_ray.search(recipe.model_copy(update={"train": train}), here / "never")
+    assert not (here / "never").exists()
+    with caplog.at_level(logging.WARNING, "carft_ray"):
+        carft_ray.load_recipe(carft_ray.load_recipe(here / "recipe.yaml", {"train.ema_decay": 0}))
+    assert len([record for record in caplog.records if "ema_decay" in record.getMessage()]) == 1
+
+
+# a search
 
 
 @pytest.mark.slow
-def test_the_table_of_trials_has_values_and_metrics_as_typed_columns(original):
-    table = carft_ray.open_study(original).trials()
-    results = [json.loads(path.read_text()) for path in sorted(original.glob("trials/*/*/result.json"))]
+def test_a_search_is_that_of_the_command_line_bit_for_bit(run_in, here, original, overrides):
+    given = {**overrides, "search.baselines": json.dumps(BASELINES)}
+    words = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+    code, out, _ = run_in("search", "recipe.yaml", "--study", "by_command", *words, "--json")
+    assert code == 0
+    assert results(here / "by_command") == results(original.path)
+    by_command = json.loads(out)
+    for answer in (by_command, numbers := json.loads(json.dumps(original.numbers))):
+        for row in (answer["best"], *answer["rows"]):
+            del row["name"], row["elapsed_s"], row["started"]
+        for key in ("study", "elapsed_s", "best_recipe", "figure"):
+            del answer[key]
+        answer["lines"] = [line for line in answer["lines"] if not line.startswith("Best: ")]
+    assert by_command == numbers
+
+
+@pytest.mark.slow
+def test_a_search_prints_nothing_and_gives_a_study_that_displays_itself(original, here, overrides, tmp_path, capsys):
+    given = {**overrides, "search.baselines": BASELINES}
+    again = carft_ray.search(here / "recipe.yaml", original.path, overrides=given, progress=False)
+    assert capsys.readouterr() == ("", "")
+    assert again.numbers["new_trials"] == 0
+    assert isinstance(again, carft_ray.Study)
+    assert again.best.name in str(again)
+    assert again.best.name in again._repr_html_()
+    assert again.lines[-1] == "These numbers chose the best trial, so they are too high; test sets were not read."
+    figure = original.figure
+    assert "<svg" in figure._repr_svg_()
+    assert figure.save(tmp_path / "figure.svg").read_bytes() == figure.svg
+    assert original.best.name in carft_ray.open_study(original.path)._repr_html_()
+
+
+@pytest.mark.slow
+def test_a_study_is_resumed_extended_and_confirmed(study_dir):
+    longer = carft_ray.resume(study_dir, "+1", progress=False)
+    assert (longer.numbers["new_trials"], longer.trials().num_rows) == (1, 3)
+    confirmed = carft_ray.confirm(study_dir, top=1, seeds=2, progress=False)
+    assert confirmed.numbers == json.loads((study_dir / "confirm" / "summary.json").read_text())
+    assert len(list((study_dir / "confirm").glob("*/*/result.json"))) == 4  # of the best, and of the baseline
+    assert longer.best.name in confirmed._repr_html_()
+    assert str(confirmed).split()[-9:] == confirmed.lines[-1].split()[-9:]
+
+
+@pytest.mark.slow
+def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, capsys):
+    trained = carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
+    assert capsys.readouterr() == ("", "")
+    result = json.loads((short_training.place_in(tmp_path / "run") / "result.json").read_text())
+    assert {key: trained.numbers[key] for key in result} == result
+    assert carft_ray.evaluate(tmp_path / "run").numbers["metrics"] == pytest.approx(result["metrics"])
+    zero_shot = carft_ray.evaluate(str(tmp_path / "run"), alpha=0).numbers["metrics"]
+    assert zero_shot["id_accuracy"] == pytest.approx(trained.numbers["zero_shot"]["id_accuracy"])
+    exported = carft_ray.export(tmp_path / "run", tmp_path / "model", alpha=0.5)
+    assert (exported.alpha, exported.folder, [*exported.formats]) == (0.5, tmp_path / "model", ["open_clip"])
+    with pytest.raises(UsageError, match="must be a new folder"):
+        carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
+
+
+@pytest.mark.slow
+def test_a_report_has_numbers_page_and_card_and_writes_nothing_unasked(study_dir, tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")}
+    report = carft_ray.report(study_dir)
+    assert report.numbers["best"]["name"] == carft_ray.open_study(study_dir).best.name
+    assert str(report) == "\n".join(report.numbers["lines"])
+    assert report._repr_html_().startswith('<iframe srcdoc="&lt;!doctype html')
+    assert "sandbox=" in report._repr_html_()
+    assert report.card().count("\n") >= 5
+    with pytest.raises(UsageError, match="did you mean 'latex'"):
+        report.card("latx")
+    assert {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")} == before
+    assert report.save(tmp_path / "page.html").read_text().lower().startswith("<!doctype html")
+    assert report.save() == study_dir / "report.html"
+
+
+@pytest.mark.slow
+def test_wrong_use_is_an_exception_of_the_command(study_dir, tmp_path, here, overrides):
+    recipe = here / "recipe.yaml"
+    for use, error, message in (
+        (lambda: carft_ray.open_study(tmp_path / "studi"), UsageError, "did you mean"),
+        (lambda: carft_ray.report(tmp_path), UsageError, "must be a study"),
+        (lambda: carft_ray.resume(study_dir, 1), UsageError, "must be at least 2"),
+        (lambda: carft_ray.evaluate(study_dir, alpha=1.5), UsageError, r"must be from 0 to 1, but got 1\.5"),
+        (lambda: carft_ray.evaluate(study_dir, head="zeroshot"), UsageError, "did you mean 'zero_shot'"),
+        (lambda: carft_ray.evaluate(study_dir, trial="7"), UsageError, "must be the number or name of a trial"),
+        (lambda: carft_ray.open_study(study_dir).metrics("fine_tunimg"), UsageError, "did you mean 'fine_tuning'"),
+        (lambda: carft_ray.export(study_dir, tmp_path / "out", formats=["onx"]), UsageError, "did you mean 'onnx'"),
+        (lambda: carft_ray.confirm(study_dir, seeds=1), UsageError, "must be at least 2, but got 1"),
+        (lambda: carft_ray.confirm(study_dir, winner="confirm"), UsageError, "did you mean 'confirmed'"),
+        (lambda: carft_ray.search(recipe, study_dir, overrides=overrides), RecipeError, "search.baselines"),
+        (lambda: carft_ray.search(recipe, tmp_path, overrides={"search.space": {}}), RecipeError, r"search\.space"),
+        (lambda: carft_ray.resume(study_dir, adress="auto"), TypeError, "unexpected keyword argument 'adress'"),
+    ):
+        with pytest.raises(error, match=message):
+            use()
+    with holding(study_dir), pytest.raises(StorageError, match="in use"):
+        carft_ray.resume(study_dir, "+1", progress=False)
+    next(study_dir.glob("trials/t0000*/*/result.json")).unlink()
+    for use in (
+        lambda: carft_ray.evaluate(study_dir, trial="0"),
+        lambda: carft_ray.open_study(study_dir).predictions("0"),
+    ):
+        with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
+            use()
+    (study_dir / "log" / "00000003").write_text("no journal\n{}\n")
+    with pytest.raises(StorageError, match="00000003: must be a whole commit"):
+        carft_ray.open_study(study_dir).trials()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overrides, tmp_path):
+    calls = []
+
+    def mine(values, context):
+        calls.append(values["learning_rate"])
+        return own_functions.few_steps(values, context)
+
+    found = carft_ray.search(here / "recipe.yaml", tmp_path / "own", overrides=overrides, train=mine, progress=False)
+    assert len(calls) == 2
+    assert calls == found.trials()["learning_rate"].to_pylist()
+    with pytest.raises(UsageError, match="names code that a training would run"):
+        carft_ray.resume(tmp_path / "own", "+1", progress=False)
+    longer = carft_ray.resume(tmp_path / "own", "+1", train=mine, progress=False)
+    assert (len(calls), longer.numbers["new_trials"]) == (3, 1)
+    carft_ray.confirm(tmp_path / "own", top=1, seeds=2, train=mine, progress=False)
+    assert len(calls) == 5
+    assert carft_ray.evaluate(tmp_path / "own").numbers["name"] == f"own/{longer.best.name}"
+
+
+@pytest.mark.slow
+def test_the_seal_holds_in_python_too(tmp_path, run_in):
+    study_dir = short_sealed.make(tmp_path, short_training)
+    assert run_in("test", study_dir)[0] == 0
+    with pytest.raises(HoldOutError, match="its test sets were read"):
+        carft_ray.resume(study_dir, "+1", overrides=DEBUG | {"search.trials": 2, "train.epochs": 3})
+    more = {"again": "more trials for a figure", "progress": False}
+    found = carft_ray.resume(study_dir, "+1", overrides={"resources.executor": "debug"}, **more)
+    assert found.numbers["new_trials"] == 1
+
+
+@pytest.mark.parametrize("verb", ["search", "resume", "confirm", "train", "evaluate", "export", "report"])
+def test_every_option_of_a_command_has_its_parameter(verb):
+    """Those that a recipe has as a key are overrides in Python; what is printed is no matter of a function."""
+    in_recipe = {"set_", "executor", "num_workers", "wall_time", "budget"}
+    of_the_terminal = {"json_", "debug", "details", "help"}
+    of_the_page = {"html", "card", "tables", "out"} if verb == "report" else set()
+    renamed = {"format_": "formats"}
+    options = {each.name for each in typer.main.get_command(app).commands[verb].params}
+    parameters = {*inspect.signature(getattr(carft_ray, verb)).parameters}
+    if verb == "resume":
+        parameters |= {*inspect.signature(carft_ray.search).parameters}
+    asked = options - in_recipe - of_the_terminal - of_the_page
+    assert {renamed.get(name, name) for name in asked} <= parameters
+
+
+# a study that is read
+
+
+@pytest.mark.slow
+def test_trials_and_baselines_are_tables_of_typed_columns(original):
+    study = carft_ray.open_study(str(original.path))
+    table = study.trials()
+    results = [json.loads(path.read_text()) for path in sorted(original.path.glob("trials/*/*/result.json"))]
     assert table.num_rows == len(results) == 2
-    assert table.column_names == [
+    assert table.column_names[:12] == [
         *("number", "name", "outcome", "objective", "alpha", "elapsed_s", "reason"),
         "learning_rate",
         *("accuracy/id_val", "accuracy/sketch", "id_accuracy", "ood_accuracy"),
-        *[name for name in table.column_names if name not in set(table.column_names[:13])],
     ]
     assert table["objective"].to_pylist() == [result["objective"] for result in results]
     assert table["learning_rate"].to_pylist() == [result["train"]["learning_rate"] for result in results]
     assert table["ood_accuracy"].to_pylist() == [result["metrics"]["ood_accuracy"] for result in results]
     assert table["reason"].to_pylist() == [None, None]
     assert {str(table.schema.field(name).type) for name in ("objective", "learning_rate", "id_accuracy")} == {"double"}
-
-
-@pytest.mark.slow
-def test_baselines_are_a_table_too_with_null_where_a_row_has_no_value(original):
-    study = carft_ray.open_study(str(original))
-    table = study.baselines
-    assert table.equals(study.trials(kind="baseline"))
-    rows = {row["name"]: row for row in table.to_pylist()}
-    assert set(rows) == {"zero_shot", "fine_tuning", "bf16"}
+    assert study.baselines.equals(study.trials(kind="baseline"))
+    rows = {row["name"]: row for row in study.baselines.to_pylist()}
+    assert set(rows) == {"zero_shot", "fine_tuning"}
     assert (rows["zero_shot"]["alpha"], rows["zero_shot"]["kl_weight"]) == (0.0, None)
-    assert (rows["fine_tuning"]["kl_weight"], rows["bf16"]["precision"]) == (0.0, "bf16")
+    assert rows["fine_tuning"]["kl_weight"] == 0.0
     with pytest.raises(ValueError, match="'trial' or 'baseline', but got 'trials'"):
         study.trials("trials")
 
@@ -83,55 +297,100 @@ def test_values_of_several_kinds_share_a_column():
     assert studies.rows_table([]).schema.field("objective").type == pa.float64()
 
 
-def test_best_metrics_and_predictions_belong_together(original):
-    study = carft_ray.open_study(original)
-    best = study.best
-    assert best.objective == max(study.trials()["objective"].to_pylist())
-    assert study.metrics(best.name) == study.metrics(str(best.number)) == best.metrics
-    path = original / "trials" / best.name / "attempt-1" / "predictions" / "validation.parquet"
-    assert study.predictions(best.name).equals(read_predictions(path))
-    zero_shot = study.predictions("zero_shot")
-    assert set(zero_shot["alpha"].to_pylist()) == {0.0}
-    assert study.recipe.train.epochs == 1
-
-
-def test_a_study_that_is_being_searched_can_be_read(study_dir):
+@pytest.mark.slow
+def test_best_metrics_and_predictions_belong_together_also_while_a_search_runs(study_dir):
     with holding(study_dir):
         before = {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")}
         study = carft_ray.open_study(study_dir)
-        assert study.trials().num_rows == 2
-        assert study.metrics("0")
+        best = study.best
+        assert best.objective == max(study.trials()["objective"].to_pylist())
+        assert study.metrics(best.name) == study.metrics(str(best.number)) == best.metrics
+        path = study_dir / "trials" / best.name / "attempt-1" / "predictions" / "validation.parquet"
+        assert study.predictions(best.name).equals(read_predictions(path))
+        assert set(study.predictions("zero_shot")["alpha"].to_pylist()) == {0.0}
+        assert study.recipe.train.epochs == 1
         assert {path: path.stat().st_mtime_ns for path in study_dir.rglob("*")} == before
 
 
-def test_wrong_use_is_told_in_words(study_dir, tmp_path):
-    with pytest.raises(UsageError, match="did you mean"):
-        carft_ray.open_study(tmp_path / "studi")
-    study = carft_ray.open_study(study_dir)
-    with pytest.raises(UsageError, match="did you mean 'fine_tuning'"):
-        study.metrics("fine_tunimg")
-    next(study_dir.glob("trials/t0000*/*/result.json")).unlink()
-    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
-        study.predictions("0")
-    (study_dir / "log" / "00000003").write_text("no journal\n{}\n")
-    with pytest.raises(StorageError, match="00000003: must be a whole commit"):
-        study.trials()
+@pytest.mark.slow
+def test_nothing_heavy_is_loaded_until_a_function_needs_it(original, here):
+    code = (
+        "import sys, carft_ray\n"
+        "heavy = lambda *names: [n for n in names if n in sys.modules]\n"
+        "print(heavy('torch', 'ray', 'optuna', 'pyarrow', 'numpy', 'pydantic', 'rich'), carft_ray.__version__)\n"
+        "carft_ray.search, carft_ray.report\n"
+        f"carft_ray.load_recipe({str(here / 'recipe.yaml')!r})\n"
+        f"study = carft_ray.open_study({str(original.path)!r})\n"
+        "study.best, study.predictions('zero_shot'), study.recipe\n"
+        "print(heavy('torch', 'ray', 'matplotlib', 'plotly', 'IPython'))\n"
+        "print({*carft_ray.__all__} <= {*dir(carft_ray)})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:3] == [f"[] {carft_ray.__version__}", "[]", "True"]
+
+
+# notebooks
+
+
+class Display:
+    """A stand-in for the display of a notebook: what it has shown, and how often it was written again."""
+
+    kernel, HTML = object(), str
+
+    def __init__(self, monkeypatch):
+        self.versions, self.num_outputs = [], 0
+        monkeypatch.setitem(sys.modules, "IPython", self)
+        monkeypatch.setitem(sys.modules, "IPython.display", self)
+
+    def get_ipython(self):
+        return self
+
+    def display(self, content, display_id):
+        assert display_id
+        self.num_outputs += 1
+        self.versions.append(content)
+        return self
+
+    def update(self, content):
+        self.versions.append(content)
+
+
+def test_a_search_and_a_training_are_one_output_of_a_notebook(tmp_path, monkeypatch, capsys):
+    assert not notebook.in_notebook()
+    shown = Display(monkeypatch)
+    assert notebook.in_notebook()
+    with progress.search_shown(True, tmp_path, 4) as on_event:
+        on_event(Note("a journal was mended"))
+        on_event(Started(8, 0, 2, "2 CPUs"))
+        for number in range(8):
+            metrics = {"id_accuracy": 0.1 * number, "ood_accuracy": 0.1 * number}
+            found = {"alpha": 0.5, "objective": 0.1 * number, "metrics": metrics}
+            row = TrialRow("trial", number, f"t{number:04d}-abcd", {"learning_rate": 1e-4}, 1, "complete", **found)
+            on_event(TrialFinished(row, is_best=True))
+    assert shown.num_outputs == 1
+    assert len(shown.versions) <= 4  # at most two in a second
+    for text in ("warning: a journal was mended", "8 of 8 trials finished", "best 70.0 % (t0007-abcd)"):
+        assert text in shown.versions[-1]
+    step = {"epoch": 1, "step": 3, "num_steps": 9, "loss": 1.0, "ce": 0.5, "kl": 0.1, "learning_rate": 1e-4}
+    with progress.training_shown(True) as (on_step, on_epoch):
+        on_step({**step, "images_per_s": 10.0})
+        assert "3/9" in shown.versions[-1]
+        for epoch in range(1, 9):
+            on_epoch({**step, "epoch": epoch, "context_entropy": 1.0, "images_per_s": 10.0})
+    assert shown.num_outputs == 2
+    assert shown.versions[-1].count("context entropy") == notebook.NUM_LINES
+    assert "epoch 8: loss 1.000" in shown.versions[-1]
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.slow
-def test_importing_the_package_and_reading_load_nothing_heavy(original):
-    code = (
-        "import sys, carft_ray\n"
-        "heavy = lambda: [n for n in ('torch', 'ray', 'optuna', 'pyarrow', 'numpy') if n in sys.modules]\n"
-        "print(heavy(), carft_ray.__version__)\n"
-        f"study = carft_ray.open_study({str(original)!r})\n"
-        "study.best, study.predictions('zero_shot'), study.recipe\n"
-        "print([n for n in heavy() if n in ('torch', 'ray')])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:2] == [f"[] {carft_ray.__version__}", "[]"]
-
-
-def test_a_name_that_the_package_does_not_have_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'open_studdy'"):
-        _ = carft_ray.open_studdy
+def test_the_examples_of_the_modules_give_what_they_say(original, here, tmp_path, monkeypatch):
+    monkeypatch.chdir(here)
+    found = doctest.testmod(studies)
+    assert (found.failed, found.attempted) == (0, 7)
+    recipe = (here / "recipe.yaml").read_text().replace("path: images", f"path: {here / 'images'}")
+    recipe = recipe.replace("local-dir:model", f"local-dir:{here / 'model'}").replace("epochs: 3", "epochs: 1")
+    (tmp_path / "recipe.yaml").write_text(f"{recipe}resources: {{executor: debug}}\n")
+    monkeypatch.chdir(tmp_path)
+    found = doctest.testmod(actions)
+    assert (found.failed, found.attempted) == (0, 5)

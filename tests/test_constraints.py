@@ -45,14 +45,8 @@ def table_of(rng, accuracies, n=200, name="id_val"):
 def test_a_violation_is_what_is_missing_to_the_bound():
     part = ConstraintsConfig(id_drop={"zero_shot": 0.02, "plain": 0.0})
     bounds = limits(part, {"zero_shot": 0.72, "plain": 0.8})
-    assert (
-        tuple(limit.name for limit in bounds)
-        == constraint_names(part)
-        == (
-            "id_drop/zero_shot",
-            "id_drop/plain",
-        )
-    )
+    names = ("id_drop/zero_shot", "id_drop/plain")
+    assert tuple(limit.name for limit in bounds) == constraint_names(part) == names
     table = table_of(np.random.default_rng(0), (0.7, 0.75, 0.8, 0.85, 0.9, 0.95))
     found = violations_at(table, bounds, 0.0)
     accuracy = float(correct_matrix([(table, 0.0)], "id_val").mean())
@@ -77,9 +71,8 @@ def told(study_dir):
 
 def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(study_dir):
     drops = {"zero_shot": 0.1, "plain": 0.05}
-    recipe = make_recipe(
-        2, **PROFILE, baselines={"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}}, constraints={"id_drop": drops}
-    )
+    baselines = {"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}}
+    recipe = make_recipe(2, **PROFILE, baselines=baselines, constraints={"id_drop": drops})
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         study.add_zero_shot(ZERO_SHOT)
@@ -87,26 +80,16 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
         assert (plain.name, other.name) == ("plain", "other")
         assert study.next() is None
         assert not study.done()
-        write_result(study, plain)
-        study.settle(plain)
-        assert study.next().kind == "trial"  # the other baseline is named by no constraint
-        references = json.loads((study_dir / "prepared" / "references.json").read_text())
-        assert references.keys() == drops.keys()
-        assert references["zero_shot"] == ZERO_SHOT["id_accuracy"]
-
-
-def test_a_recovered_trial_waits_too_and_a_baseline_gets_its_second_attempt_first(study_dir):
-    recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        first = study.next()
-        study.lost(first, "killed")
+        study.lost(plain, "killed")
         again = study.next()
         assert (again.name, again.attempt) == ("plain", 2)
         assert study.next() is None
         write_result(study, again)
         study.settle(again)
-        assert [spec.kind for spec in run_all(study)] == ["trial", "trial"]
+        assert study.next().kind == "trial"  # the other baseline is named by no constraint
+        references = json.loads((study_dir / "prepared" / "references.json").read_text())
+        assert references.keys() == drops.keys()
+        assert references["zero_shot"] == ZERO_SHOT["id_accuracy"]
 
 
 def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_that_names_it(study_dir):
@@ -126,21 +109,19 @@ def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_
 
 
 @pytest.mark.slow
-def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(study_dir, tmp_path):
-    sampler = {"name": "random"}
-    constraints = {"id_drop": {"zero_shot": 0.0}}
-    recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler=sampler)
+def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(study_dir):
+    recipe = make_recipe(
+        5, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, sampler={"name": "random"}
+    )
     with open_study(study_dir, recipe) as study:
         recover_running(study)
         study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
-        for outcome, attempts in (("diverged", 1), ("error", 2)):
-            for attempt in range(1, attempts + 1):
-                spec = study.next()
-                spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-                study.settle(spec, Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
+        for outcome, attempt in (("diverged", 1), ("error", 1), ("error", 2)):
+            spec = study.next()
+            spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
+            study.settle(spec, Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
     found = [trial.constraints for trial in told(study_dir)]
-    assert {frozenset(each) for each in found} == {frozenset({"trained", "id_drop/zero_shot"})}
     assert [each["trained"] for each in found] == [-1, -1, -1, 1, 1]
     assert found[3]["id_drop/zero_shot"] == found[4]["id_drop/zero_shot"] == 0
     rows = trials(study_dir)
@@ -151,12 +132,10 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
     assert best.violation == min(missed)
     answer = listing(read_study(study_dir))
     assert answer["trials"][0]["violations"]["id_drop/zero_shot"] == best.metrics["violation/id_drop/zero_shot"]
-    lines = status(read_study(study_dir))["lines"]
-    assert (lines == ["1 of 1 error: nan"]) == (min(missed) == 0)
 
 
 @pytest.mark.slow
-def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir, tmp_path):
+def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir):
     recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
     with open_study(study_dir, recipe) as study:
         recover_running(study)
@@ -166,9 +145,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
     assert [path.parents[1].name for path in study_dir.glob("trials/*/*/fine_tuned.safetensors")] == [view.best.name]
     assert view.best.violation == min(row.violation for row in view.trials)
     [line] = status(view)["lines"]
-    assert line.startswith(
-        f"No trial meets all constraints; {view.best.name} misses them least: it violates id_drop zero"
-    )
+    assert line.startswith(f"No trial meets all constraints; {view.best.name} misses them least: it violates id_drop")
 
 
 def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
@@ -182,51 +159,43 @@ def test_a_result_without_its_violations_is_refused(study_dir, tmp_path):
             study.settle(spec)
 
 
-def test_baselines_and_fresh_seeds_have_no_constraints():
-    recipe = make_recipe(constraints={"id_drop": {"zero_shot": 0.1}})
-    assert alone(recipe).search.constraints == ConstraintsConfig()
-
-
-def written(tmp_path, text):
+def written(tmp_path, text, space=""):
     path = tmp_path / "recipe.yaml"
-    sets = "data:\n  train: {source: sandbox, domain: photo, split: train, num_per_class: 4}\n"
-    sets += "  id_val: {source: sandbox, domain: photo, split: val, num_per_class: 4}\n"
-    sets += "  ood_val: {sketch: {source: sandbox, domain: sketch, split: val, num_per_class: 4}}\n"
-    path.write_text(sets + "search:\n  space: {learning_rate: {low: 1e-4, high: 1e-3}}\n" + text)
+    path.write_text(f"""\
+data:
+  train: {{source: sandbox, domain: photo, split: train, num_per_class: 4}}
+  id_val: {{source: sandbox, domain: photo, split: val, num_per_class: 4}}
+  ood_val: {{sketch: {{source: sandbox, domain: sketch, split: val, num_per_class: 4}}}}
+search:
+  space: {{learning_rate: {{low: 1e-4, high: 1e-3}}{space}}}
+  {text}
+""")
     return path
 
 
 def test_an_unknown_baseline_or_set_is_refused_with_the_nearest(tmp_path):
-    text = "  baselines: {plain: {kl_weight: 0}}\n"
-    text += "  constraints: {id_drop: {plan: 0.1}}\n"
     with pytest.raises(RecipeError) as caught:
-        load_recipe(written(tmp_path, text))
+        load_recipe(written(tmp_path, "baselines: {plain: {kl_weight: 0}}\n  constraints: {id_drop: {plan: 0.1}}"))
     [problem] = caught.value.problems
     assert (problem.nearest, problem.allowed) == ("plain", ("zero_shot", "plain"))
-    load_recipe(written(tmp_path, "  constraints: {id_drop: {zero_shot: 0.1}}\n"))
+    recipe = load_recipe(written(tmp_path, "constraints: {id_drop: {zero_shot: 0.1}}"))
+    assert alone(recipe).search.constraints == ConstraintsConfig()  # of baselines and fresh seeds
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("space", "told"),
     [
-        (
-            "  objective: {kind: pareto}\n",
-            "Write search.alpha.mode: sample and search.space.alpha: {low: 0.1, high: 1}.",
-        ),
-        ("    alpha: {low: 0.1, high: 1}\n  objective: {kind: pareto}\n", "Write search.alpha.mode: sample."),
+        ("", "Write search.alpha.mode: sample and search.space.alpha: {low: 0.1, high: 1}."),
+        (", alpha: {low: 0.1, high: 1}", "Write search.alpha.mode: sample."),
     ],
 )
-def test_a_pareto_search_says_exactly_what_is_missing(tmp_path, text, told):
-    path = written(tmp_path, "")
-    path.write_text(path.read_text().replace("  space: {learning_rate: {low: 1e-4, high: 1e-3}}\n", ""))
-    path.write_text(path.read_text() + "  space:\n    learning_rate: {low: 1e-4, high: 1e-3}\n" + text)
+def test_a_pareto_search_says_exactly_what_is_missing(tmp_path, space, told):
     with pytest.raises(RecipeError) as caught:
-        load_recipe(path)
+        load_recipe(written(tmp_path, "objective: {kind: pareto}", space))
     [problem] = caught.value.problems
-    assert problem.rule == "pareto needs alpha as a parameter of the space"
-    assert problem.next_step == told
+    assert (problem.rule, problem.next_step) == ("pareto needs alpha as a parameter of the space", told)
 
 
 def test_what_belongs_to_a_pareto_search_is_idle_elsewhere(tmp_path):
-    recipe = load_recipe(written(tmp_path, "  objective: {best: lexicographic, tolerance: 0.01}\n"))
+    recipe = load_recipe(written(tmp_path, "objective: {best: lexicographic, tolerance: 0.01}"))
     assert sum("search.objective." in text and "has no effect" in text for text in warnings(recipe)) == 2

@@ -1,7 +1,6 @@
 """Links of the documents lead somewhere, and what they say to type works: README and tutorial are run as they stand."""
 
 import re
-from pathlib import Path
 
 import documents
 import pytest
@@ -36,37 +35,22 @@ def anchors(path):
     return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_links_lead_to_files_and_headings(name):
-    path = ROOT / name
-    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text())
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
-        if re.match(r"[a-z]+:", link):
-            continue
-        place, _, anchor = link.partition("#")
-        target = (path.parent / place).resolve() if place else path
-        assert target.is_file(), link
-        assert target.is_relative_to(ROOT), link
-        assert not anchor or anchor in anchors(target), link
-
-
-@pytest.mark.parametrize(("name", "most"), [("README.md", 130), ("benchmarks/README.md", 150)])
-def test_a_readme_is_short(name, most):
-    assert len((ROOT / name).read_text().splitlines()) <= most
-
-
-def test_every_page_of_the_documents_is_named_by_another():
+def test_links_lead_to_files_and_headings_and_each_page_is_named_by_another():
     texts = {name: (ROOT / name).read_text() for name in DOCUMENTS}
-    for name in DOCUMENTS:
+    for name, whole in texts.items():
+        path = ROOT / name
+        for link in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"(?ms)^```.*?^```", "", whole)):
+            if re.match(r"[a-z]+:", link):
+                continue
+            place, _, anchor = link.partition("#")
+            target = (path.parent / place).resolve() if place else path
+            assert target.is_file(), (name, link)
+            assert target.is_relative_to(ROOT), (name, link)
+            assert not anchor or anchor in anchors(target), (name, link)
         if name not in ("README.md", "docs/index.md"):
-            assert any(Path(name).name in text for other, text in texts.items() if other != name), name
-
-
-def test_each_question_of_the_faq_names_the_page_that_answers():
-    parts = re.split(r"(?m)^## ", (ROOT / "docs/faq.md").read_text())[1:]
-    assert len(parts) >= 10
-    for part in parts:
-        assert re.search(r"\]\([^)]+\)", part) or "leaves my machine" in part or "leave my machine" in part, part[:60]
+            assert any(path.name in text for other, text in texts.items() if other != name), name
+    for name, most in (("README.md", 130), ("benchmarks/README.md", 150)):
+        assert len(texts[name].splitlines()) <= most
 
 
 def test_numbers_of_the_documents_are_those_of_the_package():
@@ -89,6 +73,17 @@ def test_the_functions_that_the_faq_names_are_those_that_are_commands():
     assert sorted(re.findall(r"`(\w+)`", answer)) == functions
 
 
+def test_each_statement_on_trust_names_the_test_that_holds_it():
+    statements = re.findall(r"(?ms)^- .*?(?=^- |^$)", (ROOT / "docs/trust.md").read_text())
+    assert len(statements) >= 20
+    for statement in statements:
+        named = re.findall(r"<!-- (\w+\.py)::(\w+) -->", statement)
+        assert named
+        assert statement.count("<!--") == len(named)
+        for file, name in named:
+            assert re.search(rf"(?m)^def {name}\(", (ROOT / "tests" / file).read_text()), name
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -109,18 +104,6 @@ def test_the_recipe_of_the_readme_is_one(here):
     recipe = load_recipe(here / "mine.yaml")
     assert {*recipe.search.space} == {"learning_rate", "kl_weight"}
     assert recipe.data.id_test is not None
-
-
-@pytest.mark.whole
-def test_the_recipe_of_the_readme_is_searched(here, capsys):
-    documents.draw_images(here / "my_images", ["photo", "painting", "sketch"])
-    (written,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())
-    (here / "mine.yaml").write_text(written)
-    documents.shorten(here / "mine.yaml")
-    settings = ["model={name: sandbox}", "resources.executor=debug", "prompts.templates=sandbox"]
-    given = [word for setting in settings for word in ("--set", setting)]
-    documents.run("carft-ray search mine.yaml --study studies/mine", capsys, *given)
-    documents.run("carft-ray report studies/mine", capsys)
 
 
 @pytest.mark.whole

@@ -43,36 +43,19 @@ def recipe_of(tree, **sets):
     return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 4}}), Path.cwd())
 
 
-def test_a_tree_without_domains_has_its_classes_at_the_root(tree):
-    source = chosen(tree)
-    assert source.class_names == CLASSES
-    assert source.listing.names[0] == "bird/00.png"
-    assert np.bincount(source.labels).tolist() == [40, 40, 40]
-
-
-def test_disjoint_parts_share_no_image_and_together_are_the_set(tree):
+def test_parts_and_shots_are_disjoint_nested_and_drawn_by_their_seed(tree):
+    whole = chosen(tree)
+    assert (whole.class_names, whole.listing.names[0]) == (CLASSES, "bird/00.png")
+    assert np.bincount(whole.labels).tolist() == [40, 40, 40]
     parts = [chosen(tree, part=part) for part in ([0, 0.25], [0.25, 0.6], [0.6, 1])]
     ids = [set(part.sample_ids.tolist()) for part in parts]
     assert sum(map(len, ids)) == len(set.union(*ids)) == 120
     assert [len(part) for part in parts] == [33, 48, 39]  # 30, 42 and 48 are expected
-
-
-def test_fewer_shots_are_among_more_and_another_seed_draws_others(tree):
     one, five, other = (chosen(tree, shots=k, shots_seed=seed) for k, seed in ((1, 0), (5, 0), (5, 1)))
-    assert np.bincount(one.labels).tolist() == [1, 1, 1]
     assert np.bincount(five.labels).tolist() == [5, 5, 5]
     assert set(one.sample_ids.tolist()) < set(five.sample_ids.tolist())
     assert set(five.sample_ids.tolist()) != set(other.sample_ids.tolist())
-
-
-def test_shots_are_taken_from_the_part(tree):
-    part = set(chosen(tree, part=[0, 0.5]).sample_ids.tolist())
-    assert set(chosen(tree, part=[0, 0.5], shots=3).sample_ids.tolist()) < part
-
-
-def test_more_shots_than_images_are_refused(tree):
-    with pytest.raises(DataError, match=r"every class must have 41 images, as shots says, but got 40 in 'bird'"):
-        chosen(tree, shots=41)
+    assert set(chosen(tree, part=[0, 0.25], shots=3).sample_ids.tolist()) < ids[0]
 
 
 def test_a_set_of_some_classes_is_told_apart_between_those(tree):
@@ -103,28 +86,24 @@ def test_masked_predictions_are_those_of_the_logits_of_the_groups_alone():
     assert plain.equals(masked)
 
 
-def test_one_tree_may_be_cut_into_roles_by_parts(tree):
+def test_one_tree_may_be_cut_into_roles_by_parts_that_share_no_image(tree):
     recipe = recipe_of(tree)
     assert check_roles(recipe) == check_sets(recipe) == []
     check_overlap(recipe, tree / "cache")
     assert len(open_train(recipe)) + len(open_validation(recipe)[0]) == 120
+    for other in ({"part": [0.2, 0.4]}, {"part": [0.3, 1]}, {}, {"shots": 2}, {"path": "images/bird"}):
+        (problem,) = check_roles(recipe_of(tree, id_val={"source": "folder", "path": "images", **other}))
+        told = "data.id_val: a set has one role and must not share images with data.train, but got "
+        assert str(problem).startswith(
+            f"{told}{tree / other.get('path', 'images')}\n    Give data.id_val images of its "
+        )
 
 
-@pytest.mark.parametrize(
-    "other", [{"part": [0.2, 0.4]}, {"part": [0.4, 0.5]}, {"part": [0.3, 1]}, {}, {"shots": 2}, {"path": "images/bird"}]
-)
-def test_parts_that_share_images_are_refused(tree, other):
-    (problem,) = check_roles(recipe_of(tree, id_val={"source": "folder", "path": "images", **other}))
-    assert str(problem) == (
-        "data.id_val: a set has one role and must not share images with data.train, but got "
-        f"{tree / other.get('path', 'images')}\n"
-        "    Give data.id_val images of its own; parts of one folder have none in common: [0, 0.8] and [0.8, 1]."
-    )
-
-
-def test_a_part_without_images_is_told(tree):
+def test_a_part_without_images_and_more_shots_than_images_are_refused(tree):
     with pytest.raises(DataError, match="there must be at least one image, but got none of 120 in the part"):
         chosen(tree, part=[0, 1e-9])
+    with pytest.raises(DataError, match=r"every class must have 41 images, as shots says, but got 40 in 'bird'"):
+        chosen(tree, shots=41)
 
 
 def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree, caplog):
@@ -153,9 +132,8 @@ def test_skipped_images_are_counted_in_the_manifest_and_fail_is_the_default(tree
         strict.pixels(47)
 
 
-def test_a_set_of_bad_images_alone_is_refused(tmp_path):
-    for name in CLASSES:
-        (tmp_path / "images" / name).mkdir(parents=True)
-        (tmp_path / "images" / name / "1.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="at least one image that can be decoded, but got none of 3"):
-        without_bad_images(chosen(tmp_path, on_bad_image="skip"), tmp_path / "cache")
+def test_a_set_of_bad_images_alone_is_refused(tree):
+    for path in tree.glob("images/*/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="at least one image that can be decoded, but got none of 120"):
+        without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")

@@ -1,10 +1,8 @@
 """How the packaged weights of the sandbox are made: what captions say, the loss, and that a run repeats."""
 
 import json
-from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import open_clip
 import pytest
 import torch
@@ -13,7 +11,7 @@ import torch.nn.functional as F
 from benchmarks import effect, pretrain
 from benchmarks.pretrain import contrastive_loss, true_templates
 from carft_ray import model
-from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, TEMPLATES, render
+from carft_ray.data.synthetic.sandbox import DOMAINS, TEMPLATES, render
 
 WEIGHTS = Path(model.__file__).parent / "sandbox_weights"
 
@@ -35,21 +33,13 @@ def test_contrastive_loss_is_the_loss_of_clip_when_no_caption_is_shared():
     torch.testing.assert_close(contrastive_loss(20.0 * images @ texts.T, torch.arange(7)), expected)
 
 
-def test_contrastive_loss_vanishes_when_shared_captions_are_found_in_equal_parts():
-    logits = torch.full((4, 2), -100.0)
-    caption = torch.tensor([0, 0, 1, 1])
-    logits[torch.arange(4), caption] = 100.0
-    expected = torch.tensor(np.log(2) / 2, dtype=torch.float32)  # a caption spreads over its two pictures
-    torch.testing.assert_close(contrastive_loss(logits, caption), expected)
-
-
 def test_packaged_weights_are_small_and_belong_to_the_code_that_makes_them():
     assert sum(path.stat().st_size for path in WEIGHTS.iterdir()) <= 10_000_000
     config = json.loads((WEIGHTS / "open_clip_config.json").read_text())
     assert config == {"model_cfg": pretrain.MODEL_CONFIG, "preprocess_cfg": pretrain.PREPROCESS_CONFIG}
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_pretraining_writes_a_model_that_open_clip_opens_and_repeats_bit_for_bit(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "_NUM_PICTURES", 192)
     monkeypatch.setattr(pretrain, "_BATCH_SIZE", 16)
@@ -59,13 +49,3 @@ def test_pretraining_writes_a_model_that_open_clip_opens_and_repeats_bit_for_bit
     assert first == second
     assert "step 10/10  loss " in capsys.readouterr().out
     open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'a'}")
-
-
-def test_captions_name_the_class_its_group_or_another_of_the_group():
-    words, rng = (*CLASSES, *pretrain.GROUPS), np.random.default_rng(0)
-    for name in CLASSES:
-        drawn = Counter(words[pretrain._word(rng, CLASSES.index(name))] for _ in range(400))
-        group = next(group for group, members in pretrain.GROUPS.items() if name in members)
-        assert set(drawn) == {group, *pretrain.GROUPS[group]}
-        assert 120 < drawn[name] < 185  # 152 expected
-        assert 145 < drawn[group] < 215  # 180 expected

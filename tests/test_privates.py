@@ -32,14 +32,6 @@ def test_a_running_trial_of_the_storage_can_be_drawn_and_told():
         pass
 
 
-def test_the_switch_of_rays_news_is_there_and_is_set_back():
-    worker = ray._private.worker
-    assert worker._worker_logs_enabled is True
-    with ray_private.without_news_of_workers():
-        assert worker._worker_logs_enabled is False
-    assert worker._worker_logs_enabled is True
-
-
 def test_ray_reads_its_mode_of_authentication_and_its_token_anew(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))  # where a user may have a token
     for mode, token in (("token", "a" * 32), ("disabled", ""), ("token", "b" * 32)):
@@ -66,18 +58,13 @@ def test_the_column_types_of_ray_that_run_code_are_known_and_taken_away():
     assert found.splitlines() == [" ".join(f"ray.data.arrow_{kind}" for kind in kinds), ""]
 
 
-def test_a_release_that_does_not_name_the_nodes_that_it_drains_is_told(monkeypatch):
-    """What the call returns is pinned in test_leave.py, with a Ray."""
-    monkeypatch.delattr(type(ray._private.state.state), "get_draining_nodes")
-    with pytest.raises(UsageError, match=r"state\.get_draining_nodes, which carft-ray uses"):
-        ray_private.draining_nodes()
-
-
-def test_a_release_that_does_not_say_what_is_free_on_a_node_is_told(monkeypatch):
-    """What the calls return is pinned in test_growth.py, with a Ray."""
-    monkeypatch.delattr(ray._private.state, "available_resources_per_node")
-    with pytest.raises(UsageError, match=r"state\.available_resources_per_node, which carft-ray uses"):
-        ray_private.resources_of_nodes()
+@pytest.mark.parametrize("name", ["get_draining_nodes", "available_resources_per_node"])
+def test_a_release_that_does_not_tell_of_its_nodes_is_named(monkeypatch, name):
+    """What the calls return is pinned in test_leave.py and test_growth.py, with a Ray."""
+    state = ray._private.state
+    monkeypatch.delattr(type(state.state) if name == "get_draining_nodes" else state, name)
+    with pytest.raises(UsageError, match=rf"state\.{name}, which carft-ray uses"):
+        (ray_private.draining_nodes if name == "get_draining_nodes" else ray_private.resources_of_nodes)()
 
 
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own data sets
@@ -98,13 +85,13 @@ def test_a_lean_trainer_starts_no_actors_for_data_sets_and_leaks(monkeypatch):
 
 
 def test_a_release_without_a_name_is_told_with_release_and_name(monkeypatch):
-    monkeypatch.delattr(ray._private.worker, "_worker_logs_enabled")
-    with (
-        pytest.raises(
-            UsageError, match=rf"_worker_logs_enabled, which carft-ray uses, but got release {ray.__version__}"
-        ),
-        ray_private.without_news_of_workers(),
-    ):
+    worker = ray._private.worker
+    with ray_private.without_news_of_workers():
+        assert worker._worker_logs_enabled is False
+    assert worker._worker_logs_enabled is True
+    monkeypatch.delattr(worker, "_worker_logs_enabled")
+    told = rf"_worker_logs_enabled, which carft-ray uses, but got release {ray.__version__}"
+    with pytest.raises(UsageError, match=told), ray_private.without_news_of_workers():
         pass
     with pytest.raises(UsageError, match=rf"_trial_id, which carft-ray uses, but got release {optuna.__version__}"):
         optuna_private.trial_id(object())

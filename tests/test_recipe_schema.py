@@ -33,35 +33,26 @@ def refused(path):
     return by_schema, False
 
 
-def test_the_schema_is_one():
+def test_recipes_fit_the_schema_that_lies_beside_them():
     jsonschema.Draft202012Validator.check_schema(VALIDATOR.schema)
+    for path in RECIPES:
+        assert refused(path) == (False, False), path
+        if path.parent.name == "search_spaces":
+            assert path.read_text().startswith(SCHEMA_LINE)
+            assert path.with_name(SCHEMA).exists()
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_every_recipe_fits_the_schema(path):
-    assert refused(path) == (False, False)
-
-
-def test_recipes_name_the_schema_that_lies_beside_them():
-    for path in ROOT.glob("search_spaces/*.yaml"):
-        assert path.read_text().startswith(SCHEMA_LINE)
-        assert path.with_name(SCHEMA).exists()
-
-
-@pytest.mark.parametrize(
-    "words", [["--preset", "pacs", "--hold-out", "photo"], ["--from", "tree", "--model", "sandbox"]]
-)
-def test_init_writes_the_schema_beside_the_recipe(tmp_path, monkeypatch, words):
+def test_init_writes_the_schema_beside_the_recipe(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_tree(tmp_path / "tree", ["photo", "art"], images=5)
-    (tmp_path / "new").mkdir()
-    assert call(["init", *words, "--to", "new/r.yaml"]) == 0
-    assert (tmp_path / "new" / "r.yaml").read_text().startswith(SCHEMA_LINE)
-    assert (tmp_path / "new" / SCHEMA).read_text() == schema_text()
-    assert refused(tmp_path / "new" / "r.yaml") == (False, False)
-
-
-def test_the_schema_is_printed(capsys):
+    for words in ("--preset pacs --hold-out photo --to new/r.yaml", "--from tree --model sandbox --to other/r.yaml"):
+        path = tmp_path / words.split()[-1]
+        path.parent.mkdir()
+        assert call(["init", *words.split()]) == 0
+        assert path.read_text().startswith(SCHEMA_LINE)
+        assert path.with_name(SCHEMA).read_text() == schema_text()
+        assert refused(path) == (False, False)
+    capsys.readouterr()
     assert call(["schema"]) == 0
     assert capsys.readouterr().out == schema_text()
 
@@ -80,8 +71,6 @@ REFUSED = [
     "train: {lerning_rate: 1e-4}",
     "train: {epochs: many}",
     "train: {epochs: 0}",
-    "train: {learning_rate: '1e-4'}",
-    "train: {learning_rate: -1}",
     "train: {decay: some}",
     "train: {head_bias: 1}",
     "train: {compile: maybe}",
@@ -93,41 +82,25 @@ REFUSED = [
     "format_version: 2",
     "prompts: {templates: [1, 2]}",
     "search: {space: {lerning_rate: {low: 1e-5, high: 1e-3}}}",
-    "search: {space: {seed: {low: 0, high: 9}}}",
     "search: {space: {learning_rate: {low: 1e-5, hgih: 1e-3}}}",
     "search: {space: {decay: {choices: []}}}",
     "search: {baselines: {plain: {kl_wieght: 0}}}",
     "search: {alpha: {grid: [0, 2]}}",
     "search: {constraints: {id_drop: {zero_shot: 2}}}",
-    "search: {trials: 1.5}",
+    *(
+        f"  id_test: {spec}"
+        for spec in (
+            "{source: sandbox, domain: photo, split: train}",
+            "{source: foldr, path: images}",
+            "{path: images}",
+            "{source: folder, path: images, part: [0, 1, 2]}",
+            "{source: corrupted, of: {source: folder, path: images}, severity: 6}",
+        )
+    ),
 ]
 
 
-@pytest.mark.parametrize("more", ACCEPTED)
-def test_what_the_package_accepts_the_schema_accepts(tmp_path, more):
+@pytest.mark.parametrize(("more", "is_refused"), [(more, more in REFUSED) for more in (*ACCEPTED, *REFUSED)])
+def test_the_schema_and_the_package_refuse_the_same(tmp_path, more, is_refused):
     (tmp_path / "r.yaml").write_text(f"{DATA}{more}\n")
-    assert refused(tmp_path / "r.yaml") == (False, False)
-
-
-@pytest.mark.parametrize("more", REFUSED)
-def test_a_mistake_is_refused_by_both(tmp_path, more):
-    (tmp_path / "r.yaml").write_text(f"{DATA}{more}\n")
-    assert refused(tmp_path / "r.yaml") == (True, True)
-
-
-@pytest.mark.parametrize(
-    "spec",
-    [
-        "{source: sandbox, domain: photo, split: train}",
-        "{source: foldr, path: images}",
-        "{path: images}",
-        "{source: folder, path: images, split: train}",
-        "{source: folder, path: images, part: [0, 1, 2]}",
-        "{source: corrupted, of: {source: folder, path: images}, severity: 6}",
-        "null",
-    ],
-)
-def test_a_set_with_a_mistake_is_refused_by_both(tmp_path, spec):
-    sets = DATA.splitlines()
-    (tmp_path / "r.yaml").write_text("\n".join([sets[0], f"  train: {spec}", *sets[2:]]))
-    assert refused(tmp_path / "r.yaml") == (True, True)
+    assert refused(tmp_path / "r.yaml") == (is_refused, is_refused)

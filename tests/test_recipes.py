@@ -1,19 +1,15 @@
 """Every recipe that ships passes the doctor on sets in the true layouts, with a tiny model in place of its own."""
 
 import functools
-import io
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from layouts import make_layout
-from PIL import Image
 from short_training import write_image, write_model
 from test_search_spaces import FOLDER, RECIPES
 
 from carft_ray.data.benchmarks.facts import load_facts
-from carft_ray.data.open_source import open_source
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.loading import load_recipe, resolve_path
 from carft_ray.recipe.schema.sets import BenchmarkSet, FolderSet, plain
@@ -40,6 +36,7 @@ TASKS = {
     "caltech101": "part: [0.2, 1] | part: [0, 0.1] | part: [0.1, 0.2]",
 }  # of downstream.yaml, for each of its lines: what stands for train, id_val and id_test
 NAMES = [path.stem for path in RECIPES] + [f"downstream:{task}" for task in TASKS]
+OFTEN = ("folders", "pacs", "fmow", "downstream:dtd")  # the others in `make test-all`
 FEW_CLASSES = 110  # up to so many, four images of each
 
 
@@ -76,38 +73,10 @@ def write_recipe(folder, name):
     return folder / f"downstream-{task}.yaml"
 
 
-def plant(recipe, folder):
-    """Puts copies into the sets: of two images of `train` in `id_val`, and of `id_val` in the first test set; the one
-    byte for byte, the other saved again.
-
-    Returns:
-        Pairs of sets and how each is the same.
-    """
-    sets = {".".join(path): spec for path, spec in named_sets(recipe).items() if path[1] != "ood_val"}
-    places = list(sets)[:3]
-    sources = [open_source(sets[place], place, None) for place in places]
-    planted = set()
-    for number in range(2):
-        for index, how in enumerate(("same bytes", "same picture"), start=2 * number):
-            one, other = (Path(sources[number + step].place(index)) for step in (0, 1))
-            if one.is_file():
-                put(one, index, 95)
-                put(other, index, 95 if how == "same bytes" else 80)
-                planted.add((*places[number : number + 2], how))
-    return planted
-
-
-def put(path, seed, quality):
-    """Writes smooth hills of colour, as a photo has, as a JPEG under whatever name."""
-    hills = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    content = io.BytesIO()
-    hills.resize((40, 40), Image.Resampling.BICUBIC).save(content, "JPEG", quality=quality)
-    if path.read_bytes() != content.getvalue():
-        path.write_bytes(content.getvalue())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_every_recipe_passes_the_doctor_on_its_layouts_with_copies_between_its_roles(workshop, name, monkeypatch):
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.whole) for name in NAMES]
+)
+def test_every_recipe_passes_the_doctor_on_its_layouts(workshop, name, monkeypatch):
     folder, make = workshop
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
     recipe = load_recipe(write_recipe(folder, name), () if name == "quickstart" else TINY)
@@ -115,17 +84,11 @@ def test_every_recipe_passes_the_doctor_on_its_layouts_with_copies_between_its_r
     for spec in specs:
         if isinstance(spec, BenchmarkSet):
             make(spec.name, Path(resolve_path(folder, spec.path)))
-    trees = {spec.path for spec in specs if isinstance(spec, FolderSet)}
-    for tree in trees:
+    for tree in {spec.path for spec in specs if isinstance(spec, FolderSet)}:
         domains = {domain for spec in specs if spec.path == tree for domain in spec.domains}
         make_folders(Path(resolve_path(folder, tree)), sorted(domains))
-    planted = set() if name == "quickstart" else plant(recipe, folder)
     found = examine(recipe, num_images=50)
     assert [str(problem) for problem in found.errors] == []
     assert set(found.zero_shot) == {"id_val", *recipe.data.ood_val}
     assert set(found.sets) == {".".join(path) for path in named_sets(recipe)}
-    pairs = {(pair.first.place, pair.second.place, pair.how) for pair in found.pairs}
-    assert {pair for pair in pairs if "data.ood_val" not in "".join(pair)} == planted
-    done = "left out" if trees else "kept"
-    notes = [str(one.problem) for one in found.findings if one.level == "note"]
-    assert any(f" {done}, also in " in note for note in notes) is bool(planted)
+    assert found.pairs == [] or name == "quickstart"

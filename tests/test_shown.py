@@ -41,13 +41,10 @@ def study_dir(tmp_path_factory):
 
 
 @pytest.mark.parametrize("command", ["ls", "logs"])
-def test_a_reason_of_a_trial_is_shown_as_it_is(study_dir, printed, command):
+def test_a_reason_of_a_trial_is_shown_as_it_is(study_dir, printed, command, capsys):
     cli.app([command, str(study_dir), *(["0"] if command == "logs" else [])], standalone_mode=False)
     assert all(word in printed.getvalue() for word in SHOWN.split(" "))  # a column of remarks is narrow
     assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(printed.getvalue())
-
-
-def test_a_document_stays_json_and_holds_no_control_character(study_dir, capsys):
     cli.app(["ls", str(study_dir), "--json"], standalone_mode=False)
     written = capsys.readouterr().out
     assert written.isascii()
@@ -56,10 +53,8 @@ def test_a_document_stays_json_and_holds_no_control_character(study_dir, capsys)
 
 
 def test_messages_errors_and_tables_are_no_markup(printed):
-    console.show(STEERING)
-    console.say(STEERING)
-    console.warn(STEERING)
-    console.next_step(STEERING)
+    for show in (console.show, console.say, console.warn, console.next_step):
+        show(STEERING)
     console.show_error(DataError([Problem(STEERING, "must hold"), Problem("x", "must hold", STEERING)]))
     console.show(console.table([STEERING, *console.numbers(STEERING)], [[STEERING, STEERING]]))
     console.show(console.table(["", ""], [[STEERING, STEERING]]))

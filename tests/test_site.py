@@ -1,11 +1,9 @@
 """The site of the documents: built without a warning, whole, and nothing in it asks a network."""
 
-import asyncio
 import re
 import subprocess
 import sys
 
-import browser
 import pytest
 from documents import DOCUMENTS, ROOT
 
@@ -49,28 +47,3 @@ def test_nothing_is_loaded_from_elsewhere(site):
         assert not re.search(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(?:https?:)?//', page.read_text()), page
     for style in site.rglob("*.css"):
         assert not re.search(r"@import|url\(['\"]?(?:https?:)?//", style.read_text()), style
-
-
-@pytest.mark.skipif(browser.program() is None, reason="needs a Chromium")
-def test_pages_fit_a_phone_and_the_search_finds(site, tmp_path):
-    asyncio.run(_look(site, tmp_path))
-
-
-async def _look(site, folder):
-    async with browser.browser(folder) as page:
-
-        async def show(path, width):
-            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-            await page.call("Emulation.setDeviceMetricsOverride", **size)
-            await page.call("Page.navigate", url=path)
-            while not await page.evaluate(f"document.readyState === 'complete' && location.href === {path!r}"):
-                await asyncio.sleep(0.1)
-
-        for width in (390, 1280):
-            for name in DOCUMENTS:
-                await show((site / name).with_suffix(".html").as_uri(), width)
-                assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), (name, width)
-        await show((site / "search.html").as_uri() + "?q=alpha", 1280)
-        while not await page.evaluate("document.querySelectorAll('#search-results li').length > 5"):
-            await asyncio.sleep(0.1)
-        assert page.problems == []

@@ -1,11 +1,13 @@
-"""The verbs of a study on the command line: status, ls, logs, stop, and what resume refuses. No Ray runs."""
+"""The verbs of a study on the command line: status, ls, logs, stop, resume; studies in wrong hands. No Ray runs."""
 
 import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -21,28 +23,28 @@ from carft_ray.api import actions
 from carft_ray.errors import UsageError
 from carft_ray.launch.stop import ask_to_stop, wait_until_free
 from carft_ray.layout import BEST
-from carft_ray.recipe.loading import dump_recipe, load_recipe, recipe_of
+from carft_ray.recipe.loading import dump_recipe, recipe_of
 from carft_ray.recipe.schema.recipe import single
 from carft_ray.results.reading.study_view import find_row, read_study, total_trials
 from carft_ray.store.result import write_result
-from carft_ray.study.best import write_best
-from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, Live, append_log, write_live
 from carft_ray.study.recovery import recover_running
 from carft_ray.ui.live import SearchView
 
 BASE = Path(__file__).parent
+RECIPE = make_recipe(8, train={"batch_size": 4})
 METRICS = {"id_accuracy": 0.8, "ood_accuracy": 0.5}
 
 
-def begin(study_dir, recipe):
+def begin(study, recipe):
     """What a search does first, under the lock."""
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-    set_recipe(study_dir, recipe)
+    (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
+    set_recipe(study.study_dir, recipe)
+    recover_running(study)
 
 
-def start(study, name=None):
+def start(study):
     """Starts the next attempt: its log begins, and the driver says that it runs."""
     spec = study.next()
     folder = spec.folder(study.study_dir)
@@ -62,15 +64,12 @@ def fail(study, spec, outcome, reason):
     study.settle(spec, Failure(outcome, reason, spec.attempt, details="Traceback ..."))
 
 
-def make_study(study_dir, num_trials=8):
+def make_study(study_dir, recipe=RECIPE):
     """A study of a search that was killed: three trials finished, one diverged, one begun."""
-    recipe = make_recipe(num_trials)
     with open_study(study_dir, recipe) as study:
-        begin(study_dir, recipe)
-        recover_running(study)
+        begin(study, recipe)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
-        finish(study, start(study), 0.4)
-        for objective in (0.5, 0.7, 0.6):
+        for objective in (0.4, 0.5, 0.7, 0.6):  # the first of a baseline
             finish(study, start(study), objective)
         fail(study, start(study), "diverged", "loss not finite at step 3")
         spec = start(study)
@@ -124,12 +123,6 @@ def ended_by_its_stop_file(folder, held):
     held.close()
 
 
-def interrupted(path):
-    waited_for(path)
-    time.sleep(1)  # until the command waits for the end
-    os.kill(os.getpid(), signal.SIGINT)
-
-
 # status
 
 
@@ -154,23 +147,11 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     code, out, err = run("status", "first")
     assert code == 0
     assert out.splitlines()[0] == "study: 4 of 8 trials finished."
-    assert "best" in out
     assert out.splitlines()[-1] == "Selected on ID only: the recipe has no ood_val."
+    assert "# Selected on ID only: the recipe has no ood_val.\n" in (here / "first" / BEST).read_text()
     assert "No search runs on it." in err
     assert "  carft-ray resume first\n" in err
     assert everything(here) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("with_ood", [False, True])
-def test_the_best_recipe_says_when_it_was_selected_on_id_only(here, with_ood):
-    recipe = make_recipe(8)
-    ood_val = {"sketch": recipe.data.id_val} if with_ood else {}
-    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"ood_val": ood_val})})
-    view, path = read_study(here / "first"), here / "first" / BEST
-    write_best(here / "first", recipe, view.best)
-    assert ("# Selected on ID only: the recipe has no ood_val." in path.read_text().splitlines()) != with_ood
-    assert load_recipe(path).train.learning_rate == view.best.values["learning_rate"]
 
 
 @pytest.mark.slow
@@ -179,73 +160,32 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
 
     def counts():
         answer = json.loads(run("status", "first", "--json")[1])
-        found = {
-            state: count
-            for state, count in answer["trials"].items()
-            if count and state in ("running", "stopped", "waiting")
-        }
-        return found, answer["search"]["running"], [row["epoch"] for row in answer["running"]]
+        found = {state: answer["trials"][state] for state in ("running", "stopped", "waiting")}
+        running = [row["epoch"] for row in answer["running"]]
+        return {state: count for state, count in found.items() if count}, answer["search"]["running"], running
 
     assert counts() == ({"stopped": 1}, False, [])
-    recipe = make_recipe(8)
-    with open_study(study_dir, recipe) as study:
-        time.sleep(0.02)
-        begin(study_dir, recipe)
-        recover_running(study)
+    with open_study(study_dir, RECIPE) as study:
+        begin(study, RECIPE)
         assert counts() == ({"waiting": 1}, True, [])  # it waits to be recovered
-        time.sleep(0.02)
         spec = start(study)
         assert spec.attempt == 2
         assert counts() == ({"running": 1}, True, [1])
-        text = run("status", "first")
-        assert "running, epoch 1 done" in text[1]
-        assert f"A search runs on it: process {os.getpid()} on " in text[2]
-        assert f"carft-ray logs first {spec.name} --follow" in text[2]
+        _, out, err = run("status", "first")
+        assert "running, epoch 1 done" in out
+        assert f"A search runs on it: process {os.getpid()} on " in err
+        assert f"carft-ray logs first {spec.name} --follow" in err
         fail(study, spec, "error", "RuntimeError: once")
-        write_live(study_dir, {})
+        write_live(study_dir, {}, (3, "3 GPUs, 1 a trial"))
         assert counts() == ({"waiting": 1}, True, [])  # for another attempt
+        assert "3 at a time (3 GPUs, 1 a trial)." in run("status", "first")[2]
+        assert " · 3 at a time (3 GPUs, 1 a trial) · " in SearchView.of(read_study(study_dir)).line()
         start(study)
     assert counts() == ({"stopped": 1}, False, [])
-    assert "stopped, epoch 1 done" in run("status", "first")[1]
+    _, out, err = run("status", "first")
+    assert "stopped, epoch 1 done" in out
+    assert "at a time" not in err
     assert "stopped, epoch 1 done" in run("ls", "first")[1]
-
-
-@pytest.mark.slow
-def test_readers_never_lock_a_search_out(here):
-    over = threading.Event()
-
-    def reads():
-        while not over.is_set():
-            log_of(here / "first").holder()
-
-    with meanwhile(reads), contextlib.ExitStack() as stack:
-        stack.callback(over.set)
-        for _ in range(20):
-            with holding(here / "first"):
-                pass
-
-
-@pytest.mark.slow
-def test_status_of_a_finished_study_says_how_to_extend_and_to_export(run, here):
-    recipe = make_recipe(1, baselines={})
-    with open_study(here / "done", recipe) as study:
-        begin(here / "done", recipe)
-        recover_running(study)
-        finish(study, start(study), 0.4)
-    _, out, err = run("status", "done")
-    assert "1 of 1 trial finished." in out
-    assert "carft-ray resume done --trials +4" in err
-    assert "carft-ray export done --to exports/study" in err
-
-
-def test_a_study_that_has_just_been_made_is_empty_and_no_error(run, here):
-    with open_study(here / "new", make_recipe(4)):
-        pass
-    rewrite(here / "new", commits(here / "new")[:1])  # killed before it held anything
-    code, out, _ = run("status", "new", "--json")
-    answer = json.loads(out)
-    assert (code, answer["finished"], answer["wanted"], answer["best"]) == (0, 0, 4, None)
-    assert run("ls", "new")[0] == 0
 
 
 # ls
@@ -274,11 +214,9 @@ def test_ls_lists_baselines_and_then_the_trials_from_the_best_down(run, here):
 
 @pytest.mark.slow
 def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(run, here):
-    make_study(here / "second", 20)
-    damaged = here / "third"
-    (damaged / "log").mkdir(parents=True)
-    (damaged / "manifest.json").write_text((here / "first" / "manifest.json").read_text())
-    (damaged / "log" / "00000001").write_text("nonsense\nnonsense\n")
+    make_study(here / "second", make_recipe(20))
+    shutil.copytree(here / "first", here / "third")
+    (here / "third" / "log" / "00000001").write_text("nonsense\nnonsense\n")
     (here / "notes").mkdir()
     first, second, third = json.loads(run("ls", ".", "--json")[1])["studies"]
     assert (first["name"], first["wanted"], first["best_objective"], first["running"]) == ("first", 8, 0.7, False)
@@ -291,26 +229,31 @@ def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(r
     assert "cannot be read" in lines[3]
 
 
+def test_a_study_that_has_just_been_made_is_empty_and_no_error(run, here):
+    with open_study(here / "new", make_recipe(4)):
+        pass
+    rewrite(here / "new", commits(here / "new")[:1])  # killed before it held anything
+    answer = json.loads(run("status", "new", "--json")[1])
+    assert (answer["finished"], answer["wanted"], answer["best"]) == (0, 4, None)
+    assert "No trial has begun yet." in run("ls", "new")[2]
+
+
 # logs
 
 
-@pytest.mark.parametrize("word", ["3", "t3", "t0003", "whole", "0003"])
-def test_logs_finds_a_trial_by_number_and_name(run, here, word):
-    name = named(here / "first", 3)
-    code, out, err = run("logs", "first", name if word == "whole" else word)
-    assert code == 0, err
-    assert out == (here / "first" / "trials" / name / "log.txt").read_text()
+def test_logs_finds_a_training_by_number_and_name(run, here):
+    rows = read_study(here / "first").trials
+    assert find_row(rows, rows[2].name[:7]).number == 2  # the beginning of a name is enough when it is of one
+    name = rows[3].name
+    for word in ("3", "t3", "t0003", name, "0003"):
+        code, out, err = run("logs", "first", word)
+        assert code == 0, err
+        assert out == (here / "first" / "trials" / name / "log.txt").read_text()
     assert "diverged: loss not finite at step 3" in out
-
-
-def test_logs_of_a_baseline_as_json(run):
-    code, out, err = run("logs", "first", "plain", "--json")
-    [line] = json.loads(out)
-    assert (code, err) == (0, "")
+    [line] = json.loads(run("logs", "first", "plain", "--json")[1])
     assert line.endswith("attempt 1: starts on 127.0.0.1")
 
 
-@pytest.mark.slow
 def test_a_trial_without_a_log_is_no_error(run, here):
     path = here / "first" / "trials" / named(here / "first", 4) / "log.txt"
     path.unlink()
@@ -322,11 +265,10 @@ def test_a_trial_without_a_log_is_no_error(run, here):
 
 
 @pytest.mark.slow
-def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(run, here):
-    study_dir, recipe = here / "first", make_recipe(8)
-    with open_study(study_dir, recipe) as study:
-        begin(study_dir, recipe)
-        recover_running(study)
+def test_follow_prints_whole_lines_as_they_come_until_the_training_has_ended(run, here):
+    study_dir = here / "first"
+    with open_study(study_dir, RECIPE) as study:
+        begin(study, RECIPE)
         spec = start(study)
 
         def training():
@@ -334,60 +276,48 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_finished(
                 time.sleep(0.15)
                 with open(spec.folder(study_dir) / "log.txt", "a") as file:
                     file.write(text)
-            finish(study, spec, 0.5)
+            fail(study, spec, "diverged", "loss not finite at step 9")
 
         with meanwhile(training):
             code, out, _ = run("logs", "first", "4", "--follow")
     assert code == 0
-    assert out.splitlines()[-3:] == ["half a line", "and more", "last"]
-
-
-@pytest.mark.slow
-def test_follow_ends_with_a_training_that_diverges(run, here):
-    study_dir, recipe = here / "first", make_recipe(8)
-    with open_study(study_dir, recipe) as study:
-        begin(study_dir, recipe)
-        recover_running(study)
-        spec = start(study)
-        failure = Failure("diverged", "loss not finite at step 9", spec.attempt)
-        with meanwhile(lambda: (time.sleep(0.3), study.settle(spec, failure))):
-            code, out, _ = run("logs", "first", "4", "-f")
-    assert code == 0
-    assert out.rstrip().endswith("attempt 2: diverged: loss not finite at step 9")
+    *lines, end, _ = out.splitlines()
+    assert lines[-3:] == ["half a line", "and more", "last"]
+    assert end.endswith("attempt 2: diverged: loss not finite at step 9")
 
 
 # stop
 
 
 @pytest.mark.slow
-def test_stop_asks_the_search_that_runs_and_waits_for_its_end(run, here):
-    study_dir = here / "first"
+@pytest.mark.parametrize(
+    ("name", "recipe", "told"),
+    [
+        ("first", RECIPE, "The search has ended; 4 of 8 trials finished."),
+        ("one", single(RECIPE), "The training has ended; 0 of 1 trial finished."),
+    ],
+    ids=["search", "training"],
+)
+def test_stop_asks_what_runs_and_waits_for_its_end(run, here, name, recipe, told):
     with contextlib.ExitStack() as held:
-        held.enter_context(open_study(study_dir, make_recipe(8)))
-        with meanwhile(lambda: ended_by_its_stop_file(study_dir, held)):
-            code, out, err = run("stop", "first")
+        held.enter_context(open_study(here / name, recipe))
+        with meanwhile(lambda: ended_by_its_stop_file(here / name, held)):
+            code, out, err = run("stop", name)
     assert (code, out) == (0, "")
     assert f"Asked process {os.getpid()} on " in err
-    assert "The search has ended; 4 of 8 trials finished." in err
-    assert "  carft-ray resume first\n" in err
+    assert told in err
+    assert name == "one" or "  carft-ray resume first\n" in err
 
 
 @pytest.mark.slow
-def test_status_shows_how_many_run_at_a_time_and_why(run, here):
-    write_live(here / "first", {}, (3, "3 GPUs, 1 a trial"))
-    assert "at a time" not in run("status", "first")[2]  # of a search that has ended
-    with open_study(here / "first", make_recipe(8)):
-        found = json.loads(run("status", "first", "--json")[1])["search"]
-        assert (found["at_a_time"], found["limited_by"]) == (3, "3 GPUs, 1 a trial")
-        assert "3 at a time (3 GPUs, 1 a trial)." in run("status", "first")[2]
-        assert " · 3 at a time (3 GPUs, 1 a trial) · " in SearchView.of(read_study(here / "first")).line()
-        write_live(here / "first", {}, (0, "no node for a trial"))
-        assert " · 0 at a time (no node for a trial) · " in SearchView.of(read_study(here / "first")).line()
-
-
-@pytest.mark.slow
-def test_stop_without_waiting_returns_at_once(run, here):
-    with open_study(here / "first", make_recipe(8)):
+def test_stop_without_waiting_returns_at_once_and_writes_nothing_where_nothing_runs(run, here):
+    before = everything(here)
+    code, _, err = run("stop", "first")
+    assert code == 0
+    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials finished.\n")
+    assert json.loads(run("stop", "first", "--json")[1])["asked"] is None
+    assert everything(here) == before
+    with open_study(here / "first", RECIPE):
         answer = json.loads(run("stop", "first", "--no-wait", "--json")[1])
         assert answer["ended"] is False
         assert answer["asked"].startswith("process ")
@@ -397,28 +327,9 @@ def test_stop_without_waiting_returns_at_once(run, here):
 
 
 @pytest.mark.slow
-def test_stop_where_nothing_runs_writes_nothing_and_says_so(run, here):
-    before = everything(here)
-    code, _, err = run("stop", "first")
-    assert code == 0
-    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials finished.\n")
-    assert json.loads(run("stop", "first", "--json")[1])["asked"] is None
-    assert everything(here) == before
-
-
-@pytest.mark.slow
-def test_stop_asks_a_training_too(run, here):
-    with contextlib.ExitStack() as held:
-        held.enter_context(open_study(here / "one", single(make_recipe(8))))
-        with meanwhile(lambda: ended_by_its_stop_file(here / "one", held)):
-            code, _, err = run("stop", "one")
-    assert code == 0
-    assert "The training has ended; 0 of 1 trial finished.\n" in err
-
-
-@pytest.mark.slow
-def test_ctrl_c_ends_the_waiting_only(run, here):
-    with open_study(here / "first", make_recipe(8)), meanwhile(lambda: interrupted(here / "first" / "stop")):
+def test_ctrl_c_ends_the_waiting_only(run, here, monkeypatch):
+    monkeypatch.setattr("carft_ray.launch.stop.wait_until_free", lambda *given: signal.raise_signal(signal.SIGINT))
+    with open_study(here / "first", RECIPE):
         code, _, err = run("stop", "first")
     assert code == 130
     assert err.endswith("no longer waiting; it still stops\n    See: carft-ray status first\n")
@@ -445,22 +356,13 @@ def test_stop_waits_for_the_process_that_was_asked_and_not_for_the_next_one(here
     assert read_study(here / "first").holder.startswith("process 12 on node7")
 
 
-def test_a_lock_of_a_dead_process_is_none(here):
-    """The files that a killed process has left say nothing."""
-    code = f"{HOLD}import os\nwith holding('first'): os.kill(os.getpid(), 9)\n"
-    subprocess.run([sys.executable, "-c", code], check=False, env={**os.environ, "PYTHONPATH": str(BASE.parent)})
-    assert commits(here / "first")[-1]["records"][0]["kind"] == "owner"
-    assert read_study(here / "first").holder is None
-
-
 @pytest.mark.slow
 def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
     (stand_in.tell(here) / "hold").touch()  # no training gets further than its first epoch
     command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), "6", '{"executor": "debug"}']
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as search:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as search:
         for line in search.stdout:
             if line.startswith("TrialEpoch"):
                 break
@@ -480,38 +382,31 @@ def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
 # resume
 
 
-@pytest.mark.parametrize(("written", "total"), [("+4", 12), ("20", 20), ("5", 5), (" +1", 9)])
-def test_trials_are_a_total_or_how_many_more(here, written, total):
-    assert total_trials(written, read_study(here / "first")) == total
-
-
-def test_more_counts_from_what_has_begun_where_a_shorter_recipe_came_after(here):
-    begin(here / "first", make_recipe(2))
+def test_trials_are_a_total_or_how_many_more_than_have_begun(here):
+    view = read_study(here / "first")
+    assert [total_trials(written, view) for written in ("+4", "20", "5", " +1")] == [12, 20, 5, 9]
+    set_recipe(here / "first", make_recipe(2))  # a shorter recipe came after
     assert total_trials("+4", read_study(here / "first")) == 9
 
 
 def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
-    path = here / "first" / "manifest.json"
-    path.write_text(re.sub(r'"batch_size": \d+', '"batch_size": 4', path.read_text(), count=1))  # as many as images
     (here / "first" / "resolved.yaml").unlink()  # for people alone
     asked = []
 
     def search(recipe, study, **options):
-        asked.append((recipe, study, options))
+        asked.append((recipe_of(recipe, options["overrides"]), study, options))
         raise UsageError("no further")
 
     monkeypatch.setattr(actions, "search", search)
-    words = ["resume", "first", "--trials", "+4", "--executor", "ray-train", "--num-workers", "2", "--json"]
-    assert run(*words, "--address", "auto")[0] == UsageError.exit_code
+    words = "resume first --trials +4 --executor ray-train --num-workers 2 --json --address auto"
+    assert run(*words.split())[0] == UsageError.exit_code
     [(recipe, study, options)] = asked
-    assert {options[name] for name in ("change_space", "notify_url")} == {False, None}
-    recipe = recipe_of(recipe, options["overrides"])
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
     assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)
     assert (study, options["address"], options["progress"]) == (Path("first"), "auto", False)
 
 
-# mistakes: words, the beginning of the message
+# mistakes: the command line, the beginning of the message
 
 MADE = "\n    Give the folder that `search --study` was given.\n"
 ONE_TRAINING = (
@@ -519,61 +414,144 @@ ONE_TRAINING = (
     "    Go on with it: carft-ray train one/resolved.yaml --out one --resume\n"
     "    To search, give another folder with --study.\n"
 )
+TRIAL = "TRIAL: must be the number or name of a trial or baseline, but got "
 MISTAKES = [
-    (["resume", "frist"], "frist: must be a study, but got no such folder; did you mean 'first'?\n    Begin one: "),
-    (["status", "first/trials"], "first/trials: must be a study, but got one without log/" + MADE),
-    (["status", "first/manifest.json"], "first/manifest.json: must be a study, but got a file" + MADE),
-    (["status", "."], ".: must be a study, but got one without log/ (allowed: first, one)" + MADE),
-    (["ls", "empty"], "empty: must be a study, or a folder with studies in it, but got one without log/"),
-    (["resume", "one"], ONE_TRAINING),
-    (["search", "first/resolved.yaml", "--study", "one"], ONE_TRAINING),
-    (["stop", "empty"], "empty: must be a study or the folder of a training, but got one without log/" + MADE),
-    (
-        ["resume", "first", "--trials", "3"],
-        "--trials: must be at least 5: the study has 4 finished trials and 1 begun, but got 3\n"
-        "    For more trials: --trials +N.\n",
-    ),
-    (
-        ["resume", "first", "--trials", "many"],
-        "--trials: must be a whole number of trials from 1, or +N for N more, but got 'many'\n",
-    ),
-    (["resume", "first", "--trials", "+0"], "--trials: must be a whole number of trials from 1, or +N"),
-    (
-        ["logs", "first", "t0009"],
-        "TRIAL: must be the number or name of a trial or baseline, but got 't0009'; did you mean 't000",
-    ),
-    (["logs", "first", "plane"], "TRIAL: must be the number or name of a trial or baseline, but got 'plane'; did you "),
-    (["logs", "first", "3", "-f", "--json"], "--json: must stand without --follow: a document ends\n"),
-    (
-        ["ls", "first", "--sort", "objektive"],
-        "--sort: must be an order, but got 'objektive'; did you mean 'objective'? (allowed: objective, number)\n",
-    ),
+    ("resume frist", "frist: must be a study, but got no such folder; did you mean 'first'?\n    Begin one: "),
+    ("status first/trials", "first/trials: must be a study, but got one without log/" + MADE),
+    ("status first/manifest.json", "first/manifest.json: must be a study, but got a file" + MADE),
+    ("status .", ".: must be a study, but got one without log/ (allowed: first, one)" + MADE),
+    ("ls empty", "empty: must be a study, or a folder with studies in it, but got one without log/"),
+    ("resume one", ONE_TRAINING),
+    ("search first/resolved.yaml --study one", ONE_TRAINING),
+    ("stop empty", "empty: must be a study or the folder of a training, but got one without log/" + MADE),
+    ("resume first --trials 3", "--trials: must be at least 5: the study has 4 finished trials and 1 begun, but got"),
+    ("resume first --trials many", "--trials: must be a whole number of trials from 1, or +N for N more, but got 'ma"),
+    ("resume first --trials +0", "--trials: must be a whole number of trials from 1, or +N"),
+    ("logs first t0009", f"{TRIAL}'t0009'; did you mean 't000"),
+    ("logs first plane", f"{TRIAL}'plane'; did you mean 'plain'?"),
+    ("logs first 3 -f --json", "--json: must stand without --follow: a document ends\n"),
+    ("ls first --sort objektive", "--sort: must be an order, but got 'objektive'; did you mean 'objective'?"),
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda value: str(value)[:60])
-def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, words, message):
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, line, message):
     (here / "empty").mkdir()
-    with open_study(here / "one", single(make_recipe(8))):
+    with open_study(here / "one", single(RECIPE)):
         pass  # that of a `train` which has not begun
     before = everything(here)
-    code, out, err = run(*words)
+    code, out, err = run(*line.split())
     assert (code, out) == (2, ""), err
     assert err.startswith("error: " + message)
     assert err.count("error: ") == 1
     assert everything(here) == before
 
 
-def test_a_damaged_recipe_of_a_study_is_told(run, here):
-    path = here / "first" / "manifest.json"
-    path.write_text(path.read_text().replace('"trials": 8', '"trials": 0'))
-    code, _, err = run("resume", "first")
-    assert code == 5
-    assert "manifest.json: must be the manifest of a study" in err
-    assert "trials" in err
+# studies in wrong hands
 
 
-def test_the_beginning_of_a_name_is_enough_when_it_is_of_one(here):
-    rows = read_study(here / "first").trials
-    assert find_row(rows, rows[2].name[:7]).number == 2
+@pytest.fixture
+def refused(run, here):
+    """Runs a command line that must end with a code and one message, and change nothing; returns the message."""
+
+    def call(code, *words):
+        before = everything(here)
+        found, out, err = run(*words)
+        assert (found, out) == (code, ""), err
+        assert err.count("error: ") == 1
+        told = err[err.index("error: ") :]  # without the warning that the recipe has no ood_val
+        after = everything(here)
+        assert before.keys() <= after.keys()
+        changed = [name for name in after if name not in before or after[name][1] != before[name][1]]
+        assert {name.split("/")[1] for name in changed} <= {"log", "live.json"}  # who has held the study since
+        return told
+
+    return call
+
+
+@contextlib.contextmanager
+def another_search(study_dir):
+    """Another process that holds a study within the block."""
+    code = f"{HOLD}import sys\nwith holding({str(study_dir)!r}):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": BASE.parent}
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.stdin.close()
+
+
+def closed_port():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
+
+
+SEARCH = ("search", "first/resolved.yaml", "--study")
+RESUME = ("resume", "first")
+EACH = ((*SEARCH, "first"), RESUME)
+
+
+@pytest.mark.slow
+def test_two_searches_on_one_study(refused, here):
+    with another_search(here / "first") as other:
+        for words in EACH:
+            told = refused(5, *words)
+            assert told.startswith(f"error: {here / 'first'}: is in use: two searches on one study would spoil it: ")
+            assert f"process {other.pid} on " in told
+            assert told.splitlines()[1].startswith("    Wait until the other search ends")
+
+
+@pytest.mark.slow
+def test_an_address_where_nothing_answers_is_told_and_leaves_no_folder(refused):
+    address = f"127.0.0.1:{closed_port()}"
+    training = ("train", "first/resolved.yaml", "--out", "new", "--num-workers", "2", "--executor", "ray-train")
+    for words in ((*SEARCH, "new"), RESUME, training):
+        told = refused(5, *words, "--address", address)
+        assert f"no Ray answers at {address}: " in told
+    assert "Start one with 'ray start --head', or leave the address out to use this machine." in told
+
+
+@pytest.mark.parametrize("command", [SEARCH, ("train", "first/resolved.yaml", "--out")], ids=lambda words: words[0])
+def test_a_place_where_no_folder_can_be_made(refused, here, command):
+    for place in ("first/resolved.yaml/deeper/new", "/proc/new"):
+        told = refused(5, *command, place)
+        assert told.startswith(f"error: {here / place}")
+        assert "must be writable, but got " in told
+        assert told.splitlines()[-1].startswith("    ")
+
+
+def test_a_full_disk_at_the_first_write_leaves_no_folder(refused):
+    """Files that may not grow stand for it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
+    try:
+        told = refused(5, *SEARCH, "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "must be writable, but got File too large" in told
+    assert "run the same command again" in told
+
+
+@pytest.mark.parametrize("names", [("owner", "thesis.tex"), ("log",), ("study.journal",), (".git", "data"), ()])
+def test_what_is_no_study_is_refused_and_kept(refused, here, names):
+    mine = here / "mine"
+    if names:
+        mine.mkdir()
+    for path in [mine / name for name in names] or [mine]:
+        path.write_text("precious")
+    told = refused(2, *SEARCH, "mine")
+    rule = f"must be a study or empty, but got {', '.join(names)}\n" if names else "must be a folder, but got a file\n"
+    assert told.startswith(f"error: {mine}: {rule}    ")
+
+
+@pytest.mark.parametrize("words", EACH, ids=lambda words: words[0])
+def test_a_manifest_that_is_damaged_or_of_another_version(refused, here, words):
+    manifest = here / "first" / "manifest.json"
+    whole = manifest.read_text()
+    newer = json.dumps({**json.loads(whole), "format_version": 99})
+    wrong = whole.replace('"trials": 8', '"trials": 0')
+    for content in ("", "[]", '{"format_version": 1, "recipe": {}}', "\0", wrong, newer):
+        manifest.write_text(content)
+        told = refused(5, *words)
+        assert told.startswith(f"error: {manifest}: must ")
+    assert "must have format_version " in told

@@ -62,19 +62,6 @@ def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(wheel):
     assert data <= {Path(name).suffix for name in names} | {""}
 
 
-def test_a_python_that_is_too_old_is_told_by_pip(wheel, tmp_path):
-    words = ["install", "--no-deps", "--no-index", "--python-version", "3.10", "--only-binary", ":all:"]
-    done = subprocess.run([*PIP, *words, "--target", str(tmp_path), str(wheel)], capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "requires a different Python: 3.10" in done.stderr
-    assert "not in '>=3.11'" in done.stderr
-
-
-def test_the_command_is_the_one_of_the_wheel(run):
-    done = run("-c", "import carft_ray; print(carft_ray.__file__)", program="python")
-    assert Path(done.stdout.strip()).is_relative_to(run.folder.parent / "env"), done.stderr
-
-
 def test_it_searches_from_an_empty_folder(run):
     done = run("init", "--preset", "quickstart", "--to", "recipe.yaml")
     assert done.returncode == 0, done.stderr
@@ -90,14 +77,6 @@ def test_it_searches_from_an_empty_folder(run):
     done = run("report", "studies/first", "--html")
     assert done.returncode == 0, done.stderr
     assert (run.folder / "studies/first/report.html").stat().st_size > 1e6
-
-
-def test_it_writes_the_sandboxs_images_and_a_recipe_for_them(run):
-    assert run("sandbox", "images", "--to", "images").returncode == 0
-    words = ["--from", "images", "--train", "photo_train", "--model", "sandbox", "--to", "images.yaml"]
-    assert run("init", *words).returncode == 0
-    done = run("validate", "images.yaml")
-    assert done.returncode == 0, done.stderr
 
 
 def test_it_shows_the_path_and_completes(run):
