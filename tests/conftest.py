@@ -27,7 +27,6 @@ LONGEST = (
     "test_collective_kills",
     "test_causes",
     "test_filling",
-    "test_confirm_command",
     "test_study_crash",
     "test_executors",
 )
