@@ -5,6 +5,7 @@ import math
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -14,22 +15,19 @@ from optuna.distributions import CategoricalDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stand_in import make_recipe
-from test_study import run_all
+from study_steps import finish, run_search, searching, write_result
 
 from carft_ray.api import studies
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.checks.sampler_rules import population_size
-from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.sampling import AnySampler
 from carft_ray.recipe.space.grid import grid_index, grid_size, num_trials
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.store.result import write_result
-from carft_ray.study.opening import open_study
 from carft_ray.study.proposals import samplers, space
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.ui import console, live
 
@@ -162,9 +160,26 @@ def check_pareto(name, recipe):
 
 
 def check_resume(name, recipe):
-    drawn = told(new_study(), recipe, lambda values: {"value": number(values)}, wanted=4)
-    again = told(new_study(), recipe, lambda values: {"value": number(values)}, wanted=4)
-    assert drawn == again  # killed between any two writes: see the test below
+    """From any prefix of what Optuna has written, within a trial too, the same values are drawn."""
+    few = {"startup_trials": 2} if name in ("tpe", "gp") else {"population_size": 3} if name == "nsga2" else {}
+    recipe = recipe_for(name, {**CHOICE, **CHILD}, 5, enqueue=[{"kl_weight": 2.0}], sampler=few)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, part = Path(folder) / "whole", Path(folder) / "part"
+        study = optuna.create_study(storage=journal(whole), study_name="search", direction="maximize")
+        drawn = told(study, recipe, lambda values: {"value": number(values)}, wanted=5)
+        lines = whole.read_bytes().splitlines(keepends=True)
+        for end in range(2, len(lines)):
+            part.write_bytes(b"".join(lines[:end]))
+            study = optuna.load_study(storage=journal(part), study_name="search")
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if running and len(running[0].params) == len(drawn[running[0].number]):
+                continue  # nothing is left to draw
+            trial = optuna.trial.Trial(study, running[0]._trial_id) if running else space.ask(study, recipe)
+            assert space.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
+
+
+def journal(file):
+    return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
 
 
 def check_many(name, recipe):
@@ -230,39 +245,6 @@ def test_the_examples_of_the_documentation_are_valid(tmp_path):
         path.write_text(DATA + textwrap.dedent(example))
         recipe = load_recipe(path, [] if "space:" in example else [base])
         assert [line for line in advice.warnings(recipe) if "ood_val" not in line] == []
-
-
-# ---- kills
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(tmp_path, name):
-    few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "nsga2": {"population_size": 3}}
-    entries = [{"kl_weight": 2.0}]
-    wanted = 5 if name == "gp" else 9
-    recipe = recipe_for(name, {**CHOICE, **CHILD}, wanted, enqueue=entries, sampler=few.get(name, {}))
-
-    def journal(file):
-        return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
-
-    whole = tmp_path / "whole"
-    study = optuna.create_study(storage=journal(whole), study_name="search", direction="maximize")
-    drawn = told(study, recipe, lambda values: {"value": number(values)}, wanted=wanted)
-    assert len({json.dumps(values) for values in drawn}) == wanted
-    lines = whole.read_bytes().splitlines(keepends=True)
-    cut = 0
-    for end in range(2, len(lines)):
-        part = tmp_path / f"part-{end}"
-        part.write_bytes(b"".join(lines[:end]))
-        study = optuna.load_study(storage=journal(part), study_name="search")
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if running and len(running[0].params) == len(drawn[running[0].number]):
-            continue  # nothing is left to draw
-        trial = optuna.trial.Trial(study, running[0]._trial_id) if running else space.ask(study, recipe)
-        assert space.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
-        cut += bool(running)
-    assert cut >= 2 * wanted
 
 
 # ---- forms of parameters
@@ -381,12 +363,9 @@ def test_qmc_draws_the_points_of_the_sequence_in_their_order(kind, scramble):
         assert values["decay"] == CHOICE["decay"]["choices"][int(2 * decay)]
 
 
-@pytest.mark.parametrize(("trials", "expected"), [(4, 4), (16, 4), (100, 25), (1000, 50)])
-def test_the_population_is_a_quarter_of_the_trials(trials, expected):
-    assert population_size(make_recipe(trials, sampler={"name": "nsga2"})) == expected
-
-
-def test_the_population_of_a_search_has_parents_after_a_quarter():
+def test_the_population_is_a_quarter_of_the_trials_and_has_parents_then():
+    for num_trials, expected in ((4, 4), (16, 4), (100, 25), (1000, 50)):
+        assert population_size(make_recipe(num_trials, sampler={"name": "nsga2"})) == expected
     recipe = make_recipe(16, space=NUMBERS, baselines={}, sampler={"name": "nsga2"})
     study = new_study()
     told(study, recipe, lambda values: {"value": number(values)}, wanted=16)
@@ -398,27 +377,24 @@ def test_the_population_of_a_search_has_parents_after_a_quarter():
 
 _LOADED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, sys.argv[1])
 import optuna
 from stand_in import make_recipe
 from carft_ray.study.proposals import space
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-recipe = make_recipe(6, baselines={{}}, sampler={{"name": {name!r}, **{more!r}}})
-study = optuna.create_study(direction="maximize")
-for value in (0.0, 1.0, 0.5):
-    trial = space.ask(study, recipe)
-    space.draw(study, trial, recipe)
-    study.tell(trial, value)
-print("torch" in sys.modules)
+for sampler in ({"name": "tpe", "startup_trials": 1}, {"name": "nsga2"}):
+    recipe = make_recipe(6, baselines={}, sampler=sampler)
+    study = optuna.create_study(direction="maximize")
+    for value in (0.0, 1.0, 0.5):
+        trial = space.ask(study, recipe)
+        space.draw(study, trial, recipe)
+        study.tell(trial, value)
+assert "torch" not in sys.modules
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tpe", "nsga2"])
-def test_samplers_other_than_gp_load_no_torch(name):
-    code = _LOADED.format(tests=str(BASE), name=name, more={"startup_trials": 1} if name == "tpe" else {})
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BASE.parent, check=True)
-    assert done.stdout.strip() == "False"
+def test_samplers_other_than_gp_load_no_torch():
+    subprocess.run([sys.executable, "-c", _LOADED, str(BASE)], cwd=BASE.parent, check=True)
 
 
 @pytest.mark.slow
@@ -453,29 +429,15 @@ def test_the_grid_is_tried_once_each_and_then_the_search_ends(tmp_path):
     assert grid_size(recipe.search.space) == num_trials(recipe) == size
     study_dir = tmp_path / "study"
     for _ in range(3):  # opened again in the middle, and at the end
-        with open_study(study_dir, recipe) as study:
-            recover_running(study)
+        with searching(study_dir, recipe) as study:
             begun = [study.next() for _ in range(9)]
             for spec in filter(None, begun):
-                write_result(spec.place(study_dir), {"objective": 0.5, "metrics": {}})
-                study.settle(spec)
+                finish(study, spec)
             assert study.done() == (len(trials(study_dir)) == size)
     points = [grid_index(recipe.search.space, row.values) for row in trials(study_dir)]
-    assert len(points) == len(set(points)) == size
-    assert None not in points
+    assert (len(points), len(set(points)), None in points) == (size, size, False)
     [line] = [line for line in advice.warnings(recipe) if "grid" in line]
     assert line == "search.trials is 100, but the grid has 24 points: the search ends after 24"
-
-
-@pytest.mark.parametrize("at_a_time", [1, 3, 5])
-def test_several_trials_of_the_grid_at_a_time_are_different_points(at_a_time):
-    recipe = recipe_for("grid", {**CHOICE, **CHILD}, trials=10_000)
-    size = grid_size(recipe.search.space)
-    assert size == 9 * 4 * (1 + 7)
-    recipe = make_recipe(99, space={**CHOICE, **CHILD}, baselines={}, sampler={"name": "grid"})
-    drawn = told(new_study(), recipe, lambda values: {"value": 0.0}, at_a_time, wanted=99)
-    assert len({json.dumps(values) for values in drawn}) == grid_size(recipe.search.space) == 8
-    assert len(drawn) < 8 + at_a_time
 
 
 def test_grid_size_counts_chains_of_conditions_as_enumeration_does():
@@ -516,43 +478,16 @@ def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_seq
 def test_enqueued_values_are_tried_first_in_their_order_and_once(tmp_path):
     entries = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"learning_rate": 1e-4}, {"kl_weight": 10}]
     recipe = make_recipe(6, baselines={}, enqueue=entries)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    with open_study(whole, recipe) as study:
-        recover_running(study)
-        run_all(study)
-    for _ in range(7):
-        with open_study(parts, recipe) as study:
-            recover_running(study)
-            spec = study.next()
-            if spec is not None:
-                write_result(spec.place(parts), {"objective": 0.5, "metrics": {}})
-    drawn = [row.values for row in trials(parts)]
-    assert drawn == [row.values for row in trials(whole)]
-    assert len(drawn) == 6
-    assert drawn[0] == {"learning_rate": 5e-4, "kl_weight": 2.0}
-    assert drawn[1]["learning_rate"] == 1e-4
-    assert drawn[2]["kl_weight"] == 10.0
+    run_search(tmp_path / "whole", recipe)
+    for _ in range(6):
+        with searching(tmp_path / "parts", recipe) as study:
+            write_result(tmp_path / "parts", study.next())
+    drawn = [row.values for row in trials(tmp_path / "whole")]
+    with searching(tmp_path / "parts", recipe) as study:
+        assert [row.values for row in study.rows()] == drawn
+    for entry, values in zip(entries, drawn, strict=False):
+        assert entry.items() <= values.items()
     assert len({values["learning_rate"] for values in drawn}) == 6
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_point_begins_the_search_of_every_sampler(name):
-    entries = [{"kl_weight": 2.5}, {key: 2.0 if key == "kl_weight" else 10 for key in FINITE}]
-    entries = entries if name == "grid" else [entries[0]]
-    recipe = recipe_for(name, enqueue=entries)
-    drawn = told(new_study(), recipe, lambda values: {"value": number(values)})
-    assert drawn[0]["kl_weight"] == 2.5
-    assert drawn[1]["kl_weight"] == 2.0 or name != "grid"
-    assert len({json.dumps(values) for values in drawn[:HISTORY]}) == HISTORY
-
-
-def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
-    parameters = (
-        "{kl_weight: {low: 0, high: x}, decay: {choices: [[1]]}, epochs: {low: 1, high: 2, when: {decay: all}}}"
-    )
-    found = problems(tmp_path, f"{{space: {parameters}, enqueue: [{{kl_weight: 1, decay: a, epochs: 2}}]}}")
-    assert len(found) == 2
-    assert all(message.startswith(("search.space.kl_weight.high", "search.space.decay.choices")) for message in found)
 
 
 def test_enqueued_values_that_are_added_to_a_study_are_tried_next():
@@ -568,56 +503,8 @@ def test_enqueued_values_that_are_added_to_a_study_are_tried_next():
     assert len([trial for trial in study.trials if space.POINT in trial.user_attrs]) == 3
 
 
-def test_conditions_enqueued_values_and_options_come_back_from_a_written_recipe(tmp_path):
-    entries = [{"decay": "matrices", "label_smoothing": 0.1}, {"kl_weight": 1.0}]
-    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, enqueue=entries, sampler={"group": True})
-    path = tmp_path / "r.yaml"
-    path.write_text(dump_recipe(recipe))
-    assert load_recipe(path) == recipe
-
-
 # ---- messages
 
-CASES = [
-    ("{sampler: {name: tpe, n_ei_candidats: 3}}", "n_ei_candidats: unknown key; did you mean 'n_ei_candidates'? (allowed: seed, startup_trials, name, multivariate, group, constant_liar, n_ei_candidates)"),  # noqa: E501
-    ("{sampler: {name: gp, scramble: false}}", "scramble: unknown key (allowed: seed, startup_trials, name, deterministic)"),  # noqa: E501
-    ("{sampler: {name: random, startup_trials: 3}}", "startup_trials: unknown key (allowed: seed, name)"),
-    ("{sampler: {name: cmaes}}", 'name: must be one of the allowed values, but got "cmaes" (allowed: tpe, gp, nsga2, qmc, random, grid)'),  # noqa: E501
-    ("{sampler: {n_ei_candidates: 0}}", "n_ei_candidates: must be at least 1, but got 0"),
-    ("{sampler: {n_ei_candidates: true}}", "n_ei_candidates: must be a whole number, but got true"),
-    ("{sampler: {multivariate: 1}}", "multivariate: must be true or false, but got 1"),
-    ("{sampler: {name: nsga2, mutation_prob: 2}}", "mutation_prob: must be at most 1, but got 2"),
-    ("{sampler: {name: qmc, type: sobl}}", "type: must be one of the allowed values, but got \"sobl\"; did you mean 'sobol'? (allowed: sobol, halton)"),  # noqa: E501
-    ("{sampler: {group: true, multivariate: false}}", "search.sampler: group: true needs multivariate: true, but got multivariate: false"),  # noqa: E501
-    ("{sampler: {name: grid}, space: {kl_weight: {low: 0, high: 1}}}", "search.space.kl_weight: must have a step for the grid\n    Give kl_weight a step, or choices: [...], or another sampler than grid."),  # noqa: E501
-]  # fmt: skip
-WHEN = [
-    ("{kl_weight: {low: 0, high: 1, when: {deacy: all}}, decay: {choices: [all]}}", "search.space.kl_weight.when.deacy: must be a categorical parameter of search.space, but got \"deacy\"; did you mean 'decay'? (allowed: decay)"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {epochs: 1}}, epochs: {low: 1, high: 2}, decay: {choices: [all]}}", "search.space.kl_weight.when.epochs: must be a categorical parameter of search.space, but got \"epochs\" (allowed: decay)"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {decay: [all, matrx]}}, decay: {choices: [all, matrices]}}", "search.space.kl_weight.when.decay: must be among the choices of decay, but got \"matrx\"; did you mean 'matrices'? (allowed: all, matrices)"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {head_bias: 1}}, head_bias: {choices: [true, false]}}", "search.space.kl_weight.when.head_bias: must be among the choices of head_bias, but got 1 (allowed: true, false)"),  # noqa: E501
-    ("{decay: {choices: [all], when: {head_bias: true}}, head_bias: {choices: [true], when: {decay: all}}}", "search.space.decay.when: conditions must not form a circle, but got decay -> head_bias -> decay"),  # noqa: E501
-    ("{decay: {choices: [all], when: {decay: all}}}", "search.space.decay.when: conditions must not form a circle, but got decay -> decay"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: 5}}", "search.space.kl_weight.when: must be a mapping of keys to values, but got 5"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {decay: []}}, decay: {choices: [all]}}", "search.space.kl_weight.when.decay: must be a value of the other parameter, or a list of them, but got []"),  # noqa: E501
-]  # fmt: skip
-ENTRY_SPACE = "space: {kl_weight: {low: 0, high: 1, step: 0.1}, epochs: {low: 1, high: 9}, decay: {choices: [all, matrices]}, crop_scale: {low: 0.5, high: 1, when: {decay: matrices}}}"  # noqa: E501
-ENTRIES = [
-    ("[{kl_weigth: 0.5}]", "0.kl_weigth: must be a parameter of search.space, but got \"kl_weigth\"; did you mean 'kl_weight'? (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
-    ("[{weight_decay: 0.5}]", "0.weight_decay: must be a parameter of search.space, but got \"weight_decay\"; did you mean 'train.weight_decay'? (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
-    ("[{kl_weight: 2}]", "0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got 2"),
-    ("[{kl_weight: 0.55}]", "0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got 0.55"),
-    ("[{kl_weight: '0.5'}]", '0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got "0.5"'),
-    ("[{kl_weight: .nan}]", "0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got .nan"),
-    ("[{epochs: 2.5}]", "0.epochs: must be a number from 1 to 9 in steps of 1, but got 2.5"),
-    ("[{epochs: true}]", "0.epochs: must be a number from 1 to 9 in steps of 1, but got true"),
-    ("[{decay: matrix}]", "0.decay: must be one of the choices, but got \"matrix\"; did you mean 'matrices'? (allowed: all, matrices)"),  # noqa: E501
-    ("[{decay: all, crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the entry must meet: decay: \"matrices\", but got {\"decay\": \"all\", \"crop_scale\": 0.9}\n    Add that to the entry, or remove crop_scale."),  # noqa: E501
-    ("[{crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the entry must meet: decay: \"matrices\", but got {\"crop_scale\": 0.9}\n    Add that to the entry, or remove crop_scale."),  # noqa: E501
-    ("[{}]", "0: must hold a value of at least one parameter, but got {} (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
-    ("[{train: 5}]", "0.train: must be a parameter of search.space, but got \"train\"; did you mean 'train'? (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
-    ("[5]", "0: must be a mapping of keys to values, but got 5"),
-]  # fmt: skip
 DATA = """\
 data:
   train: {source: sandbox, domain: photo, split: train, num_per_class: 4}
@@ -625,39 +512,71 @@ data:
 """
 
 
+def drawn_when(condition, parameter="kl_weight"):
+    form = CHOICE["decay"] if parameter == "decay" else {"low": 0.1, "high": 1}
+    return {"space": {**CHOICE, "head_bias": {"choices": [True, False]}, parameter: {**form, "when": condition}}}
+
+
+def tried(entry):
+    parameters = {
+        "kl_weight": {"low": 0, "high": 1, "step": 0.1},
+        "epochs": {"low": 1, "high": 9},
+        **CHOICE,
+        "crop_scale": {"low": 0.5, "high": 1, "when": {"decay": "matrices"}},
+    }
+    return {"space": parameters, "enqueue": [entry]}
+
+
+CASES = [  # a part of a recipe, and how its one message begins
+    ({"sampler": {"n_ei_candidats": 3}}, "sampler.n_ei_candidats: unknown key; did you mean 'n_ei_candidates'?"),
+    ({"sampler": {"name": "random", "startup_trials": 3}}, "sampler.startup_trials: unknown key (allowed: seed, name)"),
+    ({"sampler": {"name": "cmaes"}}, 'sampler.name: must be one of the allowed values, but got "cmaes"'),
+    ({"sampler": {"n_ei_candidates": True}}, "sampler.n_ei_candidates: must be a whole number, but got true"),
+    ({"sampler": {"name": "nsga2", "mutation_prob": 2}}, "sampler.mutation_prob: must be at most 1, but got 2"),
+    ({"sampler": {"group": True, "multivariate": False}}, "sampler: group: true needs multivariate: true, but got"),
+    (
+        {"sampler": {"name": "grid"}, "space": {"kl_weight": {"low": 0, "high": 1}}},
+        "space.kl_weight: must have a step for the grid\n    Give kl_weight a step, or choices: [...], or another",
+    ),
+    (drawn_when({"deacy": "all"}), "space.kl_weight.when.deacy: must be a categorical parameter of search.space, but"),
+    (drawn_when({"decay": ["matrx"]}), "space.kl_weight.when.decay: must be among the choices of decay, but got"),
+    (drawn_when({"head_bias": 1}), "space.kl_weight.when.head_bias: must be among the choices of head_bias, but got 1"),
+    (drawn_when({"decay": "all"}, "decay"), "space.decay.when: conditions must not form a circle, but got decay -> de"),
+    (drawn_when(5), "space.kl_weight.when: must be a mapping of keys to values, but got 5"),
+    (drawn_when({"decay": []}), "space.kl_weight.when.decay: must be a value of the other parameter, or a list of"),
+    (
+        {"alpha": {"mode": "sample"}, **drawn_when({"decay": "all"}, "alpha")},
+        "space.alpha.when: alpha must be drawn in every trial",
+    ),
+    (tried({"kl_weigth": 0.5}), 'enqueue.0.kl_weigth: must be a parameter of search.space, but got "kl_weigth"; did'),
+    (tried({"kl_weight": 0.55}), "enqueue.0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got 0.55"),
+    (tried({"kl_weight": "0.5"}), "enqueue.0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got"),
+    (tried({"epochs": True}), "enqueue.0.epochs: must be a number from 1 to 9 in steps of 1, but got true"),
+    (tried({"decay": "matrix"}), 'enqueue.0.decay: must be one of the choices, but got "matrix"; did you mean'),
+    (tried({"crop_scale": 0.9}), "enqueue.0.crop_scale: crop_scale is drawn under a condition, which the entry must"),
+    (tried({}), "enqueue.0: must hold a value of at least one parameter, but got {} (allowed: kl_weight, epochs"),
+    (tried(5), "enqueue.0: must be a mapping of keys to values, but got 5"),
+]
+
+
 def problems(tmp_path, search):
     path = tmp_path / "r.yaml"
-    path.write_text(f"{DATA}search: {search}\n")
+    path.write_text(f"{DATA}search: {json.dumps(search)}\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert caught.value.exit_code == 3
     return [re.sub(r"^\S+r\.yaml:\d+: ", "", str(problem)) for problem in caught.value.problems]
 
 
-@pytest.mark.parametrize(("search", "message"), CASES, ids=[each for each, _ in CASES])
-def test_a_wrong_sampler_is_one_message(tmp_path, search, message):
-    assert problems(tmp_path, search) == [message if message.startswith("search.") else f"search.sampler.{message}"]
-
-
-@pytest.mark.parametrize(("parameters", "message"), WHEN, ids=[each for each, _ in WHEN])
-def test_a_condition_that_cannot_be_is_one_message(tmp_path, parameters, message):
-    assert problems(tmp_path, f"{{space: {parameters}}}") == [message]
-
-
-def test_alpha_is_drawn_in_every_trial(tmp_path):
-    parameters = "{alpha: {low: 0.1, high: 1, when: {decay: all}}, decay: {choices: [all, matrices]}}"
-    [message] = problems(tmp_path, f"{{alpha: {{mode: sample}}, space: {parameters}}}")
-    assert message.startswith("search.space.alpha.when: alpha must be drawn in every trial\n")
-
-
-@pytest.mark.parametrize(("entries", "message"), ENTRIES, ids=[each for each, _ in ENTRIES])
-def test_an_entry_that_cannot_be_tried_is_one_message(tmp_path, entries, message):
-    assert problems(tmp_path, f"{{{ENTRY_SPACE}, enqueue: {entries}}}") == [f"search.enqueue.{message}"]
+@pytest.mark.parametrize(("search", "message"), CASES, ids=[message.partition(",")[0] for _, message in CASES])
+def test_what_a_sampler_a_condition_or_an_entry_cannot_be_is_one_message(tmp_path, search, message):
+    [found] = problems(tmp_path, search)
+    assert found.startswith(f"search.{message}")
 
 
 def test_more_entries_than_trials_and_all_mistakes_at_once(tmp_path):
-    entries = "[{epochs: 1}, {epochs: 2}, {epochs: 99}]"
-    found = problems(tmp_path, f"{{trials: 2, {ENTRY_SPACE}, enqueue: {entries}}}")
+    entries = [{"epochs": 1}, {"epochs": 2}, {"epochs": 99}]
+    found = problems(tmp_path, {**tried({}), "trials": 2, "enqueue": entries})
     assert len(found) == 2
     assert "search.enqueue: must be at most as many as search.trials, 2, but got 3" in found
 
@@ -685,9 +604,7 @@ def test_a_setting_that_does_little_is_named(search, line):
 @pytest.mark.slow
 def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     recipe = make_recipe(8, space={**NUMBERS, **CHOICE, **CHILD}, baselines={}, sampler={"name": "random"})
-    with open_study(tmp_path / "study", recipe) as study:
-        recover_running(study)
-        run_all(study)
+    run_search(tmp_path / "study", recipe)
     rows = trials(tmp_path / "study")
     missing = ["label_smoothing" not in row.values for row in rows]
     assert {*missing} == {True, False}
