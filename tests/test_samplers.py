@@ -364,8 +364,8 @@ def test_qmc_draws_the_points_of_the_sequence_in_their_order(kind, scramble):
 
 
 def test_the_population_is_a_quarter_of_the_trials_and_has_parents_then():
-    for num_trials, expected in ((4, 4), (16, 4), (100, 25), (1000, 50)):
-        assert population_size(make_recipe(num_trials, sampler={"name": "nsga2"})) == expected
+    for wanted, expected in ((4, 4), (16, 4), (100, 25), (1000, 50)):
+        assert population_size(make_recipe(wanted, sampler={"name": "nsga2"})) == expected
     recipe = make_recipe(16, space=NUMBERS, baselines={}, sampler={"name": "nsga2"})
     study = new_study()
     told(study, recipe, lambda values: {"value": number(values)}, wanted=16)
