@@ -291,12 +291,8 @@ def test_a_whole_pareto_search(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "trial"), [("pareto", None), ("constrained", None)])
-def test_trials_with_a_front_or_constraints_are_reproduced(searched, tmp_path, name, trial):
-    _, studies = searched
-
-    def nothing(told):
-        del told
-
-    found = reproduce(open_finished(studies[name], trial), tmp_path / "again", nothing, nothing, nothing)
+@pytest.mark.parametrize("name", ["pareto", "constrained"])
+def test_trials_with_a_front_or_constraints_are_reproduced(searched, tmp_path, name):
+    nothing = lambda told: None  # noqa: E731
+    found = reproduce(open_finished(searched[1][name]), tmp_path / "again", nothing, nothing, nothing)
     assert found["differences"] == []

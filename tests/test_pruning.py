@@ -23,10 +23,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import Pruner
 from carft_ray.results.reading.status_and_ls import pruner_quality, status
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialRow
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.training.run_context import RunContext
 
@@ -135,14 +133,6 @@ def test_an_intermediate_value_counts_from_first_on_and_after_the_warm_up():
     assert intermediate_value(recipe, {}, {"epoch": 4, "step": 40, "num_steps": 100}) is None
 
 
-def test_trainings_of_different_length_compare_at_their_percent():
-    part = pruner_of(name="median", startup_trials=1)
-    others = [PrunerTrial({percent(e, 12): 0.6 for e in range(4, 13)}, complete=True) for n in range(3)]
-    assert cut_reason(part, {40: 0.5}, others).startswith("cut at 40 %: 50.0 %")
-    assert cut_reason(part, {40: 0.7}, others) is None
-    assert cut_reason(part, {30: 0.5}, others) is None  # none that early
-
-
 # in a study
 
 
@@ -212,18 +202,6 @@ def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_trainin
         {33: 0.6, 50: 0.6, 67: 0.6, 83: 0.6, 100: 0.6},
         {33: 0.1, 50: 0.1, 67: 0.1, 83: 0.1, 100: 0.1},
     ]
-
-
-def test_a_decided_cut_is_told_at_recovery_and_not_run_again(study_dir, recipe):
-    with searching(study_dir, recipe) as study:
-        first, second, third = study.next(), study.next(), study.next()
-        study.report(first, row(2, 0.6))
-        assert study.report(second, row(2, 0.5))
-        write_lines(study, third, row(1, 0.1), row(2, 0.2))  # written, but the driver was killed before it read them
-    with open_study(study_dir, recipe) as study:
-        assert [(told.number, told.outcome) for told in recover_running(study)] == [(1, "pruned"), (2, "pruned")]
-        again = study.next()
-        assert (again.number, again.attempt) == (0, 2)
 
 
 @pytest.mark.slow
@@ -319,25 +297,16 @@ def test_few_epochs_are_told():
         assert all("weakly informative" in text for text in found)
 
 
-@pytest.mark.parametrize(("warmup", "refused"), [(None, False), (5, False), (9, True)])
-def test_a_warm_up_that_covers_all_values_is_refused(warmup, refused):
+def test_a_warm_up_that_covers_all_values_is_refused():
     recipe = told(10, {"every_epochs": 0}, **HALVING)[1]  # 64 images, values after 3 and 6 epochs
-    train = recipe.train.model_copy(update={"batch_size": 64, "warmup_steps": warmup, "epochs": 9})
-    problems = check_sets(recipe.model_copy(update={"train": train}))
-    assert [problem.place for problem in problems] == (["train.warmup_steps"] if refused else [])
+    for warmup, places in ((None, []), (5, []), (9, ["train.warmup_steps"])):
+        train = recipe.train.model_copy(update={"batch_size": 64, "warmup_steps": warmup, "epochs": 9})
+        assert [problem.place for problem in check_sets(recipe.model_copy(update={"train": train}))] == places
 
 
-@pytest.mark.parametrize(
-    ("pruner", "key"),
-    [
-        ({"name": "none", "first": 0.5}, "first"),
-        ({"name": "median", "factor": 3}, "factor"),
-        ({**HALVING, "startup_trials": 9}, "startup_trials"),
-        ({"name": "median", "percentile": 30.0}, "percentile"),
-    ],
-)
-def test_a_setting_of_another_pruner_is_refused(pruner, key):
-    with pytest.raises(RecipeError) as caught:
-        recipe_of({**make_recipe().model_dump(mode="json"), "search": {"pruner": pruner}})
-    [problem] = caught.value.problems
-    assert (problem.place, problem.rule) == (f"search.pruner.{key}", "unknown key")
+def test_a_setting_of_another_pruner_is_refused():
+    for name, key, value in (("none", "first", 0.5), ("median", "factor", 3), ("successive_halving", "percentile", 9)):
+        with pytest.raises(RecipeError) as caught:
+            recipe_of({**make_recipe().model_dump(mode="json"), "search": {"pruner": {"name": name, key: value}}})
+        [problem] = caught.value.problems
+        assert (problem.place, problem.rule) == (f"search.pruner.{key}", "unknown key")
