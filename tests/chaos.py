@@ -31,16 +31,10 @@ BOUNDARY = 3e-3  # learning rates above it diverge
 FITS = 8  # largest micro-batch for which there is memory, of a batch of 32
 EPOCHS = 4
 POOR = 0.1  # of its objective is left to every fourth trial, so that the pruner has something to cut whatever the seed
-HANG_TIMEOUT_S = 4
+ALWAYS = {"gpus_per_worker": 0, "hang_timeout_s": 4}
 RESOURCES = {
-    "inline": {"executor": "inline", "gpus_per_worker": 0, "hang_timeout_s": HANG_TIMEOUT_S},
-    "ray-train": {
-        "executor": "ray-train",
-        "num_workers": 2,
-        "cpus_per_worker": 0.5,
-        "gpus_per_worker": 0,
-        "hang_timeout_s": HANG_TIMEOUT_S,
-    },
+    "inline": {"executor": "inline", **ALWAYS},
+    "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5, **ALWAYS},
 }
 
 
@@ -66,9 +60,7 @@ def expected(seed, row, num_trials):
     """Returns the outcomes that a trial may end with."""
     if fate(seed, row.number, num_trials) == "raise":
         return {"error"}
-    if row.values["learning_rate"] > BOUNDARY:
-        return {"diverged", "pruned"} if PRUNER else {"diverged"}
-    return {"complete", "pruned"} if PRUNER else {"complete"}
+    return {"pruned", "diverged" if row.values["learning_rate"] > BOUNDARY else "complete"}
 
 
 def check(study_dir, num_trials, seed):
