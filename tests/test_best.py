@@ -74,29 +74,23 @@ def test_a_finished_training_keeps_no_checkpoint_nor_what_a_function_has_kept(st
             assert (place / "result.json").exists()
 
 
-def test_only_a_better_trial_changes_it(study_dir):
-    recipe = stand_in.make_recipe(3, baselines={})
+@pytest.mark.parametrize("left", ["nothing", "the one before"])
+def test_only_a_better_trial_changes_it_and_the_next_search_mends_what_a_kill_has_left(study_dir, left):
+    recipe = stand_in.make_recipe(4, baselines={})
     with searching(study_dir, recipe) as study:
+        finish(study, study.next(), 0.3)
+        old = (study_dir / BEST).read_bytes()
         first, second, third = study.next(), study.next(), study.next()
-        finish(study, second, 0.5)
+        finish(study, second, 0.6)
         before = written(study_dir / BEST)
-        finish(study, first, 0.4)
+        finish(study, first, 0.5)
         study.settle(third, failed(third, "diverged"))
     with searching(study_dir, recipe):
         pass
     assert written(study_dir / BEST) == before
-
-
-@pytest.mark.parametrize("left", ["nothing", "the one before"])
-def test_the_next_search_mends_what_a_kill_after_telling_has_left(study_dir, left):
-    recipe = stand_in.make_recipe(2, baselines={})
-    with searching(study_dir, recipe) as study:
-        finish(study, study.next(), 0.3)
-        before = (study_dir / BEST).read_bytes()
-        finish(study, study.next(), 0.6)
     (study_dir / BEST).unlink()
     if left != "nothing":
-        (study_dir / BEST).write_bytes(before)
+        (study_dir / BEST).write_bytes(old)
     with searching(study_dir, recipe):
         pass
     assert in_file(study_dir) == in_study(study_dir)
@@ -180,7 +174,7 @@ def test_the_figure_is_drawn_however_a_search_ends(study_dir):
 
 
 @pytest.mark.slow
-def test_a_figure_that_cannot_be_written_does_not_hide_why_the_search_has_ended(study_dir):
+def test_there_is_no_figure_where_it_cannot_be_written_and_after_a_take_over_and_why_a_search_ended_is_told(study_dir):
     recipe = finished(study_dir)
     (study_dir / FIGURE_PNG).mkdir()
     with searching(study_dir, recipe) as study:
@@ -188,15 +182,7 @@ def test_a_figure_that_cannot_be_written_does_not_hide_why_the_search_has_ended(
             raise InterruptedRunError("stopped")
         with pytest.raises(StorageError, match=FIGURE_PNG), figure_at_the_end(study, 0):
             pass
-
-
-@pytest.mark.slow
-def test_without_a_complete_trial_there_is_no_figure_and_none_of_a_search_that_was_taken_over(study_dir):
-    with searching(study_dir, stand_in.make_recipe(2)) as study, figure_at_the_end(study, 0):
-        pass
-    assert figures(study_dir) == set()
-    study_dir = study_dir.with_name("other")
-    with searching(study_dir, finished(study_dir)) as study:
+        (study_dir / FIGURE_PNG).rmdir()
         (study_dir / BEST).unlink()
         take(study_dir)
         with pytest.raises(StorageError, match="has taken the study over"):
@@ -204,4 +190,8 @@ def test_without_a_complete_trial_there_is_no_figure_and_none_of_a_search_that_w
         with pytest.raises(InterruptedRunError), figure_at_the_end(study, 0):
             raise InterruptedRunError("stopped")
     assert not (study_dir / BEST).exists()
+    assert FIGURE_PNG not in figures(study_dir)
+    study_dir = study_dir.with_name("none is complete")
+    with searching(study_dir, stand_in.make_recipe(2)) as study, figure_at_the_end(study, 0):
+        pass
     assert figures(study_dir) == set()

@@ -60,21 +60,15 @@ def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_pat
 
 
 @pytest.mark.slow
-def test_all_events_of_a_search_come_and_no_ray_is_started(tmp_path):
+def test_all_events_of_a_search_come_and_a_trial_that_raises_is_a_verdict_after_its_second_attempt(tmp_path):
+    stand_in.tell(tmp_path, **{"1": "raise"})
     events = []
     result = run_search(stand_in.make_recipe(3, **DEBUG), tmp_path / "study", None, events.append, STAND_IN)
     assert not ray.is_initialized()
-    assert [row.outcome for row in result.trials] == ["complete"] * 3
+    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 1)]
     assert [event.concurrency for event in events if isinstance(event, Started)] == [1]
     assert len([event for event in events if isinstance(event, TrialFinished)]) == 3
     assert any(isinstance(event, TrialEpoch) for event in events)
-
-
-@pytest.mark.slow
-def test_a_trial_that_raises_is_a_verdict_after_its_second_attempt_and_the_search_goes_on(tmp_path):
-    stand_in.tell(tmp_path, **{"1": "raise"})
-    result = run_search(stand_in.make_recipe(3, baselines={}, **DEBUG), tmp_path / "study", runner=STAND_IN)
-    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 1)]
 
 
 @pytest.mark.slow

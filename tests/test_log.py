@@ -250,20 +250,6 @@ def test_who_is_refused_while_claiming_waits_anew(tmp_path):
     assert clock.now - 1000 == 2 * SILENT_FOR_S
 
 
-def test_who_sees_another_take_over_at_the_last_look_leaves_it_the_log(tmp_path):
-    claimed(Folder(tmp_path), me=ELSEWHERE)
-    quicker, clock = [], Clock()
-
-    def take():
-        if clock.now - 1000 == SILENT_FOR_S:
-            quicker.append(claimed(Folder(tmp_path), me={**ELSEWHERE, "pid": 7}))
-
-    clock.meanwhile = take
-    with pytest.raises(StorageError, match=r"is in use: .* process 7 on elsewhere"):
-        log_of(Folder(tmp_path), clock).claim()
-    commit(quicker[0], "goes on")
-
-
 def test_who_checks_the_store_while_another_begins_and_clears_it_says_who(tmp_path):
     removed = []
 
@@ -416,22 +402,6 @@ def test_a_fault_at_any_write_of_the_log_loses_nothing(server, whole, fault):
         if len(puts) < k:
             break
     assert k > 10
-
-
-def test_a_refused_write_ends_with_one_message_and_the_next_search_goes_on(server, whole):
-    puts = []
-
-    def strike(method, path):
-        puts.append(path) if method == "PUT" else None
-        return refused(403, "AccessDenied") if method == "PUT" and len(puts) > 6 else None
-
-    server.strike = strike
-    with pytest.raises(StorageError, match="AccessDenied") as caught:
-        search(claimed(in_bucket(server)))
-    assert (caught.type, caught.value.exit_code) == (StorageError, 5)
-    server.strike = lambda method, path: None
-    search(claimed(in_bucket(server))).release()
-    assert state(read(in_bucket(server))) == whole[1]
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,7 @@ from logs import set_recipe
 from optuna.trial import TrialState
 from study_steps import finish, optuna_study, searching
 
-from carft_ray.launch.runs.search import SearchResult, run_search
-from carft_ray.launch.runtime import Runner
+from carft_ray.launch.runs.search import SearchResult
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
@@ -141,7 +140,7 @@ def searched(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_point(searched):
+def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_point(searched, capsys):
     _, studies = searched
     view = read_study(studies["pareto"])
     for row in view.trials:
@@ -163,6 +162,11 @@ def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_p
     answer = rescore(view, asked_objective(view.recipe, "harmonic"))
     assert answer["own_objective"]["kind"] == "pareto"
     assert [row["new_rank"] for row in answer["trials"]] == [1, 2, 3]
+    for verb in ("status", "ls", "report", "rescore"):
+        assert (
+            crash_host.call([verb, str(studies["pareto"])]) == crash_host.call([verb, str(studies["constrained"])]) == 0
+        )
+    assert capsys.readouterr().out.count("Front of ID and OOD accuracy: ") == 2  # of status and of report
 
 
 @pytest.mark.slow
@@ -263,31 +267,6 @@ def test_real_trials_meet_their_constraints_wherever_an_evaluated_alpha_does(sea
         assert {f"violation/{key}": value for key, value in row["violations"].items()} == expected
     assert answer["trials"][0]["name"] == view.best.name
     assert {*study_report(view)["best"]["violations"]} == {*answer["constraints"]}
-
-
-@pytest.mark.slow
-def test_the_verbs_show_the_front(searched, capsys):
-    _, studies = searched
-    for verb in ("status", "ls", "report", "rescore"):
-        assert crash_host.call([verb, str(studies["pareto"])]) == 0
-        assert crash_host.call([verb, str(studies["constrained"])]) == 0
-    shown = capsys.readouterr().out
-    assert shown.count("Front of ID and OOD accuracy: ") == 2  # of status and of report
-
-
-@pytest.mark.slow
-def test_a_whole_pareto_search(tmp_path):
-    recipe = make_recipe(4, constraints={"id_drop": {"plain": 0.1}}, resources={"executor": "debug"})
-    events = []
-    runner = Runner(curve_stand_in.prepare, curve_stand_in.train)
-    result = run_search(recipe, tmp_path / "study", None, events.append, runner)
-    assert len(result.trials) == result.num_new == 4
-    assert result.best.standing == 2
-    plain = next(row for row in result.baselines if row.name == "plain")
-    assert not any("violation" in name for name in plain.metrics)
-    assert all("violation/id_drop/plain" in row.metrics for row in result.trials)
-    finished = [event for event in events if type(event).__name__ == "TrialFinished"]
-    assert finished[-1].best == result.best.name
 
 
 @pytest.mark.slow

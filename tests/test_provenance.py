@@ -180,23 +180,6 @@ def test_images_may_move_or_be_touched_and_are_no_others(here):
     assert study_dir.exists()
 
 
-@pytest.mark.slow
-def test_pictures_of_the_sandbox_have_the_digest_of_their_pixels(tmp_path):
-    spec = "{{source: sandbox, domain: {}, split: {}, num_per_class: 1}}"
-    recipe_path = tmp_path / "recipe.yaml"
-    recipe_path.write_text(
-        f"data:\n  train: {spec.format('photo', 'train')}\n  id_val: {spec.format('photo', 'val')}\n"
-        f"  cache_dir: {tmp_path}\ntrain: {{batch_size: 8}}\n"
-    )
-    recipe = load_recipe(recipe_path)
-    found = set_contents(recipe, load_shared_inputs(recipe))
-    from carft_ray.data.synthetic.sandbox import sandbox_source
-
-    for name, split in (("train", "train"), ("id_val", "val")):
-        assert found[name]["digest"] == content.set_digest(sandbox_source("photo", split, 1, name))
-    assert set_contents(recipe) == {}
-
-
 def git(folder, *words):
     command = ["git", "-C", str(folder), "-c", "user.name=a", "-c", "user.email=a@b", *words]
     subprocess.run(command, check=True, capture_output=True)

@@ -6,7 +6,6 @@ import curve_stand_in
 import numpy as np
 import optuna
 import pytest
-import short_training
 from optuna.trial import TrialState
 from pydantic import TypeAdapter
 from stand_in import make_recipe
@@ -17,7 +16,7 @@ from carft_ray.errors import NoSuccessfulTrialError, RecipeError
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules
-from carft_ray.recipe.loading import load_recipe, recipe_of
+from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import Pruner
@@ -26,7 +25,6 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.outcome import Failure, TrialRow
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
 from carft_ray.study.rows import trials
-from carft_ray.training.run_context import RunContext
 
 HALVING = {"name": "successive_halving"}
 EPOCHS = 6
@@ -223,19 +221,6 @@ def test_a_search_in_which_all_were_cut_says_so():
     error = no_successful_trial(None, rows)
     assert isinstance(error, NoSuccessfulTrialError)
     assert "the pruner has cut all 3" in str(error)
-
-
-@pytest.mark.slow
-def test_a_real_training_is_evaluated_where_its_rungs_end(tmp_path, monkeypatch):
-    from carft_ray.training.run import prepare, run_training
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=successive_halving"]
-    recipe, lines = load_recipe(short_training.make(tmp_path), settings), []
-    prepare(recipe, tmp_path / "prepared")
-    run_training(recipe, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
-    assert [line["epoch"] for line in lines if "subset/objective" in line] == [2, 4]
-    assert [found[0] for line in lines if (found := intermediate_value(recipe, {}, line))] == [33, 67]
 
 
 # what predicts the end

@@ -96,29 +96,17 @@ def number(values):
     return values["kl_weight"] / 4
 
 
-def pruned(values):
-    return {"state": TrialState.PRUNED, "step": number(values)}
-
-
-def pruned_otherwise(values):
-    return {"state": TrialState.PRUNED, "step": -number(values)}
-
-
 # ---- the table: each cell is a test
 
 
-def check_pruning(name, recipe):
-    first, second = two_searches(recipe, pruned, pruned_otherwise)
-    assert (first != second) == (name == "tpe")  # it alone learns from pruned trials
+def check_learning(learns, first, second, objectives=1):
+    """Gives a check that the samplers of these names, and no others, learn from what two results differ in."""
 
+    def check(name, recipe):
+        drawn = two_searches(recipe, first, second, objectives)
+        assert (drawn[0] != drawn[1]) == (name in learns)
 
-def check_constraints(name, recipe):
-    first, second = two_searches(
-        recipe,
-        lambda values: {"value": 0.1 * number(values), "constraint": number(values) - 0.4},
-        lambda values: {"value": 0.1 * number(values), "constraint": 0.4 - number(values)},
-    )
-    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
+    return check
 
 
 def check_conditional(name, recipe):
@@ -138,24 +126,28 @@ def check_conditional(name, recipe):
     assert any(one != other for one, other in pairs) == (name == "tpe")  # for others the child is drawn at random
 
 
-def check_categorical(name, recipe):
-    first, second = two_searches(
-        recipe,
-        lambda values: {"value": float(values["decay"] == "all") + 0.01 * number(values)},
-        lambda values: {"value": float(values["decay"] == "matrices") + 0.01 * number(values)},
-    )
-    assert {values["decay"] for values in first + second} == {"all", "matrices"}
-    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
-
-
-def check_pareto(name, recipe):
-    first, second = two_searches(
-        recipe,
-        lambda values: {"value": [number(values), 1.0 / (1 + number(values))]},
-        lambda values: {"value": [number(values), number(values) ** 2]},
-        objectives=2,
-    )
-    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
+BAYESIAN = ("tpe", "gp", "nsga2")
+check_pruning = check_learning(
+    ("tpe",),
+    lambda values: {"state": TrialState.PRUNED, "step": number(values)},
+    lambda values: {"state": TrialState.PRUNED, "step": -number(values)},
+)
+check_constraints = check_learning(
+    BAYESIAN,
+    lambda values: {"value": 0.1 * number(values), "constraint": number(values) - 0.4},
+    lambda values: {"value": 0.1 * number(values), "constraint": 0.4 - number(values)},
+)
+check_categorical = check_learning(
+    BAYESIAN,
+    lambda values: {"value": float(values["decay"] == "all") + 0.01 * number(values)},
+    lambda values: {"value": float(values["decay"] == "matrices") + 0.01 * number(values)},
+)
+check_pareto = check_learning(
+    BAYESIAN,
+    lambda values: {"value": [number(values), 1.0 / (1 + number(values))]},
+    lambda values: {"value": [number(values), number(values) ** 2]},
+    objectives=2,
+)
 
 
 def check_resume(name, recipe):
