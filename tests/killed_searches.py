@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 from subprocess import PIPE
 
-import chaos
 import stand_in
 from logs import commits, operations
 
@@ -97,27 +96,28 @@ def driver(
 
 
 def chaotic(study_dir, num_trials, seed, executor, num_kills, **resources):
-    """Runs a search of ``chaos.py``, its driver and Ray killed so often; returns the number of trials by outcome."""
-    rng = random.Random(f"kills {seed}")
-    command = [sys.executable, str(HERE / "chaos.py"), str(study_dir), str(num_trials), str(seed)]
-    command.append(json.dumps({**chaos.RESOURCES[executor], **resources}))
-    for number in range(num_kills + 1):
-        process = subprocess.Popen(
-            command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
-        )
-        _drivers.append(process)
-        if number < num_kills:
-            for line in process.stdout:  # whatever it takes Ray to start
-                if line.startswith("TrialStarted"):
-                    break
-            time.sleep(rng.uniform(0, 4))
-            assert process.poll() is None, "the search has ended before it could be killed"
-            kill_group(process)
-    code, output = finish(
-        process, 120 * num_trials
-    )  # Ray Train takes some 10 s to start a group of workers, more on a busy machine
+    """Searches with trials that diverge, raise, hang and die by themselves, and kills driver and Ray so often.
+
+    Returns:
+        Number of trials by outcome, which is that of the fate of each.
+    """
+    rng = random.Random(seed)
+    fates = ["diverge", "raise", "raise_once", "hang_once", "die_once", *[""] * (num_trials - 5)]
+    rng.shuffle(fates)
+    modes = {str(number): fate for number, fate in enumerate(fates) if fate}
+    stand_in.tell(study_dir.parent, seconds=0.2, **modes)
+    more = {"search": CUT, "hang_timeout_s": 4, **resources}
+    for number in range(num_kills):
+        kill_after(driver(study_dir, num_trials, executor, **more), number, rng)
+    code, output = finish(driver(study_dir, num_trials, executor, **more), TIMEOUT_S + 60 * num_trials)
     assert code == 0, output
-    return chaos.check(study_dir, num_trials, seed)
+    rows, expected = trials(study_dir), {"diverge": {"diverged"}, "raise": {"error"}}
+    assert [row.number for row in rows] == list(range(num_trials))
+    for row, fate in zip(rows, fates, strict=True):
+        assert row.outcome in expected.get(fate, {"complete", "pruned"}), (row, fate)
+    check_told_once(study_dir)
+    assert list(study_dir.rglob("*.tmp")) == []
+    return Counter(row.outcome for row in rows)
 
 
 def kill_drivers():

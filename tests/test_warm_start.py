@@ -209,6 +209,8 @@ def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_
 
     monkeypatch.setattr("carft_ray.launch.runs.search.run_search", run_search)
     shutil.copytree(first, first.parent / "second")
+    manifest = study_dir / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"batch_size": 512', '"batch_size": 8'))
     words = ["resume", "study", "--warm-start", "first", "--warm-start", "second", "--warm-start", "first"]
     assert crash_host.call(words) == ClusterError.exit_code, capsys.readouterr().err
     assert asked == [(str(first.resolve()), str(first.parent.resolve() / "second"))]
