@@ -147,12 +147,6 @@ def test_a_study_is_pulled_whole_and_says_that_it_is_a_copy(address, made, tmp_p
         pass  # the search may go on in it
 
 
-def test_what_is_half_written_is_no_file_of_a_study(tmp_path):
-    for name in ("a/weights", "a/.step-00000032.1301-a0147b1cb809.tmp/weights", "a/.x.12-0f.tmp", "log/00000001"):
-        files.write_bytes(tmp_path / name, b"12")
-    assert mirror.files_in(tmp_path) == {"a/weights": 2}
-
-
 def test_a_pushed_study_has_its_log_packs_and_files(address, made, server):
     there = {name.removeprefix("a/kinds/"): data for name, data in server.objects().items()}
     assert json.loads(there.pop(MANIFEST))["copied_from"]["place"] == str(made)
@@ -176,6 +170,9 @@ def test_what_is_there_is_never_written_over(address, made, server, tmp_path, ca
 
 
 def test_half_a_copy_is_no_study(address, made, server, tmp_path):
+    for name in ("a/weights", "a/.step-00000032.1301-a0147b1cb809.tmp/weights", "a/.x.12-0f.tmp", "log/00000001"):
+        files.write_bytes(tmp_path / "half" / name, b"12")
+    assert mirror.files_in(tmp_path / "half") == {"a/weights": 2}
     server.strike = lambda method, path: refused(403, "AccessDenied") if "predictions" in path else None
     with pytest.raises(StorageError, match="403 AccessDenied"):
         pull(address, tmp_path / "back")
