@@ -40,13 +40,13 @@ def train(recipe):
 def reference(recipe, host, train):
     """Folder and durable operations of a training that nothing disturbs, the latter also with late checkpoints."""
     folder = recipe.parent
-    counts = {"early": folder / "early.json", "late": folder / "late.json"}
+    counts = {"soon": folder / "soon.json", "late": folder / "late.json"}
     jobs = [
         {"name": name, "commands": [{"argv": train, "count_to": str(path), "writes": name}]}
         for name, path in counts.items()
     ]
     host([*jobs, {"name": "small", "commands": [{"argv": [*train, *SMALL_BATCHES]}]}])
-    assert differences(folder / "late", folder / "early") == []
+    assert differences(folder / "late", folder / "soon") == []
     return folder, {name: json.loads(path.read_text()) for name, path in counts.items()}
 
 
@@ -96,10 +96,10 @@ def differences(folder, other):
 def test_a_training_killed_at_any_durable_operation_is_resumed_to_the_very_same_result(host, train, reference):
     """Some are killed again before that, and some write their checkpoints as late as they may."""
     folder, kinds = reference
-    assert kinds["early"] != kinds["late"]
+    assert kinds["soon"] != kinds["late"]
     resume = [*train, "--resume"]
     jobs = []
-    for number in range(1, len(kinds["early"]) + 1):
+    for number in range(1, len(kinds["soon"]) + 1):
         for name in kinds:
             for moment in moments(kinds[name], number):
                 kill = {"argv": train, "kill": (number, moment), "writes": name}
@@ -109,12 +109,12 @@ def test_a_training_killed_at_any_durable_operation_is_resumed_to_the_very_same_
     for name, (place, answers) in host(crash_host.share(jobs)).items():
         assert (answers[0]["code"], answers[-1]["code"]) == (-signal.SIGKILL, 0), (name, answers)
         assert not re.search("(?i)traceback|warning", "".join(answer["log"] for answer in answers)), name
-        assert differences(place, folder / "early") == [], name
+        assert differences(place, folder / "soon") == [], name
 
 
 def test_a_resumed_training_does_not_begin_again(host, train, reference):
     """Killed after the second checkpoint, it trains the last epoch only; killed after the last, none."""
-    kinds = reference[1]["early"]
+    kinds = reference[1]["soon"]
     appended = [number for number, kind in enumerate(kinds, start=1) if kind == "append"]
     kills = {"second": (appended[5], "before"), "last": (len(kinds), "after")}
     found = host(
@@ -176,6 +176,6 @@ def test_a_training_that_runs_out_of_space_says_so_once_leaves_nothing_half_writ
         step = f"{said}\n    Raise the limit on file sizes (ulimit -f), then run the same command again.\n"
         assert step in first["log"], first["log"]
         assert second["code"] == 0, second["log"]
-        assert differences(folder, reference[0] / "early") == [], name
+        assert differences(folder, reference[0] / "soon") == [], name
         stopped_at.add(Path(said.partition(f": {folder}/")[2].split(":")[0]).name)
     assert len(stopped_at) >= 3, stopped_at

@@ -365,10 +365,10 @@ def test_samplers_other_than_gp_load_no_torch():
 @pytest.mark.slow
 def test_gp_proposes_on_one_thread_and_gives_the_others_back(monkeypatch):
     import torch
-    from optuna._gp import gp
+    from optuna._gp import acqf
 
-    seen, fit = [], gp.fit_kernel_params
-    monkeypatch.setattr(gp, "fit_kernel_params", lambda *a, **k: seen.append(torch.get_num_threads()) or fit(*a, **k))
+    seen, plain = [], acqf.LogEI
+    monkeypatch.setattr(acqf, "LogEI", lambda *a, **k: seen.append(torch.get_num_threads()) or plain(*a, **k))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
