@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 from stand_in import make_recipe
 from study_steps import finish, optuna_study, searching
 
+from carft_ray import files
 from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError
 from carft_ray.launch.failures.causes import no_successful_trial
@@ -139,9 +140,9 @@ def row(epoch, value, epochs=EPOCHS):
 
 
 def write_lines(study, spec, *lines):
-    folder = spec.folder(study.study_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    """Writes what a training has reported and the driver has not read."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    files.write_bytes(spec.place(study.study_dir) / "rows.jsonl", text.encode())
 
 
 @pytest.fixture

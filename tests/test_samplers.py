@@ -497,6 +497,7 @@ CASES = [  # a part of a recipe, and how its one message begins
         {"sampler": {"name": "grid"}, "space": {"kl_weight": {"low": 0, "high": 1}}},
         "space.kl_weight: must have a step for the grid\n    Give kl_weight a step, or choices: [...], or another",
     ),
+    ({"space": {"decay": {"choices": [[1]]}}}, "space.decay.choices.0: must be a number, a text, true, false or null"),
     (drawn_when({"deacy": "all"}), "space.kl_weight.when.deacy: must be a categorical parameter of search.space, but"),
     (drawn_when({"decay": ["matrx"]}), "space.kl_weight.when.decay: must be among the choices of decay, but got"),
     (drawn_when({"head_bias": 1}), "space.kl_weight.when.head_bias: must be among the choices of head_bias, but got 1"),

@@ -193,8 +193,10 @@ def test_any_prefix_of_a_log_is_a_study_that_goes_on_to_the_same_end(study_dir, 
         rewrite(part, found[:number])
         running = {row[1]: row[3] == "running" for row in told(part)} if number > 2 else {}
         for folder in (*part.glob("trials/*"), *part.glob("baselines/*")):
-            if folder.name not in running or (running[folder.name] and number % 2):
+            if folder.name not in running:
                 shutil.rmtree(folder)
+            elif running[folder.name] and number % 2:
+                shutil.rmtree(folder / "attempt-1", ignore_errors=True)  # but not the rows that the driver had
         with searching(part, recipe) as study:
             go_on(study)
         assert told(part) == expected, number
@@ -205,7 +207,7 @@ STEPS = st.sampled_from(["ask", "ask", "finish", "result", "lose", "raise"])
 
 
 @pytest.mark.slow
-@settings(max_examples=12, derandomize=True, deadline=None)
+@settings(max_examples=8, derandomize=True, deadline=None)
 @given(st.lists(st.lists(STEPS, max_size=8), max_size=4))
 def test_whatever_happens_each_training_is_told_once_with_its_values(searches):
     """Each list is a search, killed at its end, and the next one wants a trial more; trainings run side by side."""
