@@ -120,31 +120,25 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content):
         source.pixels(0)
     assert str(path) in str(caught.value)
     assert caught.value.exit_code == 4
-
-
-def test_a_file_that_vanished_is_named(tree):
-    source = folder_source(tree, ["photo"], None, "train")
-    (tree / source.listing.names[1]).unlink()
-    with pytest.raises(DataError, match=r"photo/bird/2\.png"):
-        source.pixels(1)
-    with pytest.raises(DataError, match=r"photo/bird/2\.png"):
-        _ = source.fingerprint
+    path.unlink()
+    for use in (lambda: source.pixels(0), lambda: source.fingerprint):
+        with pytest.raises(DataError, match=r"photo/fish/1\.png"):
+            use()
 
 
 # trees that are not as they should be
 
 
-def test_a_missing_root_is_told_with_the_layout(tmp_path):
+def test_a_missing_root_wrong_domains_and_a_tree_without_classes_are_told(tree, tmp_path):
     text = problems_of(tmp_path / "none", ["photo"], None)
     assert f"data.id_val: the root of the image tree must be a folder, but got {tmp_path / 'none'}" in text
     assert "PATH/domain/class" in text
-
-
-def test_all_wrong_domains_are_told_at_once_with_the_nearest(tree):
     spec = FolderSet(source="folder", path=str(tree), domains=("photos", "arts"))
     text = "\n".join(str(problem) for problem in folder_set_problems(spec, "data.id_val"))
     assert "'photos'; did you mean 'photo'? (allowed: art, photo)" in text
     assert "'arts'; did you mean 'art'?" in text
+    save(tree / "flat" / "1.png")
+    assert "there must be at least one image" in problems_of(tree, ["flat"], None)
 
 
 def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):
@@ -160,12 +154,6 @@ def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):
     assert text.count("data.id_val:") == 2
     save(tree / "sketch" / "fish" / "1.png")  # a class may be missing in one domain of a set
     assert len(folder_source(tree, ["art", "sketch"], ["bird", "fish"], "train")) == 5
-
-
-def test_a_tree_without_classes_is_told(tmp_path):
-    (tmp_path / "photo").mkdir()
-    save(tmp_path / "photo" / "1.png")
-    assert "there must be at least one image" in problems_of(tmp_path, ["photo"], None)
 
 
 # what is no image, and names that are no text

@@ -168,20 +168,14 @@ def test_tampering_is_found_and_named_even_where_all_hashes_were_made_again(stud
     assert ((study_dir / "manifest.json").read_bytes(), lines_of(study_dir)) == before
 
 
-def test_the_end_of_a_log_that_was_cut_off_is_found(study_dir):
-    for path in sorted((study_dir / "log").iterdir())[places_of(commits(study_dir))[-1] :]:
-        path.unlink()
-    assert "must have the ledger of which manifest.json tells" in told(study_dir)
-
-
 def note(study_dir, value):
     """Writes into the manifest what it would say of the ledger."""
     manifest = json.loads((study_dir / "manifest.json").read_text())
     (study_dir / "manifest.json").write_text(json.dumps({**manifest, "ledger": value}))
 
 
-def test_a_manifest_that_was_edited_or_damaged_is_found(study_dir):
-    whole = noted(study_dir)
+def test_a_log_that_was_cut_off_and_a_manifest_that_was_edited_or_damaged_are_found(study_dir):
+    whole, before = noted(study_dir), (study_dir / "manifest.json").read_bytes()
     for changed in ({"hash": "0" * 64}, {"count": 2}, {"count": 4}, {"commit": whole["commit"] + 1}):
         note(study_dir, {**whole, **changed})
         assert "must have the ledger of which manifest.json tells" in told(study_dir)
@@ -191,6 +185,11 @@ def test_a_manifest_that_was_edited_or_damaged_is_found(study_dir):
     (study_dir / "manifest.json").write_text("[]")
     with pytest.raises(StorageError, match="must be the manifest of a study"):
         check_ledger(study_dir)
+    (study_dir / "manifest.json").write_bytes(before)
+    assert told(study_dir) == ""
+    for path in sorted((study_dir / "log").iterdir())[places_of(commits(study_dir))[-1] :]:
+        path.unlink()
+    assert "must have the ledger of which manifest.json tells" in told(study_dir)
 
 
 def test_a_manifest_that_knows_of_lines_in_a_study_without_one_is_found(fresh, study_dir):
