@@ -1,14 +1,12 @@
 """The study on disk, without Ray: states, recovery, kills, and what is refused."""
 
 import random
-import shlex
 import shutil
 import tempfile
 from pathlib import Path
 
 import curve_stand_in
 import pytest
-import typer.main
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logs import commits, rewrite
@@ -16,12 +14,9 @@ from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 from study_steps import contents, failed, finish, optuna_study, run_all, run_search, searching, told, write_result
 
-from carft_ray.cli import app
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
 from carft_ray.files import temporary_name
-from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.trial_values import apply
-from carft_ray.results.reading.trained import open_trained
 from carft_ray.store import result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import trial_name
@@ -352,23 +347,3 @@ def test_what_this_call_did_not_make_stays_when_the_data_turn_out_unfit_or_the_r
         with pytest.raises(error), open_study(study_dir, make_recipe(2)):
             raise error("one data set was changed")
     assert (study_dir / "trials" / "t0000-1234").is_dir()
-
-
-def test_the_weights_of_a_trial_that_are_gone_are_one_message_with_the_command_that_makes_them_again(study_dir):
-    recipe = make_recipe(2, keep_checkpoints=1, baselines={})
-    with searching(study_dir, recipe) as study:
-        while (spec := study.next()) is not None:
-            finish(study, spec, spec.number, train=apply(recipe, spec.values).train.model_dump(mode="json"))
-        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        row = study.rows()[0]
-    messages = set()
-    for written in (row.name, "0", "t0", "t0000"):
-        with pytest.raises(StorageError, match="its weights are gone: a study keeps those of its best 1 trial") as gone:
-            open_trained(study_dir, written)
-        messages.add(str(gone.value))
-    with pytest.raises(UsageError, match="--trial: must be the number or name of a trial or baseline, but got '7'"):
-        open_trained(study_dir, "7")
-    [message] = messages
-    words = shlex.split(message.splitlines()[1].strip().removeprefix("Train it again: carft-ray reproduce "))
-    given = typer.main.get_command(app).commands["reproduce"].make_context("reproduce", words).params
-    assert (given["folder"], given["trial"], given["out"]) == (str(study_dir), row.name, Path("DIR"))
