@@ -14,6 +14,7 @@ from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 from study_steps import contents, failed, finish, optuna_study, run_all, run_search, searching, told, write_result
 
+from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
 from carft_ray.files import temporary_name
 from carft_ray.recipe.trial_values import apply
@@ -120,6 +121,17 @@ def test_lost_attempts_that_advance_have_no_limit_and_exceptions_none_when_one_a
         assert study.lost(study.next(), "its node is gone") == "repeated"
         spec = study.next()
         assert study.settle(spec, failed(spec, "error", "IndexError")).attempt == 2 * LOST_ATTEMPTS + 3
+
+
+def test_rows_are_added_once_and_void_what_an_earlier_attempt_has_reported_from_their_step_on(study_dir):
+    with searching(study_dir, make_recipe(1, baselines={})) as study:
+        spec, rows = study.next(), [{"step": step, "loss": 1.0} for step in (10, 20)]
+        assert [study.add_row(spec, row) for row in (*rows, rows[0])] == [True, True, False]
+        assert study.add_row(spec, {"step": 10, "loss": 2.0})
+        assert files.read_json_lines(spec.folder(study_dir) / "metrics.jsonl") == [{"step": 10, "loss": 2.0}]
+        files.write_bytes(spec.place(study_dir) / "fine_tuned.safetensors", b"weights")
+        study.stopped(spec)
+        assert "resume continues from the end of its training" in (spec.folder(study_dir) / "log.txt").read_text()
 
 
 def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):
