@@ -199,8 +199,9 @@ NAMES = [kind.model_fields["name"].default for kind in members(AnySampler)]
 TEXT = (BASE.parent / "docs" / "samplers.md").read_text()
 ROWS = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("|")]
 CELLS = {(row[0], row[1]): (row[2], row[3]) for row in ROWS if len(row) == 4 and row[1] in FEATURES}  # verdict, why
-SAMPLERS = [pytest.param(name, marks=pytest.mark.slow if name == "gp" else ()) for name in NAMES]  # gp fits a model
-TABLE = [pytest.param(*cell, marks=pytest.mark.slow if cell[0] == "gp" else ()) for cell in CELLS]
+WHOLE = [pytest.mark.slow, pytest.mark.whole]
+GP_MARKS = {"resume": [pytest.mark.slow], "many at a time": [pytest.mark.slow]}  # the others in `make test-all` alone
+TABLE = [pytest.param(*cell, marks=GP_MARKS.get(cell[1], WHOLE) if cell[0] == "gp" else ()) for cell in CELLS]
 
 
 def write(tmp_path, recipe):
