@@ -15,10 +15,9 @@ happen to a command line:
     "writes": "late"             a checkpoint is written by its thread when the training waits for it, else at once
     "cache": name                of the folder for the user's cache, beside the study; "cache" by default
 
-Operations of the command line have one order: so does what a driver writes (``order_posts``).
-
-The wrappers that do it live here; the program knows nothing of them. A job answers ``answers.json`` in its folder: for
-each command line ``code``, ``log`` and the temporary files that it left (``remains``). Tests start it with ``started``.
+Operations of the command line have one order: so does what a driver writes (``order_posts``). A job answers
+``answers.json`` in its folder: for each command line ``code``, ``log`` and the temporary files that it left
+(``remains``). Tests start it with ``started``.
 """
 
 import builtins
@@ -35,12 +34,19 @@ import subprocess
 import sys
 import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
+from datetime import date
 from pathlib import Path
 
 import obstore
 
 HERE = Path(__file__).parent
 LANES = 2
+KILLS_OF = int(os.environ.get("KILLS_OF", "30"))  # of so many kills a run of the tests makes one, another every day
+
+
+def share(jobs):
+    """Returns the jobs that are done today; all with ``KILLS_OF=1``, as ``make crash-points`` has it."""
+    return jobs[date.today().toordinal() % KILLS_OF :: KILLS_OF]
 
 
 @contextlib.contextmanager

@@ -1,12 +1,12 @@
-"""Kills a search before and after every write of its store, has it go on, and compares: ``make crash-points``.
+"""Kills a search around every write, has it go on, and compares: ``make crash-points``.
 
 A search of six trials, one of which is cut and one diverges, its continuation to eight, and a confirm, all with the
 executor ``debug`` and stand-in trainings, in forks of one process (``crash_host.py``).
 
     python tests/crash_points.py [folder|bucket]
 
-A store is the log of a study in a folder; or all objects of one in a bucket. Prints a table, and ends with an error
-when a kill has lost or doubled anything.
+Writes are those of the log of a study in a folder and of its other files; or all of one in a bucket. Prints a table,
+and ends with an error when a kill has lost or doubled anything.
 """
 
 import contextlib
@@ -33,6 +33,9 @@ PROGRAM = "debug_search"
 COMMANDS = {"search": ["search", "study", "6"], "more": ["search", "study", "8"], "confirm": ["confirm", "study"]}
 DIVERGES = "2"  # number of the trial that does
 LOOK = ["look", "study"]
+# when to kill, by the kind of a write
+OF_FOLDERS = {"link": ("before", "after"), "append": ("torn",), "replace": ("after",)}
+OF_BUCKETS = {"request": ("before", "after")}
 HEADER = ("command", "writes", "kills", "lost", "twice", "begun again")
 
 
@@ -44,7 +47,7 @@ def prepare(folder):
 class Folders:
     """Studies in folders: runs jobs and returns for each name its folder, with the study in it, and its answers."""
 
-    kind = "link"  # of the operations that write a store
+    moments = OF_FOLDERS
 
     def __init__(self, run, folder):
         self.run, self.folder = run, folder
@@ -59,7 +62,7 @@ class Folders:
 class Buckets(Folders):
     """The same in a bucket; whoever comes after a kill has another cache."""
 
-    kind = "request"
+    moments = OF_BUCKETS
 
     def __init__(self, run, folder, server):
         super().__init__(run, folder)
@@ -87,7 +90,7 @@ def undisturbed(host, folder):
     """Runs the commands in peace, each on a copy of the study that the one before has left.
 
     Returns:
-        By command the folder in which it was run, and how many writes of the store it has made.
+        By command the folder in which it was run, and the kinds of its writes.
     """
     found, before = {}, None
     for name, argv in COMMANDS.items():
@@ -96,21 +99,22 @@ def undisturbed(host, folder):
         kinds = folder / f"{name}.json"
         place, [answer] = host([{"name": name, "commands": [{"argv": argv, "count_to": str(kinds)}]}])[name]
         assert answer["code"] == 0, answer["log"]
-        found[name] = place, json.loads(kinds.read_text()).count(host.kind)
+        found[name] = place, Counter(json.loads(kinds.read_text()))
         before = name
     return found
 
 
-def jobs_of(calm, kind="link"):
-    """Returns the jobs of ``crash_host``: each command killed before and after each write, then looked at and run."""
+def jobs_of(calm, moments):
+    """Returns the jobs of ``crash_host``: each command killed around each write, then looked at and run."""
     return [
         {
-            "name": f"{number:03d}-{name}-{moment}",
+            "name": f"{number:03d}-{name}-{kind}-{moment}",
             "commands": [{"argv": argv, "kill": (number, moment, kind)}, {"argv": LOOK}, {"argv": argv}],
         }
         for name, argv in COMMANDS.items()
-        for number in range(1, calm[name][1] + 1)
-        for moment in ("before", "after")
+        for kind, when in moments.items()
+        for number in range(1, calm[name][1][kind] + 1)
+        for moment in when
     ]
 
 
@@ -147,7 +151,15 @@ def differences(found, calm):
             twice.append(name)
         killed_searches.check_told_once(study_dir)
         assert begun_again(study_dir) <= 1, name
+        assert kept(study_dir) == kept(calm[command_of(name)][0] / "study"), name
     return lost, twice
+
+
+def kept(study_dir):
+    """Returns which trainings have weights, what ``best.yaml`` says, and what killed writes have left."""
+    weights = {path.parents[1].name for path in study_dir.glob("*/*/*/fine_tuned.safetensors")}
+    best = (study_dir / "best.yaml").read_text().replace(str(study_dir.parent), "")
+    return weights, best, [*study_dir.rglob("*.tmp")]
 
 
 def begun_again(study_dir):
@@ -172,14 +184,23 @@ def main(where="folder"):
         prepare(folder)
         with started(folder, where) as host:
             calm = undisturbed(host, folder)
-            found = killed(host, jobs_of(calm, host.kind))
+            found = killed(host, jobs_of(calm, host.moments))
         print(*HEADER, sep="\t")
         failed = []
-        for name, (_, number) in calm.items():
+        for name, (_, kinds) in calm.items():
             part = {job: answer for job, answer in found.items() if command_of(job) == name}
             lost, twice = differences(part, calm)
             again = sum(begun_again(place / "study") for place, _ in part.values())
-            print(name, number, len(part), len(lost), len(twice), again, sep="\t", flush=True)
+            print(
+                name,
+                sum(kinds[kind] for kind in host.moments),
+                len(part),
+                len(lost),
+                len(twice),
+                again,
+                sep="\t",
+                flush=True,
+            )
             failed += lost + twice
     print(f"{time.monotonic() - began:.0f} s", *failed)
     return 1 if failed else 0

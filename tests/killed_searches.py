@@ -17,7 +17,6 @@ from collections import Counter
 from pathlib import Path
 from subprocess import PIPE
 
-import chaos
 import stand_in
 from logs import commits, operations
 
@@ -97,31 +96,28 @@ def driver(
 
 
 def chaotic(study_dir, num_trials, seed, executor, num_kills, **resources):
-    """Runs a search of ``chaos.py`` to its end, its driver and Ray killed so often at random moments, and checks it.
+    """Searches with trials that diverge, raise, hang and die by themselves, and kills driver and Ray so often.
 
     Returns:
-        Number of trials by outcome.
+        Number of trials by outcome, which is that of the fate of each.
     """
-    rng = random.Random(f"kills {seed}")
-    command = [sys.executable, str(HERE / "chaos.py"), str(study_dir), str(num_trials), str(seed)]
-    command.append(json.dumps({**chaos.RESOURCES[executor], **resources}))
-    for number in range(num_kills + 1):
-        process = subprocess.Popen(
-            command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
-        )
-        _drivers.append(process)
-        if number < num_kills:
-            for line in process.stdout:  # whatever it takes Ray to start
-                if line.startswith("TrialStarted"):
-                    break
-            time.sleep(rng.uniform(0, 4))
-            assert process.poll() is None, "the search has ended before it could be killed"
-            kill_group(process)
-    code, output = finish(
-        process, 120 * num_trials
-    )  # Ray Train takes some 10 s to start a group of workers, more on a busy machine
+    rng = random.Random(seed)
+    fates = ["diverge", "raise", "raise_once", "hang_once", "die_once", *[""] * (num_trials - 5)]
+    rng.shuffle(fates)
+    modes = {str(number): fate for number, fate in enumerate(fates) if fate}
+    stand_in.tell(study_dir.parent, seconds=0.2, **modes)
+    more = {"search": CUT, "hang_timeout_s": 4, **resources}
+    for number in range(num_kills):
+        kill_after(driver(study_dir, num_trials, executor, **more), number, rng)
+    code, output = finish(driver(study_dir, num_trials, executor, **more), TIMEOUT_S + 60 * num_trials)
     assert code == 0, output
-    return chaos.check(study_dir, num_trials, seed)
+    rows, expected = trials(study_dir), {"diverge": {"diverged"}, "raise": {"error"}}
+    assert [row.number for row in rows] == list(range(num_trials))
+    for row, fate in zip(rows, fates, strict=True):
+        assert row.outcome in expected.get(fate, {"complete", "pruned"}), (row, fate)
+    check_told_once(study_dir)
+    assert list(study_dir.rglob("*.tmp")) == []
+    return Counter(row.outcome for row in rows)
 
 
 def kill_drivers():
@@ -154,13 +150,7 @@ def results(study_dir):
 
 
 def check(study_dir, num_trials, before=None):
-    """Raises when a finished study is not what it would be had nothing disturbed it.
-
-    Args:
-        study_dir: The study.
-        num_trials: Trials that it must have, all of them complete.
-        before: ``results`` of an earlier moment; these must stand unchanged.
-    """
+    """Raises when a finished study is not what it would be had nothing disturbed it; ``before``: earlier results."""
     rows = trials(study_dir)
     assert [row.number for row in rows] == list(range(num_trials)), rows
     assert len({row.name for row in rows}) == num_trials
@@ -219,12 +209,9 @@ def check_told_once(study_dir):
 
 
 def write_strikes(base_dir, num_kills, rng, num_trials=1):
-    """Plans the deaths of workers, rank 0 and 1 in turn, in all places in turn; the last ones come in the alpha curve.
+    """Plans the deaths of workers, as ``struck.py`` has it, rank 0 and 1 in turn, in all places in turn.
 
-    Every second one comes after a checkpoint of its attempt.
-
-    Returns:
-        The plan of each trial, as ``struck.py`` has it.
+    The last ones come in the alpha curve, every second one after a checkpoint of its attempt.
     """
     num_curves, plans = max(1, num_kills // (len(CALLS) + 1)), [[] for _ in range(num_trials)]
     places = (rng.sample(sorted(CALLS), len(CALLS)) * num_kills)[: num_kills - num_curves] + ["curve"] * num_curves
@@ -426,16 +413,9 @@ def parent_of(pid):
 
 
 def kill_again(what, executor, study_dir, num_trials, times, rng, **more):
-    """Searches while one process after the other dies, from the first on that is there; checks what follows.
+    """Searches while one process of ``TITLES`` after the other dies; checks what follows.
 
-    Args:
-        what: One of ``TITLES``.
-        executor: Runs the trainings.
-        study_dir: A new study.
-        num_trials: Of the search.
-        times: How many are killed; each a random while after a further part of the first half of trainings has ended.
-        rng: Draws them.
-        more: For ``driver``.
+    Each dies a random while after a further part of the first half of the trainings has ended.
     """
     process = driver(study_dir, num_trials, executor, **more)
     for number in range(times):
@@ -472,19 +452,9 @@ def decided_cuts(study_dir):
 
 
 def kill_one(what, executor, study_dir, cluster, num_trials=1, **more):
-    """Searches on a Ray that stays alive, kills one process, and checks what follows.
+    """Searches on a Ray that stays alive, kills one process, checks what follows, and returns what was printed.
 
-    Args:
-        what: "training" (the process of an inline one, worker 0 of a group), "trial" (which waits for its group), or
-            "driver".
-        executor: Runs the trainings.
-        study_dir: A new study.
-        cluster: What ``cluster`` gives.
-        num_trials: Of the search.
-        more: For ``driver``.
-
-    Returns:
-        What the search printed that came to the end.
+    ``what``: "training" (an inline one, worker 0 of a group), "trial" (which waits for its group), or "driver".
     """
     hold = study_dir.parent / "base" / "hold"  # within a training, not in the pause after one
     hold.parent.mkdir(exist_ok=True)
@@ -570,18 +540,13 @@ def confirm(study_dir, top=1):
 
 def confirmed(study_dir):
     """Numbers of every training of a confirm that has finished, less the time it took."""
-    contents = {
-        path.parents[1].name: json.loads(path.read_text()) for path in study_dir.glob("confirm/*/*/result.json")
-    }
-    return {name: {**content, "elapsed_s": None, "environment": None} for name, content in contents.items()}
+    paths = study_dir.glob("confirm/*/*/result.json")
+    without = {"elapsed_s": None, "environment": None}
+    return {path.parents[1].name: {**json.loads(path.read_text()), **without} for path in paths}
 
 
 def kill_confirm(finished_study, folder, num_kills, rng, top=1):
-    """Confirms a copy of a study in peace, and another one killed so often; raises when they end otherwise.
-
-    The kills come at random moments, one in each of ``num_kills`` parts of the time that a whole confirm takes. The
-    copies are ``calm`` and ``killed`` in ``folder``.
-    """
+    """Confirms a copy of a study in peace, and another one killed at random moments; they must end alike."""
     calm, killed = (Path(shutil.copytree(finished_study, folder / name)) for name in ("calm", "killed"))
     began = time.monotonic()
     code, output = finish(confirm(calm, top))
@@ -633,15 +598,7 @@ def kill_after(process, number, rng):
 
 
 def kill_on_a_bucket(server, folder, num_trials, times, rng):
-    """Kills a search on a study in a bucket, with its Ray, and resumes it from another HOME each time; pulls the study.
-
-    Args:
-        server: ``bucket_server.Server``.
-        folder: Of the HOMEs, and of ``pulled``.
-        num_trials: Of the search, real trainings.
-        times: How many kills; as of ``kill_at_random``.
-        rng: As of ``kill_at_random``.
-    """
+    """Kills a search on a study in a bucket, with its Ray, and resumes it from another HOME each time; pulls it."""
     address, before = server.address("study"), {}
     for number in range(times + 1):
         auth = {**server.environment, "XDG_CACHE_HOME": str(folder / f"home-{number}")}
@@ -660,12 +617,8 @@ def kill_on_a_bucket(server, folder, num_trials, times, rng):
 def kill_at_random(study_dir, num_trials, numbers, rng, **more):
     """Kills one study again and again with its Ray, extends it by 4, finishes and checks it.
 
-    The numbers go through the course of a search, inline and with Ray Train in turn: each kill comes a random while
-    after an event, however slow the machine is. Any five numbers in a row have every moment of it, any ten every moment
-    with either executor.
-
-    Returns:
-        ``(executor, event waited for, seconds from then to the kill, trainings finished by then)`` of each kill.
+    The numbers go through the course of a search, inline and with Ray Train in turn: any ten in a row have every
+    moment with either executor. Returns executor, event, seconds from then and trainings finished, of each kill.
     """
     kills, before = [], {}
     for number in numbers:

@@ -42,40 +42,26 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
             end = threading.Timer(strike["delay_s"], os.kill, (os.getpid(), signal.SIGKILL))
             end.run() if strike["delay_s"] == 0 else end.start()
 
-    def replaced(target, make):
-        return mock.patch(target, make(pkgutil.resolve_name(target)))
+    def hook(model, *given):
+        parameters = [each for each in model.parameters() if each.requires_grad]
+        parameters[len(parameters) // 2].register_hook(lambda gradient: at("backward"))
 
-    def counted(place):
-        def make(real):
-            def call(*args, **kwargs):
-                at(place())
-                return real(*args, **kwargs)
+    def called(target, before=lambda *given: None, after=lambda *given: None):
+        real = pkgutil.resolve_name(target)
 
-            return call
-
-        return make
-
-    def fine_tuning(real):
         def call(*args, **kwargs):
-            state["evaluated"] = "evaluation"
+            before(*args)
             result = real(*args, **kwargs)
-            state["evaluated"] = "curve"
+            after(*args)
             return result
 
-        return call
-
-    def hooking(real):
-        def call(model, *args, **kwargs):
-            real(model, *args, **kwargs)
-            parameters = [each for each in model.parameters() if each.requires_grad]
-            parameters[len(parameters) // 2].register_hook(lambda gradient: at("backward"))
-
-        return call
+        return mock.patch(target, call)
 
     with contextlib.ExitStack() as patches:
         for place, target in PLACES.items():
-            patches.enter_context(replaced(target, counted(lambda place=place: place)))
-        patches.enter_context(replaced("carft_ray.training.run.predict_all", counted(lambda: state["evaluated"])))
-        patches.enter_context(replaced("carft_ray.training.run.fine_tune", fine_tuning))
-        patches.enter_context(replaced("torch.nn.parallel.DistributedDataParallel.__init__", hooking))
+            patches.enter_context(called(target, lambda *given, place=place: at(place)))
+        patches.enter_context(called("carft_ray.training.run.predict_all", lambda *given: at(state["evaluated"])))
+        during = (lambda *given, now=now: state.update(evaluated=now) for now in ("evaluation", "curve"))
+        patches.enter_context(called("carft_ray.training.run.fine_tune", *during))
+        patches.enter_context(called("torch.nn.parallel.DistributedDataParallel.__init__", after=hook))
         return runtime.train(recipe, out_dir, prepared_dir, context, attempt)

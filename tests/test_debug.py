@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,25 +12,15 @@ import short_training
 import stand_in
 from crash_host import call
 
-from carft_ray.errors import InterruptedRunError, RecipeError
+from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.checks.rules import broken_rules
 
 HERE = Path(__file__).parent
 STAND_IN = Runner(stand_in.prepare, stand_in.train)
 DEBUG = {"resources": {"executor": "debug"}}
-
-
-def command(folder, *words):
-    return subprocess.Popen(
-        [sys.executable, "-m", "carft_ray.cli", *map(str, words)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "XDG_CACHE_HOME": str(folder / "cache")},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def numbers(study):
@@ -58,6 +46,7 @@ def kill_within_a_training(process, study):
 
 
 @pytest.mark.slow
+@pytest.mark.whole
 def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_path, monkeypatch):
     recipe = short_training.make(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
@@ -71,33 +60,15 @@ def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_pat
 
 
 @pytest.mark.slow
-def test_all_events_of_a_search_come_and_no_ray_is_started(tmp_path):
+def test_all_events_of_a_search_come_and_a_trial_that_raises_is_a_verdict_after_its_second_attempt(tmp_path):
+    stand_in.tell(tmp_path, **{"1": "raise"})
     events = []
     result = run_search(stand_in.make_recipe(3, **DEBUG), tmp_path / "study", None, events.append, STAND_IN)
     assert not ray.is_initialized()
-    assert [row.outcome for row in result.trials] == ["complete"] * 3
+    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 1)]
     assert [event.concurrency for event in events if isinstance(event, Started)] == [1]
     assert len([event for event in events if isinstance(event, TrialFinished)]) == 3
     assert any(isinstance(event, TrialEpoch) for event in events)
-
-
-@pytest.mark.slow
-def test_the_pruner_cuts_a_running_training(tmp_path):
-    stand_in.tell(tmp_path, paced=True)
-    pruner = {"name": "median", "startup_trials": 1, "first": 0.3}
-    recipe = stand_in.make_recipe(
-        4, 3, baselines={}, pruner=pruner, sampler={"seed": 3}, evaluate={"every_epochs": 1}, **DEBUG
-    )
-    result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
-    outcomes = [row.outcome for row in result.trials]
-    assert set(outcomes) == {"complete", "pruned"}, outcomes
-
-
-@pytest.mark.slow
-def test_a_trial_that_raises_is_a_verdict_after_its_second_attempt_and_the_search_goes_on(tmp_path):
-    stand_in.tell(tmp_path, **{"1": "raise"})
-    result = run_search(stand_in.make_recipe(3, baselines={}, **DEBUG), tmp_path / "study", runner=STAND_IN)
-    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 1)]
 
 
 @pytest.mark.slow
@@ -117,20 +88,6 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     assert result.trials[0].attempt == 2
 
 
-@pytest.mark.slow
-def test_a_search_without_ray_that_is_killed_goes_on_where_it_was(tmp_path, monkeypatch):
-    recipe = short_training.make(tmp_path)
-    words = ["search", recipe, "--study", "study", "--executor", "debug", "--set", "train.epochs=40"]
-    process = command(tmp_path, *words)
-    kill_within_a_training(process, tmp_path / "study")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert call(words) == 0
-    logs = [path.read_text() for path in (tmp_path / "study").glob("trials/*/log.txt")]
-    assert any("attempt 2: starts on" in log and "from step" in log for log in logs), logs
-
-
-def test_it_runs_one_worker(tmp_path):
-    short_training.make(tmp_path)
-    with pytest.raises(RecipeError, match="must be 1 with executor: debug, but got 2"):
-        load_recipe(tmp_path / "recipe.yaml", ["resources.executor=debug", "resources.num_workers=2"])
+def test_it_runs_one_worker():
+    recipe = stand_in.make_recipe(resources={"executor": "debug", "num_workers": 2})
+    assert [finding.rule for finding in broken_rules(recipe)] == ["must be 1 with executor: debug"]

@@ -34,21 +34,13 @@ def clouds(seed):
     return [rng.random((n, 2)) for n in (1, 2, 7, 40)] + [rng.integers(0, 5, (30, 2)) / 4 for _ in range(3)]
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(4))
 def test_the_front_is_what_no_other_point_beats_by_rising_id_and_equal_points_all_stand_on_it(seed):
     for points in clouds(seed):
         found = non_dominated(points)
         assert {*found} == {i for i in range(len(points)) if not beaten(points, i)}
         order = [(points[i, 0], -points[i, 1], i) for i in found]
         assert order == sorted(order)
-
-
-def test_rounding_of_a_mean_neither_saves_nor_beats_a_point_with_the_same_counts():
-    """262 of 640 images right, as the means of four accuracies came to it in two ways."""
-    one, other = 0.409375, 0.40937500000000004
-    assert non_dominated([(0.825, other), (0.83125, one)]).tolist() == [1]
-    assert non_dominated([(0.83125, other), (0.83125, one)]).tolist() == [0, 1]
-    assert non_dominated([(0.825, one), (0.83125, other), (0.825, other + 1 / 640)]).tolist() == [2, 1]
 
 
 def test_counts_alone_decide_however_the_means_are_summed():
@@ -66,32 +58,24 @@ def test_counts_alone_decide_however_the_means_are_summed():
         assert {*non_dominated(np.stack([shares[:, 0], shuffled], axis=1))} == expected
 
 
-def test_no_points_have_no_front():
-    assert len(non_dominated(np.zeros((0, 2)))) == 0
-    assert hypervolume(np.zeros((0, 2)), (0, 0)) == 0
-    assert front_of([]) == []
-    assert best_point([], FrontRule("knee", 0)) is None
-
-
 def test_the_knee_lies_farthest_beyond_the_line_between_the_ends():
     front = np.array([[0.5, 0.6], [0.6, 0.58], [0.7, 0.5], [0.75, 0.4]])
     assert knee(front) == 1  # scaled: (0, 1), (.4, .9), (.8, .5), (1, 0)
     for scale, shift in (((1, 1), (0, 0)), ((0.01, 3), (0.2, -1))):
         assert knee(front * scale + shift) == 1
-    assert knee(np.array([[0.5, 0.6], [0.6, 0.5], [0.7, 0.4]])) == 0  # all on the line: the highest OOD accuracy
-    assert knee(np.array([[0.5, 0.6], [0.51, 0.45], [0.7, 0.4]])) == 0  # short of the line: an end
-    assert knee(np.array([[0.5, 0.6], [0.6, 0.5]])) == 0
-    assert knee(np.array([[0.5, 0.6]])) == 0
-    assert knee(np.array([[0.5, 0.6], [0.5, 0.6 + 1e-16], [0.5, 0.6]])) == 0  # equal points: the first
-    assert knee(np.array([[0.5, 0.6], [0.6, 0.58], [0.6, 0.58], [0.7, 0.4]])) == 1
-
-
-def test_lexicographic_takes_the_highest_ood_among_points_that_keep_id():
+    for points, expected in (
+        ([[0.5, 0.6], [0.6, 0.5], [0.7, 0.4]], 0),  # all on the line: the highest OOD accuracy
+        ([[0.5, 0.6], [0.51, 0.45], [0.7, 0.4]], 0),  # short of the line: an end
+        ([[0.5, 0.6]], 0),
+        ([[0.5, 0.6], [0.5, 0.6 + 1e-16], [0.5, 0.6]], 0),  # equal points: the first
+        ([[0.5, 0.6], [0.6, 0.58], [0.6, 0.58], [0.7, 0.4]], 1),
+    ):
+        assert knee(np.array(points)) == expected
     front = np.array([[0.5, 0.6], [0.6, 0.58], [0.695, 0.5], [0.7, 0.4]])
     assert [lexicographic(front, tolerance) for tolerance in (0, 0.004, 0.005, 0.1, 1)] == [3, 3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_hypervolume_is_the_area_of_the_union_of_the_rectangles(seed):
     for points in clouds(seed):
         for reference in ((0.0, 0.0), (0.3, 0.2), (0.9, 0.95)):
@@ -104,13 +88,6 @@ def test_hypervolume_is_the_area_of_the_union_of_the_rectangles(seed):
                 if ((points[:, 0] >= right) & (points[:, 1] >= top)).any()
             )
             assert hypervolume(points, reference) == pytest.approx(area, abs=1e-12)
-
-
-def test_a_further_point_adds_area_only_when_it_is_not_beaten():
-    points = np.array([[0.6, 0.5], [0.5, 0.6]])
-    assert hypervolume(points, (0.4, 0.4)) == pytest.approx(0.02 + 0.01)
-    assert hypervolume(np.vstack([points, [0.55, 0.5]]), (0.4, 0.4)) == pytest.approx(0.03)
-    assert hypervolume(np.vstack([points, [0.55, 0.55]]), (0.4, 0.4)) == pytest.approx(0.0325)
 
 
 def row(number, points, drawn=0, outcome="complete"):
@@ -134,6 +111,11 @@ def row(number, points, drawn=0, outcome="complete"):
 KNEE = FrontRule("knee", 0.0)
 
 
+def test_no_points_have_no_front():
+    assert len(non_dominated(np.zeros((0, 2)))) == hypervolume(np.zeros((0, 2)), (0, 0)) == 0
+    assert (front_of([]), best_point([], KNEE)) == ([], None)
+
+
 def test_the_front_is_over_all_points_of_all_complete_trainings():
     rows = [
         row(0, [(0.2, 0.5, 0.6), (0.6, 0.6, 0.59), (1.0, 0.61, 0.4)]),
@@ -152,36 +134,25 @@ def test_the_front_is_over_all_points_of_all_complete_trainings():
 
 
 def test_the_best_by_the_rule_comes_first_then_the_front_then_the_rest_by_the_mean():
-    rows = [
-        row(0, [(1.0, 0.70, 0.30)]),
-        row(1, [(1.0, 0.50, 0.60)]),
-        row(2, [(1.0, 0.65, 0.58)]),
-        row(3, [(1.0, 0.64, 0.57)]),
-    ]
+    rows = [row(n, [(1.0, *pair)]) for n, pair in enumerate(((0.70, 0.30), (0.50, 0.60), (0.65, 0.58), (0.64, 0.57)))]
     assert [each.name for each in best_first(stand(rows, KNEE))] == ["t2", "t1", "t0", "t3"]
-
-
-def test_trainings_with_the_same_two_accuracies_all_stand_on_the_front_and_the_earliest_is_the_best():
+    # of equal points the earliest is the best
     rows = [row(0, [(1.0, 0.7, 0.5)]), row(1, [(0.4, 0.7, 0.5), (1.0, 0.6, 0.5)]), row(2, [(1.0, 0.6, 0.4)])]
     assert [(point.name, point.alpha) for point in front_of(rows)] == [("t0", 1.0), ("t1", 0.4)]
     assert [each.standing for each in stand(rows, KNEE)] == [2, 1, 0]
 
 
-def test_points_that_violate_a_constraint_are_on_the_front_only_when_all_do():
+def test_points_that_violate_a_constraint_are_on_the_front_only_when_all_do_and_come_last():
     rows = [row(0, [(0.2, 0.5, 0.6, -0.1), (1.0, 0.9, 0.9, 0.2)]), row(1, [(1.0, 0.8, 0.8, 0.01)])]
     assert [(point.name, point.alpha) for point in front_of(rows)] == [("t0", 0.2)]
     rows = [row(0, [(0.2, 0.5, 0.6, 0.3), (1.0, 0.9, 0.9, 0.2)]), row(1, [(1.0, 0.8, 0.8, 0.01)])]
     assert best_row(stand(rows, KNEE)).name == "t1"
-
-
-def test_a_trial_that_violates_is_never_before_one_that_does_not():
     rows = [row(0, [(1.0, 0.9, 0.9, 0.02)]), row(1, [(1.0, 0.5, 0.5, -0.02)]), row(2, [(1.0, 0.8, 0.8, 0.01)])]
     assert [each.name for each in best_first(rows)] == ["t1", "t2", "t0"]
-    assert best_row(rows[::2]).name == "t2"
 
 
 @pytest.mark.parametrize("best", ["knee", "lexicographic"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_what_is_kept_of_the_trials_gives_the_best_of_all_of_them(tmp_path, seed, best):
     """At every end of a trial; some violate a constraint, and counts of few images make ties."""
     objective = {"kind": "pareto", "best": best, "tolerance": 0.1}

@@ -9,8 +9,8 @@ import crash_host
 import pytest
 from recipe_keys import keys
 from stand_in import make_recipe
+from study_steps import run_search, searching
 from test_search_spaces import FOLDER, base_of, first_of, key_id, source_of, unique_keys
-from test_study import run_all
 
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
@@ -18,8 +18,7 @@ from carft_ray.recipe.schema.fields import resume_of
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.identity import class_of, study_recipe
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import baselines, trials
+from carft_ray.study.rows import baselines
 
 KEYS = [key for key in unique_keys() if key.name != "format_version"]  # which has one value
 # where the example of the schema is what the quickstart has already, or is refused for another reason
@@ -141,55 +140,65 @@ def test_keys_below_a_key_of_the_table_have_its_class():
     assert class_of(("search", "baselines", "mine", "kl_weight")) == "identity"
 
 
-# ---- baselines may be added
+# ---- what may be added, and what means the same
 
 
-@pytest.mark.slow
+def go_on(study_dir, recipe):
+    """Opens a study, as a search does that finds nothing to do; returns its recipe."""
+    with open_study(study_dir, recipe) as study:
+        return study.recipe
+
+
+def refused(study_dir, recipe, match):
+    with pytest.raises(RecipeError, match=match):
+        go_on(study_dir, recipe)
+
+
 def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
     study_dir = tmp_path / "study"
-    with open_study(study_dir, make_recipe(2)) as study:
-        recover_running(study)
-        run_all(study)
+    run_search(study_dir, make_recipe(2))
     more = {"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}}
-    with open_study(study_dir, make_recipe(2, baselines=more)) as study:
-        recover_running(study)
-        assert [spec.name for spec in run_all(study)] == ["strong"]
+    assert [spec.name for spec in run_search(study_dir, make_recipe(2, baselines=more))] == ["strong"]
     assert [row.name for row in baselines(study_dir)] == ["plain", "strong"]
     assert set(study_recipe(study_dir).search.baselines) == {"plain", "strong"}
     for other in ({"strong": {"kl_weight": 9}}, {**more, "strong": {"kl_weight": 8}}):
-        with (
-            pytest.raises(RecipeError, match=r"search\.baselines\.(plain|strong)"),
-            open_study(study_dir, make_recipe(2, baselines=other)),
-        ):
-            pass
+        refused(study_dir, make_recipe(2, baselines=other), r"search\.baselines\.(plain|strong)")
 
 
 def test_compile_auto_is_what_the_study_has_and_nothing_else_takes_its_place(tmp_path):
     def with_compile(value):
         return make_recipe(2, train={"compile": value})
 
-    for begun, later in ((True, "auto"), (False, "auto"), ("auto", "auto")):
-        study_dir = tmp_path / f"{begun}"
-        with open_study(study_dir, with_compile(begun)):
-            pass
-        with open_study(study_dir, with_compile(later)) as found:
-            assert found.recipe == with_compile(later)
+    for begun in (True, False, "auto"):
+        go_on(tmp_path / f"{begun}", with_compile(begun))
+        assert go_on(tmp_path / f"{begun}", with_compile("auto")) == with_compile("auto")
     for other in (True, False):
-        with (
-            pytest.raises(RecipeError, match=r"train\.compile: must be \"auto\" as in"),
-            open_study(tmp_path / "auto", with_compile(other)),
-        ):
-            pass
+        refused(tmp_path / "auto", with_compile(other), r"train\.compile: must be \"auto\" as in")
 
 
 def test_the_recipe_of_a_study_is_that_of_its_last_search_and_only_news_leave_the_one_before(tmp_path):
-    study_dir = tmp_path / "study"
     more, other = make_recipe(7), make_recipe(7, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})
     for recipe, num_before in ((make_recipe(2), 0), (more, 0), (other, 1), (other, 1)):
-        with open_study(study_dir, recipe):
-            pass
-        assert study_recipe(study_dir) == recipe
-        assert len(json.loads((study_dir / "manifest.json").read_text()).get("recipes", [])) == num_before
+        go_on(tmp_path / "study", recipe)
+        assert study_recipe(tmp_path / "study") == recipe
+        assert len(json.loads((tmp_path / "study" / "manifest.json").read_text()).get("recipes", [])) == num_before
+
+
+def test_class_names_may_move_between_the_recipe_and_a_file_that_has_the_same(tmp_path):
+    """As `submit` does, which sends what it has read."""
+    for name, text in {"same.txt": "cat\ndog\n", "other.txt": "dog\ncat\n"}.items():
+        (tmp_path / name).write_text(text)
+
+    def recipe(names):
+        names = str(tmp_path / names) if isinstance(names, str) else names
+        images = {"source": "webdataset", "path": "/far", "label": "cls", "class_names": names}
+        base = make_recipe(2).model_dump(mode="json")
+        return Recipe.model_validate({**base, "data": {"train": images, "id_val": images}})
+
+    go_on(tmp_path / "study", recipe("same.txt"))
+    go_on(tmp_path / "study", recipe(["cat", "dog"]))
+    for other in (["dog", "cat"], None, "other.txt", "gone.txt"):
+        refused(tmp_path / "study", recipe(other), "class_names")
 
 
 # ---- moved folders
@@ -213,132 +222,51 @@ def folder_recipe(base, **data):
     return absolute_paths(Recipe.model_validate({**make_recipe(2).model_dump(), "data": sets}), base)
 
 
-@pytest.mark.slow
-def test_a_project_that_was_moved_goes_on(tmp_path):
-    write_tree(tmp_path / "old")
-    with open_study(tmp_path / "old" / "study", folder_recipe(tmp_path / "old")) as study:
-        recover_running(study)
-        run_all(study)
-    (tmp_path / "old").rename(tmp_path / "new")
-    study_dir = tmp_path / "new" / "study"
-    assert len(trials(study_dir)) == 2
-    recipe = folder_recipe(tmp_path / "new").model_copy(update={"search": make_recipe(3).search})
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        assert [spec.number for spec in run_all(study)] == [2]
-    assert study_recipe(study_dir).data.id_test.path == str(tmp_path / "new" / "images")
-    kept = json.loads((study_dir / "manifest.json").read_text())["recipes"]
-    assert [one["recipe"]["data"]["train"]["path"] for one in kept] == [str(tmp_path / "old" / "images")]
-
-
-@pytest.mark.slow
-def test_a_study_alone_may_be_copied_and_goes_on_with_its_resolved_recipe(tmp_path):
-    write_tree(tmp_path)
-    with open_study(tmp_path / "study", folder_recipe(tmp_path)) as study:
-        (study.study_dir / "resolved.yaml").write_text(dump_recipe(folder_recipe(tmp_path)))
-        recover_running(study)
-        run_all(study)
-    copy = tmp_path / "elsewhere" / "copy"
-    shutil.copytree(tmp_path / "study", copy)
-    with open_study(copy, load_recipe(copy / "resolved.yaml")) as study:
-        assert recover_running(study) == []
+def test_a_project_that_was_moved_goes_on_and_so_does_a_copy_of_the_study_alone(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    write_tree(old)
+    run_search(old / "study", folder_recipe(old))
+    (old / "study" / "resolved.yaml").write_text(dump_recipe(folder_recipe(old)))
+    copy = Path(shutil.copytree(old / "study", tmp_path / "copy"))
+    with searching(copy, load_recipe(copy / "resolved.yaml")) as study:
         assert study.done()
+    old.rename(new)
+    recipe = folder_recipe(new).model_copy(update={"search": make_recipe(3).search})
+    assert [spec.number for spec in run_search(new / "study", recipe)] == [2]
+    assert study_recipe(new / "study").data.id_test.path == str(new / "images")
+    kept = json.loads((new / "study" / "manifest.json").read_text())["recipes"]
+    assert [one["recipe"]["data"]["train"]["path"] for one in kept] == [str(old / "images")]
 
 
 def test_test_images_move_only_together_with_the_training_images(tmp_path):
-    with open_study(tmp_path / "study", folder_recipe(tmp_path)):
-        pass
+    study_dir = tmp_path / "study"
+    go_on(study_dir, folder_recipe(tmp_path))
     other = {"source": "folder", "path": "others", "domains": ["test"]}
-    with (
-        pytest.raises(RecipeError, match=r"data\.id_test\.path: must be .*images"),
-        open_study(tmp_path / "study", folder_recipe(tmp_path, id_test=other)),
-    ):
-        pass
-
-
-def test_the_files_of_a_test_table_move_only_together_with_the_training_images(tmp_path):
+    refused(study_dir, folder_recipe(tmp_path, id_test=other), r"data\.id_test\.path: must be .*images")
+    study_dir = tmp_path / "table"
     spec = {"source": "table", "path": "images/test.csv", "class_names": "images/names.txt"}
-    with open_study(tmp_path / "study", folder_recipe(tmp_path, id_test=spec)):
-        pass
+    go_on(study_dir, folder_recipe(tmp_path, id_test=spec))
     for key, place in (("class_names", "other/names.txt"), ("root", "images"), ("path", "test.csv")):
-        with (
-            pytest.raises(RecipeError, match=rf"^data\.id_test\.{key}: must be "),
-            open_study(tmp_path / "study", folder_recipe(tmp_path, id_test={**spec, key: place})),
-        ):
-            pass
+        changed = folder_recipe(tmp_path, id_test={**spec, key: place})
+        refused(study_dir, changed, rf"^data\.id_test\.{key}: must be ")
     (tmp_path / "moved").mkdir()
-    with open_study(tmp_path / "study", folder_recipe(tmp_path / "moved", id_test=spec)):
-        pass
-    with (
-        pytest.raises(RecipeError, match=r"data\.id_test\.class_names: must be "),
-        open_study(tmp_path / "study", folder_recipe(tmp_path / "moved", id_test={**spec, "class_names": ["a", "b"]})),
-    ):
-        pass
-
-
-# ---- the command line
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    with open_study(tmp_path / "first", load_recipe(FOLDER / "quickstart.yaml")) as study:
-        (study.study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    go_on(study_dir, folder_recipe(tmp_path / "moved", id_test=spec))
+    changed = folder_recipe(tmp_path / "moved", id_test={**spec, "class_names": ["a", "b"]})
+    refused(study_dir, changed, r"data\.id_test\.class_names: must be ")
 
 
 @pytest.mark.slow
-def test_a_refusal_names_all_keys_at_once_and_the_way_out(here, capsys):
+def test_a_refusal_names_all_keys_at_once_and_the_way_out(tmp_path, monkeypatch, capsys):
+    recipe = load_recipe(FOLDER / "quickstart.yaml")
+    go_on(tmp_path / "first", recipe)
+    (tmp_path / "first" / "resolved.yaml").write_text(dump_recipe(recipe))
+    monkeypatch.chdir(tmp_path)
     words = ["resume", "first", "--set", "train.epochs=9", "--set", "evaluate.subset=9"]
     words += ["--set", "search.objective.id_weight=0.25", "--set", "search.trials=9"]
     assert crash_host.call(words) == 3
     told = capsys.readouterr().err
-    epochs = load_recipe(FOLDER / "quickstart.yaml").train.epochs
     assert told.startswith("error: 3 problems\n")
-    assert f"  - train.epochs: must be {epochs} as in {here / 'first'}, but got 9\n" in told
+    assert f"  - train.epochs: must be {recipe.train.epochs} as in {tmp_path / 'first'}, but got 9\n" in told
     assert "  - evaluate.subset: must be " in told
     assert "  - search.objective.id_weight: must be 0.5" in told
-    assert f"Continue with {here / 'first' / 'resolved.yaml'}, or give another folder." in told
-    assert "Traceback" not in told
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "given", ["learning_rate={low: 1e-3, high: 2e-3, log: true}", "weight_decay={low: 0.2, high: 1}"]
-)
-def test_a_change_of_the_space_names_the_option_that_allows_it(here, capsys, given):
-    before = (here / "first" / "manifest.json").read_bytes()
-    assert crash_host.call(["resume", "first", "--set", f"search.space.{given}"]) == 3
-    err = capsys.readouterr().err
-    assert "To change the search space, give --change-space" in err
-    assert f"search.space.{given.partition('=')[0]}" in err
-    assert (here / "first" / "manifest.json").read_bytes() == before
-
-
-def test_class_names_may_move_between_the_recipe_and_a_file_that_has_the_same(tmp_path):
-    """As `submit` does, which sends what it has read."""
-    images = {"source": "webdataset", "path": "/far", "label": "cls"}
-    files = {"same.txt": "cat\ndog\n", "other.txt": "dog\ncat\n"}
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-
-    def recipe(names):
-        base = make_recipe(2).model_dump(mode="json")
-        base["data"]["train"] = base["data"]["id_val"] = {**images, "class_names": names}
-        return Recipe.model_validate(base)
-
-    with open_study(tmp_path / "study", recipe(str(tmp_path / "same.txt"))):
-        pass
-    with open_study(tmp_path / "study", recipe(["cat", "dog"])):
-        pass
-    for other in (["dog", "cat"], ["cat"], None):
-        with pytest.raises(RecipeError, match="class_names"), open_study(tmp_path / "study", recipe(other)):
-            pass
-    with open_study(tmp_path / "listed", recipe(["cat", "dog"])):
-        pass
-    for other in ("other.txt", "gone.txt"):
-        with (
-            pytest.raises(RecipeError, match="class_names"),
-            open_study(tmp_path / "listed", recipe(str(tmp_path / other))),
-        ):
-            pass
+    assert f"Continue with {tmp_path / 'first' / 'resolved.yaml'}, or give another folder." in told

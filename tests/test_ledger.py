@@ -1,20 +1,16 @@
-"""The ledger shows every kind of tampering by name, survives a kill at every durable operation, and stops a search."""
+"""The ledger of the test sets: what it says, tampering and kills, and when it stops a search."""
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
-import crash_host
 import pytest
 import stand_in
 from logs import commits, holding, rewrite
-from sequential_search import attempt
+from study_steps import run_all, searching
 
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of, record, require_unread
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, trials
 
 RECIPE = stand_in.make_recipe(2)
@@ -23,14 +19,11 @@ RECIPE = stand_in.make_recipe(2)
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory):
     """A study whose search has ended: two trials, a baseline, zero-shot."""
-    folder = tmp_path_factory.mktemp("studies")
-    with open_study(folder / "study", RECIPE) as study:
-        recover_running(study)
-        study.add_zero_shot(stand_in.prepare(RECIPE, study.study_dir / "prepared"))
-        while (spec := study.next()) is not None:
-            attempt(study, spec, study.study_dir / "prepared")
-            study.settle(spec)
-    return folder / "study"
+    study_dir = tmp_path_factory.mktemp("studies") / "study"
+    with searching(study_dir, RECIPE) as study:
+        study.add_zero_shot({"objective": 0.25})
+        run_all(study)
+    return study_dir
 
 
 def write(study_dir, purpose="test", **words):
@@ -85,46 +78,38 @@ def told(study_dir):
 # what is written
 
 
-@pytest.mark.slow
-def test_each_line_holds_number_purpose_sets_and_reason_and_the_manifest_notes_its_commit(study_dir):
+def test_lines_are_read_back_and_the_manifest_notes_the_commit_of_the_last(study_dir, fresh, searched):
     rows = lines_of(study_dir)
-    assert [row["number"] for row in rows] == [1, 2, 3]
+    assert [row["number"] for row in rows] == [entry.number for entry in read_ledger(study_dir)] == [1, 2, 3]
     assert [row["purpose"] for row in rows] == ["winner fixed", "test", "test"]
-    assert rows[1]["sets"] == ["id_test", "sketch"]
+    assert (rows[0]["details"], rows[1]["sets"]) == ({"winner": "t0001"}, ["id_test", "sketch"])
     assert rows[2]["reason"] == "ein Grund: größer"
-    assert rows[0]["details"] == {"winner": "t0001"}
     assert all(row["user"] and row["time"] and row["version"] and len(row["recipe_hash"]) == 64 for row in rows)
+    assert [entry.number for entry in reads_of(read_ledger(study_dir))] == [2, 3]
     found = commits(study_dir)
     place = places_of(found)[-1]
     assert noted(study_dir) == {"count": 3, "commit": place + 1, "hash": found[place + 1]["previous"]}
+    assert check_ledger(study_dir) == check_ledger(fresh) == read_ledger(fresh) == []
+    assert (trials(study_dir), baselines(study_dir)) == (trials(searched), baselines(searched))
 
 
-@pytest.mark.slow
-def test_a_ledger_is_read_back_and_a_study_without_one_is_fine(study_dir, fresh):
-    assert [entry.number for entry in read_ledger(study_dir)] == [1, 2, 3]
-    assert [entry.number for entry in reads_of(read_ledger(study_dir))] == [2, 3]
-    assert check_ledger(study_dir) == check_ledger(fresh) == []
-    assert read_ledger(fresh) == []
-
-
-def test_a_line_changes_no_trial_and_the_study_still_opens(study_dir, searched):
-    assert trials(study_dir) == trials(searched)
-    assert baselines(study_dir) == baselines(searched)
-    with open_study(study_dir, RECIPE) as study:
-        recover_running(study)
-        assert study.done()
-
-
-@pytest.mark.slow
 def test_a_line_may_be_written_while_a_search_has_the_study_open(fresh):
-    with open_study(fresh, larger(3)) as study:
-        recover_running(study)
+    with searching(fresh, larger(3)) as study:
         record(study.study_dir, study.log, RECIPE, "winner fixed", details={"winner": "t0000"})
-        spec = study.next()
-        attempt(study, spec, study.study_dir / "prepared")
-        study.settle(spec)
+        run_all(study)
     assert [entry.purpose for entry in read_ledger(fresh)] == ["winner fixed"]
     assert len(trials(fresh)) == 3
+
+
+def test_a_kill_between_a_line_and_its_note_is_no_problem_and_the_next_line_mends_it(study_dir):
+    before = (study_dir / "manifest.json").read_bytes()
+    write(study_dir, reason="killed")
+    (study_dir / "manifest.json").write_bytes(before)
+    assert told(study_dir) == ""
+    write(study_dir, reason="the next")
+    assert told(study_dir) == ""
+    assert [entry.reason for entry in read_ledger(study_dir)][-2:] == ["killed", "the next"]
+    assert noted(study_dir)["count"] == 5
 
 
 # tampering
@@ -183,33 +168,14 @@ def test_tampering_is_found_and_named_even_where_all_hashes_were_made_again(stud
     assert ((study_dir / "manifest.json").read_bytes(), lines_of(study_dir)) == before
 
 
-@pytest.mark.parametrize("what", ["removed", "cut", "edited", "swapped"])
-def test_a_commit_that_was_tampered_with_alone_is_damage(study_dir, what):
-    first, second = (study_dir / "log" / f"{1 + place:08d}" for place in places_of(commits(study_dir))[:2])
-    contents = first.read_bytes(), second.read_bytes()
-    if what == "removed":
-        first.unlink()
-    else:
-        other = {"cut": contents[0][:-5], "edited": contents[0].replace(b"t0001", b"t0000"), "swapped": contents[1]}
-        first.write_bytes(other[what])
-    with pytest.raises(StorageError, match=rf"{first.name}: must be "):
-        check_ledger(study_dir)
-
-
-def test_the_end_of_a_log_that_was_cut_off_is_found(study_dir):
-    for path in sorted((study_dir / "log").iterdir())[places_of(commits(study_dir))[-1] :]:
-        path.unlink()
-    assert "must have the ledger of which manifest.json tells" in told(study_dir)
-
-
 def note(study_dir, value):
     """Writes into the manifest what it would say of the ledger."""
     manifest = json.loads((study_dir / "manifest.json").read_text())
     (study_dir / "manifest.json").write_text(json.dumps({**manifest, "ledger": value}))
 
 
-def test_a_manifest_that_was_edited_or_damaged_is_found(study_dir):
-    whole = noted(study_dir)
+def test_a_log_that_was_cut_off_and_a_manifest_that_was_edited_or_damaged_are_found(study_dir):
+    whole, before = noted(study_dir), (study_dir / "manifest.json").read_bytes()
     for changed in ({"hash": "0" * 64}, {"count": 2}, {"count": 4}, {"commit": whole["commit"] + 1}):
         note(study_dir, {**whole, **changed})
         assert "must have the ledger of which manifest.json tells" in told(study_dir)
@@ -219,59 +185,18 @@ def test_a_manifest_that_was_edited_or_damaged_is_found(study_dir):
     (study_dir / "manifest.json").write_text("[]")
     with pytest.raises(StorageError, match="must be the manifest of a study"):
         check_ledger(study_dir)
+    (study_dir / "manifest.json").write_bytes(before)
+    assert told(study_dir) == ""
+    for path in sorted((study_dir / "log").iterdir())[places_of(commits(study_dir))[-1] :]:
+        path.unlink()
+    assert "must have the ledger of which manifest.json tells" in told(study_dir)
 
 
 def test_a_manifest_that_knows_of_lines_in_a_study_without_one_is_found(fresh, study_dir):
     note(fresh, noted(study_dir))
     assert "must have the ledger of which manifest.json tells" in told(fresh)
-
-
-# kills
-
-
-@pytest.fixture(scope="module")
-def killed(searched, tmp_path_factory):
-    """Studies of which the second line was killed within or after every durable operation, and the undisturbed one."""
-    folder = tmp_path_factory.mktemp("kills")
-    template = folder / "template"
-    shutil.copytree(searched, template)
-    write(template)
-    line = ["study", "the second", str(template)]
-    with crash_host.started(folder, "ledger_writes") as run:
-        kinds_path = folder / "kinds.json"
-        [answer] = run([{"name": "whole", "commands": [{"argv": line, "count_to": str(kinds_path)}]}])["whole"][1]
-        assert answer["code"] == 0, answer["log"]
-        kinds = json.loads(kinds_path.read_text())
-        jobs = [
-            {"name": f"{number:02d}-{kind}-{moment}", "commands": [{"argv": line, "kill": (number, moment)}]}
-            for number, kind in enumerate(kinds, start=1)
-            for moment in (("torn", "after") if kind == "append" else ("before", "after"))
-        ]
-        found = run(jobs)
-    assert {name for name, (_, [answer]) in found.items() if answer["code"] != -signal.SIGKILL} == set()
-    return {name: place / "study" for name, (place, _) in found.items()}
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_operation_leaves_no_problem_and_one_line_or_two(killed):
-    assert {name: told(study) for name, study in killed.items() if told(study)} == {}
-    counts = [len(read_ledger(study)) for study in killed.values()]
-    assert counts == sorted(counts)
-    assert set(counts) == {1, 2}
-
-
-@pytest.mark.slow
-def test_after_a_kill_the_next_line_mends_the_manifest(killed, tmp_path):
-    for name, killed_study in killed.items():
-        study_dir = Path(shutil.copytree(killed_study, tmp_path / name))
-        before = read_ledger(study_dir)
-        write(study_dir, reason="the next")
-        assert told(study_dir) == "", name
-        entries = read_ledger(study_dir)
-        assert entries[:-1] == before, name
-        assert entries[-1].reason == "the next"
-        assert [line["number"] for line in lines_of(study_dir)] == list(range(1, len(entries) + 1))
-        assert noted(study_dir)["count"] == len(entries), name
+    with pytest.raises(HoldOutError, match=r"must have the ledger of which manifest.json tells"):
+        require_unread(fresh, larger(4), "because")
 
 
 # a search after a read
@@ -310,20 +235,10 @@ def test_after_a_read_more_trials_need_a_reason_that_is_written_down(study_dir):
         require_unread(study_dir, larger(4), None)
 
 
-@pytest.mark.parametrize("reason", ["", "  "])
-def test_a_reason_must_say_something(study_dir, reason):
-    with pytest.raises(UsageError, match="--again: must give a reason"):
-        require_unread(study_dir, larger(4), reason)
-
-
-def test_the_recipe_of_another_study_is_not_written_down(study_dir):
-    other = stand_in.make_recipe(9, epochs=7)
+def test_a_reason_must_say_something_and_the_recipe_be_that_of_the_study(study_dir):
+    for reason in ("", "  "):
+        with pytest.raises(UsageError, match="--again: must give a reason"):
+            require_unread(study_dir, larger(4), reason)
     with pytest.raises(RecipeError, match=r"train\.epochs"):
-        require_unread(study_dir, other, "because")
+        require_unread(study_dir, stand_in.make_recipe(9, epochs=7), "because")
     assert len(read_ledger(study_dir)) == 3
-
-
-def test_a_search_on_a_damaged_ledger_is_refused(study_dir):
-    rewrite(study_dir, without(2)(commits(study_dir)))
-    with pytest.raises(HoldOutError, match=r"must have the ledger of which manifest.json tells"):
-        require_unread(study_dir, larger(4), "because")

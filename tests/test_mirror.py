@@ -60,34 +60,24 @@ def printed(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("verb", ["status", "ls", "report", "logs"])
-def test_a_command_says_of_an_address_what_it_says_of_the_folder(address, made, capsys, verb):
-    more = ["zero_shot"] if verb == "logs" else []
-    here, there = (printed(capsys, verb, str(place), *more) for place in (made, address))
-    text = json.dumps(there)
-    assert json.loads(text.replace(address, named(made).replace("\\", ""))) == here
-    assert SECRET not in text
-
-
-def test_two_studies_are_compared_wherever_they_lie(address, made, capsys):
+def test_commands_and_functions_say_of_an_address_what_they_say_of_the_folder(address, made, tmp_path, capsys):
+    for words in (["status"], ["ls"], ["report"], ["logs", "zero_shot"]):
+        verb, *more = words
+        here, there = (printed(capsys, verb, str(place), *more) for place in (made, address))
+        text = json.dumps(there)
+        assert json.loads(text.replace(address, named(made).replace("\\", ""))) == here
+        assert SECRET not in text
     found = printed(capsys, "compare", f"{address}:fine_tuning", f"{made}:fine_tuning")
-    assert found["a"]["folder"] == address
-    assert found["rows"][0]["difference"] == 0
+    assert (found["a"]["folder"], found["rows"][0]["difference"]) == (address, 0)
     assert printed(capsys, "compare", address, str(made))["recipe"] == []
-
-
-def test_what_is_suggested_names_the_address(address, capsys):
+    assert printed(capsys, "status", made.as_uri())["study"] == str(made)
     assert call(["status", address]) == 0
-    said = capsys.readouterr()
-    assert f"carft-ray report {address}" in said.out + said.err
-    assert "cache" not in said.out + said.err
-
-
-def test_the_functions_of_the_package_take_an_address(address, made, tmp_path):
+    said = "".join(capsys.readouterr())
+    assert f"carft-ray report {address}" in said
+    assert "cache" not in said
     study, same = carft_ray.open_study(address), carft_ray.open_study(made)
     assert study.trials().equals(same.trials())
     assert study.predictions("fine_tuning").equals(same.predictions("fine_tuning"))
-    assert carft_ray.report(address).numbers["lines"] == carft_ray.report(made).numbers["lines"]
     assert call(["report", address, "--html"]) == 2
     assert call(["report", address, "--html", "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").stat().st_size > 10_000
@@ -119,27 +109,22 @@ def test_only_what_is_needed_and_has_changed_is_fetched(address, server):
     assert len(list(folder.rglob(WEIGHTS))) == 1, "it is there still"
 
 
-def test_a_search_that_goes_on_is_followed(server, tmp_path):
-    folder = tmp_path / "study"
+def test_a_search_that_goes_on_is_followed_and_another_study_takes_the_place_of_the_copy(server, tmp_path):
+    folder, address = tmp_path / "study", server.address("study")
     with open_study(folder, report_studies.make_recipe(3)) as study:
         report_studies.fill(study, 2)
-    address = server.address("study")
     push(folder, address)
     assert len(read_study(address).trials) == 2
-    log = log_of(folder)
-    store = Bucket(address)
+    log, store = log_of(folder), Bucket(address)
     with held(log, print), log.commit({"kind": "a"}):
         pass
     for name in Folder(folder).list("log"):
         store.put(name, Folder(folder).get(name))
     assert log_of(fetched(address)).number == log.number
     assert read_study(address).trials == read_study(folder).trials
-
-
-def test_another_study_at_the_address_takes_the_place_of_the_copy(address, server, tmp_path):
-    fetched(address)
     other = report_studies.make(tmp_path / "other", 1)
-    Bucket(server.address("a")).remove("kinds")
+    for name in store.all():
+        store.remove(name)
     push(other, address)
     assert len(read_study(address).trials) == 1
     assert contents(fetched(address)).keys() == contents(other).keys()
@@ -162,12 +147,6 @@ def test_a_study_is_pulled_whole_and_says_that_it_is_a_copy(address, made, tmp_p
         pass  # the search may go on in it
 
 
-def test_what_is_half_written_is_no_file_of_a_study(tmp_path):
-    for name in ("a/weights", "a/.step-00000032.1301-a0147b1cb809.tmp/weights", "a/.x.12-0f.tmp", "log/00000001"):
-        files.write_bytes(tmp_path / name, b"12")
-    assert mirror.files_in(tmp_path) == {"a/weights": 2}
-
-
 def test_a_pushed_study_has_its_log_packs_and_files(address, made, server):
     there = {name.removeprefix("a/kinds/"): data for name, data in server.objects().items()}
     assert json.loads(there.pop(MANIFEST))["copied_from"]["place"] == str(made)
@@ -179,19 +158,21 @@ def test_a_pushed_study_has_its_log_packs_and_files(address, made, server):
     assert not [name for name, data in server.objects().items() if SECRET.encode() in data or SECRET in name]
 
 
-@pytest.mark.parametrize("to", ["bucket", "folder"])
-def test_what_is_there_is_never_written_over(address, made, server, tmp_path, capsys, to):
+def test_what_is_there_is_never_written_over(address, made, server, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     server.put("mine/file", b"mine")
-    words = ["push", made, server.address("mine")] if to == "bucket" else ["pull", address, tmp_path / "mine"]
-    assert call(words) == 2
-    assert "holds file" in capsys.readouterr().err
+    for words in (["push", made, server.address("mine")], ["pull", address, tmp_path / "mine"]):
+        assert call(words) == 2
+        assert "holds file" in capsys.readouterr().err
     assert os.listdir(tmp_path / "mine") == ["file"]
     assert len([name for name in server.objects() if name.startswith("mine")]) == 1
 
 
 def test_half_a_copy_is_no_study(address, made, server, tmp_path):
+    for name in ("a/weights", "a/.step-00000032.1301-a0147b1cb809.tmp/weights", "a/.x.12-0f.tmp", "log/00000001"):
+        files.write_bytes(tmp_path / "half" / name, b"12")
+    assert mirror.files_in(tmp_path / "half") == {"a/weights": 2}
     server.strike = lambda method, path: refused(403, "AccessDenied") if "predictions" in path else None
     with pytest.raises(StorageError, match="403 AccessDenied"):
         pull(address, tmp_path / "back")
@@ -210,20 +191,15 @@ def test_an_address_without_a_study_is_refused(server, capsys):
     assert "404 NoSuchBucket" in capsys.readouterr().err
 
 
-def test_an_address_of_a_folder_is_that_folder(made, capsys):
-    assert printed(capsys, "status", made.as_uri())["study"] == str(made)
-
-
 # a stranger's bucket
 
 
 @pytest.mark.parametrize("name", ["a/kinds/../up", "a/kinds/x/../../../up", "a/kinds//etc", "a/kinds/x\x1b[31m"])
 def test_a_name_that_leads_out_of_the_copy_is_refused(address, server, tmp_path, name):
     server.put(name, b"x")
-    with pytest.raises(StorageError):
-        fetched(address)
-    with pytest.raises(StorageError):
-        pull(address, tmp_path / "back")
+    for copy in (lambda: fetched(address), lambda: pull(address, tmp_path / "back")):
+        with pytest.raises(StorageError):
+            copy()
     assert not list(tmp_path.rglob("up"))
     assert not is_study(tmp_path / "back")
 

@@ -85,6 +85,10 @@ def test_after_the_preparation_the_manifest_says_data_and_model(here, name):
     assert (found["augmentation"]["image_size"], found["augmentation"]["crop_scale"]) == (16, [0.9, 1.0])
     assert found["preparation"] == {"device": "cpu", "threads": environment.usable_cores(), "compile": False}
     assert found["hardware"]["gpus"] == []
+    [path] = (folder / name / "trials").glob("*/*/result.json")
+    made_on = json.loads(path.read_text())["environment"]
+    assert made_on["source"] == environment.source_digest()
+    assert (made_on["device"], made_on["threads"], made_on["num_workers"], made_on["compile"]) == ("cpu", 1, 1, False)
 
 
 def test_no_image_of_a_test_set_is_read_for_it(here, monkeypatch):
@@ -96,19 +100,12 @@ def test_no_image_of_a_test_set_is_read_for_it(here, monkeypatch):
     assert read == set(found) == {"train", "id_val", "sketch"}
 
 
-def test_a_result_says_on_what_it_was_computed(here):
-    folder, _ = here
-    run = json.loads((short_training.place_in(folder / "run") / "result.json").read_text())["environment"]
-    trial = json.loads(next((folder / "study" / "trials").glob("*/*/result.json")).read_text())["environment"]
-    assert run["source"] == environment.source_digest()
-    assert (run["device"], run["threads"], run["num_workers"], run["compile"]) == ("cpu", 1, 1, False)
-    assert trial == run
-
-
 def test_a_later_search_on_the_same_code_and_machine_changes_nothing(here):
     folder, recipe = here
     before = (folder / "study" / "manifest.json").read_bytes()
     short_study.search(folder / "study", recipe)
+    assert (folder / "study" / "manifest.json").read_bytes() == before
+    record_provenance(folder / "study", recipe, None)  # without findings
     assert (folder / "study" / "manifest.json").read_bytes() == before
 
 
@@ -127,58 +124,42 @@ def test_a_later_search_on_other_versions_adds_to_the_history_and_keeps_the_firs
     assert now == first
 
 
-@pytest.mark.slow
-def test_a_study_does_not_go_on_with_other_images(here):
-    folder, recipe = here
-    study_dir = short_study.search(folder / "changed", recipe, num_attempts=1)
-    image = folder / "images" / "sketch" / "star" / "0.png"
-    kept, times = image.read_bytes(), image.stat()
-    short_training.write_image(image, 4, 12345)
-    try:
-        with pytest.raises(DataError, match=r"data\.ood_val\.sketch: the contents"):
-            short_study.search(study_dir, as_a_new_process(recipe, folder / "cache2"))
-    finally:
-        image.write_bytes(kept)
-        os.utime(image, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert study_dir.exists()
-
-
-def test_a_study_does_not_go_on_with_other_names_of_the_classes():
-    """Labels that are numbers have their names from elsewhere: the contents of the sets do not tell."""
-    before = {"data": {}, "model": 1, "classes": ["cat", "dog"]}
-    assert identity_problems(before, dict(before)) == []
-    (problem,) = identity_problems(before, {**before, "classes": ["dog", "cat"]})
-    assert str(problem).startswith(
-        'data.classes: the classes must be as in the manifest, ["cat", "dog"], but got ["dog", "cat"]'
-    )
-
-
-def test_a_study_does_not_go_on_with_another_version_of_the_views():
-    before = {"data": {}, "model": 1, "augmentation": {"view_version": 1}, "code": {"commit": "abc"}}
-    assert identity_problems(before, dict(before)) == []
-    assert identity_problems(before, {"data": {}}) == []  # of a test set, which has no views
-    (problem,) = identity_problems(before, {**before, "augmentation": {"view_version": 2}})
-    assert str(problem) == (
-        "code: the training views must be as in the manifest, 1, but got 2\n"
-        "    Run the code of the study (its commit is there), or begin anew in another folder."
-    )
-
-
-def test_a_study_does_not_go_on_with_another_meaning_of_compile():
-    before = {"data": {}, "model": 1, "preparation": {"compile": True}}
-    assert identity_problems(before, dict(before)) == []
-    assert identity_problems({**before, "preparation": {}}, before) == []  # of a study from before there was a choice
-    (problem,) = identity_problems(before, {**before, "preparation": {"compile": False}})
-    assert str(problem) == (
-        "train.compile: the meaning of auto must be as in the manifest, true, but got false\n"
-        "    Restore the study's folder prepared, or begin anew in another folder."
-    )
+@pytest.mark.parametrize(
+    ("part", "before", "now", "message"),
+    [
+        ("classes", ["cat", "dog"], ["dog", "cat"], 'data.classes: the classes must be as in the manifest, ["cat",'),
+        (
+            "augmentation",
+            {"view_version": 1},
+            {"view_version": 2},
+            "code: the training views must be as in the manifest, 1, but got 2\n    Run the code of the study",
+        ),
+        (
+            "preparation",
+            {"compile": True},
+            {"compile": False},
+            "train.compile: the meaning of auto must be as in the manifest, true, but got false\n    Restore",
+        ),
+    ],
+)
+def test_a_study_does_not_go_on_where_names_views_or_what_auto_means_are_others(part, before, now, message):
+    """Labels that are numbers have the names of their classes from elsewhere: the contents of the sets do not tell."""
+    known = {"data": {}, "model": 1, part: before}
+    assert identity_problems(known, dict(known)) == []
+    (problem,) = identity_problems(known, {**known, part: now})
+    assert str(problem).startswith(message)
+    assert identity_problems({"data": {}, "model": 1}, {"data": {}}) == []  # of a test set, which has no views
 
 
 @pytest.mark.slow
-def test_images_may_move_and_are_no_others(here):
+def test_images_may_move_or_be_touched_and_are_no_others(here):
     folder, recipe = here
     study_dir = short_study.search(folder / "moving", recipe, num_attempts=1)
+    before, prepared = manifest(study_dir), (study_dir / "prepared" / "prepared.json").read_bytes()
+    os.utime(folder / "images" / "photo" / "star" / "0.png")
+    short_study.search(study_dir, as_a_new_process(recipe, folder / "cache3"), num_attempts=0)
+    assert (study_dir / "prepared" / "prepared.json").read_bytes() != prepared
+    assert manifest(study_dir)["provenance"] == before["provenance"]
     shutil.copytree(folder / "images", folder / "another")
 
     def elsewhere(cache):
@@ -190,46 +171,8 @@ def test_images_may_move_and_are_no_others(here):
     assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(folder / "another")
     short_training.write_image(folder / "another" / "photo_val" / "star" / "0.png", 4, 12345)
     with pytest.raises(DataError, match=r"data\.id_val: the contents"):
-        short_study.search(study_dir, elsewhere("cache5"), num_attempts=0)
-
-
-@pytest.mark.slow
-def test_a_file_that_was_only_touched_is_no_other_image(here):
-    folder, recipe = here
-    study_dir = short_study.search(folder / "touched", recipe, num_attempts=0)
-    before = manifest(study_dir)
-    os.utime(folder / "images" / "photo" / "star" / "0.png")
-    prepared = (study_dir / "prepared" / "prepared.json").read_bytes()
-    short_study.search(study_dir, as_a_new_process(recipe, folder / "cache3"), num_attempts=0)
-    assert (study_dir / "prepared" / "prepared.json").read_bytes() != prepared
-    now = manifest(study_dir)  # with another cache of images in its recipe
-    assert now["recipe"]["data"].pop("cache_dir") != before["recipe"]["data"].pop("cache_dir")
-    assert now == before
-
-
-def test_without_findings_nothing_is_recorded(here, tmp_path):
-    _, recipe = here
-    claim(tmp_path, recipe)
-    before = manifest(tmp_path)
-    record_provenance(tmp_path, recipe, None)
-    assert manifest(tmp_path) == before
-
-
-@pytest.mark.slow
-def test_pictures_of_the_sandbox_have_the_digest_of_their_pixels(tmp_path):
-    spec = "{{source: sandbox, domain: {}, split: {}, num_per_class: 1}}"
-    recipe_path = tmp_path / "recipe.yaml"
-    recipe_path.write_text(
-        f"data:\n  train: {spec.format('photo', 'train')}\n  id_val: {spec.format('photo', 'val')}\n"
-        f"  cache_dir: {tmp_path}\ntrain: {{batch_size: 8}}\n"
-    )
-    recipe = load_recipe(recipe_path)
-    found = set_contents(recipe, load_shared_inputs(recipe))
-    from carft_ray.data.synthetic.sandbox import sandbox_source
-
-    for name, split in (("train", "train"), ("id_val", "val")):
-        assert found[name]["digest"] == content.set_digest(sandbox_source("photo", split, 1, name))
-    assert set_contents(recipe) == {}
+        short_study.search(study_dir, elsewhere("cache5"))
+    assert study_dir.exists()
 
 
 def git(folder, *words):
@@ -237,7 +180,7 @@ def git(folder, *words):
     subprocess.run(command, check=True, capture_output=True)
 
 
-def test_git_state_tells_commit_and_uncommitted_changes(tmp_path):
+def test_git_state_tells_commit_and_uncommitted_changes(tmp_path, monkeypatch):
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -253,11 +196,8 @@ def test_git_state_tells_commit_and_uncommitted_changes(tmp_path):
     assert environment.git_state(package) == (commit, False)
     (package / "more.py").write_text("")
     assert environment.git_state(package) == (commit, True)
-
-
-def test_git_state_is_none_where_there_is_no_git(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert environment.git_state(environment.PACKAGE_DIR) == (None, None)
+    monkeypatch.setenv("PATH", "")  # where there is no git
+    assert environment.git_state(package) == (None, None)
 
 
 def test_the_digest_of_the_code_changes_with_every_file(tmp_path):

@@ -2,35 +2,30 @@
 
 import json
 
+import curve_stand_in
 import numpy as np
 import optuna
 import pytest
-import short_training
-from logs import commits, holding, rewrite
-from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 from pydantic import TypeAdapter
 from stand_in import make_recipe
+from study_steps import finish, optuna_study, searching
 
+from carft_ray import files
 from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import NoSuccessfulTrialError, RecipeError
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.recipe.checks.advice import warnings
 from carft_ray.recipe.checks.rules import broken_rules
-from carft_ray.recipe.loading import load_recipe, recipe_of
+from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import Pruner
 from carft_ray.results.reading.status_and_ls import pruner_quality, status
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.store.result import write_result
-from carft_ray.study.holding import log_of
-from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialRow
 from carft_ray.study.proposals.pruning import PrunerTrial, cut_reason, deciding_value, intermediate_value
-from carft_ray.study.recovery import recover, recover_running
 from carft_ray.study.rows import trials
-from carft_ray.training.run_context import RunContext
 
 HALVING = {"name": "successive_halving"}
 EPOCHS = 6
@@ -56,7 +51,6 @@ def optuna_pruner(part):
         {"name": "successive_halving"},
         {"name": "successive_halving", "first": 0.1, "factor": 3},
         {"name": "median", "startup_trials": 3},
-        {"name": "percentile", "percentile": 25.0},
         {"name": "percentile", "percentile": 70.0, "startup_trials": 1},
     ],
     ids=lambda keys: f"{keys['name']}-{len(keys)}-{list(keys.values())[-1]}",
@@ -110,16 +104,17 @@ def test_rungs_end_before_the_training_does(keys, expected):
     assert rungs(pruner_of(name="median", first=keys.get("first", 0.5))) == ()
 
 
-@pytest.mark.parametrize("epochs", [3, 6, 10, 12, 17, 40])
 @pytest.mark.parametrize("keys", [{}, {"first": 0.1, "factor": 3}, {"first": 0.25}])
-def test_a_training_is_evaluated_where_each_rung_ends_even_if_nowhere_else(epochs, keys):
+def test_a_training_is_evaluated_where_each_rung_ends_even_if_nowhere_else(keys):
     part = pruner_of(**HALVING, **keys)
-    evaluated = {epoch for epoch in range(1, epochs + 1) if has_intermediate_value(0, part, epoch, epochs)}
     shares = [part.first * part.factor**k for k in range(9) if part.first * part.factor**k < 1]
-    assert evaluated == {int(np.ceil(share * epochs - 1e-9)) for share in shares}
-    assert {
-        epoch for epoch in range(1, epochs + 1) if has_intermediate_value(2, part, epoch, epochs)
-    } == evaluated | set(range(2, epochs + 1, 2))
+    for epochs in (3, 6, 10, 12, 17, 40):
+        at = {
+            every: {epoch for epoch in range(1, epochs + 1) if has_intermediate_value(every, part, epoch, epochs)}
+            for every in (0, 2)
+        }
+        assert at[0] == {int(np.ceil(share * epochs - 1e-9)) for share in shares}
+        assert at[2] == at[0] | set(range(2, epochs + 1, 2))
 
 
 def test_an_intermediate_value_counts_from_first_on_and_after_the_warm_up():
@@ -137,14 +132,6 @@ def test_an_intermediate_value_counts_from_first_on_and_after_the_warm_up():
     assert intermediate_value(recipe, {}, {"epoch": 4, "step": 40, "num_steps": 100}) is None
 
 
-def test_trainings_of_different_length_compare_at_their_percent():
-    part = pruner_of(name="median", startup_trials=1)
-    others = [PrunerTrial({percent(e, 12): 0.6 for e in range(4, 13)}, complete=True) for n in range(3)]
-    assert cut_reason(part, {40: 0.5}, others).startswith("cut at 40 %: 50.0 %")
-    assert cut_reason(part, {40: 0.7}, others) is None
-    assert cut_reason(part, {30: 0.5}, others) is None  # none that early
-
-
 # in a study
 
 
@@ -152,20 +139,10 @@ def row(epoch, value, epochs=EPOCHS):
     return {"epoch": epoch, "step": epoch, "num_steps": epochs, "subset/objective": value}
 
 
-def begin(study):
-    spec = study.next()
-    spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
-    return spec
-
-
 def write_lines(study, spec, *lines):
-    folder = spec.folder(study.study_dir)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def finish(study, spec, value=0.5):
-    write_result(spec.place(study.study_dir), {"objective": value, "alpha": 0.5, "metrics": {}})
-    return study.settle(spec)
+    """Writes what a training has reported and the driver has not read."""
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    files.write_bytes(spec.place(study.study_dir) / "rows.jsonl", text.encode())
 
 
 @pytest.fixture
@@ -178,53 +155,31 @@ def recipe():
     return make_recipe(6, epochs=EPOCHS, baselines={}, pruner=HALVING)
 
 
-def frozen(study_dir, number):
-    storage = JournalStorage(log_of(study_dir))
-    return optuna.load_study(storage=storage, study_name="search").trials[number]
-
-
 def test_a_cut_training_is_told_pruned_with_its_values_and_loses_its_weights(study_dir, recipe):
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        first, second = begin(study), begin(study)
+    with searching(study_dir, recipe) as study:
+        first, second = study.next(), study.next()
         assert study.report(first, row(2, 0.6)) is None
         reason = study.report(second, row(2, 0.5))
         assert reason == "cut at 33 %: 50.0 % was not among the best half of 2 trials"
         assert study.report(second, row(4, 0.9)) is None  # it has not got the order yet
         (second.place(study_dir) / "step-00000010").mkdir(parents=True)
-        (second.place(study_dir) / "fine_tuned.safetensors").touch()
         told = study.settle(second)
         assert (second.folder(study_dir) / "log.txt").read_text().endswith(f" attempt 1: {reason}\n")
-        assert (told.outcome, told.reason, told.objective, told.intermediate_values) == (
-            "pruned",
-            reason,
-            None,
-            {33: 0.5},
-        )
+        assert (told.outcome, told.reason, told.objective) == ("pruned", reason, None)
         assert not second.place(study_dir).exists()
         assert finish(study, first).outcome == "complete"
         assert not study.done()
-    trial = frozen(study_dir, 1)
+    trial = optuna_study(study_dir).trials[1]
     assert (trial.state, trial.constraints) == (TrialState.PRUNED, {"trained": -1.0})
     assert trial.intermediate_values == {33: 0.5}
     view = read_study(study_dir)
-    assert view.counts() == {
-        "complete": 1,
-        "pruned": 1,
-        "diverged": 0,
-        "error": 0,
-        "running": 0,
-        "stopped": 0,
-        "waiting": 0,
-        "set_aside": 0,
-    }
+    assert {name: count for name, count in view.counts().items() if count} == {"complete": 1, "pruned": 1}
     assert view.num_finished == 2
 
 
 def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir, recipe):
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        first, second, third = begin(study), begin(study), begin(study)
+    with searching(study_dir, recipe) as study:
+        first, second, third = study.next(), study.next(), study.next()
         study.report(first, row(2, 0.6))
         assert study.report(second, row(2, 0.5))
         told = finish(study, second)
@@ -234,101 +189,32 @@ def test_a_result_wins_over_a_cut_and_a_cut_over_what_its_process_left(study_dir
 
 
 def test_the_last_step_is_never_a_reason_to_cut_and_values_of_a_finished_training_are_noted(study_dir, recipe):
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        first, second = begin(study), begin(study)
+    with searching(study_dir, recipe) as study:
+        first, second = study.next(), study.next()
         write_lines(study, first, *(row(epoch, 0.6) for epoch in range(1, 7)))
         finish(study, first)
         write_lines(study, second, *(row(epoch, 0.1) for epoch in range(1, 7)))  # faster than the driver reads
         assert finish(study, second).outcome == "complete"
-    assert status(read_study(study_dir))["pruner"]["num_cut"] == 0
+    found = status(read_study(study_dir))["pruner"]
+    assert (found["name"], found["num_cut"]) == ("successive_halving", 0)
     assert [found.intermediate_values for found in trials(study_dir)] == [
         {33: 0.6, 50: 0.6, 67: 0.6, 83: 0.6, 100: 0.6},
         {33: 0.1, 50: 0.1, 67: 0.1, 83: 0.1, 100: 0.1},
     ]
 
 
-def test_a_decided_cut_is_told_at_recovery_and_not_run_again(study_dir, recipe):
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        first, second, third = begin(study), begin(study), begin(study)
-        study.report(first, row(2, 0.6))
-        assert study.report(second, row(2, 0.5))
-        write_lines(study, third, row(1, 0.1), row(2, 0.2))  # written, but the driver was killed before it read them
-    with open_study(study_dir, recipe) as study:
-        assert [(told.number, told.outcome) for told in recover_running(study)] == [(1, "pruned"), (2, "pruned")]
-        again = study.next()
-        assert (again.number, again.attempt) == (0, 2)
-
-
-def test_value_and_cut_are_one_commit_and_a_kill_right_after_it_loses_neither(study_dir, recipe):
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        first, second = begin(study), begin(study)
-        study.report(first, row(2, 0.6))
-        before = len(commits(study_dir))
-        reason = study.report(second, row(2, 0.5))
-        assert len(commits(study_dir)) == before + 1
-    with open_study(study_dir, recipe) as study:
-        assert [(told.number, told.outcome, told.reason) for told in recover_running(study)] == [(1, "pruned", reason)]
-    assert trials(study_dir)[1].intermediate_values == {33: 0.5}
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings("error")
-def test_recovered_trials_keep_their_rungs(study_dir):
-    """Both rungs of 8 trials, the study reopened before every value, as if it were never closed."""
-    values = np.random.default_rng(1).uniform(0.2, 0.8, (8, 2))
-
-    def told(folder, reopen):
-        recipe = make_recipe(8, epochs=EPOCHS, baselines={}, pruner=HALVING)
-        found = []
-        with open_study(folder, recipe) as study:
-            recover_running(study)
-            specs = [begin(study) for _ in range(8)]
-            if not reopen:
-                found = [
-                    study.report(spec, row(e, values[spec.number, r])) for r, e in enumerate((2, 4)) for spec in specs
-                ]
-        if reopen:
-            for rung, epoch in enumerate((2, 4)):
-                for spec in specs:
-                    with open_study(folder, recipe) as study:
-                        recover(study, "trial")
-                        if (spec.kind, spec.number) not in study.journal._ids:
-                            found.append(None)
-                            continue
-                        found.append(study.report(spec, row(epoch, values[spec.number, rung])))
-                        assert study.report(spec, row(epoch, 0.0)) is None  # an attempt repeats the epoch
-        return found
-
-    undisturbed = told(study_dir / "a", reopen=False)
-    assert told(study_dir / "b", reopen=True) == undisturbed
-    assert 0 < sum(reason is not None for reason in undisturbed) < 8
-
-
-@pytest.mark.slow
-def test_values_of_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir, recipe):
-    with open_study(study_dir, recipe):
-        pass
-    rewrite(study_dir, [])
-    with holding(study_dir) as log:
-        directions = ["maximize", "maximize"]
-        optuna.create_study(storage=JournalStorage(log), study_name="search", directions=directions)
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        first, second, third = begin(study), begin(study), begin(study)
-        study.report(first, row(2, 0.6))
-        assert study.report(second, row(2, 0.5))
-        assert study.settle(second).outcome == "pruned"
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-        _, third = begin(study), begin(study)
-        assert study.report(third, row(2, 0.55))
-        assert study.settle(third).intermediate_values == {33: 0.55}
-        for _ in range(3):  # the sampler can still draw
-            assert study.next() is not None
-    assert trials(study_dir)[0].intermediate_values == {33: 0.6}
+def test_values_of_a_trial_with_two_objectives_are_kept_and_cut_it(study_dir):
+    recipe = curve_stand_in.make_recipe(6, pruner=HALVING, baselines={})
+    assert recipe.train.epochs == 2
+    half = {"epoch": 1, "step": 1, "num_steps": 2}
+    for value, is_cut in ((0.6, False), (0.5, True), (0.55, True)):
+        with searching(study_dir, recipe) as study:
+            specs = [study.next(), study.next()]
+            new = specs[0] if not is_cut else specs[1]
+            assert bool(study.report(new, {**half, "subset/objective": value})) == is_cut
+            assert not is_cut or study.settle(new).outcome == "pruned"
+    assert [found.intermediate_values for found in trials(study_dir)][:3] == [{50: 0.6}, {50: 0.5}, {50: 0.55}]
 
 
 def test_a_search_in_which_all_were_cut_says_so():
@@ -338,34 +224,13 @@ def test_a_search_in_which_all_were_cut_says_so():
     assert "the pruner has cut all 3" in str(error)
 
 
-@pytest.mark.slow
-def test_a_real_training_is_evaluated_where_its_rungs_end(tmp_path, monkeypatch):
-    from carft_ray.training.run import prepare, run_training
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    settings = ["train.epochs=6", "evaluate.every_epochs=0", "search.pruner.name=successive_halving"]
-    recipe, lines = load_recipe(short_training.make(tmp_path), settings), []
-    prepare(recipe, tmp_path / "prepared")
-    run_training(recipe, tmp_path / "out", tmp_path / "prepared", RunContext(report=lines.append))
-    assert [line["epoch"] for line in lines if "subset/objective" in line] == [2, 4]
-    assert [found[0] for line in lines if (found := intermediate_value(recipe, {}, line))] == [33, 67]
-
-
 # what predicts the end
 
 
-def complete(number, value, objective, **more):
-    return TrialRow(
-        "trial",
-        number,
-        f"t{number}",
-        {},
-        1,
-        "complete",
-        objective=objective,
-        intermediate_values={33: 0.0, 67: value},
-        **more,
-    )
+def complete(number, value, objective):
+    """The row of a trial with a value at each rung and at its end."""
+    values = {33: 0.0, 67: value, 83: 0.4, 100: 0.5}
+    return TrialRow("trial", number, f"t{number}", {}, 1, "complete", objective=objective, intermediate_values=values)
 
 
 def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_one_warned_of():
@@ -381,19 +246,8 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
     pruned = TrialRow("trial", 10, "t10", {}, 1, "pruned", intermediate_values={33: 0.0})
     assert pruner_quality(part, [*good, pruned])["trials"] == 10
     assert "1 trial cut" in pruner_quality(part, [*good, pruned])["lines"][0]
-
-
-def test_the_deciding_value_is_that_of_the_last_rung_or_the_last_before_the_end():
-    values = {33: 0.1, 50: 0.2, 67: 0.3, 83: 0.4, 100: 0.5}
-    assert deciding_value(pruner_of(**HALVING), values) == 0.3
-    assert deciding_value(pruner_of(name="median"), values) == 0.4
-    assert deciding_value(pruner_of(**HALVING), {33: 0.1}) is None
-
-
-def test_status_holds_the_pruner(study_dir, recipe):
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-    assert status(read_study(study_dir))["pruner"]["name"] == "successive_halving"
+    assert deciding_value(pruner_of(name="median"), good[1].intermediate_values) == 0.4  # the last before the end
+    assert deciding_value(part, {33: 0.1}) is None
 
 
 # recipes
@@ -422,32 +276,23 @@ def test_a_pruner_that_could_cut_nothing_is_refused(place, arguments):
     assert told(**arguments)[0] == ([] if place is None else [place])
 
 
-@pytest.mark.parametrize(("warmup", "refused"), [(None, False), (5, False), (9, True)])
-def test_a_warm_up_that_covers_all_values_is_refused(warmup, refused):
+def test_few_epochs_are_told():
+    for epochs, num_told in ((9, 1), (12, 0)):
+        found = [text for text in warnings(told(epochs, **HALVING)[1]) if text.startswith("search.pruner")]
+        assert len(found) == num_told
+        assert all("weakly informative" in text for text in found)
+
+
+def test_a_warm_up_that_covers_all_values_is_refused():
     recipe = told(10, {"every_epochs": 0}, **HALVING)[1]  # 64 images, values after 3 and 6 epochs
-    train = recipe.train.model_copy(update={"batch_size": 64, "warmup_steps": warmup, "epochs": 9})
-    problems = check_sets(recipe.model_copy(update={"train": train}))
-    assert [problem.place for problem in problems] == (["train.warmup_steps"] if refused else [])
+    for warmup, places in ((None, []), (5, []), (9, ["train.warmup_steps"])):
+        train = recipe.train.model_copy(update={"batch_size": 64, "warmup_steps": warmup, "epochs": 9})
+        assert [problem.place for problem in check_sets(recipe.model_copy(update={"train": train}))] == places
 
 
-@pytest.mark.parametrize(("epochs", "is_told"), [(9, True), (12, False)])
-def test_few_epochs_are_told(epochs, is_told):
-    found = [text for text in warnings(told(epochs, **HALVING)[1]) if text.startswith("search.pruner")]
-    assert len(found) == is_told
-    assert all("weakly informative" in text for text in found)
-
-
-@pytest.mark.parametrize(
-    ("pruner", "key"),
-    [
-        ({"name": "none", "first": 0.5}, "first"),
-        ({"name": "median", "factor": 3}, "factor"),
-        ({**HALVING, "startup_trials": 9}, "startup_trials"),
-        ({"name": "median", "percentile": 30.0}, "percentile"),
-    ],
-)
-def test_a_setting_of_another_pruner_is_refused(pruner, key):
-    with pytest.raises(RecipeError) as caught:
-        recipe_of({**make_recipe().model_dump(mode="json"), "search": {"pruner": pruner}})
-    [problem] = caught.value.problems
-    assert (problem.place, problem.rule) == (f"search.pruner.{key}", "unknown key")
+def test_a_setting_of_another_pruner_is_refused():
+    for name, key, value in (("none", "first", 0.5), ("median", "factor", 3), ("successive_halving", "percentile", 9)):
+        with pytest.raises(RecipeError) as caught:
+            recipe_of({**make_recipe().model_dump(mode="json"), "search": {"pruner": {"name": name, key: value}}})
+        [problem] = caught.value.problems
+        assert (problem.place, problem.rule) == (f"search.pruner.{key}", "unknown key")

@@ -5,33 +5,30 @@ import math
 import re
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import optuna
 import pytest
-from optuna.distributions import CategoricalDistribution
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from stand_in import make_recipe
-from test_study import run_all
+from study_steps import finish, run_search, searching, write_result
 
 from carft_ray.api import studies
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.checks.sampler_rules import population_size
-from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.sampling import AnySampler
-from carft_ray.recipe.space.grid import grid_index, grid_size, num_trials
+from carft_ray.recipe.space.grid import contains, grid_index, grid_size, num_trials
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
-from carft_ray.store.result import write_result
-from carft_ray.study.opening import open_study
-from carft_ray.study.proposals import samplers, space
-from carft_ray.study.recovery import recover_running
+from carft_ray.study.proposals import space
 from carft_ray.study.rows import trials
-from carft_ray.ui import console, live
+from carft_ray.ui import console
 
 BASE = Path(__file__).parent
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
@@ -99,29 +96,17 @@ def number(values):
     return values["kl_weight"] / 4
 
 
-def pruned(values):
-    return {"state": TrialState.PRUNED, "step": number(values)}
-
-
-def pruned_otherwise(values):
-    return {"state": TrialState.PRUNED, "step": -number(values)}
-
-
 # ---- the table: each cell is a test
 
 
-def check_pruning(name, recipe):
-    first, second = two_searches(recipe, pruned, pruned_otherwise)
-    assert (first != second) == (name == "tpe")  # it alone learns from pruned trials
+def check_learning(learns, first, second, objectives=1):
+    """Gives a check that the samplers of these names, and no others, learn from what two results differ in."""
 
+    def check(name, recipe):
+        drawn = two_searches(recipe, first, second, objectives)
+        assert (drawn[0] != drawn[1]) == (name in learns)
 
-def check_constraints(name, recipe):
-    first, second = two_searches(
-        recipe,
-        lambda values: {"value": 0.1 * number(values), "constraint": number(values) - 0.4},
-        lambda values: {"value": 0.1 * number(values), "constraint": 0.4 - number(values)},
-    )
-    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
+    return check
 
 
 def check_conditional(name, recipe):
@@ -141,35 +126,59 @@ def check_conditional(name, recipe):
     assert any(one != other for one, other in pairs) == (name == "tpe")  # for others the child is drawn at random
 
 
-def check_categorical(name, recipe):
-    first, second = two_searches(
-        recipe,
-        lambda values: {"value": float(values["decay"] == "all") + 0.01 * number(values)},
-        lambda values: {"value": float(values["decay"] == "matrices") + 0.01 * number(values)},
-    )
-    assert {values["decay"] for values in first + second} == {"all", "matrices"}
-    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
-
-
-def check_pareto(name, recipe):
-    first, second = two_searches(
-        recipe,
-        lambda values: {"value": [number(values), 1.0 / (1 + number(values))]},
-        lambda values: {"value": [number(values), number(values) ** 2]},
-        objectives=2,
-    )
-    assert (first != second) == (name in ("tpe", "gp", "nsga2"))
+BAYESIAN = ("tpe", "gp", "nsga2")
+check_pruning = check_learning(
+    ("tpe",),
+    lambda values: {"state": TrialState.PRUNED, "step": number(values)},
+    lambda values: {"state": TrialState.PRUNED, "step": -number(values)},
+)
+check_constraints = check_learning(
+    BAYESIAN,
+    lambda values: {"value": 0.1 * number(values), "constraint": number(values) - 0.4},
+    lambda values: {"value": 0.1 * number(values), "constraint": 0.4 - number(values)},
+)
+check_categorical = check_learning(
+    BAYESIAN,
+    lambda values: {"value": float(values["decay"] == "all") + 0.01 * number(values)},
+    lambda values: {"value": float(values["decay"] == "matrices") + 0.01 * number(values)},
+)
+check_pareto = check_learning(
+    BAYESIAN,
+    lambda values: {"value": [number(values), 1.0 / (1 + number(values))]},
+    lambda values: {"value": [number(values), number(values) ** 2]},
+    objectives=2,
+)
 
 
 def check_resume(name, recipe):
-    drawn = told(new_study(), recipe, lambda values: {"value": number(values)}, wanted=4)
-    again = told(new_study(), recipe, lambda values: {"value": number(values)}, wanted=4)
-    assert drawn == again  # killed between any two writes: see the test below
+    """From any prefix of what Optuna has written, within a trial too, the same values are drawn."""
+    few = {"startup_trials": 2} if name in ("tpe", "gp") else {"population_size": 3} if name == "nsga2" else {}
+    recipe = recipe_for(name, {**CHOICE, **CHILD}, 5, enqueue=[{"kl_weight": 2.0}], sampler=few)
+    with tempfile.TemporaryDirectory() as folder:
+        whole, part = Path(folder) / "whole", Path(folder) / "part"
+        study = optuna.create_study(storage=journal(whole), study_name="search", direction="maximize")
+        drawn = told(study, recipe, lambda values: {"value": number(values)}, wanted=5)
+        lines = whole.read_bytes().splitlines(keepends=True)
+        for end in range(2, len(lines)):
+            part.write_bytes(b"".join(lines[:end]))
+            study = optuna.load_study(storage=journal(part), study_name="search")
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            if running and len(running[0].params) == len(drawn[running[0].number]):
+                continue  # nothing is left to draw
+            trial = optuna.trial.Trial(study, running[0]._trial_id) if running else space.ask(study, recipe)
+            assert space.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
+
+
+def journal(file):
+    return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
 
 
 def check_many(name, recipe):
     wanted = 12 if name == "gp" else 16
     drawn = told(new_study(), recipe, lambda values: {"value": number(values)}, at_a_time=4, wanted=wanted)
+    for key, form in recipe.search.space.items():
+        kind = int if key in ("epochs", "warmup_steps") else float if key == "kl_weight" else object
+        assert all(contains(form, values[key]) and isinstance(values[key], kind) for values in drawn), key
     first = HISTORY if name == "nsga2" else wanted  # a child may be its parent
     assert len({json.dumps(values) for values in drawn[:first]}) == first
     if name in ("qmc", "random"):
@@ -184,14 +193,15 @@ FEATURES = {  # feature -> keys of search, further parameters, what holds
     "categorical": ({}, CHOICE, check_categorical),
     "pareto": ({"objective": {"kind": "pareto"}, "alpha": {"mode": "sample"}}, ALPHA, check_pareto),
     "resume": ({}, {}, check_resume),
-    "many at a time": ({}, {}, check_many),
+    "many at a time": ({}, {"clip_norm": {"choices": [None, 1.0]}}, check_many),
 }
 NAMES = [kind.model_fields["name"].default for kind in members(AnySampler)]
 TEXT = (BASE.parent / "docs" / "samplers.md").read_text()
 ROWS = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("|")]
 CELLS = {(row[0], row[1]): (row[2], row[3]) for row in ROWS if len(row) == 4 and row[1] in FEATURES}  # verdict, why
-SAMPLERS = [pytest.param(name, marks=pytest.mark.slow if name == "gp" else ()) for name in NAMES]  # gp fits a model
-TABLE = [pytest.param(*cell, marks=pytest.mark.slow if cell[0] == "gp" else ()) for cell in CELLS]
+WHOLE = [pytest.mark.slow, pytest.mark.whole]
+GP_MARKS = {"resume": [pytest.mark.slow], "many at a time": [pytest.mark.slow]}  # the others in `make test-all` alone
+TABLE = [pytest.param(*cell, marks=GP_MARKS.get(cell[1], WHOLE) if cell[0] == "gp" else ()) for cell in CELLS]
 
 
 def write(tmp_path, recipe):
@@ -232,132 +242,38 @@ def test_the_examples_of_the_documentation_are_valid(tmp_path):
         assert [line for line in advice.warnings(recipe) if "ood_val" not in line] == []
 
 
-# ---- kills
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_search_killed_after_any_write_draws_what_it_would_have_drawn(tmp_path, name):
-    few = {"tpe": {"startup_trials": 2}, "gp": {"startup_trials": 2}, "nsga2": {"population_size": 3}}
-    entries = [{"kl_weight": 2.0}]
-    wanted = 5 if name == "gp" else 9
-    recipe = recipe_for(name, {**CHOICE, **CHILD}, wanted, enqueue=entries, sampler=few.get(name, {}))
-
-    def journal(file):
-        return optuna.storages.JournalStorage(JournalFileBackend(str(file)))
-
-    whole = tmp_path / "whole"
-    study = optuna.create_study(storage=journal(whole), study_name="search", direction="maximize")
-    drawn = told(study, recipe, lambda values: {"value": number(values)}, wanted=wanted)
-    assert len({json.dumps(values) for values in drawn}) == wanted
-    lines = whole.read_bytes().splitlines(keepends=True)
-    cut = 0
-    for end in range(2, len(lines)):
-        part = tmp_path / f"part-{end}"
-        part.write_bytes(b"".join(lines[:end]))
-        study = optuna.load_study(storage=journal(part), study_name="search")
-        running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        if running and len(running[0].params) == len(drawn[running[0].number]):
-            continue  # nothing is left to draw
-        trial = optuna.trial.Trial(study, running[0]._trial_id) if running else space.ask(study, recipe)
-        assert space.draw(study, trial, recipe) == drawn[trial.number], (end, trial.number)
-        cut += bool(running)
-    assert cut >= 2 * wanted
-
-
-# ---- forms of parameters
-
-FORMS = {
-    "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
-    "weight_decay": {"low": 0.0, "high": 0.3},
-    "kl_weight": {"low": 0.1, "high": 0.9, "step": 0.2},
-    "epochs": {"type": "int", "low": 1, "high": 9},
-    "batch_size": {"type": "int", "low": 8, "high": 256, "log": True},
-    "warmup_steps": {"type": "int", "low": 5, "high": 45, "step": 20},
-    "crop_scale": {"low": 0.5, "high": 0.5},
-    "decay": {"choices": ["all", "matrices"]},
-    "clip_norm": {"choices": [None, 1.0]},
-    "head_bias": {"choices": [True, False]},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_every_form_of_parameter_is_drawn_as_it_is_written(name):
-    forms = dict(FORMS)
-    if name == "grid":
-        forms = {key: form for key, form in forms.items() if key not in ("learning_rate", "weight_decay", "crop_scale")}
-    sampler = {"name": name, **OPTUNA.get(name, {})}
-    recipe = make_recipe(24, space=forms, baselines={}, sampler=sampler)
-    wanted = HISTORY + (3 if name == "gp" else 16)
-    for values in told(new_study(), recipe, lambda values: {"value": values["kl_weight"]}, wanted=wanted):
-        assert list(values) == list(forms)
-        for key, form in forms.items():
-            value = values[key]
-            if "choices" in form:
-                assert value in form["choices"]
-                continue
-            assert type(value) is (int if form.get("type") == "int" else float)
-            assert form["low"] <= value <= form["high"]
-            steps = (value - form["low"]) / form.get("step", 1e-12)
-            assert abs(steps - round(steps)) < 1e-6 or "step" not in form
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tpe", "nsga2", "qmc", "random", "grid"])
-def test_conditions_on_conditional_parameters_hold(name):
-    parameters = {
-        "label_smoothing": {"low": 0.0, "high": 0.3, "step": 0.1, "when": {"decay": "matrices"}},  # before its parents
-        "decay": {"choices": ["all", "matrices"], "when": {"head_bias": [True]}},
-        "head_bias": {"choices": [True, False]},
-    }
-    recipe = make_recipe(40, space=parameters, baselines={}, sampler={"name": name})
-    drawn = told(new_study(), recipe, lambda values: {"value": float(len(values))}, wanted=40)
-    assert {tuple(values) for values in drawn} == {
-        ("head_bias",),
-        ("decay", "head_bias"),
-        ("label_smoothing", "decay", "head_bias"),
-    }
-    for values in drawn:
-        assert ("decay" in values) == values["head_bias"]
-        assert ("label_smoothing" in values) == (values.get("decay") == "matrices")
+# ---- options
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "options", "key"),
+    ("name", "options"),
     [
-        (name, options, key)
-        for name, options in [
-            ("tpe", {"multivariate": False, "constant_liar": False, "n_ei_candidates": 3}),
-            ("tpe", {"group": True}),
-            ("gp", {"deterministic": True}),
-            ("nsga2", {"population_size": 6, "mutation_prob": 0.5, "crossover_prob": 0, "swapping_prob": 0.1}),
-            ("qmc", {"type": "halton", "scramble": False}),
-        ]
-        for key in options
+        ("tpe", {"multivariate": False, "constant_liar": False, "n_ei_candidates": 3}),
+        ("tpe", {"group": True}),
+        ("gp", {"deterministic": True}),
+        ("nsga2", {"population_size": 6, "mutation_prob": 0.5, "crossover_prob": 0}),
+        ("nsga2", {"swapping_prob": 0.1}),
+        ("qmc", {"type": "halton", "scramble": False}),
     ],
 )
-def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options, key):
+def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options):
     parameters = {
         "kl_weight": {"low": 0.0, "high": 1.0},
         "epochs": {"type": "int", "low": 1, "high": 9},
         **CHOICE,
         "label_smoothing": {"low": 0, "high": 0.3, "when": {"decay": "all"}},
     }
-    options = {**options, "crossover_prob": 1.0} if key == "swapping_prob" else options
-    startup = {"startup_trials": 4} if name in ("tpe", "gp") else {}
-    with_and_without = (
-        make_recipe(16, space=parameters, baselines={}, sampler={"name": name, **startup, **each})
-        for each in (options, {name: value for name, value in options.items() if name != key})
-    )
+    always = {"startup_trials": 4} if name in ("tpe", "gp") else {}
+    always |= {"crossover_prob": 1.0} if "swapping_prob" in options else {}
 
-    def result(values):
-        return {"value": math.sin(9 * values["kl_weight"])}
+    def drawn(chosen):
+        recipe = make_recipe(16, space=parameters, baselines={}, sampler={"name": name, **always, **chosen})
+        wanted = 8 if name == "gp" else 32
+        return told(new_study(), recipe, lambda values: {"value": math.sin(9 * values["kl_weight"])}, 2, wanted)
 
-    wanted = 8 if name == "gp" else 32
-    drawn = [told(new_study(), each, result, 2, wanted) for each in with_and_without]
-    assert drawn[0] != drawn[1]
+    for key in options:
+        assert drawn(options) != drawn({other: value for other, value in options.items() if other != key}), key
 
 
 def test_group_works_with_two_objectives():
@@ -381,12 +297,9 @@ def test_qmc_draws_the_points_of_the_sequence_in_their_order(kind, scramble):
         assert values["decay"] == CHOICE["decay"]["choices"][int(2 * decay)]
 
 
-@pytest.mark.parametrize(("trials", "expected"), [(4, 4), (16, 4), (100, 25), (1000, 50)])
-def test_the_population_is_a_quarter_of_the_trials(trials, expected):
-    assert population_size(make_recipe(trials, sampler={"name": "nsga2"})) == expected
-
-
-def test_the_population_of_a_search_has_parents_after_a_quarter():
+def test_the_population_is_a_quarter_of_the_trials_and_has_parents_then():
+    for wanted, expected in ((4, 4), (16, 4), (100, 25), (1000, 50)):
+        assert population_size(make_recipe(wanted, sampler={"name": "nsga2"})) == expected
     recipe = make_recipe(16, space=NUMBERS, baselines={}, sampler={"name": "nsga2"})
     study = new_study()
     told(study, recipe, lambda values: {"value": number(values)}, wanted=16)
@@ -398,40 +311,33 @@ def test_the_population_of_a_search_has_parents_after_a_quarter():
 
 _LOADED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, sys.argv[1])
 import optuna
 from stand_in import make_recipe
 from carft_ray.study.proposals import space
-optuna.logging.set_verbosity(optuna.logging.WARNING)
-recipe = make_recipe(6, baselines={{}}, sampler={{"name": {name!r}, **{more!r}}})
-study = optuna.create_study(direction="maximize")
-for value in (0.0, 1.0, 0.5):
-    trial = space.ask(study, recipe)
-    space.draw(study, trial, recipe)
-    study.tell(trial, value)
-print("torch" in sys.modules)
+for sampler in ({"name": "tpe", "startup_trials": 1}, {"name": "nsga2"}):
+    recipe = make_recipe(6, baselines={}, sampler=sampler)
+    study = optuna.create_study(direction="maximize")
+    for value in (0.0, 1.0, 0.5):
+        trial = space.ask(study, recipe)
+        space.draw(study, trial, recipe)
+        study.tell(trial, value)
+assert "torch" not in sys.modules
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tpe", "nsga2"])
-def test_samplers_other_than_gp_load_no_torch(name):
-    code = _LOADED.format(tests=str(BASE), name=name, more={"startup_trials": 1} if name == "tpe" else {})
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=BASE.parent, check=True)
-    assert done.stdout.strip() == "False"
+def test_samplers_other_than_gp_load_no_torch():
+    subprocess.run([sys.executable, "-c", _LOADED, str(BASE)], cwd=BASE.parent, check=True)
 
 
 @pytest.mark.slow
 def test_gp_proposes_on_one_thread_and_gives_the_others_back(monkeypatch):
     import torch
-    from optuna._gp import acqf, gp
+    from optuna._gp import acqf
 
-    seen = []
-    for module, function in ((gp, "fit_kernel_params"), (acqf, "LogEI")):
-        plain = getattr(module, function)
-        monkeypatch.setattr(
-            module, function, lambda *a, plain=plain, **k: seen.append(torch.get_num_threads()) or plain(*a, **k)
-        )
+    seen, plain = [], acqf.LogEI
+    monkeypatch.setattr(acqf, "LogEI", lambda *a, **k: seen.append(torch.get_num_threads()) or plain(*a, **k))
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -446,48 +352,32 @@ def test_gp_proposes_on_one_thread_and_gives_the_others_back(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_grid_is_tried_once_each_and_then_the_search_ends(tmp_path):
-    parameters = {**CHOICE, **CHILD, "warmup_steps": {"type": "int", "low": 0, "high": 20, "step": 10}}
-    recipe = make_recipe(100, space=parameters, baselines={}, sampler={"name": "grid"})
-    size = 3 * (1 + 7)
-    assert grid_size(recipe.search.space) == num_trials(recipe) == size
-    study_dir = tmp_path / "study"
-    for _ in range(3):  # opened again in the middle, and at the end
-        with open_study(study_dir, recipe) as study:
-            recover_running(study)
-            begun = [study.next() for _ in range(9)]
-            for spec in filter(None, begun):
-                write_result(spec.place(study_dir), {"objective": 0.5, "metrics": {}})
-                study.settle(spec)
-            assert study.done() == (len(trials(study_dir)) == size)
-    points = [grid_index(recipe.search.space, row.values) for row in trials(study_dir)]
-    assert len(points) == len(set(points)) == size
-    assert None not in points
-    [line] = [line for line in advice.warnings(recipe) if "grid" in line]
-    assert line == "search.trials is 100, but the grid has 24 points: the search ends after 24"
-
-
-@pytest.mark.parametrize("at_a_time", [1, 3, 5])
-def test_several_trials_of_the_grid_at_a_time_are_different_points(at_a_time):
-    recipe = recipe_for("grid", {**CHOICE, **CHILD}, trials=10_000)
-    size = grid_size(recipe.search.space)
-    assert size == 9 * 4 * (1 + 7)
-    recipe = make_recipe(99, space={**CHOICE, **CHILD}, baselines={}, sampler={"name": "grid"})
-    drawn = told(new_study(), recipe, lambda values: {"value": 0.0}, at_a_time, wanted=99)
-    assert len({json.dumps(values) for values in drawn}) == grid_size(recipe.search.space) == 8
-    assert len(drawn) < 8 + at_a_time
-
-
-def test_grid_size_counts_chains_of_conditions_as_enumeration_does():
+def test_the_grid_with_its_chains_of_conditions_is_tried_once_each_and_then_the_search_ends(tmp_path):
     parameters = {
+        "label_smoothing": {"low": 0, "high": 0.3, "step": 0.1, "when": {"decay": ["matrices"]}},  # before its parents
         "decay": {"choices": ["all", "matrices"], "when": {"head_bias": True}},
         "head_bias": {"choices": [True, False]},
-        "label_smoothing": {"low": 0, "high": 0.3, "step": 0.1, "when": {"decay": ["matrices"]}},
         "epochs": {"low": 1, "high": 3, "when": {"head_bias": [True, False]}},
         "warmup_steps": {"low": 1, "high": 2, "when": {"head_bias": False}},
     }
-    space_ = make_recipe(4, space=parameters, baselines={}).search.space
-    assert grid_size(space_) == 3 * (2 + (1 + 4))
+    recipe = make_recipe(100, space=parameters, baselines={}, sampler={"name": "grid"})
+    size = 3 * (2 + (1 + 4))
+    assert grid_size(recipe.search.space) == num_trials(recipe) == size
+    study_dir = tmp_path / "study"
+    for _ in range(3):  # opened again in the middle, and at the end
+        with searching(study_dir, recipe) as study:
+            begun = [study.next() for _ in range(9)]
+            for spec in filter(None, begun):
+                finish(study, spec)
+            assert study.done() == (len(trials(study_dir)) == size)
+    rows = trials(study_dir)
+    assert len({json.dumps(row.values) for row in rows}) == len(rows) == size
+    assert None not in [grid_index(recipe.search.space, row.values) for row in rows]
+    for values in [row.values for row in rows]:
+        assert ("decay" in values) == values["head_bias"]
+        assert ("label_smoothing" in values) == (values.get("decay") == "matrices")
+    [line] = [line for line in advice.warnings(recipe) if "grid" in line]
+    assert line == "search.trials is 100, but the grid has 21 points: the search ends after 21"
 
 
 def test_the_grid_passes_over_trials_without_values_and_those_of_another_space():
@@ -516,43 +406,16 @@ def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_seq
 def test_enqueued_values_are_tried_first_in_their_order_and_once(tmp_path):
     entries = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"learning_rate": 1e-4}, {"kl_weight": 10}]
     recipe = make_recipe(6, baselines={}, enqueue=entries)
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    with open_study(whole, recipe) as study:
-        recover_running(study)
-        run_all(study)
-    for _ in range(7):
-        with open_study(parts, recipe) as study:
-            recover_running(study)
-            spec = study.next()
-            if spec is not None:
-                write_result(spec.place(parts), {"objective": 0.5, "metrics": {}})
-    drawn = [row.values for row in trials(parts)]
-    assert drawn == [row.values for row in trials(whole)]
-    assert len(drawn) == 6
-    assert drawn[0] == {"learning_rate": 5e-4, "kl_weight": 2.0}
-    assert drawn[1]["learning_rate"] == 1e-4
-    assert drawn[2]["kl_weight"] == 10.0
+    run_search(tmp_path / "whole", recipe)
+    for _ in range(6):
+        with searching(tmp_path / "parts", recipe) as study:
+            write_result(tmp_path / "parts", study.next())
+    drawn = [row.values for row in trials(tmp_path / "whole")]
+    with searching(tmp_path / "parts", recipe) as study:
+        assert [row.values for row in study.rows()] == drawn
+    for entry, values in zip(entries, drawn, strict=False):
+        assert entry.items() <= values.items()
     assert len({values["learning_rate"] for values in drawn}) == 6
-
-
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_a_point_begins_the_search_of_every_sampler(name):
-    entries = [{"kl_weight": 2.5}, {key: 2.0 if key == "kl_weight" else 10 for key in FINITE}]
-    entries = entries if name == "grid" else [entries[0]]
-    recipe = recipe_for(name, enqueue=entries)
-    drawn = told(new_study(), recipe, lambda values: {"value": number(values)})
-    assert drawn[0]["kl_weight"] == 2.5
-    assert drawn[1]["kl_weight"] == 2.0 or name != "grid"
-    assert len({json.dumps(values) for values in drawn[:HISTORY]}) == HISTORY
-
-
-def test_a_mistake_in_a_parameter_is_no_mistake_of_its_point(tmp_path):
-    parameters = (
-        "{kl_weight: {low: 0, high: x}, decay: {choices: [[1]]}, epochs: {low: 1, high: 2, when: {decay: all}}}"
-    )
-    found = problems(tmp_path, f"{{space: {parameters}, enqueue: [{{kl_weight: 1, decay: a, epochs: 2}}]}}")
-    assert len(found) == 2
-    assert all(message.startswith(("search.space.kl_weight.high", "search.space.decay.choices")) for message in found)
 
 
 def test_enqueued_values_that_are_added_to_a_study_are_tried_next():
@@ -568,56 +431,8 @@ def test_enqueued_values_that_are_added_to_a_study_are_tried_next():
     assert len([trial for trial in study.trials if space.POINT in trial.user_attrs]) == 3
 
 
-def test_conditions_enqueued_values_and_options_come_back_from_a_written_recipe(tmp_path):
-    entries = [{"decay": "matrices", "label_smoothing": 0.1}, {"kl_weight": 1.0}]
-    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, enqueue=entries, sampler={"group": True})
-    path = tmp_path / "r.yaml"
-    path.write_text(dump_recipe(recipe))
-    assert load_recipe(path) == recipe
-
-
 # ---- messages
 
-CASES = [
-    ("{sampler: {name: tpe, n_ei_candidats: 3}}", "n_ei_candidats: unknown key; did you mean 'n_ei_candidates'? (allowed: seed, startup_trials, name, multivariate, group, constant_liar, n_ei_candidates)"),  # noqa: E501
-    ("{sampler: {name: gp, scramble: false}}", "scramble: unknown key (allowed: seed, startup_trials, name, deterministic)"),  # noqa: E501
-    ("{sampler: {name: random, startup_trials: 3}}", "startup_trials: unknown key (allowed: seed, name)"),
-    ("{sampler: {name: cmaes}}", 'name: must be one of the allowed values, but got "cmaes" (allowed: tpe, gp, nsga2, qmc, random, grid)'),  # noqa: E501
-    ("{sampler: {n_ei_candidates: 0}}", "n_ei_candidates: must be at least 1, but got 0"),
-    ("{sampler: {n_ei_candidates: true}}", "n_ei_candidates: must be a whole number, but got true"),
-    ("{sampler: {multivariate: 1}}", "multivariate: must be true or false, but got 1"),
-    ("{sampler: {name: nsga2, mutation_prob: 2}}", "mutation_prob: must be at most 1, but got 2"),
-    ("{sampler: {name: qmc, type: sobl}}", "type: must be one of the allowed values, but got \"sobl\"; did you mean 'sobol'? (allowed: sobol, halton)"),  # noqa: E501
-    ("{sampler: {group: true, multivariate: false}}", "search.sampler: group: true needs multivariate: true, but got multivariate: false"),  # noqa: E501
-    ("{sampler: {name: grid}, space: {kl_weight: {low: 0, high: 1}}}", "search.space.kl_weight: must have a step for the grid\n    Give kl_weight a step, or choices: [...], or another sampler than grid."),  # noqa: E501
-]  # fmt: skip
-WHEN = [
-    ("{kl_weight: {low: 0, high: 1, when: {deacy: all}}, decay: {choices: [all]}}", "search.space.kl_weight.when.deacy: must be a categorical parameter of search.space, but got \"deacy\"; did you mean 'decay'? (allowed: decay)"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {epochs: 1}}, epochs: {low: 1, high: 2}, decay: {choices: [all]}}", "search.space.kl_weight.when.epochs: must be a categorical parameter of search.space, but got \"epochs\" (allowed: decay)"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {decay: [all, matrx]}}, decay: {choices: [all, matrices]}}", "search.space.kl_weight.when.decay: must be among the choices of decay, but got \"matrx\"; did you mean 'matrices'? (allowed: all, matrices)"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {head_bias: 1}}, head_bias: {choices: [true, false]}}", "search.space.kl_weight.when.head_bias: must be among the choices of head_bias, but got 1 (allowed: true, false)"),  # noqa: E501
-    ("{decay: {choices: [all], when: {head_bias: true}}, head_bias: {choices: [true], when: {decay: all}}}", "search.space.decay.when: conditions must not form a circle, but got decay -> head_bias -> decay"),  # noqa: E501
-    ("{decay: {choices: [all], when: {decay: all}}}", "search.space.decay.when: conditions must not form a circle, but got decay -> decay"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: 5}}", "search.space.kl_weight.when: must be a mapping of keys to values, but got 5"),  # noqa: E501
-    ("{kl_weight: {low: 0, high: 1, when: {decay: []}}, decay: {choices: [all]}}", "search.space.kl_weight.when.decay: must be a value of the other parameter, or a list of them, but got []"),  # noqa: E501
-]  # fmt: skip
-ENTRY_SPACE = "space: {kl_weight: {low: 0, high: 1, step: 0.1}, epochs: {low: 1, high: 9}, decay: {choices: [all, matrices]}, crop_scale: {low: 0.5, high: 1, when: {decay: matrices}}}"  # noqa: E501
-ENTRIES = [
-    ("[{kl_weigth: 0.5}]", "0.kl_weigth: must be a parameter of search.space, but got \"kl_weigth\"; did you mean 'kl_weight'? (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
-    ("[{weight_decay: 0.5}]", "0.weight_decay: must be a parameter of search.space, but got \"weight_decay\"; did you mean 'train.weight_decay'? (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
-    ("[{kl_weight: 2}]", "0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got 2"),
-    ("[{kl_weight: 0.55}]", "0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got 0.55"),
-    ("[{kl_weight: '0.5'}]", '0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got "0.5"'),
-    ("[{kl_weight: .nan}]", "0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got .nan"),
-    ("[{epochs: 2.5}]", "0.epochs: must be a number from 1 to 9 in steps of 1, but got 2.5"),
-    ("[{epochs: true}]", "0.epochs: must be a number from 1 to 9 in steps of 1, but got true"),
-    ("[{decay: matrix}]", "0.decay: must be one of the choices, but got \"matrix\"; did you mean 'matrices'? (allowed: all, matrices)"),  # noqa: E501
-    ("[{decay: all, crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the entry must meet: decay: \"matrices\", but got {\"decay\": \"all\", \"crop_scale\": 0.9}\n    Add that to the entry, or remove crop_scale."),  # noqa: E501
-    ("[{crop_scale: 0.9}]", "0.crop_scale: crop_scale is drawn under a condition, which the entry must meet: decay: \"matrices\", but got {\"crop_scale\": 0.9}\n    Add that to the entry, or remove crop_scale."),  # noqa: E501
-    ("[{}]", "0: must hold a value of at least one parameter, but got {} (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
-    ("[{train: 5}]", "0.train: must be a parameter of search.space, but got \"train\"; did you mean 'train'? (allowed: kl_weight, epochs, decay, crop_scale)"),  # noqa: E501
-    ("[5]", "0: must be a mapping of keys to values, but got 5"),
-]  # fmt: skip
 DATA = """\
 data:
   train: {source: sandbox, domain: photo, split: train, num_per_class: 4}
@@ -625,58 +440,85 @@ data:
 """
 
 
+def drawn_when(condition, parameter="kl_weight"):
+    form = CHOICE["decay"] if parameter == "decay" else {"low": 0.1, "high": 1}
+    return {"space": {**CHOICE, "head_bias": {"choices": [True, False]}, parameter: {**form, "when": condition}}}
+
+
+def tried(entry):
+    parameters = {
+        "kl_weight": {"low": 0, "high": 1, "step": 0.1},
+        "epochs": {"low": 1, "high": 9},
+        **CHOICE,
+        "crop_scale": {"low": 0.5, "high": 1, "when": {"decay": "matrices"}},
+    }
+    return {"space": parameters, "enqueue": [entry]}
+
+
+CASES = [  # a part of a recipe, and how its one message begins
+    ({"sampler": {"n_ei_candidats": 3}}, "sampler.n_ei_candidats: unknown key; did you mean 'n_ei_candidates'?"),
+    ({"sampler": {"name": "random", "startup_trials": 3}}, "sampler.startup_trials: unknown key (allowed: seed, name)"),
+    ({"sampler": {"name": "cmaes"}}, 'sampler.name: must be one of the allowed values, but got "cmaes"'),
+    ({"sampler": {"n_ei_candidates": True}}, "sampler.n_ei_candidates: must be a whole number, but got true"),
+    ({"sampler": {"name": "nsga2", "mutation_prob": 2}}, "sampler.mutation_prob: must be at most 1, but got 2"),
+    ({"sampler": {"group": True, "multivariate": False}}, "sampler: group: true needs multivariate: true, but got"),
+    (
+        {"sampler": {"name": "grid"}, "space": {"kl_weight": {"low": 0, "high": 1}}},
+        "space.kl_weight: must have a step for the grid\n    Give kl_weight a step, or choices: [...], or another",
+    ),
+    ({"space": {"decay": {"choices": [[1]]}}}, "space.decay.choices.0: must be a number, a text, true, false or null"),
+    (drawn_when({"deacy": "all"}), "space.kl_weight.when.deacy: must be a categorical parameter of search.space, but"),
+    (drawn_when({"decay": ["matrx"]}), "space.kl_weight.when.decay: must be among the choices of decay, but got"),
+    (drawn_when({"head_bias": 1}), "space.kl_weight.when.head_bias: must be among the choices of head_bias, but got 1"),
+    (drawn_when({"decay": "all"}, "decay"), "space.decay.when: conditions must not form a circle, but got decay -> de"),
+    (drawn_when(5), "space.kl_weight.when: must be a mapping of keys to values, but got 5"),
+    (drawn_when({"decay": []}), "space.kl_weight.when.decay: must be a value of the other parameter, or a list of"),
+    (
+        {"alpha": {"mode": "sample"}, **drawn_when({"decay": "all"}, "alpha")},
+        "space.alpha.when: alpha must be drawn in every trial",
+    ),
+    (tried({"kl_weigth": 0.5}), 'enqueue.0.kl_weigth: must be a parameter of search.space, but got "kl_weigth"; did'),
+    (tried({"kl_weight": 0.55}), "enqueue.0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got 0.55"),
+    (tried({"kl_weight": "0.5"}), "enqueue.0.kl_weight: must be a number from 0.0 to 1.0 in steps of 0.1, but got"),
+    (tried({"epochs": True}), "enqueue.0.epochs: must be a number from 1 to 9 in steps of 1, but got true"),
+    (tried({"decay": "matrix"}), 'enqueue.0.decay: must be one of the choices, but got "matrix"; did you mean'),
+    (tried({"crop_scale": 0.9}), "enqueue.0.crop_scale: crop_scale is drawn under a condition, which the entry must"),
+    (tried({}), "enqueue.0: must hold a value of at least one parameter, but got {} (allowed: kl_weight, epochs"),
+    (tried(5), "enqueue.0: must be a mapping of keys to values, but got 5"),
+]
+
+
 def problems(tmp_path, search):
     path = tmp_path / "r.yaml"
-    path.write_text(f"{DATA}search: {search}\n")
+    path.write_text(f"{DATA}search: {json.dumps(search)}\n")
     with pytest.raises(RecipeError) as caught:
         load_recipe(path)
     assert caught.value.exit_code == 3
     return [re.sub(r"^\S+r\.yaml:\d+: ", "", str(problem)) for problem in caught.value.problems]
 
 
-@pytest.mark.parametrize(("search", "message"), CASES, ids=[each for each, _ in CASES])
-def test_a_wrong_sampler_is_one_message(tmp_path, search, message):
-    assert problems(tmp_path, search) == [message if message.startswith("search.") else f"search.sampler.{message}"]
-
-
-@pytest.mark.parametrize(("parameters", "message"), WHEN, ids=[each for each, _ in WHEN])
-def test_a_condition_that_cannot_be_is_one_message(tmp_path, parameters, message):
-    assert problems(tmp_path, f"{{space: {parameters}}}") == [message]
-
-
-def test_alpha_is_drawn_in_every_trial(tmp_path):
-    parameters = "{alpha: {low: 0.1, high: 1, when: {decay: all}}, decay: {choices: [all, matrices]}}"
-    [message] = problems(tmp_path, f"{{alpha: {{mode: sample}}, space: {parameters}}}")
-    assert message.startswith("search.space.alpha.when: alpha must be drawn in every trial\n")
-
-
-@pytest.mark.parametrize(("entries", "message"), ENTRIES, ids=[each for each, _ in ENTRIES])
-def test_an_entry_that_cannot_be_tried_is_one_message(tmp_path, entries, message):
-    assert problems(tmp_path, f"{{{ENTRY_SPACE}, enqueue: {entries}}}") == [f"search.enqueue.{message}"]
+@pytest.mark.parametrize(("search", "message"), CASES, ids=[message.partition(",")[0] for _, message in CASES])
+def test_what_a_sampler_a_condition_or_an_entry_cannot_be_is_one_message(tmp_path, search, message):
+    [found] = problems(tmp_path, search)
+    assert found.startswith(f"search.{message}")
 
 
 def test_more_entries_than_trials_and_all_mistakes_at_once(tmp_path):
-    entries = "[{epochs: 1}, {epochs: 2}, {epochs: 99}]"
-    found = problems(tmp_path, f"{{trials: 2, {ENTRY_SPACE}, enqueue: {entries}}}")
+    entries = [{"epochs": 1}, {"epochs": 2}, {"epochs": 99}]
+    found = problems(tmp_path, {**tried({}), "trials": 2, "enqueue": entries})
     assert len(found) == 2
     assert "search.enqueue: must be at most as many as search.trials, 2, but got 3" in found
 
 
 @pytest.mark.parametrize(
-    ("search", "line"),
+    ("sampler", "line"),
     [
-        (
-            {"sampler": {"name": "nsga2", "population_size": 50}},
-            "search.sampler.name nsga2 draws its first generation of 50 at random, of only 8 trials",
-        ),
-        (
-            {"sampler": {"name": "qmc", "seed": 3, "scramble": False}},
-            "search.sampler.seed has no effect: the sequence is not scrambled",
-        ),
+        ({"name": "nsga2", "population_size": 50}, "search.sampler.name nsga2 draws its first generation of 50 at"),
+        ({"name": "qmc", "seed": 3, "scramble": False}, "search.sampler.seed has no effect: the sequence is not"),
     ],
 )
-def test_a_setting_that_does_little_is_named(search, line):
-    assert line in advice.warnings(make_recipe(8, baselines={}, **search))
+def test_a_setting_that_does_little_is_named(sampler, line):
+    assert any(each.startswith(line) for each in advice.warnings(make_recipe(8, baselines={}, sampler=sampler)))
 
 
 # ---- trials without a value
@@ -685,38 +527,14 @@ def test_a_setting_that_does_little_is_named(search, line):
 @pytest.mark.slow
 def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
     recipe = make_recipe(8, space={**NUMBERS, **CHOICE, **CHILD}, baselines={}, sampler={"name": "random"})
-    with open_study(tmp_path / "study", recipe) as study:
-        recover_running(study)
-        run_all(study)
+    run_search(tmp_path / "study", recipe)
     rows = trials(tmp_path / "study")
     missing = ["label_smoothing" not in row.values for row in rows]
     assert {*missing} == {True, False}
-    blank = []
-    view = Overview(tmp_path / "study", recipe, rows, [])
-    for table in (
-        console.trial_table([view.data(row) for row in rows]),
-        live._fitting_table([live._line(row, " ") for row in rows], 300),
-    ):
-        [column] = [column for column in table.columns if str(column.header) == "label_smoothing"]
-        blank.append([str(cell) == "" for cell in column.cells])
-    columns = studies.rows_table(rows)
-    blank.append([value is None for value in columns["label_smoothing"].to_pylist()])
-    assert blank == [missing] * 3
+    table = console.trial_table([Overview(tmp_path / "study", recipe, rows, []).data(row) for row in rows])
+    [column] = [column for column in table.columns if str(column.header) == "label_smoothing"]
+    assert [str(cell) == "" for cell in column.cells] == missing
+    assert [value is None for value in studies.rows_table(rows)["label_smoothing"].to_pylist()] == missing
     for row, is_missing in zip(rows, missing, strict=True):
         train = apply(recipe, row.values).train
         assert train.label_smoothing == (recipe.train.label_smoothing if is_missing else row.values["label_smoothing"])
-
-
-# ---- contracts with Optuna
-
-
-def test_optuna_s_samplers_keep_what_ours_rest_on():
-    assert samplers.GP_DRAW.removesuffix(":0") == "gp:relative_params"
-    assert optuna.samplers._gp.sampler._RELATIVE_PARAMS_KEY == "gp:relative_params"
-    assert hasattr(optuna.samplers.QMCSampler, "_find_sample_id")
-    recipe = make_recipe(4, space={**NUMBERS, **CHOICE}, baselines={})
-    trial = new_study().ask()
-    for name, parameter in recipe.search.space.items():
-        space.suggest(trial, name, parameter)
-        assert trial.distributions[name] == samplers.distribution(parameter)
-    assert isinstance(trial.distributions["decay"], CategoricalDistribution)

@@ -5,14 +5,13 @@ import re
 import shutil
 
 import crash_host
-import numpy as np
 import optuna
 import pytest
-from logs import commits, rewrite, write_line
+from logs import commits, write_line
 from optuna.trial import TrialState
 from stand_in import SANDBOX_SET
+from study_steps import optuna_study, run_all, searching
 from test_generations import begin, recipe_of
-from test_study import optuna_study, run_all, write_result
 
 from carft_ray.errors import ClusterError, Problem, RecipeError
 from carft_ray.launch.runs.search import run_search
@@ -32,8 +31,7 @@ def original(tmp_path_factory):
     """A study of 12 trials, every third diverged, and one that is begun."""
     folder = tmp_path_factory.mktemp("sources") / "first"
     begin(folder, recipe_of(13), 12, values=True)
-    with open_study(folder, recipe_of(13)) as study:
-        recover_running(study)
+    with searching(folder, recipe_of(13)) as study:
         study.next()
     return folder
 
@@ -60,8 +58,7 @@ def taken_in(study_dir):
 
 @pytest.mark.slow
 def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
-    with open_study(study_dir, warm(recipe_of(3), first)) as study:
-        recover_running(study)
+    with searching(study_dir, warm(recipe_of(3), first)) as study:
         assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
         assert study.rows() == []
         assert best_row(study.rows()) is None
@@ -77,25 +74,23 @@ def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
         assert ours.intermediate_values == theirs.intermediate_values
         assert ours.user_attrs["warm_from"]["path"] == str(first)
         assert ours.user_attrs["warm_from"]["trial"] == theirs.user_attrs["name"]
-    states = {trial.state for trial in taken_in(study_dir)}
-    assert states == {TrialState.COMPLETE, TrialState.PRUNED}
+    assert {trial.state for trial in taken_in(study_dir)} == {TrialState.COMPLETE, TrialState.PRUNED}
+    [taken] = [commit["records"] for commit in commits(study_dir) if "warm_from" in json.dumps(commit["operations"])]
+    assert [record["kind"] for record in taken] == ["taken in"]  # so a kill leaves all of it or nothing
 
 
 @pytest.mark.slow
 def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, tmp_path):
     recipe = warm(recipe_of(1), first)
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-    with open_study(first, recipe_of(14)) as study:  # has more by now
-        recover_running(study)
+    with searching(study_dir, recipe):
+        pass
+    with searching(first, recipe_of(14)) as study:  # has more by now
         run_all(study)
     shutil.copytree(first, tmp_path / "copy")
     shutil.rmtree(first)
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
+    with searching(study_dir, recipe) as study:
         assert study.notes == []
-    with open_study(study_dir, warm(recipe_of(1), first, tmp_path / "copy")) as study:
-        recover_running(study)
+    with searching(study_dir, warm(recipe_of(1), first, tmp_path / "copy")) as study:
         assert study.notes == [
             f"warm start: {tmp_path / 'copy'} is a copy of {first}, which was taken in before",
         ]
@@ -103,32 +98,34 @@ def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, 
 
 
 @pytest.mark.slow
-def test_it_may_be_added_to_a_study_later(study_dir, first):
+def test_it_may_be_added_to_a_study_later_and_a_smaller_space_keeps_what_was_taken_in(study_dir, first):
     begin(study_dir, recipe_of(3), 3)
     before = trials(study_dir)
-    with open_study(study_dir, warm(recipe_of(4), first)) as study:
-        recover_running(study)
+    with searching(study_dir, warm(recipe_of(4), first)) as study:
         assert study.rows() == before
         assert [spec.number for spec in run_all(study)] == [15]
+    with searching(study_dir, warm(recipe_of(5, learning_rate=NARROW), first), True) as study:
+        assert [row.name for row in study.rows()][:3] == [row.name for row in before]
+        assert [spec.number for spec in run_all(study)] == [16]
+        assert len(study.notes) == 1  # of the space: the source is not taken in again
+    assert 0 < len([trial for trial in taken_in(study_dir) if trial.state != TrialState.FAIL]) < 12
 
 
 @pytest.mark.slow
 def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned_from_it(study_dir, first, tmp_path):
     write_line(first, recipe_of(13), sets=("id_test",))
-    with open_study(study_dir, warm(recipe_of(3), first)) as study:
-        recover_running(study)
+    with searching(study_dir, warm(recipe_of(3), first)) as study:
         assert study.notes[-1].endswith(f"of {first} were read once; this counts here too")
     assert inherited_reads(study_dir) == 1
     third = tmp_path / "third"
-    with open_study(third, warm(recipe_of(4), study_dir)) as study:
-        recover_running(study)
+    with searching(third, warm(recipe_of(4), study_dir)):
+        pass
     assert inherited_reads(third) == 1
 
 
 def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
     recipe = recipe_of(1, train={"batch_size": 64}, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
-    with open_study(study_dir, warm(recipe, first)) as study:
-        recover_running(study)
+    with searching(study_dir, warm(recipe, first)) as study:
         [note] = study.notes
         counts = re.fullmatch(
             r"warm start: 0 of 13 .*; left out: (\d+) with learning_rate outside the space, "
@@ -139,8 +136,8 @@ def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
     assert taken_in(study_dir) == []
     other = study_dir.with_name("other")
     recipe = recipe_of(1, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
-    with open_study(other, warm(recipe, first)) as study:
-        recover_running(study)
+    with searching(other, warm(recipe, first)):
+        pass
     rates = [trial.params["learning_rate"] for trial in taken_in(other)]
     assert 0 < len(rates) < 12
     assert all(1e-4 <= rate <= 1e-3 for rate in rates)
@@ -175,30 +172,16 @@ def test_a_source_with_another_objective_is_refused_with_all_that_differs(study_
     assert "search.constraints" in refused(warm(recipe_of(1, search={"constraints": constraints}), first), study_dir)
 
 
-def test_a_source_with_another_weight_is_refused(tmp_path, study_dir):
-    sketch = {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "val"}}
-    source = tmp_path / "source"
-    with open_study(source, other_objective(ood_val=sketch)):
-        pass
-    told = refused(warm(other_objective(objective={"id_weight": 0.3}, ood_val=sketch), source), study_dir)
-    assert "search.objective.id_weight of this one, 0.3: other objectives do not compare, but got 0.5" in told
-
-
 def test_what_is_no_study_is_refused_with_the_nearest_one_all_at_once(study_dir, first, tmp_path):
     (tmp_path / "empty").mkdir()
     told = refused(warm(recipe_of(1), tmp_path / "frist", tmp_path / "empty"), study_dir)
     assert f"must be the folder of a study, but got no such folder; did you mean '{first}'?" in told
     assert f"{tmp_path / 'empty'}: must be the folder of a study, but got one without log/" in told
-
-
-@pytest.mark.slow
-def test_a_refused_source_is_not_kept_in_the_recipe_of_the_study(study_dir, first, tmp_path):
     begin(study_dir, recipe_of(2), 2)
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe_of(2)))
-    before = (study_dir / "resolved.yaml").read_bytes()
+    (study_dir / "resolved.yaml").write_text(before := dump_recipe(recipe_of(2)))
     with pytest.raises(RecipeError, match="nowhere: must be the folder of a study"):
         run_search(warm(recipe_of(2), tmp_path / "nowhere"), study_dir)
-    assert (study_dir / "resolved.yaml").read_bytes() == before
+    assert (study_dir / "resolved.yaml").read_text() == before, "a refused source is not kept in the recipe"
 
 
 def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):
@@ -213,63 +196,6 @@ def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_sampler_begins_with_what_is_known(study_dir, first):
-    """As many finished trials as random ones are asked for: the first proposal is one of tpe, and near the best."""
-
-    def proposals(folder, sources):
-        search = {"sampler": {"name": "tpe", "startup_trials": 8}}
-        with open_study(folder, warm(recipe_of(8, search=search), *sources)) as study:
-            recover_running(study)
-            drawn = []
-            while (spec := study.next()) is not None:
-                drawn.append(spec.values["learning_rate"])
-                write_result(folder, spec, 0.0)
-                study.settle(spec)
-        return np.abs(np.log10(drawn) + 3)  # decades from the best of the stand-in
-
-    begin(first, recipe_of(60), 47)
-    warmed, cold = proposals(study_dir, [first]), proposals(study_dir.with_name("cold"), [])
-    assert warmed[0] < 0.5
-    assert warmed[:4].mean() < cold[:4].mean()
-
-
-@pytest.mark.slow
-def test_a_kill_within_it_is_made_good_by_the_next_search(study_dir, first):
-    """Every commit is the last one of a search, which then begins again."""
-    recipe = warm(recipe_of(1), first)
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
-    whole = [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)]
-    found = commits(study_dir)
-    [taken] = [number for number, commit in enumerate(found) if "warm_from" in json.dumps(commit)]
-    assert [record["kind"] for record in found[taken]["records"]] == ["taken in"]
-    for number in range(1, taken + 1):
-        rewrite(study_dir, found[:number])
-        with open_study(study_dir, recipe) as study:
-            recover_running(study)
-            assert any("12 of 13 trials" in note for note in study.notes)
-        assert [(trial.params, trial.user_attrs) for trial in taken_in(study_dir)] == whole
-        assert len(optuna_study(study_dir).trials) == 12
-
-
-@pytest.mark.slow
-def test_a_narrowed_study_keeps_what_was_taken_in(study_dir, first):
-    with open_study(study_dir, warm(recipe_of(2), first)) as study:
-        recover_running(study)
-        run_all(study)
-    names = [row.name for row in trials(study_dir)]
-    narrow = warm(recipe_of(3, learning_rate=NARROW), first)
-    with open_study(study_dir, narrow, True) as study:
-        recover_running(study)
-        assert [row.name for row in study.rows()] == names
-        assert [spec.number for spec in run_all(study)] == [14]
-        assert len(study.notes) == 1  # of the space: the source is not taken in again
-    found = optuna_study(study_dir).trials
-    inside = [t for t in found if "warm_from" in t.user_attrs and t.state != TrialState.FAIL]
-    assert 0 < len(inside) < 12
-
-
-@pytest.mark.slow
 def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_recipe(
     study_dir, first, monkeypatch, capsys
 ):
@@ -278,7 +204,7 @@ def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_
     monkeypatch.chdir(first.parent)
 
     def run_search(recipe, *rest, **options):
-        asked.append(recipe)
+        asked.append(recipe.search.warm_start)
         raise ClusterError(Problem("ray", "is not started here"))
 
     monkeypatch.setattr("carft_ray.launch.runs.search.run_search", run_search)
@@ -287,6 +213,6 @@ def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_
     manifest.write_text(manifest.read_text().replace('"batch_size": 512', '"batch_size": 8'))
     words = ["resume", "study", "--warm-start", "first", "--warm-start", "second", "--warm-start", "first"]
     assert crash_host.call(words) == ClusterError.exit_code, capsys.readouterr().err
-    assert asked[0].search.warm_start == (str(first.resolve()), str(first.parent.resolve() / "second"))
+    assert asked == [(str(first.resolve()), str(first.parent.resolve() / "second"))]
     recipe = absolute_paths(recipe_of(2, search={"warm_start": ["../first"]}), study_dir.parent)
     assert recipe.search.warm_start == (str((study_dir.parent.parent / "first").resolve()),)
