@@ -93,7 +93,7 @@ kill-matrix: $(VENV)/.installed-dev
 WHERE ?= folder
 crash-points: $(VENV)/.installed-dev
 	@PYTHONPATH=. $(BIN)/python tests/crash_points.py $(WHERE)
-	@KILLS_OF=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/test_crash.py tests/test_study_crash.py tests/test_pareto.py
+	@KILLS_OF=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/test_crash.py
 
 # a search on a cluster of real nodes: one is killed, one joins, one is drained, the head dies and comes back; inline and
 # ray-train, some 10 minutes

@@ -41,7 +41,7 @@ import obstore
 
 HERE = Path(__file__).parent
 LANES = 2
-KILLS_OF = int(os.environ.get("KILLS_OF", "30"))  # of so many kills a run of the tests makes one, another every day
+KILLS_OF = int(os.environ.get("KILLS_OF", "10"))  # of so many kills a run of the tests makes one, another every day
 
 
 def share(jobs):

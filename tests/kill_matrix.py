@@ -3,8 +3,8 @@
     python tests/kill_matrix.py [driver|trial|rank|node|mailbox|bucket ...] [--seed N]
 
 Each search has eight trainings at a time over a real Ray. Those said to be real are compared, bit for bit, with ones
-that nothing disturbs; the others are stand-ins (``stand_in.py``), some of which diverge, raise, hang, die and want for
-memory by themselves (``chaos.py``). Ends with an error at the first study that is not whole.
+that nothing disturbs; the others are stand-ins (``stand_in.py``), some of which diverge, raise, hang and die by
+themselves (``killed_searches.chaotic``). Ends with an error at the first study that is not whole.
 """
 
 import argparse
