@@ -152,14 +152,12 @@ def _start(temp_dir: str) -> None:
 
 def _attach(address: str, wait_s: float, say: Callable[[str], None]) -> None:
     step = "Start one with 'ray start --head', or leave the address out to use this machine."
-    if "://" in address:
-        rule = "must be host:port or auto, from a machine of the cluster"
-        step = "Ray Client (ray://) does not carry Tune and Train; use 'carft-ray submit' from outside."
-        raise ClusterError(Problem("address", rule, address, next_step=step))
-    host, _, port = address.rpartition(":")
     if address != "auto":
-        if not host or not port.isdecimal():
-            raise ClusterError(Problem("address", "must be host:port or auto", address))
+        host, _, port = address.rpartition(":")
+        if not host or "/" in host or not port.isdecimal():
+            rule = "must be host:port or auto, from a machine of the cluster"
+            step = "Ray Client (ray://) does not carry Tune and Train; use 'carft-ray submit' from outside."
+            raise ClusterError(Problem("address", rule, address, next_step=step))
         fault, end = _greet(host, int(port)), time.monotonic() + wait_s
         if fault and wait_s:
             say(f"waiting: no Ray answers at {address} yet")
