@@ -102,12 +102,8 @@ def ask_nodes(recipe: Recipe, say: Callable[[str], None], within_s: float = ANSW
 def _submit(node_id: str, function: Callable[..., Any], *given: Any) -> Any:
     """Starts a function on a node, whatever is reserved there, once and nowhere else."""
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
     ray.cloudpickle.register_pickle_by_value(node_facts)  # type: ignore[no-untyped-call]  # a node need not have it
-    try:
-        return task.remote(*given)
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(node_facts)  # type: ignore[no-untyped-call]
+    return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(*given)
 
 
 def _answers(tasks: Sequence[Any], within_s: float) -> list[Any]:
