@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import stand_in
-from ray import cloudpickle
 from rich.console import Console
 
 from carft_ray.launch.events import (
@@ -191,12 +190,6 @@ def test_the_table_goes_and_the_cursor_comes_back_however_the_search_ends(tmp_pa
     assert "warning: a journal was mended" in written
     assert "0 of 8 trials finished" in written
     assert written.rindex("\x1b[2K") > written.rindex("elapsed")  # the last thing is that its lines are erased
-
-
-def test_what_takes_the_events_can_be_written_to_tunes_file(tmp_path):
-    """Tune pickles the searcher with all that hangs on it when a search begins."""
-    with progress.search_shown(True, tmp_path, 4, terminal()) as on_event:
-        assert cloudpickle.loads(cloudpickle.dumps(on_event)) is None
 
 
 def test_without_a_terminal_there_are_lines(tmp_path, capsys):
