@@ -73,7 +73,7 @@ def story(folder, executor="inline"):
         without = {"hidden": (study_dir.parent,)}
         with cluster.node(first, **without) as lost, cluster.node(first, **without) as drained:
             part("head and two nodes")
-            done = cli(first, "doctor", recipe, "--quick", "--address", first.address, "--study", study_dir)
+            done = cli(first, "doctor", recipe, "--quick", "--address", first.address)
             assert done.returncode == 0, done.stdout + done.stderr
             part("doctor")
             process = search(first, recipe, study_dir, executor)

@@ -32,7 +32,6 @@ def healthy(**facts):
         "carft_ray": {"version": code["version"], "source": code["source"], "fault": ""},
         "gpus": [],
         "missing": {},
-        "study": "",
         "cache": {"path": "/disk", "fault": "", "free_bytes": 900 * GB},
     }
     assert facts.keys() <= found.keys()
@@ -104,20 +103,13 @@ def test_a_node_without_cpus_takes_no_trial_and_needs_no_images():
     assert [level for level, _ in told(report(resources={"GPU": 0}, missing=LOST))] == ["note"]
 
 
-def test_a_node_that_does_not_see_the_study_gets_what_it_needs_through_ray():
-    assert told(report(study="/s")) == [
-        ("note", "node 10.0.0.2: gets and sends what its trials need of the study through Ray, as it does not see /s")
-    ]
-
-
 def test_nodes_with_the_same_fault_share_one_message_and_errors_stand_first():
     reports = [report("10.0.0.4", gpus=[GPU])]
-    reports += [report(f"10.0.0.{each}", study="no such folder: /s", cache=space(0.1)) for each in (2, 3)]
+    reports += [report(f"10.0.0.{each}", cache=space(0.1)) for each in (2, 3)]
     found = judge(reports)
     assert [(one.level, one.problem.place) for one in found] == [
         ("error", "2 nodes (10.0.0.2, 10.0.0.3)"),
         ("warning", "node 10.0.0.4"),
-        ("note", "2 nodes (10.0.0.2, 10.0.0.3)"),
     ]
 
 
@@ -131,18 +123,14 @@ def test_what_is_sent_to_nodes_imports_the_standard_library_alone():
 
 
 def test_a_node_finds_what_this_machine_has(tmp_path):
-    study = {"folder": str(tmp_path), "marker": "marker", "text": "abc"}
     paths = {"data.train.path": str(tmp_path), "model.name": str(tmp_path / "gone")}
-    asked = {"libraries": LIBRARIES, "paths": paths, "study": study, "cache_dir": str(tmp_path / "new")}
+    asked = {"libraries": LIBRARIES, "paths": paths, "cache_dir": str(tmp_path / "new")}
     facts = node_facts.node_facts(asked)
     assert facts.keys() == healthy().keys()
     assert facts["versions"] == HERE
     assert facts["missing"] == {"model.name": {"path": str(tmp_path / "gone"), "fault": "No such file or directory"}}
-    assert facts["study"] == str(tmp_path)
     assert facts["cache"]["fault"] == ""
     assert facts["carft_ray"]["source"] == environment.code()["source"]
-    (tmp_path / "marker").write_text("abc")
-    assert node_facts.node_facts(asked)["study"] == ""
     assert not (tmp_path / "new").exists()
     assert node_table([report(**facts), report("10.0.0.3", fault="no answer within 60 s")]).row_count == 2
 
@@ -226,7 +214,7 @@ from carft_ray.launch.ray_cluster import checkup
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.recipe.loading import load_recipe
 with running_ray(sys.argv[1], Path(sys.argv[2]).with_name("ray.log")):
-    reports = checkup.ask_nodes(load_recipe(Path(sys.argv[2])), None, lambda text: None, within_s=0.001)
+    reports = checkup.ask_nodes(load_recipe(Path(sys.argv[2])), lambda text: None, within_s=0.001)
     print(json.dumps([report.fault for report in reports]))
 """
 
@@ -238,7 +226,7 @@ MISSING |= {"model.name": "model"}
 @pytest.mark.nodes
 @pytest.mark.slow
 def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
-    """One node has no disk where the images, the model and the study are, and an older carft-ray; then the driver."""
+    """One node has no disk where the images and the model are, and an older carft-ray; then the driver."""
     disk, recipe = tmp_path / "disk", tmp_path / "recipe.yaml"
     short_training.make(disk)
     text = (disk / "recipe.yaml").read_text()
@@ -258,7 +246,7 @@ def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
         cluster.node(first, num_cpus=2, XDG_CACHE_HOME=str(tmp_path / "cache")) as seeing,
     ):
         doctor = ["-m", "carft_ray.cli", "doctor", str(recipe), "--address", first.address]
-        done = ask([*doctor, "--json", "--study", str(disk / "studies" / "one")])
+        done = ask([*doctor, "--json"])
         assert done.returncode == 5, done.stderr
         data = json.loads(done.stdout)
         assert not data["healthy"]

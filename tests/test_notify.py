@@ -9,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from ray import cloudpickle
 
 from carft_ray.errors import ClusterError, InterruptedRunError, UsageError
 from carft_ray.launch import notify
@@ -179,8 +178,3 @@ def test_an_address_that_cannot_be_used_is_refused_before_the_search_begins(url)
     with pytest.raises(UsageError) as refused, notifying(url, "s", Path("s"), pytest.fail):
         pytest.fail("it began")
     assert str(refused.value).startswith(f"--notify-url: must begin with http:// or https://, but got '{url}'")
-
-
-def test_what_takes_the_events_can_be_written_to_tunes_file(server):
-    with notifying(server.url, "s", Path("s"), pytest.fail) as beside:
-        cloudpickle.dumps(beside(lambda event: None))

@@ -30,7 +30,6 @@ def doctor(
         float | None, Option(min=1, help="Memory of a GPU: which micro-batch fits? Default: the GPU that is here.")
     ] = None,
     address: Annotated[str | None, Option(help="Check each node of this Ray cluster: HOST:PORT or auto.")] = None,
-    study: Annotated[Path | None, Option(help="With --address: can each node write to this study?")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Check data, prompts, model and machine before anything is trained. Test sets are counted and hashed only.
@@ -51,8 +50,6 @@ def doctor(
         check_pairs_path(pairs)
         if quick:
             raise UsageError(Problem("--pairs", "needs the images, which --quick does not open"))
-    if study is not None and address is None:
-        console.warn("--study has no effect without --address: this machine alone is checked")
     value = load_recipe(recipe, set_ or ())
     say = console.sayer(not json_)
     reports, on_nodes = [], []
@@ -69,7 +66,7 @@ def doctor(
             with counting() as progress:
                 found = examine(value, images, quick, console.say, progress, memory_gb)
         if address is not None:
-            reports = checkup.ask_nodes(value, study, say)
+            reports = checkup.ask_nodes(value, say)
             on_nodes = [*checkup.judge(reports), *checkup.check_collective(reports, value, say)]
     if json_:
         _print_json(as_plain_data(found), reports, on_nodes)
@@ -87,7 +84,7 @@ def doctor(
             raise typer.Exit(error.exit_code)
         raise error([*found.errors, *broken])
     if not json_:
-        begin = common.begin_line(value, recipe, study, set=set_, address=address)
+        begin = common.begin_line(value, recipe, set=set_, address=address)
         plan = common.command_line("plan", recipe, set=set_, address=address)
         console.next_step(*([plan] if begin.startswith("carft-ray search") else []), begin)
 

@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,7 @@ from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
 from carft_ray.launch.preparation import fill_nodes
 from carft_ray.launch.ray_cluster.concurrency import Capacity
-from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
-from carft_ray.launch.runtime import RUNNER, Say
+from carft_ray.launch.runtime import RUNNER, Say, there
 from carft_ray.launch.session import computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
@@ -45,7 +45,6 @@ from carft_ray.recipe.trial_values import drawn, middle
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import result_of
 from carft_ray.study.recovery import recover_confirm
-from carft_ray.training.run_context import RunContext
 
 NUM_SEARCHES = 200
 LEAST_DOUBT = 0.1  # of every forecast: the machine is never quite as it was
@@ -170,7 +169,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         open_study(Path(folder) / "study", recipe) as study,
     ):
         shared = find_shared(recipe, cache_dir(recipe), say)
-        runner, starts = replace(RUNNER, train=_train), time.time()
+        runner, starts = replace(RUNNER, train=partial(there, "carft_ray.training.probe:run_probe")), time.time()
         with computing(study, recipe, runner, address, _interrupted, say, shared) as runtime:
             ready = time.time()
             fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
@@ -221,14 +220,6 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
             "while it runs": slots * (KEPT_CHECKPOINTS * later["checkpoint"] + later["weights"]),
         },
     )
-
-
-def _train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
-    """``training.probe.run_probe``, imported where it runs."""
-    from carft_ray.training import probe
-
-    forget_pickled_columns()
-    return probe.run_probe(recipe, out_dir, prepared_dir, context, attempt)
 
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

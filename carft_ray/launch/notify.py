@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
-from carft_ray.launch.events import Event, OnEvent, Shared, Stopping, TrialFinished, TrialSetAside
+from carft_ray.launch.events import Event, OnEvent, Stopping, TrialFinished, TrialSetAside, to_all
 from carft_ray.words import counted
 
 TIMEOUT_S = 10.0
@@ -61,7 +61,7 @@ def notifying(
     thread = threading.Thread(target=_send_all, args=(notices.waiting, url, faults), name="notify", daemon=True)
     thread.start()
     try:
-        yield lambda on_event: Shared(on_event, notices.take)
+        yield lambda on_event: to_all(on_event, notices.take)
     except BaseException as error:
         notices.end(error)
         raise

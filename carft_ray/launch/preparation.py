@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,13 +36,6 @@ def _say(box: Box, what: str, node: str, text: str) -> None:
         box.take(what, f"{node}: {text}" if node else text)
 
 
-def _said(box: Box, what: str) -> str:
-    """Returns what a task does, as it has said last; empty where it has said nothing."""
-    with contextlib.suppress(OSError):
-        return str(box.give(what, None) or "")
-    return ""
-
-
 def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
     """Lists the sets, and builds what the caches lack on all nodes that can run trainings, at once and with all cores.
 
@@ -68,10 +61,8 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)  # type: ignore[call-overload]
         pending[task.remote(runtime, address if len(nodes) > 1 else "")] = node_id
-    show = _changes(say)
-    while pending:
-        show(_said(runtime.mailbox, FILLING))
-        for done in _ended(runtime, list(pending)):
+    for ended in _rounds(runtime, pending, FILLING, say):
+        for done in ended:
             node_id = pending.pop(done)
             reason, seen = "", True
             try:
@@ -99,29 +90,35 @@ def _sight(study_dir: Path, num_nodes: int, without: Sequence[str]) -> str:
     return f"{len(without)} of {counted(num_nodes, 'node')} do not see {study_dir}: its files go through Ray ({names})"
 
 
-def _ended(runtime: Runtime, tasks: list[Any]) -> list[Any]:
-    """Waits a moment, and returns the tasks that have ended.
+def _rounds(
+    runtime: Runtime, pending: Collection[Any], what: str, say: Callable[[str], None], silent: str = ""
+) -> Iterator[list[Any]]:
+    """Waits for tasks while any is pending; passes on what they say, where it is new.
+
+    Args:
+        runtime: Of the search.
+        pending: The tasks, from which the caller takes what has ended.
+        what: ``FILLING`` or ``PREPARING``.
+        say: Given what they say.
+        silent: Said instead where they have said nothing ``WAIT_NOTE_AFTER_S`` after the beginning.
+
+    Yields:
+        Twice a second the tasks that have ended, if any.
 
     Raises:
         ClusterError: The study's stop file is there, from which the caller knows that it was no fault (``stop``).
     """
-    if files.seen(runtime.study_dir / STOP):
-        raise ClusterError(Problem("preparation", "was stopped on request"))
-    ended: list[Any] = ray.wait(tasks, timeout=STOP_CHECK_S)[0]
-    return ended
-
-
-def _changes(say: Callable[[str], None]) -> Callable[[str], None]:
-    """Returns a function that passes a text on unless it is empty or the one before."""
-    last = ""
-
-    def show(text: str) -> None:
-        nonlocal last
-        if text not in ("", last):
-            last = text
+    began, told = time.monotonic(), ""
+    while pending:
+        if files.seen(runtime.study_dir / STOP):
+            raise ClusterError(Problem("preparation", "was stopped on request"))
+        text = silent if time.monotonic() - began >= WAIT_NOTE_AFTER_S else ""
+        with contextlib.suppress(OSError):
+            text = str(runtime.mailbox.give(what, None) or text)
+        if text not in ("", told):
+            told = text
             say(text)
-
-    return show
+        yield ray.wait(list(pending), timeout=STOP_CHECK_S)[0]
 
 
 def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
@@ -174,10 +171,8 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
     )(_prepare)
     try:
         fill_nodes(runtime, say)
-        pending, began, show = task.remote(runtime), time.monotonic(), _changes(say)
-        while not _ended(runtime, [pending]):
-            is_late = time.monotonic() - began >= WAIT_NOTE_AFTER_S
-            show(_said(runtime.mailbox, PREPARING) or (WAITS if is_late else ""))
+        pending = task.remote(runtime)
+        any(_rounds(runtime, [pending], PREPARING, say, WAITS))  # until it has ended
         metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it

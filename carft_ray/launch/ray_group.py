@@ -26,14 +26,17 @@ from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT
 from carft_ray.launch.ray_cluster.ray_private import lean
 from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.worker import run_worker
-from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import Failure, TrialSpec
 from carft_ray.training.run_context import RunContext
 
 NODE_LABEL = "ray.io/node-id"  # that Ray gives every node
 IDLE_S = 30.0
-PATIENCE, SHORTEST_TIMEOUT_S = 8, 1800  # 8 hours by default; the default of torch
-LOOK_EVERY_S, LOOK_AT_LEAST_EVERY_S = 0.05, 0.5  # at first, and in a long training: 200 groups ask one mailbox
+# after which a rank gives up its wait for the others: one may build a set into the cache of its node for hours. A hang
+# without signs of life is the driver's to end, sooner and with its stacks. Ray's own detector
+# (RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR, experimental in 2.60) sees collectives alone, and takes this wait for a hang
+COLLECTIVE_TIMEOUT_S = 8 * 3600
+LOOK_EVERY_S = 0.5  # for the end of a training: 200 groups have one mailbox
+ASK_EVERY_S = 0.05  # for the next training
 END = "end"  # in place of work
 CLOSE_S = 60.0  # a group that does not end is left to Ray, which ends it with the process that has started it
 Row = dict[str, Any]
@@ -101,11 +104,9 @@ class WorkerGroup:
         self._give(work)
         if is_first:
             self._thread.start()
-        wait_s = LOOK_EVERY_S
         while self._thread.is_alive() and self._said.ended < self._number:
-            self._thread.join(wait_s)
+            self._thread.join(LOOK_EVERY_S)
             self._give(work)
-            wait_s = min(2 * wait_s, LOOK_AT_LEAST_EVERY_S)
         self._give(work)  # what it has said at its very end
         if self._said.last:  # its resources are free before the next training is given
             self._thread.join(CLOSE_S)
@@ -146,7 +147,7 @@ def _trainer(runtime: Runtime, name: str, avoid: Sequence[str], folder: str) -> 
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"runtime": runtime, "name": name},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=collective_timeout_s(runtime.recipe)),
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
         scaling_config=ScalingConfig(
             num_workers=runtime.capacity.num_workers,
             use_gpu=use_gpu,
@@ -161,17 +162,6 @@ def _trainer(runtime: Runtime, name: str, avoid: Sequence[str], folder: str) -> 
         ),
     )
     return lean(trainer)
-
-
-def collective_timeout_s(recipe: Recipe) -> int:
-    """Returns after how many seconds a rank gives up its wait for the others.
-
-    Many times ``resources.hang_timeout_s``: ranks wait for one that builds a set into the cache of its node, which
-    takes hours and gives signs of life. A hang without such signs is the driver's to end, sooner and with its stacks.
-    Ray's own detector (RAY_TRAIN_ENABLE_NCCL_HANG_DETECTOR, experimental in 2.60) is left off: it looks at collectives
-    alone, so that this wait is a hang to it.
-    """
-    return max(SHORTEST_TIMEOUT_S, int(PATIENCE * (recipe.resources.hang_timeout_s or 3600)))
 
 
 def _worker(config: Row) -> None:
@@ -208,7 +198,7 @@ def _next(box: Box, group: str, said: Said) -> Work | None:
         except OSError:
             if is_late:
                 raise
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(ASK_EVERY_S)
             continue
         if isinstance(work, Work) and work.number > said.ended:
             if work.number == said.begun:
@@ -217,4 +207,4 @@ def _next(box: Box, group: str, said: Said) -> Work | None:
         elif said.last or is_late or work == END:
             return None
         else:
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(ASK_EVERY_S)

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from carft_ray.data.copies.shared_images import read_shared, without_shared
@@ -21,33 +23,21 @@ Train = Callable[[Recipe, Path, Path, RunContext, int], dict[str, Any]]
 STOP_CHECK_S = 0.5
 
 
-def fill(recipe: Recipe, prepared_dir: Path, say: Say) -> None:
-    """``training.shared_inputs.fill_cache``, imported where it runs."""
-    from carft_ray.training import shared_inputs
-
+def there(name: str, *given: Any) -> Any:
+    """Calls a function ``MODULE:NAME``, imported where it runs: the driver holds no torch."""
+    function = resolve_name(name)
     forget_pickled_columns()
-    shared_inputs.fill_cache(recipe, prepared_dir, say)
+    return function(*given)
 
 
-def prepare(recipe: Recipe, folder: Path, say: Say) -> dict[str, Any]:
-    """``training.run.prepare``, imported where it runs: the driver holds no torch."""
-    from carft_ray.training import run
-
-    forget_pickled_columns()
-    return run.prepare(recipe, folder, say)
-
-
-def train(recipe: Recipe, out_dir: Path, prepared_dir: Path, context: RunContext, attempt: int) -> dict[str, Any]:
-    """``training.run.run_training``, imported where it runs."""
-    from carft_ray.training import run
-
-    forget_pickled_columns()
-    return run.run_training(recipe, out_dir, prepared_dir, context, attempt)
+fill: Fill = partial(there, "carft_ray.training.shared_inputs:fill_cache")
+prepare: Prepare = partial(there, "carft_ray.training.run:prepare")
+train: Train = partial(there, "carft_ray.training.run:run_training")
 
 
 @dataclass(frozen=True)
 class Runner:
-    """What is run; module-level functions, which Ray moves by name.
+    """What is run; functions that Ray moves by name.
 
     Attributes:
         prepare: Does once what all trainings share.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.launch.events import BaselineFinished, Event, OnEvent, Shared, TrialEpoch, TrialFinished
+from carft_ray.launch.events import BaselineFinished, Event, OnEvent, TrialEpoch, TrialFinished, to_all
 from carft_ray.layout import MANIFEST, METRICS, TRACKING
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import result_of
@@ -60,7 +60,7 @@ def tracking(recipe: Recipe, study_dir: Path, warn: Callable[[str], None]) -> It
             tracker.waiting.put(event)
 
     try:
-        yield lambda on_event: Shared(on_event, tell) if trackers else on_event
+        yield lambda on_event: to_all(on_event, tell) if trackers else on_event
     finally:
         tell(None)
         for tracker in trackers:

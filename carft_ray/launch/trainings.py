@@ -6,7 +6,6 @@ end the whole run. It saves nothing of this; the study on disk is the truth.
 
 import dataclasses
 import functools
-import os
 import shutil
 import tempfile
 import time
@@ -38,7 +37,6 @@ from carft_ray.study.study import Study
 from carft_ray.training.run_context import RunContext
 
 STOPPED = "stopped on request"
-MAX_PENDING = "100000"  # trials that Tune may hold waiting: how many that are is the driver's affair
 
 
 def run_trainings(
@@ -124,7 +122,6 @@ def _poll(driver: Driver, spec: TrialSpec) -> bool:
 
 def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
     """Has Ray Tune run the trainings; what goes wrong is the driver's ``failure``."""
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = MAX_PENDING  # else actors start one after the other
     searcher, ray_files = DriverSearcher(driver), tempfile.mkdtemp(prefix="carft-tune-")
     try:
         tuner = tune.Tuner(

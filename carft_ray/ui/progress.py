@@ -121,7 +121,6 @@ def search_shown(
         kind: What is counted: trials, or the trainings of a confirm.
         trainings: Names of those that count in a confirm: the study may have others, of another stage. None: all.
     """
-    from carft_ray.launch.events import Shared
 
     on = on or console.err
     area = notebook.Area() if show and on is console.err and notebook.in_notebook() else None
@@ -141,7 +140,7 @@ def search_shown(
     live = None if area else Live(view, console=on, refresh_per_second=REFRESH_PER_S, transient=True)
     try:
         with live or contextlib.nullcontext():
-            yield Shared(update)
+            yield update
     finally:
         if area:  # what stays is the line that counts
             area.show(view.line(), must=True)

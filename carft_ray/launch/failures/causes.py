@@ -99,8 +99,6 @@ def host_memory(text: str) -> str:
         return text
     if found := MONITOR.search(text):
         where = f"{FULL} node {found['node']} ({found['used']} of {found['limit']} used): Ray's memory monitor ended it"
-    elif "running low on memory" in text:
-        where = f"{FULL} its node: Ray's memory monitor ended it"
     elif OWN.search(text):
         line = next(line for line in reversed(text.strip().splitlines()) if OWN.search(line))
         where = f"{FULL} its machine: {line.strip()[:200]}"

@@ -18,13 +18,13 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 from carft_ray import __version__
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch.jobs.server import NoAnswerError, Server, ask
-from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT, START_TIMEOUT
+from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT
 from carft_ray.launch.stop import interruption, wait_until_ended
 from carft_ray.study.mirror import Place, absolute
 
 STUDY = "study"  # of a job's metadata
 STOP_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"
-OWN_VARIABLES = (*ENVIRONMENT, START_TIMEOUT, STOP_WAIT)  # Ray refuses a second value of one
+OWN_VARIABLES = (*ENVIRONMENT, STOP_WAIT)  # Ray refuses a second value of one
 STOP_WAIT_S = 120  # until a job that is stopped is killed: its trainings write their checkpoints
 POLL_S = 2.0
 LOG_PER_S = 100_000  # characters: a long log, which comes whole each time, is asked for less often

@@ -4,10 +4,8 @@ A node must see the images and the model under the paths of the driver, have the
 GPUs that it offers, and reach the other nodes. What would make trials fail is an error, what may not is a warning.
 """
 
-import contextlib
 import platform
 import re
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from carft_ray import environment, files
+from carft_ray import environment
 from carft_ray.errors import Problem
 from carft_ray.launch.failures.causes import root_cause
 from carft_ray.launch.ray_cluster import node_facts
@@ -81,45 +79,18 @@ def _fixed_part(path: str) -> str:
     return str(next(each for each in (there, *there.parents) if not re.search(r"[{*?\[]", str(each))))
 
 
-@contextlib.contextmanager
-def _marker(study_dir: Path | None) -> Iterator[dict[str, str] | None]:
-    """Writes a file into the folder in which a study would be made, for the time of the block.
-
-    Yields:
-        ``folder``, ``marker`` and ``text``, as nodes are asked for it; None without a study.
-    """
-    if study_dir is None:
-        yield None
-        return
-    folder, text = next(each for each in study_dir.absolute().parents if each.is_dir()), secrets.token_hex(8)
-    path = folder / f".carft-ray-{text}"
-    try:
-        files.write_text(path, text)
-        yield {"folder": str(folder), "marker": path.name, "text": text}
-    finally:
-        files.remove(path)
-
-
-def ask_nodes(
-    recipe: Recipe, study_dir: Path | None, say: Callable[[str], None], within_s: float = ANSWER_WITHIN_S
-) -> list[NodeReport]:
+def ask_nodes(recipe: Recipe, say: Callable[[str], None], within_s: float = ANSWER_WITHIN_S) -> list[NodeReport]:
     """Asks every node that is alive, all at the same time; Ray is attached to.
 
     Args:
         recipe: The recipe.
-        study_dir: Where the study would be; None: it is not looked for.
         say: Told what is being done.
         within_s: How long each node may take.
-
-    Raises:
-        StorageError: The folder of the study cannot be written from here.
     """
     nodes = nodes_alive()
     say(f"asking {counted(len(nodes), 'node')}")
     asked = {"libraries": LIBRARIES, "paths": recipe_paths(recipe), "cache_dir": recipe.data.cache_dir}
-    with _marker(study_dir) as study:
-        given = ({**asked, "study": study},)
-        answers = _answers([_submit(node["NodeID"], node_facts.node_facts, *given) for node in nodes], within_s)
+    answers = _answers([_submit(node["NodeID"], node_facts.node_facts, asked) for node in nodes], within_s)
     addresses, reports = [node["NodeManagerAddress"] for node in nodes], []
     for node, address, answer in zip(nodes, addresses, answers, strict=True):
         name = address if addresses.count(address) == 1 else f"{address} ({node['NodeID'][:8]})"
@@ -131,12 +102,8 @@ def ask_nodes(
 def _submit(node_id: str, function: Callable[..., Any], *given: Any) -> Any:
     """Starts a function on a node, whatever is reserved there, once and nowhere else."""
     where = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    task = ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where)
     ray.cloudpickle.register_pickle_by_value(node_facts)  # type: ignore[no-untyped-call]  # a node need not have it
-    try:
-        return task.remote(*given)
-    finally:
-        ray.cloudpickle.unregister_pickle_by_value(node_facts)  # type: ignore[no-untyped-call]
+    return ray.remote(function).options(num_cpus=0, max_retries=0, scheduling_strategy=where).remote(*given)
 
 
 def _answers(tasks: Sequence[Any], within_s: float) -> list[Any]:
@@ -209,9 +176,6 @@ def _faults(report: NodeReport) -> Iterator[Fault]:
     yield from _faults_of_code(facts)
     # a node without CPUs, such as a head that only holds the driver, opens no image and trains nothing
     grave: Level = "error" if report.takes_trials else "note"
-    if facts["study"]:
-        rule = "gets and sends what its trials need of the study through Ray, as it does not see"
-        yield "note", f"{rule} {facts['study']}", "", ""
     if facts["missing"]:
         value = "; ".join(f"{place}: {one['path']}: {one['fault']}" for place, one in facts["missing"].items())
         step = "Mount or copy it there under the same path, or change the recipe."

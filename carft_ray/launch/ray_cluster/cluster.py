@@ -19,30 +19,28 @@ import ray
 
 from carft_ray import environment, files
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
+from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.launch.ray_cluster.concurrency import Node, held_by_others, node_of
-from carft_ray.launch.ray_cluster.ray_private import (
-    read_authentication_anew,
-    resources_of_nodes,
-    without_news_of_workers,
-)
 
 # RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
+# RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S: nodes may have to boot first
+# TUNE_MAX_PENDING_TRIALS_PG: how many wait is the driver's affair; with fewer, actors start one after the other
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a trial as outside
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "900",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # it would restart the group inside of an attempt; see drains.py
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's own path never calls the searcher
+    "TUNE_MAX_PENDING_TRIALS_PG": "100000",
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "120",  # a trial that needs longer to clean up would spoil the next one
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
 }
-START_TIMEOUT = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
-START_TIMEOUTS_S = {"own": "60", "cluster": "900"}  # where nodes may have to boot first, workers may take long
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 TIMED_OUT = "timed out during startup"  # in what Ray says when it has not started within 30 s
 CONNECT_TIMEOUT_S = 10
@@ -87,9 +85,8 @@ def running_ray(
     is_connected = ray.is_initialized()
     if is_connected:
         _require_connected_to(address)
-    ours = {**ENVIRONMENT, START_TIMEOUT: START_TIMEOUTS_S["cluster" if address else "own"]}
-    if not address:  # only this process and its children know the token
-        ours |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    # of a Ray of our own, only this process and its children know the token
+    ours = ENVIRONMENT | ({} if address else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
     before = {name: os.environ[name] for name in ours if name in os.environ}  # what the user has set holds
     os.environ.update({**ours, **before})
     folder = tempfile.gettempdir()
@@ -98,7 +95,7 @@ def running_ray(
     try:
         with _quiet(log_path):
             if not is_connected:
-                read_authentication_anew()
+                ray_private.read_authentication_anew()
             if temp_dir is not None:
                 _start(f"{temp_dir}/r")  # Ray opens the folder that it is given to all
             elif not is_connected:
@@ -114,7 +111,7 @@ def running_ray(
         for name in ours.keys() - before.keys():
             del os.environ[name]
         if temp_dir is not None:
-            read_authentication_anew()  # this process may attach to a cluster later, with a token of the user's
+            ray_private.read_authentication_anew()  # this process may attach to a cluster later, with the user's token
             shutil.rmtree(temp_dir, ignore_errors=True)
 
 
@@ -152,14 +149,12 @@ def _start(temp_dir: str) -> None:
 
 def _attach(address: str, wait_s: float, say: Callable[[str], None]) -> None:
     step = "Start one with 'ray start --head', or leave the address out to use this machine."
-    if "://" in address:
-        rule = "must be host:port or auto, from a machine of the cluster"
-        step = "Ray Client (ray://) does not carry Tune and Train; use 'carft-ray submit' from outside."
-        raise ClusterError(Problem("address", rule, address, next_step=step))
-    host, _, port = address.rpartition(":")
     if address != "auto":
-        if not host or not port.isdecimal():
-            raise ClusterError(Problem("address", "must be host:port or auto", address))
+        host, _, port = address.rpartition(":")
+        if not host or "/" in host or not port.isdecimal():
+            rule = "must be host:port or auto, from a machine of the cluster"
+            step = "Ray Client (ray://) does not carry Tune and Train; use 'carft-ray submit' from outside."
+            raise ClusterError(Problem("address", rule, address, next_step=step))
         fault, end = _greet(host, int(port)), time.monotonic() + wait_s
         if fault and wait_s:
             say(f"waiting: no Ray answers at {address} yet")
@@ -173,7 +168,7 @@ def _attach(address: str, wait_s: float, say: Callable[[str], None]) -> None:
             address=address,
             log_to_driver=False,
             logging_level=logging.WARNING,
-            runtime_env={"env_vars": {name: os.environ[name] for name in (*ENVIRONMENT, START_TIMEOUT)}},
+            runtime_env={"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
         )
     except ray.exceptions.AuthenticationError as error:
         step = "Set RAY_AUTH_MODE=token here; the token of the cluster must be in ~/.ray/auth_token or RAY_AUTH_TOKEN."
@@ -217,7 +212,7 @@ def _quiet(log_path: Path) -> Iterator[None]:
     logger.handlers, logger.propagate = [file], False
     logger.setLevel(logging.WARNING)
     try:
-        with without_news_of_workers():
+        with ray_private.without_news_of_workers():
             yield
     finally:
         file.close()
@@ -284,7 +279,7 @@ def nodes_alive() -> list[dict[str, Any]]:
 
 def nodes_now(without: Collection[str] = ()) -> tuple[Node, ...]:
     """Returns the nodes that are alive, without those of these names (Ray's), and what other jobs hold of them."""
-    free, there = resources_of_nodes()
+    free, there = ray_private.resources_of_nodes()
     nodes = {node["NodeID"]: node["Resources"] for node in nodes_alive() if node["NodeID"] not in without}
     job_id = ray.get_runtime_context().get_job_id()
     return tuple(

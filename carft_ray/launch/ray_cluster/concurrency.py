@@ -166,7 +166,7 @@ def _num_trials(counts: list[int], num_workers: int, one_node: bool) -> int:
 
 
 def _needed(need: dict[str, float], num_workers: int, kind: str | None) -> str:
-    text = " and ".join(f"{num_workers} x {amount_text(amount, name)}" for name, amount in need.items())
+    text = " and ".join(f"{num_workers} x {counted(amount, name)}" for name, amount in need.items())
     return f"{text} of kind {kind}" if kind else text
 
 
@@ -179,7 +179,7 @@ def _never_fits(need: dict[str, float], num_workers: int, kind: str | None, node
     cpus, gpus = (
         sum(node.amount(name) for node in nodes if kind in (None, node.accelerator)) for name in ("CPU", "GPU")
     )
-    have = f"{amount_text(cpus, 'CPU')} and {amount_text(gpus, 'GPU')} in all"
+    have = f"{counted(cpus, 'CPU')} and {counted(gpus, 'GPU')} in all"
     step = "Lower resources.num_workers, cpus_per_worker or gpus_per_worker. "
     step += "On a cluster, resources.wait_for_nodes=10m waits for nodes that are yet to be added."
     return Problem("resources", f"a trial needs {_needed(need, num_workers, kind)}", have, next_step=step)
@@ -200,13 +200,6 @@ def num_fitting(name: str, amount: float, capacity: float) -> int:
     return gpus * (UNITS // part) + rest // part
 
 
-def amount_text(amount: float, name: str) -> str:
-    """Returns an amount of a resource in words: ``1 CPU``, ``0.5 GPUs``, ``accelerators H100``."""
-    if name.startswith(KIND):
-        return f"accelerators {name.removeprefix(KIND)}"
-    return counted(amount, name) if name in ("CPU", "GPU") else f"{amount:g} {name}"
-
-
 def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_workers: int, one_node: bool) -> str:
     """Returns why no more trials fit: how much there is of the scarcest resource, and what a trial takes of it.
 
@@ -221,9 +214,7 @@ def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_wo
     by_one = {name: (_num_trials(counts, num_workers, one_node), sum(counts)) for name, counts in slots.items()}
     name = min(reversed(need), key=lambda name: by_one[name])  # of equals the GPUs
     total, free, amount = (*(sum(of(node, name) for node in nodes) for of in (Node.amount, Node.free)), need[name])
-    there = (
-        amount_text(total, name) if free == total else f"{free:g} of {amount_text(total, name)}, others hold the rest"
-    )
+    there = counted(total, name) if free == total else f"{free:g} of {counted(total, name)}, others hold the rest"
     reason = f"{there}, {amount * num_workers:g} a trial"
     is_all = round(free * UNITS) // (int(amount * UNITS) * num_workers) == fitting
     return reason if is_all else f"{reason}; what is left on each node or GPU is too little"

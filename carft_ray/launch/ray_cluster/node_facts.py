@@ -22,13 +22,12 @@ def node_facts(asked: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         asked: ``libraries``: names of distributions; ``paths``: place -> path that must be there; ``cache_dir``: None
-            for the user's on the node; ``study``: ``folder``, ``marker`` (name of a file in it) and its ``text``, or
-            None.
+            for the user's on the node.
 
     Returns:
         ``versions``: of ``python`` and the libraries, None for one that is missing; ``carft_ray``: ``version`` and
         ``source``, or ``fault``; ``gpus``: ``name``, ``total_bytes``, ``free_bytes`` of each; ``missing``: place ->
-        ``path`` and ``fault``; ``study``: a fault, or empty; ``cache``: ``path``, ``fault`` and ``free_bytes``.
+        ``path`` and ``fault``; ``cache``: ``path``, ``fault`` and ``free_bytes``.
     """
     faults = {place: {"path": path, "fault": _fault_of(path)} for place, path in asked["paths"].items()}
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "carft-ray"
@@ -37,7 +36,6 @@ def node_facts(asked: Mapping[str, Any]) -> dict[str, Any]:
         "carft_ray": _carft_ray(),
         "gpus": _gpus(),
         "missing": {place: one for place, one in faults.items() if one["fault"]},
-        "study": _study_fault(asked["study"]) if asked["study"] else "",
         "cache": _folder_to_write(Path(asked["cache_dir"] or home)),
     }
 
@@ -83,20 +81,6 @@ def _fault_of(path: str) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
-
-
-def _study_fault(study: Mapping[str, str]) -> str:
-    """Returns the folder of studies, and why, when a node cannot work in it; empty when it sees the driver's file."""
-    folder = study["folder"]
-    try:
-        if Path(folder, study["marker"]).read_text() == study["text"]:
-            tempfile.TemporaryFile(dir=folder).close()
-            return ""
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        return f"{folder} ({error.strerror})"
-    return str(folder)
 
 
 def _folder_to_write(path: Path) -> dict[str, Any]:

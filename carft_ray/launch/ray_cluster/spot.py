@@ -28,7 +28,6 @@ ANSWER_TIMEOUT_S = 2.0
 DRAIN_TIMEOUT_S = 30.0
 EVERY_S = 2.0  # AWS asks for 5 s or less, and GCP's notice is short
 RETRY_S = 1.0  # of a drain that failed
-NODE_ID_RETRY_S = 5.0
 AWS_NOTICE_S, GCP_NOTICE_S = 120.0, 30.0
 MARGIN_S = 5.0  # the machine may be gone a little before its time
 
@@ -122,7 +121,7 @@ def own_node_id(address: str) -> str:
             return node_id
         except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
             log.warning("no node of Ray here yet: %s", str(error).strip().partition("\n")[0])
-            time.sleep(NODE_ID_RETRY_S)
+            time.sleep(EVERY_S)
         finally:
             ray.shutdown()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.curves import Curves
-from carft_ray.launch.events import Decided, Event, Note, Preparing, Shared, Started, TrialFinished
+from carft_ray.launch.events import Decided, Event, Note, Preparing, Started, TrialFinished, to_all
 from carft_ray.launch.runs.search import set_aside_error
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import begin, computing, prepare
@@ -58,7 +58,7 @@ def run_confirm(
         CarftError: As ``run_search``.
     """
     with open_study(study_dir, recipe, tell=lambda text: on_event(Note(text))) as study:
-        on_event = Shared(on_event, Curves(study.study_dir, recipe))
+        on_event = to_all(on_event, Curves(study.study_dir, recipe))
         for note in study.notes:
             on_event(Note(note))
         trainings = fix(study)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from carft_ray.errors import BudgetError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.curves import Curves
-from carft_ray.launch.events import BaselineFinished, Decided, Event, Note, Preparing, Shared, Started, TrialFinished
+from carft_ray.launch.events import BaselineFinished, Decided, Event, Note, Preparing, Started, TrialFinished, to_all
 from carft_ray.launch.failures.causes import no_successful_trial
 from carft_ray.launch.own_trainer import own_notes
 from carft_ray.launch.runtime import RUNNER, Runner, Runtime, Say
@@ -96,7 +96,7 @@ def run_search(
     began = time.monotonic()
     with open_study(study_dir, recipe, change_space, lambda text: on_event(Note(text))) as study:
         study_dir = study.study_dir
-        on_event = Shared(on_event, Curves(study_dir, recipe))
+        on_event = to_all(on_event, Curves(study_dir, recipe))
         new_sources(study.log, study_dir, recipe)  # raises before anything is written
         begin(study_dir, recipe)
         num_before = num_finished(study.rows())

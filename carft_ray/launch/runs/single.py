@@ -9,7 +9,7 @@ from carft_ray import files
 from carft_ray.data.copies.shared_images import SharedRow
 from carft_ray.errors import CarftError, DivergedError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch.curves import Curves
-from carft_ray.launch.events import Event, Note, Shared, Stopping, TrialEpoch, TrialFinished
+from carft_ray.launch.events import Event, Note, Stopping, TrialEpoch, TrialFinished, to_all
 from carft_ray.launch.runs.search import set_aside_error
 from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import begin, computing, prepare
@@ -88,7 +88,7 @@ def train_once(
 
     with open_study(out_dir, recipe, tell=say) as study:
         begin(out_dir, recipe)
-        on_event = Shared(tell, Curves(out_dir, recipe))
+        on_event = to_all(tell, Curves(out_dir, recipe))
         study.asks = False
         study.enter("trial", {NAME: {}})
         for row in recover(study, "trial"):
