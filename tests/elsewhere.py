@@ -1,11 +1,7 @@
 """A search of stand-in trainings, one after the other, as on another machine, whose waits are a hundredth.
 
-    python elsewhere.py BOOT STUDY_DIR TRIALS    prints and ends as ``search_driver.py``
-
 Two of them with other words for BOOT take each other's processes for some of another machine: neither is looked for.
 """
-
-import sys
 
 import search_driver
 
@@ -31,7 +27,3 @@ def move(boot):
 def main(boot, study_dir, trials):
     move(boot)
     return search_driver.main(study_dir, trials, '{"executor": "debug"}', search='{"baselines": {}}')
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))

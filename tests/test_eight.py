@@ -1,6 +1,5 @@
 """Eight trainings at a time: 24 that end in any order and way, killed or not; each command that trains, for real."""
 
-import json
 import random
 import re
 from collections import Counter
@@ -9,7 +8,6 @@ from types import SimpleNamespace
 import crash_host
 import killed_searches
 import pytest
-import short_sealed
 import short_training
 import stand_in
 from stand_in import make_recipe
@@ -19,7 +17,6 @@ from carft_ray.errors import NoSuccessfulTrialError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import BaselineFinished, TrialFinished
 from carft_ray.launch.ray_cluster.concurrency import AtATime
-from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -94,8 +91,7 @@ def end(tune, trial, way, objective):
         tune.fail(trial, way, f"{way} here")
 
 
-@pytest.mark.parametrize("pruner", ["none", "successive_halving"])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "pruner"), [(1, "none"), (2, "successive_halving")])
 def test_a_search_has_its_trials_once_however_they_end_and_whenever_it_is_killed(tmp_path, seed, pruner):
     rng, told = random.Random(f"{seed} {pruner}"), []
     pruned = {"pruner": HALVING} if pruner != "none" else {}
@@ -114,7 +110,7 @@ def test_a_search_has_its_trials_once_however_they_end_and_whenever_it_is_killed
     killed_searches.check_told_once(tmp_path / "study")
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_search_in_which_no_training_is_good_says_so_with_the_commonest_reason(tmp_path, monkeypatch, seed):
     rng = random.Random(seed)
     monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=iter(range(10**9)).__next__))
@@ -132,30 +128,9 @@ def test_a_search_in_which_no_training_is_good_says_so_with_the_commonest_reason
 
 
 RESOURCES = {"cpus_per_worker": 0.25, "gpus_per_worker": 0}  # two cores hold eight
-SETTINGS = [
-    "resources.cpus_per_worker=0.25",
-    f"search.max_concurrent_trials={AT_A_TIME}",  # more cores hold no more
-    "search.sampler.name=random",  # which sees no results: the values are the same in whatever order they come
-]
 
 
-@pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """Model, images with test sets, and a recipe of eight trials and a baseline."""
-    folder = tmp_path_factory.mktemp("eight")
-    path = short_sealed.write(folder, short_training)
-    settings = [*short_sealed.settings(folder, AT_A_TIME), *SETTINGS]
-    (folder / "recipe.yaml").write_text(dump_recipe(load_recipe(path, settings)))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def study(here):
-    """The study of a search with eight slots."""
-    assert crash_host.call(["search", here / "recipe.yaml", "--study", here / "study"]) == 0
-    return here / "study"
-
-
+@pytest.mark.whole
 def test_a_search_killed_with_eight_running_has_its_trials_once(tmp_path):
     """Its driver and Ray are killed while eight trainings are past their first epoch and held there."""
     stand_in.tell(tmp_path)
@@ -178,46 +153,18 @@ def test_a_search_killed_with_eight_running_has_its_trials_once(tmp_path):
     assert again == [2] * AT_A_TIME
 
 
-def test_a_search_with_eight_slots_ends_with_its_trials_and_its_best(study):
-    rows = rows_by_kind(study)
-    assert [(row.number, row.outcome, row.attempt) for row in rows["trial"]] == [
-        (number, "complete", 1) for number in range(AT_A_TIME)
-    ]
-    assert {row.name for row in rows["baseline"]} == {"plain", "zero_shot"}
-    assert best_row(rows["trial"]).name in (study / "best.yaml").read_text().splitlines()[0]
-
-
-def test_a_plan_with_eight_slots_forecasts(here, capsys):
-    capsys.readouterr()
-    assert crash_host.call(["plan", here / "recipe.yaml", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["concurrency"] == AT_A_TIME
-    assert 0 < found["trial_s"][0] < found["search_s"][0]
-
-
-def test_a_confirm_and_a_test_and_one_training_again_follow_a_search_with_eight_slots(here, study):
-    assert crash_host.call(["confirm", study, "--top", "3", "--seeds", "2"]) == 0
-    rows = rows_by_kind(study)["confirm"]
-    assert {row.outcome for row in rows} == {"complete"}
-    assert len({row.name for row in rows}) == len(rows) >= 8
-    assert crash_host.call(["test", study]) == 0
-    assert crash_host.call(["reproduce", study, "7"]) == 0
-    assert crash_host.call(["train", study / "best.yaml", "--out", here / "run"]) == 0
-    assert crash_host.call(["reproduce", here / "run"]) == 0
-
-
-def test_one_at_a_time_in_this_process_has_the_numbers_of_eight_slots_bit_for_bit(here, study):
-    assert crash_host.call(["search", here / "recipe.yaml", "--study", here / "one", "--executor", "debug"]) == 0
-    assert numbers(here / "one") == numbers(study)
+@pytest.mark.whole
+def test_one_at_a_time_in_this_process_has_the_numbers_of_eight_slots_bit_for_bit(tmp_path):
+    settings = ["resources.cpus_per_worker=0.25", f"search.max_concurrent_trials={AT_A_TIME}"]
+    settings += [f"search.trials={AT_A_TIME}", "search.baselines={plain: {kl_weight: 0}}", "train.epochs=1"]
+    settings += ["search.sampler.name=random"]  # which sees no results: the values are the same in whatever order
+    words = [word for each in settings for word in ("--set", each)]
+    recipe = short_training.make(tmp_path)
+    assert crash_host.call(["search", recipe, "--study", tmp_path / "study", *words]) == 0
+    assert crash_host.call(["search", recipe, "--study", tmp_path / "one", *words, "--executor", "debug"]) == 0
+    assert numbers(tmp_path / "one") == numbers(tmp_path / "study")
 
 
 def numbers(study_dir):
     rows = rows_by_kind(study_dir)
     return [(row.name, row.values, row.objective, row.alpha, row.metrics) for row in rows["trial"] + rows["baseline"]]
-
-
-@pytest.mark.whole
-def test_a_search_of_ray_train_with_eight_slots_ends(here):
-    command = ["search", here / "recipe.yaml", "--study", here / "nested", "--executor", "ray-train"]
-    assert crash_host.call(command) == 0
-    assert [row.outcome for row in rows_by_kind(here / "nested")["trial"]] == ["complete"] * AT_A_TIME

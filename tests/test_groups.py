@@ -165,12 +165,6 @@ def _raised(run, *given):
     return str(raised.value)
 
 
-def test_a_group_that_cannot_begin_says_why(groups, monkeypatch):
-    monkeypatch.setattr(ray_group, "_trainer", lambda *given: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        groups.run(groups.group(), 0)
-
-
 def until(condition):
     limit = time.monotonic() + 60
     while not condition():
@@ -178,20 +172,20 @@ def until(condition):
         time.sleep(0.01)
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_search_starts_its_workers_once_and_after_a_failure_again(tmp_path, monkeypatch):
-    """Four trials and a baseline, one after the other; trial 1 diverges, and its group ends with it."""
+    """Trials and a baseline, one after the other; trial 1 diverges, and its group ends with it."""
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     stand_in.tell(tmp_path, **{"1": "diverge"})
     resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
-    recipe = stand_in.make_recipe(4, epochs=1, resources=resources, max_concurrent_trials=1)
+    recipe = stand_in.make_recipe(3, epochs=1, resources=resources, max_concurrent_trials=1)
     result = run_search(recipe, tmp_path / "study", runner=Runner(stand_in.prepare, train_and_name_the_process))
-    assert [row.outcome for row in result.trials] == ["complete", "diverged", "complete", "complete"]
+    assert [row.outcome for row in result.trials] == ["complete", "diverged", "complete"]
     folders = [tmp_path / "study" / "baselines" / "plain"]
     folders += [tmp_path / "study" / "trials" / row.name for row in result.trials]
     pids = [json.loads((folder / "pids.json").read_text()) for folder in folders]
-    assert pids[0] == pids[1] == pids[2]
-    assert pids[3] == pids[4] != pids[0]
+    assert pids[0] == pids[1] == pids[2] != pids[3]
 
 
 def train_and_name_the_process(recipe, out_dir, prepared_dir, context, attempt):

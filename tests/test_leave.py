@@ -29,10 +29,7 @@ HERE = Path(__file__).parent
 PREEMPTION = 2  # Ray's number for the reason of a drain that a node cannot refuse
 RUNNER = Runner(stand_in.prepare, stand_in.train)
 WINDOW = 10  # steps
-LOST = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "10",
-}  # not those of a busy machine
+LOST = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}  # not those of a busy machine
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # a trial, and a baseline with its values that is left in peace: 2 epochs of 32 steps
 TWINS = {"epochs": 2, "train": {"batch_size": 2}, "enqueue": [VALUES], "baselines": {"calm": VALUES}}

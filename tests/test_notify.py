@@ -92,10 +92,7 @@ def test_a_webhook_gets_the_notices_in_order(server):
     ],
 )
 def test_the_end_says_how_it_came_and_the_error_goes_on(server, error, kind, text):
-    with (
-        contextlib.suppress(type(error)),
-        notifying(server.url, "pets", Path("pets"), pytest.fail),
-    ):
+    with contextlib.suppress(type(error)), notifying(server.url, "pets", Path("pets"), pytest.fail):
         raise error
     [(_, content)] = server.got
     assert (content["event"], content["text"]) == (kind, text)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 from pathlib import Path
 
@@ -10,13 +9,11 @@ import numpy as np
 import pytest
 import short_training
 from crash_host import call
-from ray.cluster_utils import Cluster
 from stand_in import make_recipe
 
 from carft_ray.data.cache import list_entries
-from carft_ray.launch.forecast import Measured, beyond_budget, forecast, makespan, measure_by_training, price
+from carft_ray.launch.forecast import Measured, beyond_budget, forecast, makespan, price
 from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
-from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import BudgetConfig, SearchConfig
 from carft_ray.recipe.shared_targets import num_stored_visits
 from carft_ray.recipe.trial_values import drawn, middle
@@ -156,20 +153,9 @@ def plan(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ("settings", "at_a_time"),
-    [
-        (["resources.executor=debug"], 1),
-        pytest.param(
-            ["resources.cpus_per_worker=0.25", "search.max_concurrent_trials=3"],  # on any machine
-            3,
-            marks=[pytest.mark.slow, pytest.mark.whole],
-        ),
-    ],
-)
-def test_a_plan_measures_as_many_at_a_time_as_the_search_and_leaves_the_caches_alone(
-    plan, tmp_path, settings, at_a_time
-):
+@pytest.mark.slow
+def test_a_plan_measures_trainings_and_leaves_the_caches_alone(plan, tmp_path):
+    settings, at_a_time = ["resources.executor=debug"], 1
     before = {path.name for path in tmp_path.iterdir()}
     _, found = plan(*settings)
     assert {path.name for path in tmp_path.iterdir()} == before | {"cache", "studies"}
@@ -199,27 +185,6 @@ def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):
     told, _ = plan("resources.executor=debug", "search.space={learning_rate: {low: 1e30, high: 1e31}}", code=5)
     assert "error: plan: a short training has failed: step " in told
     assert "Traceback" not in told
-
-
-@pytest.mark.slow
-@pytest.mark.nodes
-def test_a_plan_waits_for_the_first_node_of_a_cluster_that_starts_without(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
-    settings = ["resources.wait_for_nodes=60", "resources.gpus_per_worker=0", f"data.cache_dir={tmp_path / 'cache'}"]
-    recipe = load_recipe(short_training.make(tmp_path), settings)
-    sizes = {"object_store_memory": 80_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes})
-
-    def say(text):
-        if text.startswith("waiting: "):
-            cluster.add_node(num_cpus=1, **sizes)
-
-    try:
-        capacity, measured = measure_by_training(recipe, cluster.address, tmp_path / "studies", say)
-    finally:
-        cluster.shutdown()
-    assert capacity.concurrency == 1
-    assert forecast(recipe, capacity, measured)["search_s"][0] > 0
 
 
 @pytest.mark.parametrize(

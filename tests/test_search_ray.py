@@ -1,11 +1,13 @@
 """Searches over a real local Ray with stand-in trainings. Each test ends the Ray that it started."""
 
+import http.server
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +16,7 @@ import ray
 import stand_in
 
 from carft_ray.errors import CarftError, ClusterError, DataError, NoSuccessfulTrialError, RecipeError, StorageError
-from carft_ray.launch.events import Note, Started, TrialFinished
+from carft_ray.launch.events import Started, TrialFinished
 from carft_ray.launch.ray_cluster import cluster
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.runs.search import run_search
@@ -174,36 +176,17 @@ def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(
 
 
 @pytest.mark.slow
-@pytest.mark.whole
-def test_a_trial_that_takes_5_s_to_clean_up_does_not_hurt_the_next_one(tmp_path):
-    """Inline, one at a time: both run in the same process, which Tune reuses."""
-    stand_in.tell(tmp_path, **{"0": "slow_end"}, tell_pid=True)
-    recipe = stand_in.make_recipe(2, baselines={}, max_concurrent_trials=1)
-    seen = []
-    result = run_search(recipe, tmp_path / "study", None, seen.append, RUNNER)
-    assert len({row.metrics["pid"] for row in result.trials}) == 1
-    assert result.elapsed_s > 5
-    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1)] * 2
-    assert [event for event in seen if isinstance(event, Note)] == []
-
-
-@pytest.mark.slow
-def test_a_failed_preparation_reaches_the_user_as_it_was_raised(tmp_path):
-    (stand_in.tell(tmp_path) / "no_data").touch()
-    with pytest.raises(DataError, match="there is no data"):
-        run_search(stand_in.make_recipe(2), tmp_path / "study", None, runner=RUNNER)
-    assert not ray.is_initialized()
-    assert not (tmp_path / "study").exists()  # free for the mended recipe
-
-
-@pytest.mark.slow
-def test_a_fault_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
-    stand_in.tell(tmp_path, **{"1": "no_data"})
+def test_a_fault_in_the_preparation_or_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
+    missing = stand_in.tell(tmp_path, **{"1": "no_data"}) / "no_data"
+    missing.touch()
     recipe = stand_in.make_recipe(4, resources={"executor": "debug"})
-    with pytest.raises(CarftError, match="a file of the training set is gone") as caught:
+    with pytest.raises(DataError, match="there is no data"):
+        run_search(recipe, tmp_path / "study", None, runner=RUNNER)
+    assert not (tmp_path / "study").exists()  # free for the mended recipe
+    missing.unlink()
+    with pytest.raises(CarftError, match=r"trial t0001-(?s:.*)a file of the training set is gone") as caught:
         run_search(recipe, tmp_path / "study", None, runner=RUNNER, around=figure_at_the_end)
     assert caught.value.exit_code == 4
-    assert "trial t0001-" in str(caught.value)
     complete, failed = trials(tmp_path / "study")
     assert (complete.outcome, failed.outcome) == ("complete", "running")
     assert complete.name in (tmp_path / "study" / "best.yaml").read_text().splitlines()[0]
@@ -235,27 +218,33 @@ def test_a_second_search_and_one_of_another_recipe_are_refused_before_ray_starts
     assert not ray.is_initialized()
 
 
+class Web(http.server.BaseHTTPRequestHandler):
+    """A server that is no Ray."""
+
+    def log_message(self, *given):
+        pass
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("address", "told"),
     [
         ("ray://head:10001", "must be host:port or auto"),
-        ("head", "must be host:port or auto"),
         ("127.0.0.1:99999", "no Ray answers"),
+        ("127.0.0.1:{closed}", "no Ray answers at"),
+        ("127.0.0.1:{web}", "no Ray answers at .*: a server of another kind"),
     ],
 )
-def test_an_address_of_nothing_is_one_message(tmp_path, address, told):
-    with pytest.raises(ClusterError, match=told) as caught, running_ray(address, tmp_path / "ray.log"):
-        pass
-    assert caught.value.exit_code == 5
-
-
-def test_a_closed_port_is_told_at_once(tmp_path, monkeypatch):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
+def test_an_address_of_nothing_is_one_message_at_once(tmp_path, monkeypatch, address, told):
     monkeypatch.setattr(ray, "init", None)  # which would try for two minutes
-    with pytest.raises(ClusterError, match="no Ray answers at"), running_ray(f"127.0.0.1:{port}", tmp_path / "ray.log"):
-        pass
+    with socket.socket() as unused, http.server.HTTPServer(("127.0.0.1", 0), Web) as web:
+        unused.bind(("127.0.0.1", 0))
+        threading.Thread(target=web.serve_forever, daemon=True).start()
+        address = address.format(closed=unused.getsockname()[1], web=web.server_port)
+        with pytest.raises(ClusterError, match=told) as caught, running_ray(address, tmp_path / "ray.log"):
+            pass
+        web.shutdown()
+    assert caught.value.exit_code == 5
 
 
 def test_a_head_that_comes_up_is_waited_for(tmp_path, monkeypatch):
@@ -267,23 +256,3 @@ def test_a_head_that_comes_up_is_waited_for(tmp_path, monkeypatch):
     with pytest.raises(ClusterError, match="it was reached"), ray_at:
         pass
     assert said == ["waiting: no Ray answers at 10.0.0.7:6379 yet"]
-
-
-@pytest.mark.slow
-def test_a_port_of_another_server_is_told_at_once(tmp_path):
-    import http.server
-    import threading
-
-    server = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    server.RequestHandlerClass.log_message = lambda *args: None
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        address = f"127.0.0.1:{server.server_port}"
-        told = "no Ray answers at .*: a server of another kind"
-        with pytest.raises(ClusterError, match=told), running_ray(address, tmp_path / "ray.log"):
-            pass
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

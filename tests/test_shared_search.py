@@ -152,24 +152,6 @@ def test_train_prepares_and_trains_on_the_same_images_and_is_reproduced(made, tm
     assert read_shared(tmp_path / "again") == read_shared(tmp_path / "run") != []
 
 
-def test_data_add_builds_the_sets_that_a_search_reads(made, tmp_path, capsys):
-    words = ("--set", f"data.cache_dir={tmp_path / 'cache'}", "--set", "data.pack=always")
-    code, _, err = run(capsys, "data", "add", made / "recipe.yaml", *words)
-    assert code == 0, err
-    assert LINE in err
-    assert "train: 96 images, packed, built" in err
-
-
-def test_one_domain_under_two_names_is_refused_before_a_study_begins(made, tmp_path, capsys):
-    shutil.copytree(made / "images" / "photo", made / "images" / "renamed")
-    words = ("--set", "data.id_val.domains=[renamed]", "--study", tmp_path / "new")
-    code, _, err = run(capsys, "search", made / "recipe.yaml", *words)
-    assert code == 8
-    assert "data.train: at most 5 % of its images may stand in another role too" in err
-    assert "100 of 100 images" in err
-    assert not (tmp_path / "new").exists()
-
-
 def test_the_table_of_the_doctor_is_what_exclude_takes(made, tmp_path, capsys):
     table = tmp_path / "pairs.csv"
     code, _, err = run(capsys, "doctor", made / "recipe.yaml", "--pairs", table)

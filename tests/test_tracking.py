@@ -148,9 +148,7 @@ def test_a_library_that_is_missing_is_a_warning_at_the_beginning(here, tmp_path,
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     recipe, told = load_recipe(here / "recipe.yaml", ["tracking.wandb.project=mine"]), []
     with tracking(recipe, tmp_path, told.append) as shared:
-        assert told == [
-            "tracking.wandb has no effect: wandb is not installed (pip install 'carft-ray[wandb]')",
-        ]
+        assert told == ["tracking.wandb has no effect: wandb is not installed (pip install 'carft-ray[wandb]')"]
         assert shared(print) is print
 
 
