@@ -7,7 +7,6 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from logs import take
 from ray.tune.search import Searcher
 from stand_in import make_recipe
 
@@ -23,7 +22,7 @@ from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialSpec
-from carft_ray.study.recovery import recover_confirm, recover_running
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
 
@@ -246,29 +245,6 @@ def test_a_search_does_not_give_up_while_trainings_run_longer_than_those_that_fa
         assert "20 of 23 failed in this way: too high" in str(tune.driver.failure)
 
 
-def test_trainings_that_are_no_trials_say_nothing_about_the_search(tmp_path):
-    """A plan, and a confirm of values that were given: however many end, no trial is the best, and none is expected."""
-    with open_study(tmp_path / "study", make_recipe(6)) as study:
-        recover_confirm(study, {f"probe-{number}": {} for number in range(9)})
-        tune = Tune(Driver(study, AtATime(8), lambda event: None))
-        for trial in [tune.start() for _ in range(8)]:
-            tune.finish(trial)
-        tune.fail(tune.start(), "diverged")
-        assert tune.driver.failure is None
-        assert tune.start() == Searcher.FINISHED
-        assert [row.outcome for row in study.rows("confirm")] == ["complete"] * 8 + ["diverged"]
-
-
-@pytest.mark.slow
-def test_failures_beside_successes_do_not_end_the_search(tune):
-    tune.finish(tune.start())
-    tune.finish(tune.start())
-    for _ in range(5):
-        tune.fail(tune.start(), "diverged")
-    assert tune.start() == Searcher.FINISHED
-    assert tune.driver.failure is None
-
-
 def test_a_fault_of_the_surroundings_stops_all_and_is_kept_for_the_driver(tune):
     first, second = tune.start(), tune.start()
     tune.fail(first, "fatal", "images are gone", exit_code=4)
@@ -290,18 +266,6 @@ def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, m
     monkeypatch.setattr(tune.driver.study, "settle", broken)
     tune.finish(first)
     assert tune.start() == Searcher.FINISHED
-    assert tune.driver.failure.exit_code == 5
-
-
-def test_a_search_whose_study_was_taken_over_ends_tune_and_leaves_the_folder_alone(tune):
-    trial = tune.start()
-    study_dir = tune.driver.study.study_dir
-    take(study_dir)
-    tune.finish(trial)
-    assert tune.start() == Searcher.FINISHED
-    assert not (study_dir / "stop").exists()
-    with pytest.raises(StorageError, match="another search, which has taken the study over"):
-        tune.look()
     assert tune.driver.failure.exit_code == 5
 
 
@@ -411,17 +375,6 @@ def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(many):
         tune.end(live.pop(0), lost="no route to node7")
         live += [trial for trial in [tune.start()] if isinstance(trial, SimpleNamespace)]
     assert isinstance(tune.driver.failure, ClusterError)
-
-
-@pytest.mark.slow
-def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
-    tune.finish(tune.start())
-    for number in range(30):
-        trial = tune.start()
-        spec = spec_of(trial)
-        (tune.folder(trial) / f"attempt-{spec.attempt}" / f"step-{number + 1:08d}").mkdir(parents=True)
-        tune.end(trial, lost="the node was taken away")
-    assert tune.driver.failure is None
 
 
 def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for_a_while(tune):

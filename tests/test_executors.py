@@ -1,7 +1,6 @@
 """The same training run in this process, by one Ray Train worker, and by two of them. Real model, real images. What
 becomes of its attempts, with a stand-in."""
 
-import functools
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -32,7 +31,6 @@ SETTINGS = [
 ]
 WAYS = {
     "here": ["resources.executor=inline"],
-    "one": ["resources.executor=ray-train"],
     "two": ["resources.executor=ray-train", "resources.num_workers=2", "resources.cpus_per_worker=0.5"],
 }
 
@@ -43,31 +41,21 @@ def ignore(row):
     del row
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture
+def trained(tmp_path):
     """Gives a function that returns folder and result of the training for a way to run it."""
-    folder = tmp_path_factory.mktemp("ways")
 
-    @functools.cache
     def train(way):
         recipe = load_recipe(RECIPE, SETTINGS + WAYS[way])
         epochs, said = [], []
-        result, _ = train_once(recipe, folder / way, False, "", said.append, ignore, epochs.append)
+        result, _ = train_once(recipe, tmp_path / way, False, "", said.append, ignore, epochs.append)
         assert any(text.startswith(("evaluating zero-shot", "the heads are")) for text in said), way
         assert [row["epoch"] for row in epochs] == [1]
-        assert not (folder / way / "_tune").exists()
+        assert not (tmp_path / way / "_tune").exists()
         assert not ray.is_initialized()
-        return short_training.place_in(folder / way), result
+        return short_training.place_in(tmp_path / way), result
 
     return train
-
-
-def numbers(result):
-    """All metrics of a result by name, those of each alpha among them."""
-    found = {f"at alpha/{name}": value for name, value in result["metrics"].items()}
-    found |= {f"fine_tuned/{name}": value for name, value in result["fine_tuned"].items()}
-    found |= {f"{row['alpha']}/{name}": value for row in result["curve"] for name, value in row.items()}
-    return found | {"objective": result["objective"], "alpha": result["alpha"]}
 
 
 def predictions(folder):
@@ -78,15 +66,9 @@ def predictions(folder):
 
 
 @pytest.mark.whole
-def test_one_worker_of_ray_train_gives_the_same_metrics_as_this_process(trained):
-    expected, found = numbers(trained("here")[1]), numbers(trained("one")[1])
-    assert expected.keys() == found.keys()
-    assert {name: (expected[name], found[name]) for name in found if abs(expected[name] - found[name]) > 1e-5} == {}
-
-
-@pytest.mark.whole
 def test_two_workers_predict_the_same_as_this_process_but_for_the_order_of_sums(trained):
-    (one_dir, one), (two_dir, _) = trained("here"), trained("two")
+    (one_dir, one), (two_dir, two) = trained("here"), trained("two")
+    assert two["objective"] == pytest.approx(one["objective"], abs=1e-9)
     expected, found = predictions(one_dir), predictions(two_dir)
     assert expected.keys() == found.keys()
     assert len(expected) == 640
@@ -97,7 +79,7 @@ def test_two_workers_predict_the_same_as_this_process_but_for_the_order_of_sums(
         torch.testing.assert_close(two_state[name], tensor, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("executor", ["debug", "ray-train"])
+@pytest.mark.parametrize("executor", ["debug", pytest.param("ray-train", marks=pytest.mark.whole)])
 def test_no_attempt_of_a_training_has_the_number_of_another(tmp_path, monkeypatch, executor):
     """Two workers die in the first attempt; the second one is stopped, and the third one finishes."""
     here = Path(__file__).parent
@@ -124,9 +106,8 @@ def test_no_attempt_of_a_training_has_the_number_of_another(tmp_path, monkeypatc
     assert [row["epoch"] for row in epochs] == [2]
     [row] = trials(out)
     assert (row.name, row.outcome, row.attempt) == ("train", "complete", 3)
-    said = [
-        line.split(" ", 1)[1] for line in (row.folder(out) / "log.txt").read_text().splitlines() if " attempt " in line
-    ]
+    lines = (row.folder(out) / "log.txt").read_text().splitlines()
+    said = [line.split(" ", 1)[1] for line in lines if " attempt " in line]
     kinds = [line.split()[:3] for line in said]
     first = "lost:" if lost else "error:"
     expected = [("1:", "starts"), ("1:", first), ("2:", "starts"), ("2:", "stopped:"), ("3:", "starts")]

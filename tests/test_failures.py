@@ -33,7 +33,7 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
-from carft_ray.training.out_of_memory import in_batches, is_out_of_memory, micro_batch_of
+from carft_ray.training.out_of_memory import in_batches, is_out_of_memory
 from carft_ray.training.run import prepare
 
 BASE = Path(__file__).parent
@@ -122,17 +122,6 @@ def test_where_one_image_does_not_fit_the_search_ends_unless_the_values_decide_i
     assert fitted(recipe, tmp_path, 1) is recipe  # the next search begins anew
 
 
-@pytest.mark.parametrize(
-    ("batch_size", "micro_batch", "num_workers", "expected"),
-    [(64, None, 1, 64), (65, None, 2, 33), (64, 48, 2, 32), (64, 8, 2, 8)],
-)
-def test_a_forward_pass_holds_the_micro_batch_at_most_the_part_of_a_worker(
-    batch_size, micro_batch, num_workers, expected
-):
-    train = with_train(batch_size=batch_size, micro_batch=micro_batch).train
-    assert micro_batch_of(train, num_workers) == expected
-
-
 @pytest.mark.slow
 def test_a_search_for_which_there_is_no_memory_at_all_ends_with_the_numbers_and_goes_on_later(tmp_path):
     recipe = stand_in.make_recipe(2, baselines={}, resources={"gpus_per_worker": 0})
@@ -203,19 +192,6 @@ HELP = "; fewer trials at a time (search.max_concurrent_trials) or a smaller eva
 def test_an_end_for_want_of_memory_is_told_from_other_ends(text, line):
     assert host_memory(text) == line
     assert host_memory(line) == line
-
-
-@pytest.mark.slow
-def test_a_training_for_which_there_is_never_memory_is_set_aside(tmp_path):
-    stand_in.tell(tmp_path, **{"1": "die"})
-    recipe = stand_in.make_recipe(3, baselines={}, resources={"gpus_per_worker": 0})
-    searcher, _ = attempts.search(tmp_path / "study", recipe, died=MONITOR_NOW)
-    assert searcher.failure is None
-    rows = trials(tmp_path / "study")
-    found = [(row.outcome, row.set_aside) for row in rows]
-    assert found == [("complete", False), ("running", True), ("complete", False)]
-    assert rows[1].attempt == 1 + LOST_ATTEMPTS  # one with two at a time, the others alone
-    assert "the last: no memory was left on node 10.0.0.7" in rows[1].reason
 
 
 @pytest.mark.slow

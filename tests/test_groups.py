@@ -23,10 +23,6 @@ HERE = Path(__file__).parent
 CAPACITY = Capacity(1, "", 2, 1.0, 0.0, one_node=True)
 
 
-def spec_of(number):
-    return TrialSpec("trial", number, f"t{number:04}-abcd", {}, 1)
-
-
 class Groups:
     """Makes groups whose workers are a thread; ``ran`` has what each took: number of the group, trial."""
 
@@ -42,8 +38,7 @@ class Groups:
         return WorkerGroup(self.runtime)
 
     def run(self, group, number):
-        spec = spec_of(number)
-        return group.run(spec)
+        return group.run(TrialSpec("trial", number, f"t{number:04}-abcd", {}, 1))
 
     def _wait(self, seconds):
         if self.dies.is_set():
@@ -85,12 +80,14 @@ def test_one_group_runs_one_training_after_the_other_and_ends_when_closed(groups
 
 
 @pytest.mark.slow
-def test_what_ends_a_group_within_a_training_is_raised_and_the_training_was_taken(groups):
-    group = groups.group()
-    groups.fails = {1}
+def test_a_group_ends_with_a_training_that_fails_or_was_told_to_end(groups):
+    group, groups.told = groups.group(), {1}
     assert groups.run(group, 0)
+    assert groups.run(group, 1)
+    assert not group.fits(groups.runtime, [])
+    group, groups.fails = groups.group(), {2}
     with pytest.raises(ValueError, match="no trial"):
-        groups.run(group, 1)
+        groups.run(group, 2)
     assert not group.fits(groups.runtime, [])
 
 
@@ -106,13 +103,6 @@ def test_a_training_is_not_lost_with_a_group_that_ended_before(groups, monkeypat
     until(lambda: not dead.fits(groups.runtime, []))
     assert not groups.run(dead, 3)
     assert [trial for _, trial in groups.ran] == [0, 2]
-
-
-def test_a_group_ends_with_a_training_that_was_told_to_end(groups):
-    group, groups.told = groups.group(), {1}
-    assert groups.run(group, 0)
-    assert groups.run(group, 1)
-    assert not group.fits(groups.runtime, [])
 
 
 class Forgetful(Mailbox):

@@ -17,12 +17,10 @@ from pathlib import Path
 
 import killed_searches
 import pytest
-import ray
 import stand_in
-from ray.cluster_utils import Cluster
 from test_driver import Tune
 
-from carft_ray.errors import ClusterError, InterruptedRunError
+from carft_ray.errors import ClusterError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     ConcurrencyChanged,
@@ -30,8 +28,6 @@ from carft_ray.launch.events import (
     Preparing,
     Started,
     TrialEpoch,
-    TrialFinished,
-    TrialStarted,
 )
 from carft_ray.launch.failures.causes import STARTED_LATE
 from carft_ray.launch.ray_cluster.cluster import nodes_now, running_ray
@@ -324,64 +320,6 @@ def test_a_group_that_waits_for_its_workers_is_given_up_some_time_after_a_stop(f
 
 RUNNER = Runner(stand_in.prepare, stand_in.train)
 PYTHONPATH = os.pathsep.join([str(HERE.parent), str(HERE)])
-
-
-@pytest.fixture
-def cluster(monkeypatch):
-    """A cluster of a head without CPUs, which notices soon that a node is gone."""
-    monkeypatch.setenv("PYTHONPATH", PYTHONPATH)
-    for name, value in {"initial_delay_ms": 0, "period_ms": 500, "failure_threshold": 2}.items():
-        monkeypatch.setenv(f"RAY_health_check_{name}", str(value))
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SIZES})
-    yield cluster
-    cluster.shutdown()
-
-
-@pytest.mark.slow
-@pytest.mark.nodes
-@pytest.mark.parametrize("executor", ["inline", "ray-train"])
-def test_a_stop_ends_a_search_that_waits_for_nodes(tmp_path, monkeypatch, cluster, executor):
-    """At its beginning, where its patience ends it, too, and later, when a trial waits for a node that never comes."""
-    monkeypatch.setattr("carft_ray.launch.driver.STOP_WAITING_AFTER_S", 3.0)
-    stand_in.tell(tmp_path, seconds=1)
-    resources = {"gpus_per_worker": 0, "wait_for_nodes": 60, "executor": executor}
-    recipe = stand_in.make_recipe(9, baselines={}, resources=resources)
-
-    def stopped_by(event):
-        if isinstance(event, Preparing) and event.text.startswith("waiting: "):
-            (tmp_path / "study" / STOP).write_text("asked\n")
-
-    short = stand_in.make_recipe(resources={**resources, "wait_for_nodes": 1})
-    told = "resources.wait_for_nodes: after 1 s there is no node for a trial, which needs 1 x 1 CPU"
-    with pytest.raises(ClusterError, match=told):
-        run_search(short, tmp_path / "short", cluster.address, runner=RUNNER)
-
-    with pytest.raises(InterruptedRunError, match="stopped; 0 of 9 trials finished"):
-        run_search(recipe, tmp_path / "study", cluster.address, stopped_by, RUNNER)
-
-    cluster.add_node(num_cpus=1, **SIZES)
-    monkeypatch.setattr("carft_ray.launch.session.may_grow", lambda: True)
-    started = []
-
-    def stopped_later(event):
-        started.extend([event] if isinstance(event, TrialStarted) else [])
-        if isinstance(event, TrialFinished):
-            (tmp_path / "study" / STOP).write_text("asked\n")
-
-    with pytest.raises(InterruptedRunError, match="stopped; 1 of 9 trials finished"):
-        run_search(recipe, tmp_path / "study", cluster.address, stopped_later, RUNNER)
-    assert groups_left(cluster.address) == []
-
-
-def groups_left(address):
-    """Returns the placement groups that stay, as another driver sees them: Ray removes those of one that has ended."""
-    gone_by = time.monotonic() + 30
-    with running_ray(address, Path(os.devnull)):
-        while groups := [each for each in ray.util.placement_group_table().values() if each["state"] != "REMOVED"]:
-            if time.monotonic() >= gone_by:
-                break
-            time.sleep(0.5)
-        return groups
 
 
 HEAD_TYPE, FAKE_HEAD = "ray.head.default", "f" * 51 + "00000"  # as Ray's provider of nodes for tests knows the head

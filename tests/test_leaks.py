@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from strict_roles import check_overlap
 
 from carft_ray.data import bad_images
-from carft_ray.errors import DataError, HoldOutError
+from carft_ray.errors import HoldOutError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training import run as evaluation
 from carft_ray.training import shared_inputs
@@ -131,8 +131,6 @@ def renamed(path):
 
 def linked(images):
     (images / "leak").symlink_to(images / "photo_test")
-
-
 
 
 def linked_files(images):
@@ -288,34 +286,6 @@ def test_pictures_of_one_colour_are_known_by_their_files_only(here):
     shutil.copy("images/sketch/star/blank.png", "images/painting/heart/blank.png")
     with pytest.raises(HoldOutError, match=r"data\.ood_test\.painting: .* got 1 of 11 images in both \(same bytes"):
         check_overlap(load_recipe(Path("recipe.yaml")), here / "cache")
-
-
-def test_two_sets_of_one_role_may_share_images_and_every_pair_of_roles_is_told(here):
-    for name in ("one", "other"):
-        shutil.copytree(here / "images" / "photo_test", here / "images" / name)
-    options = [f"data.ood_val={{one: {a_set('one')}, other: {a_set('other')}}}"]
-    with pytest.raises(HoldOutError) as caught:
-        check_overlap(load_recipe(Path("recipe.yaml"), options), here / "cache")
-    assert [str(problem).split(", but")[0] for problem in caught.value.problems] == [
-        f"data.id_test: {ONE_ROLE} data.ood_val.one",
-        f"data.id_test: {ONE_ROLE} data.ood_val.other",
-    ]
-    check_overlap(load_recipe(Path("recipe.yaml"), [*options, "data.id_test=null"]), here / "cache")
-
-
-def test_a_test_set_that_cannot_be_read_is_passed_over_and_another_set_is_not(here, caplog):
-    recipe = load_recipe(Path("recipe.yaml"))
-    (here / "images" / "photo_test" / "star" / "1.png").write_bytes(b"no image")
-    check_overlap(recipe, here / "cache")
-    assert caplog.text == ""  # its bytes are compared all the same
-    shutil.rmtree("images/photo_test")
-    check_overlap(recipe, here / "cache")
-    assert (
-        "Whether data.id_test shares images with another role is not known: data.id_test: a domain must" in caplog.text
-    )
-    (here / "images" / "photo" / "star" / "1.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="must be a readable image"):
-        check_overlap(recipe, here / "cache")
 
 
 # who reads test images

@@ -80,17 +80,6 @@ def test_while_the_driver_or_the_mailbox_is_silent_for_long_a_training_is_to_lea
     assert poster.step() == "leave"
 
 
-def test_a_mailbox_that_was_started_again_knows_all_after_an_exchange_and_a_post():
-    box, orders = Mailbox(), {NAME: Wish(3, "stop")}
-    with Poster(box, NAME, 3, process=PROCESS) as poster:
-        poster.step()
-        poster._box = box = Mailbox()
-        poster.post()
-        assert box.exchange(orders)[NAME].process == PROCESS
-        poster.post()
-        assert poster.step() == "stop"
-
-
 def test_a_step_never_waits_for_the_mailbox():
     held, box = threading.Event(), Mailbox()
 
