@@ -17,11 +17,10 @@ from ray.train import ControllerError, WorkerGroupError
 
 from carft_ray.errors import ClusterError
 from carft_ray.launch import driver
-from carft_ray.launch.failures.causes import LONGEST, error_of, explained, is_full_memory, root_cause
+from carft_ray.launch.failures.causes import error_of, explained, is_full_memory, root_cause
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.study import study
-from carft_ray.study.outcome import log_lost
 from carft_ray.study.rows import trials
 
 HERE = Path(__file__).parent
@@ -135,16 +134,6 @@ def test_full_memory_is_told_whichever_worker_had_none():
         assert "27.63GB of 28.80GB" in root_cause(error)
 
 
-def test_a_long_cause_is_shortened_and_whole_in_the_log(tmp_path):
-    error = RuntimeError("word " * 200)
-    assert len(root_cause(error)) == LONGEST
-    reason, _, details = explained(error).partition("\n")
-    log_lost(tmp_path, 2, reason, details)
-    assert reason == root_cause(error)
-    assert "attempt 2: lost: RuntimeError: word" in (tmp_path / "log.txt").read_text()
-    assert str(error).strip() in (tmp_path / "log.txt").read_text()
-
-
 def test_an_error_of_tune_is_its_pickle_or_its_text(tmp_path):
     path = tmp_path / "error.txt"
     trial = SimpleNamespace(get_pickled_error=lambda: None, error_file=str(path))
@@ -221,8 +210,13 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
 
 @pytest.mark.whole
 @pytest.mark.slow
-def test_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(tmp_path, bad_start):
+def test_a_preparation_that_dies_and_what_cannot_be_pickled_are_one_message_and_leave_no_half_made_study(
+    tmp_path, bad_start
+):
     recipe = stand_in.make_recipe(1, baselines={})
+    with pytest.raises(ClusterError, match="preparation: must run to its end, but got WorkerCrashedError") as caught:
+        run_search(recipe, tmp_path / "study", None, runner=bad_start("die", in_preparation=True))
+    check_told(str(caught.value))
     with pytest.raises(ClusterError) as caught:
         run_search(recipe, tmp_path / "study", None, runner=bad_start("pickle", in_preparation=True))
     assert str(caught.value).startswith(f"preparation: must run to its end, but got {LOCK}\n")
@@ -237,18 +231,6 @@ def test_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(tmp
     assert not (tmp_path / "study" / "_tune").exists()
     assert trials(tmp_path / "study") == []
     assert not ray.is_initialized()
-
-
-@pytest.mark.whole
-@pytest.mark.slow
-def test_a_preparation_that_cannot_begin_is_one_message(tmp_path, bad_start):
-    runner = bad_start("die", in_preparation=True)
-    recipe = stand_in.make_recipe(1)  # both executors prepare in a task of Ray
-    with pytest.raises(ClusterError, match="preparation: must run to its end, but got ") as caught:
-        run_search(recipe, tmp_path / "study", None, runner=runner)
-    assert "WorkerCrashedError: The worker died unexpectedly while executing this task." in str(caught.value)
-    check_told(str(caught.value))
-    assert not (tmp_path / "study").exists()
 
 
 def test_a_process_whose_node_was_taken_away_is_told_so():

@@ -122,8 +122,6 @@ def launcher_faults(value):
         if "ray start" in command and "-e RAY_AUTH_MODE=token" not in options and "RAY_AUTH_MODE=token" not in command:
             found.append("tokens are off")
     if "docker" in value:
-        if "-v /shared:/shared" not in options:
-            found.append("the container does not see /shared")
         for commands in (value["initialization_commands"], *(w.get("initialization_commands") for w in workers)):
             if commands is not None and not any(re.search(r"mount -t nfs.* /shared\)", each) for each in commands):
                 found.append("a node does not mount /shared")
@@ -189,21 +187,13 @@ def kubernetes_faults(value):
     for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
         if group["template"]["spec"].get("restartPolicy", "Never") != "Never":
             found.append("restartPolicy must be Never with autoscaler v2")
-        ray_container = group["template"]["spec"]["containers"][0]
-        mounts = {each["mountPath"] for each in ray_container["volumeMounts"]}
-        if mounts != {"/shared", "/dev/shm"}:
-            found.append("a pod does not mount /shared and /dev/shm")
     for group in spec["workerGroupSpecs"]:
         pod = group["template"]["spec"]
-        if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
-            found.append("minReplicas <= replicas <= maxReplicas must hold")
         if pod.get("nodeSelector") != {"YOUR_SPOT_LABEL": "YOUR_SPOT_VALUE"}:
             found.append("the workers are no spot pods")
         hook = pod["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", [])
         if hook[:4] != ["python", "-m", "carft_ray.launch.ray_cluster.spot", "--now"]:
             found.append("nothing drains a spot node that must go")
-        if pod.get("terminationGracePeriodSeconds", 30) < 60:
-            found.append("terminationGracePeriodSeconds must be above the 30 s of Ray's own drain")
     affinity = json.dumps(spec["headGroupSpec"]["template"]["spec"].get("affinity", {}))
     if '"key": "YOUR_SPOT_LABEL", "operator": "NotIn"' not in affinity:
         found.append("the head may land on a spot node")
@@ -211,15 +201,11 @@ def kubernetes_faults(value):
         found.append("the head takes trials")
     if spec.get("authOptions", {}).get("mode") != "token":
         found.append("tokens are off")
-    if spec.get("enableInTreeAutoscaling") is not True:
-        found.append("nothing asks for workers")
     return found + (rayjob_faults(job) if job else [])
 
 
 def rayjob_faults(job):
     found = []
-    if job.get("ttlSecondsAfterFinished") and not job.get("shutdownAfterJobFinishes", False):
-        found.append("ttlSecondsAfterFinished needs shutdownAfterJobFinishes")
     if not job.get("backoffLimit"):
         found.append("a lost head would end the study: backoffLimit")
     if job.get("submissionMode", "K8sJobMode") == "K8sJobMode":
@@ -288,15 +274,12 @@ def copied(text):
 
 
 def dockerfile_faults(text):
-    found = []
-    steps = instructions(text)
+    found, steps = [], instructions(text)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    arguments = dict(rest.split("=") for word, rest in steps if word == "ARG" and "=" in rest)
     base = next((rest for word, rest in steps if word == "FROM"), "")
-    for name, default in arguments.items():
+    for name, default in arguments_of(text).items():
         base = base.replace(f"${{{name}}}", default)
-    pinned = re.fullmatch(r"rayproject/ray:(\d+\.\d+\.\d+)-py3(\d+)-(cpu|cu\d+)", base)
-    if not pinned:
+    if not (pinned := re.fullmatch(r"rayproject/ray:(\d+\.\d+\.\d+)-py3(\d+)-(cpu|cu\d+)", base)):
         return [*found, f"the base image is not pinned: {base}"]
     needed = next(each for each in project["project"]["dependencies"] if each.startswith("ray["))
     if not Requirement(needed).specifier.contains(pinned[1]):
@@ -304,19 +287,13 @@ def dockerfile_faults(text):
     users = [rest for word, rest in steps if word == "USER"]
     if not users or users[-1] in ("root", "0"):
         found.append("it must not end as root")
-    runs = [rest for word, rest in steps if word == "RUN"]
-    pips = [run for run in runs if "pip install" in run]
-    if len(pips) != 1 or pips[0].count("pip install") != pips[0].count("--no-cache-dir"):
-        found.append("one RUN for pip, without its cache")
-    for run in runs:
-        found += shell_faults(run)
     allowed = [line[1:] for line in text_of("Dockerfile.dockerignore").splitlines() if line.startswith("!")]
-    for source, _ in copied(text):
-        if not (ROOT / source).exists():
-            found.append(f"{source} is not in the source tree")
-        elif source not in allowed:
-            found.append(f"{source} is not sent to the builder: Dockerfile.dockerignore")
-    return found
+    sources = [source for source, _ in copied(text) if source not in allowed]
+    return found + [f"{source} is not sent to the builder: Dockerfile.dockerignore" for source in sources]
+
+
+def arguments_of(text):
+    return dict(rest.split("=") for word, rest in instructions(text) if word == "ARG" and "=" in rest)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -340,15 +317,10 @@ SEEDED = [  # file, what is replaced by what, and what must be found
     ("aws.yaml", "      InstanceMarketOptions: {MarketType: spot}\n", "", "the workers are no spot machines"),
     ("aws.yaml", "m5.xlarge", "m5.xlarge\n      InstanceMarketOptions: {MarketType: spot}", "the head is spot"),
     ("aws.yaml", "--provider aws", "--provider gcp", "the watcher of spot notices"),
-    ("aws.yaml", "    - -v /shared:/shared\n", "", "the container does not see /shared"),
     ("aws.yaml", "YOUR_EFS_ID.efs", "YOUR_EFS.efs", "YOUR_EFS is not listed at the top"),
-    ("aws.yaml", "image: YOUR_IMAGE", "image: rayproject/ray", "YOUR_IMAGE is listed and not used"),
     ("aws.yaml", "(mountpoint -q", "mountpoint -q", "no shell command"),
-    ("gcp.yaml", "[*client, *mount, *studies]", "[*client, *studies]", "a node does not mount /shared"),
     ("onprem.yaml", "  head_ip: YOUR_HEAD_IP\n", "", "Ray refuses it"),
-    ("onprem.yaml", "file_mounts: {~", "file_mounts: {/other", "the token is not brought"),
     ("kuberay-raycluster.yaml", "          image: YOUR", "          imagee: YOUR", "the schema refuses it"),
-    ("kuberay-raycluster.yaml", "minReplicas: 0", "minReplicas: 9", "minReplicas <= replicas"),
     ("kuberay-raycluster.yaml", "name: carft\n", "name: carft_ray\n", "DNS label"),
     ("kuberay-raycluster.yaml", "restartPolicy: Never", "restartPolicy: Always", "restartPolicy must be Never"),
     ("kuberay-raycluster.yaml", "{mode: token}", "{mode: disabled}", "tokens are off"),
@@ -356,19 +328,13 @@ SEEDED = [  # file, what is replaced by what, and what must be found
     ("kuberay-raycluster.yaml", "operator: NotIn", "operator: In", "the head may land on a spot node"),
     ("kuberay-raycluster.yaml", "nodeSelector: {YOUR_SPOT_LABEL:", "nodeSelector: {other:", "no spot pods"),
     ("kuberay-raycluster.yaml", "              preStop: {exec", "              postStart: {exec", "nothing drains"),
-    ("kuberay-raycluster.yaml", "Seconds: 60 ", "Seconds: 20 ", "terminationGracePeriodSeconds"),
-    ("kuberay-raycluster.yaml", "enableInTreeAutoscaling: true", "enableInTreeAutoscaling: false", "asks for workers"),
-    ("kuberay-raycluster.yaml", "mountPath: /shared", "mountPath: /elsewhere", "does not mount /shared"),
     ("kuberay-rayjob.yaml", "backoffLimit: 3", "backoffLimit: 0", "a lost head would end"),
     ("kuberay-rayjob.yaml", "submissionMode: HTTPMode", "submissionMode: K8sJobMode", "a log stream that breaks"),
-    ("kuberay-rayjob.yaml", "Finishes: true", "Finishes: false", "needs shutdownAfterJobFinishes"),
     ("kuberay-rayjob.yaml", "carft-ray search YOUR", "carft-ray serch YOUR", "the entrypoint must be the search"),
     ("kuberay-storage.yaml", "ReadWriteMany]", "ReadWriteOnce]", "ReadWriteMany"),
     ("skypilot.yaml", "  use_spot: true", "  usespot: true", "unknown key usespot"),
     ("skypilot.yaml", '--address "$head" --set', "--address auto --set", "SkyPilot's own Ray"),
-    ("skypilot.yaml", "listen-port 52366", "listen-port 52365", "SkyPilot's own Ray"),
     ("skypilot.yaml", "RAY_AUTH_MODE=token ", "", "tokens are off"),
-    ("skypilot.yaml", " --dashboard-host 127.0.0.1", "", "the dashboard is not on"),
     ("slurm.sh", "#SBATCH --requeue", "#SBATCH --requeu", "unknown option requeu"),
     ("slurm.sh", "--signal=B:USR1@300", "--signal=USR1@300", "the signal must go to the script"),
     ("slurm.sh", "--dashboard-host 127.0.0.1 ", "", "the dashboard is not on"),
@@ -377,7 +343,6 @@ SEEDED = [  # file, what is replaced by what, and what must be found
     ("slurm.sh", "export RAY_AUTH_MODE=token ", "export ", "tokens are off"),
     ("Dockerfile", "ARG RAY_VERSION=2.60.0", "ARG RAY_VERSION=2.40.0", "outside of the range"),
     ("Dockerfile", "USER ray", "USER root", "it must not end as root"),
-    ("Dockerfile", " \\\n    && pip", "\nRUN pip", "one RUN for pip"),
     ("Dockerfile", "LICENSE ./", "LICENSE Makefile ./", "Makefile is not sent to the builder"),
     ("Dockerfile", "#     docker", "# docker", "give no command"),
 ]
@@ -418,10 +383,9 @@ def test_the_steps_of_the_image_work_with_what_the_image_copies(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(script)
         path.chmod(0o755)
-    arguments = dict(rest.split("=") for word, rest in instructions(text) if word == "ARG" and "=" in rest)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     paths = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "PYTHONPATH": str(home)}
-    environment = {**kept, **arguments, "TORCH_INDEX": "file:///wheels", **paths}
+    environment = {**kept, **arguments_of(text), "TORCH_INDEX": "file:///wheels", **paths}
     for step in [rest for word, rest in instructions(text) if word == "RUN"]:
         done = subprocess.run(["sh", "-c", step], cwd=home, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr

@@ -5,21 +5,16 @@ import itertools
 import json
 import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import killed_searches
 import pytest
 import stand_in
 from test_driver import Tune
 
+import cluster
 from carft_ray.errors import ClusterError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
@@ -304,20 +299,6 @@ def test_what_waits_holds_no_gpu_and_keeps_no_search_from_its_end(followed):
     assert [row.outcome for row in tune.driver.study.rows() if row.name == waits.name] == ["running"]
 
 
-def test_a_group_that_waits_for_its_workers_is_given_up_some_time_after_a_stop(followed):
-    tune = followed(gpus=1.0, leaks=type("None", (), {"check": lambda self, live: 0})())
-    tune.start()
-    for attempt in tune.driver._attempts.values():
-        attempt.began -= 1000
-    (tune.driver.study.study_dir / STOP).write_text("asked\n")
-    tune.look()
-    assert not tune.driver.only_waits
-    tune.driver._stopping_since -= 100
-    assert tune.driver.only_waits
-    tune.driver.end_waiting()
-    assert tune.driver.study.gpu_seconds() == 0
-
-
 RUNNER = Runner(stand_in.prepare, stand_in.train)
 PYTHONPATH = os.pathsep.join([str(HERE.parent), str(HERE)])
 
@@ -327,106 +308,46 @@ HEAD_TYPE, FAKE_HEAD = "ray.head.default", "f" * 51 + "00000"  # as Ray's provid
 
 @contextlib.contextmanager
 def autoscaling_head(folder, version):
-    """Starts a head without CPUs whose autoscaler may start two nodes with a CPU; gives its address."""
-    with socket.create_server(("", 0)) as free:
-        port = free.getsockname()[1]
+    """Starts a head without CPUs whose autoscaler may start two nodes with a CPU, processes of this machine."""
+    like = SimpleNamespace(ports=cluster.ports_of_head(), environment={"RAY_AUTH_TOKEN": "t" * 64})
     lists = ["cluster_synced_files", "rsync_exclude", "rsync_filter", "initialization_commands"]
     lists += [f"{who}setup_commands" for who in ("", "head_", "worker_")]
     lists += [f"{who}_start_ray_commands" for who in ("head", "worker")]
-    config = {
-        "cluster_name": "fake",
-        "max_workers": 2,
-        "idle_timeout_minutes": 0.1,
-        "provider": {
-            "type": "external",
-            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
-            **dict.fromkeys(
-                ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check", "launch_multiple"), True
-            ),
-            "gcs_address": f"127.0.0.1:{port}",
-            "head_node_id": FAKE_HEAD,
-        },
-        "available_node_types": {
-            HEAD_TYPE: {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0},
-            "worker": {
-                "resources": {"CPU": 1, "object_store_memory": 10**8},
-                "node_config": {},
-                "min_workers": 0,
-                "max_workers": 2,
-            },
-        },
-        "head_node_type": HEAD_TYPE,
-        **{name: {} for name in ("docker", "auth", "file_mounts")},
-        "file_mounts_sync_continuously": False,
-        **{name: [] for name in lists},
-    }
-    folder.mkdir()
+    worker = {"resources": {"CPU": 1, "object_store_memory": 10**8}, "min_workers": 0, "max_workers": 2}
+    head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+    on = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check", "launch_multiple")
+    provider = {"type": "external", "head_node_id": FAKE_HEAD, **dict.fromkeys(on, True)}
+    provider["module"] = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+    provider["gcs_address"] = f"127.0.0.1:{like.ports['port']}"
+    config = {"cluster_name": "fake", "max_workers": 2, "idle_timeout_minutes": 0.1, "provider": provider}
+    config |= {"available_node_types": {HEAD_TYPE: head, "worker": {**worker, "node_config": {}}}}
+    config |= {"head_node_type": HEAD_TYPE, "file_mounts_sync_continuously": False}
+    config |= {name: {} for name in ("docker", "auth", "file_mounts")} | {name: [] for name in lists}
     (folder / "cluster.yaml").write_text(json.dumps(config))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "HOME": str(folder),
-        "PYTHONPATH": PYTHONPATH,
-        "RAY_FAKE_CLUSTER": "1",
-        "AUTOSCALER_UPDATE_INTERVAL_S": "1",
-        "RAY_NODE_TYPE_NAME": HEAD_TYPE,
-        "RAY_OVERRIDE_NODE_ID_FOR_TESTING": FAKE_HEAD,
-        "RAY_CLOUD_INSTANCE_ID": FAKE_HEAD,
-        "RAY_enable_autoscaler_v2": str(int(version == 2)),
-    }
-    options = {
-        "port": port,
-        "node-ip-address": "127.0.0.1",
-        "num-cpus": 0,
-        "temp-dir": folder / "t",
-        "object-store-memory": 10**8,
-        "include-dashboard": "false",
-        "include-log-monitor": "false",
-        "autoscaling-config": folder / "cluster.yaml",
-    }
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"--{name}={value}" for name, value in options.items()]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-    try:
-        started_by = time.monotonic() + 60
-        while "Ray runtime started" not in (folder / "log").read_text():
-            assert process.poll() is None, (folder / "log").read_text()
-            assert time.monotonic() < started_by, (folder / "log").read_text()
-            time.sleep(0.2)
-        yield f"127.0.0.1:{port}"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    settings = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_NODE_TYPE_NAME": HEAD_TYPE}
+    settings |= dict.fromkeys(("RAY_OVERRIDE_NODE_ID_FOR_TESTING", "RAY_CLOUD_INSTANCE_ID"), FAKE_HEAD)
+    settings["RAY_enable_autoscaler_v2"] = str(int(version == 2))
+    options = (f"--autoscaling-config={folder}/cluster.yaml",)
+    with cluster.head(0, *options, like=like, dashboard=False, **settings) as started:
+        yield started
 
 
 @pytest.mark.slow
 @pytest.mark.nodes
 @pytest.mark.parametrize("version", [1, 2])
-def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_path_factory, version):
-    """Ray's own autoscaler, with its provider for tests: nodes are processes of this machine."""
-    base_dir = tmp_path_factory.mktemp("a")
-    stand_in.tell(base_dir, seconds=1.5)
+def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_path, monkeypatch, version):
+    """Ray's own autoscaler, with its provider for tests."""
+    stand_in.tell(tmp_path, seconds=1.5)
     recipe, events = stand_in.make_recipe(6, baselines={}, resources={"gpus_per_worker": 0, "wait_for_nodes": 60}), []
-    with short_folder() as folder, autoscaling_head(folder / "h", version) as address:
-        result = run_search(recipe, base_dir / "study", address, events.append, RUNNER)
+    with autoscaling_head(tmp_path, version) as head:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            monkeypatch.setenv(name, head.environment[name])
+        result = run_search(recipe, tmp_path / "study", head.address, events.append, RUNNER)
         assert [row.outcome for row in result.trials] == ["complete"] * 6
         waits = [event.text for event in events if isinstance(event, Preparing) and event.text.startswith("waiting")]
         assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"]
         [started] = [event for event in events if isinstance(event, Started)]
         told = (2, "2 CPUs, 1 a trial; nodes for 1 more are asked for")
         assert told in [(started.concurrency, started.reason), *changes(events)]
-        with running_ray(address, folder / "ray.log"):
-            gone_by = time.monotonic() + 60
-            while any(node.num_cpus for node in nodes_now()):
-                assert time.monotonic() < gone_by, "the nodes stay"
-                time.sleep(0.5)
-
-
-@contextlib.contextmanager
-def short_folder():
-    """Gives a folder whose path is short enough for the sockets of Ray."""
-    folder = Path(tempfile.mkdtemp(prefix="cg-", dir="/tmp"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with running_ray(head.address, tmp_path / "ray.log"):
+            killed_searches.wait_until(lambda: not any(node.num_cpus for node in nodes_now()), "the nodes end", 60)
