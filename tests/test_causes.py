@@ -210,9 +210,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
 
 @pytest.mark.whole
 @pytest.mark.slow
-def test_a_preparation_that_dies_and_what_cannot_be_pickled_are_one_message_and_leave_no_half_made_study(
-    tmp_path, bad_start
-):
+def test_a_preparation_that_dies_and_what_cannot_be_pickled_leave_one_message_and_no_study(tmp_path, bad_start):
     recipe = stand_in.make_recipe(1, baselines={})
     with pytest.raises(ClusterError, match="preparation: must run to its end, but got WorkerCrashedError") as caught:
         run_search(recipe, tmp_path / "study", None, runner=bad_start("die", in_preparation=True))

@@ -196,8 +196,8 @@ def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
     (older / "__init__.py").write_text('__version__ = "0.0.9"\n')
     (older / "environment.py").write_text("def source_digest():\n    return ''\n")
 
-    def ask(*command):
-        command = [*command[:-1], sys.executable, *command[-1]]
+    def ask(*words):
+        command = [sys.executable, "-m", "carft_ray.cli", "doctor", recipe, "--address", first.address, *words]
         return subprocess.run(command, cwd=tmp_path, env=first.environment, capture_output=True, text=True, timeout=300)
 
     with (
@@ -205,8 +205,7 @@ def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
         cluster.node(first, hidden=(disk,), PYTHONPATH=str(older.parent)) as blind,
         cluster.node(first, num_cpus=2, XDG_CACHE_HOME=str(tmp_path / "cache")) as seeing,
     ):
-        doctor = ["-m", "carft_ray.cli", "doctor", str(recipe), "--address", first.address]
-        done = ask([*doctor, "--json", "--study", str(disk / "studies" / "one")])
+        done = ask("--json", "--study", disk / "studies" / "one")
         assert done.returncode == 5, done.stderr
         data = json.loads(done.stdout)
         assert not data["healthy"]
@@ -224,7 +223,7 @@ def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
 
         blind.kill()
         cluster.wait_until(lambda: len(cluster.alive(first)) == 2, "the cluster notices the loss")
-        done = ask([*doctor, "--set", "resources.num_workers=2"])
+        done = ask("--set", "resources.num_workers=2")
         assert done.returncode == 0, done.stdout + done.stderr
         assert "running a collective over 2 nodes (gloo)" in done.stderr
         assert "ood_val.sketch" in done.stdout

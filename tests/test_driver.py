@@ -10,9 +10,9 @@ import pytest
 from ray.tune.search import Searcher
 from stand_in import make_recipe
 
-from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
+from carft_ray.errors import NoSuccessfulTrialError, StorageError
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import BaselineFinished, Note, Stopping, TrialEpoch, TrialFinished, TrialSetAside
+from carft_ray.launch.events import BaselineFinished, Note, TrialEpoch, TrialFinished, TrialSetAside
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Node, capacity_of
@@ -161,20 +161,6 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
     assert tune.driver.failure is None
 
 
-def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_goes_on(tune):
-    first, second = tune.start(), tune.start()
-    (tune.folder(second) / "attempt-1" / "step-00000030").mkdir(parents=True)
-    lines = "".join(json.dumps({"epoch": epoch, "step": 10 * epoch}) + "\n" for epoch in (1, 2, 3, 4))
-    (tune.folder(second) / "metrics.jsonl").write_text(lines)
-    study_dir = tune.driver.study.study_dir
-    (study_dir / "stop").write_text("asked by `carft-ray stop`\n")
-    for trial in (first, second):
-        tune.end(trial)
-    for trial, where in ((first, "its beginning"), (second, "step 30 (epoch 3 done)")):
-        [line] = (tune.folder(trial) / "log.txt").read_text().splitlines()
-        assert line.endswith(f" attempt 1: stopped: asked by `carft-ray stop`; resume continues from {where}")
-
-
 def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
     first, second = tune.start(), tune.start()
     first.status = "ERROR"  # a reused actor that could not be reset: on_trial_complete is never called
@@ -213,36 +199,31 @@ def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_c
     assert [row.name for row in tune.driver.study.set_aside()] == [name]
 
 
-@pytest.fixture
-def many(tmp_path):
-    """Gives a function that makes a search of 40 trials with so many at a time."""
-    with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"})) as study:
-        recover_running(study)
-        yield lambda at_a_time: Tune(Driver(study, AtATime(at_a_time), lambda event: None))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("is_good", [True, False])
-def test_a_search_does_not_give_up_while_trainings_run_longer_than_those_that_failed(many, is_good, monkeypatch):
-    tune, now = many(8), [0.0]
+def test_a_search_does_not_give_up_while_trainings_run_longer_than_those_that_failed(tmp_path, is_good, monkeypatch):
+    now, recipe = [0.0], make_recipe(40, baselines={}, sampler={"name": "random"})
     monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=lambda: now[0]))
-    live = [tune.start() for _ in range(8)]
-    now[0] = 10
-    for trial in live[3:]:
-        tune.fail(trial, "diverged", "too high")
-    for _ in range(15):  # in all more than two waves
-        trial = tune.start()
-        now[0] += 1
-        tune.fail(trial, "diverged", "too high")
-    assert tune.driver.failure is None
-    if is_good:
-        tune.finish(live[0])
-    for trial in live[is_good:3]:
+    with open_study(tmp_path / "study", recipe) as study:
+        recover_running(study)
+        tune = Tune(Driver(study, AtATime(8), lambda event: None))
+        live = [tune.start() for _ in range(8)]
+        now[0] = 10
+        for trial in live[3:]:
+            tune.fail(trial, "diverged", "too high")
+        for _ in range(15):  # in all more than two waves
+            trial = tune.start()
+            now[0] += 1
+            tune.fail(trial, "diverged", "too high")
         assert tune.driver.failure is None
-        tune.fail(trial, "diverged", "at chance")
-    assert isinstance(tune.driver.failure, NoSuccessfulTrialError) != is_good
-    if not is_good:
-        assert "20 of 23 failed in this way: too high" in str(tune.driver.failure)
+        if is_good:
+            tune.finish(live[0])
+        for trial in live[is_good:3]:
+            assert tune.driver.failure is None
+            tune.fail(trial, "diverged", "at chance")
+        assert isinstance(tune.driver.failure, NoSuccessfulTrialError) != is_good
+        if not is_good:
+            assert "20 of 23 failed in this way: too high" in str(tune.driver.failure)
 
 
 def test_a_fault_of_the_surroundings_stops_all_and_is_kept_for_the_driver(tune):
@@ -267,18 +248,6 @@ def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, m
     tune.finish(first)
     assert tune.start() == Searcher.FINISHED
     assert tune.driver.failure.exit_code == 5
-
-
-def test_a_stop_leaves_running_trials_to_the_next_search(tune):
-    first, second = tune.start(), tune.start()
-    (tune.driver.study.study_dir / "stop").write_text("")
-    tune.end(first)  # its worker has seen the file before the driver looks
-    assert tune.events[-1] == Stopping(1)
-    assert tune.start() is None
-    tune.end(second)
-    assert tune.start() == Searcher.FINISHED
-    assert tune.driver.failure is None
-    assert [row.outcome for row in trials(tune.driver.study.study_dir)] == ["running"]
 
 
 def test_what_a_training_reports_is_written_and_told_once_however_often_its_attempts_say_it(tune):
@@ -359,22 +328,6 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
     assert failure.exit_code == 5  # the last one was lost
     assert "12 attempts in a row failed; the last one: no route to node7" in str(failure)
     assert "run the same command again" in str(failure)
-
-
-@pytest.mark.slow
-def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(many):
-    """Half of 12 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
-    tune = many(12)
-    live = [tune.start() for _ in range(12)]
-    for _ in range(3):
-        for trial in live[:6]:
-            tune.end(trial, lost="its node is gone")
-        live = live[6:] + [tune.start() for _ in range(6)]
-    for _ in range(6 * 12 - 3 * 6):
-        assert tune.driver.failure is None
-        tune.end(live.pop(0), lost="no route to node7")
-        live += [trial for trial in [tune.start()] if isinstance(trial, SimpleNamespace)]
-    assert isinstance(tune.driver.failure, ClusterError)
 
 
 def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for_a_while(tune):

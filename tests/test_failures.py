@@ -5,12 +5,12 @@ import os
 import re
 import shutil
 import signal
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import attempts
+import killed_searches
 import numpy as np
 import pytest
 import ray
@@ -254,13 +254,14 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_no
         folder = first.folder(study_dir)
         zombie = attempts.start(plan, first)
         orders = {first.training: Wish(1)}
-        wait_until(lambda: rows_in(box, orders))
+        killed_searches.wait_until(lambda: rows_in(box, orders), "an epoch")
         os.kill(zombie.pid, signal.SIGSTOP)
         assert study.lost(first, "its node is lost") != "set aside"
         second = study.next()
         process = attempts.start(plan, second)
         orders = {second.training: Wish(2, "go")}
-        wait_until(lambda: [signs.process.pid for signs in box.exchange(orders).values()] == [process.pid])
+        pids = lambda: [signs.process.pid for signs in box.exchange(orders).values()]  # noqa: E731
+        killed_searches.wait_until(lambda: pids() == [process.pid], "the next one runs")
         os.kill(zombie.pid, signal.SIGCONT)
         zombie.join(120)
         assert zombie.exitcode == 0  # quietly, at its next look for a stop
@@ -276,10 +277,3 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_no
 
 def rows_in(box, orders):
     return [value for signs in box.exchange(orders).values() for kind, value in signs.records if kind == "row"]
-
-
-def wait_until(holds):
-    end = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)

@@ -19,12 +19,10 @@ from carft_ray.errors import ClusterError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import (
     ConcurrencyChanged,
-    Note,
     Preparing,
     Started,
     TrialEpoch,
 )
-from carft_ray.launch.failures.causes import STARTED_LATE
 from carft_ray.launch.ray_cluster.cluster import nodes_now, running_ray
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity, Node, capacity_of, held_by_others, node_of
 from carft_ray.launch.ray_cluster.growth import await_nodes
@@ -267,18 +265,6 @@ def test_where_memory_was_full_the_same_share_of_a_larger_cluster_is_used(follow
         tune.look()
         assert (tune.driver.at_a_time.concurrency, tune.driver.at_a_time.asked) == (at_a_time, 0)
     assert changes(tune.events)[-1] == (1, "memory was full; 3 would fit")
-
-
-@pytest.mark.slow
-def test_workers_that_did_not_come_in_time_have_waited_and_are_no_loss(followed):
-    tune = followed()
-    for _ in range(30):  # more often than anything may be lost
-        tune.end(tune.start(), f"The {STARTED_LATE} after 900 seconds")
-    assert tune.driver.failure is None
-    assert not tune.driver.study.set_aside()
-    told = [event.text for event in tune.events if isinstance(event, Note)]
-    assert len(told) == 30
-    assert " waits again: The worker group startup timed out after 900 seconds" in told[0]
 
 
 def test_what_waits_holds_no_gpu_and_keeps_no_search_from_its_end(followed):

@@ -64,13 +64,6 @@ def contents(study_dir):
     return {path: path.read_bytes() if path.is_file() else None for path in study_dir.rglob("*")}
 
 
-def wait_until(condition, timeout_s=killed_searches.TIMEOUT_S):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def state_of(pid):
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
@@ -123,7 +116,7 @@ def test_signs_of_life_go_on_during_an_open_study_and_end_with_it(study_dir, mon
     with open_study(study_dir, make_recipe(3)) as study:
         recover_running(study)
         before = len(commits(study_dir))
-        wait_until(lambda: len(commits(study_dir)) >= before + 3)
+        killed_searches.wait_until(lambda: len(commits(study_dir)) >= before + 3, "signs of life")
         assert all(commit["operations"] == commit["records"] == [] for commit in commits(study_dir)[before:])
         assert study.next() is not None
     assert not [thread for thread in threading.enumerate() if thread.name == "beat"]
@@ -154,14 +147,6 @@ def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch)
         assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_with_a_log_of_another_kind_is_refused_and_kept(tmp_path):
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "yesterday.txt").write_text("precious")
-    with pytest.raises(Exception, match="must be a study or empty, but got log"), open_study(tmp_path, make_recipe(3)):
-        pass
-    assert (tmp_path / "log" / "yesterday.txt").read_text() == "precious"
-
-
 # searches of several machines, each a process
 
 
@@ -173,7 +158,7 @@ class Search:
         self.process = attempts.forked(search_elsewhere, self.path, boot, folder / "study", num_trials)
 
     def read_to(self, start):
-        wait_until(lambda: start in self.output or not self.process.is_alive())
+        killed_searches.wait_until(lambda: start in self.output or not self.process.is_alive(), start)
         assert start in self.output, self.output
 
     def ended(self):
@@ -199,7 +184,7 @@ def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_
     first = Search(tmp_path, "one", 1)
     first.read_to("TrialEpoch t0000-")
     os.kill(first.process.pid, signal.SIGSTOP)
-    wait_until(lambda: state_of(first.process.pid) == "T")
+    killed_searches.wait_until(lambda: state_of(first.process.pid) == "T", "it sleeps")
     hold.unlink()
     second = Search(tmp_path, "two", 1)
     assert second.ended() == 0, second.output
@@ -311,7 +296,7 @@ def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_h
         assert other.stdout.readline() == "held\n"
         assert holder(study_dir).startswith(f"process {other.pid} on ")
         other.kill()
-        wait_until(lambda: state_of(other.pid) == "Z")
+        killed_searches.wait_until(lambda: state_of(other.pid) == "Z", "it is dead")
         assert holder(study_dir) is None
         told = []
         with holding(study_dir, told.append):

@@ -154,11 +154,6 @@ def drain(node_id, reached, seconds):
     subprocess.run(command, check=True, capture_output=True, env=environment(**auth), timeout=60)
 
 
-def windows(num_steps, steps_per_epoch):
-    """Returns the steps at which a metrics window ends."""
-    return [step for step in range(1, num_steps + 1) if step % WINDOW == 0 or step % steps_per_epoch == 0]
-
-
 @pytest.mark.nodes
 def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_one_window_at_most(tmp_path):
     """An epoch has 64 steps of a fifth of a second, a checkpoint comes every 5 seconds."""
@@ -181,6 +176,6 @@ def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_
     assert 0 < resumed < 64  # inside of the epoch
     assert [step.step for step in second] == list(range(resumed + 1, 65))
     # the next checkpoint would have come at the first window's end 5 seconds later; the kill was before its end
-    due = next((step for step in windows(64, 64) if at.get(step, 0) >= at[resumed + 1] + 5), 64)
+    due = next((step for step in range(WINDOW, 64, WINDOW) if at.get(step, 0) >= at[resumed + 1] + 5), 64)
     assert first[-1].step <= due
     assert " lost: " in (training / "log.txt").read_text()

@@ -84,6 +84,7 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
     assert {row.name for row in again.baselines} == {"zero_shot", "plain"}
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     # seconds that a stopped training cleans up; Tune would give it 2
@@ -100,10 +101,8 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     assert "Resume with: carft-ray resume" in output
     stopped = {row.name: row for row in trials(study_dir)}
     done = {name for name, row in stopped.items() if row.outcome == "complete"}
-    assert done
     assert {row.outcome for row in stopped.values()} == {"complete", "running"}
     assert best_row(stopped.values()).name in (study_dir / "best.yaml").read_text().splitlines()[0]
-    assert (study_dir / "figure.png").exists()
 
     stand_in.tell(tmp_path)
     process = driver(study_dir, 4)

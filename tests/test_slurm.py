@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from killed_searches import wait_until
 
 from carft_ray.study.rows import trials
 
@@ -36,13 +37,6 @@ STAND_INS = {  # of what the script starts: quick ones
     'stat -c %a "$RAY_AUTH_TOKEN_PATH" > "$STUBS/mode"\n[ -z "$CODE" ] || exit $CODE\ntrap "exit 130" TERM\n'
     'touch "$STUBS/running"\nwhile :; do sleep 0.05; done\n',
 }
-
-
-def wait_until(holds, what, timeout_s=120):
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
 
 
 def free_job_id():
