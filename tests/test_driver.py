@@ -1,11 +1,13 @@
 """The driver, asked and told as Tune does it; no Ray runs."""
 
 import json
+import random
 import re
 import time
 from collections import Counter
 from types import SimpleNamespace
 
+import killed_searches
 import pytest
 from ray.tune.search import Searcher
 from stand_in import make_recipe
@@ -23,7 +25,7 @@ from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialSpec
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import trials
+from carft_ray.study.rows import best_row, rows_by_kind, trials
 from carft_ray.study.study import LOST_ATTEMPTS
 
 
@@ -461,3 +463,94 @@ def test_the_group_of_a_killed_trial_is_removed_once_it_is_known_or_keeps_others
     kill(third)
     tune.look()
     assert "g3" in removed
+
+
+# searches whose trainings end in any order and way
+
+NUM_TRIALS, EIGHT, EPOCHS = 24, 8, 4
+WAYS = ("finish", "diverged", "error", "lost", "die", "memory")
+
+
+def simulated(study_dir, recipe, rng, ways, num_steps=10_000):
+    """Searches with trainings that advance and end in any order, each in one of the ways; it is killed after so many.
+
+    A kill comes to some trainings when their result is there and nobody has noted it.
+
+    Returns:
+        The driver, and the names of the trainings of which it was told that they ended.
+    """
+    live, told = [], []
+    with open_study(study_dir, recipe) as study:
+        names = [row.name for row in recover_running(study)]
+        tune = Tune(Driver(study, AtATime(EIGHT), told.append))
+        for _ in range(num_steps):
+            while len(live) < EIGHT and not isinstance(trial := tune.start(), str | None):
+                live.append(trial)
+            assert len(live) == len(tune.driver.live) <= EIGHT
+            assert len({spec_of(trial).name for trial in live}) == len(live)
+            if not live:
+                break
+            trial = rng.choice(live)
+            if tune.order(trial) in ("stop", "cut"):
+                tune.end(trial)
+            elif not advance(tune, trial, rng.random()):
+                end(tune, trial, rng.choice(ways), rng.random())
+            live = [each for each in live if each.status == "RUNNING"]
+            tune.look()
+        for trial in live:
+            if rng.random() < 0.3:
+                write_result(tune.place(trial), {"objective": rng.random(), "alpha": 0.5, "metrics": {}})
+    return tune.driver, names + [each.row.name for each in told if isinstance(each, TrialFinished | BaselineFinished)]
+
+
+def advance(tune, trial, objective):
+    """Adds an epoch to a training, as its last attempt left it; tells whether one was left."""
+    path = tune.folder(trial) / "metrics.jsonl"
+    epoch = 1 + (len(path.read_text().splitlines()) if path.exists() else 0)
+    row = {"epoch": epoch, "step": epoch, "num_steps": EPOCHS, "loss": 1.0, "subset/objective": objective}
+    if epoch <= EPOCHS:
+        tune.report(trial, row)
+    return epoch <= EPOCHS
+
+
+def end(tune, trial, way, objective):
+    if way == "finish":
+        tune.finish(trial, objective)
+    elif way == "lost":
+        tune.end(trial, lost="the node was taken away")
+    elif way == "die":
+        tune.die(trial)
+    else:
+        tune.fail(trial, way, f"{way} here")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "pruner"), [(1, {}), (2, {"name": "successive_halving", "first": 0.25})])
+def test_a_search_has_its_trials_once_however_they_end_and_whenever_it_is_killed(tmp_path, seed, pruner):
+    rng, told, study_dir = random.Random(seed), [], tmp_path / "study"
+    recipe = make_recipe(NUM_TRIALS, EPOCHS, sampler={"seed": seed}, pruner=pruner)
+    for num_steps in (*(rng.randrange(10, 80) for _ in range(seed)), 10_000):
+        driver, names = simulated(study_dir, recipe, rng, WAYS, num_steps)
+        assert driver.failure is None
+        told += names
+    rows = rows_by_kind(study_dir)
+    assert [row.number for row in rows["trial"]] == list(range(NUM_TRIALS))
+    everything = rows["trial"] + rows["baseline"]
+    assert len({row.name for row in everything}) == NUM_TRIALS + 1
+    assert all((row.outcome == "running") == row.set_aside for row in everything)
+    assert Counter(told) == Counter(row.name for row in everything if not row.set_aside)
+    assert best_row(rows["trial"]).name in (study_dir / "best.yaml").read_text().splitlines()[0]
+    killed_searches.check_told_once(study_dir)
+
+
+@pytest.mark.slow
+def test_a_search_in_which_no_training_is_good_says_so_with_the_commonest_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=iter(range(10**9)).__next__))
+    recipe = make_recipe(NUM_TRIALS, EPOCHS, sampler={"seed": 0}, baselines={})
+    driver, names = simulated(tmp_path / "study", recipe, random.Random(0), ("diverged", "diverged", "error"))
+    assert isinstance(driver.failure, NoSuccessfulTrialError)
+    number, total, reason = re.search(r"; (\d+) of (\d+) failed in this way: (.+)", str(driver.failure)).groups()
+    assert 2 * EIGHT <= int(total) <= len(names) <= NUM_TRIALS  # what ran then has ended since
+    rows = {row.name: row for row in rows_by_kind(tmp_path / "study")["trial"]}
+    reasons = Counter(rows[name].reason for name in names[: int(total)])
+    assert reasons.most_common(1) == [(reason, int(number))]

@@ -41,12 +41,14 @@ def seed():
     return drawn
 
 
-def test_a_study_killed_with_its_ray_while_trainings_run_and_between_them_is_extended_and_finished(tmp_path, seed):
+def test_a_study_killed_with_its_ray_is_extended_and_has_the_numbers_of_one_left_in_peace_bit_for_bit(tmp_path, seed):
+    """Eight trainings at a time, real ones; killed while they run, and once one has ended."""
     moments = [("ray-train", "TrialEpoch"), ("inline", "TrialFinished")]
     numbers = [number for number in range(10) if searches.moment(number) in moments]
-    kills = searches.kill_at_random(tmp_path / "study", 2, numbers, random.Random(seed))
+    kills = searches.kill_at_random(tmp_path / "study", 4, numbers, random.Random(seed), **searches.REAL)
     print(*kills, sep="\n")
     assert sorted((executor, event) for executor, event, _, _ in kills) == sorted(moments)
+    searches.check_numbers(tmp_path / "study", searches.undisturbed(tmp_path / "calm", 8))
 
 
 @pytest.mark.parametrize("what", ["training", "trial", "driver"])
