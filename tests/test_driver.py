@@ -541,16 +541,3 @@ def test_a_search_has_its_trials_once_however_they_end_and_whenever_it_is_killed
     assert Counter(told) == Counter(row.name for row in everything if not row.set_aside)
     assert best_row(rows["trial"]).name in (study_dir / "best.yaml").read_text().splitlines()[0]
     killed_searches.check_told_once(study_dir)
-
-
-@pytest.mark.slow
-def test_a_search_in_which_no_training_is_good_says_so_with_the_commonest_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=iter(range(10**9)).__next__))
-    recipe = make_recipe(NUM_TRIALS, EPOCHS, sampler={"seed": 0}, baselines={})
-    driver, names = simulated(tmp_path / "study", recipe, random.Random(0), ("diverged", "diverged", "error"))
-    assert isinstance(driver.failure, NoSuccessfulTrialError)
-    number, total, reason = re.search(r"; (\d+) of (\d+) failed in this way: (.+)", str(driver.failure)).groups()
-    assert 2 * EIGHT <= int(total) <= len(names) <= NUM_TRIALS  # what ran then has ended since
-    rows = {row.name: row for row in rows_by_kind(tmp_path / "study")["trial"]}
-    reasons = Counter(rows[name].reason for name in names[: int(total)])
-    assert reasons.most_common(1) == [(reason, int(number))]

@@ -1,23 +1,27 @@
-"""Groups of workers that run one training after the other: what they say, by a group without Ray; and a real one."""
+"""Groups of workers that run one training after the other: what they say, by a group without Ray; and real ones."""
 
-import itertools
 import json
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import stand_in
+from killed_searches import wait_until
 
+from carft_ray.errors import InterruptedRunError
 from carft_ray.launch import ray_group
 from carft_ray.launch.mailbox import Mailbox
 from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.ray_group import Said, WorkerGroup
 from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
 from carft_ray.study.outcome import TrialSpec
+from carft_ray.study.rows import trials
 
 HERE = Path(__file__).parent
 CAPACITY = Capacity(1, "", 2, 1.0, 0.0, one_node=True)
@@ -95,12 +99,12 @@ def test_a_training_is_not_lost_with_a_group_that_ended_before(groups, monkeypat
     monkeypatch.setattr(ray_group, "IDLE_S", 0.0)
     idle, dead = groups.group(), groups.group()
     assert groups.run(idle, 0)
-    until(lambda: not idle.fits(groups.runtime, []))
+    wait_until(lambda: not idle.fits(groups.runtime, []), "it ends")
     assert not groups.run(idle, 1)
 
     groups.dies.set()
     assert groups.run(dead, 2)
-    until(lambda: not dead.fits(groups.runtime, []))
+    wait_until(lambda: not dead.fits(groups.runtime, []), "it ends")
     assert not groups.run(dead, 3)
     assert [trial for _, trial in groups.ran] == [0, 2]
 
@@ -108,15 +112,12 @@ def test_a_training_is_not_lost_with_a_group_that_ended_before(groups, monkeypat
 class Forgetful(Mailbox):
     """Every third call finds a mailbox that was just started again, every fourth one none."""
 
-    def __init__(self):
-        super().__init__()
-        self._calls = itertools.count()
+    calls = 0
 
     def _meet(self):
-        number = next(self._calls)
+        number, self.calls = self.calls, self.calls + 1
         if number % 3 == 1:
             super().__init__()
-            self._calls = itertools.count(number + 1)
         if number % 4 == 3:
             raise ConnectionError
 
@@ -140,26 +141,12 @@ def test_a_group_that_does_not_end_does_not_hold_up_the_one_who_closes_it(groups
     monkeypatch.setattr(ray_group, "CLOSE_S", 0.1)
     ends, group = threading.Event(), groups.group()
     monkeypatch.setattr(ray_group, "_trainer", lambda *given: SimpleNamespace(fit=ends.wait))
-    thread = threading.Thread(target=lambda: groups.ran.append(_raised(groups.run, group, 0)))
-    thread.start()
-    until(lambda: group.fits(groups.runtime, []))
-    group.close()
-    ends.set()
-    thread.join()
-    assert groups.ran == ["its workers ended without a message"]
-
-
-def _raised(run, *given):
-    with pytest.raises(RuntimeError) as raised:
-        run(*given)
-    return str(raised.value)
-
-
-def until(condition):
-    limit = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(groups.run, group, 0)
+        wait_until(lambda: group.fits(groups.runtime, []), "it begins")
+        group.close()
+        ends.set()
+    assert str(running.exception()) == "its workers ended without a message"
 
 
 @pytest.mark.whole
@@ -185,3 +172,38 @@ def train_and_name_the_process(recipe, out_dir, prepared_dir, context, attempt):
     if context.rank == 0:
         (out_dir / "pids.json").write_text(json.dumps(pids))
     return stand_in.train(recipe, out_dir, prepared_dir, context, attempt)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("executor", ["debug", pytest.param("ray-train", marks=pytest.mark.whole)])
+def test_no_attempt_of_a_training_has_the_number_of_another(tmp_path, monkeypatch, executor):
+    """Two workers die in the first attempt; the second one is stopped, and the third one finishes."""
+    monkeypatch.setenv("PYTHONPATH", f"{HERE}:{HERE.parent}")  # of Ray's workers
+    lost = executor == "ray-train"
+    workers = {"num_workers": 2, "cpus_per_worker": 0.5} if lost else {}
+    recipe = stand_in.make_recipe(resources={"executor": executor, **workers})
+    stand_in.tell(tmp_path, rain="die_once" if lost else "raise_once")  # by the letters where a trial has its number
+    (tmp_path / "base" / "hold").touch()
+    out, runner = tmp_path / "out", Runner(stand_in.prepare, stand_in.train)
+
+    def train(resume, report=print):
+        return train_once(recipe, out, resume, "", str, print, report, None, None, (), runner)
+
+    def stop(row):
+        if row["epoch"] == 1:
+            (out / "stop").write_text("")
+
+    with pytest.raises(InterruptedRunError, match="continues from step 10"):
+        train(False, stop)
+    (tmp_path / "base" / "hold").unlink()
+    epochs = []
+    train(True, epochs.append)
+    assert [row["epoch"] for row in epochs] == [2]
+    [row] = trials(out)
+    assert (row.name, row.outcome, row.attempt) == ("train", "complete", 3)
+    lines = (row.folder(out) / "log.txt").read_text().splitlines()
+    said = [line.split(" ", 1)[1] for line in lines if " attempt " in line]
+    kinds = [line.split()[:3] for line in said]
+    first = "lost:" if lost else "error:"
+    expected = [("1:", "starts"), ("1:", first), ("2:", "starts"), ("2:", "stopped:"), ("3:", "starts")]
+    assert [tuple(words[1:]) for words in kinds] == expected

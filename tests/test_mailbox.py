@@ -3,10 +3,10 @@
 import os
 import signal
 import threading
-import time
 
 import pytest
 import ray
+from killed_searches import wait_until
 
 from carft_ray.launch import mailbox
 from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Poster, Process, Wish, start_mailbox
@@ -21,13 +21,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-def until(condition):
-    limit = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
 
 
 def test_what_all_ranks_post_is_given_to_the_driver_and_what_it_does_not_name_is_forgotten():
@@ -92,7 +85,7 @@ def test_a_step_never_waits_for_the_mailbox():
     with Poster(Slow(), NAME, 1) as poster:
         for _ in range(1000):
             assert poster.step() == "go"
-        until(lambda: poster._thread.is_alive())
+        wait_until(lambda: poster._thread.is_alive(), "it has come")
         held.set()
 
 
@@ -136,7 +129,8 @@ def test_an_exchange_goes_on_while_the_driver_is_busy_and_when_the_mailbox_fails
     exchange = Exchange(Flaky())
     with exchange.going_on():
         exchange.order(NAME, 1, "stop")
-        until(lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1) is not None)
+        stopped = lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1)  # noqa: E731
+        wait_until(stopped, "it has come")
     assert exchange.mail(NAME, 1).signs.steps == {0: 8}
 
 
@@ -201,8 +195,8 @@ def test_the_actor_answers_as_the_object_and_comes_back_when_it_is_killed(actor)
         assert poster.order == "leave"
         killed = pid_of(actor)
         os.kill(killed, signal.SIGKILL)
-        until(lambda: pid_of(actor) not in (None, killed))
-        until(lambda: actor.exchange(orders) and actor.exchange(orders)[NAME].process == PROCESS)
+        wait_until(lambda: pid_of(actor) not in (None, killed), "it has come")
+        wait_until(lambda: actor.exchange(orders) and actor.exchange(orders)[NAME].process == PROCESS, "it has come")
     assert actor.post(Post(NAME, 1)).order == "leave"
 
 
@@ -216,4 +210,4 @@ def test_a_mailbox_that_does_not_answer_is_an_error_of_the_system_and_no_hang(ac
             actor.post(Post(NAME, 1))
     finally:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: pid_of(actor) == pid)
+    wait_until(lambda: pid_of(actor) == pid, "it has come")

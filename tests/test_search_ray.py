@@ -151,30 +151,6 @@ def test_ray_train_runs_trials_on_two_workers_and_never_has_two_placement_groups
 
 
 @pytest.mark.slow
-def test_a_driver_killed_between_two_rungs_cuts_after_it_what_it_would_have_cut(tmp_path):
-    """In the driver's process, one at a time, so that the order is that of the numbers."""
-    search = {**HALVING, "resources": {"executor": "debug"}}
-
-    def finished(study_dir):
-        stand_in.tell(tmp_path, paced=True)
-        run_search(stand_in.make_recipe(5, epochs=4, **search), study_dir, None, runner=RUNNER)
-        return [(row.number, row.values, row.outcome, row.reason, row.objective) for row in trials(study_dir)]
-
-    expected = finished(tmp_path / "whole")
-    assert [outcome for _, _, outcome, _, _ in expected] == ["complete", "pruned", "complete", "pruned", "pruned"]
-    assert expected[4][3].startswith("cut at 50 %")
-
-    study_dir = tmp_path / "killed"
-    stand_in.tell(tmp_path, paced=True, **{"4": "hold"})
-    process = driver(study_dir, 5, **search)
-    read_until(process, ["TrialEpoch t0004"])  # it is past the first rung, and waits
-    process.kill()
-    process.communicate(timeout=600)
-    assert trials(study_dir)[4].outcome == "running"
-    assert finished(study_dir) == expected
-
-
-@pytest.mark.slow
 def test_a_fault_in_the_preparation_or_in_a_trial_ends_the_search_with_its_exit_code(tmp_path):
     missing = stand_in.tell(tmp_path, **{"1": "no_data"}) / "no_data"
     missing.touch()

@@ -153,14 +153,6 @@ def test_a_hook_drains_at_once_and_holds_the_node_up(monkeypatch, ray_words):
     assert 0 < slept[-1] <= 25
 
 
-def test_words_that_do_not_go_together_are_refused(capsys):
-    for words in (["--now", "5", "--provider", "aws"], ["--provider", "azure"]):
-        with pytest.raises(SystemExit) as ended:
-            spot.main(words)
-        assert ended.value.code == 2
-    assert "invalid choice: 'azure'" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.nodes
 def test_a_real_node_finds_its_name_and_is_drained():
