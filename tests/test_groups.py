@@ -1,7 +1,5 @@
 """Groups of workers that run one training after the other: what they say, by a group without Ray; and real ones."""
 
-import json
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +15,6 @@ from carft_ray.launch import ray_group
 from carft_ray.launch.mailbox import Mailbox
 from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.ray_group import Said, WorkerGroup
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
 from carft_ray.study.outcome import TrialSpec
@@ -147,31 +144,6 @@ def test_a_group_that_does_not_end_does_not_hold_up_the_one_who_closes_it(groups
         group.close()
         ends.set()
     assert str(running.exception()) == "its workers ended without a message"
-
-
-@pytest.mark.whole
-@pytest.mark.slow
-def test_a_search_starts_its_workers_once_and_after_a_failure_again(tmp_path, monkeypatch):
-    """Trials and a baseline, one after the other; trial 1 diverges, and its group ends with it."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
-    stand_in.tell(tmp_path, **{"1": "diverge"})
-    resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
-    recipe = stand_in.make_recipe(3, epochs=1, resources=resources, max_concurrent_trials=1)
-    result = run_search(recipe, tmp_path / "study", runner=Runner(stand_in.prepare, train_and_name_the_process))
-    assert [row.outcome for row in result.trials] == ["complete", "diverged", "complete"]
-    folders = [tmp_path / "study" / "baselines" / "plain"]
-    folders += [tmp_path / "study" / "trials" / row.name for row in result.trials]
-    pids = [json.loads((folder / "pids.json").read_text()) for folder in folders]
-    assert pids[0] == pids[1] == pids[2] != pids[3]
-
-
-def train_and_name_the_process(recipe, out_dir, prepared_dir, context, attempt):
-    from carft_ray.training.ranks import gather
-
-    pids = gather(context, os.getpid())
-    if context.rank == 0:
-        (out_dir / "pids.json").write_text(json.dumps(pids))
-    return stand_in.train(recipe, out_dir, prepared_dir, context, attempt)
 
 
 @pytest.mark.slow

@@ -120,9 +120,18 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
             assert row == stopped[row.name]
 
 
+def train_and_name_the_processes(recipe, out_dir, prepared_dir, context, attempt):
+    from carft_ray.training.ranks import gather
+
+    pids = gather(context, os.getpid())
+    if context.rank == 0:
+        (out_dir / "pids.json").write_text(json.dumps(pids))
+    return stand_in.train(recipe, out_dir, prepared_dir, context, attempt)
+
+
 @pytest.mark.whole
 @pytest.mark.slow
-def test_ray_train_runs_trials_on_two_workers_and_never_has_two_placement_groups_however_they_end(tmp_path):
+def test_ray_train_starts_its_workers_once_and_never_has_two_placement_groups_however_trials_end(tmp_path):
     """One is trained to its end, one is cut at a rung, one diverges, one after the other."""
     stand_in.tell(tmp_path, seconds=1.5, **{"2": "diverge"})
     resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
@@ -136,18 +145,21 @@ def test_ray_train_runs_trials_on_two_workers_and_never_has_two_placement_groups
             groups = [group for group in groups if "CPU" in str(group["bundles"])]  # Tune's own holds none
             left.append(sum(group["state"] != "REMOVED" for group in groups))
 
-    result = run_search(recipe, tmp_path / "study", None, on_event, RUNNER)
+    runner = Runner(stand_in.prepare, train_and_name_the_processes)
+    result = run_search(recipe, tmp_path / "study", None, on_event, runner)
     assert not ray.is_initialized()
     assert left == [1, 1, 0]  # that of the next training; a failure ends it
     assert [event.reason for event in seen if isinstance(event, Started)] == ["search.max_concurrent_trials"]
-    good, cut, bad = result.trials
+    good, _, bad = result.trials
     assert [row.outcome for row in result.trials] == ["complete", "pruned", "diverged"]
     assert good.metrics["ranks"] == 3  # 1 + 2, added by torch.distributed
     assert bad.reason == "loss not finite at step 3"
-    folders = {row.outcome: tmp_path / "study" / "trials" / row.name for row in result.trials}
-    assert {outcome for outcome, folder in folders.items() if list(folder.glob("*/result.json"))} == {"complete"}
-    assert len((folders[cut.outcome] / "metrics.jsonl").read_text().splitlines()) < 4  # the group has ended by itself
-    assert not list(folders[cut.outcome].glob("attempt-*"))
+    folders = [row.folder(tmp_path / "study") for row in result.trials]
+    assert [bool(list(folder.glob("*/result.json"))) for folder in folders] == [True, False, False]
+    assert len((folders[1] / "metrics.jsonl").read_text().splitlines()) < 4  # the group has ended by itself
+    assert not list(folders[1].glob("attempt-*"))
+    pids = [json.loads((folder / "pids.json").read_text()) for folder in folders]
+    assert pids[0] == pids[1] != pids[2]  # a cut ends a group
 
 
 @pytest.mark.slow
