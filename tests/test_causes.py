@@ -147,30 +147,22 @@ def check_told(text):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("executor", "mode", "cause"),
-    [  # workers of Ray Train that do not come in time are in test_kills
-        ("inline", "raise", NEVER),
-        pytest.param("ray-train", "raise_worker", NEVER, marks=pytest.mark.whole),
-    ],
-)
-def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(
-    tmp_path, bad_start, capsys, executor, mode, cause
-):
-    runner = bad_start(mode)
-    recipe = stand_in.make_recipe(2, baselines={}, max_concurrent_trials=1, resources={"executor": executor})
+def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(tmp_path, bad_start, capsys):
+    """Workers of Ray Train that do not come in time are in test_kills."""
+    runner = bad_start("raise")
+    recipe = stand_in.make_recipe(2, baselines={}, max_concurrent_trials=1)
     study_dir = tmp_path / "study"
     with pytest.raises(ClusterError) as caught:
         run_search(recipe, study_dir, None, runner=runner)
-    assert cause in str(caught.value)
+    assert NEVER in str(caught.value)
     check_told(str(caught.value))
     [row] = [row for row in trials(study_dir) if row.set_aside]
-    assert row.reason.startswith(f"1 attempts in a row did not advance; the last: {cause}")
+    assert row.reason.startswith(f"1 attempts in a row did not advance; the last: {NEVER}")
     check_told(row.reason)
     for words, told in (
         (["ls", study_dir], f"set aside: {row.reason}"),
         (["status", study_dir], f"set aside: {row.reason}"),
-        (["logs", study_dir, row.number], f"attempt 1: lost: {cause}"),
+        (["logs", study_dir, row.number], f"attempt 1: lost: {NEVER}"),
     ):
         capsys.readouterr()
         assert crash_host.call([str(word) for word in words]) == 0

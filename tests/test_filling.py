@@ -8,10 +8,12 @@ import attempts
 import numpy as np
 import pytest
 import slow_builds
+import stand_in
 from PIL import Image
 from ray.cluster_utils import Cluster
 from test_lost import gloo
 
+from carft_ray.errors import InterruptedRunError
 from carft_ray.launch import worker
 from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.mailbox import Mailbox, Poster, Wish
@@ -81,6 +83,16 @@ def test_each_node_fills_its_cache_once_and_at_the_same_time_before_the_first_tr
     assert {note["cache"] for note in notes[:2]} == {"one", "two"}
     assert {note["trials"] for note in notes} == {0}
     assert any(": building train into the cache: " in text and text.endswith(" s left") for text in told), told
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_path, two_nodes):
+    runner = Runner(stand_in.prepare, stand_in.train, slow_builds.fill_and_ask_to_stop)
+    recipe = stand_in.make_recipe(3, resources={"gpus_per_worker": 0})
+    with pytest.raises(InterruptedRunError, match="0 of 3 trials finished"):
+        run_search(recipe, tmp_path / "study", two_nodes, runner=runner)
+    assert not (tmp_path / "study" / "_tune").exists()
 
 
 @pytest.mark.slow

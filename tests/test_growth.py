@@ -44,20 +44,14 @@ ASKED = "; nodes for 1 are asked for"
 @pytest.mark.parametrize(
     ("nodes", "recipe", "concurrency", "one_node", "reason"),
     [
-        ([(2, 0)], {}, 2, True, "2 CPUs, 1 a trial"),
         ([(8, 2)], {}, 2, True, "2 GPUs, 1 a trial"),
-        ([(8, 2)], {"gpus_per_worker": 0}, 8, True, "8 CPUs, 1 a trial"),
         ([(8, 0)], {"max_concurrent_trials": 2}, 2, True, "search.max_concurrent_trials"),
-        ([(8, 0)], {"max_concurrent_trials": 20}, 8, True, "8 CPUs, 1 a trial"),
         ([(2, 0), (2, 0)], {"num_workers": 4}, 1, False, "4 CPUs, 4 a trial"),  # over two nodes
         # Ray counts in ten-thousandths, and a share of a GPU lies on one GPU
         ([(8, 1)], {"gpus_per_worker": 0.2}, 5, True, "1 GPU, 0.2 a trial"),
         ([(64, 8)], {"gpus_per_worker": 0.3}, 24, True, "8 GPUs, 0.3 a trial" + REST),
-        ([(64, 8)], {"gpus_per_worker": 1 / 3}, 24, True, "8 GPUs, 0.333333 a trial"),
-        ([(1, 0)], {"cpus_per_worker": 0.1, "num_workers": 3}, 3, True, "1 CPU, 0.3 a trial"),
         # what is left over on each node is of no use
         ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "6 CPUs, 2 a trial" + REST),
-        ([(64, 3), (64, 1)], {"num_workers": 2}, 1, True, "4 GPUs, 2 a trial" + REST),
         ([(3, 0)] * 5, {"cpus_per_worker": 2, "num_workers": 2}, 2, False, "15 CPUs, 4 a trial" + REST),
         # CPUs are what one node lacks, GPUs another
         ([(8, 1), (1, 8)], {"num_workers": 2}, 1, False, "9 GPUs, 2 a trial" + REST),
@@ -103,14 +97,11 @@ def test_a_reason_without_a_rest_is_the_whole_reason():
 @pytest.mark.parametrize(
     ("nodes", "resources", "cpus", "concurrency"),
     [
-        ([(8, 1)], {"gpus_per_worker": 0}, 1, 8),
         ([(64, 8)], {}, 8, 8),
         ([(20, 8)], {}, 2, 8),  # four cores are left
-        ([(2, 4)], {}, 1, 2),
         ([(16, 1)], {"gpus_per_worker": 0.3}, 4, 3),
         ([(32, 4)], {"gpus_per_worker": 2}, 16, 2),
         ([(64, 4), (24, 4), (96, 0)], {}, 6, 8),  # every GPU of every node can be used
-        ([(64, 8)], {"cpus_per_worker": 2}, 2, 8),
     ],
 )
 def test_a_worker_gets_the_cores_that_its_gpus_leave(nodes, resources, cpus, concurrency):
@@ -123,13 +114,11 @@ def test_a_worker_gets_the_cores_that_its_gpus_leave(nodes, resources, cpus, con
     [
         # from zero workers one trial waits
         ([(0, 0)], {}, (0, 1), NONE + ASKED),
-        ([(0, 0)], {"gpus_per_worker": 1}, (0, 1), f"{NONE} and 1 x 1 GPU{ASKED}"),
         ([(8, 2)], {}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are asked for"),
         ([(2, 0, "", 2)], {}, (0, 1), f"0 of 2 CPUs{OTHERS}, 1 a trial{ASKED}"),
         # where the recipe says how many are wanted, as many wait as run
         ([(0, 0)], {"max_concurrent_trials": 6}, (0, 1), NONE + ASKED),
         ([(8, 2)], {"max_concurrent_trials": 6}, (2, 2), "2 GPUs, 1 a trial; nodes for 2 more are asked for"),
-        ([(8, 2)], {"max_concurrent_trials": 3}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are asked for"),
         ([(8, 2)], {"max_concurrent_trials": 1}, (1, 0), "search.max_concurrent_trials"),
         ([(8, 8, "T4")], {"accelerator": "H100"}, (0, 1), f"{NONE} and 1 x 1 GPU of kind H100{ASKED}"),
     ],

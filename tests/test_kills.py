@@ -51,17 +51,11 @@ def test_a_study_killed_with_its_ray_is_extended_and_has_the_numbers_of_one_left
     searches.check_numbers(tmp_path / "study", searches.undisturbed(tmp_path / "calm", 8))
 
 
-@pytest.mark.parametrize("what", ["training", "trial", "driver"])
-def test_after_a_kill_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(tmp_path, cluster, what):
+def test_after_a_kill_of_a_trial_on_a_ray_that_lives_the_search_ends_and_no_placement_group_is_left(tmp_path, cluster):
     study_dir = tmp_path / "study"
-    output = searches.kill_one(what, "ray-train", study_dir, cluster)
-    attempts = sorted(row.attempt for row in trials(study_dir) + baselines(study_dir))
-    if what == "driver":  # with it goes all that runs, and its end is no failure of a training
-        assert set(attempts) <= {1, 2}
-        assert "gets another attempt" not in output
-    else:
-        assert attempts == [1, 1, 2]
-        assert output.count("gets another attempt") == 1
+    output = searches.kill_one("trial", "ray-train", study_dir, cluster)
+    assert sorted(row.attempt for row in trials(study_dir) + baselines(study_dir)) == [1, 1, 2]
+    assert output.count("gets another attempt") == 1
 
 
 def test_workers_that_do_not_start_name_the_cause(tmp_path, cluster):
@@ -98,10 +92,6 @@ def test_a_training_that_hangs_is_ended_and_named(tmp_path, cluster):
 def test_a_search_that_loses_half_of_its_nodes_twice_ends_by_itself(tmp_path):
     stand_in.tell(tmp_path, seconds=0.1)
     searches.lose_nodes("inline", tmp_path / "study", 4, 6)
-
-
-def test_a_trial_that_never_advances_is_set_aside_and_the_same_command_again_trains_it(tmp_path):
-    searches.set_one_aside("inline", tmp_path / "study")
 
 
 def test_a_training_whose_workers_die_in_collectives_ends_bit_for_bit_as_one_left_in_peace(tmp_path, seed):
