@@ -15,7 +15,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 
-from carft_ray.errors import ClusterError
+from carft_ray.errors import ClusterError, DataError
 from carft_ray.launch import driver
 from carft_ray.launch.failures.causes import error_of, explained, is_full_memory, root_cause
 from carft_ray.launch.runs.search import run_search
@@ -146,6 +146,7 @@ def check_told(text):
         assert Path(path).exists(), text
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(tmp_path, bad_start, capsys):
     """Workers of Ray Train that do not come in time are in test_kills."""
@@ -171,27 +172,36 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(t
         assert told[:60] in re.sub(r"\s+", " ", shown)  # a table wraps what is long
 
 
+@pytest.mark.slow
+def test_a_preparation_that_dies_or_finds_no_data_is_one_message_and_leaves_no_study(tmp_path, bad_start):
+    recipe, study_dir = stand_in.make_recipe(1, baselines={}), tmp_path / "study"
+    with pytest.raises(ClusterError, match="preparation: must run to its end, but got WorkerCrashedError") as caught:
+        run_search(recipe, study_dir, None, runner=bad_start("die", in_preparation=True))
+    check_told(str(caught.value))
+    (stand_in.tell(tmp_path) / "no_data").touch()
+    with pytest.raises(DataError, match="there is no data"):
+        run_search(recipe, study_dir, None, runner=Runner(stand_in.prepare, stand_in.train))
+    assert not ray.is_initialized()
+    assert not study_dir.exists()
+
+
 @pytest.mark.whole
 @pytest.mark.slow
-def test_a_preparation_that_dies_and_what_cannot_be_pickled_leave_one_message_and_no_study(tmp_path, bad_start):
-    recipe = stand_in.make_recipe(1, baselines={})
-    with pytest.raises(ClusterError, match="preparation: must run to its end, but got WorkerCrashedError") as caught:
-        run_search(recipe, tmp_path / "study", None, runner=bad_start("die", in_preparation=True))
-    check_told(str(caught.value))
+def test_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(tmp_path, bad_start):
+    recipe, study_dir = stand_in.make_recipe(1, baselines={}), tmp_path / "study"
     with pytest.raises(ClusterError) as caught:
-        run_search(recipe, tmp_path / "study", None, runner=bad_start("pickle", in_preparation=True))
+        run_search(recipe, study_dir, None, runner=bad_start("pickle", in_preparation=True))
     assert str(caught.value).startswith(f"preparation: must run to its end, but got {LOCK}\n")
     check_told(str(caught.value))
-    assert not (tmp_path / "study").exists()
+    assert not study_dir.exists()
 
     (tmp_path / "begins").unlink()
     with pytest.raises(ClusterError) as caught:  # after the preparation, when Tune pickles it
-        run_search(recipe, tmp_path / "study", None, runner=bad_start("pickle"))
+        run_search(recipe, study_dir, None, runner=bad_start("pickle"))
     assert str(caught.value).startswith(f"search: Ray must run it to its end, but got {LOCK}\n")
     check_told(str(caught.value))
-    assert not (tmp_path / "study" / "_tune").exists()
-    assert trials(tmp_path / "study") == []
-    assert not ray.is_initialized()
+    assert not (study_dir / "_tune").exists()
+    assert trials(study_dir) == []
 
 
 def test_a_process_whose_node_was_taken_away_is_told_so():

@@ -11,11 +11,12 @@ import attempts
 import crash_host
 import pytest
 import short_training
+import stand_in
 from torch.distributed import TCPStore
 
 import cluster
 from carft_ray import environment
-from carft_ray.launch.ray_cluster import node_facts
+from carft_ray.launch.ray_cluster import checkup, node_facts
 from carft_ray.launch.ray_cluster.checkup import LIBRARIES, NodeReport, judge, recipe_paths
 from carft_ray.launch.ray_cluster.node_facts import collective
 from carft_ray.recipe.loading import load_recipe
@@ -128,6 +129,13 @@ def test_a_node_finds_what_this_machine_has(tmp_path):
     assert node_facts.node_facts(asked)["study"] == ""
     assert not (tmp_path / "new").exists()
     assert node_table([report(**facts), report("10.0.0.3", fault="no answer within 60 s")]).row_count == 2
+
+
+def test_a_trial_of_one_worker_needs_no_collective():
+    two = [report(), report("10.0.0.3")]
+    assert checkup.check_collective(two, stand_in.make_recipe(1), pytest.fail) == []
+    recipe = stand_in.make_recipe(1, resources={"num_workers": 2, "executor": "ray-train"})
+    assert checkup.check_collective(two[:1], recipe, pytest.fail) == []
 
 
 def test_the_table_of_nvidia_smi_is_read():

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import killed_searches
 import pytest
+from logs import take
 from ray.tune.search import Searcher
 from stand_in import make_recipe
 
@@ -73,6 +74,10 @@ class Tune:
     def end(self, trial, lost=""):
         trial.status = "TERMINATED"
         self.searcher.on_trial_complete(trial.trial_id, result={"lost": lost})
+
+    def lose(self, trial, rank, why="it was killed"):
+        trial.status = "TERMINATED"
+        self.searcher.on_trial_complete(trial.trial_id, result={"lost": why, "dead_rank": rank})
 
     def die(self, trial, message="The actor died unexpectedly.\nMore."):
         trial.status = "ERROR"
@@ -163,6 +168,15 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
     assert tune.driver.failure is None
 
 
+def test_an_attempt_that_was_lost_with_one_of_its_ranks_is_told_with_where_it_ran(tune):
+    trial = tune.start()
+    tune.post(trial, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
+    tune.look()
+    tune.lose(trial, rank=1)
+    told = f"{spec_of(trial).name} gets another attempt: rank 1 on 10.0.0.2: it was killed"
+    assert tune.events[-1].text.startswith(told)
+
+
 def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
     first, second = tune.start(), tune.start()
     first.status = "ERROR"  # a reused actor that could not be reset: on_trial_complete is never called
@@ -249,6 +263,18 @@ def test_a_study_that_cannot_be_written_stops_the_search_without_raising(tune, m
     monkeypatch.setattr(tune.driver.study, "settle", broken)
     tune.finish(first)
     assert tune.start() == Searcher.FINISHED
+    assert tune.driver.failure.exit_code == 5
+
+
+def test_a_search_whose_study_was_taken_over_ends_tune_and_leaves_the_folder_alone(tune):
+    trial = tune.start()
+    study_dir = tune.driver.study.study_dir
+    take(study_dir)
+    tune.finish(trial)
+    assert tune.start() == Searcher.FINISHED
+    assert not (study_dir / "stop").exists()
+    with pytest.raises(StorageError, match="another search, which has taken the study over"):
+        tune.look()
     assert tune.driver.failure.exit_code == 5
 
 

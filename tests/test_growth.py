@@ -133,6 +133,7 @@ def test_a_trial_that_fits_on_no_node_of_a_fixed_cluster_is_refused_and_told_how
     with pytest.raises(ClusterError, match=told) as caught:
         capacity_for([(8, 2, "A100")], {"accelerator": "H100"})
     assert caught.value.exit_code == 5
+    assert await_nodes(stand_in.make_recipe(), (Node(2, 0),), False, tmp_path, pytest.fail) == (Node(2, 0),)
     recipe = stand_in.make_recipe(resources={"num_workers": 3})
     with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
         await_nodes(recipe, (Node(2, 0),), False, tmp_path, pytest.fail)

@@ -176,3 +176,15 @@ def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):
     told, _ = plan("resources.executor=debug", "search.space={learning_rate: {low: 1e30, high: 1e31}}", code=5)
     assert "error: plan: a short training has failed: step " in told
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--price-per-hour", "1", "--price-per-gpu-hour", "1"], "--price-per-hour: must stand without"),
+        (["--set", "search.space={}"], "search.space: must hold at least one parameter to search"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_before_anything_is_measured(words, message, capsys):
+    assert call(["plan", ROOT / "search_spaces" / "quickstart.yaml", *words]) in (2, 3)
+    assert f"error: {message}" in capsys.readouterr().err

@@ -129,7 +129,6 @@ def train_and_name_the_processes(recipe, out_dir, prepared_dir, context, attempt
     return stand_in.train(recipe, out_dir, prepared_dir, context, attempt)
 
 
-@pytest.mark.whole
 @pytest.mark.slow
 def test_ray_train_starts_its_workers_once_and_never_has_two_placement_groups_however_trials_end(tmp_path):
     """One is trained to its end, one is cut at a rung, one diverges, one after the other."""
@@ -217,6 +216,7 @@ class Web(http.server.BaseHTTPRequestHandler):
     ("address", "told"),
     [
         ("ray://head:10001", "must be host:port or auto"),
+        ("head", "must be host:port or auto"),
         ("127.0.0.1:99999", "no Ray answers"),
         ("127.0.0.1:{closed}", "no Ray answers at"),
         ("127.0.0.1:{web}", "no Ray answers at .*: a server of another kind"),

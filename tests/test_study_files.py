@@ -1,6 +1,7 @@
 """A study's files on a node that does not see its folder, without Ray: the actor is an object of this process."""
 
 import os
+import shutil
 import threading
 import time
 from dataclasses import replace
@@ -84,6 +85,13 @@ def test_a_driver_that_is_silent_makes_the_machine_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(study_files, "PATIENCE_S", 0.1)
     with pytest.raises(MachineError, match="the driver's machine does not answer: no answer"):
         Here(tmp_path, loses=1).entries("trials")
+
+
+def test_what_vanishes_while_it_comes_is_passed_over(tmp_path):
+    write(tmp_path / "study", "trials/a/metrics.jsonl")
+    away = Here(tmp_path / "study")
+    away.get([Entry("trials/a/attempt-1/step-00000010/state.json", 5, 5), *away.entries("trials")], tmp_path / "node")
+    assert content(tmp_path / "node").keys() == {"trials/a/metrics.jsonl"}
 
 
 def test_an_attempt_needs_the_newest_weights_or_else_two_checkpoints_and_what_the_user_keeps():
@@ -186,6 +194,21 @@ def test_rows_are_there_before_the_checkpoint_that_has_them_and_old_ones_go(tmp_
     assert sent == [name for each in range(1, 5) for name in ("rows.jsonl", f"step-{10 * each:08d}")]
 
 
+def test_a_checkpoint_that_vanishes_while_it_is_sent_leaves_nothing(tmp_path):
+    node, study, place = tmp_path / "node", tmp_path / "study", "trials/t0000-0000/attempt-1"
+    stand_in.save(node / "trials/t0000-0000", 1, 1)
+    write(node, f"{place}/step-00000010/weights", b"x" * 5000)
+    away, plain = Here(study), FileServer.write
+
+    def write_and_remove(*given):
+        plain(*given)
+        shutil.rmtree(node / place / "step-00000010", ignore_errors=True)
+
+    away.server.write = write_and_remove.__get__(away.server)
+    Delivery(away, node, stand_in.spec(1)).checkpoints()
+    assert list((study / place).iterdir()) == []
+
+
 def test_what_the_user_keeps_goes_with_its_report_and_what_he_removes_is_removed(tmp_path):
     node, study, place = tmp_path / "node", tmp_path / "study", "trials/t0000-0000/attempt-1"
     delivery = Delivery(Here(study), node, stand_in.spec(1))
@@ -212,3 +235,15 @@ def test_a_disk_that_is_full_on_the_drivers_machine_ends_the_training_as_there(t
     assert (failure.outcome, failure.exit_code, failure.reason) == ("fatal", 5, "the disk is full")
     assert time.monotonic() - began < 60
     assert not [thread for thread in threading.enumerate() if thread.name == "delivery"]
+
+
+def test_old_folders_of_other_studies_go(tmp_path):
+    with open_study(tmp_path / "study", stand_in.make_recipe(1)) as study:
+        runtime = plan_of(study, Here(study.study_dir))
+        place = at_hand.here(runtime)
+        for name, days in (("old", 8), ("new", 1)):
+            write(place.parent / name, "x")
+            then = time.time() - days * 24 * 3600
+            os.utime(place.parent / name, (then, then))
+        assert at_hand.here(runtime) == place
+        assert {path.name for path in place.parent.iterdir()} == {"new", place.name}

@@ -131,8 +131,9 @@ def test_a_study_in_a_bucket_keeps_its_recipe_in_the_cache_of_the_head(here, sub
 @pytest.mark.slow
 def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboard, submit):
     words = ("r.yaml", "--study", "study", "--dry-run", "--set", "search.trials=3")
-    code, out, err = submit(*words)
+    code, out, err = submit(*words, "--set", "tracking.wandb.project=mine")
     assert code == 0
+    assert "Without one there, add --env WANDB_API_KEY" in told(err)
     assert dashboard.headers == []
     for text in (dashboard.address, jobs.job_id(here / "study"), "trials: 3", "files/0-bad.csv: 2"):
         assert text in out

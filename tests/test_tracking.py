@@ -201,3 +201,28 @@ def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path,
         (spec.name, "complete", {"objective": 0.5, "alpha": 0.4}),
         (other.name, "stopped", {}),
     ]
+
+
+@QUIET
+def test_a_training_that_is_stopped_is_a_run_that_was_ended_until_it_is_resumed(here, tmp_path):
+    import mlflow
+
+    recipe = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
+    spec = TrialSpec("trial", 0, "t0000-abcd", {"learning_rate": 0.1}, 1)
+    files.write_json(tmp_path / "manifest.json", {"id": "0123456789ab"})
+    files.write_text(spec.folder(tmp_path) / "metrics.jsonl", '{"step": 3, "loss": 0.5}\n')
+    client = mlflow.MlflowClient((tmp_path / "tracking" / "mlflow").as_uri())
+
+    def run():
+        [experiment] = [one for one in client.search_experiments() if one.name == "mine"]
+        [found] = [one for one in client.search_runs([experiment.experiment_id]) if one.info.run_name == spec.name]
+        return found
+
+    with tracking(recipe, tmp_path, pytest.fail) as shared:
+        shared(lambda event: None)(events.TrialEpoch(spec, {}))
+    assert (run().info.status, run().data.metrics) == ("KILLED", {"training/step": 3, "training/loss": 0.5})
+    with tracking(recipe, tmp_path, pytest.fail) as shared:
+        row = TrialRow("trial", 0, spec.name, spec.values, 1, "complete", objective=0.5, alpha=0.4)
+        shared(lambda event: None)(module.TrialFinished(row, is_best=True))
+    assert run().info.status == "FINISHED"
+    assert run().data.metrics == {"training/step": 3, "training/loss": 0.5, "objective": 0.5, "alpha": 0.4}
