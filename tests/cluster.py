@@ -113,13 +113,7 @@ def head(num_cpus: float = 0, *options: str, like: Node | None = None, dashboard
 
 
 @contextlib.contextmanager
-def node(
-    to: Node,
-    num_cpus: float = 1,
-    *options: str,
-    hidden: tuple[Path, ...] = (),
-    **more: str,
-):
+def node(to: Node, num_cpus: float = 1, *options: str, hidden: tuple[Path, ...] = (), **more: str):
     """Starts a node that joins a head; yields its ``Node``.
 
     Args:

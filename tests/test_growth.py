@@ -17,12 +17,7 @@ from test_driver import Tune
 import cluster
 from carft_ray.errors import ClusterError
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import (
-    ConcurrencyChanged,
-    Preparing,
-    Started,
-    TrialEpoch,
-)
+from carft_ray.launch.events import ConcurrencyChanged, Preparing, Started, TrialEpoch
 from carft_ray.launch.ray_cluster.cluster import nodes_now, running_ray
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity, Node, capacity_of, held_by_others, node_of
 from carft_ray.launch.ray_cluster.growth import await_nodes

@@ -275,8 +275,7 @@ def check_round(study_dir, told):
 
 
 @pytest.mark.parametrize(
-    ("age_s", "held"),
-    [(0, True), (-3600, True), (READERS_SILENT_FOR_S / 2, True), (READERS_SILENT_FOR_S + 9, False)],
+    ("age_s", "held"), [(0, True), (-3600, True), (READERS_SILENT_FOR_S / 2, True), (READERS_SILENT_FOR_S + 9, False)]
 )
 def test_a_reader_writes_nothing_and_goes_by_the_last_commit_with_room_for_clocks_that_differ(
     study_dir, age_s, held, monkeypatch

@@ -47,12 +47,7 @@ def test_jobs_run_in_their_order_on_the_slot_that_is_free_first(jobs, slots, fir
 
 
 def test_the_last_jobs_are_faster_where_slots_share_cores():
-    for alone, expected in (
-        (1, 20),
-        (0.5, 15),
-        (0.25, 12.5),
-        (0, 12.5),
-    ):  # the last two run alone
+    for alone, expected in ((1, 20), (0.5, 15), (0.25, 12.5), (0, 12.5)):  # the last two run alone
         assert makespan([10] * 10, 8, 0, 0, alone) == expected
 
 

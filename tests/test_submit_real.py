@@ -22,14 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.nodes]
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN_S = 600
-SEARCH = (
-    "--executor",
-    "inline",
-    "--set",
-    "train.epochs=60",
-    "--set",
-    "search.trials=100",
-)  # long
+SEARCH = ("--executor", "inline", "--set", "train.epochs=60", "--set", "search.trials=100")  # long
 
 
 @pytest.fixture(scope="module")
