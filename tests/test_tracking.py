@@ -103,8 +103,11 @@ def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
     assert curve == of_curve
     assert [(one["training/step"], one["training/loss"]) for one in logged if "training/step" in one] == of_epochs
 
-    recipe = study.recipe.model_copy(update={"tracking": study.recipe.tracking.model_copy(update={"wandb": None})})
-    with tracking(recipe, study.path, pytest.fail) as shared:  # told again, it takes the place of its run
+    tracked = study.recipe.tracking
+    alone = tracked.model_copy(update={"wandb": tracked.wandb.model_copy(update={"project": None})})
+    with tracking(
+        study.recipe.model_copy(update={"tracking": alone}), study.path, pytest.fail
+    ) as shared:  # told again, it takes the place of its run
         shared(lambda event: None)(module.TrialFinished(study.best, is_best=True))
     client = mlflow.MlflowClient((study.path / "tracking" / "mlflow").as_uri())
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
