@@ -12,15 +12,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import attempts
-import elsewhere
 import killed_searches
 import pytest
+import search_driver
 import stand_in
 from logs import HOLD, commits, holding, take
 from stand_in import make_recipe
 
 from carft_ray.errors import DataError, StorageError
 from carft_ray.store import log as module
+from carft_ray.store import owner
 from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import READERS_SILENT_FOR_S, Log
 from carft_ray.store.owner import identity
@@ -150,6 +151,18 @@ def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch)
 # searches of several machines, each a process
 
 
+WAITS = ("BEAT_AFTER_S", "SILENT_FOR_S", "READERS_SILENT_FOR_S", "LOOK_EVERY_S", "UNCLEAR_FOR_S", "RETRY_EVERY_S")
+
+
+def move(boot):
+    """Makes this process one of another machine, for good, whose waits are a hundredth: nobody looks for it here."""
+    me = {**identity(), "boot": boot}
+    owner.identity = module.identity = lambda: dict(me)
+    for name in WAITS:
+        setattr(module, name, getattr(module, name) / 100)
+    held_module.LOOK_EVERY_S /= 100
+
+
 class Search:
     """A search in a process of its own, as on another machine; what it prints goes into a file."""
 
@@ -170,11 +183,13 @@ class Search:
         return self.path.read_text() if self.path.exists() else ""
 
 
-def search_elsewhere(path, *given):
+def search_elsewhere(path, boot, study_dir, num_trials):
+    """Searches with stand-in trainings, one after the other, as on another machine."""
     with open(path, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(elsewhere.main(*given))
+    move(boot)
+    sys.exit(search_driver.main(study_dir, num_trials, '{"executor": "debug"}', search='{"baselines": {}}'))
 
 
 @pytest.mark.slow
@@ -220,7 +235,7 @@ ROUNDS = 25
 
 def starter(boot, folder, barrier, over, told):
     """Claims one study after the other, always together with another process; tells what came of each."""
-    elsewhere.move(boot)
+    move(boot)
     os.fsync = lambda handle: None
     recipe = make_recipe(3)
     for number in range(ROUNDS):
