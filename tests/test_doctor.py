@@ -123,6 +123,10 @@ def lose_class(here):
     (here / "images" / "fog" / "star").rename(here / "images" / "fog" / "stra")
 
 
+def lose_class_of_test(here):
+    (here / "images" / "secret" / "star").rename(here / "images" / "secret" / "stra")
+
+
 def leak(here):
     (here / "images" / "secret" / "star" / "x.png").write_bytes(
         (here / "images" / "train" / "star" / "07.png").read_bytes()
@@ -138,6 +142,7 @@ SICK = [
     (unbalance, (), "warning", "far from equally often: 1 to 12 images, fewest of 'square'"),
     (miss_class, ("data.id_val.part=[0.5, 1]",), "note", "accuracy says nothing of a class without an image: 2 of"),
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
+    (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
     (leak, (), "note", "data.train: 1 image left out, also in data.ood_test.secret"),
     (leak, ("data.shared_images=fail",), "error", "ood_test.secret: a set has one role and must not share images with"),
     (None, ("data.cache_dir=r.yaml",), "error", "data.cache_dir: must be a folder that may be written, but got"),

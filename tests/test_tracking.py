@@ -16,6 +16,7 @@ from carft_ray.launch import events
 from carft_ray.launch import tracking as module
 from carft_ray.launch.tracking import tracking
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.store.result import read_result, write_result
 from carft_ray.study.outcome import TrialRow, TrialSpec
 
 pytestmark = pytest.mark.slow
@@ -167,7 +168,10 @@ def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path,
     recipe = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
     spec = TrialSpec("trial", 0, "t0000-abcd", {"learning_rate": 0.1}, 1)
     other = dataclasses.replace(spec, number=1, name="t0001-abcd")
-    row = TrialRow("trial", 0, spec.name, spec.values, 1, "complete", objective=0.5, alpha=0.4)
+    content = {"objective": 0.5, "alpha": 0.4, "metrics": {}, "curve": [{"alpha": 0.2, "id_accuracy": 0.6}]}
+    write_result(spec.place(tmp_path), content)
+    digest = read_result(spec.place(tmp_path))[1]
+    row = TrialRow("trial", 0, spec.name, spec.values, 1, "complete", objective=0.5, alpha=0.4, digest=digest)
 
     def write(of, *steps):
         lines = [{"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step, "note": "text"} for step in steps]
@@ -201,6 +205,7 @@ def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path,
         (other.name, "trial", spec.values),
         epoch(other, 3),
         epoch(spec, 9),
+        (spec.name, 20.0, {"curve/alpha": 0.2, "curve/id_accuracy": 0.6}),
         (spec.name, "complete", {"objective": 0.5, "alpha": 0.4}),
         (other.name, "stopped", {}),
     ]
