@@ -9,7 +9,6 @@ no other Ray of the machine is touched. Every wait is bounded.
 """
 
 import contextlib
-import json
 import os
 import random
 import re
@@ -88,6 +87,11 @@ class Node:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+def ports_of_head() -> dict[str, int]:
+    """Returns free ports for a head, by the options of ``ray start``."""
+    return _free_ports((*HEAD_PORTS, *AGENT_PORTS, *(f"{name}-port" for name in PORTS)))
+
+
 @contextlib.contextmanager
 def head(num_cpus: float = 0, *options: str, like: Node | None = None, dashboard: bool = True, **more: str):
     """Starts a head, which has no CPUs by default; yields its ``Node``.
@@ -99,7 +103,7 @@ def head(num_cpus: float = 0, *options: str, like: Node | None = None, dashboard
         dashboard: Whether it has a dashboard, without which there is no Jobs API.
         more: Variables of its environment.
     """
-    ports = like.ports if like else _free_ports((*HEAD_PORTS, *AGENT_PORTS, *(f"{name}-port" for name in PORTS)))
+    ports = like.ports if like else ports_of_head()
     token = like.environment["RAY_AUTH_TOKEN"] if like else secrets.token_hex(32)
     address, url = f"{HOST}:{ports['port']}", f"http://{HOST}:{ports['dashboard-port']}" if dashboard else ""
     options = ("--head", f"--include-dashboard={str(dashboard).lower()}", f"--dashboard-host={HOST}", *options)
@@ -109,26 +113,18 @@ def head(num_cpus: float = 0, *options: str, like: Node | None = None, dashboard
 
 
 @contextlib.contextmanager
-def node(
-    to: Node,
-    num_cpus: float = 1,
-    *options: str,
-    resources: dict[str, float] | None = None,
-    hidden: tuple[Path, ...] = (),
-    **more: str,
-):
+def node(to: Node, num_cpus: float = 1, *options: str, hidden: tuple[Path, ...] = (), **more: str):
     """Starts a node that joins a head; yields its ``Node``.
 
     Args:
         to: The head.
         num_cpus: CPUs.
         options: Further options of ``ray start``.
-        resources: Resources with names of one's own.
         hidden: Folders that are empty for this node.
         more: Variables of its environment.
     """
     ports = _free_ports((*AGENT_PORTS, *(f"{name}-port" for name in PORTS)))
-    options = (f"--address={to.address}", f"--resources={json.dumps(resources or {})}", *options)
+    options = (f"--address={to.address}", *options)
     auth = {name: to.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     before = hiding(*hidden) if hidden else []
     with _started(to.address, to.dashboard, ports, num_cpus, options, {**auth, **SOON_LOST, **more}, before) as started:
@@ -172,11 +168,7 @@ def _started(
         surroundings = {key: value for key, value in environment(**variables).items() if key != "RAY_ADDRESS"}
         command = [*before, RAY, "start", "--block", "--disable-usage-stats", f"--num-cpus={num_cpus:g}", *options]
         command += [f"--{option}={port}" for option, port in ports.items()]
-        command += [
-            f"--node-ip-address={HOST}",
-            f"--temp-dir={folder}/r",
-            f"--object-store-memory={OBJECT_STORE_BYTES}",
-        ]
+        command += [f"--node-ip-address={HOST}", f"--temp-dir={folder}/r"]
         command += [f"--object-store-memory={OBJECT_STORE_BYTES}"]
         for left in reversed(range(STARTS)):
             log_path = folder / "start.log"

@@ -24,11 +24,9 @@ LONGEST = (
     "test_kills",
     "test_crash",
     "test_search_ray",
-    "test_collective_kills",
     "test_causes",
     "test_filling",
     "test_study_crash",
-    "test_executors",
 )
 
 

@@ -5,6 +5,7 @@ import contextlib
 import io
 import threading
 import zipfile
+from functools import partial
 
 from aiohttp import web
 
@@ -114,47 +115,39 @@ class Dashboard:
 
     def application(self):
         found = web.Application(middlewares=[self._guard], client_max_size=2**30)
-        found.add_routes(
-            [
-                web.get("/api/version", self._version),
-                web.get("/api/packages/gcs/{name}", self._has_package),
-                web.put("/api/packages/gcs/{name}", self._take_package),
-                web.post("/api/jobs/", self._submit),
-                web.get("/api/jobs/", self._list),
-                web.get("/api/jobs/{job}", self._info),
-                web.get("/api/jobs/{job}/logs", self._logs),
-                web.post("/api/jobs/{job}/stop", self._stop),
-            ]
-        )
+        get, post, job = found.router.add_get, found.router.add_post, "/api/jobs/{job}"
+        get("/api/version", self._version)
+        get("/api/packages/gcs/{name}", self._has_package)
+        found.router.add_put("/api/packages/gcs/{name}", self._take_package)
+        post("/api/jobs/", self._submit)
+        get("/api/jobs/", self._list)
+        get(job, self._info)
+        get(f"{job}/logs", self._logs)
+        post(f"{job}/stop", self._stop)
         return found
 
 
 @contextlib.contextmanager
 def serving():
     """Gives a ``Dashboard`` that answers at its address."""
-    dashboard, loop, ready = Dashboard(), asyncio.new_event_loop(), threading.Event()
+    dashboard, ready, ends = Dashboard(), threading.Event(), []
 
-    async def begin():
+    async def serve():
+        over = asyncio.Event()
+        ends.append(partial(asyncio.get_running_loop().call_soon_threadsafe, over.set))
         runner = web.AppRunner(dashboard.application(), shutdown_timeout=0.1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
         dashboard.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
         ready.set()
-        return runner
+        await over.wait()
+        await runner.cleanup()
 
-    def work():
-        asyncio.set_event_loop(loop)
-        runner = loop.run_until_complete(begin())
-        loop.run_forever()
-        loop.run_until_complete(runner.cleanup())
-        loop.close()
-
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
     thread.start()
     ready.wait(30)
     try:
         yield dashboard
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        ends[0]()
         thread.join(30)

@@ -97,19 +97,9 @@ def spoil_image(here):
     (here / "images" / "val" / "star" / "03.png").write_bytes(b"no image")
 
 
-def truncate_image(here):
-    path = here / "images" / "train" / "star" / "03.png"
-    path.write_bytes(path.read_bytes()[:80])
-
-
 def contradict(here):
     path = here / "images" / "train"
     (path / "star" / "03.png").write_bytes((path / "circle" / "05.png").read_bytes())
-
-
-def repeat(here):
-    path = here / "images" / "train" / "star"
-    (path / "03.png").write_bytes((path / "05.png").read_bytes())
 
 
 def mix_modes(here):
@@ -143,48 +133,26 @@ def leak(here):
     )
 
 
+LONG = 'prompts.templates=["a {}", "' + "very " * 40 + '{}"]'
 SICK = [
     (spoil_image, (), "error", "data.id_val: every image must be readable, but got 1 of 36 that are not, such as"),
-    (truncate_image, (), "error", "data.train: every image must be readable, but got 1 of 36"),
     (spoil_image, ("data.id_val.on_bad_image=skip",), "warning", "They will be skipped."),
     (contradict, (), "warning", "data.train: an image must have one label, but got the same image under two labels"),
-    (repeat, (), "note", "an image counts as often as it is there: 1 of 36 images that repeat"),
     (mix_modes, (), "note", "images of several modes are made RGB (docs/data.md): 33 RGB, 1 L, 1 RGBA, 1 P"),
     (unbalance, (), "warning", "far from equally often: 1 to 12 images, fewest of 'square'"),
-    (
-        miss_class,
-        ("data.id_val.part=[0.5, 1]",),
-        "note",
-        "accuracy says nothing of a class without an image: 2 of",
-    ),
+    (miss_class, ("data.id_val.part=[0.5, 1]",), "note", "accuracy says nothing of a class without an image: 2 of"),
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
     (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
     (leak, (), "note", "data.train: 1 image left out, also in data.ood_test.secret"),
-    (
-        leak,
-        ("data.shared_images=fail",),
-        "error",
-        "data.ood_test.secret: a set has one role and must not share images with data.train",
-    ),
+    (leak, ("data.shared_images=fail",), "error", "ood_test.secret: a set has one role and must not share images with"),
     (None, ("data.cache_dir=r.yaml",), "error", "data.cache_dir: must be a folder that may be written, but got"),
     (None, ("data.cache_dir=/proc/cache",), "error", "data.cache_dir: must be a folder that may be written, but got"),
     (None, ("data.id_val.domains=[vla]",), "error", "data.id_val: a domain must be a folder of"),
-    (None, ("data.ood_val.fog.domains=[val]",), "error", "must not share images with data.id_val"),
     (None, ("model.name=local-dir:clop",), "error", "model.name: local-dir: needs a folder with open_clip_config.json"),
     (None, ("train.lora_rank=99",), "error", "train.lora_rank: must be at most 32, the smallest side of a matrix"),
     (None, ("prompts.class_names=[ring, ring, star]",), "note", "'ring' names 2 classes, which zero-shot cannot"),
-    (
-        None,
-        ('prompts.templates=["a {}", "' + "very " * 40 + '{}"]',),
-        "warning",
-        "prompts: sentences must be shorter than the 32 tokens that the model reads, but got",
-    ),
-    (
-        None,
-        ('prompts.templates=["a {}"]',),
-        "warning",
-        "prompts.templates: must spread over contexts (exp of the entropy at least 1.5), or the KL term does nothing",
-    ),
+    (None, (LONG,), "warning", "prompts: sentences must be shorter than the 32 tokens that the model reads, but got"),
+    (None, ('prompts.templates=["a {}"]',), "warning", "prompts.templates: must spread over contexts (exp of the"),
 ]
 
 
@@ -204,52 +172,34 @@ def test_what_is_wrong_is_told_once_at_its_level(here, spoil, overrides, level, 
         assert keys or problem.allowed or problem.place.startswith(("train.", "prompts.", "model.")), str(problem)
 
 
-def test_zero_shot_at_chance_is_told_with_what_to_try_first():
-    few = {"accuracy": 0.4, "num_images": 20, "chance": 0.25, "at_chance": True}
-    [found] = zero_shot_findings({"id_val": few})
-    for word in ("prompts.class_names", "order of the labels", "prompts.templates", "model.name"):
-        assert word in found.problem.next_step
-    assert "40.0 % [21.9, 61.3] of 20 images" in str(found.problem)
-    assert zero_shot_findings({"id_val": {**few, "at_chance": False}}) == []
-
-
-def test_several_errors_are_told_at_once_with_exit_code_4_and_no_traceback(here, capsys):
+def test_all_errors_are_told_at_once_with_exit_code_4_and_json_is_one_document(here, capsys):
+    assert call(["doctor", "r.yaml", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["healthy"]
     spoil_image(here)
-    contradict(here)
     lose_class(here)
     assert call(["doctor", "r.yaml"]) == 4
     told = capsys.readouterr()
-    assert "every image must be readable" in told.err
-    assert "'stra'" in told.err
-    assert "one label" in told.err
+    assert [text for text in ("every image must be readable", "'stra'") if text not in told.err] == []
     assert "Traceback" not in told.err
     assert "train" in told.out
-
-
-def test_where_no_set_can_be_read_there_is_no_table(here, capsys):
-    shutil.rmtree(here / "images")
-    assert call(["doctor", "r.yaml"]) == 4
-    assert capsys.readouterr().out == ""
-
-
-def test_json_is_one_document_in_sickness_and_in_health(here, capsys):
-    assert call(["doctor", "r.yaml", "--json"]) == 0
-    healthy = json.loads(capsys.readouterr().out)
-    assert healthy["healthy"]
-    spoil_image(here)
     assert call(["doctor", "r.yaml", "--json"]) == 4
     sick = json.loads(capsys.readouterr().out)
     assert not sick["healthy"]
-    assert [one["level"] for one in sick["findings"]].count("error") == 1
-    assert sick["findings"][-1]["place"] == "data.id_val"
+    assert [one["level"] for one in sick["findings"]].count("error") >= 2
+    shutil.rmtree(here / "images")
+    assert call(["doctor", "r.yaml"]) == 4
+    assert capsys.readouterr().out == ""  # no table where no set can be read
 
 
-def test_quick_opens_no_image(here, monkeypatch, capsys):
+def test_quick_opens_no_image_and_writes_no_pairs(here, monkeypatch, capsys):
     monkeypatch.setattr("carft_ray.data.listing.StoredSource.content", None)
     assert call(["doctor", "r.yaml", "--quick"]) == 0
     told = capsys.readouterr()
     assert "Next:" in told.err
     assert "36" in told.out
+    for name, message in (("pairs.csv", "--pairs: needs the images"), ("pairs.png", "must end in .csv")):
+        assert call(["doctor", "r.yaml", "--quick", "--pairs", name]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_the_micro_batch_for_a_gpu_that_is_elsewhere_is_foretold(here, capsys):
@@ -267,11 +217,7 @@ def test_the_micro_batch_for_a_gpu_that_is_elsewhere_is_foretold(here, capsys):
     [
         ((0.8, 0.6), []),
         ((0.8, 0.85), ["fog: no harder than id_val for the zero-shot model: 85.0 % against 80.0 % on id_val"]),
-        (
-            (0.8, 0.12),
-            ["fog: zero-shot must be above chance (10.0 %), but got 12.0 % [9.2, 15.6] of 400 images"],
-        ),
-        ((0.8, 0.0), ["fog: zero-shot must be above chance (10.0 %), but got 0.0 % [0.0, 1.0] "]),
+        ((0.8, 0.0), ["fog: zero-shot must be above chance (10.0 %), but got 0.0 % [0.0, 1.0] of 400 images"]),
         ((0.1, 0.3), ["id_val: zero-shot must be above chance", "fog: no harder than id_val"]),
     ],
 )
@@ -279,6 +225,9 @@ def test_zero_shot_at_chance_or_an_easy_shift_is_told(accuracy, told):
     numbers = [{"accuracy": value, "num_images": 400, "chance": 0.1, "at_chance": value <= 0.12} for value in accuracy]
     found = zero_shot_findings(dict(zip(("id_val", "fog"), numbers, strict=True)))
     assert [str(one.problem)[: len(text)] for one, text in zip(found, told, strict=True)] == told
+    if told and "chance" in told[0]:
+        for word in ("prompts.class_names", "order of the labels", "prompts.templates", "model.name"):
+            assert word in found[0].problem.next_step
 
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.html"])
@@ -295,16 +244,6 @@ def test_all_pairs_of_images_in_two_roles_are_written(here, name, capsys):
     assert f"{name}: 4 pairs of images in two roles" in capsys.readouterr().err
 
 
-def test_without_pairs_the_table_is_empty_and_quick_or_another_ending_is_refused(here, capsys):
-    assert call(["doctor", "r.yaml", "--pairs", "pairs.csv"]) == 0
-    assert (here / "pairs.csv").read_text().count("\n") == 1
-    capsys.readouterr()
-    assert call(["doctor", "r.yaml", "--pairs", "pairs.csv", "--quick"]) == 2
-    assert "--pairs: needs the images" in capsys.readouterr().err
-    assert call(["doctor", "r.yaml", "--pairs", "pairs.png"]) == 2
-    assert "must end in .csv or .html" in capsys.readouterr().err
-
-
 def test_where_an_image_takes_long_fewer_are_measured_and_it_is_said(here, capsys, monkeypatch):
     monkeypatch.setattr(doctor, "MOST_S", 0.0)
     monkeypatch.setattr(doctor, "FEWEST_IMAGES", 10)
@@ -317,15 +256,7 @@ def test_where_an_image_takes_long_fewer_are_measured_and_it_is_said(here, capsy
     [note] = [one for one in said["findings"] if "zero-shot is measured on 10 images of a set" in one["text"]]
     assert note["next_step"] == "For more: --images 1000"
     monkeypatch.setattr(doctor, "NUM_TIMED", None)  # who names a number gets it, whatever it takes
-    assert {one["num_images"] for one in diagnose(here, num_images=20).zero_shot.values()} == {20}
-
-
-def test_the_zero_shot_measurement_says_how_long_it_will_take(here, monkeypatch):
-    monkeypatch.setattr(words, "FIRST_AFTER_S", -1.0)
-    monkeypatch.setattr(words, "THEN_EVERY_S", 0.0)
-    said = []
-    diagnose(here, "evaluate.batch_size=12", say=said.append)
-    lines = [line for line in said if line.startswith("measuring the zero-shot model: ")]
-    assert [line.split(",")[0] for line in lines] == [
-        f"measuring the zero-shot model: {done} of 72" for done in (12, 24, 36, 48, 60)
-    ]
+    lines = []
+    found = diagnose(here, "evaluate.batch_size=12", num_images=20, say=lines.append)
+    assert {one["num_images"] for one in found.zero_shot.values()} == {20}
+    assert any(line.startswith("measuring the zero-shot model: 12 of 40") for line in lines), lines

@@ -1,28 +1,21 @@
 """The driver, asked and told as Tune does it; no Ray runs."""
 
-import itertools
 import json
+import random
 import re
 import time
 from collections import Counter
-from fractions import Fraction
 from types import SimpleNamespace
 
+import killed_searches
 import pytest
 from logs import take
 from ray.tune.search import Searcher
 from stand_in import make_recipe
 
-from carft_ray.errors import ClusterError, NoSuccessfulTrialError, StorageError
+from carft_ray.errors import NoSuccessfulTrialError, StorageError
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import (
-    BaselineFinished,
-    Note,
-    Stopping,
-    TrialEpoch,
-    TrialFinished,
-    TrialSetAside,
-)
+from carft_ray.launch.events import BaselineFinished, Note, TrialEpoch, TrialFinished, TrialSetAside
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Process
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Node, capacity_of
@@ -32,9 +25,13 @@ from carft_ray.launch.trainings import DriverCallback, DriverSearcher
 from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, TrialSpec
-from carft_ray.study.recovery import recover_confirm, recover_running
-from carft_ray.study.rows import trials
+from carft_ray.study.recovery import recover_running
+from carft_ray.study.rows import best_row, rows_by_kind, trials
 from carft_ray.study.study import LOST_ATTEMPTS
+
+
+def spec_of(trial):
+    return TrialSpec(**trial.config["spec"])
 
 
 class Tune:
@@ -69,7 +66,7 @@ class Tune:
         self.end(trial)
 
     def fail(self, trial, outcome, reason="because", exit_code=1):
-        spec = TrialSpec(**trial.config["spec"])
+        spec = spec_of(trial)
         self.folder(trial).mkdir(parents=True, exist_ok=True)
         self.box.post(Post(spec.training, spec.attempt, failure=Failure(outcome, reason, spec.attempt, exit_code)))
         self.end(trial)
@@ -77,6 +74,10 @@ class Tune:
     def end(self, trial, lost=""):
         trial.status = "TERMINATED"
         self.searcher.on_trial_complete(trial.trial_id, result={"lost": lost})
+
+    def lose(self, trial, rank, why="it was killed"):
+        trial.status = "TERMINATED"
+        self.searcher.on_trial_complete(trial.trial_id, result={"lost": why, "dead_rank": rank})
 
     def die(self, trial, message="The actor died unexpectedly.\nMore."):
         trial.status = "ERROR"
@@ -88,13 +89,13 @@ class Tune:
 
     def post(self, trial, steps=1, group="", nodes=()):
         """Posts as rank 0 of a trial; returns the order."""
-        spec, nodes = TrialSpec(**trial.config["spec"]), tuple(map(tuple, nodes))
+        spec, nodes = spec_of(trial), tuple(map(tuple, nodes))
         process = Process(77, "5", nodes[0][0] if nodes else "n1", group, nodes)
         return self.box.post(Post(spec.training, spec.attempt, 0, steps, process)).order
 
     def report(self, trial, *rows):
         """Posts rows of epochs as rank 0 of a trial."""
-        spec = TrialSpec(**trial.config["spec"])
+        spec = spec_of(trial)
         first = self.num_rows[spec.training, spec.attempt]
         self.num_rows[spec.training, spec.attempt] += len(rows)
         self.box.post(Post(spec.training, spec.attempt, records=tuple(("row", row) for row in rows), first=first))
@@ -102,11 +103,11 @@ class Tune:
     def order(self, trial):
         """What the driver wants of a trial now."""
         self.driver.exchange.now()
-        spec = TrialSpec(**trial.config["spec"])
+        spec = spec_of(trial)
         return self.box.post(Post(spec.training, spec.attempt, 1)).order
 
     def folder(self, trial):
-        return TrialSpec(**trial.config["spec"]).folder(self.driver.study.study_dir)
+        return spec_of(trial).folder(self.driver.study.study_dir)
 
 
 @pytest.fixture
@@ -162,21 +163,18 @@ def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
     assert kinds(tune.events).count(BaselineFinished) == 1
     best = [event.row.objective for event in tune.events if isinstance(event, TrialFinished) and event.is_best]
     assert best == sorted(best)
+    for stranger in ("stranger", second.trial_id):  # and one that has ended
+        tune.searcher.on_trial_complete(stranger, result=None, error=True)
     assert tune.driver.failure is None
 
 
-def test_the_log_of_a_stopped_training_says_why_and_from_where_another_search_goes_on(tune):
-    first, second = tune.start(), tune.start()
-    (tune.folder(second) / "attempt-1" / "step-00000030").mkdir(parents=True)
-    lines = "".join(json.dumps({"epoch": epoch, "step": 10 * epoch}) + "\n" for epoch in (1, 2, 3, 4))
-    (tune.folder(second) / "metrics.jsonl").write_text(lines)
-    study_dir = tune.driver.study.study_dir
-    (study_dir / "stop").write_text("asked by `carft-ray stop`\n")
-    for trial in (first, second):
-        tune.end(trial)
-    for trial, where in ((first, "its beginning"), (second, "step 30 (epoch 3 done)")):
-        [line] = (tune.folder(trial) / "log.txt").read_text().splitlines()
-        assert line.endswith(f" attempt 1: stopped: asked by `carft-ray stop`; resume continues from {where}")
+def test_an_attempt_that_was_lost_with_one_of_its_ranks_is_told_with_where_it_ran(tune):
+    trial = tune.start()
+    tune.post(trial, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
+    tune.look()
+    tune.lose(trial, rank=1)
+    told = f"{spec_of(trial).name} gets another attempt: rank 1 on 10.0.0.2: it was killed"
+    assert tune.events[-1].text.startswith(told)
 
 
 def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
@@ -185,19 +183,7 @@ def test_what_tune_ends_without_a_word_is_settled_at_the_next_suggestion(tune):
     again = tune.start()
     assert again.config["spec"]["name"] == first.config["spec"]["name"]
     assert again.config["spec"]["attempt"] == 2
-    assert tune.driver.live == [TrialSpec(**trial.config["spec"]) for trial in (second, again)]
-
-
-@pytest.mark.slow
-def test_it_never_waits_with_nothing_running(tune):
-    for _ in range(30):
-        trial = tune.start()
-        if trial == Searcher.FINISHED:
-            break
-        assert trial is not None
-        tune.finish(trial)
-    else:
-        pytest.fail("the search does not end")
+    assert tune.driver.live == [spec_of(trial) for trial in (second, again)]
 
 
 @pytest.mark.slow
@@ -229,93 +215,31 @@ def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_c
     assert [row.name for row in tune.driver.study.set_aside()] == [name]
 
 
-def test_messages_about_strangers_are_ignored(tune):
-    tune.searcher.on_trial_complete("stranger", result=None, error=True)
-    trial = tune.start()
-    tune.finish(trial)
-    tune.searcher.on_trial_complete(trial.trial_id, result=None, error=True)  # twice
-    assert kinds(tune.events).count(BaselineFinished) == 1
-
-
-@pytest.mark.slow
-def test_five_failures_and_no_success_end_the_search_with_the_commonest_reason(tune):
-    tune.finish(tune.start())  # the baseline's success does not count
-    for reason in ("too high", "no memory", "too high", "too high", "no memory"):
-        tune.fail(tune.start(), "diverged", reason)
-    assert tune.start() == Searcher.FINISHED
-    failure = tune.driver.failure
-    assert isinstance(failure, NoSuccessfulTrialError)
-    assert failure.exit_code == 6
-    assert "3 of 5 failed in this way: too high" in str(failure)
-    assert "log.txt" in str(failure)
-
-
-@pytest.fixture
-def eight(tmp_path, monkeypatch):
-    """A search of 40 trials, 8 at a time, and its clock, a list of one number."""
-    now = [0.0]
-    monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=lambda: now[0]))
-    with open_study(tmp_path / "study", make_recipe(40, baselines={}, sampler={"name": "random"})) as study:
-        recover_running(study)
-        yield Tune(Driver(study, AtATime(8), lambda event: None)), now
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("is_good", [True, False])
-def test_a_search_does_not_give_up_while_trainings_run_longer_than_those_that_failed(eight, is_good):
-    tune, now = eight
-    live = [tune.start() for _ in range(8)]
-    now[0] = 10
-    for trial in live[3:]:
-        tune.fail(trial, "diverged", "too high")
-    for _ in range(15):  # in all more than two waves
-        trial = tune.start()
-        now[0] += 1
-        tune.fail(trial, "diverged", "too high")
-    assert tune.driver.failure is None
-    if is_good:
-        tune.finish(live[0])
-    for trial in live[is_good:3]:
-        assert tune.driver.failure is None
-        tune.fail(trial, "diverged", "at chance")
-    assert isinstance(tune.driver.failure, NoSuccessfulTrialError) != is_good
-    if not is_good:
-        assert "20 of 23 failed in this way: too high" in str(tune.driver.failure)
-
-
-@pytest.mark.slow
-def test_a_search_in_which_each_training_fails_gives_up_after_two_waves(eight):
-    tune, now = eight
-    live = [tune.start() for _ in range(8)]
-    for number in range(16):
-        assert tune.driver.failure is None
-        now[0] += 1
-        tune.fail(live[number], "diverged", "too high")
-        live.append(tune.start())
-    assert "16 of 16 failed in this way: too high" in str(tune.driver.failure)
-
-
-def test_trainings_that_are_no_trials_say_nothing_about_the_search(tmp_path):
-    """A plan, and a confirm of values that were given: however many end, no trial is the best, and none is expected."""
-    with open_study(tmp_path / "study", make_recipe(6)) as study:
-        recover_confirm(study, {f"probe-{number}": {} for number in range(9)})
+def test_a_search_does_not_give_up_while_trainings_run_longer_than_those_that_failed(tmp_path, is_good, monkeypatch):
+    now, recipe = [0.0], make_recipe(40, baselines={}, sampler={"name": "random"})
+    monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=lambda: now[0]))
+    with open_study(tmp_path / "study", recipe) as study:
+        recover_running(study)
         tune = Tune(Driver(study, AtATime(8), lambda event: None))
-        for trial in [tune.start() for _ in range(8)]:
-            tune.finish(trial)
-        tune.fail(tune.start(), "diverged")
+        live = [tune.start() for _ in range(8)]
+        now[0] = 10
+        for trial in live[3:]:
+            tune.fail(trial, "diverged", "too high")
+        for _ in range(15):  # in all more than two waves
+            trial = tune.start()
+            now[0] += 1
+            tune.fail(trial, "diverged", "too high")
         assert tune.driver.failure is None
-        assert tune.start() == Searcher.FINISHED
-        assert [row.outcome for row in study.rows("confirm")] == ["complete"] * 8 + ["diverged"]
-
-
-@pytest.mark.slow
-def test_failures_beside_successes_do_not_end_the_search(tune):
-    tune.finish(tune.start())
-    tune.finish(tune.start())
-    for _ in range(5):
-        tune.fail(tune.start(), "diverged")
-    assert tune.start() == Searcher.FINISHED
-    assert tune.driver.failure is None
+        if is_good:
+            tune.finish(live[0])
+        for trial in live[is_good:3]:
+            assert tune.driver.failure is None
+            tune.fail(trial, "diverged", "at chance")
+        assert isinstance(tune.driver.failure, NoSuccessfulTrialError) != is_good
+        if not is_good:
+            assert "20 of 23 failed in this way: too high" in str(tune.driver.failure)
 
 
 def test_a_fault_of_the_surroundings_stops_all_and_is_kept_for_the_driver(tune):
@@ -354,18 +278,6 @@ def test_a_search_whose_study_was_taken_over_ends_tune_and_leaves_the_folder_alo
     assert tune.driver.failure.exit_code == 5
 
 
-def test_a_stop_leaves_running_trials_to_the_next_search(tune):
-    first, second = tune.start(), tune.start()
-    (tune.driver.study.study_dir / "stop").write_text("")
-    tune.end(first)  # its worker has seen the file before the driver looks
-    assert tune.events[-1] == Stopping(1)
-    assert tune.start() is None
-    tune.end(second)
-    assert tune.start() == Searcher.FINISHED
-    assert tune.driver.failure is None
-    assert [row.outcome for row in trials(tune.driver.study.study_dir)] == ["running"]
-
-
 def test_what_a_training_reports_is_written_and_told_once_however_often_its_attempts_say_it(tune):
     tune.finish(tune.start())
     rows = [{"epoch": epoch, "step": 10 * epoch, "loss": 1 / epoch} for epoch in (1, 2, 3)]
@@ -382,14 +294,6 @@ def test_what_a_training_reports_is_written_and_told_once_however_often_its_atte
     assert told == [*rows, other]
     lines = (tune.folder(trial) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [*rows[:2], other]
-
-
-def test_lines_of_a_training_stand_in_its_log(tune):
-    trial = tune.start()
-    spec = spec_of(trial)
-    tune.box.post(Post(spec.training, 1, records=(("log", "attempt 1: starts on here"),)))
-    tune.end(trial)
-    assert (tune.folder(trial) / "log.txt").read_text().splitlines()[0].endswith(" attempt 1: starts on here")
 
 
 @pytest.mark.slow
@@ -426,15 +330,6 @@ def test_a_training_without_a_step_is_ended_with_a_note_and_gets_another_attempt
     assert again.config["spec"]["attempt"] == 2
 
 
-def test_without_a_limit_nothing_is_ended(search):
-    ended = []
-    tune = search(end_process=ended.append)
-    tune.post(tune.start())
-    for _ in range(3):
-        tune.look()
-    assert ended == []
-
-
 def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
     monkeypatch.setattr("carft_ray.launch.driver.WAIT_NOTE_AFTER_S", 0)
     trial = tune.start()
@@ -463,35 +358,6 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
     assert "run the same command again" in str(failure)
 
 
-@pytest.mark.slow
-def test_the_more_trainings_at_a_time_the_more_of_them_may_be_lost(tmp_path):
-    """Half of 12 trainings are lost three times; then each one is, and none has advanced: the cluster does not work."""
-    with open_study(tmp_path / "study", make_recipe(20, baselines={}, sampler={"name": "random"})) as study:
-        recover_running(study)
-        tune = Tune(Driver(study, AtATime(12), lambda event: None))
-        live = [tune.start() for _ in range(12)]
-        for _ in range(3):
-            for trial in live[:6]:
-                tune.end(trial, lost="its node is gone")
-            live = live[6:] + [tune.start() for _ in range(6)]
-        for _ in range(6 * 12 - 3 * 6):
-            assert tune.driver.failure is None
-            tune.end(live.pop(0), lost="no route to node7")
-            live += [trial for trial in [tune.start()] if isinstance(trial, SimpleNamespace)]
-        assert isinstance(tune.driver.failure, ClusterError)
-
-
-@pytest.mark.slow
-def test_a_lost_attempt_that_has_advanced_is_not_counted(tune):
-    tune.finish(tune.start())
-    for number in range(30):
-        trial = tune.start()
-        spec = TrialSpec(**trial.config["spec"])
-        (tune.folder(trial) / f"attempt-{spec.attempt}" / f"step-{number + 1:08d}").mkdir(parents=True)
-        tune.end(trial, lost="the node was taken away")
-    assert tune.driver.failure is None
-
-
 def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for_a_while(tune):
     now = [0.0]
     nodes = {"n1": "10.0.0.1", "n2": "10.0.0.2", "n3": "10.0.0.3"}
@@ -516,26 +382,6 @@ def test_a_node_on_which_attempts_fail_again_and_again_is_named_and_left_out_for
     assert bad_nodes.left_out() == []
 
 
-def test_the_last_node_on_which_a_training_fits_is_never_left_out():
-    """The head has no CPU; of two workers one is left out, and the other then goes."""
-    there = {"head": Node(0, 0), "n1": Node(2, 0), "n2": Node(2, 0), "n3": Node(1, 0)}
-
-    def fits(without):
-        left = tuple(node for name, node in there.items() if name not in without)
-        return capacity_of(make_recipe(6, resources={"cpus_per_worker": 2}), left, may_grow=True).concurrency > 0
-
-    nodes = BadNodes(lambda: dict.fromkeys(there, "10.0.0.1"), fits)
-    assert [bool(nodes.failed("n1")) for _ in range(3)] == [False, False, True]
-    assert not any(nodes.failed("n2") for _ in range(9))
-    assert nodes.left_out() == ["n1"]
-    del there["n2"]
-    assert nodes.left_out() == []
-
-
-def spec_of(trial):
-    return TrialSpec(**trial.config["spec"])
-
-
 def test_an_attempt_that_was_asked_to_leave_is_repeated_again_and_again_and_no_failure_is_counted(tune):
     trial = tune.start()
     name, folder = trial.config["spec"]["name"], tune.folder(trial)
@@ -558,32 +404,41 @@ def test_an_attempt_that_was_asked_to_leave_is_repeated_again_and_again_and_no_f
     assert tune.order(trial) == "go"
 
 
-def test_an_attempt_that_dies_before_it_has_left_is_lost_as_any_other(tune):
+def test_the_last_node_on_which_a_training_fits_is_never_left_out():
+    """The head has no CPU; of two workers one is left out, and the other then goes."""
+    there = {"head": Node(0, 0), "n1": Node(2, 0), "n2": Node(2, 0), "n3": Node(1, 0)}
+
+    def fits(without):
+        left = tuple(node for name, node in there.items() if name not in without)
+        return capacity_of(make_recipe(6, resources={"cpus_per_worker": 2}), left, may_grow=True).concurrency > 0
+
+    nodes = BadNodes(lambda: dict.fromkeys(there, "10.0.0.1"), fits)
+    assert [bool(nodes.failed("n1")) for _ in range(3)] == [False, False, True]
+    assert not any(nodes.failed("n2") for _ in range(9))
+    assert nodes.left_out() == ["n1"]
+    del there["n2"]
+    assert nodes.left_out() == []
+
+
+def test_an_attempt_that_ends_before_it_has_left_is_settled_as_any_other_and_one_that_dies_is_lost(tune):
     tune.finish(tune.start())
+    for end, outcome in ((lambda trial: tune.fail(trial, "diverged"), "diverged"), (tune.finish, "complete")):
+        trial = tune.start()
+        tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
+        end(trial)
+        assert tune.events[-1].row.outcome == outcome
     for _ in range(LOST_ATTEMPTS):
         trial = tune.start()
         tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
         tune.die(trial)
-    cause = "RuntimeError: The actor died unexpectedly."
-    assert tune.events[-1] == TrialSetAside(spec_of(trial), cause)
-
-
-def test_an_attempt_that_ends_before_it_has_left_is_settled_as_any_other(tune):
-    tune.finish(tune.start())
-    trial = tune.start()
-    tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
-    tune.fail(trial, "diverged")
-    assert tune.events[-1].row.outcome == "diverged"
-    trial = tune.start()
-    tune.driver.ask_to_leave(spec_of(trial), "node7 goes")
-    tune.finish(trial)
-    assert tune.events[-1].row.outcome == "complete"
+    assert tune.events[-1] == TrialSetAside(spec_of(trial), "RuntimeError: The actor died unexpectedly.")
 
 
 def test_what_has_a_rank_on_a_node_that_is_taken_away_leaves_it_and_nothing_is_put_there(tune):
     draining, now = {}, [0.0]
     tune.driver.drains = Drains(lambda: draining, lambda: now[0])
     first, second = tune.start(), tune.start()
+    tune.post(first, nodes=[("n1", "10.0.0.1")])
     tune.post(second, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
     tune.look()
     draining["n2"] = round(1000 * (time.time() + 1000))
@@ -591,10 +446,7 @@ def test_what_has_a_rank_on_a_node_that_is_taken_away_leaves_it_and_nothing_is_p
     assert tune.order(second) == "go"
     now[0] = 1.0
     tune.look()
-    assert tune.order(second) == "leave"
-    tune.post(first, nodes=[("n1", "10.0.0.1")])
-    tune.look()
-    assert tune.order(first) == "go"
+    assert (tune.order(first), tune.order(second)) == ("go", "leave")
     tune.end(second)
     assert re.search(r" gets another attempt: 10\.0\.0\.2 is being taken away within \d+ s$", tune.events[-1].text)
     again = tune.start()
@@ -605,27 +457,21 @@ def test_what_has_a_rank_on_a_node_that_is_taken_away_leaves_it_and_nothing_is_p
     assert tune.start().config["avoid"] == []
 
 
-def leaking(search):
-    """Gives a search, the groups of the job, with whether each has its resources, and those that were removed."""
-    groups, removed = {}, []
+def test_the_group_of_a_killed_trial_is_removed_once_it_is_known_or_keeps_others_from_theirs(search):
+    groups, removed = {}, []  # of the job, with whether each has its resources
 
     def remove(name):
         removed.append(name)
         del groups[name]
 
-    return search(leaks=Leaks(lambda: dict(groups), remove)), groups, removed
+    def kill(trial):
+        tune.callback.on_trial_error(0, tune.trials, trial)
+        tune.die(trial)
 
-
-def kill(tune, trial):
-    tune.callback.on_trial_error(0, tune.trials, trial)
-    tune.die(trial)
-
-
-def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(search):
-    tune, groups, removed = leaking(search)
+    tune = search(leaks=Leaks(lambda: dict(groups), remove))
     groups |= {"g1": True, "g2": True}
     first, second = tune.start(), tune.start()
-    kill(tune, first)
+    kill(first)
     tune.look()
     assert removed == []  # which of the two is the second one's is not known yet
     third = tune.start()
@@ -638,142 +484,86 @@ def test_the_group_of_a_killed_trial_is_removed_once_the_others_have_theirs(sear
     assert removed == ["g1"]
     assert tune.events[-1] == Note("removed 1 placement group that a killed trial had left behind")
     tune.end(second)
-    tune.end(third)
-
-
-def test_a_killed_trial_does_not_keep_a_waiting_one_from_its_resources(search):
-    tune, groups, removed = leaking(search)
-    first, second = tune.start(), tune.start()
-    groups |= {"g1": True, "g2": False}  # the second one waits for what the first one holds
-    tune.post(first, group="g1")
-    kill(tune, first)
+    groups["g4"] = False  # the next one waits for what the third one holds
+    tune.start()
+    kill(third)
     tune.look()
-    assert removed == ["g1"]
-    tune.finish(second)
+    assert "g3" in removed
 
 
-def test_it_saves_nothing(tune, tmp_path):
-    tune.searcher.save_to_dir(str(tmp_path))
-    assert not list(tmp_path.glob("searcher*"))
+# searches whose trainings end in any order and way
+
+NUM_TRIALS, EIGHT, EPOCHS = 24, 8, 4
+WAYS = ("finish", "diverged", "error", "lost", "die", "memory")
 
 
-REST = "; what is left on each node or GPU is too little"
+def simulated(study_dir, recipe, rng, ways, num_steps=10_000):
+    """Searches with trainings that advance and end in any order, each in one of the ways; it is killed after so many.
+
+    A kill comes to some trainings when their result is there and nobody has noted it.
+
+    Returns:
+        The driver, and the names of the trainings of which it was told that they ended.
+    """
+    live, told = [], []
+    with open_study(study_dir, recipe) as study:
+        names = [row.name for row in recover_running(study)]
+        tune = Tune(Driver(study, AtATime(EIGHT), told.append))
+        for _ in range(num_steps):
+            while len(live) < EIGHT and not isinstance(trial := tune.start(), str | None):
+                live.append(trial)
+            assert len(live) == len(tune.driver.live) <= EIGHT
+            assert len({spec_of(trial).name for trial in live}) == len(live)
+            if not live:
+                break
+            trial = rng.choice(live)
+            if tune.order(trial) in ("stop", "cut"):
+                tune.end(trial)
+            elif not advance(tune, trial, rng.random()):
+                end(tune, trial, rng.choice(ways), rng.random())
+            live = [each for each in live if each.status == "RUNNING"]
+            tune.look()
+        for trial in live:
+            if rng.random() < 0.3:
+                write_result(tune.place(trial), {"objective": rng.random(), "alpha": 0.5, "metrics": {}})
+    return tune.driver, names + [each.row.name for each in told if isinstance(each, TrialFinished | BaselineFinished)]
 
 
-@pytest.mark.parametrize(
-    ("nodes", "resources", "concurrency", "one_node", "reason"),
-    [
-        ([(2, 0)], {}, 2, True, "2 CPUs, 1 a trial"),
-        ([(2, 0)], {"num_workers": 2}, 1, True, "2 CPUs, 2 a trial"),
-        ([(8, 2)], {}, 2, True, "2 GPUs, 1 a trial"),
-        ([(8, 2)], {"gpus_per_worker": 0}, 8, True, "8 CPUs, 1 a trial"),
-        ([(2, 0), (2, 0)], {"num_workers": 4}, 1, False, "4 CPUs, 4 a trial"),  # over two nodes
-        ([(4, 1)], {"gpus_per_worker": 0.5}, 2, True, "1 GPU, 0.5 a trial"),
-        # Ray counts in ten-thousandths, and a share of a GPU lies on one GPU
-        ([(8, 1)], {"gpus_per_worker": 0.2}, 5, True, "1 GPU, 0.2 a trial"),
-        ([(64, 8)], {"gpus_per_worker": 0.3}, 24, True, "8 GPUs, 0.3 a trial" + REST),
-        ([(64, 8)], {"gpus_per_worker": 0.6}, 8, True, "8 GPUs, 0.6 a trial" + REST),
-        ([(64, 8)], {"gpus_per_worker": 1 / 3}, 24, True, "8 GPUs, 0.333333 a trial"),
-        ([(1, 0)], {"cpus_per_worker": 0.1}, 10, True, "1 CPU, 0.1 a trial"),
-        ([(1, 0)], {"cpus_per_worker": 0.1, "num_workers": 3}, 3, True, "1 CPU, 0.3 a trial"),
-        # what is left over on each node is of no use
-        ([(3, 0), (3, 0)], {"cpus_per_worker": 2}, 2, True, "6 CPUs, 2 a trial" + REST),
-        ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "6 CPUs, 2 a trial" + REST),
-        (
-            [(64, 3), (64, 3), (64, 0)],
-            {"gpus_per_worker": 1, "num_workers": 2},
-            2,
-            True,
-            "6 GPUs, 2 a trial" + REST,
-        ),
-        ([(64, 3), (64, 1)], {"num_workers": 2}, 1, True, "4 GPUs, 2 a trial" + REST),
-        (
-            [(3, 0)] * 5,
-            {"cpus_per_worker": 2, "num_workers": 2},
-            2,
-            False,
-            "15 CPUs, 4 a trial" + REST,
-        ),
-        # CPUs are what one node lacks, GPUs another
-        (
-            [(8, 1), (1, 8)],
-            {},
-            2,
-            True,
-            "9 GPUs, 1 a trial" + REST,
-        ),
-        (
-            [(8, 1), (1, 8)],
-            {"num_workers": 2},
-            1,
-            False,
-            "9 GPUs, 2 a trial" + REST,
-        ),
-    ],
-)
-def test_concurrency_is_what_the_nodes_hold(nodes, resources, concurrency, one_node, reason):
-    capacity = capacity_of(make_recipe(resources=resources), tuple(Node(*node) for node in nodes))
-    assert (capacity.concurrency, capacity.one_node, capacity.reason) == (concurrency, one_node, reason)
+def advance(tune, trial, objective):
+    """Adds an epoch to a training, as its last attempt left it; tells whether one was left."""
+    path = tune.folder(trial) / "metrics.jsonl"
+    epoch = 1 + (len(path.read_text().splitlines()) if path.exists() else 0)
+    row = {"epoch": epoch, "step": epoch, "num_steps": EPOCHS, "loss": 1.0, "subset/objective": objective}
+    if epoch <= EPOCHS:
+        tune.report(trial, row)
+    return epoch <= EPOCHS
 
 
-def test_a_reason_without_a_rest_is_the_whole_reason():
-    """As many as the reason's own division says, for all small clusters."""
-    for sizes in itertools.product([(1, 0), (3, 1), (2, 3), (5, 2)], repeat=2):
-        for cpus, gpus, workers in itertools.product((0.5, 1, 2), (0, 0.3, 0.5, 1, 2), (1, 2, 3)):
-            if workers > 1 and 0 < gpus < 1:
-                continue
-            resources = {"cpus_per_worker": cpus, "gpus_per_worker": gpus, "num_workers": workers}
-            try:
-                capacity = capacity_of(make_recipe(resources=resources), tuple(Node(*size) for size in sizes))
-            except ClusterError:
-                continue
-            found = re.fullmatch(rf"([\d.]+) [CG]PUs?, ([\d.]+) a trial({REST})?", capacity.reason)
-            whole = Fraction(found[1]) // Fraction(found[2])
-            assert capacity.concurrency < whole if found[3] else capacity.concurrency == whole
+def end(tune, trial, way, objective):
+    if way == "finish":
+        tune.finish(trial, objective)
+    elif way == "lost":
+        tune.end(trial, lost="the node was taken away")
+    elif way == "die":
+        tune.die(trial)
+    else:
+        tune.fail(trial, way, f"{way} here")
 
 
-def test_concurrency_of_the_recipe_wins_where_it_is_smaller():
-    capacity = capacity_of(make_recipe(max_concurrent_trials=2), (Node(8, 0),))
-    assert (capacity.concurrency, capacity.reason) == (2, "search.max_concurrent_trials")
-    assert capacity_of(make_recipe(max_concurrent_trials=20), (Node(8, 0),)).concurrency == 8
-
-
-@pytest.mark.parametrize(
-    ("nodes", "resources", "cpus", "concurrency"),
-    [
-        ([(8, 0)], {}, 1, 8),
-        ([(8, 1)], {"gpus_per_worker": 0}, 1, 8),
-        ([(64, 8)], {}, 8, 8),
-        ([(20, 8)], {}, 2, 8),  # four cores are left
-        ([(2, 4)], {}, 1, 2),
-        ([(16, 1)], {"gpus_per_worker": 0.3}, 4, 3),
-        ([(32, 4)], {"gpus_per_worker": 2}, 16, 2),
-        ([(64, 4), (24, 4), (96, 0)], {}, 6, 8),  # every GPU of every node can be used
-        ([(64, 8)], {"cpus_per_worker": 2}, 2, 8),
-    ],
-)
-def test_a_worker_gets_the_cores_that_its_gpus_leave(nodes, resources, cpus, concurrency):
-    capacity = capacity_of(make_recipe(resources=resources), tuple(Node(*node) for node in nodes))
-    assert (capacity.cpus_per_worker, capacity.concurrency) == (cpus, concurrency)
-
-
-def test_a_trial_that_fits_nowhere_is_refused():
-    with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
-        capacity_of(make_recipe(resources={"num_workers": 3}), (Node(2, 0),))
-    assert caught.value.exit_code == 5
-
-
-def test_a_look_that_takes_long_is_repeated_less_often(tune, monkeypatch):
-    """It takes a tenth of the time at most, however slow the file system is."""
-    clock = {"now": 100.0, "took": 0.01}
-    monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=lambda: clock["now"]))
-
-    def slow_look():
-        clock["now"] += clock["took"]
-
-    monkeypatch.setattr(tune.driver, "_read", slow_look)
-    tune.look()
-    assert tune.driver._next_poll == pytest.approx(100.5)  # twice a second
-    clock.update(now=200.0, took=3.0)
-    tune.look()
-    assert tune.driver._next_poll - 200.0 == pytest.approx(30.0)
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "pruner"), [(1, {}), (2, {"name": "successive_halving", "first": 0.25})])
+def test_a_search_has_its_trials_once_however_they_end_and_whenever_it_is_killed(tmp_path, seed, pruner):
+    rng, told, study_dir = random.Random(seed), [], tmp_path / "study"
+    recipe = make_recipe(NUM_TRIALS, EPOCHS, sampler={"seed": seed}, pruner=pruner)
+    for num_steps in (*(rng.randrange(10, 80) for _ in range(seed)), 10_000):
+        driver, names = simulated(study_dir, recipe, rng, WAYS, num_steps)
+        assert driver.failure is None
+        told += names
+    rows = rows_by_kind(study_dir)
+    assert [row.number for row in rows["trial"]] == list(range(NUM_TRIALS))
+    everything = rows["trial"] + rows["baseline"]
+    assert len({row.name for row in everything}) == NUM_TRIALS + 1
+    assert all((row.outcome == "running") == row.set_aside for row in everything)
+    assert Counter(told) == Counter(row.name for row in everything if not row.set_aside)
+    assert best_row(rows["trial"]).name in (study_dir / "best.yaml").read_text().splitlines()[0]
+    killed_searches.check_told_once(study_dir)

@@ -1,30 +1,27 @@
-"""Groups of workers that run one training after the other: what they say, by a group without Ray; and a real one."""
+"""Groups of workers that run one training after the other: what they say, by a group without Ray; and real ones."""
 
-import itertools
-import json
-import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import stand_in
+from killed_searches import wait_until
 
+from carft_ray.errors import InterruptedRunError
 from carft_ray.launch import ray_group
 from carft_ray.launch.mailbox import Mailbox
 from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.ray_group import Said, WorkerGroup
-from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
 from carft_ray.study.outcome import TrialSpec
+from carft_ray.study.rows import trials
 
 HERE = Path(__file__).parent
 CAPACITY = Capacity(1, "", 2, 1.0, 0.0, one_node=True)
-
-
-def spec_of(number):
-    return TrialSpec("trial", number, f"t{number:04}-abcd", {}, 1)
 
 
 class Groups:
@@ -42,8 +39,7 @@ class Groups:
         return WorkerGroup(self.runtime)
 
     def run(self, group, number):
-        spec = spec_of(number)
-        return group.run(spec)
+        return group.run(TrialSpec("trial", number, f"t{number:04}-abcd", {}, 1))
 
     def _wait(self, seconds):
         if self.dies.is_set():
@@ -85,12 +81,14 @@ def test_one_group_runs_one_training_after_the_other_and_ends_when_closed(groups
 
 
 @pytest.mark.slow
-def test_what_ends_a_group_within_a_training_is_raised_and_the_training_was_taken(groups):
-    group = groups.group()
-    groups.fails = {1}
+def test_a_group_ends_with_a_training_that_fails_or_was_told_to_end(groups):
+    group, groups.told = groups.group(), {1}
     assert groups.run(group, 0)
+    assert groups.run(group, 1)
+    assert not group.fits(groups.runtime, [])
+    group, groups.fails = groups.group(), {2}
     with pytest.raises(ValueError, match="no trial"):
-        groups.run(group, 1)
+        groups.run(group, 2)
     assert not group.fits(groups.runtime, [])
 
 
@@ -98,35 +96,25 @@ def test_a_training_is_not_lost_with_a_group_that_ended_before(groups, monkeypat
     monkeypatch.setattr(ray_group, "IDLE_S", 0.0)
     idle, dead = groups.group(), groups.group()
     assert groups.run(idle, 0)
-    until(lambda: not idle.fits(groups.runtime, []))
+    wait_until(lambda: not idle.fits(groups.runtime, []), "it ends")
     assert not groups.run(idle, 1)
 
     groups.dies.set()
     assert groups.run(dead, 2)
-    until(lambda: not dead.fits(groups.runtime, []))
+    wait_until(lambda: not dead.fits(groups.runtime, []), "it ends")
     assert not groups.run(dead, 3)
     assert [trial for _, trial in groups.ran] == [0, 2]
-
-
-def test_a_group_ends_with_a_training_that_was_told_to_end(groups):
-    group, groups.told = groups.group(), {1}
-    assert groups.run(group, 0)
-    assert groups.run(group, 1)
-    assert not group.fits(groups.runtime, [])
 
 
 class Forgetful(Mailbox):
     """Every third call finds a mailbox that was just started again, every fourth one none."""
 
-    def __init__(self):
-        super().__init__()
-        self._calls = itertools.count()
+    calls = 0
 
     def _meet(self):
-        number = next(self._calls)
+        number, self.calls = self.calls, self.calls + 1
         if number % 3 == 1:
             super().__init__()
-            self._calls = itertools.count(number + 1)
         if number % 4 == 3:
             raise ConnectionError
 
@@ -150,54 +138,36 @@ def test_a_group_that_does_not_end_does_not_hold_up_the_one_who_closes_it(groups
     monkeypatch.setattr(ray_group, "CLOSE_S", 0.1)
     ends, group = threading.Event(), groups.group()
     monkeypatch.setattr(ray_group, "_trainer", lambda *given: SimpleNamespace(fit=ends.wait))
-    thread = threading.Thread(target=lambda: groups.ran.append(_raised(groups.run, group, 0)))
-    thread.start()
-    until(lambda: group.fits(groups.runtime, []))
-    group.close()
-    ends.set()
-    thread.join()
-    assert groups.ran == ["its workers ended without a message"]
-
-
-def _raised(run, *given):
-    with pytest.raises(RuntimeError) as raised:
-        run(*given)
-    return str(raised.value)
-
-
-def test_a_group_that_cannot_begin_says_why(groups, monkeypatch):
-    monkeypatch.setattr(ray_group, "_trainer", lambda *given: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        groups.run(groups.group(), 0)
-
-
-def until(condition):
-    limit = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(groups.run, group, 0)
+        wait_until(lambda: group.fits(groups.runtime, []), "it begins")
+        group.close()
+        ends.set()
+    assert str(running.exception()) == "its workers ended without a message"
 
 
 @pytest.mark.slow
-def test_a_search_starts_its_workers_once_and_after_a_failure_again(tmp_path, monkeypatch):
-    """Four trials and a baseline, one after the other; trial 1 diverges, and its group ends with it."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
-    stand_in.tell(tmp_path, **{"1": "diverge"})
-    resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
-    recipe = stand_in.make_recipe(4, epochs=1, resources=resources, max_concurrent_trials=1)
-    result = run_search(recipe, tmp_path / "study", runner=Runner(stand_in.prepare, train_and_name_the_process))
-    assert [row.outcome for row in result.trials] == ["complete", "diverged", "complete", "complete"]
-    folders = [tmp_path / "study" / "baselines" / "plain"]
-    folders += [tmp_path / "study" / "trials" / row.name for row in result.trials]
-    pids = [json.loads((folder / "pids.json").read_text()) for folder in folders]
-    assert pids[0] == pids[1] == pids[2]
-    assert pids[3] == pids[4] != pids[0]
+def test_no_attempt_of_a_training_has_the_number_of_another(tmp_path):
+    """The first attempt raises; the second one is stopped, and the third one finishes."""
+    recipe = stand_in.make_recipe(resources={"executor": "debug"})
+    stand_in.tell(tmp_path, rain="raise_once")  # by the letters where a trial has its number
+    (tmp_path / "base" / "hold").touch()
+    out, runner, epochs = tmp_path / "out", Runner(stand_in.prepare, stand_in.train), []
 
+    def train(resume, report):
+        return train_once(recipe, out, resume, "", str, str, report, None, None, (), runner)
 
-def train_and_name_the_process(recipe, out_dir, prepared_dir, context, attempt):
-    from carft_ray.training.ranks import gather
+    def stop(row):
+        if row["epoch"] == 1:
+            (out / "stop").write_text("")
 
-    pids = gather(context, os.getpid())
-    if context.rank == 0:
-        (out_dir / "pids.json").write_text(json.dumps(pids))
-    return stand_in.train(recipe, out_dir, prepared_dir, context, attempt)
+    with pytest.raises(InterruptedRunError, match="continues from step 10"):
+        train(False, stop)
+    (tmp_path / "base" / "hold").unlink()
+    train(True, epochs.append)
+    assert [row["epoch"] for row in epochs] == [2]
+    [row] = trials(out)
+    assert (row.name, row.outcome, row.attempt) == ("train", "complete", 3)
+    lines = (row.folder(out) / "log.txt").read_text().splitlines()
+    kinds = [line.split()[2:4] for line in lines if " attempt " in line]
+    assert kinds == [["1:", "starts"], ["1:", "error:"], ["2:", "starts"], ["2:", "stopped:"], ["3:", "starts"]]

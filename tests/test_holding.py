@@ -1,6 +1,5 @@
 """Who holds a study: what another machine sees of a search, and when it may take the study over."""
 
-import contextlib
 import multiprocessing
 import os
 import re
@@ -12,18 +11,20 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
-import elsewhere
+import attempts
 import killed_searches
 import pytest
+import search_driver
 import stand_in
 from logs import HOLD, commits, holding, take
 from stand_in import make_recipe
 
 from carft_ray.errors import DataError, StorageError
 from carft_ray.store import log as module
+from carft_ray.store import owner
 from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import READERS_SILENT_FOR_S, Log
-from carft_ray.store.owner import identity, process_started
+from carft_ray.store.owner import identity
 from carft_ray.study import holding as held_module
 from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
@@ -64,6 +65,10 @@ def contents(study_dir):
     return {path: path.read_bytes() if path.is_file() else None for path in study_dir.rglob("*")}
 
 
+def state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_a_study_is_held_while_it_is_open_and_not_after(study_dir):
     assert holder(study_dir) is None
     with holding(study_dir):
@@ -73,21 +78,17 @@ def test_a_study_is_held_while_it_is_open_and_not_after(study_dir):
 
 
 def test_a_live_search_of_another_machine_is_left_alone(study_dir, quick):
-    other = leave(study_dir, **ELSEWHERE)
-    told = []
+    other, told = leave(study_dir, **ELSEWHERE), []
 
     def works(text):
         told.append(text)
         with other.commit({"kind": "at work"}):
             pass
 
-    with (
-        pytest.raises(StorageError, match="is in use: two searches") as caught,
-        open_study(study_dir, make_recipe(3), tell=works),
-    ):
+    refused = pytest.raises(StorageError, match=r"is in use: two searches .*process 12 on node7, since noon")
+    with refused as caught, open_study(study_dir, make_recipe(3), tell=works):
         pass
     assert caught.value.exit_code == 5
-    assert "process 12 on node7, since noon" in str(caught.value)
     assert told == ["waiting 1 s for a write of process 12 on node7, since noon, which may be gone"]
     with other.commit({"kind": "goes on"}):
         pass
@@ -102,41 +103,11 @@ def test_a_search_of_another_machine_that_is_silent_is_taken_over_and_told(study
         assert study.next() is not None
 
 
-def test_a_dead_process_of_this_machine_is_taken_over_at_once(study_dir):
-    code = f"{HOLD}import os\nwith holding({str(study_dir)!r}): os._exit(1)\n"
-    subprocess.run([sys.executable, "-c", code], check=False)
-    told = []
-    with holding(study_dir, told.append):
-        assert [text.split(" on ")[0].rstrip("0123456789") for text in told] == ["took over from process "]
-
-
 def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_dir):
     leave(study_dir, pid=os.getppid(), process_started="long ago")
     told = []
     with holding(study_dir, told.append):
         assert "which is gone" in told[0]
-
-
-def test_a_process_of_this_machine_that_lives_is_left_alone_however_long_it_was_silent(study_dir):
-    pid = os.getppid()
-    leave(study_dir, pid=pid, process_started=process_started(pid))
-    before = contents(study_dir)
-    with pytest.raises(StorageError, match=f"process {pid} on "), holding(study_dir):
-        pass
-    assert contents(study_dir) == before
-
-
-def test_a_study_that_this_process_has_open_is_refused_at_once(study_dir):
-    with open_study(study_dir, make_recipe(3)):
-        began = time.monotonic()
-        with (
-            pytest.raises(StorageError, match=f"process {os.getpid()} on "),
-            open_study(study_dir, make_recipe(3)),
-        ):
-            pass
-        assert time.monotonic() - began < module.LOOK_EVERY_S + 30
-    with open_study(study_dir, make_recipe(3)):  # and is free when its block has ended
-        pass
 
 
 @pytest.mark.slow
@@ -146,41 +117,26 @@ def test_signs_of_life_go_on_during_an_open_study_and_end_with_it(study_dir, mon
     with open_study(study_dir, make_recipe(3)) as study:
         recover_running(study)
         before = len(commits(study_dir))
-        wait_until(lambda: len(commits(study_dir)) >= before + 3)
+        killed_searches.wait_until(lambda: len(commits(study_dir)) >= before + 3, "signs of life")
         assert all(commit["operations"] == commit["records"] == [] for commit in commits(study_dir)[before:])
         assert study.next() is not None
-    after = len(commits(study_dir))
     assert not [thread for thread in threading.enumerate() if thread.name == "beat"]
-    assert len(commits(study_dir)) == after
 
 
-def test_a_search_that_was_taken_over_writes_nothing_more(study_dir):
+def test_a_search_that_was_taken_over_sees_it_and_writes_nothing_more(study_dir):
     with open_study(study_dir, make_recipe(3)) as study:
         recover_running(study)
-        study.next()
-        assert not study.log.is_lost
+        study.log.check()
         other = take(study_dir)
         before = contents(study_dir / "log")
-        with pytest.raises(RefusedError, match=r"was written by another search, which has taken the study over") as one:
-            study.next()
-        assert one.value.exit_code == 5
+        for use in (study.log.check, study.next):
+            with pytest.raises(RefusedError, match="was written by another search, which has taken the study over"):
+                use()
         assert study.log.is_lost
-        with pytest.raises(RefusedError, match="taken the study over"):
-            study.log.check()
-        assert contents(study_dir / "log") == before
     assert contents(study_dir / "log") == before  # a study that is the other's is not released
     with other.commit({"kind": "goes on"}):
         pass
     assert trials(study_dir) == []
-
-
-def test_that_a_study_was_taken_over_is_seen_without_a_write(study_dir):
-    with open_study(study_dir, make_recipe(3)) as study:
-        study.log.check()
-        take(study_dir)
-        with pytest.raises(RefusedError, match="taken the study over"):
-            study.log.check()
-        assert study.log.is_lost
 
 
 def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch):
@@ -192,115 +148,94 @@ def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch)
         assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_with_a_log_of_another_kind_is_refused_and_kept(tmp_path):
-    (tmp_path / "log").mkdir()
-    (tmp_path / "log" / "yesterday.txt").write_text("precious")
-    with pytest.raises(Exception, match="must be a study or empty, but got log"), open_study(tmp_path, make_recipe(3)):
-        pass
-    assert (tmp_path / "log" / "yesterday.txt").read_text() == "precious"
-
-
 # searches of several machines, each a process
 
 
-@pytest.fixture
-def search(tmp_path):
-    """Gives a function that starts a search as on another machine; what still runs at the end is killed."""
-    started = []
-
-    def start(boot, trials):
-        command = [sys.executable, elsewhere.__file__, boot, str(tmp_path / "study"), str(trials)]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        started.append(subprocess.Popen(command, text=True, env=killed_searches.environment(), **streams))
-        return started[-1]
-
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+WAITS = ("BEAT_AFTER_S", "SILENT_FOR_S", "READERS_SILENT_FOR_S", "LOOK_EVERY_S", "UNCLEAR_FOR_S", "RETRY_EVERY_S")
 
 
-def read_to(process, start):
-    """Reads what a search prints, to the first line that begins so."""
-    for line in process.stdout:
-        if line.startswith(start):
-            return
-    raise AssertionError(f"it has ended before {start}")
+def move(boot):
+    """Makes this process one of another machine, for good, whose waits are a hundredth: nobody looks for it here."""
+    me = {**identity(), "boot": boot}
+    owner.identity = module.identity = lambda: dict(me)
+    for name in WAITS:
+        setattr(module, name, getattr(module, name) / 100)
+    held_module.LOOK_EVERY_S /= 100
+
+
+class Search:
+    """A search in a process of its own, as on another machine; what it prints goes into a file."""
+
+    def __init__(self, folder, boot, num_trials):
+        self.path = folder / f"{boot}.txt"
+        self.process = attempts.forked(search_elsewhere, self.path, boot, folder / "study", num_trials)
+
+    def read_to(self, start):
+        killed_searches.wait_until(lambda: start in self.output or not self.process.is_alive(), start)
+        assert start in self.output, self.output
+
+    def ended(self):
+        self.process.join(killed_searches.TIMEOUT_S)
+        return self.process.exitcode
+
+    @property
+    def output(self):
+        return self.path.read_text() if self.path.exists() else ""
+
+
+def search_elsewhere(path, boot, study_dir, num_trials):
+    """Searches with stand-in trainings, one after the other, as on another machine."""
+    with open(path, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    move(boot)
+    sys.exit(search_driver.main(study_dir, num_trials, '{"executor": "debug"}', search='{"baselines": {}}'))
 
 
 @pytest.mark.slow
-def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_writes_nothing(tmp_path, search):
+def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_writes_nothing(tmp_path):
     hold, study_dir = stand_in.tell(tmp_path) / "hold", tmp_path / "study"
     hold.touch()
-    first = search("one", 3)
-    read_to(first, "TrialEpoch t0000-")
-    first.send_signal(signal.SIGSTOP)
-    wait_until(lambda: state_of(first) == "T")
+    first = Search(tmp_path, "one", 1)
+    first.read_to("TrialEpoch t0000-")
+    os.kill(first.process.pid, signal.SIGSTOP)
+    killed_searches.wait_until(lambda: state_of(first.process.pid) == "T", "it sleeps")
     hold.unlink()
-    second = search("two", 3)
-    output, _ = second.communicate(timeout=killed_searches.TIMEOUT_S)
-    assert second.returncode == 0, output
-    assert f"took over from process {first.pid} on " in output
-    assert [row.attempt for row in trials(study_dir)] == [2, 1, 1]
+    second = Search(tmp_path, "two", 1)
+    assert second.ended() == 0, second.output
+    assert f"took over from process {first.process.pid} on " in second.output
+    assert [row.attempt for row in trials(study_dir)] == [2]
     ended = commits(study_dir)
 
     hold.touch()
-    third = search("three", 5)
-    read_to(third, "TrialEpoch t0003-")
+    third = Search(tmp_path, "three", 2)
+    third.read_to("TrialEpoch t0001-")
     before = contents(study_dir)
-    first.send_signal(signal.SIGCONT)
-    output, _ = first.communicate(timeout=killed_searches.TIMEOUT_S)
-    assert first.returncode == 5
-    *lines, error, step = output.splitlines()
-    assert not any("Error" in line or "Traceback" in line for line in lines), output
+    os.kill(first.process.pid, signal.SIGCONT)
+    assert first.ended() == 5
+    *lines, error, step = first.output.splitlines()
+    assert not any("Error" in line or "Traceback" in line for line in lines), first.output
     assert error.endswith("was written by another search, which has taken the study over")
     assert step == "    The other search goes on from all that is committed; this one has ended."
     after = contents(study_dir)
-    changed = {
-        str(path.relative_to(study_dir)) for path in before.keys() | after if before.get(path) != after.get(path)
-    }
-    assert {name for name in changed if not name.startswith(("log", "live.json", "trials/t0003-"))} == set()
+    changed = {path.relative_to(study_dir) for path in before.keys() | after if before.get(path) != after.get(path)}
+    assert [path for path in changed if not str(path).startswith(("log", "live.json", "trials/t0001-"))] == []
     hold.unlink()
-    output, _ = third.communicate(timeout=killed_searches.TIMEOUT_S)
-    assert third.returncode == 0, output
+    assert third.ended() == 0, third.output
 
-    rows = trials(study_dir)
-    assert [(row.number, row.outcome) for row in rows] == [(number, "complete") for number in range(5)]
-    assert len({row.name for row in rows}) == 5
+    assert [(row.number, row.outcome) for row in trials(study_dir)] == [(0, "complete"), (1, "complete")]
     killed_searches.check_told_once(study_dir)
     assert commits(study_dir)[: len(ended)] == ended
     owners = [commit["owner"] for commit in commits(study_dir)]
     assert len(set(owners)) == 1 + sum(one != other for one, other in pairwise(owners)) == 3
 
 
-def state_of(process):
-    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0]
-
-
-@pytest.mark.slow
-def test_a_head_that_restarts_at_once_waits_for_its_predecessor_and_says_so(tmp_path, search):
-    hold = stand_in.tell(tmp_path) / "hold"
-    hold.touch()
-    first = search("before", 2)
-    read_to(first, "TrialEpoch t0000-")
-    first.kill()
-    hold.unlink()
-    second = search("after", 2)
-    output, _ = second.communicate(timeout=killed_searches.TIMEOUT_S)
-    assert second.returncode == 0, output
-    said = [line.removeprefix("Note ") for line in output.splitlines() if line.startswith("Note ")][:2]
-    holder = re.escape(f"process {first.pid} on ") + r"\S+, since \S+"
-    assert re.fullmatch(rf"waiting 1 s for a write of {holder}, which may be gone", said[0]), output
-    assert re.fullmatch(rf"took over from {holder}, which is gone", said[1]), output
-    assert [(row.outcome, row.attempt) for row in trials(tmp_path / "study")] == [("complete", 2), ("complete", 1)]
-
-
-ROUNDS = 100  # of each of two pairs of processes
+ROUNDS = 25
 
 
 def starter(boot, folder, barrier, over, told):
     """Claims one study after the other, always together with another process; tells what came of each."""
-    elsewhere.move(boot)
+    move(boot)
     os.fsync = lambda handle: None
     recipe = make_recipe(3)
     for number in range(ROUNDS):
@@ -321,31 +256,20 @@ def starter(boot, folder, barrier, over, told):
             over.set()
         barrier.wait()
         over.clear()
-        told.send((number, os.getpid(), said, count))
-    told.send(None)
+        told.send((os.getpid(), said, count))
 
 
 @pytest.mark.slow
 def test_of_two_machines_that_start_at_once_one_holds_the_study_and_the_other_says_who(tmp_path):
-    fork, running, found = multiprocessing.get_context("fork"), [], []
-    for pair in ("a", "b"):
-        shared = fork.Barrier(2, timeout=killed_searches.TIMEOUT_S), fork.Event()
-        for boot in ("one", "two"):
-            reader, writer = fork.Pipe(duplex=False)
-            process = fork.Process(target=starter, args=(boot, tmp_path / pair, *shared, writer), daemon=True)
-            process.start()
-            writer.close()
-            running.append((pair, reader, process))
-    for pair, reader, process in running:
-        with contextlib.suppress(EOFError):
-            while (answer := reader.recv()) is not None:
-                found.append((pair, *answer))
-        process.join()
-        assert process.exitcode == 0
-    assert len(found) == 4 * ROUNDS
-    for pair in ("a", "b"):
-        for number in range(ROUNDS):
-            check_round(tmp_path / pair / str(number), [each[2:] for each in found if each[:2] == (pair, number)])
+    fork, readers = multiprocessing.get_context("fork"), []
+    shared = fork.Barrier(2, timeout=killed_searches.TIMEOUT_S), fork.Event()
+    for boot in ("one", "two"):
+        reader, writer = fork.Pipe(duplex=False)
+        fork.Process(target=starter, args=(boot, tmp_path, *shared, writer), daemon=True).start()
+        writer.close()
+        readers.append(reader)
+    for number in range(ROUNDS):
+        check_round(tmp_path / str(number), [reader.recv() for reader in readers])
 
 
 def check_round(study_dir, told):
@@ -366,22 +290,16 @@ def check_round(study_dir, told):
 
 
 @pytest.mark.parametrize(
-    ("age_s", "held"),
-    [(0, True), (-3600, True), (READERS_SILENT_FOR_S / 2, True), (READERS_SILENT_FOR_S + 9, False)],
+    ("age_s", "held"), [(0, True), (-3600, True), (READERS_SILENT_FOR_S / 2, True), (READERS_SILENT_FOR_S + 9, False)]
 )
-def test_a_reader_goes_by_the_last_commit_of_another_machine_with_room_for_clocks_that_differ(
+def test_a_reader_writes_nothing_and_goes_by_the_last_commit_with_room_for_clocks_that_differ(
     study_dir, age_s, held, monkeypatch
 ):
     leave(study_dir, **ELSEWHERE)
+    before = contents(study_dir), os.stat(study_dir).st_mtime_ns
     now = time.time() + age_s
     monkeypatch.setattr(time, "time", lambda: now)
     assert holder(study_dir) == ("process 12 on node7, since noon" if held else None)
-
-
-def test_a_reader_writes_nothing(study_dir):
-    leave(study_dir, **ELSEWHERE)
-    before = contents(study_dir), os.stat(study_dir).st_mtime_ns
-    assert holder(study_dir)
     assert before == (contents(study_dir), os.stat(study_dir).st_mtime_ns)
 
 
@@ -392,16 +310,8 @@ def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_h
         assert other.stdout.readline() == "held\n"
         assert holder(study_dir).startswith(f"process {other.pid} on ")
         other.kill()
-        stat = Path(f"/proc/{other.pid}/stat")
-        wait_until(lambda: stat.read_text().rpartition(")")[2].split()[0] == "Z")
+        killed_searches.wait_until(lambda: state_of(other.pid) == "Z", "it is dead")
         assert holder(study_dir) is None
         told = []
         with holding(study_dir, told.append):
             assert told[0].startswith(f"took over from process {other.pid} on ")
-
-
-def wait_until(condition, timeout_s=60):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)

@@ -7,7 +7,6 @@ words of a command (``recipe.yaml`` is put behind `validate`, `train` and `searc
 """
 
 import contextlib
-import io
 import json
 import os
 import re
@@ -21,16 +20,11 @@ import numpy as np
 import pytest
 import short_training
 from picture_copies import COPIES as MADE
-from picture_copies import signed
 from PIL import Image, ImageOps
 from strict_roles import check_overlap
 
 from carft_ray.data import bad_images
-from carft_ray.data.copies.find import TOLERANCE, alike, candidates, distances
-from carft_ray.data.records import thumbnails_of
-from carft_ray.data.same_picture import LIMIT, grey_picture, picture_distance
-from carft_ray.data.synthetic.sandbox import CLASSES, DOMAINS, sandbox_source
-from carft_ray.errors import DataError, HoldOutError
+from carft_ray.errors import HoldOutError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training import run as evaluation
 from carft_ray.training import shared_inputs
@@ -112,18 +106,6 @@ def copied(change=lambda path: None):
     return act
 
 
-def saved(ending, size=1.0, filter_=Image.Resampling.BICUBIC, **options):
-    """Changes a file into the same picture in another format, or at another size."""
-
-    def change(path):
-        image = Image.open(path).convert("RGB")
-        path.unlink()
-        image = image.resize((int(image.width * size), int(image.height * size)), filter_) if size != 1 else image
-        image.save(path.with_suffix(ending), **options)
-
-    return change
-
-
 def edited(edit):
     def change(path):
         edit(Image.open(path).convert("RGB")).save(path)
@@ -135,26 +117,12 @@ def renamed(path):
     path.rename(path.with_name("other_" + path.name))
 
 
-def hard_linked(images):
-    shutil.copytree(images / "photo_test", images / "leak", copy_function=os.link)
-
-
 def linked(images):
     (images / "leak").symlink_to(images / "photo_test")
 
 
-def linked_above(images):
-    (images.parent / "elsewhere").symlink_to(images)
-
-
 def linked_files(images):
     shutil.copytree(images / "photo_test", images / "leak", copy_function=lambda a, b: Path(b).symlink_to(a))
-
-
-def linked_classes(images):
-    (images / "leak").mkdir()
-    for path in (images / "photo_test").iterdir():
-        (images / "leak" / path.name).symlink_to(path)
 
 
 def other_classes(images):
@@ -164,32 +132,17 @@ def other_classes(images):
         shutil.copytree(images / "photo_test" / name, images / "leak" / other)
 
 
-def half(images):
-    """Half of the set copied among other pictures."""
-    other_pictures(images)
-    for path in sorted((images / "photo_test").glob("*/0.png")):
-        shutil.copy(path, images / "leak" / path.parent.name / "new.png")
-
-
 def one_image(images):
-    other_pictures(images)
-    shutil.copy(images / "photo_test" / "star" / "1.png", images / "leak" / "heart" / "new.png")
-
-
-def other_pictures(images):
+    """One of the set, under another name and class, among other pictures."""
     for label, name in enumerate(short_training.CLASSES):
         (images / "leak" / name).mkdir(parents=True)
         picture(label, 900).save(images / "leak" / name / "0.png")
+    shutil.copy(images / "photo_test" / "star" / "1.png", images / "leak" / "heart" / "new.png")
 
 
 def among_training(images):
     for path in sorted((images / "painting").glob("*/0.png")):
         shutil.copy(path, images / "photo" / path.parent.name / "more.png")
-
-
-def domain_renamed(images):
-    (images / "photo_test").rename(images / "leak")
-    shutil.copytree(images / "leak", images / "photo_test")
 
 
 def a_set(domain, path="images"):
@@ -226,8 +179,6 @@ REFUSED = [
     # by name or path, by every command
     ("a test set in ood_val", None, ["validate", "--set", f"data.ood_val.x={a_set('painting')}"], 8,
      f"data.ood_test.painting: {ONE_ROLE} data.ood_val.x, but got {{here}}/images/painting"),
-    ("the same, to train", None, [*TRAIN, "--set", f"data.ood_val.x={a_set('painting')}"], 8,
-     f"data.ood_test.painting: {ONE_ROLE} data.ood_val.x"),
     ("the same, to search", None, [*SEARCH, "--set", f"data.ood_val.x={a_set('painting')}"], 8,
      f"data.ood_test.painting: {ONE_ROLE} data.ood_val.x"),
     ("the same, to a training that goes on", None,
@@ -235,89 +186,59 @@ REFUSED = [
      f"data.ood_test.painting: {ONE_ROLE} data.ood_val.x"),
     ("a test set as id_val", None, ["validate", "--set", f"data.id_val={a_set('photo_test')}"], 8, BY_NAME[0]),
     ("training on the test set", None, [*TRAIN, "--set", f"data.train={a_set('photo_test')}"], 8, BY_NAME[1]),
-    ("training on both", None, ["validate", "--set", "data.train.domains=[photo, photo_test]"], 8, BY_NAME[1]),
-    ("id_test is ood_val", None, ["validate", "--set", f"data.id_test={a_set('sketch')}"], 8,
-     f"data.id_test: {ONE_ROLE} data.ood_val.sketch"),
-    ("ood_test is id_val", None, ["validate", "--set", f"data.ood_test.x={a_set('photo_val')}"], 8,
-     f"data.ood_test.x: {ONE_ROLE} data.id_val"),
     ("ood_test is id_test", None, ["validate", "--set", f"data.ood_test.x={a_set('photo_test')}"], 8,
      f"data.ood_test.x: {ONE_ROLE} data.id_test"),
     ("a path written in another way", None,
      ["validate", "--set", f"data.id_val={a_set('photo_test', 'model/../images')}"], 8, BY_NAME[0]),
     ("a linked folder", linked, ["validate", *ID_LEAK], 8, BY_NAME[0]),
-    ("a linked folder above", linked_above,
-     ["validate", "--set", f"data.id_val={a_set('photo_test', 'elsewhere')}"], 8, BY_NAME[0]),
     ("a folder inside a test set", None,
      ["validate", "--set", f"data.ood_val.x={a_set('arrow', 'images/photo_test')}"], 8,
      f"data.id_test: {ONE_ROLE} data.ood_val.x, but got {{here}}/images/photo_test"),
-    ("the test split of the sandbox as id_val", None,
-     ["validate", *SANDBOX_SETS, "--set", f"data.id_val={sandbox_set()}"], 8, f"data.id_test: {ONE_ROLE} data.id_val"),
     ("the test split of the sandbox in ood_val", None,
      ["validate", *SANDBOX_SETS, "--set", f"data.ood_val.x={sandbox_set()}"], 8,
      f"data.id_test: {ONE_ROLE} data.ood_val.x"),
-    ("training on the test split of the sandbox", None,
-     ["validate", *SANDBOX_SETS, "--set", f"data.train={sandbox_set()}"], 8, f"data.id_test: {ONE_ROLE} data.train"),
     # by content
     ("a copy in ood_val", copied(), [*TRAIN, *OOD_LEAK], 8, IN_OOD),
-    ("the same, to search", copied(), [*SEARCH, *OOD_LEAK], 8, IN_OOD),
     ("the same, checked before", copied(), [*DEEP, *OOD_LEAK], 8, IN_OOD),
     ("a copy as id_val", copied(), [*DEEP, *ID_LEAK], 8, told("id_val", 10, 10, CONTENT)),
     ("training on a copy", copied(), [*TRAIN, *TRAIN_LEAK], 8, told("train", 10, 10, CONTENT)),
-    ("hard links", hard_linked, [*DEEP, *OOD_LEAK], 8, IN_OOD),
     ("linked files", linked_files, [*DEEP, *OOD_LEAK], 8, IN_OOD),
-    ("linked class folders", linked_classes, [*DEEP, *OOD_LEAK], 8, IN_OOD),
     ("renamed files", copied(renamed), [*DEEP, *OOD_LEAK], 8, IN_OOD),
-    ("a renamed domain", domain_renamed, [*DEEP, *OOD_LEAK], 8, IN_OOD),
     ("other class folders", other_classes, [*DEEP, *OOD_LEAK], 8, IN_OOD),
-    ("half of a set", half, [*DEEP, *OOD_LEAK], 8,
-     told("ood_val.leak", 5, 10, CONTENT)),
     ("test images among those of train", among_training, [*TRAIN], 8,
      told("train", 5, 10, CONTENT, "ood_test.painting")),
     ("one image of a set", one_image, [*DEEP, *OOD_LEAK], 8, told("ood_val.leak", 1, 10, CONTENT)),
     # by what the pictures show
-    ("JPEG of quality 90", copied(saved(".jpg", quality=90)), [*TRAIN, *OOD_LEAK], 8, SEEN),
-    ("JPEG of quality 75", copied(saved(".jpg", quality=75)), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("BMP", copied(saved(".bmp")), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("WebP", copied(saved(".webp", quality=80)), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("PNG packed otherwise", copied(saved(".png", compress_level=1)), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("half the size", copied(saved(".png", 0.5)), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("twice the size", copied(saved(".png", 2.0)), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("twice the size, JPEG", copied(saved(".jpg", 2.0, quality=75)), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("a margin of 5 % cut off", copied(edited(MADE["5 % margin off"])), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("a border", copied(edited(MADE["border"])), [*DEEP, *OOD_LEAK], 8, SEEN),
-    ("a small watermark", copied(edited(MADE["small watermark"])), [*DEEP, *OOD_LEAK], 8, SEEN),
+    *((name, copied(edited(MADE[name])), [*DEEP, *OOD_LEAK], 8, SEEN) for name in list(MADE)[1:]),
+    ("the same picture, to train", copied(edited(MADE["JPEG 90"])), [*TRAIN, *OOD_LEAK], 8, SEEN),
     # what chooses, and what is searched
     ("an objective of a test set", None, [*SEARCH, "--set", "search.objective.kind=id_test"], 3,
      "--set search.objective.kind=id_test: must be one of the allowed values, but got \"id_test\""),
-    ("a test set in the objective", None, [*SEARCH, "--set", "search.objective.sets=[painting]"], 3,
-     "--set search.objective.sets=[painting]: unknown key"),
     ("data in the search space", None, [*SEARCH, "--set", "search.space={data.id_val: {choices: [id_test]}}"], 3,
      "--set search.space="),
-    ("data in a baseline", None, [*SEARCH, "--set", "search.baselines={x: {data: id_test}}"], 3,
-     "--set search.baselines="),
     ("a role as a set's name", None, ["validate", "--set", f"data.ood_val={{id_test: {a_set('sketch')}}}"], 3,
      "--set data.ood_val="),
-    ("one name on both sides", None, ["validate", "--set", f"data.ood_val.painting={a_set('sketch')}"], 3,
-     "recipe.yaml:"),
     ("alpha from a test set", None, [*SEARCH, "--set", "search.alpha.mode=id_test"], 3,
      "--set search.alpha.mode=id_test: "),
-    ("looks at a test set on the way", None, [*TRAIN, "--set", "evaluate.sets=[id_test]"], 3,
-     "--set evaluate.sets=[id_test]: unknown key"),
-    ("evaluating a test set", None, ["evaluate", "done", "--set", "id_test"], 2, "No such option"),
     ("evaluating a test set as a trial", None, ["evaluate", "done", "--trial", "id_test"], 2,
      "--trial: must be the number or name"),
-    ("exporting at the alpha of a test set", None, ["export", "done", "--to", "new", "--alpha", "id_test"], 2,
-     "Invalid value for"),
 ]  # fmt: skip
 
 NOT_CAUGHT = [
     ("larger crops: the thumbnail shows another part", copied(edited(lambda im: im.crop((4, 4, im.width, im.height))))),
     ("mirrored: a picture and its mirror image are two", copied(edited(ImageOps.mirror))),
-    ("turned", copied(edited(lambda im: im.rotate(90)))),
-    ("inverted, as any strong change of colours", copied(edited(ImageOps.invert))),
-    ("another photo of the same scene: other pixels", copied(edited(lambda im: im.rotate(12).crop((3, 3, 20, 20))))),
     ("a border wider than a sixth of the side", copied(edited(lambda im: ImageOps.expand(im, im.width // 4)))),
-]  # fmt: skip
+]
+
+
+@pytest.mark.parametrize("leak", [row[1] for row in NOT_CAUGHT], ids=[row[0] for row in NOT_CAUGHT])
+def test_what_the_documents_call_not_caught_is_not(here, run, leak):
+    leak(here / "images")
+    assert run(*DEEP, *OOD_LEAK)[0] == 0
+
+
+def test_a_test_set_that_the_recipe_does_not_name_is_not_caught(run):
+    assert run(*DEEP, "--set", f"data.ood_val.x={a_set('painting')}", "--set", "data.ood_test=null")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -336,98 +257,6 @@ def test_an_attempt_to_leak_a_test_set_is_refused(here, run, leak, words, code, 
     assert sorted(here.rglob("*")) == before  # no folder of a training or study stays
 
 
-@pytest.mark.parametrize("leak", [row[1] for row in NOT_CAUGHT], ids=[row[0] for row in NOT_CAUGHT])
-def test_what_the_documents_call_not_caught_is_not(here, run, leak):
-    leak(here / "images")
-    code, _, err = run(*DEEP, *OOD_LEAK)
-    assert code == 0, err
-
-
-def test_a_test_set_that_the_recipe_does_not_name_is_not_caught(run):
-    code, _, err = run(*DEEP, "--set", f"data.ood_val.x={a_set('painting')}", "--set", "data.ood_test=null")
-    assert code == 0, err
-
-
-# what finds them
-
-
-def sandbox_pictures(domains, num_per_class):
-    for domain in domains:
-        source = sandbox_source(domain, "val", num_per_class, domain)
-        yield domain, [Image.fromarray(source.pixels(index)) for index in range(len(source))]
-
-
-def thumbnails(pictures):
-    return np.stack([thumbnails_of(np.asarray(picture))[0] for picture in pictures])
-
-
-def as_file(ending, **options):
-    def change(image):
-        file = io.BytesIO()
-        image.save(file, ending, **options)
-        return Image.open(file).convert("RGB")
-
-    return change
-
-
-def resized(factor, filter_):
-    return lambda image: image.resize((int(image.width * factor), int(image.height * factor)), filter_)
-
-
-COPIES = {  # change -> how many of the copies are found, in percent; as the documents say
-    "PNG": (as_file("PNG"), 100),
-    "BMP": (as_file("BMP"), 100),
-    "lossless WebP": (as_file("WEBP", lossless=True), 100),
-    "JPEG 90": (as_file("JPEG", quality=90), 99),
-    "JPEG 75": (as_file("JPEG", quality=75), 91),
-    "WebP 80": (as_file("WEBP", quality=80), 89),
-    "double, bicubic": (resized(2, Image.Resampling.BICUBIC), 100),
-    "double, bilinear": (resized(2, Image.Resampling.BILINEAR), 100),
-    "half, box": (resized(0.5, Image.Resampling.BOX), 99),
-    "half, bicubic": (resized(0.5, Image.Resampling.BICUBIC), 99),
-    "half, bilinear": (resized(0.5, Image.Resampling.BILINEAR), 96),
-}
-
-
-def test_no_two_pictures_of_the_sandbox_are_the_same_and_copies_are():
-    """All pairs of twelve domains at 32 pixels: silhouettes and pixelated ones are the hard ones."""
-    pictures = dict(sandbox_pictures(DOMAINS, 8))
-    whole = [np.asarray(image) for images in pictures.values() for image in images]
-    known = signed(whole, 1)
-    maybe = {(min(i, j), max(i, j)) for i, j in candidates(known, known).tolist()}
-    assert len(maybe) < len(whole) / 100
-    pairs = [pair for pair in maybe if apart(whole[pair[0]], whole[pair[1]]) <= LIMIT]
-    domains = [domain for domain, images in pictures.items() for _ in images]
-    assert {domains[index] for pair in pairs for index in pair} <= {"silhouette"}  # some hardly differ
-    assert len(pairs) <= len(whole) / 1000
-
-    some = [image for images in pictures.values() for image in images[::4]]
-    for name, (change, percent) in COPIES.items():
-        found = distances(thumbnails(some), thumbnails([change(image) for image in some])) <= TOLERANCE
-        assert 100 * found.mean() >= percent - 2, name  # of 384; the documents tell those of more
-        assert all(apart(np.asarray(image), np.asarray(change(image))) <= LIMIT for image in some[::40]), name
-
-
-def apart(first, second):
-    return picture_distance(grey_picture(first), grey_picture(second))
-
-
-def test_the_search_for_thumbnails_finds_what_comparing_each_with_each_finds():
-    """Copies of a growing roughness, so that many lie just inside and just outside the tolerance."""
-    rng = np.random.default_rng(0)
-    mine = thumbnails(next(images for _, images in sandbox_pictures(["dark_photo"], 3)))
-    noise = rng.standard_normal((4, *mine.shape)) * np.array([1, 2, 3, 4]).reshape(4, 1, 1, 1, 1)
-    theirs = np.clip(mine + np.round(noise), 0, 255).astype(np.uint8).reshape(-1, *mine.shape[1:])
-    i, j = np.indices((len(mine), len(theirs))).reshape(2, -1)
-    near = distances(mine[i], theirs[j]) <= TOLERANCE
-    assert 50 < near.sum() < len(theirs) - 50
-    assert pairs_alike(mine, theirs) == set(zip(i[near].tolist(), j[near].tolist(), strict=True))
-
-
-def pairs_alike(mine, theirs):
-    return {pair for i, j, _ in alike(mine, theirs) for pair in zip(i.tolist(), j.tolist(), strict=True)}
-
-
 def test_pictures_of_one_colour_are_known_by_their_files_only(here):
     """Their thumbnails say nothing: two different blank pages are not one picture."""
     for role, ending in (("sketch", ".png"), ("photo_test", ".bmp")):
@@ -436,85 +265,6 @@ def test_pictures_of_one_colour_are_known_by_their_files_only(here):
     shutil.copy("images/sketch/star/blank.png", "images/painting/heart/blank.png")
     with pytest.raises(HoldOutError, match=r"data\.ood_test\.painting: .* got 1 of 11 images in both \(same bytes"):
         check_overlap(load_recipe(Path("recipe.yaml")), here / "cache")
-
-
-def test_exported_sandbox_pictures_are_those_of_the_sandbox(here):
-    for label, name in enumerate(CLASSES):
-        (here / "images" / "png" / name).mkdir(parents=True)
-        source = sandbox_source("sketch", "test", 2, "x")
-        for index in (2 * label, 2 * label + 1):
-            Image.fromarray(source.pixels(index)).save(here / "images" / "png" / name / f"{index}.png")
-    words = [f"data.train={sandbox_set(split='train')}", f"data.id_val={sandbox_set(split='val')}", "data.id_test=null"]
-    words += [f"data.ood_val={{x: {a_set('png')}}}", f"data.ood_test={{y: {sandbox_set('sketch')}}}"]
-    recipe = load_recipe(Path("recipe.yaml"), words)
-    with pytest.raises(HoldOutError) as caught:
-        check_overlap(recipe, here / "cache")
-    (problem,) = caught.value.problems
-    assert str(problem).startswith(told("ood_val.x", 32, 64, PICTURE, "ood_test.y").replace("{here}", str(here)))
-
-
-def test_sandbox_sets_alone_are_not_looked_at(here):
-    sets = {"train": sandbox_set(split="train"), "id_val": sandbox_set(split="val"), "id_test": sandbox_set()}
-    words = [*(f"data.{role}={text}" for role, text in sets.items()), "data.ood_val={}", "data.ood_test={}"]
-    check_overlap(load_recipe(Path("recipe.yaml"), words), here / "nothing")
-    assert not (here / "nothing").exists()
-
-
-def test_two_sets_of_one_role_may_share_images_and_every_pair_of_roles_is_told(here):
-    for name in ("one", "other"):
-        shutil.copytree(here / "images" / "photo_test", here / "images" / name)
-    options = [f"data.ood_val={{one: {a_set('one')}, other: {a_set('other')}}}"]
-    with pytest.raises(HoldOutError) as caught:
-        check_overlap(load_recipe(Path("recipe.yaml"), options), here / "cache")
-    assert [str(problem).split(", but")[0] for problem in caught.value.problems] == [
-        f"data.id_test: {ONE_ROLE} data.ood_val.one",
-        f"data.id_test: {ONE_ROLE} data.ood_val.other",
-    ]
-    check_overlap(load_recipe(Path("recipe.yaml"), [*options, "data.id_test=null"]), here / "cache")
-
-
-def test_a_second_look_reads_no_image_and_damaged_hashes_are_made_again(here):
-    recipe, cache = load_recipe(Path("recipe.yaml")), here / "hashes"
-    check_overlap(recipe, cache)
-    with watched("images") as seen:
-        check_overlap(recipe, cache)
-    assert [path for event, path in seen if event == "open"] == []
-    for path in cache.glob("overlap-*"):
-        path.unlink()
-    with watched("images") as seen:
-        check_overlap(recipe, cache)
-    assert [path for event, path in seen if event == "open"] == []
-    entries = {path: path.read_bytes() for path in cache.glob("records-*.arrow")}
-    assert len(entries) == 5
-    for path in cache.glob("*"):
-        path.write_bytes(b"damaged") if path in entries else path.unlink()
-    (cache / f".{next(iter(entries)).stem}.arrow.7.tmp").write_bytes(b"of a process that was killed")
-    check_overlap(recipe, cache)
-    assert {path: path.read_bytes() for path in entries} == entries
-    assert not list(cache.glob(".*"))
-
-
-def test_a_changed_set_is_looked_at_again(here):
-    recipe, cache = load_recipe(Path("recipe.yaml")), here / "cache"
-    check_overlap(recipe, cache)
-    shutil.copy("images/photo_test/star/1.png", "images/sketch/star/1.png")
-    with pytest.raises(HoldOutError, match=r"1 of 10 images in both"):
-        check_overlap(recipe, cache)
-
-
-def test_a_test_set_that_cannot_be_read_is_passed_over_and_another_set_is_not(here, caplog):
-    recipe = load_recipe(Path("recipe.yaml"))
-    (here / "images" / "photo_test" / "star" / "1.png").write_bytes(b"no image")
-    check_overlap(recipe, here / "cache")
-    assert caplog.text == ""  # its bytes are compared all the same
-    shutil.rmtree("images/photo_test")
-    check_overlap(recipe, here / "cache")
-    assert (
-        "Whether data.id_test shares images with another role is not known: data.id_test: a domain must" in caplog.text
-    )
-    (here / "images" / "photo" / "star" / "1.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match="must be a readable image"):
-        check_overlap(recipe, here / "cache")
 
 
 # who reads test images
@@ -592,15 +342,6 @@ def test_images_are_opened_once_by_all_commands_but_for_what_a_model_sees(run, h
 
 
 SKIP = ("--set", "data.train.on_bad_image=skip")
-
-
-def test_a_damaged_image_of_a_set_is_left_out_or_refused_whatever_was_asked_before(run, here):
-    (here / "images" / "photo" / "star" / "1.png").write_bytes(b"no image")
-    for _ in range(2):  # with nothing known of it, and with hashes in the cache
-        code, _, said = run("validate", "--deep", *SKIP)
-        assert (code, "recipe.yaml is valid." in said) == (0, True)
-        assert "1.png: must be a readable image" in run("validate", "--deep")[2]
-        shutil.rmtree(here / "cache", ignore_errors=True)
 
 
 def test_how_many_images_are_left_out_is_told_once_with_the_first_ones(run, here):

@@ -4,9 +4,6 @@ import contextlib
 import os
 import re
 import signal
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -15,9 +12,10 @@ import pytest
 import ray
 import stand_in
 import stepped
-from killed_searches import asked, cluster, driver, ended, environment, finish, join, kill_group, parent_of, wait_until
+from killed_searches import driver, ended, finish, wait_until
 from ray.cluster_utils import Cluster
 
+import cluster
 from carft_ray.launch.events import TrialEpoch
 from carft_ray.launch.ray_cluster.ray_private import draining_nodes
 from carft_ray.launch.runs.search import run_search
@@ -29,10 +27,7 @@ HERE = Path(__file__).parent
 PREEMPTION = 2  # Ray's number for the reason of a drain that a node cannot refuse
 RUNNER = Runner(stand_in.prepare, stand_in.train)
 WINDOW = 10  # steps
-LOST = {
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_failure_threshold": "10",
-}  # not those of a busy machine
+LOST = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}  # not those of a busy machine
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # a trial, and a baseline with its values that is left in peace: 2 epochs of 32 steps
 TWINS = {"epochs": 2, "train": {"batch_size": 2}, "enqueue": [VALUES], "baselines": {"calm": VALUES}}
@@ -44,81 +39,50 @@ def no_driver_is_left():
     killed_searches.kill_drivers()
 
 
-@pytest.fixture
-def two_nodes(monkeypatch):
-    """A cluster whose head has no CPU, and two nodes with one each; gives its address."""
+@pytest.mark.whole
+@pytest.mark.slow
+def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
-    sizes = {"object_store_memory": 10**8}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes})
+    sizes, study_dir, ran = {"object_store_memory": 10**8}, tmp_path / "study", []
+    stand_in.tell(tmp_path, seconds=1)
+    recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"executor": "inline", "gpus_per_worker": 0})
+    two_nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes})
     for _ in range(2):
-        cluster.add_node(num_cpus=1, **sizes)
-    yield cluster.address
-    cluster.shutdown()
+        two_nodes.add_node(num_cpus=1, **sizes)
 
-
-class Drained:
-    """Drains the node of a training at its first epoch; ``ran`` has attempt and node of each epoch."""
-
-    def __init__(self):
-        self.ran = []
-
-    def epoch(self, folder):
-        live = read_live(folder.parents[1])[0].get(f"trials/{folder.name}")
-        if live is None:
-            return  # it has ended
-        if not self.ran:
+    def on_event(event):
+        """Drains the node of the training at its first epoch."""
+        live = isinstance(event, TrialEpoch) and read_live(study_dir)[0].get(f"trials/{event.spec.name}")
+        if live and not ran:
             deadline = round(1000 * (time.time() + 600))
             client = ray._private.worker.global_worker.gcs_client
             assert client.drain_node(live.node, PREEMPTION, "a notice", deadline)[0]
             assert draining_nodes() == {live.node: deadline}
-        self.ran.append((live.attempt, live.node))
+        ran.extend([live.node] if live else [])
 
-    def check(self, folder):
-        assert len({node for _, node in self.ran}) == 2, self.ran  # another one for the second attempt
-        log = (folder / "log.txt").read_text()
-        assert "attempt 1: left: " in log
-        assert "attempt 2: starts on " in log
-        assert " lost: " not in log
-
-
-@pytest.mark.whole
-@pytest.mark.slow
-def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, two_nodes):
-    stand_in.tell(tmp_path, seconds=1)
-    study_dir, drained = tmp_path / "study", Drained()
-    recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"executor": "inline", "gpus_per_worker": 0})
-
-    def on_event(event):
-        if isinstance(event, TrialEpoch):
-            drained.epoch(event.spec.folder(study_dir))
-
-    found = run_search(recipe, study_dir, two_nodes, on_event, RUNNER)
-    assert (found.best.outcome, found.best.attempt) == ("complete", 2)
-    drained.check(found.best.folder(study_dir))
+    try:
+        found = run_search(recipe, study_dir, two_nodes.address, on_event, RUNNER)
+    finally:
+        two_nodes.shutdown()
+    assert (found.best.outcome, found.best.attempt, len(set(ran))) == ("complete", 2, 2)
+    log = (found.best.folder(study_dir) / "log.txt").read_text()
+    assert "attempt 1: left: " in log
+    assert " lost: " not in log
 
 
 @contextlib.contextmanager
-def nodes(number, **settings):
+def nodes(number, **how):
     """Runs a cluster whose head takes no trainings, and nodes of one CPU; yields how it is reached, and the nodes."""
-    temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
-    with temporary as folder, cluster(0, **{**LOST, **settings}) as reached:
-        started = join(number, 1, folder, *reached)
-
-        def all_joined():
-            for node in started:
-                ended(node)
-            with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):  # the head of a busy machine
-                return asked(f"ray.cluster_resources().get('CPU', 0) == {number}", *reached)
-
-        wait_until(all_joined, "the nodes join")
-        yield reached, started
+    with cluster.head(**LOST) as head, contextlib.ExitStack() as stack:
+        started = [stack.enter_context(cluster.node(head, **how, **LOST)) for _ in range(number)]
+        auth = {name: head.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
+        yield (head.address, auth), started, head
 
 
 def node_of(training, started):
-    """Returns which of the processes of ``ray start`` the first rank of a training runs under, and Ray's name of it."""
+    """Returns the node on which the first rank of a training runs."""
     live = read_live(training.parents[1])[0][f"trials/{training.name}"]
-    pid = parent_of(parent_of(live.pid))
-    return next(node for node in started if node.pid == pid), live.node
+    return next(node for node in started if node.node_id == live.node)
 
 
 def running_trial(study_dir, process, at_least):
@@ -149,15 +113,12 @@ def test_a_training_leaves_a_node_that_gets_sigterm_or_a_notice_and_continues_el
     """Inline by SIGTERM; with Ray Train, over two of three nodes, by ``ray drain-node``."""
     stand_in.tell(tmp_path, seconds=0.1 if executor == "inline" else 0.5)  # Ray's command takes seconds to start
     num_workers, study_dir = 2 if executor == "ray-train" else 1, tmp_path / "study"
-    resources = {"num_workers": num_workers, "cpus_per_worker": 1}
-    with nodes(num_workers + 1) as (reached, started):
+    resources = {"num_workers": num_workers, "cpus_per_worker": 1, "wait_for_nodes": 120}
+    with nodes(num_workers + 1) as (reached, started, _):
         process = driver(study_dir, 1, executor, *reached, search=TWINS, training="stepped", **resources)
         training = running_trial(study_dir, process, 14)
-        node, node_id = node_of(training, started)
-        if executor == "inline":
-            node.send_signal(signal.SIGTERM)
-        else:
-            drain(node_id, reached, 100)
+        node = node_of(training, started)
+        node.terminate() if executor == "inline" else node.drain(100)
         code, output = finish(process)
         assert code == 0, output
         killed_searches.wait_for_no_groups(*reached)
@@ -170,33 +131,19 @@ def test_a_training_leaves_a_node_that_gets_sigterm_or_a_notice_and_continues_el
     assert re.search(r"gets another attempt: [\d.]+ is being taken away", output)
 
 
-def drain(node_id, reached, seconds):
-    """Gives a node the notice that it will be taken away."""
-    address, auth = reached
-    command = [str(Path(sys.executable).with_name("ray")), "drain-node", "--address", address, "--node-id", node_id]
-    command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a notice"]
-    command += ["--deadline-remaining-seconds", str(seconds)]
-    subprocess.run(command, check=True, capture_output=True, env=environment(**auth), timeout=60)
-
-
-def windows(num_steps, steps_per_epoch):
-    """Returns the steps at which a metrics window ends."""
-    return [step for step in range(1, num_steps + 1) if step % WINDOW == 0 or step % steps_per_epoch == 0]
-
-
 @pytest.mark.nodes
 def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_one_window_at_most(tmp_path):
     """An epoch has 64 steps of a fifth of a second, a checkpoint comes every 5 seconds."""
     stand_in.tell(tmp_path, seconds=0.2)
     search = {**TWINS, "train": {"batch_size": 1, "checkpoint_every": "5s"}, "epochs": 1}
     study_dir = tmp_path / "study"
-    with nodes(2) as (reached, started):
-        process = driver(study_dir, 1, "inline", *reached, search=search, training="stepped")
+    with nodes(2) as (reached, started, _):
+        process = driver(study_dir, 1, "inline", *reached, search=search, training="stepped", wait_for_nodes=120)
         training = running_trial(study_dir, process, 1)
         wait_until(lambda: ended(process) or list(training.glob("attempt-1/step-*")), "it saves")
         known = len(stepped.steps(training))
         wait_until(lambda: ended(process) or len(stepped.steps(training)) >= known + 7, "it goes on")
-        kill_group(node_of(training, started)[0])
+        node_of(training, started).kill()
         code, output = finish(process)
         assert code == 0, output
     check_continued(study_dir)
@@ -206,27 +153,37 @@ def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_
     assert 0 < resumed < 64  # inside of the epoch
     assert [step.step for step in second] == list(range(resumed + 1, 65))
     # the next checkpoint would have come at the first window's end 5 seconds later; the kill was before its end
-    due = next((step for step in windows(64, 64) if at.get(step, 0) >= at[resumed + 1] + 5), 64)
+    due = next((step for step in range(WINDOW, 64, WINDOW) if at.get(step, 0) >= at[resumed + 1] + 5), 64)
     assert first[-1].step <= due
     assert " lost: " in (training / "log.txt").read_text()
 
 
+# nodes that see neither the study nor the head's caches: all comes and goes through Ray
+
+
+@pytest.mark.slow
 @pytest.mark.nodes
-def test_after_the_loss_of_the_head_the_same_command_on_a_new_one_ends_the_study_and_repeats_nothing(tmp_path):
-    stand_in.tell(tmp_path, seconds=1)
-    study_dir, soon = tmp_path / "study", {"RAY_gcs_rpc_server_reconnect_timeout_s": "40"}
-    with nodes(1, **soon) as ((address, auth), _):
-        process = driver(study_dir, 3, "inline", address, {**auth, **soon})
-        finished = lambda: list(study_dir.glob("trials/*/*/result.json")) or ended(process)  # noqa: E731
-        wait_until(lambda: finished() and killed_searches.running_pids(study_dir), "a trial has ended, another runs")
-    before = killed_searches.results(study_dir)
-    code, output = finish(process)
-    assert code == 5, output
-    assert "is gone" in output
-    assert "run the same command again to resume" in output
-    assert "Traceback" not in output
-    with nodes(1) as (reached, _):
-        code, output = finish(driver(study_dir, 3, "inline", *reached))
-        assert code == 0, output
-        assert not any(f"TrialStarted {name} " in output for name in before)
-    killed_searches.check(study_dir, 3, before)
+def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine(tmp_path):
+    """The process that has the files on the head is killed three times."""
+    hidden = tmp_path / "head"
+    hidden.mkdir()
+    study_dir = hidden / "study"
+    at_once = {**killed_searches.REAL_SEARCH, "max_concurrent_trials": 2}
+    given = {**killed_searches.REAL, "search": at_once, "cpus_per_worker": 0.5, "wait_for_nodes": 120}
+    with nodes(1, num_cpus=2, hidden=(hidden,)) as (reached, [node], head):
+        process = driver(study_dir, 3, "ray-train", *reached, **given)
+        for part in range(3):
+            so_far = lambda: ended(process) or len(killed_searches.results(study_dir)) >= part  # noqa: B023, E731
+            wait_until(so_far, f"{part} have ended")
+            there = lambda: ended(process) or killed_searches.titled("files", head.process.pid)  # noqa: E731
+            [pid] = wait_until(there, "there is one")
+            os.kill(pid, signal.SIGKILL)
+        code, output = finish(process)
+        left = [path for path in (node.folder / "home").rglob("*") if path.is_file() and "/trials/" in str(path)]
+    assert code == 0, output
+    assert left == []
+    assert {row.outcome for row in trials(study_dir) + baselines(study_dir)} == {"complete"}
+    for row in trials(study_dir):
+        log = (row.folder(study_dir) / "log.txt").read_text()
+        assert float(re.search(r"MB came through Ray, ([\d.]+) MB went", log)[1]) > 0.1, row.name
+    killed_searches.check_numbers(study_dir, killed_searches.undisturbed(tmp_path / "calm", 3))

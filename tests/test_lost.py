@@ -20,7 +20,7 @@ from tiny import make_tiny_clip
 from unseen import Here, unseen
 
 from carft_ray import files
-from carft_ray.errors import DataError, DivergedError, MachineError, Problem, StorageError
+from carft_ray.errors import DataError, MachineError, StorageError
 from carft_ray.launch.failures.causes import UNKNOWN, lost_rank
 from carft_ray.launch.worker import run_worker
 from carft_ray.model.heads import build_heads
@@ -54,22 +54,19 @@ def raised_from(error, cause):
         (torch.distributed.DistBackendError("NCCL error in: ProcessGroupNCCL.cpp:1, remote process exited"), UNKNOWN),
         (torch.distributed.DistNetworkError("failed to recv, got 0 bytes"), UNKNOWN),
         (ray.exceptions.RayActorError(error_msg="The actor died"), UNKNOWN),
-        (ray.exceptions.WorkerCrashedError(), UNKNOWN),
         (MachineError("rank 0 does not see it", 0), 0),
         (OSError(errno.ESTALE, "Stale file handle"), 1),
-        (OSError(errno.EIO, "Input/output error"), 1),
         (raised_from(StorageError("must be writable"), OSError(errno.ENOTCONN, "not connected")), 1),
         (raised_from(DataError("must be an image"), OSError(errno.ETIMEDOUT, "timed out")), 1),
+        (raised_from(ValueError("no"), RuntimeError("CUDA error: an illegal memory access was encountered")), 1),
         (raised_from(StorageError("must be writable"), OSError(errno.ENOSPC, "No space left on device")), None),
-        (raised_from(StorageError("must be writable"), OSError(errno.EDQUOT, "quota")), None),
         (OSError(errno.EROFS, "read-only"), None),
         (PermissionError(errno.EACCES, "Permission denied"), None),
-        (DataError("the class igloo has no image"), None),
         (ValueError("the class igloo has no image"), None),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
         (AssertionError(), None),
     ],
-)  # fmt: skip
+)
 def test_what_shows_that_a_machine_has_failed_is_told_from_other_errors(error, rank):
     assert lost_rank(error, TWO) == rank
 
@@ -77,12 +74,6 @@ def test_what_shows_that_a_machine_has_failed_is_told_from_other_errors(error, r
 def test_a_worker_that_is_alone_has_no_peer_to_lose():
     assert lost_rank(RuntimeError("Connection closed by peer"), RunContext()) is None
     assert lost_rank(OSError(errno.EIO, "Input/output error"), RunContext()) == 0
-
-
-def test_an_error_of_a_device_is_of_the_machine_of_this_rank():
-    error = RuntimeError("CUDA error: an illegal memory access was encountered")
-    assert lost_rank(error, RunContext()) == 0
-    assert lost_rank(raised_from(ValueError("no"), error), RunContext(1, 2)) == 1
 
 
 def gloo(function, *args):
@@ -165,21 +156,6 @@ def start_without_the_study(context, study_dir, recipe):
         assert run_worker(unseen(seen) if context.rank == without else seen, spec, context) == "go"
         torch.distributed.barrier()  # rank 0 has written it
         assert read_result(spec.place(study_dir))[0]["metrics"]["ranks"] == 3.0
-
-
-def test_the_reason_of_a_training_that_diverged_is_one_line_without_advice(tmp_path):
-    def diverge(*_):
-        rule, step = "ID accuracy must be above chance", "Try a lower learning_rate."
-        raise DivergedError(Problem("alpha curve", rule, "at most 6.2 %", next_step=step))
-
-    study_dir, recipe = tmp_path / "study", stand_in.make_recipe(1, baselines={})
-    with open_study(study_dir, recipe):
-        runner = attempts.Runner(stand_in.prepare, diverge)
-        plan = attempts.make_runtime(recipe, study_dir, (attempts.Node(2, 0),), runner)
-        failure = run_worker(plan, stand_in.spec(1), RunContext())
-    assert failure.outcome == "diverged"
-    assert failure.reason == "alpha curve: ID accuracy must be above chance, but got at most 6.2 %"
-    assert "Try a lower learning_rate." in failure.details
 
 
 def lose_the_peer(context, folder):

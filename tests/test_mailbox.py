@@ -3,10 +3,10 @@
 import os
 import signal
 import threading
-import time
 
 import pytest
 import ray
+from killed_searches import wait_until
 
 from carft_ray.launch import mailbox
 from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Post, Poster, Process, Wish, start_mailbox
@@ -23,13 +23,6 @@ class Clock:
         return self.now
 
 
-def until(condition):
-    limit = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-
-
 def test_what_all_ranks_post_is_given_to_the_driver_and_what_it_does_not_name_is_forgotten():
     box = Mailbox()
     box.post(Post(NAME, 1, 0, 3, PROCESS))
@@ -40,6 +33,10 @@ def test_what_all_ranks_post_is_given_to_the_driver_and_what_it_does_not_name_is
     assert list(found) == [NAME]
     assert list(box.exchange({NAME: Wish(1, "go"), OTHER: Wish(1, "go")})) == [NAME]
     assert box.exchange({NAME: Wish(2, "go")}) == {}  # of another attempt
+    box.post(Post(NAME, 2, 0, 1, PROCESS))
+    assert box.post(Post(NAME, 1, 0, 99, Process(1, "1"))).order == "outdated"  # and changes nothing
+    [found] = box.exchange({NAME: Wish(2, "go")}).values()
+    assert (found.attempt, found.steps, found.process) == (2, {0: 1}, PROCESS)
 
 
 @pytest.mark.parametrize("order", ["go", "stop", "leave"])
@@ -51,34 +48,21 @@ def test_an_attempt_gets_the_order_that_is_its_own(order):
     assert box.post(Post(OTHER, 1)).order == "go"
 
 
-def test_what_an_outdated_attempt_posts_is_not_taken_for_the_next_one():
-    box = Mailbox()
-    box.exchange({NAME: Wish(2, "go")})
-    box.post(Post(NAME, 2, 0, 1, PROCESS))
-    assert box.post(Post(NAME, 1, 0, 99, Process(1, "1"))).order == "outdated"
-    [found] = box.exchange({NAME: Wish(2, "go")}).values()
-    assert (found.attempt, found.steps, found.process) == (2, {0: 1}, PROCESS)
-
-
-def test_while_the_driver_is_silent_for_long_all_are_to_leave():
-    clock = Clock()
-    box = Mailbox(clock)
-    box.exchange({NAME: Wish(1, "go")})
-    clock.now = PATIENCE_S - 1
-    assert box.post(Post(NAME, 1)).order == "go"
-    clock.now = PATIENCE_S
-    assert [box.post(Post(name, 1)).order for name in (NAME, OTHER)] == ["leave"] * 2
-    box.exchange({NAME: Wish(1, "go")})  # it is awake again
-    assert box.post(Post(NAME, 1)).order == "go"
-
-
 class Broken:
     def post(self, post):
         raise ConnectionError
 
 
-def test_a_training_that_cannot_reach_the_mailbox_for_long_leaves(monkeypatch):
+def test_while_the_driver_or_the_mailbox_is_silent_for_long_a_training_is_to_leave(monkeypatch):
     clock = Clock()
+    box = Mailbox(clock)
+    box.exchange({NAME: Wish(1, "go")})
+    for now, order in ((PATIENCE_S - 1, "go"), (PATIENCE_S, "leave")):
+        clock.now = now
+        assert box.post(Post(NAME, 1)).order == order
+    box.exchange({NAME: Wish(1, "go")})  # it is awake again
+    assert box.post(Post(NAME, 1)).order == "go"
+    clock.now = 0.0
     monkeypatch.setattr(mailbox, "time", type("Time", (), {"monotonic": clock}))
     poster = Poster(Broken(), NAME, 1)
     clock.now = PATIENCE_S - 1
@@ -87,17 +71,6 @@ def test_a_training_that_cannot_reach_the_mailbox_for_long_leaves(monkeypatch):
     clock.now = PATIENCE_S
     poster.post()
     assert poster.step() == "leave"
-
-
-def test_a_mailbox_that_was_started_again_knows_all_after_an_exchange_and_a_post():
-    box, orders = Mailbox(), {NAME: Wish(3, "stop")}
-    with Poster(box, NAME, 3, process=PROCESS) as poster:
-        poster.step()
-        poster._box = box = Mailbox()
-        poster.post()
-        assert box.exchange(orders)[NAME].process == PROCESS
-        poster.post()
-        assert poster.step() == "stop"
 
 
 def test_a_step_never_waits_for_the_mailbox():
@@ -112,7 +85,7 @@ def test_a_step_never_waits_for_the_mailbox():
     with Poster(Slow(), NAME, 1) as poster:
         for _ in range(1000):
             assert poster.step() == "go"
-        until(lambda: poster._thread.is_alive())
+        wait_until(lambda: poster._thread.is_alive(), "it has come")
         held.set()
 
 
@@ -156,7 +129,8 @@ def test_an_exchange_goes_on_while_the_driver_is_busy_and_when_the_mailbox_fails
     exchange = Exchange(Flaky())
     with exchange.going_on():
         exchange.order(NAME, 1, "stop")
-        until(lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1) is not None)
+        stopped = lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1)  # noqa: E731
+        wait_until(stopped, "it has come")
     assert exchange.mail(NAME, 1).signs.steps == {0: 8}
 
 
@@ -198,19 +172,6 @@ def test_each_record_reaches_the_driver_once_and_in_order_whatever_is_lost_on_th
     assert box.last.records == ()
 
 
-def test_records_of_an_attempt_are_not_those_of_the_next():
-    box = Mailbox()
-    exchange = Exchange(box)
-    exchange.order(NAME, 1)
-    box.post(Post(NAME, 1, records=(("row", 1), ("row", 2))))
-    exchange.now()
-    exchange.order(NAME, 2)
-    box.post(Post(NAME, 2, records=(("row", 3),)))
-    exchange.now()
-    assert list(exchange.records(NAME, 2)) == [("row", 3)]
-    assert list(exchange.records(NAME, 1)) == []
-
-
 @pytest.fixture(scope="module")
 def actor(tmp_path_factory):
     """A mailbox as an actor."""
@@ -234,8 +195,8 @@ def test_the_actor_answers_as_the_object_and_comes_back_when_it_is_killed(actor)
         assert poster.order == "leave"
         killed = pid_of(actor)
         os.kill(killed, signal.SIGKILL)
-        until(lambda: pid_of(actor) not in (None, killed))
-        until(lambda: actor.exchange(orders) and actor.exchange(orders)[NAME].process == PROCESS)
+        wait_until(lambda: pid_of(actor) not in (None, killed), "it has come")
+        wait_until(lambda: actor.exchange(orders) and actor.exchange(orders)[NAME].process == PROCESS, "it has come")
     assert actor.post(Post(NAME, 1)).order == "leave"
 
 
@@ -249,25 +210,4 @@ def test_a_mailbox_that_does_not_answer_is_an_error_of_the_system_and_no_hang(ac
             actor.post(Post(NAME, 1))
     finally:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: pid_of(actor) == pid)
-
-
-@pytest.mark.slow
-def test_two_hundred_trainings_post_while_the_driver_exchanges(actor):
-    names = [f"trials/t{number:04d}" for number in range(200)]
-
-    @ray.remote(num_cpus=0)
-    def post(box, names):
-        orders = set()
-        for step in range(5):
-            orders |= {box.post(Post(name, 1, 0, step)).order for name in names}
-        return orders
-
-    exchange = Exchange(actor)
-    for name in names:
-        exchange.order(name, 1)
-    with exchange.going_on():
-        tasks = [post.remote(actor, names[part::4]) for part in range(4)]
-        assert ray.get(tasks) == [{"go"}] * 4
-        exchange.now()
-    assert all(exchange.mail(name, 1).signs.steps == {0: 4} for name in names)
+    wait_until(lambda: pid_of(actor) == pid, "it has come")

@@ -69,7 +69,7 @@ def test_a_release_that_does_not_tell_of_its_nodes_is_named(monkeypatch, name):
 
 @pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning")  # of Ray's own data sets
 def test_a_lean_trainer_starts_no_actors_for_data_sets_and_leaks(monkeypatch):
-    """Trainings by it, with its controller in their own process, are in test_executors.py, with a Ray."""
+    """Trainings by it, with its controller in their own process, are in test_search_ray.py, with a Ray."""
     from ray.train.torch import TorchTrainer
 
     def names(trainer):

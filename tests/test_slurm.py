@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from killed_searches import wait_until
 
 from carft_ray.study.rows import trials
 
@@ -38,13 +39,6 @@ STAND_INS = {  # of what the script starts: quick ones
 }
 
 
-def wait_until(holds, what, timeout_s=120):
-    end = time.monotonic() + timeout_s
-    while not holds():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
-
-
 def free_job_id():
     """A number of a job whose three ports nobody has."""
     for number in random.Random().sample(range(100_000, 900_000), 50):
@@ -56,43 +50,28 @@ def free_job_id():
 
 
 class Job:
-    """What Slurm gives a job, and the job.
-
-    Attributes:
-        stubs: Folder of the stand-ins and of what they write.
-    """
+    """What Slurm gives a job, and the job; ``stubs`` is the folder of the stand-ins and of what they write."""
 
     def __init__(self, folder, stand_ins=STAND_INS, **settings):
         self.stubs, self.id, self.folder = folder / "stubs", free_job_id(), folder
-        self.stubs.mkdir(exist_ok=True)
+        for each in (self.stubs, folder / "home"):
+            each.mkdir(exist_ok=True)
         for name, text in {"scontrol": SCONTROL, "srun": SRUN, **stand_ins}.items():
-            path = self.stubs / name
-            path.write_text(text)
-            path.chmod(0o755)
-        home = folder / "home"
-        home.mkdir(exist_ok=True)
+            (self.stubs / name).write_text(text)
+            (self.stubs / name).chmod(0o755)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "SLURM_"))}
         of_slurm = {"SLURM_JOB_ID": str(self.id), "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "node[1-2]"}
-        self.environment = {
-            **kept,
-            **of_slurm,
-            "SLURM_CPUS_PER_TASK": "1",
-            "HOME": str(home),
-            "STUBS": str(self.stubs),
-            "PATH": f"{self.stubs}:{BIN}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
-            "RAY_AUTH_TOKEN": "of somebody else",
-            **settings,
-        }
+        paths = {"HOME": f"{folder}/home", "STUBS": str(self.stubs), "PYTHONPATH": str(ROOT)}
+        paths["PATH"] = f"{self.stubs}:{BIN}:{os.environ['PATH']}"
+        more = {"SLURM_CPUS_PER_TASK": "1", "RAY_AUTH_TOKEN": "of somebody else", **settings}
+        self.environment = {**kept, **of_slurm, **paths, **more}
 
     @contextlib.contextmanager
     def running(self, *words):
         """Runs the script; whatever the test does, nothing of it is left."""
-        command = [str(SCRIPT), *map(str, words)]
+        command, given = [str(SCRIPT), *map(str, words)], {"env": self.environment, "cwd": self.folder}
         with open(self.folder / "job.out", "a") as log:
-            process = subprocess.Popen(
-                command, env=self.environment, stdout=log, stderr=log, cwd=self.folder, start_new_session=True
-            )
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, **given)
         try:
             yield process
         finally:
@@ -113,23 +92,11 @@ class Job:
         assert list(study.parent.glob(".ray-token-*")) == []
 
 
-@pytest.mark.slow
-def test_the_script_is_clean():
-    subprocess.run(["bash", "-n", SCRIPT], check=True)
-    shellcheck = BIN / "shellcheck"
-    if not shellcheck.exists():
-        pytest.skip("shellcheck is not installed")
-    done = subprocess.run([shellcheck, SCRIPT], capture_output=True, text=True)
-    assert done.stdout == ""
-
-
 def test_it_is_not_begun_without_slurm_or_without_a_study(tmp_path):
-    job = Job(tmp_path, SLURM_JOB_ID="")
-    with job.running("recipe.yaml", "study") as process:
-        assert process.wait(60) == 2
-    job = Job(tmp_path)
-    with job.running("recipe.yaml") as process:
-        assert process.wait(60) == 2
+    for words, more in ((("recipe.yaml", "study"), {"SLURM_JOB_ID": ""}), (("recipe.yaml",), {})):
+        job = Job(tmp_path, **more)
+        with job.running(*words) as process:
+            assert process.wait(60) == 2
     assert job.output.count("start it as: sbatch cluster/slurm.sh RECIPE STUDY") == 2
     assert job.written("ray.txt") == []
 

@@ -94,20 +94,13 @@ def deadline(words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("cloud", "provider", "notice_s"),
-    [("aws", "aws", 110), ("aws", "auto", 110), ("gcp", "gcp", 30), ("gcp", "auto", 30)],
-)
+@pytest.mark.parametrize(("cloud", "provider", "notice_s"), [("aws", "auto", 110), ("gcp", "gcp", 30)])
 def test_a_notice_drains_the_node_as_preempted_with_a_deadline_below_the_notice(cloud, provider, notice_s, ray_words):
     with metadata(cloud) as server:
         command = [sys.executable, "-m", "carft_ray.launch.ray_cluster.spot", "--provider", provider]
         command += ["--node-id", NODE, "--address", "10.0.0.1:6379", "--every", "0.05"]
-        environment = {
-            **os.environ,
-            spot.BASE_URL: url(server),
-            "http_proxy": "http://127.0.0.1:1",
-            "PYTHONPATH": str(ROOT),
-        }
+        environment = {**os.environ, spot.BASE_URL: url(server), "http_proxy": "http://127.0.0.1:1"}
+        environment["PYTHONPATH"] = str(ROOT)
         server.broken_answers = 4  # it keeps watching
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
             end = time.monotonic() + 60
@@ -136,15 +129,8 @@ def test_an_aws_notice_without_a_time_counts_as_two_minutes(ray_words):
         server.notice = "not JSON"
         with pytest.raises(ValueError, match="Expecting value"):
             spot.aws_notice(url(server))
-
-
-def test_no_metadata_service_is_an_error_that_is_survived():
-    with metadata("gcp") as server:
-        address = url(server)
         with pytest.raises(OSError, match="404"):
-            spot.aws_notice(address)
-    with pytest.raises(OSError, match="refused"):
-        spot.gcp_notice(address)
+            spot.gcp_notice(url(server))
 
 
 @pytest.mark.slow
@@ -167,27 +153,14 @@ def test_a_hook_drains_at_once_and_holds_the_node_up(monkeypatch, ray_words):
     assert 0 < slept[-1] <= 25
 
 
-def test_words_that_do_not_go_together_are_refused(capsys):
-    for words in (["--now", "5", "--provider", "aws"], ["--provider", "azure"]):
-        with pytest.raises(SystemExit) as ended:
-            spot.main(words)
-        assert ended.value.code == 2
-    assert "invalid choice: 'azure'" in capsys.readouterr().err
-
-
 @pytest.mark.slow
 @pytest.mark.nodes
 def test_a_real_node_finds_its_name_and_is_drained():
     """By the command alone, as the hook of a pod calls it; a node without work that is drained ends by itself."""
     with cluster.head() as head:
         environment = {**head.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-        module = [sys.executable, "-m", "carft_ray.launch.ray_cluster"]
-
-        def run(name, *words):
-            command = [*module[:2], f"{module[2]}.{name}", *words, "--address", head.address]
-            return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
-
+        command = [sys.executable, "-m", "carft_ray.launch.ray_cluster.spot", "--now", "20", "--address", head.address]
         node_id = head.node_id
-        done = run("spot", "--now", "20")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
         assert done.returncode == 0, done.stdout + done.stderr
         assert f"node {node_id} is drained" in done.stdout

@@ -5,10 +5,10 @@ import importlib.util
 import json
 import logging
 import struct
-import time
 
 import pytest
 import short_training
+from killed_searches import wait_until
 
 import carft_ray
 from carft_ray import files
@@ -16,9 +16,11 @@ from carft_ray.launch import events
 from carft_ray.launch import tracking as module
 from carft_ray.launch.tracking import tracking
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.store.result import read_result, write_result
 from carft_ray.study.outcome import TrialRow, TrialSpec
 
 pytestmark = pytest.mark.slow
+QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
 BASELINE = {"search.baselines": {"plain": {"kl_weight": 0}}}
 DEBUG = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2, **BASELINE}
 BOTH = {"tracking.wandb": {"project": "mine", "offline": True}, "tracking.mlflow.experiment": "mine"}
@@ -74,32 +76,17 @@ def items(of):
 
 
 @pytest.mark.whole
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
-def test_both_hold_values_metrics_and_curves(here, tmp_path, caplog):
+@QUIET
+def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
     import mlflow
 
     study, warned = search(here, tmp_path / "study", caplog, **BOTH)
     assert warned == []
     rows = {row["name"]: row for row in (*study.trials().to_pylist(), *study.baselines.to_pylist())}
-    results = {path.parents[1].name: json.loads(path.read_text()) for path in study.path.glob("*/*/*/result.json")}
-
-    client = mlflow.MlflowClient((study.path / "tracking" / "mlflow").as_uri())
-    runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
-    by_name = {run.info.run_name: run for run in runs}
-    assert by_name.keys() == rows.keys() == {*results, "zero_shot"}
-    for name, run in by_name.items():
-        assert run.data.tags["carft_ray.study"].startswith("short-")
-        assert run.data.metrics["objective"] == rows[name]["objective"]
-        assert run.data.metrics["id_accuracy"] == rows[name]["id_accuracy"]
-        assert run.info.status == "FINISHED"
-    best = by_name[study.best.name]
-    assert best.data.params["learning_rate"] == str(study.best.values["learning_rate"])
-    history = client.get_metric_history(best.info.run_id, "curve/id_accuracy")
-    curve = results[study.best.name]["curve"]
-    assert {one.step: one.value for one in history} == {round(100 * one["alpha"]): one["id_accuracy"] for one in curve}
     [epochs] = [files.read_json_lines(path) for path in study.path.glob(f"trials/{study.best.name}/metrics.jsonl")]
-    history = client.get_metric_history(best.info.run_id, "training/loss")
-    assert [(one.step, one.value) for one in history] == [(one["step"], one["loss"]) for one in epochs]
+    of_epochs = [(one["step"], one["loss"]) for one in epochs]
+    [path] = study.path.glob(f"trials/{study.best.name}/*/result.json")
+    of_curve = [(one["alpha"], one["id_accuracy"]) for one in json.loads(path.read_text())["curve"]]
 
     found = {}
     for path in (study.path / "tracking" / "wandb").glob("offline-run-*/*.wandb"):
@@ -110,32 +97,36 @@ def test_both_hold_values_metrics_and_curves(here, tmp_path, caplog):
     assert len({run.run_group for run, _ in found.values()}) == 1
     run, parts = found[study.best.name]
     assert items(run.config.update)["learning_rate"] == study.best.values["learning_rate"]
-    summary = {}
-    for one in parts:
-        summary |= items(one.summary.update)
+    summary = dict(item for one in parts for item in items(one.summary.update).items())
     assert (summary["objective"], summary["outcome"]) == (study.best.objective, "complete")
     logged = [items(one.history.item) for one in parts if one.WhichOneof("record_type") == "history"]
-    of_curve = [one["curve/id_accuracy"] for one in logged if "curve/alpha" in one]
-    assert of_curve == [one["id_accuracy"] for one in curve]
-    of_epochs = [(one["training/step"], one["training/loss"]) for one in logged if "training/step" in one]
-    assert of_epochs == [(one["step"], one["loss"]) for one in epochs]
+    curve = [(one["curve/alpha"], one["curve/id_accuracy"]) for one in logged if "curve/alpha" in one]
+    assert curve == of_curve
+    assert [(one["training/step"], one["training/loss"]) for one in logged if "training/step" in one] == of_epochs
 
-
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
-def test_a_training_that_is_told_again_takes_the_place_of_its_run(here, tmp_path, caplog):
-    import mlflow
-
-    study, _ = search(here, tmp_path / "study", caplog, **{"tracking.mlflow.experiment": "mine"})
-    recipe, row = study.recipe, study.best
-    for _ in range(2):
-        with tracking(recipe, study.path, pytest.fail) as shared:
-            shared(lambda event: None)(module.TrialFinished(row, is_best=True))
+    tracked = study.recipe.tracking
+    alone = tracked.model_copy(update={"wandb": tracked.wandb.model_copy(update={"project": None})})
+    with tracking(
+        study.recipe.model_copy(update={"tracking": alone}), study.path, pytest.fail
+    ) as shared:  # told again, it takes the place of its run
+        shared(lambda event: None)(module.TrialFinished(study.best, is_best=True))
     client = mlflow.MlflowClient((study.path / "tracking" / "mlflow").as_uri())
-    names = [run.info.run_name for run in client.search_runs([client.get_experiment_by_name("mine").experiment_id])]
-    assert len(names) == len(set(names)) == 4
+    runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
+    by_name = {run.info.run_name: run for run in runs}
+    assert len(runs) == len(by_name) == len(rows)
+    for name, run in by_name.items():
+        assert run.data.tags["carft_ray.study"].startswith("short-")
+        assert run.data.metrics["objective"] == rows[name]["objective"]
+        assert run.info.status == "FINISHED"
+    best = by_name[study.best.name]
+    assert best.data.params["learning_rate"] == str(study.best.values["learning_rate"])
+    history = client.get_metric_history(best.info.run_id, "curve/id_accuracy")
+    assert {(one.step, one.value) for one in history} == {(round(100 * alpha), value) for alpha, value in of_curve}
+    history = client.get_metric_history(best.info.run_id, "training/loss")
+    assert [(one.step, one.value) for one in history] == of_epochs
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
+@QUIET
 def test_a_tracker_that_fails_is_one_warning_and_the_search_is_whole(here, tmp_path, caplog, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     study, [warned] = search(here, tmp_path / "study", caplog, **{"tracking.mlflow.experiment": "mine"})
@@ -144,24 +135,16 @@ def test_a_tracker_that_fails_is_one_warning_and_the_search_is_whole(here, tmp_p
     assert study.trials().num_rows == 2
 
 
-def test_a_library_that_is_missing_is_a_warning_at_the_beginning(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def test_a_library_that_is_missing_is_a_warning_and_without_a_training_nothing_is_opened(here, tmp_path, monkeypatch):
     recipe, told = load_recipe(here / "recipe.yaml", ["tracking.wandb.project=mine"]), []
-    with tracking(recipe, tmp_path, told.append) as shared:
-        assert told == [
-            "tracking.wandb has no effect: wandb is not installed (pip install 'carft-ray[wandb]')",
-        ]
-        assert shared(print) is print
-
-
-def test_without_a_tracker_and_without_a_training_nothing_is_opened(here, tmp_path):
-    recipe = load_recipe(here / "recipe.yaml")
-    with tracking(recipe, tmp_path / "study", pytest.fail) as shared:
-        assert shared(print) is print
-    recipe = load_recipe(here / "recipe.yaml", ["tracking.wandb.project=mine"])
-    with tracking(recipe, tmp_path / "study", pytest.fail):
-        pass
+    for tracked, fail in ((load_recipe(here / "recipe.yaml"), True), (recipe, False)):
+        with tracking(tracked, tmp_path / "study", pytest.fail) as shared:
+            assert (shared(print) is print) == fail
     assert not (tmp_path / "study").exists()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with tracking(recipe, tmp_path, told.append) as shared:
+        assert told == ["tracking.wandb has no effect: wandb is not installed (pip install 'carft-ray[wandb]')"]
+        assert shared(print) is print
 
 
 class Client(module._Client):
@@ -185,17 +168,17 @@ def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path,
     recipe = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
     spec = TrialSpec("trial", 0, "t0000-abcd", {"learning_rate": 0.1}, 1)
     other = dataclasses.replace(spec, number=1, name="t0001-abcd")
-    row = TrialRow("trial", 0, spec.name, spec.values, 1, "complete", objective=0.5, alpha=0.4)
+    content = {"objective": 0.5, "alpha": 0.4, "metrics": {}, "curve": [{"alpha": 0.2, "id_accuracy": 0.6}]}
+    write_result(spec.place(tmp_path), content)
+    digest = read_result(spec.place(tmp_path))[1]
+    row = TrialRow("trial", 0, spec.name, spec.values, 1, "complete", objective=0.5, alpha=0.4, digest=digest)
 
     def write(of, *steps):
         lines = [{"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step, "note": "text"} for step in steps]
         files.write_text(of.folder(tmp_path) / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
 
     def until(number):
-        end = time.monotonic() + 60
-        while len(told) < number:
-            assert time.monotonic() < end, told
-            time.sleep(0.01)
+        wait_until(lambda: len(told) >= number, told)
 
     with tracking(recipe, tmp_path, pytest.fail) as shared:
         on_event = shared(lambda event: None)
@@ -222,12 +205,13 @@ def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path,
         (other.name, "trial", spec.values),
         epoch(other, 3),
         epoch(spec, 9),
+        (spec.name, 20.0, {"curve/alpha": 0.2, "curve/id_accuracy": 0.6}),
         (spec.name, "complete", {"objective": 0.5, "alpha": 0.4}),
         (other.name, "stopped", {}),
     ]
 
 
-@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning", "ignore:.*:FutureWarning", "ignore::ResourceWarning")
+@QUIET
 def test_a_training_that_is_stopped_is_a_run_that_was_ended_until_it_is_resumed(here, tmp_path):
     import mlflow
 
