@@ -18,16 +18,19 @@ import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
+from carft_ray.recipe.loading import load_recipe
+
 ROOT = Path(__file__).resolve().parents[1]
 CLUSTER = ROOT / "cluster"
 CLOUDS = ("aws.yaml", "gcp.yaml")
 LAUNCHERS = (*CLOUDS, "onprem.yaml")
 PODS = ("kuberay-raycluster.yaml", "kuberay-rayjob.yaml")
-FILES = (*LAUNCHERS, *PODS, "kuberay-storage.yaml", "skypilot.yaml", "slurm.sh", "Dockerfile")
+FILES = (*LAUNCHERS, *PODS, "skypilot.yaml", "slurm.sh", "Dockerfile")
 PLACEHOLDER = r"YOUR_[A-Z0-9_]*[A-Z0-9]"
 NODE_CONFIG = {  # of what `ray up` passes on to a cloud unread, the keys that our files use
-    "aws": {"InstanceType", "ImageId", "InstanceMarketOptions", "BlockDeviceMappings"},
-    "gcp": {"machineType", "disks", "metadata", "scheduling"},
+    "aws": {"InstanceType", "ImageId", "IamInstanceProfile", "InstanceMarketOptions", "BlockDeviceMappings"},
+    "gcp": {"machineType", "disks", "metadata", "serviceAccounts", "scheduling"},
 }
 SKYPILOT = {"name", "workdir", "num_nodes", "resources", "secrets", "file_mounts", "setup", "run"}
 SKYPILOT |= {"infra", "accelerators", "cpus", "memory", "use_spot", "image_id", "autostop", "job_recovery"}
@@ -55,16 +58,18 @@ RULES = [  # files, what must stand in each, and what is wrong where it does not
     (("aws.yaml",), r"carft_ray.launch.ray_cluster.spot --provider aws ", "nothing watches for notices"),
     (("gcp.yaml",), r"carft_ray.launch.ray_cluster.spot --provider gcp ", "nothing watches for notices"),
     (PODS, r"preStop: \{exec: \{command: \[python, -m, carft_ray.launch.ray_cluster.spot, --now,", "nothing drains"),
-    ((*CLOUDS, "skypilot.yaml"), r"mountpoint -q /shared \|\| sudo mount -t nfs", "a node does not mount /shared"),
-    (PODS, r"mountPath: /shared[\s\S]*mountPath: /shared", "a node does not mount /shared"),
+    (CLOUDS, r"- -v /data:/data\n[\s\S]* (s3|gs)://YOUR_BUCKET/images /data/images\n", "a node lacks the images"),
+    (("skypilot.yaml",), r"/data/images: \{source: YOUR_IMAGES, mode: COPY\}", "a node lacks the images"),
+    (PODS, 2 * r'"s3://YOUR_BUCKET/images", /data/images\][\s\S]*mountPath: /data\}, [\s\S]*',
+     "a node lacks the images"),
+    (PODS, r"name: ray-head\n[\s\S]* envFrom: \[\{secretRef: [\s\S]* name: ray-worker", "the head has no keys"),
     (PODS, r"restartPolicy: Never[\s\S]*restartPolicy: Never", "restartPolicy must be Never with autoscaler v2"),
     (PODS, r"enableInTreeAutoscaling: true", "nothing asks for workers"),
     (PODS, r"\n  name: [a-z]([-a-z0-9]{,45}[a-z0-9])?\n", "the name must be a DNS label of at most 47 characters"),
     (("kuberay-rayjob.yaml",), r"backoffLimit: [1-9]", "a lost head would end the study"),
     (("kuberay-rayjob.yaml",), r"submissionMode: HTTPMode", "a log stream that breaks would end the job"),
-    (("kuberay-rayjob.yaml",), r"entrypoint: carft-ray search YOUR_RECIPE --study YOUR_STUDY --address auto ",
+    (("kuberay-rayjob.yaml",), r"entrypoint: carft-ray search /recipe/\S+ --study s3://YOUR_BUCKET/\S+ --address auto ",
      "the entrypoint must be the search"),
-    (("kuberay-storage.yaml",), r"accessModes: \[ReadWriteMany\]", "the volume must be ReadWriteMany"),
     (("slurm.sh",), r"--signal=B:USR1@300\n[\s\S]*\nGRACE_S=240 ", "the signal must go to the script in time"),
     (("slurm.sh",), r"(?m)^temp=/tmp/r\$SLURM_JOB_ID ", "Ray's sockets need a short path on a local disk"),
     (("Dockerfile",), r"USER ray\nWORKDIR \S+\n$", "it must not end as root"),
@@ -74,6 +79,7 @@ NEVER = [  # the same, of what must not
     (("skypilot.yaml",), r"--address auto|--port[ =]6380|listen-port[ =]52365", "that is SkyPilot's own Ray"),
     (("slurm.sh",), r"(?m)^[^#]*\b(ray stop|pkill|killall)\b", "processes are ended by their ids"),
     (("aws.yaml",), r"MarketType: spot[\s\S]*\n  spot:", "the head is a spot machine"),
+    (PODS, r"name: ray-worker[\s\S]*secretRef", "a worker has the bucket's keys"),
 ]
 
 
@@ -108,6 +114,24 @@ def header_faults(text):
     found = [] if re.search(r"(?m)^#     \S", header) else ["its first lines give no command that starts it"]
     listed, used = set(re.findall(PLACEHOLDER, list_)), set(re.findall(PLACEHOLDER, body + before))
     return found + [f"{each} is not listed at the top, or not used" for each in sorted(used ^ listed)]
+
+
+def nodes_of(name, text):
+    """Returns the largest cluster that a file allows."""
+    if name == "slurm.sh":
+        given = dict(re.findall(r"#SBATCH --([a-z-]+)=(\d+)$", text, re.M))
+        return [Node(float(given["cpus-per-task"]), float(given["gpus-per-node"]))] * int(given["nodes"])
+    value = yaml.safe_load(text)
+    if name == "skypilot.yaml":
+        resources = value["resources"]
+        return [Node(resources["cpus"], float(resources["accelerators"].partition(":")[2]))] * value["num_nodes"]
+    if name in CLOUDS:
+        worker = value["available_node_types"]["spot"]
+        return [Node(0, 0), *[Node(worker["resources"]["CPU"], worker["resources"]["GPU"])] * worker["max_workers"]]
+    spec = value["spec"]
+    [group] = spec.get("rayClusterSpec", spec)["workerGroupSpecs"]
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return [Node(0, 0), *[Node(int(limits["cpu"]), int(limits["nvidia.com/gpu"]))] * group["maxReplicas"]]
 
 
 def shell_faults(command):
@@ -163,9 +187,6 @@ def kuberay_schema(kind):
 
 
 def kubernetes_faults(value):
-    if value["kind"] == "PersistentVolumeClaim":
-        known = value["spec"].keys() == {"accessModes", "storageClassName", "resources"}
-        return [] if known and value["apiVersion"] == "v1" else ["the volume has unknown keys"]
     for error in kuberay_schema(value["kind"]).iter_errors(value):
         return [f"the schema refuses it: {'.'.join(map(str, error.absolute_path))}: {error.message[:200]}"]
     return shell_faults(value["spec"].get("entrypoint", ""))
@@ -204,6 +225,15 @@ def test_each_file_follows_its_schema_and_the_rules_that_the_schema_does_not_say
     assert faults(name, text_of(name)) == []
 
 
+@pytest.mark.parametrize("name", [*CLOUDS, *PODS, "skypilot.yaml", "slurm.sh"])
+def test_each_file_says_how_many_trials_of_which_recipe_it_runs_at_a_time(name):
+    text = text_of(name)
+    number, recipe = re.search(
+        r"(\d+) trials of (search_spaces/\S+\.yaml) at a time", text.replace("\n# ", " ")
+    ).groups()
+    assert capacity_of(load_recipe(ROOT / recipe), tuple(nodes_of(name, text))).concurrency == int(number)
+
+
 def test_every_file_is_checked():
     others = {"README.md", "Dockerfile.dockerignore"}
     assert {path.name for path in CLUSTER.iterdir()} == {*FILES, *others}
@@ -216,13 +246,14 @@ SEEDED = [  # file, what is replaced by what, and what must be found
     ("aws.yaml", " --dashboard-host=127.0.0.1", "", "the dashboard is not on 127.0.0.1"),
     ("aws.yaml", "    - -e RAY_AUTH_MODE=token", "    - -e OTHER=1", "tokens are off"),
     ("aws.yaml", "m5.xlarge", "m5.xlarge\n      InstanceMarketOptions: {MarketType: spot}", "the head is a spot"),
-    ("aws.yaml", "YOUR_EFS_ID.efs", "YOUR_EFS.efs", "YOUR_EFS is not listed at the top"),
-    ("aws.yaml", "(mountpoint -q", "mountpoint -q", "no shell command"),
+    ("aws.yaml", "s3://YOUR_BUCKET/images", "s3://YOUR_BUKET/images", "YOUR_BUKET is not listed at the top"),
+    ("aws.yaml", " /data/images\n", " /images\n", "a node lacks the images"),
+    ("aws.yaml", "$(id -u) /data", "$(id -u /data", "no shell command"),
     ("onprem.yaml", "  head_ip: YOUR_HEAD_IP\n", "", "Ray refuses it"),
     ("kuberay-raycluster.yaml", "          image: YOUR", "          imagee: YOUR", "the schema refuses it"),
     ("kuberay-raycluster.yaml", "name: carft\n", "name: carft_ray\n", "DNS label"),
     ("kuberay-raycluster.yaml", "{mode: token}", "{mode: disabled}", "tokens are off"),
-    ("kuberay-storage.yaml", "ReadWriteMany]", "ReadWriteOnce]", "ReadWriteMany"),
+    ("kuberay-rayjob.yaml", "{name: images, mountPath: /data}, ", "", "a node lacks the images"),
     ("skypilot.yaml", "  use_spot: true", "  usespot: true", "unknown key usespot"),
     ("skypilot.yaml", "RAY_AUTH_MODE=token ", "", "tokens are off"),
     ("slurm.sh", "#SBATCH --requeue", "#SBATCH --requeu", "option requeu "),
