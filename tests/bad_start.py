@@ -49,9 +49,4 @@ class Train:
         return Train, ()
 
 
-def conda(runtime_env):
-    """A hook of Ray's (``RAY_RUNTIME_ENV_HOOK``): an environment that cannot be made."""
-    return {**(runtime_env or {}), "conda": "no-such-environment"}
-
-
 _import()

@@ -8,6 +8,7 @@ import json
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -96,7 +97,9 @@ def faults(name, text):
         return found + dockerfile_faults(text)
     if name == "slurm.sh":
         given = set(re.findall(r"(?m)^#SBATCH --([a-z-]+)", text))
-        return found + [f"unknown or missing option {each} of sbatch" for each in sorted(given ^ SBATCH)]
+        found += [f"unknown or missing option {each} of sbatch" for each in sorted(given ^ SBATCH)]
+        checked = [Path(sys.executable).with_name("shellcheck"), "-"]
+        return found + subprocess.run(checked, input=text, capture_output=True, text=True).stdout.splitlines()
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:

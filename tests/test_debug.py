@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -33,16 +32,6 @@ def numbers(study):
         result["rows"] = [{**row, "images_per_s": None} for row in rows]
         found[path.parents[1].name.partition("-")[0]] = result
     return found
-
-
-def kill_within_a_training(process, study):
-    """Kills a search when a trial has made three epochs."""
-    while not any(len(path.read_text().splitlines()) > 2 for path in study.glob("trials/*/*/rows.jsonl")):
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    process.stderr.close()
 
 
 @pytest.mark.slow

@@ -50,7 +50,6 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 
 WHOLE = "must be a whole number"
 ONE_OF = "must be one of the allowed values, but got "
-MAPPING = "must be a mapping of keys to values, but got "
 TEMPLATES = "must be the name of a set of templates, file:PATH, or a list of texts with {}, but got "
 BRACES = "must hold {} once, for the class, and no other brace, but got "
 GPUS = "must be a whole number above 1, and with several workers, but got "
