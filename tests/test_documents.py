@@ -17,7 +17,7 @@ ELSEWHERE = {
     "make quickstart": ("benchmarks/README.md", "| `make quickstart` ("),
     "carft-ray report studies/quickstart --html": ("tests/test_wheel.py", '"report", "studies/first", "--html"'),
     "ray get-auth-token --generate > /dev/null; RAY_AUTH_MODE=token ray start --head": (
-        "tests/test_submit_real.py",
+        "tests/cluster.py",
         '"RAY_AUTH_MODE": "token"',
     ),
     "carft-ray submit search_spaces/quickstart.yaml --study studies/quickstart": (
