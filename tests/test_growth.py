@@ -149,7 +149,6 @@ def test_a_kind_of_accelerator_is_asked_of_ray():
     assert node_of(there) == Node(8, 1, "H100")
 
 
-@pytest.mark.whole
 @pytest.mark.slow
 def test_a_search_on_a_cluster_that_others_hold_waits_says_so_and_takes_what_they_leave(tmp_path, monkeypatch):
     """Two drivers hold a CPU each: the first one ends when the search waits, the other one when a training runs."""
