@@ -1,8 +1,7 @@
 """Optuna's samplers as a recipe asks for them. What each can do is in ``recipe/checks/sampler_rules.py``.
 
 A sampler is made anew for each draw, with a generator of its own: see ``space.draw``. What it knows comes from the
-study, so two of Optuna's need care. QMC counts its draws in the study, and a kill would skip one. The grid fails on
-trials of another space.
+study, so two of Optuna's need care. QMC counts its draws in the study, and a kill would skip one. The grid fails on trials of another space.
 """
 
 import warnings
