@@ -1,9 +1,11 @@
 """Optuna's samplers as a recipe asks for them. What each can do is in ``recipe/checks/sampler_rules.py``.
 
 A sampler is made anew for each draw, with a generator of its own: see ``space.draw``. What it knows comes from the
-study, so two of Optuna's need care. QMC counts its draws in the study, and a kill would skip one. The grid fails on trials of another space.
+study, so three of Optuna's need care. GP counts a trial whose draw a kill has cut off as another running one.
+QMC counts its draws in the study, and a kill would skip one. The grid fails on trials of another space.
 """
 
+import json
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +21,7 @@ from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParamete
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.proposals.optuna_private import on_one_thread
 
+GP_DRAW = "gp:relative_params:0"  # attribute of a trial in which Optuna's GP keeps what it has drawn together
 OPTUNA_NAMES = {"deterministic": "deterministic_objective", "type": "qmc_type"}  # our options that it calls otherwise
 
 
@@ -71,12 +74,15 @@ def distribution(parameter: Parameter) -> BaseDistribution:
 
 
 class _GP(GPSampler):
-    """GP on one thread: trials on the same machine need the cores."""
+    """GP that draws once per trial, whatever cuts it off, on one thread."""
 
     def sample_relative(
         self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        with on_one_thread():
+        drawn = trial.system_attrs.get(GP_DRAW)
+        if drawn is not None:
+            return {name: value for name, value in json.loads(drawn).items() if name in search_space}
+        with on_one_thread():  # trials on the same machine need the cores
             values: dict[str, Any] = super().sample_relative(study, trial, search_space)
         return values
 
