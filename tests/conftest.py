@@ -20,19 +20,30 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell runs in
 
 CLASS_WORDS = ("circle", "square", "star", "heart", "arrow")
 TEMPLATES = ("a photo of a {}", "a sketch of a {}", "a dark photo of a {}", "a painting of a {}", "a {} in the fog")
-LONGEST = (
+LONGEST = (  # longest first
     "test_kills",
-    "test_crash",
-    "test_search_ray",
-    "test_causes",
     "test_filling",
     "test_study_crash",
+    "test_search_ray",
+    "test_examples",
+    "test_crash",
+    "test_ranks",
+    "test_growth",
+    "test_own_ray",
+    "test_export",
+    "test_page_in_browser",
+    "test_documents",
+    "test_wheel",
+    "test_causes",
+    "test_log",
+    "test_holding",
 )
 
 
 def pytest_collection_modifyitems(items):
     """Puts the longest files first, so that with several processes none of them is left for the end."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    order = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_collection_finish():

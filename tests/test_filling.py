@@ -73,6 +73,7 @@ def searched(recipe, base_dir, address, runner):
     return [event.text for event in told if isinstance(event, Preparing)]
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_each_node_fills_its_cache_once_and_at_the_same_time_before_the_first_trial(tmp_path, recipe, two_nodes):
     runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill)

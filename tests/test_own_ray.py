@@ -37,6 +37,7 @@ def client(address, **variables):
     return subprocess.run(command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_our_own_ray_is_closed_to_others_and_leaves_no_token_in_the_process(tmp_path, monkeypatch):
     """Where the first two starts took too long for Ray, as on a busy machine."""
