@@ -62,3 +62,14 @@ def test_what_more_images_take_is_foretold_within_15_percent(tmp_path, name, val
 def test_the_micro_batch_to_begin_with_is_a_half_of_a_half_that_fits():
     needed = StepMemory(least=1.1e9, fixed=1e9, an_image=1e7)
     assert [needed.largest(there, 512) for there in (100e9, 5e9, 1.3e9, 1.2e9)] == [512, 256, 16, 0]
+
+
+def test_an_average_takes_one_more_copy_of_the_weights_and_plain_fine_tuning_one_less():
+    clip, heads = model_of("vit")
+    plain, average, alone = (
+        step_memory(clip, settings(precision="fp32", **values), *heads)
+        for values in ({}, {"ema_decay": 0.9}, {"kl_weight": 0.0})
+    )
+    weights = 4 * sum(parameter.numel() for parameter in clip.model.visual.parameters())
+    assert average.fixed == pytest.approx(plain.fixed + weights, rel=0.1)
+    assert alone.fixed == pytest.approx(plain.fixed - weights, rel=0.1)
