@@ -254,8 +254,11 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_no
         second = study.next()
         process = attempts.start(plan, second)
         orders = {second.training: Wish(2, "go")}
-        pids = lambda: [signs.process.pid for signs in box.exchange(orders).values()]  # noqa: E731
-        killed_searches.wait_until(lambda: pids() == [process.pid], "the next one runs")
+
+        def next_runs():
+            return [signs.process.pid for signs in box.exchange(orders).values()] == [process.pid]
+
+        killed_searches.wait_until(next_runs, "the next one runs")
         os.kill(zombie.pid, signal.SIGCONT)
         zombie.join(120)
         assert zombie.exitcode == 0  # quietly, at its next look for a stop

@@ -173,10 +173,14 @@ def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine
     with nodes(1, num_cpus=2, hidden=(hidden,)) as (reached, [node], head):
         process = driver(study_dir, 3, "ray-train", *reached, **given)
         for part in range(3):
-            so_far = lambda: ended(process) or len(killed_searches.results(study_dir)) >= part  # noqa: B023, E731
-            wait_until(so_far, f"{part} have ended")
-            there = lambda: ended(process) or killed_searches.titled("files", head.process.pid)  # noqa: E731
-            [pid] = wait_until(there, "there is one")
+            wait_until(
+                lambda: ended(process) or len(killed_searches.results(study_dir)) >= part,  # noqa: B023  # in this round
+                f"{part} have ended",
+            )
+            [pid] = wait_until(
+                lambda: ended(process) or killed_searches.titled("files", head.process.pid),
+                "there is one",
+            )
             os.kill(pid, signal.SIGKILL)
         code, output = finish(process)
         left = [path for path in (node.folder / "home").rglob("*") if path.is_file() and "/trials/" in str(path)]

@@ -129,8 +129,10 @@ def test_an_exchange_goes_on_while_the_driver_is_busy_and_when_the_mailbox_fails
     exchange = Exchange(Flaky())
     with exchange.going_on():
         exchange.order(NAME, 1, "stop")
-        stopped = lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1)  # noqa: E731
-        wait_until(stopped, "it has come")
+        wait_until(
+            lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1),
+            "it has come",
+        )
     assert exchange.mail(NAME, 1).signs.steps == {0: 8}
 
 

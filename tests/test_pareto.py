@@ -272,6 +272,5 @@ def test_real_trials_meet_their_constraints_wherever_an_evaluated_alpha_does(sea
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pareto", "constrained"])
 def test_trials_with_a_front_or_constraints_are_reproduced(searched, tmp_path, name):
-    nothing = lambda told: None  # noqa: E731
-    found = reproduce(open_finished(searched[1][name]), tmp_path / "again", nothing, nothing, nothing)
+    found = reproduce(open_finished(searched[1][name]), tmp_path / "again", *3 * [lambda told: None])
     assert found["differences"] == []

@@ -57,7 +57,7 @@ def struck(images, trap, form="beside"):
 
 def import_everything():
     import ray.data
-    import ray.data._internal.object_extensions.arrow  # noqa: F401
+    import ray.data._internal.object_extensions.arrow  # noqa: F401  (it registers the types)
 
     crash_host.import_everything()
 
