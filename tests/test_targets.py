@@ -7,7 +7,6 @@ import math
 import os
 import signal
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import attempts
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import stand_in
 import torch
 from conftest import CLASS_WORDS, TEMPLATES, ArraySource
+from safetensors.torch import load_file, save_file
 from test_loop import CPU
 from tiny import make_tiny_clip
 
@@ -108,12 +108,25 @@ def test_a_training_that_is_stopped_anywhere_resumes_to_the_same_weights(tuned, 
 # ---- killed, at once, damaged
 
 
-def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tmp_path, monkeypatch):
-    expected = tuned(tmp_path / "one")
-    with monkeypatch.context() as patched, ThreadPoolExecutor(2) as pool:
-        patched.setattr(targets, "read_block", lambda *_: None)  # each finds every block missing
-        states = list(pool.map(lambda _: tuned(tmp_path / "both"), range(2)))
-    assert [same(state, expected) for state in states] == [True, True]
+def train_in_its_own_process(store, path=None):
+    clip = make_tiny_clip()
+    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    state = fine_tune(clip, *heads, ArraySource(NUM_IMAGES), settings(), target_store=store)
+    if path is not None:
+        save_file(state, path)
+
+
+def compute_all(store, path):
+    targets.read_block = lambda *_: None  # it finds every block missing
+    train_in_its_own_process(store, path)
+
+
+def test_two_writers_at_once_leave_the_blocks_of_one(tuned, tmp_path):
+    expected, paths = tuned(tmp_path / "one"), [tmp_path / name for name in ("first", "second")]
+    processes = [attempts.forked(compute_all, tmp_path / "both", path) for path in paths]
+    for process in processes:
+        process.join()
+    assert [same(load_file(path), expected) for path in paths] == [True, True]
     assert blocks_of(tmp_path / "both") == blocks_of(tmp_path / "one")
 
 
@@ -127,9 +140,7 @@ def write_and_die(store, number):
         return write(handle, content, offset)
 
     os.pwrite = half
-    clip = make_tiny_clip()
-    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
-    fine_tune(clip, *heads, ArraySource(NUM_IMAGES), settings(), target_store=store)
+    train_in_its_own_process(store)
 
 
 def test_a_block_that_a_killed_writer_has_half_written_is_none(tuned, tmp_path):
