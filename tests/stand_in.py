@@ -101,8 +101,8 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
                 row["subset/objective"] = look(recipe.train, epoch)
             context.report(row)
             save(out_dir, attempt, epoch)
-            while modes.get("paced") and not context.should_stop() and not is_noted(out_dir, epoch):
-                time.sleep(0.05)
+        while modes.get("paced") and not context.should_stop() and not is_noted(out_dir, epoch):
+            time.sleep(0.05)
         if context.should_stop() and epoch < recipe.train.epochs:
             stop(modes)
     told = {"pid": os.getpid()} if modes.get("tell_pid") else {}

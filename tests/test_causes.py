@@ -172,6 +172,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(t
         assert told[:60] in re.sub(r"\s+", " ", shown)  # a table wraps what is long
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_a_preparation_that_dies_or_finds_no_data_is_one_message_and_leaves_no_study(tmp_path, bad_start):
     recipe, study_dir = stand_in.make_recipe(1, baselines={}), tmp_path / "study"

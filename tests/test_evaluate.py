@@ -82,6 +82,8 @@ def measured(out, *args):
     out.write_text(json.dumps(evaluation_memory.measure(*args)))
 
 
+@pytest.mark.whole
+@pytest.mark.slow
 def test_memory_does_not_grow_with_images_times_classes(tmp_path):
     """Of 1,500 images, 4,000 classes, 2,000 groups; all logits are 24 MB, softmax over them in float64 150 more."""
     assert attempts.forked(measured, tmp_path / "found", 1500, 4000, 2000).join() is None

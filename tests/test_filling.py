@@ -157,6 +157,7 @@ def stop_together(context, base_dir):
         shared_inputs.shared_inputs_of_worker(recipe, context, PREPARED)
 
 
+@pytest.mark.whole
 @pytest.mark.slow
 def test_all_ranks_stop_where_one_is_asked_to_while_it_builds(tmp_path):
     assert gloo(stop_together, tmp_path) == [0, 0]

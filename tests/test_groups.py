@@ -127,6 +127,8 @@ class Forgetful(Mailbox):
         return super().take(group, said)
 
 
+@pytest.mark.whole
+@pytest.mark.slow
 def test_a_mailbox_that_forgets_costs_no_training_and_none_is_run_twice(groups):
     groups.runtime.mailbox = Forgetful()
     group = groups.group()

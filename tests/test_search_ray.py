@@ -132,7 +132,7 @@ def train_and_name_the_processes(recipe, out_dir, prepared_dir, context, attempt
 @pytest.mark.slow
 def test_ray_train_starts_its_workers_once_and_never_has_two_placement_groups_however_trials_end(tmp_path):
     """One is trained to its end, one is cut at a rung, one diverges, one after the other."""
-    stand_in.tell(tmp_path, seconds=1.5, **{"2": "diverge"})
+    stand_in.tell(tmp_path, paced=True, **{"2": "diverge"})
     resources = {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5}
     recipe = stand_in.make_recipe(3, epochs=4, resources=resources, **HALVING)
     left, seen = [], []
