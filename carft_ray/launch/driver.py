@@ -355,8 +355,6 @@ class Driver:
     def _report_epochs(self, attempt: _Attempt) -> None:
         rows, attempt.rows = attempt.rows, []
         try:
-            if rows:
-                self.study.log.check()
             for row in rows:
                 if self.study.report(attempt.spec, row):
                     self.exchange.order(attempt.spec.training, attempt.spec.attempt, "cut")

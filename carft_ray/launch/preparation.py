@@ -172,7 +172,9 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
     try:
         fill_nodes(runtime, say)
         pending = task.remote(runtime)
-        any(_rounds(runtime, [pending], PREPARING, say, WAITS))  # until it has ended
+        for ended in _rounds(runtime, [pending], PREPARING, say, WAITS):
+            if ended:
+                break
         metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it
