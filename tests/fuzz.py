@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -306,19 +306,13 @@ def is_wrong(outcome):
 
 def table(rows):
     """Returns the table of a run as text."""
-    found, seconds = defaultdict(Counter), Counter()
-    for kind, _, outcome, took in rows:
-        found[kind]["anything else" if is_wrong(outcome) else outcome] += 1
-        seconds[kind] += took
-    found["all"], seconds["all"] = sum(found.values(), Counter()), sum(seconds.values())
-    heads = ["result", *CODES, "anything else"]
-    codes = "".join(f"{code:>6}" for code in CODES)
-    lines = [f"{'kind':<8} {'cases':>6} {'result':>7} {codes}  anything else  processor, s"]
-    for kind, counts in found.items():
-        numbers = [counts[head] for head in heads]
-        middle = "".join(f"{number:>6}" for number in numbers[1:-1])
-        line = f"{kind:<8} {counts.total():>6} {numbers[0]:>7} {middle}  {numbers[-1]:>13}  {seconds[kind]:>12.0f}"
-        lines.append(line)
+    heads = ["result", *map(str, CODES), "anything else"]
+    lines = [f"{'kind':<8} {'cases':>6} {' '.join(f'{head:>6}' for head in heads)}  processor, s"]
+    for kind in (*dict.fromkeys(row[0] for row in rows), "all"):
+        mine = [row[2:] for row in rows if kind in (row[0], "all")]
+        counts = Counter("anything else" if is_wrong(outcome) else str(outcome) for outcome, _ in mine)
+        numbers = " ".join(f"{counts[head]:>{max(6, len(head))}}" for head in heads)
+        lines.append(f"{kind:<8} {len(mine):>6} {numbers}  {sum(took for _, took in mine):>12.0f}")
     return "\n".join(lines)
 
 
