@@ -10,11 +10,17 @@ from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.recipe.loading import absolute_paths
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import SetSpec
 
 
 def absolute_set(spec, base_dir):
     return absolute_paths(TypeAdapter(SetSpec).validate_python(spec), base_dir)
+
+
+def recipe_of(data, **parts):
+    """Returns a recipe of these sets, whose paths begin in the working directory."""
+    return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 4}, **parts}), Path.cwd())
 
 
 def open_train(recipe):

@@ -3,7 +3,6 @@
 import functools
 import hashlib
 import pickle
-import re
 import shutil
 from pathlib import Path
 from typing import get_args
@@ -253,18 +252,6 @@ def test_in_and_out_are_domainbeds_images(trial_seed, tmp_path):
     assert refused(tmp_path, "pacs", domains=["foto"]).startswith(rule)
 
 
-def leave_out(root, target, **more):
-    """The recipe of leave-one-domain-out."""
-    sources = [domain for domain in load_facts("pacs").domains if domain != target]
-    pacs = {"source": "benchmark", "name": "pacs", "path": str(root)}
-    data = {
-        "train": {**pacs, "domains": sources, "split": "in"},
-        "id_val": {**pacs, "domains": sources, "split": "out"},
-        "ood_test": {target: {**pacs, "domains": [target], "split": "in"}},
-    }
-    return Recipe.model_validate({"data": {**data, **more}, "train": {"batch_size": 4}})
-
-
 SHARED = [
     ("food101", {"split": "train"}, {"split": "train"}, 1),
     ("food101", {"split": "train", "part": [0.1, 1]}, {"split": "train", "part": [0, 0.1]}, 0),
@@ -285,11 +272,15 @@ def test_splits_of_one_benchmark_are_images_of_their_own(name, first, second, nu
 
 
 def test_one_domain_is_left_out_by_domains_and_split_and_the_same_folder_is_the_same_images(made, tmp_path):
-    recipe = leave_out(made("pacs"), "sketch")
+    pacs = {"source": "benchmark", "name": "pacs", "path": str(made("pacs"))}
+    others = {**pacs, "domains": [domain for domain in load_facts("pacs").domains if domain != "sketch"]}
+    data = {"train": {**others, "split": "in"}, "id_val": {**others, "split": "out"}}
+    data["ood_test"] = {"sketch": {**pacs, "domains": ["sketch"], "split": "in"}}
+    recipe = Recipe.model_validate({"data": data, "train": {"batch_size": 4}})
     assert check_roles(recipe) == check_sets(recipe) == []
     check_overlap(recipe, tmp_path)
     folder = {"source": "folder", "path": f"{made('pacs')}/PACS", "domains": ["photo"]}
-    (problem,) = check_roles(leave_out(made("pacs"), "sketch", id_val=folder))
+    (problem,) = check_roles(Recipe.model_validate({"data": {**data, "id_val": folder}, "train": {"batch_size": 4}}))
     assert "must not share images with data.train" in str(problem)
     named = opened(made("pacs"), "pacs", domains=["photo"])
     np.testing.assert_array_equal(np.sort(open_set(**folder).sample_ids), np.sort(named.sample_ids))
@@ -332,11 +323,11 @@ def test_words_come_from_the_benchmark_by_class_and_not_by_position(made):
         words("imagenet", "val", chosen, class_names="pacs")
 
 
-def refused(root, name, split=None, num_problems=1, **keys):
+def refused(root, name, split=None, **keys):
     with pytest.raises(DataError) as caught:
         opened(root, name, split, class_list=IMAGENET if name.startswith("imagenet-") else None, **keys)
     assert caught.value.exit_code == 4
-    assert len(caught.value.problems) == num_problems
+    assert len(caught.value.problems) == 1
     return str(caught.value)
 
 
@@ -365,9 +356,6 @@ def written(name, content):
     return lambda root: (root / name).write_bytes(content)
 
 
-BOTH = "and no other, but got and every"
-
-
 V2, CIFAR = "imagenetv2-matched-frequency-format-val", "cifar-10-batches-bin"
 # benchmark, split, what is done to its files, the message
 BROKEN = [
@@ -375,7 +363,6 @@ BROKEN = [
      "train: every one of the 200 classes of ImageNet-R must have an image, but got none of 'n01443537'"),
     ("imagenet-r", None, copied("imagenet-r/n01443537", "n01440764"),
      "train: must hold the 200 classes of ImageNet-R and no other, but got 'n01440764'"),
-    ("imagenet-a", None, renamed("imagenet-a/n01498041", "n01443537"), BOTH),
     ("imagenet-v2", None, copied(f"{V2}/7", "1000"),
      "train: must hold the 1000 classes of ImageNet-V2 (matched frequency) and no other, but got '1000'"),
     ("office-home", None, copied("office_home/Art/Alarm_Clock", "Alarm_Clok"),
@@ -384,7 +371,6 @@ BROKEN = [
      "train.path: must be the folder of Food-101: images, meta/train.json must be in it, but got none in"),
     ("food101", "test", removed("food-101/images/waffles/1000.jpg"),
      "train: every image of the list must be there, but got 1 of 101 that are missing in"),
-    ("food101", "train", edited("food-101/meta/train.json", '"waffles"', '"wafles"'), BOTH),
     ("food101", "train", edited("food-101/meta/train.json", '"waffles/0"', '"sushi/0"'),
      "train: a list must name an image once, but got 1 named again"),
     ("food101", "train", edited("food-101/meta/train.json", "{", "["),
@@ -415,5 +401,4 @@ BROKEN = [
 def test_a_broken_benchmark_is_told_with_its_reason(name, split, break_it, message, own):
     root = own(name)
     break_it(root)
-    text = refused(root, name, split, num_problems=2 if message == BOTH else 1)
-    assert message in (re.sub("(?s)got .*train: every", "got and every", text) if message == BOTH else text)
+    assert message in refused(root, name, split)

@@ -1,20 +1,26 @@
-"""Images that stand in two roles: who leaves, what is refused, the list of a study, `exclude`; which are copies."""
+"""Images that stand in two roles: who leaves, what is refused, a search and the list of its study; which are copies."""
 
+import contextlib
 import csv
+import io
 import itertools
+import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ArraySource
-from picture_copies import COPIES, signed
-from PIL import Image, ImageDraw
+from crash_host import call
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from short_training import write_model
 from sources import open_train, open_validation
 
 from benchmarks.photos import photo
 from carft_ray import words
+from carft_ray.data.content import DIGEST_BYTES
 from carft_ray.data.copies import find
 from carft_ray.data.copies import shared_images as shares
 from carft_ray.data.copies.pairs_file import check_pairs_path, write_pairs
@@ -28,36 +34,106 @@ from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe
 
+BORDER = 0.06  # of the shorter side
+MARGIN = 0.05  # of each side
+MARK = "(c) example"
+MARK_WIDTH = 1 / 3  # of the width
+
+
+def hills(seed, side=40):
+    """Returns a picture of smooth hills of colour, as a photo has."""
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return noise.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def write_pictures(images, domains, classes, side=40):
+    """Writes for each domain as many pictures per class as it is said to have; no two are alike."""
+    for number, (domain, count) in enumerate(domains.items()):
+        for label, name in enumerate(classes):
+            (images / domain / name).mkdir(parents=True)
+            for index in range(count):
+                hills([number, label, index], side).save(images / domain / name / f"{index}.png")
+
+
+def _saved(ending, **settings):
+    def change(image):
+        content = io.BytesIO()
+        image.save(content, ending, **settings)
+        return Image.open(content).convert("RGB")
+
+    return change
+
+
+def _resized(factor):
+    return lambda image: image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.BICUBIC)
+
+
+def _cropped(image):
+    x, y = round(MARGIN * image.width), round(MARGIN * image.height)
+    return image.crop((x, y, image.width - x, image.height - y))
+
+
+def _bordered(image):
+    """Lays a border around: white where the picture begins dark, else black."""
+    colour = "white" if np.asarray(image.convert("L"))[0].mean() < 128 else "black"
+    return ImageOps.expand(image, max(1, round(BORDER * min(image.size))), fill=colour)
+
+
+def _marked(image):
+    """Writes a text over a third of the width into the lower right corner, white with a black outline."""
+    marked = image.copy()
+    draw, size = ImageDraw.Draw(marked), 1.0
+    while draw.textlength(MARK, font=ImageFont.load_default(size + 1)) <= MARK_WIDTH * image.width:
+        size += 1
+    place, font = (0.97 * image.width, 0.97 * image.height), ImageFont.load_default(size)
+    draw.text(place, MARK, "white", font, "rb", stroke_width=max(1, round(size / 10)), stroke_fill="black")
+    return marked
+
+
+COPIES = {
+    "PNG": _saved("PNG"),
+    "JPEG 90": _saved("JPEG", quality=90),
+    "JPEG 75": _saved("JPEG", quality=75),
+    "half size": _resized(0.5),
+    "double size": _resized(2),
+    "5 % margin off": _cropped,
+    "border": _bordered,
+    "small watermark": _marked,
+}
+
+
+def signed(pictures, seed):
+    """Returns the records of pictures; each has bytes of its own, so that copies are found by what they show."""
+    digests = np.random.default_rng(seed).integers(0, 256, (len(pictures), DIGEST_BYTES), dtype=np.uint8)
+    return Records(digests, np.stack([thumbnails_of(pixels) for pixels in pictures]))
+
+
 CLASSES = ("cat", "dog")
 RECIPE = """
 format_version: 1
 name: shared
-model: {name: sandbox}
+model: {name: "local-dir:model"}
 data:
   train: {source: folder, path: images, domains: [train]}
   id_val: {source: folder, path: images, domains: [val]}
   ood_val: {sketch: {source: folder, path: images, domains: [sketch]}}
   id_test: {source: folder, path: images, domains: [test]}
   ood_test: {paint: {source: folder, path: images, domains: [paint]}}
-train: {batch_size: 4}
+train: {learning_rate: 1e-2, kl_weight: 1, epochs: 1, batch_size: 16}
+search:
+  trials: 1
+  space: {learning_rate: {low: 1e-3, high: 1e-2, log: true}}
+  baselines: {plain: {kl_weight: 0}}
+resources: {executor: debug}
 """
 NUM = {"train": 24, "val": 20, "sketch": 20, "test": 20, "paint": 20}  # images per class
-
-
-def picture(seed, side=40):
-    """Smooth hills of colour, as a photo has."""
-    hills = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return hills.resize((side, side), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    for number, (domain, count) in enumerate(NUM.items()):
-        for label, name in enumerate(CLASSES):
-            (folder / "images" / domain / name).mkdir(parents=True)
-            for index in range(count):
-                picture([number, label, index]).save(folder / "images" / domain / name / f"{index}.png")
+    write_model(folder / "model")
+    write_pictures(folder / "images", NUM, CLASSES)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
@@ -352,3 +428,99 @@ def test_pairs_are_written_as_a_page_of_its_own(tmp_path):
     assert "<b>, 1" not in page
     assert "&lt;b&gt;, 1.png" in page
     assert not re.search(r"https?://", page)
+
+
+# ---- a search and the commands that read its study
+
+
+SHARED = 2  # of 48 and 44 images: one with the same bytes, one saved again
+LEFT = {"train": 46, "id_val": 42, "sketch": 40}
+LINE = f"data.train: {SHARED} images left out, also in data.id_val"
+
+
+@pytest.fixture(scope="module")
+def searched(tree, tmp_path_factory):
+    """A folder with copies in two roles and the study of its recipe, and what the search told."""
+    folder, told = tmp_path_factory.mktemp("searched") / "here", io.StringIO()
+    shutil.copytree(tree, folder)
+    copy(folder, "train/cat/0.png", "val/cat/x.png")
+    copy(folder, "train/dog/1.png", "val/dog/y.jpg")
+    with contextlib.redirect_stderr(told):
+        assert call(["search", folder / "recipe.yaml", "--study", folder / "study"]) == 0
+    return folder, told.getvalue()
+
+
+@pytest.fixture
+def study(searched, tmp_path):
+    return shutil.copytree(searched[0] / "study", tmp_path / "study")
+
+
+@pytest.fixture
+def compares_nothing(monkeypatch):
+    def refused(*words):
+        raise AssertionError("images are compared again")
+
+    monkeypatch.setattr(shares, "shared_pairs", refused)
+
+
+def results(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/result.json"))]
+
+
+@pytest.mark.slow
+def test_a_search_leaves_copies_out_of_training_and_says_so_in_one_line(searched):
+    study, told = searched[0] / "study", searched[1]
+    assert told.count(LINE) == told.count("left out") == 1
+    with (study / "shared_images.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert Counter(row["found_by"] for row in rows) == {"same bytes": 1, "same picture": 1}
+    assert {(row["set"], row["done"], row["other_set"]) for row in rows} == {("data.train", "leaves", "data.id_val")}
+    provenance = json.loads((study / "manifest.json").read_text())["provenance"]
+    assert provenance["shared_images"] == {"policy": "drop", "counts": {"data.train": {"leaves": SHARED}}}
+    assert {name: one["num_images"] for name, one in provenance["data"].items()} == LEFT
+    assert [one["num_images"] for one in (*results(study / "trials"), *results(study / "baselines"))] == [LEFT, LEFT]
+
+
+@pytest.mark.slow
+def test_report_and_model_card_tell_them_and_a_search_that_goes_on_compares_nothing_again(
+    study, tmp_path, run, compares_nothing
+):
+    code, out, _ = run("report", study, "--json")
+    assert code == 0
+    assert json.loads(out)["shared_images"] == {"data.train": {"leaves": SHARED}}
+    assert LINE in run("report", study)[1]
+    assert run("export", study, "--trial", "0", "--alpha", "1", "--to", tmp_path / "model")[0] == 0
+    assert LINE in (tmp_path / "model" / "README.md").read_text()
+    before = (study / "shared_images.csv").read_bytes()
+    code, _, err = run("resume", study, "--trials", "+1")
+    assert code == 0, err
+    assert "left out" not in err
+    assert (study / "shared_images.csv").read_bytes() == before
+    assert [one["num_images"] for one in results(study / "trials")] == [LEFT, LEFT]
+
+
+@pytest.mark.whole
+@pytest.mark.slow
+def test_confirm_and_reproduce_train_on_what_the_search_trained_on(study, run, compares_nothing):
+    code, _, err = run("confirm", study, "--top", "1", "--seeds", "2")
+    assert code == 0, err
+    again = results(study / "confirm")
+    assert [one["num_images"] for one in again] == [LEFT] * len(again)
+    shared = json.loads((study / "confirm" / "summary.json").read_text())["shared_images"]
+    assert shared == {"data.train": {"leaves": SHARED}}
+    name = next((study / "confirm").glob("*/*/result.json")).parents[1].name
+    code, out, err = run("reproduce", study, f"confirm/{name}")
+    assert code == 0, err
+    assert "the same, bit for bit" in out + err
+
+
+@pytest.mark.slow
+def test_the_table_of_the_doctor_is_what_exclude_takes(searched, tmp_path, run):
+    recipe, table = searched[0] / "recipe.yaml", tmp_path / "pairs.csv"
+    code, _, err = run("doctor", recipe, "--pairs", table)
+    assert code == 0, err
+    words = ("--set", f"data.train.exclude={table}", "--set", "data.shared_images=fail", "--study", tmp_path / "new")
+    code, _, err = run("search", recipe, *words)
+    assert code == 0, err
+    assert [one["num_images"] for one in results(tmp_path / "new" / "trials")] == [LEFT]
+    assert (tmp_path / "new" / "shared_images.csv").read_text().count("\n") == 1

@@ -1,13 +1,20 @@
-"""Files from strangers that never end, are far too large, or say what cannot be: each is one message, at once."""
+"""Files from strangers that never end, are far too large, or say what cannot be: each is one message, at once.
+
+Of their tables nothing is unpickled, no other memory is read, and a damaged page costs its own rows only.
+"""
 
 import contextlib
 import io
 import json
 import os
+import pickle
 import tarfile
 from pathlib import Path
 
+import crash_host
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import short_training
 from layouts_tables import hf_dataset, pictures, table_of, write_folder, write_table
@@ -15,7 +22,9 @@ from sources import open_set
 
 from carft_ray import files
 from carft_ray.data.images import MOST_BYTES
+from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
+from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.untrusted import parse_json
 
@@ -182,7 +191,6 @@ def test_an_arrow_set_with_damaged_names_is_told(here):
             opened(source="table", path="set.arrow", id="name", image="image", label="label").content(0)
 
 
-NO_NUL = "must be text without the character NUL"
 NO_NUL = "must be text without the character NUL and without halves"
 # a setting of a recipe, and the rule that it breaks
 CANNOT_BE = [
@@ -217,3 +225,152 @@ def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
     with pytest.raises(StorageError, match="must be a regular file"):
         files.read_json_lines(here / "pipe")
     assert files.read_json_lines(here / "deep") == []
+
+
+# ---- tables that hold what is pickled
+
+
+PICTURES = pictures(classes=short_training.CLASSES)
+NAMES = ("set.parquet", "set.arrow", "set.feather")  # a stream and a file of Arrow
+PICKLED = "ray.data.arrow_pickled_object"
+
+
+class _Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def struck(images, trap, form="beside"):
+    """Returns a table in whose image column an object is pickled that makes the file ``trap`` when it is read.
+
+    It stands ``beside`` the bytes in a struct, ``inside`` as its bytes, or is the ``whole`` column.
+    """
+    name = {"ARROW:extension:name": PICKLED, "ARROW:extension:metadata": ""}
+    payload = pa.array([pickle.dumps(_Payload(trap))] * len(images), pa.large_binary())
+    pickled = pa.field("bytes" if form == "inside" else "object", pa.large_binary(), metadata=name)
+    contents = pa.array([image.content for image in images], pa.binary())
+    if form == "whole":
+        column, kind = payload, pa.field("image", pa.large_binary(), metadata=name)
+    else:
+        fields = {"beside": [pa.field("bytes", pa.binary()), pickled], "inside": [pickled]}[form]
+        column = pa.StructArray.from_arrays([contents, payload][-len(fields) :], fields=fields)
+        kind = pa.field("image", column.type)
+    table = table_of(images)
+    return table.set_column(0, kind, column)
+
+
+# ---- the command line in a process with Ray's types registered, for ``crash_host``
+
+
+def import_everything():
+    import ray.data
+    import ray.data._internal.object_extensions.arrow  # noqa: F401  (it registers the types)
+
+    crash_host.import_everything()
+
+
+def call(argv):
+    import ray
+
+    with pytest.raises(pa.ArrowKeyError):  # it is registered
+        pa.register_extension_type(ray.data._internal.object_extensions.arrow.ArrowPythonObjectType())
+    return crash_host.call(argv)
+
+
+@pytest.fixture
+def registered():
+    """Ray's type for pickled objects is registered, as in a process that has imported ``ray.data``."""
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    ray_private.forget_pickled_columns()
+    pa.register_extension_type(ArrowPythonObjectType())
+    yield
+    ray_private.forget_pickled_columns()
+
+
+@pytest.mark.parametrize("form", ["beside", "inside", "whole"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, registered, name, form):
+    write_table(tmp_path / name, struck(PICTURES, tmp_path / "trap", form))
+    with pytest.raises(DataError, match=f"column image must have no extension type, but got {PICKLED}"):
+        open_set(base_dir=tmp_path, source="table", path=name, image="image", id="name")
+    with pytest.raises(ValueError, match=f"a column image with the extension type {PICKLED}"):
+        read_columns(tmp_path / name, ["image"])
+    if form == "beside":  # and where it was not seen
+        assert open_rows(tmp_path / name, "image").value(3) == PICTURES[3].content
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_column_that_nobody_uses_may_hold_anything(tmp_path, registered):
+    table = struck(PICTURES, tmp_path / "trap").rename_columns(["other", "label", "name"])
+    table = table.append_column("image", pa.array([image.content for image in PICTURES], pa.binary()))
+    for name in NAMES:
+        write_table(tmp_path / name, table)
+        source = open_set(base_dir=tmp_path, source="table", path=name, image="image", id="name")
+        assert [source.content(index) for index in range(len(PICTURES))] == [image.content for image in PICTURES]
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.slow
+def test_no_command_unpickles_what_ray_would(tmp_path):
+    """Doctor, and searches, in a process with Ray's types registered."""
+    short_training.make(tmp_path)
+    trap, table = tmp_path / "trap", struck(PICTURES, tmp_path / "trap")
+    for name in NAMES:
+        write_table(tmp_path / name, table)
+    hf_dataset(PICTURES, short_training.CLASSES).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    with pa.ipc.open_stream(file) as reader:
+        noted = reader.schema.metadata
+    write_table(file, table.replace_schema_metadata(noted))
+    search = ["search", "--executor", "debug", "--study", "study"]
+    saved = "{source: huggingface, path: saved}"
+    tables = [f"{{source: table, path: {name}}}" for name in NAMES]
+    argvs = [(*search, tables[0]), (*search, saved), ("doctor", tables[1])]
+    commands = [{"argv": [*words, "../recipe.yaml", "--set", f"data.train={one}"]} for *words, one in argvs]
+    with crash_host.started(tmp_path, "test_strange_files") as run:
+        ((_, answers),) = run([{"name": "job", "commands": commands}]).values()
+    for answer in answers:
+        assert answer["code"] == 4, answer["log"]
+        assert f"the column image must have no extension type, but got {PICKLED}" in answer["log"]
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_an_offset_out_of_the_file_is_told_and_no_other_memory_is_read(tmp_path, name, column):
+    """One image, or one label, ends where no file is any more."""
+    table = table_of(PICTURES[:5])  # one batch
+    values = table.column(column).to_pylist()
+    write_table(tmp_path / name, table if column == "label" else table.select(["image", "label"]))
+    ends = np.cumsum([0, *map(len, values)], dtype="<i4").tobytes()
+    raw = (tmp_path / name).read_bytes()
+    assert raw.count(ends) == 1
+    (tmp_path / name).write_bytes(raw.replace(ends, ends[:8] + np.array([2**24], "<i4").tobytes() + ends[12:]))
+    with pytest.raises(DataError, match=f"{name}: must be a readable table, but got .*(?i:offset)"):
+        open_set(base_dir=tmp_path, source="table", path=name)
+
+
+def test_a_damaged_page_costs_the_rows_of_its_row_group_from_there_on(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [image._replace(name=f"{row}", content=rng.bytes(2000)) for row, image in enumerate(PICTURES * 10)]
+    path = tmp_path / "set.parquet"
+    pq.write_table(
+        table_of(images), path, row_group_size=100, compression="none", use_dictionary=False, data_page_size=2**14
+    )
+    raw = path.read_bytes()
+    where = raw.index(images[33].content)
+    path.write_bytes(raw[: where - 4] + b"\xff\xff\xff\x7f" + raw[where:])  # its length
+    rows = open_rows(path, "image")
+    left = []
+    for row, image in enumerate(images):
+        with contextlib.suppress(*READ_ERRORS):
+            assert rows.value(row) == image.content
+            left.append(row)
+    assert left == [*range(32), *range(100, 200)]
+    assert rows.value(7) == images[7].content
