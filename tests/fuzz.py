@@ -23,12 +23,10 @@ import os
 import platform
 import re
 import resource
-import select
 import shutil
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -153,14 +151,15 @@ def watch(here, tell):
     sys.addaudithook(hook)
 
 
-def run_case(kind, number, seed, here, base, write):
-    """Runs a case in this process, which ends with it; ``write`` gets a line of JSON for each thing to know."""
+def call(argv):
+    """Runs a case in this process, a fork of ``crash_host``; prints a line of JSON for each thing to know."""
+    kind, number, seed, base = argv
+    here, printed = Path.cwd(), os.dup(1)
 
     def tell(what, value):
-        write(json.dumps([what, value]).encode() + b"\n")
+        os.write(printed, json.dumps([what, value]).encode() + b"\n")
 
     _silence(here.parent / "output")
-    os.chdir(here)
     for name in ("tmp", "cache"):
         (here / name).mkdir()
     shutil.copytree(base / "cache", here / "cache", dirs_exist_ok=True)
@@ -169,7 +168,6 @@ def run_case(kind, number, seed, here, base, write):
     tempfile.tempdir = None
     tell("phase", "making the case")
     mutations.write_case(kind, number, seed, here, base)
-    os.fsync = lambda handle: None
     if kind != "recipe" and number % 10:
         from carft_ray.results import study_figure
 
@@ -180,6 +178,7 @@ def run_case(kind, number, seed, here, base, write):
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    signal.alarm(WALL_S)
     watch(here, lambda text: tell("did", text))
     for words in COMMANDS:
         tell("phase", words[0])
@@ -195,6 +194,7 @@ def run_case(kind, number, seed, here, base, write):
             tell("wrong", wrong)
         if code:
             break
+    return 0
 
 
 def judged(code, said, words):
@@ -215,51 +215,27 @@ def judged(code, said, words):
 
 def one(kind, number, seed, lane, base):
     """Runs a case in a fork; returns ``result``, its exit code, or what was wrong, and its seconds of processor."""
-    here, began = lane / "case", time.monotonic()
+    here, canary = lane / "case", lane / mutations.CANARY
     here.mkdir(parents=True)
-    canary = lane / mutations.CANARY
     canary.mkdir()
     (canary / "x").write_text("precious")
-    readable, writable = os.pipe()
-    process = os.fork()
-    if not process:
-        try:
-            os.setsid()
-            os.close(readable)
-            run_case(kind, number, seed, here, base, functools.partial(os.write, writable))
-        except BaseException:
-            text = traceback.format_exc().strip().splitlines()
-            os.write(writable, json.dumps(["wrong", f"{text[-1]} ({text[-3].strip()})"]).encode() + b"\n")
-        finally:
-            os._exit(0)
-    os.close(writable)
-    told, ended = b"", False
-    while not ended and (left := began + WALL_S - time.monotonic()) > 0:
-        if select.select([readable], [], [], left)[0]:
-            piece = os.read(readable, 65536)
-            told, ended = told + piece, not piece
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
-    _, status, used = os.wait4(process, 0)
-    status = os.waitstatus_to_exitcode(status)
-    os.close(readable)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    status, told = crash_host.run(sys.modules[__name__], {"argv": (kind, number, seed, base)}, here)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     facts = [json.loads(line) for line in told.splitlines()]
     phase = next((value for what, value in reversed(facts) if what == "phase"), "start")
     wrong = [str(value) for what, value in facts if what in ("wrong", "did")]
-    if not ended:
-        wrong.append(f"hangs: {WALL_S} s")
-    elif status == -signal.SIGXCPU or status == -signal.SIGKILL:
-        wrong.append(f"hangs: {CPU_S} s of processor")
+    if status in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
+        wrong.append(f"hangs: {CPU_S} s of processor, or {WALL_S} s")
     elif status:
-        wrong.append(f"died of {signal.Signals(-status).name if status < 0 else status}")
+        ended = (lane / "output").read_text(errors="replace").strip().splitlines()
+        wrong.append(f"died of {signal.Signals(-status).name if status < 0 else ended[-1]}")
     there = {path.name: path.read_text() for path in canary.iterdir()}
     if there != {"x": "precious"} or {path.name for path in lane.iterdir()} - {"output"} != {"case", mutations.CANARY}:
         wrong.append(f"left something outside of its folder: {sorted(there)}, {sorted(os.listdir(lane))}")
     codes = [value for what, value in facts if what == "code"]
     outcome = f"{phase}: {'; '.join(wrong)}"[:2000] if wrong else codes[-1] or "result"
-    return outcome, used.ru_utime + used.ru_stime
+    return outcome, used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
 
 
 def work(cases, seed, lane, base):

@@ -5,11 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import attempts
-import numpy as np
 import pytest
 import slow_builds
 import stand_in
-from PIL import Image
+from layouts_tables import pictures, write_folder
 from ray.cluster_utils import Cluster
 from test_lost import gloo
 
@@ -34,13 +33,8 @@ SIZES = {"object_store_memory": 10**8}
 @pytest.fixture
 def recipe(tmp_path):
     """Two trials at a time, of one step each, on a folder of images whose files are packed."""
-    rng = np.random.default_rng(0)
-    for role, number in (("train", slow_builds.NUM_TRAIN // 2), ("val", 8)):
-        for name in slow_builds.CLASSES:
-            folder = tmp_path / "images" / role / name
-            folder.mkdir(parents=True)
-            for index in range(number):
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
+    for seed, (role, number) in enumerate((("train", slow_builds.NUM_TRAIN // 2), ("val", 8))):
+        write_folder(tmp_path / "images" / role, pictures(number, slow_builds.CLASSES, seed))
     sets = {role: {"source": "folder", "path": "images", "domains": [domain]} for role, domain in ROLES.items()}
     train = {"epochs": 1, "batch_size": slow_builds.NUM_TRAIN, "kl_weight": 0.0}
     space = {"learning_rate": {"low": 1e-5, "high": 1e-4, "log": True}}
