@@ -79,7 +79,7 @@ def contents(source):
 
 
 def recipe_with(**sets):
-    return recipe_of(sets)
+    return recipe_of(sets, train={"batch_size": 2})
 
 
 def write_tar(path, files):
@@ -128,16 +128,6 @@ def test_the_fingerprint_changes_with_the_files_and_not_with_their_place(base, k
     files[0].unlink()
     with pytest.raises(DataError, match=f"{files[0]}: must be readable"):
         _ = source.fingerprint
-
-
-def test_two_tables_of_one_size_date_and_names_have_other_fingerprints(base):
-    sources = []
-    for name, shift in (("a", 0), ("b", 1)):
-        images = [image._replace(content=bytes([(row - shift) % 12]) * 100) for row, image in enumerate(IMAGES)]
-        os.utime(write_table(base / f"{name}.arrow", table_of(images)), ns=(0, 0))
-        sources.append(table(base, f"{name}.arrow", id="name"))
-    assert (base / "a.arrow").stat().st_size == (base / "b.arrow").stat().st_size
-    assert sources[0].fingerprint != sources[1].fingerprint
 
 
 @pytest.mark.parametrize("kind", ["paths", "bytes", "id", "image.path", "shards"])
@@ -431,7 +421,6 @@ BROKEN = [
     ("no image in a sample", FILES[:4] + FILES[5:], {}, "must have one image and a .cls, but got 2 with .cls\n"),
     ("another image", FILES[:4], {"image": "jpg"}, "a .jpg and a .cls, but got 0 with .png, .cls and 1 more\n"),
     ("no key", json_samples('{"yy": 0}'), JSON, f"{OBJECT} KeyError: 'y'"),
-    ("list", json_samples("[0]"), JSON, f"{OBJECT} TypeError"),
     ("damaged JSON", json_samples("{"), JSON, f"{OBJECT} JSONDecodeError: Expecting"),
     ("deep JSON", json_samples("[" * 200_000), JSON, f"{OBJECT} ValueError: nested too deep"),
     ("half of a pair", json_samples('{"y": "\\ud800"}'), JSON, f"{OBJECT} UnicodeEncodeError: 'utf-8' codec can't"),
@@ -441,20 +430,13 @@ BROKEN = [
     ("no sample", [("readme", b"x")], {}, "a shard must have a sample with an image, but got none"),
     # of both
     ("numbers without names", NUMBERS, {}, "labels that are numbers need the names of the classes, but got 0 in"),
-    ("numbers without names", FILES, {}, "labels that are numbers need the names of the classes, but got 0 in x.tar"),
     ("label out of range", broken("label", 3, classes=CLASSES), NAMES,
      "label: a label must be from 0 to 2, as there are 3 class names, but got 3 in set.parquet, row 3"),
-    ("label out of range", samples("0", "3", "-1"), NAMES,
-     "a label must be from 0 to 2, as there are 3 class names, but got 3 in x.tar: 1.png and 1 more"),
-    ("negative label", broken("label", -1, classes=CLASSES), NAMES, "but got -1 in set.parquet, row 3"),
     ("empty label", broken("label", None), {}, "every image must have a label, but got None in set.parquet, row 3"),
-    ("empty label", samples("0", ""), NAMES, "every image must have a label, but got '' in x.tar: 1.png"),
     ("unknown label", broken("label", "brd"), NAMES,
      "label: a label must be one of class_names, but got 'brd' in set.parquet, row 3; did you mean 'bird'?"),
-    ("unknown label", samples("bird", "brid"), NAMES, "got 'brid' in x.tar: 1.png; did you mean 'bird'?"),
     ("missing class", PLAIN.slice(4), {"names": CLASSES}, "must be there in every set, but got none for 'bird'"),
     ("class without images", PLAIN.slice(4), NAMES, "train: every class must have an image, but got none in 'bird'"),
-    ("class without images", samples("0", "1"), NAMES, "every class must have an image, but got none in 'dog'"),
     ("class name twice", FILES, {"class_names": "twice.txt"}, "twice.txt:1 and "),
     ("name twice", broken("name", "bird/0.png"), {"id": "name"},
      "names of two images must differ, but got 'bird/0.png' in set.parquet, row 1 and set.parquet, row 3"),
@@ -571,27 +553,6 @@ def test_of_a_test_set_no_file_is_opened(base, kind):
     assert check_sets(recipe_with(train=train, id_val=id_val, id_test={**tests, "path": name})) == []
     (problem,) = check_sets(recipe_with(train=train, id_val=id_val, ood_test={"x": {**tests, "path": "none"}}))
     assert str(problem).startswith("data.ood_test.x: must be a file, a folder, or a pattern of files")
-
-
-@pytest.mark.slow
-def test_validate_ends_with_code_4_for_a_set_and_3_for_the_recipe(base, capsys):
-    train, other = write_set("csv paths", base, IMAGES), write_set("csv paths", base, IMAGES[1:], "other")
-    sets = {"train": train, "id_val": {**other, "root": train["root"]}}
-    (base / "recipe.yaml").write_text(json.dumps({"data": sets, "train": {"batch_size": 4}}))
-    assert crash_host.call(["validate", "recipe.yaml"]) == 0
-    assert crash_host.call(["validate", "recipe.yaml", "--deep"]) == 8  # the same files under two tables
-    values = "must be a text, a whole number, true or false, or a list of them"
-    for setting, code, message in (
-        (".label=lable", 4, "did you mean 'label'?"),
-        (".where={label: 0.5}", 3, values),
-        (".where={label: []}", 3, values),
-        (".class_names=[1]", 3, "must be a list of texts, or the path of a text file with one name"),
-        (".columns=3", 3, "unknown key"),
-        ("={source: webdataset, path: x, label: 'json:'}", 3, "must be the ending of a file such as cls, or json:KEY"),
-    ):
-        capsys.readouterr()
-        assert crash_host.call(["validate", "recipe.yaml", "--set", f"data.id_val{setting}"]) == code, setting
-        assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from from_logits import predictions_table
 from layouts_tables import CLASSES, pictures, write_folder
 from sources import open_set, open_train, open_validation, recipe_of
 from strict_roles import check_overlap
@@ -207,23 +206,6 @@ def test_a_set_of_some_classes_is_told_apart_between_those(tree):
         chosen(tree, names)
     with pytest.raises(DataError, match="every class of a set must be in the class list, but got 'dog'"):
         chosen(tree, names[:4], classes="some")
-
-
-def test_masked_predictions_are_those_of_the_logits_of_the_groups_alone():
-    rng = np.random.default_rng(0)
-    logits, ids = rng.normal(0, 5, (50, 6)).astype(np.float32), np.arange(50, dtype=np.uint64)
-    groups = ((1, 4), (2,), (5,))
-    named = np.array([1, 2, 5])
-    labels = named[rng.integers(0, 3, 50)]
-    table = predictions_table("r", 1.0, ids, labels, logits, groups)
-    merged = np.stack([logits[:, [1, 4]].max(1), logits[:, 2], logits[:, 5]], axis=1)
-    assert table["prediction"].to_pylist() == named[merged.argmax(1)].tolist()
-    alone = predictions_table("r", 1.0, ids, np.searchsorted(named, labels), merged)
-    for name in ("rank", "confidence", "nll", "sum_p2"):
-        np.testing.assert_array_equal(table[name].to_numpy(), alone[name].to_numpy())
-    everything = tuple((label,) for label in range(6))
-    plain, masked = (predictions_table("r", 1.0, ids, labels, logits, groups) for groups in (None, everything))
-    assert plain.equals(masked)
 
 
 def test_one_tree_may_be_cut_into_roles_by_parts_that_share_no_image(tree):

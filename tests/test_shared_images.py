@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from conftest import ArraySource
 from crash_host import call
+from layouts_tables import encoded
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from short_training import write_model
-from sources import open_train, open_validation
+from sources import open_train
 
 from benchmarks.photos import photo
 from carft_ray import words
@@ -34,11 +35,6 @@ from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe
 
-BORDER = 0.06  # of the shorter side
-MARGIN = 0.05  # of each side
-MARK = "(c) example"
-MARK_WIDTH = 1 / 3  # of the width
-
 
 def hills(seed, side=40):
     """Returns a picture of smooth hills of colour, as a photo has."""
@@ -55,50 +51,46 @@ def write_pictures(images, domains, classes, side=40):
                 hills([number, label, index], side).save(images / domain / name / f"{index}.png")
 
 
-def _saved(ending, **settings):
-    def change(image):
-        content = io.BytesIO()
-        image.save(content, ending, **settings)
-        return Image.open(content).convert("RGB")
-
-    return change
+def resaved(image, *kind, **settings):
+    return Image.open(io.BytesIO(encoded(image, *kind, **settings))).convert("RGB")
 
 
-def _resized(factor):
-    return lambda image: image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.BICUBIC)
+def resized(image, factor):
+    return image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.BICUBIC)
 
 
-def _cropped(image):
-    x, y = round(MARGIN * image.width), round(MARGIN * image.height)
+def cropped(image):
+    """Cuts off a twentieth of each side."""
+    x, y = round(0.05 * image.width), round(0.05 * image.height)
     return image.crop((x, y, image.width - x, image.height - y))
 
 
-def _bordered(image):
+def bordered(image):
     """Lays a border around: white where the picture begins dark, else black."""
     colour = "white" if np.asarray(image.convert("L"))[0].mean() < 128 else "black"
-    return ImageOps.expand(image, max(1, round(BORDER * min(image.size))), fill=colour)
+    return ImageOps.expand(image, max(1, round(0.06 * min(image.size))), fill=colour)
 
 
-def _marked(image):
+def marked(image):
     """Writes a text over a third of the width into the lower right corner, white with a black outline."""
-    marked = image.copy()
-    draw, size = ImageDraw.Draw(marked), 1.0
-    while draw.textlength(MARK, font=ImageFont.load_default(size + 1)) <= MARK_WIDTH * image.width:
+    copy = image.copy()
+    draw, size = ImageDraw.Draw(copy), 1.0
+    while draw.textlength("(c) example", font=ImageFont.load_default(size + 1)) <= image.width / 3:
         size += 1
     place, font = (0.97 * image.width, 0.97 * image.height), ImageFont.load_default(size)
-    draw.text(place, MARK, "white", font, "rb", stroke_width=max(1, round(size / 10)), stroke_fill="black")
-    return marked
+    draw.text(place, "(c) example", "white", font, "rb", stroke_width=max(1, round(size / 10)), stroke_fill="black")
+    return copy
 
 
 COPIES = {
-    "PNG": _saved("PNG"),
-    "JPEG 90": _saved("JPEG", quality=90),
-    "JPEG 75": _saved("JPEG", quality=75),
-    "half size": _resized(0.5),
-    "double size": _resized(2),
-    "5 % margin off": _cropped,
-    "border": _bordered,
-    "small watermark": _marked,
+    "PNG": resaved,
+    "JPEG 90": lambda image: resaved(image, "JPEG", quality=90),
+    "JPEG 75": lambda image: resaved(image, "JPEG", quality=75),
+    "half size": lambda image: resized(image, 0.5),
+    "double size": lambda image: resized(image, 2),
+    "5 % margin off": cropped,
+    "border": bordered,
+    "small watermark": marked,
 }
 
 
@@ -218,16 +210,6 @@ def test_what_leaves_or_is_kept_is_counted_and_told_by_set(here):
         "data.id_test: 1 image kept, also in data.train",
         "data.train: 1 image kept, also in data.id_test",
     ]
-
-
-@pytest.mark.slow
-def test_corrupted_images_leave_the_set_that_is_shown(here):
-    copy(here, "test/cat/0.png", "val/cat/x.png")
-    recipe = loaded(here, f"data.ood_val={{noise: {NOISE}}}")
-    smaller = shares.without_shared(recipe, shares.find_shared(recipe, here / "cache"))
-    assert smaller.data.train == recipe.data.train
-    id_val, ood_val = open_validation(smaller)
-    assert len(id_val) == len(ood_val["noise"]) == 40
 
 
 @pytest.mark.slow
@@ -413,6 +395,8 @@ def test_pairs_are_written_as_a_table(tmp_path):
         f'data.train,"set 0/<b>, 1.png",{ids[0]},data.id_test,"set 1/<b>, 2.png",{ids[1]},same picture,0.1234'
     )
     assert [line.rsplit(",", 2)[1:] for line in lines[1:3]] == [["same bytes", "0.0"], ["same picture", "0.05"]]
+    leaving = {int(pair.first.source.sample_ids[pair.first.index]) for pair in pairs}
+    assert {*excluded_ids(str(tmp_path / "pairs.csv"), "x").tolist()} == leaving  # the table may be given to `exclude`
     write_pairs(tmp_path / "none.csv", [])
     assert (tmp_path / "none.csv").read_text() == f"{lines[0]}\n"
     with pytest.raises(UsageError, match=r"--pairs: the name must end in \.csv or \.html, but got "):
@@ -440,87 +424,60 @@ LINE = f"data.train: {SHARED} images left out, also in data.id_val"
 
 @pytest.fixture(scope="module")
 def searched(tree, tmp_path_factory):
-    """A folder with copies in two roles and the study of its recipe, and what the search told."""
+    """The study of a recipe with copies in two roles, and what its search told."""
     folder, told = tmp_path_factory.mktemp("searched") / "here", io.StringIO()
     shutil.copytree(tree, folder)
     copy(folder, "train/cat/0.png", "val/cat/x.png")
     copy(folder, "train/dog/1.png", "val/dog/y.jpg")
     with contextlib.redirect_stderr(told):
         assert call(["search", folder / "recipe.yaml", "--study", folder / "study"]) == 0
-    return folder, told.getvalue()
+    return folder / "study", told.getvalue()
 
 
-@pytest.fixture
-def study(searched, tmp_path):
-    return shutil.copytree(searched[0] / "study", tmp_path / "study")
-
-
-@pytest.fixture
-def compares_nothing(monkeypatch):
-    def refused(*words):
-        raise AssertionError("images are compared again")
-
-    monkeypatch.setattr(shares, "shared_pairs", refused)
-
-
-def results(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*/*/result.json"))]
+def num_images(folder):
+    """Returns the images by set of every training."""
+    return [json.loads(path.read_text())["num_images"] for path in sorted(folder.glob("*/*/result.json"))]
 
 
 @pytest.mark.slow
-def test_a_search_leaves_copies_out_of_training_and_says_so_in_one_line(searched):
-    study, told = searched[0] / "study", searched[1]
+def test_a_search_leaves_copies_out_and_says_so_once_and_what_goes_on_compares_nothing_again(
+    searched, tmp_path, run, monkeypatch
+):
+    study, told = searched
     assert told.count(LINE) == told.count("left out") == 1
-    with (study / "shared_images.csv").open() as file:
+    with (study / SHARED_IMAGES).open() as file:
         rows = list(csv.DictReader(file))
     assert Counter(row["found_by"] for row in rows) == {"same bytes": 1, "same picture": 1}
     assert {(row["set"], row["done"], row["other_set"]) for row in rows} == {("data.train", "leaves", "data.id_val")}
     provenance = json.loads((study / "manifest.json").read_text())["provenance"]
     assert provenance["shared_images"] == {"policy": "drop", "counts": {"data.train": {"leaves": SHARED}}}
     assert {name: one["num_images"] for name, one in provenance["data"].items()} == LEFT
-    assert [one["num_images"] for one in (*results(study / "trials"), *results(study / "baselines"))] == [LEFT, LEFT]
-
-
-@pytest.mark.slow
-def test_report_and_model_card_tell_them_and_a_search_that_goes_on_compares_nothing_again(
-    study, tmp_path, run, compares_nothing
-):
-    code, out, _ = run("report", study, "--json")
-    assert code == 0
-    assert json.loads(out)["shared_images"] == {"data.train": {"leaves": SHARED}}
+    assert [*num_images(study / "trials"), *num_images(study / "baselines")] == [LEFT, LEFT]
+    assert json.loads(run("report", study, "--json")[1])["shared_images"] == {"data.train": {"leaves": SHARED}}
     assert LINE in run("report", study)[1]
     assert run("export", study, "--trial", "0", "--alpha", "1", "--to", tmp_path / "model")[0] == 0
     assert LINE in (tmp_path / "model" / "README.md").read_text()
-    before = (study / "shared_images.csv").read_bytes()
-    code, _, err = run("resume", study, "--trials", "+1")
+    resumed, before = shutil.copytree(study, tmp_path / "study"), (study / SHARED_IMAGES).read_bytes()
+    monkeypatch.setattr(shares, "shared_pairs", None)  # it is not called
+    code, _, err = run("resume", resumed, "--trials", "+1")
     assert code == 0, err
     assert "left out" not in err
-    assert (study / "shared_images.csv").read_bytes() == before
-    assert [one["num_images"] for one in results(study / "trials")] == [LEFT, LEFT]
+    assert (resumed / SHARED_IMAGES).read_bytes() == before
+    assert num_images(resumed / "trials") == [LEFT, LEFT]
 
 
 @pytest.mark.whole
 @pytest.mark.slow
-def test_confirm_and_reproduce_train_on_what_the_search_trained_on(study, run, compares_nothing):
+def test_confirm_and_reproduce_train_on_what_the_search_trained_on(searched, tmp_path, run, monkeypatch):
+    study = shutil.copytree(searched[0], tmp_path / "study")
+    monkeypatch.setattr(shares, "shared_pairs", None)  # it is not called
     code, _, err = run("confirm", study, "--top", "1", "--seeds", "2")
     assert code == 0, err
-    again = results(study / "confirm")
-    assert [one["num_images"] for one in again] == [LEFT] * len(again)
+    again = num_images(study / "confirm")
+    assert again == [LEFT] * len(again)
     shared = json.loads((study / "confirm" / "summary.json").read_text())["shared_images"]
     assert shared == {"data.train": {"leaves": SHARED}}
     name = next((study / "confirm").glob("*/*/result.json")).parents[1].name
     code, out, err = run("reproduce", study, f"confirm/{name}")
     assert code == 0, err
     assert "the same, bit for bit" in out + err
-
-
-@pytest.mark.slow
-def test_the_table_of_the_doctor_is_what_exclude_takes(searched, tmp_path, run):
-    recipe, table = searched[0] / "recipe.yaml", tmp_path / "pairs.csv"
-    code, _, err = run("doctor", recipe, "--pairs", table)
-    assert code == 0, err
-    words = ("--set", f"data.train.exclude={table}", "--set", "data.shared_images=fail", "--study", tmp_path / "new")
-    code, _, err = run("search", recipe, *words)
-    assert code == 0, err
-    assert [one["num_images"] for one in results(tmp_path / "new" / "trials")] == [LEFT]
-    assert (tmp_path / "new" / "shared_images.csv").read_text().count("\n") == 1

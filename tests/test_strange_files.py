@@ -191,6 +191,7 @@ def test_an_arrow_set_with_damaged_names_is_told(here):
             opened(source="table", path="set.arrow", id="name", image="image", label="label").content(0)
 
 
+VALUES = "must be a text, a whole number, true or false, or a list of them"
 NO_NUL = "must be text without the character NUL and without halves"
 # a setting of a recipe, and the rule that it breaks
 CANNOT_BE = [
@@ -203,6 +204,10 @@ CANNOT_BE = [
     (f"data.train.path={'x' * 300}", "a path of the recipe: must have at most 4,095 bytes, and each name in it 255"),
     (f"prompts.templates=file:{'x/' * 3000}", "must have at most 4,095 bytes"),
     ("name=" + "x" * 300, "letters, digits, _ and -, at most 100"),
+    ("data.id_val={source: table, path: x, where: {label: 0.5}}", VALUES),
+    ("data.id_val={source: table, path: x, where: {label: []}}", VALUES),
+    ("data.id_val={source: table, path: x, class_names: [1]}", "must be a list of texts, or the path of a text file"),
+    ("data.id_val={source: webdataset, path: x, label: 'json:'}", "the ending of a file such as cls, or json:KEY"),
 ]
 
 
@@ -282,20 +287,21 @@ def call(argv):
     return crash_host.call(argv)
 
 
-@pytest.fixture
-def registered():
-    """Ray's type for pickled objects is registered, as in a process that has imported ``ray.data``."""
+@pytest.fixture(params=[True, False], ids=["registered", "unknown"])
+def with_or_without_rays_types(request):
+    """Ray's type for pickled objects is registered, as in a process that has imported ``ray.data``, or is not."""
     from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
     ray_private.forget_pickled_columns()
-    pa.register_extension_type(ArrowPythonObjectType())
+    if request.param:
+        pa.register_extension_type(ArrowPythonObjectType())
     yield
     ray_private.forget_pickled_columns()
 
 
 @pytest.mark.parametrize("form", ["beside", "inside", "whole"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, registered, name, form):
+def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, with_or_without_rays_types, name, form):
     write_table(tmp_path / name, struck(PICTURES, tmp_path / "trap", form))
     with pytest.raises(DataError, match=f"column image must have no extension type, but got {PICKLED}"):
         open_set(base_dir=tmp_path, source="table", path=name, image="image", id="name")
@@ -306,7 +312,7 @@ def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, registered, n
     assert not (tmp_path / "trap").exists()
 
 
-def test_a_column_that_nobody_uses_may_hold_anything(tmp_path, registered):
+def test_a_column_that_nobody_uses_may_hold_anything(tmp_path, with_or_without_rays_types):
     table = struck(PICTURES, tmp_path / "trap").rename_columns(["other", "label", "name"])
     table = table.append_column("image", pa.array([image.content for image in PICTURES], pa.binary()))
     for name in NAMES:

@@ -26,9 +26,9 @@ from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.synthetic import corruptions as module
-from carft_ray.data.synthetic import fields, sandbox
+from carft_ray.data.synthetic import sandbox
 from carft_ray.data.synthetic.corrupted import squared
-from carft_ray.data.synthetic.corruptions import CORRUPTIONS, PARAMETERS, corrupt
+from carft_ray.data.synthetic.corruptions import CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES, export_images, render, sandbox_source
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe.loading import absolute_paths
@@ -82,19 +82,6 @@ def rng(seed=0):
 
 def psnr(x, y):
     return 10 * math.log10(255**2 / np.mean((x.astype(float) - y) ** 2))
-
-
-def test_the_fifteen_of_the_paper_are_there_with_five_severities_for_every_published_side():
-    assert tuple(CORRUPTIONS) == PUBLISHED
-    assert set(PARAMETERS) == set(CORRUPTIONS)
-    for name, tables in PARAMETERS.items():
-        assert set(tables) == set(module.SIDES), name
-        assert all(len(row) == 5 for row in tables.values()), name
-
-
-def test_the_table_nearest_to_the_shorter_side_is_taken():
-    sizes = [(32, 32), (45, 500), (46, 46), (119, 200), (200, 120), (224, 224), (900, 900)]
-    assert [module.table_side(*size) for size in sizes] == [32, 32, 64, 64, 224, 224, 224]
 
 
 # of gaussian_noise, shot_noise ...
@@ -169,13 +156,6 @@ def test_elastic_moves_three_points_and_bends_smoothly():
     seen = [ndimage.map_coordinates(y[..., axis], after.T, order=1) * 100 for axis in (0, 1)]
     np.testing.assert_allclose(np.transpose(seen), before, atol=1e-6)
     np.testing.assert_allclose(CORRUPTIONS["elastic_transform"](ramp, rng(), 0, 0, 0), ramp, atol=1e-9)
-
-
-@pytest.mark.parametrize("sigma", [0, 0.3, 1.6, 19.5, 60])
-def test_smoothing_by_cosines_equals_the_filter(sigma):
-    waves = rng().random((2, 37, 50))
-    expected = [ndimage.gaussian_filter(field, sigma, mode="reflect", truncate=3) for field in waves]
-    np.testing.assert_allclose(fields.smooth(waves, sigma), expected, atol=1e-12)
 
 
 # ---- sets under corruptions
@@ -342,18 +322,13 @@ def test_a_longer_set_begins_with_the_pictures_of_a_shorter_one_and_has_all_clas
 
 
 @pytest.mark.slow
-def test_no_sample_id_or_picture_is_shared_by_two_sets_and_all_have_colours_and_sizes_alike():
+def test_no_sample_id_or_picture_is_shared_by_two_sets():
     ids, pictures = [], set()
     for domain in sandbox.DOMAINS:
         for split in sandbox.SPLITS:
             source = sandbox_source(domain, split, 20, domain)
             ids += source.sample_ids.tolist()
             pictures |= {source.pixels(i).tobytes() for i in range(0, len(source), 20)}
-        shown = [render(domain, "train", name, index)[1] for name in CLASSES for index in range(8)]
-        assert all(each.figure_colour != each.ground_colour for each in shown)
-        assert min(Counter(each.figure_colour for each in shown).values()) > 4  # 16 expected
-        assert 40 < sum(each.scale <= sandbox.SMALL_SCALES[1] for each in shown) < 88  # 64 expected
-        assert 40 < sum(abs(each.angle) <= sandbox.UPRIGHT_DEGREES for each in shown) < 88
     assert len(set(ids)) == len(ids)
     assert len(pictures) == len(sandbox.DOMAINS) * len(sandbox.SPLITS) * len(CLASSES)
 

@@ -60,14 +60,6 @@ def test_philox_gives_the_known_answers_of_random123_alone_and_many_at_once():
         np.testing.assert_array_equal(together[2], [answer] * 3)
 
 
-def test_words_follow_the_documented_layout():
-    seed, visit, item = 0x0123456789ABCDEF, 0xFEDCBA98, 0x1122334455667788
-    found = words(seed, STREAM_VIEW, visit, [item], num_blocks=3)
-    counter = [[STREAM_VIEW * 2**16 + block, visit, 0x55667788, 0x11223344] for block in range(3)]
-    expected = philox4x32(np.array(counter, dtype=np.uint32), np.array([0x89ABCDEF, 0x01234567], dtype=np.uint32))
-    np.testing.assert_array_equal(found[0], expected)
-
-
 def test_permutation_is_pinned_and_holds_every_index_once():
     assert permutation(0, 0, 10).tolist() == PERMUTATION_0_0
     assert permutation(0, 1, 10).tolist() == PERMUTATION_0_1
