@@ -6,7 +6,6 @@ import re
 import resource
 import struct
 import threading
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -52,17 +51,6 @@ def large_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-@pytest.fixture
-def ghostscript(tmp_path, monkeypatch):
-    """A program of this name that notes that it was called; Pillow must look for it again."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\nexit 1\n")
-    (tmp_path / "bin" / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
-    return tmp_path / "called"
-
-
 def set_with(root, content):
     """Opens a set of four images, of which the last is this one."""
     images = [Picture(f"{name}/{number}.jpg", name, plain("JPEG")) for name in ("cat", "dog") for number in range(2)]
@@ -70,11 +58,16 @@ def set_with(root, content):
     return open_set(source="folder", path=str(root / "images"))
 
 
-def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can_be_skipped(tmp_path, ghostscript):
+def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can_be_skipped(tmp_path, monkeypatch):
+    program, called = tmp_path / "bin" / "gs", tmp_path / "called"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {called}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow must look for it again
     with pytest.raises(Exception, match="gs"), Image.open(io.BytesIO(EPS)) as file:  # what Pillow alone does
         file.load()
-    assert ghostscript.exists()
-    ghostscript.unlink()
+    called.unlink()
     source = set_with(tmp_path, EPS)
     with pytest.raises(DataError) as caught:
         source.pixels(3)
@@ -82,7 +75,7 @@ def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can
     assert f"Save it as one of {', '.join(FORMATS)}, or take it out of the set." in str(caught.value)
     assert len(records(source, tmp_path / "cache").problems) == 1
     assert len(without_bad_images(source, tmp_path / "cache")) == 3
-    assert not ghostscript.exists()
+    assert not called.exists()
 
 
 OTHERS = [EPS, b"%PDF-1.7", b"<html>", b"version https://git-lfs.github.com", b"", b"\0\0\0\x1cftypheic"]
@@ -335,10 +328,7 @@ def test_images_that_are_cut_off_are_refused(ending):
 
 
 def by_pillow(content):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(content)) as file:
-            return np.asarray(file.convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def smooth(width, height):

@@ -30,7 +30,7 @@ from layouts_tables import (
     write_shards,
     write_table,
 )
-from sources import open_set, recipe_of
+from sources import open_set, recipe_of, told
 
 from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.content import image_digests, set_digest
@@ -62,14 +62,6 @@ def table(base, path="set.parquet", names=None, **keys):
 
 def shards(base, path="set/shards", **keys):
     return opened(base, source="webdataset", path=str(path), **keys)
-
-
-def told(open_it, *args, **keys):
-    """Returns the message for a set that cannot be opened."""
-    with pytest.raises(DataError) as caught:
-        open_it(*args, **keys)
-    assert caught.value.exit_code == 4
-    return str(caught.value)
 
 
 def contents(source):

@@ -6,12 +6,10 @@ Another attempt is another row of ``REFUSED``: name, what is done to the images 
 words of a command, exit code, how the message begins.
 """
 
-import contextlib
 import os
 import re
 import shutil
 import sys
-from collections import Counter
 from pathlib import Path
 
 import crash_host
@@ -24,7 +22,6 @@ from test_shared_images import COPIES, hills, write_pictures
 from carft_ray.errors import HoldOutError
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training import run as evaluation
-from carft_ray.training import shared_inputs
 from carft_ray.training.run_context import RunContext
 
 pytestmark = pytest.mark.slow
@@ -185,56 +182,18 @@ def test_pictures_of_one_colour_are_known_by_their_files_only(here):
         check_overlap(load_recipe(Path("recipe.yaml")), here / "cache")
 
 
-# who reads test images
-
-_seen = []  # of the watch that is on: [(event, path)]
-
-
-def _listen(event, args):
-    if _seen and event in ("open", "os.listdir", "os.scandir") and not isinstance(args[0], int):
-        _seen[0].append((event, os.fsdecode(args[0])))
-
-
-@contextlib.contextmanager
-def watched(*folders):
-    """Gives what is opened or listed below folders of these names while the block runs, by this process."""
-    if not hasattr(watched, "on"):
-        watched.on = sys.addaudithook(_listen)
-    everything, found = [], []
-    _seen.append(everything)
-    try:
-        yield found
-    finally:
-        _seen.clear()
-        found += [(event, path) for event, path in everything if set(folders) & set(Path(path).parts)]
-
-
 def test_neither_preparation_nor_training_nor_evaluation_nor_export_touches_a_test_set(here, run):
+    touched, is_watched = set(), True
+
+    def listen(event, args):
+        if is_watched and event in ("open", "os.listdir", "os.scandir") and not isinstance(args[0], int):
+            touched.update(Path(os.fsdecode(args[0])).parts)
+
+    sys.addaudithook(listen)  # for the rest of the process
     recipe = load_recipe(Path("recipe.yaml"), [f"data.cache_dir={here / 'cache'}"])
-    with watched(*TESTS.values(), "photo_val") as seen:
-        evaluation.prepare(recipe, here / "prepared")
-        evaluation.run_training(recipe, here / "trained", here / "prepared", RunContext())
-        assert run("evaluate", "done")[0] == run("export", "done", "--to", "exported")[0] == 0
-    touched = {part for _, path in seen for part in Path(path).parts}
+    evaluation.prepare(recipe, here / "prepared")
+    evaluation.run_training(recipe, here / "trained", here / "prepared", RunContext())
+    assert run("evaluate", "done")[0] == run("export", "done", "--to", "exported")[0] == 0
+    is_watched = False
     assert "photo_val" in touched
     assert not touched & {*TESTS.values()}
-
-
-def test_images_are_opened_once_by_all_commands_but_for_what_a_model_sees(run, here):
-    def opens(*words):
-        shared_inputs._loaded.clear()  # as in a process of its own
-        with watched("images") as seen:
-            assert run(*words)[0] == 0
-        return Counter(Path(path).relative_to(here / "images") for event, path in seen if event == "open")
-
-    cache = f"--set=data.cache_dir={here / 'cache'}"
-    first = opens("doctor", "recipe.yaml", cache)
-    seen_by_model = {path for path in first if path.parts[0] in ("photo_val", "sketch")}
-    assert {*first.values()} <= {1, 2}
-    assert {path for path, number in first.items() if number == 2} <= seen_by_model  # zero-shot, into the cache
-    assert {path.parts[0] for path in first} == {"photo", "photo_val", "sketch", *TESTS.values()}
-    assert len(first) == sum(path.is_file() for path in (here / "images").rglob("*"))
-    assert not opens(*DEEP, cache)
-    trained = opens(*TRAIN, cache)
-    assert {path.parts[0] for path in trained} == {"photo"}
-    assert {*trained.values()} == {1}  # of the one epoch

@@ -40,15 +40,6 @@ def folder_recipe(data=None, **parts):
     return recipe_of({**sets, **(data or {})}, **parts)
 
 
-def sandbox_recipe(data=None, **parts):
-    def drawn(domain, split):
-        return {"source": "sandbox", "domain": domain, "split": split, "num_per_class": 2}
-
-    tests = {"id_test": drawn("photo", "test"), "ood_test": {"other": drawn("cartoon", "test")}}
-    sets = {"train": drawn("photo", "train"), "id_val": drawn("photo", "val"), **tests}
-    return recipe_of({**sets, "ood_val": {"sketch": drawn("sketch", "val")}, **(data or {})}, **parts)
-
-
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -83,10 +74,10 @@ def test_cache_dir_is_absolute_and_follows_the_users_cache(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_dir(sandbox_recipe()) == tmp_path / ".cache" / "carft-ray"
+    assert cache_dir(folder_recipe()) == tmp_path / ".cache" / "carft-ray"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert cache_dir(sandbox_recipe()) == tmp_path / "other" / "carft-ray"
-    assert cache_dir(sandbox_recipe({"cache_dir": "decoded"})) == tmp_path / "decoded"
+    assert cache_dir(folder_recipe()) == tmp_path / "other" / "carft-ray"
+    assert cache_dir(folder_recipe({"cache_dir": "decoded"})) == tmp_path / "decoded"
 
 
 def test_check_compares_with_data_classes_where_training_folders_are_missing(base):
@@ -101,7 +92,6 @@ def test_check_refuses_a_batch_larger_than_the_training_set_wherever_it_stands(b
     recipe = folder_recipe(train={"batch_size": 7}, search={"space": space, "baselines": baselines})
     rule = "must be at most the size of the training set, {} images, in train, search.space and baselines, but got"
     assert texts(check_sets(recipe)) == [f"batch_size: {rule.format(6)} 64"]
-    assert texts(check_sets(sandbox_recipe(train={"batch_size": 33}))) == [f"batch_size: {rule.format(32)} 33"]
 
 
 def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(tmp_path, monkeypatch):
@@ -113,7 +103,7 @@ def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(
 
 
 def test_sets_without_common_images_and_two_sets_of_one_role_pass(base):
-    assert check_roles(folder_recipe()) == check_roles(sandbox_recipe()) == []
+    assert check_roles(folder_recipe()) == []
     both = {"one": folder_set("sketch_val"), "both": folder_set("sketch_val")}
     assert check_roles(folder_recipe({"ood_val": both})) == []
 

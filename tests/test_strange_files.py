@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import short_training
 from layouts_tables import hf_dataset, pictures, table_of, write_folder, write_table
-from sources import open_set
+from sources import open_set, told
 
 from carft_ray import files
 from carft_ray.data.images import MOST_BYTES
@@ -39,16 +39,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def opened(**spec):
-    return open_set(base_dir=Path.cwd(), **spec)
-
-
-def told(**spec):
-    with pytest.raises(DataError) as caught:
-        opened(**spec)
-    return str(caught.value)
-
-
 def recipe_file():
     """Writes a recipe; what it names is not there."""
     Path("recipe.yaml").write_text(short_training.RECIPE)
@@ -63,12 +53,12 @@ def sparse(path, size=TB, content=b""):
         file.truncate(size)
 
 
-def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(here):
+def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(open_set, here):
     write_folder(here / "images", IMAGES)
     os.mkfifo("images/cat/pipe.png")
     os.symlink("/dev/zero", "images/cat/zero.png")
     write_table(here / "set.csv", pa.table({"image": ["cat/pipe.png", "cat/zero.png"], "label": ["cat", "cat"]}))
-    source = opened(source="table", path="set.csv", root="images")
+    source = open_set(source="table", path="set.csv", root="images")
     for index in range(2):
         with pytest.raises(DataError, match="must be a regular file, but got a pipe, device or socket"):
             source.content(index)
@@ -76,16 +66,16 @@ def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(here):
         os.mkfifo(f"pipe.{ending}")
         for path in (f"pipe.{ending}", f"*pipe.{ending}"):
             source = "webdataset" if ending == "tar" else "table"
-            assert f"but got {here / f'pipe.{ending}'}" in told(source=source, path=path)
+            assert f"but got {here / f'pipe.{ending}'}" in told(open_set, source=source, path=path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_a_pipe_or_a_device_in_place_of_a_list_is_told(here, kind):
+def test_a_pipe_or_a_device_in_place_of_a_list_is_told(open_set, here, kind):
     os.mkfifo("pipe")
     write_table(here / "set.parquet", table_of(IMAGES))
     rule = "must be a regular file, but got "
-    assert rule in told(source="table", path="set.parquet", class_names=kind)
-    assert rule in told(source="table", path="set.parquet", exclude=kind)
+    assert rule in told(open_set, source="table", path="set.parquet", class_names=kind)
+    assert rule in told(open_set, source="table", path="set.parquet", exclude=kind)
     recipe = recipe_file()
     with pytest.raises(RecipeError, match=rule):
         load_recipe(recipe, [f"prompts.templates='file:{kind}'"])
@@ -111,11 +101,11 @@ def test_an_image_of_a_terabyte_in_a_shard_or_a_table_is_told_and_not_read(here)
         ({"source": "table", "path": "set.csv", "root": "images"}, "cat/9.png"),
     ):
         with pytest.raises(DataError, match=f"{place}: .*at most {MOST_BYTES:,} bytes, .*but got 1,000,000,000,000"):
-            opened(**spec).content(0)
+            open_set(**spec).content(0)
     batch = pa.record_batch({"image": pa.array([b"x" * 512], pa.large_binary()), "label": ["cat"], "name": ["a"]})
     with pa.ipc.new_stream("x.arrow", batch.schema) as writer:
         writer.write_batch(batch)
-    assert opened(source="table", path="x.arrow", id="name").content(0) == b"x" * 512
+    assert open_set(source="table", path="x.arrow", id="name").content(0) == b"x" * 512
 
 
 def tar_header(name, kind=tarfile.REGTYPE, size=0):
@@ -126,7 +116,9 @@ def tar_header(name, kind=tarfile.REGTYPE, size=0):
 
 def test_a_header_of_20_gigabytes_is_told_and_not_read(here):
     sparse(here / "x.tar", 21 * 2**30, tar_header("x", tarfile.XHDTYPE, 20 * 2**30))
-    assert told(source="webdataset", path="x.tar").startswith(f"{here / 'x.tar'}: must be a whole tar archive")
+    assert told(open_set, source="webdataset", path="x.tar").startswith(
+        f"{here / 'x.tar'}: must be a whole tar archive"
+    )
 
 
 def below_zero():
@@ -149,7 +141,7 @@ def below_zero():
 )
 def test_a_shard_with_odd_headers_is_told_and_read_to_an_end(here, content, rule):
     (here / "x.tar").write_bytes(content)
-    assert rule in told(source="webdataset", path="x.tar")
+    assert rule in told(open_set, source="webdataset", path="x.tar")
 
 
 def test_lists_of_a_terabyte_are_told_and_not_read(here):
@@ -157,10 +149,10 @@ def test_lists_of_a_terabyte_are_told_and_not_read(here):
     sparse(here / "names.txt")
     sparse(here / "table.csv", content=b"image,label\n")
     rule = "since it is read whole, but got 1,000,000,000,000"
-    assert rule in told(source="table", path="set.parquet", class_names="names.txt")
-    assert rule in told(source="table", path="table.csv")
+    assert rule in told(open_set, source="table", path="set.parquet", class_names="names.txt")
+    assert rule in told(open_set, source="table", path="table.csv")
     sparse(here / "one_line.csv")
-    assert "must be" in told(source="table", path="one_line.csv")
+    assert "must be" in told(open_set, source="table", path="one_line.csv")
     with pytest.raises(RecipeError, match=rule):
         load_recipe(here / "names.txt")
 
@@ -171,15 +163,15 @@ def test_the_state_of_a_saved_data_set_may_be_nothing_but_json(here):
     surrogate = '{"_data_files": [{"filename": "\\ud800"}]}'
     for content, rule in (("[" * 200_000, "nested too deep"), (surrogate, "surrogates not allowed")):
         state.write_text(content)
-        text = told(source="huggingface", path="saved")
+        text = told(open_set, source="huggingface", path="saved")
         assert text.startswith(f"{state}: must be a readable JSON file, but got ")
         assert text.endswith(rule)
     sparse(state)
-    assert "since it is read whole" in told(source="huggingface", path="saved")
+    assert "since it is read whole" in told(open_set, source="huggingface", path="saved")
     assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
 
 
-def test_an_arrow_set_with_damaged_names_is_told(here):
+def test_an_arrow_set_with_damaged_names_is_told(open_set, here):
     """They are a SystemError or a UnicodeDecodeError of Arrow."""
     noted = json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a"]}}}})
     table = table_of(IMAGES).replace_schema_metadata({"huggingface": noted})
@@ -188,7 +180,7 @@ def test_an_arrow_set_with_damaged_names_is_told(here):
     for name, damaged in (*names, (b"huggingface", b"hugg\xff\xffgface")):
         (here / "set.arrow").write_bytes(whole.replace(name, damaged))
         with contextlib.suppress(DataError):  # and nothing else is raised
-            opened(source="table", path="set.arrow", id="name", image="image", label="label").content(0)
+            open_set(source="table", path="set.arrow", id="name", image="image", label="label").content(0)
 
 
 VALUES = "must be a text, a whole number, true or false, or a list of them"
@@ -212,7 +204,7 @@ CANNOT_BE = [
 
 
 @pytest.mark.parametrize(("setting", "rule"), CANNOT_BE)
-def test_a_recipe_that_says_what_cannot_be_is_told(here, setting, rule):
+def test_a_recipe_that_says_what_cannot_be_is_told(open_set, here, setting, rule):
     with pytest.raises(RecipeError) as caught:
         load_recipe(recipe_file(), [setting])
     assert rule in str(caught.value)
@@ -220,7 +212,7 @@ def test_a_recipe_that_says_what_cannot_be_is_told(here, setting, rule):
     assert recipe.data.train.path == str(here / "~nosuchuser" / "x")
 
 
-def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
+def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(open_set, here):
     os.mkfifo("pipe")
     Path("deep").write_text("[" * 200_000)
     for name, rule in (("pipe", "must be a regular file, but got a pipe"), ("deep", "nested too deep")):
@@ -304,7 +296,7 @@ def with_or_without_rays_types(request):
 def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, with_or_without_rays_types, name, form):
     write_table(tmp_path / name, struck(PICTURES, tmp_path / "trap", form))
     with pytest.raises(DataError, match=f"column image must have no extension type, but got {PICKLED}"):
-        open_set(base_dir=tmp_path, source="table", path=name, image="image", id="name")
+        open_set(source="table", path=name, image="image", id="name")
     with pytest.raises(ValueError, match=f"a column image with the extension type {PICKLED}"):
         read_columns(tmp_path / name, ["image"])
     if form == "beside":  # and where it was not seen
@@ -317,7 +309,7 @@ def test_a_column_that_nobody_uses_may_hold_anything(tmp_path, with_or_without_r
     table = table.append_column("image", pa.array([image.content for image in PICTURES], pa.binary()))
     for name in NAMES:
         write_table(tmp_path / name, table)
-        source = open_set(base_dir=tmp_path, source="table", path=name, image="image", id="name")
+        source = open_set(source="table", path=name, image="image", id="name")
         assert [source.content(index) for index in range(len(PICTURES))] == [image.content for image in PICTURES]
     assert not (tmp_path / "trap").exists()
 
@@ -359,7 +351,7 @@ def test_an_offset_out_of_the_file_is_told_and_no_other_memory_is_read(tmp_path,
     assert raw.count(ends) == 1
     (tmp_path / name).write_bytes(raw.replace(ends, ends[:8] + np.array([2**24], "<i4").tobytes() + ends[12:]))
     with pytest.raises(DataError, match=f"{name}: must be a readable table, but got .*(?i:offset)"):
-        open_set(base_dir=tmp_path, source="table", path=name)
+        open_set(source="table", path=name)
 
 
 def test_a_damaged_page_costs_the_rows_of_its_row_group_from_there_on(tmp_path):
