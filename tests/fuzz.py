@@ -19,6 +19,7 @@ import functools
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -27,9 +28,10 @@ import shutil
 import signal
 import sys
 import tempfile
-import traceback
 from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -62,16 +64,10 @@ FAILED = re.compile(r"failed in this way: (?P<name>\w*(?:Error|Exception|Interru
 def import_everything(base):
     """Writes the samples and the cache in a fork, and imports what a whole case has imported there."""
     crash_host.import_everything()
-    names = base / "modules.txt"
-    process = os.fork()
-    if not process:
-        _silence(base / "samples.log")
-        with _ended():
-            _try_whole_cases(base)
-            names.write_text("\n".join(sys.modules))
-    if os.waitpid(process, 0)[1]:
-        raise SystemExit((base / "samples.log").read_text())
-    for name in names.read_text().split():
+    code, said = crash_host.run(SimpleNamespace(call=try_a_sound_case), {"argv": (base,)}, base)
+    if code:
+        raise SystemExit(said)
+    for name in (base / "modules.txt").read_text().split():
         with contextlib.suppress(Exception):
             importlib.import_module(name)
     import typer
@@ -91,32 +87,17 @@ def import_everything(base):
     assert len(os.listdir("/proc/self/task")) <= 2, "a fork of a process with threads may hang"  # and jemalloc's own
 
 
-@contextlib.contextmanager
-def _ended():
-    """Ends this process, a fork, with the block; with 1 where that raises."""
-    try:
-        yield
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
-
-
-def _try_whole_cases(base):
-    """Writes the samples, and runs sound cases with a cache for all."""
+def try_a_sound_case(argv):
+    """Writes the samples, and runs a sound case with a cache for all."""
+    (base,) = argv
     mutations.write_samples(base)
-    os.environ |= {"XDG_CACHE_HOME": str(base / "cache"), "MPLCONFIGDIR": str(base / "matplotlib")}
-    for kind in ("recipe", "clip"):
-        here = base / "try" / kind
-        here.mkdir(parents=True)
-        os.chdir(here)
-        value = mutations.recipe_value(base)
-        if kind == "clip":
-            value["model"]["name"] = f"local-dir:{base / 'clip'}"
-        (here / "recipe.yaml").write_text(json.dumps(value))
-        codes = [crash_host.call(words) for words in COMMANDS]
-        assert codes == [0, 0, 0, 0], codes
+    os.environ["MPLCONFIGDIR"] = str(base / "matplotlib")
+    (base / "try").mkdir()
+    os.chdir(base / "try")
+    Path("recipe.yaml").write_text(json.dumps(mutations.recipe_value(base)))
+    codes = [crash_host.call(words) for words in COMMANDS]
+    (base / "modules.txt").write_text("\n".join(sys.modules))
+    return max(codes)
 
 
 def _silence(log):
@@ -238,41 +219,27 @@ def one(kind, number, seed, lane, base):
     return outcome, used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
 
 
-def work(cases, seed, lane, base):
-    """Runs cases one after the other and writes the outcome of each; tells what is wrong, whose folder stays."""
-    lane.mkdir()
-    with open(lane / "rows", "w") as rows:
-        for kind, number in cases:
-            outcome, seconds = one(kind, number, seed, lane / "now", base)
-            rows.write(json.dumps([kind, number, outcome, seconds]) + "\n")
-            if is_wrong(outcome):
-                print(f"--kind {kind} --case {number} --seed {seed}: {outcome}", flush=True)
-            if is_wrong(outcome) or len(cases) == 1:
-                (lane / "now").rename(lane.parent / "found" / f"{kind}-{number}")
-            else:
-                shutil.rmtree(lane / "now")
+def work(case, seed, folder, is_kept):
+    """Runs a case; returns kind, number, outcome and seconds of processor. What is wrong is told; its folder stays."""
+    kind, number = case
+    lane = folder / f"lane-{os.getpid()}"
+    outcome, seconds = one(kind, number, seed, lane, folder / "samples")
+    if is_wrong(outcome):
+        print(f"--kind {kind} --case {number} --seed {seed}: {outcome}", flush=True)
+    if is_wrong(outcome) or is_kept:
+        lane.rename(folder / "found" / f"{kind}-{number}")
+    else:
+        shutil.rmtree(lane)
+    return kind, number, outcome, seconds
 
 
 def run(cases, seed, folder, num_lanes=2):
-    """Runs cases on some processes; returns (kind, number, outcome, seconds of processor) of each."""
-    base = folder / "samples"
-    base.mkdir(parents=True)
+    """Runs cases on some processes; returns the rows of ``work``."""
+    (folder / "samples").mkdir(parents=True)
     (folder / "found").mkdir()
-    import_everything(base)
-    processes, cores = [], sorted(os.sched_getaffinity(0))
-    for number in range(num_lanes):
-        processes.append(os.fork())
-        if not processes[-1]:
-            os.sched_setaffinity(0, {cores[number % len(cores)]})  # one thread of torch, too
-            with _ended():
-                work(cases[number::num_lanes], seed, folder / f"lane{number}", base)
-    for process in processes:
-        os.waitpid(process, 0)
-    lines = [
-        line for number in range(num_lanes) for line in (folder / f"lane{number}" / "rows").read_text().splitlines()
-    ]
-    assert len(lines) == len(cases), f"{len(lines)} of {len(cases)} cases have ended"
-    return [json.loads(line) for line in lines]
+    import_everything(folder / "samples")
+    with multiprocessing.get_context("fork").Pool(num_lanes) as pool:
+        return pool.map(partial(work, seed=seed, folder=folder, is_kept=len(cases) == 1), cases, chunksize=1)
 
 
 def is_wrong(outcome):
@@ -281,7 +248,6 @@ def is_wrong(outcome):
 
 
 def table(rows):
-    """Returns the table of a run as text."""
     heads = ["result", *map(str, CODES), "anything else"]
     lines = [f"{'kind':<8} {'cases':>6} {' '.join(f'{head:>6}' for head in heads)}  processor, s"]
     for kind in (*dict.fromkeys(row[0] for row in rows), "all"):
@@ -293,7 +259,6 @@ def table(rows):
 
 
 def main():
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000, help="in all, equally many of each kind")
     parser.add_argument("--kind", choices=KINDS, help="one kind alone")

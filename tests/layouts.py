@@ -77,18 +77,11 @@ def make_flat_val(root, labels):
 
 
 def _by_folder(folder, pattern, more=(), side=8):
-    """A folder of the images of each class, and further folders."""
+    """A folder of the images of each class, in one of each domain where there are any, and further folders."""
 
     def make(root, classes, per_class, facts):
-        _tree(root / folder, (*classes, *more), per_class, pattern, side)
-
-    return make
-
-
-def _domains(folder):
-    def make(root, classes, per_class, facts):
-        for domain in facts.domains:
-            _tree(root / folder / domain, classes, per_class, "pic_{index:03d}.jpg")
+        for domain in facts.domains or ("",):
+            _tree(root / folder / domain, (*classes, *more), per_class, pattern, side)
 
     return make
 
@@ -238,11 +231,11 @@ _MAKERS = {
     "imagenet-a": _by_folder("imagenet-a", "0.00{index}_x.jpg"),
     "imagenet-sketch": _by_folder("sketch", "sketch_{index}.JPEG"),
     "objectnet": _by_folder("objectnet-1.0/images", "{index:013x}.png", OBJECTNET_ONLY, side=10),
-    "pacs": _domains("PACS"),
-    "vlcs": _domains("VLCS"),
-    "office-home": _domains("office_home"),
-    "terra-incognita": _domains("terra_incognita"),
-    "domain-net": _domains("domain_net"),
+    "pacs": _by_folder("PACS", "pic_{index:03d}.jpg"),
+    "vlcs": _by_folder("VLCS", "pic_{index:03d}.jpg"),
+    "office-home": _by_folder("office_home", "pic_{index:03d}.jpg"),
+    "terra-incognita": _by_folder("terra_incognita", "pic_{index:03d}.jpg"),
+    "domain-net": _by_folder("domain_net", "pic_{index:03d}.jpg"),
     "fmow": _fmow,
     "iwildcam": _iwildcam,
     "camelyon17": _camelyon17,

@@ -34,7 +34,6 @@ def pictures(num_per_class=4, classes=CLASSES, seed=0):
 
 
 def encoded(pixels, kind="PNG", mode=None, **settings):
-    """Returns the bytes of an image file."""
     image, buffer = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), io.BytesIO()
     (image if mode is None else image.convert(mode)).save(buffer, kind, **settings)
     return buffer.getvalue()

@@ -16,12 +16,11 @@ import random
 import re
 import struct
 import tarfile
-import zlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from layouts_tables import Picture, table_of, write_folder, write_table
+from layouts_tables import Picture, hf_dataset, table_of, write_folder, write_table
 from PIL import Image
 
 CLASSES = ("circle", "square")
@@ -119,7 +118,6 @@ def warped(rng, value):
 
 
 def anything(rng, depth=0):
-    """Returns a random value of JSON."""
     kind = rng.randrange(8 if depth < 3 else 6)
     if kind < 2:
         return rng.choice(NUMBERS)
@@ -170,49 +168,26 @@ def images_of(kind):
 
 
 def write_samples(base):
-    """Writes sound inputs of all kinds, and what cases share: images and two models."""
+    """Writes sound inputs of all kinds, and what cases share: images and a model."""
     import torch
-    from families import make_tokenizer
     from safetensors.torch import load_file
     from short_training import write_model
-    from transformers import CLIPConfig, CLIPModel
 
     for kind in ("val", *IMAGE_KINDS):
         write_folder(base / kind, images_of(kind))
     write_model(base / "model")
     torch.save(load_file(base / "model" / "open_clip_model.safetensors"), base / "open_clip_pytorch_model.bin")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**tower, "max_position_embeddings": 12, "vocab_size": 18, "eos_token_id": 2}
-    config = CLIPConfig(text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=8)
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(base / "clip")
-    make_tokenizer(base / "clip")
-    size = {"shortest_edge": 16}, {"height": 16, "width": 16}
-    processor = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_center_crop": True}
-    processor |= {"size": size[0], "crop_size": size[1]}
-    (base / "clip" / "preprocessor_config.json").write_text(json.dumps(processor))
     for folder in ("csv", "tar"):
         (base / folder).mkdir()
     images = images_of("png")
     for ending in ("parquet", "arrow"):
         write_table(base / ending / f"data.{ending}", table_of(images))
-    write_saved(base / "hf", images)
+    hf_dataset(images, CLASSES).save_to_disk(base / "hf")
     lines = [f"png/{image.name},{image.label},{CLASSES.index(image.label)}" for image in images]
     (base / "csv" / "data.csv").write_text("\n".join(["image,label,fold", *lines, ""]))
     with tarfile.open(base / "tar" / "000.tar", "w") as shard:
         for name, data in shard_files():
             add_file(shard, tarfile.TarInfo(name), data)
-
-
-def write_saved(folder, images):
-    """Writes images as ``save_to_disk`` of ``datasets`` does."""
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(CLASSES)}}
-    features["name"] = {"_type": "Value", "dtype": "string"}
-    about = {"huggingface": json.dumps({"info": {"features": features}})}
-    file = "data-00000-of-00001.arrow"
-    write_table(folder / file, table_of(images, "struct", CLASSES).replace_schema_metadata(about))
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": file}], "_split": "train"}))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
 
 
 def shard_files():
@@ -245,24 +220,11 @@ def image_files(kind):
         def change(files):
             for name in rng.sample(sorted(files), rng.choice((1, 1, 2, 6))):
                 files[name] = damaged(rng, files[name], list(files.values())[:3])
-                if kind == "png" and rng.random() < 0.6:
-                    files[name] = with_sums(files[name])
 
         copied(base / kind, here / "images", change)
         return {"source": "folder", "path": "images"}
 
     return make
-
-
-def with_sums(content):
-    """Returns a PNG whose checksums are right again, so that what is damaged in it is read."""
-    found, at = [content[:8]], 8
-    while at + 8 <= len(content):
-        size = int.from_bytes(content[at : at + 4], "big")
-        chunk = content[at + 4 : at + 8 + size]
-        found.append(content[at : at + 4] + chunk + struct.pack(">I", zlib.crc32(chunk)))
-        at += 12 + size
-    return b"".join(found)
 
 
 def csv(rng, here, base):
@@ -447,17 +409,6 @@ def safetensors(rng, content):
     return len(text).to_bytes(8, "little") + text + bytes(data)
 
 
-def clip(rng, here, base):
-    """A CLIPModel folder of Hugging Face."""
-
-    def change(files):
-        name = rng.choice(("config.json", "config.json", *sorted(files)))
-        files[name] = (json_file if name.endswith(".json") else safetensors)(rng, files[name])
-
-    copied(base / "clip", here / "clip", change)
-    return "local-dir:clip"
-
-
 KINDS = {
     "csv": csv,
     "parquet": table_file("parquet"),
@@ -466,7 +417,6 @@ KINDS = {
     "tar": tar,
     **{kind: image_files(kind) for kind in IMAGE_KINDS},
     "weights": weights,
-    "clip": clip,
 }
 
 

@@ -34,7 +34,6 @@ ONE_OF_FIVE = 0.2
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Gives the folder with a benchmark, made once."""
     folder = tmp_path_factory.mktemp("benchmarks")
     return functools.cache(lambda name: make_layout(name, folder / name))
 

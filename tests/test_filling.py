@@ -10,6 +10,7 @@ import slow_builds
 import stand_in
 from layouts_tables import pictures, write_folder
 from ray.cluster_utils import Cluster
+from sources import recipe_of
 from test_lost import gloo
 
 from carft_ray.errors import InterruptedRunError
@@ -18,8 +19,6 @@ from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.mailbox import Mailbox, Poster, Wish
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training import shared_inputs
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run_context import RunContext
@@ -31,7 +30,7 @@ SIZES = {"object_store_memory": 10**8}
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
     """Two trials at a time, of one step each, on a folder of images whose files are packed."""
     for seed, (role, number) in enumerate((("train", slow_builds.NUM_TRAIN // 2), ("val", 8))):
         write_folder(tmp_path / "images" / role, pictures(number, slow_builds.CLASSES, seed))
@@ -40,9 +39,8 @@ def recipe(tmp_path):
     space = {"learning_rate": {"low": 1e-5, "high": 1e-4, "log": True}}
     search = {"trials": 2, "space": space, "baselines": {}, "alpha": {"grid": [0, 0.5, 1]}}
     resources = {"threads": 1, "gpus_per_worker": 0, "hang_timeout_s": slow_builds.HANG_TIMEOUT_S}
-    given = {"data": {**sets, "pack": "always"}, "train": train, "search": search, "resources": resources}
-    recipe = Recipe.model_validate(given)
-    return absolute_paths(recipe, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return recipe_of({**sets, "pack": "always"}, train=train, search=search, resources=resources)
 
 
 @pytest.fixture(scope="module")

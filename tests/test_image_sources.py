@@ -16,11 +16,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import short_training
+import torch
 from layouts_tables import (
     BINARY,
     CLASSES,
     KINDS,
+    Picture,
+    encoded,
     hf_dataset,
+    image_column,
     mixed_modes,
     pictures,
     table_of,
@@ -32,13 +36,22 @@ from layouts_tables import (
 )
 from sources import open_set, recipe_of, told
 
-from carft_ray.data.bad_images import without_bad_images
-from carft_ray.data.content import image_digests, set_digest
+from carft_ray.data.content import image_digest, image_digests, set_digest
+from carft_ray.data.decoded import DecodedSource, image_set
 from carft_ray.data.formats.shards import find_files
 from carft_ray.data.listed_sets import open_sets, write_sets
+from carft_ray.data.packed import PackedSource
+from carft_ray.data.records import records
 from carft_ray.data.role_checks import check_roles, check_sets
+from carft_ray.data.source import identity
 from carft_ray.data.table_rows import ArrowRows, ParquetRows
 from carft_ray.errors import DataError
+from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.layout import HEADS, ZERO_SHOT_TABLE
+from carft_ray.recipe.loading import load_recipe
+from carft_ray.training.checkpoint import load_tensors
+from carft_ray.training.run import prepare
+from carft_ray.training.shared_inputs import load_shared_inputs, target_store
 
 IMAGES = pictures()
 MIXED = sorted([*pictures(2), *mixed_modes()])
@@ -185,7 +198,7 @@ def test_a_set_that_was_listed_before_is_the_same_set(base, kind):
 
 
 @pytest.mark.parametrize("kind", ["folder", "csv paths", *CONTAINERS])
-def test_an_image_that_is_cut_off_is_told_at_its_place_or_left_out(base, kind):
+def test_an_image_that_is_cut_off_is_told_at_its_place(base, kind):
     images = [IMAGES[0]._replace(content=IMAGES[0].content[:60]), *IMAGES[1:]]
     spec = write_set(kind, base, images)
     source = opened(base, **spec)
@@ -194,8 +207,6 @@ def test_an_image_that_is_cut_off_is_told_at_its_place_or_left_out(base, kind):
     assert str(caught.value).startswith(f"{source.place(0)}: ")
     at = {"shards": "000.tar: bird/0.png", "folder": "bird/0.png", "csv paths": "bird/0.png"}
     assert source.place(0).endswith(at.get(kind, ", row 1"))
-    left = without_bad_images(opened(base, on_bad_image="skip", **spec), base / "cache")
-    assert (len(left), left.skipped) == (len(IMAGES) - 1, (source.place(0),))
 
 
 @pytest.mark.parametrize("kind", [kind for kind in CONTAINERS if kind != "shards"])
@@ -524,18 +535,6 @@ def test_rows_of_one_table_may_have_two_roles(base):
     assert "must not share images" in str(problem)
 
 
-def test_shards_may_be_cut_into_roles_by_parts_or_by_shards(base):
-    write_shards(base / "set", IMAGES)
-    spec = {"source": "webdataset", "path": "set/{000..001}.tar"}
-
-    def found(**id_val):
-        return check_roles(recipe_with(train={**spec, "part": [0.5, 1]}, id_val={**spec, **id_val}))
-
-    assert found(path="set/002.tar") == found(part=[0, 0.5]) == []
-    for path in ("set", "set/{001..002}.tar", "set/*1.tar"):
-        assert "must not share images with data.train" in str(found(path=path)[0])
-
-
 @pytest.mark.parametrize("kind", ["parquet bytes", "shards"])
 def test_of_a_test_set_no_file_is_opened(base, kind):
     train, id_val = write_set(kind, base, IMAGES), write_set(kind, base, pictures(seed=1), "other")
@@ -575,7 +574,6 @@ def written(tmp_path_factory):
 
 @pytest.fixture
 def hf(written, base):
-    """A copy of them."""
     return shutil.copytree(written, base / "hf")
 
 
@@ -624,10 +622,6 @@ def spoilt(name, content=None):
     return lambda hf: (hf / name).unlink() if content is None else (hf / name).write_text(content)
 
 
-def sound(hf):
-    """Changes nothing."""
-
-
 def with_state(**changes):
     def write(hf):
         state = json.loads((hf / STATE).read_text())
@@ -651,18 +645,125 @@ BROKEN_HF = [
     (with_state(_indices_data_files=[{"filename": "a"}]), "saved", TRAIN, "without a file of indices"),
     (spoilt(SPLITS, '{"splits": [1, ["train"]]}'), "saved", TRAIN, "must be a split of the data set, but got 'train'"),
     (spoilt("saved/train/data-00001-of-00003.arrow", "?"), "saved", TRAIN, "but got it is cut off, or no Arrow file"),
-    (sound, "none", {}, "train: must be the folder of a data set, but got no such folder"),
-    (sound, ".", {}, "which is none (allowed: "),
-    (sound, "saved", {}, f"must be a split of the data set, but got none {ALLOWED}"),
-    (sound, "hub", {"split": "validatoin"}, "did you mean 'validation'?"),
-    (sound, "saved/train", {"split": "test"}, "split: must be left out: the folder holds one data set"),
-    (sound, "saved/train", {"label": "lable"}, "a column of data-00000-of-00003.arrow, but got 'lable'; did you mean"),
+    (None, "none", {}, "train: must be the folder of a data set, but got no such folder"),
+    (None, ".", {}, "which is none (allowed: "),
+    (None, "saved", {}, f"must be a split of the data set, but got none {ALLOWED}"),
+    (None, "hub", {"split": "validatoin"}, "did you mean 'validation'?"),
+    (None, "saved/train", {"split": "test"}, "split: must be left out: the folder holds one data set"),
+    (None, "saved/train", {"label": "lable"}, "a column of data-00000-of-00003.arrow, but got 'lable'; did you mean"),
 ]
 
 
 @pytest.mark.parametrize(("spoil", "path", "keys", "message"), BROKEN_HF)
 def test_a_broken_set_of_hugging_face_gets_one_message(hf, spoil, path, keys, message):
-    spoil(hf)
+    if spoil is not None:
+        spoil(hf)
     text = told(library, hf, path, **keys)
     assert message in text
     assert text.count("\n") <= 1, "one problem, one next step"
+
+
+# ---- pixels of its own for each set, where archives give all files one date and one size
+
+
+GREYS = {"clean": 200, "foggy": 90}
+
+
+def images_of(view):
+    """Three large images of one size, which differ in their middle alone."""
+    names = ("cat/0.bmp", "dog/1.bmp", "dog/2.bmp")
+    greys = [np.full((160, 160, 3), GREYS[shown], np.uint8) for shown in ("clean", view, "clean")]
+    return [Picture(name, name[:3], encoded(grey, "BMP")) for name, grey in zip(names, greys, strict=True)]
+
+
+def list_with_ids(root, view):
+    """One folder of images, and two lists that give one id to two of them."""
+    shown = [image._replace(name=f"{view}/{image.name}") for image in images_of(view)]
+    write_folder(root, shown)
+    columns = table_of(shown, "paths").set_column(2, "name", [[image.name for image in images_of(view)]])
+    write_table(root / f"{view}.csv", columns)
+    return {"source": "table", "path": f"{view}.csv", "root": ".", "id": "name"}
+
+
+def columns(root, view):
+    """One file with two images in each row."""
+    shown = {each: image_column(images_of(each), "bytes") for each in GREYS}
+    write_table(root / "both.parquet", table_of(images_of("clean"), **shown))
+    return {"source": "table", "path": "both.parquet", "id": "name", "image": view}
+
+
+def rows(root, view):
+    """One file with two rows of each id."""
+    tables = [table_of(images_of(each), view=[each] * 3) for each in GREYS]
+    write_table(root / "both.feather", pa.concat_tables(tables))
+    return {"source": "table", "path": "both.feather", "where": {"view": view}, "id": "name"}
+
+
+def cifar(root, view):
+    content = b"".join(bytes([label]) + bytes([GREYS[view]]) * 3072 for label in range(10))
+    (root / view / "cifar-10-batches-bin").mkdir(parents=True)
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        (root / view / "cifar-10-batches-bin" / f"{name}.bin").write_bytes(content)
+    return {"source": "benchmark", "name": "cifar10", "path": view, "split": "test"}
+
+
+def with_one_date(kind, root, view):
+    """Writes a set whose files all have one date."""
+    if kind in (list_with_ids, columns, rows, cifar):
+        spec = kind(root, view)
+    else:
+        spec = write_set(kind, root, images_of(view), view, ("cat", "dog"))
+    for path in root.rglob("*"):
+        os.utime(path, ns=(0, 0))
+    return spec
+
+
+OWN_KINDS = ("folder", "parquet bytes", "arrow struct", "shards", "saved", list_with_ids, columns, rows, cifar)
+CACHES = {
+    "decoded": lambda source, folder: image_set(source, None, "as-is", folder).images_NHWC[1],
+    "decoded for training": lambda source, folder: DecodedSource(source, folder).pixels(1),
+    "packed": lambda source, folder: PackedSource(source, folder).pixels(1),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_KINDS)
+def test_each_set_has_its_own_pixels_in_every_cache(kind, tmp_path):
+    sources = {view: open_set(**with_one_date(kind, tmp_path, view)) for view in GREYS}
+    for view, source in sources.items():
+        np.testing.assert_array_equal(source.pixels(1)[0, 0], GREYS[view])
+    ids, labels = ([getattr(source, name).tolist() for source in sources.values()] for name in ("sample_ids", "labels"))
+    assert ids[0] == ids[1]
+    assert labels[0] == labels[1]
+    for name, opened in CACHES.items():
+        for view, source in sources.items():
+            assert (opened(source, tmp_path / "cache") == GREYS[view]).all(), name
+    for source in sources.values():
+        assert records(source, tmp_path / "cache").hashes()[1] == image_digest(source.content(1))
+
+
+def test_a_preparation_and_the_targets_of_a_training_belong_to_the_place_of_the_images(tmp_path):
+    path = short_training.make(tmp_path)
+    stores, tables = [], []
+    for view in (*GREYS, "clean"):
+        spec = json.dumps(with_one_date("folder", tmp_path, view))
+        sets = [f"data.{role}={spec}" for role in ("train", "id_val", "ood_val.sketch")]
+        recipe = load_recipe(path, [*sets, "resources.targets=stored", f"data.cache_dir={tmp_path / 'cache'}"])
+        prepare(recipe, tmp_path / "prepared")
+        inputs = load_shared_inputs(recipe, prepared_dir=tmp_path / "prepared")
+        heads = load_tensors(tmp_path / "prepared" / HEADS)
+        stores.append(target_store(recipe, inputs, heads["context_head"], torch.device("cpu")))
+        tables.append(read_predictions(tmp_path / "prepared" / ZERO_SHOT_TABLE))
+        assert (inputs.validation[0].images_NHWC[1] == GREYS[view]).all()
+    assert stores[0] == stores[2] != stores[1]
+    assert tables[0] == tables[2] != tables[1]
+
+
+def test_nodes_that_see_the_images_at_another_place_share_what_the_driver_has_listed(tmp_path, monkeypatch):
+    recipe = load_recipe(short_training.make(tmp_path))
+    write_sets(recipe, tmp_path / "prepared")
+    here = {name: identity(source) for name, source in open_sets(recipe, tmp_path / "prepared").items()}
+    assert here == {name: identity(source) for name, source in open_sets(recipe).items()}
+    (tmp_path / "images").rename(tmp_path / "of this node")
+    (tmp_path / "images").symlink_to(tmp_path / "of this node")
+    assert {name: identity(source) for name, source in open_sets(recipe, tmp_path / "prepared").items()} == here
+    assert {name: identity(source) for name, source in open_sets(recipe).items()} != here

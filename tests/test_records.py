@@ -208,11 +208,6 @@ def test_values_come_in_order_each_made_once_and_few_ahead(num_threads):
         assert sorted(made) == list(range(number))
 
 
-def test_several_threads_make_values_at_once():
-    all_there = threading.Barrier(3)
-    assert len(list(in_order(lambda index: all_there.wait(60), 3, 3))) == 3
-
-
 def test_the_first_error_is_raised_behind_all_values_before_it():
     later_failed, taken = threading.Event(), []
 

@@ -219,6 +219,8 @@ def test_a_part_without_images_and_more_shots_than_images_are_refused(tree):
 
 
 def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree, caplog):
+    sound = chosen(tree, on_bad_image="skip")
+    assert without_bad_images(sound, tree / "cache") is sound
     for index in range(3):
         (tree / "images" / "cat" / f"{index}.png").write_bytes(b"no image")
     (tree / "images" / "dog" / "11.png").write_bytes((tree / "images" / "dog" / "12.png").read_bytes()[:60])

@@ -195,17 +195,8 @@ def test_an_image_stays_in_the_role_nearest_to_the_test(here, copies, setting, l
 
 
 @pytest.mark.slow
-def test_what_leaves_or_is_kept_is_counted_and_told_by_set(here):
+def test_what_is_kept_is_told_by_set(here):
     copy(here, "test/cat/0.png", "train/cat/a.png")
-    copy(here, "test/dog/1.png", "val/dog/b.jpg")
-    rows = found(here)
-    assert shares.shared_counts(rows) == {"data.id_val": {"leaves": 1}, "data.train": {"leaves": 1}}
-    assert shares.shared_lines(rows) == [
-        "data.id_val: 1 image left out, also in data.id_test",
-        "data.train: 1 image left out, also in data.id_test",
-    ]
-    assert {row.found_by for row in rows} == {"same bytes", "same picture"}
-    (here / "images" / "val" / "dog" / "b.jpg").unlink()
     assert shares.shared_lines(found(here, "data.shared_images=keep")) == [
         "data.id_test: 1 image kept, also in data.train",
         "data.train: 1 image kept, also in data.id_test",
@@ -457,8 +448,11 @@ def test_a_search_leaves_copies_out_and_says_so_once_and_what_goes_on_compares_n
     assert LINE in run("report", study)[1]
     assert run("export", study, "--trial", "0", "--alpha", "1", "--to", tmp_path / "model")[0] == 0
     assert LINE in (tmp_path / "model" / "README.md").read_text()
+    assert run("doctor", study.parent / "recipe.yaml")[0] == 0
     resumed, before = shutil.copytree(study, tmp_path / "study"), (study / SHARED_IMAGES).read_bytes()
     monkeypatch.setattr(shares, "shared_pairs", None)  # it is not called
+    name = next((study / "trials").glob("t*")).name
+    assert "the same, bit for bit" in run("reproduce", study, name)[1]
     code, _, err = run("resume", resumed, "--trials", "+1")
     assert code == 0, err
     assert "left out" not in err
@@ -468,7 +462,7 @@ def test_a_search_leaves_copies_out_and_says_so_once_and_what_goes_on_compares_n
 
 @pytest.mark.whole
 @pytest.mark.slow
-def test_confirm_and_reproduce_train_on_what_the_search_trained_on(searched, tmp_path, run, monkeypatch):
+def test_confirm_trains_on_what_the_search_trained_on(searched, tmp_path, run, monkeypatch):
     study = shutil.copytree(searched[0], tmp_path / "study")
     monkeypatch.setattr(shares, "shared_pairs", None)  # it is not called
     code, _, err = run("confirm", study, "--top", "1", "--seeds", "2")
@@ -477,7 +471,3 @@ def test_confirm_and_reproduce_train_on_what_the_search_trained_on(searched, tmp
     assert again == [LEFT] * len(again)
     shared = json.loads((study / "confirm" / "summary.json").read_text())["shared_images"]
     assert shared == {"data.train": {"leaves": SHARED}}
-    name = next((study / "confirm").glob("*/*/result.json")).parents[1].name
-    code, out, err = run("reproduce", study, f"confirm/{name}")
-    assert code == 0, err
-    assert "the same, bit for bit" in out + err

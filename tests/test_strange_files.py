@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import socket
 import tarfile
 from pathlib import Path
 
@@ -26,7 +27,12 @@ from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
 from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.untrusted import parse_json
+from carft_ray.untrusted import (
+    parse_json,
+    read_regular,
+    read_text,
+    require_nothing_outside,
+)
 
 IMAGES = pictures()
 TB = 10**12
@@ -36,13 +42,8 @@ TB = 10**12
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "recipe.yaml").write_text(short_training.RECIPE)  # what it names is not there
     return tmp_path
-
-
-def recipe_file():
-    """Writes a recipe; what it names is not there."""
-    Path("recipe.yaml").write_text(short_training.RECIPE)
-    return Path("recipe.yaml").absolute()
 
 
 def sparse(path, size=TB, content=b""):
@@ -53,7 +54,7 @@ def sparse(path, size=TB, content=b""):
         file.truncate(size)
 
 
-def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(open_set, here):
+def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(here):
     write_folder(here / "images", IMAGES)
     os.mkfifo("images/cat/pipe.png")
     os.symlink("/dev/zero", "images/cat/zero.png")
@@ -70,15 +71,14 @@ def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(open_set, here
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_a_pipe_or_a_device_in_place_of_a_list_is_told(open_set, here, kind):
+def test_a_pipe_or_a_device_in_place_of_a_list_is_told(here, kind):
     os.mkfifo("pipe")
     write_table(here / "set.parquet", table_of(IMAGES))
     rule = "must be a regular file, but got "
     assert rule in told(open_set, source="table", path="set.parquet", class_names=kind)
     assert rule in told(open_set, source="table", path="set.parquet", exclude=kind)
-    recipe = recipe_file()
     with pytest.raises(RecipeError, match=rule):
-        load_recipe(recipe, [f"prompts.templates='file:{kind}'"])
+        load_recipe(here / "recipe.yaml", [f"prompts.templates='file:{kind}'"])
     with pytest.raises(RecipeError, match=rule):
         load_recipe(here / kind)
 
@@ -171,7 +171,7 @@ def test_the_state_of_a_saved_data_set_may_be_nothing_but_json(here):
     assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
 
 
-def test_an_arrow_set_with_damaged_names_is_told(open_set, here):
+def test_an_arrow_set_with_damaged_names_is_told(here):
     """They are a SystemError or a UnicodeDecodeError of Arrow."""
     noted = json.dumps({"info": {"features": {"label": {"_type": "ClassLabel", "names": ["a"]}}}})
     table = table_of(IMAGES).replace_schema_metadata({"huggingface": noted})
@@ -204,15 +204,15 @@ CANNOT_BE = [
 
 
 @pytest.mark.parametrize(("setting", "rule"), CANNOT_BE)
-def test_a_recipe_that_says_what_cannot_be_is_told(open_set, here, setting, rule):
+def test_a_recipe_that_says_what_cannot_be_is_told(here, setting, rule):
     with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe_file(), [setting])
+        load_recipe(here / "recipe.yaml", [setting])
     assert rule in str(caught.value)
-    recipe = load_recipe(recipe_file(), ["data.train.path=~nosuchuser/x"])  # a folder that is not there
+    recipe = load_recipe(here / "recipe.yaml", ["data.train.path=~nosuchuser/x"])  # a folder that is not there
     assert recipe.data.train.path == str(here / "~nosuchuser" / "x")
 
 
-def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(open_set, here):
+def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
     os.mkfifo("pipe")
     Path("deep").write_text("[" * 200_000)
     for name, rule in (("pipe", "must be a regular file, but got a pipe"), ("deep", "nested too deep")):
@@ -372,3 +372,65 @@ def test_a_damaged_page_costs_the_rows_of_its_row_group_from_there_on(tmp_path):
             left.append(row)
     assert left == [*range(32), *range(100, 200)]
     assert rows.value(7) == images[7].content
+
+
+# ---- the gate for files
+
+
+def test_a_regular_file_is_read_whole_through_links_and_text_must_be_utf_8(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn")
+    (tmp_path / "link").symlink_to("a")
+    assert read_regular(tmp_path / "link") == b"\xef\xbb\xbfgr\xc3\xbcn"
+    assert read_text(tmp_path / "link") == "grün"
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "b")
+    (tmp_path / "a").write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match="must be text in UTF-8, but byte 3 is not"):
+        read_text(tmp_path / "a")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        with pytest.raises(OSError):  # noqa: PT011  # the system's own, ENXIO
+            read_regular(tmp_path / "socket")
+    special = "a pipe, device or socket"
+    for name, kind in (("pipe", special), ("/dev/zero", special), (".", "a folder")):
+        with pytest.raises(RecipeError, match=f"must be a regular file, but got {kind}$"):
+            read_regular(tmp_path / name, error=RecipeError)
+    with pytest.raises(DataError, match=r"a\\x00b: must be the name of a file"):
+        read_regular(tmp_path / "a\0b")
+
+
+def test_a_file_over_the_limit_is_not_read(tmp_path):
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 10**12)
+    with pytest.raises(DataError, match="at most 67,108,864 bytes, since it is read whole, but got 1,000,000,000,000"):
+        read_regular(tmp_path / "sparse")
+    (tmp_path / "small").write_bytes(b"123")
+    assert read_regular(tmp_path / "small", most_bytes=3) == b"123"
+    for path in (tmp_path / "small", "/proc/self/status"):  # whose size is said to be 0
+        with pytest.raises(DataError, match="at most 2 bytes"):
+            read_regular(path, most_bytes=2)
+
+
+def test_a_folder_from_which_a_link_leads_out_is_refused_and_a_link_within_it_is_not(tmp_path):
+    folder, victim = tmp_path / "study", tmp_path / "victim"
+    (folder / "trials" / "t0").mkdir(parents=True)
+    victim.mkdir()
+    (folder / "latest").symlink_to("trials/t0")
+    (tmp_path / "linked").symlink_to(folder)
+    for place in (folder, tmp_path / "linked", tmp_path / "not there"):
+        require_nothing_outside(place, StorageError)
+    for target in (victim, Path("../../../victim/new"), Path("/etc")):
+        (folder / "trials" / "t0" / "log.txt").symlink_to(target)
+        with pytest.raises(StorageError, match=r"t0/log.txt: must not lead out of .*, but got a link to /"):
+            require_nothing_outside(tmp_path / "linked", StorageError)
+        (folder / "trials" / "t0" / "log.txt").unlink()
+    os.mkfifo(folder / "trials" / "result.json")
+    with pytest.raises(
+        StorageError, match=r"result.json: must be a file or a folder, but got a pipe, device or socket"
+    ):
+        require_nothing_outside(folder, StorageError)
