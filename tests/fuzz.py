@@ -15,7 +15,6 @@ all cases share: images of ``id_val``, and heads of the model.
 
 import argparse
 import contextlib
-import functools
 import gc
 import importlib
 import json
@@ -70,15 +69,8 @@ def import_everything(base):
     for name in (base / "modules.txt").read_text().split():
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    import typer
-
     from carft_ray import environment
-    from carft_ray.cli import app
 
-    environment._version = functools.cache(environment._version)
-    environment.versions(), environment.outside_ranges()
-    typer.main.get_command = functools.cache(typer.main.get_command)
-    typer.main.get_command(app)
     code = environment.code()  # asks git
     environment.code = lambda: code
     assert platform.uname().processor is not None  # asks a program, once
@@ -98,13 +90,6 @@ def try_a_sound_case(argv):
     codes = [crash_host.call(words) for words in COMMANDS]
     (base / "modules.txt").write_text("\n".join(sys.modules))
     return max(codes)
-
-
-def _silence(log):
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
 
 
 def watch(here, tell):
@@ -140,7 +125,8 @@ def call(argv):
     def tell(what, value):
         os.write(printed, json.dumps([what, value]).encode() + b"\n")
 
-    _silence(here.parent / "output")
+    os.dup2(os.open(here.parent / "output", os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(1, 2)
     for name in ("tmp", "cache"):
         (here / name).mkdir()
     shutil.copytree(base / "cache", here / "cache", dirs_exist_ok=True)

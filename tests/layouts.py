@@ -68,9 +68,8 @@ def make_flat_val(root, labels):
     ids = {name: number for number, name in enumerate(reversed(classes), start=1)}
     for index in range(len(labels)):
         _save(root / "val" / f"ILSVRC2012_val_{index + 1:08d}.JPEG")
-    _write_lines(
-        root / DEVKIT / "ILSVRC2012_validation_ground_truth.txt", [str(ids[classes[label]]) for label in labels]
-    )
+    truth = root / DEVKIT / "ILSVRC2012_validation_ground_truth.txt"
+    _write_lines(truth, [str(ids[classes[label]]) for label in labels])
     rows = [(number, name, "words", "gloss", 0) for name, number in ids.items()] + [(1001, "n00001740", "all", "", 3)]
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
     savemat(root / DEVKIT / "meta.mat", {"synsets": np.array(rows, dtype=kinds)})

@@ -133,7 +133,6 @@ def anything(rng, depth=0):
 
 
 def json_file(rng, content):
-    """Returns a file of JSON, changed as JSON or as bytes."""
     if rng.random() < 0.25:
         return damaged(rng, content)
     text = json.dumps(warped(rng, json.loads(content)), indent=rng.choice((None, 2)))
@@ -265,7 +264,6 @@ def table_file(ending):
 
 
 def file_of(rng, table, ending):
-    """Returns a table as the bytes of a file."""
     buffer = io.BytesIO()
     if ending == "parquet":
         with contextlib.suppress(pa.ArrowException):  # of what Parquet has no type for: a file without an end

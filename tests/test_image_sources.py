@@ -65,16 +65,12 @@ def base(tmp_path, monkeypatch):
     return tmp_path
 
 
-def opened(base, names=None, **keys):
-    return open_set(names, base_dir=base, **keys)
-
-
 def table(base, path="set.parquet", names=None, **keys):
-    return opened(base, names, source="table", path=str(path), **keys)
+    return open_set(names, source="table", path=str(path), **keys)
 
 
 def shards(base, path="set/shards", **keys):
-    return opened(base, source="webdataset", path=str(path), **keys)
+    return open_set(source="webdataset", path=str(path), **keys)
 
 
 def contents(source):
@@ -103,8 +99,8 @@ def write_tar(path, files):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_images_are_the_same_set_in_every_layout(base, kind):
-    folder = opened(base, **write_set("folder", base, MIXED, "folder"))
-    source = opened(base, **write_set(kind, base, MIXED))
+    folder = open_set(**write_set("folder", base, MIXED, "folder"))
+    source = open_set(**write_set(kind, base, MIXED))
     assert source.class_names == folder.class_names == CLASSES
     assert [source.class_names[label] for label in source.labels] == [image.label for image in MIXED]
     np.testing.assert_array_equal(source.sample_ids, folder.sample_ids)
@@ -120,16 +116,16 @@ def test_the_same_images_are_the_same_set_in_every_layout(base, kind):
 @pytest.mark.parametrize("kind", ["folder", "csv paths", *CONTAINERS])
 def test_the_fingerprint_changes_with_the_files_and_not_with_their_place(base, kind):
     spec = write_set(kind, base, IMAGES)
-    source = opened(base, **spec)
+    source = open_set(**spec)
     before = source.fingerprint
     shutil.copytree(base / "set", base / "moved")
     moved = {key: value.replace("set", "moved", 1) if key in ("path", "root") else value for key, value in spec.items()}
-    assert opened(base, **moved).fingerprint == before
-    assert opened(base, **moved).home != source.home
+    assert open_set(**moved).fingerprint == before
+    assert open_set(**moved).home != source.home
     files = [path for path in (base / "set").rglob("*") if path.suffix in (".png", ".tar", *(f".{e}" for e in BINARY))]
     os.utime(files[0], ns=(0, 0))
-    assert opened(base, **spec).fingerprint != before
-    source = opened(base, **spec)
+    assert open_set(**spec).fingerprint != before
+    source = open_set(**spec)
     files[0].unlink()
     with pytest.raises(DataError, match=f"{files[0]}: must be readable"):
         _ = source.fingerprint
@@ -168,15 +164,15 @@ def test_equal_bytes_are_told_apart_by_class_and_count_in_any_order(base):
 @pytest.mark.parametrize("kind", ["parquet bytes", "shards"])
 def test_an_index_is_made_once_until_its_file_changes(base, kind):
     spec = {**write_set(kind, base, IMAGES), **({"id": None} if kind != "shards" else {})}
-    names = opened(base, **spec).listing.names
+    names = open_set(**spec).listing.names
     entries = {path: path.stat().st_mtime_ns for path in (base / "cache").rglob("index/**/*.arrow")}
     assert len(entries) == (3 if kind == "shards" else 1)
-    assert opened(base, **spec).listing.names == names
+    assert open_set(**spec).listing.names == names
     assert {path: path.stat().st_mtime_ns for path in entries} == entries
     next(iter(entries)).write_bytes(b"damaged")
-    assert opened(base, **spec).listing.names == names
+    assert open_set(**spec).listing.names == names
     write_set(kind, base, [image._replace(name=f"{image.name[:-4]}x.png") for image in pictures(seed=1)])
-    assert not set(opened(base, **spec).listing.names) & set(names)
+    assert not set(open_set(**spec).listing.names) & set(names)
 
 
 @pytest.mark.parametrize("kind", ["folder", "csv paths", *CONTAINERS])
@@ -201,7 +197,7 @@ def test_a_set_that_was_listed_before_is_the_same_set(base, kind):
 def test_an_image_that_is_cut_off_is_told_at_its_place(base, kind):
     images = [IMAGES[0]._replace(content=IMAGES[0].content[:60]), *IMAGES[1:]]
     spec = write_set(kind, base, images)
-    source = opened(base, **spec)
+    source = open_set(**spec)
     with pytest.raises(DataError, match="must be a readable image") as caught:
         source.pixels(0)
     assert str(caught.value).startswith(f"{source.place(0)}: ")
@@ -216,7 +212,7 @@ def test_a_table_that_is_cut_off_is_told(base, kind):
     whole = path.read_bytes()
     for left in (0, 100, 1000, -200, *((-8,) if kind == "arrow struct" else ())):
         path.write_bytes(whole[:left])
-        assert f"{path}: must be a readable table, but got " in told(opened, base, **spec)
+        assert f"{path}: must be a readable table, but got " in told(open_set, **spec)
 
 
 @pytest.mark.parametrize("kind", ["parquet bytes", "shards"])
@@ -339,12 +335,11 @@ def test_rows_are_read_without_the_table_in_memory(base):
 
 
 def samples(*labels, ending="cls"):
-    """Returns a sample per label: ``0.png``, ``0.cls`` ..."""
-    return [
-        file
-        for number, label in enumerate(labels)
-        for file in ((f"{number}.png", IMAGES[number].content), (f"{number}.{ending}", label.encode()))
-    ]
+    """Returns the files of a sample per label: ``0.png``, ``0.cls`` ..."""
+    files = []
+    for number, label in enumerate(labels):
+        files += [(f"{number}.png", IMAGES[number].content), (f"{number}.{ending}", label.encode())]
+    return files
 
 
 def test_files_of_one_name_are_a_sample_and_other_files_are_passed_over(base):
@@ -578,7 +573,7 @@ def hf(written, base):
 
 
 def library(hf, path, **keys):
-    return opened(hf, source="huggingface", path=path, **keys)
+    return open_set(base_dir=hf, source="huggingface", path=path, **keys)
 
 
 @pytest.mark.parametrize("path", ["saved", "saved/train", "hub", "hub/data", "modes"])

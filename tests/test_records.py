@@ -1,6 +1,5 @@
 """What is known of the images of a set: found in one reading, kept, and read again only when the set is another one."""
 
-import contextlib
 import io
 import os
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from layouts_tables import encoded
 from PIL import Image
 from sources import open_set
 
@@ -164,32 +164,21 @@ def test_a_set_without_some_of_its_images_is_known_with_the_others(root):
     assert more == []
 
 
-def test_where_a_border_ends_is_seen_in_the_whole_of_a_jpeg():
-    file = io.BytesIO()
-    framed = np.pad(photo(1, 300, 250), ((9, 17), (30, 0), (0, 0)), constant_values=240)
-    Image.fromarray(framed).save(file, "JPEG", quality=95)
-    pixels, *_ = small_image(file.getvalue(), "x", SHORT_SIDE)
-    whole = decode_image(file.getvalue(), "x")
-    found = thumbnails_of(pixels, lambda: whole)
-    np.testing.assert_array_equal(found, thumbnails_of(whole))
-    assert distances(found[-1:], thumbnails_of(photo(1, 300, 250))[:1])[0] < 0.05
-
-
 @pytest.mark.slow
 def test_a_smaller_decoding_has_the_thumbnails_of_the_whole_and_finds_what_is_wrong(root):
     smaller = partial(small_image, side=SHORT_SIDE)
-    for width, height in ((500, 375), (224, 224), (320, 700)):
-        file = io.BytesIO()
-        Image.fromarray(photo(1, width, height)).save(file, "JPEG", quality=90)
-        content = file.getvalue()
+    framed = np.pad(photo(1, 300, 250), ((9, 17), (30, 0), (0, 0)), constant_values=240)
+    for shown in (photo(1, 500, 375), photo(1, 224, 224), photo(1, 320, 700), framed):
+        content = encoded(shown, "JPEG", quality=90)
         pixels, size, mode = smaller(content, "x")
-        assert (size, mode) == ((height, width), "RGB")
-        assert SHORT_SIDE <= min(pixels.shape[:2]) < min(width, height)
+        assert (size, mode) == (shown.shape[:2], "RGB")
+        assert SHORT_SIDE <= min(pixels.shape[:2]) < min(size)
         thumbnails = thumbnails_of(pixels, partial(decode_image, content, "x"))
         assert max(distances(thumbnails, thumbnails_of(decode_image(content, "x")))) < 0.05  # candidates have 0.25
         for decode in (decode_image, smaller):
             with pytest.raises(DataError, match="must be a readable image"):
                 decode(content[:-200], "x")
+    assert distances(thumbnails[-1:], thumbnails_of(photo(1, 300, 250))[:1])[0] < 0.05  # where the border ends is seen
 
 
 # ---- values that several threads make ahead of whoever takes them
@@ -199,12 +188,10 @@ def test_a_smaller_decoding_has_the_thumbnails_of_the_whole_and_finds_what_is_wr
 def test_values_come_in_order_each_made_once_and_few_ahead(num_threads):
     for number in (0, 1, 7, 500):
         made = []
-        with contextlib.closing(
-            in_order(lambda index, made=made: made.append(index) or index, number, num_threads)
-        ) as values:
-            for taken, value in enumerate(values):
-                assert value == taken
-                assert max(made) - taken <= AHEAD * num_threads
+        values = in_order(lambda index, made=made: made.append(index) or index, number, num_threads)
+        for taken, value in enumerate(values):
+            assert value == taken
+            assert max(made) - taken <= AHEAD * num_threads
         assert sorted(made) == list(range(number))
 
 

@@ -205,10 +205,7 @@ def test_one_tree_may_be_cut_into_roles_by_parts_that_share_no_image(tree):
     assert len(open_train(recipe)) + len(open_validation(recipe)[0]) == 120
     for other in ({"part": [0.2, 0.4]}, {"part": [0.3, 1]}, {}, {"shots": 2}, {"path": "images/bird"}):
         (problem,) = check_roles(recipe_of_parts(tree, id_val={"source": "folder", "path": "images", **other}))
-        told = "data.id_val: a set has one role and must not share images with data.train, but got "
-        assert str(problem).startswith(
-            f"{told}{tree / other.get('path', 'images')}\n    Give data.id_val images of its "
-        )
+        assert f"must not share images with data.train, but got {tree / other.get('path', 'images')}\n" in str(problem)
 
 
 def test_a_part_without_images_and_more_shots_than_images_are_refused(tree):

@@ -335,6 +335,7 @@ def test_other_pictures_are_far_apart_and_the_order_makes_no_difference():
     for one, other in itertools.combinations(looks, 2):
         assert LIMIT < picture_distance(one, other) == picture_distance(other, one)
     assert 0 <= picture_distance(grey_picture(blank), looks[0]) <= 1
+    assert len(find.candidates(signed([blank], 1), signed([blank], 2))) == 0  # known by its bytes alone
 
 
 def test_what_lies_inside_a_border_is_found():
@@ -431,9 +432,7 @@ def num_images(folder):
 
 
 @pytest.mark.slow
-def test_a_search_leaves_copies_out_and_says_so_once_and_what_goes_on_compares_nothing_again(
-    searched, tmp_path, run, monkeypatch
-):
+def test_a_search_leaves_copies_out_and_what_goes_on_compares_nothing_again(searched, tmp_path, run, monkeypatch):
     study, told = searched
     assert told.count(LINE) == told.count("left out") == 1
     with (study / SHARED_IMAGES).open() as file:

@@ -116,9 +116,7 @@ def tar_header(name, kind=tarfile.REGTYPE, size=0):
 
 def test_a_header_of_20_gigabytes_is_told_and_not_read(here):
     sparse(here / "x.tar", 21 * 2**30, tar_header("x", tarfile.XHDTYPE, 20 * 2**30))
-    assert told(open_set, source="webdataset", path="x.tar").startswith(
-        f"{here / 'x.tar'}: must be a whole tar archive"
-    )
+    assert f"{here / 'x.tar'}: must be a whole tar archive" in told(open_set, source="webdataset", path="x.tar")
 
 
 def below_zero():
@@ -130,15 +128,15 @@ def below_zero():
     return bytes(raw) + bytes(10240)
 
 
-@pytest.mark.parametrize(
-    ("content", "rule"),
-    [
-        (below_zero(), "must be a whole tar archive"),
-        (tar_header("x", tarfile.XGLTYPE) * 5000, "must be a whole tar archive"),  # each calls for the next
-        (tar_header("\udcff.png") + bytes(10240), "the name of a file must be text in UTF-8"),
-    ],
-    ids=["size below zero", "global headers", "name that is no text"],
-)
+# a shard that would be read for ever, or whose names are no text, and the message
+ODD_SHARDS = {
+    "size below zero": (below_zero(), "must be a whole tar archive"),
+    "global headers": (tar_header("x", tarfile.XGLTYPE) * 5000, "must be a whole tar archive"),  # endless
+    "name that is no text": (tar_header("\udcff.png") + bytes(10240), "the name of a file must be text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "rule"), ODD_SHARDS.values(), ids=ODD_SHARDS)
 def test_a_shard_with_odd_headers_is_told_and_read_to_an_end(here, content, rule):
     (here / "x.tar").write_bytes(content)
     assert rule in told(open_set, source="webdataset", path="x.tar")
@@ -430,7 +428,5 @@ def test_a_folder_from_which_a_link_leads_out_is_refused_and_a_link_within_it_is
             require_nothing_outside(tmp_path / "linked", StorageError)
         (folder / "trials" / "t0" / "log.txt").unlink()
     os.mkfifo(folder / "trials" / "result.json")
-    with pytest.raises(
-        StorageError, match=r"result.json: must be a file or a folder, but got a pipe, device or socket"
-    ):
+    with pytest.raises(StorageError, match=r"result.json: must be a file or a folder, but got a pipe, device or"):
         require_nothing_outside(folder, StorageError)

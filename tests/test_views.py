@@ -36,10 +36,6 @@ def crop_box(seed, sample_id, visit, width, height, crop_scale):
     return tuple(int(side) for side in views.crop_box(tries, width, height))
 
 
-def batches(seed, epoch, n, batch_size, rank, world_size):
-    return [indices for _, indices in parts_of(permutation(seed, epoch, n), batch_size, rank, world_size)]
-
-
 def view(pixels, seed, sample_id, visit, crop_scale, image_size):
     """One view of one image, step by step."""
     height, width = pixels.shape[:2]
@@ -72,8 +68,11 @@ def test_permutation_is_pinned_and_holds_every_index_once():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 16])
 def test_parts_of_all_ranks_are_the_global_batches_of_one_worker(world_size):
-    alone = batches(3, 2, 50, 12, 0, 1)
-    parts = [batches(3, 2, 50, 12, rank, world_size) for rank in range(world_size)]
+    def batches(rank, world_size):
+        return [indices for _, indices in parts_of(permutation(3, 2, 50), 12, rank, world_size)]
+
+    alone = batches(0, 1)
+    parts = [batches(rank, world_size) for rank in range(world_size)]
     assert [len(batch) for batch in alone] == [12, 12, 12, 12, 2]
     np.testing.assert_array_equal(np.concatenate(alone), permutation(3, 2, 50))
     for i, batch in enumerate(alone):
