@@ -40,7 +40,6 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def own(made, tmp_path):
-    """Gives a copy of a benchmark that a test may break."""
     return lambda name: shutil.copytree(made(name), tmp_path / name)
 
 
@@ -50,7 +49,6 @@ def opened(root, name, split=None, class_list=None, **keys):
 
 
 def labelled(source):
-    """Returns the class of every image by its name."""
     names = [source.listing.names[row] for row in source.rows.tolist()]
     return dict(zip(names, (source.class_names[label] for label in source.labels.tolist()), strict=True))
 

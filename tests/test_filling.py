@@ -89,9 +89,7 @@ def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.whole
-def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(
-    tmp_path, recipe, two_nodes
-):  # the last of these two nodes
+def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(tmp_path, recipe, two_nodes):  # the last to have both
     runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
     told = searched(recipe, tmp_path, two_nodes, runner)
     assert any("is gone: the search continues without it" in text for text in told), told

@@ -93,7 +93,6 @@ def drawn(role, split):
 
 
 def named(test, role):
-    """Returns how the message begins."""
     return f"data.{test}: a set has one role and must not share images with data.{role}, but got "
 
 

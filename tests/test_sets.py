@@ -20,7 +20,6 @@ ROLES = ("train", "id_val", "sketch_val", "id_test", "sketch_test")
 
 
 def write_tree(root, classes=("bird", "fire_truck")):
-    """One domain per role, three images per class."""
     for seed, domain in enumerate(ROLES):
         write_folder(root / domain, pictures(3, classes, seed))
 

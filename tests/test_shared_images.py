@@ -427,7 +427,6 @@ def searched(tree, tmp_path_factory):
 
 
 def num_images(folder):
-    """Returns the images by set of every training."""
     return [json.loads(path.read_text())["num_images"] for path in sorted(folder.glob("*/*/result.json"))]
 
 
