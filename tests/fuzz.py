@@ -229,7 +229,6 @@ def run(cases, seed, folder, num_lanes=2):
 
 
 def is_wrong(outcome):
-    """Tells an outcome that must not be from a result and an exit code."""
     return isinstance(outcome, str) and outcome != "result"
 
 

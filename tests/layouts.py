@@ -26,7 +26,6 @@ def make_layout(name, root, per_class=1):
 
 
 def picture(name, kind="JPEG", side=8):
-    """Returns a small picture as a file; other name, other picture."""
     pixels = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, (side, side, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, quality=95)

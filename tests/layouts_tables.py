@@ -85,7 +85,6 @@ def table_of(images, form="bytes", classes=None, **columns):
 
 
 def write_table(path, table, **settings):
-    """Writes a table in the format of the file's ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(table, path, **{"row_group_size": 5, **settings})

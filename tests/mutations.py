@@ -190,7 +190,6 @@ def write_samples(base):
 
 
 def shard_files():
-    """Yields name and bytes of the files of a shard."""
     for image in images_of("png"):
         number = CLASSES.index(image.label)
         for ending, data in (("png", image.content), ("cls", b"%d" % number), ("json", b'{"name": "%d"}' % number)):

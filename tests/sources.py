@@ -22,7 +22,7 @@ def absolute_set(spec, base_dir):
 
 def recipe_of(data, **parts):
     """Returns a recipe of these sets, whose paths begin in the working directory."""
-    return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 4}, **parts}), Path.cwd())
+    return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 2}, **parts}), Path.cwd())
 
 
 def open_train(recipe):

@@ -79,10 +79,6 @@ def contents(source):
     return {ids[i]: (source.class_names[source.labels[i]], source.content(i)) for i in range(len(source))}
 
 
-def recipe_with(**sets):
-    return recipe_of(sets, train={"batch_size": 2})
-
-
 def write_tar(path, files):
     """Writes an archive of (name, bytes) and returns its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +174,7 @@ def test_an_index_is_made_once_until_its_file_changes(base, kind):
 @pytest.mark.parametrize("kind", ["folder", "csv paths", *CONTAINERS])
 def test_a_set_that_was_listed_before_is_the_same_set(base, kind):
     spec = write_set(kind, base, pictures(8))
-    recipe = recipe_with(train={**spec, "part": [0.5, 1]}, id_val={**spec, "part": [0, 0.5]})
+    recipe = recipe_of({"train": {**spec, "part": [0.5, 1]}, "id_val": {**spec, "part": [0, 0.5]}})
     write_sets(recipe, base / "prepared")
     listed = open_sets(recipe, base / "prepared")
     for name, source in open_sets(recipe).items():
@@ -218,7 +214,7 @@ def test_a_table_that_is_cut_off_is_told(base, kind):
 @pytest.mark.parametrize("kind", ["parquet bytes", "shards"])
 def test_a_container_that_changes_in_use_is_told(base, kind):
     spec = write_set(kind, base, pictures(8))
-    recipe = recipe_with(train={**spec, "part": [0.5, 1]}, id_val={**spec, "part": [0, 0.5]})
+    recipe = recipe_of({"train": {**spec, "part": [0.5, 1]}, "id_val": {**spec, "part": [0, 0.5]}})
     write_sets(recipe, base / "prepared")
     mapped, directly = open_sets(recipe, base / "prepared")["train"], open_sets(recipe)["train"]
     assert mapped.fingerprint == directly.fingerprint
@@ -518,14 +514,14 @@ def test_rows_of_one_table_may_have_two_roles(base):
     write_table(base / "set.parquet", table_of(IMAGES, fold=["train", "val", "test", "val"] * 3))
     spec = {"source": "table", "path": "set.parquet"}
     train, id_val, id_test = ({**spec, "where": {"fold": fold}} for fold in ("train", "val", ["test"]))
-    apart = recipe_with(train=train, id_val=id_val, id_test=id_test)
+    apart = recipe_of({"train": train, "id_val": id_val, "id_test": id_test})
     assert check_roles(apart) == check_sets(apart) == []
     for other in ({"where": {"fold": ["train", "val"]}}, {}, {"where": {"label": "cat"}}, {"path": "./set.parquet"}):
-        (problem,) = check_roles(recipe_with(train=train, id_val={**spec, **other}))
+        (problem,) = check_roles(recipe_of({"train": train, "id_val": {**spec, **other}}))
         assert "must not share images with data.train" in str(problem)
     high, low = ({**spec, "part": part} for part in ([0.5, 1], [0, 0.5]))
-    assert check_roles(recipe_with(train=high, id_val=low)) == []
-    (problem,) = check_roles(recipe_with(train=high, id_val={**low, "id": "name"}))
+    assert check_roles(recipe_of({"train": high, "id_val": low})) == []
+    (problem,) = check_roles(recipe_of({"train": high, "id_val": {**low, "id": "name"}}))
     assert "must not share images" in str(problem)
 
 
@@ -535,8 +531,9 @@ def test_of_a_test_set_no_file_is_opened(base, kind):
     tests = {key: value for key, value in train.items() if key != "id"}
     name = "test.parquet" if kind != "shards" else "test.tar"
     (base / name).write_bytes(b"neither a table nor an archive")
-    assert check_sets(recipe_with(train=train, id_val=id_val, id_test={**tests, "path": name})) == []
-    (problem,) = check_sets(recipe_with(train=train, id_val=id_val, ood_test={"x": {**tests, "path": "none"}}))
+    sets = {"train": train, "id_val": id_val}
+    assert check_sets(recipe_of({**sets, "id_test": {**tests, "path": name}})) == []
+    (problem,) = check_sets(recipe_of({**sets, "ood_test": {"x": {**tests, "path": "none"}}}))
     assert str(problem).startswith("data.ood_test.x: must be a file, a folder, or a pattern of files")
 
 

@@ -17,7 +17,7 @@ from crash_host import call
 from layouts_tables import encoded
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from short_training import write_model
-from sources import open_train
+from sources import open_train, open_validation
 
 from benchmarks.photos import photo
 from carft_ray import words
@@ -201,6 +201,14 @@ def test_what_is_kept_is_told_by_set(here):
         "data.id_test: 1 image kept, also in data.train",
         "data.train: 1 image kept, also in data.id_test",
     ]
+
+
+@pytest.mark.slow
+def test_corrupted_images_leave_the_set_that_is_shown(here):
+    copy(here, "test/cat/0.png", "val/cat/x.png")
+    recipe = loaded(here, f"data.ood_val={{noise: {NOISE}}}")
+    id_val, ood_val = open_validation(shares.without_shared(recipe, shares.find_shared(recipe, here / "cache")))
+    assert len(id_val) == len(ood_val["noise"]) == 40
 
 
 @pytest.mark.slow
