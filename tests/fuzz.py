@@ -15,23 +15,22 @@ all cases share: images of ``id_val``, and heads of the model.
 
 import argparse
 import contextlib
-import functools
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import platform
 import re
 import resource
-import select
 import shutil
 import signal
 import sys
 import tempfile
-import time
-import traceback
-from collections import Counter, defaultdict
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -64,27 +63,14 @@ FAILED = re.compile(r"failed in this way: (?P<name>\w*(?:Error|Exception|Interru
 def import_everything(base):
     """Writes the samples and the cache in a fork, and imports what a whole case has imported there."""
     crash_host.import_everything()
-    names = base / "modules.txt"
-    process = os.fork()
-    if not process:
-        _silence(base / "samples.log")
-        with _ended():
-            _try_whole_cases(base)
-            names.write_text("\n".join(sys.modules))
-    if os.waitpid(process, 0)[1]:
-        raise SystemExit((base / "samples.log").read_text())
-    for name in names.read_text().split():
+    code, said = crash_host.run(SimpleNamespace(call=try_a_sound_case), {"argv": (base,)}, base)
+    if code:
+        raise SystemExit(said)
+    for name in (base / "modules.txt").read_text().split():
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-    import typer
-
     from carft_ray import environment
-    from carft_ray.cli import app
 
-    environment._version = functools.cache(environment._version)
-    environment.versions(), environment.outside_ranges()
-    typer.main.get_command = functools.cache(typer.main.get_command)
-    typer.main.get_command(app)
     code = environment.code()  # asks git
     environment.code = lambda: code
     assert platform.uname().processor is not None  # asks a program, once
@@ -93,39 +79,17 @@ def import_everything(base):
     assert len(os.listdir("/proc/self/task")) <= 2, "a fork of a process with threads may hang"  # and jemalloc's own
 
 
-@contextlib.contextmanager
-def _ended():
-    """Ends this process, a fork, with the block; with 1 where that raises."""
-    try:
-        yield
-        os._exit(0)
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(1)
-
-
-def _try_whole_cases(base):
-    """Writes the samples, and runs sound cases with a cache for all."""
+def try_a_sound_case(argv):
+    """Writes the samples, and runs a sound case with a cache for all."""
+    (base,) = argv
     mutations.write_samples(base)
-    os.environ |= {"XDG_CACHE_HOME": str(base / "cache"), "MPLCONFIGDIR": str(base / "matplotlib")}
-    for kind in ("recipe", "clip"):
-        here = base / "try" / kind
-        here.mkdir(parents=True)
-        os.chdir(here)
-        value = mutations.recipe_value(base)
-        if kind == "clip":
-            value["model"]["name"] = f"local-dir:{base / 'clip'}"
-        (here / "recipe.yaml").write_text(json.dumps(value))
-        codes = [crash_host.call(words) for words in COMMANDS]
-        assert codes == [0, 0, 0, 0], codes
-
-
-def _silence(log):
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    os.environ["MPLCONFIGDIR"] = str(base / "matplotlib")
+    (base / "try").mkdir()
+    os.chdir(base / "try")
+    Path("recipe.yaml").write_text(json.dumps(mutations.recipe_value(base)))
+    codes = [crash_host.call(words) for words in COMMANDS]
+    (base / "modules.txt").write_text("\n".join(sys.modules))
+    return max(codes)
 
 
 def watch(here, tell):
@@ -153,14 +117,16 @@ def watch(here, tell):
     sys.addaudithook(hook)
 
 
-def run_case(kind, number, seed, here, base, write):
-    """Runs a case in this process, which ends with it; ``write`` gets a line of JSON for each thing to know."""
+def call(argv):
+    """Runs a case in this process, a fork of ``crash_host``; prints a line of JSON for each thing to know."""
+    kind, number, seed, base = argv
+    here, printed = Path.cwd(), os.dup(1)
 
     def tell(what, value):
-        write(json.dumps([what, value]).encode() + b"\n")
+        os.write(printed, json.dumps([what, value]).encode() + b"\n")
 
-    _silence(here.parent / "output")
-    os.chdir(here)
+    os.dup2(os.open(here.parent / "output", os.O_WRONLY | os.O_CREAT), 1)
+    os.dup2(1, 2)
     for name in ("tmp", "cache"):
         (here / name).mkdir()
     shutil.copytree(base / "cache", here / "cache", dirs_exist_ok=True)
@@ -169,7 +135,6 @@ def run_case(kind, number, seed, here, base, write):
     tempfile.tempdir = None
     tell("phase", "making the case")
     mutations.write_case(kind, number, seed, here, base)
-    os.fsync = lambda handle: None
     if kind != "recipe" and number % 10:
         from carft_ray.results import study_figure
 
@@ -180,6 +145,7 @@ def run_case(kind, number, seed, here, base, write):
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S + 5))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
+    signal.alarm(WALL_S)
     watch(here, lambda text: tell("did", text))
     for words in COMMANDS:
         tell("phase", words[0])
@@ -195,6 +161,7 @@ def run_case(kind, number, seed, here, base, write):
             tell("wrong", wrong)
         if code:
             break
+    return 0
 
 
 def judged(code, said, words):
@@ -215,115 +182,68 @@ def judged(code, said, words):
 
 def one(kind, number, seed, lane, base):
     """Runs a case in a fork; returns ``result``, its exit code, or what was wrong, and its seconds of processor."""
-    here, began = lane / "case", time.monotonic()
+    here, canary = lane / "case", lane / mutations.CANARY
     here.mkdir(parents=True)
-    canary = lane / mutations.CANARY
     canary.mkdir()
     (canary / "x").write_text("precious")
-    readable, writable = os.pipe()
-    process = os.fork()
-    if not process:
-        try:
-            os.setsid()
-            os.close(readable)
-            run_case(kind, number, seed, here, base, functools.partial(os.write, writable))
-        except BaseException:
-            text = traceback.format_exc().strip().splitlines()
-            os.write(writable, json.dumps(["wrong", f"{text[-1]} ({text[-3].strip()})"]).encode() + b"\n")
-        finally:
-            os._exit(0)
-    os.close(writable)
-    told, ended = b"", False
-    while not ended and (left := began + WALL_S - time.monotonic()) > 0:
-        if select.select([readable], [], [], left)[0]:
-            piece = os.read(readable, 65536)
-            told, ended = told + piece, not piece
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)
-    _, status, used = os.wait4(process, 0)
-    status = os.waitstatus_to_exitcode(status)
-    os.close(readable)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    status, told = crash_host.run(sys.modules[__name__], {"argv": (kind, number, seed, base)}, here)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     facts = [json.loads(line) for line in told.splitlines()]
     phase = next((value for what, value in reversed(facts) if what == "phase"), "start")
     wrong = [str(value) for what, value in facts if what in ("wrong", "did")]
-    if not ended:
-        wrong.append(f"hangs: {WALL_S} s")
-    elif status == -signal.SIGXCPU or status == -signal.SIGKILL:
-        wrong.append(f"hangs: {CPU_S} s of processor")
+    if status in (-signal.SIGXCPU, -signal.SIGKILL, -signal.SIGALRM):
+        wrong.append(f"hangs: {CPU_S} s of processor, or {WALL_S} s")
     elif status:
-        wrong.append(f"died of {signal.Signals(-status).name if status < 0 else status}")
+        ended = (lane / "output").read_text(errors="replace").strip().splitlines()
+        wrong.append(f"died of {signal.Signals(-status).name if status < 0 else ended[-1]}")
     there = {path.name: path.read_text() for path in canary.iterdir()}
     if there != {"x": "precious"} or {path.name for path in lane.iterdir()} - {"output"} != {"case", mutations.CANARY}:
         wrong.append(f"left something outside of its folder: {sorted(there)}, {sorted(os.listdir(lane))}")
     codes = [value for what, value in facts if what == "code"]
     outcome = f"{phase}: {'; '.join(wrong)}"[:2000] if wrong else codes[-1] or "result"
-    return outcome, used.ru_utime + used.ru_stime
+    return outcome, used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
 
 
-def work(cases, seed, lane, base):
-    """Runs cases one after the other and writes the outcome of each; tells what is wrong, whose folder stays."""
-    lane.mkdir()
-    with open(lane / "rows", "w") as rows:
-        for kind, number in cases:
-            outcome, seconds = one(kind, number, seed, lane / "now", base)
-            rows.write(json.dumps([kind, number, outcome, seconds]) + "\n")
-            if is_wrong(outcome):
-                print(f"--kind {kind} --case {number} --seed {seed}: {outcome}", flush=True)
-            if is_wrong(outcome) or len(cases) == 1:
-                (lane / "now").rename(lane.parent / "found" / f"{kind}-{number}")
-            else:
-                shutil.rmtree(lane / "now")
+def work(case, seed, folder, is_kept):
+    """Runs a case; returns kind, number, outcome and seconds of processor. What is wrong is told; its folder stays."""
+    kind, number = case
+    lane = folder / f"lane-{os.getpid()}"
+    outcome, seconds = one(kind, number, seed, lane, folder / "samples")
+    if is_wrong(outcome):
+        print(f"--kind {kind} --case {number} --seed {seed}: {outcome}", flush=True)
+    if is_wrong(outcome) or is_kept:
+        lane.rename(folder / "found" / f"{kind}-{number}")
+    else:
+        shutil.rmtree(lane)
+    return kind, number, outcome, seconds
 
 
 def run(cases, seed, folder, num_lanes=2):
-    """Runs cases on some processes; returns (kind, number, outcome, seconds of processor) of each."""
-    base = folder / "samples"
-    base.mkdir(parents=True)
+    """Runs cases on some processes; returns the rows of ``work``."""
+    (folder / "samples").mkdir(parents=True)
     (folder / "found").mkdir()
-    import_everything(base)
-    processes, cores = [], sorted(os.sched_getaffinity(0))
-    for number in range(num_lanes):
-        processes.append(os.fork())
-        if not processes[-1]:
-            os.sched_setaffinity(0, {cores[number % len(cores)]})  # one thread of torch, too
-            with _ended():
-                work(cases[number::num_lanes], seed, folder / f"lane{number}", base)
-    for process in processes:
-        os.waitpid(process, 0)
-    lines = [
-        line for number in range(num_lanes) for line in (folder / f"lane{number}" / "rows").read_text().splitlines()
-    ]
-    assert len(lines) == len(cases), f"{len(lines)} of {len(cases)} cases have ended"
-    return [json.loads(line) for line in lines]
+    import_everything(folder / "samples")
+    with multiprocessing.get_context("fork").Pool(num_lanes) as pool:
+        return pool.map(partial(work, seed=seed, folder=folder, is_kept=len(cases) == 1), cases, chunksize=1)
 
 
 def is_wrong(outcome):
-    """Tells an outcome that must not be from a result and an exit code."""
     return isinstance(outcome, str) and outcome != "result"
 
 
 def table(rows):
-    """Returns the table of a run as text."""
-    found, seconds = defaultdict(Counter), Counter()
-    for kind, _, outcome, took in rows:
-        found[kind]["anything else" if is_wrong(outcome) else outcome] += 1
-        seconds[kind] += took
-    found["all"], seconds["all"] = sum(found.values(), Counter()), sum(seconds.values())
-    heads = ["result", *CODES, "anything else"]
-    codes = "".join(f"{code:>6}" for code in CODES)
-    lines = [f"{'kind':<8} {'cases':>6} {'result':>7} {codes}  anything else  processor, s"]
-    for kind, counts in found.items():
-        numbers = [counts[head] for head in heads]
-        middle = "".join(f"{number:>6}" for number in numbers[1:-1])
-        line = f"{kind:<8} {counts.total():>6} {numbers[0]:>7} {middle}  {numbers[-1]:>13}  {seconds[kind]:>12.0f}"
-        lines.append(line)
+    heads = ["result", *map(str, CODES), "anything else"]
+    lines = [f"{'kind':<8} {'cases':>6} {' '.join(f'{head:>6}' for head in heads)}  processor, s"]
+    for kind in (*dict.fromkeys(row[0] for row in rows), "all"):
+        mine = [row[2:] for row in rows if kind in (row[0], "all")]
+        counts = Counter("anything else" if is_wrong(outcome) else str(outcome) for outcome, _ in mine)
+        numbers = " ".join(f"{counts[head]:>{max(6, len(head))}}" for head in heads)
+        lines.append(f"{kind:<8} {len(mine):>6} {numbers}  {sum(took for _, took in mine):>12.0f}")
     return "\n".join(lines)
 
 
 def main():
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000, help="in all, equally many of each kind")
     parser.add_argument("--kind", choices=KINDS, help="one kind alone")

@@ -15,7 +15,6 @@ OBJECTNET_ONLY = ("air_freshener", "baby_trap")  # folders that ImageNet has no 
 FMOW_DAYS = [("train", "2010-05-01T00:00:00Z"), ("val", "2012-12-31T23:59:59Z"), ("val", "2013-01-01T00:00:00Z")]
 FMOW_DAYS += [("test", "2011-05-01T00:00:00Z"), ("test", "2016-01-01T00:00:00Z")]
 CAMELYON = {"train": ("0", "0"), "id_val": ("3", "1"), "val": ("1", "0"), "test": ("2", "1")}  # hospital, split
-BACKGROUND = "BACKGROUND_Google"
 
 
 def make_layout(name, root, per_class=1):
@@ -27,7 +26,6 @@ def make_layout(name, root, per_class=1):
 
 
 def picture(name, kind="JPEG", side=8):
-    """Returns a small picture as a file; other name, other picture."""
     pixels = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, (side, side, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, kind, quality=95)
@@ -40,10 +38,19 @@ def _save(path, side=8):
     path.write_bytes(picture(name, "PNG" if path.suffix == ".png" else "JPEG", side))
 
 
+def _each(classes, per_class):
+    """Yields label, name, and number within its class of every image."""
+    return ((label, name, index) for label, name in enumerate(classes) for index in range(per_class))
+
+
 def _tree(root, classes, per_class, pattern, side=8):
-    for name in classes:
-        for index in range(per_class):
-            _save(root / name / pattern.format(name=name, index=index), side)
+    for _, name, index in _each(classes, per_class):
+        _save(root / name / pattern.format(name=name, index=index), side)
+
+
+def _write_lines(path, lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
 
 
 def _imagenet(root, classes, per_class, facts):
@@ -60,33 +67,19 @@ def make_flat_val(root, labels):
     ids = {name: number for number, name in enumerate(reversed(classes), start=1)}
     for index in range(len(labels)):
         _save(root / "val" / f"ILSVRC2012_val_{index + 1:08d}.JPEG")
-    (root / DEVKIT).mkdir(parents=True)
-    lines = [str(ids[classes[label]]) for label in labels]
-    (root / DEVKIT / "ILSVRC2012_validation_ground_truth.txt").write_text("\n".join(lines) + "\n")
+    truth = root / DEVKIT / "ILSVRC2012_validation_ground_truth.txt"
+    _write_lines(truth, [str(ids[classes[label]]) for label in labels])
     rows = [(number, name, "words", "gloss", 0) for name, number in ids.items()] + [(1001, "n00001740", "all", "", 3)]
     kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O")]
     savemat(root / DEVKIT / "meta.mat", {"synsets": np.array(rows, dtype=kinds)})
 
 
-def _imagenet_v2(root, classes, per_class, facts):
-    _tree(root / "imagenetv2-matched-frequency-format-val", classes, per_class, "{index:040x}.jpeg")
+def _by_folder(folder, pattern, more=(), side=8):
+    """A folder of the images of each class, in one of each domain where there are any, and further folders."""
 
-
-def _by_folder(folder, pattern):
     def make(root, classes, per_class, facts):
-        _tree(root / folder, classes, per_class, pattern)
-
-    return make
-
-
-def _objectnet(root, classes, per_class, facts):
-    _tree(root / "objectnet-1.0" / "images", (*classes, *OBJECTNET_ONLY), per_class, "{index:013x}.png", side=10)
-
-
-def _domains(folder):
-    def make(root, classes, per_class, facts):
-        for domain in facts.domains:
-            _tree(root / folder / domain, classes, per_class, "pic_{index:03d}.jpg")
+        for domain in facts.domains or ("",):
+            _tree(root / folder / domain, (*classes, *more), per_class, pattern, side)
 
     return make
 
@@ -100,32 +93,30 @@ def _fmow(root, classes, per_class, facts):
         lines.append(f"{split},x/{name}_{index}.tif,{name},{day},FRA")
         if split != "seq":
             _save(root / "fmow_v1.1" / "images" / f"rgb_img_{index}.png")
-    (root / "fmow_v1.1" / "rgb_metadata.csv").write_text("\n".join(lines) + "\n")
+    _write_lines(root / "fmow_v1.1" / "rgb_metadata.csv", lines)
 
 
 def _iwildcam(root, classes, per_class, facts):
     lines = ["split,location_remapped,sequence_remapped,y,datetime,filename"]
     for split in ("train", "val", "test", "id_val", "id_test"):
         kept = classes if split == "train" else classes[::7]  # the other splits lack many species
-        for label, name in enumerate(classes):
-            for index in range(per_class if name in kept else 0):
+        for label, name, index in _each(classes, per_class):
+            if name in kept:
                 file = f"{split}{label}-{index}.jpg"
                 lines.append(f"{split},1,2,{label},2013-05-01 00:00:00.000,{file}")
                 _save(root / "iwildcam_v2.0" / "train" / file)
-    (root / "iwildcam_v2.0" / "metadata.csv").write_text("\n".join(lines) + "\n")
+    _write_lines(root / "iwildcam_v2.0" / "metadata.csv", lines)
 
 
 def _camelyon17(root, classes, per_class, facts):
     lines = [",patient,node,x_coord,y_coord,tumor,slide,center,split"]
     for hospital, number in CAMELYON.values():
-        for tumor in (0, 1):
-            for index in range(per_class):
-                patient, x = f"00{hospital}", 100 * tumor + index
-                lines.append(f"{len(lines) - 1},{patient},1,{x},64,{tumor},{hospital},{hospital},{number}")
-                folder = f"patient_{patient}_node_1"
-                place = root / "camelyon17_v1.0" / "patches" / folder / f"patch_{folder}_x_{x}_y_64.png"
-                _save(place)
-    (root / "camelyon17_v1.0" / "metadata.csv").write_text("\n".join(lines) + "\n")
+        for tumor, _, index in _each(classes, per_class):
+            patient, x = f"00{hospital}", 100 * tumor + index
+            lines.append(f"{len(lines) - 1},{patient},1,{x},64,{tumor},{hospital},{hospital},{number}")
+            folder = f"patient_{patient}_node_1"
+            _save(root / "camelyon17_v1.0" / "patches" / folder / f"patch_{folder}_x_{x}_y_64.png")
+    _write_lines(root / "camelyon17_v1.0" / "metadata.csv", lines)
 
 
 def cifar_batches(name, per_class):
@@ -133,7 +124,7 @@ def cifar_batches(name, per_class):
     count = len(load_facts(name).classes)
     files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"] if name == "cifar10" else ["train", "test"]
     rng = np.random.default_rng(0)
-    labels = [label for label in range(count) for _ in range(per_class)]
+    labels = [label for label, *_ in _each(range(count), per_class)]
     return {
         file: (rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8), rng.permutation(labels).tolist())
         for file in files
@@ -148,36 +139,33 @@ def _cifar(root, classes, per_class, facts):
     for file, (pixels, labels) in cifar_batches(facts.name, per_class).items():
         heads = [[label] if ten else [0, label] for label in labels]
         (folder / f"{file}.bin").write_bytes(np.hstack([np.array(heads, np.uint8), pixels]).tobytes())
-    names = "\n".join(classes) + "\n"
-    (folder / ("batches.meta.txt" if ten else "fine_label_names.txt")).write_text(names + "\n" * ten)
+    _write_lines(folder / ("batches.meta.txt" if ten else "fine_label_names.txt"), [*classes, *[""] * ten])
 
 
 def _flowers102(root, classes, per_class, facts):
     folder = root / "flowers-102"
     labels, parts = [], {"trnid": [], "valid": [], "tstid": []}
     for key in parts:
-        for label in range(len(classes)):
-            for _ in range(per_class):
-                labels.append(label + 1)
-                parts[key].append(len(labels))
-                _save(folder / "jpg" / f"image_{len(labels):05d}.jpg")
+        for label, *_ in _each(classes, per_class):
+            labels.append(label + 1)
+            parts[key].append(len(labels))
+            _save(folder / "jpg" / f"image_{len(labels):05d}.jpg")
     savemat(folder / "imagelabels.mat", {"labels": np.array([labels], np.uint8)})
     savemat(folder / "setid.mat", {key: np.array([numbers], np.uint16) for key, numbers in parts.items()})
 
 
 def _fgvc_aircraft(root, classes, per_class, facts):
     data = root / "fgvc-aircraft-2013b" / "data"
-    lists = {}
-    for split in ("train", "val", "test"):
-        for name in classes:
-            for _ in range(per_class):
-                number = f"{sum(map(len, lists.values())) + 34309:07d}"
-                lists.setdefault(split, []).append(f"{number} {name}")
-                _save(data / "images" / f"{number}.jpg")
+    lists = {"train": [], "val": [], "test": []}
+    for lines in lists.values():
+        for _, name, _ in _each(classes, per_class):
+            number = f"{sum(map(len, lists.values())) + 34309:07d}"
+            lines.append(f"{number} {name}")
+            _save(data / "images" / f"{number}.jpg")
     lists["trainval"] = lists["train"] + lists["val"]
     for split, lines in lists.items():
-        (data / f"images_variant_{split}.txt").write_text("\n".join(lines) + "\n")
-    (data / "variants.txt").write_text("\n".join(classes) + "\n")
+        _write_lines(data / f"images_variant_{split}.txt", lines)
+    _write_lines(data / "variants.txt", classes)
 
 
 def _stanford_cars(root, classes, per_class, facts):
@@ -187,10 +175,9 @@ def _stanford_cars(root, classes, per_class, facts):
     kinds = [(key, "O") for key in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
     for split, file in files.items():
         rows = []
-        for label in range(len(classes)):
-            for _ in range(per_class):
-                rows.append((1, 2, 3, 4, label + 1, f"{len(rows) + 1:05d}.jpg"))
-                _save(folder / f"cars_{split}" / rows[-1][-1])
+        for label, *_ in _each(classes, per_class):
+            rows.append((1, 2, 3, 4, label + 1, f"{len(rows) + 1:05d}.jpg"))
+            _save(folder / f"cars_{split}" / rows[-1][-1])
         savemat(folder / file, {"annotations": np.array(rows, dtype=kinds).reshape(1, -1)})
     savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([list(classes)], dtype=object)})
 
@@ -207,59 +194,46 @@ def _food101(root, classes, per_class, facts):
 
 def _dtd(root, classes, per_class, facts):
     folder = root / "dtd" / "dtd"
-    (folder / "labels").mkdir(parents=True)
     for start, split in ((1, "train"), (100, "val"), (200, "test")):
-        lines = [f"{name}/{name}_{start + index:04d}.jpg" for name in classes for index in range(per_class)]
-        (folder / "labels" / f"{split}1.txt").write_text("\n".join(lines) + "\n")
+        lines = [f"{name}/{name}_{start + index:04d}.jpg" for _, name, index in _each(classes, per_class)]
+        _write_lines(folder / "labels" / f"{split}1.txt", lines)
         for line in lines:
             _save(folder / "images" / line)
 
 
 def _sun397(root, classes, per_class, facts):
     folder = root / "SUN397"
-    lines = {"Training": [], "Testing": []}
-    for name in classes:
-        for part, found in lines.items():
-            for index in range(per_class):
-                found.append(f"/{name[0]}/{name}/sun_{part[1]}{index:014d}.jpg")
-                _save(folder / found[-1][1:])
-    (folder / "ClassName.txt").write_text("".join(f"/{name[0]}/{name}\n" for name in classes))
-    for part, found in lines.items():
-        (folder / f"{part}_01.txt").write_text("\n".join(found) + "\n")
+    _write_lines(folder / "ClassName.txt", [f"/{name[0]}/{name}" for name in classes])
+    for part in ("Training", "Testing"):
+        lines = [f"/{name[0]}/{name}/sun_{part[1]}{index:014d}.jpg" for _, name, index in _each(classes, per_class)]
+        _write_lines(folder / f"{part}_01.txt", lines)
+        for line in lines:
+            _save(folder / line[1:])
 
 
 def _oxford_pets(root, classes, per_class, facts):
     folder = root / "oxford-iiit-pet"
-    (folder / "annotations").mkdir(parents=True)
     for start, split in ((1, "trainval"), (100, "test")):
         lines = []
-        for label, name in enumerate(classes, start=1):
-            for index in range(per_class):
-                image = f"{name.replace(' ', '_')}_{start + index}"
-                lines.append(f"{image} {label} 1 1")
-                _save(folder / "images" / f"{image}.jpg")
-        (folder / "annotations" / f"{split}.txt").write_text("\n".join(lines) + "\n")
-
-
-def _caltech101(root, classes, per_class, facts):
-    folder = root / "caltech101" / "101_ObjectCategories"
-    for name in (*classes, BACKGROUND):
-        for index in range(per_class):
-            _save(folder / name / f"image_{index + 1:04d}.jpg")
+        for label, name, index in _each(classes, per_class):
+            image = f"{name.replace(' ', '_')}_{start + index}"
+            lines.append(f"{image} {label + 1} 1 1")
+            _save(folder / "images" / f"{image}.jpg")
+        _write_lines(folder / "annotations" / f"{split}.txt", lines)
 
 
 _MAKERS = {
     "imagenet": _imagenet,
-    "imagenet-v2": _imagenet_v2,
+    "imagenet-v2": _by_folder("imagenetv2-matched-frequency-format-val", "{index:040x}.jpeg"),
     "imagenet-r": _by_folder("imagenet-r", "art_{index}.jpg"),
     "imagenet-a": _by_folder("imagenet-a", "0.00{index}_x.jpg"),
     "imagenet-sketch": _by_folder("sketch", "sketch_{index}.JPEG"),
-    "objectnet": _objectnet,
-    "pacs": _domains("PACS"),
-    "vlcs": _domains("VLCS"),
-    "office-home": _domains("office_home"),
-    "terra-incognita": _domains("terra_incognita"),
-    "domain-net": _domains("domain_net"),
+    "objectnet": _by_folder("objectnet-1.0/images", "{index:013x}.png", OBJECTNET_ONLY, side=10),
+    "pacs": _by_folder("PACS", "pic_{index:03d}.jpg"),
+    "vlcs": _by_folder("VLCS", "pic_{index:03d}.jpg"),
+    "office-home": _by_folder("office_home", "pic_{index:03d}.jpg"),
+    "terra-incognita": _by_folder("terra_incognita", "pic_{index:03d}.jpg"),
+    "domain-net": _by_folder("domain_net", "pic_{index:03d}.jpg"),
     "fmow": _fmow,
     "iwildcam": _iwildcam,
     "camelyon17": _camelyon17,
@@ -272,5 +246,5 @@ _MAKERS = {
     "dtd": _dtd,
     "sun397": _sun397,
     "oxford-pets": _oxford_pets,
-    "caltech101": _caltech101,
+    "caltech101": _by_folder("caltech101/101_ObjectCategories", "image_{index:04d}.jpg", ("BACKGROUND_Google",)),
 }

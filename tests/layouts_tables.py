@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 from typing import NamedTuple
 
@@ -35,8 +34,7 @@ def pictures(num_per_class=4, classes=CLASSES, seed=0):
 
 
 def encoded(pixels, kind="PNG", mode=None, **settings):
-    """Returns the bytes of an image file."""
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    image, buffer = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), io.BytesIO()
     (image if mode is None else image.convert(mode)).save(buffer, kind, **settings)
     return buffer.getvalue()
 
@@ -87,7 +85,6 @@ def table_of(images, form="bytes", classes=None, **columns):
 
 
 def write_table(path, table, **settings):
-    """Writes a table in the format of the file's ending."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         pq.write_table(table, path, **{"row_group_size": 5, **settings})
@@ -104,20 +101,19 @@ def write_table(path, table, **settings):
     return path
 
 
-def write_shards(folder, images, per_shard=5, classes=CLASSES, label="cls", names=True):
+def write_shards(folder, images, per_shard=5, classes=CLASSES):
     """Writes WebDataset shards as clip_benchmark has them: ``classnames.txt`` above, numbers as labels."""
     from webdataset import TarWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    if names:
-        (folder.parent / "classnames.txt").write_text("\n".join(classes) + "\n")
+    (folder.parent / "classnames.txt").write_text("\n".join(classes) + "\n")
     starts = range(0, len(images), per_shard)
     for number, start in enumerate(starts):
         with TarWriter(str(folder / f"{number:03d}.tar")) as writer:
             for image in images[start : start + per_shard]:
                 key, ending = os.path.splitext(image.name)
-                value = str(classes.index(image.label)) if label == "cls" else json.dumps({"name": image.label})
-                writer.write({"__key__": key, ending[1:]: image.content, label: value.encode()})
+                label = str(classes.index(image.label)).encode()
+                writer.write({"__key__": key, ending[1:]: image.content, "cls": label})
     (folder / "nshards.txt").write_text(str(len(starts)))
 
 

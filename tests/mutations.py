@@ -16,15 +16,14 @@ import random
 import re
 import struct
 import tarfile
-import zlib
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from layouts_tables import Picture, hf_dataset, table_of, write_folder, write_table
 from PIL import Image
 
 CLASSES = ("circle", "square")
-NUM_IMAGES = {"train": 6, "val": 4}
 IMAGE_KINDS = {"jpeg": ".jpg", "png": ".png", "bmp": ".bmp", "webp": ".webp", "tiff": ".tif", "ppm": ".ppm"}
 CANARY = "canary"  # a folder beside that of a case: nothing may write there
 ESCAPES = (f"../{CANARY}/x", f"{{here}}/../{CANARY}/x", f"a/../../{CANARY}/x", "..", "~/x")
@@ -119,7 +118,6 @@ def warped(rng, value):
 
 
 def anything(rng, depth=0):
-    """Returns a random value of JSON."""
     kind = rng.randrange(8 if depth < 3 else 6)
     if kind < 2:
         return rng.choice(NUMBERS)
@@ -135,7 +133,6 @@ def anything(rng, depth=0):
 
 
 def json_file(rng, content):
-    """Returns a file of JSON, changed as JSON or as bytes."""
     if rng.random() < 0.25:
         return damaged(rng, content)
     text = json.dumps(warped(rng, json.loads(content)), indent=rng.choice((None, 2)))
@@ -159,73 +156,49 @@ def picture(label, seed, kind):
     return buffer.getvalue()
 
 
-def rows():
-    """Returns name, class number and bytes of the images that tables and shards hold."""
-    labels = [label for label in range(len(CLASSES)) for _ in range(NUM_IMAGES["train"] // len(CLASSES))]
-    numbers = [number % labels.count(0) for number in range(len(labels))]
-    return [(f"{CLASSES[n]}/{i}.png", n, picture(n, i, "png")) for n, i in zip(labels, numbers, strict=True)]
+def images_of(kind):
+    """Returns sound images of a kind, three of each class; of ``val`` two others."""
+    count, first, written = (2, 100, "png") if kind == "val" else (3, 0, kind)
+    return [
+        Picture(f"{word}/{index}{IMAGE_KINDS[written]}", word, picture(label, first + index, written))
+        for label, word in enumerate(CLASSES)
+        for index in range(count)
+    ]
 
 
 def write_samples(base):
-    """Writes sound inputs of all kinds, and what cases share: images and two models."""
+    """Writes sound inputs of all kinds, and what cases share: images and a model."""
     import torch
-    from families import make_tokenizer
     from safetensors.torch import load_file
     from short_training import write_model
-    from transformers import CLIPConfig, CLIPModel
 
-    for kind, ending in {"val": ".png", **IMAGE_KINDS}.items():
-        for label, word in enumerate(CLASSES):
-            for index in range(NUM_IMAGES["val" if kind == "val" else "train"] // len(CLASSES)):
-                path = base / kind / word / f"{index}{ending}"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                seed = index + 100 * (kind == "val")
-                path.write_bytes(picture(label, seed, "png" if kind == "val" else kind))
+    for kind in ("val", *IMAGE_KINDS):
+        write_folder(base / kind, images_of(kind))
     write_model(base / "model")
     torch.save(load_file(base / "model" / "open_clip_model.safetensors"), base / "open_clip_pytorch_model.bin")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**tower, "max_position_embeddings": 12, "vocab_size": 18, "eos_token_id": 2}
-    config = CLIPConfig(text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 8}, projection_dim=8)
-    torch.manual_seed(0)
-    CLIPModel(config).save_pretrained(base / "clip")
-    make_tokenizer(base / "clip")
-    size = {"shortest_edge": 16}, {"height": 16, "width": 16}
-    processor = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_center_crop": True}
-    processor |= {"size": size[0], "crop_size": size[1]}
-    (base / "clip" / "preprocessor_config.json").write_text(json.dumps(processor))
-    names, labels, contents = zip(*rows(), strict=True)
-    for folder in ("csv", "parquet", "arrow", "hf", "tar"):
+    for folder in ("csv", "tar"):
         (base / folder).mkdir()
-    words = [CLASSES[label] for label in labels]
-    table = pa.table({"image": list(contents), "label": words, "name": list(names)})
-    pq.write_table(table, base / "parquet" / "data.parquet", row_group_size=4)
-    with pa.ipc.new_file(base / "arrow" / "data.arrow", table.schema) as file:
-        file.write_table(table, max_chunksize=4)
-    write_saved(base / "hf", table)
-    lines = [f"png/{name},{CLASSES[label]},{label}" for name, label, _ in rows()]
+    images = images_of("png")
+    for ending in ("parquet", "arrow"):
+        write_table(base / ending / f"data.{ending}", table_of(images))
+    hf_dataset(images, CLASSES).save_to_disk(base / "hf")
+    lines = [f"png/{image.name},{image.label},{CLASSES.index(image.label)}" for image in images]
     (base / "csv" / "data.csv").write_text("\n".join(["image,label,fold", *lines, ""]))
     with tarfile.open(base / "tar" / "000.tar", "w") as shard:
-        for name, label, content in rows():
-            for ending, data in ((".png", content), (".cls", b"%d" % label), (".json", b'{"name": "%d"}' % label)):
-                member = tarfile.TarInfo(name.removesuffix(".png") + ending)
-                member.size = len(data)
-                shard.addfile(member, io.BytesIO(data))
+        for name, data in shard_files():
+            add_file(shard, tarfile.TarInfo(name), data)
 
 
-def write_saved(folder, table):
-    """Writes a table as ``save_to_disk`` of ``datasets`` does."""
-    columns = [table[name].combine_chunks() for name in ("image", "name")]
-    images = pa.StructArray.from_arrays(columns, ["bytes", "path"])
-    features = {"image": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": list(CLASSES)}}
-    features["name"] = {"_type": "Value", "dtype": "string"}
-    about = {"huggingface": json.dumps({"info": {"features": features}})}
-    numbers = pa.array([CLASSES.index(label) for label in table["label"].to_pylist()])
-    table = table.set_column(0, "image", images).set_column(1, "label", numbers).replace_schema_metadata(about)
-    with pa.ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as file:
-        file.write_table(table)
-    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": "train", "_fingerprint": "0"}
-    (folder / "state.json").write_text(json.dumps(state))
-    (folder / "dataset_info.json").write_text(json.dumps({"features": features}))
+def shard_files():
+    for image in images_of("png"):
+        number = CLASSES.index(image.label)
+        for ending, data in (("png", image.content), ("cls", b"%d" % number), ("json", b'{"name": "%d"}' % number)):
+            yield image.name.removesuffix("png") + ending, data
+
+
+def add_file(shard, member, data):
+    member.size = len(data)
+    shard.addfile(member, io.BytesIO(data))
 
 
 # the kinds: each writes into the folder ``here`` and returns parts of the recipe
@@ -245,24 +218,11 @@ def image_files(kind):
         def change(files):
             for name in rng.sample(sorted(files), rng.choice((1, 1, 2, 6))):
                 files[name] = damaged(rng, files[name], list(files.values())[:3])
-                if kind == "png" and rng.random() < 0.6:
-                    files[name] = with_sums(files[name])
 
         copied(base / kind, here / "images", change)
         return {"source": "folder", "path": "images"}
 
     return make
-
-
-def with_sums(content):
-    """Returns a PNG whose checksums are right again, so that what is damaged in it is read."""
-    found, at = [content[:8]], 8
-    while at + 8 <= len(content):
-        size = int.from_bytes(content[at : at + 4], "big")
-        chunk = content[at + 4 : at + 8 + size]
-        found.append(content[at : at + 4] + chunk + struct.pack(">I", zlib.crc32(chunk)))
-        at += 12 + size
-    return b"".join(found)
 
 
 def csv(rng, here, base):
@@ -294,32 +254,31 @@ def columns(rng, name="name"):
 
 def table_file(ending):
     def make(rng, here, base):
-        path = here / f"data.{ending}"
-        if rng.random() < 0.5:
-            content = (base / ending / path.name).read_bytes()
-        else:
-            table, buffer = random_table(rng), io.BytesIO()
-            if ending == "parquet":
-                with contextlib.suppress(pa.ArrowException):  # of what Parquet has no type for: a file without an end
-                    pq.write_table(table, buffer, row_group_size=rng.choice((1, 4, 100)))
-            else:
-                with rng.choice((pa.ipc.new_file, pa.ipc.new_stream))(buffer, table.schema) as file:
-                    file.write_table(table)
-            content = buffer.getvalue()
-            if rng.random() < 0.6:
-                path.write_bytes(content)
-                return {"source": "table", "path": path.name, **columns(rng)}
-        path.write_bytes(damaged(rng, content))
+        path, is_sound = here / f"data.{ending}", rng.random() < 0.5
+        content = (base / ending / path.name).read_bytes() if is_sound else file_of(rng, random_table(rng), ending)
+        path.write_bytes(damaged(rng, content) if is_sound or rng.random() < 0.4 else content)
         return {"source": "table", "path": path.name, **columns(rng)}
 
     return make
 
 
+def file_of(rng, table, ending):
+    buffer = io.BytesIO()
+    if ending == "parquet":
+        with contextlib.suppress(pa.ArrowException):  # of what Parquet has no type for: a file without an end
+            pq.write_table(table, buffer, row_group_size=rng.choice((1, 4, 100)))
+    else:
+        with rng.choice((pa.ipc.new_file, pa.ipc.new_stream))(buffer, table.schema) as file:
+            file.write_table(table)
+    return buffer.getvalue()
+
+
 def random_table(rng):
     """Returns a table like the sound one, with columns of other types, names and values."""
-    names, numbers, contents = (list(column) for column in zip(*rows(), strict=True))
-    labels = [CLASSES[number] for number in numbers]
-    found = [("image", pa.array(contents, pa.binary())), ("label", pa.array(labels)), ("name", pa.array(names))]
+    sound = table_of(images_of("png"))
+    contents, labels, names = (column.to_pylist() for column in sound.columns)
+    numbers = [CLASSES.index(label) for label in labels]
+    found = list(zip(sound.column_names, sound.columns, strict=True))
     for _ in range(rng.choice((1, 1, 2, 4))):
         floats = [rng.choice(FLOATS) for _ in names]
         column = rng.choice((names, labels, numbers, contents, [None] * len(names), floats))
@@ -349,11 +308,9 @@ def _column(rng, values):
         return pa.ListArray.from_arrays(pa.array(range(count + 1), pa.int32()), array)
     if shape == 3:
         return pa.array([None if rng.random() < 0.4 else value for value in array.to_pylist()], array.type)
-    if shape == 4:
-        return pa.ExtensionArray.from_storage(_pickled(), pa.array([pickle.dumps(Evil())] * count, pa.binary()))
-    if shape == 5:
-        inner = pa.ExtensionArray.from_storage(_pickled(), pa.array([pickle.dumps(Evil())] * count, pa.binary()))
-        return pa.StructArray.from_arrays([array, inner], ["bytes", "path"])
+    if shape in (4, 5):
+        evil = pa.ExtensionArray.from_storage(_pickled(), pa.array([pickle.dumps(Evil())] * count, pa.binary()))
+        return evil if shape == 4 else pa.StructArray.from_arrays([array, evil], ["bytes", "path"])
     return array
 
 
@@ -377,10 +334,7 @@ def _pickled():
 def hf(rng, here, base):
     def change(files):
         if rng.random() < 0.25:
-            table, buffer = random_table(rng), io.BytesIO()
-            with pa.ipc.new_stream(buffer, table.schema) as file:
-                file.write_table(table)
-            files["data-00000-of-00001.arrow"] = buffer.getvalue()
+            files["data-00000-of-00001.arrow"] = file_of(rng, random_table(rng), "arrow")
             return
         name = rng.choice(sorted(files))
         files[name] = json_file(rng, files[name]) if name.endswith(".json") else damaged(rng, files[name])
@@ -398,21 +352,19 @@ def tar(rng, here, base):
     kinds = (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE)
     kinds += (tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, b"Z")
     with tarfile.open(here / "000.tar", "w", format=rng.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))) as shard:
-        for name, number, content in rows():
-            for ending, data in ((".png", content), (".cls", b"%d" % number), (".json", b'{"name": "%d"}' % number)):
-                member = tarfile.TarInfo(name.removesuffix(".png") + ending)
-                if rng.random() < 0.06:
-                    member.name = rng.choice((*ESCAPES, "n" * 300 + ".png", ".cls", "a.b.c/d", name, "a\udcff.png"))
-                if rng.random() < 0.06:
-                    member.type, member.linkname = rng.choice(kinds), rng.choice(ESCAPES)
-                if rng.random() < 0.04:
-                    size = str(rng.choice((*NUMBERS, 20 * 10**9)))
-                    member.pax_headers = {rng.choice(("size", "path", "GNU.sparse.size", "hdrcharset")): size}
-                if ending != ".png" and rng.random() < 0.1:
-                    text = _text(rng).encode("utf-8", "replace")
-                    data = rng.choice((text, b"[" * 50000, rng.randbytes(9), b"1" * 5000))
-                member.size = len(data)
-                shard.addfile(member, io.BytesIO(data))
+        for name, data in shard_files():
+            member = tarfile.TarInfo(name)
+            if rng.random() < 0.06:
+                member.name = rng.choice((*ESCAPES, "n" * 300 + ".png", ".cls", "a.b.c/d", name, "a\udcff.png"))
+            if rng.random() < 0.06:
+                member.type, member.linkname = rng.choice(kinds), rng.choice(ESCAPES)
+            if rng.random() < 0.04:
+                size = str(rng.choice((*NUMBERS, 20 * 10**9)))
+                member.pax_headers = {rng.choice(("size", "path", "GNU.sparse.size", "hdrcharset")): size}
+            if not name.endswith("png") and rng.random() < 0.1:
+                text = _text(rng).encode("utf-8", "replace")
+                data = rng.choice((text, b"[" * 50000, rng.randbytes(9), b"1" * 5000))
+            add_file(shard, member, data)
     return {"source": "webdataset", "path": "000.tar", **label}
 
 
@@ -454,17 +406,6 @@ def safetensors(rng, content):
     return len(text).to_bytes(8, "little") + text + bytes(data)
 
 
-def clip(rng, here, base):
-    """A CLIPModel folder of Hugging Face."""
-
-    def change(files):
-        name = rng.choice(("config.json", "config.json", *sorted(files)))
-        files[name] = (json_file if name.endswith(".json") else safetensors)(rng, files[name])
-
-    copied(base / "clip", here / "clip", change)
-    return "local-dir:clip"
-
-
 KINDS = {
     "csv": csv,
     "parquet": table_file("parquet"),
@@ -473,7 +414,6 @@ KINDS = {
     "tar": tar,
     **{kind: image_files(kind) for kind in IMAGE_KINDS},
     "weights": weights,
-    "clip": clip,
 }
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 from pydantic import TypeAdapter
 
 from carft_ray.data.cache import cache_dir
@@ -9,12 +10,19 @@ from carft_ray.data.class_names import class_folders
 from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
+from carft_ray.errors import DataError
 from carft_ray.recipe.loading import absolute_paths
+from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import SetSpec
 
 
 def absolute_set(spec, base_dir):
     return absolute_paths(TypeAdapter(SetSpec).validate_python(spec), base_dir)
+
+
+def recipe_of(data, **parts):
+    """Returns a recipe of these sets, whose paths begin in the working directory."""
+    return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 2}, **parts}), Path.cwd())
 
 
 def open_train(recipe):
@@ -28,10 +36,18 @@ def open_validation(recipe):
     return open_source(recipe.data.id_val, "id_val", classes, cache), ood_val
 
 
-def open_set(class_list=None, role="train", /, base_dir=Path("/"), **spec):
+def open_set(class_list=None, role="train", /, base_dir=None, **spec):
     """Opens the set that these keys of a recipe describe, with a class list or its own."""
-    parsed = absolute_set(spec, base_dir)
+    parsed = absolute_set(spec, base_dir or Path.cwd())
     return stored_source(list_set(parsed, role), parsed, class_list, role)
+
+
+def told(open_it, *args, **keys):
+    """Returns the message for a set that cannot be opened."""
+    with pytest.raises(DataError) as caught:
+        open_it(*args, **keys)
+    assert caught.value.exit_code == 4
+    return str(caught.value)
 
 
 def folder_source(root, domains, classes, name, **selection):

@@ -5,12 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import attempts
-import numpy as np
 import pytest
 import slow_builds
 import stand_in
-from PIL import Image
+from layouts_tables import pictures, write_folder
 from ray.cluster_utils import Cluster
+from sources import recipe_of
 from test_lost import gloo
 
 from carft_ray.errors import InterruptedRunError
@@ -19,8 +19,6 @@ from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.mailbox import Mailbox, Poster, Wish
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.training import shared_inputs
 from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run_context import RunContext
@@ -32,23 +30,17 @@ SIZES = {"object_store_memory": 10**8}
 
 
 @pytest.fixture
-def recipe(tmp_path):
+def recipe(tmp_path, monkeypatch):
     """Two trials at a time, of one step each, on a folder of images whose files are packed."""
-    rng = np.random.default_rng(0)
-    for role, number in (("train", slow_builds.NUM_TRAIN // 2), ("val", 8)):
-        for name in slow_builds.CLASSES:
-            folder = tmp_path / "images" / role / name
-            folder.mkdir(parents=True)
-            for index in range(number):
-                Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(folder / f"{index:03d}.png")
+    for seed, (role, number) in enumerate((("train", slow_builds.NUM_TRAIN // 2), ("val", 8))):
+        write_folder(tmp_path / "images" / role, pictures(number, slow_builds.CLASSES, seed))
     sets = {role: {"source": "folder", "path": "images", "domains": [domain]} for role, domain in ROLES.items()}
     train = {"epochs": 1, "batch_size": slow_builds.NUM_TRAIN, "kl_weight": 0.0}
     space = {"learning_rate": {"low": 1e-5, "high": 1e-4, "log": True}}
     search = {"trials": 2, "space": space, "baselines": {}, "alpha": {"grid": [0, 0.5, 1]}}
     resources = {"threads": 1, "gpus_per_worker": 0, "hang_timeout_s": slow_builds.HANG_TIMEOUT_S}
-    given = {"data": {**sets, "pack": "always"}, "train": train, "search": search, "resources": resources}
-    recipe = Recipe.model_validate(given)
-    return absolute_paths(recipe, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return recipe_of({**sets, "pack": "always"}, train=train, search=search, resources=resources)
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +89,7 @@ def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.whole
-def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(
-    tmp_path, recipe, two_nodes
-):  # the last of these two nodes
+def test_a_node_that_dies_while_it_fills_its_cache_ends_no_search(tmp_path, recipe, two_nodes):  # the last to have both
     runner = Runner(slow_builds.prepare, slow_builds.train, slow_builds.fill_or_die)
     told = searched(recipe, tmp_path, two_nodes, runner)
     assert any("is gone: the search continues without it" in text for text in told), told

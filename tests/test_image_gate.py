@@ -2,12 +2,10 @@
 
 import contextlib
 import io
-import random
 import re
 import resource
 import struct
 import threading
-import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import short_training
 import simplejpeg
+from layouts_tables import Picture, encoded, write_folder
 from PIL import EpsImagePlugin, Image
 from sources import open_set
 
@@ -28,19 +27,11 @@ from carft_ray.errors import DataError
 from carft_ray.recipe.loading import load_recipe
 
 PACKAGE = Path(__file__).parents[1] / "carft_ray"
-EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
-%%BoundingBox: 0 0 8 8
-%%EndComments
-(stolen) (w) file closefile
-showpage
-%%EOF
-"""
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n(stolen) (w) file closefile\nshowpage\n%%EOF\n"
 
 
-def encoded(kind, size=(8, 6), **options):
-    content = io.BytesIO()
-    Image.new("RGB", size, (9, 90, 200)).save(content, kind, **options)
-    return content.getvalue()
+def plain(kind, size=(8, 6), **options):
+    return encoded(Image.new("RGB", size, (9, 90, 200)), kind, **options)
 
 
 def large_png(width, height):
@@ -54,32 +45,23 @@ def large_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
 
 
-@pytest.fixture
-def ghostscript(tmp_path, monkeypatch):
-    """A program of this name that notes that it was called; Pillow must look for it again."""
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/called\nexit 1\n")
-    (tmp_path / "bin" / "gs").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
-    return tmp_path / "called"
+def set_with(root, content):
+    """Opens a set of four images, of which the last is this one."""
+    images = [Picture(f"{name}/{number}.jpg", name, plain("JPEG")) for name in ("cat", "dog") for number in range(2)]
+    write_folder(root / "images", [*images[:3], images[3]._replace(content=content)])
+    return open_set(source="folder", path=str(root / "images"))
 
 
-def set_with(root, content, **values):
-    for name in ("cat", "dog"):
-        for number in range(2):
-            path = root / "images" / name / f"{number}.jpg"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(encoded("JPEG"))
-    path.write_bytes(content)
-    return open_set(source="folder", path=str(root / "images"), **values)
-
-
-def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can_be_skipped(tmp_path, ghostscript):
+def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can_be_skipped(tmp_path, monkeypatch):
+    program, called = tmp_path / "bin" / "gs", tmp_path / "called"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {called}\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)  # Pillow must look for it again
     with pytest.raises(Exception, match="gs"), Image.open(io.BytesIO(EPS)) as file:  # what Pillow alone does
         file.load()
-    assert ghostscript.exists()
-    ghostscript.unlink()
+    called.unlink()
     source = set_with(tmp_path, EPS)
     with pytest.raises(DataError) as caught:
         source.pixels(3)
@@ -87,13 +69,13 @@ def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can
     assert f"Save it as one of {', '.join(FORMATS)}, or take it out of the set." in str(caught.value)
     assert len(records(source, tmp_path / "cache").problems) == 1
     assert len(without_bad_images(source, tmp_path / "cache")) == 3
-    assert not ghostscript.exists()
+    assert not called.exists()
 
 
 OTHERS = [EPS, b"%PDF-1.7", b"<html>", b"version https://git-lfs.github.com", b"", b"\0\0\0\x1cftypheic"]
 
 
-@pytest.mark.parametrize("content", [*OTHERS, encoded("ICO"), encoded("TGA")])
+@pytest.mark.parametrize("content", [*OTHERS, plain("ICO"), plain("TGA")])
 def test_a_file_of_another_format_is_refused_with_its_first_bytes(content):
     for decode in (decode_image, lambda *what: small_image(*what, 4)):
         with pytest.raises(DataError) as caught:
@@ -102,7 +84,7 @@ def test_a_file_of_another_format_is_refused_with_its_first_bytes(content):
         assert str(caught.value).startswith(f"{rule} {content[:20]!r}\n")
         assert caught.value.exit_code == 4
     for kind in (*FORMATS, "MPO"):
-        assert decode_image(encoded(kind), "x.png").shape == (6, 8, 3)  # whatever the ending
+        assert decode_image(plain(kind), "x.png").shape == (6, 8, 3)  # whatever the ending
 
 
 def grown(work):
@@ -129,8 +111,8 @@ def test_a_small_file_of_very_many_pixels_takes_no_memory_and_can_be_skipped(tmp
 
 
 def test_the_limit_is_that_of_the_set_for_every_kind_of_file():
-    contents = {kind: encoded(kind, (300, 200)) for kind in FORMATS}
-    contents["progressive"] = encoded("JPEG", (300, 200), progressive=True)
+    contents = {kind: plain(kind, (300, 200)) for kind in FORMATS}
+    contents["progressive"] = plain("JPEG", (300, 200), progressive=True)
     for kind, content in contents.items():
         for decode in (decode_image, lambda content, place, limit: small_image(content, place, 20, limit)[0]):
             assert decode(content, kind, 60_000).ndim == 3
@@ -160,13 +142,10 @@ def test_a_small_picture_in_one_large_tile_takes_no_memory():
 
 
 def test_the_limit_of_a_recipe_holds_for_listed_sets_and_records_and_another_limit_reads_them_anew(tmp_path):
-    for domain in ("photo", "photo_val", "sketch"):
-        for label, name in enumerate(short_training.CLASSES):
-            short_training.write_image(tmp_path / "images" / domain / name / "0.png", label, 0)
+    path = short_training.make(tmp_path)
     Image.new("RGB", (40, 30)).save(tmp_path / "images" / "photo" / "star" / "0.png")
-    (tmp_path / "recipe.yaml").write_text(short_training.RECIPE)
     for limit, num_refused in ((1199, 1), (1200, 0)):
-        recipe = load_recipe(tmp_path / "recipe.yaml", [f"data.train.max_pixels={limit}", "data.cache_dir=cache"])
+        recipe = load_recipe(path, [f"data.train.max_pixels={limit}", "data.cache_dir=cache"])
         write_sets(recipe, tmp_path / "prepared")
         for source in (open_sets(recipe)["train"], open_sets(recipe, tmp_path / "prepared")["train"]):
             assert len(records(source, tmp_path / "cache").problems) == num_refused
@@ -177,7 +156,7 @@ def test_the_limit_of_a_recipe_holds_for_listed_sets_and_records_and_another_lim
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
 def test_large_images_are_decoded_one_at_a_time(kind, monkeypatch):
-    large, small = encoded(kind, (200, 100)), encoded(kind, (100, 100))
+    large, small = plain(kind, (200, 100)), plain(kind, (100, 100))
     inside, most, both = [], [], threading.Barrier(2)
 
     def watched(decode):
@@ -212,32 +191,23 @@ HIDES = re.compile(r"from (PIL\.Image|PIL\.ImageFile|simplejpeg|torchvision\.io)
 
 def test_no_image_is_opened_around_the_gate():
     texts = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in PACKAGE.rglob("*.py")}
-    assert {name for name, text in texts.items() if OPENS.search(text)} == {
-        "data/images.py",
-        "data/synthetic/corruptions.py",
-    }
+    gates = {"data/images.py", "data/synthetic/corruptions.py"}
+    assert {name for name, text in texts.items() if OPENS.search(text)} == gates
     assert not [name for name, text in texts.items() if HIDES.search(text)]  # so that a call is seen
 
 
 # ---- modes, and files that are damaged
 
 
-RED = (200, 30, 40)
-WHITE = (255, 255, 255)
+RED, WHITE = (200, 30, 40), (255, 255, 255)
 
 
 def picture(width=8, height=6, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def saved(image, ending="png", **options):
-    stream = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(stream, ending, **options)
-    return stream.getvalue()
-
-
-def decoded(image, ending="png", **options):
-    pixels = decode_image(saved(image, ending, **options), "x")
+def decoded(image, ending, **options):
+    pixels = decode_image(encoded(image, ending, **options), "x")
     assert pixels.dtype == np.uint8
     return pixels
 
@@ -250,13 +220,8 @@ def with_alpha(alpha):
     return np.dstack([picture(), np.broadcast_to(np.uint8(alpha), (6, 8))])
 
 
-def half_white():
-    pixels = picture()
-    pixels[:, :4] = WHITE
-    return pixels
-
-
 HALF = np.where(np.arange(8) < 4, 0, 255)  # the left half is clear
+HALF_WHITE = np.where(np.arange(8)[:, None] < 4, WHITE, picture())
 GREY, VALUES = picture()[..., 0], np.array([[0, 128, 129, 257, 32768, 65278, 65535]], dtype=np.uint16)
 FEW = picture(seed=1)[..., 0] // 128  # alpha 0 or 1
 DARK = np.repeat(np.uint8([50, 50, 50, 0, 0, 0]), 24).reshape(6, 8, 3)
@@ -265,27 +230,33 @@ COLOURS = np.uint8([(0, 0, 0), RED, (7, 8, 9)])
 CLEARED = np.uint8([WHITE, RED, (7, 8, 9)])
 PALETTE = Image.fromarray(ENTRIES)
 PALETTE.putpalette(COLOURS.ravel().tolist())
-LOSSLESS = {"lossless": True}
+LOSSLESS, EXIF = {"lossless": True}, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff"
+FIRST, ANIMATION = Image.new("RGB", (8, 6), RED), {"save_all": True, "append_images": [Image.new("RGB", (8, 6))]}
 # what is saved, in which format, with which options, and the pixels that are decoded
 DECODED = {
     **{f"RGB as {ending}": (picture(), ending, {}, picture()) for ending in ("png", "bmp", "tiff", "ppm")},
     "grey is repeated": (GREY, "png", {}, three(GREY)),
     "one bit is black and white": (Image.fromarray(GREY > 127), "png", {}, three(np.where(GREY > 127, 255, 0))),
     **{f"alpha {a} keeps the colour": (with_alpha(a), "png", {}, picture()) for a in (1, 9, 254, 255)},
-    "clear pixels are white": (with_alpha(HALF), "png", {}, half_white()),
-    "clear pixels of WebP": (with_alpha(HALF), "webp", LOSSLESS, half_white()),
-    "clear pixels of TIFF": (with_alpha(HALF), "tiff", {}, half_white()),
+    "clear pixels are white": (with_alpha(HALF), "png", {}, HALF_WHITE),
+    "clear pixels of WebP": (with_alpha(HALF), "webp", LOSSLESS, HALF_WHITE),
+    "clear pixels of TIFF": (with_alpha(HALF), "tiff", {}, HALF_WHITE),
     "grey with alpha": (np.dstack([GREY, FEW]), "png", {}, three(np.where(FEW == 0, 255, GREY))),
     "palette": (PALETTE, "png", {}, COLOURS[ENTRIES]),
     "palette, one entry clear": (PALETTE, "png", {"transparency": bytes([0, 128, 255])}, CLEARED[ENTRIES]),
     "palette of GIF": (PALETTE, "gif", {"transparency": 0}, CLEARED[ENTRIES]),
     "one clear grey": (DARK[..., 0], "png", {"transparency": 0}, np.where(DARK == 0, 255, DARK)),
     "one clear colour": (DARK, "png", {"transparency": (0, 0, 0)}, np.where(DARK == 0, 255, DARK)),
+    "of an animation the first picture": (FIRST, "gif", ANIMATION, np.broadcast_to(RED, (6, 8, 3))),
+    "the first of WebP": (FIRST, "webp", {**ANIMATION, **LOSSLESS}, np.broadcast_to(RED, (6, 8, 3))),
+    "the first of PNG": (FIRST, "png", ANIMATION, np.broadcast_to(RED, (6, 8, 3))),
+    "damaged EXIF data": (picture(), "png", {"exif": EXIF + bytes(range(40))}, picture()),
     "16 bits": (VALUES, "png", {}, three([[0, 0, 1, 1, 128, 254, 255]])),
     "16 bits of TIFF": (VALUES, "tiff", {}, three([[0, 0, 1, 1, 128, 254, 255]])),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize(("image", "ending", "options", "expected"), DECODED.values(), ids=DECODED)
 def test_every_mode_of_an_image_has_its_pixels(image, ending, options, expected):
     np.testing.assert_array_equal(decoded(image, ending, **options), expected)
@@ -299,53 +270,26 @@ def test_floating_point_has_no_known_range():
 @pytest.mark.parametrize("ending", ["tiff", "jpeg"])
 def test_inks_are_mixed(ending):
     inks = (40, 200, 10, 60)
-    content = saved(Image.new("CMYK", (16, 16), inks), ending, **({"quality": 100} if ending == "jpeg" else {}))
+    content = encoded(Image.new("CMYK", (16, 16), inks), ending, **({"quality": 100} if ending == "jpeg" else {}))
     assert (b"Adobe" in content) == (ending == "jpeg")  # with this marker the values of the file are 255 - ink
     expected = [(255 - ink) * (255 - inks[3]) / 255 for ink in inks[:3]]
     assert np.abs(decode_image(content, "x") - np.array(expected)).max() <= 2
 
 
-UPRIGHT = [
-    lambda a: a,
-    lambda a: a[:, ::-1],
-    lambda a: a[::-1, ::-1],
-    lambda a: a[::-1],
-    lambda a: a.swapaxes(0, 1),
-    lambda a: np.rot90(a, -1),
-    lambda a: a[::-1, ::-1].swapaxes(0, 1),
-    lambda a: np.rot90(a),
-]
-
-
 @pytest.mark.parametrize("ending", ["png", "jpeg"])
 def test_the_rotation_of_the_camera_is_applied(ending):
     image = np.zeros((16, 32, 3), dtype=np.uint8)
-    image[:8, :8] = 255  # a corner
-    image[8:, 24:] = 100
-    for orientation, upright in enumerate(UPRIGHT, start=1):
+    image[:8, :8], image[8:, 24:] = 255, 100  # two corners
+    for orientation, turned in {1: image, 2: image[:, ::-1], 3: image[::-1, ::-1], 6: np.rot90(image, -1)}.items():
         exif = Image.Exif()
         exif[0x0112] = orientation
         found = decoded(image, ending, exif=exif).astype(int)
-        assert np.abs(found - upright(image.astype(int))).max() <= (0 if ending == "png" else 20)
-
-
-@pytest.mark.filterwarnings("ignore")  # Pillow's own about the data
-def test_damaged_exif_data_are_no_reason_to_refuse_an_image():
-    content = saved(picture(), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(range(40)))
-    assert decode_image(content, "x").shape == (6, 8, 3)
-
-
-@pytest.mark.parametrize("ending", ["gif", "png", "webp"])
-def test_of_an_animation_the_first_picture_counts(ending):
-    first, second = (Image.new("RGB", (8, 6), colour) for colour in (RED, (0, 0, 0)))
-    options = {"lossless": True} if ending == "webp" else {}
-    found = decoded(first, ending, save_all=True, append_images=[second], **options)
-    np.testing.assert_array_equal(found, np.broadcast_to(RED, (6, 8, 3)))
+        assert np.abs(found - turned.astype(int)).max() <= (0 if ending == "png" else 20)
 
 
 @pytest.mark.parametrize("ending", ["png", "jpeg", "bmp", "webp", "gif"])
 def test_images_that_are_cut_off_are_refused(ending):
-    whole = saved(picture(64, 64), ending)
+    whole = encoded(picture(64, 64), ending)
     for share in (0.1, 0.5, 0.9):
         with pytest.raises(DataError, match=r"x: must be a readable image, but got \S+") as caught:
             decode_image(whole[: int(len(whole) * share)], "x")
@@ -356,10 +300,7 @@ def test_images_that_are_cut_off_are_refused(ending):
 
 
 def by_pillow(content):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(content)) as file:
-            return np.asarray(file.convert("RGB"))
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
 def smooth(width, height):
@@ -368,17 +309,15 @@ def smooth(width, height):
     return Image.fromarray(np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)) // 8 * 8)
 
 
-KINDS = [{"subsampling": 0}, {"subsampling": 1}, {"subsampling": 2}, {"progressive": True}, {"optimize": True}]
-KINDS += [{"keep_rgb": True}, {"restart_marker_blocks": 3}]
+PROGRESSIVE, RESTARTS = {"progressive": True}, {"restart_marker_blocks": 3}
+KINDS = [*({"subsampling": kind} for kind in range(3)), PROGRESSIVE, RESTARTS, {"optimize": True}, {"keep_rgb": True}]
 
 
 @pytest.mark.parametrize("options", [*KINDS, {"mode": "L"}], ids=str)
 def test_every_kind_of_jpeg_has_the_pixels_of_pillow_to_the_bit(options):
-    settings = {key: value for key, value in options.items() if key != "mode"}
     for width, height in ((1, 1), (7, 5), (16, 16), (33, 47), (150, 97)):
         for quality in (20, 75, 100):
-            image = smooth(width, height).convert(options.get("mode", "RGB"))
-            content = saved(image, "jpeg", quality=quality, **settings)
+            content = encoded(smooth(width, height), "jpeg", quality=quality, **options)
             np.testing.assert_array_equal(_plain_jpeg(content)[0], by_pillow(content))
 
 
@@ -388,32 +327,13 @@ def test_kinds_of_jpeg_that_pillow_does_not_write_have_its_pixels_too(subsamplin
     np.testing.assert_array_equal(_plain_jpeg(content)[0], by_pillow(content))
 
 
-@pytest.mark.parametrize("progressive", [False, True])
-def test_what_is_taken_of_damaged_jpegs_pillow_takes_too_with_the_same_pixels(progressive):
-    whole = saved(smooth(24, 20), "jpeg", progressive=progressive)
-    draw = random.Random(1)
-    taken = 0
-    for trial in range(400):
-        damaged = bytearray(whole[: draw.randrange(len(whole))] if trial % 8 == 0 else whole)
-        if len(damaged) > 3:
-            damaged[draw.randrange(3, len(damaged))] = draw.randrange(256)
-        found = _plain_jpeg(bytes(damaged))
-        if found is not None:
-            taken += 1
-            np.testing.assert_array_equal(found[0], by_pillow(bytes(damaged)))
-    assert 50 < taken < 350
-
-
-EXIF = b"Exif\0\0"
 BEHIND_A_THUMBNAIL = b"8BIM\xff\xda"  # which looks like the beginning of the picture
-
-
-MARKS = [{0xE1: EXIF}, {0xE1: b'<x tiff:Orientation="6"/>'}, {0xED: BEHIND_A_THUMBNAIL, 0xE1: EXIF}]
+MARKS = [{0xE1: b"Exif\0\0"}, {0xE1: b'<x tiff:Orientation="6"/>'}, {0xED: BEHIND_A_THUMBNAIL, 0xE1: b"Exif\0\0"}]
 
 
 @pytest.mark.parametrize("marks", MARKS)
 def test_a_jpeg_that_may_be_turned_goes_to_pillow(marks):
-    content = saved(smooth(16, 16), "jpeg")
+    content = encoded(smooth(16, 16), "jpeg")
     segments = b"".join(b"\xff%c" % kind + (len(mark) + 2).to_bytes(2, "big") + mark for kind, mark in marks.items())
     assert _plain_jpeg(content[:2] + segments + content[2:]) is None
     assert _plain_jpeg(content) is not None

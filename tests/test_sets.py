@@ -1,24 +1,25 @@
-"""From roles to sets: what the checks say, one role per image, and test sets that nobody touches."""
+"""From roles to sets: what the checks say, one role per image, test sets that nobody touches; which images of a tree
+belong to a set: parts, shots, masks of classes, and images that cannot be decoded."""
 
-import time
 from pathlib import Path
 
+import numpy as np
 import pytest
-from layouts_tables import pictures, write_folder
-from sources import open_train, open_validation
+from layouts_tables import CLASSES, pictures, write_folder
+from sources import open_set, open_train, open_validation, recipe_of
+from strict_roles import check_overlap
 
+from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_names
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
-from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.recipe import Recipe
 
 ROLES = ("train", "id_val", "sketch_val", "id_test", "sketch_test")
 
 
 def write_tree(root, classes=("bird", "fire_truck")):
-    """One domain per role, three images per class."""
     for seed, domain in enumerate(ROLES):
         write_folder(root / domain, pictures(3, classes, seed))
 
@@ -36,20 +37,6 @@ def folder_recipe(data=None, **parts):
         "ood_test": {"other": folder_set("sketch_test")},
     }
     return recipe_of({**sets, **(data or {})}, **parts)
-
-
-def sandbox_recipe(data=None, **parts):
-    def drawn(domain, split):
-        return {"source": "sandbox", "domain": domain, "split": split, "num_per_class": 2}
-
-    tests = {"id_test": drawn("photo", "test"), "ood_test": {"other": drawn("cartoon", "test")}}
-    sets = {"train": drawn("photo", "train"), "id_val": drawn("photo", "val"), **tests}
-    return recipe_of({**sets, "ood_val": {"sketch": drawn("sketch", "val")}, **(data or {})}, **parts)
-
-
-def recipe_of(data, **parts):
-    recipe = Recipe.model_validate({"data": data, "train": {"batch_size": 4}, **parts})
-    return absolute_paths(recipe, Path.cwd())
 
 
 @pytest.fixture
@@ -80,18 +67,16 @@ def test_folders_open_with_the_classes_of_train_or_those_of_the_recipe(base):
 def test_words_for_the_prompts(base):
     assert class_names(folder_recipe()) == ("bird", "fire truck")
     assert class_names(folder_recipe(prompts={"class_names": ["a", "b"]})) == ("a", "b")
-    with pytest.raises(DataError, match=r"prompts\.class_names: there must be one text per class"):
-        class_names(folder_recipe(prompts={"class_names": ["a"]}))
 
 
 def test_cache_dir_is_absolute_and_follows_the_users_cache(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_dir(sandbox_recipe()) == tmp_path / ".cache" / "carft-ray"
+    assert cache_dir(folder_recipe()) == tmp_path / ".cache" / "carft-ray"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert cache_dir(sandbox_recipe()) == tmp_path / "other" / "carft-ray"
-    assert cache_dir(sandbox_recipe({"cache_dir": "decoded"})) == tmp_path / "decoded"
+    assert cache_dir(folder_recipe()) == tmp_path / "other" / "carft-ray"
+    assert cache_dir(folder_recipe({"cache_dir": "decoded"})) == tmp_path / "decoded"
 
 
 def test_check_compares_with_data_classes_where_training_folders_are_missing(base):
@@ -106,7 +91,6 @@ def test_check_refuses_a_batch_larger_than_the_training_set_wherever_it_stands(b
     recipe = folder_recipe(train={"batch_size": 7}, search={"space": space, "baselines": baselines})
     rule = "must be at most the size of the training set, {} images, in train, search.space and baselines, but got"
     assert texts(check_sets(recipe)) == [f"batch_size: {rule.format(6)} 64"]
-    assert texts(check_sets(sandbox_recipe(train={"batch_size": 33}))) == [f"batch_size: {rule.format(32)} 33"]
 
 
 def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(tmp_path, monkeypatch):
@@ -118,7 +102,7 @@ def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(
 
 
 def test_sets_without_common_images_and_two_sets_of_one_role_pass(base):
-    assert check_roles(folder_recipe()) == check_roles(sandbox_recipe()) == []
+    assert check_roles(folder_recipe()) == []
     both = {"one": folder_set("sketch_val"), "both": folder_set("sketch_val")}
     assert check_roles(folder_recipe({"ood_val": both})) == []
 
@@ -157,12 +141,6 @@ def shard_recipe(folder, number, **other):
     return Recipe.model_validate({"data": {**sets, **other}, "train": {"batch_size": 4}})
 
 
-def test_roles_of_many_shards_are_compared_by_set_and_not_each_shard_with_each(tmp_path):
-    recipe, before = shard_recipe(tmp_path, 1000), time.process_time()
-    assert check_roles(recipe) == []
-    assert time.process_time() - before < 2  # each with each: 3 million pairs of paths
-
-
 def test_shards_in_two_roles_are_told_once_for_two_sets_with_their_number(tmp_path):
     again = {"source": "webdataset", "path": str(tmp_path / "a" / "train" / "{1,3,4}.tar")}
     (problem,) = check_roles(shard_recipe(tmp_path / "a", 5, id_val=again))
@@ -171,3 +149,92 @@ def test_shards_in_two_roles_are_told_once_for_two_sets_with_their_number(tmp_pa
     assert [problem.place for problem in check_roles(inner)] == ["data.id_test"] * 2
     first = shard_recipe(tmp_path / "c", 5, train={"source": "folder", "path": str(tmp_path / "c")})
     assert [problem.place for problem in check_roles(first)] == ["data.id_val", "data.id_test"]
+
+
+# ---- which images of a tree belong to a set
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch):
+    """Three classes of forty images, without domains."""
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "images", pictures(40))
+    return tmp_path
+
+
+def chosen(tree, names=None, **selection):
+    return open_set(names, base_dir=tree, source="folder", path="images", **selection)
+
+
+def recipe_of_parts(tree, **sets):
+    whole = {"source": "folder", "path": "images"}
+    return recipe_of({"train": {**whole, "part": [0.3, 1]}, "id_val": {**whole, "part": [0, 0.3]}, **sets})
+
+
+def test_parts_and_shots_are_disjoint_nested_and_drawn_by_their_seed(tree):
+    whole = chosen(tree)
+    assert (whole.class_names, whole.listing.names[0]) == (CLASSES, "bird/0.png")
+    assert np.bincount(whole.labels).tolist() == [40, 40, 40]
+    parts = [chosen(tree, part=part) for part in ([0, 0.25], [0.25, 0.6], [0.6, 1])]
+    ids = [set(part.sample_ids.tolist()) for part in parts]
+    assert sum(map(len, ids)) == len(set.union(*ids)) == 120
+    assert [len(part) for part in parts] == [24, 50, 46]  # 30, 42 and 48 are expected
+    one, five, other = (chosen(tree, shots=k, shots_seed=seed) for k, seed in ((1, 0), (5, 0), (5, 1)))
+    assert np.bincount(five.labels).tolist() == [5, 5, 5]
+    assert set(one.sample_ids.tolist()) < set(five.sample_ids.tolist())
+    assert set(five.sample_ids.tolist()) != set(other.sample_ids.tolist())
+    assert set(chosen(tree, part=[0, 0.25], shots=3).sample_ids.tolist()) < ids[0]
+
+
+def test_a_set_of_some_classes_is_told_apart_between_those(tree):
+    names = ("ant", "bird", "cat", "cow", "dog")
+    source = chosen(tree, names, classes="some")
+    assert source.groups == ((1,), (2,), (4,))
+    assert sorted(set(source.labels.tolist())) == [1, 2, 4]
+    with pytest.raises(DataError, match="write classes: some"):
+        chosen(tree, names)
+    with pytest.raises(DataError, match="every class of a set must be in the class list, but got 'dog'"):
+        chosen(tree, names[:4], classes="some")
+
+
+def test_one_tree_may_be_cut_into_roles_by_parts_that_share_no_image(tree):
+    recipe = recipe_of_parts(tree)
+    assert check_roles(recipe) == check_sets(recipe) == []
+    check_overlap(recipe, tree / "cache")
+    assert len(open_train(recipe)) + len(open_validation(recipe)[0]) == 120
+    for other in ({"part": [0.2, 0.4]}, {"part": [0.3, 1]}, {}, {"shots": 2}, {"path": "images/bird"}):
+        (problem,) = check_roles(recipe_of_parts(tree, id_val={"source": "folder", "path": "images", **other}))
+        assert f"must not share images with data.train, but got {tree / other.get('path', 'images')}\n" in str(problem)
+
+
+def test_a_part_without_images_and_more_shots_than_images_are_refused(tree):
+    with pytest.raises(DataError, match="there must be at least one image, but got none of 120 in the part"):
+        chosen(tree, part=[0, 1e-9])
+    with pytest.raises(DataError, match=r"every class must have 41 images, as shots says, but got 40 in 'bird'"):
+        chosen(tree, shots=41)
+
+
+def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree, caplog):
+    sound = chosen(tree, on_bad_image="skip")
+    assert without_bad_images(sound, tree / "cache") is sound
+    for index in range(3):
+        (tree / "images" / "cat" / f"{index}.png").write_bytes(b"no image")
+    (tree / "images" / "dog" / "11.png").write_bytes((tree / "images" / "dog" / "12.png").read_bytes()[:60])
+    source = chosen(tree, on_bad_image="skip")
+    left = without_bad_images(source, tree / "cache")
+    assert len(left) == 116
+    assert [name.rsplit("images/")[1] for name in left.skipped] == [*(f"cat/{i}.png" for i in range(3)), "dog/11.png"]
+    (line,) = caplog.messages
+    assert "train: 4 of 120 images are left out, which cannot be decoded (on_bad_image: skip): " in line
+    assert line.count("must be a readable image") == 3  # the first ones
+    assert "; carft-ray doctor RECIPE --json names all of training and validation" in line
+    assert len(without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")) == 116
+    assert caplog.messages == [line]
+    assert left.fingerprint != source.fingerprint
+
+
+def test_a_set_of_bad_images_alone_is_refused(tree):
+    for path in tree.glob("images/*/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="at least one image that can be decoded, but got none of 120"):
+        without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")

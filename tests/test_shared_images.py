@@ -1,20 +1,27 @@
-"""Images that stand in two roles: who leaves, what is refused, the list of a study, `exclude`; which are copies."""
+"""Images that stand in two roles: who leaves, what is refused, a search and the list of its study; which are copies."""
 
+import contextlib
 import csv
+import io
 import itertools
+import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import ArraySource
-from picture_copies import COPIES, signed
-from PIL import Image, ImageDraw
+from crash_host import call
+from layouts_tables import encoded
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from short_training import write_model
 from sources import open_train, open_validation
 
 from benchmarks.photos import photo
 from carft_ray import words
+from carft_ray.data.content import DIGEST_BYTES
 from carft_ray.data.copies import find
 from carft_ray.data.copies import shared_images as shares
 from carft_ray.data.copies.pairs_file import check_pairs_path, write_pairs
@@ -28,36 +35,97 @@ from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe
 
+
+def hills(seed, side=40):
+    """Returns a picture of smooth hills of colour, as a photo has."""
+    noise = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    return noise.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def write_pictures(images, domains, classes, side=40):
+    """Writes for each domain as many pictures per class as it is said to have; no two are alike."""
+    for number, (domain, count) in enumerate(domains.items()):
+        for label, name in enumerate(classes):
+            (images / domain / name).mkdir(parents=True)
+            for index in range(count):
+                hills([number, label, index], side).save(images / domain / name / f"{index}.png")
+
+
+def resaved(image, *kind, **settings):
+    return Image.open(io.BytesIO(encoded(image, *kind, **settings))).convert("RGB")
+
+
+def resized(image, factor):
+    return image.resize((int(image.width * factor), int(image.height * factor)), Image.Resampling.BICUBIC)
+
+
+def cropped(image):
+    """Cuts off a twentieth of each side."""
+    x, y = round(0.05 * image.width), round(0.05 * image.height)
+    return image.crop((x, y, image.width - x, image.height - y))
+
+
+def bordered(image):
+    """Lays a border around: white where the picture begins dark, else black."""
+    colour = "white" if np.asarray(image.convert("L"))[0].mean() < 128 else "black"
+    return ImageOps.expand(image, max(1, round(0.06 * min(image.size))), fill=colour)
+
+
+def marked(image):
+    """Writes a text over a third of the width into the lower right corner, white with a black outline."""
+    copy = image.copy()
+    draw, size = ImageDraw.Draw(copy), 1.0
+    while draw.textlength("(c) example", font=ImageFont.load_default(size + 1)) <= image.width / 3:
+        size += 1
+    place, font = (0.97 * image.width, 0.97 * image.height), ImageFont.load_default(size)
+    draw.text(place, "(c) example", "white", font, "rb", stroke_width=max(1, round(size / 10)), stroke_fill="black")
+    return copy
+
+
+COPIES = {
+    "PNG": resaved,
+    "JPEG 90": lambda image: resaved(image, "JPEG", quality=90),
+    "JPEG 75": lambda image: resaved(image, "JPEG", quality=75),
+    "half size": lambda image: resized(image, 0.5),
+    "double size": lambda image: resized(image, 2),
+    "5 % margin off": cropped,
+    "border": bordered,
+    "small watermark": marked,
+}
+
+
+def signed(pictures, seed):
+    """Returns the records of pictures; each has bytes of its own, so that copies are found by what they show."""
+    digests = np.random.default_rng(seed).integers(0, 256, (len(pictures), DIGEST_BYTES), dtype=np.uint8)
+    return Records(digests, np.stack([thumbnails_of(pixels) for pixels in pictures]))
+
+
 CLASSES = ("cat", "dog")
 RECIPE = """
 format_version: 1
 name: shared
-model: {name: sandbox}
+model: {name: "local-dir:model"}
 data:
   train: {source: folder, path: images, domains: [train]}
   id_val: {source: folder, path: images, domains: [val]}
   ood_val: {sketch: {source: folder, path: images, domains: [sketch]}}
   id_test: {source: folder, path: images, domains: [test]}
   ood_test: {paint: {source: folder, path: images, domains: [paint]}}
-train: {batch_size: 4}
+train: {learning_rate: 1e-2, kl_weight: 1, epochs: 1, batch_size: 16}
+search:
+  trials: 1
+  space: {learning_rate: {low: 1e-3, high: 1e-2, log: true}}
+  baselines: {plain: {kl_weight: 0}}
+resources: {executor: debug}
 """
 NUM = {"train": 24, "val": 20, "sketch": 20, "test": 20, "paint": 20}  # images per class
-
-
-def picture(seed, side=40):
-    """Smooth hills of colour, as a photo has."""
-    hills = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    return hills.resize((side, side), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared")
-    for number, (domain, count) in enumerate(NUM.items()):
-        for label, name in enumerate(CLASSES):
-            (folder / "images" / domain / name).mkdir(parents=True)
-            for index in range(count):
-                picture([number, label, index]).save(folder / "images" / domain / name / f"{index}.png")
+    write_model(folder / "model")
+    write_pictures(folder / "images", NUM, CLASSES)
     (folder / "recipe.yaml").write_text(RECIPE)
     return folder
 
@@ -127,17 +195,8 @@ def test_an_image_stays_in_the_role_nearest_to_the_test(here, copies, setting, l
 
 
 @pytest.mark.slow
-def test_what_leaves_or_is_kept_is_counted_and_told_by_set(here):
+def test_what_is_kept_is_told_by_set(here):
     copy(here, "test/cat/0.png", "train/cat/a.png")
-    copy(here, "test/dog/1.png", "val/dog/b.jpg")
-    rows = found(here)
-    assert shares.shared_counts(rows) == {"data.id_val": {"leaves": 1}, "data.train": {"leaves": 1}}
-    assert shares.shared_lines(rows) == [
-        "data.id_val: 1 image left out, also in data.id_test",
-        "data.train: 1 image left out, also in data.id_test",
-    ]
-    assert {row.found_by for row in rows} == {"same bytes", "same picture"}
-    (here / "images" / "val" / "dog" / "b.jpg").unlink()
     assert shares.shared_lines(found(here, "data.shared_images=keep")) == [
         "data.id_test: 1 image kept, also in data.train",
         "data.train: 1 image kept, also in data.id_test",
@@ -148,9 +207,7 @@ def test_what_leaves_or_is_kept_is_counted_and_told_by_set(here):
 def test_corrupted_images_leave_the_set_that_is_shown(here):
     copy(here, "test/cat/0.png", "val/cat/x.png")
     recipe = loaded(here, f"data.ood_val={{noise: {NOISE}}}")
-    smaller = shares.without_shared(recipe, shares.find_shared(recipe, here / "cache"))
-    assert smaller.data.train == recipe.data.train
-    id_val, ood_val = open_validation(smaller)
+    id_val, ood_val = open_validation(shares.without_shared(recipe, shares.find_shared(recipe, here / "cache")))
     assert len(id_val) == len(ood_val["noise"]) == 40
 
 
@@ -286,6 +343,7 @@ def test_other_pictures_are_far_apart_and_the_order_makes_no_difference():
     for one, other in itertools.combinations(looks, 2):
         assert LIMIT < picture_distance(one, other) == picture_distance(other, one)
     assert 0 <= picture_distance(grey_picture(blank), looks[0]) <= 1
+    assert len(find.candidates(signed([blank], 1), signed([blank], 2))) == 0  # known by its bytes alone
 
 
 def test_what_lies_inside_a_border_is_found():
@@ -337,6 +395,8 @@ def test_pairs_are_written_as_a_table(tmp_path):
         f'data.train,"set 0/<b>, 1.png",{ids[0]},data.id_test,"set 1/<b>, 2.png",{ids[1]},same picture,0.1234'
     )
     assert [line.rsplit(",", 2)[1:] for line in lines[1:3]] == [["same bytes", "0.0"], ["same picture", "0.05"]]
+    leaving = {int(pair.first.source.sample_ids[pair.first.index]) for pair in pairs}
+    assert {*excluded_ids(str(tmp_path / "pairs.csv"), "x").tolist()} == leaving  # the table may be given to `exclude`
     write_pairs(tmp_path / "none.csv", [])
     assert (tmp_path / "none.csv").read_text() == f"{lines[0]}\n"
     with pytest.raises(UsageError, match=r"--pairs: the name must end in \.csv or \.html, but got "):
@@ -352,3 +412,68 @@ def test_pairs_are_written_as_a_page_of_its_own(tmp_path):
     assert "<b>, 1" not in page
     assert "&lt;b&gt;, 1.png" in page
     assert not re.search(r"https?://", page)
+
+
+# ---- a search and the commands that read its study
+
+
+SHARED = 2  # of 48 and 44 images: one with the same bytes, one saved again
+LEFT = {"train": 46, "id_val": 42, "sketch": 40}
+LINE = f"data.train: {SHARED} images left out, also in data.id_val"
+
+
+@pytest.fixture(scope="module")
+def searched(tree, tmp_path_factory):
+    """The study of a recipe with copies in two roles, and what its search told."""
+    folder, told = tmp_path_factory.mktemp("searched") / "here", io.StringIO()
+    shutil.copytree(tree, folder)
+    copy(folder, "train/cat/0.png", "val/cat/x.png")
+    copy(folder, "train/dog/1.png", "val/dog/y.jpg")
+    with contextlib.redirect_stderr(told):
+        assert call(["search", folder / "recipe.yaml", "--study", folder / "study"]) == 0
+    return folder / "study", told.getvalue()
+
+
+def num_images(folder):
+    return [json.loads(path.read_text())["num_images"] for path in sorted(folder.glob("*/*/result.json"))]
+
+
+@pytest.mark.slow
+def test_a_search_leaves_copies_out_and_what_goes_on_compares_nothing_again(searched, tmp_path, run, monkeypatch):
+    study, told = searched
+    assert told.count(LINE) == told.count("left out") == 1
+    with (study / SHARED_IMAGES).open() as file:
+        rows = list(csv.DictReader(file))
+    assert Counter(row["found_by"] for row in rows) == {"same bytes": 1, "same picture": 1}
+    assert {(row["set"], row["done"], row["other_set"]) for row in rows} == {("data.train", "leaves", "data.id_val")}
+    provenance = json.loads((study / "manifest.json").read_text())["provenance"]
+    assert provenance["shared_images"] == {"policy": "drop", "counts": {"data.train": {"leaves": SHARED}}}
+    assert {name: one["num_images"] for name, one in provenance["data"].items()} == LEFT
+    assert [*num_images(study / "trials"), *num_images(study / "baselines")] == [LEFT, LEFT]
+    assert json.loads(run("report", study, "--json")[1])["shared_images"] == {"data.train": {"leaves": SHARED}}
+    assert LINE in run("report", study)[1]
+    assert run("export", study, "--trial", "0", "--alpha", "1", "--to", tmp_path / "model")[0] == 0
+    assert LINE in (tmp_path / "model" / "README.md").read_text()
+    assert run("doctor", study.parent / "recipe.yaml")[0] == 0
+    resumed, before = shutil.copytree(study, tmp_path / "study"), (study / SHARED_IMAGES).read_bytes()
+    monkeypatch.setattr(shares, "shared_pairs", None)  # it is not called
+    name = next((study / "trials").glob("t*")).name
+    assert "the same, bit for bit" in run("reproduce", study, name)[1]
+    code, _, err = run("resume", resumed, "--trials", "+1")
+    assert code == 0, err
+    assert "left out" not in err
+    assert (resumed / SHARED_IMAGES).read_bytes() == before
+    assert num_images(resumed / "trials") == [LEFT, LEFT]
+
+
+@pytest.mark.whole
+@pytest.mark.slow
+def test_confirm_trains_on_what_the_search_trained_on(searched, tmp_path, run, monkeypatch):
+    study = shutil.copytree(searched[0], tmp_path / "study")
+    monkeypatch.setattr(shares, "shared_pairs", None)  # it is not called
+    code, _, err = run("confirm", study, "--top", "1", "--seeds", "2")
+    assert code == 0, err
+    again = num_images(study / "confirm")
+    assert again == [LEFT] * len(again)
+    shared = json.loads((study / "confirm" / "summary.json").read_text())["shared_images"]
+    assert shared == {"data.train": {"leaves": SHARED}}

@@ -1,23 +1,38 @@
-"""Files from strangers that never end, are far too large, or say what cannot be: each is one message, at once."""
+"""Files from strangers that never end, are far too large, or say what cannot be: each is one message, at once.
+
+Of their tables nothing is unpickled, no other memory is read, and a damaged page costs its own rows only.
+"""
 
 import contextlib
 import io
 import json
 import os
+import pickle
+import socket
 import tarfile
 from pathlib import Path
 
+import crash_host
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import short_training
 from layouts_tables import hf_dataset, pictures, table_of, write_folder, write_table
-from sources import open_set
+from sources import open_set, told
 
 from carft_ray import files
 from carft_ray.data.images import MOST_BYTES
+from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
+from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.untrusted import parse_json
+from carft_ray.untrusted import (
+    parse_json,
+    read_regular,
+    read_text,
+    require_nothing_outside,
+)
 
 IMAGES = pictures()
 TB = 10**12
@@ -27,23 +42,8 @@ TB = 10**12
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "recipe.yaml").write_text(short_training.RECIPE)  # what it names is not there
     return tmp_path
-
-
-def opened(**spec):
-    return open_set(base_dir=Path.cwd(), **spec)
-
-
-def told(**spec):
-    with pytest.raises(DataError) as caught:
-        opened(**spec)
-    return str(caught.value)
-
-
-def recipe_file():
-    """Writes a recipe; what it names is not there."""
-    Path("recipe.yaml").write_text(short_training.RECIPE)
-    return Path("recipe.yaml").absolute()
 
 
 def sparse(path, size=TB, content=b""):
@@ -59,7 +59,7 @@ def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(here):
     os.mkfifo("images/cat/pipe.png")
     os.symlink("/dev/zero", "images/cat/zero.png")
     write_table(here / "set.csv", pa.table({"image": ["cat/pipe.png", "cat/zero.png"], "label": ["cat", "cat"]}))
-    source = opened(source="table", path="set.csv", root="images")
+    source = open_set(source="table", path="set.csv", root="images")
     for index in range(2):
         with pytest.raises(DataError, match="must be a regular file, but got a pipe, device or socket"):
             source.content(index)
@@ -67,7 +67,7 @@ def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(here):
         os.mkfifo(f"pipe.{ending}")
         for path in (f"pipe.{ending}", f"*pipe.{ending}"):
             source = "webdataset" if ending == "tar" else "table"
-            assert f"but got {here / f'pipe.{ending}'}" in told(source=source, path=path)
+            assert f"but got {here / f'pipe.{ending}'}" in told(open_set, source=source, path=path)
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
@@ -75,11 +75,10 @@ def test_a_pipe_or_a_device_in_place_of_a_list_is_told(here, kind):
     os.mkfifo("pipe")
     write_table(here / "set.parquet", table_of(IMAGES))
     rule = "must be a regular file, but got "
-    assert rule in told(source="table", path="set.parquet", class_names=kind)
-    assert rule in told(source="table", path="set.parquet", exclude=kind)
-    recipe = recipe_file()
+    assert rule in told(open_set, source="table", path="set.parquet", class_names=kind)
+    assert rule in told(open_set, source="table", path="set.parquet", exclude=kind)
     with pytest.raises(RecipeError, match=rule):
-        load_recipe(recipe, [f"prompts.templates='file:{kind}'"])
+        load_recipe(here / "recipe.yaml", [f"prompts.templates='file:{kind}'"])
     with pytest.raises(RecipeError, match=rule):
         load_recipe(here / kind)
 
@@ -102,11 +101,11 @@ def test_an_image_of_a_terabyte_in_a_shard_or_a_table_is_told_and_not_read(here)
         ({"source": "table", "path": "set.csv", "root": "images"}, "cat/9.png"),
     ):
         with pytest.raises(DataError, match=f"{place}: .*at most {MOST_BYTES:,} bytes, .*but got 1,000,000,000,000"):
-            opened(**spec).content(0)
+            open_set(**spec).content(0)
     batch = pa.record_batch({"image": pa.array([b"x" * 512], pa.large_binary()), "label": ["cat"], "name": ["a"]})
     with pa.ipc.new_stream("x.arrow", batch.schema) as writer:
         writer.write_batch(batch)
-    assert opened(source="table", path="x.arrow", id="name").content(0) == b"x" * 512
+    assert open_set(source="table", path="x.arrow", id="name").content(0) == b"x" * 512
 
 
 def tar_header(name, kind=tarfile.REGTYPE, size=0):
@@ -117,7 +116,7 @@ def tar_header(name, kind=tarfile.REGTYPE, size=0):
 
 def test_a_header_of_20_gigabytes_is_told_and_not_read(here):
     sparse(here / "x.tar", 21 * 2**30, tar_header("x", tarfile.XHDTYPE, 20 * 2**30))
-    assert told(source="webdataset", path="x.tar").startswith(f"{here / 'x.tar'}: must be a whole tar archive")
+    assert f"{here / 'x.tar'}: must be a whole tar archive" in told(open_set, source="webdataset", path="x.tar")
 
 
 def below_zero():
@@ -129,18 +128,18 @@ def below_zero():
     return bytes(raw) + bytes(10240)
 
 
-@pytest.mark.parametrize(
-    ("content", "rule"),
-    [
-        (below_zero(), "must be a whole tar archive"),
-        (tar_header("x", tarfile.XGLTYPE) * 5000, "must be a whole tar archive"),  # each calls for the next
-        (tar_header("\udcff.png") + bytes(10240), "the name of a file must be text in UTF-8"),
-    ],
-    ids=["size below zero", "global headers", "name that is no text"],
-)
+# a shard that would be read for ever, or whose names are no text, and the message
+ODD_SHARDS = {
+    "size below zero": (below_zero(), "must be a whole tar archive"),
+    "global headers": (tar_header("x", tarfile.XGLTYPE) * 5000, "must be a whole tar archive"),  # endless
+    "name that is no text": (tar_header("\udcff.png") + bytes(10240), "the name of a file must be text in UTF-8"),
+}
+
+
+@pytest.mark.parametrize(("content", "rule"), ODD_SHARDS.values(), ids=ODD_SHARDS)
 def test_a_shard_with_odd_headers_is_told_and_read_to_an_end(here, content, rule):
     (here / "x.tar").write_bytes(content)
-    assert rule in told(source="webdataset", path="x.tar")
+    assert rule in told(open_set, source="webdataset", path="x.tar")
 
 
 def test_lists_of_a_terabyte_are_told_and_not_read(here):
@@ -148,10 +147,10 @@ def test_lists_of_a_terabyte_are_told_and_not_read(here):
     sparse(here / "names.txt")
     sparse(here / "table.csv", content=b"image,label\n")
     rule = "since it is read whole, but got 1,000,000,000,000"
-    assert rule in told(source="table", path="set.parquet", class_names="names.txt")
-    assert rule in told(source="table", path="table.csv")
+    assert rule in told(open_set, source="table", path="set.parquet", class_names="names.txt")
+    assert rule in told(open_set, source="table", path="table.csv")
     sparse(here / "one_line.csv")
-    assert "must be" in told(source="table", path="one_line.csv")
+    assert "must be" in told(open_set, source="table", path="one_line.csv")
     with pytest.raises(RecipeError, match=rule):
         load_recipe(here / "names.txt")
 
@@ -162,11 +161,11 @@ def test_the_state_of_a_saved_data_set_may_be_nothing_but_json(here):
     surrogate = '{"_data_files": [{"filename": "\\ud800"}]}'
     for content, rule in (("[" * 200_000, "nested too deep"), (surrogate, "surrogates not allowed")):
         state.write_text(content)
-        text = told(source="huggingface", path="saved")
+        text = told(open_set, source="huggingface", path="saved")
         assert text.startswith(f"{state}: must be a readable JSON file, but got ")
         assert text.endswith(rule)
     sparse(state)
-    assert "since it is read whole" in told(source="huggingface", path="saved")
+    assert "since it is read whole" in told(open_set, source="huggingface", path="saved")
     assert parse_json('{"a": "\\ud83d\\ude00"}') == {"a": "\U0001f600"}
 
 
@@ -179,10 +178,10 @@ def test_an_arrow_set_with_damaged_names_is_told(here):
     for name, damaged in (*names, (b"huggingface", b"hugg\xff\xffgface")):
         (here / "set.arrow").write_bytes(whole.replace(name, damaged))
         with contextlib.suppress(DataError):  # and nothing else is raised
-            opened(source="table", path="set.arrow", id="name", image="image", label="label").content(0)
+            open_set(source="table", path="set.arrow", id="name", image="image", label="label").content(0)
 
 
-NO_NUL = "must be text without the character NUL"
+VALUES = "must be a text, a whole number, true or false, or a list of them"
 NO_NUL = "must be text without the character NUL and without halves"
 # a setting of a recipe, and the rule that it breaks
 CANNOT_BE = [
@@ -195,15 +194,19 @@ CANNOT_BE = [
     (f"data.train.path={'x' * 300}", "a path of the recipe: must have at most 4,095 bytes, and each name in it 255"),
     (f"prompts.templates=file:{'x/' * 3000}", "must have at most 4,095 bytes"),
     ("name=" + "x" * 300, "letters, digits, _ and -, at most 100"),
+    ("data.id_val={source: table, path: x, where: {label: 0.5}}", VALUES),
+    ("data.id_val={source: table, path: x, where: {label: []}}", VALUES),
+    ("data.id_val={source: table, path: x, class_names: [1]}", "must be a list of texts, or the path of a text file"),
+    ("data.id_val={source: webdataset, path: x, label: 'json:'}", "the ending of a file such as cls, or json:KEY"),
 ]
 
 
 @pytest.mark.parametrize(("setting", "rule"), CANNOT_BE)
 def test_a_recipe_that_says_what_cannot_be_is_told(here, setting, rule):
     with pytest.raises(RecipeError) as caught:
-        load_recipe(recipe_file(), [setting])
+        load_recipe(here / "recipe.yaml", [setting])
     assert rule in str(caught.value)
-    recipe = load_recipe(recipe_file(), ["data.train.path=~nosuchuser/x"])  # a folder that is not there
+    recipe = load_recipe(here / "recipe.yaml", ["data.train.path=~nosuchuser/x"])  # a folder that is not there
     assert recipe.data.train.path == str(here / "~nosuchuser" / "x")
 
 
@@ -217,3 +220,213 @@ def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
     with pytest.raises(StorageError, match="must be a regular file"):
         files.read_json_lines(here / "pipe")
     assert files.read_json_lines(here / "deep") == []
+
+
+# ---- tables that hold what is pickled
+
+
+PICTURES = pictures(classes=short_training.CLASSES)
+NAMES = ("set.parquet", "set.arrow", "set.feather")  # a stream and a file of Arrow
+PICKLED = "ray.data.arrow_pickled_object"
+
+
+class _Payload:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.path),)
+
+
+def struck(images, trap, form="beside"):
+    """Returns a table in whose image column an object is pickled that makes the file ``trap`` when it is read.
+
+    It stands ``beside`` the bytes in a struct, ``inside`` as its bytes, or is the ``whole`` column.
+    """
+    name = {"ARROW:extension:name": PICKLED, "ARROW:extension:metadata": ""}
+    payload = pa.array([pickle.dumps(_Payload(trap))] * len(images), pa.large_binary())
+    pickled = pa.field("bytes" if form == "inside" else "object", pa.large_binary(), metadata=name)
+    contents = pa.array([image.content for image in images], pa.binary())
+    if form == "whole":
+        column, kind = payload, pa.field("image", pa.large_binary(), metadata=name)
+    else:
+        fields = {"beside": [pa.field("bytes", pa.binary()), pickled], "inside": [pickled]}[form]
+        column = pa.StructArray.from_arrays([contents, payload][-len(fields) :], fields=fields)
+        kind = pa.field("image", column.type)
+    table = table_of(images)
+    return table.set_column(0, kind, column)
+
+
+# ---- the command line in a process with Ray's types registered, for ``crash_host``
+
+
+def import_everything():
+    import ray.data
+    import ray.data._internal.object_extensions.arrow  # noqa: F401  (it registers the types)
+
+    crash_host.import_everything()
+
+
+def call(argv):
+    import ray
+
+    with pytest.raises(pa.ArrowKeyError):  # it is registered
+        pa.register_extension_type(ray.data._internal.object_extensions.arrow.ArrowPythonObjectType())
+    return crash_host.call(argv)
+
+
+@pytest.fixture(params=[True, False], ids=["registered", "unknown"])
+def with_or_without_rays_types(request):
+    """Ray's type for pickled objects is registered, as in a process that has imported ``ray.data``, or is not."""
+    from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+    ray_private.forget_pickled_columns()
+    if request.param:
+        pa.register_extension_type(ArrowPythonObjectType())
+    yield
+    ray_private.forget_pickled_columns()
+
+
+@pytest.mark.parametrize("form", ["beside", "inside", "whole"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, with_or_without_rays_types, name, form):
+    write_table(tmp_path / name, struck(PICTURES, tmp_path / "trap", form))
+    with pytest.raises(DataError, match=f"column image must have no extension type, but got {PICKLED}"):
+        open_set(source="table", path=name, image="image", id="name")
+    with pytest.raises(ValueError, match=f"a column image with the extension type {PICKLED}"):
+        read_columns(tmp_path / name, ["image"])
+    if form == "beside":  # and where it was not seen
+        assert open_rows(tmp_path / name, "image").value(3) == PICTURES[3].content
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_column_that_nobody_uses_may_hold_anything(tmp_path, with_or_without_rays_types):
+    table = struck(PICTURES, tmp_path / "trap").rename_columns(["other", "label", "name"])
+    table = table.append_column("image", pa.array([image.content for image in PICTURES], pa.binary()))
+    for name in NAMES:
+        write_table(tmp_path / name, table)
+        source = open_set(source="table", path=name, image="image", id="name")
+        assert [source.content(index) for index in range(len(PICTURES))] == [image.content for image in PICTURES]
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.slow
+def test_no_command_unpickles_what_ray_would(tmp_path):
+    """Doctor, and searches, in a process with Ray's types registered."""
+    short_training.make(tmp_path)
+    trap, table = tmp_path / "trap", struck(PICTURES, tmp_path / "trap")
+    for name in NAMES:
+        write_table(tmp_path / name, table)
+    hf_dataset(PICTURES, short_training.CLASSES).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    with pa.ipc.open_stream(file) as reader:
+        noted = reader.schema.metadata
+    write_table(file, table.replace_schema_metadata(noted))
+    search = ["search", "--executor", "debug", "--study", "study"]
+    saved = "{source: huggingface, path: saved}"
+    tables = [f"{{source: table, path: {name}}}" for name in NAMES]
+    argvs = [(*search, tables[0]), (*search, saved), ("doctor", tables[1])]
+    commands = [{"argv": [*words, "../recipe.yaml", "--set", f"data.train={one}"]} for *words, one in argvs]
+    with crash_host.started(tmp_path, "test_strange_files") as run:
+        ((_, answers),) = run([{"name": "job", "commands": commands}]).values()
+    for answer in answers:
+        assert answer["code"] == 4, answer["log"]
+        assert f"the column image must have no extension type, but got {PICKLED}" in answer["log"]
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("column", ["image", "label"])
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_an_offset_out_of_the_file_is_told_and_no_other_memory_is_read(tmp_path, name, column):
+    """One image, or one label, ends where no file is any more."""
+    table = table_of(PICTURES[:5])  # one batch
+    values = table.column(column).to_pylist()
+    write_table(tmp_path / name, table if column == "label" else table.select(["image", "label"]))
+    ends = np.cumsum([0, *map(len, values)], dtype="<i4").tobytes()
+    raw = (tmp_path / name).read_bytes()
+    assert raw.count(ends) == 1
+    (tmp_path / name).write_bytes(raw.replace(ends, ends[:8] + np.array([2**24], "<i4").tobytes() + ends[12:]))
+    with pytest.raises(DataError, match=f"{name}: must be a readable table, but got .*(?i:offset)"):
+        open_set(source="table", path=name)
+
+
+def test_a_damaged_page_costs_the_rows_of_its_row_group_from_there_on(tmp_path):
+    rng = np.random.default_rng(0)
+    images = [image._replace(name=f"{row}", content=rng.bytes(2000)) for row, image in enumerate(PICTURES * 10)]
+    path = tmp_path / "set.parquet"
+    pq.write_table(
+        table_of(images), path, row_group_size=100, compression="none", use_dictionary=False, data_page_size=2**14
+    )
+    raw = path.read_bytes()
+    where = raw.index(images[33].content)
+    path.write_bytes(raw[: where - 4] + b"\xff\xff\xff\x7f" + raw[where:])  # its length
+    rows = open_rows(path, "image")
+    left = []
+    for row, image in enumerate(images):
+        with contextlib.suppress(*READ_ERRORS):
+            assert rows.value(row) == image.content
+            left.append(row)
+    assert left == [*range(32), *range(100, 200)]
+    assert rows.value(7) == images[7].content
+
+
+# ---- the gate for files
+
+
+def test_a_regular_file_is_read_whole_through_links_and_text_must_be_utf_8(tmp_path):
+    (tmp_path / "a").write_bytes(b"\xef\xbb\xbfgr\xc3\xbcn")
+    (tmp_path / "link").symlink_to("a")
+    assert read_regular(tmp_path / "link") == b"\xef\xbb\xbfgr\xc3\xbcn"
+    assert read_text(tmp_path / "link") == "grün"
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "b")
+    (tmp_path / "a").write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match="must be text in UTF-8, but byte 3 is not"):
+        read_text(tmp_path / "a")
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # a socket's path is short
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        with pytest.raises(OSError):  # noqa: PT011  # the system's own, ENXIO
+            read_regular(tmp_path / "socket")
+    special = "a pipe, device or socket"
+    for name, kind in (("pipe", special), ("/dev/zero", special), (".", "a folder")):
+        with pytest.raises(RecipeError, match=f"must be a regular file, but got {kind}$"):
+            read_regular(tmp_path / name, error=RecipeError)
+    with pytest.raises(DataError, match=r"a\\x00b: must be the name of a file"):
+        read_regular(tmp_path / "a\0b")
+
+
+def test_a_file_over_the_limit_is_not_read(tmp_path):
+    (tmp_path / "sparse").touch()
+    os.truncate(tmp_path / "sparse", 10**12)
+    with pytest.raises(DataError, match="at most 67,108,864 bytes, since it is read whole, but got 1,000,000,000,000"):
+        read_regular(tmp_path / "sparse")
+    (tmp_path / "small").write_bytes(b"123")
+    assert read_regular(tmp_path / "small", most_bytes=3) == b"123"
+    for path in (tmp_path / "small", "/proc/self/status"):  # whose size is said to be 0
+        with pytest.raises(DataError, match="at most 2 bytes"):
+            read_regular(path, most_bytes=2)
+
+
+def test_a_folder_from_which_a_link_leads_out_is_refused_and_a_link_within_it_is_not(tmp_path):
+    folder, victim = tmp_path / "study", tmp_path / "victim"
+    (folder / "trials" / "t0").mkdir(parents=True)
+    victim.mkdir()
+    (folder / "latest").symlink_to("trials/t0")
+    (tmp_path / "linked").symlink_to(folder)
+    for place in (folder, tmp_path / "linked", tmp_path / "not there"):
+        require_nothing_outside(place, StorageError)
+    for target in (victim, Path("../../../victim/new"), Path("/etc")):
+        (folder / "trials" / "t0" / "log.txt").symlink_to(target)
+        with pytest.raises(StorageError, match=r"t0/log.txt: must not lead out of .*, but got a link to /"):
+            require_nothing_outside(tmp_path / "linked", StorageError)
+        (folder / "trials" / "t0" / "log.txt").unlink()
+    os.mkfifo(folder / "trials" / "result.json")
+    with pytest.raises(StorageError, match=r"result.json: must be a file or a folder, but got a pipe, device or"):
+        require_nothing_outside(folder, StorageError)

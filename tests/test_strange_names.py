@@ -22,6 +22,15 @@ from carft_ray.results.report_tables import write_tables
 from carft_ray.results.verdict_card import Line, latex_card, text_card
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import PROVENANCE
+from carft_ray.untrusted import (
+    csv_cell,
+    html,
+    is_name,
+    latex,
+    markdown,
+    of_csv_cell,
+    visible,
+)
 
 STEERING = {"\x1b", "\x07", "\u202e", "\u2028"}
 CLASS_NAMES = ["[red]", "\x1b]0;owned\x07\u202e", "=1+1", '</script><img src=x onerror="document.title=1">', "$\\frac$"]
@@ -140,3 +149,39 @@ def test_the_tables_of_a_report_hold_no_formula(study_dir, tmp_path):
     for path in (tmp_path / "report").glob("*.csv"):
         cells = [cell for row in csv.reader(io.StringIO(path.read_text())) for cell in row]
         assert not [cell for cell in cells if re.match(r"[=+@\t\r]|-(?![\d.])", cell)]
+
+
+# ---- the gates for names and texts
+
+
+def test_what_may_leave_a_folder_is_no_name():
+    assert all(map(is_name, ("t0001-ab", "a", "A.b_c-9", "x" * 200)))
+    others = ("", ".", "..", ".a", "-a", "a/b", "../a", "/a", "a\n", "a\0", "ü", "a b", "x" * 201)
+    assert not any(map(is_name, others))
+
+
+# how a text is shown, the text, and what is written
+SHOWN = [
+    (visible, "a\tb\nüñ 日本 [red] e\u0301", "a\tb\nüñ 日本 [red] e\u0301"),
+    (visible, "\x1b]0;x\x07", r"\x1b]0;x\x07"),
+    (visible, "a\u202eb\u2066c\u200fd\r\x9b\ud800\u2028", r"a\u202eb\u2066c\u200fd\r\x9b\ud800\u2028"),
+    (latex, r"50 % of {a}_b\input{x}", r"50 \% of \{a\}\_b\textbackslash{}input\{x\}"),
+    (latex, "~^$&#", r"\textasciitilde{}\textasciicircum{}\$\&\#"),
+    (latex, "[red]\n\n<a|b>", r"{}[red] \textless{}a\textbar{}b\textgreater{}"),
+    (markdown, "a\n# <b> [x](y) `c` $x$", r"a # \<b\> \[x\](y) \`c\` \$x\$"),
+    (markdown, "_a_ id_val __b", r"\_a\_ id_val \_\_b"),
+    (html, "</script>\x1b\" '&", r"&lt;/script&gt;\x1b&quot; &#x27;&amp;"),
+    *((csv_cell, text, f"'{text}") for text in ("=1+1", "+1", "-1", "@a")),
+    (csv_cell, "a=1", "a=1"),
+    (csv_cell, "", ""),
+]
+
+
+@pytest.mark.parametrize(("show", "text", "written"), SHOWN)
+def test_a_text_is_shown_as_it_is_and_steers_nothing(show, text, written):
+    assert show(text) == written
+
+
+def test_a_cell_is_read_back_as_it_was():
+    for text in ("=1", "'=1", "''-", "'tis", "'", "a", ""):
+        assert of_csv_cell(csv_cell(text)) == text

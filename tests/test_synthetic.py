@@ -1,51 +1,36 @@
 """Corruptions by the published formulas and code, sets under them, and the pictures of the sandbox."""
 
-import colorsys
 import hashlib
-import io
-import json
 import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-import crash_host
 import numpy as np
-import open_clip
 import pytest
-import torch
-import torch.nn.functional as F
 from layouts_tables import pictures, write_folder
 from PIL import Image
-from scipy import ndimage
-from sources import absolute_set, open_validation
+from sources import absolute_set, open_validation, recipe_of
 from strict_roles import check_overlap
 from torchvision.transforms.v2 import functional
 
-from carft_ray import model as models
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.data.synthetic import corruptions as module
-from carft_ray.data.synthetic import fields, sandbox
+from carft_ray.data.synthetic import sandbox
 from carft_ray.data.synthetic.corrupted import squared
-from carft_ray.data.synthetic.corruptions import CORRUPTIONS, PARAMETERS, corrupt
+from carft_ray.data.synthetic.corruptions import CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES, export_images, render, sandbox_source
-from carft_ray.errors import DataError, HoldOutError, UsageError
+from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import SandboxSet
 from carft_ray.study.identity import class_of
 from carft_ray.training.origin import set_contents
+from carft_ray.training.shared_inputs import load_shared_inputs
 
-# the order of the paper
-PUBLISHED = (
-    *("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur"),
-    *("snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression"),
-)
 WITHOUT_DRAWS = ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
 
 # PSNR in dB of ``picture()`` under the package imagecorruptions 1.1.2, whose code is the published one but for motion
@@ -81,36 +66,8 @@ def picture(height=224, width=224):
     return (scene + grain[..., None] - 11).clip(0, 255).astype(np.uint8)
 
 
-def grey(level, side=128):
-    return np.full((side, side, 3), float(level))
-
-
-def rows(name):
-    """Every published setting of a corruption, over tables and severities."""
-    for row in PARAMETERS[name].values():
-        for setting in row:
-            yield setting if isinstance(setting, list) else [setting]
-
-
-def rng(seed=0):
-    return np.random.default_rng(seed)
-
-
 def psnr(x, y):
     return 10 * math.log10(255**2 / np.mean((x.astype(float) - y) ** 2))
-
-
-def test_the_fifteen_of_the_paper_are_there_with_five_severities_for_every_published_side():
-    assert tuple(CORRUPTIONS) == PUBLISHED
-    assert set(PARAMETERS) == set(CORRUPTIONS)
-    for name, tables in PARAMETERS.items():
-        assert set(tables) == set(module.SIDES), name
-        assert all(len(row) == 5 for row in tables.values()), name
-
-
-def test_the_table_nearest_to_the_shorter_side_is_taken():
-    sizes = [(32, 32), (45, 500), (46, 46), (119, 200), (200, 120), (224, 224), (900, 900)]
-    assert [module.table_side(*size) for size in sizes] == [32, 32, 64, 64, 224, 224, 224]
 
 
 # of gaussian_noise, shot_noise ...
@@ -121,24 +78,13 @@ GOLDEN = (
 )
 
 
-@pytest.mark.parametrize(("name", "golden"), list(zip(PUBLISHED, GOLDEN.split(), strict=True)))
+@pytest.mark.parametrize(("name", "golden"), list(zip(CORRUPTIONS, GOLDEN.split(), strict=True)))
 def test_golden_bytes(name, golden):
     """A change here changes every stored set: raise CORRUPTION_VERSION with it."""
     small, large = picture(40, 48), picture(130, 120)
     images = [corrupt(small, name, severity, 7, 2**63 + 5) for severity in range(1, 6)]
     images += [corrupt(picture(64, 64), name, 4, 7, 11), corrupt(large, name, 3, 2**64 - 1, 11)]
     assert hashlib.sha256(b"".join(image.tobytes() for image in images)).hexdigest()[:16] == golden
-
-
-def test_seed_sample_and_name_each_draw_anew_and_severities_share_their_draws():
-    drawn = [("snow", 0, 0), ("snow", 1, 0), ("snow", 0, 1), ("fog", 0, 0), ("snow", 2**63, 2**63)]
-    assert len({module.generator(*what).standard_normal(8).tobytes() for what in drawn}) == 5
-    x = np.full((64, 64, 3), 128, dtype=np.uint8)
-    weak, strong = (corrupt(x, "gaussian_noise", severity, 0, 0).astype(float) - 128 for severity in (1, 2))
-    np.testing.assert_allclose(strong, 2 * weak, atol=1.01)  # 0.08 is twice 0.04; two roundings
-    for name in CORRUPTIONS:
-        same = np.array_equal(*(corrupt(picture(64, 64), name, 3, 0, sample) for sample in (1, 2)))
-        assert same == (name in WITHOUT_DRAWS), name
 
 
 @pytest.mark.slow
@@ -160,142 +106,6 @@ def test_every_size_is_corrupted_and_changed(size):
         assert (y.shape, y.dtype) == (x.shape, np.uint8), name
         assert min(size) < 32 or 3 < psnr(y, x) < 40, name
         assert corrupt(flat, name, 5, 0, 0).shape == x.shape
-
-
-def test_noise_has_the_published_deviations_and_shares():
-    for (deviation,) in rows("gaussian_noise"):
-        noise = CORRUPTIONS["gaussian_noise"](grey(0.5), rng(), deviation) - 0.5
-        assert noise.std() == pytest.approx(deviation, rel=0.02)
-        assert noise.mean() == pytest.approx(0, abs=4 * deviation / math.sqrt(noise.size))
-    for (photons,) in rows("shot_noise"):
-        for level in (0.1, 0.5):  # mean and variance of a Poisson count
-            counted = CORRUPTIONS["shot_noise"](grey(level), rng(), photons)
-            assert counted.mean() == pytest.approx(level, rel=0.03)
-            assert counted.var() == pytest.approx(level / photons, rel=0.04)
-            np.testing.assert_allclose(counted * photons, np.rint(counted * photons), atol=1e-9)
-    for (share,) in rows("impulse_noise"):  # half of it by white, half by black, each colour for itself
-        y = CORRUPTIONS["impulse_noise"](grey(0.5), rng(), share)
-        assert set(np.unique(y)) == {0, 0.5, 1}
-        for value in (0, 1):
-            assert np.mean(y == value) == pytest.approx(share / 2, abs=4 * math.sqrt(share / y.size))
-        assert np.mean((y[..., 0] != 0.5) & (y[..., 1] != 0.5)) == pytest.approx(share**2, abs=0.01)
-
-
-@pytest.mark.parametrize("radius", [0.5, 1.5, 3, 10])
-def test_defocus_blur_is_the_mean_over_a_disc(radius):
-    x = rng().random((40, 50, 3))
-    down, right = np.indices((25, 25)) - 12
-    disc = (down**2 + right**2 <= radius**2).astype(float)
-    expected = ndimage.convolve(x, (disc / disc.sum())[..., None], mode="mirror")
-    np.testing.assert_allclose(CORRUPTIONS["defocus_blur"](x, rng(), radius, 1e-3), expected, atol=1e-12)
-
-
-def test_motion_blur_is_half_a_gaussian_along_a_line():
-    x = np.zeros((65, 65, 3))
-    x[32, 32] = 1
-    kernel = fields.smear(x[..., 0], 10, 3, 0.0)[32]
-    weights = np.exp(-0.5 * (np.arange(21) / 3) ** 2)
-    np.testing.assert_allclose(kernel[12:33][::-1], weights / weights.sum())
-    assert kernel[33:].sum() == 0
-    kernels = [CORRUPTIONS["motion_blur"](x, rng(sample), 20, 15)[..., 0] for sample in range(40)]
-    places = [np.average(np.indices((65, 65)) - 32, axis=(1, 2), weights=kernel) for kernel in kernels]
-    angles = [math.degrees(math.atan2(-down, -right)) for down, right in places]
-    assert -46 < min(angles) < -30
-    assert 30 < max(angles) < 46
-
-
-@pytest.mark.parametrize("factor", [1.0, 1.01, 2.25, 4.5])
-def test_enlargement_is_the_centre_of_scipys(factor):
-    for side in (32, 65):
-        x = rng().random((side, side))
-        kept = math.ceil(side / factor)
-        first = (side - kept) // 2
-        large = ndimage.zoom(x[first : first + kept, first : first + kept], factor, order=1)
-        cut = (len(large) - side) // 2
-        np.testing.assert_allclose(fields.zoom(x, factor), large[cut : cut + side, cut : cut + side], atol=1e-12)
-
-
-def test_glass_blur_lets_pixels_take_the_place_of_near_ones():
-    x = np.zeros((20, 20, 3))
-    x[..., 0] = np.arange(400).reshape(20, 20) / 400 * 200 / 255
-    x = np.rint(x * 255) / 255
-    y = CORRUPTIONS["glass_blur"](x, rng(), 1e-6, 2, 1)
-    expected = np.rint(x * 255)
-    draws = rng().integers(-2, 2, (16 * 16, 2)).tolist()
-    for down in range(18, 2, -1):
-        for right in range(18, 2, -1):
-            move_down, move_right = draws.pop(0)
-            # as the published code assigns it: through views, so that one colour is lost
-            one, other = expected[down, right], expected[down + move_down, right + move_right]
-            one[:], other[:] = other, one
-    np.testing.assert_allclose(y * 255, expected, atol=1e-9)
-
-
-def test_fog_adds_a_cloud_and_keeps_the_maximum():
-    x = picture(64, 64) / 255
-    for density, decay in rows("fog"):
-        cloud = fields.plasma(64, 64, rng(), decay)
-        assert (cloud.min(), cloud.max()) == (0, 1)
-        expected = (x + density * cloud[..., None]) * x.max() / (x.max() + density)
-        np.testing.assert_allclose(CORRUPTIONS["fog"](x, rng(), density, decay), expected)
-
-
-def test_frost_has_the_published_shares_and_the_colours_of_the_photographs():
-    frosted = CORRUPTIONS["frost"](grey(0), rng(1), 1, 1)
-    means, deviations = module._FROST_PANES[int(rng(1).integers(5))]
-    np.testing.assert_allclose(frosted.mean(axis=(0, 1)) * 255, means, atol=3)
-    np.testing.assert_allclose(frosted.std(axis=(0, 1)) * 255, deviations, atol=4)
-    for share, ice in rows("frost"):
-        np.testing.assert_allclose(CORRUPTIONS["frost"](grey(0.3), rng(1), share, ice), share * 0.3 + ice * frosted)
-
-
-def test_brightness_shifts_the_value_of_hsv():
-    corners = np.indices((3, 3, 3)).reshape(3, -1).T / 2
-    colours = np.concatenate([corners, rng().random((300, 3))])[:, None]
-    hsv = [colorsys.rgb_to_hsv(*colour) for colour in colours[:, 0].tolist()]
-    for (shift,) in rows("brightness"):
-        expected = np.array([colorsys.hsv_to_rgb(h, s, min(v + shift, 1)) for h, s, v in hsv])[:, None]
-        np.testing.assert_allclose(CORRUPTIONS["brightness"](colours, rng(), shift), expected, atol=1e-12)
-
-
-def test_contrast_keeps_the_means_and_scales_the_deviations():
-    x = picture(64, 64) / 255
-    for (share,) in rows("contrast"):
-        y = CORRUPTIONS["contrast"](x, rng(), share)
-        np.testing.assert_allclose(y.mean(axis=(0, 1)), x.mean(axis=(0, 1)))
-        np.testing.assert_allclose(y.std(axis=(0, 1)), share * x.std(axis=(0, 1)))
-
-
-def test_jpeg_and_pixelate_are_a_round_trip_of_the_published_quality_and_means_of_blocks():
-    for severity, quality in enumerate((25, 18, 15, 10, 7), start=1):
-        file = io.BytesIO()
-        Image.fromarray(picture()).save(file, "JPEG", quality=quality)
-        found = corrupt(picture(), "jpeg_compression", severity, 0, 0)
-        np.testing.assert_array_equal(found, np.asarray(Image.open(file)))
-    for severity, block in ((2, 2), (5, 4)):
-        y = corrupt(picture(), "pixelate", severity, 0, 0)
-        blocks = picture().reshape(224 // block, block, 224 // block, block, 3).mean(axis=(1, 3))
-        np.testing.assert_allclose(y, blocks.repeat(block, axis=0).repeat(block, axis=1), atol=1)
-
-
-def test_elastic_moves_three_points_and_bends_smoothly():
-    height, width, jitter = 60, 80, 0.1
-    down, right = np.indices((height, width))
-    ramp = np.stack([down / 100, right / 100, np.ones((height, width))], axis=-1)
-    y = CORRUPTIONS["elastic_transform"](ramp, rng(), 0, 0, jitter)
-    before = np.array([[50, 60], [50, 20], [10, 20]])
-    after = before + rng().uniform(-6, 6, (3, 2))
-    # a ramp shows at each place from where it came
-    seen = [ndimage.map_coordinates(y[..., axis], after.T, order=1) * 100 for axis in (0, 1)]
-    np.testing.assert_allclose(np.transpose(seen), before, atol=1e-6)
-    np.testing.assert_allclose(CORRUPTIONS["elastic_transform"](ramp, rng(), 0, 0, 0), ramp, atol=1e-9)
-
-
-@pytest.mark.parametrize("sigma", [0, 0.3, 1.6, 19.5, 60])
-def test_smoothing_by_cosines_equals_the_filter(sigma):
-    waves = rng().random((2, 37, 50))
-    expected = [ndimage.gaussian_filter(field, sigma, mode="reflect", truncate=3) for field in waves]
-    np.testing.assert_allclose(fields.smooth(waves, sigma), expected, atol=1e-12)
 
 
 # ---- sets under corruptions
@@ -321,9 +131,8 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
-def recipe_of(**sets):
-    data = {"train": folder("train"), "id_val": folder("val"), **sets}
-    return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 4}}), Path.cwd())
+def shared_recipe(**sets):
+    return recipe_of({"train": folder("train"), "id_val": folder("val"), **sets})
 
 
 def folder(name, **keys):
@@ -390,7 +199,7 @@ SHARED = [
 
 @pytest.mark.parametrize(("sets", "shared"), SHARED)
 def test_only_validation_with_validation_and_test_with_test_may_share_images(sets, shared, tree):
-    recipe = recipe_of(**sets)
+    recipe = shared_recipe(**sets)
     problems = check_roles(recipe)
     if shared is None:
         assert problems == check_sets(recipe) == []
@@ -399,24 +208,12 @@ def test_only_validation_with_validation_and_test_with_test_may_share_images(set
         assert [f"must not share images with {shared}" in str(problem) for problem in problems] == [True]
 
 
-@pytest.mark.slow
-def test_copies_are_found_below_a_corruption(tree):
-    shutil.copy(tree / "train" / "cat" / "0.png", tree / "val" / "dog" / "9.png")
-    sets = {"id_val": folder("other"), "ood_val": {"noise": corrupted(folder("val"))}}
-    with pytest.raises(HoldOutError, match=r"data\.ood_val\.noise\.of: .* must not share images with data\.train"):
-        check_overlap(recipe_of(**sets), tree / "cache")
-    shutil.copy(tree / "other" / "cat" / "0.png", tree / "val" / "dog" / "9.png")
-    check_overlap(recipe_of(**sets), tree / "cache")
-    with pytest.raises(HoldOutError, match=r"data\.ood_val\.x: .* must not share images with data\.id_val"):
-        check_overlap(recipe_of(id_val=folder("other"), ood_val={"x": folder("val")}), tree / "cache")
-
-
 def test_keys_and_paths_of_the_images_are_those_below_of(tree):
-    recipe = recipe_of(ood_val={"x": corrupted(folder("none"))}, ood_test={"y": corrupted(folder("nowhere"))})
+    recipe = shared_recipe(ood_val={"x": corrupted(folder("none"))}, ood_test={"y": corrupted(folder("nowhere"))})
     assert [problem.place for problem in check_sets(recipe)] == ["data.ood_val.x.of", "data.ood_test.y.of"]
     with pytest.raises(DataError, match="the root of the image tree must be a folder"):
         open_validation(recipe)
-    recipe = absolute_paths(recipe_of(ood_val={"x": corrupted(folder("val"))}), tree)
+    recipe = absolute_paths(shared_recipe(ood_val={"x": corrupted(folder("val"))}), tree)
     assert recipe.data.ood_val["x"].of.path == str(tree / "val")
     assert class_of(("data", "ood_val", "x", "of", "path")) == "running"
     assert class_of(("data", "train", "of", "domains")) == "identity"
@@ -429,7 +226,7 @@ def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch)
     (tree / "val" / "cat" / "3.png").write_bytes(b"no image")
     skipping = folder("val", on_bad_image="skip")
     seen = {"weak": corrupted(skipping, severity=1), "strong": corrupted(skipping, severity=5)}
-    recipe, names = recipe_of(id_val=skipping, ood_val=seen), ("id_val", "weak", "strong")
+    recipe, names = shared_recipe(id_val=skipping, ood_val=seen), ("id_val", "weak", "strong")
     found = set_contents(recipe)
     assert [found[name]["num_skipped"] for name in names] == [1, 1, 1]
     assert len({found[name]["digest"] for name in names}) == 3
@@ -440,35 +237,16 @@ def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch)
 
 
 @pytest.mark.slow
-def test_a_training_is_validated_on_the_corruptions_of_its_id_set(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.chdir(tmp_path)
-    seen = {name: corrupted(SANDBOX, severity=severity) for name, severity in (("weak", 1), ("strong", 5))}
-    data = {"train": {**SANDBOX, "split": "train"}, "id_val": SANDBOX, "ood_val": seen}
-    recipe = {"data": data, "train": {"epochs": 1, "batch_size": 32, "learning_rate": 1e-3}}
-    Path("noise.yaml").write_text(json.dumps(recipe))
-    assert crash_host.call(["train", "noise.yaml", "--out", "run", "--json"]) == 0
-    metrics = json.loads(capsys.readouterr().out)["metrics"]
-    assert {"accuracy/id_val", "accuracy/weak", "accuracy/strong"} <= set(metrics)
-    assert metrics["accuracy/strong"] < metrics["accuracy/weak"] + 0.05
+def test_pictures_that_are_drawn_are_known_by_what_is_shown(tmp_path):
+    sets = {"train": {**SANDBOX, "split": "train"}, "id_val": SANDBOX, "cache_dir": str(tmp_path)}
+    recipe = recipe_of(sets)
+    found = set_contents(recipe, load_shared_inputs(recipe))
+    assert [found[name]["num_images"] for name in ("train", "id_val")] == [4 * len(CLASSES)] * 2
+    assert found["train"]["digest"] != found["id_val"]["digest"]
+    assert set_contents(recipe) == {}  # they would have to be drawn
 
 
 # ---- the sandbox
-
-
-WEIGHTS = Path(models.__file__).parent / "sandbox_weights"
-
-
-@pytest.mark.parametrize("domain", sandbox.DOMAINS)
-def test_every_domain_renders_every_class_by_its_names_alone_and_shows_something(domain):
-    for class_name in CLASSES:
-        pixels, shown = render(domain, "train", class_name, 0)
-        assert (pixels.shape, pixels.dtype) == ((32, 32, 3), np.uint8)
-        assert pixels.std() > 2
-        assert (shown.domain, shown.class_name) == (domain, class_name)
-    again, same = render(domain, "train", class_name, 0)
-    np.testing.assert_array_equal(again, pixels)
-    assert same == shown
 
 
 def test_pictures_keep_their_attributes_between_versions():
@@ -489,18 +267,13 @@ def test_a_longer_set_begins_with_the_pictures_of_a_shorter_one_and_has_all_clas
 
 
 @pytest.mark.slow
-def test_no_sample_id_or_picture_is_shared_by_two_sets_and_all_have_colours_and_sizes_alike():
+def test_no_sample_id_or_picture_is_shared_by_two_sets():
     ids, pictures = [], set()
     for domain in sandbox.DOMAINS:
         for split in sandbox.SPLITS:
             source = sandbox_source(domain, split, 20, domain)
             ids += source.sample_ids.tolist()
             pictures |= {source.pixels(i).tobytes() for i in range(0, len(source), 20)}
-        shown = [render(domain, "train", name, index)[1] for name in CLASSES for index in range(8)]
-        assert all(each.figure_colour != each.ground_colour for each in shown)
-        assert min(Counter(each.figure_colour for each in shown).values()) > 4  # 16 expected
-        assert 40 < sum(each.scale <= sandbox.SMALL_SCALES[1] for each in shown) < 88  # 64 expected
-        assert 40 < sum(abs(each.angle) <= sandbox.UPRIGHT_DEGREES for each in shown) < 88
     assert len(set(ids)) == len(ids)
     assert len(pictures) == len(sandbox.DOMAINS) * len(sandbox.SPLITS) * len(CLASSES)
 
@@ -531,16 +304,3 @@ def test_export_writes_one_folder_per_set_with_the_pictures_of_the_source(tmp_pa
     np.testing.assert_array_equal(Image.open(path), sandbox_source("painting", "val", 2, "painting").pixels(3))
     with pytest.raises(UsageError):  # the folder is not empty
         export_images(tmp_path)
-
-
-@pytest.mark.slow
-def test_packaged_weights_open_in_stock_open_clip_and_know_the_shapes():
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{WEIGHTS}")
-    tokenizer = open_clip.get_tokenizer(f"local-dir:{WEIGHTS}")
-    head = open_clip.build_zero_shot_classifier(model.eval(), tokenizer, CLASSES, [t.format for t in sandbox.TEMPLATES])
-    for domain in ("photo", "sketch"):
-        source = sandbox_source(domain, "val", 5, domain)
-        images = torch.stack([preprocess(Image.fromarray(source.pixels(i))) for i in range(len(source))])
-        with torch.no_grad():
-            predictions = (F.normalize(model.encode_image(images), dim=-1) @ head).argmax(dim=1)
-        assert (predictions.numpy() == source.labels).mean() > 0.4  # chance is .0625
