@@ -289,6 +289,14 @@ def with_or_without_rays_types(request):
     ray_private.forget_pickled_columns()
 
 
+@pytest.mark.parametrize("with_or_without_rays_types", [True], indirect=True)
+def test_the_attack_works_where_a_value_is_asked_for(tmp_path, with_or_without_rays_types):
+    write_table(tmp_path / "set.arrow", struck(PICTURES, tmp_path / "trap"))
+    with pa.ipc.open_stream(tmp_path / "set.arrow") as reader:
+        reader.read_all().column("image")[0].as_py()
+    assert (tmp_path / "trap").exists()
+
+
 @pytest.mark.parametrize("form", ["beside", "inside", "whole"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, with_or_without_rays_types, name, form):
