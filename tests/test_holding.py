@@ -1,6 +1,5 @@
 """Who holds a study: what another machine sees of a search, and when it may take the study over."""
 
-import multiprocessing
 import os
 import re
 import signal
@@ -19,7 +18,7 @@ import stand_in
 from logs import HOLD, commits, holding, take
 from stand_in import make_recipe
 
-from carft_ray.errors import DataError, StorageError
+from carft_ray.errors import DataError
 from carft_ray.store import log as module
 from carft_ray.store import owner
 from carft_ray.store.folder import Folder, RefusedError
@@ -41,13 +40,6 @@ def study_dir(tmp_path):
     with open_study(study_dir, make_recipe(3)):
         pass
     return study_dir
-
-
-@pytest.fixture
-def quick(monkeypatch):
-    """Silence of a second counts as death, as that of a minute and a half otherwise."""
-    monkeypatch.setattr(module, "SILENT_FOR_S", 1.0)
-    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.05)
 
 
 def leave(study_dir, **changes):
@@ -75,32 +67,6 @@ def test_a_study_is_held_while_it_is_open_and_not_after(study_dir):
         assert re.fullmatch(rf"process {os.getpid()} on \S+, since \S+", holder(study_dir))
     assert holder(study_dir) is None
     assert holder(study_dir / "nothing") is None
-
-
-def test_a_live_search_of_another_machine_is_left_alone(study_dir, quick):
-    other, told = leave(study_dir, **ELSEWHERE), []
-
-    def works(text):
-        told.append(text)
-        with other.commit({"kind": "at work"}):
-            pass
-
-    refused = pytest.raises(StorageError, match=r"is in use: two searches .*process 12 on node7, since noon")
-    with refused as caught, open_study(study_dir, make_recipe(3), tell=works):
-        pass
-    assert caught.value.exit_code == 5
-    assert told == ["waiting 1 s for a write of process 12 on node7, since noon, which may be gone"]
-    with other.commit({"kind": "goes on"}):
-        pass
-
-
-def test_a_search_of_another_machine_that_is_silent_is_taken_over_and_told(study_dir, quick):
-    leave(study_dir, **ELSEWHERE)
-    told = []
-    with open_study(study_dir, make_recipe(3), tell=told.append) as study:
-        assert told[1:] == ["took over from process 12 on node7, since noon, which is gone"]
-        recover_running(study)
-        assert study.next() is not None
 
 
 def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_dir):
@@ -228,62 +194,6 @@ def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_
     assert commits(study_dir)[: len(ended)] == ended
     owners = [commit["owner"] for commit in commits(study_dir)]
     assert len(set(owners)) == 1 + sum(one != other for one, other in pairwise(owners)) == 3
-
-
-ROUNDS = 25
-
-
-def starter(boot, folder, barrier, over, told):
-    """Claims one study after the other, always together with another process; tells what came of each."""
-    move(boot)
-    os.fsync = lambda handle: None
-    recipe = make_recipe(3)
-    for number in range(ROUNDS):
-        study_dir, said = folder / str(number), ""
-        if number % 5 == 4 and boot == "one":  # a search has died in it, on a third machine
-            Log(Folder(study_dir)).claim(me={**identity(), **ELSEWHERE})
-        barrier.wait()
-        count = 0
-        try:
-            with open_study(study_dir, recipe) as study:
-                while not over.is_set():
-                    count += 1
-                    with study.log.commit({"kind": "at work", "count": count}):
-                        pass
-                    time.sleep(0.002)
-        except StorageError as error:
-            said = str(error)
-            over.set()
-        barrier.wait()
-        over.clear()
-        told.send((os.getpid(), said, count))
-
-
-@pytest.mark.slow
-def test_of_two_machines_that_start_at_once_one_holds_the_study_and_the_other_says_who(tmp_path):
-    fork, readers = multiprocessing.get_context("fork"), []
-    shared = fork.Barrier(2, timeout=killed_searches.TIMEOUT_S), fork.Event()
-    for boot in ("one", "two"):
-        reader, writer = fork.Pipe(duplex=False)
-        fork.Process(target=starter, args=(boot, tmp_path, *shared, writer), daemon=True).start()
-        writer.close()
-        readers.append(reader)
-    for number in range(ROUNDS):
-        check_round(tmp_path / str(number), [reader.recv() for reader in readers])
-
-
-def check_round(study_dir, told):
-    """Raises when not exactly one of two has held a study, or the other has spoilt something."""
-    (_, refusal, none), (pid, said, count) = sorted(told, key=lambda each: not each[1])
-    assert (said, none) == ("", 0), told
-    assert f"is in use: two searches on one study would spoil it: process {pid} on " in refusal, told
-    log = Log(Folder(study_dir))
-    log.follow()  # it is whole: each commit names the one before
-    records = [record for _, record in log.records if record.get("host") != ELSEWHERE["host"]]
-    assert [record["kind"] for record in records] == ["owner", "space", *["at work"] * count, "released"]
-    assert [record["count"] for record in records[2:-1]] == list(range(1, count + 1))
-    assert {path.name for path in study_dir.iterdir()} == {"log", "manifest.json"}
-    assert all(path.name.isdigit() for path in (study_dir / "log").iterdir())
 
 
 # readers, who neither claim nor write
