@@ -2,7 +2,6 @@
 
 import os
 import sys
-import threading
 
 import pytest
 from bucket_server import CUT, DONE_503, LATE, LOST, SECRET, bucket_server, refused
@@ -63,27 +62,6 @@ def test_a_name_that_leads_out_or_is_temporary_is_refused(store, tmp_path, name)
         with pytest.raises(StorageError, match="must be a name of an object"):
             call(name)
     assert not list(tmp_path.iterdir())
-
-
-def test_of_sixteen_threads_one_creates_an_object(store):
-    won, start = [], threading.Barrier(16)
-
-    def create(number):
-        start.wait()
-        try:
-            store.put_new("log/00000001", b"%d" % number * 1000)
-            won.append(number)
-        except RefusedError:
-            pass
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert store.get("log/00000001") == b"%d" % won[0] * 1000
-    assert store.list("log") == ["log/00000001"]
 
 
 def test_a_store_that_writes_over_what_is_there_is_refused(store, monkeypatch):

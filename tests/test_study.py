@@ -1,18 +1,14 @@
 """The study on disk, without Ray: states, recovery, kills, and what is refused."""
 
-import random
 import shutil
-import tempfile
 from pathlib import Path
 
 import curve_stand_in
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from logs import commits, rewrite
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
-from study_steps import contents, failed, finish, optuna_study, run_all, run_search, searching, told, write_result
+from study_steps import contents, failed, finish, optuna_study, run_all, run_search, searching, told
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
@@ -210,45 +206,6 @@ def test_any_prefix_of_a_log_is_a_study_that_goes_on_to_the_same_end(study_dir, 
         assert sum(row.attempt - 1 for row in trials(part) + baselines(part)) <= 1
 
 
-STEPS = st.sampled_from(["ask", "ask", "finish", "result", "lose", "raise"])
-
-
-@pytest.mark.slow
-@settings(max_examples=8, derandomize=True, deadline=None)
-@given(st.lists(st.lists(STEPS, max_size=8), max_size=4))
-def test_whatever_happens_each_training_is_told_once_with_its_values(searches):
-    """Each list is a search, killed at its end, and the next one wants a trial more; trainings run side by side."""
-    rng, asked, ended, num_trials = random.Random(0), {}, {}, 2 + len(searches)
-    with tempfile.TemporaryDirectory() as temporary:
-        study_dir = Path(temporary).resolve() / "study"
-        for number, steps in enumerate(searches):
-            with searching(study_dir, make_recipe(2 + number)) as study:
-                running = []
-                for step in steps:
-                    if step == "ask":
-                        running += [spec] if (spec := study.next()) else []
-                        assert all(spec.values == asked.setdefault(spec.name, spec.values) for spec in running)
-                        continue
-                    if not running:
-                        continue
-                    spec, row = running.pop(rng.randrange(len(running))), None
-                    if step == "finish":
-                        row = finish(study, spec)
-                    elif step == "result":  # which the killed search has not told
-                        write_result(study_dir, spec, 0.8)
-                    elif step == "lose":
-                        study.lost(spec, "the process died")
-                    else:
-                        row = study.settle(spec, failed(spec, "error"))
-                    ended |= {spec.name: row} if row else {}
-        run_search(study_dir, make_recipe(num_trials))
-        rows = {row.name: row for row in trials(study_dir) + baselines(study_dir)}
-        assert [row.number for row in trials(study_dir)] == list(range(num_trials))
-        assert {name: rows[name] for name in ended} == ended
-        assert {name: rows[name].values for name in asked} == asked
-        assert {row.outcome for row in rows.values()} <= {"complete", "error"}
-
-
 def test_what_killed_writes_have_left_is_removed_at_opening(study_dir):
     run_search(study_dir, make_recipe(1))
     for half in (b"", b'{"op_code":5,"work'):
@@ -289,36 +246,17 @@ def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
         assert (caught.value.exit_code, len(caught.value.problems)) == (5, 1)
 
 
-FOREIGN = {
-    "operations of another Optuna": lambda found: [{**each, "operations": [{"op_code": 0}]} for each in found],
-    "no attributes": lambda found: [*found, {**found[1], "operations": [{"op_code": 8, "worker_id": "x"}]}],
-    "garbage": None,
-}
-
-
-@pytest.mark.parametrize("kind", FOREIGN)
-def test_a_log_that_cannot_be_read_is_one_message_and_nothing_is_changed(study_dir, kind):
+@pytest.mark.parametrize("operation", [{"op_code": 0}, {"op_code": 8, "worker_id": "x"}])
+def test_a_log_with_operations_of_another_optuna_is_one_message_and_nothing_is_changed(study_dir, operation):
     begin_and_end(study_dir, make_recipe())
-    if FOREIGN[kind]:
-        rewrite(study_dir, FOREIGN[kind](commits(study_dir)))
-        message = "log: must be the log of a study(.|\n)*the results of finished trials are still in trials/"
-    else:
-        (study_dir / "log" / "00000002").write_bytes(b"\0" * 300 + b"\n")
-        message = "00000002: must be a whole commit, but got a damaged one"
+    rewrite(study_dir, [{**each, "operations": [operation]} for each in commits(study_dir)])
+    message = "log: must be the log of a study(.|\n)*the results of finished trials are still in trials/"
     before = contents(study_dir)
     for use in (lambda: begin_and_end(study_dir, make_recipe()), lambda: trials(study_dir)):
         with pytest.raises(StorageError, match=message) as caught:
             use()
         assert caught.value.exit_code == 5
     assert contents(study_dir) == before
-
-
-def test_reading_leaves_no_trace(study_dir):
-    with searching(study_dir, make_recipe(2)) as study:
-        study.next()
-        before = contents(study_dir)
-        assert [row.outcome for row in baselines(study_dir)] == ["running"]
-        assert contents(study_dir) == before
 
 
 def test_a_study_whose_preparation_fails_before_any_training_is_gone(study_dir):
