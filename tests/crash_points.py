@@ -1,23 +1,16 @@
-"""Kills a search around every write, has it go on, and compares: ``make crash-points``.
+"""Kills a search around every write, has it go on, and compares.
 
 A search of six trials, one of which is cut and one diverges, its continuation to eight, and a confirm, all with the
 executor ``debug`` and stand-in trainings, in forks of one process (``crash_host.py``).
 
-    python tests/crash_points.py [folder|bucket]
-
-Writes are those of the log of a study in a folder and of its other files; or all of one in a bucket. Prints a table,
-and ends with an error when a kill has lost or doubled anything.
+Writes are those of the log of a study in a folder and of its other files; or all of one in a bucket.
 """
 
 import contextlib
 import json
 import shutil
 import signal
-import sys
-import tempfile
-import time
 from collections import Counter
-from pathlib import Path
 
 import crash_host
 import killed_searches
@@ -33,10 +26,8 @@ PROGRAM = "debug_search"
 COMMANDS = {"search": ["search", "study", "6"], "more": ["search", "study", "8"], "confirm": ["confirm", "study"]}
 DIVERGES = "2"  # number of the trial that does
 LOOK = ["look", "study"]
-# when to kill, by the kind of a write
-OF_FOLDERS = {"link": ("before", "after"), "append": ("torn",), "replace": ("after",)}
+OF_FOLDERS = {"link": ("before", "after"), "append": ("torn",), "replace": ("after",)}  # when, by the kind of a write
 OF_BUCKETS = {"request": ("before", "after")}
-HEADER = ("command", "writes", "kills", "lost", "twice", "begun again")
 
 
 def prepare(folder):
@@ -150,7 +141,8 @@ def differences(found, calm):
         if len(rows) > len(expected) or max(Counter(json.dumps(row[:3]) for row in rows).values()) > 1:
             twice.append(name)
         killed_searches.check_told_once(study_dir)
-        assert begun_again(study_dir) <= 1, name
+        again = sum(row.attempt - 1 for kind in (trials, baselines, confirmations) for row in kind(study_dir))
+        assert again <= 1, name
         assert kept(study_dir) == kept(calm[command_of(name)][0] / "study"), name
     return lost, twice
 
@@ -162,11 +154,6 @@ def kept(study_dir):
     return weights, best, [*study_dir.rglob("*.tmp")]
 
 
-def begun_again(study_dir):
-    """Returns how many attempts a study has taken more than trainings."""
-    return sum(row.attempt - 1 for kind in (trials, baselines, confirmations) for row in kind(study_dir))
-
-
 @contextlib.contextmanager
 def started(folder, where="folder"):
     """Gives the runner of jobs, on studies in a folder or in a bucket of moto's."""
@@ -175,36 +162,3 @@ def started(folder, where="folder"):
         server = None if where == "folder" else stack.enter_context(bucket_server(patch))
         run = stack.enter_context(crash_host.started(folder, PROGRAM))
         yield Folders(run, folder) if server is None else Buckets(run, folder, server)
-
-
-def main(where="folder"):
-    began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="carft-points-") as temporary:
-        folder = Path(temporary)
-        prepare(folder)
-        with started(folder, where) as host:
-            calm = undisturbed(host, folder)
-            found = killed(host, jobs_of(calm, host.moments))
-        print(*HEADER, sep="\t")
-        failed = []
-        for name, (_, kinds) in calm.items():
-            part = {job: answer for job, answer in found.items() if command_of(job) == name}
-            lost, twice = differences(part, calm)
-            again = sum(begun_again(place / "study") for place, _ in part.values())
-            print(
-                name,
-                sum(kinds[kind] for kind in host.moments),
-                len(part),
-                len(lost),
-                len(twice),
-                again,
-                sep="\t",
-                flush=True,
-            )
-            failed += lost + twice
-    print(f"{time.monotonic() - began:.0f} s", *failed)
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
