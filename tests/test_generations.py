@@ -17,7 +17,7 @@ from carft_ray.errors import HoldOutError, RecipeError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space.grid import contains, place
+from carft_ray.recipe.space.grid import place
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.identity import study_recipe
@@ -36,10 +36,6 @@ def recipe_of(num_trials=6, train=None, search=None, **space):
     recipe["search"]["space"] = {name: value for name, value in space.items() if value}
     recipe["train"] |= train or {}
     return Recipe.model_validate(recipe)
-
-
-def parameter(**keys):
-    return recipe_of(weight_decay=keys).search.space["weight_decay"]
 
 
 @pytest.fixture
@@ -67,18 +63,6 @@ def shown(rows):
 
 
 # ---- regions
-
-
-def test_a_parameter_contains_its_ends_its_grid_and_no_other_kind():
-    stepped = parameter(low=0.1, high=0.7, step=0.1)
-    assert [contains(stepped, round(0.1 * n, 1)) for n in range(9)] == [False, *[True] * 7, False]
-    assert not contains(stepped, 0.15)
-    assert not contains(stepped, True)
-    assert not contains(stepped, None)
-    either = parameter(choices=[None, 1.0])
-    assert contains(either, None)
-    assert contains(either, 1)
-    assert not contains(either, True)
 
 
 def test_values_are_placed_with_the_fields_that_are_not_drawn():

@@ -2,25 +2,19 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
-from itertools import pairwise
 from pathlib import Path
 
-import attempts
 import killed_searches
 import pytest
-import search_driver
-import stand_in
 from logs import HOLD, commits, holding, take
 from stand_in import make_recipe
 
 from carft_ray.errors import DataError
 from carft_ray.store import log as module
-from carft_ray.store import owner
 from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import READERS_SILENT_FOR_S, Log
 from carft_ray.store.owner import identity
@@ -112,88 +106,6 @@ def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch)
         with pytest.raises(DataError), open_study(tmp_path / "new", make_recipe(3)):
             raise DataError("unfit")
         assert not (tmp_path / "new").exists()
-
-
-# searches of several machines, each a process
-
-
-WAITS = ("BEAT_AFTER_S", "SILENT_FOR_S", "READERS_SILENT_FOR_S", "LOOK_EVERY_S", "UNCLEAR_FOR_S", "RETRY_EVERY_S")
-
-
-def move(boot):
-    """Makes this process one of another machine, for good, whose waits are a hundredth: nobody looks for it here."""
-    me = {**identity(), "boot": boot}
-    owner.identity = module.identity = lambda: dict(me)
-    for name in WAITS:
-        setattr(module, name, getattr(module, name) / 100)
-    held_module.LOOK_EVERY_S /= 100
-
-
-class Search:
-    """A search in a process of its own, as on another machine; what it prints goes into a file."""
-
-    def __init__(self, folder, boot, num_trials):
-        self.path = folder / f"{boot}.txt"
-        self.process = attempts.forked(search_elsewhere, self.path, boot, folder / "study", num_trials)
-
-    def read_to(self, start):
-        killed_searches.wait_until(lambda: start in self.output or not self.process.is_alive(), start)
-        assert start in self.output, self.output
-
-    def ended(self):
-        self.process.join(killed_searches.TIMEOUT_S)
-        return self.process.exitcode
-
-    @property
-    def output(self):
-        return self.path.read_text() if self.path.exists() else ""
-
-
-def search_elsewhere(path, boot, study_dir, num_trials):
-    """Searches with stand-in trainings, one after the other, as on another machine."""
-    with open(path, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    move(boot)
-    sys.exit(search_driver.main(study_dir, num_trials, '{"executor": "debug"}', search='{"baselines": {}}'))
-
-
-@pytest.mark.slow
-def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_writes_nothing(tmp_path):
-    hold, study_dir = stand_in.tell(tmp_path) / "hold", tmp_path / "study"
-    hold.touch()
-    first = Search(tmp_path, "one", 1)
-    first.read_to("TrialEpoch t0000-")
-    os.kill(first.process.pid, signal.SIGSTOP)
-    killed_searches.wait_until(lambda: state_of(first.process.pid) == "T", "it sleeps")
-    hold.unlink()
-    second = Search(tmp_path, "two", 1)
-    assert second.ended() == 0, second.output
-    assert f"took over from process {first.process.pid} on " in second.output
-    assert [row.attempt for row in trials(study_dir)] == [2]
-    ended = commits(study_dir)
-
-    hold.touch()
-    third = Search(tmp_path, "three", 2)
-    third.read_to("TrialEpoch t0001-")
-    before = contents(study_dir)
-    os.kill(first.process.pid, signal.SIGCONT)
-    assert first.ended() == 5
-    *lines, error, step = first.output.splitlines()
-    assert not any("Error" in line or "Traceback" in line for line in lines), first.output
-    assert error.endswith("was written by another search, which has taken the study over")
-    assert step == "    The other search goes on from all that is committed; this one has ended."
-    after = contents(study_dir)
-    changed = {path.relative_to(study_dir) for path in before.keys() | after if before.get(path) != after.get(path)}
-    assert [path for path in changed if not str(path).startswith(("log", "live.json", "trials/t0001-"))] == []
-    hold.unlink()
-    assert third.ended() == 0, third.output
-
-    assert [(row.number, row.outcome) for row in trials(study_dir)] == [(0, "complete"), (1, "complete")]
-    killed_searches.check_told_once(study_dir)
-    assert commits(study_dir)[: len(ended)] == ended
-    owners = [commit["owner"] for commit in commits(study_dir)]
-    assert len(set(owners)) == 1 + sum(one != other for one, other in pairwise(owners)) == 3
 
 
 # readers, who neither claim nor write

@@ -104,12 +104,6 @@ def refused(study_dir, recipe, match, *change_space):
     return str(caught.value)
 
 
-def test_keys_of_one_name_are_of_one_class():
-    kinds = {(key.name, resume_of(key.field).kind) for key in keys.documented_keys()}
-    assert len(kinds) == len({name for name, _ in kinds})
-    assert {kind for _, kind in kinds} == {"identity", "space", "running"}
-
-
 @pytest.mark.parametrize("key", KEYS, ids=key_id)
 def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     path, old, study_dir = studies[source_of(key)]

@@ -13,9 +13,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ruamel.yaml import YAML
 from stand_in import make_recipe
-from study_steps import finish, run_search, searching, write_result
+from study_steps import finish, searching, write_result
 
-from carft_ray.api import studies
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.checks.sampler_rules import population_size
@@ -23,11 +22,8 @@ from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.sampling import AnySampler
 from carft_ray.recipe.space.grid import contains, grid_index, grid_size, num_trials
-from carft_ray.recipe.trial_values import apply
-from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.proposals import space
 from carft_ray.study.rows import trials
-from carft_ray.ui import console
 
 BASE = Path(__file__).parent
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
@@ -469,22 +465,3 @@ def test_more_entries_than_trials_and_all_mistakes_at_once():
 )
 def test_a_setting_that_does_little_is_named(sampler, line):
     assert any(each.startswith(line) for each in advice.warnings(make_recipe(8, baselines={}, sampler=sampler)))
-
-
-# ---- trials without a value
-
-
-@pytest.mark.slow
-def test_tables_leave_out_what_a_trial_does_not_have(tmp_path):
-    recipe = make_recipe(8, space={**NUMBERS, **CHOICE, **CHILD}, baselines={}, sampler={"name": "random"})
-    run_search(tmp_path / "study", recipe)
-    rows = trials(tmp_path / "study")
-    missing = ["label_smoothing" not in row.values for row in rows]
-    assert {*missing} == {True, False}
-    table = console.trial_table([Overview(tmp_path / "study", recipe, rows, []).data(row) for row in rows])
-    [column] = [column for column in table.columns if str(column.header) == "label_smoothing"]
-    assert [str(cell) == "" for cell in column.cells] == missing
-    assert [value is None for value in studies.rows_table(rows)["label_smoothing"].to_pylist()] == missing
-    for row, is_missing in zip(rows, missing, strict=True):
-        train = apply(recipe, row.values).train
-        assert train.label_smoothing == (recipe.train.label_smoothing if is_missing else row.values["label_smoothing"])

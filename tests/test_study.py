@@ -12,7 +12,6 @@ from study_steps import contents, failed, finish, optuna_study, run_all, run_sea
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
-from carft_ray.files import temporary_name
 from carft_ray.recipe.trial_values import apply
 from carft_ray.store import result
 from carft_ray.study.opening import open_study
@@ -204,17 +203,6 @@ def test_any_prefix_of_a_log_is_a_study_that_goes_on_to_the_same_end(study_dir, 
             go_on(study)
         assert told(part) == expected, number
         assert sum(row.attempt - 1 for row in trials(part) + baselines(part)) <= 1
-
-
-def test_what_killed_writes_have_left_is_removed_at_opening(study_dir):
-    run_search(study_dir, make_recipe(1))
-    for half in (b"", b'{"op_code":5,"work'):
-        temporary_name(study_dir / "log" / "00000099").write_bytes(half)
-    (study_dir / "trials" / "t0000-1234" / ".step-3.77.tmp").mkdir(parents=True)
-    (study_dir / ".manifest.json.77.tmp").write_text("half")
-    with open_study(study_dir, make_recipe(1)):
-        assert list(study_dir.rglob("*.tmp")) == []
-        assert all(path.name.isdigit() for path in (study_dir / "log").iterdir())
 
 
 @pytest.mark.parametrize(
