@@ -2,12 +2,11 @@
 
 import json
 import shutil
-import signal
 
 import crash_host
 import optuna
 import pytest
-from logs import holding
+from logs import commits, rewrite, write_line
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 from study_steps import failed, optuna_study, run_all, searching, write_result
@@ -21,7 +20,7 @@ from carft_ray.recipe.space.grid import place
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.identity import study_recipe
-from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
+from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import best_row, trials
 
@@ -202,8 +201,7 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
     with open_study(study_dir, recipe_of(), True) as study:
         assert study.notes == ["--change-space has no effect: the space is that of the study"]
     assert "recipes" not in json.loads((study_dir / "manifest.json").read_text())
-    with holding(study_dir) as log:
-        record(study_dir, log, recipe_of(), TEST, ("id_test",))
+    write_line(study_dir, recipe_of(), sets=("id_test",))
     narrow = recipe_of(9, learning_rate=NARROW)
     with pytest.raises(HoldOutError, match="add --again REASON"):
         require_unread(study_dir, narrow, None, True)
@@ -215,52 +213,21 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
 
 # ---- kills
 
-_PROGRAM = """
-from pathlib import Path
-from curve_stand_in import import_everything
-from test_generations import NARROW, WIDE, RecipeError, recipe_of, searching
-
-def call(argv):
-    is_new = argv == ["new"]
-    try:
-        with searching(Path("study"), recipe_of(8, learning_rate=NARROW if is_new else WIDE), is_new):
-            return 0
-    except RecipeError as error:
-        return error.exit_code
-"""
-
 
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(tmp_path):
-    begin(tmp_path / "original", recipe_of())
-    with searching(tmp_path / "original", recipe_of(8)) as study:
+def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(study_dir, tmp_path):
+    """The manifest has the new one first: the next search with that recipe moves the trials."""
+    begin(study_dir, recipe_of())
+    with searching(study_dir, recipe_of(8)) as study:
         study.next()
-    (tmp_path / "narrowing.py").write_text(_PROGRAM)
-    new, old = {"argv": ["new"]}, {"argv": ["old"]}
-    with crash_host.started(tmp_path, "narrowing") as host:
-
-        def run(jobs):
-            for job in jobs:
-                shutil.copytree(tmp_path / "original", tmp_path / job["name"] / "study")
-            return {name: answers for name, (_, answers) in host(jobs).items()}
-
-        [answer] = run([{"name": "whole", "commands": [{**new, "count_to": str(tmp_path / "kinds.json")}]}])["whole"]
-        assert answer["code"] == 0, answer["log"]
-        expected = shown(trials(tmp_path / "whole" / "study"))
-        kinds = json.loads((tmp_path / "kinds.json").read_text())
-        assert len(kinds) >= 15
-        jobs = []
-        for number, kind in enumerate(kinds, start=1):
-            kill = {**new, "kill": (number, "torn" if kind == "append" and number % 2 else "after")}
-            if kind != "fsync":  # where nothing is done
-                jobs.append({"name": f"{number}-new", "commands": [kill, new]})
-                jobs.append({"name": f"{number}-old", "commands": [kill, old, new]})
-        answers = run(jobs)
-    codes = {name: [answer["code"] for answer in found] for name, found in answers.items()}
-    assert all(found[0] == -signal.SIGKILL and found[-1] == 0 for found in codes.values()), codes
-    refused = [found[1] for found in codes.values() if len(found) == 3]
-    assert {*refused} == {0, 3}  # 3: the new one holds already
-    assert refused == sorted(refused)
-    for name in codes:
-        assert shown(trials(tmp_path / name / "study")) == expected, name
-    assert [log for found in answers.values() for log in (one["log"] for one in found) if "Traceback (" in log] == []
+    num_before, new = len(commits(study_dir)), recipe_of(8, learning_rate=NARROW)
+    with searching(study_dir, new, True):
+        pass
+    expected, found = shown(trials(study_dir)), commits(study_dir)
+    for number in range(num_before, len(found)):
+        part = shutil.copytree(study_dir, tmp_path / str(number))
+        rewrite(part, found[:number])
+        with pytest.raises(RecipeError), open_study(part, recipe_of(8)):
+            pass
+        with searching(part, new):
+            assert shown(trials(part)) == expected, number

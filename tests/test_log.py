@@ -425,14 +425,6 @@ def swap(one, other):
     other.write_bytes(kept)
 
 
-@pytest.mark.parametrize(
-    "content", [[], {"number": 1, "previous": "", "owner": [], "records": [], "operations": []}, {"records": 5}]
-)
-def test_a_commit_that_nobody_of_ours_has_written_is_a_message(tmp_path, content):
-    Folder(tmp_path).put_new("log/00000001", module._sealed(json.dumps(content).encode()))
-    assert opened(tmp_path) is None
-
-
 def test_a_listing_with_gaps_does_not_matter_and_a_reader_writes_nothing(tmp_path, whole):
     before = contents(whole[0]), sorted(path.stat().st_mtime_ns for path in whole[0].rglob("*"))
 

@@ -294,18 +294,6 @@ def test_the_population_is_a_quarter_of_the_trials_and_has_parents_then():
     assert generations == [number // 4 for number in range(16)]
 
 
-@pytest.mark.slow
-def test_gp_proposes_on_one_thread_and_gives_the_others_back(monkeypatch):
-    import torch
-    from optuna._gp import acqf
-
-    seen, plain = [], acqf.LogEI
-    monkeypatch.setattr(acqf, "LogEI", lambda *a, **k: seen.append(torch.get_num_threads()) or plain(*a, **k))
-    torch.set_num_threads(2)
-    told(new_study(), recipe_for("gp", sampler={"startup_trials": 2}), lambda v: {"value": number(v)}, wanted=3)
-    assert (torch.get_num_threads(), set(seen)) == (2, {1})
-
-
 # ---- the grid
 
 

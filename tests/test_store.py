@@ -4,7 +4,7 @@ import os
 import sys
 
 import pytest
-from bucket_server import CUT, DONE_503, LATE, LOST, SECRET, bucket_server, refused
+from bucket_server import SECRET, bucket_server, refused
 from short_log import claimed, contents, read
 
 from carft_ray import files
@@ -146,14 +146,6 @@ def once(fault, method="PUT"):
     """Strikes the first request of a method."""
     faults = [fault]
     return lambda asked, path: faults.pop() if asked == method and faults else None
-
-
-@pytest.mark.parametrize("fault", [LOST, LATE, CUT, DONE_503, refused(503, "SlowDown"), refused(500, "InternalError")])
-def test_after_an_unclear_answer_it_is_not_known_whether_an_object_is_there(server, fault):
-    server.strike = once(fault)
-    with pytest.raises(UnknownError, match="log/00000001: must be writable"):
-        Bucket(server.address("study")).put_new("log/00000001", b"1")
-    assert [method for method, _ in server.requests] == ["PUT"], "no retry of its own"
 
 
 def test_what_passes_is_tried_again_and_without_a_server_there_is_no_answer(monkeypatch):
