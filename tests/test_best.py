@@ -6,7 +6,7 @@ import curve_stand_in
 import pytest
 import stand_in
 from logs import take
-from study_steps import failed, finish, searching, write_result
+from study_steps import failed, finish, searching
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
@@ -37,19 +37,6 @@ def in_study(study_dir):
 def with_file(study_dir, name):
     """Names of the trainings that have a file."""
     return {row.name for row in trials(study_dir) + baselines(study_dir) if (row.place(study_dir) / name).exists()}
-
-
-def test_a_finished_training_keeps_no_checkpoint_nor_what_a_function_has_kept(study_dir):
-    with searching(study_dir, stand_in.make_recipe(1, baselines={})) as study:
-        spec = study.next()
-        place, left = spec.place(study_dir), ("step-00000010", "own")
-        write_result(study_dir, spec)
-        for again in (lambda: study.settle(spec), lambda: recover_running(study)):  # a kill may come between
-            for name in left:
-                (place / name).mkdir()
-            again()
-            assert {path.name for path in place.iterdir()} & {*left} == set()
-            assert (place / "result.json").exists()
 
 
 @pytest.mark.parametrize("left", ["nothing", "the one before"])
@@ -97,12 +84,15 @@ def test_weights_and_pictures_of_the_best_trials_and_of_all_baselines_stay(study
             while (spec := study.next()) is not None:
                 for name in (WEIGHTS, THUMBNAILS):
                     files.write_bytes(spec.place(study_dir) / name, b"content")
+                files.write_bytes(spec.place(study_dir) / "step-00000010" / "state.json", b"a checkpoint")
+                files.write_bytes(spec.place(study_dir) / "own" / "file", b"of a function of one's own")
                 finish(study, spec, (7 * spec.number) % 5 if spec.kind == "trial" else -100)
             ranked = [row.name for row in sorted(study.rows(), key=lambda row: (-row.objective, row.number))]
         weights = with_file(study_dir, WEIGHTS)
         assert weights == with_file(study_dir, THUMBNAILS)
         assert {*both, ranked[0]} <= weights <= {*both, *ranked[:keep]}  # those that were gone do not come back
         assert len(weights) > len(both) + 1
+        assert not [*study_dir.glob("*/*/*/step-*"), *study_dir.glob("*/*/*/own")]
 
 
 # the figure

@@ -1,4 +1,7 @@
-"""The log of a study: commits below Optuna, who may make them, and what kills, faults and damage do to them."""
+"""The log of a study: commits below Optuna, who may make them, and what kills, faults and damage do to them.
+
+On a short search in a log, with no training.
+"""
 
 import itertools
 import json
@@ -12,15 +15,141 @@ import pytest
 from bucket_server import CUT, DONE_503, LATE, LOST, bucket_server, refused
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
-from short_log import ELSEWHERE, Clock, Struck, claimed, contents, ended, in_fork, log_of, read, search, state
 
 from carft_ray.errors import StorageError
 from carft_ray.store import bucket
 from carft_ray.store import log as module
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
-from carft_ray.store.log import BEAT_AFTER_S, LOOK_EVERY_S, SILENT_FOR_S, UNCLEAR_FOR_S
+from carft_ray.store.log import BEAT_AFTER_S, LOOK_EVERY_S, SILENT_FOR_S, UNCLEAR_FOR_S, Log
 from carft_ray.store.owner import identity, process_started
+
+NUM_TRIALS = 2
+ELSEWHERE = {**identity(), "host": "elsewhere"}
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+class Clock:
+    """Time that passes only while somebody sleeps; ``meanwhile`` happens then."""
+
+    def __init__(self, meanwhile=lambda: None):
+        self.now, self.meanwhile = 1000.0, meanwhile
+
+    def __call__(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.meanwhile()
+
+
+class Struck:
+    """A store that something happens to: ``strike(number, name, call)`` in place of its n-th operation, from 1."""
+
+    def __init__(self, store, strike):
+        self._store, self._strike, self.count = store, strike, 0
+
+    def __str__(self):
+        return str(self._store)
+
+    def __getattr__(self, name):
+        method = getattr(self._store, name)
+        if not callable(method):
+            return method
+
+        def call(*arguments, **named):
+            self.count += 1
+            return self._strike(self.count, name, lambda: method(*arguments, **named))
+
+        return call
+
+
+def log_of(store, clock=None):
+    clock = clock or Clock()
+    return Log(store, clock, clock.sleep)
+
+
+def claimed(store, clock=None, **me):
+    log = log_of(store, clock)
+    log.claim(**me)
+    return log
+
+
+def search(log, committed=lambda number: None):
+    """A short search, from wherever the log has it; ``committed`` is told after each commit."""
+    storage = JournalStorage(log)
+
+    def of(name):
+        return optuna.load_study(study_name=name, storage=storage, sampler=optuna.samplers.RandomSampler(seed=0))
+
+    with log.commit():
+        known = optuna.get_all_study_names(storage)
+        for name in {"search", "baselines"} - set(known):
+            optuna.create_study(study_name=name, storage=storage, direction="maximize")
+    with log.commit():
+        if not of("baselines").trials:
+            of("baselines").add_trial(optuna.trial.create_trial(value=0.5, user_attrs={"name": "zero_shot"}))
+            of("search").enqueue_trial({"x": 0.125})
+    committed(log.number)
+    while len(done := of("search").get_trials(states=[TrialState.COMPLETE])) < NUM_TRIALS:
+        study = of("search")
+        running = study.get_trials(states=[TrialState.RUNNING])
+        if not running:
+            with log.commit({"kind": "started", "number": len(done)}):
+                study.sampler = optuna.samplers.RandomSampler(seed=len(done))
+                trial = study.ask()
+                trial.suggest_float("x", 0, 1)
+                trial.suggest_categorical("form", ["a", "b"])
+                trial.set_user_attr("name", f"t{len(done):04d}")
+        elif not running[0].intermediate_values:
+            with log.commit():
+                optuna.trial.Trial(study, running[0]._trial_id).report(running[0].params["x"] / 2, 50)
+        else:
+            with log.commit({"kind": "ended", "number": len(done)}):
+                trial = optuna.trial.Trial(study, running[0]._trial_id)
+                trial.set_user_attr("metrics", {"id_accuracy": running[0].params["x"]})
+                study.tell(running[0].number, running[0].params["x"])
+        committed(log.number)
+    return log
+
+
+def state(log):
+    """All that a study knows, as text; without times, as in a search that was killed they are others."""
+    storage, found = JournalStorage(log), {}
+    for study in storage.get_all_studies():
+        rows = storage.get_all_trials(study._study_id)
+        found[study.study_name] = [
+            (t.number, t.state.name, t.values, t.params, t.user_attrs, t.system_attrs, t.intermediate_values)
+            for t in rows
+        ]
+    own = [record for _, record in log.records if record["kind"] not in ("owner", "released")]
+    return json.dumps([found, own], sort_keys=True)
+
+
+def read(store):
+    log = log_of(store)
+    log.follow()
+    return log
+
+
+def contents(folder):
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def in_fork(work):
+    """Runs ``work`` in another process; returns its pid. It ends with 0, or with 1 when ``work`` raised."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+        os._exit(0)
+    except BaseException as error:
+        os.write(2, f"in the fork: {error!r}\n".encode())
+        os._exit(1)
+
+
+def ended(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 @pytest.fixture

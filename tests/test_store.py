@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from bucket_server import SECRET, bucket_server, refused
-from short_log import claimed, contents, read
+from test_log import claimed, contents, read
 
 from carft_ray import files
 from carft_ray.errors import StorageError, UsageError

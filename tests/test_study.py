@@ -13,7 +13,6 @@ from study_steps import contents, failed, finish, optuna_study, run_all, run_sea
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.trial_values import apply
-from carft_ray.store import result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import trial_name
 from carft_ray.study.rows import baselines, best_row, trials
@@ -193,14 +192,6 @@ def test_any_prefix_of_a_log_is_a_study_that_goes_on_to_the_same_end(study_dir, 
             go_on(study)
         assert told(part) == expected, number
         assert sum(row.attempt - 1 for row in trials(part) + baselines(part)) <= 1
-
-
-@pytest.mark.parametrize(
-    "content", ["", "{}", '{"format_version": 1, "objective": NaN, "metrics": {}}', '{"format_version": 1}', "[1]"]
-)
-def test_a_result_that_is_not_whole_does_not_count(tmp_path, content):
-    (tmp_path / "result.json").write_text(content)
-    assert result.read_result(tmp_path) is None
 
 
 # what is refused, and what stays

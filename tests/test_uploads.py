@@ -12,6 +12,7 @@ import short_training
 import stand_in
 from bucket_server import SECRET, impatient, refused
 from crash_host import call
+from study_steps import told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from carft_ray.errors import StorageError
@@ -20,7 +21,7 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.layout import MANIFEST
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.mirror import NUMBERS, own_folder, pull
-from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.rows import best_row
 
 HERE = Path(__file__).parent
 RESOURCES, SEARCH = {"executor": "debug"}, {"epochs": 3, "sampler": {"name": "random"}}
@@ -43,11 +44,6 @@ def whole(tmp_path_factory):
 def search(place, trials):
     recipe = stand_in.make_recipe(trials, resources=RESOURCES, **SEARCH)
     return run_search(recipe, own_folder(place), runner=Runner(stand_in.prepare, stand_in.train))
-
-
-def told(study_dir):
-    rows = [*trials(study_dir), *baselines(study_dir)]
-    return [[row.kind, row.name, row.values, row.outcome, row.objective] for row in rows]
 
 
 def contents(folder):
