@@ -88,17 +88,6 @@ def test_lines_are_read_back_and_the_manifest_notes_the_commit_of_the_last(study
     assert (trials(study_dir), baselines(study_dir)) == (trials(searched), baselines(searched))
 
 
-def test_a_kill_between_a_line_and_its_note_is_no_problem_and_the_next_line_mends_it(study_dir):
-    before = (study_dir / "manifest.json").read_bytes()
-    write_line(study_dir, RECIPE, reason="killed")
-    (study_dir / "manifest.json").write_bytes(before)
-    assert told(study_dir) == ""
-    write_line(study_dir, RECIPE, reason="the next")
-    assert told(study_dir) == ""
-    assert [entry.reason for entry in read_ledger(study_dir)][-2:] == ["killed", "the next"]
-    assert noted(study_dir)["count"] == 5
-
-
 # tampering
 
 

@@ -3,6 +3,7 @@
 On a short search in a log, with no training.
 """
 
+import functools
 import itertools
 import json
 import os
@@ -43,25 +44,17 @@ class Clock:
         self.meanwhile()
 
 
-class Struck:
-    """A store that something happens to: ``strike(number, name, call)`` in place of its n-th operation, from 1."""
+class Struck(Folder):
+    """A folder that something happens to: ``strike(number, name, call)`` in place of its n-th operation, from 1."""
 
-    def __init__(self, store, strike):
-        self._store, self._strike, self.count = store, strike, 0
+    def __init__(self, path, strike):
+        super().__init__(path)
+        for name in ("get", "put_new", "put", "list", "remove"):
+            setattr(self, name, functools.partial(self._call, name, getattr(self, name)))
+        self._strike, self._count = strike, itertools.count(1)
 
-    def __str__(self):
-        return str(self._store)
-
-    def __getattr__(self, name):
-        method = getattr(self._store, name)
-        if not callable(method):
-            return method
-
-        def call(*arguments, **named):
-            self.count += 1
-            return self._strike(self.count, name, lambda: method(*arguments, **named))
-
-        return call
+    def _call(self, name, method, *arguments, **named):
+        return self._strike(next(self._count), name, lambda: method(*arguments, **named))
 
 
 def log_of(store, clock=None):
@@ -303,15 +296,6 @@ def test_of_four_starters_one_holds_the_log_and_the_others_write_nothing(tmp_pat
     assert len({json.loads(each.split(b"\n")[1])["owner"] for each in contents(tmp_path / "log").values()}) == 1 + dead
 
 
-def test_a_log_is_free_when_released_or_when_its_process_is_gone(tmp_path):
-    clock = Clock()
-    claimed(Folder(tmp_path), me=ELSEWHERE).release()
-    claimed(Folder(tmp_path), clock)
-    assert ended(in_fork(lambda: claimed(Folder(tmp_path / "gone")))) == 0
-    claimed(Folder(tmp_path / "gone"), clock)
-    assert clock.now == 1000.0
-
-
 @pytest.mark.parametrize("who", ["this one", "another one"])
 def test_a_living_process_of_this_machine_turns_others_away_at_once(tmp_path, who):
     parent = {**identity(), "pid": os.getppid(), "process_started": process_started(os.getppid())}
@@ -371,7 +355,7 @@ def test_who_is_refused_while_claiming_waits_anew(tmp_path):
         return call()
 
     clock = Clock()
-    assert claimed(Struck(Folder(tmp_path), strike), clock).number == 3
+    assert claimed(Struck(tmp_path, strike), clock).number == 3
     assert clock.now - 1000 == 2 * SILENT_FOR_S
 
 
@@ -386,7 +370,7 @@ def test_who_checks_the_store_while_another_begins_and_clears_it_says_who(tmp_pa
         return call()
 
     with pytest.raises(StorageError, match=rf"is in use: .* process {os.getpid()} on "):
-        log_of(Struck(Folder(tmp_path), strike)).claim()
+        log_of(Struck(tmp_path, strike)).claim()
     assert [path.name for path in (tmp_path / "log").iterdir()] == ["00000001"]
 
 
@@ -444,7 +428,7 @@ def test_a_kill_or_an_error_at_any_operation_loses_nothing(tmp_path, whole, what
                 os.kill(os.getpid(), signal.SIGKILL)
 
         def work(k=k, telling=telling, strike=strike):
-            log = claimed(Struck(Folder(tmp_path / str(k)), strike))
+            log = claimed(Struck(tmp_path / str(k), strike))
             search(log, lambda number: os.write(telling, b"%d\n" % number)).release()
 
         code = ended(in_fork(work))

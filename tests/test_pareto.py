@@ -145,16 +145,14 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
 
     def search(num_trials, *points):
         """A trial more, with points (ID, OOD): the last one at the alpha that was drawn, those before at 0.4."""
-        recipe = make_recipe(num_trials, objective=objective, baselines={})
+        recipe, curve = make_recipe(num_trials, objective=objective, baselines={}), []
         with searching(study_dir, recipe) as study:
             study.add_zero_shot(ZERO_SHOT)
             spec = study.next()
-            alphas = [0.4, spec.values["alpha"]][-len(points) :]
-            curve = [
-                {"alpha": alpha, "id_accuracy": one, "ood_accuracy": other, "objective": (one + other) / 2}
-                for alpha, (one, other) in zip(alphas, points, strict=True)
-            ]
-            finish(study, spec, curve[-1]["objective"], alpha=alphas[-1], metrics=curve[-1], curve=curve)
+            for alpha, (one, other) in zip([0.4, spec.values["alpha"]][-len(points) :], points, strict=True):
+                metrics = {"id_accuracy": one, "ood_accuracy": other, "objective": (one + other) / 2}
+                curve.append({"alpha": alpha, **metrics})
+            finish(study, spec, metrics["objective"], alpha=alpha, metrics=metrics, curve=curve)
         return read_study_with_recipe(study_dir, recipe)
 
     def confirm(view):

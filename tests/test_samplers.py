@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from ruamel.yaml import YAML
 from stand_in import make_recipe
-from study_steps import finish, searching, write_result
+from study_steps import finish, searching
 
 from carft_ray.errors import RecipeError
 from carft_ray.recipe.checks import advice
@@ -245,12 +245,8 @@ def test_the_examples_of_the_documentation_are_valid():
     ],
 )
 def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options):
-    parameters = {
-        "kl_weight": {"low": 0.0, "high": 1.0},
-        "epochs": {"type": "int", "low": 1, "high": 9},
-        **CHOICE,
-        "label_smoothing": {"low": 0, "high": 0.3, "when": {"decay": "all"}},
-    }
+    parameters = {"kl_weight": {"low": 0.0, "high": 1.0}, "epochs": {"low": 1, "high": 9}, **CHOICE}
+    parameters["label_smoothing"] = {"low": 0, "high": 0.3, "when": {"decay": "all"}}
     always = {"startup_trials": 4} if name in ("tpe", "gp") else {}
     always |= {"crossover_prob": 1.0} if "swapping_prob" in options else {}
 
@@ -346,19 +342,6 @@ def test_what_a_pareto_search_tells_besides_its_trials_takes_no_place_in_the_seq
 
 
 # ---- enqueued values
-
-
-@pytest.mark.slow
-def test_enqueued_values_are_tried_first_in_their_order_and_once(tmp_path):
-    entries = [{"learning_rate": 5e-4, "kl_weight": 2.0}, {"learning_rate": 1e-4}, {"kl_weight": 10}]
-    recipe = make_recipe(6, baselines={}, enqueue=entries)
-    for _ in range(6):  # each search is killed before it has told
-        with searching(tmp_path, recipe) as study:
-            write_result(tmp_path, study.next())
-    drawn = [row.values for row in trials(tmp_path)]
-    for entry, values in zip(entries, drawn, strict=False):
-        assert entry.items() <= values.items()
-    assert len({values["learning_rate"] for values in drawn}) == 6
 
 
 def test_enqueued_values_that_are_added_to_a_study_are_tried_next():

@@ -14,11 +14,11 @@ from bucket_server import SECRET, impatient, refused
 from crash_host import call
 from study_steps import told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_mirror import contents
 
 from carft_ray.errors import StorageError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.layout import MANIFEST
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.mirror import NUMBERS, own_folder, pull
 from carft_ray.study.rows import best_row
@@ -44,11 +44,6 @@ def whole(tmp_path_factory):
 def search(place, trials):
     recipe = stand_in.make_recipe(trials, resources=RESOURCES, **SEARCH)
     return run_search(recipe, own_folder(place), runner=Runner(stand_in.prepare, stand_in.train))
-
-
-def contents(folder):
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if name not in (MANIFEST, "ray.log", "stop")}
 
 
 def ended(server):

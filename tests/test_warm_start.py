@@ -89,20 +89,6 @@ def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, 
 
 
 @pytest.mark.slow
-def test_it_may_be_added_to_a_study_later_and_a_smaller_space_keeps_what_was_taken_in(study_dir, first):
-    begin(study_dir, recipe_of(3), 3)
-    before = trials(study_dir)
-    with searching(study_dir, warm(recipe_of(4), first)) as study:
-        assert study.rows() == before
-        assert [spec.number for spec in run_all(study)] == [15]
-    with searching(study_dir, warm(recipe_of(5, learning_rate=NARROW), first), True) as study:
-        assert [row.name for row in study.rows()][:3] == [row.name for row in before]
-        assert [spec.number for spec in run_all(study)] == [16]
-        assert len(study.notes) == 1  # of the space: the source is not taken in again
-    assert 0 < len([trial for trial in taken_in(study_dir) if trial.state != TrialState.FAIL]) < 12
-
-
-@pytest.mark.slow
 def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned_from_it(study_dir, first, tmp_path):
     write_line(first, recipe_of(13), sets=("id_test",))
     with searching(study_dir, warm(recipe_of(3), first)) as study:
