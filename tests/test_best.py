@@ -18,11 +18,6 @@ from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
 
 
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
-
-
 def in_file(study_dir):
     """Name and alpha of the trial that best.yaml holds."""
     text = (study_dir / BEST).read_text()
@@ -93,9 +88,6 @@ def test_weights_and_pictures_of_the_best_trials_and_of_all_baselines_stay(study
         assert {*both, ranked[0]} <= weights <= {*both, *ranked[:keep]}  # those that were gone do not come back
         assert len(weights) > len(both) + 1
         assert not [*study_dir.glob("*/*/*/step-*"), *study_dir.glob("*/*/*/own")]
-
-
-# the figure
 
 
 def finished(study_dir):

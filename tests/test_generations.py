@@ -37,11 +37,6 @@ def recipe_of(num_trials=6, train=None, search=None, **space):
     return Recipe.model_validate(recipe)
 
 
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
-
-
 def begin(study_dir, recipe, num_trials=6, values=False):
     """Runs trials whose objective is that of the stand-in; every third diverges."""
     with searching(study_dir, recipe) as study:
@@ -61,9 +56,6 @@ def shown(rows):
     return [(row.number, row.name, row.values, row.outcome, row.objective, row.alpha, row.metrics) for row in rows]
 
 
-# ---- regions
-
-
 def test_values_are_placed_with_the_fields_that_are_not_drawn():
     decay = {"choices": ["all", "matrices"]}
     recipe = recipe_of(decay=decay, weight_decay={"low": 0, "high": 1, "when": {"decay": ["all"]}})
@@ -81,9 +73,6 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
     assert place({**values, "decay": "matrices"}, chain) == {**values, "decay": "matrices", "head_bias": False}
     assert place({**values, "epochs": 9}, recipe) == "epochs"
     assert place({**values, "learning_rate": 1.0}, recipe) == "learning_rate"
-
-
-# ---- trials
 
 
 @pytest.mark.slow
@@ -209,9 +198,6 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
     with open_study(study_dir, narrow, True):
         pass
     assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
-
-
-# ---- kills
 
 
 @pytest.mark.slow

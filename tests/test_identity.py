@@ -154,14 +154,6 @@ def test_compile_auto_is_what_the_study_has_and_nothing_else_takes_its_place(tmp
         refused(tmp_path / "auto", with_compile(other), r"train\.compile: must be \"auto\" as in")
 
 
-def test_the_recipe_of_a_study_is_that_of_its_last_search_and_only_news_leave_the_one_before(tmp_path):
-    more, other = make_recipe(7), make_recipe(7, baselines={"plain": {"kl_weight": 0}, "strong": {"kl_weight": 9}})
-    for recipe, num_before in ((make_recipe(2), 0), (more, 0), (other, 1), (other, 1)):
-        go_on(tmp_path / "study", recipe)
-        assert study_recipe(tmp_path / "study") == recipe
-        assert len(json.loads((tmp_path / "study" / "manifest.json").read_text()).get("recipes", [])) == num_before
-
-
 def test_class_names_may_move_between_the_recipe_and_a_file_that_has_the_same(tmp_path):
     """As `submit` does, which sends what it has read."""
     for name, text in {"same.txt": "cat\ndog\n", "other.txt": "dog\ncat\n"}.items():

@@ -41,11 +41,6 @@ from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
 
 
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
-
-
 def make_study(study_dir, recipe):
     with searching(study_dir, recipe) as study:
         study.add_zero_shot(ZERO_SHOT)

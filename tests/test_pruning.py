@@ -130,11 +130,6 @@ def row(epoch, value, epochs=EPOCHS):
     return {"epoch": epoch, "step": epoch, "num_steps": epochs, "subset/objective": value}
 
 
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
-
-
 RECIPE = make_recipe(6, epochs=EPOCHS, baselines={}, pruner=HALVING)
 
 

@@ -135,9 +135,6 @@ def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_d
     assert everything(tmp_path / "victim") == before
 
 
-# damage
-
-
 def test_a_file_of_a_result_that_was_damaged_is_a_message_or_makes_no_difference(study_dir, capsys):
     commands = [[name, study_dir, "--json"] for name in ("report", "ls", "status")]
     commands.append(["compare", f"{study_dir}:0", f"{study_dir}:1", "--json"])

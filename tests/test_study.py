@@ -1,7 +1,6 @@
 """The study on disk, without Ray: states, recovery, kills, and what is refused."""
 
 import shutil
-from pathlib import Path
 
 import curve_stand_in
 import pytest
@@ -17,11 +16,6 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import trial_name
 from carft_ray.study.rows import baselines, best_row, trials
 from carft_ray.study.study import LOST_ATTEMPTS
-
-
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
 
 
 def begin_and_end(study_dir, recipe):
@@ -205,14 +199,6 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     with pytest.raises(StorageError, match="must be a study"):
         trials(tmp_path)
     assert {path.name for path in contents(tmp_path)} == {"thesis.tex"}
-
-
-def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
-    (tmp_path / "file").write_text("no folder")
-    for folder in (tmp_path / "file" / "study", Path("/proc/study")):
-        with pytest.raises(StorageError, match="must be writable") as caught, open_study(folder, make_recipe()):
-            pass
-        assert (caught.value.exit_code, len(caught.value.problems)) == (5, 1)
 
 
 @pytest.mark.parametrize("operation", [{"op_code": 0}, {"op_code": 8, "worker_id": "x"}])

@@ -37,11 +37,6 @@ def first(original, tmp_path):
     return tmp_path / "first"
 
 
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
-
-
 def warm(recipe, *sources):
     named = tuple(str(source) for source in sources)
     return recipe.model_copy(update={"search": recipe.search.model_copy(update={"warm_start": named})})
