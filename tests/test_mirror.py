@@ -69,10 +69,12 @@ def test_commands_and_functions_say_of_an_address_what_they_say_of_the_folder(ad
         assert SECRET not in text
     found = printed(capsys, "compare", f"{address}:fine_tuning", f"{made}:fine_tuning")
     assert (found["a"]["folder"], found["rows"][0]["difference"]) == (address, 0)
+    assert printed(capsys, "compare", address, str(made))["recipe"] == []
     assert printed(capsys, "status", made.as_uri())["study"] == str(made)
     study, same = carft_ray.open_study(address), carft_ray.open_study(made)
     assert study.trials().equals(same.trials())
     assert study.predictions("fine_tuning").equals(same.predictions("fine_tuning"))
+    assert call(["report", address, "--html"]) == 2
     assert call(["report", address, "--html", "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").stat().st_size > 10_000
 

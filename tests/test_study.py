@@ -1,6 +1,7 @@
 """The study on disk, without Ray: states, recovery, kills, and what is refused."""
 
 import shutil
+from pathlib import Path
 
 import curve_stand_in
 import pytest
@@ -199,6 +200,14 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
     with pytest.raises(StorageError, match="must be a study"):
         trials(tmp_path)
     assert {path.name for path in contents(tmp_path)} == {"thesis.tex"}
+
+
+def test_a_folder_that_cannot_be_written_is_one_message(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    for folder in (tmp_path / "file" / "study", Path("/proc/study")):
+        with pytest.raises(StorageError, match="must be writable") as caught:
+            begin_and_end(folder, make_recipe())
+        assert len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize("operation", [{"op_code": 0}, {"op_code": 8, "worker_id": "x"}])
