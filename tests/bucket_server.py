@@ -15,7 +15,6 @@ import os
 import secrets
 import socket
 import threading
-import time
 
 import boto3
 from moto.core import DEFAULT_ACCOUNT_ID
@@ -28,7 +27,7 @@ from carft_ray.study import mirror
 
 SECRET = "wJalr-a-secret-of-the-tests"
 LOST = "lost"  # it is done, and the connection ends without an answer
-LATE = "late"  # the connection ends without an answer, and it is done after ``late_s``
+LATE, LATE_S = "late", 0.3  # the connection ends without an answer, and it is done so many seconds later
 CUT = "cut"  # the connection ends, and it is not done
 DONE_503 = "done, then 503"
 BUCKET = "studies"
@@ -41,10 +40,10 @@ def refused(status, code):
 
 
 class Server:
-    """Attributes: ``strike(method, path)`` returns a fault or None; ``requests``, as (method, path); ``late_s``."""
+    """Attributes: ``strike(method, path)`` returns a fault or None; ``requests``, as (method, path)."""
 
     def __init__(self):
-        self.strike, self.requests, self.late_s, self.delay_s = (lambda method, path: None), [], 0.3, 0.0
+        self.strike, self.requests = (lambda method, path: None), []
         self.bucket = f"{BUCKET}-{next(_numbers)}-{secrets.token_hex(3)}"
         self._app = DomainDispatcherApplication(create_backend_app)
         self._doing = threading.Lock()  # moto lists and removes in turn, not at once
@@ -74,7 +73,6 @@ class Server:
         method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
         self.requests.append((method, path))
         fault = self.strike(method, path)
-        time.sleep(self.delay_s)
         if isinstance(fault, tuple):
             return self._refuse(environ, start_response, *fault)
         if fault is None:
@@ -86,7 +84,7 @@ class Server:
             self._done(environ, lambda *given: None)
 
         if fault == LATE:
-            threading.Timer(self.late_s, do).start()
+            threading.Timer(LATE_S, do).start()
         elif fault != CUT:
             do()
         if fault == DONE_503:

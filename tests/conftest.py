@@ -98,6 +98,12 @@ class ArraySource:
 
 
 @pytest.fixture
+def study_dir(tmp_path):
+    """Where a study of this test will be."""
+    return (tmp_path / "study").resolve()
+
+
+@pytest.fixture
 def run(here, capsys):
     """Runs a command line in the folder ``here`` of a module; every command that it suggests must parse."""
     import crash_host

@@ -6,23 +6,16 @@ import curve_stand_in
 import pytest
 import stand_in
 from logs import take
-from study_steps import failed, finish, searching, write_result
+from study_steps import failed, finish, searching
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
-from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.results.reading.status_and_ls import status
-from carft_ray.results.reading.study_view import read_study
+from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.study_figure import figure_at_the_end
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_row, trials
-
-
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
 
 
 def in_file(study_dir):
@@ -36,81 +29,34 @@ def in_study(study_dir):
     return best.name, best.alpha
 
 
-def written(path):
-    """Which file it is and when it was written; when it was read last does not count."""
-    found = path.stat()
-    return found.st_ino, found.st_mtime_ns
-
-
-def with_files(study_dir):
-    """Names of the trainings that have weights, and of those that have thumbnails."""
-    rows = trials(study_dir) + baselines(study_dir)
-    return [{row.name for row in rows if (row.place(study_dir) / name).exists()} for name in (WEIGHTS, THUMBNAILS)]
-
-
-@pytest.mark.slow
-def test_the_best_trial_is_a_recipe_as_soon_as_it_is_told(study_dir):
-    with searching(study_dir, stand_in.make_recipe(6)) as study:
-        for objective in (0.9, 0.2, 0.3, 0.1, 0.5, 0.5, 0.4):  # that of the baseline first, which is no trial
-            spec = study.next()
-            finish(study, spec, objective)
-            assert (study_dir / BEST).exists() == (spec.kind == "trial")
-            assert spec.kind == "baseline" or in_file(study_dir) == in_study(study_dir)
-    best = best_row(trials(study_dir))
-    recipe = load_recipe(study_dir / BEST)
-    assert (best.number, recipe.train.learning_rate) == (3, best.values["learning_rate"])
-
-
-def test_a_finished_training_keeps_no_checkpoint_nor_what_a_function_has_kept(study_dir):
-    with searching(study_dir, stand_in.make_recipe(1, baselines={})) as study:
-        spec = study.next()
-        place, left = spec.place(study_dir), ("step-00000010", "own")
-        write_result(study_dir, spec)
-        for again in (lambda: study.settle(spec), lambda: recover_running(study)):  # a kill may come between
-            for name in left:
-                (place / name).mkdir()
-            again()
-            assert {path.name for path in place.iterdir()} & {*left} == set()
-            assert (place / "result.json").exists()
+def with_file(study_dir, name):
+    """Names of the trainings that have a file."""
+    return {row.name for row in trials(study_dir) + baselines(study_dir) if (row.place(study_dir) / name).exists()}
 
 
 @pytest.mark.parametrize("left", ["nothing", "the one before"])
 def test_only_a_better_trial_changes_it_and_the_next_search_mends_what_a_kill_has_left(study_dir, left):
-    recipe = stand_in.make_recipe(4, baselines={})
+    recipe = stand_in.make_recipe(4)
     with searching(study_dir, recipe) as study:
+        finish(study, study.next(), 0.9)
+        assert not (study_dir / BEST).exists(), "a baseline is no trial"
         finish(study, study.next(), 0.3)
         old = (study_dir / BEST).read_bytes()
         first, second, third = study.next(), study.next(), study.next()
         finish(study, second, 0.6)
-        before = written(study_dir / BEST)
+        before = (study_dir / BEST).stat().st_ino
         finish(study, first, 0.5)
         study.settle(third, failed(third, "diverged"))
     with searching(study_dir, recipe):
         pass
-    assert written(study_dir / BEST) == before
+    assert (study_dir / BEST).stat().st_ino == before
+    assert load_recipe(study_dir / BEST).train.learning_rate == second.values["learning_rate"]
     (study_dir / BEST).unlink()
     if left != "nothing":
         (study_dir / BEST).write_bytes(old)
     with searching(study_dir, recipe):
         pass
     assert in_file(study_dir) == in_study(study_dir)
-
-
-@pytest.mark.slow
-def test_the_best_point_of_a_pareto_search_is_followed_along_the_front(study_dir):
-    recipe, seen = curve_stand_in.make_recipe(8, baselines={}), []
-    with searching(study_dir, recipe) as study:
-        study.add_zero_shot(curve_stand_in.ZERO_SHOT)
-        while curve_stand_in.run_all(study, 1):
-            seen.append(in_file(study_dir))
-            assert seen[-1] == in_study(study_dir)
-    assert len(set(seen)) > 1
-    (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-    shown = status(read_study(study_dir))["best"]
-    assert (shown["name"], shown["alpha"]) == in_file(study_dir)
-    on_front = {row.name for row in trials(study_dir) if row.standing}
-    assert with_files(study_dir)[0] == on_front
-    assert len(on_front) < 8
 
 
 def test_of_equal_points_the_first_trial_is_the_best_whichever_was_told_first(study_dir):
@@ -121,7 +67,7 @@ def test_of_equal_points_the_first_trial_is_the_best_whichever_was_told_first(st
             files.write_bytes(spec.place(study_dir) / WEIGHTS, b"weights")
             finish(study, spec, 0.7, alpha=spec.values["alpha"], metrics=metrics)
     assert in_file(study_dir) == in_study(study_dir) == (first.name, first.values["alpha"])
-    assert first.name in with_files(study_dir)[0]
+    assert first.name in with_file(study_dir, WEIGHTS)
 
 
 @pytest.mark.slow
@@ -133,15 +79,15 @@ def test_weights_and_pictures_of_the_best_trials_and_of_all_baselines_stay(study
             while (spec := study.next()) is not None:
                 for name in (WEIGHTS, THUMBNAILS):
                     files.write_bytes(spec.place(study_dir) / name, b"content")
+                files.write_bytes(spec.place(study_dir) / "step-00000010" / "state.json", b"a checkpoint")
+                files.write_bytes(spec.place(study_dir) / "own" / "file", b"of a function of one's own")
                 finish(study, spec, (7 * spec.number) % 5 if spec.kind == "trial" else -100)
             ranked = [row.name for row in sorted(study.rows(), key=lambda row: (-row.objective, row.number))]
-        weights, pictures = with_files(study_dir)
-        assert weights == pictures
+        weights = with_file(study_dir, WEIGHTS)
+        assert weights == with_file(study_dir, THUMBNAILS)
         assert {*both, ranked[0]} <= weights <= {*both, *ranked[:keep]}  # those that were gone do not come back
         assert len(weights) > len(both) + 1
-
-
-# the figure
+        assert not [*study_dir.glob("*/*/*/step-*"), *study_dir.glob("*/*/*/own")]
 
 
 def finished(study_dir):

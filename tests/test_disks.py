@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 import crash_host
-import crash_points
 import pytest
 from stand_in import make_recipe
+from test_study_crash import prepare
 
 from carft_ray import files
 from carft_ray.errors import StorageError
@@ -123,7 +123,7 @@ ROOM_KB = range(0, 360, 90)  # a search of six stand-in trainings writes some 35
 def test_a_search_on_a_disk_that_fills_ends_with_one_message_and_goes_on_where_there_is_space(tmp_path):
     """A disk of 12 MB, of which there is less and less room: each search meets its end at another write."""
     (disk := tmp_path / "disk").mkdir()
-    crash_points.prepare(tmp_path)
+    prepare(tmp_path)
     with crash_host.started(tmp_path, "full_disk", before=hiding(disk, size="12m")) as run:
 
         def commands(*argvs):

@@ -1,6 +1,7 @@
 """Trees of images: order, ids, files that cannot be read, and what is said about trees that are not in order."""
 
 import hashlib
+import itertools
 import os
 import socket
 import struct
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 from sources import folder_source
 
+from carft_ray import files
 from carft_ray.data import readers
 from carft_ray.data.draft import survey
 from carft_ray.data.formats.folder import folder_set_problems
@@ -19,32 +21,27 @@ from carft_ray.errors import DataError
 from carft_ray.recipe.schema.sets import FolderSet
 
 
-def picture(width=8, height=6, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+def picture(seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
 
-def save(path, pixels=None, **options):
+def save(path, seed=0):
     path.parent.mkdir(parents=True, exist_ok=True)
-    image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(picture() if pixels is None else pixels)
-    image.save(path, **options)
-    return path
+    Image.fromarray(picture(seed)).save(path)
 
 
 @pytest.fixture
 def tree(tmp_path):
     """Two domains, two classes, two images each."""
     root = tmp_path / "tree"
-    for seed, (domain, name, file) in enumerate(
-        (domain, name, file) for domain in ("photo", "art") for name in ("fish", "bird") for file in ("2.png", "10.png")
-    ):
-        save(root / domain / name / file, picture(seed=seed))
+    for seed, pieces in enumerate(itertools.product(("photo", "art"), ("fish", "bird"), ("2.png", "10.png"))):
+        save(root.joinpath(*pieces), seed)
     return root
 
 
-def problems_of(root, domains, classes):
+def problems_of(root, domains, classes=None):
     with pytest.raises(DataError) as caught:
         folder_source(root, domains, classes, "data.id_val")
-    assert caught.value.exit_code == 4
     return str(caught.value)
 
 
@@ -57,7 +54,7 @@ def test_images_are_ordered_by_relative_name_and_labels_by_sorted_folder_or_clas
     assert list(source.listing.names) == [f"{domain}/{name}" for domain in ("art", "photo") for name in names]
     assert source.class_names == ("bird", "fish")
     assert (source.labels.tolist(), source.labels.dtype) == ([0, 0, 1, 1, 0, 0, 1, 1], np.int64)
-    np.testing.assert_array_equal(source.pixels(7), picture(seed=0))
+    np.testing.assert_array_equal(source.pixels(7), picture())
     other = folder_source(tree, ["art", "photo"], None, "train")  # the order of domains does not matter
     assert (other.listing.names, other.fingerprint) == (source.listing.names, source.fingerprint)
     np.testing.assert_array_equal(other.sample_ids, source.sample_ids)
@@ -89,17 +86,6 @@ def test_names_with_accents_mean_the_same_however_they_are_spelled(tmp_path):
     assert sorted(source.labels.tolist()) == [0, 1]
 
 
-def test_hidden_files_other_files_and_deeper_folders_are_ignored_and_links_to_domains_followed(tree):
-    save(tree / "photo" / "fish" / ".3.png")
-    save(tree / "photo" / "fish" / "deeper" / "1.png")
-    save(tree / "photo" / ".hidden" / "1.png")
-    (tree / "photo" / "fish" / "notes.txt").write_text("no image")
-    (tree / "photo" / "readme.md").write_text("no class")
-    (tree / "photo" / "fish" / "folder.png").mkdir()
-    os.symlink(tree / "photo", tree / "link")
-    assert len(folder_source(tree, ["photo"], None, "train")) == len(folder_source(tree, ["link"], None, "train")) == 4
-
-
 def test_every_ending_is_taken_in_any_case(tmp_path):
     for number, ending in enumerate(("png", "PNG", "jpg", "JPEG", "Jpeg", "bmp", "webp")):
         save(tmp_path / "photo" / "fish" / f"{number}.{ending}")
@@ -113,13 +99,10 @@ def test_every_ending_is_taken_in_any_case(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n"])
 def test_a_file_that_is_no_image_is_named(tmp_path, content):
     path = tmp_path / "photo" / "fish" / "1.png"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(content)
+    files.write_bytes(path, content)
     source = folder_source(tmp_path, ["photo"], None, "train")
-    with pytest.raises(DataError, match=r"1\.png: must be a readable image") as caught:
+    with pytest.raises(DataError, match=rf"{path}: must be a readable image"):
         source.pixels(0)
-    assert str(path) in str(caught.value)
-    assert caught.value.exit_code == 4
     path.unlink()
     for use in (lambda: source.pixels(0), lambda: source.fingerprint):
         with pytest.raises(DataError, match=r"photo/fish/1\.png"):
@@ -130,7 +113,7 @@ def test_a_file_that_is_no_image_is_named(tmp_path, content):
 
 
 def test_a_missing_root_wrong_domains_and_a_tree_without_classes_are_told(tree, tmp_path):
-    text = problems_of(tmp_path / "none", ["photo"], None)
+    text = problems_of(tmp_path / "none", ["photo"])
     assert f"data.id_val: the root of the image tree must be a folder, but got {tmp_path / 'none'}" in text
     assert "PATH/domain/class" in text
     spec = FolderSet(source="folder", path=str(tree), domains=("photos", "arts"))
@@ -138,7 +121,7 @@ def test_a_missing_root_wrong_domains_and_a_tree_without_classes_are_told(tree, 
     assert "'photos'; did you mean 'photo'? (allowed: art, photo)" in text
     assert "'arts'; did you mean 'art'?" in text
     save(tree / "flat" / "1.png")
-    assert "there must be at least one image" in problems_of(tree, ["flat"], None)
+    assert "there must be at least one image" in problems_of(tree, ["flat"])
 
 
 def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):
@@ -149,9 +132,7 @@ def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):
     assert "every class must be there in every set, but got none for 'birds'; did you mean 'bird'?" in text
     assert "every class must have an image" in text
     assert "none in 'tree'" in text
-    text = problems_of(tree, ["photo"], ["bird", "fish", *(f"class{i}" for i in range(1000))])
-    assert "and 995 more" in text
-    assert text.count("data.id_val:") == 2
+    assert "and 995 more" in problems_of(tree, ["photo"], ["bird", "fish", *(f"class{i}" for i in range(1000))])
     save(tree / "sketch" / "fish" / "1.png")  # a class may be missing in one domain of a set
     assert len(folder_source(tree, ["art", "sketch"], ["bird", "fish"], "train")) == 5
 
@@ -168,13 +149,15 @@ def told(monkeypatch, caplog):
 
 def test_what_is_passed_over_is_counted_by_ending_and_told_in_one_line_once(tree, told, monkeypatch):
     folder = tree / "photo" / "bird"
-    for name in (".hidden", ".DS_Store"):
-        (folder / name).write_bytes(b"")
-    folder_source(tree, ["photo"], None, "data.train")
+    save(folder / ".3.png")
+    save(tree / "photo" / ".hidden" / "1.png")
+    (tree / "photo" / "readme.md").write_text("no class")
+    os.symlink(tree / "photo", tree / "link")  # which is followed
+    assert len(folder_source(tree, ["link"], None, "data.train")) == 4
     assert told.messages == []
     for name in ("a.gif", "b.GIF", "c.heic", "d.jfif", "README"):
         (folder / name).write_bytes(b"")
-    (folder / "deeper").mkdir()
+    save(folder / "folder.png" / "1.png")
     os.mkfifo(folder / "pipe.png")
     monkeypatch.chdir(folder)
     with socket.socket(socket.AF_UNIX) as one:
@@ -192,12 +175,9 @@ def test_a_link_to_nowhere_is_an_error_unless_bad_images_are_skipped(tree, told)
     link = tree / "photo" / "bird" / "0.png"
     link.symlink_to(tree / "gone.png")
     (tree / "photo" / "fish" / "no image").symlink_to(tree / "gone")
-    with pytest.raises(DataError) as caught:
-        folder_source(tree, ["photo"], None, "data.train")
-    assert caught.value.exit_code == 4
-    assert str(caught.value) == (
-        f"data.train: every link must lead to an image, but got none behind 1, such as {link}\n"
-        "    Restore the files, remove the links, or write data.train.on_bad_image: skip."
+    assert problems_of(tree, ["photo"]) == (
+        f"data.id_val: every link must lead to an image, but got none behind 1, such as {link}\n"
+        "    Restore the files, remove the links, or write data.id_val.on_bad_image: skip."
     )
     assert len(folder_source(tree, ["photo"], None, "data.train", on_bad_image="skip")) == 4
     assert "2 link to nowhere" in told.messages[-1]
@@ -212,12 +192,10 @@ def test_names_that_are_not_utf_8_are_refused_when_the_set_is_listed(tree, where
         os.rename(tree / "photo" / "bird", tree / "photo" / name)
     else:
         (tree / "photo" / name).mkdir()
-    with pytest.raises(DataError) as caught:
-        folder_source(tree, ["photo"], None, "data.train")
-    assert ": names of files and folders must be UTF-8, but got b'" in str(caught.value)
-    assert r"caf\xe9" in str(caught.value)
-    assert "convmv -f latin1 -t utf8" in str(caught.value)
-    str(caught.value).encode()  # it can be shown and written
+    text = problems_of(tree, ["photo"])
+    for words in (": names of files and folders must be UTF-8, but got b'", r"caf\xe9", "convmv -f latin1 -t utf8"):
+        assert words in text
+    text.encode()  # it can be shown and written
     if where == "class":
         with pytest.raises(DataError, match="names of files and folders must be UTF-8"):
             survey(tree)
@@ -225,10 +203,9 @@ def test_names_that_are_not_utf_8_are_refused_when_the_set_is_listed(tree, where
 
 def test_a_class_that_is_spelled_in_two_ways_in_two_domains_is_told(tree):
     os.rename(tree / "art" / "bird", tree / "art" / "Bird")
-    with pytest.raises(DataError) as caught:
-        folder_source(tree, ["photo", "art"], None, "data.train")
-    assert f"data.train: {tree}: a class must be spelled alike in all domains" in str(caught.value)
-    assert "but got art/Bird and photo/bird" in str(caught.value)
+    text = problems_of(tree, ["photo", "art"])
+    assert text.startswith(f"data.id_val: {tree}: a class must be spelled alike in all domains")
+    assert "but got art/Bird and photo/bird" in text
     save(tree / "photo" / "Bird" / "0.png")  # both in one folder: letters, say
     save(tree / "art" / "bird" / "0.png")
     assert folder_source(tree, ["photo", "art"], None, "data.train").class_names == ("Bird", "bird", "fish")

@@ -2,27 +2,26 @@
 
 import json
 import shutil
-import signal
 
 import crash_host
 import optuna
 import pytest
-from logs import holding
+from logs import commits, rewrite, write_line
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
-from test_study import failed, optuna_study, run_all, write_result
+from study_steps import failed, optuna_study, run_all, searching, write_result
 
 import carft_ray
 from carft_ray.errors import HoldOutError, RecipeError
+from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.space.grid import contains, place
+from carft_ray.recipe.space.grid import place
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.identity import study_recipe
-from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
+from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 
 WIDE = {"low": 1e-5, "high": 1e-2, "log": True}
@@ -38,20 +37,10 @@ def recipe_of(num_trials=6, train=None, search=None, **space):
     return Recipe.model_validate(recipe)
 
 
-def parameter(**keys):
-    return recipe_of(weight_decay=keys).search.space["weight_decay"]
-
-
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
-
-
 def begin(study_dir, recipe, num_trials=6, values=False):
     """Runs trials whose objective is that of the stand-in; every third diverges."""
-    with open_study(study_dir, recipe) as study:
+    with searching(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        recover_running(study)
         for _ in range(num_trials):
             spec = study.next()
             failure = failed(spec, "diverged") if spec.number % 3 == 2 else None
@@ -64,22 +53,7 @@ def begin(study_dir, recipe, num_trials=6, values=False):
 
 
 def shown(rows):
-    return [(row.number, row.name, row.outcome, row.objective, row.alpha, row.metrics) for row in rows]
-
-
-# ---- regions
-
-
-def test_a_parameter_contains_its_ends_its_grid_and_no_other_kind():
-    stepped = parameter(low=0.1, high=0.7, step=0.1)
-    assert [contains(stepped, round(0.1 * n, 1)) for n in range(9)] == [False, *[True] * 7, False]
-    assert not contains(stepped, 0.15)
-    assert not contains(stepped, True)
-    assert not contains(stepped, None)
-    either = parameter(choices=[None, 1.0])
-    assert contains(either, None)
-    assert contains(either, 1)
-    assert not contains(either, True)
+    return [(row.number, row.name, row.values, row.outcome, row.objective, row.alpha, row.metrics) for row in rows]
 
 
 def test_values_are_placed_with_the_fields_that_are_not_drawn():
@@ -101,9 +75,6 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
     assert place({**values, "learning_rate": 1.0}, recipe) == "learning_rate"
 
 
-# ---- trials
-
-
 @pytest.mark.slow
 def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir):
     before = begin(study_dir, recipe_of(), values=True)
@@ -111,14 +82,12 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
     narrow = recipe_of(10, learning_rate=NARROW)
     with pytest.raises(RecipeError, match="give --change-space"), open_study(study_dir, narrow):
         pass
-    with open_study(study_dir, narrow, True) as study:
-        recover_running(study)
+    with searching(study_dir, narrow, True) as study:
         after = study.rows()
         inside = [row for row in before if 1e-4 <= row.values["learning_rate"] <= 1e-3]
         assert 0 < len(inside) < len(before)
         assert study.notes == [f"the search space has changed: {len(inside)} of 6 earlier trials inside the new one"]
         assert shown(after) == shown(before)
-        assert [row.values for row in after] == [row.values for row in before]
         assert [row.outside for row in after] == [row not in inside for row in before]
         specs = run_all(study, lambda spec: -1.0)
     assert [spec.number for spec in specs] == [6, 7, 8, 9]
@@ -134,19 +103,11 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
             assert (other.state, other.params) == (TrialState.FAIL, {})
     space = optuna.search_space.intersection_search_space(new.get_trials(deepcopy=False))
     assert set(space) == {"learning_rate", "kl_weight"}  # of one range each, or tpe would drop them
-
-
-@pytest.mark.slow
-def test_widening_again_makes_the_trials_what_they_were(study_dir):
-    def told():
-        return [(t.state, t.values, t.params, t.constraints, t.user_attrs) for t in optuna_study(study_dir).trials]
-
-    begin(study_dir, recipe_of(), values=True)
-    kept = told()
-    for space in (NARROW, WIDE):
-        with open_study(study_dir, recipe_of(learning_rate=space), True):
-            pass
-    assert told() == kept
+    with open_study(study_dir, recipe_of(10), True):  # wide again: the trials are what they were
+        pass
+    for one, other in zip(old.trials, optuna_study(study_dir).trials, strict=False):
+        assert (other.state, other.values, other.params) == (one.state, one.values, one.params)
+        assert (other.constraints, other.user_attrs) == (one.constraints, one.user_attrs)
     manifest = json.loads((study_dir / "manifest.json").read_text())
     assert [one["recipe"]["search"]["space"]["learning_rate"]["low"] for one in manifest["recipes"]] == [1e-5, 1e-4]
     assert not any(row.outside for row in trials(study_dir))
@@ -157,28 +118,22 @@ def test_widening_again_makes_the_trials_what_they_were(study_dir):
 def test_a_new_parameter_has_the_value_of_train_in_old_trials_inside_the_space_or_not(study_dir, is_inside):
     before = begin(study_dir, recipe_of())
     wider = recipe_of(8, weight_decay={"low": 0.01 if is_inside else 0.3, "high": 1.0})
-    with open_study(study_dir, wider, True) as study:
-        recover_running(study)
-        rows = study.rows()
+    with searching(study_dir, wider, True) as study:
         added = {"weight_decay": 0.1} if is_inside else {}
-        assert [row.values for row in rows] == [{**row.values, **added} for row in before]
-        assert shown(rows) == shown(before)
+        assert [row.values for row in study.rows()] == [{**row.values, **added} for row in before]
         assert {spec.values["weight_decay"] for spec in run_all(study)}.isdisjoint({0.1})
     rows = trials(study_dir)
     view = Overview(study_dir, wider, rows, [])
     shown_values = [view.data(row)["values"]["weight_decay"] for row in rows]
     assert shown_values == [0.1] * 6 + [row.values["weight_decay"] for row in rows[6:]]
-    with open_study(study_dir, recipe_of(9), True) as study:  # removed: those with other values go
-        recover_running(study)
+    with searching(study_dir, recipe_of(9), True) as study:  # removed: those with other values go
         assert [row.outside for row in study.rows()] == [False] * 6 + [True] * 2
         assert [spec.number for spec in run_all(study)] == [8]
 
 
 @pytest.mark.slow
 def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones_are_told(study_dir):
-    recipe = recipe_of(12)
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
+    with searching(study_dir, recipe_of(12)) as study:
         specs = [study.next() for _ in range(8)]
         outside = [spec for spec in specs if not 1e-4 <= spec.values["learning_rate"] <= 1e-3]
         inside = [spec for spec in specs if spec not in outside]
@@ -186,8 +141,7 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
         assert inside
         write_result(study_dir, outside[0], 0.9)  # its driver died before it could tell
         outside[1].place(study_dir).mkdir(parents=True)
-    with open_study(study_dir, recipe_of(12, learning_rate=NARROW), True) as study:
-        recover_running(study)
+    with searching(study_dir, recipe_of(12, learning_rate=NARROW), True) as study:
         rows = study.rows()
         assert (rows[outside[0].number].outcome, rows[outside[0].number].objective) == ("complete", 0.9)
         for spec in outside[1:]:
@@ -204,24 +158,22 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
 @pytest.mark.slow
 def test_readers_and_the_command_line_follow_the_space(study_dir, capsys):
     before = begin(study_dir, recipe_of())
-    with open_study(study_dir, recipe_of(7, learning_rate=NARROW), True) as study:
+    with searching(study_dir, recipe_of(7, learning_rate=NARROW), True) as study:
         assert study_recipe(study_dir).search.space["learning_rate"].low == 1e-4
-        recover_running(study)
         run_all(study, lambda spec: 0.01)
     assert carft_ray.open_study(study_dir).best.name == best_row(before).name
-    shown_by = {}
-    for words in (["ls"], ["status"], ["status", "--json"]):
-        assert crash_host.call([words[0], study_dir, *words[1:]]) == 0
-        shown_by[words[-1]] = capsys.readouterr().out
-    assert "outside the space" in shown_by["ls"]
-    assert json.loads(shown_by["--json"])["outside"] == sum(row.outside for row in trials(study_dir))
-    assert "Outside the present search space: " in shown_by["status"]
+    num_outside = sum(row.outside for row in trials(study_dir))
+    for words, told in (
+        (["ls", study_dir], "outside the space"),
+        (["status", study_dir], "Outside the present search space: "),
+        (["status", study_dir, "--json"], f'"outside": {num_outside}'),
+    ):
+        assert crash_host.call(words) == 0
+        assert told in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recipe(study_dir, tmp_path):
-    from carft_ray.launch.runs.search import run_search
-
     begin(study_dir, recipe_of())
     begin(tmp_path / "source", recipe_of(2), 2)
     narrow = recipe_of(search={"warm_start": [str(tmp_path / "source")]}, learning_rate=NARROW)
@@ -238,8 +190,7 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
     with open_study(study_dir, recipe_of(), True) as study:
         assert study.notes == ["--change-space has no effect: the space is that of the study"]
     assert "recipes" not in json.loads((study_dir / "manifest.json").read_text())
-    with holding(study_dir) as log:
-        record(study_dir, log, recipe_of(), TEST, ("id_test",))
+    write_line(study_dir, recipe_of(), sets=("id_test",))
     narrow = recipe_of(9, learning_rate=NARROW)
     with pytest.raises(HoldOutError, match="add --again REASON"):
         require_unread(study_dir, narrow, None, True)
@@ -249,67 +200,20 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
     assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
 
 
-# ---- kills
-
-_PROGRAM = """
-import gc, sys
-from pathlib import Path
-import test_generations
-from carft_ray.errors import CarftError
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
-
-def import_everything():
-    import optuna.samplers._tpe.sampler
-    gc.collect(); gc.freeze(); gc.disable()
-
-def call(argv):
-    study_dir, kind = Path(argv[0]), argv[1]
-    space = test_generations.NARROW if kind == "new" else test_generations.WIDE
-    recipe = test_generations.recipe_of(8, learning_rate=space)
-    try:
-        with open_study(study_dir, recipe, argv[2:]) as study:
-            recover_running(study)
-            print(len(study.rows()))
-    except CarftError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0
-"""
-
-
 @pytest.mark.slow
-def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(tmp_path):
-    begin(tmp_path / "original", recipe_of())
-    with open_study(tmp_path / "original", recipe_of(8)) as study:
-        recover_running(study)
+def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(study_dir, tmp_path):
+    """The manifest has the new one first: the next search with that recipe moves the trials."""
+    begin(study_dir, recipe_of())
+    with searching(study_dir, recipe_of(8)) as study:
         study.next()
-    (tmp_path / "narrowing.py").write_text(_PROGRAM)
-    new, old = {"argv": ["study", "new", "narrow"]}, {"argv": ["study", "old"]}
-    with crash_host.started(tmp_path, "narrowing") as host:
-
-        def run(jobs):
-            for job in jobs:
-                shutil.copytree(tmp_path / "original", tmp_path / job["name"] / "study")
-            return {name: answers for name, (_, answers) in host(jobs).items()}
-
-        [answer] = run([{"name": "whole", "commands": [{**new, "count_to": str(tmp_path / "kinds.json")}]}])["whole"]
-        assert answer["code"] == 0, answer["log"]
-        expected = shown(trials(tmp_path / "whole" / "study"))
-        kinds = json.loads((tmp_path / "kinds.json").read_text())
-        assert len(kinds) >= 15
-        jobs = []
-        for number, kind in enumerate(kinds, start=1):
-            kill = {**new, "kill": (number, "torn" if kind == "append" and number % 2 else "after")}
-            if kind != "fsync":  # where nothing is done
-                jobs.append({"name": f"{number}-new", "commands": [kill, new]})
-                jobs.append({"name": f"{number}-old", "commands": [kill, old, new]})
-        answers = run(jobs)
-    codes = {name: [answer["code"] for answer in found] for name, found in answers.items()}
-    assert all(found[0] == -signal.SIGKILL and found[-1] == 0 for found in codes.values()), codes
-    refused = [found[1] for found in codes.values() if len(found) == 3]
-    assert {*refused} == {0, 3}  # 3: the new one holds already
-    assert refused == sorted(refused)
-    for name in codes:
-        assert shown(trials(tmp_path / name / "study")) == expected, name
-    assert [log for found in answers.values() for log in (one["log"] for one in found) if "Traceback (" in log] == []
+    num_before, new = len(commits(study_dir)), recipe_of(8, learning_rate=NARROW)
+    with searching(study_dir, new, True):
+        pass
+    expected, found = shown(trials(study_dir)), commits(study_dir)
+    for number in range(num_before, len(found)):
+        part = shutil.copytree(study_dir, tmp_path / str(number))
+        rewrite(part, found[:number])
+        with pytest.raises(RecipeError), open_study(part, recipe_of(8)):
+            pass
+        with searching(part, new):
+            assert shown(trials(part)) == expected, number

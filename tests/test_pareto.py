@@ -8,7 +8,6 @@ from pathlib import Path
 import crash_host
 import curve_stand_in
 import numpy as np
-import optuna
 import pytest
 import short_study
 import short_training
@@ -37,14 +36,9 @@ from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import trial_name
 from carft_ray.study.recovery import recover_confirm
-from carft_ray.study.rows import TRAINING_OF, WARM_FROM, is_training, trials
+from carft_ray.study.rows import TRAINING_OF, is_training, trials
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
-
-
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
 
 
 def make_study(study_dir, recipe):
@@ -59,27 +53,15 @@ def read_study_with_recipe(study_dir, recipe):
 
 
 @pytest.mark.slow
-def test_trainings_and_points_are_counted_apart(study_dir):
-    specs = [spec for spec in make_study(study_dir, make_recipe(5)) if spec.kind == "trial"]
+def test_a_training_is_told_its_own_point_and_at_most_four_others_that_it_does_not_beat_and_counts_once(study_dir):
+    recipe = make_recipe(6)
+    specs = [spec for spec in make_study(study_dir, recipe) if spec.kind == "trial"]
     search, rows = optuna_study(study_dir), trials(study_dir)
     assert [direction.name for direction in search.directions] == ["MAXIMIZE", "MAXIMIZE"]
     assert [row.name for row in rows] == [trial_name(spec.number, spec.values) for spec in specs]
-    assert len(rows) == 5
-    assert len(search.trials) > 8
+    assert len(search.trials) > len(rows) == 6
     assert [trial.number for trial in search.trials if is_training(trial)] == [row.number for row in rows]
-    assert total_trials("+2", read_study_with_recipe(study_dir, make_recipe(5))) == 7
-    with searching(study_dir, make_recipe(7)) as study:
-        assert len(run_all(study)) == 2
-    for attribute in (TRAINING_OF, WARM_FROM):
-        assert not is_training(optuna.trial.create_trial(value=0.5, user_attrs={attribute: 0}))
-
-
-@pytest.mark.slow
-def test_a_training_is_told_its_own_point_and_at_most_four_others_that_it_does_not_beat(study_dir):
-    recipe = make_recipe(6)
-    make_study(study_dir, recipe)
-    search = optuna_study(study_dir)
-    for row in trials(study_dir):
+    for row in rows:
         own = search.trials[row.number]
         drawn = own.params["alpha"]
         train = curve_stand_in.apply(recipe, row.values).train
@@ -95,27 +77,9 @@ def test_a_training_is_told_its_own_point_and_at_most_four_others_that_it_does_n
             assert (trial.state, trial.constraints) == (TrialState.COMPLETE, own.constraints)
             assert {**trial.params, "alpha": drawn} == own.params
         assert {point["alpha"] for point in row.points} == set(alphas)
-
-
-@pytest.mark.slow
-def test_the_best_stands_at_its_point_of_the_front_and_says_so(study_dir):
-    recipe = make_recipe(6)
-    make_study(study_dir, recipe)
-    view = read_study_with_recipe(study_dir, recipe)
-    best = view.best
-    assert (best.name, best.alpha) in [(point.name, point.alpha) for point in front_of(view.trials)]
-    pairs = np.array([point.pair for point in points_of(view.trials)])
-    assert not (pairs > (best.metrics["id_accuracy"], best.metrics["ood_accuracy"])).all(axis=1).any()
-    answer = status(view)
-    assert answer["front"]["num_trainings"] == 6
-    assert answer["front"]["num_points"] == len(pairs)
-    assert [point["best"] for point in answer["front"]["points"]].count(True) == 1
-    assert "6 trainings; the best by the rule knee" in answer["lines"][0]
-    assert answer["best"]["on_front"]
-    found = open_finished(study_dir)
-    assert (found.name, found.result["alpha"], found.result["metrics"]) == (best.name, best.alpha, best.metrics)
-    [winner, *_] = first_stage(view, 3, 2).rows
-    assert (winner.name, winner.alpha) == (best.name, best.alpha)
+    assert total_trials("+2", read_study_with_recipe(study_dir, recipe)) == 8
+    with searching(study_dir, make_recipe(8)) as study:
+        assert len(run_all(study)) == 2
 
 
 @pytest.fixture(scope="module")
@@ -123,49 +87,50 @@ def searched(tmp_path_factory):
     """A Pareto study, and one with constraints, of real trainings of a fraction of a second."""
     folder = tmp_path_factory.mktemp("real")
     path = short_training.make(folder)
-    text = path.read_text().replace("epochs: 3", "epochs: 2") + "  baselines: {plain: {kl_weight: 0}}\n"
-    constraints = "  constraints: {id_drop: {plain: 0.05, zero_shot: 0.2}}\n"
-    path.write_text(text + constraints)
-    cache = [f"data.cache_dir={folder / 'cache'}", "search.trials=3"]
-    constrained = load_recipe(path, cache)
-    path.write_text(
-        text.replace("  space:\n", "  alpha: {mode: sample}\n  space:\n    alpha: {low: 0.1, high: 1}\n")
-        + "  objective: {kind: pareto}\n"
-    )
-    pareto = load_recipe(path, cache)
-    studies = {name: (folder / name).resolve() for name in ("pareto", "constrained")}
-    for name, recipe in (("pareto", pareto), ("constrained", constrained)):
-        short_study.search(studies[name], recipe)
-    return folder, studies
+    both = [f"data.cache_dir={folder / 'cache'}", "search.trials=3", "train.epochs=2"]
+    both.append("search.baselines={plain: {kl_weight: 0}}")
+    more = {
+        "pareto": ["alpha={mode: sample}", "space.alpha={low: 0.1, high: 1}", "objective={kind: pareto}"],
+        "constrained": ["constraints={id_drop: {plain: 0.05, zero_shot: 0.2}}"],
+    }
+    recipes = {name: load_recipe(path, [*both, *(f"search.{each}" for each in more[name])]) for name in more}
+    return {name: short_study.search((folder / name).resolve(), recipe) for name, recipe in recipes.items()}
 
 
 @pytest.mark.slow
 def test_a_real_pareto_study_is_reported_drawn_rescored_and_opened_at_its_best_point(searched, capsys):
-    _, studies = searched
-    view = read_study(studies["pareto"])
+    study_dir = searched["pareto"]
+    view = read_study(study_dir)
     for row in view.trials:
         assert {point["alpha"] for point in row.points} == {*view.recipe.search.alpha.measured, row.values["alpha"]} - {
             0.0
         }
-    best = view.best
+    best, answer = view.best, status(view)
+    assert (best.name, best.alpha) in [(point.name, point.alpha) for point in front_of(view.trials)]
+    assert (answer["front"]["num_trainings"], answer["front"]["num_points"]) == (3, len(points_of(view.trials)))
+    assert [point["best"] for point in answer["front"]["points"]].count(True) == 1
+    assert "3 trainings; the best by the rule knee" in answer["lines"][0]
+    assert answer["best"]["on_front"]
+    found = open_finished(study_dir)
+    assert (found.name, found.result["alpha"], found.result["metrics"]) == (best.name, best.alpha, best.metrics)
+    [winner, *_] = first_stage(view, 3, 2).rows
+    assert (winner.name, winner.alpha) == (best.name, best.alpha)
     report = study_report(view)
     assert report["corrected"] is None
-    assert report["front"] == status(view)["front"]
+    assert report["front"] == answer["front"]
     assert any("a confirm measures them again" in line for line in report["lines"])
-    trained = open_trained(studies["pareto"])
+    trained = open_trained(study_dir)
     assert (trained.result["alpha"], trained.result["metrics"]) == (best.alpha, best.metrics)
-    assert load_recipe(studies["pareto"] / "best.yaml").train.alpha == best.alpha
-    assert len(rendered(study_figure(view.recipe, studies["pareto"], view.trials, view.baselines), "png")) > 10_000
-    summary = study_summary(view.recipe, SearchResult(studies["pareto"], best, view.trials, view.baselines, 3, 1.0))
+    assert load_recipe(study_dir / "best.yaml").train.alpha == best.alpha
+    assert len(rendered(study_figure(view.recipe, study_dir, view.trials, view.baselines), "png")) > 10_000
+    summary = study_summary(view.recipe, SearchResult(study_dir, best, view.trials, view.baselines, 3, 1.0))
     assert any(line.startswith(f"Best: {best.name}, ID ") for line in summary["lines"])
     assert json.loads(json.dumps(summary))["front"]["points"]
     answer = rescore(view, asked_objective(view.recipe, "harmonic"))
     assert answer["own_objective"]["kind"] == "pareto"
     assert [row["new_rank"] for row in answer["trials"]] == [1, 2, 3]
     for verb in ("status", "ls", "report", "rescore"):
-        assert (
-            crash_host.call([verb, str(studies["pareto"])]) == crash_host.call([verb, str(studies["constrained"])]) == 0
-        )
+        assert [crash_host.call([verb, folder]) for folder in searched.values()] == [0, 0]
     assert capsys.readouterr().out.count("Front of ID and OOD accuracy: ") == 2  # of status and of report
 
 
@@ -175,16 +140,14 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
 
     def search(num_trials, *points):
         """A trial more, with points (ID, OOD): the last one at the alpha that was drawn, those before at 0.4."""
-        recipe = make_recipe(num_trials, objective=objective, baselines={})
+        recipe, curve = make_recipe(num_trials, objective=objective, baselines={}), []
         with searching(study_dir, recipe) as study:
             study.add_zero_shot(ZERO_SHOT)
             spec = study.next()
-            alphas = [0.4, spec.values["alpha"]][-len(points) :]
-            curve = [
-                {"alpha": alpha, "id_accuracy": one, "ood_accuracy": other, "objective": (one + other) / 2}
-                for alpha, (one, other) in zip(alphas, points, strict=True)
-            ]
-            finish(study, spec, curve[-1]["objective"], alpha=alphas[-1], metrics=curve[-1], curve=curve)
+            for alpha, (one, other) in zip([0.4, spec.values["alpha"]][-len(points) :], points, strict=True):
+                metrics = {"id_accuracy": one, "ood_accuracy": other, "objective": (one + other) / 2}
+                curve.append({"alpha": alpha, **metrics})
+            finish(study, spec, metrics["objective"], alpha=alpha, metrics=metrics, curve=curve)
         return read_study_with_recipe(study_dir, recipe)
 
     def confirm(view):
@@ -224,8 +187,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
 
 @pytest.mark.slow
 def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand(searched, tmp_path):
-    _, studies = searched
-    study_dir = Path(shutil.copytree(studies["pareto"], tmp_path / "study")).resolve()
+    study_dir = Path(shutil.copytree(searched["pareto"], tmp_path / "study")).resolve()
     view = read_study(study_dir)
     first = plan(view, 1, 2)[0]
     with open_study(study_dir, view.recipe) as study:
@@ -246,31 +208,7 @@ def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand
 
 
 @pytest.mark.slow
-def test_real_trials_meet_their_constraints_wherever_an_evaluated_alpha_does(searched):
-    _, studies = searched
-    view = read_study(studies["constrained"])
-    assert not any(name.startswith("violation/") for row in view.baselines for name in row.metrics)
-    for row in view.trials:
-        result = json.loads((studies["constrained"] / "trials" / row.name / "attempt-1" / "result.json").read_text())
-        assert len([name for name in row.metrics if name.startswith("violation/")]) == 2
-        missed = [
-            sum(max(0.0, value) for name, value in point.items() if name.startswith("violation/"))
-            for point in result["curve"]
-            if point["alpha"] >= 0.1
-        ]
-        assert row.violation <= min(missed) + 1e-12
-    answer = rescore(view, asked_objective(view.recipe))
-    stored = {row.name: row for row in view.trials}
-    for row in answer["trials"]:
-        assert (row["objective"], row["alpha"]) == (stored[row["name"]].objective, stored[row["name"]].alpha)
-        expected = {key: value for key, value in stored[row["name"]].metrics.items() if key.startswith("violation/")}
-        assert {f"violation/{key}": value for key, value in row["violations"].items()} == expected
-    assert answer["trials"][0]["name"] == view.best.name
-    assert {*study_report(view)["best"]["violations"]} == {*answer["constraints"]}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pareto", "constrained"])
 def test_trials_with_a_front_or_constraints_are_reproduced(searched, tmp_path, name):
-    found = reproduce(open_finished(searched[1][name]), tmp_path / "again", *3 * [lambda told: None])
+    found = reproduce(open_finished(searched[name]), tmp_path / "again", *3 * [lambda told: None])
     assert found["differences"] == []

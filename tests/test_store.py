@@ -2,11 +2,10 @@
 
 import os
 import sys
-import threading
 
 import pytest
-from bucket_server import CUT, DONE_503, LATE, LOST, SECRET, bucket_server, refused
-from short_log import claimed, contents, read
+from bucket_server import SECRET, bucket_server, refused
+from test_log import claimed, contents, read
 
 from carft_ray import files
 from carft_ray.errors import StorageError, UsageError
@@ -63,27 +62,6 @@ def test_a_name_that_leads_out_or_is_temporary_is_refused(store, tmp_path, name)
         with pytest.raises(StorageError, match="must be a name of an object"):
             call(name)
     assert not list(tmp_path.iterdir())
-
-
-def test_of_sixteen_threads_one_creates_an_object(store):
-    won, start = [], threading.Barrier(16)
-
-    def create(number):
-        start.wait()
-        try:
-            store.put_new("log/00000001", b"%d" % number * 1000)
-            won.append(number)
-        except RefusedError:
-            pass
-
-    threads = [threading.Thread(target=create, args=(number,)) for number in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(won) == 1
-    assert store.get("log/00000001") == b"%d" % won[0] * 1000
-    assert store.list("log") == ["log/00000001"]
 
 
 def test_a_store_that_writes_over_what_is_there_is_refused(store, monkeypatch):
@@ -168,14 +146,6 @@ def once(fault, method="PUT"):
     """Strikes the first request of a method."""
     faults = [fault]
     return lambda asked, path: faults.pop() if asked == method and faults else None
-
-
-@pytest.mark.parametrize("fault", [LOST, LATE, CUT, DONE_503, refused(503, "SlowDown"), refused(500, "InternalError")])
-def test_after_an_unclear_answer_it_is_not_known_whether_an_object_is_there(server, fault):
-    server.strike = once(fault)
-    with pytest.raises(UnknownError, match="log/00000001: must be writable"):
-        Bucket(server.address("study")).put_new("log/00000001", b"1")
-    assert [method for method, _ in server.requests] == ["PUT"], "no retry of its own"
 
 
 def test_what_passes_is_tried_again_and_without_a_server_there_is_no_answer(monkeypatch):

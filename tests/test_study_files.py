@@ -22,6 +22,8 @@ from carft_ray.store.result import checkpoints, read_result, reported_rows
 from carft_ray.study.opening import open_study
 from carft_ray.training.run_context import RunContext
 
+PLACE = "trials/t0000-0000/attempt-1"
+
 
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
@@ -107,19 +109,22 @@ def test_an_attempt_needs_the_newest_weights_or_else_two_checkpoints_and_what_th
     assert wanted == {"metrics.jsonl", "attempt-10/own/d", "attempt-10/fine_tuned.safetensors"}
 
 
-def plan_of(study, away, **more):
+def plan_of(study, away):
     last, first = (study.log.number, study.log.digest), study.log.digest_of(1)
-    return replace(with_cache(attempts.plan_of(study, **more), study), files=away, commit=last, first_commit=first)
-
-
-def with_cache(runtime, study):
+    runtime = attempts.plan_of(study)
     data = runtime.recipe.data.model_copy(update={"cache_dir": str(study.study_dir.parent / "cache")})
-    return replace(runtime, recipe=runtime.recipe.model_copy(update={"data": data}))
+    recipe = runtime.recipe.model_copy(update={"data": data})
+    return replace(runtime, recipe=recipe, files=away, commit=last, first_commit=first)
+
+
+def opened(folder, epochs=2):
+    """Opens a study of one training."""
+    return open_study(folder / "study", stand_in.make_recipe(1, epochs=epochs, baselines={}))
 
 
 def test_a_node_knows_the_study_by_a_commit_of_its_search(tmp_path):
     for name in ("one", "other"):
-        with open_study(tmp_path / name / "study", stand_in.make_recipe(1)) as study:
+        with opened(tmp_path / name) as study:
             runtime = plan_of(study, Here(study.study_dir))
             assert sees(runtime)
             assert not sees(replace(runtime, commit=(runtime.commit[0] + 1, runtime.commit[1])))
@@ -129,7 +134,7 @@ def test_a_node_knows_the_study_by_a_commit_of_its_search(tmp_path):
 
 
 def test_a_preparation_elsewhere_lies_in_the_study_its_last_file_last(tmp_path):
-    with open_study(tmp_path / "study", stand_in.make_recipe(1)) as study:
+    with opened(tmp_path) as study:
         away = Here(study.study_dir)
         write(study.study_dir, "prepared/sets/train.arrow", b"listed")
         with prepared_at_hand(unseen(plan_of(study, away))) as folder:
@@ -146,7 +151,7 @@ def test_a_preparation_elsewhere_lies_in_the_study_its_last_file_last(tmp_path):
 def test_a_training_elsewhere_leaves_in_the_study_what_one_there_leaves(tmp_path, loses):
     kept = []
     for name in ("there", "elsewhere"):
-        with open_study(tmp_path / name / "study", stand_in.make_recipe(1, epochs=5, baselines={})) as study:
+        with opened(tmp_path / name, epochs=5) as study:
             away = Here(study.study_dir, loses)
             runtime = plan_of(study, away)
             spec = stand_in.spec(1)
@@ -156,10 +161,8 @@ def test_a_training_elsewhere_leaves_in_the_study_what_one_there_leaves(tmp_path
             assert read_result(spec.place(study.study_dir)) is not None
             assert [row["epoch"] for row in reported_rows(spec.folder(study.study_dir))] == [1, 2, 3, 4, 5]
     there, elsewhere = kept
-    steps = [name for name in there if "/step-" in name]
-    assert {name: there[name] for name in there if name not in steps} == {
-        name: elsewhere[name] for name in elsewhere if "/step-" not in name
-    }
+    for name in [name for name in (there.keys() | elsewhere) if "/step-" not in name]:
+        assert there[name] == elsewhere[name], name
     finished = [given[0] for method, *given in away.calls if method == "finish"]
     assert finished[-1].endswith("/result.json")
     assert len(checkpoints(tmp_path / "elsewhere/study/trials/t0000-0000")) == 2
@@ -167,7 +170,7 @@ def test_a_training_elsewhere_leaves_in_the_study_what_one_there_leaves(tmp_path
 
 
 def test_an_attempt_continues_elsewhere_from_what_the_one_before_has_left(tmp_path):
-    with open_study(tmp_path / "study", stand_in.make_recipe(1, epochs=4, baselines={})) as study:
+    with opened(tmp_path, epochs=4) as study:
         stand_in.save(study.study_dir / "trials/t0000-0000", 1, 3)
         runtime = unseen(plan_of(study, Here(study.study_dir)))
         rows, box = [], Mailbox()
@@ -181,7 +184,7 @@ def test_an_attempt_continues_elsewhere_from_what_the_one_before_has_left(tmp_pa
 
 def test_rows_are_there_before_the_checkpoint_that_has_them_and_old_ones_go(tmp_path):
     node, study = tmp_path / "node", tmp_path / "study"
-    away, place = Here(study), "trials/t0000-0000/attempt-1"
+    away, place = Here(study), PLACE
     delivery = Delivery(away, node, stand_in.spec(1))
     for epoch in range(1, 5):
         write(node, f"{place}/rows.jsonl", b"row\n" * epoch)
@@ -195,7 +198,7 @@ def test_rows_are_there_before_the_checkpoint_that_has_them_and_old_ones_go(tmp_
 
 
 def test_a_checkpoint_that_vanishes_while_it_is_sent_leaves_nothing(tmp_path):
-    node, study, place = tmp_path / "node", tmp_path / "study", "trials/t0000-0000/attempt-1"
+    node, study, place = tmp_path / "node", tmp_path / "study", PLACE
     stand_in.save(node / "trials/t0000-0000", 1, 1)
     write(node, f"{place}/step-00000010/weights", b"x" * 5000)
     away, plain = Here(study), FileServer.write
@@ -210,7 +213,7 @@ def test_a_checkpoint_that_vanishes_while_it_is_sent_leaves_nothing(tmp_path):
 
 
 def test_what_the_user_keeps_goes_with_its_report_and_what_he_removes_is_removed(tmp_path):
-    node, study, place = tmp_path / "node", tmp_path / "study", "trials/t0000-0000/attempt-1"
+    node, study, place = tmp_path / "node", tmp_path / "study", PLACE
     delivery = Delivery(Here(study), node, stand_in.spec(1))
     write(node, f"{place}/own/one.pt")
     write(node, f"{place}/own/deep/two.pt")
@@ -227,23 +230,20 @@ def test_a_disk_that_is_full_on_the_drivers_machine_ends_the_training_as_there(t
     def full(self, *given):
         raise StorageError("the disk is full")
 
-    with open_study(tmp_path / "study", stand_in.make_recipe(1, epochs=200, baselines={})) as study:
+    with opened(tmp_path, epochs=200) as study:
         runtime = unseen(plan_of(study, Here(study.study_dir)))
         monkeypatch.setattr(FileServer, "write", full)
-        began = time.monotonic()
         failure = run_worker(runtime, stand_in.spec(1), RunContext())
     assert (failure.outcome, failure.exit_code, failure.reason) == ("fatal", 5, "the disk is full")
-    assert time.monotonic() - began < 60
     assert not [thread for thread in threading.enumerate() if thread.name == "delivery"]
 
 
 def test_old_folders_of_other_studies_go(tmp_path):
-    with open_study(tmp_path / "study", stand_in.make_recipe(1)) as study:
+    with opened(tmp_path) as study:
         runtime = plan_of(study, Here(study.study_dir))
         place = at_hand.here(runtime)
         for name, days in (("old", 8), ("new", 1)):
             write(place.parent / name, "x")
-            then = time.time() - days * 24 * 3600
-            os.utime(place.parent / name, (then, then))
+            os.utime(place.parent / name, 2 * (time.time() - days * 24 * 3600,))
         assert at_hand.here(runtime) == place
         assert {path.name for path in place.parent.iterdir()} == {"new", place.name}

@@ -10,20 +10,23 @@ from pathlib import Path
 import pytest
 import short_training
 import stand_in
-from bucket_search import search
 from bucket_server import SECRET, impatient, refused
 from crash_host import call
+from study_steps import told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_mirror import contents
 
 from carft_ray.errors import StorageError
-from carft_ray.layout import MANIFEST
+from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runtime import Runner
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.store.log import Log
-from carft_ray.study import uploads
 from carft_ray.study.mirror import NUMBERS, own_folder, pull
-from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.rows import best_row
 
 HERE = Path(__file__).parent
+RESOURCES, SEARCH = {"executor": "debug"}, {"epochs": 3, "sampler": {"name": "random"}}
+ELSEWHERE = "import sys, search_driver; from carft_ray.study import uploads; uploads.UPLOAD_EVERY_S = 0.2; "
+ELSEWHERE += "sys.exit(search_driver.main(*sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -38,32 +41,27 @@ def whole(tmp_path_factory):
     return told(search(tmp_path_factory.mktemp("whole") / "study", 3).study_dir)
 
 
-def told(study_dir):
-    rows = [*trials(study_dir), *baselines(study_dir)]
-    return [[row.kind, row.name, row.values, row.outcome, row.objective] for row in rows]
-
-
-def contents(folder):
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if name not in (MANIFEST, "ray.log", "stop")}
+def search(place, trials):
+    recipe = stand_in.make_recipe(trials, resources=RESOURCES, **SEARCH)
+    return run_search(recipe, own_folder(place), runner=Runner(stand_in.prepare, stand_in.train))
 
 
 def ended(server):
     return sum(b'"outcome"' in data for name, data in server.objects().items() if "/log/0" in name)
 
 
-def searching(server, cache, *words):
-    """A search by a process with another cache, as another machine has it."""
+def searching(server, cache):
+    """A search of three trials by a process with another cache, as another machine has it."""
     environment = {**os.environ, **server.environment, "XDG_CACHE_HOME": str(cache)}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
-    command = [sys.executable, HERE / "bucket_search.py", server.address("study"), *map(str, words)]
-    return subprocess.Popen(command, env=environment)
+    words = [server.address("study"), "3", json.dumps(RESOURCES), "", json.dumps(SEARCH)]
+    return subprocess.Popen([sys.executable, "-c", ELSEWHERE, *words], env=environment)
 
 
 @pytest.mark.slow
 def test_a_killed_search_is_resumed_from_another_machine(server, whole, tmp_path, capsys):
     address = server.address("study")
-    with searching(server, tmp_path / "elsewhere", 3) as process:
+    with searching(server, tmp_path / "elsewhere") as process:
         while ended(server) < 3:
             assert process.poll() is None
             time.sleep(0.05)
@@ -90,7 +88,7 @@ def test_a_search_is_stopped_from_another_machine_and_only_the_one_that_was_aske
     address = server.address("study")
     server.put("study/requests/00000099", b"of an earlier holder")
     (hold := stand_in.tell(tmp_path) / "hold").touch()
-    with searching(server, tmp_path / "elsewhere", 3, 0.2) as process:
+    with searching(server, tmp_path / "elsewhere") as process:
         while not any("/rows" in name or "/step-" in name for name in server.objects()):
             assert process.poll() is None
             time.sleep(0.05)
@@ -171,19 +169,3 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     server.strike = lambda method, path: None
     search(address, 3)
     assert told(own_folder(address, brings=False)) == whole
-
-
-@pytest.mark.slow
-def test_a_second_search_is_turned_away_and_changes_nothing(server, monkeypatch):
-    address = server.address("study")
-    search(address, 1)
-    log = uploads.open_log(own_folder(address))
-    log.claim()
-    with uploads.uploading(log):
-        (own_folder(address, brings=False) / "new.txt").write_text("of the first")
-        with pytest.raises(StorageError, match="is in use: two searches on one study would spoil it"):
-            search(address, 2)
-        assert (own_folder(address) / "new.txt").exists(), "what a live search has written stays"
-    log.release()
-    assert server.objects()["study/new.txt"] == b"of the first"
-    assert isinstance(log, Log)

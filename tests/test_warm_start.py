@@ -5,25 +5,20 @@ import re
 import shutil
 
 import crash_host
-import optuna
 import pytest
 from logs import commits, write_line
 from optuna.trial import TrialState
 from stand_in import SANDBOX_SET
 from study_steps import optuna_study, run_all, searching
-from test_generations import begin, recipe_of
+from test_generations import NARROW, begin, recipe_of
 
-from carft_ray.errors import ClusterError, Problem, RecipeError
+from carft_ray.errors import RecipeError, StorageError
 from carft_ray.launch.runs.search import run_search
-from carft_ray.recipe.loading import absolute_paths, dump_recipe
+from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.warm_start import inherited_reads
-
-NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +37,6 @@ def first(original, tmp_path):
     return tmp_path / "first"
 
 
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
-
-
 def warm(recipe, *sources):
     named = tuple(str(source) for source in sources)
     return recipe.model_copy(update={"search": recipe.search.model_copy(update={"warm_start": named})})
@@ -61,7 +51,6 @@ def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
     with searching(study_dir, warm(recipe_of(3), first)) as study:
         assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
         assert study.rows() == []
-        assert best_row(study.rows()) is None
         specs = run_all(study, lambda spec: -1.0)
         (study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe))
     assert [spec.number for spec in specs] == [12, 13, 14]  # three trials of its own were wanted
@@ -70,10 +59,9 @@ def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
     assert best_row(trials(study_dir)).objective == -1.0
     for theirs, ours in zip(optuna_study(first).trials, taken_in(study_dir), strict=False):
         assert (ours.state, ours.values, ours.params) == (theirs.state, theirs.values, theirs.params)
-        assert ours.constraints == theirs.constraints
-        assert ours.intermediate_values == theirs.intermediate_values
-        assert ours.user_attrs["warm_from"]["path"] == str(first)
-        assert ours.user_attrs["warm_from"]["trial"] == theirs.user_attrs["name"]
+        assert (ours.constraints, ours.intermediate_values) == (theirs.constraints, theirs.intermediate_values)
+        source = ours.user_attrs["warm_from"]
+        assert (source["path"], source["trial"]) == (str(first), theirs.user_attrs["name"])
     assert {trial.state for trial in taken_in(study_dir)} == {TrialState.COMPLETE, TrialState.PRUNED}
     [taken] = [commit["records"] for commit in commits(study_dir) if "warm_from" in json.dumps(commit["operations"])]
     assert [record["kind"] for record in taken] == ["taken in"]  # so a kill leaves all of it or nothing
@@ -91,24 +79,8 @@ def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, 
     with searching(study_dir, recipe) as study:
         assert study.notes == []
     with searching(study_dir, warm(recipe_of(1), first, tmp_path / "copy")) as study:
-        assert study.notes == [
-            f"warm start: {tmp_path / 'copy'} is a copy of {first}, which was taken in before",
-        ]
+        assert study.notes == [f"warm start: {tmp_path / 'copy'} is a copy of {first}, which was taken in before"]
     assert len(taken_in(study_dir)) == 12
-
-
-@pytest.mark.slow
-def test_it_may_be_added_to_a_study_later_and_a_smaller_space_keeps_what_was_taken_in(study_dir, first):
-    begin(study_dir, recipe_of(3), 3)
-    before = trials(study_dir)
-    with searching(study_dir, warm(recipe_of(4), first)) as study:
-        assert study.rows() == before
-        assert [spec.number for spec in run_all(study)] == [15]
-    with searching(study_dir, warm(recipe_of(5, learning_rate=NARROW), first), True) as study:
-        assert [row.name for row in study.rows()][:3] == [row.name for row in before]
-        assert [spec.number for spec in run_all(study)] == [16]
-        assert len(study.notes) == 1  # of the space: the source is not taken in again
-    assert 0 < len([trial for trial in taken_in(study_dir) if trial.state != TrialState.FAIL]) < 12
 
 
 @pytest.mark.slow
@@ -124,8 +96,8 @@ def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned
 
 
 def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
-    recipe = recipe_of(1, train={"batch_size": 64}, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
-    with searching(study_dir, warm(recipe, first)) as study:
+    space = {"learning_rate": NARROW, "weight_decay": {"low": 0.0, "high": 1.0}}
+    with searching(study_dir, warm(recipe_of(1, train={"batch_size": 64}, **space), first)) as study:
         [note] = study.notes
         counts = re.fullmatch(
             r"warm start: 0 of 13 .*; left out: (\d+) with learning_rate outside the space, "
@@ -135,21 +107,17 @@ def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
         assert sum(map(int, counts.groups())) == 12
     assert taken_in(study_dir) == []
     other = study_dir.with_name("other")
-    recipe = recipe_of(1, learning_rate=NARROW, weight_decay={"low": 0.0, "high": 1.0})
-    with searching(other, warm(recipe, first)):
+    with searching(other, warm(recipe_of(1, **space), first)):
         pass
     rates = [trial.params["learning_rate"] for trial in taken_in(other)]
     assert 0 < len(rates) < 12
     assert all(1e-4 <= rate <= 1e-3 for rate in rates)
     assert {trial.params["weight_decay"] for trial in taken_in(other)} == {0.1}  # the source's own value
-    found = optuna.search_space.intersection_search_space(optuna_study(other).get_trials(deepcopy=False))
-    assert set(found) == {"learning_rate", "kl_weight", "weight_decay"}
 
 
 def refused(recipe, study_dir):
-    with pytest.raises(RecipeError) as caught, open_study(study_dir, recipe) as study:
-        recover_running(study)
-    assert caught.value.exit_code == 3
+    with pytest.raises(RecipeError) as caught, searching(study_dir, recipe):
+        pass
     assert not study_dir.exists()  # the mended recipe may use the name
     return str(caught.value)
 
@@ -188,31 +156,19 @@ def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):
     begin(study_dir, recipe_of(2), 2)
     shutil.copytree(study_dir, tmp_path / "copy")
     for source, told in ((study_dir, "this one"), (tmp_path / "copy", "a copy of this one")):
-        with (
-            pytest.raises(RecipeError, match=f"must be another study, but got {told}"),
-            open_study(study_dir, warm(recipe_of(2), source)) as study,
-        ):
-            recover_running(study)
+        refused = pytest.raises(RecipeError, match=f"must be another study, but got {told}")
+        with refused, searching(study_dir, warm(recipe_of(2), source)):
+            pass
 
 
 @pytest.mark.slow
-def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_recipe(
-    study_dir, first, monkeypatch, capsys
-):
-    begin(study_dir, recipe_of(2), 2)
-    asked = []
-    monkeypatch.chdir(first.parent)
-
-    def run_search(recipe, *rest, **options):
-        asked.append(recipe.search.warm_start)
-        raise ClusterError(Problem("ray", "is not started here"))
-
-    monkeypatch.setattr("carft_ray.launch.runs.search.run_search", run_search)
+def test_the_option_counts_from_the_working_directory_and_stays_in_the_resolved_recipe(study_dir, first, monkeypatch):
+    begin(study_dir, recipe_of(2, train={"batch_size": 8}), 2)
     shutil.copytree(first, first.parent / "second")
-    manifest = study_dir / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"batch_size": 512', '"batch_size": 8'))
+    monkeypatch.chdir(first.parent)
     words = ["resume", "study", "--warm-start", "first", "--warm-start", "second", "--warm-start", "first"]
-    assert crash_host.call(words) == ClusterError.exit_code, capsys.readouterr().err
-    assert asked == [(str(first.resolve()), str(first.parent.resolve() / "second"))]
+    assert crash_host.call(words) == StorageError.exit_code  # nothing to train, and no predictions to report
+    sources = [str(first.resolve()), str(first.parent.resolve() / "second")]
+    assert list(load_recipe(study_dir / "resolved.yaml").search.warm_start) == sources
     recipe = absolute_paths(recipe_of(2, search={"warm_start": ["../first"]}), study_dir.parent)
     assert recipe.search.warm_start == (str((study_dir.parent.parent / "first").resolve()),)
