@@ -92,7 +92,7 @@ kill-matrix: $(VENV)/.installed-dev
 # Some ten minutes; WHERE=bucket: around every write to a bucket
 WHERE ?= folder
 crash-points: $(VENV)/.installed-dev
-	@KILLS_OF=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/test_study_crash.py -k $(WHERE)
+	@KILLS_OF=1 $(BIN)/python -m pytest -s tests/test_study_crash.py -k $(WHERE)
 	@KILLS_OF=1 $(BIN)/python -m pytest $(SIDE_BY_SIDE) tests/test_crash.py
 
 # a search on a cluster of real nodes: one is killed, one joins, one is drained, the head dies and comes back; inline and

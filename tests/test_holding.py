@@ -1,20 +1,27 @@
 """Who holds a study: what another machine sees of a search, and when it may take the study over."""
 
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
+import attempts
 import killed_searches
 import pytest
+import search_driver
+import stand_in
 from logs import HOLD, commits, holding, take
 from stand_in import make_recipe
 
-from carft_ray.errors import DataError
+from carft_ray.errors import DataError, StorageError
 from carft_ray.store import log as module
+from carft_ray.store import owner
 from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import READERS_SILENT_FOR_S, Log
 from carft_ray.store.owner import identity
@@ -36,6 +43,13 @@ def study_dir(tmp_path):
     return study_dir
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Silence of a second counts as death, as that of a minute and a half otherwise."""
+    monkeypatch.setattr(module, "SILENT_FOR_S", 1.0)
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.05)
+
+
 def leave(study_dir, **changes):
     """Claims a study as a search that is killed then; returns its log."""
     log = Log(Folder(study_dir))
@@ -51,12 +65,42 @@ def contents(study_dir):
     return {path: path.read_bytes() if path.is_file() else None for path in study_dir.rglob("*")}
 
 
+def state_of(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 def test_a_study_is_held_while_it_is_open_and_not_after(study_dir):
     assert holder(study_dir) is None
     with holding(study_dir):
         assert re.fullmatch(rf"process {os.getpid()} on \S+, since \S+", holder(study_dir))
     assert holder(study_dir) is None
     assert holder(study_dir / "nothing") is None
+
+
+def test_a_live_search_of_another_machine_is_left_alone(study_dir, quick):
+    other, told = leave(study_dir, **ELSEWHERE), []
+
+    def works(text):
+        told.append(text)
+        with other.commit({"kind": "at work"}):
+            pass
+
+    refused = pytest.raises(StorageError, match=r"is in use: two searches .*process 12 on node7, since noon")
+    with refused as caught, open_study(study_dir, make_recipe(3), tell=works):
+        pass
+    assert caught.value.exit_code == 5
+    assert told == ["waiting 1 s for a write of process 12 on node7, since noon, which may be gone"]
+    with other.commit({"kind": "goes on"}):
+        pass
+
+
+def test_a_search_of_another_machine_that_is_silent_is_taken_over_and_told(study_dir, quick):
+    leave(study_dir, **ELSEWHERE)
+    told = []
+    with open_study(study_dir, make_recipe(3), tell=told.append) as study:
+        assert told[1:] == ["took over from process 12 on node7, since noon, which is gone"]
+        recover_running(study)
+        assert study.next() is not None
 
 
 def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_dir):
@@ -104,6 +148,144 @@ def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch)
         assert not (tmp_path / "new").exists()
 
 
+# searches of several machines, each a process
+
+
+WAITS = ("BEAT_AFTER_S", "SILENT_FOR_S", "READERS_SILENT_FOR_S", "LOOK_EVERY_S", "UNCLEAR_FOR_S", "RETRY_EVERY_S")
+
+
+def move(boot):
+    """Makes this process one of another machine, for good, whose waits are a hundredth: nobody looks for it here."""
+    me = {**identity(), "boot": boot}
+    owner.identity = module.identity = lambda: dict(me)
+    for name in WAITS:
+        setattr(module, name, getattr(module, name) / 100)
+    held_module.LOOK_EVERY_S /= 100
+
+
+class Search:
+    """A search in a process of its own, as on another machine; what it prints goes into a file."""
+
+    def __init__(self, folder, boot, num_trials):
+        self.path = folder / f"{boot}.txt"
+        self.process = attempts.forked(search_elsewhere, self.path, boot, folder / "study", num_trials)
+
+    def read_to(self, start):
+        killed_searches.wait_until(lambda: start in self.output or not self.process.is_alive(), start)
+        assert start in self.output, self.output
+
+    def ended(self):
+        self.process.join(killed_searches.TIMEOUT_S)
+        return self.process.exitcode
+
+    @property
+    def output(self):
+        return self.path.read_text() if self.path.exists() else ""
+
+
+def search_elsewhere(path, boot, study_dir, num_trials):
+    """Searches with stand-in trainings, one after the other, as on another machine."""
+    with open(path, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    move(boot)
+    sys.exit(search_driver.main(study_dir, num_trials, '{"executor": "debug"}', search='{"baselines": {}}'))
+
+
+@pytest.mark.slow
+def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_writes_nothing(tmp_path):
+    hold, study_dir = stand_in.tell(tmp_path) / "hold", tmp_path / "study"
+    hold.touch()
+    first = Search(tmp_path, "one", 1)
+    first.read_to("TrialEpoch t0000-")
+    os.kill(first.process.pid, signal.SIGSTOP)
+    killed_searches.wait_until(lambda: state_of(first.process.pid) == "T", "it sleeps")
+    hold.unlink()
+    second = Search(tmp_path, "two", 1)
+    assert second.ended() == 0, second.output
+    assert f"took over from process {first.process.pid} on " in second.output
+    assert [row.attempt for row in trials(study_dir)] == [2]
+    ended = commits(study_dir)
+
+    hold.touch()
+    third = Search(tmp_path, "three", 2)
+    third.read_to("TrialEpoch t0001-")
+    before = contents(study_dir)
+    os.kill(first.process.pid, signal.SIGCONT)
+    assert first.ended() == 5
+    *lines, error, step = first.output.splitlines()
+    assert not any("Error" in line or "Traceback" in line for line in lines), first.output
+    assert error.endswith("was written by another search, which has taken the study over")
+    assert step == "    The other search goes on from all that is committed; this one has ended."
+    after = contents(study_dir)
+    changed = {path.relative_to(study_dir) for path in before.keys() | after if before.get(path) != after.get(path)}
+    assert [path for path in changed if not str(path).startswith(("log", "live.json", "trials/t0001-"))] == []
+    hold.unlink()
+    assert third.ended() == 0, third.output
+
+    assert [(row.number, row.outcome) for row in trials(study_dir)] == [(0, "complete"), (1, "complete")]
+    killed_searches.check_told_once(study_dir)
+    assert commits(study_dir)[: len(ended)] == ended
+    owners = [commit["owner"] for commit in commits(study_dir)]
+    assert len(set(owners)) == 1 + sum(one != other for one, other in pairwise(owners)) == 3
+
+
+ROUNDS = 25
+
+
+def starter(boot, folder, barrier, over, told):
+    """Claims one study after the other, always together with another process; tells what came of each."""
+    move(boot)
+    os.fsync = lambda handle: None
+    recipe = make_recipe(3)
+    for number in range(ROUNDS):
+        study_dir, said = folder / str(number), ""
+        if number % 5 == 4 and boot == "one":  # a search has died in it, on a third machine
+            Log(Folder(study_dir)).claim(me={**identity(), **ELSEWHERE})
+        barrier.wait()
+        count = 0
+        try:
+            with open_study(study_dir, recipe) as study:
+                while not over.is_set():
+                    count += 1
+                    with study.log.commit({"kind": "at work", "count": count}):
+                        pass
+                    time.sleep(0.002)
+        except StorageError as error:
+            said = str(error)
+            over.set()
+        barrier.wait()
+        over.clear()
+        told.send((os.getpid(), said, count))
+
+
+@pytest.mark.slow
+def test_of_two_machines_that_start_at_once_one_holds_the_study_and_the_other_says_who(tmp_path):
+    fork, readers = multiprocessing.get_context("fork"), []
+    shared = fork.Barrier(2, timeout=killed_searches.TIMEOUT_S), fork.Event()
+    for boot in ("one", "two"):
+        reader, writer = fork.Pipe(duplex=False)
+        fork.Process(target=starter, args=(boot, tmp_path, *shared, writer), daemon=True).start()
+        writer.close()
+        readers.append(reader)
+    for number in range(ROUNDS):
+        check_round(tmp_path / str(number), [reader.recv() for reader in readers])
+
+
+def check_round(study_dir, told):
+    """Raises when not exactly one of two has held a study, or the other has spoilt something."""
+    (_, refusal, none), (pid, said, count) = sorted(told, key=lambda each: not each[1])
+    assert (said, none) == ("", 0), told
+    assert f"is in use: two searches on one study would spoil it: process {pid} on " in refusal, told
+    log = Log(Folder(study_dir))
+    log.follow()  # it is whole: each commit names the one before
+    records = [record for _, record in log.records if record.get("host") != ELSEWHERE["host"]]
+    assert [record["kind"] for record in records] == ["owner", "space", *["at work"] * count, "released"]
+    assert [record["count"] for record in records[2:-1]] == list(range(1, count + 1))
+    assert {path.name for path in study_dir.iterdir()} == {"log", "manifest.json"}
+    assert all(path.name.isdigit() for path in (study_dir / "log").iterdir())
+
+
 # readers, who neither claim nor write
 
 
@@ -128,8 +310,7 @@ def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_h
         assert other.stdout.readline() == "held\n"
         assert holder(study_dir).startswith(f"process {other.pid} on ")
         other.kill()
-        stat = Path(f"/proc/{other.pid}/stat")
-        killed_searches.wait_until(lambda: ") Z " in stat.read_text(), "it is dead")
+        killed_searches.wait_until(lambda: state_of(other.pid) == "Z", "it is dead")
         assert holder(study_dir) is None
         told = []
         with holding(study_dir, told.append):
