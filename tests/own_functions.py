@@ -54,13 +54,5 @@ def diverges(values, context):
     context.report({"epoch": 2, "train/loss": float("nan")})
 
 
-def misspelled_state(model):
-    return {name.replace("head", "haed"): tensor for name, tensor in model.state_dict().items()}
-
-
-def misspelled(values, context):
-    return misspelled_state(context.model)
-
-
 def one_argument(values):
     return values

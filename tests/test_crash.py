@@ -112,23 +112,6 @@ def test_a_training_killed_at_any_durable_operation_is_resumed_to_the_very_same_
         assert differences(place, folder / "soon") == [], name
 
 
-def test_a_resumed_training_does_not_begin_again(host, train, reference):
-    """Killed after the second checkpoint, it trains the last epoch only; killed after the last, none."""
-    kinds = reference[1]["soon"]
-    appended = [number for number, kind in enumerate(kinds, start=1) if kind == "append"]
-    kills = {"second": (appended[5], "before"), "last": (len(kinds), "after")}
-    found = host(
-        [
-            {"name": name, "commands": [{"argv": train, "kill": kill}, {"argv": [*train, "--resume"]}]}
-            for name, kill in kills.items()
-        ]
-    )
-    resumed, ended = (found[name][1][1]["log"] for name in kills)
-    assert "epoch 3:" in resumed
-    assert "epoch 2:" not in resumed
-    assert "epoch" not in ended
-
-
 @pytest.mark.parametrize(
     ("name", "part", "numbers", "says", "keeps"),
     [
@@ -137,9 +120,7 @@ def test_a_resumed_training_does_not_begin_again(host, train, reference):
         ("early", "/photo_val/", [3], "stopped; it continues from its beginning", 0),
     ],
 )
-def test_ctrl_c_ends_with_130_and_the_command_that_resumes_to_the_same_weights(
-    recipe, host, train, reference, name, part, numbers, says, keeps
-):
+def test_ctrl_c_ends_with_130_and_the_command_that_resumes(host, train, reference, name, part, numbers, says, keeps):
     """The first Ctrl-C in the middle of an epoch waits for a checkpoint; a second one, or one outside, does not.
 
     Before the training each of the 20 images is opened once, for its records.
@@ -152,7 +133,7 @@ def test_ctrl_c_ends_with_130_and_the_command_that_resumes_to_the_same_weights(
     *before, said, step = answer["log"].splitlines()
     assert said == says
     command = shlex.split(step.removeprefix("    Resume with: carft-ray "))
-    assert command == ["train", str(recipe), *train[2:4], *SMALL_BATCHES, "--out", "out", "--resume"]
+    assert command == ["train", *train[1:4], *SMALL_BATCHES, "--out", "out", "--resume"]
     assert not any(word in line for line in before for word in ("error", "Traceback", "warning"))
     _, (answer,) = host([{"name": name, "commands": [{"argv": command}]}])[name]
     assert answer["code"] == 0, answer["log"]
@@ -167,15 +148,13 @@ def test_a_training_that_runs_out_of_space_says_so_once_leaves_nothing_half_writ
     ]
     stopped_at = set()
     for name, (folder, (first, second)) in host(jobs).items():
-        said = next(line for line in first["log"].splitlines() if line.startswith("error: "))
         assert (first["code"], first["remains"]) == (5, []), (name, first["log"])
-        assert first["log"].count("error: ") == 1, first["log"]
-        assert "Traceback" not in first["log"], first["log"]
-        assert f": {folder}/" in said, first["log"]
-        assert ": must be writable, but got File too large" in said, first["log"]
-        step = f"{said}\n    Raise the limit on file sizes (ulimit -f), then run the same command again.\n"
-        assert step in first["log"], first["log"]
+        *_, said, step = first["log"].splitlines()
+        path, rule = re.fullmatch(f"error: .*: ({folder}/[^:]+): (.*)", said).groups()
+        assert rule == "must be writable, but got File too large"
+        assert step == "    Raise the limit on file sizes (ulimit -f), then run the same command again."
+        assert not re.search(r"error: (?s:.*)error: |Traceback", first["log"]), first["log"]
         assert second["code"] == 0, second["log"]
         assert differences(folder, reference[0] / "soon") == [], name
-        stopped_at.add(Path(said.partition(f": {folder}/")[2].split(":")[0]).name)
+        stopped_at.add(Path(path).name)
     assert len(stopped_at) >= 3, stopped_at

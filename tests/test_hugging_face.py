@@ -39,9 +39,8 @@ def make_folder(folder, text=None, vision=None, **saved):
         for value in model.parameters():
             value.add_(0.1 * torch.randn_like(value))
     model.save_pretrained(folder, **saved)
-    size = {"shortest_edge": 32}, {"height": 32, "width": 32}
-    processor = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3}
-    processor |= {"do_center_crop": True, "size": size[0], "crop_size": size[1]}
+    processor = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "resample": 3, "do_center_crop": True}
+    processor |= {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return model
 
@@ -81,18 +80,6 @@ def test_logits_are_those_of_transformers(tmp_path, activation, eos):
     assert (ours - theirs).abs().max() > 1e-2  # the other activation would be seen
 
 
-def test_preprocessing_is_that_of_the_image_processor(tmp_path):
-    make_folder(tmp_path)
-    clip = load_folder(tmp_path)
-    processor = transformers.CLIPImageProcessor.from_pretrained(tmp_path)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8))
-    pixels = torch.from_numpy(np.asarray(clip.to_input(image)).copy()).permute(2, 0, 1)
-    ours = (pixels / 255 - torch.tensor(clip.mean)[:, None, None]) / torch.tensor(clip.std)[:, None, None]
-    theirs = processor(image, return_tensors="pt")["pixel_values"][0]
-    step = 1 / 255 / min(clip.std)
-    assert (ours - theirs).abs().max() <= 1.01 * step  # resized to whole values: torch and Pillow round one apart
-
-
 def test_shards_pickled_weights_and_a_tokenizer_of_its_own_load_too(tmp_path):
     model = make_folder(tmp_path / "shards", max_shard_size="100KB")
     assert not (tmp_path / "shards" / "model.safetensors").exists()
@@ -120,9 +107,6 @@ def test_what_open_clip_cannot_compute_or_is_no_clip_is_refused(tmp_path):
     rule = r"model\.name: a Hugging Face folder must hold a CLIPModel .*, but got model_type: siglip in"
     with pytest.raises(RecipeError, match=rule):
         load_folder(tmp_path)
-
-
-# ---- what is written for transformers
 
 
 ODD_SENTENCES = [
@@ -199,10 +183,6 @@ def test_transformers_gives_the_same_pixels_tokens_and_logits_and_so_does_the_mo
         assert again.weights_hash == clip.weights_hash
 
 
-class OtherTokenizer(open_clip.SimpleTokenizer):
-    pass
-
-
 RESNET = {"layers": [1, 1, 1, 1], "width": 16, "patch_size": None, "image_size": 32}
 TIMM = {"timm_model_name": "test_vit", "image_size": 160, "timm_pool": "", "timm_proj": "linear"}
 CANONICAL = open_clip.SimpleTokenizer(context_length=16, clean="canonicalize")
@@ -217,7 +197,7 @@ MISFITS = {
     "the text's pooling 'last'": {"text": {"pool_type": "last"}},
     "no text projection, or one with a bias": {"custom_text": True, "text": {"proj_bias": True}},
     "a logit_bias": {"init_logit_bias": -10.0},
-    "a tokenizer of another kind": {"tokenizer": OtherTokenizer(context_length=16)},
+    "a tokenizer of another kind": {"tokenizer": type("Other", (open_clip.SimpleTokenizer,), {})(context_length=16)},
     "a tokenizer that cleans otherwise": {"tokenizer": CANONICAL},
     "images that are padded": {"preprocess": {"resize_mode": "longest"}},
 }
