@@ -37,7 +37,6 @@ def waiting_steps(values, context):
 
 
 def frozen(values, context):
-    """Returns the zero-shot model."""
     return context.frozen.state_dict()
 
 

@@ -319,7 +319,6 @@ def test_onnxruntime_gives_the_same_logits_and_features_for_any_batch(tmp_path, 
         np.testing.assert_allclose(features, functional.normalize(raw, dim=-1), atol=1e-5)
 
 
-SIZES = ((16, 16), (40, 17), (23, 51), (7, 9), (16, 33))  # width, height; smaller than the input too
 IN_WORDS = {
     "shortest": "RGB, the shorter side resized to 16 pixels, 16 x 16 cut out of the middle (",
     "longest": "RGB, the longer side resized to 16 pixels, padded with black to 16 x 16 (",
@@ -342,7 +341,7 @@ def test_the_code_for_onnx_resizes_and_crops_as_open_clip_and_as_the_words_say(t
         16, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode, interpolation=interpolation
     )
     rng = np.random.default_rng(0)
-    for width, height in SIZES:
+    for width, height in ((16, 16), (40, 17), (23, 51), (7, 9), (16, 33)):  # smaller than the input too
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
         found = names["pixels"](image)
         assert (found.shape, found.dtype) == ((16, 16, 3), np.uint8)

@@ -12,6 +12,7 @@ from conftest import CLASS_WORDS, TEMPLATES
 from families import make_tokenizer
 from open_clip.tokenizer import HFTokenizer
 from stand_in import make_recipe
+from test_loop import unit
 from tiny import make_tiny_clip
 
 from carft_ray.data.benchmarks.facts import load_facts
@@ -36,11 +37,8 @@ def test_both_heads_equal_numpy_in_float64(monkeypatch):
             [clip.model.encode_text(clip.tokenizer([t.format(c) for c in CLASS_WORDS])).numpy() for t in TEMPLATES]
         )
 
-    def normal(rows):
-        return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
-
-    np.testing.assert_allclose(class_head.numpy(), normal(normal(raw).mean(axis=0)), atol=1e-9)
-    np.testing.assert_allclose(context_head.numpy(), normal(normal(raw).mean(axis=1)), atol=1e-9)
+    np.testing.assert_allclose(class_head.numpy(), unit(unit(raw).mean(axis=0)), atol=1e-9)
+    np.testing.assert_allclose(context_head.numpy(), unit(unit(raw).mean(axis=1)), atol=1e-9)
     equal_words, _ = build_heads(clip.model, clip.tokenizer, ("missile", "missile", "dog"), TEMPLATES)
     torch.testing.assert_close(equal_words[0], equal_words[1])
 

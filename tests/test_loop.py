@@ -52,11 +52,11 @@ def largest_difference(a, b):
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
-def plain_fine_tuning(clip, class_head, source, train, tower_trains=True):
+def plain_fine_tuning(clip, class_head, source, train):
     """Plain fine-tuning as anybody would write it: no KL, no workers, no micro-batches, no checkpoints."""
-    visual = make_tiny_clip(dtype=class_head.dtype).model.visual.requires_grad_(tower_trains).train()
+    visual = make_tiny_clip(dtype=class_head.dtype).model.visual.requires_grad_().train()
     head = torch.nn.Parameter(clip.logit_scale * class_head)
-    parameters = [*(visual.parameters() if tower_trains else ()), head]
+    parameters = [*visual.parameters(), head]
     optimizer = torch.optim.AdamW(parameters, weight_decay=train.weight_decay, fused=True)
     mean, std = (torch.tensor(values, dtype=head.dtype) for values in (clip.mean, clip.std))
     cuts = range(train.batch_size, len(source), train.batch_size)

@@ -104,9 +104,9 @@ def test_nothing_waits_for_a_batch_and_an_image_leaves_40_bytes(tiny_clip, heads
         source = ArraySource(num_images=22, size=side)
         labels = np.zeros(22, np.int64) if groups else source.labels
         images = ImageSet("id_val", source.images, labels, source.sample_ids, groups)
+        left.clear()
         assert len(predict_all(classifier, [images] * 2, 0.5, 4, RunContext())) == 44
         assert left == [22 * 8 * len(OF_LOGITS)] * 2  # one copy at the end of each set
-        left.clear()
 
 
 def test_labels_of_a_set_of_groups_must_be_their_first_classes(tiny_clip, heads, source):

@@ -73,14 +73,13 @@ def train(ready, tmp_path):
 
 
 @pytest.fixture
-def modules(tmp_path):
+def modules(tmp_path, monkeypatch):
     (tmp_path / "trainer.py").write_text("def fine_tune(values, context):\n    return 'of the folder'\n\n\nlimit = 3\n")
     (tmp_path / "needy.py").write_text("import nowhere_to_be_found\n")
     (tmp_path / "broken.py").write_text("def fine_tune(values, context:\n")
     (tmp_path / "script.py").write_text("import sys\nsys.exit(1)\n")
-    before = list(sys.path)
-    yield tmp_path
-    sys.path[:] = before
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -185,8 +184,7 @@ def test_no_test_set_can_be_reached_through_the_context(train):
             walk(getattr(value, "__self__", None), seen)
 
     def look(values, context):
-        walk(context, {})
-        walk(values, {})
+        walk([context, values], {})
         return context.model.state_dict()
 
     train(look)
@@ -279,12 +277,10 @@ def test_a_function_that_is_given_is_called_itself_and_a_baseline_may_have_the_b
     base = load_recipe(folder / "recipe.yaml", [DEBUG, *ONE_EPOCH, f"data.cache_dir={folder / 'cache'}"])
     recipe, runner = with_function(base, mine)
     assert recipe.train.function == f"{__name__}:{mine.__qualname__}"
-    prepared = folder / "prepared"
-    runner.train(recipe, tmp_path / "own", prepared, RunContext(), 1)
-    assert calls == [recipe.train.learning_rate]
+    runner.train(recipe, tmp_path / "own", folder / "prepared", RunContext(), 1)
     built_in = apply(recipe, {"function": None, "kl_weight": 0.0})
-    result = runner.train(built_in, tmp_path / "built-in", prepared, RunContext(), 1)
-    assert len(calls) == 1
+    result = runner.train(built_in, tmp_path / "built-in", folder / "prepared", RunContext(), 1)
+    assert calls == [recipe.train.learning_rate]
     assert result["train"]["function"] is None
 
 
