@@ -140,10 +140,11 @@ def test_a_training_that_runs_out_of_space_says_so_once_leaves_nothing_half_writ
     stopped_at = set()
     for name, (folder, (first, second)) in host(jobs).items():
         assert (first["code"], first["remains"]) == (5, []), (name, first["log"])
-        *_, said, step = first["log"].splitlines()
-        path, rule = re.fullmatch(f"error: .*: ({folder}/[^:]+): (.*)", said).groups()
+        told = re.search(rf"^error: (?:.*: )?({folder}/[^:]+): (.*)\n {{4}}(.*)$", first["log"], re.M)
+        assert told, first["log"]
+        path, rule, step = told.groups()
         assert rule == "must be writable, but got File too large"
-        assert step == "    Raise the limit on file sizes (ulimit -f), then run the same command again."
+        assert step == "Raise the limit on file sizes (ulimit -f), then run the same command again."
         assert not re.search(r"error: (?s:.*)error: |Traceback", first["log"]), first["log"]
         assert second["code"] == 0, second["log"]
         assert differences(folder, reference[0] / "soon") == [], name

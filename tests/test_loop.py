@@ -33,7 +33,8 @@ from carft_ray.training.optimizer import learning_rate_at
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.targets import Targets
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+B, D, T, S = 7, 12, 9, 20.0  # images, width, contexts, scale
 
 
 def settings(**values):
@@ -291,9 +292,6 @@ def without_speed(row):
     return {name: value for name, value in row.items() if name != "images_per_s"}
 
 
-GPU = torch.device("cuda")
-
-
 @pytest.mark.parametrize("is_native", [True, False])  # a GPU that has bf16, and one for which torch emulates it
 def test_auto_is_bf16_where_a_gpu_has_it_and_the_reason_is_said_where_it_has_not(monkeypatch, is_native):
     monkeypatch.setattr(
@@ -388,15 +386,12 @@ def test_batches_on_a_gpu_are_those_on_a_cpu():
     without_model = SimpleNamespace(image_size=32, logit_scale=100.0)
     there, here = (
         _views(Targets(without_model, torch.zeros(1, 1), source, train, device), train, RunContext(), 1, 3)
-        for device in (torch.device("cuda"), CPU)
+        for device in (GPU, CPU)
     )
     for found, expected in zip(there, here, strict=True):
         assert found.pixels_BHWC.is_cuda
         assert torch.equal(found.pixels_BHWC.cpu(), expected.pixels_BHWC)
         assert torch.equal(found.labels_B.cpu(), expected.labels_B)
-
-
-B, D, T, S = 7, 12, 9, 20.0
 
 
 def unit(rows):

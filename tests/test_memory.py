@@ -83,9 +83,6 @@ def test_car_ft_takes_four_copies_of_the_weights_an_average_one_more_and_plain_f
         assert found.least > (copies + 1) * weights
 
 
-META = torch.device("meta")
-
-
 @contextlib.contextmanager
 def on_meta(images, positions, device, ahead):
     yield lambda batch: torch.from_numpy(images[batch]).to(device)
@@ -100,7 +97,7 @@ def test_nothing_waits_for_a_batch_and_an_image_leaves_40_bytes(tiny_clip, heads
     monkeypatch.setattr(evaluate, "images_ahead", on_meta)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
     for clip, class_head_CD, side in ((tiny_clip, heads[0], 16), (make_resnet_clip(), torch.eye(5, 16), 32)):
-        classifier = build_classifier(clip, class_head_CD, settings(), CPU).to(META)
+        classifier = build_classifier(clip, class_head_CD, settings(), CPU).to("meta")
         source = ArraySource(num_images=22, size=side)
         labels = np.zeros(22, np.int64) if groups else source.labels
         images = ImageSet("id_val", source.images, labels, source.sample_ids, groups)

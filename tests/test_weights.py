@@ -436,7 +436,6 @@ WRONG = [
     ("open_clip", "model_cfg.text_cfg.tokenizer_kwargs.reduction_mask", "syntax", "reduction_mask: must be left out"),
     ("open_clip", "model_cfg.text_cfg.tokenizer_kwargs.clean", "eval", "clean: must be a value of open_clip"),
     ("clip", "projection_dim", "8", "projection_dim: must be of the type int, but got '8'"),
-    ("clip", "vision_config", [], "the tensors of"),
     ("clip", "text_config", "x", "text_config: must be an object, but got x"),
     ("clip", "vision_config.num_attention_heads", 0, "num_attention_heads: must be a whole number of at least 1"),
 ]
