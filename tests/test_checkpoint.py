@@ -1,5 +1,6 @@
 """Checkpoints: what is written comes back, the newest whole one wins, damage is named, a full disk harms nothing."""
 
+import contextlib
 import errno
 import json
 import os
@@ -132,18 +133,25 @@ def test_a_damaged_file_of_tensors_is_named(tmp_path):
             load_tensors(path)
 
 
+@contextlib.contextmanager
+def limited(size):
+    """Within the block no file can grow beyond ``size`` bytes; Python ignores the signal, writes fail."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.parametrize(("size", "name"), [(100, "step-00000008"), (500, "state.json")])
 def test_without_space_the_checkpoint_before_stays_and_nothing_is_half_written(tmp_path, size, name):
     save_checkpoint(tmp_path, 1, checkpoint(4))
     before = sorted(tmp_path.rglob("*"))
     step = r"Raise the limit on file sizes \(ulimit -f\), then run the same command again\."
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))  # Python ignores the signal, writes fail
-    try:
-        with pytest.raises(StorageError, match=rf"{name}: must be writable, but got File too large\n    {step}$"):
-            save_checkpoint(tmp_path, 1, checkpoint(8))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    told = rf"{name}: must be writable, but got File too large\n    {step}$"
+    with pytest.raises(StorageError, match=told), limited(size):
+        save_checkpoint(tmp_path, 1, checkpoint(8))
     assert sorted(tmp_path.rglob("*")) == before
     assert newest_checkpoint(tmp_path)[0].step == 4
 

@@ -424,7 +424,6 @@ WRONG = [
     ("open_clip", "model_cfg.vision_cfg.image_size", 2**20, "the tensors of"),
     ("open_clip", "model_cfg.text_cfg.heads", 0.5, "text_cfg.heads: must be a whole number of at least 1, but got 0.5"),
     ("open_clip", "model_cfg.text_cfg.width", [], "must be of a model that open_clip can build"),
-    ("open_clip", "preprocess_cfg.mean", [0.5, 0.5], "must have three numbers as mean"),
     ("open_clip", "preprocess_cfg.std", [0.5, 0.5, "1"], "must have three numbers as std"),
     ("open_clip", "preprocess_cfg.resize_mode", [None], "must have a known resize_mode"),
     # no other place is named
