@@ -27,7 +27,7 @@ LONGEST = (  # longest first
     "test_search_ray",
     "test_examples",
     "test_crash",
-    "test_ranks",
+    "test_lost",
     "test_growth",
     "test_own_ray",
     "test_export",

@@ -36,6 +36,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor, wait
 from datetime import date
 from pathlib import Path
+from types import SimpleNamespace
 
 import obstore
 
@@ -149,19 +150,6 @@ def interrupt_at_open(part, numbers):
     builtins.open, os.open = counting(builtins.open), counting(os.open)
 
 
-class Late:
-    """A future whose work begins when its result is asked for."""
-
-    def __init__(self, begin):
-        self.begin = begin
-
-    def done(self):
-        return False
-
-    def result(self):
-        return self.begin().result()
-
-
 def order_writes(late):
     """Has the threads that write checkpoints do so while the training waits: at once, or as late as they may."""
     plain = ThreadPoolExecutor.submit
@@ -169,8 +157,8 @@ def order_writes(late):
     def submit(pool, *given):
         if pool._thread_name_prefix != "checkpoint":
             return plain(pool, *given)
-        if late:
-            return Late(lambda: plain(pool, *given))
+        if late:  # it begins when its result is asked for
+            return SimpleNamespace(done=lambda: False, result=lambda: plain(pool, *given).result())
         future = plain(pool, *given)
         wait([future])
         return future

@@ -37,7 +37,6 @@ def waiting_steps(values, context):
 
 
 def frozen(values, context):
-    """Returns the zero-shot model."""
     return context.frozen.state_dict()
 
 
@@ -52,14 +51,6 @@ def exits(values, context):
 def diverges(values, context):
     context.report({"epoch": 1, "loss": 1.0})
     context.report({"epoch": 2, "train/loss": float("nan")})
-
-
-def misspelled_state(model):
-    return {name.replace("head", "haed"): tensor for name, tensor in model.state_dict().items()}
-
-
-def misspelled(values, context):
-    return misspelled_state(context.model)
 
 
 def one_argument(values):

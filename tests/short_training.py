@@ -10,7 +10,6 @@ import numpy as np
 from PIL import Image
 
 CLASSES = ("arrow", "circle", "heart", "square", "star")
-NUM_TRAIN, NUM_ID_VAL, NUM_OOD_VAL = 4, 3, 2  # images per class
 RECIPE = """\
 format_version: 1
 name: short
@@ -33,11 +32,7 @@ search:
 def make(folder: Path, vision_cfg: dict | None = None) -> Path:
     """Writes model (with another image tower, if one is given), images and recipe; returns the path of the recipe."""
     write_model(folder / "model", vision_cfg)
-    for domain, num_per_class, offset in (
-        ("photo", NUM_TRAIN, 0),
-        ("photo_val", NUM_ID_VAL, 100),
-        ("sketch", NUM_OOD_VAL, 200),
-    ):
+    for domain, num_per_class, offset in (("photo", 4, 0), ("photo_val", 3, 100), ("sketch", 2, 200)):
         for label, name in enumerate(CLASSES):
             for index in range(num_per_class):
                 write_image(folder / "images" / domain / name / f"{index}.png", label, offset + index)

@@ -1,16 +1,12 @@
 """An export opens with the libraries it is for in another process and gives the accuracy that was reported."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import tarfile
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,17 +18,14 @@ import open_clip
 import pytest
 import short_training
 import torch
+from families import make_tokenizer
 from open_clip.timm_model import TimmModel
 from PIL import Image
 from report_studies import make_recipe
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import load_folder, make_resnet_clip
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast
 
 import carft_ray
 from carft_ray.data.role_checks import check_sets
@@ -114,12 +107,6 @@ def export(trained, tmp_path_factory):
     return export_model(trained["biased"], tmp_path_factory.mktemp("exports") / "biased", None, tuple(FILES))
 
 
-@pytest.fixture(scope="module")
-def plain(trained, tmp_path_factory):
-    """The plain form for open_clip."""
-    return export_model(trained["plain"], tmp_path_factory.mktemp("exports") / "plain")
-
-
 def stock_counts(exports, images):
     """Returns how many of a folder of PNG images each format of each export gets right, found in another process."""
     words = [f"{export.folder}:{LIBRARIES[name]}" for export in exports for name in export.formats]
@@ -132,17 +119,12 @@ def stock_counts(exports, images):
     return json.loads(counts)
 
 
-def count_of(metrics, training):
-    """Returns how many images of id_val an accuracy is: two processors may round the logits of one image apart."""
-    return round(metrics["accuracy/id_val"] * training.result["num_images"]["id_val"])
-
-
-def right_and_close(training, alpha, tolerance):
+def right_and_close(training, tolerance):
     """Returns for how many images of id_val the class has the largest logit, and for how many that is close.
 
     It is where the largest logit and the one below it are within ``tolerance``: there rounding may decide otherwise.
     """
-    classifier = training.classifier(alpha)
+    classifier = training.classifier(training.result["alpha"])
     id_val = next(each for each in training.inputs.validation if each.name == "id_val")
     table = predict(classifier, id_val, 1.0, training.recipe.evaluate.batch_size, RunContext())
     with torch.inference_mode():
@@ -150,31 +132,26 @@ def right_and_close(training, alpha, tolerance):
     return table["rank"].to_pylist().count(1), int((logits[:, 0] - logits[:, 1] <= tolerance).sum())
 
 
-def in_single(training):
-    """Returns a training of half precision as one that computes in single precision, as its export does."""
-    if training.recipe.train.precision != "bf16":
-        return training
-    train = training.recipe.train.model_copy(update={"precision": "fp32"})
-    return dataclasses.replace(training, recipe=training.recipe.model_copy(update={"train": train}))
-
-
 @pytest.mark.whole
-def test_stock_libraries_reproduce_the_reported_accuracy_from_the_images(trained, export, plain):
+def test_stock_libraries_reproduce_the_reported_accuracy_from_the_images(trained, export, tmp_path):
     """Nothing of ours is imported; the code is that of each model card."""
+    plain = export_model(trained["plain"], tmp_path / "plain")
     images = Path(trained["plain"].recipe.data.id_val.path) / "photo_val"
     found = stock_counts([export, plain], images)
     for form, training in trained.items():
-        alpha = training.result["alpha"]
-        right, close = right_and_close(in_single(training), alpha, 2 * TOLERANCE)
+        train = training.recipe.train.model_copy(update={"precision": "fp32"})  # as its export
+        single = dataclasses.replace(training, recipe=training.recipe.model_copy(update={"train": train}))
+        right, close = right_and_close(single, 2 * TOLERANCE)
         counts = [count for word, count in found.items() if f"/{form}:" in word]
         assert len(counts) == {"plain": 1, "biased": 3}[form]
         assert all(abs(count - right) <= close for count in counts), form
         # logits of up to 20; what was measured in half precision has 8 bits of them
-        _, close = right_and_close(training, alpha, 0.0 if training is in_single(training) else 2 * 20 / 2**8)
-        assert abs(count_of(training.result["metrics"], training) - right) <= close < 15, form
+        _, close = right_and_close(training, {"plain": 2 * TOLERANCE, "biased": 2 * 20 / 2**8}[form])
+        reported = round(training.result["metrics"]["accuracy/id_val"] * training.result["num_images"]["id_val"])
+        assert abs(reported - right) <= close < 15, form
 
 
-def test_an_export_has_the_chosen_alpha_and_the_files_of_its_formats_and_no_others(export):
+def test_an_export_has_the_chosen_alpha_and_the_files_of_its_formats_and_is_no_training(export):
     assert export.alpha == 0.7
     assert load_recipe(export.folder / "recipe.yaml").train.alpha == 0.7
     assert tuple(export.formats) == tuple(FILES)
@@ -185,13 +162,8 @@ def test_an_export_has_the_chosen_alpha_and_the_files_of_its_formats_and_no_othe
         head = file.get_tensor("class_head")
         assert file.metadata()["alpha"] == "0.7"
     assert (head.shape[0], str(head.dtype)) == (5, "torch.float32")
-
-
-def test_an_export_can_be_trained_on(trained, export):
-    config = trained["biased"].inputs.clip.config
-    merges = config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]["bpe_path"]  # of its tokenizer, beside the weights
-    written = json.dumps(config).replace(merges, str(export.folder / Path(merges).name))
-    assert json.dumps(load_folder(export.folder).config) == written
+    with pytest.raises(UsageError, match="give the study or training that it is of"):
+        open_trained(export.folder)
 
 
 def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(trained):
@@ -217,15 +189,12 @@ def test_the_zero_shot_head_scores_mixed_features(trained):
     assert evaluate_trained(training, 0.7, zero_shot_head=True)[0] == evaluate_trained(scored, 0.7)[0]
 
 
-def test_the_model_card_holds_no_test_number(trained, export):
-    assert trained["biased"].recipe.data.id_test is not None
-    card = (export.folder / "README.md").read_text()
-    assert "test sets were not read" in card
-    assert not re.search("secret_place|id_test|ood_test", card)
-
-
-def test_the_exported_recipe_trains_with_images_and_model_beside_it(trained, export, tmp_path):
+def test_an_export_can_be_trained_on_and_its_recipe_with_images_and_model_beside_it(trained, export, tmp_path):
     """The names in it are those of the folders that the training had."""
+    config = trained["biased"].inputs.clip.config
+    merges = config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]["bpe_path"]  # of its tokenizer, beside the weights
+    opened = json.dumps(config).replace(merges, str(export.folder / Path(merges).name))
+    assert json.dumps(load_folder(export.folder).config) == opened
     place = Path(trained["biased"].recipe.data.train.path).parent
     for name in ("images", "model"):
         (tmp_path / name).symlink_to(place / name)
@@ -251,19 +220,15 @@ def test_an_export_holds_no_path_of_the_machine(trained, export):
         assert path.stat().st_mode & 0o777 == (export.folder / "README.md").stat().st_mode & 0o777
 
 
-def test_the_model_card_names_the_licence_and_what_made_the_weights(export):
+def test_the_model_card_names_the_licence_and_what_made_the_weights_and_holds_no_test_number(trained, export):
+    assert trained["biased"].recipe.data.id_test is not None
     card = (export.folder / "README.md").read_text()
+    assert "test sets were not read" in card
+    assert not re.search("secret_place|id_test|ood_test", card)
     assert card.startswith("# short: local-dir:model fine-tuned with CAR-FT")
     assert "The weights come from local-dir:model: its licence holds for them" in card
     assert re.findall("^## Use with (.*)", card, re.M) == list(LIBRARIES.values())
-    assert "Images: RGB, the shorter side resized to 16 pixels, " in card
     assert "Classes, in the order of the logits: arrow, circle, heart, square, star." in card
-
-
-def test_an_export_given_in_place_of_its_study_is_told_apart(export):
-    with pytest.raises(UsageError) as caught:
-        open_trained(export.folder)
-    assert "give the study or training that it is of" in str(caught.value)
 
 
 def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path, monkeypatch):
@@ -275,16 +240,12 @@ def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path, monke
     del config["model_cfg"]["text_cfg"]["tokenizer_kwargs"]
     config["model_cfg"]["text_cfg"]["hf_tokenizer_name"] = "nobody/nothing"
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    words = ["<pad>", "</s>", "<unk>", "a", "photo", "sketch", "of", "dark", *short_training.CLASSES]
-    tokenizer = Tokenizer(WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(folder)
+    make_tokenizer(folder)
     clip = load_folder(folder)
-    assert clip.tokenizer(["a dark circle"])[0, :4].tolist() == [3, 7, 9, 0]
     other = dataclasses.replace(training, inputs=dataclasses.replace(training.inputs, clip=clip))
     monkeypatch.setattr(FARTHEST_LOGIT, lambda *given: 0.0)
     export = export_model(other, tmp_path / "export")
-    assert load_folder(export.folder).tokenizer(["a dark circle"])[0, :4].tolist() == [3, 7, 9, 0]
+    assert load_folder(export.folder).tokenizer(["a dark circle"])[0, :5].tolist() == [4, 9, 3, 2, 1]
     assert {"tokenizer.json", "tokenizer_config.json"} < {path.name for path in export.folder.iterdir()}
     assert not [path.name for path in export.folder.glob("tok*") if str(tmp_path) in path.read_text()]
     with pytest.raises(UsageError, match="a model with a tokenizer of another kind"):
@@ -298,9 +259,7 @@ def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path, monke
         (1, "must open the export, but got OSError: no file"),
     ],
 )
-def test_an_export_that_does_not_give_the_logits_of_the_model_never_takes_its_name(
-    trained, tmp_path, monkeypatch, code, message
-):
+def test_an_export_of_other_logits_never_takes_its_name(trained, tmp_path, monkeypatch, code, message):
     def reopened(command, **options):
         save_file({"class_logits": torch.tensor([torch.nan])}, command[-1])
         return subprocess.CompletedProcess(command, code, "", "Traceback\nOSError: no file")
@@ -316,12 +275,9 @@ def test_a_format_whose_library_is_missing_is_told_before_anything_is_written(tr
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError) as caught:
         export_model(trained["plain"], tmp_path / "export", None, ("huggingface", "onnx"))
-    assert [line.partition(",")[0].strip() for line in str(caught.value).splitlines()] == [
-        "--format: huggingface needs transformers",
-        "Install it: pip install 'carft-ray[hf]'",
-        "--format: onnx needs onnx and onnxscript and onnxruntime",
-        "Install it: pip install 'carft-ray[onnx]'",
-    ]
+    for name, libraries, extra in (("huggingface", "transformers", "hf"), ("onnx", "onnx and onnxscript", "onnx")):
+        assert f"--format: {name} needs {libraries}" in str(caught.value)
+        assert f"Install it: pip install 'carft-ray[{extra}]'" in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -334,83 +290,6 @@ def test_the_command_says_for_each_format_how_far_it_is_off(trained, tmp_path, m
     assert first == "Exported to /export at alpha 0. Opened again, each in a process of its own:"
     assert second == "  huggingface: the logits of 15 images differ by at most 1.5e-06."
     assert {path.name for path in (tmp_path / "export").iterdir()} == ALWAYS | FILES["huggingface"]
-
-
-@pytest.mark.whole
-def test_a_killed_export_leaves_nothing_under_its_name(trained, tmp_path):
-    """Killed as soon as its files lie there, that is, while they are opened again."""
-    folder = Path(trained["plain"].recipe.data.train.path).parent / "plain"
-    command = [sys.executable, "-W", "ignore", "-m", "carft_ray.cli", "export", str(folder), "--to", "export"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        until = time.monotonic() + 100
-        while not list(tmp_path.glob(".export.*/open_clip_model.safetensors")):
-            assert time.monotonic() < until
-            assert process.poll() is None
-            time.sleep(0.02)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert not (tmp_path / "export").exists()
-
-
-def clip_benchmark(export, set_name, root):
-    """Returns what ``clip_benchmark eval`` finds out about an open_clip folder, in a process of its own."""
-    # clip_benchmark 1.6.2 makes a float of an array with one element, which NumPy refuses since 2.4; no more is changed
-    code = "import sys, clip_benchmark.cli as c; c.zeroshot_classification.float = lambda a: a.item(); c.main()"
-    words = ["eval", "--dataset", f"wds/{set_name}", "--dataset_root", str(root), "--task", "zeroshot_classification"]
-    words += ["--model", f"local-dir:{export}", "--pretrained", "", "--no_amp", "--num_workers", "0", "--quiet"]
-    command = [sys.executable, "-W", "ignore", "-c", code, *words, "--output", str(root / "found.json")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return json.loads((root / "found.json").read_text())["metrics"]
-
-
-def write_webdataset(root, images, class_names, templates):
-    """Writes a folder of PNG images as clip_benchmark wants its sets, with the prompts of a recipe."""
-    (root / "test").mkdir(parents=True)
-    (root / "classnames.txt").write_text("\n".join(class_names))
-    prompts = [template.replace("{}", "{c}") for template in templates]
-    (root / "zeroshot_classification_templates.txt").write_text("\n".join(prompts))
-    (root / "test" / "nshards.txt").write_text("1")
-    with tarfile.open(root / "test" / "0.tar", "w") as tar:
-        for path in sorted(images.glob("*/*.png")):
-            label = class_names.index(path.parent.name)
-            (root / "label").write_text(str(label))
-            tar.add(path, f"{label:02}_{path.stem}.png")
-            tar.add(root / "label", f"{label:02}_{path.stem}.cls")
-
-
-@pytest.mark.whole
-def test_clip_benchmark_gives_the_accuracy_of_evaluate_with_the_zero_shot_head(trained, plain, tmp_path, capsys):
-    training = trained["plain"]
-    place, inputs = Path(training.recipe.data.id_val.path), training.inputs
-    write_webdataset(tmp_path / "wds", place / "photo_val", inputs.class_names, inputs.templates)
-    found = clip_benchmark(plain.folder, "id_val", tmp_path / "wds")
-    capsys.readouterr()
-    assert crash_host.call(["evaluate", place.parent / "plain", "--head", "zero_shot", "--json"]) == 0
-    printed = json.loads(capsys.readouterr().out)["metrics"]["accuracy/id_val"]
-    zero_shot_head = {**training.fine_tuned, "class_head": training.classifier(0.0).state()["class_head"]}
-    scored = dataclasses.replace(training, fine_tuned=zero_shot_head)
-    right, close = right_and_close(scored, plain.alpha, 2 * TOLERANCE)
-    assert round(15 * printed) == right
-    assert abs(round(15 * found["acc1"]) - right) <= close < 5
-
-
-def test_transformers_does_not_have_a_resnet(trained, tmp_path):
-    training = trained["plain"]
-    resnet = dataclasses.replace(training, inputs=dataclasses.replace(training.inputs, clip=make_resnet_clip()))
-    with pytest.raises(UsageError) as caught:
-        export_model(resnet, tmp_path / "export", None, ("open_clip", "huggingface"))
-    assert str(caught.value) == (
-        "--format: huggingface must have what transformers.CLIPModel holds: a ViT with a class token and CLIP's text "
-        "tower, but got a model with an image tower of the kind ModifiedResNet (allowed: open_clip, onnx)"
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
-# ---- ONNX
 
 
 @pytest.mark.whole  # torch traces and translates each tower: seconds
@@ -440,17 +319,21 @@ def test_onnxruntime_gives_the_same_logits_and_features_for_any_batch(tmp_path, 
         np.testing.assert_allclose(features, functional.normalize(raw, dim=-1), atol=1e-5)
 
 
-# ---- the model card alone
-
-SIZES = ((16, 16), (40, 17), (23, 51), (7, 9), (16, 33))  # width, height; smaller than the input too
+IN_WORDS = {
+    "shortest": "RGB, the shorter side resized to 16 pixels, 16 x 16 cut out of the middle (",
+    "longest": "RGB, the longer side resized to 16 pixels, padded with black to 16 x 16 (",
+    "squash": "RGB, resized to 16 x 16 pixels (",
+}
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
-def test_the_code_for_onnx_resizes_and_crops_as_open_clip(tiny_clip, mode, interpolation):
+@pytest.mark.parametrize("mode", IN_WORDS)
+def test_the_code_for_onnx_resizes_and_crops_as_open_clip_and_as_the_words_say(tiny_clip, mode, interpolation):
     given = {"size": 16, "resize_mode": mode, "interpolation": interpolation}
     config = {"preprocess_cfg": {**tiny_clip.config["preprocess_cfg"], **given}}
     clip = dataclasses.replace(tiny_clip, config=config)
+    mean = "(0.48145466, 0.4578275, 0.40821073), std (0.26862954, 0.26130258, 0.27577711)"
+    assert preprocessing(clip) == f"{IN_WORDS[mode]}{interpolation}), divided by 255, mean {mean}"
     code = usage("onnx", clip, has_bias=False).partition("```python\n")[2].partition("session =")[0]
     names = {}
     exec(code, names)
@@ -458,27 +341,11 @@ def test_the_code_for_onnx_resizes_and_crops_as_open_clip(tiny_clip, mode, inter
         16, is_train=False, mean=(0, 0, 0), std=(1, 1, 1), resize_mode=mode, interpolation=interpolation
     )
     rng = np.random.default_rng(0)
-    for width, height in SIZES:
+    for width, height in ((16, 16), (40, 17), (23, 51), (7, 9), (16, 33)):  # smaller than the input too
         image = Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
         found = names["pixels"](image)
         assert (found.shape, found.dtype) == ((16, 16, 3), np.uint8)
         np.testing.assert_array_equal(found, (stock(image).numpy() * 255).round().transpose(1, 2, 0))
-
-
-@pytest.mark.parametrize(
-    ("mode", "words"),
-    [
-        ("shortest", "RGB, the shorter side resized to 16 pixels, 16 x 16 cut out of the middle (bicubic), "),
-        ("longest", "RGB, the longer side resized to 16 pixels, padded with black to 16 x 16 (bicubic), "),
-        ("squash", "RGB, resized to 16 x 16 pixels (bicubic), "),
-    ],
-)
-def test_the_preprocessing_in_words(tiny_clip, mode, words):
-    config = {"preprocess_cfg": {**tiny_clip.config["preprocess_cfg"], "resize_mode": mode}}
-    said = preprocessing(dataclasses.replace(tiny_clip, config=config))
-    assert said == (
-        f"{words}divided by 255, mean (0.48145466, 0.4578275, 0.40821073), std (0.26862954, 0.26130258, 0.27577711)"
-    )
 
 
 def test_names_stand_on_the_card_as_they_are(tiny_clip):

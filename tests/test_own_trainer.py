@@ -1,11 +1,11 @@
 """A fine-tuning of the user's own in place of the built-in loop: by its name in a recipe, and given from Python."""
 
 import contextlib
-import json
 import pickle
 import random
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import forging
@@ -19,7 +19,7 @@ from crash_host import call
 from ray import cloudpickle
 
 import carft_ray
-from carft_ray.errors import CarftError, DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
+from carft_ray.errors import DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
 from carft_ray.launch.own_trainer import with_function
 from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
@@ -62,32 +62,24 @@ def train(ready, tmp_path):
     """Makes one training without a study, by a function of ``own_functions`` or one that is given."""
     folder, tests = ready
 
-    def call(function, *overrides, context=None, out="out"):
-        name = function if isinstance(function, str) else function.__name__
+    def call(function, *overrides, context=None, out="out", attempt=1):
+        name, given = (function, None) if isinstance(function, str) else (function.__name__, function)
         recipe = recipe_for(folder, name, *tests, *(overrides or ONE_EPOCH))
-        given = None if isinstance(function, str) else function
-        context = context or RunContext()
-        return run_training(recipe, tmp_path / out, folder / "prepared", context, 1, function=given)
+        return run_training(
+            recipe, tmp_path / out, folder / "prepared", context or RunContext(), attempt, function=given
+        )
 
     return call
 
 
-def contents(folder):
-    return {path: path.stat().st_mtime_ns for path in sorted(folder.rglob("*")) if "cache" not in path.parts}
-
-
-# names and imports
-
-
 @pytest.fixture
-def modules(tmp_path):
+def modules(tmp_path, monkeypatch):
     (tmp_path / "trainer.py").write_text("def fine_tune(values, context):\n    return 'of the folder'\n\n\nlimit = 3\n")
     (tmp_path / "needy.py").write_text("import nowhere_to_be_found\n")
     (tmp_path / "broken.py").write_text("def fine_tune(values, context:\n")
     (tmp_path / "script.py").write_text("import sys\nsys.exit(1)\n")
-    before = list(sys.path)
-    yield tmp_path
-    sys.path[:] = before
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
 
 
 @pytest.mark.parametrize(
@@ -144,9 +136,6 @@ def test_a_function_of_a_baseline_counts_where_baselines_are_trained():
         require_trusted(recipe, False)
 
 
-# one training
-
-
 def test_values_model_sets_and_folder_are_what_a_function_needs(train):
     seen = {}
 
@@ -195,8 +184,7 @@ def test_no_test_set_can_be_reached_through_the_context(train):
             walk(getattr(value, "__self__", None), seen)
 
     def look(values, context):
-        walk(context, {})
-        walk(values, {})
+        walk([context, values], {})
         return context.model.state_dict()
 
     train(look)
@@ -228,7 +216,7 @@ HEAD = "'class_head' must be a tensor of the shape [5, "
 RETURNED = [
     (lambda model: None, "must return a state dict such as context.model.state_dict()"),
     (lambda model: model, "but got OwnClassifier\n    Return model.state_dict()."),
-    (own_functions.misspelled_state, "but got 'class_haed'; did you mean 'class_head'?"),
+    (lambda model: {"class_haed": model.class_head}, "but got 'class_haed'; did you mean 'class_head'?"),
     (lambda model: {"visual.conv1.weight": model.state_dict()["visual.conv1.weight"]}, HEAD),
     (lambda model: {**model.state_dict(), "class_head": model.class_head[1:]}, HEAD),
     (lambda model: {**model.state_dict(), "class_head": model.class_head / 0}, "must be finite"),
@@ -263,7 +251,19 @@ def test_a_function_that_is_told_to_stop_has_not_finished_whatever_it_returns(tr
         train(stubborn, context=RunContext(should_stop=lambda: True))
 
 
-# given from Python
+def test_the_example_goes_on_from_what_it_has_kept(train, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    function, reported = load_function("own_trainer:fine_tune", str(EXAMPLES)), []
+
+    def report(row):
+        reported.append(row["epoch"])
+        if reported == [1, 2]:  # the second epoch is not kept yet
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(function, "train.epochs=4", "evaluate.every_epochs=0", context=RunContext(report=report))
+    train(function, "train.epochs=4", "evaluate.every_epochs=0", context=RunContext(report=report), attempt=2)
+    assert reported == [1, 2, 2, 3, 4]
 
 
 def test_a_function_that_is_given_is_called_itself_and_a_baseline_may_have_the_built_in_loop(ready, tmp_path):
@@ -277,12 +277,10 @@ def test_a_function_that_is_given_is_called_itself_and_a_baseline_may_have_the_b
     base = load_recipe(folder / "recipe.yaml", [DEBUG, *ONE_EPOCH, f"data.cache_dir={folder / 'cache'}"])
     recipe, runner = with_function(base, mine)
     assert recipe.train.function == f"{__name__}:{mine.__qualname__}"
-    prepared = folder / "prepared"
-    runner.train(recipe, tmp_path / "own", prepared, RunContext(), 1)
-    assert calls == [recipe.train.learning_rate]
+    runner.train(recipe, tmp_path / "own", folder / "prepared", RunContext(), 1)
     built_in = apply(recipe, {"function": None, "kl_weight": 0.0})
-    result = runner.train(built_in, tmp_path / "built-in", prepared, RunContext(), 1)
-    assert len(calls) == 1
+    result = runner.train(built_in, tmp_path / "built-in", folder / "prepared", RunContext(), 1)
+    assert calls == [recipe.train.learning_rate]
     assert result["train"]["function"] is None
 
 
@@ -299,20 +297,11 @@ def test_a_function_of_a_module_travels_by_its_name_and_finds_its_folder_there(r
         pickle.loads(packed).train(recipe, tmp_path / "out", ready[0] / "prepared", RunContext(), 1)
 
 
-def test_a_function_that_cannot_be_sent_to_workers_is_refused_unless_nothing_is_sent(tmp_path):
-    held = open(tmp_path / "held", "w")  # noqa: SIM115  # what cannot be moved
-
-    def holds(values, context):
-        return held
-
-    recipe = load_recipe(EXAMPLES / "own_trainer.yaml")
-    with held:
-        with pytest.raises(UsageError, match="must be a function that can be sent to workers, but got PicklingError"):
-            with_function(recipe, holds)
-        with_function(load_recipe(EXAMPLES / "own_trainer.yaml", [DEBUG]), holds)
-
-
-# searches
+def test_a_function_that_cannot_be_sent_to_workers_is_refused_unless_nothing_is_sent():
+    lock = threading.Lock()
+    with pytest.raises(UsageError, match="must be a function that can be sent to workers, but got TypeError"):
+        with_function(load_recipe(EXAMPLES / "own_trainer.yaml"), lambda values, context: lock)
+    with_function(load_recipe(EXAMPLES / "own_trainer.yaml", [DEBUG]), lambda values, context: lock)
 
 
 OUTCOMES = [
@@ -330,13 +319,6 @@ def test_what_a_function_raises_is_a_verdict_on_the_trial_with_its_traceback(tmp
     [log] = (tmp_path / "study").glob("trials/*/log.txt")
     assert f": {outcome}: {reason}" in log.read_text()
     assert "own_functions.py" in log.read_text()
-
-
-def test_a_wrong_state_ends_the_search_with_the_first_trial(tmp_path):
-    with pytest.raises(CarftError, match="'class_haed'") as caught:
-        run_search(recipe_for(tmp_path, "misspelled", DEBUG), tmp_path / "study")
-    assert caught.value.exit_code == RecipeError.exit_code
-    assert len(list((tmp_path / "study").glob("trials/*"))) == 1
 
 
 @pytest.mark.slow
@@ -361,45 +343,40 @@ def finished(tmp_path_factory):
     return folder
 
 
-def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys, monkeypatch):
-    monkeypatch.chdir(finished)
-    before = contents(finished)
-    new = ["recipe.yaml", "--set", "train.function=mine:few_steps"]
-    for words in (
-        ["search", *new, "--study", "other"],
-        ["train", *new, "--out", "run"],
-        ["submit", *new, "--study", "other"],
-        ["resume", "study", "--trials", "+1"],
-        ["confirm", "study"],
-        ["reproduce", "study", "--out", "again"],
-        ["train", "study/best.yaml", "--out", "run"],
-    ):
-        assert call(words) == 2, words
-        said = capsys.readouterr().err
-        assert f"names code that a training would run: mine:few_steps in {finished}" in said
-        assert "If you trust it, add --trust." in said
-    assert call(["plan", *new]) == 2
-    assert "plan measures the built-in loop" in capsys.readouterr().err
-    assert call(["search", *new[:2], "train.function=mine:nothing_here", "--study", "other", "--trust"]) == 3
-    assert "mine.py, but got nothing_here" in capsys.readouterr().err
-    assert contents(finished) == before
-
-
 # each command that opens what a stranger may have sent, as it would be given without ``--trust``
-WITHOUT_TRUST = {
-    **{name: ["study"] for name in ("stop", "status", "ls", "logs", "confirm", "test", "report", "rescore")},
+THAT_TRAIN = {
     **{name: ["recipe.yaml", "--study", "other", *STRANGE] for name in ("search", "submit")},
+    "train": ["study/best.yaml", "--out", "run"],
+    "confirm": ["study"],
+    "resume": ["study", "--trials", "+1"],
+    "reproduce": ["study", "--out", "again"],
+}
+WITHOUT_TRUST = {
+    **THAT_TRAIN,
+    **{name: ["study"] for name in ("stop", "status", "ls", "logs", "test", "report", "rescore")},
     **{name: ["study/best.yaml"] for name in ("validate", "doctor")},
     "plan": ["recipe.yaml", *STRANGE],
-    "train": ["study/best.yaml", "--out", "run"],
     "evaluate": ["TRAINING"],
     "export": ["study", "--to", "sent"],
-    "resume": ["study", "--trials", "+1"],
     "compare": ["study", "study:zero_shot"],
-    "reproduce": ["study", "--out", "again"],
 }
 # they read the images and the machine of who asks; the dashboard serves the journal, copies copy: none opens a recipe
 OF_NOBODY_ELSE = {"pull", "push", "init", "cluster", "data", "sandbox", "dashboard", "schema"}
+
+
+def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys, monkeypatch):
+    monkeypatch.chdir(finished)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    for command, words in THAT_TRAIN.items():
+        assert call([command, *words]) == 2, command
+        said = capsys.readouterr().err
+        assert f"names code that a training would run: mine:few_steps in {finished}" in said
+        assert "If you trust it, add --trust." in said
+    assert call(["plan", "recipe.yaml", *STRANGE]) == 2
+    assert "plan measures the built-in loop" in capsys.readouterr().err
+    assert call(["search", "recipe.yaml", "--set", "train.function=mine:nothing_here", "--study", "x", "--trust"]) == 3
+    assert "mine.py, but got nothing_here" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
 def test_no_command_imports_a_strangers_code_without_trust(finished, tmp_path, monkeypatch, capsys):
@@ -458,40 +435,3 @@ def test_with_trust_it_is_resumed_confirmed_tested_exported_and_trained_again(fi
     assert "epoch 3: loss " in capsys.readouterr().err
     assert call(["resume", "study", "--set", "train.function=mine:frozen", "--trust", "--executor", "debug"]) == 3
     assert 'train.function: must be "mine:few_steps" as in' in capsys.readouterr().err
-
-
-# The example, which kills its process after its second epoch, the first time.
-KILLED = """
-import os, pathlib, signal
-import own_trainer
-
-def fine_tune(values, context):
-    report, mark = context.report, pathlib.Path(__file__).with_name("mark")
-
-    def report_and_die(metrics):
-        report(metrics)
-        if metrics["epoch"] == 2 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    context.report = report_and_die
-    return own_trainer.fine_tune(values, context)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.whole
-def test_the_example_is_killed_in_a_process_of_ray_and_goes_on_from_what_it_has_kept(tmp_path, monkeypatch):
-    recipe = short_training.make(tmp_path)
-    shutil.copy(EXAMPLES / "own_trainer.py", tmp_path)
-    (tmp_path / "killed.py").write_text(KILLED)
-    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
-    words = ["search", recipe, "--study", tmp_path / "study", "--executor", "inline", "--trust"]
-    words += ["--set", "train.function=killed:fine_tune", "--set", "train.epochs=4", "--set", "search.trials=1"]
-    assert call(words) == 0
-    [trial] = (tmp_path / "study").glob("trials/*")
-    log = (trial / "log.txt").read_text()
-    assert "attempt 2: starts on" in log
-    assert "from step" in log
-    rows = [json.loads(line) for line in (trial / "metrics.jsonl").read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == [1, 2, 3, 4]

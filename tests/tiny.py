@@ -15,9 +15,6 @@ CONFIG = {
 }
 
 
-RESNET = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 64}
-
-
 def make_clip(vision_cfg, dtype=torch.float32, seed=0, noise=0.0):
     """A CLIP with another image tower, random weights, s = 20."""
     torch.manual_seed(seed)
@@ -38,7 +35,7 @@ def make_tiny_clip(seed=0, dtype=torch.float32):
 
 def make_resnet_clip():
     """One with BatchNorm, whose statistics are others than those of data."""
-    return make_clip(RESNET)
+    return make_clip({"layers": [1, 1, 1, 1], "width": 8, "image_size": 32, "head_width": 64})
 
 
 def load_folder(folder):
