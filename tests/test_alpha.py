@@ -72,7 +72,12 @@ def measured(recipe):
     return tables
 
 
-def test_the_grid_and_the_lowest_alpha_are_each_measured_once():
+def test_the_grid_and_the_lowest_alpha_are_each_measured_once_and_a_fixed_alpha_with_its_ends():
+    pareto, fixed = (
+        curve_stand_in.make_recipe(**more) for more in ({}, {"objective": {}, "alpha": {"mode": "sample"}})
+    )
+    for recipe, expected in ((fixed, [0.0, 0.7, 1.0]), (pareto, sorted({*MEASURED, 0.7}))):
+        assert list(measured(apply(recipe, {"alpha": 0.7}))) == expected
     tables = measured(curve_stand_in.make_recipe(objective={}, alpha={}))
     assert list(tables) == list(MEASURED)
     curve = curve_points(tables, SPEC, ())
@@ -82,13 +87,6 @@ def test_the_grid_and_the_lowest_alpha_are_each_measured_once():
     assert curve_points(dict.fromkeys(tables, whole), SPEC, ()) == curve
     with pytest.raises(DataError, match=r"must have been evaluated at the alpha, but got id_val at 0\.45"):
         curve_points({0.45: tables[1.0]}, SPEC, ())
-
-
-def test_a_fixed_alpha_is_measured_with_the_end_and_in_a_pareto_search_with_the_grid():
-    fixed = curve_stand_in.make_recipe(objective={}, alpha={"mode": "sample"})
-    pareto = curve_stand_in.make_recipe()
-    for recipe, expected in ((fixed, [0.0, 0.7, 1.0]), (pareto, sorted({*MEASURED, 0.7}))):
-        assert list(measured(apply(recipe, {"alpha": 0.7}))) == expected
 
 
 def curve_of(*num_right, num_classes=16, num_images=2000):
@@ -110,9 +108,7 @@ def test_a_training_has_diverged_only_where_every_alpha_is_at_chance():
     assert alphas_at_chance(curve_of(1000, 1100, 1200), "id_val") == []
     assert alphas_at_chance(curve_of(1000, 700, "constant"), "id_val") == [1.0]
     assert alphas_at_chance(curve_of(1000, 700, 0), "id_val") == [1.0]
-    told = (
-        r"alpha curve: ID accuracy must be above chance, but got at most \d\.\d % of 2,000 images right, as with the "
-    )
+    told = r"alpha curve: ID accuracy must be above chance, but got at most \d\.\d % of 2,000 images right"
     with pytest.raises(DivergedError, match=told):
         alphas_at_chance(curve_of(1000, 0, "constant"), "id_val")
     assert alphas_at_chance(curve_of(0, 0, 0), "id_val") == []  # zero-shot knows no more
@@ -122,43 +118,36 @@ def test_a_training_has_diverged_only_where_every_alpha_is_at_chance():
 # ---- the objective
 
 KINDS = ["weighted_mean", "harmonic", "worst_domain"]
-OOD = {"noisy": 0.5, "blurry": 0.7}
 
 
-def objective(kind, id_weight, id_accuracy, ood):
-    return ObjectiveSpec(kind, "id_val", tuple(ood), id_weight).value({"id_val": id_accuracy, **ood})
-
-
-def objective_weights(kind, id_weight, id_accuracy, ood):
-    return ObjectiveSpec(kind, "id_val", tuple(ood), id_weight).weights({"id_val": id_accuracy, **ood})
-
-
-def test_formulas():
-    assert objective("weighted_mean", 0.25, 0.8, OOD) == pytest.approx(0.25 * 0.8 + 0.75 * 0.6)
-    assert objective("harmonic", 0.25, 0.8, OOD) == pytest.approx(2 * 0.8 * 0.6 / 1.4)
-    assert objective("worst_domain", 0.25, 0.8, OOD) == 0.5
-    assert objective("weighted_mean", 1.0, 0.7, OOD) == 0.7
+@pytest.mark.parametrize(
+    ("kind", "id_weight", "expected"),
+    [
+        ("weighted_mean", 0.25, 0.25 * 0.8 + 0.75 * 0.6),
+        ("weighted_mean", 1.0, 0.8),
+        ("harmonic", 0.25, 2 * 0.8 * 0.6 / 1.4),
+        ("worst_domain", 0.25, 0.5),
+    ],
+)
+def test_a_value_is_that_of_the_formula_and_weights_are_its_derivatives(kind, id_weight, expected):
+    step, point = 1e-6, {"id_val": 0.8, "noisy": 0.5, "blurry": 0.7}
+    spec = ObjectiveSpec(kind, "id_val", ("noisy", "blurry"), id_weight)
+    assert spec.value(point) == pytest.approx(expected)
+    for name, weight in spec.weights(point).items():
+        up, down = (spec.value({**point, name: point[name] + sign * step}) for sign in (1, -1))
+        assert weight == pytest.approx((up - down) / (2 * step), abs=1e-8)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_limit_cases(kind):
-    assert objective(kind, 0.5, 0.0, {"a": 0.0}) == 0
-    assert objective(kind, 0.5, 1.0, {"a": 1.0}) == 1
-    assert objective(kind, 0.3, 0.6, {"a": 0.6, "b": 0.6}) == pytest.approx(0.6)
-    assert objective(kind, 0.5, 0.7, {}) == 0.7
-    assert objective_weights(kind, 0.5, 0.4, {}) == {"id_val": 1.0}
-    assert all(map(math.isfinite, objective_weights(kind, 0.5, 0.0, {"a": 0.0, "b": 0.0}).values()))
-    of_equal = objective_weights("worst_domain", 0.5, 0.1, {"a": 0.3, "b": 0.3})
-    assert of_equal == {"id_val": 0, "a": 1, "b": 0}  # the first
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_weights_are_the_derivatives(kind):
-    step, point = 1e-6, {"id_val": 0.8, **OOD}
-    for name, weight in objective_weights(kind, 0.3, 0.8, OOD).items():
-        spec = ObjectiveSpec(kind, "id_val", tuple(OOD), 0.3)
-        up, down = (spec.value({**point, name: point[name] + sign * step}) for sign in (1, -1))
-        assert weight == pytest.approx((up - down) / (2 * step), abs=1e-8)
+    alone, spec = ObjectiveSpec(kind, "id_val", ()), ObjectiveSpec(kind, "id_val", ("a", "b"), 0.3)
+    assert (alone.value({"id_val": 0.7}), alone.weights({"id_val": 0.4})) == (0.7, {"id_val": 1.0})
+    for accuracy in (0.0, 0.6, 1.0):
+        equal = dict.fromkeys(spec.sets, accuracy)
+        assert spec.value(equal) == pytest.approx(accuracy)
+        assert all(map(math.isfinite, spec.weights(equal).values()))
+    lowest = ObjectiveSpec("worst_domain", "id_val", ("a", "b")).weights({"id_val": 0.1, "a": 0.3, "b": 0.3})
+    assert lowest == {"id_val": 0, "a": 1, "b": 0}  # the first
 
 
 @pytest.mark.parametrize("kind", KINDS)
