@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import forging
 import numpy as np
@@ -11,12 +10,12 @@ import pyarrow as pa
 import pytest
 import short_sealed
 import short_training
-from safetensors.torch import load_file, save_file
 
 from carft_ray import environment
-from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, StorageError, UsageError
+from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, UsageError
 from carft_ray.evaluation.predictions import correct, read_predictions, write_predictions
 from carft_ray.launch.runs.single import train_once
+from carft_ray.layout import PREDICTIONS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import single
 from carft_ray.results.compare import compare
@@ -28,11 +27,7 @@ from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 
 pytestmark = pytest.mark.slow
-PREDICTIONS = Path("predictions") / "validation.parquet"
-
-
-def quiet(*words):
-    del words
+QUIET = 3 * [lambda *words: None]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +41,7 @@ def trained(original, tmp_path_factory):
     """A training of ``train`` on the same images."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     recipe = load_recipe(original / "recipe.yaml", [f"data.cache_dir={original / 'cache'}", "train.epochs=2"])
-    train_once(recipe, folder, False, "", quiet, quiet, quiet)
+    train_once(recipe, folder, False, "", *QUIET)
     return folder
 
 
@@ -59,7 +54,7 @@ def here(original, trained, tmp_path):
 
 
 def again(folder, trial=None, out=None):
-    return reproduce(open_finished(folder, trial), out or folder.with_name("again"), quiet, quiet, quiet)
+    return reproduce(open_finished(folder, trial), out or folder.with_name("again"), *QUIET)
 
 
 @pytest.mark.parametrize("trial", [None, "plain", "zero_shot"])
@@ -80,37 +75,19 @@ def test_a_training_of_train_is_reproduced_and_the_new_one_is_one_like_any_other
             again(here / "study", trial, here / "kept")
 
 
-def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here):
-    """It is a training like a trial, with a seed of its own."""
-    row = trials(here / "study")[0]
-    short_sealed.confirm(here / "study", {f"{row.name}-seed5": {**row.values, "seed": 5}})
-    assert again(here / "study", f"confirm/{row.name}-seed5")["same"]
-    with pytest.raises(UsageError, match=f"did you mean 'confirm/{row.name}-seed5'"):
-        open_finished(here / "study", f"confirm/{row.name}-seed6")
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def raise_scale(path):
-    state = load_file(path)
-    save_file({**state, "logit_scale": state["logit_scale"] + 1}, path)
-
-
 @pytest.mark.parametrize(
-    ("path", "write", "told"),
+    ("path", "told"),
     [
-        ("images/sketch/heart/1.png", flip_a_bit, "data.ood_val.sketch: the contents of this set must be those of the"),
-        ("model/open_clip_model.safetensors", raise_scale, "model: the weights must be as in the manifest"),
+        ("images/sketch/heart/1.png", "data.ood_val.sketch: the contents of this set must be those of the"),
+        ("model/open_clip_model.safetensors", "model: the weights must be as in the manifest"),
     ],
 )
-def test_other_images_or_weights_are_named_and_nothing_is_left_behind(here, original, run, path, write, told):
-    """Size and date are those of before."""
+def test_other_images_or_weights_are_named_and_nothing_is_left_behind(here, original, run, path, told):
+    """One bit is another; size and date are those of before."""
     study, times = short_sealed.copy(original, here / "own"), (original / path).stat()
-    write(here / "own" / path)
+    content = bytearray((here / "own" / path).read_bytes())
+    content[len(content) // 2] ^= 1
+    (here / "own" / path).write_bytes(content)
     os.utime(here / "own" / path, ns=(times.st_atime_ns, times.st_mtime_ns))
     code, _, err = run("reproduce", study, "t0000", "--out", here / "again")
     assert code == DataError.exit_code == 4
@@ -119,12 +96,15 @@ def test_other_images_or_weights_are_named_and_nothing_is_left_behind(here, orig
     assert not (here / "again").exists()
 
 
+def change_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 def change_result(study_dir, change):
     """Changes the stored result of the first trial."""
-    path = next((study_dir / "trials").glob("t0000*")) / "attempt-1" / "result.json"
-    result = json.loads(path.read_text())
-    change(result)
-    path.write_text(json.dumps(result))
+    change_json(next(study_dir.glob("trials/t0000*/attempt-1/result.json")), change)
     forging.record(study_dir)
 
 
@@ -149,11 +129,8 @@ def test_another_number_ends_with_the_largest_difference_and_no_explanation(here
     assert "2 that differ (objective, metrics.accuracy/sketch); the largest difference is that of" in err
     assert "Data, weights, code, versions and hardware are those of the manifest" in err
     found = json.loads(out)
-    assert found["same"] is False
-    assert {each["what"]: round(each["size"], 6) for each in found["differences"]} == {
-        "metrics.accuracy/sketch": 0.25,
-        "objective": 0.001,
-    }
+    sizes = {each["what"]: round(each["size"], 6) for each in found["differences"]}
+    assert (found["same"], sizes) == (False, {"metrics.accuracy/sketch": 0.25, "objective": 0.001})
 
 
 def test_a_gpu_repeats_a_training_within_rounding(here, run):
@@ -173,7 +150,6 @@ def test_a_gpu_repeats_a_training_within_rounding(here, run):
     assert code == CarftError.exit_code
     assert "its numbers must differ by at most 0.01, but got 1 that differ (objective)" in err
     assert "train.deterministic: true" in err
-    assert "report it" not in err
 
 
 @pytest.mark.parametrize("is_same", [True, False])
@@ -204,18 +180,18 @@ def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
     assert table_differences(pa.table({"a": [1, 2]}), pa.table({"a": [1, 3]}))[0]["size"] is None
 
 
-@pytest.mark.parametrize(
-    ("folder", "trial", "told"),
-    [
+def test_wrong_targets_are_refused_with_the_nearest(here):
+    row = trials(here / "study")[0]
+    short_sealed.confirm(here / "study", {f"{row.name}-seed5": {**row.values, "seed": 5}})
+    for folder, trial, told in (
         ("study", "plane", "did you mean 'plain'"),
+        ("study", f"confirm/{row.name}-seed6", f"did you mean 'confirm/{row.name}-seed5'"),
         ("run", "1", "number or name of a trial or baseline"),
         ("studi", None, "no such folder"),
         ("", None, "must be a study or the folder of a training"),
-    ],
-)
-def test_wrong_targets_are_refused_with_the_nearest(here, folder, trial, told):
-    with pytest.raises(UsageError, match=told):
-        open_finished(here / folder, trial)
+    ):
+        with pytest.raises(UsageError, match=told):
+            open_finished(here / folder, trial)
 
 
 def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
@@ -239,17 +215,16 @@ def row(found, what):
 
 
 def keys(rows):
-    return {each["key"]: (each["a"], each["b"]) for each in rows}
+    return {each["key"] for each in rows}
 
 
 def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metrics(here):
     study = here / "study"
-    results = {path.parts[-3]: json.loads(path.read_text()) for path in study.glob("trials/*/*/result.json")}
-    best = max(sorted(results), key=lambda name: results[name]["objective"])
+    best = max(trials(study), key=lambda row: row.objective)
     found = compare(str(study), f"{study}:plain")
-    assert (found["a"]["trial"], found["b"]["trial"]) == (best, "plain")
-    assert row(found, "objective")["a"] == results[best]["metrics"]["objective"]
-    assert keys(found["recipe"]).keys() == {"train.kl_weight", "train.learning_rate"}
+    assert (found["a"]["trial"], found["b"]["trial"]) == (best.name, "plain")
+    assert row(found, "objective")["a"] == best.objective
+    assert keys(found["recipe"]) == {"train.kl_weight", "train.learning_rate"}
     assert found["origin"] == []
     assert [each["what"] for each in found["rows"]] == ["objective", "id_accuracy", "ood_accuracy", "accuracy/sketch"]
     for each in found["rows"]:
@@ -259,38 +234,25 @@ def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metr
     assert compare(str(study), f"{study}:zero_shot")["b"]["alpha"] == 0.0
     same = compare(str(here / "run"), str(here / "run"))
     assert same["recipe"] == same["origin"] == []
-    assert {each["difference"] for each in same["rows"]} == {0.0}
-    assert all(each["low"] < 0 < each["high"] for each in same["rows"])  # these few images only
+    assert all(each["low"] < each["difference"] == 0 < each["high"] for each in same["rows"])  # these few images only
 
 
 def test_the_interval_is_that_of_the_paired_differences_of_the_images(here, trained):
     """The normal interval of the mean of d_k = a_k - b_k, with a NumPy sum; half of the other's answers are right."""
     table = read_predictions(short_training.place_in(trained) / PREDICTIONS)
-    change_column(here / "run", "prediction", table["label"].to_numpy() + np.arange(len(table)) % 2)
+    labels = table["label"].to_numpy()
+    change_column(here / "run", "prediction", labels + np.arange(len(table)) % 2)
     found = row(compare(str(trained), str(here / "run")), "id_accuracy")
-    right = []
-    for folder in map(short_training.place_in, (trained, here / "run")):
-        alpha = json.loads((folder / "result.json").read_text())["alpha"]
-        right.append(correct(read_predictions(folder / PREDICTIONS), "id_val", alpha).astype(float))
-    d = right[0] - right[1]
+    alpha = json.loads((short_training.place_in(trained) / "result.json").read_text())["alpha"]
+    tables = [read_predictions(short_training.place_in(folder) / PREDICTIONS) for folder in (trained, here / "run")]
+    d = -np.diff([correct(each, "id_val", alpha).astype(float) for each in tables], axis=0)[0]
     half = 1.959963984540054 * d.std(ddof=1) / np.sqrt(len(d))
     assert (found["low"], found["high"]) == pytest.approx((d.mean() - half, d.mean() + half), abs=1e-12)
-
-
-def test_the_same_images_with_other_labels_are_not_compared(here, trained):
-    table = read_predictions(short_training.place_in(trained) / PREDICTIONS)
-    change_column(here / "run", "label", (table["label"].to_numpy() + 1) % 5)
+    change_column(here / "run", "label", (labels + 1) % 5)  # the same images with other labels are not compared
     assert set(compare(str(trained), str(here / "run"))["reasons"]) == {"id_val", "sketch", "objective"}
 
 
-def change_manifest(folder, change):
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-
-
-def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run, trained):
+def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run):
     assert split_target("a/b") == ("a/b", None)
     assert split_target("a/b:confirm/x") == ("a/b", "confirm/x")
     (here / "run:1").mkdir()
@@ -298,10 +260,6 @@ def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run, trained):
     for wrong in (":7", "a:"):
         with pytest.raises(UsageError, match="DIR or DIR:TRIAL"):
             split_target(wrong)
-    for path in (here / "study" / "trials").glob("*/*/result.json"):
-        path.unlink()
-    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
-        compare(str(trained), str(here / "study"))
     assert run("compare", here / "run", here / "runn")[0] == 2
 
 
@@ -327,14 +285,14 @@ def test_what_was_measured_on_other_images_or_defined_otherwise_is_not_compared(
         manifest["recipe"]["data"]["ood_val"] = {}
         manifest["recipe"]["search"]["objective"]["id_weight"] = 0.25
 
-    change_manifest(here / "run", change)
+    change_json(here / "run" / "manifest.json", change)
     found = compare(str(trained), str(here / "run"))
-    assert keys(found["origin"]).keys() == {"data.sketch.digest", "versions.numpy"}
+    assert keys(found["origin"]) == {"data.sketch.digest", "versions.numpy"}
     assert "the contents of the images differ" in found["reasons"]["sketch"]
     assert found["reasons"]["objective"] == "it needs all its sets, and sketch cannot be compared"
     assert row(found, "accuracy/sketch")["difference"] is row(found, "ood_accuracy")["difference"] is None
     assert row(found, "id_accuracy")["difference"] == 0
-    change_manifest(here / "run", leave_out)
+    change_json(here / "run" / "manifest.json", leave_out)
     found = compare(str(trained), str(here / "run"))
     assert found["reasons"] == {
         "sketch": "only run:train has this set",
