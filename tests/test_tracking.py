@@ -83,10 +83,10 @@ def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
     study, warned = search(here, tmp_path / "study", caplog, **BOTH)
     assert warned == []
     rows = {row["name"]: row for row in (*study.trials().to_pylist(), *study.baselines.to_pylist())}
-    [epochs] = [files.read_json_lines(path) for path in study.path.glob(f"trials/{study.best.name}/metrics.jsonl")]
+    best = study.best
+    epochs = files.read_json_lines(study.path / "trials" / best.name / "metrics.jsonl")
     of_epochs = [(one["step"], one["loss"]) for one in epochs]
-    [path] = study.path.glob(f"trials/{study.best.name}/*/result.json")
-    of_curve = [(one["alpha"], one["id_accuracy"]) for one in json.loads(path.read_text())["curve"]]
+    of_curve = [(one["alpha"], one["id_accuracy"]) for one in read_result(best.place(study.path))[0]["curve"]]
 
     found = {}
     for path in (study.path / "tracking" / "wandb").glob("offline-run-*/*.wandb"):
@@ -95,21 +95,18 @@ def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
         found[run.display_name] = run, parts
     assert found.keys() == rows.keys()
     assert len({run.run_group for run, _ in found.values()}) == 1
-    run, parts = found[study.best.name]
-    assert items(run.config.update)["learning_rate"] == study.best.values["learning_rate"]
+    run, parts = found[best.name]
+    assert items(run.config.update)["learning_rate"] == best.values["learning_rate"]
     summary = dict(item for one in parts for item in items(one.summary.update).items())
-    assert (summary["objective"], summary["outcome"]) == (study.best.objective, "complete")
+    assert (summary["objective"], summary["outcome"]) == (best.objective, "complete")
     logged = [items(one.history.item) for one in parts if one.WhichOneof("record_type") == "history"]
     curve = [(one["curve/alpha"], one["curve/id_accuracy"]) for one in logged if "curve/alpha" in one]
     assert curve == of_curve
     assert [(one["training/step"], one["training/loss"]) for one in logged if "training/step" in one] == of_epochs
 
-    tracked = study.recipe.tracking
-    alone = tracked.model_copy(update={"wandb": tracked.wandb.model_copy(update={"project": None})})
-    with tracking(
-        study.recipe.model_copy(update={"tracking": alone}), study.path, pytest.fail
-    ) as shared:  # told again, it takes the place of its run
-        shared(lambda event: None)(module.TrialFinished(study.best, is_best=True))
+    mlflow_alone = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
+    with tracking(mlflow_alone, study.path, pytest.fail) as shared:  # told again, it takes the place of its run
+        shared(lambda event: None)(module.TrialFinished(best, is_best=True))
     client = mlflow.MlflowClient((study.path / "tracking" / "mlflow").as_uri())
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     by_name = {run.info.run_name: run for run in runs}
@@ -118,11 +115,11 @@ def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
         assert run.data.tags["carft_ray.study"].startswith("short-")
         assert run.data.metrics["objective"] == rows[name]["objective"]
         assert run.info.status == "FINISHED"
-    best = by_name[study.best.name]
-    assert best.data.params["learning_rate"] == str(study.best.values["learning_rate"])
-    history = client.get_metric_history(best.info.run_id, "curve/id_accuracy")
+    run = by_name[best.name]
+    assert run.data.params["learning_rate"] == str(best.values["learning_rate"])
+    history = client.get_metric_history(run.info.run_id, "curve/id_accuracy")
     assert {(one.step, one.value) for one in history} == {(round(100 * alpha), value) for alpha, value in of_curve}
-    history = client.get_metric_history(best.info.run_id, "training/loss")
+    history = client.get_metric_history(run.info.run_id, "training/loss")
     assert [(one.step, one.value) for one in history] == of_epochs
 
 
