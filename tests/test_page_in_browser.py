@@ -196,17 +196,16 @@ def test_the_page_can_be_read_without_scripts_and_its_colours_change_and_stay(pa
 def test_trials_of_one_method_are_filtered_and_shown_with_their_numbers(tmp_path, page):
     view = read_study(make(tmp_path / "study", **KINDS["several methods"]))
     document = write_page(view, tmp_path / "page.html")
-    names = {bool(row["values"]["kl_weight"]): row["name"] for row in document["trials"]}
-    methods = {method: document["method_of"][names[has_kl]] for has_kl, method in METHODS.items()}
-    assert methods == {method: method for method in METHODS.values()}
+    methods = {row["name"]: METHODS[bool(row["values"]["kl_weight"])] for row in document["trials"]}
+    assert document["method_of"] == methods
     points = 'document.querySelector("#front .canvas").data.filter((trace) => trace.customdata)'
     points += ".flatMap((trace) => trace.customdata.map((name, i) => [name, trace.x[i]]))"
     page.open(tmp_path / "page.html")
     assert {*page.evaluate(OPTIONS.format("method"))} == {"", *METHODS.values()}
-    for has_kl, method in METHODS.items():
+    for method in METHODS.values():
         page.evaluate(CHOOSE.format(id="method", value=method))
-        wanted = {row["name"]: row for row in document["trials"] if bool(row["values"]["kl_weight"]) == has_kl}
-        assert page.evaluate(SHOWN) == f"{len(wanted)} of {len(document['trials'])} trials"
+        wanted = {row["name"]: row for row in document["trials"] if methods[row["name"]] == method}
+        assert page.evaluate(SHOWN) == f"{len(wanted)} of {len(methods)} trials"
         found = {name: 1 / (1 + math.exp(-x)) for name, x in page.evaluate(points)}
         assert found == pytest.approx({name: row["metrics"]["id_accuracy"] for name, row in wanted.items()}, abs=1e-9)
         objectives = page.evaluate('document.querySelector("#history .canvas").data[0].y')
