@@ -5,6 +5,7 @@ import math
 import time
 
 import numpy as np
+import stand_in
 from from_logits import predictions_table
 from stand_in import SANDBOX_SET
 
@@ -29,31 +30,21 @@ CLASSES = ("arrow", "bolt", "circle", "cross", "heart")
 
 def make_recipe(trials=6, ood=True, **search):
     """The recipe of a random search: learning rate, KL weight and a categorical value."""
-    validation = {name: {**SANDBOX_SET, "domain": f"{name}_photo", "split": "val"} for name in ("noisy", "blurry")}
+    content = stand_in.make_recipe(trials).model_dump(mode="json", exclude_unset=True)
+    content["name"] = "kinds"
+    content["data"]["id_test"] = {**SANDBOX_SET, "split": "test"}
+    if ood:
+        ood_val = {name: {**SANDBOX_SET, "domain": f"{name}_photo", "split": "val"} for name in ("noisy", "blurry")}
+        ood_test = {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "test"}}
+        content["data"] |= {"ood_val": ood_val, "ood_test": ood_test}
     space = {
         "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
         "kl_weight": {"low": 0.1, "high": 100, "log": True},
         "decay": {"choices": ["all", "matrices"]},
+        **({"alpha": {"low": 0.1, "high": 1.0}} if "alpha" in search else {}),
     }
-    if "alpha" in search:
-        space["alpha"] = {"low": 0.1, "high": 1.0}
-    content = {
-        "name": "kinds",
-        "data": {
-            "train": {**SANDBOX_SET, "split": "train"},
-            "id_val": {**SANDBOX_SET, "split": "val"},
-            "ood_val": validation if ood else {},
-            "id_test": {**SANDBOX_SET, "split": "test"},
-            "ood_test": {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "test"}} if ood else {},
-        },
-        "search": {
-            "trials": trials,
-            "space": space,
-            "sampler": {"name": "random"},
-            "baselines": {"fine_tuning": {"kl_weight": 0}},
-            **search,
-        },
-    }
+    baselines = {"fine_tuning": {"kl_weight": 0}}
+    content["search"] |= {"space": space, "sampler": {"name": "random"}, "baselines": baselines, **search}
     return Recipe.model_validate(content)
 
 
@@ -99,18 +90,11 @@ def finish(study, spec, rng):
     best = max(curve[1:], key=lambda point: point["objective"])
     if "alpha" in spec.values:
         best = next(point for point in curve if point["alpha"] == spec.values["alpha"])
-    metrics = {name: value for name, value in best.items() if name != "alpha"}
-    content = {
-        "objective": metrics["objective"],
-        "alpha": best["alpha"],
-        "metrics": metrics,
-        "fine_tuned": {name: value for name, value in curve[-1].items() if name != "alpha"},
-        "curve": curve,
-        "moved": 0.01,
-        "num_images": {"train": 64, **{name: IMAGES[name] for name in what.sets}},
-        "train": recipe.train.model_dump(mode="json"),
-        "elapsed_s": 0.02 + 0.01 * rng.random(),
-    }
+    metrics, fine_tuned = ({key: point[key] for key in point if key != "alpha"} for point in (best, curve[-1]))
+    content = {"objective": best["objective"], "alpha": best["alpha"], "metrics": metrics, "fine_tuned": fine_tuned}
+    content |= {"curve": curve, "moved": 0.01, "train": recipe.train.model_dump(mode="json")}
+    content["num_images"] = {"train": 64, **{name: IMAGES[name] for name in what.sets}}
+    content["elapsed_s"] = 0.02 + 0.01 * rng.random()
     write_result(place, content)
     study.spend(spec, content["elapsed_s"], 0.0)
     assert study.settle(spec) is not None

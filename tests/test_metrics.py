@@ -19,14 +19,11 @@ from carft_ray.evaluation import metrics
 from carft_ray.evaluation.metrics import answers, equal_width_bins
 from carft_ray.evaluation.predictions import (
     accuracy,
-    alphas,
     concat,
     correct,
     correct_matrix,
     read_predictions,
     sample_ids,
-    select,
-    sets,
     write_predictions,
 )
 
@@ -206,13 +203,6 @@ def test_logits_that_are_not_finite_are_an_error_that_counts_the_images(value):
     logits[3, 1] = value
     with pytest.raises(CarftError, match=r"id_val at alpha 0\.4: class logits must be finite, but those of 1 of 37"):
         predictions_table("id_val", 0.4, ids, labels, logits)
-
-
-def test_rows_by_set_and_alpha():
-    parts = [table_of(name, alpha, seed=i) for i, name in enumerate(("id_val", "noisy")) for alpha in (1.0, 0.0, 0.6)]
-    table = concat(parts)
-    assert (sets(table), alphas(table, "noisy")) == (["id_val", "noisy"], [0.0, 0.6, 1.0])
-    assert select(table, "id_val", 0.6).to_pylist() == parts[2].to_pylist()
 
 
 def test_correctness_does_not_depend_on_the_order_of_the_rows():
