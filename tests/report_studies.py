@@ -31,7 +31,7 @@ CLASSES = ("arrow", "bolt", "circle", "cross", "heart")
 def make_recipe(trials=6, ood=True, **search):
     """The recipe of a random search: learning rate, KL weight and a categorical value."""
     content = stand_in.make_recipe(trials).model_dump(mode="json", exclude_unset=True)
-    content["name"] = "kinds"
+    content |= {"name": "kinds", "train": {}}
     content["data"]["id_test"] = {**SANDBOX_SET, "split": "test"}
     if ood:
         ood_val = {name: {**SANDBOX_SET, "domain": f"{name}_photo", "split": "val"} for name in ("noisy", "blurry")}

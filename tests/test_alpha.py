@@ -6,12 +6,11 @@ from pathlib import Path
 
 import curve_stand_in
 import numpy as np
-import optuna
 import pytest
 import torch
 from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
 from from_logits import predictions_table
-from optuna.storages import JournalStorage
+from study_steps import failed, optuna_study, searching
 
 from carft_ray.errors import DataError, DivergedError, NoSuccessfulTrialError, RecipeError
 from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
@@ -26,10 +25,6 @@ from carft_ray.recipe.schema.recipe import DEFAULT_GRID, alone
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import read_study
-from carft_ray.study.holding import log_of
-from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, trials
 
 MEASURED = tuple(sorted({*DEFAULT_GRID, 0.1}))  # by default: the grid and the lowest alpha that may be chosen
@@ -246,8 +241,7 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
     drops = {"zero_shot": 0.1, "plain": 0.05}
     baselines = {"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}}
     recipe = make_recipe(2, **PROFILE, baselines=baselines, constraints={"id_drop": drops})
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
+    with searching(study_dir, recipe) as study:
         study.add_zero_shot(ZERO_SHOT)
         plain, other = study.next(), study.next()
         assert (plain.name, other.name) == ("plain", "other")
@@ -267,11 +261,9 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
 
 def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_that_names_it(study_dir):
     recipe = make_recipe(2, **PROFILE, constraints={"id_drop": {"plain": 0.05}})
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
+    with searching(study_dir, recipe) as study:
         spec = study.next()
-        spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-        study.settle(spec, Failure("diverged", "loss not finite", spec.attempt, 6, details="Traceback ..."))
+        study.settle(spec, failed(spec, "diverged", "loss not finite"))
         with pytest.raises(NoSuccessfulTrialError) as caught:
             study.next()
     assert caught.value.exit_code == 6
@@ -285,16 +277,13 @@ def test_a_baseline_that_ends_without_a_result_ends_the_search_with_one_message_
 def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(study_dir):
     constraints = {"id_drop": {"zero_shot": 0.0}}
     recipe = make_recipe(5, **PROFILE, baselines={}, constraints=constraints, sampler={"name": "random"})
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
+    with searching(study_dir, recipe) as study:
         study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.78})
         run_all(study, 3)
-        for outcome, attempt in (("diverged", 1), ("error", 1), ("error", 2)):
+        for outcome in ("diverged", "error", "error"):
             spec = study.next()
-            spec.folder(study_dir).mkdir(parents=True, exist_ok=True)
-            study.settle(spec, Failure(outcome, "nan", attempt, 6, details="Traceback ..."))
-    storage = JournalStorage(log_of(study_dir))
-    found = [trial.constraints for trial in optuna.load_study(storage=storage, study_name="search").trials]
+            study.settle(spec, failed(spec, outcome))
+    found = [trial.constraints for trial in optuna_study(study_dir).trials]
     assert [each["trained"] for each in found] == [-1, -1, -1, 1, 1]
     assert found[3]["id_drop/zero_shot"] == found[4]["id_drop/zero_shot"] == 0
     rows = trials(study_dir)
@@ -310,8 +299,7 @@ def test_every_finished_trial_has_the_same_constraints_and_violations_are_shown(
 @pytest.mark.slow
 def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_that_do_not(study_dir):
     recipe = make_recipe(6, **PROFILE, baselines={}, constraints={"id_drop": {"zero_shot": 0.0}}, keep_checkpoints=1)
-    with open_study(study_dir, recipe) as study:
-        recover_running(study)
+    with searching(study_dir, recipe) as study:
         study.add_zero_shot({**ZERO_SHOT, "id_accuracy": 0.99})  # which none reaches
         run_all(study)
     view = read_study(study_dir)

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import short_sealed
 import short_training
+from study_steps import searching
 
 from carft_ray import environment
 from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, UsageError
@@ -23,7 +24,6 @@ from carft_ray.results.reading.finished import open_finished, split_target
 from carft_ray.results.reproduce import reproduce, sentence, table_differences
 from carft_ray.results.statistics.intervals import OVER_IMAGES
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 
 pytestmark = pytest.mark.slow
@@ -196,8 +196,7 @@ def test_wrong_targets_are_refused_with_the_nearest(here):
 
 def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
     recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=3"])
-    with open_study(here / "study", recipe) as study:
-        recover_running(study)
+    with searching(here / "study", recipe) as study:
         assert study.next().number == 2
     with pytest.raises(NoSuccessfulTrialError, match="carft-ray resume"):
         open_finished(here / "study", "2")

@@ -19,6 +19,7 @@ import torch
 from logs import commits, holding, write_line
 from rich.console import Console
 from stand_in import make_recipe
+from study_steps import finish, searching
 
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
@@ -39,10 +40,9 @@ from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.results.verdict_card import verdict
-from carft_ray.store.result import write_result
 from carft_ray.study.ledger import Entry, read_ledger, require_unread
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_confirm, recover_running
+from carft_ray.study.recovery import recover_confirm
 from carft_ray.study.rows import baselines, best_row, confirmations, trials
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.ui.progress import search_shown
@@ -392,22 +392,14 @@ def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apa
 # confirm: which configurations are trained again, on which seeds, what is refused
 
 
-def finish(study, spec, objective, alpha=0.5):
-    metrics = {"id_accuracy": objective, "ood_accuracy": objective}
-    content = {"objective": objective, "alpha": alpha, "metrics": metrics, "elapsed_s": 7.0}
-    write_result(spec.place(study.study_dir), {**content, "fine_tuned": {"objective": objective / 2}})
-    study.settle(spec)
-
-
 def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
     """A finished study: the baseline ``plain`` has the first objective, the trials have the others."""
     recipe = make_recipe(len(objectives) - 1, **search)
-    with open_study(study_dir, recipe) as study:
+    with searching(study_dir, recipe) as study:
         (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-        recover_running(study)
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for objective in objectives:
-            finish(study, study.next(), objective)
+            finish(study, study.next(), objective, alpha=0.5, fine_tuned={"objective": objective / 2})
     return read_study(study_dir)
 
 
@@ -478,8 +470,7 @@ def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_
     fewer, notes = configurations.plan(view, 1, 3)
     assert fewer.trainings() == more.trainings()
     assert notes == ["5 seeds are there already; all of them are used"]
-    with open_study(view.study_dir, make_recipe(4)) as study:
-        recover_running(study)
+    with searching(view.study_dir, make_recipe(4)) as study:
         finish(study, study.next(), 0.9)
     now, [_, note] = configurations.plan(read_study(view.study_dir), 1, 3)
     assert note == f"the search continued after {first.winner} was fixed as the winner; now it is {now.winner}"
@@ -568,13 +559,11 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
 def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     recipe = make_recipe(5)
     trainings = configurations.first_stage(view, 1, 2).trainings()
-    with open_study(view.study_dir, recipe) as study:
-        recover_running(study)
+    with searching(view.study_dir, recipe) as study:
         waiting = study.next()
     short_sealed.confirm(view.study_dir, trainings, stand_in.train, num_attempts=1)
     assert trials(view.study_dir)[waiting.number].outcome == "running"
-    with open_study(view.study_dir, recipe) as study:
-        recover_running(study)
+    with searching(view.study_dir, recipe) as study:
         assert study.next().name == waiting.name
         new = study.next()
         assert (new.kind, new.number) == ("trial", 4)
