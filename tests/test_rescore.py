@@ -12,14 +12,7 @@ import stand_in
 
 from carft_ray.errors import HoldOutError, StorageError, UsageError
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import (
-    accuracy,
-    alphas,
-    read_predictions,
-    select,
-    sets,
-    write_predictions,
-)
+from carft_ray.evaluation.predictions import accuracy, alphas, read_predictions, select, sets, write_predictions
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.rescore import asked_objective, rescore
