@@ -57,22 +57,14 @@ def again(folder, trial=None, out=None):
     return reproduce(open_finished(folder, trial), out or folder.with_name("again"), *QUIET)
 
 
-@pytest.mark.parametrize("trial", [None, "plain", "zero_shot"])
-def test_every_training_of_a_study_is_reproduced(here, trial):
-    found = again(here / "study", trial)
+@pytest.mark.parametrize(
+    ("folder", "trial"), [("study", None), ("study", "plain"), ("study", "zero_shot"), ("run", None)]
+)
+def test_every_training_is_reproduced(here, folder, trial):
+    found = again(here / folder, trial)
     assert found["differences"] == found["changes"] == []
     assert found["weights_compared"] == (trial != "zero_shot")
     assert "the same, bit for bit" in sentence(found)
-
-
-def test_a_training_of_train_is_reproduced_and_the_new_one_is_one_like_any_other(here):
-    found = again(here / "run", None, here / "kept")
-    assert found["same"]
-    assert found["num_predictions"] == len(read_predictions(short_training.place_in(here / "run") / PREDICTIONS))
-    assert again(here / "kept")["same"]
-    for trial in ("0", "zero_shot"):
-        with pytest.raises(UsageError, match="--out"):
-            again(here / "study", trial, here / "kept")
 
 
 @pytest.mark.parametrize(
@@ -192,6 +184,9 @@ def test_wrong_targets_are_refused_with_the_nearest(here):
     ):
         with pytest.raises(UsageError, match=told):
             open_finished(here / folder, trial)
+    for trial in ("0", "zero_shot"):
+        with pytest.raises(UsageError, match="--out"):
+            again(here / "study", trial, here / "run")
 
 
 def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
