@@ -13,6 +13,7 @@ from carft_ray.api.answers import Report
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, read_predictions, write_predictions
+from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
@@ -85,7 +86,7 @@ def finish(study, spec, rng):
     what = objective_spec(recipe)
     alphas = sorted({*GRID, spec.values.get("alpha", 1.0)})
     table = predictions(recipe.train, alphas, what.sets, rng)
-    write_predictions(place / "predictions" / "validation.parquet", table)
+    write_predictions(place / PREDICTIONS, table)
     curve = [{"alpha": alpha, **metrics_of(table, what, alpha)} for alpha in alphas]
     best = max(curve[1:], key=lambda point: point["objective"])
     if "alpha" in spec.values:
@@ -132,20 +133,15 @@ def make(study_dir, num=6, recipe=None, fails=lambda number: False):
 
 
 def keep_thumbnails(study_dir, number=48, side=128):
-    """Writes what the best trial keeps of its images: gradients with a square, of a colour for each class."""
-    view = read_study(study_dir)
-    place = view.best.place(study_dir)
-    sets = []
+    """Writes what the best trial keeps of its images: squares, each of a colour of its own."""
+    view, sets = read_study(study_dir), []
     for name in objective_spec(view.recipe).sets:
-        ids, rng = np.arange(IMAGES[name], dtype=np.uint64), np.random.default_rng(3)
-        labels = np.arange(IMAGES[name]) % len(CLASSES)
-        ramp = np.linspace(0, 255, side, dtype=np.uint8)
-        images = np.broadcast_to(ramp[None, :, None, None], (len(ids), side, side, 3)).copy()
-        colours = rng.integers(0, 256, (len(CLASSES), 3), np.uint8)
-        images[:, side // 4 : -side // 4, side // 4 : -side // 4] = colours[labels][:, None, None]
-        sets.append(ImageSet(name, images, labels, ids))
-    table = read_predictions(place / "predictions" / "validation.parquet")
-    write_thumbnails(place / "predictions" / "thumbnails.parquet", table, view.best.alpha, sets, number)
+        ids = np.arange(IMAGES[name], dtype=np.uint64)
+        colours = np.random.default_rng(3).integers(0, 256, (len(ids), 1, 1, 3), np.uint8)
+        images = np.broadcast_to(colours, (len(ids), side, side, 3))
+        sets.append(ImageSet(name, images, np.arange(len(ids)) % len(CLASSES), ids))
+    place = view.best.place(study_dir)
+    write_thumbnails(place / THUMBNAILS, read_predictions(place / PREDICTIONS), view.best.alpha, sets, number)
 
 
 def start(study):

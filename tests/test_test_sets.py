@@ -330,39 +330,25 @@ def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished
 # what is refused before the seal is broken
 
 
-def lose_test_sets(study):
+def test_what_is_lost_or_in_use_is_told_before_the_seal_is_broken(run, here, folder):
+    def refused(code, told):
+        found, _, err = run("test", "study")
+        assert (found, told in err) == (code, True), err
+        assert read_ledger(study) == []
+
+    shutil.rmtree(here / "study")
+    study, images = short_sealed.copy(folder, here), here / "images" / "cartoon" / "star"
+    with holding(study):
+        refused(5, "is in use")
+    images.rename(here / "gone")
+    refused(4, "star")
+    (here / "gone").rename(images)
+    (best_row(trials(study)).place(study) / "fine_tuned.safetensors").unlink()
+    refused(5, "its weights are gone")
     manifest = json.loads((study / "manifest.json").read_text())
     manifest["recipe"]["data"] |= {"id_test": None, "ood_test": {}}
     (study / "manifest.json").write_text(json.dumps(manifest))
-
-
-def lose_weights(study):
-    (best_row(trials(study)).place(study) / "fine_tuned.safetensors").unlink()
-
-
-def lose_images(study):
-    shutil.rmtree(study.parent / "images" / "cartoon" / "star")
-
-
-@pytest.mark.parametrize(
-    ("lose", "code", "told"),
-    [
-        (lose_test_sets, 3, "without data.id_test and data.ood_test"),
-        (lose_weights, 5, "its weights are gone"),
-        (lose_images, 4, "star"),
-        (None, 5, "is in use"),
-    ],
-)
-def test_what_is_lost_is_told_before_the_seal_is_broken(run, here, folder, lose, code, told):
-    shutil.rmtree(here / "study")
-    study = short_sealed.copy(folder, here)
-    if lose is not None:
-        lose(study)
-    with holding(study) if lose is None else contextlib.nullcontext():
-        found, _, err = run("test", "study")
-    assert found == code
-    assert told in err
-    assert read_ledger(study) == []
+    refused(3, "without data.id_test and data.ood_test")
 
 
 def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apart(run, here, folder):
