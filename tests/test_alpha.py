@@ -7,12 +7,13 @@ from pathlib import Path
 import curve_stand_in
 import numpy as np
 import pytest
+import study_steps
 import torch
 from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
 from from_logits import predictions_table
 from study_steps import failed, searching
 
-from carft_ray.errors import DataError, DivergedError, NoSuccessfulTrialError, RecipeError
+from carft_ray.errors import DataError, DivergedError, NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
@@ -252,7 +253,11 @@ def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(stu
         assert study.next() is None
         write_result(study, again)
         study.settle(again)
-        assert study.next().kind == "trial"  # the other baseline is named by no constraint
+        trial = study.next()
+        assert trial.kind == "trial"  # the other baseline is named by no constraint
+        study_steps.write_result(study_dir, trial)  # without its violations
+        with pytest.raises(StorageError, match="violation/id_drop/zero_shot"):
+            study.settle(trial)
         references = json.loads((study_dir / "prepared" / "references.json").read_text())
         assert references.keys() == drops.keys()
         assert references["zero_shot"] == ZERO_SHOT["id_accuracy"]

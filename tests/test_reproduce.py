@@ -175,6 +175,7 @@ def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
 def test_wrong_targets_are_refused_with_the_nearest(here):
     row = trials(here / "study")[0]
     short_sealed.confirm(here / "study", {f"{row.name}-seed5": {**row.values, "seed": 5}})
+    assert open_finished(here / "study", f"confirm/{row.name}-seed5").name.endswith(f"confirm/{row.name}-seed5")
     for folder, trial, told in (
         ("study", "plane", "did you mean 'plain'"),
         ("study", f"confirm/{row.name}-seed6", f"did you mean 'confirm/{row.name}-seed5'"),
