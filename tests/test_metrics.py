@@ -31,10 +31,8 @@ CASES = ("random", "ties", "empty classes", "two classes", "confident")
 
 def case(name):
     """Labels [N] and logits [N, C] of one kind."""
-    rng = np.random.default_rng(CASES.index(name))
     num_classes = {"two classes": 2, "empty classes": 24}.get(name, 16)
-    labels = rng.integers(0, num_classes, 900)
-    logits = (3 * rng.normal(size=(900, num_classes))).astype(np.float32)
+    _, labels, logits = random_set(900, num_classes, seed=CASES.index(name), scale=3)
     logits[np.arange(900), labels] += 2
     if name == "ties":
         logits = np.round(logits / 4) * 4  # one image in three has several largest logits
@@ -42,7 +40,7 @@ def case(name):
         labels = labels // 2 * 2  # no odd class
     if name == "confident":
         logits *= 30
-    return labels, logits.astype(np.float32)
+    return labels, logits
 
 
 @pytest.fixture(params=CASES)

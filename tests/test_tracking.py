@@ -177,30 +177,29 @@ def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path,
     digest = read_result(spec.place(tmp_path))[1]
     row = TrialRow("trial", 0, spec.name, spec.values, 1, "complete", objective=0.5, alpha=0.4, digest=digest)
 
-    def write(of, *steps):
-        lines = [{"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step, "note": "text"} for step in steps]
-        files.write_text(of.folder(tmp_path) / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    def row_of(step):
+        return {"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step}
 
-    def until(number):
-        wait_until(lambda: len(told) >= number, told)
+    def write(of, *steps):
+        lines = [json.dumps({**row_of(step), "note": "text"}) for step in steps]
+        files.write_text(of.folder(tmp_path) / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
 
     with tracking(recipe, tmp_path, pytest.fail) as shared:
         on_event = shared(lambda event: None)
         write(spec, 3)
         on_event(events.TrialEpoch(spec, {}))
-        until(2)
+        wait_until(lambda: len(told) >= 2, told)
         write(spec, 3, 6)
         write(other, 3)
         on_event(events.TrialEpoch(spec, {}))
         on_event(events.TrialEpoch(other, {}))
-        until(5)
+        wait_until(lambda: len(told) >= 5, told)
         on_event(events.TrialEpoch(spec, {}))  # another attempt repeats an epoch
         write(spec, 3, 6, 9)
         on_event(module.TrialFinished(row, is_best=True))
 
     def epoch(of, step):
-        row = {"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step}
-        return of.name, step, {f"training/{name}": value for name, value in row.items()}
+        return of.name, step, {f"training/{name}": value for name, value in row_of(step).items()}
 
     assert told == [
         (spec.name, "trial", spec.values),
