@@ -67,7 +67,7 @@ def test_one_class_as_the_only_answer_is_at_chance_however_common_it_is(shares):
 
 
 def test_luck_is_that_of_answers_dealt_out_at_random():
-    """Against all orders of eight answers, and against many of more: mean, variance, and 2.5 % above."""
+    """Against all orders of eight answers."""
     labels, given = np.array([0, 0, 0, 1, 1, 2, 2, 2]), np.array([0, 0, 1, 1, 2, 2, 2, 2])
     right = [sum(map(operator.eq, labels, order)) for order in itertools.permutations(given)]
     limit = np.mean(right) + 1.96 * np.std(right)
@@ -75,10 +75,6 @@ def test_luck_is_that_of_answers_dealt_out_at_random():
     for order in itertools.islice(itertools.permutations(given), 0, None, 97):
         is_above = sum(map(operator.eq, labels, order)) > limit
         assert metrics.is_above_chance(labels, np.array(order)) == is_above
-    generator = np.random.default_rng(1)
-    labels, given = generator.choice(6, 600, p=[0.5, 0.3, 0.1, 0.05, 0.03, 0.02]), generator.choice(6, 600)
-    above = [metrics.is_above_chance(labels, generator.permutation(given)) for _ in range(2000)]
-    assert 20 <= sum(above) <= 90  # 50 expected, of a binomial with standard deviation 7; the counts are whole
 
 
 def test_accuracies_by_class_equal_those_of_scikit_learn(both):

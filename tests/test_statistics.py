@@ -31,18 +31,6 @@ FIXTURE = {
 HALVES = {"id": 0.5, "ood": 0.5}
 
 
-def test_fixture():
-    result = crossed(FIXTURE, HALVES)
-    assert result.mean == pytest.approx(0.583333, abs=5e-7)
-    assert result.seed_variance == pytest.approx(0.00520833, abs=5e-9)
-    assert result.image_variance == pytest.approx(0.01145833, abs=5e-9)
-    assert result.dof == pytest.approx(4.8454, abs=5e-5)
-    assert result.ends == pytest.approx((0.24826, 0.91840), abs=5e-6)
-    assert result.notes == ()
-    assert in_points(result.mean, result.ends) == "58.3 [24.8, 91.8]"
-    assert in_points(0.75, (0.26, 1.24), signed=True) == "+75.0 [+26.0, +124.0]"
-
-
 def test_seeds_that_agree_by_chance_keep_the_noise_of_images():
     """Reference numbers worked out by hand; without V_res this was a point and p < 0.0001."""
     differences = np.array([[1, 0, 0, 0, 0, 0, 0, -1, 1, 0], [0, 0, 1, 0, 0, 0, 0, 0, 0, 0]])
@@ -77,6 +65,7 @@ def test_random_data_agree_with_sums_written_out():
     assert result.ends == pytest.approx((np.mean(y) - half, np.mean(y) + half), abs=1e-12)
     p_values = [2 * stats.t.sf(abs(np.mean(y)) / math.sqrt(v), d) for v, d in ((v_seed + v_image, dof), (v_seed, 3))]
     assert result.p_value == pytest.approx(max(p_values), abs=1e-12)
+    assert (result.dof, result.notes) == (pytest.approx(dof), ())
     assert crossed({**values, "spare": np.ones((4, 2))}, {**weights, "spare": 0.0}) == result
 
 
@@ -156,6 +145,8 @@ def test_the_headline_says_better_worse_or_neither_and_worse_by_is_better_by_tur
     assert headline(same, "paper").startswith("no improvement over paper shown (+0.0 [-")
     found = [headline(each, "paper", is_measured_again=False).partition(" by ")[0] for each in (better, worse)]
     assert found == ["measured higher than paper", "measured lower than paper"]
+    assert in_points(0.583333, (0.24826, 0.91840)) == "58.3 [24.8, 91.8]"
+    assert in_points(0.75, (0.26, 1.24), signed=True) == "+75.0 [+26.0, +124.0]"
 
 
 def test_worst_domain_near_another_set_is_marked_approximate():
