@@ -17,7 +17,7 @@ from study_steps import searching
 
 from carft_ray import environment
 from carft_ray.data import content
-from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, UsageError
+from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.predictions import correct, read_predictions, write_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import PREDICTIONS
@@ -263,6 +263,9 @@ def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run):
         with pytest.raises(UsageError, match="DIR or DIR:TRIAL"):
             split_target(wrong)
     assert run("compare", here / "run", here / "runn")[0] == 2
+    next(here.glob("study/trials/t0000*/*/result.json")).unlink()
+    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
+        compare(str(here / "run"), f"{here / 'study'}:0")
 
 
 def test_the_command_shows_both_sides_and_the_json_is_the_whole_answer(here, run):

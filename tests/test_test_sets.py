@@ -14,6 +14,7 @@ import crash_host
 import numpy as np
 import pytest
 import short_sealed
+import short_training
 import stand_in
 import torch
 from logs import commits, holding, write_line
@@ -575,3 +576,16 @@ def test_a_confirm_with_a_recipe_that_was_changed_to_see_a_test_set_is_refused(h
     assert code == 8
     assert "must not share images with data." in err
     assert not (here / "study" / "confirm").exists()
+
+
+def test_images_that_are_no_longer_those_of_the_study_are_refused(folder, here, run):
+    shutil.rmtree(here / "study")
+    short_sealed.copy(folder, here)
+    short_training.write_image(here / "images/photo_val/heart/0.png", 2, seed=999)
+    told = []
+    for words in (["confirm", "study", "--seeds", "2"], ["resume", "study", "--trials", "3"]):
+        code, _, err = run(*words, "--executor", "debug")
+        assert code == 4, err
+        told.append(err.partition("error: ")[2])
+    assert told[0] == told[1]
+    assert "data.id_val: the contents of this set must be " in told[0]
