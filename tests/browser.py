@@ -68,11 +68,6 @@ class Page:
                 return
         raise TimeoutError(f"{path} does not become ready: {self.problems}")
 
-    async def picture(self, path):
-        """Writes the whole page as PNG."""
-        found = await self.call("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(found["data"]))
-
     async def pdf(self, path):
         found = await self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
         path.write_bytes(base64.b64decode(found["data"]))

@@ -5,6 +5,7 @@ import math
 import time
 
 import numpy as np
+import stand_in
 from from_logits import predictions_table
 from stand_in import SANDBOX_SET
 
@@ -12,6 +13,7 @@ from carft_ray.api.answers import Report
 from carft_ray.data.source import ImageSet
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, read_predictions, write_predictions
+from carft_ray.layout import PREDICTIONS, THUMBNAILS
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
@@ -29,31 +31,21 @@ CLASSES = ("arrow", "bolt", "circle", "cross", "heart")
 
 def make_recipe(trials=6, ood=True, **search):
     """The recipe of a random search: learning rate, KL weight and a categorical value."""
-    validation = {name: {**SANDBOX_SET, "domain": f"{name}_photo", "split": "val"} for name in ("noisy", "blurry")}
+    content = stand_in.make_recipe(trials).model_dump(mode="json", exclude_unset=True)
+    content |= {"name": "kinds", "train": {}}
+    content["data"]["id_test"] = {**SANDBOX_SET, "split": "test"}
+    if ood:
+        ood_val = {name: {**SANDBOX_SET, "domain": f"{name}_photo", "split": "val"} for name in ("noisy", "blurry")}
+        ood_test = {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "test"}}
+        content["data"] |= {"ood_val": ood_val, "ood_test": ood_test}
     space = {
         "learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
         "kl_weight": {"low": 0.1, "high": 100, "log": True},
         "decay": {"choices": ["all", "matrices"]},
+        **({"alpha": {"low": 0.1, "high": 1.0}} if "alpha" in search else {}),
     }
-    if "alpha" in search:
-        space["alpha"] = {"low": 0.1, "high": 1.0}
-    content = {
-        "name": "kinds",
-        "data": {
-            "train": {**SANDBOX_SET, "split": "train"},
-            "id_val": {**SANDBOX_SET, "split": "val"},
-            "ood_val": validation if ood else {},
-            "id_test": {**SANDBOX_SET, "split": "test"},
-            "ood_test": {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "test"}} if ood else {},
-        },
-        "search": {
-            "trials": trials,
-            "space": space,
-            "sampler": {"name": "random"},
-            "baselines": {"fine_tuning": {"kl_weight": 0}},
-            **search,
-        },
-    }
+    baselines = {"fine_tuning": {"kl_weight": 0}}
+    content["search"] |= {"space": space, "sampler": {"name": "random"}, "baselines": baselines, **search}
     return Recipe.model_validate(content)
 
 
@@ -94,23 +86,16 @@ def finish(study, spec, rng):
     what = objective_spec(recipe)
     alphas = sorted({*GRID, spec.values.get("alpha", 1.0)})
     table = predictions(recipe.train, alphas, what.sets, rng)
-    write_predictions(place / "predictions" / "validation.parquet", table)
+    write_predictions(place / PREDICTIONS, table)
     curve = [{"alpha": alpha, **metrics_of(table, what, alpha)} for alpha in alphas]
     best = max(curve[1:], key=lambda point: point["objective"])
     if "alpha" in spec.values:
         best = next(point for point in curve if point["alpha"] == spec.values["alpha"])
-    metrics = {name: value for name, value in best.items() if name != "alpha"}
-    content = {
-        "objective": metrics["objective"],
-        "alpha": best["alpha"],
-        "metrics": metrics,
-        "fine_tuned": {name: value for name, value in curve[-1].items() if name != "alpha"},
-        "curve": curve,
-        "moved": 0.01,
-        "num_images": {"train": 64, **{name: IMAGES[name] for name in what.sets}},
-        "train": recipe.train.model_dump(mode="json"),
-        "elapsed_s": 0.02 + 0.01 * rng.random(),
-    }
+    metrics, fine_tuned = ({key: point[key] for key in point if key != "alpha"} for point in (best, curve[-1]))
+    content = {"objective": best["objective"], "alpha": best["alpha"], "metrics": metrics, "fine_tuned": fine_tuned}
+    content |= {"curve": curve, "moved": 0.01, "train": recipe.train.model_dump(mode="json")}
+    content["num_images"] = {"train": 64, **{name: IMAGES[name] for name in what.sets}}
+    content["elapsed_s"] = 0.02 + 0.01 * rng.random()
     write_result(place, content)
     study.spend(spec, content["elapsed_s"], 0.0)
     assert study.settle(spec) is not None
@@ -148,20 +133,15 @@ def make(study_dir, num=6, recipe=None, fails=lambda number: False):
 
 
 def keep_thumbnails(study_dir, number=48, side=128):
-    """Writes what the best trial keeps of its images: gradients with a square, of a colour for each class."""
-    view = read_study(study_dir)
-    place = view.best.place(study_dir)
-    sets = []
+    """Writes what the best trial keeps of its images: squares, each of a colour of its own."""
+    view, sets = read_study(study_dir), []
     for name in objective_spec(view.recipe).sets:
-        ids, rng = np.arange(IMAGES[name], dtype=np.uint64), np.random.default_rng(3)
-        labels = np.arange(IMAGES[name]) % len(CLASSES)
-        ramp = np.linspace(0, 255, side, dtype=np.uint8)
-        images = np.broadcast_to(ramp[None, :, None, None], (len(ids), side, side, 3)).copy()
-        colours = rng.integers(0, 256, (len(CLASSES), 3), np.uint8)
-        images[:, side // 4 : -side // 4, side // 4 : -side // 4] = colours[labels][:, None, None]
-        sets.append(ImageSet(name, images, labels, ids))
-    table = read_predictions(place / "predictions" / "validation.parquet")
-    write_thumbnails(place / "predictions" / "thumbnails.parquet", table, view.best.alpha, sets, number)
+        ids = np.arange(IMAGES[name], dtype=np.uint64)
+        colours = np.random.default_rng(3).integers(0, 256, (len(ids), 1, 1, 3), np.uint8)
+        images = np.broadcast_to(colours, (len(ids), side, side, 3))
+        sets.append(ImageSet(name, images, np.arange(len(ids)) % len(CLASSES), ids))
+    place = view.best.place(study_dir)
+    write_thumbnails(place / THUMBNAILS, read_predictions(place / PREDICTIONS), view.best.alpha, sets, number)
 
 
 def start(study):

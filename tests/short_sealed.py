@@ -66,12 +66,16 @@ def settings(folder, trials):
     ]
 
 
-def confirm(study_dir, trainings):
-    """Runs trainings of a confirm, given by name with their values."""
-    recipe = load_recipe(study_dir / "resolved.yaml")
+def confirm(study_dir, trainings, train=run_training, num_attempts=None):
+    """Runs trainings of a confirm, given by name with their values; returns the names of those that were run."""
+    recipe, trained = load_recipe(study_dir / "resolved.yaml"), []
     with open_study(study_dir, recipe) as study:
         recover_confirm(study, trainings)
-        while spec := study.next():
-            values = apply(recipe, spec.values)
-            run_training(values, spec.folder(study_dir), study_dir / "prepared", RunContext(), spec.attempt)
-            study.settle(spec)
+        while len(trained) != num_attempts and (spec := study.next()) is not None:
+            folder = spec.folder(study_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            train(apply(recipe, spec.values), folder, study_dir / "prepared", RunContext(), spec.attempt)
+            assert study.settle(spec).outcome == "complete"
+            trained.append(spec.name)
+        assert study.done() == (num_attempts is None)
+    return trained

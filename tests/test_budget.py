@@ -2,7 +2,6 @@
 
 import os
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,15 +26,7 @@ from carft_ray.results.study_figure import figure_at_the_end
 from carft_ray.study.outcome import Live, write_live
 from carft_ray.study.rows import trials
 
-HERE = Path(__file__).parent
-HOUR = BudgetConfig(wall_time=3600)
-
-
-def budgeted(recipe, **budget):
-    return recipe.model_copy(update={"budget": BudgetConfig(**budget)})
-
-
-GPU_HOUR = BudgetConfig(gpu_hours=1)
+HOUR, GPU_HOUR = BudgetConfig(wall_time=3600), BudgetConfig(gpu_hours=1)
 
 
 @pytest.mark.parametrize(
@@ -63,26 +54,19 @@ def test_when_a_budget_is_used_up(budget, passed_s, gpu_s, gpus, longest_end_s, 
 def tune(tmp_path):
     """Gives a search of 6 trials, 2 at a time, each on 2 GPUs, with a budget; its clock may be set back."""
     with searching(tmp_path / "study", make_recipe(6)) as study:
-
-        def begin(**budget):
-            events = []
-            driven = Tune(Driver(study, AtATime(2), events.append, 2.0, BudgetConfig(**budget)))
-            driven.events = events
-            return driven
-
-        yield begin
+        yield lambda budget, tell=print: Tune(Driver(study, AtATime(2), tell, 2.0, budget))
 
 
 def test_when_the_budget_ends_nothing_is_begun_and_what_runs_is_asked_to_stop(tune):
-    tune = tune(wall_time=3600)
+    events = []
+    tune = tune(HOUR, events.append)
     first, second = tune.start(), tune.start()
     tune.finish(first)
     tune.driver.began -= 3600
     assert tune.start() is None
     study_dir = tune.driver.study.study_dir
     assert (study_dir / "stop").read_text() == "budget: the wall time is used up (budget.wall_time, 3600 s)\n"
-    [told] = [event for event in tune.events if isinstance(event, Stopping)]
-    assert told.num_running == 1
+    assert [event.num_running for event in events if isinstance(event, Stopping)] == [1]
     tune.end(second)  # it has written its checkpoint
     assert tune.start() == Searcher.FINISHED
     assert tune.driver.check_stop()
@@ -91,7 +75,7 @@ def test_when_the_budget_ends_nothing_is_begun_and_what_runs_is_asked_to_stop(tu
 
 
 def test_a_stop_that_somebody_asked_for_first_is_no_end_of_the_budget(tune):
-    tune = tune(wall_time=3600)
+    tune = tune(HOUR)
     tune.start()
     (tune.driver.study.study_dir / "stop").write_text("asked by `carft-ray stop`\n")
     tune.driver.began -= 3600
@@ -100,7 +84,7 @@ def test_a_stop_that_somebody_asked_for_first_is_no_end_of_the_budget(tune):
 
 
 def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
-    tune = tune(wall_time=3600)
+    tune = tune(HOUR)
     first = tune.start()
     folder = tune.folder(first)
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +96,7 @@ def test_what_a_training_was_seen_to_need_at_its_end_makes_the_margin(tune):
 
 
 def test_gpu_hours_of_all_attempts_are_kept_in_the_log_and_counted_by_the_next_search(tune):
-    first_search = tune(gpu_hours=1)
+    first_search = tune(GPU_HOUR)
     trial, other = first_search.start(), first_search.start()
     for trial_id in (trial.trial_id, other.trial_id):
         first_search.driver._attempts[trial_id].began -= 600
@@ -124,9 +108,8 @@ def test_gpu_hours_of_all_attempts_are_kept_in_the_log_and_counted_by_the_next_s
     assert sum(row.gpu_s for row in read.rows) == study.gpu_seconds()
     assert status_and_ls.status(read)["budget"]["gpu_hours_used"] == pytest.approx(study.gpu_seconds() / 3600, abs=0.01)
 
-    second = tune(gpu_hours=1)
+    second = tune(GPU_HOUR)
     again = second.start()
-    assert again is not None
     second.driver._attempts[again.trial_id].began -= 601  # 20 minutes on 2 GPUs are left
     assert second.start() is None
     assert second.driver.out_of_budget.startswith("1 GPU hours are used")
@@ -144,8 +127,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
 
 def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, capsys):
     study_dir = tmp_path / "study"
-    recipe = budgeted(make_recipe(2), gpu_hours=3)
-    with searching(study_dir, recipe) as study:
+    with searching(study_dir, make_recipe(2).model_copy(update={"budget": BudgetConfig(gpu_hours=3)})) as study:
         study.spend(study.next(), 1800, 2.0)
     (study_dir / "stop").write_text("budget: 1 GPU hours are used (budget.gpu_hours, 1)\n")
     assert call(["status", study_dir]) == 0
@@ -166,7 +148,8 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     def used(event):
         ahead[0] = 3600 if isinstance(event, TrialFinished) else ahead[0]
 
-    result = run_search(budgeted(recipe, wall_time=3600), study_dir, None, used, runner, around=figure_at_the_end)
+    budgeted = recipe.model_copy(update={"budget": HOUR})
+    result = run_search(budgeted, study_dir, None, used, runner, around=figure_at_the_end)
     assert result.out_of_budget == "the wall time is used up (budget.wall_time, 3600 s)"
     assert (study_dir / "figure.png").exists()
     finished = [row for row in result.trials if row.outcome == "complete"]
@@ -182,11 +165,10 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
 
 def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "init", lambda *words, **more: pytest.fail("Ray starts"))
-    study_dir, recipe = tmp_path / "study", budgeted(make_recipe(2), gpu_hours=1)
+    study_dir, recipe = tmp_path / "study", make_recipe(2).model_copy(update={"budget": GPU_HOUR})
     with searching(study_dir, recipe) as study:
         study.spend(study.next(), 3600, 1.0)
-    with pytest.raises(BudgetError, match="1 GPU hours are used") as nothing:
+    with pytest.raises(BudgetError, match=r"1 GPU hours are used(?s:.*)no trial is complete") as nothing:
         run_search(recipe, study_dir, None)
     assert nothing.value.exit_code == 7
-    assert "no trial is complete" in str(nothing.value)
     assert f"carft-ray resume {study_dir} --set budget.gpu_hours=2" in str(nothing.value)

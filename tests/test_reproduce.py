@@ -1,38 +1,40 @@
-"""Two trainings side by side: one done again gives the same numbers or says why not, and any two are compared."""
+"""Where numbers come from, and whether they come again: trainings done again or compared, what the manifest says."""
 
 import json
 import os
 import shutil
-from pathlib import Path
+import subprocess
 
 import forging
 import numpy as np
 import pyarrow as pa
 import pytest
 import short_sealed
+import short_study
 import short_training
-from safetensors.torch import load_file, save_file
+from sources import folder_source
+from study_steps import searching
 
 from carft_ray import environment
+from carft_ray.data import content
 from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.predictions import correct, read_predictions, write_predictions
 from carft_ray.launch.runs.single import train_once
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.layout import PREDICTIONS
+from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import single
 from carft_ray.results.compare import compare
 from carft_ray.results.reading.finished import open_finished, split_target
 from carft_ray.results.reproduce import reproduce, sentence, table_differences
 from carft_ray.results.statistics.intervals import OVER_IMAGES
+from carft_ray.study.identity import claim
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
+from carft_ray.study.provenance import differences, identity_problems, record_provenance
 from carft_ray.study.rows import trials
+from carft_ray.training.shared_inputs import load_shared_inputs
 
 pytestmark = pytest.mark.slow
-PREDICTIONS = Path("predictions") / "validation.parquet"
-
-
-def quiet(*words):
-    del words
+QUIET = 3 * [lambda *words: None]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def trained(original, tmp_path_factory):
     """A training of ``train`` on the same images."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     recipe = load_recipe(original / "recipe.yaml", [f"data.cache_dir={original / 'cache'}", "train.epochs=2"])
-    train_once(recipe, folder, False, "", quiet, quiet, quiet)
+    train_once(recipe, folder, False, "", *QUIET)
     return folder
 
 
@@ -59,58 +61,32 @@ def here(original, trained, tmp_path):
 
 
 def again(folder, trial=None, out=None):
-    return reproduce(open_finished(folder, trial), out or folder.with_name("again"), quiet, quiet, quiet)
+    return reproduce(open_finished(folder, trial), out or folder.with_name("again"), *QUIET)
 
 
-@pytest.mark.parametrize("trial", [None, "plain", "zero_shot"])
-def test_every_training_of_a_study_is_reproduced(here, trial):
-    found = again(here / "study", trial)
+@pytest.mark.parametrize(
+    ("folder", "trial"), [("study", None), ("study", "plain"), ("study", "zero_shot"), ("run", None)]
+)
+def test_every_training_is_reproduced(here, folder, trial):
+    found = again(here / folder, trial)
     assert found["differences"] == found["changes"] == []
     assert found["weights_compared"] == (trial != "zero_shot")
     assert "the same, bit for bit" in sentence(found)
 
 
-def test_a_training_of_train_is_reproduced_and_the_new_one_is_one_like_any_other(here):
-    found = again(here / "run", None, here / "kept")
-    assert found["same"]
-    assert found["num_predictions"] == len(read_predictions(short_training.place_in(here / "run") / PREDICTIONS))
-    assert again(here / "kept")["same"]
-    for trial in ("0", "zero_shot"):
-        with pytest.raises(UsageError, match="--out"):
-            again(here / "study", trial, here / "kept")
-
-
-def test_a_confirmation_is_reproduced_by_the_name_of_its_folder(here):
-    """It is a training like a trial, with a seed of its own."""
-    row = trials(here / "study")[0]
-    short_sealed.confirm(here / "study", {f"{row.name}-seed5": {**row.values, "seed": 5}})
-    assert again(here / "study", f"confirm/{row.name}-seed5")["same"]
-    with pytest.raises(UsageError, match=f"did you mean 'confirm/{row.name}-seed5'"):
-        open_finished(here / "study", f"confirm/{row.name}-seed6")
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def raise_scale(path):
-    state = load_file(path)
-    save_file({**state, "logit_scale": state["logit_scale"] + 1}, path)
-
-
 @pytest.mark.parametrize(
-    ("path", "write", "told"),
+    ("path", "told"),
     [
-        ("images/sketch/heart/1.png", flip_a_bit, "data.ood_val.sketch: the contents of this set must be those of the"),
-        ("model/open_clip_model.safetensors", raise_scale, "model: the weights must be as in the manifest"),
+        ("images/sketch/heart/1.png", "data.ood_val.sketch: the contents of this set must be those of the"),
+        ("model/open_clip_model.safetensors", "model: the weights must be as in the manifest"),
     ],
 )
-def test_other_images_or_weights_are_named_and_nothing_is_left_behind(here, original, run, path, write, told):
-    """Size and date are those of before."""
+def test_other_images_or_weights_are_named_and_nothing_is_left_behind(here, original, run, path, told):
+    """One bit is another; size and date are those of before."""
     study, times = short_sealed.copy(original, here / "own"), (original / path).stat()
-    write(here / "own" / path)
+    content = bytearray((here / "own" / path).read_bytes())
+    content[len(content) // 2] ^= 1
+    (here / "own" / path).write_bytes(content)
     os.utime(here / "own" / path, ns=(times.st_atime_ns, times.st_mtime_ns))
     code, _, err = run("reproduce", study, "t0000", "--out", here / "again")
     assert code == DataError.exit_code == 4
@@ -119,12 +95,15 @@ def test_other_images_or_weights_are_named_and_nothing_is_left_behind(here, orig
     assert not (here / "again").exists()
 
 
+def change_json(path, change):
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
 def change_result(study_dir, change):
     """Changes the stored result of the first trial."""
-    path = next((study_dir / "trials").glob("t0000*")) / "attempt-1" / "result.json"
-    result = json.loads(path.read_text())
-    change(result)
-    path.write_text(json.dumps(result))
+    change_json(next(study_dir.glob("trials/t0000*/attempt-1/result.json")), change)
     forging.record(study_dir)
 
 
@@ -149,11 +128,8 @@ def test_another_number_ends_with_the_largest_difference_and_no_explanation(here
     assert "2 that differ (objective, metrics.accuracy/sketch); the largest difference is that of" in err
     assert "Data, weights, code, versions and hardware are those of the manifest" in err
     found = json.loads(out)
-    assert found["same"] is False
-    assert {each["what"]: round(each["size"], 6) for each in found["differences"]} == {
-        "metrics.accuracy/sketch": 0.25,
-        "objective": 0.001,
-    }
+    sizes = {each["what"]: round(each["size"], 6) for each in found["differences"]}
+    assert (found["same"], sizes) == (False, {"metrics.accuracy/sketch": 0.25, "objective": 0.001})
 
 
 def test_a_gpu_repeats_a_training_within_rounding(here, run):
@@ -173,7 +149,6 @@ def test_a_gpu_repeats_a_training_within_rounding(here, run):
     assert code == CarftError.exit_code
     assert "its numbers must differ by at most 0.01, but got 1 that differ (objective)" in err
     assert "train.deterministic: true" in err
-    assert "report it" not in err
 
 
 @pytest.mark.parametrize("is_same", [True, False])
@@ -204,24 +179,27 @@ def test_a_prediction_that_differs_in_the_last_bit_is_found(here):
     assert table_differences(pa.table({"a": [1, 2]}), pa.table({"a": [1, 3]}))[0]["size"] is None
 
 
-@pytest.mark.parametrize(
-    ("folder", "trial", "told"),
-    [
+def test_wrong_targets_are_refused_with_the_nearest(here):
+    row = trials(here / "study")[0]
+    short_sealed.confirm(here / "study", {f"{row.name}-seed5": {**row.values, "seed": 5}})
+    assert open_finished(here / "study", f"confirm/{row.name}-seed5").name.endswith(f"confirm/{row.name}-seed5")
+    for folder, trial, told in (
         ("study", "plane", "did you mean 'plain'"),
+        ("study", f"confirm/{row.name}-seed6", f"did you mean 'confirm/{row.name}-seed5'"),
         ("run", "1", "number or name of a trial or baseline"),
         ("studi", None, "no such folder"),
         ("", None, "must be a study or the folder of a training"),
-    ],
-)
-def test_wrong_targets_are_refused_with_the_nearest(here, folder, trial, told):
-    with pytest.raises(UsageError, match=told):
-        open_finished(here / folder, trial)
+    ):
+        with pytest.raises(UsageError, match=told):
+            open_finished(here / folder, trial)
+    for trial in ("0", "zero_shot"):
+        with pytest.raises(UsageError, match="--out"):
+            again(here / "study", trial, here / "run")
 
 
 def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
     recipe = load_recipe(here / "study" / "resolved.yaml", ["search.trials=3"])
-    with open_study(here / "study", recipe) as study:
-        recover_running(study)
+    with searching(here / "study", recipe) as study:
         assert study.next().number == 2
     with pytest.raises(NoSuccessfulTrialError, match="carft-ray resume"):
         open_finished(here / "study", "2")
@@ -239,17 +217,16 @@ def row(found, what):
 
 
 def keys(rows):
-    return {each["key"]: (each["a"], each["b"]) for each in rows}
+    return {each["key"] for each in rows}
 
 
 def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metrics(here):
     study = here / "study"
-    results = {path.parts[-3]: json.loads(path.read_text()) for path in study.glob("trials/*/*/result.json")}
-    best = max(sorted(results), key=lambda name: results[name]["objective"])
+    best = max(trials(study), key=lambda row: row.objective)
     found = compare(str(study), f"{study}:plain")
-    assert (found["a"]["trial"], found["b"]["trial"]) == (best, "plain")
-    assert row(found, "objective")["a"] == results[best]["metrics"]["objective"]
-    assert keys(found["recipe"]).keys() == {"train.kl_weight", "train.learning_rate"}
+    assert (found["a"]["trial"], found["b"]["trial"]) == (best.name, "plain")
+    assert row(found, "objective")["a"] == best.objective
+    assert keys(found["recipe"]) == {"train.kl_weight", "train.learning_rate"}
     assert found["origin"] == []
     assert [each["what"] for each in found["rows"]] == ["objective", "id_accuracy", "ood_accuracy", "accuracy/sketch"]
     for each in found["rows"]:
@@ -259,38 +236,25 @@ def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metr
     assert compare(str(study), f"{study}:zero_shot")["b"]["alpha"] == 0.0
     same = compare(str(here / "run"), str(here / "run"))
     assert same["recipe"] == same["origin"] == []
-    assert {each["difference"] for each in same["rows"]} == {0.0}
-    assert all(each["low"] < 0 < each["high"] for each in same["rows"])  # these few images only
+    assert all(each["low"] < each["difference"] == 0 < each["high"] for each in same["rows"])  # these few images only
 
 
 def test_the_interval_is_that_of_the_paired_differences_of_the_images(here, trained):
     """The normal interval of the mean of d_k = a_k - b_k, with a NumPy sum; half of the other's answers are right."""
     table = read_predictions(short_training.place_in(trained) / PREDICTIONS)
-    change_column(here / "run", "prediction", table["label"].to_numpy() + np.arange(len(table)) % 2)
+    labels = table["label"].to_numpy()
+    change_column(here / "run", "prediction", labels + np.arange(len(table)) % 2)
     found = row(compare(str(trained), str(here / "run")), "id_accuracy")
-    right = []
-    for folder in map(short_training.place_in, (trained, here / "run")):
-        alpha = json.loads((folder / "result.json").read_text())["alpha"]
-        right.append(correct(read_predictions(folder / PREDICTIONS), "id_val", alpha).astype(float))
-    d = right[0] - right[1]
+    alpha = json.loads((short_training.place_in(trained) / "result.json").read_text())["alpha"]
+    tables = [read_predictions(short_training.place_in(folder) / PREDICTIONS) for folder in (trained, here / "run")]
+    d = -np.diff([correct(each, "id_val", alpha).astype(float) for each in tables], axis=0)[0]
     half = 1.959963984540054 * d.std(ddof=1) / np.sqrt(len(d))
     assert (found["low"], found["high"]) == pytest.approx((d.mean() - half, d.mean() + half), abs=1e-12)
-
-
-def test_the_same_images_with_other_labels_are_not_compared(here, trained):
-    table = read_predictions(short_training.place_in(trained) / PREDICTIONS)
-    change_column(here / "run", "label", (table["label"].to_numpy() + 1) % 5)
+    change_column(here / "run", "label", (labels + 1) % 5)  # the same images with other labels are not compared
     assert set(compare(str(trained), str(here / "run"))["reasons"]) == {"id_val", "sketch", "objective"}
 
 
-def change_manifest(folder, change):
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    change(manifest)
-    path.write_text(json.dumps(manifest))
-
-
-def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run, trained):
+def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run):
     assert split_target("a/b") == ("a/b", None)
     assert split_target("a/b:confirm/x") == ("a/b", "confirm/x")
     (here / "run:1").mkdir()
@@ -298,11 +262,10 @@ def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run, trained):
     for wrong in (":7", "a:"):
         with pytest.raises(UsageError, match="DIR or DIR:TRIAL"):
             split_target(wrong)
-    for path in (here / "study" / "trials").glob("*/*/result.json"):
-        path.unlink()
-    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
-        compare(str(trained), str(here / "study"))
     assert run("compare", here / "run", here / "runn")[0] == 2
+    next(here.glob("study/trials/t0000*/*/result.json")).unlink()
+    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
+        compare(str(here / "run"), f"{here / 'study'}:0")
 
 
 def test_the_command_shows_both_sides_and_the_json_is_the_whole_answer(here, run):
@@ -327,14 +290,14 @@ def test_what_was_measured_on_other_images_or_defined_otherwise_is_not_compared(
         manifest["recipe"]["data"]["ood_val"] = {}
         manifest["recipe"]["search"]["objective"]["id_weight"] = 0.25
 
-    change_manifest(here / "run", change)
+    change_json(here / "run" / "manifest.json", change)
     found = compare(str(trained), str(here / "run"))
-    assert keys(found["origin"]).keys() == {"data.sketch.digest", "versions.numpy"}
+    assert keys(found["origin"]) == {"data.sketch.digest", "versions.numpy"}
     assert "the contents of the images differ" in found["reasons"]["sketch"]
     assert found["reasons"]["objective"] == "it needs all its sets, and sketch cannot be compared"
     assert row(found, "accuracy/sketch")["difference"] is row(found, "ood_accuracy")["difference"] is None
     assert row(found, "id_accuracy")["difference"] == 0
-    change_manifest(here / "run", leave_out)
+    change_json(here / "run" / "manifest.json", leave_out)
     found = compare(str(trained), str(here / "run"))
     assert found["reasons"] == {
         "sketch": "only run:train has this set",
@@ -342,3 +305,153 @@ def test_what_was_measured_on_other_images_or_defined_otherwise_is_not_compared(
         "objective": "the recipes define it differently",
     }
     assert (row(found, "accuracy/sketch")["b"], row(found, "objective")["difference"]) == (None, None)
+
+
+# what the manifest says: at once what is known, later data and model, never less
+
+
+def manifest(folder):
+    return json.loads((folder / "manifest.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def origin(tmp_path_factory):
+    """A folder with model, images, a secret test set, recipe, a training ``run`` and a study ``study``."""
+    folder = tmp_path_factory.mktemp("origin")
+    path = short_training.make(folder)
+    for label, name in enumerate(short_training.CLASSES):
+        short_training.write_image(folder / "images" / "secret" / name / "0.png", label, 900)
+    always = ["data.id_test={source: folder, path: images, domains: [secret]}", "train.epochs=1", "search.trials=1"]
+    recipe = load_recipe(path, [f"data.cache_dir={folder / 'cache'}", "search.sampler.seed=11", *always])
+    train_once(recipe, folder / "run", False, "", *QUIET)
+    short_study.search(folder / "study", recipe)
+    return folder, recipe
+
+
+def test_a_claimed_folder_says_at_once_what_needs_no_data(origin, tmp_path):
+    folder, recipe = origin
+    claim(tmp_path, recipe)
+    found = manifest(tmp_path)["provenance"]
+    assert found["seeds"] == {"sampler": 11, "train": 0}
+    assert found["code"] == environment.code()
+    assert found["versions"] == environment.versions()
+    assert found["hardware"]["threads"] == 1
+    secret = {"source": "folder", "path": str(folder / "images"), "domains": ["secret"]}
+    assert found["test_sets"] == {"id_test": secret}
+    assert "data" not in found
+
+
+@pytest.mark.parametrize("name", ["run", "study"])
+def test_after_the_preparation_the_manifest_says_data_and_model(origin, name):
+    folder, recipe = origin
+    found = manifest(folder / name)["provenance"]
+    expected = {}
+    for set_name, domain in (("train", "photo"), ("id_val", "photo_val"), ("sketch", "sketch")):
+        source = folder_source(folder / "images", (domain,), None, set_name)
+        expected[set_name] = {"digest": content.set_digest(source), "num_images": len(source)}
+    assert found["data"] == expected
+    assert found["classes"] == found["class_names"] == list(short_training.CLASSES)
+    assert found["templates"] == list(recipe.prompts.templates)
+    assert found["model"] == {"weights_hash": load_shared_inputs(recipe).clip.weights_hash}
+    assert (found["augmentation"]["image_size"], found["augmentation"]["crop_scale"]) == (16, [0.9, 1.0])
+    assert found["preparation"] == {"device": "cpu", "threads": environment.usable_cores(), "compile": False}
+    assert found["hardware"]["gpus"] == []
+    [path] = (folder / name / "trials").glob("*/*/result.json")
+    made_on = json.loads(path.read_text())["environment"]
+    assert made_on["source"] == environment.source_digest()
+    assert (made_on["device"], made_on["threads"], made_on["num_workers"], made_on["compile"]) == ("cpu", 1, 1, False)
+
+
+def test_a_later_search_adds_other_versions_to_the_history_and_keeps_the_first(origin, monkeypatch):
+    folder, recipe = origin
+    study_dir = short_study.search(folder / "moved", recipe, num_attempts=0)
+    first = manifest(study_dir)["provenance"]
+    record_provenance(study_dir, recipe, None)  # without findings
+    short_study.search(study_dir, recipe, num_attempts=0)
+    assert manifest(study_dir)["provenance"] == first
+    for number, version in enumerate(("9.8", "9.8", "9.9"), start=1):
+        monkeypatch.setattr(environment, "versions", lambda version=version: {**first["versions"], "torch": version})
+        short_study.search(study_dir, recipe, num_attempts=0)
+        history = manifest(study_dir)["provenance"]["history"]
+        assert [entry["versions"]["torch"] for entry in history] == ["9.8", "9.9"][: max(1, number - 1)]
+    now = manifest(study_dir)["provenance"]
+    now.pop("history")
+    assert now == first
+
+
+def test_a_study_does_not_go_on_where_names_views_or_what_auto_means_are_others():
+    """Labels that are numbers have the names of their classes from elsewhere: the contents of the sets do not tell."""
+    known = {"data": {}, "model": 1}
+    known |= {"classes": ["cat", "dog"], "augmentation": {"view_version": 1}, "preparation": {"compile": True}}
+    assert identity_problems(known, dict(known)) == []
+    for part, now, told in (
+        ("classes", ["dog", "cat"], 'data.classes: the classes must be as in the manifest, ["cat", "dog"], but got ['),
+        ("augmentation", {"view_version": 2}, "code: the training views must be as in the manifest, 1, but got 2"),
+        ("preparation", {"compile": False}, "train.compile: the meaning of auto must be as in the manifest, true, but"),
+    ):
+        (problem,) = identity_problems(known, {**known, part: now})
+        assert str(problem).startswith(told)
+    assert identity_problems({"data": {}, "model": 1}, {"data": {}}) == []  # of a test set, which has no views
+
+
+def test_images_may_move_or_be_touched_and_are_no_others(origin):
+    folder, recipe = origin
+    study_dir = short_study.search(folder / "moving", recipe, num_attempts=1)
+    before, prepared = manifest(study_dir), (study_dir / "prepared" / "prepared.json").read_bytes()
+    os.utime(folder / "images" / "photo" / "star" / "0.png")
+    shutil.copytree(folder / "images", folder / "another")
+
+    def among(images, cache):
+        """The recipe with another cache: a process keeps what it has loaded for one, and this must look again."""
+        text = dump_recipe(recipe).replace(f"{folder}/images", f"{folder}/{images}")
+        (folder / "moved.yaml").write_text(text)
+        return load_recipe(folder / "moved.yaml", [f"data.cache_dir={folder / cache}"])
+
+    short_study.search(study_dir, among("images", "cache3"), num_attempts=0)
+    assert (study_dir / "prepared" / "prepared.json").read_bytes() != prepared
+    assert manifest(study_dir)["provenance"] == before["provenance"]
+    short_study.search(study_dir, among("another", "cache4"), num_attempts=0)
+    assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(folder / "another")
+    short_training.write_image(folder / "another" / "photo_val" / "star" / "0.png", 4, 12345)
+    with pytest.raises(DataError, match=r"data\.id_val: the contents"):
+        short_study.search(study_dir, among("another", "cache5"))
+
+
+def test_git_state_tells_commit_and_uncommitted_changes(tmp_path, monkeypatch):
+    def git(*words):
+        command = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        subprocess.run(command, check=True, capture_output=True)
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert environment.git_state(package) == (None, None)
+    git("init")
+    assert environment.git_state(package) == (None, None)  # not tracked: an installation inside somebody's checkout
+    git("add", ".")
+    git("commit", "-m", "first")
+    commit, dirty = environment.git_state(package)
+    assert (len(commit), dirty) == (40, False)
+    (tmp_path / "notes.txt").write_text("beside the package")
+    assert environment.git_state(package) == (commit, False)
+    (package / "more.py").write_text("")
+    assert environment.git_state(package) == (commit, True)
+    monkeypatch.setenv("PATH", "")  # where there is no git
+    assert environment.git_state(package) == (None, None)
+
+
+def test_the_digest_of_the_code_changes_with_every_file(tmp_path):
+    digests = [environment.source_digest(tmp_path)]
+    for name, text in (("a.py", ""), ("b/c.py", "1"), ("b/c.py", "2"), ("b/d.py", "2")):
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+        digests.append(environment.source_digest(tmp_path))
+    (tmp_path / "readme.md").write_text("")
+    assert environment.source_digest(tmp_path) == digests[-1]
+    assert len(set(digests)) == 5
+
+
+def test_differences_are_leaves_by_their_dotted_keys():
+    before, now = {"a": {"b": 1, "c": [1, 2]}, "d": None}, {"a": {"b": 2, "c": (1, 2)}, "e": "x"}
+    assert differences(before, now) == [("a.b", 1, 2), ("e", None, "x")]

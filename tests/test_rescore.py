@@ -4,22 +4,15 @@ import json
 import re
 import shutil
 
-import crash_host
 import pytest
+import short_sealed
 import short_study
 import short_training
 import stand_in
 
 from carft_ray.errors import HoldOutError, StorageError, UsageError
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.evaluation.predictions import (
-    accuracy,
-    alphas,
-    read_predictions,
-    select,
-    sets,
-    write_predictions,
-)
+from carft_ray.evaluation.predictions import accuracy, alphas, read_predictions, select, sets, write_predictions
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.rescore import asked_objective, rescore
@@ -29,50 +22,38 @@ from carft_ray.training.run import prepare
 
 pytestmark = pytest.mark.slow
 
-SETS = """  ood_val:
-    sketch: {source: folder, path: images, domains: [sketch]}
-    fog: {source: folder, path: images, domains: [fog]}
-  ood_test:
-    night: {source: folder, path: images, domains: [night]}
-"""
-BASELINES = "  baselines: {plain: {kl_weight: 0}, half: {alpha: 0.5}}\n"
 
-
-def copied(study_dir, tmp_path):
-    return read_study(shutil.copytree(study_dir, tmp_path / "study"))
-
-
-def searched(folder, text_of, num_trials):
+def searched(folder, *settings):
     """A study of real trainings of a fraction of a second, made as the search makes it, without Ray."""
-    path = short_training.make(folder)
-    for label, name in enumerate(short_training.CLASSES):
-        for domain, offset in (("fog", 300), ("night", 400)):
-            for index in range(3):
-                short_training.write_image(folder / "images" / domain / name / f"{index}.png", label, offset + index)
-    text = path.read_text().replace("epochs: 3", "epochs: 2")
-    path.write_text(text_of(re.sub(r"  ood_val:\n.*\n", SETS, text) + BASELINES))
-    settings = [f"data.cache_dir={folder / 'cache'}", f"search.trials={num_trials}", "search.keep_checkpoints=1"]
-    return short_study.search(folder / "study", load_recipe(path, settings))
+    recipe = load_recipe(
+        short_sealed.write(folder, short_training),
+        [
+            f"data.cache_dir={folder / 'cache'}",
+            "data.ood_val.fog={source: folder, path: images, domains: [cartoon]}",
+            "data.ood_test.night={source: folder, path: images, domains: [painting]}",
+            "search.baselines={plain: {kl_weight: 0}, half: {alpha: 0.5}}",
+            "search.keep_checkpoints=1",
+            "train.epochs=2",
+            *settings,
+        ],
+    )
+    return short_study.search(folder / "study", recipe)
 
 
 @pytest.fixture(scope="module")
 def profiled(tmp_path_factory):
-    return searched(tmp_path_factory.mktemp("profile"), lambda text: text, 4)
+    return searched(tmp_path_factory.mktemp("profile"), "search.trials=4")
 
 
 @pytest.fixture(scope="module")
 def sampled(tmp_path_factory):
-    drawn = "  alpha: {mode: sample}\n  space:\n    alpha: {low: 0.2, high: 1}\n"
-    return searched(tmp_path_factory.mktemp("sample"), lambda text: text.replace("  space:\n", drawn), 2)
+    drawn = ["search.alpha.mode=sample", "search.space.alpha={low: 0.2, high: 1}"]
+    return searched(tmp_path_factory.mktemp("sample"), "search.trials=2", *drawn)
 
 
 @pytest.fixture(params=["profile", "sample"])
 def view(request):
     return read_study(request.getfixturevalue(f"{request.param}d"))
-
-
-def everything(folder):
-    return {str(path): (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
 
 
 def test_the_own_objective_gives_exactly_what_the_search_stored(view):
@@ -90,10 +71,8 @@ def test_the_own_objective_gives_exactly_what_the_search_stored(view):
     assert [row["new_rank"] for row in answer["trials"]] == list(range(1, len(view.trials) + 1))
     assert answer["trials"][0]["name"] == view.best.name
     assert all(row["new_rank"] is None for row in answer["baselines"])
-    other = {
-        row["name"]: row["alpha"] for row in rescore(view, asked_objective(view.recipe, "worst_domain"))["baselines"]
-    }
-    assert (other["half"], other["zero_shot"]) == (0.5, 0.0)  # a fixed alpha stays what it is
+    _, half, zero_shot = rescore(view, asked_objective(view.recipe, "worst_domain"))["baselines"]
+    assert (half["alpha"], zero_shot["alpha"]) == (0.5, 0.0)  # a fixed alpha stays what it is
 
 
 @pytest.mark.parametrize(
@@ -117,9 +96,10 @@ def test_another_objective_is_that_of_the_stored_accuracies(view, asked, spec):
             alpha: spec.value({name: accuracy(select(table, name, alpha)) for name in sets(table)})
             for alpha in alphas(table, "id_val")
         }
-        assert row["alpha"] >= view.recipe.search.alpha.lowest
-        assert row["objective"] == pytest.approx(values[row["alpha"]], abs=1e-12)
-        assert row["objective"] == pytest.approx(max(values[alpha] for alpha in values if alpha > 0), abs=1e-12)
+        drawn = trial.values.get("alpha")
+        best = max(values[alpha] for alpha in values if alpha > 0) if drawn is None else values[drawn]
+        assert values[row["alpha"]] == pytest.approx(best, abs=1e-12)
+        assert row["objective"] == pytest.approx(best, abs=1e-12)
         assert row["id_accuracy"] == accuracy(select(table, "id_val", row["alpha"]))
 
 
@@ -143,17 +123,15 @@ def test_all_wrong_words_are_told_at_once_with_the_nearest_match(profiled):
         asked_objective(recipe, sets=" ,")
 
 
-def test_missing_and_damaged_predictions_are_named(profiled, tmp_path):
-    view = copied(profiled, tmp_path)
+def test_missing_damaged_and_older_predictions_are_named_and_zero_shot_is_evaluated_anew(profiled, tmp_path):
+    view = read_study(shutil.copytree(profiled, tmp_path / "study"))
     path = view.trials[0].place(view.study_dir) / "predictions" / "validation.parquet"
+    sound = path.read_bytes()
     for spoil in (lambda: path.write_bytes(b"nonsense"), path.unlink):
         spoil()
         with pytest.raises(StorageError, match=str(path)):
             rescore(view, objective_spec(view.recipe))
-
-
-def test_predictions_of_an_older_format_are_named_and_zero_shot_is_evaluated_anew_at_the_next_start(profiled, tmp_path):
-    view = copied(profiled, tmp_path)
+    path.write_bytes(sound)
     prepared = view.study_dir / "prepared"
     path, content = prepared / "zero_shot.parquet", json.loads((prepared / "prepared.json").read_text())
     table = read_predictions(path)
@@ -175,59 +153,43 @@ def here(profiled, monkeypatch):
     return profiled.parent
 
 
-@pytest.fixture
-def rescored(run, profiled):
-    def call(*words):
-        before = everything(profiled)
-        answer = run("rescore", *words)
-        assert everything(profiled) == before
-        return answer
+def test_the_command_shows_ranks_and_changes_nothing(run, profiled):
+    def everything():
+        paths = [path for path in profiled.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
-    return call
-
-
-def test_the_command_shows_ranks_and_says_that_nothing_was_changed(rescored, profiled):
-    code, out, err = rescored("study", "--objective", "worst_domain", "--sets", "fog")
+    before = everything()
+    code, out, err = run("rescore", "study", "--objective", "worst_domain", "--sets", "fog")
     assert code == 0, err
     head, _, columns, *rows = out.splitlines()
-    counts = "counts; the column OOD is their mean, and ID does not count."
-    assert head == f"Objective: worst_domain. The lowest accuracy of fog {counts}"
+    assert head.startswith("Objective: worst_domain. The lowest accuracy of fog counts;")
     assert re.split(r"  +", columns.strip()) == ["old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"]
     assert [row.split()[0] for row in rows[:3]] == ["plain", "half", "zero_shot"]
     assert len(rows) == 7
     assert max(map(len, rows)) <= 80
     assert "Nothing in the study was changed." in err
-    assert "one more selection on the same validation images" in " ".join(err.split())
-    answer = json.loads(rescored("study", "--objective", "worst_domain", "--sets", "fog", "--json")[1])
-    first = answer["trials"][0]["name"]
-    has_weights = (profiled / "trials" / first / "attempt-1" / "fine_tuned.safetensors").exists()
-    assert (f"carft-ray evaluate study --trial {first}" in err) == has_weights
-    _, out, _ = rescored("study")
+    for only in ("fog", "sketch"):  # a study keeps the weights of its best
+        words = ("study", "--objective", "worst_domain", "--sets", only)
+        first = json.loads(run("rescore", *words, "--json")[1])["trials"][0]["name"]
+        has_weights = (profiled / "trials" / first / "attempt-1" / "fine_tuned.safetensors").exists()
+        assert (f"carft-ray evaluate study --trial {first}" in run("rescore", *words)[2]) == has_weights
+    _, out, _ = run("rescore", "study")
     assert out.startswith("Objective: weighted_mean, ID weight 0.5 (the study's own objective). OOD: mean over sketch")
-    answer = json.loads(rescored("study", "--objective", "harmonic", "--id-weight", "0.2", "--json")[1])
-    assert answer["study_changed"] is False
+    answer = json.loads(run("rescore", "study", "--objective", "harmonic", "--id-weight", "0.2", "--json")[1])
     assert (answer["objective"]["kind"], answer["objective"]["id_weight"]) == ("harmonic", None)
+    assert everything() == before
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "message"),
-    [
-        (["study", "--sets", "fog,night"], 8, "error: --sets: must be validation sets: no choice may see a test set"),
-        (["study", "--sets", "frog"], 2, "error: --sets: must be OOD validation sets of the study"),
-        (["nowhere"], 2, "error: nowhere: must be a study, but got no such folder"),
-    ],
-)
-def test_a_mistake_gives_one_message_and_its_exit_code(rescored, words, code, message):
-    found, out, err = rescored(*words)
-    assert (found, out) == (code, "")
-    assert err.startswith(message)
-    assert err.count("error: ") == 1
-
-
-def test_a_study_without_a_finished_trial_is_told_so(tmp_path, monkeypatch, capsys):
+def test_a_mistake_gives_one_message_and_its_exit_code(run, here, tmp_path):
     recipe = stand_in.make_recipe(2)
     with open_study(tmp_path / "empty", recipe):
         (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe))
-    monkeypatch.chdir(tmp_path)
-    assert crash_host.call(["rescore", "empty"]) == 6
-    assert "must have a finished trial, but got none" in capsys.readouterr().err
+    for words, code, told in (
+        (["study", "--sets", "fog,night"], 8, "--sets: must be validation sets: no choice may see a test set"),
+        (["nowhere"], 2, "nowhere: must be a study, but got no such folder"),
+        ([tmp_path / "empty"], 6, f"{tmp_path / 'empty'}: must have a finished trial, but got none"),
+    ):
+        found, out, err = run("rescore", *words)
+        assert (found, out) == (code, "")
+        assert err.startswith(f"error: {told}")
+        assert err.count("error: ") == 1

@@ -1,4 +1,4 @@
-"""`test` opens the seal once: rows, alphas and numbers are those of the study, every read is counted, kills go on."""
+"""Confirm and test: fresh seeds for which configurations; the seal is opened once, every read counted, kills go on."""
 
 import contextlib
 import io
@@ -6,35 +6,47 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import crash_host
 import numpy as np
 import pytest
 import short_sealed
+import short_training
+import stand_in
 import torch
-from logs import commits, holding
+from logs import commits, holding, write_line
+from rich.console import Console
+from stand_in import make_recipe
+from study_steps import finish, searching
 
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.decoded import image_set
 from carft_ray.data.listing import sample_id
 from carft_ray.data.open_source import open_source
+from carft_ray.errors import UsageError
 from carft_ray.evaluation.metrics import wilson
-from carft_ray.evaluation.predictions import alphas, read_predictions
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.evaluation.predictions import alphas, correct, read_predictions, sample_ids
+from carft_ray.launch.events import Started
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.results.confirm import configurations
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
 from carft_ray.results.confirm.summary import confirm_lines, summarise
 from carft_ray.results.page.data import page_document
+from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reading.trained import open_trained
 from carft_ray.results.test_sets import notes
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import Entry, read_ledger, require_unread
-from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.opening import open_study
+from carft_ray.study.recovery import recover_confirm
+from carft_ray.study.rows import baselines, best_row, confirmations, trials
+from carft_ray.study.warm_start import inherited_reads
+from carft_ray.ui.progress import search_shown
 
 pytestmark = pytest.mark.slow
 
@@ -111,23 +123,19 @@ def right(study, name, domain, alpha):
 
 def test_winner_and_every_baseline_are_read_on_all_test_sets_at_their_stored_alphas(read):
     study, summary, out, err = read
-    best = best_row(trials(study))
-    rows = {row["name"]: row for row in summary["rows"]}
-    roles = {best.name: "winner", "plain": "baseline", "zero_shot": "baseline"}
-    assert {name: row["role"] for name, row in rows.items()} == roles
-    stored = {row.name: row.alpha for row in (best, *baselines(study))}
-    assert {name: row["alpha"] for name, row in rows.items()} == stored
+    best, others = best_row(trials(study)), {row.name: row for row in baselines(study)}
+    expected = [(best.name, "winner", best.alpha)] + [(row.name, "baseline", row.alpha) for row in others.values()]
+    assert sorted((row["name"], row["role"], row["alpha"]) for row in summary["rows"]) == sorted(expected)
     assert summary["sets"] == {name: count for name, (_, count) in SETS.items()}
-    for name, path in {best.name: f"trials/{best.name}", "plain": "baselines/plain", "zero_shot": "zero_shot"}.items():
-        table = read_predictions(study / "test" / "read-1" / f"{path}.parquet")
-        assert {alpha for set_name in SETS for alpha in alphas(table, set_name)} == {stored[name]}
-    assert out.startswith("test sets, %")
+    paths = {best.name: f"trials/{best.name}", "plain": "baselines/plain", "zero_shot": "zero_shot"}
+    for name, _, alpha in expected:
+        table = read_predictions(study / "test" / "read-1" / f"{paths[name]}.parquet")
+        assert [alphas(table, set_name) for set_name in SETS] == [[alpha]] * len(SETS)
     assert re.search(rf"^{best.name} .*winner", out, re.M)
     assert all(words in err for words in ("1/3 zero_shot", "Next:", "Test read 1"))
     [entry] = read_ledger(study)
     assert (entry.purpose, entry.sets, entry.reason) == ("test", tuple(SETS), "")
-    validation = {row.name: row.objective for row in baselines(study)}
-    assert summary["headline_baseline"] == max(validation, key=validation.get)
+    assert summary["headline_baseline"] == max(others, key=lambda name: others[name].objective)
     text = "\n".join(read_lines(summary))
     for words in (summary["headline"], "OOD mean: over cartoon (10), painting (20).", "id_test (15 images)"):
         assert words in text
@@ -150,8 +158,7 @@ def test_nothing_changes_but_test_log_and_manifest_and_no_trial(folder, read):
     study = read[0]
     before, after = contents(folder / "study"), contents(study)
     changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert {name for name in changed if not name.startswith(("test/", "log/"))} == {"manifest.json"}
-    assert not {name for name in changed & before.keys() if name.startswith("log/")}
+    assert {name for name in changed if name in before or not name.startswith(("test/", "log/"))} == {"manifest.json"}
     added = commits(study)[len(commits(folder / "study")) :]
     assert [record["kind"] for commit in added for record in commit["records"]] == ["owner", "ledger", "released"]
     assert not [commit for commit in added if commit["operations"]]
@@ -211,14 +218,11 @@ def test_another_study_of_the_same_images_is_told_who_has_read_them(run, here, f
     (here / "moved" / "images" / "painting" / "star" / "0.png").unlink()
     code, _, err = run("test", other)
     assert code == 0, err
-    told, words = "Other studies have read these very images, too, once:", " ".join(err.split())
+    told, words = f"Other studies have read these very images, too, once: {here / 'study'} (", " ".join(err.split())
     assert words.index(told) < words.index("1/3")  # before the first image is opened
     assert words.count(told) == 2  # and with the numbers
-    assert f"{told} {here / 'study'} (" in words
-    summary = json.loads((other / "test" / "summary.json").read_text())
-    assert [(read["study"], read["sets"]) for read in summary["elsewhere"]] == [
-        (str(here / "study"), ["id_test", "cartoon"])
-    ]
+    [elsewhere] = json.loads((other / "test" / "summary.json").read_text())["elsewhere"]
+    assert (elsewhere["study"], elsewhere["sets"]) == (str(here / "study"), ["id_test", "cartoon"])
     line = verdict(page_document(read_study(other)))[3]
     assert not line.passed
     assert f"other studies have read these very images once: {here / 'study'}" in line.text
@@ -262,31 +266,7 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
     place.unlink()
 
 
-# kills
-
-KILLED = """
-import os, pathlib, sys
-from carft_ray.results.test_sets import sealed_read as sealed
-
-plain, left = sealed.predict_all, ["the first", "the second"]
-sealed.predict_all = lambda *given: plain(*given) if left and left.pop() else os._exit(9)
-sealed.read_sealed(pathlib.Path(sys.argv[1]), None, str)
-"""
-
-
-@pytest.mark.whole
-def test_a_read_that_was_killed_goes_on_under_its_line(run, here, read):
-    study = here / "study"
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", KILLED, study], env=environment, timeout=600)
-    assert done.returncode == 9
-    assert not (study / "test" / "summary.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in study.glob("test/**/*.parquet")}
-    assert len(kept) == 2
-    summary = summary_of(run, study)
-    assert len(read_ledger(study)) == 1
-    assert (summary["read"], summary["rows"], summary["baselines"]) == (1, read[1]["rows"], read[1]["baselines"])
-    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+# what a kill leaves
 
 
 @pytest.mark.parametrize("gone", ["", "summary.json", "summary.json zero_shot.parquet"], ids=["all", "last", "two"])
@@ -296,12 +276,14 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
         (again / "test" / "read-1" / name).unlink()
     if not gone:
         shutil.rmtree(again / "test")
+    kept = {path: path.stat().st_mtime_ns for path in again.glob("test/**/*.parquet")}
     (again / "confirm").mkdir()
     (again / "confirm" / "plan.json").write_text("{}")
     code, _, err = run("test", "study")
     assert code == 0, err
     assert "continuing the read of" in err
     assert ("read before" in err) == bool(gone)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept  # not predicted again
     for path in ("summary.json", "read-1/summary.json"):
         assert json.loads((again / "test" / path).read_text()) == read[1]
     assert len(read_ledger(again)) == 1
@@ -323,86 +305,59 @@ def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished
     stage = Stage(best.name, (101, 102), rows)
     write_plan(study, stage, None)
     trainings = {name: {**each, "alpha": 0.6} for name, each in stage.trainings().items()}  # and 0 and 1
-    short_sealed.confirm(study, {name: each for name, each in trainings.items() if name != "plain-seed102"})
+    short_sealed.confirm(study, trainings, num_attempts=len(trainings) - 1)
     code, _, err = run("test", "study")
     assert code == 6
-    assert "one without all seeds of plain, alpha 1, plain" in err
+    assert "one without all seeds of" in err
     assert read_ledger(study) == []
-    short_sealed.confirm(study, {"plain-seed102": trainings["plain-seed102"]})
+    short_sealed.confirm(study, trainings)
     summarise(study, load_recipe(study / "resolved.yaml"), stage, None)
     summary = summary_of(run, study)
     assert (summary["confirmed"], summary["seeds"]) == (True, [101, 102])
-    assert [(row["name"], row["seeds"]) for row in summary["rows"]] == [
-        (best.name, 2),
-        ("plain, alpha 1", 2),
-        ("plain", 2),
-        ("zero_shot", 0),
-    ]
+    seeds = {best.name: 2, "plain, alpha 1": 2, "plain": 2, "zero_shot": 0}
+    assert {row["name"]: row["seeds"] for row in summary["rows"]} == seeds
     read_dir = study / "test" / "read-1"
-    names = {f"confirm/{name}" for name in trainings} | {"zero_shot"}
-    assert {str(path.relative_to(read_dir).with_suffix("")) for path in read_dir.rglob("*.parquet")} == names
+    assert {path.stem for path in read_dir.rglob("*.parquet")} == {*trainings, "zero_shot"}
     assert summary["rows"][0]["objective"]["over"] == "over seeds and images"
     assert {each["objective"]["num_seeds"] for each in summary["baselines"]} == {2}
     table = read_predictions(read_dir / "confirm" / "plain-seed101.parquet")
     assert alphas(table, "id_test") == sorted({summary["rows"][2]["alpha"], 1.0})
-    document = page_document(read_study(study))
-    assert verdict(document)[0].text.startswith(summary["headline"])
-    assert document["report"]["lines"][-1].startswith(summary["headline"])
-    assert {*confirm_lines(document["confirm"])} < {*document["report"]["lines"]}
-    assert document["report"]["noise"]["words"] == "image and seed noise"
+    report = page_document(read_study(study))["report"]
+    assert report["lines"][-1].startswith(summary["headline"])
+    assert {*confirm_lines(json.loads((study / "confirm" / "summary.json").read_text()))} < {*report["lines"]}
+    assert report["noise"]["words"] == "image and seed noise"
 
 
 # what is refused before the seal is broken
 
 
-def lose_test_sets(study, folder):
+def test_what_is_lost_or_in_use_is_told_before_the_seal_is_broken(run, here, folder):
+    def refused(code, told):
+        found, _, err = run("test", "study")
+        assert (found, told in err) == (code, True), err
+        assert read_ledger(study) == []
+
+    shutil.rmtree(here / "study")
+    study, images = short_sealed.copy(folder, here), here / "images" / "cartoon" / "star"
+    with holding(study):
+        refused(5, "is in use")
+    images.rename(here / "gone")
+    refused(4, "star")
+    (here / "gone").rename(images)
+    (best_row(trials(study)).place(study) / "fine_tuned.safetensors").unlink()
+    refused(5, "its weights are gone")
     manifest = json.loads((study / "manifest.json").read_text())
     manifest["recipe"]["data"] |= {"id_test": None, "ood_test": {}}
     (study / "manifest.json").write_text(json.dumps(manifest))
-
-
-def lose_weights(study, folder):
-    (best_row(trials(study)).place(study) / "fine_tuned.safetensors").unlink()
-
-
-def lose_images(study, folder):
-    shutil.rmtree(study)
-    short_sealed.copy(folder, study.parent)
-    shutil.rmtree(study.parent / "images" / "cartoon" / "star")
-
-
-@pytest.mark.parametrize(
-    ("lose", "code", "told"),
-    [
-        (lose_test_sets, 3, "without data.id_test and data.ood_test"),
-        (lose_weights, 5, "its weights are gone"),
-        (lose_images, 4, "star"),
-    ],
-)
-def test_what_is_lost_is_told_before_the_seal_is_broken(run, here, folder, lose, code, told):
-    lose(here / "study", folder)
-    found, _, err = run("test", "study")
-    assert found == code
-    assert told in err
-    assert read_ledger(here / "study") == []
-
-
-def test_a_study_in_use_is_told(run, here):
-    with holding(here / "study"):
-        code, _, err = run("test", "study")
-    assert code == 5
-    assert "is in use" in err
-    assert run("test", "nothing")[0] == 2
-    assert read_ledger(here / "study") == []
+    refused(3, "without data.id_test and data.ood_test")
 
 
 def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apart(run, here, folder):
     """The folder of the test set was not there when the study began; one of its images was trained on."""
     shutil.rmtree(here / "study")
     short_sealed.copy(folder, here)
-    trained = sorted((here / "images" / "photo" / "star").iterdir())[0]
-    test = sorted((here / "images" / "cartoon" / "star").iterdir())[0]
-    shutil.copy(trained, test)
+    test = here / "images" / "cartoon" / "star" / "0.png"
+    shutil.copy(here / "images" / "photo" / "star" / "0.png", test)
     code, _, err = run("test", "study")
     assert code == 8
     assert "data.ood_test.cartoon: must not share images with data.train, and does; it could not be read when" in err
@@ -413,10 +368,224 @@ def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apa
     assert summary["shared_images"] == {"data.ood_test.cartoon": {"stays": 1}, "data.train": {"stays": 1}}
     without = summary["without_shared_images"]
     assert without["sets"] == {**summary["sets"], "cartoon": summary["sets"]["cartoon"] - 1}
-    table = read_predictions(here / "study" / "test" / "read-1" / "zero_shot.parquet").to_pandas()
-    part = table[table["set"] == "cartoon"]
-    right = part["prediction"] == part["label"]
-    alone = part["sample_id"] != sample_id(f"cartoon/star/{test.name}")
-    for rows, answers in ((summary["rows"], right), (without["rows"], right[alone])):
+    table = read_predictions(here / "study" / "test" / "read-1" / "zero_shot.parquet")
+    right, ids = correct(table, "cartoon", 0.0), sample_ids(table, "cartoon", 0.0)
+    alone = right[ids != sample_id(f"cartoon/star/{test.name}")]
+    for rows, answers in ((summary["rows"], right), (without["rows"], alone)):
         zero_shot = next(row for row in rows if row["name"] == "zero_shot")
         assert zero_shot["sets"]["cartoon"]["mean"] == pytest.approx(answers.mean())
+
+
+# confirm: which configurations are trained again, on which seeds, what is refused
+
+
+def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
+    """A finished study: the baseline ``plain`` has the first objective, the trials have the others."""
+    recipe = make_recipe(len(objectives) - 1, **search)
+    with searching(study_dir, recipe) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
+        study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+        for objective in objectives:
+            finish(study, study.next(), objective, alpha=0.5, fine_tuned={"objective": objective / 2})
+    return read_study(study_dir)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A study of stand-in trainings, and another one with which it can be compared."""
+    folder = tmp_path_factory.mktemp("made")
+    make_study(folder / "first")
+    make_study(folder / "plain search", (0.3, 0.65, 0.35))
+    return folder
+
+
+@pytest.fixture
+def view(made, tmp_path):
+    return read_study(shutil.copytree(made / "first", tmp_path / "first"))
+
+
+@pytest.fixture
+def other(made, tmp_path):
+    return read_study(shutil.copytree(made / "plain search", tmp_path / "plain search"))
+
+
+def name_of(view, number):
+    return next(row.name for row in view.trials if row.number == number)
+
+
+def fixed(view, first, second=None, against=()):
+    with open_study(view.study_dir, view.recipe) as study:
+        configurations.fix(study, view.recipe, first, second, against)
+
+
+# what is planned
+
+
+def test_fresh_seeds_come_from_ranges_that_search_and_stages_do_not_share():
+    recipe = make_recipe()
+    stages = [set(configurations.fresh_seeds(recipe, stage, 1000)) for stage in (1, 2)]
+    assert not stages[0] & stages[1]
+    assert recipe.train.seed not in stages[0] | stages[1]
+    assert configurations.fresh_seeds(recipe, 1, 5)[:3] == configurations.fresh_seeds(recipe, 1, 3)
+    assert min(stages[0]) == recipe.train.seed + configurations.SEED_STEP + 1
+
+
+def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha_on_the_same_seeds(view):
+    stage = configurations.first_stage(view, top=2, num_seeds=3)
+    winner, second = name_of(view, 1), name_of(view, 2)
+    assert [(row.name, row.role, row.training, row.alpha, row.objective) for row in stage.rows] == [
+        (winner, "winner", winner, 0.5, 0.7),
+        (second, "candidate", second, 0.5, 0.6),
+        ("plain", "baseline", "plain", 0.5, 0.4),
+        ("plain, alpha 1", "baseline", "plain", 1.0, 0.2),
+        ("zero_shot", "baseline", None, 0.0, 0.25),
+    ]
+    trainings = stage.trainings()
+    assert len(trainings) == 3 * 3  # winner, candidate, plain: rows that differ in alpha alone share trainings
+    assert {values["seed"] for values in trainings.values()} == set(stage.seeds)
+    first = f"plain-seed{stage.seeds[0]}"
+    assert trainings[first] == {"kl_weight": 0, "alpha": 0.5, "seed": stage.seeds[0]}
+
+
+def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_the_new_winner(view):
+    first, notes = configurations.plan(view, 1, 3)
+    fixed(view, first)
+    more, of_more = configurations.plan(view, 2, 5)
+    assert (notes, of_more) == ([], [])
+    assert set(first.trainings()) < set(more.trainings())
+    fixed(view, more)
+    fewer, notes = configurations.plan(view, 1, 3)
+    assert fewer.trainings() == more.trainings()
+    assert notes == ["5 seeds are there already; all of them are used"]
+    with searching(view.study_dir, make_recipe(4)) as study:
+        finish(study, study.next(), 0.9)
+    now, [_, note] = configurations.plan(read_study(view.study_dir), 1, 3)
+    assert note == f"the search continued after {first.winner} was fixed as the winner; now it is {now.winner}"
+    assert [row.name for row in now.rows if row.role == "winner"] == [now.winner]
+    assert first.winner in [row.name for row in now.rows if row.role == "candidate"]
+
+
+def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_did_not_choose(view):
+    first = configurations.first_stage(view, 3, 3)
+    chosen = name_of(view, 2)
+    second = configurations.second_stage(first, chosen, view.recipe)
+    assert [row.name for row in second.rows if row.role != "baseline"] == [chosen]
+    assert len({*first.seeds, *second.seeds}) == 3 + 3
+    assert not second.trainings().keys() & first.trainings().keys()
+    fixed(view, first, second)
+    assert configurations.read_plan(view.study_dir) == (first, second)
+    assert configurations.last_stage(view.study_dir) == second
+
+
+def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, other):
+    longer = other.recipe.train.model_copy(update={"epochs": view.recipe.train.epochs + 1})
+    other = replace(other, recipe=other.recipe.model_copy(update={"train": longer}))
+    row = configurations.first_stage(view, 1, 2, [other]).rows[-1]
+    best = other.best
+    assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", 0.65)
+    assert row.training == f"other-plain-search-{best.name}"
+    assert row.values["learning_rate"] == best.values["learning_rate"]
+    assert row.values["epochs"] == longer.epochs
+    assert not {"seed", "alpha", "batch_size"} & row.values.keys()  # the last one is as here
+    with pytest.raises(UsageError, match="must be another study, but got this one"):
+        configurations.first_stage(view, 1, 2, [view])
+    objective = {"kind": "weighted_mean", "id_weight": 0.9}
+    other = make_study(view.study_dir.with_name("other"), objective=objective)
+    with pytest.raises(UsageError, match=r"--against .*other: must be a study like first, .*another search\.objective"):
+        configurations.first_stage(view, 1, 2, [other])
+
+
+def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, other, made):
+    for reason in ("", "once more"):
+        write_line(other.study_dir, other.recipe, sets=("id_test",), reason=reason)
+    first, notes = configurations.plan(view, 1, 2, [other])
+    assert notes == [f"the test sets of {other.study_dir} were read 2 times; this counts here too"]
+    for _ in range(2):  # the same command again
+        fixed(view, first, against=[other])
+        assert len(read_ledger(view.study_dir)) == 1
+    assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
+    fixed(view, first)  # without it, what was compared stays known
+    assert num_test_reads(view.study_dir) == 2
+    third = configurations.plan(read_study(made / "plain search"), 1, 2, [view])
+    assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this counts here too"]
+
+
+# the study
+
+
+def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sampler_for_nothing(view):
+    study_dir, stage = view.study_dir, configurations.first_stage(view, 2, 2)
+    trainings, before = stage.trainings(), trials(study_dir)
+    short_sealed.confirm(study_dir, trainings, stand_in.train, num_attempts=2)
+    cost = configurations.cost(read_study(study_dir), stage)
+    assert cost.startswith("3 configurations x 2 fresh seeds: 4 trainings to run of about ")
+    with open_study(study_dir, view.recipe) as study:
+        recover_confirm(study, trainings)
+        spec = study.next()  # and the process is killed here
+    assert short_sealed.confirm(study_dir, trainings, stand_in.train) == list(trainings)[2:]
+    assert short_sealed.confirm(study_dir, trainings, stand_in.train) == []
+    assert configurations.cost(read_study(study_dir), stage) == "All 6 trainings with fresh seeds are there already."
+    assert trials(study_dir) == before
+    rows = {row.name: row for row in confirmations(study_dir)}
+    assert {name: row.values for name, row in rows.items()} == trainings
+    assert {name: row.attempt for name, row in rows.items()} == {**dict.fromkeys(trainings, 1), spec.name: 2}
+    assert all((rows[name].place(study_dir) / "fine_tuned.safetensors").exists() for name in trainings)
+
+
+def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
+    first = configurations.first_stage(view, 2, 2)
+    short_sealed.confirm(view.study_dir, first.trainings(), stand_in.train)
+    second = configurations.second_stage(first, name_of(view, 2), view.recipe)
+    short_sealed.confirm(view.study_dir, second.trainings(), stand_in.train, num_attempts=1)  # and it is killed here
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
+    with search_shown(True, view.study_dir, 2, terminal, "confirm", second.trainings()) as on_event:
+        on_event(Started(4, 1, 2, "2 CPUs, 1 a trial", "confirm"))
+    assert "1 of 4 trainings with fresh seeds finished" in terminal.file.getvalue()
+
+
+def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
+    recipe = make_recipe(5)
+    trainings = configurations.first_stage(view, 1, 2).trainings()
+    with searching(view.study_dir, recipe) as study:
+        waiting = study.next()
+    short_sealed.confirm(view.study_dir, trainings, stand_in.train, num_attempts=1)
+    assert trials(view.study_dir)[waiting.number].outcome == "running"
+    with searching(view.study_dir, recipe) as study:
+        assert study.next().name == waiting.name
+        new = study.next()
+        assert (new.kind, new.number) == ("trial", 4)
+        assert study.next() is None
+    assert short_sealed.confirm(view.study_dir, trainings, stand_in.train) == list(trainings)[1:]
+
+
+# the command, with real trainings
+
+
+@pytest.mark.parametrize(
+    ("key", "old", "new"),
+    [("sketch", "sketch", "cartoon"), ("id_val", "photo_val", "photo_test")],
+    ids=["a test set as one more OOD set", "the ID test set for validation"],
+)
+def test_a_confirm_with_a_recipe_that_was_changed_to_see_a_test_set_is_refused(here, run, key, old, new):
+    path = here / "study" / "manifest.json"
+    text = path.read_text()
+    changed = re.sub(rf'(?s)("recipe":.*?"{key}".*?"domains":\s*\[\s*"){old}\b', rf"\g<1>{new}", text, count=1)
+    assert changed != text
+    path.write_text(changed)
+    code, _, err = run("confirm", "study", "--top", "1", "--seeds", "2")
+    assert code == 8
+    assert "must not share images with data." in err
+    assert not (here / "study" / "confirm").exists()
+
+
+def test_images_that_are_no_longer_those_of_the_study_are_refused(folder, here, run):
+    shutil.rmtree(here / "study")
+    short_sealed.copy(folder, here)
+    short_training.write_image(here / "images/photo_val/heart/0.png", 2, seed=999)
+    told = []
+    for words in (["confirm", "study", "--seeds", "2"], ["resume", "study", "--trials", "3"]):
+        code, _, err = run(*words, "--executor", "debug")
+        assert code == 4, err
+        told.append(err.partition("error: ")[2])
+    assert told[0] == told[1]
+    assert "data.id_val: the contents of this set must be " in told[0]

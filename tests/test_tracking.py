@@ -1,10 +1,14 @@
-"""Weights & Biases and MLflow get every training as it ends; neither is a reason for a search to fail."""
+"""Weights & Biases, MLflow and a webhook get what a search does; none of them is a reason for it to fail."""
 
 import dataclasses
 import importlib.util
 import json
 import logging
+import socketserver
 import struct
+import threading
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import short_training
@@ -12,8 +16,11 @@ from killed_searches import wait_until
 
 import carft_ray
 from carft_ray import files
-from carft_ray.launch import events
+from carft_ray.errors import ClusterError, InterruptedRunError, UsageError
+from carft_ray.launch import events, notify
 from carft_ray.launch import tracking as module
+from carft_ray.launch.events import Stopping, TrialFinished
+from carft_ray.launch.notify import AT_MOST_EVERY_S, _Notices, notifying
 from carft_ray.launch.tracking import tracking
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.store.result import read_result, write_result
@@ -83,10 +90,10 @@ def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
     study, warned = search(here, tmp_path / "study", caplog, **BOTH)
     assert warned == []
     rows = {row["name"]: row for row in (*study.trials().to_pylist(), *study.baselines.to_pylist())}
-    [epochs] = [files.read_json_lines(path) for path in study.path.glob(f"trials/{study.best.name}/metrics.jsonl")]
+    best = study.best
+    epochs = files.read_json_lines(study.path / "trials" / best.name / "metrics.jsonl")
     of_epochs = [(one["step"], one["loss"]) for one in epochs]
-    [path] = study.path.glob(f"trials/{study.best.name}/*/result.json")
-    of_curve = [(one["alpha"], one["id_accuracy"]) for one in json.loads(path.read_text())["curve"]]
+    of_curve = [(one["alpha"], one["id_accuracy"]) for one in read_result(best.place(study.path))[0]["curve"]]
 
     found = {}
     for path in (study.path / "tracking" / "wandb").glob("offline-run-*/*.wandb"):
@@ -95,21 +102,18 @@ def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
         found[run.display_name] = run, parts
     assert found.keys() == rows.keys()
     assert len({run.run_group for run, _ in found.values()}) == 1
-    run, parts = found[study.best.name]
-    assert items(run.config.update)["learning_rate"] == study.best.values["learning_rate"]
+    run, parts = found[best.name]
+    assert items(run.config.update)["learning_rate"] == best.values["learning_rate"]
     summary = dict(item for one in parts for item in items(one.summary.update).items())
-    assert (summary["objective"], summary["outcome"]) == (study.best.objective, "complete")
+    assert (summary["objective"], summary["outcome"]) == (best.objective, "complete")
     logged = [items(one.history.item) for one in parts if one.WhichOneof("record_type") == "history"]
     curve = [(one["curve/alpha"], one["curve/id_accuracy"]) for one in logged if "curve/alpha" in one]
     assert curve == of_curve
     assert [(one["training/step"], one["training/loss"]) for one in logged if "training/step" in one] == of_epochs
 
-    tracked = study.recipe.tracking
-    alone = tracked.model_copy(update={"wandb": tracked.wandb.model_copy(update={"project": None})})
-    with tracking(
-        study.recipe.model_copy(update={"tracking": alone}), study.path, pytest.fail
-    ) as shared:  # told again, it takes the place of its run
-        shared(lambda event: None)(module.TrialFinished(study.best, is_best=True))
+    mlflow_alone = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
+    with tracking(mlflow_alone, study.path, pytest.fail) as shared:  # told again, it takes the place of its run
+        shared(lambda event: None)(module.TrialFinished(best, is_best=True))
     client = mlflow.MlflowClient((study.path / "tracking" / "mlflow").as_uri())
     runs = client.search_runs([client.get_experiment_by_name("mine").experiment_id])
     by_name = {run.info.run_name: run for run in runs}
@@ -118,11 +122,11 @@ def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
         assert run.data.tags["carft_ray.study"].startswith("short-")
         assert run.data.metrics["objective"] == rows[name]["objective"]
         assert run.info.status == "FINISHED"
-    best = by_name[study.best.name]
-    assert best.data.params["learning_rate"] == str(study.best.values["learning_rate"])
-    history = client.get_metric_history(best.info.run_id, "curve/id_accuracy")
+    run = by_name[best.name]
+    assert run.data.params["learning_rate"] == str(best.values["learning_rate"])
+    history = client.get_metric_history(run.info.run_id, "curve/id_accuracy")
     assert {(one.step, one.value) for one in history} == {(round(100 * alpha), value) for alpha, value in of_curve}
-    history = client.get_metric_history(best.info.run_id, "training/loss")
+    history = client.get_metric_history(run.info.run_id, "training/loss")
     assert [(one.step, one.value) for one in history] == of_epochs
 
 
@@ -173,30 +177,29 @@ def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path,
     digest = read_result(spec.place(tmp_path))[1]
     row = TrialRow("trial", 0, spec.name, spec.values, 1, "complete", objective=0.5, alpha=0.4, digest=digest)
 
-    def write(of, *steps):
-        lines = [{"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step, "note": "text"} for step in steps]
-        files.write_text(of.folder(tmp_path) / "metrics.jsonl", "".join(f"{json.dumps(line)}\n" for line in lines))
+    def row_of(step):
+        return {"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step}
 
-    def until(number):
-        wait_until(lambda: len(told) >= number, told)
+    def write(of, *steps):
+        lines = [json.dumps({**row_of(step), "note": "text"}) for step in steps]
+        files.write_text(of.folder(tmp_path) / "metrics.jsonl", "".join(f"{line}\n" for line in lines))
 
     with tracking(recipe, tmp_path, pytest.fail) as shared:
         on_event = shared(lambda event: None)
         write(spec, 3)
         on_event(events.TrialEpoch(spec, {}))
-        until(2)
+        wait_until(lambda: len(told) >= 2, told)
         write(spec, 3, 6)
         write(other, 3)
         on_event(events.TrialEpoch(spec, {}))
         on_event(events.TrialEpoch(other, {}))
-        until(5)
+        wait_until(lambda: len(told) >= 5, told)
         on_event(events.TrialEpoch(spec, {}))  # another attempt repeats an epoch
         write(spec, 3, 6, 9)
         on_event(module.TrialFinished(row, is_best=True))
 
     def epoch(of, step):
-        row = {"step": step, "num_steps": 9, "epoch": step // 3, "loss": 1 / step}
-        return of.name, step, {f"training/{name}": value for name, value in row.items()}
+        return of.name, step, {f"training/{name}": value for name, value in row_of(step).items()}
 
     assert told == [
         (spec.name, "trial", spec.values),
@@ -234,3 +237,117 @@ def test_a_training_that_is_stopped_is_a_run_that_was_ended_until_it_is_resumed(
         shared(lambda event: None)(module.TrialFinished(row, is_best=True))
     assert run().info.status == "FINISHED"
     assert run().data.metrics == {"training/step": 3, "training/loss": 0.5, "objective": 0.5, "alpha": 0.4}
+
+
+# notices: a real server gets them
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+
+
+def ended(number, objective=0.5, outcome="complete", reason="", is_best=False):
+    objective = objective if outcome == "complete" else None
+    row = TrialRow("trial", number, f"t{number:04d}-abcd", {}, 1, outcome, reason, objective, 0.4, {}, datetime.now())
+    return TrialFinished(row, is_best)
+
+
+class Hook(socketserver.StreamRequestHandler):
+    def handle(self):
+        head = dict(line.decode().lower().split(":", 1) for line in list(iter(self.rfile.readline, b"\r\n"))[1:])
+        assert head["content-type"].strip() == "application/json"
+        self.server.got.append(json.loads(self.rfile.read(int(head["content-length"]))))
+        self.wfile.write(self.server.answers.pop(0) if self.server.answers else OK)
+
+
+@pytest.fixture
+def server():
+    """A server on this machine, with what it was sent and its answers."""
+    with socketserver.TCPServer(("127.0.0.1", 0), Hook) as running:
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        running.got, running.answers = [], []
+        running.url = f"http://127.0.0.1:{running.server_address[1]}/hook?token=secret"
+        yield running
+        running.shutdown()
+
+
+def test_a_webhook_gets_the_notices_in_order(server):
+    shown, warned = [], []
+    with notifying(server.url, "pets", Path("studies/pets"), warned.append) as beside:
+        on_event = beside(shown.append)
+        on_event(ended(0, 0.613, is_best=True))
+        on_event(ended(1, outcome="diverged", reason="loss not finite"))
+        on_event(ended(2))
+    assert (warned, len(shown)) == ([], 3)
+    best, failed, end = server.got
+    about = {"study": "pets", "study_dir": str(Path("studies/pets").absolute())}
+    about |= {"trial": "t0000-abcd", "objective": 0.613, "alpha": 0.4}
+    assert best == {"event": "best", "text": "pets: new best t0000-abcd, objective 61.3 %", **about}
+    assert (failed["event"], failed["text"]) == ("failed_trial", "pets: t0001-abcd: diverged, loss not finite")
+    assert end["text"] == "pets: finished; 3 trainings ended in this run; new best t0000-abcd, objective 61.3 %"
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (InterruptedRunError("stopped; 3 of 8"), "stopped"),
+        (KeyboardInterrupt(), "stopped"),
+        (ClusterError("no Ray"), "failed: no Ray"),
+        (ZeroDivisionError("by 0"), "failed: ZeroDivisionError: by 0"),
+    ],
+)
+def test_the_end_says_how_it_came_and_the_error_goes_on(server, error, told):
+    with pytest.raises(type(error)), notifying(server.url, "pets", Path("pets"), pytest.fail):
+        raise error
+    [content] = server.got
+    assert content["event"] == told.partition(":")[0]
+    assert content["text"] == f"pets: {told}; 0 trainings ended in this run"
+
+
+def test_notices_about_trials_come_now_and_then_and_an_end_by_the_budget_is_told_as_such():
+    now = [100.0]
+    notices = _Notices("pets", Path("pets"), clock=lambda: now[0])
+    for number in range(5):
+        notices.take(ended(number, outcome="error", reason="boom"))
+        notices.take(ended(10 + number, 0.1 * number, is_best=True))
+    now[0] += AT_MOST_EVERY_S
+    notices.take(ended(5, outcome="error", reason="boom"))
+    notices.take(Stopping(2, "the wall time is used up"))
+    notices.end(None)
+    failed, best, later, end = (notices.waiting.get()["text"] for _ in range(notices.waiting.qsize()))
+    assert (failed, later) == ("pets: t0000-abcd: error, boom", "pets: t0005-abcd: error, boom")
+    assert best == "pets: new best t0010-abcd, objective 0.0 %"
+    assert end.startswith("pets: ended early, the wall time is used up; 11 trainings")
+
+
+def test_an_answer_that_is_none_is_a_warning_and_the_next_notice_is_sent(server):
+    for answer, warning in (
+        (b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", "the server answered 500 Internal Server"),
+        (b"no http at all\r\n\r\n", "the server's answer is no HTTP ("),
+        (b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n", "the server's answer is no HTTP ("),
+    ):
+        server.got, server.answers, warned = [], [answer], []
+        with notifying(server.url, "s", Path("s"), warned.append) as beside:
+            beside(lambda event: None)(ended(0, is_best=True))
+        assert len(server.got) == 2
+        [told] = warned
+        assert told.startswith(f"--notify-url: {warning}")
+        assert "secret" not in told
+
+
+def test_the_search_waits_for_no_server_that_is_missing_or_does_not_answer(monkeypatch):
+    monkeypatch.setattr(notify, "TIMEOUT_S", 1.0)
+    warned = []
+    with socketserver.TCPServer(("127.0.0.1", 0), socketserver.BaseRequestHandler) as silent:  # it accepts, no more
+        for port in (silent.server_address[1], 9):
+            with notifying(f"http://127.0.0.1:{port}/", "s", Path("s"), warned.append) as beside:
+                before = len(warned)
+                beside(lambda event: None)(ended(0, is_best=True))
+                assert len(warned) == before  # nothing was waited for
+    assert warned[0] == "--notify-url: timed out"
+    assert "refused" in warned[1]
+
+
+@pytest.mark.parametrize("url", ["ftp://x", "file:///etc/passwd"])
+def test_an_address_that_cannot_be_used_is_refused_before_the_search_begins(url):
+    refused = pytest.raises(UsageError, match=f"--notify-url: must begin with http:// or https://, but got '{url}'")
+    with refused, notifying(url, "s", Path("s"), pytest.fail):
+        pytest.fail("it began")
