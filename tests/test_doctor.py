@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 
-import numpy as np
 import pytest
 from crash_host import call
 from PIL import Image
 from short_training import write_model
+from test_init import write_tree
 
 from carft_ray import words
 from carft_ray.cli.doctor import step_words
@@ -18,22 +18,13 @@ from carft_ray.training.doctor import as_plain_data, examine, zero_shot_findings
 
 pytestmark = pytest.mark.slow
 
-CLASSES = ("circle", "square", "star")
-DOMAINS = ("train", "val", "fog", "secret")
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """A tree of four domains, three classes, twelve images each, and a tiny CLIP."""
     root = tmp_path_factory.mktemp("doctor")
     write_model(root / "clip")
-    rng = np.random.default_rng(0)
-    for domain in DOMAINS:
-        for name in CLASSES:
-            (root / "images" / domain / name).mkdir(parents=True)
-            for index in range(12):
-                pixels = rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / "images" / domain / name / f"{index:02d}.png")
+    write_tree(root / "images", ["train", "val", "fog", "secret"], ["circle", "square", "star"], images=12, size=20)
     return root
 
 
@@ -66,6 +57,10 @@ def diagnose(here, *overrides, **options):
     return examine(load_recipe(here / "r.yaml", overrides), **options)
 
 
+def image(here, place):
+    return here / "images" / f"{place}.png"
+
+
 def texts(found, level):
     return [str(one.problem) for one in found.findings if one.level == level]
 
@@ -84,7 +79,7 @@ def test_a_healthy_recipe_has_no_error_and_every_number(here):
 
 
 def test_a_test_set_is_counted_and_hashed_and_nothing_is_told_of_its_pictures(here):
-    (here / "images" / "secret" / "star" / "03.png").write_bytes(b"no image")
+    image(here, "secret/star/3").write_bytes(b"no image")
     found = diagnose(here)
     secret = found.sets["data.ood_test.secret"]
     assert secret["digest"]
@@ -94,43 +89,35 @@ def test_a_test_set_is_counted_and_hashed_and_nothing_is_told_of_its_pictures(he
 
 
 def spoil_image(here):
-    (here / "images" / "val" / "star" / "03.png").write_bytes(b"no image")
+    image(here, "val/star/3").write_bytes(b"no image")
 
 
 def contradict(here):
-    path = here / "images" / "train"
-    (path / "star" / "03.png").write_bytes((path / "circle" / "05.png").read_bytes())
+    shutil.copy(image(here, "train/circle/5"), image(here, "train/star/3"))
 
 
 def mix_modes(here):
     for index, mode in enumerate(("L", "RGBA", "P")):
-        Image.open(here / "images" / "train" / "star" / f"0{index}.png").convert(mode).save(
-            here / "images" / "train" / "star" / f"0{index}.png"
-        )
+        path = image(here, f"train/star/{index}")
+        Image.open(path).convert(mode).save(path)
 
 
 def unbalance(here):
     for index in range(11):
-        (here / "images" / "train" / "square" / f"{index:02d}.png").unlink()
+        image(here, f"train/square/{index}").unlink()
 
 
 def miss_class(here):
-    for index in range(1, 12):  # 00.png is in the other half
-        (here / "images" / "val" / "star" / f"{index:02d}.png").unlink()
+    for index in range(1, 12):  # 0.png is in the other half
+        image(here, f"val/star/{index}").unlink()
 
 
 def lose_class(here):
-    (here / "images" / "fog" / "star").rename(here / "images" / "fog" / "stra")
-
-
-def lose_class_of_test(here):
-    (here / "images" / "secret" / "star").rename(here / "images" / "secret" / "stra")
+    (here / "images/fog/star").rename(here / "images/fog/stra")
 
 
 def leak(here):
-    (here / "images" / "secret" / "star" / "x.png").write_bytes(
-        (here / "images" / "train" / "star" / "07.png").read_bytes()
-    )
+    shutil.copy(image(here, "train/star/7"), image(here, "secret/star/x"))
 
 
 LONG = 'prompts.templates=["a {}", "' + "very " * 40 + '{}"]'
@@ -142,11 +129,9 @@ SICK = [
     (unbalance, (), "warning", "far from equally often: 1 to 12 images, fewest of 'square'"),
     (miss_class, ("data.id_val.part=[0.5, 1]",), "note", "accuracy says nothing of a class without an image: 2 of"),
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
-    (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
     (leak, (), "note", "data.train: 1 image left out, also in data.ood_test.secret"),
     (leak, ("data.shared_images=fail",), "error", "ood_test.secret: a set has one role and must not share images with"),
     (None, ("data.cache_dir=r.yaml",), "error", "data.cache_dir: must be a folder that may be written, but got"),
-    (None, ("data.cache_dir=/proc/cache",), "error", "data.cache_dir: must be a folder that may be written, but got"),
     (None, ("data.id_val.domains=[vla]",), "error", "data.id_val: a domain must be a folder of"),
     (None, ("model.name=local-dir:clop",), "error", "model.name: local-dir: needs a folder with open_clip_config.json"),
     (None, ("train.lora_rank=99",), "error", "train.lora_rank: must be at most 32, the smallest side of a matrix"),
@@ -165,11 +150,10 @@ def test_what_is_wrong_is_told_once_at_its_level(here, spoil, overrides, level, 
     found = diagnose(here, *overrides)
     assert sum(message in text for text in texts(found, level)) == 1, [str(one.problem) for one in found.findings]
     assert bool(found.errors) == (level == "error")
+    keys = r"\b(?:data|model|train|prompts)(?:\.[a-z_]+)+|classes: some|Rename|Add images|carft-ray"
     for problem in found.errors:  # the way on: a step, names that would do, or the key itself that is wrong
-        keys = re.findall(
-            r"\b(?:data|model|train|prompts)(?:\.[a-z_]+)+|classes: some|Rename|Add images|carft-ray", problem.next_step
-        )
-        assert keys or problem.allowed or problem.place.startswith(("train.", "prompts.", "model.")), str(problem)
+        is_key = problem.place.startswith(("train.", "prompts.", "model."))
+        assert re.search(keys, problem.next_step) or problem.allowed or is_key, str(problem)
 
 
 def test_all_errors_are_told_at_once_with_exit_code_4_and_json_is_one_document(here, capsys):
@@ -233,12 +217,10 @@ def test_zero_shot_at_chance_or_an_easy_shift_is_told(accuracy, told):
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.html"])
 def test_all_pairs_of_images_in_two_roles_are_written(here, name, capsys):
     for index in range(4):
-        source = here / "images" / "train" / "circle" / f"{index:02d}.png"
-        shutil.copy(source, here / "images" / "secret" / "star" / f"copy{index}.png")
+        shutil.copy(image(here, f"train/circle/{index}"), image(here, f"secret/star/copy{index}"))
     assert call(["doctor", "r.yaml", "--pairs", name]) == 4
     text = (here / name).read_text()
-    folder = str(here / "images" / "secret" / "star") + "/"
-    assert all(f"{folder}copy{index}.png" in text for index in range(4))
+    assert all(str(image(here, f"secret/star/copy{index}")) in text for index in range(4))
     assert text.count(f"{here}/images/") == 8
     assert text.count("same bytes") >= 4
     assert f"{name}: 4 pairs of images in two roles" in capsys.readouterr().err
@@ -253,8 +235,7 @@ def test_where_an_image_takes_long_fewer_are_measured_and_it_is_said(here, capsy
     told = capsys.readouterr()
     said = json.loads(told.out)
     assert {one["num_images"] for one in said["zero_shot"].values()} == {10}
-    [note] = [one for one in said["findings"] if "zero-shot is measured on 10 images of a set" in one["text"]]
-    assert note["next_step"] == "For more: --images 1000"
+    assert "For more: --images 1000" in [one["next_step"] for one in said["findings"]]
     monkeypatch.setattr(doctor, "NUM_TIMED", None)  # who names a number gets it, whatever it takes
     lines = []
     found = diagnose(here, "evaluate.batch_size=12", num_images=20, say=lines.append)

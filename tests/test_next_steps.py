@@ -7,8 +7,9 @@ import crash_host
 import pytest
 from logs import replace, write_line
 from stand_in import make_recipe
+from study_steps import finish
 from suggestions import check_suggestions
-from test_verbs import BASE, begin, finish, start
+from test_verbs import BASE, begin, start
 
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan

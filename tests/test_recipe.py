@@ -64,10 +64,7 @@ BAD = [
     # unknown keys
     ("nmae: x", ":9: nmae: unknown key; did you mean 'name'? (allowed: format_version, name, model, data, "),
     ("learning_rate: 1", ":9: learning_rate: unknown key; did you mean 'train.learning_rate'? (allowed: "),
-    ("zzz: 1", ":9: zzz: unknown key (allowed: "),
-    ("train: {lr: 1}", ":9: train.lr: unknown key; did you mean 'learning_rate'? (allowed: learning_rate, "),
     # types
-    ("train:\n  learning_rate: fast", ':10: train.learning_rate: must be a number, but got "fast"'),
     ("train: {learning_rate: '1e-4'}", ':9: train.learning_rate: must be a number, but got "1e-4"'),
     ("train: {epochs: 2.0}", f":9: train.epochs: {WHOLE}, but got 2.0"),
     ("train: {head_bias: yes}", ':9: train.head_bias: must be true or false, but got "yes"'),
@@ -114,9 +111,7 @@ BAD = [
     # the text itself
     ("name: again", ":9: name: must stand once, but stands on line 1 too"),
     ("train: {epochs: 1", ":10:1: must be valid YAML: expected ',' or '}', but got '<stream end>'"),
-    ("train: a: b", ":9:9: must be valid YAML: mapping values are not allowed here"),
     ("train:\n\tepochs: 1", "cannot start any token\n    Indent with spaces, not with tabs."),
-    ("train: *t", ":9:8: must be valid YAML: found undefined alias 't'"),
     ("---\nname: x", ":9:1: must be valid YAML: but found another document"),
     ("train: !!python/object/apply:os.system [ls]", f":9: train: {TAG}python/object/apply:os.system"),
     ("train: !!int x", f":9: train: {TAG}int"),
@@ -127,13 +122,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("more", "words"), BAD, ids=[more[:60] for more, _ in BAD])
-def test_a_mistake_gives_exactly_one_message(tmp_path, more, words):
-    [message] = _messages(tmp_path, more + ("\n" if "[[[" not in more else ""))
-    assert message.startswith(f"r.yaml{words}") if words.startswith(":") else words in message, message
-
-
-# the space, and what is in its message
+# the same of a space
 BAD_SPACES = [
     ("learning_rate: {low: 1, high: 0.5}", "low <= high must hold, but got low=1.0, high=0.5"),
     ("kl_weight: {low: 0, high: 3, log: true}", "low > 0 must hold with log: true, but got low=0.0"),
@@ -151,20 +140,12 @@ BAD_SPACES = [
     ("train.lr: {low: 1, high: 2}", "but got \"train.lr\"; did you mean 'learning_rate'? (allowed: "),
     ("label_smoothing: {low: 0, high: 1}", "train.label_smoothing must be less than 1, but got 1.0"),
     ("epochs: {type: float, low: 1, high: 2}", "epochs takes whole numbers only, but got type float\n"),
-    ("epochs: {low: 1.5, high: 2}", f":9: search.space.epochs.low: {WHOLE}, but got 1.5"),
     ("decay: {low: 1, high: 2}", "\n    Write decay: {choices: [all, matrices]}."),
     ("decay: {choices: [all, none]}", f"decay.choices.1: train.decay {ONE_OF}"),
     ("alpha: {low: 0.2, high: 1}", f":9: {ALPHA_MODE}profile\n    With sample, add search.space.alpha: "),
 ]
 
-
-@pytest.mark.parametrize(("space", "words"), BAD_SPACES, ids=[space for space, _ in BAD_SPACES])
-def test_a_mistake_in_the_space_gives_exactly_one_message(tmp_path, space, words):
-    [message] = _messages(tmp_path, f"search: {{space: {{{space}}}}}\n")
-    assert message.startswith("r.yaml:9: search.")
-    assert words in message
-
-
+# and of a set
 BAD_SETS = [
     (f"b: {BENCHMARK}name: imagenet-q}}", ".b.name: must be the name of a benchmark: "),
     (f"b: {BENCHMARK}name: imagenet}}", ".b.split: is required for imagenet (allowed: train, val)"),
@@ -184,12 +165,15 @@ BAD_SETS = [
     ("train: {source: folder, path: x}", ".train: a set must not have the name of a role"),
     ("sketch: {source: folder, path: x}", ".sketch: must differ from the names in data.ood_val"),
 ]
+ROWS = [(more, f"r.yaml{words}" if words.startswith(":") else "r.yaml", words) for more, words in BAD]
+ROWS += [(f"search: {{space: {{{space}}}}}", "r.yaml:9: search.", words) for space, words in BAD_SPACES]
+ROWS += [(f"    {one}", "r.yaml:9: data.ood_test.", words) for one, words in BAD_SETS]
 
 
-@pytest.mark.parametrize(("more", "words"), BAD_SETS, ids=[more for more, _ in BAD_SETS])
-def test_a_mistake_in_a_set_gives_exactly_one_message(tmp_path, more, words):
-    [message] = _messages(tmp_path, f"    {more}\n")
-    assert message.startswith("r.yaml:9: data.ood_test.")
+@pytest.mark.parametrize(("more", "begin", "words"), ROWS, ids=[row[0][:70] for row in ROWS])
+def test_a_mistake_gives_exactly_one_message(tmp_path, more, begin, words):
+    [message] = _messages(tmp_path, more + ("\n" if "[[[" not in more else ""))
+    assert message.startswith(begin)
     assert words in message
 
 
@@ -334,14 +318,10 @@ def test_null_takes_out_an_entry_that_the_author_named_and_is_a_value_elsewhere(
 BAD_OPTIONS = [
     ("data.ood_val.scetch=null", "data.ood_val must hold scetch, which null takes out; did you mean 'sketch'?"),
     ("train.epochs", "must have the form key.path=value"),
-    ("train..epochs=3", "must have the form key.path=value"),
     ("train.epochs=[", "must be valid YAML: expected the node content, but found '<stream end>'"),
     ("train.epoch=3", "unknown key; did you mean 'epochs'? (allowed: "),
-    ("trian.epochs=3", "trian: unknown key; did you mean 'train'? (allowed: "),
     ("train.epochs.low=3", 'train.epochs: must be a whole number, but got {"low": 3}'),
     ("search.alpha.grid.0=1", 'search.alpha.grid: must be a list, but got {"0": 1}'),
-    ("data.train.domian=x", "unknown key; did you mean 'domain'? (allowed: source, domain, split, num_per_class)"),
-    ("search.space.kl_weight={low: 2, high: 1}", "low <= high must hold, but got low=2.0, high=1.0"),
     ("search.space={seed: {low: 1, high: 2}}", "search.space.seed: must not be searched\n"),
 ]
 
@@ -363,7 +343,6 @@ WARNINGS = [
     ("train: {kl_weight: 0, context_scale: 9}\nsearch: {space: {kl_weight: {low: 1, high: 2}}}", None),
     ("train: {kl_weight: 0}\nsearch: {space: {context_scale: {low: 1, high: 2}}}", "search.space.context_scale has"),
     ("prompts: {templates: ['a {}']}", f"train.kl_weight {NO_EFFECT}with one template the KL term is always 0"),
-    ("train: {kl_weight: 0}\nprompts: {templates: ['a {}']}", None),
     ("train: {decay: matrices, weight_decay: 0}", f"train.decay {NO_EFFECT}weight_decay is 0"),
     ("train: {decay: matrices, weight_decay: 0}\nsearch: {space: {weight_decay: {low: 0, high: 1}}}", None),
     ("train: {head_bias: true, head_lr_factor: 0}", f"train.head_bias {NO_EFFECT}head_lr_factor is 0, so it stays"),

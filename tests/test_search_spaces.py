@@ -1,19 +1,33 @@
-"""The recipes that users copy, and the tables that explain every key."""
+"""The recipes that users copy, the tables that explain every key, and the JSON schema by which editors check both."""
 
+import functools
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import get_args
 
+import jsonschema
 import pytest
+from crash_host import call
+from layouts import make_layout
 from recipe_keys import keys
+from short_training import write_image, write_model
+from test_init import write_tree
 
+from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.data.synthetic.sandbox import QUICKSTART_SETS
+from carft_ray.errors import RecipeError
+from carft_ray.recipe import text
 from carft_ray.recipe.checks.advice import check_searchable, warnings
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.checks.rules import named_sets
+from carft_ray.recipe.loading import load_recipe, resolve_path
+from carft_ray.recipe.presets import SCHEMA, SCHEMA_LINE, schema_text
 from carft_ray.recipe.schema.fields import Class, members, not_searched, resume_of
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.parameters import SEARCHABLE
-from carft_ray.recipe.schema.sets import SandboxSet, SetSpec
+from carft_ray.recipe.schema.sets import BenchmarkSet, FolderSet, SandboxSet, SetSpec, plain
+from carft_ray.training.doctor import examine
 
 FOLDER = Path(__file__).parents[1] / "search_spaces"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
@@ -45,13 +59,10 @@ def test_commented_lines_of_the_folders_recipe_are_valid_when_used(tmp_path):
     used = re.sub(r"(?m)^( *)# ((classes|class_names|weight_decay|epochs|decay): )", r"\1\2", written)
     assert used.count("#") == written.count("#") - 5
     (tmp_path / "folders.yaml").write_text(used)
-    real = [
-        "model={name: ViT-B-16-quickgelu, pretrained: openai}",
-        "search.space.learning_rate={low: 3e-7, high: 3e-5, log: true}",
-        "search.space.kl_weight={low: 0.01, high: 100, log: true}",
-    ]
-    for line in real:
-        assert line.rpartition("space.")[2].replace("=", ": ") in written
+    real = ["search.space.learning_rate={low: 3e-7, high: 3e-5, log: true}"]
+    real += ["search.space.kl_weight={low: 0.01, high: 100, log: true}"]
+    real += ["model={name: ViT-B-16-quickgelu, pretrained: openai}"]
+    assert all(line.rpartition("space.")[2].replace("=", ": ") in written for line in real)
     recipe = load_recipe(tmp_path / "folders.yaml", [*real, "prompts.templates=openai"])
     assert warnings(recipe) == []
     assert set(recipe.search.space) == {"learning_rate", "kl_weight", "weight_decay", "epochs", "decay"}
@@ -117,7 +128,6 @@ def test_the_example_of_every_key_is_valid(key):
     assert isinstance(recipe.data.train, SandboxSet) == (base == "quickstart")
 
 
-@pytest.mark.slow
 def test_every_key_says_what_it_means_and_whether_it_may_change():
     rows = [row.split(" | ") for table in keys.key_tables().values() for row in table[2:]]
     meanings = {cells[0]: cells[1] for cells in rows}
@@ -146,3 +156,164 @@ def test_a_stale_table_is_found_and_written_anew(tmp_path):
     assert all((tmp_path / name).read_text() == (root / name).read_text() for name in names)
     with pytest.raises(ValueError, match=r"must have one place for each of \['a', 'b'\], but got \['a'\]"):
         keys.updated("<!-- keys: a -->\n<!-- end -->\n", {"a": ["x"], "b": ["y"]})
+
+
+# ---- the JSON schema, against a validator that is not ours
+
+VALIDATOR = jsonschema.Draft202012Validator(json.loads(schema_text()))
+DATA = """\
+data:
+  train: {source: sandbox, domain: photo, split: train, num_per_class: 4}
+  id_val: {source: sandbox, domain: photo, split: val, num_per_class: 4}
+"""
+
+
+def refused(path):
+    """Tells whether the schema, and whether the package, refuses a recipe."""
+    by_schema = not VALIDATOR.is_valid(text.parse(path.read_text(), "r.yaml").value)
+    try:
+        load_recipe(path)
+    except RecipeError:
+        return by_schema, True
+    return by_schema, False
+
+
+def test_recipes_fit_the_schema_that_lies_beside_them():
+    jsonschema.Draft202012Validator.check_schema(VALIDATOR.schema)
+    for path in [*RECIPES, *FOLDER.parent.glob("examples/*.yaml")]:
+        assert refused(path) == (False, False), path
+    assert all(path.read_text().startswith(SCHEMA_LINE) for path in RECIPES)
+    assert (FOLDER / SCHEMA).exists()
+
+
+def test_init_writes_the_schema_beside_the_recipe(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_tree(tmp_path / "tree", ["photo", "art"], images=5)
+    for words in ("--preset pacs --hold-out photo --to new/r.yaml", "--from tree --model sandbox --to other/r.yaml"):
+        path = tmp_path / words.split()[-1]
+        path.parent.mkdir()
+        assert call(["init", *words.split()]) == 0
+        assert path.read_text().startswith(SCHEMA_LINE)
+        assert path.with_name(SCHEMA).read_text() == schema_text()
+        assert refused(path) == (False, False)
+    capsys.readouterr()
+    assert call(["schema"]) == 0
+    assert capsys.readouterr().out == schema_text()
+
+
+ACCEPTED = [
+    "budget: {wall_time: 8h}\ntrain: {checkpoint_every: 15m}\nresources: {wait_for_nodes: 90s}",
+    "budget: {wall_time: 60}\ntrain: {checkpoint_every: null, compile: false}",
+    "search:\n  space:\n  baselines:\ntrain:\nevaluate:",
+    "search: {space: {learning_rate: {low: 1e-5, high: 1e-3, log: true}, epochs: {low: 1, high: 4}}}",
+    "search: {space: {decay: {choices: [all, matrices]}, weight_decay: {low: 0, high: 1, when: {decay: matrices}}}}",
+    "search: {baselines: {plain: {kl_weight: 0}, same: }}",
+    "prompts: {templates: ['a photo of a {}.'], class_names: imagenet}",
+]
+REFUSED = [
+    "trainn: {epochs: 2}",
+    "train: {lerning_rate: 1e-4}",
+    "train: {epochs: many}",
+    "train: {decay: some}",
+    "train: {checkpoint_every: soon}",
+    "train: [1, 2]",
+    "budget: {wall_time: 0}",
+    "evaluate: {thumbnails: 201}",
+    "name: my search",
+    "format_version: 2",
+    "prompts: {templates: [1, 2]}",
+    "search: {space: {lerning_rate: {low: 1e-5, high: 1e-3}}}",
+    "search: {space: {decay: {choices: []}}}",
+    "search: {baselines: {plain: {kl_wieght: 0}}}",
+    "search: {alpha: {grid: [0, 2]}}",
+    "search: {constraints: {id_drop: {zero_shot: 2}}}",
+    "  id_test: {source: sandbox, domain: photo, split: train}",
+    "  id_test: {source: foldr, path: images}",
+    "  id_test: {path: images}",
+    "  id_test: {source: folder, path: images, part: [0, 1, 2]}",
+    "  id_test: {source: corrupted, of: {source: folder, path: images}, severity: 6}",
+]
+
+
+@pytest.mark.parametrize(("more", "is_refused"), [(more, more in REFUSED) for more in (*ACCEPTED, *REFUSED)])
+def test_the_schema_and_the_package_refuse_the_same(tmp_path, more, is_refused):
+    (tmp_path / "r.yaml").write_text(f"{DATA}{more}\n")
+    assert refused(tmp_path / "r.yaml") == (is_refused, is_refused)
+
+
+# ---- the doctor, on sets in the true layouts, with a tiny model in place of each recipe's own
+
+# the tiny model's tower is plain, the tiny sets are smaller than a batch, and eighty templates take their time
+TINY = (
+    "model={name: 'local-dir:clip'}",
+    "prompts.templates=['a photo of a {}', 'a sketch of a {}', 'a dark {}']",
+    "train.batch_size=2",
+    "train.micro_batch=null",
+    "train.grad_checkpointing=false",
+    "resources.gpus_per_worker=0",
+)
+
+TASKS = {
+    "dtd": "split: train | split: val | split: test",
+    "stanford-cars": "split: train, part: [0.1, 1] | split: train, part: [0, 0.1] | split: test",
+    "oxford-pets": "split: trainval, part: [0.1, 1] | split: trainval, part: [0, 0.1] | split: test",
+    "sun397": "part: [0.2, 1] | part: [0, 0.1] | part: [0.1, 0.2]",
+}  # of each way that downstream.yaml names: what stands for train, id_val and id_test
+NAMES = [path.stem for path in RECIPES] + [f"downstream:{task}" for task in TASKS]
+OFTEN = ("folders", "pacs", "fmow", "downstream:dtd")  # the others in `make test-all`
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory):
+    """A checkout's ``search_spaces`` with a tiny model, and a function that makes benchmarks beside it, each once."""
+    root = tmp_path_factory.mktemp("workshop")
+    shutil.copytree(FOLDER, root / "search_spaces")
+    write_model(root / "search_spaces" / "clip")
+
+    @functools.cache
+    def make(name, folder):
+        make_layout(name, folder, per_class=4 if len(load_facts(name).classes) <= 110 else 1)
+
+    return root / "search_spaces", make
+
+
+def make_folders(root, domains):
+    """Writes noise with a mark of its class; the class folders of all trees are the same."""
+    for number, domain in enumerate(domains):
+        for label, name in enumerate(("cat", "dog", "hen")):
+            for index in range(160 if domain == "photo" else 24):  # of which a tenth is a role of one-gpu.yaml
+                write_image(root / domain / name / f"{index}.png", label, 1000 * number + index)
+
+
+def write_recipe(folder, name):
+    """Returns the path of a recipe; ``downstream:TASK`` is downstream.yaml changed as it says to another task."""
+    if ":" not in name:
+        return folder / f"{name}.yaml"
+    task = name.split(":")[1]
+    written = (folder / "downstream.yaml").read_text().replace("flowers102", task)
+    for split, words in zip(("train", "val", "test"), TASKS[task].split(" | "), strict=True):
+        written = written.replace(f"{task}, split: {split}}}", f"{task}, {words}}}")
+    (folder / f"downstream-{task}.yaml").write_text(written)
+    return folder / f"downstream-{task}.yaml"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.whole) for name in NAMES]
+)
+def test_every_recipe_passes_the_doctor_on_its_layouts(workshop, name, monkeypatch):
+    folder, make = workshop
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder.parent / "cache"))
+    recipe = load_recipe(write_recipe(folder, name), () if name == "quickstart" else TINY)
+    specs = [plain(spec) for spec in named_sets(recipe).values()]
+    for spec in specs:
+        if isinstance(spec, BenchmarkSet):
+            make(spec.name, Path(resolve_path(folder, spec.path)))
+    for tree in {spec.path for spec in specs if isinstance(spec, FolderSet)}:
+        domains = {domain for spec in specs if spec.path == tree for domain in spec.domains}
+        make_folders(Path(resolve_path(folder, tree)), sorted(domains))
+    found = examine(recipe, num_images=50)
+    assert [str(problem) for problem in found.errors] == []
+    assert set(found.zero_shot) == {"id_val", *recipe.data.ood_val}
+    assert set(found.sets) == {".".join(path) for path in named_sets(recipe)}
+    assert found.pairs == [] or name == "quickstart"
