@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import crash_host
 import own_functions
 import pyarrow as pa
 import pytest
@@ -55,18 +54,6 @@ def study_dir(original, tmp_path):
     return shutil.copytree(original.path, tmp_path / "study")
 
 
-@pytest.fixture
-def run_in(here, monkeypatch, capsys):
-    monkeypatch.chdir(here)
-
-    def call(*words):
-        capsys.readouterr()
-        code = crash_host.call(words)
-        return code, *capsys.readouterr()
-
-    return call
-
-
 # recipes
 
 
@@ -104,10 +91,10 @@ def test_a_recipe_that_was_changed_in_python_is_checked_again_and_warnings_are_l
 
 
 @pytest.mark.slow
-def test_a_search_is_that_of_the_command_line_bit_for_bit(run_in, here, original, overrides):
+def test_a_search_is_that_of_the_command_line_bit_for_bit(run, here, original, overrides):
     given = {**overrides, "search.baselines": json.dumps(BASELINES)}
     words = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
-    code, out, _ = run_in("search", "recipe.yaml", "--study", "by_command", *words, "--json")
+    code, out, _ = run("search", here / "recipe.yaml", "--study", here / "by_command", *words, "--json")
     assert code == 0
     assert results(here / "by_command") == results(original.path)
     by_command = json.loads(out)
@@ -137,29 +124,14 @@ def test_a_search_prints_nothing_and_gives_a_study_that_displays_itself(original
 
 
 @pytest.mark.slow
-def test_a_study_is_resumed_extended_and_confirmed(study_dir):
-    longer = carft_ray.resume(study_dir, "+1", progress=False)
-    assert (longer.numbers["new_trials"], longer.trials().num_rows) == (1, 3)
-    confirmed = carft_ray.confirm(study_dir, top=1, seeds=2, progress=False)
-    assert confirmed.numbers == json.loads((study_dir / "confirm" / "summary.json").read_text())
-    assert len(list((study_dir / "confirm").glob("*/*/result.json"))) == 4  # of the best, and of the baseline
-    assert longer.best.name in confirmed._repr_html_()
-    assert str(confirmed).split()[-9:] == confirmed.lines[-1].split()[-9:]
-
-
-@pytest.mark.slow
 def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, capsys):
     trained = carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
     assert capsys.readouterr() == ("", "")
     result = json.loads((short_training.place_in(tmp_path / "run") / "result.json").read_text())
     assert {key: trained.numbers[key] for key in result} == result
     assert carft_ray.evaluate(tmp_path / "run").numbers["metrics"] == pytest.approx(result["metrics"])
-    zero_shot = carft_ray.evaluate(str(tmp_path / "run"), alpha=0).numbers["metrics"]
-    assert zero_shot["id_accuracy"] == pytest.approx(trained.numbers["zero_shot"]["id_accuracy"])
     exported = carft_ray.export(tmp_path / "run", tmp_path / "model", alpha=0.5)
     assert (exported.alpha, exported.folder, [*exported.formats]) == (0.5, tmp_path / "model", ["open_clip"])
-    with pytest.raises(UsageError, match="must be a new folder"):
-        carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
 
 
 @pytest.mark.slow
@@ -215,15 +187,17 @@ def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overr
         carft_ray.resume(tmp_path / "own", "+1", progress=False)
     longer = carft_ray.resume(tmp_path / "own", "+1", train=mine, progress=False)
     assert (len(calls), longer.numbers["new_trials"]) == (3, 1)
-    carft_ray.confirm(tmp_path / "own", top=1, seeds=2, train=mine, progress=False)
+    confirmed = carft_ray.confirm(tmp_path / "own", top=1, seeds=2, train=mine, progress=False)
+    assert confirmed.numbers == json.loads((tmp_path / "own" / "confirm" / "summary.json").read_text())
+    assert longer.best.name in confirmed._repr_html_()
     assert len(calls) == 5
     assert carft_ray.evaluate(tmp_path / "own").numbers["name"] == f"own/{longer.best.name}"
 
 
 @pytest.mark.slow
-def test_the_seal_holds_in_python_too(tmp_path, run_in):
+def test_the_seal_holds_in_python_too(tmp_path, run):
     study_dir = short_sealed.make(tmp_path, short_training)
-    assert run_in("test", study_dir)[0] == 0
+    assert run("test", study_dir)[0] == 0
     with pytest.raises(HoldOutError, match="its test sets were read"):
         carft_ray.resume(study_dir, "+1", overrides=DEBUG | {"search.trials": 2, "train.epochs": 3})
     more = {"again": "more trials for a figure", "progress": False}
@@ -301,17 +275,14 @@ def test_best_metrics_and_predictions_belong_together_also_while_a_search_runs(s
 def test_nothing_heavy_is_loaded_until_a_function_needs_it(original, here):
     code = (
         "import sys, carft_ray\n"
-        "heavy = lambda *names: [n for n in names if n in sys.modules]\n"
-        "print(heavy('torch', 'ray', 'optuna', 'pyarrow', 'numpy', 'pydantic', 'rich'), carft_ray.__version__)\n"
-        "carft_ray.search, carft_ray.report\n"
-        f"carft_ray.load_recipe({str(here / 'recipe.yaml')!r})\n"
+        "print({'torch', 'ray', 'optuna', 'pyarrow', 'numpy', 'pydantic', 'rich'} & {*sys.modules})\n"
+        f"carft_ray.search, carft_ray.load_recipe({str(here / 'recipe.yaml')!r})\n"
         f"study = carft_ray.open_study({str(original.path)!r})\n"
         "study.best, study.predictions('zero_shot'), study.recipe\n"
-        "print(heavy('torch', 'ray', 'matplotlib', 'plotly', 'IPython'))\n"
-        "print({*carft_ray.__all__} <= {*dir(carft_ray)})\n"
+        "print({'torch', 'ray', 'matplotlib', 'plotly', 'IPython'} & {*sys.modules})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split("\n")[:3] == [f"[] {carft_ray.__version__}", "[]", "True"]
+    assert done.stdout.split() == ["set()", "set()"]
 
 
 # notebooks

@@ -5,7 +5,6 @@ import json
 import math
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import open_clip
@@ -13,38 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from torch.autograd import DeviceType
 from torch.nn import functional
 
-from benchmarks import (
-    effect,
-    gpu,
-    photos,
-    pretrain,
-    replay,
-    rows,
-    samplers,
-    searches,
-    speed,
-    speed_engine,
-    speed_sets,
-    speed_views,
-    table,
-)
+from benchmarks import acceptance, effect, gpu, photos, pretrain, rows, speed_engine, speed_sets, speed_views, table
 from benchmarks import landscape as landscapes
-from benchmarks.acceptance import (
-    THRESHOLDS,
-    Threshold,
-    edge_distance,
-    effect_intervals,
-    effect_numbers,
-    random_points,
-    role_numbers,
-    spread_numbers,
-    verdicts,
-)
-from benchmarks.pretrain import contrastive_loss, true_templates
-from benchmarks.rows import Row
 from carft_ray import model
 from carft_ray.data.decoded import image_set
 from carft_ray.data.readers import list_set
@@ -80,12 +51,15 @@ def methods(car_id, car_ood):
 
 
 def test_verdicts_pass_at_the_threshold_and_fail_just_below_or_without_a_number():
-    thresholds = [Threshold("gain", "a gain", 0.03, 0.08), Threshold("ratio", "a ratio", 3.0, points=False)]
-    assert verdicts({"gain": 0.03, "ratio": 3.0}, thresholds) == (
+    thresholds = [
+        acceptance.Threshold("gain", "a gain", 0.03, 0.08),
+        acceptance.Threshold("ratio", "a ratio", 3.0, points=False),
+    ]
+    assert acceptance.verdicts({"gain": 0.03, "ratio": 3.0}, thresholds) == (
         ["PASS  a gain: +3.0 points (at least +3.0 points, aim +8.0 points)", "PASS  a ratio: 3.00 (at least 3.00)"],
         True,
     )
-    lines, passed = verdicts({"gain": 0.0299, "ratio": math.nan}, thresholds)
+    lines, passed = acceptance.verdicts({"gain": 0.0299, "ratio": math.nan}, thresholds)
     assert not passed
     assert [line[:4] for line in lines] == ["FAIL", "FAIL"]
 
@@ -94,19 +68,19 @@ def test_verdicts_pass_at_the_threshold_and_fail_just_below_or_without_a_number(
 
 
 def test_effect_numbers_of_made_up_methods():
-    numbers = effect_numbers(effect_intervals(*methods(car_id=0.79, car_ood=0.65)))
+    numbers = acceptance.effect_numbers(acceptance.effect_intervals(*methods(car_id=0.79, car_ood=0.65)))
     assert numbers["plain_id_gain"] == pytest.approx(0.10)
     assert numbers["plain_ood_loss"] == pytest.approx(0.13)
     assert numbers["car_ft_ood_change"] == pytest.approx(-0.03)
     assert numbers["car_ft_id_gain"] == pytest.approx(0.09)
     assert 0.06 < numbers["ood_gain_low"] < 0.10  # 0.10 less the image error of two sets
-    assert verdicts(numbers, [t for t in THRESHOLDS if t.text[0] in "134"])[1]
-    without = effect_numbers(effect_intervals(*methods(car_id=0.80, car_ood=0.55)))
-    assert not verdicts(without, [THRESHOLDS[0]])[1]
+    assert acceptance.verdicts(numbers, [t for t in acceptance.THRESHOLDS if t.text[0] in "134"])[1]
+    without = acceptance.effect_numbers(acceptance.effect_intervals(*methods(car_id=0.80, car_ood=0.55)))
+    assert not acceptance.verdicts(without, [acceptance.THRESHOLDS[0]])[1]
 
 
 def test_spread_is_measured_in_pooled_seed_deviations():
-    numbers = spread_numbers([0.50, 0.52, 0.54], [[0.50, 0.502, 0.504], [0.6, 0.6, 0.6]])
+    numbers = acceptance.spread_numbers([0.50, 0.52, 0.54], [[0.50, 0.502, 0.504], [0.6, 0.6, 0.6]])
     assert (numbers["spread_sd"], numbers["seed_sd"]) == pytest.approx((0.02, 0.002 / math.sqrt(2)))
     assert numbers["spread_ratio"] == pytest.approx(10 * math.sqrt(2))
 
@@ -117,7 +91,7 @@ def test_role_numbers_where_the_objective_chooses_right_and_id_chooses_wrong():
 
     validation = stacked(id_val=[0.7, 0.8, 0.9], noisy=[0.6, 0.8, 0.2])
     test = stacked(id_test=[0.7, 0.8, 0.9], sketch=[0.6, 0.7, 0.3])
-    numbers = role_numbers(validation, test, {"id_val": 0.5, "noisy": 0.5}, {"id_test": 0.5, "sketch": 0.5})
+    numbers = acceptance.role_numbers(validation, test, {"id_val": 0.5, "noisy": 0.5}, {"id_test": 0.5, "sketch": 0.5})
     assert numbers["role_correlation"] == pytest.approx(1.0)
     assert (numbers["regret_objective"], numbers["regret_gap"]) == pytest.approx((0.0, 0.15))
     assert 0 < numbers["regret_gap_se"] < 0.05
@@ -127,13 +101,13 @@ def test_role_numbers_where_the_objective_chooses_right_and_id_chooses_wrong():
 
 
 def test_random_points_are_fixed_and_inside_the_space_and_know_how_near_they_are_to_its_edge():
-    points = random_points(SPACE, 50, seed=0)
-    assert points == random_points(SPACE, 50, seed=0)
-    assert points != random_points(SPACE, 50, seed=1)
+    points = acceptance.random_points(SPACE, 50, seed=0)
+    assert points == acceptance.random_points(SPACE, 50, seed=0)
+    assert points != acceptance.random_points(SPACE, 50, seed=1)
     assert all(1e-4 <= p["learning_rate"] <= 1e-2 and 0 <= p["kl_weight"] <= 10 for p in points)
     assert 15 < sum(p["learning_rate"] < 1e-3 for p in points) < 35  # half of them: the range is logarithmic
-    assert edge_distance({"learning_rate": 1e-3, "kl_weight": 5.0}, SPACE) == pytest.approx(0.5)
-    assert edge_distance({"learning_rate": 1e-3, "kl_weight": 9.8}, SPACE) == pytest.approx(0.02)
+    assert acceptance.edge_distance({"learning_rate": 1e-3, "kl_weight": 5.0}, SPACE) == pytest.approx(0.5)
+    assert acceptance.edge_distance({"learning_rate": 1e-3, "kl_weight": 9.8}, SPACE) == pytest.approx(0.02)
 
 
 def test_plan_has_paired_seeds_and_no_training_twice():
@@ -208,11 +182,6 @@ def test_a_pass_of_each_side_gives_every_image_and_reading_is_measured(tmp_path,
     passes += [speed_views.training_pass(source, 5, workers) for workers in (0, 1)]
     assert [one_pass() for one_pass in passes] == [16] * 8
     assert min(speed_views.read_times(source, tmp_path / "cache", 1).values()) > 0
-    judged, told = speed_views.view_rows((0.5, 50), 2, 1)
-    assert (told.target, judged.is_met) == (None, judged.value <= 1.25)
-    fed, step = speed_views.device_rows(2, 4, 3, 1, False)
-    assert fed._replace(value=0.9).is_met
-    assert "FAIL  step, 2 threads, batches of 4: with views / without: 1.06" in str(step._replace(value=1.06))
     for sides in ((speed_sets.one_pass, speed_sets.plain_loop), (speed_sets.decoded_set, speed_sets.with_one_thread)):
         assert speed_sets.ratio_row("ratio", source, sides, 1, None).value > 0
     speed_sets.write(tmp_path / "kinds", 30, 100, 3)
@@ -221,24 +190,7 @@ def test_a_pass_of_each_side_gives_every_image_and_reading_is_measured(tmp_path,
     assert all(min(each["in_order"], each["at_random"], each["index_s"]) > 0 for each in found)
 
 
-# ---- rows with targets
-
-
-def test_every_part_is_measured_though_one_fails_and_long_ones_where_they_are_asked_for(monkeypatch, capsys):
-    parts = {
-        "good": speed.Part("good", lambda full, scale: [Row("size", 2.0 if full else 1.0, 1.0)]),
-        "bad": speed.Part("bad", lambda full, scale: 1 / 0),
-        "long": speed.Part("long", lambda full, scale: [Row("told", 7.0 if scale else 5.0)], True),
-    }
-    monkeypatch.setattr(speed, "PARTS", parts)
-    assert speed.main(["--rows", "good", "long", "--scale"]) == 0
-    assert "told: 7.00" in capsys.readouterr().out
-    assert speed.main(["--json"]) == 1
-    out, err = capsys.readouterr()
-    found = json.loads(out)["parts"]
-    assert [*found] == ["good", "bad"]
-    assert found["bad"]["error"] == "ZeroDivisionError: division by zero"
-    assert "FAIL  bad: ZeroDivisionError: division by zero" in err
+# ---- operations
 
 
 def test_operations_of_a_tower_are_those_that_torch_counts():
@@ -252,29 +204,6 @@ def test_operations_of_a_tower_are_those_that_torch_counts():
         visual(torch.zeros(1, 3, tower.image_size, tower.image_size))
     assert counter.get_total_flops() == gpu.num_operations(tower)
     assert gpu.num_operations(gpu.TOWERS["ViT-B-16"]) == pytest.approx(35.1e9, rel=1e-3)
-
-
-def test_time_busy_is_that_of_at_least_one_kernel():
-    def event(start, end, name="kernel", kind=DeviceType.CUDA):
-        return SimpleNamespace(name=name, device_type=kind, time_range=SimpleNamespace(start=start, end=end))
-
-    events = [event(0, 10), event(5, 12), event(6, 7), event(15, 20), event(12, 15, "Memcpy HtoD")]
-    events.append(event(0, 100, "aten::add", DeviceType.CPU))
-    assert gpu.busy_share(SimpleNamespace(events=lambda: events)) == pytest.approx(17 / 20)
-    assert gpu.busy_share(SimpleNamespace(events=lambda: events[-1:])) is None
-
-
-@pytest.mark.whole
-@pytest.mark.skipif(torch.cuda.is_available(), reason="measures that card, for minutes")
-def test_the_gpu_benchmark_runs_without_one(capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "has_compiler", lambda device: False)  # which takes a minute
-    assert gpu.main(["--threads", "1", "--json"]) == 0
-    out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert [cell["what"] for cell in found["cells"]] == ["input", "step", "both", "step", "both"]
-    assert all(cell["images_per_s"] > 0 and not cell["error"] for cell in found["cells"])
-    assert 0 <= found["kl"]["fp32"] < 2e-4
-    assert "No number means anything" in err
 
 
 # ---- samplers, on a table whose best training is known
@@ -320,7 +249,7 @@ def table_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def landscape(table_path):
-    return landscapes.read_landscape(table_path, load_recipe(replay.RECIPE, ["search.trials=12"]))
+    return landscapes.read_landscape(table_path, load_recipe(table.RECIPE, ["search.trials=12"]))
 
 
 def test_the_spline_foretells_trainings_that_it_has_not_seen(landscape):
@@ -338,38 +267,13 @@ def test_the_spline_foretells_trainings_that_it_has_not_seen(landscape):
     assert drawn == pytest.approx(objective(values, 0.9), abs=0.005)
 
 
-def test_a_seed_moves_curve_and_looks_together_and_leaves_zero_shot(landscape):
-    values = {"learning_rate": 7e-4, "kl_weight": 2.0}
-    truth, rng = landscape.training(values), np.random.default_rng(0)
-    shifts = []
-    for _ in range(200):
-        noisy = landscape.training(values, rng)
-        assert noisy.objectives[0] == pytest.approx(truth.objectives[0])
-        shifts.append(noisy.objectives[2] - truth.objectives[2])
-        assert np.allclose(noisy.intermediate - truth.intermediate, shifts[-1])
-    assert np.std(shifts) == pytest.approx(landscape.seed_sd, rel=0.2)
-
-
-@pytest.mark.whole
-def test_each_part_runs(table_path, monkeypatch, capsys):
-    monkeypatch.setattr(table, "TABLE", table_path)
-    for module in (searches, replay):
-        monkeypatch.setattr(module, "NUM_TRIALS", 12)
-    monkeypatch.setattr(searches, "SAMPLERS", {"random": []})
-    monkeypatch.setattr(searches, "GRIDS", {30: (2, 2, 1, 1), 100: (2, 2, 2, 1)})
-    parts = [name for name in samplers.PARTS if name != "grids"]
-    assert samplers.main([*parts, "--seeds", "2"]) in (0, 1)  # a made-up table promises nothing of the thresholds
-    out = capsys.readouterr().out
-    assert all(f"\n{name}\n" in out for name in parts)
-
-
 # ---- the weights of the sandbox
 
 
 def test_true_templates_name_what_is_seen_and_hide_what_is_not():
     for domain in DOMAINS:
         shown = render(domain, "train", "moon", 1)[1]
-        captions = {TEMPLATES[i] for i in true_templates(shown)}
+        captions = {TEMPLATES[i] for i in pretrain.true_templates(shown)}
         assert {DOMAINS[domain], "a picture of a {}"} <= captions
         assert len(captions & set(DOMAINS.values())) == 1
         assert (f"a {shown.figure_colour} {{}}" in captions) == (domain not in {"negative", "silhouette"})
@@ -380,7 +284,7 @@ def test_contrastive_loss_is_the_loss_of_clip_when_no_caption_is_shared():
     generator = torch.Generator().manual_seed(0)
     images, texts = (functional.normalize(torch.randn(7, 5, generator=generator), dim=1) for _ in range(2))
     expected = open_clip.ClipLoss()(images, texts, torch.tensor(20.0))
-    torch.testing.assert_close(contrastive_loss(20.0 * images @ texts.T, torch.arange(7)), expected)
+    torch.testing.assert_close(pretrain.contrastive_loss(20.0 * images @ texts.T, torch.arange(7)), expected)
 
 
 def test_packaged_weights_are_small_and_belong_to_the_code_that_makes_them():

@@ -116,6 +116,10 @@ def lose_class(here):
     (here / "images/fog/star").rename(here / "images/fog/stra")
 
 
+def lose_class_of_test(here):
+    (here / "images/secret/star").rename(here / "images/secret/stra")
+
+
 def leak(here):
     shutil.copy(image(here, "train/star/7"), image(here, "secret/star/x"))
 
@@ -129,6 +133,7 @@ SICK = [
     (unbalance, (), "warning", "far from equally often: 1 to 12 images, fewest of 'square'"),
     (miss_class, ("data.id_val.part=[0.5, 1]",), "note", "accuracy says nothing of a class without an image: 2 of"),
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
+    (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
     (leak, (), "note", "data.train: 1 image left out, also in data.ood_test.secret"),
     (leak, ("data.shared_images=fail",), "error", "ood_test.secret: a set has one role and must not share images with"),
     (None, ("data.cache_dir=r.yaml",), "error", "data.cache_dir: must be a folder that may be written, but got"),
@@ -150,15 +155,9 @@ def test_what_is_wrong_is_told_once_at_its_level(here, spoil, overrides, level, 
     found = diagnose(here, *overrides)
     assert sum(message in text for text in texts(found, level)) == 1, [str(one.problem) for one in found.findings]
     assert bool(found.errors) == (level == "error")
-    keys = r"\b(?:data|model|train|prompts)(?:\.[a-z_]+)+|classes: some|Rename|Add images|carft-ray"
-    for problem in found.errors:  # the way on: a step, names that would do, or the key itself that is wrong
-        is_key = problem.place.startswith(("train.", "prompts.", "model."))
-        assert re.search(keys, problem.next_step) or problem.allowed or is_key, str(problem)
 
 
 def test_all_errors_are_told_at_once_with_exit_code_4_and_json_is_one_document(here, capsys):
-    assert call(["doctor", "r.yaml", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["healthy"]
     spoil_image(here)
     lose_class(here)
     assert call(["doctor", "r.yaml"]) == 4
@@ -175,21 +174,18 @@ def test_all_errors_are_told_at_once_with_exit_code_4_and_json_is_one_document(h
     assert capsys.readouterr().out == ""  # no table where no set can be read
 
 
-def test_quick_opens_no_image_and_writes_no_pairs(here, monkeypatch, capsys):
+def test_quick_opens_no_image_writes_no_pairs_and_foretells_the_micro_batch_for_a_gpu(here, monkeypatch, capsys):
     monkeypatch.setattr("carft_ray.data.listing.StoredSource.content", None)
-    assert call(["doctor", "r.yaml", "--quick"]) == 0
+    quick = ["doctor", "r.yaml", "--quick"]
+    assert call(quick) == 0
     told = capsys.readouterr()
     assert "Next:" in told.err
     assert "36" in told.out
+    assert "micro-batch" not in told.out
     for name, message in (("pairs.csv", "--pairs: needs the images"), ("pairs.png", "must end in .csv")):
-        assert call(["doctor", "r.yaml", "--quick", "--pairs", name]) == 2
+        assert call([*quick, "--pairs", name]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_the_micro_batch_for_a_gpu_that_is_elsewhere_is_foretold(here, capsys):
-    assert call(["doctor", "r.yaml", "--quick"]) == 0
-    assert "micro-batch" not in capsys.readouterr().out
-    assert call(["doctor", "r.yaml", "--quick", "--memory-gb", "16", "--json"]) == 0
+    assert call([*quick, "--memory-gb", "16", "--json"]) == 0
     model = json.loads(capsys.readouterr().out)["model"]
     assert (model["micro_batch"], model["gpu_gb"]) == (8, 16)  # the whole batch
     assert re.fullmatch(r"micro-batch to begin with: 8; a step takes \S+ of 16 GB \(estimated\)", step_words(model))

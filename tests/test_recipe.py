@@ -1,7 +1,6 @@
 """Recipes: reading, every message about a mistake, values set on the command line, writing back."""
 
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -42,7 +41,6 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
     with pytest.raises(RecipeError) as caught:
         _load(tmp_path, more, *overrides, base=base)
     assert caught.value.exit_code == 3
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     return [str(problem).replace(f"{tmp_path}{os.sep}", "") for problem in caught.value.problems]
 
 
@@ -71,7 +69,6 @@ BAD = [
     ("train: {compile: 1}", ":9: train.compile: must be auto, true or false, but got 1"),
     ("model: {pretrained: 5}", ":9: model.pretrained: must be text, but got 5\n    Write it in quotes."),
     ("prompts: {class_names: 5}", "prompts.class_names: must be the name of a benchmark or a list of texts, but got"),
-    ("prompts: {templates: 5}", f":9: prompts.templates: {TEMPLATES}5"),
     # ranges
     ("train: {learning_rate: 0}", ":9: train.learning_rate: must be greater than 0, but got 0"),
     ("train: {learning_rate: .inf}", ":9: train.learning_rate: must be a finite number, but got .inf"),
@@ -271,28 +268,17 @@ def test_templates_come_from_a_file_once_and_stand_in_the_recipe(tmp_path):
 # ---- --set
 
 
-def test_set_wins_over_the_file_a_later_one_over_an_earlier_one_and_mends_a_mistake(tmp_path):
+def test_set_wins_over_the_file_a_later_one_over_an_earlier_one_mends_a_mistake_and_makes_missing_parts(tmp_path):
     recipe = _load(tmp_path, "train: {epochs: 3, batch_size: 8}", "train.epochs=4", "train.epochs=5")
     assert (recipe.train.epochs, recipe.train.batch_size) == (5, 8)
-    assert _load(tmp_path, "train: {epochs: 0}", "train.epochs=2").train.epochs == 2
-    assert _load(tmp_path, "train: 5", "train.epochs=2").train.epochs == 2
-
-
-def test_set_makes_missing_parts(tmp_path):
-    recipe = _load(
-        tmp_path,
-        "train:\n",
-        "search.space.weight_decay={low: .01, high: .2}",
-        "search.space.epochs.low=1",
-        "search.space.epochs.high=2",
-        "data.ood_val.b={source: folder, path: x, domains: [b]}",
-        "train.clip_norm=",
-        "search.alpha.grid=[0, .5, 1]",
-    )
+    for mistake in ("train: {epochs: 0}", "train: 5"):
+        assert _load(tmp_path, mistake, "train.epochs=2").train.epochs == 2
+    options = ["search.space.weight_decay={low: .01, high: .2}", "search.space.epochs.low=1"]
+    options += ["search.space.epochs.high=2", "data.ood_val.b={source: folder, path: x, domains: [b]}"]
+    recipe = _load(tmp_path, "train:\n", *options, "train.clip_norm=", "search.alpha.grid=[0, .5, 1]")
     assert (recipe.search.space["weight_decay"].high, recipe.search.space["epochs"].high) == (0.2, 2)
     assert set(recipe.data.ood_val) == {"sketch", "b"}
-    assert recipe.train.clip_norm is None
-    assert recipe.search.alpha.grid == (0, 0.5, 1)
+    assert (recipe.train.clip_norm, recipe.search.alpha.grid) == (None, (0, 0.5, 1))
 
 
 def test_the_name_of_another_sampler_takes_the_keys_of_the_one_before_with_it(tmp_path):
@@ -341,7 +327,6 @@ WARNINGS = [
     (GPUS_0, f"budget.gpu_hours {NO_EFFECT}resources.gpus_per_worker is 0"),
     ("train: {kl_weight: 0, context_scale: 9}", f"train.context_scale {NO_EFFECT}kl_weight is 0"),
     ("train: {kl_weight: 0, context_scale: 9}\nsearch: {space: {kl_weight: {low: 1, high: 2}}}", None),
-    ("train: {kl_weight: 0}\nsearch: {space: {context_scale: {low: 1, high: 2}}}", "search.space.context_scale has"),
     ("prompts: {templates: ['a {}']}", f"train.kl_weight {NO_EFFECT}with one template the KL term is always 0"),
     ("train: {decay: matrices, weight_decay: 0}", f"train.decay {NO_EFFECT}weight_decay is 0"),
     ("train: {decay: matrices, weight_decay: 0}\nsearch: {space: {weight_decay: {low: 0, high: 1}}}", None),
@@ -405,37 +390,30 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)
-@given(
-    path=PATHS,
-    cache_dir=PATHS | st.none(),
-    classes=st.none() | st.lists(WORDS, min_size=2, unique=True),
-    templates=st.lists(WORDS.map("{}{{}}".format), min_size=1, unique=True),
-    rate=st.floats(1e-300, 100),
-    kl_weight=st.sampled_from([0, 5e-324, 1 / 3, 1e17, 123456789.123]),
-    seed=st.integers(0, 2**63 - 1),
-    middle=st.floats(0.01, 0.99) | st.none(),
-)
-def test_a_recipe_that_was_written_loads_back_equal(
-    folder, path, cache_dir, classes, templates, rate, kl_weight, seed, middle
-):
-    tree = {"source": "folder", "path": path}
-    data = {"train": tree, "id_val": {**tree, "domains": ["null"]}, "ood_val": {"1": tree, "null-": tree}}
+@given(st.data())
+def test_a_recipe_that_was_written_loads_back_equal(folder, data):
+    draw = data.draw
+    tree = {"source": "folder", "path": draw(PATHS)}
+    sets = {"train": tree, "id_val": {**tree, "domains": ["null"]}, "ood_val": {"1": tree, "null-": tree}}
+    classes = draw(st.none() | st.lists(WORDS, min_size=2, unique=True))
+    templates = draw(st.lists(WORDS.map("{}{{}}".format), min_size=1, unique=True))
+    rate, alpha = draw(st.floats(1e-300, 100)), draw(st.floats(0.01, 0.99) | st.none())
+    kl_weight, seed = draw(st.sampled_from([0, 5e-324, 1 / 3, 1e17, 123456789.123])), draw(st.integers(0, 2**63 - 1))
     space = {"learning_rate": {"low": rate / 2, "high": rate}, "clip_norm": {"choices": [None, 1, 0.5, 1e-7]}}
     value = {
         "name": "on",
         "model": {"name": "ViT-B-32", "pretrained": "a/b.pt"},
-        "data": {**data, "classes": classes, "cache_dir": cache_dir},
+        "data": {**sets, "classes": classes, "cache_dir": draw(PATHS | st.none())},
         "prompts": {"templates": templates},
-        "train": {"learning_rate": rate, "kl_weight": kl_weight, "alpha": middle, "seed": seed},
-        "search": {"space": space, "baselines": {"1": {}}, "alpha": {"grid": [0, middle or 0.5, 1]}},
+        "train": {"learning_rate": rate, "kl_weight": kl_weight, "alpha": alpha, "seed": seed},
+        "search": {"space": space, "baselines": {"1": {}}, "alpha": {"grid": [0, alpha or 0.5, 1]}},
     }
     recipe = absolute_paths(Recipe.model_validate(value), folder)
     written = dump_recipe(recipe)
     (folder / "written.yaml").write_text(written)
     again = load_recipe(folder / "written.yaml")
     assert again == recipe
-    assert dump_recipe(again) == written
-    assert recipe_hash(again) == recipe_hash(recipe)
+    assert (dump_recipe(again), recipe_hash(again)) == (written, recipe_hash(recipe))
 
 
 def test_the_hash_depends_on_values_and_not_on_how_they_are_written(tmp_path):

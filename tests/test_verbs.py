@@ -17,7 +17,7 @@ import pytest
 import stand_in
 from logs import commits, holding, rewrite, set_recipe, take
 from stand_in import make_recipe
-from study_steps import failed, finish
+from study_steps import failed, finish, searching
 from test_checkpoint import limited
 
 from carft_ray.api import actions
@@ -29,18 +29,10 @@ from carft_ray.recipe.schema.recipe import single
 from carft_ray.results.reading.study_view import find_row, read_study, total_trials
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Live, append_log, write_live
-from carft_ray.study.recovery import recover_running
 from carft_ray.ui.live import SearchView
 
 BASE = Path(__file__).parent
 RECIPE = make_recipe(8, train={"batch_size": 4})
-
-
-def begin(study, recipe):
-    """What a search does first, under the lock."""
-    (study.study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
-    set_recipe(study.study_dir, recipe)
-    recover_running(study)
 
 
 def start(study):
@@ -55,8 +47,8 @@ def start(study):
 
 def make_study(study_dir, recipe=RECIPE):
     """A study of a search that was killed: three trials finished, one diverged, one begun."""
-    with open_study(study_dir, recipe) as study:
-        begin(study, recipe)
+    with searching(study_dir, recipe) as study:
+        (study_dir / "resolved.yaml").write_text(dump_recipe(recipe))
         study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
         for objective in (0.4, 0.5, 0.7, 0.6):  # the first of a baseline
             finish(study, start(study), objective, elapsed_s=61.0)
@@ -136,8 +128,7 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
         return {state: count for state, count in found.items() if count}, answer["search"]["running"], running
 
     assert counts() == ({"stopped": 1}, False, [])
-    with open_study(study_dir, RECIPE) as study:
-        begin(study, RECIPE)
+    with searching(study_dir, RECIPE) as study:
         assert counts() == ({"waiting": 1}, True, [])  # it waits to be recovered
         spec = start(study)
         assert spec.attempt == 2
@@ -229,8 +220,7 @@ def test_a_trial_without_a_log_is_no_error(run, here):
 @pytest.mark.slow
 def test_follow_prints_whole_lines_as_they_come_until_the_training_has_ended(run, here):
     study_dir = here / "first"
-    with open_study(study_dir, RECIPE) as study:
-        begin(study, RECIPE)
+    with searching(study_dir, RECIPE) as study:
         spec = start(study)
 
         def training():
@@ -369,52 +359,7 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     assert (study, options["address"], options["progress"]) == (Path("first"), "auto", False)
 
 
-# mistakes: the command line, the beginning of the message
-
-MADE = "\n    Give the folder that `search --study` was given.\n"
-ONE_TRAINING = (
-    "one: must be the study of a search, but got one training\n"
-    "    Go on with it: carft-ray train one/resolved.yaml --out one --resume\n"
-    "    To search, give another folder with --study.\n"
-)
-TRIAL = "TRIAL: must be the number or name of a trial or baseline, but got "
-MISTAKES = [
-    ("resume frist", "frist: must be a study, but got no such folder; did you mean 'first'?\n    Begin one: "),
-    ("status first/trials", "first/trials: must be a study, but got one without log/" + MADE),
-    ("status first/manifest.json", "first/manifest.json: must be a study, but got a file" + MADE),
-    ("status .", ".: must be a study, but got one without log/ (allowed: first, one)" + MADE),
-    ("ls empty", "empty: must be a study, or a folder with studies in it, but got one without log/"),
-    ("resume one", ONE_TRAINING),
-    ("search first/resolved.yaml --study one", ONE_TRAINING),
-    ("search first/resolved.yaml --study mine", "{here}/mine: must be a study or empty, but got data, owner\n"),
-    ("search first/resolved.yaml --study mine/data", "{here}/mine/data: must be a folder, but got a file\n"),
-    ("stop empty", "empty: must be a study or the folder of a training, but got one without log/" + MADE),
-    ("resume first --trials 3", "--trials: must be at least 5: the study has 4 finished trials and 1 begun, but got"),
-    ("resume first --trials many", "--trials: must be a whole number of trials from 1, or +N for N more, but got 'ma"),
-    ("logs first t0009", f"{TRIAL}'t0009'; did you mean 't000"),
-    ("logs first 3 -f --json", "--json: must stand without --follow: a document ends\n"),
-    ("ls first --sort objektive", "--sort: must be an order, but got 'objektive'; did you mean 'objective'?"),
-]
-
-
-@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(run, here, line, message):
-    (here / "empty").mkdir()
-    (here / "mine").mkdir()
-    for name in ("data", "owner"):
-        (here / "mine" / name).write_text("precious")
-    with open_study(here / "one", single(RECIPE)):
-        pass  # that of a `train` which has not begun
-    before = everything(here)
-    code, out, err = run(*line.split())
-    assert (code, out) == (2, ""), err
-    told = err[err.index("error: ") :]  # without the warning that the recipe has no ood_val
-    assert told.startswith("error: " + message.replace("{here}", str(here)))
-    assert err.count("error: ") == 1
-    assert everything(here) == before
-
-
-# studies in wrong hands
+# mistakes, and studies in wrong hands
 
 
 @pytest.fixture
@@ -434,6 +379,45 @@ def refused(run, here):
         return told
 
     return call
+
+
+# the command line, the beginning of the message
+
+MADE = "\n    Give the folder that `search --study` was given.\n"
+ONE_TRAINING = (
+    "one: must be the study of a search, but got one training\n"
+    "    Go on with it: carft-ray train one/resolved.yaml --out one --resume\n"
+    "    To search, give another folder with --study.\n"
+)
+TRIAL = "TRIAL: must be the number or name of a trial or baseline, but got "
+MISTAKES = [
+    ("resume frist", "frist: must be a study, but got no such folder; did you mean 'first'?\n    Begin one: "),
+    ("status first/trials", "first/trials: must be a study, but got one without log/" + MADE),
+    ("status first/manifest.json", "first/manifest.json: must be a study, but got a file" + MADE),
+    ("status .", ".: must be a study, but got one without log/ (allowed: first, one)" + MADE),
+    ("ls empty", "empty: must be a study, or a folder with studies in it, but got one without log/"),
+    ("resume one", ONE_TRAINING),
+    ("search first/resolved.yaml --study one", ONE_TRAINING),
+    ("search first/resolved.yaml --study mine", "{here}/mine: must be a study or empty, but got log, owner\n"),
+    ("search first/resolved.yaml --study mine/owner", "{here}/mine/owner: must be a folder, but got a file\n"),
+    ("stop empty", "empty: must be a study or the folder of a training, but got one without log/" + MADE),
+    ("resume first --trials 3", "--trials: must be at least 5: the study has 4 finished trials and 1 begun, but got"),
+    ("resume first --trials many", "--trials: must be a whole number of trials from 1, or +N for N more, but got 'ma"),
+    ("logs first t0009", f"{TRIAL}'t0009'; did you mean 't000"),
+    ("logs first 3 -f --json", "--json: must stand without --follow: a document ends\n"),
+    ("ls first --sort objektive", "--sort: must be an order, but got 'objektive'; did you mean 'objective'?"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(refused, here, line, message):
+    (here / "empty").mkdir()
+    (here / "mine").mkdir()
+    for name in ("log", "owner"):
+        (here / "mine" / name).write_text("precious")
+    with open_study(here / "one", single(RECIPE)):
+        pass  # that of a `train` which has not begun
+    assert refused(2, *line.split()).startswith("error: " + message.replace("{here}", str(here)))
 
 
 SEARCH = ("search", "first/resolved.yaml", "--study")
