@@ -95,7 +95,8 @@ def test_sets_of_domainbed_and_wilds_have_the_published_totals():
     for name, total in totals.items():
         facts = load_facts(name)
         assert sum(facts.counts.values()) == total
-        assert [*facts.counts] == [*(facts.domains or read_file(name)["table"]["splits"])], name
+        parts = read_file(name)["table"]["splits"] if name in ("fmow", "iwildcam", "camelyon17") else facts.domains
+        assert {*facts.counts} == {*parts}, name
 
 
 def test_the_table_of_the_documents_says_what_the_files_say():
