@@ -5,7 +5,6 @@ import re
 import shutil
 
 import pytest
-from crash_host import call
 from PIL import Image
 from short_training import write_model
 from test_init import write_tree
@@ -157,36 +156,30 @@ def test_what_is_wrong_is_told_once_at_its_level(here, spoil, overrides, level, 
     assert bool(found.errors) == (level == "error")
 
 
-def test_all_errors_are_told_at_once_with_exit_code_4_and_json_is_one_document(here, capsys):
+def test_all_errors_are_told_at_once_with_exit_code_4_and_json_is_one_document(run, here):
     spoil_image(here)
     lose_class(here)
-    assert call(["doctor", "r.yaml"]) == 4
-    told = capsys.readouterr()
-    assert [text for text in ("every image must be readable", "'stra'") if text not in told.err] == []
-    assert "Traceback" not in told.err
-    assert "train" in told.out
-    assert call(["doctor", "r.yaml", "--json"]) == 4
-    sick = json.loads(capsys.readouterr().out)
-    assert not sick["healthy"]
+    code, out, err = run("doctor", "r.yaml")
+    assert code == 4
+    assert [text for text in ("every image must be readable", "'stra'") if text not in err] == []
+    assert "train" in out
+    code, out, _ = run("doctor", "r.yaml", "--json")
+    sick = json.loads(out)
+    assert (code, sick["healthy"]) == (4, False)
     assert [one["level"] for one in sick["findings"]].count("error") >= 2
     shutil.rmtree(here / "images")
-    assert call(["doctor", "r.yaml"]) == 4
-    assert capsys.readouterr().out == ""  # no table where no set can be read
+    assert run("doctor", "r.yaml")[:2] == (4, "")  # no table where no set can be read
 
 
-def test_quick_opens_no_image_writes_no_pairs_and_foretells_the_micro_batch_for_a_gpu(here, monkeypatch, capsys):
+def test_quick_opens_no_image_writes_no_pairs_and_foretells_the_micro_batch_for_a_gpu(run, monkeypatch):
     monkeypatch.setattr("carft_ray.data.listing.StoredSource.content", None)
-    quick = ["doctor", "r.yaml", "--quick"]
-    assert call(quick) == 0
-    told = capsys.readouterr()
-    assert "Next:" in told.err
-    assert "36" in told.out
-    assert "micro-batch" not in told.out
+    quick = ("doctor", "r.yaml", "--quick")
+    code, out, err = run(*quick)
+    assert (code, "36" in out, "micro-batch" in out, "Next:" in err) == (0, True, False, True)
     for name, message in (("pairs.csv", "--pairs: needs the images"), ("pairs.png", "must end in .csv")):
-        assert call([*quick, "--pairs", name]) == 2
-        assert message in capsys.readouterr().err
-    assert call([*quick, "--memory-gb", "16", "--json"]) == 0
-    model = json.loads(capsys.readouterr().out)["model"]
+        code, _, err = run(*quick, "--pairs", name)
+        assert (code, message in err) == (2, True)
+    model = json.loads(run(*quick, "--memory-gb", "16", "--json")[1])["model"]
     assert (model["micro_batch"], model["gpu_gb"]) == (8, 16)  # the whole batch
     assert re.fullmatch(r"micro-batch to begin with: 8; a step takes \S+ of 16 GB \(estimated\)", step_words(model))
     assert step_words({"micro_batch": 0, "step_gb": 30.1, "gpu_gb": 16}).startswith("not one image fits the GPU: ")
@@ -211,25 +204,24 @@ def test_zero_shot_at_chance_or_an_easy_shift_is_told(accuracy, told):
 
 
 @pytest.mark.parametrize("name", ["pairs.csv", "pairs.html"])
-def test_all_pairs_of_images_in_two_roles_are_written(here, name, capsys):
+def test_all_pairs_of_images_in_two_roles_are_written(run, here, name):
     for index in range(4):
         shutil.copy(image(here, f"train/circle/{index}"), image(here, f"secret/star/copy{index}"))
-    assert call(["doctor", "r.yaml", "--pairs", name]) == 4
+    code, _, err = run("doctor", "r.yaml", "--pairs", name)
+    assert code == 4
     text = (here / name).read_text()
     assert all(str(image(here, f"secret/star/copy{index}")) in text for index in range(4))
     assert text.count(f"{here}/images/") == 8
     assert text.count("same bytes") >= 4
-    assert f"{name}: 4 pairs of images in two roles" in capsys.readouterr().err
+    assert f"{name}: 4 pairs of images in two roles" in err
 
 
-def test_where_an_image_takes_long_fewer_are_measured_and_it_is_said(here, capsys, monkeypatch):
+def test_where_an_image_takes_long_fewer_are_measured_and_it_is_said(run, here, monkeypatch):
     monkeypatch.setattr(doctor, "MOST_S", 0.0)
     monkeypatch.setattr(doctor, "FEWEST_IMAGES", 10)
     monkeypatch.setattr(words, "FIRST_AFTER_S", -1.0)
     monkeypatch.setattr(words, "THEN_EVERY_S", 0.0)
-    assert call(["doctor", "r.yaml", "--json", "--set", "evaluate.batch_size=4"]) == 0
-    told = capsys.readouterr()
-    said = json.loads(told.out)
+    said = json.loads(run("doctor", "r.yaml", "--json", "--set", "evaluate.batch_size=4")[1])
     assert {one["num_images"] for one in said["zero_shot"].values()} == {10}
     assert "For more: --images 1000" in [one["next_step"] for one in said["findings"]]
     monkeypatch.setattr(doctor, "NUM_TIMED", None)  # who names a number gets it, whatever it takes

@@ -13,7 +13,7 @@ from carft_ray.errors import RecipeError
 from carft_ray.recipe import text
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe, portable_paths, recipe_hash
-from carft_ray.recipe.schema.fine_tuning import ModelConfig, field_kind
+from carft_ray.recipe.schema.fine_tuning import field_kind
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import GpSampler, NoPruner
 from carft_ray.recipe.trial_values import apply
@@ -68,7 +68,6 @@ BAD = [
     ("train: {head_bias: yes}", ':9: train.head_bias: must be true or false, but got "yes"'),
     ("train: {compile: 1}", ":9: train.compile: must be auto, true or false, but got 1"),
     ("model: {pretrained: 5}", ":9: model.pretrained: must be text, but got 5\n    Write it in quotes."),
-    ("prompts: {class_names: 5}", "prompts.class_names: must be the name of a benchmark or a list of texts, but got"),
     # ranges
     ("train: {learning_rate: 0}", ":9: train.learning_rate: must be greater than 0, but got 0"),
     ("train: {learning_rate: .inf}", ":9: train.learning_rate: must be a finite number, but got .inf"),
@@ -84,7 +83,6 @@ BAD = [
     ("prompts: {templates: ['{} {c}']}", f':9: prompts.templates.0: {BRACES}"{{}} {{c}}"'),
     ("prompts: {templates: ['a {}', 'a {}']}", "prompts.templates.1: must not repeat an earlier template, but got "),
     ("prompts: {class_names: [a, '']}", ":9: prompts.class_names: must not hold an empty text, but got "),
-    ("prompts: {class_names: imagnet}", "but got \"imagnet\"; did you mean 'imagenet'? (allowed: "),
     ("  classes: [a, b, a]", ":9: data.classes: must not hold a name twice, but got a"),
     ("  classes: [a, ..]", ':9: data.classes: must be names of folders, not paths, but got ["a", ".."]'),
     ("  classes: [a, b]\nprompts: {class_names: [a]}", "must hold one text per class of data.classes (2), but got"),
@@ -95,7 +93,6 @@ BAD = [
     ("search: {alpha: {mode: sample}, space: {epochs: {low: 1, high: 2}}}", f":9: {ALPHA_MODE}sample\n"),
     ("search: {alpha: {mode: sample}, space: {alpha: {low: 0, high: 1}}}", f"alpha.low: {LOWEST}0.0"),
     ("search: {alpha: {mode: sample}, space: {alpha: {choices: [1, null]}}}", f"alpha.choices.1: {LOWEST}null"),
-    ("search: {alpha: {mode: sample}, space: {alpha: {low: 0.5, high: 2}}}", "alpha.high: train.alpha must be at"),
     ("search: {alpha: {grid: [0, 0.5]}}", ":9: search.alpha.grid: must rise strictly from 0 to 1, but got [0.0,"),
     # the rest of search, resources
     ("search: {trials: 4, sampler: {startup_trials: 5}}", "must be at most search.trials, 4, but got 5"),
@@ -183,7 +180,7 @@ def test_a_recipe_without_data_is_told(tmp_path):
     assert advice.warnings(_load(tmp_path, "search:\ntrain:\n  # none\n", base=BASE.split("  ood_val")[0])) == [told]
 
 
-def test_all_problems_come_at_once_in_the_order_of_the_file_and_rules_between_keys_after_them(tmp_path):
+def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
     more = """\
 train:
   learning_rate: 0
@@ -202,10 +199,6 @@ resources: {executor: inlin, num_workers: 2}
         "--set search.trials=0",
         "--set train.lr=1",
     ]
-    more = "search:\n  space:\n    seed: {low: 1, high: 2}\nresources: {executor: inline, num_workers: 2}\n"
-    first, second = _messages(tmp_path, more)
-    assert first.startswith("r.yaml:11: search.space.seed: must ")
-    assert second.startswith("r.yaml:12: resources.num_workers: must ")
 
 
 def test_files_that_cannot_be_read_are_told_apart(tmp_path):
@@ -464,7 +457,5 @@ def test_a_portable_recipe_names_files_and_folders_without_the_machine(tmp_path)
     assert {name: spec.path for name, spec in found.data.ood_val.items()} == {"one": "b/val", "two": "d/val"}
     assert (found.data.ood_test["x"].path, found.data.ood_test["x"].root) == ("x.csv", "pacs/sketch")
     assert (found.data.cache_dir, found.search.warm_start) == (None, ("old",))
-    tagged = recipe.model_copy(update={"model": ModelConfig(name="ViT-B-32", pretrained="openai")})
-    assert portable_paths(tagged).model == tagged.model
     (tmp_path / "recipe.yaml").write_text(dump_recipe(found))
     assert load_recipe(tmp_path / "recipe.yaml") == absolute_paths(found, tmp_path.resolve())

@@ -43,11 +43,9 @@ def test_a_training_that_was_stopped_and_resumed_is_one_run_with_curves_and_a_li
 
     events = read(out / RUN)
     assert [point.step for point in events.Scalars("epochs/3_objective")] == [3, 6]
-    shown = sorted(events.Tags()["scalars"])  # as TensorBoard sorts them
     curves = [f"curves/{name}" for name in ("1_loss", "2_ce", "3_kl", "4_learning_rate")]
     epochs = [f"epochs/{name}" for name in ("1_id_accuracy", "2_ood_accuracy", "3_objective", "4_alpha")]
-    assert shown[:8] == curves + epochs
-    assert shown[8].startswith("final/")
+    assert sorted(events.Tags()["scalars"])[:8] == curves + epochs  # as TensorBoard sorts them
 
     content = events.PluginTagToContent("hparams")
     start = HParamsPluginData.FromString(content["_hparams_/session_start_info"]).session_start_info

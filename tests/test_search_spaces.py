@@ -12,7 +12,7 @@ import pytest
 from crash_host import call
 from layouts import make_layout
 from recipe_keys import keys
-from short_training import write_image, write_model
+from short_training import write_model
 from test_init import write_tree
 
 from carft_ray.data.benchmarks.facts import load_facts
@@ -256,14 +256,6 @@ def workshop(tmp_path_factory):
     return root / "search_spaces", make
 
 
-def make_folders(root, domains):
-    """Writes noise with a mark of its class; the class folders of all trees are the same."""
-    for number, domain in enumerate(domains):
-        for label, name in enumerate(("cat", "dog", "hen")):
-            for index in range(160 if domain == "photo" else 24):  # of which a tenth is a role of one-gpu.yaml
-                write_image(root / domain / name / f"{index}.png", label, 1000 * number + index)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(path.stem, marks=[] if path.stem in OFTEN else pytest.mark.whole) for path in RECIPES]
@@ -278,7 +270,7 @@ def test_every_recipe_passes_the_doctor_on_its_layouts(workshop, name, monkeypat
             make(spec.name, Path(resolve_path(folder, spec.path)))
     for tree in {spec.path for spec in specs if isinstance(spec, FolderSet)}:
         domains = {domain for spec in specs if spec.path == tree for domain in spec.domains}
-        make_folders(Path(resolve_path(folder, tree)), sorted(domains))
+        write_tree(Path(resolve_path(folder, tree)), sorted(domains), ("cat", "dog", "hen"), images=160)
     found = examine(recipe, num_images=50)
     assert [str(problem) for problem in found.errors] == []
     assert set(found.zero_shot) == {"id_val", *recipe.data.ood_val}

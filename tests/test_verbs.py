@@ -90,9 +90,8 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     code, out, err = run("status", "first", "--json")
     answer = json.loads(out)
     assert (code, err) == (0, "")
-    found = {"complete": 3, "pruned": 0, "diverged": 1, "error": 0, "running": 0, "waiting": 0, "set_aside": 0}
-    found["stopped"] = 1
-    assert answer["trials"] == found
+    found = {state: count for state, count in answer["trials"].items() if count}
+    assert found == {"complete": 3, "diverged": 1, "stopped": 1}
     assert (answer["wanted"], answer["finished"], answer["study"]) == (8, 4, str(here / "first"))
     assert answer["best"]["name"] == named(here / "first", 1)
     assert answer["best"]["objective"] == 0.7
@@ -100,7 +99,6 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert [row["name"] for row in answer["baselines"]] == ["plain", "zero_shot"]
     assert (answer["search"]["running"], answer["search"]["holder"]) == (False, None)
     assert answer["times"]["training_s"] >= 4 * 61
-    assert answer["times"].keys() == {"created", "last_change", "training_s", "mean_training_s"}
     _, out, err = run("status", "first")
     assert out.splitlines()[0] == "study: 4 of 8 trials finished."
     assert out.splitlines()[-1] == "Selected on ID only: the recipe has no ood_val."

@@ -20,21 +20,15 @@ SHORT["data.ood_val"] = "{painting: {source: sandbox, domain: painting, split: v
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run([*PIP, *build], check=True)
-    (path,) = folder.glob("carft_ray-*.whl")
-    return path
-
-
-@pytest.fixture(scope="module")
-def run(wheel, tmp_path_factory):
-    """Runs the installed command in an empty folder.
+def run(tmp_path_factory):
+    """Builds the wheel, and runs its command in an empty folder.
 
     Its environment holds the wheel alone; what it depends on is seen in the environment of the tests by a ``.pth``.
     """
     folder = tmp_path_factory.mktemp("installed")
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run([*PIP, *build], check=True)
+    (wheel,) = folder.glob("carft_ray-*.whl")
     venv.create(folder / "env", symlinks=True)
     own = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder / "env")}))
     (own / "packages.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
@@ -51,13 +45,13 @@ def run(wheel, tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    call.folder = folder / "empty"
+    call.folder, call.wheel = folder / "empty", wheel
     return call
 
 
-def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"carft_ray", f"{wheel.name.split('-py3')[0]}.dist-info"}
+def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(run):
+    names = zipfile.ZipFile(run.wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"carft_ray", f"{run.wheel.name.split('-py3')[0]}.dist-info"}
     recipes = {path.name for path in (ROOT / "search_spaces").glob("*.yaml")}
     assert {Path(name).name for name in names if name.startswith("carft_ray/search_spaces/")} >= recipes
     data = {path.suffix for path in (ROOT / "carft_ray").rglob("*") if path.is_file()} - {".py", ".pyc"}
