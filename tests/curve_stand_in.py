@@ -1,6 +1,4 @@
-"""A search of trainings without torch that have an alpha curve of ID and OOD accuracy and a violation: for the tests of
-Pareto searches and constraints, with an open study.
-"""
+"""Trainings without torch that have an alpha curve of ID and OOD accuracy and a violation, of an open study."""
 
 import math
 

@@ -20,16 +20,10 @@ from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.data.synthetic.sandbox import DOMAINS, TEMPLATES, render
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.recipe.schema.parameters import FloatParameter
 from carft_ray.recipe.schema.sets import FolderSet
 from carft_ray.study.outcome import trial_name
 from carft_ray.study.rows import trials
 from carft_ray.training.loop import same_attention
-
-SPACE = {
-    "learning_rate": FloatParameter(low=1e-4, high=1e-2, log=True),
-    "kl_weight": FloatParameter(low=0.0, high=10.0),
-}
 
 
 def right(accuracy, num_seeds, num_images=200):
@@ -45,9 +39,6 @@ def methods(car_id, car_ood):
     return of(0.70, 0.68, 1), of(0.80, 0.55, 5), of(car_id, car_ood, 5)
 
 
-# ---- verdicts
-
-
 def test_verdicts_pass_at_the_threshold_and_fail_just_below_or_without_a_number():
     thresholds = [
         acceptance.Threshold("gain", "a gain", 0.03, 0.08),
@@ -60,9 +51,6 @@ def test_verdicts_pass_at_the_threshold_and_fail_just_below_or_without_a_number(
     lines, passed = acceptance.verdicts({"gain": 0.0299, "ratio": math.nan}, thresholds)
     assert not passed
     assert [line[:4] for line in lines] == ["FAIL", "FAIL"]
-
-
-# ---- numbers
 
 
 def test_effect_numbers_of_made_up_methods():
@@ -93,19 +81,6 @@ def test_role_numbers_where_the_objective_chooses_right_and_id_chooses_wrong():
     assert numbers["role_correlation"] == pytest.approx(1.0)
     assert (numbers["regret_objective"], numbers["regret_gap"]) == pytest.approx((0.0, 0.15))
     assert 0 < numbers["regret_gap_se"] < 0.05
-
-
-# ---- the plan
-
-
-def test_random_points_are_fixed_and_inside_the_space_and_know_how_near_they_are_to_its_edge():
-    points = acceptance.random_points(SPACE, 50, seed=0)
-    assert points == acceptance.random_points(SPACE, 50, seed=0)
-    assert points != acceptance.random_points(SPACE, 50, seed=1)
-    assert all(1e-4 <= p["learning_rate"] <= 1e-2 and 0 <= p["kl_weight"] <= 10 for p in points)
-    assert 15 < sum(p["learning_rate"] < 1e-3 for p in points) < 35  # half of them: the range is logarithmic
-    assert acceptance.edge_distance({"learning_rate": 1e-3, "kl_weight": 5.0}, SPACE) == pytest.approx(0.5)
-    assert acceptance.edge_distance({"learning_rate": 1e-3, "kl_weight": 9.8}, SPACE) == pytest.approx(0.02)
 
 
 def test_plan_has_paired_seeds_and_no_training_twice():
@@ -144,9 +119,6 @@ def test_a_recipe_that_cannot_be_compared_ends_before_anything_is_trained(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-# ---- engine
-
-
 @pytest.mark.slow
 def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
     """One real trial, then copies of its lines: all are read, all have folders, and the sampler takes them."""
@@ -162,9 +134,6 @@ def test_a_written_study_is_as_a_searched_one_and_goes_on(tmp_path):
     assert min(cost.log_mb, cost.ask_ms, cost.tell_ms, cost.open_s, cost.memory_mb) > 0
     cost = speed_engine.driver_cost(tmp_path / "driver", num_finished=3, num_live=4, num_reports=5, num_seconds=1)
     assert min(cost.read_ms, cost.read_share, cost.view_ms, cost.view_share) > 0
-
-
-# ---- images
 
 
 @pytest.mark.whole
@@ -188,9 +157,6 @@ def test_a_pass_of_each_side_gives_every_image_and_reading_is_measured(tmp_path,
     assert all(min(each["in_order"], each["at_random"], each["index_s"]) > 0 for each in found)
 
 
-# ---- operations
-
-
 def test_operations_of_a_tower_are_those_that_torch_counts():
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -202,9 +168,6 @@ def test_operations_of_a_tower_are_those_that_torch_counts():
         visual(torch.zeros(1, 3, tower.image_size, tower.image_size))
     assert counter.get_total_flops() == gpu.num_operations(tower)
     assert gpu.num_operations(gpu.TOWERS["ViT-B-16"]) == pytest.approx(35.1e9, rel=1e-3)
-
-
-# ---- samplers
 
 
 def test_the_spline_through_the_table_foretells_trainings_that_it_has_not_seen():

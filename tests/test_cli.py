@@ -104,6 +104,7 @@ def test_validate_says_what_comes_next_shows_a_complete_recipe_and_speaks_json(r
     assert answer.keys() == {"valid", "recipe_hash", "recipe"}
     assert answer["recipe"]["train"]["epochs"] == 7
     assert everything() == before
+    assert "Next:\n  carft-ray train recipe.yaml" in run("validate", "recipe.yaml", "--set", "search.space={}")[2]
     Path("shown.yaml").write_text(run(*words, "--show")[1])
     assert load_recipe(Path("shown.yaml")) == load_recipe(Path("recipe.yaml"), ["train.epochs=7"])
     code, _, err = run("validate", "recipe.yaml", "--set", "prompts.templates=['a {}']")

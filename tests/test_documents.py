@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import crash_host
@@ -11,6 +12,7 @@ import pytest
 import typer.main
 from PIL import Image
 from suggestions import check_suggestions
+from test_init import write_tree
 
 import carft_ray
 from carft_ray import training
@@ -112,18 +114,8 @@ def test_documented_targets_are_in_the_makefile():
         assert set(words) <= set(targets), f"{document}: {line}"
 
 
-def draw_images(folder, domains, num_per_class):
-    """Writes pictures of the sandbox as ``folder/domain/class/number.png``, for its tiny CLIP."""
-    for domain in domains:
-        for name in CLASSES:
-            (folder / domain / name).mkdir(parents=True)
-            for index in range(num_per_class):
-                pixels, _ = render(domain, "train", name, index)
-                Image.fromarray(pixels).save(folder / domain / name / f"{index}.png")
-
-
 def test_the_recipe_of_the_readme_is_one(tmp_path):
-    draw_images(tmp_path / "my_images", ["photo", "painting", "sketch"], 1)
+    write_tree(tmp_path / "my_images", ["photo", "painting", "sketch"], images=1)
     (written,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())
     assert len(written.splitlines()) == 15
     (tmp_path / "mine.yaml").write_text(written)
@@ -152,7 +144,10 @@ def test_the_commands_of_a_document_run(tmp_path, monkeypatch, capsys, document)
         assert code == 0, f"{line}\n{told.out}\n{told.err}"
         check_suggestions(told.err)
 
-    draw_images(tmp_path / "my_images", ["photo", "painting", "negative", "sketch"], 10)
+    for domain, name, index in product(("photo", "painting", "negative", "sketch"), CLASSES, range(10)):
+        path = tmp_path / "my_images" / domain / name / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render(domain, "train", name, index)[0]).save(path)
     for line in commands(document):
         if line.startswith(("make", "ray", "mkdir", "mv")) or "studies/quickstart" in line or "sandbox images" in line:
             continue  # other tests run these, or they make the folder of images
@@ -176,20 +171,14 @@ def test_the_commands_of_a_document_run(tmp_path, monkeypatch, capsys, document)
 # ---- the site
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory):
-    """The site, as ``make docs`` builds it, without a warning."""
-    folder = tmp_path_factory.mktemp("site")
-    (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if "-m sphinx" in line]
-    words = line.split("-m sphinx ")[1].replace("build/site", str(folder / "site")).replace("build/", f"{folder}/")
-    command = [sys.executable, "-m", "sphinx", *words.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    return folder / "site"
-
-
 @pytest.mark.whole
-def test_every_document_is_a_page_of_the_site_and_every_public_name_in_its_reference(site):
+def test_the_site_has_every_document_and_public_name_and_loads_nothing_from_elsewhere(tmp_path):
+    """As ``make docs`` builds it, without a warning."""
+    site = tmp_path / "site"
+    (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if "-m sphinx" in line]
+    words = line.split("-m sphinx ")[1].replace("build/site", str(site)).replace("build/", f"{tmp_path}/")
+    done = subprocess.run([sys.executable, "-m", "sphinx", *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
     first = (site / "README.html").read_text()
     for name in DOCUMENTS:
         page = name.removesuffix(".md") + ".html"
@@ -201,10 +190,6 @@ def test_every_document_is_a_page_of_the_site_and_every_public_name_in_its_refer
     names += [f"carft_ray.training.{name}" for name in training.__all__]
     assert [name for name in names if f'id="{name}"' not in text] == []
     assert "&lt;function" not in text
-
-
-@pytest.mark.whole
-def test_the_site_loads_nothing_from_elsewhere(site):
     for page in site.rglob("*.html"):
         assert not re.search(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(?:https?:)?//', page.read_text()), page
     for style in site.rglob("*.css"):

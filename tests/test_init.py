@@ -130,8 +130,6 @@ def test_a_tree_of_no_known_layout_is_told(tmp_path):
 
 def test_presets_are_the_recipes_of_the_folder(tmp_path, capsys):
     assert {"quickstart", "folders"} <= presets().keys()
-    assert all(presets().values())
-    assert not [line for line in presets().values() if "yaml-language-server" in line]
     assert call(["init", "--preset", "quickstart", "--to", str(tmp_path / "r.yaml")]) == 0
     assert load_recipe(tmp_path / "r.yaml").name == "quickstart"
     capsys.readouterr()

@@ -8,7 +8,7 @@ from logs import replace, write_line
 from stand_in import make_recipe
 from study_steps import finish, searching
 from suggestions import check_suggestions
-from test_verbs import BASE, start
+from test_verbs import start
 
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
@@ -129,11 +129,3 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     assert "must have the ledger of which manifest.json tells" in err
     assert "must have the ledger of which manifest.json tells" in found["problems"][0]
     assert steps(study_dir) == ["ls"]
-
-
-def test_a_recipe_without_a_space_is_trained_and_not_searched(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["validate", str(BASE.parent / "search_spaces" / "quickstart.yaml")]
-    for more, verb in (([], "search"), (["--set", "search.space={}"], "train")):
-        assert crash_host.call([*words, *more]) == 0
-        assert f"Next:\n  carft-ray {verb} " in capsys.readouterr().err

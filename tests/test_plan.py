@@ -20,10 +20,6 @@ from carft_ray.recipe.trial_values import drawn, middle
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def measured(training_s=lambda values: 10.0, first_s=5.0, next_s=1.0):
-    return Measured(1.0, 18.0, training_s, 0.1, first_s, next_s)  # and 5 s before Ray and after it
-
-
 # ---- slots
 
 
@@ -45,11 +41,10 @@ def test_jobs_run_in_their_order_on_the_slot_that_is_free_first(jobs, slots, fir
 
 def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
     recipe = make_recipe(7, max_concurrent_trials=2)  # and one baseline
-    found = forecast(recipe, capacity_of(recipe, (Node(8, 0),)), measured())
-    # two slots: first trainings of 15 s, then three more of 11 s on each
-    assert found["search_s"][0] == pytest.approx(23 + 15 + 3 * 11)
-    assert found["search_s"][1] == pytest.approx(71 / 1.1, rel=1e-5)
-    assert found["search_s"][2] == pytest.approx(71 * 1.1, rel=1e-5)
+    measured = Measured(1.0, 18.0, lambda values: 10.0, 0.1, 5.0, 1.0)
+    found = forecast(recipe, capacity_of(recipe, (Node(8, 0),)), measured)
+    # 23 s around the trainings, with 5 s before Ray and after it; two slots: one of 15 s, then three of 11 s on each
+    assert found["search_s"] == pytest.approx((71, 71 / 1.1, 71 * 1.1), rel=1e-5)
     assert found["trial_s"][0] == 11
     assert found["confirm_s"][0] == pytest.approx(23 + 15 + 5 * 11)  # three trials and the baseline, three seeds
     assert found["cpu_hours"][0] == pytest.approx((8 * 10 + 2 * 5 + 6) / 3600, rel=1e-5)
@@ -63,7 +58,7 @@ def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
 
 def test_gpu_hours_count_every_gpu_of_every_worker_and_prices_follow_them():
     recipe = make_recipe(4, resources={"num_workers": 2, "gpus_per_worker": 2}, baselines={})
-    found = forecast(recipe, capacity_of(recipe, (Node(16, 16),)), measured(first_s=0, next_s=0))
+    found = forecast(recipe, capacity_of(recipe, (Node(16, 16),)), Measured(1.0, 18.0, lambda values: 10.0, 0.1))
     assert found["concurrency"] == 4
     assert found["gpu_hours"][0] == pytest.approx(4 * 10 * 2 * 2 / 3600, rel=1e-5)
     assert price(found, 3.0, None)[0] == pytest.approx(3 * found["gpu_hours"][0], abs=1e-4)
@@ -159,6 +154,9 @@ def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):
 
 
 def test_what_cannot_be_planned_is_told_before_anything_is_measured(capsys):
-    words = ["--price-per-hour", "1", "--price-per-gpu-hour", "1"]
-    assert call(["plan", ROOT / "search_spaces" / "quickstart.yaml", *words]) == 2
-    assert "error: --price-per-hour: must stand without" in capsys.readouterr().err
+    for words, message in (
+        (["--price-per-hour", "1", "--price-per-gpu-hour", "1"], "--price-per-hour: must stand without"),
+        (["--set", "search.space={}"], "search.space: must hold at least one parameter to search"),
+    ):
+        assert call(["plan", ROOT / "search_spaces" / "quickstart.yaml", *words]) in (2, 3)
+        assert f"error: {message}" in capsys.readouterr().err

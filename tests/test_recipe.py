@@ -76,6 +76,8 @@ BAD = [
     # words
     ("train: {decay: matrix}", f":9: train.decay: {ONE_OF}\"matrix\"; did you mean 'matrices'? (allowed: all, "),
     # prompts and classes
+    ("prompts: {class_names: 5}", "prompts.class_names: must be the name of a benchmark or a list of texts, but got"),
+    ("prompts: {class_names: imagnet}", "but got \"imagnet\"; did you mean 'imagenet'? (allowed: "),
     ("prompts: {templates: openia}", f":9: prompts.templates: {TEMPLATES}\"openia\"; did you mean 'openai'?"),
     ("prompts: {templates: 'a {}'}", '\n    Write one template as a list: ["a {}"].'),
     ("prompts: {templates: []}", ":9: prompts.templates: must not be empty, but got []"),
@@ -426,12 +428,10 @@ data:
   ood_val: {c: {source: folder, path: png, domains: [c]}}
   id_test: {source: folder, path: ~/png, domains: [d]}
 """
-    recipe = _load(tmp_path, base=base)
-    here = tmp_path.resolve()
-    path = tmp_path / "deep" / "best.yaml"
-    path.parent.mkdir()
-    path.write_text(dump_recipe(recipe))
-    best = load_recipe(path)
+    recipe, here = _load(tmp_path, base=base), tmp_path.resolve()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "best.yaml").write_text(dump_recipe(recipe))
+    best = load_recipe(tmp_path / "deep" / "best.yaml")
     assert best == recipe
     paths = [spec.path for spec in (best.data.train, best.data.id_val, best.data.ood_val["c"], best.data.id_test)]
     assert paths == [str(each) for each in (here.parent / "png", "/abs/png", here / "png", Path.home() / "png")]

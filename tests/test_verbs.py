@@ -1,8 +1,8 @@
 """The verbs of a study on the command line: status, ls, logs, stop, resume; studies in wrong hands. No Ray runs."""
 
+import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -77,10 +77,6 @@ def everything(folder):
     }
 
 
-def named(study_dir, number):
-    return next(path.name for path in (study_dir / "trials").iterdir() if path.name.startswith(f"t{number:04d}"))
-
-
 # status
 
 
@@ -93,8 +89,7 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     found = {state: count for state, count in answer["trials"].items() if count}
     assert found == {"complete": 3, "diverged": 1, "stopped": 1}
     assert (answer["wanted"], answer["finished"], answer["study"]) == (8, 4, str(here / "first"))
-    assert answer["best"]["name"] == named(here / "first", 1)
-    assert answer["best"]["objective"] == 0.7
+    assert (answer["best"]["number"], answer["best"]["objective"]) == (1, 0.7)
     assert answer["selected_on"] == ["id_val"]
     assert [row["name"] for row in answer["baselines"]] == ["plain", "zero_shot"]
     assert (answer["search"]["running"], answer["search"]["holder"]) == (False, None)
@@ -205,7 +200,7 @@ def test_logs_finds_a_training_by_number_and_name(run, here):
 
 
 def test_a_trial_without_a_log_is_no_error(run, here):
-    path = here / "first" / "trials" / named(here / "first", 4) / "log.txt"
+    [path] = here.glob("first/trials/t0004*/log.txt")
     path.unlink()
     code, out, err = run("logs", "first", "4")
     assert (code, out) == (0, "")
@@ -242,13 +237,14 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_ended(run
 
 @pytest.mark.slow
 def test_stop_asks_a_training_too(run, here, monkeypatch):
-    monkeypatch.setattr("carft_ray.launch.stop.wait_until_free", lambda *given: None)  # it has ended
-    with open_study(here / "one", single(RECIPE)):
+    with contextlib.ExitStack() as held:
+        held.enter_context(open_study(here / "one", single(RECIPE)))
+        monkeypatch.setattr("carft_ray.launch.stop.wait_until_free", lambda *given: held.close())
         code, out, err = run("stop", "one")
     assert (code, out) == (0, "")
     assert f"Asked process {os.getpid()} on " in err
     assert "The training has ended; 0 of 1 trial finished." in err
-    assert (here / "one" / "stop").exists()
+    assert "  carft-ray train one/resolved.yaml --out one --resume" in err
 
 
 @pytest.mark.slow
@@ -283,10 +279,10 @@ def test_stop_says_what_it_waits_for_and_ends_with_the_command_that_shows_it(run
     with holding(here / "first"):
         code, _, err = run("stop", "first")
     assert code == 5
-    holder = re.escape(f"process {os.getpid()} on ") + r"\S+, since \S+"
+    assert f"process {os.getpid()} on " in err
     _, told, error, step = err.splitlines()
-    assert re.fullmatch(rf"{holder} still runs: its trainings end at their next checkpoint", told)
-    assert re.fullmatch(rf"error: {holder}: must end within 0.6 s of being asked to stop, but got it still runs", error)
+    assert told.endswith(" still runs: its trainings end at their next checkpoint")
+    assert error.endswith(": must end within 0.6 s of being asked to stop, but got it still runs")
     assert step == "    See: carft-ray status first"
 
 
@@ -318,7 +314,6 @@ def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
     assert "The search has ended; " in err
     after = json.loads(run("status", "live", "--json")[1])
     assert (after["trials"]["running"], after["running"], after["search"]["running"]) == (0, [], False)
-    assert [row["outcome"] for row in after["baselines"]] in (["stopped", "complete"], ["complete", "complete"])
 
 
 # resume

@@ -59,12 +59,11 @@ def test_a_command_refuses_an_older_library_with_exit_code_2_and_goes_on_with_a_
     assert capsys.readouterr() == ("", "error: beta 1.1: carft-ray needs >=1.2; run: pip install 'beta>=1.2'\n")
 
 
-@pytest.mark.parametrize("words", [["search", "--help"], ["-h"], ["ls", "nowhere"]], ids=" ".join)
-def test_help_and_the_readers_of_studies_work_with_any_version(installed, capsys, words):
+def test_help_and_the_readers_of_studies_work_with_any_version(installed, capsys):
     installed(alpha="1", beta="1.1")
-    crash_host.call(words)
-    out, err = capsys.readouterr()
-    assert "carft-ray needs" not in out + err
+    for words in (["search", "--help"], ["-h"], ["ls", "nowhere"]):
+        crash_host.call(words)
+        assert "carft-ray needs" not in "".join(capsys.readouterr())
 
 
 def test_the_constraints_of_the_oldest_releases_are_the_lower_bounds():
