@@ -179,18 +179,19 @@ def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overr
         calls.append(values["learning_rate"])
         return own_functions.few_steps(values, context)
 
-    found = carft_ray.search(here / "recipe.yaml", tmp_path / "own", overrides=overrides, train=mine, progress=False)
-    assert len(calls) == 2
-    assert calls == found.trials()["learning_rate"].to_pylist()
+    given = {**overrides, "search.baselines": BASELINES}
+    found = carft_ray.search(here / "recipe.yaml", tmp_path / "own", overrides=given, train=mine, progress=False)
+    assert len(calls) == 3  # with the baseline
+    assert calls[1:] == found.trials()["learning_rate"].to_pylist()
     with pytest.raises(UsageError, match="names code that a training would run"):
         carft_ray.resume(tmp_path / "own", "+1", progress=False)
     longer = carft_ray.resume(tmp_path / "own", "+1", train=mine, progress=False)
-    assert (len(calls), longer.numbers["new_trials"]) == (3, 1)
+    assert (len(calls), longer.numbers["new_trials"]) == (4, 1)
     confirmed = carft_ray.confirm(tmp_path / "own", top=1, seeds=2, train=mine, progress=False)
     assert confirmed.numbers == json.loads((tmp_path / "own" / "confirm" / "summary.json").read_text())
     assert longer.best.name in confirmed._repr_html_()
     assert longer.best.name in str(confirmed)
-    assert len(calls) == 5
+    assert len(calls) == 8  # of the best, and of the baseline
     assert carft_ray.evaluate(tmp_path / "own").numbers["name"] == f"own/{longer.best.name}"
 
 

@@ -78,6 +78,7 @@ BAD = [
     # prompts and classes
     ("prompts: {class_names: 5}", "prompts.class_names: must be the name of a benchmark or a list of texts, but got"),
     ("prompts: {class_names: imagnet}", "but got \"imagnet\"; did you mean 'imagenet'? (allowed: "),
+    ("prompts: {templates: 5}", f":9: prompts.templates: {TEMPLATES}5"),
     ("prompts: {templates: openia}", f":9: prompts.templates: {TEMPLATES}\"openia\"; did you mean 'openai'?"),
     ("prompts: {templates: 'a {}'}", '\n    Write one template as a list: ["a {}"].'),
     ("prompts: {templates: []}", ":9: prompts.templates: must not be empty, but got []"),
