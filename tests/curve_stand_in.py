@@ -1,25 +1,16 @@
-"""A search of trainings without torch that have an alpha curve of ID and OOD accuracy and a violation: for the tests of
-Pareto searches and constraints. Run by ``crash_host.py``, or called with an open study.
-"""
+"""Trainings without torch that have an alpha curve of ID and OOD accuracy and a violation, of an open study."""
 
-import gc
 import math
-import sys
-from pathlib import Path
 
 import stand_in
 
 from carft_ray import files
-from carft_ray.errors import CarftError
 from carft_ray.evaluation.constraints import stored_limits
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.store import result
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-PARETO = {"kind": "pareto"}
 ZERO_SHOT = {"objective": 0.55, "id_accuracy": 0.6, "ood_accuracy": 0.5}
 
 
@@ -28,7 +19,7 @@ def make_recipe(trials=4, **search):
     content = stand_in.make_recipe(trials, resources=search.pop("resources", {})).model_dump(mode="json")
     content["data"]["ood_val"] = {"sketch": {**stand_in.SANDBOX_SET, "domain": "sketch", "split": "val"}}
     content["search"]["space"]["alpha"] = {"low": 0.1, "high": 1.0}
-    content["search"] |= {"objective": PARETO, "alpha": {"mode": "sample"}, "keep_checkpoints": 1, **search}
+    content["search"] |= {"objective": {"kind": "pareto"}, "alpha": {"mode": "sample"}, "keep_checkpoints": 1, **search}
     if content["search"]["alpha"].get("mode") != "sample":
         del content["search"]["space"]["alpha"]
     return Recipe.model_validate(content)
@@ -73,17 +64,6 @@ def write_result(study, spec):
     result.write_result(place, result_of(recipe, study.study_dir))
 
 
-def prepare(recipe, folder, say=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    return {**ZERO_SHOT, "num_images": {"id_val": 64, "sketch": 64}}
-
-
-def train(recipe, out_dir, prepared_dir, context, attempt):
-    place = out_dir / f"attempt-{attempt}"
-    files.write_bytes(place / "fine_tuned.safetensors", b"weights")
-    return result.write_result(place, result_of(recipe, prepared_dir.parent))
-
-
 def run_all(study, num=None):
     """Runs what the study proposes, at most ``num`` attempts; returns the specs."""
     specs = []
@@ -92,28 +72,3 @@ def run_all(study, num=None):
         assert study.settle(spec) is not None
         specs.append(spec)
     return specs
-
-
-def import_everything():
-    import optuna.samplers._tpe.sampler
-
-    assert optuna
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-
-
-def call(argv):
-    """Searches in a folder: ``[STUDY_DIR, TRIALS]``; returns the exit code."""
-    sampler = {"name": "tpe", "startup_trials": 2}
-    recipe = make_recipe(int(argv[1]), baselines={}, sampler=sampler, constraints={"id_drop": {"zero_shot": 0.01}})
-    try:
-        with open_study(Path(argv[0]), recipe) as study:
-            recover_running(study)
-            study.add_zero_shot(ZERO_SHOT)
-            run_all(study)
-            print(*study.notes, sep="\n")
-    except CarftError as error:
-        print(error, file=sys.stderr)
-        return error.exit_code
-    return 0

@@ -8,6 +8,7 @@ STUDY is a folder or an address. Every look of the driver is made at once, so th
 is the same each time; into a bucket nothing goes on the side. No figure is drawn.
 """
 
+import contextlib
 import json
 import sys
 
@@ -51,19 +52,14 @@ def told(study_dir):
     return json.loads(json.dumps(found + [["ledger", entry.purpose] for entry in read_ledger(study_dir)]))
 
 
-def looked(study):
-    """Returns what a reader is told; nothing where there is no study yet."""
-    try:
-        return told(fetched(study, NUMBERS))
-    except UsageError:
-        return []
-
-
 def call(argv):
     what = argv[0]
     try:
         if what == "look":
-            print(json.dumps(looked(argv[1])))
+            found = []
+            with contextlib.suppress(UsageError):  # there is no study yet
+                found = told(fetched(argv[1], NUMBERS))
+            print(json.dumps(found))
             return 0
         study_dir = own_folder(argv[1])
         if what == "search":

@@ -1,31 +1,34 @@
-"""Links of the documents lead somewhere, and what they say to type works: README and tutorial are run as they stand."""
+"""The documents: links lead somewhere, what they say to type works, and the site of them is whole and of one piece."""
 
 import re
+import shlex
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
 
-import documents
+import crash_host
 import pytest
-from documents import DOCUMENTS, ROOT
+import typer.main
+from PIL import Image
+from suggestions import check_suggestions
+from test_init import write_tree
 
 import carft_ray
+from carft_ray import training
 from carft_ray.cli import app
+from carft_ray.data.synthetic.sandbox import CLASSES, render
 from carft_ray.recipe.loading import load_recipe
 
-NUMBERS = {8: "eight", 15: "fifteen"}
+ROOT = Path(__file__).resolve().parents[1]
+PLACES = ("*.md", "docs/*.md", "search_spaces/*.md", "cluster/*.md", "benchmarks/*.md", "examples/*.md")
+DOCUMENTS = tuple(path.relative_to(ROOT).as_posix() for place in PLACES for path in sorted(ROOT.glob(place)))
 
-# what this file cannot run: by what it is run instead, a test or a benchmark that is named
-ELSEWHERE = {
-    "make quickstart": ("benchmarks/README.md", "| `make quickstart` ("),
-    "carft-ray report studies/quickstart --html": ("tests/test_wheel.py", '"report", "studies/first", "--html"'),
-    "ray get-auth-token --generate > /dev/null; RAY_AUTH_MODE=token ray start --head": (
-        "tests/cluster.py",
-        '"RAY_AUTH_MODE": "token"',
-    ),
-    "carft-ray submit search_spaces/quickstart.yaml --study studies/quickstart": (
-        "tests/test_submit_real.py",
-        '"submit"',
-    ),
-    "carft-ray status studies/quickstart": ("tests/test_wheel.py", '"status", "studies/first"'),
-}
+# seconds instead of minutes
+SHORTER = {r"trials: \d+": "trials: 2", r"epochs: \d+": "epochs: 1", r"batch_size: \d+": "batch_size: 32"}
+
+
+# ---- links and names
 
 
 def anchors(path):
@@ -49,28 +52,16 @@ def test_links_lead_to_files_and_headings_and_each_page_is_named_by_another():
             assert not anchor or anchor in anchors(target), (name, link)
         if name not in ("README.md", "docs/index.md"):
             assert any(path.name in text for other, text in texts.items() if other != name), name
-    for name, most in (("README.md", 130), ("benchmarks/README.md", 150)):
-        assert len(texts[name].splitlines()) <= most
 
 
-def test_numbers_of_the_documents_are_those_of_the_package():
-    recipes = list((ROOT / "search_spaces").glob("*.yaml"))
-    assert f"{NUMBERS[len(recipes)]} recipes ship" in (ROOT / "README.md").read_text()
-    tutorial = " ".join((ROOT / "docs/tutorial.md").read_text().split())
-    [named] = re.findall(
-        r"ImageNet with V2, R, A, Sketch and ObjectNet, DomainBed, WILDS, CIFAR and (\w+) more", tutorial
-    )
-    facts = {path.stem for path in (ROOT / "carft_ray/data/benchmarks/facts").glob("*.json")}
-    domain_bed = {"pacs", "vlcs", "office-home", "terra-incognita", "domain-net"}
-    others = facts - domain_bed - {"fmow", "iwildcam", "camelyon17", "objectnet"}
-    assert named == NUMBERS[len([name for name in others if not name.startswith(("imagenet", "cifar"))])]
-
-
-def test_the_functions_that_the_faq_names_are_those_that_are_commands():
+def test_every_public_name_is_in_a_document_and_the_faq_names_the_functions_that_are_commands():
+    text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS if "/" not in name or name.startswith("docs/"))
+    methods = [name for name in vars(carft_ray.Study) if not name.startswith("_") and name != "path"]
+    names = [*carft_ray.__all__, *training.__all__, *methods]
+    assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    functions = sorted(commands & {*carft_ray.__all__})
     [answer] = re.findall(r"(?m)^Yes: (.* are functions) ", (ROOT / "docs/faq.md").read_text())
-    assert sorted(re.findall(r"`(\w+)`", answer)) == functions
+    assert sorted(re.findall(r"`(\w+)`", answer)) == sorted(commands & {*carft_ray.__all__})
 
 
 def test_each_statement_on_trust_names_the_test_that_holds_it():
@@ -84,61 +75,122 @@ def test_each_statement_on_trust_names_the_test_that_holds_it():
             assert re.search(rf"(?m)^def {name}\(", (ROOT / "tests" / file).read_text()), name
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path
+# ---- commands
 
 
-def test_what_is_run_elsewhere_is_run_there():
-    for command, (place, text) in ELSEWHERE.items():
-        assert text in (ROOT / place).read_text(), command
+def code_lines():
+    """Yields the lines of all code blocks, fenced or indented, with continued lines joined and prompts removed."""
+    for name in DOCUMENTS:
+        text = (ROOT / name).read_text()
+        fenced = re.findall(r"(?ms)^```[a-z]*\n(.*?)^```", text)
+        rest = re.sub(r"(?ms)^```.*?^```", "", text)
+        lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
+        lines += [line for line in rest.replace("\\\n", " ").splitlines() if line.startswith("    ")]
+        yield from ((name, line.strip().removeprefix("$ ").removeprefix(".venv/bin/")) for line in lines)
 
 
-def test_the_recipe_of_the_readme_is_one(here):
-    documents.draw_images(here / "my_images", ["photo", "painting", "sketch"], num_per_class=1)
+def documented(program):
+    return [(name, line) for name, line in code_lines() if line.split(" ")[0] == program]
+
+
+def test_documented_commands_parse_and_their_recipes_take_the_settings():
+    program = typer.main.get_command(app)
+    for document, line in documented("carft-ray"):
+        words, command = shlex.split(line, comments=True)[1:], program
+        while hasattr(command, "commands"):
+            command = command.commands[words.pop(0)]
+        given = command.make_context(command.name, words).params
+        recipe = ROOT / (given.get("recipe") or "none")
+        if recipe.is_file():
+            load_recipe(recipe, given["set_"] or [])
+        for word in line.split():
+            assert not word.startswith("search_spaces/") or (ROOT / word).is_file(), (document, line)
+
+
+def test_documented_targets_are_in_the_makefile():
+    targets = re.findall(r"(?m)^([\w-]+):", (ROOT / "Makefile").read_text())
+    for document, line in documented("make"):
+        words = [word for word in shlex.split(line, comments=True)[1:] if "=" not in word]
+        assert set(words) <= set(targets), f"{document}: {line}"
+
+
+def test_the_recipe_of_the_readme_is_one(tmp_path):
+    write_tree(tmp_path / "my_images", ["photo", "painting", "sketch"], images=1)
     (written,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())
     assert len(written.splitlines()) == 15
-    (here / "mine.yaml").write_text(written)
-    recipe = load_recipe(here / "mine.yaml")
+    (tmp_path / "mine.yaml").write_text(written)
+    recipe = load_recipe(tmp_path / "mine.yaml")
     assert {*recipe.search.space} == {"learning_rate", "kl_weight"}
     assert recipe.data.id_test is not None
 
 
+def commands(name):
+    """Returns the command lines of a document, without their comments."""
+    blocks = re.findall(r"(?ms)^```console\n(.*?)^```", (ROOT / name).read_text())
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.startswith("$ ")]
+    return [line.removeprefix("$ ").removeprefix(".venv/bin/").split("  #")[0].rstrip() for line in lines]
+
+
 @pytest.mark.whole
-def test_the_commands_of_the_readme_run(here, capsys):
-    """Each as it stands, in its order, on a small folder of images; the recipe that ``init`` writes is shortened."""
-    documents.draw_images(here / "my_images", ["photo", "painting", "sketch"])
-    lines = documents.commands("README.md")
-    assert {*ELSEWHERE} < {*lines}
-    for line in lines:
-        if line in ELSEWHERE:
-            continue
-        if line.startswith("carft-ray init"):
-            documents.run(line, capsys)
-            assert "ViT-B-16" in (here / "recipe.yaml").read_text()  # what a reader gets; the weights are not here
-            (here / "recipe.yaml").unlink()
+@pytest.mark.parametrize("document", ["README.md", "docs/tutorial.md"])
+def test_the_commands_of_a_document_run(tmp_path, monkeypatch, capsys, document):
+    """In their order, on a small folder of images that is drawn instead; what ``init`` writes is made short."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(line):
+        code = crash_host.call(shlex.split(line)[1:])
+        told = capsys.readouterr()
+        assert code == 0, f"{line}\n{told.out}\n{told.err}"
+        check_suggestions(told.err)
+
+    for domain, name, index in product(("photo", "painting", "negative", "sketch"), CLASSES, range(10)):
+        path = tmp_path / "my_images" / domain / name / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(render(domain, "train", name, index)[0]).save(path)
+    for line in commands(document):
+        if line.startswith(("make", "ray", "mkdir", "mv")) or "studies/quickstart" in line or "sandbox images" in line:
+            continue  # other tests run these, or they make the folder of images
+        is_init = line.startswith("carft-ray init")
+        if is_init and "--model" not in line:
+            run(line)
+            assert "ViT-B-16" in (tmp_path / "recipe.yaml").read_text()  # what a reader gets; its weights are not here
+            (tmp_path / "recipe.yaml").unlink()
             line += " --model sandbox"
-        out, err = documents.run(line, capsys)
-        if "init" in line:
-            documents.shorten(here / "recipe.yaml")
-    assert (here / "exports/mine/README.md").is_file()
-    assert "test" in out + err or (here / "studies/mine/test").is_dir()
+        run(line.replace("trials=8", "trials=2").replace("epochs=4", "epochs=1"))
+        if is_init:
+            text = (tmp_path / "recipe.yaml").read_text().replace("resources:\n", "resources:\n  executor: debug\n")
+            for long, short in SHORTER.items():
+                text = re.sub(long, short, text)
+            (tmp_path / "recipe.yaml").write_text(text)
+    assert (tmp_path / "studies/mine/figure.png").is_file()
+    exported = {path.name for path in (tmp_path / "exports/mine").iterdir()}
+    assert {"open_clip_config.json", "class_head.safetensors", "README.md", "recipe.yaml"} <= exported
+
+
+# ---- the site
 
 
 @pytest.mark.whole
-def test_the_commands_of_the_tutorial_run(here, capsys):
-    """All but those that make its folder of images, of which a small one is drawn here; its search is shorter."""
-    documents.draw_images(here / "my_images", ["photo", "painting", "negative", "sketch", "cartoon"])
-    for line in documents.commands("docs/tutorial.md"):
-        if line.startswith(("mkdir", "mv")) or "sandbox images" in line:
-            continue
-        line = line.replace("trials=8", "trials=2").replace("epochs=4", "epochs=1")
-        documents.run(line, capsys)
-        if "init" in line:
-            documents.shorten(here / "recipe.yaml")
-    assert (here / "studies/mine/figure.png").is_file()
-    assert (here / "studies/mine/report.html").is_file()
-    exported = {path.name for path in (here / "exports/mine").iterdir()}
-    assert {"open_clip_config.json", "class_head.safetensors", "README.md", "recipe.yaml"} <= exported
+def test_the_site_has_every_document_and_public_name_and_loads_nothing_from_elsewhere(tmp_path):
+    """As ``make docs`` builds it, without a warning."""
+    site = tmp_path / "site"
+    (line,) = [line for line in (ROOT / "Makefile").read_text().splitlines() if "-m sphinx" in line]
+    words = line.split("-m sphinx ")[1].replace("build/site", str(site)).replace("build/", f"{tmp_path}/")
+    done = subprocess.run([sys.executable, "-m", "sphinx", *words.split()], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    first = (site / "README.html").read_text()
+    for name in DOCUMENTS:
+        page = name.removesuffix(".md") + ".html"
+        assert (site / page).is_file()
+        assert name == "README.md" or f'href="{page}"' in first, page
+    assert "url=README.html" in (site / "index.html").read_text()
+    text = (site / "docs/api.html").read_text()
+    names = [f"carft_ray.{name}" for name in carft_ray.__all__ if name != "__version__"]
+    names += [f"carft_ray.training.{name}" for name in training.__all__]
+    assert [name for name in names if f'id="{name}"' not in text] == []
+    assert "&lt;function" not in text
+    for page in site.rglob("*.html"):
+        assert not re.search(r'<(?:script|img|link|iframe)[^>]*(?:src|href)="(?:https?:)?//', page.read_text()), page
+    for style in site.rglob("*.css"):
+        assert not re.search(r"@import|url\(['\"]?(?:https?:)?//", style.read_text()), style

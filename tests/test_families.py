@@ -1,7 +1,5 @@
 """One model of each family: loaded, preprocessed, with its tokenizer and heads, against stock open_clip."""
 
-import functools
-
 import numpy as np
 import open_clip
 import pytest
@@ -17,43 +15,37 @@ from carft_ray.model.heads import build_heads
 from carft_ray.model.tower import layer_groups
 from carft_ray.training.losses import context_distribution, context_kl
 
-pytestmark = pytest.mark.slow
-
 TEMPLATES = ("a photo of a {}", "a sketch of the {}")
 WORDS = ("cat", "dog", "car")
-
-
 OFTEN = ("openai-resnet", "siglip2", "coca")  # the others in `make test-all`
-
-
-@pytest.fixture(params=[pytest.param(name, marks=[] if name in OFTEN else pytest.mark.whole) for name in FAMILIES])
-def family(request):
-    return FAMILIES[request.param]
-
-
-@pytest.fixture(scope="module")
-def opened(tmp_path_factory):
-    """Returns a function that makes a family's folder and opens it: with us, and with stock open_clip."""
-
-    @functools.cache
-    def make(name):
-        family = next(family for family in FAMILIES.values() if family.name == name)
-        folder = make_folder(family, tmp_path_factory.mktemp(name))
-        with quiet():
-            model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
-            tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
-        return load_folder(folder), model.eval(), preprocess, tokenizer
-
-    return make
 
 
 def picture(width, height):
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_preprocessing_and_image_tower_are_those_of_stock_open_clip(family, opened):
-    clip, model, preprocess, _ = opened(family.name)
-    class_head, _ = build_heads(clip.model, clip.tokenizer, WORDS, TEMPLATES)
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.whole) for name in FAMILIES]
+)
+def test_a_family_is_as_in_stock_open_clip_its_kl_zero_at_step_0_and_a_gradient_reaches_every_layer(tmp_path, name):
+    family, folder = FAMILIES[name], make_folder(FAMILIES[name], tmp_path)
+    with quiet():
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    clip = load_folder(folder)
+    model.eval()
+
+    tokens = clip.tokenizer(["a photo of a cat", "the dog"])
+    assert tokens.tolist() == tokenizer(["a photo of a cat", "the dog"]).tolist()
+    assert tokens.shape == (2, family.context_length)
+    class_head, context_head = build_heads(clip.model, clip.tokenizer, WORDS, TEMPLATES)
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, WORDS, TEMPLATES)
+    torch.testing.assert_close(class_head, expected.T, atol=1e-5, rtol=0)
+    assert context_head.shape == (len(TEMPLATES), class_head.shape[1])
+    assert not torch.allclose(class_head[0], class_head[1], atol=1e-4)
+    assert clip.logit_scale == pytest.approx(model.logit_scale.exp().item())
+
     classifier = ImageClassifier(clip.model.visual, class_head, clip.logit_scale, clip.mean, clip.std).eval()
     pictures = [picture(300, 200), picture(500, 450)]
     pixels = torch.from_numpy(np.stack([np.asarray(clip.to_input(image)) for image in pictures]))
@@ -66,31 +58,12 @@ def test_preprocessing_and_image_tower_are_those_of_stock_open_clip(family, open
     torch.testing.assert_close(functional.normalize(features, dim=-1), expected, atol=1e-5, rtol=0)
     assert not torch.allclose(expected[0], expected[1], atol=1e-5)  # it tells images apart
 
-
-def test_tokens_class_head_and_scale_are_those_of_stock_open_clip(family, opened):
-    clip, model, _, tokenizer = opened(family.name)
-    tokens = clip.tokenizer(["a photo of a cat", "the dog"])
-    assert tokens.tolist() == tokenizer(["a photo of a cat", "the dog"]).tolist()
-    assert tokens.shape == (2, family.context_length)
-    class_head, context_head = build_heads(clip.model, clip.tokenizer, WORDS, TEMPLATES)
-    expected = open_clip.build_zero_shot_classifier(model, tokenizer, WORDS, TEMPLATES)
-    torch.testing.assert_close(class_head, expected.T, atol=1e-5, rtol=0)
-    assert context_head.shape == (len(TEMPLATES), class_head.shape[1])
-    assert not torch.allclose(class_head[0], class_head[1], atol=1e-4)
-    assert clip.logit_scale == pytest.approx(model.logit_scale.exp().item())
-
-
-def test_the_kl_is_zero_at_step_0_and_a_gradient_reaches_every_layer(family, opened):
-    clip = opened(family.name)[0]
-    class_head, context_head = build_heads(clip.model, clip.tokenizer, WORDS, TEMPLATES)
-    classifier = ImageClassifier(clip.model.visual, class_head, clip.logit_scale, clip.mean, clip.std).train()
-    pixels = torch.from_numpy(np.stack([np.asarray(clip.to_input(picture(300, 200)))] * 2))
+    classifier.train()
     with torch.no_grad():
-        frozen = ImageClassifier(clip.model.visual, class_head, clip.logit_scale, clip.mean, clip.std).train()
-        zero_shot = frozen.features(pixels)
+        zero_shot = classifier.features(pixels)
     features, logits = classifier(pixels)
     log_p, log_p0 = (
-        context_distribution(end, context_head, clip.logit_scale) for end in (features.detach(), zero_shot)
+        context_distribution(end.detach(), context_head, clip.logit_scale) for end in (features, zero_shot)
     )
     assert (context_kl(log_p, log_p0) == 0).all()
     functional.cross_entropy(logits, torch.tensor([0, 1])).backward()

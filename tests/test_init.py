@@ -41,11 +41,12 @@ LAYOUTS = {
 }
 
 
-def drafted(folder, found, roles, model="sandbox", pretrained=None):
+def drafted(tree, train, *model, ood=(None, None)):
     """The recipe that is drafted for a tree beside it, and its text."""
-    written = draft("x", "tree", found, roles, model, pretrained, 2)
-    (folder / "r.yaml").write_text(written)
-    return load_recipe(folder / "r.yaml"), written
+    found = survey(tree)
+    written = draft("x", str(tree), found, choose_roles(found, train, *ood), *(model or ("ViT-B-16", "openai")), 2)
+    (tree.parent / "r.yaml").write_text(written)
+    return load_recipe(tree.parent / "r.yaml"), written
 
 
 @pytest.mark.parametrize("folders", LAYOUTS)
@@ -55,10 +56,10 @@ def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders):
     assert sorted(one.folder for one in found) == sorted(folders.split())
     assert {one.num_images for one in found} == {30}
     assert sorted((one.domain, one.split) for one in found) == LAYOUTS[folders]
-    has_domains = "art" in folders
-    roles = choose_roles(found, "photo" if has_domains else None, None, None)
-    assert (roles.train, roles.ood_val) == (("photo", ("art",)) if has_domains else ("", ()))
-    recipe, _ = drafted(tmp_path, found, roles)
+    train = "photo" if "art" in folders else None
+    roles = choose_roles(found, train, None, None)
+    assert (roles.train, roles.ood_val) == (("photo", ("art",)) if train else ("", ()))
+    recipe, _ = drafted(tmp_path / "tree", train, "sandbox", None)
     assert check_searchable(recipe) == check_roles(recipe) == check_sets(recipe) == []
     assert recipe.data.ood_val
 
@@ -73,7 +74,8 @@ def test_a_class_folder_becomes_words():
 
 def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_folders(tmp_path):
     folders = ("animalsNature", "city-street", "old_town")
-    recipe, written = of_classes(tmp_path, folders)
+    write_tree(tmp_path / "tree", ["photo", "art"], folders, images=5)
+    recipe, written = drafted(tmp_path / "tree", "photo")
     assert class_names(recipe) == ("animals nature", "city street", "old town")
     assert class_folders(recipe) == folders
     assert "NO WORDS" not in written
@@ -82,20 +84,12 @@ def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_
     assert ids == same
 
 
-def of_classes(folder, classes):
-    """The recipe for a tree of these classes, and its text."""
-    write_tree(folder / "tree", ["photo", "art"], classes, images=5)
-    found = survey(folder / "tree")
-    return drafted(folder, found, choose_roles(found, "photo", None, None), "ViT-B-16", "openai")
-
-
 def test_ids_of_imagenet_get_its_words_and_other_ids_a_word_of_warning(tmp_path):
-    recipe, written = of_classes(tmp_path / "known", ("n01440764", "n01443537"))
-    assert class_names(recipe) == ("tench", "goldfish")
-    assert "NO WORDS" not in written
-    recipe, written = of_classes(tmp_path / "other", ("n01440764", "n99999999"))
-    assert recipe.prompts.class_names is None
-    assert "THESE FOLDER NAMES ARE NO WORDS" in written
+    for name, words in (("n01443537", ("tench", "goldfish")), ("n99999999", ("n01440764", "n99999999"))):
+        write_tree(tmp_path / name, ["photo", "art"], ("n01440764", name), images=5)
+        recipe, written = drafted(tmp_path / name, "photo")
+        assert class_names(recipe) == words
+        assert ("THESE FOLDER NAMES ARE NO WORDS" in written) == (name in words)
 
 
 def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
@@ -113,11 +107,8 @@ def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
 @pytest.mark.parametrize("name", ["my: tree", "my: " + "long " * 20 + "tree", "\u2028 {, }"])
 def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
     write_tree(tmp_path / name, ["été #1", "no"], ["n01440764", "12", "true"])
-    found = survey(tmp_path / name)
-    written = draft("x", str(tmp_path / name), found, choose_roles(found, "no", None, None), "ViT-B-16", "openai", 2)
+    recipe, written = drafted(tmp_path / name, "no")
     assert "THESE FOLDER NAMES ARE NO WORDS" in written
-    (tmp_path / "r.yaml").write_text(written)
-    recipe = load_recipe(tmp_path / "r.yaml")
     assert recipe.data.train.domains == ("no",)
     assert [spec.domains for spec in recipe.data.ood_val.values()] == [("été #1",)]
     assert check_sets(recipe) == warnings(recipe) == []
@@ -139,8 +130,6 @@ def test_a_tree_of_no_known_layout_is_told(tmp_path):
 
 def test_presets_are_the_recipes_of_the_folder(tmp_path, capsys):
     assert {"quickstart", "folders"} <= presets().keys()
-    assert all(presets().values())
-    assert not [line for line in presets().values() if "yaml-language-server" in line]
     assert call(["init", "--preset", "quickstart", "--to", str(tmp_path / "r.yaml")]) == 0
     assert load_recipe(tmp_path / "r.yaml").name == "quickstart"
     capsys.readouterr()
@@ -168,9 +157,7 @@ WRONG = [
     ("--preset quikstart", 2, "--preset: must be a preset, but got 'quikstart'; did you mean 'quickstart'?"),
     ("--preset pacs --hold-out foto", 2, "--hold-out: must be a domain of pacs, but got 'foto'; did you mean"),
     ("--preset fmow --hold-out x", 2, "--hold-out: the preset fmow leaves no domain out: 'x'"),
-    ("--preset pacs --train x", 2, "--train: belongs to --from"),
     ("--preset pacs --model sandbox", 2, "--model: belongs to --from"),
-    ("--preset pacs --pretrained openai", 2, "--pretrained: belongs to --from"),
     ("--from nowhere", 4, "nowhere: must be a folder that can be read"),
     ("--from tree --train foto", 2, "--train: must be a domain of the folder, but got 'foto'; did you mean"),
     ("--from tree --to r.yaml --model ViT-B-33", 2, "--model: must be 'sandbox', 'local-dir:FOLDER'"),
@@ -192,28 +179,11 @@ def test_a_wrong_use_gives_one_message_and_leaves_nothing(tmp_path, monkeypatch,
     assert [path.name for path in tmp_path.iterdir()] == ["tree"]
 
 
-@pytest.mark.slow
-def test_a_new_users_tree_goes_from_init_over_doctor_to_a_training(tmp_path, monkeypatch, capsys):
-    write_tree(tmp_path / "tree", ["photo", "clipart", "sketch"], [f"class {i}" for i in "abcdefghi"], 12, "RGBA", 64)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    roles = ["--train", "photo", "--ood-val", "clipart", "--ood-test", "sketch"]
-    assert call(["init", "--from", "tree", "--to", "r.yaml", "--model", "sandbox", *roles, "--json"]) == 0
-    written = json.loads(capsys.readouterr().out)
-    assert [one["num_images"] for one in written["found"]] == [108, 108, 108]
-    assert call(["doctor", "r.yaml", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["sets"]["data.train"]["modes"] == {"RGBA": found["sets"]["data.train"]["num_images"]}
-    assert call(["train", "r.yaml", "--out", "run", "--set", "train.epochs=1", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["num_images"]["clipart"] == 108
-
-
 def test_domains_whose_names_would_be_one_or_a_role_s_get_names_of_their_own(tmp_path):
-    write_tree(tmp_path / "tree", ["photo", "my art", "my_art", "my-art", "id_val", "x" * 150], images=5)
-    found = survey(tmp_path / "tree")
-    others = [one.domain for one in found if one.domain != "photo"]
-    for roles in (choose_roles(found, "photo", None, None), choose_roles(found, "photo", others, [])):
-        recipe, _ = drafted(tmp_path, found, roles)
+    others = ["my art", "my_art", "my-art", "id_val", "x" * 150]
+    write_tree(tmp_path / "tree", ["photo", *others], images=5)
+    for ood in ((None, None), (others, [])):
+        recipe, _ = drafted(tmp_path / "tree", "photo", "sandbox", None, ood=ood)
         assert check_roles(recipe) == check_sets(recipe) == []
         sets = {**recipe.data.ood_val, **recipe.data.ood_test}
         assert len({spec.domains for spec in sets.values()}) == 5

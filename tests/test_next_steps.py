@@ -1,61 +1,40 @@
 """What commands suggest next: nothing that a study would refuse as it stands, nothing that is done."""
 
 import json
-import shutil
 
 import crash_host
 import pytest
 from logs import replace, write_line
 from stand_in import make_recipe
+from study_steps import finish, searching
 from suggestions import check_suggestions
-from test_verbs import BASE, begin, finish, start
+from test_verbs import start
 
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.ledger import WENT_ON
-from carft_ray.study.opening import open_study
-
-CHOICES = {"learning_rate": {"choices": [1e-4, 1e-3]}}
-
-
-def recipe_of(trials, **search):
-    """With a test set, which is not opened."""
-    recipe = make_recipe(trials, baselines={}, **search)
-    values = recipe.model_dump(mode="json")
-    values["data"]["id_test"] = {**values["data"]["id_val"], "split": "test"}
-    return Recipe.model_validate(values)
-
-
-def make(study_dir, recipe, num_finished, objective=0.5):
-    """A study of so many finished trials, and one more that has begun where the recipe has more."""
-    with open_study(study_dir, recipe) as study:
-        begin(study, recipe)
-        study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
-        for _ in range(num_finished):
-            finish(study, start(study), objective)
-        if not study.done():
-            start(study)
-    return study_dir
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("next")
-    return {
-        "finished": make(folder / "finished", recipe_of(2), 2),
-        "grid": make(folder / "grid", recipe_of(8, space=CHOICES, sampler={"name": "grid"}), 2),
-        "begun": make(folder / "begun", recipe_of(4), 1),
-        "worse": make(folder / "worse", recipe_of(1), 1, objective=0.2),
-        "empty": make(folder / "empty", recipe_of(4), 0),
-    }
 
 
 @pytest.fixture
-def study(originals, tmp_path, monkeypatch):
+def study(tmp_path, monkeypatch):
+    """Gives a function that makes a study of so many finished trials; one more has begun where the recipe has more."""
     monkeypatch.chdir(tmp_path)
-    return lambda name: shutil.copytree(originals[name], tmp_path / name).relative_to(tmp_path)
+
+    def make(trials, num_finished, objective=0.5, **search):
+        values = make_recipe(trials, baselines={}, **search).model_dump(mode="json")
+        values["data"]["id_test"] = {**values["data"]["id_val"], "split": "test"}  # which is not opened
+        recipe, study_dir = Recipe.model_validate(values), tmp_path / f"{num_finished}-of-{trials}"
+        with searching(study_dir, recipe) as study:
+            study.add_zero_shot({"objective": 0.25, "id_accuracy": 0.3, "ood_accuracy": 0.2})
+            for _ in range(num_finished):
+                finish(study, start(study), objective)
+            if not study.done():
+                start(study)
+        return study_dir.relative_to(tmp_path)
+
+    return make
 
 
 def steps(study_dir, after="status"):
@@ -84,7 +63,7 @@ def read_tests(study_dir, number):
 
 
 def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(study, tmp_path):
-    study_dir = study("finished")
+    study_dir = study(2, 2)
     export = "export --to exports/study"
     assert steps(study_dir) == ["report", "confirm", export, "resume --trials +4", "ls"]
     assert steps(study_dir, after="report")[0] == "confirm"
@@ -97,11 +76,12 @@ def test_a_study_is_led_from_its_search_to_its_test_and_no_step_is_told_twice(st
     assert steps(study_dir) == ["report", f"{export}-2", "ls"]  # more trials would need a reason
     (study_dir / "test" / "read-1" / "summary.json").unlink()  # that read was killed
     assert "test" in steps(study_dir)
-    assert not any(step.startswith("resume") for step in steps(study("grid")))  # which is used up
+    grid = {"space": {"learning_rate": {"choices": [1e-4, 1e-3]}}, "sampler": {"name": "grid"}}
+    assert not any(step.startswith("resume") for step in steps(study(8, 2, **grid)))  # which is used up
 
 
 def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
-    study_dir = study("begun")
+    study_dir = study(4, 1)
     assert steps(study_dir)[:2] == ["resume", "report"]
     assert steps(study_dir, after="resume")[0] == "report"
     read_tests(study_dir, 1)
@@ -112,16 +92,16 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     (study_dir / "manifest.json").write_text(manifest.replace('"gpu_hours": null', '"gpu_hours": 3', 1))
     (study_dir / "stop").write_text("budget: 3 GPU hours are used (budget.gpu_hours, 3)\n")
     assert steps(study_dir)[0] == "resume --set budget.gpu_hours=6"
-    assert steps(study("empty")) == ["resume", "ls"]
+    assert steps(study(4, 0)) == ["resume", "ls"]
 
 
 def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
-    study_dir = study("worse")
+    study_dir = study(1, 1, objective=0.2)
     assert behind_zero_shot(read_study(study_dir))
     assert not any(step.startswith("export") for step in steps(study_dir))
     assert crash_host.call(["status", str(study_dir)]) == 0
     assert BEHIND in capsys.readouterr().err
-    better = study("finished")
+    better = study(2, 2)
     confirm(better)
     assert not behind_zero_shot(read_study(better))
     found = {"other": "zero_shot", "objective": {"mean": -0.01}}  # with fresh seeds it is
@@ -130,7 +110,7 @@ def test_a_best_behind_zero_shot_is_not_to_be_exported(study, capsys):
 
 
 def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(study, capsys):
-    study_dir = study("finished")
+    study_dir = study(2, 2)
 
     def status():
         assert crash_host.call(["status", str(study_dir)]) == 0
@@ -149,11 +129,3 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     assert "must have the ledger of which manifest.json tells" in err
     assert "must have the ledger of which manifest.json tells" in found["problems"][0]
     assert steps(study_dir) == ["ls"]
-
-
-def test_a_recipe_without_a_space_is_trained_and_not_searched(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["validate", str(BASE.parent / "search_spaces" / "quickstart.yaml")]
-    for more, verb in (([], "search"), (["--set", "search.space={}"], "train")):
-        assert crash_host.call([*words, *more]) == 0
-        assert f"Next:\n  carft-ray {verb} " in capsys.readouterr().err

@@ -20,44 +20,31 @@ from carft_ray.recipe.trial_values import drawn, middle
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def measured(training_s=lambda values: 10.0, first_s=5.0, next_s=1.0):
-    return Measured(1.0, 18.0, training_s, 0.1, first_s, next_s)  # and 5 s before Ray and after it
-
-
-def space(**parameters):
-    return SearchConfig.model_validate({"space": parameters}).space
-
-
 # ---- slots
 
 
 @pytest.mark.parametrize(
-    ("jobs", "slots", "first_s", "next_s", "expected"),
+    ("jobs", "slots", "first_s", "next_s", "alone", "expected"),
     [
-        ([], 2, 5, 1, 0),
-        ([10, 10, 10, 10], 1, 5, 1, 15 + 3 * 11),
-        ([10, 10, 10, 10], 2, 5, 1, 15 + 11),
-        ([30, 10, 10, 10], 2, 0, 0, 30),  # three short ones beside a long one
-        ([10, 10, 10, 30], 2, 0, 0, 40),
-        ([10] * 8, 8, 2, 1, 12),
+        ([], 2, 5, 1, 1, 0),
+        ([10, 10, 10, 10], 1, 5, 1, 1, 15 + 3 * 11),
+        ([10, 10, 10, 10], 2, 5, 1, 1, 15 + 11),
+        ([30, 10, 10, 10], 2, 0, 0, 1, 30),  # three short ones beside a long one
+        ([10, 10, 10, 30], 2, 0, 0, 1, 40),
+        ([10] * 10, 8, 0, 0, 0.5, 15),  # the last two run alone, and faster where slots share cores
+        ([10] * 10, 8, 0, 0, 0, 12.5),
     ],
 )
-def test_jobs_run_in_their_order_on_the_slot_that_is_free_first(jobs, slots, first_s, next_s, expected):
-    assert makespan(jobs, slots, first_s, next_s) == expected
-
-
-def test_the_last_jobs_are_faster_where_slots_share_cores():
-    for alone, expected in ((1, 20), (0.5, 15), (0.25, 12.5), (0, 12.5)):  # the last two run alone
-        assert makespan([10] * 10, 8, 0, 0, alone) == expected
+def test_jobs_run_in_their_order_on_the_slot_that_is_free_first(jobs, slots, first_s, next_s, alone, expected):
+    assert makespan(jobs, slots, first_s, next_s, alone) == expected
 
 
 def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
     recipe = make_recipe(7, max_concurrent_trials=2)  # and one baseline
-    found = forecast(recipe, capacity_of(recipe, (Node(8, 0),)), measured())
-    # two slots: first trainings of 15 s, then three more of 11 s on each
-    assert found["search_s"][0] == pytest.approx(23 + 15 + 3 * 11)
-    assert found["search_s"][1] == pytest.approx(71 / 1.1, rel=1e-5)
-    assert found["search_s"][2] == pytest.approx(71 * 1.1, rel=1e-5)
+    measured = Measured(1.0, 18.0, lambda values: 10.0, 0.1, 5.0, 1.0)
+    found = forecast(recipe, capacity_of(recipe, (Node(8, 0),)), measured)
+    # 23 s around the trainings, with 5 s before Ray and after it; two slots: one of 15 s, then three of 11 s on each
+    assert found["search_s"] == pytest.approx((71, 71 / 1.1, 71 * 1.1), rel=1e-5)
     assert found["trial_s"][0] == 11
     assert found["confirm_s"][0] == pytest.approx(23 + 15 + 5 * 11)  # three trials and the baseline, three seeds
     assert found["cpu_hours"][0] == pytest.approx((8 * 10 + 2 * 5 + 6) / 3600, rel=1e-5)
@@ -71,7 +58,7 @@ def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
 
 def test_gpu_hours_count_every_gpu_of_every_worker_and_prices_follow_them():
     recipe = make_recipe(4, resources={"num_workers": 2, "gpus_per_worker": 2}, baselines={})
-    found = forecast(recipe, capacity_of(recipe, (Node(16, 16),)), measured(first_s=0, next_s=0))
+    found = forecast(recipe, capacity_of(recipe, (Node(16, 16),)), Measured(1.0, 18.0, lambda values: 10.0, 0.1))
     assert found["concurrency"] == 4
     assert found["gpu_hours"][0] == pytest.approx(4 * 10 * 2 * 2 / 3600, rel=1e-5)
     assert price(found, 3.0, None)[0] == pytest.approx(3 * found["gpu_hours"][0], abs=1e-4)
@@ -96,14 +83,15 @@ def test_what_the_space_varies_enters_by_its_mean_and_widens_the_range():
 
 
 def test_draws_are_uniform_between_the_ends_and_heed_steps_logarithms_and_conditions():
-    described = space(
-        epochs={"low": 2, "high": 8, "step": 2},
-        batch_size={"low": 1, "high": 100, "log": True},
-        learning_rate={"low": 1e-4, "high": 1e-2, "log": True},
-        crop_scale={"low": 0.5, "high": 0.9, "step": 0.1},
-        decay={"choices": ["all", "matrices"]},
-        weight_decay={"low": 0.0, "high": 1.0, "when": {"decay": "matrices"}},
-    )
+    space = {
+        "epochs": {"low": 2, "high": 8, "step": 2},
+        "batch_size": {"low": 1, "high": 100, "log": True},
+        "learning_rate": {"low": 1e-4, "high": 1e-2, "log": True},
+        "crop_scale": {"low": 0.5, "high": 0.9, "step": 0.1},
+        "decay": {"choices": ["all", "matrices"]},
+        "weight_decay": {"low": 0.0, "high": 1.0, "when": {"decay": "matrices"}},
+    }
+    described = SearchConfig.model_validate({"space": space}).space
     rng = np.random.default_rng(1)
     draws = [drawn(described, rng.uniform) for _ in range(2000)]
     assert {each["epochs"] for each in draws} == {2, 4, 6, 8}
@@ -141,11 +129,10 @@ def plan(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_plan_measures_trainings_and_leaves_the_caches_alone(plan, tmp_path):
-    settings, at_a_time = ["resources.executor=debug"], 1
     before = {path.name for path in tmp_path.iterdir()}
-    _, found = plan(*settings)
+    _, found = plan("resources.executor=debug")
     assert {path.name for path in tmp_path.iterdir()} == before | {"cache", "studies"}
-    assert (found["concurrency"], found["num_trials"], found["num_baselines"]) == (at_a_time, 2, 1)
+    assert (found["concurrency"], found["num_trials"], found["num_baselines"]) == (1, 2, 1)
     for name in ("trial_s", "search_s", "confirm_s", "cpu_hours"):
         expected, low, high = found[name]
         assert 0 < low <= expected <= high
@@ -153,18 +140,11 @@ def test_a_plan_measures_trainings_and_leaves_the_caches_alone(plan, tmp_path):
     assert found["price"][0] == pytest.approx(found["search_s"][0] / 600, rel=0.01)
     assert found["disk_bytes"]["targets"] == 3 * 20 * 3 * 2  # visits, images, contexts, float16
     assert found["disk_bytes"]["cache"] == (15 + 10) * 16 * 16 * 3
-    assert found["disk_bytes"]["weights"] > found["disk_bytes"]["predictions"] > 0
+    weights = found["disk_bytes"]["weights"]
+    assert weights > found["disk_bytes"]["predictions"] > 0
     # two checkpoints of the weights and AdamW's two moments, and the weights
-    assert found["disk_bytes"]["while it runs"] == pytest.approx(
-        at_a_time * 7 * found["disk_bytes"]["weights"] / 3, rel=0.2
-    )
+    assert found["disk_bytes"]["while it runs"] == pytest.approx(7 * weights / 3, rel=0.2)
     assert [entry.source for entry in list_entries(tmp_path / "cache") if entry.kind == "heads"] == ["15 sentences"]
-
-
-def test_trainings_of_one_short_epoch_are_planned_too(plan):
-    _, found = plan("resources.executor=debug", "train.epochs=1", "train.batch_size=20")  # one step
-    assert 0 < found["trial_s"][1] <= found["trial_s"][0] < found["search_s"][0]
-    assert found["disk_bytes"]["targets"] == 20 * 3 * 2
 
 
 def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):
@@ -173,13 +153,10 @@ def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):
     assert "Traceback" not in told
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
+def test_what_cannot_be_planned_is_told_before_anything_is_measured(capsys):
+    for words, message in (
         (["--price-per-hour", "1", "--price-per-gpu-hour", "1"], "--price-per-hour: must stand without"),
         (["--set", "search.space={}"], "search.space: must hold at least one parameter to search"),
-    ],
-)
-def test_what_cannot_be_planned_is_told_before_anything_is_measured(words, message, capsys):
-    assert call(["plan", ROOT / "search_spaces" / "quickstart.yaml", *words]) in (2, 3)
-    assert f"error: {message}" in capsys.readouterr().err
+    ):
+        assert call(["plan", ROOT / "search_spaces" / "quickstart.yaml", *words]) in (2, 3)
+        assert f"error: {message}" in capsys.readouterr().err

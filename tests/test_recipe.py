@@ -1,7 +1,6 @@
 """Recipes: reading, every message about a mistake, values set on the command line, writing back."""
 
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from carft_ray.errors import RecipeError
 from carft_ray.recipe import text
 from carft_ray.recipe.checks import advice
 from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe, portable_paths, recipe_hash
-from carft_ray.recipe.schema.fine_tuning import ModelConfig, field_kind
+from carft_ray.recipe.schema.fine_tuning import field_kind
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import GpSampler, NoPruner
 from carft_ray.recipe.trial_values import apply
@@ -42,7 +41,6 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
     with pytest.raises(RecipeError) as caught:
         _load(tmp_path, more, *overrides, base=base)
     assert caught.value.exit_code == 3
-    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     return [str(problem).replace(f"{tmp_path}{os.sep}", "") for problem in caught.value.problems]
 
 
@@ -64,17 +62,12 @@ BAD = [
     # unknown keys
     ("nmae: x", ":9: nmae: unknown key; did you mean 'name'? (allowed: format_version, name, model, data, "),
     ("learning_rate: 1", ":9: learning_rate: unknown key; did you mean 'train.learning_rate'? (allowed: "),
-    ("zzz: 1", ":9: zzz: unknown key (allowed: "),
-    ("train: {lr: 1}", ":9: train.lr: unknown key; did you mean 'learning_rate'? (allowed: learning_rate, "),
     # types
-    ("train:\n  learning_rate: fast", ':10: train.learning_rate: must be a number, but got "fast"'),
     ("train: {learning_rate: '1e-4'}", ':9: train.learning_rate: must be a number, but got "1e-4"'),
     ("train: {epochs: 2.0}", f":9: train.epochs: {WHOLE}, but got 2.0"),
     ("train: {head_bias: yes}", ':9: train.head_bias: must be true or false, but got "yes"'),
     ("train: {compile: 1}", ":9: train.compile: must be auto, true or false, but got 1"),
     ("model: {pretrained: 5}", ":9: model.pretrained: must be text, but got 5\n    Write it in quotes."),
-    ("prompts: {class_names: 5}", "prompts.class_names: must be the name of a benchmark or a list of texts, but got"),
-    ("prompts: {templates: 5}", f":9: prompts.templates: {TEMPLATES}5"),
     # ranges
     ("train: {learning_rate: 0}", ":9: train.learning_rate: must be greater than 0, but got 0"),
     ("train: {learning_rate: .inf}", ":9: train.learning_rate: must be a finite number, but got .inf"),
@@ -83,6 +76,9 @@ BAD = [
     # words
     ("train: {decay: matrix}", f":9: train.decay: {ONE_OF}\"matrix\"; did you mean 'matrices'? (allowed: all, "),
     # prompts and classes
+    ("prompts: {class_names: 5}", "prompts.class_names: must be the name of a benchmark or a list of texts, but got"),
+    ("prompts: {class_names: imagnet}", "but got \"imagnet\"; did you mean 'imagenet'? (allowed: "),
+    ("prompts: {templates: 5}", f":9: prompts.templates: {TEMPLATES}5"),
     ("prompts: {templates: openia}", f":9: prompts.templates: {TEMPLATES}\"openia\"; did you mean 'openai'?"),
     ("prompts: {templates: 'a {}'}", '\n    Write one template as a list: ["a {}"].'),
     ("prompts: {templates: []}", ":9: prompts.templates: must not be empty, but got []"),
@@ -90,7 +86,6 @@ BAD = [
     ("prompts: {templates: ['{} {c}']}", f':9: prompts.templates.0: {BRACES}"{{}} {{c}}"'),
     ("prompts: {templates: ['a {}', 'a {}']}", "prompts.templates.1: must not repeat an earlier template, but got "),
     ("prompts: {class_names: [a, '']}", ":9: prompts.class_names: must not hold an empty text, but got "),
-    ("prompts: {class_names: imagnet}", "but got \"imagnet\"; did you mean 'imagenet'? (allowed: "),
     ("  classes: [a, b, a]", ":9: data.classes: must not hold a name twice, but got a"),
     ("  classes: [a, ..]", ':9: data.classes: must be names of folders, not paths, but got ["a", ".."]'),
     ("  classes: [a, b]\nprompts: {class_names: [a]}", "must hold one text per class of data.classes (2), but got"),
@@ -101,7 +96,6 @@ BAD = [
     ("search: {alpha: {mode: sample}, space: {epochs: {low: 1, high: 2}}}", f":9: {ALPHA_MODE}sample\n"),
     ("search: {alpha: {mode: sample}, space: {alpha: {low: 0, high: 1}}}", f"alpha.low: {LOWEST}0.0"),
     ("search: {alpha: {mode: sample}, space: {alpha: {choices: [1, null]}}}", f"alpha.choices.1: {LOWEST}null"),
-    ("search: {alpha: {mode: sample}, space: {alpha: {low: 0.5, high: 2}}}", "alpha.high: train.alpha must be at"),
     ("search: {alpha: {grid: [0, 0.5]}}", ":9: search.alpha.grid: must rise strictly from 0 to 1, but got [0.0,"),
     # the rest of search, resources
     ("search: {trials: 4, sampler: {startup_trials: 5}}", "must be at most search.trials, 4, but got 5"),
@@ -114,9 +108,7 @@ BAD = [
     # the text itself
     ("name: again", ":9: name: must stand once, but stands on line 1 too"),
     ("train: {epochs: 1", ":10:1: must be valid YAML: expected ',' or '}', but got '<stream end>'"),
-    ("train: a: b", ":9:9: must be valid YAML: mapping values are not allowed here"),
     ("train:\n\tepochs: 1", "cannot start any token\n    Indent with spaces, not with tabs."),
-    ("train: *t", ":9:8: must be valid YAML: found undefined alias 't'"),
     ("---\nname: x", ":9:1: must be valid YAML: but found another document"),
     ("train: !!python/object/apply:os.system [ls]", f":9: train: {TAG}python/object/apply:os.system"),
     ("train: !!int x", f":9: train: {TAG}int"),
@@ -127,13 +119,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("more", "words"), BAD, ids=[more[:60] for more, _ in BAD])
-def test_a_mistake_gives_exactly_one_message(tmp_path, more, words):
-    [message] = _messages(tmp_path, more + ("\n" if "[[[" not in more else ""))
-    assert message.startswith(f"r.yaml{words}") if words.startswith(":") else words in message, message
-
-
-# the space, and what is in its message
+# the same of a space
 BAD_SPACES = [
     ("learning_rate: {low: 1, high: 0.5}", "low <= high must hold, but got low=1.0, high=0.5"),
     ("kl_weight: {low: 0, high: 3, log: true}", "low > 0 must hold with log: true, but got low=0.0"),
@@ -151,20 +137,12 @@ BAD_SPACES = [
     ("train.lr: {low: 1, high: 2}", "but got \"train.lr\"; did you mean 'learning_rate'? (allowed: "),
     ("label_smoothing: {low: 0, high: 1}", "train.label_smoothing must be less than 1, but got 1.0"),
     ("epochs: {type: float, low: 1, high: 2}", "epochs takes whole numbers only, but got type float\n"),
-    ("epochs: {low: 1.5, high: 2}", f":9: search.space.epochs.low: {WHOLE}, but got 1.5"),
     ("decay: {low: 1, high: 2}", "\n    Write decay: {choices: [all, matrices]}."),
     ("decay: {choices: [all, none]}", f"decay.choices.1: train.decay {ONE_OF}"),
     ("alpha: {low: 0.2, high: 1}", f":9: {ALPHA_MODE}profile\n    With sample, add search.space.alpha: "),
 ]
 
-
-@pytest.mark.parametrize(("space", "words"), BAD_SPACES, ids=[space for space, _ in BAD_SPACES])
-def test_a_mistake_in_the_space_gives_exactly_one_message(tmp_path, space, words):
-    [message] = _messages(tmp_path, f"search: {{space: {{{space}}}}}\n")
-    assert message.startswith("r.yaml:9: search.")
-    assert words in message
-
-
+# and of a set
 BAD_SETS = [
     (f"b: {BENCHMARK}name: imagenet-q}}", ".b.name: must be the name of a benchmark: "),
     (f"b: {BENCHMARK}name: imagenet}}", ".b.split: is required for imagenet (allowed: train, val)"),
@@ -184,12 +162,15 @@ BAD_SETS = [
     ("train: {source: folder, path: x}", ".train: a set must not have the name of a role"),
     ("sketch: {source: folder, path: x}", ".sketch: must differ from the names in data.ood_val"),
 ]
+ROWS = [(more, f"r.yaml{words}" if words.startswith(":") else "r.yaml", words) for more, words in BAD]
+ROWS += [(f"search: {{space: {{{space}}}}}", "r.yaml:9: search.", words) for space, words in BAD_SPACES]
+ROWS += [(f"    {one}", "r.yaml:9: data.ood_test.", words) for one, words in BAD_SETS]
 
 
-@pytest.mark.parametrize(("more", "words"), BAD_SETS, ids=[more for more, _ in BAD_SETS])
-def test_a_mistake_in_a_set_gives_exactly_one_message(tmp_path, more, words):
-    [message] = _messages(tmp_path, f"    {more}\n")
-    assert message.startswith("r.yaml:9: data.ood_test.")
+@pytest.mark.parametrize(("more", "begin", "words"), ROWS, ids=[row[0][:70] for row in ROWS])
+def test_a_mistake_gives_exactly_one_message(tmp_path, more, begin, words):
+    [message] = _messages(tmp_path, more + ("\n" if "[[[" not in more else ""))
+    assert message.startswith(begin)
     assert words in message
 
 
@@ -202,7 +183,7 @@ def test_a_recipe_without_data_is_told(tmp_path):
     assert advice.warnings(_load(tmp_path, "search:\ntrain:\n  # none\n", base=BASE.split("  ood_val")[0])) == [told]
 
 
-def test_all_problems_come_at_once_in_the_order_of_the_file_and_rules_between_keys_after_them(tmp_path):
+def test_all_problems_come_at_once_in_the_order_of_the_file(tmp_path):
     more = """\
 train:
   learning_rate: 0
@@ -221,10 +202,6 @@ resources: {executor: inlin, num_workers: 2}
         "--set search.trials=0",
         "--set train.lr=1",
     ]
-    more = "search:\n  space:\n    seed: {low: 1, high: 2}\nresources: {executor: inline, num_workers: 2}\n"
-    first, second = _messages(tmp_path, more)
-    assert first.startswith("r.yaml:11: search.space.seed: must ")
-    assert second.startswith("r.yaml:12: resources.num_workers: must ")
 
 
 def test_files_that_cannot_be_read_are_told_apart(tmp_path):
@@ -287,28 +264,17 @@ def test_templates_come_from_a_file_once_and_stand_in_the_recipe(tmp_path):
 # ---- --set
 
 
-def test_set_wins_over_the_file_a_later_one_over_an_earlier_one_and_mends_a_mistake(tmp_path):
+def test_set_wins_over_the_file_a_later_one_over_an_earlier_one_mends_a_mistake_and_makes_missing_parts(tmp_path):
     recipe = _load(tmp_path, "train: {epochs: 3, batch_size: 8}", "train.epochs=4", "train.epochs=5")
     assert (recipe.train.epochs, recipe.train.batch_size) == (5, 8)
-    assert _load(tmp_path, "train: {epochs: 0}", "train.epochs=2").train.epochs == 2
-    assert _load(tmp_path, "train: 5", "train.epochs=2").train.epochs == 2
-
-
-def test_set_makes_missing_parts(tmp_path):
-    recipe = _load(
-        tmp_path,
-        "train:\n",
-        "search.space.weight_decay={low: .01, high: .2}",
-        "search.space.epochs.low=1",
-        "search.space.epochs.high=2",
-        "data.ood_val.b={source: folder, path: x, domains: [b]}",
-        "train.clip_norm=",
-        "search.alpha.grid=[0, .5, 1]",
-    )
+    for mistake in ("train: {epochs: 0}", "train: 5"):
+        assert _load(tmp_path, mistake, "train.epochs=2").train.epochs == 2
+    options = ["search.space.weight_decay={low: .01, high: .2}", "search.space.epochs.low=1"]
+    options += ["search.space.epochs.high=2", "data.ood_val.b={source: folder, path: x, domains: [b]}"]
+    recipe = _load(tmp_path, "train:\n", *options, "train.clip_norm=", "search.alpha.grid=[0, .5, 1]")
     assert (recipe.search.space["weight_decay"].high, recipe.search.space["epochs"].high) == (0.2, 2)
     assert set(recipe.data.ood_val) == {"sketch", "b"}
-    assert recipe.train.clip_norm is None
-    assert recipe.search.alpha.grid == (0, 0.5, 1)
+    assert (recipe.train.clip_norm, recipe.search.alpha.grid) == (None, (0, 0.5, 1))
 
 
 def test_the_name_of_another_sampler_takes_the_keys_of_the_one_before_with_it(tmp_path):
@@ -334,14 +300,10 @@ def test_null_takes_out_an_entry_that_the_author_named_and_is_a_value_elsewhere(
 BAD_OPTIONS = [
     ("data.ood_val.scetch=null", "data.ood_val must hold scetch, which null takes out; did you mean 'sketch'?"),
     ("train.epochs", "must have the form key.path=value"),
-    ("train..epochs=3", "must have the form key.path=value"),
     ("train.epochs=[", "must be valid YAML: expected the node content, but found '<stream end>'"),
     ("train.epoch=3", "unknown key; did you mean 'epochs'? (allowed: "),
-    ("trian.epochs=3", "trian: unknown key; did you mean 'train'? (allowed: "),
     ("train.epochs.low=3", 'train.epochs: must be a whole number, but got {"low": 3}'),
     ("search.alpha.grid.0=1", 'search.alpha.grid: must be a list, but got {"0": 1}'),
-    ("data.train.domian=x", "unknown key; did you mean 'domain'? (allowed: source, domain, split, num_per_class)"),
-    ("search.space.kl_weight={low: 2, high: 1}", "low <= high must hold, but got low=2.0, high=1.0"),
     ("search.space={seed: {low: 1, high: 2}}", "search.space.seed: must not be searched\n"),
 ]
 
@@ -361,9 +323,7 @@ WARNINGS = [
     (GPUS_0, f"budget.gpu_hours {NO_EFFECT}resources.gpus_per_worker is 0"),
     ("train: {kl_weight: 0, context_scale: 9}", f"train.context_scale {NO_EFFECT}kl_weight is 0"),
     ("train: {kl_weight: 0, context_scale: 9}\nsearch: {space: {kl_weight: {low: 1, high: 2}}}", None),
-    ("train: {kl_weight: 0}\nsearch: {space: {context_scale: {low: 1, high: 2}}}", "search.space.context_scale has"),
     ("prompts: {templates: ['a {}']}", f"train.kl_weight {NO_EFFECT}with one template the KL term is always 0"),
-    ("train: {kl_weight: 0}\nprompts: {templates: ['a {}']}", None),
     ("train: {decay: matrices, weight_decay: 0}", f"train.decay {NO_EFFECT}weight_decay is 0"),
     ("train: {decay: matrices, weight_decay: 0}\nsearch: {space: {weight_decay: {low: 0, high: 1}}}", None),
     ("train: {head_bias: true, head_lr_factor: 0}", f"train.head_bias {NO_EFFECT}head_lr_factor is 0, so it stays"),
@@ -426,37 +386,30 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=25, derandomize=True, deadline=None)
-@given(
-    path=PATHS,
-    cache_dir=PATHS | st.none(),
-    classes=st.none() | st.lists(WORDS, min_size=2, unique=True),
-    templates=st.lists(WORDS.map("{}{{}}".format), min_size=1, unique=True),
-    rate=st.floats(1e-300, 100),
-    kl_weight=st.sampled_from([0, 5e-324, 1 / 3, 1e17, 123456789.123]),
-    seed=st.integers(0, 2**63 - 1),
-    middle=st.floats(0.01, 0.99) | st.none(),
-)
-def test_a_recipe_that_was_written_loads_back_equal(
-    folder, path, cache_dir, classes, templates, rate, kl_weight, seed, middle
-):
-    tree = {"source": "folder", "path": path}
-    data = {"train": tree, "id_val": {**tree, "domains": ["null"]}, "ood_val": {"1": tree, "null-": tree}}
+@given(st.data())
+def test_a_recipe_that_was_written_loads_back_equal(folder, data):
+    draw = data.draw
+    tree = {"source": "folder", "path": draw(PATHS)}
+    sets = {"train": tree, "id_val": {**tree, "domains": ["null"]}, "ood_val": {"1": tree, "null-": tree}}
+    classes = draw(st.none() | st.lists(WORDS, min_size=2, unique=True))
+    templates = draw(st.lists(WORDS.map("{}{{}}".format), min_size=1, unique=True))
+    rate, alpha = draw(st.floats(1e-300, 100)), draw(st.floats(0.01, 0.99) | st.none())
+    kl_weight, seed = draw(st.sampled_from([0, 5e-324, 1 / 3, 1e17, 123456789.123])), draw(st.integers(0, 2**63 - 1))
     space = {"learning_rate": {"low": rate / 2, "high": rate}, "clip_norm": {"choices": [None, 1, 0.5, 1e-7]}}
     value = {
         "name": "on",
         "model": {"name": "ViT-B-32", "pretrained": "a/b.pt"},
-        "data": {**data, "classes": classes, "cache_dir": cache_dir},
+        "data": {**sets, "classes": classes, "cache_dir": draw(PATHS | st.none())},
         "prompts": {"templates": templates},
-        "train": {"learning_rate": rate, "kl_weight": kl_weight, "alpha": middle, "seed": seed},
-        "search": {"space": space, "baselines": {"1": {}}, "alpha": {"grid": [0, middle or 0.5, 1]}},
+        "train": {"learning_rate": rate, "kl_weight": kl_weight, "alpha": alpha, "seed": seed},
+        "search": {"space": space, "baselines": {"1": {}}, "alpha": {"grid": [0, alpha or 0.5, 1]}},
     }
     recipe = absolute_paths(Recipe.model_validate(value), folder)
     written = dump_recipe(recipe)
     (folder / "written.yaml").write_text(written)
     again = load_recipe(folder / "written.yaml")
     assert again == recipe
-    assert dump_recipe(again) == written
-    assert recipe_hash(again) == recipe_hash(recipe)
+    assert (dump_recipe(again), recipe_hash(again)) == (written, recipe_hash(recipe))
 
 
 def test_the_hash_depends_on_values_and_not_on_how_they_are_written(tmp_path):
@@ -476,12 +429,10 @@ data:
   ood_val: {c: {source: folder, path: png, domains: [c]}}
   id_test: {source: folder, path: ~/png, domains: [d]}
 """
-    recipe = _load(tmp_path, base=base)
-    here = tmp_path.resolve()
-    path = tmp_path / "deep" / "best.yaml"
-    path.parent.mkdir()
-    path.write_text(dump_recipe(recipe))
-    best = load_recipe(path)
+    recipe, here = _load(tmp_path, base=base), tmp_path.resolve()
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "best.yaml").write_text(dump_recipe(recipe))
+    best = load_recipe(tmp_path / "deep" / "best.yaml")
     assert best == recipe
     paths = [spec.path for spec in (best.data.train, best.data.id_val, best.data.ood_val["c"], best.data.id_test)]
     assert paths == [str(each) for each in (here.parent / "png", "/abs/png", here / "png", Path.home() / "png")]
@@ -507,7 +458,5 @@ def test_a_portable_recipe_names_files_and_folders_without_the_machine(tmp_path)
     assert {name: spec.path for name, spec in found.data.ood_val.items()} == {"one": "b/val", "two": "d/val"}
     assert (found.data.ood_test["x"].path, found.data.ood_test["x"].root) == ("x.csv", "pacs/sketch")
     assert (found.data.cache_dir, found.search.warm_start) == (None, ("old",))
-    tagged = recipe.model_copy(update={"model": ModelConfig(name="ViT-B-32", pretrained="openai")})
-    assert portable_paths(tagged).model == tagged.model
     (tmp_path / "recipe.yaml").write_text(dump_recipe(found))
     assert load_recipe(tmp_path / "recipe.yaml") == absolute_paths(found, tmp_path.resolve())

@@ -40,9 +40,9 @@ def study_dir(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", ["ls", "logs"])
-def test_a_reason_of_a_trial_is_shown_as_it_is(study_dir, printed, command, capsys):
-    cli.app([command, str(study_dir), *(["0"] if command == "logs" else [])], standalone_mode=False)
+@pytest.mark.parametrize("words", [["ls"], ["logs", "0"]], ids=lambda words: words[0])
+def test_a_reason_of_a_trial_is_shown_as_it_is(study_dir, printed, words, capsys):
+    cli.app([words[0], str(study_dir), *words[1:]], standalone_mode=False)
     assert all(word in printed.getvalue() for word in SHOWN.split(" "))  # a column of remarks is narrow
     assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(printed.getvalue())
     cli.app(["ls", str(study_dir), "--json"], standalone_mode=False)

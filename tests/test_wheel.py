@@ -20,42 +20,38 @@ SHORT["data.ood_val"] = "{painting: {source: sandbox, domain: painting, split: v
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "--wheel-dir", str(folder), str(ROOT)]
-    subprocess.run([*PIP, *build], check=True)
-    (path,) = folder.glob("carft_ray-*.whl")
-    return path
-
-
-@pytest.fixture(scope="module")
-def run(wheel, tmp_path_factory):
-    """Runs the installed command in an empty folder.
+def run(tmp_path_factory):
+    """Builds the wheel, and runs its command in an empty folder.
 
     Its environment holds the wheel alone; what it depends on is seen in the environment of the tests by a ``.pth``.
     """
     folder = tmp_path_factory.mktemp("installed")
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--no-index", "-q", "--wheel-dir", str(folder), str(ROOT)]
+    subprocess.run([*PIP, *build], check=True)
+    (wheel,) = folder.glob("carft_ray-*.whl")
     venv.create(folder / "env", symlinks=True)
     own = Path(sysconfig.get_path("purelib", "venv", vars={"base": str(folder / "env")}))
     (own / "packages.pth").write_text(f"{sysconfig.get_path('purelib')}\n{sysconfig.get_path('platlib')}\n")
     install = ["--python", str(folder / "env/bin/python"), "install", "--no-deps", "--no-index", "--force-reinstall"]
     subprocess.run([*PIP, *install, "-q", str(wheel)], check=True)
-    here = folder / "empty"
-    here.mkdir()
+    (folder / "empty").mkdir()
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH" and not name.startswith("RAY_")}
     environment = {**kept, "XDG_CACHE_HOME": str(folder / "cache"), "COLUMNS": "100"}
 
-    def call(*words, program="carft-ray", **more):
-        command = [str(folder / "env/bin" / program), *map(str, words)]
-        return subprocess.run(command, cwd=here, env={**environment, **more}, capture_output=True, text=True)
+    def call(*words, **more):
+        command = [str(folder / "env/bin/carft-ray"), *words]
+        options = {"cwd": folder / "empty", "env": {**environment, **more}, "capture_output": True, "text": True}
+        done = subprocess.run(command, **options)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
-    call.folder = here
+    call.folder, call.wheel = folder / "empty", wheel
     return call
 
 
-def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names} == {"carft_ray", f"{wheel.name.split('-py3')[0]}.dist-info"}
+def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(run):
+    names = zipfile.ZipFile(run.wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"carft_ray", f"{run.wheel.name.split('-py3')[0]}.dist-info"}
     recipes = {path.name for path in (ROOT / "search_spaces").glob("*.yaml")}
     assert {Path(name).name for name in names if name.startswith("carft_ray/search_spaces/")} >= recipes
     data = {path.suffix for path in (ROOT / "carft_ray").rglob("*") if path.is_file()} - {".py", ".pyc"}
@@ -63,25 +59,17 @@ def test_the_wheel_holds_the_package_and_its_recipes_and_nothing_else(wheel):
 
 
 def test_it_searches_from_an_empty_folder(run):
-    done = run("init", "--preset", "quickstart", "--to", "recipe.yaml")
-    assert done.returncode == 0, done.stderr
+    run("init", "--preset", "quickstart", "--to", "recipe.yaml")
     settings = [word for key, value in SHORT.items() for word in ("--set", f"{key}={value}")]
-    done = run("search", "recipe.yaml", "--study", "studies/first", *settings, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = json.loads(run("search", "recipe.yaml", "--study", "studies/first", *settings, "--json"))
     assert found["trials"]["complete"] == 2, found
-    done = run("status", "studies/first", "--json")
-    assert json.loads(done.stdout)["trials"]["complete"] == 2, done.stdout
-    done = run("export", "studies/first", "--to", "exports/first")
-    assert done.returncode == 0, done.stderr
-    done = run("report", "studies/first", "--html")
-    assert done.returncode == 0, done.stderr
+    assert json.loads(run("status", "studies/first", "--json"))["trials"]["complete"] == 2
+    run("export", "studies/first", "--to", "exports/first")
+    run("report", "studies/first", "--html")
     assert (run.folder / "studies/first/report.html").stat().st_size > 1e6
 
 
 def test_it_shows_the_path_and_completes(run):
-    done = run()
-    assert done.returncode == 0
-    assert "carft-ray init --preset quickstart" in done.stdout
+    assert "carft-ray init --preset quickstart" in run()
     more = {"_CARFT_RAY_COMPLETE": "complete_bash", "COMP_WORDS": "carft-ray sea", "COMP_CWORD": "1"}
-    assert run(**more).stdout.split() == ["search"]
+    assert run(**more).split() == ["search"]
