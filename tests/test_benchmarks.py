@@ -170,6 +170,19 @@ def test_operations_of_a_tower_are_those_that_torch_counts():
     assert gpu.num_operations(gpu.TOWERS["ViT-B-16"]) == pytest.approx(35.1e9, rel=1e-3)
 
 
+@pytest.mark.whole
+@pytest.mark.skipif(torch.cuda.is_available(), reason="measures that card, for minutes")
+def test_the_gpu_benchmark_runs_without_one(capsys, monkeypatch):
+    monkeypatch.setattr(gpu, "has_compiler", lambda device: False)  # which takes a minute
+    assert gpu.main(["--threads", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [cell["what"] for cell in found["cells"]] == ["input", "step", "both", "step", "both"]
+    assert all(cell["images_per_s"] > 0 and not cell["error"] for cell in found["cells"])
+    assert 0 <= found["kl"]["fp32"] < 2e-4
+    assert "No number means anything" in err
+
+
 def test_the_spline_through_the_table_foretells_trainings_that_it_has_not_seen():
     landscape = landscapes.read_landscape(table.TABLE, load_recipe(table.RECIPE))
     assert landscape.cv_correlation > 0.6

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -290,6 +291,50 @@ def test_the_command_says_for_each_format_how_far_it_is_off(trained, tmp_path, m
     assert first == "Exported to /export at alpha 0. Opened again, each in a process of its own:"
     assert second == "  huggingface: the logits of 15 images differ by at most 1.5e-06."
     assert {path.name for path in (tmp_path / "export").iterdir()} == ALWAYS | FILES["huggingface"]
+
+
+def clip_benchmark(export, set_name, root):
+    """Returns what ``clip_benchmark eval`` finds out about an open_clip folder, in a process of its own."""
+    # clip_benchmark 1.6.2 makes a float of an array with one element, which NumPy refuses since 2.4; no more is changed
+    code = "import sys, clip_benchmark.cli as c; c.zeroshot_classification.float = lambda a: a.item(); c.main()"
+    words = ["eval", "--dataset", f"wds/{set_name}", "--dataset_root", str(root), "--task", "zeroshot_classification"]
+    words += ["--model", f"local-dir:{export}", "--pretrained", "", "--no_amp", "--num_workers", "0", "--quiet"]
+    command = [sys.executable, "-W", "ignore", "-c", code, *words, "--output", str(root / "found.json")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return json.loads((root / "found.json").read_text())["metrics"]
+
+
+def write_webdataset(root, images, class_names, templates):
+    """Writes a folder of PNG images as clip_benchmark wants its sets, with the prompts of a recipe."""
+    (root / "test").mkdir(parents=True)
+    (root / "classnames.txt").write_text("\n".join(class_names))
+    prompts = [template.replace("{}", "{c}") for template in templates]
+    (root / "zeroshot_classification_templates.txt").write_text("\n".join(prompts))
+    (root / "test" / "nshards.txt").write_text("1")
+    with tarfile.open(root / "test" / "0.tar", "w") as tar:
+        for path in sorted(images.glob("*/*.png")):
+            label = class_names.index(path.parent.name)
+            (root / "label").write_text(str(label))
+            tar.add(path, f"{label:02}_{path.stem}.png")
+            tar.add(root / "label", f"{label:02}_{path.stem}.cls")
+
+
+@pytest.mark.whole
+def test_clip_benchmark_gives_the_accuracy_of_evaluate_with_the_zero_shot_head(trained, tmp_path, capsys):
+    training = trained["plain"]
+    plain = export_model(training, tmp_path / "plain")
+    place, inputs = Path(training.recipe.data.id_val.path), training.inputs
+    write_webdataset(tmp_path / "wds", place / "photo_val", inputs.class_names, inputs.templates)
+    found = clip_benchmark(plain.folder, "id_val", tmp_path / "wds")
+    capsys.readouterr()
+    assert crash_host.call(["evaluate", place.parent / "plain", "--head", "zero_shot", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)["metrics"]["accuracy/id_val"]
+    zero_shot_head = {**training.fine_tuned, "class_head": training.classifier(0.0).state()["class_head"]}
+    scored = dataclasses.replace(training, fine_tuned=zero_shot_head)
+    right, close = right_and_close(scored, 2 * TOLERANCE)
+    assert round(15 * printed) == right
+    assert abs(round(15 * found["acc1"]) - right) <= close < 5
 
 
 @pytest.mark.whole  # torch traces and translates each tower: seconds

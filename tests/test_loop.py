@@ -16,6 +16,7 @@ from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from scipy.special import log_softmax
 from stand_in import make_recipe
 from tiny import make_tiny_clip
+from torch.overrides import TorchFunctionMode
 
 from carft_ray.data.order import permutation
 from carft_ray.data.views import view_batch
@@ -286,6 +287,28 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_training(tiny_clip, heads,
     with pytest.raises(StorageError, match="must be writable"):
         fine_tune(tiny_clip, *heads, source, train, context, checkpoint_dir=folder)
     assert rows[-1]["step"] <= (2 if stops else 20)
+
+
+class Copies(TorchFunctionMode):
+    """Counts how often a tensor is turned into what Python or the host reads, in this thread.
+
+    ``numpy`` is not among it: views are made by it, and on a GPU it is refused without ``cpu``.
+    """
+
+    NAMES = ("item", "cpu", "tolist", "__bool__", "__float__", "__int__")
+    number = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.number += getattr(function, "__name__", "") in self.NAMES
+        return function(*args, **(kwargs or {}))
+
+
+def test_no_number_is_read_from_the_device_between_two_rows_of_progress(tiny_clip, heads, source):
+    values = {"ema_decay": 0.9, "lora_rank": 2, "micro_batch": 3}
+    with Copies() as copied:
+        assert float(torch.ones(())) == 1.0
+        fine_tune(tiny_clip, *heads, source, settings(batch_size=4, epochs=2, **values))  # 20 steps
+    assert copied.number == 1 + 2  # a row after every tenth step
 
 
 def without_speed(row):
