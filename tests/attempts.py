@@ -1,16 +1,11 @@
-"""Attempts at trainings in processes of their own, as a trial runs them, without Ray: forks of one that has it all.
-
-Searches of such attempts (``search``) go through the Searcher as Tune's do.
-"""
+"""Attempts at trainings in processes of their own, as a trial runs them, without Ray: forks of one that has it all."""
 
 import itertools
 import multiprocessing
 import os
 import resource
 import sys
-import time
 from dataclasses import replace
-from functools import partial
 from multiprocessing import forkserver
 from multiprocessing.managers import BaseManager
 from pathlib import Path
@@ -21,12 +16,10 @@ import torch
 
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.launch.driver import Driver
-from carft_ray.launch.events import ConcurrencyChanged
-from carft_ray.launch.failures.causes import explained
 from carft_ray.launch.mailbox import Exchange, Mailbox
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Node
 from carft_ray.launch.runtime import Runner, make_runtime
-from carft_ray.launch.worker import kill, run_worker
+from carft_ray.launch.worker import run_worker
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -77,10 +70,6 @@ def without_memory(recipe, *args):
     raise OutOfMemoryError(shortage("training", micro_batch, 32, torch.device("cpu")), micro_batch)
 
 
-def limited(megabytes):
-    return Runner(run.prepare, partial(capped, megabytes))
-
-
 class Mailboxes(BaseManager):
     """A process with mailboxes that others reach."""
 
@@ -125,33 +114,18 @@ def _attempt(plan, spec):
     os._exit(0)
 
 
-def search(study_dir, recipe, runner=STAND_IN, at_a_time=2, died="The actor died unexpectedly."):
-    """Runs a search; returns its driver and what it told."""
-    events, running = [], {}
+def search(study_dir, recipe, runner=STAND_IN):
+    """Runs a search, one attempt after the other; returns its driver and what it told."""
+    events = []
     ready()
     with open_study(study_dir, recipe) as study, Mailboxes(ctx=_forks) as mailboxes:
         box = mailboxes.Mailbox()
         plan = plan_of(study, runner, mailbox=box)
         recover_running(study)
-        limit_s = recipe.resources.hang_timeout_s
-        changed = lambda *change: events.append(ConcurrencyChanged(*change))  # noqa: E731
-        driver = Driver(
-            study,
-            AtATime(at_a_time, on_change=changed),
-            events.append,
-            hang_timeout_s=limit_s,
-            end_process=lambda process: partial(str, kill(process)),
-            exchange=Exchange(box),
-        )
-        for key in map(str, itertools.count()):
-            driver.poll()
-            if spec := driver.propose(key):
-                driver.started(key)
-                running[key] = start(plan, spec)
-                continue
-            if not driver.live:
-                break
-            time.sleep(0.02)
-            for ended in [name for name, process in running.items() if not process.is_alive()]:
-                driver.ended(ended, explained(RuntimeError(died)) if running.pop(ended).exitcode else "")
+        driver = Driver(study, AtATime(1), events.append, exchange=Exchange(box))
+        keys = map(str, itertools.count())
+        while spec := driver.propose(key := next(keys)):
+            driver.started(key)
+            start(plan, spec).join()
+            driver.ended(key)
     return driver, events

@@ -1,8 +1,8 @@
 """Trainings that never begin: what a process of Ray imports, or pickles, to run them fails.
 
-The environment says how: ``BAD_START`` is what happens (``raise``, ``die`` or ``pickle``; with ``_worker`` only in a
-process that holds CPUs), ``BAD_START_DRIVER`` the process that imports in peace, and ``BAD_START_FROM`` a file from
-whose appearance on it happens; the preparation makes it.
+The environment says how: ``BAD_START`` is what happens (``raise``, ``die`` or ``pickle``), ``BAD_START_DRIVER`` the
+process that imports in peace, and ``BAD_START_FROM`` a file from whose appearance on it happens; the preparation
+makes it.
 """
 
 import os
@@ -10,7 +10,6 @@ import signal
 import sys
 from pathlib import Path
 
-import ray
 import stand_in
 
 
@@ -19,10 +18,8 @@ def _begins():
 
 
 def _import():
-    mode, _, where = os.environ["BAD_START"].partition("_")
+    mode = os.environ["BAD_START"]
     if os.getpid() == int(os.environ["BAD_START_DRIVER"]) or not _begins():
-        return
-    if where == "worker" and not ray.get_runtime_context().get_assigned_resources().get("CPU"):
         return
     if mode == "die":
         os.kill(os.getpid(), signal.SIGKILL)

@@ -5,7 +5,7 @@ import contextlib
 import io
 import threading
 import zipfile
-from functools import partial
+from collections import Counter
 
 from aiohttp import web
 
@@ -20,10 +20,9 @@ class Dashboard:
 
     def __init__(self):
         self.address, self.token, self.version = "", "", RAY_VERSION
-        self.jobs, self.packages, self.headers, self.stopped = {}, {}, [], []
+        self.jobs, self.packages, self.headers, self.stopped, self.asked = {}, {}, [], [], Counter()
         self.polls, self.pieces = 2, ["first line\n", "second line\n"]
         self.end = {"status": "SUCCEEDED", "driver_exit_code": 0}
-        self.answer_to_submit = None  # status and text
         self.is_deaf = False  # jobs go on when they are asked to stop
         # of the questions for a job's status: not answered, with "no such job", with a log that cannot be had
         self.away, self.forgets, self.without_log = (), (), ()
@@ -38,7 +37,6 @@ class Dashboard:
             "metadata": {"study": str(study)},
             "runtime_env": {},
             "start_time": 1_700_000_000_000 + len(self.jobs),
-            "asked": 0,
             **more,
         }
 
@@ -72,8 +70,6 @@ class Dashboard:
         asked = await request.json()
         if asked["submission_id"] in self.jobs:
             return web.Response(status=500, text=f"Job with submission_id {asked['submission_id']} already exists.")
-        if self.answer_to_submit:
-            return web.Response(status=self.answer_to_submit[0], text=self.answer_to_submit[1])
         self.add(asked["submission_id"], "", **{key: asked[key] for key in ("entrypoint", "metadata", "runtime_env")})
         return web.json_response({"job_id": asked["submission_id"], "submission_id": asked["submission_id"]})
 
@@ -85,25 +81,26 @@ class Dashboard:
 
     async def _info(self, request):
         job = self._job(request)
-        job["asked"] += 1
-        if job["asked"] in self.away:
+        self.asked[job["submission_id"]] += 1
+        asked = self.asked[job["submission_id"]]
+        if asked in self.away:
             request.transport.abort()
-        if job["asked"] in self.forgets:
+        if asked in self.forgets:
             raise web.HTTPNotFound(text="Job does not exist")
-        if job["status"] == "RUNNING" and job["asked"] > self.polls:
+        if job["status"] == "RUNNING" and asked > self.polls:
             job.update(self.end, end_time=job["start_time"] + 65_000)
-        return web.json_response({key: value for key, value in job.items() if key != "asked"})
+        return web.json_response(job)
 
     async def _list(self, request):
-        jobs = [{key: value for key, value in job.items() if key != "asked"} for job in self.jobs.values()]
         driver = {"type": "DRIVER", "job_id": "01000000", "status": "RUNNING", "entrypoint": "python x.py"}
-        return web.json_response([*jobs, driver])
+        return web.json_response([*self.jobs.values(), driver])
 
     async def _logs(self, request):
         job = self._job(request)
-        if job["asked"] in self.without_log:
+        asked = self.asked[job["submission_id"]]
+        if asked in self.without_log:
             return web.Response(status=500, text="its node is gone")
-        shown = self.pieces[: job["asked"] or None] if job["status"] == "RUNNING" else self.pieces
+        shown = self.pieces[: asked or None] if job["status"] == "RUNNING" else self.pieces
         return web.json_response({"logs": "".join(shown)})
 
     async def _stop(self, request):
@@ -130,24 +127,17 @@ class Dashboard:
 @contextlib.contextmanager
 def serving():
     """Gives a ``Dashboard`` that answers at its address."""
-    dashboard, ready, ends = Dashboard(), threading.Event(), []
-
-    async def serve():
-        over = asyncio.Event()
-        ends.append(partial(asyncio.get_running_loop().call_soon_threadsafe, over.set))
-        runner = web.AppRunner(dashboard.application(), shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        dashboard.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        ready.set()
-        await over.wait()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=asyncio.run, args=(serve(),), daemon=True)
+    dashboard, loop = Dashboard(), asyncio.new_event_loop()
+    runner = web.AppRunner(dashboard.application(), shutdown_timeout=0.1)
+    loop.run_until_complete(runner.setup())
+    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
+    dashboard.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    thread = threading.Thread(target=loop.run_forever)
     thread.start()
-    ready.wait(30)
     try:
         yield dashboard
     finally:
-        ends[0]()
-        thread.join(30)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.run_until_complete(runner.cleanup())
+        loop.close()

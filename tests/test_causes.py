@@ -15,7 +15,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext, NodeDeathInfo
 from ray.exceptions import ActorDiedError
 from ray.train import ControllerError, WorkerGroupError
 
-from carft_ray.errors import ClusterError, DataError
+from carft_ray.errors import ClusterError
 from carft_ray.launch import driver
 from carft_ray.launch.failures.causes import error_of, explained, is_full_memory, root_cause
 from carft_ray.launch.runs.search import run_search
@@ -74,10 +74,7 @@ def died(text):
         (OF_A_TASK, OF_A_TASK.splitlines()[-1]),
         (OF_AN_ARGUMENT, NEVER),
         (OF_A_DEATH, DIED),
-        (
-            OF_A_NODE,
-            "The actor died unexpectedly before finishing this task. The actor died because its node has died.",
-        ),
+        (OF_A_NODE, f"{GONE} The actor died because its node has died."),
         (RuntimeError(), "RuntimeError"),
         (RuntimeError("first\nsecond"), "RuntimeError: first"),
         (ValueError("\x1b[31mred\x1b[0m"), "ValueError: red"),
@@ -174,27 +171,18 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(t
 
 @pytest.mark.whole
 @pytest.mark.slow
-def test_a_preparation_that_dies_or_finds_no_data_is_one_message_and_leaves_no_study(tmp_path, bad_start):
+def test_a_preparation_that_dies_and_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(
+    tmp_path, bad_start
+):
     recipe, study_dir = stand_in.make_recipe(1, baselines={}), tmp_path / "study"
-    with pytest.raises(ClusterError, match="preparation: must run to its end, but got WorkerCrashedError") as caught:
-        run_search(recipe, study_dir, None, runner=bad_start("die", in_preparation=True))
-    check_told(str(caught.value))
-    (stand_in.tell(tmp_path) / "no_data").touch()
-    with pytest.raises(DataError, match="there is no data"):
-        run_search(recipe, study_dir, None, runner=Runner(stand_in.prepare, stand_in.train))
-    assert not ray.is_initialized()
-    assert not study_dir.exists()
-
-
-@pytest.mark.whole
-@pytest.mark.slow
-def test_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(tmp_path, bad_start):
-    recipe, study_dir = stand_in.make_recipe(1, baselines={}), tmp_path / "study"
-    with pytest.raises(ClusterError) as caught:
-        run_search(recipe, study_dir, None, runner=bad_start("pickle", in_preparation=True))
-    assert str(caught.value).startswith(f"preparation: must run to its end, but got {LOCK}\n")
-    check_told(str(caught.value))
-    assert not study_dir.exists()
+    preparation = "preparation: must run to its end, but got"
+    for mode, said in (("die", f"{preparation} WorkerCrashedError"), ("pickle", f"{preparation} {LOCK}\n")):
+        with pytest.raises(ClusterError) as caught:
+            run_search(recipe, study_dir, None, runner=bad_start(mode, in_preparation=True))
+        assert str(caught.value).startswith(said)
+        check_told(str(caught.value))
+        assert not ray.is_initialized()
+        assert not study_dir.exists()
 
     (tmp_path / "begins").unlink()
     with pytest.raises(ClusterError) as caught:  # after the preparation, when Tune pickles it

@@ -3,6 +3,8 @@
 import os
 import signal
 import threading
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import ray
@@ -16,11 +18,12 @@ NAME, OTHER = "trials/t0000-abcd", "trials/t0001-abcd"
 PROCESS = Process(7, "5", "n1", "g1", (("n1", "10.0.0.1"),))
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that stands until it is set: ``now``."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(mailbox, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
 
 
 def test_what_all_ranks_post_is_given_to_the_driver_and_what_it_does_not_name_is_forgotten():
@@ -39,23 +42,16 @@ def test_what_all_ranks_post_is_given_to_the_driver_and_what_it_does_not_name_is
     assert (found.attempt, found.steps, found.process) == (2, {0: 1}, PROCESS)
 
 
-@pytest.mark.parametrize("order", ["go", "stop", "leave"])
-def test_an_attempt_gets_the_order_that_is_its_own(order):
+def test_an_attempt_gets_the_order_that_is_its_own():
     box = Mailbox()
     assert box.post(Post(NAME, 2)).order == "go"  # the driver has not named it yet
-    box.exchange({NAME: Wish(2, order)})
-    assert [box.post(Post(NAME, attempt)).order for attempt in (1, 2, 3)] == ["outdated", order, "go"]
+    box.exchange({NAME: Wish(2, "stop")})
+    assert [box.post(Post(NAME, attempt)).order for attempt in (1, 2, 3)] == ["outdated", "stop", "go"]
     assert box.post(Post(OTHER, 1)).order == "go"
 
 
-class Broken:
-    def post(self, post):
-        raise ConnectionError
-
-
-def test_while_the_driver_or_the_mailbox_is_silent_for_long_a_training_is_to_leave(monkeypatch):
-    clock = Clock()
-    box = Mailbox(clock)
+def test_while_the_driver_or_the_mailbox_is_silent_for_long_a_training_is_to_leave(clock):
+    box = Mailbox(lambda: clock.now)
     box.exchange({NAME: Wish(1, "go")})
     for now, order in ((PATIENCE_S - 1, "go"), (PATIENCE_S, "leave")):
         clock.now = now
@@ -63,35 +59,29 @@ def test_while_the_driver_or_the_mailbox_is_silent_for_long_a_training_is_to_lea
     box.exchange({NAME: Wish(1, "go")})  # it is awake again
     assert box.post(Post(NAME, 1)).order == "go"
     clock.now = 0.0
-    monkeypatch.setattr(mailbox, "time", type("Time", (), {"monotonic": clock}))
-    poster = Poster(Broken(), NAME, 1)
-    clock.now = PATIENCE_S - 1
-    poster.post()
-    assert poster.step() == "go"
-    clock.now = PATIENCE_S
-    poster.post()
-    assert poster.step() == "leave"
+    poster = Poster(SimpleNamespace(post=mock.Mock(side_effect=ConnectionError)), NAME, 1)
+    for now, order in ((PATIENCE_S - 1, "go"), (PATIENCE_S, "leave")):
+        clock.now = now
+        poster.post()
+        assert poster.step() == order
 
 
 def test_a_step_never_waits_for_the_mailbox():
     held, box = threading.Event(), Mailbox()
 
-    class Slow:
-        def post(self, post):
-            if post.steps:
-                held.wait()
-            return box.post(post)
+    def slow(post):
+        if post.steps:
+            held.wait()
+        return box.post(post)
 
-    with Poster(Slow(), NAME, 1) as poster:
+    with Poster(SimpleNamespace(post=slow), NAME, 1) as poster:
         for _ in range(1000):
             assert poster.step() == "go"
         wait_until(lambda: poster._thread.is_alive(), "it has come")
         held.set()
 
 
-def test_the_driver_knows_when_a_step_was_last_seen_and_the_longest_between_two(monkeypatch):
-    clock = Clock()
-    monkeypatch.setattr(mailbox, "time", type("Time", (), {"monotonic": clock}))
+def test_the_driver_knows_when_a_step_was_last_seen_and_the_longest_between_two(clock):
     box = Mailbox()
     exchange = Exchange(box)
     exchange.order(NAME, 1)
@@ -119,36 +109,43 @@ def test_an_exchange_goes_on_while_the_driver_is_busy_and_when_the_mailbox_fails
     monkeypatch.setattr(mailbox, "EXCHANGE_EVERY_S", 0.01)
     box, calls = Mailbox(), []
 
-    class Flaky:
-        def exchange(self, orders):
-            calls.append(orders)
-            if len(calls) % 2:
-                raise ConnectionError
-            return box.exchange(orders)
+    def flaky(orders):
+        calls.append(orders)
+        if len(calls) % 2:
+            raise ConnectionError
+        return box.exchange(orders)
 
-    exchange = Exchange(Flaky())
+    exchange = Exchange(SimpleNamespace(exchange=flaky))
     with exchange.going_on():
         exchange.order(NAME, 1, "stop")
-        wait_until(
-            lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1),
-            "it has come",
-        )
+        come = lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1)  # noqa: E731
+        wait_until(come, "it has come")
     assert exchange.mail(NAME, 1).signs.steps == {0: 8}
 
 
 class Losing(Mailbox):
-    """Every third post has no answer though it came, every fourth finds a mailbox that was just started again."""
+    """Every third call has no answer though it came, every fourth finds a mailbox that was just started again."""
 
     calls = 0
 
-    def post(self, post):
+    def _lose(self, call, *given):
         self.calls += 1
         if self.calls % 4 == 0:
             super().__init__()
-        self.last, answer = post, super().post(post)
+        answer = call(*given)
         if self.calls % 3 == 0:
             raise ConnectionError
         return answer
+
+    def post(self, post):
+        self.last = post
+        return self._lose(super().post, post)
+
+    def give(self, group, work):
+        return self._lose(super().give, group, work)
+
+    def take(self, group, said):
+        return self._lose(super().take, group, said)
 
 
 @pytest.mark.parametrize("looks", [1, 2, 5])

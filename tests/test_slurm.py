@@ -124,16 +124,13 @@ def test_what_it_starts_and_that_the_exit_code_is_the_search_s(tmp_path):
         assert not Path("/proc", line.split()[0]).exists()
 
 
-SOON, LATE = 60, 7200  # seconds to the time limit
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "end_in_s", "requeued"),
     [
         (signal.SIGUSR1, None, True),  # asked for by the script itself
-        (signal.SIGTERM, SOON, True),  # a site that sends this one at the limit
-        (signal.SIGTERM, LATE, False),  # scancel; or a preemption, after which Slurm requeues by itself
+        (signal.SIGTERM, 60, True),  # a site that sends this one at the limit
+        (signal.SIGTERM, 7200, False),  # scancel; or a preemption, after which Slurm requeues by itself
     ],
 )
 def test_at_the_time_limit_it_stops_the_search_and_requeues(number, end_in_s, requeued, tmp_path):

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import threading
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from carft_ray.launch.ray_cluster import spot
 ROOT = Path(__file__).resolve().parents[1]
 NODE = "ab" * 28
 TOKEN = "a token of a minute"
+AWS, GCP = "/latest/meta-data/spot/instance-action", "/computeMetadata/v1/instance/preempted"
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):
@@ -31,17 +31,17 @@ class Metadata(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.asked += 1
+        path, header, value, code, text = {
+            "aws": (AWS, "X-aws-ec2-metadata-token", TOKEN, 200 if server.notice else 404, server.notice),
+            "gcp": (GCP, "Metadata-Flavor", "Google", 200, "TRUE" if server.notice else "FALSE"),
+        }[server.cloud]
         if server.broken_answers:
             server.broken_answers -= 1
             self.say(500, "not now")
-        elif server.cloud == "aws" and self.path == "/latest/meta-data/spot/instance-action":
-            known = self.headers["X-aws-ec2-metadata-token"] == TOKEN
-            self.say(401 if not known else 200 if server.notice else 404, server.notice)
-        elif server.cloud == "gcp" and self.path == "/computeMetadata/v1/instance/preempted":
-            known = self.headers["Metadata-Flavor"] == "Google"
-            self.say(200 if known else 403, "TRUE" if server.notice else "FALSE")
-        else:
+        elif self.path != path:
             self.say(404, "")
+        else:
+            self.say(*((code, text) if self.headers[header] == value else (403, "")))
 
     def say(self, code, text):
         self.send_response(code)
@@ -56,17 +56,12 @@ class Metadata(http.server.BaseHTTPRequestHandler):
 def metadata(cloud):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata) as server:
         server.cloud, server.notice, server.asked, server.broken_answers = cloud, "", 0, 0
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
-        thread.start()
+        server.url = f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}).start()
         try:
             yield server
         finally:
             server.shutdown()
-            thread.join()
-
-
-def url(server):
-    return f"http://127.0.0.1:{server.server_address[1]}"
 
 
 def aws_words(seconds):
@@ -99,13 +94,11 @@ def test_a_notice_drains_the_node_as_preempted_with_a_deadline_below_the_notice(
     with metadata(cloud) as server:
         command = [sys.executable, "-m", "carft_ray.launch.ray_cluster.spot", "--provider", provider]
         command += ["--node-id", NODE, "--address", "10.0.0.1:6379", "--every", "0.05"]
-        environment = {**os.environ, spot.BASE_URL: url(server), "http_proxy": "http://127.0.0.1:1"}
+        environment = {**os.environ, spot.BASE_URL: server.url, "http_proxy": "http://127.0.0.1:1"}
         environment["PYTHONPATH"] = str(ROOT)
         server.broken_answers = 4  # it keeps watching
         with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-            end = time.monotonic() + 60
-            while server.asked < 9 and time.monotonic() < end:
-                time.sleep(0.02)
+            cluster.wait_until(lambda: server.asked >= 9, "it goes on asking", 60)
             assert process.poll() is None
             server.notice = aws_words(notice_s) if cloud == "aws" else "yes"
             output, _ = process.communicate(timeout=60)
@@ -121,16 +114,16 @@ def test_a_notice_drains_the_node_as_preempted_with_a_deadline_below_the_notice(
 
 def test_an_aws_notice_without_a_time_counts_as_two_minutes(ray_words):
     with metadata("aws") as server:
-        assert spot.aws_notice(url(server)) is None
+        assert spot.aws_notice(server.url) is None
         server.notice = json.dumps({"action": "hibernate"})
-        assert spot.aws_notice(url(server)) == spot.AWS_NOTICE_S
+        assert spot.aws_notice(server.url) == spot.AWS_NOTICE_S
         server.notice = aws_words(3600)
-        assert spot.aws_notice(url(server)) == spot.AWS_NOTICE_S
+        assert spot.aws_notice(server.url) == spot.AWS_NOTICE_S
         server.notice = "not JSON"
         with pytest.raises(ValueError, match="Expecting value"):
-            spot.aws_notice(url(server))
+            spot.aws_notice(server.url)
         with pytest.raises(OSError, match="404"):
-            spot.gcp_notice(url(server))
+            spot.gcp_notice(server.url)
 
 
 @pytest.mark.slow
