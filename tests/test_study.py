@@ -1,14 +1,18 @@
 """The study on disk, without Ray: states, recovery, kills, and what is refused."""
 
+import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import curve_stand_in
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from logs import commits, rewrite
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
-from study_steps import contents, failed, finish, optuna_study, run_all, run_search, searching, told
+from study_steps import contents, failed, finish, optuna_study, run_all, run_search, searching, told, write_result
 
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
@@ -187,6 +191,45 @@ def test_any_prefix_of_a_log_is_a_study_that_goes_on_to_the_same_end(study_dir, 
             go_on(study)
         assert told(part) == expected, number
         assert sum(row.attempt - 1 for row in trials(part) + baselines(part)) <= 1
+
+
+STEPS = st.sampled_from(["ask", "ask", "finish", "result", "lose", "raise"])
+
+
+@pytest.mark.slow
+@settings(max_examples=8, derandomize=True, deadline=None)
+@given(st.lists(st.lists(STEPS, max_size=8), max_size=4))
+def test_whatever_happens_each_training_is_told_once_with_its_values(searches):
+    """Each list is a search, killed at its end, and the next one wants a trial more; trainings run side by side."""
+    rng, asked, ended, num_trials = random.Random(0), {}, {}, 2 + len(searches)
+    with tempfile.TemporaryDirectory() as temporary:
+        study_dir = Path(temporary).resolve() / "study"
+        for number, steps in enumerate(searches):
+            with searching(study_dir, make_recipe(2 + number)) as study:
+                running = []
+                for step in steps:
+                    if step == "ask":
+                        running += [spec] if (spec := study.next()) else []
+                        assert all(spec.values == asked.setdefault(spec.name, spec.values) for spec in running)
+                        continue
+                    if not running:
+                        continue
+                    spec, row = running.pop(rng.randrange(len(running))), None
+                    if step == "finish":
+                        row = finish(study, spec)
+                    elif step == "result":  # which the killed search has not told
+                        write_result(study_dir, spec, 0.8)
+                    elif step == "lose":
+                        study.lost(spec, "the process died")
+                    else:
+                        row = study.settle(spec, failed(spec, "error"))
+                    ended |= {spec.name: row} if row else {}
+        run_search(study_dir, make_recipe(num_trials))
+        rows = {row.name: row for row in trials(study_dir) + baselines(study_dir)}
+        assert [row.number for row in trials(study_dir)] == list(range(num_trials))
+        assert {name: rows[name] for name in ended} == ended
+        assert {name: rows[name].values for name in asked} == asked
+        assert {row.outcome for row in rows.values()} <= {"complete", "error"}
 
 
 # what is refused, and what stays
