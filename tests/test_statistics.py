@@ -162,6 +162,7 @@ def test_worst_domain_near_another_set_is_marked_approximate():
 
 def test_rank_correlation_is_none_where_it_is_not_defined():
     assert rank_correlation([1, 2, 2, 4], [3, 1, 1, 9]) == pytest.approx(stats.spearmanr([1, 2, 2, 4], [3, 1, 1, 9])[0])
+    assert rank_correlation([0, 1, 1], [0, 0, 1]) == pytest.approx(0.5)
     assert rank_correlation([1, 2, 3], [1, 1, 1]) is rank_correlation([1], [1]) is None
 
 
@@ -184,6 +185,7 @@ def test_correction_of_the_fixture_and_of_equal_trials():
     assert found.num_trials == 8
     assert found.optimism == pytest.approx(0.01109, abs=1e-4)
     assert found.value == pytest.approx(0.715 - found.optimism)
+    assert correct_best(J, 0.01**2, num_draws=10) == correct_best(J, 0.01**2, num_draws=10)
     assert correct_best(J, 0.01**2).optimism == pytest.approx(0.01109, abs=8e-4)
     exact = correct_best(J, 0.0)
     assert (exact.value, exact.optimism, exact.factor) == (0.715, 0.0, 1.0)
@@ -208,11 +210,18 @@ def test_noise_agrees_with_sums_written_out_over_the_upper_half_and_shared_luck_
     shared = {name: np.repeat(rows, 6, axis=0) for name, rows in random_correct(rng, 1).items()}
     assert ranking_noise(SPEC, J[:6], shared).variance == pytest.approx(0, abs=1e-30)
     assert ranking_noise(SPEC, [0.7], random_correct(rng, 1)).variance == 0
+    three = random_correct(rng, 3)
+    upper = {name: rows[1:] for name, rows in three.items()}
+    of_two = ranking_noise(SPEC, [0.5, 0.9], upper)  # one above the median: both count
+    assert 0 < of_two.image == ranking_noise(SPEC, [0.5, 0.7, 0.9], three).image
 
 
 def test_seed_noise_is_what_the_images_do_not_explain():
     rng = np.random.default_rng(2)
-    correct, configurations = random_correct(rng, 4), [random_correct(rng, 5), random_correct(rng, 3)]
+    correct, configurations = random_correct(rng, 4), [random_correct(rng, num_seeds) for num_seeds in (5, 2)]
+    for by_set in configurations:
+        for name, rows in by_set.items():
+            by_set[name] = rows & (rng.random((len(rows), 1)) > rng.random(rows.shape) / 2)  # seeds differ
     total = dof = own = 0.0
     for by_set in configurations:
         y = values_by_seed(SPEC, by_set)
@@ -220,7 +229,7 @@ def test_seed_noise_is_what_the_images_do_not_explain():
         own += (len(y) - 1) * ranking_noise(SPEC, [1.0] * len(y), by_set).image
         dof += len(y) - 1
     noise = ranking_noise(SPEC, J[:4], correct, configurations)
-    assert noise.seed == pytest.approx(max(0.0, (total - own) / dof))
+    assert 0 < noise.seed == pytest.approx((total - own) / dof)
     assert noise.words == "image and seed noise"
     assert ranking_noise(SPEC, J[:4], correct, [random_correct(rng, 1)]).seed is None
     moving = {name: np.stack([np.arange(n) < share * n for share in (0.2, 0.5, 0.8)]) for name, n in SIZES.items()}
