@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import crash_host
 import pytest
@@ -24,9 +25,9 @@ from cluster import hiding
 @pytest.fixture
 def disk(monkeypatch):
     """Gives a function: looking at, or opening, files of a name fails so many times from now on."""
-    left = {}
-    monkeypatch.setattr(files, "RETRY_EVERY_S", 0.01)
-    monkeypatch.setattr(files, "RETRY_FOR_S", 0.2)
+    left, slept = {}, []
+    clock = SimpleNamespace(monotonic=lambda: sum(slept), sleep=slept.append)  # no wait, and none too short
+    monkeypatch.setattr(files, "time", clock)
 
     def failing(plain):
         def wrapped(path, *args, **kwargs):
