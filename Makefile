@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STUDY ?= studies/quickstart
 # Another torch build: make quickstart TORCH_INDEX=<address of a package index>
 TORCH_INDEX ?=
-# Processes of the tests; a file of tests stays in one
-JOBS ?= 2
+# Processes of the tests, one more than cores: they wait a third of the time; a file of tests stays in one
+JOBS ?= 3
 SIDE_BY_SIDE := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 
