@@ -169,7 +169,6 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(t
         assert told[:60] in re.sub(r"\s+", " ", shown)  # a table wraps what is long
 
 
-@pytest.mark.whole
 @pytest.mark.slow
 def test_a_preparation_that_dies_and_what_cannot_be_pickled_is_one_message_and_leaves_no_half_made_study(
     tmp_path, bad_start
