@@ -240,7 +240,10 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_no
         folder = first.folder(study_dir)
         zombie = attempts.start(plan, first)
         orders = {first.training: Wish(1)}
-        rows = lambda: [kind for signs in box.exchange(orders).values() for kind, _ in signs.records if kind == "row"]  # noqa: E731
+
+        def rows():
+            return [kind for signs in box.exchange(orders).values() for kind, _ in signs.records if kind == "row"]
+
         killed_searches.wait_until(rows, "an epoch")
         os.kill(zombie.pid, signal.SIGSTOP)
         assert study.lost(first, "its node is lost") != "set aside"
@@ -248,7 +251,9 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_no
         process = attempts.start(plan, second)
         orders = {second.training: Wish(2, "go")}
 
-        runs = lambda: [signs.process.pid for signs in box.exchange(orders).values()] == [process.pid]  # noqa: E731
+        def runs():
+            return [signs.process.pid for signs in box.exchange(orders).values()] == [process.pid]
+
         killed_searches.wait_until(runs, "the next one runs")
         os.kill(zombie.pid, signal.SIGCONT)
         zombie.join(120)

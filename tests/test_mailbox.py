@@ -118,7 +118,10 @@ def test_an_exchange_goes_on_while_the_driver_is_busy_and_when_the_mailbox_fails
     exchange = Exchange(SimpleNamespace(exchange=flaky))
     with exchange.going_on():
         exchange.order(NAME, 1, "stop")
-        come = lambda: box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1)  # noqa: E731
+
+        def come():
+            return box.post(Post(NAME, 1, 0, 8)).order == "stop" and exchange.mail(NAME, 1)
+
         wait_until(come, "it has come")
     assert exchange.mail(NAME, 1).signs.steps == {0: 8}
 

@@ -92,7 +92,11 @@ def on_meta(images, positions, device, ahead):
 def test_nothing_waits_for_a_batch_and_an_image_leaves_40_bytes(tiny_clip, heads, monkeypatch, groups):
     """The device ``meta`` stands for a GPU: whatever needs a value, but for ``cpu`` here, is an error there."""
     left = []
-    host = lambda there: left.append(there.nbytes) or torch.zeros(there.shape, dtype=there.dtype)  # noqa: E731
+
+    def host(there):
+        left.append(there.nbytes)
+        return torch.zeros(there.shape, dtype=there.dtype)
+
     monkeypatch.setattr(torch.Tensor, "cpu", host)
     monkeypatch.setattr(evaluate, "images_ahead", on_meta)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # meta has none
