@@ -236,11 +236,6 @@ def test_a_violation_is_what_is_missing_to_the_bound():
     assert Limit("x", 0.72 - 0.01).violation(0.71) == 0.0  # rounding is no violation
 
 
-@pytest.fixture
-def study_dir(tmp_path):
-    return (tmp_path / "study").resolve()
-
-
 def test_trials_wait_for_the_baselines_that_a_constraint_names_and_no_longer(study_dir):
     drops = {"zero_shot": 0.1, "plain": 0.05}
     baselines = {"plain": {"kl_weight": 0}, "other": {"kl_weight": 1}}
