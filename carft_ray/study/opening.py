@@ -70,8 +70,9 @@ def open_study(
 def _require_known(study_dir: Path, storage: JournalStorage) -> None:
     """Raises a ``StorageError`` when trainings have begun that the log does not know: it was cut or replaced."""
     known = {row.name for found in rows.all_rows(storage).values() for row in found}
-    begun = [path.parent for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*/{ATTEMPT}*"))]
-    if unknown := [str(folder.relative_to(study_dir)) for folder in begun if folder.name not in known]:
+    there = [path for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*"))]
+    others = [path for path in there if path.name not in known and any(path.glob(f"{ATTEMPT}*"))]
+    if unknown := [str(path.relative_to(study_dir)) for path in others]:
         value = f"one that knows nothing of {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
         step = "Restore it from a copy. Without one: move those folders elsewhere, and the search begins without them."
         rule = "must be the log of the trainings in this study"

@@ -11,7 +11,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.layout import COMMITS
-from carft_ray.store.log import Log
+from carft_ray.store.log import Log, uncollected
 from carft_ray.study import front
 from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.identity import resume_command
@@ -194,7 +194,9 @@ def readable(log: Log) -> Iterator[JournalStorage]:
     """Gives Optuna's storage over a log, once; what it raises on a foreign log becomes a ``StorageError``."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        yield JournalStorage(log)
+        with uncollected():
+            storage = JournalStorage(log)
+        yield storage
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         step = "Restore it from a copy; the results of finished trials are still in trials/."
         cause = f"{type(error).__name__}: {error}"

@@ -32,8 +32,8 @@ LEAVES: Literal["leaves"] = "leaves"
 STAYS: Literal["stays"] = "stays"
 NUM_EXAMPLES = 2
 LIMIT_STEP = (
-    "The roles are likely wrong. Inspect the pairs: carft-ray doctor RECIPE --pairs pairs.html. Give each role images "
-    "of its own, or write data.shared_images: keep, or a larger data.shared_limit."
+    "The roles are likely wrong. Give each role images of its own, or write data.shared_images: keep, or a larger "
+    "data.shared_limit. Inspect the pairs first: carft-ray doctor RECIPE --pairs pairs.html"
 )
 
 _Key = tuple[str, int]  # key path of a set, index of an image there
