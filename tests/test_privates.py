@@ -6,25 +6,10 @@ import sys
 import optuna
 import pytest
 import ray
-from optuna.trial import TrialState
 
 from carft_ray.errors import UsageError
 from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.study.proposals import optuna_private
-
-
-def test_a_running_trial_of_the_storage_can_be_drawn():
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study()
-    study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
-    trial = optuna_private.running_trial(study, study.get_trials(deepcopy=False)[-1])
-    assert 0 <= trial.suggest_float("x", 0, 1) <= 1
-    frozen = optuna_private.frozen_trial(trial)
-    assert (frozen.number, frozen.params) == (trial.number, trial.params)
-    within = frozen.distributions["x"]
-    assert [optuna_private.is_within(within, value) for value in (0.0, 1.0, 1.1)] == [True, True, False]
-    with optuna_private.on_one_thread():
-        pass
 
 
 def test_ray_reads_its_mode_of_authentication_and_its_token_anew(monkeypatch, tmp_path):

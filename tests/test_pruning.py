@@ -13,11 +13,8 @@ from study_steps import finish, optuna_study, searching
 
 from carft_ray import files
 from carft_ray.data.role_checks import check_sets
-from carft_ray.errors import NoSuccessfulTrialError, RecipeError
+from carft_ray.errors import NoSuccessfulTrialError
 from carft_ray.launch.failures.causes import no_successful_trial
-from carft_ray.recipe.checks.advice import warnings
-from carft_ray.recipe.checks.rules import broken_rules
-from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.schedule import has_intermediate_value, percent, rungs
 from carft_ray.recipe.schema.sampling import Pruner
 from carft_ray.results.reading.status_and_ls import pruner_quality, status
@@ -229,39 +226,8 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
 # recipes
 
 
-@pytest.mark.parametrize(
-    ("is_refused", "epochs", "every_epochs", "pruner"),
-    [
-        (True, 1, 1, HALVING),
-        (True, 10, 1, {**HALVING, "first": 0.95}),
-        (True, 5, 5, {"name": "median"}),
-        (True, 10, 0, {"name": "median"}),
-        (False, 1, 1, {"name": "none"}),
-        (False, 10, 0, HALVING),
-    ],
-)
-def test_a_pruner_that_could_cut_nothing_is_refused(is_refused, epochs, every_epochs, pruner):
-    recipe = make_recipe(4, epochs=epochs, pruner=pruner, evaluate={"every_epochs": every_epochs})
-    assert [finding.path for finding in broken_rules(recipe)] == [("search", "pruner", "name")] * is_refused
-
-
-def test_few_epochs_are_told_and_those_that_are_drawn_count():
-    for epochs, is_told in ((9, True), (12, False)):
-        recipe = make_recipe(4, epochs=epochs, pruner=HALVING)
-        assert any("weakly informative" in text for text in warnings(recipe)) == is_told
-    drawn = {"epochs": {"type": "int", "low": 1, "high": 4}}
-    assert not broken_rules(make_recipe(4, epochs=1, pruner=HALVING, space=drawn))
-
-
 def test_a_warm_up_that_covers_all_values_is_refused():
     for warmup, places in ((None, []), (5, []), (9, ["train.warmup_steps"])):  # 64 images, values after 3 and 6 epochs
         train = {"batch_size": 64, "warmup_steps": warmup}
         recipe = make_recipe(4, epochs=9, pruner=HALVING, evaluate={"every_epochs": 0}, train=train)
         assert [problem.place for problem in check_sets(recipe)] == places
-
-
-def test_a_setting_of_another_pruner_is_refused():
-    with pytest.raises(RecipeError) as caught:
-        recipe_of({**make_recipe().model_dump(mode="json"), "search": {"pruner": {"name": "none", "first": 0.5}}})
-    [problem] = caught.value.problems
-    assert (problem.place, problem.rule) == ("search.pruner.first", "unknown key")

@@ -53,6 +53,7 @@ BRACES = "must hold {} once, for the class, and no other brace, but got "
 GPUS = "must be a whole number above 1, and with several workers, but got "
 ALPHA_MODE = "search.alpha.mode: must be sample where alpha is in search.space, else profile, but got "
 LOWEST = "must be at least search.alpha.lowest, 0.1, but got "
+CUTS_NOTHING = "search.pruner.name: needs an intermediate value between search.pruner.first and the last epoch"
 DEEP = ": must not be nested so deeply, nor repeat itself by aliases so often"
 TAG = "must be a plain value without a tag, but got tag:yaml.org,2002:"
 BENCHMARK = "{source: benchmark, path: x, "
@@ -99,6 +100,11 @@ BAD = [
     ("search: {alpha: {grid: [0, 0.5]}}", ":9: search.alpha.grid: must rise strictly from 0 to 1, but got [0.0,"),
     # the rest of search, resources
     ("search: {trials: 4, sampler: {startup_trials: 5}}", "must be at most search.trials, 4, but got 5"),
+    ("search: {pruner: {name: none, first: 0.5}}", ":9: search.pruner.first: unknown key"),
+    ("search: {pruner: {name: successive_halving, first: 0.95}}", f":9: {CUTS_NOTHING}"),
+    ("train: {epochs: 1}\nsearch: {pruner: {name: successive_halving}}", f":10: {CUTS_NOTHING}"),
+    ("train: {epochs: 5}\nevaluate: {every_epochs: 5}\nsearch: {pruner: {name: median}}", f":11: {CUTS_NOTHING}"),
+    ("evaluate: {every_epochs: 0}\nsearch: {pruner: {name: median}}", f":10: {CUTS_NOTHING}"),
     ("search: {baselines: {a: {lr: 1}}}", "search.baselines.a.lr: unknown key; did you mean 'learning_rate'?"),
     ("search: {baselines: {zero_shot: {alpha: 0}}}", "must have another name: zero_shot is always shown, without "),
     ("resources: {executor: inline, num_workers: 2}", ":9: resources.num_workers: must be 1 with executor: inline,"),
@@ -134,7 +140,6 @@ BAD_SPACES = [
     ("precision: {choices: [fp32, bf16]}", "must not be searched\n    It changes speed and rounding, "),
     ("micro_batch: {low: 1, high: 2}", "must not be searched\n    It changes speed and memory, "),
     ("kl_weigth: {low: 1, high: 2}", 'must be a field of train, but got "kl_weigth"; did you mean'),
-    ("train.lr: {low: 1, high: 2}", "but got \"train.lr\"; did you mean 'learning_rate'? (allowed: "),
     ("label_smoothing: {low: 0, high: 1}", "train.label_smoothing must be less than 1, but got 1.0"),
     ("epochs: {type: float, low: 1, high: 2}", "epochs takes whole numbers only, but got type float\n"),
     ("decay: {low: 1, high: 2}", "\n    Write decay: {choices: [all, matrices]}."),
@@ -317,6 +322,7 @@ def test_a_wrong_option_is_told_with_the_option_as_its_place(tmp_path, option, w
 # ---- warnings, and what a search needs
 
 NO_EFFECT = "has no effect: "
+WEAK = "search.pruner is weakly informative: a training has "
 GPUS_0 = "budget: {gpu_hours: 5}\nresources: {gpus_per_worker: 0}"
 WARNINGS = [
     ("", None),
@@ -332,6 +338,12 @@ WARNINGS = [
     ("train: {ema_decay: 0}", f"train.ema_decay {NO_EFFECT}an average with decay 0 is the last step"),
     ("train: {precision: fp64}", "train.precision fp64 is for checks of the numbers: several times slower, no"),
     ("search: {objective: {kind: harmonic, id_weight: 0.3}}", f"search.objective.id_weight {NO_EFFECT}"),
+    ("search: {sampler: {name: qmc, seed: 3, scramble: false}}", f"search.sampler.seed {NO_EFFECT}the sequence is not"),
+    ("search: {trials: 8, sampler: {name: nsga2, population_size: 50}}", "search.sampler.name nsga2 draws its first "),
+    ("train: {epochs: 12}\nsearch: {pruner: {name: successive_halving}}", None),
+    ("train: {epochs: 9}\nsearch: {pruner: {name: successive_halving}}", f"{WEAK}9 epochs"),
+    ("search: {pruner: {name: successive_halving}, space: {epochs: {low: 1, high: 4}}}", f"{WEAK}1 epoch"),
+    ("evaluate: {every_epochs: 0}\nsearch: {pruner: {name: successive_halving}}", None),
     ("resources: {gpus_per_worker: 4}", "resources.gpus_per_worker takes 4 GPUs for each worker, which "),
     ("model: {name: ViT-B-16-quickgelu, pretrained: openai}", "prompts.templates sandbox describes the sandbox's own"),
     ("    b: {source: sandbox, domain: sketch, split: test, num_per_class: 1}", "data.ood_test.b shows other"),
