@@ -1,21 +1,215 @@
-"""What is kept of the best trials: weights, ``best.yaml`` and the figure, however a search ends. No Ray runs."""
+"""Which trial is the best, of a search for one number and of one for a front, and what is kept of it. No Ray runs."""
 
 import re
+from fractions import Fraction
 
 import curve_stand_in
+import numpy as np
 import pytest
 import stand_in
 from logs import take
 from study_steps import failed, finish, searching
 
+from benchmarks.searches import hypervolume
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.study_figure import figure_at_the_end
+from carft_ray.study.best import Retention
+from carft_ray.study.front import (
+    FrontRule,
+    best_point,
+    front_of,
+    front_rule,
+    knee,
+    lexicographic,
+    non_dominated,
+    spread_points,
+    stand,
+)
+from carft_ray.study.journal import constraint_values, missing_metrics, result_attributes
+from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
-from carft_ray.study.rows import baselines, best_row, trials
+from carft_ray.study.rows import baselines, best_first, best_row, trials
+
+# fronts
+
+
+def beaten(points, index):
+    others = np.delete(points, index, axis=0)
+    return bool(((others >= points[index]).all(axis=1) & (others > points[index]).any(axis=1)).any())
+
+
+def clouds(seed):
+    rng = np.random.default_rng(seed)
+    return [rng.random((n, 2)) for n in (0, 1, 2, 7, 40)] + [rng.integers(0, 5, (30, 2)) / 4 for _ in range(3)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_front_is_what_no_other_point_beats_by_rising_id_and_equal_points_all_stand_on_it(seed):
+    for points in clouds(seed):
+        found = non_dominated(points)
+        assert {*found} == {i for i in range(len(points)) if not beaten(points, i)}
+        order = [(points[i, 0], -points[i, 1], i) for i in found]
+        assert order == sorted(order)
+
+
+def test_counts_alone_decide_however_the_means_are_summed():
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        sizes = rng.integers(7, 4000, 4)
+        counts = np.array([[rng.integers(size // 2, size // 2 + 3) for size in sizes] for _ in range(40)])
+        exact = [sum(Fraction(int(k), int(n)) for k, n in zip(row[1:], sizes[1:], strict=True)) for row in counts]
+        pairs = [(int(row[0]), ood) for row, ood in zip(counts, exact, strict=True)]
+        expected = {
+            i for i, (a, b) in enumerate(pairs) if not any(c >= a and d >= b and (c, d) != (a, b) for c, d in pairs)
+        }
+        shares = counts / sizes
+        shuffled = [np.add.reduce(rng.permutation(row)) / 3 for row in shares[:, 1:]]
+        assert {*non_dominated(np.stack([shares[:, 0], shuffled], axis=1))} == expected
+
+
+def test_the_knee_lies_farthest_beyond_the_line_between_the_ends():
+    front = np.array([[0.5, 0.6], [0.6, 0.58], [0.7, 0.5], [0.75, 0.4]])
+    assert knee(front) == 1  # scaled: (0, 1), (.4, .9), (.8, .5), (1, 0)
+    for scale, shift in (((1, 1), (0, 0)), ((0.01, 3), (0.2, -1))):
+        assert knee(front * scale + shift) == 1
+    for points, expected in (
+        ([[0.5, 0.6], [0.6, 0.5], [0.7, 0.4]], 0),  # all on the line: the highest OOD accuracy
+        ([[0.5, 0.6], [0.51, 0.45], [0.7, 0.4]], 0),  # short of the line: an end
+        ([[0.5, 0.6], [0.5, 0.6 + 1e-16], [0.5, 0.6]], 0),  # equal points: the first
+        ([[0.5, 0.6], [0.6, 0.58], [0.6, 0.58], [0.7, 0.4]], 1),
+    ):
+        assert knee(np.array(points)) == expected
+    front = np.array([[0.5, 0.6], [0.6, 0.58], [0.695, 0.5], [0.7, 0.4]])
+    assert [lexicographic(front, tolerance) for tolerance in (0, 0.004, 0.005, 0.1, 1)] == [3, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_hypervolume_is_the_area_of_the_union_of_the_rectangles(seed):
+    side = (np.arange(100) + 0.5) / 100
+    cells = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 1, 2)
+    for points in clouds(seed):
+        for reference in ((0.0, 0.0), (0.3, 0.2), (0.9, 0.95)):
+            covered = (cells <= points).all(axis=2).any(axis=1) & (cells[:, 0] > reference).all(axis=1)
+            assert hypervolume(points, reference) == pytest.approx(covered.mean(), abs=0.02)
+
+
+def row(number, points, drawn=0, outcome="complete"):
+    """A training with points (alpha, ID, OOD[, violation]); ``drawn`` is the index of its own."""
+    curve = []
+    for alpha, one, other, *missed in points:
+        found = {"id_accuracy": one, "ood_accuracy": other, "objective": (one + other) / 2}
+        curve.append({"alpha": alpha, **found, **({"violation/id_drop/zero_shot": missed[0]} if missed else {})})
+    metrics = dict(curve[drawn])
+    own = {"alpha": metrics.pop("alpha"), "objective": metrics["objective"], "metrics": metrics}
+    return TrialRow("trial", number, f"t{number}", {}, 1, outcome, **own, points=tuple(curve))
+
+
+KNEE = FrontRule("knee", 0.0)
+
+
+def test_the_front_is_over_all_points_of_all_complete_trainings():
+    rows = [
+        row(0, [(0.2, 0.5, 0.6), (0.6, 0.6, 0.59), (1.0, 0.61, 0.4)]),
+        row(1, [(0.3, 0.55, 0.5), (1.0, 0.7, 0.45)], drawn=1),
+        row(2, [(0.5, 0.9, 0.9)], outcome="running"),
+    ]
+    assert (front_of([]), best_point([], KNEE)) == ([], None)
+    assert [(point.name, point.alpha) for point in front_of(rows)] == [("t0", 0.2), ("t0", 0.6), ("t1", 1.0)]
+    stood = stand(rows, KNEE)
+    assert [(each.standing, each.alpha) for each in stood] == [(2, 0.6), (1, 1.0), (0, 0.5)]
+    assert stood[0].metrics["ood_accuracy"] == 0.59
+    assert stood[0].objective == pytest.approx(0.595)
+    assert best_row(stood) == stood[0]
+    assert best_row(stand(rows, FrontRule("lexicographic", 0.0))).alpha == 1.0
+    assert best_row(stand(rows, FrontRule("lexicographic", 0.2))).alpha == 0.2
+
+
+def test_the_best_by_the_rule_comes_first_then_the_front_then_the_rest_by_the_mean():
+    rows = [row(n, [(1.0, *pair)]) for n, pair in enumerate(((0.70, 0.30), (0.50, 0.60), (0.65, 0.58), (0.64, 0.57)))]
+    assert [each.name for each in best_first(stand(rows, KNEE))] == ["t2", "t1", "t0", "t3"]
+    # of equal points the earliest is the best
+    rows = [row(0, [(1.0, 0.7, 0.5)]), row(1, [(0.4, 0.7, 0.5), (1.0, 0.6, 0.5)]), row(2, [(1.0, 0.6, 0.4)])]
+    assert [(point.name, point.alpha) for point in front_of(rows)] == [("t0", 1.0), ("t1", 0.4)]
+    assert [each.standing for each in stand(rows, KNEE)] == [2, 1, 0]
+
+
+def test_points_that_violate_a_constraint_are_on_the_front_only_when_all_do_and_come_last():
+    rows = [row(0, [(0.2, 0.5, 0.6, -0.1), (1.0, 0.9, 0.9, 0.2)]), row(1, [(1.0, 0.8, 0.8, 0.01)])]
+    assert [(point.name, point.alpha) for point in front_of(rows)] == [("t0", 0.2)]
+    rows = [row(0, [(0.2, 0.5, 0.6, 0.3), (1.0, 0.9, 0.9, 0.2)]), row(1, [(1.0, 0.8, 0.8, 0.01)])]
+    assert best_row(stand(rows, KNEE)).name == "t1"
+    rows = [row(0, [(1.0, 0.9, 0.9, 0.02)]), row(1, [(1.0, 0.5, 0.5, -0.02)]), row(2, [(1.0, 0.8, 0.8, 0.01)])]
+    assert [each.name for each in best_first(rows)] == ["t1", "t2", "t0"]
+
+
+@pytest.mark.parametrize("best", ["knee", "lexicographic"])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_kept_of_the_trials_gives_the_best_of_all_of_them(tmp_path, seed, best):
+    """At every end of a trial, in any order; some violate a constraint, and counts of few images make ties."""
+    objective = {"kind": "pareto", "best": best, "tolerance": 0.1}
+    recipe = stand_in.make_recipe(60, keep_checkpoints=2, objective=objective, alpha={"mode": "sample"})
+    rng, rows = np.random.default_rng(seed), []
+    retention = Retention(tmp_path, recipe)
+    for number in rng.permutation(60).tolist():
+        counts = rng.integers(0, 20, (3, 2)) / 20
+        limits = rng.choice([-0.1, 0.05, 0.1], 3)
+        rows.append(row(number, [(index / 2, *counts[index], limits[index]) for index in range(3)]))
+        retention.ended(rows[-1])
+        assert retention.best() == best_row(stand(rows, front_rule(recipe.search)))
+    assert len(retention._kept) < 30
+
+
+def test_the_sampler_is_told_of_at_most_four_further_points_none_of_them_beaten():
+    points = [{"alpha": i / 10, "id_accuracy": i / 10, "ood_accuracy": 1 - i / 10} for i in range(11)]
+    told = [point["alpha"] for point in spread_points(points, 0.5)]
+    assert told == [0.0, 0.3, 0.7, 1.0]
+    points[7] = {"alpha": 0.7, "id_accuracy": 0.1, "ood_accuracy": 0.1}
+    assert 0.7 not in [point["alpha"] for point in spread_points(points, 0.5)]
+    assert spread_points(points[:1], 0.0) == []
+    assert [point["alpha"] for point in spread_points(points[:3], 0.2)] == [0.0, 0.1]
+
+
+# what a study keeps of a finished training, from its result alone
+
+NAMES = ("id_drop/zero_shot", "id_drop/plain")
+MEASURED = {"id_accuracy": 0.8, "violation/id_drop/zero_shot": -0.02, "violation/id_drop/plain": 0.1}
+CURVE = [{"alpha": alpha, "id_accuracy": 0.5 + alpha / 4} for alpha in (0, 0.2, 0.3, 1)]
+RESULT = {"objective": 0.7, "alpha": 0.3, "metrics": {"id_accuracy": 0.6}, "elapsed_s": 2.0, "curve": CURVE}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "trained", "values"),
+    [("complete", -1.0, (-0.02, 0.1)), ("pruned", -1.0, (0, 0)), ("diverged", 1.0, (0, 0)), ("error", 1.0, (0, 0))],
+)
+def test_every_finished_trial_has_all_constraints_and_only_a_complete_one_its_measured_values(outcome, trained, values):
+    expected = {"trained": trained, **dict(zip(NAMES, values, strict=True))}
+    assert constraint_values(outcome, MEASURED, NAMES) == expected
+    assert constraint_values(outcome, MEASURED, ()) == {"trained": trained}
+
+
+def test_a_trial_must_have_what_its_constraints_and_its_two_objectives_are_made_of():
+    assert missing_metrics({**MEASURED, "ood_accuracy": 0.5}, NAMES, True)[0] == []
+    missing, rule = missing_metrics({"id_accuracy": 0.8}, NAMES, True)
+    assert missing == ["violation/id_drop/zero_shot", "violation/id_drop/plain", "ood_accuracy"]
+    assert rule.endswith("must have violation/id_drop/zero_shot, violation/id_drop/plain, id_accuracy, ood_accuracy")
+
+
+def test_a_result_keeps_its_numbers_and_of_its_curve_the_points_of_the_front_each_once():
+    numbers = {"outcome": "complete", "alpha": 0.3, "metrics": RESULT["metrics"], "elapsed_s": 2.0}
+    kept = {**numbers, "at_chance": False}
+    assert result_attributes(RESULT) == kept
+    assert result_attributes({**RESULT, "at_chance": True}) == {**kept, "at_chance": True}
+    assert result_attributes(RESULT, 0.2) == {**kept, "objective": 0.7, "points": CURVE[1:]}
+    assert result_attributes(RESULT, 0.3 + 1e-16)["points"] == CURVE[2:]  # within it but for rounding
+    found = result_attributes({**RESULT, "alpha": 0.5}, 0.2)["points"]
+    assert found == [*CURVE[1:], {"alpha": 0.5, **RESULT["metrics"]}]
+
+
+# what is kept in files
 
 
 def in_file(study_dir):
@@ -57,17 +251,6 @@ def test_only_a_better_trial_changes_it_and_the_next_search_mends_what_a_kill_ha
     with searching(study_dir, recipe):
         pass
     assert in_file(study_dir) == in_study(study_dir)
-
-
-def test_of_equal_points_the_first_trial_is_the_best_whichever_was_told_first(study_dir):
-    with searching(study_dir, curve_stand_in.make_recipe(2, baselines={})) as study:
-        first, second = study.next(), study.next()
-        for spec in (second, first):
-            metrics = {"objective": 0.7, "id_accuracy": 0.7, "ood_accuracy": 0.7}
-            files.write_bytes(spec.place(study_dir) / WEIGHTS, b"weights")
-            finish(study, spec, 0.7, alpha=spec.values["alpha"], metrics=metrics)
-    assert in_file(study_dir) == in_study(study_dir) == (first.name, first.values["alpha"])
-    assert first.name in with_file(study_dir, WEIGHTS)
 
 
 @pytest.mark.slow
