@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -20,7 +18,10 @@ from study_steps import failed, finish, searching
 from test_checkpoint import limited
 
 from carft_ray.api import actions
-from carft_ray.errors import UsageError
+from carft_ray.errors import InterruptedRunError, UsageError
+from carft_ray.launch.events import TrialEpoch
+from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import ask_to_stop, wait_until_free
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, recipe_of
@@ -30,7 +31,6 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Live, append_log, write_live
 from carft_ray.ui.live import SearchView
 
-BASE = Path(__file__).parent
 RECIPE = make_recipe(8, train={"batch_size": 4})
 
 
@@ -186,7 +186,7 @@ def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(r
 # logs
 
 
-def test_logs_finds_a_training_by_number_and_name(run, here):
+def test_logs_finds_a_training_by_number_and_name_and_says_where_there_is_no_log(run, here):
     rows = read_study(here / "first").trials
     assert find_row(rows, rows[2].name[:7]).number == 2  # the beginning of a name is enough when it is of one
     name = rows[3].name
@@ -197,14 +197,10 @@ def test_logs_finds_a_training_by_number_and_name(run, here):
     assert "diverged: loss not finite at step 3" in out
     [line] = json.loads(run("logs", "first", "plain", "--json")[1])
     assert line.endswith("attempt 1: starts on 127.0.0.1")
-
-
-def test_a_trial_without_a_log_is_no_error(run, here):
-    [path] = here.glob("first/trials/t0004*/log.txt")
-    path.unlink()
+    (here / "first" / "trials" / rows[4].name / "log.txt").unlink()  # without one it is no error
     code, out, err = run("logs", "first", "4")
     assert (code, out) == (0, "")
-    assert err.startswith(f"{path.parent.name} has no log: it is stopped.\n")
+    assert err.startswith(f"{rows[4].name} has no log: it is stopped.\n")
     assert "zero_shot has no log: the zero-shot model is not trained." in run("logs", "first", "zero_shot")[2]
     assert json.loads(run("logs", "first", "4", "--json")[1]) == []
 
@@ -297,21 +293,18 @@ def test_stop_waits_for_the_process_that_was_asked_and_not_for_the_next_one(here
 @pytest.mark.slow
 def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
     (stand_in.tell(here) / "hold").touch()  # no training gets further than its first epoch
-    command = [sys.executable, str(BASE / "search_driver.py"), str(here / "live"), "6", '{"executor": "debug"}']
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BASE.parent), str(BASE)])}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=environment, **pipes) as search:
-        for line in search.stdout:
-            if line.startswith("TrialEpoch"):
-                break
-        seen = json.loads(run("status", "live", "--json")[1])
-        code, _, err = run("stop", "live")
-        output, errors = search.communicate(timeout=120)
-    assert (code, search.returncode, errors) == (0, 130, ""), output
-    assert "Resume with: carft-ray resume" in output
-    assert seen["search"]["running"]
-    assert [row["epoch"] is not None for row in seen["running"]].count(True) >= 1
-    assert "The search has ended; " in err
+    seen = []
+
+    def on_event(event):
+        if isinstance(event, TrialEpoch) and not seen:
+            seen.append(json.loads(run("status", "live", "--json")[1]))
+            assert run("stop", "live", "--no-wait")[0] == 0
+
+    recipe, runner = make_recipe(6, resources={"executor": "debug"}), Runner(stand_in.prepare, stand_in.train)
+    with pytest.raises(InterruptedRunError, match="Resume with: carft-ray resume") as ended:
+        run_search(recipe, here / "live", None, on_event, runner)
+    assert ended.value.exit_code == 130
+    assert (seen[0]["search"]["running"], [row["epoch"] for row in seen[0]["running"]]) == (True, [1])
     after = json.loads(run("status", "live", "--json")[1])
     assert (after["trials"]["running"], after["running"], after["search"]["running"]) == (0, [], False)
 
