@@ -11,13 +11,12 @@ SUGGESTED = re.compile(r"(?:  |(?<!Usage): )carft-ray (.*)")
 
 
 def parsed(words):
-    """Parses the words of a command line; returns the command."""
+    """Parses the words of a command line; returns the context of its command."""
     command = typer.main.get_command(cli.app)
     while hasattr(command, "commands"):
         command = command.commands[words[0]]
         words = words[1:]
-    command.make_context(command.name, list(words))
-    return command
+    return command.make_context(command.name, list(words))
 
 
 def check_suggestions(text):

@@ -247,7 +247,7 @@ def test_help_shows_what_a_command_does_its_options_and_an_example_that_parses_a
         assert " ".join(command.help.split()[:2]) in out
         assert "Example:" in out
         label, program, *rest = command.epilog.split()
-        assert (label, program, parsed(rest).name) == ("Example:", "carft-ray", command.name)
+        assert (label, program, parsed(rest).command.name) == ("Example:", "carft-ray", command.name)
         for option in command.params:
             assert getattr(option, "help", ""), f"{' '.join(words)}: {option.name} has no help"
         options = {option for parameter in command.params for option in parameter.opts}

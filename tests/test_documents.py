@@ -9,9 +9,8 @@ from pathlib import Path
 
 import crash_host
 import pytest
-import typer.main
 from PIL import Image
-from suggestions import check_suggestions
+from suggestions import check_suggestions, parsed
 from test_init import write_tree
 
 import carft_ray
@@ -94,12 +93,8 @@ def documented(program):
 
 
 def test_documented_commands_parse_and_their_recipes_take_the_settings():
-    program = typer.main.get_command(app)
     for document, line in documented("carft-ray"):
-        words, command = shlex.split(line, comments=True)[1:], program
-        while hasattr(command, "commands"):
-            command = command.commands[words.pop(0)]
-        given = command.make_context(command.name, words).params
+        given = parsed(shlex.split(line, comments=True)[1:]).params
         recipe = ROOT / (given.get("recipe") or "none")
         if recipe.is_file():
             load_recipe(recipe, given["set_"] or [])

@@ -57,11 +57,7 @@ def test_a_command_refuses_an_older_library_with_exit_code_2_and_goes_on_with_a_
     installed(beta="1.1")
     assert crash_host.call(["validate", recipe]) == 2
     assert capsys.readouterr() == ("", "error: beta 1.1: carft-ray needs >=1.2; run: pip install 'beta>=1.2'\n")
-
-
-def test_help_and_the_readers_of_studies_work_with_any_version(installed, capsys):
-    installed(alpha="1", beta="1.1")
-    for words in (["search", "--help"], ["-h"], ["ls", "nowhere"]):
+    for words in (["search", "--help"], ["-h"], ["ls", "nowhere"]):  # help and the readers of studies take any version
         crash_host.call(words)
         assert "carft-ray needs" not in "".join(capsys.readouterr())
 
