@@ -55,9 +55,6 @@ def study_dir(original, tmp_path):
     return shutil.copytree(original.path, tmp_path / "study")
 
 
-# recipes
-
-
 @pytest.mark.slow
 def test_a_path_a_dictionary_and_a_recipe_are_one_recipe(here, monkeypatch):
     monkeypatch.chdir(here)
@@ -86,9 +83,6 @@ def test_a_recipe_that_was_changed_in_python_is_checked_again_and_warnings_are_l
     with caplog.at_level(logging.WARNING, "carft_ray"):
         carft_ray.load_recipe(carft_ray.load_recipe(here / "recipe.yaml", {"train.ema_decay": 0}))
     assert len([record for record in caplog.records if "ema_decay" in record.getMessage()]) == 1
-
-
-# a search
 
 
 @pytest.mark.slow
@@ -217,9 +211,6 @@ def test_every_option_of_a_command_has_its_parameter(verb):
     assert {renamed.get(name, name) for name in asked} <= parameters
 
 
-# a study that is read
-
-
 @pytest.mark.slow
 def test_trials_and_baselines_are_tables_of_typed_columns(original):
     study = carft_ray.open_study(str(original.path))
@@ -276,9 +267,6 @@ def test_nothing_heavy_is_loaded_until_a_function_needs_it(original, here):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["set()", "set()"]
-
-
-# notebooks
 
 
 def test_a_search_and_a_training_are_one_output_of_a_notebook(tmp_path, monkeypatch, capsys):

@@ -34,8 +34,6 @@ from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import baselines, best_first, best_row, trials
 
-# fronts
-
 
 def beaten(points, index):
     others = np.delete(points, index, axis=0)
@@ -173,8 +171,6 @@ def test_the_sampler_is_told_of_at_most_four_further_points_none_of_them_beaten(
     assert [point["alpha"] for point in spread_points(points[:3], 0.2)] == [0.0, 0.1]
 
 
-# what a study keeps of a finished training, from its result alone
-
 NAMES = ("id_drop/zero_shot", "id_drop/plain")
 MEASURED = {"id_accuracy": 0.8, "violation/id_drop/zero_shot": -0.02, "violation/id_drop/plain": 0.1}
 CURVE = [{"alpha": alpha, "id_accuracy": 0.5 + alpha / 4} for alpha in (0, 0.2, 0.3, 1)]
@@ -207,9 +203,6 @@ def test_a_result_keeps_its_numbers_and_of_its_curve_the_points_of_the_front_eac
     assert result_attributes(RESULT, 0.3 + 1e-16)["points"] == CURVE[2:]  # within it but for rounding
     found = result_attributes({**RESULT, "alpha": 0.5}, 0.2)["points"]
     assert found == [*CURVE[1:], {"alpha": 0.5, **RESULT["metrics"]}]
-
-
-# what is kept in files
 
 
 def in_file(study_dir):

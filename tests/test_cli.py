@@ -48,9 +48,6 @@ def everything(here="."):
     return sorted(path for path in Path(here).rglob("*") if path.name != "lock")
 
 
-# the commands
-
-
 @pytest.mark.slow
 def test_train_evaluate_and_export_from_the_first_to_the_last_command(run):
     code, out, err = run("train", "recipe.yaml", "--out", "out")
@@ -212,9 +209,6 @@ def test_damaged_results_are_a_storage_error(run):
         assert err.startswith(f"error: {path.absolute()}: {message}")
         assert everything() == before
         path.write_bytes(whole)
-
-
-# what is shown
 
 
 def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch, capsys):

@@ -27,9 +27,6 @@ DOCUMENTS = tuple(path.relative_to(ROOT).as_posix() for place in PLACES for path
 SHORTER = {r"trials: \d+": "trials: 2", r"epochs: \d+": "epochs: 1", r"batch_size: \d+": "batch_size: 32"}
 
 
-# ---- links and names
-
-
 def anchors(path):
     """The addresses of the headings of a document, as viewers of repositories make them."""
     text = re.sub(r"(?ms)^```.*?^```", "", path.read_text())
@@ -72,9 +69,6 @@ def test_each_statement_on_trust_names_the_test_that_holds_it():
         assert statement.count("<!--") == len(named)
         for file, name in named:
             assert re.search(rf"(?m)^def {name}\(", (ROOT / "tests" / file).read_text()), name
-
-
-# ---- commands
 
 
 def code_lines():
@@ -161,9 +155,6 @@ def test_the_commands_of_a_document_run(tmp_path, monkeypatch, capsys, document)
     assert (tmp_path / "studies/mine/figure.png").is_file()
     exported = {path.name for path in (tmp_path / "exports/mine").iterdir()}
     assert {"open_clip_config.json", "class_head.safetensors", "README.md", "recipe.yaml"} <= exported
-
-
-# ---- the site
 
 
 @pytest.mark.whole

@@ -128,9 +128,6 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
         assert (study_dir / "manifest.json").read_bytes() == before
 
 
-# ---- what may be added, and what means the same
-
-
 def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
     study_dir = tmp_path / "study"
     run_search(study_dir, make_recipe(2))
@@ -168,9 +165,6 @@ def test_class_names_may_move_between_the_recipe_and_a_file_that_has_the_same(tm
     go_on(tmp_path / "study", recipe(["cat", "dog"]))
     for other in (["dog", "cat"], None, "other.txt", "gone.txt"):
         refused(tmp_path / "study", recipe(other), "class_names")
-
-
-# ---- moved folders
 
 
 def folder_recipe(base, **data):

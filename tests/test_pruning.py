@@ -120,9 +120,6 @@ def test_an_intermediate_value_counts_from_first_on_and_after_the_warm_up():
     assert intermediate_value(recipe, {}, {"epoch": 4, "step": 40, "num_steps": 100}) is None
 
 
-# in a study
-
-
 def row(epoch, value, epochs=EPOCHS):
     return {"epoch": epoch, "step": epoch, "num_steps": epochs, "subset/objective": value}
 
@@ -197,9 +194,6 @@ def test_a_search_in_which_all_were_cut_says_so():
     assert "the pruner has cut all 3" in str(error)
 
 
-# what predicts the end
-
-
 def complete(number, value, objective):
     """The row of a trial with a value at each rung and at its end."""
     values = {33: 0.0, 67: value, 83: 0.4, 100: 0.5}
@@ -221,9 +215,6 @@ def test_the_rank_correlation_of_the_last_rung_with_the_end_is_told_and_a_weak_o
     assert "1 trial cut" in pruner_quality(part, [*good, pruned])["lines"][0]
     assert deciding_value(pruner_of(name="median"), good[1].intermediate_values) == 0.4  # the last before the end
     assert deciding_value(part, {33: 0.1}) is None
-
-
-# recipes
 
 
 def test_a_warm_up_that_covers_all_values_is_refused():

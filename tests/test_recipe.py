@@ -222,9 +222,6 @@ def test_files_that_cannot_be_read_are_told_apart(tmp_path):
         assert str(caught.value) == f"{tmp_path / name}: {message}"
 
 
-# ---- what is accepted
-
-
 def test_yaml_is_version_1_2_and_an_alias_is_plain_repetition(tmp_path):
     more = "train: {learning_rate: 1e-4, kl_weight: 3, weight_decay: .05}\nprompts: {templates: ['on {}']}\n"
     more += "search: {baselines: {a: &a {kl_weight: 0}, b: *a}}"
@@ -264,9 +261,6 @@ def test_templates_come_from_a_file_once_and_stand_in_the_recipe(tmp_path):
         ("pipe", f"{rule} pipe: must be a regular file, but got a pipe, device or socket"),
     ):
         assert _messages(tmp_path, f"prompts: {{templates: 'file:{name}'}}") == [f"r.yaml:9: {told}"]
-
-
-# ---- --set
 
 
 def test_set_wins_over_the_file_a_later_one_over_an_earlier_one_mends_a_mistake_and_makes_missing_parts(tmp_path):
@@ -318,8 +312,6 @@ def test_a_wrong_option_is_told_with_the_option_as_its_place(tmp_path, option, w
     [message] = _messages(tmp_path, "", option)
     assert message.startswith(f"--set {option}: {words}")
 
-
-# ---- warnings, and what a search needs
 
 NO_EFFECT = "has no effect: "
 WEAK = "search.pruner is weakly informative: a training has "
@@ -384,8 +376,6 @@ def test_apply_sets_values_over_train_leaves_the_recipe_and_refuses_what_train_r
     assert str(first) == "train.learning_rate: must be greater than 0, but got -1"
     assert (second.place, second.nearest) == ("train.epoch", "epochs")
 
-
-# ---- writing back
 
 ODD = ("true", "null", "1e-4", "2020-01-01", "0x10", "é", "it's", "#1", "=", "<<", "1_000", "~", "\u2028", "\u00a0\x85")
 WORDS = st.sampled_from((*ODD, "a b", "- a", ": 'x' # y"))

@@ -92,9 +92,6 @@ def number(values):
     return values["kl_weight"] / 4
 
 
-# ---- the table: each cell is a test
-
-
 def check_learning(learns, first, second, objectives=1):
     """Gives a check that the samplers of these names, and no others, learn from what two results differ in."""
 
@@ -347,8 +344,6 @@ def test_enqueued_values_that_are_added_to_a_study_are_tried_next():
     assert drawn[3]["kl_weight"] == 1.0
     assert len([trial for trial in study.trials if space.POINT in trial.user_attrs]) == 3
 
-
-# ---- messages
 
 DATA = make_recipe().model_dump(mode="json")["data"]
 

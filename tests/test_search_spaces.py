@@ -45,9 +45,6 @@ def test_commented_lines_of_the_folders_recipe_are_valid_when_used(tmp_path):
     assert set(recipe.search.space) == {"learning_rate", "kl_weight", "weight_decay", "epochs", "decay"}
 
 
-# ---- the keys, and the tables that explain them
-
-
 def unique_keys():
     """Returns every key of a recipe, once for each text that explains it."""
     explained = [key for key in keys.documented_keys() if key.field.description]
@@ -130,8 +127,6 @@ def test_a_stale_table_is_found_and_written_anew(tmp_path):
     with pytest.raises(ValueError, match=r"must have one place for each of \['a', 'b'\], but got \['a'\]"):
         keys.updated("<!-- keys: a -->\n<!-- end -->\n", {"a": ["x"], "b": ["y"]})
 
-
-# ---- the JSON schema, against a validator that is not ours
 
 VALIDATOR = jsonschema.Draft202012Validator(json.loads(schema_text()))
 DATA = """\

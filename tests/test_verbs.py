@@ -77,9 +77,6 @@ def everything(folder):
     }
 
 
-# status
-
-
 @pytest.mark.slow
 def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     before = everything(here)
@@ -142,9 +139,6 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
     assert "stopped, epoch 1 done" in run("ls", "first")[1]
 
 
-# ls
-
-
 @pytest.mark.slow
 def test_ls_lists_baselines_and_then_the_trials_from_the_best_down(run, here):
     before = everything(here)
@@ -181,9 +175,6 @@ def test_ls_of_a_folder_lists_its_studies_and_passes_over_none_that_is_damaged(r
     lines = out.splitlines()
     assert lines[1].split() == ["first", "8", "3", "1", "1", "70.0"]
     assert "cannot be read" in lines[3]
-
-
-# logs
 
 
 def test_logs_finds_a_training_by_number_and_name_and_says_where_there_is_no_log(run, here):
@@ -226,9 +217,6 @@ def test_follow_prints_whole_lines_as_they_come_until_the_training_has_ended(run
     *lines, end, _ = out.splitlines()
     assert lines[-3:] == ["half a line", "and more", "last"]
     assert end.endswith("attempt 2: diverged: loss not finite at step 9")
-
-
-# stop
 
 
 @pytest.mark.slow
@@ -309,9 +297,6 @@ def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
     assert (after["trials"]["running"], after["running"], after["search"]["running"]) == (0, [], False)
 
 
-# resume
-
-
 def test_trials_are_a_total_or_how_many_more_than_have_begun(here):
     view = read_study(here / "first")
     assert [total_trials(written, view) for written in ("+4", "20", "5", " +1")] == [12, 20, 5, 9]
@@ -334,9 +319,6 @@ def test_resume_is_search_with_the_recipe_of_the_study(run, here, monkeypatch):
     assert (recipe.search.trials, recipe.train.batch_size) == (12, 4)
     assert (recipe.resources.executor, recipe.resources.num_workers) == ("ray-train", 2)
     assert (study, options["address"], options["progress"]) == (Path("first"), "auto", False)
-
-
-# mistakes, and studies in wrong hands
 
 
 @pytest.fixture

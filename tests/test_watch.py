@@ -166,9 +166,6 @@ def test_without_a_terminal_there_are_lines(tmp_path, capsys):
     assert re.fullmatch(r"\[0:00\] 2/8 t0000-abcd .* <- best so far", third)
 
 
-# from another process
-
-
 @contextlib.contextmanager
 def searching(study_dir, num_finished):
     """A study of nine trials that is searched within the block: the fourth ended badly, and one trains."""
