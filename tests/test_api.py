@@ -12,7 +12,6 @@ from unittest import mock
 import own_functions
 import pyarrow as pa
 import pytest
-import short_sealed
 import short_training
 import typer.main
 from logs import holding
@@ -21,15 +20,12 @@ from test_debug import numbers as results
 import carft_ray
 from carft_ray.api import actions, studies
 from carft_ray.cli import app
-from carft_ray.errors import DataError, HoldOutError, RecipeError, UsageError
+from carft_ray.errors import DataError, RecipeError, UsageError
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.recipe.text import parse
 from carft_ray.study.outcome import TrialRow
 from carft_ray.ui import notebook, progress
-
-DEBUG = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2}
-BASELINES = {"fine_tuning": {"kl_weight": 0}}
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +37,13 @@ def here(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def overrides(here):
-    return {**DEBUG, "data.cache_dir": here / "cache"}
+    short = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2}
+    return {**short, "search.baselines": {"fine_tuning": {"kl_weight": 0}}, "data.cache_dir": here / "cache"}
 
 
 @pytest.fixture(scope="module")
 def original(here, overrides):
-    given = {**overrides, "search.baselines": BASELINES}
-    return carft_ray.search(here / "recipe.yaml", here / "studies" / "quickstart", overrides=given, progress=False)
+    return carft_ray.search(here / "recipe.yaml", here / "studies" / "quickstart", overrides=overrides, progress=False)
 
 
 @pytest.fixture
@@ -87,8 +83,7 @@ def test_a_recipe_that_was_changed_in_python_is_checked_again_and_warnings_are_l
 
 @pytest.mark.slow
 def test_a_search_is_that_of_the_command_line_bit_for_bit(run, here, original, overrides):
-    given = {**overrides, "search.baselines": json.dumps(BASELINES)}
-    words = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+    words = [word for key, value in overrides.items() for word in ("--set", f"{key}={value}")]
     code, out, _ = run("search", here / "recipe.yaml", "--study", here / "by_command", *words, "--json")
     assert code == 0
     assert results(here / "by_command") == results(original.path)
@@ -104,8 +99,7 @@ def test_a_search_is_that_of_the_command_line_bit_for_bit(run, here, original, o
 
 @pytest.mark.slow
 def test_a_search_prints_nothing_and_gives_a_study_that_displays_itself(original, here, overrides, tmp_path, capsys):
-    given = {**overrides, "search.baselines": BASELINES}
-    again = carft_ray.search(here / "recipe.yaml", original.path, overrides=given, progress=False)
+    again = carft_ray.search(here / "recipe.yaml", original.path, overrides=overrides, progress=False)
     assert capsys.readouterr() == ("", "")
     assert again.numbers["new_trials"] == 0
     assert isinstance(again, carft_ray.Study)
@@ -145,7 +139,7 @@ def test_a_report_has_numbers_page_and_card_and_writes_nothing_unasked(study_dir
 
 
 @pytest.mark.slow
-def test_wrong_use_is_an_exception_of_the_command(study_dir, tmp_path, here, overrides):
+def test_wrong_use_is_an_exception_of_the_command(study_dir, tmp_path, here):
     for use, error, message in (
         (lambda: carft_ray.open_study(tmp_path / "studi"), UsageError, "did you mean"),
         (lambda: carft_ray.report(tmp_path), UsageError, "must be a study"),
@@ -153,7 +147,7 @@ def test_wrong_use_is_an_exception_of_the_command(study_dir, tmp_path, here, ove
         (lambda: carft_ray.evaluate(study_dir, alpha=1.5), UsageError, r"must be from 0 to 1, but got 1\.5"),
         (lambda: carft_ray.open_study(study_dir).metrics("fine_tunimg"), UsageError, "did you mean 'fine_tuning'"),
         (lambda: carft_ray.confirm(study_dir, seeds=1), UsageError, "must be at least 2, but got 1"),
-        (lambda: carft_ray.search(here / "recipe.yaml", study_dir, overrides=overrides), RecipeError, "baselines"),
+        (lambda: carft_ray.search(here / "recipe.yaml", study_dir), RecipeError, "baselines"),
         (lambda: carft_ray.resume(study_dir, adress="auto"), TypeError, "unexpected keyword argument 'adress'"),
     ):
         with pytest.raises(error, match=message):
@@ -169,8 +163,7 @@ def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overr
         calls.append(values["learning_rate"])
         return own_functions.few_steps(values, context)
 
-    given = {**overrides, "search.baselines": BASELINES}
-    found = carft_ray.search(here / "recipe.yaml", tmp_path / "own", overrides=given, train=mine, progress=False)
+    found = carft_ray.search(here / "recipe.yaml", tmp_path / "own", overrides=overrides, train=mine, progress=False)
     assert len(calls) == 3  # with the baseline
     assert calls[1:] == found.trials()["learning_rate"].to_pylist()
     with pytest.raises(UsageError, match="names code that a training would run"):
@@ -183,17 +176,6 @@ def test_a_fine_tuning_of_ones_own_is_searched_resumed_and_confirmed(here, overr
     assert longer.best.name in str(confirmed)
     assert len(calls) == 8  # of the best, and of the baseline
     assert carft_ray.evaluate(tmp_path / "own").numbers["name"] == f"own/{longer.best.name}"
-
-
-@pytest.mark.slow
-def test_the_seal_holds_in_python_too(tmp_path, run):
-    study_dir = short_sealed.make(tmp_path, short_training)
-    assert run("test", study_dir)[0] == 0
-    with pytest.raises(HoldOutError, match="its test sets were read"):
-        carft_ray.resume(study_dir, "+1", overrides=DEBUG | {"search.trials": 2, "train.epochs": 3})
-    more = {"again": "more trials for a figure", "progress": False}
-    found = carft_ray.resume(study_dir, "+1", overrides={"resources.executor": "debug"}, **more)
-    assert found.numbers["new_trials"] == 1
 
 
 @pytest.mark.parametrize("verb", ["search", "resume", "confirm", "train", "evaluate", "export", "report"])

@@ -64,15 +64,12 @@ def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders):
     assert recipe.data.ood_val
 
 
-def test_a_class_folder_becomes_words():
+def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_folders(tmp_path):
     for name in ("animals-nature", "animals_nature", "animalsNature"):
         assert readable(name) == "animals nature"
     assert readable("012.Black_footed_Albatross") == "Black footed Albatross"
     for name in ("grey wolf", "t-shirt", "McDonald", "TV", "747-400", "n12345678", "__"):
         assert readable(name) == name
-
-
-def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_folders(tmp_path):
     folders = ("animalsNature", "city-street", "old_town")
     write_tree(tmp_path / "tree", ["photo", "art"], folders, images=5)
     recipe, written = drafted(tmp_path / "tree", "photo")

@@ -41,12 +41,6 @@ from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
 
 
-def make_study(study_dir, recipe):
-    with searching(study_dir, recipe) as study:
-        study.add_zero_shot(ZERO_SHOT)
-        return run_all(study)
-
-
 def read_study_with_recipe(study_dir, recipe):
     set_recipe(study_dir, recipe)
     return read_study(study_dir)
@@ -55,7 +49,9 @@ def read_study_with_recipe(study_dir, recipe):
 @pytest.mark.slow
 def test_a_training_is_told_its_own_point_and_at_most_four_others_that_it_does_not_beat_and_counts_once(study_dir):
     recipe = make_recipe(6)
-    specs = [spec for spec in make_study(study_dir, recipe) if spec.kind == "trial"]
+    with searching(study_dir, recipe) as study:
+        study.add_zero_shot(ZERO_SHOT)
+        specs = [spec for spec in run_all(study) if spec.kind == "trial"]
     search, rows = optuna_study(study_dir), trials(study_dir)
     assert [direction.name for direction in search.directions] == ["MAXIMIZE", "MAXIMIZE"]
     assert [row.name for row in rows] == [trial_name(spec.number, spec.values) for spec in specs]

@@ -46,7 +46,6 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 
 # ---- one mistake, one message: the lines after the base, and how the message begins after the file, or what is in it
 
-WHOLE = "must be a whole number"
 ONE_OF = "must be one of the allowed values, but got "
 TEMPLATES = "must be the name of a set of templates, file:PATH, or a list of texts with {}, but got "
 BRACES = "must hold {} once, for the class, and no other brace, but got "
@@ -65,7 +64,7 @@ BAD = [
     ("learning_rate: 1", ":9: learning_rate: unknown key; did you mean 'train.learning_rate'? (allowed: "),
     # types
     ("train: {learning_rate: '1e-4'}", ':9: train.learning_rate: must be a number, but got "1e-4"'),
-    ("train: {epochs: 2.0}", f":9: train.epochs: {WHOLE}, but got 2.0"),
+    ("train: {epochs: 2.0}", ":9: train.epochs: must be a whole number, but got 2.0"),
     ("train: {head_bias: yes}", ':9: train.head_bias: must be true or false, but got "yes"'),
     ("train: {compile: 1}", ":9: train.compile: must be auto, true or false, but got 1"),
     ("model: {pretrained: 5}", ":9: model.pretrained: must be text, but got 5\n    Write it in quotes."),
@@ -315,10 +314,12 @@ def test_a_wrong_option_is_told_with_the_option_as_its_place(tmp_path, option, w
 
 NO_EFFECT = "has no effect: "
 WEAK = "search.pruner is weakly informative: a training has "
-GPUS_0 = "budget: {gpu_hours: 5}\nresources: {gpus_per_worker: 0}"
 WARNINGS = [
     ("", None),
-    (GPUS_0, f"budget.gpu_hours {NO_EFFECT}resources.gpus_per_worker is 0"),
+    (
+        "budget: {gpu_hours: 5}\nresources: {gpus_per_worker: 0}",
+        f"budget.gpu_hours {NO_EFFECT}resources.gpus_per_worker is 0",
+    ),
     ("train: {kl_weight: 0, context_scale: 9}", f"train.context_scale {NO_EFFECT}kl_weight is 0"),
     ("train: {kl_weight: 0, context_scale: 9}\nsearch: {space: {kl_weight: {low: 1, high: 2}}}", None),
     ("prompts: {templates: ['a {}']}", f"train.kl_weight {NO_EFFECT}with one template the KL term is always 0"),

@@ -5,6 +5,7 @@ import math
 import re
 import tempfile
 import textwrap
+from functools import partial
 from pathlib import Path
 
 import optuna
@@ -25,7 +26,6 @@ from carft_ray.recipe.space.grid import contains, grid_index, grid_size, num_tri
 from carft_ray.study.proposals import space
 from carft_ray.study.rows import trials
 
-BASE = Path(__file__).parent
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
 OPTUNA = {  # settings with which this is so
     "tpe": {"startup_trials": HISTORY},
@@ -80,9 +80,9 @@ def new_study(objectives=1):
     return optuna.create_study(directions=["maximize"] * objectives)
 
 
-def two_searches(recipe, first, second, objectives=1):
-    """Returns what follows the history in two searches that differ in their results alone."""
-    drawn = [told(new_study(objectives), recipe, result) for result in (first, second)]
+def two_searches(recipe, result, objectives=1):
+    """Returns what follows the history in two searches that differ in the sign of their results alone."""
+    drawn = [told(new_study(objectives), recipe, partial(result, sign=sign)) for sign in (1, -1)]
     assert drawn[0][:HISTORY] == drawn[1][:HISTORY]
     return [each[HISTORY:] for each in drawn]
 
@@ -92,11 +92,11 @@ def number(values):
     return values["kl_weight"] / 4
 
 
-def check_learning(learns, first, second, objectives=1):
-    """Gives a check that the samplers of these names, and no others, learn from what two results differ in."""
+def check_learning(learns, result, objectives=1):
+    """Gives a check that the samplers of these names, and no others, learn from the sign of what a result tells."""
 
     def check(name, recipe):
-        drawn = two_searches(recipe, first, second, objectives)
+        drawn = two_searches(recipe, result, objectives)
         assert (drawn[0] != drawn[1]) == (name in learns)
 
     return check
@@ -104,9 +104,7 @@ def check_learning(learns, first, second, objectives=1):
 
 def check_conditional(name, recipe):
     first, second = two_searches(
-        recipe,
-        lambda values: {"value": values.get("label_smoothing", 0.1) + 0.01 * number(values)},
-        lambda values: {"value": -values.get("label_smoothing", 0.1) + 0.01 * number(values)},
+        recipe, lambda values, sign: {"value": sign * values.get("label_smoothing", 0.1) + 0.01 * number(values)}
     )
     for values in first + second:
         assert ("label_smoothing" in values) == (values["decay"] == "matrices")
@@ -121,25 +119,16 @@ def check_conditional(name, recipe):
 
 BAYESIAN = ("tpe", "gp", "nsga2")
 check_pruning = check_learning(
-    ("tpe",),
-    lambda values: {"state": TrialState.PRUNED, "step": number(values)},
-    lambda values: {"state": TrialState.PRUNED, "step": -number(values)},
+    ("tpe",), lambda values, sign: {"state": TrialState.PRUNED, "step": sign * number(values)}
 )
 check_constraints = check_learning(
-    BAYESIAN,
-    lambda values: {"value": 0.1 * number(values), "constraint": number(values) - 0.4},
-    lambda values: {"value": 0.1 * number(values), "constraint": 0.4 - number(values)},
+    BAYESIAN, lambda values, sign: {"value": 0.1 * number(values), "constraint": sign * (number(values) - 0.4)}
 )
 check_categorical = check_learning(
-    BAYESIAN,
-    lambda values: {"value": float(values["decay"] == "all") + 0.01 * number(values)},
-    lambda values: {"value": float(values["decay"] == "matrices") + 0.01 * number(values)},
+    BAYESIAN, lambda values, sign: {"value": sign * float(values["decay"] == "all") + 0.01 * number(values)}
 )
 check_pareto = check_learning(
-    BAYESIAN,
-    lambda values: {"value": [number(values), 1.0 / (1 + number(values))]},
-    lambda values: {"value": [number(values), number(values) ** 2]},
-    objectives=2,
+    BAYESIAN, lambda values, sign: {"value": [number(values), -sign * number(values)]}, objectives=2
 )
 
 
@@ -189,7 +178,7 @@ FEATURES = {  # feature -> keys of search, further parameters, what holds
     "many at a time": ({}, {"clip_norm": {"choices": [None, 1.0]}}, check_many),
 }
 NAMES = [kind.model_fields["name"].default for kind in members(AnySampler)]
-TEXT = (BASE.parent / "docs" / "samplers.md").read_text()
+TEXT = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text()
 ROWS = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("|")]
 CELLS = {(row[0], row[1]): (row[2], row[3]) for row in ROWS if len(row) == 4 and row[1] in FEATURES}  # verdict, why
 WHOLE = [pytest.mark.slow, pytest.mark.whole]

@@ -28,8 +28,8 @@ from carft_ray.study.outcome import TrialRow, TrialSpec
 
 pytestmark = pytest.mark.slow
 QUIET = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::ResourceWarning")
-BASELINE = {"search.baselines": {"plain": {"kl_weight": 0}}}
-DEBUG = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2, **BASELINE}
+DEBUG = {"resources.executor": "debug", "train.epochs": 1, "search.trials": 2}
+DEBUG["search.baselines"] = {"plain": {"kl_weight": 0}}
 BOTH = {"tracking.wandb": {"project": "mine", "offline": True}, "tracking.mlflow.experiment": "mine"}
 
 

@@ -381,7 +381,6 @@ def test_a_mistake_gives_one_message_exit_code_2_and_leaves_nothing(refused, her
 
 SEARCH = ("search", "first/resolved.yaml", "--study")
 RESUME = ("resume", "first")
-EACH = ((*SEARCH, "first"), RESUME)
 
 
 @pytest.mark.slow
@@ -411,7 +410,7 @@ def test_a_manifest_that_is_damaged_or_of_another_version(refused, here):
     wrong = whole.replace('"trials": 8', '"trials": 0')
     for content in ("", "[]", '{"format_version": 1, "recipe": {}}', "\0", wrong, newer):
         manifest.write_text(content)
-        for words in EACH:
+        for words in ((*SEARCH, "first"), RESUME):
             told = refused(5, *words)
             assert told.startswith(f"error: {manifest}: must ")
     assert "must have format_version " in told
