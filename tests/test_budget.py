@@ -125,19 +125,10 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
             assert study.gpu_seconds() == pytest.approx(4 * 900, abs=1)
 
 
-def test_status_tells_what_is_used_and_which_limit_ended_the_search(tmp_path, capsys):
-    study_dir = tmp_path / "study"
-    with searching(study_dir, make_recipe(2).model_copy(update={"budget": BudgetConfig(gpu_hours=3)})) as study:
-        study.spend(study.next(), 1800, 2.0)
-    (study_dir / "stop").write_text("budget: 1 GPU hours are used (budget.gpu_hours, 1)\n")
-    assert call(["status", study_dir]) == 0
-    shown = capsys.readouterr()
-    assert "Budget: 1 of 3 GPU hours used." in shown.out
-    assert "The last search ended early: 1 GPU hours are used (budget.gpu_hours, 1)." in shown.out
-
-
 @pytest.mark.slow
-def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_by_another(tmp_path, monkeypatch):
+def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_by_another(
+    tmp_path, monkeypatch, capsys
+):
     ahead = [0]  # seconds that the clock of the search is set ahead once a trial is complete
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
     monkeypatch.setattr("carft_ray.launch.driver.time", clock)
@@ -155,7 +146,8 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     finished = [row for row in result.trials if row.outcome == "complete"]
     assert 1 <= len(finished) <= 2
     assert all(row.spent_s > 0 for row in finished)
-    assert status_and_ls.status(study_view.read_study(study_dir))["budget"]["ended"] == result.out_of_budget
+    assert call(["status", study_dir]) == 0
+    assert f"The last search ended early: {result.out_of_budget}." in capsys.readouterr().out
     fewer = recipe.model_copy(update={"search": recipe.search.model_copy(update={"trials": len(result.trials)})})
     again = run_search(fewer, study_dir, None, runner=runner)
     assert again.out_of_budget == ""
@@ -163,7 +155,7 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     assert not (study_dir / "stop").exists()
 
 
-def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkeypatch):
+def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ray, "init", lambda *words, **more: pytest.fail("Ray starts"))
     study_dir, recipe = tmp_path / "study", make_recipe(2).model_copy(update={"budget": GPU_HOUR})
     with searching(study_dir, recipe) as study:
@@ -172,3 +164,5 @@ def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkey
         run_search(recipe, study_dir, None)
     assert nothing.value.exit_code == 7
     assert f"carft-ray resume {study_dir} --set budget.gpu_hours=2" in str(nothing.value)
+    assert call(["status", study_dir]) == 0
+    assert "Budget: 1 of 1 GPU hours used." in capsys.readouterr().out

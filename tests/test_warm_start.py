@@ -140,7 +140,7 @@ def test_a_source_with_another_objective_is_refused_with_all_that_differs(study_
     assert "search.constraints" in refused(warm(recipe_of(1, search={"constraints": constraints}), first), study_dir)
 
 
-def test_what_is_no_study_is_refused_with_the_nearest_one_all_at_once(study_dir, first, tmp_path):
+def test_what_is_no_other_study_is_refused_with_the_nearest_one_all_at_once(study_dir, first, tmp_path):
     (tmp_path / "empty").mkdir()
     told = refused(warm(recipe_of(1), tmp_path / "frist", tmp_path / "empty"), study_dir)
     assert f"must be the folder of a study, but got no such folder; did you mean '{first}'?" in told
@@ -150,14 +150,10 @@ def test_what_is_no_study_is_refused_with_the_nearest_one_all_at_once(study_dir,
     with pytest.raises(RecipeError, match="nowhere: must be the folder of a study"):
         run_search(warm(recipe_of(2), tmp_path / "nowhere"), study_dir)
     assert (study_dir / "resolved.yaml").read_text() == before, "a refused source is not kept in the recipe"
-
-
-def test_the_study_itself_and_its_copy_are_refused(study_dir, tmp_path):
-    begin(study_dir, recipe_of(2), 2)
     shutil.copytree(study_dir, tmp_path / "copy")
     for source, told in ((study_dir, "this one"), (tmp_path / "copy", "a copy of this one")):
-        refused = pytest.raises(RecipeError, match=f"must be another study, but got {told}")
-        with refused, searching(study_dir, warm(recipe_of(2), source)):
+        is_refused = pytest.raises(RecipeError, match=f"must be another study, but got {told}")
+        with is_refused, searching(study_dir, warm(recipe_of(2), source)):
             pass
 
 
