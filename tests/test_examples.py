@@ -13,7 +13,6 @@ import carft_ray
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-NOTEBOOK = EXAMPLES / "quickstart.ipynb"
 RUN = """
 import sys, nbclient, nbformat
 notebook = nbformat.read(sys.argv[1], as_version=4)
@@ -35,7 +34,7 @@ def run(folder, *words):
 
 @pytest.mark.whole
 def test_the_notebook_runs_from_top_to_bottom_and_shows_what_it_found(tmp_path):
-    run(tmp_path, "-c", RUN, NOTEBOOK, tmp_path / "after.ipynb")
+    run(tmp_path, "-c", RUN, EXAMPLES / "quickstart.ipynb", tmp_path / "after.ipynb")
     cells = json.loads((tmp_path / "after.ipynb").read_text())["cells"]
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     outputs = {"".join(cell["source"]).partition("\n")[0]: cell["outputs"] for cell in code}

@@ -111,18 +111,18 @@ def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
     assert check_sets(recipe) == warnings(recipe) == []
 
 
-def test_a_tree_of_no_known_layout_is_told(tmp_path):
-    for number, (folders, message) in enumerate(
-        (
-            ([], "must hold folders of images, but got none"),
-            (["a", "b/train"], "all class folders must stand at one depth, but got class folders in a, b/train"),
-            (["train", "training"], "each domain must have one folder for each split, but got train and training"),
-        )
-    ):
-        (tmp_path / str(number)).mkdir()
-        write_tree(tmp_path / str(number), folders, images=1)
-        with pytest.raises(DataError, match=message):
-            survey(tmp_path / str(number))
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        ("", "must hold folders of images, but got none"),
+        ("a b/train", "all class folders must stand at one depth, but got class folders in a, b/train"),
+        ("train training", "each domain must have one folder for each split, but got train and training"),
+    ],
+)
+def test_a_tree_of_no_known_layout_is_told(tmp_path, folders, message):
+    write_tree(tmp_path, folders.split(), images=1)
+    with pytest.raises(DataError, match=message):
+        survey(tmp_path)
 
 
 def test_presets_are_the_recipes_of_the_folder(capsys):

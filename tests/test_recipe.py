@@ -383,15 +383,10 @@ WORDS = st.sampled_from((*ODD, "a b", "- a", ": 'x' # y"))
 PATHS = st.sampled_from(["../x", "/abs/é", "~/p q", "1", "null"])
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("written")
-
-
 @settings(max_examples=25, derandomize=True, deadline=None)
 @given(st.data())
-def test_a_recipe_that_was_written_loads_back_equal(folder, data):
-    draw = data.draw
+def test_a_recipe_that_was_written_loads_back_equal(tmp_path_factory, data):
+    folder, draw = tmp_path_factory.mktemp("written"), data.draw
     tree = {"source": "folder", "path": draw(PATHS)}
     sets = {"train": tree, "id_val": {**tree, "domains": ["null"]}, "ood_val": {"1": tree, "null-": tree}}
     classes = draw(st.none() | st.lists(WORDS, min_size=2, unique=True))

@@ -33,8 +33,7 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def first(original, tmp_path):
-    shutil.copytree(original, tmp_path / "first")
-    return tmp_path / "first"
+    return shutil.copytree(original, tmp_path / "first")
 
 
 def warm(recipe, *sources):
