@@ -33,7 +33,6 @@ LONGEST = (  # longest first
     "test_export",
     "test_page_in_browser",
     "test_documents",
-    "test_wheel",
     "test_causes",
     "test_log",
     "test_holding",

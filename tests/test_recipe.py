@@ -123,7 +123,6 @@ BAD = [
     ("name2: \x07", ": must be valid YAML: special characters are not allowed"),
 ]
 
-
 # the same of a space
 BAD_SPACES = [
     ("learning_rate: {low: 1, high: 0.5}", "low <= high must hold, but got low=1.0, high=0.5"),

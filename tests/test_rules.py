@@ -277,11 +277,7 @@ MAY = {
         "ui/live.py": "a type",
         "ui/progress.py": "a type",
     },
-    "Text": {
-        "ui/console.py": "is the gate",
-        "ui/live.py": "numbers, and `visible`",
-        "ui/notebook.py": "`visible`",
-    },
+    "Text": {"ui/console.py": "is the gate", "ui/live.py": "numbers, and `visible`", "ui/notebook.py": "`visible`"},
     ".print": {"ui/console.py": "is the gate", "ui/notebook.py": "as the gate", "ui/progress.py": "`console.plain`"},
     "Markup": {"results/page/page.py": "what is Markup is not changed"},
     "html.escape": {"ui/notebook.py": "a whole page of ours in an attribute"},

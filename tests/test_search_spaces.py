@@ -418,8 +418,6 @@ def test_a_refusal_names_all_keys_at_once_and_the_way_out(tmp_path):
     assert f"Continue with {study_dir / 'resolved.yaml'}, or give another folder." in told
 
 
-# ---- the doctor, on sets in the true layouts, with a tiny model in place of each recipe's own
-
 # the tiny model's tower is plain, the tiny sets are smaller than a batch, and eighty templates take their time
 TINY = (
     "model={name: 'local-dir:clip'}",

@@ -58,6 +58,8 @@ def test_files_and_folders_come_and_go_whole_whatever_answers_are_lost(tmp_path,
     calls = len(away.calls)
     away.get(entries(study, "trials"), other)
     assert len(away.calls) == calls  # what is there is not fetched again
+    away.get([Entry("trials/a/attempt-1/step-00000020/state.json", 5, 5)], other)  # which has vanished meanwhile
+    assert content(other) == content(study)
     write(node, "trials/a/attempt-1/rows.jsonl", b"1\n")
     away.send(node, "trials/a/attempt-1/rows.jsonl")
     write(node, "trials/a/attempt-1/rows.jsonl", b"1\n2\n")
@@ -87,13 +89,6 @@ def test_a_driver_that_is_silent_makes_the_machine_fail(tmp_path, monkeypatch):
     monkeypatch.setattr(study_files, "PATIENCE_S", 0.1)
     with pytest.raises(MachineError, match="the driver's machine does not answer: no answer"):
         Here(tmp_path, loses=1).entries("trials")
-
-
-def test_what_vanishes_while_it_comes_is_passed_over(tmp_path):
-    write(tmp_path / "study", "trials/a/metrics.jsonl")
-    away = Here(tmp_path / "study")
-    away.get([Entry("trials/a/attempt-1/step-00000010/state.json", 5, 5), *away.entries("trials")], tmp_path / "node")
-    assert content(tmp_path / "node").keys() == {"trials/a/metrics.jsonl"}
 
 
 def test_an_attempt_needs_the_newest_weights_or_else_two_checkpoints_and_what_the_user_keeps():

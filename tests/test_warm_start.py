@@ -121,22 +121,21 @@ def refused(recipe, study_dir):
     return str(caught.value)
 
 
-def other_objective(**changes):
-    recipe = recipe_of(1).model_dump()
-    recipe["search"]["objective"] |= changes.pop("objective", {})
-    recipe["data"] |= changes
-    return Recipe.model_validate(recipe)
-
-
 def test_a_source_with_another_objective_is_refused_with_all_that_differs(study_dir, first):
+    def told(search, **data):
+        recipe = recipe_of(1).model_dump()
+        changed = {"search": {**recipe["search"], **search}, "data": {**recipe["data"], **data}}
+        return refused(warm(Recipe.model_validate({**recipe, **changed}), first), study_dir)
+
     sketch = {"sketch": {**SANDBOX_SET, "domain": "sketch", "split": "val"}}
-    told = refused(warm(other_objective(objective={"kind": "harmonic"}, ood_val=sketch), first), study_dir)
+    found = told({"objective": {"kind": "harmonic"}}, ood_val=sketch)
     key = f"search.warm_start: {first}: must be a study with "
-    assert f'{key}search.objective.kind of this one, "harmonic"' in told
-    assert f'{key}the sets of data.ood_val of this one, ["sketch"]: other objectives do not compare, but got []' in told
-    assert "the classes" in refused(warm(other_objective(classes=["star", "arrow"]), first), study_dir)
-    constraints = {"id_drop": {"zero_shot": 0.01}}
-    assert "search.constraints" in refused(warm(recipe_of(1, search={"constraints": constraints}), first), study_dir)
+    assert f'{key}search.objective.kind of this one, "harmonic"' in found
+    assert (
+        f'{key}the sets of data.ood_val of this one, ["sketch"]: other objectives do not compare, but got []' in found
+    )
+    assert "the classes" in told({}, classes=["star", "arrow"])
+    assert "search.constraints" in told({"constraints": {"id_drop": {"zero_shot": 0.01}}})
 
 
 def test_what_is_no_other_study_is_refused_with_the_nearest_one_all_at_once(study_dir, first, tmp_path):
