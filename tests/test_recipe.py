@@ -314,7 +314,6 @@ def test_a_wrong_option_is_told_with_the_option_as_its_place(tmp_path, option, w
 NO_EFFECT = "has no effect: "
 WEAK = "search.pruner is weakly informative: a training has "
 WARNINGS = [
-    ("", None),
     (
         "budget: {gpu_hours: 5}\nresources: {gpus_per_worker: 0}",
         f"budget.gpu_hours {NO_EFFECT}resources.gpus_per_worker is 0",

@@ -418,7 +418,7 @@ def test_a_refusal_names_all_keys_at_once_and_the_way_out(tmp_path):
     assert f"Continue with {study_dir / 'resolved.yaml'}, or give another folder." in told
 
 
-# the tiny model's tower is plain, the tiny sets are smaller than a batch, and eighty templates take their time
+# in place of each recipe's own model a tiny one, whose tower is plain; the tiny sets are smaller than a batch
 TINY = (
     "model={name: 'local-dir:clip'}",
     "prompts.templates=['a photo of a {}', 'a sketch of a {}', 'a dark {}']",
