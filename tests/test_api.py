@@ -109,6 +109,7 @@ def test_a_search_prints_nothing_and_gives_a_study_that_displays_itself(original
     figure = original.figure
     assert "<svg" in figure._repr_svg_()
     assert figure.save(tmp_path / "figure.svg").read_bytes() == figure.svg
+    assert original.best.name in carft_ray.open_study(original.path)._repr_html_()
 
 
 @pytest.mark.slow

@@ -125,8 +125,11 @@ def test_a_tree_of_no_known_layout_is_told(tmp_path, folders, message):
         survey(tmp_path)
 
 
-def test_presets_are_the_recipes_of_the_folder(capsys):
+def test_presets_are_the_recipes_of_the_folder(tmp_path, capsys):
     assert {"quickstart", "folders"} <= presets().keys()
+    assert call(["init", "--preset", "quickstart", "--to", tmp_path / "r.yaml"]) == 0
+    assert load_recipe(tmp_path / "r.yaml").name == "quickstart"
+    capsys.readouterr()
     assert call(["init", "--preset", "quickstart", "--json"]) == 0  # which is not written
     found = json.loads(capsys.readouterr().out)
     assert (found["recipe"], found["preset"], found["found"]) == (None, "quickstart", [])
