@@ -6,6 +6,7 @@ below, or ``limited``: halves of their size with room for one set; every decodin
 FOLDER, KIND]`` does so in eight processes that begin at once; with "no-locks" behind it, on a disk without locks.
 """
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -136,11 +137,13 @@ def test_a_damaged_entry_or_one_of_other_images_is_built_again_with_a_warning(tm
     (path,) = tmp_path.glob("*.arrow")
     if damage != "other images":
         path.write_bytes(path.read_bytes()[:damage])
+    (tmp_path / f".{path.name}.17-host.tmp").touch()  # of a build that was killed
     source = Pictures(num_images=11 if damage == "other images" else 12)
     found = opened(kind, tmp_path, None, source)
     assert f"{path} of the cache is damaged and will be built again" in caplog.text
     np.testing.assert_array_equal(pixels_of(found, 4), source.pixels(4))
     assert pa.ipc.open_file(path.read_bytes()).num_record_batches == 1
+    assert names(tmp_path) == [path.name]
 
 
 @pytest.mark.parametrize("content", [b"", b"{"])
@@ -235,22 +238,27 @@ def test_what_killed_builds_have_left_goes_but_not_a_build_that_runs(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["decoded", "packed"])
-def test_who_waits_for_a_build_is_told_of_no_image_and_may_give_up(tmp_path, kind):
-    seen = []
+def test_who_waits_for_a_build_is_told_of_no_image_and_may_give_up_or_gets_what_was_built(tmp_path, kind):
+    seen, builder = [], contextlib.ExitStack()
 
     def on_image(done, total):
         seen.append((done, total))
         if len(seen) == 2:
             raise DataError("stopped")
+        if len(seen) == 3:
+            (tmp_path / "built").rename(path)
+            builder.close()
 
     opened(kind, tmp_path)
-    (key,) = keys(tmp_path)
-    assert cache.remove(tmp_path, key)
-    with cache.lock(tmp_path / f"{key}.lock"), pytest.raises(DataError, match="stopped"):
-        opened(kind, tmp_path, on_image)
-    assert seen == [(0, 12), (0, 12)]
-    assert keys(tmp_path) == set()
-    assert len(opened(kind, tmp_path)) == 12  # it holds no lock any more
+    (path,) = tmp_path.glob("*.arrow")
+    path.rename(tmp_path / "built")
+    with builder:
+        builder.enter_context(cache.lock(path.with_suffix(".lock")))
+        with pytest.raises(DataError, match="stopped"):
+            opened(kind, tmp_path, on_image)
+        assert names(tmp_path) == ["built"]
+        assert len(opened(kind, tmp_path, on_image)) == 12
+    assert seen == [(0, 12)] * 3
 
 
 @pytest.mark.parametrize("kind", ["decoded", "packed"])

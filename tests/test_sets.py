@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from layouts_tables import CLASSES, pictures, write_folder
 from sources import open_set, open_train, open_validation, recipe_of
-from strict_roles import check_overlap
 
 from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_names
+from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
 from carft_ray.recipe.schema.recipe import Recipe
@@ -168,7 +168,8 @@ def chosen(tree, names=None, **selection):
 
 def recipe_of_parts(tree, **sets):
     whole = {"source": "folder", "path": "images"}
-    return recipe_of({"train": {**whole, "part": [0.3, 1]}, "id_val": {**whole, "part": [0, 0.3]}, **sets})
+    parts = {"train": {**whole, "part": [0.3, 1]}, "id_val": {**whole, "part": [0, 0.3]}}
+    return recipe_of({**parts, "shared_images": "fail", **sets})
 
 
 def test_parts_and_shots_are_disjoint_nested_and_drawn_by_their_seed(tree):
@@ -200,7 +201,7 @@ def test_a_set_of_some_classes_is_told_apart_between_those(tree):
 def test_one_tree_may_be_cut_into_roles_by_parts_that_share_no_image(tree):
     recipe = recipe_of_parts(tree)
     assert check_roles(recipe) == check_sets(recipe) == []
-    check_overlap(recipe, tree / "cache")
+    assert find_shared(recipe, tree / "cache") == []
     assert len(open_train(recipe)) + len(open_validation(recipe)[0]) == 120
     for other in ({"part": [0.2, 0.4]}, {"part": [0.3, 1]}, {}, {"shots": 2}, {"path": "images/bird"}):
         (problem,) = check_roles(recipe_of_parts(tree, id_val={"source": "folder", "path": "images", **other}))

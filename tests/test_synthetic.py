@@ -11,10 +11,10 @@ import pytest
 from layouts_tables import pictures, write_folder
 from PIL import Image
 from sources import absolute_set, open_validation, recipe_of
-from strict_roles import check_overlap
 from torchvision.transforms.v2 import functional
 
 from carft_ray.data.cache import cache_dir
+from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.listed_sets import open_sets
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
@@ -131,8 +131,9 @@ def tree(tmp_path, monkeypatch):
     return tmp_path
 
 
-def shared_recipe(**sets):
-    return recipe_of({"train": folder("train"), "id_val": folder("val"), **sets})
+def strict_recipe(**sets):
+    """A recipe of which no two roles may share images."""
+    return recipe_of({"train": folder("train"), "id_val": folder("val"), "shared_images": "fail", **sets})
 
 
 def folder(name, **keys):
@@ -199,21 +200,21 @@ SHARED = [
 
 @pytest.mark.parametrize(("sets", "shared"), SHARED)
 def test_only_validation_with_validation_and_test_with_test_may_share_images(sets, shared, tree):
-    recipe = shared_recipe(**sets)
+    recipe = strict_recipe(**sets)
     problems = check_roles(recipe)
     if shared is None:
         assert problems == check_sets(recipe) == []
-        check_overlap(recipe, tree / "cache")
+        find_shared(recipe, tree / "cache")
     else:
         assert [f"must not share images with {shared}" in str(problem) for problem in problems] == [True]
 
 
 def test_keys_and_paths_of_the_images_are_those_below_of(tree):
-    recipe = shared_recipe(ood_val={"x": corrupted(folder("none"))}, ood_test={"y": corrupted(folder("nowhere"))})
+    recipe = strict_recipe(ood_val={"x": corrupted(folder("none"))}, ood_test={"y": corrupted(folder("nowhere"))})
     assert [problem.place for problem in check_sets(recipe)] == ["data.ood_val.x.of", "data.ood_test.y.of"]
     with pytest.raises(DataError, match="the root of the image tree must be a folder"):
         open_validation(recipe)
-    recipe = absolute_paths(shared_recipe(ood_val={"x": corrupted(folder("val"))}), tree)
+    recipe = absolute_paths(strict_recipe(ood_val={"x": corrupted(folder("val"))}), tree)
     assert recipe.data.ood_val["x"].of.path == str(tree / "val")
     assert class_of(("data", "ood_val", "x", "of", "path")) == "running"
     assert class_of(("data", "train", "of", "domains")) == "identity"
@@ -226,12 +227,12 @@ def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch)
     (tree / "val" / "cat" / "3.png").write_bytes(b"no image")
     skipping = folder("val", on_bad_image="skip")
     seen = {"weak": corrupted(skipping, severity=1), "strong": corrupted(skipping, severity=5)}
-    recipe, names = shared_recipe(id_val=skipping, ood_val=seen), ("id_val", "weak", "strong")
+    recipe, names = strict_recipe(id_val=skipping, ood_val=seen), ("id_val", "weak", "strong")
     found = set_contents(recipe)
     assert [found[name]["num_skipped"] for name in names] == [1, 1, 1]
     assert len({found[name]["digest"] for name in names}) == 3
     sources = open_sets(recipe)
-    check_overlap(recipe, cache_dir(recipe))
+    find_shared(recipe, cache_dir(recipe))
     monkeypatch.setattr(StoredSource, "content", None)  # the same without reading a file
     assert set_contents(recipe, SimpleNamespace(validation=(), sources=sources)) == found
 
@@ -297,10 +298,17 @@ def test_export_writes_one_folder_per_set_with_the_pictures_of_the_source(tmp_pa
     photos = {"photo_train", "photo_id_val", "photo_id_test"}
     folders = {path.name for path in (tmp_path / "images").iterdir()}
     assert folders == photos | set(small["ood_val"]) | set(small["ood_test"])
-    for folder in folders:
-        assert {path.name for path in (tmp_path / "images" / folder).iterdir()} == set(CLASSES)
+    export_images(tmp_path / "silent")
+    assert {path.name for path in (tmp_path / "silent").iterdir()} == folders
+    for name in folders:
+        assert {path.name for path in (tmp_path / "images" / name).iterdir()} == set(CLASSES)
     assert seen[-1] == (12 * 16 * 2, 12 * 16 * 2)
     path = tmp_path / "images" / "painting" / CLASSES[1] / "0001.png"
-    np.testing.assert_array_equal(Image.open(path), sandbox_source("painting", "val", 2, "painting").pixels(3))
+    drawn = sandbox_source("painting", "val", 2, "painting")
+    np.testing.assert_array_equal(Image.open(path), drawn.pixels(3))
+    files = folder(str(tmp_path / "images"), domains=["painting"])
+    spec = {**SANDBOX, "domain": "painting", "num_per_class": 2}
+    shared = find_shared(recipe_of({"train": files, "id_val": spec, "shared_images": "keep"}), tmp_path / "cache")
+    assert {row.other_sample_id for row in shared} == {*drawn.sample_ids.tolist()}  # each picture is known in its file
     with pytest.raises(UsageError):  # the folder is not empty
         export_images(tmp_path)
