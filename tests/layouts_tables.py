@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import tarfile
 from typing import NamedTuple
 
 import numpy as np
@@ -98,6 +99,16 @@ def write_table(path, table, **settings):
         writer = csv.writer(text, delimiter="\t" if path.suffix == ".tsv" else ",")
         writer.writerows([table.column_names, *zip(*(column.to_pylist() for column in table.columns), strict=True)])
         path.write_text(text.getvalue(), encoding="utf-8", newline="")
+    return path
+
+
+def write_tar(path, files):
+    """Writes an archive of (name, bytes) and returns its path."""
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return path
 
 

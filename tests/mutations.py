@@ -20,7 +20,7 @@ import tarfile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from layouts_tables import Picture, hf_dataset, table_of, write_folder, write_table
+from layouts_tables import Picture, hf_dataset, table_of, write_folder, write_table, write_tar
 from PIL import Image
 
 CLASSES = ("circle", "square")
@@ -39,10 +39,35 @@ FLOATS = (0.5, -0.5, 1e-320, 1e308, math.inf, -math.inf, math.nan, 3.0, 1e20)
 
 
 class Evil:
-    """Runs code where it is unpickled."""
+    """Makes a file where it is unpickled."""
+
+    def __init__(self, path=f"../{CANARY}/unpickled"):
+        self.path = path
 
     def __reduce__(self):
-        return os.system, (f"touch ../{CANARY}/unpickled",)
+        return os.system, (f"touch {self.path}",)
+
+
+class Pickled(pa.ExtensionType):
+    """Ray's type of pickled objects, by its name."""
+
+    def __init__(self, parameters=b""):
+        self.parameters = parameters
+        super().__init__(pa.large_binary(), "ray.data.arrow_pickled_object")
+
+    def __arrow_ext_serialize__(self):
+        return self.parameters
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage_type, serialized):
+        return cls(serialized)
+
+
+def pickled(evil, count, parameters=b""):
+    """Returns a column of such objects."""
+    return pa.ExtensionArray.from_storage(
+        Pickled(parameters), pa.array([pickle.dumps(evil)] * count, pa.large_binary())
+    )
 
 
 # without knowing the format
@@ -176,17 +201,13 @@ def write_samples(base):
         write_folder(base / kind, images_of(kind))
     write_model(base / "model")
     torch.save(load_file(base / "model" / "open_clip_model.safetensors"), base / "open_clip_pytorch_model.bin")
-    for folder in ("csv", "tar"):
-        (base / folder).mkdir()
     images = images_of("png")
     for ending in ("parquet", "arrow"):
         write_table(base / ending / f"data.{ending}", table_of(images))
     hf_dataset(images, CLASSES).save_to_disk(base / "hf")
     lines = [f"png/{image.name},{image.label},{CLASSES.index(image.label)}" for image in images]
-    (base / "csv" / "data.csv").write_text("\n".join(["image,label,fold", *lines, ""]))
-    with tarfile.open(base / "tar" / "000.tar", "w") as shard:
-        for name, data in shard_files():
-            add_file(shard, tarfile.TarInfo(name), data)
+    (base / "data.csv").write_text("\n".join(["image,label,fold", *lines, ""]))
+    write_tar(base / "000.tar", shard_files())
 
 
 def shard_files():
@@ -194,11 +215,6 @@ def shard_files():
         number = CLASSES.index(image.label)
         for ending, data in (("png", image.content), ("cls", b"%d" % number), ("json", b'{"name": "%d"}' % number)):
             yield image.name.removesuffix("png") + ending, data
-
-
-def add_file(shard, member, data):
-    member.size = len(data)
-    shard.addfile(member, io.BytesIO(data))
 
 
 # the kinds: each writes into the folder ``here`` and returns parts of the recipe
@@ -226,7 +242,7 @@ def image_files(kind):
 
 
 def csv(rng, here, base):
-    content = (base / "csv" / "data.csv").read_bytes()
+    content = (base / "data.csv").read_bytes()
     if rng.random() < 0.4:
         lines = [line.split(",") for line in content.decode().splitlines()]
         for _ in range(rng.choice((1, 2, 5))):
@@ -309,26 +325,9 @@ def _column(rng, values):
     if shape == 3:
         return pa.array([None if rng.random() < 0.4 else value for value in array.to_pylist()], array.type)
     if shape in (4, 5):
-        evil = pa.ExtensionArray.from_storage(_pickled(), pa.array([pickle.dumps(Evil())] * count, pa.binary()))
+        evil = pickled(Evil(), count, pickle.dumps(Evil()))
         return evil if shape == 4 else pa.StructArray.from_arrays([array, evil], ["bytes", "path"])
     return array
-
-
-def _pickled():
-    class Pickled(pa.ExtensionType):
-        """Ray's type of pickled objects, by its name."""
-
-        def __init__(self):
-            super().__init__(pa.binary(), "ray.data.arrow_pickled_object")
-
-        def __arrow_ext_serialize__(self):
-            return pickle.dumps(Evil())
-
-        @classmethod
-        def __arrow_ext_deserialize__(cls, storage_type, serialized):
-            return cls()
-
-    return Pickled()
 
 
 def hf(rng, here, base):
@@ -347,7 +346,7 @@ def tar(rng, here, base):
     label = rng.choice(({}, {}, {"label": "json:name"}, {"label": "cls", "image": "png"}))
     label = {**label, "class_names": list(CLASSES)} if rng.random() < 0.9 else label
     if rng.random() < 0.5:
-        (here / "000.tar").write_bytes(damaged(rng, (base / "tar" / "000.tar").read_bytes()))
+        (here / "000.tar").write_bytes(damaged(rng, (base / "000.tar").read_bytes()))
         return {"source": "webdataset", "path": "000.tar", **label}
     kinds = (tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.DIRTYPE)
     kinds += (tarfile.GNUTYPE_SPARSE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE, b"Z")
@@ -364,7 +363,8 @@ def tar(rng, here, base):
             if not name.endswith("png") and rng.random() < 0.1:
                 text = _text(rng).encode("utf-8", "replace")
                 data = rng.choice((text, b"[" * 50000, rng.randbytes(9), b"1" * 5000))
-            add_file(shard, member, data)
+            member.size = len(data)
+            shard.addfile(member, io.BytesIO(data))
     return {"source": "webdataset", "path": "000.tar", **label}
 
 

@@ -1,7 +1,6 @@
 """All sources of stored images: the same images are the same set in every layout, and a fault has one message."""
 
 import gzip
-import io
 import json
 import os
 import random
@@ -24,7 +23,6 @@ from layouts_tables import (
     Picture,
     encoded,
     hf_dataset,
-    image_column,
     mixed_modes,
     pictures,
     table_of,
@@ -33,6 +31,7 @@ from layouts_tables import (
     write_set,
     write_shards,
     write_table,
+    write_tar,
 )
 from sources import open_set, recipe_of, told
 
@@ -77,17 +76,6 @@ def contents(source):
     """Returns what is known of every image by its id."""
     ids = source.sample_ids.tolist()
     return {ids[i]: (source.class_names[source.labels[i]], source.content(i)) for i in range(len(source))}
-
-
-def write_tar(path, files):
-    """Writes an archive of (name, bytes) and returns its path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
-    return path
 
 
 # ---- the contract
@@ -613,14 +601,6 @@ def spoilt(name, content=None):
     return lambda hf: (hf / name).unlink() if content is None else (hf / name).write_text(content)
 
 
-def with_state(**changes):
-    def write(hf):
-        state = json.loads((hf / STATE).read_text())
-        (hf / STATE).write_text(json.dumps({**state, **changes}))
-
-    return write
-
-
 STATE, SPLITS, HUB_FILE = "saved/train/state.json", "saved/dataset_dict.json", "train-00001-of-00002.parquet"
 ALLOWED = "(allowed: train, validation)"
 NO_FILES = "must hold the files that its state.json names, at least one, but got no"
@@ -631,9 +611,9 @@ BROKEN_HF = [
     (spoilt("saved/train/data-00002-of-00003.arrow"), "saved", TRAIN, f"{NO_FILES} "),
     (spoilt(STATE), "saved", TRAIN, "must be a readable JSON file, but got No such"),
     (spoilt(STATE, "{"), "saved", TRAIN, "state.json: must be a readable JSON file, but got Expecting"),
-    (with_state(_data_files=[]), "saved", TRAIN, f"{NO_FILES}ne"),
-    (with_state(_data_files=[["a.arrow"], 1]), "saved", TRAIN, f"{NO_FILES} "),
-    (with_state(_indices_data_files=[{"filename": "a"}]), "saved", TRAIN, "without a file of indices"),
+    (spoilt(STATE, '{"_data_files": []}'), "saved", TRAIN, f"{NO_FILES}ne"),
+    (spoilt(STATE, '{"_data_files": [["a.arrow"], 1]}'), "saved", TRAIN, f"{NO_FILES} "),
+    (spoilt(STATE, '{"_indices_data_files": [{"filename": "a"}]}'), "saved", TRAIN, "without a file of indices"),
     (spoilt(SPLITS, '{"splits": [1, ["train"]]}'), "saved", TRAIN, "must be a split of the data set, but got 'train'"),
     (spoilt("saved/train/data-00001-of-00003.arrow", "?"), "saved", TRAIN, "but got it is cut off, or no Arrow file"),
     (None, "none", {}, "train: must be the folder of a data set, but got no such folder"),
@@ -678,7 +658,7 @@ def list_with_ids(root, view):
 
 def columns(root, view):
     """One file with two images in each row."""
-    shown = {each: image_column(images_of(each), "bytes") for each in GREYS}
+    shown = {each: table_of(images_of(each)).column("image") for each in GREYS}
     write_table(root / "both.parquet", table_of(images_of("clean"), **shown))
     return {"source": "table", "path": "both.parquet", "id": "name", "image": view}
 

@@ -7,18 +7,17 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import socket
 import tarfile
 from pathlib import Path
 
-import crash_host
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import short_training
-from layouts_tables import hf_dataset, pictures, table_of, write_folder, write_table
+from layouts_tables import hf_dataset, image_column, pictures, table_of, write_folder, write_table
+from mutations import Evil, pickled
 from sources import open_set, told
 
 from carft_ray import files
@@ -27,12 +26,7 @@ from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
 from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.untrusted import (
-    parse_json,
-    read_regular,
-    read_text,
-    require_nothing_outside,
-)
+from carft_ray.untrusted import parse_json, read_regular, read_text, require_nothing_outside
 
 IMAGES = pictures()
 TB = 10**12
@@ -230,51 +224,18 @@ NAMES = ("set.parquet", "set.arrow", "set.feather")  # a stream and a file of Ar
 PICKLED = "ray.data.arrow_pickled_object"
 
 
-class _Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return Path.touch, (Path(self.path),)
-
-
 def struck(images, trap, form="beside"):
     """Returns a table in whose image column an object is pickled that makes the file ``trap`` when it is read.
 
     It stands ``beside`` the bytes in a struct, ``inside`` as its bytes, or is the ``whole`` column.
     """
-    name = {"ARROW:extension:name": PICKLED, "ARROW:extension:metadata": ""}
-    payload = pa.array([pickle.dumps(_Payload(trap))] * len(images), pa.large_binary())
-    pickled = pa.field("bytes" if form == "inside" else "object", pa.large_binary(), metadata=name)
-    contents = pa.array([image.content for image in images], pa.binary())
-    if form == "whole":
-        column, kind = payload, pa.field("image", pa.large_binary(), metadata=name)
-    else:
-        fields = {"beside": [pa.field("bytes", pa.binary()), pickled], "inside": [pickled]}[form]
-        column = pa.StructArray.from_arrays([contents, payload][-len(fields) :], fields=fields)
-        kind = pa.field("image", column.type)
-    table = table_of(images)
-    return table.set_column(0, kind, column)
-
-
-# ---- the command line in a process with Ray's types registered, for ``crash_host``
-
-
-def import_everything():
-    import ray.data
-    import ray.data._internal.object_extensions.arrow  # noqa: F401  (it registers the types)
-
-    crash_host.import_everything()
-
-
-def call(argv):
-    import ray
-
-    with pytest.raises(pa.ArrowKeyError):  # it is registered
-        pa.register_extension_type(ray.data._internal.object_extensions.arrow.ArrowPythonObjectType())
-    return crash_host.call(argv)
+    evil = pickled(Evil(trap), len(images))
+    forms = {
+        "beside": pa.StructArray.from_arrays([image_column(images, "bytes"), evil], ["bytes", "object"]),
+        "inside": pa.StructArray.from_arrays([evil], ["bytes"]),
+        "whole": evil,
+    }
+    return table_of(images).set_column(0, "image", forms[form])
 
 
 @pytest.fixture(params=[True, False], ids=["registered", "unknown"])
@@ -321,8 +282,8 @@ def test_a_column_that_nobody_uses_may_hold_anything(tmp_path, with_or_without_r
 
 
 @pytest.mark.slow
-def test_no_command_unpickles_what_ray_would(tmp_path):
-    """Doctor, and searches, in a process with Ray's types registered."""
+@pytest.mark.parametrize("with_or_without_rays_types", [True], indirect=True)
+def test_no_command_unpickles_what_ray_would(tmp_path, with_or_without_rays_types, run):
     short_training.make(tmp_path)
     trap, table = tmp_path / "trap", struck(PICTURES, tmp_path / "trap")
     for name in NAMES:
@@ -332,16 +293,15 @@ def test_no_command_unpickles_what_ray_would(tmp_path):
     with pa.ipc.open_stream(file) as reader:
         noted = reader.schema.metadata
     write_table(file, table.replace_schema_metadata(noted))
-    search = ["search", "--executor", "debug", "--study", "study"]
-    saved = "{source: huggingface, path: saved}"
-    tables = [f"{{source: table, path: {name}}}" for name in NAMES]
-    argvs = [(*search, tables[0]), (*search, saved), ("doctor", tables[1])]
-    commands = [{"argv": [*words, "../recipe.yaml", "--set", f"data.train={one}"]} for *words, one in argvs]
-    with crash_host.started(tmp_path, "test_strange_files") as run:
-        ((_, answers),) = run([{"name": "job", "commands": commands}]).values()
-    for answer in answers:
-        assert answer["code"] == 4, answer["log"]
-        assert f"the column image must have no extension type, but got {PICKLED}" in answer["log"]
+    search = ("search", "--executor", "debug", "--study", "study")
+    for words, source, path in (
+        (search, "table", NAMES[0]),
+        (search, "huggingface", "saved"),
+        (["doctor"], "table", NAMES[1]),
+    ):
+        code, _, err = run(*words, "recipe.yaml", "--set", f"data.train={{source: {source}, path: {path}}}")
+        assert code == 4
+        assert f"the column image must have no extension type, but got {PICKLED}" in " ".join(err.split())
     assert not trap.exists()
 
 
