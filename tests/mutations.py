@@ -65,9 +65,8 @@ class Pickled(pa.ExtensionType):
 
 def pickled(evil, count, parameters=b""):
     """Returns a column of such objects."""
-    return pa.ExtensionArray.from_storage(
-        Pickled(parameters), pa.array([pickle.dumps(evil)] * count, pa.large_binary())
-    )
+    kind = Pickled(parameters)
+    return pa.ExtensionArray.from_storage(kind, pa.array([pickle.dumps(evil)] * count, kind.storage_type))
 
 
 # without knowing the format

@@ -4,7 +4,6 @@ Of their tables nothing is unpickled, no other memory is read, and a damaged pag
 """
 
 import contextlib
-import io
 import json
 import os
 import socket
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import short_training
-from layouts_tables import hf_dataset, image_column, pictures, table_of, write_folder, write_table
+from layouts_tables import hf_dataset, image_column, pictures, table_of, write_folder, write_table, write_tar
 from mutations import Evil, pickled
 from sources import open_set, told
 
@@ -30,6 +29,7 @@ from carft_ray.untrusted import parse_json, read_regular, read_text, require_not
 
 IMAGES = pictures()
 TB = 10**12
+REGULAR, TOO_LARGE = "must be a regular file, but got ", "since it is read whole, but got 1,000,000,000,000"
 
 
 @pytest.fixture(autouse=True)
@@ -64,29 +64,28 @@ def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(here):
             assert f"but got {here / f'pipe.{ending}'}" in told(open_set, source=source, path=path)
 
 
-@pytest.mark.parametrize("kind", ["pipe", "/dev/zero"])
-def test_a_pipe_or_a_device_in_place_of_a_list_is_told(here, kind):
+@pytest.mark.parametrize(("name", "rule"), [("pipe", REGULAR), ("/dev/zero", REGULAR), ("terabyte", TOO_LARGE)])
+def test_a_pipe_a_device_or_a_terabyte_in_place_of_a_list_is_told(here, name, rule):
     os.mkfifo("pipe")
+    sparse(here / "terabyte")
     write_table(here / "set.parquet", table_of(IMAGES))
-    rule = "must be a regular file, but got "
-    assert rule in told(open_set, source="table", path="set.parquet", class_names=kind)
-    assert rule in told(open_set, source="table", path="set.parquet", exclude=kind)
+    assert rule in told(open_set, source="table", path="set.parquet", class_names=name)
+    assert rule in told(open_set, source="table", path="set.parquet", exclude=name)
     with pytest.raises(RecipeError, match=rule):
-        load_recipe(here / "recipe.yaml", [f"prompts.templates='file:{kind}'"])
+        load_recipe(here / "recipe.yaml", [f"prompts.templates='file:{name}'"])
     with pytest.raises(RecipeError, match=rule):
-        load_recipe(here / kind)
+        load_recipe(here / name)
+
+
+def tar_header(name, kind=tarfile.REGTYPE, size=0):
+    header = tarfile.TarInfo(name)
+    header.type, header.size = kind, size
+    return header.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape")
 
 
 def test_an_image_of_a_terabyte_in_a_shard_or_a_table_is_told_and_not_read(here):
-    header = tarfile.TarInfo("0.png")
-    header.size = TB
-    with tarfile.open("x.tar", "w", format=tarfile.GNU_FORMAT) as archive:
-        label = tarfile.TarInfo("0.cls")
-        label.size = 1
-        archive.addfile(label, io.BytesIO(b"0"))
-        end = archive.offset
-    written = (here / "x.tar").read_bytes()[:end] + header.tobuf(tarfile.GNU_FORMAT)
-    sparse(here / "x.tar", end + 512 + -(-TB // 512) * 512 + 1024, written)
+    label = write_tar(here / "x.tar", [("0.cls", b"0")]).read_bytes()[:1024]  # without the end of the archive
+    sparse(here / "x.tar", TB + 3 * 1024, label + tar_header("0.png", size=TB))
     sparse(here / "images" / "cat" / "9.png", content=IMAGES[0].content)
     write_table(here / "set.csv", pa.table({"image": ["cat/9.png"], "label": ["cat"]}))
     for spec, place in (
@@ -100,17 +99,9 @@ def test_an_image_of_a_terabyte_in_a_shard_or_a_table_is_told_and_not_read(here)
     with pa.ipc.new_stream("x.arrow", batch.schema) as writer:
         writer.write_batch(batch)
     assert open_set(source="table", path="x.arrow", id="name").content(0) == b"x" * 512
-
-
-def tar_header(name, kind=tarfile.REGTYPE, size=0):
-    header = tarfile.TarInfo(name)
-    header.type, header.size = kind, size
-    return header.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape")
-
-
-def test_a_header_of_20_gigabytes_is_told_and_not_read(here):
-    sparse(here / "x.tar", 21 * 2**30, tar_header("x", tarfile.XHDTYPE, 20 * 2**30))
-    assert f"{here / 'x.tar'}: must be a whole tar archive" in told(open_set, source="webdataset", path="x.tar")
+    for content, rule in ((b"image,label\n", TOO_LARGE), (b"", "must be")):
+        sparse(here / "table.csv", content=content)
+        assert rule in told(open_set, source="table", path="table.csv")
 
 
 def below_zero():
@@ -119,34 +110,23 @@ def below_zero():
     raw[124:136] = b"\xff" * 10 + b"\xfe\x00"  # as GNU writes it
     raw[148:156] = b" " * 8
     raw[148:156] = b"%06o\0 " % sum(raw)
-    return bytes(raw) + bytes(10240)
+    return bytes(raw)
 
 
-# a shard that would be read for ever, or whose names are no text, and the message
+NO_ARCHIVE = "x.tar: must be a whole tar archive"
+# a shard that would be read for ever, or whose names are no text; how much follows; the message
 ODD_SHARDS = {
-    "size below zero": (below_zero(), "must be a whole tar archive"),
-    "global headers": (tar_header("x", tarfile.XGLTYPE) * 5000, "must be a whole tar archive"),  # endless
-    "name that is no text": (tar_header("\udcff.png") + bytes(10240), "the name of a file must be text in UTF-8"),
+    "a header of 20 gigabytes": (tar_header("x", tarfile.XHDTYPE, 20 * 2**30), 21 * 2**30, NO_ARCHIVE),
+    "size below zero": (below_zero(), 10240, NO_ARCHIVE),
+    "global headers": (tar_header("x", tarfile.XGLTYPE) * 5000, 0, NO_ARCHIVE),  # endless
+    "name that is no text": (tar_header("\udcff.png"), 10240, "the name of a file must be text in UTF-8"),
 }
 
 
-@pytest.mark.parametrize(("content", "rule"), ODD_SHARDS.values(), ids=ODD_SHARDS)
-def test_a_shard_with_odd_headers_is_told_and_read_to_an_end(here, content, rule):
-    (here / "x.tar").write_bytes(content)
+@pytest.mark.parametrize(("content", "more", "rule"), ODD_SHARDS.values(), ids=ODD_SHARDS)
+def test_a_shard_with_odd_headers_is_told_and_read_to_an_end(here, content, more, rule):
+    sparse(here / "x.tar", len(content) + more, content)
     assert rule in told(open_set, source="webdataset", path="x.tar")
-
-
-def test_lists_of_a_terabyte_are_told_and_not_read(here):
-    write_table(here / "set.parquet", table_of(IMAGES))
-    sparse(here / "names.txt")
-    sparse(here / "table.csv", content=b"image,label\n")
-    rule = "since it is read whole, but got 1,000,000,000,000"
-    assert rule in told(open_set, source="table", path="set.parquet", class_names="names.txt")
-    assert rule in told(open_set, source="table", path="table.csv")
-    sparse(here / "one_line.csv")
-    assert "must be" in told(open_set, source="table", path="one_line.csv")
-    with pytest.raises(RecipeError, match=rule):
-        load_recipe(here / "names.txt")
 
 
 def test_the_state_of_a_saved_data_set_may_be_nothing_but_json(here):
@@ -293,14 +273,11 @@ def test_no_command_unpickles_what_ray_would(tmp_path, with_or_without_rays_type
     with pa.ipc.open_stream(file) as reader:
         noted = reader.schema.metadata
     write_table(file, table.replace_schema_metadata(noted))
-    search = ("search", "--executor", "debug", "--study", "study")
-    for words, source, path in (
-        (search, "table", NAMES[0]),
-        (search, "huggingface", "saved"),
-        (["doctor"], "table", NAMES[1]),
-    ):
-        code, _, err = run(*words, "recipe.yaml", "--set", f"data.train={{source: {source}, path: {path}}}")
-        assert code == 4
+    sets = ("search", "table", "set.parquet"), ("search", "huggingface", "saved"), ("doctor", "table", "set.arrow")
+    for verb, source, path in sets:
+        words = [verb, "recipe.yaml", "--set", f"data.train={{source: {source}, path: {path}}}"]
+        code, _, err = run(*words, *(["--executor", "debug", "--study", "study"] if verb == "search" else []))
+        assert code == 4, err
         assert f"the column image must have no extension type, but got {PICKLED}" in " ".join(err.split())
     assert not trap.exists()
 
@@ -371,9 +348,8 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
 
 
 def test_a_file_over_the_limit_is_not_read(tmp_path):
-    (tmp_path / "sparse").touch()
-    os.truncate(tmp_path / "sparse", 10**12)
-    with pytest.raises(DataError, match="at most 67,108,864 bytes, since it is read whole, but got 1,000,000,000,000"):
+    sparse(tmp_path / "sparse")
+    with pytest.raises(DataError, match=f"at most 67,108,864 bytes, {TOO_LARGE}"):
         read_regular(tmp_path / "sparse")
     (tmp_path / "small").write_bytes(b"123")
     assert read_regular(tmp_path / "small", most_bytes=3) == b"123"
