@@ -63,13 +63,6 @@ def decoded(cache_dir, number, limit_gb=None):
     return image_set(Pictures(number=number), None, "as-is", cache_dir, None, limit_gb)
 
 
-def aged(cache_dir, days):
-    """Makes the last use of the entry that was used last so old."""
-    first = cache.list_entries(cache_dir)[0]
-    path = cache_dir / f"{first.key}.arrow"
-    os.utime(path, (path.stat().st_mtime - 86400 * days,) * 2)
-
-
 def names(cache_dir):
     return sorted(path.name for path in cache_dir.iterdir() if path.suffix != ".lock")
 
@@ -163,13 +156,9 @@ def no_flock(handle, operation):
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
-@pytest.fixture
-def no_locks(monkeypatch):
+def test_a_disk_without_locks_has_a_cache_that_warns_once_and_removes_nothing(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr("fcntl.flock", no_flock)
     monkeypatch.setattr(cache, "_warned", set())
-
-
-def test_a_disk_without_locks_has_a_cache_that_warns_once_and_removes_nothing(tmp_path, no_locks, caplog):
     first, again, second = (decoded(tmp_path, number, limit_gb=1e-9) for number in (0, 0, 1))
     np.testing.assert_array_equal(first.images_NHWC, again.images_NHWC)
     assert len(second) == 12
@@ -348,7 +337,8 @@ def filled(tmp_path):
     folder = tmp_path / "full"
     for number, days in ((0, 40), (1, 20), (2, 0)):
         decoded(folder, number)
-        aged(folder, days)
+        path = folder / f"{cache.list_entries(folder)[0].key}.arrow"
+        os.utime(path, (path.stat().st_mtime - 86400 * days,) * 2)
     (folder / f".{'0' * 32}.arrow.9-host.tmp").touch()
     (folder / "records-0.arrow").write_bytes(b"hashes")
     (folder / "studies").mkdir()
@@ -356,16 +346,10 @@ def filled(tmp_path):
     return folder
 
 
-CLEANED = [
-    ("--older-than 30d", 2),
-    ("--older-than 480h", 1),
-    ("--to-gb 0.000008", 2),
-    ("--to-gb 0", 0),
-    ("--all", 0),
-]
+CLEANED = {"--older-than 30d": 2, "--older-than 480h": 1, "--to-gb 0.000008": 2, "--to-gb 0": 0, "--all": 0}
 
 
-@pytest.mark.parametrize(("words", "kept"), CLEANED)
+@pytest.mark.parametrize(("words", "kept"), CLEANED.items())
 def test_clean_removes_what_was_not_used_for_longest(run, filled, words, kept):
     before = [entry.key for entry in cache.list_entries(filled)]  # the last used first
     code, out, _ = run("data", "clean", "--cache", filled, *words.split(), "--yes", "--json")
@@ -380,15 +364,11 @@ def test_clean_removes_what_was_not_used_for_longest(run, filled, words, kept):
     assert (filled / "records-0.arrow").exists() is (words != "--all")
 
 
-@pytest.mark.parametrize(("answer", "kept"), [("y\n", 1), ("n\n", 3), ("\n", 3)])
+@pytest.mark.parametrize(("answer", "kept"), [(True, 1), (False, 3)])
 def test_clean_asks_first_and_leaves_what_is_in_use(run, filled, monkeypatch, answer, kept):
-    class Terminal:
-        isatty = staticmethod(lambda: True)
-        readline = staticmethod(lambda *size: answer)
-
     held = decoded(filled, 0).images_NHWC[3:5]  # a part of it uses it
-    monkeypatch.setattr("sys.stdin", Terminal())
-    monkeypatch.setattr("typer.confirm", lambda text, err: print(text) or answer.startswith("y"))
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    monkeypatch.setattr("typer.confirm", lambda text, err: print(text) or answer)
     code, out, err = run("data", "clean", "--cache", filled, "--all")
     assert (code, out) == (0, "Remove 2 entries and 1 file of notes?\n")
     assert len(cache.list_entries(filled)) == kept
@@ -447,13 +427,11 @@ def import_everything():
 
 def pixel_sum(kind, folder):
     """Returns the sum of all pixels of a set, from the cache."""
-    source, cache = Pictures(folder / "log"), folder / "cache"
-    if kind == "packed":
-        packed = PackedSource(source, cache)
-        return sum(int(packed.pixels(index).sum()) for index in range(len(packed)))
+    source = Pictures(folder / "log")
     if kind == "limited":
-        return int(image_set(source, halve, "halved", cache, limit_gb=3e-6).images_NHWC.sum())  # of 3,834 bytes
-    return int(image_set(source, None, "as-is", cache).images_NHWC.sum())
+        return int(image_set(source, halve, "halved", folder / "cache", limit_gb=3e-6).images_NHWC.sum())  # of 3,834 B
+    found = opened(kind, folder / "cache", None, source)
+    return sum(int(pixels_of(found, index).sum()) for index in range(len(found)))
 
 
 def call(argv):
