@@ -16,10 +16,6 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import SetSpec
 
 
-def absolute_set(spec, base_dir):
-    return absolute_paths(TypeAdapter(SetSpec).validate_python(spec), base_dir)
-
-
 def recipe_of(data, **parts):
     """Returns a recipe of these sets, whose paths begin in the working directory."""
     return absolute_paths(Recipe.model_validate({"data": data, "train": {"batch_size": 2}, **parts}), Path.cwd())
@@ -38,7 +34,7 @@ def open_validation(recipe):
 
 def open_set(class_list=None, role="train", /, base_dir=None, **spec):
     """Opens the set that these keys of a recipe describe, with a class list or its own."""
-    parsed = absolute_set(spec, base_dir or Path.cwd())
+    parsed = absolute_paths(TypeAdapter(SetSpec).validate_python(spec), base_dir or Path.cwd())
     return stored_source(list_set(parsed, role), parsed, class_list, role)
 
 

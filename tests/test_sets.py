@@ -1,6 +1,7 @@
 """From roles to sets: what the checks say, one role per image, test sets that nobody touches; which images of a tree
 belong to a set: parts, shots, masks of classes, and images that cannot be decoded."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,6 @@ from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
 from carft_ray.recipe.schema.recipe import Recipe
-
-ROLES = ("train", "id_val", "sketch_val", "id_test", "sketch_test")
-
-
-def write_tree(root, classes=("bird", "fire_truck")):
-    for seed, domain in enumerate(ROLES):
-        write_folder(root / domain, pictures(3, classes, seed))
 
 
 def folder_set(*domains, path="images"):
@@ -42,7 +36,8 @@ def folder_recipe(data=None, **parts):
 @pytest.fixture
 def base(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_tree(tmp_path / "images")
+    for seed, domain in enumerate(("train", "id_val", "sketch_val", "id_test", "sketch_test")):
+        write_folder(tmp_path / "images" / domain, pictures(3, ("bird", "fire_truck"), seed))
     return tmp_path
 
 
@@ -62,10 +57,7 @@ def test_folders_open_with_the_classes_of_train_or_those_of_the_recipe(base):
     recipe = folder_recipe({"classes": ["fire_truck", "bird"]})
     assert open_train(recipe).class_names == ("fire_truck", "bird")
     assert open_validation(recipe)[0].labels.tolist() == [1, 1, 1, 0, 0, 0]
-
-
-def test_words_for_the_prompts(base):
-    assert class_names(folder_recipe()) == ("bird", "fire truck")
+    assert class_names(recipe) == ("fire truck", "bird")  # words for the prompts
     assert class_names(folder_recipe(prompts={"class_names": ["a", "b"]})) == ("a", "b")
 
 
@@ -93,9 +85,9 @@ def test_check_refuses_a_batch_larger_than_the_training_set_wherever_it_stands(b
     assert texts(check_sets(recipe)) == [f"batch_size: {rule.format(6)} 64"]
 
 
-def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_tree(tmp_path / "images", classes=("bird",))
+def test_check_refuses_words_that_do_not_go_with_the_classes_and_a_single_class(base):
+    for folder in base.glob("images/*/fire_truck"):
+        shutil.rmtree(folder)
     words, single = texts(check_sets(folder_recipe(prompts={"class_names": ["a", "b"]}, train={"batch_size": 2})))
     assert words.startswith("prompts.class_names: there must be one text per class, in label order (1: bird")
     assert single.startswith("data.train: there must be at least two classes, but got 1")
@@ -208,11 +200,15 @@ def test_one_tree_may_be_cut_into_roles_by_parts_that_share_no_image(tree):
         assert f"must not share images with data.train, but got {tree / other.get('path', 'images')}\n" in str(problem)
 
 
-def test_a_part_without_images_and_more_shots_than_images_are_refused(tree):
+def test_a_set_without_images_and_more_shots_than_images_are_refused(tree):
     with pytest.raises(DataError, match="there must be at least one image, but got none of 120 in the part"):
         chosen(tree, part=[0, 1e-9])
     with pytest.raises(DataError, match=r"every class must have 41 images, as shots says, but got 40 in 'bird'"):
         chosen(tree, shots=41)
+    for path in tree.glob("images/*/*"):
+        path.write_bytes(b"no image")
+    with pytest.raises(DataError, match="at least one image that can be decoded, but got none of 120"):
+        without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")
 
 
 def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree, caplog):
@@ -232,10 +228,3 @@ def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree,
     assert len(without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")) == 116
     assert caplog.messages == [line]
     assert left.fingerprint != source.fingerprint
-
-
-def test_a_set_of_bad_images_alone_is_refused(tree):
-    for path in tree.glob("images/*/*"):
-        path.write_bytes(b"no image")
-    with pytest.raises(DataError, match="at least one image that can be decoded, but got none of 120"):
-        without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")

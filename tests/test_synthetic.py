@@ -3,14 +3,14 @@
 import hashlib
 import math
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from layouts_tables import pictures, write_folder
 from PIL import Image
-from sources import absolute_set, open_validation, recipe_of
+from pydantic import TypeAdapter
+from sources import open_validation, recipe_of
 from torchvision.transforms.v2 import functional
 
 from carft_ray.data.cache import cache_dir
@@ -26,7 +26,7 @@ from carft_ray.data.synthetic.corruptions import CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES, export_images, render, sandbox_source
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe.loading import absolute_paths
-from carft_ray.recipe.schema.sets import SandboxSet
+from carft_ray.recipe.schema.sets import SetSpec
 from carft_ray.study.identity import class_of
 from carft_ray.training.origin import set_contents
 from carft_ray.training.shared_inputs import load_shared_inputs
@@ -118,8 +118,8 @@ def corrupted(of, **keys):
     return {"source": "corrupted", "of": of, "severity": 3, **keys}
 
 
-def opened(spec, base_dir=Path("/"), classes=None):
-    return open_source(absolute_set(spec, base_dir), "x", classes)
+def opened(spec):
+    return open_source(TypeAdapter(SetSpec).validate_python(spec), "x", None)
 
 
 @pytest.fixture
@@ -280,7 +280,7 @@ def test_no_sample_id_or_picture_is_shared_by_two_sets():
 
 
 def test_an_unknown_domain_and_another_class_list_are_reported_at_once_with_the_nearest():
-    spec = SandboxSet(source="sandbox", domain="sketsh", split="val", num_per_class=1)
+    spec = TypeAdapter(SetSpec).validate_python({**SANDBOX, "domain": "sketsh"})
     with pytest.raises(DataError) as caught:
         open_source(spec, "ood_val/sketch", ("sqare", *CLASSES[1:]))
     first, second = caught.value.problems
