@@ -15,7 +15,6 @@ from carft_ray.data.class_names import class_names
 from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError
-from carft_ray.recipe.schema.recipe import Recipe
 
 
 def folder_set(*domains, path="images"):
@@ -122,25 +121,19 @@ def test_a_test_role_behind_a_closed_folder_is_not_a_problem(base, monkeypatch):
     assert check_sets(folder_recipe({"ood_test": {"other": folder_set("sketch_test", path="hidden")}})) == []
 
 
-def shard_recipe(folder, number, **other):
-    """Three sets of so many shards each; no shard is opened."""
+def test_shards_in_two_roles_are_told_once_for_two_sets_with_their_number(tmp_path):
     sets = {}
     for name in ("train", "id_val", "id_test"):
-        (folder / name).mkdir(parents=True)
-        for index in range(number):
-            (folder / name / f"{index}.tar").touch()
-        sets[name] = {"source": "webdataset", "path": str(folder / name)}
-    return Recipe.model_validate({"data": {**sets, **other}, "train": {"batch_size": 4}})
-
-
-def test_shards_in_two_roles_are_told_once_for_two_sets_with_their_number(tmp_path):
-    again = {"source": "webdataset", "path": str(tmp_path / "a" / "train" / "{1,3,4}.tar")}
-    (problem,) = check_roles(shard_recipe(tmp_path / "a", 5, id_val=again))
-    assert (problem.place, problem.value) == ("data.id_val", f"{tmp_path}/a/train/1.tar and 2 more")
-    inner = shard_recipe(tmp_path / "b", 5, id_test={"source": "folder", "path": str(tmp_path / "b")})
-    assert [problem.place for problem in check_roles(inner)] == ["data.id_test"] * 2
-    first = shard_recipe(tmp_path / "c", 5, train={"source": "folder", "path": str(tmp_path / "c")})
-    assert [problem.place for problem in check_roles(first)] == ["data.id_val", "data.id_test"]
+        (tmp_path / name).mkdir()
+        for index in range(5):
+            (tmp_path / name / f"{index}.tar").touch()  # which is not opened
+        sets[name] = {"source": "webdataset", "path": str(tmp_path / name)}
+    again = {"source": "webdataset", "path": str(tmp_path / "train" / "{1,3,4}.tar")}
+    (problem,) = check_roles(recipe_of({**sets, "id_val": again}))
+    assert (problem.place, problem.value) == ("data.id_val", f"{tmp_path}/train/1.tar and 2 more")
+    above = {"source": "folder", "path": str(tmp_path)}
+    for name, places in (("id_test", ["data.id_test"] * 2), ("train", ["data.id_val", "data.id_test"])):
+        assert [problem.place for problem in check_roles(recipe_of({**sets, name: above}))] == places
 
 
 # ---- which images of a tree belong to a set

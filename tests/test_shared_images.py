@@ -372,7 +372,7 @@ def test_candidates_are_those_of_the_views_and_few_for_an_image_of_which_there_a
     assert all([index, index] in found.tolist() for index in range(2))  # the nearest is the same
 
 
-def shared():
+def test_pairs_are_written_as_a_table_or_a_page_of_its_own(tmp_path):
     sources = [ArraySource(num_images=3, seed=seed, name=f"set {seed}") for seed in range(2)]
     for source in sources:
         source.place = f"{source.name}/<b>, {{}}.png".format
@@ -382,11 +382,7 @@ def shared():
         [find.SharedImage(place, source, index) for index in range(3)]
         for place, source in zip(("data.train", "data.id_test"), sources, strict=True)
     )
-    return [find.SharedPair(first[i], second[j], how, distance) for i, j, how, distance in rows]
-
-
-def test_pairs_are_written_as_a_table(tmp_path):
-    pairs = shared()
+    pairs = [find.SharedPair(first[i], second[j], how, distance) for i, j, how, distance in rows]
     write_pairs(tmp_path / "pairs.csv", pairs)
     ids = [str(image.source.sample_ids[image.index]) for image in (pairs[0].first, pairs[0].second)]
     lines = (tmp_path / "pairs.csv").read_text().splitlines()
@@ -401,10 +397,6 @@ def test_pairs_are_written_as_a_table(tmp_path):
     assert (tmp_path / "none.csv").read_text() == f"{lines[0]}\n"
     with pytest.raises(UsageError, match=r"--pairs: the name must end in \.csv or \.html, but got "):
         check_pairs_path(tmp_path / "pairs.txt")
-
-
-def test_pairs_are_written_as_a_page_of_its_own(tmp_path):
-    pairs = shared()
     write_pairs(tmp_path / "pairs.html", pairs)
     page = (tmp_path / "pairs.html").read_text()
     assert page.count("<article>") == 3

@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from benchmarks.photos import photo
 from carft_ray.data import views
 from carft_ray.data.order import parts_of, permutation
 from carft_ray.data.philox import STREAM_VIEW, philox4x32, words
@@ -24,12 +24,6 @@ KNOWN_ANSWERS = [
     ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 ]
-
-
-def picture(width, height, seed=0):
-    """A smooth random image: neighbouring pixels are alike, as in a photo."""
-    noise = np.random.default_rng(seed).integers(0, 256, (height // 4 + 2, width // 4 + 2, 3), dtype=np.uint8)
-    return np.asarray(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def crop_box(seed, sample_id, visit, width, height, crop_scale):
@@ -137,9 +131,9 @@ def test_views_do_not_depend_on_the_instructions_of_the_processor():
 @pytest.mark.parametrize("image_size", [32, 24])
 @pytest.mark.parametrize("crop_scale", [0.3, 0.9, 1.0])
 def test_view_batch_equals_one_view_at_a_time(image_size, crop_scale):
-    decoded = np.stack([picture(40, 36, seed) for seed in range(6)])
+    decoded = np.stack([photo(seed, 40, 36) for seed in range(6)])
     sizes = ((40, 36), (36, 40), (64, 20), (32, 32), (24, 24), (9, 50))
-    mixed = SimpleNamespace(pixels=[picture(*size, seed) for seed, size in enumerate(sizes)].__getitem__)
+    mixed = SimpleNamespace(pixels=[photo(seed, *size) for seed, size in enumerate(sizes)].__getitem__)
     indices, visits = np.array([4, 0, 4, 2]), np.array([0, 1, 2, 3])
     ids = np.array([2**64 - 1, 8, 3, 0], dtype=np.uint64)
     for images, pixels in ((decoded, decoded.__getitem__), (mixed, mixed.pixels)):
