@@ -3,11 +3,7 @@
     python tests/fuzz.py --cases 10000 --seed 0             all kinds, on two processes; prints a table
     python tests/fuzz.py --kind tar --case 1234 --seed 0    one case, with what it printed; its folder stays
 
-A case must end in a result, or in one message with the exit code of its error, 2 to 8. All else is a finding: a
-traceback, an "internal error", a training that failed by an exception of Python, a hang, the death of the process, a
-program or a connection that was begun, a pickle that was read, and a file written or removed outside of the case's
-folder.
-
+What a case must end in stands in CONTRIBUTING.md; a training that fails by an exception of Python is a finding, too.
 All is imported once, and each case runs in a fork of its own. What costs time and hardly depends on the input is made
 cheap: the figure is drawn for recipes and each tenth case, nothing is flushed to disk, and the cache begins with what
 all cases share: images of ``id_val``, and heads of the model.
@@ -54,8 +50,8 @@ COMMANDS = (
     ("report", "study"),
     ("report", "study", "--json"),
 )
-PROGRAMS = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn")
-CONNECTIONS = ("socket.connect", "socket.bind", "socket.getaddrinfo")
+BEGUN = ("os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "pty.spawn")
+BEGUN += ("socket.connect", "socket.bind", "socket.getaddrinfo", "pickle.find_class")
 CHANGES = ("os.remove", "os.rmdir", "os.mkdir", "os.rename", "os.link", "os.symlink", "os.truncate", "os.chmod")
 FAILED = re.compile(r"failed in this way: (?P<name>\w*(?:Error|Exception|Interrupt|Warning|Exit|Iteration))\b")
 
@@ -111,7 +107,7 @@ def watch(here, tell):
         elif event in CHANGES:
             if outside := [path for path in given if is_outside(path)]:
                 tell(f"{event} {outside}")
-        elif event in PROGRAMS or event in CONNECTIONS or event == "pickle.find_class":
+        elif event in BEGUN:
             tell(f"{event} {given!r}"[:300])
 
     sys.addaudithook(hook)
@@ -180,14 +176,18 @@ def judged(code, said, words):
     return ""
 
 
-def one(kind, number, seed, lane, base):
-    """Runs a case in a fork; returns ``result``, its exit code, or what was wrong, and its seconds of processor."""
+def work(case, seed, folder, is_kept):
+    """Runs a case in a fork; returns its kind, ``result``, exit code or what was wrong, and its seconds of processor.
+
+    What is wrong is told; its folder stays.
+    """
+    (kind, number), lane = case, folder / f"lane-{os.getpid()}"
     here, canary = lane / "case", lane / mutations.CANARY
     here.mkdir(parents=True)
     canary.mkdir()
     (canary / "x").write_text("precious")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    status, told = crash_host.run(sys.modules[__name__], {"argv": (kind, number, seed, base)}, here)
+    status, told = crash_host.run(sys.modules[__name__], {"argv": (kind, number, seed, folder / "samples")}, here)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     facts = [json.loads(line) for line in told.splitlines()]
     phase = next((value for what, value in reversed(facts) if what == "phase"), "start")
@@ -202,21 +202,13 @@ def one(kind, number, seed, lane, base):
         wrong.append(f"left something outside of its folder: {sorted(there)}, {sorted(os.listdir(lane))}")
     codes = [value for what, value in facts if what == "code"]
     outcome = f"{phase}: {'; '.join(wrong)}"[:2000] if wrong else codes[-1] or "result"
-    return outcome, used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
-
-
-def work(case, seed, folder, is_kept):
-    """Runs a case; returns kind, number, outcome and seconds of processor. What is wrong is told; its folder stays."""
-    kind, number = case
-    lane = folder / f"lane-{os.getpid()}"
-    outcome, seconds = one(kind, number, seed, lane, folder / "samples")
-    if is_wrong(outcome):
+    if wrong:
         print(f"--kind {kind} --case {number} --seed {seed}: {outcome}", flush=True)
-    if is_wrong(outcome) or is_kept:
+    if wrong or is_kept:
         lane.rename(folder / "found" / f"{kind}-{number}")
     else:
         shutil.rmtree(lane)
-    return kind, number, outcome, seconds
+    return kind, outcome, used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
 
 
 def run(cases, seed, folder, num_lanes=2):
@@ -236,7 +228,7 @@ def table(rows):
     heads = ["result", *map(str, CODES), "anything else"]
     lines = [f"{'kind':<8} {'cases':>6} {' '.join(f'{head:>6}' for head in heads)}  processor, s"]
     for kind in (*dict.fromkeys(row[0] for row in rows), "all"):
-        mine = [row[2:] for row in rows if kind in (row[0], "all")]
+        mine = [row[1:] for row in rows if kind in (row[0], "all")]
         counts = Counter("anything else" if is_wrong(outcome) else str(outcome) for outcome, _ in mine)
         numbers = " ".join(f"{counts[head]:>{max(6, len(head))}}" for head in heads)
         lines.append(f"{kind:<8} {len(mine):>6} {numbers}  {sum(took for _, took in mine):>12.0f}")
@@ -259,7 +251,7 @@ def main():
     print(table(rows))
     if given.case is not None:
         print((folder / "found" / f"{given.kind}-{given.case}" / "output").read_text(errors="replace"))
-    wrong = sum(is_wrong(outcome) for _, _, outcome, _ in rows)
+    wrong = sum(is_wrong(outcome) for _, outcome, _ in rows)
     if wrong or given.case is not None:
         print(f"folders of cases: {folder / 'found'}")
     else:

@@ -219,22 +219,19 @@ def shard_files():
 # the kinds: each writes into the folder ``here`` and returns parts of the recipe
 
 
-def copied(source, target, change):
-    """Copies a folder; ``change`` gets the names and contents, and changes them."""
+@contextlib.contextmanager
+def copied(source, target):
+    """Gives the contents of a folder's files by name; what they are at the end of the block is written as another."""
     files = {str(path.relative_to(source)): path.read_bytes() for path in sorted(source.rglob("*")) if path.is_file()}
-    change(files)
-    for name, content in files.items():
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        (target / name).write_bytes(content)
+    yield files
+    write_folder(target, [Picture(name, "", content) for name, content in files.items()])
 
 
 def image_files(kind):
     def make(rng, here, base):
-        def change(files):
+        with copied(base / kind, here / "images") as files:
             for name in rng.sample(sorted(files), rng.choice((1, 1, 2, 6))):
                 files[name] = damaged(rng, files[name], list(files.values())[:3])
-
-        copied(base / kind, here / "images", change)
         return {"source": "folder", "path": "images"}
 
     return make
@@ -330,14 +327,12 @@ def _column(rng, values):
 
 
 def hf(rng, here, base):
-    def change(files):
+    with copied(base / "hf", here / "hf") as files:
+        name = rng.choice(sorted(files))
         if rng.random() < 0.25:
             files["data-00000-of-00001.arrow"] = file_of(rng, random_table(rng), "arrow")
-            return
-        name = rng.choice(sorted(files))
-        files[name] = json_file(rng, files[name]) if name.endswith(".json") else damaged(rng, files[name])
-
-    copied(base / "hf", here / "hf", change)
+        else:
+            files[name] = json_file(rng, files[name]) if name.endswith(".json") else damaged(rng, files[name])
     return {"source": "huggingface", "path": "hf", **columns(rng)}
 
 
@@ -370,8 +365,7 @@ def tar(rng, here, base):
 def weights(rng, here, base):
     """An open_clip folder: its configuration, its tensors, or a pickle in their place."""
     config, tensors = "open_clip_config.json", "open_clip_model.safetensors"
-
-    def change(files):
+    with copied(base / "model", here / "model") as files:
         what = rng.random()
         if what < 0.5:
             files[config] = json_file(rng, files[config])
@@ -384,8 +378,6 @@ def weights(rng, here, base):
             files[name] = rng.choice((damaged(rng, content), pickle.dumps(Evil()), pickle.dumps({"a": Evil()}, 2)))
         if rng.random() < 0.1:
             files["no_merges.txt.gz"] = gzip.compress(rng.choice((b"", b"a b\n" * 10, _text(rng).encode())), mtime=0)
-
-    copied(base / "model", here / "model", change)
     return "local-dir:model"
 
 

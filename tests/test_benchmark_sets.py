@@ -329,7 +329,7 @@ def written(name, content):
     return lambda root: (root / name).write_bytes(content)
 
 
-V2, CIFAR = "imagenetv2-matched-frequency-format-val", "cifar-10-batches-bin"
+CIFAR = "cifar-10-batches-bin"
 # benchmark, split, what is done to its files, the message
 BROKEN = [
     ("imagenet-r", None, removed("imagenet-r/n01443537"),

@@ -195,15 +195,6 @@ def test_an_image_stays_in_the_role_nearest_to_the_test(here, copies, setting, l
 
 
 @pytest.mark.slow
-def test_what_is_kept_is_told_by_set(here):
-    copy(here, "test/cat/0.png", "train/cat/a.png")
-    assert shares.shared_lines(found(here, "data.shared_images=keep")) == [
-        "data.id_test: 1 image kept, also in data.train",
-        "data.train: 1 image kept, also in data.id_test",
-    ]
-
-
-@pytest.mark.slow
 def test_corrupted_images_leave_the_set_that_is_shown(here):
     copy(here, "test/cat/0.png", "val/cat/x.png")
     recipe = loaded(here, f"data.ood_val={{noise: {NOISE}}}")
@@ -212,7 +203,7 @@ def test_corrupted_images_leave_the_set_that_is_shown(here):
 
 
 @pytest.mark.slow
-def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monkeypatch):
+def test_pairs_are_found_once_with_the_time_that_is_left_and_what_is_kept_is_told_by_set(here, monkeypatch):
     copy(here, "test/cat/0.png", "train/cat/a.png")
     monkeypatch.setattr(words, "FIRST_AFTER_S", 0)
     monkeypatch.setattr(words, "THEN_EVERY_S", 0)
@@ -224,6 +215,10 @@ def test_pairs_are_found_once_and_what_takes_long_tells_the_time_left(here, monk
         assert any(line.startswith(begin) and line.endswith(" s left") for line in said)
     monkeypatch.setattr(StoredSource, "content", lambda *index: pytest.fail("an image was read again"))
     assert shares.find_shared(loaded(here), here / "cache", said.append) == rows
+    assert shares.shared_lines(found(here, "data.shared_images=keep")) == [
+        "data.id_test: 1 image kept, also in data.train",
+        "data.train: 1 image kept, also in data.id_test",
+    ]
 
 
 @pytest.mark.slow
