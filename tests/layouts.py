@@ -14,14 +14,15 @@ DEVKIT = "ILSVRC2012_devkit_t12/data"
 OBJECTNET_ONLY = ("air_freshener", "baby_trap")  # folders that ImageNet has no class for
 FMOW_DAYS = [("train", "2010-05-01T00:00:00Z"), ("val", "2012-12-31T23:59:59Z"), ("val", "2013-01-01T00:00:00Z")]
 FMOW_DAYS += [("test", "2011-05-01T00:00:00Z"), ("test", "2016-01-01T00:00:00Z")]
-CAMELYON = {"train": ("0", "0"), "id_val": ("3", "1"), "val": ("1", "0"), "test": ("2", "1")}  # hospital, split
+CAMELYON = (("0", "0"), ("3", "1"), ("1", "0"), ("2", "1"))  # hospital, and the number of its split
 
 
 def make_layout(name, root, per_class=1):
     """Writes a benchmark under a folder as its archives unpack there; so many images per class, and domain or split."""
     root.mkdir(parents=True, exist_ok=True)
     facts = load_facts(name)
-    _MAKERS[name](root, facts.classes, per_class, facts)
+    images = [(label, word, index) for label, word in enumerate(facts.classes) for index in range(per_class)]
+    _MAKERS[name](root, facts, images)
     return root
 
 
@@ -38,13 +39,9 @@ def _save(path, side=8):
     path.write_bytes(picture(name, "PNG" if path.suffix == ".png" else "JPEG", side))
 
 
-def _each(classes, per_class):
-    """Yields label, name, and number within its class of every image."""
-    return ((label, name, index) for label, name in enumerate(classes) for index in range(per_class))
-
-
-def _tree(root, classes, per_class, pattern, side=8):
-    for _, name, index in _each(classes, per_class):
+def _tree(root, images, pattern, side=8):
+    """Writes a folder of each class; of an image its label, class, and number within the class are known."""
+    for _, name, index in images:
         _save(root / name / pattern.format(name=name, index=index), side)
 
 
@@ -53,9 +50,9 @@ def _write_lines(path, lines):
     path.write_text("\n".join(lines) + "\n")
 
 
-def _imagenet(root, classes, per_class, facts):
-    _tree(root / "train", classes, per_class, "{name}_{index}.JPEG")
-    _tree(root / "val", classes, per_class, "ILSVRC2012_val_{name}{index}.JPEG")
+def _imagenet(root, facts, images):
+    _tree(root / "train", images, "{name}_{index}.JPEG")
+    _tree(root / "val", images, "ILSVRC2012_val_{name}{index}.JPEG")
 
 
 def make_flat_val(root, labels):
@@ -77,17 +74,18 @@ def make_flat_val(root, labels):
 def _by_folder(folder, pattern, more=(), side=8):
     """A folder of the images of each class, in one of each domain where there are any, and further folders."""
 
-    def make(root, classes, per_class, facts):
+    def make(root, facts, images):
+        others = [(None, name, 0) for name in more]
         for domain in facts.domains or ("",):
-            _tree(root / folder / domain, (*classes, *more), per_class, pattern, side)
+            _tree(root / folder / domain, [*images, *others], pattern, side)
 
     return make
 
 
-def _fmow(root, classes, per_class, facts):
-    rows = [(c, "seq", "2016-05-01T00:00:00Z") for c in classes[:1]]  # sequestered: not among the images
-    rows += [(name, own, day) for own, day in FMOW_DAYS for name in classes for _ in range(per_class)]
-    rows.append((classes[0], "train", "2014-01-01T00:00:00Z"))  # of no split
+def _fmow(root, facts, images):
+    rows = [(facts.classes[0], "seq", "2016-05-01T00:00:00Z")]  # sequestered: not among the images
+    rows += [(name, own, day) for own, day in FMOW_DAYS for _, name, _ in images]
+    rows.append((facts.classes[0], "train", "2014-01-01T00:00:00Z"))  # of no split
     lines = ["split,img_path,category,timestamp,country_code"]
     for index, (name, split, day) in enumerate(rows):
         lines.append(f"{split},x/{name}_{index}.tif,{name},{day},FRA")
@@ -96,22 +94,21 @@ def _fmow(root, classes, per_class, facts):
     _write_lines(root / "fmow_v1.1" / "rgb_metadata.csv", lines)
 
 
-def _iwildcam(root, classes, per_class, facts):
+def _iwildcam(root, facts, images):
     lines = ["split,location_remapped,sequence_remapped,y,datetime,filename"]
     for split in ("train", "val", "test", "id_val", "id_test"):
-        kept = classes if split == "train" else classes[::7]  # the other splits lack many species
-        for label, name, index in _each(classes, per_class):
-            if name in kept:
+        for label, _, index in images:
+            if split == "train" or label % 7 == 0:  # the other splits lack many species
                 file = f"{split}{label}-{index}.jpg"
                 lines.append(f"{split},1,2,{label},2013-05-01 00:00:00.000,{file}")
                 _save(root / "iwildcam_v2.0" / "train" / file)
     _write_lines(root / "iwildcam_v2.0" / "metadata.csv", lines)
 
 
-def _camelyon17(root, classes, per_class, facts):
+def _camelyon17(root, facts, images):
     lines = [",patient,node,x_coord,y_coord,tumor,slide,center,split"]
-    for hospital, number in CAMELYON.values():
-        for tumor, _, index in _each(classes, per_class):
+    for hospital, number in CAMELYON:
+        for tumor, _, index in images:
             patient, x = f"00{hospital}", 100 * tumor + index
             lines.append(f"{len(lines) - 1},{patient},1,{x},64,{tumor},{hospital},{hospital},{number}")
             folder = f"patient_{patient}_node_1"
@@ -119,34 +116,32 @@ def _camelyon17(root, classes, per_class, facts):
     _write_lines(root / "camelyon17_v1.0" / "metadata.csv", lines)
 
 
-def cifar_batches(name, per_class):
-    """Returns for each file of CIFAR the pixels, uint8 [N, 3072], and the labels, a list."""
-    count = len(load_facts(name).classes)
+def cifar_batches(name, labels):
+    """Returns for each file of CIFAR the pixels, uint8 [N, 3072], and these labels in another order, a list."""
     files = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"] if name == "cifar10" else ["train", "test"]
     rng = np.random.default_rng(0)
-    labels = [label for label, *_ in _each(range(count), per_class)]
     return {
         file: (rng.integers(0, 256, (len(labels), 3072), dtype=np.uint8), rng.permutation(labels).tolist())
         for file in files
     }
 
 
-def _cifar(root, classes, per_class, facts):
+def _cifar(root, facts, images):
     """Writes the binary version: per image the label (CIFAR-100: the coarse one before it) and 3072 bytes."""
     ten = facts.name == "cifar10"
     folder = root / ("cifar-10-batches-bin" if ten else "cifar-100-binary")
     folder.mkdir()
-    for file, (pixels, labels) in cifar_batches(facts.name, per_class).items():
+    for file, (pixels, labels) in cifar_batches(facts.name, [label for label, *_ in images]).items():
         heads = [[label] if ten else [0, label] for label in labels]
         (folder / f"{file}.bin").write_bytes(np.hstack([np.array(heads, np.uint8), pixels]).tobytes())
-    _write_lines(folder / ("batches.meta.txt" if ten else "fine_label_names.txt"), [*classes, *[""] * ten])
+    _write_lines(folder / ("batches.meta.txt" if ten else "fine_label_names.txt"), [*facts.classes, *[""] * ten])
 
 
-def _flowers102(root, classes, per_class, facts):
+def _flowers102(root, facts, images):
     folder = root / "flowers-102"
     labels, parts = [], {"trnid": [], "valid": [], "tstid": []}
     for key in parts:
-        for label, *_ in _each(classes, per_class):
+        for label, *_ in images:
             labels.append(label + 1)
             parts[key].append(len(labels))
             _save(folder / "jpg" / f"image_{len(labels):05d}.jpg")
@@ -154,68 +149,69 @@ def _flowers102(root, classes, per_class, facts):
     savemat(folder / "setid.mat", {key: np.array([numbers], np.uint16) for key, numbers in parts.items()})
 
 
-def _fgvc_aircraft(root, classes, per_class, facts):
+def _fgvc_aircraft(root, facts, images):
     data = root / "fgvc-aircraft-2013b" / "data"
     lists = {"train": [], "val": [], "test": []}
     for lines in lists.values():
-        for _, name, _ in _each(classes, per_class):
+        for _, name, _ in images:
             number = f"{sum(map(len, lists.values())) + 34309:07d}"
             lines.append(f"{number} {name}")
             _save(data / "images" / f"{number}.jpg")
     lists["trainval"] = lists["train"] + lists["val"]
     for split, lines in lists.items():
         _write_lines(data / f"images_variant_{split}.txt", lines)
-    _write_lines(data / "variants.txt", classes)
+    _write_lines(data / "variants.txt", facts.classes)
 
 
-def _stanford_cars(root, classes, per_class, facts):
+def _stanford_cars(root, facts, images):
     folder = root / "stanford_cars"
     (folder / "devkit").mkdir(parents=True)
     files = {"train": "devkit/cars_train_annos.mat", "test": "cars_test_annos_withlabels.mat"}
     kinds = [(key, "O") for key in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
     for split, file in files.items():
         rows = []
-        for label, *_ in _each(classes, per_class):
+        for label, *_ in images:
             rows.append((1, 2, 3, 4, label + 1, f"{len(rows) + 1:05d}.jpg"))
             _save(folder / f"cars_{split}" / rows[-1][-1])
         savemat(folder / file, {"annotations": np.array(rows, dtype=kinds).reshape(1, -1)})
-    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([list(classes)], dtype=object)})
+    savemat(folder / "devkit" / "cars_meta.mat", {"class_names": np.array([list(facts.classes)], dtype=object)})
 
 
-def _food101(root, classes, per_class, facts):
+def _food101(root, facts, images):
     folder = root / "food-101"
     (folder / "meta").mkdir(parents=True)
     for start, split in ((0, "train"), (1000, "test")):
-        lists = {name: [f"{name}/{start + index}" for index in range(per_class)] for name in classes}
+        lists = {name: [] for name in facts.classes}
+        for _, name, index in images:
+            lists[name].append(f"{name}/{start + index}")
+            _save(folder / "images" / f"{lists[name][-1]}.jpg")
         (folder / "meta" / f"{split}.json").write_text(json.dumps(lists))
-        for image in (image for images in lists.values() for image in images):
-            _save(folder / "images" / f"{image}.jpg")
 
 
-def _dtd(root, classes, per_class, facts):
+def _dtd(root, facts, images):
     folder = root / "dtd" / "dtd"
     for start, split in ((1, "train"), (100, "val"), (200, "test")):
-        lines = [f"{name}/{name}_{start + index:04d}.jpg" for _, name, index in _each(classes, per_class)]
+        lines = [f"{name}/{name}_{start + index:04d}.jpg" for _, name, index in images]
         _write_lines(folder / "labels" / f"{split}1.txt", lines)
         for line in lines:
             _save(folder / "images" / line)
 
 
-def _sun397(root, classes, per_class, facts):
+def _sun397(root, facts, images):
     folder = root / "SUN397"
-    _write_lines(folder / "ClassName.txt", [f"/{name[0]}/{name}" for name in classes])
+    _write_lines(folder / "ClassName.txt", [f"/{name[0]}/{name}" for name in facts.classes])
     for part in ("Training", "Testing"):
-        lines = [f"/{name[0]}/{name}/sun_{part[1]}{index:014d}.jpg" for _, name, index in _each(classes, per_class)]
+        lines = [f"/{name[0]}/{name}/sun_{part[1]}{index:014d}.jpg" for _, name, index in images]
         _write_lines(folder / f"{part}_01.txt", lines)
         for line in lines:
             _save(folder / line[1:])
 
 
-def _oxford_pets(root, classes, per_class, facts):
+def _oxford_pets(root, facts, images):
     folder = root / "oxford-iiit-pet"
     for start, split in ((1, "trainval"), (100, "test")):
         lines = []
-        for label, name, index in _each(classes, per_class):
+        for label, name, index in images:
             image = f"{name.replace(' ', '_')}_{start + index}"
             lines.append(f"{image} {label + 1} 1 1")
             _save(folder / "images" / f"{image}.jpg")

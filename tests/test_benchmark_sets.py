@@ -183,8 +183,10 @@ def test_cifar_is_read_as_by_torchvision(name, made, tmp_path, monkeypatch):
         names = ("cifar-100-python", "fine_labels", "meta", "fine_label_names", oracle.CIFAR100)
     folder, labels_key, meta, classes_key, kind = names
     (tmp_path / folder).mkdir()
-    files = {file: {"data": each, labels_key: labels} for file, (each, labels) in cifar_batches(name, 1).items()}
-    for file, value in {**files, meta: {classes_key: list(load_facts(name).classes)}}.items():
+    classes = list(load_facts(name).classes)
+    batches = cifar_batches(name, range(len(classes))).items()
+    files = {file: {"data": each, labels_key: labels} for file, (each, labels) in batches}
+    for file, value in {**files, meta: {classes_key: classes}}.items():
         (tmp_path / folder / file).write_bytes(pickle.dumps(value))
     for split in ("train", "test"):
         source, theirs = opened(made(name), name, split), kind(tmp_path, train=split == "train")

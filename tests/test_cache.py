@@ -23,12 +23,11 @@ import short_training
 import simplejpeg
 from conftest import ArraySource
 
-from carft_ray import errors
 from carft_ray.data import cache, packed
 from carft_ray.data.decoded import image_set
 from carft_ray.data.images import decode_image
 from carft_ray.data.packed import PackedSource, pays
-from carft_ray.errors import DataError, StorageError
+from carft_ray.errors import CarftError, DataError, StorageError
 from carft_ray.words import counted
 
 
@@ -443,7 +442,7 @@ def call(argv):
             print(json.dumps(at_once(lambda: pixel_sum(argv[2], folder))))
         else:
             print(pixel_sum(kind, folder))
-    except errors.CarftError as error:
+    except CarftError as error:
         print(f"error: {error}")
         return error.exit_code
     return 0

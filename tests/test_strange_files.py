@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import short_training
 from layouts_tables import hf_dataset, image_column, pictures, table_of, write_folder, write_table, write_tar
 from mutations import Evil, pickled
 from sources import open_set, told
 
-from carft_ray import files
 from carft_ray.data.images import MOST_BYTES
 from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
@@ -184,18 +182,6 @@ def test_a_recipe_that_says_what_cannot_be_is_told(here, setting, rule):
     assert recipe.data.train.path == str(here / "~nosuchuser" / "x")
 
 
-def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
-    os.mkfifo("pipe")
-    Path("deep").write_text("[" * 200_000)
-    for name, rule in (("pipe", "must be a regular file, but got a pipe"), ("deep", "nested too deep")):
-        with pytest.raises(StorageError, match=rule):
-            files.read_json(here / name)
-        assert files.read_object(here / name) is None
-    with pytest.raises(StorageError, match="must be a regular file"):
-        files.read_json_lines(here / "pipe")
-    assert files.read_json_lines(here / "deep") == []
-
-
 # ---- tables that hold what is pickled
 
 
@@ -301,9 +287,8 @@ def test_a_damaged_page_costs_the_rows_of_its_row_group_from_there_on(tmp_path):
     rng = np.random.default_rng(0)
     images = [image._replace(name=f"{row}", content=rng.bytes(2000)) for row, image in enumerate(PICTURES * 10)]
     path = tmp_path / "set.parquet"
-    pq.write_table(
-        table_of(images), path, row_group_size=100, compression="none", use_dictionary=False, data_page_size=2**14
-    )
+    plain = {"compression": "none", "use_dictionary": False, "data_page_size": 2**14}
+    write_table(path, table_of(images), row_group_size=100, **plain)
     raw = path.read_bytes()
     where = raw.index(images[33].content)
     path.write_bytes(raw[: where - 4] + b"\xff\xff\xff\x7f" + raw[where:])  # its length
