@@ -29,7 +29,6 @@ IMAGENET = load_facts("imagenet").classes
 SPLITS = [(name, split) for name, known in BENCHMARKS.items() for split in known.splits or (None,)]
 WHOLE = [(name, None) for name, known in BENCHMARKS.items() if known.splits and not known.needs_split]
 COPIES = {("sun397", None): 2, ("cifar10", "train"): 5, ("fgvc-aircraft", "trainval"): 2}  # images per class
-ONE_OF_FIVE = 0.2
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +65,7 @@ def test_a_benchmark_is_read_with_its_own_class_list(name, split, made):
     source, facts = opened(made(name), name, split), known_facts(name)
     sizes, count = np.bincount(source.labels), len(facts.classes)
     if BENCHMARKS[name].has_domains:
-        held_out = int(ONE_OF_FIVE * count)
+        held_out = count // 5
         assert len(source) == {None: count, "out": held_out, "in": count - held_out}[split] * len(facts.domains)
     elif name == "iwildcam" and split != "train":
         assert np.flatnonzero(sizes).tolist() == list(range(0, 182, 7))
@@ -217,25 +216,17 @@ def test_camelyon_has_its_splits_by_hospital(made):
     assert labelled(opened(made("camelyon17"), "camelyon17", "val")) == expected
 
 
-# ---- DomainBed's own split, restated
-
-
-def their_split(root, domain, environment, trial_seed):
-    """DomainBed's train.py: ImageFolder's samples, held out by a shuffle whose seed hashes (trial_seed, i)."""
-    samples = oracle.ImageFolder(root / domain).samples
-    keys = list(range(len(samples)))
-    seed = int(hashlib.md5(str((trial_seed, environment)).encode("utf-8")).hexdigest(), 16) % (2**31)
-    np.random.RandomState(seed).shuffle(keys)
-    n = int(len(samples) * 0.2)
-    names = [Path(path).relative_to(root).as_posix() for path, _ in samples]
-    return {"out": {names[key] for key in keys[:n]}, "in": {names[key] for key in keys[n:]}}
-
-
 @pytest.mark.parametrize("trial_seed", [0, 2])
 def test_in_and_out_are_domainbeds_images(trial_seed, tmp_path):
+    """DomainBed's train.py: ImageFolder's samples, held out by a shuffle whose seed hashes (trial_seed, i)."""
     make_layout("pacs", tmp_path, per_class=4)
     for environment, domain in enumerate(load_facts("pacs").domains):
-        theirs = their_split(tmp_path / "PACS", domain, environment, trial_seed)
+        samples = oracle.ImageFolder(tmp_path / "PACS" / domain).samples
+        names = [Path(path).relative_to(tmp_path / "PACS").as_posix() for path, _ in samples]
+        seed = int(hashlib.md5(str((trial_seed, environment)).encode("utf-8")).hexdigest(), 16) % (2**31)
+        np.random.RandomState(seed).shuffle(names)
+        n = int(len(names) * 0.2)
+        theirs = {"out": {*names[:n]}, "in": {*names[n:]}}
         for split, names in theirs.items():
             ours = opened(tmp_path, "pacs", split, domains=[domain], trial_seed=trial_seed)
             assert set(labelled(ours)) == names

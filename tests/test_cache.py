@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -439,7 +440,7 @@ def call(argv):
         fcntl.flock = no_flock
     try:
         if kind == "builders":
-            print(json.dumps(at_once(lambda: pixel_sum(argv[2], folder))))
+            print(json.dumps(sums_at_once(argv[2], folder)))
         else:
             print(pixel_sum(kind, folder))
     except CarftError as error:
@@ -448,19 +449,20 @@ def call(argv):
     return 0
 
 
-def at_once(work):
-    """Runs ``work`` in eight forks that begin together; returns what they answer."""
-    (waits, go), (answers, answer) = os.pipe(), os.pipe()
-    for _ in range(NUM_PROCESSES):
-        if not os.fork():
-            os.close(go)
-            os.read(waits, 1)  # until the parent closes its end
-            os.write(answer, f"{work()}\n".encode())
-            os._exit(0)
-    os.close(go)
-    os.close(answer)
-    with open(answers) as file:
-        return [json.loads(line) for line in file]
+def sums_at_once(kind, folder):
+    """Returns the sums of eight forks that begin together."""
+    forks = multiprocessing.get_context("fork")
+    begin = forks.Barrier(NUM_PROCESSES)
+
+    def work(answer):
+        begin.wait(60)
+        answer.send(pixel_sum(kind, folder))
+
+    pipes = [forks.Pipe(duplex=False) for _ in range(NUM_PROCESSES)]
+    for _, answer in pipes:
+        forks.Process(target=work, args=(answer,)).start()
+        answer.close()
+    return [there.recv() for there, _ in pipes]
 
 
 @pytest.fixture(scope="module")

@@ -372,7 +372,6 @@ def json_samples(text):
 NAMES, JSON, OF_FILES = {"class_names": list(CLASSES)}, {"label": "json:y"}, {"root": "images"}
 PLAIN, NUMBERS = table_of(IMAGES), table_of(IMAGES, classes=CLASSES)
 HALVES = PLAIN.set_column(1, "label", pa.array([0.5] * len(IMAGES)))
-TWICE = PLAIN.append_column("name", PLAIN.column("name"))
 PNG = IMAGES[0].content
 FILES = [(f"{number}.{ending}", content) for number in range(3) for ending, content in (("png", PNG), ("cls", b"0"))]
 OBJECT = "x.tar: 0.json: the .json of every sample must be an object with the key y, but got"
@@ -390,7 +389,7 @@ BROKEN = [
     ("no bytes", broken("image", None), {}, "row 3: every row must hold the bytes of an image, but got none"),
     ("no name", broken("name", None), {"id": "name"}, "id: every image must have a name, but got none in set.parquet"),
     ("no row", PLAIN.slice(0, 0), {}, "train: a table must have a row, but got none"),
-    ("two columns of one name", TWICE, {}, "no two columns may have one name, but got 'name'"),
+    ("twice a column", PLAIN.append_column("name", PLAIN["name"]), {}, "may have one name, but got 'name'"),
     ("no names file", PLAIN, {"class_names": "none.txt"}, "none.txt: No such file or directory"),
     ("empty CSV", "", OF_FILES, "set.csv: must be a readable table, but got an empty file"),
     ("CSV with a short row", "image,label\ncat/0.png\n", OF_FILES, "must be a readable table, but got CSV parse error"),
@@ -602,7 +601,6 @@ def spoilt(name, content=None):
 
 
 STATE, SPLITS, HUB_FILE = "saved/train/state.json", "saved/dataset_dict.json", "train-00001-of-00002.parquet"
-ALLOWED = "(allowed: train, validation)"
 NO_FILES = "must hold the files that its state.json names, at least one, but got no"
 TRAIN = {"split": "train"}
 # what makes a set wrong, with which path and keys it is asked for, and the message
@@ -618,7 +616,7 @@ BROKEN_HF = [
     (spoilt("saved/train/data-00001-of-00003.arrow", "?"), "saved", TRAIN, "but got it is cut off, or no Arrow file"),
     (None, "none", {}, "train: must be the folder of a data set, but got no such folder"),
     (None, ".", {}, "which is none (allowed: "),
-    (None, "saved", {}, f"must be a split of the data set, but got none {ALLOWED}"),
+    (None, "saved", {}, "of the data set, but got none (allowed: train, validation)"),
     (None, "hub", {"split": "validatoin"}, "did you mean 'validation'?"),
     (None, "saved/train", {"split": "test"}, "split: must be left out: the folder holds one data set"),
     (None, "saved/train", {"label": "lable"}, "a column of data-00000-of-00003.arrow, but got 'lable'; did you mean"),
