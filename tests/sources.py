@@ -39,7 +39,7 @@ def open_set(class_list=None, role="train", /, base_dir=None, **spec):
 
 
 def told(open_it, *args, **keys):
-    """Returns the message for a set that cannot be opened."""
+    """Returns the message for a set or a file that cannot be opened."""
     with pytest.raises(DataError) as caught:
         open_it(*args, **keys)
     assert caught.value.exit_code == 4

@@ -16,7 +16,7 @@ import short_training
 import simplejpeg
 from layouts_tables import Picture, encoded, write_folder
 from PIL import EpsImagePlugin, Image
-from sources import open_set
+from sources import open_set, told
 
 from benchmarks.photos import photo
 from carft_ray.data import images
@@ -64,10 +64,9 @@ def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can
         file.load()
     called.unlink()
     source = set_with(tmp_path, EPS)
-    with pytest.raises(DataError) as caught:
-        source.pixels(3)
-    assert "dog/1.jpg: must be a readable image, but got a file that begins with b'%!PS" in str(caught.value)
-    assert f"Save it as one of {', '.join(FORMATS)}, or take it out of the set." in str(caught.value)
+    text = told(source.pixels, 3)
+    assert "dog/1.jpg: must be a readable image, but got a file that begins with b'%!PS" in text
+    assert f"Save it as one of {', '.join(FORMATS)}, or take it out of the set." in text
     assert len(records(source, tmp_path / "cache").problems) == 1
     assert len(without_bad_images(source, tmp_path / "cache")) == 3
     assert not called.exists()
@@ -79,11 +78,8 @@ OTHERS = [EPS, b"%PDF-1.7", b"<html>", b"version https://git-lfs.github.com", b"
 @pytest.mark.parametrize("content", [*OTHERS, plain("ICO"), plain("TGA")])
 def test_a_file_of_another_format_is_refused_with_its_first_bytes(content):
     for decode in (decode_image, lambda *what: small_image(*what, 4)):
-        with pytest.raises(DataError) as caught:
-            decode(content, "x")
         rule = "x: must be a readable image, but got a file that begins with"
-        assert str(caught.value).startswith(f"{rule} {content[:20]!r}\n")
-        assert caught.value.exit_code == 4
+        assert told(decode, content, "x").startswith(f"{rule} {content[:20]!r}\n")
     for kind in (*FORMATS, "MPO"):
         assert decode_image(plain(kind), "x.png").shape == (6, 8, 3)  # whatever the ending
 
@@ -102,24 +98,21 @@ def test_a_small_file_of_very_many_pixels_takes_no_memory_and_can_be_skipped(tmp
     assert len(content) < 200_000
     source = set_with(tmp_path, content)
     with little_memory():
-        with pytest.raises(DataError) as caught:
-            source.pixels(3)
+        text = told(source.pixels, 3)
         assert len(without_bad_images(source, tmp_path / "cache")) == 3
-    assert "dog/1.jpg: must have at most 64,000,000 pixels (max_pixels), but got 176,890,000" in str(caught.value)
-    assert "Save it smaller, take it out, or raise max_pixels of its set." in str(caught.value)
+    assert "dog/1.jpg: must have at most 64,000,000 pixels (max_pixels), but got 176,890,000" in text
+    assert "Save it smaller, take it out, or raise max_pixels of its set." in text
 
 
 def test_the_limit_is_that_of_the_set_for_every_kind_of_file():
-    contents = {kind: plain(kind, (300, 200)) for kind in FORMATS}
+    contents, rule = {kind: plain(kind, (300, 200)) for kind in FORMATS}, "must have at most 59,999 pixels"
     contents["progressive"] = plain("JPEG", (300, 200), progressive=True)
     for kind, content in contents.items():
         for decode in (decode_image, lambda content, place, limit: small_image(content, place, 20, limit)[0]):
             assert decode(content, kind, 60_000).ndim == 3
-            with pytest.raises(DataError, match=r"must have at most 59,999 pixels .max_pixels., but got 60,000"):
-                decode(content, kind, 59_999)
+            assert f"{rule} (max_pixels), but got 60,000" in told(decode, content, kind, 59_999)
     for side in (20_000, 10_000):  # Pillow itself refuses the one, and warns of the other, which is an error here
-        with pytest.raises(DataError, match=r"must have at most 59,999 pixels"):
-            decode_image(large_png(side, 10_000), "x", 59_999)
+        assert rule in told(decode_image, large_png(side, 10_000), "x", 59_999)
 
 
 def tiled_tiff(side, tile):
@@ -132,9 +125,8 @@ def tiled_tiff(side, tile):
 
 def test_a_small_picture_in_one_large_tile_takes_no_memory():
     assert decode_image(tiled_tiff(64, 64), "x").shape == (64, 64, 3)
-    rule = r"must have at most 64,000,000 pixels .*, but got 1,600,000,000"
-    with little_memory(), pytest.raises(DataError, match=rule):
-        decode_image(tiled_tiff(64, 40_000), "x")
+    with little_memory():
+        assert "(max_pixels), but got 1,600,000,000" in told(decode_image, tiled_tiff(64, 40_000), "x")
 
 
 def test_the_limit_of_a_recipe_holds_for_listed_sets_and_records_and_another_limit_reads_them_anew(tmp_path):
@@ -259,8 +251,8 @@ def test_every_mode_of_an_image_has_its_pixels(image, ending, options, expected)
 
 
 def test_floating_point_has_no_known_range():
-    with pytest.raises(DataError, match=r"x: must be a readable image, but got grey values in floating point"):
-        decoded(Image.fromarray(np.zeros((6, 8), dtype=np.float32)), "tiff")
+    text = told(decoded, Image.fromarray(np.zeros((6, 8), dtype=np.float32)), "tiff")
+    assert text.startswith("x: must be a readable image, but got grey values in floating point")
 
 
 @pytest.mark.parametrize("ending", ["tiff", "jpeg"])
@@ -287,9 +279,8 @@ def test_the_rotation_of_the_camera_is_applied(ending):
 def test_images_that_are_cut_off_are_refused(ending):
     whole = encoded(picture(64, 64), ending)
     for share in (0.1, 0.5, 0.9):
-        with pytest.raises(DataError, match=r"x: must be a readable image, but got \S+") as caught:
-            decode_image(whole[: int(len(whole) * share)], "x")
-        assert caught.value.exit_code == 4
+        text = told(decode_image, whole[: int(len(whole) * share)], "x")
+        assert re.match(r"x: must be a readable image, but got \S+", text)
 
 
 # ---- JPEGs that do not go to Pillow

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from layouts_tables import encoded
 from PIL import Image
-from sources import open_set
+from sources import open_set, told
 
 from benchmarks.photos import photo
 from carft_ray.data import records as module
@@ -140,8 +140,7 @@ def test_a_file_that_cannot_be_read_is_told_and_its_part_is_tried_again(root):
     files = opened(root)[0].listing.read
     found = records(opened(root, broken)[0], root / "cache")
     assert list(found.problems) == [9]
-    with pytest.raises(DataError, match="must be readable, but got Input/output error"):
-        found.hashes()
+    assert "must be readable, but got Input/output error" in told(found.hashes)
     source, seen = opened(root)
     assert records(source, root / "cache").problems == {}
     assert {*seen} == {*source.listing.names[7:14]}
@@ -176,8 +175,7 @@ def test_a_smaller_decoding_has_the_thumbnails_of_the_whole_and_finds_what_is_wr
         thumbnails = thumbnails_of(pixels, partial(decode_image, content, "x"))
         assert max(distances(thumbnails, thumbnails_of(decode_image(content, "x")))) < 0.05  # candidates have 0.25
         for decode in (decode_image, smaller):
-            with pytest.raises(DataError, match="must be a readable image"):
-                decode(content[:-200], "x")
+            assert "must be a readable image" in told(decode, content[:-200], "x")
     assert distances(thumbnails[-1:], thumbnails_of(photo(1, 300, 250))[:1])[0] < 0.05  # where the border ends is seen
 
 

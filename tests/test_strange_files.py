@@ -53,8 +53,7 @@ def test_a_pipe_or_a_device_in_place_of_a_set_or_an_image_is_told(here):
     write_table(here / "set.csv", pa.table({"image": ["cat/pipe.png", "cat/zero.png"], "label": ["cat", "cat"]}))
     source = open_set(source="table", path="set.csv", root="images")
     for index in range(2):
-        with pytest.raises(DataError, match="must be a regular file, but got a pipe, device or socket"):
-            source.content(index)
+        assert f"{REGULAR}a pipe, device or socket" in told(source.content, index)
     for ending in ("tar", "csv", "parquet", "arrow"):
         os.mkfifo(f"pipe.{ending}")
         for path in (f"pipe.{ending}", f"*pipe.{ending}"):
@@ -228,8 +227,8 @@ def test_the_attack_works_where_a_value_is_asked_for(tmp_path, with_or_without_r
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pickled_object_is_refused_and_never_unpickled(tmp_path, with_or_without_rays_types, name, form):
     write_table(tmp_path / name, struck(PICTURES, tmp_path / "trap", form))
-    with pytest.raises(DataError, match=f"column image must have no extension type, but got {PICKLED}"):
-        open_set(source="table", path=name, image="image", id="name")
+    text = told(open_set, source="table", path=name, image="image", id="name")
+    assert f"column image must have no extension type, but got {PICKLED}" in text
     with pytest.raises(ValueError, match=f"a column image with the extension type {PICKLED}"):
         read_columns(tmp_path / name, ["image"])
     if form == "beside":  # and where it was not seen
@@ -313,8 +312,7 @@ def test_a_regular_file_is_read_whole_through_links_and_text_must_be_utf_8(tmp_p
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "b")
     (tmp_path / "a").write_bytes(b"abc\xff")
-    with pytest.raises(DataError, match="must be text in UTF-8, but byte 3 is not"):
-        read_text(tmp_path / "a")
+    assert "must be text in UTF-8, but byte 3 is not" in told(read_text, tmp_path / "a")
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
@@ -328,19 +326,16 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
     for name, kind in (("pipe", special), ("/dev/zero", special), (".", "a folder")):
         with pytest.raises(RecipeError, match=f"must be a regular file, but got {kind}$"):
             read_regular(tmp_path / name, error=RecipeError)
-    with pytest.raises(DataError, match=r"a\\x00b: must be the name of a file"):
-        read_regular(tmp_path / "a\0b")
+    assert r"a\x00b: must be the name of a file" in told(read_regular, tmp_path / "a\0b")
 
 
 def test_a_file_over_the_limit_is_not_read(tmp_path):
     sparse(tmp_path / "sparse")
-    with pytest.raises(DataError, match=f"at most 67,108,864 bytes, {TOO_LARGE}"):
-        read_regular(tmp_path / "sparse")
+    assert f"at most 67,108,864 bytes, {TOO_LARGE}" in told(read_regular, tmp_path / "sparse")
     (tmp_path / "small").write_bytes(b"123")
     assert read_regular(tmp_path / "small", most_bytes=3) == b"123"
     for path in (tmp_path / "small", "/proc/self/status"):  # whose size is said to be 0
-        with pytest.raises(DataError, match="at most 2 bytes"):
-            read_regular(path, most_bytes=2)
+        assert "at most 2 bytes" in told(read_regular, path, most_bytes=2)
 
 
 def test_a_folder_from_which_a_link_leads_out_is_refused_and_a_link_within_it_is_not(tmp_path):
