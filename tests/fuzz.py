@@ -39,7 +39,7 @@ KINDS = ("recipe", *mutations.KINDS)
 CPU_S, WALL_S = 40, 240  # of a case; a sound one takes half a second of a free core
 MEMORY = 3 * 2**30  # bytes of addresses above those of the parent
 FILE_SIZE = 2**28
-CODES = range(2, 9)
+CODES, ELSE = range(2, 9), "anything else"
 COMMANDS = (
     ("doctor", "recipe.yaml"),
     (
@@ -177,7 +177,7 @@ def judged(code, said, words):
 
 
 def work(case, seed, folder, is_kept):
-    """Runs a case in a fork; returns its kind, ``result``, exit code or what was wrong, and its seconds of processor.
+    """Runs a case in a fork; returns its kind, ``result``, its exit code or ``ELSE``, and its seconds of processor.
 
     What is wrong is told; its folder stays.
     """
@@ -201,9 +201,9 @@ def work(case, seed, folder, is_kept):
     if there != {"x": "precious"} or {path.name for path in lane.iterdir()} - {"output"} != {"case", mutations.CANARY}:
         wrong.append(f"left something outside of its folder: {sorted(there)}, {sorted(os.listdir(lane))}")
     codes = [value for what, value in facts if what == "code"]
-    outcome = f"{phase}: {'; '.join(wrong)}"[:2000] if wrong else codes[-1] or "result"
+    outcome = ELSE if wrong else str(codes[-1] or "result")
     if wrong:
-        print(f"--kind {kind} --case {number} --seed {seed}: {outcome}", flush=True)
+        print(f"--kind {kind} --case {number} --seed {seed}: {phase}: {'; '.join(wrong)}"[:2000], flush=True)
     if wrong or is_kept:
         lane.rename(folder / "found" / f"{kind}-{number}")
     else:
@@ -220,16 +220,12 @@ def run(cases, seed, folder, num_lanes=2):
         return pool.map(partial(work, seed=seed, folder=folder, is_kept=len(cases) == 1), cases, chunksize=1)
 
 
-def is_wrong(outcome):
-    return isinstance(outcome, str) and outcome != "result"
-
-
 def table(rows):
-    heads = ["result", *map(str, CODES), "anything else"]
+    heads = ["result", *map(str, CODES), ELSE]
     lines = [f"{'kind':<8} {'cases':>6} {' '.join(f'{head:>6}' for head in heads)}  processor, s"]
     for kind in (*dict.fromkeys(row[0] for row in rows), "all"):
         mine = [row[1:] for row in rows if kind in (row[0], "all")]
-        counts = Counter("anything else" if is_wrong(outcome) else str(outcome) for outcome, _ in mine)
+        counts = Counter(outcome for outcome, _ in mine)
         numbers = " ".join(f"{counts[head]:>{max(6, len(head))}}" for head in heads)
         lines.append(f"{kind:<8} {len(mine):>6} {numbers}  {sum(took for _, took in mine):>12.0f}")
     return "\n".join(lines)
@@ -251,12 +247,12 @@ def main():
     print(table(rows))
     if given.case is not None:
         print((folder / "found" / f"{given.kind}-{given.case}" / "output").read_text(errors="replace"))
-    wrong = sum(is_wrong(outcome) for _, outcome, _ in rows)
+    wrong = any(outcome == ELSE for _, outcome, _ in rows)
     if wrong or given.case is not None:
         print(f"folders of cases: {folder / 'found'}")
     else:
         shutil.rmtree(folder)
-    sys.exit(bool(wrong))
+    sys.exit(wrong)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """Public benchmarks in their true layouts, with tiny images: every file that a reader of the real ones needs."""
 
-import io
 import json
 import zlib
 
 import numpy as np
-from PIL import Image
+from layouts_tables import encoded
 from scipy.io import savemat
 
 from carft_ray.data.benchmarks.facts import load_facts
@@ -28,9 +27,7 @@ def make_layout(name, root, per_class=1):
 
 def picture(name, kind="JPEG", side=8):
     pixels = np.random.default_rng(zlib.crc32(name.encode())).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, quality=95)
-    return buffer.getvalue()
+    return encoded(pixels, kind, quality=95)
 
 
 def _save(path, side=8):

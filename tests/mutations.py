@@ -20,8 +20,7 @@ import tarfile
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from layouts_tables import Picture, hf_dataset, table_of, write_folder, write_table, write_tar
-from PIL import Image
+from layouts_tables import Picture, encoded, hf_dataset, table_of, write_folder, write_table, write_tar
 
 CLASSES = ("circle", "square")
 IMAGE_KINDS = {"jpeg": ".jpg", "png": ".png", "bmp": ".bmp", "webp": ".webp", "tiff": ".tif", "ppm": ".ppm"}
@@ -172,12 +171,10 @@ def picture(label, seed, kind):
     """Returns a small image file with a corner that tells its class."""
     pixels = np.random.default_rng([label, seed]).integers(0, 256, (12, 10, 3), dtype=np.uint8)
     pixels[:6, :5] = (200 * label, 255 - 200 * label, 128)
-    image, buffer = Image.fromarray(pixels), io.BytesIO()
     mode = {"tiff": ("RGB", "L", "I;16"), "png": ("RGB", "RGBA", "P")}.get(kind, ("RGB",) * 3)[seed % 3]
-    image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257) if mode == "I;16" else image.convert(mode)
+    deep = pixels[..., 0].astype(np.uint16) * 257
     more = {"compression": ("tiff_lzw", "tiff_adobe_deflate", None)[seed // 3 % 3]} if kind == "tiff" else {}
-    image.save(buffer, kind.upper(), **more)
-    return buffer.getvalue()
+    return encoded(deep, "TIFF", **more) if mode == "I;16" else encoded(pixels, kind.upper(), mode, **more)
 
 
 def images_of(kind):

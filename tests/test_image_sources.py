@@ -367,7 +367,7 @@ def json_samples(text):
 NAMES, JSON, OF_FILES = {"class_names": list(CLASSES)}, {"label": "json:y"}, {"root": "images"}
 PLAIN, NUMBERS = table_of(IMAGES), table_of(IMAGES, classes=CLASSES)
 HALVES = PLAIN.set_column(1, "label", pa.array([0.5] * len(IMAGES)))
-PNG = IMAGES[0].content
+PNG, UNCLEAR = IMAGES[0].content, pa.table({"image": [b"1"], "a": ["1"], "b": ["2"]})
 FILES = [(f"{number}.{ending}", content) for number in range(3) for ending, content in (("png", PNG), ("cls", b"0"))]
 OBJECT = "x.tar: 0.json: the .json of every sample must be an object with the key y, but got"
 # what is wrong; the set: a table, the text of a CSV file, or the files of a shard; its keys; the message
@@ -377,8 +377,7 @@ BROKEN = [
     ("missing where", PLAIN, {"where": {"nam": "x"}}, "train.where: must be a column of set.parquet, but got 'nam'"),
     ("no such value", PLAIN, {"where": {"label": ["cat", "brd"]}},
      "train.where.label: must be a value of the column label, but got 'brd'; did you mean 'bird'?"),
-    ("no column is clear", pa.table({"image": [b"1"], "a": ["1"], "b": ["2"]}), {},
-     "train.label: must be said: which column of set.parquet holds the labels is not clear (allowed: image, a, b)"),
+    ("no column is clear", UNCLEAR, {}, "train.label: must be said: which column of set.parquet holds the labels"),
     ("wrong label type", HALVES, {}, "column label: must hold texts or whole numbers, but got double"),
     ("wrong image type", HALVES, {"image": "label"}, "must hold paths, or the bytes of image files, but got double"),
     ("no bytes", broken("image", None), {}, "row 3: every row must hold the bytes of an image, but got none"),
@@ -389,8 +388,7 @@ BROKEN = [
     ("empty CSV", "", OF_FILES, "set.csv: must be a readable table, but got an empty file"),
     ("CSV with a short row", "image,label\ncat/0.png\n", OF_FILES, "must be a readable table, but got CSV parse error"),
     ("CSV of another code", "image,label\n\xff\xfe,cat\n", OF_FILES, "set.csv: must be a readable table, but got "),
-    ("missing file", "image,label\nbird/0.png,a\nx.png,a\ny.png,b\n", OF_FILES,
-     "/images, but got 'x.png' in set.csv, row 2 and 1 more"),
+    ("no file", "image,label\nbird/0.png,a\nx.png,a\ny.png,b\n", OF_FILES, "'x.png' in set.csv, row 2 and 1 more"),
     # of shards
     ("no label in a sample", FILES[:-1], {}, "must have one image and a .cls, but got 2 with .png\n"),
     ("no image in a sample", FILES[:4] + FILES[5:], {}, "must have one image and a .cls, but got 2 with .cls\n"),
@@ -405,18 +403,14 @@ BROKEN = [
     ("no sample", [("readme", b"x")], {}, "a shard must have a sample with an image, but got none"),
     # of both
     ("numbers without names", NUMBERS, {}, "labels that are numbers need the names of the classes, but got 0 in"),
-    ("label out of range", broken("label", 3, classes=CLASSES), NAMES,
-     "label: a label must be from 0 to 2, as there are 3 class names, but got 3 in set.parquet, row 3"),
+    ("label out of range", broken("label", 3, classes=CLASSES), NAMES, "be from 0 to 2, as there are 3 class names"),
     ("empty label", broken("label", None), {}, "every image must have a label, but got None in set.parquet, row 3"),
-    ("unknown label", broken("label", "brd"), NAMES,
-     "label: a label must be one of class_names, but got 'brd' in set.parquet, row 3; did you mean 'bird'?"),
+    ("unknown label", broken("label", "brd"), NAMES, "class_names, but got 'brd' in set.parquet, row 3; did you"),
     ("missing class", PLAIN.slice(4), {"names": CLASSES}, "must be there in every set, but got none for 'bird'"),
     ("class without images", PLAIN.slice(4), NAMES, "train: every class must have an image, but got none in 'bird'"),
     ("class name twice", FILES, {"class_names": "twice.txt"}, "twice.txt:1 and "),
-    ("name twice", broken("name", "bird/0.png"), {"id": "name"},
-     "names of two images must differ, but got 'bird/0.png' in set.parquet, row 1 and set.parquet, row 3"),
-    ("name twice", FILES[:4] + FILES[:2], NAMES,
-     "the names of two samples must differ, but got '0.png' in x.tar: 0.png and x.tar: 0.png"),
+    ("name twice", broken("name", "bird/0.png"), {"id": "name"}, "in set.parquet, row 1 and set.parquet, row 3"),
+    ("name twice", FILES[:4] + FILES[:2], NAMES, "must differ, but got '0.png' in x.tar: 0.png and x.tar: 0.png"),
 ]  # fmt: skip
 
 
@@ -614,7 +608,6 @@ BROKEN_HF = [
     (None, "saved", {}, "of the data set, but got none (allowed: train, validation)"),
     (None, "hub", {"split": "validatoin"}, "did you mean 'validation'?"),
     (None, "saved/train", {"split": "test"}, "split: must be left out: the folder holds one data set"),
-    (None, "saved/train", {"label": "lable"}, "a column of data-00000-of-00003.arrow, but got 'lable'; did you mean"),
 ]
 
 

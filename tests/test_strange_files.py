@@ -101,20 +101,11 @@ def test_an_image_of_a_terabyte_in_a_shard_or_a_table_is_told_and_not_read(here)
         assert rule in told(open_set, source="table", path="table.csv")
 
 
-def below_zero():
-    """Returns a header whose size, -512, would lead back to itself."""
-    raw = bytearray(tar_header("0.png"))
-    raw[124:136] = b"\xff" * 10 + b"\xfe\x00"  # as GNU writes it
-    raw[148:156] = b" " * 8
-    raw[148:156] = b"%06o\0 " % sum(raw)
-    return bytes(raw)
-
-
 NO_ARCHIVE = "x.tar: must be a whole tar archive"
 # a shard that would be read for ever, or whose names are no text; how much follows; the message
 ODD_SHARDS = {
     "a header of 20 gigabytes": (tar_header("x", tarfile.XHDTYPE, 20 * 2**30), 21 * 2**30, NO_ARCHIVE),
-    "size below zero": (below_zero(), 10240, NO_ARCHIVE),
+    "size below zero": (tar_header("0.png", size=-512), 10240, NO_ARCHIVE),  # which would lead back to itself
     "global headers": (tar_header("x", tarfile.XGLTYPE) * 5000, 0, NO_ARCHIVE),  # endless
     "name that is no text": (tar_header("\udcff.png"), 10240, "the name of a file must be text in UTF-8"),
 }
