@@ -123,9 +123,8 @@ def call(argv):
 
     os.dup2(os.open(here.parent / "output", os.O_WRONLY | os.O_CREAT), 1)
     os.dup2(1, 2)
-    for name in ("tmp", "cache"):
-        (here / name).mkdir()
-    shutil.copytree(base / "cache", here / "cache", dirs_exist_ok=True)
+    (here / "tmp").mkdir()
+    shutil.copytree(base / "cache", here / "cache")
     os.environ |= {"XDG_CACHE_HOME": str(here / "cache"), "TMPDIR": str(here / "tmp"), "HOME": str(here)}
     os.environ["MPLCONFIGDIR"] = str(base / "matplotlib")
     tempfile.tempdir = None

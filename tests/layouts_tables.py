@@ -16,7 +16,7 @@ CLASSES = ("bird", "cat", "dog")
 BINARY = ("parquet", "arrow", "feather")
 KINDS = ("folder", "csv paths", "tsv paths")
 KINDS += tuple(f"{ending} {form}" for ending in BINARY for form in ("paths", "bytes", "struct"))
-KINDS += ("shards", "saved", "hub")
+KINDS += ("shards", "saved", "saved paths", "hub")
 
 
 class Picture(NamedTuple):
@@ -128,18 +128,13 @@ def write_shards(folder, images, per_shard=5, classes=CLASSES):
     (folder / "nshards.txt").write_text(str(len(starts)))
 
 
-def hf_dataset(images, classes=CLASSES, **columns):
+def hf_dataset(images, classes=CLASSES):
     """Returns the images as a ``Dataset`` with the features of an image classification."""
     from datasets import ClassLabel, Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=list(classes)), "name": Value("string")})
-    rows = {
-        "image": [{"bytes": image.content, "path": image.name.replace("/", "_")} for image in images],
-        "label": [classes.index(image.label) for image in images],
-        "name": [image.name for image in images],
-    }
-    return Dataset.from_dict(rows, features=features)
+    return Dataset.from_dict(table_of(images, "struct", classes).to_pydict(), features=features)
 
 
 def write_hub(folder, splits, num_files=2):
@@ -159,6 +154,12 @@ def write_set(kind, base, images, name="set", classes=CLASSES):
     if kind == "shards":
         write_shards(base / name / "shards", images, classes=classes)
         return {"source": "webdataset", "path": f"{name}/shards"}
+    if kind == "saved paths":
+        from datasets import Dataset
+
+        Dataset.from_dict(table_of(images, "paths").to_pydict()).save_to_disk(base / name)
+        write_folder(base / "images", images)
+        return {"source": "huggingface", "path": name, "root": "images"}
     if kind in ("saved", "hub"):
         dataset = hf_dataset(images, classes)
         dataset.save_to_disk(base / name) if kind == "saved" else write_hub(base / name, {"train": dataset})

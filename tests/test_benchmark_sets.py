@@ -328,9 +328,8 @@ FOOD_LIST, PETS_LIST = "food-101/meta/train.json", "oxford-iiit-pet/annotations/
 BROKEN = [
     ("imagenet-r", None, removed("imagenet-r/n01443537"), "must have an image, but got none of 'n01443537'"),
     ("imagenet-r", None, copied("imagenet-r/n01443537", "n01440764"), "and no other, but got 'n01440764'"),
-    ("office-home", None, copied("office_home/Art/Alarm_Clock", "Alarm_Clok"),
-     "and no other, but got 'Alarm_Clok'; did you mean 'Alarm_Clock'?"),
-    ("food101", "train", lambda root: (root / "food-101").rename(root / "food"), "meta/train.json must be in it, but got"),
+    ("office-home", None, copied("office_home/Art/Alarm_Clock", "Alarm_Clok"), "but got 'Alarm_Clok'; did you mean"),
+    ("food101", "train", lambda root: (root / "food-101").rename(root / "food"), "meta/train.json must be in it, but"),
     ("food101", "test", removed("food-101/images/waffles/1000.jpg"), "but got 1 of 101 that are missing in"),
     ("food101", "train", edited(FOOD_LIST, '"waffles/0"', '"sushi/0"'), "name an image once, but got 1 named again"),
     ("food101", "train", edited(FOOD_LIST, "{", "["), f"{FOOD_LIST}: {OWN_FILE}, but got JSONDecodeError"),

@@ -24,7 +24,6 @@ from carft_ray.training.loop import StoppedRun
 from carft_ray.training.run_context import RunContext
 
 HERE = Path(__file__).parent
-ROLES = {"train": "train", "id_val": "val"}
 PREPARED = Path("none")  # no set was listed before
 SIZES = {"object_store_memory": 10**8}
 
@@ -32,9 +31,9 @@ SIZES = {"object_store_memory": 10**8}
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
     """Two trials at a time, of one step each, on a folder of images whose files are packed."""
-    for seed, (role, number) in enumerate((("train", slow_builds.NUM_TRAIN // 2), ("val", 8))):
+    for seed, (role, number) in enumerate((("train", slow_builds.NUM_TRAIN // 2), ("id_val", 8))):
         write_folder(tmp_path / "images" / role, pictures(number, slow_builds.CLASSES, seed))
-    sets = {role: {"source": "folder", "path": "images", "domains": [domain]} for role, domain in ROLES.items()}
+    sets = {role: {"source": "folder", "path": "images", "domains": [role]} for role in ("train", "id_val")}
     train = {"epochs": 1, "batch_size": slow_builds.NUM_TRAIN, "kl_weight": 0.0}
     space = {"learning_rate": {"low": 1e-5, "high": 1e-4, "log": True}}
     search = {"trials": 2, "space": space, "baselines": {}, "alpha": {"grid": [0, 0.5, 1]}}

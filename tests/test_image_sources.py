@@ -567,15 +567,6 @@ def test_the_rows_are_those_of_the_library(hf, path):
             np.testing.assert_array_equal(source.pixels(index), np.asarray(row["image"]))
 
 
-def test_a_column_of_paths_counts_from_the_root(hf):
-    write_folder(hf / "images", IMAGES)
-    rows = {"image": [image.name for image in IMAGES], "label": [image.label for image in IMAGES]}
-    datasets.Dataset.from_dict(rows).save_to_disk(hf / "paths")
-    source = library(hf, "paths", root="images")
-    assert list(source.listing.names) == rows["image"]
-    assert [source.content(index) for index in range(len(source))] == [image.content for image in IMAGES]
-
-
 def test_the_only_split_need_not_be_named(hf):
     shutil.rmtree(hf / "saved" / "validation")
     (hf / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')

@@ -71,8 +71,8 @@ def test_cache_dir_is_absolute_and_follows_the_users_cache(tmp_path, monkeypatch
 
 def test_check_compares_with_data_classes_where_training_folders_are_missing(base):
     recipe = folder_recipe({"train": folder_set("trian"), "classes": ["bird", "lorry"]})
-    found = texts(check_sets(recipe))
-    assert [text.split(":")[0] for text in found] == ["data.train", *["data.id_val"] * 2, *["data.ood_val.sketch"] * 2]
+    places = ["data.train", *["data.id_val"] * 2, *["data.ood_val.sketch"] * 2]
+    assert [problem.place for problem in check_sets(recipe)] == places
 
 
 def test_check_refuses_a_batch_larger_than_the_training_set_wherever_it_stands(base):

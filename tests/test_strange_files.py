@@ -8,7 +8,6 @@ import json
 import os
 import socket
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -18,12 +17,13 @@ from layouts_tables import hf_dataset, image_column, pictures, table_of, write_f
 from mutations import Evil, pickled
 from sources import open_set, told
 
+from carft_ray import files
 from carft_ray.data.images import MOST_BYTES
 from carft_ray.data.table_rows import READ_ERRORS, open_rows, read_columns
 from carft_ray.errors import DataError, RecipeError, StorageError
 from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.untrusted import parse_json, read_regular, read_text, require_nothing_outside
+from carft_ray.untrusted import parse_json, read_regular, read_text
 
 IMAGES = pictures()
 TB = 10**12
@@ -172,6 +172,15 @@ def test_a_recipe_that_says_what_cannot_be_is_told(here, setting, rule):
     assert recipe.data.train.path == str(here / "~nosuchuser" / "x")
 
 
+def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
+    os.mkfifo("pipe")
+    (here / "deep").write_text("[" * 200_000)
+    for name, rule in (("pipe", f"{REGULAR}a pipe"), ("deep", "nested too deep")):
+        with pytest.raises(StorageError, match=rule):
+            files.read_json(here / name)
+        assert files.read_object(here / name) is None
+
+
 # ---- tables that hold what is pickled
 
 
@@ -306,8 +315,7 @@ def test_a_regular_file_is_read_whole_through_links_and_text_must_be_utf_8(tmp_p
     assert "must be text in UTF-8, but byte 3 is not" in told(read_text, tmp_path / "a")
 
 
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # a socket's path is short
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path):
     os.mkfifo("pipe")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket")
@@ -327,21 +335,3 @@ def test_a_file_over_the_limit_is_not_read(tmp_path):
     assert read_regular(tmp_path / "small", most_bytes=3) == b"123"
     for path in (tmp_path / "small", "/proc/self/status"):  # whose size is said to be 0
         assert "at most 2 bytes" in told(read_regular, path, most_bytes=2)
-
-
-def test_a_folder_from_which_a_link_leads_out_is_refused_and_a_link_within_it_is_not(tmp_path):
-    folder, victim = tmp_path / "study", tmp_path / "victim"
-    (folder / "trials" / "t0").mkdir(parents=True)
-    victim.mkdir()
-    (folder / "latest").symlink_to("trials/t0")
-    (tmp_path / "linked").symlink_to(folder)
-    for place in (folder, tmp_path / "linked", tmp_path / "not there"):
-        require_nothing_outside(place, StorageError)
-    for target in (victim, Path("../../../victim/new"), Path("/etc")):
-        (folder / "trials" / "t0" / "log.txt").symlink_to(target)
-        with pytest.raises(StorageError, match=r"t0/log.txt: must not lead out of .*, but got a link to /"):
-            require_nothing_outside(tmp_path / "linked", StorageError)
-        (folder / "trials" / "t0" / "log.txt").unlink()
-    os.mkfifo(folder / "trials" / "result.json")
-    with pytest.raises(StorageError, match=r"result.json: must be a file or a folder, but got a pipe, device or"):
-        require_nothing_outside(folder, StorageError)
