@@ -18,7 +18,6 @@ from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.data.benchmarks.reader import benchmark_places, benchmark_words, known_facts, num_expected
 from carft_ray.data.class_names import class_names
 from carft_ray.data.role_checks import check_roles
-from carft_ray.errors import DataError
 from carft_ray.recipe.benchmarks import BENCHMARKS
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import SetSpec
@@ -91,8 +90,8 @@ def test_a_set_of_two_hundred_classes_is_told_apart_between_these_of_the_thousan
     assert set(labelled(source).values()) == set(wnids)
     assert labelled(opened(made(name), name, class_list=IMAGENET[::-1])) == labelled(source)
     assert len(opened(made(name) / name, name)) == 200  # the folder of the images itself
-    with pytest.raises(DataError, match=rf"every class of a set must be in the class list, but got '{wnids[0]}'"):
-        opened(made(name), name, class_list=[wnid for wnid in IMAGENET if wnid != wnids[0]])
+    others = [wnid for wnid in IMAGENET if wnid != wnids[0]]
+    assert f"in the class list, but got '{wnids[0]}'" in told(opened, made(name), name, class_list=others)
 
 
 @pytest.mark.parametrize("name", ["imagenet-v2", "imagenet-sketch"])
@@ -102,8 +101,7 @@ def test_the_folders_of_imagenet_v2_are_labels_and_those_of_sketch_are_wnids(nam
     folders = [file.split("/")[0] for file in source.listing.names]
     labels = [int(folder) if name == "imagenet-v2" else IMAGENET.index(folder) for folder in folders]
     assert source.labels.tolist() == labels
-    with pytest.raises(DataError, match=r"every class must be there in every set, but got none for 'n09999999'"):
-        opened(made(name), name, class_list=[*IMAGENET, "n09999999"])
+    assert "got none for 'n09999999'" in told(opened, made(name), name, class_list=[*IMAGENET, "n09999999"])
 
 
 def test_part_of_imagenet_is_a_set_of_some_classes(tmp_path):
@@ -293,8 +291,7 @@ def test_words_come_from_the_benchmark_by_class_and_not_by_position(made):
     twins = {name: word for name, word in benchmark_words("iwildcam").items() if "mazama temama" in name}
     assert twins == dict.fromkeys(("mazama temama", "mazama temama (181)"), "central american red brocket")
     assert benchmark_words("imagenet-v2")["n01440764"] == "tench"
-    with pytest.raises(DataError, match=r"must be the benchmark that has the classes, but pacs has none 'n01443537'"):
-        words("imagenet", "val", chosen, class_names="pacs")
+    assert "but pacs has none 'n01443537'" in told(words, "imagenet", "val", chosen, class_names="pacs")
 
 
 def refused(root, name, split=None, **keys):

@@ -1,5 +1,4 @@
-"""The cache of images: what is held, what goes, what it says of itself; packed sets; the verbs `data ls|add|clean`; one
-builder among many processes, kills at every durable operation, full disks, memory.
+"""The cache of images: what is held, what goes, its verbs; many processes, kills at any durable operation, full disks.
 
 It is a program of ``crash_host`` too: ``call([KIND, FOLDER])`` opens a ``decoded`` or ``packed`` set of the pictures
 below, or ``limited``: halves of their size with room for one set; every decoding appends to FOLDER/log. ``["builders",

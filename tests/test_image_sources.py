@@ -215,12 +215,11 @@ def test_a_container_that_changes_in_use_is_told(base, kind):
 def test_numbers_are_named_by_a_list_by_a_file_or_by_the_schema_and_texts_take_that_order(base):
     (base / "names.txt").write_text("\ufeffbird\ncat\r\ndog\n\n", encoding="utf-8")
     noted = b'{"info": {"features": {"label": {"_type": "ClassLabel", "names": ["x", "y", "z"]}}}}'
-    numbers = table_of(IMAGES, classes=CLASSES)
     for columns, names, expected in (
-        (numbers, ["bird", "cat", "dog"], CLASSES),
-        (numbers, "names.txt", CLASSES),
-        (numbers.replace_schema_metadata({"huggingface": noted}), None, ("x", "y", "z")),
-        (numbers.replace_schema_metadata({"huggingface": noted}), ["z", "b", "a"], ("z", "b", "a")),
+        (NUMBERS, ["bird", "cat", "dog"], CLASSES),
+        (NUMBERS, "names.txt", CLASSES),
+        (NUMBERS.replace_schema_metadata({"huggingface": noted}), None, ("x", "y", "z")),
+        (NUMBERS.replace_schema_metadata({"huggingface": noted}), ["z", "b", "a"], ("z", "b", "a")),
         (table_of(IMAGES), ["dog", "bird", "cat"], ("dog", "bird", "cat")),
     ):
         write_table(base / "set.parquet", columns)
@@ -322,10 +321,9 @@ def samples(*labels, ending="cls"):
 
 
 def test_files_of_one_name_are_a_sample_and_other_files_are_passed_over(base):
-    content = IMAGES[0].content
     others = ["__meta__/y.png", "a/.hidden", "a/readme", "a.b/x.v2.cls"]
-    files = [("./a/x.PNG", content), ("./a/x.seg.png", b"mask"), ("./a/x.cls", b"cat\n")]
-    files += [*((name, b"of no sample") for name in others), ("a.b/x.png", content), ("a.b/x.cls", b"dog")]
+    files = [("./a/x.PNG", PNG), ("./a/x.seg.png", b"mask"), ("./a/x.cls", b"cat\n")]
+    files += [*((name, b"of no sample") for name in others), ("a.b/x.png", PNG), ("a.b/x.cls", b"dog")]
     source = shards(base, write_tar(base / "odd.tar", files))
     assert list(source.listing.names) == ["a/x.PNG", "a.b/x.png"]
     assert [source.class_names[label] for label in source.labels] == ["cat", "dog"]

@@ -1,5 +1,4 @@
-"""From roles to sets: what the checks say, one role per image, test sets that nobody touches; which images of a tree
-belong to a set: parts, shots, masks of classes, and images that cannot be decoded."""
+"""From roles to sets: what the checks say, one role per image; which images of a tree belong to a set."""
 
 import shutil
 from pathlib import Path

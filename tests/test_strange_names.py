@@ -162,17 +162,12 @@ SHOWN = [
     (markdown, "a\n# <b> [x](y) `c` $x$", r"a # \<b\> \[x\](y) \`c\` \$x\$"),
     (markdown, "_a_ id_val __b", r"\_a\_ id_val \_\_b"),
     (html, "</script>\x1b\" '&", r"&lt;/script&gt;\x1b&quot; &#x27;&amp;"),
-    *((csv_cell, text, f"'{text}") for text in ("=1+1", "+1", "-1", "@a")),
-    (csv_cell, "a=1", "a=1"),
-    (csv_cell, "", ""),
+    *((csv_cell, text, f"'{text}") for text in ("=1+1", "+1", "-1", "@a", "'=1", "''-")),
+    *((csv_cell, text, text) for text in ("a=1", "'tis", "'", "")),
 ]
 
 
 @pytest.mark.parametrize(("show", "text", "written"), SHOWN)
-def test_a_text_is_shown_as_it_is_and_steers_nothing(show, text, written):
+def test_a_text_is_shown_as_it_is_and_steers_nothing_and_a_cell_is_read_back(show, text, written):
     assert show(text) == written
-
-
-def test_a_cell_is_read_back_as_it_was():
-    for text in ("=1", "'=1", "''-", "'tis", "'", "a", ""):
-        assert of_csv_cell(csv_cell(text)) == text
+    assert show is not csv_cell or of_csv_cell(written) == text
