@@ -14,6 +14,7 @@ from crash_host import call
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.checks.rules import broken_rules
 
@@ -75,6 +76,16 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
     assert [row.outcome for row in result.trials] == ["complete"] * 2
     assert result.trials[0].attempt == 2
+
+
+@pytest.mark.slow
+def test_a_training_of_two_workers_takes_ray(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE}")
+    recipe, said = stand_in.make_recipe(1, resources={"num_workers": 2, "cpus_per_worker": 0.5}), []
+    nothing = 2 * [lambda row: None]
+    result, _ = train_once(recipe, tmp_path / "run", False, "", said.append, *nothing, runner=STAND_IN)
+    assert "training with 2 Ray Train workers" in said
+    assert result["metrics"]["ranks"] == 1 + 2
 
 
 def test_it_runs_one_worker():

@@ -12,7 +12,7 @@ import short_training
 import torch
 from conftest import TEMPLATES, ArraySource
 from test_loop import CPU, settings
-from tiny import make_clip, make_resnet_clip
+from tiny import make_clip, make_resnet_clip, make_tiny_clip
 
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError
@@ -21,7 +21,6 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.model import classifier
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.study.rows import trials
 from carft_ray.training import evaluate, run
 from carft_ray.training.evaluate import predict, predict_all
 from carft_ray.training.loop import fine_tune
@@ -110,30 +109,23 @@ def test_nothing_waits_for_a_batch_and_an_image_leaves_40_bytes(tiny_clip, heads
         assert left == [22 * 8 * len(OF_LOGITS)] * 2  # one copy at the end of each set
 
 
-def test_labels_of_a_set_of_groups_must_be_their_first_classes(tiny_clip, heads, source):
-    classifier = build_classifier(tiny_clip, heads[0], settings(), CPU)
+def test_images_of_another_size_and_labels_of_a_set_of_groups_that_are_not_their_first_classes_are_refused(
+    tiny_clip, heads, source
+):
+    classifier, larger = build_classifier(tiny_clip, heads[0], settings(), CPU), ArraySource(size=24)
+    with pytest.raises(RuntimeError, match="must match the size"):  # as it is: no want of memory
+        predict(classifier, ImageSet("id_val", larger.images, larger.labels, larger.sample_ids), 0.5, 4, RunContext())
     groups = ImageSet("id_val", source.images, 0 * source.labels, source.sample_ids, ((1, 0), (2,)))
     with pytest.raises(ValueError, match="first class of a group"):
         predict(classifier, groups, 0.5, 4, RunContext())
 
 
-class OneLayer(torch.nn.Module):
-    """Pixels -> features and class logits, as ``ImageClassifier``."""
-
-    def __init__(self, num_classes, num_pixels):
-        super().__init__()
-        self.class_head = torch.nn.Parameter(torch.randn(num_classes, num_pixels))
-
-    def forward(self, pixels_BHWC):
-        features_BD = pixels_BHWC.flatten(1).float() / 255
-        return features_BD, features_BD @ self.class_head.T
-
-
 def measure(out, num_images, num_classes, num_groups):
     """Writes how many bytes the evaluation of groups of two classes adds to the peak of this process."""
     torch.set_num_threads(1)
-    rng, classifier = np.random.default_rng(0), OneLayer(num_classes, 3 * 8 * 8)
-    images = rng.integers(0, 256, (num_images, 8, 8, 3), dtype=np.uint8)
+    classifier = build_classifier(make_tiny_clip(), torch.randn(num_classes, 16), settings(), CPU)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (num_images, 16, 16, 3), dtype=np.uint8)
     labels, ids = 2 * rng.integers(0, num_groups, num_images), np.arange(num_images, dtype=np.uint64)
     groups = tuple((2 * index, 2 * index + 1) for index in range(num_groups))
     peaks = []
@@ -192,18 +184,4 @@ def test_a_shortage_of_an_evaluation_is_named(tmp_path, monkeypatch, patch, ever
     assert text in str(caught.value)
     assert "too little on the device cpu" in str(caught.value)
     assert caught.value.exit_code == 5
-    assert not (tmp_path / "study" / "fits.json").exists()
-
-
-def test_an_evaluation_takes_half_until_it_fits(tmp_path, monkeypatch):
-    real, sizes = evaluate.answers, []
-
-    def tight(logits_BC, labels_B):
-        sizes.append(len(logits_BC))
-        return short() if len(logits_BC) > 4 else real(logits_BC, labels_B)
-
-    monkeypatch.setattr(evaluate, "answers", tight)
-    search(tmp_path, "evaluate.every_epochs=1")
-    assert [(row.outcome, row.attempt) for row in trials(tmp_path / "study")] == [("complete", 1)]
-    assert {15, 7, 3} <= set(sizes)
     assert not (tmp_path / "study" / "fits.json").exists()

@@ -3,6 +3,7 @@
 import contextlib
 import pickle
 import random
+import re
 import shutil
 import sys
 import threading
@@ -19,9 +20,10 @@ from crash_host import call
 from ray import cloudpickle
 
 import carft_ray
-from carft_ray.errors import DivergedError, NoSuccessfulTrialError, RecipeError, UsageError
+from carft_ray.errors import CarftError, DivergedError, RecipeError, UsageError
 from carft_ray.launch.own_trainer import with_function
 from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
 from carft_ray.recipe.loading import own_functions as own_of
 from carft_ray.recipe.trial_values import apply
@@ -312,11 +314,13 @@ OUTCOMES = [
 
 
 @pytest.mark.parametrize(("name", "outcome", "reason"), OUTCOMES)
-def test_what_a_function_raises_is_a_verdict_on_the_trial_with_its_traceback(tmp_path, name, outcome, reason):
-    with pytest.raises(NoSuccessfulTrialError) as caught:
-        run_search(recipe_for(tmp_path, name, DEBUG, "search.trials=1"), tmp_path / "study")
-    assert reason in str(caught.value)
-    [log] = (tmp_path / "study").glob("trials/*/log.txt")
+def test_what_a_function_raises_is_a_verdict_with_its_traceback(tmp_path, caplog, name, outcome, reason):
+    nothing = 3 * [lambda told: None]
+    with pytest.raises(CarftError, match=re.escape(reason)):
+        train_once(recipe_for(tmp_path, name), tmp_path / "run", False, "", *nothing)
+    warned = [text for text in caplog.messages if text == f"train gets another attempt: {reason}"]
+    assert len(warned) == (outcome == "error")
+    [log] = (tmp_path / "run").glob("trials/*/log.txt")
     assert f": {outcome}: {reason}" in log.read_text()
     assert "own_functions.py" in log.read_text()
 
