@@ -11,6 +11,7 @@ import study_steps
 import torch
 from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
 from from_logits import predictions_table
+from report_studies import predictions
 from study_steps import failed, searching
 
 from carft_ray.errors import DataError, DivergedError, NoSuccessfulTrialError, RecipeError, StorageError
@@ -28,7 +29,7 @@ from carft_ray.results.reading.status_and_ls import status
 from carft_ray.results.reading.study_view import read_study
 
 MEASURED = tuple(sorted({*DEFAULT_GRID, 0.1}))  # by default: the grid and the lowest alpha that may be chosen
-SPEC = ObjectiveSpec("weighted_mean", "id_val", ("sketch",), 0.5)
+SPEC = ObjectiveSpec("weighted_mean", "id_val", ("noisy",), 0.5)
 
 
 def points(objectives, alphas=MEASURED, **violations):
@@ -64,19 +65,12 @@ def test_only_the_points_that_miss_the_constraints_least_take_part():
 
 
 def measured(recipe):
-    """Measures the curve of a recipe with predictions whose OOD accuracy rises and falls: the tables by alpha."""
-    rng, asked = np.random.default_rng(0), []
-    luck = {name: rng.random(500) for name in ("id_val", "sketch")}
-    ids = {name: rng.integers(0, 2**64, 500, dtype=np.uint64) for name in luck}
+    """Measures the curve of a recipe: the tables by alpha."""
+    asked = []
 
     def at(alpha):
         asked.append(alpha)
-        accuracies = {"id_val": 0.7 + 0.1 * alpha, "sketch": 0.5 + 0.3 * alpha * (1 - alpha)}
-        rights = {name: luck[name] < accuracy for name, accuracy in accuracies.items()}
-        logits = {name: np.stack([right, ~right], 1).astype(np.float32) for name, right in rights.items()}
-        return concat(
-            [predictions_table(name, alpha, ids[name], np.zeros(500, np.int64), logits[name]) for name in luck]
-        )
+        return predictions(recipe.train, (alpha,), SPEC.sets, np.random.default_rng(0))
 
     tables = measure_curve(recipe, at(0.0), at)
     assert asked == list(tables)  # each once
@@ -95,7 +89,7 @@ def test_the_grid_and_the_lowest_alpha_are_each_measured_once_and_a_fixed_alpha_
     assert [point["alpha"] for point in curve] == list(MEASURED)
     assert all(point.items() > metrics_at(tables[point["alpha"]], SPEC, point["alpha"]).items() for point in curve)
     for point in curve:
-        assert (point["id_accuracy"], point["ood_accuracy"]) == (point["accuracy/id_val"], point["accuracy/sketch"])
+        assert (point["id_accuracy"], point["ood_accuracy"]) == (point["accuracy/id_val"], point["accuracy/noisy"])
         assert point["objective"] == pytest.approx((point["id_accuracy"] + point["ood_accuracy"]) / 2)
     whole = concat(list(tables.values()))  # as a study stores it
     assert curve_points(dict.fromkeys(tables, whole), SPEC, ()) == curve
@@ -129,8 +123,6 @@ def test_a_training_has_diverged_only_where_every_alpha_is_at_chance():
     assert alphas_at_chance(curve_of(0, 0, 0), "id_val") == []  # zero-shot knows no more
     assert alphas_at_chance(curve_of("constant", 700, 0), "id_val") == []
 
-
-# ---- the objective
 
 KINDS = ["weighted_mean", "harmonic", "worst_domain"]
 
@@ -179,9 +171,6 @@ def test_values_of_many_models_are_those_of_each(kind, ood_sets):
         assert values[index] == pytest.approx(spec.value(one), abs=1e-14)
 
 
-# ---- mixing
-
-
 @pytest.fixture
 def states():
     generator = torch.Generator().manual_seed(0)
@@ -213,8 +202,6 @@ def test_wrong_alpha_and_wrong_names_are_refused(states):
         with pytest.raises(ValueError, match=f"differ: {name}"):
             mix_weights(states[0], {**states[1], name: torch.zeros(1)}, 0.5)
 
-
-# ---- constraints: part of the choice of alpha, told to the sampler, shown
 
 PROFILE = {"objective": {}, "alpha": {}}
 QUICKSTART = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"

@@ -95,9 +95,6 @@ def test_plan_has_paired_seeds_and_no_training_twice():
     assert all(re.fullmatch(r"[a-z0-9.-]+", folder) for folder in folders)
 
 
-# ---- command lines
-
-
 def test_each_command_says_what_it_is_and_stands_in_the_readme(capsys):
     folder = Path(effect.__file__).parent
     commands = {path.stem for path in folder.glob("*.py") if "__main__" in path.read_text()}
@@ -190,9 +187,6 @@ def test_the_spline_through_the_table_foretells_trainings_that_it_has_not_seen()
     training = landscape.training(values)
     assert training.objectives == pytest.approx((training.id_accuracies + training.ood_accuracies) / 2)
     assert landscape.objective(values, 0.1) == max(training.objectives[1:])
-
-
-# ---- the weights of the sandbox
 
 
 def test_true_templates_name_what_is_seen_and_hide_what_is_not():

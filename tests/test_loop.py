@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASS_WORDS, TEMPLATES, ArraySource
+from conftest import ArraySource
 from scipy.special import log_softmax
 from stand_in import make_recipe
 from tiny import make_tiny_clip
@@ -24,7 +24,6 @@ from carft_ray.errors import DivergedError, StorageError
 from carft_ray.model import device
 from carft_ray.model.classifier import build_classifier, normalised
 from carft_ray.model.device import compute_dtype, precision_words, set_up
-from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training import checkpoint, prefetch, targets
@@ -41,12 +40,6 @@ B, D, T, S = 7, 12, 9, 20.0  # images, width, contexts, scale
 def settings(**values):
     given = {"learning_rate": 1e-3, "kl_weight": 1.0, "epochs": 3, "batch_size": 12, "checkpoint_every": None}
     return TrainConfig(**{**given, **values})
-
-
-def clip_and_heads(dtype=torch.float64):
-    """The tiny CLIP and its heads, in a process without fixtures."""
-    clip = make_tiny_clip(dtype=dtype)
-    return clip, build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
 
 
 def largest_difference(a, b):
@@ -128,15 +121,6 @@ def test_the_whole_image_tower_trains_and_the_text_side_and_a_head_with_lr_facto
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_clip.model.state_dict().items())
     state = fine_tune(tiny_clip, *heads, source, settings(head_lr_factor=0.0))
     assert torch.equal(state["class_head"], start["class_head"])
-
-
-def test_zero_shot_logits_are_those_of_clip(tiny_clip, heads, source):
-    pixels = torch.from_numpy(source.images)
-    with torch.no_grad():
-        images = normalised(pixels, torch.tensor(tiny_clip.mean), torch.tensor(tiny_clip.std))
-        expected = tiny_clip.logit_scale * tiny_clip.model.encode_image(images, normalize=True) @ heads[0].T
-        logits = build_classifier(tiny_clip, heads[0], settings(), CPU)(pixels)[1]
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -454,13 +438,6 @@ def test_kl_of_identical_features_and_of_one_context_is_exactly_zero_and_never_n
         assert context_kl(log_p, log_p0).min().item() >= -1e-10
 
 
-def test_gradient_with_respect_to_the_logits_is_p_minus_p0_over_b():
-    z = torch.from_numpy(np.random.default_rng(2).normal(size=(B, T))).requires_grad_()
-    log_p0 = torch.log_softmax(torch.from_numpy(np.random.default_rng(4).normal(size=(B, T))), dim=-1)
-    context_kl(torch.log_softmax(z, dim=-1), log_p0).mean().backward()
-    torch.testing.assert_close(z.grad, (z.detach().softmax(dim=-1) - log_p0.exp()) / B, rtol=0, atol=1e-10)
-
-
 def test_stored_half_precision_targets_stay_within_the_stated_bounds():
     rng = np.random.default_rng(8)
     head = torch.from_numpy(unit(rng.normal(size=(80, 512)))).float()
@@ -471,7 +448,6 @@ def test_stored_half_precision_targets_stay_within_the_stated_bounds():
     online = context_kl(context_distribution(features, head, 100.0), log_p0)
     found = context_kl(context_distribution(features, head, 100.0), stored, log_target=False)
     assert ((found - online).abs() <= 2e-4).all()
-    assert ((stored.float() - log_p0.exp()).abs() <= 1e-3 * log_p0.exp() + 1e-7).all()
     at_identity = context_kl(log_p0, stored, log_target=False).mean().item()
     assert at_identity >= -1e-6
 

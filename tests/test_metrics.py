@@ -136,9 +136,6 @@ def test_huge_logits_give_finite_metrics():
     assert given.brier.tolist() == pytest.approx([0, 2, 0.5], abs=1e-7)
 
 
-# ---- results of each image: a table of them, and its file
-
-
 def random_set(num_samples=37, classes=16, seed=0, scale=8.0):
     rng = np.random.default_rng(seed)
     ids = rng.permutation(np.arange(num_samples, dtype=np.uint64) * np.uint64(2**57 + 1) + np.uint64(2**63))

@@ -78,9 +78,6 @@ def printed(run):
     return call
 
 
-# text and JSON
-
-
 def test_counts_and_corrections_and_the_text_tells_what_each_number_corrects(studies, run):
     view = read_study(studies("thirty"))
     found = study_report(view)
@@ -140,8 +137,6 @@ def test_what_is_damaged_or_missing_is_told(two, run):
         pass
     assert run("report", two)[0] == 6
 
-
-# verdict card
 
 BETTER, SAME, WORSE = 0.75, 0.6, 0.45  # of the winner; the baseline has 0.6
 TRADED = (0.5, 0.85)  # of the winner on ID and OOD
@@ -242,9 +237,6 @@ def test_the_command_prints_the_card_or_writes_it_into_a_file(two, run):
     text = Path("card.tex").read_text()
     assert text.startswith(r"\begin{tabular}")
     assert text.count(r"\\") == len(lines) == 6
-
-
-# page
 
 
 def check_page(path, document):
@@ -368,9 +360,6 @@ def test_the_page_shows_the_pictures_of_the_best_trial_with_the_answers_of_its_p
     assert page_document(read_study(two))["changed_images"] == []
 
 
-# tables
-
-
 def test_the_tables_are_files_of_csv_and_parquet_with_the_numbers_of_the_page(studies, here, printed):
     study_dir = studies("thirty")
     view, document = read_study(study_dir), page_document(read_study(study_dir))
@@ -401,8 +390,6 @@ def test_the_tables_are_files_of_csv_and_parquet_with_the_numbers_of_the_page(st
     rows = {path.stem: pq.read_table(path).num_rows for path in paths if path.suffix == ".parquet"}
     assert rows == {"trials": 5, "baselines": 2, "curves": 6, "sets": 0}
 
-
-# figures, which stand degenerate input
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 BASELINES = {"zero-shot": (0.725, 0.575), "plain fine-tuning": (0.781, 0.491), "paper's setting": (0.774, 0.542)}
@@ -449,8 +436,6 @@ def test_the_same_study_gives_the_same_bytes_and_titles_say_synthetic_only_when_
     for text in ("best trial, alpha 0.4", "plain fine-tuning", "OOD accuracy", "0.5 ID + 0.5 OOD"):
         assert text in svg.read_text()
 
-
-# images whose answers change
 
 ALPHAS = (0.0, 0.4, 1.0)
 

@@ -29,7 +29,7 @@ from carft_ray.results.reproduce import reproduce, sentence, table_differences
 from carft_ray.results.statistics.intervals import OVER_IMAGES
 from carft_ray.study.identity import claim
 from carft_ray.study.opening import open_study
-from carft_ray.study.provenance import differences, identity_problems, record_provenance
+from carft_ray.study.provenance import identity_problems, record_provenance
 from carft_ray.study.rows import trials
 from carft_ray.training.shared_inputs import load_shared_inputs
 
@@ -209,9 +209,6 @@ def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
         open_finished(here / "begun")
 
 
-# two trainings compared
-
-
 def row(found, what):
     return next(each for each in found["rows"] if each["what"] == what)
 
@@ -305,9 +302,6 @@ def test_what_was_measured_on_other_images_or_defined_otherwise_is_not_compared(
         "objective": "the recipes define it differently",
     }
     assert (row(found, "accuracy/sketch")["b"], row(found, "objective")["difference"]) == (None, None)
-
-
-# what the manifest says: at once what is known, later data and model, never less
 
 
 def manifest(folder):
@@ -450,8 +444,3 @@ def test_the_digest_of_the_code_changes_with_every_file(tmp_path):
     (tmp_path / "readme.md").write_text("")
     assert environment.source_digest(tmp_path) == digests[-1]
     assert len(set(digests)) == 5
-
-
-def test_differences_are_leaves_by_their_dotted_keys():
-    before, now = {"a": {"b": 1, "c": [1, 2]}, "d": None}, {"a": {"b": 2, "c": (1, 2)}, "e": "x"}
-    assert differences(before, now) == [("a.b", 1, 2), ("e", None, "x")]

@@ -144,9 +144,6 @@ def test_missing_damaged_and_older_predictions_are_named_and_zero_shot_is_evalua
     assert again["objective"] == pytest.approx(content["metrics"]["objective"])
 
 
-# the command
-
-
 @pytest.fixture
 def here(profiled, monkeypatch):
     monkeypatch.chdir(profiled.parent)

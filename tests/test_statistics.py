@@ -176,9 +176,6 @@ def random_correct(rng, num_rows):
     return {name: rng.random((num_rows, n // 8)) < 0.6 for name, n in SIZES.items()}
 
 
-# correction of the best
-
-
 def test_correction_of_the_fixture_and_of_equal_trials():
     found = correct_best(J, 0.01**2, num_draws=200_000)
     assert (found.spread, found.factor) == pytest.approx((1.875e-4, 0.466667), abs=5e-7)
@@ -234,9 +231,6 @@ def test_seed_noise_is_what_the_images_do_not_explain():
     assert ranking_noise(SPEC, J[:4], correct, [random_correct(rng, 1)]).seed is None
     moving = {name: np.stack([np.arange(n) < share * n for share in (0.2, 0.5, 0.8)]) for name, n in SIZES.items()}
     assert ranking_noise(SPEC, J[:4], correct, [moving]).seed == pytest.approx(0.09, rel=0.05)
-
-
-# configurations compared
 
 
 def answers(rng, hard, share, num_seeds):

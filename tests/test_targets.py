@@ -9,11 +9,12 @@ import attempts
 import numpy as np
 import pytest
 import stand_in
-import torch
-from conftest import TEMPLATES, ArraySource
+from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from safetensors.torch import load_file, save_file
-from test_loop import CPU, clip_and_heads, largest_difference
+from test_loop import CPU, largest_difference
+from tiny import make_tiny_clip
 
+from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.shared_targets import decide_targets, num_stored_visits
 from carft_ray.training import targets
@@ -65,7 +66,8 @@ def test_trainings_that_compute_write_or_read_targets_end_with_the_same_weights(
 
 def compute_all(store, path):
     targets.read_block = lambda *_: None  # it finds every block missing
-    clip, heads = clip_and_heads(torch.float32)
+    clip = make_tiny_clip()
+    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
     save_file(fine_tune(clip, *heads, ArraySource(NUM_IMAGES), settings(), target_store=store), path)
 
 

@@ -14,7 +14,6 @@ import crash_host
 import numpy as np
 import pytest
 import short_sealed
-import short_training
 import stand_in
 import torch
 from logs import commits, holding, write_line
@@ -118,9 +117,6 @@ def right(study, name, domain, alpha):
     return np.mean([int(row.argmax()) == label for row, label in zip(logits, source.labels, strict=True)])
 
 
-# what is read
-
-
 def test_winner_and_every_baseline_are_read_on_all_test_sets_at_their_stored_alphas(read):
     study, summary, out, err = read
     best, others = best_row(trials(study)), {row.name: row for row in baselines(study)}
@@ -165,9 +161,6 @@ def test_nothing_changes_but_test_log_and_manifest_and_no_trial(folder, read):
     assert trials(study) == trials(folder / "study")
 
 
-# how often
-
-
 @pytest.mark.parametrize("words", ["test study", "resume study --trials +1"])
 def test_without_a_reason_a_second_read_or_more_trials_are_refused_and_nothing_is_written(run, again, words):
     [entry] = read_ledger(again)
@@ -204,9 +197,6 @@ def test_a_read_after_the_search_went_on_says_so(run, again):
     summary = summary_of(run, again, "--again", "after a wider range")
     assert "The search was continued once after a test read." in read_lines(summary)
     assert summary["ledger_line"] == 3
-
-
-# other studies of the same images
 
 
 def test_another_study_of_the_same_images_is_told_who_has_read_them(run, here, folder):
@@ -266,9 +256,6 @@ def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder
     place.unlink()
 
 
-# what a kill leaves
-
-
 @pytest.mark.parametrize("gone", ["", "summary.json", "summary.json zero_shot.parquet"], ids=["all", "last", "two"])
 def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, again, read, gone):
     """Whatever the study has become since: here a confirm was begun, which would be compared now."""
@@ -287,9 +274,6 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
     for path in ("summary.json", "read-1/summary.json"):
         assert json.loads((again / "test" / path).read_text()) == read[1]
     assert len(read_ledger(again)) == 1
-
-
-# confirm
 
 
 def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, here):
@@ -326,9 +310,6 @@ def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished
     assert report["lines"][-1].startswith(summary["headline"])
     assert {*confirm_lines(json.loads((study / "confirm" / "summary.json").read_text()))} < {*report["lines"]}
     assert report["noise"]["words"] == "image and seed noise"
-
-
-# what is refused before the seal is broken
 
 
 def test_what_is_lost_or_in_use_is_told_before_the_seal_is_broken(run, here, folder):
@@ -376,9 +357,6 @@ def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apa
         assert zero_shot["sets"]["cartoon"]["mean"] == pytest.approx(answers.mean())
 
 
-# confirm: which configurations are trained again, on which seeds, what is refused
-
-
 def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
     """A finished study: the baseline ``plain`` has the first objective, the trials have the others."""
     recipe = make_recipe(len(objectives) - 1, **search)
@@ -416,9 +394,6 @@ def name_of(view, number):
 def fixed(view, first, second=None, against=()):
     with open_study(view.study_dir, view.recipe) as study:
         configurations.fix(study, view.recipe, first, second, against)
-
-
-# what is planned
 
 
 def test_fresh_seeds_come_from_ranges_that_search_and_stages_do_not_share():
@@ -510,9 +485,6 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this counts here too"]
 
 
-# the study
-
-
 def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sampler_for_nothing(view):
     study_dir, stage = view.study_dir, configurations.first_stage(view, 2, 2)
     trainings, before = stage.trainings(), trials(study_dir)
@@ -558,9 +530,6 @@ def test_search_and_confirm_leave_each_others_unfinished_trainings_alone(view):
     assert short_sealed.confirm(view.study_dir, trainings, stand_in.train) == list(trainings)[1:]
 
 
-# the command, with real trainings
-
-
 @pytest.mark.parametrize(
     ("key", "old", "new"),
     [("sketch", "sketch", "cartoon"), ("id_val", "photo_val", "photo_test")],
@@ -576,16 +545,3 @@ def test_a_confirm_with_a_recipe_that_was_changed_to_see_a_test_set_is_refused(h
     assert code == 8
     assert "must not share images with data." in err
     assert not (here / "study" / "confirm").exists()
-
-
-def test_images_that_are_no_longer_those_of_the_study_are_refused(folder, here, run):
-    shutil.rmtree(here / "study")
-    short_sealed.copy(folder, here)
-    short_training.write_image(here / "images/photo_val/heart/0.png", 2, seed=999)
-    told = []
-    for words in (["confirm", "study", "--seeds", "2"], ["resume", "study", "--trials", "3"]):
-        code, _, err = run(*words, "--executor", "debug")
-        assert code == 4, err
-        told.append(err.partition("error: ")[2])
-    assert told[0] == told[1]
-    assert "data.id_val: the contents of this set must be " in told[0]

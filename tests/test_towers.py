@@ -311,9 +311,6 @@ def test_a_study_is_refused_before_it_trains_for_what_its_space_or_a_baseline_wo
     assert not recipe_problems(visual, make_recipe(2, space={"freeze_layers": {"low": 0, "high": 4}}))
 
 
-# ---- the layers of image towers, against open_clip and timm
-
-
 # name -> number of layers: stem, blocks, and what stands after them
 TOWERS = {
     "ViT-B-32": 12 + 2,
