@@ -6,11 +6,12 @@ import time
 
 import numpy as np
 import stand_in
-from from_logits import predictions_table
+import torch
 from stand_in import SANDBOX_SET
 
 from carft_ray.api.answers import Report
 from carft_ray.data.source import ImageSet
+from carft_ray.evaluation import predictions as stored
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import concat, correct, read_predictions, write_predictions
 from carft_ray.layout import PREDICTIONS, THUMBNAILS
@@ -22,6 +23,7 @@ from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Failure, Live, append_log, write_live
 from carft_ray.study.recovery import recover_running
+from carft_ray.training.answers import answers, answers_between
 from carft_ray.training.thumbnails import write_thumbnails
 
 GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -55,6 +57,14 @@ def accuracies(train, alpha):
     kept = 1 / (1 + math.exp(-math.log10(train.kl_weight + 0.01)))
     ood = 0.55 + 0.25 * fit * alpha * (1.2 - alpha) + 0.08 * kept * alpha
     return {"id_val": 0.62 + 0.24 * fit * alpha, "noisy": ood, "blurry": ood - 0.08}
+
+
+def predictions_table(set_name, alpha, sample_ids, labels, logits_NC, groups=None):
+    """Predictions as a model with these class logits of N images has them; arrays or lists."""
+    logits = torch.from_numpy(np.asarray(logits_NC, np.float32))
+    answer = answers if groups is None else answers_between(groups, logits.device)
+    found = answer(logits, torch.from_numpy(np.asarray(labels, np.int64)))
+    return stored.predictions_table(set_name, alpha, sample_ids, labels, found.numpy())
 
 
 def predictions(train, alphas, sets, rng):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ArraySource
+from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from scipy.special import log_softmax
 from stand_in import make_recipe
 from tiny import make_tiny_clip
@@ -24,6 +24,7 @@ from carft_ray.errors import DivergedError, StorageError
 from carft_ray.model import device
 from carft_ray.model.classifier import build_classifier, normalised
 from carft_ray.model.device import compute_dtype, precision_words, set_up
+from carft_ray.model.heads import build_heads
 from carft_ray.recipe.schedule import num_warmup_steps
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.training import checkpoint, prefetch, targets
@@ -40,6 +41,12 @@ B, D, T, S = 7, 12, 9, 20.0  # images, width, contexts, scale
 def settings(**values):
     given = {"learning_rate": 1e-3, "kl_weight": 1.0, "epochs": 3, "batch_size": 12, "checkpoint_every": None}
     return TrainConfig(**{**given, **values})
+
+
+def clip_and_heads(dtype=torch.float64):
+    """The tiny CLIP and its heads, in a process without fixtures."""
+    clip = make_tiny_clip(dtype=dtype)
+    return clip, build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
 
 
 def largest_difference(a, b):

@@ -160,16 +160,6 @@ def test_the_filters_drive_every_figure_and_the_table_and_stay_when_the_page_is_
     check(page.evaluate(STATE), 1024)
 
 
-def test_the_table_sorts(page, thirty):
-    page.open(thirty[0])
-    titles = page.evaluate('[...document.querySelectorAll("#trial-table thead th")].map((cell) => cell.textContent)')
-    at = titles.index("learning rate")
-    for backwards in (True, False):
-        page.evaluate(f'document.querySelectorAll("#trial-table thead button")[{at}].click()')
-        values = [float(row[at]) for row in page.evaluate(ROWS) if row[at]]
-        assert values == sorted(values, reverse=backwards)
-
-
 def test_the_page_can_be_read_without_scripts_and_its_colours_change_and_stay(page, thirty):
     path, _ = thirty
     page.open(path, scripts=False)
@@ -223,7 +213,7 @@ def test_a_page_of_very_many_trials_is_small_and_whole(tmp_path, page, thirty):
     assert page.evaluate(marks) < 200 * 8 + 1
 
 
-def test_tables_are_copied_as_they_stand(page, thirty):
+def test_the_table_sorts_and_tables_are_copied_as_they_stand(page, thirty):
     path, document = thirty
     copy = """(async () => { let text;
         Object.defineProperty(navigator, "clipboard",
@@ -231,6 +221,12 @@ def test_tables_are_copied_as_they_stand(page, thirty):
         document.querySelector('[data-copy="%s"][data-table="%s"]').click();
         await new Promise((done) => setTimeout(done, 50)); return text; })()"""
     page.open(path)
+    titles = page.evaluate('[...document.querySelectorAll("#trial-table thead th")].map((cell) => cell.textContent)')
+    at = titles.index("learning rate")
+    for backwards in (True, False):
+        page.evaluate(f'document.querySelectorAll("#trial-table thead button")[{at}].click()')
+        values = [float(row[at]) for row in page.evaluate(ROWS) if row[at]]
+        assert values == sorted(values, reverse=backwards)
     rows = list(csv.DictReader(io.StringIO(page.evaluate(copy % ("csv", "trial-table")))))
     assert {row["trial"] for row in rows} == {row["name"] for row in document["trials"]}
     head, kinds, *lines = page.evaluate(copy % ("markdown", "sets-1")).splitlines()

@@ -18,10 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 import report_studies
 import short_sealed
-from from_logits import predictions_table
 from logs import forget_line, set_recipe, write_line
 from PIL import Image
-from report_studies import KINDS, make_recipe, write_page
+from report_studies import GRID, KINDS, make_recipe, predictions_table, write_page
 
 import carft_ray
 from carft_ray.data.source import ImageSet
@@ -391,7 +390,6 @@ def test_the_tables_are_files_of_csv_and_parquet_with_the_numbers_of_the_page(st
     assert rows == {"trials": 5, "baselines": 2, "curves": 6, "sets": 0}
 
 
-GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 BASELINES = {"zero-shot": (0.725, 0.575), "plain fine-tuning": (0.781, 0.491), "paper's setting": (0.774, 0.542)}
 ALONG = np.array(GRID)
 CURVE = Curve(GRID, 0.725 + 0.05 * ALONG, 0.575 + 0.05 * ALONG - 0.06 * ALONG**2, 0.4, 0.745, 0.585, 0.009, None)

@@ -1,7 +1,8 @@
-"""Where numbers come from, and whether they come again: trainings done again or compared, what the manifest says."""
+"""Where numbers come from, and whether they come again: trainings done again, compared, or ranked anew."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 
@@ -12,25 +13,30 @@ import pytest
 import short_sealed
 import short_study
 import short_training
+import stand_in
 from sources import folder_source
 from study_steps import searching
 
 from carft_ray import environment
 from carft_ray.data import content
-from carft_ray.errors import CarftError, DataError, NoSuccessfulTrialError, StorageError, UsageError
-from carft_ray.evaluation.predictions import correct, read_predictions, write_predictions
+from carft_ray.errors import CarftError, DataError, HoldOutError, NoSuccessfulTrialError, StorageError, UsageError
+from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
+from carft_ray.evaluation.predictions import accuracy, correct, read_predictions, select, sets, write_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import PREDICTIONS
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import single
 from carft_ray.results.compare import compare
 from carft_ray.results.reading.finished import open_finished, split_target
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reproduce import reproduce, sentence, table_differences
+from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.statistics.intervals import OVER_IMAGES
 from carft_ray.study.identity import claim
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import identity_problems, record_provenance
-from carft_ray.study.rows import trials
+from carft_ray.study.rows import best_first, trials
+from carft_ray.training.run import prepare
 from carft_ray.training.shared_inputs import load_shared_inputs
 
 pytestmark = pytest.mark.slow
@@ -260,9 +266,6 @@ def test_a_target_is_a_folder_or_a_folder_and_a_trial(here, run):
         with pytest.raises(UsageError, match="DIR or DIR:TRIAL"):
             split_target(wrong)
     assert run("compare", here / "run", here / "runn")[0] == 2
-    next(here.glob("study/trials/t0000*/*/result.json")).unlink()
-    with pytest.raises(StorageError, match="must be the file that the study has recorded, but got none"):
-        compare(str(here / "run"), f"{here / 'study'}:0")
 
 
 def test_the_command_shows_both_sides_and_the_json_is_the_whole_answer(here, run):
@@ -308,40 +311,25 @@ def manifest(folder):
     return json.loads((folder / "manifest.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def origin(tmp_path_factory):
-    """A folder with model, images, a secret test set, recipe, a training ``run`` and a study ``study``."""
-    folder = tmp_path_factory.mktemp("origin")
-    path = short_training.make(folder)
-    for label, name in enumerate(short_training.CLASSES):
-        short_training.write_image(folder / "images" / "secret" / name / "0.png", label, 900)
-    always = ["data.id_test={source: folder, path: images, domains: [secret]}", "train.epochs=1", "search.trials=1"]
-    recipe = load_recipe(path, [f"data.cache_dir={folder / 'cache'}", "search.sampler.seed=11", *always])
-    train_once(recipe, folder / "run", False, "", *QUIET)
-    short_study.search(folder / "study", recipe)
-    return folder, recipe
-
-
-def test_a_claimed_folder_says_at_once_what_needs_no_data(origin, tmp_path):
-    folder, recipe = origin
-    claim(tmp_path, recipe)
+def test_a_claimed_folder_says_at_once_what_needs_no_data(original, tmp_path):
+    claim(tmp_path, load_recipe(original / "study" / "resolved.yaml", ["search.sampler.seed=11"]))
     found = manifest(tmp_path)["provenance"]
     assert found["seeds"] == {"sampler": 11, "train": 0}
     assert found["code"] == environment.code()
     assert found["versions"] == environment.versions()
     assert found["hardware"]["threads"] == 1
-    secret = {"source": "folder", "path": str(folder / "images"), "domains": ["secret"]}
-    assert found["test_sets"] == {"id_test": secret}
+    images = {"source": "folder", "path": str(original / "images")}
+    test_sets = {"id_test": "photo_test", "ood_test.cartoon": "cartoon", "ood_test.painting": "painting"}
+    assert found["test_sets"] == {name: {**images, "domains": [domain]} for name, domain in test_sets.items()}
     assert "data" not in found
 
 
 @pytest.mark.parametrize("name", ["run", "study"])
-def test_after_the_preparation_the_manifest_says_data_and_model(origin, name):
-    folder, recipe = origin
-    found = manifest(folder / name)["provenance"]
+def test_after_the_preparation_the_manifest_says_data_and_model(original, here, name):
+    recipe, found = load_recipe(original / "study" / "resolved.yaml"), manifest(here / name)["provenance"]
     expected = {}
     for set_name, domain in (("train", "photo"), ("id_val", "photo_val"), ("sketch", "sketch")):
-        source = folder_source(folder / "images", (domain,), None, set_name)
+        source = folder_source(original / "images", (domain,), None, set_name)
         expected[set_name] = {"digest": content.set_digest(source), "num_images": len(source)}
     assert found["data"] == expected
     assert found["classes"] == found["class_names"] == list(short_training.CLASSES)
@@ -350,15 +338,13 @@ def test_after_the_preparation_the_manifest_says_data_and_model(origin, name):
     assert (found["augmentation"]["image_size"], found["augmentation"]["crop_scale"]) == (16, [0.9, 1.0])
     assert found["preparation"] == {"device": "cpu", "threads": environment.usable_cores(), "compile": False}
     assert found["hardware"]["gpus"] == []
-    [path] = (folder / name / "trials").glob("*/*/result.json")
-    made_on = json.loads(path.read_text())["environment"]
+    made_on = json.loads(next(here.glob(f"{name}/trials/*/*/result.json")).read_text())["environment"]
     assert made_on["source"] == environment.source_digest()
     assert (made_on["device"], made_on["threads"], made_on["num_workers"], made_on["compile"]) == ("cpu", 1, 1, False)
 
 
-def test_a_later_search_adds_other_versions_to_the_history_and_keeps_the_first(origin, monkeypatch):
-    folder, recipe = origin
-    study_dir = short_study.search(folder / "moved", recipe, num_attempts=0)
+def test_a_later_search_adds_other_versions_to_the_history_and_keeps_the_first(here, monkeypatch):
+    study_dir, recipe = here / "study", load_recipe(here / "study" / "resolved.yaml")
     first = manifest(study_dir)["provenance"]
     record_provenance(study_dir, recipe, None)  # without findings
     short_study.search(study_dir, recipe, num_attempts=0)
@@ -388,25 +374,24 @@ def test_a_study_does_not_go_on_where_names_views_or_what_auto_means_are_others(
     assert identity_problems({"data": {}, "model": 1}, {"data": {}}) == []  # of a test set, which has no views
 
 
-def test_images_may_move_or_be_touched_and_are_no_others(origin):
-    folder, recipe = origin
-    study_dir = short_study.search(folder / "moving", recipe, num_attempts=1)
+def test_images_may_move_or_be_touched_and_are_no_others(original, tmp_path):
+    study_dir = short_sealed.copy(original, tmp_path)
+    recipe = (study_dir / "resolved.yaml").read_text()
     before, prepared = manifest(study_dir), (study_dir / "prepared" / "prepared.json").read_bytes()
-    os.utime(folder / "images" / "photo" / "star" / "0.png")
-    shutil.copytree(folder / "images", folder / "another")
+    os.utime(tmp_path / "images" / "photo" / "star" / "0.png")
+    shutil.copytree(tmp_path / "images", tmp_path / "another")
 
     def among(images, cache):
         """The recipe with another cache: a process keeps what it has loaded for one, and this must look again."""
-        text = dump_recipe(recipe).replace(f"{folder}/images", f"{folder}/{images}")
-        (folder / "moved.yaml").write_text(text)
-        return load_recipe(folder / "moved.yaml", [f"data.cache_dir={folder / cache}"])
+        (tmp_path / "moved.yaml").write_text(recipe.replace(f"{tmp_path}/images", f"{tmp_path}/{images}"))
+        return load_recipe(tmp_path / "moved.yaml", [f"data.cache_dir={tmp_path / cache}"])
 
     short_study.search(study_dir, among("images", "cache3"), num_attempts=0)
     assert (study_dir / "prepared" / "prepared.json").read_bytes() != prepared
     assert manifest(study_dir)["provenance"] == before["provenance"]
     short_study.search(study_dir, among("another", "cache4"), num_attempts=0)
-    assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(folder / "another")
-    short_training.write_image(folder / "another" / "photo_val" / "star" / "0.png", 4, 12345)
+    assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(tmp_path / "another")
+    short_training.write_image(tmp_path / "another" / "photo_val" / "star" / "0.png", 4, 12345)
     with pytest.raises(DataError, match=r"data\.id_val: the contents"):
         short_study.search(study_dir, among("another", "cache5"))
 
@@ -444,3 +429,166 @@ def test_the_digest_of_the_code_changes_with_every_file(tmp_path):
     (tmp_path / "readme.md").write_text("")
     assert environment.source_digest(tmp_path) == digests[-1]
     assert len(set(digests)) == 5
+
+
+def searched(folder, *settings):
+    """A study of real trainings of a fraction of a second, made as the search makes it, without Ray."""
+    recipe = load_recipe(
+        short_sealed.write(folder, short_training),
+        [
+            f"data.cache_dir={folder / 'cache'}",
+            "data.ood_val.fog={source: folder, path: images, domains: [cartoon]}",
+            "data.ood_test.night={source: folder, path: images, domains: [painting]}",
+            "search.baselines={plain: {kl_weight: 0}, half: {alpha: 0.5}}",
+            "search.keep_checkpoints=1",
+            "train.epochs=2",
+            *settings,
+        ],
+    )
+    return short_study.search(folder / "study", recipe)
+
+
+@pytest.fixture(scope="module")
+def profiled(tmp_path_factory):
+    return searched(tmp_path_factory.mktemp("profile"), "search.trials=4")
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    drawn = ["search.alpha.mode=sample", "search.space.alpha={low: 0.2, high: 1}"]
+    return searched(tmp_path_factory.mktemp("sample"), "search.trials=2", *drawn)
+
+
+@pytest.fixture(params=["profile", "sample"])
+def view(request):
+    return read_study(request.getfixturevalue(f"{request.param}d"))
+
+
+def test_the_own_objective_gives_exactly_what_the_search_stored(view):
+    answer = rescore(view, asked_objective(view.recipe))
+    assert answer["objective"] == answer["own_objective"]
+    rows = {row.name: row for row in (*view.baselines, *view.trials)}
+    assert [row["name"] for row in answer["baselines"]] == ["plain", "half", "zero_shot"]
+    for row in (*answer["baselines"], *answer["trials"]):
+        stored = rows[row["name"]]
+        assert (row["objective"], row["alpha"]) == (stored.objective, stored.alpha)
+        assert (row["old_objective"], row["old_alpha"]) == (stored.objective, stored.alpha)
+        assert row["id_accuracy"] == stored.metrics["id_accuracy"]
+        assert row["ood_accuracy"] == stored.metrics["ood_accuracy"]
+        assert row["old_rank"] == row["new_rank"]
+    assert [row["new_rank"] for row in answer["trials"]] == list(range(1, len(view.trials) + 1))
+    assert answer["trials"][0]["name"] == view.best.name
+    assert all(row["new_rank"] is None for row in answer["baselines"])
+    _, half, zero_shot = rescore(view, asked_objective(view.recipe, "worst_domain"))["baselines"]
+    assert (half["alpha"], zero_shot["alpha"]) == (0.5, 0.0)  # a fixed alpha stays what it is
+
+
+@pytest.mark.parametrize(
+    ("asked", "spec"),
+    [
+        (("harmonic", None, None), ObjectiveSpec("harmonic", "id_val", ("sketch", "fog"))),
+        (("worst_domain", None, "fog"), ObjectiveSpec("worst_domain", "id_val", ("fog",))),
+        ((None, 0.9, " fog , sketch"), ObjectiveSpec("weighted_mean", "id_val", ("sketch", "fog"), 0.9)),
+        ((None, 0.0, "sketch,sketch"), ObjectiveSpec("weighted_mean", "id_val", ("sketch",), 0.0)),
+    ],
+)
+def test_another_objective_is_that_of_the_stored_accuracies(view, asked, spec):
+    assert asked_objective(view.recipe, *asked) == spec
+    rows, stored = rescore(view, spec)["trials"], [row.name for row in best_first(view.trials)]
+    assert [row["old_rank"] for row in rows] == [stored.index(row["name"]) + 1 for row in rows]
+    assert [row["objective"] for row in rows] == sorted((row["objective"] for row in rows), reverse=True)
+    for row in rows:
+        trial = next(each for each in view.trials if each.name == row["name"])
+        table = read_predictions(trial.place(view.study_dir) / "predictions" / "validation.parquet")
+        values = {
+            alpha: spec.value({name: accuracy(select(table, name, alpha)) for name in sets(table)})
+            for alpha in {*table["alpha"].to_pylist()}
+        }
+        drawn = trial.values.get("alpha")
+        best = max(values[alpha] for alpha in values if alpha > 0) if drawn is None else values[drawn]
+        assert values[row["alpha"]] == pytest.approx(best, abs=1e-12)
+        assert row["objective"] == pytest.approx(best, abs=1e-12)
+        assert row["id_accuracy"] == accuracy(select(table, "id_val", row["alpha"]))
+
+
+def test_a_test_set_is_refused_with_one_message(profiled):
+    for asked in ("night", "id_test", "ood_test", "fog,night", "nowhere,id_test"):
+        with pytest.raises(HoldOutError, match="must be validation sets: no choice may see a test set") as error:
+            asked_objective(read_study(profiled).recipe, sets=asked)
+        assert (error.value.exit_code, len(error.value.problems)) == (8, 1)
+
+
+def test_all_wrong_words_are_told_at_once_with_the_nearest_match(profiled):
+    recipe = read_study(profiled).recipe
+    with pytest.raises(UsageError) as error:
+        asked_objective(recipe, "harmonik", float("nan"), "sketsh,id_val")
+    text = str(error.value)
+    assert "--objective: must be a kind of objective, but got 'harmonik'; did you mean 'harmonic'?" in text
+    assert "--id-weight: must be a number from 0 to 1, but got nan" in text
+    assert "but got 'sketsh'; did you mean 'sketch'? (allowed: sketch, fog)" in text
+    assert "id_val is always in, but got 'id_val' (allowed: sketch, fog)" in text
+    with pytest.raises(UsageError, match="--sets: must name an OOD validation set, but got ' ,'"):
+        asked_objective(recipe, sets=" ,")
+
+
+def test_missing_damaged_and_older_predictions_are_named_and_zero_shot_is_evaluated_anew(profiled, tmp_path):
+    view = read_study(shutil.copytree(profiled, tmp_path / "study"))
+    path = view.trials[0].place(view.study_dir) / "predictions" / "validation.parquet"
+    sound = path.read_bytes()
+    for spoil in (lambda: path.write_bytes(b"nonsense"), path.unlink):
+        spoil()
+        with pytest.raises(StorageError, match=str(path)):
+            rescore(view, objective_spec(view.recipe))
+    path.write_bytes(sound)
+    prepared = view.study_dir / "prepared"
+    path, content = prepared / "zero_shot.parquet", json.loads((prepared / "prepared.json").read_text())
+    table = read_predictions(path)
+    write_predictions(path, table.replace_schema_metadata({**table.schema.metadata, b"format_version": b"1"}))
+    (prepared / "prepared.json").write_text(json.dumps({**content, "key": content["key"].split(": ", 1)[1]}))
+    with pytest.raises(StorageError, match=f"{path}: format_version of predictions must be 4, but got 1"):
+        rescore(view, objective_spec(view.recipe))
+    again = prepare(view.recipe, prepared, lambda text: None)
+    assert read_predictions(path).schema == table.schema
+    assert again["objective"] == pytest.approx(content["metrics"]["objective"])
+
+
+def test_the_command_shows_ranks_and_changes_nothing(run, profiled):
+    def everything():
+        paths = [path for path in profiled.rglob("*") if path.is_file()]
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+    before = everything()
+    code, out, err = run("rescore", profiled, "--objective", "worst_domain", "--sets", "fog")
+    assert code == 0, err
+    head, _, columns, *rows = out.splitlines()
+    assert head.startswith("Objective: worst_domain. The lowest accuracy of fog counts;")
+    assert re.split(r"  +", columns.strip()) == ["old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"]
+    assert [row.split()[0] for row in rows[:3]] == ["plain", "half", "zero_shot"]
+    assert len(rows) == 7
+    assert max(map(len, rows)) <= 80
+    assert "Nothing in the study was changed." in err
+    for only in ("fog", "sketch"):  # a study keeps the weights of its best
+        words = (profiled, "--objective", "worst_domain", "--sets", only)
+        first = json.loads(run("rescore", *words, "--json")[1])["trials"][0]["name"]
+        has_weights = (profiled / "trials" / first / "attempt-1" / "fine_tuned.safetensors").exists()
+        assert (f"carft-ray evaluate {profiled} --trial {first}" in run("rescore", *words)[2]) == has_weights
+    _, out, _ = run("rescore", profiled)
+    assert out.startswith("Objective: weighted_mean, ID weight 0.5 (the study's own objective). OOD: mean over sketch")
+    answer = json.loads(run("rescore", profiled, "--objective", "harmonic", "--id-weight", "0.2", "--json")[1])
+    assert (answer["objective"]["kind"], answer["objective"]["id_weight"]) == ("harmonic", None)
+    assert everything() == before
+
+
+def test_a_mistake_gives_one_message_and_its_exit_code(run, profiled, tmp_path):
+    recipe = stand_in.make_recipe(2)
+    with open_study(tmp_path / "empty", recipe):
+        (tmp_path / "empty" / "resolved.yaml").write_text(dump_recipe(recipe))
+    for words, code, told in (
+        ([profiled, "--sets", "fog,night"], 8, "--sets: must be validation sets: no choice may see a test set"),
+        (["nowhere"], 2, "nowhere: must be a study, but got no such folder"),
+        ([tmp_path / "empty"], 6, f"{tmp_path / 'empty'}: must have a finished trial, but got none"),
+    ):
+        found, out, err = run("rescore", *words)
+        assert (found, out) == (code, "")
+        assert err.startswith(f"error: {told}")
+        assert err.count("error: ") == 1

@@ -9,17 +9,9 @@ from scipy import stats
 
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.objective import ObjectiveSpec
-from carft_ray.results.statistics import paired
+from carft_ray.results.statistics import intervals, paired
 from carft_ray.results.statistics.headline import headline, in_points, objective_difference
-from carft_ray.results.statistics.intervals import (
-    OVER_IMAGES,
-    accuracy_interval,
-    crossed,
-    objective_interval,
-    paired_differences,
-    rank_correlation,
-    values_by_seed,
-)
+from carft_ray.results.statistics.intervals import crossed, objective_interval, rank_correlation, values_by_seed
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
 from carft_ray.results.statistics.paired import KEYS, compare, comparison_lines, holm, row_lines
 from carft_ray.ui import console
@@ -87,7 +79,7 @@ def test_few_seeds_and_few_images_are_told_and_give_numbers():
     one = crossed({name: values[:1] for name, values in FIXTURE.items()}, HALVES)
     half = 1.959964 * math.sqrt(sum(0.25 * x[0].astype(float).var(ddof=1) / x.shape[1] for x in FIXTURE.values()))
     assert one.ends == pytest.approx((7 / 12 - half, 7 / 12 + half), abs=1e-6)
-    assert (one.notes, one.words) == (("one training: seeds not covered",), OVER_IMAGES)
+    assert (one.notes, one.words) == (("one training: seeds not covered",), intervals.OVER_IMAGES)
     two = crossed({name: values[:2] for name, values in FIXTURE.items()}, HALVES)
     assert "two seeds" in two.notes[0]
     assert two.ends[1] - two.mean >= 8.98 * np.std([7 / 12, 17 / 24], ddof=1)
@@ -110,7 +102,7 @@ def test_objectives_weigh_sets_by_their_derivatives():
     weighted, other = ObjectiveSpec("weighted_mean", "id", ("ood",), 0.5), {k: v[::-1] for k, v in FIXTURE.items()}
     assert objective_interval(weighted, FIXTURE).ends == pytest.approx(crossed(FIXTURE, HALVES).ends, abs=1e-14)
     difference = objective_difference(weighted, FIXTURE, other)
-    plain = crossed(paired_differences(FIXTURE, other), HALVES)
+    plain = crossed(intervals.paired_differences(FIXTURE, other), HALVES)
     assert (*difference.ends, difference.p_value) == pytest.approx((*plain.ends, plain.p_value), abs=1e-12)
     harmonic = objective_interval(ObjectiveSpec("harmonic", "id", ("ood",)), FIXTURE)
     a, b = (FIXTURE[name].mean(axis=1) for name in ("id", "ood"))
@@ -122,11 +114,11 @@ def test_objectives_weigh_sets_by_their_derivatives():
 
 
 def test_an_accuracy_without_variation_gets_the_interval_of_wilson_and_stays_below_one():
-    assert accuracy_interval(np.array([[True] * 9 + [False]])).ends == pytest.approx(wilson(9, 10))
-    assert accuracy_interval(np.ones((3, 28), bool)).ends == pytest.approx(wilson(28, 28))
+    assert intervals.accuracy_interval(np.array([[True] * 9 + [False]])).ends == pytest.approx(wilson(9, 10))
+    assert intervals.accuracy_interval(np.ones((3, 28), bool)).ends == pytest.approx(wilson(28, 28))
     nearly = np.ones((2, 40), bool)
     nearly[0, 0] = nearly[1, 1] = False
-    result = accuracy_interval(nearly)
+    result = intervals.accuracy_interval(nearly)
     assert 0 < result.ends[0] < result.mean < result.ends[1] == 1
     for right, num in ((0, 10), (3, 10), (812, 1008)):
         reference = stats.binomtest(right, num).proportion_ci(0.95, method="wilson")
@@ -258,7 +250,7 @@ def test_rows_have_the_intervals_of_each_configuration_and_all_of_it_is_json(cor
     ood = {name: correct["t0007"][name] for name in SPEC.ood_sets}
     assert row["ood_accuracy"] == crossed(ood, {"a": 0.5, "b": 0.5}).data()
     assert list(row["sets"]) == ["id_val", "a", "b"]
-    assert (last["over"], last["dof"]) == (OVER_IMAGES, None)  # infinite
+    assert (last["over"], last["dof"]) == (intervals.OVER_IMAGES, None)  # infinite
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     assert {*KEYS} <= found.keys()
     trained = {name: rows for name, rows in correct.items() if name != "zero_shot"}
@@ -334,6 +326,6 @@ def test_other_objectives_work_without_an_ood_set_and_one_training_each_covers_i
     found = compare(ObjectiveSpec(kind, "id_val", ()), single, "t0007", BASELINES, label="test", searched=0.78)
     assert found["rows"][0]["ood_accuracy"] is found["optimism"]["se"] is None
     assert list(found["baselines"][0]["sets"]) == ["id_val"]
-    assert comparison_lines(found)[-1].endswith(f"points; test; 95 %, {OVER_IMAGES}.")
+    assert comparison_lines(found)[-1].endswith(f"points; test; 95 %, {intervals.OVER_IMAGES}.")
     pair = compare(ObjectiveSpec(kind, "id_val", ("a", "b")), correct, "t0007", BASELINES)["baselines"][0]
     assert 0 <= pair["p"] <= 1
