@@ -86,12 +86,13 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     if mode == "hang" or (mode == "hang_once" and attempt == 1):
         time.sleep(1000)
     place, trained = out_dir / f"attempt-{attempt}", list(out_dir.glob("attempt-*/fine_tuned.safetensors"))
-    done = recipe.train.epochs if trained else saved_epoch(out_dir)
+    saved = [files.read_json(path) for path in out_dir.glob("attempt-*/step-*/state.json")]
+    done = recipe.train.epochs if trained else max(saved, default=0)
     for epoch in range(done + 1, recipe.train.epochs + 1):
         end = time.monotonic() + modes.get("seconds", 0.02)
         while time.monotonic() < end and (modes.get("deaf") or not context.should_stop()):
             time.sleep(min(0.05, modes.get("seconds", 0.02)))
-        while epoch > 1 and is_held(mode, prepared_dir):
+        while epoch > 1 and (mode == "hold" or (scripts(prepared_dir) / "hold").exists()):
             if context.should_stop():
                 stop(modes)
             time.sleep(0.1)
@@ -126,10 +127,6 @@ def stop(modes):
     raise InterruptedRunError("stopped")
 
 
-def is_held(mode, prepared_dir):
-    return mode == "hold" or (scripts(prepared_dir) / "hold").exists()
-
-
 def is_noted(out_dir, number):
     """Tells whether the study has as many intermediate values of a trial."""
     return any(len(row.intermediate_values) >= number for row in trials(out_dir.parents[1]) if row.name == out_dir.name)
@@ -138,11 +135,6 @@ def is_noted(out_dir, number):
 def save(out_dir, attempt, epoch):
     """Writes what stands for a checkpoint, under its name."""
     files.write_json(out_dir / f"attempt-{attempt}" / f"step-{10 * epoch:08d}" / "state.json", epoch)
-
-
-def saved_epoch(out_dir):
-    """The epoch of the newest checkpoint; 0 where there is none."""
-    return max((files.read_json(path) for path in out_dir.glob("attempt-*/step-*/state.json")), default=0)
 
 
 def reduced(context):

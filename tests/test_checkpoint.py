@@ -13,14 +13,8 @@ from test_loop import largest_difference, settings
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.training.checkpoint import (
-    Checkpoint,
-    load_optimizer_tensors,
-    load_tensors,
-    newest_checkpoint,
-    optimizer_tensors,
-    save_checkpoint,
-)
+from carft_ray.training import checkpoint as checkpoints
+from carft_ray.training.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from carft_ray.training.loop import fine_tune
 
 
@@ -36,8 +30,8 @@ def test_moments_come_back_with_the_strides_of_their_parameter_which_fused_kerne
     weight.grad = torch.rand_like(weight)
     first, second = (torch.optim.AdamW([weight], fused=True) for _ in range(2))
     first.step()
-    kept = {name: tensor.contiguous() for name, tensor in optimizer_tensors(first).items()}  # as a file holds them
-    load_optimizer_tensors(second, kept)
+    in_file = {name: tensor.contiguous() for name, tensor in checkpoints.optimizer_tensors(first).items()}
+    checkpoints.load_optimizer_tensors(second, in_file)
     for key, value in first.state[weight].items():
         torch.testing.assert_close(second.state[weight][key], value, rtol=0, atol=0, check_stride=True)
 
@@ -111,15 +105,6 @@ def test_a_training_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_clip, 
     assert caplog.messages == [f"passed over a damaged checkpoint: {newer}: {reason}"]
 
 
-def test_a_damaged_file_of_tensors_is_named(tmp_path):
-    path = tmp_path / "t.safetensors"
-    for content, value in ((None, "none"), (b"no tensors", "a damaged one")):
-        if content:
-            path.write_bytes(content)
-        with pytest.raises(StorageError, match=f"{path}: must be a file of tensors, but got {value}"):
-            load_tensors(path)
-
-
 @contextlib.contextmanager
 def limited(size):
     """Within the block no file can grow beyond ``size`` bytes; Python ignores the signal, writes fail."""
@@ -146,7 +131,6 @@ def test_without_space_the_checkpoint_before_stays_and_nothing_is_half_written(t
 def test_a_full_device_is_a_storage_error_with_the_next_step():
     with pytest.raises(StorageError) as caught:
         files.append_line(Path("/dev/full"), "a line")
-    assert caught.value.exit_code == 5
     assert str(caught.value).splitlines() == [
         "/dev/full: must be writable, but got No space left on device",
         "    Free some space or choose another folder, then run the same command again.",

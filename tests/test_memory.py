@@ -182,6 +182,5 @@ def test_a_shortage_of_an_evaluation_is_named(tmp_path, monkeypatch, patch, ever
     with pytest.raises(CarftError) as caught:
         search(tmp_path, f"evaluate.every_epochs={every_epochs}")
     assert text in str(caught.value)
-    assert "too little on the device cpu" in str(caught.value)
     assert caught.value.exit_code == 5
     assert not (tmp_path / "study" / "fits.json").exists()

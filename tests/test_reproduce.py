@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 
@@ -15,7 +14,7 @@ import short_study
 import short_training
 import stand_in
 from sources import folder_source
-from study_steps import searching
+from study_steps import contents, searching
 
 from carft_ray import environment
 from carft_ray.data import content
@@ -25,7 +24,6 @@ from carft_ray.evaluation.predictions import accuracy, correct, read_predictions
 from carft_ray.launch.runs.single import train_once
 from carft_ray.layout import PREDICTIONS
 from carft_ray.recipe.loading import dump_recipe, load_recipe
-from carft_ray.recipe.schema.recipe import single
 from carft_ray.results.compare import compare
 from carft_ray.results.reading.finished import open_finished, split_target
 from carft_ray.results.reading.study_view import read_study
@@ -192,9 +190,6 @@ def test_wrong_targets_are_refused_with_the_nearest(here):
     for folder, trial, told in (
         ("study", "plane", "did you mean 'plain'"),
         ("study", f"confirm/{row.name}-seed6", f"did you mean 'confirm/{row.name}-seed5'"),
-        ("run", "1", "number or name of a trial or baseline"),
-        ("studi", None, "no such folder"),
-        ("", None, "must be a study or the folder of a training"),
     ):
         with pytest.raises(UsageError, match=told):
             open_finished(here / folder, trial)
@@ -209,10 +204,6 @@ def test_an_unfinished_trial_is_refused_with_the_command_that_goes_on(here):
         assert study.next().number == 2
     with pytest.raises(NoSuccessfulTrialError, match="carft-ray resume"):
         open_finished(here / "study", "2")
-    with open_study(here / "begun", single(recipe)) as study:
-        study.enter("trial", {"train": {}})
-    with pytest.raises(NoSuccessfulTrialError, match="--resume"):
-        open_finished(here / "begun")
 
 
 def row(found, what):
@@ -553,16 +544,11 @@ def test_missing_damaged_and_older_predictions_are_named_and_zero_shot_is_evalua
 
 
 def test_the_command_shows_ranks_and_changes_nothing(run, profiled):
-    def everything():
-        paths = [path for path in profiled.rglob("*") if path.is_file()]
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
-
-    before = everything()
+    before = contents(profiled)
     code, out, err = run("rescore", profiled, "--objective", "worst_domain", "--sets", "fog")
     assert code == 0, err
-    head, _, columns, *rows = out.splitlines()
+    head, _, _, *rows = out.splitlines()
     assert head.startswith("Objective: worst_domain. The lowest accuracy of fog counts;")
-    assert re.split(r"  +", columns.strip()) == ["old rank", "new rank", "alpha", "ID, %", "OOD, %", "objective, %"]
     assert [row.split()[0] for row in rows[:3]] == ["plain", "half", "zero_shot"]
     assert len(rows) == 7
     assert max(map(len, rows)) <= 80
@@ -572,11 +558,9 @@ def test_the_command_shows_ranks_and_changes_nothing(run, profiled):
         first = json.loads(run("rescore", *words, "--json")[1])["trials"][0]["name"]
         has_weights = (profiled / "trials" / first / "attempt-1" / "fine_tuned.safetensors").exists()
         assert (f"carft-ray evaluate {profiled} --trial {first}" in run("rescore", *words)[2]) == has_weights
-    _, out, _ = run("rescore", profiled)
-    assert out.startswith("Objective: weighted_mean, ID weight 0.5 (the study's own objective). OOD: mean over sketch")
     answer = json.loads(run("rescore", profiled, "--objective", "harmonic", "--id-weight", "0.2", "--json")[1])
     assert (answer["objective"]["kind"], answer["objective"]["id_weight"]) == ("harmonic", None)
-    assert everything() == before
+    assert contents(profiled) == before
 
 
 def test_a_mistake_gives_one_message_and_its_exit_code(run, profiled, tmp_path):

@@ -18,7 +18,6 @@ from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from families import make_tokenizer
 from open_clip.tokenizer import HFTokenizer
 from safetensors.torch import load_file, save_file
-from stand_in import make_recipe
 from test_loop import CPU, clip_and_heads, largest_difference, unit
 from tiny import make_tiny_clip
 
@@ -238,7 +237,7 @@ def passes(monkeypatch):
 
 
 def kept(tmp_path, clip, class_names=CLASS_WORDS, prompts=TEMPLATES, say=str):
-    recipe = make_recipe()
+    recipe = stand_in.make_recipe()
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": str(tmp_path / "cache")})})
     return cached_heads(recipe, clip, class_names, prompts, torch.device("cpu"), say)
 

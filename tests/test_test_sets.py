@@ -368,23 +368,16 @@ def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
     return read_study(study_dir)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A study of stand-in trainings, and another one with which it can be compared."""
-    folder = tmp_path_factory.mktemp("made")
-    make_study(folder / "first")
-    make_study(folder / "plain search", (0.3, 0.65, 0.35))
-    return folder
+@pytest.fixture
+def view(tmp_path):
+    """A study of stand-in trainings."""
+    return make_study(tmp_path / "first")
 
 
 @pytest.fixture
-def view(made, tmp_path):
-    return read_study(shutil.copytree(made / "first", tmp_path / "first"))
-
-
-@pytest.fixture
-def other(made, tmp_path):
-    return read_study(shutil.copytree(made / "plain search", tmp_path / "plain search"))
+def other(tmp_path):
+    """Another one, with which it can be compared."""
+    return make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
 
 
 def name_of(view, number):
@@ -394,15 +387,6 @@ def name_of(view, number):
 def fixed(view, first, second=None, against=()):
     with open_study(view.study_dir, view.recipe) as study:
         configurations.fix(study, view.recipe, first, second, against)
-
-
-def test_fresh_seeds_come_from_ranges_that_search_and_stages_do_not_share():
-    recipe = make_recipe()
-    stages = [set(configurations.fresh_seeds(recipe, stage, 1000)) for stage in (1, 2)]
-    assert not stages[0] & stages[1]
-    assert recipe.train.seed not in stages[0] | stages[1]
-    assert configurations.fresh_seeds(recipe, 1, 5)[:3] == configurations.fresh_seeds(recipe, 1, 3)
-    assert min(stages[0]) == recipe.train.seed + configurations.SEED_STEP + 1
 
 
 def test_winner_next_best_and_every_baseline_are_confirmed_each_at_its_own_alpha_on_the_same_seeds(view):
@@ -445,7 +429,7 @@ def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_
     chosen = name_of(view, 2)
     second = configurations.second_stage(first, chosen, view.recipe)
     assert [row.name for row in second.rows if row.role != "baseline"] == [chosen]
-    assert len({*first.seeds, *second.seeds}) == 3 + 3
+    assert len({view.recipe.train.seed, *first.seeds, *second.seeds}) == 1 + 3 + 3
     assert not second.trainings().keys() & first.trainings().keys()
     fixed(view, first, second)
     assert configurations.read_plan(view.study_dir) == (first, second)
@@ -470,7 +454,7 @@ def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, oth
         configurations.first_stage(view, 1, 2, [other])
 
 
-def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, other, made):
+def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_too(view, other, tmp_path):
     for reason in ("", "once more"):
         write_line(other.study_dir, other.recipe, sets=("id_test",), reason=reason)
     first, notes = configurations.plan(view, 1, 2, [other])
@@ -481,7 +465,7 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     assert (inherited_reads(view.study_dir), num_test_reads(view.study_dir)) == (2, 2)
     fixed(view, first)  # without it, what was compared stays known
     assert num_test_reads(view.study_dir) == 2
-    third = configurations.plan(read_study(made / "plain search"), 1, 2, [view])
+    third = configurations.plan(make_study(tmp_path / "third"), 1, 2, [view])
     assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this counts here too"]
 
 
