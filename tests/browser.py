@@ -1,7 +1,6 @@
 """A headless Chromium, driven by its DevTools protocol: opens a page, clicks, reads, takes pictures. No network."""
 
 import asyncio
-import base64
 import contextlib
 import re
 import shutil
@@ -19,8 +18,6 @@ def program():
 
 
 class Page:
-    """An open page."""
-
     def __init__(self, socket):
         self._socket, self._number = socket, 0
         self._loaded = set()  # documents, by the id of their loader
@@ -67,10 +64,6 @@ class Page:
             elif await self.evaluate("document.body?.dataset.ready === 'true' && location.protocol === 'file:'"):
                 return
         raise TimeoutError(f"{path} does not become ready: {self.problems}")
-
-    async def pdf(self, path):
-        found = await self.call("Page.printToPDF", printBackground=True, preferCSSPageSize=True)
-        path.write_bytes(base64.b64decode(found["data"]))
 
 
 @contextlib.asynccontextmanager

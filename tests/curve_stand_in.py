@@ -30,13 +30,8 @@ def metrics_at(train, alpha):
     good = 1 / (1 + math.log10(train.learning_rate / 1e-3) ** 2)
     id_accuracy = 0.6 + 0.25 * good * alpha
     ood_accuracy = 0.5 + 0.3 * good * alpha * (0.9 - alpha) + 0.01 * math.log10(1 + train.kl_weight) * alpha
-    return {
-        "objective": (id_accuracy + ood_accuracy) / 2,
-        "id_accuracy": id_accuracy,
-        "ood_accuracy": ood_accuracy,
-        "accuracy/id_val": id_accuracy,
-        "accuracy/sketch": ood_accuracy,
-    }
+    means = {"objective": (id_accuracy + ood_accuracy) / 2, "id_accuracy": id_accuracy, "ood_accuracy": ood_accuracy}
+    return {**means, "accuracy/id_val": id_accuracy, "accuracy/sketch": ood_accuracy}
 
 
 def result_of(recipe, study_dir):

@@ -176,7 +176,6 @@ KINDS = {
 
 
 def write_page(view, path):
-    """Writes the page of a study; returns its document."""
     report = Report(view)
     report.save(path)
     return report.document

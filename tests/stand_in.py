@@ -58,11 +58,6 @@ def tell(folder, **modes):
     return base
 
 
-def look(train, epoch):
-    """The objective on the way, which rises to the final one in the same order for all."""
-    return objective(train) * (0.5 + 0.5 * epoch / train.epochs)
-
-
 def prepare(recipe, folder, say=None):
     folder.mkdir(parents=True, exist_ok=True)
     if (scripts(folder) / "no_data").exists():
@@ -99,7 +94,8 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
         if context.rank == 0:
             row = {"epoch": epoch, "step": 10 * epoch, "num_steps": 10 * recipe.train.epochs, "loss": 1 / epoch}
             if has_intermediate_value(recipe.evaluate.every_epochs, recipe.search.pruner, epoch, recipe.train.epochs):
-                row["subset/objective"] = look(recipe.train, epoch)
+                part = 0.5 + 0.5 * epoch / recipe.train.epochs  # rises to the final one in the same order for all
+                row["subset/objective"] = part * objective(recipe.train)
             context.report(row)
             save(out_dir, attempt, epoch)
         while modes.get("paced") and not context.should_stop() and not is_noted(out_dir, epoch):
@@ -108,12 +104,8 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
             stop(modes)
     told = {"pid": os.getpid()} if modes.get("tell_pid") else {}
     value = math.nan if mode == "nan" else objective(recipe.train)
-    result = {
-        "objective": value,
-        "alpha": 0.5,
-        "metrics": {"id_accuracy": 0.8, "ood_accuracy": 0.5, "ranks": reduced(context)} | told,
-        "elapsed_s": 0.1,
-    }
+    metrics = {"id_accuracy": 0.8, "ood_accuracy": 0.5, "ranks": reduced(context)} | told
+    result = {"objective": value, "alpha": 0.5, "metrics": metrics, "elapsed_s": 0.1}
     if context.rank == 0 and math.isfinite(value):
         files.write_bytes(place / "fine_tuned.safetensors", b"weights")
         write_result(place, result)

@@ -19,8 +19,6 @@ prepare = runtime.prepare
 
 
 class Step(NamedTuple):
-    """A line of ``steps.txt``."""
-
     attempt: int
     rank: int
     step: int

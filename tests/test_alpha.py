@@ -6,7 +6,6 @@ import math
 import operator
 from pathlib import Path
 
-import curve_stand_in
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -42,10 +41,7 @@ SPEC = ObjectiveSpec("weighted_mean", "id_val", ("noisy",), 0.5)
 def points(objectives, alphas=MEASURED, **violations):
     """Points of a curve; ``violations`` are lists by the name of a constraint."""
     named = {f"violation/{name}": values for name, values in violations.items()}
-    return [
-        {"alpha": alpha, "objective": value, **{name: values[i] for name, values in named.items()}}
-        for i, (alpha, value) in enumerate(zip(alphas, objectives, strict=True))
-    ]
+    return pa.table({"alpha": alphas, "objective": objectives, **named}).to_pylist()
 
 
 def test_the_highest_measured_objective_from_the_lowest_alpha_on_is_chosen_and_of_equal_ones_the_smaller_alpha():
@@ -85,12 +81,10 @@ def measured(recipe):
 
 
 def test_the_grid_and_the_lowest_alpha_are_each_measured_once_and_a_fixed_alpha_with_its_ends():
-    pareto, fixed = (
-        curve_stand_in.make_recipe(**more) for more in ({}, {"objective": {}, "alpha": {"mode": "sample"}})
-    )
+    pareto, fixed = make_recipe(), make_recipe(objective={}, alpha={"mode": "sample"})
     for recipe, expected in ((fixed, [0.0, 0.7, 1.0]), (pareto, sorted({*MEASURED, 0.7}))):
         assert list(measured(apply(recipe, {"alpha": 0.7}))) == expected
-    tables = measured(curve_stand_in.make_recipe(objective={}, alpha={}))
+    tables = measured(make_recipe(objective={}, alpha={}))
     assert list(tables) == list(MEASURED)
     curve = curve_points(tables, SPEC, ())
     assert [point["alpha"] for point in curve] == list(MEASURED)

@@ -40,14 +40,11 @@ def methods(car_id, car_ood):
 
 
 def test_verdicts_pass_at_the_threshold_and_fail_just_below_or_without_a_number():
-    thresholds = [
-        acceptance.Threshold("gain", "a gain", 0.03, 0.08),
-        acceptance.Threshold("ratio", "a ratio", 3.0, points=False),
-    ]
-    assert acceptance.verdicts({"gain": 0.03, "ratio": 3.0}, thresholds) == (
-        ["PASS  a gain: +3.0 points (at least +3.0 points, aim +8.0 points)", "PASS  a ratio: 3.00 (at least 3.00)"],
-        True,
-    )
+    gain = acceptance.Threshold("gain", "a gain", 0.03, 0.08)
+    thresholds = [gain, acceptance.Threshold("ratio", "a ratio", 3.0, points=False)]
+    lines, passed = acceptance.verdicts({"gain": 0.03, "ratio": 3.0}, thresholds)
+    assert passed
+    assert lines[0] == "PASS  a gain: +3.0 points (at least +3.0 points, aim +8.0 points)"
     lines, passed = acceptance.verdicts({"gain": 0.0299, "ratio": math.nan}, thresholds)
     assert not passed
     assert [line[:4] for line in lines] == ["FAIL", "FAIL"]

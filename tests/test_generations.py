@@ -24,15 +24,12 @@ from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import best_row, trials
 
-WIDE = {"low": 1e-5, "high": 1e-2, "log": True}
 NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
-KL = {"low": 0.1, "high": 10, "log": True}
 
 
 def recipe_of(num_trials=6, train=None, search=None, **space):
     recipe = make_recipe(num_trials, baselines={}, **(search or {})).model_dump()
-    space = {"learning_rate": WIDE, "kl_weight": KL, **space}
-    recipe["search"]["space"] = {name: value for name, value in space.items() if value}
+    recipe["search"]["space"] |= space
     recipe["train"] |= train or {}
     return Recipe.model_validate(recipe)
 
@@ -149,9 +146,8 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
             assert rows[spec.number].reason == "outside the search space, which was changed while it ran"
         assert not outside[1].place(study_dir).exists()
         again = [study.next() for _ in inside]
-        assert [(s.number, s.name, s.values, s.attempt) for s in again] == [
-            (s.number, s.name, s.values, 2) for s in inside
-        ]
+        expected = [(s.number, s.name, s.values, 2) for s in inside]
+        assert [(s.number, s.name, s.values, s.attempt) for s in again] == expected
         assert study.next().number == 8
 
 

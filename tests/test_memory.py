@@ -109,9 +109,7 @@ def test_nothing_waits_for_a_batch_and_an_image_leaves_40_bytes(tiny_clip, heads
         assert left == [22 * 8 * len(OF_LOGITS)] * 2  # one copy at the end of each set
 
 
-def test_images_of_another_size_and_labels_of_a_set_of_groups_that_are_not_their_first_classes_are_refused(
-    tiny_clip, heads, source
-):
+def test_images_of_another_size_and_labels_that_are_no_first_classes_of_groups_are_refused(tiny_clip, heads, source):
     classifier, larger = build_classifier(tiny_clip, heads[0], settings(), CPU), ArraySource(size=24)
     with pytest.raises(RuntimeError, match="must match the size"):  # as it is: no want of memory
         predict(classifier, ImageSet("id_val", larger.images, larger.labels, larger.sample_ids), 0.5, 4, RunContext())

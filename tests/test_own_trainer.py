@@ -67,9 +67,8 @@ def train(ready, tmp_path):
     def call(function, *overrides, context=None, out="out", attempt=1):
         name, given = (function, None) if isinstance(function, str) else (function.__name__, function)
         recipe = recipe_for(folder, name, *tests, *(overrides or ONE_EPOCH))
-        return run_training(
-            recipe, tmp_path / out, folder / "prepared", context or RunContext(), attempt, function=given
-        )
+        place, prepared = tmp_path / out, folder / "prepared"
+        return run_training(recipe, place, prepared, context or RunContext(), attempt, function=given)
 
     return call
 

@@ -92,7 +92,6 @@ def contents(folder):
 
 
 def summary_of(run, study, *words):
-    """Returns what ``test --json`` prints of a study."""
     code, out, err = run("test", study, *words, "--json")
     assert code == 0, err
     return json.loads(out)
@@ -277,7 +276,6 @@ def test_a_read_without_its_last_files_goes_on_with_the_rows_of_its_line(run, ag
 
 
 def test_the_rows_of_a_confirm_are_read_with_all_their_seeds_once_it_is_finished(run, here):
-    """Winner and a baseline at two alphas on two fresh seeds, and zero-shot."""
     study = here / "study"
     best, plain = best_row(trials(study)), next(row for row in baselines(study) if row.name == "plain")
     rows = (
@@ -370,13 +368,11 @@ def make_study(study_dir, objectives=(0.4, 0.5, 0.7, 0.6), **search):
 
 @pytest.fixture
 def view(tmp_path):
-    """A study of stand-in trainings."""
     return make_study(tmp_path / "first")
 
 
 @pytest.fixture
 def other(tmp_path):
-    """Another one, with which it can be compared."""
     return make_study(tmp_path / "plain search", (0.3, 0.65, 0.35))
 
 

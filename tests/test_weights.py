@@ -148,9 +148,7 @@ def test_activation_and_preprocessing_are_told_by_a_hash_or_a_configuration(mode
     config = {"model_cfg": {**CONFIG, "quick_gelu": True}, "preprocess_cfg": beside}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     text = message(tmp_path / "open_clip_model.safetensors", NAME, RecipeError)
-    assert (
-        f"(by its open_clip_config.json) was trained with (QuickGELU), or every number is wrong, but got {NAME}" in text
-    )
+    assert "(by its open_clip_config.json) was trained with (QuickGELU)" in text
     clip = load(tmp_path / "open_clip_model.safetensors", QUICK)
     assert (clip.mean, clip.std, clip.input_key) == ((0.5,) * 3, (0.25,) * 3, "16-bilinear-squash")
 
@@ -158,10 +156,8 @@ def test_activation_and_preprocessing_are_told_by_a_hash_or_a_configuration(mode
 def test_the_tokenizer_comes_from_the_folder_of_the_weights(models, tmp_path):
     state = build_model(WORDS).state_dict()
     save_file(state, tmp_path / "weights.safetensors")
-    assert message(tmp_path / "weights.safetensors", WORDS).startswith(
-        f"model.name: the tokenizer of {WORDS} must be in the hub's cache or fetched (nobody/words), but got not in "
-        "the cache, and no connection to the hub\n    Without a network: "
-    )
+    told = f"model.name: the tokenizer of {WORDS} must be in the hub's cache or fetched (nobody/words), but got not in"
+    assert message(tmp_path / "weights.safetensors", WORDS).startswith(told)
     make_tokenizer(tmp_path)
     clip = load(tmp_path / "weights.safetensors", WORDS)
     assert clip.tokenizer(["a photo of the cat"]).tolist() == [[4, 5, 6, 7, 13, 2, 1, 1]]
@@ -492,9 +488,8 @@ SENTENCES = ["a photo of a cat", "a sketch of the dog", "house"]
 def make_folder(folder, text=None, vision=None, **saved):
     """Writes a CLIPModel with random weights as transformers writes it, and the files of its image processor."""
     torch.manual_seed(0)
-    config = transformers.CLIPConfig(
-        text_config={**TEXT_TOWER, **(text or {})}, vision_config={**VISION_TOWER, **(vision or {})}, projection_dim=16
-    )
+    towers = {"text_config": TEXT_TOWER | (text or {}), "vision_config": VISION_TOWER | (vision or {})}
+    config = transformers.CLIPConfig(**towers, projection_dim=16)
     model = transformers.CLIPModel(config).eval()
     with torch.no_grad():
         for value in model.parameters():
@@ -581,18 +576,15 @@ ODD_SENTENCES = [
 def make(kind=open_clip.CLIP, preprocess=None, tokenizer=None, text=None, vision=None, **model):
     """Returns a tiny CLIP with other settings than the usual one; its biases and scales are no zeros and ones."""
     torch.manual_seed(0)
-    config = copy.deepcopy(CONFIG)
-    config["vision_cfg"].update(vision or {})
-    config["text_cfg"].update(text or {})
-    config.update(model)
+    vision_cfg, text_cfg = CONFIG["vision_cfg"] | (vision or {}), CONFIG["text_cfg"] | (text or {})
+    config = {**CONFIG, "vision_cfg": vision_cfg, "text_cfg": text_cfg, **model}
     clip = kind(**copy.deepcopy(config))
     with torch.no_grad():
         for parameter in clip.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
         clip.logit_scale.fill_(3.0)
-    open_clip.set_model_preprocess_cfg(
-        clip, {**vars(open_clip.transform.PreprocessCfg()), "size": 16} | (preprocess or {})
-    )
+    given = {**vars(open_clip.transform.PreprocessCfg()), "size": 16, **(preprocess or {})}
+    open_clip.set_model_preprocess_cfg(clip, given)
     return wrap_model(clip, tokenizer or open_clip.SimpleTokenizer(context_length=16), config)
 
 
