@@ -24,6 +24,8 @@ from carft_ray.study.ledger import read_ledger, require_unread
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import best_row, trials
 
+pytestmark = pytest.mark.slow
+
 NARROW = {"low": 1e-4, "high": 1e-3, "log": True}
 
 
@@ -72,7 +74,6 @@ def test_values_are_placed_with_the_fields_that_are_not_drawn():
     assert place({**values, "learning_rate": 1.0}, recipe) == "learning_rate"
 
 
-@pytest.mark.slow
 def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir):
     before = begin(study_dir, recipe_of(), values=True)
     old = optuna_study(study_dir)
@@ -110,7 +111,6 @@ def test_narrowing_keeps_every_row_and_shows_the_sampler_those_inside(study_dir)
     assert not any(row.outside for row in trials(study_dir))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("is_inside", [True, False])
 def test_a_new_parameter_has_the_value_of_train_in_old_trials_inside_the_space_or_not(study_dir, is_inside):
     before = begin(study_dir, recipe_of())
@@ -128,7 +128,6 @@ def test_a_new_parameter_has_the_value_of_train_in_old_trials_inside_the_space_o
         assert [spec.number for spec in run_all(study)] == [8]
 
 
-@pytest.mark.slow
 def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones_are_told(study_dir):
     with searching(study_dir, recipe_of(12)) as study:
         specs = [study.next() for _ in range(8)]
@@ -151,7 +150,6 @@ def test_running_trials_are_recovered_inside_and_ended_outside_and_finished_ones
         assert study.next().number == 8
 
 
-@pytest.mark.slow
 def test_readers_and_the_command_line_follow_the_space(study_dir, capsys):
     before = begin(study_dir, recipe_of())
     with searching(study_dir, recipe_of(7, learning_rate=NARROW), True) as study:
@@ -168,7 +166,6 @@ def test_readers_and_the_command_line_follow_the_space(study_dir, capsys):
         assert told in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recipe(study_dir, tmp_path):
     begin(study_dir, recipe_of())
     begin(tmp_path / "source", recipe_of(2), 2)
@@ -180,7 +177,6 @@ def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recip
     assert load_recipe(study_dir / "resolved.yaml") == narrow
 
 
-@pytest.mark.slow
 def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_is_told(study_dir):
     begin(study_dir, recipe_of())
     with open_study(study_dir, recipe_of(), True) as study:
@@ -196,7 +192,6 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
     assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
 
 
-@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(study_dir, tmp_path):
     """The manifest has the new one first: the next search with that recipe moves the trials."""
     begin(study_dir, recipe_of())

@@ -144,10 +144,8 @@ def test_schedule_rises_linearly_and_falls_as_a_cosine():
     rates = [learning_rate_at(step, 2.0, 4, 12) for step in range(12)]
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert rates[4:] == pytest.approx([1 + math.cos(math.pi * k / 8) for k in range(8)])
-    assert num_warmup_steps(None, 144) == 14
-    assert num_warmup_steps(None, 25_000) == 500
+    assert [num_warmup_steps(None, num_steps) for num_steps in (144, 25_000, 1)] == [14, 500, 0]
     assert num_warmup_steps(99, 10) == 9
-    assert num_warmup_steps(None, 1) == 0
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,6 @@ def measure(out, num_images, num_classes, num_groups):
 
 
 @pytest.mark.whole
-@pytest.mark.slow
 def test_memory_does_not_grow_with_images_times_classes(tmp_path):
     """Of 1,500 images, 4,000 classes, 2,000 groups; all logits are 24 MB, softmax over them in float64 150 more."""
     attempts.forked(measure, tmp_path / "found", 1500, 4000, 2000).join()

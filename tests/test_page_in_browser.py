@@ -30,15 +30,10 @@ STATE = """(() => {
         marks: figure.querySelectorAll(".point, .points path, .js-line, .contourlevel, .bars path, .fills").length}));
     return {figures, text: document.body.innerText, wide: document.documentElement.scrollWidth};
 })()"""
-MOVE = """(() => {{
-    const slider = document.getElementById("{id}");
-    slider.value = {value};
-    slider.dispatchEvent(new Event("input", {{bubbles: true}}));
-}})()"""
-CHOOSE = """(() => {{
-    const menu = document.getElementById("{id}");
-    menu.value = "{value}";
-    menu.dispatchEvent(new Event("change"));
+SET = """(() => {{
+    const control = document.getElementById("{id}");
+    control.value = "{value}";
+    for (const name of ["input", "change"]) control.dispatchEvent(new Event(name, {{bubbles: true}}));
 }})()"""
 NAMES = 'document.getElementById("front").querySelector(".canvas").data.flatMap((trace) => trace.customdata ?? [])'
 CLICK = "document.querySelector('{}').click()"
@@ -118,7 +113,7 @@ def test_the_slider_moves_alpha_along_all_curves_and_shows_the_measured_numbers(
     page.open(path)
     before = page.evaluate(diamonds)
     assert len(before) == len(document["curves"])
-    page.evaluate(MOVE.format(id="alpha", value=0.2))
+    page.evaluate(SET.format(id="alpha", value=0.2))
     points = {curve["name"]: curve["points"] for curve in document["curves"]}
     cells = [(*key.split(), text) for key, text in page.evaluate(shown).items() if key.split()[-1] in METRICS]
     assert len(cells) >= 3 * 5
@@ -126,7 +121,7 @@ def test_the_slider_moves_alpha_along_all_curves_and_shows_the_measured_numbers(
         [point] = [one for one in points[name] if one["alpha"] == 0.2]
         assert float(text) == pytest.approx(100 * point[metric], abs=0.0501)
     assert all(x != y for x, y in zip(before, page.evaluate(diamonds), strict=True))
-    page.evaluate(MOVE.format(id="alpha", value=0.7))
+    page.evaluate(SET.format(id="alpha", value=0.7))
     assert "between measured points" in page.evaluate('document.getElementById("alpha-text").textContent')
     page.evaluate(CLICK.format('[data-alpha="chosen"]'))
     best = document["status"]["best"]
@@ -144,7 +139,7 @@ def test_the_filters_drive_every_figure_and_the_table_and_stay_when_the_page_is_
     assert {*page.evaluate(NAMES)} == {*complete}
     page.evaluate(CLICK.format('#outcomes input[value="diverged"]'))
     assert {row[0] for row in page.evaluate(ROWS)} == {*complete}
-    page.evaluate(MOVE.format(id="top", value=20))
+    page.evaluate(SET.format(id="top", value=20))
     assert {*page.evaluate(NAMES)} == {row[0] for row in page.evaluate(ROWS)} == {*best}
     assert "Fewer than 20 trials" in page.evaluate('document.querySelector("#contour .canvas").innerText')
     assert page.evaluate('document.querySelector("#history .canvas").data[0].x.length') == len(best)
@@ -154,7 +149,7 @@ def test_the_filters_drive_every_figure_and_the_table_and_stay_when_the_page_is_
     page.evaluate(CLICK.format('#filters button[type="reset"]'))
     time.sleep(0.5)
     assert page.evaluate(SHOWN) == "30 of 30 trials"
-    page.evaluate(MOVE.format(id="top", value=20))
+    page.evaluate(SET.format(id="top", value=20))
     page.open(path)
     assert page.evaluate(SHOWN) == f"{len(best)} of 30 trials"
     check(page.evaluate(STATE), 1024)
@@ -188,7 +183,7 @@ def test_trials_of_one_method_are_filtered_and_shown_with_their_numbers(tmp_path
     page.open(tmp_path / "page.html")
     assert {*page.evaluate(OPTIONS.format("method"))} == {"", *METHODS.values()}
     for method in METHODS.values():
-        page.evaluate(CHOOSE.format(id="method", value=method))
+        page.evaluate(SET.format(id="method", value=method))
         wanted = {row["name"]: row for row in document["trials"] if methods[row["name"]] == method}
         assert page.evaluate(SHOWN) == f"{len(wanted)} of {len(methods)} trials"
         found = {name: 1 / (1 + math.exp(-x)) for name, x in page.evaluate(points)}

@@ -43,7 +43,6 @@ from carft_ray.study.rows import trials
 from carft_ray.training.thumbnails import SIDE, changed, read_thumbnails, write_thumbnails
 
 pytestmark = pytest.mark.slow
-MAX_BYTES = 6_000_000
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +240,7 @@ def test_the_command_prints_the_card_or_writes_it_into_a_file(two, run):
 def check_page(path, document):
     """A page holds all that it needs, is not too large, and has the figures that the document has numbers for."""
     text = path.read_text(encoding="utf-8")
-    assert len(text.encode()) < MAX_BYTES
+    assert len(text.encode()) < 6_000_000
     tags, parser = [], HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
     parser.feed(text)

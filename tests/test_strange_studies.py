@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 
 import crash_host
 import logs
@@ -19,14 +18,9 @@ RECIPE = report_studies.make_recipe(4, ood=False)
 RECIPE = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"batch_size": 16, "micro_batch": 16})})
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    return report_studies.make(tmp_path_factory.mktemp("made") / "study", 3, RECIPE)
-
-
 @pytest.fixture
-def study_dir(made, tmp_path):
-    return shutil.copytree(made, tmp_path / "here" / "study")
+def study_dir(tmp_path):
+    return report_studies.make(tmp_path / "here" / "study", 3, RECIPE)
 
 
 @pytest.fixture

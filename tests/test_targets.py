@@ -211,10 +211,8 @@ def test_both_heads_equal_numpy_in_float64(monkeypatch):
     monkeypatch.setattr(heads, "BATCH_SIZE", 2)
     class_head, context_head = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
     with torch.no_grad():
-        raw = np.stack(
-            [clip.model.encode_text(clip.tokenizer([t.format(c) for c in CLASS_WORDS])).numpy() for t in TEMPLATES]
-        )
-
+        tokens = [clip.tokenizer([template.format(name) for name in CLASS_WORDS]) for template in TEMPLATES]
+        raw = np.stack([clip.model.encode_text(each).numpy() for each in tokens])
     np.testing.assert_allclose(class_head.numpy(), unit(unit(raw).mean(axis=0)), atol=1e-9)
     np.testing.assert_allclose(context_head.numpy(), unit(unit(raw).mean(axis=1)), atol=1e-9)
     equal_words, _ = build_heads(clip.model, clip.tokenizer, ("missile", "missile", "dog"), TEMPLATES)
