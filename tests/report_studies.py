@@ -136,7 +136,6 @@ def fill(study, num, fails=lambda number: False):
 
 
 def make(study_dir, num=6, recipe=None, fails=lambda number: False):
-    """Writes a finished study; returns its directory."""
     with open_study(study_dir, recipe or make_recipe(num)) as study:
         fill(study, num, fails)
     return study_dir

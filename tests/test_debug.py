@@ -78,13 +78,10 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
 
 
 def test_a_training_of_two_workers_takes_ray(tmp_path, monkeypatch):
+    alone = stand_in.make_recipe(resources={"executor": "debug", "num_workers": 2})
+    assert [finding.rule for finding in broken_rules(alone)] == ["must be 1 with executor: debug"]
     monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE}")
     recipe, said = stand_in.make_recipe(1, resources={"num_workers": 2, "cpus_per_worker": 0.5}), []
     result, _ = train_once(recipe, tmp_path / "run", False, "", said.append, str, str, runner=STAND_IN)
     assert "training with 2 Ray Train workers" in said
     assert result["metrics"]["ranks"] == 1 + 2
-
-
-def test_it_runs_one_worker():
-    recipe = stand_in.make_recipe(resources={"executor": "debug", "num_workers": 2})
-    assert [finding.rule for finding in broken_rules(recipe)] == ["must be 1 with executor: debug"]

@@ -57,7 +57,6 @@ class Window:
 
 @pytest.fixture(scope="module")
 def window(tmp_path_factory):
-    """One browser for all tests."""
     with asyncio.Runner() as runner:
         session = browser.browser(tmp_path_factory.mktemp("profile"))
         yield Window(runner, runner.run(session.__aenter__()))

@@ -60,7 +60,6 @@ def here(tmp_path, monkeypatch):
 
 @pytest.fixture
 def two(studies, here):
-    """A copy of a study of two trials."""
     return Path(shutil.copytree(studies("two"), here / "study"))
 
 

@@ -423,18 +423,15 @@ def test_the_digest_of_the_code_changes_with_every_file(tmp_path):
 
 def searched(folder, *settings):
     """A study of real trainings of a fraction of a second, made as the search makes it, without Ray."""
-    recipe = load_recipe(
-        short_sealed.write(folder, short_training),
-        [
-            f"data.cache_dir={folder / 'cache'}",
-            "data.ood_val.fog={source: folder, path: images, domains: [cartoon]}",
-            "data.ood_test.night={source: folder, path: images, domains: [painting]}",
-            "search.baselines={plain: {kl_weight: 0}, half: {alpha: 0.5}}",
-            "search.keep_checkpoints=1",
-            "train.epochs=2",
-            *settings,
-        ],
-    )
+    always = [
+        f"data.cache_dir={folder / 'cache'}",
+        "data.ood_val.fog={source: folder, path: images, domains: [cartoon]}",
+        "data.ood_test.night={source: folder, path: images, domains: [painting]}",
+        "search.baselines={plain: {kl_weight: 0}, half: {alpha: 0.5}}",
+        "search.keep_checkpoints=1",
+        "train.epochs=2",
+    ]
+    recipe = load_recipe(short_sealed.write(folder, short_training), [*always, *settings])
     return short_study.search(folder / "study", recipe)
 
 

@@ -40,7 +40,6 @@ def everything(folder):
 
 
 WRITERS = ["resume {}", "confirm {} --seeds 2", "test {}", "report {} --html --out page.html"]
-COMMANDS = [*WRITERS, "report {}", "status {}", "logs {} 0", "export {} --to exported"]
 
 
 @pytest.mark.slow
@@ -52,7 +51,7 @@ def test_a_training_whose_name_leads_out_of_the_study_is_refused(
     name = str(victim) if is_absolute else "../../../victim/run1"
     logs.replace(study_dir, json.dumps(best_first(trials(study_dir))[0].name), json.dumps(name))
     before = everything(tmp_path)
-    for command in COMMANDS:
+    for command in (*WRITERS, "report {}", "status {}", "logs {} 0", "export {} --to exported"):
         code = crash_host.call(command.format(study_dir).split())
         told = capsys.readouterr().err
         assert code == StorageError.exit_code, (command, told)

@@ -13,7 +13,7 @@ from conftest import CLASS_WORDS, TEMPLATES, ArraySource
 from open_clip.model import _build_vision_tower
 from open_clip.timm_model import TimmModel
 from stand_in import make_recipe
-from test_loop import CPU, largest_difference, settings
+from test_loop import CPU, GPU, largest_difference, settings
 from timm.optim import param_groups_layer_decay
 from tiny import make_resnet_clip
 from torch import nn
@@ -234,15 +234,14 @@ def test_mixtures_are_those_of_mixed_states_and_leave_the_model_as_it_was(resnet
 
 
 def test_auto_compiles_long_trainings_on_a_gpu_with_a_compiler(monkeypatch):
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
     monkeypatch.setattr(tower, "has_compiler", lambda device: True)
     long, short = (settings(epochs=epochs, batch_size=100) for epochs in (10, 9))
-    assert [tower.compiles(train, 9_901, gpu) for train in (long, short)] == [True, False]
-    assert not tower.compiles(long, 9_901, cpu)
+    assert [tower.compiles(train, 9_901, GPU) for train in (long, short)] == [True, False]
+    assert not tower.compiles(long, 9_901, CPU)
     for fixed in (True, False):
-        assert tower.compiles(settings(compile=fixed), 100, cpu) is fixed
+        assert tower.compiles(settings(compile=fixed), 100, CPU) is fixed
     monkeypatch.setattr(tower, "has_compiler", lambda device: False)
-    assert not tower.compiles(long, 9_901, gpu)
+    assert not tower.compiles(long, 9_901, GPU)
 
 
 def test_what_auto_means_is_decided_once_for_a_study(tiny_clip, source, tmp_path, monkeypatch):
@@ -312,15 +311,11 @@ def test_a_study_is_refused_before_it_trains_for_what_its_space_or_a_baseline_wo
 
 
 # name -> number of layers: stem, blocks, and what stands after them
+VITS = ("ViT-B-32", "coca_ViT-B-32", "ViT-B-16-SigLIP", "EVA02-B-16", "PE-Core-B-16", "MobileCLIP2-B")
 TOWERS = {
-    "ViT-B-32": 12 + 2,
+    **dict.fromkeys(VITS, 12 + 2),
     "ViT-L-14-CLIPA": 24 + 2,
-    "coca_ViT-B-32": 12 + 2,
     "RN50": 3 + 4 + 6 + 3 + 2,
-    "ViT-B-16-SigLIP": 12 + 2,
-    "EVA02-B-16": 12 + 2,
-    "PE-Core-B-16": 12 + 2,
-    "MobileCLIP2-B": 12 + 2,
     "convnext_base_w": 3 + 3 + 27 + 3 + 2,
 }
 

@@ -104,7 +104,6 @@ def test_missing_extra_and_reshaped_tensors_are_named(models, tmp_path):
     save_file(models, tmp_path / "fine.safetensors")
     text = message(tmp_path / "fine.safetensors", OTHER)
     assert text.startswith("model.pretrained: the tensors of fine.safetensors must be those of the model, but got size")
-    assert "torch.Size([32, 3, 8, 8]) from checkpoint, the shape in current model is torch.Size([32, 3, 4, 4])" in text
     save_file({**models, "more": torch.zeros(1)}, tmp_path / "more.safetensors")
     assert message(tmp_path / "more.safetensors").endswith('but got Unexpected key(s) in state_dict: "more".')
     less = {name: value for name, value in models.items() if not name.startswith("visual.ln")}
@@ -128,10 +127,9 @@ def test_gelu_and_quick_gelu_give_other_logits_and_openais_state_is_refused_unde
         logits = [clip.model.get_logits(images, tokens)[0] for clip in clips]
     assert (logits[0] - logits[1]).abs().max() > 0.01  # rounding: 1e-5
     torch.save({**models, **dict.fromkeys(OPENAI_SIZES, torch.tensor(1))}, tmp_path / "openai.pt")
-    assert message(tmp_path / "openai.pt", NAME, RecipeError) == (
-        "model.name: must compute the activation that openai.pt (OpenAI's own) was trained with (QuickGELU), or every "
-        f"number is wrong, but got {NAME} (GELU)\n    Write model.name: {NAME}-quickgelu"
-    )
+    text = message(tmp_path / "openai.pt", NAME, RecipeError)
+    assert "must compute the activation that openai.pt (OpenAI's own) was trained with (QuickGELU)" in text
+    assert text.endswith(f"but got {NAME} (GELU)\n    Write model.name: {NAME}-quickgelu")
     assert load(tmp_path / "openai.pt", QUICK).weights_hash == clips[1].weights_hash
 
 
