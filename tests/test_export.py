@@ -73,7 +73,6 @@ FORMS = {
     "biased": ["train.head_bias=true", "train.alpha=0.7", "train.precision=bf16"],
 }
 LIBRARIES = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnxruntime"}
-FARTHEST_LOGIT = "carft_ray.results.export.export.farthest_logit"  # opens an export in another process, seconds
 ALWAYS = {"README.md", "class_head.safetensors", "recipe.yaml"}
 FILES = {
     "open_clip": {"open_clip_config.json", "open_clip_model.safetensors", "no_merges.txt.gz"},
@@ -237,7 +236,7 @@ def test_a_tokenizer_of_its_own_travels_with_the_export(trained, tmp_path, monke
     make_tokenizer(folder)
     clip = load_folder(folder)
     other = dataclasses.replace(training, inputs=dataclasses.replace(training.inputs, clip=clip))
-    monkeypatch.setattr(FARTHEST_LOGIT, lambda *given: 0.0)
+    monkeypatch.setattr("carft_ray.results.export.export.farthest_logit", lambda *given: 0.0)  # seconds
     export = export_model(other, tmp_path / "export")
     assert load_folder(export.folder).tokenizer(["a dark circle"])[0, :5].tolist() == [4, 9, 3, 2, 1]
     assert {"tokenizer.json", "tokenizer_config.json"} < {path.name for path in export.folder.iterdir()}

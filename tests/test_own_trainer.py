@@ -428,7 +428,8 @@ def test_with_trust_it_is_resumed_confirmed_tested_exported_and_trained_again(fi
     assert "carft-ray confirm study --trust" in capsys.readouterr().err
     assert call(["confirm", "study", "--top", "1", "--seeds", "2", *debug]) == 0
     assert call(["test", "study"]) == 0
-    assert call(["export", "study", "--to", "exported"]) == 0
+    assert call(["export", "study", "--to", "exported", "--format", "huggingface"]) == 0
+    assert not (finished / "exported" / "open_clip_config.json").exists()
     card = (finished / "exported" / "README.md").read_text()
     assert "function mine:few_steps" in card
     assert str(finished) not in card
