@@ -82,6 +82,7 @@ class Tune:
     def die(self, trial, message="The actor died unexpectedly.\nMore."):
         trial.status = "ERROR"
         trial.get_pickled_error = lambda: RuntimeError(message)
+        self.callback.on_trial_error(0, self.trials, trial)
         self.searcher.on_trial_complete(trial.trial_id, error=True)
 
     def place(self, trial):
@@ -464,14 +465,10 @@ def test_the_group_of_a_killed_trial_is_removed_once_it_is_known_or_keeps_others
         removed.append(name)
         del groups[name]
 
-    def kill(trial):
-        tune.callback.on_trial_error(0, tune.trials, trial)
-        tune.die(trial)
-
     tune = search(leaks=Leaks(lambda: dict(groups), remove))
     groups |= {"g1": True, "g2": True}
     first, second = tune.start(), tune.start()
-    kill(first)
+    tune.die(first)
     tune.look()
     assert removed == []  # which of the two is the second one's is not known yet
     third = tune.start()
@@ -486,7 +483,7 @@ def test_the_group_of_a_killed_trial_is_removed_once_it_is_known_or_keeps_others
     tune.end(second)
     groups["g4"] = False  # the next one waits for what the third one holds
     tune.start()
-    kill(third)
+    tune.die(third)
     tune.look()
     assert "g3" in removed
 

@@ -216,10 +216,13 @@ def test_tune_takes_a_process_that_the_monitor_ended_for_a_dead_trial():
     task = SimpleNamespace(_tracked_actor=actor, _on_error=None)
     manager = SimpleNamespace(_failed_actor_ids=set(), _cleanup_actor=lambda tracked_actor: None)
     full = ray.exceptions.OutOfMemoryError(MONITOR_NOW)
+    other = ray.exceptions.RayActorError(error_msg="it died")
     with one_trial_dies():
-        RayActorManager._actor_task_failed(manager, tracked_actor_task=task, exception=full)
+        for error in (full, other):
+            RayActorManager._actor_task_failed(manager, tracked_actor_task=task, exception=error)
     assert isinstance(told[0], ray.exceptions.RayActorError)
     assert host_memory(str(told[0])) == FULL + HELP
+    assert told[1] is other
 
 
 # attempts that wake up

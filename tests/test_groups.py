@@ -4,6 +4,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from killed_searches import wait_until
@@ -27,6 +28,7 @@ class Groups:
         self.dies = threading.Event()  # a worker, while it waits
         self.runtime = SimpleNamespace(study_dir=study_dir, capacity=CAPACITY, mailbox=Mailbox())
         monkeypatch.setattr(ray_group, "_trainer", lambda runtime, name, avoid, folder: self._trainer(name))
+        monkeypatch.setattr(ray_group, "LOOK_EVERY_S", 0.05)
         monkeypatch.setattr(ray_group, "time", SimpleNamespace(monotonic=time.monotonic, sleep=self._wait))
 
     def run(self, group, number):
@@ -97,13 +99,18 @@ def test_a_training_is_not_lost_with_a_group_that_ended_before(groups, monkeypat
     assert [trial for _, trial in groups.ran] == [0, 2]
 
 
-@pytest.mark.whole
-@pytest.mark.slow
 def test_a_mailbox_that_forgets_costs_no_training_and_none_is_run_twice(groups):
     groups.runtime.mailbox = Losing()
     group = WorkerGroup(groups.runtime)
     assert [groups.run(group, number) for number in range(4)] == [True] * 4
     assert groups.ran == [(1, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_workers_that_never_reach_the_mailbox_end_with_its_error(groups, monkeypatch):
+    monkeypatch.setattr(ray_group, "IDLE_S", 0.0)
+    monkeypatch.setattr(groups.runtime.mailbox, "take", mock.Mock(side_effect=ConnectionError("it is gone")))
+    with pytest.raises(ConnectionError, match="it is gone"):
+        groups.run(WorkerGroup(groups.runtime), 0)
 
 
 def test_a_group_that_does_not_end_does_not_hold_up_the_one_who_closes_it(groups, monkeypatch):

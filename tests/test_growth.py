@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import killed_searches
 import pytest
+import ray
 import stand_in
 from test_driver import Tune
 
@@ -18,9 +19,11 @@ import cluster
 from carft_ray.errors import ClusterError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Preparing, Started, TrialEpoch
+from carft_ray.launch.failures.causes import STARTED_LATE
 from carft_ray.launch.ray_cluster.cluster import nodes_now, running_ray
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity, Node, capacity_of, held_by_others, node_of
 from carft_ray.launch.ray_cluster.growth import await_nodes
+from carft_ray.launch.ray_cluster.nodes import alive_nodes
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
@@ -169,6 +172,7 @@ def test_a_search_on_a_cluster_that_others_hold_waits_says_so_and_takes_what_the
                 one.close()
             if isinstance(event, TrialEpoch) and len(seen) == 1:  # one runs, and holds what it has itself
                 seen.append(nodes_now())
+                assert list(alive_nodes()) == [ray.get_runtime_context().get_node_id()]
                 other.close()
             if isinstance(event, ConcurrencyChanged):
                 hold.unlink(missing_ok=True)
@@ -220,6 +224,9 @@ def changes(events):
 @pytest.mark.slow
 def test_trainings_at_a_time_follow_the_nodes(followed):
     tune = followed()
+    late = tune.start()
+    tune.end(late, f"the {STARTED_LATE} after 30 s")
+    assert tune.events[-1].text == f"{late.config['spec']['name']} waits again: the {STARTED_LATE} after 30 s"
     running = [tune.start(), tune.start()]
     assert tune.start() is None
     tune.cluster.fits, tune.cluster.asked = 3, 1
