@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import stand_in
 import torch
+from study_steps import searching
 
 from carft_ray.errors import OutOfMemoryError
 from carft_ray.launch.driver import Driver
@@ -21,8 +22,6 @@ from carft_ray.launch.ray_cluster.concurrency import AtATime, Node
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.worker import run_worker
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.training import run
 from carft_ray.training.out_of_memory import micro_batch_of, shortage
 from carft_ray.training.run_context import RunContext
@@ -118,10 +117,9 @@ def search(study_dir, recipe, runner=STAND_IN):
     """Runs a search, one attempt after the other; returns its driver and what it told."""
     events = []
     ready()
-    with open_study(study_dir, recipe) as study, Mailboxes(ctx=_forks) as mailboxes:
+    with searching(study_dir, recipe) as study, Mailboxes(ctx=_forks) as mailboxes:
         box = mailboxes.Mailbox()
         plan = plan_of(study, runner, mailbox=box)
-        recover_running(study)
         driver = Driver(study, AtATime(1), events.append, exchange=Exchange(box))
         keys = map(str, itertools.count())
         while spec := driver.propose(key := next(keys)):

@@ -9,6 +9,7 @@ no other Ray of the machine is touched. Every wait is bounded.
 """
 
 import contextlib
+import json
 import os
 import random
 import re
@@ -20,21 +21,30 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from killed_searches import SOON_LOST, asked, environment, of_session, wait_until
 
+HERE = Path(__file__).parent
 RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
+TIMEOUT_S = 900  # of a busy machine
 START_TIMEOUT_S, END_TIMEOUT_S = 300, 60
 STARTS = 3  # Ray gives a node 30 s, which a busy machine may not have
 OBJECT_STORE_BYTES = 80_000_000
 PORTS = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent")  # of every node
 AGENT_PORTS = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
 HEAD_PORTS = ("port", "dashboard-port", "ray-client-server-port")
+# a cluster notices the loss of a node after a second
+SOON_LOST = {
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_failure_threshold": "2",
+}
+# and later, where that would be taken for a loss on a busy machine
+LATER_LOST = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}
 
 
 @dataclass
@@ -56,6 +66,11 @@ class Node:
     folder: Path
     ports: dict[str, int]
     process: subprocess.Popen = field(repr=False)
+
+    @property
+    def reached(self) -> tuple[str, dict[str, str]]:
+        """The address of the head, and the token for it."""
+        return self.address, {name: self.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
 
     @property
     def node_id(self) -> str:
@@ -125,9 +140,8 @@ def node(to: Node, num_cpus: float = 1, *options: str, hidden: tuple[Path, ...] 
     """
     ports = _free_ports((*AGENT_PORTS, *(f"{name}-port" for name in PORTS)))
     options = (f"--address={to.address}", *options)
-    auth = {name: to.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
     before = hiding(*hidden) if hidden else []
-    with _started(to.address, to.dashboard, ports, num_cpus, options, {**auth, **SOON_LOST, **more}, before) as started:
+    with _started(to.address, to.dashboard, ports, num_cpus, options, {**to.reached[1], **more}, before) as started:
         started.environment = to.environment
         yield started
 
@@ -152,15 +166,7 @@ def alive(to: Node) -> list[str]:
 
 
 @contextlib.contextmanager
-def _started(
-    address: str,
-    url: str,
-    ports: dict[str, int],
-    num_cpus: float,
-    options: tuple[str, ...],
-    variables: dict[str, str],
-    before: Sequence[str] = (),
-) -> Iterator[Node]:
+def _started(address, url, ports, num_cpus, options, variables, before=()):
     with tempfile.TemporaryDirectory(prefix="cr", dir="/tmp", ignore_cleanup_errors=True) as name:  # sockets: short
         folder = Path(name)
         (folder / "home").mkdir()
@@ -214,3 +220,42 @@ def _shared_memory(session: int) -> set[str]:
             lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
             found |= {line.split()[-1] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
     return found
+
+
+def environment(**more):
+    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
+    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+
+
+def of_session(session):
+    """Returns the living processes of a session, in whatever group they are."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
+            if int(its) == session and state != "Z":
+                found.append(int(path.parent.name))
+    return found
+
+
+def wait_until(condition, what, timeout_s=TIMEOUT_S):
+    end = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
+        time.sleep(0.2)
+    return value
+
+
+def asked(expression, address, auth):
+    """Returns the value of an expression with ``ray``, as JSON has it, by asking a cluster in another process."""
+    code = (
+        "import json, logging, sys, ray\n"
+        "ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)\n"
+        f"print('VALUE', json.dumps({expression}))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, address], capture_output=True, text=True, env=environment(**auth), timeout=120
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("VALUE ")]
+    assert lines, done.stdout + done.stderr
+    return json.loads(lines[-1].partition(" ")[2])

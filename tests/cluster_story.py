@@ -26,10 +26,6 @@ from carft_ray.study.rows import baselines, trials
 NUM_TRIALS, EPOCHS = 10, 160  # more than end meanwhile on a busy machine
 DEADLINE_S = 20
 TIMEOUT_S = 1200  # of a busy machine
-RESOURCES = {
-    "inline": {"executor": "inline"},
-    "ray-train": {"executor": "ray-train", "num_workers": 2, "cpus_per_worker": 0.5},
-}
 RESUMES = re.compile(r"attempt (\d+): starts on .*? from step (\d+)")
 
 
@@ -41,7 +37,7 @@ def cli(first, *words, **options):
 
 def search(first, recipe, study_dir, executor):
     """Submits the search, and follows it in a session of its own; what it prints goes into a file beside the study."""
-    settings = [f"resources.{key}={value}" for key, value in RESOURCES[executor].items()]
+    settings = [f"resources.{key}={value}" for key, value in searches.RESOURCES[executor].items()]
     command = [sys.executable, "-m", "carft_ray.cli", "submit", str(recipe), "--study", str(study_dir)]
     command += ["--address", first.dashboard, *(word for one in settings for word in ("--set", one))]
     with open(study_dir.with_suffix(".log"), "a") as log:

@@ -3,6 +3,9 @@
     search STUDY TRIALS     a search, or its continuation with more trials
     confirm STUDY           its best trial and its baseline with two fresh seeds
     look STUDY              prints what the study knows, as JSON, and changes nothing
+    halves STUDY            prints which files are half written
+    fill DISK KILOBYTES     fills a disk but for so much
+    clear DISK              removes what ``fill`` has written
 
 STUDY is a folder or an address. Every look of the driver is made at once, so that what is written, and in which order,
 is the same each time; into a bucket nothing goes on the side. No figure is drawn.
@@ -10,7 +13,9 @@ is the same each time; into a bucket nothing goes on the side. No figure is draw
 
 import contextlib
 import json
+import os
 import sys
+from pathlib import Path
 
 import crash_host
 import stand_in
@@ -52,8 +57,30 @@ def told(study_dir):
     return json.loads(json.dumps(found + [["ledger", entry.purpose] for entry in read_ledger(study_dir)]))
 
 
+def half_written(study_dir):
+    """Returns temporary files, and files of JSON that are not whole."""
+    found = [str(path) for path in study_dir.rglob("*.tmp")]
+    for path in study_dir.rglob("*.json"):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            found.append(str(path))
+    return found
+
+
 def call(argv):
-    what = argv[0]
+    what, place = argv[0], Path(argv[1])
+    if what == "fill":
+        free = os.statvfs(place)
+        with open(place / "filler", "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - 1024 * int(argv[2]))
+        return 0
+    if what == "clear":
+        (place / "filler").unlink()
+        return 0
+    if what == "halves":
+        print(half_written(place))
+        return 0
     try:
         if what == "look":
             found = []

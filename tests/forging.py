@@ -2,9 +2,10 @@
 
 import json
 
+from logs import replace
+
 from carft_ray import files
-from carft_ray.layout import COMMITS, MANIFEST, RESULT
-from carft_ray.store.log import _digest, _sealed
+from carft_ray.layout import MANIFEST, RESULT
 from carft_ray.store.result import read_result, sha256
 from carft_ray.study import ledger
 from carft_ray.study.holding import log_of
@@ -13,7 +14,6 @@ from carft_ray.study.rows import rows_by_kind
 
 def record(study_dir):
     """Writes hashes of what lies in the folders of a study into its results, and those of the results into its log."""
-    digests = {}
     for row in [row for rows in rows_by_kind(study_dir).values() for row in rows if row.digest]:
         place = row.place(study_dir)
         content = json.loads((place / RESULT).read_text())
@@ -21,15 +21,7 @@ def record(study_dir):
             if (place / name).exists():
                 kept["sha256"] = sha256(place / name)
         files.write_json(place / RESULT, content)
-        digests[row.digest] = read_result(place)[1]
-    previous = ""
-    for path in sorted((study_dir / COMMITS).iterdir()):
-        text = path.read_bytes().splitlines()[1].decode()
-        for old, new in digests.items():
-            text = text.replace(old, new)
-        data = _sealed(json.dumps({**json.loads(text), "previous": previous}).encode())
-        path.write_bytes(data)
-        previous = _digest(data)
+        replace(study_dir, row.digest, read_result(place)[1])
     manifest = files.read_json(study_dir / MANIFEST)
     if ledger.LEDGER in manifest:
         log = log_of(study_dir)

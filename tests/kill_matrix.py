@@ -27,6 +27,7 @@ from bucket_server import bucket_server
 
 from carft_ray.study.holding import is_study
 from carft_ray.study.rows import rows_by_kind
+from cluster import LATER_LOST, head
 
 LOADED = {"num_workers": 1, "cpus_per_worker": 0.25, "hang_timeout_s": 10}  # with eight, steps of all fates take longer
 HEADER = ("what", "killed", "executor", "times", "trainings", "lost", "twice", "begun again", "seconds")
@@ -48,9 +49,9 @@ def again(what, executor, num_trials, more, folder, times, rng):
 
 
 def on_a_cluster(what, executor, folder, times, rng):
-    with searches.cluster() as reached:
+    with head(2, dashboard=False, **LATER_LOST) as first:
         for number in range(times):
-            searches.kill_one(what, executor, folder / f"study-{number}", reached, 8, **searches.EIGHT)
+            searches.kill_one(what, executor, folder / f"study-{number}", first.reached, 8, **searches.EIGHT)
 
 
 def of_a_confirm(folder, times, rng):

@@ -5,13 +5,10 @@ import json
 import os
 import random
 import re
-import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,6 +22,7 @@ from carft_ray.study.ledger import read_ledger
 from carft_ray.study.mirror import pull
 from carft_ray.study.outcome import read_live
 from carft_ray.study.rows import baselines, confirmations, trials
+from cluster import TIMEOUT_S, asked, environment, head, node, of_session, wait_until
 
 HERE = Path(__file__).parent
 RESOURCES = {
@@ -44,12 +42,6 @@ TITLES = {
     "files": b"ray::FileServer",
 }
 CUT = {"pruner": {"name": "successive_halving", "first": 0.25}}
-# a cluster notices the loss of a node after a second
-SOON_LOST = {
-    "RAY_health_check_initial_delay_ms": "0",
-    "RAY_health_check_period_ms": "500",
-    "RAY_health_check_failure_threshold": "2",
-}
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # real trainings of 8 epochs of 8 steps by two workers: a trial, and a baseline with its values
 STRUCK = {
@@ -62,15 +54,9 @@ STRUCK = {
 # calls of each place of struck.py until the end of an epoch of them, at least; "curve" comes once, after the last epoch
 CALLS = {"backward": 8, "all_reduce": 1, "broadcast": 3, "evaluation": 4, "checkpoint": 2}
 CURVE = 5
-TIMEOUT_S = 900  # of a busy machine
 COURSE = ("Preparing", "Started", "TrialEpoch", "TrialFinished")  # of a search, by its driver's events
 NUM_MOMENTS = len(COURSE) + 1  # to kill a search: before any event, and after each; odd, as there are two executors
 _drivers = []
-
-
-def environment(**more):
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
 
 
 def driver(
@@ -266,17 +252,6 @@ def numbers_of(study_dir, row):
     return {**result, "elapsed_s": None}, [{**row, "images_per_s": None} for row in rows]
 
 
-def of_session(session):
-    """Returns the living processes of a session, in whatever group they are."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, _, _, its = path.read_text().rpartition(")")[2].split()[:4]
-            if int(its) == session and state != "Z":
-                found.append(int(path.parent.name))
-    return found
-
-
 def titled(what, session):
     """Returns the processes of a search's own Ray that are, as Ray names them, one of ``TITLES``."""
     found = []
@@ -290,52 +265,6 @@ def titled(what, session):
 def ended(process):
     """Raises when a driver has ended, with what it printed."""
     assert process.poll() is None, process.communicate()[0]
-
-
-def wait_until(condition, what, timeout_s=TIMEOUT_S):
-    end = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < end, f"{what}: not within {timeout_s} s"
-        time.sleep(0.2)
-    return value
-
-
-@contextlib.contextmanager
-def cluster(num_cpus=2, **settings):
-    """Runs a Ray that stays alive, on ports of its own; yields its address and the environment that reaches it."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    auth = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
-    address = f"127.0.0.1:{port}"
-    with tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True) as folder:
-        head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
-        log = open(Path(folder) / "start.log", "w")  # noqa: SIM115
-        process = start_node(num_cpus, head, log, **auth, **quiet, **settings)
-        try:
-            wait_until(lambda: answers(port) or process.poll() is not None, "the cluster starts")
-            assert process.poll() is None, (Path(folder) / "start.log").read_text()
-            yield address, auth
-        finally:
-            os.killpg(process.pid, signal.SIGKILL)  # asked politely, it would take half a minute
-            process.wait()
-            log.close()
-
-
-def start_node(num_cpus, options, log=subprocess.DEVNULL, **settings):
-    """Starts a node of a cluster in a process group of its own."""
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--num-cpus={num_cpus}", *options]
-    command += ["--node-ip-address=127.0.0.1", "--object-store-memory=134217728", "--disable-usage-stats"]
-    return subprocess.Popen(command, stdout=log, stderr=log, env=environment(**settings), start_new_session=True)
-
-
-def join(number, num_cpus, folder, address, auth):
-    """Adds so many nodes to a cluster, with their files in a folder; returns their processes."""
-    for _ in range(number):  # in one folder for all, nodes that start at the same time take each other's sockets
-        options = [f"--address={address}", f"--temp-dir={folder}/{len(_drivers)}"]
-        _drivers.append(start_node(num_cpus, options, **auth, **SOON_LOST))
-    return _drivers[len(_drivers) - number :]
 
 
 @contextlib.contextmanager
@@ -354,27 +283,6 @@ def occupied(num_cpus, address, auth):
         assert any(line == "held\n" for line in process.stdout)
         yield
         process.stdin.close()
-
-
-def answers(port):
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-        return True
-    return False
-
-
-def asked(expression, address, auth):
-    """Returns the value of an expression with ``ray``, as JSON has it, by asking a cluster in another process."""
-    code = (
-        "import json, logging, sys, ray\n"
-        "ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)\n"
-        f"print('VALUE', json.dumps({expression}))\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, address], capture_output=True, text=True, env=environment(**auth), timeout=120
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("VALUE ")]
-    assert lines, done.stdout + done.stderr
-    return json.loads(lines[-1].partition(" ")[2])
 
 
 def wait_for_no_groups(address, auth, timeout_s=60):
@@ -502,30 +410,27 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
     second.
     """
     (study_dir.parent / "base" / "hold").touch()
-    slots = at_a_time // 4  # of a node
-    temporary = tempfile.TemporaryDirectory(prefix="carft-", dir="/tmp", ignore_cleanup_errors=True)
-    with temporary as folder, cluster(0, **SOON_LOST) as reached, contextlib.ExitStack() as at_end:
+    with head() as first, contextlib.ExitStack() as at_end:
         at_end.callback(kill_drivers)
-        nodes = join(4, slots, folder, *reached)
-        cpus = "ray.cluster_resources().get('CPU', 0)"
-        wait_until(lambda: asked(cpus, *reached) == at_a_time, "the nodes join")
+        nodes = [at_end.enter_context(node(first, at_a_time // 4)) for _ in range(4)]
         resources = {"num_workers": 1, "cpus_per_worker": 1}
-        process = driver(study_dir, num_trials, executor, *reached, **resources)
+        process = driver(study_dir, num_trials, executor, *first.reached, **resources)
         all_run = lambda: len(running_pids(study_dir)) == at_a_time or ended(process)  # noqa: E731
         half_run = lambda: len(running_pids(study_dir)) == at_a_time // 2 or ended(process)  # noqa: E731
         for lost, new in ((nodes[:2], 2), (nodes[2:], 0)):
             wait_until(all_run, f"{at_a_time} trainings run")
-            for node in lost:
-                kill_group(node)
+            for each in lost:
+                each.kill()
             wait_until(half_run, f"{at_a_time // 2} trainings are lost")
-            join(new, slots, folder, *reached)
+            for _ in range(new):
+                at_end.enter_context(node(first, at_a_time // 4))
         (study_dir.parent / "base" / "hold").unlink()
         code, output = finish(process, TIMEOUT_S + 10 * num_trials)
         assert code == 0, output
         check(study_dir, num_trials)
         again = sum(row.attempt - 1 for row in trials(study_dir) + baselines(study_dir))
         assert again == at_a_time, output
-        wait_for_no_groups(*reached)
+        wait_for_no_groups(*first.reached)
 
 
 def confirm(study_dir, top=1):

@@ -11,15 +11,6 @@ from carft_ray.study.holding import check_fit, held
 from carft_ray.study.identity import record_recipe
 from carft_ray.study.ledger import record
 
-HOLD = """
-from pathlib import Path
-from carft_ray.store.folder import Folder
-from carft_ray.store.log import Log
-from carft_ray.study.holding import held
-def holding(folder):
-    return held(Log(Folder(Path(folder))), print)
-"""
-
 
 @contextlib.contextmanager
 def holding(folder, tell=lambda text: None):

@@ -144,7 +144,6 @@ def check_told(text):
 
 
 @pytest.mark.whole
-@pytest.mark.slow
 def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(tmp_path, bad_start, capsys):
     """Workers of Ray Train that do not come in time are in test_kills."""
     runner = bad_start("raise")

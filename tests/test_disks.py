@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import crash_host
 import pytest
 from stand_in import make_recipe
+from study_steps import searching
 from test_study_crash import prepare
 
 from carft_ray import files
@@ -16,8 +17,6 @@ from carft_ray.errors import StorageError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.store.result import read_result
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.training.checkpoint import newest_checkpoint
 from cluster import hiding
 
@@ -76,8 +75,7 @@ def test_a_full_disk_or_a_missing_permission_is_never_hidden(disk, tmp_path, num
 
 
 def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
-    with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
-        recover_running(study)
+    with searching(tmp_path / "study", make_recipe(2, baselines={})) as study:
         driver = Driver(study, AtATime(1), lambda event: None)
         driver.propose("one").folder(study.study_dir).mkdir(parents=True, exist_ok=True)
         driver.started("one")
@@ -93,8 +91,7 @@ def test_a_search_goes_on_while_its_disk_does_not_answer(disk, tmp_path):
 def test_a_study_is_not_taken_for_a_new_one_while_its_disk_does_not_answer(disk, tmp_path):
     names = []
     for _ in range(2):
-        with open_study(tmp_path / "study", make_recipe(2, baselines={})) as study:
-            recover_running(study)
+        with searching(tmp_path / "study", make_recipe(2, baselines={})) as study:
             names.append(study.next().name)
         disk("manifest.json", 5)
         disk("study", 1)
@@ -125,27 +122,23 @@ def test_a_search_on_a_disk_that_fills_ends_with_one_message_and_goes_on_where_t
     """A disk of 12 MB, of which there is less and less room: each search meets its end at another write."""
     (disk := tmp_path / "disk").mkdir()
     prepare(tmp_path)
-    with crash_host.started(tmp_path, "full_disk", before=hiding(disk, size="12m")) as run:
+    with crash_host.started(tmp_path, "debug_search", before=hiding(disk, size="12m")) as run:
 
         def commands(*argvs):
             [(_, answers)] = run([{"name": "job", "commands": [{"argv": argv} for argv in argvs]}]).values()
             return [(answer["code"], answer["log"]) for answer in answers]
 
-        def searched(number):
-            study = str(disk / str(number))
-            return ["search", study, "6"], ["look", study]
-
-        (code, log), (_, whole) = commands(*searched("whole"))
+        calm = str(disk / "calm")
+        (code, log), (_, whole) = commands(["search", calm, "6"], ["look", calm])
         assert code == 0, log
         stopped_at = set()
         for room in ROOM_KB:
-            search, look = searched(room)
-            filled, (code, log), (_, now), _, last, (_, after) = commands(
-                ["fill", str(disk), str(room)], search, look, ["clear", str(disk)], search, look
+            study = str(disk / str(room))
+            search, fill, clear = ["search", study, "6"], ["fill", str(disk), str(room)], ["clear", str(disk)]
+            filled, (code, log), halves, _, last, (_, after) = commands(
+                fill, search, ["halves", study], clear, search, ["look", study]
             )
-            assert (filled, last) == ((0, ""), (0, "")), room
-            assert json.loads(now)[1] == [], room
-            assert after == whole, room
+            assert (filled, halves, last, after) == ((0, ""), (0, "[]\n"), (0, ""), whole), room
             if code == 0:
                 continue
             message, step = log.splitlines()

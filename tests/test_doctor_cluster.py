@@ -185,7 +185,6 @@ MISSING |= {"model.name": "model"}
 
 
 @pytest.mark.nodes
-@pytest.mark.slow
 def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
     """One node has no disk where the images and the model are, and an older carft-ray; then the driver."""
     disk, recipe = tmp_path / "disk", tmp_path / "recipe.yaml"

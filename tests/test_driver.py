@@ -12,6 +12,7 @@ import pytest
 from logs import take
 from ray.tune.search import Searcher
 from stand_in import make_recipe
+from study_steps import searching
 
 from carft_ray.errors import NoSuccessfulTrialError, StorageError
 from carft_ray.launch.driver import Driver
@@ -113,8 +114,7 @@ class Tune:
 
 @pytest.fixture
 def study(tmp_path):
-    with open_study(tmp_path / "study", make_recipe(6)) as study:
-        recover_running(study)
+    with searching(tmp_path / "study", make_recipe(6)) as study:
         yield study
 
 
@@ -221,8 +221,7 @@ def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_c
 def test_a_search_does_not_give_up_while_trainings_run_longer_than_those_that_failed(tmp_path, is_good, monkeypatch):
     now, recipe = [0.0], make_recipe(40, baselines={}, sampler={"name": "random"})
     monkeypatch.setattr("carft_ray.launch.driver.time", SimpleNamespace(monotonic=lambda: now[0]))
-    with open_study(tmp_path / "study", recipe) as study:
-        recover_running(study)
+    with searching(tmp_path / "study", recipe) as study:
         tune = Tune(Driver(study, AtATime(8), lambda event: None))
         live = [tune.start() for _ in range(8)]
         now[0] = 10

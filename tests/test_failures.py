@@ -18,6 +18,7 @@ import ray
 import stand_in
 import torch
 from ray.air.execution._internal.actor_manager import RayActorManager
+from study_steps import searching
 
 from carft_ray import files
 from carft_ray.errors import OutOfMemoryError
@@ -31,7 +32,6 @@ from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.store.result import read_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
 from carft_ray.training.out_of_memory import in_batches, is_out_of_memory
@@ -132,7 +132,6 @@ def test_a_search_for_which_there_is_no_memory_at_all_ends_with_the_numbers_and_
 
 
 @pytest.mark.whole
-@pytest.mark.slow
 def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enough(tmp_path):
     """Both under a limit of the system on the memory of each training's process: a wide one and a tight one."""
     recipe, found = attempts.sandbox_recipe(), {}
@@ -186,7 +185,6 @@ def test_an_end_for_want_of_memory_is_told_from_other_ends(text, line):
     assert host_memory(line) == line
 
 
-@pytest.mark.slow
 @pytest.mark.whole
 def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(tmp_path, monkeypatch):
     """A real Ray that takes any machine for full: every process of a trial is ended."""
@@ -195,8 +193,7 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
     events = []
     stand_in.tell(tmp_path, seconds=100)
     recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
-    with open_study(tmp_path / "study", recipe) as study:
-        recover_running(study)
+    with searching(tmp_path / "study", recipe) as study:
         with running_ray(None, tmp_path / "ray.log") as there:
             plan = make_runtime(recipe, study.study_dir, there, attempts.STAND_IN)
             plan = replace(plan, capacity=replace(plan.capacity, concurrency=2))
@@ -235,8 +232,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_no
     hold = stand_in.tell(tmp_path, tell_pid=True) / "hold"
     hold.touch()
     recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"gpus_per_worker": 0})
-    with open_study(study_dir, recipe) as study, attempts.Mailboxes(ctx=attempts._forks) as mailboxes:
-        recover_running(study)
+    with searching(study_dir, recipe) as study, attempts.Mailboxes(ctx=attempts._forks) as mailboxes:
         box = mailboxes.Mailbox()
         plan = attempts.plan_of(study, mailbox=box)
         first = study.next()

@@ -13,6 +13,7 @@ import killed_searches
 import pytest
 import ray
 import stand_in
+from study_steps import searching
 from test_driver import Tune
 
 import cluster
@@ -27,8 +28,6 @@ from carft_ray.launch.ray_cluster.nodes import alive_nodes
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
-from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_running
 
 HERE = Path(__file__).parent
 SIZES = {"object_store_memory": 10**8}
@@ -158,11 +157,11 @@ def test_a_search_on_a_cluster_that_others_hold_waits_says_so_and_takes_what_the
     hold = stand_in.tell(tmp_path) / "hold"
     hold.touch()
     recipe = stand_in.make_recipe(3, baselines={}, resources={"gpus_per_worker": 0})
-    with killed_searches.cluster(2) as (address, auth), contextlib.ExitStack() as one, contextlib.ExitStack() as other:
-        for name, value in auth.items():
-            monkeypatch.setenv(name, value)
+    alone = cluster.head(2, dashboard=False, **cluster.LATER_LOST)
+    with alone as head, contextlib.ExitStack() as one, contextlib.ExitStack() as other:
+        attach(head, monkeypatch)
         for stack in (one, other):
-            stack.enter_context(killed_searches.occupied(1, address, auth))
+            stack.enter_context(killed_searches.occupied(1, *head.reached))
         events, seen = [], []
 
         def on_event(event):
@@ -177,12 +176,18 @@ def test_a_search_on_a_cluster_that_others_hold_waits_says_so_and_takes_what_the
             if isinstance(event, ConcurrencyChanged):
                 hold.unlink(missing_ok=True)
 
-        result = run_search(recipe, tmp_path / "study", address, on_event, RUNNER)
+        result = run_search(recipe, tmp_path / "study", head.address, on_event, RUNNER)
     [started] = [event for event in events if isinstance(event, Started)]
     assert (started.concurrency, started.reason) == (1, "1 of 2 CPUs, others hold the rest, 1 a trial")
     assert seen == ["waiting: 0 of 2 CPUs, others hold the rest, 1 a trial; one waits", (Node(2, 0, "", 1),)]
     assert changes(events) == [(2, "2 CPUs, 1 a trial")]
     assert [row.outcome for row in result.trials] == ["complete"] * 3
+
+
+def attach(head, monkeypatch):
+    """Gives this process the token of a cluster."""
+    for name, value in head.reached[1].items():
+        monkeypatch.setenv(name, value)
 
 
 class Changing:
@@ -199,8 +204,7 @@ class Changing:
 def followed(tmp_path, monkeypatch):
     """Gives a function that makes a search of 12 trials on a cluster that changes."""
     monkeypatch.setattr("carft_ray.launch.ray_cluster.concurrency.COUNT_EVERY_S", 0.0)
-    with open_study(tmp_path / "study", stand_in.make_recipe(12, baselines={})) as study:
-        recover_running(study)
+    with searching(tmp_path / "study", stand_in.make_recipe(12, baselines={})) as study:
 
         def make(on_change=lambda *change: None, **how):
             events, cluster = [], Changing()
@@ -310,7 +314,6 @@ def autoscaling_head(folder, version):
         yield started
 
 
-@pytest.mark.slow
 @pytest.mark.nodes
 @pytest.mark.parametrize("version", [1, 2])
 def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_path, monkeypatch, version):
@@ -318,8 +321,7 @@ def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_
     stand_in.tell(tmp_path, seconds=1.5)
     recipe, events = stand_in.make_recipe(6, baselines={}, resources={"gpus_per_worker": 0, "wait_for_nodes": 60}), []
     with autoscaling_head(tmp_path, version) as head:
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
-            monkeypatch.setenv(name, head.environment[name])
+        attach(head, monkeypatch)
         result = run_search(recipe, tmp_path / "study", head.address, events.append, RUNNER)
         assert [row.outcome for row in result.trials] == ["complete"] * 6
         waits = [event.text for event in events if isinstance(event, Preparing) and event.text.startswith("waiting")]

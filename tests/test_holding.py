@@ -16,13 +16,14 @@ import killed_searches
 import pytest
 import search_driver
 import stand_in
-from logs import HOLD, commits, holding, take
+from logs import commits, holding
 from stand_in import make_recipe
+from study_steps import contents, searching
 
 from carft_ray.errors import DataError, StorageError
 from carft_ray.store import log as module
 from carft_ray.store import owner
-from carft_ray.store.folder import Folder, RefusedError
+from carft_ray.store.folder import Folder
 from carft_ray.store.log import READERS_SILENT_FOR_S, Log
 from carft_ray.store.owner import identity
 from carft_ray.study import holding as held_module
@@ -43,13 +44,6 @@ def study_dir(tmp_path):
     return study_dir
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Silence of a second counts as death, as that of a minute and a half otherwise."""
-    monkeypatch.setattr(module, "SILENT_FOR_S", 1.0)
-    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.05)
-
-
 def leave(study_dir, **changes):
     """Claims a study as a search that is killed then; returns its log."""
     log = Log(Folder(study_dir))
@@ -59,10 +53,6 @@ def leave(study_dir, **changes):
 
 def holder(study_dir):
     return log_of(study_dir).holder()
-
-
-def contents(study_dir):
-    return {path: path.read_bytes() if path.is_file() else None for path in study_dir.rglob("*")}
 
 
 def state_of(pid):
@@ -77,24 +67,9 @@ def test_a_study_is_held_while_it_is_open_and_not_after(study_dir):
     assert holder(study_dir / "nothing") is None
 
 
-def test_a_live_search_of_another_machine_is_left_alone(study_dir, quick):
-    other, told = leave(study_dir, **ELSEWHERE), []
-
-    def works(text):
-        told.append(text)
-        with other.commit({"kind": "at work"}):
-            pass
-
-    refused = pytest.raises(StorageError, match=r"is in use: two searches .*process 12 on node7, since noon")
-    with refused as caught, open_study(study_dir, make_recipe(3), tell=works):
-        pass
-    assert caught.value.exit_code == 5
-    assert told == ["waiting 1 s for a write of process 12 on node7, since noon, which may be gone"]
-    with other.commit({"kind": "goes on"}):
-        pass
-
-
-def test_a_search_of_another_machine_that_is_silent_is_taken_over_and_told(study_dir, quick):
+def test_a_search_of_another_machine_that_is_silent_is_taken_over_and_told(study_dir, monkeypatch):
+    monkeypatch.setattr(module, "SILENT_FOR_S", 1.0)
+    monkeypatch.setattr(module, "LOOK_EVERY_S", 0.05)
     leave(study_dir, **ELSEWHERE)
     told = []
     with open_study(study_dir, make_recipe(3), tell=told.append) as study:
@@ -114,29 +89,12 @@ def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_di
 def test_signs_of_life_go_on_during_an_open_study_and_end_with_it(study_dir, monkeypatch):
     monkeypatch.setattr(module, "BEAT_AFTER_S", 0.05)
     monkeypatch.setattr(held_module, "LOOK_EVERY_S", 0.02)
-    with open_study(study_dir, make_recipe(3)) as study:
-        recover_running(study)
+    with searching(study_dir, make_recipe(3)) as study:
         before = len(commits(study_dir))
         killed_searches.wait_until(lambda: len(commits(study_dir)) >= before + 3, "signs of life")
         assert all(commit["operations"] == commit["records"] == [] for commit in commits(study_dir)[before:])
         assert study.next() is not None
     assert not [thread for thread in threading.enumerate() if thread.name == "beat"]
-
-
-def test_a_search_that_was_taken_over_sees_it_and_writes_nothing_more(study_dir):
-    with open_study(study_dir, make_recipe(3)) as study:
-        recover_running(study)
-        study.log.check()
-        other = take(study_dir)
-        before = contents(study_dir / "log")
-        for use in (study.log.check, study.next):
-            with pytest.raises(RefusedError, match="was written by another search, which has taken the study over"):
-                use()
-        assert study.log.is_lost
-    assert contents(study_dir / "log") == before  # a study that is the other's is not released
-    with other.commit({"kind": "goes on"}):
-        pass
-    assert trials(study_dir) == []
 
 
 def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch):
@@ -305,8 +263,10 @@ def test_a_reader_writes_nothing_and_goes_by_the_last_commit_with_room_for_clock
 
 def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_how_it_ended(study_dir):
     """As in a container, whose first process seldom asks: the dead stay in the list of processes."""
-    code = f"{HOLD}import time\nwith holding({str(study_dir)!r}):\n    print('held', flush=True)\n    time.sleep(60)\n"
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as other:
+    code = "import logs, pathlib, sys, time\nwith logs.holding(pathlib.Path(sys.argv[1])):\n"
+    code += "    print('held', flush=True)\n    time.sleep(60)\n"
+    command, environment = [sys.executable, "-c", code, str(study_dir)], killed_searches.environment()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         assert holder(study_dir).startswith(f"process {other.pid} on ")
         other.kill()

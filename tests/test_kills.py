@@ -13,8 +13,9 @@ import pytest
 import stand_in
 
 from carft_ray.study.rows import baselines, trials
+from cluster import LATER_LOST, head
 
-pytestmark = [pytest.mark.slow, pytest.mark.whole]
+pytestmark = pytest.mark.whole
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +31,8 @@ def half_a_second_an_epoch(tmp_path):
 
 @pytest.fixture(scope="module")
 def cluster():
-    with searches.cluster() as found:
-        yield found
+    with head(2, dashboard=False, **LATER_LOST) as found:
+        yield found.reached
 
 
 @pytest.fixture

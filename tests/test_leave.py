@@ -27,7 +27,6 @@ HERE = Path(__file__).parent
 PREEMPTION = 2  # Ray's number for the reason of a drain that a node cannot refuse
 RUNNER = Runner(stand_in.prepare, stand_in.train)
 WINDOW = 10  # steps
-LOST = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}  # not those of a busy machine
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # a trial, and a baseline with its values that is left in peace: 2 epochs of 32 steps
 TWINS = {"epochs": 2, "train": {"batch_size": 2}, "enqueue": [VALUES], "baselines": {"calm": VALUES}}
@@ -40,7 +39,6 @@ def no_driver_is_left():
 
 
 @pytest.mark.whole
-@pytest.mark.slow
 def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
     sizes, study_dir, ran = {"object_store_memory": 10**8}, tmp_path / "study", []
@@ -73,10 +71,9 @@ def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, 
 @contextlib.contextmanager
 def nodes(number, **how):
     """Runs a cluster whose head takes no trainings, and nodes of one CPU; yields how it is reached, and the nodes."""
-    with cluster.head(**LOST) as head, contextlib.ExitStack() as stack:
-        started = [stack.enter_context(cluster.node(head, **how, **LOST)) for _ in range(number)]
-        auth = {name: head.environment[name] for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")}
-        yield (head.address, auth), started, head
+    with cluster.head(**cluster.LATER_LOST) as head, contextlib.ExitStack() as stack:
+        started = [stack.enter_context(cluster.node(head, **how)) for _ in range(number)]
+        yield head.reached, started, head
 
 
 def node_of(training, started):
@@ -161,7 +158,6 @@ def test_a_kill_of_a_node_without_notice_costs_the_time_between_checkpoints_and_
 # nodes that see neither the study nor the head's caches: all comes and goes through Ray
 
 
-@pytest.mark.slow
 @pytest.mark.nodes
 def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine(tmp_path):
     """The process that has the files on the head is killed three times."""

@@ -16,6 +16,7 @@ import pytest
 from bucket_server import CUT, DONE_503, LATE, LOST, bucket_server, refused
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
+from study_steps import contents
 
 from carft_ray.errors import StorageError
 from carft_ray.store import bucket
@@ -123,10 +124,6 @@ def read(store):
     log = log_of(store)
     log.follow()
     return log
-
-
-def contents(folder):
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def in_fork(work):

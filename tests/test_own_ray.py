@@ -38,7 +38,6 @@ def client(address, **variables):
 
 
 @pytest.mark.whole
-@pytest.mark.slow
 def test_our_own_ray_is_closed_to_others_and_leaves_no_token_in_the_process(tmp_path, monkeypatch):
     """Where the first two starts took too long for Ray, as on a busy machine."""
     before, calls, start = known(), [], ray.init
@@ -68,7 +67,6 @@ def test_our_own_ray_is_closed_to_others_and_leaves_no_token_in_the_process(tmp_
     assert not (tmp_path / ".ray" / "auth_token").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.whole
 def test_a_process_that_had_a_ray_of_its_own_attaches_to_a_cluster_with_the_token_of_the_user(tmp_path, monkeypatch):
     with cluster.head(1, dashboard=False) as there:
@@ -83,7 +81,6 @@ def test_a_process_that_had_a_ray_of_its_own_attaches_to_a_cluster_with_the_toke
                 assert (port == there.address.rpartition(":")[2]) == (address is not None)
 
 
-@pytest.mark.slow
 @pytest.mark.whole
 def test_what_the_user_has_set_of_authentication_holds(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")

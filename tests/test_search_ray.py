@@ -5,8 +5,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from unittest import mock
@@ -14,8 +12,9 @@ from unittest import mock
 import pytest
 import ray
 import stand_in
+from killed_searches import driver, finish
 
-from carft_ray.errors import CarftError, ClusterError, DataError, NoSuccessfulTrialError, RecipeError, StorageError
+from carft_ray.errors import CarftError, ClusterError, DataError, NoSuccessfulTrialError
 from carft_ray.launch.events import Started, TrialFinished
 from carft_ray.launch.ray_cluster import cluster
 from carft_ray.launch.ray_cluster.cluster import running_ray
@@ -37,18 +36,12 @@ def workers_find_the_stand_in(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
 
 
-def driver(study_dir, num_trials, **search):
-    command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(num_trials)]
-    command += [json.dumps(search.pop("resources", {})), "", json.dumps(search)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-
-
 def read_until(process, words):
     """Returns the driver's lines up to one that begins with each of the words, in any order."""
     lines, missing = [], list(words)
     while missing:
         line = process.stdout.readline()
-        assert line, [*lines, process.stderr.read()]
+        assert line, lines
         lines.append(line)
         missing = [word for word in missing if not line.startswith(word)]
     return lines
@@ -60,10 +53,9 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
         tmp_path, **{"1": "raise", "2": "nan", "3": "diverge", "4": "die_once", "5": "raise_once", "6": "slow_end"}
     )
     study_dir = tmp_path / "study"
-    process = driver(study_dir, 8)
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, output + errors
-    assert errors == ""  # nothing of Ray's reaches the terminal
+    code, output = finish(driver(study_dir, 8))
+    assert code == 0, output
+    # nothing of Ray's reaches the terminal
     known = ("Preparing", "Decided", "Started", "Trial", "Baseline", "Note", "best")
     assert [line for line in output.splitlines() if not line.startswith(known)] == []
     assert output.splitlines()[-1].endswith("new 8")
@@ -85,7 +77,6 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
 
 
 @pytest.mark.whole
-@pytest.mark.slow
 def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     # seconds that a stopped training cleans up; Tune would give it 2
     stand_in.tell(tmp_path, slow_stop=3, **{"1": "hold", "2": "hold", "3": "hold"})
@@ -93,9 +84,8 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     process = driver(study_dir, 4)
     read_until(process, ["TrialFinished t0000", "TrialEpoch t0001"])  # which is held in the middle of its training
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and all of Ray
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 130, output + errors
-    assert errors == ""
+    code, output = finish(process)
+    assert code == 130, output
     assert "Stopping" in output
     assert "of 4 trials finished" in output
     assert "Resume with: carft-ray resume" in output
@@ -105,9 +95,8 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     assert best_row(stopped.values()).name in (study_dir / "best.yaml").read_text().splitlines()[0]
 
     stand_in.tell(tmp_path)
-    process = driver(study_dir, 4)
-    output, errors = process.communicate(timeout=600)
-    assert process.returncode == 0, output + errors
+    code, output = finish(driver(study_dir, 4))
+    assert code == 0, output
     assert not any(f"TrialStarted {name} " in output for name in done)
     rows = trials(study_dir)
     assert [row.number for row in rows] == list(range(4))
@@ -189,18 +178,6 @@ def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path):
     with pytest.raises(NoSuccessfulTrialError, match="3 of 3 failed in this way: loss not finite") as caught:
         run_search(recipe, tmp_path / "study", runner=RUNNER)
     assert caught.value.exit_code == 6
-    assert not ray.is_initialized()
-
-
-def test_a_second_search_and_one_of_another_recipe_are_refused_before_ray_starts(tmp_path):
-    recipe = stand_in.make_recipe(3)
-    with (
-        open_study(tmp_path / "study", recipe),
-        pytest.raises(StorageError, match="is in use: two searches on one study would spoil it"),
-    ):
-        run_search(recipe, tmp_path / "study", runner=RUNNER)
-    with pytest.raises(RecipeError, match=r"train\.epochs: must be 2 as in"):
-        run_search(stand_in.make_recipe(3, epochs=5), tmp_path / "study", runner=RUNNER)
     assert not ray.is_initialized()
 
 

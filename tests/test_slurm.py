@@ -162,7 +162,6 @@ SHORT = (  # few images and many epochs: a signal meets the middle of a training
 )
 
 
-@pytest.mark.slow
 @pytest.mark.nodes
 def test_a_study_over_two_nodes_is_stopped_requeued_and_resumed(tmp_path):
     """Head and worker are real; at the limit a checkpoint is left, and the second start of the job goes on from it."""

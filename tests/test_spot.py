@@ -146,7 +146,6 @@ def test_a_hook_drains_at_once_and_holds_the_node_up(monkeypatch, ray_words):
     assert 0 < slept[-1] <= 25
 
 
-@pytest.mark.slow
 @pytest.mark.nodes
 def test_a_real_node_finds_its_name_and_is_drained():
     """By the command alone, as the hook of a pod calls it; a node without work that is drained ends by itself."""

@@ -18,7 +18,7 @@ import cluster
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.mirror import NUMBERS
 
-pytestmark = [pytest.mark.slow, pytest.mark.nodes]
+pytestmark = pytest.mark.nodes
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHIN_S = 600

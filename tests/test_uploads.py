@@ -105,7 +105,6 @@ def test_a_search_is_stopped_from_another_machine_and_only_the_one_that_was_aske
     assert f"Nothing to stop: no search runs on {address}; 3 of 3 trials finished." in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.whole
 def test_what_was_trained_here_is_used_elsewhere_by_its_address(server, tmp_path, monkeypatch, capsys):
     first, single, next_one = (server.address(name) for name in ("first", "single", "next"))
