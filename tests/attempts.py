@@ -8,11 +8,11 @@ import sys
 from dataclasses import replace
 from multiprocessing import forkserver
 from multiprocessing.managers import BaseManager
-from pathlib import Path
 
 import pytest
 import stand_in
 import torch
+from crash_host import PYTHONPATH
 from study_steps import searching
 
 from carft_ray.errors import OutOfMemoryError
@@ -26,7 +26,6 @@ from carft_ray.training import run
 from carft_ray.training.out_of_memory import micro_batch_of, shortage
 from carft_ray.training.run_context import RunContext
 
-HERE = Path(__file__).parent
 STAND_IN = Runner(stand_in.prepare, stand_in.train)
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["warm_training"])
@@ -91,7 +90,7 @@ def ready():
     Its threads reserve no memory of their own, which a limit on the address space would count.
     """
     with pytest.MonkeyPatch.context() as patched:
-        patched.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+        patched.setenv("PYTHONPATH", PYTHONPATH)
         patched.setenv("MALLOC_ARENA_MAX", "1")
         forkserver.ensure_running()
 

@@ -2,7 +2,7 @@
 
     with head() as first, node(first, num_cpus=2) as second:
         subprocess.run([...], env=first.environment)
-        second.kill()  # its power fails; terminate() is a notice to leave, drain(30) one with a deadline
+        second.kill()  # its power fails; process.terminate() is a notice to leave, drain(30) one with a deadline
 
 Each node has a HOME and a folder for temporary files of its own. What a block has started ends with it, by its session;
 no other Ray of the machine is touched. Every wait is bounded.
@@ -26,8 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from crash_host import PYTHONPATH
 
-HERE = Path(__file__).parent
 RAY = str(Path(sys.executable).with_name("ray"))
 HOST = "127.0.0.1"
 TIMEOUT_S = 900  # of a busy machine
@@ -82,16 +82,9 @@ class Node:
         raise AssertionError("no raylet runs")
 
     def kill(self) -> None:
-        """Ends all processes of the node at once, as a power failure does, and raises when anything is left."""
-        pid, shared = self.process.pid, _shared_memory(self.process.pid)
-        wait_until(lambda: not _kill_session(pid), "the node's processes end", END_TIMEOUT_S)
+        """Ends all processes of the node at once, as a power failure does."""
+        wait_until(lambda: not _kill_session(self.process.pid), "the node's processes end", END_TIMEOUT_S)
         self.process.wait(END_TIMEOUT_S)
-        left = [path for path in shared if os.path.exists(path)]
-        assert not left, f"left in shared memory: {left}"
-
-    def terminate(self) -> None:
-        """Asks the node to leave, as a notice of preemption does: Ray drains it first, which takes some time."""
-        self.process.terminate()
 
     def drain(self, deadline_s: float) -> None:
         """Tells the cluster that the node will be taken away after so many seconds; it goes on until it is killed."""
@@ -212,19 +205,8 @@ def _kill_session(session: int) -> list[int]:
     return pids
 
 
-def _shared_memory(session: int) -> set[str]:
-    """Returns the files in shared memory that the processes of a session have open under a name."""
-    found = set()
-    for pid in of_session(session):
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
-            found |= {line.split()[-1] for line in lines if "/dev/shm/" in line and not line.endswith("(deleted)")}
-    return found
-
-
 def environment(**more):
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **more}
+    return {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", **more}
 
 
 def of_session(session):

@@ -41,6 +41,7 @@ from types import SimpleNamespace
 import obstore
 
 HERE = Path(__file__).parent
+PYTHONPATH = os.pathsep.join([str(HERE.parent), str(HERE)])  # the package and the tests
 LANES = 2
 KILLS_OF = int(os.environ.get("KILLS_OF", "10"))  # of so many kills a run of the tests makes one, another every day
 
@@ -56,8 +57,7 @@ def started(folder, *module, before=()):
 
     The module may lie in the folder; ``before`` are words before the command.
     """
-    paths = os.pathsep.join([str(HERE.parent), str(HERE), str(folder)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{PYTHONPATH}:{folder}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [*before, sys.executable, __file__, str(folder), *module]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:

@@ -60,25 +60,20 @@ _drivers = []
 
 
 def driver(
-    study_dir,
-    num_trials,
-    executor="inline",
-    address=None,
-    auth=None,
-    search=(),
-    training="stand_in",
-    **resources,
+    study_dir, num_trials, executor="inline", address=None, auth=None, search=(), training="stand_in", **resources
 ):
-    """Starts a search in a process group of its own."""
+    """Starts a search."""
     resources = {**RESOURCES.get(executor, {"executor": executor}), **resources}
     command = [sys.executable, str(HERE / "search_driver.py"), str(study_dir), str(num_trials)]
     command += [json.dumps(resources), address or "", json.dumps(dict(search)), training]
-    surroundings = environment(**(auth or {}))
-    process = subprocess.Popen(
-        command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=surroundings
-    )
-    _drivers.append(process)
-    return process
+    return started(command, **(auth or {}))
+
+
+def started(command, **variables):
+    """Starts a program in a process group of its own."""
+    how = {"stdout": PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
+    _drivers.append(subprocess.Popen(command, env=environment(**variables), **how))
+    return _drivers[-1]
 
 
 def chaotic(study_dir, num_trials, seed, executor, num_kills, **resources):
@@ -95,14 +90,10 @@ def chaotic(study_dir, num_trials, seed, executor, num_kills, **resources):
     more = {"search": CUT, "hang_timeout_s": 4, **resources}
     for number in range(num_kills):
         kill_after(driver(study_dir, num_trials, executor, **more), number, rng)
-    code, output = finish(driver(study_dir, num_trials, executor, **more), TIMEOUT_S + 60 * num_trials)
-    assert code == 0, output
-    rows, expected = trials(study_dir), {"diverge": {"diverged"}, "raise": {"error"}}
-    assert [row.number for row in rows] == list(range(num_trials))
+    finished(driver(study_dir, num_trials, executor, **more), TIMEOUT_S + 60 * num_trials)
+    rows, expected = whole_trials(study_dir, num_trials), {"diverge": {"diverged"}, "raise": {"error"}}
     for row, fate in zip(rows, fates, strict=True):
         assert row.outcome in expected.get(fate, {"complete", "pruned"}), (row, fate)
-    check_told_once(study_dir)
-    assert list(study_dir.rglob("*.tmp")) == []
     return Counter(row.outcome for row in rows)
 
 
@@ -123,6 +114,13 @@ def finish(process, timeout_s=TIMEOUT_S):
     return process.returncode, output
 
 
+def finished(process, timeout_s=TIMEOUT_S):
+    """Waits for a driver that must end well; returns its output."""
+    code, output = finish(process, timeout_s)
+    assert code == 0, output
+    return output
+
+
 def kill_group(process):
     """Kills a driver and the Ray that it started, whose workers end with it."""
     with contextlib.suppress(ProcessLookupError):
@@ -137,10 +135,8 @@ def results(study_dir):
 
 def check(study_dir, num_trials, before=None):
     """Raises when a finished study is not what it would be had nothing disturbed it; ``before``: earlier results."""
-    rows = trials(study_dir)
-    assert [row.number for row in rows] == list(range(num_trials)), rows
+    rows = whole_trials(study_dir, num_trials)
     assert len({row.name for row in rows}) == num_trials
-    check_told_once(study_dir)
     assert {row.outcome for row in rows + baselines(study_dir)} == {"complete"}, rows
     assert sorted(row.name for row in baselines(study_dir)) == ["plain", "zero_shot"]
     now = results(study_dir)
@@ -151,7 +147,6 @@ def check(study_dir, num_trials, before=None):
         assert [json.loads(line)["epoch"] for line in lines] == list(range(1, EPOCHS + 1)), row.name
     changed = [name for name, content in (before or {}).items() if now[name] != content]
     assert changed == []
-    assert list(study_dir.rglob("*.tmp")) == []
     best = max(rows, key=lambda row: row.objective)
     assert (best.place(study_dir) / "fine_tuned.safetensors").exists()
     assert not (study_dir / "_tune").exists()
@@ -160,8 +155,7 @@ def check(study_dir, num_trials, before=None):
 
 def undisturbed(study_dir, num_trials):
     """Searches with real trainings, one after the other in the process of the search; returns the study."""
-    code, output = finish(driver(study_dir, num_trials, "debug", search=REAL_SEARCH, training=REAL["training"]))
-    assert code == 0, output
+    finished(driver(study_dir, num_trials, "debug", search=REAL_SEARCH, training=REAL["training"]))
     return study_dir
 
 
@@ -185,6 +179,15 @@ def check_same(*pairs):
         first, second = (each.place(study) / name for study, each in pairs)
         if first.exists() and second.exists():  # the search has removed those of trials that are not the best
             assert first.read_bytes() == second.read_bytes(), first
+
+
+def whole_trials(study_dir, num_trials):
+    """Returns the trials of a study that has ended; raises when one is missing, was told twice or is half written."""
+    rows = trials(study_dir)
+    assert [row.number for row in rows] == list(range(num_trials)), rows
+    check_told_once(study_dir)
+    assert list(study_dir.rglob("*.tmp")) == []
+    return rows
 
 
 def check_told_once(study_dir):
@@ -227,14 +230,11 @@ def kill_workers(folder, num_kills, rng, num_trials=1, **resources):
     space = {name: {"type": "categorical", "choices": [value]} for name, value in VALUES.items()}
     search = {**STRUCK, **EIGHT["search"], "space": space, "enqueue": []}
     process = driver(study_dir, num_trials, "ray-train", search=search, training="struck", **resources)
-    code, output = finish(process, TIMEOUT_S + 60 * num_kills)
-    assert code == 0, output
-    rows, calm = trials(study_dir), next(row for row in baselines(study_dir) if row.name == "calm")
+    finished(process, TIMEOUT_S + 60 * num_kills)
+    rows, calm = whole_trials(study_dir, num_trials), next(row for row in baselines(study_dir) if row.name == "calm")
     left = sorted((folder / "base" / "strikes").rglob("*.json"))
     assert left == [], f"planned, but not met: {left}"
     assert {row.outcome for row in (*rows, calm)} == {"complete"}, rows
-    assert [row.number for row in rows] == list(range(num_trials))
-    check_told_once(study_dir)
     for row, plan in zip(rows, plans, strict=True):
         assert row.attempt > len(plan)
         check_same((study_dir, row), (study_dir, calm))
@@ -332,8 +332,7 @@ def kill_again(what, executor, study_dir, num_trials, times, rng, **more):
         time.sleep(rng.uniform(0, 2) if number else 0)
         victims = wait_until(lambda: ended(process) or titled(what, process.pid), f"there is a {what}")
         os.kill(rng.choice(victims), signal.SIGKILL)
-    code, output = finish(process)
-    assert code == 0, output
+    finished(process)
     check(study_dir, num_trials)
 
 
@@ -344,12 +343,9 @@ def kill_in_cuts(executor, study_dir, num_trials, times):
         seen.update(wait_until(lambda: ended(process) or decided_cuts(study_dir) - seen, "a training is cut"))
         for pid in titled("mailbox", process.pid):
             os.kill(pid, signal.SIGKILL)
-    code, output = finish(process)
-    assert code == 0, output
-    rows = trials(study_dir)
-    assert [row.number for row in rows] == list(range(num_trials))
+    finished(process)
+    rows = whole_trials(study_dir, num_trials)
     assert {row.outcome for row in rows} == {"complete", "pruned"}, rows  # a result wins over a cut
-    check_told_once(study_dir)
 
 
 def decided_cuts(study_dir):
@@ -379,8 +375,7 @@ def kill_one(what, executor, study_dir, cluster, num_trials=1, **more):
     else:
         os.kill(waiting_trial(pid) if what == "trial" else pid, signal.SIGKILL)
         hold.unlink()
-    code, output = finish(process)
-    assert code == 0, output
+    output = finished(process)
     check(study_dir, num_trials, before)
     wait_for_no_groups(*cluster)
     return output
@@ -398,8 +393,7 @@ def set_one_aside(executor, study_dir, num_trials=4, **more):
     assert "did not advance" in rows[1].reason
     before = results(study_dir)
     stand_in.tell(study_dir.parent, seconds=0.05)
-    code, output = finish(driver(study_dir, num_trials, executor, **more))
-    assert code == 0, output
+    finished(driver(study_dir, num_trials, executor, **more))
     check(study_dir, num_trials, before)
 
 
@@ -425,8 +419,7 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
             for _ in range(new):
                 at_end.enter_context(node(first, at_a_time // 4))
         (study_dir.parent / "base" / "hold").unlink()
-        code, output = finish(process, TIMEOUT_S + 10 * num_trials)
-        assert code == 0, output
+        output = finished(process, TIMEOUT_S + 10 * num_trials)
         check(study_dir, num_trials)
         again = sum(row.attempt - 1 for row in trials(study_dir) + baselines(study_dir))
         assert again == at_a_time, output
@@ -434,13 +427,9 @@ def lose_nodes(executor, study_dir, at_a_time, num_trials):
 
 
 def confirm(study_dir, top=1):
-    """Starts a confirm in a process group of its own, with two seeds of the best trials and of the baseline."""
+    """Starts a confirm, with two seeds of the best trials and of the baseline."""
     command = [sys.executable, "-m", "carft_ray.cli", "confirm", str(study_dir), "--top", str(top), "--seeds", "2"]
-    process = subprocess.Popen(
-        command, stdout=PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=environment()
-    )
-    _drivers.append(process)
-    return process
+    return started(command)
 
 
 def confirmed(study_dir):
@@ -454,8 +443,7 @@ def kill_confirm(finished_study, folder, num_kills, rng, top=1):
     """Confirms a copy of a study in peace, and another one killed at random moments; they must end alike."""
     calm, killed = (Path(shutil.copytree(finished_study, folder / name)) for name in ("calm", "killed"))
     began = time.monotonic()
-    code, output = finish(confirm(calm, top))
-    assert code == 0, output
+    finished(confirm(calm, top))
     whole_s, before = time.monotonic() - began, {}
     for number in range(num_kills):
         process = confirm(killed, top)
@@ -467,13 +455,7 @@ def kill_confirm(finished_study, folder, num_kills, rng, top=1):
         now = confirmed(killed)
         assert {name for name in before if now[name] != before[name]} == set()
         before = now
-    code, output = finish(confirm(killed, top))
-    assert code == 0, output
-    check_confirm(killed, calm, top)
-
-
-def check_confirm(killed, calm, top=1):
-    """Raises when a killed confirm has ended otherwise than one left in peace; two seeds of each trial and baseline."""
+    finished(confirm(killed, top))
     assert confirmed(killed) == confirmed(calm)
     assert len(confirmed(killed)) == 2 * (top + 1)
     summaries = [json.loads((study / "confirm" / "summary.json").read_text()) for study in (calm, killed)]
@@ -513,8 +495,7 @@ def kill_on_a_bucket(server, folder, num_trials, times, rng):
             now = {name: data for name, data in server.objects().items() if name.endswith("/result.json")}
             assert {name for name, data in before.items() if now[name] != data} == set()
             before = now
-    code, output = finish(process)
-    assert code == 0, output
+    finished(process)
     pull(address, folder / "pulled")
     check(folder / "pulled", num_trials)
 
@@ -535,7 +516,6 @@ def kill_at_random(study_dir, num_trials, numbers, rng, **more):
         assert {name for name, content in before.items() if now[name] != content} == set()
         before = now
         kills.append((executor, last, delay_s, len(now)))
-    code, output = finish(driver(study_dir, num_trials + 4, **more))
-    assert code == 0, output
+    finished(driver(study_dir, num_trials + 4, **more))
     check(study_dir, num_trials + 4, before)
     return kills

@@ -23,7 +23,6 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.study import study
 from carft_ray.study.rows import trials
 
-HERE = Path(__file__).parent
 NEVER = "ImportError: libnever.so.9: cannot open shared object file"
 LOCK = "TypeError: cannot pickle '_thread.lock' object"
 
@@ -115,7 +114,7 @@ def test_an_error_of_tune_is_its_pickle_or_its_text(tmp_path):
 @pytest.fixture
 def bad_start(tmp_path, monkeypatch):
     """Sets how trainings do not begin, and gives their Runner."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HERE.parent), str(HERE)]))
+    monkeypatch.setenv("PYTHONPATH", crash_host.PYTHONPATH)
     monkeypatch.setenv("BAD_START_DRIVER", str(os.getpid()))
     monkeypatch.setenv("BAD_START_FROM", str(tmp_path / "begins"))
     # the first lost attempt sets the trial aside, and ends the search

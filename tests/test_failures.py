@@ -7,10 +7,10 @@ import shutil
 import signal
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import attempts
+import crash_host
 import killed_searches
 import numpy as np
 import pytest
@@ -37,7 +37,6 @@ from carft_ray.study.study import LOST_ATTEMPTS
 from carft_ray.training.out_of_memory import in_batches, is_out_of_memory
 from carft_ray.training.run import prepare
 
-BASE = Path(__file__).parent
 CPU = torch.device("cpu")
 
 
@@ -188,7 +187,7 @@ def test_an_end_for_want_of_memory_is_told_from_other_ends(text, line):
 @pytest.mark.whole
 def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(tmp_path, monkeypatch):
     """A real Ray that takes any machine for full: every process of a trial is ended."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(BASE.parent), str(BASE)]))
+    monkeypatch.setenv("PYTHONPATH", crash_host.PYTHONPATH)
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.01")
     events = []
     stand_in.tell(tmp_path, seconds=100)

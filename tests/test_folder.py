@@ -96,10 +96,9 @@ def test_every_ending_is_taken_in_any_case(tmp_path):
 # files that cannot be read
 
 
-@pytest.mark.parametrize("content", [b"", b"no image at all", b"\x89PNG\r\n\x1a\n"])
-def test_a_file_that_is_no_image_is_named(tmp_path, content):
+def test_a_file_that_is_no_image_or_gone_is_named(tmp_path):
     path = tmp_path / "photo" / "fish" / "1.png"
-    files.write_bytes(path, content)
+    files.write_bytes(path, b"\x89PNG\r\n\x1a\n")
     source = folder_source(tmp_path, ["photo"], None, "train")
     with pytest.raises(DataError, match=rf"{path}: must be a readable image"):
         source.pixels(0)

@@ -57,7 +57,6 @@ def groups(tmp_path, monkeypatch):
     return Groups(tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
 def test_one_group_runs_one_training_after_the_other_and_ends_when_closed(groups):
     group = WorkerGroup(groups.runtime)
     assert not group.fits(groups.runtime, [])
@@ -73,7 +72,6 @@ def test_one_group_runs_one_training_after_the_other_and_ends_when_closed(groups
     assert not group.fits(groups.runtime, [])
 
 
-@pytest.mark.slow
 def test_a_group_ends_with_a_training_that_fails_or_was_told_to_end(groups):
     group, groups.told = WorkerGroup(groups.runtime), {1}
     assert groups.run(group, 0)

@@ -3,10 +3,8 @@
 import contextlib
 import itertools
 import json
-import os
 import re
 from fractions import Fraction
-from pathlib import Path
 from types import SimpleNamespace
 
 import killed_searches
@@ -29,9 +27,6 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 
-HERE = Path(__file__).parent
-SIZES = {"object_store_memory": 10**8}
-HEAD, GPU_NODE = Node(0, 0), Node(8, 2)
 REST = "; what is left on each node or GPU is too little"
 OTHERS = ", others hold the rest"
 NONE = "no node for a trial, which needs 1 x 1 CPU"
@@ -225,7 +220,6 @@ def changes(events):
     return [(event.concurrency, event.reason) for event in events if isinstance(event, ConcurrencyChanged)]
 
 
-@pytest.mark.slow
 def test_trainings_at_a_time_follow_the_nodes(followed):
     tune = followed()
     late = tune.start()
@@ -282,9 +276,6 @@ def test_what_waits_holds_no_gpu_and_keeps_no_search_from_its_end(followed):
 
 
 RUNNER = Runner(stand_in.prepare, stand_in.train)
-PYTHONPATH = os.pathsep.join([str(HERE.parent), str(HERE)])
-
-
 HEAD_TYPE, FAKE_HEAD = "ray.head.default", "f" * 51 + "00000"  # as Ray's provider of nodes for tests knows the head
 
 

@@ -85,7 +85,6 @@ def test_a_number_that_another_process_has_got_meanwhile_does_not_count(study_di
         assert "which is gone" in told[0]
 
 
-@pytest.mark.slow
 def test_signs_of_life_go_on_during_an_open_study_and_end_with_it(study_dir, monkeypatch):
     monkeypatch.setattr(module, "BEAT_AFTER_S", 0.05)
     monkeypatch.setattr(held_module, "LOOK_EVERY_S", 0.02)

@@ -127,7 +127,6 @@ def plan(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.slow
 def test_a_plan_measures_trainings_and_leaves_the_caches_alone(plan, tmp_path):
     before = {path.name for path in tmp_path.iterdir()}
     _, found = plan("resources.executor=debug")

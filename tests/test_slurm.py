@@ -101,7 +101,6 @@ def test_it_is_not_begun_without_slurm_or_without_a_study(tmp_path):
     assert job.written("ray.txt") == []
 
 
-@pytest.mark.slow
 def test_what_it_starts_and_that_the_exit_code_is_the_search_s(tmp_path):
     job = Job(tmp_path, CODE="7")
     study = tmp_path / "studies" / "one"

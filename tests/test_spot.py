@@ -88,7 +88,6 @@ def deadline(words):
     return int(words[words.index("--deadline-remaining-seconds") + 1])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("cloud", "provider", "notice_s"), [("aws", "auto", 110), ("gcp", "gcp", 30)])
 def test_a_notice_drains_the_node_as_preempted_with_a_deadline_below_the_notice(cloud, provider, notice_s, ray_words):
     with metadata(cloud) as server:
@@ -126,7 +125,6 @@ def test_an_aws_notice_without_a_time_counts_as_two_minutes(ray_words):
             spot.gcp_notice(server.url)
 
 
-@pytest.mark.slow
 def test_a_drain_that_fails_is_tried_again_until_the_machine_is_gone(tmp_path, ray_words):
     (tmp_path / "refuse").touch()
     assert spot.drain(NODE, "auto", 60, "test")

@@ -108,7 +108,6 @@ def test_the_recipe_that_is_sent_is_the_same_recipe_with_its_lists_next_to_it(he
     assert jobs.job_id(here / "a study; rm").startswith("carft-a-study-rm-")
 
 
-@pytest.mark.slow
 def test_a_study_in_a_bucket_keeps_its_recipe_in_the_cache_of_the_head(here, submit, monkeypatch):
     for name in BUCKET_KEYS:
         monkeypatch.delenv(name, raising=False)
@@ -133,7 +132,6 @@ def test_a_study_in_a_bucket_keeps_its_recipe_in_the_cache_of_the_head(here, sub
     assert "must be a bucket and perhaps a prefix" in told(err)
 
 
-@pytest.mark.slow
 def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboard, submit):
     words = ("r.yaml", "--study", "study", "--dry-run", "--set", "search.trials=3")
     out, err = submit(0, *words, "--set", "tracking.wandb.project=mine")
@@ -182,7 +180,6 @@ NEVER_RAN = {"status": "FAILED", "error_type": "RUNTIME_ENV_SETUP_FAILURE"}
 NEVER_RAN["message"] = "Failed to set up runtime environment.\nNo space left on device\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "code", "text"),
     [
@@ -203,7 +200,6 @@ def test_a_study_whose_job_runs_is_followed_to_its_end_and_nothing_is_submitted(
     assert dashboard.packages == {}
 
 
-@pytest.mark.slow
 def test_resume_sends_the_command_alone(here, dashboard, submit):
     words = ("--resume", "study", "--trials", "+4", "--wall-time", "8h", "--warm-start", "other", "--no-wait")
     _, err = submit(0, *words, "--installed")
@@ -289,7 +285,6 @@ def test_the_token_is_found_where_ray_finds_it_and_sent(here, dashboard, submit,
     assert "No such file" in err
 
 
-@pytest.mark.slow
 def test_a_head_that_hangs_or_is_none_is_told_in_one_message(here, dashboard, run, monkeypatch):
     def message(address):
         code, _, err = run("cluster", "jobs", "--address", address)

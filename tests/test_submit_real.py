@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import crash_host
 import pytest
 import short_training
 from bucket_server import impatient
+from test_uploads import ended
 
 import cluster
 from carft_ray.results.reading.study_view import read_study
@@ -105,10 +105,7 @@ def test_a_search_on_a_study_in_a_bucket_is_submitted_stopped_from_here_and_resu
         words = ("submit", "recipe.yaml", "--study", address, *SEARCH, "--no-wait", *keys)
         code, _, err = call(head, *words, **server.environment)
         assert code == 0, err
-        end = time.monotonic() + WITHIN_S
-        while sum(b'"outcome"' in data for name, data in server.objects().items() if "/log/0" in name) < 3:  # zero shot
-            assert time.monotonic() < end
-            time.sleep(0.5)
+        cluster.wait_until(lambda: ended(server) >= 3, "zero-shot and two trials have ended", WITHIN_S)
         assert crash_host.call(["stop", address]) == 0
         code, out, err = call(head, "submit", "--attach", address)
         assert (code, "saving checkpoints" in out) == (130, True), out + err

@@ -1,12 +1,11 @@
 """A search on a study in a bucket: killed, resumed by another machine, taken over; and what the bucket holds then."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import killed_searches
 import pytest
 import short_training
 import stand_in
@@ -23,7 +22,6 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.mirror import NUMBERS, own_folder, pull
 from carft_ray.study.rows import best_row
 
-HERE = Path(__file__).parent
 RESOURCES, SEARCH = {"executor": "debug"}, {"epochs": 3, "sampler": {"name": "random"}}
 ELSEWHERE = "import sys, search_driver; from carft_ray.study import uploads; uploads.UPLOAD_EVERY_S = 0.2; "
 ELSEWHERE += "sys.exit(search_driver.main(*sys.argv[1:]))"
@@ -52,8 +50,7 @@ def ended(server):
 
 def searching(server, cache):
     """A search of three trials by a process with another cache, as another machine has it."""
-    environment = {**os.environ, **server.environment, "XDG_CACHE_HOME": str(cache)}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), str(HERE)])
+    environment = killed_searches.environment(**server.environment, XDG_CACHE_HOME=str(cache))
     words = [server.address("study"), "3", json.dumps(RESOURCES), "", json.dumps(SEARCH)]
     return subprocess.Popen([sys.executable, "-c", ELSEWHERE, *words], env=environment)
 
