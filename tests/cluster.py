@@ -122,15 +122,7 @@ def head(num_cpus: float = 0, *options: str, like: Node | None = None, dashboard
 
 @contextlib.contextmanager
 def node(to: Node, num_cpus: float = 1, *options: str, hidden: tuple[Path, ...] = (), **more: str):
-    """Starts a node that joins a head; yields its ``Node``.
-
-    Args:
-        to: The head.
-        num_cpus: CPUs.
-        options: Further options of ``ray start``.
-        hidden: Folders that are empty for this node.
-        more: Variables of its environment.
-    """
+    """Starts a node that joins a head, for which the folders ``hidden`` are empty; yields its ``Node``."""
     ports = _free_ports((*AGENT_PORTS, *(f"{name}-port" for name in PORTS)))
     options = (f"--address={to.address}", *options)
     before = hiding(*hidden) if hidden else []
@@ -142,9 +134,8 @@ def node(to: Node, num_cpus: float = 1, *options: str, hidden: tuple[Path, ...] 
 def hiding(*folders: Path, size: str = "50%") -> list[str]:
     """Returns words before a command that see empty folders in these places, as on a machine without that disk.
 
-    Each holds so much, by default half as much as there is memory.
-
-    They are mounts that nobody else sees; a system that forbids those skips the test.
+    Each holds so much, by default half as much as there is memory. They are mounts that nobody else sees; a system that
+    forbids those skips the test.
     """
     unshare = ["unshare", "--mount", *([] if os.getuid() == 0 else ["--map-root-user"])]
     if not shutil.which("unshare") or subprocess.run([*unshare, "true"], capture_output=True).returncode:

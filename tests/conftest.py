@@ -33,7 +33,7 @@ LONGEST = (  # longest first
     "test_export",
     "test_page_in_browser",
     "test_documents",
-    "test_causes",
+    "test_failures",
     "test_log",
     "test_holding",
 )

@@ -31,8 +31,7 @@ RESOURCES = {
 }
 EPOCHS = 4  # of search_driver.py
 # eight trainings at a time on two cores, and no more on others
-AT_A_TIME = 8
-EIGHT = {"search": {"max_concurrent_trials": AT_A_TIME}, "num_workers": 1, "cpus_per_worker": 0.25}
+EIGHT = {"search": {"max_concurrent_trials": 8}, "num_workers": 1, "cpus_per_worker": 0.25}
 # the same with real ones, whose values are the same in whatever order they end
 REAL_SEARCH = {"train": {"batch_size": 8}, "sampler": {"name": "random", "seed": 1}, **EIGHT["search"]}
 REAL = {**EIGHT, "search": REAL_SEARCH, "training": "carft_ray.launch.runtime"}

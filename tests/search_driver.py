@@ -1,6 +1,6 @@
 """A search of stand-in trainings as a process of its own, for the tests that interrupt and kill it.
 
-    python search_driver.py STUDY_DIR BASE_DIR TRIALS [RESOURCES as JSON] [ADDRESS] [SEARCH as JSON] [TRAINING]
+    python search_driver.py STUDY_DIR TRIALS [RESOURCES as JSON] [ADDRESS] [SEARCH as JSON] [TRAINING]
 
 TRAINING is the module with ``prepare`` and ``train``, ``stand_in`` by default.
 

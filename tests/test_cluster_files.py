@@ -256,7 +256,6 @@ SEEDED = [  # file, what is replaced by what, and what must be found
     ("slurm.sh", "#SBATCH --requeue", "#SBATCH --requeu", "option requeu "),
     ("slurm.sh", 'rm -rf "$temp" "$RAY', 'ray stop; rm -rf "$temp" "$RAY', "processes are ended by their ids"),
     ("Dockerfile", "ARG RAY_VERSION=2.60.0", "ARG RAY_VERSION=2.40.0", "outside of the range"),
-    ("Dockerfile", "USER ray", "USER root", "it must not end as root"),
     ("Dockerfile", "LICENSE ./", "LICENSE Makefile ./", "Makefile is not there, or not sent"),
     ("Dockerfile", "#     docker", "# docker", "give no command"),
 ]

@@ -167,17 +167,11 @@ def test_every_path_of_a_recipe_is_looked_for(tmp_path):
     assert recipe_paths(load_recipe(tmp_path / "r.yaml")) == {key: f"{tmp_path}/{path}" for key, path in places.items()}
 
 
-@pytest.mark.parametrize(
-    ("words", "text"),
-    [
-        (["--address", "http://10.0.0.1:8265"], "ray job submit --address http://10.0.0.1:8265 -- carft-ray doctor"),
-        (["--address", "127.0.0.1:1"], "no Ray answers at 127.0.0.1:1"),
-    ],
-)
-def test_an_address_where_no_node_can_be_asked_is_told(tmp_path, capsys, words, text):
-    (tmp_path / "r.yaml").write_text((Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml").read_text())
-    assert crash_host.call(["doctor", tmp_path / "r.yaml", *words]) == 5
-    assert text in capsys.readouterr().err
+def test_an_address_where_no_node_can_be_asked_is_told(tmp_path, capsys):
+    recipe = Path(__file__).parents[1] / "search_spaces" / "quickstart.yaml"
+    assert crash_host.call(["doctor", recipe, "--address", "http://10.0.0.1:8265"]) == 5
+    told = "ray job submit --address http://10.0.0.1:8265 -- carft-ray doctor"
+    assert told in capsys.readouterr().err
 
 
 MISSING = dict.fromkeys(("data.train.path", "data.id_val.path", "data.ood_val.sketch.path"), "images")

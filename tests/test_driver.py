@@ -192,13 +192,7 @@ def test_a_dead_process_gets_another_attempt_and_is_at_last_set_aside_with_the_c
     tune.die(last)
     assert tune.events[-1] == TrialSetAside(TrialSpec(**last.config["spec"]), reason)
     assert last.config["spec"]["attempt"] == LOST_ATTEMPTS
-    log = (tune.folder(first) / "log.txt").read_text()
-    assert [line.split(" ", 1)[1] for line in log.splitlines() if "lost" in line] == [
-        f"attempt 1: lost: {reason}",
-        *(f"attempt {number}: lost: a worker of the group died" for number in range(2, LOST_ATTEMPTS)),
-        f"attempt {LOST_ATTEMPTS}: lost: {reason}",
-    ]
-    assert "More." in log  # all that Ray said
+    assert "More." in (tune.folder(first) / "log.txt").read_text()  # all that Ray said
     for _ in range(5):
         tune.finish(tune.start())
     assert tune.start() == Searcher.FINISHED

@@ -19,14 +19,10 @@ pytestmark = pytest.mark.whole
 
 
 @pytest.fixture(autouse=True)
-def no_driver_is_left():
-    yield
-    searches.kill_drivers()
-
-
-@pytest.fixture(autouse=True)
 def half_a_second_an_epoch(tmp_path):
     stand_in.tell(tmp_path, seconds=0.5)
+    yield
+    searches.kill_drivers()  # that a test which has failed leaves behind
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import ray
 import stand_in
 import stepped
-from killed_searches import driver, ended, finished, wait_until
+from killed_searches import driver, ended, finished, titled, wait_until
 from ray.cluster_utils import Cluster
 
 import cluster
@@ -170,10 +170,7 @@ def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine
                 lambda: ended(process) or len(killed_searches.results(study_dir)) >= part,  # noqa: B023  # in this round
                 f"{part} have ended",
             )
-            [pid] = wait_until(
-                lambda: ended(process) or killed_searches.titled("files", head.process.pid),
-                "there is one",
-            )
+            [pid] = wait_until(lambda: ended(process) or titled("files", head.process.pid), "there is one")
             os.kill(pid, signal.SIGKILL)
         finished(process)
         left = [path for path in (node.folder / "home").rglob("*") if path.is_file() and "/trials/" in str(path)]

@@ -32,17 +32,6 @@ def workers_find_the_stand_in(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", crash_host.PYTHONPATH)
 
 
-def read_until(process, words):
-    """Returns the driver's lines up to one that begins with each of the words, in any order."""
-    lines, missing = [], list(words)
-    while missing:
-        line = process.stdout.readline()
-        assert line, lines
-        lines.append(line)
-        missing = [word for word in missing if not line.startswith(word)]
-    return lines
-
-
 @pytest.mark.slow
 def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path):
     stand_in.tell(
@@ -77,10 +66,14 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     stand_in.tell(tmp_path, slow_stop=3, **{"1": "hold", "2": "hold", "3": "hold"})
     study_dir = tmp_path / "study"
     process = driver(study_dir, 4)
-    read_until(process, ["TrialFinished t0000", "TrialEpoch t0001"])  # which is held in the middle of its training
+    missing = ["TrialFinished t0000", "TrialEpoch t0001"]  # which is held in the middle of its training
+    while missing:
+        assert (line := process.stdout.readline()), missing
+        missing = [start for start in missing if not line.startswith(start)]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and all of Ray
     code, output = finish(process)
     assert code == 130, output
+    assert "Traceback" not in output
     assert "Stopping" in output
     assert "of 4 trials finished" in output
     assert "Resume with: carft-ray resume" in output

@@ -12,7 +12,7 @@ import crash_host
 import pytest
 import short_training
 from bucket_server import impatient
-from test_uploads import ended
+from test_mirror import ended
 
 import cluster
 from carft_ray.results.reading.study_view import read_study
