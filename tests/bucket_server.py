@@ -9,7 +9,6 @@ No request leaves the machine. Other processes get ``server.environment``.
 
 import contextlib
 import io
-import itertools
 import logging
 import os
 import secrets
@@ -30,8 +29,6 @@ LOST = "lost"  # it is done, and the connection ends without an answer
 LATE, LATE_S = "late", 0.3  # the connection ends without an answer, and it is done so many seconds later
 CUT = "cut"  # the connection ends, and it is not done
 DONE_503 = "done, then 503"
-BUCKET = "studies"
-_numbers = itertools.count()
 
 
 def refused(status, code):
@@ -44,7 +41,7 @@ class Server:
 
     def __init__(self):
         self.strike, self.requests = (lambda method, path: None), []
-        self.bucket = f"{BUCKET}-{next(_numbers)}-{secrets.token_hex(3)}"
+        self.bucket = f"studies-{secrets.token_hex(6)}"
         self._app = DomainDispatcherApplication(create_backend_app)
         self._doing = threading.Lock()  # moto lists and removes in turn, not at once
         logging.getLogger("werkzeug").setLevel(logging.ERROR)

@@ -72,13 +72,9 @@ class Tune:
         self.box.post(Post(spec.training, spec.attempt, failure=Failure(outcome, reason, spec.attempt, exit_code)))
         self.end(trial)
 
-    def end(self, trial, lost=""):
+    def end(self, trial, lost="", **told):
         trial.status = "TERMINATED"
-        self.searcher.on_trial_complete(trial.trial_id, result={"lost": lost})
-
-    def lose(self, trial, rank, why="it was killed"):
-        trial.status = "TERMINATED"
-        self.searcher.on_trial_complete(trial.trial_id, result={"lost": why, "dead_rank": rank})
+        self.searcher.on_trial_complete(trial.trial_id, result={"lost": lost, **told})
 
     def die(self, trial, message="The actor died unexpectedly.\nMore."):
         trial.status = "ERROR"
@@ -164,7 +160,7 @@ def test_an_attempt_that_was_lost_with_one_of_its_ranks_is_told_with_where_it_ra
     trial = tune.start()
     tune.post(trial, nodes=[("n1", "10.0.0.1"), ("n2", "10.0.0.2")])
     tune.look()
-    tune.lose(trial, rank=1)
+    tune.end(trial, "it was killed", dead_rank=1)
     told = f"{spec_of(trial).name} gets another attempt: rank 1 on 10.0.0.2: it was killed"
     assert tune.events[-1].text.startswith(told)
 

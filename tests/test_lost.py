@@ -73,7 +73,11 @@ def raised_from(error, cause):
 )
 def test_what_shows_that_a_machine_has_failed_is_told_from_other_errors(error, rank):
     assert lost_rank(error, RunContext(rank=1, world_size=2)) == rank
-    assert lost_rank(error, RunContext()) == {UNKNOWN: None, 1: 0}.get(rank, rank)  # alone it has no peer to lose
+
+
+def test_a_worker_that_is_alone_has_no_peer_to_lose():
+    assert lost_rank(RuntimeError("Connection closed by peer"), RunContext()) is None
+    assert lost_rank(OSError(errno.EIO, "Input/output error"), RunContext()) == 0
 
 
 def gloo(function, *args):

@@ -1,10 +1,10 @@
 """Searches over a real local Ray with stand-in trainings. Each test ends the Ray that it started."""
 
-import http.server
 import json
 import os
 import signal
 import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from unittest import mock
 
 import crash_host
@@ -68,7 +68,8 @@ def test_an_interrupted_search_is_finished_by_the_same_command(tmp_path):
     process = driver(study_dir, 4)
     missing = ["TrialFinished t0000", "TrialEpoch t0001"]  # which is held in the middle of its training
     while missing:
-        assert (line := process.stdout.readline()), missing
+        line = process.stdout.readline()
+        assert line, missing
         missing = [start for start in missing if not line.startswith(start)]
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the driver and all of Ray
     code, output = finish(process)
@@ -166,13 +167,6 @@ def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path):
     assert not ray.is_initialized()
 
 
-class Web(http.server.BaseHTTPRequestHandler):
-    """A server that is no Ray."""
-
-    def log_message(self, *given):
-        pass
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("address", "told"),
@@ -184,7 +178,7 @@ class Web(http.server.BaseHTTPRequestHandler):
 )
 def test_an_address_of_nothing_is_one_message_at_once(tmp_path, monkeypatch, address, told):
     monkeypatch.setattr(ray, "init", None)  # which would try for two minutes
-    with http.server.HTTPServer(("127.0.0.1", 0), Web) as web:
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
         threading.Thread(target=web.serve_forever, daemon=True).start()
         address = address.format(web=web.server_port)
         with pytest.raises(ClusterError, match=told) as caught, running_ray(address, tmp_path / "ray.log"):
