@@ -284,8 +284,10 @@ def test_a_process_of_another_machine_is_waited_for_ninety_seconds_of_silence(st
     waited, took = said
     assert waited.startswith("waiting 90 s for a write of process")
     assert took.startswith(f"took over from process {os.getpid()} on elsewhere, since ")
-    with pytest.raises(RefusedError, match=rf"{store}/log/00000002: was written by another search, .*taken the study"):
-        commit(owner, "late")
+    told = rf"{store}/log/00000002: was written by another search, .*taken the study"
+    for use in (owner.check, lambda: commit(owner, "late")):
+        with pytest.raises(RefusedError, match=told):
+            use()
     commit(taker, "mine")
     assert kinds(store) == ["owner", "owner", "mine"]
 
