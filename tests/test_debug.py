@@ -77,6 +77,7 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     assert result.trials[0].attempt == 2
 
 
+@pytest.mark.whole
 def test_a_training_of_two_workers_takes_ray(tmp_path, monkeypatch):
     alone = stand_in.make_recipe(resources={"executor": "debug", "num_workers": 2})
     assert [finding.rule for finding in broken_rules(alone)] == ["must be 1 with executor: debug"]

@@ -141,7 +141,7 @@ def search_elsewhere(path, boot, study_dir, num_trials):
     sys.exit(search_driver.main(study_dir, num_trials, '{"executor": "debug"}', search='{"baselines": {}}'))
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_writes_nothing(tmp_path):
     hold, study_dir = stand_in.tell(tmp_path) / "hold", tmp_path / "study"
     hold.touch()
