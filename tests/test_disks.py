@@ -117,7 +117,7 @@ def test_results_and_checkpoints_that_cannot_be_read_now_are_neither_missing_nor
 ROOM_KB = range(0, 360, 90)  # a search of six stand-in trainings writes some 350 kB
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_search_on_a_disk_that_fills_ends_with_one_message_and_goes_on_where_there_is_space(tmp_path):
     """A disk of 12 MB, of which there is less and less room: each search meets its end at another write."""
     (disk := tmp_path / "disk").mkdir()

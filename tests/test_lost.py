@@ -195,7 +195,7 @@ def lose_the_peer(context, folder):
     os._exit(0)  # the group cannot be left in an orderly way
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_ranks_agree_on_what_they_resume_from_or_end_at_once_with_one_message(tmp_path):
     recipe = stand_in.make_recipe(1, baselines={}, resources={"gpus_per_worker": 0})
     with open_study(tmp_path / "study", recipe):
