@@ -86,6 +86,8 @@ def test_few_seeds_and_few_images_are_told_and_give_numbers():
     one_image = crossed({"a": np.array([[1], [0], [1]])}, {"a": 1.0})
     assert one_image.notes == ("a has one image: its image variance is not covered",)
     assert all(map(math.isfinite, one_image.ends))
+    beside = crossed({"a": FIXTURE["id"], "b": np.array([[1], [0], [1]])}, {"a": 0.5, "b": 0.5})
+    assert 0 < beside.image_variance == pytest.approx(crossed({"a": FIXTURE["id"]}, {"a": 0.5}).image_variance)
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2, 5])
@@ -96,6 +98,20 @@ def test_where_nothing_varies_the_rule_of_three_holds(num_seeds, value):
     assert result.ends == pytest.approx((result.mean - half, result.mean + half))
     assert result.p_value == pytest.approx(1.0 if value == 0 else 20 ** (-value / 2 / half))
     assert (result.seed_variance, result.residual_variance, result.image_variance) == (0, 0, 0)
+
+
+def test_where_hardly_anything_varies_the_rule_of_three_is_that_of_pairs_of_seed_and_image():
+    result = crossed({"a": 0.2 + 1e-6 * np.tile([0, 1], (3, 35))}, {"a": 1.0})
+    assert result.ends == pytest.approx((0.2 + math.log(0.05) / 140, 0.2 - math.log(0.05) / 140), abs=1e-6)
+    assert result.p_value == pytest.approx(math.exp(-0.2 * 140), rel=1e-3)
+
+
+def test_a_domain_that_is_not_clearly_the_lowest_is_told():
+    spec = ObjectiveSpec("worst_domain", "id", ("a", "b", "c"))
+    right = {name: np.arange(100)[None] % 10 < of_ten for name, of_ten in {"id": 9, "a": 8, "b": 1, "c": 9}.items()}
+    assert intervals.worst_domain_notes(spec, right) == []
+    [note] = intervals.worst_domain_notes(spec, {**right, "c": right["b"][:, ::-1]})
+    assert note.startswith("worst_domain: approximate")
 
 
 def test_objectives_weigh_sets_by_their_derivatives():
