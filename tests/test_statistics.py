@@ -331,6 +331,7 @@ def test_equal_configurations_differ_by_zero(correct):
 
 def test_holm_of_the_fixture_and_its_limits():
     assert [one for one, _ in holm([0.01, 0.04, 0.03])] == pytest.approx([0.03, 0.06, 0.06])
+    assert [level for _, level in holm([0.01, 0.04, 0.03])] == pytest.approx([1 - 0.05 / 3, 1 - 0.05 / 2, 1 - 0.05 / 2])
     assert [one for one, _ in holm([0.9, 0.8])] == [1.0, 1.0]
     assert holm([0.02]) == [(0.02, pytest.approx(0.95))]
     assert holm([]) == []
