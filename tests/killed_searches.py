@@ -294,13 +294,14 @@ def wait_for_no_groups(address, auth, timeout_s=60):
     return time.monotonic() - began
 
 
-def running_pids(study_dir, epoch=1):
-    """Returns the living processes of trainings that have got so far."""
+def running_pids(study_dir, epoch=1, needs=""):
+    """Returns the living processes of trainings that have got so far, and have files of such a pattern."""
     found = []
     for place, live in read_live(study_dir)[0].items():
         with contextlib.suppress(OSError):
             metrics = (study_dir / place / "metrics.jsonl").read_text().splitlines()
-            if len(metrics) >= epoch and Path(f"/proc/{live.pid}/cmdline").read_bytes():
+            is_there = not needs or any((study_dir / place).glob(needs))
+            if is_there and len(metrics) >= epoch and Path(f"/proc/{live.pid}/cmdline").read_bytes():
                 found.append(live.pid)
     return found
 
