@@ -28,9 +28,11 @@ from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder
 from carft_ray.study import mirror
 from carft_ray.study.holding import held, is_study, log_of
+from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
 from carft_ray.study.mirror import MODELS, NUMBERS, fetched, named, own_folder, pull, push
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import best_row
+from carft_ray.study.uploads import open_log, uploading
 
 WEIGHTS = "fine_tuned.safetensors"
 
@@ -353,3 +355,8 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     server.strike = lambda method, path: None
     search(address, 3)
     assert told(own_folder(address, brings=False)) == whole
+    folder, recipe = own_folder(address), stand_in.make_recipe(4, resources=RESOURCES, **SEARCH)
+    with held(log := open_log(folder), print), uploading(log):
+        record(folder, log, recipe, TEST)
+    assert require_unread(folder, recipe, "because")
+    assert read_ledger(fetched(address))[-1].reason == "because"

@@ -29,6 +29,7 @@ from carft_ray.study.holding import check_fit, held, is_study, log_of
 from carft_ray.study.identity import compare, read_manifest
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import all_rows, readable
+from carft_ray.study.uploads import open_log, uploading
 
 LEDGER = "ledger"  # kind of its records, and key of the manifest
 
@@ -203,7 +204,8 @@ def require_unread(
     study_dir = study_dir.resolve()
     if not is_study(study_dir):
         return False
-    log, wanted = log_of(study_dir), grid.num_trials(recipe)
+    log, wanted = open_log(study_dir), grid.num_trials(recipe)
+    log.follow()
     entries = read_ledger(study_dir, log)
     if not reads_of(entries):
         return False
@@ -218,7 +220,7 @@ def require_unread(
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     check_fit(study_dir)
     compare(study_dir, recipe, change_space)
-    with held(log, tell):
+    with held(log, tell), uploading(log):
         details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
         record(study_dir, log, recipe, WENT_ON, details=details, reason=reason)
     return True
