@@ -11,7 +11,7 @@ import contextlib
 import json
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 from pathlib import Path
@@ -135,6 +135,7 @@ def own_folder(place: Place, brings: bool = True) -> Path:
         brings: The folder gets what the bucket has, unless a search holds it.
 
     Raises:
+        UsageError: The bucket has files there, but no study.
         StorageError: The bucket cannot be read, or the folder not be written.
     """
     if not in_bucket(place):
@@ -194,9 +195,8 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
     if not is_study(folder):
         raise UsageError(Problem(str(folder), "must be a study"))
     bucket, folder = Bucket(address), folder.resolve()
-    if there := list(bucket.all()):
-        value = f"one that holds {', '.join(there[:3])}{', ...' if len(there) > 3 else ''}"
-        raise UsageError(Problem(str(bucket), "must be an address where nothing is", value))
+    if there := bucket.all():
+        raise UsageError(Problem(str(bucket), "must be an address where nothing is", _holds(there)))
     here, log = Folder(folder), Log(Folder(folder))
     log.follow()
 
@@ -212,6 +212,11 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
     _each(lambda name: bucket.upload(name, folder / name), found, tell)
     bucket.put(MANIFEST, manifest)
     return _answer(folder, bucket, log, [*found.values(), len(manifest)])
+
+
+def _holds(names: Iterable[str]) -> str:
+    first = list(names)[:4]
+    return f"one that holds {', '.join(first[:3])}{', ...' if len(first) > 3 else ''}"
 
 
 def _marked(manifest: dict[str, Any], place: str, log: Log) -> dict[str, Any]:
@@ -271,9 +276,15 @@ def fetch_files(
 
     Returns:
         Those needed.
+
+    Raises:
+        UsageError: There are files, but no study.
+        StorageError: The bucket cannot be read, or the folder not be written.
     """
     there = bucket.all(without=COMMITS)
     needed = {name: each for name, each in there.items() if _is_needed(name, need)}
+    if needed and MANIFEST not in needed:
+        raise UsageError(Problem(str(bucket), "must be a study, or an address where nothing is", _holds(needed)))
     new = {}
     for name, each in needed.items():
         with contextlib.suppress(OSError):
