@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import carft_ray
 from carft_ray import files
-from carft_ray.errors import StorageError, UsageError
+from carft_ray.errors import DataError, StorageError, UsageError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import MANIFEST, RAY_LOG
@@ -344,8 +344,13 @@ def test_files_are_there_before_the_commit_of_an_end_and_the_same_machine_fetche
 
 
 @pytest.mark.slow
-def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, whole):
+def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, whole, tmp_path):
     address, puts = server.address("study"), []
+    (no_data := stand_in.tell(tmp_path) / "no_data").touch()
+    with pytest.raises(DataError):
+        search(address, 3)
+    assert not server.objects()
+    no_data.unlink()
 
     def strike(method, path):
         puts.append(path) if method == "PUT" else None

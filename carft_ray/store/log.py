@@ -81,6 +81,7 @@ class Log(BaseJournalBackend):
         digest: BLAKE2 of that commit: with its number it names a state of the study.
         time: When that commit was made, in seconds since 1970; 0 in an empty log.
         records: All of our own, each with the number of its commit.
+        is_abandoned: Whether ``abandon`` was called.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Log(BaseJournalBackend):
         self._nonce = secrets.token_hex(8)
         self._is_owner, self._is_read = False, False
         self._spoiled_by: BaseException | None = None
+        self.is_abandoned = False
         self._holder = _NOBODY  # who has claimed the log and not released it
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others
@@ -200,7 +202,7 @@ class Log(BaseJournalBackend):
     def abandon(self) -> None:
         """Ends the ownership of a log that this process is about to remove."""
         _OWNERS.discard(self._nonce)
-        self._spoiled_by = StorageError("its folder was removed")
+        self._spoiled_by, self.is_abandoned = StorageError("its folder was removed"), True
 
     @contextlib.contextmanager
     def commit(self, *records: Mapping[str, Any]) -> Iterator[None]:

@@ -125,7 +125,10 @@ def uploading(log: Log) -> Iterator[None]:
         left.set()
         thread.join()
         with contextlib.suppress(StorageError):
-            all_files()
+            if log.is_abandoned:
+                log.store.delete(list(log.store.all()))
+            else:
+                all_files()
         raise
     left.set()
     thread.join()
