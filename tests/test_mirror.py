@@ -367,3 +367,7 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
         record(folder, log, recipe, TEST)
     assert require_unread(folder, recipe, "because")
     assert read_ledger(fetched(address))[-1].reason == "because"
+    before, log = server.objects().keys(), open_log(folder)
+    with pytest.raises(StorageError, match="must stay while a search"), held(log, print), uploading(log):
+        files.remove(folder)
+    assert before <= server.objects().keys()

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.errors import StorageError
+from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import COMMITS, MANIFEST, RAY_LOG, STEP, STOP, STOP_REQUESTS
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
@@ -52,6 +52,10 @@ class _Mirrored(Through):
         """
         with self._locks[checkpoints]:
             there = files_in(self.here.path)
+            if MANIFEST not in there and self._known:  # what was cleared here must not be cleared there
+                step = "Run the same command again: it goes on from what is in the bucket."
+                problem = Problem(str(self.here), "must stay while a search works in it", "cleared", next_step=step)
+                raise StorageError(problem)
             names = [name for name in there if name not in (RAY_LOG, STOP)] if MANIFEST in there else []
             names = [name for name in names if _is_checkpoint(name) == checkpoints]
             names.sort(key=lambda name: name != MANIFEST)  # files without one are no study
