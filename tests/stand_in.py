@@ -72,6 +72,8 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     mode = modes.get(number) if out_dir.parent.name == "trials" else None
     if mode == "raise" or (mode == "raise_once" and attempt == 1):
         raise RuntimeError("the stand-in was told to raise")
+    if mode == "no_memory_once" and attempt == 1:
+        raise MemoryError
     if mode == "diverge":
         raise DivergedError("loss not finite at step 3")
     if mode == "no_data":

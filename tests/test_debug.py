@@ -51,11 +51,12 @@ def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_pat
 
 
 def test_all_events_of_a_search_come_and_a_trial_that_raises_is_a_verdict_after_its_second_attempt(tmp_path):
-    stand_in.tell(tmp_path, **{"1": "raise"})
+    stand_in.tell(tmp_path, **{"1": "raise", "2": "no_memory_once"})
     events = []
     result = run_search(stand_in.make_recipe(3, **DEBUG), tmp_path / "study", None, events.append, STAND_IN)
     assert not ray.is_initialized()
-    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 1)]
+    assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 2)]
+    assert any("another attempt: no memory was left on its machine: MemoryError" in event.line() for event in events)
     assert [event.concurrency for event in events if isinstance(event, Started)] == [1]
     assert len([event for event in events if isinstance(event, TrialFinished)]) == 3
     assert any(isinstance(event, TrialEpoch) for event in events)

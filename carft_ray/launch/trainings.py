@@ -19,7 +19,7 @@ from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Event
-from carft_ray.launch.failures.causes import error_of, explained, root_cause
+from carft_ray.launch.failures.causes import error_of, explained, full_text, root_cause
 from carft_ray.launch.failures.leaks import Leaks
 from carft_ray.launch.mailbox import Exchange
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity
@@ -107,8 +107,12 @@ def _run_here(driver: Driver, runtime: Runtime, progress: Callable[[dict[str, fl
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
         context = RunContext(progress=progress, should_stop=functools.partial(_poll, driver, spec))
-        run_worker(runtime, spec, context)
-        driver.ended(key)
+        gone = ""
+        try:
+            run_worker(runtime, spec, context)
+        except (MemoryError, RuntimeError) as error:  # with Ray it would end the process
+            gone = explained(full_text(error))
+        driver.ended(key, gone)
 
 
 def _poll(driver: Driver, spec: TrialSpec) -> bool:
