@@ -1,7 +1,7 @@
 """What `search`, `resume`, `confirm`, `train` and `reproduce` have in common, from the claim to the trainings.
 
-with open_study(...) as study:          # the claim, the recipe, what a kill has left
-    begin(folder, recipe)               # no stop file of before; resolved.yaml is that of this command
+with open_study(...) as study:          # the claim, no stop file of before, the recipe, what a kill has left
+    begin(folder, recipe)               # resolved.yaml is that of this command
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
         prepare(runtime, say)           # sets, caches, heads, zero-shot; into the manifest
         run_trainings(study, runtime)   # ``launch.trainings``
@@ -34,12 +34,11 @@ from carft_ray.study.study import Study
 
 
 def begin(folder: Path, recipe: Recipe) -> None:
-    """Begins a command on a study that is held: a stop was asked of another command.
+    """Begins a command on a study that is held.
 
     Raises:
         StorageError: The folder cannot be written.
     """
-    files.remove(folder / STOP)
     files.write_text(folder / RESOLVED, dump_recipe(recipe))
 
 

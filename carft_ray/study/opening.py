@@ -8,7 +8,7 @@ from optuna.storages import JournalStorage
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS
+from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import PROBE
 from carft_ray.study import rows
@@ -48,6 +48,7 @@ def open_study(
         with rows.readable(log) as storage:
             _require_known(study_dir, storage)
             stack.enter_context(held(log, tell))
+            files.remove(study_dir / STOP)  # it was asked of another command; from here on, of this one
             stack.enter_context(uploading(log))
             differences, notes = claim(study_dir, recipe, change_space), list[str]()
             files.remove_remains(study_dir)
