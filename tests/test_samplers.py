@@ -24,6 +24,7 @@ from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.sampling import AnySampler
 from carft_ray.recipe.space.grid import contains, grid_index, grid_size, num_trials
 from carft_ray.study.proposals import space
+from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import trials
 
 HISTORY = 8  # trials whose draws depend on no result, whatever the sampler
@@ -308,6 +309,10 @@ def test_the_grid_passes_over_trials_without_values_and_those_of_another_space()
     study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
     wider = optuna.distributions.IntDistribution(1, 9)
     study.add_trial(optuna.trial.create_trial(value=0.0, params={"epochs": 2}, distributions={"epochs": wider}))
+    own = {name: distribution(parameter) for name, parameter in recipe.search.space.items()}
+    for kind in ("warm_from", "training_of"):  # no trainings of this study
+        values = {"params": {"decay": "all", "epochs": 2}, "distributions": own, "user_attrs": {kind: 0}}
+        study.add_trial(optuna.trial.create_trial(value=0.0, **values))
     drawn = told(study, recipe, lambda values: {"value": 0.0}, wanted=99)
     assert len({json.dumps(values) for values in drawn}) == len(drawn) == 6
 

@@ -20,6 +20,7 @@ from carft_ray.recipe.checks.sampler_rules import population_size, startup_trial
 from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.proposals.optuna_private import on_one_thread
+from carft_ray.study.rows import is_training
 
 GP_DRAW = "gp:relative_params:0"  # attribute of a trial in which Optuna's GP keeps what it has drawn together
 OPTUNA_NAMES = {"deterministic": "deterministic_objective", "type": "qmc_type"}  # our options that it calls otherwise
@@ -106,7 +107,7 @@ class _QMC(QMCSampler):
 
 
 class _Grid(BruteForceSampler):
-    """Each point of the space once. Trials that have no values, or those of another space, are none of them."""
+    """Each point of the space once. What has no values, is of another space or no training here is none of them."""
 
     def __init__(self, space: Mapping[str, Parameter], seed: int) -> None:
         super().__init__(seed=seed)
@@ -116,5 +117,5 @@ class _Grid(BruteForceSampler):
     def _populate_tree(  # type: ignore[override]
         self, tree: Any, trials: list[optuna.trial.FrozenTrial], params: dict[str, Any]
     ) -> None:
-        fit = [trial for trial in trials if trial.params and trial.distributions.items() <= self._space.items()]
-        super()._populate_tree(tree, fit, params)
+        fit = [trial for trial in trials if trial.distributions.items() <= self._space.items()]
+        super()._populate_tree(tree, [trial for trial in fit if trial.params and is_training(trial)], params)

@@ -11,6 +11,7 @@ from carft_ray.recipe.space.conditions import in_order, is_active
 from carft_ray.recipe.space.grid import grid_index, grid_size
 from carft_ray.study.proposals.optuna_private import frozen_trial, running_trial
 from carft_ray.study.proposals.samplers import make_sampler
+from carft_ray.study.rows import trainings
 
 Value = bool | int | float | str | None
 POINT = "point"  # attribute of a trial: the point of the recipe that it tries
@@ -66,11 +67,11 @@ def draw(study: optuna.Study, trial: optuna.Trial, recipe: Recipe) -> dict[str, 
 
 
 def used_up(study: optuna.Study, recipe: Recipe) -> bool:
-    """Tells whether every point of the grid has a trial, where the sampler is the grid."""
+    """Tells whether every point of the grid has a trial of this study, where the sampler is the grid."""
     if recipe.search.sampler.name != "grid":
         return False
     parameters, size = recipe.search.space, grid_size(recipe.search.space)
-    points = {grid_index(parameters, trial.params) for trial in study.get_trials(deepcopy=False)} - {None}
+    points = {grid_index(parameters, trial.params) for trial in trainings(study)} - {None}
     return size is not None and len(points) >= size
 
 
