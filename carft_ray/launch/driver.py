@@ -368,6 +368,8 @@ class Driver:
         """Asks what runs to stop when the budget is used up; tells whether it is."""
         if self.budget is None or self.failure is not None:
             return False
+        if not self._attempts and self.study.done():  # whatever is used by now, nothing ends early
+            return False
         now = time.monotonic()
         gpu_s = self._gpu_s + self.gpus * sum(map(self._held_s, self._attempts.values()))
         gpus = self.gpus * len(self._attempts)
