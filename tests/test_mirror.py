@@ -12,7 +12,7 @@ import pytest
 import report_studies
 import short_training
 import stand_in
-from bucket_server import SECRET, impatient, refused
+from bucket_server import DONE_503, SECRET, impatient, refused
 from crash_host import call
 from study_steps import told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -359,7 +359,8 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     server.strike = strike
     with pytest.raises(StorageError, match="ExpiredToken"):
         search(address, 3)
-    server.strike = lambda method, path: None
+    lost = iter([DONE_503])  # one answer
+    server.strike = lambda method, path: next(lost, None) if method == "PUT" and "/log/0" in path else None
     search(address, 3)
     assert told(own_folder(address, brings=False)) == whole
     folder, recipe = own_folder(address), stand_in.make_recipe(4, resources=RESOURCES, **SEARCH)

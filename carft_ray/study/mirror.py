@@ -245,8 +245,8 @@ class Through(Bucket):
         return super().get(name) if first is None else first if "pack-" not in name else None
 
 
-class _Kept(Log):
-    """A log whose commits get into a folder as they are read."""
+class Kept(Log):
+    """A log whose commits get into a folder as they are read or written."""
 
     def __init__(self, store: Through) -> None:
         super().__init__(store)
@@ -264,7 +264,7 @@ def _fetch_log(bucket: Bucket, folder: Path) -> Log:
     last = here.list(COMMITS)[-1:]
     if last and bucket.get(last[0]) != here.get(last[0]):  # another study has this address now
         files.remove(folder)
-    log = _Kept(Through(str(bucket), Folder(folder)))
+    log = Kept(Through(str(bucket), Folder(folder)))
     log.follow()
     return log
 

@@ -7,36 +7,28 @@ end. After a kill the folder may be behind the bucket or ahead of it: who has cl
 
 import contextlib
 import os
-import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import COMMITS, MANIFEST, RAY_LOG, STEP, STOP, STOP_REQUESTS
+from carft_ray.layout import MANIFEST, RAY_LOG, STEP, STOP, STOP_REQUESTS
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
-from carft_ray.study.mirror import ALL, DRIVEN, Through, address_in, fetch_files, files_in, stop_request
+from carft_ray.study.mirror import ALL, DRIVEN, Kept, Through, address_in, fetch_files, files_in, stop_request
 
 UPLOAD_EVERY_S = 10.0
-_COMMIT = re.compile(rf"{COMMITS}/\d{{8}}")
 _Version = tuple[int, int, int]  # of a file: bytes, time in ns, inode
 
 
 class _Mirrored(Through):
-    """The bucket of a study, for its driver: commits also get into the folder, files from there into the bucket."""
+    """The bucket of a study, for its driver: files get there from the folder."""
 
     def __init__(self, address: str, here: Folder) -> None:
         super().__init__(address, here)
         self._known: dict[str, _Version] = {}  # files as the bucket has them
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
-
-    def put_new(self, name: str, data: bytes) -> None:
-        """As of ``Bucket``."""
-        super().put_new(name, data)
-        if _COMMIT.fullmatch(name):
-            self.here.put(name, data)
 
     def begin(self, own_request: str) -> None:
         """Makes the folder equal to the bucket, and drops what asked earlier holders to stop."""
@@ -80,7 +72,7 @@ class _Mirrored(Through):
                 raise
 
 
-class _Uploading(Log):
+class _Uploading(Kept):
     def __init__(self, store: _Mirrored) -> None:
         super().__init__(store)
         self.store = store
