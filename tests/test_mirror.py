@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ import short_training
 import stand_in
 from bucket_server import DONE_503, SECRET, impatient, refused
 from crash_host import call
+from logs import write_line
 from study_steps import told
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -28,7 +30,7 @@ from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder
 from carft_ray.study import mirror
 from carft_ray.study.holding import held, is_study, log_of
-from carft_ray.study.ledger import TEST, read_ledger, record, require_unread
+from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record, require_unread
 from carft_ray.study.mirror import MODELS, NUMBERS, fetched, named, own_folder, pull, push
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import best_row
@@ -152,6 +154,18 @@ def test_a_study_is_pulled_whole_and_says_that_it_is_a_copy(address, made, serve
     assert manifest == json.loads((made / MANIFEST).read_text())
     with open_study(tmp_path / "back", report_studies.make_recipe(4)):
         pass  # the search may go on in it
+
+
+def test_a_copy_that_is_made_while_test_sets_are_read_has_a_sound_ledger(server, made, tmp_path):
+    folder, reads = shutil.copytree(made, tmp_path / "kinds"), iter([1])
+
+    def strike(method, path):
+        if method == "PUT" and next(reads, None):
+            write_line(folder, report_studies.make_recipe(4))
+
+    server.strike = strike
+    push(folder, server.address("kinds"))
+    assert check_ledger(fetched(server.address("kinds"))) == []
 
 
 def test_what_is_there_is_never_written_over(address, made, server, tmp_path, capsys):

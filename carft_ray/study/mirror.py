@@ -166,12 +166,13 @@ def pull(address: str, folder: Path, tell: Tell = lambda done, total: None) -> d
     """
     files.require_new(folder, "DIR")
     bucket, folder = Bucket(address), folder.absolute()
-    _require_study(bucket)
+    before = _require_study(bucket)  # of the ledger, the manifest may be a line behind the log, never ahead
     with contextlib.suppress(OSError):
         folder.rmdir()  # it is empty
     with files.new_folder(folder) as temporary:
         log = _fetch_log(bucket, temporary)
         found = fetch_files(bucket, temporary, ALL, tell)
+        files.write_bytes(temporary / MANIFEST, before)
         manifest = _marked(files.read_json(temporary / MANIFEST), str(bucket), log)
         files.write_json(temporary / MANIFEST, manifest)
     return _answer(folder, bucket, log, [each.num_bytes for each in found.values()])
@@ -197,8 +198,8 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
     bucket, folder = Bucket(address), folder.resolve()
     if there := bucket.all():
         raise UsageError(Problem(str(bucket), "must be an address where nothing is", _holds(there)))
-    here, log = Folder(folder), Log(Folder(folder))
-    log.follow()
+    manifest = files.read_json(folder / MANIFEST)  # before the log, as of ``pull``
+    here, log = Folder(folder), log_of(folder)
 
     def commit(number: int) -> bytes:
         return here.get(commit_name(number)) or b""
@@ -208,10 +209,10 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
     for first in range(1, log.number + 1, PACKED):
         bucket.put(pack_name(first), b"".join(map(commit, range(first, min(first + PACKED, log.number + 1)))))
     found = {name: size for name, size in files_in(folder).items() if name not in (MANIFEST, *_OF_PROCESSES)}
-    manifest = json.dumps(_marked(files.read_json(folder / MANIFEST), str(folder), log), indent=2).encode()
     _each(lambda name: bucket.upload(name, folder / name), found, tell)
-    bucket.put(MANIFEST, manifest)
-    return _answer(folder, bucket, log, [*found.values(), len(manifest)])
+    last = json.dumps(_marked(manifest, str(folder), log), indent=2).encode()
+    bucket.put(MANIFEST, last)
+    return _answer(folder, bucket, log, [*found.values(), len(last)])
 
 
 def _holds(names: Iterable[str]) -> str:
@@ -228,9 +229,10 @@ def _answer(folder: Path, bucket: Bucket, log: Log, sizes: list[int]) -> dict[st
     return {"study": str(folder), "address": str(bucket), **numbers}
 
 
-def _require_study(bucket: Bucket) -> None:
-    if bucket.get(MANIFEST) is None:
+def _require_study(bucket: Bucket) -> bytes:
+    if (manifest := bucket.get(MANIFEST)) is None:
         raise UsageError(Problem(str(bucket), "must be the address of a study", f"one without {MANIFEST}"))
+    return manifest
 
 
 class Through(Bucket):
