@@ -49,6 +49,7 @@ class Tune:
 
     def look(self):
         self.searcher.see(self.trials)
+        self.driver.exchange.now()
         self.driver.poll(at_once=True)
 
     def start(self):

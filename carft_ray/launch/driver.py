@@ -255,7 +255,6 @@ class Driver:
         except StorageError as error:
             raise self.fail(error) from None
         self.at_a_time.follow()
-        self.exchange.look()
         for attempt in list(self._attempts.values()):
             self._read_post(attempt)
             self._check_steps(attempt)

@@ -327,7 +327,6 @@ class Exchange:
         self._wishes: dict[str, Wish] = {}  # that the driver's thread alone changes
         self._mail: dict[str, Mail] = {}
         self._exchanging = threading.Lock()
-        self._goes_on = False
 
     def order(self, training: str, attempt: int, order: Order = "go") -> None:
         """Names the newest attempt of a training, and what it is to do; earlier ones are outdated."""
@@ -356,11 +355,6 @@ class Exchange:
         self._wishes[training] = wish._replace(num_taken=wish.num_taken + len(new))
         return new
 
-    def look(self) -> None:
-        """Exchanges, unless a thread does so twice a second: what polls then never waits for the mailbox."""
-        if not self._goes_on:
-            self.now()
-
     def now(self) -> None:
         """Exchanges at once; a mailbox that does not answer is asked again with the next exchange."""
         with self._exchanging, contextlib.suppress(OSError):
@@ -385,11 +379,9 @@ class Exchange:
                 self.now()
 
         thread = threading.Thread(target=run, name="exchange", daemon=True)
-        self._goes_on = True
         thread.start()
         try:
             yield
         finally:
             ends.set()
             thread.join()
-            self._goes_on = False
