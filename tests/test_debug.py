@@ -11,7 +11,8 @@ import short_training
 import stand_in
 from crash_host import call
 
-from carft_ray.errors import InterruptedRunError
+from carft_ray import files
+from carft_ray.errors import CarftError, InterruptedRunError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runs.single import train_once
@@ -76,6 +77,13 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
     assert [row.outcome for row in result.trials] == ["complete"] * 2
     assert result.trials[0].attempt == 2
+
+
+def test_an_attempt_whose_folder_cannot_be_made_is_no_verdict(tmp_path):
+    recipe, study = stand_in.make_recipe(1, **DEBUG), tmp_path / "study"
+    place = study / "baselines" / "plain" / "attempt-1"
+    with pytest.raises(CarftError, match="attempt-1: must be writable"):
+        run_search(recipe, study, None, lambda one: isinstance(one, Started) and files.write_text(place, ""), STAND_IN)
 
 
 @pytest.mark.whole

@@ -74,7 +74,8 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
         sight = [(node_id, seen) for node_id, _, seen in everybody]
         with training_at_hand(runtime, spec, context, sight) as (study_dir, context, sends):
             folder, place = spec.folder(study_dir), spec.place(study_dir)
-            place.mkdir(parents=True, exist_ok=True)
+            with files.writing(place):
+                place.mkdir(parents=True, exist_ok=True)
             if context.rank == 0:
                 addresses = dict.fromkeys(address for _, address in nodes)
                 start = f" with {context.world_size} workers" if context.world_size > 1 else ""
