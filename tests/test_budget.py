@@ -23,7 +23,7 @@ from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, used_up
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading import status_and_ls, study_view
 from carft_ray.results.study_figure import figure_at_the_end
-from carft_ray.study.outcome import Live, write_live
+from carft_ray.study.outcome import Live, read_live, write_live
 from carft_ray.study.rows import trials
 
 HOUR, GPU_HOUR = BudgetConfig(wall_time=3600), BudgetConfig(gpu_hours=1)
@@ -119,6 +119,8 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_from_its_last
     study_dir, recipe = tmp_path / "study", make_recipe(2)
     with searching(study_dir, recipe) as study:
         spec = study.next()
+    write_live(study_dir, {spec.training: Live(1, 1.0, "900", 4.0, 10, 1, "n")})  # as a stranger may write it
+    assert read_live(study_dir) == ({}, None)
     write_live(study_dir, {spec.training: Live(1, 1.0, 900.0, 4.0, 10, 1, "n")})
     for _ in range(2):  # once only
         with searching(study_dir, recipe) as study:

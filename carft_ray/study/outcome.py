@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -303,6 +304,9 @@ def read_live(study_dir: Path) -> tuple[dict[str, Live], tuple[int, str] | None]
         found = files.read_object(study_dir / LIVE) or {}
         at_a_time = found.get("at_a_time")
         live = {place: Live(**each) for place, each in found.get("trainings", {}).items()}
+        numbers = [sum((each.attempt, each.began, each.seconds, each.gpus, each.steps)) for each in live.values()]
+        if not all(map(math.isfinite, numbers)):  # as of what is no number, a TypeError
+            return {}, None
         return live, None if at_a_time is None else (int(at_a_time[0]), str(at_a_time[1]))
     except (OSError, ValueError, TypeError, AttributeError, IndexError, KeyError):
         return {}, None
