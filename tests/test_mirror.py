@@ -21,13 +21,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import carft_ray
 from carft_ray import files
-from carft_ray.errors import DataError, StorageError, UsageError
+from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import MANIFEST, RAY_LOG
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder
+from carft_ray.store.log import Log
 from carft_ray.study import mirror
 from carft_ray.study.holding import held, is_study, log_of
 from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record, require_unread
@@ -358,7 +359,7 @@ def test_files_are_there_before_the_commit_of_an_end_and_the_same_machine_fetche
 
 
 @pytest.mark.slow
-def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, whole, tmp_path):
+def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, whole, tmp_path, monkeypatch):
     address, puts = server.address("study"), []
     (no_data := stand_in.tell(tmp_path) / "no_data").touch()
     with pytest.raises(DataError):
@@ -386,3 +387,7 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     with pytest.raises(StorageError, match="must stay while a search"), held(log, print), uploading(log):
         files.remove(folder)
     assert before <= server.objects().keys()
+    Log(Bucket(address)).claim(me={"host": "node7"})  # and soon falls silent
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    with pytest.raises(HoldOutError, match="its test sets were read"):
+        require_unread(own_folder(address), stand_in.make_recipe(5, resources=RESOURCES, **SEARCH), None)

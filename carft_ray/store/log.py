@@ -174,6 +174,11 @@ class Log(BaseJournalBackend):
         return None if _is_free(self._holder) or silent_s >= READERS_SILENT_FOR_S else named(self._holder[1])
 
     @property
+    def is_held_here(self) -> bool:
+        """Whether a live process of this machine holds the log, as far as it was read."""
+        return is_seen(self._holder[1]) and not _is_free(self._holder)
+
+    @property
     def claimed(self) -> int:
         """The number of the newest commit by which a process has claimed the log, as far as it was read; else 0."""
         return next((number for number, record in reversed(self.records) if record.get("kind") == OWNER), 0)

@@ -132,7 +132,7 @@ def own_folder(place: Place, brings: bool = True) -> Path:
 
     Args:
         place: The folder or the address.
-        brings: The folder gets what the bucket has, unless a search holds it.
+        brings: The folder gets what the bucket has; where a search of another machine holds it, the manifest alone.
 
     Raises:
         UsageError: The bucket has files there, but no study.
@@ -142,8 +142,12 @@ def own_folder(place: Place, brings: bool = True) -> Path:
         return fetched(place)
     bucket = Bucket(str(place))
     folder = _place_of(bucket, DRIVEN)
-    if brings and _fetch_log(bucket, folder).holder() is None:
-        fetch_files(bucket, folder, ALL, removes=False)
+    if brings:
+        log = _fetch_log(bucket, folder)
+        if log.holder() is None:
+            fetch_files(bucket, folder, ALL, removes=False)
+        elif not log.is_held_here:  # it may fall silent; what is asked before the claim needs this
+            bucket.download(MANIFEST, folder / MANIFEST)
     return folder
 
 
