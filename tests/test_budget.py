@@ -150,8 +150,7 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     assert all(row.spent_s > 0 for row in finished)
     assert call(["status", study_dir]) == 0
     assert f"The last search ended early: {result.out_of_budget}." in capsys.readouterr().out
-    number = len(result.trials) + 1
-    fewer = budgeted.model_copy(update={"search": recipe.search.model_copy(update={"trials": number})})
+    fewer = budgeted.model_copy(update={"search": recipe.search.model_copy(update={"trials": len(result.trials) + 1})})
     ahead[0] = 0
     again = run_search(fewer, study_dir, None, used, runner)
     assert again.out_of_budget == ""  # it was used up when the last trial had ended

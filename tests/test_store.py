@@ -237,7 +237,8 @@ def test_all_objects_are_listed_but_those_that_mark_folders(server):
     names = ["log/00000001", "manifest.json", "test/summary.json", "trials/a-b", "trials/a/result.json"]
     for name in names:
         store.put(name, name.encode())
-    server.put("study/trials/", b"")
+    for name in ("study/", "study/trials/"):
+        server.put(name, b"")
     server.put("other/file", b"")
     assert list(store.all()) == names
     assert list(store.all(without="log")) == names[1:]

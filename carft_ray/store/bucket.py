@@ -185,7 +185,7 @@ class Bucket:
             prefixes = [each for each in top["common_prefixes"] if each != without]
         for each in prefixes:
             found |= {one["path"]: _listed(one) for one in self._objects(each)}
-        folders = {name[:at] for name in found for at, letter in enumerate(name) if letter == "/"}
+        folders = {"", *(name[:at] for name in found for at, letter in enumerate(name) if letter == "/")}
         return {
             check_name(name): found[name] for name in sorted(found.keys() - folders)
         }  # some mark folders by objects
