@@ -114,6 +114,7 @@ def test_a_search_prints_nothing_and_gives_a_study_that_displays_itself(original
 
 @pytest.mark.slow
 def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, capsys):
+    here = shutil.copytree(here, tmp_path / "here", ignore=shutil.ignore_patterns("studies"))
     trained = carft_ray.train(here / "recipe.yaml", tmp_path / "run", overrides=overrides, progress=False)
     assert capsys.readouterr() == ("", "")
     result = json.loads((short_training.place_in(tmp_path / "run") / "result.json").read_text())
@@ -121,6 +122,8 @@ def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, ca
     assert carft_ray.evaluate(tmp_path / "run").numbers["metrics"] == pytest.approx(result["metrics"])
     exported = carft_ray.export(tmp_path / "run", tmp_path / "model", alpha=0.5)
     assert (exported.alpha, exported.folder, [*exported.formats]) == (0.5, tmp_path / "model", ["open_clip"])
+    (here / "images" / "photo_val" / "star" / "0.png").unlink()
+    assert carft_ray.evaluate(tmp_path / "run").numbers["sets"]["id_val"]["num_images"] == 14, "not those of before"
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -27,6 +28,8 @@ _runs = False  # a command runs: what it calls is no other one
 def command() -> Iterator[None]:
     """What surrounds a command: libraries that are too old are refused, and each tree of images is listed once.
 
+    What it has opened is forgotten at its end: images may change before the next command of this process.
+
     Raises:
         UsageError: A library is older than its range.
     """
@@ -44,6 +47,8 @@ def command() -> Iterator[None]:
             yield
     finally:
         _runs = False
+        if (opened := sys.modules.get("carft_ray.training.shared_inputs")) is not None:  # else nothing was
+            opened.forget_inputs()
 
 
 def require_versions(extra: str = "") -> None:

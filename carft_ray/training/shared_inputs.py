@@ -105,6 +105,11 @@ def load_shared_inputs(
     return _loaded[asked]
 
 
+def forget_inputs() -> None:
+    """Frees what ``load_shared_inputs`` holds: the next call opens everything anew."""
+    _loaded.clear()
+
+
 def fill_cache(recipe: Recipe, prepared_dir: Path, say: Callable[[str], None]) -> None:
     """Opens model and sets as a training does, so that this machine's cache has all that a training reads.
 
