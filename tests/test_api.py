@@ -57,6 +57,7 @@ def test_a_path_a_dictionary_and_a_recipe_are_one_recipe(here, monkeypatch):
     written = parse((here / "recipe.yaml").read_text(), "recipe.yaml").value
     by_path = carft_ray.load_recipe("recipe.yaml", {"train.epochs": 2})
     assert by_path == carft_ray.load_recipe(by_path) == carft_ray.load_recipe(here / "recipe.yaml", ["train.epochs=2"])
+    assert carft_ray.load_recipe(by_path, {"data.cache_dir": "\U0001f4f7"}).data.cache_dir == str(here / "\U0001f4f7")
     train = {**written["data"]["train"], "path": here / "images", "domains": ("photo",)}  # as Python writes them
     content = {**written, "data": {**written["data"], "train": train}, "train": {**written["train"], "epochs": 2}}
     assert by_path == carft_ray.load_recipe(content)

@@ -101,7 +101,7 @@ def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
     assert [str(problem).split(":")[0] for problem in caught.value.problems] == ["--train", "--ood-val", "--ood-test"]
 
 
-@pytest.mark.parametrize("name", ["my: tree", "my: " + "long " * 20 + "tree", "\u2028 {, }"])
+@pytest.mark.parametrize("name", ["my: tree", "my: " + "long " * 20 + "tree", "\u2028 {, } \U0001f469\u200d\U0001f680"])
 def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
     write_tree(tmp_path / name, ["été #1", "no"], ["n01440764", "12", "true"])
     recipe, written = drafted(tmp_path / name, "no")

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from carft_ray import environment
 from carft_ray.errors import DataError, HoldOutError, RecipeError, UsageError
 from carft_ray.recipe import loading
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.text import quoted
 from carft_ray.ui import notebook
 
 P = ParamSpec("P")
@@ -124,7 +124,7 @@ def _read(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
 def override_words(overrides: Overrides) -> list[str]:
     """Returns overrides as the texts of ``--set``."""
     if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+        return [f"{key}={quoted(value)}" for key, value in overrides.items()]
     return list(overrides)
 
 

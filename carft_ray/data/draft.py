@@ -10,7 +10,6 @@ is ``id_test`` unless the tree has splits; the other domains are shared out betw
 """
 
 import itertools
-import json
 import os
 import re
 from collections import Counter
@@ -26,6 +25,7 @@ from carft_ray.data.listing import text_problems
 from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.checks.rules import ROLES
 from carft_ray.recipe.presets import ranges_for
+from carft_ray.recipe.text import quoted
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 DEEPEST = 3  # folders between the root and a class
@@ -282,7 +282,7 @@ def _text(value: str) -> str:
     """Returns a text as YAML writes it in a flow: plain where that is safe, else as JSON does."""
     if re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", value) and value.lower() not in _WORDS:
         return value
-    return json.dumps(value, ensure_ascii=not value.isprintable())
+    return quoted(value)
 
 
 _WORDS = ("true", "false", "null", "yes", "no", "on", "off", "nan", ".nan", ".inf", "~")

@@ -119,3 +119,9 @@ def dump(value: Any) -> str:
     stream = io.StringIO()
     yaml.dump(value, stream)
     return stream.getvalue()
+
+
+def quoted(value: Any) -> str:
+    """Returns a value as JSON that YAML reads alike: of a character that is not printed the number, in one piece."""
+    written = json.dumps(value, default=str, ensure_ascii=False)
+    return "".join(one if one.isprintable() else f"\\U{ord(one):08x}" for one in written)
