@@ -532,6 +532,9 @@ def test_logits_are_those_of_transformers(tmp_path, activation, eos):
     changed(tmp_path, other, other)
     ours, _ = logits_of_both(load_folder(tmp_path), model)
     assert (ours - theirs).abs().max() > 1e-2  # the other activation would be seen
+    processor = tmp_path / "preprocessor_config.json"
+    processor.write_text(processor.read_text().replace('{"shortest_edge": 32}', '{"height": 32, "width": 32}'))
+    assert load_folder(tmp_path).input_key == "32-bicubic-squash"  # and the crop takes nothing off
 
 
 def test_shards_pickled_weights_and_a_tokenizer_of_its_own_load_too(tmp_path):

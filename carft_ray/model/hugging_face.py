@@ -185,12 +185,12 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
         rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
         raise DataError(Problem(PLACE, rule, f"{resample} in {folder}"))
     size = found.get("size")
-    is_squash = isinstance(size, dict) and "height" in size
+    is_squash = isinstance(size, dict) and "height" in size  # then no crop takes anything off
     return {
         "mean": found.get("image_mean", OPENAI_DATASET_MEAN),
         "std": found.get("image_std", OPENAI_DATASET_STD),
         "interpolation": FILTERS[resample],
-        "resize_mode": "squash" if is_squash and not found.get("do_center_crop", False) else "shortest",
+        "resize_mode": "squash" if is_squash else "shortest",
     }
 
 
