@@ -135,6 +135,7 @@ def test_a_flat_val_of_imagenet_is_labelled_by_the_devkit(tmp_path):
     lines = truth.read_text().split()
     for written, message in (
         (["1001", *lines[1:]], "a label must be the number of a class in meta.mat, but got 1001"),
+        (["tench", *lines[1:]], "a label must be the number of a class in meta.mat, but got tench"),
         (lines[:-1], "must have one line per image of val, 1000, but got 999"),
     ):
         truth.write_text("\n".join(written))

@@ -60,10 +60,10 @@ def imagenet(root: Path, spec: BenchmarkSet, facts: Facts, place: str) -> Listin
         raise DataError(Problem(str(devkit / TRUTH), rule, str(len(numbers))))
     keys = ("ILSVRC2012_ID", "WNID", "num_children")  # what has children is an inner node of WordNet
     nodes = zip(*(layouts.read_matlab(devkit / META, "synsets", key) for key in keys), strict=True)
-    names = {int(number): str(wnid) for number, wnid, children in nodes if not children}
-    if absent := next((number for number in numbers if int(number) not in names), None):
+    names = {str(int(number)): str(wnid) for number, wnid, children in nodes if not children}
+    if absent := next((number for number in numbers if number not in names), None):
         raise DataError(Problem(str(devkit / TRUTH), f"a label must be the number of a class in {META}", absent))
-    rows = [(f"val/{image}", names[int(number)]) for image, number in zip(images, numbers, strict=True)]
+    rows = [(f"val/{image}", names[number]) for image, number in zip(images, numbers, strict=True)]
     return layouts.listing_of(root, rows)
 
 
