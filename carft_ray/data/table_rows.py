@@ -48,7 +48,8 @@ def read_schema(path: Path) -> pa.Schema:
     """
     if is_text_format(path):
         with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
-            names = next(csv.reader(io.StringIO(file.read(_HEAD), newline=""), delimiter=_delimiter(path)), None)
+            lines = csv.reader(io.StringIO(file.read(_HEAD), newline=""), delimiter=_delimiter(path))
+            names = next(filter(None, lines), None)  # Arrow passes over empty lines, too
         if not names:
             raise ValueError("an empty file")
         return pa.schema([pa.field(name, pa.string()) for name in names])
