@@ -13,6 +13,7 @@ from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_names
 from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.role_checks import check_roles, check_sets
+from carft_ray.results.test_sets.notes import set_digests
 
 
 def folder_set(*domains, path="images"):
@@ -199,7 +200,7 @@ def test_a_set_without_images_and_more_shots_than_images_are_refused(tree):
     assert "at least one image that can be decoded, but got none of 120" in text
 
 
-def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree, caplog):
+def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree, caplog, monkeypatch):
     sound = chosen(tree, on_bad_image="skip")
     assert without_bad_images(sound, tree / "cache") is sound
     for index in range(3):
@@ -216,3 +217,6 @@ def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree,
     assert len(without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")) == 116
     assert caplog.messages == [line]
     assert left.fingerprint != source.fingerprint
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # test sets, too, are known in the cache of the recipe
+    tested = {"source": "folder", "path": "images", "on_bad_image": "skip"}
+    assert set_digests(recipe_of_parts(tree, cache_dir="cache", id_test=tested)).keys() == {"id_test"}

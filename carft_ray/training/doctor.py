@@ -202,7 +202,9 @@ def _check_set(
     try:
         # what cannot be decoded is counted here, not left out
         source = (
-            stored_source(list_set(spec, place), spec, classes, place) if stored else open_source(spec, place, classes)
+            stored_source(list_set(spec, place), spec, classes, place)
+            if stored
+            else open_source(spec, place, classes, cache)
         )
         expected = reader_of(spec).num_expected(spec) if stored else None
         found.sets[place] = {**class_counts(source), "num_expected": expected}

@@ -84,7 +84,7 @@ def set_digests(recipe: Recipe) -> dict[str, str]:
     classes, found = class_folders(recipe), {}
     for name, spec in {"id_test": recipe.data.id_test, **recipe.data.ood_test}.items():
         if spec is not None:
-            source = open_source(plain(spec), name, classes)
+            source = open_source(plain(spec), name, classes, cache_dir(recipe))
             content = [source.fingerprint]  # the sandbox draws its images: the name says which
             if isinstance(source, StoredSource):
                 content = sorted(

@@ -193,7 +193,8 @@ def _open_sources(recipe: Recipe) -> list[Source]:
         raise DataError(problems)
     classes = class_folders(recipe)
     specs = {"id_test": recipe.data.id_test, **recipe.data.ood_test}
-    return [open_source(spec, name, classes) for name, spec in specs.items() if spec is not None]
+    cache = cache_dir(recipe)
+    return [open_source(spec, name, classes, cache) for name, spec in specs.items() if spec is not None]
 
 
 def _alphas_by_run(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
