@@ -263,6 +263,13 @@ def test_paths_are_taken_inside_the_root_in_one_form(base):
     assert source.place(1) == str(base / "images" / IMAGES[4].name)
 
 
+@pytest.mark.parametrize("ending", ["csv", "parquet", "arrow"])
+def test_a_table_of_so_many_rows_that_they_fill_the_memory_is_refused(base, ending, monkeypatch):
+    monkeypatch.setattr("carft_ray.data.table_rows.MOST_ROWS", 5)
+    write_table(base / f"set.{ending}", pa.table({"image": ["x.png"] * 6, "label": ["a"] * 6}))
+    assert "must be a readable table, but got one of 6 rows, which is more than 5" in told(table, base, f"set.{ending}")
+
+
 @pytest.mark.parametrize("path", ["../images/cat/0.png", "/etc/x.png", "", ".", "a/../../images/cat/0.png"])
 def test_paths_out_of_the_root_are_refused(base, path):
     write_folder(base / "images", IMAGES)

@@ -30,6 +30,7 @@ from carft_ray.untrusted import open_regular, read_regular
 ENDINGS = (".csv", ".tsv", ".parquet", ".arrow", ".feather")
 READ_ERRORS = (pa.ArrowException, OSError, ValueError, SystemError, csv.Error)  # damaged names are a SystemError
 MOST_CSV_BYTES, _HEAD = 2**30, 2**20  # of a CSV file, and of its first line
+MOST_ROWS = 50_000_000  # of a file: a small one can state billions, and what is known of each is held in memory
 _END_OF_STREAM = b"\xff\xff\xff\xff\x00\x00\x00\x00"
 _ROWS, _RECENT = 32, 8  # rows of a Parquet file that are read at a time, and how many such parts stay in memory
 
@@ -103,11 +104,19 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
     else:
         with _mapped(path) as file:
             if path.suffix.lower() == ".parquet":
-                table = pq.ParquetFile(file).read(columns=list(wanted))
+                parquet = pq.ParquetFile(file)
+                _check_rows(parquet.metadata.num_rows)  # before they are unpacked
+                table = parquet.read(columns=list(wanted))
             else:
                 table = pa.Table.from_batches(list(_batches(file, roots)), _reader(file, roots).schema)
             table.validate(full=True)
+    _check_rows(table.num_rows)
     return pa.table({name: _field(table.column(root), field) for name, (root, field) in wanted.items()})
+
+
+def _check_rows(number: int) -> None:
+    if number > MOST_ROWS:
+        raise ValueError(f"one of {number:,} rows, which is more than {MOST_ROWS:,}")
 
 
 def split_name(schema: pa.Schema, name: str) -> tuple[str, str]:
