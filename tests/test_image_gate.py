@@ -111,6 +111,9 @@ def test_the_limit_is_that_of_the_set_for_every_kind_of_file():
         for decode in (decode_image, lambda content, place, limit: small_image(content, place, 20, limit)[0]):
             assert decode(content, kind, 60_000).ndim == 3
             assert f"{rule} (max_pixels), but got 60,000" in told(decode, content, kind, 59_999)
+    for kind in FORMATS:  # resized by its shorter side, a line of a million pixels would fill the memory
+        assert decode_image(plain(kind, (1000, 1)), kind).shape == (1, 1000, 3)
+        assert "along the other, but got 1 x 1,001" in told(decode_image, plain(kind, (1, 1001)), kind)
     for side in (20_000, 10_000):  # Pillow itself refuses the one, and warns of the other, which is an error here
         assert rule in told(decode_image, large_png(side, 10_000), "x", 59_999)
 

@@ -18,7 +18,8 @@ and what it finds anything wrong with, goes to Pillow.
 
 All images of strangers are opened here. The ending of a file says nothing: of Pillow's 43 formats those of ``FORMATS``
 are tried and no other, since some start programs (Ghostscript for EPS). The pixels that a header tells of are
-compared with a limit before anything is decoded, and large images are decoded one at a time.
+compared with a limit before anything is decoded, and so is how narrow they are: resized by its shorter side, a line of
+a million pixels fills any memory. Large images are decoded one at a time.
 """
 
 import contextlib
@@ -42,6 +43,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "PPM", "TIFF")  # names of Pillow; its JPEG takes MPO, too
 MOST_BYTES = 2**30  # of an image file: three colours of 16 bits of as many pixels as Pillow takes
 LARGE = 16_000_000  # pixels from which on images are decoded one at a time
+NARROWEST = 1000  # times that a side may have the pixels of the other
 WHITE = (255, 255, 255)
 DECODERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"  # part of the key of what keeps pixels
 
@@ -105,6 +107,9 @@ def small_image(
         with Image.open(io.BytesIO(content), formats=FORMATS) as file:
             if (number := max(file.width * file.height, _tile_pixels(file))) > max_pixels:
                 raise DataError(_too_large(place, max_pixels, f"{number:,}"))
+            if _is_too_narrow(*file.size):
+                rule = f"must have at most {NARROWEST:,} times as many pixels along one side as along the other"
+                raise DataError(Problem(place, rule, f"{file.width:,} x {file.height:,}", next_step=_STEP))
             mode = file.mode
             with _turn(number):
                 file.load()
@@ -159,6 +164,10 @@ def _too_large(place: str, max_pixels: int, value: str) -> Problem:
     return Problem(place, f"must have at most {max_pixels:,} pixels (max_pixels)", value, next_step=step)
 
 
+def _is_too_narrow(width: int, height: int) -> bool:
+    return max(width, height) > NARROWEST * min(width, height)
+
+
 def _turn(number: int) -> contextlib.AbstractContextManager[object]:
     """Returns what is held while an image of so many pixels is decoded: large ones wait for each other."""
     return contextlib.nullcontext() if number <= LARGE else _one_large
@@ -181,7 +190,8 @@ def _plain_jpeg(
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
-        if colours not in ("YCbCr", "RGB", "Gray") or height * width > max_pixels:
+        is_plain = colours in ("YCbCr", "RGB", "Gray") and not _is_too_narrow(width, height)
+        if not is_plain or height * width > max_pixels:
             return None
         with _turn(height * width):
             pixels = simplejpeg.decode_jpeg(content, min_height=side, min_width=side)

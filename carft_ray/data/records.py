@@ -41,7 +41,7 @@ from carft_ray.data.same_picture import WHOLE, Box, inside_border
 from carft_ray.data.source import IntArray, PixelArray, Source, identity
 from carft_ray.errors import DataError, Problem
 
-FORMAT_VERSION = 4  # rises when other things are found in the same files
+FORMAT_VERSION = 5  # rises when other things are found in the same files
 PART = 4096  # images after which a killed pass continues
 CHUNK = 16  # images of a task
 SIDE = 8  # pixels of a thumbnail
