@@ -599,6 +599,7 @@ BROKEN_HF = [
     (spoilt(STATE, '{"_data_files": [["a.arrow"], 1]}'), "saved", TRAIN, f"{NO_FILES} "),
     (spoilt(STATE, '{"_indices_data_files": [{"filename": "a"}]}'), "saved", TRAIN, "without a file of indices"),
     (spoilt(SPLITS, '{"splits": [1, ["train"]]}'), "saved", TRAIN, "must be a split of the data set, but got 'train'"),
+    (spoilt(SPLITS, '{"splits": [".."]}'), "saved", {}, "must be a split of the data set, but got none"),
     (spoilt("saved/train/data-00001-of-00003.arrow", "?"), "saved", TRAIN, "but got it is cut off, or no Arrow file"),
     (None, "none", {}, "train: must be the folder of a data set, but got no such folder"),
     (None, ".", {}, "which is none (allowed: "),

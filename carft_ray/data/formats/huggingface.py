@@ -34,7 +34,8 @@ def data_files(spec: HuggingFaceSet, place: str) -> list[Path]:
     names = set(os.listdir(root)) if root.is_dir() else set()
     if "dataset_dict.json" in names:
         splits = _read(root / "dataset_dict.json").get("splits")
-        named = [Path(split).name for split in splits if isinstance(split, str)] if isinstance(splits, list) else []
+        texts = [split for split in splits if isinstance(split, str)] if isinstance(splits, list) else []
+        named = [name for name in (Path(split).name for split in texts) if name != ".."]  # of this folder
         return _saved(root / _chosen(named, spec, place), place)
     if "state.json" in names:
         split = _read(root / "state.json").get("_split")
