@@ -329,6 +329,7 @@ BROKEN = [
     ("office-home", None, copied("office_home/Art/Alarm_Clock", "Alarm_Clok"), "but got 'Alarm_Clok'; did you mean"),
     ("food101", "train", lambda root: (root / "food-101").rename(root / "food"), "meta/train.json must be in it, but"),
     ("food101", "test", removed("food-101/images/waffles/1000.jpg"), "but got 1 of 101 that are missing in"),
+    ("food101", "train", edited(FOOD_LIST, '"waffles/0"', '"../images/waffles/0"'), "such as images/../images/waf"),
     ("food101", "train", edited(FOOD_LIST, '"waffles/0"', '"sushi/0"'), "name an image once, but got 1 named again"),
     ("food101", "train", edited(FOOD_LIST, "{", "["), f"{FOOD_LIST}: {OWN_FILE}, but got JSONDecodeError"),
     ("oxford-pets", "test", edited(PETS_LIST, " 37 ", " 38 "), "from 1 to 37, but got 38 for Yorkshire_Terrier_100"),

@@ -51,12 +51,13 @@ def listed(root: Path, rows: Iterable[Row], place: str) -> Listing:
     """Returns the listing of images that a list names.
 
     Raises:
-        DataError: Files are not there, or are named twice.
+        DataError: Files are not in the root, or are named twice.
     """
     rows = list(rows)
     names = sorted({name for name, _ in rows})
     problems = []
-    if absent := missing_files(root, names):
+    outside = [index for index, name in enumerate(names) if ".." in name.split("/")]
+    if absent := outside or missing_files(root, names):
         rule = "every image of the list must be there"
         value = f"{len(absent)} of {len(names)} that are missing in {root}, such as {names[absent[0]]}"
         problems.append(Problem(place, rule, value, next_step=STEP))
