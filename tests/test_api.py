@@ -21,6 +21,7 @@ import carft_ray
 from carft_ray.api import actions, studies
 from carft_ray.cli import app
 from carft_ray.errors import DataError, RecipeError, UsageError
+from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.recipe.text import parse
@@ -124,7 +125,10 @@ def test_a_training_is_measured_again_and_exported(here, overrides, tmp_path, ca
     exported = carft_ray.export(tmp_path / "run", tmp_path / "model", alpha=0.5)
     assert (exported.alpha, exported.folder, [*exported.formats]) == (0.5, tmp_path / "model", ["open_clip"])
     (here / "images" / "photo_val" / "star" / "0.png").unlink()
-    assert carft_ray.evaluate(tmp_path / "run").numbers["sets"]["id_val"]["num_images"] == 14, "not those of before"
+    again = carft_ray.evaluate(tmp_path / "run")
+    assert again.numbers["sets"]["id_val"]["num_images"] == 14, "not those of before"
+    low, high = wilson(round(14 * again.numbers["metrics"]["id_accuracy"]), 14)
+    assert f"[{100 * low:.1f}, {100 * high:.1f}]" in str(again)
 
 
 @pytest.mark.slow

@@ -355,7 +355,8 @@ def evaluate(
     metrics, by_set = evaluate_trained(trained, used, head == "zero_shot")
     numbers = {"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set}
     rows = {f"{trained.name}, alpha {used:g}": metrics}
-    tables = (console.accuracy_table(rows, trained.result["num_images"]), console.set_table(by_set))
+    num_images = {name: each["num_images"] for name, each in by_set.items()}
+    tables = (console.accuracy_table(rows, num_images), console.set_table(by_set))
     return Answer(trained.recipe.name, numbers, tables)
 
 
