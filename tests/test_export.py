@@ -172,6 +172,9 @@ def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(trai
     alone = dataclasses.replace(training, recipe=training.recipe.model_copy(update={"data": data}))
     told = "Selected on ID only: the recipe has no ood_val."
     assert [told in model_card(each, alpha, (), False) for each in (training, alone)] == [False, True]
+    model = training.recipe.model.model_copy(update={"name": "sandbox"})  # on images that are not drawn
+    toy = dataclasses.replace(training, recipe=training.recipe.model_copy(update={"model": model}))
+    assert "synthetic" not in model_card(toy, alpha, (), False)
 
 
 def test_the_zero_shot_head_scores_mixed_features(trained):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.layout import FIGURE_PNG, FIGURE_SVG
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import plain
 from carft_ray.results.figure import Curve, Dot, Pair, id_ood_figure, write
 from carft_ray.study.front import front_of
 from carft_ray.study.outcome import TrialRow, result_of
@@ -80,7 +81,7 @@ def study_figure(
         marks,
         _curve(study_dir, best_row(trials)),
         f"{recipe.name}: {counted(len(dots), 'trial')}" + (f", {num_pruned} more pruned" if num_pruned else ""),
-        synthetic=recipe.data.train.source == "sandbox",
+        synthetic=plain(recipe.data.train).source == "sandbox",
         kind=objective_spec(recipe).kind,
         id_weight=recipe.search.objective.id_weight,
         front=[point.pair for point in front_of(trials)] if recipe.search.objective.kind == "pareto" else (),

@@ -37,7 +37,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
         if name != "train"
     ]
     is_sandbox = recipe.model.name == "sandbox"
-    is_synthetic = is_sandbox or plain(recipe.data.train).source == "sandbox"
+    is_synthetic = plain(recipe.data.train).source == "sandbox"
     weights = f" with the weights {markdown(recipe.model.pretrained)}" if recipe.model.pretrained else ""
     named = {key for key, value in result["train"].items() if value is not None} - {"function_dir"}  # of this machine
     shared = "".join(f"- {markdown(line)}\n" for line in trained.shared)
