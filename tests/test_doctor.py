@@ -132,6 +132,7 @@ SICK = [
     (mix_modes, (), "note", "images of several modes are made RGB (docs/data.md): 33 RGB, 1 L, 1 RGBA, 1 P"),
     (unbalance, (), "warning", "far from equally often: 1 to 12 images, fewest of 'square'"),
     (miss_class, ("data.id_val.part=[0.5, 1]",), "note", "accuracy says nothing of a class without an image: 2 of"),
+    (unbalance, ("data.train.part=[0, 0.5]",), "warning", "a class without an image is not learned: 2 of 3"),
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
     (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
     (leak, (), "note", "data.train: 1 image left out, also in data.ood_test.secret"),

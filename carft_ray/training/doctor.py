@@ -222,9 +222,11 @@ def _check_set(
 
 def _judge_classes(place: str, role: str, facts: Mapping[str, Any], num_classes: int, found: Diagnosis) -> None:
     counts = facts["images_per_class"]
+    value = f"{facts['num_classes']} of {num_classes}"
     if role in ("id_val", "id_test") and facts["num_classes"] < num_classes:
-        value = f"{facts['num_classes']} of {num_classes}"
         found.add("note", place, "accuracy says nothing of a class without an image", value)
+    if role == "train" and facts["num_classes"] < num_classes:
+        found.add("warning", place, "a class without an image is not learned", value)
     if role == "train" and counts["max"] >= IMBALANCE * counts["min"]:
         fewest = f"{counts['min']} to {counts['max']} images, fewest of {counts['smallest_class']!r}"
         step = "Accuracy is of images: the small classes count little."
