@@ -464,6 +464,7 @@ def test_what_is_no_size_preprocessing_or_place_is_told(folders, kind, key, valu
     ("kind", "name", "content", "message"),
     [
         *(("open_clip", "no_merges.txt.gz", bad, "merges of the tokenizer must be readable") for bad in NO_ARCHIVES),
+        pytest.param("open_clip", "no_merges.txt.gz", gzip.compress(bytes(2**26 + 1)), "bytes, unpacked", id="large"),
         ("clip", "tokenizer_config.json", b'{"a": "\1"}', "must be a JSON file"),
         ("clip", "preprocessor_config.json", b'{"a": "\1"}', "must be a JSON file"),
     ],

@@ -1,5 +1,6 @@
 """CLIP models with their tokenizers and the preprocessing that belongs to them."""
 
+import gzip
 import hashlib
 import re
 import shutil
@@ -23,6 +24,7 @@ from carft_ray.model.catalog import MERGES, OPEN_CLIP_CONFIG, has_tokenizer
 from carft_ray.model.hub import fetching
 from carft_ray.model.pretrained import PREPROCESSING, Opened, open_model, preprocess_config
 from carft_ray.recipe.schema.fine_tuning import ModelConfig
+from carft_ray.untrusted import MOST_TEXT_BYTES
 
 WEIGHTS_NAME = "open_clip_model.safetensors"
 CONFIG_NAME = OPEN_CLIP_CONFIG
@@ -164,6 +166,10 @@ def _tokenizer(name: str, opened: Opened) -> Callable[[list[str]], Tensor]:
     wanted = text.get("hf_tokenizer_name")
     if not wanted:
         try:
+            if MERGES in options:
+                with gzip.open(options[MERGES]) as file:  # which unpacks to a thousand times its size
+                    if len(file.read(MOST_TEXT_BYTES + 1)) > MOST_TEXT_BYTES:
+                        raise ValueError(f"more than {MOST_TEXT_BYTES:,} bytes, unpacked")
             return open_clip.SimpleTokenizer(context_length=context_length, **options)  # type: ignore[no-any-return]
         except (OSError, EOFError, zlib.error, ValueError, LookupError) as error:  # of merges that come with weights
             rule, said = "the merges of the tokenizer must be readable", f"{options.get(MERGES)}: {error}"
