@@ -16,7 +16,7 @@ import killed_searches
 import pytest
 import search_driver
 import stand_in
-from logs import commits, holding
+from logs import commits, holding, take
 from stand_in import make_recipe
 from study_steps import contents, searching
 
@@ -95,6 +95,9 @@ def test_a_new_study_that_is_removed_leaves_no_log_behind(tmp_path, monkeypatch)
         with pytest.raises(DataError), open_study(tmp_path / "new", make_recipe(3)):
             raise DataError("unfit")
         assert not (tmp_path / "new").exists()
+    with pytest.raises(DataError), open_study(tmp_path / "new", make_recipe(3)):
+        raise DataError(str(take(tmp_path / "new")))
+    assert (tmp_path / "new").exists()  # it is another search's
 
 
 # searches of several machines, each a process

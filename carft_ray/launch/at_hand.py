@@ -196,8 +196,9 @@ class Delivery:
             self.check()
             self.checkpoints()
             self.own()
-            left, last = [each.name for each in entries(self._folder, self._place)], f"{self._place}/{RESULT}"
-            self._send([*(name for name in left if f"/{STEP}" not in name and name != last), last])
+            with files.writing(self._folder):
+                left, last = [each.name for each in entries(self._folder, self._place)], f"{self._place}/{RESULT}"
+                self._send([*(name for name in left if f"/{STEP}" not in name and name != last), last])
         except CarftError:
             if kind is None:
                 raise
@@ -214,7 +215,7 @@ class Delivery:
 
     def checkpoints(self) -> None:
         """Sends rows and checkpoints that are new."""
-        with self._sending:
+        with self._sending, files.writing(self._folder):
             steps = sorted(path.name for path in (self._folder / self._place).glob(f"{STEP}*"))
             new = [name for step in steps if (name := f"{self._place}/{step}") not in self._sent]
             self._send([f"{self._place}/{ROWS}"])
@@ -227,7 +228,7 @@ class Delivery:
 
     def own(self) -> None:
         """Sends what a fine-tuning of the user's own keeps, after the rows; what it has removed goes there, too."""
-        with self._sending:
+        with self._sending, files.writing(self._folder):
             prefix = f"{self._place}/{OWN}"
             there = [each.name for each in entries(self._folder, prefix)]
             self._send([f"{self._place}/{ROWS}", *there])

@@ -103,7 +103,8 @@ def held(log: Log, tell: Callable[[str], None]) -> Iterator[None]:
 def gone_if_nothing_began(folder: Path, log: Log, is_new: bool, began: Callable[[], bool]) -> Iterator[None]:
     """Removes a folder that this call has made when model or data turn out unfit: the mended recipe may use its name.
 
-    So when Ray does not start. When Ray ends during the preparation, what is prepared stays for the same command.
+    So when Ray does not start. When Ray ends during the preparation, what is prepared stays for the same command. What
+    another search has taken over stays, too.
 
     Args:
         folder: A claimed folder.
@@ -115,7 +116,7 @@ def gone_if_nothing_began(folder: Path, log: Log, is_new: bool, began: Callable[
         yield
     except (RecipeError, DataError, HoldOutError, ClusterError) as error:
         stays = isinstance(error, ClusterError) and files.exists(folder / PREPARED)
-        if is_new and not stays and not began():
+        if is_new and not stays and not log.is_lost and not began():
             log.abandon()
             shutil.rmtree(folder, ignore_errors=True)
         raise
