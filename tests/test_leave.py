@@ -4,27 +4,17 @@ import contextlib
 import os
 import re
 import signal
-import time
 
-import crash_host
 import killed_searches
 import pytest
-import ray
 import stand_in
 import stepped
 from killed_searches import driver, ended, finished, titled, wait_until
-from ray.cluster_utils import Cluster
 
 import cluster
-from carft_ray.launch.events import TrialEpoch
-from carft_ray.launch.ray_cluster.ray_private import draining_nodes
-from carft_ray.launch.runs.search import run_search
-from carft_ray.launch.runtime import Runner
 from carft_ray.study.outcome import read_live
 from carft_ray.study.rows import baselines, trials
 
-PREEMPTION = 2  # Ray's number for the reason of a drain that a node cannot refuse
-RUNNER = Runner(stand_in.prepare, stand_in.train)
 WINDOW = 10  # steps
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
 # a trial, and a baseline with its values that is left in peace: 2 epochs of 32 steps
@@ -35,36 +25,6 @@ TWINS = {"epochs": 2, "train": {"batch_size": 2}, "enqueue": [VALUES], "baseline
 def no_driver_is_left():
     yield
     killed_searches.kill_drivers()
-
-
-@pytest.mark.whole
-def test_a_trial_on_a_node_that_ray_drains_continues_on_the_other_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", crash_host.PYTHONPATH)
-    sizes, study_dir, ran = {"object_store_memory": 10**8}, tmp_path / "study", []
-    stand_in.tell(tmp_path, seconds=1)
-    recipe = stand_in.make_recipe(1, epochs=6, baselines={}, resources={"executor": "inline", "gpus_per_worker": 0})
-    two_nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **sizes})
-    for _ in range(2):
-        two_nodes.add_node(num_cpus=1, **sizes)
-
-    def on_event(event):
-        """Drains the node of the training at its first epoch."""
-        live = isinstance(event, TrialEpoch) and read_live(study_dir)[0].get(f"trials/{event.spec.name}")
-        if live and not ran:
-            deadline = round(1000 * (time.time() + 600))
-            client = ray._private.worker.global_worker.gcs_client
-            assert client.drain_node(live.node, PREEMPTION, "a notice", deadline)[0]
-            assert draining_nodes() == {live.node: deadline}
-        ran.extend([live.node] if live else [])
-
-    try:
-        found = run_search(recipe, study_dir, two_nodes.address, on_event, RUNNER)
-    finally:
-        two_nodes.shutdown()
-    assert (found.best.outcome, found.best.attempt, len(set(ran))) == ("complete", 2, 2)
-    log = (found.best.folder(study_dir) / "log.txt").read_text()
-    assert "attempt 1: left: " in log
-    assert " lost: " not in log
 
 
 @contextlib.contextmanager
