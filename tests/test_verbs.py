@@ -374,6 +374,7 @@ MISTAKES = [
     ("resume first --trials many", "--trials: must be a whole number of trials from 1, or +N for N more, but got 'ma"),
     ("logs first t0009", f"{TRIAL}'t0009'; did you mean 't000"),
     ("logs first 3 -f --json", "--json: must stand without --follow: a document ends\n"),
+    ("resume first --notify-url ftp://x", "--notify-url: must begin with http:// or https://, but got 'ftp://x'"),
     ("ls first --sort objektive", "--sort: must be an order, but got 'objektive'; did you mean 'objective'?"),
 ]
 
