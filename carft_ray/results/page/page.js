@@ -234,7 +234,7 @@
     const tone = (i) => (i ? 0.45 : 1);
     const traces = steps.flatMap((step, i) => ["right", "wrong"].map((key) => ({
       type: "bar", orientation: "h", y: sets, x: doc.changes.map((one) => (key === "right" ? 1 : -1) * one.steps[i][key]), offsetgroup: String(i), name: `${key === "right" ? "become right" : "become wrong"}, ${step.from} to ${step.to}`,
-      marker: { color: colour(key === "right" ? "blue" : "best"), opacity: tone(i), pattern: { shape: key === "right" ? "" : "/", fillmode: "overlay", fgcolor: colour("paper"), size: 5 } }, hovertemplate: `%{y}: %{text} images ${key === "right" ? "become right" : "become wrong"}, ${step.from} to ${step.to}<extra></extra>`, text: doc.changes.map((one) => String(one.steps[i][key])), textposition: "none",
+      opacity: tone(i), marker: { color: colour(key === "right" ? "blue" : "best"), pattern: { shape: key === "right" ? "" : "/", fillmode: "overlay", fgcolor: colour("paper"), size: 5 } }, hovertemplate: `%{y}: %{text} images ${key === "right" ? "become right" : "become wrong"}, ${step.from} to ${step.to}<extra></extra>`, text: doc.changes.map((one) => String(one.steps[i][key])), textposition: "none",
     })));
     return { traces, layout: layout({ height: 160 + 46 * sets.length, barmode: "relative", showlegend: true, xaxis: axis({ title: "images", zeroline: true, zerolinecolor: colour("muted") }), yaxis: axis({ autorange: "reversed" }) }) };
   };
