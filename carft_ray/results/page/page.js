@@ -361,7 +361,7 @@
     const kinds = [...new Set(all.map(label))];
     const traces = kinds.map((kind) => {
       const several = all.filter((one) => label(one) === kind), outcome = several[0].outcome;
-      const color = colour(several[0].kind === "trial" ? tone[outcome] ?? "grey" : "purple");
+      const color = colour({ trial: tone[outcome] ?? "grey", baseline: "purple", confirm: "green" }[several[0].kind]);
       return { type: "bar", orientation: "h", name: spaced(kind), y: several.map((one) => one.lane + 1), base: several.map((one) => one.began), x: several.map((one) => one.ms), width: 0.8, text: several.map((one) => `${one.name}, ${kind}, ${short(one.ms / 1000)} s`), textposition: "none", hovertemplate: "%{text}<extra></extra>",
         marker: { color, line: { color: all.length > MANY ? color : colour("paper"), width: 1 }, pattern: { shape: PATTERNS[outcome] ?? "", fillmode: "overlay", fgcolor: colour("paper"), size: 6 } } };
     });
