@@ -326,6 +326,7 @@ def test_the_command_writes_the_page_into_the_study_or_where_it_is_told(two, run
 def test_options_that_do_not_belong_together_are_refused(two, run):
     for words, told in (
         ("--card text --html", "--card must stand without --html"),
+        ("--card text --json", "--json must stand without --card"),
         ("--card png", "text, latex"),
         ("--tables x --html", "--tables must stand without --html"),
         ("--tables x --out y", "--out needs --html or --card"),

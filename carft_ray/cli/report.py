@@ -32,6 +32,8 @@ def report(
     ]
     if others:
         raise UsageError(Problem(others[0], f"must stand without {first}"))
+    if json_ and card:
+        raise UsageError(Problem("--json", "must stand without --card, which is text"))
     if out and not (html or card):
         raise UsageError(Problem("--out", "needs --html or --card"))
     if html and out is None and is_address(study):
