@@ -153,6 +153,7 @@ def test_wrong_use_is_an_exception_of_the_command(study_dir, tmp_path, here):
         (lambda: carft_ray.open_study(tmp_path / "studi"), UsageError, "did you mean"),
         (lambda: carft_ray.report(tmp_path), UsageError, "must be a study"),
         (lambda: carft_ray.resume(study_dir, 1), UsageError, "must be at least 2"),
+        (lambda: carft_ray.evaluate(study_dir, trial=99), UsageError, "a trial or baseline, but got '99'"),
         (lambda: carft_ray.evaluate(study_dir, alpha=1.5), UsageError, r"must be from 0 to 1, but got 1\.5"),
         (lambda: carft_ray.open_study(study_dir).metrics("fine_tunimg"), UsageError, "did you mean 'fine_tuning'"),
         (lambda: carft_ray.confirm(study_dir, seeds=1), UsageError, "must be at least 2, but got 1"),

@@ -328,7 +328,7 @@ def train(
 
 @as_command
 def evaluate(
-    folder: str | Path, *, alpha: float | None = None, trial: str | None = None, head: str = HEADS[0]
+    folder: str | Path, *, alpha: float | None = None, trial: str | int | None = None, head: str = HEADS[0]
 ) -> Answer:
     """Measures a trained model on ``id_val`` and ``ood_val`` again, at any alpha. No test set is opened.
 
@@ -367,7 +367,7 @@ def export(
     *,
     formats: Sequence[str] = (),
     alpha: float | None = None,
-    trial: str | None = None,
+    trial: str | int | None = None,
 ) -> "Exported":
     """Writes the mixed model for open_clip, transformers or onnxruntime; each opens what was written, as a check.
 

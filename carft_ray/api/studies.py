@@ -128,11 +128,11 @@ class Study:
             raise ValueError(f"kind must be 'trial' or 'baseline', but got {kind!r}")
         return rows_table(trials(self.path) if kind == "trial" else baselines(self.path))
 
-    def metrics(self, trial: str) -> dict[str, float]:
+    def metrics(self, trial: str | int) -> dict[str, float]:
         """Returns the metrics of a finished trial or baseline at its alpha.
 
         Args:
-            trial: Number or name: ``"7"``, ``"t0007"``, ``"t0007-3f9c"``, ``"zero_shot"``, ``"confirm/NAME"``.
+            trial: Number or name: ``7``, ``"t0007"``, ``"t0007-3f9c"``, ``"zero_shot"``, ``"confirm/NAME"``.
 
         Raises:
             UsageError: There is no such trial; names the nearest.
@@ -141,7 +141,7 @@ class Study:
         """
         return dict(open_finished(self.path, trial).result["metrics"])
 
-    def predictions(self, trial: str) -> pa.Table:
+    def predictions(self, trial: str | int) -> pa.Table:
         """Returns a row per image, validation set and alpha: label, prediction, and what was kept of the logits.
 
         Args:

@@ -68,7 +68,7 @@ class Finished:
         return read_predictions(zero_shot if self.is_zero_shot else file_of(self.folder, self.row, PREDICTIONS))
 
 
-def open_finished(place: Place, trial: str | None = None, argument: str = "TRIAL") -> Finished:
+def open_finished(place: Place, trial: str | int | None = None, argument: str = "TRIAL") -> Finished:
     """Opens a finished training; nothing is claimed or written.
 
     Args:
@@ -111,9 +111,10 @@ def split_target(written: str) -> tuple[Place, str | None]:
     return folder, trial
 
 
-def _find(study_dir: Path, trial: str | None, place: str) -> tuple[str, TrialRow]:
+def _find(study_dir: Path, trial: str | int | None, place: str) -> tuple[str, TrialRow]:
     """Returns name and row of a training of a study."""
     rows = rows_by_kind(study_dir)
+    trial = None if trial is None else str(trial)
     if trial is not None and trial.startswith(f"{CONFIRM}/"):
         known, name = {f"{CONFIRM}/{row.name}": row for row in rows["confirm"]}, trial.rstrip("/")
         if name not in known:

@@ -71,7 +71,7 @@ class Trained:
             return deepcopy(mixed(alpha)).eval()
 
 
-def open_trained(place: Place, trial: str | None = None) -> Trained:
+def open_trained(place: Place, trial: str | int | None = None) -> Trained:
     """Opens a finished training of a study.
 
     Args:
