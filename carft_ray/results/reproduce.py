@@ -145,7 +145,7 @@ def reproduce(
     try:
         train_once(recipe, out_dir, False, "", say, progress, report, None, prepare_first, rows)
     except InterruptedRunError:
-        step = f"Run the same command again; {out_dir} is of no further use."
+        step = "Run the same command again; the folder of --out, where one was given, must be removed first."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
     return _compared(finished, then, open_finished(out_dir))
 
