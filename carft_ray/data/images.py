@@ -121,7 +121,7 @@ def small_image(
         raise DataError(_too_large(place, max_pixels, "more")) from error
     except UnidentifiedImageError as error:
         step = f"Save it as one of {', '.join(FORMATS)}, or take it out of the set."
-        value = f"a file that begins with {content[:20]!r}"
+        value = f"a file that begins with {content[:20]!r}" if content else "an empty file"
         raise DataError(Problem(place, "must be a readable image", value, next_step=step)) from error
     except Exception as error:  # decoders raise of every kind on damaged files
         cause = str(error) or type(error).__name__
