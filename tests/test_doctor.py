@@ -15,6 +15,7 @@ from carft_ray.cli.doctor import step_words
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training import doctor
 from carft_ray.training.doctor import as_plain_data, examine, zero_shot_findings
+from carft_ray.ui.console import checkup_table
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +86,9 @@ def test_a_test_set_is_counted_and_hashed_and_nothing_is_told_of_its_pictures(he
     assert secret["digest"]
     assert (secret["num_images"], secret["short_side"], secret["modes"]) == (36, None, {})
     assert (secret["num_unreadable"], secret["unreadable"], texts(found, "error")) == (0, [], [])
+    (column,) = [one for one in checkup_table(found.sets, {}).columns if str(one.header) == "unreadable"]
+    cells = dict(zip(found.sets, map(str, column.cells), strict=True))
+    assert cells["data.ood_test.secret"] == ""  # not 0: it is not known
     assert set(found.zero_shot) == {"id_val", "fog"}
 
 

@@ -334,7 +334,7 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
             "per class": _range(one["images_per_class"]),
             "short side, px": "" if side is None else _range(side),
             "MB": f"{one['megabytes']:.1f}" if "megabytes" in one else "",
-            "unreadable": str(one.get("num_unreadable", "")),
+            "unreadable": str(one.get("num_unreadable", "") or ("" if side is None else 0)),  # test images: not known
             "repeated": str(one.get("num_twice", "")),
             "zero-shot, % [95 %]": percent(measured["accuracy"], int(measured["num_images"])) if measured else "",
         }
