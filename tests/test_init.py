@@ -127,6 +127,7 @@ def test_a_tree_of_no_known_layout_is_told(tmp_path, folders, message):
 
 def test_presets_are_the_recipes_of_the_folder(tmp_path, capsys):
     assert {"quickstart", "folders"} <= presets().keys()
+    assert not [text for text in presets().values() if text.endswith(":")]
     assert call(["init", "--preset", "quickstart", "--to", tmp_path / "r.yaml"]) == 0
     assert load_recipe(tmp_path / "r.yaml").name == "quickstart"
     capsys.readouterr()
