@@ -308,7 +308,8 @@ def test_a_training_whose_process_does_not_come_is_told_once(tune, monkeypatch):
     assert told == [f"{name} has waited 0 s for its process: is the cluster full? See `ray status`"]
 
 
-def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
+@pytest.mark.parametrize(("error", "code", "told"), [(3, 5, "no route to node7"), (11, 6, "no GPU")])
+def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune, error, code, told):
     tune.finish(tune.start())
     tune.finish(tune.start())
     for _ in range(2):
@@ -317,11 +318,11 @@ def test_many_failed_attempts_in_a_row_end_a_search_that_was_good_before(tune):
     for number in range(12):
         assert tune.driver.failure is None
         trial = tune.start()
-        tune.fail(trial, "error", "no GPU") if number == 3 else tune.end(trial, lost="no route to node7")
+        tune.fail(trial, "error", "no GPU") if number == error else tune.end(trial, lost="no route to node7")
     assert tune.start() == Searcher.FINISHED
     failure = tune.driver.failure
-    assert failure.exit_code == 5  # the last one was lost
-    assert "12 attempts in a row failed; the last one: no route to node7" in str(failure)
+    assert failure.exit_code == code  # by the last one
+    assert f"12 attempts in a row failed; the last one: {told}" in str(failure)
     assert "run the same command again" in str(failure)
 
 

@@ -536,6 +536,9 @@ def test_logits_are_those_of_transformers(tmp_path, activation, eos):
     processor = tmp_path / "preprocessor_config.json"
     processor.write_text(processor.read_text().replace('{"shortest_edge": 32}', '{"height": 32, "width": 32}'))
     assert load_folder(tmp_path).input_key == "32-bicubic-squash"  # and the crop takes nothing off
+    processor.write_text(processor.read_text().replace('"width": 32', '"width": 36'))
+    with pytest.raises(DataError, match="must resize to the 32 pixels of the model, as open_clip does, but got 36 in"):
+        load_folder(tmp_path)
 
 
 def test_shards_pickled_weights_and_a_tokenizer_of_its_own_load_too(tmp_path):

@@ -35,9 +35,10 @@ def push(
     json_: common.JsonOption = False,
 ) -> None:
     """Copy a study to a bucket, at an address where nothing is; its manifest there says that it is a copy."""
+    from carft_ray.results.reading.study_view import require_study
     from carft_ray.study import mirror
 
-    _copied(lambda tell: mirror.push(study, address, tell), "pushing", address, json_)
+    _copied(lambda tell: mirror.push(require_study(study), address, tell), "pushing", address, json_)
 
 
 def _copied(copy: Callable[[Any], dict[str, Any]], what: str, to: str, json_: bool) -> None:

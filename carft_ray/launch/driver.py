@@ -419,7 +419,8 @@ class Driver:
             self.on_event(events.Note(f"{spec.name} gets another attempt: {failure.reason}"))
             if failure.outcome == "memory":
                 return
-        self._count_failures(failed=row is None or row.outcome == "error", reason=row.reason if row else "")
+        reason = row.reason if row else failure.reason if failure else ""
+        self._count_failures(failed=row is None or row.outcome == "error", reason=reason)
         if row is None:
             return
         if row.outcome != "error" and attempt.alive:

@@ -118,7 +118,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             **pooling,
         },
     }
-    return model_config, _preprocessing(folder)
+    return model_config, _preprocessing(folder, vision["image_size"])
 
 
 def _tower(config: dict[str, Any], name: str, defaults: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def _sizes(config: dict[str, Any]) -> dict[str, Any]:
     return tower
 
 
-def _preprocessing(folder: Path) -> dict[str, Any]:
+def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if (folder / "preprocessor_config.json").is_file():
         found = read_object(folder / "preprocessor_config.json")
@@ -185,6 +185,11 @@ def _preprocessing(folder: Path) -> dict[str, Any]:
         rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
         raise DataError(Problem(PLACE, rule, f"{resample} in {folder}"))
     size = found.get("size")
+    given = size.values() if isinstance(size, dict) else [size]
+    if other := [each for each in given if isinstance(each, int) and each != side]:
+        step = f'Write "size": {{"shortest_edge": {side}}} there, if the model was made for images of that size.'
+        rule = f"its image processor must resize to the {side} pixels of the model, as open_clip does"
+        raise DataError(Problem(PLACE, rule, f"{other[0]} in {folder}", next_step=step))
     is_squash = isinstance(size, dict) and "height" in size  # then no crop takes anything off
     return {
         "mean": found.get("image_mean", OPENAI_DATASET_MEAN),

@@ -23,7 +23,7 @@ from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.statistics.headline import against_baseline
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
-from carft_ray.results.statistics.paired import row_lines
+from carft_ray.results.statistics.paired import later_best, row_lines
 from carft_ray.results.stored import Chosen, confirmed, read_compared, read_stored
 from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.study.best import constraint_lines
@@ -87,19 +87,20 @@ def study_report(view: Overview) -> dict[str, Any]:
             *worth,
             *constraint_lines(best),
             *(["", against["line"]] if against else []),
-            *_later_lines(study_dir),
+            *_later_lines(study_dir, best.name),
         ],
     }
 
 
-def _later_lines(study_dir: Path) -> list[str]:
-    """Returns what a confirm and a read of the test sets have found, as text."""
+def _later_lines(study_dir: Path, best: str) -> list[str]:
+    """Returns what a confirm and a read of the test sets have found, as text, and whether the best trial is in it."""
     lines = []
     if found := read_compared(study_dir / CONFIRM / SUMMARY):
-        lines += ["", *row_lines(found), *confirm_lines(found)]
+        lines += ["", *row_lines(found), *confirm_lines(found), *filter(None, [later_best(found, best)])]
     if found := read_compared(study_dir / TEST_DIR / SUMMARY):
         without = found["without_shared_images"]
         lines += ["", *row_lines(found), *(row_lines(without) if without else []), *read_lines(found)]
+        lines += filter(None, [later_best(found, best)])
     return lines
 
 

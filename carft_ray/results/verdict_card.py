@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from carft_ray.results.statistics.headline import in_points
+from carft_ray.results.statistics.paired import later_best
 from carft_ray.study.rows import ZERO_SHOT
 from carft_ray.untrusted import latex, visible
 from carft_ray.words import counted, times
@@ -68,11 +69,12 @@ def _evidence(document: Document) -> Document | None:
         order, as text with intervals where they are known; ``num_seeds``: fresh seeds, 0: one training each;
         ``is_new``: whether the images are those of test sets: others have chosen the winner.
     """
-    return _of_comparison(document["test"], True) or _of_comparison(document["confirm"], False) or _of_search(document)
+    return _of_comparison(document, "test") or _of_comparison(document, "confirm") or _of_search(document)
 
 
-def _of_comparison(found: Document | None, is_new: bool) -> Document | None:
+def _of_comparison(document: Document, kind: str) -> Document | None:
     """Returns what a read of the test sets or a confirm has shown."""
+    found, best, is_new = document[kind], document["status"]["best"], kind == "test"
     if found is None:
         return None
     winner = next(row for row in found["rows"] if row["role"] == "winner")
@@ -81,6 +83,8 @@ def _of_comparison(found: Document | None, is_new: bool) -> Document | None:
     if found.get("without_shared_images"):
         headline = found["without_shared_images"]["headline"] or ""
         label += f" (without images of other roles: {headline.partition(': ')[2]})"
+    if best is not None and (later := later_best(found, best["name"])):
+        label += f" ({later})"
     return {
         "label": label,
         "sentence": found["headline"],

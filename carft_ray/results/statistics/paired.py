@@ -116,6 +116,13 @@ def row_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def later_best(found: Mapping[str, Any], best: str) -> str:
+    """Returns a sentence where the best trial is none of the compared, since the search went on; else an empty text."""
+    if best in {row["name"] for row in found["rows"]}:
+        return ""
+    return f"The best trial is now {best}, which is not in it: the search went on."
+
+
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     """Returns the differences of a comparison (``compare``) as lines of text, the headline last."""
     lines = []
