@@ -26,7 +26,6 @@ from carft_ray.study.rows import baselines
 NUM_TRIALS, EPOCHS = 10, 160  # more than end meanwhile on a busy machine
 DEADLINE_S = 20
 TIMEOUT_S = 1200  # of a busy machine
-CHECKPOINT = "attempt-*/step-*/state.json"
 RESUMES = re.compile(r"attempt (\d+): starts on .*? from step (\d+)")
 
 
@@ -61,7 +60,7 @@ def story(folder, executor="inline"):
     def running(number):
         def found():
             assert process.poll() is None, f"the search has ended: {study_dir.with_suffix('.log').read_text()}"
-            return len(searches.running_pids(study_dir, needs=CHECKPOINT)) >= number
+            return len(searches.running_pids(study_dir, needs="attempt-*/step-*/state.json")) >= number
 
         searches.wait_until(found, f"{number} trainings run and have a checkpoint", TIMEOUT_S)
 

@@ -176,8 +176,6 @@ def test_what_is_there_is_never_written_over(address, made, server, tmp_path, ca
     for words in (["push", made, server.address("mine")], ["pull", address, tmp_path / "mine"]):
         assert call(words) == 2
         assert "holds file" in capsys.readouterr().err
-    assert call(["push", tmp_path / "nowhere", server.address("mine")]) == 2
-    assert "nowhere: must be a study, but got no such folder" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"must be a study, or an address where nothing is, .* holds file"):
         own_folder(server.address("mine"))
     assert os.listdir(tmp_path / "mine") == ["file"]

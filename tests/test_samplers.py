@@ -243,11 +243,6 @@ def test_every_option_reaches_the_sampler_and_changes_its_draws(name, options):
         assert drawn(options) != drawn({other: value for other, value in options.items() if other != key}), key
 
 
-def test_group_works_with_two_objectives():
-    recipe = recipe_for("tpe", {**CHOICE, **CHILD}, sampler={"group": True})
-    told(new_study(2), recipe, lambda values: {"value": [number(values), -number(values)]})
-
-
 @pytest.mark.parametrize("kind", ["sobol", "halton"])
 @pytest.mark.parametrize("scramble", [True, False])
 def test_qmc_draws_the_points_of_the_sequence_in_their_order(kind, scramble):

