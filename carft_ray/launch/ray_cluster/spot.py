@@ -11,6 +11,7 @@ nodes that ``ray up`` starts have no such process.
 
 import argparse
 import contextlib
+import http.client
 import json
 import logging
 import os
@@ -93,7 +94,7 @@ def wait_for_notice(providers: Sequence[str], base_url: str, every_s: float = EV
             try:
                 left_s = NOTICES[provider](base_url)
                 fault = ""
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, http.client.HTTPException) as error:
                 left_s, fault = None, f"{type(error).__name__}: {error}"
             if left_s is not None:
                 return left_s
