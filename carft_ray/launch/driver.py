@@ -255,9 +255,10 @@ class Driver:
         except StorageError as error:
             raise self.fail(error) from None
         self.at_a_time.follow()
+        heard = self.exchange.heard
         for attempt in list(self._attempts.values()):
             self._read_post(attempt)
-            self._check_steps(attempt)
+            self._check_steps(attempt, heard)
         self._write_live()
         groups = [each.alive.group if each.alive else "" for each in self._attempts.values()]
         if self.leaks and (number := self.leaks.check(groups)):
@@ -321,14 +322,15 @@ class Driver:
         attempt.alive, attempt.steps = mail.signs.process or attempt.alive, mail.signs.steps.get(0, 0)
         self._longest_step_s = max(self._longest_step_s, mail.longest_s)
 
-    def _check_steps(self, attempt: _Attempt) -> None:
+    def _check_steps(self, attempt: _Attempt, heard: float) -> None:
+        """Ends an attempt that made no step for long, as far as was heard of it: the driver may have slept."""
         spec, alive, now = attempt.spec, attempt.alive, time.monotonic()
         if alive is None:
             if now - attempt.seen >= WAIT_NOTE_AFTER_S:
                 attempt.seen = math.inf  # once
                 waited = f"{spec.name} has waited {WAIT_NOTE_AFTER_S:.0f} s for its process"
                 self.on_event(events.Note(f"{waited}: is the cluster full? See `ray status`"))
-        elif self.hang_timeout_s is not None and now - attempt.seen >= self.hang_timeout_s:
+        elif self.hang_timeout_s is not None and heard - attempt.seen >= self.hang_timeout_s:
             attempt.seen = now  # once more after the same time, should it be needed
             attempt.hung = f"no step for {self.hang_timeout_s:g} s (resources.hang_timeout_s)"
             attempt.hung += f"; process {alive.pid} was ended; what its threads did is in {spec.training}/{LOG}"

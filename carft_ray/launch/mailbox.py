@@ -320,9 +320,13 @@ class Exchange:
 
     Args:
         box: The mailbox.
+
+    Attributes:
+        heard: When it answered last, of ``time.monotonic``.
     """
 
     def __init__(self, box: Box) -> None:
+        self.heard = time.monotonic()
         self._box = box
         self._wishes: dict[str, Wish] = {}  # that the driver's thread alone changes
         self._mail: dict[str, Mail] = {}
@@ -360,6 +364,7 @@ class Exchange:
         with self._exchanging, contextlib.suppress(OSError):
             found, now = self._box.exchange(dict(self._wishes)), time.monotonic()
             self._mail = {training: self._read(training, signs, now) for training, signs in found.items()}
+            self.heard = now  # last: who reads this first has the mail of then, or newer
 
     def _read(self, training: str, signs: Signs, now: float) -> Mail:
         before = self.mail(training, signs.attempt)
