@@ -31,13 +31,16 @@ class NamedActor:
         """Calls a method; returns Ray's reference to what it will return.
 
         Raises:
-            ConnectionError: There is no such actor.
+            ConnectionError: There is no such actor, or Ray cannot carry the call: its store and the disk are full, say.
         """
         try:
-            self._actor = self._actor or ray.get_actor(self._name, NAMESPACE)
-        except ValueError as error:
-            raise ConnectionError(f"the {self._what} is gone") from error
-        return getattr(self._actor, method).remote(*given)
+            try:
+                self._actor = self._actor or ray.get_actor(self._name, NAMESPACE)
+            except ValueError as error:
+                raise ConnectionError(f"the {self._what} is gone") from error
+            return getattr(self._actor, method).remote(*given)
+        except ray.exceptions.RayError as error:
+            raise ConnectionError(f"the {self._what} cannot be asked: {type(error).__name__}") from error
 
     def result(self, begun: Any, timeout_s: float) -> Any:
         """Returns what a call that was begun returns.
