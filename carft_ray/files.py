@@ -26,6 +26,7 @@ from carft_ray.untrusted import parse_json, read_regular
 _MACHINE = """ESTALE EIO ETIMEDOUT ENOTCONN ECONNRESET ECONNREFUSED ECONNABORTED EPIPE EHOSTDOWN EHOSTUNREACH ENETDOWN
 ENETUNREACH EREMOTEIO ESHUTDOWN"""
 MACHINE_ERRNOS: tuple[int, ...] = tuple(getattr(errno, name) for name in _MACHINE.split() if hasattr(errno, name))
+DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # full, or not to be written
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 MOST_JSON_BYTES = 2**30  # of a file of a study that is read whole
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given

@@ -5,6 +5,7 @@ import shutil
 import threading
 import time
 from dataclasses import replace
+from unittest import mock
 
 import attempts
 import pytest
@@ -219,16 +220,15 @@ def test_what_the_user_keeps_goes_with_its_report_and_what_he_removes_is_removed
     assert content(study) == {f"{place}/own/deep/two.pt": b"new"}
 
 
+@pytest.mark.parametrize("place", [FileServer, stand_in])  # of the node, too
 @pytest.mark.parametrize("error", [StorageError("No space left"), OSError(28, "No space left")])
-def test_a_disk_that_is_full_or_broken_ends_the_training_as_on_the_drivers_machine(tmp_path, monkeypatch, error):
+def test_a_disk_that_is_full_or_broken_ends_the_training_as_on_the_drivers_machine(tmp_path, monkeypatch, error, place):
     monkeypatch.setattr(at_hand, "SEND_EVERY_S", 0.01)
-
-    def full(self, *given):
-        raise error
-
+    full = mock.Mock(side_effect=error)
+    monkeypatch.setattr("tempfile.NamedTemporaryFile", mock.Mock(side_effect=OSError))  # which only a hang needs
     with opened(tmp_path, epochs=200) as study:
         runtime = unseen(plan_of(study, Here(study.study_dir)))
-        monkeypatch.setattr(FileServer, "write", full)
+        monkeypatch.setattr(place, "save" if place is stand_in else "write", full)
         failure = run_worker(runtime, stand_in.spec(1), RunContext())
     assert (failure.outcome, failure.exit_code) == ("fatal", 5)
     assert "No space left" in failure.reason

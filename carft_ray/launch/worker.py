@@ -161,11 +161,11 @@ def _watched(
         return poster.step() != "go" or asked
 
     posting = replace(context, should_stop=should_stop, progress=progress, report=report)
-    if context.rank != 0 or hang_timeout_s is None:
+    if context.rank != 0 or hang_timeout_s is None or (stacks := _file_for_stacks()) is None:
         yield posting
         return
     limit_s = STACKS_AFTER * hang_timeout_s
-    with tempfile.NamedTemporaryFile("w", prefix="carft-stacks-") as stacks:
+    with stacks:
         poster.knows(stacks=stacks.name)
         try:
             watch = partial(faulthandler.dump_traceback_later, limit_s, file=stacks)
@@ -173,6 +173,13 @@ def _watched(
             yield replace(posting, should_stop=partial(should_stop, watch))
         finally:
             faulthandler.cancel_dump_traceback_later()
+
+
+def _file_for_stacks() -> "tempfile._TemporaryFileWrapper[str] | None":
+    """Returns a temporary file of this node; None where its disk has no space for one, as a training needs none."""
+    with contextlib.suppress(OSError):
+        return tempfile.NamedTemporaryFile("w", prefix="carft-stacks-")
+    return None
 
 
 def end_process(process: Process) -> Callable[[], str]:
@@ -226,6 +233,8 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
         reason = " ".join(text.split()) if isinstance(error, CarftError) else line
         node = nodes[rank][0] if rank != causes.UNKNOWN and nodes else ""
         return Failure("lost", reason, attempt, ClusterError.exit_code, node=node)
+    if isinstance(error, OSError) and error.errno in files.DISK_ERRNOS:  # of a function of the user's own, say
+        error = files.storage_error(Path(error.filename or "the disk"), error)
     if isinstance(error, CarftError):
-        return Failure("fatal", text, attempt, error.exit_code)
+        return Failure("fatal", str(error), attempt, error.exit_code)
     return Failure("error", line, attempt)
