@@ -5,6 +5,7 @@ import faulthandler
 import json
 import math
 import os
+import re
 import signal
 import tempfile
 import time
@@ -18,7 +19,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from carft_ray import errors, files
-from carft_ray.errors import CarftError, ClusterError
+from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.at_hand import Delivery, sees, training_at_hand
 from carft_ray.launch.failures import causes
 from carft_ray.launch.mailbox import Order, Poster, Process
@@ -36,6 +37,8 @@ from carft_ray.training.run_context import RunContext
 WATCH_EVERY_S = 1.0  # the watchdog of threads is set this often at most
 STACKS_AFTER = 0.9  # of the time after which an attempt without a step is ended, what its threads do is written
 STACKS_TIMEOUT_S = 10.0
+# all that ``torch.save`` says of a full disk
+TORCH_SAVE = re.compile(r"inline_container\.cc.*unexpected pos|PytorchStreamWriter failed")
 
 
 def run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext) -> Order | Failure:
@@ -235,6 +238,8 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
         return Failure("lost", reason, attempt, ClusterError.exit_code, node=node)
     if isinstance(error, OSError) and error.errno in files.DISK_ERRNOS:  # of a function of the user's own, say
         error = files.storage_error(Path(error.filename or "the disk"), error)
+    elif isinstance(error, RuntimeError) and TORCH_SAVE.search(text):
+        error = StorageError(Problem("torch.save", "must write all that it is given (is the disk full?)", line))
     if isinstance(error, CarftError):
         return Failure("fatal", str(error), attempt, error.exit_code)
     return Failure("error", line, attempt)
