@@ -116,13 +116,13 @@ def option_words(**options: object) -> list[str]:
     return words
 
 
-def begin_line(value: "Recipe", recipe: Path, study: Path | None = None, **options: object) -> str:
+def begin_line(value: "Recipe", recipe: Path, study: Path | str | None = None, **options: object) -> str:
     """Returns the command that begins with a recipe: a search, or one training where it has nothing to search.
 
     Args:
         value: The recipe.
         recipe: Its file.
-        study: The study directory; None: one of the recipe's name.
+        study: The study directory, or its address; None: one of the recipe's name.
         options: As of ``command_line``.
     """
     from carft_ray.recipe.checks.advice import check_searchable

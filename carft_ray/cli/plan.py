@@ -18,7 +18,7 @@ from carft_ray.words import counted
 @command("plan recipe.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
-    study: Annotated[Path | None, Option(help="Where the study would be; the short trainings run beside it.")] = None,
+    study: Annotated[str | None, Option(help="Where the study would be; the short trainings run beside it.")] = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
@@ -35,6 +35,7 @@ def plan(
     from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_training, price
     from carft_ray.recipe.checks.advice import check_searchable
     from carft_ray.recipe.loading import own_functions
+    from carft_ray.study.mirror import fetched, in_bucket
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
         raise UsageError(Problem("--price-per-hour", "must stand without --price-per-gpu-hour: give one price"))
@@ -45,7 +46,9 @@ def plan(
         step = "Begin the search; its live view tells the time that is left."
         problem = Problem(next(iter(own)), "must be null: plan measures the built-in loop", next_step=step)
         raise UsageError(problem)
-    next_to = Path(tempfile.gettempdir()) if study is None else study.absolute().parent
+    next_to = Path(tempfile.gettempdir())
+    if study is not None and not in_bucket(study):
+        next_to = fetched(study).absolute().parent
     measured = measure_by_training(value, address, next_to, console.sayer(not json_))
     found = forecast(value, *measured)
     if price_per_gpu_hour is not None and not found["gpus_per_worker"]:
