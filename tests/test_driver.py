@@ -365,6 +365,10 @@ def test_an_attempt_that_was_asked_to_leave_is_repeated_again_and_again_and_no_f
     assert len(lines) == 19
     tune.driver.ask_to_leave(spec_of(trial), "it has ended")
     assert tune.order(trial) == "go"
+    trial = tune.start()
+    tune.driver.exchange.heard -= 61  # it has slept, and the mailbox has asked
+    tune.end(trial)
+    assert tune.events[-1].text.endswith(" gets another attempt: the driver was silent for more than 60 s")
 
 
 def test_the_last_node_on_which_a_training_fits_is_never_left_out():

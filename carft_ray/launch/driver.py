@@ -20,7 +20,7 @@ from carft_ray.errors import CarftError, ClusterError, MachineError, NoSuccessfu
 from carft_ray.launch import events, micro_batch
 from carft_ray.launch.failures.causes import STARTED_LATE, is_full_memory, no_successful_trial
 from carft_ray.launch.failures.leaks import Leaks
-from carft_ray.launch.mailbox import Exchange, Mailbox, Process
+from carft_ray.launch.mailbox import PATIENCE_S, Exchange, Mailbox, Process
 from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
@@ -41,6 +41,7 @@ POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note
 LIVE_EVERY_S = 10.0
+SLEPT = f"the driver was silent for more than {PATIENCE_S:.0f} s"
 
 
 @dataclass
@@ -410,10 +411,11 @@ class Driver:
             if self.check_stop():
                 self.study.stopped(spec)  # it stays RUNNING, for the next search
                 return
-            if failure is None and attempt.leaves and not gone:
-                outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, attempt.leaves)
+            leaves = attempt.leaves or (SLEPT if attempt.began < self.exchange.woke else "")
+            if failure is None and leaves and not gone:
+                outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves)
                 self.study.repeat(spec)
-                self.on_event(events.Note(f"{spec.name} gets another attempt: {attempt.leaves}"))
+                self.on_event(events.Note(f"{spec.name} gets another attempt: {leaves}"))
                 return
             if failure is None or failure.outcome == "lost":
                 self._lost(attempt, failure, gone)

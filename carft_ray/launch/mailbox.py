@@ -13,6 +13,7 @@ for nobody.
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -323,10 +324,11 @@ class Exchange:
 
     Attributes:
         heard: When it answered last, of ``time.monotonic``.
+        woke: The same, of its last answer after ``PATIENCE_S`` without one: what ran before has been told to leave.
     """
 
     def __init__(self, box: Box) -> None:
-        self.heard = time.monotonic()
+        self.heard, self.woke = time.monotonic(), -math.inf
         self._box = box
         self._wishes: dict[str, Wish] = {}  # that the driver's thread alone changes
         self._mail: dict[str, Mail] = {}
@@ -364,6 +366,7 @@ class Exchange:
         with self._exchanging, contextlib.suppress(OSError):
             found, now = self._box.exchange(dict(self._wishes)), time.monotonic()
             self._mail = {training: self._read(training, signs, now) for training, signs in found.items()}
+            self.woke = now if now - self.heard >= PATIENCE_S else self.woke
             self.heard = now  # last: who reads this first has the mail of then, or newer
 
     def _read(self, training: str, signs: Signs, now: float) -> Mail:
