@@ -54,7 +54,7 @@ def raised_from(error, cause):
     ("error", "rank"),
     [
         (RuntimeError("[gloo/transport/tcp/pair.cc:538] Read error [127.0.0.1]:4: Connection reset by peer"), UNKNOWN),
-        (RuntimeError("Connection closed by peer [127.0.0.1]:31337"), UNKNOWN),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that"), 1),
         (RuntimeError("Application timeout caused pair closure (gloo)"), UNKNOWN),
         (RuntimeError("Timed out waiting 1800000ms for recv operation to complete"), UNKNOWN),
         (ValueError("Default process group has not been initialized, please call init_process_group."), UNKNOWN),

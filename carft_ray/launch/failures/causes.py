@@ -62,6 +62,8 @@ PEER = re.compile(
     r"|transport endpoint",
     re.IGNORECASE,
 )
+# a process that reads images for a function of the user's own: no memory, or none that processes share
+LOADER = re.compile(r"DataLoader worker \(.*\) is killed by signal: (Killed|Bus error)")
 DEVICE = re.compile(r"CUDA (driver )?error|CUDNN_STATUS_|CUBLAS_STATUS_|cuDNN error|device-side assert|NVML")
 
 
@@ -182,7 +184,7 @@ def lost_rank(error: BaseException, context: RunContext) -> int | None:
             return context.rank
         if is_death(each):
             return UNKNOWN
-        if type(each).__name__ == "AcceleratorError" or DEVICE.search(str(each)):
+        if type(each).__name__ == "AcceleratorError" or DEVICE.search(str(each)) or LOADER.search(str(each)):
             return context.rank
         if context.world_size > 1 and isinstance(each, RuntimeError | ValueError) and PEER.search(str(each)):
             return UNKNOWN
