@@ -284,8 +284,9 @@ def _take_over(out_dir: Path, own: Path) -> None:
     before = left(out_dir, layout.OWN)
 
     def copy(source: str, target: str) -> None:
-        shutil.copy2(source, target)
-        files.fsync_file(Path(target))
+        with files.writing(Path(target)):  # else ``copytree`` makes an error without a number of it
+            shutil.copy2(source, target)
+            files.fsync_file(Path(target))
 
     if before and before[-1] != own:
         with files.new_folder(own) as temporary:
