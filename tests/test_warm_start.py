@@ -68,7 +68,7 @@ def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
 
 @pytest.mark.slow
 def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, tmp_path):
-    recipe = warm(recipe_of(1), first)
+    recipe = warm(recipe_of(1), f"{first}/")
     with searching(study_dir, recipe):
         pass
     with searching(first, recipe_of(14)) as study:  # has more by now
