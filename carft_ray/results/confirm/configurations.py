@@ -96,7 +96,9 @@ def fresh_seeds(recipe: Recipe, stage: int, num_seeds: int) -> tuple[int, ...]:
     return tuple((recipe.train.seed + stage * SEED_STEP + index) % 2**63 for index in range(1, num_seeds + 1))
 
 
-def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = ()) -> Stage:
+def first_stage(
+    view: Overview, top: int, num_seeds: int, against: Sequence[Overview] = (), known: Sequence[PlanRow] = ()
+) -> Stage:
     """Returns what is confirmed: the winner by the search's own rule, the next best, and every baseline.
 
     A trial that misses constraints by more than the winner does is no candidate. A baseline is there with its own
@@ -107,6 +109,7 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
         top: Trials to confirm, the winner among them.
         num_seeds: Fresh seeds of each.
         against: Studies of the same model, data and objective, for instance of plain fine-tuning.
+        known: Rows of an earlier call, whose names are taken.
 
     Raises:
         NoSuccessfulTrialError: A study has no finished trial.
@@ -122,7 +125,8 @@ def first_stage(view: Overview, top: int, num_seeds: int, against: Sequence[Over
         at_one = view.result(row).get("fine_tuned", {}).get("objective")
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
             rows.append(replace(rows[-1], name=f"{row.name}, alpha 1", alpha=1.0, objective=float(at_one)))
-    rows += [_rival(view, other) for other in against]
+    for other in against:
+        rows.append(_rival(view, other, (*known, *rows)))
     return Stage(best.name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
 
 
@@ -161,7 +165,7 @@ def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] =
     if stages is None:
         return first_stage(view, top, num_seeds, against), notes
     before = stages[0]
-    first = first_stage(view, top, max(num_seeds, len(before.seeds)), against)
+    first = first_stage(view, top, max(num_seeds, len(before.seeds)), against, before.rows)
     if num_seeds < len(before.seeds):
         notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
     if first.winner != before.winner:
@@ -265,8 +269,8 @@ def _plan_row(row: TrialRow, role: Role) -> PlanRow:
     return PlanRow(row.name, role, training, row.alpha or 0.0, values, row.objective or 0.0)
 
 
-def _rival(view: Overview, other: Overview) -> PlanRow:
-    """Returns the winner of another study as a baseline of this one."""
+def _rival(view: Overview, other: Overview, rows: Sequence[PlanRow]) -> PlanRow:
+    """Returns the winner of another study as a baseline of this one, with a name that none of the rows has."""
     place = f"--against {named(other.study_dir)}"
     if other.study_dir == view.study_dir:
         raise UsageError(Problem(place, "must be another study", "this one"))
@@ -282,7 +286,11 @@ def _rival(view: Overview, other: Overview) -> PlanRow:
         values.setdefault("alpha", best.alpha)
     name = f"{other.study_dir.name} {best.name}"
     training = "other-" + re.sub(r"[^A-Za-z0-9_-]+", "-", name)[-144:]
-    return replace(_plan_row(replace(best, values=values), "baseline"), name=name, training=training)
+    row = replace(_plan_row(replace(best, values=values), "baseline"), name=name, training=training)
+    if any(each.name == name and each.values != row.values for each in rows):  # of a folder with the same name
+        number = source_id(other.study_dir)
+        row = replace(row, name=f"{name} {number}", training=f"{training}-{number}")
+    return row
 
 
 def _shared(recipe: Recipe) -> dict[str, Any]:
