@@ -149,7 +149,7 @@ def test_lora_adapts_the_linear_layers_of_a_timm_tower_and_checkpointing_changes
     assert factors == {1.0, *(0.5 ** (8 - layer) for layer in range(1, 7))}
 
 
-@pytest.mark.parametrize(("decay", "values"), [(0.0, {}), (0.7, {}), (0.5, {"lora_rank": 4})])
+@pytest.mark.parametrize(("decay", "values"), [(0.0, {}), (0.7, {"head_lr_factor": 0.0}), (0.5, {"lora_rank": 4})])
 def test_the_average_is_the_weighted_mean_of_the_merged_weights_of_all_steps(clip64, heads64, source, decay, values):
     values = {"precision": "fp64", "batch_size": 40, "epochs": 4, **values}  # a step is an epoch
     steps, looks = [classifier_of(clip64, heads64, settings(**values)).state()], []

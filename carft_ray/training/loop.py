@@ -248,10 +248,11 @@ def fine_tune(
     device = device or torch.device("cpu")
     classifier = build_classifier(clip, class_head_CD, train, device).train()
     shape_tower(classifier, train)
+    optimizer = build_optimizer(classifier, train)  # first: it freezes a head that does not train
     averaged = trained_weights(classifier) if train.ema_decay is not None else {}
     average = {name: tensor.detach().clone() for name, tensor in averaged.items()}
     writer = CheckpointWriter(checkpoint_dir if context.rank == 0 else None, attempt)
-    learner = _Learner(classifier, build_optimizer(classifier, train), average, train, context, writer)
+    learner = _Learner(classifier, optimizer, average, train, context, writer)
     if checkpoint_dir is not None:
         learner.resume(checkpoint_dir)
     micro_batch = micro_batch_of(train, context.world_size)
