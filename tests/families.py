@@ -48,7 +48,7 @@ FAMILIES = {
     "dfn": Family("ViT-H-14-378-quickgelu", "dfn5b", 77, 4, VIT),
     "mobileclip2": Family("MobileCLIP2-S0", "dfndr2b", 77, 7),
     "perception-encoder": Family("PE-Core-B-16", "meta", 32, 4),
-    "eva02": Family("EVA02-B-16", "merged2b_s8b_b131k", 77, 4),
+    "eva02": Family("EVA02-B-16", "merged2b_s8b_b131k", 77, 4, {"patch_dropout": 0.5}),
     "coca": Family("coca_ViT-B-32", "laion2b_s13b_b90k", 76, 4, {**VIT, "attn_pooler_heads": 2}),
     "convnext": Family("convnext_base_w", "laion2b_s13b_b82k", 77, 7),
 }

@@ -17,7 +17,7 @@ from carft_ray.model.device import compute_dtype
 from carft_ray.model.lora import merged_state
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
 
-DROPS = ("DropPath", "PatchDropout")  # of timm and open_clip
+DROPS = ("DropPath", "PatchDropout", "PatchDropoutWithIndices")  # of timm and open_clip
 
 
 class ImageClassifier(nn.Module):
