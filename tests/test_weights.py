@@ -112,7 +112,7 @@ def test_missing_extra_and_reshaped_tensors_are_named(models, tmp_path):
 
 
 def test_positions_of_another_image_size_are_interpolated_with_a_warning(models, tmp_path, caplog):
-    larger = {**models, "visual.positional_embedding": torch.randn(1 + 9, 32)}
+    larger = {**models, "visual.positional_embedding": torch.randn(1 + 9, 32).half()}
     save_file(larger, tmp_path / "larger.safetensors")
     clip = load(tmp_path / "larger.safetensors")
     assert clip.model.visual.positional_embedding.shape == (5, 32)

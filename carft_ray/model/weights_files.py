@@ -97,7 +97,8 @@ def fitted(model: nn.Module, state: State, weights: str, place: str) -> State:
     state = for_model(model, state)
     stretched = _stretched(model, state)
     with quiet():
-        if stretched:
+        if stretched:  # in float32: on a CPU torch interpolates no half precision
+            state |= {name: state[name].float() for name in _POSITIONS if name in state}
             resize_pos_embed(state, model)
             resize_text_pos_embed(state, model)
         try:
