@@ -74,7 +74,7 @@ def message(path, name=NAME, error=DataError):
 def test_every_form_of_file_gives_the_same_model(models, tmp_path):
     save_file(models, tmp_path / "plain.safetensors")
     torch.save(models, tmp_path / "plain.pt")
-    wrapped = {f"module._orig_mod.{name}": value for name, value in models.items()}
+    wrapped = {f"_orig_mod.module.{name}": value for name, value in models.items()}
     extra = {"epoch": 3, "name": "x", "optimizer": {"state": {}, "param_groups": [{"lr": 1e-3}]}}
     torch.save({**extra, "state_dict": wrapped}, tmp_path / "epoch_3.bin")
     assert len({load(path).weights_hash for path in tmp_path.iterdir()}) == 1

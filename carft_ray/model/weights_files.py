@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def read_weights(path: Path, place: str) -> State:
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise DataError(Problem(place, "must hold named tensors, or a checkpoint with state_dict", str(path)))
-    return {str(name).removeprefix("module.").removeprefix("_orig_mod."): value for name, value in state.items()}
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in state.items()}
 
 
 def folder_files(folder: Path) -> list[Path]:
