@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from carft_ray import environment
@@ -50,6 +51,7 @@ from carft_ray.recipe.text import dotted
 from carft_ray.training.evaluate import predict, subset, usual_batch
 from carft_ray.training.losses import context_distribution, context_entropy
 from carft_ray.training.memory import micro_batch_to_begin_with
+from carft_ray.training.out_of_memory import Positions, explained_shortage, in_batches
 from carft_ray.training.run_context import RunContext
 from carft_ray.training.shared_inputs import SharedInputs, load_shared_inputs
 from carft_ray.words import counted, time_left
@@ -327,9 +329,14 @@ def _measure(
         answers = table["label"].to_numpy(), table["prediction"].to_numpy()
         luck = {"chance": chance(*answers), "at_chance": not is_above_chance(*answers)}
         found.zero_shot[few.name] = {"accuracy": accuracy(table), "num_images": len(few), **luck}
-    first = subset(inputs.validation[0], min(num_images, batch_size))
+    first = subset(inputs.validation[0], min(num_images, batch_size)).images_NHWC
+
+    def features_of(batch: Positions) -> torch.Tensor:
+        return classifier.features(torch.from_numpy(first[batch]).to(device))
+
     with torch.inference_mode():
-        features_BD = classifier.features(torch.from_numpy(first.images_NHWC.copy()).to(device))
+        parts = in_batches(features_of, np.arange(len(first)), batch_size, inputs.clip.image_size, device)
+        features_BD = torch.cat(parts)
         scale = recipe.train.context_scale or inputs.clip.logit_scale
         log_p_BT = context_distribution(features_BD, heads["context_head"].to(features_BD), scale)
         contexts = found.model["effective_contexts"] = float(context_entropy(log_p_BT).exp())
@@ -343,7 +350,7 @@ def _measure(
 def _affordable(classifier: torch.nn.Module, sets: Sequence[ImageSet], device: torch.device, found: Diagnosis) -> int:
     """Returns how many images of each set are measured within two minutes, at most 1,000; says where they are fewer."""
     few = subset(sets[0], NUM_TIMED)
-    with torch.inference_mode():
+    with explained_shortage("evaluation", len(few), few.images_NHWC.shape[1], device), torch.inference_mode():
         started = time.monotonic()
         classifier(torch.from_numpy(few.images_NHWC.copy()).to(device))[1].cpu()
         seconds = (time.monotonic() - started) / len(few)
