@@ -160,7 +160,7 @@ def test_values_model_sets_and_folder_are_what_a_function_needs(train):
         torch.testing.assert_close(context.frozen(stored[3][0][None]), same, rtol=1e-4, atol=1e-4)
         return context.model.state_dict()
 
-    result = train(look, *ONE_EPOCH, "train.head_bias=true")
+    result = train(look, *ONE_EPOCH, "train.head_bias=true", "train.precision=fp64")
     assert seen["values"] == {**result["train"], "compile": False}  # what auto means here
     assert {point["objective"] for point in result["curve"]} == {result["objective"]}  # all weights are the same
 

@@ -49,7 +49,7 @@ class OwnClassifier(ImageClassifier):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:  # type: ignore[override]  # of another input
         """Returns the class logits [B, C] of normalised images [B, 3, S, S]."""
-        return self.logits(self.embed(images_BCHW))
+        return self.logits(self.embed(images_BCHW.to(self.mean.dtype)))  # fp64 has weights wider than the images
 
 
 class Images(Dataset[tuple[Any, int]]):
