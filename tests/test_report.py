@@ -225,7 +225,7 @@ def test_the_card_says_where_there_is_no_result_no_baseline_and_what_was_tuned(s
         assert line.passed == (second == 16)
         assert line.text.endswith("2.5 hours without a GPU")
     later = {**searched, "status": {**status, "best": {"name": "t0007"}}, "confirm": compared(BETTER, 3)}
-    assert "(The best trial is now t0007, which is not in it: the search went on.)" in verdict(later)[0].text
+    assert "(The best trial of the search, t0007, is not in it.)" in verdict(later)[0].text
     assert "ft_study t0001 tuned in a search of its own" in verdict({**searched, "rivals": ["ft_study t0001"]})[4].text
 
 

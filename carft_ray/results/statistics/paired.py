@@ -117,10 +117,13 @@ def row_lines(found: Mapping[str, Any]) -> list[str]:
 
 
 def later_best(found: Mapping[str, Any], best: str) -> str:
-    """Returns a sentence where the best trial is none of the compared, since the search went on; else an empty text."""
+    """Returns a sentence where the best trial is none of the compared: the search went on, or a confirm chose another.
+
+    Else an empty text.
+    """
     if best in {row["name"] for row in found["rows"]}:
         return ""
-    return f"The best trial is now {best}, which is not in it: the search went on."
+    return f"The best trial of the search, {best}, is not in it."
 
 
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:
