@@ -48,13 +48,15 @@ def next_steps(view: Overview, study: Place, after: str) -> list[str]:
 
 def behind_zero_shot(view: Overview) -> bool:
     """Returns whether the best trial measures worse than the zero-shot model: on test, else with fresh seeds, else as
-    the search has measured both.
+    the search has measured both. A winner that a confirm has chosen counts for it.
     """
     with contextlib.suppress(CarftError, KeyError, TypeError):  # damaged files are reported by other commands
         for path in (view.study_dir / step / SUMMARY for step in (TEST_DIR, CONFIRM)):
-            for difference in files.read_json(path)["baselines"] if path.exists() else []:
-                if difference["other"] == ZERO_SHOT:
-                    return bool(difference["objective"]["mean"] < 0)
+            found = files.read_json(path) if path.exists() else {"rows": []}
+            means = {row["name"]: row["objective"]["mean"] for row in found["rows"]}
+            best = found["winner"] if found.get("chosen_by") == "confirm" else view.best and view.best.name
+            if best in means and ZERO_SHOT in means:  # else the search has continued, and has another best trial
+                return bool(means[best] < means[ZERO_SHOT])
     zero_shot = next((row for row in view.baselines if row.name == ZERO_SHOT), None)
     if view.best is None or zero_shot is None or zero_shot.objective is None:
         return False
