@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+from carft_ray.recipe.checks.rules import train_findings
 from carft_ray.results.next_steps import BEHIND, behind_zero_shot
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.study.mirror import named
@@ -49,16 +50,24 @@ def findings(view: Overview, document: Document) -> list[dict[str, str]]:
 
 
 def _ends(view: Overview, document: Document) -> list[tuple[str, str, str]]:
-    """Returns a finding for each parameter whose value of the best trial lies on an end of the space."""
+    """Returns a finding for each parameter whose value of the best trial lies on an end of the space.
+
+    None where nothing lies beyond: at the end of what the field may have.
+    """
     if view.best is None:
         return []
-    folder, found = shlex.quote(named(view.study_dir)), []
+    folder, found, search = shlex.quote(named(view.study_dir)), [], view.recipe.search
     for name, one in document["space"].items():
+        if name == "alpha" and search.objective.kind == "pareto":  # its grid is measured, too
+            continue
         value = view.best.values.get(name)
         place = position(value, one)
         if place is None or NEAR_END < place < 1 - NEAR_END:
             continue
-        end, which = (one["low"], "lower") if place <= NEAR_END else (one["high"], "upper")
+        end, which, sign = (one["low"], "lower", -1) if place <= NEAR_END else (one["high"], "upper", 1)
+        beyond = end + sign * (1 if one["type"] == "int" else 0.01 * (end or 1))
+        if train_findings({name: beyond}, ()) or (name == "alpha" and beyond < search.alpha.lowest):
+            continue
         at = f"the best trial has {name} {value:.3g}, at the {which} end of the space, {end:g}"
         text = f"{at}: the optimum may lie beyond"
         step = f"widen search.space.{name} in the recipe, then: carft-ray search RECIPE --study {folder} --change-space"
