@@ -125,5 +125,5 @@ def correct_best(objectives: Sequence[float], variance: float, num_draws: int = 
     shrunk = median + factor * (values - median)
     noise = math.sqrt(variance) * np.random.default_rng(seed).standard_normal((num_draws, len(values)))
     picks = (shrunk + noise).argmax(axis=1)
-    optimism = float(noise[np.arange(num_draws), picks].mean())
+    optimism = max(0.0, float(noise[np.arange(num_draws), picks].mean()))  # below 0 by the draws alone
     return Correction(float(values.max()) - optimism, optimism, len(values), spread, factor)
