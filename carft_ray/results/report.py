@@ -115,13 +115,13 @@ def _by_one_number(
     objectives = [row.objective or 0.0 for row in competing]
     again = confirmed(view.study_dir, spec)
     correct = {name: np.concatenate([chosen[row.name][name] for row in competing]) for name in spec.sets}
-    noise = ranking_noise(spec, objectives, correct, again)
+    noise = ranking_noise(spec, objectives, correct, [by_set for _, by_set in again])
     corrected = correct_best(objectives, noise.variance)
     covered = "images alone: that of the seeds is still in it, which a confirm measures"
     if noise.seed is not None:
         covered = (
-            f"images and seeds, the latter from {counted(len(again), 'confirmed configuration')}. Neither this nor a "
-            "confirm is of images that did not choose: a test is"
+            f"images and seeds, the latter from {counted(len(dict(again)), 'confirmed configuration')}. Neither "
+            "this nor a confirm is of images that did not choose: a test is"
         )
     return (
         {"noise": {**asdict(noise), "words": noise.words}, "corrected": asdict(corrected)},

@@ -63,7 +63,7 @@ def read_stored(study_dir: Path, rows: Sequence[TrialRow], spec: ObjectiveSpec) 
     return chosen, num_alphas
 
 
-def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]]:
+def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[tuple[str, dict[str, BoolArray]]]:
     """Returns the trials whose trainings with fresh seeds have all finished, of both stages of a confirm.
 
     Args:
@@ -71,7 +71,7 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
         spec: The objective over the validation sets.
 
     Returns:
-        Per trial and stage its correctness by set, bool [r, n]; empty before there is a confirm.
+        Per trial and stage its name and its correctness by set, bool [r, n]; empty before there is a confirm.
 
     Raises:
         StorageError: The plan or predictions cannot be read.
@@ -80,7 +80,7 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[dict[str, BoolArray]
     stages = [stage for stage in read_plan(study_dir) or () if stage is not None]
     complete = complete_trainings(confirmations(study_dir)) if stages else {}
     return [
-        row_correct(study_dir, spec, trainings, row)
+        (row.name, row_correct(study_dir, spec, trainings, row))
         for stage in stages
         for row, trainings in whole_rows(stage, complete)
         if row.role != "baseline"
