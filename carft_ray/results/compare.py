@@ -80,8 +80,10 @@ def _listed(a: Any, b: Any) -> list[dict[str, Any]]:
 
 def _origin(finished: Finished) -> dict[str, Any]:
     """Returns where a training's numbers come from: the study's part, and the training's own."""
-    own = finished.result.get("environment", {})
-    shared = {key: finished.provenance[key] for key in ORIGIN if key in finished.provenance}
+    own, kept = finished.result.get("environment", {}), finished.provenance
+    if finished.is_zero_shot:  # measured when its study was begun
+        own = {**kept.get("versions", {}), **kept.get("preparation", {}), **kept.get("code", {}), "num_workers": 1}
+    shared = {key: kept[key] for key in ORIGIN if key in kept}
     if own:  # what the training itself ran on replaces what its study was begun with
         shared.pop("code", None)
     return {**shared, "training": {key: own[key] for key in ENVIRONMENT if key in own}}
