@@ -141,8 +141,10 @@ def _intervals(
         reasons["ood_accuracy"] = "it is the mean of other sets"
     elif ood[0] and ood[0] <= set(pairs):
         found["ood_accuracy"] = crossed({name: gaps[name] for name in names}, dict.fromkeys(names, 1 / len(names)))
-    same = (specs[0].kind, specs[0].id_weight, ood[0]) == (specs[1].kind, specs[1].id_weight, ood[1])
-    if not same:
+    defined = [
+        (spec.kind, spec.id_weight if spec.kind == "weighted_mean" else None, {*spec.ood_sets}) for spec in specs
+    ]
+    if defined[0] != defined[1]:
         reasons["objective"] = "the recipes define it differently"
     elif {ID_SET, *ood[0]} <= set(pairs):
         found["objective"] = objective_difference(specs[0], left, right)
