@@ -42,7 +42,7 @@ def next_steps(view: Overview, study: Place, after: str) -> list[str]:
     elif ledger(view.study_dir, view.log)["problems"]:
         steps = [f"status {folder}", f"ls {folder}"]  # others are refused
     else:
-        steps = _at_rest(view, folder, read_ledger(view.study_dir, view.log))
+        steps = _at_rest(view, study, read_ledger(view.study_dir, view.log))
     return [f"carft-ray {step}" for step in steps if step.split()[0] != after]
 
 
@@ -71,8 +71,9 @@ def export_folder(name: str) -> str:
     return shlex.quote(str(path))
 
 
-def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
+def _at_rest(view: Overview, study: Place, entries: list[Entry]) -> list[str]:
     """Returns the steps of a study on which no search runs, without the name of the program."""
+    folder = shlex.quote(str(study))
     reads, wanted = reads_of(entries), num_trials(view.recipe)
     rows = [*view.trials, *view.baselines]
     finished = len(view.trials) >= wanted and all(row.outcome != "running" for row in rows)
@@ -84,7 +85,8 @@ def _at_rest(view: Overview, folder: str, entries: list[Entry]) -> list[str]:
             more = f" --set budget.gpu_hours={2 * used['gpu_hours']:g}"
         go_on = f"resume {folder}{more}{again}"
         if not view.recipe.search.space:
-            go_on = f"train {folder}/{RESOLVED} --out {folder} --resume"
+            here = view.study_dir if files.is_address(str(study)) else study  # a recipe is a file
+            go_on = f"train {shlex.quote(str(here))}/{RESOLVED} --out {folder} --resume"
         steps.append(f"{go_on}{trust}")
     if view.best is None:
         return [*steps, f"ls {folder}"]
