@@ -19,7 +19,9 @@ def compare(
     json_: common.JsonOption = False,
 ) -> None:
     """Explain how two trainings differ: recipes, data, code, versions, and numbers with paired intervals."""
+    from carft_ray.recipe.loading import trust_word
     from carft_ray.results.compare import compare
+    from carft_ray.results.reading.finished import open_finished, split_target
 
     found = compare(a, b)
     if console.print_json(found, json_):
@@ -35,4 +37,5 @@ def compare(
     for what, reason in found["reasons"].items():
         console.say(f"{what} cannot be compared: {reason}.")
     console.say("On validation sets, which chose the best trial: it looks better than it is.")
-    console.next_step(f"carft-ray reproduce {shlex.quote(found['a']['folder'])} {found['a']['trial']}")
+    trust = trust_word(open_finished(*split_target(a)).recipe)
+    console.next_step(f"carft-ray reproduce {shlex.quote(found['a']['folder'])} {found['a']['trial']}{trust}")

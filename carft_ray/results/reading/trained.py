@@ -19,6 +19,7 @@ from carft_ray.evaluation.predictions import select
 from carft_ray.layout import CONFIRM, HEADS, PREPARED, WEIGHTS
 from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.device import device_of, set_up
+from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.pareto import placed
@@ -120,7 +121,8 @@ def require_weights(study_dir: Path, row: TrialRow, recipe: Recipe) -> None:
         return
     name = f"{CONFIRM}/{row.name}" if row.kind == "confirm" else row.name
     rule = f"its weights are gone: a study keeps those of its best {counted(recipe.search.keep_checkpoints, 'trial')}"
-    step = f"Train it again: carft-ray reproduce {shlex.quote(named(study_dir))} {name} --out DIR"
+    folder, trust = shlex.quote(named(study_dir)), trust_word(recipe)
+    step = f"Train it again: carft-ray reproduce {folder} {name} --out DIR{trust}"
     step += "\n    A larger search.keep_checkpoints keeps more next time."
     raise StorageError(Problem(str(row.folder(study_dir)), rule, next_step=step))
 
