@@ -111,12 +111,18 @@ def _trust(view: Overview, folder: str, reads: list[Entry]) -> list[str]:
     if plan is None:
         return [] if reads else [f"confirm {folder}{trust}"]
     first, second = plan
-    ended = {row.name for row in view.confirmations if row.outcome != "running"}
-    done = ended >= (second or first).trainings().keys()
+    last, ended = second or first, {row.name for row in view.confirmations if row.outcome != "running"}
+    done = ended >= last.trainings().keys()
     best = view.best.name if view.best is not None else ""
     if not done or first.winner != best or not (view.study_dir / CONFIRM / SUMMARY).exists():
         top = sum(row.role != "baseline" for row in first.rows)
         twice = " --winner confirmed" if second is not None and first.winner == best else ""
+        complete = {row.name for row in view.confirmations if row.outcome == "complete"}
+        whole = {row.role for row in last.rows if complete >= {*last.names(row)}}
+        if done and first.winner == best and "winner" not in whole:  # it has failed
+            if "candidate" not in whole:
+                return []
+            twice = " --winner confirmed"
         return [f"confirm {folder} --top {top} --seeds {len(first.seeds)}{twice}{trust}"]
     if view.recipe.data.id_test is None:
         return []
