@@ -372,8 +372,8 @@
     const report = doc.report, rows = [["as measured, which chose it", best.objective, null]];
     rows.push(["corrected", report.corrected.value, null]);
     for (const [found, name] of [[doc.confirm, `${doc.confirm?.seeds.length} fresh seeds`], [doc.test, "test sets"]]) {
-      const won = found?.rows.find((row) => row.role === "winner").objective;
-      if (won) rows.push([name, won.mean, won.ends]);
+      const won = found?.rows.find((row) => row.role === "winner");
+      if (won) rows.push([won.name === best.name ? name : `${name}, ${won.name}`, won.objective.mean, won.objective.ends]); // else of an earlier best, or chosen by a confirm
     }
     const rival = report.headline && doc.baselines.find((row) => row.name === report.headline.baseline);
     if (rival) rows.push([`${spaced(rival.name)}, as measured`, rival.objective, null]);
