@@ -151,7 +151,7 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name} is better than the winner by its paired interval; the winner was fixed before and stays.")
     if optimism := found["optimism"]:
         se = "" if optimism["se"] is None else f", standard error {100 * optimism['se']:.1f}"
-        then = f"{100 * optimism['searched']:.1f} when it was chosen, minus its mean over these seeds"
+        then = f"{100 * optimism['searched']:.1f} in the search, minus its mean over these seeds"
         lines.append(f"Optimism of the search: {100 * optimism['value']:+.1f} points{se} ({then}).")
     objectives = [row["objective"] for row in found["rows"]]
     num_seeds = max(each["num_seeds"] for each in objectives)
