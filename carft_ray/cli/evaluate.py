@@ -28,4 +28,4 @@ def evaluate(
     console.show()
     console.show(found.tables[1])
     line = common.command_line("export", folder, trial=trial)
-    console.next_step(f"{line} --to {export_folder(found.recipe_name)} --alpha {found.numbers['alpha']:g}")
+    console.next_step(f"{line} --to {export_folder(found.recipe_name)} --alpha {found.numbers['alpha']!r}")

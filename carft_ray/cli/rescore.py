@@ -49,5 +49,5 @@ def rescore(
     steps = [f"carft-ray ls {folder}"]
     row = next(row for row in view.trials if row.name == first["name"])
     if (row.place(view.study_dir) / WEIGHTS).exists():  # a study keeps those of its best
-        steps.insert(0, f"carft-ray evaluate {folder} --trial {first['name']} --alpha {first['alpha']:g}")
+        steps.insert(0, f"carft-ray evaluate {folder} --trial {first['name']} --alpha {first['alpha']!r}")
     console.next_step(*steps)
