@@ -27,7 +27,9 @@ def confirm(
     The best of many trials is partly lucky. Run again after an interruption, it resumes where it was.
     """
     given: dict[str, Any] = {"top": top, "seeds": seeds, "winner": winner, "against": against or []}
-    again = common.command_line("confirm", study, **given, **shared)
+    again, chosen_anew = (
+        common.command_line("confirm", study, **{**given, "winner": one}, **shared) for one in (winner, "confirmed")
+    )
     shared["overrides"] = common.overrides_of(None, shared)
     from carft_ray.api import actions
 
@@ -38,6 +40,6 @@ def confirm(
     console.show(found.tables[0])
     console.say("\n" + "\n".join(found.lines))
     if summary["better_than_winner"] and winner == "search":
-        console.next_step(common.command_line("confirm", study, winner="confirmed", trust=shared["trust"]))
+        console.next_step(chosen_anew)
     else:
         common.suggest(study, "confirm", changed=True)
