@@ -5,8 +5,11 @@ of a training under ``violation/<name>``.
 """
 
 from collections.abc import Mapping
+from typing import Annotated
 
-from carft_ray.recipe.schema.fields import Config, Fraction, Resume, SetName, key
+from pydantic import BeforeValidator
+
+from carft_ray.recipe.schema.fields import Config, Fraction, Resume, SetName, key, nothing_is_empty
 
 VIOLATION = "violation/"  # before the name of a constraint, in metrics
 ID_DROP = "id_drop"
@@ -16,7 +19,7 @@ ALPHA = Resume("identity", "part of the choice of alpha")
 class ConstraintsConfig(Config):
     """What the chosen weights of a trial must keep; part of its choice of alpha, and passed to the sampler."""
 
-    id_drop: dict[SetName, Fraction] = key({}, {"zero_shot": 0.01}, ALPHA)
+    id_drop: Annotated[dict[SetName, Fraction], BeforeValidator(nothing_is_empty)] = key({}, {"zero_shot": 0.01}, ALPHA)
     """ID accuracy that may be lost under `zero_shot` or a baseline; trials wait for it"""
 
 
