@@ -141,7 +141,7 @@ def _accuracy(found: Document) -> Line:
         text += f"; {kept} the ID accuracy of {_spaced(found['baseline'])}"
     has_ood = len(found["accuracies"]) == len(names)
     if not has_ood:
-        text += "; there is no OOD set"
+        text += f"; there is no OOD {'test ' if found['is_new'] else ''}set"
     return Line("Accuracy", bool(found["keeps_id"]) and has_ood and found["is_new"], text)
 
 
