@@ -21,7 +21,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from carft_ray.api.answers import Answer, Report, Searched
-from carft_ray.api.checks import Overrides, RecipeLike, as_command, load_recipe, override_words, require_trusted
+from carft_ray.api.checks import (
+    Overrides,
+    RecipeLike,
+    as_command,
+    load_recipe,
+    override_words,
+    require_trusted,
+    several,
+)
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
@@ -91,7 +99,7 @@ def search(
     study = own_folder(study)
     study_view.require_search(study)
     value = load_recipe(recipe, overrides)
-    further = [str(path) if in_bucket(path) else str(Path(path).resolve()) for path in warm_start]
+    further = [str(path) if in_bucket(path) else str(Path(path).resolve()) for path in several(warm_start)]
     update = {"warm_start": tuple(dict.fromkeys((*value.search.warm_start, *further)))}
     value = value.model_copy(update={"search": value.search.model_copy(update=update)})
     from carft_ray.recipe.checks.advice import check_searchable
@@ -208,7 +216,7 @@ def confirm(
     if view.holder is not None:
         step = f"Wait until it ends, or end it: carft-ray stop {study}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
-    others = [study_view.read_study(path) for path in against]
+    others = [study_view.read_study(path) for path in several(against)]
     recipe = load_recipe(view.recipe.model_dump(mode="json"), overrides)
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
@@ -390,7 +398,7 @@ def export(
     from carft_ray.results.export.export import export_model, parse_formats
     from carft_ray.results.reading.trained import open_trained
 
-    asked = parse_formats([formats] if isinstance(formats, str) else formats)
+    asked = parse_formats(several(formats))
     return export_model(open_trained(folder, trial), Path(to), alpha, asked)
 
 

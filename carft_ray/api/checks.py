@@ -125,7 +125,12 @@ def override_words(overrides: Overrides) -> list[str]:
     """Returns overrides as the texts of ``--set``."""
     if isinstance(overrides, Mapping):
         return [f"{key}={quoted(value)}" for key, value in overrides.items()]
-    return list(overrides)
+    return several(overrides)
+
+
+def several(given: Sequence[Any] | Path) -> list[Any]:
+    """Returns what stands in a list; a text or path by itself is the only one, not a list of its letters."""
+    return [given] if isinstance(given, str | Path) else list(given)
 
 
 def require_trusted(recipe: Recipe, trusted: bool, baselines: bool = True) -> None:
