@@ -105,7 +105,7 @@ def packed(document: Mapping[str, Any]) -> dict[str, Any]:
     rows = [
         [
             *(row[key] for key in kept),
-            sum(max(0.0, value) for value in row["violations"].values()),
+            _missed(row),
             *(row["values"].get(name) for name in values),
             *(row["metrics"].get(name) for name in metrics),
         ]
@@ -145,10 +145,15 @@ def _columns(document: Mapping[str, Any]) -> list[str]:
 def _best_rows(document: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Returns the trials that stand in the page without JavaScript: the best, then others in their order."""
 
-    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float]:
-        return not row["best"], row["objective"] is None, -(row["objective"] or 0.0)
+    def rank(row: Mapping[str, Any]) -> tuple[bool, bool, float, float]:
+        return not row["best"], row["objective"] is None, _missed(row), -(row["objective"] or 0.0)
 
     return sorted(document["trials"], key=rank)[:NUM_STATIC]
+
+
+def _missed(row: Mapping[str, Any]) -> float:
+    """Returns by how much a trial misses all constraints together."""
+    return sum((max(0.0, value) for value in row["violations"].values()), 0.0)
 
 
 def figure_svg(view: Overview) -> bytes:
