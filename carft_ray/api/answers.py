@@ -185,4 +185,7 @@ class Report:
             return str(error)
 
     def _repr_html_(self) -> str:
-        return notebook.framed(self.html)
+        try:
+            return notebook.framed(self.html)
+        except CarftError as error:  # as above
+            return notebook.as_html(str(error))
