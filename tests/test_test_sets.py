@@ -435,7 +435,7 @@ def test_a_second_stage_measures_the_chosen_one_and_the_baselines_on_seeds_that_
 def test_the_winner_of_another_study_is_a_baseline_with_all_its_values(view, other):
     longer = other.recipe.train.model_copy(update={"epochs": view.recipe.train.epochs + 1})
     further = replace(other, recipe=other.recipe.model_copy(update={"train": longer}))
-    row, namesake = configurations.first_stage(view, 1, 2, [further, other]).rows[-2:]
+    row, namesake = configurations.first_stage(view, 1, 2, [further, other, other]).rows[-2:]
     best = other.best
     assert (row.name, row.role, row.objective) == (f"plain search {best.name}", "baseline", 0.65)
     assert [row.training, namesake.training[:-13]] == [f"other-plain-search-{best.name}"] * 2

@@ -126,7 +126,8 @@ def first_stage(
         if row.name != ZERO_SHOT and row.alpha != 1 and at_one is not None:
             rows.append(replace(rows[-1], name=f"{row.name}, alpha 1", alpha=1.0, objective=float(at_one)))
     for other in against:
-        rows.append(_rival(view, other, (*known, *rows)))
+        rival = _rival(view, other, (*known, *rows))
+        rows += [] if rival in rows else [rival]  # a study that is given twice is one
     return Stage(best.name, fresh_seeds(view.recipe, 1, num_seeds), tuple(rows))
 
 
