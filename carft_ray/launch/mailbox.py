@@ -365,17 +365,18 @@ class Exchange:
         """Exchanges at once; a mailbox that does not answer is asked again with the next exchange."""
         with self._exchanging, contextlib.suppress(OSError):
             found, now = self._box.exchange(dict(self._wishes)), time.monotonic()
-            self._mail = {training: self._read(training, signs, now) for training, signs in found.items()}
-            self.woke = now if now - self.heard >= PATIENCE_S else self.woke
+            has_slept = now - self.heard >= PATIENCE_S
+            self._mail = {training: self._read(training, signs, now, has_slept) for training, signs in found.items()}
+            self.woke = now if has_slept else self.woke
             self.heard = now  # last: who reads this first has the mail of then, or newer
 
-    def _read(self, training: str, signs: Signs, now: float) -> Mail:
+    def _read(self, training: str, signs: Signs, now: float, has_slept: bool) -> Mail:
         before = self.mail(training, signs.attempt)
         if before is None:
             return Mail(signs, now)
         if signs.steps == before.signs.steps:
             return replace(before, signs=signs)
-        return Mail(signs, now, max(before.longest_s, now - before.seen))
+        return Mail(signs, now, max(before.longest_s, 0.0 if has_slept else now - before.seen))
 
     @contextlib.contextmanager
     def going_on(self) -> Iterator[None]:
