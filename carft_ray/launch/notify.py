@@ -70,6 +70,7 @@ def notifying(
     finally:
         notices.waiting.put(None)
         thread.join(3 * TIMEOUT_S)
+        faults += [f"--notify-url: not all was sent within {3 * TIMEOUT_S:g} s"] if thread.is_alive() else []
         for fault in dict.fromkeys(faults):
             warn(fault)
 
