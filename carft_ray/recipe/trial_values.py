@@ -61,6 +61,6 @@ def _value(parameter: Parameter, share: float) -> Any:
         return min(max(round(value), low), high) if isinstance(parameter, IntParameter) else value
     if parameter.step is not None:
         number = round((high - low) / parameter.step) + 1
-        value = low + int(share * number) * parameter.step
+        value = min(low + int(share * number) * parameter.step, high)  # rounding may lead beyond
         return int(value) if isinstance(parameter, IntParameter) else float(value)
     return low + share * (high - low)
