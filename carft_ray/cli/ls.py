@@ -33,7 +33,8 @@ def list_(
         studies = status_and_ls.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
             console.show(console.study_table(studies))
-            console.next_step(f"carft-ray status {shlex.quote(str(folder / studies[0]['name']))}")
+            first = min(studies, key=lambda each: each["problem"] is not None)  # one that can be read, if there is one
+            console.next_step(f"carft-ray status {shlex.quote(str(folder / first['name']))}")
         return
     answer = status_and_ls.listing(study_view.read_study(folder), by_objective=sort == "objective", limit=limit)
     if console.print_json(answer, json_):
