@@ -227,7 +227,7 @@ def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metr
         assert each["difference"] == pytest.approx(each["a"] - each["b"], abs=1e-12)
         assert each["low"] <= each["difference"] <= each["high"]
     assert found["words"] == OVER_IMAGES
-    assert ((at_zero := compare(str(study), f"{study}:zero_shot"))["b"]["alpha"], at_zero["origin"]) == (0.0, [])
+    assert keys(compare(str(study), f"{study}:zero_shot")["origin"]) <= {"training.threads"}
     same = compare(str(here / "run"), str(here / "run"))
     assert same["recipe"] == same["origin"] == []
     assert all(each["low"] < each["difference"] == 0 < each["high"] for each in same["rows"])  # these few images only
