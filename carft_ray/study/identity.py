@@ -178,7 +178,8 @@ def resume_command(study_dir: Path) -> str:
     """
     folder = shlex.quote(named(study_dir))
     if is_single(study_dir):
-        return f"carft-ray train {folder}/{RESOLVED} --out {folder} --resume"
+        here = shlex.quote(str(study_dir))  # a recipe is a file, where the study is in a bucket, too
+        return f"carft-ray train {here}/{RESOLVED} --out {folder} --resume"
     return f"carft-ray resume {folder}"
 
 
