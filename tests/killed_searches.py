@@ -447,7 +447,7 @@ def kill_confirm(finished_study, folder, num_kills, rng, top=1):
     whole_s, before = time.monotonic() - began, {}
     for number in range(num_kills):
         process = confirm(killed, top)
-        if number % 2:  # while one trains
+        if number % 2 and len(before) < 2 * (top + 1):  # while one trains
             wait_until(lambda: running_pids(killed) or ended(process), "a training runs")  # noqa: B023  # at once
         else:
             time.sleep(whole_s * rng.uniform(number, number + 1) / num_kills)
