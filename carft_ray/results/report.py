@@ -96,11 +96,11 @@ def _later_lines(study_dir: Path, best: str) -> list[str]:
     """Returns what a confirm and a read of the test sets have found, as text, and whether the best trial is in it."""
     lines = []
     if found := read_compared(study_dir / CONFIRM / SUMMARY):
-        lines += ["", *row_lines(found), *confirm_lines(found), *filter(None, [later_best(found, best)])]
+        lines += ["", *row_lines(found), *confirm_lines(found), *later_best(found, best)]
     if found := read_compared(study_dir / TEST_DIR / SUMMARY):
         without = found["without_shared_images"]
         lines += ["", *row_lines(found), *(row_lines(without) if without else []), *read_lines(found)]
-        lines += filter(None, [later_best(found, best)])
+        lines += later_best(found, best)
     return lines
 
 

@@ -83,8 +83,8 @@ def _of_comparison(document: Document, kind: str) -> Document | None:
     if found.get("without_shared_images"):
         headline = found["without_shared_images"]["headline"] or ""
         label += f" (without images of other roles: {headline.partition(': ')[2]})"
-    if best is not None and (later := later_best(found, best["name"])):
-        label += f" ({later})"
+    if best is not None:
+        label += "".join(f" ({line})" for line in later_best(found, best["name"]))
     return {
         "label": label,
         "sentence": found["headline"],

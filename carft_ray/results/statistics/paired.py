@@ -116,14 +116,10 @@ def row_lines(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def later_best(found: Mapping[str, Any], best: str) -> str:
-    """Returns a sentence where the best trial is none of the compared: the search went on, or a confirm chose another.
-
-    Else an empty text.
-    """
-    if best in {row["name"] for row in found["rows"]}:
-        return ""
-    return f"The best trial of the search, {best}, is not in it."
+def later_best(found: Mapping[str, Any], best: str) -> list[str]:
+    """Returns a line where the best trial is none of the compared: the search went on, or a confirm chose another."""
+    compared = {row["name"] for row in found["rows"]}
+    return [] if best in compared else [f"The best trial of the search, {best}, is not in it."]
 
 
 def comparison_lines(found: Mapping[str, Any]) -> list[str]:

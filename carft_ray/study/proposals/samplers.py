@@ -117,5 +117,9 @@ class _Grid(BruteForceSampler):
     def _populate_tree(  # type: ignore[override]
         self, tree: Any, trials: list[optuna.trial.FrozenTrial], params: dict[str, Any]
     ) -> None:
-        fit = [trial for trial in trials if trial.distributions.items() <= self._space.items()]
-        super()._populate_tree(tree, [trial for trial in fit if trial.params and is_training(trial)], params)
+        fit = [
+            trial
+            for trial in trials
+            if trial.params and is_training(trial) and trial.distributions.items() <= self._space.items()
+        ]
+        super()._populate_tree(tree, fit, params)
