@@ -26,7 +26,15 @@ from carft_ray.untrusted import parse_json, read_regular
 _MACHINE = """ESTALE EIO ETIMEDOUT ENOTCONN ECONNRESET ECONNREFUSED ECONNABORTED EPIPE EHOSTDOWN EHOSTUNREACH ENETDOWN
 ENETUNREACH EREMOTEIO ESHUTDOWN"""
 MACHINE_ERRNOS: tuple[int, ...] = tuple(getattr(errno, name) for name in _MACHINE.split() if hasattr(errno, name))
-DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS)  # full, or not to be written
+_FREE = "Free some space or choose another folder, then run the same command again."
+_OTHER = "Choose a folder that you may write to."
+DISK_STEPS = {  # what helps where a disk is full or not to be written
+    errno.ENOSPC: _FREE,
+    errno.EDQUOT: _FREE,
+    errno.EFBIG: "Raise the limit on file sizes (ulimit -f), then run the same command again.",
+    errno.EACCES: _OTHER,
+    errno.EROFS: _OTHER,
+}
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
 MOST_JSON_BYTES = 2**30  # of a file of a study that is read whole
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
@@ -110,13 +118,8 @@ def _is_there(path: Path) -> bool:
 
 def storage_error(path: Path, error: OSError, rule: str = "must be writable") -> StorageError:
     """Returns the ``StorageError`` for a failed write to ``path``, or for the rule that is broken otherwise."""
-    steps = {
-        (errno.ENOSPC, errno.EDQUOT): "Free some space or choose another folder, then run the same command again.",
-        (errno.EFBIG,): "Raise the limit on file sizes (ulimit -f), then run the same command again.",
-        (errno.EACCES, errno.EROFS): "Choose a folder that you may write to.",
-    }
-    other = "Mend that or choose another folder, then run the same command again."
-    step = next((text for codes, text in steps.items() if error.errno in codes), other)
+    step = "Mend that or choose another folder, then run the same command again."
+    step = DISK_STEPS.get(error.errno or 0, step)
     cause = os.strerror(error.errno) if error.errno else str(error)  # libraries wrap it in words of their own
     return StorageError(Problem(str(path), rule, cause, next_step=step))
 

@@ -236,7 +236,7 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
         reason = " ".join(text.split()) if isinstance(error, CarftError) else line
         node = nodes[rank][0] if rank != causes.UNKNOWN and nodes else ""
         return Failure("lost", reason, attempt, ClusterError.exit_code, node=node)
-    if isinstance(error, OSError) and error.errno in files.DISK_ERRNOS:  # of a function of the user's own, say
+    if isinstance(error, OSError) and error.errno in files.DISK_STEPS:  # of a function of the user's own, say
         error = files.storage_error(Path(error.filename or "the disk"), error)
     elif isinstance(error, RuntimeError) and TORCH_SAVE.search(text):
         error = StorageError(Problem("torch.save", "must write all that it is given (is the disk full?)", line))
