@@ -18,7 +18,7 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-all test-fast test-nodes test-oldest coverage kill-matrix crash-points cluster-story fuzz lint format tables docs clean
+.PHONY: quickstart test test-whole test-all test-fast test-nodes test-oldest coverage kill-matrix crash-points cluster-story fuzz lint format tables docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
@@ -45,8 +45,11 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not whole and not nodes'
 
-test-all: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'not nodes'
+# the tests marked `whole`, which `make test` leaves out
+test-whole: $(VENV)/.installed-dev
+	@$(BIN)/python -m pytest $(SIDE_BY_SIDE) -m 'whole and not nodes'
+
+test-all: test test-whole
 
 # make test, and which share of the lines and branches of each package it runs; not those of Ray's workers
 coverage: $(VENV)/.installed-dev

@@ -100,6 +100,24 @@ def test_documented_targets_are_in_the_makefile():
         assert set(words) <= set(targets), f"{document}: {line}"
 
 
+def test_the_readme_has_the_commands_of_a_search_and_of_the_tests_in_one_block_and_ci_runs_the_tests_by_its_command():
+    first = re.findall(r"(?ms)^```console\n(.*?)^```", (ROOT / "README.md").read_text())[0]
+    commands = [re.sub(r"^\$ |\s*#.*", "", line) for line in first.splitlines()]
+    assert commands == ["make quickstart", "make test"]
+    assert all("minutes" in line for line in first.splitlines())
+    assert commands[1] in (ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_ci_runs_each_test_once_but_those_of_clusters():
+    makefile = (ROOT / "Makefile").read_text()
+    rules = dict(re.findall(r"(?m)^([\w-]+):.*\n\t@.*-m '([^']+)'$", makefile))
+    targets = re.findall(r"(?m)^make ([\w-]+)$", (ROOT / ".ci/run").read_text())
+    run = [rules[target] for target in targets if target in rules]
+    for whole, nodes in product((True, False), repeat=2):
+        times = sum(eval(marks, {"whole": whole, "nodes": nodes}) for marks in run)
+        assert times == (not nodes), (run, whole, nodes)
+
+
 def test_the_recipe_of_the_readme_is_one(tmp_path):
     write_tree(tmp_path / "my_images", ["photo", "painting", "sketch"], images=1)
     (written,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())

@@ -17,7 +17,7 @@ from carft_ray.training.losses import context_distribution, context_kl
 
 TEMPLATES = ("a photo of a {}", "a sketch of the {}")
 WORDS = ("cat", "dog", "car")
-OFTEN = ("openai-resnet", "siglip2", "coca")  # the others in `make test-all`
+OFTEN = ("openai-resnet", "siglip2", "coca")  # the others in `make test-whole`
 
 
 def picture(width, height):

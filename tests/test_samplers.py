@@ -183,7 +183,7 @@ TEXT = (Path(__file__).parents[1] / "docs" / "samplers.md").read_text()
 ROWS = [[cell.strip(" `") for cell in line.split("|")[1:-1]] for line in TEXT.splitlines() if line.startswith("|")]
 CELLS = {(row[0], row[1]): (row[2], row[3]) for row in ROWS if len(row) == 4 and row[1] in FEATURES}  # verdict, why
 WHOLE = [pytest.mark.slow, pytest.mark.whole]
-GP_MARKS = {"resume": [pytest.mark.slow], "many at a time": [pytest.mark.slow]}  # the others in `make test-all` alone
+GP_MARKS = {"resume": [pytest.mark.slow], "many at a time": [pytest.mark.slow]}  # the others in `make test-whole` alone
 TABLE = [pytest.param(*cell, marks=GP_MARKS.get(cell[1], WHOLE) if cell[0] == "gp" else ()) for cell in CELLS]
 
 

@@ -428,7 +428,7 @@ TINY = (
     "resources.gpus_per_worker=0",
 )
 
-OFTEN = ("quickstart", "folders", "pacs", "fmow")  # the others in `make test-all`
+OFTEN = ("quickstart", "folders", "pacs", "fmow")  # the others in `make test-whole`
 
 
 @pytest.mark.slow
