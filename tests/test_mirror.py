@@ -76,7 +76,7 @@ def printed(capsys, *words):
     return json.loads(capsys.readouterr().out)
 
 
-def test_commands_and_functions_say_of_an_address_what_they_say_of_the_folder(address, made, tmp_path, capsys):
+def test_commands_and_functions_say_of_an_address_what_they_say_of_the_folder(address, made, server, tmp_path, capsys):
     for words in (["status"], ["ls"], ["report"], ["logs", "zero_shot"]):
         verb, *more = words
         here, there = (printed(capsys, verb, str(place), *more) for place in (made, address))
@@ -93,6 +93,7 @@ def test_commands_and_functions_say_of_an_address_what_they_say_of_the_folder(ad
     assert call(["report", address, "--html"]) == 2
     assert call(["report", address, "--html", "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.html").stat().st_size > 10_000
+    assert {method for method, _ in server.requests} == {"GET"}, "keys that read are enough"
 
 
 def test_only_what_is_needed_and_has_changed_is_fetched(address, server):
