@@ -62,7 +62,7 @@ NO_PROMISE = "<!-- no promise -->"  # of what is advice, a measurement or a defi
 
 
 def statements(text):
-    """Yields paragraphs, list items and table rows; no code, generated tables, and single lines that introduce others."""
+    """Yields paragraphs, list items and table rows, without code, generated tables and lines that end in a colon."""
     text = re.sub(r"(?ms)^```.*?^```|^<!-- keys.*?^<!-- end -->", "", text)
     for block in re.split(r"\n\s*\n", text.strip()):
         if block.startswith("|"):
