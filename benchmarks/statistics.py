@@ -15,10 +15,18 @@ Then pairs of equal configurations, whose difference is 0, are compared with 2, 
 images: answers of two seeds that differ on 0, 1 or 5 % of the images, and seeds whose accuracy has a standard deviation
 of 0 or 1 point. Every setting must be covered, and no interval may be a point.
 
+Last, two configurations of equal accuracy on small sets: of each image their answers differ with a probability of 5 to
+50 %, in either direction equally likely, without noise between seeds. For one set with one seed, or with three whose
+answers are the same, the share of false alarms is a sum over all outcomes. An ID and an OOD set with one seed, and one
+set with three seeds that each differ on other images, are drawn: 500 pairs per setting. At most 6.5 % may show a
+difference, p below .05; with one seed, 50 % and 8 images or more, at least 2 % must, else the interval is wider than it
+need be.
+
 Exit code 1 when a check misses. Synthetic throughout.
 """
 
 import argparse
+import functools
 import itertools
 import math
 import sys
@@ -46,6 +54,9 @@ EQUAL_SEED_SD = 0.012
 NUM_PAIRS = 2000  # per setting
 PAIR_SEEDS, PAIR_IMAGES, PAIR_FLIPS, PAIR_SEED_SDS = (2, 3, 5, 10), (30, 160, 1000), (0.0, 0.01, 0.05), (0.0, 0.03)
 PAIR_ACCURACY, PAIR_LEAST = 0.7, 0.935
+SMALL_IMAGES, SMALL_SHARES = (5, 8, 10, 20, 50), (0.05, 0.1, 0.2, 0.3, 0.4, 0.5)
+SMALL_PAIRS = 500  # per setting, of what is drawn
+SMALL_MOST, SMALL_LEAST = 0.065, 0.02  # false alarms of a test at 5 %
 NOMINAL = (0.93, 0.97)  # what a coverage of 95 % may come to in 1,000 studies
 
 FloatArray = npt.NDArray[np.float64]
@@ -236,6 +247,77 @@ def pair_checks(rng: np.random.Generator, num_pairs: int) -> list[Check]:
     return [*checks, Check("    intervals without width, %", float(np.mean(points)), 0, 0)]
 
 
+@functools.cache
+def shows_difference(counts: tuple[tuple[int, int, int], ...], num_seeds: int) -> bool:
+    """Tells whether the paired interval shows a difference on sets of equal weight, all seeds giving the same answers.
+
+    Args:
+        counts: Per set its images, on how many of them the first configuration alone is right, and the second alone.
+        num_seeds: Seeds.
+    """
+    values = {
+        str(place): np.tile(np.repeat([1.0, -1.0, 0.0], [better, worse, n - better - worse]), (num_seeds, 1))
+        for place, (n, better, worse) in enumerate(counts)
+    }
+    return crossed(values, dict.fromkeys(values, 1 / len(values))).p_value < 0.05
+
+
+def false_alarms(num_images: int, share: float, num_seeds: int) -> float:
+    """Returns how often two configurations of equal accuracy show a difference on one set, exactly."""
+    total = 0.0
+    for differing in range(num_images + 1):
+        likely = math.comb(num_images, differing) * share**differing * (1 - share) ** (num_images - differing)
+        for better in range(differing + 1):
+            one = max(better, differing - better)  # as likely, and with the same answer, as the other way round
+            if shows_difference(((num_images, one, differing - one),), num_seeds):
+                total += likely * math.comb(differing, better) / 2**differing
+    return total
+
+
+def small_differences(rng: np.random.Generator, num_pairs: int, num_images: int, share: float) -> FloatArray:
+    """Returns differences of correctness, [pairs, n]: 1 and -1 with half of ``share`` each, else 0."""
+    return rng.choice([1.0, -1.0, 0.0], (num_pairs, num_images), p=[share / 2, share / 2, 1 - share])
+
+
+def drawn_alarms(rng: np.random.Generator, num_pairs: int, num_images: int, share: float) -> tuple[float, float]:
+    """Returns the false alarms of one seed on two sets, and of three seeds that differ on other images."""
+    sets = [small_differences(rng, num_pairs, num_images, share) for _ in range(2)]
+    counts = [np.stack([(x > 0).sum(axis=1), (x < 0).sum(axis=1)], axis=1).tolist() for x in sets]
+    objective = [shows_difference(tuple((num_images, *each) for each in pair), 1) for pair in zip(*counts, strict=True)]
+    seeds = [
+        crossed({"": small_differences(rng, 3, num_images, share)}, {"": 1.0}).p_value < 0.05 for _ in range(num_pairs)
+    ]
+    return float(np.mean(objective)), float(np.mean(seeds))
+
+
+def small_checks(rng: np.random.Generator, num_pairs: int) -> tuple[list[Check], list[str]]:
+    """Returns the checks of small sets, and the table of false alarms behind them."""
+    settings = [*itertools.product(SMALL_IMAGES, SMALL_SHARES)]
+    drawn = {setting: drawn_alarms(rng, num_pairs, *setting) for setting in settings}
+    found = {
+        "one seed": {setting: false_alarms(*setting, 1) for setting in settings},
+        "three seeds, same answers": {setting: false_alarms(*setting, 3) for setting in settings},
+        "one seed, ID and OOD set": {setting: drawn[setting][0] for setting in settings},
+        "three seeds, other answers": {setting: drawn[setting][1] for setting in settings},
+    }
+    checks, lines = [], []
+    for name, alarms in found.items():
+        images, share = worst = max(alarms, key=lambda setting: alarms[setting])
+        text = f"small sets, {name}: most false alarms, % ({images} images, {100 * share:g} % differ)"
+        checks.append(Check(text, alarms[worst], 0, SMALL_MOST))
+        lines.append(
+            f"False alarms, %, {name}; answers that differ: {', '.join(f'{100 * s:g}' for s in SMALL_SHARES)} %"
+        )
+        lines += [
+            f"{n:5} images: " + " ".join(f"{100 * alarms[n, s]:5.2f}" for s in SMALL_SHARES) for n in SMALL_IMAGES
+        ]
+    half = {n: found["one seed"][n, 0.5] for n in SMALL_IMAGES if n >= 8}
+    fewest = min(half, key=lambda n: half[n])
+    text = f"    one seed, 50 % differ, 8 images or more: fewest, % ({fewest} images)"
+    checks.append(Check(text, half[fewest], SMALL_LEAST, SMALL_MOST))
+    return checks, lines
+
+
 def run(
     num_studies: int = NUM_STUDIES,
     num_trials: int = NUM_TRIALS,
@@ -283,12 +365,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--studies", type=int, default=NUM_STUDIES, help=f"simulated studies ({NUM_STUDIES})")
     parser.add_argument("--trials", type=int, default=NUM_TRIALS, help=f"trials of each ({NUM_TRIALS})")
     parser.add_argument("--pairs", type=int, default=NUM_PAIRS, help=f"equal configurations per setting ({NUM_PAIRS})")
+    parser.add_argument("--small-sets", action="store_true", help="only the comparisons on 5 to 50 images (15 s)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (0)")
     given = parser.parse_args(argv)
     if min(given.studies, given.trials, given.pairs) < 2:
         parser.error("--studies, --trials and --pairs must be at least 2")
     began = time.perf_counter()
-    checks, further = run(given.studies, given.trials, given.seed, given.pairs)
+    checks, further = small_checks(np.random.default_rng([given.seed, 2]), SMALL_PAIRS)
+    if not given.small_sets:
+        others, lines = run(given.studies, given.trials, given.seed, given.pairs)
+        checks, further = others + checks, lines + further
     for check in checks:
         print(check.line())
     for line in further:
