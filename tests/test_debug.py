@@ -18,6 +18,7 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
 from carft_ray.recipe.checks.rules import broken_rules
+from carft_ray.study.rows import trials
 
 pytestmark = pytest.mark.slow
 
@@ -92,6 +93,8 @@ def test_a_training_of_two_workers_takes_ray(tmp_path, monkeypatch):
     assert [finding.rule for finding in broken_rules(alone)] == ["must be 1 with executor: debug"]
     monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE}")
     recipe, said = stand_in.make_recipe(1, resources={"num_workers": 2, "cpus_per_worker": 0.5}), []
+    stand_in.tell(tmp_path, rain="die_once")  # of its name, train, what is the number in that of a trial
     result, _ = train_once(recipe, tmp_path / "run", False, "", said.append, str, str, runner=STAND_IN)
     assert "training with 2 Ray Train workers" in said
     assert result["metrics"]["ranks"] == 1 + 2
+    assert [row.attempt for row in trials(tmp_path / "run")] == [2]

@@ -192,6 +192,18 @@ def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_
     assert [entry.purpose for entry in read_ledger(study_dir)] == ["test", "search went on"]
 
 
+def test_nsga2_begins_its_generations_again_in_another_space(study_dir):
+    def generations():
+        return [each for trial in optuna_study(study_dir).trials for each in trial.system_attrs if "generation" in each]
+
+    nsga2 = {"sampler": {"name": "nsga2", "population_size": 2}}
+    begin(study_dir, recipe_of(search=nsga2))
+    assert len(generations()) == 6
+    with open_study(study_dir, recipe_of(search=nsga2, learning_rate=NARROW), True):
+        pass
+    assert generations() == []
+
+
 def test_a_kill_at_any_moment_leaves_the_old_space_or_the_new_one(study_dir, tmp_path):
     """The manifest has the new one first: the next search with that recipe moves the trials."""
     begin(study_dir, recipe_of())

@@ -351,10 +351,11 @@ def test_a_later_search_adds_other_versions_to_the_history_and_keeps_the_first(h
 
 def test_a_study_does_not_go_on_where_names_views_or_what_auto_means_are_others():
     """Labels that are numbers have the names of their classes from elsewhere: the contents of the sets do not tell."""
-    known = {"data": {}, "model": 1}
+    known = {"data": {}, "model": {"weights_hash": "ab"}}
     known |= {"classes": ["cat", "dog"], "augmentation": {"view_version": 1}, "preparation": {"compile": True}}
     assert identity_problems(known, dict(known)) == []
     for part, now, told in (
+        ("model", {"weights_hash": "cd"}, 'model: the weights must be as in the manifest, "ab", but got "cd"'),
         ("classes", ["dog", "cat"], 'data.classes: the classes must be as in the manifest, ["cat", "dog"], but got ['),
         ("augmentation", {"view_version": 2}, "code: the training views must be as in the manifest, 1, but got 2"),
         ("preparation", {"compile": False}, "train.compile: the meaning of auto must be as in the manifest, true, but"),

@@ -112,6 +112,10 @@ def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
     assert 0 < len(rates) < 12
     assert all(1e-4 <= rate <= 1e-3 for rate in rates)
     assert {trial.params["weight_decay"] for trial in taken_in(other)} == {0.1}  # the source's own value
+    another = recipe_of(1).model_dump()
+    another["model"]["name"], another["data"]["train"]["num_per_class"] = "ViT-B-32", 5
+    with searching(study_dir.with_name("third"), warm(Recipe.model_validate(another), first)) as study:
+        assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
 
 
 def refused(recipe, study_dir):
