@@ -141,7 +141,7 @@ def test_what_is_kept_of_the_trials_gives_the_best_of_all_of_them(tmp_path, seed
     objective = {"kind": "pareto", "best": best, "tolerance": 0.1}
     recipe = stand_in.make_recipe(60, keep_checkpoints=2, objective=objective, alpha={"mode": "sample"})
     rng, rows = np.random.default_rng(seed), []
-    retention = Retention(tmp_path, recipe)
+    retention = Retention(tmp_path, recipe, lambda path: None)
     for number in rng.permutation(60).tolist():
         counts = rng.integers(0, 20, (3, 2)) / 20
         limits = rng.choice([-0.1, 0.05, 0.1], 3)

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import carft_ray
 from carft_ray import files
 from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
+from carft_ray.launch.events import TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import MANIFEST, RAY_LOG
@@ -357,6 +358,99 @@ def test_files_are_there_before_the_commit_of_an_end_and_the_same_machine_fetche
         before = {each for each in puts[: puts.index(name)] if each.endswith("/result.json")}
         assert len(before) >= number
     assert told(read_study(address, NUMBERS).study_dir) == whole
+
+
+def searched(address, trials, prepare=stand_in.prepare, on_event=lambda event: None):
+    recipe = stand_in.make_recipe(trials, resources=RESOURCES, **SEARCH)
+    return run_search(recipe, own_folder(address), on_event=on_event, runner=Runner(prepare, stand_in.train))
+
+
+def below(server, name):
+    return {each for each in server.objects() if each.startswith(f"{name}/")}
+
+
+@pytest.mark.slow
+def test_what_others_remove_from_the_folder_stays_in_the_bucket_and_what_the_search_removes_goes(server):
+    address, gone = server.address("study"), []
+
+    def clean(event):  # as a cleaner does, by age
+        if isinstance(event, TrialFinished) and not gone:
+            gone.extend(event.row.training + "/" + path.name for path in event.row.folder(folder).iterdir())
+            shutil.rmtree(event.row.folder(folder))
+
+    folder = own_folder(address, brings=False)
+    searched(address, 5, on_event=clean)
+    there = below(server, "study")
+    assert gone
+    assert {name for name in gone if not any(each.startswith(f"study/{name}") for each in there)} == set()
+    assert len([name for name in there if name.startswith("study/trials/") and name.endswith(WEIGHTS)]) <= 2 + 1
+    assert not [name for name in there if "/step-" in name or name.endswith("/rows.jsonl")]
+    view = read_study(address)
+    assert all(view.result(row)["objective"] == row.objective for row in view.trials)
+    search(address, 5)  # brings them back, and goes on
+    assert (folder / gone[0]).exists()
+
+
+def test_checkpoints_that_newer_ones_have_replaced_go_and_the_newest_two_stay_whatever_happens_to_the_folder(server):
+    folder = own_folder(server.address("study"))
+    names = [f"trials/t/attempt-{attempt}/step-{step:08d}" for attempt, step in ((1, 5), (1, 10), (2, 15), (2, 20))]
+    with open_study(folder, stand_in.make_recipe(1)) as study:
+        for name in names:
+            files.write_text(folder / name / "state.json", "{}")
+            study.log.store.upload_new(checkpoints=True)
+        for name in names:
+            files.remove(folder / name)
+        study.log.store.upload_new(checkpoints=True)
+        assert below(server, "study/trials") == {f"study/{name}/state.json" for name in names[2:]}
+
+
+def test_an_unfit_new_study_removes_only_what_it_has_written(server):
+    def prepare(recipe, folder, say=None):
+        server.put("study/child/manifest.json", b"{}")  # meanwhile, by somebody else
+        raise DataError("there is no data")
+
+    with pytest.raises(DataError):
+        searched(server.address("study"), 1, prepare)
+    assert server.objects().keys() == {"study/child/manifest.json"}
+
+
+def test_a_study_inside_another_one_is_refused(server, address, made, tmp_path, capsys):
+    inside = f"{address}/trials/child"
+    recipe = str(short_training.make(tmp_path))
+    before = server.objects()
+    for words in (["search", recipe, "--study", inside], ["push", made, inside]):
+        assert call(words) == 2
+        message = capsys.readouterr().err
+        assert f"{inside}: must not be inside another study, but got {address}" in message
+        assert f"such as {server.address('a/child')}" in message
+    assert server.objects() == before
+    here = shutil.copytree(made, tmp_path / "kinds")
+    assert call(["search", recipe, "--study", str(here / "child")]) == 2
+    assert f"Give another place, such as {tmp_path / 'child'}" in capsys.readouterr().err
+    assert not (here / "child").exists()
+
+
+def test_an_answer_that_lacks_what_is_there_removes_nothing(server, monkeypatch):
+    address, late = server.address("study"), iter([refused(404, "NoSuchKey")])
+    folder = own_folder(address)
+    with held(log := open_log(folder), print), uploading(log):
+        files.write_text(folder / MANIFEST, "{}")
+        files.write_text(folder / "file", "ours")
+        log.keep_files()
+        newest = f"log/{log.number:08d}"
+        server.strike = lambda method, path: next(late, None) if method == "GET" and path.endswith(newest) else None
+        assert own_folder(address) == folder
+        assert next(late, None) is None
+        assert (folder / "file").read_text() == "ours"
+        server.put(f"study/{newest}", b"of another study")
+        with pytest.raises(StorageError, match=r"which is another one now, but got one that process .* works on"):
+            own_folder(address)
+        assert (folder / "file").exists()
+        server.put(f"study/{newest}", Folder(folder).get(newest))
+    listed = Bucket.all
+    monkeypatch.setattr(Bucket, "all", lambda *given, **more: {MANIFEST: listed(*given, **more)[MANIFEST]})
+    with held(log := open_log(folder), print), uploading(log):
+        assert (folder / "file").exists()
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
@@ -237,6 +238,13 @@ class Log(BaseJournalBackend):
 
         Raises:
             StorageError: They cannot be.
+        """
+
+    def forget_files(self, path: Path) -> None:
+        """Called before the search removes a file or folder of the study; a copy elsewhere loses such files only.
+
+        Args:
+            path: In the folder of the study.
         """
 
     def beat(self) -> None:

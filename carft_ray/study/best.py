@@ -5,6 +5,7 @@ and ``best.yaml`` is written where the kill came first.
 """
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from carft_ray import files
@@ -24,10 +25,15 @@ class Retention:
     Of a failed or cut training no attempt's files stay, of a complete one those of its result, without checkpoints. In
     a Pareto search those of all trainings on the front stay, since the best point moves along it; one that has left the
     front never comes back.
+
+    Args:
+        study_dir: The study directory.
+        recipe: Of the study.
+        forget: As of ``Log.forget_files``.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe) -> None:
-        self._study_dir, self._recipe = study_dir, recipe
+    def __init__(self, study_dir: Path, recipe: Recipe, forget: Callable[[Path], None]) -> None:
+        self._study_dir, self._recipe, self._forget = study_dir, recipe, forget
         self._rule = front_rule(recipe.search)
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
@@ -39,15 +45,20 @@ class Retention:
         for place in row.folder(self._study_dir).glob(f"{ATTEMPT}*"):
             is_kept = row.outcome == "complete" and place == row.place(self._study_dir)
             for folder in (*place.glob(f"{STEP}*"), place / OWN) if is_kept else (place,):
+                self._forget(folder)
                 shutil.rmtree(folder, ignore_errors=True)  # an attempt that was taken for lost may still write there
-            files.remove(place / ROWS)
+            self._remove(place / ROWS)
         if row.outcome == "complete" and row.kind == "trial":
             self._kept[row.name] = row
             for worse in best_first(self._ranked())[self._recipe.search.keep_checkpoints :]:
                 if not worse.standing:
                     del self._kept[worse.name]
                     for name in (WEIGHTS, THUMBNAILS):
-                        files.remove(worse.place(self._study_dir) / name)
+                        self._remove(worse.place(self._study_dir) / name)
+
+    def _remove(self, path: Path) -> None:
+        self._forget(path)
+        files.remove(path)
 
     def note_best(self) -> None:
         """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""

@@ -13,7 +13,7 @@ from carft_ray import files, untrusted
 from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
 from carft_ray.layout import COMMITS, MANIFEST, PREPARED
 from carft_ray.store.folder import PROBE, Folder
-from carft_ray.store.log import Log
+from carft_ray.store.log import Log, commit_name
 
 LOOK_EVERY_S = 5.0  # whether a sign of life is due
 
@@ -34,11 +34,24 @@ def log_of(folder: Path) -> Log:
     return log
 
 
+def require_apart(place: str, above: str | None) -> None:
+    """Raises a ``UsageError`` when a new study would lie inside another one: what is removed there must be its own.
+
+    Args:
+        place: Of the new study.
+        above: Of the study that it would lie in; None: there is none.
+    """
+    if above is not None:
+        beside = f"{above.rpartition('/')[0]}/{place.rpartition('/')[2]}"
+        step = f"Give another place, such as {beside}"
+        raise UsageError(Problem(place, "must not be inside another study", above, next_step=step))
+
+
 def check_fit(folder: Path) -> None:
     """Raises when a folder is none that may be held; before anything is written.
 
     Raises:
-        UsageError: It is a file, or holds something and is no study.
+        UsageError: It is a file, or holds something and is no study, or is inside another study.
         StorageError: A link leads out of it, or one of its files is a pipe, device or socket.
     """
     step = "Give the folder of a study, or one that does not exist yet."
@@ -49,6 +62,8 @@ def check_fit(folder: Path) -> None:
     foreign = [] if MANIFEST in names else [name for name in names if not is_ours(folder / name)]
     if foreign:
         raise UsageError(Problem(str(folder), "must be a study or empty", ", ".join(foreign[:5]), next_step=step))
+    if MANIFEST not in names:
+        require_apart(str(folder), next((str(each) for each in folder.parents if _has_begun(each)), None))
     with files.writing(folder):
         untrusted.require_nothing_outside(folder, StorageError)
 
@@ -59,6 +74,10 @@ def is_ours(path: Path) -> bool:
         return path.name.startswith(f".{MANIFEST}.")
     names = [each.name for each in path.rglob("*") if not each.is_dir()]
     return path.is_dir() and all(name.isdigit() or name.startswith((".", PROBE)) for name in names)
+
+
+def _has_begun(folder: Path) -> bool:
+    return is_study(folder) and (folder / commit_name(1)).is_file()
 
 
 @contextlib.contextmanager
@@ -73,7 +92,8 @@ def held(log: Log, tell: Callable[[str], None]) -> Iterator[None]:
         StorageError: Another process holds it, or it cannot be written; nothing is removed then.
     """
     path = Path(str(log)) / COMMITS
-    missing = [each for each in (path, *path.parents) if not files.exists(each)]
+    in_folder = path.is_absolute()  # the address of a bucket is not
+    missing = [each for each in (path, *path.parents) if not files.exists(each)] if in_folder else []
     try:
         log.claim(tell)
     except StorageError:

@@ -20,7 +20,7 @@ from urllib.parse import unquote
 
 from carft_ray import files
 from carft_ray.data.cache import user_cache_dir
-from carft_ray.errors import Problem, UsageError
+from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.files import is_address
 from carft_ray.layout import (
     ADDRESS,
@@ -37,7 +37,7 @@ from carft_ray.layout import (
 from carft_ray.store.bucket import Bucket, Listed, parsed
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import PACKED, Commit, Log, commit_name, pack_name
-from carft_ray.study.holding import is_study, log_of
+from carft_ray.study.holding import is_study, log_of, require_apart
 from carft_ray.untrusted import read_text
 
 Place = Path | str  # of a study: its folder, or its address
@@ -135,8 +135,9 @@ def own_folder(place: Place, brings: bool = True) -> Path:
         brings: The folder gets what the bucket has; where a search of another machine holds it, the manifest alone.
 
     Raises:
-        UsageError: The bucket has files there, but no study.
-        StorageError: The bucket cannot be read, or the folder not be written.
+        UsageError: The bucket has files there, but no study; or a new one would lie inside another.
+        StorageError: The bucket cannot be read, or the folder not be written; or a process works in it, and the bucket
+            has another study.
     """
     if not in_bucket(place):
         return fetched(place)
@@ -144,6 +145,8 @@ def own_folder(place: Place, brings: bool = True) -> Path:
     folder = _place_of(bucket, DRIVEN)
     if brings:
         log = _fetch_log(bucket, folder)
+        if not log.number:
+            require_apart(str(bucket), _study_above(bucket))
         if log.holder() is None:
             fetch_files(bucket, folder, ALL, removes=False)
         elif not log.is_held_here:  # it may fall silent; what is asked before the claim needs this
@@ -202,6 +205,7 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
     bucket, folder = Bucket(address), folder.resolve()
     if there := bucket.all():
         raise UsageError(Problem(str(bucket), "must be an address where nothing is", _holds(there)))
+    require_apart(str(bucket), _study_above(bucket))
     manifest = files.read_json(folder / MANIFEST)  # before the log, as of ``pull``
     here, log = Folder(folder), log_of(folder)
 
@@ -268,11 +272,37 @@ def _fetch_log(bucket: Bucket, folder: Path) -> Log:
     """Fetches the commits that a folder does not have; returns the log as it is in the bucket."""
     here = Folder(folder)
     last = here.list(COMMITS)[-1:]
-    if last and bucket.get(last[0]) != here.get(last[0]):  # another study has this address now
+    if last and _has_another(bucket, last[0], here.get(last[0])):
+        _require_free(folder, bucket)
         files.remove(folder)
     log = Kept(Through(str(bucket), Folder(folder)))
     log.follow()
     return log
+
+
+def _has_another(bucket: Bucket, name: str, commit: bytes | None) -> bool:
+    """Tells whether an address has another study now, or none: by its commit of a number, or two answers without it."""
+    found = bucket.get(name)
+    return name not in bucket.list(COMMITS) if found is None else found != commit
+
+
+def _study_above(bucket: Bucket) -> str | None:
+    """Returns the address of a study that an address lies in; None where there is none, or keys do not reach there."""
+    pieces = str(bucket).split("/")
+    for each in (Bucket("/".join(pieces[:number])) for number in range(len(pieces) - 1, 2, -1)):
+        with contextlib.suppress(StorageError):
+            if each.stat(MANIFEST) and each.stat(commit_name(1)):
+                return str(each)
+    return None
+
+
+def _require_free(folder: Path, bucket: Bucket) -> None:
+    """Raises a ``StorageError`` when a process of this machine works in a folder, or that cannot be found out."""
+    log = log_of(folder)
+    if log.is_held_here:
+        rule = f"must be the study at {bucket}, which is another one now"
+        step = f"Wait until {log.holder()} ends, or stop it; then run the same command again."
+        raise StorageError(Problem(str(folder), rule, f"one that {log.holder()} works on", next_step=step))
 
 
 def fetch_files(
@@ -299,7 +329,8 @@ def fetch_files(
                 continue
         new[name] = each.num_bytes
     for name in files_in(folder).keys() - there.keys() if removes else ():
-        files.remove(folder / name)
+        if bucket.stat(name) is None:  # a listing may lack what is there
+            files.remove(folder / name)
     _each(lambda name: bucket.download(name, folder / name), new, tell)
     return needed
 

@@ -61,7 +61,7 @@ class Study:
         self.notes = notes
         self.log, self._storage = log, storage
         self.journal = Journal(study_dir, recipe, log, storage)
-        self.retention = Retention(study_dir, recipe)
+        self.retention = Retention(study_dir, recipe, log.forget_files)
         self._references_known = not constraint_names(recipe.search.constraints)  # what constraints compare with
         self.asks = True  # whether the sampler proposes new trials
         self.waiting: deque[TrialSpec] = deque()

@@ -1,5 +1,9 @@
 """The folder in which a driver works on a study in a bucket, and how its files get there.
 
+A file that is missing in the folder is removed in the bucket only if the search has removed it: it has called
+``Log.forget_files``, or newer checkpoints have replaced this one, as trainings do. All other files stay in the bucket:
+a cleaner or a user may have removed them from the folder.
+
 The log and the files in the bucket are the study. A commit is created there first. Before one that says how a training
 ended, the files of the study are uploaded; checkpoints and the rest follow every ``UPLOAD_EVERY_S``, and all at the
 end. After a kill the folder may be behind the bucket or ahead of it: who has claimed the log makes it equal.
@@ -8,14 +12,16 @@ end. After a kill the folder may be behind the bucket or ahead of it: who has cl
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import MANIFEST, RAY_LOG, STEP, STOP, STOP_REQUESTS
+from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, STOP, STOP_REQUESTS
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
+from carft_ray.store.result import checkpoint_of
 from carft_ray.study.mirror import ALL, DRIVEN, Kept, Through, address_in, fetch_files, files_in, stop_request
 
 UPLOAD_EVERY_S = 10.0
@@ -28,6 +34,8 @@ class _Mirrored(Through):
     def __init__(self, address: str, here: Folder) -> None:
         super().__init__(address, here)
         self._known: dict[str, _Version] = {}  # files as the bucket has them
+        self._forgotten: set[str] = set()  # files and folders that the search has removed
+        self._written: set[str] = set()  # names that this process may have written
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
 
     def begin(self, own_request: str) -> None:
@@ -36,8 +44,34 @@ class _Mirrored(Through):
         there = fetch_files(self, self.here.path, ALL)
         self._known = {name: _version(path) for name in there if (path := self.here.path / name).exists()}
 
+    def put_new(self, name: str, data: bytes) -> None:
+        """As of ``Bucket``."""
+        self._written.add(name)
+        super().put_new(name, data)
+
+    def put(self, name: str, data: bytes) -> None:
+        """As of ``Bucket``."""
+        self._written.add(name)
+        super().put(name, data)
+
+    def upload(self, name: str, path: Path) -> None:
+        """As of ``Bucket``."""
+        self._written.add(name)
+        super().upload(name, path)
+
+    def forget(self, path: Path) -> None:
+        """Has the next upload remove a file or folder that the search removes now."""
+        self._forgotten.add(path.resolve().relative_to(self.here.path).as_posix())
+
+    def remove_written(self, request: str) -> None:
+        """Removes what this process has written, and the request to stop it; names of others below the address stay."""
+        self.delete(sorted({*self._written, request}))
+
     def upload_new(self, checkpoints: bool) -> None:
-        """Uploads files that are new or have changed, and removes those that are gone; checkpoints, or the others.
+        """Uploads files that are new or have changed, and removes what the search has removed.
+
+        Args:
+            checkpoints: Checkpoints, or else all others.
 
         Raises:
             StorageError: A file cannot be read, or the bucket not be written.
@@ -49,14 +83,31 @@ class _Mirrored(Through):
                 problem = Problem(str(self.here), "must stay while a search works in it", "cleared", next_step=step)
                 raise StorageError(problem)
             names = [name for name in there if name not in (RAY_LOG, STOP)] if MANIFEST in there else []
-            names = [name for name in names if _is_checkpoint(name) == checkpoints]
+            names = [name for name in names if (checkpoint_of(name) is not None) == checkpoints]
             names.sort(key=lambda name: name != MANIFEST)  # files without one are no study
             for name in names:
                 self._upload(name, self.here.path / name)
-            gone = [name for name in self._known if _is_checkpoint(name) == checkpoints and name not in set(names)]
+            known = {name for name in self._known.copy() if (checkpoint_of(name) is not None) == checkpoints}
+            gone = self._removed_by_us(known, there)
             self.delete(gone)
             for name in gone:
                 del self._known[name]
+
+    def _removed_by_us(self, known: set[str], there: Container[str]) -> list[str]:
+        """Returns which names of the bucket are gone from the folder because the search has removed them."""
+        newest: dict[str, list[tuple[int, int]]] = defaultdict(list)  # checkpoints of a training
+        for name in known:
+            if found := checkpoint_of(name):
+                newest[found[0]].append(found[1])
+        kept = {name: sorted(set(found))[-KEPT_CHECKPOINTS:] for name, found in newest.items()}
+        gone = []
+        for name in known:
+            if name not in there:
+                found, pieces = checkpoint_of(name), name.split("/")
+                is_forgotten = any("/".join(pieces[:n]) in self._forgotten for n in range(1, len(pieces) + 1))
+                if is_forgotten or (found and found[1] < kept[found[0]][0]):
+                    gone.append(name)
+        return sorted(gone)
 
     def _upload(self, name: str, path: Path) -> None:
         try:
@@ -79,6 +130,9 @@ class _Uploading(Kept):
 
     def keep_files(self) -> None:
         self.store.upload_new(checkpoints=False)
+
+    def forget_files(self, path: Path) -> None:
+        self.store.forget(path)
 
 
 def open_log(study_dir: Path) -> Log:
@@ -122,17 +176,13 @@ def uploading(log: Log) -> Iterator[None]:
         thread.join()
         with contextlib.suppress(StorageError):
             if log.is_abandoned:
-                log.store.delete(list(log.store.all()))
+                log.store.remove_written(request)
             else:
                 all_files()
         raise
     left.set()
     thread.join()
     all_files()
-
-
-def _is_checkpoint(name: str) -> bool:
-    return any(piece.startswith(STEP) for piece in name.split("/"))
 
 
 def _version(path: Path) -> _Version:
