@@ -138,16 +138,78 @@ def test_a_damaged_entry_or_one_of_other_images_is_built_again_with_a_warning(tm
     assert names(tmp_path) == [path.name]
 
 
-@pytest.mark.parametrize("content", [b"", b"{"])
-def test_an_entry_that_says_nothing_is_unknown_and_can_be_removed(tmp_path, content):
+def test_an_entry_that_is_cut_off_is_unknown_and_can_be_removed(tmp_path):
     decoded(tmp_path, 0)
     (entry,) = cache.list_entries(tmp_path)
-    (tmp_path / f"{entry.key}.arrow").write_bytes(content)
+    path = tmp_path / f"{entry.key}.arrow"
+    path.write_bytes(path.read_bytes()[:-100])
     (entry,) = cache.list_entries(tmp_path)
     assert (entry.kind, entry.num_images, entry.in_use) == ("unknown", 0, False)
-    assert entry.num_bytes == len(content)
+    assert entry.num_bytes == path.stat().st_size
     assert cache.remove(tmp_path, entry.key)
     assert keys(tmp_path) == set()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"ARROW1 of somebody else"])
+def test_a_file_that_is_none_of_ours_is_no_entry_and_stays(tmp_path, content):
+    path = tmp_path / f"{'0' * 32}.arrow"
+    path.write_bytes(content)
+    decoded(tmp_path, 0, limit_gb=1e-9)
+    assert path.stem not in keys(tmp_path)
+    cache.remove(tmp_path, path.stem)
+    assert path.read_bytes() == content
+
+
+def test_only_folders_with_our_marker_are_removed_and_no_link_is_followed(tmp_path):
+    ours, victim, key = tmp_path / "cache", tmp_path / "victim", "0" * 32
+    (victim / key / "deep").mkdir(parents=True)
+    (victim / key / "deep" / "thesis.tex").write_text("precious")
+    (victim / "ab").mkdir()
+    (victim / "ab" / f"{key}.arrow").write_bytes(b"precious")
+    with cache.own_folder(ours, "targets", key):
+        (ours / "targets" / key / "visit-0000").write_bytes(b"x")
+    (ours / "targets" / "1").mkdir()
+    (ours / "targets" / ("2" * 32)).mkdir()
+    (ours / "targets" / ("2" * 32) / "mine").write_text("precious")
+    (ours / "targets" / ("3" * 32)).symlink_to(victim / key)
+    for name in ("unseen", "index", "test_reads"):
+        (ours / name).symlink_to(victim)
+    before = sorted(path for path in tmp_path.rglob("*") if "targets" not in path.parts[:-1] or path.is_dir())
+    assert [entry.key for entry in cache.list_entries(ours)] == [f"targets/{key}"]
+    assert cache.notes(ours) == {}
+    assert cache.own_folders(ours, "unseen") == {}
+    for name in ("1", "2" * 32, "3" * 32, "..", ""):
+        assert not cache.remove(ours, f"targets/{name}")
+    assert not cache.remove_folder(ours, "unseen", key)
+    for kind, name in (("unseen", "4" * 32), ("targets", "2" * 32), ("targets", "3" * 32)):
+        with pytest.raises(OSError, match=r"symbolic|Not a directory|has not made"), cache.own_folder(ours, kind, name):
+            pass
+    with pytest.raises(OSError, match=r"symbolic|Not a directory"):
+        cache.made_folder(ours, "test_reads")
+    with pytest.raises(StorageError):
+        cache.remove_note(ours, f"index/ab/{key}.arrow")
+    assert sorted(path for path in tmp_path.rglob("*") if "targets" not in path.parts[:-1] or path.is_dir()) == before
+    assert cache.remove(ours, f"targets/{key}")
+    assert not (ours / "targets" / key).exists()
+    assert (victim / key / "deep" / "thesis.tex").read_text() == "precious"
+
+
+def test_an_entry_or_a_lock_that_is_a_link_leads_nowhere(tmp_path):
+    decoded(tmp_path / "cache", 0)
+    (path,) = (tmp_path / "cache").glob("*.arrow")
+    path.rename(tmp_path / "victim")
+    before = (tmp_path / "victim").read_bytes()
+    path.symlink_to(tmp_path / "victim")
+    assert keys(tmp_path / "cache") == set()
+    assert len(decoded(tmp_path / "cache", 0)) == 12
+    assert not path.is_symlink()
+    assert (tmp_path / "victim").read_bytes() == before
+    for old in (path, path.with_suffix(".lock")):
+        old.unlink()
+    path.with_suffix(".lock").symlink_to(tmp_path / "new")
+    with pytest.raises(StorageError, match="symbolic"):
+        decoded(tmp_path / "cache", 0)
+    assert not (tmp_path / "new").exists()
 
 
 def no_flock(handle, operation):
@@ -330,6 +392,9 @@ def test_add_builds_train_and_validation_and_never_a_test_set_and_ls_shows_them(
     assert listed["num_bytes"] == answer["num_bytes"] == sum(entry["num_bytes"] for entry in listed["entries"])
 
 
+NOTE = f"records-{'0' * 32}.arrow"
+
+
 @pytest.fixture
 def filled(tmp_path):
     """Three sets, last used 40, 20 and 0 days ago, with hashes, what a killed build left, and other files."""
@@ -339,7 +404,7 @@ def filled(tmp_path):
         path = folder / f"{cache.list_entries(folder)[0].key}.arrow"
         os.utime(path, (path.stat().st_mtime - 86400 * days,) * 2)
     (folder / f".{'0' * 32}.arrow.9-host.tmp").touch()
-    (folder / "records-0.arrow").write_bytes(b"hashes")
+    (folder / NOTE).write_bytes(b"hashes")
     (folder / "studies").mkdir()
     (folder / "notes.txt").write_text("mine")
     return folder
@@ -360,7 +425,7 @@ def test_clean_removes_what_was_not_used_for_longest(run, filled, words, kept):
     assert [name for name in os.listdir(filled) if name.startswith(".")] == []
     assert (filled / "studies").is_dir()
     assert (filled / "notes.txt").exists()
-    assert (filled / "records-0.arrow").exists() is (words != "--all")
+    assert (filled / NOTE).exists() is (words != "--all")
 
 
 @pytest.mark.parametrize(("answer", "kept"), [(True, 1), (False, 3)])
@@ -383,9 +448,9 @@ def test_clean_asks_first_and_leaves_what_is_in_use(run, filled, monkeypatch, an
 
 
 def test_stored_targets_are_an_entry_that_goes_as_others_do(tmp_path):
-    visit = tmp_path / "targets" / "0123456789abcdef" / "visit-0000"
-    visit.parent.mkdir(parents=True)
-    visit.write_bytes(b"x" * 9000)
+    visit = tmp_path / "targets" / ("0123456789abcdef" * 2) / "visit-0000"
+    with cache.own_folder(tmp_path, "targets", visit.parent.name):
+        visit.write_bytes(b"x" * 9000)
     os.utime(visit, (1e9, 1e9))
     decoded(tmp_path, 1)
     _, targets = cache.list_entries(tmp_path)

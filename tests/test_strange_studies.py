@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 
 import crash_host
 import logs
 import pytest
 import report_studies
+import short_training
 from logs import holding
 
 from carft_ray.errors import StorageError
@@ -157,3 +159,60 @@ def test_a_file_of_a_result_that_was_damaged_is_a_message_or_makes_no_difference
             path.write_bytes(data)
         assert refused >= 4
     assert [numbers(command) for command in commands] == whole
+
+
+@pytest.fixture
+def repository(tmp_path, monkeypatch):
+    """The repository of a stranger: a recipe, and a cache in which each link leads to a folder of the user."""
+    home = tmp_path / "repository"
+    recipe = short_training.make(home)
+    recipe.write_text(recipe.read_text().replace("data:\n", "data:\n  cache_dir: cache\n  cache_gb: 0.000001\n"))
+    victim = tmp_path / "victim"
+    for name in ("thesis", "0" * 32, "1" * 16, "ab"):
+        (victim / name).mkdir(parents=True)
+        (victim / name / f"{'2' * 32}.arrow").write_bytes(b"precious")
+        os.utime(victim / name, (1e9, 1e9))
+    (home / "cache").mkdir()
+    for name in ("targets", "unseen", "index", "test_reads"):
+        (home / "cache" / name).symlink_to("../../victim")
+    monkeypatch.chdir(home)
+    return home
+
+
+@pytest.mark.slow
+def test_a_link_in_the_cache_of_a_repository_leads_no_command_out(repository, tmp_path, capsys):
+    before = everything(tmp_path / "victim")
+    tests = "data.id_test={source: folder, path: images, domains: [photo_val], part: [0, 0.4]}"
+    sets = "data.id_val={source: folder, path: images, domains: [photo_val], part: [0.4, 1]}"
+    more = ["--set", tests, "--set", sets, "--set", "resources.targets=stored", "--set", "search.trials=1"]
+    for words in (
+        ["doctor", "recipe.yaml", "--set", tests, "--set", sets],
+        ["search", "recipe.yaml", "--study", "study", "--executor", "debug", *more],
+        ["evaluate", "study"],
+        ["export", "study", "--to", "export"],
+        ["test", "study"],
+        ["data", "clean", "--all", "--yes", "--cache", "cache"],
+    ):
+        code = crash_host.call(words)
+        told = capsys.readouterr().err
+        assert code == 0, (words, told)
+        assert everything(tmp_path / "victim") == before, words
+    assert (repository / "cache" / "targets").is_symlink()
+
+
+@pytest.mark.slow
+def test_a_cache_that_a_recipe_lays_into_a_folder_of_the_user_removes_and_replaces_nothing_there(
+    repository, tmp_path, capsys
+):
+    shutil.rmtree(repository / "cache")
+    victim = tmp_path / "victim"
+    for name in ("targets", "unseen"):
+        (victim / name / ("0" * 32)).mkdir(parents=True)
+        (victim / name / ("0" * 32) / "visit-0000").write_bytes(b"precious")
+    (victim / f"{'3' * 32}.arrow").write_bytes(b"precious")
+    before = everything(victim)
+    for words in (["doctor", "recipe.yaml"], ["data", "add", "recipe.yaml"]):
+        assert crash_host.call([*words, "--set", f"data.cache_dir={victim}"]) == 0
+    assert crash_host.call(["data", "clean", "--all", "--yes", "--cache", str(victim)]) == 0
+    after = everything(victim)
+    assert {path: after.get(path) for path in before} == before

@@ -1,5 +1,6 @@
 """A study's files on a node that does not see its folder, without Ray: the actor is an object of this process."""
 
+import contextlib
 import os
 import shutil
 import threading
@@ -13,9 +14,10 @@ import stand_in
 from unseen import Here, unseen
 
 from carft_ray import files
+from carft_ray.data.cache import own_folder
 from carft_ray.errors import MachineError, StorageError
 from carft_ray.launch import at_hand, study_files
-from carft_ray.launch.at_hand import Delivery, needed, prepared_at_hand, sees
+from carft_ray.launch.at_hand import UNSEEN, Delivery, needed, prepared_at_hand, sees
 from carft_ray.launch.mailbox import Mailbox, Wish
 from carft_ray.launch.study_files import Entry, FileServer, entries
 from carft_ray.launch.worker import run_worker
@@ -84,6 +86,21 @@ def test_what_is_no_file_of_trainings_is_refused(tmp_path, name):
         with pytest.raises(StorageError, match="must"):
             call()
     assert (tmp_path / "study/log/00000001").read_bytes() == b"x"
+
+
+@pytest.mark.parametrize("inside", ["../../x", "../../../x", "/tmp/x", "", "a/../../x"])
+def test_a_file_inside_of_what_is_sent_cannot_lie_outside_of_it(tmp_path, inside):
+    (tmp_path / "study").mkdir()
+    server = FileServer(tmp_path / "study")
+    server.write("trials/a", "1-a", "state.json", 0, b"x")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(StorageError, match="must be a name of an object"):
+        server.write("trials/a", "1-a", inside, 0, b"x")
+    with pytest.raises(StorageError, match="must be a name of an object"):
+        server.finish("trials/a", "1-a", {inside: 1})
+    assert sorted(tmp_path.rglob("*")) == before
+    with pytest.raises(StorageError, match="must be the name of an upload"):
+        server.write("trials/a", "../../1", "state.json", 0, b"x")
 
 
 def test_a_driver_that_is_silent_makes_the_machine_fail(tmp_path, monkeypatch):
@@ -239,8 +256,11 @@ def test_old_folders_of_other_studies_go(tmp_path):
     with opened(tmp_path) as study:
         runtime = plan_of(study, Here(study.study_dir))
         place = at_hand.here(runtime)
-        for name, days in (("old", 8), ("new", 1)):
-            write(place.parent / name, "x")
+        old, new, others = ("0" * 32, "1" * 32, "2" * 32)
+        for name, days in ((old, 8), (new, 1), (others, 99)):
+            with contextlib.nullcontext() if name == others else own_folder(place.parent.parent, UNSEEN, name):
+                write(place.parent / name / "trials" / "t0", "x")
             os.utime(place.parent / name, 2 * (time.time() - days * 24 * 3600,))
+        (place.parent / ("3" * 32)).symlink_to(place.parent / old)
         assert at_hand.here(runtime) == place
-        assert {path.name for path in place.parent.iterdir()} == {"new", place.name}
+        assert {path.name for path in place.parent.iterdir()} == {new, others, "3" * 32, place.name}

@@ -22,7 +22,7 @@ from test_loop import CPU, clip_and_heads, largest_difference, unit
 from tiny import make_tiny_clip
 
 from carft_ray.data.benchmarks.facts import load_facts
-from carft_ray.data.cache import list_entries
+from carft_ray.data.cache import MARKER, list_entries
 from carft_ray.launch.runs.single import train_once
 from carft_ray.model import heads
 from carft_ray.model.clip import tokenizer_hash
@@ -73,7 +73,7 @@ def blocks_of(store, num_images=NUM_IMAGES):
 def test_trainings_that_compute_write_or_read_targets_end_with_the_same_weights(tuned, tmp_path, monkeypatch, values):
     writer, expected, before = tuned(tmp_path), tuned(None, **values), blocks_of(tmp_path)
     assert values or largest_difference(writer, expected) == 0.0
-    assert {path.name for path in tmp_path.iterdir()} == {"visit-0000", "visit-0001"}
+    assert {path.name for path in tmp_path.iterdir()} == {MARKER, "visit-0000", "visit-0001"}
     assert sum(map(len, before.values())) == 2 * NUM_IMAGES * len(TEMPLATES) * 2
     monkeypatch.setattr(targets, "build_classifier", None)  # no frozen model is built any more
     assert largest_difference(tuned(tmp_path, **values), expected) == 0.0

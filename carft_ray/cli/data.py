@@ -97,8 +97,7 @@ def data_clean(
     json_: common.JsonOption = False,
 ) -> None:
     """Remove sets and heads from the cache, except those in use. What is needed again is built again."""
-    from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, surplus
-    from carft_ray.files import writing
+    from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, remove_note, surplus
 
     options = {"--all": all_ or None, "--older-than": older_than or None, "--to-gb": to_gb}
     given = [name for name, value in options.items() if value is not None]
@@ -116,9 +115,8 @@ def data_clean(
     if (going or others) and not yes:
         _ask(going, others, json_)
     removed = [each for each in going if remove(folder, each.key)]
-    for path in others:
-        with writing(path):
-            path.unlink(missing_ok=True)
+    for name in others:
+        remove_note(folder, name)
     num_dead, kept = remove_dead(folder), list_entries(folder)
     answer: dict[str, Any] = {
         "cache": str(folder),
@@ -158,7 +156,7 @@ def _seconds(text: str) -> float:
         raise UsageError(Problem("--older-than", "must be a time such as 12h or 30d", repr(text))) from error
 
 
-def _ask(going: Sequence[Any], others: Mapping[Path, int], json_: bool) -> None:
+def _ask(going: Sequence[Any], others: Mapping[str, int], json_: bool) -> None:
     """Shows what would go and asks; ends the command where the answer is no."""
     if json_ or not sys.stdin.isatty():
         raise UsageError("No terminal to confirm on; pass --yes.")

@@ -7,9 +7,14 @@ ends: an entry in use is not removed. When it was last opened is its date.
 
 Where a disk has no locks (``files.NO_FLOCK``), each process builds under a name of its own, and the last rename
 decides: what they have built is the same. Every entry counts as in use there, so none is removed.
+
+A recipe of a stranger may name any folder as the cache, and its repository may contain links. So only what carft-ray
+has made is listed and removed: a regular file with the name and the metadata of an entry, or a folder ``KIND/KEY`` with
+``MARKER`` in it. The path of the cache itself may contain links; below it, none is followed.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +23,7 @@ import mmap
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -33,11 +39,18 @@ from carft_ray.recipe.schema.recipe import Recipe
 GB = 10**9  # bytes
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.005, 0.5  # between two attempts to take a lock
 
+_KEY = re.compile(r"[0-9a-f]{32}")  # of ``key_of``
 _ENTRY = re.compile(r"([0-9a-f]{32})\.arrow")
 _ABOUT = "about"  # key of the metadata
+_ENTRY_BEGINS, _HEAD_BYTES = b"ARROW1", 2**16  # the metadata are in the first bytes of a file
 _REMAINS = re.compile(r"\.([0-9a-f]{32})\.arrow\..*\.tmp")
-_NOTES = ("records-*.arrow", "records-*.part", "overlap-*.json", "index/**/*.arrow")  # of ``data.records`` and others
-_STORES = "targets/*"  # of ``training.targets``: a folder of files that may be removed at any time
+_NOTES = re.compile(r"records-[0-9a-f]{32}(\.arrow|(\.\d+)?\.part)|overlap-[0-9a-f]{32}\.json")  # of ``data.records``
+_INDEX, _INDEX_PART = "index", re.compile(r"[0-9a-f]{2}")  # of ``data.file_index``
+_TARGETS = "targets"  # of ``training.targets``: folders that may be removed at any time
+MARKER = ".carft-ray"  # in a folder of the cache that may be removed whole
+_MARKED = b"made by carft-ray, which may remove this folder\n"
+_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # waits for no pipe
+_FOLDER = os.O_RDONLY | os.O_NOFOLLOW | os.O_DIRECTORY | os.O_CLOEXEC
 
 _log = logging.getLogger(__name__)
 _warned: set[int] = set()  # disks without locks that a warning has named
@@ -138,9 +151,11 @@ def _open(path: Path, read: Callable[[Any], T]) -> T | None:
     """Opens an entry; None when it is missing or, after a warning, when it is damaged."""
     with writing(path):
         try:
-            handle = os.open(path, os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+            handle = os.open(path, _READ)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                raise
+            return None  # what is built replaces a link
         try:
             _flock(handle, fcntl.LOCK_SH, path)
             if not os.fstat(handle).st_nlink:
@@ -170,7 +185,7 @@ def lock(path: Path, on_wait: Callable[[], None] | None = None) -> Iterator[bool
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     try:
         pause_s = FIRST_PAUSE_S
         while True:
@@ -225,24 +240,35 @@ def _flock(handle: int, operation: int, path: Path) -> bool:
 
 def list_entries(cache_dir: Path) -> list[Entry]:
     """Returns the entries of a cache, last used first. Nothing is written; a folder that is not there has none."""
-    found = [_entry(path, key) for path, key in _files(cache_dir, _ENTRY)]
-    for store in cache_dir.glob(_STORES):
-        states = []
-        with contextlib.suppress(OSError):  # another process may be removing it
-            states = [path.stat() for path in store.iterdir()]
+    found = [_entry(path, key) for path, key in _files(cache_dir, _ENTRY) if _is_entry(path)]
+    for key, (_, *states) in own_folders(cache_dir, _TARGETS).items():
         used = max((time for state in states for time in (state.st_atime, state.st_mtime)), default=0.0)
-        key, size = store.relative_to(cache_dir).as_posix(), sum(state.st_blocks * 512 for state in states)
+        size, key = sum(state.st_blocks * 512 for state in states), f"{_TARGETS}/{key}"
         found.append(Entry(key=key, kind="targets", last_used=used, num_bytes=size, in_use=False))
     return sorted(found, key=lambda each: each.last_used, reverse=True)
 
 
-def notes(cache_dir: Path) -> dict[Path, int]:
-    """Returns the files that hold what is known of images (hashes, thumbnails, sizes), with their sizes in bytes."""
-    sizes = {}
-    for path in (path for pattern in _NOTES for path in sorted(cache_dir.glob(pattern))):
-        with contextlib.suppress(OSError):  # another process may have removed it
-            sizes[path] = path.stat().st_size
+def notes(cache_dir: Path) -> dict[str, int]:
+    """Returns the files that hold what is known of images (hashes, thumbnails, sizes), with their sizes in bytes.
+
+    Their names count from the folder of the cache; ``remove_note`` takes them.
+    """
+    sizes = {name: state.st_size for name, state in listed(cache_dir).items() if _NOTES.fullmatch(name)}
+    for part in filter(_INDEX_PART.fullmatch, listed(cache_dir, _INDEX)):
+        there = listed(cache_dir, _INDEX, part).items()
+        sizes |= {f"{_INDEX}/{part}/{name}": state.st_size for name, state in there if _ENTRY.fullmatch(name)}
     return sizes
+
+
+def remove_note(cache_dir: Path, name: str) -> None:
+    """Removes a file of ``notes`` that may be gone already.
+
+    Raises:
+        StorageError: It cannot be removed.
+    """
+    *folders, last = name.split("/")
+    with writing(cache_dir / name), _below(cache_dir, *folders) as folder, contextlib.suppress(FileNotFoundError):
+        os.unlink(last, dir_fd=folder)
 
 
 def surplus(entries: Sequence[Entry], max_bytes: float) -> list[Entry]:
@@ -264,14 +290,124 @@ def remove(cache_dir: Path, key: str) -> bool:
     Raises:
         StorageError: It cannot be removed.
     """
-    if "/" in key:  # targets: who reads them computes them again
-        shutil.rmtree(cache_dir / key, ignore_errors=True)
-        return True
+    kind, _, last = key.rpartition("/")
+    if kind:  # targets: who reads them computes them again
+        return remove_folder(cache_dir, kind, last)
     path = cache_dir / f"{key}.arrow"
     with _alone(path) as free, writing(path):
-        if free:
+        if free and _is_entry(path):
             path.unlink(missing_ok=True)  # another process may have been quicker
         return free
+
+
+def made_folder(cache_dir: Path, name: str) -> Path:
+    """Returns a folder below a cache, which is made where it is missing.
+
+    Raises:
+        OSError: It cannot be made, or is a link.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _below(cache_dir, name, makes=True):
+        return cache_dir / name
+
+
+@contextlib.contextmanager
+def own_folder(cache_dir: Path, kind: str, key: str) -> Iterator[int]:
+    """Gives a descriptor of the folder ``KIND/KEY`` of a cache, which is made and marked as ours where it is missing.
+
+    Raises:
+        OSError: It cannot be made, is a link or below one, or contains files without our marker.
+    """
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _below(cache_dir, kind, key, makes=True) as folder:
+        if not _is_marked(folder):
+            if not {*os.listdir(folder)} <= {MARKER}:
+                raise OSError(errno.EEXIST, "a folder that carft-ray has not made", str(cache_dir / kind / key))
+            with open(os.open(MARKER, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder), "wb") as file:
+                file.write(_MARKED)
+        yield folder
+
+
+def own_folders(cache_dir: Path, kind: str) -> dict[str, list[os.stat_result]]:
+    """Returns the folders ``KIND/KEY`` that carft-ray has made: of each its own state, and those of what is in it."""
+    found = {}
+    for key, state in listed(cache_dir, kind).items():
+        with contextlib.suppress(OSError), _below(cache_dir, kind, key) as folder:
+            if _KEY.fullmatch(key) and _is_marked(folder):
+                found[key] = [state, *(of for name, of in listed(cache_dir, kind, key).items() if name != MARKER)]
+    return found
+
+
+def remove_folder(cache_dir: Path, kind: str, key: str) -> bool:
+    """Removes a folder that carft-ray has made (``own_folder``), its marker last; returns whether it is gone."""
+    with contextlib.suppress(OSError), _below(cache_dir, kind) as home:
+        with _below(cache_dir, kind, key) as folder:
+            if not _KEY.fullmatch(key) or not _is_marked(folder):
+                return False
+            for name in {*os.listdir(folder)} - {MARKER}:
+                if stat.S_ISDIR(os.lstat(name, dir_fd=folder).st_mode):
+                    shutil.rmtree(name, ignore_errors=True, dir_fd=folder)
+                else:
+                    os.unlink(name, dir_fd=folder)
+            os.unlink(MARKER, dir_fd=folder)
+        os.rmdir(key, dir_fd=home)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _below(cache_dir: Path, *names: str, makes: bool = False) -> Iterator[int]:
+    """Gives a descriptor of a folder below a cache, and follows no link on the way there.
+
+    Raises:
+        OSError: One of the names is missing, a link or a file.
+    """
+    handle = os.open(cache_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in names:
+            if makes:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=handle)
+            above, handle = handle, os.open(name, _FOLDER, dir_fd=handle)
+            os.close(above)
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def listed(cache_dir: Path, *names: str) -> dict[str, os.stat_result]:
+    """Returns what is in a folder of a cache, without links; nothing where a link is on the way."""
+    found = {}
+    with contextlib.suppress(OSError), _below(cache_dir, *names) as folder:
+        for name in sorted(os.listdir(folder)):
+            with contextlib.suppress(OSError):  # another process may be removing it
+                state = os.lstat(name, dir_fd=folder)
+                if not stat.S_ISLNK(state.st_mode):
+                    found[name] = state
+    return found
+
+
+def _is_marked(folder: int) -> bool:
+    """Tells whether carft-ray has made a folder."""
+    with contextlib.suppress(OSError):
+        marker = os.open(MARKER, _READ, dir_fd=folder)
+        try:
+            return os.read(marker, len(_MARKED) + 1) == _MARKED
+        finally:
+            os.close(marker)
+    return False
+
+
+def _is_entry(path: Path) -> bool:
+    """Tells whether a file is an entry that carft-ray has written, which may be damaged behind its beginning."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, _READ)
+        try:
+            begin = os.pread(handle, _HEAD_BYTES, 0)
+            return begin.startswith(_ENTRY_BEGINS) and b'"created": ' in begin
+        finally:
+            os.close(handle)
+    return False
 
 
 def remove_dead(cache_dir: Path) -> int:
@@ -302,8 +438,8 @@ def _make_room(cache_dir: Path, limit_gb: float, num_bytes: int) -> None:
 
 def _files(cache_dir: Path, pattern: re.Pattern[str]) -> list[tuple[Path, str]]:
     """Returns the files whose names a pattern matches, each with its group: the key of an entry."""
-    names = sorted(os.listdir(cache_dir)) if cache_dir.is_dir() else []
-    return [(cache_dir / name, found.group(1)) for name in names if (found := pattern.fullmatch(name))]
+    regular = [name for name, state in listed(cache_dir).items() if stat.S_ISREG(state.st_mode)]
+    return [(cache_dir / name, found.group(1)) for name in regular if (found := pattern.fullmatch(name))]
 
 
 def _entry(path: Path, key: str) -> Entry:
@@ -328,7 +464,7 @@ def _alone(path: Path) -> Iterator[bool]:
     handle: int | None = None
     try:
         try:
-            handle = os.open(path, os.O_RDWR)
+            handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             free = _flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
         except FileNotFoundError:
             free = True

@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from carft_ray import files
-from carft_ray.data.cache import cache_dir, key_of
+from carft_ray.data.cache import cache_dir, key_of, own_folder, own_folders, remove_folder
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.study_files import Entry, StudyFiles, entries
@@ -56,16 +56,19 @@ def sees(runtime: Runtime) -> bool:
 
 
 def here(runtime: Runtime) -> Path:
-    """Returns the folder in place of the study's on a node that does not see it; those of old studies go."""
+    """Returns the folder in place of the study's on a node that does not see it; those of old studies go.
+
+    Raises:
+        StorageError: It cannot be made, or is none that carft-ray has made.
+    """
     key = key_of([str(runtime.study_dir), runtime.first_commit, platform.node()])
-    place = cache_dir(runtime.recipe) / UNSEEN / key
-    with files.writing(place):
-        place.mkdir(parents=True, exist_ok=True)
-        os.utime(place)
-    for other in place.parent.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - other.stat().st_mtime > KEPT_FOR_S:
-                shutil.rmtree(other, ignore_errors=True)
+    cache = cache_dir(runtime.recipe)
+    place = cache / UNSEEN / key
+    with files.writing(place), own_folder(cache, UNSEEN, key) as folder:
+        os.utime(folder)
+    for other, (state, *_) in own_folders(cache, UNSEEN).items():
+        if time.time() - state.st_mtime > KEPT_FOR_S:
+            remove_folder(cache, UNSEEN, other)
     return place
 
 

@@ -17,8 +17,9 @@ from carft_ray import files
 from carft_ray.errors import MachineError, Problem, StorageError
 from carft_ray.launch.named_actor import NamedActor, started_here
 from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, MICRO_BATCH, PREPARED
-from carft_ray.store.folder import Folder
+from carft_ray.store.folder import Folder, check_name
 from carft_ray.store.result import checkpoints
+from carft_ray.untrusted import is_name, visible
 
 PIECE_BYTES = 16 * 2**20
 IN_FLIGHT = 2  # pieces of one file
@@ -76,7 +77,7 @@ class FileServer:
 
     def write(self, name: str, upload: str, inside: str, offset: int, data: bytes) -> None:
         """Writes a piece of what will have a name: a file, or one ``inside`` a folder."""
-        path = self._temporary(name, upload) / inside
+        path = _inside(self._temporary(name, upload), inside)
         with files.writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
@@ -98,8 +99,9 @@ class FileServer:
             if not temporary.exists():
                 return  # the answer of the first call was lost
             for inside, time_ns in times_ns.items():
-                os.utime(temporary / inside, ns=(time_ns, time_ns))
-                files.fsync_file(temporary / inside)
+                written = _inside(temporary, inside)
+                os.utime(written, ns=(time_ns, time_ns))
+                files.fsync_file(written)
             if temporary.is_dir():
                 files.fsync_file(temporary)
                 if path.exists():
@@ -124,7 +126,14 @@ class FileServer:
 
     def _temporary(self, name: str, upload: str) -> Path:
         path = self._path(name)
+        if not is_name(upload):
+            raise StorageError(Problem(visible(upload), "must be the name of an upload"))
         return path.with_name(f".{path.name}.{upload}.tmp")
+
+
+def _inside(path: Path, inside: str) -> Path:
+    """Returns where a file of an upload is written: in its folder, or the upload itself (``.``)."""
+    return path if inside == "." else path / check_name(inside)
 
 
 class _GoneError(Exception):

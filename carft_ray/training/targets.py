@@ -10,10 +10,10 @@ A GPU that neither reads nor stores them computes them for the images of a batch
 the micro-batch and compiled where the other tower is: nobody else sees them, and no bit is promised there but with
 ``train.deterministic``.
 
-A visit is one file of the cache, ``STORE/visit-0003``; block b stands at a multiple of the size of a block: 8 bytes, a
-hash of its place and content, then float16 [images, contexts], little-endian. Nothing is flushed or locked: a block
-that is missing, half written or damaged does not have its hash, and is computed again. Two that write a block write the
-same bytes.
+A visit is one file of the cache, ``STORE/visit-0003``, in a folder that carft-ray has made (``cache.own_folder``).
+Block b begins at a multiple of the size of a block: 8 bytes, a hash of its place and content, then float16
+[images, contexts], little-endian. Nothing is flushed or locked: a block that is missing, half written or damaged does
+not have its hash, and is computed again. Two that write a block write the same bytes.
 
 Shape letters: B images of a worker's part of a batch, K images of a block, T contexts, D embedding width.
 """
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from carft_ray import environment
+from carft_ray.data.cache import own_folder
 from carft_ray.data.source import IntArray, PixelArray, Source
 from carft_ray.data.views import VIEW_VERSION, view_batch
 from carft_ray.model.classifier import ImageClassifier, build_classifier
@@ -97,7 +98,7 @@ def store_dir(
         [VIEW_VERSION, train.seed, train.crop_scale, train.context_scale or clip.logit_scale, train.precision, dtype],
         [device.type, *computed_on(device)],
     ]
-    return folder / hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
+    return folder / hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
 def by_batches(train: TrainConfig, device: torch.device, store: Path | None) -> bool:
@@ -258,7 +259,7 @@ def read_block(store: Path, visit: int, number: int, num_rows: int, width: int) 
     """Returns a block, float16 [num_rows, width]; None where it is missing or damaged."""
     path, begin = _place(store, visit, number, width)
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb", buffering=0) as file:
             size = _HASH_BYTES + num_rows * width * _DTYPE.itemsize
             content = bytearray(os.pread(file.fileno(), size, begin))  # torch warns of arrays that are read-only
     except OSError:
@@ -272,12 +273,14 @@ def write_block(store: Path, visit: int, number: int, rows: Rows) -> None:
     """Writes a block, float16 [K, T].
 
     Raises:
-        OSError: It cannot be written.
+        OSError: It cannot be written, or the store is none that carft-ray has made.
     """
     path, begin = _place(store, visit, number, rows.shape[1])
-    data = rows.astype(_DTYPE).tobytes()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as file:  # other blocks stay
+    data, flags = rows.astype(_DTYPE).tobytes(), os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK
+    with (
+        own_folder(store.parent.parent, store.parent.name, store.name) as folder,
+        open(os.open(path.name, flags, 0o666, dir_fd=folder), "wb") as file,  # other blocks stay
+    ):
         os.pwrite(file.fileno(), _hash(visit, number, data) + data, begin)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.data.cache import cache_dir, key_of
+from carft_ray.data.cache import cache_dir, key_of, listed, made_folder
 from carft_ray.data.class_names import class_folders
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
@@ -48,7 +48,7 @@ def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[lis
     Returns:
         The reads, oldest first; what could not be noted or read, a line each.
     """
-    folder, entry = cache_dir(recipe) / FOLDER, entries[-1]
+    cache, entry = cache_dir(recipe), entries[-1]
     own, found, problems = {str(line.details.get(NAME)) for line in entries}, list[OtherRead](), list[str]()
     try:
         digests = set_digests(recipe)
@@ -56,13 +56,13 @@ def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[lis
         return [], [f"whether other studies have read these images is not known: {error}"]
     name, content = str(entry.details.get(NAME)), {"study": str(study_dir), "time": entry.time, "user": entry.user}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = made_folder(cache, FOLDER)
         if is_name(name):
             files.write_json(folder / f"{name}.json", {**content, "sets": digests})
     except (CarftError, OSError) as error:
         problems.append(f"this read is not noted for other studies of these images: {error}")
-    for path in sorted(folder.glob("*.json")):
-        if path.stem in own:
+    for path in (cache / FOLDER / name for name in listed(cache, FOLDER)):
+        if path.suffix != ".json" or path.stem in own:
             continue
         try:
             other = json.loads(read_text(path, _MOST_BYTES))
