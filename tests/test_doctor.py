@@ -195,8 +195,11 @@ def test_quick_opens_no_image_writes_no_pairs_and_foretells_the_micro_batch_for_
     [
         ((0.8, 0.6), []),
         ((0.8, 0.85), ["fog: no harder than id_val for the zero-shot model: 85.0 % against 80.0 % on id_val"]),
-        ((0.8, 0.0), ["fog: zero-shot must be above chance (10.0 %), but got 0.0 % [0.0, 1.0] of 400 images"]),
-        ((0.1, 0.3), ["id_val: zero-shot must be above chance", "fog: no harder than id_val"]),
+        (
+            (0.8, 0.0),
+            ["fog: zero-shot must be shown to be above chance (10.0 %), but got 0.0 % [0.0, 1.0] of 400 images"],
+        ),
+        ((0.1, 0.3), ["id_val: zero-shot must be shown to be above chance", "fog: no harder than id_val"]),
     ],
 )
 def test_zero_shot_at_chance_or_an_easy_shift_is_told(accuracy, told):

@@ -310,7 +310,7 @@ def test_the_page_says_what_may_be_wrong(studies, searched):
     above = [replace(row, objective=1.0, at_chance=True) for row in view.baselines if row.name == "zero_shot"]
     found = findings(replace(view, baselines=above), {**searched, "report": report})
     checks = {row["check"] for row in found}
-    assert {"below zero-shot", "noise larger than differences", "zero-shot at chance"} <= checks
+    assert {"below zero-shot", "noise larger than differences", "zero-shot not above chance"} <= checks
     unmeasured = [replace(row, metrics={}) for row in view.baselines]
     [table] = page_document(replace(view, baselines=unmeasured))["tables"]
     assert [row["cells"] for row in table["rows"][1:]] == [[None] * len(table["sets"])] * len(unmeasured)

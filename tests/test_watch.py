@@ -96,9 +96,9 @@ def test_fine_tuned_weights_at_chance_are_told_beside_what_was_measured():
     rows = [row(0, 0.5), replace(row(1, 0.57), at_chance=True)]
     view = Overview(Path(), stand_in.make_recipe(2), rows, [])
     table = console.trial_table([view.data(each) for each in rows])
-    assert ["alpha 1.00 at chance" in cell for cell in table.columns[-1].cells] == [False, True]
+    assert ["alpha 1.00 not shown above chance" in cell for cell in table.columns[-1].cells] == [False, True]
     line = events.TrialFinished(rows[1], is_best=False).line()
-    assert "ID 67.0, OOD 47.0, objective 57.0 % at alpha 0.50; alpha 1.00 at chance" in line
+    assert "ID 67.0, OOD 47.0, objective 57.0 % at alpha 0.50; alpha 1.00 not shown above chance" in line
 
 
 def test_what_must_not_be_overlooked_gets_a_line_above():

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pyarrow as pa
 
+from carft_ray.data.source import IntArray
 from carft_ray.errors import DivergedError, Problem
 from carft_ray.evaluation.constraints import Limit, violations_at
-from carft_ray.evaluation.metrics import is_above_chance
+from carft_ray.evaluation.metrics import is_above_chance, is_at_most_chance
 from carft_ray.evaluation.objective import ObjectiveSpec, metrics_at
 from carft_ray.evaluation.predictions import accuracy, select
 from carft_ray.recipe.schema.constraints import total_violation
@@ -70,27 +71,32 @@ def choose_point(points: Iterable[Point], lowest: float) -> Point:
 
 
 def alphas_at_chance(tables: Mapping[float, pa.Table], id_set: str) -> list[float]:
-    """Returns the alphas above 0 whose answers to the ID images are at chance; none where those of zero-shot are, too.
+    """Returns the alphas above 0 whose answers to the ID images are not shown to be above chance.
+
+    None if those of zero-shot are not, either: there was nothing to lose, or there are too few images to decide.
 
     Args:
         tables: Predictions at every point measured, alpha 0 among them.
         id_set: Name of the ID set.
 
     Raises:
-        DivergedError: All alphas above 0 are.
+        DivergedError: At all alphas above 0 no more answers are right than by chance.
     """
     found = {alpha: select(table, id_set, alpha) for alpha, table in sorted(tables.items())}
-    above = {alpha: not is_at_chance(table) for alpha, table in found.items()}
-    if not above.pop(0.0):
+    if is_at_chance(found.pop(0.0)):
         return []
-    if not any(above.values()):
-        highest, number = max(accuracy(table) for alpha, table in found.items() if alpha > 0), len(found[0.0])
+    if all(is_at_most_chance(*_answers(table)) for table in found.values()):
+        highest, number = max(map(accuracy, found.values())), len(next(iter(found.values())))
         rule, step = "ID accuracy must be above chance", "The training has diverged; try a lower learning_rate."
         value = f"at most {100 * highest:.1f} % of {number:,} images right, as with the same answers in any other order"
         raise DivergedError(Problem("alpha curve", rule, value, next_step=step))
-    return [alpha for alpha, is_above in above.items() if not is_above]
+    return [alpha for alpha, table in found.items() if is_at_chance(table)]
 
 
 def is_at_chance(table: pa.Table) -> bool:
-    """Tells whether the answers to the images of one set, at one alpha, do not depend on the image."""
-    return not is_above_chance(table["label"].to_numpy(), table["prediction"].to_numpy())
+    """Tells whether the answers to the images of one set, at one alpha, are not shown to be above chance."""
+    return not is_above_chance(*_answers(table))
+
+
+def _answers(table: pa.Table) -> tuple[IntArray, IntArray]:
+    return table["label"].to_numpy(), table["prediction"].to_numpy()

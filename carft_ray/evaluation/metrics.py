@@ -123,8 +123,18 @@ def chance(labels_N: IntArray, predictions_N: IntArray) -> float:
     return float((by_class_2C[0] * by_class_2C[1]).sum() / max(1, len(labels_N)) ** 2)
 
 
+def is_at_most_chance(labels_N: IntArray, predictions_N: IntArray) -> bool:
+    """Tells whether no more answers are right than ``chance`` says; in whole numbers, so that equal is equal."""
+    by_class_2C, labels_N = _counts(labels_N, predictions_N), np.asarray(labels_N)
+    return bool(
+        len(labels_N) * (labels_N == np.asarray(predictions_N)).sum() <= (by_class_2C[0] * by_class_2C[1]).sum()
+    )
+
+
 def is_above_chance(labels_N: IntArray, predictions_N: IntArray) -> bool:
-    """Tells whether answers depend on the image: more are right than luck explains, with 97.5 % confidence.
+    """Tells whether answers are shown to depend on the image: more are right than luck explains, 97.5 % confidence.
+
+    False is no proof of the contrary: few images show nothing.
 
     Dealt to the images at random, the same n answers give T right ones with mean S / n and variance
 

@@ -148,7 +148,7 @@ def _result(row: TrialRow) -> str:
     text += f", objective {100 * row.objective:.1f} %"
     text += f" at alpha {row.alpha:.2f}" if row.alpha is not None else ""
     text += f"; {words}" if (words := violation_words(metrics)) else ""
-    return f"{text}; {'alpha 1.00 ' if row.alpha else ''}at chance" if row.at_chance else text
+    return f"{text}; {'alpha 1.00 ' if row.alpha else ''}not shown above chance" if row.at_chance else text
 
 
 OnEvent = Callable[[Event], None]

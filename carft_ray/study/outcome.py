@@ -75,7 +75,7 @@ class TrialRow(TrialSpec):
     """A training as tables show it, with its last attempt. Accuracies and objective are fractions.
 
     Attributes:
-        at_chance: The fine-tuned weights alone, alpha 1, are at chance, others of the curve above; of zero-shot: it is.
+        at_chance: The fine-tuned weights, alpha 1, are not shown to be above chance; of zero-shot: it is not.
         outside: The search space has changed since, and the sampler no longer uses this trial.
         digest: Of a complete training, the SHA-256 of its ``result.json``; empty of the zero-shot model.
         points: Of a Pareto search: ``alpha`` and metrics of every point that may stand on the front.

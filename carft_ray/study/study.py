@@ -4,7 +4,7 @@
 |---|---|---|
 | valid ``result.json`` | complete | COMPLETE, constraint ``trained`` = -1, those of the recipe as measured |
 | cut by the pruner | pruned | PRUNED with its intermediate values, constraint ``trained`` = -1 |
-| not finite; all at chance; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
+| not finite; at most chance; an exception that came back | diverged / error | PRUNED, constraint ``trained`` = 1 |
 | stopped; driver killed | running | nothing: RUNNING until it is recovered |
 | worker, node, connection, device or disk lost | running | nothing: another attempt from the newest checkpoint |
 | lost again and again without advancing | running, set aside | nothing: the next search tries it again |

@@ -376,9 +376,10 @@ def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Fin
         number = int(one["num_images"])
         low, high = wilson(round(one["accuracy"] * number), number)
         if one["at_chance"]:
-            rule = f"zero-shot must be above chance ({100 * one['chance']:.1f} %)"
+            rule = f"zero-shot must be shown to be above chance ({100 * one['chance']:.1f} %)"
             value = f"{100 * one['accuracy']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] of {number} images"
-            findings.append(Finding("warning", Problem(name, rule, value, next_step=TRY_FIRST)))
+            step = TRY_FIRST if one["accuracy"] <= one["chance"] else f"More images may show it. {TRY_FIRST}"
+            findings.append(Finding("warning", Problem(name, rule, value, next_step=step)))
         elif name != "id_val" and one["accuracy"] >= id_val["accuracy"]:
             numbers = f"{100 * one['accuracy']:.1f} % against {100 * id_val['accuracy']:.1f} % on id_val"
             rule = f"no harder than id_val for the zero-shot model: {numbers}"

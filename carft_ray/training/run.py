@@ -142,7 +142,7 @@ def run_training(
 
     Raises:
         StoppedRun: Stopped on request, after a checkpoint; before the first step, without one.
-        DivergedError: The loss is not finite, or the ID accuracy is at chance at every alpha above 0.
+        DivergedError: The loss is not finite, or the ID accuracy is at most chance at every alpha above 0.
         OutOfMemoryError: The device has no memory for the micro-batch; in an evaluation, for a single image or for the
             weights that are mixed.
         MachineError: A rank does not see the files from which rank 0 resumes.

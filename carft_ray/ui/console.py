@@ -246,7 +246,7 @@ def _remark(row: Mapping[str, Any]) -> str:
     if row["outcome"] == "complete":
         standing = "best" if row["best"] else "on the front" if row.get("on_front") else ""
         outside = "outside the space" if row.get("outside") else ""
-        chance = f"{'alpha 1.00 ' if row['alpha'] else ''}at chance" if row.get("at_chance") else ""
+        chance = f"{'alpha 1.00 ' if row['alpha'] else ''}not shown above chance" if row.get("at_chance") else ""
         return ", ".join(part for part in (standing, outside, chance, violation_words(row["metrics"])) if part)
     outcome = str(row["outcome"]).replace("_", " ")
     if row["reason"]:

@@ -34,9 +34,9 @@ def findings(view: Overview, document: Document) -> list[dict[str, str]]:
     row = next((one for one in view.baselines if one.metrics and not one.alpha), None)
     if row is not None and row.at_chance:
         right = f"{100 * row.metrics['id_accuracy']:.1f} %"
-        text = f"{right} of zero-shot's answers to the ID images are right, as with the same answers in any other order"
+        text = f"{right} of zero-shot's answers to the ID images are right, which is not shown to be above chance"
         step = "check class names, templates and preprocessing: carft-ray doctor RECIPE"
-        found.append(("zero-shot at chance", text, step))
+        found.append(("zero-shot not above chance", text, step))
     failed = [row for row in view.trials if row.outcome in ("error", "diverged")]
     if len(failed) >= MANY_FAILURES * max(1, view.num_finished):
         reason, count = Counter(row.reason or row.outcome for row in failed).most_common(1)[0]
