@@ -10,6 +10,7 @@ from sources import open_train
 
 from carft_ray.data.class_names import class_folders, class_names
 from carft_ray.data.draft import choose_roles, draft, readable, survey
+from carft_ray.data.open_source import open_source
 from carft_ray.data.role_checks import check_roles, check_sets
 from carft_ray.errors import DataError, UsageError
 from carft_ray.recipe import text
@@ -44,7 +45,9 @@ LAYOUTS = {
 def drafted(tree, train, *model, ood=(None, None)):
     """The recipe that is drafted for a tree beside it, and its text."""
     found = survey(tree)
-    written = draft("x", str(tree), found, choose_roles(found, train, *ood), *(model or ("ViT-B-16", "openai")), 2)
+    written = draft(
+        "x", tree, str(tree), found, choose_roles(found, train, *ood), *(model or ("ViT-B-16", "openai")), 2
+    )
     (tree.parent / "r.yaml").write_text(written)
     return load_recipe(tree.parent / "r.yaml"), written
 
@@ -62,6 +65,36 @@ def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders):
     recipe, _ = drafted(tmp_path / "tree", train, "sandbox", None)
     assert check_searchable(recipe) == check_roles(recipe) == check_sets(recipe) == []
     assert recipe.data.ood_val
+
+
+@pytest.mark.parametrize("splits", [(), ("val",)])
+@pytest.mark.parametrize("num_classes", [2, 3])
+@pytest.mark.parametrize("images", [2, 3, 6, 7, 8, 15, 50])
+def test_a_draft_of_few_images_leaves_no_set_without_images(tmp_path, images, num_classes, splits):
+    tree, classes = tmp_path / "tree", CLASSES[:num_classes]
+    write_tree(tree, ["train" if splits else ".", *splits], classes, images)
+    recipe, _ = drafted(tree, None, "sandbox", None)
+    assert check_sets(recipe) == []
+    sets = {role: open_source(getattr(recipe.data, role), role, classes) for role in ("train", "id_val", "id_test")}
+    counts = {role: len(source) for role, source in sets.items()}
+    whole = images * num_classes
+    assert counts["train"] + counts["id_test"] + (0 if splits else counts["id_val"]) == whole
+    assert min(counts["id_val"], counts["id_test"]) >= max(1, whole / 20)
+    assert counts["train"] >= recipe.train.batch_size
+
+
+def test_too_few_images_to_draft_from_are_told_and_a_part_without_images_is_no_valid_recipe(tmp_path, capsys):
+    write_tree(tmp_path / "tree", ["."], CLASSES, 1)
+    assert call(["init", "--from", tmp_path / "tree", "--to", tmp_path / "r.yaml", "--model", "sandbox"]) == 4
+    told = "must have at least 4 images: two for train, one for id_val, one for id_test, but got 3"
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "r.yaml").exists()
+    write_tree(tmp_path / "tree", ["."], CLASSES, 3)
+    drafted(tmp_path / "tree", None, "sandbox", None)
+    for role in ("train", "id_val"):
+        empty = load_recipe(tmp_path / "r.yaml", [f"data.{role}.part=[0.99999, 1]"])
+        [problem, *_] = check_sets(empty)
+        assert str(problem).startswith(f"data.{role}: there must be at least one image, but got none of 9 in the part")
 
 
 def test_words_of_a_draft_are_readable_and_its_classes_and_ids_are_those_of_the_folders(tmp_path):

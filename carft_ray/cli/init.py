@@ -121,4 +121,4 @@ def _draft(
         raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
     whole, base = root.resolve(), base.resolve()
     path = whole.relative_to(base).as_posix() if whole.is_relative_to(base) else str(whole)
-    return draft(set_name(whole.name), path, roots, roles, model, weights, os.cpu_count() or 1), roots
+    return draft(set_name(whole.name), root, path, roots, roles, model, weights, os.cpu_count() or 1), roots

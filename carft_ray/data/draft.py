@@ -10,6 +10,7 @@ is ``id_test`` unless the tree has splits; the other domains are shared out betw
 """
 
 import itertools
+import math
 import os
 import re
 from collections import Counter
@@ -17,21 +18,29 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
+
+import numpy as np
 
 from carft_ray.data.benchmarks.reader import benchmark_words
 from carft_ray.data.formats.folder import folders, is_image
 from carft_ray.data.images import cause_of
 from carft_ray.data.listing import text_problems
+from carft_ray.data.readers import list_set
 from carft_ray.errors import DataError, Problem, UsageError, nearest
 from carft_ray.recipe.checks.rules import ROLES
 from carft_ray.recipe.presets import ranges_for
+from carft_ray.recipe.schema.sets import FolderSet
 from carft_ray.recipe.text import quoted
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 DEEPEST = 3  # folders between the root and a class
 SHARE = 0.1  # of the training images, for id_val and for id_test each, where the tree has no such split
+FEW = 1000  # training images below which parts are made to hold their share; above, parts of names' hashes always do
 OOD_SPLITS = ("test", "val", "train", "")  # which images of a domain show the shift: the first that is there
 IDS = "imagenet"  # the benchmark whose classes are known by their WordNet ids
+
+Parts = dict[str, tuple[float, float]]  # split -> its part of the folder that trains
 
 _TEMPLATE, _CORRUPTED = (
     Template(Path(__file__).with_name(name).read_text(encoding="utf-8")) for name in ("draft.yaml", "draft_shift.yaml")
@@ -157,29 +166,41 @@ def choose_roles(
 
 
 def draft(
-    name: str, path: str, found: Sequence[ClassRoot], roles: Roles, model: str, pretrained: str | None, num_cores: int
+    name: str,
+    root: Path,
+    path: str,
+    found: Sequence[ClassRoot],
+    roles: Roles,
+    model: str,
+    pretrained: str | None,
+    num_cores: int,
 ) -> str:
     """Returns the text of a recipe.
 
     Args:
         name: Of the study.
-        path: Root of the tree as the recipe writes it.
+        root: Root of the tree.
+        path: The same as the recipe writes it.
         found: What the tree holds.
         roles: Which domains serve as what.
         model: Name of the model.
         pretrained: Its weights.
         num_cores: Cores of this machine.
+
+    Raises:
+        DataError: There are too few images to train on some and to keep others for id_val and id_test.
     """
     ranges = ranges_for(model)
     classes = sorted({c for one in found if one.domain == roles.train for c in one.counts})
     by_split, missing = _splits(found, roles.train)
-    train = round((1 - SHARE * len(missing)) * by_split["train"].num_images)
+    parts = _parts(root, by_split["train"], missing)
+    train = round((1 - parts["train"][0]) * by_split["train"].num_images)
     return _TEMPLATE.substitute(
         path=_text(path),
         num_classes=len(classes),
         name=_text(name),
         model=f"name: {_text(model)}" + ("" if pretrained is None else f", pretrained: {_text(pretrained)}"),
-        data="\n".join(_data(path, found, roles, classes)),
+        data="\n".join(_data(path, found, roles, classes, parts)),
         templates="sandbox" if model == "sandbox" else "openai",
         words="\n".join(_words(classes)),
         learning_rate=ranges.start,
@@ -193,20 +214,46 @@ def draft(
     )
 
 
-def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence[str]) -> list[str]:
+def _parts(root: Path, one: ClassRoot, missing: Sequence[str]) -> Parts:
+    """Returns the parts of the images that train: for the ``missing`` splits, from 0 on, and the rest for ``train``.
+
+    ``SHARE`` for each. If a split of few images gets less than half of its share, the images are cut by their number.
+    """
+    number, ends = one.num_images, [SHARE * (index + 1) for index in range(len(missing))]
+    if number < len(missing) + 2:
+        others = "".join(f", one for id_{split}" for split in missing)
+        rule = f"must have at least {len(missing) + 2} images: two for train{others}"
+        raise DataError(Problem(str(root / one.folder), rule, str(number)))
+    if missing and number < FEW:
+        fractions = np.sort(list_set(FolderSet(source="folder", **_place(str(root), one)), str(root)).ids / 2.0**64)
+        counts = np.histogram(fractions, [0, *ends, 1])[0]
+        if counts.min() < max(1, SHARE / 2 * number) or counts[-1] < 2:
+            each = max(1, round(SHARE * number))
+            ends = [_between(*fractions[each * (index + 1) - 1 :][:2].tolist()) for index in range(len(missing))]
+    bounds = itertools.pairwise([0.0, *ends, 1.0])
+    return dict(zip([*missing, "train"], bounds, strict=True))
+
+
+def _between(low: float, high: float) -> float:
+    """Returns the number with the fewest digits that is above ``low`` and at most ``high``."""
+    numbers = ((math.floor(low * 10**digits) + 1) / 10**digits for digits in range(1, 12))
+    return next((number for number in numbers if low < number <= high), high)
+
+
+def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence[str], parts: Parts) -> list[str]:
     missing = _splits(found, roles.train)[1]
     lines = [
         "# Sets by role. train trains; id_val and ood_val choose; no model sees id_test and ood_test before `test`.",
         "data:",
     ]
     for role, split in (("train", "train"), ("id_val", "val"), ("id_test", "test")):
-        lines.append(f"  {role}: {{{_id_set(path, found, roles.train, split)}}}")
+        lines.append(f"  {role}: {{{_id_set(path, found, roles.train, split, parts)}}}")
         if role == "train" and missing:
             lines.append("  # id_val and id_test are other images of the same domain, chosen by a hash of their names")
     taken = set(ROLES)
     lines.append("  # Shifts. Those of ood_val choose, so ood_test must show other shifts, not only other images.")
     if not roles.ood_val:
-        lines += _CORRUPTED.substitute(of=_id_set(path, found, roles.train, "val")).splitlines()
+        lines += _CORRUPTED.substitute(of=_id_set(path, found, roles.train, "val", parts)).splitlines()
     for role, domains in (("ood_val", roles.ood_val), ("ood_test", roles.ood_test)):
         lines += [f"  {role}:"] if domains else []
         for domain in domains:
@@ -218,14 +265,13 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
     return lines
 
 
-def _id_set(path: str, found: Sequence[ClassRoot], domain: str, split: str) -> str:
+def _id_set(path: str, found: Sequence[ClassRoot], domain: str, split: str, parts: Parts) -> str:
     """Returns the set of a split of a domain: its folder, or a part of the folder that trains."""
     by_split, missing = _splits(found, domain)
     if split in by_split and (split != "train" or not missing):
         return _folder(path, by_split[split])
-    low = missing.index(split) if split in missing else len(missing)
-    high = 1.0 if split == "train" else SHARE * (low + 1)
-    return f"{_folder(path, by_split['train'])}, part: [{SHARE * low:g}, {high:g}]"
+    low, high = parts[split]
+    return f"{_folder(path, by_split['train'])}, part: [{low:.12g}, {high:.12g}]"
 
 
 def _splits(found: Sequence[ClassRoot], domain: str) -> tuple[dict[str, ClassRoot], list[str]]:
@@ -237,11 +283,18 @@ def _splits(found: Sequence[ClassRoot], domain: str) -> tuple[dict[str, ClassRoo
     return by_split, [split for split in ("val", "test") if split not in by_split]
 
 
-def _folder(path: str, one: ClassRoot) -> str:
+def _place(path: str, one: ClassRoot) -> dict[str, Any]:
+    """Returns ``path`` and ``domains`` of the set that holds a class root; ``path`` given is that of the tree."""
     if one.folder == ".":
-        return f"source: folder, path: {_text(path)}"
+        return {"path": path}
     above, _, last = one.folder.rpartition("/")
-    return f"source: folder, path: {_text(f'{path}/{above}' if above else path)}, domains: [{_text(last)}]"
+    return {"path": f"{path}/{above}" if above else path, "domains": [last]}
+
+
+def _folder(path: str, one: ClassRoot) -> str:
+    place = _place(path, one)
+    domains = "".join(f", domains: [{_text(name)}]" for name in place.get("domains", ()))
+    return f"source: folder, path: {_text(place['path'])}{domains}"
 
 
 def _words(classes: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import PurePath
 from carft_ray.data.class_names import class_list, word_problems
 from carft_ray.data.listing import Listing, and_more
 from carft_ray.data.readers import list_set, plain_place, reader_of
-from carft_ray.data.selection import class_problems, selected_rows
+from carft_ray.data.selection import class_problems, empty_problem, selected_rows
 from carft_ray.data.synthetic import sandbox
 from carft_ray.errors import DataError, Problem
 from carft_ray.recipe.checks.rules import named_sets
@@ -24,9 +24,9 @@ def check_sets(recipe: Recipe) -> list[Problem]:
     """Returns everything wrong with the sets of a recipe, without decoding an image.
 
     Folders and sandbox domains exist; every set of training and validation has exactly the classes of the class list,
-    each with images; the words for the classes go with the list; no batch is larger than the training set. Of a test
-    role only the existence is checked. An empty list means that the sets of training and validation can be opened;
-    otherwise raise it as a ``DataError``.
+    each with images, and images in its part; the words for the classes go with the list; no batch is larger than the
+    training set. Of a test role only the existence is checked. An empty list means that the sets of training and
+    validation can be opened; otherwise raise it as a ``DataError``.
 
     Args:
         recipe: The recipe.
@@ -53,7 +53,10 @@ def check_sets(recipe: Recipe) -> list[Problem]:
         if isinstance(spec, SandboxSet):
             problems += sandbox.class_problems(classes, place)
         elif place in listings:
-            problems += class_problems(listings[place], spec, classes, place)
+            found = class_problems(listings[place], spec, classes, place)
+            if not found and not len(selected_rows(listings[place], spec)):
+                found = [empty_problem(listings[place], place)]
+            problems += found
     return problems + _count_problems(recipe, classes, train)
 
 

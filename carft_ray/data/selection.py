@@ -36,8 +36,7 @@ def stored_source(listing: Listing, spec: StoredSet, classes: Sequence[str] | No
     chosen = _part_and_shots(listing, spec)
     rows = _not_excluded(listing, chosen)
     if not len(rows):
-        value, step = f"none of {len(listing)} in the part", "Widen its `part`."
-        raise DataError(Problem(name, "there must be at least one image", value, next_step=step))
+        raise DataError(empty_problem(listing, name))
     label_of = {normal(class_name): label for label, class_name in enumerate(wanted)}
     members = _members(listing, spec)
     groups_of = {own: tuple(sorted(label_of[normal(target)] for target in targets)) for own, targets in members.items()}
@@ -53,6 +52,12 @@ def unlabelled_source(listing: Listing, spec: StoredSet, name: str) -> StoredSou
     rows = _not_excluded(listing, chosen)
     labels = np.zeros(len(rows), np.int64)
     return StoredSource(name, listing, rows, (), labels, selection=chosen, max_pixels=spec.max_pixels)
+
+
+def empty_problem(listing: Listing, place: str) -> Problem:
+    """Returns the problem of a set without ``selected_rows``."""
+    value, step = f"none of {len(listing)} in the part", "Widen its `part`."
+    return Problem(place, "there must be at least one image", value, next_step=step)
 
 
 def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
