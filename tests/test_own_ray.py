@@ -51,6 +51,7 @@ def test_our_own_ray_is_closed_to_others_and_leaves_no_token_in_the_process(tmp_
     monkeypatch.setattr(ray, "init", init)
     with running_ray(None, tmp_path / "ray.log") as nodes:
         assert (len(nodes), len(calls)) == (1, 3)
+        assert not calls[-1]["include_dashboard"]
         socket = Path(ray.nodes()[0]["ObjectStoreSocketName"])
         address = ray.get_runtime_context().gcs_address
         assert len(os.fsencode(socket)) <= 107
