@@ -28,6 +28,7 @@ SECRET = "wJalr-a-secret-of-the-tests"
 LOST = "lost"  # it is done, and the connection ends without an answer
 LATE, LATE_S = "late", 0.3  # the connection ends without an answer, and it is done so many seconds later
 CUT = "cut"  # the connection ends, and it is not done
+SILENT = "silent"  # it is accepted and never answered
 DONE_503 = "done, then 503"
 
 
@@ -43,6 +44,7 @@ class Server:
         self.strike, self.requests = (lambda method, path: None), []
         self.bucket = f"studies-{secrets.token_hex(6)}"
         self._app = DomainDispatcherApplication(create_backend_app)
+        self._over = threading.Event()
         self._doing = threading.Lock()  # moto lists and removes in turn, not at once
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True)
@@ -76,6 +78,9 @@ class Server:
             return self._done(environ, start_response)
         environ["wsgi.input"] = io.BytesIO(environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0)))
         connection = environ["werkzeug.socket"]
+        if fault == SILENT:
+            self._over.wait()
+            return []
 
         def do():
             self._done(environ, lambda *given: None)
@@ -127,6 +132,7 @@ def bucket_server(monkeypatch=None):
         server.requests.clear()
         yield server
     finally:
+        server._over.set()
         server._server.shutdown()
         server._thread.join()
         server._server.server_close()

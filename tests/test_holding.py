@@ -255,6 +255,13 @@ def test_a_reader_writes_nothing_and_goes_by_the_last_commit_with_room_for_clock
     assert before == (contents(study_dir), os.stat(study_dir).st_mtime_ns)
 
 
+def test_a_driver_whose_clock_is_behind_is_seen_by_the_clock_of_the_disk(study_dir, monkeypatch):
+    with monkeypatch.context() as behind:
+        behind.setattr(time, "time", lambda now=time.time: now() - 2 * READERS_SILENT_FOR_S)
+        leave(study_dir, **ELSEWHERE)
+    assert holder(study_dir) == "process 12 on node7, since noon"
+
+
 def test_a_killed_process_of_this_machine_holds_nothing_even_while_nobody_asks_how_it_ended(study_dir):
     """As in a container, whose first process seldom asks: the dead stay in the list of processes."""
     code = "import logs, pathlib, sys, time\nwith logs.holding(pathlib.Path(sys.argv[1])):\n"

@@ -13,7 +13,7 @@ import time
 
 import optuna
 import pytest
-from bucket_server import CUT, DONE_503, LATE, LOST, bucket_server, refused
+from bucket_server import CUT, DONE_503, LATE, LOST, SILENT, bucket_server, refused
 from optuna.storages import JournalStorage
 from optuna.trial import TrialState
 from study_steps import contents
@@ -429,6 +429,20 @@ def test_an_answer_that_never_comes_is_unknown_and_the_next_opening_finds_out(se
     server.strike = lambda method, path: None
     claimed(in_bucket(server))
     assert kinds(in_bucket(server)) == ["owner", *(["a"] if is_there else []), "owner"]
+
+
+def test_a_server_that_accepts_and_never_answers_is_asked_by_short_requests_that_are_not_repeated(server, monkeypatch):
+    for name in ("LOG_TIMEOUT_S", "TIMEOUT_S"):
+        monkeypatch.setattr(bucket, name, 0.1)
+    monkeypatch.setattr(bucket, "MAX_RETRIES", 5)
+    monkeypatch.setattr("carft_ray.store.log.UNCLEAR_FOR_S", 1.0)
+    log = claimed(in_bucket(server), clock := Clock())
+    server.requests.clear()
+    server.strike = lambda method, path: SILENT
+    with pytest.raises(UnknownError, match="did not say for 1 s whether it has log/00000002"):
+        commit(log, "a")
+    assert clock.now - 1000 < 2
+    assert [method for method, _ in server.requests] == ["PUT", "GET"] * (len(server.requests) // 2)
 
 
 # damage, listings, readers

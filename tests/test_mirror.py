@@ -13,7 +13,7 @@ import pytest
 import report_studies
 import short_training
 import stand_in
-from bucket_server import DONE_503, SECRET, impatient, refused
+from bucket_server import CUT, DONE_503, SECRET, impatient, refused
 from crash_host import call
 from logs import write_line
 from study_steps import told
@@ -27,9 +27,11 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import MANIFEST, RAY_LOG
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store import log as log_module
 from carft_ray.store.bucket import Bucket
-from carft_ray.store.folder import Folder
+from carft_ray.store.folder import Folder, UnknownError
 from carft_ray.store.log import Log
+from carft_ray.store.owner import identity
 from carft_ray.study import mirror
 from carft_ray.study.holding import held, is_study, log_of
 from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record, require_unread
@@ -451,6 +453,70 @@ def test_an_answer_that_lacks_what_is_there_removes_nothing(server, monkeypatch)
     monkeypatch.setattr(Bucket, "all", lambda *given, **more: {MANIFEST: listed(*given, **more)[MANIFEST]})
     with held(log := open_log(folder), print), uploading(log):
         assert (folder / "file").exists()
+
+
+def test_after_an_answer_that_is_unknown_nothing_more_is_uploaded(server, monkeypatch):
+    monkeypatch.setattr(log_module, "UNCLEAR_FOR_S", 0.5)
+    folder = own_folder(server.address("study"))
+
+    def lose():
+        files.write_text(folder / MANIFEST, "{}")
+        server.strike = lambda method, path: CUT if "/log/" in path else None
+        with log.commit({"kind": "a"}):
+            pass
+
+    with pytest.raises(UnknownError), held(log := open_log(folder), print), uploading(log):
+        lose()
+    assert [path for method, path in server.requests if method == "PUT" and "/log/" not in path] == []
+
+
+def elsewhere(server):
+    """The log of a study that a process of another machine holds."""
+    log = Log(Bucket(server.address("study")))
+    log.claim(me={**identity(), "host": "node7", "pid": 12, "since": "noon"})
+    return log
+
+
+def begun(server):
+    """The address of a study that nobody holds."""
+    address = server.address("study")
+    with open_study(own_folder(address), report_studies.make_recipe(3)):
+        pass
+    return address
+
+
+def test_a_search_on_a_machine_whose_clock_is_behind_is_seen_and_asked_to_stop(server, monkeypatch, capsys):
+    address = begun(server)
+    with monkeypatch.context() as behind:
+        behind.setattr(time, "time", lambda now=time.time: now() - 600)
+        elsewhere(server)
+    assert read_study(address).holder == "process 12 on node7, since noon"
+    assert call(["stop", address, "--no-wait"]) == 0
+    assert "Asked process 12 on node7, since noon to stop" in capsys.readouterr().err
+    assert len([name for name in server.objects() if "/requests/" in name]) == 1
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_a_search_that_seems_to_be_silent_is_asked_and_runs_if_a_heartbeat_follows(server, monkeypatch, capsys, runs):
+    address = begun(server)
+    log = elsewhere(server)
+    monkeypatch.setattr(log_module, "BEAT_AFTER_S", 0.0)
+    monkeypatch.setattr("carft_ray.launch.stop.HEARD_S", 60.0 if runs else 0.0)
+    monkeypatch.setattr(time, "time", lambda now=time.time: now() + 600)  # the clock here, not that of the store
+
+    def search():
+        while not any("/requests/" in name for name in server.objects()):
+            time.sleep(0.01)
+        log.beat()
+        log.release()
+
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(search) if runs else None
+        assert call(["stop", address, "--json"]) == 0
+        assert done is None or done.result() is None
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["asked"] == ("process 12 on node7, since noon" if runs else None)
+    assert len([name for name in server.objects() if "/requests/" in name]) == 1
 
 
 @pytest.mark.slow

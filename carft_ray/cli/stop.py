@@ -24,9 +24,9 @@ def stop(
 
     study_view.require_study(study, "must be a study or the folder of a training", NUMBERS)
     place = absolute(study)
-    found = ask_to_stop(place)
     see = common.command_line("status", study)
     with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
+        found = ask_to_stop(place, console.sayer(not json_))
         if found is not None and not no_wait:
             if not json_:
                 console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")

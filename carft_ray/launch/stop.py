@@ -22,12 +22,14 @@ from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Pr
 from carft_ray.layout import STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.store.bucket import Bucket
+from carft_ray.store.log import BEAT_AFTER_S, READERS_SILENT_FOR_S
 from carft_ray.study.mirror import Place, in_bucket, log_at, stop_request
 
 BUDGET_STOP = "budget: "  # how the stop file begins when the search asks itself; what follows is the limit
 LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure
 LARGEST_MARGIN = 0.25  # of the limit
 CHECK_EVERY_S = 0.5
+HEARD_S = BEAT_AFTER_S + 15.0  # a wait for a heartbeat
 TELL_AFTER_S = 30.0  # of a wait for what was asked to stop
 END_WITHIN_S = 3600.0  # a search: an evaluation is finished first
 
@@ -79,23 +81,36 @@ def interruption(what: str, resume_command: str) -> InterruptedRunError:
     return InterruptedRunError(Problem("", what, next_step=step))
 
 
-def ask_to_stop(place: Place) -> str | None:
-    """Writes the stop file when a live process holds a study; in a bucket an object from which it makes that.
+def ask_to_stop(place: Place, tell: Callable[[str], None] = lambda text: None) -> str | None:
+    """Writes the stop file when a process holds a study; in a bucket an object from which it makes that.
+
+    A process that seems to be silent is asked, too: clocks may differ. It runs if it makes a commit within ``HEARD_S``.
+
+    Args:
+        place: Of the study, or of a training.
+        tell: Told when a heartbeat is waited for.
 
     Returns:
-        Which process holds it; None when none does, and then nothing is written.
+        Which process holds it; None when none runs.
 
     Raises:
         StorageError: The file cannot be written.
     """
     log, text = log_at(place), "asked by `carft-ray stop`\n"
-    found = log.holder()
+    found = log.holder(also_silent=True)
     if found is None:
         return None
     if in_bucket(place):
         Bucket(str(place)).put(stop_request(log), text.encode())
-    else:
+    elif not files.exists(Path(place) / STOP):  # it may say which budget was used up
         files.write_text(Path(place) / STOP, text)
+    if log.holder() is None:
+        tell(f"waiting {HEARD_S:.0f} s for a heartbeat of {found}, whose last one is old")
+        end = time.monotonic() + HEARD_S
+        while not log.follow():
+            if time.monotonic() >= end:
+                return None
+            time.sleep(CHECK_EVERY_S)
     return found
 
 
@@ -112,11 +127,13 @@ def wait_until_free(place: Place, holder: str, tell: Callable[[str], None], see:
         ClusterError: It has not ended within ``END_WITHIN_S``.
         StorageError: The log is damaged, or cannot be read.
     """
-    log = log_at(place)
+    log, heard = log_at(place), time.monotonic()
 
     def has_ended() -> bool:
-        log.follow()
-        return log.holder() != holder
+        nonlocal heard
+        if log.follow():
+            heard = time.monotonic()
+        return log.holder(also_silent=True) != holder or time.monotonic() - heard >= READERS_SILENT_FOR_S
 
     wait_until_ended(holder, has_ended, END_WITHIN_S, tell, see)
 

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 SCHEMES = ("s3", "gs", "az")
 TESTED = ("s3",)
 TIMEOUT_S, CONNECT_TIMEOUT_S = 60.0, 5.0  # of one request
-RETRY_FOR_S, MAX_RETRIES = 60.0, 5  # of one operation but ``put_new``
+RETRY_FOR_S, MAX_RETRIES = 60.0, 5  # of one operation but ``put_new`` and ``look``
+LOG_TIMEOUT_S = 10.0  # of one request of these two, which are not repeated: the log asks again itself
 PIECE_BYTES = 16 * 2**20  # what one request carries of a large file
 
 _CONTAINER = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}")
@@ -84,9 +85,9 @@ class Bucket:
     def __init__(self, address: str) -> None:
         scheme, place = parsed(address)
         self.address = f"{scheme}://{place}"
-        self._store = _opened(self.address, MAX_RETRIES)
+        self._store = _opened(self.address, MAX_RETRIES, TIMEOUT_S)
         self._api = importlib.import_module("obstore")
-        self._once = _opened(self.address, 0)  # a retry would take its own first try for another's
+        self._once = _opened(self.address, 0, LOG_TIMEOUT_S)  # a retry would take its own first try for another's
         if scheme not in TESTED and scheme not in _warned:
             _warned.add(scheme)
             logger.warning("buckets of %s:// were not tested with carft-ray; only those of s3:// were", scheme)
@@ -96,10 +97,22 @@ class Bucket:
 
     def get(self, name: str) -> bytes | None:
         """Returns the content of an object; None when there is none."""
+        return self._read(self._store, name)
+
+    def look(self, name: str) -> bytes | None:
+        """As ``get``, by one short request."""
+        return self._read(self._once, name)
+
+    def written(self, name: str) -> float | None:
+        """Returns when an object was written, in seconds since 1970 by the clock of the server; None: there is none."""
+        listed = self.stat(name)
+        return None if listed is None else listed.stamp_ns / 1e9
+
+    def _read(self, store: "ObjectStore", name: str) -> bytes | None:
         check_name(name)
         try:
             with self._errors(name, "must be readable"):
-                found = self._api.get(self._store, name)
+                found = self._api.get(store, name)
                 if (size := found.meta["size"]) <= files.MOST_JSON_BYTES:
                     return bytes(found.bytes())
         except _MissingError:
@@ -255,7 +268,7 @@ def parsed(address: str) -> tuple[str, str]:
     return scheme, f"{bucket}/{prefix}".rstrip("/")
 
 
-def _opened(address: str, max_retries: int) -> "ObjectStore":
+def _opened(address: str, max_retries: int, timeout_s: float) -> "ObjectStore":
     try:
         from obstore.exceptions import BaseError
         from obstore.store import AzureStore, GCSStore, S3Store
@@ -267,7 +280,7 @@ def _opened(address: str, max_retries: int) -> "ObjectStore":
     endpoints = [os.environ.get(name, "") for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")]
     options: dict[str, Any] = {
         "client_options": {
-            "timeout": timedelta(seconds=TIMEOUT_S),
+            "timeout": timedelta(seconds=timeout_s),
             "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
             "allow_http": any(each.startswith("http://") for each in endpoints),
         },

@@ -38,6 +38,10 @@ class Store(Protocol):
     def get(self, name: str) -> bytes | None:
         """As of ``Folder``, and so are the others."""
 
+    def look(self, name: str) -> bytes | None: ...
+
+    def written(self, name: str) -> float | None: ...
+
     def put_new(self, name: str, data: bytes) -> None: ...
 
     def put(self, name: str, data: bytes) -> None: ...
@@ -74,6 +78,17 @@ class Folder:
             return None
         except OSError as error:
             raise files.storage_error(path, error, "must be readable") from error
+
+    def look(self, name: str) -> bytes | None:
+        """As ``get``; in a bucket, by one short request."""
+        return self.get(name)
+
+    def written(self, name: str) -> float | None:
+        """Returns when an object was written, in seconds since 1970 by the clock of the disk; None: there is none."""
+        path = self.path_of(name)
+        with files.writing(path), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            return path.stat().st_mtime
+        return None
 
     def put_new(self, name: str, data: bytes) -> None:
         """Creates an object, by a hard link: a rename would replace one that is there. Of several that try at once, one

@@ -44,7 +44,7 @@ from carft_ray.untrusted import parse_json
 OWNER, RELEASED = "owner", "released"  # kinds of records: who writes from here on; that nobody does
 BEAT_AFTER_S = 30.0  # without a commit, the owner makes an empty one
 SILENT_FOR_S = 90.0  # without a commit, the owner is taken for dead
-# a reader goes by the clocks of two machines, which differ, and believes in a silent owner for longer
+# a reader compares its clock with that of the store, which differ, and believes in a silent owner for longer
 READERS_SILENT_FOR_S = 300.0
 LOOK_EVERY_S = 1.0  # while another owner may be dead
 UNCLEAR_FOR_S = 30.0  # what a store is given to say whether a commit is there
@@ -166,13 +166,20 @@ class Log(BaseJournalBackend):
         self._require_sound()
         return not self._is_owner and self._read_on()
 
-    def holder(self) -> str | None:
+    def holder(self, also_silent: bool = False) -> str | None:
         """Returns which live process holds the log, in words, as far as the log was read; None when none does.
 
-        One of another machine counts until its last commit is ``READERS_SILENT_FOR_S`` old.
+        Args:
+            also_silent: One of another machine counts until it has released the log; else until its last commit is
+                ``READERS_SILENT_FOR_S`` old, by the clock of the store.
         """
-        silent_s = 0.0 if is_seen(self._holder[1]) else time.time() - self.time
-        return None if _is_free(self._holder) or silent_s >= READERS_SILENT_FOR_S else named(self._holder[1])
+        if _is_free(self._holder):
+            return None
+        if not also_silent and not is_seen(self._holder[1]):
+            written = self._store.written(commit_name(self.number))
+            if written is not None and time.time() - written >= READERS_SILENT_FOR_S:
+                return None
+        return named(self._holder[1])
 
     @property
     def is_held_here(self) -> bool:
@@ -204,6 +211,11 @@ class Log(BaseJournalBackend):
         with contextlib.suppress(StorageError):
             self.check()
         return isinstance(self._spoiled_by, RefusedError)
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether it is not known if the last commit is there: what follows from it must not be written."""
+        return isinstance(self._spoiled_by, UnknownError)
 
     def abandon(self) -> None:
         """Ends the ownership of a log that this process is about to remove."""
@@ -364,7 +376,7 @@ class Log(BaseJournalBackend):
 
     def _found(self, name: str) -> bytes | None:
         with contextlib.suppress(StorageError):
-            return self._store.get(name)
+            return self._store.look(name)
         return None
 
     def _read_on(self) -> bool:

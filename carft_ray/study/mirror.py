@@ -9,6 +9,7 @@ What is fetched stays in the user's cache, and the next time only what has chang
 
 import contextlib
 import json
+import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -277,6 +278,9 @@ def _fetch_log(bucket: Bucket, folder: Path) -> Log:
         files.remove(folder)
     log = Kept(Through(str(bucket), Folder(folder)))
     log.follow()
+    if there := bucket.stat(commit_name(log.number)) if log.number else None:
+        with files.writing(folder):  # a reader of the copy goes by the clock of the bucket, too
+            os.utime(folder / commit_name(log.number), ns=(there.stamp_ns, there.stamp_ns))
     return log
 
 

@@ -13,7 +13,7 @@ import contextlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 from carft_ray import files
@@ -36,6 +36,7 @@ class _Mirrored(Through):
         self._known: dict[str, _Version] = {}  # files as the bucket has them
         self._forgotten: set[str] = set()  # files and folders that the search has removed
         self._written: set[str] = set()  # names that this process may have written
+        self.ends: Callable[[], bool] = lambda: False  # whether nothing more may be uploaded
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
 
     def begin(self, own_request: str) -> None:
@@ -86,6 +87,8 @@ class _Mirrored(Through):
             names = [name for name in names if (checkpoint_of(name) is not None) == checkpoints]
             names.sort(key=lambda name: name != MANIFEST)  # files without one are no study
             for name in names:
+                if self.ends():
+                    return
                 self._upload(name, self.here.path / name)
             known = {name for name in self._known.copy() if (checkpoint_of(name) is not None) == checkpoints}
             gone = self._removed_by_us(known, there)
@@ -127,6 +130,7 @@ class _Uploading(Kept):
     def __init__(self, store: _Mirrored) -> None:
         super().__init__(store)
         self.store = store
+        store.ends = lambda: self.is_unknown
 
     def keep_files(self) -> None:
         self.store.upload_new(checkpoints=False)
@@ -158,7 +162,7 @@ def uploading(log: Log) -> Iterator[None]:
     def upload() -> None:
         while not left.wait(UPLOAD_EVERY_S):
             with contextlib.suppress(StorageError):  # the next commit tells
-                if log.store.get(request) is not None:
+                if log.store.look(request) is not None:
                     files.write_text(log.store.here.path / STOP, f"asked by {request}\n")
                 all_files()
 
@@ -173,7 +177,7 @@ def uploading(log: Log) -> Iterator[None]:
         yield
     except BaseException:
         left.set()
-        thread.join()
+        thread.join(0.0 if log.is_unknown else None)  # a bucket that does not answer keeps it for a minute
         with contextlib.suppress(StorageError):
             if log.is_abandoned:
                 log.store.remove_written(request)
