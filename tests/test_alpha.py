@@ -18,7 +18,7 @@ from curve_stand_in import ZERO_SHOT, make_recipe, run_all, write_result
 from report_studies import predictions, predictions_table
 from study_steps import failed, searching
 
-from carft_ray.errors import CarftError, DataError, DivergedError, NoSuccessfulTrialError, RecipeError, StorageError
+from carft_ray.errors import DataError, DivergedError, NoSuccessfulTrialError, RecipeError, StorageError
 from carft_ray.evaluation import metrics
 from carft_ray.evaluation.alpha import alphas_at_chance, choose_point, curve_points, measure_curve
 from carft_ray.evaluation.constraints import Limit, limits, violations_at
@@ -485,7 +485,10 @@ def test_a_group_of_classes_scores_its_largest_logit_and_is_named_by_its_first_c
 def test_logits_that_are_not_finite_are_an_error_that_counts_the_images(value):
     ids, labels, logits = random_set()
     logits[3, 1] = value
-    with pytest.raises(CarftError, match=r"id_val at alpha 0\.4: class logits must be finite, but those of 1 of 37"):
+    told = r"^model\.pretrained: class logits of the zero-shot model for id_val must be finite, but those of 1 of 37 .*"
+    with pytest.raises(DataError, match=told + r"\n    Take other weights: these are damaged\.$"):  # no training blamed
+        predictions_table("id_val", 0.0, ids, labels, logits)
+    with pytest.raises(DivergedError, match=r"id_val at alpha 0\.4: class logits must be finite, but those of 1 of 37"):
         predictions_table("id_val", 0.4, ids, labels, logits)
 
 

@@ -321,6 +321,8 @@ WARNINGS = [
     ("train: {decay: matrices, weight_decay: 0}", f"train.decay {NO_EFFECT}weight_decay is 0"),
     ("train: {decay: matrices, weight_decay: 0}\nsearch: {space: {weight_decay: {low: 0, high: 1}}}", None),
     ("train: {head_bias: true, head_lr_factor: 0}", f"train.head_bias {NO_EFFECT}head_lr_factor is 0, so it stays"),
+    ("train: {alpha: 0}", "train.alpha is 0: the result is the zero-shot model, whatever is trained"),
+    ("train: {alpha: 0.1}", None),
     ("train: {lora_alpha: 8}", f"train.lora_alpha {NO_EFFECT}lora_rank is null"),
     ("search: {space: {lora_alpha: {low: 1, high: 8}}}", f"search.space.lora_alpha {NO_EFFECT}lora_rank is null"),
     ("train: {ema_decay: 0}", f"train.ema_decay {NO_EFFECT}an average with decay 0 is the last step"),

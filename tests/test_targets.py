@@ -259,6 +259,15 @@ def test_heads_from_the_cache_are_the_very_bits_and_are_embedded_once(tmp_path, 
     assert (entry.kind, entry.source, entry.in_use) == ("heads", "25 sentences", False)
 
 
+def test_a_model_leaves_the_device_also_when_its_sentences_cannot_be_embedded(tmp_path, tiny_clip, monkeypatch):
+    places = []
+    monkeypatch.setattr(tiny_clip.model, "to", lambda device: places.append(str(device)) or tiny_clip.model)
+    shorter = dataclasses.replace(tiny_clip, tokenizer=open_clip.SimpleTokenizer(context_length=15))
+    with pytest.raises(RuntimeError):
+        kept(tmp_path, shorter)
+    assert places == ["cpu", "cpu"]  # to the device, which is one here, and back
+
+
 def test_everything_that_decides_the_heads_makes_others(tmp_path, passes, tiny_clip, monkeypatch):
     def embeds(*args, clip=tiny_clip):
         passes.clear()

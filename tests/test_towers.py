@@ -15,7 +15,7 @@ from open_clip.timm_model import TimmModel
 from stand_in import make_recipe
 from test_loop import CPU, GPU, largest_difference, settings
 from timm.optim import param_groups_layer_decay
-from tiny import make_resnet_clip
+from tiny import make_clip, make_resnet_clip
 from torch import nn
 
 from carft_ray.data.source import ImageSet
@@ -231,6 +231,14 @@ def test_mixtures_are_those_of_mixed_states_and_leave_the_model_as_it_was(resnet
         shared = {each.untyped_storage().data_ptr() for each in resnet_clip.model.visual.state_dict().values()}
         assert mixed(0.0).visual.conv1.weight.untyped_storage().data_ptr() in shared  # no weights of its own is left
     assert largest_difference(before, resnet_clip.model.visual.state_dict()) == 0.0
+
+
+def test_what_drops_at_random_as_a_function_stays_off_while_a_tower_trains():
+    clip = make_clip({"timm_model_name": "test_efficientnet", "timm_pool": "avg", "image_size": 32})
+    clip.model.visual.trunk.drop_rate = 0.5  # of torch's functional dropout, no module
+    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    classifier, pixels = classifier_of(clip, heads, settings()), torch.from_numpy(image_set(32).images_NHWC.copy())
+    assert torch.equal(classifier.train().features(pixels), classifier.eval().features(pixels))
 
 
 def test_auto_compiles_long_trainings_on_a_gpu_with_a_compiler(monkeypatch):

@@ -59,12 +59,19 @@ def predictions_table(
 
     Raises:
         DivergedError: A logit is not finite.
+        DataError: One of the zero-shot model is not: alpha is 0.
     """
     num_images, bad = len(answers_N5), int(np.isnan(answers_N5[:, OF_LOGITS.index("nll")]).sum())
     if bad:
-        rule = f"class logits must be finite, but those of {bad} of {num_images} images are not"
+        rule = f"must be finite, but those of {bad} of {num_images} images are not"
+        if alpha == 0:
+            rule, step = (
+                f"class logits of the zero-shot model for {set_name} {rule}",
+                "Take other weights: these are damaged.",
+            )
+            raise DataError(Problem("model.pretrained", rule, next_step=step))
         step = "The training has diverged; try a lower learning_rate."
-        raise DivergedError(Problem(f"{set_name} at alpha {alpha:g}", rule, next_step=step))
+        raise DivergedError(Problem(f"{set_name} at alpha {alpha:g}", f"class logits {rule}", next_step=step))
     columns = [
         pa.DictionaryArray.from_arrays(pa.array(np.zeros(num_images, np.int32)), pa.array([set_name])),
         pa.array(np.full(num_images, alpha, np.float64)),

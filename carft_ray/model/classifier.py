@@ -9,15 +9,11 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from carft_ray.model.clip import Clip
 from carft_ray.model.device import compute_dtype
 from carft_ray.model.lora import merged_state
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
-
-DROPS = ("DropPath", "PatchDropout", "PatchDropoutWithIndices")  # of timm and open_clip
 
 
 class ImageClassifier(nn.Module):
@@ -93,15 +89,16 @@ class ImageClassifier(nn.Module):
         return features_BD, self.logits(features_BD)
 
     def train(self, mode: bool = True) -> "ImageClassifier":
-        """Switches to training; BatchNorm and what drops at random stay in eval mode.
+        """Switches to training; the image tower stays in eval mode.
 
-        So the statistics are those of pre-training, and the KL at step 0 is 0 for towers, too, whose pre-training used
-        stochastic depth or left out patches.
+        So the statistics of BatchNorm are those of pre-training, and the KL at step 0 is 0 for towers, too, whose
+        pre-training used stochastic depth, dropout, as modules or as functions, or left out patches.
         """
         super().train(mode)
-        for module in self.modules():
-            if isinstance(module, _BatchNorm | _DropoutNd) or type(module).__name__ in DROPS:
-                module.eval()
+        for module in self.visual.modules():
+            # without dropout, attention computes the same in both modes, but in eval mode of frozen layers by another
+            # path, with other last bits
+            module.training = mode and isinstance(module, nn.MultiheadAttention) and module.dropout == 0
         return self
 
     def state(self) -> dict[str, Tensor]:

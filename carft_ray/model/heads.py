@@ -106,8 +106,10 @@ def cached_heads(
         if not embedded:
             say(f"embedding {number} sentences for the heads")
             on_progress = time_left(say, "embedding sentences")
-            heads = build_heads(clip.model.to(device), clip.tokenizer, class_names, templates, on_progress)
-            clip.model.to("cpu")
+            try:
+                heads = build_heads(clip.model.to(device), clip.tokenizer, class_names, templates, on_progress)
+            finally:
+                clip.model.to("cpu")
             embedded.update(class_head=heads[0].cpu(), context_head=heads[1].cpu())
         return embedded
 

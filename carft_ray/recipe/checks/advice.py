@@ -52,6 +52,8 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if (gpus := recipe.resources.gpus_per_worker or 0) > 1 and train.function is None:
         more = f"takes {gpus:g} GPUs for each worker, which computes on one"
         yield "resources.gpus_per_worker", f"{more}; write 1, and num_workers: {gpus:g} to train on all of them"
+    if train.alpha == 0:
+        yield "train.alpha", "is 0: the result is the zero-shot model, whatever is trained"
     for name, of, value in (("context_scale", "kl_weight", 0), ("lora_alpha", "lora_rank", None)):
         if always(of, value) and getattr(train, name) is not None:
             yield f"train.{name}", f"has no effect: {of} is {shown(value)}"

@@ -49,9 +49,11 @@
   };
   const logit = (value) => { const p = Math.min(0.9995, Math.max(0.0005, value)); return Math.log(p / (1 - p)); };
   const known = (values) => values.filter((value) => value != null && Number.isFinite(value));
+  // null is a value if it is a choice
+  const has = (trial, name) => trial.values[name] != null || Boolean(doc.space[name]?.choices?.includes(null));
   const about = (trial) => [
     `<b>${trial.name}</b>`,
-    ...PARAMETERS.filter((name) => trial.values[name] != null).map((name) => `${spaced(name)} ${short(trial.values[name])}`),
+    ...PARAMETERS.filter((name) => has(trial, name)).map((name) => `${spaced(name)} ${short(trial.values[name]) || "null"}`),
     `alpha ${trial.alpha?.toFixed(2) ?? "-"}`,
     `ID ${percent(trial.id)} %` + (trial.ood == null ? "" : `, OOD ${percent(trial.ood)} %`),
     `objective ${percent(trial.objective)} %`,
@@ -263,13 +265,13 @@
   const total = (row) => Object.values(row.violations ?? {}).reduce((sum, value) => sum + Math.max(0, value), 0);
 
   draw.slices = (rows, element) => {
-    const points = complete(rows), names = PARAMETERS.filter((name) => new Set(points.map((trial) => trial.values[name]).filter((value) => value != null)).size > 1);
+    const points = complete(rows), names = PARAMETERS.filter((name) => new Set(points.filter((trial) => has(trial, name)).map((trial) => trial.values[name])).size > 1);
     if (!points.length || !names.length) return null;
     const columns = Math.max(1, Math.min(names.length, Math.floor(width(element) / (isPrinting ? 190 : 260)), 4)), lanes = Math.ceil(names.length / columns);
     const found = layout({ height: 60 + 250 * lanes, grid: { rows: lanes, columns, pattern: "independent", xgap: 0.1, ygap: 0.3 }, margin: { l: 52, r: 70, t: 8, b: 48 } });
     const alphas = known(points.map((trial) => trial.alpha)), showscale = new Set(alphas).size > 1;
     const traces = names.map((name, i) => {
-      const key = i ? i + 1 : "", there = points.filter((trial) => trial.values[name] != null);
+      const key = i ? i + 1 : "", there = points.filter((trial) => has(trial, name));
       found[`xaxis${key}`] = parameterAxis(name);
       found[`yaxis${key}`] = axis({ title: i % columns ? "" : "objective, %" });
       return { x: there.map((trial) => (doc.space[name]?.choices ? String(trial.values[name]) : trial.values[name])), y: there.map((trial) => 100 * trial.objective), xaxis: `x${key}`, yaxis: `y${key}`, mode: "markers", text: there.map(about), hovertemplate: "%{text}<extra></extra>",
@@ -322,7 +324,7 @@
     const spread = (band) => (band.length <= MOST ? band : Array.from({ length: MOST }, (_, i) => band[Math.round((i * (band.length - 1)) / (MOST - 1))]));
     const traces = Array.from({ length: BANDS }, (_, k) => {
       const band = order.slice(Math.floor((k * order.length) / BANDS), Math.floor(((k + 1) * order.length) / BANDS)), x = [], y = [];
-      for (const trial of spread(band)) { columns.forEach((column, i) => { const value = column.of(trial); x.push(i); y.push(value == null ? null : column.to(value)); }); x.push(null); y.push(null); }
+      for (const trial of spread(band)) { columns.forEach((column, i) => { const value = column.of(trial); x.push(i); y.push(value == null && !column.choices?.includes(null) ? null : column.to(value)); }); x.push(null); y.push(null); }
       return { x, y, mode: "lines", hoverinfo: "skip", name: `${percent(band[0].objective)} to ${percent(band.at(-1).objective)} %`, line: { color: between(k / Math.max(1, BANDS - 1)), width: (points.length > 100 ? 1 : 1.6) * (k === BANDS - 1 ? 1.5 : 1) }, opacity: 0.6 + (0.4 * (k + 1)) / BANDS };
     });
     const ends = columns.flatMap((column, i) => [0, 1].map((end) => ({ x: i, y: end, text: column.ends[end], showarrow: false, yshift: end ? 12 : -12, font: { size: 11, color: colour("muted") } })));
