@@ -1,5 +1,6 @@
 """The Ray that a command starts for itself: who can reach it, and what of it stays in the process."""
 
+import contextlib
 import inspect
 import os
 import stat
@@ -7,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
+from killed_searches import wait_until
 
 import cluster
 from carft_ray.errors import ClusterError
@@ -16,7 +19,11 @@ from carft_ray.launch.ray_cluster import cluster as cluster_module
 from carft_ray.launch.ray_cluster.cluster import running_ray
 
 VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-CLIENT = "import ray, sys; ray.init(address=sys.argv[1], log_to_driver=False); print(len(ray.nodes()))"
+# Ray takes 127.0.0.1 for the address of this machine in its network, where our own Ray does not listen
+CLIENT = (
+    "import ray, sys; ray._private.services.resolve_ip_for_localhost = str; "
+    "ray.init(address=sys.argv[1], log_to_driver=False); print(len(ray.nodes()))"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +42,15 @@ def client(address, **variables):
     surroundings |= {"RAY_AUTH_TOKEN_PATH": "", **variables}
     command = [sys.executable, "-c", CLIENT, address]
     return subprocess.run(command, env=surroundings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def listening():
+    """What listens in the processes of a Ray that this process has started: addresses, by name of the process."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found += [(process.name(), one.laddr) for one in process.net_connections() if one.status == "LISTEN"]
+    return found
 
 
 @pytest.mark.whole
@@ -63,6 +79,11 @@ def test_our_own_ray_is_closed_to_others_and_leaves_no_token_in_the_process(tmp_
             found = client(address, **({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}))
             assert (found.returncode == 0) == comes_in
             assert comes_in or "token" in found.stdout
+        wait_until(lambda: any("DashboardAg" in name for name, _ in listening()), "its agent listens")
+        found = listening()
+        assert len(found) >= 5
+        assert [each for each in found if each[1].ip.removeprefix("::ffff:") != "127.0.0.1"] == []
+        assert {each[1].port for each in found}.isdisjoint({52365, 44217, 44227})  # those that `ray start` takes
     assert known() == before
     assert not outer.exists()
     assert not (tmp_path / ".ray" / "auth_token").exists()

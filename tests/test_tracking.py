@@ -333,6 +333,24 @@ def test_an_answer_that_is_none_is_a_warning_and_the_next_notice_is_sent(server)
         assert "secret" not in told
 
 
+@pytest.mark.parametrize(
+    ("location", "instead"),
+    [
+        ("https://other.example:8443/hook?token=secret", "; give https://other.example:8443 with the same path"),
+        ("https://other.example/services/secret2", "; give https://other.example with its new path"),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed_and_its_notice_is_told_as_not_sent(server, code, location, instead):
+    answer, warned = f"HTTP/1.1 {code} Moved\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode(), []
+    server.answers += [answer, answer]
+    with notifying(server.url, "s", Path("s"), warned.append) as beside:
+        beside(lambda event: None)(ended(0, is_best=True))
+    assert warned == [f"--notify-url: not sent: the server redirects ({code}){instead}"]
+    assert len(server.got) == 2  # nothing was asked for with a GET
+
+
 def test_the_search_waits_for_no_server_that_is_missing_or_does_not_answer(monkeypatch):
     monkeypatch.setattr(notify, "TIMEOUT_S", 1.0)
     warned = []

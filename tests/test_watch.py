@@ -271,6 +271,15 @@ def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path,
             assert (commits(study_dir), sorted(path.name for path in study_dir.iterdir())) == before
 
             port = url.rpartition(":")[2]
+            for host in (f"rebound.example:{port}", "127.0.0.1.rebound.example", ""):  # DNS rebinding
+                asked_there = urllib.request.Request(f"{url}/api/studies", headers={"Host": host})
+                with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+                    urllib.request.urlopen(asked_there, timeout=60)
+                assert b"search" not in refused.value.read()
+            for host in (f"LOCALHOST:{port}", "127.0.0.1"):
+                asked_there = urllib.request.Request(f"{url}/api/studies", headers={"Host": host})
+                with urllib.request.urlopen(asked_there, timeout=60) as answer:
+                    assert json.load(answer)["study_summaries"]
             second = command("dashboard", study_dir, "--port", port)
             _, err = second.communicate(timeout=120)
             assert second.returncode == 2

@@ -8,7 +8,8 @@ Never in the recipe, which may come from somebody else. Each is one JSON object:
     trial       its name, where it is about one; objective and alpha of a best
 
 They are sent while the search continues, in the order of the events, each within ten seconds. One that fails is a
-warning at the end, never an error. Events of one kind about trials come at most once in 30 s.
+warning at the end, never an error. So is one that is answered by a redirect, which is not followed: it would be asked
+for with a GET that has no notice in it. Events of one kind about trials come at most once in 30 s.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urljoin, urlsplit
 
 from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
 from carft_ray.launch.events import Event, OnEvent, Stopping, TrialFinished, TrialSetAside, to_all
@@ -135,16 +137,33 @@ def _send_all(waiting: Any, url: str, faults: list[str]) -> None:
             faults.append(f"--notify-url: {fault}")
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *given: Any, **named: Any) -> None:
+        """Follows none: the answer is an ``HTTPError``."""
+
+
 def _post(url: str, body: bytes) -> str:
     """Posts the JSON; returns what went wrong, empty for nothing. The address may hold a secret and is not shown."""
     asked = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(asked, timeout=TIMEOUT_S):
+        with urllib.request.build_opener(_NoRedirect).open(asked, timeout=TIMEOUT_S):
             return ""
     except urllib.error.HTTPError as error:
         with error:
+            if 300 <= error.code < 400:
+                return f"not sent: the server redirects ({error.code}){_towards(url, error.headers.get('Location'))}"
             return f"the server answered {error.code} {error.reason}"
     except http.client.HTTPException as error:  # its text may have the address
         return f"the server's answer is no HTTP ({type(error).__name__})"
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
+
+
+def _towards(url: str, location: str | None) -> str:
+    """Returns where a redirect leads and what to give instead, without the path, which may hold a secret."""
+    there, here = urlsplit(urljoin(url, location or "")), urlsplit(url)
+    if not location or not there.netloc:
+        return ""
+    path = "with the same path" if (there.path, there.query) == (here.path, here.query) else "with its new path"
+    host = f"{there.hostname}:{there.port}" if there.port else there.hostname
+    return f"; give {there.scheme}://{host} {path}"

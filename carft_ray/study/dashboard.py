@@ -3,6 +3,9 @@
 It has buttons that rename, delete and write. Two things prevent this: requests other than GET and HEAD are refused
 before it gets them, and its storage has a log that was not claimed, which takes no commit. The search that writes it is
 not held up, and what it adds is seen.
+
+Only requests that name this machine as their host are answered: a page of another site whose name resolves to 127.0.0.1
+(DNS rebinding) would read the study otherwise.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -17,7 +20,10 @@ from carft_ray.store.folder import Folder
 from carft_ray.store.log import Log
 from carft_ray.study.mirror import NUMBERS, Place, fetched
 
+ADDRESS = "127.0.0.1"
+HOSTS = (ADDRESS, "localhost")
 REFUSED = b"This dashboard only shows the study. Change it with carft-ray.\n"
+OTHER_HOST = b"This dashboard answers at 127.0.0.1 and localhost only.\n"
 
 
 class _Followed(Log):
@@ -52,7 +58,7 @@ def serve(place: Place, port: int, ready: Callable[[int], None]) -> None:
         UsageError: optuna-dashboard is not installed.
         OSError: The port is taken.
     """
-    with make_server("127.0.0.1", port, _application(place), _Server, _Silent) as server:
+    with make_server(ADDRESS, port, _application(place), _Server, _Silent) as server:
         ready(server.server_port)
         server.serve_forever()
 
@@ -66,9 +72,10 @@ def _application(place: Place) -> Callable[..., Iterable[bytes]]:
     shown = wsgi(JournalStorage(_Followed(place)))
 
     def application(asked: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if asked["REQUEST_METHOD"] not in ("GET", "HEAD"):
+        is_ours = asked.get("HTTP_HOST", "").partition(":")[0].lower() in HOSTS
+        if not is_ours or asked["REQUEST_METHOD"] not in ("GET", "HEAD"):
             start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
-            return [REFUSED]
+            return [REFUSED if is_ours else OTHER_HOST]
         answer: Iterable[bytes] = shown(asked, start_response)
         return answer
 

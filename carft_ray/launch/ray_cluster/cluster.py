@@ -41,6 +41,8 @@ ENVIRONMENT = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "1000000",
 }
+# of a Ray of our own: no metrics, and two servers of theirs that start all the same take free ports
+WITHOUT_METRICS = {"RAY_enable_metrics_collection": "0", "AUTOSCALER_METRIC_PORT": "0", "DASHBOARD_METRIC_PORT": "0"}
 OBJECT_STORE_BYTES = 128 * 2**20  # data travels through memory-mapped files, Ray moves only small messages
 TIMED_OUT = "timed out during startup"  # in what Ray says when it has not started within 30 s
 CONNECT_TIMEOUT_S = 10
@@ -86,7 +88,8 @@ def running_ray(
     if is_connected:
         _require_connected_to(address)
     # of a Ray of our own, only this process and its children know the token
-    ours = ENVIRONMENT | ({} if address else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)})
+    closed = {**WITHOUT_METRICS, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ours = ENVIRONMENT | ({} if address else closed)
     before = {name: os.environ[name] for name in ours if name in os.environ}  # what the user has set holds
     os.environ.update({**ours, **before})
     folder = tempfile.gettempdir()
@@ -129,15 +132,16 @@ def _start(temp_dir: str) -> None:
     usable = environment.usable_cores()
     for is_last in (False, False, True):  # on a busy machine Ray may not start within its 30 s, and does at a next try
         try:
-            ray.init(
-                address="local",
-                num_cpus=usable if usable != os.cpu_count() else None,  # None: Ray also knows a container's limit
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.WARNING,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=temp_dir,
-            )
+            with ray_private.on_this_machine_only():
+                ray.init(
+                    address="local",
+                    num_cpus=usable if usable != os.cpu_count() else None,  # None: Ray also knows a container's limit
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.WARNING,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=temp_dir,
+                )
             return
         except Exception as error:  # a bare Exception is what Ray raises after these 30 s
             ray.shutdown()

@@ -63,6 +63,25 @@ def read_authentication_anew() -> None:
     _named("ray._raylet.AuthenticationTokenLoader").instance().reset_cache()
 
 
+@contextlib.contextmanager
+def on_this_machine_only() -> Iterator[None]:
+    """Within the block, ``ray.init`` starts a Ray whose ports all listen on 127.0.0.1, its agent on a free port.
+
+    Otherwise it listens on all interfaces, its metrics without the token, and its agent takes the port (52365) that a
+    ``ray start`` beside it needs. ``ray.init`` has no argument for the agent and replaces 127.0.0.1 by another address.
+    """
+    module, plain = _named("ray._private.parameter"), _named("ray._private.parameter.RayParams")
+
+    def ours(**given: Any) -> Any:
+        return plain(**given | {"node_ip_address": "127.0.0.1", "dashboard_agent_listen_port": 0})
+
+    module.RayParams = ours
+    try:
+        yield
+    finally:
+        module.RayParams = plain
+
+
 def draining_nodes() -> Mapping[str, int]:
     """Returns the nodes that Ray drains: by its name of each the deadline, milliseconds since 1970, 0 without one."""
     found: Mapping[str, int] = _named("ray._private.state.state.get_draining_nodes")()
