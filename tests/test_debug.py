@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,12 @@ import stand_in
 from crash_host import call
 
 from carft_ray import files
-from carft_ray.errors import CarftError, InterruptedRunError
+from carft_ray.errors import CarftError, InterruptedRunError, StorageError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
+from carft_ray.layout import STOP
 from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.study.rows import trials
 
@@ -78,6 +80,37 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
     result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
     assert [row.outcome for row in result.trials] == ["complete"] * 2
     assert result.trials[0].attempt == 2
+
+
+def test_a_stop_that_comes_when_all_trainings_have_finished_ends_nothing(tmp_path):
+    def on_event(event):
+        if isinstance(event, TrialEpoch) and event.spec.name.startswith("t0001") and event.metrics["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    result = run_search(stand_in.make_recipe(2, **DEBUG), tmp_path / "study", None, on_event, STAND_IN)
+    assert [row.outcome for row in result.trials] == ["complete"] * 2
+    assert not (tmp_path / "study" / STOP).exists()
+
+
+def test_a_signal_writes_nothing_itself_and_stops_a_search_whose_disk_is_full(tmp_path, monkeypatch):
+    stand_in.tell(tmp_path, **{"0": "hold"})
+    write, writers = files.write_text, []
+
+    def write_text(path, text):
+        if path.name == STOP:
+            writers.append(threading.current_thread())
+            raise StorageError("the disk is full")
+        write(path, text)
+
+    def on_event(event):
+        if isinstance(event, TrialEpoch):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(files, "write_text", write_text)
+    with pytest.raises(InterruptedRunError, match="0 of 2 trials finished"):
+        run_search(stand_in.make_recipe(2, baselines={}, **DEBUG), tmp_path / "study", None, on_event, STAND_IN)
+    assert writers
+    assert threading.main_thread() not in writers
 
 
 def test_an_attempt_whose_folder_cannot_be_made_is_no_verdict(tmp_path):

@@ -126,6 +126,14 @@ def agree(context, study_dir, recipe, folder):
         with pytest.raises(there if context.rank else type(error), match=str(error)):
             from_rank_0(context, fail)
         assert gather(context, context.rank) == [0, 1]
+    for cause in (OSError(errno.EIO, "Input/output error"), raised_from(StorageError("no"), OSError(errno.EIO, ""))):
+
+        def fail_as_a_disk(error=cause):
+            raise error
+
+        with pytest.raises(MachineError) as caught:  # of rank 0, on every rank
+            from_rank_0(context, fail_as_a_disk)
+        assert lost_rank(caught.value, context) == 0
     assert on_all_ranks(context, lambda: context.rank) == context.rank
 
     def missing():

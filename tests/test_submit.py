@@ -45,6 +45,7 @@ class Dashboard:
         self.polls, self.pieces = 2, ["first line\n", "second line\n"]
         self.end = {"status": "SUCCEEDED", "driver_exit_code": 0}
         self.is_deaf = False  # jobs go on when they are asked to stop
+        self.without_agent = 0  # of the submissions: so many come before the head has an agent
         # of the questions for a job's status: not answered, with "no such job", with a log that cannot be had
         self.away, self.forgets, self.without_log = (), (), ()
 
@@ -89,6 +90,9 @@ class Dashboard:
 
     async def _submit(self, request):
         asked = await request.json()
+        if self.without_agent > 0:
+            self.without_agent -= 1
+            return web.Response(status=500, text="No available agent to submit job, please try again later.")
         if asked["submission_id"] in self.jobs:
             return web.Response(status=500, text=f"Job with submission_id {asked['submission_id']} already exists.")
         self.add(asked["submission_id"], "", **{key: asked[key] for key in ("entrypoint", "metadata", "runtime_env")})
@@ -454,6 +458,22 @@ def test_a_head_that_is_away_for_a_moment_is_asked_again_and_one_that_stays_away
     _, err = submit(5, "--attach", "three")
     assert "no longer knows the job" in told(err)
     assert "The same command again resumes the study" in told(err)
+
+
+def test_submit_waits_for_the_agent_of_the_head_and_names_its_port_where_there_is_none(
+    here, dashboard, submit, monkeypatch
+):
+    dashboard.without_agent = 3
+    _, err = submit(0, "r.yaml", "--study", "study", "--installed")
+    assert told(err).count("The head has no agent yet, which starts jobs; waiting for it, 60 s at most.") == 1
+    assert [*dashboard.jobs] == [jobs.job_id(here / "study")]
+    monkeypatch.setattr(jobs, "AGENT_WITHIN_S", 0.2)
+    dashboard.without_agent = 10**6
+    _, err = submit(5, "r.yaml", "--study", "other", "--installed")
+    assert "must have an agent that starts jobs; it had none for 0.2 s" in told(err)
+    assert "Its port, 52365, is probably taken" in told(err)
+    assert "ray start --head --dashboard-agent-listen-port 52366" in told(err)
+    assert len(dashboard.jobs) == 1
 
 
 # the package

@@ -129,7 +129,7 @@ def _send(server: "Server", upload: "Upload", variables: dict[str, str], install
         upload.write(Path(folder))
         modules = [] if installed else package.folders()
         environment = jobs.runtime_env(Path(folder) if upload.files else None, modules, variables)
-        name = jobs.submit(server, upload.study, upload.entrypoint(installed), environment)
+        name = jobs.submit(server, upload.study, upload.entrypoint(installed), environment, console.say)
     console.say(f"Submitted {name} to {server.address}.")
     return name
 

@@ -92,9 +92,11 @@ class Driver:
         bad_nodes: Nodes on which attempts fail again and again.
         drains: Nodes that are being taken away; None: there are none to ask for.
         exchange: By which it talks to what runs.
+        signalled: Tells whether a signal to stop has come.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
         is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
+        has_stopped: Whether a training was stopped before its end.
     """
 
     study: Study
@@ -109,9 +111,11 @@ class Driver:
     bad_nodes: BadNodes = field(default_factory=BadNodes)
     drains: Drains | None = None
     exchange: Exchange = field(default_factory=lambda: Exchange(Mailbox()))
+    signalled: Callable[[], bool] = bool
     failure: Exception | None = field(default=None, init=False)
     out_of_budget: str = field(default="", init=False)
     is_stopping: bool = field(default=False, init=False)
+    has_stopped: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._attempts: dict[str, _Attempt] = {}  # by the name that whoever runs them has given
@@ -218,11 +222,13 @@ class Driver:
         return sorted({*self.bad_nodes.left_out(), *(self.drains.nodes() if self.drains else ())})
 
     def check_stop(self) -> bool:
-        """Tells whether a stop was asked for, by a file that the driver alone reads, or the budget is used up.
+        """Tells whether a stop was asked for, by a signal or a file, or the budget is used up.
 
         What runs is then asked to stop.
         """
-        if not self.is_stopping and (files.seen(self.study.study_dir / STOP) or self._budget_ends()):
+        if not self.is_stopping and (
+            self.signalled() or files.seen(self.study.study_dir / STOP) or self._budget_ends()
+        ):
             self.is_stopping, self._stopping_since = True, time.monotonic()
             for spec in self.live:
                 self.exchange.order(spec.training, spec.attempt, "stop")
@@ -409,6 +415,7 @@ class Driver:
         row = self.study.settle(spec, failure)
         if row is None:
             if self.check_stop():
+                self.has_stopped = True
                 self.study.stopped(spec)  # it stays RUNNING, for the next search
                 return
             leaves = attempt.leaves or (SLEPT if attempt.began < self.exchange.woke else "")

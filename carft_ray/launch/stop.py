@@ -1,8 +1,8 @@
 """How a search is asked to stop: by a signal, by another process, or because its budget is used up.
 
-All of them write the stop file, which running trainings read: they write a checkpoint and end. A running training needs
-a while for that, and an evaluation at its end is finished first. So a budget asks earlier, by the longest such while
-seen in this search.
+All of them write the stop file, which the driver reads: running trainings write a checkpoint and end. A running
+training needs a while for that, and an evaluation at its end is finished first. So a budget asks earlier, by the
+longest such while seen in this search.
 
     margin = min(LEAST_MARGIN_S + longest while, limit / 4)
 
@@ -10,6 +10,7 @@ A trial that cannot end within the rest is begun all the same: it leaves a check
 """
 
 import contextlib
+import queue
 import signal
 import threading
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
+from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem, StorageError
 from carft_ray.layout import STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.store.bucket import Bucket
@@ -35,27 +36,43 @@ END_WITHIN_S = 3600.0  # a search: an evaluation is finished first
 
 
 @contextlib.contextmanager
-def stop_file_on_signal(stop_path: Path) -> Iterator[None]:
-    """Within the block, SIGINT or SIGTERM writes the stop file; a second one raises ``KeyboardInterrupt``.
+def stop_on_signal(stop_path: Path) -> Iterator[Callable[[], bool]]:
+    """Within the block, SIGINT or SIGTERM asks to stop; a second one raises ``KeyboardInterrupt``.
 
-    Outside the main thread, where Python allows no handlers, it does nothing.
+    The handler, which may come in the middle of a commit, only notes the signal. A thread writes the stop file, which
+    says to others that the search stops, and why; on a full disk it stops without the file. Outside the main thread,
+    where Python allows no handlers, nothing is handled.
+
+    Yields:
+        A function that tells whether a signal has come.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield bool
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
+    names, to_write = list[str](), queue.SimpleQueue[str]()  # such a queue may be filled by a signal handler
 
     def politely(number: int, frame: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.default_int_handler)
-        files.write_text(stop_path, f"{signal.Signals(number).name}\n")
+        names.append(signal.Signals(number).name)
+        to_write.put(names[0])
 
+    def write() -> None:
+        if name := to_write.get():
+            with contextlib.suppress(StorageError):
+                files.write_text(stop_path, f"{name}\n")
+
+    writer = threading.Thread(target=write, name="stop-file", daemon=True)
+    writer.start()
     before = [signal.signal(number, politely) for number in numbers]
     try:
-        yield
+        yield lambda: bool(names)
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler or signal.SIG_DFL)
+        to_write.put("")
+        writer.join()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 from ray import tune
 from ray.tune.search import Searcher
 
+from carft_ray import files
 from carft_ray.data.readers import forget_listings
 from carft_ray.errors import CarftError, ClusterError, Problem, StorageError
 from carft_ray.launch.driver import Driver
@@ -29,7 +30,7 @@ from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.ray_workers import tune_trainable
 from carft_ray.launch.runtime import Runtime
-from carft_ray.launch.stop import stop_file_on_signal
+from carft_ray.launch.stop import stop_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import STOP
 from carft_ray.study.outcome import TrialSpec
@@ -85,13 +86,16 @@ def run_trainings(
         drains=drains,
         exchange=Exchange(runtime.mailbox),
     )
-    with stop_file_on_signal(study.study_dir / STOP), driver.exchange.going_on():
+    with stop_on_signal(study.study_dir / STOP) as driver.signalled, driver.exchange.going_on():
         if runtime.in_process:
             _run_here(driver, runtime, progress)
         else:
             _run_with_tune(driver, runtime)
     if driver.failure is not None:
         raise driver.failure
+    if study.done() and not driver.has_stopped:  # what asked to stop came too late
+        files.remove(study.study_dir / STOP)
+        return ""
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
 
 

@@ -39,8 +39,8 @@ def from_rank_0(context: RunContext, make: Callable[[], T]) -> T:
         try:
             made[0] = make()
         except Exception as error:  # raised below, after the others have it
-            cause = error.__cause__  # which does not travel
-            of_machine = isinstance(cause, OSError) and cause.errno in MACHINE_ERRNOS
+            known = (error, error.__cause__)  # a cause does not travel; nor is the other ranks' machine at fault
+            of_machine = any(isinstance(each, OSError) and each.errno in MACHINE_ERRNOS for each in known)
             failed = MachineError(str(error), 0) if of_machine else error
             made[1] = _that_travels(failed)
     dist.broadcast_object_list(made, src=0)

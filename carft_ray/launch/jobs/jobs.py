@@ -29,6 +29,8 @@ STOP_WAIT_S = 120  # until a job that is stopped is killed: its trainings write 
 POLL_S = 2.0
 LOG_PER_S = 100_000  # characters: a long log, which comes whole each time, is asked for less often
 HEAD_MAY_BE_AWAY_S = 60.0
+AGENT_WITHIN_S = 60.0  # after its start a head has no agent yet
+NO_AGENT = "No available agent to submit job"  # what Ray says then, and for ever where the agent's port was taken
 
 
 def job_id(study: Place) -> str:
@@ -90,24 +92,45 @@ def find_job(server: Server, written: str) -> JobDetails:
     return matching[0]
 
 
-def submit(server: Server, study: Place, entrypoint: str, runtime_env: Mapping[str, Any]) -> str:
-    """Submits a search.
+def submit(
+    server: Server, study: Place, entrypoint: str, runtime_env: Mapping[str, Any], tell: Callable[[str], None]
+) -> str:
+    """Submits a search; waits for the agent of the head, which starts jobs.
 
     Args:
         server: The cluster.
         study: The study directory, or the address of the study.
         entrypoint: The shell command.
         runtime_env: As ``runtime_env`` returns it.
+        tell: Told what is waited for, once.
 
     Returns:
         The id of the job.
+
+    Raises:
+        ClusterError: The head has had no agent for ``AGENT_WITHIN_S``; or as of ``ask``.
     """
     first = job_id(study)
     taken = {job.submission_id for job in jobs(server)}
     name = next(each for each in (first, *(f"{first}-{n}" for n in range(2, len(taken) + 3))) if each not in taken)
     given: dict[str, Any] = {"entrypoint": entrypoint, "submission_id": name, "runtime_env": dict(runtime_env)}
     given["metadata"] = {STUDY: absolute(study), "version": __version__}
-    return ask(server, lambda client: client.submit_job(**given))
+    end, is_told = time.monotonic() + AGENT_WITHIN_S, False
+    while True:
+        try:
+            return ask(server, lambda client: client.submit_job(**given))
+        except ClusterError as error:
+            if NO_AGENT not in str(error):
+                raise
+            if time.monotonic() >= end:
+                rule = f"must have an agent that starts jobs; it had none for {AGENT_WITHIN_S:g} s"
+                step = "Its port, 52365, is probably taken on the head by another Ray. Start the head with a free one: "
+                step += "ray start --head --dashboard-agent-listen-port 52366"
+                raise ClusterError(Problem(f"the cluster at {server.address}", rule, next_step=step)) from error
+        if not is_told:
+            tell(f"The head has no agent yet, which starts jobs; waiting for it, {AGENT_WITHIN_S:g} s at most.")
+            is_told = True
+        time.sleep(POLL_S)
 
 
 def runtime_env(working_dir: Path | None, modules: Sequence[Path], variables: Mapping[str, str]) -> dict[str, Any]:
