@@ -16,8 +16,16 @@ from test_init import write_tree
 import carft_ray
 from carft_ray import training
 from carft_ray.cli import app
+from carft_ray.data import images
 from carft_ray.data.synthetic.sandbox import CLASSES, render
+from carft_ray.launch import at_hand, driver, mailbox, study_files
+from carft_ray.launch.jobs import jobs
+from carft_ray.launch.ray_cluster import drains, nodes
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.store import log
+from carft_ray.study import uploads
+from carft_ray.study.study import LOST_ATTEMPTS
+from carft_ray.training import loop
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("*.md", "docs/*.md", "search_spaces/*.md", "cluster/*.md", "benchmarks/*.md", "examples/*.md")
@@ -83,6 +91,36 @@ def test_each_statement_of_what_survives_who_is_trusted_and_where_it_runs_names_
             assert re.search(rf"(?m)^def {name}\(", (ROOT / "tests" / file).read_text()), name
 
 
+WORDS = {1: "once a second", 2: "two", 3: "three", 5: "five", 10: "ten", 60: "a minute", 7 * 24 * 3600: "a week"}
+NUMBERS = [  # which the tests above make small
+    (
+        "storage",
+        f"copies of {log.PACKED} commits in one object, for quick reading; written every {log.PACK_EVERY} commits",
+    ),
+    ("storage", f"All other files are uploaded every {WORDS[uploads.UPLOAD_EVERY_S]} seconds, and at the end."),
+    ("storage", f"until its last heartbeat is {WORDS[log.READERS_SILENT_FOR_S / 60]} minutes old"),
+    ("storage", f"a commit is tried for {log.UNCLEAR_FOR_S:.0f} s"),
+    ("resume", f"takes the study over after {log.SILENT_FOR_S:.0f} s without one"),
+    ("resume", f"{WORDS[LOST_ATTEMPTS]} attempts at a trial in a row fail without advancing"),
+    ("resume", f"A driver that is silent for {WORDS[mailbox.PATIENCE_S]}"),
+    ("resume", f"The search asks Ray {WORDS[drains.ASK_EVERY_S]}."),
+    ("resume", f"metrics window (every {WORDS[loop.LOG_EVERY]} steps, and at the end of an epoch)"),
+    ("resume", f"a node on which {WORDS[nodes.FAILURES]} attempts in a row were lost, and does not use it for "),
+    ("resume", f"does not use it for {WORDS[nodes.LEFT_OUT_S / 60]} minutes;"),
+    ("resume", f"in {WORDS[driver.WAVES_TO_GIVE_UP]} waves ({WORDS[driver.FAILURES_TO_GIVE_UP]} at least)"),
+    ("clusters", f"does not answer for less than {WORDS[jobs.HEAD_MAY_BE_AWAY_S]}."),
+    ("clusters", f"kills a job {jobs.STOP_WAIT_S} s after a stop"),
+    ("clusters", f"in pieces of {study_files.PIECE_BYTES // 2**20} MiB"),
+    ("clusters", f"files of a killed process after {WORDS[at_hand.KEPT_FOR_S]}."),
+    ("trust", f"images above {images.LARGE // 10**6} million pixels one at a time"),
+]
+
+
+@pytest.mark.parametrize(("document", "words"), NUMBERS)
+def test_the_numbers_of_these_statements_are_those_of_the_code(document, words):
+    assert words in " ".join((ROOT / f"docs/{document}.md").read_text().split())
+
+
 def code_lines():
     """Yields the lines of all code blocks, fenced or indented, with continued lines joined and prompts removed."""
     for name in DOCUMENTS:
@@ -128,9 +166,9 @@ def test_ci_runs_each_test_once_but_those_of_clusters():
     rules = dict(re.findall(r"(?m)^([\w-]+):.*\n\t@.*-m '([^']+)'$", makefile))
     targets = re.findall(r"(?m)^make ([\w-]+)$", (ROOT / ".ci/run").read_text())
     run = [rules[target] for target in targets if target in rules]
-    for whole, nodes in product((True, False), repeat=2):
-        times = sum(eval(marks, {"whole": whole, "nodes": nodes}) for marks in run)
-        assert times == (not nodes), (run, whole, nodes)
+    for whole, cluster in product((True, False), repeat=2):
+        times = sum(eval(marks, {"whole": whole, "nodes": cluster}) for marks in run)
+        assert times == (not cluster), (run, whole, cluster)
 
 
 def test_the_recipe_of_the_readme_is_one(tmp_path):
