@@ -3,8 +3,11 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 from crash_host import call
 from PIL import Image
 from short_training import write_model
@@ -12,6 +15,7 @@ from test_init import write_tree
 
 from carft_ray import words
 from carft_ray.cli.doctor import step_words
+from carft_ray.data.source import ImageSet
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training import doctor
 from carft_ray.training.doctor import as_plain_data, examine, zero_shot_findings
@@ -76,6 +80,9 @@ def test_a_healthy_recipe_has_no_error_and_every_number(here):
     assert set(found.zero_shot) == {"id_val", "fog"}
     assert all(one["num_images"] == 36 for one in found.zero_shot.values())
     assert 1 <= found.model["effective_contexts"] <= 2
+    largest = found.model["largest_context"]
+    assert 0.5 <= largest["share"] <= 1
+    assert "{}" in largest["template"]
     assert json.loads(json.dumps(as_plain_data(found), allow_nan=False))["healthy"]
 
 
@@ -142,7 +149,12 @@ SICK = [
     (leak, (), "note", "data.train: 1 image left out, also in data.ood_test.secret"),
     (leak, ("data.shared_images=fail",), "error", "ood_test.secret: a set has one role and must not share images with"),
     (None, ("data.cache_dir=r.yaml",), "error", "data.cache_dir: must be a folder that may be written, but got"),
-    (None, ("model.name=local-dir:clop",), "error", "model.name: local-dir: needs a folder with open_clip_config.json"),
+    (
+        None,
+        ("model.name=local-dir:clop",),
+        "error",
+        "model.name: local-dir: must be followed by a folder that exists, but",
+    ),
     (None, ("train.lora_rank=99",), "error", "train.lora_rank: must be at most 32, the smallest side of a matrix"),
     (None, ("prompts.class_names=[ring, ring, star]",), "note", "'ring' names 2 classes, which zero-shot cannot"),
     (None, (LONG,), "warning", "prompts: sentences must be shorter than the 32 tokens that the model reads, but got"),
@@ -221,6 +233,22 @@ def test_all_pairs_of_images_in_two_roles_are_written(here, name, capsys):
     assert text.count(f"{here}/images/") == 8
     assert text.count("same bytes") >= 4
     assert f"{name}: 4 pairs of images in two roles" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("clock", "number"), [([0, 99, 99.4, 198], 1000), ([0, 99, 198, 297], 50)])
+def test_a_slow_first_pass_or_a_busy_moment_does_not_make_a_model_slow(monkeypatch, clock, number):
+    """Four images a pass; a set has 1,000: at .1 s each all are measured, at 25 s fewer."""
+    monkeypatch.setattr(doctor, "time", SimpleNamespace(monotonic=iter(clock).__next__))
+    images = ImageSet(
+        "id_val", np.zeros((1000, 8, 8, 3), np.uint8), np.zeros(1000, int), np.arange(1000, dtype=np.uint64)
+    )
+
+    def classifier(pixels):
+        return None, torch.zeros(len(pixels), 2)
+
+    found = doctor.Diagnosis()
+    assert doctor._affordable(classifier, [images], torch.device("cpu"), found) == number
+    assert len(found.findings) == (number < 1000)
 
 
 def test_where_an_image_takes_long_fewer_are_measured_and_it_is_said(run, here, monkeypatch):

@@ -235,6 +235,8 @@ def test_sizes_and_options_of_all_models_pass_and_each_tag_is_refused_under_the_
 
 def test_a_local_folder_is_checked_before_anything_is_loaded(tmp_path):
     name, config = f"local-dir:{tmp_path}", tmp_path / "open_clip_config.json"
+    [problem] = check_model(ModelConfig(name=f"{name}/clop"))
+    assert str(problem) == f"model.name: local-dir: must be followed by a folder that exists, but got {tmp_path}/clop"
     tokenizer = json.dumps({"model_cfg": {"text_cfg": {"hf_tokenizer_name": "timm/ViT-B-16-SigLIP"}}})
     for file, content, rule in (
         (None, "", "local-dir: needs a folder with open_clip_config.json, or one with a CLIPModel of Hugging Face"),

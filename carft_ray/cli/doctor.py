@@ -131,7 +131,9 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str
     if model:
         contexts = counted(model["num_contexts"], "context")
         if "effective_contexts" in model:
+            largest = model["largest_context"]
             contexts += f", in effect {model['effective_contexts']:.1f}"
+            contexts += f" (most: {100 * largest['share']:.0f} % on {largest['template']!r})"
         yield (
             f"model {model['name']}: {model['image_size']} pixels, s = {model['logit_scale']:.1f}, "
             f"{model['num_classes']} classes, {contexts}; {model['trained_weights'] / 1e6:.1f} million weights train, "

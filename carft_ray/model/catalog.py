@@ -173,6 +173,10 @@ def _check_folder(folder: Path) -> list[Problem]:
             rule = f"a Hugging Face folder must hold a CLIPModel ({HUGGING_FACE_CONFIG} with model_type: clip)"
             step = f"For other models give an open_clip folder: {OPEN_CLIP_CONFIG}, weights and tokenizer files."
             return [Problem("model.name", rule, f"model_type: {kind} in {folder}", next_step=step)]
+    elif not folder.is_dir():
+        siblings = [str(other) for other in folder.parent.glob("*")] if folder.parent.is_dir() else []
+        rule = "local-dir: must be followed by a folder that exists"
+        return [Problem("model.name", rule, str(folder), nearest=nearest(str(folder), siblings))]
     elif not (folder / OPEN_CLIP_CONFIG).is_file():
         rule = f"local-dir: needs a folder with {OPEN_CLIP_CONFIG}, or one with a CLIPModel of Hugging Face"
         return [Problem("model.name", rule, str(folder))]
