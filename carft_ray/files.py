@@ -293,15 +293,19 @@ def _whole_rows(content: bytes) -> list[dict[str, Any]]:
 
 
 @contextlib.contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, temporary_as: str = "") -> Iterator[Path]:
     """Gives a temporary folder that takes the name ``path`` when the block ends well, and vanishes otherwise.
 
     Files written inside must be flushed by the block (``fsync_file``).
 
+    Args:
+        path: The folder.
+        temporary_as: The temporary name: what a kill has left under it is removed. Empty: a name that nobody else has.
+
     Raises:
         StorageError: A file cannot be written.
     """
-    temporary = temporary_name(path)
+    temporary = path.with_name(temporary_as) if temporary_as else temporary_name(path)
     try:
         with writing(path):
             shutil.rmtree(temporary, ignore_errors=True)

@@ -44,9 +44,6 @@ TRACKING = "tracking"
 CONFIRM_PLAN = "plan.json"
 SUMMARY = "summary.json"
 
-# beside the copy of a study in a bucket, in the cache
-ADDRESS = "address.txt"
-
 # of prepared/
 PREPARATION = "prepared.json"  # what it belongs to, written last
 HEADS = "heads.safetensors"

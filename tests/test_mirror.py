@@ -21,18 +21,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import carft_ray
 from carft_ray import files
-from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
+from carft_ray.errors import DataError, HoldOutError, InterruptedRunError, StorageError, UsageError
 from carft_ray.launch.events import TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.layout import MANIFEST, RAY_LOG
+from carft_ray.layout import MANIFEST, RAY_LOG, STOP
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store import log as log_module
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder, UnknownError
 from carft_ray.store.log import Log
 from carft_ray.store.owner import identity
-from carft_ray.study import mirror
+from carft_ray.study import mirror, uploads
 from carft_ray.study.holding import held, is_study, log_of
 from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record, require_unread
 from carft_ray.study.mirror import MODELS, NUMBERS, fetched, named, own_folder, pull, push
@@ -206,6 +206,46 @@ def test_an_address_without_a_study_is_refused(server, capsys):
         assert f"{server.address('none')}: must be the address of a study" in capsys.readouterr().err
     assert call(["status", f"s3://{server.bucket}-other/none"]) == 5
     assert "404 NoSuchBucket" in capsys.readouterr().err
+
+
+def test_no_command_that_shows_numbers_fetches_predictions_for_what_it_suggests_next(address, server, capsys):
+    for words in (["status", address], ["stop", address], ["ls", address], ["logs", address, "zero_shot"]):
+        assert call(words) == 0
+    assert "carft-ray report" in capsys.readouterr().err
+    assert not [path for method, path in server.requests if "predictions" in path]
+
+
+def test_a_killed_pull_leaves_what_the_next_one_removes(address, made, tmp_path):
+    code = "import sys; from carft_ray.study import mirror; mirror._each = lambda *given: __import__('os')._exit(9)\n"
+    code += "mirror.pull(sys.argv[1], mirror.Path(sys.argv[2]))"
+    command = [sys.executable, "-c", code, address, str(tmp_path / "pulled" / "back")]
+    assert subprocess.run(command, env=killed_searches.environment(), check=False).returncode == 9
+    assert len(os.listdir(tmp_path / "pulled")) == 1
+    pull(address, tmp_path / "pulled" / "back")
+    assert os.listdir(tmp_path / "pulled") == ["back"]
+    assert contents(tmp_path / "pulled" / "back") == contents(made)
+
+
+def test_of_two_pushes_at_once_one_is_made(server, made, tmp_path):
+    other, address = report_studies.make(tmp_path / "other", 1), server.address("kinds")
+    pushed = iter([lambda: push(other, address)])
+
+    def strike(method, path):
+        if method == "PUT" and (more := next(pushed, None)):
+            more()
+
+    server.strike = strike
+    with pytest.raises(UsageError, match="must be an address where nothing is, but got another study"):
+        push(made, address)
+    assert contents(fetched(address)).keys() == contents(other).keys()
+    assert read_study(address).trials == read_study(other).trials
+
+
+def test_a_study_may_have_any_name(made, server):
+    address = server.address("address.txt")
+    push(made, address)
+    assert read_study(address).trials == read_study(made).trials
+    assert named(fetched(address)) == address
 
 
 # a stranger's bucket
@@ -517,6 +557,28 @@ def test_a_search_that_seems_to_be_silent_is_asked_and_runs_if_a_heartbeat_follo
     answer = json.loads(capsys.readouterr().out)
     assert answer["asked"] == ("process 12 on node7, since noon" if runs else None)
     assert len([name for name in server.objects() if "/requests/" in name]) == 1
+
+
+@pytest.mark.slow
+def test_a_bucket_shows_that_a_search_was_asked_to_stop_and_what_has_ended_it(server, monkeypatch, capsys):
+    address = server.address("study")
+    folder = own_folder(address, brings=False)
+    monkeypatch.setattr(uploads, "UPLOAD_EVERY_S", 0.1)
+
+    def status():
+        return printed(capsys, "status", address)
+
+    def use_up(event):
+        if isinstance(event, TrialFinished) and not files.exists(folder / STOP):
+            files.write_text(folder / STOP, "budget: the wall time is used up\n")
+            while not status()["search"]["stopping"]:
+                time.sleep(0.1)
+
+    with pytest.raises(InterruptedRunError, match=f"Resume with: carft-ray resume {address}"):
+        searched(address, 4, on_event=use_up)
+    assert status()["budget"]["ended"] == "the wall time is used up"
+    search(address, 4)  # this one was not asked
+    assert status()["budget"]["ended"] == ""
 
 
 @pytest.mark.slow

@@ -87,9 +87,9 @@ def suggest(study: str, after: str, *more: str, changed: bool = False) -> None:
     """
     from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
     from carft_ray.results.reading.study_view import read_study
-    from carft_ray.study.mirror import own_folder
+    from carft_ray.study.mirror import NUMBERS, own_folder
 
-    view = read_study(own_folder(study, brings=False) if changed else study)
+    view = read_study(own_folder(study, brings=False) if changed else study, NUMBERS)
     if behind_zero_shot(view):
         console.say(BEHIND)
     console.next_step(*next_steps(view, study, after), *more)

@@ -25,7 +25,7 @@ from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import BUDGET_STOP, used_up
-from carft_ray.layout import LOG, METRICS, RESULT, STOP
+from carft_ray.layout import LOG, RESULT, STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, Live, TrialRow, TrialSpec, append_log, log_lost
@@ -53,6 +53,7 @@ class _Attempt:
         began: When it was proposed, and once it runs, when it got its resources, of ``time.monotonic``.
         is_running: Whether it has its resources.
         rows: Of epochs that the study has not judged.
+        last_row: When the last one came, of ``time.monotonic``; 0: none has.
         alive: Its process, once it has posted.
         failure: How it ended, where it has posted that.
         steps: Signs of life that rank 0 has given.
@@ -66,6 +67,7 @@ class _Attempt:
     began: float
     is_running: bool = False
     rows: list[dict[str, Any]] = field(default_factory=list)
+    last_row: float = 0.0
     alive: Process | None = None
     failure: Failure | None = None
     steps: int = 0
@@ -190,10 +192,8 @@ class Driver:
         try:
             self.study.spend(spec, seconds, self.gpus)
             self._report_epochs(attempt)  # the last ones
-            folder = spec.folder(self.study.study_dir)
-            with contextlib.suppress(OSError):  # not there
-                end_s = (spec.place(self.study.study_dir) / RESULT).stat().st_mtime - (folder / METRICS).stat().st_mtime
-                self._longest_end_s = max(self._longest_end_s, end_s)
+            if attempt.last_row and files.seen(spec.place(self.study.study_dir) / RESULT):
+                self._longest_end_s = max(self._longest_end_s, time.monotonic() - attempt.last_row)
             if dead_rank is not None and not attempt.hung:
                 gone = self._died(attempt, gone, dead_rank)
             self._settle(attempt, seconds, gone)
@@ -317,6 +317,7 @@ class Driver:
                     self.on_event(events.TrialStep(attempt.spec, value))
                 elif self.study.add_row(attempt.spec, value):
                     attempt.rows.append(value)
+                    attempt.last_row = time.monotonic()
         except StorageError as error:
             self._fail(error)
         mail = self.exchange.mail(attempt.spec.training, attempt.spec.attempt)

@@ -108,7 +108,7 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list
         problems = [_problem(one, study_dir) for one in (*refused, *unasked)]
         step = f"Continue with {study_dir / RESOLVED}, or give another folder."
         if not refused:
-            command = f"carft-ray search RECIPE --study {study_dir} --change-space"
+            command = f"carft-ray search RECIPE --study {named(study_dir)} --change-space"
             change = f"To change the search space, give --change-space, here or with: {command}."
             step = f"{change}\n    Trials that lie inside still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])

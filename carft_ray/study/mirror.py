@@ -2,7 +2,7 @@
 
 What is fetched stays in the user's cache, and the next time only what has changed is fetched:
 
-    studies/HASH/address.txt    of the study
+    studies/HASH.txt            the address of the study
     studies/HASH/NAME/          the copy, with the last part of the address as its name
     driven/HASH/                the same, where a search of this machine works (``study.uploads``)
 """
@@ -24,7 +24,6 @@ from carft_ray.data.cache import user_cache_dir
 from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.files import is_address
 from carft_ray.layout import (
-    ADDRESS,
     COMMITS,
     MANIFEST,
     OWN,
@@ -36,7 +35,7 @@ from carft_ray.layout import (
     WEIGHTS,
 )
 from carft_ray.store.bucket import Bucket, Listed, parsed
-from carft_ray.store.folder import Folder
+from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import PACKED, Commit, Log, commit_name, pack_name
 from carft_ray.study.holding import is_study, log_of, require_apart
 from carft_ray.untrusted import read_text
@@ -48,7 +47,7 @@ COPIED_FROM = "copied_from"  # key of the manifest of a copy
 FRESH_FOR_S = 5.0  # a copy, for the steps of one command
 THREADS = 16
 STUDIES, DRIVEN = "studies", "driven"  # in the cache
-_OF_PROCESSES = (RAY_LOG, STOP)  # that run in a study: no copy has them
+_OF_PROCESSES = (RAY_LOG, STOP)  # that run in a study: no copy of `pull` or `push` has them
 _fetched: dict[str, tuple[float, int]] = {}  # by address: when, and what was needed
 
 
@@ -81,9 +80,9 @@ def fetched(place: Place, need: int = IMAGES) -> Path:
 
 
 def _place_of(bucket: Bucket, root: str) -> Path:
-    """Returns the folder of a study of a bucket in the cache; beside it stands the address."""
+    """Returns the folder of a study of a bucket in the cache, and writes its address beside it."""
     home = user_cache_dir() / root / blake2b(str(bucket).encode(), digest_size=8).hexdigest()
-    files.write_text(home / ADDRESS, str(bucket))
+    files.write_text(home.with_suffix(".txt"), str(bucket))
     return home / str(bucket).rpartition("/")[2]
 
 
@@ -96,7 +95,7 @@ def named(folder: Place) -> str:
 def address_in(folder: Path, root: str) -> str | None:
     """Returns the address of the study that a folder of the cache belongs to; None of another folder."""
     home = folder.resolve().parent
-    return read_text(home / ADDRESS) if home.parent == (user_cache_dir() / root).resolve() else None
+    return read_text(home.with_suffix(".txt")) if home.parent == (user_cache_dir() / root).resolve() else None
 
 
 def in_bucket(place: Place) -> bool:
@@ -170,14 +169,15 @@ def pull(address: str, folder: Path, tell: Tell = lambda done, total: None) -> d
 
     Raises:
         UsageError: There is no study, or the folder holds something.
-        StorageError: The bucket cannot be read, or the folder not be written; nothing is left then.
+        StorageError: The bucket cannot be read, or the folder not be written; nothing is left then. A kill leaves a
+            hidden folder, which the next call removes.
     """
     files.require_new(folder, "DIR")
     bucket, folder = Bucket(address), folder.absolute()
     before = _require_study(bucket)  # of the ledger, the manifest may be a line behind the log, never ahead
     with contextlib.suppress(OSError):
         folder.rmdir()  # it is empty
-    with files.new_folder(folder) as temporary:
+    with files.new_folder(folder, f".{folder.name}.0-pull.tmp") as temporary:
         log = _fetch_log(bucket, temporary)
         found = fetch_files(bucket, temporary, ALL, tell)
         files.write_bytes(temporary / MANIFEST, before)
@@ -213,7 +213,12 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
     def commit(number: int) -> bytes:
         return here.get(commit_name(number)) or b""
 
-    numbers = dict.fromkeys(range(1, log.number + 1), 0)
+    try:
+        if log.number:
+            bucket.put_new(commit_name(1), commit(1))  # of two that begin at once, one does
+    except RefusedError:
+        raise UsageError(Problem(str(bucket), "must be an address where nothing is", "another study")) from None
+    numbers = dict.fromkeys(range(2, log.number + 1), 0)
     _each(lambda number: bucket.put(commit_name(number), commit(number)), numbers)
     for first in range(1, log.number + 1, PACKED):
         bucket.put(pack_name(first), b"".join(map(commit, range(first, min(first + PACKED, log.number + 1)))))

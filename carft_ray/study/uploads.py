@@ -40,8 +40,8 @@ class _Mirrored(Through):
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
 
     def begin(self, own_request: str) -> None:
-        """Makes the folder equal to the bucket, and drops what asked earlier holders to stop."""
-        self.delete([name for name in self.list(STOP_REQUESTS) if name != own_request])
+        """Makes the folder equal to the bucket, and removes what asked earlier holders to stop."""
+        self.delete([STOP, *(name for name in self.list(STOP_REQUESTS) if name != own_request)])
         there = fetch_files(self, self.here.path, ALL)
         self._known = {name: _version(path) for name in there if (path := self.here.path / name).exists()}
 
@@ -83,7 +83,7 @@ class _Mirrored(Through):
                 step = "Run the same command again: it goes on from what is in the bucket."
                 problem = Problem(str(self.here), "must stay while a search works in it", "cleared", next_step=step)
                 raise StorageError(problem)
-            names = [name for name in there if name not in (RAY_LOG, STOP)] if MANIFEST in there else []
+            names = [name for name in there if name != RAY_LOG] if MANIFEST in there else []
             names = [name for name in names if (checkpoint_of(name) is not None) == checkpoints]
             names.sort(key=lambda name: name != MANIFEST)  # files without one are no study
             for name in names:

@@ -21,6 +21,7 @@ from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.shared_targets import decide_targets
 from carft_ray.recipe.space.grid import num_trials
+from carft_ray.study.mirror import named
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
@@ -97,7 +98,7 @@ def run_search(
     with open_study(study_dir, recipe, change_space, lambda text: on_event(Note(text))) as study:
         study_dir = study.study_dir
         on_event = to_all(on_event, Curves(study_dir, recipe))
-        new_sources(study.log, study_dir, recipe)  # raises before anything is written
+        new_sources(study.log, study_dir, recipe)  # a new study vanishes when one is unfit
         begin(study_dir, recipe)
         num_before = num_finished(study.rows())
         recovered = recover_running(study)
@@ -176,5 +177,5 @@ def _nothing_within_budget(study: Study, ended: str, address: str | None) -> Bud
 
 
 def _resume(study: Study, address: str | None) -> str:
-    command = f"carft-ray resume {shlex.quote(str(study.study_dir))}{trust_word(study.recipe)}"
+    command = f"carft-ray resume {shlex.quote(named(study.study_dir))}{trust_word(study.recipe)}"
     return command if address is None else f"{command} --address {shlex.quote(address)}"

@@ -148,7 +148,7 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
         problems.append(Problem(sets[1], rule, value))
     step = (
         "Begin a new study, which leaves them out of training and validation. Or have numbers with and without them: "
-        f"carft-ray resume {shlex.quote(str(study_dir))} --set data.shared_images=keep"
+        f"carft-ray resume {shlex.quote(named(study_dir))} --set data.shared_images=keep"
     )
     problems[-1] = dataclasses.replace(problems[-1], next_step=step)
     raise HoldOutError(problems)
@@ -178,7 +178,7 @@ def _read_to_continue(study_dir: Path, log: Log, reason: str | None) -> ledger.E
 
 
 def _again(study_dir: Path) -> str:
-    return f"carft-ray test {shlex.quote(str(study_dir))} --again REASON"
+    return f"carft-ray test {shlex.quote(named(study_dir))} --again REASON"
 
 
 def _read_dir(study_dir: Path, number: int) -> Path:

@@ -26,6 +26,7 @@ from carft_ray.results.confirm.summary import complete_trainings, whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
+from carft_ray.study.mirror import named
 from carft_ray.study.rows import ZERO_SHOT, baselines, best_row, confirmations, require_finished, trials
 from carft_ray.words import counted, times
 
@@ -73,7 +74,7 @@ def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
     has_winner = any(row.role == "winner" for row in whole)
     if unfinished or not has_winner or summary.get("seeds") != list(stage.seeds):
-        step = f"Finish it: carft-ray confirm {shlex.quote(str(study_dir))}\n    "
+        step = f"Finish it: carft-ray confirm {shlex.quote(named(study_dir))}\n    "
         step += f"Or move {study_dir / CONFIRM} away, and one training of each is compared."
         value = f"one without all seeds of {', '.join(unfinished)}" if unfinished else "one without its summary"
         rule = "a confirm that was begun must be finished"
