@@ -11,17 +11,21 @@ import pytest
 import short_training
 import torch
 from conftest import TEMPLATES, ArraySource
+from study_steps import searching
 from test_loop import CPU, settings
 from tiny import make_clip, make_resnet_clip, make_tiny_clip
 
 from carft_ray.data.source import ImageSet
-from carft_ray.errors import CarftError
+from carft_ray.errors import CarftError, DataError
 from carft_ray.evaluation.predictions import OF_LOGITS
 from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runtime import Runner
+from carft_ray.launch.worker import run_worker
 from carft_ray.model import classifier
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.loading import load_recipe
-from carft_ray.training import evaluate, run
+from carft_ray.study.outcome import Failure
+from carft_ray.training import evaluate, out_of_memory, run
 from carft_ray.training.evaluate import predict, predict_all
 from carft_ray.training.loop import fine_tune
 from carft_ray.training.memory import StepMemory, step_memory
@@ -181,3 +185,37 @@ def test_a_shortage_of_an_evaluation_is_named(tmp_path, monkeypatch, patch, ever
     assert text in str(caught.value)
     assert caught.value.exit_code == 5
     assert not (tmp_path / "study" / "fits.json").exists()
+
+
+def anonymous_mb():
+    """Returns the memory that this process holds besides files."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon:")) / 1024
+
+
+@pytest.mark.parametrize("ends", ["well", "fails"])
+def test_a_training_that_has_ended_leaves_no_memory_taken_in_its_process(study_dir, ends):
+    """The allocator keeps what was freed below a block that is still there."""
+    kept, held = [], []
+
+    def train(recipe, out_dir, *given):
+        blocks = [b"x" * 2**16 for _ in range(4_000)]
+        kept.append(blocks[-1])
+        held.append(anonymous_mb())
+        if ends == "fails":
+            raise DataError("an image is gone")
+        return attempts.stand_in.train(recipe, out_dir, *given)
+
+    runner = Runner(attempts.stand_in.prepare, train)
+    with searching(study_dir, attempts.stand_in.make_recipe(epochs=1)) as study:
+        out_of_memory.free_host()
+        before = anonymous_mb()
+        ended = run_worker(attempts.plan_of(study, runner), attempts.stand_in.spec(1), RunContext())
+    assert isinstance(ended, Failure) == (ends == "fails")
+    assert held[0] - before > 200
+    assert anonymous_mb() - before < 50
+
+
+def test_a_c_library_that_cannot_give_memory_back_is_left_alone(monkeypatch):
+    monkeypatch.setattr(out_of_memory.ctypes, "CDLL", lambda name: object())
+    out_of_memory.free_host()

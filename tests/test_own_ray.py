@@ -75,6 +75,7 @@ def test_our_own_ray_is_closed_to_others_and_leaves_no_token_in_the_process(tmp_
         assert stat.S_IMODE(outer.stat().st_mode) == 0o700
         there = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
         assert (there["RAY_AUTH_MODE"], there["RAY_USAGE_STATS_ENABLED"]) == ("token", "0")
+        assert there["MALLOC_ARENA_MAX"] == os.environ["MALLOC_ARENA_MAX"]
         for token, comes_in in ((None, False), ("0" * 64, False), (os.environ["RAY_AUTH_TOKEN"], True)):
             found = client(address, **({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token} if token else {}))
             assert (found.returncode == 0) == comes_in
@@ -127,3 +128,23 @@ def test_this_is_what_ray_says_when_it_has_not_started_in_its_time():
     from ray._private import node
 
     assert cluster_module.TIMED_OUT in inspect.getsource(node)
+
+
+@pytest.mark.parametrize("own", [None, "4"])
+def test_processes_of_ray_have_one_arena_for_memory_unless_the_user_has_said_how_many(tmp_path, monkeypatch, own):
+    """With glibc's many, a worker keeps the memory of a training per arena."""
+    if own is None:
+        monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
+    else:
+        monkeypatch.setenv("MALLOC_ARENA_MAX", own)
+    found = []
+
+    def init(**options):
+        found.append(os.environ["MALLOC_ARENA_MAX"])
+        raise OSError("seen enough")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ClusterError), running_ray(None, tmp_path / "ray.log"):
+        pass
+    assert found == [own or "1"]
+    assert os.environ.get("MALLOC_ARENA_MAX") == own

@@ -31,7 +31,7 @@ from carft_ray.recipe.trial_values import apply
 from carft_ray.store.owner import process_started
 from carft_ray.study import outcome
 from carft_ray.study.outcome import Failure, TrialSpec
-from carft_ray.training.out_of_memory import free_device, is_out_of_memory
+from carft_ray.training.out_of_memory import free_device, free_host, is_out_of_memory
 from carft_ray.training.run_context import RunContext
 
 WATCH_EVERY_S = 1.0  # the watchdog of threads is set this often at most
@@ -66,6 +66,7 @@ def run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext) -> Order 
             return failure or poster.order
     finally:
         free_device()  # for the next training of this process, and for those of others that share the GPU
+        free_host()
 
 
 def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: Poster) -> Failure | None:

@@ -5,6 +5,7 @@ micro-batch a training is tried with again is decided in ``launch.micro_batch``.
 """
 
 import contextlib
+import ctypes
 import gc
 import math
 import sys
@@ -118,6 +119,17 @@ def free_device() -> None:
     if torch is not None and torch.cuda.is_initialized():
         gc.collect()  # modules that are distributed or compiled refer to themselves
         torch.cuda.empty_cache()
+
+
+def free_host() -> None:
+    """Gives the memory that a training has freed back to the system; does nothing where the C library is not glibc.
+
+    glibc keeps freed memory in the arena that it came from. The next training runs in another thread, which may get
+    another arena, so a process could come to hold the memory of one training per arena.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def shortage(what: str, num_images: int, image_size: int, device: "torch.device") -> Problem:
