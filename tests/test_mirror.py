@@ -363,16 +363,18 @@ def test_what_was_trained_here_is_used_elsewhere_by_its_address(server, tmp_path
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     for address in (first, single):
         to = tmp_path / f"export-{address[-3:]}"
-        assert call(["export", address, "--to", to]) == 0
+        assert call(["export", address, "--to", to, "--trust-paths"]) == 0
         assert (to / "README.md").exists()
         capsys.readouterr()
-        assert call(["evaluate", address, "--json"]) == 0
+        assert call(["evaluate", address, "--json", "--trust-paths"]) == 0
         found = json.loads(capsys.readouterr().out)
         best = best_row(read_study(address, NUMBERS).trials)
         assert found["metrics"]["objective"] == pytest.approx(best.objective, abs=1e-6)
     assert call(["search", recipe, "--study", next_one, "--executor", "debug", "--warm-start", first]) == 0
     assert f"2 of 2 trials of {first} taken in" in capsys.readouterr().err
-    assert call(["confirm", first, "--executor", "debug", "--seeds", "2", "--against", next_one]) == 0
+    confirm = ["confirm", first, "--executor", "debug", "--seeds", "2", "--against", next_one]
+    assert call(confirm) == 2, "this machine has not written the study"
+    assert call([*confirm, "--trust-paths"]) == 0
     assert call(["test", first]) == 3
     assert f"{first}: must be the study of a recipe with test sets" in capsys.readouterr().err
     pull(first, tmp_path / "back")

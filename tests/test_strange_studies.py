@@ -3,18 +3,30 @@
 import json
 import os
 import shutil
+import sys
 
 import crash_host
 import logs
 import pytest
 import report_studies
 import short_training
+from bucket_server import impatient
 from logs import holding
 
-from carft_ray.errors import StorageError
+import carft_ray
+from carft_ray.data import cache, listed_sets
+from carft_ray.data.file_index import open_table, write_table
+from carft_ray.data.listed_sets import open_sets, write_sets
+from carft_ray.errors import StorageError, UsageError
+from carft_ray.recipe.loading import dump_recipe, load_recipe
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.recipe.schema.sets import DataConfig
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
+from carft_ray.study.identity import study_recipe
+from carft_ray.study.mirror import fetched, push
 from carft_ray.study.rows import best_first, trials
+from carft_ray.study.trust import is_written
 
 RECIPE = report_studies.make_recipe(4, ood=False)
 RECIPE = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"batch_size": 16, "micro_batch": 16})})
@@ -216,3 +228,220 @@ def test_a_cache_that_a_recipe_lays_into_a_folder_of_the_user_removes_and_replac
     assert crash_host.call(["data", "clean", "--all", "--yes", "--cache", str(victim)]) == 0
     after = everything(victim)
     assert {path: after.get(path) for path in before} == before
+
+
+# ---- the files that the recipe of a study in a bucket names
+
+
+OPENED = []  # folder, what was opened below it
+
+
+@pytest.fixture(scope="session")
+def _audited():
+    def hook(event, given):
+        if OPENED and event in ("open", "os.listdir", "os.scandir") and isinstance(given[0], str | bytes | os.PathLike):
+            path = os.path.abspath(os.fsdecode(given[0]))
+            OPENED.extend([path] if path.startswith(OPENED[0]) else [])
+
+    sys.addaudithook(hook)
+
+
+@pytest.fixture
+def opened(_audited, tmp_path):
+    """Gives all paths below ``victim`` that this process has opened or listed."""
+    OPENED[:] = [str(tmp_path / "victim")]
+    yield lambda: OPENED[1:]
+    OPENED.clear()
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with impatient(monkeypatch, tmp_path / "cache") as server:
+        yield server
+
+
+def strangers(recipe, folder, monkeypatch, server, num=0):
+    """Has another machine put a study into a bucket; returns its address."""
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        report_studies.make(folder / "study", num, RECIPE if num else recipe)
+        logs.set_recipe(folder / "study", recipe)
+    push(folder / "study", server.address("study"))
+    return server.address("study")
+
+
+def naming(recipe, victim):
+    """A recipe that names files of the user in every way in which one can."""
+    content = recipe.model_dump(mode="json")
+    table = {"source": "table", "path": f"{victim}/t.csv", "root": f"{victim}/root", "class_names": f"{victim}/names"}
+    content["data"]["train"] = table
+    content["data"]["id_val"] = {"source": "folder", "path": f"{victim}/images", "exclude": f"{victim}/bad.csv"}
+    content["data"]["id_test"] = {
+        "source": "corrupted",
+        "severity": 1,
+        "of": {"source": "webdataset", "path": f"{victim}/0.tar"},
+    }
+    content["data"] |= {"cache_dir": f"{victim}/cache", "cache_gb": 1e-6}
+    content["model"] = {"name": f"local-dir:{victim}/model"}
+    content["search"]["warm_start"] = [f"{victim}/first", "s3://mine/second"]
+    return Recipe.model_validate(content)
+
+
+NAMED = {
+    "data.train.path": "t.csv",
+    "data.train.root": "root",
+    "data.train.class_names": "names",
+    "data.id_val.path": "images",
+    "data.id_val.exclude": "bad.csv",
+    "data.id_test.of.path": "0.tar",
+    "model.name": "model",
+    "search.warm_start.0": "first",
+}
+
+
+@pytest.mark.slow
+def test_a_study_in_a_bucket_that_this_machine_has_not_written_reads_no_file_outside_of_it(
+    server, victim, tmp_path, monkeypatch, capsys, opened
+):
+    victim = victim.parent
+    address = strangers(naming(RECIPE, victim), tmp_path / "stranger", monkeypatch, server, 3)
+    objects, before = server.objects(), everything(victim)
+    del OPENED[1:]
+    refused = {
+        "resume": [],
+        "confirm": [],
+        "test": [],
+        "evaluate": [],
+        "export": ["--to", str(tmp_path / "export")],
+        "reproduce": [],
+    }
+    for verb, more in refused.items():
+        assert crash_host.call([verb, address, *more]) == 2, verb
+        told = " ".join(capsys.readouterr().err.split())
+        for key, name in NAMED.items():
+            rule = f"{key}: must lie in {address}, a study that this machine has not written"
+            assert f"{rule}, but got '{victim}/{name}'" in told or f"{rule}, but got {victim}/{name}" in told, (
+                verb,
+                told,
+            )
+        assert "search.warm_start.1: must lie in" in told
+        assert f"carft-ray {verb} {address} {' '.join([*more, '--trust-paths'])}" in told
+        assert "cache_dir" not in told
+    copy = fetched(address)
+    for words in (
+        ["train", f"{copy}/resolved.yaml", "--out", address, "--resume"],
+        ["search", f"{copy}/resolved.yaml", "--study", address],
+        ["doctor", f"{copy}/resolved.yaml"],
+    ):
+        (copy / "resolved.yaml").write_text(dump_recipe(naming(RECIPE, victim)))
+        assert crash_host.call(words) == 2, words
+        assert f"data.train.class_names: must lie in {address}" in capsys.readouterr().err
+    for words in (["status"], ["ls"], ["report"], ["rescore", "--objective", "harmonic"], ["logs", "zero_shot"]):
+        assert crash_host.call([words[0], address, *words[1:]]) != UsageError.exit_code, words
+    assert crash_host.call(["report", address, "--html", "--out", str(tmp_path / "page.html")]) == 0
+    assert crash_host.call(["compare", f"{address}:0", f"{address}:1"]) == 0
+    for function in (carft_ray.resume, carft_ray.confirm, carft_ray.evaluate):
+        with pytest.raises(UsageError, match="a study that this machine has not written"):
+            function(address)
+    assert opened() == []
+    assert everything(victim) == before
+    assert server.objects() == objects
+
+
+@pytest.mark.slow
+def test_lines_of_a_local_file_come_into_a_strangers_bucket_only_with_trust_paths(
+    server, tmp_path, monkeypatch, capsys
+):
+    path = short_training.make(tmp_path / "victim")
+    secret = tmp_path / "victim" / "passwords.txt"
+    secret.write_text("".join(f"hunter-{number}\n" for number in range(5)))
+    rows = [
+        f"{image},{short_training.CLASSES.index(image.parent.name)}"
+        for image in sorted((tmp_path / "victim/images/photo").rglob("*.png"))
+    ]
+    table = tmp_path / "victim" / "t.csv"
+    table.write_text("image,label\n" + "".join(f"{row}\n" for row in rows))
+    sets = f"source: table, path: {table}, class_names: {secret}"
+    words = [f"data.train={{{sets}, part: [0, 0.6]}}", f"data.id_val={{{sets}, part: [0.6, 1]}}"]
+    words += ["data.ood_val={}", "search.trials=1", "train.epochs=1", "resources.executor=debug", "data.cache_gb=1e-6"]
+    address = strangers(load_recipe(path, words), tmp_path / "stranger", monkeypatch, server)
+    before = server.objects()
+    assert crash_host.call(["resume", address]) == 2
+    assert "data.train.class_names: must lie in" in capsys.readouterr().err
+    assert server.objects() == before
+
+    def told():
+        return b"".join(server.objects().values()).count(b"hunter-3")
+
+    assert told() == 0
+    moved = [each for word in words[:2] for each in ("--set", word)]
+    assert crash_host.call(["resume", address, *moved[:2]]) == 2, "the others are the study's still"
+    assert "data.train" not in capsys.readouterr().err
+    assert crash_host.call(["resume", address, "--trust-paths"]) == 0
+    assert told()
+    capsys.readouterr()
+    for words in (["resume", address], ["evaluate", address]):
+        assert crash_host.call(words) == 0, "this machine has written it"
+    copy, more = fetched(address), {"search": {"trials": 9}, "resources": {"threads": 1}}
+    kept = study_recipe(copy)
+    for change, is_known in (
+        (more, True),
+        ({"data": {"cache_gb": 1e-9}}, False),
+        ({"model": {"name": "sandbox"}}, False),
+    ):
+        parts = {name: getattr(kept, name).model_copy(update=values) for name, values in change.items()}
+        assert is_written(copy, kept.model_copy(update=parts)) is is_known, change
+
+
+@pytest.mark.slow
+def test_the_recipe_of_the_user_is_enough_on_a_machine_that_comes_back(server, tmp_path, monkeypatch, capsys):
+    recipe, address = str(short_training.make(tmp_path)), server.address("study")
+    words = ["search", recipe, "--study", address, "--executor", "debug", "--set", "search.trials=1"]
+    assert crash_host.call(words) == 0
+    assert crash_host.call(["evaluate", address]) == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another machine"))
+    assert crash_host.call(["evaluate", address]) == 2
+    assert crash_host.call(words) == 0
+    assert crash_host.call(["evaluate", address]) == 0
+
+
+def test_a_set_that_a_study_claims_to_have_listed_is_not_taken_for_one_of_the_sandbox(tmp_path):
+    recipe = load_recipe(short_training.make(tmp_path / "victim"))
+    folder = tmp_path / "prepared"
+    write_sets(recipe, folder)
+    sandbox = {"source": "sandbox", "domain": "photo", "split": "val", "num_per_class": 2}
+    drawn = recipe.model_copy(update={"data": DataConfig(train=sandbox, id_val={**sandbox, "split": "test"})})
+    for path in (folder / "sets").iterdir():
+        table = open_table(path)
+        about = json.loads(table.schema.metadata[b"about"])
+        about["key"] = listed_sets._key(drawn, path.stem)
+        write_table(path, table.replace_schema_metadata({"about": json.dumps(about)}))
+    assert {type(source).__name__ for source in open_sets(drawn, folder).values()} == {"SandboxSource"}
+
+
+@pytest.mark.slow
+def test_the_cache_of_a_study_in_a_folder_counts_only_where_this_machine_has_written_it(
+    tmp_path, monkeypatch, capsys, caplog
+):
+    path = short_training.make(tmp_path)
+    more = ["--set", "data.cache_dir=theirs", "--set", "data.cache_gb=0.000001", "--set", "search.trials=1"]
+    words = ["search", str(path), "--study", str(tmp_path / "study"), "--executor", "debug", *more]
+    assert crash_host.call(words) == 0
+    theirs = tmp_path / "theirs"
+    shutil.rmtree(theirs)
+    assert crash_host.call(["evaluate", str(tmp_path / "study")]) == 0
+    assert theirs.exists(), "this machine has written the study"
+    shutil.rmtree(theirs)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    mine = tmp_path / "elsewhere" / "carft-ray"
+    with cache.own_folder(mine, "targets", "0" * 32):
+        pass
+    for verb in (["evaluate"], ["resume", "--trials", "+1"]):
+        caplog.clear()
+        assert crash_host.call([verb[0], str(tmp_path / "study"), *verb[1:]]) == 0
+        assert f"data.cache_dir: {theirs} and data.cache_gb: 1e-06 of the study has no effect" in caplog.text
+        assert not theirs.exists()
+        assert (mine / "targets" / ("0" * 32)).exists(), "the limit of the study does not hold, either"
+    again = ["resume", str(tmp_path / "study"), "--trials", "+1", "--set", f"data.cache_dir={theirs}"]
+    assert crash_host.call(again) == 0
+    assert theirs.exists()

@@ -567,6 +567,33 @@ def test_a_file_that_a_strangers_recipe_names_outside_its_folder_is_not_sent(her
     assert (dashboard.headers, dashboard.jobs) == ([], {})
 
 
+@pytest.mark.parametrize("way", ["absolute", "relative", "link", "set"])
+def test_a_file_of_templates_outside_the_folder_of_the_recipe_is_not_even_read(here, dashboard, submit, way):
+    secret = here / "home" / "notes.txt"
+    secret.parent.mkdir()
+    secret.write_text("a sentence of mine\nanother {} of mine\n")
+    (here / "strange").mkdir()
+    (here / "strange" / "list.txt").symlink_to(secret)
+    named = {"relative": "../home/notes.txt", "link": "list.txt"}.get(way, str(secret))
+    text = RECIPE.replace("class_names: names.txt, exclude: lists/bad.csv", "class_names: [cat, dog]")
+    text = text.replace("class_names: names.txt, exclude: more/bad.csv", "class_names: [cat, dog]")
+    (here / "strange" / "r.yaml").write_text(text.replace("templates.txt", named) if way != "set" else text)
+    more = ["--set", f"prompts.templates=file:{secret}"] if way == "set" else []
+    for dry in ([], ["--dry-run"]):
+        out, err = submit(2, "strange/r.yaml", "--study", "study", *more, *dry)
+        assert f"{secret}: must lie in the folder of the recipe, {here}/strange, to be sent" in told(err)
+        assert "sentence" not in out + err
+    assert (dashboard.headers, dashboard.jobs) == ([], {})
+    secret.write_text("a picture of {}\n")
+    out, _ = submit(0, "strange/r.yaml", "--study", "study", *more, "--dry-run", "--send", str(secret))
+    assert "a picture of {}" in out
+
+
+def test_resume_passes_on_that_the_paths_of_the_study_are_trusted(here, dashboard, submit):
+    out, _ = submit(0, "--resume", "s3://bucket/study", "--trust-paths", "--dry-run")
+    assert "resume s3://bucket/study --address auto --trust-paths" in out
+
+
 def test_a_list_outside_the_folder_of_the_recipe_is_sent_where_it_is_asked_for(here, tmp_path_factory):
     lists = tmp_path_factory.mktemp("lists")
     (here / "names.txt").rename(lists / "names.txt")

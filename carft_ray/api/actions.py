@@ -33,7 +33,7 @@ from carft_ray.api.checks import (
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
-from carft_ray.study.identity import study_recipe
+from carft_ray.study.identity import recipe_for_use
 from carft_ray.study.mirror import in_bucket, named, own_folder
 from carft_ray.ui import console
 
@@ -62,6 +62,7 @@ def search(
     warm_start: Sequence[str | Path] = (),
     again: str | None = None,
     trust: bool = False,
+    trust_paths: bool = False,
     notify_url: str | None = None,
     progress: bool = True,
     strict: bool = True,
@@ -80,6 +81,7 @@ def search(
         warm_start: Folders or addresses of further studies whose trials are passed to the sampler.
         again: Reason to train more although the test sets were read; every report keeps it.
         trust: Run the code that ``train.function`` names.
+        trust_paths: As of ``load_recipe``.
         notify_url: Webhook that gets JSON on a new best, on a failed trial and at the end.
         progress: Show how it goes. False: only warnings.
         strict: Raise when trainings were set aside. False: they are in the result.
@@ -98,7 +100,7 @@ def search(
     """
     study = own_folder(study)
     study_view.require_search(study)
-    value = load_recipe(recipe, overrides)
+    value = load_recipe(recipe, overrides, trust_paths)
     further = [str(path) if in_bucket(path) else str(Path(path).resolve()) for path in several(warm_start)]
     update = {"warm_start": tuple(dict.fromkeys((*value.search.warm_start, *further)))}
     value = value.model_copy(update={"search": value.search.model_copy(update=update)})
@@ -139,7 +141,12 @@ def search(
 
 @as_command
 def resume(
-    study: str | Path, trials: int | str | None = None, *, overrides: Overrides = (), **options: Any
+    study: str | Path,
+    trials: int | str | None = None,
+    *,
+    overrides: Overrides = (),
+    trust_paths: bool = False,
+    **options: Any,
 ) -> Searched:
     """Resumes a study where it was, or extends it. Its recipe is that of its last search.
 
@@ -147,23 +154,25 @@ def resume(
         study: The study directory.
         trials: Trials in all, or how many more, ``"+4"``.
         overrides: As of ``load_recipe``: budget, resources, sampler, and the search space with ``change_space``.
+        trust_paths: Read the files that the recipe of the study names, and keep images where it says, although this
+            machine has not written the study. Not needed for a study in a folder, except for its ``data.cache_dir``.
         options: The others of ``search``.
 
     Returns:
         As ``search``.
 
     Raises:
-        UsageError: It is no study.
+        UsageError: It is no study, or one in a bucket that this machine has not written and that names files.
         CarftError: As ``search``.
     """
     study = own_folder(study)
     study_dir = study_view.require_study(study)
     study_view.require_search(study)
-    recipe = study_recipe(study_dir).model_dump(mode="json")
     words = override_words(overrides)
     if trials is not None:
         words.append(f"search.trials={study_view.total_trials(str(trials), study_view.read_study(study_dir))}")
-    return search(recipe, study, overrides=words, **options)
+    recipe = recipe_for_use(study_dir, "resume {}", words, trust_paths)
+    return search(recipe.model_dump(mode="json"), study, **options)
 
 
 @as_command
@@ -178,6 +187,7 @@ def confirm(
     train: Trainer | None = None,
     address: str | None = None,
     trust: bool = False,
+    trust_paths: bool = False,
     notify_url: str | None = None,
     progress: bool = True,
     resume_command: str = SAME_CALL,
@@ -195,6 +205,7 @@ def confirm(
         train: As of ``search``, that of the study.
         address: As of ``search``.
         trust: Run the code that ``train.function`` names.
+        trust_paths: As of ``resume``.
         notify_url: As of ``search``.
         progress: Show how it goes.
         resume_command: Named after an interruption.
@@ -203,7 +214,7 @@ def confirm(
         The comparison; its ``numbers`` are also ``confirm/summary.json`` of the study.
 
     Raises:
-        UsageError: A search runs on the study, or it is none.
+        UsageError: A search runs on the study, or it is none; or as ``resume``.
         InterruptedRunError: Stopped on request; the same call resumes.
         NoSuccessfulTrialError: No trial has finished, or the winner failed with a fresh seed.
         CarftError: As ``search``.
@@ -217,7 +228,8 @@ def confirm(
         step = f"Wait until it ends, or end it: carft-ray stop {study}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [study_view.read_study(path) for path in several(against)]
-    recipe = load_recipe(view.recipe.model_dump(mode="json"), overrides)
+    usable = recipe_for_use(view.study_dir, "confirm {}", override_words(overrides), trust_paths)
+    recipe = load_recipe(usable.model_dump(mode="json"))
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec
@@ -287,6 +299,7 @@ def train(
     resume: bool = False,
     address: str | None = None,
     trust: bool = False,
+    trust_paths: bool = False,
     progress: bool = True,
     resume_command: str = f"{SAME_CALL}, with resume=True",
 ) -> Answer:
@@ -301,6 +314,7 @@ def train(
         resume: Resume from the newest checkpoint in the folder.
         address: Ray cluster to attach to when there are several workers.
         trust: Run the code that ``train.function`` names.
+        trust_paths: As of ``load_recipe``.
         progress: Show how it goes.
         resume_command: Named after an interruption.
 
@@ -314,7 +328,7 @@ def train(
         MachineError: Its attempts were lost one after the other; the same call tries again.
         CarftError: As ``load_recipe``; StorageError and ClusterError as their messages say.
     """
-    value, out = load_recipe(recipe, overrides), own_folder(out)
+    value, out = load_recipe(recipe, overrides, trust_paths), own_folder(out)
     require_trusted(value, trust, baselines=False)
     if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
         logger.warning("--address has no effect: one worker trains in this process")
@@ -336,7 +350,12 @@ def train(
 
 @as_command
 def evaluate(
-    folder: str | Path, *, alpha: float | None = None, trial: str | int | None = None, head: str = HEADS[0]
+    folder: str | Path,
+    *,
+    alpha: float | None = None,
+    trial: str | int | None = None,
+    head: str = HEADS[0],
+    trust_paths: bool = False,
 ) -> Answer:
     """Measures a trained model on ``id_val`` and ``ood_val`` again, at any alpha. No test set is opened.
 
@@ -345,12 +364,13 @@ def evaluate(
         alpha: Mixing coefficient, 0 to 1; None: the chosen one.
         trial: Number or name of a trial, or name of a baseline; None: the best.
         head: ``fine_tuned``, or ``zero_shot`` for the class head of the prompts.
+        trust_paths: As of ``resume``.
 
     Returns:
         ``name``, ``alpha``, ``head``, ``metrics``, and ``sets`` with more numbers of each set.
 
     Raises:
-        UsageError: There is no such training, head or alpha.
+        UsageError: There is no such training, head or alpha; or as ``resume``.
         NoSuccessfulTrialError: It is not finished.
         StorageError: Its weights are gone, or something in it is damaged.
     """
@@ -358,7 +378,7 @@ def evaluate(
     _check_alpha(alpha)
     from carft_ray.results.reading.trained import evaluate_trained, open_trained
 
-    trained = open_trained(folder, trial)
+    trained = open_trained(folder, trial, "evaluate {}", trust_paths)
     used = trained.result["alpha"] if alpha is None else alpha
     metrics, by_set = evaluate_trained(trained, used, head == "zero_shot")
     numbers = {"name": trained.name, "alpha": used, "head": head, "metrics": metrics, "sets": by_set}
@@ -376,6 +396,7 @@ def export(
     formats: Sequence[str] = (),
     alpha: float | None = None,
     trial: str | int | None = None,
+    trust_paths: bool = False,
 ) -> "Exported":
     """Writes the mixed model for open_clip, transformers or onnxruntime; each opens what was written, as a check.
 
@@ -385,6 +406,7 @@ def export(
         formats: Of ``open_clip``, ``huggingface`` and ``onnx``; none: open_clip.
         alpha: As of ``evaluate``.
         trial: As of ``evaluate``.
+        trust_paths: As of ``resume``.
 
     Returns:
         Folder, alpha, and the largest difference of a logit by format.
@@ -399,7 +421,8 @@ def export(
     from carft_ray.results.reading.trained import open_trained
 
     asked = parse_formats(several(formats))
-    return export_model(open_trained(folder, trial), Path(to), alpha, asked)
+    trained = open_trained(folder, trial, f"export {{}} --to {shlex.quote(str(to))}", trust_paths)
+    return export_model(trained, Path(to), alpha, asked)
 
 
 def report(study: str | Path) -> Report:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from carft_ray.errors import DataError, HoldOutError, RecipeError, UsageError
 from carft_ray.recipe import loading
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.text import quoted
+from carft_ray.study import trust
 from carft_ray.ui import notebook
 
 P = ParamSpec("P")
@@ -79,7 +81,7 @@ def as_command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @as_command
-def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
+def load_recipe(recipe: RecipeLike, overrides: Overrides = (), trust_paths: bool = False) -> Recipe:
     """Reads a recipe and checks it with its folders, as far as that needs no weights. Warnings are logged.
 
     Torch is loaded only for a model name of open_clip.
@@ -88,11 +90,14 @@ def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
         recipe: A YAML file; a dictionary of what one holds, whose relative paths count from the working directory; or
             a recipe, which is checked again.
         overrides: Values by key, ``{"train.epochs": 3}``, or texts as of ``--set``.
+        trust_paths: Read the files that a recipe names which lies in this machine's copy of a study in a bucket,
+            although this machine has not written the study.
 
     Returns:
         The recipe, all paths absolute.
 
     Raises:
+        UsageError: It lies in such a copy and names files outside of it.
         RecipeError: It breaks rules, all of which are told.
         HoldOutError: Two roles share a set.
         DataError: Images or class lists are missing.
@@ -101,7 +106,7 @@ def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
     from carft_ray.model.catalog import check_model, model_warnings
     from carft_ray.recipe.checks.advice import warnings
 
-    value = _read(recipe, override_words(overrides))
+    value = _read(recipe, override_words(overrides), trust_paths)
     if problems := check_model(value.model):
         raise RecipeError(problems)
     if problems := check_roles(value):
@@ -114,11 +119,35 @@ def load_recipe(recipe: RecipeLike, overrides: Overrides = ()) -> Recipe:
     return value
 
 
-def _read(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe:
+def _read(recipe: RecipeLike, overrides: Sequence[str], trust_paths: bool) -> Recipe:
     if isinstance(recipe, str | Path):
-        return loading.load_recipe(Path(recipe), overrides)
+        return read_recipe(Path(recipe), overrides, trust_paths)
     value = recipe.model_dump(mode="json", exclude_unset=True) if isinstance(recipe, Recipe) else recipe
     return loading.recipe_of(value, overrides)
+
+
+def read_recipe(
+    path: Path, overrides: Sequence[str] = (), trust_paths: bool = False, reads: loading.Reads = loading.reads_any
+) -> Recipe:
+    """Reads a recipe file; one in this machine's copy of a study in a bucket is the study's, not the user's.
+
+    Args:
+        path: The file.
+        overrides: Texts as of ``--set``.
+        trust_paths: As of ``load_recipe``.
+        reads: As of ``loading.load_recipe``.
+
+    Raises:
+        RecipeError: It breaks rules.
+        UsageError: As ``load_recipe``.
+    """
+    folder = trust.copy_around(path)
+    if folder is None:
+        return loading.load_recipe(path, overrides, reads)
+    kept = loading.load_recipe(path, reads=None)
+    asked = loading.load_recipe(path, overrides, reads) if overrides else kept
+    command = f"train {shlex.quote(str(path))} --out {{}} --resume"
+    return trust.allowed(folder, kept, asked, loading.keys_of(overrides), trust_paths, command)
 
 
 def override_words(overrides: Overrides) -> list[str]:

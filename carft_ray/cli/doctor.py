@@ -41,8 +41,8 @@ def doctor(
         rule = "must be HOST:PORT or auto: nodes are asked from a machine of the cluster"
         step = f"Run it there:  ray job submit --address {address} -- carft-ray doctor RECIPE --address auto"
         raise ClusterError(Problem("--address", rule, address, next_step=step))
+    from carft_ray.api.checks import read_recipe
     from carft_ray.data.copies.pairs_file import check_pairs_path, write_pairs
-    from carft_ray.recipe.loading import load_recipe
     from carft_ray.training.doctor import as_plain_data, examine
     from carft_ray.ui.progress import counting
 
@@ -50,7 +50,7 @@ def doctor(
         check_pairs_path(pairs)
         if quick:
             raise UsageError(Problem("--pairs", "needs the images, which --quick does not open"))
-    value = load_recipe(recipe, set_ or ())
+    value = read_recipe(recipe, set_ or ())
     say = console.sayer(not json_)
     reports, on_nodes = [], []
     with contextlib.ExitStack() as stack:

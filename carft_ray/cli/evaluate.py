@@ -15,17 +15,18 @@ def evaluate(
     alpha: common.AlphaOption = None,
     trial: common.TrialOption = None,
     head: Annotated[str, Option(help="fine_tuned or zero_shot (the class head of the prompts).")] = "fine_tuned",
+    trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Measure a trained model on id_val and ood_val again, at any alpha."""
     from carft_ray.api import actions
     from carft_ray.results.next_steps import export_folder
 
-    found = actions.evaluate(folder, alpha=alpha, trial=trial, head=head)
+    found = actions.evaluate(folder, alpha=alpha, trial=trial, head=head, trust_paths=trust_paths)
     if console.print_json(found.numbers, json_):
         return
     console.show(found.tables[0])
     console.show()
     console.show(found.tables[1])
-    line = common.command_line("export", folder, trial=trial)
+    line = common.command_line("export", folder, trial=trial, trust_paths=trust_paths)
     console.next_step(f"{line} --to {export_folder(found.recipe_name)} --alpha {found.numbers['alpha']!r}")

@@ -21,12 +21,13 @@ def export(
     ] = None,
     alpha: common.AlphaOption = None,
     trial: common.TrialOption = None,
+    trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Write the mixed model for open_clip, transformers or onnxruntime. Each opens what was written, as a check."""
     from carft_ray.api import actions
 
-    exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial)
+    exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial, trust_paths=trust_paths)
     if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):
         return
     console.say(f"Exported to {to} at alpha {exported.alpha:g}. Opened again, each in a process of its own:")

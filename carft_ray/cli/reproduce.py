@@ -20,13 +20,18 @@ def reproduce(
     trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
     out: Annotated[Path | None, Option(help="Keep the new training in this folder, new or empty.")] = None,
     trust: common.TrustOption = False,
+    trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Do a training again from the manifest and say whether all its numbers are the same."""
     from carft_ray.results.reading.finished import open_finished
+    from carft_ray.study.identity import study_recipe
+    from carft_ray.study.trust import require_written
     from carft_ray.ui.progress import training_shown
 
     finished = open_finished(folder, trial)
+    if not trust_paths:
+        require_written(finished.folder, study_recipe(finished.folder), "reproduce {}")
     if not finished.is_zero_shot:
         from carft_ray.api.checks import require_trusted
 

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,8 +76,9 @@ def submit(
             console.warn("--send has no effect with --resume, which sends no list")
         sent = upload.resume_upload(resume, [*common.option_words(set=overrides), *words])
     elif recipe is not None and study is not None:
-        checked = _checked(recipe, overrides, shared["trust"])
-        sent = upload.search_upload(checked, study, words, recipe.absolute().parent, send or ())
+        home = recipe.absolute().parent
+        checked = _checked(recipe, overrides, shared, lambda path: upload.require_sendable([path], home, send or ()))
+        sent = upload.search_upload(checked, study, words, home, send or ())
         tracked = checked.tracking.wandb
         if tracked.project is not None and not tracked.offline and "WANDB_API_KEY" not in (env or ()):
             console.say("tracking.wandb needs a login on the cluster. Without one there, add --env WANDB_API_KEY.")
@@ -98,15 +99,16 @@ def submit(
         console.next_step(_attach(cluster, name), stop)
 
 
-def _checked(path: Path, overrides: Sequence[str], trust: bool) -> "Recipe":
+def _checked(
+    path: Path, overrides: Sequence[str], options: dict[str, Any], reads: Callable[[Path], object]
+) -> "Recipe":
     """Loads a recipe, and checks what needs neither images nor weights: they may be on the cluster alone."""
-    from carft_ray.api.checks import require_trusted
+    from carft_ray.api.checks import read_recipe, require_trusted
     from carft_ray.recipe.checks.advice import check_searchable, warnings
-    from carft_ray.recipe.loading import load_recipe
 
-    recipe = load_recipe(path, overrides)
-    if not trust:  # with it, the job imports what the recipe names: it may be on the cluster alone
-        require_trusted(recipe, trust)
+    recipe = read_recipe(path, overrides, options["trust_paths"], reads)
+    if not options["trust"]:  # with it, the job imports what the recipe names: it may be on the cluster alone
+        require_trusted(recipe, False)
     if problems := check_searchable(recipe):
         raise RecipeError(problems)
     for text in warnings(recipe):

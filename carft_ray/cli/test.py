@@ -15,6 +15,7 @@ def evaluate_test_sets(
     again: Annotated[
         str | None, Option(metavar="REASON", help="Read again; ledger and reports keep the reason.")
     ] = None,
+    trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Open the test sets: measure winner and baselines on id_test and ood_test, once. The ledger records every read."""
@@ -23,10 +24,10 @@ def evaluate_test_sets(
     from carft_ray.results.test_sets.summary import read_lines
     from carft_ray.study.mirror import named, own_folder
 
-    step = f"Resume with: {common.command_line('test', study)}"
+    step = f"Resume with: {common.command_line('test', study, trust_paths=trust_paths)}"
     with common.interrupted_as("stopped; what was read so far is kept", step):
         folder = own_folder(study)
-        summary = read_sealed(folder, again, console.sayer(not json_))
+        summary = read_sealed(folder, again, console.sayer(not json_), trust_paths)
     if console.print_json({"study": named(folder.resolve()), **summary}, json_):
         return
     ood_sets = [name for name in summary["sets"] if name != "id_test"]

@@ -25,7 +25,7 @@ from carft_ray.data.source import Source
 from carft_ray.data.synthetic.corrupted import CorruptedSource
 from carft_ray.layout import SETS
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import CorruptedSet, SetSpec
+from carft_ray.recipe.schema.sets import CorruptedSet, SetSpec, StoredSet, plain
 
 FORMAT_VERSION = 3
 TRAIN, ID_VAL = "train", "id_val"
@@ -94,8 +94,11 @@ def _table(source: StoredSource, digests: list[bytes], key: str) -> pa.Table:
 
 
 def _read(recipe: Recipe, folder: Path, name: str, spec: SetSpec) -> Source | None:
-    """Returns a set that was kept; None where there is none, or it is of another recipe."""
-    table = open_table(folder / SETS / f"{name}.arrow")
+    """Returns a set that was kept; None where there is none, or it is of another recipe.
+
+    ``write_sets`` keeps none that the sandbox draws: a file of that name in a study of others is not believed.
+    """
+    table = open_table(folder / SETS / f"{name}.arrow") if isinstance(plain(spec), StoredSet) else None
     if table is None:
         return None
     about: dict[str, Any] = json.loads(table.schema.metadata[b"about"])

@@ -21,6 +21,7 @@ from carft_ray.recipe.checks.rules import broken_rules, named_sets
 from carft_ray.recipe.messages import Finding, findings, shown
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.schema.fields import Config, Paths
+from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import StoredSet, plain
 from carft_ray.recipe.text import KeyPath
@@ -29,15 +30,22 @@ from carft_ray.untrusted import read_text, visible
 MOST_RECIPE_BYTES = 2**22  # a recipe has kilobytes; long lists stand in files of their own
 MOST_PATH_BYTES, MOST_NAME_BYTES = 4095, 255  # of Linux
 Part = TypeVar("Part", bound=Config)
+Reads = Callable[[Path], object] | None
 _DATA = ("path", "root")  # of the paths of a set, those of its images
+_MARK = "\0"  # no path of a recipe contains it
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def reads_any(path: Path) -> None:
+    """Lets a recipe of the user's own become complete by any file that it names."""
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = (), reads: Reads = reads_any) -> Recipe:
     """Reads and checks a recipe.
 
     Args:
         path: The YAML file.
         overrides: Texts ``key.path=value`` (value in YAML) that are set over the file, later ones last.
+        reads: As of ``fields.Paths``.
 
     Returns:
         The recipe, with absolute paths: relative ones count from the folder of the file.
@@ -45,23 +53,24 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: The file is missing or unreadable, or breaks rules; holds all problems, in the order of the file.
     """
-    return parse_recipe(_read(path), path, overrides)
+    return parse_recipe(_read(path), path, overrides, reads)
 
 
-def parse_recipe(written: str, path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def parse_recipe(written: str, path: Path, overrides: Sequence[str] = (), reads: Reads = reads_any) -> Recipe:
     """As ``load_recipe``, for the text that a file has or is to have."""
     document = text.parse(written, str(path))
     if document.problems:
         raise RecipeError(document.problems)
-    return _checked(document.value, Places(str(path), document.lines), overrides, path.resolve().parent)
+    return _checked(document.value, Places(str(path), document.lines), overrides, path.resolve().parent, reads)
 
 
-def recipe_of(value: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+def recipe_of(value: Mapping[str, Any], overrides: Sequence[str] = (), reads: Reads = reads_any) -> Recipe:
     """Checks a recipe that was written in Python.
 
     Args:
         value: What a YAML file would hold: dictionaries, lists, texts and numbers; also tuples and paths.
         overrides: As of ``load_recipe``.
+        reads: As of ``load_recipe``.
 
     Returns:
         The recipe, with absolute paths: relative ones count from the working directory.
@@ -69,7 +78,12 @@ def recipe_of(value: Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe
     Raises:
         RecipeError: It breaks rules; holds all problems, each with its key path.
     """
-    return _checked(_plain(value), Places("", {}), overrides, Path.cwd())
+    return _checked(_plain(value), Places("", {}), overrides, Path.cwd(), reads)
+
+
+def keys_of(overrides: Sequence[str]) -> list[str]:
+    """Returns the key paths that overrides set."""
+    return [written.partition("=")[0].strip() for written in overrides]
 
 
 def _plain(value: Any) -> Any:
@@ -81,14 +95,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Path) -> Recipe:
+def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Path, reads: Reads) -> Recipe:
     """Returns a recipe that keeps all rules, its relative paths counted from a folder."""
     raw, problems = apply_overrides(value, places, overrides)
     if unwritable := list(_unwritable(raw, ())):
         raise RecipeError([finding.at(places.place(finding.path)) for finding in unwritable])
     recipe: Recipe | None = None
     try:
-        recipe = Recipe.model_validate(raw, context=Paths(partial(resolve_path, base_dir), reads=True))
+        recipe = Recipe.model_validate(raw, context=Paths(partial(resolve_path, base_dir), reads))
         found = broken_rules(recipe)
     except ValidationError as error:
         found = findings(error)
@@ -205,6 +219,22 @@ def named_paths(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
     written: dict[str, str] = {}
     with_paths(recipe, lambda text: written.setdefault(text, text))
     return lists, [text for text in written if text not in lists]
+
+
+def paths_by_key(recipe: Recipe) -> dict[str, str]:
+    """Returns all that a recipe names outside of itself, files, folders and other studies, by key path."""
+    marked = with_paths(recipe, lambda text: f"{text}{_MARK}").model_dump(mode="json")
+    studies = enumerate(recipe.search.warm_start)
+    return {**_marked(marked, ()), **{f"search.warm_start.{number}": place for number, place in studies}}
+
+
+def _marked(value: Any, path: KeyPath) -> dict[str, str]:
+    if isinstance(value, dict | list):
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: text for name, child in pairs for key, text in _marked(child, (*path, name)).items()}
+    if not (isinstance(value, str) and value.endswith(_MARK)):
+        return {}
+    return {text.dotted(path): value.removesuffix(_MARK).removeprefix(LOCAL_DIR)}
 
 
 def with_paths(part: Part, change: Callable[[str], Any]) -> Part:

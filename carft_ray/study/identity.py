@@ -23,6 +23,7 @@ from carft_ray import files
 from carft_ray.data.formats.labels import read_class_names
 from carft_ray.errors import DataError, Problem, RecipeError, StorageError
 from carft_ray.layout import MANIFEST, RESOLVED
+from carft_ray.recipe import loading
 from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.messages import child_type, shown
 from carft_ray.recipe.schema.fields import Class, field_of, resume_of
@@ -30,7 +31,7 @@ from carft_ray.recipe.schema.fine_tuning import is_weights_path
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
-from carft_ray.study import provenance
+from carft_ray.study import provenance, trust
 from carft_ray.study.mirror import named
 
 FORMAT_VERSION = 1
@@ -100,7 +101,8 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list
     manifest = read_manifest(study_dir)
     kept = Recipe.model_validate(manifest["recipe"])
     found = list(_differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")))
-    refused = [one for one in found if not _is_free(one) and class_of(one.path) == "identity"]
+    reads = trust.address_of(study_dir) is None or trust.is_written(study_dir, kept)
+    refused = [one for one in found if not _is_free(one, reads) and class_of(one.path) == "identity"]
     refused += list(_moved_apart(kept, recipe))
     space = [one for one in found if class_of(one.path) == "space"]
     unasked = [] if change_space else space
@@ -152,13 +154,31 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
 
 
 def study_recipe(study_dir: Path) -> Recipe:
-    """Returns the recipe of a study's last search.
+    """Returns the recipe of a study's last search, to be shown; ``recipe_for_use`` is for what reads its files.
 
     Raises:
         RecipeError: It breaks a rule: carft-ray has not written it.
         StorageError: The manifest cannot be read.
     """
-    return recipe_of(read_manifest(study_dir)["recipe"])
+    return recipe_of(read_manifest(study_dir)["recipe"], reads=None)
+
+
+def recipe_for_use(study_dir: Path, command: str, overrides: Sequence[str] = (), trust_paths: bool = False) -> Recipe:
+    """Returns the recipe of a study's last search, for a command that reads the files that it names (``study.trust``).
+
+    Args:
+        study_dir: The study directory, or the copy of a study in a bucket.
+        command: What the user would run, for the message.
+        overrides: As of ``load_recipe``.
+        trust_paths: The user trusts the paths of the study.
+
+    Raises:
+        UsageError: It names files outside of a study in a bucket that this machine has not written.
+        RecipeError, StorageError: As ``study_recipe``; or the overrides break a rule.
+    """
+    kept = study_recipe(study_dir)
+    asked = recipe_of(kept.model_dump(mode="json"), overrides) if overrides else kept
+    return trust.allowed(study_dir, kept, asked, loading.keys_of(overrides), trust_paths, command)
 
 
 def is_single(study_dir: Path) -> bool:
@@ -193,8 +213,13 @@ def _differences(old: Any, new: Any, path: KeyPath = ()) -> Iterator[Difference]
         yield from _differences(old.get(key, MISSING), new.get(key, MISSING), (*path, key))
 
 
-def _is_free(found: Difference) -> bool:
-    """Tells whether a difference of identity is one in words only: a file that has moved, a baseline that is added."""
+def _is_free(found: Difference, reads: bool) -> bool:
+    """Tells whether a difference of identity is one in words only: a file that has moved, a baseline that is added.
+
+    Args:
+        found: The difference.
+        reads: Whether files that the study names may be read.
+    """
     if found.path[:2] == ("search", "baselines"):
         return len(found.path) == 3 and found.old is MISSING
     if found.path == ("train", "compile") and found.new == "auto":
@@ -204,7 +229,8 @@ def _is_free(found: Difference) -> bool:
     if found.path[-1] in ("class_names", "exclude") and found.path[0] == "data":
         written = (found.old, found.new)
         are_files = all(isinstance(value, str) for value in written)
-        return are_files or (found.path[-1] == "class_names" and _alike(*written))
+        may_read = reads or not isinstance(found.old, str)
+        return are_files or (found.path[-1] == "class_names" and may_read and _alike(*written))
     if found.path == ("model", "name"):
         return all(str(value).startswith("local-dir:") for value in (found.old, found.new))
     return False

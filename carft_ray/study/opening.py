@@ -17,6 +17,7 @@ from carft_ray.study.identity import claim, class_of, compare, record_recipe
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import is_in_space, move_trials, space_record
 from carft_ray.study.study import Study
+from carft_ray.study.trust import note_written
 from carft_ray.study.uploads import open_log, uploading
 
 
@@ -51,6 +52,7 @@ def open_study(
             files.remove(study_dir / STOP)  # it was asked of another command; from here on, of this one
             stack.enter_context(uploading(log))
             differences, notes = claim(study_dir, recipe, change_space), list[str]()
+            note_written(study_dir, recipe)
             files.remove_remains(study_dir)
             for path in (study_dir / COMMITS).glob(f"{PROBE}*"):  # of a search that was killed at its first write
                 files.remove(path)

@@ -24,7 +24,7 @@ from carft_ray.study import rows
 from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.identity import read_manifest, study_recipe
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
-from carft_ray.study.mirror import NUMBERS, absolute, fetched, named
+from carft_ray.study.mirror import NUMBERS, STUDIES, absolute, address_in, fetched, named
 from carft_ray.study.provenance import PROVENANCE
 from carft_ray.study.rows import WARM_FROM, state_and_values
 from carft_ray.study.space_revisions import placed_trial
@@ -177,6 +177,8 @@ def _classes(study_dir: Path, recipe: Recipe) -> list[str] | None:
     kept = read_manifest(study_dir).get(PROVENANCE, {}).get("classes")
     if kept is not None:
         return list(kept)
+    if address_in(study_dir, STUDIES) is not None:
+        return None  # of a study in a bucket no file is opened that it names
     try:
         return list(class_folders(recipe))
     except OSError:

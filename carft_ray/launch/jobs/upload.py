@@ -88,7 +88,7 @@ def search_upload(recipe: Recipe, study: Place, flags: Sequence[str], home: Path
     study = absolute(study)
     lists, paths = named_paths(recipe)
     there = [path for path in map(Path, lists) if path.is_file()]
-    _check_places(there, home, send)
+    require_sendable(there, home, send)
     files: dict[str, str] = {}
     replaced: dict[str, str | tuple[str, ...] | None] = {}
     for path in there:
@@ -115,8 +115,12 @@ def resume_upload(study: Place, flags: Sequence[str]) -> Upload:
     return Upload(study, f"{_CLI} resume {shlex.join([study, '--address', 'auto', *flags])}")
 
 
-def _check_places(paths: Sequence[Path], home: Path, send: Sequence[Path]) -> None:
-    """Refuses lists outside the folder of the recipe, which a stranger may have written, unless they may be sent."""
+def require_sendable(paths: Sequence[Path], home: Path, send: Sequence[Path]) -> None:
+    """Refuses lists outside the folder of the recipe, which a stranger may have written, unless they may be sent.
+
+    Raises:
+        UsageError: One lies elsewhere.
+    """
     allowed = [place.resolve() for place in (home, *send)]
     problems = []
     for path in paths:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, cast, get_args, get_origin
 
@@ -44,11 +45,12 @@ class Paths:
 
     Attributes:
         change: Gives what stands in place of a path.
-        reads: Whether lists are read that become a part of the recipe; only a recipe of the user's own names them.
+        reads: Called before a file is read that becomes a part of the recipe, and may refuse it; None: no file is
+            read, because only a recipe of the user's own names them.
     """
 
     change: Callable[[str], Any]
-    reads: bool = False
+    reads: Callable[[Path], object] | None = None
 
 
 def _changed(written: str, info: ValidationInfo) -> Any:

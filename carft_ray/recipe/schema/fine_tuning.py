@@ -50,6 +50,7 @@ def _templates(value: Any, info: ValidationInfo) -> Any:
     """Puts the lines of a file in its place, so that the recipe is complete."""
     if isinstance(value, str) and value.startswith(TEMPLATE_FILE) and info.context and info.context.reads:
         path = Path(info.context.change(value.removeprefix(TEMPLATE_FILE)))
+        info.context.reads(path)
         try:
             return tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
         except (OSError, DataError) as error:

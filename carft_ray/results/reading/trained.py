@@ -24,6 +24,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.finished import open_finished
+from carft_ray.study.identity import recipe_for_use
 from carft_ray.study.mirror import MODELS, Place, fetched, named
 from carft_ray.study.outcome import TrialRow, file_of, result_of
 from carft_ray.training.checkpoint import load_tensors
@@ -72,15 +73,20 @@ class Trained:
             return deepcopy(mixed(alpha)).eval()
 
 
-def open_trained(place: Place, trial: str | int | None = None) -> Trained:
+def open_trained(
+    place: Place, trial: str | int | None = None, command: str = "evaluate {}", trust_paths: bool = False
+) -> Trained:
     """Opens a finished training of a study.
 
     Args:
         place: What `train --out` or `search --study` was given.
         trial: Number or name of a trial of the study, name of a baseline, or ``confirm/NAME``; None: the best one.
+        command: As of ``recipe_for_use``.
+        trust_paths: As of ``recipe_for_use``.
 
     Raises:
-        UsageError: The folder is no study, the trial does not exist, or it is the zero-shot model.
+        UsageError: The folder is no study, the trial does not exist, or it is the zero-shot model; or as
+            ``recipe_for_use``.
         NoSuccessfulTrialError: The study has no finished trial, or the training is not finished.
         StorageError: Something in it is damaged.
     """
@@ -92,7 +98,8 @@ def open_trained(place: Place, trial: str | int | None = None) -> Trained:
     found = open_finished(folder, trial, "--trial")
     if found.is_zero_shot:
         raise UsageError(Problem("--trial", f"must be a training of {folder}", "the zero-shot model"))
-    return open_run(found.folder, found.row, found.base, f"{found.folder.name}/{found.name}")
+    recipe = recipe_for_use(found.folder, command, trust_paths=trust_paths)
+    return open_run(found.folder, found.row, recipe, f"{found.folder.name}/{found.name}")
 
 
 def open_run(folder: Path, row: TrialRow, recipe: Recipe, name: str) -> Trained:

@@ -39,7 +39,7 @@ from carft_ray.results.test_sets.summary import compared_rows, read_record, summ
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
-from carft_ray.study.identity import study_recipe
+from carft_ray.study.identity import recipe_for_use
 from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
@@ -53,7 +53,9 @@ from carft_ray.untrusted import visible
 from carft_ray.words import counted, times
 
 
-def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> dict[str, Any]:
+def read_sealed(
+    study: Path, reason: str | None, say: Callable[[str], None], trust_paths: bool = False
+) -> dict[str, Any]:
     """Reads the test sets once, or continues a read that was killed; holds the study meanwhile.
 
     Args:
@@ -61,6 +63,7 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         reason: Why they are read again, which always begins another read; None: this is the first one, or one that was
             killed continues.
         say: Gets lines about what is being done.
+        trust_paths: As of ``recipe_for_use``.
 
     Returns:
         Content of ``summary.json``.
@@ -69,12 +72,12 @@ def read_sealed(study: Path, reason: str | None, say: Callable[[str], None]) -> 
         HoldOutError: They were read already and no reason is given; or the ledger is damaged.
         RecipeError: The recipe has no test sets.
         NoSuccessfulTrialError: There is no finished trial.
-        UsageError: The folder is no study, or the reason is empty.
+        UsageError: The folder is no study, or the reason is empty; or as ``recipe_for_use``.
         DataError, StorageError: As their messages say.
     """
     ledger.check_reason(reason)
     study_dir = study_view.require_study(study)
-    recipe = study_recipe(study_dir)
+    recipe = recipe_for_use(study_dir, "test {}", trust_paths=trust_paths)
     _require_test_sets(study_dir, recipe)
     check_fit(study_dir)
     log = open_log(study_dir)

@@ -1,0 +1,133 @@
+"""Which files a study's recipe may name: those of a study that this machine has written, and no others unasked.
+
+The recipe of a study in a bucket may be a stranger's, and what a training reads comes back in the study: the names of
+classes, thumbnails of images. So a command takes from it only paths inside the study; the others need
+``--trust-paths``, a recipe of the user's own, or a note that a search of this machine has used these very paths there:
+
+    written/HASH        in the user's cache, of the study's id, its address, and the paths and sets of its recipe
+
+Where the cache lies, and how large it may be, says no study that this machine has not written, in a folder too.
+"""
+
+import json
+import logging
+import shlex
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from carft_ray import files
+from carft_ray.data.cache import key_of, user_cache_dir
+from carft_ray.errors import Problem, StorageError, UsageError
+from carft_ray.layout import MANIFEST
+from carft_ray.recipe.loading import paths_by_key
+from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.study.mirror import DRIVEN, STUDIES, address_in
+
+WRITTEN = "written"  # in the cache
+OPTION = "--trust-paths"
+_CACHE_KEYS = ("data.cache_dir", "data.cache_gb")
+
+logger = logging.getLogger(__name__)
+
+
+def address_of(folder: Path) -> str | None:
+    """Returns the address of the study in a bucket of which a folder is this machine's copy; None of another folder."""
+    return address_in(folder, STUDIES) or address_in(folder, DRIVEN)
+
+
+def copy_around(path: Path) -> Path | None:
+    """Returns the copy of a study in a bucket in which a file lies: its recipe is the study's, not the user's."""
+    return next((folder for folder in path.resolve().parents if address_of(folder) is not None), None)
+
+
+def is_written(study_dir: Path, recipe: Recipe) -> bool:
+    """Tells whether a search of this machine has used the paths of this recipe in this study."""
+    return _note(study_dir, recipe).exists()
+
+
+def note_written(study_dir: Path, recipe: Recipe) -> None:
+    """Notes that a search of this machine uses a recipe in a study that it holds."""
+    note, kept = _note(study_dir, recipe), recipe.data
+    if (paths_by_key(recipe) or kept.cache_gb is not None) and not note.exists():
+        try:
+            files.write_text(note, f"{address_of(study_dir) or study_dir}\n")
+        except StorageError as error:  # the next command asks for the option
+            logger.warning("This machine will not know that it has written this study: %s", error)
+
+
+def _note(study_dir: Path, recipe: Recipe) -> Path:
+    number = (files.read_object(study_dir / MANIFEST) or {}).get("id")
+    used: list[Any] = [number, address_of(study_dir), recipe.data.model_dump(mode="json"), paths_by_key(recipe)]
+    return user_cache_dir() / WRITTEN / key_of([json.dumps(used, sort_keys=True)])
+
+
+def allowed(
+    study_dir: Path, kept: Recipe, asked: Recipe, given: Iterable[str], trust_paths: bool, command: str
+) -> Recipe:
+    """Returns the recipe of a study for a command that reads what it names.
+
+    Args:
+        study_dir: The folder of the study, or the copy of one in a bucket.
+        kept: The study's recipe.
+        asked: The same with what the user has set over it.
+        given: Keys that the user has set.
+        trust_paths: The user trusts the paths of the study.
+        command: What the user would run, for the message; ``{}`` stands for the address of the study.
+
+    Raises:
+        UsageError: It names files outside of a study in a bucket that this machine has not written, and the user has
+            named neither them nor the option.
+    """
+    if trust_paths or is_written(study_dir, kept):
+        return asked
+    own = tuple(given)
+    _require_inside(
+        study_dir, {key: path for key, path in paths_by_key(asked).items() if not _is_below(key, own)}, command
+    )
+    return _in_own_cache(asked, [key for key in _CACHE_KEYS if not _is_below(key, own)])
+
+
+def require_written(study_dir: Path, recipe: Recipe, command: str) -> None:
+    """Refuses a recipe as ``allowed`` does, for a command that keeps no image in its cache.
+
+    Raises:
+        UsageError: As ``allowed``.
+    """
+    if not is_written(study_dir, recipe):
+        _require_inside(study_dir, paths_by_key(recipe), command)
+
+
+def _require_inside(study_dir: Path, paths: Mapping[str, str], command: str) -> None:
+    """Refuses paths by key that lead out of a study in a bucket; that of the cache counts for nothing.
+
+    Raises:
+        UsageError: As ``allowed``.
+    """
+    address, home = address_of(study_dir), study_dir.resolve()
+    outside = {key: path for key, path in paths.items() if not Path(path).resolve().is_relative_to(home)}
+    strange = [(key, path) for key, path in outside.items() if key not in _CACHE_KEYS]
+    if address is None or not strange:
+        return
+    rule = f"must lie in {address}, a study that this machine has not written"
+    step = f"If the study may read these files: carft-ray {command.format(shlex.quote(address))} {OPTION}"
+    steps = [""] * (len(strange) - 1) + [step]
+    raise UsageError(
+        [Problem(key, rule, path, next_step=step) for (key, path), step in zip(strange, steps, strict=True)]
+    )
+
+
+def _is_below(key: str, others: Collection[str]) -> bool:
+    return any(key == other or key.startswith(f"{other}.") for other in others)
+
+
+def _in_own_cache(recipe: Recipe, keys: Iterable[str]) -> Recipe:
+    """Returns a recipe without these keys of the cache; a line says which had a value."""
+    names = [key.removeprefix("data.") for key in keys]
+    if ignored := {name: value for name in names if (value := getattr(recipe.data, name)) is not None}:
+        said = " and ".join(f"data.{name}: {value}" for name, value in ignored.items())
+        text = "%s of the study has no effect, because this machine has not written the study: images are kept in %s. "
+        text += "%s takes the study's."
+        logger.warning(text, said, user_cache_dir(), OPTION)
+    data = recipe.data.model_copy(update=dict.fromkeys(ignored))
+    return recipe.model_copy(update={"data": data}) if ignored else recipe
