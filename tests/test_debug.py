@@ -11,8 +11,10 @@ import ray
 import short_training
 import stand_in
 from crash_host import call
+from PIL import Image
 
 from carft_ray import files
+from carft_ray.data.synthetic.sandbox import render
 from carft_ray.errors import CarftError, InterruptedRunError, StorageError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runs.search import run_search
@@ -20,6 +22,7 @@ from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 from carft_ray.recipe.checks.rules import broken_rules
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.rows import trials
 
 pytestmark = pytest.mark.slow
@@ -39,6 +42,46 @@ def numbers(study):
         result["rows"] = [{**row, "images_per_s": None} for row in rows]
         found[path.parents[1].name.partition("-")[0]] = result
     return found
+
+
+SMALL = """\
+format_version: 1
+name: small
+model: {name: sandbox}
+data:
+  cache_dir: cache
+  train: {source: folder, path: images, domains: [train]}
+  id_val: {source: folder, path: images, domains: [id_val]}
+  ood_val: {sketch: {source: folder, path: images, domains: [ood_val]}}
+  id_test: {source: folder, path: images, domains: [id_test]}
+  ood_test: {cartoon: {source: folder, path: images, domains: [ood_test]}}
+prompts: {templates: ["a photo of a {}", "a sketch of a {}", "a cartoon of a {}"]}
+train: {epochs: 2, batch_size: 10}
+search:
+  trials: 4
+  space: {learning_rate: {choices: [1e-5, 1e-4, 1e-3, 1]}}
+  sampler: {name: grid}
+  baselines: {fine_tuning: {kl_weight: 0, learning_rate: 1e-4}}
+resources: {executor: debug}
+"""
+
+
+def test_ten_id_and_five_ood_images_are_enough_from_the_search_to_the_test_sets(tmp_path, monkeypatch, capsys):
+    sets = (("train", "photo", 20), ("id_val", "photo", 10), ("id_test", "photo", 10), ("ood_val", "sketch", 5))
+    for part, (name, domain, count) in enumerate((*sets, ("ood_test", "cartoon", 5))):
+        for index in range(count):
+            folder = tmp_path / "images" / name / ("star", "arrow")[index % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(render(domain, "train", folder.name, 100 * part + index)[0]).save(folder / f"{index}.png")
+    (tmp_path / "r.yaml").write_text(SMALL)
+    monkeypatch.chdir(tmp_path)
+    for line in ("search r.yaml --study s", "report s", "confirm s --top 1 --seeds 2", "test s"):
+        assert call(line.split()) == 0, capsys.readouterr().err
+    view = read_study(tmp_path / "s")
+    for row in view.trials:  # only what has lost all that it knew has diverged: at a learning rate of 1
+        assert row.outcome == "complete" or (row.outcome, row.values["learning_rate"]) == ("diverged", 1), row
+    assert {row.outcome for row in (*view.baselines, *view.confirmations)} == {"complete"}
+    assert "no improvement over" in capsys.readouterr().out  # five images show none
 
 
 @pytest.mark.whole
