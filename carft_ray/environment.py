@@ -13,6 +13,7 @@ from typing import Any
 from carft_ray import __version__
 from carft_ray.errors import Problem, UsageError
 
+is_program = False  # whether this process is the command line, which may end it; a host program is not ours to end
 PACKAGE_DIR = Path(__file__).resolve().parent
 GIT_TIMEOUT_S = 5.0
 LIBRARIES = (

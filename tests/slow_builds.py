@@ -92,6 +92,13 @@ def fill_and_ask_to_stop(recipe, prepared_dir, say):
     time.sleep(1000)
 
 
+def prepare_for_ever(recipe, folder, say=None):
+    """Asks for a stop of the search, and continues; leaves the number of its process beside the study."""
+    (folder.parent.parent / "pid").write_text(str(os.getpid()))
+    (folder.parent / STOP).touch()
+    time.sleep(1000)
+
+
 def prepare(recipe, folder, say=None):
     with slow(folder.parent.parent):
         return runtime.prepare(recipe, folder, say)

@@ -7,6 +7,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import threading
 from unittest import mock
 
 import own_functions
@@ -18,14 +19,16 @@ from logs import holding
 from test_debug import numbers as results
 
 import carft_ray
-from carft_ray.api import actions, studies
+from carft_ray.api import actions, checks, studies
 from carft_ray.cli import app
+from carft_ray.data import readers
 from carft_ray.errors import DataError, RecipeError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.launch.events import Note, Started, TrialFinished
 from carft_ray.recipe.text import parse
 from carft_ray.study.outcome import TrialRow
+from carft_ray.training import shared_inputs
 from carft_ray.ui import notebook, progress
 
 
@@ -307,3 +310,28 @@ def test_the_examples_of_the_modules_give_what_they_say(original, here, tmp_path
     monkeypatch.chdir(tmp_path)
     found = doctest.testmod(actions)
     assert (found.failed, found.attempted) == (0, 5)
+
+
+def test_two_threads_run_commands_of_their_own_and_what_is_open_is_forgotten_after_both(monkeypatch):
+    forgotten, first, second = [], threading.Event(), threading.Event()
+    monkeypatch.setattr(checks, "require_versions", lambda: None)
+    monkeypatch.setattr(shared_inputs, "forget_inputs", lambda: forgotten.append(None))
+    listings = []
+
+    def longer():
+        with checks.command():
+            listings.append(readers._kept.get())
+            first.set()
+            second.wait(60)
+
+    thread = threading.Thread(target=longer)
+    thread.start()
+    assert first.wait(60)
+    with checks.command(), checks.command():  # the second one belongs to the first
+        listings.append(readers._kept.get())
+    assert forgotten == []
+    second.set()
+    thread.join()
+    assert listings[1] is not None
+    assert listings[0] is not listings[1]
+    assert len(forgotten) == 1

@@ -5,9 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import attempts
+import psutil
 import pytest
+import ray
 import slow_builds
 import stand_in
+from killed_searches import wait_until
 from layouts_tables import pictures, write_folder
 from ray.cluster_utils import Cluster
 from sources import recipe_of
@@ -84,6 +87,24 @@ def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_pa
     with pytest.raises(InterruptedRunError, match="0 of 3 trials finished"):
         run_search(recipe, tmp_path / "study", two_nodes, runner=runner)
     assert not (tmp_path / "study" / "_tune").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.whole
+@pytest.mark.parametrize("what", ["fill", "prepare"])
+def test_a_preparation_that_is_stopped_leaves_no_task_in_the_ray_of_the_caller(tmp_path, two_nodes, what):
+    functions = {"prepare": stand_in.prepare, "fill": None} | {what: slow_builds.prepare_for_ever}
+    runner = Runner(functions["prepare"], stand_in.train, functions["fill"])
+    recipe = stand_in.make_recipe(3, resources={"gpus_per_worker": 0})
+    ray.init(address=two_nodes, log_to_driver=False)
+    try:
+        with pytest.raises(InterruptedRunError, match="0 of 3 trials finished"):
+            run_search(recipe, tmp_path / "study", "auto", runner=runner)
+        number = int((tmp_path / "pid").read_text())
+        wait_until(lambda: not psutil.pid_exists(number), "its process has ended")
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.slow

@@ -6,11 +6,15 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import ray
+import stand_in
 from killed_searches import wait_until
 
 import cluster
@@ -112,6 +116,71 @@ def test_what_the_user_has_set_of_authentication_holds(tmp_path, monkeypatch):
         seen = ray.get(ray.remote(num_cpus=0)(lambda: dict(os.environ)).remote())
         assert seen["RAY_AUTH_MODE"] == "disabled"
     assert known() == before
+
+
+# a program that calls a search, and gets a signal as its whole process group does
+HOST = """
+import os, signal, sys
+from pathlib import Path
+import stand_in
+from carft_ray.errors import InterruptedRunError
+from carft_ray.launch.events import TrialEpoch
+from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runtime import Runner
+
+told = []
+
+def on_event(event):
+    if isinstance(event, TrialEpoch) and not told:
+        told.append(event)
+        os.killpg(0, signal.SIGTERM)
+
+recipe = stand_in.make_recipe(2, baselines={}, resources={"gpus_per_worker": 0})
+try:
+    run_search(recipe, Path(sys.argv[1]), None, on_event, Runner(stand_in.prepare, stand_in.train))
+except InterruptedRunError as error:
+    print(error)
+print("the program continues")
+"""
+
+
+@pytest.mark.whole
+def test_a_stop_of_its_process_group_ends_a_search_with_checkpoints_and_not_the_program_that_called_it(tmp_path):
+    stand_in.tell(tmp_path, **{"0": "hold", "1": "hold"})
+    here = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
+    command = [sys.executable, "-c", HOST, str(tmp_path / "study")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
+    assert done.stdout.splitlines()[-1:] == ["the program continues"], done.stderr
+    assert "stopped; 0 of 2 trials finished" in done.stdout
+    log = next((tmp_path / "study" / "trials").glob("t0000-*")) / "log.txt"
+    assert "attempt 1: stopped: SIGTERM; resume continues from epoch 1" in log.read_text()
+
+
+@pytest.mark.parametrize("is_stuck", [False, True])
+def test_the_end_of_ray_interrupts_the_thread_that_uses_it_and_ends_no_program_that_is_not_ours(
+    tmp_path, monkeypatch, is_stuck
+):
+    ended, raised = [], []
+    monkeypatch.setattr(cluster_module, "CHECK_HEAD_EVERY_S", 0.02)
+    monkeypatch.setattr(os, "_exit", ended.append)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="127.0.0.1:9"))
+
+    def use():
+        try:
+            with cluster_module._noticing_its_end("/nowhere", None):
+                if is_stuck:
+                    time.sleep(1)  # as in a call of Ray's: nothing can be raised there
+                while True:
+                    time.sleep(0.01)
+        except ClusterError as error:
+            raised.append(str(error))
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    thread.join()  # a Ctrl-C would end the test
+    assert [text.splitlines()[0] for text in raised] == ["Ray: its head at 127.0.0.1:9 is gone"]
+    assert ended == []
 
 
 def test_a_ray_that_cannot_start_is_one_message_at_once(tmp_path, monkeypatch):

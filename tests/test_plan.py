@@ -12,6 +12,7 @@ from crash_host import call
 from stand_in import make_recipe
 
 from carft_ray.data.cache import list_entries
+from carft_ray.launch import forecast as forecast_module
 from carft_ray.launch.forecast import Measured, beyond_budget, forecast, makespan, price
 from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
 from carft_ray.recipe.schema.recipe import BudgetConfig, SearchConfig
@@ -33,6 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
         ([10, 10, 10, 30], 2, 0, 0, 1, 40),
         ([10] * 10, 8, 0, 0, 0.5, 15),  # the last two run alone, and faster where slots share cores
         ([10] * 10, 8, 0, 0, 0, 12.5),
+        ([10] * 2, 8, 0, 0, 0, 10),  # measured two at a time, as the search will have them
     ],
 )
 def test_jobs_run_in_their_order_on_the_slot_that_is_free_first(jobs, slots, first_s, next_s, alone, expected):
@@ -144,6 +146,16 @@ def test_a_plan_measures_trainings_and_leaves_the_caches_alone(plan, tmp_path):
     # two checkpoints of the weights and AdamW's two moments, and the weights
     assert found["disk_bytes"]["while it runs"] == pytest.approx(7 * weights / 3, rel=0.2)
     assert [entry.source for entry in list_entries(tmp_path / "cache") if entry.kind == "heads"] == ["15 sentences"]
+
+
+@pytest.mark.whole
+def test_a_plan_trains_no_more_at_a_time_than_the_search_has_trainings(plan, monkeypatch):
+    noted, plain = [], forecast_module.recover_confirm
+    measure = lambda study, trainings: noted.append(len(trainings)) or plain(study, trainings)  # noqa: E731
+    monkeypatch.setattr(forecast_module, "recover_confirm", measure)
+    _, found = plan("resources.executor=inline", "resources.cpus_per_worker=0.25", "search.trials=1")
+    assert found["concurrency"] > 2
+    assert noted == [2 * 2]
 
 
 def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):

@@ -17,6 +17,7 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.study.identity import study_recipe
 from carft_ray.study.rows import best_row, trials
 from carft_ray.study.warm_start import inherited_reads
 
@@ -152,6 +153,7 @@ def test_what_is_no_other_study_is_refused_with_the_nearest_one_all_at_once(stud
     with pytest.raises(RecipeError, match="nowhere: must be the folder of a study"):
         run_search(warm(recipe_of(2), tmp_path / "nowhere"), study_dir)
     assert (study_dir / "resolved.yaml").read_text() == before, "a refused source is not kept in the recipe"
+    assert study_recipe(study_dir).search.warm_start == ()
     shutil.copytree(study_dir, tmp_path / "copy")
     for source, told in ((study_dir, "this one"), (tmp_path / "copy", "a copy of this one")):
         is_refused = pytest.raises(RecipeError, match=f"must be another study, but got {told}")

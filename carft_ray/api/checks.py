@@ -5,7 +5,9 @@ import functools
 import logging
 import shlex
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -23,34 +25,40 @@ RecipeLike = str | Path | Mapping[str, Any] | Recipe
 Overrides = Mapping[str, Any] | Sequence[str]
 
 logger = logging.getLogger(__name__)
-_runs = False  # a command runs: what it calls is no other one
+_runs = ContextVar("runs", default=False)  # a command runs, in this thread: what it calls is no other one
+_num_running, _counting = 0, threading.Lock()  # commands of all threads
 
 
 @contextlib.contextmanager
 def command() -> Iterator[None]:
     """What surrounds a command: libraries that are too old are refused, and each tree of images is listed once.
 
-    What it has opened is forgotten at its end: images may change before the next command of this process.
+    What it has opened is forgotten when no command runs any more: images may change before the next one.
 
     Raises:
         UsageError: A library is older than its range.
     """
-    global _runs
-    if _runs:
+    global _num_running
+    if _runs.get():
         yield
         return
     require_versions()
     notebook.without_bars_of_others()
     from carft_ray.data.readers import listing_once
 
-    _runs = True
+    token = _runs.set(True)
+    with _counting:
+        _num_running += 1
     try:
         with listing_once():
             yield
     finally:
-        _runs = False
-        if (opened := sys.modules.get("carft_ray.training.shared_inputs")) is not None:  # else nothing was
-            opened.forget_inputs()
+        _runs.reset(token)
+        opened = sys.modules.get("carft_ray.training.shared_inputs")  # None: nothing was
+        with _counting:
+            _num_running -= 1
+            if opened is not None and not _num_running:
+                opened.forget_inputs()
 
 
 def require_versions(extra: str = "") -> None:

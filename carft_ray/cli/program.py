@@ -104,6 +104,7 @@ class _Warnings(logging.Handler):
 
 def main() -> None:
     """Runs the command line; whatever goes wrong ends with one message and its exit code."""
+    environment.is_program = True
     gc.set_threshold(100_000, 20, 100)  # a study of 10,000 trials is read in 1.6 in place of 2.0 s
     logger = logging.getLogger("carft_ray")
     logger.addHandler(handler := _Warnings(logging.WARNING))

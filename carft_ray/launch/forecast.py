@@ -1,8 +1,8 @@
 """What a search will take: trials at a time, time, GPU hours, disk. From short trainings.
 
-Two short trainings for each slot are prepared and run as those of a search (``training.probe``). The second one of a
-slot shows what a process saves that is used again, and reads the targets that the first one has stored. A training of E
-epochs then takes
+Two short trainings for each slot that the search can use are prepared and run as those of a search
+(``training.probe``). The second one of a slot shows what a process saves that is used again, and reads the targets that
+the first one has stored. A training of E epochs then takes
 
     fixed + E epoch + looks look
 
@@ -127,13 +127,15 @@ def makespan(jobs: Sequence[float], slots: int, first_s: float, next_s: float, a
         first_s: Added to the first job of a slot.
         next_s: Added to each further one.
         alone: Which share of its time a job takes alone. At the end, when slots become free, the others are faster.
+
+    Slots for which there is no job count for nothing: ``measure_by_training`` uses none of them either.
     """
     free = [(0.0, True)] * max(1, min(slots, len(jobs)))
     for job in jobs:
         at, fresh = heapq.heappop(free)
         heapq.heappush(free, (at + job + (first_s if fresh else next_s), False))
     ends = [0.0, *sorted(at for at, _ in free)]
-    used = [max(alone, number / slots) for number in range(len(free), 0, -1)]
+    used = [max(alone, number / len(free)) for number in range(len(free), 0, -1)]
     return sum((end - before) * share for (before, end), share in zip(pairwise(ends), used, strict=True))
 
 
@@ -178,10 +180,12 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
             begins, capacity = time.time(), runtime.capacity
             # a seed of its own: an earlier plan has not stored the frozen model's targets
             values = {**middle(recipe.search.space), "seed": time.time_ns() % 2**31}
-            names = [f"short-{number}" for number in range(2 * capacity.concurrency)]
+            slots = min(capacity.concurrency, num_trials(recipe) + len(recipe.search.baselines))
+            names = [f"short-{number}" for number in range(2 * slots)]
             recover_confirm(study, dict.fromkeys(names, values))
-            say(f"training a little, {capacity.concurrency} at a time ({capacity.reason})")
-            fixed = replace(capacity, asked=0)  # nodes that come meanwhile are for the search
+            limit = capacity.reason if slots == capacity.concurrency else "the search has no more trainings"
+            say(f"training a little, {slots} at a time ({limit})")
+            fixed = replace(capacity, concurrency=slots, asked=0)  # nodes that come meanwhile are for the search
             decided, _ = decide_targets(runtime.recipe)
             runtime = replace(runtime, recipe=decided, capacity=fixed, attached=False)
             if run_trainings(study, runtime, lambda event: None):
@@ -192,7 +196,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
             raise ClusterError(Problem("plan", f"a short training has failed: {failed[0]}", next_step=step))
         results = [result_of(study.study_dir, row)["probe"] for row in rows]
     steps = [each.pop("step") for each in results]
-    slots, every, pruner = capacity.concurrency, recipe.evaluate.every_epochs, recipe.search.pruner
+    every, pruner = recipe.evaluate.every_epochs, recipe.search.pruner
     first, later = _means(results[:slots]), _means(results[slots:])
     # where targets are stored, the first training of a slot computes them
     epochs = values.get("epochs", recipe.train.epochs) if num_stored_visits(recipe) else 0

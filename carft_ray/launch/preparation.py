@@ -61,25 +61,37 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)  # type: ignore[call-overload]
         pending[task.remote(runtime, address if len(nodes) > 1 else "")] = node_id
-    for ended in _rounds(runtime, pending, FILLING, say):
-        for done in ended:
-            node_id = pending.pop(done)
-            reason, seen = "", True
-            try:
-                reason, seen = ray.get(done)
-            except Exception as error:  # of another kind than of sets: the preparation meets it, too, or is spared it
-                cause = getattr(error, "cause", error)
-                if isinstance(cause, CarftError):
-                    raise cause from None
-                reason = root_cause(error)
-            if reason:
-                say(f"{nodes[node_id]} did not fill its cache, which its trials will do: {reason}")
-            without += [] if seen else [nodes[node_id]]
-        alive = _nodes_for_trainings(runtime.capacity)
-        for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
-            say(f"{nodes[pending.pop(lost)]} is gone: the search continues without it")
+    with _cancelling(pending):
+        for ended in _rounds(runtime, pending, FILLING, say):
+            for done in ended:
+                node_id = pending.pop(done)
+                reason, seen = "", True
+                try:
+                    reason, seen = ray.get(done)
+                except Exception as error:  # not of the sets: the preparation meets it, too, or is spared it
+                    cause = getattr(error, "cause", error)
+                    if isinstance(cause, CarftError):
+                        raise cause from None
+                    reason = root_cause(error)
+                if reason:
+                    say(f"{nodes[node_id]} did not fill its cache, which its trials will do: {reason}")
+                without += [] if seen else [nodes[node_id]]
+            alive = _nodes_for_trainings(runtime.capacity)
+            for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
+                say(f"{nodes[pending.pop(lost)]} is gone: the search continues without it")
     if runtime.files is not None:
         say(_sight(runtime.study_dir, len(nodes), sorted(without)))
+
+
+@contextlib.contextmanager
+def _cancelling(pending: Collection[Any]) -> Iterator[None]:
+    """Cancels the tasks that are pending when the block ends: a Ray of the caller's would run them to their end."""
+    try:
+        yield
+    finally:
+        for task in pending:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.cancel(task, force=True)
 
 
 def _sight(study_dir: Path, num_nodes: int, without: Sequence[str]) -> str:
@@ -172,10 +184,11 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
     try:
         fill_nodes(runtime, say)
         pending = task.remote(runtime)
-        for ended in _rounds(runtime, [pending], PREPARING, say, WAITS):
-            if ended:
-                break
-        metrics: dict[str, Any] = ray.get(pending)
+        with _cancelling([pending]):
+            for ended in _rounds(runtime, [pending], PREPARING, say, WAITS):
+                if ended:
+                    break
+            metrics: dict[str, Any] = ray.get(pending)
     except Exception as error:  # what cannot be pickled is refused in this process already
         cause = getattr(error, "cause", error)  # as the preparation raised it
         if isinstance(cause, CarftError):

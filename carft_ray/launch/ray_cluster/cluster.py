@@ -2,6 +2,7 @@
 
 import _thread
 import contextlib
+import ctypes
 import logging
 import os
 import secrets
@@ -231,11 +232,12 @@ def _quiet(log_path: Path) -> Iterator[None]:
 def _noticing_its_end(temp_dir: str | None, stop_path: Path | None) -> Iterator[None]:
     """Ends the block with a ``ClusterError`` when nobody listens at the head's address any more.
 
-    A signal to a whole process group or job ends a Ray of our own too, and then Ray's calls neither return nor notice
-    Ctrl-C, until it kills the process a minute later. So does this, sooner and with a message, where raising has no
-    effect. The head of a cluster may come back: there it comes shortly before Ray's own patience (``HEAD_PATIENCE``)
-    ends, and is a ``MachineError``.
+    A signal to all processes of a job ends a Ray of our own too, and then Ray's calls neither return nor notice Ctrl-C,
+    until Ray kills the process a minute later. The command line ends sooner and with a message, where raising has no
+    effect; a host program is not ended here. The head of a cluster may come back: there the error comes shortly before
+    Ray's own patience (``HEAD_PATIENCE``) ends, and is a ``MachineError``.
     """
+    caller = threading.current_thread()
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
     step = "Everything finished is kept; run the same command again to resume."
     kind, patience_s = ClusterError, float(CHECK_HEAD_EVERY_S)
@@ -256,9 +258,14 @@ def _noticing_its_end(temp_dir: str | None, stop_path: Path | None) -> Iterator[
                 missed.append(time.monotonic())
             missed_s = missed[-1] - missed[0]
             if missed_s >= patience_s:
+                is_first = not gone.is_set()
                 gone.set()
-                _thread.interrupt_main()  # once more each time: a first Ctrl-C is only taken as a wish
-            if missed_s >= patience_s + 3 * CHECK_HEAD_EVERY_S:
+                if caller is threading.main_thread():
+                    _thread.interrupt_main()  # once more each time: a first Ctrl-C is only taken as a wish
+                elif is_first:
+                    number, interrupt = ctypes.c_ulong(caller.ident or 0), ctypes.py_object(KeyboardInterrupt)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(number, interrupt)
+            if environment.is_program and missed_s >= patience_s + 3 * CHECK_HEAD_EVERY_S:
                 stopped = temp_dir is not None and stop_path is not None and files.seen(stop_path)
                 sys.stderr.write(f"stopped, and Ray with it\n    {step}\n" if stopped else f"{error}\n")
                 sys.stderr.flush()

@@ -65,21 +65,25 @@ def read_authentication_anew() -> None:
 
 @contextlib.contextmanager
 def on_this_machine_only() -> Iterator[None]:
-    """Within the block, ``ray.init`` starts a Ray whose ports all listen on 127.0.0.1, its agent on a free port.
+    """Within the block, ``ray.init`` starts a Ray that listens on 127.0.0.1 only, its agent on a free port.
 
     Otherwise it listens on all interfaces, its metrics without the token, and its agent takes the port (52365) that a
     ``ray start`` beside it needs. ``ray.init`` has no argument for the agent and replaces 127.0.0.1 by another address.
+
+    A signal to the process group of this process does not reach it: otherwise Ray ends before its trainings have
+    written their checkpoints. When this process ends, the kernel ends it.
     """
     module, plain = _named("ray._private.parameter"), _named("ray._private.parameter.RayParams")
+    starting, popen = _named("ray._private.services"), _named("ray._private.services.ConsolePopen")
 
     def ours(**given: Any) -> Any:
         return plain(**given | {"node_ip_address": "127.0.0.1", "dashboard_agent_listen_port": 0})
 
-    module.RayParams = ours
+    module.RayParams, starting.ConsolePopen = ours, partial(popen, process_group=0)
     try:
         yield
     finally:
-        module.RayParams = plain
+        module.RayParams, starting.ConsolePopen = plain, popen
 
 
 def draining_nodes() -> Mapping[str, int]:

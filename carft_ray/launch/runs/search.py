@@ -21,12 +21,14 @@ from carft_ray.recipe.loading import trust_word
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.shared_targets import decide_targets
 from carft_ray.recipe.space.grid import num_trials
+from carft_ray.study.holding import is_study
 from carft_ray.study.mirror import named
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_row, num_finished, trials
 from carft_ray.study.study import Study
+from carft_ray.study.uploads import open_log
 from carft_ray.study.warm_start import new_sources
 from carft_ray.words import counted
 
@@ -94,7 +96,11 @@ def run_search(
         HoldOutError: Two roles share images.
         StorageError, ClusterError, DataError: As their messages say.
     """
-    began = time.monotonic()
+    began, study_dir = time.monotonic(), study_dir.resolve()
+    if recipe.search.warm_start and is_study(study_dir):
+        log = open_log(study_dir)
+        log.follow()
+        new_sources(log, study_dir, recipe)  # one that is refused must not stay in the recipe of the study
     with open_study(study_dir, recipe, change_space, lambda text: on_event(Note(text))) as study:
         study_dir = study.study_dir
         on_event = to_all(on_event, Curves(study_dir, recipe))
