@@ -215,7 +215,7 @@ def test_another_study_of_the_same_images_is_told_who_has_read_them(run, here, f
     line = verdict(page_document(read_study(other)))[3]
     assert not line.passed
     assert f"other studies have read these very images once: {here / 'study'}" in line.text
-    again = summary_of(run, other, "--again", "once more")
+    again = summary_of(run, other, "--trust-paths", "--again", "once more")
     assert len(again["elsewhere"]) == 1  # its own first read is in its own ledger
 
 
