@@ -1,9 +1,9 @@
 """Every file name of a study and of a training, once: what lies where, for people and for the code.
 
     study/
-      manifest.json      what the study is about, and what it was made with; another recipe is refused
+      manifest.json      its id, and a note of its ledger
       resolved.yaml      the complete recipe of the last search, for people
-      log/               numbered commits, the only state of the search (``store.log``)
+      log/               numbered commits, the only state of the search, its recipe among it (``store.log``)
       stop               asks the driver to end: running trainings write a checkpoint
       requests/          of a study in a bucket: the same from any machine, by the number of the driver's claim
       shared_images.csv  images that stand in two roles, and what was done

@@ -8,7 +8,7 @@ from carft_ray.store.folder import Folder
 from carft_ray.store.log import _NOBODY, Log, _digest, _sealed, commit_name
 from carft_ray.store.owner import identity
 from carft_ray.study.holding import check_fit, held
-from carft_ray.study.identity import record_recipe
+from carft_ray.study.identity import recipe_record
 from carft_ray.study.ledger import record
 
 
@@ -23,7 +23,8 @@ def holding(folder, tell=lambda text: None):
 
 def set_recipe(study_dir, recipe):
     """Makes a recipe that of a study, as a search does that has claimed it."""
-    record_recipe(study_dir, recipe, [])
+    with holding(study_dir) as log, log.commit(recipe_record(recipe)):
+        pass
 
 
 def write_line(study_dir, recipe, purpose="test", **words):
@@ -51,6 +52,19 @@ def take(study_dir):
 def commits(study_dir):
     """Returns the commits of a study as they lie there."""
     return [json.loads(path.read_bytes().split(b"\n")[1]) for path in sorted((study_dir / COMMITS).glob("[0-9]*"))]
+
+
+def kept(study_dir, kind):
+    """Returns what the log keeps in its records of a kind, ``recipe`` or ``provenance``, oldest first."""
+    return [one[kind] for commit in commits(study_dir) for one in commit["records"] if one["kind"] == kind]
+
+
+def change(study_dir, kind, changed):
+    """Changes what the log keeps in its records of a kind, by a function, as a stranger would."""
+    found = commits(study_dir)
+    for one in [one for commit in found for one in commit["records"] if one["kind"] == kind]:
+        changed(one[kind])
+    rewrite(study_dir, found)
 
 
 def operations(study_dir):

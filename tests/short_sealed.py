@@ -3,6 +3,7 @@
 import shutil
 
 import short_training
+from logs import replace
 from short_study import search
 
 from carft_ray.recipe.loading import load_recipe
@@ -27,11 +28,10 @@ def copy(folder, place):
     """Copies the study with images and weights of its own into another folder, at the same age; returns it."""
     for name in ("study", "images", "model"):
         shutil.copytree(folder / name, place / name, copy_function=shutil.copy2)
-    for path in (place / "study" / "manifest.json", place / "study" / "resolved.yaml"):
-        text = path.read_text()
-        for name in ("images", "model"):
-            text = text.replace(str(folder / name), str(place / name))
-        path.write_text(text)
+    path = place / "study" / "resolved.yaml"
+    for name in ("images", "model"):
+        path.write_text(path.read_text().replace(str(folder / name), str(place / name)))
+        replace(place / "study", str(folder / name), str(place / name))
     return place / "study"
 
 

@@ -17,7 +17,7 @@ def search(study_dir, recipe, num_attempts=None):
         files.write_text(study_dir / "resolved.yaml", dump_recipe(recipe))
         recover_running(study)
         found = prepare(with_threads(recipe, environment.usable_cores()), study_dir / "prepared")  # as a search does
-        record_provenance(study_dir, recipe, found.pop("provenance"))
+        record_provenance(study_dir, study.log, recipe, found.pop("provenance"))
         study.add_zero_shot(found)
         while num_attempts != 0 and (spec := study.next()) is not None:
             folder = spec.folder(study_dir)

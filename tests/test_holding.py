@@ -232,8 +232,8 @@ def check_round(study_dir, told):
     log = Log(Folder(study_dir))
     log.follow()  # it is whole: each commit names the one before
     records = [record for _, record in log.records if record.get("host") != ELSEWHERE["host"]]
-    assert [record["kind"] for record in records] == ["owner", "space", *["at work"] * count, "released"]
-    assert [record["count"] for record in records[2:-1]] == list(range(1, count + 1))
+    assert [record["kind"] for record in records] == ["owner", "recipe", "provenance", *["at work"] * count, "released"]
+    assert [record["count"] for record in records[3:-1]] == list(range(1, count + 1))
     assert {path.name for path in study_dir.iterdir()} == {"log", "manifest.json"}
     assert all(path.name.isdigit() for path in (study_dir / "log").iterdir())
 

@@ -13,6 +13,7 @@ import short_sealed
 import short_study
 import short_training
 import stand_in
+from logs import change, holding, kept
 from sources import folder_source
 from study_steps import contents, searching
 
@@ -30,6 +31,7 @@ from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.reproduce import reproduce, sentence, table_differences
 from carft_ray.results.rescore import asked_objective, rescore
 from carft_ray.results.statistics.intervals import OVER_IMAGES
+from carft_ray.study.holding import log_of
 from carft_ray.study.identity import claim
 from carft_ray.study.opening import open_study
 from carft_ray.study.provenance import identity_problems, record_provenance
@@ -82,7 +84,7 @@ def test_every_training_is_reproduced(here, folder, trial):
     ("path", "told"),
     [
         ("images/sketch/heart/1.png", "data.ood_val.sketch: the contents of this set must be those of the"),
-        ("model/open_clip_model.safetensors", "model: the weights must be as in the manifest"),
+        ("model/open_clip_model.safetensors", "model: the weights must be as in the study"),
     ],
 )
 def test_other_images_or_weights_are_named_and_nothing_is_left_behind(here, original, run, path, told):
@@ -130,7 +132,7 @@ def test_another_number_ends_with_the_largest_difference_and_no_explanation(here
     code, out, err = run("reproduce", here / "study", "t0000", "--json")
     assert code == CarftError.exit_code == 1
     assert "2 that differ (objective, metrics.accuracy/sketch); the largest difference is that of" in err
-    assert "Data, weights, code, versions and hardware are those of the manifest" in err
+    assert "Data, weights, code, versions and hardware are those of the study" in err
     found = json.loads(out)
     sizes = {each["what"]: round(each["size"], 6) for each in found["differences"]}
     assert (found["same"], sizes) == (False, {"metrics.accuracy/sketch": 0.25, "objective": 0.001})
@@ -156,7 +158,7 @@ def test_a_gpu_repeats_a_training_within_rounding(here, run):
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_what_the_manifest_says_otherwise_is_told_and_explains_a_difference(here, monkeypatch, run, is_same):
+def test_what_the_study_says_otherwise_is_told_and_explains_a_difference(here, monkeypatch, run, is_same):
     if not is_same:
         change_result(here / "study", lambda result: result.update(objective=0.1))
     then = environment.versions()
@@ -272,22 +274,23 @@ def test_the_command_shows_both_sides_and_the_json_is_the_whole_answer(here, run
 def test_what_was_measured_on_other_images_or_defined_otherwise_is_not_compared(here, trained):
     """Sample ids are those of the names: only the contents tell."""
 
-    def change(manifest):
-        manifest["provenance"]["data"]["sketch"]["digest"] = "0" * 64
-        manifest["provenance"]["versions"]["numpy"] = "1.0"
+    def other(provenance):
+        if "data" in provenance:
+            provenance["data"]["sketch"]["digest"] = "0" * 64
+        provenance["versions"]["numpy"] = "1.0"
 
-    def leave_out(manifest):
-        manifest["recipe"]["data"]["ood_val"] = {}
-        manifest["recipe"]["search"]["objective"]["id_weight"] = 0.25
+    def leave_out(recipe):
+        recipe["data"]["ood_val"] = {}
+        recipe["search"]["objective"]["id_weight"] = 0.25
 
-    change_json(here / "run" / "manifest.json", change)
+    change(here / "run", "provenance", other)
     found = compare(str(trained), str(here / "run"))
     assert keys(found["origin"]) == {"data.sketch.digest", "versions.numpy"}
     assert "the contents of the images differ" in found["reasons"]["sketch"]
     assert found["reasons"]["objective"] == "it needs all its sets, and sketch cannot be compared"
     assert row(found, "accuracy/sketch")["difference"] is row(found, "ood_accuracy")["difference"] is None
     assert row(found, "id_accuracy")["difference"] == 0
-    change_json(here / "run" / "manifest.json", leave_out)
+    change(here / "run", "recipe", leave_out)
     found = compare(str(trained), str(here / "run"))
     assert found["reasons"] == {
         "sketch": "only run:train has this set",
@@ -297,13 +300,14 @@ def test_what_was_measured_on_other_images_or_defined_otherwise_is_not_compared(
     assert (row(found, "accuracy/sketch")["b"], row(found, "objective")["difference"]) == (None, None)
 
 
-def manifest(folder):
-    return json.loads((folder / "manifest.json").read_text())
+def provenance(folder):
+    return kept(folder, "provenance")[-1]
 
 
 def test_a_claimed_folder_says_at_once_what_needs_no_data(original, tmp_path):
-    claim(tmp_path, load_recipe(original / "study" / "resolved.yaml", ["search.sampler.seed=11"]))
-    found = manifest(tmp_path)["provenance"]
+    with holding(tmp_path) as log:
+        claim(tmp_path, log, load_recipe(original / "study" / "resolved.yaml", ["search.sampler.seed=11"]))
+    found = provenance(tmp_path)
     assert found["seeds"] == {"sampler": 11, "train": 0}
     assert found["code"] == environment.code()
     assert found["versions"] == environment.versions()
@@ -315,8 +319,8 @@ def test_a_claimed_folder_says_at_once_what_needs_no_data(original, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run", "study"])
-def test_after_the_preparation_the_manifest_says_data_and_model(original, here, name):
-    recipe, found = load_recipe(original / "study" / "resolved.yaml"), manifest(here / name)["provenance"]
+def test_after_the_preparation_the_log_says_data_and_model(original, here, name):
+    recipe, found = load_recipe(original / "study" / "resolved.yaml"), provenance(here / name)
     expected = {}
     for set_name, domain in (("train", "photo"), ("id_val", "photo_val"), ("sketch", "sketch")):
         source = folder_source(original / "images", (domain,), None, set_name)
@@ -335,16 +339,16 @@ def test_after_the_preparation_the_manifest_says_data_and_model(original, here, 
 
 def test_a_later_search_adds_other_versions_to_the_history_and_keeps_the_first(here, monkeypatch):
     study_dir, recipe = here / "study", load_recipe(here / "study" / "resolved.yaml")
-    first = manifest(study_dir)["provenance"]
-    record_provenance(study_dir, recipe, None)  # without findings
+    first = provenance(study_dir)
+    record_provenance(study_dir, log_of(study_dir), recipe, None)  # without findings
     short_study.search(study_dir, recipe, num_attempts=0)
-    assert manifest(study_dir)["provenance"] == first
+    assert provenance(study_dir) == first
     for number, version in enumerate(("9.8", "9.8", "9.9"), start=1):
         monkeypatch.setattr(environment, "versions", lambda version=version: {**first["versions"], "torch": version})
         short_study.search(study_dir, recipe, num_attempts=0)
-        history = manifest(study_dir)["provenance"]["history"]
+        history = provenance(study_dir)["history"]
         assert [entry["versions"]["torch"] for entry in history] == ["9.8", "9.9"][: max(1, number - 1)]
-    now = manifest(study_dir)["provenance"]
+    now = provenance(study_dir)
     now.pop("history")
     assert now == first
 
@@ -355,10 +359,10 @@ def test_a_study_does_not_go_on_where_names_views_or_what_auto_means_are_others(
     known |= {"classes": ["cat", "dog"], "augmentation": {"view_version": 1}, "preparation": {"compile": True}}
     assert identity_problems(known, dict(known)) == []
     for part, now, told in (
-        ("model", {"weights_hash": "cd"}, 'model: the weights must be as in the manifest, "ab", but got "cd"'),
-        ("classes", ["dog", "cat"], 'data.classes: the classes must be as in the manifest, ["cat", "dog"], but got ['),
-        ("augmentation", {"view_version": 2}, "code: the training views must be as in the manifest, 1, but got 2"),
-        ("preparation", {"compile": False}, "train.compile: the meaning of auto must be as in the manifest, true, but"),
+        ("model", {"weights_hash": "cd"}, 'model: the weights must be as in the study, "ab", but got "cd"'),
+        ("classes", ["dog", "cat"], 'data.classes: the classes must be as in the study, ["cat", "dog"], but got ['),
+        ("augmentation", {"view_version": 2}, "code: the training views must be as in the study, 1, but got 2"),
+        ("preparation", {"compile": False}, "train.compile: the meaning of auto must be as in the study, true, but"),
     ):
         (problem,) = identity_problems(known, {**known, part: now})
         assert str(problem).startswith(told)
@@ -368,7 +372,7 @@ def test_a_study_does_not_go_on_where_names_views_or_what_auto_means_are_others(
 def test_images_may_move_or_be_touched_and_are_no_others(original, tmp_path):
     study_dir = short_sealed.copy(original, tmp_path)
     recipe = (study_dir / "resolved.yaml").read_text()
-    before, prepared = manifest(study_dir), (study_dir / "prepared" / "prepared.json").read_bytes()
+    before, prepared = provenance(study_dir), (study_dir / "prepared" / "prepared.json").read_bytes()
     os.utime(tmp_path / "images" / "photo" / "star" / "0.png")
     shutil.copytree(tmp_path / "images", tmp_path / "another")
 
@@ -379,9 +383,9 @@ def test_images_may_move_or_be_touched_and_are_no_others(original, tmp_path):
 
     short_study.search(study_dir, among("images", "cache3"), num_attempts=0)
     assert (study_dir / "prepared" / "prepared.json").read_bytes() != prepared
-    assert manifest(study_dir)["provenance"] == before["provenance"]
+    assert provenance(study_dir) == before
     short_study.search(study_dir, among("another", "cache4"), num_attempts=0)
-    assert manifest(study_dir)["recipe"]["data"]["train"]["path"] == str(tmp_path / "another")
+    assert kept(study_dir, "recipe")[-1]["data"]["train"]["path"] == str(tmp_path / "another")
     short_training.write_image(tmp_path / "another" / "photo_val" / "star" / "0.png", 4, 12345)
     with pytest.raises(DataError, match=r"data\.id_val: the contents"):
         short_study.search(study_dir, among("another", "cache5"))

@@ -10,6 +10,7 @@ import jsonschema
 import pytest
 from crash_host import call
 from layouts import make_layout
+from logs import kept
 from recipe_keys import keys
 from short_training import write_model
 from stand_in import make_recipe
@@ -311,7 +312,7 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
     assert recipe != old
     if kind == "space":  # the others change nothing in the study
         study_dir = Path(shutil.copytree(study_dir, tmp_path / "study"))
-    before = (study_dir / "manifest.json").read_bytes()
+    before = kept(study_dir, "recipe")
     if kind == "running":
         assert go_on(study_dir, recipe) == recipe
         assert study_recipe(study_dir).search.space == old.search.space
@@ -326,7 +327,7 @@ def test_a_key_changes_as_its_class_says(key, studies, tmp_path):
         assert study_recipe(study_dir).search.space == recipe.search.space
     else:
         refused(study_dir, recipe, re.escape(top), True)
-        assert (study_dir / "manifest.json").read_bytes() == before
+        assert kept(study_dir, "recipe") == before
 
 
 def test_a_baseline_may_be_added_and_is_trained_next(tmp_path):
@@ -388,8 +389,8 @@ def test_a_project_that_was_moved_goes_on_and_so_does_a_copy_of_the_study_alone(
     recipe = folder_recipe(new).model_copy(update={"search": make_recipe(3).search})
     assert [spec.number for spec in run_search(new / "study", recipe)] == [2]
     assert study_recipe(new / "study").data.id_test.path == str(new / "images")
-    kept = json.loads((new / "study" / "manifest.json").read_text())["recipes"]
-    assert [one["recipe"]["data"]["train"]["path"] for one in kept] == [str(old / "images")]
+    paths = [one["data"]["train"]["path"] for one in kept(new / "study", "recipe")]
+    assert paths == [str(old / "images"), str(new / "images")]
 
 
 def test_test_images_move_only_together_with_the_training_images(tmp_path):

@@ -34,6 +34,8 @@ from carft_ray.data.same_picture import LIMIT, WHOLE, grey_picture, inside_borde
 from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.study.holding import log_of
+from carft_ray.study.provenance import provenance_of
 
 
 def hills(seed, side=40):
@@ -433,7 +435,7 @@ def test_a_search_leaves_copies_out_and_what_goes_on_compares_nothing_again(sear
         rows = list(csv.DictReader(file))
     assert Counter(row["found_by"] for row in rows) == {"same bytes": 1, "same picture": 1}
     assert {(row["set"], row["done"], row["other_set"]) for row in rows} == {("data.train", "leaves", "data.id_val")}
-    provenance = json.loads((study / "manifest.json").read_text())["provenance"]
+    provenance = provenance_of(log_of(study))
     assert provenance["shared_images"] == {"policy": "drop", "counts": {"data.train": {"leaves": SHARED}}}
     assert {name: one["num_images"] for name, one in provenance["data"].items()} == LEFT
     assert [*num_images(study / "trials"), *num_images(study / "baselines")] == [LEFT, LEFT]

@@ -9,19 +9,19 @@ import browser
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from logs import holding
 from report_studies import fail, fill, keep_thumbnails, make_recipe, write_page
 from rich.console import Console
 
 import carft_ray
-from carft_ray import cli, files
+from carft_ray import cli
 from carft_ray.data.copies.shared_images import SharedRow, read_shared, write_shared
-from carft_ray.layout import MANIFEST
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.results.report_tables import write_tables
 from carft_ray.results.verdict_card import Line, latex_card, text_card
 from carft_ray.study.opening import open_study
-from carft_ray.study.provenance import PROVENANCE
+from carft_ray.study.provenance import record_of
 from carft_ray.untrusted import csv_cell, html, is_name, latex, markdown, of_csv_cell, visible
 
 STEERING = {"\x1b", "\x07", "\u202e", "\u2028"}
@@ -41,10 +41,10 @@ def study_dir(tmp_path_factory):
         fill(study, 6, lambda number: number == 3)
         fail(study, study.next(), reason=REASON)
     keep_thumbnails(folder, 8, 16)
-    content = files.read_json(folder / MANIFEST)
     facts = {"code": {"version": REASON}, "versions": {}, "hardware": {"host": CLASS_NAMES}, "seeds": {}}
-    content[PROVENANCE] = {"class_names": CLASS_NAMES, "test_sets": ["ood_test.strange"], **facts}
-    files.write_json(folder / MANIFEST, content)
+    provenance = {"class_names": CLASS_NAMES, "test_sets": ["ood_test.strange"], **facts}
+    with holding(folder) as log, log.commit(record_of(provenance)):
+        pass
     write_shared(folder, [SHARED])
     return folder
 

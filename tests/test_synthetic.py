@@ -221,7 +221,7 @@ def test_keys_and_paths_of_the_images_are_those_below_of(tree):
 
 
 @pytest.mark.slow
-def test_the_manifest_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch):
+def test_the_provenance_holds_what_is_seen_and_what_was_skipped(tree, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tree / "cache"))
     (tree / "val" / "cat" / "3.png").write_bytes(b"no image")
     skipping = folder("val", on_bad_image="skip")

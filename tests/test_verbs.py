@@ -106,7 +106,7 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert everything(here) == before
     with open_study(here / "new", make_recipe(4)):
         pass
-    rewrite(here / "new", commits(here / "new")[:1])  # killed before it held anything
+    rewrite(here / "new", commits(here / "new")[:2])  # killed before it held anything
     answer = json.loads(run("status", "new", "--json")[1])
     assert (answer["finished"], answer["wanted"], answer["best"]) == (0, 4, None)
     assert "No trial has begun yet." in run("ls", "new")[2]
@@ -419,13 +419,13 @@ def test_a_manifest_that_is_damaged_or_of_another_version(refused, here):
     manifest = here / "first" / "manifest.json"
     whole = manifest.read_text()
     newer = json.dumps({**json.loads(whole), "format_version": 99})
-    wrong = whole.replace('"trials": 8', '"trials": 0')
-    for content in ("", "[]", '{"format_version": 1, "recipe": {}}', "\0", wrong, newer):
+    for content in ("", "[]", '{"format_version": 2}', "\0", newer):
         manifest.write_text(content)
         for words in ((*SEARCH, "first"), RESUME):
             told = refused(5, *words)
             assert told.startswith(f"error: {manifest}: must ")
-    assert "must have format_version " in told
+    assert "must have format_version 2, but got 99" in told
+    assert "search in another folder" in told
 
 
 # ---- what commands suggest next: nothing that a study would refuse as it stands, nothing that is done
@@ -502,8 +502,8 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     assert steps(study_dir)[0] == "resume --again REASON"
     write_line(study_dir.resolve(), read_study(study_dir).recipe, WENT_ON, details={"trials": 4}, reason="why")
     assert steps(study_dir)[0] == "resume"
-    manifest = (study_dir / "manifest.json").read_text()
-    (study_dir / "manifest.json").write_text(manifest.replace('"gpu_hours": null', '"gpu_hours": 3', 1))
+    recipe = read_study(study_dir).recipe
+    set_recipe(study_dir, recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"gpu_hours": 3})}))
     (study_dir / "stop").write_text("budget: 3 GPU hours are used (budget.gpu_hours, 3)\n")
     assert steps(study_dir)[0] == "resume --set budget.gpu_hours=6"
     assert steps(study(4, 0)) == ["resume", "ls"]
@@ -537,7 +537,7 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     read_tests(study_dir, 1)
     was_read, _, found = status()
     assert (was_read, found) == (True, {"test_reads": 1, "problems": []})
-    replace(study_dir, '"test"', '"winner fixed"')
+    replace(study_dir, '"purpose": "test"', '"purpose": "winner fixed"')
     was_read, err, found = status()
     assert (was_read, found["test_reads"]) == (False, None)
     assert "must have the ledger of which manifest.json tells" in err

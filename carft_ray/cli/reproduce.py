@@ -23,7 +23,7 @@ def reproduce(
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Do a training again from the manifest and say whether all its numbers are the same."""
+    """Do a training again as its study has recorded it and say whether all its numbers are the same."""
     from carft_ray.results.reading.finished import open_finished
     from carft_ray.study.identity import study_recipe
     from carft_ray.study.trust import require_written
@@ -53,7 +53,7 @@ def reproduce(
         return
     console.show(sentence(found))
     if lines := change_lines(found):
-        console.say("The manifest differs from this code and machine nevertheless:")
+        console.say("The study was made with other code or on another machine nevertheless:")
         console.say("\n".join(f"  {line}" for line in lines))
     compare = common.command_line("compare", f"{folder}:{finished.name}", out or f"{folder}:zero_shot")
     console.next_step(compare, *([common.command_line("ls", folder)] if out is None else []))

@@ -176,7 +176,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
             ready = time.time()
             fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
             filling_s = time.time() - ready
-            prepared = prepare(runtime, say)
+            prepared = prepare(study, runtime, say)
             begins, capacity = time.time(), runtime.capacity
             # a seed of its own: an earlier plan has not stored the frozen model's targets
             values = {**middle(recipe.search.space), "seed": time.time_ns() % 2**31}

@@ -3,7 +3,7 @@
 with open_study(...) as study:          # the claim, no stop file of before, the recipe, what a kill has left
     begin(folder, recipe)               # resolved.yaml is that of this command
     with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
-        prepare(runtime, say)           # sets, caches, heads, zero-shot; into the manifest
+        prepare(study, runtime, say)    # sets, caches, heads, zero-shot; what they are, into the log
         run_trainings(study, runtime)   # ``launch.trainings``
 """
 
@@ -92,14 +92,14 @@ def computing(
             yield runtime
 
 
-def prepare(runtime: Runtime, say: Say) -> dict[str, Any]:
-    """Does what all trainings share, and notes in the manifest what their numbers come from.
+def prepare(study: Study, runtime: Runtime, say: Say) -> dict[str, Any]:
+    """Does what all trainings share, and notes in the log what their numbers come from.
 
     Returns:
         Zero-shot metrics and counts (``training.run.prepare``).
     """
     metrics = run_prepare(runtime, say)
-    record_provenance(runtime.study_dir, runtime.recipe, metrics.pop("provenance", None))
+    record_provenance(runtime.study_dir, study.log, runtime.recipe, metrics.pop("provenance", None))
     return metrics
 
 

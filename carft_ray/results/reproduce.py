@@ -1,6 +1,6 @@
-"""A training repeated from the manifest of its study, and whether the numbers are the same, column by column.
+"""A training repeated from what its study has recorded, and whether the numbers are the same, column by column.
 
-What the manifest says of data and model is checked first, by contents: sets are decoded again, since the cache of
+What the study says of data and model is checked first, by contents: sets are decoded again, since the cache of
 decoded sets identifies files by size and date only. The training has the same threads and workers. On a CPU, and with
 ``train.deterministic``, every bit must be the same; else a GPU sums in another order each time, and of two trainings
 that rounding has led apart the objective and the points of the curve are compared, within ``TOLERANCE``.
@@ -66,7 +66,7 @@ def difference_error(found: Mapping[str, Any]) -> CarftError:
     value += f"; the largest difference is that of {largest['what']}: {largest['then']} then, {largest['now']} now"
     if largest["size"] is not None:
         value += f" ({largest['size']:.3g})"
-    step = "Data, weights, code, versions and hardware are those of the manifest. "
+    step = "Data, weights, code, versions and hardware are those of the study. "
     if found["tolerance"]:
         step += (
             f"A GPU sums in another order each time, which seldom explains more than {found['tolerance']:g}: compare "
@@ -75,12 +75,12 @@ def difference_error(found: Mapping[str, Any]) -> CarftError:
     else:
         step += "Please report it."
     if lines := change_lines(found):
-        step = "\n      ".join(["What differs now from the manifest:", *lines])
+        step = "\n      ".join(["What differs now from the study:", *lines])
     return CarftError(Problem(found["title"], rule, value, next_step=step))
 
 
 def change_lines(found: Mapping[str, Any]) -> list[str]:
-    """Returns what differs now from the manifest, as lines of text."""
+    """Returns what differs now from the provenance of the study, as lines of text."""
     return [f"{each['key']}: {_short(each['then'])} then, {_short(each['now'])} now" for each in found["changes"]]
 
 
@@ -110,10 +110,10 @@ def reproduce(
         ``num_numbers`` of ``result.json`` and ``num_predictions`` that were compared, ``weights_compared``: whether
         the weights were, which the study may not have kept; ``differences``, the numbers first: ``what`` (a dotted
         name), ``then``, ``now``, ``size`` (largest absolute difference; None where there is none to take);
-        ``changes`` from the manifest: ``key``, ``then``, ``now``.
+        ``changes`` from the provenance of the study: ``key``, ``then``, ``now``.
 
     Raises:
-        DataError: Images or weights are not those of the manifest; names the sets.
+        DataError: Images or weights are not those of the study; names the sets.
         StorageError: Predictions are damaged.
         UsageError: The new folder holds something.
         InterruptedRunError: Stopped on request.
@@ -121,7 +121,7 @@ def reproduce(
     out_dir = out_dir.resolve()
     files.require_new(out_dir, "--out")
     kept, then = finished.provenance, finished.predictions()
-    say("comparing the images with the manifest")
+    say("comparing the images with those of the study")
     rows = read_shared(finished.folder)
     base = without_shared(finished.base, rows)
     _check({"data": set_contents(base)}, kept)
@@ -209,7 +209,7 @@ def changes_since(provenance: dict[str, Any], where: Mapping[str, Any]) -> list[
     """Returns how code, versions and hardware differ now from those under which a training ran.
 
     Args:
-        provenance: Of the manifest.
+        provenance: Of the study.
         where: ``environment`` of the training's result, by which its entry of the history is found.
     """
     entries = [provenance, *provenance.get("history", [])]

@@ -191,6 +191,12 @@ class Log(BaseJournalBackend):
         """The number of the newest commit by which a process has claimed the log, as far as it was read; else 0."""
         return next((number for number, record in reversed(self.records) if record.get("kind") == OWNER), 0)
 
+    @property
+    def holds_only_claims(self) -> bool:
+        """Whether nothing was committed, as far as the log was read, but who claimed and released it."""
+        kinds = {record.get("kind") for _, record in self.records}
+        return not self._num_dropped and not self._operations and kinds <= {OWNER, RELEASED}
+
     def digest_of(self, number: int) -> str:
         """Returns the BLAKE2 of a commit; empty when there is none."""
         return _digest(self._store.get(commit_name(number)) or b"")

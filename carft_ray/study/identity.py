@@ -3,9 +3,13 @@
 The field of every key of a recipe says its class (``recipe.schema.fields.key``). A space that changes with
 ``--change-space`` moves the trials to it (``study.space_revisions``).
 
-``manifest.json`` holds an ``id``, which a copy has, too; the recipe of the last search in ``recipe``, with all that is
-running; in ``recipes``, oldest first, those before another space, further baselines or moved files. It is written in
-one piece: what it says is what holds. ``resolved.yaml`` shows the recipe to people.
+The recipe is a record of the log. The process that has claimed an empty log writes ``manifest.json``, then commits the
+recipe: from that commit on, the folder is the study of this recipe. Each search with another recipe commits its own,
+and the newest one holds. A log without a recipe is continued only if it holds nothing but claims. ``resolved.yaml``
+shows the recipe to people.
+
+``manifest.json`` holds ``format_version``, ``id`` (a copy has the same), ``created``, in a copy ``copied_from``
+(``study.mirror``), and ``ledger`` (``study.ledger``).
 """
 
 import contextlib
@@ -22,7 +26,7 @@ from typing import Any
 from carft_ray import files
 from carft_ray.data.formats.labels import read_class_names
 from carft_ray.errors import DataError, Problem, RecipeError, StorageError
-from carft_ray.layout import MANIFEST, RESOLVED
+from carft_ray.layout import COMMITS, MANIFEST, RESOLVED
 from carft_ray.recipe import loading
 from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.messages import child_type, shown
@@ -31,11 +35,14 @@ from carft_ray.recipe.schema.fine_tuning import is_weights_path
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
+from carft_ray.store.folder import Folder, RefusedError
+from carft_ray.store.log import Log
 from carft_ray.study import provenance, trust
+from carft_ray.study.holding import log_of
 from carft_ray.study.mirror import named
 
-FORMAT_VERSION = 1
-RECIPES = "recipes"  # key of the manifest
+FORMAT_VERSION = 2
+RECIPE = "recipe"  # kind of a record: the recipe of the study from then on
 
 
 @dataclass(frozen=True)
@@ -62,44 +69,46 @@ def class_of(path: KeyPath) -> Class:
     return found
 
 
-def claim(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
-    """Makes the folder the study of this recipe, or checks that it is. It must be held.
-
-    Of a study nothing is written: ``record_recipe`` does that.
+def claim(study_dir: Path, log: Log, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
+    """Makes the folder the study of this recipe, or checks that it is. Into the log of a study nothing is written.
 
     Args:
         study_dir: As of ``compare``, and so are the others.
+        log: By which the folder is held.
         recipe: The recipe.
         change_space: Whether the space may change.
 
     Raises:
-        RecipeError, StorageError: As ``compare``; or the manifest cannot be written.
+        RecipeError, StorageError: As ``compare``; or the manifest or the log cannot be written.
     """
-    found = compare(study_dir, recipe, change_space)
+    found = compare(study_dir, log, recipe, change_space)
     if found is None:
         created = datetime.now().astimezone().isoformat(timespec="seconds")
         content = {"format_version": FORMAT_VERSION, "id": secrets.token_hex(6), "created": created}
-        content |= {"recipe": recipe.model_dump(mode="json")}
-        files.write_json(study_dir / MANIFEST, {**content, provenance.PROVENANCE: provenance.known_at_once(recipe)})
+        with contextlib.suppress(RefusedError):  # of a search that was killed before it had committed its recipe
+            Folder(study_dir).put_new(MANIFEST, json.dumps(content, indent=2).encode())
+        log.keep_files()
+        with log.commit(recipe_record(recipe), provenance.record_of(provenance.known_at_once(recipe))):
+            pass
     return found
 
 
-def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
+def compare(study_dir: Path, log: Log, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
     """Returns where a recipe differs from that of the study, all of it allowed; None of a folder that is no study yet.
 
     Args:
         study_dir: A folder that ``holding.check_fit`` has passed.
+        log: Its log, read to its end.
         recipe: The recipe of the search.
         change_space: The space may change.
 
     Raises:
         RecipeError: It is the study of another recipe; names the keys that differ.
-        StorageError: The manifest cannot be read.
+        StorageError: The log has no recipe and holds more than claims, or the manifest cannot be read.
     """
-    if not files.exists(study_dir / MANIFEST):
+    kept = _recorded(study_dir, log)
+    if kept is None:
         return None
-    manifest = read_manifest(study_dir)
-    kept = Recipe.model_validate(manifest["recipe"])
     found = list(_differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")))
     reads = trust.address_of(study_dir) is None or trust.is_written(study_dir, kept)
     refused = [one for one in found if not _is_free(one, reads) and class_of(one.path) == "identity"]
@@ -117,26 +126,36 @@ def compare(study_dir: Path, recipe: Recipe, change_space: bool = False) -> list
     return found
 
 
-def record_recipe(study_dir: Path, recipe: Recipe, found: Sequence[Difference]) -> None:
-    """Makes the recipe of a search that of the study, which must be held.
+def recipe_record(recipe: Recipe) -> dict[str, Any]:
+    """Returns the record that makes a recipe that of the study."""
+    return {"kind": RECIPE, "recipe": recipe.model_dump(mode="json")}
 
-    Args:
-        study_dir: The study directory.
-        recipe: The recipe of the search.
-        found: Where it differs. With another space, further baselines or moved files, the one before is kept, too.
+
+def _recorded(study_dir: Path, log: Log) -> Recipe | None:
+    """Returns the recipe of a study; None where its log holds nothing but claims.
 
     Raises:
-        StorageError: The manifest cannot be written.
+        StorageError: The log holds more than claims and no recipe, or one that carft-ray has not written; the manifest
+            is missing or of another format.
     """
-    manifest = files.read_json(study_dir / MANIFEST)
-    if any(class_of(one.path) != "running" or one.path[-1] in ("path", "root") for one in found):
-        until = datetime.now().astimezone().isoformat(timespec="seconds")
-        manifest[RECIPES] = [*manifest.get(RECIPES, []), {"until": until, "recipe": manifest["recipe"]}]
-    files.write_json(study_dir / MANIFEST, {**manifest, "recipe": recipe.model_dump(mode="json")})
+    place, step = f"{log}/{COMMITS}", f"Restore {COMMITS}/ from a copy of the study, or give another folder."
+    found = [record.get("recipe") for _, record in log.records if record.get("kind") == RECIPE]
+    if found or files.exists(study_dir / MANIFEST):
+        read_manifest(study_dir)
+    if not found:
+        if log.holds_only_claims:
+            return None
+        rule = "must hold the recipe of its study: trials of an unknown recipe are not continued"
+        raise StorageError(Problem(place, rule, "a log without one", next_step=step))
+    try:
+        return recipe_of(found[-1] if isinstance(found[-1], dict) else {}, reads=None)
+    except RecipeError as error:
+        rule = "must hold a valid recipe"
+        raise StorageError(Problem(place, rule, str(error), next_step=step)) from error
 
 
 def read_manifest(study_dir: Path) -> dict[str, Any]:
-    """Returns the manifest of a claimed folder, whose ``recipe`` is valid.
+    """Returns the manifest of a study.
 
     Raises:
         StorageError: It cannot be read, or is of another format.
@@ -145,22 +164,33 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     try:
         manifest: dict[str, Any] = json.loads(files.retried(path, path.read_text))
         version, _ = manifest["format_version"], manifest["id"]
-        Recipe.model_validate(manifest["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StorageError(Problem(str(path), "must be the manifest of a study", str(error))) from error
+        step = "Restore it from a copy of the study, or give another folder."
+        raise StorageError(Problem(str(path), "must be the manifest of a study", str(error), next_step=step)) from error
     if version != FORMAT_VERSION:
-        raise StorageError(Problem(str(path), f"must have format_version {FORMAT_VERSION}", str(version)))
+        step = "Another release of carft-ray wrote this study. Read it with that release, or search in another folder."
+        rule = f"must have format_version {FORMAT_VERSION}"
+        raise StorageError(Problem(str(path), rule, shown(version), next_step=step))
     return manifest
 
 
-def study_recipe(study_dir: Path) -> Recipe:
+def study_recipe(study_dir: Path, log: Log | None = None) -> Recipe:
     """Returns the recipe of a study's last search, to be shown; ``recipe_for_use`` is for what reads its files.
 
+    Args:
+        study_dir: The study directory.
+        log: Its log, where it has been read already.
+
     Raises:
-        RecipeError: It breaks a rule: carft-ray has not written it.
-        StorageError: The manifest cannot be read.
+        StorageError: The log has none, or one that carft-ray has not written; or it cannot be read.
     """
-    return recipe_of(read_manifest(study_dir)["recipe"], reads=None)
+    log = log or log_of(study_dir)
+    recipe = _recorded(study_dir, log)
+    if recipe is None:
+        step = f"Begin the study again: carft-ray search RECIPE --study {shlex.quote(named(study_dir))}"
+        value = "one whose first search was killed before it wrote its recipe"
+        raise StorageError(Problem(f"{log}/{COMMITS}", "must hold the recipe of its study", value, next_step=step))
+    return recipe
 
 
 def recipe_for_use(study_dir: Path, command: str, overrides: Sequence[str] = (), trust_paths: bool = False) -> Recipe:
@@ -181,20 +211,29 @@ def recipe_for_use(study_dir: Path, command: str, overrides: Sequence[str] = (),
     return trust.allowed(study_dir, kept, asked, loading.keys_of(overrides), trust_paths, command)
 
 
+def has_recipe(study_dir: Path) -> bool:
+    """Tells whether a folder is the study of a recipe; before, any recipe may take it.
+
+    Raises:
+        StorageError: Its log is damaged, or holds more than claims and no recipe.
+    """
+    return _recorded(study_dir, log_of(study_dir)) is not None
+
+
 def is_single(study_dir: Path) -> bool:
     """Tells whether a study is that of `train`: one training, and nothing to search.
 
     Raises:
-        StorageError: The manifest cannot be read.
+        StorageError: As ``study_recipe``.
     """
-    return not read_manifest(study_dir)["recipe"]["search"]["space"]
+    return not study_recipe(study_dir).search.space
 
 
 def resume_command(study_dir: Path) -> str:
     """Returns the command that continues a study: its search, or its one training.
 
     Raises:
-        StorageError: The manifest cannot be read.
+        StorageError: As ``study_recipe``.
     """
     folder = shlex.quote(named(study_dir))
     if is_single(study_dir):

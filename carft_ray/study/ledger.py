@@ -219,7 +219,7 @@ def require_unread(
         step = "To continue, and have every report say so, add --again REASON."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     check_fit(study_dir)
-    compare(study_dir, recipe, change_space)
+    compare(study_dir, log, recipe, change_space)
     with held(log, tell), uploading(log):
         details = {"trials": wanted, "trials_before": len(by_kind["trial"])}
         record(study_dir, log, recipe, WENT_ON, details=details, reason=reason)

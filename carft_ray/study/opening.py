@@ -1,4 +1,4 @@
-"""Opening a study for one search: claims its log, checks its recipe, moves to another search space."""
+"""Opening a study for one search: claims its log, checks its recipe, moves to another recipe and search space."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -13,9 +13,9 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import PROBE
 from carft_ray.study import rows
 from carft_ray.study.holding import check_fit, gone_if_nothing_began, held
-from carft_ray.study.identity import claim, class_of, compare, record_recipe
+from carft_ray.study.identity import claim, class_of, compare, recipe_record
 from carft_ray.study.recovery import recover
-from carft_ray.study.space_revisions import is_in_space, move_trials, space_record
+from carft_ray.study.space_revisions import move_trials
 from carft_ray.study.study import Study
 from carft_ray.study.trust import note_written
 from carft_ray.study.uploads import open_log, uploading
@@ -42,29 +42,28 @@ def open_study(
     """
     study_dir = study_dir.resolve()
     check_fit(study_dir)
-    compare(study_dir, recipe, change_space)  # before anything is written
     log = open_log(study_dir)
     log.follow()
+    compare(study_dir, log, recipe, change_space)  # before anything is written
     with contextlib.ExitStack() as stack:
         with rows.readable(log) as storage:
             _require_known(study_dir, storage)
             stack.enter_context(held(log, tell))
             files.remove(study_dir / STOP)  # it was asked of another command; from here on, of this one
             stack.enter_context(uploading(log))
-            differences, notes = claim(study_dir, recipe, change_space), list[str]()
+            differences, notes = claim(study_dir, log, recipe, change_space), list[str]()
             note_written(study_dir, recipe)
             files.remove_remains(study_dir)
             for path in (study_dir / COMMITS).glob(f"{PROBE}*"):  # of a search that was killed at its first write
                 files.remove(path)
-            if change_space and all(class_of(one.path) != "space" for one in differences or ()):
+            moves = any(class_of(one.path) == "space" for one in differences or ())
+            if change_space and not moves:
                 notes.append("--change-space has no effect: the space is that of the study")
-            if differences:
-                log.check()
-                record_recipe(study_dir, recipe, differences)
-            if not is_in_space(log, recipe):  # a kill may have come right after the line above, in an earlier search
+            if moves:
                 recover(Study(study_dir, recipe, log, [], storage), "trial")  # what has ended, in the space before
-                with log.commit(space_record(recipe)):
-                    notes += move_trials(storage, recipe)
+            if differences:
+                with log.commit(recipe_record(recipe)):
+                    notes += move_trials(storage, recipe) if moves else []
             study = Study(study_dir, recipe, log, notes, storage)
         with gone_if_nothing_began(study_dir, log, differences is None, study.began):
             yield study

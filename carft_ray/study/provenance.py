@@ -1,6 +1,6 @@
-"""Where the numbers of a study come from: ``provenance`` of its manifest. What was written once is never overwritten.
+"""Where the numbers of a study come from: records of its log, of which the newest holds all.
 
-seeds, code, versions, hardware, test_sets          when the folder is claimed
+seeds, code, versions, hardware, test_sets          with the first recipe
 data, classes, class_names, templates, model,       after the preparation, which has read data and model;
 augmentation, hardware of the preparation,          says what every training of the folder starts from
 shared_images
@@ -13,17 +13,17 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from carft_ray import environment, files
+from carft_ray import environment
 from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import DataError, Problem
-from carft_ray.layout import MANIFEST
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import TEST_ROLES
 from carft_ray.recipe.text import dotted
+from carft_ray.store.log import Log
 
-PROVENANCE = "provenance"
+PROVENANCE = "provenance"  # kind of its records
 CHANGING = ("code", "versions", "hardware")  # may change between two searches of one study; kept in the history
 _COMPARED = (  # besides the sets: place, what it is, its keys in the provenance, next step
     ("data.classes", "the classes", ("classes",), "Restore their names and order"),
@@ -45,38 +45,49 @@ def known_at_once(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def record_provenance(folder: Path, recipe: Recipe, found: dict[str, Any] | None) -> None:
-    """Completes the provenance of a study (or training) after its preparation. It must be held.
+def record_of(provenance: dict[str, Any]) -> dict[str, Any]:
+    """Returns the record of a provenance."""
+    return {"kind": PROVENANCE, "provenance": provenance}
+
+
+def provenance_of(log: Log) -> dict[str, Any]:
+    """Returns the provenance of a study, as far as its log was read; empty when there is none."""
+    found = [record.get("provenance") for _, record in log.records if record.get("kind") == PROVENANCE]
+    return found[-1] if found and isinstance(found[-1], dict) else {}
+
+
+def record_provenance(folder: Path, log: Log, recipe: Recipe, found: dict[str, Any] | None) -> None:
+    """Completes the provenance of a study (or training) after its preparation.
 
     The first search writes; a later one adds what has changed to ``history``.
 
     Args:
         folder: The claimed folder.
+        log: By which it is held.
         recipe: The recipe of this search.
         found: What the preparation has found of data, model and its machine; None: nothing to record.
 
     Raises:
         DataError: Data or model are not those of the study.
-        StorageError: The manifest cannot be read or written.
+        StorageError: The log cannot be written.
     """
     if found is None:
         return
-    path = folder / MANIFEST
-    manifest = files.read_json(path)
-    before = manifest.get(PROVENANCE)
+    before = provenance_of(log)
     now = known_at_once(recipe)
     now = {**now, **found, "hardware": {**now["hardware"], **found.get("hardware", {})}}
     now["shared_images"] = {"policy": recipe.data.shared_images, "counts": shared_counts(read_shared(folder))}
-    if before is None or "data" not in before:  # nothing was trained from it yet
-        files.write_json(path, {**manifest, PROVENANCE: now})
-        return
-    if problems := identity_problems(before, now):
-        raise DataError(problems)
-    latest = (before.get("history") or [before])[-1]
-    if differences({key: latest.get(key) for key in CHANGING}, {key: now[key] for key in CHANGING}):
+    if "data" in before:
+        if problems := identity_problems(before, now):
+            raise DataError(problems)
+        latest = (before.get("history") or [before])[-1]
+        if not differences({key: latest.get(key) for key in CHANGING}, {key: now[key] for key in CHANGING}):
+            return
         at = datetime.now().astimezone().isoformat(timespec="seconds")
         entry = {"at": at, **{key: now[key] for key in CHANGING}}
-        files.write_json(path, {**manifest, PROVENANCE: {**before, "history": [*before.get("history", []), entry]}})
+        now = {**before, "history": [*before.get("history", []), entry]}
+    with log.commit(record_of(now)):
+        pass
 
 
 def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Problem]:
@@ -92,7 +103,7 @@ def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Probl
         if found is None or found == kept:
             continue
         place = f"data.{name}" if name in ("train", "id_val") else f"data.ood_val.{name}"
-        rule = f"the contents of this set must be those of the manifest, digest {kept['digest'][:12]}"
+        rule = f"the contents of this set must be those of the study, digest {kept['digest'][:12]}"
         value = f"digest {found['digest'][:12]} now"
         if found["num_images"] != kept["num_images"]:
             value += f", {found['num_images']} images instead of {kept['num_images']}"
@@ -101,7 +112,7 @@ def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Probl
     for place, what, keys, step in _COMPARED:
         kept, found = (_at(each, keys) for each in (before, now))
         if None not in (kept, found) and kept != found:
-            rule = f"{what} must be as in the manifest, {shown(kept)}"
+            rule = f"{what} must be as in the study, {shown(kept)}"
             problems.append(Problem(place, rule, shown(found), next_step=f"{step}, or begin anew in another folder."))
     return problems
 

@@ -1,6 +1,6 @@
 """A search space that shrinks or grows: the trials move to it, in one commit, in their order.
 
-Number, name and folder of a trial never change. The log has a record of each space that the trials were in.
+Number, name and folder of a trial never change. The commit also holds the recipe with the new space.
 
 | an earlier trial | in the new space |
 |---|---|
@@ -10,8 +10,7 @@ Number, name and folder of a trial never change. The log has a record of each sp
 
 Trials outside stay rows of the study, and may be its best: they were trained for the same objective. One that lies
 inside again, in a later space, is to Optuna what it was. What a sampler has kept of its own with a trial is left
-behind: it is about the old space. The manifest gets the recipe of the new space first: where a kill comes in between,
-the next search with that recipe moves the trials.
+behind: it is about the old space.
 """
 
 from typing import Any
@@ -22,23 +21,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
-from carft_ray.store.log import Log
 from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import OUTSIDE, STUDY_NAMES, state_and_values
 from carft_ray.words import counted
 
 ENDED = "outside the search space, which was changed while it ran"
-SPACE = "space"  # kind of a record: the search space from then on
-
-
-def space_record(recipe: Recipe) -> dict[str, Any]:
-    """Returns the record of a recipe's space, for the commit that moves the trials to it."""
-    return {"kind": SPACE, "space": {name: one.model_dump(mode="json") for name, one in recipe.search.space.items()}}
-
-
-def is_in_space(log: Log, recipe: Recipe) -> bool:
-    """Tells whether the trials of a study are in the space of a recipe."""
-    return [record for _, record in log.records if record.get("kind") == SPACE][-1:] == [space_record(recipe)]
 
 
 def move_trials(storage: JournalStorage, recipe: Recipe) -> list[str]:

@@ -25,7 +25,7 @@ from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.identity import read_manifest, study_recipe
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
 from carft_ray.study.mirror import NUMBERS, STUDIES, absolute, address_in, fetched, named
-from carft_ray.study.provenance import PROVENANCE
+from carft_ray.study.provenance import provenance_of
 from carft_ray.study.rows import WARM_FROM, state_and_values
 from carft_ray.study.space_revisions import placed_trial
 from carft_ray.words import counted, times
@@ -92,7 +92,7 @@ def new_sources(log: Log, study_dir: Path, recipe: Recipe) -> list[Path]:
         sources = [fetched(source, NUMBERS) for source in written if source not in done]
     except UsageError as error:
         raise RecipeError(error.problems) from None
-    if problems := [problem for source in sources for problem in _problems(source, study_dir, recipe)]:
+    if problems := [problem for source in sources for problem in _problems(source, study_dir, log, recipe)]:
         raise RecipeError(problems)
     return sources
 
@@ -119,9 +119,10 @@ def inherited_reads(study_dir: Path, log: Log | None = None) -> int:
 
 def _placed(source: Path, number: str, recipe: Recipe) -> tuple[list[FrozenTrial], dict[str, int]]:
     """Returns the trials of a source that are taken in, and how many are not by reason."""
-    theirs = study_recipe(source)
+    log = log_of(source)
+    theirs = study_recipe(source, log)
     own = theirs.train.model_dump(mode="json")  # values that its trials have in common
-    with rows.readable(log_of(source)) as storage:
+    with rows.readable(log) as storage:
         search = rows.stored(storage, rows.STUDY_NAMES["trial"])
         trials = [] if search is None else rows.trainings(search)
     same_pruner = theirs.evaluate == recipe.evaluate and theirs.search.pruner == recipe.search.pruner
@@ -141,7 +142,7 @@ def _placed(source: Path, number: str, recipe: Recipe) -> tuple[list[FrozenTrial
     return taken, dict(left_out)
 
 
-def _problems(source: Path, study_dir: Path, recipe: Recipe) -> Iterator[Problem]:
+def _problems(source: Path, study_dir: Path, log: Log, recipe: Recipe) -> Iterator[Problem]:
     key = f"{KEY}: {named(source)}"
     if not is_study(source):
         value = "no such folder" if not source.exists() else f"one without {COMMITS}/"
@@ -151,8 +152,13 @@ def _problems(source: Path, study_dir: Path, recipe: Recipe) -> Iterator[Problem
     if source == study_dir or source_id(source) == source_id(study_dir):
         yield Problem(key, "must be another study", "this one" if source == study_dir else "a copy of this one")
         return
-    ours, theirs = _objective(recipe), _objective(study_recipe(source))
-    ours["the classes"], theirs["the classes"] = _classes(study_dir, recipe), _classes(source, study_recipe(source))
+    their_log = log_of(source)
+    their_recipe = study_recipe(source, their_log)
+    ours, theirs = _objective(recipe), _objective(their_recipe)
+    ours["the classes"], theirs["the classes"] = (
+        _classes(study_dir, log, recipe),
+        _classes(source, their_log, their_recipe),
+    )
     for name in ours:
         if None not in (ours[name], theirs[name]) and ours[name] != theirs[name]:
             rule = f"must be a study with {name} of this one, {shown(ours[name])}: other objectives do not compare"
@@ -172,9 +178,9 @@ def _objective(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _classes(study_dir: Path, recipe: Recipe) -> list[str] | None:
+def _classes(study_dir: Path, log: Log, recipe: Recipe) -> list[str] | None:
     """Returns the class folders in label order; None where nobody knows them: their images are gone."""
-    kept = read_manifest(study_dir).get(PROVENANCE, {}).get("classes")
+    kept = provenance_of(log).get("classes")
     if kept is not None:
         return list(kept)
     if address_in(study_dir, STUDIES) is not None:

@@ -1,6 +1,6 @@
 """What the numbers of a training come from: contents of the sets, model, prompts, views, and where it was computed.
 
-``prepare`` finds the part that all trainings of a study share, for the manifest; ``run_training`` adds the part of one
+``prepare`` finds the part that all trainings of a study share, for the log; ``run_training`` adds the part of one
 training to its ``result.json``. Test sets are never opened.
 """
 

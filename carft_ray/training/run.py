@@ -71,7 +71,7 @@ def prepare(
     Returns:
         Zero-shot metrics (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ``objective``), ``at_chance`` of the
         answers to the ID images, ``num_images`` per set, ``logit_scale``, ``num_contexts``, and ``provenance`` for the
-        manifest (``training.origin``).
+        log (``training.origin``).
 
     Raises:
         RecipeError: The image tower cannot do what the recipe asks of it.

@@ -79,7 +79,7 @@ def run_confirm(
         if not study.done():
             with computing(study, recipe, runner or RUNNER, address, interrupted, say) as runtime:
                 on_event(Preparing())
-                prepare(runtime, say)
+                prepare(study, runtime, say)
                 decided, note = decide_targets(runtime.recipe, trainings.values())
                 runtime = replace(runtime, recipe=decided)
                 if note:

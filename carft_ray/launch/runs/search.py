@@ -153,7 +153,7 @@ def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineErr
 def _run(study: Study, runtime: Runtime, on_event: Callable[[Event], None], say: Say, began: float) -> str:
     """Prepares and trains; returns what ended it early, as ``run_trainings`` does."""
     on_event(Preparing())
-    metrics = prepare(runtime, say)
+    metrics = prepare(study, runtime, say)
     if zero_shot := study.add_zero_shot(metrics):
         on_event(BaselineFinished(zero_shot))
     decided, note = decide_targets(runtime.recipe)

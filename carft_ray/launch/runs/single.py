@@ -19,7 +19,7 @@ from carft_ray.layout import LOG, MANIFEST, PREPARED
 from carft_ray.recipe.schema.recipe import Recipe, single
 from carft_ray.study import outcome
 from carft_ray.study.holding import is_ours
-from carft_ray.study.identity import is_single
+from carft_ray.study.identity import has_recipe, is_single
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.recovery import recover
@@ -101,7 +101,7 @@ def train_once(
         with computing(study, recipe, runner or RUNNER, address, interrupted, say, shared, in_process) as runtime:
             if prepare_first is not None:
                 prepare_first(out_dir / PREPARED)
-            zero_shot = prepare(runtime, say)
+            zero_shot = prepare(study, runtime, say)
             study.add_zero_shot(zero_shot)
             if not in_process:
                 say(f"training with {counted(recipe.resources.num_workers, 'Ray Train worker')}")
@@ -122,7 +122,7 @@ def _result(study_dir: Path, row: TrialRow, resume_command: str) -> dict[str, An
 
 def _check_folder(out_dir: Path, resume: bool) -> None:
     other = "Give another folder with --out."
-    has_training = files.exists(out_dir / MANIFEST)
+    has_training = has_recipe(out_dir)
     if has_training and not is_single(out_dir):
         raise UsageError(Problem(str(out_dir), "must be the folder of a training", "a study", next_step=other))
     if resume and not has_training:
@@ -134,4 +134,4 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
         step = f"Add --resume to {'see its result' if done else 'continue it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
     if not has_training:
-        files.require_new(out_dir, "--out", lambda name: is_ours(out_dir / name))
+        files.require_new(out_dir, "--out", lambda name: name == MANIFEST or is_ours(out_dir / name))

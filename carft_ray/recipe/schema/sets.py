@@ -39,7 +39,7 @@ LABELS = Resume("identity", "the labels")
 CLASS_NAMES = Resume("identity", "the meaning of the labels; a file may move, the names are compared")
 MOVED = Resume(
     "running",
-    "images may move; their contents are compared with the manifest. Test sets move only together with `data.train`",
+    "images may move; their contents are compared with the study's. Test sets move only together with `data.train`",
 )
 
 
@@ -137,12 +137,13 @@ class StoredSet(Config):
     among those only"""
     on_bad_image: Literal["fail", "skip"] = key("fail", "skip", IMAGES)
     """an image that cannot be decoded: `fail` ends with its name; `skip` leaves it out, a warning names the first of a
-    set and says where all are named, and the manifest counts them (every image is decoded once to find them)"""
+    set and says where all are named, and the study records their number (every image is decoded once to find them)"""
     max_pixels: Annotated[int, Field(ge=1, le=PILLOWS_LIMIT, strict=True)] = key(
         MAX_PIXELS,
         120000000,
         Resume(
-            "running", "a limit of memory; which images it leaves out with `on_bad_image` is compared with the manifest"
+            "running",
+            "a limit of memory; which images it leaves out with `on_bad_image` is compared with the study",
         ),
     )
     """most pixels of an image; a larger one counts as one that cannot be decoded, by what its file says of its size"""

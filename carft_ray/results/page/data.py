@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from carft_ray import __version__, files
+from carft_ray import __version__
 from carft_ray.data.copies.shared_images import read_shared
 from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, read_predictions, select
-from carft_ray.layout import CONFIRM, LOG, MANIFEST, SUMMARY, TEST_DIR
+from carft_ray.layout import CONFIRM, LOG, SUMMARY, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.sets import plain
 from carft_ray.results.page.changed_images import changed_images, points_of_best
@@ -29,11 +29,12 @@ from carft_ray.results.reading.status_and_ls import listing, status
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.report import study_report
 from carft_ray.results.stored import predictions_path, read_compared
+from carft_ray.study.holding import log_of
 from carft_ray.study.importance import importances
 from carft_ray.study.ledger import read_ledger
 from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
-from carft_ray.study.provenance import PROVENANCE
+from carft_ray.study.provenance import provenance_of
 from carft_ray.study.rows import best_first
 
 NUM_CURVES = 12  # best trials whose alpha curves are drawn
@@ -52,7 +53,7 @@ def page_document(view: Overview) -> dict[str, Any]:
     """
     recipe, best, study_dir = view.recipe, view.best, view.study_dir
     rows = listing(view, by_objective=False)
-    provenance = files.read_json(study_dir / MANIFEST).get(PROVENANCE) or {}
+    provenance = provenance_of(view.log or log_of(study_dir))
     spec, class_names = objective_spec(recipe), provenance.get("class_names", [])
     methods = {row.name: method_of(view, row) for row in view.trials}
     document = {

@@ -1,5 +1,6 @@
-"""A finished training as it is on disk: result, predictions, and the manifest that it belongs to. No torch."""
+"""A finished training as it is on disk: result, predictions, and the recipe and provenance of its study. No torch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from carft_ray.results.pareto import placed
 from carft_ray.results.reading.study_view import find_row, require_study
 from carft_ray.study import identity
 from carft_ray.study.mirror import Place
-from carft_ray.study.outcome import TrialRow, file_of, result_of
-from carft_ray.study.provenance import PROVENANCE
-from carft_ray.study.rows import ZERO_SHOT, best_row, require_finished, rows_by_kind
+from carft_ray.study.outcome import Kind, TrialRow, file_of, result_of
+from carft_ray.study.provenance import provenance_of
+from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows, require_finished
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Finished:
     Attributes:
         folder: The study directory, absolute.
         name: Name of the trial, of the baseline, or ``confirm/NAME``.
-        base: Recipe of the study as its manifest has it.
+        base: Recipe of the study.
         recipe: The same with the values of this training.
         result: Content of ``result.json``; a trial of a Pareto search is at its point of the front.
-        provenance: Of the manifest; empty when there is none.
+        provenance: Of the study; empty when there is none.
         row: The training.
     """
 
@@ -82,9 +83,9 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
         StorageError: Manifest, log or result is damaged.
     """
     folder = require_study(place, "must be a study or the folder of a training")
-    manifest = identity.read_manifest(folder)
-    base, provenance = Recipe.model_validate(manifest["recipe"]), manifest.get(PROVENANCE) or {}
-    name, row = _find(folder, trial, argument)
+    log, rows = log_and_rows(folder)
+    base, provenance = identity.study_recipe(folder, log), provenance_of(log)
+    name, row = _find(folder, rows, trial, argument)
     if name == ZERO_SHOT:
         metrics = files.read_json(folder / PREPARED / PREPARATION)["metrics"]
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
@@ -111,9 +112,10 @@ def split_target(written: str) -> tuple[Place, str | None]:
     return folder, trial
 
 
-def _find(study_dir: Path, trial: str | int | None, place: str) -> tuple[str, TrialRow]:
+def _find(
+    study_dir: Path, rows: Mapping[Kind, list[TrialRow]], trial: str | int | None, place: str
+) -> tuple[str, TrialRow]:
     """Returns name and row of a training of a study."""
-    rows = rows_by_kind(study_dir)
     trial = None if trial is None else str(trial)
     if trial is not None and trial.startswith(f"{CONFIRM}/"):
         known, name = {f"{CONFIRM}/{row.name}": row for row in rows["confirm"]}, trial.rstrip("/")

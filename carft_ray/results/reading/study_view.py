@@ -8,7 +8,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, UsageError, nearest
-from carft_ray.layout import COMMITS, METRICS, RESOLVED, STOP
+from carft_ray.layout import COMMITS, MANIFEST, METRICS, RESOLVED, STOP
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
@@ -143,7 +143,7 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
     live, at_a_time = read_live(study_dir) if found else ({}, None)
     running = frozenset((row.kind, row.name) for row in trainings if row.is_of(live.get(row.training)))
     stopping = found is not None and (study_dir / STOP).exists()
-    recipe = study_recipe(study_dir)
+    recipe = study_recipe(study_dir, log)
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
     return Overview(study_dir, recipe, *groups, found, stopping, running, at_a_time, log)
 
@@ -171,7 +171,8 @@ def require_study(place: Place, rule: str = "must be a study", need: int = IMAGE
     elif not folder.is_dir():
         value, step = "a file", "Give the folder that `search --study` was given."
     else:
-        value, step = f"one without {COMMITS}/", "Give the folder that `search --study` was given."
+        missing = MANIFEST if files.exists(folder / COMMITS) else f"{COMMITS}/"
+        value, step = f"one without {missing}", "Give the folder that `search --study` was given."
     raise UsageError(Problem(name, rule, value, inside, near, step))
 
 

@@ -1,0 +1,112 @@
+"""The recipe of a study is in its log: trials of one recipe are never continued with another one."""
+
+import json
+import shutil
+
+import pytest
+from crash_host import call
+from logs import change, commits, holding, kept, rewrite
+from stand_in import make_recipe
+from study_steps import contents, run_search, searching
+
+from carft_ray.errors import RecipeError, StorageError
+from carft_ray.results.reading.study_view import read_study
+from carft_ray.study.holding import log_of
+from carft_ray.study.identity import study_recipe
+from carft_ray.study.opening import open_study
+from carft_ray.study.provenance import provenance_of
+from carft_ray.study.rows import trials
+
+RECIPE, OTHER = make_recipe(3, baselines={}), make_recipe(4, baselines={}, train={"batch_size": 7})
+
+
+@pytest.fixture
+def study_dir(tmp_path):
+    """A study with trials."""
+    run_search(tmp_path / "study", RECIPE)
+    return tmp_path / "study"
+
+
+def log_alone(study_dir):
+    (other := study_dir.with_name("other")).mkdir()
+    shutil.move(study_dir / "log", other / "log")
+    shutil.rmtree(study_dir)
+    other.rename(study_dir)
+
+
+def without_recipe(study_dir):
+    found = commits(study_dir)
+    for commit in found:
+        commit["records"] = [one for one in commit["records"] if one["kind"] != "recipe"]
+    rewrite(study_dir, found)
+
+
+def cut_to_its_trials(study_dir):
+    without_recipe(study_dir)
+    log_alone(study_dir)
+
+
+@pytest.mark.parametrize("attack", [log_alone, without_recipe, cut_to_its_trials])
+def test_a_log_with_trials_is_not_adopted_by_another_recipe(study_dir, attack, capsys):
+    attack(study_dir)
+    before = contents(study_dir)
+    for recipe in (OTHER, RECIPE):
+        with pytest.raises(StorageError) as caught, open_study(study_dir, recipe):
+            pass
+        assert caught.value.exit_code == 5
+        assert "from a copy of the study, or give another folder." in str(caught.value)
+        assert contents(study_dir) == before
+    has_manifest = (study_dir / "manifest.json").exists()
+    assert call(["ls", str(study_dir)]) == (5 if has_manifest else 2)
+    assert has_manifest or "but got one without manifest.json" in capsys.readouterr().err
+
+
+def test_the_log_has_each_recipe_and_the_manifest_none(study_dir):
+    with open_study(study_dir, make_recipe(5, baselines={})):
+        pass
+    assert [one["search"]["trials"] for one in kept(study_dir, "recipe")] == [3, 5]
+    assert study_recipe(study_dir).search.trials == 5
+    assert json.loads((study_dir / "manifest.json").read_text()).keys() == {"format_version", "id", "created"}
+    assert {one["kind"] for one in commits(study_dir)[1]["records"]} == {"recipe", "provenance"}
+    assert provenance_of(log_of(study_dir))["seeds"] == {"sampler": 0, "train": 0}
+    with pytest.raises(RecipeError, match=r"train\.batch_size: must be"), open_study(study_dir, OTHER):
+        pass
+
+
+@pytest.mark.parametrize("num_claims", [0, 1, 3])
+@pytest.mark.parametrize("has_manifest", [True, False])
+def test_where_a_search_was_killed_before_its_recipe_any_recipe_begins_the_study(tmp_path, num_claims, has_manifest):
+    study_dir, manifest = tmp_path / "study", None
+    if has_manifest:
+        with open_study(study_dir, RECIPE):
+            pass
+        manifest = (study_dir / "manifest.json").read_bytes()
+        rewrite(study_dir, commits(study_dir)[:1])
+        with pytest.raises(StorageError, match="must hold the recipe of its study") as caught:
+            read_study(study_dir)
+        assert f"carft-ray search RECIPE --study {study_dir}" in str(caught.value)
+    study_dir.mkdir(exist_ok=True)
+    for _ in range(num_claims):
+        with holding(study_dir):
+            pass
+    with searching(study_dir, OTHER) as study:
+        assert study.next().values
+    assert study_recipe(study_dir) == OTHER
+    assert manifest in (None, (study_dir / "manifest.json").read_bytes())
+    assert len(trials(study_dir)) == 1
+
+
+def spoil(recipe):
+    recipe["search"]["trials"] = 0
+
+
+@pytest.mark.parametrize("spoiled", [dict.clear, spoil, lambda recipe: recipe.update(data="x", train=[1])])
+def test_an_invalid_recipe_in_a_log_is_one_message(study_dir, spoiled, capsys):
+    change(study_dir, "recipe", spoiled)
+    for words in (["status", study_dir], ["resume", study_dir], ["report", study_dir]):
+        assert call([str(word) for word in words]) == 5
+        err = capsys.readouterr().err
+        assert err.count("error: ") == 1
+        assert f"error: {study_dir.resolve()}/log: must hold a valid recipe, but got " in err
+    with pytest.raises(StorageError), open_study(study_dir, RECIPE):
+        pass
