@@ -40,6 +40,7 @@ MOST_JSON_BYTES = 2**30  # of a file of a study that is read whole
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
 RETRY_EVERY_S = 0.2
 ADDRESS = re.compile(r"([A-Za-z0-9]+)://?(.*)")  # of a bucket; ``s3:/`` is what becomes of ``s3://`` in a path
+NEAR_ADDRESS = re.compile(r"(s3|gs|az):([^/].*)")  # a slip of the hand, and no folder of the working directory
 REMAINS = ".*.[0-9]*.tmp"  # pattern of temporary names
 
 T = TypeVar("T")
@@ -47,7 +48,7 @@ T = TypeVar("T")
 
 def is_address(text: str) -> bool:
     """Tells whether a text is to be an address, and not a path."""
-    return ADDRESS.fullmatch(text) is not None and not Path(text).exists()
+    return any(form.fullmatch(text) for form in (ADDRESS, NEAR_ADDRESS)) and not Path(text).exists()
 
 
 @contextlib.contextmanager

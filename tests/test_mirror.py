@@ -248,6 +248,17 @@ def test_a_study_may_have_any_name(made, server):
     assert named(fetched(address)) == address
 
 
+def test_an_address_without_its_slashes_makes_no_folder(tmp_path, monkeypatch, capsys):
+    recipe = str(short_training.make(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    before = os.listdir()
+    for words in (["search", recipe, "--study", "s3:bucket/a"], ["train", recipe, "--out", "s3:bucket/a"]):
+        assert call(words) == 2
+        assert "did you mean 's3://bucket/a'?" in capsys.readouterr().err
+    assert call(["status", "s3:bucket/a"]) == 2
+    assert os.listdir() == before
+
+
 # a stranger's bucket
 
 
@@ -472,6 +483,9 @@ def test_a_study_inside_another_one_is_refused(server, address, made, tmp_path, 
     assert call(["search", recipe, "--study", str(here / "child")]) == 2
     assert f"Give another place, such as {tmp_path / 'child'}" in capsys.readouterr().err
     assert not (here / "child").exists()
+    inner = f"/{server.bucket}/a/new/"  # keys that hold for this address alone
+    server.strike = lambda method, path: None if method != "HEAD" or path.startswith(inner) else refused(403, "")
+    own_folder(server.address("a/new"))
 
 
 def test_an_answer_that_lacks_what_is_there_removes_nothing(server, monkeypatch):

@@ -254,6 +254,8 @@ def test_all_objects_are_listed_but_those_that_mark_folders(server):
         ("s3://KEY:SECRET@bucket/a", "must be a bucket and perhaps a prefix"),
         ("s3://bucket/a/../b", "must be a name of an object"),
         ("bucket", "must be an address of a bucket"),
+        ("s3:bucket/a", r"must be an address of a bucket: s3://bucket/prefix; did you mean 's3://bucket/a'\?"),
+        ("s3:KEY:SECRET@bucket/a", "must be an address of a bucket"),
     ],
 )
 def test_an_address_that_is_none_is_refused(address, words):

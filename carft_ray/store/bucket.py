@@ -254,6 +254,11 @@ def parsed(address: str) -> tuple[str, str]:
     Raises:
         UsageError: It is none.
     """
+    if nearly := files.NEAR_ADDRESS.fullmatch(address):
+        near = None if "@" in address else visible("://".join(nearly.groups()))
+        raise UsageError(
+            Problem(f"{nearly[1]}:...", "must be an address of a bucket: s3://bucket/prefix", nearest=near)
+        )
     match = files.ADDRESS.fullmatch(address)
     scheme, place = match.groups() if match else ("", "")
     if scheme not in SCHEMES:
