@@ -22,13 +22,16 @@ from stand_in import make_recipe
 from study_steps import finish, searching
 
 from carft_ray.data.class_names import class_folders
+from carft_ray.data.copies import find
 from carft_ray.data.decoded import image_set
 from carft_ray.data.listing import sample_id
 from carft_ray.data.open_source import open_source
-from carft_ray.errors import UsageError
+from carft_ray.errors import InterruptedRunError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, correct, read_predictions, sample_ids
 from carft_ray.launch.events import Started
+from carft_ray.launch.runtime import Runner
+from carft_ray.launch.session import computing
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.confirm import configurations
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
@@ -219,6 +222,24 @@ def test_another_study_of_the_same_images_is_told_who_has_read_them(run, here, f
     assert len(again["elsewhere"]) == 1  # its own first read is in its own ledger
 
 
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_images_of_a_test_set_that_have_changed_since_the_search_are_told(run, here, folder, is_changed):
+    study = short_sealed.copy(folder, here / "moved")
+    recipe, image = load_recipe(study / "resolved.yaml"), here / "moved" / "images" / "painting" / "star" / "0.png"
+    debug = recipe.resources.model_copy(update={"executor": "debug"})
+    with open_study(study, recipe) as opened:  # as a search does
+        runner, stop = Runner(stand_in.prepare, stand_in.train), InterruptedRunError
+        with computing(opened, recipe.model_copy(update={"resources": debug}), runner, None, stop, str):
+            pass
+    if is_changed:
+        image.write_bytes(image.with_name("1.png").read_bytes())
+    code, out, err = run("test", study, "--trust-paths")
+    assert code == 0, err
+    line, words = "The images of painting have changed since the search began.", " ".join(f"{err} {out}".split())
+    assert words.count(line) == 2 * is_changed  # before the first image is opened, and with the numbers
+    assert json.loads((study / "test" / "summary.json").read_text())["changed_sets"] == ["painting"] * is_changed
+
+
 def entry_named(name, study="one"):
     return Entry(1, "2026-11-28T05:00:00+00:00", study, "hash", "version", "test", details={notes.NAME: name})
 
@@ -236,7 +257,7 @@ def test_reads_noted_at_the_same_time_are_all_there(here):
 def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder):
     recipe, place = load_recipe(here / "study" / "resolved.yaml"), folder / "cache" / notes.FOLDER
     place.mkdir()
-    whole = {"study": "x\x1b[31m", "time": "t", "user": "u", "sets": notes.set_digests(recipe)}
+    whole = {"study": "x\x1b[31m", "time": "t", "user": "u", "sets": find.test_digests(recipe, folder / "cache")}
     (place / "good.json").write_text(json.dumps(whole))
     damaged = {"deep": "[" * 10**5, "half": '{"study": ', "list": "[1]", "sets": json.dumps({"sets": [3]})}
     for name, text in damaged.items():

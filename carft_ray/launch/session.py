@@ -10,11 +10,13 @@ with open_study(...) as study:          # the claim, no stop file of before, the
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
+from carft_ray.data.copies.find import test_digests
 from carft_ray.data.copies.shared_images import SharedRow, shared_of_study, write_shared
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.mailbox import Mailbox, start_mailbox
@@ -29,6 +31,7 @@ from carft_ray.launch.study_files import start_files
 from carft_ray.layout import RAY_LOG, RESOLVED, STOP
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.study.ledger import note_test_sets
 from carft_ray.study.provenance import record_provenance
 from carft_ray.study.study import Study
 
@@ -79,6 +82,8 @@ def computing(
         ray = running_ray(address, folder / RAY_LOG, stop_path, recipe.resources.wait_for_nodes or 0.0, say)
         with contextlib.nullcontext((_this_machine(recipe),)) if in_process else ray as nodes:
             write_shared(folder, rows)
+            if shared is None:
+                note_test_sets(study.log, partial(test_digests, recipe, cache_dir(recipe)))
             attached = address is not None and not in_process
             grows = attached and may_grow()
             if attached:

@@ -9,6 +9,7 @@ What this cannot show: someone who rewrites log and manifest together, or puts b
 honest people from forgetting a read, and makes hiding one an act of forgery.
 """
 
+import contextlib
 import getpass
 import json
 import os
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import __version__, files
-from carft_ray.errors import HoldOutError, Problem, StorageError, UsageError
+from carft_ray.errors import DataError, HoldOutError, Problem, StorageError, UsageError
 from carft_ray.layout import COMMITS, MANIFEST
 from carft_ray.recipe.loading import recipe_hash
 from carft_ray.recipe.schema.recipe import Recipe
@@ -38,6 +39,28 @@ WINNER_FIXED: Purpose = "winner fixed"
 TEST: Purpose = "test"  # winner and baselines
 WENT_ON: Purpose = "search went on"
 AGAINST = "against"  # in the details of WINNER_FIXED: reads of the studies whose winners are baselines, by their ids
+
+
+TEST_SETS = "test sets"  # kind of a record of the log: digests of the test sets' images when the search began
+
+
+def note_test_sets(log: Log, digests: Callable[[], dict[str, str]]) -> None:
+    """Notes once in a study which images its test sets have; nothing where one cannot be read now.
+
+    Raises:
+        StorageError: It cannot be written.
+    """
+    if noted_test_sets(log) is None:
+        with contextlib.suppress(DataError):
+            found = digests()
+            if found:
+                with log.commit({"kind": TEST_SETS, "digests": found}):
+                    pass
+
+
+def noted_test_sets(log: Log) -> dict[str, str] | None:
+    """Returns what ``note_test_sets`` has noted; None where it has not."""
+    return next((record["digests"] for _, record in log.records if record.get("kind") == TEST_SETS), None)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ import numpy.typing as npt
 
 from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import key_of, made_once
+from carft_ray.data.class_names import class_folders
 from carft_ray.data.content import reading_threads
 from carft_ray.data.listing import StoredSource
 from carft_ray.data.open_source import open_source
@@ -115,6 +116,24 @@ class SharedPair:
     second: SharedImage
     how: Literal["same bytes", "same picture"]
     distance: float
+
+
+def test_digests(recipe: Recipe, cache_dir: Path) -> dict[str, str]:
+    """Returns per test set a digest of the contents of its images, whatever their names, classes and order.
+
+    Raises:
+        DataError: A set cannot be opened.
+        StorageError: The cache cannot be written.
+    """
+    classes, found = class_folders(recipe), {}
+    for name, spec in {"id_test": recipe.data.id_test, **recipe.data.ood_test}.items():
+        if spec is not None:
+            source = open_source(plain(spec), name, classes, cache_dir)
+            content = [source.fingerprint]  # the sandbox draws its images: the name says which
+            if isinstance(source, StoredSource):
+                content = sorted(row.tobytes().hex() for row in records(source, cache_dir, is_test=True).digests)
+            found[name] = key_of(content)
+    return found
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.data.cache import cache_dir, key_of, listed, made_folder
-from carft_ray.data.class_names import class_folders
-from carft_ray.data.listing import StoredSource
-from carft_ray.data.open_source import open_source
-from carft_ray.data.records import records
+from carft_ray.data.cache import cache_dir, listed, made_folder
+from carft_ray.data.copies.find import test_digests
 from carft_ray.errors import CarftError
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import plain
 from carft_ray.study.ledger import Entry
 from carft_ray.untrusted import is_name, read_text, visible
 from carft_ray.words import times
@@ -51,7 +47,7 @@ def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[lis
     cache, entry = cache_dir(recipe), entries[-1]
     own, found, problems = {str(line.details.get(NAME)) for line in entries}, list[OtherRead](), list[str]()
     try:
-        digests = set_digests(recipe)
+        digests = test_digests(recipe, cache)
     except (CarftError, OSError) as error:
         return [], [f"whether other studies have read these images is not known: {error}"]
     name, content = str(entry.details.get(NAME)), {"study": str(study_dir), "time": entry.time, "user": entry.user}
@@ -72,26 +68,6 @@ def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[lis
         except (CarftError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"a note of a read of test sets cannot be read, and is passed over: {path} ({error!r})")
     return sorted(found, key=lambda one: one["time"]), problems
-
-
-def set_digests(recipe: Recipe) -> dict[str, str]:
-    """Returns per test set a digest of the contents of its images, whatever their names, classes and order.
-
-    Raises:
-        DataError: A set cannot be opened.
-        StorageError: The cache cannot be written.
-    """
-    classes, found = class_folders(recipe), {}
-    for name, spec in {"id_test": recipe.data.id_test, **recipe.data.ood_test}.items():
-        if spec is not None:
-            source = open_source(plain(spec), name, classes, cache_dir(recipe))
-            content = [source.fingerprint]  # the sandbox draws its images: the name says which
-            if isinstance(source, StoredSource):
-                content = sorted(
-                    row.tobytes().hex() for row in records(source, cache_dir(recipe), is_test=True).digests
-                )
-            found[name] = key_of(content)
-    return found
 
 
 def lines(reads: Sequence[OtherRead]) -> list[str]:

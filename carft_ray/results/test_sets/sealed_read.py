@@ -20,6 +20,7 @@ import pyarrow as pa
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders
+from carft_ray.data.copies.find import test_digests
 from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
 from carft_ray.data.decoded import image_set
 from carft_ray.data.open_source import open_source
@@ -35,7 +36,7 @@ from carft_ray.recipe.schema.sets import TEST_ROLES
 from carft_ray.results.reading import study_view
 from carft_ray.results.reading.trained import open_run, require_weights
 from carft_ray.results.test_sets import notes
-from carft_ray.results.test_sets.summary import compared_rows, read_record, summarise
+from carft_ray.results.test_sets.summary import changed_lines, compared_rows, read_record, summarise
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
@@ -105,9 +106,12 @@ def read_sealed(
         elsewhere, problems = notes.note(study_dir, recipe, [*entries, entry])
         for line in (*problems, *notes.lines(elsewhere)):
             say(line)
+        changed = _changed_sets(recipe, log)
+        for line in changed_lines(changed):
+            say(line)
         folder = _read_dir(study_dir, number)
         tables = _evaluate(study_dir, recipe, runs, trained, sources, folder, log, say)
-        record = read_record(entry, entries, number, elsewhere)
+        record = {**read_record(entry, entries, number, elsewhere), "changed_sets": changed}
         summary = summarise(recipe, compared, read_shared(study_dir), tables, record)
         log.check()
         files.write_json(study_dir / TEST_DIR / SUMMARY, summary)
@@ -178,6 +182,13 @@ def _read_to_continue(study_dir: Path, log: Log, reason: str | None) -> ledger.E
         step = f"Its results are in {study_dir / TEST_DIR / SUMMARY}.\n    {again}"
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     return reads[-1] if reads else None
+
+
+def _changed_sets(recipe: Recipe, log: Log) -> list[str]:
+    """Returns the test sets whose images are not those that the study has noted; none where it has noted nothing."""
+    noted = ledger.noted_test_sets(log) or {}
+    now = test_digests(recipe, cache_dir(recipe)) if noted else {}
+    return [name for name, digest in now.items() if noted.get(name, digest) != digest]
 
 
 def _again(study_dir: Path) -> str:

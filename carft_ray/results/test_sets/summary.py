@@ -178,12 +178,18 @@ def read_lines(content: Mapping[str, Any]) -> list[str]:
     return [
         f"Test read {content['read']}, {content['time']} by {content['user']}{reason}.",
         *([f"The search was continued {times(again)} after a test read."] if again else []),
+        *changed_lines(content.get("changed_sets", [])),
         *notes.lines(content["elsewhere"]),
         sets,
         f"{seeds}; alphas and the baseline of the headline were chosen on the validation sets.",
         *(comparison_lines(without) if without else []),
         *comparison_lines(content),
     ]
+
+
+def changed_lines(names: Sequence[str]) -> list[str]:
+    """Returns a line that names the test sets whose images have changed since the search; none where there are none."""
+    return [f"The images of {', '.join(names)} have changed since the search began."] if names else []
 
 
 def _shared_ids(shared: Sequence[SharedRow], name: str) -> list[int]:
