@@ -153,8 +153,8 @@ def test_a_stop_of_its_process_group_ends_a_search_with_checkpoints_and_not_the_
     done = subprocess.run(command, env=environment, capture_output=True, text=True, start_new_session=True)
     assert done.stdout.splitlines()[-1:] == ["the program continues"], done.stderr
     assert "stopped; 0 of 2 trials finished" in done.stdout
-    log = next((tmp_path / "study" / "trials").glob("t0000-*")) / "log.txt"
-    assert "attempt 1: stopped: SIGTERM; resume continues from epoch 1" in log.read_text()
+    logs = "".join(path.read_text() for path in tmp_path.glob("study/trials/*/log.txt"))
+    assert "attempt 1: stopped: SIGTERM; resume continues from step 10 (epoch 1 done)" in logs
 
 
 @pytest.mark.parametrize("is_stuck", [False, True])

@@ -11,7 +11,7 @@ from sources import open_set, open_train, open_validation, recipe_of, told
 from carft_ray.data.bad_images import without_bad_images
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_names
-from carft_ray.data.copies.find import test_digests
+from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.data.role_checks import check_roles, check_sets
 
@@ -219,4 +219,6 @@ def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree,
     assert left.fingerprint != source.fingerprint
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")  # test sets, too, are known in the cache of the recipe
     tested = {"source": "folder", "path": "images", "on_bad_image": "skip"}
-    assert test_digests(recipe_of_parts(tree, cache_dir="cache", id_test=tested), Path("cache")).keys() == {"id_test"}
+    assert digests_of_tests(recipe_of_parts(tree, cache_dir="cache", id_test=tested), Path("cache")).keys() == {
+        "id_test"
+    }

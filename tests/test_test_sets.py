@@ -257,7 +257,7 @@ def test_reads_noted_at_the_same_time_are_all_there(here):
 def test_what_is_wrong_with_a_note_is_a_line_and_stops_nothing(run, here, folder):
     recipe, place = load_recipe(here / "study" / "resolved.yaml"), folder / "cache" / notes.FOLDER
     place.mkdir()
-    whole = {"study": "x\x1b[31m", "time": "t", "user": "u", "sets": find.test_digests(recipe, folder / "cache")}
+    whole = {"study": "x\x1b[31m", "time": "t", "user": "u", "sets": find.digests_of_tests(recipe, folder / "cache")}
     (place / "good.json").write_text(json.dumps(whole))
     damaged = {"deep": "[" * 10**5, "half": '{"study": ', "list": "[1]", "sets": json.dumps({"sets": [3]})}
     for name, text in damaged.items():

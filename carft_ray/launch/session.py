@@ -16,7 +16,7 @@ from typing import Any
 
 from carft_ray import environment, files
 from carft_ray.data.cache import cache_dir
-from carft_ray.data.copies.find import test_digests
+from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import SharedRow, shared_of_study, write_shared
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.mailbox import Mailbox, start_mailbox
@@ -83,7 +83,7 @@ def computing(
         with contextlib.nullcontext((_this_machine(recipe),)) if in_process else ray as nodes:
             write_shared(folder, rows)
             if shared is None:
-                note_test_sets(study.log, partial(test_digests, recipe, cache_dir(recipe)))
+                note_test_sets(study.log, partial(digests_of_tests, recipe, cache_dir(recipe)))
             attached = address is not None and not in_process
             grows = attached and may_grow()
             if attached:

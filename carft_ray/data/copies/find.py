@@ -118,7 +118,7 @@ class SharedPair:
     distance: float
 
 
-def test_digests(recipe: Recipe, cache_dir: Path) -> dict[str, str]:
+def digests_of_tests(recipe: Recipe, cache_dir: Path) -> dict[str, str]:
     """Returns per test set a digest of the contents of its images, whatever their names, classes and order.
 
     Raises:

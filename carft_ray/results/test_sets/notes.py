@@ -14,7 +14,7 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir, listed, made_folder
-from carft_ray.data.copies.find import test_digests
+from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.errors import CarftError
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.ledger import Entry
@@ -47,7 +47,7 @@ def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[lis
     cache, entry = cache_dir(recipe), entries[-1]
     own, found, problems = {str(line.details.get(NAME)) for line in entries}, list[OtherRead](), list[str]()
     try:
-        digests = test_digests(recipe, cache)
+        digests = digests_of_tests(recipe, cache)
     except (CarftError, OSError) as error:
         return [], [f"whether other studies have read these images is not known: {error}"]
     name, content = str(entry.details.get(NAME)), {"study": str(study_dir), "time": entry.time, "user": entry.user}

@@ -20,7 +20,7 @@ import pyarrow as pa
 from carft_ray import files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.class_names import class_folders
-from carft_ray.data.copies.find import test_digests
+from carft_ray.data.copies.find import digests_of_tests
 from carft_ray.data.copies.shared_images import find_shared, read_shared, without_shared, write_shared
 from carft_ray.data.decoded import image_set
 from carft_ray.data.open_source import open_source
@@ -187,7 +187,7 @@ def _read_to_continue(study_dir: Path, log: Log, reason: str | None) -> ledger.E
 def _changed_sets(recipe: Recipe, log: Log) -> list[str]:
     """Returns the test sets whose images are not those that the study has noted; none where it has noted nothing."""
     noted = ledger.noted_test_sets(log) or {}
-    now = test_digests(recipe, cache_dir(recipe)) if noted else {}
+    now = digests_of_tests(recipe, cache_dir(recipe)) if noted else {}
     return [name for name, digest in now.items() if noted.get(name, digest) != digest]
 
 
