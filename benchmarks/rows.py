@@ -110,6 +110,22 @@ def peak_mb() -> float:
     return float(re.findall(r"VmHWM:\s+(\d+) kB", status)[0]) / 1024
 
 
+def descendants(pid: int) -> list[int]:
+    """Returns the processes below a process; Linux only."""
+    children: dict[int, list[int]] = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            try:
+                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            children.setdefault(parent, []).append(int(entry))
+    found = list(children.get(pid, []))
+    for each in found:  # grows meanwhile
+        found += children.get(each, [])
+    return found
+
+
 def let_workers_import() -> None:
     """Lets Ray's workers find the benchmarks by their names; to be called before Ray starts."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from benchmarks import speed_engine, speed_searches, speed_sets, speed_steps, speed_views
+from benchmarks import speed_engine, speed_memory, speed_searches, speed_sets, speed_steps, speed_views
 from benchmarks.rows import ROOT, Row, as_data, machine, machine_line
 from carft_ray import files
 
@@ -60,6 +60,7 @@ PARTS = {
     "throughput": Part("trainings of nothing through Ray", speed_engine.throughput_rows),
     "files": Part("a file through Ray against a copy", speed_searches.file_rows),
     "overhead": Part("what a trial costs besides its training", speed_searches.overhead_rows, True),
+    "memory": Part("memory of a worker over 16 trainings", speed_memory.memory_rows, True),
     "quickstart": Part("the quickstart's search against its trainings", speed_searches.quickstart_rows, True),
     "inline": Part("trainings in processes, against the script by hand", speed_searches.inline_rows, True),
     "nested": Part("trainings as Ray Train groups, against the script", speed_searches.nested_rows, True),

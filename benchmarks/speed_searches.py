@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import ray
 
-from benchmarks.rows import ROOT, Row, let_workers_import, median_row, peak_mb
+from benchmarks.rows import ROOT, Row, descendants, let_workers_import, median_row, peak_mb
 from benchmarks.speed_steps import RECIPE, open_task, resident_training
 from carft_ray import files
 from carft_ray.data.synthetic.sandbox import TEMPLATES, export_images
@@ -206,18 +206,8 @@ def measure(executor: str, concurrency: int, num_trials: int) -> Measured:
 
 def memory_mb(pid: int) -> float:
     """Returns the proportional set size of a process and its descendants in MB."""
-    children: dict[int, list[int]] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdecimal():
-            try:
-                parent = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except (OSError, ValueError):
-                continue
-            children.setdefault(parent, []).append(int(entry))
-    total, waiting = 0.0, [pid]
-    while waiting:
-        process = waiting.pop()
-        waiting += children.get(process, [])
+    total = 0.0
+    for process in (pid, *descendants(pid)):
         try:
             lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         except OSError:
