@@ -630,3 +630,39 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
     with pytest.raises(HoldOutError, match="its test sets were read"):
         require_unread(own_folder(address), stand_in.make_recipe(5, resources=RESOURCES, **SEARCH), None)
+
+
+def test_a_driver_that_slept_during_a_takeover_uploads_removes_and_puts_over_nothing(server, tmp_path, monkeypatch):
+    """It falls asleep in a batch, before one of its requests; meanwhile another machine takes over and reads tests."""
+    address, recipe = server.address("study"), report_studies.make_recipe(3)
+    with open_study(own_folder(address), recipe) as study:
+        report_studies.fill(study, 1)
+    folder, log = own_folder(address), open_log(own_folder(address))
+    log.follow()
+    before = {}
+
+    def take_over(method, path):
+        if method == "PUT" and path.endswith("study/manifest.json"):
+            server.strike = lambda method, path: None
+            other = log_of(folder)
+            other._store, other._holder = Bucket(address), ("", {})
+            other.claim(me={"host": "node7", "boot": "another", "pid": 12})
+            with other.commit({"kind": "of the other"}):
+                pass
+            server.put("study/manifest.json", b"of the other")
+            before.update(server.objects())
+
+    def sleep():
+        with held(log, print), uploading(log):
+            manifest = json.loads((folder / MANIFEST).read_text())
+            files.write_json(folder / MANIFEST, {**manifest, "ledger": "an old note"})
+            files.write_text(folder / "trials" / "new.txt", "of a driver that slept")
+            log.forget_files(folder / "best.yaml")
+            files.remove(folder / "best.yaml")
+            server.strike = take_over
+            log.keep_files()
+
+    with pytest.raises(StorageError, match="has taken the study over"):
+        sleep()
+    assert "study/best.yaml" in before
+    assert server.objects() == before

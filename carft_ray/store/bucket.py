@@ -138,6 +138,30 @@ class Bucket:
         with self._errors(name, "must be writable"):
             self._api.put(self._store, name, data, use_multipart=False)
 
+    def tag(self, name: str) -> str | None:
+        """Returns the ETag of an object; None when there is none."""
+        with contextlib.suppress(_MissingError), self._errors(check_name(name), "must be readable"):
+            tag: str | None = self._api.head(self._store, name)["e_tag"]
+            return tag
+        return None
+
+    def put_over(self, name: str, data: bytes, tag: str | None) -> str | None:
+        """Writes an object by one request, over the version with this ETag only; None: only where there is none.
+
+        Returns:
+            Its new ETag.
+
+        Raises:
+            RefusedError: Another version is there.
+            UnknownError: As of ``put_new``.
+            StorageError: It was not written.
+        """
+        check_name(name)
+        mode: Any = "create" if tag is None else {"e_tag": tag}
+        with self._errors(name, "must be writable", UnknownError):
+            tag_now: str | None = self._api.put(self._once, name, data, mode=mode, use_multipart=False)["e_tag"]
+        return tag_now
+
     def upload(self, name: str, path: Path) -> None:
         """As ``put``, for a file of any size: the object is there whole or not at all."""
         check_name(name)
@@ -230,14 +254,14 @@ class Bucket:
 
         What the server has said more than its code stays out: it may repeat keys.
         """
-        from obstore.exceptions import AlreadyExistsError, BaseError
+        from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 
         place = f"{self.address}/{name}" if name else self.address
         try:
             yield
         except (BaseError, FileNotFoundError, NotImplementedError) as error:
             status, code = (match[1] if (match := of.search(str(error))) else "" for of in (_STATUS, _CODE))
-            if isinstance(error, AlreadyExistsError):
+            if isinstance(error, AlreadyExistsError | PreconditionError):
                 raise RefusedError(Problem(place, "is there already")) from None
             if isinstance(error, FileNotFoundError) and code not in _NO_BUCKET and unclear is StorageError:
                 raise _MissingError from None

@@ -169,6 +169,7 @@ def record(
     with log.commit({"kind": LEDGER, "line": asdict(entry)}):
         pass
     manifest = {**read_manifest(study_dir), LEDGER: _note(log, _entries(log))}
+    log.check()
     files.write_json(study_dir / MANIFEST, manifest)
     return entry
 

@@ -4,6 +4,9 @@ A file that is missing in the folder is removed in the bucket only if the search
 ``Log.forget_files``, or newer checkpoints have replaced this one, as trainings do. All other files stay in the bucket:
 a cleaner or a user may have removed them from the folder.
 
+A driver that was asleep while another one took the study over must not change a file of it: before each file the log
+is read, and ``manifest.json`` is put over the version that this driver knows only, without blind repeats.
+
 The log and the files in the bucket are the study. A commit is created there first. Before one that says how a training
 ended, the files of the study are uploaded; checkpoints and the rest follow every ``UPLOAD_EVERY_S``, and all at the
 end. After a kill the folder may be behind the bucket or ahead of it: who has claimed the log makes it equal.
@@ -13,18 +16,19 @@ import contextlib
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, STOP, STOP_REQUESTS
-from carft_ray.store.folder import Folder
+from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log
 from carft_ray.store.result import checkpoint_of
 from carft_ray.study.mirror import ALL, DRIVEN, Kept, Through, address_in, fetch_files, files_in, stop_request
 
 UPLOAD_EVERY_S = 10.0
+MANIFEST_TRIES = 5
 _Version = tuple[int, int, int]  # of a file: bytes, time in ns, inode
 
 
@@ -36,12 +40,15 @@ class _Mirrored(Through):
         self._known: dict[str, _Version] = {}  # files as the bucket has them
         self._forgotten: set[str] = set()  # files and folders that the search has removed
         self._written: set[str] = set()  # names that this process may have written
+        self._tag: str | None = None  # of the manifest as the bucket has it
         self.ends: Callable[[], bool] = lambda: False  # whether nothing more may be uploaded
+        self.check: Callable[[], None] = lambda: None  # raises when another search has taken the study over
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
 
     def begin(self, own_request: str) -> None:
         """Makes the folder equal to the bucket, and removes what asked earlier holders to stop."""
-        self.delete([STOP, *(name for name in self.list(STOP_REQUESTS) if name != own_request)])
+        self._remove([STOP, *(name for name in self.list(STOP_REQUESTS) if name != own_request)])
+        self._tag = self.tag(MANIFEST)
         there = fetch_files(self, self.here.path, ALL)
         self._known = {name: _version(path) for name in there if (path := self.here.path / name).exists()}
 
@@ -92,9 +99,28 @@ class _Mirrored(Through):
                 self._upload(name, self.here.path / name)
             known = {name for name in self._known.copy() if (checkpoint_of(name) is not None) == checkpoints}
             gone = self._removed_by_us(known, there)
-            self.delete(gone)
+            self._remove(gone)
             for name in gone:
                 del self._known[name]
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            self.check()
+            self.delete([name])
+
+    def _put_manifest(self, data: bytes) -> None:
+        """Puts the manifest over the version that is known; the holder of the log also over any other one."""
+        self._written.add(MANIFEST)
+        for _ in range(MANIFEST_TRIES):
+            self.check()
+            try:
+                self._tag = self.put_over(MANIFEST, data, self._tag)
+                return
+            except (RefusedError, UnknownError) as error:  # also when the answer to an earlier try was lost
+                self._tag, problems = self.tag(MANIFEST), error.problems
+                if self.get(MANIFEST) == data:
+                    return
+        raise StorageError(problems)
 
     def _removed_by_us(self, known: set[str], there: Container[str]) -> list[str]:
         """Returns which names of the bucket are gone from the folder because the search has removed them."""
@@ -116,7 +142,11 @@ class _Mirrored(Through):
         try:
             if (version := _version(path)) == self._known.get(name):
                 return
-            self.upload(name, path)
+            self.check()
+            if name == MANIFEST:
+                self._put_manifest(path.read_bytes())
+            else:
+                self.upload(name, path)
             self._known[name], there = version, self.stat(name)
             if there is not None and _version(path) == version:  # it has not changed since
                 os.utime(path, ns=(there.stamp_ns, there.stamp_ns))  # by which ``fetch_files`` knows it
@@ -131,6 +161,7 @@ class _Uploading(Kept):
         super().__init__(store)
         self.store = store
         store.ends = lambda: self.is_unknown
+        store.check = lambda: self.check(is_sure=True)
 
     def keep_files(self) -> None:
         self.store.upload_new(checkpoints=False)
