@@ -80,7 +80,7 @@ def searched(recipe: Path, study: Path, settings: Sequence[str], environment: Ma
     """
     command = [sys.executable, "-m", "carft_ray.cli", "search", str(recipe), "--study", str(study), "--json"]
     seconds, _ = _run([*command, *(word for each in settings for word in ("--set", each))], environment)
-    results = [files.read_json(path) for path in study.glob(f"trials/*/*/{RESULT}")]
+    results = [files.read_json(path.parent, path.name) for path in study.glob(f"trials/*/*/{RESULT}")]
     return Ended(seconds, max(result["metrics"]["objective"] for result in results))
 
 
@@ -197,7 +197,7 @@ def measure(executor: str, concurrency: int, num_trials: int) -> Measured:
         if process.returncode:
             raise RuntimeError(printed.read_text())
         ends = sorted(
-            (path.stat().st_mtime, float(files.read_json(path)["elapsed_s"]))
+            (path.stat().st_mtime, float(files.read_json(path.parent, path.name)["elapsed_s"]))
             for path in study.glob(f"trials/*/*/{RESULT}")
         )
     between = ends[-1][0] - ends[0][0] - sum(elapsed_s for _, elapsed_s in ends[1:])

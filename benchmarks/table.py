@@ -69,7 +69,7 @@ def row_of(index: int, training: Finished, sets: Sequence[str]) -> dict[str, Any
     if training.diverged:
         return row
     result = training.result
-    metrics = files.read_json_lines(training.folder / METRICS)
+    metrics = files.read_json_lines(training.folder, METRICS)
     kept = ("epoch", "loss", "ce", "kl", "context_entropy")
     return {
         **row,

@@ -60,7 +60,7 @@ def run(recipe_path: Path, out: Path, figure_dir: Path, settings: Sequence[str])
         done = subprocess.run([sys.executable, "-m", "carft_ray.cli", *words], check=False, stdout=sys.stderr)
         if done.returncode:
             return done.returncode
-    summary = files.read_json(out / "car_ft" / SUMMARY)
+    summary = files.read_json(out / "car_ft", str(SUMMARY))
     print("\n".join(markdown(summary)))
     print(f"\n{summary['headline']}")
     below = f"test sets; 95 % intervals, {len(summary['seeds'])} seeds"

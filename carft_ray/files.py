@@ -16,10 +16,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from carft_ray.errors import Problem, StorageError, UsageError
-from carft_ray.untrusted import parse_json, read_regular
+from carft_ray.untrusted import open_regular, parse_json, read_regular, require_plain, visible
 
 # of a network disk or connection that has gone, or of a disk that fails (not every system has each); a full disk or a
 # missing permission is not among them: another attempt would meet it again
@@ -36,7 +36,8 @@ DISK_STEPS = {  # what helps where a disk is full or not to be written
     errno.EROFS: _OTHER,
 }
 NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of file systems without locks
-MOST_JSON_BYTES = 2**30  # of a file of a study that is read whole
+MOST_JSON_BYTES = 2**28  # of a file of a study that is read whole
+MOST_LINE_BYTES = 2**16  # of a line that is read by itself
 RETRY_FOR_S = 5.0  # what a network disk that is away for a moment is given
 RETRY_EVERY_S = 0.2
 ADDRESS = re.compile(r"([A-Za-z0-9]+)://?(.*)")  # of a bucket; ``s3:/`` is what becomes of ``s3://`` in a path
@@ -240,14 +241,69 @@ def append_line(path: Path, line: str, is_flushed: bool = True) -> None:
             os.fsync(file.fileno())
 
 
-def read_json(path: Path) -> Any:
-    """Reads a file that ``write_json`` has written.
+def inside(folder: Path, name: str) -> Path:
+    """Returns the path of a file of a study; every reader of a study gets it here, or reads through what follows.
+
+    Args:
+        folder: The study; it may be a link itself.
+        name: From there, with ``/``.
+
+    Raises:
+        StorageError: A link leads out of the study.
+    """
+    place, is_link = str(folder), False
+    for piece in name.split("/"):
+        place = f"{place}/{piece}"
+        is_link = is_link or os.path.islink(place)  # a third of the time of ``realpath``
+    if is_link and not Path(leads_to := os.path.realpath(place)).is_relative_to(os.path.realpath(folder)):
+        raise StorageError(Problem(visible(place), f"must not lead out of {folder}", visible(f"a link to {leads_to}")))
+    return Path(place)
+
+
+def open_inside(folder: Path, name: str) -> BinaryIO:
+    """Opens a file of a study; never waits for a writer.
+
+    Raises:
+        StorageError: As ``inside``; or it is a folder, pipe, device or socket.
+        OSError: It is missing or cannot be read.
+    """
+    return open_regular(inside(folder, name), StorageError)
+
+
+def read_whole(folder: Path, name: str) -> bytes:
+    """Returns the content of a file of a study.
+
+    Raises:
+        StorageError: As ``open_inside``; or it has more than ``MOST_JSON_BYTES``, or a disk does not answer.
+        OSError: As there.
+    """
+    path = inside(folder, name)
+    return retried(path, lambda: read_regular(path, MOST_JSON_BYTES, StorageError))
+
+
+def first_line(folder: Path, name: str) -> str:
+    """Returns the beginning of the first line of a file of a study; empty where it is missing or cannot be read.
+
+    Raises:
+        StorageError: As ``open_inside``.
+    """
+    with contextlib.suppress(OSError), open_inside(folder, name) as file:
+        return file.readline(MOST_LINE_BYTES).decode(errors="replace").strip()
+    return ""
+
+
+def read_json(folder: Path, name: str) -> Any:
+    """Reads a file of a study that ``write_json`` has written.
+
+    Args:
+        folder: As of ``inside``, and so is the other.
+        name: The file.
 
     Raises:
         StorageError: It is missing or damaged, or cannot be read.
     """
     try:
-        return parse_json(retried(path, lambda: read_regular(path, MOST_JSON_BYTES, StorageError)))
+        return require_plain(parse_json(read_whole(folder, name)))
     except FileNotFoundError:
         value = "no such file"
     except OSError as error:
@@ -255,30 +311,31 @@ def read_json(path: Path) -> Any:
     except ValueError as error:
         value = f"a damaged one ({error})"
     step = "Restore it from a copy, or give another folder and begin again."
-    raise StorageError(Problem(str(path), "must be a whole JSON file", value, next_step=step))
+    raise StorageError(Problem(str(folder / name), "must be a whole JSON file", value, next_step=step))
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
-    """Reads a JSON object once; None where the file is missing or holds anything else.
+def read_object(folder: Path, name: str) -> dict[str, Any] | None:
+    """Reads a JSON object of a study once; None where the file is missing or holds anything else.
 
     Raises:
         OSError: A network disk does not answer.
     """
     try:
-        content = parse_json(read_regular(path, MOST_JSON_BYTES, StorageError))
+        path = inside(folder, name)
+        content = require_plain(parse_json(read_regular(path, MOST_JSON_BYTES, StorageError)))
     except (FileNotFoundError, ValueError, StorageError):
         return None
     return content if isinstance(content, dict) else None
 
 
-def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Reads a file of JSON lines; an incomplete last line (a crash while it was appended) is left out.
+def read_json_lines(folder: Path, name: str) -> list[dict[str, Any]]:
+    """Reads a file of JSON lines of a study; an incomplete last line (a crash while it was appended) is left out.
 
     Raises:
-        StorageError: As ``retried``.
+        StorageError: As ``read_whole``.
     """
     try:
-        content = retried(path, lambda: read_regular(path, MOST_JSON_BYTES, StorageError))
+        content = read_whole(folder, name)
     except (FileNotFoundError, NotADirectoryError):
         return []
     return _whole_rows(content)
@@ -289,7 +346,7 @@ def _whole_rows(content: bytes) -> list[dict[str, Any]]:
     rows = []
     for line in content.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError):  # half a line, where another file of more bytes took the name
-            rows.append(parse_json(line))
+            rows.append(require_plain(parse_json(line)))
     return [row for row in rows if isinstance(row, dict)]
 
 

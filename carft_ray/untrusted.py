@@ -8,6 +8,7 @@ Images have a gate of their own, ``data.images``; files of weights, too, ``model
 import contextlib
 import html as standard_html
 import json
+import math
 import os
 import re
 import stat
@@ -18,6 +19,8 @@ from typing import Any, BinaryIO
 from carft_ray.errors import CarftError, DataError, Problem
 
 MOST_TEXT_BYTES = 64 * 2**20  # of a file that is read whole and is no image: a list of 1,000,000 names has 30 MB
+MOST_VALUES = 2**23  # of JSON: each takes up to a hundred bytes of memory
+DEEPEST = 64  # lists and objects in each other
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 _SPECIAL = "a pipe, device or socket"
 _ESCAPED = b"\\u"  # in JSON, before the number of a character
@@ -103,15 +106,42 @@ def parse_json(content: str | bytes) -> Any:
     """Returns what JSON holds.
 
     Raises:
-        ValueError: It is none, is nested too deep to be read, or a text in it is none that can be written.
+        ValueError: It is none, is nested too deep to be read, has more than ``MOST_VALUES``, or a text in it is none
+            that can be written.
     """
     try:
+        raw = content.encode() if isinstance(content, str) else content
+        if len(raw) > MOST_VALUES and sum(map(raw.count, (b",", b"[", b"{"))) > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES:,} values")
         value = json.loads(content)
-        if _ESCAPED in (content.encode() if isinstance(content, str) else content):
+        if _ESCAPED in raw:
             json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs
         return value
     except RecursionError:
         raise ValueError("nested too deep") from None
+
+
+def require_plain(value: Any) -> Any:
+    """Returns a value of JSON that later code can compute with and print: no number is not finite or has over 64 bits.
+
+    Raises:
+        ValueError: One is; or it is nested deeper than ``DEEPEST``.
+    """
+    level, depth = [value], 0
+    while level:
+        below: list[Any] = []
+        for each in level:
+            kind = type(each)
+            if (kind is float and not math.isfinite(each)) or (kind is int and each.bit_length() > 64):
+                raise ValueError(f"a number that cannot be: {str(each)[:30]}")
+            if kind is dict:
+                below += each.values()
+            elif kind is list:
+                below += each
+        level, depth = below, depth + 1
+        if depth > DEEPEST:
+            raise ValueError("nested too deep")
+    return value
 
 
 def is_name(text: str) -> bool:

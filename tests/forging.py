@@ -22,7 +22,7 @@ def record(study_dir):
                 kept["sha256"] = sha256(place / name)
         files.write_json(place / RESULT, content)
         replace(study_dir, row.digest, read_result(place)[1])
-    manifest = files.read_json(study_dir / MANIFEST)
+    manifest = files.read_json(study_dir, MANIFEST)
     if ledger.LEDGER in manifest:
         log = log_of(study_dir)
         note = ledger._note(log, ledger._entries(log))

@@ -83,7 +83,7 @@ def train(recipe, out_dir, prepared_dir, context, attempt):
     if mode == "hang" or (mode == "hang_once" and attempt == 1):
         time.sleep(1000)
     place, trained = out_dir / f"attempt-{attempt}", list(out_dir.glob("attempt-*/fine_tuned.safetensors"))
-    saved = [files.read_json(path) for path in out_dir.glob("attempt-*/step-*/state.json")]
+    saved = [files.read_json(path.parent, path.name) for path in out_dir.glob("attempt-*/step-*/state.json")]
     done = recipe.train.epochs if trained else max(saved, default=0)
     for epoch in range(done + 1, recipe.train.epochs + 1):
         end = time.monotonic() + modes.get("seconds", 0.02)

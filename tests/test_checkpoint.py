@@ -150,10 +150,10 @@ def test_an_append_after_a_crash_in_the_middle_of_a_line_keeps_every_whole_line(
     for torn in (b"", b'{"a": 1}\n{"a', b'{"a'):
         path.write_bytes(torn)
         whole = torn.count(b"\n")
-        assert len(files.read_json_lines(path)) == whole
+        assert len(files.read_json_lines(path.parent, path.name)) == whole
         files.append_line(path, '{"a": 9}')
         assert path.read_bytes().endswith(b'{"a": 9}\n')
-        assert len(files.read_json_lines(path)) == len(path.read_bytes().splitlines()) == whole + 1
+        assert len(files.read_json_lines(path.parent, path.name)) == len(path.read_bytes().splitlines()) == whole + 1
 
 
 def fill(path, write):

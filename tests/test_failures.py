@@ -268,7 +268,7 @@ def test_an_attempt_that_wakes_up_after_another_has_begun_ends_and_counts_for_no
         assert box.exchange(orders)[second.training].process.pid == process.pid
         hold.unlink()
         process.join(120)
-        row, rows = study.settle(second), files.read_json_lines(folder / "metrics.jsonl")
+        row, rows = study.settle(second), files.read_json_lines(folder, "metrics.jsonl")
     assert (row.outcome, row.attempt, row.metrics["pid"]) == ("complete", 2, process.pid)
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert read_result(folder / "attempt-2")[0]["metrics"]["pid"] == process.pid

@@ -144,10 +144,13 @@ AROUND = {  # why a module may read files without ``untrusted``
     " model/pretrained model/weights_files",
     "what this process or its driver has just written": "model/clip launch/ray_cluster/node_facts",
     "what a process that has ended has left, and a node's own files": "launch/failures/causes launch/study_files",
-    "files of a training that runs and of a study that is held": "training/checkpoint study/identity study/best"
-    " study/study",
-    "a log, its first line, and the stop file of a study": "results/page/data results/reading/logs"
-    " results/reading/status_and_ls",
+}
+BY_PATH = {  # why a module that has to do with studies may read a file by its path: it is no file of a study
+    "pieces of files that a node has made": "launch/study_files",
+    "the user's own cache and token": "study/mirror results/test_sets/notes launch/jobs/server",
+    "the package's own files": "results/export/model_card results/page/page",
+    "what this process or its driver has just written": "launch/ray_cluster/node_facts launch/worker"
+    " launch/failures/causes",
 }
 READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}
 GATES = ("carft_ray.untrusted", "carft_ray.data.images")
@@ -181,6 +184,21 @@ def test_strangers_files_are_read_through_the_gate():
     allowed = {name for names in AROUND.values() for name in names.split()}
     assert not around.keys() - allowed, {name: around[name] for name in around.keys() - allowed}
     assert not allowed - around.keys(), "no longer needed"
+
+
+@pytest.mark.slow
+def test_files_of_a_study_are_read_through_their_one_doorway():
+    """That is ``files``, which takes the folder of the study and refuses what leads out of it."""
+    found = set()
+    for path in FILES:
+        name = str(path.relative_to(PACKAGE).with_suffix(""))
+        text = path.read_text()
+        by_path = re.search(r"import .*\b(open_regular|read_regular|read_text)\b|untrusted\.(open_|read_)", text)
+        if name.partition("/")[0] in ("study", "results", "api", "cli", "launch", "ui") and (
+            by_path or list(reads_around(path))
+        ):
+            found.add(name)
+    assert found == {name for names in BY_PATH.values() for name in names.split()}
 
 
 def test_no_file_names_a_path_of_one_machine():

@@ -124,7 +124,7 @@ def test_rows_are_added_once_and_void_what_an_earlier_attempt_has_reported_from_
         spec, rows = study.next(), [{"step": step, "loss": 1.0} for step in (10, 20)]
         assert [study.add_row(spec, row) for row in (*rows, rows[0])] == [True, True, False]
         assert study.add_row(spec, {"step": 10, "loss": 2.0})
-        assert files.read_json_lines(spec.folder(study_dir) / "metrics.jsonl") == [{"step": 10, "loss": 2.0}]
+        assert files.read_json_lines(spec.folder(study_dir), "metrics.jsonl") == [{"step": 10, "loss": 2.0}]
         files.write_bytes(spec.place(study_dir) / "fine_tuned.safetensors", b"weights")
         study.stopped(spec)
         assert "resume continues from the end of its training" in (spec.folder(study_dir) / "log.txt").read_text()

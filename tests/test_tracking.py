@@ -91,7 +91,7 @@ def test_both_hold_values_metrics_and_curves_once(here, tmp_path, caplog):
     assert warned == []
     rows = {row["name"]: row for row in (*study.trials().to_pylist(), *study.baselines.to_pylist())}
     best = study.best
-    epochs = files.read_json_lines(study.path / "trials" / best.name / "metrics.jsonl")
+    epochs = files.read_json_lines(study.path / "trials" / best.name, "metrics.jsonl")
     of_epochs = [(one["step"], one["loss"]) for one in epochs]
     of_curve = [(one["alpha"], one["id_accuracy"]) for one in read_result(best.place(study.path))[0]["curve"]]
 

@@ -26,13 +26,13 @@ def logs(
     if follow and json_:
         raise UsageError(Problem("--json", "must stand without --follow: a document ends"))
     view = study_view.read_study(study, NUMBERS)
-    row, path = logs.find_log(view, trial)
-    lines = logs.read_log(path)
+    row = logs.find_training(view, trial)
+    lines = logs.read_log(view.study_dir, row.training)
     if console.print_json(lines or [], json_):
         return
     if follow and view.holder is not None and row.outcome == "running":
         try:
-            for line in logs.follow_log(path, study):
+            for line in logs.follow_log(study, row.training):
                 console.show(line)
         except KeyboardInterrupt:
             console.say("The search continues.")

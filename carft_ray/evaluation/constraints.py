@@ -60,8 +60,8 @@ def stored_limits(constraints: ConstraintsConfig, prepared_dir: Path) -> tuple[L
     Raises:
         StorageError: The file is damaged.
     """
-    path = prepared_dir / REFERENCES
-    return limits(constraints, files.read_json(path)) if files.exists(path) else ()
+    is_there = files.exists(prepared_dir / REFERENCES)
+    return limits(constraints, files.read_json(prepared_dir, REFERENCES)) if is_there else ()
 
 
 def violations_at(table: pa.Table, bounds: Sequence[Limit], alpha: float) -> dict[str, float]:

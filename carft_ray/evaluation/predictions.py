@@ -20,9 +20,11 @@ import pyarrow.parquet as pq
 from carft_ray import files
 from carft_ray.data.source import IdArray, IntArray
 from carft_ray.errors import DataError, DivergedError, Problem, StorageError
+from carft_ray.untrusted import open_regular
 
 FORMAT_VERSION = 4
 LAST_RANK = 5
+MOST_ROWS, MOST_TABLE_BYTES = 2**26, 2**32  # of a file that is read; 2**26 answers take 3 GB of memory
 OF_LOGITS = ("prediction", "rank", "confidence", "nll", "sum_p2")
 
 BoolArray = npt.NDArray[np.bool_]
@@ -43,6 +45,17 @@ SCHEMA = pa.schema(
     ],
     metadata={"format_version": str(FORMAT_VERSION)},
 )
+
+_LARGEST = 2.0**31 - 1
+_BOUNDS = {  # least and largest of a column; a float32 of 1 may be rounded up
+    "alpha": (0.0, 1.0),
+    "label": (0.0, _LARGEST),
+    "prediction": (0.0, _LARGEST),
+    "rank": (0.0, float(LAST_RANK)),
+    "confidence": (0.0, 1.001),
+    "nll": (-0.001, 1e30),
+    "sum_p2": (0.0, 1.001),
+}
 
 
 def predictions_table(
@@ -191,6 +204,29 @@ def write_predictions(path: Path, table: pa.Table) -> None:
     files.write_bytes(path, buffer.getvalue())
 
 
+def read_bounded(path: Path, most_rows: int) -> pa.Table:
+    """Reads a Parquet file of a study, unless its own numbers say that it is too large.
+
+    Args:
+        path: The file.
+        most_rows: The limit.
+
+    Raises:
+        StorageError: It is a folder, pipe, device or socket.
+        ValueError: It has more rows, or more than ``MOST_TABLE_BYTES`` without compression.
+        OSError, pa.ArrowException: It is missing, damaged, or cannot be read.
+    """
+    open_regular(path, StorageError).close()
+    # Arrow's file, not Python's: its threads free it, and where Python ends meanwhile the whole process aborts
+    with pa.OSFile(str(path)) as file, pq.ParquetFile(file) as parquet:
+        said = parquet.metadata
+        num_bytes = sum(said.row_group(index).total_byte_size for index in range(said.num_row_groups))
+        for what, limit, value in (("rows", most_rows, said.num_rows), ("bytes", MOST_TABLE_BYTES, num_bytes)):
+            if not 0 <= value <= limit:
+                raise ValueError(f"one of {value:,} {what}; at most {limit:,} are read")
+        return parquet.read()
+
+
 def read_predictions(path: Path) -> pa.Table:
     """Reads a table back, equal to the one written.
 
@@ -199,11 +235,8 @@ def read_predictions(path: Path) -> pa.Table:
     """
     step = "Evaluate the model again to write it anew."
     try:
-        path.stat()  # Arrow's own words for a file that is not there are long
-        # Arrow's file, not Python's: its threads free it, and where Python ends meanwhile the whole process aborts
-        with pa.OSFile(str(path)) as file:
-            table = pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
+        table = read_bounded(path, MOST_ROWS)
+    except (OSError, ValueError, pa.ArrowException) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
         raise StorageError(Problem(str(path), "must be a readable Parquet file", cause, next_step=step)) from error
     version = (table.schema.metadata or {}).get(b"format_version", b"none").decode(errors="replace")
@@ -213,4 +246,13 @@ def read_predictions(path: Path) -> pa.Table:
     if not table.schema.equals(SCHEMA):
         rule = f"must have the columns {', '.join(SCHEMA.names)}"
         raise StorageError(Problem(str(path), rule, ", ".join(table.schema.names), next_step=step))
+    for name, (low, high) in _BOUNDS.items():
+        found = pc.min_max(table[name]).as_py()
+        if len(table) and (table[name].null_count or not low <= found["min"] <= found["max"] <= high):
+            rule = f"the column {name} must have numbers from {low:g} to {high:g}"
+            raise StorageError(Problem(str(path), rule, f"{found['min']} to {found['max']}", next_step=step))
+        if pa.types.is_floating(table[name].type) and pc.any(pc.is_nan(table[name])).as_py():
+            raise StorageError(Problem(str(path), f"the column {name} must have finite numbers", next_step=step))
+    if table["set"].null_count or table["sample_id"].null_count:
+        raise StorageError(Problem(str(path), "each row must have a set and a sample id", next_step=step))
     return table

@@ -104,5 +104,5 @@ def _device(recipe: Recipe) -> str:
 
 
 def _read(folder: Path) -> dict[str, int]:
-    found = files.retried(folder / MICRO_BATCH, lambda: files.read_object(folder / MICRO_BATCH)) or {}
+    found = files.retried(folder / MICRO_BATCH, lambda: files.read_object(folder, MICRO_BATCH)) or {}
     return {key: size for key, size in found.items() if isinstance(size, int) and size > 0}

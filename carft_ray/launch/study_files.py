@@ -19,7 +19,7 @@ from carft_ray.launch.named_actor import NamedActor, started_here
 from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, MICRO_BATCH, PREPARED
 from carft_ray.store.folder import Folder, check_name
 from carft_ray.store.result import checkpoints
-from carft_ray.untrusted import is_name, visible
+from carft_ray.untrusted import is_name, open_regular, visible
 
 PIECE_BYTES = 16 * 2**20
 IN_FLIGHT = 2  # pieces of one file
@@ -68,7 +68,7 @@ class FileServer:
         """Returns a piece of a file; None where there is no such file."""
         path = self._path(name)
         try:
-            with open(path, "rb") as file:
+            with open_regular(path, StorageError) as file:
                 return os.pread(file.fileno(), PIECE_BYTES, offset)
         except FileNotFoundError:
             return None

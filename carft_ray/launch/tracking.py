@@ -103,7 +103,7 @@ class _Client:
     def __init__(self, recipe: Recipe, study_dir: Path) -> None:
         self.recipe, self.study_dir, self.folder = recipe, study_dir, study_dir / TRACKING
         self.runs, self.steps = dict[str, Any](), Numbers()
-        self.study_id = str(files.read_json(study_dir / MANIFEST)["id"])
+        self.study_id = str(files.read_json(study_dir, MANIFEST)["id"])
         self.group = f"{recipe.name}-{self.study_id}"
         self.folder.mkdir(exist_ok=True)
 
@@ -111,10 +111,9 @@ class _Client:
 def _tell(client: Any, event: Told) -> None:
     """Tells a client the new epochs of a training, and how it has ended."""
     one = event.spec if isinstance(event, TrialEpoch) else event.row
-    folder = one.folder(client.study_dir)
     if one.name not in client.runs:
         client.runs[one.name] = client.begin(one.name, one.kind, one.values)
-    for line in files.read_json_lines(folder / METRICS):
+    for line in files.read_json_lines(client.study_dir, f"{one.training}/{METRICS}"):
         if line["step"] > client.steps.get(one.name, -1):
             client.steps[one.name] = line["step"]
             numbers = {f"training/{name}": value for name, value in line.items() if isinstance(value, int | float)}

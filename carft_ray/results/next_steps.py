@@ -50,9 +50,11 @@ def behind_zero_shot(view: Overview) -> bool:
     """Returns whether the best trial measures worse than the zero-shot model: on test, else with fresh seeds, else as
     the search has measured both. A winner that a confirm has chosen counts for it.
     """
+    from carft_ray.results.stored import read_compared  # loads pyarrow
+
     with contextlib.suppress(CarftError, KeyError, TypeError):  # damaged files are reported by other commands
-        for path in (view.study_dir / step / SUMMARY for step in (TEST_DIR, CONFIRM)):
-            found = files.read_json(path) if path.exists() else {"rows": []}
+        for step in (TEST_DIR, CONFIRM):
+            found = read_compared(view.study_dir, step) or {"rows": []}
             means = {row["name"]: row["objective"]["mean"] for row in found["rows"]}
             best = found["winner"] if found.get("chosen_by") == "confirm" else view.best and view.best.name
             if best in means and ZERO_SHOT in means:  # else the search has continued, and has another best trial

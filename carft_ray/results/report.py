@@ -13,7 +13,7 @@ import numpy as np
 
 from carft_ray.data.copies.shared_images import read_shared, shared_counts, shared_lines
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
-from carft_ray.layout import CONFIRM, SUMMARY, TEST_DIR
+from carft_ray.layout import CONFIRM, TEST_DIR
 from carft_ray.recipe.loading import own_functions
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
@@ -95,9 +95,9 @@ def study_report(view: Overview) -> dict[str, Any]:
 def _later_lines(study_dir: Path, best: str) -> list[str]:
     """Returns what a confirm and a read of the test sets have found, as text, and whether the best trial is in it."""
     lines = []
-    if found := read_compared(study_dir / CONFIRM / SUMMARY):
+    if found := read_compared(study_dir, CONFIRM):
         lines += ["", *row_lines(found), *confirm_lines(found), *later_best(found, best)]
-    if found := read_compared(study_dir / TEST_DIR / SUMMARY):
+    if found := read_compared(study_dir, TEST_DIR):
         without = found["without_shared_images"]
         lines += ["", *row_lines(found), *(row_lines(without) if without else []), *read_lines(found)]
         lines += later_best(found, best)

@@ -127,13 +127,13 @@ def reproduce(
     _check({"data": set_contents(base)}, kept)
     shared = _as_computed(base, kept["preparation"], out_dir)
     is_trial = finished.row.kind == "trial"
-    references = finished.folder / PREPARED / REFERENCES
+    references = f"{PREPARED}/{REFERENCES}"
 
     def prepare_first(folder: Path) -> dict[str, Any]:
         found = prepare(shared, folder, say)
         _check(found["provenance"], kept)
-        if is_trial and references.exists():
-            files.write_json(folder / REFERENCES, files.read_json(references))
+        if is_trial and files.exists(finished.folder / references):
+            files.write_json(folder / REFERENCES, files.read_json(finished.folder, references))
         return found
 
     if finished.is_zero_shot:

@@ -19,7 +19,7 @@ from carft_ray.evaluation.predictions import (
     require_same_images,
     sample_ids,
 )
-from carft_ray.layout import PREDICTIONS, PREPARED, ZERO_SHOT_TABLE
+from carft_ray.layout import PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.results.confirm.summary import complete_trainings, row_correct, whole_rows
 from carft_ray.results.statistics.paired import KEYS
@@ -32,7 +32,7 @@ Chosen = dict[str, dict[str, BoolArray]]
 def predictions_path(study_dir: Path, row: TrialRow) -> Path:
     """Returns the path of the validation predictions of a trial or baseline; raises as ``file_of``."""
     if row.name == ZERO_SHOT:
-        return study_dir / PREPARED / ZERO_SHOT_TABLE
+        return files.inside(study_dir, f"{PREPARED}/{ZERO_SHOT_TABLE}")
     return file_of(study_dir, row, PREDICTIONS)
 
 
@@ -87,15 +87,20 @@ def confirmed(study_dir: Path, spec: ObjectiveSpec) -> list[tuple[str, dict[str,
     ]
 
 
-def read_compared(path: Path) -> dict[str, Any] | None:
+def read_compared(study_dir: Path, of: str) -> dict[str, Any] | None:
     """Returns the content of the summary of a confirm or of a test; None before there is one.
+
+    Args:
+        study_dir: The study directory.
+        of: ``layout.CONFIRM`` or ``TEST_DIR``.
 
     Raises:
         StorageError: The file is damaged.
     """
-    if not path.exists():
+    path = study_dir / of / SUMMARY
+    if not files.exists(path):
         return None
-    content: Any = files.read_json(path)
+    content: Any = files.read_json(study_dir, f"{of}/{SUMMARY}")
     if not isinstance(content, dict) or not {*KEYS} <= content.keys():
         raise StorageError(Problem(str(path), f"must have {', '.join(KEYS)}"))
     return content

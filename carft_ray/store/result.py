@@ -45,10 +45,10 @@ def read_result(place: Path) -> tuple[dict[str, Any], str] | None:
     path = place / RESULT
     if not files.exists(path):
         return None
-    data = files.retried(path, lambda: untrusted.read_regular(path, files.MOST_JSON_BYTES, StorageError))
+    data = files.read_whole(place, RESULT)
     content: Any = None
     with contextlib.suppress(ValueError):
-        content = untrusted.parse_json(data)
+        content = untrusted.require_plain(untrusted.parse_json(data))
     if not isinstance(content, dict) or content.get("format_version") != FORMAT_VERSION:
         return None
     objective = content.get("objective")
@@ -80,7 +80,7 @@ def reported_rows(folder: Path) -> list[dict[str, Any]]:
     What an attempt has reported from the first step of a later one on is void.
     """
     found: list[dict[str, Any]] = []
-    for row in (row for path in left(folder, ROWS) for row in files.read_json_lines(path)):
+    for row in (row for path in left(folder, ROWS) for row in files.read_json_lines(path.parent, path.name)):
         if isinstance(row.get("step"), int | float):
             found = [*(each for each in found if each["step"] < row["step"]), row]
     return found

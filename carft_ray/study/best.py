@@ -97,7 +97,7 @@ def write_best(study_dir: Path, recipe: Recipe, best: TrialRow) -> None:
         head += "# Selected on ID only: the recipe has no ood_val.\n"
     path = study_dir / BEST
     content = (head + dump_recipe(apply(recipe, {**best.values, "alpha": best.alpha}))).encode()
-    if not files.exists(path) or files.retried(path, path.read_bytes) != content:
+    if not files.exists(path) or files.read_whole(study_dir, BEST) != content:
         files.write_bytes(path, content)
 
 

@@ -13,7 +13,6 @@ shows the recipe to people.
 """
 
 import contextlib
-import json
 import os
 import secrets
 import shlex
@@ -162,7 +161,7 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     """
     path = study_dir / MANIFEST
     try:
-        manifest: dict[str, Any] = json.loads(files.retried(path, path.read_text))
+        manifest: dict[str, Any] = files.read_json(study_dir, MANIFEST)
         version, _ = manifest["format_version"], manifest["id"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         step = "Restore it from a copy of the study, or give another folder."

@@ -181,7 +181,7 @@ def pull(address: str, folder: Path, tell: Tell = lambda done, total: None) -> d
         log = _fetch_log(bucket, temporary)
         found = fetch_files(bucket, temporary, ALL, tell)
         files.write_bytes(temporary / MANIFEST, before)
-        manifest = _marked(files.read_json(temporary / MANIFEST), str(bucket), log)
+        manifest = _marked(files.read_json(temporary, MANIFEST), str(bucket), log)
         files.write_json(temporary / MANIFEST, manifest)
     return _answer(folder, bucket, log, [each.num_bytes for each in found.values()])
 
@@ -207,7 +207,7 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
     if there := bucket.all():
         raise UsageError(Problem(str(bucket), "must be an address where nothing is", _holds(there)))
     require_apart(str(bucket), _study_above(bucket))
-    manifest = files.read_json(folder / MANIFEST)  # before the log, as of ``pull``
+    manifest = files.read_json(folder, MANIFEST)  # before the log, as of ``pull``
     here, log = Folder(folder), log_of(folder)
 
     def commit(number: int) -> bytes:

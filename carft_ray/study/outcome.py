@@ -67,7 +67,12 @@ class TrialSpec:
 
     def place(self, study_dir: Path) -> Path:
         """Returns the folder of the attempt."""
-        return self.folder(study_dir) / f"{ATTEMPT}{self.attempt}"
+        return study_dir / self.attempt_name
+
+    @property
+    def attempt_name(self) -> str:
+        """The folder of the attempt within the study."""
+        return f"{self.training}/{ATTEMPT}{self.attempt}"
 
 
 @dataclass(frozen=True)
@@ -203,6 +208,7 @@ def result_of(study_dir: Path, row: TrialRow) -> dict[str, Any]:
     """
     if row.outcome != "complete" or not row.digest:
         return {}
+    files.inside(study_dir, f"{row.attempt_name}/{RESULT}")
     found = read_result(row.place(study_dir))
     if found is None or found[1] != row.digest:
         raise StorageError(_not_recorded(row.place(study_dir) / RESULT))
@@ -220,7 +226,8 @@ def file_of(study_dir: Path, row: TrialRow, name: str) -> Path:
     Raises:
         StorageError: It is another one, or so is the result.
     """
-    path, recorded = row.place(study_dir) / name, result_of(study_dir, row).get("files", {}).get(name)
+    path = files.inside(study_dir, f"{row.attempt_name}/{name}")
+    recorded = result_of(study_dir, row).get("files", {}).get(name)
     if files.exists(path) and (recorded is None or sha256(path) != recorded["sha256"]):
         raise StorageError(_not_recorded(path))
     return path
@@ -258,7 +265,7 @@ def progress_of(folder: Path) -> list[int]:
     found = [path.name.removeprefix(STEP) for path in folder.glob(f"{ATTEMPT}*/{STEP}*")]
     steps = [int(number) for number in found if number.isdigit()]
     if any(folder.glob(f"{ATTEMPT}*/{OWN}/*")):
-        steps += [int(row["step"]) for row in files.read_json_lines(folder / METRICS)]
+        steps += [int(row["step"]) for row in files.read_json_lines(folder, METRICS)]
     return [int(any(folder.glob(f"{ATTEMPT}*/{WEIGHTS}"))), max(steps, default=0)]
 
 
@@ -269,7 +276,7 @@ def progress_words(folder: Path) -> str:
         return "the end of its training"
     if not step:
         return "its beginning"
-    epochs = [int(row["epoch"]) for row in files.read_json_lines(folder / METRICS) if row.get("step", 0) <= step]
+    epochs = [int(row["epoch"]) for row in files.read_json_lines(folder, METRICS) if row.get("step", 0) <= step]
     return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
 
 
@@ -301,7 +308,7 @@ def write_live(study_dir: Path, live: Mapping[str, Live], at_a_time: tuple[int, 
 def read_live(study_dir: Path) -> tuple[dict[str, Live], tuple[int, str] | None]:
     """Returns what ``write_live`` has written last; nothing where that cannot be read."""
     try:
-        found = files.read_object(study_dir / LIVE) or {}
+        found = files.read_object(study_dir, LIVE) or {}
         at_a_time = found.get("at_a_time")
         live = {place: Live(**each) for place, each in found.get("trainings", {}).items()}
         numbers = [sum((each.attempt, each.began, each.seconds, each.gpus, each.steps)) for each in live.values()]

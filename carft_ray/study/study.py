@@ -103,9 +103,10 @@ class Study:
         Raises:
             StorageError: The file cannot be written.
         """
-        path = spec.folder(self.study_dir) / METRICS
+        name = f"{spec.training}/{METRICS}"
+        path = self.study_dir / name
         is_new = row["step"] > self._last_steps.get(spec.training, math.inf)
-        known = [] if is_new else files.read_json_lines(path)
+        known = [] if is_new else files.read_json_lines(self.study_dir, name)
         if row in known:
             return False
         kept = [each for each in known if each.get("step", 0) < row["step"]]
@@ -172,13 +173,13 @@ class Study:
         found = read_result(spec.place(self.study_dir))
         if failure is not None and failure.outcome != "lost":  # which is logged with its cause
             outcome.log_failure(folder, failure)
-        reported, known = reported_rows(folder), files.read_json_lines(folder / METRICS)
+        reported, known = reported_rows(folder), files.read_json_lines(folder, METRICS)
         for row in reported if any(row not in known for row in reported) else ():  # some may not have come
             self.add_row(spec, row)
         with files.writing(folder / METRICS), contextlib.suppress(FileNotFoundError):
             files.fsync_file(folder / METRICS)
         if self.recipe.search.pruner.name != "none":
-            for line in files.read_json_lines(folder / METRICS):  # the last lines may be new; the others cost nothing
+            for line in files.read_json_lines(folder, METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
         cut = self._cut(spec)
         if found is not None:
@@ -249,8 +250,7 @@ class Study:
 
     def stopped(self, spec: TrialSpec) -> None:
         """Writes to the log of a training why it was stopped, and from where the next search resumes it."""
-        folder, path = spec.folder(self.study_dir), self.study_dir / STOP
-        why = "" if not files.exists(path) else path.read_text(errors="replace").partition("\n")[0]
+        folder, why = spec.folder(self.study_dir), files.first_line(self.study_dir, STOP)
         self.log.check()
         where = f"resume continues from {outcome.progress_words(folder)}"
         append_log(folder, f"attempt {spec.attempt}: stopped: {why or 'on request'}; {where}")

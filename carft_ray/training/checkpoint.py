@@ -29,6 +29,7 @@ from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import ATTEMPT, KEPT_CHECKPOINTS, STEP
 from carft_ray.store.result import checkpoints
+from carft_ray.untrusted import open_regular, parse_json, read_regular
 
 FORMAT_VERSION = 1
 WEIGHTS, OPTIMIZER, AVERAGE = "weights.safetensors", "optimizer.safetensors", "average.safetensors"
@@ -189,7 +190,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def _load(folder: Path) -> Checkpoint:
     try:
-        content = json.loads((folder / "state.json").read_text())
+        content = parse_json(read_regular(folder / "state.json", files.MOST_JSON_BYTES, StorageError))
         if content["format_version"] != FORMAT_VERSION:
             rule, value = f"must have format_version {FORMAT_VERSION}", str(content["format_version"])
             raise StorageError(Problem(str(folder), rule, value))
@@ -234,6 +235,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         StorageError: The file is missing or damaged.
     """
     try:
+        open_regular(path, StorageError).close()
         return dict(load_file(path))
     except (OSError, SafetensorError) as error:
         step = "Restore it from a copy, or train again into another folder."
@@ -251,5 +253,5 @@ def _sha256_of_state(content: Mapping[str, Any]) -> str:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with open_regular(path, StorageError) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]  # it is a buffered file

@@ -83,12 +83,11 @@ def prepare(
     inputs = opened or load_shared_inputs(recipe, prepared_dir=folder)
     if problems := recipe_problems(inputs.clip.model.visual, recipe):  # type: ignore[arg-type]  # open_clip is untyped
         raise RecipeError(problems)
-    done = folder / layout.PREPARATION
     # those of an older version are made anew
     key = f"predictions {PREDICTIONS_VERSION}, views {VIEW_VERSION}: {inputs.key}"
     content: dict[str, Any] = {}
     with contextlib.suppress(OSError):
-        content = files.read_object(done) or {}
+        content = files.read_object(folder, layout.PREPARATION) or {}
     if content.get("key") != key:
         clip, device = inputs.clip, device_of(recipe)
         heads = cached_heads(recipe, clip, inputs.class_names, inputs.templates, device, say)
@@ -112,7 +111,7 @@ def prepare(
             "compile": compiled,
             "provenance": shared_origin(recipe, inputs, device, compiled) if opened is None else {},
         }
-        files.write_json(done, content)
+        files.write_json(folder / layout.PREPARATION, content)
     provenance = {**content["provenance"], "hardware": {"gpus": gpu_names()}}
     others = {k: v for k, v in content.items() if k not in ("key", "metrics", "compile")}
     return {**content["metrics"], **others, "provenance": provenance}
@@ -184,7 +183,7 @@ def is_compiled(recipe: Recipe, prepared_dir: Path) -> bool:
     """Returns whether trainings compile their image tower; with ``compile: auto``, what the preparation has decided."""
     if recipe.train.compile != "auto":
         return recipe.train.compile
-    return bool(files.read_json(prepared_dir / layout.PREPARATION).get("compile", False))
+    return bool(files.read_json(prepared_dir, layout.PREPARATION).get("compile", False))
 
 
 @dataclass(frozen=True, eq=False)

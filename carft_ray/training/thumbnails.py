@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 from carft_ray import files
 from carft_ray.data.images import small_jpeg
 from carft_ray.data.source import IdArray, ImageSet
-from carft_ray.evaluation.predictions import correct_matrix, sample_ids
+from carft_ray.errors import StorageError
+from carft_ray.evaluation.predictions import correct_matrix, read_bounded, sample_ids
 
 SIDE = 96  # pixels of the longer side
+MOST_ROWS = 2**16  # that are read
 QUALITY = 80  # of JPEG: 1 to 4 kB a picture
 SCHEMA = pa.schema([("set", pa.string()), ("sample_id", pa.uint64()), ("jpeg", pa.binary())])
 
@@ -86,8 +88,8 @@ def _picture(image_set: ImageSet, sample_id: int) -> bytes:
 def read_thumbnails(path: Path) -> pa.Table:
     """Returns the pictures of a training, as ``SCHEMA`` has them; none where it kept none, or they are damaged."""
     try:
-        with pa.OSFile(str(path)) as file:
-            found = pq.read_table(file)
-    except (OSError, pa.ArrowException):
+        found = read_bounded(path, MOST_ROWS)
+    except (OSError, ValueError, StorageError, pa.ArrowException):
         return SCHEMA.empty_table()
-    return found if found.schema.equals(SCHEMA) else SCHEMA.empty_table()
+    is_whole = found.schema.equals(SCHEMA) and not any(column.null_count for column in found.columns)
+    return found if is_whole else SCHEMA.empty_table()

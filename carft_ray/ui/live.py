@@ -84,7 +84,7 @@ class SearchView:
         view._began = search_began(overview.study_dir) or clock()
         for row in overview.rows:
             if overview.state(row) == "running":
-                lines = files.read_json_lines(row.folder(overview.study_dir) / METRICS)
+                lines = files.read_json_lines(overview.study_dir, f"{row.training}/{METRICS}")
                 began = alive_since(overview.study_dir, row) or clock()
                 view._running[row.kind, row.name] = _Running(row, began, lines[-1] if lines else {})
             elif row.name != ZERO_SHOT and row.outcome == "complete" and (seconds := row.spent_s or row.elapsed_s):

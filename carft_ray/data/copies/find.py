@@ -361,7 +361,7 @@ def _compare(first: _Set, mine: Records, second: _Set, theirs: Records, say: Cal
 def _kept(path: Path) -> list[Any] | None:
     """Returns the pairs that were found before; None where that is not known."""
     try:
-        return list(read_json(path)["pairs"])
+        return list(read_json(path.parent, path.name)["pairs"])
     except StorageError:
         return None
 

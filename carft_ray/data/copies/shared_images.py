@@ -24,7 +24,7 @@ from carft_ray.layout import SHARED_IMAGES
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import TEST_ROLES, CorruptedSet
-from carft_ray.untrusted import csv_cell, of_csv_cell, read_text
+from carft_ray.untrusted import csv_cell, of_csv_cell
 from carft_ray.words import counted
 
 NEAREST_FIRST = ("ood_test", "id_test", "ood_val", "id_val", "train")
@@ -167,12 +167,11 @@ def read_shared(study_dir: Path) -> list[SharedRow]:
         return []
     numbers: dict[str, Callable[[str], Any]] = {"sample_id": int, "other_sample_id": int, "distance": float}
     try:
-        text = files.retried(path, lambda: read_text(path, files.MOST_JSON_BYTES, StorageError))
-        reader = csv.DictReader(io.StringIO(text))
+        reader = csv.DictReader(io.StringIO(files.read_whole(study_dir, SHARED_IMAGES).decode("utf-8-sig")))
         if reader.fieldnames != COLUMNS:
             raise ValueError(f"its columns are {reader.fieldnames}")
         return [SharedRow(**{name: numbers.get(name, of_csv_cell)(row[name]) for name in COLUMNS}) for row in reader]
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError, csv.Error) as error:
         raise StorageError(Problem(str(path), "must be the list of shared images of a study", str(error))) from error
 
 

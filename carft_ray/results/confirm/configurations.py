@@ -241,9 +241,9 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
         StorageError: The plan is damaged, or names what no folder of a training may be called.
     """
     path = study_dir / CONFIRM / CONFIRM_PLAN
-    if not path.exists():
+    if not files.exists(path):
         return None
-    content = files.read_json(path)
+    content = files.read_json(study_dir, f"{CONFIRM}/{CONFIRM_PLAN}")
     try:
         first, second = _stage(content["first"]), content["second"] and _stage(content["second"])
         for name in (*first.trainings(), *(second.trainings() if second else ())):

@@ -122,7 +122,8 @@ def row_correct(
         StorageError: Predictions are missing or damaged.
     """
     paths = [file_of(study_dir, each, PREDICTIONS) for each in trainings]
-    tables = [read_predictions(path) for path in paths or [study_dir / PREPARED / ZERO_SHOT_TABLE]]
+    zero_shot = files.inside(study_dir, f"{PREPARED}/{ZERO_SHOT_TABLE}")
+    tables = [read_predictions(path) for path in paths or [zero_shot]]
     return {name: correct_matrix([(table, row.alpha) for table in tables], name) for name in spec.sets}
 
 

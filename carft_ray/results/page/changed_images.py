@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from carft_ray import files
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import alphas, read_predictions, select, sets
 from carft_ray.layout import THUMBNAILS
@@ -60,7 +61,7 @@ def changed_images(view: Overview, points: Sequence[Point], class_names: Sequenc
     best, most = view.best, view.recipe.evaluate.thumbnails
     if best is None or len(points) < 2 or not most:
         return []
-    pictures = read_thumbnails(best.place(view.study_dir) / THUMBNAILS).slice(0, most)
+    pictures = read_thumbnails(files.inside(view.study_dir, f"{best.attempt_name}/{THUMBNAILS}")).slice(0, most)
     if not len(pictures):
         return []
     known: dict[str, dict[int, bytes]] = {}

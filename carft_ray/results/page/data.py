@@ -20,7 +20,7 @@ from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
 from carft_ray.evaluation.objective import objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, read_predictions, select
-from carft_ray.layout import CONFIRM, LOG, SUMMARY, TEST_DIR
+from carft_ray.layout import CONFIRM, LOG, TEST_DIR
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.sets import plain
 from carft_ray.results.page.changed_images import changed_images, points_of_best
@@ -70,8 +70,8 @@ def page_document(view: Overview) -> dict[str, Any]:
         "devices": _devices(view),
         "status": status(view),
         "report": None if best is None else study_report(view),
-        "confirm": read_compared(study_dir / CONFIRM / SUMMARY),
-        "test": read_compared(study_dir / TEST_DIR / SUMMARY),
+        "confirm": read_compared(study_dir, CONFIRM),
+        "test": read_compared(study_dir, TEST_DIR),
         "baselines": rows["baselines"],
         "trials": rows["trials"],
         "seconds": {row.name: _seconds(view, row) for row in view.rows if row.started is not None},
@@ -125,9 +125,9 @@ def _rivals(document: Mapping[str, Any]) -> list[str]:
 def _seconds(view: Overview, row: TrialRow) -> list[float]:
     """Returns when the first attempt at a training began, in seconds since 1970, and how long all have taken."""
     began = row.started.timestamp() if row.started else 0.0
-    path = row.folder(view.study_dir) / LOG
-    with contextlib.suppress(OSError, ValueError, IndexError), path.open(encoding="utf-8") as log:  # none has begun yet
-        began = datetime.fromisoformat(log.readline().split()[0]).timestamp()
+    with contextlib.suppress(ValueError, IndexError, OverflowError):  # none has begun yet
+        line = files.first_line(view.study_dir, f"{row.training}/{LOG}")
+        began = datetime.fromisoformat(line.split()[0]).timestamp()
     return [round(began, 2), round(max(row.elapsed_s or 0.0, row.spent_s), 2)]
 
 

@@ -65,7 +65,7 @@ class Finished:
         Raises:
             StorageError: The file is missing, damaged, or not the one that the study has recorded.
         """
-        zero_shot = self.folder / PREPARED / ZERO_SHOT_TABLE
+        zero_shot = files.inside(self.folder, f"{PREPARED}/{ZERO_SHOT_TABLE}")
         return read_predictions(zero_shot if self.is_zero_shot else file_of(self.folder, self.row, PREDICTIONS))
 
 
@@ -87,7 +87,7 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
     base, provenance = identity.study_recipe(folder, log), provenance_of(log)
     name, row = _find(folder, rows, trial, argument)
     if name == ZERO_SHOT:
-        metrics = files.read_json(folder / PREPARED / PREPARATION)["metrics"]
+        metrics = files.read_json(folder, f"{PREPARED}/{PREPARATION}")["metrics"]
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return Finished(folder, name, base, base, result, provenance, row)
     if row.outcome != "complete":

@@ -5,40 +5,46 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from carft_ray import files
+from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import LOG
 from carft_ray.results.reading.study_view import Overview, find_row
 from carft_ray.study.holding import log_of
 from carft_ray.study.mirror import NUMBERS, Place, fetched
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import all_rows, readable
+from carft_ray.untrusted import MOST_TEXT_BYTES
 
 READ_EVERY_S = 0.5
 
 
-def find_log(overview: Overview, written: str) -> tuple[TrialRow, Path]:
-    """Returns the trial, baseline or training of a confirm that a user means, and the path of its log.
-
-    The log need not be there yet.
+def find_training(overview: Overview, written: str) -> TrialRow:
+    """Returns the trial, baseline or training of a confirm that a user means.
 
     Raises:
         UsageError: There is no such trial.
     """
     rows = [row for row in overview.confirmations if row.name == written]  # these have no numbers to be called by
-    row = rows[0] if rows else find_row([*overview.baselines, *overview.trials], written)
-    return row, row.folder(overview.study_dir) / LOG
+    return rows[0] if rows else find_row([*overview.baselines, *overview.trials], written)
 
 
-def read_log(path: Path) -> list[str] | None:
+def read_log(study_dir: Path, training: str) -> list[str] | None:
     """Returns the lines of a log, or None when there is none yet.
 
+    Args:
+        study_dir: The study directory.
+        training: Folder of the training within the study (``TrialSpec.training``).
+
     Raises:
-        StorageError: It cannot be read.
+        StorageError: It cannot be read, or is larger than ``untrusted.MOST_TEXT_BYTES``.
     """
-    content = _content(path)
+    content = _content(study_dir, training)
+    if content is not None and len(content) > MOST_TEXT_BYTES:
+        rule = f"must have at most {MOST_TEXT_BYTES:,} bytes, since it is read whole"
+        raise StorageError(Problem(str(study_dir / training / LOG), rule))
     return None if content is None else content.decode(errors="replace").splitlines()
 
 
-def follow_log(path: Path, place: Place) -> Iterator[str]:
+def follow_log(place: Place, training: str) -> Iterator[str]:
     """Yields the whole lines of a log, old ones and new ones, until its training has ended or no search is left.
 
     Raises:
@@ -52,9 +58,9 @@ def follow_log(path: Path, place: Place) -> Iterator[str]:
             fetched(place, NUMBERS)
             if not position or log.follow():  # before the last reading
                 rows = [row for group in all_rows(storage).values() for row in group]
-                over = any(row.folder(study_dir) == path.parent and row.outcome != "running" for row in rows)
+                over = any(row.training == training and row.outcome != "running" for row in rows)
             over = over or log.holder() is None
-            content = _content(path, position) or b""
+            content = _content(study_dir, training, position) or b""
             whole = content if over else content[: content.rfind(b"\n") + 1]
             position += len(whole)
             yield from whole.decode(errors="replace").splitlines()
@@ -62,12 +68,13 @@ def follow_log(path: Path, place: Place) -> Iterator[str]:
                 time.sleep(READ_EVERY_S)
 
 
-def _content(path: Path, position: int = 0) -> bytes | None:
+def _content(study_dir: Path, training: str, position: int = 0) -> bytes | None:
+    name = f"{training}/{LOG}"
     try:
-        with open(path, "rb") as file:
+        with files.open_inside(study_dir, name) as file:
             file.seek(position)
-            return file.read()
+            return file.read(MOST_TEXT_BYTES + 1)
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise files.storage_error(path, error) from error
+        raise files.storage_error(study_dir / name, error, "must be readable") from error

@@ -1,6 +1,5 @@
 """What `status` and `ls` report of a study, as JSON documents."""
 
-import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -65,7 +64,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "ledger": ledger(overview.study_dir, log),
         "budget": budget(overview),
         "times": {
-            "created": files.read_json(overview.study_dir / MANIFEST).get("created"),
+            "created": files.read_json(overview.study_dir, MANIFEST).get("created"),
             "last_change": datetime.fromtimestamp(log.time).astimezone().isoformat(timespec="seconds"),
             "training_s": round(sum(seconds), 1),
             "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
@@ -107,9 +106,8 @@ def budget(overview: Overview) -> dict[str, Any]:
     limits, folder = overview.recipe.budget, overview.study_dir
     ended = ""
     if overview.holder is None:
-        with contextlib.suppress(OSError):
-            text = (folder / STOP).read_text().strip()
-            ended = text.removeprefix(BUDGET_STOP) if text.startswith(BUDGET_STOP) else ""
+        text = files.first_line(folder, STOP)
+        ended = text.removeprefix(BUDGET_STOP) if text.startswith(BUDGET_STOP) else ""
     began = search_began(folder) if overview.holder is not None else None
     used_s = None if began is None else round(time.time() - began, 1)  # of the search that runs: each has the whole
     return {

@@ -94,7 +94,7 @@ class Overview:
             "name": row.name,
             "values": row.values if row.name == ZERO_SHOT else {**self._own_values, **row.values},
             "outcome": self.state(row),
-            "epoch": last_epoch(row.folder(self.study_dir)) if row.outcome == "running" else None,
+            "epoch": last_epoch(self.study_dir, row) if row.outcome == "running" else None,
             "reason": row.reason,
             "alpha": row.alpha,
             "objective": row.objective,
@@ -208,9 +208,9 @@ def total_trials(written: str, overview: Overview) -> int:
     return int(digits)
 
 
-def last_epoch(folder: Path) -> int | None:
+def last_epoch(study_dir: Path, row: TrialRow) -> int | None:
     """Returns the number of the last epoch that a training has finished, or None."""
-    rows = files.read_json_lines(folder / METRICS)
+    rows = files.read_json_lines(study_dir, f"{row.training}/{METRICS}")
     return int(rows[-1].get("epoch", 0)) or None if rows else None
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from carft_ray import files
 from carft_ray.data.copies.shared_images import read_shared, shared_lines, without_shared
 from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.evaluation.metrics import answers, set_metrics
@@ -117,7 +118,7 @@ def open_run(folder: Path, row: TrialRow, recipe: Recipe, name: str) -> Trained:
     require_weights(folder, row, recipe)
     result = placed(result_of(folder, row), row)
     recipe = apply(recipe, result["train"])
-    head, shared = load_tensors(folder / PREPARED / HEADS)["class_head"], read_shared(folder)
+    head, shared = load_tensors(files.inside(folder, f"{PREPARED}/{HEADS}"))["class_head"], read_shared(folder)
     inputs, weights = load_shared_inputs(without_shared(recipe, shared)), load_tensors(file_of(folder, row, WEIGHTS))
     return Trained(name, recipe, result, inputs, head, weights, tuple(shared_lines(shared)))
 

@@ -281,7 +281,7 @@ def _predict(
     """Returns the predictions of a training, or of the zero-shot model (None)."""
     batch_size = recipe.evaluate.batch_size
     if row is None:
-        heads = load_tensors(study_dir / PREPARED / HEADS)
+        heads = load_tensors(files.inside(study_dir, f"{PREPARED}/{HEADS}"))
         classifier = build_classifier(inputs.clip, heads["class_head"], recipe.train, device_of(recipe))
         return predict_all(classifier, sets, 0.0, batch_size, RunContext())
     trained = open_run(study_dir, row, recipe, row.name)

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from carft_ray import files
 from carft_ray.data.copies.shared_images import SharedRow, shared_counts
 from carft_ray.errors import NoSuccessfulTrialError, Problem
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import correct_matrix, sample_ids
-from carft_ray.layout import CONFIRM, SUMMARY
+from carft_ray.layout import CONFIRM
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.confirm.configurations import Stage, last_stage
 from carft_ray.results.confirm.summary import complete_trainings, whole_rows
 from carft_ray.results.statistics.paired import compare, comparison_lines
+from carft_ray.results.stored import read_compared
 from carft_ray.results.test_sets import notes
 from carft_ray.study.ledger import WENT_ON, Entry
 from carft_ray.study.mirror import named
@@ -67,8 +67,7 @@ def compared_rows(study_dir: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
     """Returns the rows that have a mean over all seeds, as the summary of the confirm has them."""
-    path = study_dir / CONFIRM / SUMMARY
-    summary = files.read_json(path) if path.exists() else {}
+    summary = read_compared(study_dir, CONFIRM) or {}
     failed = {line.split(":")[0] for line in summary.get("failed", ())}
     whole = [row for row, _ in whole_rows(stage, complete_trainings(confirmations(study_dir)))]
     unfinished = [row.name for row in stage.rows if row not in whole and not failed & {*stage.names(row)}]
