@@ -19,7 +19,7 @@ def record(study_dir):
         content = json.loads((place / RESULT).read_text())
         for name, kept in content["files"].items():
             if (place / name).exists():
-                kept["sha256"] = sha256(place / name)
+                kept |= {"bytes": (place / name).stat().st_size, "sha256": sha256(place / name)}
         files.write_json(place / RESULT, content)
         replace(study_dir, row.digest, read_result(place)[1])
     manifest = files.read_json(study_dir, MANIFEST)

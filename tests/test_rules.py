@@ -33,7 +33,7 @@ DOORWAYS = {  # the libraries that a layer alone, or with others, uses
     "ui": "rich",
     "results": "open_clip torch matplotlib plotly jinja2",  # exports, as their user opens them
     "launch": "ray torch wandb mlflow",
-    "study": "optuna",
+    "study": "optuna pydantic",
     "store": "optuna obstore",  # a journal's backend
     "training": "torch",
     "model": "open_clip torch",

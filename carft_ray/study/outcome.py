@@ -3,9 +3,9 @@
 ``result.json`` of an attempt means finished; it appears whole or not at all. A worker writes it, the study reads it.
 """
 
+import contextlib
 import hashlib
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -29,9 +29,10 @@ from carft_ray.layout import (
 )
 from carft_ray.recipe.schema.constraints import total_violation
 from carft_ray.store.result import FORMAT_VERSION, read_result, sha256
+from carft_ray.study import typed
+from carft_ray.study.typed import Outcome
 
 Kind = Literal["trial", "baseline", "confirm"]
-Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
 
 
 @dataclass(frozen=True)
@@ -210,9 +211,15 @@ def result_of(study_dir: Path, row: TrialRow) -> dict[str, Any]:
         return {}
     files.inside(study_dir, f"{row.attempt_name}/{RESULT}")
     found = read_result(row.place(study_dir))
+    place = row.place(study_dir) / RESULT
     if found is None or found[1] != row.digest:
-        raise StorageError(_not_recorded(row.place(study_dir) / RESULT))
-    return found[0]
+        raise StorageError(_not_recorded(place))
+    content = typed.checked(typed.Result, found[0], str(place))
+    for metrics in (content["metrics"], *(content.get("curve") or ())):
+        typed.check_accuracies(metrics, str(place))
+    if any("alpha" not in point for point in content.get("curve") or ()):
+        raise typed.wrong(str(place), "each point of the curve must have its alpha", None)
+    return content
 
 
 def file_of(study_dir: Path, row: TrialRow, name: str) -> Path:
@@ -228,9 +235,14 @@ def file_of(study_dir: Path, row: TrialRow, name: str) -> Path:
     """
     path = files.inside(study_dir, f"{row.attempt_name}/{name}")
     recorded = result_of(study_dir, row).get("files", {}).get(name)
-    if files.exists(path) and (recorded is None or sha256(path) != recorded["sha256"]):
+    if files.exists(path) and (recorded is None or not _is_recorded(path, recorded)):
         raise StorageError(_not_recorded(path))
     return path
+
+
+def _is_recorded(path: Path, recorded: Mapping[str, Any]) -> bool:
+    with files.writing(path):
+        return path.stat().st_size == recorded["bytes"] and sha256(path) == recorded["sha256"]
 
 
 def _not_recorded(path: Path) -> Problem:
@@ -307,16 +319,12 @@ def write_live(study_dir: Path, live: Mapping[str, Live], at_a_time: tuple[int, 
 
 def read_live(study_dir: Path) -> tuple[dict[str, Live], tuple[int, str] | None]:
     """Returns what ``write_live`` has written last; nothing where that cannot be read."""
-    try:
-        found = files.read_object(study_dir, LIVE) or {}
+    with contextlib.suppress(OSError, StorageError):
+        found = typed.checked(typed.Live, files.read_object(study_dir, LIVE) or {}, LIVE)
         at_a_time = found.get("at_a_time")
         live = {place: Live(**each) for place, each in found.get("trainings", {}).items()}
-        numbers = [sum((each.attempt, each.began, each.seconds, each.gpus, each.steps)) for each in live.values()]
-        if not all(map(math.isfinite, numbers)):  # as of what is no number, a TypeError
-            return {}, None
         return live, None if at_a_time is None else (int(at_a_time[0]), str(at_a_time[1]))
-    except (OSError, ValueError, TypeError, AttributeError, IndexError, KeyError):
-        return {}, None
+    return {}, None
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import optuna
 from optuna.storages import JournalStorage
@@ -12,10 +12,11 @@ from optuna.trial import FrozenTrial, TrialState
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.layout import COMMITS
 from carft_ray.store.log import Log, uncollected
-from carft_ray.study import front
+from carft_ray.study import front, typed
 from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.identity import resume_command
 from carft_ray.study.outcome import Kind, TrialRow
+from carft_ray.untrusted import require_plain
 
 Found = TypeVar("Found")
 
@@ -146,7 +147,7 @@ def is_training(trial: FrozenTrial) -> bool:
 
 def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     """Returns a trial of an Optuna study as a row, without standing."""
-    attributes = trial.user_attrs
+    attributes = _checked(kind, trial)
     finished = trial.state.is_finished()
     state, objectives = state_and_values(trial)
     objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get("objective")
@@ -175,6 +176,24 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     )
 
 
+def _checked(kind: Kind, trial: FrozenTrial) -> dict[str, Any]:
+    """Returns the attributes of a trial, once all that a row takes from it is what it may be."""
+    place = f"{COMMITS}/, {kind} {trial.number}"
+    attributes = typed.checked(typed.Attributes, trial.user_attrs, place)
+    for metrics in (attributes.get("metrics", {}), *attributes.get("points", ())):
+        typed.check_accuracies(metrics, place)
+    seconds = trial.duration.total_seconds() if trial.duration is not None else None
+    optunas = {"values": trial.values, "intermediate_values": intermediate_values(trial), "duration": seconds}
+    typed.checked(typed.OptunaTrial, optunas, place)
+    try:
+        require_plain([attributes.get("values", {}), trial.params])
+    except ValueError as error:
+        raise typed.wrong(place, f"values: {error}", None) from error
+    if attributes.get("outcome") == "complete" and trial.state == TrialState.COMPLETE and "metrics" not in attributes:
+        raise typed.wrong(place, "a complete training must have metrics", None)
+    return attributes
+
+
 def intermediate_values(trial: FrozenTrial) -> dict[int, float]:
     """Returns the intermediate values of a trial: percent of its schedule -> objective on the subset."""
     if trial.intermediate_values:
@@ -197,7 +216,15 @@ def readable(log: Log) -> Iterator[JournalStorage]:
         with uncollected():
             storage = JournalStorage(log)
         yield storage
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        AssertionError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
         step = "Restore it from a copy; the results of finished trials are still in trials/."
         cause = f"{type(error).__name__}: {error}"
         raise StorageError(Problem(f"{log}/{COMMITS}", "must be the log of a study", cause, next_step=step)) from error

@@ -1,0 +1,137 @@
+"""What the files of a study may hold: types and ranges, checked where they are read; later code meets nothing else.
+
+What is not named here is passed on as it is: ``files.read_json`` has left nothing in it that cannot be computed with.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from carft_ray.errors import Problem, StorageError
+from carft_ray.untrusted import visible
+
+Outcome = Literal["complete", "pruned", "diverged", "error", "running"]
+Content = TypeVar("Content")
+
+Number = Annotated[float, Field(ge=-1e15, le=1e15)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0, le=1e10)]  # a time since 1970, too: until the year 2286
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Metrics = dict[str, Number]
+Text = Annotated[str, Field(max_length=2**20)]
+_STEP = "carft-ray has not written this. Restore it from a copy, or take the study from a source that you trust."
+
+
+class _Strict(BaseModel):
+    """A number is no text, and a text no number."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class Before(_Strict):
+    """A trial outside the space: what it was (``study.space_revisions``)."""
+
+    state: Literal["RUNNING", "COMPLETE", "PRUNED", "FAIL", "WAITING"]
+    objectives: list[Number] | None
+
+
+class Attributes(_Strict):
+    """User attributes of a trial in the log that is a training (``study.rows``)."""
+
+    name: Text = ""
+    values: dict[str, Any] = {}
+    outcome: Outcome = "error"
+    attempt: Count = 0
+    reason: Text | None = None
+    set_aside: Text | None = None
+    alpha: Share | None = None
+    at_chance: bool = False
+    objective: Number | None = None
+    metrics: Metrics = {}
+    points: list[Metrics] = []
+    elapsed_s: Seconds | None = None
+    attempts_s: dict[str, Annotated[list[Seconds], Field(min_length=2, max_length=2)]] = {}
+    digest: Text = ""
+    outside: Before | None = None
+
+
+class OptunaTrial(_Strict):
+    """What a row takes from Optuna itself."""
+
+    values: Annotated[list[Number], Field(min_length=1, max_length=2)] | None
+    intermediate_values: dict[int, Number]
+    duration: Seconds | None
+
+
+class Kept(_Strict):
+    """Size and hash of a file that belongs to a result."""
+
+    bytes: Annotated[int, Field(ge=0, le=2**36)]  # its hash is made before it is opened
+    sha256: Text
+
+
+class Result(_Strict):
+    """``result.json`` of an attempt (``store.result``)."""
+
+    alpha: Share | None = None
+    metrics: Metrics
+    curve: list[Metrics] | None = None
+    num_images: dict[str, Annotated[int, Field(ge=1, le=2**53)]] = {}
+    files: dict[str, Kept] = {}
+    train: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
+
+
+class Running(_Strict):
+    """An attempt in ``live.json`` (``outcome.Live``)."""
+
+    attempt: Count
+    began: Seconds
+    seconds: Seconds
+    gpus: Seconds
+    steps: Count
+    pid: Count
+    node: Text
+
+
+class Live(_Strict):
+    """``live.json``."""
+
+    at_a_time: Annotated[list[Count | Text], Field(min_length=2, max_length=2)] | None = None
+    trainings: dict[str, Running] = {}
+
+
+def checked(kind: type[BaseModel], value: Content, place: str) -> Content:
+    """Returns a value that is of a kind, as it is.
+
+    Args:
+        kind: Of this module.
+        value: What was read.
+        place: The file, for the message.
+
+    Raises:
+        StorageError: It is not; names the first key at fault.
+    """
+    try:
+        kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the content"
+        raise wrong(place, f"{key}: {first['msg'][:1].lower()}{first['msg'][1:]}", first["input"]) from None
+    return value
+
+
+def check_accuracies(metrics: Mapping[str, float], place: str) -> None:
+    """Raises a ``StorageError`` where an accuracy is no fraction, or that of the OOD sets stands without that of ID."""
+    for name, value in metrics.items():
+        if name.partition("/")[0] in ("accuracy", "id_accuracy", "ood_accuracy") and not 0 <= value <= 1:
+            raise wrong(place, f"{name}: must be a fraction from 0 to 1", value)
+    if "ood_accuracy" in metrics and "id_accuracy" not in metrics:
+        raise wrong(place, "metrics with ood_accuracy must have id_accuracy", None)
+
+
+def wrong(place: str, rule: str, value: Any) -> StorageError:
+    """Returns the error of a file that holds what it cannot."""
+    shown = "" if value is None or isinstance(value, dict | list) else visible(repr(value)[:60])
+    return StorageError(Problem(place, visible(rule[:300]), shown, next_step=_STEP))

@@ -1,0 +1,284 @@
+"""Files of a stranger's study that never end, are far too large, lead elsewhere, or hold what cannot be: one message.
+
+Each command ends at once, with the file in its message; `ls` of the folder shows the study as a row beside the others.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+
+import crash_host
+import forging
+import logs
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import report_studies
+
+from carft_ray.errors import StorageError
+from carft_ray.evaluation import predictions
+from carft_ray.evaluation.predictions import read_predictions
+from carft_ray.store.result import read_result
+from carft_ray.study.rows import best_first, trials
+
+READERS = ("status {} --json", "ls {} --json", "logs {} {best}", "report {} --html --out page.html", "report {} --json")
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory):
+    return report_studies.make(tmp_path_factory.mktemp("sound") / "study", 3, report_studies.make_recipe(3))
+
+
+@pytest.fixture
+def study_dir(sound, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(sound, tmp_path / "studies" / "other")
+    return shutil.copytree(sound, tmp_path / "studies" / "strange")
+
+
+@pytest.fixture(autouse=True)
+def _ends():
+    """A command that waits for ever ends with an error."""
+
+    def end(number, frame):
+        raise AssertionError("hangs")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def ended(command, study_dir, capsys):
+    """Runs a command on a study; returns its exit code and what it said."""
+    capsys.readouterr()
+    code = crash_host.call(command.format(study_dir, best=ended.best).split())
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err + out
+    assert "internal error" not in err, err
+    return code, out, err
+
+
+def each_is_told(study_dir, capsys, *words, readers=READERS):
+    """Each reader gives a result or one message; some give a message, with all these words."""
+    said = []
+    for command in readers:
+        code, _, err = ended(command, study_dir, capsys)
+        assert code in (0, StorageError.exit_code), (command, err)
+        assert code == 0 or err.count("error: ") == 1
+        said += [err] * bool(code)
+    assert said
+    for err in said:
+        assert all(word in " ".join(err.split()) for word in words), err
+    code, out, _ = ended("ls {} --json", study_dir.parent, capsys)
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)["studies"]}
+    assert rows["other"]["trials"]["complete"] == 3
+    assert {*rows} == {"other", "strange"}
+    return rows["strange"]
+
+
+@pytest.fixture(autouse=True)
+def _best(sound):
+    ended.best = best_first(trials(sound))[0].name
+
+
+def put(path, kind):
+    """Puts a thing in place of a file."""
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with open(path, "wb") as file:
+            file.truncate(2 * 10**12)
+
+
+PLACES = {
+    "stop": "stop",
+    "log": "trials/{best}/log.txt",
+    "manifest": "manifest.json",
+    "commit": "log/00000002",
+    "result": "trials/{best}/attempt-1/result.json",
+    "predictions": "trials/{best}/attempt-1/predictions/validation.parquet",
+    "zero-shot": "prepared/zero_shot.parquet",
+    "shared": "shared_images.csv",
+    "plan": "confirm/plan.json",
+    "summary": "test/summary.json",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["pipe", "device", "terabytes"])
+@pytest.mark.parametrize("place", PLACES)
+def test_a_pipe_a_device_or_terabytes_in_place_of_a_file_of_a_study_is_told(study_dir, capsys, place, kind):
+    path = study_dir / PLACES[place].format(best=ended.best)
+    put(path, kind)
+    if place in ("stop", "log") and kind == "terabytes":  # of both a reader of the first line reads no more
+        for command in READERS[:1]:
+            assert ended(command, study_dir, capsys)[0] == 0
+        return
+    words = {"pipe": "pipe, device or socket", "device": "must not lead out of", "terabytes": "2,000,000,000,000"}
+    if place == "manifest":  # a pipe or a device is none: then the folder is no study
+        return
+    row = each_is_told(study_dir, capsys, path.name if kind != "device" else words[kind])
+    assert place not in ("commit",) or path.name in row["problem"]
+
+
+@pytest.mark.parametrize("place", ["log", "result", "predictions", "commit", "manifest", "folder"])
+def test_nothing_is_read_through_a_link_out_of_a_study(study_dir, capsys, tmp_path, place):
+    path = study_dir / PLACES.get(place, "trials/{best}").format(best=ended.best)
+    if place == "log":
+        path.write_text("2026-11-30T10:00:00+00:00 my secret line\n")
+    secret = path.rename(tmp_path / "secret")
+    path.symlink_to(secret)
+    readers = READERS if place != "predictions" else READERS[3:]
+    told = 0
+    for command in readers:
+        code, out, err = ended(command, study_dir, capsys)
+        assert "my secret line" not in out + err
+        assert code in (0, StorageError.exit_code), err
+        told += "must not lead out of" in err
+    assert told
+
+
+def test_a_link_within_a_study_is_followed(study_dir, capsys):
+    path = study_dir / "trials" / ended.best / "log.txt"
+    (study_dir / "kept.txt").write_text("a line\n")
+    path.symlink_to("../../kept.txt")
+    code, out, _ = ended("logs {} {best}", study_dir, capsys)
+    assert (code, out.splitlines()[0]) == (0, "a line")
+
+
+HUGE, DEEP = 10**30, json.loads("[" * 300 + "]" * 300)
+# what an attribute of each trial is made
+ATTRIBUTES = {
+    "attempts_s": [
+        {"1": [40_000_000_000, "a"]},
+        {"1": [1]},
+        {"1": [1e300, 1e300]},
+        {"1": [HUGE, HUGE]},
+        3,
+        {"1": None},
+    ],
+    "metrics": [{"id_accuracy": "x"}, {"id_accuracy": HUGE}, {"ood_accuracy": 0.5}, [], None, {"id_accuracy": -1}],
+    "elapsed_s": [HUGE, "1", math.inf, -1],
+    "alpha": [2, "x", math.nan, [], HUGE],
+    "values": [3, {"kl_weight": HUGE}, {"kl_weight": math.nan}, DEEP],
+    "attempt": ["1", -1, HUGE, 1.5],
+    "reason": [5, {"a": 1}],
+    "outcome": ["won", 3],
+    "digest": [5],
+    "at_chance": ["yes"],
+}
+
+
+def with_attribute(study_dir, name, value):
+    """Gives each trial of a study an attribute, as a stranger would who makes all hashes again."""
+    found = logs.commits(study_dir)
+    for operation in (each for commit in found for each in commit["operations"]):
+        if {name, "at_chance"} & operation.get("user_attr", {}).keys():
+            operation["user_attr"] = {name: value}
+    logs.rewrite(study_dir, found)
+
+
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_an_attribute_in_the_log_that_cannot_be_is_told_and_costs_no_other_study(study_dir, capsys, sound, name):
+    for value in ATTRIBUTES[name]:
+        shutil.rmtree(study_dir / "log")
+        shutil.copytree(sound / "log", study_dir / "log")
+        with_attribute(study_dir, name, value)
+        row = each_is_told(study_dir, capsys, "log/")
+        assert row["problem"], value
+
+
+# what a key of the best trial's result is made
+RESULTS = {
+    "metrics": [{"id_accuracy": "x"}, {"ood_accuracy": 0.5}, {"id_accuracy": 5}, 3],
+    "alpha": ["x", 7, HUGE],
+    "curve": [
+        3,
+        [3],
+        [{"alpha": "x"}],
+        [{"id_accuracy": 0.5}],
+        [{"alpha": 0.5, "id_accuracy": -3, "ood_accuracy": -1}],
+    ],
+    "num_images": [{"id_val": 0}, {"id_val": "x"}, {"id_val": HUGE}, 3],
+    "files": [3, {"fine_tuned.safetensors": 3}, {"predictions/validation.parquet": {}}],
+    "environment": [3],
+    "train": [3],
+    "objective": ["x", HUGE],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_result_that_cannot_be_is_told(study_dir, capsys, name):
+    best = best_first(trials(study_dir))[0]
+    path, sound = best.place(study_dir) / "result.json", (best.place(study_dir) / "result.json").read_text()
+    digest = best.digest
+    for value in RESULTS[name]:
+        path.write_text(json.dumps({**json.loads(sound), name: value}))
+        found = read_result(best.place(study_dir))
+        if found is not None:
+            logs.replace(study_dir, digest, found[1])
+            digest = found[1]
+        each_is_told(study_dir, capsys, "result.json", readers=READERS[3:])
+
+
+@pytest.mark.parametrize(
+    "live", [3, [], {"trainings": 3}, {"at_a_time": [1]}, {"trainings": {"a": {"attempt": 1}}}, {"at_a_time": "ab"}]
+)
+def test_what_runs_is_not_known_where_its_file_cannot_be(study_dir, capsys, live):
+    (study_dir / "live.json").write_text(json.dumps(live))
+    for command in READERS[:2]:
+        assert ended(command, study_dir, capsys)[0] == 0
+    with logs.holding(study_dir):
+        (study_dir / "live.json").write_text(json.dumps(live))
+        for command in READERS[:2]:
+            assert ended(command, study_dir, capsys)[0] == 0
+
+
+def test_a_small_file_of_very_many_answers_is_told_before_it_is_read(tmp_path):
+    """25 MB of it held 33 GB."""
+    rows, path = 2**20, tmp_path / "many.parquet"
+    zeros = {
+        field.name: pa.array(np.zeros(rows, np.int8)).cast(field.type)
+        for field in predictions.SCHEMA
+        if field.name != "set"
+    }
+    names = pa.DictionaryArray.from_arrays(pa.array(np.zeros(rows, np.int32)), pa.array(["id_val"]))
+    table = pa.table({"set": names, **zeros}, schema=predictions.SCHEMA)
+    with pq.ParquetWriter(path, predictions.SCHEMA, compression="zstd") as writer:
+        for _ in range(70):
+            writer.write_table(table)
+    assert path.stat().st_size < 2**22
+    with pytest.raises(StorageError, match=r"many.parquet: .* one of 73,400,320 rows; at most 67,108,864 are read"):
+        read_predictions(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("alpha", [7.0, math.nan, None]),
+        ("confidence", [math.nan, math.inf, None]),
+        ("label", [-1, None]),
+        ("rank", [9]),
+    ],
+)
+def test_answers_that_cannot_be_are_told(study_dir, capsys, name, values):
+    best = best_first(trials(study_dir))[0]
+    path = best.place(study_dir) / "predictions" / "validation.parquet"
+    table = read_predictions(path)
+    index = table.column_names.index(name)
+    for value in values:
+        column = [value, *table[name].to_pylist()[1:]]
+        pq.write_table(table.set_column(index, table.schema.field(name), [pa.array(column, table[name].type)]), path)
+        forging.record(study_dir)
+        each_is_told(study_dir, capsys, "validation.parquet", name, readers=READERS[3:4])
