@@ -242,7 +242,7 @@ def file_of(study_dir: Path, row: TrialRow, name: str) -> Path:
 
 def _is_recorded(path: Path, recorded: Mapping[str, Any]) -> bool:
     with files.writing(path):
-        return path.stat().st_size == recorded["bytes"] and sha256(path) == recorded["sha256"]
+        return bool(path.stat().st_size == recorded["bytes"]) and sha256(path) == recorded["sha256"]
 
 
 def _not_recorded(path: Path) -> Problem:
