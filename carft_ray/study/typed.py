@@ -19,7 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e10)]  # a time since 1970, too: until the year 2286
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Metrics = dict[str, Number]
-Text = Annotated[str, Field(max_length=2**20)]
+Words = Annotated[str, Field(max_length=2**20)]
 _STEP = "carft-ray has not written this. Restore it from a copy, or take the study from a source that you trust."
 
 
@@ -39,12 +39,12 @@ class Before(_Strict):
 class Attributes(_Strict):
     """User attributes of a trial in the log that is a training (``study.rows``)."""
 
-    name: Text = ""
+    name: Words = ""
     values: dict[str, Any] = {}
     outcome: Outcome = "error"
     attempt: Count = 0
-    reason: Text | None = None
-    set_aside: Text | None = None
+    reason: Words | None = None
+    set_aside: Words | None = None
     alpha: Share | None = None
     at_chance: bool = False
     objective: Number | None = None
@@ -52,7 +52,7 @@ class Attributes(_Strict):
     points: list[Metrics] = []
     elapsed_s: Seconds | None = None
     attempts_s: dict[str, Annotated[list[Seconds], Field(min_length=2, max_length=2)]] = {}
-    digest: Text = ""
+    digest: Words = ""
     outside: Before | None = None
 
 
@@ -68,7 +68,7 @@ class Kept(_Strict):
     """Size and hash of a file that belongs to a result."""
 
     bytes: Annotated[int, Field(ge=0, le=2**36)]  # its hash is made before it is opened
-    sha256: Text
+    sha256: Words
 
 
 class Result(_Strict):
@@ -92,13 +92,13 @@ class Running(_Strict):
     gpus: Seconds
     steps: Count
     pid: Count
-    node: Text
+    node: Words
 
 
 class Live(_Strict):
     """``live.json``."""
 
-    at_a_time: Annotated[list[Count | Text], Field(min_length=2, max_length=2)] | None = None
+    at_a_time: Annotated[list[Count | Words], Field(min_length=2, max_length=2)] | None = None
     trainings: dict[str, Running] = {}
 
 
