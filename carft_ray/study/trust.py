@@ -57,7 +57,7 @@ def note_written(study_dir: Path, recipe: Recipe) -> None:
 
 
 def _note(study_dir: Path, recipe: Recipe) -> Path:
-    number = (files.read_object(study_dir / MANIFEST) or {}).get("id")
+    number = (files.read_object(study_dir, MANIFEST) or {}).get("id")
     used: list[Any] = [number, address_of(study_dir), recipe.data.model_dump(mode="json"), paths_by_key(recipe)]
     return user_cache_dir() / WRITTEN / key_of([json.dumps(used, sort_keys=True)])
 
