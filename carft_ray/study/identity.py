@@ -13,6 +13,7 @@ shows the recipe to people.
 """
 
 import contextlib
+import json
 import os
 import secrets
 import shlex

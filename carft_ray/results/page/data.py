@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from carft_ray import __version__
+from carft_ray import __version__, files
 from carft_ray.data.copies.shared_images import read_shared
 from carft_ray.data.source import IntArray
 from carft_ray.evaluation.metrics import answers, reliability
