@@ -1,9 +1,11 @@
 """Fuzzing: inputs of strangers, damaged at random, through ``doctor``, a search of one trial, and ``report``.
 
     python tests/fuzz.py --cases 10000 --seed 0             all kinds, on two processes; prints a table
+    python tests/fuzz.py --kind study --cases 1000          one kind
     python tests/fuzz.py --kind tar --case 1234 --seed 0    one case, with what it printed; its folder stays
 
 What a case must end in stands in CONTRIBUTING.md; a training that fails by an exception of Python is a finding, too.
+A study goes through the commands of ``mutated_studies``, whatever the one before has ended in.
 All is imported once, and each case runs in a fork of its own. What costs time and hardly depends on the input is made
 cheap: the figure is drawn for recipes and each tenth case, nothing is flushed to disk, and the cache begins with what
 all cases share: images of ``id_val``, and heads of the model.
@@ -33,9 +35,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "COLUMNS": "200"}
 
 import crash_host  # noqa: E402
+import mutated_studies  # noqa: E402
 import mutations  # noqa: E402
 
-KINDS = ("recipe", *mutations.KINDS)
+KINDS = ("recipe", "study", *mutations.KINDS)
 CPU_S, WALL_S = 40, 240  # of a case; a sound one takes half a second of a free core
 MEMORY = 3 * 2**30  # bytes of addresses above those of the parent
 FILE_SIZE = 2**28
@@ -84,12 +87,17 @@ def try_a_sound_case(argv):
     os.chdir(base / "try")
     Path("recipe.yaml").write_text(json.dumps(mutations.recipe_value(base)))
     codes = [crash_host.call(words) for words in COMMANDS]
+    mutated_studies.quicken()
+    mutated_studies.write_samples(base)
+    more = ("confirm", "study", "--seeds", "2", "--executor", "debug"), ("export", "study", "--to", "exported")
+    codes += [crash_host.call(words) for words in (*more, ("compare", "study", "study"))]
     (base / "modules.txt").write_text("\n".join(sys.modules))
     return max(codes)
 
 
 def watch(here, tell):
     """Tells of programs, connections, pickles, and changes outside of a folder, from now on in this process."""
+    canary = str(here.parent / mutations.CANARY)
     inside = (f"{here}/", "/dev/null", "/proc/self/task/", f"/proc/{os.getpid()}/")
 
     def is_outside(path):
@@ -101,6 +109,8 @@ def watch(here, tell):
     def hook(event, given):
         if event == "open":
             path, mode, flags = given
+            if isinstance(path, str | bytes) and os.path.realpath(os.fsdecode(path)).startswith(canary):
+                tell(f"opened {path!r}")
             changes = any(sign in mode for sign in "wax+") if isinstance(mode, str) else flags & 3 != os.O_RDONLY
             if changes and is_outside(path):
                 tell(f"opened for writing {path!r}")
@@ -130,6 +140,10 @@ def call(argv):
     tempfile.tempdir = None
     tell("phase", "making the case")
     mutations.write_case(kind, number, seed, here, base)
+    commands = COMMANDS
+    if kind == "study":
+        mutated_studies.quicken()
+        commands = mutated_studies.commands(here)
     if kind != "recipe" and number % 10:
         from carft_ray.results import study_figure
 
@@ -142,8 +156,8 @@ def call(argv):
     signal.signal(signal.SIGXCPU, signal.SIG_DFL)
     signal.alarm(WALL_S)
     watch(here, lambda text: tell("did", text))
-    for words in COMMANDS:
-        tell("phase", words[0])
+    for words in commands:
+        tell("phase", " ".join(words))
         begin = os.lseek(1, 0, os.SEEK_CUR)
         code = crash_host.call(words)
         sys.stdout.flush()
@@ -153,8 +167,8 @@ def call(argv):
             file.seek(begin)
             said = file.read()
         if wrong := judged(code, said, words):
-            tell("wrong", wrong)
-        if code:
+            tell("wrong", f"{' '.join(words)}: {wrong}")
+        if code and kind != "study":
             break
     return 0
 
@@ -171,7 +185,7 @@ def judged(code, said, words):
     if code and len(re.findall(r"^error: ", said, re.MULTILINE)) != 1:
         return f"exit code {code} without one message"
     if not code and "--json" in words:
-        json.loads(said[said.index("{") :])
+        json.loads(said[re.search(r"^[\[{]", said, re.MULTILINE).start() :])
     return ""
 
 
@@ -200,7 +214,7 @@ def work(case, seed, folder, is_kept):
     if there != {"x": "precious"} or {path.name for path in lane.iterdir()} - {"output"} != {"case", mutations.CANARY}:
         wrong.append(f"left something outside of its folder: {sorted(there)}, {sorted(os.listdir(lane))}")
     codes = [value for what, value in facts if what == "code"]
-    outcome = ELSE if wrong else str(codes[-1] or "result")
+    outcome = ELSE if wrong else str(max(codes) or "result")
     if wrong:
         print(f"--kind {kind} --case {number} --seed {seed}: {phase}: {'; '.join(wrong)}"[:2000], flush=True)
     if wrong or is_kept:

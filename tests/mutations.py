@@ -458,6 +458,11 @@ def write_case(kind, number, seed, here, base):
     """Writes a case into an empty folder: its recipe, and what it names."""
     rng = random.Random(f"{seed} {kind} {number}")  # of a text: the same in every process
     (here / "evil.py").write_text(f"open('../{CANARY}/imported', 'w')\n")
+    if kind == "study":
+        import mutated_studies  # which has its changes from here
+
+        mutated_studies.study(rng, here, base)
+        return
     if kind == "recipe":
         recipe(rng, here, base)
         return
