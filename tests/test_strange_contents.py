@@ -245,6 +245,25 @@ def test_what_runs_is_not_known_where_its_file_cannot_be(study_dir, capsys, live
             assert ended(command, study_dir, capsys)[0] == 0
 
 
+@pytest.mark.parametrize(
+    "provenance",
+    [3, {"data": {"train": {"digest": "a", "num_images": "a"}}}, {"class_names": [1]}, {"code": {"a": HUGE}}],
+)
+def test_a_provenance_that_cannot_be_is_told(study_dir, capsys, provenance):
+    with logs.holding(study_dir) as log, log.commit({"kind": "provenance", "provenance": provenance}):
+        pass
+    each_is_told(study_dir, capsys, "log", readers=READERS[3:])
+
+
+@pytest.mark.parametrize("content", [3, {}, {"rows": [3]}, {"rows": []}])
+def test_a_summary_or_a_plan_that_cannot_be_is_told(study_dir, capsys, content):
+    for name in ("confirm/plan.json", "test/summary.json"):
+        (study_dir / name).parent.mkdir(exist_ok=True)
+        (study_dir / name).write_text(json.dumps(content))
+        each_is_told(study_dir, capsys, name.rpartition("/")[2], readers=READERS[3:])
+        (study_dir / name).unlink()
+
+
 def test_a_small_file_of_very_many_answers_is_told_before_it_is_read(tmp_path):
     """25 MB of it held 33 GB."""
     rows, path = 2**20, tmp_path / "many.parquet"

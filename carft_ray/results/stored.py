@@ -9,7 +9,6 @@ from typing import Any
 
 from carft_ray import files
 from carft_ray.data.source import IdArray
-from carft_ray.errors import Problem, StorageError
 from carft_ray.evaluation.objective import ObjectiveSpec
 from carft_ray.evaluation.predictions import (
     BoolArray,
@@ -22,7 +21,7 @@ from carft_ray.evaluation.predictions import (
 from carft_ray.layout import PREDICTIONS, PREPARED, SUMMARY, ZERO_SHOT_TABLE
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.results.confirm.summary import complete_trainings, row_correct, whole_rows
-from carft_ray.results.statistics.paired import KEYS
+from carft_ray.study import typed
 from carft_ray.study.outcome import TrialRow, file_of
 from carft_ray.study.rows import ZERO_SHOT, confirmations
 
@@ -100,7 +99,7 @@ def read_compared(study_dir: Path, of: str) -> dict[str, Any] | None:
     path = study_dir / of / SUMMARY
     if not files.exists(path):
         return None
-    content: Any = files.read_json(study_dir, f"{of}/{SUMMARY}")
-    if not isinstance(content, dict) or not {*KEYS} <= content.keys():
-        raise StorageError(Problem(str(path), f"must have {', '.join(KEYS)}"))
+    content: dict[str, Any] = typed.checked(typed.Compared, files.read_json(study_dir, f"{of}/{SUMMARY}"), str(path))
+    if not any(row["role"] == "winner" for row in content["rows"]):
+        raise typed.wrong(str(path), "one of the rows must be the winner", None)
     return content

@@ -90,12 +90,14 @@ def study_figure(
 
 def _curve(study_dir: Path, best: TrialRow | None) -> Curve | None:
     content = None if best is None else result_of(study_dir, best)
-    if best is None or not content or "ood_accuracy" not in content["metrics"] or not content.get("curve"):
+    if best is None or not content or "ood_accuracy" not in best.metrics or not content.get("curve"):
         return None
-    points, metrics, counts = content["curve"], best.metrics, content["num_images"]
-    ood = [name for name in counts if name not in ("train", "id_val")]
+    points, metrics, counts = content["curve"], best.metrics, content.get("num_images", {})
     accuracies = {name: metrics.get(f"accuracy/{name}") for name in counts}
     variances = {name: a * (1 - a) / counts[name] for name, a in accuracies.items() if a is not None}
+    ood = [name for name in variances if name != "id_val"]
+    if not ood or "id_val" not in variances or any("ood_accuracy" not in point for point in points):
+        return None
     return Curve(
         alphas=[point["alpha"] for point in points],
         id_accuracies=[point["id_accuracy"] for point in points],

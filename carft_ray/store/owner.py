@@ -27,7 +27,8 @@ def identity() -> dict[str, Any]:
 def is_seen(owner: Mapping[str, Any]) -> bool:
     """Tells whether a process is one of this machine, so that it can be looked for here."""
     here = identity()
-    return all(owner.get(key) == here[key] for key in _MACHINE) and isinstance(owner.get("pid"), int)
+    pid = owner.get("pid")
+    return all(owner.get(key) == here[key] for key in _MACHINE) and isinstance(pid, int) and 0 < pid < 2**31
 
 
 def is_gone(owner: Mapping[str, Any]) -> bool:

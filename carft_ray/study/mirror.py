@@ -37,6 +37,7 @@ from carft_ray.layout import (
 from carft_ray.store.bucket import Bucket, Listed, parsed
 from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import PACKED, Commit, Log, commit_name, pack_name
+from carft_ray.study import typed
 from carft_ray.study.holding import is_study, log_of, require_apart
 from carft_ray.untrusted import read_text
 
@@ -181,7 +182,8 @@ def pull(address: str, folder: Path, tell: Tell = lambda done, total: None) -> d
         log = _fetch_log(bucket, temporary)
         found = fetch_files(bucket, temporary, ALL, tell)
         files.write_bytes(temporary / MANIFEST, before)
-        manifest = _marked(files.read_json(temporary, MANIFEST), str(bucket), log)
+        found_there = typed.checked(typed.Manifest, files.read_json(temporary, MANIFEST), MANIFEST)
+        manifest = _marked(found_there, str(bucket), log)
         files.write_json(temporary / MANIFEST, manifest)
     return _answer(folder, bucket, log, [each.num_bytes for each in found.values()])
 

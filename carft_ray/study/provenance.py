@@ -16,12 +16,15 @@ from typing import Any
 from carft_ray import environment
 from carft_ray.data.copies.shared_images import read_shared, shared_counts
 from carft_ray.errors import DataError, Problem
+from carft_ray.layout import COMMITS
 from carft_ray.recipe.checks.rules import named_sets
 from carft_ray.recipe.messages import shown
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import TEST_ROLES
 from carft_ray.recipe.text import dotted
 from carft_ray.store.log import Log
+from carft_ray.study import typed
+from carft_ray.untrusted import require_plain
 
 PROVENANCE = "provenance"  # kind of its records
 CHANGING = ("code", "versions", "hardware")  # may change between two searches of one study; kept in the history
@@ -53,7 +56,14 @@ def record_of(provenance: dict[str, Any]) -> dict[str, Any]:
 def provenance_of(log: Log) -> dict[str, Any]:
     """Returns the provenance of a study, as far as its log was read; empty when there is none."""
     found = [record.get("provenance") for _, record in log.records if record.get("kind") == PROVENANCE]
-    return found[-1] if found and isinstance(found[-1], dict) else {}
+    if not found:
+        return {}
+    place = f"{log}/{COMMITS}"
+    try:
+        content: dict[str, Any] = typed.checked(typed.Provenance, require_plain(found[-1]), place)
+    except ValueError as error:
+        raise typed.wrong(place, f"provenance: {error}", None) from error
+    return content
 
 
 def record_provenance(folder: Path, log: Log, recipe: Recipe, found: dict[str, Any] | None) -> None:

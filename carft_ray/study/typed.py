@@ -102,6 +102,139 @@ class Live(_Strict):
     trainings: dict[str, Running] = {}
 
 
+class Manifest(_Strict):
+    """``manifest.json`` (``study.identity``)."""
+
+    format_version: Count
+    id: Words
+    created: Words | None = None
+    ledger: dict[str, Any] | None = None
+
+
+class Contents(_Strict):
+    """What a set held, in the provenance."""
+
+    digest: Words
+    num_images: Count
+
+
+class Provenance(_Strict):
+    """Where the numbers of a study come from (``study.provenance``)."""
+
+    seeds: dict[str, Any] = {}
+    code: dict[str, Any] = {}
+    versions: dict[str, Words] = {}
+    hardware: dict[str, Any] = {}
+    test_sets: Any = None
+    data: dict[str, Contents] = {}
+    classes: list[Words] | None = None
+    class_names: list[Words] = []
+    templates: list[Words] = []
+    model: dict[str, Any] = {}
+    augmentation: dict[str, Any] = {}
+    preparation: dict[str, Any] = {}
+    history: list[dict[str, Any]] = []
+
+
+class Prepared(_Strict):
+    """``prepared.json``, as readers take it."""
+
+    metrics: Metrics
+
+
+class PlanRow(_Strict):
+    """A configuration in ``confirm/plan.json`` (``results.confirm.configurations``)."""
+
+    name: Words
+    role: Words
+    training: Words | None
+    alpha: Share
+    values: dict[str, Any]
+    objective: Number
+
+
+class Stage(_Strict):
+    """One stage of it."""
+
+    winner: Words
+    seeds: list[Count | Words]  # a text becomes part of a name, which is checked
+    rows: list[PlanRow]
+
+
+class Plan(_Strict):
+    """``confirm/plan.json``."""
+
+    first: Stage
+    second: Stage | None
+
+
+Ends = Annotated[list[Number], Field(min_length=2, max_length=2)]
+
+
+class Interval(_Strict):
+    """``results.statistics.intervals.Interval.data``, as readers take it."""
+
+    mean: Number
+    ends: Ends
+    num_seeds: Count
+    notes: list[Words]
+
+
+class Row(_Strict):
+    """A configuration of a comparison (``results.statistics.paired.compare``)."""
+
+    name: Words
+    role: Words
+    alpha: Share | None
+    objective: Interval
+    id_accuracy: Interval
+    ood_accuracy: Interval | None
+    sets: dict[str, Interval]
+
+
+class Difference(_Strict):
+    """The winner minus another one."""
+
+    other: Words
+    objective: Interval
+    p: Number | None
+    sets: dict[str, Interval]
+    keeps_id: bool
+    sentence: Words
+
+
+class Optimism(_Strict):
+    """Of the search."""
+
+    searched: Number
+    value: Number
+    se: Number | None
+
+
+class Compared(_Strict):
+    """``summary.json`` of a confirm or a test."""
+
+    label: Words
+    winner: Words
+    headline: Words | None
+    headline_baseline: Words | None
+    id_margin: Number
+    rows: Annotated[list[Row], Field(min_length=1)]
+    baselines: list[Difference]
+    others: list[Difference]
+    optimism: Optimism | None
+    better_than_winner: list[Words] = []
+    confirmed: bool = False
+    seeds: list[Count] = []
+    chosen_by: Words = ""
+    failed: list[Words] = []
+    without_shared_images: dict[str, Any] | None = None
+    read: Count = 0
+    time: Words = ""
+    user: Words = ""
+    reason: Words | None = None
+
+
 def checked(kind: type[BaseModel], value: Content, place: str) -> Content:
     """Returns a value that is of a kind, as it is.
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from carft_ray import files
-from carft_ray.errors import Problem, StorageError, UsageError
+from carft_ray.errors import Problem, UsageError
 from carft_ray.layout import CONFIRM, CONFIRM_PLAN
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import CACHE_KEYS
 from carft_ray.results.reading.status_and_ls import num_test_reads
 from carft_ray.results.reading.study_view import Overview
+from carft_ray.study import typed
 from carft_ray.study.ledger import AGAINST, WINNER_FIXED, read_ledger, record
 from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow, require_name
@@ -243,13 +244,10 @@ def read_plan(study_dir: Path) -> tuple[Stage, Stage | None] | None:
     path = study_dir / CONFIRM / CONFIRM_PLAN
     if not files.exists(path):
         return None
-    content = files.read_json(study_dir, f"{CONFIRM}/{CONFIRM_PLAN}")
-    try:
-        first, second = _stage(content["first"]), content["second"] and _stage(content["second"])
-        for name in (*first.trainings(), *(second.trainings() if second else ())):
-            require_name(name, str(path))
-    except (KeyError, TypeError) as error:
-        raise StorageError(Problem(str(path), "must be the plan of a confirm", f"{error!r}")) from error
+    content: Any = typed.checked(typed.Plan, files.read_json(study_dir, f"{CONFIRM}/{CONFIRM_PLAN}"), str(path))
+    first, second = _stage(content["first"]), content["second"] and _stage(content["second"])
+    for name in (*first.trainings(), *(second.trainings() if second else ())):
+        require_name(name, str(path))
     return first, second
 
 

@@ -15,7 +15,7 @@ from carft_ray.recipe.schema.fine_tuning import TrainConfig
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.pareto import placed
 from carft_ray.results.reading.study_view import find_row, require_study
-from carft_ray.study import identity
+from carft_ray.study import identity, typed
 from carft_ray.study.mirror import Place
 from carft_ray.study.outcome import Kind, TrialRow, file_of, result_of
 from carft_ray.study.provenance import provenance_of
@@ -87,7 +87,12 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
     base, provenance = identity.study_recipe(folder, log), provenance_of(log)
     name, row = _find(folder, rows, trial, argument)
     if name == ZERO_SHOT:
-        metrics = files.read_json(folder, f"{PREPARED}/{PREPARATION}")["metrics"]
+        metrics = typed.checked(typed.Prepared, files.read_json(folder, f"{PREPARED}/{PREPARATION}"), PREPARATION)[
+            "metrics"
+        ]
+        typed.check_accuracies(metrics, PREPARATION)
+        if "objective" not in metrics:
+            raise typed.wrong(PREPARATION, "metrics must have objective", None)
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return Finished(folder, name, base, base, result, provenance, row)
     if row.outcome != "complete":

@@ -23,8 +23,6 @@ from carft_ray.results.statistics.optimism import seed_variances
 from carft_ray.words import counted
 
 ID_MARGIN = 0.005  # "keeps ID": at most so much may be lost
-# what a document of a comparison must have to be read
-KEYS = ("label", "winner", "headline", "headline_baseline", "id_margin", "rows", "baselines", "others", "optimism")
 CorrectBySet = Mapping[str, BoolArray]  # bool [r, n] per set
 
 
