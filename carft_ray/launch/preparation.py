@@ -85,13 +85,17 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
 
 @contextlib.contextmanager
 def _cancelling(pending: Collection[Any]) -> Iterator[None]:
-    """Cancels the tasks that are pending when the block ends: a Ray of the caller's would run them to their end."""
+    """Cancels the tasks that are pending when the block raises: a Ray of the caller's would run them to their end.
+
+    Only those that have not ended: Ray may end the process that cancels a task while its result arrives.
+    """
     try:
         yield
-    finally:
-        for task in pending:
+    except BaseException:
+        for task in ray.wait(list(pending), num_returns=len(pending), timeout=0)[1] if pending else ():
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.cancel(task, force=True)
+        raise
 
 
 def _sight(study_dir: Path, num_nodes: int, without: Sequence[str]) -> str:
