@@ -20,7 +20,7 @@ Seconds = Annotated[float, Field(ge=0, le=1e10)]  # a time since 1970, too: unti
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Metrics = dict[str, Number]
 Words = Annotated[str, Field(max_length=2**20)]
-_STEP = "carft-ray has not written this. Restore it from a copy, or take the study from a source that you trust."
+_STEP = "Restore it from a copy, or take the study from a source that you trust; carft-ray has not written this."
 
 
 class _Strict(BaseModel):
@@ -185,7 +185,7 @@ class Row(_Strict):
 
     name: Words
     role: Words
-    alpha: Share | None
+    alpha: Share | None = None
     objective: Interval
     id_accuracy: Interval
     ood_accuracy: Interval | None

@@ -222,7 +222,7 @@ def _compared_table(label: str, found: Mapping[str, Any] | None) -> dict[str, An
     return {
         "label": label,
         "sets": [*first["sets"], *(("ood_mean",) if first["ood_accuracy"] else ()), "objective"],
-        "rows": [{**{key: row[key] for key in kept}, "cells": cells(row)} for row in found["rows"]],
+        "rows": [{**{key: row.get(key) for key in kept}, "cells": cells(row)} for row in found["rows"]],
         "differences": [
             {"name": f"{found['winner']} - {each['other']}", "cells": cells(each)} for each in found["baselines"]
         ],
