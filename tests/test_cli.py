@@ -197,7 +197,7 @@ def test_damaged_results_are_a_storage_error(run):
         (training / "fine_tuned.safetensors", "must be the file that the study has recorded, but got another one"),
         (training / "result.json", "must be the file that the study has recorded"),
         (Path("done/prepared/heads.safetensors"), "must be a file of tensors, but got a damaged one ("),
-        (Path("done/manifest.json"), "must be the manifest of a"),
+        (Path("done/manifest.json"), "must be a whole JSON file, but got a damaged one ("),
     ):
         whole = path.read_bytes()
         path.write_bytes(whole[:-10])

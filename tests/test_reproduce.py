@@ -14,6 +14,7 @@ import short_study
 import short_training
 import stand_in
 from logs import change, holding, kept
+from scipy import stats
 from sources import folder_source
 from study_steps import contents, searching
 
@@ -236,7 +237,7 @@ def test_a_study_stands_for_its_best_trial_and_differences_are_those_of_the_metr
 
 
 def test_the_interval_is_that_of_the_paired_differences_of_the_images(here, trained):
-    """The normal interval of the mean of d_k = a_k - b_k, with a NumPy sum; half of the other's answers are right."""
+    """Student's interval of the mean of d_k = a_k - b_k, with a NumPy sum; half of the other's answers are right."""
     table = read_predictions(short_training.place_in(trained) / PREDICTIONS)
     labels = table["label"].to_numpy()
     change_column(here / "run", "prediction", labels + np.arange(len(table)) % 2)
@@ -244,7 +245,7 @@ def test_the_interval_is_that_of_the_paired_differences_of_the_images(here, trai
     alpha = json.loads((short_training.place_in(trained) / "result.json").read_text())["alpha"]
     tables = [read_predictions(short_training.place_in(folder) / PREDICTIONS) for folder in (trained, here / "run")]
     d = -np.diff([correct(each, "id_val", alpha).astype(float) for each in tables], axis=0)[0]
-    half = 1.959963984540054 * d.std(ddof=1) / np.sqrt(len(d))
+    half = stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
     assert (found["low"], found["high"]) == pytest.approx((d.mean() - half, d.mean() + half), abs=1e-12)
     change_column(here / "run", "label", (labels + 1) % 5)  # the same images with other labels are not compared
     assert set(compare(str(trained), str(here / "run"))["reasons"]) == {"id_val", "sketch", "objective"}

@@ -14,7 +14,8 @@ from carft_ray.results.statistics import intervals, paired
 from carft_ray.results.statistics.headline import headline, in_points, objective_difference
 from carft_ray.results.statistics.intervals import crossed, objective_interval, rank_correlation, values_by_seed
 from carft_ray.results.statistics.optimism import correct_best, ranking_noise
-from carft_ray.results.statistics.paired import KEYS, compare, comparison_lines, holm, row_lines
+from carft_ray.results.statistics.paired import compare, comparison_lines, holm, row_lines
+from carft_ray.study.typed import Compared, checked
 from carft_ray.ui import console
 
 FIXTURE = {
@@ -280,7 +281,8 @@ def test_rows_have_the_intervals_of_each_configuration_and_all_of_it_is_json(cor
     assert list(row["sets"]) == ["id_val", "a", "b"]
     assert (last["over"], last["dof"]) == (intervals.OVER_IMAGES, 199)
     assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert {*KEYS} <= found.keys()
+    rows = [{**row, "role": "baseline"} for row in found["rows"]]
+    checked(Compared, {**found, "label": "confirm", "rows": rows}, "summary.json")  # it can be read again
     trained = {name: rows for name, rows in correct.items() if name != "zero_shot"}
     pooled = max(
         np.mean([np.var(values_by_seed(SPEC, rows), ddof=1) for rows in trained.values()]),

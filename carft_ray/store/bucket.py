@@ -261,7 +261,9 @@ class Bucket:
             yield
         except (BaseError, FileNotFoundError, NotImplementedError) as error:
             status, code = (match[1] if (match := of.search(str(error))) else "" for of in (_STATUS, _CODE))
-            if isinstance(error, AlreadyExistsError | PreconditionError):
+            if isinstance(
+                error, AlreadyExistsError if unclear is StorageError else AlreadyExistsError | PreconditionError
+            ):
                 raise RefusedError(Problem(place, "is there already")) from None
             if isinstance(error, FileNotFoundError) and code not in _NO_BUCKET and unclear is StorageError:
                 raise _MissingError from None

@@ -57,21 +57,24 @@ def check_fit(folder: Path) -> None:
     step = "Give the folder of a study, or one that does not exist yet."
     if files.exists(folder) and not folder.is_dir():
         raise UsageError(Problem(str(folder), "must be a folder", "a file", next_step=step))
-    with files.writing(folder):
-        names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    foreign = [] if MANIFEST in names else [name for name in names if not is_ours(folder / name)]
-    if foreign:
-        raise UsageError(Problem(str(folder), "must be a study or empty", ", ".join(foreign[:5]), next_step=step))
-    if MANIFEST not in names:
+    if not files.exists(folder / MANIFEST):
+        if foreign := foreign_names(folder):
+            raise UsageError(Problem(str(folder), "must be a study or empty", ", ".join(foreign[:5]), next_step=step))
         require_apart(str(folder), next((str(each) for each in folder.parents if _has_begun(each)), None))
     with files.writing(folder):
         untrusted.require_nothing_outside(folder, StorageError)
 
 
+def foreign_names(folder: Path) -> list[str]:
+    """Returns the names in a folder but those that holding it leaves before it belongs to a recipe."""
+    with files.writing(folder):
+        return sorted(each.name for each in folder.iterdir() if not is_ours(each)) if folder.is_dir() else []
+
+
 def is_ours(path: Path) -> bool:
     """Tells whether a file or folder is one that holding the folder above leaves before that belongs to a recipe."""
     if path.name != COMMITS:
-        return path.name.startswith(f".{MANIFEST}.")
+        return path.name == MANIFEST or path.name.startswith(f".{MANIFEST}.")
     names = [each.name for each in path.rglob("*") if not each.is_dir()]
     return path.is_dir() and all(name.isdigit() or name.startswith((".", PROBE)) for name in names)
 
@@ -129,7 +132,7 @@ def gone_if_nothing_began(folder: Path, log: Log, is_new: bool, began: Callable[
     Args:
         folder: A claimed folder.
         log: By which it is held.
-        is_new: Whether this call has claimed it; another one stays.
+        is_new: Whether this call has made all that is in it; another one stays.
         began: Tells whether a training has begun in it; then it stays.
     """
     try:

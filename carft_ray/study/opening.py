@@ -12,7 +12,7 @@ from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import PROBE
 from carft_ray.study import rows
-from carft_ray.study.holding import check_fit, gone_if_nothing_began, held
+from carft_ray.study.holding import check_fit, foreign_names, gone_if_nothing_began, held
 from carft_ray.study.identity import claim, class_of, compare, recipe_record
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import move_trials
@@ -45,6 +45,7 @@ def open_study(
     log = open_log(study_dir)
     log.follow()
     compare(study_dir, log, recipe, change_space)  # before anything is written
+    is_bare = not foreign_names(study_dir)
     with contextlib.ExitStack() as stack:
         with rows.readable(log) as storage:
             _require_known(study_dir, storage)
@@ -65,7 +66,7 @@ def open_study(
                 with log.commit(recipe_record(recipe)):
                     notes += move_trials(storage, recipe) if moves else []
             study = Study(study_dir, recipe, log, notes, storage)
-        with gone_if_nothing_began(study_dir, log, differences is None, study.began):
+        with gone_if_nothing_began(study_dir, log, is_bare and differences is None, study.began):
             yield study
 
 

@@ -144,7 +144,7 @@ class _Mirrored(Through):
                 return
             self.check()
             if name == MANIFEST:
-                self._put_manifest(path.read_bytes())
+                self._put_manifest(files.read_whole(self.here.path, MANIFEST))
             else:
                 self.upload(name, path)
             self._known[name], there = version, self.stat(name)

@@ -15,7 +15,7 @@ from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.layout import LOG, MANIFEST, PREPARED
+from carft_ray.layout import LOG, PREPARED
 from carft_ray.recipe.schema.recipe import Recipe, single
 from carft_ray.study import outcome
 from carft_ray.study.holding import is_ours
@@ -134,4 +134,4 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
         step = f"Add --resume to {'see its result' if done else 'continue it'}. {other}"
         raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
     if not has_training:
-        files.require_new(out_dir, "--out", lambda name: name == MANIFEST or is_ours(out_dir / name))
+        files.require_new(out_dir, "--out", lambda name: is_ours(out_dir / name))
