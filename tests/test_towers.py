@@ -241,6 +241,17 @@ def test_what_drops_at_random_as_a_function_stays_off_while_a_tower_trains():
     assert torch.equal(classifier.train().features(pixels), classifier.eval().features(pixels))
 
 
+def test_a_tower_trains_that_keeps_what_it_has_computed_from_weights_in_eval_mode():
+    vision = {"timm_model_name": "efficientvit_m0", "timm_pool": "", "timm_proj": "linear", "image_size": 64}
+    clip = make_clip(vision, noise=0.02)
+    heads = build_heads(clip.model, clip.tokenizer, CLASS_WORDS, TEMPLATES)
+    classifier, pixels = classifier_of(clip, heads, settings()).train(), torch.from_numpy(image_set(64).images_NHWC[:2])
+    biases = [value for name, value in classifier.named_parameters() if "attention_biases" in name]
+    for _ in range(2):  # the second step needs another graph
+        classifier(pixels)[1].logsumexp(dim=1).sum().backward()
+    assert any(value.grad.abs().max() > 0 for value in biases)
+
+
 def test_auto_compiles_long_trainings_on_a_gpu_with_a_compiler(monkeypatch):
     monkeypatch.setattr(tower, "has_compiler", lambda device: True)
     long, short = (settings(epochs=epochs, batch_size=100) for epochs in (10, 9))

@@ -339,6 +339,7 @@ def test_an_answer_that_is_none_is_a_warning_and_the_next_notice_is_sent(server)
         ("https://other.example:8443/hook?token=secret", "; give https://other.example:8443 with the same path"),
         ("https://other.example/services/secret2", "; give https://other.example with its new path"),
         ("", ""),
+        ("http://me:secret@other.example:99999/", "; give http://other.example:99999 with its new path"),
     ],
 )
 @pytest.mark.parametrize("code", [301, 302, 303, 307, 308])

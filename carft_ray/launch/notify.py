@@ -165,5 +165,4 @@ def _towards(url: str, location: str | None) -> str:
     if not location or not there.netloc:
         return ""
     path = "with the same path" if (there.path, there.query) == (here.path, here.query) else "with its new path"
-    host = f"{there.hostname}:{there.port}" if there.port else there.hostname
-    return f"; give {there.scheme}://{host} {path}"
+    return f"; give {there.scheme}://{there.netloc.rpartition('@')[2]} {path}"
