@@ -459,6 +459,31 @@ def test_checkpoints_that_newer_ones_have_replaced_go_and_the_newest_two_stay_wh
         assert below(server, "study/trials") == {f"study/{name}/state.json" for name in names[2:]}
 
 
+def test_a_manifest_that_the_bucket_refuses_at_first_is_put_again(server):
+    """A study without it cannot be found; with an old one its ledger looks cut."""
+    address, refusals = server.address("study"), []
+
+    def strike(method, path):
+        if method == "PUT" and path.endswith("study/manifest.json") and len(refusals) < 2:
+            refusals.append(path)
+            return refused(503, "SlowDown")
+        return None
+
+    server.strike = strike
+    with open_study(own_folder(address), stand_in.make_recipe(1)) as study:
+        manifest = study.study_dir / MANIFEST
+        assert server.objects()["study/manifest.json"] == manifest.read_bytes()
+        refusals.clear()
+        files.write_json(manifest, {**json.loads(manifest.read_text()), "created": "later"})
+        study.log.keep_files()
+        assert server.objects()["study/manifest.json"] == manifest.read_bytes()
+        server.put("study/manifest.json", b"of another")  # the holder of the log puts its own over it
+        files.write_json(manifest, {**json.loads(manifest.read_text()), "created": "later still"})
+        study.log.keep_files()
+        assert server.objects()["study/manifest.json"] == manifest.read_bytes()
+    assert len(refusals) == 2
+
+
 def test_an_unfit_new_study_removes_only_what_it_has_written(server):
     def prepare(recipe, folder, say=None):
         server.put("study/child/manifest.json", b"{}")  # meanwhile, by somebody else

@@ -255,6 +255,19 @@ def test_a_provenance_that_cannot_be_is_told(study_dir, capsys, provenance):
     each_is_told(study_dir, capsys, "log", readers=READERS[3:])
 
 
+def test_a_library_that_does_not_say_its_version_and_a_clock_that_was_set_back_are_no_damage(study_dir, capsys):
+    [provenance] = logs.kept(study_dir, "provenance")
+    logs.change(study_dir, "provenance", lambda kept: kept.update(versions={**provenance["versions"], "pillow": None}))
+    found = logs.commits(study_dir)
+    for operation in [each for commit in found for each in commit["operations"]]:
+        if operation.get("datetime_complete"):
+            operation["datetime_complete"] = "2020-01-01T00:00:00.000000+00:00"  # before it began
+    logs.rewrite(study_dir, found)
+    for command in READERS:
+        assert ended(command, study_dir, capsys)[0] == 0, command
+    assert all(row.elapsed_s is not None and row.elapsed_s >= 0 for row in trials(study_dir))
+
+
 @pytest.mark.parametrize("content", [3, {}, {"rows": [3]}, {"rows": []}])
 def test_a_summary_or_a_plan_that_cannot_be_is_told(study_dir, capsys, content):
     for name in ("confirm/plan.json", "test/summary.json"):

@@ -24,9 +24,11 @@ from carft_ray.recipe.schema.sets import DataConfig
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
 from carft_ray.study.identity import study_recipe
-from carft_ray.study.mirror import fetched, push
+from carft_ray.study.mirror import DRIVEN, fetched, push
+from carft_ray.study.opening import open_study
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first, trials
-from carft_ray.study.trust import is_written
+from carft_ray.study.trust import allowed, is_written
 
 RECIPE = report_studies.make_recipe(4, ood=False)
 RECIPE = RECIPE.model_copy(update={"train": RECIPE.train.model_copy(update={"batch_size": 16, "micro_batch": 16})})
@@ -346,6 +348,36 @@ def test_a_study_in_a_bucket_that_this_machine_has_not_written_reads_no_file_out
     assert opened() == []
     assert everything(victim) == before
     assert server.objects() == objects
+
+
+@pytest.mark.parametrize("up", ["{..,..}", "{.,.}.", ".{,}.", "{a,{..,..}}"])
+def test_a_pattern_in_a_study_that_leads_out_of_it_counts_as_outside(tmp_path, monkeypatch, up):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = cache.user_cache_dir() / DRIVEN / "0123" / "study"
+    (copy / "sub").mkdir(parents=True)
+    copy.parent.with_suffix(".txt").write_text("s3://strangers/study")
+    sets = {"source": "table", "path": f"{copy}/sub/{up}/{up}/t.csv"}
+    data = RECIPE.data.model_dump(mode="json", exclude_unset=True)
+    content = RECIPE.model_dump(mode="json", exclude_unset=True)
+    recipe = Recipe.model_validate({**content, "data": {**data, "train": sets}})
+    with pytest.raises(UsageError, match=r"data.train.path: must lie in s3://strangers/study"):
+        allowed(copy, recipe, recipe, (), False, "resume {}")
+    sets["path"] = f"{copy}/sub/{{000..012}}/{{a.x,b.x}}/t.csv"
+    recipe = Recipe.model_validate({**content, "data": {**data, "train": sets}})
+    assert allowed(copy, recipe, recipe, (), False, "resume {}") == recipe
+
+
+def test_code_that_only_the_log_names_is_never_run(study_dir):
+    """``--trust`` is about the code of the recipe; trials and baselines in the log may be a stranger's, too."""
+    with open_study(study_dir, RECIPE) as study:
+        recover_running(study)
+        values = {"learning_rate": 1e-3, "function": "evil:run", "function_dir": str(study_dir)}
+        study.journal.add("trial", "t0009-evil", values)
+    with open_study(study_dir, RECIPE) as study:
+        recover_running(study)
+        with pytest.raises(StorageError, match=r"trial t0009-evil: function must be the recipe's, but got 'evil:run'"):
+            while study.next():
+                pass
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     spent = attributes.get(SPENT, {}).values()
     elapsed_s = attributes.get("elapsed_s")
     if elapsed_s is None and trial.duration is not None:
-        elapsed_s = trial.duration.total_seconds()
+        elapsed_s = max(trial.duration.total_seconds(), 0.0)
     return TrialRow(
         kind=kind,
         number=trial.number,

@@ -28,12 +28,12 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
-from carft_ray.layout import LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
+from carft_ray.layout import COMMITS, LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
 from carft_ray.recipe.schema.constraints import constraint_names
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.store.result import read_result, reported_rows
-from carft_ray.study import outcome, rows
+from carft_ray.study import outcome, rows, typed
 from carft_ray.study.best import Retention
 from carft_ray.study.journal import Journal
 from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of
@@ -42,6 +42,7 @@ from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, rows_of, trainings
 
 ERRORS = 2  # attempts that end with an exception, none advancing, before the study gets the outcome
 LOST_ATTEMPTS = 5  # attempts in a row that do not advance before a training is set aside
+CODE = ("function", "function_dir")  # keys of ``train`` that name code
 CUT = "cut"  # attribute of a training: the ``Cut``, once the pruner has decided
 STUCK = "without_progress"  # attribute of a training: its attempts in a row that failed without advancing
 
@@ -76,9 +77,11 @@ class Study:
 
         Raises:
             NoSuccessfulTrialError: A baseline that a constraint names has ended without a result.
+            StorageError: The log names code for a training that the recipe does not name.
         """
         waiting = next((spec for spec in self.waiting if self._may_start(spec)), None)
         if waiting is not None:
+            self._require_named(waiting)
             self.waiting.remove(waiting)
         elif self.waiting or not (self._wants_more() and self._may_try()):
             return None
@@ -87,6 +90,13 @@ class Study:
             spec = replace(begun, attempt=begun.attempt + 1)
             self.journal.note(spec, {"attempt": spec.attempt})
         return spec
+
+    def _require_named(self, spec: TrialSpec) -> None:
+        """Refuses code that only the log names: a user who gives ``--trust`` or not has seen the recipe's alone."""
+        named = (self.recipe.train.model_dump(include={*CODE}), *self.recipe.search.baselines.values())
+        for key in CODE:
+            if (value := spec.values.get(key)) is not None and all(one.get(key) != value for one in named):
+                raise typed.wrong(f"{self.log}/{COMMITS}: {spec.kind} {spec.name}", f"{key} must be the recipe's", value)
 
     def add_row(self, spec: TrialSpec, row: Mapping[str, Any]) -> bool:
         """Adds an epoch to ``metrics.jsonl``; what an earlier attempt has reported from its step on is void.

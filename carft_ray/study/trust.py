@@ -11,6 +11,7 @@ Where the cache lies, and how large it may be, says no study that this machine h
 
 import json
 import logging
+import re
 import shlex
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -27,6 +28,7 @@ from carft_ray.study.mirror import DRIVEN, STUDIES, address_in
 WRITTEN = "written"  # in the cache
 OPTION = "--trust-paths"
 _CACHE_KEYS = ("data.cache_dir", "data.cache_gb")
+_UP = re.compile(r"(^|[/{},])\.{1,2}($|[/{},])")  # in a pattern (``data.formats.shards``): ``{..,..}`` may lead up
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +107,8 @@ def _require_inside(study_dir: Path, paths: Mapping[str, str], command: str) -> 
         UsageError: As ``allowed``.
     """
     address, home = address_of(study_dir), study_dir.resolve()
-    outside = {key: path for key, path in paths.items() if not Path(path).resolve().is_relative_to(home)}
+    inside = {key for key, path in paths.items() if Path(path).resolve().is_relative_to(home) and not _UP.search(path)}
+    outside = {key: path for key, path in paths.items() if key not in inside}
     strange = [(key, path) for key, path in outside.items() if key not in _CACHE_KEYS]
     if address is None or not strange:
         return

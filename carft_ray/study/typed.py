@@ -61,7 +61,7 @@ class OptunaTrial(_Strict):
 
     values: Annotated[list[Number], Field(min_length=1, max_length=2)] | None
     intermediate_values: dict[int, Number]
-    duration: Seconds | None
+    duration: Number | None  # by two clocks, or one that was set back: it may be negative
 
 
 class Kept(_Strict):
@@ -123,7 +123,7 @@ class Provenance(_Strict):
 
     seeds: dict[str, Any] = {}
     code: dict[str, Any] = {}
-    versions: dict[str, Words] = {}
+    versions: dict[str, Words | None] = {}  # None: the library does not say
     hardware: dict[str, Any] = {}
     test_sets: Any = None
     data: dict[str, Contents] = {}
