@@ -43,6 +43,7 @@ RETRY_EVERY_S = 0.2
 ADDRESS = re.compile(r"([A-Za-z0-9]+)://?(.*)")  # of a bucket; ``s3:/`` is what becomes of ``s3://`` in a path
 NEAR_ADDRESS = re.compile(r"(s3|gs|az):([^/].*)")  # a slip of the hand, and no folder of the working directory
 REMAINS = ".*.[0-9]*.tmp"  # pattern of temporary names
+_ROW = ("step", "epoch", "num_steps", "subset/objective")  # numbers of a row of a training, where it has them
 
 T = TypeVar("T")
 
@@ -342,12 +343,12 @@ def read_json_lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def _whole_rows(content: bytes) -> list[dict[str, Any]]:
-    """Returns the objects of JSON lines; an incomplete last line and what is no object are left out."""
+    """Returns the objects of JSON lines; an incomplete last line and what is no row of a training are left out."""
     rows = []
     for line in content.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError):  # half a line, where another file of more bytes took the name
             rows.append(require_plain(parse_json(line)))
-    return [row for row in rows if isinstance(row, dict)]
+    return [row for row in rows if isinstance(row, dict) and all(type(row.get(key, 0)) in (int, float) for key in _ROW)]
 
 
 @contextlib.contextmanager

@@ -22,6 +22,9 @@ from carft_ray.errors import StorageError
 from carft_ray.evaluation import predictions
 from carft_ray.evaluation.predictions import read_predictions
 from carft_ray.store.result import read_result
+from carft_ray.study.opening import open_study
+from carft_ray.study.outcome import progress_of, progress_words
+from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first, trials
 
 READERS = ("status {} --json", "ls {} --json", "logs {} {best}", "report {} --html --out page.html", "report {} --json")
@@ -253,6 +256,23 @@ def test_a_provenance_that_cannot_be_is_told(study_dir, capsys, provenance):
     with logs.holding(study_dir) as log, log.commit({"kind": "provenance", "provenance": provenance}):
         pass
     each_is_told(study_dir, capsys, "log", readers=READERS[3:])
+
+
+@pytest.mark.parametrize("row", [{}, {"step": "a"}, {"step": None, "epoch": [1]}, {"step": 1, "subset/objective": "a"}])
+def test_a_row_of_a_training_that_cannot_be_counts_for_nothing(study_dir, capsys, row):
+    recipe = report_studies.make_recipe(4)
+    with open_study(study_dir, recipe) as study:
+        recover_running(study)
+        spec = study.next()
+        folder = spec.folder(study_dir)
+        (folder / "attempt-1" / "own").mkdir(parents=True)
+        (folder / "attempt-1" / "own" / "state").touch()
+        (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+        assert ended("status {}", study_dir, capsys)[0] == 0
+        assert progress_of(folder) == [0, 0]
+        assert progress_words(folder)
+        assert study.add_row(spec, {"step": 3, "num_steps": 9, "epoch": 1})
+        assert study.settle(spec) is None
 
 
 def test_a_library_that_does_not_say_its_version_and_a_clock_that_was_set_back_are_no_damage(study_dir, capsys):

@@ -376,8 +376,7 @@ def test_code_that_only_the_log_names_is_never_run(study_dir):
     with open_study(study_dir, RECIPE) as study:
         recover_running(study)
         with pytest.raises(StorageError, match=r"trial t0009-evil: function must be the recipe's, but got 'evil:run'"):
-            while study.next():
-                pass
+            list(iter(study.next, None))
 
 
 @pytest.mark.slow

@@ -53,7 +53,10 @@ class Curves:
         self._files.pop(row.training, None)
         rows = files.read_json_lines(self._study_dir, f"{row.training}/{METRICS}")
         metrics = {name: value for name, value in row.metrics.items() if "/" not in name} | {"alpha": row.alpha or 0.0}
-        final, step = {f"final/{name}": value for name, value in metrics.items()}, rows[-1]["step"] if rows else 0
+        final, step = (
+            {f"final/{name}": value for name, value in metrics.items()},
+            rows[-1].get("step", 0) if rows else 0,
+        )
         add_hparams(begin_file(self._run_folder(row)), varied(apply(self._recipe, row.values)), final, int(step))
 
     def _run_folder(self, spec: TrialSpec) -> Path:

@@ -114,7 +114,7 @@ def _tell(client: Any, event: Told) -> None:
     if one.name not in client.runs:
         client.runs[one.name] = client.begin(one.name, one.kind, one.values)
     for line in files.read_json_lines(client.study_dir, f"{one.training}/{METRICS}"):
-        if line["step"] > client.steps.get(one.name, -1):
+        if line.get("step", -1) > client.steps.get(one.name, -1):
             client.steps[one.name] = line["step"]
             numbers = {f"training/{name}": value for name, value in line.items() if isinstance(value, int | float)}
             client.log(one.name, numbers, line["step"])

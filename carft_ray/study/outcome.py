@@ -277,7 +277,7 @@ def progress_of(folder: Path) -> list[int]:
     found = [path.name.removeprefix(STEP) for path in folder.glob(f"{ATTEMPT}*/{STEP}*")]
     steps = [int(number) for number in found if number.isdigit()]
     if any(folder.glob(f"{ATTEMPT}*/{OWN}/*")):
-        steps += [int(row["step"]) for row in files.read_json_lines(folder, METRICS)]
+        steps += [int(row.get("step", 0)) for row in files.read_json_lines(folder, METRICS)]
     return [int(any(folder.glob(f"{ATTEMPT}*/{WEIGHTS}"))), max(steps, default=0)]
 
 
@@ -288,7 +288,7 @@ def progress_words(folder: Path) -> str:
         return "the end of its training"
     if not step:
         return "its beginning"
-    epochs = [int(row["epoch"]) for row in files.read_json_lines(folder, METRICS) if row.get("step", 0) <= step]
+    epochs = [int(row.get("epoch", 0)) for row in files.read_json_lines(folder, METRICS) if row.get("step", 0) <= step]
     return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
 
 

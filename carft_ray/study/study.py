@@ -96,7 +96,9 @@ class Study:
         named = (self.recipe.train.model_dump(include={*CODE}), *self.recipe.search.baselines.values())
         for key in CODE:
             if (value := spec.values.get(key)) is not None and all(one.get(key) != value for one in named):
-                raise typed.wrong(f"{self.log}/{COMMITS}: {spec.kind} {spec.name}", f"{key} must be the recipe's", value)
+                raise typed.wrong(
+                    f"{self.log}/{COMMITS}: {spec.kind} {spec.name}", f"{key} must be the recipe's", value
+                )
 
     def add_row(self, spec: TrialSpec, row: Mapping[str, Any]) -> bool:
         """Adds an epoch to ``metrics.jsonl``; what an earlier attempt has reported from its step on is void.

@@ -49,7 +49,7 @@ def intermediate_value(recipe: Recipe, values: Mapping[str, Any], row: Mapping[s
         row: A line of its ``metrics.jsonl``.
     """
     value = row.get(SUBSET_OBJECTIVE)
-    if value is None or not math.isfinite(value):
+    if value is None or not math.isfinite(value) or not {"step", "epoch", "num_steps"} <= row.keys():
         return None
     step = percent(row["epoch"], values.get("epochs", recipe.train.epochs))
     warmup = num_warmup_steps(values.get("warmup_steps", recipe.train.warmup_steps), row["num_steps"])
