@@ -1,7 +1,9 @@
 """Studies that a stranger has made: no command reads, writes or removes anything outside of them."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 
@@ -23,8 +25,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import DataConfig
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
-from carft_ray.study.identity import study_recipe
-from carft_ray.study.mirror import DRIVEN, fetched, push
+from carft_ray.study.identity import claim, study_recipe
+from carft_ray.study.mirror import DRIVEN, STUDIES, fetched, push
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first, trials
@@ -131,6 +133,15 @@ def test_a_plan_of_a_confirm_that_names_a_place_elsewhere_is_refused(study_dir):
         (study_dir / "confirm" / "plan.json").write_text(json.dumps({"first": {**content, **change}, "second": None}))
         with pytest.raises(StorageError, match=r"plan.json: a training must have a name .*victim/run1"):
             read_plan(study_dir)
+
+
+def test_a_plan_has_any_seed_that_a_recipe_may_have(study_dir):
+    seeds = [2**60, 2**63 - 1]
+    row = {"name": "x", "role": "winner", "training": "t0", "alpha": 1.0, "values": {}, "objective": 1}
+    (study_dir / "confirm").mkdir()
+    content = {"first": {"winner": "x", "seeds": seeds, "rows": [row]}, "second": None}
+    (study_dir / "confirm" / "plan.json").write_text(json.dumps(content))
+    assert [*read_plan(study_dir)[0].seeds] == seeds
 
 
 def test_a_read_of_the_test_sets_that_names_a_place_elsewhere_is_refused(study_dir, victim, tmp_path, capsys):
@@ -365,6 +376,40 @@ def test_a_pattern_in_a_study_that_leads_out_of_it_counts_as_outside(tmp_path, m
     sets["path"] = f"{copy}/sub/{{000..012}}/{{a.x,b.x}}/t.csv"
     recipe = Recipe.model_validate({**content, "data": {**data, "train": sets}})
     assert allowed(copy, recipe, recipe, (), False, "resume {}") == recipe
+
+
+def test_a_kill_right_after_a_study_has_its_recipe_leaves_it_written_by_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy, spec = cache.user_cache_dir() / DRIVEN / "0123" / "study", {"source": "folder", "path": "/images"}
+    copy.mkdir(parents=True)
+    copy.parent.with_suffix(".txt").write_text("s3://mine/study")
+    recipe = Recipe.model_validate({"data": {"train": spec, "id_val": {**spec, "path": "/others"}}})
+    with holding(copy) as log, monkeypatch.context() as patch:
+        commit = log.commit
+
+        @contextlib.contextmanager
+        def killed(*records):
+            with commit(*records):
+                yield
+            raise KeyboardInterrupt
+
+        patch.setattr(log, "commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            claim(copy, log, recipe)
+    assert study_recipe(copy) == recipe
+    assert is_written(copy, recipe)
+
+
+def test_the_command_of_a_refusal_may_have_braces(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = cache.user_cache_dir() / STUDIES / "0123" / "{study}"
+    copy.mkdir(parents=True)
+    copy.parent.with_suffix(".txt").write_text("s3://strangers/{study}")
+    spec = {"source": "folder", "path": "/images"}
+    recipe = Recipe.model_validate({"data": {"train": spec, "id_val": {**spec, "path": "/others"}}})
+    command = "carft-ray export 's3://strangers/{study}' --to '{out}' --trust-paths"
+    with pytest.raises(UsageError, match=re.escape(command)):
+        allowed(copy, recipe, recipe, (), False, "export {} --to '{out}'")
 
 
 def test_code_that_only_the_log_names_is_never_run(study_dir):

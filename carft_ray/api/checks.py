@@ -154,7 +154,7 @@ def read_recipe(
         return loading.load_recipe(path, overrides, reads)
     kept = loading.load_recipe(path, reads=None)
     asked = loading.load_recipe(path, overrides, reads) if overrides else kept
-    command = f"train {shlex.quote(str(path))} --out {{}} --resume"
+    command = "resume {}" if kept.search.space else f"train {shlex.quote(str(path))} --out {{}} --resume"
     return trust.allowed(folder, kept, asked, loading.keys_of(overrides), trust_paths, command)
 
 

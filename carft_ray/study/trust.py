@@ -113,7 +113,7 @@ def _require_inside(study_dir: Path, paths: Mapping[str, str], command: str) -> 
     if address is None or not strange:
         return
     rule = f"must lie in {address}, a study that this machine has not written"
-    step = f"If the study may read these files: carft-ray {command.format(shlex.quote(address))} {OPTION}"
+    step = f"If the study may read these files: carft-ray {command.replace('{}', shlex.quote(address), 1)} {OPTION}"
     steps = [""] * (len(strange) - 1) + [step]
     raise UsageError(
         [Problem(key, rule, path, next_step=step) for (key, path), step in zip(strange, steps, strict=True)]

@@ -18,6 +18,7 @@ Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e10)]  # a time since 1970, too: until the year 2286
 Count = Annotated[int, Field(ge=0, le=2**53)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # as in a recipe
 Metrics = dict[str, Number]
 Words = Annotated[str, Field(max_length=2**20)]
 _STEP = "Restore it from a copy, or take the study from a source that you trust; carft-ray has not written this."
@@ -157,7 +158,7 @@ class Stage(_Strict):
     """One stage of it."""
 
     winner: Words
-    seeds: list[Count | Words]  # a text becomes part of a name, which is checked
+    seeds: list[Seed | Words]  # a text becomes part of a name, which is checked
     rows: list[PlanRow]
 
 
@@ -225,7 +226,7 @@ class Compared(_Strict):
     optimism: Optimism | None
     better_than_winner: list[Words] = []
     confirmed: bool = False
-    seeds: list[Count] = []
+    seeds: list[Seed] = []
     chosen_by: Words = ""
     failed: list[Words] = []
     without_shared_images: dict[str, Any] | None = None
