@@ -447,6 +447,30 @@ def test_clean_asks_first_and_leaves_what_is_in_use(run, filled, monkeypatch, an
     assert "in use" not in err
 
 
+def test_a_folder_that_two_processes_make_or_that_is_removed_while_one_writes_stays_ours(tmp_path, monkeypatch):
+    key, answers, is_marked, unlink = "0" * 32, [False], cache._is_marked, os.unlink
+    visit = tmp_path / "targets" / key / "visit-0000"
+    with cache.own_folder(tmp_path, "targets", key):
+        visit.write_bytes(b"x")
+    with monkeypatch.context() as patched:  # the marker and the file come between two looks
+        patched.setattr(cache, "_is_marked", lambda folder: answers.pop() if answers else is_marked(folder))
+        with cache.own_folder(tmp_path, "targets", key):
+            assert not answers
+
+    def unlink_and_write(name, **where):
+        unlink(name, **where)
+        if name == cache.MARKER:
+            visit.write_bytes(b"of a training")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlink_and_write)
+        assert not cache.remove(tmp_path, f"targets/{key}")
+    with cache.own_folder(tmp_path, "targets", key):
+        assert visit.read_bytes() == b"of a training"
+    assert cache.remove(tmp_path, f"targets/{key}")
+    assert not visit.parent.exists()
+
+
 def test_stored_targets_are_an_entry_that_goes_as_others_do(tmp_path):
     visit = tmp_path / "targets" / ("0123456789abcdef" * 2) / "visit-0000"
     with cache.own_folder(tmp_path, "targets", visit.parent.name):

@@ -321,10 +321,10 @@ def own_folder(cache_dir: Path, kind: str, key: str) -> Iterator[int]:
     cache_dir.mkdir(parents=True, exist_ok=True)
     with _below(cache_dir, kind, key, makes=True) as folder:
         if not _is_marked(folder):
-            if not {*os.listdir(folder)} <= {MARKER}:
+            # asked once more: where another process makes it, files come after the marker
+            if not {*os.listdir(folder)} <= {MARKER} and not _is_marked(folder):
                 raise OSError(errno.EEXIST, "a folder that carft-ray has not made", str(cache_dir / kind / key))
-            with open(os.open(MARKER, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder), "wb") as file:
-                file.write(_MARKED)
+            _mark(folder)
         yield folder
 
 
@@ -350,7 +350,11 @@ def remove_folder(cache_dir: Path, kind: str, key: str) -> bool:
                 else:
                     os.unlink(name, dir_fd=folder)
             os.unlink(MARKER, dir_fd=folder)
-        os.rmdir(key, dir_fd=home)
+            try:
+                os.rmdir(key, dir_fd=home)
+            except OSError:  # another process has written to it meanwhile: it stays ours
+                _mark(folder)
+                raise
         return True
     return False
 
@@ -385,6 +389,12 @@ def listed(cache_dir: Path, *names: str) -> dict[str, os.stat_result]:
                 if not stat.S_ISLNK(state.st_mode):
                     found[name] = state
     return found
+
+
+def _mark(folder: int) -> None:
+    """Marks a folder as made by carft-ray."""
+    with open(os.open(MARKER, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666, dir_fd=folder), "wb") as file:
+        file.write(_MARKED)
 
 
 def _is_marked(folder: int) -> bool:
