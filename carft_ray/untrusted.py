@@ -133,7 +133,7 @@ def require_plain(value: Any) -> Any:
         for each in level:
             kind = type(each)
             if (kind is float and not math.isfinite(each)) or (kind is int and each.bit_length() > 64):
-                raise ValueError(f"a number that cannot be: {str(each)[:30]}")
+                raise ValueError(f"an impossible number: {str(each)[:30]}")
             if kind is dict:
                 below += each.values()
             elif kind is list:

@@ -82,7 +82,7 @@ def test_where_a_search_was_killed_before_its_recipe_any_recipe_begins_the_study
             pass
         manifest = (study_dir / "manifest.json").read_bytes()
         rewrite(study_dir, commits(study_dir)[:1])
-        with pytest.raises(StorageError, match="must hold the recipe of its study") as caught:
+        with pytest.raises(StorageError, match="must contain the recipe of its study") as caught:
             read_study(study_dir)
         assert f"carft-ray search RECIPE --study {study_dir}" in str(caught.value)
     study_dir.mkdir(exist_ok=True)
@@ -107,6 +107,6 @@ def test_an_invalid_recipe_in_a_log_is_one_message(study_dir, spoiled, capsys):
         assert call([str(word) for word in words]) == 5
         err = capsys.readouterr().err
         assert err.count("error: ") == 1
-        assert f"error: {study_dir.resolve()}/log: must hold a valid recipe, but got " in err
+        assert f"error: {study_dir.resolve()}/log: must contain a valid recipe, but got " in err
     with pytest.raises(StorageError), open_study(study_dir, RECIPE):
         pass

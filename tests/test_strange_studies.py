@@ -332,12 +332,12 @@ def test_a_study_in_a_bucket_that_this_machine_has_not_written_reads_no_file_out
         assert crash_host.call([verb, address, *more]) == 2, verb
         told = " ".join(capsys.readouterr().err.split())
         for key, name in NAMED.items():
-            rule = f"{key}: must lie in {address}, a study that this machine has not written"
+            rule = f"{key}: must be inside {address}, a study that this machine has not written"
             assert f"{rule}, but got '{victim}/{name}'" in told or f"{rule}, but got {victim}/{name}" in told, (
                 verb,
                 told,
             )
-        assert "search.warm_start.1: must lie in" in told
+        assert "search.warm_start.1: must be inside" in told
         assert f"carft-ray {verb} {address} {' '.join([*more, '--trust-paths'])}" in told
         assert "cache_dir" not in told
     copy = fetched(address)
@@ -348,7 +348,7 @@ def test_a_study_in_a_bucket_that_this_machine_has_not_written_reads_no_file_out
     ):
         (copy / "resolved.yaml").write_text(dump_recipe(naming(RECIPE, victim)))
         assert crash_host.call(words) == 2, words
-        assert f"data.train.class_names: must lie in {address}" in capsys.readouterr().err
+        assert f"data.train.class_names: must be inside {address}" in capsys.readouterr().err
     for words in (["status"], ["ls"], ["report"], ["rescore", "--objective", "harmonic"], ["logs", "zero_shot"]):
         assert crash_host.call([words[0], address, *words[1:]]) != UsageError.exit_code, words
     assert crash_host.call(["report", address, "--html", "--out", str(tmp_path / "page.html")]) == 0
@@ -443,7 +443,7 @@ def test_lines_of_a_local_file_come_into_a_strangers_bucket_only_with_trust_path
     address = strangers(load_recipe(path, words), tmp_path / "stranger", monkeypatch, server)
     before = server.objects()
     assert crash_host.call(["resume", address]) == 2
-    assert "data.train.class_names: must lie in" in capsys.readouterr().err
+    assert "data.train.class_names: must be inside" in capsys.readouterr().err
     assert server.objects() == before
 
     def told():

@@ -465,13 +465,13 @@ def test_submit_waits_for_the_agent_of_the_head_and_names_its_port_where_there_i
 ):
     dashboard.without_agent = 3
     _, err = submit(0, "r.yaml", "--study", "study", "--installed")
-    assert told(err).count("The head has no agent yet, which starts jobs; waiting for it, 60 s at most.") == 1
+    assert told(err).count("The agent of the head, which starts jobs, does not run yet; waiting 60 s at most.") == 1
     assert [*dashboard.jobs] == [jobs.job_id(here / "study")]
     monkeypatch.setattr(jobs, "AGENT_WITHIN_S", 0.2)
     dashboard.without_agent = 10**6
     _, err = submit(5, "r.yaml", "--study", "other", "--installed")
     assert "must have an agent that starts jobs; it had none for 0.2 s" in told(err)
-    assert "Its port, 52365, is probably taken" in told(err)
+    assert "Another Ray on the head probably uses its port, 52365." in told(err)
     assert "ray start --head --dashboard-agent-listen-port 52366" in told(err)
     assert len(dashboard.jobs) == 1
 

@@ -38,7 +38,7 @@ DashboardOption = Annotated[
 NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Webhook for a new best, failed trials, the end.")]
 TrustOption = Annotated[bool, Option("--trust", help="Run the code that train.function names.")]
 TrustPathsOption = Annotated[
-    bool, Option("--trust-paths", help="Read the files that a study names which this machine has not written.")
+    bool, Option("--trust-paths", help="Read the files that a study of another machine names.")
 ]
 AlphaOption = Annotated[float | None, Option(min=0, max=1, help="Mixing coefficient; without it the chosen one.")]
 TrialOption = Annotated[str | None, Option(help="Number or name of a trial, or name of a baseline; default: the best.")]

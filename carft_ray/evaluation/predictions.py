@@ -223,7 +223,7 @@ def read_bounded(path: Path, most_rows: int) -> pa.Table:
         num_bytes = sum(said.row_group(index).total_byte_size for index in range(said.num_row_groups))
         for what, limit, value in (("rows", most_rows, said.num_rows), ("bytes", MOST_TABLE_BYTES, num_bytes)):
             if not 0 <= value <= limit:
-                raise ValueError(f"one of {value:,} {what}; at most {limit:,} are read")
+                raise ValueError(f"one of {value:,} {what}; carft-ray reads at most {limit:,}")
         return parquet.read()
 
 

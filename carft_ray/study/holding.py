@@ -35,11 +35,11 @@ def log_of(folder: Path) -> Log:
 
 
 def require_apart(place: str, above: str | None) -> None:
-    """Raises a ``UsageError`` when a new study would lie inside another one: what is removed there must be its own.
+    """Raises a ``UsageError`` if a new study would be inside another one: a study removes only files of its own.
 
     Args:
         place: Of the new study.
-        above: Of the study that it would lie in; None: there is none.
+        above: Of the study that would contain it; None: there is none.
     """
     if above is not None:
         beside = f"{above.rpartition('/')[0]}/{place.rpartition('/')[2]}"

@@ -146,12 +146,12 @@ def _recorded(study_dir: Path, log: Log) -> Recipe | None:
     if not found:
         if log.holds_only_claims:
             return None
-        rule = "must hold the recipe of its study: trials of an unknown recipe are not continued"
+        rule = "must contain the recipe of its study: carft-ray continues no trials of an unknown recipe"
         raise StorageError(Problem(place, rule, "a log without one", next_step=step))
     try:
         return recipe_of(found[-1] if isinstance(found[-1], dict) else {}, reads=None)
     except RecipeError as error:
-        rule = "must hold a valid recipe"
+        rule = "must contain a valid recipe"
         raise StorageError(Problem(place, rule, str(error), next_step=step)) from error
 
 
@@ -190,7 +190,7 @@ def study_recipe(study_dir: Path, log: Log | None = None) -> Recipe:
     if recipe is None:
         step = f"Begin the study again: carft-ray search RECIPE --study {shlex.quote(named(study_dir))}"
         value = "one whose first search was killed before it wrote its recipe"
-        raise StorageError(Problem(f"{log}/{COMMITS}", "must hold the recipe of its study", value, next_step=step))
+        raise StorageError(Problem(f"{log}/{COMMITS}", "must contain the recipe of its study", value, next_step=step))
     return recipe
 
 

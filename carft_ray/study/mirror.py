@@ -298,7 +298,7 @@ def _has_another(bucket: Bucket, name: str, commit: bytes | None) -> bool:
 
 
 def _study_above(bucket: Bucket) -> str | None:
-    """Returns the address of a study that an address lies in; None where there is none, or keys do not reach there."""
+    """Returns the address of the study around an address; None if there is none, or the keys do not reach there."""
     pieces = str(bucket).split("/")
     for each in (Bucket("/".join(pieces[:number])) for number in range(len(pieces) - 1, 2, -1)):
         with contextlib.suppress(StorageError):

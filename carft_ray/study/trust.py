@@ -6,7 +6,7 @@ classes, thumbnails of images. So a command takes from it only paths inside the 
 
     written/HASH        in the user's cache, of the study's id, its address, and the paths and sets of its recipe
 
-Where the cache lies, and how large it may be, says no study that this machine has not written, in a folder too.
+A study that this machine has not written, also one in a folder, decides neither where the cache is nor its size.
 """
 
 import json
@@ -39,7 +39,7 @@ def address_of(folder: Path) -> str | None:
 
 
 def copy_around(path: Path) -> Path | None:
-    """Returns the copy of a study in a bucket in which a file lies: its recipe is the study's, not the user's."""
+    """Returns the copy of a study in a bucket that contains a file: its recipe is the study's, not the user's."""
     return next((folder for folder in path.resolve().parents if address_of(folder) is not None), None)
 
 
@@ -112,8 +112,9 @@ def _require_inside(study_dir: Path, paths: Mapping[str, str], command: str) -> 
     strange = [(key, path) for key, path in outside.items() if key not in _CACHE_KEYS]
     if address is None or not strange:
         return
-    rule = f"must lie in {address}, a study that this machine has not written"
-    step = f"If the study may read these files: carft-ray {command.replace('{}', shlex.quote(address), 1)} {OPTION}"
+    rule = f"must be inside {address}, a study that this machine has not written"
+    fitted = command.replace("{}", shlex.quote(address), 1)
+    step = f"If you trust this study to name these files: carft-ray {fitted} {OPTION}"
     steps = [""] * (len(strange) - 1) + [step]
     raise UsageError(
         [Problem(key, rule, path, next_step=step) for (key, path), step in zip(strange, steps, strict=True)]
@@ -129,8 +130,8 @@ def _in_own_cache(recipe: Recipe, keys: Iterable[str]) -> Recipe:
     names = [key.removeprefix("data.") for key in keys]
     if ignored := {name: value for name in names if (value := getattr(recipe.data, name)) is not None}:
         said = " and ".join(f"data.{name}: {value}" for name, value in ignored.items())
-        text = "%s of the study has no effect, because this machine has not written the study: images are kept in %s. "
-        text += "%s takes the study's."
+        text = "%s of the study has no effect, because this machine has not written the study: "
+        text += "carft-ray uses your cache, %s. With %s it uses the study's."
         logger.warning(text, said, user_cache_dir(), OPTION)
     data = recipe.data.model_copy(update=dict.fromkeys(ignored))
     return recipe.model_copy(update={"data": data}) if ignored else recipe

@@ -16,7 +16,7 @@ Content = TypeVar("Content")
 
 Number = Annotated[float, Field(ge=-1e15, le=1e15)]
 Share = Annotated[float, Field(ge=0, le=1)]
-Seconds = Annotated[float, Field(ge=0, le=1e10)]  # a time since 1970, too: until the year 2286
+Seconds = Annotated[float, Field(ge=0, le=1e10)]  # also a time since 1970: until the year 2286
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]  # as in a recipe
 Metrics = dict[str, Number]
@@ -257,7 +257,7 @@ def checked(kind: type[BaseModel], value: Content, place: str) -> Content:
 
 
 def check_accuracies(metrics: Mapping[str, float], place: str) -> None:
-    """Raises a ``StorageError`` where an accuracy is no fraction, or that of the OOD sets stands without that of ID."""
+    """Raises a ``StorageError`` if an accuracy is no fraction, or that of the OOD sets is given without that of ID."""
     for name, value in metrics.items():
         if name.partition("/")[0] in ("accuracy", "id_accuracy", "ood_accuracy") and not 0 <= value <= 1:
             raise wrong(place, f"{name}: must be a fraction from 0 to 1", value)

@@ -124,11 +124,11 @@ def submit(
                 raise
             if time.monotonic() >= end:
                 rule = f"must have an agent that starts jobs; it had none for {AGENT_WITHIN_S:g} s"
-                step = "Its port, 52365, is probably taken on the head by another Ray. Start the head with a free one: "
+                step = "Another Ray on the head probably uses its port, 52365. Start the head with a free one: "
                 step += "ray start --head --dashboard-agent-listen-port 52366"
                 raise ClusterError(Problem(f"the cluster at {server.address}", rule, next_step=step)) from error
         if not is_told:
-            tell(f"The head has no agent yet, which starts jobs; waiting for it, {AGENT_WITHIN_S:g} s at most.")
+            tell(f"The agent of the head, which starts jobs, does not run yet; waiting {AGENT_WITHIN_S:g} s at most.")
             is_told = True
         time.sleep(POLL_S)
 

@@ -187,7 +187,7 @@ def read_lines(content: Mapping[str, Any]) -> list[str]:
 
 
 def changed_lines(names: Sequence[str]) -> list[str]:
-    """Returns a line that names the test sets whose images have changed since the search; none where there are none."""
+    """Returns a line that names the test sets whose images have changed since the search began, if there are any."""
     return [f"The images of {', '.join(names)} have changed since the search began."] if names else []
 
 
