@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import stand_in
-from logs import commits, rewrite, write_line
+from logs import commits, holding, rewrite, write_line
 from study_steps import run_all, searching
 
 from carft_ray.errors import HoldOutError, RecipeError, StorageError, UsageError
-from carft_ray.study.ledger import check_ledger, read_ledger, reads_of, require_unread
+from carft_ray.study.ledger import check_ledger, read_ledger, reads_of, record, require_unread
 from carft_ray.study.rows import baselines, trials
 
 RECIPE = stand_in.make_recipe(2)
@@ -167,6 +167,24 @@ def test_a_log_that_was_cut_off_and_a_manifest_that_was_edited_or_damaged_are_fo
 
 
 # a search after a read
+
+
+def test_kills_before_each_note_in_the_manifest_leave_a_sound_ledger(fresh, monkeypatch):
+    def killed(*given):
+        raise KeyboardInterrupt
+
+    for number in range(1, 4):
+        with monkeypatch.context() as patch, holding(fresh) as log:
+            commit = log.commit
+
+            def last_write(*records, commit=commit, patch=patch):
+                patch.setattr("carft_ray.files.write_json", killed)
+                return commit(*records)
+
+            patch.setattr(log, "commit", last_write)
+            with pytest.raises(KeyboardInterrupt):
+                record(fresh, log, RECIPE, "test")
+        assert len(read_ledger(fresh)) == number
 
 
 def test_only_after_a_read_more_trials_need_a_reason_which_is_written_down(study_dir, fresh, tmp_path):

@@ -166,12 +166,21 @@ def record(
         details=details or {},
         reason=reason,
     )
+    if _note_last(study_dir, log):  # a kill has left it behind; it must never be two lines behind
+        log.keep_files()
     with log.commit({"kind": LEDGER, "line": asdict(entry)}):
         pass
-    manifest = {**read_manifest(study_dir), LEDGER: _note(log, _entries(log))}
-    log.check()
-    files.write_json(study_dir / MANIFEST, manifest)
+    _note_last(study_dir, log)
     return entry
+
+
+def _note_last(study_dir: Path, log: Log) -> bool:
+    """Notes the last line in the manifest; returns whether it was not there."""
+    manifest, note = read_manifest(study_dir), _note(log, _entries(log))
+    if is_behind := manifest.get(LEDGER) != note:
+        log.check()
+        files.write_json(study_dir / MANIFEST, {**manifest, LEDGER: note})
+    return is_behind
 
 
 def _entries(log: Log) -> list[tuple[int, Entry]]:
