@@ -283,7 +283,7 @@ def read_whole(folder: Path, name: str) -> bytes:
 
 
 def first_line(folder: Path, name: str) -> str:
-    """Returns the beginning of the first line of a file of a study; empty where it is missing or cannot be read.
+    """Returns the beginning of the first line of a file of a study; empty if it is missing or cannot be read.
 
     Raises:
         StorageError: As ``open_inside``.

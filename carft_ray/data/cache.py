@@ -301,7 +301,7 @@ def remove(cache_dir: Path, key: str) -> bool:
 
 
 def made_folder(cache_dir: Path, name: str) -> Path:
-    """Returns a folder below a cache, which is made where it is missing.
+    """Returns a folder below a cache, and makes it if it is missing.
 
     Raises:
         OSError: It cannot be made, or is a link.
@@ -313,7 +313,7 @@ def made_folder(cache_dir: Path, name: str) -> Path:
 
 @contextlib.contextmanager
 def own_folder(cache_dir: Path, kind: str, key: str) -> Iterator[int]:
-    """Gives a descriptor of the folder ``KIND/KEY`` of a cache, which is made and marked as ours where it is missing.
+    """Gives a descriptor of the folder ``KIND/KEY`` of a cache, which is made and marked as ours if it is missing.
 
     Raises:
         OSError: It cannot be made, is a link or below one, or contains files without our marker.
@@ -380,7 +380,7 @@ def _below(cache_dir: Path, *names: str, makes: bool = False) -> Iterator[int]:
 
 
 def listed(cache_dir: Path, *names: str) -> dict[str, os.stat_result]:
-    """Returns what is in a folder of a cache, without links; nothing where a link is on the way."""
+    """Returns what is in a folder of a cache, without links; nothing if a link is on the way."""
     found = {}
     with contextlib.suppress(OSError), _below(cache_dir, *names) as folder:
         for name in sorted(os.listdir(folder)):

@@ -45,7 +45,7 @@ TEST_SETS = "test sets"  # kind of a record of the log: digests of the test sets
 
 
 def note_test_sets(log: Log, digests: Callable[[], dict[str, str]]) -> None:
-    """Notes once in a study which images its test sets have; nothing where one cannot be read now.
+    """Notes once in a study which images its test sets have; nothing if one cannot be read now.
 
     Raises:
         StorageError: It cannot be written.
@@ -59,7 +59,7 @@ def note_test_sets(log: Log, digests: Callable[[], dict[str, str]]) -> None:
 
 
 def noted_test_sets(log: Log) -> dict[str, str] | None:
-    """Returns what ``note_test_sets`` has noted; None where it has not."""
+    """Returns what ``note_test_sets`` has noted; None if it has not."""
     return next((record["digests"] for _, record in log.records if record.get("kind") == TEST_SETS), None)
 
 

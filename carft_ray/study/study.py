@@ -92,7 +92,7 @@ class Study:
         return spec
 
     def _require_named(self, spec: TrialSpec) -> None:
-        """Refuses code that only the log names: a user who gives ``--trust`` or not has seen the recipe's alone."""
+        """Refuses code that only the log names: whoever decides on ``--trust`` has seen only the recipe's."""
         named = (self.recipe.train.model_dump(include={*CODE}), *self.recipe.search.baselines.values())
         for key in CODE:
             if (value := spec.values.get(key)) is not None and all(one.get(key) != value for one in named):

@@ -47,7 +47,7 @@ class _Mirrored(Through):
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
 
     def begin(self, own_request: str) -> None:
-        """Makes the folder equal to the bucket, and removes what asked earlier holders to stop."""
+        """Makes the folder equal to the bucket, and removes requests to stop earlier holders."""
         self._remove([STOP, *(name for name in self.list(STOP_REQUESTS) if name != own_request)])
         self._tag = self.tag(MANIFEST)
         there = fetch_files(self, self.here.path, ALL)
