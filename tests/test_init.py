@@ -81,6 +81,7 @@ def test_a_draft_of_few_images_leaves_no_set_without_images(tmp_path, images, nu
     assert counts["train"] + counts["id_test"] + (0 if splits else counts["id_val"]) == whole
     assert min(counts["id_val"], counts["id_test"]) >= max(1, whole / 20)
     assert counts["train"] >= recipe.train.batch_size
+    assert f"the training set has about {counts['train']} images" in (tmp_path / "r.yaml").read_text()
 
 
 def test_too_few_images_to_draft_from_are_told_and_a_part_without_images_is_no_valid_recipe(tmp_path, capsys):

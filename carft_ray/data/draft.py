@@ -193,8 +193,7 @@ def draft(
     ranges = ranges_for(model)
     classes = sorted({c for one in found if one.domain == roles.train for c in one.counts})
     by_split, missing = _splits(found, roles.train)
-    parts = _parts(root, by_split["train"], missing)
-    train = round((1 - parts["train"][0]) * by_split["train"].num_images)
+    parts, train = _parts(root, by_split["train"], missing)
     return _TEMPLATE.substitute(
         path=_text(path),
         num_classes=len(classes),
@@ -214,24 +213,28 @@ def draft(
     )
 
 
-def _parts(root: Path, one: ClassRoot, missing: Sequence[str]) -> Parts:
-    """Returns the parts of the images that train: for the ``missing`` splits, from 0 on, and the rest for ``train``.
+def _parts(root: Path, one: ClassRoot, missing: Sequence[str]) -> tuple[Parts, int]:
+    """Returns the parts of the images that train, and about how many then train.
 
-    ``SHARE`` for each. If a split of few images gets less than half of its share, the images are cut by their number.
+    For the ``missing`` splits, from 0 on, ``SHARE`` each; the rest for ``train``. If a split of few images gets less
+    than half of its share, the images are cut by their number.
     """
     number, ends = one.num_images, [SHARE * (index + 1) for index in range(len(missing))]
     if number < len(missing) + 2:
         others = "".join(f", one for id_{split}" for split in missing)
         rule = f"must have at least {len(missing) + 2} images: two for train{others}"
         raise DataError(Problem(str(root / one.folder), rule, str(number)))
+    train = round((1 - SHARE * len(missing)) * number)
     if missing and number < FEW:
         fractions = np.sort(list_set(FolderSet(source="folder", **_place(str(root), one)), str(root)).ids / 2.0**64)
         counts = np.histogram(fractions, [0, *ends, 1])[0]
+        train = int(counts[-1])
         if counts.min() < max(1, SHARE / 2 * number) or counts[-1] < 2:
             each = max(1, round(SHARE * number))
+            train = number - each * len(missing)
             ends = [_between(*fractions[each * (index + 1) - 1 :][:2].tolist()) for index in range(len(missing))]
     bounds = itertools.pairwise([0.0, *ends, 1.0])
-    return dict(zip([*missing, "train"], bounds, strict=True))
+    return dict(zip([*missing, "train"], bounds, strict=True)), train
 
 
 def _between(low: float, high: float) -> float:
