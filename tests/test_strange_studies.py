@@ -25,7 +25,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import DataConfig
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
-from carft_ray.study.identity import claim, study_recipe
+from carft_ray.study.identity import claim, recipe_for_use, study_recipe
 from carft_ray.study.mirror import DRIVEN, STUDIES, fetched, push
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
@@ -398,6 +398,27 @@ def test_a_kill_right_after_a_study_has_its_recipe_leaves_it_written_by_this_mac
             claim(copy, log, recipe)
     assert study_recipe(copy) == recipe
     assert is_written(copy, recipe)
+
+
+def test_a_search_of_another_user_leaves_a_study_the_cache_that_it_does_not_use(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    recipe = RECIPE.model_copy(update={"data": RECIPE.data.model_copy(update={"cache_dir": str(tmp_path / "large")})})
+    with open_study(tmp_path / "study", recipe):
+        pass
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of another user"))
+    used = recipe_for_use(tmp_path / "study", "resume {}", ["search.trials=9"])
+    assert used.data.cache_dir is None
+    with open_study(tmp_path / "study", used):
+        pass
+    assert recipe_for_use(tmp_path / "study", "resume {}").data.cache_dir is None
+    assert recipe_for_use(tmp_path / "study", "resume {}", trust_paths=True).data.cache_dir == str(tmp_path / "large")
+    assert study_recipe(tmp_path / "study").search.trials == 9
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
+    with open_study(tmp_path / "study", recipe_for_use(tmp_path / "study", "resume {}", trust_paths=True)):
+        pass
+    with open_study(tmp_path / "study", RECIPE):  # who has written it says so anew
+        pass
+    assert study_recipe(tmp_path / "study").data.cache_dir is None
 
 
 def test_the_command_of_a_refusal_may_have_braces(tmp_path, monkeypatch):

@@ -13,11 +13,11 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import PROBE
 from carft_ray.study import rows
 from carft_ray.study.holding import check_fit, foreign_names, gone_if_nothing_began, held
-from carft_ray.study.identity import claim, class_of, compare, recipe_record
+from carft_ray.study.identity import claim, class_of, compare, recipe_record, study_recipe
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import move_trials
 from carft_ray.study.study import Study
-from carft_ray.study.trust import note_written
+from carft_ray.study.trust import note_written, to_record
 from carft_ray.study.uploads import open_log, uploading
 
 
@@ -53,6 +53,7 @@ def open_study(
             files.remove(study_dir / STOP)  # it was asked of another command; from here on, of this one
             stack.enter_context(uploading(log))
             differences, notes = claim(study_dir, log, recipe, change_space), list[str]()
+            recorded = to_record(study_dir, study_recipe(study_dir, log), recipe) if differences else recipe
             note_written(study_dir, recipe)
             files.remove_remains(study_dir)
             for path in (study_dir / COMMITS).glob(f"{PROBE}*"):  # of a search that was killed at its first write
@@ -63,7 +64,7 @@ def open_study(
             if moves:
                 recover(Study(study_dir, recipe, log, [], storage), "trial")  # what has ended, in the space before
             if differences:
-                with log.commit(recipe_record(recipe)):
+                with log.commit(recipe_record(recorded)):
                     notes += move_trials(storage, recipe) if moves else []
             study = Study(study_dir, recipe, log, notes, storage)
         with gone_if_nothing_began(study_dir, log, is_bare and differences is None, study.began):

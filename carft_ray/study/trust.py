@@ -58,6 +58,21 @@ def note_written(study_dir: Path, recipe: Recipe) -> None:
             logger.warning("This machine will not know that it has written this study: %s", error)
 
 
+def to_record(study_dir: Path, kept: Recipe, recipe: Recipe) -> Recipe:
+    """Returns a search's recipe as its study records it: where the machines keep images that have written it, it says.
+
+    Args:
+        study_dir: The folder of the study.
+        kept: The study's recipe before.
+        recipe: That of the search, which has no such keys where ``allowed`` has left them out.
+    """
+    if address_of(study_dir) is not None or is_written(study_dir, kept):
+        return recipe
+    names = [key.removeprefix("data.") for key in _CACHE_KEYS]
+    left = {name: getattr(kept.data, name) for name in names if getattr(recipe.data, name) is None}
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update=left)})
+
+
 def _note(study_dir: Path, recipe: Recipe) -> Path:
     number = (files.read_object(study_dir, MANIFEST) or {}).get("id")
     used: list[Any] = [number, address_of(study_dir), recipe.data.model_dump(mode="json"), paths_by_key(recipe)]
