@@ -232,6 +232,23 @@ def test_an_object_that_changes_while_it_is_read_is_refused(server, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_object_is_put_over_the_version_that_is_known_only(server, monkeypatch):
+    store = Bucket(server.address("study"))
+    assert store.tag("a") is None
+    first = store.put_over("a", b"1", None)
+    assert store.tag("a") == first
+    second = store.put_over("a", b"2", first)
+    for old in (first, None):
+        with pytest.raises(RefusedError):
+            store.put_over("a", b"3", old)
+    assert (store.get("a"), store.tag("a")) == (b"2", second)
+    counted, modes = {"e_tag": "x", "version": "7"}, []  # what gs:// answers, which asks for the number
+    monkeypatch.setattr(store._api, "head", lambda *given: {**counted, "size": 1})
+    monkeypatch.setattr(store._api, "put", lambda *given, mode, **named: modes.append(mode) or counted)
+    assert store.put_over("a", b"4", store.tag("a")) == counted
+    assert modes == [counted]
+
+
 def test_all_objects_are_listed_but_those_that_mark_folders(server):
     store = Bucket(server.address("study"))
     names = ["log/00000001", "manifest.json", "test/summary.json", "trials/a-b", "trials/a/result.json"]

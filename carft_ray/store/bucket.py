@@ -45,6 +45,8 @@ _STEPS = {  # what to do after a code of the server
 }
 _OTHER_STEP = "See whether the endpoint can be reached and its keys hold, then run the same command again."
 
+Tag = dict[str, str]  # which version of an object it is: its ETag, and its number where a server counts (gs://)
+
 logger = logging.getLogger(__name__)
 _warned: set[str] = set()  # schemes
 
@@ -138,14 +140,13 @@ class Bucket:
         with self._errors(name, "must be writable"):
             self._api.put(self._store, name, data, use_multipart=False)
 
-    def tag(self, name: str) -> str | None:
+    def tag(self, name: str) -> Tag | None:
         """Returns the ETag of an object; None when there is none."""
         with contextlib.suppress(_MissingError), self._errors(check_name(name), "must be readable"):
-            tag: str | None = self._api.head(self._store, name)["e_tag"]
-            return tag
+            return _tag(self._api.head(self._store, name))
         return None
 
-    def put_over(self, name: str, data: bytes, tag: str | None) -> str | None:
+    def put_over(self, name: str, data: bytes, tag: Tag | None) -> Tag:
         """Writes an object by one request, over the version with this ETag only; None: only where there is none.
 
         Returns:
@@ -157,10 +158,9 @@ class Bucket:
             StorageError: It was not written.
         """
         check_name(name)
-        mode: Any = "create" if tag is None else {"e_tag": tag}
+        mode: Any = "create" if tag is None else tag
         with self._errors(name, "must be writable", UnknownError):
-            tag_now: str | None = self._api.put(self._once, name, data, mode=mode, use_multipart=False)["e_tag"]
-        return tag_now
+            return _tag(self._api.put(self._once, name, data, mode=mode, use_multipart=False))
 
     def upload(self, name: str, path: Path) -> None:
         """As ``put``, for a file of any size: the object is there whole or not at all."""
@@ -325,6 +325,10 @@ def _opened(address: str, max_retries: int, timeout_s: float) -> "ObjectStore":
         raise StorageError(
             Problem(address, "cannot be opened with the keys of the environment", "", (), None, _KEYS)
         ) from None
+
+
+def _tag(found: Any) -> Tag:
+    return {key: found[key] for key in ("e_tag", "version") if found.get(key) is not None}
 
 
 def _listed(meta: Any) -> Listed:

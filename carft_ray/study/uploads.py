@@ -22,7 +22,7 @@ from pathlib import Path
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, STOP, STOP_REQUESTS
-from carft_ray.store.bucket import Bucket
+from carft_ray.store.bucket import Bucket, Tag
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log
 from carft_ray.store.result import checkpoint_of
@@ -41,7 +41,7 @@ class _Mirrored(Through):
         self._known: dict[str, _Version] = {}  # files as the bucket has them
         self._forgotten: set[str] = set()  # files and folders that the search has removed
         self._written: set[str] = set()  # names that this process may have written
-        self._tag: str | None = None  # of the manifest as the bucket has it
+        self._tag: Tag | None = None  # of the manifest as the bucket has it
         self.ends: Callable[[], bool] = lambda: False  # whether nothing more may be uploaded
         self.check: Callable[[], None] = lambda: None  # raises when another search has taken the study over
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
