@@ -15,6 +15,7 @@ end. After a kill the folder may be behind the bucket or ahead of it: who has cl
 import contextlib
 import os
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
@@ -112,7 +113,9 @@ class _Mirrored(Through):
     def _put_manifest(self, data: bytes) -> None:
         """Puts the manifest over the version that is known; the holder of the log also over any other one."""
         self._written.add(MANIFEST)
-        for _ in range(MANIFEST_TRIES):
+        for number in range(MANIFEST_TRIES):
+            if number:
+                time.sleep(0.05 * 2**number)  # a server that is busy, as for the other files
             self.check()
             try:
                 self._tag = self.put_over(MANIFEST, data, self._tag)
