@@ -233,6 +233,16 @@ def test_sizes_and_options_of_all_models_pass_and_each_tag_is_refused_under_the_
             assert bool(found) is (quick != bool(config.get("quick_gelu", False)))
 
 
+def test_a_bare_name_is_no_path_of_a_recipe_even_where_a_file_has_it(tmp_path, monkeypatch):
+    """It would be read where the command runs, and no gate for the files of a study would see it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").touch()
+    [problem] = check_model(ModelConfig(name="ViT-B-32", pretrained="weights"))
+    assert "must be a tag of ViT-B-32, a weights file, or 'random'" in str(problem)
+    assert "Write the file as ./weights" in str(problem)
+    assert check_model(ModelConfig(name="ViT-B-32", pretrained="./weights")) == []
+
+
 def test_a_local_folder_is_checked_before_anything_is_loaded(tmp_path):
     name, config = f"local-dir:{tmp_path}", tmp_path / "open_clip_config.json"
     [problem] = check_model(ModelConfig(name=f"{name}/clop"))

@@ -84,7 +84,7 @@ def _check_pretrained(name: str, written: str, pretrained: str) -> list[Problem]
     if pretrained in tags:
         trained = _open_clip().get_pretrained_cfg(name, pretrained)
         return activation_problems(name, bool(trained.get("quick_gelu", False)), f"'{pretrained}'")
-    if path.is_file():
+    if path.is_file() and is_weights_path(pretrained):  # else no path of the recipe, and not seen by ``study.trust``
         config = read_json(path.parent / OPEN_CLIP_CONFIG).get("model_cfg")
         if not isinstance(config, dict):
             return []
@@ -98,7 +98,8 @@ def _check_pretrained(name: str, written: str, pretrained: str) -> list[Problem]
         rule = "must be a weights file that is there"
         return [Problem(place, rule, str(path), nearest=nearest(str(path), siblings))]
     rule, allowed = f"must be a tag of {written}, a weights file, or '{RANDOM}'", (RANDOM, *tags)
-    return [Problem(place, rule, repr(pretrained), allowed, nearest(pretrained, allowed))]
+    step = f"Write the file as ./{pretrained}" if path.is_file() else ""
+    return [Problem(place, rule, repr(pretrained), allowed, nearest(pretrained, allowed), step)]
 
 
 def activation_problems(name: str, trained_quick: bool, weights: str) -> list[Problem]:
