@@ -16,7 +16,6 @@ from carft_ray.errors import DataError, HoldOutError, RecipeError, UsageError
 from carft_ray.recipe import loading
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.text import quoted
-from carft_ray.study import trust
 from carft_ray.ui import notebook
 
 P = ParamSpec("P")
@@ -149,6 +148,8 @@ def read_recipe(
         RecipeError: It breaks rules.
         UsageError: As ``load_recipe``.
     """
+    from carft_ray.study import trust  # loads Optuna, which a notebook must not meet before ``without_bars_of_others``
+
     folder = trust.copy_around(path)
     if folder is None:
         return loading.load_recipe(path, overrides, reads)
