@@ -371,7 +371,7 @@ def test_a_pattern_in_a_study_that_leads_out_of_it_counts_as_outside(tmp_path, m
     data = RECIPE.data.model_dump(mode="json", exclude_unset=True)
     content = RECIPE.model_dump(mode="json", exclude_unset=True)
     recipe = Recipe.model_validate({**content, "data": {**data, "train": sets}})
-    with pytest.raises(UsageError, match=r"data.train.path: must lie in s3://strangers/study"):
+    with pytest.raises(UsageError, match=r"data.train.path: must be inside s3://strangers/study"):
         allowed(copy, recipe, recipe, (), False, "resume {}")
     sets["path"] = f"{copy}/sub/{{000..012}}/{{a.x,b.x}}/t.csv"
     recipe = Recipe.model_validate({**content, "data": {**data, "train": sets}})

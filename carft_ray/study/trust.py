@@ -146,7 +146,7 @@ def _in_own_cache(recipe: Recipe, keys: Iterable[str]) -> Recipe:
     if ignored := {name: value for name in names if (value := getattr(recipe.data, name)) is not None}:
         said = " and ".join(f"data.{name}: {value}" for name, value in ignored.items())
         text = "%s of the study has no effect, because this machine has not written the study: "
-        text += "carft-ray uses your cache, %s. With %s it uses the study's."
+        text += "images are kept in %s. With %s they are kept where the study says."
         logger.warning(text, said, user_cache_dir(), OPTION)
     data = recipe.data.model_copy(update=dict.fromkeys(ignored))
     return recipe.model_copy(update={"data": data}) if ignored else recipe
