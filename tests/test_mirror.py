@@ -459,6 +459,19 @@ def test_checkpoints_that_newer_ones_have_replaced_go_and_the_newest_two_stay_wh
         assert below(server, "study/trials") == {f"study/{name}/state.json" for name in names[2:]}
 
 
+def test_a_result_comes_after_the_other_files_so_that_a_kill_in_between_loses_no_row(server):
+    """Whoever finds a result on another machine takes the training for finished, with the rows that are there."""
+    with open_study(own_folder(server.address("study")), stand_in.make_recipe(1)) as study:
+        names = [f"trials/t/{name}" for name in ("attempt-1/result.json", "attempt-1/rows.jsonl", "metrics.jsonl")]
+        for name in names:
+            files.write_text(study.study_dir / name, "{}")
+        server.requests.clear()
+        study.log.keep_files()
+        put = [path.partition("/study/")[2] for method, path in server.requests if method == "PUT"]
+        assert {*put} >= {*names}
+        assert [name for name in put if name in names][-1] == names[0]
+
+
 def test_a_manifest_that_the_bucket_refuses_at_first_is_put_again(server):
     """A study without it cannot be found; with an old one its ledger looks cut."""
     address, refusals = server.address("study"), []

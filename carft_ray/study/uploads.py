@@ -22,7 +22,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, STOP, STOP_REQUESTS
+from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STOP, STOP_REQUESTS
 from carft_ray.store.bucket import Bucket, Tag
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log
@@ -94,7 +94,7 @@ class _Mirrored(Through):
                 raise StorageError(problem)
             names = [name for name in there if name != RAY_LOG] if MANIFEST in there else []
             names = [name for name in names if (checkpoint_of(name) is not None) == checkpoints]
-            names.sort(key=lambda name: name != MANIFEST)  # files without one are no study
+            names.sort(key=_is_late)
             for name in names:
                 if self.ends():
                     return
@@ -222,6 +222,11 @@ def uploading(log: Log) -> Iterator[None]:
     left.set()
     thread.join()
     all_files()
+
+
+def _is_late(name: str) -> tuple[bool, bool]:
+    """Orders uploads: files without a manifest are no study, and a result is believed without the rows beside it."""
+    return name != MANIFEST, name.endswith(f"/{RESULT}")
 
 
 def _version(path: Path) -> _Version:
