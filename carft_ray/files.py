@@ -116,6 +116,9 @@ def _is_there(path: Path) -> bool:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        if error.errno != errno.ELOOP:  # a link to itself is there: who opens it is told
+            raise
     return True
 
 

@@ -6,6 +6,7 @@ Images have a gate of their own, ``data.images``; files of weights, too, ``model
 """
 
 import contextlib
+import errno
 import html as standard_html
 import json
 import math
@@ -47,13 +48,17 @@ def open_regular(path: Path | str, error: type[CarftError] = DataError) -> Binar
         error: What is raised for a file that is none.
 
     Raises:
-        CarftError: ``error``: it is a folder, pipe, device or socket, or its name cannot be one.
+        CarftError: ``error``: it is a folder, pipe, device, socket or loop of links, or its name cannot be one.
         OSError: It is missing or cannot be read.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as cause:  # a NUL in the name
         raise error(Problem(visible(str(path)), "must be the name of a file", f"one with {cause}")) from cause
+    except OSError as cause:
+        if cause.errno != errno.ELOOP:
+            raise
+        raise error(Problem(visible(str(path)), "must be a regular file", "a loop of links")) from cause
     mode = os.fstat(handle).st_mode
     if not stat.S_ISREG(mode):
         os.close(handle)

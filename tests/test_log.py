@@ -564,7 +564,7 @@ def test_a_log_is_read_from_its_packs_which_the_next_owner_continues(packed, ser
     assert packed.list("log", after="log/1") == [f"log/pack-000000{first}1" for first in range(4)]
     server.requests.clear()
     assert kinds(packed) == WHOLE
-    assert len([path for method, path in server.requests if method == "GET"]) <= 4 * 2 + 2, "of a pack two, and the end"
+    assert [method for method, _ in server.requests].count("GET") <= 4 * 3 + 2, "of a pack three, and the end"
     pack = packed.get("log/pack-00000011")
     assert pack == b"".join(packed.get(f"log/{number:08d}") for number in range(11, 21))
     log = claimed(packed)
@@ -583,6 +583,13 @@ def test_a_pack_that_is_not_of_the_log_is_passed_over(packed):
         if harm is not None:
             packed.put("log/pack-00000011", harm)
         assert kinds(packed) == WHOLE, harm
+
+
+def test_a_log_that_cannot_be_read_is_asked_for_once(packed, server):
+    server.strike = lambda method, path: refused(403, "AccessDenied")
+    with pytest.raises(StorageError):
+        read(packed)
+    assert [path.rpartition("/")[2] for _, path in server.requests] == ["00000001"]
 
 
 def test_a_pack_that_cannot_be_written_harms_nothing(server, monkeypatch):

@@ -151,6 +151,13 @@ def test_nothing_is_read_through_a_link_out_of_a_study(study_dir, capsys, tmp_pa
     assert told
 
 
+def test_a_link_to_itself_is_told(study_dir, capsys):
+    path = study_dir / PLACES["result"].format(best=ended.best)
+    path.unlink()
+    path.symlink_to(path.name)
+    each_is_told(study_dir, capsys, "result.json", "a loop of links", readers=READERS[3:])
+
+
 def test_a_link_within_a_study_is_followed(study_dir, capsys):
     path = study_dir / "trials" / ended.best / "log.txt"
     (study_dir / "kept.txt").write_text("a line\n")
@@ -250,12 +257,29 @@ def test_what_runs_is_not_known_where_its_file_cannot_be(study_dir, capsys, live
 
 @pytest.mark.parametrize(
     "provenance",
-    [3, {"data": {"train": {"digest": "a", "num_images": "a"}}}, {"class_names": [1]}, {"code": {"a": HUGE}}],
+    [
+        3,
+        {"data": {"train": {"digest": "a", "num_images": "a"}}},
+        {"class_names": [1]},
+        {"code": {"a": HUGE}},
+        {"test_sets": 3},
+        {},
+    ],
 )
 def test_a_provenance_that_cannot_be_is_told(study_dir, capsys, provenance):
+    if isinstance(provenance, dict) and provenance:
+        provenance = {**logs.kept(study_dir, "provenance")[-1], **provenance}
     with logs.holding(study_dir) as log, log.commit({"kind": "provenance", "provenance": provenance}):
         pass
     each_is_told(study_dir, capsys, "log", readers=READERS[3:])
+
+
+def test_a_parameter_whose_name_is_no_text_is_told(study_dir, capsys):
+    found = logs.commits(study_dir)
+    for operation in [each for commit in found for each in commit["operations"] if "param_name" in each]:
+        operation["param_name"] = 40_000_000_000
+    logs.rewrite(study_dir, found)
+    each_is_told(study_dir, capsys, "log/", "params")
 
 
 @pytest.mark.parametrize("row", [{}, {"step": "a"}, {"step": None, "epoch": [1]}, {"step": 1, "subset/objective": "a"}])

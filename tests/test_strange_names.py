@@ -42,7 +42,7 @@ def study_dir(tmp_path_factory):
         fail(study, study.next(), reason=REASON)
     keep_thumbnails(folder, 8, 16)
     facts = {"code": {"version": REASON}, "versions": {}, "hardware": {"host": CLASS_NAMES}, "seeds": {}}
-    provenance = {"class_names": CLASS_NAMES, "test_sets": ["ood_test.strange"], **facts}
+    provenance = {"class_names": CLASS_NAMES, "test_sets": {"ood_test.strange": {}}, **facts}
     with holding(folder) as log, log.commit(record_of(provenance)):
         pass
     write_shared(folder, [SHARED])

@@ -178,7 +178,7 @@ def _as_computed(recipe: Recipe, where: Mapping[str, Any], out_dir: Path) -> Rec
 def _compared(finished: Finished, then: pa.Table, again: Finished) -> dict[str, Any]:
     """Compares a training, whose predictions were ``then``, with itself repeated."""
     where = finished.result.get("environment", {})
-    device = where.get("device") or finished.provenance["preparation"]["device"]
+    device = where.get("device") or finished.provenance.get("preparation", {}).get("device")
     tolerance = 0.0 if device == "cpu" or finished.recipe.train.deterministic else TOLERANCE
     compared = COMPARED_WITHIN if tolerance else COMPARED
     old = _numbers(result_of(finished.folder, finished.row) or finished.result, compared)

@@ -405,21 +405,20 @@ class Log(BaseJournalBackend):
 
     def _next(self) -> list[tuple[Commit, bytes]]:
         """Returns the commits of the next pack; without one that is whole, the next commit, or nothing."""
-        found: list[tuple[Commit, bytes]] = []
+        name = commit_name(self.number + 1)
+        if (one := self._store.get(name)) is None:  # first of all: a server that does not answer is waited for once
+            return []
         if self._store.has_packs and not self._is_read and self.number % PACKED == 0:
-            name = pack_name(self.number + 1)
+            pack, found = pack_name(self.number + 1), list[tuple[Commit, bytes]]()
             with contextlib.suppress(StorageError):
-                lines = (self._store.get(name) or b"").split(b"\n")
+                lines = (self._store.get(pack) or b"").split(b"\n")
                 before = self.digest
                 for number, (head, body) in enumerate(zip(lines[:-1:2], lines[1::2], strict=False), self.number + 1):
                     data = b"%s\n%s\n" % (head, body)
-                    found.append((_decoded(data, number, before, f"{self._store}/{name}"), data))
+                    found.append((_decoded(data, number, before, f"{self._store}/{pack}"), data))
                     before = _digest(data)
                 if found and self._store.get(commit_name(self.number + len(found))) == found[-1][1]:
                     return found
-        name = commit_name(self.number + 1)
-        if (one := self._store.get(name)) is None:
-            return []
         return [(_decoded(one, self.number + 1, self.digest, f"{self._store}/{name}"), one)]
 
     def _has_later(self) -> bool:

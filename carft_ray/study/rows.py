@@ -184,7 +184,7 @@ def _checked(kind: Kind, trial: FrozenTrial) -> dict[str, Any]:
         typed.check_accuracies(metrics, place)
     seconds = trial.duration.total_seconds() if trial.duration is not None else None
     optunas = {"values": trial.values, "intermediate_values": intermediate_values(trial), "duration": seconds}
-    typed.checked(typed.OptunaTrial, optunas, place)
+    typed.checked(typed.OptunaTrial, {"params": trial.params, **optunas}, place)
     try:
         require_plain([attributes.get("values", {}), trial.params])
     except ValueError as error:

@@ -60,6 +60,7 @@ class Attributes(_Strict):
 class OptunaTrial(_Strict):
     """What a row takes from Optuna itself."""
 
+    params: dict[str, Any]
     values: Annotated[list[Number], Field(min_length=1, max_length=2)] | None
     intermediate_values: dict[int, Number]
     duration: Number | None  # by two clocks, or one that was set back: it may be negative
@@ -119,14 +120,19 @@ class Contents(_Strict):
     num_images: Count
 
 
-class Provenance(_Strict):
+class Origin(_Strict):
+    """Code and machines of a search."""
+
+    code: dict[str, Any]
+    versions: dict[str, Words | None]  # None: the library does not say
+    hardware: dict[str, Any]
+
+
+class Provenance(Origin):
     """Where the numbers of a study come from (``study.provenance``)."""
 
-    seeds: dict[str, Any] = {}
-    code: dict[str, Any] = {}
-    versions: dict[str, Words | None] = {}  # None: the library does not say
-    hardware: dict[str, Any] = {}
-    test_sets: Any = None
+    seeds: dict[str, Any]
+    test_sets: dict[str, Any]
     data: dict[str, Contents] = {}
     classes: list[Words] | None = None
     class_names: list[Words] = []
@@ -134,7 +140,7 @@ class Provenance(_Strict):
     model: dict[str, Any] = {}
     augmentation: dict[str, Any] = {}
     preparation: dict[str, Any] = {}
-    history: list[dict[str, Any]] = []
+    history: list[Origin] = []
 
 
 class Prepared(_Strict):
