@@ -44,15 +44,20 @@ html_copy_source = False
 html_show_sphinx = False
 html_show_search_summary = False  # it would be fetched, which a page opened from a disk may not
 
-# the pages by chapter; a page of none stands under "More"
+# the pages by chapter, those that exist; a page of none is in "More"
 CHAPTERS = {
-    "First steps": ("docs/tutorial", "docs/faq", "search_spaces/README"),
-    "Data and models": ("docs/data", "docs/benchmarks", "docs/corruptions", "docs/models", "docs/towers"),
-    "A search": ("docs/commands", "docs/samplers", "docs/pruning", "docs/objectives", "docs/budget", "docs/resume"),
-    "Results": ("docs/results", "docs/honesty", "docs/report", "docs/exports"),
-    "Clusters": ("cluster/README", "docs/clusters", "docs/capacity", "docs/gpu", "docs/scale", "docs/storage"),
-    "Python": ("docs/python", "docs/own_trainer", "docs/tracking", "docs/api"),
-    "The project": ("docs/trust", "SECURITY", "benchmarks/README", "CONTRIBUTING", "CHANGELOG"),
+    "Start": ("docs/install", "docs/tutorial", "docs/concepts"),
+    "How-to": (
+        *("docs/data", "docs/models", "docs/ranges", "docs/read_a_result", "docs/gpu", "docs/capacity", "docs/budget"),
+        *("docs/objectives", "docs/samplers", "docs/clusters", "cluster/README", "docs/storage", "docs/resume"),
+        *("docs/troubleshoot", "docs/privacy", "docs/own_trainer", "docs/exports", "docs/tracking"),
+    ),
+    "Reference": (
+        *("docs/recipe", "search_spaces/README", "docs/commands", "docs/python", "docs/api", "docs/study_files"),
+        *("docs/benchmarks", "docs/corruptions"),
+    ),
+    "Why": ("docs/method", "docs/results", "docs/honesty", "docs/pruning", "docs/scale", "docs/trust", "SECURITY"),
+    "The project": ("CONTRIBUTING", "CHANGELOG", "benchmarks/README"),
 }
 
 
