@@ -7,9 +7,11 @@ with which Ray moves them between processes.
 import difflib
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _IS_RULE = re.compile(r"\b(must|needs?|should|may|can|cannot|takes)\b")
+
+SHOWN_PLACES = 3  # of one problem
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,18 @@ class Problem:
         if self.next_step:
             text += f"\n    {self.next_step}"
         return text
+
+
+def together(problems: Iterable[Problem]) -> list[Problem]:
+    """Returns problems in their order; those that differ in their place only are one."""
+    places: dict[Problem, list[str]] = {}
+    for problem in problems:
+        places.setdefault(replace(problem, place=""), []).append(problem.place)
+    found = []
+    for problem, named in places.items():
+        more = f" and {len(named) - SHOWN_PLACES} more" if len(named) > SHOWN_PLACES else ""
+        found.append(replace(problem, place=", ".join(named[:SHOWN_PLACES]) + more))
+    return found
 
 
 class CarftError(Exception):

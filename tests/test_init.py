@@ -45,9 +45,8 @@ LAYOUTS = {
 def drafted(tree, train, *model, ood=(None, None)):
     """The recipe that is drafted for a tree beside it, and its text."""
     found = survey(tree)
-    written = draft(
-        "x", tree, str(tree), found, choose_roles(found, train, *ood), *(model or ("ViT-B-16", "openai")), 2
-    )
+    roles = choose_roles(found, train, *ood)
+    written = draft("x", tree, str(tree), found, roles, *(model or ("ViT-B-16", "openai")))
     (tree.parent / "r.yaml").write_text(written)
     return load_recipe(tree.parent / "r.yaml"), written
 
@@ -65,6 +64,7 @@ def test_every_layout_becomes_a_recipe_that_may_be_used(tmp_path, folders):
     recipe, _ = drafted(tmp_path / "tree", train, "sandbox", None)
     assert check_searchable(recipe) == check_roles(recipe) == check_sets(recipe) == []
     assert recipe.data.ood_val
+    assert recipe.resources.threads is None  # as many as the cores of a training, on each machine
 
 
 @pytest.mark.parametrize("splits", [(), ("val",)])

@@ -14,7 +14,7 @@ from stand_in import make_recipe
 from carft_ray.data.cache import list_entries
 from carft_ray.launch import forecast as forecast_module
 from carft_ray.launch.forecast import Measured, beyond_budget, forecast, makespan, price
-from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of
+from carft_ray.launch.ray_cluster.concurrency import Node, capacity_of, crowding
 from carft_ray.recipe.schema.recipe import BudgetConfig, SearchConfig
 from carft_ray.recipe.trial_values import drawn, middle
 
@@ -39,6 +39,17 @@ ROOT = Path(__file__).resolve().parents[1]
 )
 def test_jobs_run_in_their_order_on_the_slot_that_is_free_first(jobs, slots, first_s, next_s, alone, expected):
     assert makespan(jobs, slots, first_s, next_s, alone) == expected
+
+
+@pytest.mark.parametrize(
+    ("threads", "told"),
+    [(None, ""), (24, ""), (32, "have 128 threads on 64 cores"), (64, "set 16")],
+)
+def test_trainings_with_far_more_threads_than_cores_are_told(threads, told):
+    recipe, nodes = make_recipe(9, resources={"threads": threads}), (Node(64, 4),)
+    said = crowding(recipe, capacity_of(recipe, nodes), nodes)
+    assert told in said
+    assert bool(said) == bool(told)
 
 
 def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():

@@ -8,8 +8,10 @@ from report_studies import fail, make_recipe
 from rich.console import Console
 
 from carft_ray import cli
+from carft_ray.data.formats.folder import folder_set_problems
 from carft_ray.errors import DataError, Problem
 from carft_ray.launch import events
+from carft_ray.recipe.schema.sets import FolderSet
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import append_log
@@ -60,6 +62,16 @@ def test_messages_errors_and_tables_are_no_markup(printed):
     console.show(console.table(["", ""], [[STEERING, STEERING]]))
     assert printed.getvalue().count(SHOWN) == 12
     assert not {"\x1b", "\x07", "\u202e", "\x9b"} & set(printed.getvalue())
+
+
+def test_one_fault_of_many_sets_is_one_problem_and_the_sandbox_s_images_have_their_command(printed, tmp_path):
+    sets = [FolderSet(source="folder", path=str(tmp_path / "sandbox_png"), domains=(name,)) for name in "abcde"]
+    problems = [each for number, spec in enumerate(sets) for each in folder_set_problems(spec, f"data.{number}")]
+    console.show_error(DataError([problems[0], Problem("search", "must hold"), *problems[1:]]))
+    said = printed.getvalue()
+    assert "2 problems" in said
+    assert "data.0, data.1, data.2 and 2 more: the root" in said
+    assert said.count("carft-ray sandbox images --to ") == 1
 
 
 def test_the_live_table_and_a_notebook_show_texts_as_they_are(study_dir, printed):

@@ -1,6 +1,5 @@
 """A recipe to begin with: for a folder of images, or a copy of one that ships with the package; its JSON schema."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -121,4 +120,4 @@ def _draft(
         raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
     whole, base = root.resolve(), base.resolve()
     path = whole.relative_to(base).as_posix() if whole.is_relative_to(base) else str(whole)
-    return draft(set_name(whole.name), root, path, roots, roles, model, weights, os.cpu_count() or 1), roots
+    return draft(set_name(whole.name), root, path, roots, roles, model, weights), roots

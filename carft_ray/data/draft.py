@@ -173,7 +173,6 @@ def draft(
     roles: Roles,
     model: str,
     pretrained: str | None,
-    num_cores: int,
 ) -> str:
     """Returns the text of a recipe.
 
@@ -185,7 +184,6 @@ def draft(
         roles: Which domains serve as what.
         model: Name of the model.
         pretrained: Its weights.
-        num_cores: Cores of this machine.
 
     Raises:
         DataError: There are too few images to train on some and to keep others for id_val and id_test.
@@ -209,7 +207,6 @@ def draft(
         rates="low: {}, high: {}".format(*ranges.learning_rate),
         about_rate="" if ranges.sure else "   # a wide guess: no public table for this model",
         kl_weights="low: {}, high: {}".format(*ranges.kl_weight),
-        threads=max(1, num_cores // 2),
     )
 
 

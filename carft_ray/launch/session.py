@@ -22,7 +22,7 @@ from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.mailbox import Mailbox, start_mailbox
 from carft_ray.launch.preparation import run_prepare
 from carft_ray.launch.ray_cluster.cluster import running_ray
-from carft_ray.launch.ray_cluster.concurrency import Node
+from carft_ray.launch.ray_cluster.concurrency import Node, crowding
 from carft_ray.launch.ray_cluster.growth import await_nodes, may_grow
 from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
@@ -89,6 +89,8 @@ def computing(
             if attached:
                 nodes = await_nodes(recipe, nodes, grows, folder, say)
             runtime = make_runtime(recipe, folder, nodes, runner, grows)
+            if slow := crowding(recipe, runtime.capacity, nodes):
+                say(f"warning: {slow}")
             box = Mailbox() if in_process else start_mailbox()
             runtime = replace(runtime, in_process=in_process, attached=attached, mailbox=box)
             if attached:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from carft_ray.errors import CarftError, InterruptedRunError
+from carft_ray.errors import CarftError, InterruptedRunError, together
 from carft_ray.untrusted import visible
 from carft_ray.words import value_text
 
@@ -61,10 +61,11 @@ def show_error(error: CarftError) -> None:
     if isinstance(error, InterruptedRunError):
         say(str(error), "yellow")
         return
-    several = len(error.problems) > 1
+    problems = together(error.problems)
+    several = len(problems) > 1
     if several:
-        say(f"error: {len(error.problems)} problems", "bold red")
-    for problem in error.problems:
+        say(f"error: {len(problems)} problems", "bold red")
+    for problem in problems:
         say(f"{'  - ' if several else 'error: '}{problem}", "red")
 
 

@@ -7,6 +7,7 @@ ordered by their relative names, so neither the order of the domains in a recipe
 
 import contextlib
 import os
+import shlex
 import stat
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ from carft_ray.recipe.schema.sets import FolderSet
 
 KIND = "folder-2"
 _TO_NOWHERE, _FOLDER = "link to nowhere", "folder"
+SANDBOX_FOLDER = "sandbox_png"  # of ``search_spaces/folders.yaml``
 _LAYOUT = "Images are expected as PATH/domain/class/*.png, without domains as PATH/class/*.png; PATH is the set's path."
 
 
@@ -114,7 +116,9 @@ def folder_set_problems(spec: FolderSet, place: str) -> list[Problem]:
     """
     root, domains = Path(spec.path), spec.domains or ()
     if not may_be_folder(root):
-        return [Problem(place, "the root of the image tree must be a folder", str(root), next_step=_LAYOUT)]
+        step = f"To write the sandbox's images there: carft-ray sandbox images --to {shlex.quote(str(root))}"
+        step = step if root.name == SANDBOX_FOLDER else _LAYOUT
+        return [Problem(place, "the root of the image tree must be a folder", str(root), next_step=step)]
     wrong = [domain for domain in domains if not may_be_folder(root / domain)]
     there = folders(root) if wrong and os.access(root, os.R_OK | os.X_OK) else []
     rule = f"a domain must be a folder of {root}"

@@ -15,6 +15,7 @@ KIND = "accelerator_type:"  # begins the resource that says of which kind the ac
 OF_KIND = 0.001  # of that resource, as Ray itself asks for a kind: each node has 1
 COUNT_EVERY_S = 3.0
 MEMORY = "memory was full"
+CROWDED = 1.5  # threads per core
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,16 @@ def held_by_others(free: Mapping[str, float], there: Mapping[str, float], job_id
         ours = sum(there[each] for each in there if re.fullmatch(rf"{name}_group_[0-9a-f]+{job_id}", each))
         found[name] = round(max(0.0, there.get(name, 0.0) - free.get(name, 0.0) - ours), 4)
     return found
+
+
+def crowding(recipe: Recipe, capacity: Capacity, nodes: tuple[Node, ...]) -> str:
+    """Returns a warning if trainings have far more threads together than there are cores; else an empty text."""
+    threads, workers = recipe.resources.threads, capacity.concurrency * capacity.num_workers
+    cores = sum(node.num_cpus for node in nodes)
+    if threads is None or workers * threads <= CROWDED * cores:
+        return ""
+    text = f"resources.threads is {threads}: {counted(workers, 'worker')} at a time have {workers * threads} threads "
+    return f"{text}on {cores:g} cores and slow each other down; remove the key, or set {max(1, int(cores // workers))}"
 
 
 def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], may_grow: bool = False) -> Capacity:
