@@ -116,12 +116,13 @@ lint: $(VENV)/.installed-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/python docs/keys.py --check
 
 format: $(VENV)/.installed-dev
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-# the tables of keys in search_spaces/README.md and docs/resume.md and the JSON schema, from the schema of the recipe
+# the generated parts of docs/recipe.md, docs/resume.md and docs/commands.md, and the JSON schema of a recipe
 tables: $(VENV)/.installed
 	@$(BIN)/python docs/keys.py
 

@@ -1,23 +1,27 @@
-"""Writes what is made of the recipe's schema: the tables of keys in the documents, and the JSON schema for editors.
+"""Writes the generated reference: tables of recipe keys, commands and their options, the JSON schema for editors.
 
-``python docs/keys.py`` writes them; with ``--check`` it fails where one is stale. A table stands between
+``python docs/keys.py`` writes them; with ``--check`` it fails if one is stale. A generated part is between
 ``<!-- keys: NAME -->`` and ``<!-- end -->``; everything else in a document is written by hand.
 """
 
 import argparse
 import functools
+import inspect
 import io
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
+import typer
 from pydantic.fields import FieldInfo
 from pydantic.json_schema import GenerateJsonSchema
 from ruamel.yaml import YAML
 
+from carft_ray.cli import app
 from carft_ray.recipe.presets import SCHEMA
 from carft_ray.recipe.schema.fields import Config, core_type, is_config, members, resume_of
 from carft_ray.recipe.schema.fine_tuning import TrainConfig
@@ -40,7 +44,7 @@ KINDS = {
 TABLE = re.compile(r"(<!-- keys: ([^\n]+) -->\n).*?(<!-- end -->\n)", re.DOTALL)
 SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
 TYPES = {"string": "text", "integer": "int", "number": "float", "boolean": "bool"}
-WORDS = {str: "text", bool: "bool", int: "int", float: "float"}  # of a value that stands for itself
+WORDS = {str: "text", bool: "bool", int: "int", float: "float", Path: "path"}  # of a value's own type
 
 
 class DocumentedKey(NamedTuple):
@@ -195,6 +199,49 @@ def flow(value: object) -> str:
     return re.sub(r"(?<=\d)e-0(?=\d)", "e-", written)
 
 
+# ---- the commands
+
+
+def command_lists() -> Tables:
+    """Returns the reference of the command line, as lines by the panel of the help."""
+    panels: Tables = {}
+    for name, found in _commands(typer.main.get_command(app), ""):
+        example = found.epilog.removeprefix("Example:").strip()
+        about = [line for part in inspect.cleandoc(found.help).split("\n\n") for line in ("", *_wrapped(part))]
+        lines = ["", f"### {name}", *about, "", "```console", f"$ {example}", "```"]
+        rows = [_option_row(one, found.callback) for one in found.params if "--debug" not in one.opts]
+        if rows:
+            lines += ["", "| option | value | meaning |", "|---|---|---|", *rows]
+        panels.setdefault(found.rich_help_panel, []).extend(lines)
+    return {panel: [*lines, ""] for panel, lines in panels.items()}
+
+
+def _commands(group: Any, before: str, panel: str = "") -> Iterator[tuple[str, Any]]:
+    for name, found in group.commands.items():
+        found.rich_help_panel = panel or found.rich_help_panel
+        if hasattr(found, "commands"):
+            yield from _commands(found, f"{name} ", found.rich_help_panel)
+        else:
+            yield f"{before}{name}", found
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(" ".join(text.split()), 120, break_long_words=False, break_on_hyphens=False)
+
+
+def _option_row(option: Any, callback: Any) -> str:
+    """Returns the row of an option or argument, from what each release of Typer has."""
+    annotation, *_ = get_args(inspect.signature(callback).parameters[option.name].annotation)
+    kind = next(one for one in get_args(annotation) or (annotation,) if one is not type(None))
+    is_option = option.opts[0].startswith("-")
+    names = ", ".join(option.opts) if is_option else option.name.upper()
+    value = "" if kind is bool else option.metavar if option.metavar not in (None, names) else WORDS.get(kind, "text")
+    default = option.show_default if isinstance(option.show_default, str) else option.default
+    more = " Required." if option.required and is_option else ""
+    more += "" if default in (None, False) else f" Default: `{default}`."
+    return _line(f"`{names}`", value, f"{option.help}{more}")
+
+
 # ---- the files
 
 
@@ -212,14 +259,14 @@ def updated(text: str, tables: Tables) -> str:
 
 def made(root: Path) -> dict[str, str]:
     """Returns the text of every file that is made here, by its name below the root of the project."""
-    documents = {"search_spaces/README.md": key_tables, "docs/resume.md": resume_tables}
+    documents = {"docs/recipe.md": key_tables, "docs/resume.md": resume_tables, "docs/commands.md": command_lists}
     texts = {name: updated((root / name).read_text("utf-8"), tables()) for name, tables in documents.items()}
     schema = json.dumps(whole_schema(), indent=1, ensure_ascii=False)
     return texts | {f"search_spaces/{SCHEMA}": f"{schema}\n"}
 
 
 def main(arguments: list[str], root: Path = ROOT) -> str | None:
-    """Writes the files, or with ``--check`` returns what to run when one is not as the schema has it."""
+    """Writes the files, or with ``--check`` returns what to run if one is not what the code makes."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing; fail when a file is stale")
     check = parser.parse_args(arguments).check
