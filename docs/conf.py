@@ -48,13 +48,14 @@ html_show_search_summary = False  # it would be fetched, which a page opened fro
 CHAPTERS = {
     "Start": ("docs/install", "docs/tutorial", "docs/concepts"),
     "How-to": (
-        *("docs/data", "docs/models", "docs/ranges", "docs/read_a_result", "docs/gpu", "docs/capacity", "docs/budget"),
-        *("docs/objectives", "docs/samplers", "docs/clusters", "cluster/README", "docs/storage", "docs/resume"),
+        *("docs/data", "docs/duplicates", "docs/cache", "docs/models", "docs/ranges", "docs/read_a_result", "docs/gpu"),
+        *("docs/capacity", "docs/budget", "docs/objectives", "docs/samplers", "docs/clusters", "cluster/README"),
+        *("docs/storage", "docs/resume"),
         *("docs/troubleshoot", "docs/privacy", "docs/own_trainer", "docs/exports", "docs/tracking"),
     ),
     "Reference": (
         *("docs/recipe", "search_spaces/README", "docs/commands", "docs/python", "docs/api", "docs/study_files"),
-        *("docs/benchmarks", "docs/corruptions"),
+        *("docs/benchmarks", "docs/corruptions", "docs/decoding"),
     ),
     "Why": ("docs/method", "docs/results", "docs/honesty", "docs/pruning", "docs/scale", "docs/trust", "SECURITY"),
     "The project": ("CONTRIBUTING", "CHANGELOG", "benchmarks/README"),
