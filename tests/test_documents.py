@@ -1,5 +1,6 @@
 """The documents: links lead somewhere, what they say to type works, and the site of them is whole and of one piece."""
 
+import ast
 import re
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ from suggestions import check_suggestions, parsed
 from test_init import write_tree
 
 import carft_ray
-from carft_ray import training
+from carft_ray import errors, layout, training
 from carft_ray.cli import app
 from carft_ray.data import images
 from carft_ray.data.synthetic.sandbox import CLASSES, render
@@ -34,7 +35,11 @@ DOCUMENTS = tuple(path.relative_to(ROOT).as_posix() for place in PLACES for path
 
 def anchors(path):
     """The addresses of the headings of a document, as viewers of repositories make them."""
-    text = re.sub(r"(?ms)^```.*?^```", "", path.read_text())
+    return anchors_of(path.read_text())
+
+
+def anchors_of(text):
+    text = re.sub(r"(?ms)^```.*?^```", "", text)
     titles = [re.sub(r"\]\([^)]*\)", "", title) for title in re.findall(r"(?m)^#+ (.*)$", text)]
     return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}
 
@@ -65,7 +70,10 @@ def test_every_public_name_is_in_a_document_and_the_faq_names_the_functions_that
     assert sorted(re.findall(r"`(\w+)`", answer)) == sorted(commands & {*carft_ray.__all__})
 
 
-HELD = ("docs/storage.md", "docs/resume.md", "docs/clusters.md", "docs/trust.md", "SECURITY.md")  # by tests
+HELD = (  # by tests
+    *("docs/storage.md", "docs/resume.md", "docs/clusters.md", "docs/trust.md", "docs/privacy.md"),
+    "SECURITY.md",
+)
 NO_PROMISE = "<!-- no promise -->"  # of what is advice, a measurement or a definition
 
 
@@ -119,6 +127,42 @@ NUMBERS = [  # which the tests above make small
 @pytest.mark.parametrize(("document", "words"), NUMBERS)
 def test_the_numbers_of_these_statements_are_those_of_the_code(document, words):
     assert words in " ".join((ROOT / f"docs/{document}.md").read_text().split())
+
+
+def told():
+    """All texts of the package, where a value is put into one as ``...``."""
+    for path in (ROOT / "carft_ray").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_each_error_and_exit_code_has_its_rows_with_messages_of_the_package_and_commands_that_parse():
+    text = (ROOT / "docs/troubleshoot.md").read_text()
+    classes = {name: kind for name, kind in vars(errors).items() if str(name).endswith("Error")}
+    rows = re.findall(r"(?m)^\| (\d+) \| `(\w+)` \|.*\]\(#([\w-]+)\)", text)
+    assert {name: int(code) for code, name, _ in rows} == {name: kind.exit_code for name, kind in classes.items()}
+    sections = {anchor: part for part in text.split("\n## ") for anchor in anchors_of(f"## {part}")}
+    texts = {*told()}
+    for _, name, anchor in rows:
+        assert f"(`{name}`)" in sections[anchor]
+        assert "| message |" in sections[anchor]
+    for cell in re.findall(r"(?m)^\| (`.*?) \|", text):
+        for message in re.findall(r"`([^`]+)`", cell):
+            form = re.compile(".*".join(map(re.escape, message.split("..."))), re.DOTALL)
+            assert any(map(form.search, texts)), message
+    commands = re.findall(r"`(carft-ray [a-z][^`]*)`", text.replace("`carft-ray needs `", ""))
+    assert len(commands) >= 40
+    for command in commands:
+        parsed(shlex.split(command)[1:])
+
+
+def test_each_file_of_a_study_has_a_row():
+    text = (ROOT / "docs/study_files.md").read_text()
+    names = [each for name, each in vars(layout).items() if name.isupper() and isinstance(each, str)]
+    assert [name for name in [*names, *layout.FOLDERS.values()] if name not in text] == []
 
 
 def code_lines():
