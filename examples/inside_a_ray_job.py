@@ -1,9 +1,9 @@
-"""A search inside a larger Ray job: the program is connected to its Ray already, and the search takes that one.
+"""A search inside a larger Ray job: the program is already connected to Ray, and the search uses this connection.
 
     python examples/inside_a_ray_job.py RECIPE STUDY          (or submitted with `ray job submit`)
 
-``address="auto"`` is all that it needs. Trials take what the rest of the job leaves free, and the connection stays when
-the search has ended. Nodes that do not see the study get and send what they need of it through Ray.
+It only needs ``address="auto"``. Trials use the resources that the rest of the job leaves free. The connection stays
+after the search. Nodes that do not see the study's folder exchange its files through Ray.
 """
 
 import sys

@@ -1,10 +1,10 @@
-"""Images from a source that carft-ray does not read: write them into a table once, and search on that.
+"""Images from a source that carft-ray cannot read: write them to a table once, then search on this table.
 
     python examples/own_data_source.py FOLDER
 
-``my_source`` is where your own code goes: a database, a bucket, a simulator, an archive of your own. A row per image is
-all that carft-ray needs: a name that stays the same, the class, the bytes of an image file, and what tells the sets
-apart. A reader of its own is a file in ``carft_ray/data/formats`` and a row in ``carft_ray/data/readers.py``.
+Replace ``my_source`` with your own code: a database, a bucket, a simulator, an archive. carft-ray needs one row per
+image: a name that stays the same, the class, the bytes of an image file, and a column that separates the sets. A reader
+inside carft-ray would be a file in ``carft_ray/data/formats`` and a row in ``carft_ray/data/readers.py``.
 """
 
 import io
