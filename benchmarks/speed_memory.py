@@ -22,7 +22,7 @@ import torch
 from benchmarks.photos import HEIGHT, WIDTH, write_tree
 from benchmarks.rows import ROOT, Row, descendants
 from carft_ray import files
-from carft_ray.layout import RESULT, ROWS
+from carft_ray.layout import METRICS, RESULT
 
 SIDE, NUM_TRIALS, NUM_TRAIN, NUM_FEW, NUM_DISTINCT = 112, 16, 1_000, 64, 64
 SHOWN = (4, 16)
@@ -114,7 +114,7 @@ def measure(executor: str, num_trials: int, num_train: int) -> Measured:
                 time.sleep(LOOK_EVERY_S)
         if process.returncode:
             raise RuntimeError(printed.read_text())
-        lines = [line for path in study.glob(f"trials/*/*/{ROWS}") for line in path.read_text().splitlines()]
+        lines = [line for path in study.glob(f"trials/*/{METRICS}") for line in path.read_text().splitlines()]
     return Measured(peaks, statistics.median(json.loads(line)["images_per_s"] for line in lines), *times)
 
 
