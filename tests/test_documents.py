@@ -23,6 +23,7 @@ from carft_ray.launch import at_hand, driver, mailbox, study_files
 from carft_ray.launch.jobs import jobs
 from carft_ray.launch.ray_cluster import drains, nodes
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.presets import BACKBONES
 from carft_ray.store import log
 from carft_ray.study import uploads
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -223,6 +224,30 @@ def test_the_recipe_of_the_readme_is_one(tmp_path):
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert {*recipe.search.space} == {"learning_rate", "kl_weight"}
     assert recipe.data.id_test is not None
+
+
+def test_the_ranges_of_the_documentation_are_those_of_init_and_of_the_recipes():
+    lines = [line for line in (ROOT / "docs/ranges.md").read_text().splitlines() if re.match(r"\| (`|anything)", line)]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    written = {row[0].strip("`"): row[1:5] for row in rows if len(row) == 6}
+    of_init = {
+        name or "anything else": [" to ".join(of.learning_rate), of.start, " to ".join(of.kl_weight), of.kl_start]
+        for name, of in BACKBONES.items()
+    }
+    assert written == of_init
+    found = set()
+    for names, model, rates, weights, epochs, batch, trials in (row for row in rows if len(row) == 7):
+        each, numbers = re.findall(r"`([\w-]+)`", names), trials.split(", ")
+        for name, number in zip(each, numbers if len(numbers) > 1 else numbers * len(each), strict=True):
+            recipe = load_recipe(ROOT / f"search_spaces/{name}.yaml")
+            for key, ends in (("learning_rate", rates), ("kl_weight", weights)):
+                parameter = recipe.search.space[key]
+                assert [parameter.low, parameter.high] == [float(end) for end in ends.split(" to ")], name
+            sizes = recipe.train.epochs, recipe.train.batch_size, recipe.search.trials
+            assert sizes == (int(epochs), int(batch), int(number)), name
+            assert recipe.model.name.removesuffix("-quickgelu") == model
+            found.add(name)
+    assert found == {path.stem for path in (ROOT / "search_spaces").glob("*.yaml")}
 
 
 @pytest.mark.whole
