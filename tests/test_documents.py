@@ -27,7 +27,7 @@ from carft_ray.recipe.presets import BACKBONES
 from carft_ray.store import log
 from carft_ray.study import uploads
 from carft_ray.study.study import LOST_ATTEMPTS
-from carft_ray.training import loop
+from carft_ray.training import loop, thumbnails
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("*.md", "docs/*.md", "search_spaces/*.md", "cluster/*.md", "benchmarks/*.md", "examples/*.md")
@@ -121,6 +121,7 @@ NUMBERS = [  # which the tests above make small
     ("clusters", f"kills a job {jobs.STOP_WAIT_S} s after a stop"),
     ("clusters", f"in pieces of {study_files.PIECE_BYTES // 2**20} MiB"),
     ("clusters", f"files of a killed process after {WORDS[at_hand.KEPT_FOR_S]}."),
+    ("privacy", f"at most {thumbnails.SIDE} pixels wide or high"),
     ("trust", f"images above {images.LARGE // 10**6} million pixels one at a time"),
 ]
 
