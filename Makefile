@@ -18,13 +18,13 @@ OLDEST_PIP := $(OLDEST)/bin/python -m pip --disable-pip-version-check -q
 # a search of seconds, to see that its parts work together
 SHORT := --set search.trials=2 --set train.epochs=1 --set search.baselines={} --set data.id_val.num_per_class=20
 
-.PHONY: quickstart test test-whole test-all test-fast test-nodes test-oldest coverage kill-matrix crash-points cluster-story fuzz lint format tables docs clean
+.PHONY: quickstart test test-whole test-all test-fast test-nodes test-oldest coverage kill-matrix crash-points cluster-story fuzz lint format tables notebook docs clean
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "carft-ray needs Python 3.11 or newer; set PYTHON=")'
 	@$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
+$(VENV)/.installed: pyproject.toml carft_ray/__init__.py | $(BIN)/python
 	@echo "Installing carft-ray into $(VENV): about 1.5 GB of packages with a CPU build of torch (more with CUDA), a few minutes."
 	@$(PIP) install --upgrade 'pip>=25.1'
 	@$(if $(TORCH_INDEX),$(PIP) install torch torchvision --index-url $(TORCH_INDEX))
@@ -125,6 +125,10 @@ format: $(VENV)/.installed-dev
 # the generated parts of docs/recipe.md, docs/resume.md and docs/commands.md, and the JSON schema of a recipe
 tables: $(VENV)/.installed
 	@$(BIN)/python docs/keys.py
+
+# runs examples/quickstart.ipynb and stores its outputs in it; about two minutes
+notebook: $(VENV)/.installed-dev
+	@$(BIN)/python docs/notebook.py
 
 # the documents as a site: open build/site/index.html
 docs: $(VENV)/.installed-docs

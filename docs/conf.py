@@ -15,7 +15,7 @@ import carft_ray
 ROOT = Path(__file__).resolve().parents[1]
 
 project = "carft-ray"
-author = "the authors of carft-ray"
+author = "carft-ray contributors"
 version = release = carft_ray.__version__
 copyright = f"{author}, Apache-2.0"
 language = "en"
