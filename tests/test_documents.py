@@ -200,10 +200,10 @@ def test_documented_targets_are_in_the_makefile():
 
 
 def test_the_readme_has_the_commands_of_a_search_and_of_the_tests_in_one_block_and_ci_runs_the_tests_by_its_command():
-    first = re.findall(r"(?ms)^```console\n(.*?)^```", (ROOT / "README.md").read_text())[0]
-    commands = [re.sub(r"^\$ |\s*#.*", "", line) for line in first.splitlines()]
+    readme = (ROOT / "README.md").read_text()
+    assert len(readme.splitlines()) <= 130
+    commands = re.findall(r"(?m)^\$ (.*)$", re.findall(r"(?ms)^```console\n(.*?)^```", readme)[0])
     assert commands == ["make quickstart", "make test"]
-    assert all("minutes" in line for line in first.splitlines())
     assert commands[1] in (ROOT / ".ci/run").read_text().splitlines()
 
 
@@ -220,7 +220,7 @@ def test_ci_runs_each_test_once_but_those_of_clusters():
 def test_the_recipe_of_the_readme_is_one(tmp_path):
     write_tree(tmp_path / "my_images", ["photo", "painting", "sketch"], images=1)
     (written,) = re.findall(r"(?ms)^```yaml\n(.*?)^```", (ROOT / "README.md").read_text())
-    assert len(written.splitlines()) == 15
+    assert len(written.splitlines()) == 12
     (tmp_path / "mine.yaml").write_text(written)
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert {*recipe.search.space} == {"learning_rate", "kl_weight"}
@@ -268,11 +268,12 @@ def test_the_commands_of_a_document_run(tmp_path, monkeypatch, capsys, document)
         path = tmp_path / "my_images" / domain / name / f"{index}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(render(domain, "train", name, index)[0]).save(path)
+    write_tree(tmp_path / "PACS", ["photo", "art_painting", "cartoon", "sketch"], images=3)
     for name, written in documented("carft-ray"):
         line = written.partition("  #")[0]
         if name != document or "studies/quickstart" in line or "sandbox images" in line:
             continue  # other tests run these, or they make the folder of images
-        is_init = line.startswith("carft-ray init")
+        is_init = line.startswith("carft-ray init") and "recipe.yaml" in line
         if is_init and "--model" not in line:
             run(line)
             assert "ViT-B-16" in (tmp_path / "recipe.yaml").read_text()  # what a reader gets; its weights are not here
@@ -284,6 +285,9 @@ def test_the_commands_of_a_document_run(tmp_path, monkeypatch, capsys, document)
             for key, value in (("trials", 2), ("epochs", 1), ("batch_size", 32)):  # seconds instead of minutes
                 text = re.sub(rf"{key}: \d+", f"{key}: {value}", text)
             (tmp_path / "recipe.yaml").write_text(text)
+    for block in re.findall(r"(?ms)^```python\n(.*?)^```", (ROOT / document).read_text()):
+        exec(block.replace('"search.trials": 8', '"search.trials": 2'), {})
+        assert (tmp_path / "report.html").is_file()
     assert (tmp_path / "studies/mine/figure.png").is_file()
     exported = {path.name for path in (tmp_path / "exports/mine").iterdir()}
     assert {"open_clip_config.json", "class_head.safetensors", "README.md", "recipe.yaml"} <= exported
