@@ -61,14 +61,15 @@ def test_links_lead_to_files_and_headings_and_each_page_is_named_by_another():
             assert any(path.name in text for other, text in texts.items() if other != name), name
 
 
-def test_every_public_name_is_in_a_document_and_the_faq_names_the_functions_that_are_commands():
+def test_every_public_name_is_in_a_document_and_a_table_has_the_functions_that_are_commands():
     text = "\n".join((ROOT / name).read_text() for name in DOCUMENTS if "/" not in name or name.startswith("docs/"))
     methods = [name for name in vars(carft_ray.Study) if not name.startswith("_") and name != "path"]
     names = [*carft_ray.__all__, *training.__all__, *methods]
     assert [name for name in names if not re.search(rf"\b{name}\b", text)] == []
     commands = {command.name or command.callback.__name__ for command in app.registered_commands}
-    [answer] = re.findall(r"(?m)^Yes: (.* are functions) ", (ROOT / "docs/faq.md").read_text())
-    assert sorted(re.findall(r"`(\w+)`", answer)) == sorted(commands & {*carft_ray.__all__})
+    rows = re.findall(r"(?m)^\| (`\w+\(.*?) \|", (ROOT / "docs/python.md").read_text())
+    listed = {name for row in rows for name in re.findall(r"`(\w+)\(", row)}
+    assert listed & commands == commands & {*carft_ray.__all__}
 
 
 HELD = (  # by tests
