@@ -26,10 +26,13 @@ from carft_ray.launch.ray_cluster.concurrency import Node, held_by_others, node_
 # RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
 # RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S: nodes may have to boot first
 # TUNE_MAX_PENDING_TRIALS_PG: how many wait is the driver's affair; with fewer, actors start one after the other
-# MALLOC_ARENA_MAX: glibc's other arenas give large tensors back to the system at each step, and each arena may keep
-# the memory of a training
+# MALLOC_ARENA_MAX: each arena of glibc may keep the memory of a training
+# MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_: else glibc returns large tensors to the system in each step, and asks
+# for them again
 ENVIRONMENT = {
     "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in a trial as outside
