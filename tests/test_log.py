@@ -518,11 +518,14 @@ def test_a_listing_with_gaps_does_not_matter_and_a_reader_writes_nothing(tmp_pat
 
 def test_readers_beside_a_writer_see_prefixes(tmp_path):
     store = Folder(tmp_path)
+    news, told = os.pipe()
 
     def write():
         log = claimed(store)
-        for _ in range(60):
+        for number in range(60):
             commit(log, "a", "b")
+            if number % 15 == 0:
+                os.read(news, 1)  # until the reader has seen another prefix, on a busy machine too
         log.release()
 
     pid = in_fork(write)
@@ -530,9 +533,14 @@ def test_readers_beside_a_writer_see_prefixes(tmp_path):
     deadline = time.monotonic() + 60
     while not log.records or log.records[-1][1]["kind"] != "released":
         assert time.monotonic() < deadline
+        before = log.number
         log.follow()
         seen.append((log.number, log.digest, len(log.records)))
+        if log.number > before:
+            os.write(told, b".")
     assert ended(pid) == 0
+    os.close(news)
+    os.close(told)
     records = read(store).records
     assert len({number for number, _, _ in seen}) > 3
     for number, digest, count in seen:

@@ -111,10 +111,10 @@ def test_commit_hooks_are_the_tools_of_make_lint():
     (own,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert own["repo"] == "local"  # of .venv, so of the releases that pyproject.toml allows
     (lint,) = re.findall(r"(?m)^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text())
-    steps = [re.sub(r" --check| \.$", "", step) for step in re.findall(r"\$\(BIN\)/(.*)", lint)]
-    assert [hook["entry"].removeprefix(".venv/bin/").removesuffix(" --fix") for hook in own["hooks"]] == [
-        step.removesuffix(" .") for step in steps
-    ]
+    tools = [re.match(r"(?:python )?\S+", step)[0] for step in re.findall(r"\$\(BIN\)/(.*)", lint)]
+    entries = [hook["entry"] for hook in own["hooks"]]
+    assert len(entries) == len(tools)
+    assert all(entry.startswith(f".venv/bin/{tool}") for entry, tool in zip(entries, tools, strict=True))
 
 
 def test_the_container_copies_files_that_are_sent_and_the_devcontainer_takes_a_stage_of_it():
