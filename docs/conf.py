@@ -58,7 +58,7 @@ CHAPTERS = {
         *("docs/benchmarks", "docs/corruptions", "docs/decoding"),
     ),
     "Why": ("docs/method", "docs/results", "docs/honesty", "docs/pruning", "docs/scale", "docs/trust", "SECURITY"),
-    "The project": ("CONTRIBUTING", "CHANGELOG", "benchmarks/README"),
+    "The project": ("CONTRIBUTING", "CODE_OF_CONDUCT", "CHANGELOG", "benchmarks/README"),
 }
 
 

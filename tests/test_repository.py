@@ -117,6 +117,18 @@ def test_commit_hooks_are_the_tools_of_make_lint():
     assert all(entry.startswith(f".venv/bin/{tool}") for entry, tool in zip(entries, tools, strict=True))
 
 
+def test_the_map_of_the_code_names_files_and_folders_that_exist():
+    package = ROOT / "carft_ray"
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    files = {path.name for path in package.rglob("*")}
+    (table,) = re.findall(r"(?ms)^\| folder \|.*?\n\n", text)
+    folders = {path.parent.name for path in package.glob("*/__init__.py")}
+    assert {name.strip("/") for name in re.findall(r"(?m)^\| `(\w+/)`", table)} == folders
+    for name in re.findall(r"`([\w./]+)`", re.sub(r"(?ms)^    .*?$", "", text)):
+        if name.endswith((".py", ".js", "/")) and not any((place / name).exists() for place in (ROOT, package)):
+            assert name.strip("/") in files, name  # in the folder of the name before it
+
+
 def test_the_container_copies_files_that_are_sent_and_the_devcontainer_takes_a_stage_of_it():
     text = (ROOT / "Dockerfile").read_text()
     sent = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
