@@ -61,7 +61,7 @@ def together(problems: Iterable[Problem]) -> list[Problem]:
 
 
 class CarftError(Exception):
-    """Root of all errors that carft-ray raises for a user's mistake or a broken surrounding.
+    """Base of all errors that carft-ray raises for a user's mistake or a broken environment.
 
     Args:
         problems: All problems at once, or a plain message.
@@ -80,7 +80,7 @@ class CarftError(Exception):
 
 
 class UsageError(CarftError):
-    """The command line asks for something that cannot be."""
+    """The command line asks for something impossible."""
 
     exit_code = 2
 
@@ -92,7 +92,7 @@ class RecipeError(CarftError):
 
 
 class DataError(CarftError):
-    """Images, folders, class lists or model weights are missing or not what the recipe says."""
+    """Images, folders, class lists or model weights are missing or do not match the recipe."""
 
     exit_code = 4
 
@@ -104,7 +104,7 @@ class StorageError(CarftError):
 
 
 class ClusterError(CarftError):
-    """Ray cannot be reached, or cannot give what a trial needs."""
+    """Ray cannot be reached, or cannot provide the resources of a trial."""
 
     exit_code = 5
 
@@ -114,7 +114,7 @@ class MachineError(ClusterError):
 
     Args:
         problems: As for ``CarftError``.
-        rank: The worker on whose machine it failed; None where that is not known.
+        rank: The worker on whose machine it failed; None if unknown.
     """
 
     def __init__(self, problems: str | Problem | Sequence[Problem], rank: int | None = None) -> None:
@@ -128,7 +128,7 @@ class OutOfMemoryError(CarftError):
 
     Args:
         problems: As for ``CarftError``.
-        micro_batch: Images of the forward pass that a training wanted; 0 where a smaller one would not help.
+        micro_batch: Images of the forward pass that a training wanted; 0 if a smaller one would not help.
     """
 
     exit_code = 5
@@ -158,7 +158,7 @@ class HoldOutError(CarftError):
 
 
 class DivergedError(CarftError):
-    """A training has left the finite numbers; a verdict on its hyperparameters."""
+    """The numbers of a training are no longer finite; this is a failed trial, not a failed machine."""
 
     exit_code = 6
 

@@ -124,7 +124,7 @@ def _is_there(path: Path) -> bool:
 
 def storage_error(path: Path, error: OSError, rule: str = "must be writable") -> StorageError:
     """Returns the ``StorageError`` for a failed write to ``path``, or for the rule that is broken otherwise."""
-    step = "Mend that or choose another folder, then run the same command again."
+    step = "Fix that or choose another folder, then run the same command again."
     step = DISK_STEPS.get(error.errno or 0, step)
     cause = os.strerror(error.errno) if error.errno else str(error)  # libraries wrap it in words of their own
     return StorageError(Problem(str(path), rule, cause, next_step=step))
@@ -143,7 +143,7 @@ def require_new(folder: Path, option: str, ours: Callable[[str], bool] = lambda 
     """
     if folder.is_dir():
         names = sorted(entry.name for entry in folder.iterdir() if not ours(entry.name))
-        value = f"one that holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
+        value = f"one that contains {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
     else:
         value = "a file" if folder.exists() else ""
     if value:

@@ -123,7 +123,7 @@ def parse_json(content: str | bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode()  # halves of surrogate pairs
         return value
     except RecursionError:
-        raise ValueError("nested too deep") from None
+        raise ValueError("nested too deeply") from None
 
 
 def require_plain(value: Any) -> Any:
@@ -145,7 +145,7 @@ def require_plain(value: Any) -> Any:
                 below += each
         level, depth = below, depth + 1
         if depth > DEEPEST:
-            raise ValueError("nested too deep")
+            raise ValueError("nested too deeply")
     return value
 
 

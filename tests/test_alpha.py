@@ -294,7 +294,7 @@ def test_weights_of_trials_that_meet_the_constraints_stay_before_better_ones_tha
     assert [path.parents[1].name for path in study_dir.glob("trials/*/*/fine_tuned.safetensors")] == [view.best.name]
     assert view.best.violation == min(row.violation for row in view.trials)
     [line] = status(view)["lines"]
-    assert line.startswith(f"No trial meets all constraints; {view.best.name} misses them least: it violates id_drop")
+    assert line.startswith(f"No trial meets all constraints; {view.best.name} violates them least: it violates id_drop")
 
 
 def test_an_unknown_baseline_is_refused_with_the_nearest():
@@ -486,7 +486,7 @@ def test_logits_that_are_not_finite_are_an_error_that_counts_the_images(value):
     ids, labels, logits = random_set()
     logits[3, 1] = value
     told = r"^model\.pretrained: class logits of the zero-shot model for id_val must be finite, but those of 1 of 37 .*"
-    with pytest.raises(DataError, match=told + r"\n    Take other weights: these are damaged\.$"):  # no training blamed
+    with pytest.raises(DataError, match=told + r"\n    Use other weights: these are damaged\.$"):  # no training blamed
         predictions_table("id_val", 0.0, ids, labels, logits)
     with pytest.raises(DivergedError, match=r"id_val at alpha 0\.4: class logits must be finite, but those of 1 of 37"):
         predictions_table("id_val", 0.4, ids, labels, logits)

@@ -182,7 +182,10 @@ def test_only_folders_with_our_marker_are_removed_and_no_link_is_followed(tmp_pa
         assert not cache.remove(ours, f"targets/{name}")
     assert not cache.remove_folder(ours, "unseen", key)
     for kind, name in (("unseen", "4" * 32), ("targets", "2" * 32), ("targets", "3" * 32)):
-        with pytest.raises(OSError, match=r"symbolic|Not a directory|has not made"), cache.own_folder(ours, kind, name):
+        with (
+            pytest.raises(OSError, match=r"symbolic|Not a directory|did not create"),
+            cache.own_folder(ours, kind, name),
+        ):
             pass
     with pytest.raises(OSError, match=r"symbolic|Not a directory"):
         cache.made_folder(ours, "test_reads")
@@ -488,8 +491,8 @@ def test_stored_targets_are_an_entry_that_goes_as_others_do(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("clean", "one of --all, --older-than and --to-gb must say what goes, but got none of them"),
-        ("clean --all --to-gb 0", "must say what goes, but got --all and --to-gb"),
+        ("clean", "needs exactly one of --all, --older-than and --to-gb, but got none of them"),
+        ("clean --all --to-gb 0", "needs exactly one of --all, --older-than and --to-gb, but got --all and --to-gb"),
         ("clean --older-than month", "--older-than: must be a time such as 12h or 30d, but got 'month'"),
         ("clean --all --cache full", "No terminal to confirm on; pass --yes."),
         ("clean --all --cache elsewhere", "--cache: elsewhere must be the folder of a cache, but got no such"),

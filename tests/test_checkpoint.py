@@ -98,7 +98,7 @@ def test_a_training_goes_on_from_the_checkpoint_before_a_damaged_one(tiny_clip, 
     again = fine_tune(tiny_clip, *heads, source, settings(), checkpoint_dir=tmp_path, attempt=2)
     assert largest_difference(whole, again) == 0.0
     reason = f"must be a whole checkpoint, but got a file weights.safetensors {NO_MATCH}"
-    assert caplog.messages == [f"passed over a damaged checkpoint: {newer}: {reason}"]
+    assert caplog.messages == [f"skipped a damaged checkpoint: {newer}: {reason}"]
 
 
 @contextlib.contextmanager

@@ -124,26 +124,26 @@ def test_what_is_done_with_an_image_in_two_roles_is_told(run):
 
 GO_ON = "carft-ray train {here}/begun/resolved.yaml --out {here}/begun --resume"
 MISTAKES = [
-    ("search --study new --set search.space={}", 3, "search.space: must hold at least one parameter to search"),
+    ("search --study new --set search.space={}", 3, "search.space: must contain at least one parameter to search"),
     ("validate --set data.train.path=nowhere", 4, "\n    Images are expected as PATH/domain/class/*.png, without "),
     ("validate --set train.batch_size=21", 4, "must be at most the size of the training set, 20 images, in train,"),
     ("validate --set 'data.id_test={source: folder, path: images, domains: [photo]}'", 8, "data.id_test: a set has"),
     ("validate --set 'model={name: ViT-B-33, pretrained: openai}'", 3, "did you mean 'ViT-B-32'?"),
-    ("validate --set 'model={name: ViT-B-32, pretrained: no.safetensors}'", 3, "must be a weights file that is"),
+    ("validate --set 'model={name: ViT-B-32, pretrained: no.safetensors}'", 3, "must be an existing weights file"),
     ("train --out new --set 'model={name: ViT-B-32, pretrained: openai}'", 3, "model.name: ViT-B-32-quickgelu"),
-    ("train --out new --set 'model={name: ViT-B-32, pretrained: laion2b_s34b_b79k}'", 4, "Without a network:"),
-    ("train --out new --resume", 2, "new: must hold a training to resume, but got none\n    Leave --resume out to"),
-    ("train --out full", 2, "full: must be a new folder, but got one that holds notes.txt\n    Give another folder"),
+    ("train --out new --set 'model={name: ViT-B-32, pretrained: laion2b_s34b_b79k}'", 4, "Without a network, "),
+    ("train --out new --resume", 2, "new: must contain a training to resume, but got none\n    Leave --resume out to"),
+    ("train --out full", 2, "full: must be a new folder, but got one that contains notes.txt\n    Give another folder"),
     ("train --out full/notes.txt", 2, "{here}/full/notes.txt: must be a new folder, but got a file\n    Give"),
     ("train --out done", 2, "but got a finished training\n    Add --resume to see its result. Give another folder"),
     ("train --out done --resume --set train.seed=5", 3, "train.seed: must be 0 as in {here}/done, but got 5\n"),
     ("sandbox images --to full", 2, "full"),
     ("evaluate nowhere", 2, "nowhere: must be a study or the folder of a training, but got no such folder"),
     ("export images --to new", 2, "images: must be a study or the folder of a training, but got one without log/"),
-    ("export begun --to new", 6, "{here}/begun: must have a finished trial, but got none\n    Go on with it: " + GO_ON),
+    ("export begun --to new", 6, "{here}/begun: must have a finished trial, but got none\n    Continue it: " + GO_ON),
     ("evaluate done --head zeroshot", 2, "but got 'zeroshot'; did you mean 'zero_shot'?"),
     ("export done --to new --format onnx,huggingfaces", 2, "did you mean 'huggingface'? (allowed: "),
-    (f"report {'x' * 300}", 2, "must be a path that can be: names of at most 255 bytes"),
+    (f"report {'x' * 300}", 2, "is too long: each name in a path has at most 255 bytes"),
 ]
 
 
@@ -217,7 +217,7 @@ def test_a_fault_of_our_own_is_one_message_too(run, monkeypatch, capsys):
     code, out, err = run("validate", "recipe.yaml")
     assert (code, out) == (1, "")
     assert err.startswith(
-        "error: internal error: ZeroDivisionError: division by zero\n    Please report it; with --debug"
+        "error: internal error: ZeroDivisionError: division by zero\n    Please report it. With --debug"
     )
     crash_host.call(["validate", "recipe.yaml", "--debug"])
     assert "Traceback" in capsys.readouterr().err

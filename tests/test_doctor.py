@@ -140,15 +140,20 @@ SICK = [
     (spoil_image, (), "error", "data.id_val: every image must be readable, but got 1 of 36 that are not, such as"),
     (spoil_image, ("data.id_val.on_bad_image=skip",), "warning", "They will be skipped."),
     (contradict, (), "warning", "data.train: an image must have one label, but got the same image under two labels"),
-    (mix_modes, (), "note", "images of several modes are made RGB (docs/data.md): 33 RGB, 1 L, 1 RGBA, 1 P"),
-    (unbalance, (), "warning", "far from equally often: 1 to 12 images, fewest of 'square'"),
-    (miss_class, ("data.id_val.part=[0.5, 1]",), "note", "accuracy says nothing of a class without an image: 2 of"),
-    (unbalance, ("data.train.part=[0, 0.5]",), "warning", "a class without an image is not learned: 2 of 3"),
+    (
+        mix_modes,
+        (),
+        "note",
+        "images of several modes are converted to RGB (docs/decoding.md): 33 RGB, 1 L, 1 RGBA, 1 P",
+    ),
+    (unbalance, (), "warning", "the sizes of the classes differ widely: 1 to 12 images, fewest of 'square'"),
+    (miss_class, ("data.id_val.part=[0.5, 1]",), "note", "accuracy says nothing about a class without images: 2 of"),
+    (unbalance, ("data.train.part=[0, 0.5]",), "warning", "a class without images is not learned: 2 of 3"),
     (lose_class, (), "error", "data.ood_val.fog: every class of a set must be in the class list, but got 'stra'; did"),
     (lose_class_of_test, (), "error", "data.ood_test.secret: every class of a set must be in the class list"),
     (leak, (), "note", "data.train: 1 image left out, also in data.ood_test.secret"),
     (leak, ("data.shared_images=fail",), "error", "ood_test.secret: a set has one role and must not share images with"),
-    (None, ("data.cache_dir=r.yaml",), "error", "data.cache_dir: must be a folder that may be written, but got"),
+    (None, ("data.cache_dir=r.yaml",), "error", "data.cache_dir: must be a writable folder, but got"),
     (
         None,
         ("model.name=local-dir:clop",),
@@ -199,7 +204,9 @@ def test_quick_opens_no_image_writes_no_pairs_and_foretells_the_micro_batch_for_
     model = json.loads(run(*quick, "--memory-gb", "16", "--json")[1])["model"]
     assert (model["micro_batch"], model["gpu_gb"]) == (8, 16)  # the whole batch
     assert re.fullmatch(r"micro-batch to begin with: 8; a step takes \S+ of 16 GB \(estimated\)", step_words(model))
-    assert step_words({"micro_batch": 0, "step_gb": 30.1, "gpu_gb": 16}).startswith("not one image fits the GPU: ")
+    assert step_words({"micro_batch": 0, "step_gb": 30.1, "gpu_gb": 16}).startswith(
+        "not even one image fits on the GPU: "
+    )
 
 
 @pytest.mark.parametrize(

@@ -64,10 +64,14 @@ LOST = {"data.train.path": {"path": "/images", "fault": "No such file or directo
 LOST |= {"data.id_val.path": LOST["data.train.path"]}
 BAD = [
     ("error", report(fault="no answer within 60 s"), "must run a task, but got no answer within 60 s"),
-    ("error", report(carft_ray=NO_CODE), f"must have carft-ray {OURS}, as the driver has it, but got ModuleNotFound"),
-    ("error", report(carft_ray=OTHER_CODE | {"version": "0.0.9"}), f"must have carft-ray {OURS}, as the driver has it"),
-    ("warning", report(carft_ray=OTHER_CODE), "has other files of carft-ray than the driver, of the same version"),
-    ("error", report(versions=versions(torch=None)), f"must have torch {HERE['torch']}, as the driver has it, but got"),
+    ("error", report(carft_ray=NO_CODE), f"must have carft-ray {OURS}, like the driver, but got ModuleNotFound"),
+    ("error", report(carft_ray=OTHER_CODE | {"version": "0.0.9"}), f"must have carft-ray {OURS}, like the driver"),
+    (
+        "warning",
+        report(carft_ray=OTHER_CODE),
+        "has different files of carft-ray than the driver, with the same version",
+    ),
+    ("error", report(versions=versions(torch=None)), f"must have torch {HERE['torch']}, like the driver, but got"),
     ("warning", report(versions=versions(optuna="4.0.0")), f"should have optuna {HERE['optuna']}, as the driver has"),
     ("warning", report(versions=versions(python="3.10.1")), f"should have python {HERE['python']}, as the driver has"),
     ("error", report(missing=LOST), "data.train.path: /images: No such file or directory; data.id_val.path: /images"),
@@ -212,7 +216,7 @@ def test_nodes_that_do_not_see_the_same_are_told_apart(tmp_path):
         assert cache == str(tmp_path / "cache" / "carft-ray") != nodes[blind.node_id]["facts"]["cache"]["path"]
         name = f"node {nodes[blind.node_id]['name']}: "
         assert sorted(one["text"].partition("\n")[0] for one in data["findings"] if one["level"] == "error") == [
-            f"{name}must have carft-ray {OURS}, as the driver has it, but got 0.0.9",
+            f"{name}must have carft-ray {OURS}, like the driver, but got 0.0.9",
             f"{name}must see what the recipe names, but got "
             + "; ".join(f"{place}: {disk}/{folder}: No such file or directory" for place, folder in MISSING.items()),
         ]

@@ -155,7 +155,7 @@ def test_an_export_has_the_chosen_alpha_and_the_files_of_its_formats_and_is_no_t
         head = file.get_tensor("class_head")
         assert file.metadata()["alpha"] == "0.7"
     assert (head.shape[0], str(head.dtype)) == (5, "torch.float32")
-    with pytest.raises(UsageError, match="give the study or training that it is of"):
+    with pytest.raises(UsageError, match="give the study or training that it was made from"):
         open_trained(export.folder)
 
 
@@ -167,7 +167,7 @@ def test_the_model_card_gives_the_validation_accuracies_of_the_very_weights(trai
         assert rows == {name: f"{100 * metrics[f'accuracy/{name}']:.1f}" for name in ("id_val", "sketch")}
         assert f"Measured at alpha = {alpha:g}" in card
         assert alpha == 0 or metrics == training.result["metrics"]
-        assert ("chosen on these very sets" in card) == (alpha > 0)
+        assert ("chosen on these sets" in card) == (alpha > 0)
     data = training.recipe.data.model_copy(update={"ood_val": {}})
     alone = dataclasses.replace(training, recipe=training.recipe.model_copy(update={"data": data}))
     told = "Selected on ID only: the recipe has no ood_val."
@@ -222,7 +222,7 @@ def test_the_model_card_names_the_licence_and_what_made_the_weights_and_holds_no
     assert "none is a test set" in card
     assert not re.search("photo_test|cartoon|painting|id_test|ood_test", card)
     assert card.startswith("# short: local-dir:model fine-tuned with CAR-FT")
-    assert "The weights come from local-dir:model: its licence holds for them" in card
+    assert "The weights come from local-dir:model: its licence applies to them" in card
     assert re.findall("^## Use with (.*)", card, re.M) == list(LIBRARIES.values())
     assert "Classes, in the order of the logits: arrow, circle, heart, square, star." in card
 

@@ -163,7 +163,7 @@ def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enoug
     # each failed attempt halves it, and the second trial begins with what the first one ended with (which may be tight)
     assert 2 ** sum(failed) * micro_batch == 512
     assert failed[1] <= 1
-    assert notes(events)[0].endswith("the next attempt takes a micro-batch of 256")
+    assert notes(events)[0].endswith("the next attempt uses a micro-batch of 256")
 
 
 # a machine without memory
@@ -175,7 +175,7 @@ MONITOR_NOW = """2 worker(s) were killed due to the node running low on memory. 
 ID: bd9a) was 27.63GB used / 28.80GB limit (0.959)
 OOM kill reason: Memory usage 2088845312B exceeded threshold of 1263825792B (5.0% of 25276514304B limit)"""
 FULL = "no memory was left on node 10.0.0.7 (27.63GB of 28.80GB used): Ray's memory monitor ended it"
-HELP = "; fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size take less"
+HELP = "; fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size need less"
 
 
 @pytest.mark.parametrize(
@@ -209,8 +209,8 @@ def test_rays_own_memory_monitor_is_understood_and_the_search_runs_fewer_trials(
         [row] = study.rows()
     assert (row.set_aside, row.attempt) == (True, 1 + LOST_ATTEMPTS)
     left = r"no memory was left on node [\d.]+ \([\d.]+GB of [\d.]+GB used\): Ray's memory monitor ended it; "
-    assert re.match(f".* did not advance; the last: {left}", row.reason)
-    fewer = "gets another attempt, with 1 at a time from now on, no longer 2: no m"
+    assert re.match(f".* made no progress; the last: {left}", row.reason)
+    fewer = "gets another attempt, with 1 at a time from now on instead of 2: no m"
     assert notes(events)[0].startswith(f"{row.name} {fewer}")
 
 
@@ -406,7 +406,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(t
     assert NEVER in str(caught.value)
     check_told(str(caught.value))
     [row] = [row for row in trials(study_dir) if row.set_aside]
-    assert row.reason.startswith(f"1 attempts in a row did not advance; the last: {NEVER}")
+    assert row.reason.startswith(f"1 attempts in a row made no progress; the last: {NEVER}")
     check_told(row.reason)
     for words, told in (
         (["ls", study_dir], f"set aside: {row.reason}"),

@@ -128,7 +128,7 @@ def test_unknown_missing_and_empty_class_folders_are_told_at_once(tree):
     (tree / "photo" / "tree").mkdir()
     text = problems_of(tree, ["photo"], ["fish", "birds", "tree"])
     assert "every class of a set must be in the class list, but got 'bird', 'brid'; did you mean 'birds'?" in text
-    assert "every class must be there in every set, but got none for 'birds'; did you mean 'bird'?" in text
+    assert "every set must have every class, but got none for 'birds'; did you mean 'bird'?" in text
     assert "every class must have an image" in text
     assert "none in 'tree'" in text
     assert "and 995 more" in problems_of(tree, ["photo"], ["bird", "fish", *(f"class{i}" for i in range(1000))])
@@ -165,7 +165,7 @@ def test_what_is_passed_over_is_counted_by_ending_and_told_in_one_line_once(tree
         assert len(folder_source(tree, ["photo"], None, "data.train")) == 4
     (line,) = told.messages
     assert line.startswith(
-        f"data.train: passed over in {tree}: 2 .gif, 2 pipe, socket or device, 1 .heic, 1 .jfif, 1 folder, "
+        f"data.train: ignored in {tree}: 2 .gif, 2 pipe, socket or device, 1 .heic, 1 .jfif, 1 folder, "
         "1 without ending. Images are the files that end in .png, .jpg,"
     )
 
@@ -203,7 +203,7 @@ def test_names_that_are_not_utf_8_are_refused_when_the_set_is_listed(tree, where
 def test_a_class_that_is_spelled_in_two_ways_in_two_domains_is_told(tree):
     os.rename(tree / "art" / "bird", tree / "art" / "Bird")
     text = problems_of(tree, ["photo", "art"])
-    assert text.startswith(f"data.id_val: {tree}: a class must be spelled alike in all domains")
+    assert text.startswith(f"data.id_val: {tree}: a class must be spelled the same way in all domains")
     assert "but got art/Bird and photo/bird" in text
     save(tree / "photo" / "Bird" / "0.png")  # both in one folder: letters, say
     save(tree / "art" / "bird" / "0.png")

@@ -158,7 +158,7 @@ def test_readers_and_the_command_line_follow_the_space(study_dir, capsys):
     num_outside = sum(row.outside for row in trials(study_dir))
     for words, told in (
         (["ls", study_dir], "outside the space"),
-        (["status", study_dir], "Outside the present search space: "),
+        (["status", study_dir], "Outside the current search space: "),
         (["status", study_dir, "--json"], f'"outside": {num_outside}'),
     ):
         assert crash_host.call(words) == 0
@@ -179,7 +179,7 @@ def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recip
 def test_the_ledger_of_the_test_sets_stays_whole_and_an_option_without_a_change_is_told(study_dir):
     begin(study_dir, recipe_of())
     with open_study(study_dir, recipe_of(), True) as study:
-        assert study.notes == ["--change-space has no effect: the space is that of the study"]
+        assert study.notes == ["--change-space has no effect: the search space is the same as in the study"]
     assert len(kept(study_dir, "recipe")) == 1
     write_line(study_dir, recipe_of(), sets=("id_test",))
     narrow = recipe_of(9, learning_rate=NARROW)

@@ -27,34 +27,34 @@ from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 
-REST = "; what is left on each node or GPU is too little"
-OTHERS = ", others hold the rest"
+REST = "; each node or GPU has too little left"
+OTHERS = ", others use the rest"
 NONE = "no node for a trial, which needs 1 x 1 CPU"
-ASKED = "; nodes for 1 are asked for"
+ASKED = "; nodes for 1 are requested"
 
 
 @pytest.mark.parametrize(
     ("nodes", "recipe", "concurrency", "one_node", "reason"),
     [
-        ([(8, 2)], {}, 2, True, "2 GPUs, 1 a trial"),
+        ([(8, 2)], {}, 2, True, "2 GPUs, 1 per trial"),
         ([(8, 0)], {"max_concurrent_trials": 2}, 2, True, "search.max_concurrent_trials"),
-        ([(2, 0), (2, 0)], {"num_workers": 4}, 1, False, "4 CPUs, 4 a trial"),  # over two nodes
+        ([(2, 0), (2, 0)], {"num_workers": 4}, 1, False, "4 CPUs, 4 per trial"),  # over two nodes
         # Ray counts in ten-thousandths, and a share of a GPU lies on one GPU
-        ([(8, 1)], {"gpus_per_worker": 0.2}, 5, True, "1 GPU, 0.2 a trial"),
-        ([(64, 8)], {"gpus_per_worker": 0.3}, 24, True, "8 GPUs, 0.3 a trial" + REST),
+        ([(8, 1)], {"gpus_per_worker": 0.2}, 5, True, "1 GPU, 0.2 per trial"),
+        ([(64, 8)], {"gpus_per_worker": 0.3}, 24, True, "8 GPUs, 0.3 per trial" + REST),
         # what is left over on each node is of no use
-        ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "6 CPUs, 2 a trial" + REST),
-        ([(3, 0)] * 5, {"cpus_per_worker": 2, "num_workers": 2}, 2, False, "15 CPUs, 4 a trial" + REST),
+        ([(3, 0), (3, 0)], {"num_workers": 2}, 2, True, "6 CPUs, 2 per trial" + REST),
+        ([(3, 0)] * 5, {"cpus_per_worker": 2, "num_workers": 2}, 2, False, "15 CPUs, 4 per trial" + REST),
         # CPUs are what one node lacks, GPUs another
-        ([(8, 1), (1, 8)], {"num_workers": 2}, 1, False, "9 GPUs, 2 a trial" + REST),
+        ([(8, 1), (1, 8)], {"num_workers": 2}, 1, False, "9 GPUs, 2 per trial" + REST),
         # what others hold is left to them; CPUs go by what there is, so that a trial is the same one beside others
-        ([(4, 0, "", 1)], {}, 3, True, f"3 of 4 CPUs{OTHERS}, 1 a trial"),
-        ([(8, 2, "", 0, 1)], {}, 1, True, f"1 of 2 GPUs{OTHERS}, 1 a trial"),
-        ([(8, 2, "", 8, 0)], {}, 0, True, f"0 of 8 CPUs{OTHERS}, 4 a trial; one waits"),
-        ([(2, 0, "", 1), (2, 0)], {"num_workers": 2}, 1, True, f"3 of 4 CPUs{OTHERS}, 2 a trial"),
-        ([(8, 2, "", 0, 0.5)], {"gpus_per_worker": 0.5}, 3, True, f"1.5 of 2 GPUs{OTHERS}, 0.5 a trial"),
+        ([(4, 0, "", 1)], {}, 3, True, f"3 of 4 CPUs{OTHERS}, 1 per trial"),
+        ([(8, 2, "", 0, 1)], {}, 1, True, f"1 of 2 GPUs{OTHERS}, 1 per trial"),
+        ([(8, 2, "", 8, 0)], {}, 0, True, f"0 of 8 CPUs{OTHERS}, 4 per trial; one waits"),
+        ([(2, 0, "", 1), (2, 0)], {"num_workers": 2}, 1, True, f"3 of 4 CPUs{OTHERS}, 2 per trial"),
+        ([(8, 2, "", 0, 0.5)], {"gpus_per_worker": 0.5}, 3, True, f"1.5 of 2 GPUs{OTHERS}, 0.5 per trial"),
         # of one kind
-        ([(8, 2, "H100"), (8, 8, "T4")], {"accelerator": "H100"}, 2, True, "2 GPUs, 1 a trial"),
+        ([(8, 2, "H100"), (8, 8, "T4")], {"accelerator": "H100"}, 2, True, "2 GPUs, 1 per trial"),
     ],
 )  # fmt: skip
 def test_concurrency_is_what_the_nodes_hold(nodes, recipe, concurrency, one_node, reason):
@@ -81,7 +81,7 @@ def test_a_reason_without_a_rest_is_the_whole_reason():
                 capacity = capacity_for(sizes, resources)
             except ClusterError:
                 continue
-            found = re.fullmatch(rf"([\d.]+) [CG]PUs?, ([\d.]+) a trial({REST})?", capacity.reason)
+            found = re.fullmatch(rf"([\d.]+) [CG]PUs?, ([\d.]+) per trial({REST})?", capacity.reason)
             whole = Fraction(found[1]) // Fraction(found[2])
             assert capacity.concurrency < whole if found[3] else capacity.concurrency == whole
 
@@ -106,11 +106,11 @@ def test_a_worker_gets_the_cores_that_its_gpus_leave(nodes, resources, cpus, con
     [
         # from zero workers one trial waits
         ([(0, 0)], {}, (0, 1), NONE + ASKED),
-        ([(8, 2)], {}, (2, 1), "2 GPUs, 1 a trial; nodes for 1 more are asked for"),
-        ([(2, 0, "", 2)], {}, (0, 1), f"0 of 2 CPUs{OTHERS}, 1 a trial{ASKED}"),
+        ([(8, 2)], {}, (2, 1), "2 GPUs, 1 per trial; nodes for 1 more are requested"),
+        ([(2, 0, "", 2)], {}, (0, 1), f"0 of 2 CPUs{OTHERS}, 1 per trial{ASKED}"),
         # where the recipe says how many are wanted, as many wait as run
         ([(0, 0)], {"max_concurrent_trials": 6}, (0, 1), NONE + ASKED),
-        ([(8, 2)], {"max_concurrent_trials": 6}, (2, 2), "2 GPUs, 1 a trial; nodes for 2 more are asked for"),
+        ([(8, 2)], {"max_concurrent_trials": 6}, (2, 2), "2 GPUs, 1 per trial; nodes for 2 more are requested"),
         ([(8, 2)], {"max_concurrent_trials": 1}, (1, 0), "search.max_concurrent_trials"),
         ([(8, 8, "T4")], {"accelerator": "H100"}, (0, 1), f"{NONE} and 1 x 1 GPU of kind H100{ASKED}"),
     ],
@@ -173,9 +173,9 @@ def test_a_search_on_a_cluster_that_others_hold_waits_says_so_and_takes_what_the
 
         result = run_search(recipe, tmp_path / "study", head.address, on_event, RUNNER)
     [started] = [event for event in events if isinstance(event, Started)]
-    assert (started.concurrency, started.reason) == (1, "1 of 2 CPUs, others hold the rest, 1 a trial")
-    assert seen == ["waiting: 0 of 2 CPUs, others hold the rest, 1 a trial; one waits", (Node(2, 0, "", 1),)]
-    assert changes(events) == [(2, "2 CPUs, 1 a trial")]
+    assert (started.concurrency, started.reason) == (1, "1 of 2 CPUs, others use the rest, 1 per trial")
+    assert seen == ["waiting: 0 of 2 CPUs, others use the rest, 1 per trial; one waits", (Node(2, 0, "", 1),)]
+    assert changes(events) == [(2, "2 CPUs, 1 per trial")]
     assert [row.outcome for row in result.trials] == ["complete"] * 3
 
 
@@ -316,9 +316,9 @@ def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_
         result = run_search(recipe, tmp_path / "study", head.address, events.append, RUNNER)
         assert [row.outcome for row in result.trials] == ["complete"] * 6
         waits = [event.text for event in events if isinstance(event, Preparing) and event.text.startswith("waiting")]
-        assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are asked for"]
+        assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are requested"]
         [started] = [event for event in events if isinstance(event, Started)]
-        told = (2, "2 CPUs, 1 a trial; nodes for 1 more are asked for")
+        told = (2, "2 CPUs, 1 per trial; nodes for 1 more are requested")
         assert told in [(started.concurrency, started.reason), *changes(events)]
         with running_ray(head.address, tmp_path / "ray.log"):
             killed_searches.wait_until(lambda: not any(node.num_cpus for node in nodes_now()), "the nodes end", 60)

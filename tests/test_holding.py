@@ -168,7 +168,7 @@ def test_a_search_that_slept_while_another_took_over_and_ended_and_a_third_runs_
     *lines, error, step = first.output.splitlines()
     assert not any("Error" in line or "Traceback" in line for line in lines), first.output
     assert error.endswith("was written by another search, which has taken the study over")
-    assert step == "    The other search goes on from all that is committed; this one has ended."
+    assert step == "    The other search continues from all commits; this one has ended."
     after = contents(study_dir)
     changed = {path.relative_to(study_dir) for path in before.keys() | after if before.get(path) != after.get(path)}
     assert [path for path in changed if not str(path).startswith(("log", "live.json", "trials/t0001-"))] == []
@@ -228,7 +228,7 @@ def check_round(study_dir, told):
     """Raises when not exactly one of two has held a study, or the other has spoilt something."""
     (_, refusal, none), (pid, said, count) = sorted(told, key=lambda each: not each[1])
     assert (said, none) == ("", 0), told
-    assert f"is in use: two searches on one study would spoil it: process {pid} on " in refusal, told
+    assert f"is in use: two searches on one study would damage it: process {pid} on " in refusal, told
     log = Log(Folder(study_dir))
     log.follow()  # it is whole: each commit names the one before
     records = [record for _, record in log.records if record.get("host") != ELSEWHERE["host"]]

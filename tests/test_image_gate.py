@@ -66,7 +66,7 @@ def test_a_file_that_would_start_a_program_is_refused_by_its_first_bytes_and_can
     source = set_with(tmp_path, EPS)
     text = told(source.pixels, 3)
     assert "dog/1.jpg: must be a readable image, but got a file that begins with b'%!PS" in text
-    assert f"Save it as one of {', '.join(FORMATS)}, or take it out of the set." in text
+    assert f"Save it as one of {', '.join(FORMATS)}, or remove it from the set." in text
     assert len(records(source, tmp_path / "cache").problems) == 1
     assert len(without_bad_images(source, tmp_path / "cache")) == 3
     assert not called.exists()
@@ -101,7 +101,7 @@ def test_a_small_file_of_very_many_pixels_takes_no_memory_and_can_be_skipped(tmp
         text = told(source.pixels, 3)
         assert len(without_bad_images(source, tmp_path / "cache")) == 3
     assert "dog/1.jpg: must have at most 64,000,000 pixels (max_pixels), but got 176,890,000" in text
-    assert "Save it smaller, take it out, or raise max_pixels of its set." in text
+    assert "Save it smaller, remove it, or raise max_pixels of its set." in text
 
 
 def test_the_limit_is_that_of_the_set_for_every_kind_of_file():

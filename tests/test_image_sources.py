@@ -344,7 +344,7 @@ def test_images_and_labels_are_found_by_ending_and_of_json_the_value_alone_is_ke
     assert shards(base, path, image="JPG", label="txt").listing.names == ["0.jpg"]
     text = told(shards, base, path)
     assert f"{path}: every sample must have one image and a .cls, but got 0 with .jpg, .png, .txt" in text
-    assert "Say with image and label which endings are meant" in text
+    assert "Set image and label to the endings" in text
     large = [json.dumps({"y": name, "caption": "x" * 100_000, "z": 1 - i}) for i, name in enumerate(("cat", "dog"))]
     path = write_tar(base / "large.tar", samples(*large, ending="json"))
     before = {*(base / "cache").rglob("*.arrow")}
@@ -383,13 +383,14 @@ BROKEN = [
     ("missing where", PLAIN, {"where": {"nam": "x"}}, "train.where: must be a column of set.parquet, but got 'nam'"),
     ("no such value", PLAIN, {"where": {"label": ["cat", "brd"]}},
      "train.where.label: must be a value of the column label, but got 'brd'; did you mean 'bird'?"),
-    ("no column is clear", UNCLEAR, {}, "train.label: must be said: which column of set.parquet holds the labels"),
-    ("wrong label type", HALVES, {}, "column label: must hold texts or whole numbers, but got double"),
-    ("wrong image type", HALVES, {"image": "label"}, "must hold paths, or the bytes of image files, but got double"),
-    ("no bytes", broken("image", None), {}, "row 3: every row must hold the bytes of an image, but got none"),
+    ("no column is clear", UNCLEAR, {},
+     "train.label: must be given: it is unclear which column of set.parquet has the labels"),
+    ("wrong label type", HALVES, {}, "column label: must contain texts or whole numbers, but got double"),
+    ("wrong image type", HALVES, {"image": "label"}, "must contain paths, or the bytes of image files, but got double"),
+    ("no bytes", broken("image", None), {}, "row 3: every row must contain the bytes of an image, but got none"),
     ("no name", broken("name", None), {"id": "name"}, "id: every image must have a name, but got none in set.parquet"),
     ("no row", PLAIN.slice(0, 0), {}, "train: a table must have a row, but got none"),
-    ("twice a column", PLAIN.append_column("name", PLAIN["name"]), {}, "may have one name, but got 'name'"),
+    ("twice a column", PLAIN.append_column("name", PLAIN["name"]), {}, "may have the same name, but got 'name'"),
     ("no names file", PLAIN, {"class_names": "none.txt"}, "none.txt: No such file or directory"),
     ("empty CSV", "", OF_FILES, "set.csv: must be a readable table, but got an empty file"),
     ("CSV with a short row", "image,label\ncat/0.png\n", OF_FILES, "must be a readable table, but got CSV parse error"),
@@ -403,16 +404,16 @@ BROKEN = [
     ("damaged JSON", json_samples("{"), JSON, f"{OBJECT} JSONDecodeError: Expecting"),
     ("deep JSON", json_samples("[" * 200_000), JSON, f"{OBJECT} ValueError: nested too deep"),
     ("half of a pair", json_samples('{"y": "\\ud800"}'), JSON, f"{OBJECT} UnicodeEncodeError: 'utf-8' codec can't"),
-    ("label list", json_samples('{"y": [1]}'), JSON, "the key y must hold a text or a whole number, but got list"),
+    ("label list", json_samples('{"y": [1]}'), JSON, "the key y must contain a text or a whole number, but got list"),
     ("label type", json_samples('{"y": 0.5}'), JSON, "or every one a whole number, but got 0.5"),
-    ("file twice", [FILES[0], *FILES[:2]], {}, "0.png: must stand in its sample once, but got two"),
+    ("file twice", [FILES[0], *FILES[:2]], {}, "0.png: must occur once in its sample, but got two"),
     ("no sample", [("readme", b"x")], {}, "a shard must have a sample with an image, but got none"),
     # of both
     ("numbers without names", NUMBERS, {}, "labels that are numbers need the names of the classes, but got 0 in"),
     ("label out of range", broken("label", 3, classes=CLASSES), NAMES, "be from 0 to 2, as there are 3 class names"),
     ("empty label", broken("label", None), {}, "every image must have a label, but got None in set.parquet, row 3"),
     ("unknown label", broken("label", "brd"), NAMES, "class_names, but got 'brd' in set.parquet, row 3; did you"),
-    ("missing class", PLAIN.slice(4), {"names": CLASSES}, "must be there in every set, but got none for 'bird'"),
+    ("missing class", PLAIN.slice(4), {"names": CLASSES}, "every set must have every class, but got none for 'bird'"),
     ("class without images", PLAIN.slice(4), NAMES, "train: every class must have an image, but got none in 'bird'"),
     ("class name twice", FILES, {"class_names": "twice.txt"}, "twice.txt:1 and "),
     ("name twice", broken("name", "bird/0.png"), {"id": "name"}, "in set.parquet, row 1 and set.parquet, row 3"),
@@ -440,7 +441,7 @@ def test_a_broken_set_gets_one_message(base, content, keys, message):
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
 def test_a_compressed_arrow_file_is_refused_for_images_only(base, compression):
     path = write_table(base / "set.feather", table_of(IMAGES), compression=compression)
-    rule = "a compressed Arrow file, of which no image can be read alone: write it with no compression"
+    rule = "a compressed Arrow file, whose images cannot be read one by one: write it without compression"
     assert rule in told(table, base, path)
     write_folder(base / "images", IMAGES)
     write_table(base / "set.feather", table_of(IMAGES, "paths"), compression=compression)
@@ -480,13 +481,13 @@ def test_compressed_and_missing_shards_are_told_with_the_reason(base):
     path = base / "set" / "shards" / "000.tar"
     path.write_bytes(gzip.compress(path.read_bytes()))
     text = told(shards, base)
-    assert f"{path}: a shard must not be compressed: of a compressed one no image can be read alone" in text
+    assert f"{path}: a shard must not be compressed: its images could not be read one by one" in text
     assert "gunzip" in text
     path.rename(path.with_name("000.tar.gz"))
     for place in ("set/shards", "set/shards/000.tar.gz"):
         assert "a shard must not be compressed" in told(shards, base, place)
     path.with_name("000.tar.gz").unlink()
-    assert "must hold the 3 shards that its nshards.txt states, but got 2" in told(shards, base)
+    assert "must contain the 3 shards that its nshards.txt states, but got 2" in told(shards, base)
 
 
 # ---- roles and commands
@@ -587,7 +588,7 @@ def spoilt(name, content=None):
 
 
 STATE, SPLITS, HUB_FILE = "saved/train/state.json", "saved/dataset_dict.json", "train-00001-of-00002.parquet"
-NO_FILES = "must hold the files that its state.json names, at least one, but got no"
+NO_FILES = "must contain the files that its state.json names, at least one, but got no"
 TRAIN = {"split": "train"}
 # what makes a set wrong, with which path and keys it is asked for, and the message
 BROKEN_HF = [

@@ -120,7 +120,7 @@ def test_ids_of_imagenet_get_its_words_and_other_ids_a_word_of_warning(tmp_path)
         write_tree(tmp_path / name, ["photo", "art"], ("n01440764", name), images=5)
         recipe, written = drafted(tmp_path / name, "photo")
         assert class_names(recipe) == words
-        assert ("THESE FOLDER NAMES ARE NO WORDS" in written) == (name in words)
+        assert ("THESE FOLDER NAMES ARE NOT WORDS" in written) == (name in words)
 
 
 def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
@@ -139,7 +139,7 @@ def test_roles_are_as_asked_and_the_rest_as_proposed(tmp_path):
 def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
     write_tree(tmp_path / name, ["été #1", "no"], ["n01440764", "12", "true"])
     recipe, written = drafted(tmp_path / name, "no")
-    assert "THESE FOLDER NAMES ARE NO WORDS" in written
+    assert "THESE FOLDER NAMES ARE NOT WORDS" in written
     assert recipe.data.train.domains == ("no",)
     assert [spec.domains for spec in recipe.data.ood_val.values()] == [("été #1",)]
     assert check_sets(recipe) == warnings(recipe) == []
@@ -148,8 +148,8 @@ def test_names_that_need_quotes_and_folders_that_are_no_words(tmp_path, name):
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        ("", "must hold folders of images, but got none"),
-        ("a b/train", "all class folders must stand at one depth, but got class folders in a, b/train"),
+        ("", "must contain folders of images, but got none"),
+        ("a b/train", "all class folders must be at the same depth, but got class folders in a, b/train"),
         ("train training", "each domain must have one folder for each split, but got train and training"),
     ],
 )
@@ -189,7 +189,7 @@ WRONG = [
     ("--preset quikstart", 2, "--preset: must be a preset, but got 'quikstart'; did you mean 'quickstart'?"),
     ("--preset pacs --hold-out foto", 2, "--hold-out: must be a domain of pacs, but got 'foto'; did you mean"),
     ("--preset fmow --hold-out x", 2, "--hold-out: the preset fmow leaves no domain out: 'x'"),
-    ("--preset pacs --model sandbox", 2, "--model: belongs to --from"),
+    ("--preset pacs --model sandbox", 2, "--model: can only be used with --from"),
     ("--from nowhere", 4, "nowhere: must be a folder that can be read"),
     ("--from tree --train foto", 2, "--train: must be a domain of the folder, but got 'foto'; did you mean"),
     ("--from tree --to r.yaml --model ViT-B-33", 2, "--model: must be 'sandbox', 'local-dir:FOLDER'"),

@@ -129,9 +129,9 @@ TAMPERINGS = {
 def test_tampering_is_found_and_named_even_where_all_hashes_were_made_again(study_dir, name):
     rewrite(study_dir, TAMPERINGS[name](commits(study_dir)))
     before = (study_dir / "manifest.json").read_bytes(), lines_of(study_dir)
-    message = 'log: must have the ledger of which manifest.json tells, {"count": 3, "commit": '
+    message = 'log: must have the ledger that manifest.json describes, {"count": 3, "commit": '
     assert message in told(study_dir)
-    assert "how often the test sets were read is not known" in told(study_dir)
+    assert "it is unknown how often the test sets were read" in told(study_dir)
     with pytest.raises(HoldOutError) as caught:
         write_line(study_dir, RECIPE)
     assert caught.value.exit_code == 8
@@ -149,10 +149,10 @@ def test_a_log_that_was_cut_off_and_a_manifest_that_was_edited_or_damaged_are_fo
     whole, before = noted(study_dir), (study_dir / "manifest.json").read_bytes()
     for changed in ({"hash": "0" * 64}, {"count": 2}, {"count": 4}, {"commit": whole["commit"] + 1}):
         note(study_dir, {**whole, **changed})
-        assert "must have the ledger of which manifest.json tells" in told(study_dir)
+        assert "must have the ledger that manifest.json describes" in told(study_dir)
     for damaged in ([3], "", 0, {}):
         note(study_dir, damaged)
-        assert "must have the ledger of which manifest.json tells" in told(study_dir)
+        assert "must have the ledger that manifest.json describes" in told(study_dir)
     (study_dir / "manifest.json").write_text("[]")
     with pytest.raises(StorageError, match="must be the manifest of a study"):
         check_ledger(study_dir)
@@ -160,9 +160,9 @@ def test_a_log_that_was_cut_off_and_a_manifest_that_was_edited_or_damaged_are_fo
     assert told(study_dir) == ""
     for path in sorted((study_dir / "log").iterdir())[places_of(commits(study_dir))[-1] :]:
         path.unlink()
-    assert "must have the ledger of which manifest.json tells" in told(study_dir)
+    assert "must have the ledger that manifest.json describes" in told(study_dir)
     note(fresh, whole)  # of lines in a study without one
-    with pytest.raises(HoldOutError, match=r"must have the ledger of which manifest.json tells"):
+    with pytest.raises(HoldOutError, match=r"must have the ledger that manifest.json describes"):
         require_unread(fresh, stand_in.make_recipe(4), "because")
 
 
@@ -214,7 +214,7 @@ def test_only_after_a_read_more_trials_need_a_reason_which_is_written_down(study
 
 def test_a_reason_must_say_something_and_the_recipe_be_that_of_the_study(study_dir):
     for reason in ("", "  "):
-        with pytest.raises(UsageError, match="--again: must give a reason"):
+        with pytest.raises(UsageError, match="--again: needs a reason"):
             require_unread(study_dir, stand_in.make_recipe(4), reason)
     with pytest.raises(RecipeError, match=r"train\.epochs"):
         require_unread(study_dir, stand_in.make_recipe(9, epochs=7), "because")

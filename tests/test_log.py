@@ -270,7 +270,7 @@ def test_a_living_process_of_this_machine_turns_others_away_at_once(tmp_path):
     parent = {**identity(), "pid": os.getppid(), "process_started": process_started(os.getppid())}
     claimed(Folder(tmp_path), me=parent)
     before, clock = contents(tmp_path), Clock()
-    with pytest.raises(StorageError, match="is in use: two searches on one study would spoil it: process"):
+    with pytest.raises(StorageError, match="is in use: two searches on one study would damage it: process"):
         log_of(Folder(tmp_path), clock).claim()
     assert (clock.now, contents(tmp_path)) == (1000.0, before)
 
@@ -491,7 +491,7 @@ def test_damage_of_an_object_is_a_message(tmp_path, whole):
         swap(one, other)
     for name in names[4:7]:
         store.remove(name)
-    with pytest.raises(StorageError, match=r"00000005: must be there, as later ones are, but got none"):
+    with pytest.raises(StorageError, match=r"00000005: must exist, as later ones do, but got none"):
         claimed(store)
 
 

@@ -141,7 +141,9 @@ def agree(context, study_dir, recipe, folder):
             raise StorageError("no such file")
         return 1
 
-    with pytest.raises(MachineError, match="rank 1 does not see the files that others see: no such file") as caught:
+    with pytest.raises(
+        MachineError, match="rank 1 does not see the files that other ranks see: no such file"
+    ) as caught:
         on_all_ranks(context, missing)
     assert caught.value.rank == 1
     meet_on_one_rank(context, folder.parent / "own")
@@ -172,7 +174,9 @@ def resume_with_different_listings(context, folder):
 
     if context.rank == 1:
         loop.load_checkpoint = unseen
-    with pytest.raises(MachineError, match=r"rank 1 does not see the files that others see: .*step-0000") as caught:
+    with pytest.raises(
+        MachineError, match=r"rank 1 does not see the files that other ranks see: .*step-0000"
+    ) as caught:
         fine_tune(clip, *heads, source, train, context, checkpoint_dir=folder, attempt=3)
     assert len(set(gather(context, str(caught.value)))) == 1
 

@@ -179,8 +179,8 @@ def test_what_is_there_is_never_written_over(address, made, server, tmp_path, ca
     server.put("mine/file", b"mine")
     for words in (["push", made, server.address("mine")], ["pull", address, tmp_path / "mine"]):
         assert call(words) == 2
-        assert "holds file" in capsys.readouterr().err
-    with pytest.raises(UsageError, match=r"must be a study, or an address where nothing is, .* holds file"):
+        assert "contains file" in capsys.readouterr().err
+    with pytest.raises(UsageError, match=r"must be a study or an empty address, .* contains file"):
         own_folder(server.address("mine"))
     assert os.listdir(tmp_path / "mine") == ["file"]
     assert len([name for name in server.objects() if name.startswith("mine")]) == 1
@@ -235,7 +235,7 @@ def test_of_two_pushes_at_once_one_is_made(server, made, tmp_path):
             more()
 
     server.strike = strike
-    with pytest.raises(UsageError, match="must be an address where nothing is, but got another study"):
+    with pytest.raises(UsageError, match="must be an empty address, but got another study"):
         push(made, address)
     assert contents(fetched(address)).keys() == contents(other).keys()
     assert read_study(address).trials == read_study(other).trials
@@ -361,7 +361,7 @@ def test_a_search_is_stopped_from_another_machine_and_only_the_one_that_was_aske
     search(address, 3)
     assert told(own_folder(address, brings=False)) == whole
     assert call(["stop", address]) == 0
-    assert f"Nothing to stop: no search runs on {address}; 3 of 3 trials finished." in capsys.readouterr().err
+    assert f"Nothing to stop: no search is running on {address}; 3 of 3 trials finished." in capsys.readouterr().err
 
 
 @pytest.mark.whole
@@ -382,7 +382,7 @@ def test_what_was_trained_here_is_used_elsewhere_by_its_address(server, tmp_path
         best = best_row(read_study(address, NUMBERS).trials)
         assert found["metrics"]["objective"] == pytest.approx(best.objective, abs=1e-6)
     assert call(["search", recipe, "--study", next_one, "--executor", "debug", "--warm-start", first]) == 0
-    assert f"2 of 2 trials of {first} taken in" in capsys.readouterr().err
+    assert f"2 of 2 trials of {first} are used" in capsys.readouterr().err
     confirm = ["confirm", first, "--executor", "debug", "--seeds", "2", "--against", next_one]
     assert call(confirm) == 2, "this machine has not written the study"
     assert call([*confirm, "--trust-paths"]) == 0
@@ -539,7 +539,7 @@ def test_an_answer_that_lacks_what_is_there_removes_nothing(server, monkeypatch)
         assert next(late, None) is None
         assert (folder / "file").read_text() == "ours"
         server.put(f"study/{newest}", b"of another study")
-        with pytest.raises(StorageError, match=r"which is another one now, but got one that process .* works on"):
+        with pytest.raises(StorageError, match=r"which is now another one, but got one that process .* is using"):
             own_folder(address)
         assert (folder / "file").exists()
         server.put(f"study/{newest}", Folder(folder).get(newest))
@@ -661,7 +661,7 @@ def test_a_bucket_that_refuses_ends_the_search_and_the_next_one_goes_on(server, 
     assert require_unread(folder, recipe, "because")
     assert read_ledger(fetched(address))[-1].reason == "because"
     before, log = server.objects().keys(), open_log(folder)
-    with pytest.raises(StorageError, match="must stay while a search"), held(log, print), uploading(log):
+    with pytest.raises(StorageError, match="must not be removed while a search"), held(log, print), uploading(log):
         files.remove(folder)
     assert before <= server.objects().keys()
     Log(Bucket(address)).claim(me={"host": "node7"})  # and soon falls silent

@@ -375,7 +375,7 @@ def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys,
         assert f"names code that a training would run: mine:few_steps in {finished}" in said
         assert "If you trust it, add --trust." in said
     assert call(["plan", "recipe.yaml", *STRANGE]) == 2
-    assert "plan measures the built-in loop" in capsys.readouterr().err
+    assert "plan measures only the built-in loop" in capsys.readouterr().err
     assert call(["search", "recipe.yaml", "--set", "train.function=mine:nothing_here", "--study", "x", "--trust"]) == 3
     assert "mine.py, but got nothing_here" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before

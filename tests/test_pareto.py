@@ -167,7 +167,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
     assert trained == []
     assert said == [
         f"the search continued: {winner} was at alpha 0.40, now it is at {drawn:.2f}",
-        "All 2 trainings with fresh seeds are there already.",
+        "All 2 trainings with fresh seeds already exist.",
     ]
     assert [(row.name, row.alpha) for row in now.rows if row.role == "winner"] == [(winner, drawn)]
     assert last_stage(study_dir) == now

@@ -65,7 +65,7 @@ def test_a_search_of_equal_trainings_takes_what_can_be_counted_by_hand():
     assert (found["concurrency"], found["limited_by"]) == (2, "search.max_concurrent_trials")
     json.dumps(found, allow_nan=False)
     recipe = recipe.model_copy(update={"budget": BudgetConfig(wall_time=35.5)})
-    assert beyond_budget(recipe, found) == "budget.wall_time (35.5 s) will end it after about 50%."
+    assert beyond_budget(recipe, found) == "budget.wall_time (35.5 s) will end the search after about 50%."
     assert beyond_budget(make_recipe(7), found) == ""
 
 
@@ -177,8 +177,8 @@ def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):
 
 def test_what_cannot_be_planned_is_told_before_anything_is_measured(capsys):
     for words, message in (
-        (["--price-per-hour", "1", "--price-per-gpu-hour", "1"], "--price-per-hour: must stand without"),
-        (["--set", "search.space={}"], "search.space: must hold at least one parameter to search"),
+        (["--price-per-hour", "1", "--price-per-gpu-hour", "1"], "--price-per-hour: cannot be used with"),
+        (["--set", "search.space={}"], "search.space: must contain at least one parameter to search"),
     ):
         assert call(["plan", ROOT / "search_spaces" / "quickstart.yaml", *words]) in (2, 3)
         assert f"error: {message}" in capsys.readouterr().err

@@ -48,12 +48,12 @@ def _messages(tmp_path, more="", *overrides, base=BASE):
 
 ONE_OF = "must be one of the allowed values, but got "
 TEMPLATES = "must be the name of a set of templates, file:PATH, or a list of texts with {}, but got "
-BRACES = "must hold {} once, for the class, and no other brace, but got "
+BRACES = "must contain {} once, for the class, and no other brace, but got "
 GPUS = "must be a whole number above 1, and with several workers, but got "
-ALPHA_MODE = "search.alpha.mode: must be sample where alpha is in search.space, else profile, but got "
+ALPHA_MODE = "search.alpha.mode: must be sample if alpha is in search.space, else profile, but got "
 LOWEST = "must be at least search.alpha.lowest, 0.1, but got "
 CUTS_NOTHING = "search.pruner.name: needs an intermediate value between search.pruner.first and the last epoch"
-DEEP = ": must not be nested so deeply, nor repeat itself by aliases so often"
+DEEP = ": must have less nesting and fewer repeated aliases"
 TAG = "must be a plain value without a tag, but got tag:yaml.org,2002:"
 BENCHMARK = "{source: benchmark, path: x, "
 CORRUPTED = "{source: corrupted, of: {source: folder, path: x}, "
@@ -85,13 +85,13 @@ BAD = [
     ("prompts:\n  templates:\n  - a {}\n  - a photo", f':12: prompts.templates.1: {BRACES}"a photo"'),
     ("prompts: {templates: ['{} {c}']}", f':9: prompts.templates.0: {BRACES}"{{}} {{c}}"'),
     ("prompts: {templates: ['a {}', 'a {}']}", "prompts.templates.1: must not repeat an earlier template, but got "),
-    ("prompts: {class_names: [a, '']}", ":9: prompts.class_names: must not hold an empty text, but got "),
-    ("  classes: [a, b, a]", ":9: data.classes: must not hold a name twice, but got a"),
+    ("prompts: {class_names: [a, '']}", ":9: prompts.class_names: must not contain an empty text, but got "),
+    ("  classes: [a, b, a]", ":9: data.classes: must not contain a name twice, but got a"),
     ("  classes: [a, ..]", ':9: data.classes: must be names of folders, not paths, but got ["a", ".."]'),
-    ("  classes: [a, b]\nprompts: {class_names: [a]}", "must hold one text per class of data.classes (2), but got"),
+    ("  classes: [a, b]\nprompts: {class_names: [a]}", "must contain one text per class of data.classes (2), but got"),
     # model
     ("model: {name: ViT-B-32}", ":9: model.pretrained: is required for ViT-B-32: the weights to start "),
-    ("model: {pretrained: openai}", ":9: model.pretrained: must be left out for the sandbox, which brings its own "),
+    ("model: {pretrained: openai}", ":9: model.pretrained: must be left out for the sandbox, which has its own "),
     # alpha
     ("search: {alpha: {mode: sample}, space: {epochs: {low: 1, high: 2}}}", f":9: {ALPHA_MODE}sample\n"),
     ("search: {alpha: {mode: sample}, space: {alpha: {low: 0, high: 1}}}", f"alpha.low: {LOWEST}0.0"),
@@ -111,7 +111,7 @@ BAD = [
     ("resources: {gpus_per_worker: 0, accelerator: H100}", "must be left out with gpus_per_worker: 0, but got H100"),
     ("resources: {gpus_per_worker: 0.00001}", "must be at least 0.0001, the least that Ray counts, but got 1e-05"),
     # the text itself
-    ("name: again", ":9: name: must stand once, but stands on line 1 too"),
+    ("name: again", ":9: name: must occur once, but is also on line 1"),
     ("train: {epochs: 1", ":10:1: must be valid YAML: expected ',' or '}', but got '<stream end>'"),
     ("train:\n\tepochs: 1", "cannot start any token\n    Indent with spaces, not with tabs."),
     ("---\nname: x", ":9:1: must be valid YAML: but found another document"),
@@ -134,7 +134,7 @@ BAD_SPACES = [
     ("kl_weight: {type: floot, low: 1, high: 2}", "(allowed: float, int, categorical)"),
     ("kl_weight: {choices: [1, 1.0]}", "kl_weight.choices: choices must differ, but got [1, 1.0]"),
     ("kl_weight: {choices: [[1]]}", "must be a number, a text, true, false or null, but got [1]"),
-    ("seed: {low: 0, high: 9}", "seed: must not be searched\n    Seeds are no hyperparameters: "),
+    ("seed: {low: 0, high: 9}", "seed: must not be searched\n    A seed is not a hyperparameter: "),
     ("precision: {choices: [fp32, bf16]}", "must not be searched\n    It changes speed and rounding, "),
     ("micro_batch: {low: 1, high: 2}", "must not be searched\n    It changes speed and memory, "),
     ("kl_weigth: {low: 1, high: 2}", 'must be a field of train, but got "kl_weigth"; did you mean'),
@@ -152,9 +152,9 @@ BAD_SETS = [
     (f"b: {BENCHMARK}name: dtd, split: tset}}", "must be a split of dtd, but got \"tset\"; did you mean 'test'? "),
     (f"b: {BENCHMARK}name: imagenet-r, split: test}}", ".b.split: must be left out: imagenet-r has no splits, but"),
     (f"b: {BENCHMARK}name: imagenet-r, domains: [art]}}", ".b.domains: must be left out: imagenet-r has no domains,"),
-    (f"b: {BENCHMARK}name: pacs, domains: [photo, photo]}}", ".b.domains: must not hold a name twice, but got"),
+    (f"b: {BENCHMARK}name: pacs, domains: [photo, photo]}}", ".b.domains: must not contain a name twice, but got"),
     (f"b: {CORRUPTED}severity: 1, corruptions: [fogg]}}", f".b.corruptions.0: {ONE_OF}\"fogg\"; did you mean 'fog'?"),
-    (f"b: {CORRUPTED}severity: 1, corruptions: [fog, fog]}}", ".b.corruptions: must not hold a name twice"),
+    (f"b: {CORRUPTED}severity: 1, corruptions: [fog, fog]}}", ".b.corruptions: must not contain a name twice"),
     ("b: {source: corrupted, of: {source: corrupted}, severity: 1}", f'.b.of.source: {ONE_OF}"corrupted" (allowed:'),
     (f"b: {{source: corrupted, of: {BENCHMARK}name: pasc}}, severity: 1}}", ".b.of.name: must be the name of a "),
     ("b: {source: web}", f'.b.source: {ONE_OF}"web" (allowed: sandbox, folder, table, webdataset, huggingface, '),
@@ -182,7 +182,7 @@ def test_a_recipe_without_data_is_told(tmp_path):
     told = ["r.yaml:2: data.train: is required", "r.yaml:2: data.id_val: is required"]
     assert _messages(tmp_path, base="name: x\ndata:\n") == told
     assert _messages(tmp_path, base="- a\n") == ['r.yaml:1: must be a mapping of keys to values, but got ["a"]']
-    told = "search.objective is ID accuracy alone: data.ood_val holds no set"
+    told = "search.objective is only ID accuracy: data.ood_val has no set"
     assert advice.warnings(_load(tmp_path, "search:\ntrain:\n  # none\n", base=BASE.split("  ood_val")[0])) == [told]
 
 
@@ -253,7 +253,10 @@ def test_templates_come_from_a_file_once_and_stand_in_the_recipe(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     rule = "prompts.templates: must be a file with one template per line, but got"
     for name, told in (
-        ("wrong.txt", 'prompts.templates.1: must hold {} once, for the class, and no other brace, but got "a drawing"'),
+        (
+            "wrong.txt",
+            'prompts.templates.1: must contain {} once, for the class, and no other brace, but got "a drawing"',
+        ),
         ("none.txt", f"{rule} none.txt: No such file or directory"),
         ("bytes.txt", f"{rule} bytes.txt: must be text in UTF-8, but byte 0 is not"),
         ("pipe", f"{rule} pipe: must be a regular file, but got a pipe, device or socket"),
@@ -295,7 +298,7 @@ def test_null_takes_out_an_entry_that_the_author_named_and_is_a_value_elsewhere(
 
 
 BAD_OPTIONS = [
-    ("data.ood_val.scetch=null", "data.ood_val must hold scetch, which null takes out; did you mean 'sketch'?"),
+    ("data.ood_val.scetch=null", "data.ood_val must have scetch, which null removes; did you mean 'sketch'?"),
     ("train.epochs", "must have the form key.path=value"),
     ("train.epochs=[", "must be valid YAML: expected the node content, but found '<stream end>'"),
     ("train.epoch=3", "unknown key; did you mean 'epochs'? (allowed: "),
@@ -336,8 +339,8 @@ WARNINGS = [
     ("evaluate: {every_epochs: 0}\nsearch: {pruner: {name: successive_halving}}", None),
     ("resources: {gpus_per_worker: 4}", "resources.gpus_per_worker takes 4 GPUs for each worker, which "),
     ("model: {name: ViT-B-16-quickgelu, pretrained: openai}", "prompts.templates sandbox describes the sandbox's own"),
-    ("    b: {source: sandbox, domain: sketch, split: test, num_per_class: 1}", "data.ood_test.b shows other"),
-    ("    b: {source: sandbox, domain: photo, split: test, num_per_class: 1}", "data.ood_test.b is no shift:"),
+    ("    b: {source: sandbox, domain: sketch, split: test, num_per_class: 1}", "data.ood_test.b has other"),
+    ("    b: {source: sandbox, domain: photo, split: test, num_per_class: 1}", "data.ood_test.b is not a shift:"),
 ]
 
 
@@ -354,7 +357,7 @@ def test_imagenet_v2_is_no_ood_validation_set(tmp_path):
 
 def test_what_only_a_search_minds(tmp_path):
     assert list(map(str, advice.check_searchable(_load(tmp_path, "train: {alpha: 0.5}")))) == [
-        "search.space: must hold at least one parameter to search\n"
+        "search.space: must contain at least one parameter to search\n"
         "    Add a parameter, for example learning_rate: {low: 1e-6, high: 1e-4, log: true}.",
         "train.alpha: must not be fixed in a search, which finds alpha itself, but got 0.5\n"
         "    Remove train.alpha (--set train.alpha=null).",

@@ -89,8 +89,14 @@ def test_counts_and_corrections_and_the_text_tells_what_each_number_corrects(stu
     assert (found["best"]["name"], found["headline"]["baseline"]) == (view.best.name, "fine_tuning")
     code, out, _ = run("report", view.study_dir)
     assert code == 0
-    assert "26 complete, 4 diverged.\n31 trainings and 135 evaluated alphas chose on these validation images;" in out
-    assert f"Corrected: {100 * found['corrected']['value']:.1f} %. The luck expected of the best of 26 values" in out
+    assert (
+        "26 complete, 4 diverged.\n31 trainings and 135 evaluated alphas were compared on these validation images;"
+        in out
+    )
+    assert (
+        f"Corrected: {100 * found['corrected']['value']:.1f} %. The expected selection bias of the best of 26 values"
+        in out
+    )
     assert found["headline"]["sentence"] in out
 
 
@@ -109,7 +115,7 @@ def test_a_trainer_of_ones_own_may_have_chosen_and_every_text_says_that_nobody_c
     set_recipe(two, make_recipe(2).model_copy(update={"train": train}))
     for document, is_own in ((page_document(read_study(two)), True), (searched, False)):
         assert (OWN_CHOICES in document["report"]["lines"]) == is_own
-        assert ("chosen on the labelled validation sets is not counted" in verdict(document)[-1].text) == is_own
+        assert ("on the labelled validation sets are not counted" in verdict(document)[-1].text) == is_own
 
 
 def test_test_reads_are_counted_and_a_ledger_that_lost_a_line_is_no_ground_for_a_report(two, run):
@@ -119,7 +125,7 @@ def test_test_reads_are_counted_and_a_ledger_that_lost_a_line_is_no_ground_for_a
     forget_line(two, 3)
     code, out, err = run("report", two)
     assert (code, out) == (8, "")
-    assert "must have the ledger of which manifest.json tells" in err
+    assert "must have the ledger that manifest.json describes" in err
 
 
 def test_what_is_damaged_or_missing_is_told(two, run):
@@ -192,7 +198,7 @@ def test_the_card_agrees_with_confirm_and_test(searched, case):
     kept = summary["baselines"][0]["keeps_id"]
     assert accuracy.passed == (kept and source == "test")  # the images of a confirm have chosen
     assert ("keeps the ID accuracy" in accuracy.text) == kept
-    for what, is_missing in (("seeds", num_seeds == 1), ("the choice by these images", source == "confirm")):
+    for what, is_missing in (("seeds", num_seeds == 1), ("the selection on these images", source == "confirm")):
         assert (what in result.text.partition("not covered: ")[2]) == is_missing
     for name in ("id_accuracy", "ood_accuracy"):
         found = summary["rows"][0][name]
@@ -208,7 +214,7 @@ def test_before_a_confirm_the_card_warns_and_has_the_words_of_the_report(studies
     lines, headline = verdict(document), document["report"]["headline"]
     assert lines[0].text.startswith(f"{document['status']['best']['name']}: {headline['sentence']}")
     assert [line.passed for line in lines] == [False] * 5  # the images that chose show nothing
-    assert lines[0].text.endswith("95 %, over images; not covered: seeds, the choice by these images")
+    assert lines[0].text.endswith("95 %, over images; not covered: seeds, the selection on these images")
     assert ("there is no OOD set" in lines[1].text) == (kind == "no OOD set")
 
 
@@ -327,10 +333,10 @@ def test_the_command_writes_the_page_into_the_study_or_where_it_is_told(two, run
 
 def test_options_that_do_not_belong_together_are_refused(two, run):
     for words, told in (
-        ("--card text --html", "--card must stand without --html"),
-        ("--card text --json", "--json must stand without --card"),
+        ("--card text --html", "--card cannot be used with --html"),
+        ("--card text --json", "--json cannot be used with --card"),
         ("--card png", "text, latex"),
-        ("--tables x --html", "--tables must stand without --html"),
+        ("--tables x --html", "--tables cannot be used with --html"),
         ("--tables x --out y", "--out needs --html or --card"),
     ):
         code, _, err = run("report", two, *words.split())

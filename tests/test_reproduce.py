@@ -506,7 +506,7 @@ def test_another_objective_is_that_of_the_stored_accuracies(view, asked, spec):
 
 def test_a_test_set_is_refused_with_one_message(profiled):
     for asked in ("night", "id_test", "ood_test", "fog,night", "nowhere,id_test"):
-        with pytest.raises(HoldOutError, match="must be validation sets: no choice may see a test set") as error:
+        with pytest.raises(HoldOutError, match="must be validation sets: no selection may use a test set") as error:
             asked_objective(read_study(profiled).recipe, sets=asked)
         assert (error.value.exit_code, len(error.value.problems)) == (8, 1)
 
@@ -554,7 +554,7 @@ def test_the_command_shows_ranks_and_changes_nothing(run, profiled):
     assert [row.split()[0] for row in rows[:3]] == ["plain", "half", "zero_shot"]
     assert len(rows) == 7
     assert max(map(len, rows)) <= 80
-    assert "Nothing in the study was changed." in err
+    assert "The study was not changed." in err
     for only in ("fog", "sketch"):  # a study keeps the weights of its best
         words = (profiled, "--objective", "worst_domain", "--sets", only)
         first = json.loads(run("rescore", *words, "--json")[1])["trials"][0]["name"]
@@ -564,7 +564,7 @@ def test_the_command_shows_ranks_and_changes_nothing(run, profiled):
     assert (answer["objective"]["kind"], answer["objective"]["id_weight"]) == ("harmonic", None)
     code, out, err = run("rescore", profiled, "--sets", "fog,night")
     assert (code, out) == (8, "")
-    assert "--sets: must be validation sets: no choice may see a test set" in err
+    assert "--sets: must be validation sets: no selection may use a test set" in err
     assert contents(profiled) == before
 
 

@@ -362,7 +362,7 @@ CASES = [  # a part of a recipe, and how its one message begins
     (drawn_when({"deacy": "all"}), "space.kl_weight.when.deacy: must be a categorical parameter of search.space, but"),
     (drawn_when({"decay": ["matrx"]}), "space.kl_weight.when.decay: must be among the choices of decay, but got"),
     (drawn_when({"head_bias": 1}), "space.kl_weight.when.head_bias: must be among the choices of head_bias, but got 1"),
-    (drawn_when({"decay": "all"}, "decay"), "space.decay.when: conditions must not form a circle, but got decay -> de"),
+    (drawn_when({"decay": "all"}, "decay"), "space.decay.when: conditions must not form a cycle, but got decay -> de"),
     (drawn_when(5), "space.kl_weight.when: must be a mapping of keys to values, but got 5"),
     (drawn_when({"decay": []}), "space.kl_weight.when.decay: must be a value of the other parameter, or a list of"),
     (
@@ -374,7 +374,7 @@ CASES = [  # a part of a recipe, and how its one message begins
     (tried({"epochs": True}), "enqueue.0.epochs: must be a number from 1 to 9 in steps of 1, but got true"),
     (tried({"decay": "matrix"}), 'enqueue.0.decay: must be one of the choices, but got "matrix"; did you mean'),
     (tried({"crop_scale": 0.9}), "enqueue.0.crop_scale: crop_scale is drawn under a condition, which the entry must"),
-    (tried({}), "enqueue.0: must hold a value of at least one parameter, but got {} (allowed: kl_weight, epochs"),
+    (tried({}), "enqueue.0: must contain a value of at least one parameter, but got {} (allowed: kl_weight, epochs"),
     ({**tried({}), "trials": 1, "enqueue": 2 * [{"epochs": 1}]}, "enqueue: must be at most as many as search.trials"),
     (tried(5), "enqueue.0: must be a mapping of keys to values, but got 5"),
 ]

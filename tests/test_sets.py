@@ -211,9 +211,9 @@ def test_images_that_cannot_be_decoded_are_left_out_counted_and_found_once(tree,
     assert len(left) == 116
     assert [name.rsplit("images/")[1] for name in left.skipped] == [*(f"cat/{i}.png" for i in range(3)), "dog/11.png"]
     (line,) = caplog.messages
-    assert "train: 4 of 120 images are left out, which cannot be decoded (on_bad_image: skip): " in line
+    assert "train: 4 of 120 images cannot be decoded and are left out (on_bad_image: skip): " in line
     assert line.count("must be a readable image") == 3  # the first ones
-    assert "; carft-ray doctor RECIPE --json names all of training and validation" in line
+    assert "; carft-ray doctor RECIPE --json lists all in training and validation sets" in line
     assert len(without_bad_images(chosen(tree, on_bad_image="skip"), tree / "cache")) == 116
     assert caplog.messages == [line]
     assert left.fingerprint != source.fingerprint

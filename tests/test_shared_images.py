@@ -287,7 +287,7 @@ def test_what_is_wrong_with_exclude_is_told(here):
     for written, message in {
         "[7]": r"train\.exclude: must name images of the set by their sample ids, but got 1, such as 7",
         "nowhere.txt": r"train\.exclude: must be a text file .* No such file",
-        "words.txt": r"words.txt: every line must hold a sample id, a whole number .* 'train/cat/0.png'",
+        "words.txt": r"words.txt: every line must contain a sample id, a whole number .* 'train/cat/0.png'",
     }.items():
         recipe = loaded(here, f"data.train.exclude={written}")
         with pytest.raises(DataError, match=message):

@@ -38,7 +38,7 @@ def store(request, tmp_path):
 def test_an_object_is_read_back_listed_and_removed(store):
     assert (store.get("a/b"), store.list("a")) == (None, [])
     store.put_new("a/b", b"1")
-    with pytest.raises(RefusedError, match="is there already"):
+    with pytest.raises(RefusedError, match="already exists"):
         store.put_new("a/b", b"2")
     store.put_new("a/c", b"3")
     store.put_new("ab", b"4")
@@ -68,7 +68,7 @@ def test_a_name_that_leads_out_or_is_temporary_is_refused(store, tmp_path, name)
 def test_a_store_that_writes_over_what_is_there_is_refused(store, monkeypatch):
     probe(store)
     monkeypatch.setattr(type(store), "put_new", type(store).put)
-    with pytest.raises(StorageError, match="must refuse to create an object that is there"):
+    with pytest.raises(StorageError, match="must refuse to overwrite an object"):
         claimed(store)
     assert store.list("log") == []
 
@@ -103,7 +103,7 @@ def test_a_folder_without_hard_links_is_refused(tmp_path, monkeypatch):
         raise PermissionError(1, "Operation not permitted")  # as of FAT
 
     monkeypatch.setattr(os, "link", link)
-    with pytest.raises(StorageError, match="must lie on a disk with hard links, but got Operation not permitted"):
+    with pytest.raises(StorageError, match="must be on a disk with hard links, but got Operation not permitted"):
         claimed(Folder(tmp_path))
     assert contents(tmp_path) == {}
 
@@ -157,7 +157,7 @@ def test_what_passes_is_tried_again_and_without_a_server_there_is_no_answer(monk
         store.put("a", b"1")
         server.strike = once(refused(503, "SlowDown"), "GET")
         assert store.get("a") == b"1"
-    with pytest.raises(StorageError, match="must be readable, but got no answer\n    See whether the endpoint"):
+    with pytest.raises(StorageError, match="must be readable, but got no answer\n    Check that the endpoint"):
         store.get("a")
     with pytest.raises(UnknownError):
         store.put_new("a", b"1")
@@ -167,11 +167,11 @@ def test_what_passes_is_tried_again_and_without_a_server_there_is_no_answer(monk
     ("fault", "step"),
     [
         (refused(403, "AccessDenied"), "Let the keys list, read, write and delete below this address"),
-        (refused(400, "ExpiredToken"), "Give keys that hold in the environment"),
-        (refused(403, "InvalidAccessKeyId"), "Give keys that hold in the environment"),
+        (refused(400, "ExpiredToken"), "Set valid keys in the environment"),
+        (refused(403, "InvalidAccessKeyId"), "Set valid keys in the environment"),
         (refused(403, "RequestTimeTooSkewed"), "Set the clock of this machine"),
-        (refused(501, "NotImplemented"), "refuses to create what is there"),
-        (refused(404, "NoSuchBucket"), "Make the bucket first, or mend the address"),
+        (refused(501, "NotImplemented"), "refuses to overwrite an object"),
+        (refused(404, "NoSuchBucket"), "Create the bucket first, or correct the address"),
     ],
 )
 def test_a_refusal_names_address_code_and_next_step_and_no_key(server, tmp_path, fault, step):

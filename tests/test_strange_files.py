@@ -121,7 +121,7 @@ def test_the_state_of_a_saved_data_set_may_be_nothing_but_json(here):
     hf_dataset(IMAGES).save_to_disk(here / "saved")
     state = here / "saved" / "state.json"
     surrogate = '{"_data_files": [{"filename": "\\ud800"}]}'
-    for content, rule in (("[" * 200_000, "nested too deep"), (surrogate, "surrogates not allowed")):
+    for content, rule in (("[" * 200_000, "nested too deeply"), (surrogate, "surrogates not allowed")):
         state.write_text(content)
         text = told(open_set, source="huggingface", path="saved")
         assert text.startswith(f"{state}: must be a readable JSON file, but got ")
@@ -144,10 +144,10 @@ def test_an_arrow_set_with_damaged_names_is_told(here):
 
 
 VALUES = "must be a text, a whole number, true or false, or a list of them"
-NO_NUL = "must be text without the character NUL and without halves"
+NO_NUL = "must be text without NUL characters and without unpaired"
 # a setting of a recipe, and the rule that it breaks
 CANNOT_BE = [
-    ("search.space.kl_weight={low: 0, high: 1.7e308, step: 1}", "at most 1,000,000,000 steps must lie between"),
+    ("search.space.kl_weight={low: 0, high: 1.7e308, step: 1}", "low to high must have at most 1,000,000,000 steps"),
     ("search.space.kl_weight={low: -1.7e308, high: 1.7e308}", "high - low must be a finite number"),
     ('data.train.path="a\\0b"', NO_NUL),
     ('prompts.templates="file:a\\0b"', NO_NUL),
@@ -175,7 +175,7 @@ def test_a_recipe_that_says_what_cannot_be_is_told(here, setting, rule):
 def test_json_of_a_study_that_never_ends_or_is_too_deep_is_told(here):
     os.mkfifo("pipe")
     (here / "deep").write_text("[" * 200_000)
-    for name, rule in (("pipe", f"{REGULAR}a pipe"), ("deep", "nested too deep")):
+    for name, rule in (("pipe", f"{REGULAR}a pipe"), ("deep", "nested too deeply")):
         with pytest.raises(StorageError, match=rule):
             files.read_json(here, name)
         assert files.read_object(here, name) is None

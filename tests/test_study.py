@@ -92,7 +92,7 @@ def test_attempts_that_are_lost_without_advancing_set_the_training_aside_for_the
         assert [row.name for row in study.set_aside()] == [spec.name]
     row, _ = trials(study_dir)
     assert (row.outcome, row.set_aside) == ("running", True)
-    assert row.reason == "5 attempts in a row did not advance; the last: the process died"
+    assert row.reason == "5 attempts in a row made no progress; the last: the process died"
     log = (spec.folder(study_dir) / "log.txt").read_text()
     assert log.index("attempt 1: lost: the process died") < log.index("Traceback of the other rank")
     with searching(study_dir, make_recipe(2, baselines={})) as study:
@@ -286,8 +286,8 @@ def test_a_log_that_has_lost_trainings_is_an_error_and_nothing_is_removed(study_
     with pytest.raises(StorageError, match=r"log: must be the log of the trainings in") as caught:
         begin_and_end(study_dir, make_recipe(2))
     assert caught.value.exit_code == 5
-    assert "one that knows nothing of trials/t000" in str(caught.value)
-    assert "Restore it from a copy. Without one: move those folders elsewhere" in str(caught.value)
+    assert "one without trials/t000" in str(caught.value)
+    assert "Restore it from a copy. If there is none, move those folders away" in str(caught.value)
     assert contents(study_dir) == before
     shutil.rmtree(study_dir / "trials")
     (study_dir / "baselines").rename(study_dir / "elsewhere")

@@ -252,7 +252,7 @@ def test_a_study_in_a_bucket_keeps_its_recipe_in_the_cache_of_the_head(here, sub
     assert found["study"] == address
     assert found["job"] == jobs.job_id(address) != jobs.job_id(here / "first")
     assert "an-id" not in out + err
-    assert "Without them there, add --env AWS_ACCESS_KEY_ID." in told(err)
+    assert "If the cluster has none, add --env AWS_ACCESS_KEY_ID." in told(err)
     copied = found["entrypoint"].partition("; ")[2].replace("exec python -m carft_ray.cli", "echo")
     home = {"HOME": f"{here}/a home", "PATH": os.environ["PATH"]}
     printed = subprocess.check_output(["sh", "-c", copied], env=home, cwd=here / "more", text=True)
@@ -269,7 +269,7 @@ def test_a_study_in_a_bucket_keeps_its_recipe_in_the_cache_of_the_head(here, sub
 def test_a_dry_run_prints_all_that_would_be_sent_and_sends_nothing(here, dashboard, submit):
     words = ("r.yaml", "--study", "study", "--dry-run", "--set", "search.trials=3")
     out, err = submit(0, *words, "--set", "tracking.wandb.project=mine")
-    for text in ("Without one there, add --env WANDB_API_KEY", "absolute as seen from here", "Nothing was sent."):
+    for text in ("If the cluster has none, add --env WANDB_API_KEY", "under these absolute paths", "Nothing was sent."):
         assert text in told(err)
     for text in (dashboard.address, jobs.job_id(here / "study"), "trials: 3", "files/0-bad.csv: 2"):
         assert text in out
@@ -372,11 +372,11 @@ NEW = "r.yaml --study x"
 @pytest.mark.parametrize(
     ("line", "code", "rules"),
     [
-        ("", 2, ["must be given one of: a recipe, --resume, --attach"]),
-        (f"{NEW} --attach y", 2, ["must be given one of"]),
-        ("r.yaml", 2, ["must be given --study too"]),
-        ("--resume x --study y", 2, ["must be given a recipe too"]),
-        (f"{NEW} --trials 3", 2, ["must stand with --resume"]),
+        ("", 2, ["needs exactly one of: a recipe, --resume, --attach"]),
+        (f"{NEW} --attach y", 2, ["needs exactly one of"]),
+        ("r.yaml", 2, ["needs --study as well"]),
+        ("--resume x --study y", 2, ["needs a recipe as well"]),
+        (f"{NEW} --trials 3", 2, ["can only be used with --resume"]),
         (f"{NEW} --set train.epochs=0 --executor fast", 3, ["epochs", ".executor"]),
         (f"{NEW} --env WANDB_API_KEY", 2, [f"{NO_VARIABLE} WANDB_API_KEY "]),
         (f"{NEW} --env HF_TOKEN=hf_secret", 2, [f"{NO_VARIABLE} HF_TOKEN "]),
@@ -401,7 +401,7 @@ def test_what_cannot_be_is_refused_before_the_cluster_is_asked(here, dashboard, 
 def test_the_token_is_found_where_ray_finds_it_and_sent(here, dashboard, submit, monkeypatch):
     dashboard.token = "right"
     _, err = submit(5, "--attach", "x")
-    assert "wants the token of the cluster: none" in told(err)
+    assert "requires the token of the cluster: none" in told(err)
     assert "ray get-auth-token" in err
     (here / "home/.ray").mkdir(parents=True)
     (here / "home/.ray/auth_token").write_text("right\n")
@@ -429,7 +429,7 @@ def test_a_head_that_hangs_or_is_none_is_told_in_one_message(here, dashboard, ru
         patience.setattr(server, "SILENCE_S", 0.2)
         port = silent.getsockname()[1]
         assert ": silence for 0.2 s" in message(f"127.0.0.1:{port}")
-    none = "no dashboard of a Ray answers"
+    none = "no Ray dashboard answers"
     assert f"{none} at http://127.0.0.1:{port}: Connection refused" in message(f"127.0.0.1:{port}")
     for address in ("ray://head:10001", "auto"):
         assert "must be like http://127.0.0.1:8265" in message(address)
@@ -465,7 +465,7 @@ def test_submit_waits_for_the_agent_of_the_head_and_names_its_port_where_there_i
 ):
     dashboard.without_agent = 3
     _, err = submit(0, "r.yaml", "--study", "study", "--installed")
-    assert told(err).count("The agent of the head, which starts jobs, does not run yet; waiting 60 s at most.") == 1
+    assert told(err).count("The agent of the head, which starts jobs, is not running yet; waiting 60 s at most.") == 1
     assert [*dashboard.jobs] == [jobs.job_id(here / "study")]
     monkeypatch.setattr(jobs, "AGENT_WITHIN_S", 0.2)
     dashboard.without_agent = 10**6
@@ -560,7 +560,7 @@ def test_a_file_that_a_strangers_recipe_names_outside_its_folder_is_not_sent(her
     (here / "strange" / "r.yaml").write_text(text.replace("file:templates.txt", "simple"))
     for more in ([], ["--dry-run"]):
         out, err = submit(2, "strange/r.yaml", "--study", "study", *more)
-        assert f"must lie in the folder of the recipe, {here}/strange, to be sent to the cluster" in told(err)
+        assert f"must be in the folder of the recipe, {here}/strange, to be sent to the cluster" in told(err)
         assert "Then add --send " in told(err)
         assert "id_rsa" in err
         assert "c2VjcmV0" not in out + err
@@ -581,7 +581,7 @@ def test_a_file_of_templates_outside_the_folder_of_the_recipe_is_not_even_read(h
     more = ["--set", f"prompts.templates=file:{secret}"] if way == "set" else []
     for dry in ([], ["--dry-run"]):
         out, err = submit(2, "strange/r.yaml", "--study", "study", *more, *dry)
-        assert f"{secret}: must lie in the folder of the recipe, {here}/strange, to be sent" in told(err)
+        assert f"{secret}: must be in the folder of the recipe, {here}/strange, to be sent" in told(err)
         assert "sentence" not in out + err
     assert (dashboard.headers, dashboard.jobs) == ([], {})
     secret.write_text("a picture of {}\n")
@@ -605,7 +605,7 @@ def test_a_list_outside_the_folder_of_the_recipe_is_sent_where_it_is_asked_for(h
         assert sent.files["files/0-bad.csv"] == "18446744073709551615\n"  # what was read, and no other column
         assert "names.txt" not in sent.files["recipe.yaml"]
         assert "- cat" in sent.files["recipe.yaml"]
-    with pytest.raises(UsageError, match=r"names.txt: must lie in the folder of the recipe"):
+    with pytest.raises(UsageError, match=r"names.txt: must be in the folder of the recipe"):
         upload.search_upload(recipe, here / "study", [], here, [here / "lists"])
 
 

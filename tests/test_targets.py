@@ -178,7 +178,10 @@ STEPS = {"crop_scale": {"low": 0.1, "high": 0.9, "step": 0.1}}
 CHOICES = {"crop_scale": {"choices": [0.5, 0.9]}}
 OWN = {"one": {"crop_scale": 0.4}, "two": {"crop_scale": 0.4, "learning_rate": 1e-5}, "plain": {"kl_weight": 0.0}}
 SEEDS = [{"seed": 7}, {"seed": 7, "learning_rate": 1e-5}, {"seed": 8, "kl_weight": 0.0}]  # of a confirm
-STORED, ONLINE = "stored, by the first training that needs them", "online, since no two trainings have the same seed, "
+STORED, ONLINE = (
+    "stored, the first training that needs them keeps them",
+    "online, since no two trainings have the same seed, ",
+)
 
 
 @pytest.mark.parametrize(

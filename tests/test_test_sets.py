@@ -210,14 +210,14 @@ def test_another_study_of_the_same_images_is_told_who_has_read_them(run, here, f
     (here / "moved" / "images" / "painting" / "star" / "0.png").unlink()
     code, _, err = run("test", other, "--trust-paths")  # its cache is that of the other study
     assert code == 0, err
-    told, words = f"Other studies have read these very images, too, once: {here / 'study'} (", " ".join(err.split())
+    told, words = f"Other studies have also read these images once: {here / 'study'} (", " ".join(err.split())
     assert words.index(told) < words.index("1/3")  # before the first image is opened
     assert words.count(told) == 2  # and with the numbers
     [elsewhere] = json.loads((other / "test" / "summary.json").read_text())["elsewhere"]
     assert (elsewhere["study"], elsewhere["sets"]) == (str(here / "study"), ["id_test", "cartoon"])
     line = verdict(page_document(read_study(other)))[3]
     assert not line.passed
-    assert f"other studies have read these very images once: {here / 'study'}" in line.text
+    assert f"other studies have also read these images once: {here / 'study'}" in line.text
     again = summary_of(run, other, "--trust-paths", "--again", "once more")
     assert len(again["elsewhere"]) == 1  # its own first read is in its own ledger
 
@@ -358,7 +358,7 @@ def test_images_of_a_test_set_that_are_found_only_now_are_refused_or_counted_apa
     shutil.copy(here / "images" / "photo" / "star" / "0.png", test)
     code, _, err = run("test", "study")
     assert code == 8
-    assert "data.ood_test.cartoon: must not share images with data.train, and does; it could not be read when" in err
+    assert "data.ood_test.cartoon: must not share images with data.train, but it does; it could not be read when" in err
     assert str(test) in err
     assert read_ledger(here / "study") == []
     assert run("resume", "study", "--set", "data.shared_images=keep")[0] == 0
@@ -430,11 +430,11 @@ def test_more_seeds_and_trials_are_added_to_what_is_there_and_a_better_trial_is_
     fixed(view, more)
     fewer, notes = configurations.plan(view, 1, 3)
     assert fewer.trainings() == more.trainings()
-    assert notes == ["5 seeds are there already; all of them are used"]
+    assert notes == ["5 seeds already exist; all of them are used"]
     with searching(view.study_dir, make_recipe(4)) as study:
         finish(study, study.next(), 0.9)
     now, [_, note] = configurations.plan(read_study(view.study_dir), 1, 3)
-    assert note == f"the search continued after {first.winner} was fixed as the winner; now it is {now.winner}"
+    assert note == f"the search continued after {first.winner} was fixed as the winner; the winner is now {now.winner}"
     assert [row.name for row in now.rows if row.role == "winner"] == [now.winner]
     assert first.winner in [row.name for row in now.rows if row.role == "candidate"]
 
@@ -473,7 +473,7 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     for reason in ("", "once more"):
         write_line(other.study_dir, other.recipe, sets=("id_test",), reason=reason)
     first, notes = configurations.plan(view, 1, 2, [other])
-    assert notes == [f"the test sets of {other.study_dir} were read 2 times; this counts here too"]
+    assert notes == [f"the test sets of {other.study_dir} were read 2 times; this also counts for this study"]
     for _ in range(2):  # the same command again
         fixed(view, first, against=[other])
         assert len(read_ledger(view.study_dir)) == 1
@@ -481,7 +481,7 @@ def test_reads_of_the_test_sets_of_a_study_that_it_is_compared_with_count_here_t
     fixed(view, first)  # without it, what was compared stays known
     assert num_test_reads(view.study_dir) == 2
     third = configurations.plan(make_study(tmp_path / "third"), 1, 2, [view])
-    assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this counts here too"]
+    assert third[1] == [f"the test sets of {view.study_dir} were read 2 times; this also counts for this study"]
 
 
 def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sampler_for_nothing(view):
@@ -495,7 +495,7 @@ def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sample
         spec = study.next()  # and the process is killed here
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == list(trainings)[2:]
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == []
-    assert configurations.cost(read_study(study_dir), stage) == "All 6 trainings with fresh seeds are there already."
+    assert configurations.cost(read_study(study_dir), stage) == "All 6 trainings with fresh seeds already exist."
     assert trials(study_dir) == before
     rows = {row.name: row for row in confirmations(study_dir)}
     assert {name: row.values for name, row in rows.items()} == trainings
@@ -510,7 +510,7 @@ def test_the_table_of_a_confirm_counts_the_trainings_of_its_own_stage(view):
     short_sealed.confirm(view.study_dir, second.trainings(), stand_in.train, num_attempts=1)  # and it is killed here
     terminal = Console(file=io.StringIO(), force_terminal=True, width=120, height=30)
     with search_shown(True, view.study_dir, 2, terminal, "confirm", second.trainings()) as on_event:
-        on_event(Started(4, 1, 2, "2 CPUs, 1 a trial", "confirm"))
+        on_event(Started(4, 1, 2, "2 CPUs, 1 per trial", "confirm"))
     assert "1 of 4 trainings with fresh seeds finished" in terminal.file.getvalue()
 
 

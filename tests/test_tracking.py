@@ -135,7 +135,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_search_is_whole(here, tmp_p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     study, [warned] = search(here, tmp_path / "study", caplog, **{"tracking.mlflow.experiment": "mine"})
     assert warned.startswith("tracking.mlflow: MlflowException: ")
-    assert warned.endswith("; not all was tracked, the study itself is whole")
+    assert warned.endswith("; tracking is incomplete, but the study itself is complete")
     assert study.trials().num_rows == 2
 
 
@@ -321,8 +321,8 @@ def test_notices_about_trials_come_now_and_then_and_an_end_by_the_budget_is_told
 def test_an_answer_that_is_none_is_a_warning_and_the_next_notice_is_sent(server):
     for answer, warning in (
         (b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 0\r\n\r\n", "the server answered 500 Internal Server"),
-        (b"no http at all\r\n\r\n", "the server's answer is no HTTP ("),
-        (b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n", "the server's answer is no HTTP ("),
+        (b"no http at all\r\n\r\n", "the server's answer is not HTTP ("),
+        (b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n", "the server's answer is not HTTP ("),
     ):
         server.got, server.answers, warned = [], [answer], []
         with notifying(server.url, "s", Path("s"), warned.append) as beside:

@@ -101,7 +101,7 @@ def test_status_counts_what_the_study_holds_and_writes_nothing(run, here):
     assert out.splitlines()[0] == "study: 4 of 8 trials finished."
     assert out.splitlines()[-1] == "Selected on ID only: the recipe has no ood_val."
     assert "# Selected on ID only: the recipe has no ood_val.\n" in (here / "first" / BEST).read_text()
-    assert "No search runs on it." in err
+    assert "No search is running." in err
     assert "  carft-ray resume first\n" in err
     assert everything(here) == before
     with open_study(here / "new", make_recipe(4)):
@@ -130,13 +130,13 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
         assert counts() == ({"running": 1}, True, [1])
         _, out, err = run("status", "first")
         assert "running, epoch 1 done" in out
-        assert f"A search runs on it: process {os.getpid()} on " in err
+        assert f"A search is running: process {os.getpid()} on " in err
         assert f"carft-ray logs first {spec.name} --follow" in err
         study.settle(spec, failed(spec, "error", "RuntimeError: once"))
-        write_live(study_dir, {}, (3, "3 GPUs, 1 a trial"))
+        write_live(study_dir, {}, (3, "3 GPUs, 1 per trial"))
         assert counts() == ({"waiting": 1}, True, [])  # for another attempt
-        assert "3 at a time (3 GPUs, 1 a trial)." in run("status", "first")[2]
-        assert " · 3 at a time (3 GPUs, 1 a trial) · " in SearchView.of(read_study(study_dir)).line()
+        assert "3 at a time (3 GPUs, 1 per trial)." in run("status", "first")[2]
+        assert " · 3 at a time (3 GPUs, 1 per trial) · " in SearchView.of(read_study(study_dir)).line()
         start(study)
     assert counts() == ({"stopped": 1}, False, [])
     _, out, err = run("status", "first")
@@ -242,7 +242,7 @@ def test_stop_without_waiting_returns_at_once_and_writes_nothing_where_nothing_r
     before = everything(here)
     code, _, err = run("stop", "first")
     assert code == 0
-    assert err.startswith("Nothing to stop: no search runs on first; 4 of 8 trials finished.\n")
+    assert err.startswith("Nothing to stop: no search is running on first; 4 of 8 trials finished.\n")
     assert json.loads(run("stop", "first", "--json")[1])["asked"] is None
     assert everything(here) == before
     with open_study(here / "first", RECIPE):
@@ -260,7 +260,7 @@ def test_ctrl_c_ends_the_waiting_only(run, here, monkeypatch):
     with open_study(here / "first", RECIPE):
         code, _, err = run("stop", "first")
     assert code == 130
-    assert err.endswith("no longer waiting; it still stops\n    See: carft-ray status first\n")
+    assert err.endswith("no longer waiting; the trainings still stop\n    See: carft-ray status first\n")
 
 
 def test_stop_says_what_it_waits_for_and_ends_with_the_command_that_shows_it(run, here, monkeypatch):
@@ -355,7 +355,7 @@ def refused(run, here):
 MADE = "\n    Give the folder that `search --study` was given.\n"
 ONE_TRAINING = (
     "one: must be the study of a search, but got one training\n"
-    "    Go on with it: carft-ray train one/resolved.yaml --out one --resume\n"
+    "    Continue it: carft-ray train one/resolved.yaml --out one --resume\n"
     "    To search, give another folder with --study.\n"
 )
 TRIAL = "TRIAL: must be the number or name of a trial or baseline, but got "
@@ -374,7 +374,7 @@ MISTAKES = [
     ("resume first --trials 3", "--trials: must be at least 5: the study has 4 finished trials and 1 begun, but got"),
     ("resume first --trials many", "--trials: must be a whole number of trials from 1, or +N for N more, but got 'ma"),
     ("logs first t0009", f"{TRIAL}'t0009'; did you mean 't000"),
-    ("logs first 3 -f --json", "--json: must stand without --follow: a document ends\n"),
+    ("logs first 3 -f --json", "--json: cannot be used with --follow\n"),
     ("resume first --notify-url ftp://x", "--notify-url: must begin with http:// or https://, but got 'ftp://x'"),
     ("ls first --sort objektive", "--sort: must be an order, but got 'objektive'; did you mean 'objective'?"),
 ]
@@ -551,6 +551,6 @@ def test_status_tells_how_often_test_sets_were_read_and_names_a_broken_ledger(st
     replace(study_dir, '"purpose": "test"', '"purpose": "winner fixed"')
     was_read, err, found = status()
     assert (was_read, found["test_reads"]) == (False, None)
-    assert "must have the ledger of which manifest.json tells" in err
-    assert "must have the ledger of which manifest.json tells" in found["problems"][0]
+    assert "must have the ledger that manifest.json describes" in err
+    assert "must have the ledger that manifest.json describes" in found["problems"][0]
     assert steps(study_dir) == ["ls"]

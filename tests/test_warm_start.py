@@ -49,7 +49,7 @@ def taken_in(study_dir):
 @pytest.mark.slow
 def test_trials_of_another_study_are_for_the_sampler_alone(study_dir, first):
     with searching(study_dir, warm(recipe_of(3), first)) as study:
-        assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
+        assert study.notes == [f"warm start: 12 of 13 trials of {first} are used; left out: 1 not finished"]
         assert study.rows() == []
         specs = run_all(study, lambda spec: -1.0)
         (study_dir / "resolved.yaml").write_text(dump_recipe(study.recipe))
@@ -79,7 +79,7 @@ def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, 
     with searching(study_dir, recipe) as study:
         assert study.notes == []
     with searching(study_dir, warm(recipe_of(1), first, tmp_path / "copy")) as study:
-        assert study.notes == [f"warm start: {tmp_path / 'copy'} is a copy of {first}, which was taken in before"]
+        assert study.notes == [f"warm start: {tmp_path / 'copy'} is a copy of {first}, which is already in use"]
     assert len(taken_in(study_dir)) == 12
 
 
@@ -87,7 +87,7 @@ def test_a_source_is_taken_in_once_and_may_be_gone_afterwards(study_dir, first, 
 def test_reads_of_the_test_sets_of_a_source_count_for_the_study_that_has_learned_from_it(study_dir, first, tmp_path):
     write_line(first, recipe_of(13), sets=("id_test",))
     with searching(study_dir, warm(recipe_of(3), first)) as study:
-        assert study.notes[-1].endswith(f"of {first} were read once; this counts here too")
+        assert study.notes[-1].endswith(f"of {first} were read once; this also counts for this study")
     assert inherited_reads(study_dir) == 1
     third = tmp_path / "third"
     with searching(third, warm(recipe_of(4), study_dir)):
@@ -116,7 +116,7 @@ def test_what_lies_outside_is_left_out_by_reason(study_dir, first):
     another = recipe_of(1).model_dump()
     another["model"]["name"], another["data"]["train"]["num_per_class"] = "ViT-B-32", 5
     with searching(study_dir.with_name("third"), warm(Recipe.model_validate(another), first)) as study:
-        assert study.notes == [f"warm start: 12 of 13 trials of {first} taken in; left out: 1 not finished"]
+        assert study.notes == [f"warm start: 12 of 13 trials of {first} are used; left out: 1 not finished"]
 
 
 def refused(recipe, study_dir):
@@ -137,7 +137,8 @@ def test_a_source_with_another_objective_is_refused_with_all_that_differs(study_
     key = f"search.warm_start: {first}: must be a study with "
     assert f'{key}search.objective.kind of this one, "harmonic"' in found
     assert (
-        f'{key}the sets of data.ood_val of this one, ["sketch"]: other objectives do not compare, but got []' in found
+        f'{key}the sets of data.ood_val of this one, ["sketch"]: other objectives are not comparable, but got []'
+        in found
     )
     assert "the classes" in told({}, classes=["star", "arrow"])
     assert "search.constraints" in told({"constraints": {"id_drop": {"zero_shot": 0.01}}})

@@ -213,7 +213,7 @@ def test_another_process_sees_what_runs_and_watches_until_the_search_or_ctrl_c_e
     out, err = watcher.communicate(timeout=120)
     assert watcher.returncode == 0, err
     assert "5 of 9 trials finished." in out
-    assert "No search runs on it." in err
+    assert "No search is running." in err
     assert "carft-ray resume" in err
 
 

@@ -89,7 +89,7 @@ def test_what_is_no_file_of_tensors_is_refused_and_nothing_is_run(models, tmp_pa
     pointer = f"model.pretrained: must be a weights file, but got the Git LFS pointer {tmp_path}/pointer.bin\n"
     assert message(tmp_path / "pointer.bin") == f"{pointer}    Run: git lfs pull"
     torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    assert "must hold named tensors, or a checkpoint with state_dict, but got" in message(tmp_path / "empty.pt")
+    assert "must contain named tensors, or a checkpoint with state_dict, but got" in message(tmp_path / "empty.pt")
     for name in ("cut.safetensors", "cut.pt"):
         (tmp_path / name).write_bytes(b"\x00" * 100)
         assert message(tmp_path / name).startswith("model.pretrained: must be a weights file that can be read, but got")
@@ -154,7 +154,9 @@ def test_activation_and_preprocessing_are_told_by_a_hash_or_a_configuration(mode
 def test_the_tokenizer_comes_from_the_folder_of_the_weights(models, tmp_path):
     state = build_model(WORDS).state_dict()
     save_file(state, tmp_path / "weights.safetensors")
-    told = f"model.name: the tokenizer of {WORDS} must be in the hub's cache or fetched (nobody/words), but got not in"
+    told = (
+        f"model.name: the tokenizer of {WORDS} must be in the hub's cache or be downloaded (nobody/words), but got not"
+    )
     assert message(tmp_path / "weights.safetensors", WORDS).startswith(told)
     make_tokenizer(tmp_path)
     clip = load(tmp_path / "weights.safetensors", WORDS)
@@ -201,8 +203,8 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once_with_the_local_ways(monkey
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     monkeypatch.setenv("HF_HOME", str(tmp_path))
-    told = "must be in the hub's cache or fetched .* but got not in the cache, and no connection to the hub\n"
-    ways = "    Without a network: .*model.pretrained: a weights file.*model.name: local-dir:FOLDER"
+    told = "must be in the hub's cache or be downloaded .* but got not in the cache, and no connection to the hub\n"
+    ways = "    Without a network, set model.pretrained to a weights file.*model.name to local-dir:FOLDER"
     for name, pretrained in (("ViT-B-32-quickgelu", "openai"), ("hf-hub:nobody/nothing", None)):
         with pytest.raises(DataError, match=f"{name} {told}{ways}"):
             load_clip(ModelConfig(name=name, pretrained=pretrained))
@@ -393,7 +395,7 @@ def test_a_pickle_is_refused_whatever_the_environment_says(folder, ran, monkeypa
         path.write_bytes(pickle.dumps(Trap(ran)))
     else:
         torch.save({"state_dict": {"a": torch.zeros(1)}, "trap": Trap(ran)}, path)
-    with pytest.raises(DataError, match="nothing else is unpickled" if form == "torch" else "must"):
+    with pytest.raises(DataError, match="carft-ray unpickles nothing else" if form == "torch" else "must"):
         read_weights(path, "model.pretrained")
     (folder / "open_clip_model.safetensors").unlink()
     refused(folder)
@@ -416,7 +418,7 @@ def test_the_index_of_shards_names_files_of_the_folder_alone(folder):
     (folder / "open_clip_model.safetensors").rename(folder / "part.bin")
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "/srv/elsewhere/other.bin"}}))
-    assert f"must be a weights file that is there, but got {folder}/other.bin" in refused(folder)
+    assert f"must be an existing weights file, but got {folder}/other.bin" in refused(folder)
     index.write_text("[]")
     assert "must be JSON with weight_map" in refused(folder)
 
@@ -576,7 +578,7 @@ def test_what_open_clip_cannot_compute_or_is_no_clip_is_refused(tmp_path):
         with pytest.raises(DataError, match=message):
             load_folder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip", "vision_config": {}}))
-    rule = r"model\.name: a Hugging Face folder must hold a CLIPModel .*, but got model_type: siglip in"
+    rule = r"model\.name: a Hugging Face folder must contain a CLIPModel .*, but got model_type: siglip in"
     with pytest.raises(RecipeError, match=rule):
         load_folder(tmp_path)
 
@@ -668,7 +670,7 @@ MISFITS = {
     "no text projection, or one with a bias": {"kind": open_clip.CustomTextCLIP, "text": {"proj_bias": True}},
     "a logit_bias": {"init_logit_bias": -10.0},
     "a tokenizer of another kind": {"tokenizer": type("Other", (open_clip.SimpleTokenizer,), {})(context_length=16)},
-    "a tokenizer that cleans otherwise": {"tokenizer": CANONICAL},
+    "a tokenizer that cleans text differently": {"tokenizer": CANONICAL},
     "images that are padded": {"preprocess": {"resize_mode": "longest"}},
 }
 

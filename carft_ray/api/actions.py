@@ -1,5 +1,5 @@
-"""What `search`, `resume`, `confirm`, `train`, `evaluate`, `export` and `report` do, as functions. The command line
-calls them, too: checks, seal of the test sets and errors (``carft_ray.errors``) are the same.
+"""The commands `search`, `resume`, `confirm`, `train`, `evaluate`, `export` and `report` as functions. The command line
+calls them: checks, seal of the test sets and errors (``carft_ray.errors``) are the same.
 
     >>> import carft_ray
     >>> study = carft_ray.search("recipe.yaml", "studies/first", overrides={"search.trials": 2})
@@ -9,9 +9,9 @@ calls them, too: checks, seal of the test sets and errors (``carft_ray.errors``)
     >>> study.trials().num_rows
     3
 
-They print progress and warnings, no more: a live table on a terminal, one output that is written again in a notebook.
-Ctrl-C, or the stop button of a notebook, has running trainings write a checkpoint; the same call resumes. Torch and Ray
-are loaded when a function needs them.
+They print only progress and warnings: a live table on a terminal, one updated output in a notebook. On Ctrl-C, or the
+stop button of a notebook, running trainings write a checkpoint; the same call resumes. Torch and Ray are loaded when a
+function needs them.
 """
 
 import logging
@@ -70,33 +70,33 @@ def search(
     """Searches for the best hyperparameters. The same call on the same study resumes the search.
 
     Args:
-        recipe: As of ``load_recipe``.
-        study: The study directory, or its address, ``s3://...``; made when it is missing.
-        overrides: As of ``load_recipe``. ``{"resources.executor": "debug"}`` trains in this process, without Ray.
-        train: A fine-tuning of your own in place of the built-in one, ``train(values, context)``
+        recipe: Same as in ``load_recipe``.
+        study: The study directory, or its address, ``s3://...``; created if it does not exist.
+        overrides: Same as in ``load_recipe``. ``{"resources.executor": "debug"}`` trains in this process, without Ray.
+        train: Your own fine-tuning in place of the built-in one, ``train(values, context)``
             (``launch.own_trainer``). Give it again to resume.
         address: Ray cluster to attach to: ``host:port``, or ``auto`` for the one that this machine or process belongs
-            to; None: a Ray of our own on this machine.
-        change_space: Let the search space of the study change.
-        warm_start: Folders or addresses of further studies whose trials are passed to the sampler.
-        again: Reason to train more although the test sets were read; every report keeps it.
+            to; None: a new local Ray on this machine.
+        change_space: Allow another search space for the study.
+        warm_start: Folders or addresses of other studies whose trials are passed to the sampler.
+        again: Reason to train more although the test sets were read; every report shows it.
         trust: Run the code that ``train.function`` names.
-        trust_paths: As of ``load_recipe``.
+        trust_paths: Same as in ``load_recipe``.
         notify_url: Webhook that gets JSON on a new best, on a failed trial and at the end.
-        progress: Show how it goes. False: only warnings.
+        progress: Show progress. False: only warnings.
         strict: Raise when trainings were set aside. False: they are in the result.
 
     Returns:
-        The study, with what the search has found.
+        The study, with the results of the search.
 
     Raises:
         InterruptedRunError: Stopped on request; the same call resumes.
-        RecipeError, DataError, HoldOutError: As of ``load_recipe``; or the recipe searches nothing, is not that of the
-            study, or the test sets of the study were read and there is no reason.
+        RecipeError, DataError, HoldOutError: Same as in ``load_recipe``; or the recipe searches nothing or is not that
+            of the study, or the test sets of the study were read and no reason is given.
         NoSuccessfulTrialError, BudgetError: All trials have failed; the budget was used up before one was complete.
         MachineError: Trainings were set aside.
         UsageError: The folder holds the training of a `train`, or no study.
-        StorageError, ClusterError: As their messages say.
+        StorageError, ClusterError: See their messages.
     """
     study = own_folder(study)
     study_view.require_search(study)
@@ -112,7 +112,9 @@ def search(
     from carft_ray.study.ledger import require_unread
 
     if not require_unread(study, value, again, change_space, logger.warning) and again is not None:
-        logger.warning("--again has no effect: no test set was read, nothing is to train, or an earlier reason holds")
+        logger.warning(
+            "--again has no effect: no test set was read, nothing remains to train, or an earlier reason applies"
+        )
     from carft_ray.recipe.loading import trust_word
 
     if trust and not trust_word(value):
@@ -148,22 +150,22 @@ def resume(
     trust_paths: bool = False,
     **options: Any,
 ) -> Searched:
-    """Resumes a study where it was, or extends it. Its recipe is that of its last search.
+    """Resumes or extends a study, with the recipe of its last search.
 
     Args:
         study: The study directory.
-        trials: Trials in all, or how many more, ``"+4"``.
-        overrides: As of ``load_recipe``: budget, resources, sampler, and the search space with ``change_space``.
+        trials: Total number of trials, or how many more, ``"+4"``.
+        overrides: Same as in ``load_recipe``: budget, resources, sampler, and the search space with ``change_space``.
         trust_paths: Read the files that the recipe of the study names, and keep images where it says, although this
             machine has not written the study. Not needed for a study in a folder, except for its ``data.cache_dir``.
-        options: The others of ``search``.
+        options: The other arguments of ``search``.
 
     Returns:
-        As ``search``.
+        Same as in ``search``.
 
     Raises:
-        UsageError: It is no study, or one in a bucket that this machine has not written and that names files.
-        CarftError: As ``search``.
+        UsageError: It is not a study, or one in a bucket that this machine has not written and that names files.
+        CarftError: Same as in ``search``.
     """
     study = own_folder(study)
     study_dir = study_view.require_study(study)
@@ -192,34 +194,34 @@ def confirm(
     progress: bool = True,
     resume_command: str = SAME_CALL,
 ) -> Answer:
-    """Trains the winner, the next best and the baselines again with fresh seeds: what the best is really worth.
+    """Trains the winner, the next best trials and the baselines again with fresh seeds, to see what the best is worth.
 
     Args:
-        study: The study directory; no search runs on it.
-        top: Trials to train again, from the best down.
-        seeds: Fresh seeds of each, at least 2; more can be added later.
-        winner: ``search``: the winner is the search's. ``confirmed``: the best on the fresh seeds, which is then
+        study: The study directory; no search may be running on it.
+        top: Number of trials to train again, best first.
+        seeds: Fresh seeds per trial, at least 2; more can be added later.
+        winner: ``search``: the winner of the search. ``confirmed``: the best on the fresh seeds, which is then
             trained with as many further seeds.
-        against: Studies whose winners are further baselines.
-        overrides: As of ``load_recipe``: where and how fast, nothing that changes a number.
-        train: As of ``search``, that of the study.
-        address: As of ``search``.
+        against: Studies whose winners become further baselines.
+        overrides: Same as in ``load_recipe``; only keys that change where and how fast trainings run.
+        train: Same as in ``search``; the fine-tuning of the study.
+        address: Same as in ``search``.
         trust: Run the code that ``train.function`` names.
-        trust_paths: As of ``resume``.
-        notify_url: As of ``search``.
-        progress: Show how it goes.
-        resume_command: Named after an interruption.
+        trust_paths: Same as in ``resume``.
+        notify_url: Same as in ``search``.
+        progress: Show progress.
+        resume_command: Shown after an interruption.
 
     Returns:
         The comparison; its ``numbers`` are also ``confirm/summary.json`` of the study.
 
     Raises:
-        UsageError: A search runs on the study, or it is none; or as ``resume``.
+        UsageError: A search runs on the study, or it is not a study; or as in ``resume``.
         InterruptedRunError: Stopped on request; the same call resumes.
         NoSuccessfulTrialError: No trial has finished, or the winner failed with a fresh seed.
-        CarftError: As ``search``.
+        CarftError: Same as in ``search``.
     """
-    require_choice("--winner", "must say who chooses the winner", winner, WINNER_RULES)
+    require_choice("--winner", "must be a rule that chooses the winner", winner, WINNER_RULES)
     for name, number, least in (("--top", top, 1), ("--seeds", seeds, 2)):
         if number < least:
             raise UsageError(Problem(name, f"must be at least {least}", str(number)))
@@ -266,7 +268,7 @@ def confirm(
         if winner == "confirmed":
             chosen = choose(study_dir, objective_spec(recipe), first)
             second = configurations.second_stage(first, chosen, recipe)
-            say(f"The best on the fresh seeds is {chosen}; these seeds chose it, so others measure it.")
+            say(f"The best on the fresh seeds is {chosen}. These seeds selected it, so others measure it.")
             train_stage()
     summary = summarise(study_dir, recipe, first, second)
     lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]
@@ -308,25 +310,25 @@ def train(
     Its folder is a study of one trial.
 
     Args:
-        recipe: As of ``load_recipe``; what it says of a search has no effect.
+        recipe: Same as in ``load_recipe``; its search keys have no effect.
         out: Folder of the training; new, or that of the training to resume.
-        overrides: As of ``load_recipe``.
+        overrides: Same as in ``load_recipe``.
         resume: Resume from the newest checkpoint in the folder.
-        address: Ray cluster to attach to when there are several workers.
+        address: Ray cluster to attach to if there are several workers.
         trust: Run the code that ``train.function`` names.
-        trust_paths: As of ``load_recipe``.
-        progress: Show how it goes.
-        resume_command: Named after an interruption.
+        trust_paths: Same as in ``load_recipe``.
+        progress: Show progress.
+        resume_command: Shown after an interruption.
 
     Returns:
         The content of ``result.json`` with ``folder`` and ``zero_shot``.
 
     Raises:
-        UsageError: The folder holds something, or nothing to resume.
+        UsageError: The folder is not empty, or has nothing to resume.
         InterruptedRunError: Stopped on request.
         DivergedError: The training has diverged.
         MachineError: Its attempts were lost one after the other; the same call tries again.
-        CarftError: As ``load_recipe``; StorageError and ClusterError as their messages say.
+        CarftError: Same as in ``load_recipe``; StorageError, ClusterError: see their messages.
     """
     value, out = load_recipe(recipe, overrides, trust_paths), own_folder(out)
     require_trusted(value, trust, baselines=False)
@@ -364,15 +366,15 @@ def evaluate(
         alpha: Mixing coefficient, 0 to 1; None: the chosen one.
         trial: Number or name of a trial, or name of a baseline; None: the best.
         head: ``fine_tuned``, or ``zero_shot`` for the class head of the prompts.
-        trust_paths: As of ``resume``.
+        trust_paths: Same as in ``resume``.
 
     Returns:
-        ``name``, ``alpha``, ``head``, ``metrics``, and ``sets`` with more numbers of each set.
+        ``name``, ``alpha``, ``head``, ``metrics``, and ``sets`` with more numbers per set.
 
     Raises:
-        UsageError: There is no such training, head or alpha; or as ``resume``.
+        UsageError: There is no such training, head or alpha; or as in ``resume``.
         NoSuccessfulTrialError: It is not finished.
-        StorageError: Its weights are gone, or something in it is damaged.
+        StorageError: Its weights were removed, or one of its files is damaged.
     """
     require_choice("--head", "must be the name of a head", head, HEADS)
     _check_alpha(alpha)
@@ -398,22 +400,22 @@ def export(
     trial: str | int | None = None,
     trust_paths: bool = False,
 ) -> "Exported":
-    """Writes the mixed model for open_clip, transformers or onnxruntime; each opens what was written, as a check.
+    """Writes the mixed model for open_clip, transformers or onnxruntime; each library opens its export as a check.
 
     Args:
         folder: Of a training or a study, or the address of one in a bucket.
         to: Folder of the export; must be new or empty.
-        formats: Of ``open_clip``, ``huggingface`` and ``onnx``; none: open_clip.
-        alpha: As of ``evaluate``.
-        trial: As of ``evaluate``.
-        trust_paths: As of ``resume``.
+        formats: Any of ``open_clip``, ``huggingface`` and ``onnx``; default: open_clip.
+        alpha: Same as in ``evaluate``.
+        trial: Same as in ``evaluate``.
+        trust_paths: Same as in ``resume``.
 
     Returns:
-        Folder, alpha, and the largest difference of a logit by format.
+        Folder, alpha, and the largest difference of a logit per format.
 
     Raises:
-        UsageError: A format is unknown or cannot hold the model, ``to`` holds something, or as ``evaluate``.
-        NoSuccessfulTrialError: As ``evaluate``.
+        UsageError: A format is unknown or cannot store the model, ``to`` is not empty; or as in ``evaluate``.
+        NoSuccessfulTrialError: Same as in ``evaluate``.
         StorageError: It cannot be written, or the reopened model gives other logits.
     """
     _check_alpha(alpha)
@@ -426,15 +428,15 @@ def export(
 
 
 def report(study: str | Path) -> Report:
-    """Returns what the best trial of a study is worth: corrected for the choice, and against the baselines.
+    """Returns what the best trial of a study is worth: corrected for selection bias, and against the baselines.
 
-    No test set is read, nothing is written, and neither torch nor Ray is loaded; a search may be running.
+    Reads no test set, writes nothing, and loads neither torch nor Ray; a search may be running.
 
     Args:
         study: The study directory, or the address of one in a bucket.
 
     Raises:
-        UsageError: It is no study.
+        UsageError: It is not a study.
         RecipeError, StorageError: It is damaged, or its bucket cannot be read.
     """
     return Report(study_view.read_study(study))

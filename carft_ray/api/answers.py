@@ -24,8 +24,8 @@ class Answer:
     Attributes:
         recipe_name: Of the study or training.
         numbers: What the command of the same name prints with ``--json``.
-        tables: The tables that it prints.
-        lines: What it says below.
+        tables: The tables that this command prints.
+        lines: The sentences below them.
     """
 
     recipe_name: str
@@ -42,13 +42,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Searched(Study):
-    """The study after a search, to read from; ``print`` and a notebook show its table.
+    """The study after a search, for reading; ``print`` and a notebook show its table.
 
     Attributes:
         numbers: What ``carft-ray search --json`` prints.
         out_of_budget: Which limit of the budget ended the search; empty when all trials are finished.
-        set_aside: Trials and baselines whose attempts were lost again and again; another search tries them again.
-        resume_command: The command that does.
+        set_aside: Trials and baselines whose attempts were lost repeatedly; another search tries them again.
+        resume_command: The command for that search.
     """
 
     numbers: dict[str, Any] = field(repr=False)
@@ -63,7 +63,7 @@ class Searched(Study):
 
     @property
     def lines(self) -> tuple[str, ...]:
-        """What the numbers say, in sentences."""
+        """The numbers in sentences."""
         budget = self.numbers["budget"]["line"]
         return (*self.numbers["lines"], *([budget] if budget else []))
 
@@ -83,9 +83,9 @@ class Searched(Study):
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What the best trial of a study is worth. In a notebook it is the page of the study, ``print`` shows the text.
+    """What the best trial of a study is worth. A notebook shows it as the page of the study, ``print`` as text.
 
-    It is of the moment at which it was made. Nothing is written but by ``save``, and no test set is opened.
+    It shows the study at the time of its creation. Only ``save`` writes, and no test set is opened.
 
     Attributes:
         view: The study.
@@ -99,7 +99,7 @@ class Report:
 
         Raises:
             NoSuccessfulTrialError: No trial has finished.
-            HoldOutError: The ledger was changed, so how often the test sets were read is not known.
+            HoldOutError: The ledger was changed, so how often the test sets were read is unknown.
             StorageError, DataError: Stored predictions are missing, damaged or of different images.
         """
         from carft_ray.results.report import study_report
@@ -108,30 +108,30 @@ class Report:
 
     @functools.cached_property
     def document(self) -> dict[str, Any]:
-        """All that the page shows; raises as ``numbers``, but needs no finished trial."""
+        """Everything that the page shows; raises the same errors as ``numbers``, but needs no finished trial."""
         from carft_ray.results.page.data import page_document
 
         return page_document(self.view)
 
     @property
     def html(self) -> str:
-        """The page, one file that needs no network; raises as ``document``."""
+        """The page, one file that needs no network; raises the same errors as ``document``."""
         return self._page(self.default_path)
 
     @property
     def default_path(self) -> Path:
-        """Where the page of the study goes; one in a bucket has its page in the copy."""
+        """Path of the page of the study; for a study in a bucket it is in the local copy."""
         return self.view.study_dir / PAGE
 
     def card(self, form: str = "text", place: str = "form") -> str:
-        """Returns the verdict of five lines; raises as ``document``.
+        """Returns the five-line verdict; raises the same errors as ``document``.
 
         Args:
             form: ``text`` or ``latex``.
-            place: Where it was given, for the message.
+            place: Where ``form`` was given, for the message.
 
         Raises:
-            UsageError: It is none of these.
+            UsageError: ``form`` is neither of these.
         """
         from carft_ray.results.verdict_card import FORMS, card
 
@@ -142,8 +142,8 @@ class Report:
     def tables(self) -> dict[str, pa.Table]:
         """The tables behind the page: ``trials`` and ``baselines`` as ``Study`` has them, ``curves``, ``sets``.
 
-        ``curves`` is a row per measured alpha of a training, ``sets`` one per configuration (or difference) and set,
-        with its interval. Raises as ``document``.
+        ``curves`` has a row per measured alpha of a training, ``sets`` one per configuration (or difference) and
+        set, with its interval. Raises the same errors as ``document``.
         """
         from carft_ray.results.report_tables import curves_table, sets_table
 

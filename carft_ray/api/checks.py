@@ -89,23 +89,23 @@ def as_command(function: Callable[P, R]) -> Callable[P, R]:
 
 @as_command
 def load_recipe(recipe: RecipeLike, overrides: Overrides = (), trust_paths: bool = False) -> Recipe:
-    """Reads a recipe and checks it with its folders, as far as that needs no weights. Warnings are logged.
+    """Reads a recipe and checks it and its folders without loading weights. Logs warnings.
 
     Torch is loaded only for a model name of open_clip.
 
     Args:
-        recipe: A YAML file; a dictionary of what one holds, whose relative paths count from the working directory; or
-            a recipe, which is checked again.
-        overrides: Values by key, ``{"train.epochs": 3}``, or texts as of ``--set``.
-        trust_paths: Read the files that a recipe names which lies in this machine's copy of a study in a bucket,
+        recipe: A YAML file; a dictionary with its content, whose relative paths start at the working directory; or a
+            recipe, which is checked again.
+        overrides: Values by key, ``{"train.epochs": 3}``, or texts as in ``--set``.
+        trust_paths: If the recipe is in this machine's copy of a study in a bucket: read the files that it names,
             although this machine has not written the study.
 
     Returns:
-        The recipe, all paths absolute.
+        The recipe; all paths are absolute.
 
     Raises:
-        UsageError: It lies in such a copy and names files outside of it.
-        RecipeError: It breaks rules, all of which are told.
+        UsageError: It is in such a copy and names files outside of it.
+        RecipeError: It breaks rules; the message lists all of them.
         HoldOutError: Two roles share a set.
         DataError: Images or class lists are missing.
     """
@@ -140,13 +140,13 @@ def read_recipe(
 
     Args:
         path: The file.
-        overrides: Texts as of ``--set``.
-        trust_paths: As of ``load_recipe``.
-        reads: As of ``loading.load_recipe``.
+        overrides: Texts as in ``--set``.
+        trust_paths: Same as in ``load_recipe``.
+        reads: Same as in ``loading.load_recipe``.
 
     Raises:
         RecipeError: It breaks rules.
-        UsageError: As ``load_recipe``.
+        UsageError: Same as in ``load_recipe``.
     """
     from carft_ray.study import trust  # loads Optuna, which a notebook must not meet before ``without_bars_of_others``
 

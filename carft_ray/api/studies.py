@@ -1,6 +1,7 @@
-"""Reading the results of a study from Python. Nothing is written, and neither torch nor Ray is loaded.
+"""Reading the results of a study from Python. This writes nothing and loads neither torch nor Ray.
 
-A study displays itself in a notebook: its trials, and ``study.figure``. What trains is in ``carft_ray.api.actions``.
+A notebook displays a study as a table of its trials, and ``study.figure`` as a picture. The functions that train are in
+``carft_ray.api.actions``.
 
     >>> import carft_ray
     >>> study = carft_ray.open_study("studies/quickstart")
@@ -14,8 +15,8 @@ A study displays itself in a notebook: its trials, and ``study.figure``. What tr
     >>> study.predictions(best.name).num_rows > 0
     True
 
-Tables are those of pyarrow: ``study.trials().to_pandas()`` where pandas is installed. Accuracies are fractions. A
-search may be running: every call reads the study as it is then.
+Tables are pyarrow tables: use ``study.trials().to_pandas()`` if pandas is installed. Accuracies are fractions. A
+search may be running: every call reads the current state of the study.
 """
 
 from collections.abc import Sequence
@@ -51,7 +52,7 @@ class Figure:
     svg: bytes
 
     def save(self, path: str | Path) -> Path:
-        """Writes it, whole or not at all.
+        """Writes the whole file or nothing.
 
         Raises:
             StorageError: It cannot be written.
@@ -68,7 +69,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Study:
-    """A study to read from; use ``open_study``.
+    """A study for reading; create it with ``open_study``.
 
     Attributes:
         path: The study directory, absolute.
@@ -78,7 +79,7 @@ class Study:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe of the last search, all paths absolute.
+        """The recipe of the last search; all paths are absolute.
 
         Raises:
             RecipeError, StorageError: It cannot be read.
@@ -104,24 +105,24 @@ class Study:
         """ID against OOD accuracy: a dot per trial, the baselines, the alpha curve of the best.
 
         Raises:
-            UsageError, RecipeError, StorageError: The study is gone or damaged.
+            UsageError, RecipeError, StorageError: The study was removed or is damaged.
         """
         from carft_ray.results.page.page import figure_svg
 
         return Figure(figure_svg(read_study(self.path)))
 
     def trials(self, kind: Kind = "trial") -> pa.Table:
-        """Returns a row per trial (or baseline), in the order of their numbers.
+        """Returns a row per trial (or baseline), ordered by number.
 
         Columns: ``number``, ``name``, ``outcome``, ``objective``, ``alpha`` (the chosen one),
         ``elapsed_s``, ``reason``; then every hyperparameter by its name in ``train``; then every metric
-        (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ...). What a row does not have is null.
+        (``id_accuracy``, ``ood_accuracy``, ``accuracy/<set>``, ...). Missing values are null.
 
         Args:
             kind: ``trial`` or ``baseline``.
 
         Raises:
-            ValueError: The kind is none of these.
+            ValueError: The kind is neither of these.
             StorageError: The study is damaged.
         """
         if kind not in ("trial", "baseline"):
@@ -135,20 +136,20 @@ class Study:
             trial: Number or name: ``7``, ``"t0007"``, ``"t0007-3f9c"``, ``"zero_shot"``, ``"confirm/NAME"``.
 
         Raises:
-            UsageError: There is no such trial; names the nearest.
+            UsageError: There is no such trial; the message names the nearest.
             NoSuccessfulTrialError: It is not finished.
             StorageError: Its result is damaged.
         """
         return dict(open_finished(self.path, trial).result["metrics"])
 
     def predictions(self, trial: str | int) -> pa.Table:
-        """Returns a row per image, validation set and alpha: label, prediction, and what was kept of the logits.
+        """Returns a row per image, validation set and alpha: label, prediction, and the stored logits.
 
         Args:
-            trial: As for ``metrics``.
+            trial: Same as in ``metrics``.
 
         Raises:
-            UsageError, NoSuccessfulTrialError, StorageError: As ``metrics``.
+            UsageError, NoSuccessfulTrialError, StorageError: Same as in ``metrics``.
         """
         return open_finished(self.path, trial).predictions()
 
@@ -159,14 +160,14 @@ class Study:
 
 
 def open_study(path: str | Path) -> Study:
-    """Opens a study to read from it.
+    """Opens a study for reading.
 
     Args:
-        path: The study directory, or its address, ``s3://...``: then a copy, as the study is now. A search may be
+        path: The study directory, or its address, ``s3://...``, which is copied as it is now. A search may be
             running on it.
 
     Raises:
-        UsageError: It is no study.
+        UsageError: It is not a study.
         StorageError: The bucket cannot be read.
     """
     return Study(require_study(path))

@@ -1,4 +1,4 @@
-"""The jobs of a Ray cluster: which there are, what one has said, and the end of one."""
+"""The jobs of a Ray cluster: list them, print their logs, stop them."""
 
 from datetime import datetime
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ JobArgument = Annotated[str, Argument(metavar="JOB|STUDY", help="Id of a job, or
 
 @command("cluster jobs", to=cluster_app, reads=True)
 def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
-    """List the jobs of a cluster with their studies, the newest first."""
+    """List the jobs of a cluster and their studies, newest first."""
     from carft_ray.launch.jobs.jobs import described, jobs
     from carft_ray.launch.jobs.server import connect
 
@@ -39,7 +39,7 @@ def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOptio
 
 @command("cluster logs studies/first", to=cluster_app, reads=True)
 def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
-    """Print what a job has said so far; `submit --attach` follows it."""
+    """Print the log of a job so far; `submit --attach` follows it."""
     from carft_ray.launch.jobs.jobs import described, find_job, log_of
     from carft_ray.launch.jobs.server import connect
 
@@ -54,10 +54,10 @@ def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_
 def cluster_stop(
     job: JobArgument,
     address: common.DashboardOption = None,
-    no_wait: Annotated[bool, Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait for the checkpoints.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Stop a job: its trainings write their checkpoints, and its study can be resumed."""
+    """Stop a job: its trainings write checkpoints, and its study can be resumed."""
     from carft_ray.launch.jobs import jobs
     from carft_ray.launch.jobs.server import connect
 
@@ -66,9 +66,9 @@ def cluster_stop(
     name, asked = str(found.submission_id), not found.status.is_terminal()
     if asked:
         if not no_wait and not json_:
-            console.say(f"Asking {name} to stop, and waiting for its checkpoints. Ctrl-C ends the waiting only.")
+            console.say(f"Asking {name} to stop and waiting for its checkpoints. Ctrl-C ends only the waiting.")
         see = common.command_line("cluster", "jobs", address=server.address)
-        with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
+        with common.interrupted_as("no longer waiting; the job still stops", f"See: {see}"):
             found = jobs.stop(server, name, console.sayer(not json_), see, wait=not no_wait)
     answer, ended = jobs.described(found), found.status.is_terminal()
     left = _left(answer["study"])

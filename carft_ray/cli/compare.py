@@ -9,7 +9,7 @@ from carft_ray.cli import common
 from carft_ray.cli.program import command
 from carft_ray.ui import console
 
-TARGET = "DIR (the best trial of a study, or the one of `train`) or DIR:TRIAL; DIR may be an address."
+TARGET = "DIR (the best trial of a study, or the training of `train`) or DIR:TRIAL; DIR may be an address."
 
 
 @command("compare studies/quickstart:t0003 studies/quickstart:7", common.TRUST, reads=True)
@@ -33,9 +33,11 @@ def compare(
         console.show(console.differing_table(title, found[key]) if found[key] else none)
         console.show()
     console.show(console.comparison_table(found))
-    console.say("\n" + (f"Difference A - B in points, paired, 95 % {found['words']}." if found["words"] else ""))
+    console.say(
+        "\n" + (f"Difference A - B in points; paired 95 % interval {found['words']}." if found["words"] else "")
+    )
     for what, reason in found["reasons"].items():
         console.say(f"{what} cannot be compared: {reason}.")
-    console.say("On validation sets, which chose the best trial: it looks better than it is.")
+    console.say("These validation sets were used for selection: a best trial looks better on them than it is.")
     trust = trust_word(open_finished(*split_target(a)).recipe)
     console.next_step(f"carft-ray reproduce {shlex.quote(found['a']['folder'])} {found['a']['trial']}{trust}")

@@ -8,23 +8,26 @@ from carft_ray.cli import common
 from carft_ray.cli.program import command
 from carft_ray.ui import console
 
-WINNER = "search: that of the search. confirmed: the best on fresh seeds, measured on as many further seeds."
+WINNER = "search: the winner of the search. confirmed: the best on fresh seeds, measured on as many further seeds."
 
 
 @command("confirm studies/quickstart --top 3 --seeds 5", common.TRUST, shared=common.RunOptions)
 def confirm(
     study: common.StudyArgument,
-    top: Annotated[int, Option(min=1, help="Trials to train again, from the best down.")] = 3,
-    seeds: Annotated[int, Option(min=2, help="Fresh seeds of each; 5 for publication. You can add more later.")] = 3,
+    top: Annotated[int, Option(min=1, help="Number of trials to train again, best first.")] = 3,
+    seeds: Annotated[int, Option(min=2, help="Fresh seeds per trial; 5 for publication. You can add more later.")] = 3,
     winner: Annotated[str, Option(metavar="search|confirmed", help=WINNER)] = "search",
-    against: Annotated[list[str] | None, Option(help="Study whose winner is one more baseline; repeatable.")] = None,
+    against: Annotated[
+        list[str] | None, Option(help="Study whose winner becomes another baseline; repeatable.")
+    ] = None,
     notify_url: common.NotifyUrlOption = None,
     json_: common.JsonOption = False,
     **shared: Any,
 ) -> None:
-    """Train the winner, the next best and the baselines again with fresh seeds: what the best is really worth.
+    """Train the winner, the next best trials and the baselines again with fresh seeds, to see what the best is worth.
 
-    The best of many trials is partly lucky. Run again after an interruption, it resumes where it was.
+    The best of many trials is partly lucky. After an interruption, the same
+    command continues.
     """
     given: dict[str, Any] = {"top": top, "seeds": seeds, "winner": winner, "against": against or []}
     again, chosen_anew = (

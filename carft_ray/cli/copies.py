@@ -22,7 +22,7 @@ def pull(
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder of the copy; new or empty.", show_default=False)],
     json_: common.JsonOption = False,
 ) -> None:
-    """Copy a study from a bucket to a folder, with its weights; its manifest says that it is a copy."""
+    """Copy a study and its weights from a bucket to a folder; the manifest of the copy says that it is a copy."""
     from carft_ray.study import mirror
 
     _copied(lambda tell: mirror.pull(address, folder, tell), "pulling", str(folder), json_)
@@ -34,7 +34,7 @@ def push(
     address: AddressArgument,
     json_: common.JsonOption = False,
 ) -> None:
-    """Copy a study to a bucket, at an address where nothing is; its manifest there says that it is a copy."""
+    """Copy a study to an empty address in a bucket; the manifest of the copy says that it is a copy."""
     from carft_ray.results.reading.study_view import require_study
     from carft_ray.study import mirror
 
@@ -45,7 +45,7 @@ def _copied(copy: Callable[[Any], dict[str, Any]], what: str, to: str, json_: bo
     from carft_ray.ui.progress import counting
 
     with (
-        common.interrupted_as(f"stopped {what}; half a copy is no study", "Run the command again."),
+        common.interrupted_as(f"stopped {what}; an incomplete copy is not a study", "Run the command again."),
         counting() as begin,
     ):
         tell = begin(f"{what}, MB")

@@ -14,7 +14,7 @@ from carft_ray.ui import console
 @command("dashboard studies/quickstart --port 8080", common.READING, reads=True)
 def dashboard(
     study: common.StudyArgument,
-    port: Annotated[int, Option(min=0, max=65535, help="Of this machine; 0: a free one.")] = 8080,
+    port: Annotated[int, Option(min=0, max=65535, help="Port on this machine; 0: a free one.")] = 8080,
 ) -> None:
     """Show a study in the browser with optuna-dashboard. It follows a running search and writes nothing.
 
@@ -32,7 +32,7 @@ def dashboard(
     def on_ready(number: int) -> None:
         ready.append(number)
         console.show(f"http://127.0.0.1:{number}/")
-        console.say("optuna-dashboard, read-only: what is changed there is refused. Ctrl-C ends it.")
+        console.say("optuna-dashboard, read-only: it refuses changes. Ctrl-C ends it.")
 
     try:
         serve(study, port, on_ready)

@@ -16,12 +16,14 @@ from carft_ray.errors import Problem, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted
 
-CacheOption = Annotated[Path | None, Option(help="Folder of the cache (data.cache_dir); default: the user's own.")]
+CacheOption = Annotated[
+    Path | None, Option(help="Folder of the cache (data.cache_dir); default: the user's cache folder.")
+]
 
 
 @command("data ls", to=data_app, reads=True)
 def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None:
-    """List what is in the cache, sets and heads: size, when it was built and last used. Nothing is written."""
+    """List the sets and heads in the cache: size, when built, when last used. Writes nothing."""
     from carft_ray.data.cache import list_entries, notes
 
     folder = _folder(cache)
@@ -42,7 +44,7 @@ def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None
 
 @command("data add recipe.yaml", to=data_app, reads=True)
 def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_: common.JsonOption = False) -> None:
-    """Build what the trainings of a recipe will read: its training and validation sets, never its test sets."""
+    """Build the cache for the trainings of a recipe: training and validation sets, never test sets."""
     from carft_ray.data.cache import cache_dir, list_entries
     from carft_ray.data.copies.shared_images import find_shared, shared_lines, without_shared
     from carft_ray.data.decoded import DecodedSource
@@ -77,7 +79,7 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
     if console.print_json({"cache": str(folder), "sets": sets, "num_bytes": total}, json_):
         return
     for each in sets:
-        state = f"{each['kind']}, {'built' if each['built'] else 'was there'}"
+        state = f"{each['kind']}, {'built' if each['built'] else 'already there'}"
         state = "read from their files (data.pack)" if each["kind"] == "files" else state
         console.say(f"{each['name']}: {counted(each['num_images'], 'image')}, {state}")
     console.say(f"{folder} holds {console.size_text(total)} now.")
@@ -89,20 +91,22 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
 
 @command("data clean --older-than 30d", to=data_app, reads=True)
 def data_clean(
-    all_: Annotated[bool, Option("--all", help="Remove everything, and the notes about images.")] = False,
-    older_than: Annotated[str | None, Option(metavar="TIME", help="Remove what was not used for 12h, 30d, ...")] = None,
-    to_gb: Annotated[float | None, Option(min=0, metavar="GB", help="Keep this much of what was used last.")] = None,
-    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask.")] = False,
+    all_: Annotated[bool, Option("--all", help="Remove everything, including the notes about images.")] = False,
+    older_than: Annotated[str | None, Option(metavar="TIME", help="Remove entries unused for 12h, 30d, ...")] = None,
+    to_gb: Annotated[
+        float | None, Option(min=0, metavar="GB", help="Keep the most recent entries, up to this size.")
+    ] = None,
+    yes: Annotated[bool, Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     cache: CacheOption = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Remove sets and heads from the cache, except those in use. What is needed again is built again."""
+    """Remove sets and heads from the cache, except those in use. Later commands rebuild them if needed."""
     from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, remove_note, surplus
 
     options = {"--all": all_ or None, "--older-than": older_than or None, "--to-gb": to_gb}
     given = [name for name, value in options.items() if value is not None]
     if len(given) != 1:
-        rule = "one of --all, --older-than and --to-gb must say what goes"
+        rule = "needs exactly one of --all, --older-than and --to-gb"
         raise UsageError(Problem("data clean", rule, " and ".join(given) or "none of them"))
     folder = _folder(cache)
     before = None if older_than is None else time.time() - _seconds(older_than)
@@ -129,7 +133,7 @@ def data_clean(
     }
     if console.print_json(answer, json_):
         return
-    dead = " What killed builds had left is gone too." if num_dead else ""
+    dead = " Leftovers of killed builds were removed as well." if num_dead else ""
     what = f"{counted(len(removed), 'entry')}, {console.size_text(answer['num_bytes_freed'])}"
     console.say(f"Removed {what}, from {folder}.{dead}")
     if answer["num_in_use"]:

@@ -22,23 +22,26 @@ def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
     images: Annotated[
-        int | None, Option(min=1, help="Zero-shot images per set; default: what 2 minutes allow.")
+        int | None, Option(min=1, help="Images per set for zero-shot; default: as many as 2 minutes allow.")
     ] = None,
-    quick: Annotated[bool, Option("--quick", help="Open no image: lists, model and prompts only.")] = False,
-    pairs: Annotated[Path | None, Option(metavar="FILE", help="Write pairs of shared images: .csv or .html.")] = None,
+    quick: Annotated[bool, Option("--quick", help="Open no image: check only lists, model and prompts.")] = False,
+    pairs: Annotated[
+        Path | None, Option(metavar="FILE", help="Write the pairs of shared images: .csv or .html.")
+    ] = None,
     memory_gb: Annotated[
-        float | None, Option(min=1, help="Memory of a GPU: which micro-batch fits? Default: the GPU that is here.")
+        float | None, Option(min=1, help="Memory of a GPU, to suggest a micro-batch; default: this machine's GPU.")
     ] = None,
     address: Annotated[str | None, Option(help="Check each node of this Ray cluster: HOST:PORT or auto.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Check data, prompts, model and machine before anything is trained. Test sets are counted and hashed only.
+    """Check data, prompts, model and machine before training. Test sets are only counted and hashed.
 
-    Every image is read once. Ends with exit code 4 when a search would fail or mean nothing. With --address, each node
-    is asked what it sees, has and runs; exit code 5 names the nodes on which trials would fail, and what to do.
+    Reads every image once. Exit code 4 means that a search would fail or its
+    results would mean nothing. With --address, it also checks each node; exit
+    code 5 names the nodes on which trials would fail, and what to do.
     """
     if address is not None and address.startswith(("http://", "https://")):
-        rule = "must be HOST:PORT or auto: nodes are asked from a machine of the cluster"
+        rule = "must be HOST:PORT or auto: nodes can be checked only from a machine of the cluster"
         step = f"Run it there:  ray job submit --address {address} -- carft-ray doctor RECIPE --address auto"
         raise ClusterError(Problem("--address", rule, address, next_step=step))
     from carft_ray.api.checks import read_recipe
@@ -73,7 +76,7 @@ def doctor(
     else:
         _show(found, reports, on_nodes)
     if pairs is not None and found.pairs is None:
-        console.warn(f"{pairs} is not written: images are compared when nothing else is wrong with the data.")
+        console.warn(f"{pairs} was not written: images are compared only if the data has no other error.")
     elif pairs is not None and found.pairs is not None:
         write_pairs(pairs, found.pairs)
         console.say(f"{pairs}: {counted(len(found.pairs), 'pair')} of images in two roles")
@@ -124,7 +127,7 @@ def step_words(found: dict[str, Any]) -> str:
     step = f"a step takes {found['step_gb']:.2g} of {found['gpu_gb']:.0f} GB (estimated)"
     if found["micro_batch"]:
         return f"micro-batch to begin with: {found['micro_batch']}; {step}"
-    return f"not one image fits the GPU: {step}; docs/gpu.md says what takes less"
+    return f"not even one image fits on the GPU: {step}; docs/gpu.md lists ways to use less"
 
 
 def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str]:
@@ -137,7 +140,7 @@ def _model_lines(model: dict[str, Any], machine: dict[str, Any]) -> Iterator[str
         yield (
             f"model {model['name']}: {model['image_size']} pixels, s = {model['logit_scale']:.1f}, "
             f"{model['num_classes']} classes, {contexts}; {model['trained_weights'] / 1e6:.1f} million weights train, "
-            f"{model['training_memory_gb']:.2g} GB with the frozen tower, gradients and AdamW, images come on top"
+            f"{model['training_memory_gb']:.2g} GB with the frozen tower, gradients and AdamW, plus the images"
         )
     if "micro_batch" in model:
         yield step_words(model)

@@ -24,13 +24,13 @@ def export(
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Write the mixed model for open_clip, transformers or onnxruntime. Each opens what was written, as a check."""
+    """Write the mixed model for open_clip, transformers or onnxruntime. Each library opens its export as a check."""
     from carft_ray.api import actions
 
     exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial, trust_paths=trust_paths)
     if console.print_json({**vars(exported), "folder": str(exported.folder)}, json_):
         return
-    console.say(f"Exported to {to} at alpha {exported.alpha:g}. Opened again, each in a process of its own:")
+    console.say(f"Exported to {to} at alpha {exported.alpha:g}. Each was opened again in its own process:")
     for name, difference in exported.formats.items():
         console.say(f"  {name}: the logits of {exported.num_checked} images differ by at most {difference:.1e}.")
     console.next_step(f"cat {shlex.quote(str(to / 'README.md'))}")

@@ -21,16 +21,20 @@ DomainsOption = list[str] | None
 def init(
     from_: Annotated[Path | None, Option("--from", help="Folder of images to write a recipe for.")] = None,
     preset: Annotated[str | None, Option(help="Name of a recipe that ships with carft-ray.")] = None,
-    to: Annotated[Path | None, Option(help="File to write; without it the recipe is printed.")] = None,
+    to: Annotated[Path | None, Option(help="File to write; default: print the recipe.")] = None,
     list_: Annotated[bool, Option("--list", help="List the presets.")] = False,
     model: Annotated[str, Option(help="Model of open_clip, local-dir:FOLDER, or sandbox (toy images).")] = MODEL,
-    pretrained: Annotated[str | None, Option(help="Its weights: a tag or a file; the default has openai.")] = None,
-    train: Annotated[str | None, Option(help="Domain that trains; default: the largest.")] = None,
-    ood_val: Annotated[
-        DomainsOption, Option(help="OOD validation domain (repeatable; default: half of the rest).")
+    pretrained: Annotated[
+        str | None, Option(help="Its weights: a tag or a file; the default model uses openai.")
     ] = None,
-    ood_test: Annotated[DomainsOption, Option(help="OOD test domain (repeatable; default: the rest).")] = None,
-    hold_out: Annotated[str | None, Option(help="Domain of the test, in a preset that leaves one out.")] = None,
+    train: Annotated[str | None, Option(help="Training domain; default: the largest.")] = None,
+    ood_val: Annotated[
+        DomainsOption, Option(help="OOD validation domain (repeatable; default: half of the remaining ones).")
+    ] = None,
+    ood_test: Annotated[
+        DomainsOption, Option(help="OOD test domain (repeatable; default: the remaining ones).")
+    ] = None,
+    hold_out: Annotated[str | None, Option(help="Held-out test domain, in a preset that leaves one out.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
     """Write a recipe: --from a folder of images (by its domains, splits and classes), or a --preset."""
@@ -41,9 +45,11 @@ def init(
         raise UsageError(Problem("init", "one of --from FOLDER, --preset NAME and --list must be given", value))
     of_folder = {"--train": train, "--ood-val": ood_val, "--ood-test": ood_test}
     of_folder |= {"--model": model if model != MODEL else None, "--pretrained": pretrained}
-    problems = [] if hold_out is None or preset is not None else [Problem("--hold-out", "belongs to --preset")]
+    problems = (
+        [] if hold_out is None or preset is not None else [Problem("--hold-out", "can only be used with --preset")]
+    )
     if from_ is None:
-        problems += [Problem(option, "belongs to --from") for option, given in of_folder.items() if given]
+        problems += [Problem(option, "can only be used with --from") for option, given in of_folder.items() if given]
     if problems:
         raise UsageError(problems)
     if list_:
@@ -52,7 +58,9 @@ def init(
             console.next_step("carft-ray init --preset NAME --to my_recipe.yaml")
         return
     if to is not None and to.exists():
-        raise UsageError(Problem("--to", "must be a new file", str(to), next_step="Give another name, or remove it."))
+        raise UsageError(
+            Problem("--to", "must be a new file", str(to), next_step="Give another name, or remove the file.")
+        )
     roots: Sequence[Any] = ()
     if preset is not None:
         require_choice("--preset", "must be a preset", preset, presets())
@@ -83,7 +91,7 @@ def init(
 
 @command("schema", common.ONE_TRAINING, reads=True)
 def schema() -> None:
-    """Print the JSON schema of a recipe, for editors; init writes it beside each recipe."""
+    """Print the JSON schema of a recipe, for editors; init writes it next to each recipe."""
     from carft_ray.recipe.presets import schema_text
 
     typer.echo(schema_text(), nl=False)

@@ -18,13 +18,13 @@ def logs(
     follow: Annotated[bool, Option("--follow", "-f", help="Print new lines until its training ends.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Print the log of one trial: when its attempts began, and the traceback of one that failed."""
+    """Print the log of one trial: the start of each attempt, and the traceback of each failure."""
     from carft_ray.results.reading import logs, study_view
     from carft_ray.study.mirror import NUMBERS
     from carft_ray.study.rows import ZERO_SHOT
 
     if follow and json_:
-        raise UsageError(Problem("--json", "must stand without --follow: a document ends"))
+        raise UsageError(Problem("--json", "cannot be used with --follow"))
     view = study_view.read_study(study, NUMBERS)
     row = logs.find_training(view, trial)
     lines = logs.read_log(view.study_dir, row.training)

@@ -19,10 +19,10 @@ FOLDER = "A study, its address, or a folder with studies in it."
 def list_(
     place: Annotated[str, Argument(metavar="FOLDER", help=FOLDER, show_default=False)],
     sort: Annotated[str, Option(metavar="objective|number", help="Order of the trials.")] = "objective",
-    limit: Annotated[int | None, Option(min=1, help="Only so many trials.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Show at most this many trials.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """List the trials of a study, or the studies of a folder. Nothing is written."""
+    """List the trials of a study, or the studies in a folder. Writes nothing."""
     from carft_ray.results.reading import status_and_ls, study_view
     from carft_ray.study.holding import is_study
     from carft_ray.study.mirror import NUMBERS, fetched

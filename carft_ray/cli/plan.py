@@ -18,19 +18,21 @@ from carft_ray.words import counted
 @command("plan recipe.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
-    study: Annotated[str | None, Option(help="Where the study would be; the short trainings run beside it.")] = None,
+    study: Annotated[str | None, Option(help="Future study directory; the short trainings run next to it.")] = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
     address: common.AddressOption = None,
-    price_per_gpu_hour: Annotated[float | None, Option(min=0, help="Of one GPU, for the cost of the search.")] = None,
-    price_per_hour: Annotated[float | None, Option(min=0, help="Of the whole machine or cluster.")] = None,
+    price_per_gpu_hour: Annotated[
+        float | None, Option(min=0, help="Price of one GPU, for the cost of the search.")
+    ] = None,
+    price_per_hour: Annotated[float | None, Option(min=0, help="Price of the whole machine or cluster.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Measure what a search will take: trials at a time, time, GPU hours, disk, money.
+    """Estimate a search from short trainings: trials at a time, time, GPU hours, disk, cost.
 
-    It trains a little, as many trainings at a time as the search will; a minute in the sandbox. Only decoded images
-    stay.
+    Runs as many short trainings at a time as the search will; this takes a
+    minute in the sandbox. Keeps only decoded images.
     """
     from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_training, price
     from carft_ray.recipe.checks.advice import check_searchable
@@ -38,13 +40,13 @@ def plan(
     from carft_ray.study.mirror import fetched, in_bucket
 
     if price_per_gpu_hour is not None and price_per_hour is not None:
-        raise UsageError(Problem("--price-per-hour", "must stand without --price-per-gpu-hour: give one price"))
+        raise UsageError(Problem("--price-per-hour", "cannot be used with --price-per-gpu-hour: give one price"))
     value = common.load(recipe, set_, executor, num_workers)
     if problems := check_searchable(value):
         raise RecipeError(problems)
     if own := own_functions(value):
-        step = "Begin the search; its live view tells the time that is left."
-        problem = Problem(next(iter(own)), "must be null: plan measures the built-in loop", next_step=step)
+        step = "Start the search; its live view shows the remaining time."
+        problem = Problem(next(iter(own)), "must be null: plan measures only the built-in loop", next_step=step)
         raise UsageError(problem)
     next_to = Path(tempfile.gettempdir())
     if study is not None and not in_bucket(study):
@@ -62,13 +64,13 @@ def plan(
     what = f"{value.name}: {counted(found['num_trials'], 'trial')}{baselines}"
     console.show(f"{what}, {found['concurrency']} at a time ({found['limited_by']})")
     console.show(console.table(["", *console.numbers("expected", no_wrap=True), "range"], _lines(found)))
-    console.say(f"From short trainings, {found['measured']['took_s']:.0f} s in all.")
+    console.say(f"Estimated from short trainings, which took {found['measured']['took_s']:.0f} s in all.")
     if found["step"]:
         console.say(step_words(found["step"]))
     if found["budget"]:
         console.say(found["budget"])
     if value.search.pruner.name != "none":
-        console.say("The pruner will make it shorter; nothing is taken off for it.")
+        console.say("The pruner will shorten the search; this estimate does not count on it.")
     given = {"set": set_, "executor": executor, "num_workers": num_workers, "address": address}
     console.next_step(common.begin_line(value, recipe, study, **given))
 

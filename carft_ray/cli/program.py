@@ -29,8 +29,8 @@ app = typer.Typer(
     "Try it:  carft-ray init --preset quickstart --to recipe.yaml",
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images.")
-data_app = typer.Typer(no_args_is_help=True, help="The cache of images: what trainings share on this machine.")
-cluster_app = typer.Typer(no_args_is_help=True, help="The jobs of a Ray cluster: searches that were submitted.")
+data_app = typer.Typer(no_args_is_help=True, help="The cache of images that trainings on this machine share.")
+cluster_app = typer.Typer(no_args_is_help=True, help="The jobs of a Ray cluster: submitted searches.")
 app.add_typer(cluster_app, name="cluster", rich_help_panel="A search")
 app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
@@ -86,7 +86,7 @@ def _show_version(asked: bool) -> None:
 def options(
     context: typer.Context,
     version: Annotated[
-        bool, Option("--version", help="Show the version and end.", is_eager=True, callback=_show_version)
+        bool, Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """Holds what may stand before any command; the text of the help is the app's own. Alone it shows the help."""
@@ -114,11 +114,11 @@ def main() -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            rule = "must be a path that can be: names of at most 255 bytes"
+            rule = "is too long: each name in a path has at most 255 bytes"
             error = UsageError(Problem(f"{str(error.filename)[:60]}...", rule))
         elif not isinstance(error, CarftError):
             value = f"{type(error).__name__}: {error}".removesuffix(": ")
-            step = "Please report it; with --debug the command shows where it happens."
+            step = "Please report it. With --debug, the command shows where it happens."
             error = CarftError(Problem("", "internal error", value, next_step=step))
         console.show_error(error)
         sys.exit(error.exit_code)

@@ -15,15 +15,15 @@ from carft_ray.ui import console
 @command("report studies/quickstart", common.TRUST, reads=True)
 def report(
     study: common.StudyArgument,
-    html: Annotated[bool, Option("--html", help="Write a page: figures, tables, all trials, in one file.")] = False,
-    card: Annotated[str | None, Option(metavar="text|latex", help="Only the verdict of five lines.")] = None,
-    tables: Annotated[Path | None, Option(metavar="DIR", help="Only its tables, as CSV and Parquet.")] = None,
+    html: Annotated[bool, Option("--html", help="Write one HTML page with figures, tables and all trials.")] = False,
+    card: Annotated[str | None, Option(metavar="text|latex", help="Only the verdict, in five lines.")] = None,
+    tables: Annotated[Path | None, Option(metavar="DIR", help="Only the tables, as CSV and Parquet.")] = None,
     out: Annotated[
-        Path | None, Option(metavar="FILE", help="File of --html (default: in the study) or --card.")
+        Path | None, Option(metavar="FILE", help="File for --html (default: in the study) or --card.")
     ] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Show what the best trial is worth: corrected for the choice, and against baselines. No test set is read."""
+    """Show what the best trial is worth: corrected for selection bias, and against baselines. Reads no test set."""
     from carft_ray.api import actions
     from carft_ray.files import is_address
 
@@ -31,13 +31,13 @@ def report(
         ""
     ]
     if others:
-        raise UsageError(Problem(others[0], f"must stand without {first}"))
+        raise UsageError(Problem(others[0], f"cannot be used with {first}"))
     if json_ and card:
-        raise UsageError(Problem("--json", "must stand without --card, which is text"))
+        raise UsageError(Problem("--json", "cannot be used with --card, which prints text"))
     if out and not (html or card):
         raise UsageError(Problem("--out", "needs --html or --card"))
     if html and out is None and is_address(study):
-        raise UsageError(Problem("--html", "needs --out where the study is in a bucket"))
+        raise UsageError(Problem("--html", "needs --out if the study is in a bucket"))
     found = actions.report(study)
     if card is not None:
         text = found.card(card, "--card")

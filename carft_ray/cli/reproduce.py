@@ -11,19 +11,19 @@ from carft_ray.cli import common
 from carft_ray.cli.program import command
 from carft_ray.ui import console
 
-TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; without it the best."
+TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NAME; default: the best."
 
 
 @command("reproduce studies/quickstart t0003", common.TRUST)
 def reproduce(
     folder: common.TrainedArgument,
     trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
-    out: Annotated[Path | None, Option(help="Keep the new training in this folder, new or empty.")] = None,
+    out: Annotated[Path | None, Option(help="Keep the new training in this new or empty folder.")] = None,
     trust: common.TrustOption = False,
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Do a training again as its study has recorded it and say whether all its numbers are the same."""
+    """Repeat a training as recorded in its study, and check whether all its numbers are the same."""
     from carft_ray.results.reading.finished import open_finished
     from carft_ray.study.identity import study_recipe
     from carft_ray.study.trust import require_written
@@ -53,7 +53,7 @@ def reproduce(
         return
     console.show(sentence(found))
     if lines := change_lines(found):
-        console.say("The study was made with other code or on another machine nevertheless:")
+        console.say("They are the same although the code or the machine has changed:")
         console.say("\n".join(f"  {line}" for line in lines))
     compare = common.command_line("compare", f"{folder}:{finished.name}", out or f"{folder}:zero_shot")
     console.next_step(compare, *([common.command_line("ls", folder)] if out is None else []))

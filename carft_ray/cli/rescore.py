@@ -19,7 +19,7 @@ def rescore(
     sets: Annotated[str | None, Option(metavar="A,B", help="OOD validation sets that count; default: all.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Rank the trials again under another objective, from stored predictions; constraints hold, nothing is written."""
+    """Rank the trials again by another objective, from stored predictions. Constraints hold. Writes nothing."""
     from carft_ray.layout import WEIGHTS
     from carft_ray.results import rescore as rescoring
     from carft_ray.results.reading import study_view
@@ -33,7 +33,7 @@ def rescore(
         return
     weight = f", ID weight {spec.id_weight:g}" if spec.kind == "weighted_mean" else ""
     sets_text = ", ".join(spec.ood_sets)
-    ood = f"OOD: mean over {sets_text}." if spec.ood_sets else "No OOD set: ID alone counts."
+    ood = f"OOD: mean over {sets_text}." if spec.ood_sets else "No OOD set: only ID counts."
     if spec.kind == "worst_domain" and spec.ood_sets:
         ood = f"The lowest accuracy of {sets_text} counts; the column OOD is their mean, and ID does not count."
     own = " (the study's own objective)" if answer["objective"] == answer["own_objective"] else ""
@@ -41,7 +41,7 @@ def rescore(
     rows = [*answer["baselines"], *answer["trials"]]
     console.show(console.rescored_table(rows))
     if answer["constraints"]:
-        console.say("The study's constraints hold here too; trials that miss them come last.")
+        console.say("The study's constraints also hold here; trials that violate them come last.")
     if answer["unfinished"]:
         console.say(f"Without a result: {counted(answer['unfinished'], 'more trial')}.")
     console.say(f"\n{answer['note']}")

@@ -22,12 +22,15 @@ if TYPE_CHECKING:
 class SearchOptions(common.RunOptions):
     """The options that `search`, `resume` and `submit` share."""
 
-    change_space: Annotated[bool, Option("--change-space", help="Let the search space of the study change.")] = False
-    warm_start: Annotated[list[str] | None, Option(metavar="STUDY", help="Use a study's trials; repeatable.")] = None
-    wall_time: Annotated[str | None, Option(metavar="TIME", help="End after 45m, 8h, ...; resumable.")] = None
+    change_space: Annotated[bool, Option("--change-space", help="Allow another search space for the study.")] = False
+    warm_start: Annotated[list[str] | None, Option(metavar="STUDY", help="Learn from another study; repeatable.")] = (
+        None
+    )
+    wall_time: Annotated[str | None, Option(metavar="TIME", help="Stop after 45m, 8h, ...; resumable.")] = None
     notify_url: common.NotifyUrlOption = None
     again: Annotated[
-        str | None, Option(metavar="REASON", help="Train after a read of the test sets; every report keeps the reason.")
+        str | None,
+        Option(metavar="REASON", help="Train although the test sets were read; every report shows the reason."),
     ] = None
 
 
@@ -67,11 +70,11 @@ def _search(begin: Callable[..., "Searched"], study: str, set_: list[str] | None
 @command("search recipe.yaml --study studies/first", common.SEARCH, shared=SearchOptions)
 def search(
     recipe: common.RecipeArgument,
-    study: Annotated[str, Option(help="Study directory, or s3://BUCKET/STUDY; one that is there is resumed.")],
+    study: Annotated[str, Option(help="Study directory, or s3://BUCKET/STUDY; an existing one is resumed.")],
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:
-    """Search for the best hyperparameters. The same command again resumes the search."""
+    """Search for the best hyperparameters. Run the same command again to resume."""
     from carft_ray.api import actions
 
     _search(functools.partial(actions.search, recipe, study), study, set_, **shared)
@@ -80,13 +83,14 @@ def search(
 @command("resume studies/quickstart --trials +4", common.SEARCH, shared=SearchOptions)
 def resume(
     study: common.StudyArgument,
-    trials: Annotated[str | None, Option(metavar="N|+N", help="Trials in all, or with a plus, how many more.")] = None,
+    trials: Annotated[str | None, Option(metavar="N|+N", help="Total number of trials, or +N for N more.")] = None,
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:
-    """Resume a study where it was, or extend it. Its recipe is that of its last search.
+    """Resume or extend a study, with the recipe of its last search.
 
-    What may change: trials, budget, resources, sampler, and the search space with --change-space.
+    You can change trials, budget, resources and sampler, and the search space
+    with --change-space.
     """
     from carft_ray.api import actions
 

@@ -18,16 +18,16 @@ from carft_ray.words import counted, times
 @command("status studies/quickstart", common.READING, reads=True)
 def status(
     study: common.StudyArgument,
-    watch: Annotated[bool, Option("--watch", help="Show it repeatedly until the search ends or Ctrl-C.")] = False,
-    every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="With --watch: how often.")] = 2,
+    watch: Annotated[bool, Option("--watch", help="Repeat until the search ends or you press Ctrl-C.")] = False,
+    every: Annotated[float, Option(min=0.5, metavar="SECONDS", help="Time between two reads of --watch.")] = 2,
     json_: common.JsonOption = False,
 ) -> None:
-    """Show how far a study is: counts, the best trial, what runs, the budget. Nothing is written."""
+    """Show the progress of a study: counts, best trial, running trials, budget. Writes nothing."""
     from carft_ray.results.reading import status_and_ls, study_view
     from carft_ray.study.mirror import NUMBERS
 
     if watch and json_:
-        raise UsageError(Problem("--json", "must stand without --watch: a document ends"))
+        raise UsageError(Problem("--json", "cannot be used with --watch"))
     if watch and not _watch(study, every):
         return
     view = study_view.read_study(study, NUMBERS)
@@ -38,7 +38,7 @@ def status(
     states = console.numbers(*(state.replace("_", " ") for state in answer["trials"]))
     console.show(console.table(states, [[str(count) for count in answer["trials"].values()]]))
     if answer["outside"]:
-        console.show(f"Outside the present search space: {answer['outside']} of them; the sampler ignores these.")
+        console.show(f"Outside the current search space: {answer['outside']} of them; the sampler ignores these.")
     rows = [*answer["baselines"], *([answer["best"]] if answer["best"] else [])]
     shown = {row["name"] for row in rows}
     rows += [row for row in (*answer["running"], *answer["stopped"], *answer["set_aside"]) if row["name"] not in shown]
@@ -63,10 +63,10 @@ def status(
     if not view.recipe.data.ood_val:
         console.show("\nSelected on ID only: the recipe has no ood_val.")
     if view.holder is None:
-        console.say(f"\nNo {view.what} runs on it.")
+        console.say(f"\nNo {view.what} is running.")
     else:
         asked = "; it was asked to stop" if view.stopping else ""
-        console.say(f"\nA {view.what} runs on it: {view.holder}{asked}.")
+        console.say(f"\nA {view.what} is running: {view.holder}{asked}.")
         if view.at_a_time is not None:
             console.say(f"{view.at_a_time[0]} at a time ({view.at_a_time[1]}).")
     common.suggest(study, "status")

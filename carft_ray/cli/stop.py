@@ -13,7 +13,7 @@ from carft_ray.words import counted
 @command("stop studies/quickstart", common.SEARCH, reads=True)
 def stop(
     study: common.TrainedArgument,
-    no_wait: Annotated[bool, Option("--no-wait", help="Ask, and do not wait for the checkpoints.")] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait for the checkpoints.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
     """Stop a running search or training as Ctrl-C does: it writes its checkpoints and can be resumed."""
@@ -25,11 +25,11 @@ def stop(
     study_view.require_study(study, "must be a study or the folder of a training", NUMBERS)
     place = absolute(study)
     see = common.command_line("status", study)
-    with common.interrupted_as("no longer waiting; it still stops", f"See: {see}"):
+    with common.interrupted_as("no longer waiting; the trainings still stop", f"See: {see}"):
         found = ask_to_stop(place, console.sayer(not json_))
         if found is not None and not no_wait:
             if not json_:
-                console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends the waiting only.")
+                console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends only the waiting.")
             wait_until_free(place, found, console.sayer(not json_), see)
     view, ended = study_view.read_study(place, NUMBERS), found is None or not no_wait
     finished, wanted = view.num_finished, num_trials(view.recipe)
@@ -38,7 +38,7 @@ def stop(
         return
     so_far = f"{finished} of {counted(wanted, 'trial')} finished"
     if found is None:
-        console.say(f"Nothing to stop: no {view.what} runs on {study}; {so_far}.")
+        console.say(f"Nothing to stop: no {view.what} is running on {study}; {so_far}.")
     else:
         console.say(f"The {view.what} has ended; {so_far}." if ended else f"Asked {found} to stop; {so_far}.")
     common.suggest(study, "stop")

@@ -30,33 +30,34 @@ BUCKET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"
 @command("submit recipe.yaml --study /shared/studies/first", common.SEARCH, shared=SearchOptions)
 def submit(
     recipe: Annotated[Path | None, Argument(help="The recipe, a YAML file.", show_default=False)] = None,
-    study: Annotated[str | None, Option(help="Study directory, on the head, or s3://BUCKET/STUDY.")] = None,
+    study: Annotated[str | None, Option(help="Study directory on the head, or s3://BUCKET/STUDY.")] = None,
     address: common.DashboardOption = None,
-    resume: Annotated[str | None, Option(metavar="STUDY", help="Resume a study by its own recipe.")] = None,
-    trials: Annotated[str | None, Option(metavar="N|+N", help="With --resume: as of `resume`.")] = None,
-    attach: Annotated[str | None, Option(metavar="JOB|STUDY", help="Follow a job that was submitted before.")] = None,
-    installed: Annotated[
-        bool, Option("--installed", help="Run the cluster's carft-ray; do not send this one.")
-    ] = False,
+    resume: Annotated[str | None, Option(metavar="STUDY", help="Resume a study with its own recipe.")] = None,
+    trials: Annotated[str | None, Option(metavar="N|+N", help="With --resume: same as in `resume`.")] = None,
+    attach: Annotated[str | None, Option(metavar="JOB|STUDY", help="Follow a submitted job.")] = None,
+    installed: Annotated[bool, Option("--installed", help="Run the cluster's carft-ray instead of this one.")] = False,
     send: Annotated[
         list[Path] | None, Option(metavar="PATH", help="Send a list from outside the recipe's folder; repeatable.")
     ] = None,
     env: Annotated[
-        list[str] | None, Option(metavar="NAME", help="Give the job this variable, such as HF_TOKEN; repeatable.")
+        list[str] | None, Option(metavar="NAME", help="Pass this variable to the job, such as HF_TOKEN; repeatable.")
     ] = None,
     no_wait: Annotated[bool, Option("--no-wait", help="Submit, and do not follow the log.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="Print all that would be sent, and send nothing.")] = False,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print everything that would be sent, and send nothing.")
+    ] = False,
     set_: common.SetOption = None,
     json_: common.JsonOption = False,
     **shared: Any,
 ) -> None:
-    """Run a search on a Ray cluster, and follow its log. The same command again follows it, or resumes it.
+    """Run a search on a Ray cluster and follow its log. Run the same command again to follow or resume it.
 
-    The recipe and the lists that it names are sent, never images or weights: those are on disks that all nodes see
-    under the same paths as here. The study is in a folder of the head, or in a bucket. Ctrl-C leaves the job running.
+    Only the recipe and the lists that it names are sent. Images and weights
+    must be on disks that all nodes see under the same paths as here. The study
+    is in a folder of the head, or in a bucket. Ctrl-C leaves the job running.
     """
     if [recipe, resume, attach].count(None) != 2:
-        raise UsageError(Problem("submit", "must be given one of: a recipe, --resume, --attach"))
+        raise UsageError(Problem("submit", "needs exactly one of: a recipe, --resume, --attach"))
     from carft_ray.launch.jobs import jobs, server, upload
     from carft_ray.study.mirror import absolute, in_bucket
 
@@ -65,9 +66,9 @@ def submit(
         return
     if (recipe is None) != (study is None):
         what = "--study" if study is None else "a recipe"
-        raise UsageError(Problem("submit", f"must be given {what} too, or --resume STUDY"))
+        raise UsageError(Problem("submit", f"needs {what} as well, or --resume STUDY instead"))
     if recipe is not None and trials is not None:
-        raise UsageError(Problem("--trials", "must stand with --resume", next_step="Use --set search.trials=N."))
+        raise UsageError(Problem("--trials", "can only be used with --resume", next_step="Use --set search.trials=N."))
     overrides = common.overrides_of(set_, shared)
     shared["warm_start"] = [absolute(place) for place in shared["warm_start"] or ()]
     words = common.option_words(trials=trials, **shared)
@@ -81,11 +82,13 @@ def submit(
         sent = upload.search_upload(checked, study, words, home, send or ())
         tracked = checked.tracking.wandb
         if tracked.project is not None and not tracked.offline and "WANDB_API_KEY" not in (env or ()):
-            console.say("tracking.wandb needs a login on the cluster. Without one there, add --env WANDB_API_KEY.")
+            console.say(
+                "tracking.wandb needs a login on the cluster. If the cluster has none, add --env WANDB_API_KEY."
+            )
     variables = jobs.environment_of(env or ())
     absent = [name for name in BUCKET_KEYS if name in os.environ and name not in variables]
     if absent and in_bucket(sent.study):
-        say = "The job takes the keys of the bucket from its cluster. Without them there, add"
+        say = "The job takes the keys of the bucket from its cluster. If the cluster has none, add"
         console.say(f"{say} {shlex.join(common.option_words(env=absent))}.")
     if dry_run:
         _show(sent, sorted(variables), address, installed, json_)
@@ -126,7 +129,7 @@ def _send(server: "Server", upload: "Upload", variables: dict[str, str], install
     absent = [path for path in upload.paths if not path.exists()]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
-        console.say(f"Not here, so it must be on the cluster: {absent[0]}{more}.")
+        console.say(f"Not on this machine, so it must be on the cluster: {absent[0]}{more}.")
     with tempfile.TemporaryDirectory(prefix="carft-submit-") as folder:
         upload.write(Path(folder))
         modules = [] if installed else package.folders()
@@ -150,7 +153,7 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
 
     if not job.status.is_terminal():
         console.say("Its log follows; Ctrl-C leaves the job running.")
-    with common.interrupted_as(f"detached; the job {name} goes on", f"Attach with: {_attach(server, name)}"):
+    with common.interrupted_as(f"detached; the job {name} continues", f"Attach with: {_attach(server, name)}"):
         job = jobs.follow(server, name, write)
     answer = jobs.described(job)
     console.print_json({"address": server.address, **answer}, json_)
@@ -187,7 +190,7 @@ def _show(upload: "Upload", variables: Sequence[str], address: str | None, insta
     if recipe:
         console.show(f"recipe.yaml:\n\n{recipe}")
     if upload.paths:
-        console.say("What is not sent must be on the cluster under these paths, which are absolute as seen from here.")
+        console.say("Files that are not sent must be on the cluster under these absolute paths.")
     console.say("Nothing was sent.")
 
 

@@ -13,7 +13,7 @@ from carft_ray.ui import console
 def evaluate_test_sets(
     study: common.StudyArgument,
     again: Annotated[
-        str | None, Option(metavar="REASON", help="Read again; ledger and reports keep the reason.")
+        str | None, Option(metavar="REASON", help="Read them again; ledger and reports show the reason.")
     ] = None,
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
@@ -25,7 +25,7 @@ def evaluate_test_sets(
     from carft_ray.study.mirror import named, own_folder
 
     step = f"Resume with: {common.command_line('test', study, trust_paths=trust_paths)}"
-    with common.interrupted_as("stopped; what was read so far is kept", step):
+    with common.interrupted_as("stopped; the results so far are kept", step):
         folder = own_folder(study)
         summary = read_sealed(folder, again, console.sayer(not json_), trust_paths)
     if console.print_json({"study": named(folder.resolve()), **summary}, json_):

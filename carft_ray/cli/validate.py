@@ -15,10 +15,10 @@ def validate(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
     show: Annotated[bool, Option("--show", help="Print the complete resolved recipe.")] = False,
-    deep: Annotated[bool, Option("--deep", help="Read all images, to see that no two roles share one.")] = False,
+    deep: Annotated[bool, Option("--deep", help="Read all images, to check that no two roles share one.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Check a recipe and its folders; without --deep nothing is loaded or decoded."""
+    """Check a recipe and its folders. Without --deep, it loads and decodes nothing."""
     from carft_ray.recipe.loading import dump_recipe, recipe_hash
 
     value = common.load(recipe, set_)

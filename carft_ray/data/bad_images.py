@@ -32,8 +32,10 @@ def without_bad_images(
     if left.skipped not in _warned:
         _warned.add(left.skipped)
         few = "; ".join(str(problem).splitlines()[0] for problem in list(bad.values())[:NUM_NAMED])
-        text = "%s: %d of %d images are left out, which cannot be decoded (on_bad_image: skip): %s"
-        text += "; carft-ray doctor RECIPE --json names all of training and validation" if len(bad) > NUM_NAMED else ""
+        text = "%s: %d of %d images cannot be decoded and are left out (on_bad_image: skip): %s"
+        text += (
+            "; carft-ray doctor RECIPE --json lists all in training and validation sets" if len(bad) > NUM_NAMED else ""
+        )
         _log.warning(text, source.name, len(bad), len(source), few)
     if not len(left):
         rule = "there must be at least one image that can be decoded"

@@ -231,8 +231,8 @@ def _flock(handle: int, operation: int, path: Path) -> bool:
         device = os.fstat(handle).st_dev
         if device not in _warned:
             _warned.add(device)
-            text = "%s: this disk has no locks (flock), so several processes may build the same at once, and no set is "
-            text += "removed: data.cache_gb and `carft-ray data clean` have no effect"
+            text = "%s: this disk has no locks (flock), so several processes may build the same entry at once, and "
+            text += "no set is removed: data.cache_gb and `carft-ray data clean` have no effect"
             _log.warning(text, path.parent)
         return False
     return True
@@ -323,7 +323,7 @@ def own_folder(cache_dir: Path, kind: str, key: str) -> Iterator[int]:
         if not _is_marked(folder):
             # asked once more: where another process makes it, files come after the marker
             if not {*os.listdir(folder)} <= {MARKER} and not _is_marked(folder):
-                raise OSError(errno.EEXIST, "a folder that carft-ray has not made", str(cache_dir / kind / key))
+                raise OSError(errno.EEXIST, "a folder that carft-ray did not create", str(cache_dir / kind / key))
             _mark(folder)
         yield folder
 

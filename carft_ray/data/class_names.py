@@ -64,7 +64,7 @@ def word_problems(recipe: Recipe, classes: tuple[str, ...]) -> list[Problem]:
         if not unknown:
             return []
         rule = f"must be the benchmark that has the classes, but {names} has none {unknown[0]!r}"
-        step = "Leave it out to have the class folders as words, or write a list of texts."
+        step = "Leave it out to use the names of the class folders, or write a list of texts."
         return [Problem("prompts.class_names", rule, nearest=nearest(unknown[0], known), next_step=step)]
     if names is None or len(names) == len(classes):
         return []

@@ -119,7 +119,7 @@ def about(source: Source, kind: str, **more: str) -> dict[str, str]:
 def check_same(source: Source, labels: Any, sample_ids: Any) -> None:
     """Raises ``ValueError`` when an entry has not the labels and ids of the source, int64 and uint64 [N]."""
     if not (np.array_equal(labels, source.labels) and np.array_equal(sample_ids, source.sample_ids)):
-        raise ValueError("it holds other images than its name says")
+        raise ValueError("its images do not match its name")
 
 
 def _column(batch: pa.RecordBatch, name: str) -> PixelArray:

@@ -84,11 +84,11 @@ def survey(root: Path) -> list[ClassRoot]:
         place = str(error.filename or root)
         raise DataError(Problem(place, "must be a folder that can be read", cause_of(error))) from error
     if not found:
-        raise DataError(Problem(str(root), "must hold folders of images", "none", next_step=step))
+        raise DataError(Problem(str(root), "must contain folders of images", "none", next_step=step))
     depths = {0 if one.folder == "." else one.folder.count("/") + 1 for one in found}
     if len(depths) > 1:
         examples = ", ".join(one.folder for one in found[:3])
-        rule = "all class folders must stand at one depth"
+        rule = "all class folders must be at the same depth"
         raise DataError(Problem(str(root), rule, f"class folders in {examples}", next_step=step))
     seen: dict[tuple[str, str], ClassRoot] = {}
     for one in found:
@@ -243,7 +243,7 @@ def _between(low: float, high: float) -> float:
 def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence[str], parts: Parts) -> list[str]:
     missing = _splits(found, roles.train)[1]
     lines = [
-        "# Sets by role. train trains; id_val and ood_val choose; no model sees id_test and ood_test before `test`.",
+        "# Sets by role: id_val and ood_val are for selection; no model sees id_test and ood_test before `test`.",
         "data:",
     ]
     for role, split in (("train", "train"), ("id_val", "val"), ("id_test", "test")):
@@ -251,7 +251,9 @@ def _data(path: str, found: Sequence[ClassRoot], roles: Roles, classes: Sequence
         if role == "train" and missing:
             lines.append("  # id_val and id_test are other images of the same domain, chosen by a hash of their names")
     taken = set(ROLES)
-    lines.append("  # Shifts. Those of ood_val choose, so ood_test must show other shifts, not only other images.")
+    lines.append(
+        "  # Shifts. ood_val is used for selection, so ood_test must have other shifts, not only other images."
+    )
     if not roles.ood_val:
         lines += _CORRUPTED.substitute(of=_id_set(path, found, roles.train, "val", parts)).splitlines()
     for role, domains in (("ood_val", roles.ood_val), ("ood_test", roles.ood_test)):
@@ -305,7 +307,7 @@ def _words(classes: Sequence[str]) -> list[str]:
     listed = "[" + ", ".join(_text(word) for word in words) + "]"
     if all(re.search(r"[^\W\d_]{2}", word) and not re.fullmatch(r"n\d{8}", word) for word in words):
         return [f"  class_names: {listed}"]
-    return ["  # THESE FOLDER NAMES ARE NO WORDS: replace them and remove the '#'.", f"  # class_names: {listed}"]
+    return ["  # THESE FOLDER NAMES ARE NOT WORDS: replace them and remove the '#'.", f"  # class_names: {listed}"]
 
 
 def readable(name: str) -> str:

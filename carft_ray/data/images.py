@@ -49,7 +49,7 @@ DECODERS = f"Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}"  # p
 
 _one_large = threading.Lock()
 _TURNS = (b"Exif\0\0", b"tiff:Orientation")  # where a JPEG can note a rotation
-_STEP = "Replace the file, or take it out of the set."
+_STEP = "Replace the file, or remove it from the set."
 
 
 def read_bytes(path: Path | str) -> bytes:
@@ -120,7 +120,7 @@ def small_image(
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # of Pillow's own two limits
         raise DataError(_too_large(place, max_pixels, "more")) from error
     except UnidentifiedImageError as error:
-        step = f"Save it as one of {', '.join(FORMATS)}, or take it out of the set."
+        step = f"Save it as one of {', '.join(FORMATS)}, or remove it from the set."
         value = f"a file that begins with {content[:20]!r}" if content else "an empty file"
         raise DataError(Problem(place, "must be a readable image", value, next_step=step)) from error
     except Exception as error:  # decoders raise of every kind on damaged files
@@ -150,7 +150,7 @@ def cause_of(error: BaseException) -> str:
 
 def unreadable(place: str, error: OSError | ValueError) -> Problem:
     """Returns the problem of a file that the system cannot read."""
-    return Problem(place, "must be readable", cause_of(error), next_step="Restore the file, or take it out of the set.")
+    return Problem(place, "must be readable", cause_of(error), next_step="Restore the file, or remove it from the set.")
 
 
 def _tile_pixels(file: Image.Image) -> int:
@@ -160,7 +160,7 @@ def _tile_pixels(file: Image.Image) -> int:
 
 
 def _too_large(place: str, max_pixels: int, value: str) -> Problem:
-    step = "Save it smaller, take it out, or raise max_pixels of its set."
+    step = "Save it smaller, remove it, or raise max_pixels of its set."
     return Problem(place, f"must have at most {max_pixels:,} pixels (max_pixels)", value, next_step=step)
 
 
@@ -214,7 +214,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey //= 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
     if image.mode == "F":
-        raise ValueError("grey values in floating point, whose range is not known")
+        raise ValueError("grey values in floating point, of unknown range")
     if not image.has_transparency_data:
         return image.convert("RGB")
     with_alpha = image.convert("RGBA")

@@ -172,7 +172,7 @@ class Listing:
         except OSError as error:
             raise DataError(unreadable(place, error)) from error
         if len(content) < size:
-            raise DataError(Problem(place, "must hold the whole image", "a file that is cut off"))
+            raise DataError(Problem(place, "must contain the whole image", "a file that is cut off"))
         return content
 
     def decode(self, content: bytes, row: int, max_pixels: int) -> PixelArray:

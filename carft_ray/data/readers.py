@@ -191,7 +191,7 @@ def list_set(spec: StoredSet, place: str) -> Listing:
         return listing
     excluded = excluded_ids(spec.exclude, f"{place}.exclude")
     if not np.isin(excluded, listing.ids).any():
-        step = "Sample ids stand in predictions.parquet and in what `carft-ray doctor RECIPE --pairs FILE` writes."
+        step = "Sample ids are in predictions.parquet and in the file of `carft-ray doctor RECIPE --pairs FILE`."
         value = f"{len(excluded)}, such as {excluded[0]}" if len(excluded) else "none"
         rule = "must name images of the set by their sample ids"
         raise DataError(Problem(f"{place}.exclude", rule, value, next_step=step))
@@ -205,7 +205,7 @@ def _tell_passed_over(listing: Listing, place: str) -> None:
     _warned.add(listing.home)
     counts = sorted(listing.passed_over.items(), key=lambda item: (-item[1], item[0]))
     words = ", ".join(f"{count} {kind}" for kind, count in counts[:NUM_ENDINGS])
-    text = "%s: passed over in %s: %s. Images are the files that end in %s"
+    text = "%s: ignored in %s: %s. Images are the files that end in %s"
     _log.warning(text, place, listing.home, visible(words), ", ".join(IMAGE_ENDINGS))
 
 
@@ -230,7 +230,7 @@ def excluded_ids(written: tuple[int, ...] | str, place: str) -> IdArray:
     column = rows[0].index(ID_COLUMN) if has_names else 0
     texts = [row[column].strip() if column < len(row) else "" for row in rows[has_names:]]
     if wrong := [text for text in texts if not re.fullmatch(r"\d{1,20}", text) or int(text) >= 2**64]:
-        rule = "every line must hold a sample id, a whole number from 0 to 2**64 - 1"
+        rule = "every line must contain a sample id, a whole number from 0 to 2**64 - 1"
         raise DataError(Problem(written, rule, f"{wrong[0]!r}{and_more(wrong)}"))
     return np.array(list(map(int, texts)), np.uint64)
 

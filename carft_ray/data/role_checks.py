@@ -17,7 +17,7 @@ from carft_ray.recipe.text import dotted
 _Held = tuple[dict[str, list[str]], set[str]]
 
 
-PARTS = "parts of one folder have none in common: [0, 0.8] and [0.8, 1]"
+PARTS = "disjoint parts of one folder share none: [0, 0.8] and [0.8, 1]"
 
 
 def check_sets(recipe: Recipe) -> list[Problem]:

@@ -13,7 +13,7 @@ or of a grey picture, so that resizing changes little.
 ``LIMIT`` lies between copies and other pictures of a sample of PACS (2,045 real images of four domains). 1,736 made
 copies (JPEG, half and double size, cropped by 5 %, bordered, a text over a third of the width) have distances up to
 .16, and the 1,989 nearest pairs that are no copies from .33 on: a cartoon on two backgrounds, then .38 two versions of
-a cartoon, .39 drawings of guitars, .42 two photos of one man. docs/data.md lists what is found.
+a cartoon, .39 drawings of guitars, .42 two photos of one man. docs/duplicates.md lists what is found.
 
 Shape letters: S = 128 pixels of a grey picture, N of a grid, B = 64 blocks.
 """

@@ -11,7 +11,7 @@ from carft_ray.errors import DataError, Problem, nearest
 from carft_ray.recipe.schema.sets import StoredSet
 from carft_ray.words import counted
 
-LAYOUT_STEP = "The layout that each kind of source expects stands in docs/data.md."
+LAYOUT_STEP = "See docs/data.md for the layout that each kind of source expects."
 CLASS_STEP = "Rename it, or name all classes in data.classes."
 
 
@@ -64,8 +64,8 @@ def selected_rows(listing: Listing, spec: StoredSet) -> IntArray:
     """Returns which images of a listing belong to a set: its ``part``, of that the ``shots`` of each class, without
     those that are excluded.
 
-    The fraction of an image is its sample id over 2**64, so disjoint parts share none and more images are as likely in
-    a part as in any of its length. Shots are those with the lowest hash of (seed, id), so k shots are among k + 1.
+    The fraction of an image is its sample id over 2**64, so disjoint parts share none, and a part [a, b) holds about
+    b - a of the images. Shots are those with the lowest hash of (seed, id), so k shots are among k + 1.
     """
     return _not_excluded(listing, _part_and_shots(listing, spec))
 
@@ -114,8 +114,8 @@ def class_problems(listing: Listing, spec: StoredSet, classes: Sequence[str], pl
         rule = "every class of a set must be in the class list"
         problems.append(Problem(place, rule, _some(unknown), tuple(classes), match, CLASS_STEP))
     if missing:
-        rule = "every class must be there in every set"
-        step = "Where the set has part of the classes, write classes: some."
+        rule = "every set must have every class"
+        step = "If the set has only some of the classes, write classes: some."
         near = nearest(missing[0], unknown)
         problems.append(Problem(place, rule, f"none for {_some(missing)}", nearest=near, next_step=step))
     if empty:

@@ -92,7 +92,7 @@ def read_columns(path: Path, names: Sequence[str]) -> pa.Table:
     roots = list(dict.fromkeys(root for root, _ in wanted.values()))
     for root in roots:
         if extension := extension_in(schema.field(root)):
-            raise ValueError(f"a column {root} with the extension type {extension}: write it anew with plain values")
+            raise ValueError(f"a column {root} with the extension type {extension}: write it again with plain values")
     if is_text_format(path):
         table = pa.csv.read_csv(
             pa.BufferReader(read_regular(path, MOST_CSV_BYTES)),
@@ -150,7 +150,7 @@ def read_row(rows: "ParquetRows | ArrowRows", row: int, place: str) -> bytes:
         content = rows.value(row)
     if content is None:
         step = "Write the table with the bytes of every image, or name a column with paths."
-        raise DataError(Problem(place, "every row must hold the bytes of an image", "none", next_step=step))
+        raise DataError(Problem(place, "every row must contain the bytes of an image", "none", next_step=step))
     return content
 
 
@@ -291,7 +291,7 @@ def _check_mapped(values: pa.Array, whole: pa.Buffer) -> None:
     """
     for buffer in values.buffers():
         if buffer is not None and buffer.size and not 0 <= buffer.address - whole.address < whole.size:
-            rule = "a compressed Arrow file, of which no image can be read alone: write it with no compression"
+            rule = "a compressed Arrow file, whose images cannot be read one by one: write it without compression"
             raise ValueError(rule)
 
 

@@ -88,7 +88,7 @@ def alphas_at_chance(tables: Mapping[float, pa.Table], id_set: str) -> list[floa
     if all(is_at_most_chance(*_answers(table)) for table in found.values()):
         highest, number = max(map(accuracy, found.values())), len(next(iter(found.values())))
         rule, step = "ID accuracy must be above chance", "The training has diverged; try a lower learning_rate."
-        value = f"at most {100 * highest:.1f} % of {number:,} images right, as with the same answers in any other order"
+        value = f"at most {100 * highest:.1f} % of {number:,} images right, as with the same answers in random order"
         raise DivergedError(Problem("alpha curve", rule, value, next_step=step))
     return [alpha for alpha, table in found.items() if is_at_chance(table)]
 

@@ -80,7 +80,7 @@ def predictions_table(
         if alpha == 0:
             rule, step = (
                 f"class logits of the zero-shot model for {set_name} {rule}",
-                "Take other weights: these are damaged.",
+                "Use other weights: these are damaged.",
             )
             raise DataError(Problem("model.pretrained", rule, next_step=step))
         step = "The training has diverged; try a lower learning_rate."
@@ -233,7 +233,7 @@ def read_predictions(path: Path) -> pa.Table:
     Raises:
         StorageError: The file is missing, damaged, no predictions, or of another format version.
     """
-    step = "Evaluate the model again to write it anew."
+    step = "Evaluate the model again to write it again."
     try:
         table = read_bounded(path, MOST_ROWS)
     except (OSError, ValueError, pa.ArrowException) as error:

@@ -1,7 +1,7 @@
-"""What a training or a preparation reads and writes, on the node where it runs.
+"""Local copies of study files on nodes that cannot see the study.
 
-Where the node sees the study's folder, it is that. Else it is a folder in the node's cache: what is needed comes there
-from the driver's machine before, and what is made goes back (``launch.study_files``).
+A node that sees the study's folder uses it. Other nodes use a folder in their cache: the files that a training needs
+are copied there from the driver's machine first, and its results are copied back (``launch.study_files``).
 
     CACHE/unseen/KEY/     as the study: prepared/, fits.json, trials/NAME/ while a training of this name runs
 """

@@ -145,7 +145,7 @@ class Driver:
         return key in self._attempts
 
     def propose(self, key: str) -> TrialSpec | None:
-        """Returns the next attempt; None where as many run as may, or none is left. Without a live one it is the end.
+        """Returns the next attempt, or None at the limit or if none is left. None while nothing runs ends the search.
 
         Args:
             key: Names the attempt from now on.
@@ -487,7 +487,7 @@ class Driver:
         is_full = is_full_memory(reason) and fitting > 1
         waits = self.at_a_time.capacity_now and alive is None and STARTED_LATE in reason  # for nodes
         if is_full or waits:
-            fewer = f"gets another attempt, with {fitting - 1} at a time from now on, no longer {fitting}"
+            fewer = f"gets another attempt, with {fitting - 1} at a time from now on instead of {fitting}"
             log_lost(spec.folder(self.study.study_dir), spec.attempt, reason)
             self.study.repeat(spec)
             self.on_event(events.Note(f"{spec.name} {fewer if is_full else 'waits again'}: {reason}"))
@@ -511,7 +511,7 @@ class Driver:
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
         if self._failed_in_a_row >= max(ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT * self.at_a_time.most):
             rule = f"{self._failed_in_a_row} attempts in a row failed; the last one: {reason}"
-            step = "What is finished is kept. Mend the cause, then run the same command again."
+            step = "Finished trainings are kept. Correct the cause, then run the same command again."
             kind = MachineError if lost else NoSuccessfulTrialError
             raise kind(Problem("search", rule, next_step=step))
 

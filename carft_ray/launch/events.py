@@ -31,7 +31,7 @@ class Note(_Text):
 
 
 class Decided(_Text):
-    """What an ``auto`` of the recipe has come to."""
+    """The value that an ``auto`` of the recipe was resolved to."""
 
 
 @dataclass(frozen=True)

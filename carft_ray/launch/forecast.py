@@ -192,7 +192,7 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
                 raise _interrupted()
         rows = study.rows("confirm")
         if failed := [row.reason for row in rows if row.outcome != "complete"]:
-            step = "A training would end in the same way; run it by `carft-ray train` to see all of it."
+            step = "A full training would fail in the same way; run it with `carft-ray train` to see all of it."
             raise ClusterError(Problem("plan", f"a short training has failed: {failed[0]}", next_step=step))
         results = [result_of(study.study_dir, row)["probe"] for row in rows]
     steps = [each.pop("step") for each in results]
@@ -236,7 +236,7 @@ def beyond_budget(recipe: Recipe, found: Mapping[str, Any]) -> str:
     for name, unit, expected in limits:
         limit = getattr(recipe.budget, name)
         if limit is not None and expected > limit:
-            return f"budget.{name} ({limit:g}{unit}) will end it after about {limit / expected:.0%}."
+            return f"budget.{name} ({limit:g}{unit}) will end the search after about {limit / expected:.0%}."
     return ""
 
 

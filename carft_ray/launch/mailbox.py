@@ -6,10 +6,10 @@
     ``Mailbox``           an actor on the driver's node, or an object of this process (executor ``debug``)
     driver                ``Exchange``: twice a second its orders go in, and what was posted comes out
 
-Both sides say all that holds each time, a poster all records that the driver has not taken, so a mailbox that was
-restarted knows everything again after the next exchange and the next posts; nothing else guards it. A driver that is
-silent for ``PATIENCE_S`` (it sleeps) and a mailbox that cannot be reached for as long mean ``leave``: GPUs are not held
-for nobody.
+Each message carries the sender's full state (a poster's: all records that the driver has not taken), so a restarted
+mailbox recovers with the next exchange and the next posts; nothing else guards it. If the driver is silent for
+``PATIENCE_S`` (it sleeps), or a mailbox cannot be reached for as long, trainings leave: they do not hold GPUs for a
+driver that is gone.
 """
 
 import contextlib
@@ -148,7 +148,7 @@ class Mailbox:
         return Mailbox, ()
 
     def post(self, post: Post) -> Answer:
-        """Takes a sign of life; returns the order.
+        """Takes a heartbeat; returns the order.
 
         An attempt of which the driver has not told (it has just begun, or the mailbox has) goes on; it is outdated only
         where the driver has named a later one of its training.
@@ -268,7 +268,7 @@ class Poster:
             self.post()
 
     def step(self) -> Order:
-        """Gives a sign of life; returns the order."""
+        """Sends a heartbeat; returns the order."""
         self._post = replace(self._post, steps=self._post.steps + 1)
         return self.order
 

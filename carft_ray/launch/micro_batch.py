@@ -56,7 +56,7 @@ def memory_failure(error: OutOfMemoryError, recipe: Recipe, values: Mapping[str,
     if error.micro_batch > 1:
         half = error.micro_batch // 2
         short = f"{error.problems[0].rule}, but got {error.problems[0].value}"
-        reason = f"out of memory: {short}; the next attempt takes a micro-batch of {half}"
+        reason = f"out of memory: {short}; the next attempt uses a micro-batch of {half}"
         return Failure("memory", reason, attempt, error.exit_code, device=key, fits=half)
     decisive = [f"{name} {values[name]}" for name in MEMORY_FIELDS if name in values]
     if decisive:

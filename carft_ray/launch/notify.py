@@ -72,7 +72,7 @@ def notifying(
     finally:
         notices.waiting.put(None)
         thread.join(3 * TIMEOUT_S)
-        faults += [f"--notify-url: not all was sent within {3 * TIMEOUT_S:g} s"] if thread.is_alive() else []
+        faults += [f"--notify-url: not everything was sent within {3 * TIMEOUT_S:g} s"] if thread.is_alive() else []
         for fault in dict.fromkeys(faults):
             warn(fault)
 
@@ -154,7 +154,7 @@ def _post(url: str, body: bytes) -> str:
                 return f"not sent: the server redirects ({error.code}){_towards(url, error.headers.get('Location'))}"
             return f"the server answered {error.code} {error.reason}"
     except http.client.HTTPException as error:  # its text may have the address
-        return f"the server's answer is no HTTP ({type(error).__name__})"
+        return f"the server's answer is not HTTP ({type(error).__name__})"
     except (OSError, ValueError) as error:
         return str(getattr(error, "reason", error))
 

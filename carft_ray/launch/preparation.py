@@ -74,7 +74,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
                         raise cause from None
                     reason = root_cause(error)
                 if reason:
-                    say(f"{nodes[node_id]} did not fill its cache, which its trials will do: {reason}")
+                    say(f"{nodes[node_id]} did not fill its cache; its trials will fill it: {reason}")
                 without += [] if seen else [nodes[node_id]]
             alive = _nodes_for_trainings(runtime.capacity)
             for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes

@@ -8,8 +8,8 @@ warning at the end, whatever the reason, and is told nothing more.
     mlflow    a run per training, all of one study with one tag; ``training/...`` by step, ``curve/...`` with 100 alpha
               as the step
 
-A run begins with the first epoch that is seen. A training that is told again, by a search that was killed, takes the
-place of its run.
+A run begins with the first epoch that is seen. A training that is sent again, after its search was killed, replaces
+its run.
 """
 
 import contextlib
@@ -66,7 +66,7 @@ def tracking(recipe: Recipe, study_dir: Path, warn: Callable[[str], None]) -> It
         for tracker in trackers:
             tracker.join(PATIENCE_S)
             if fault := tracker.fault or (f"not done after {PATIENCE_S:g} s" if tracker.is_alive() else ""):
-                warn(f"tracking.{tracker.name}: {fault}; not all was tracked, the study itself is whole")
+                warn(f"tracking.{tracker.name}: {fault}; tracking is incomplete, but the study itself is complete")
 
 
 class _Tracker(threading.Thread):

@@ -240,7 +240,7 @@ def _failure(error: Exception, attempt: int, context: RunContext, nodes: Sequenc
     if isinstance(error, OSError) and error.errno in files.DISK_STEPS:  # of a function of the user's own, say
         error = files.storage_error(Path(error.filename or "the disk"), error)
     elif isinstance(error, RuntimeError) and TORCH_SAVE.search(text):
-        error = StorageError(Problem("torch.save", "must write all that it is given (is the disk full?)", line))
+        error = StorageError(Problem("torch.save", "must write everything that it is given (is the disk full?)", line))
     if isinstance(error, CarftError):
         return Failure("fatal", str(error), attempt, error.exit_code)
     return Failure("error", line, attempt)

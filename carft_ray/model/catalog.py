@@ -24,7 +24,7 @@ TOKENIZER_OPTIONS: dict[str, tuple[Any, ...]] = {
     "strip_sep_token": (False, True),
 }
 MERGES = "bpe_path"  # the one more: merges of the weights' own for CLIP's tokenizer, a file in their folder
-_WITHOUT = "The tokenizer may do without: take the key out of a copy of the folder, and compare tokens."
+_WITHOUT = "The tokenizer may work without it: remove the key in a copy of the folder, and compare tokens."
 _NUM_SHOWN = 100  # characters of a value
 _LARGEST = 2**22  # number of a configuration; vocabularies of models have up to 2**18
 _WHOLE = {"embed_dim", "width", "heads", "head_width", "layers", "image_size", "patch_size", "context_length"}
@@ -95,7 +95,7 @@ def _check_pretrained(name: str, written: str, pretrained: str) -> list[Problem]
         return [Problem(place, "must be a weights file", f"the folder {path}", next_step=step)]
     if is_weights_path(pretrained):
         siblings = [str(other) for other in path.parent.glob("*")] if path.parent.is_dir() else []
-        rule = "must be a weights file that is there"
+        rule = "must be an existing weights file"
         return [Problem(place, rule, str(path), nearest=nearest(str(path), siblings))]
     rule, allowed = f"must be a tag of {written}, a weights file, or '{RANDOM}'", (RANDOM, *tags)
     step = f"Write the file as ./{pretrained}" if path.is_file() else ""
@@ -171,7 +171,7 @@ def _check_folder(folder: Path) -> list[Problem]:
         config = read_json(folder / HUGGING_FACE_CONFIG)
         kind = config.get("model_type")
         if kind != "clip" or "vision_config" not in config:
-            rule = f"a Hugging Face folder must hold a CLIPModel ({HUGGING_FACE_CONFIG} with model_type: clip)"
+            rule = f"a Hugging Face folder must contain a CLIPModel ({HUGGING_FACE_CONFIG} with model_type: clip)"
             step = f"For other models give an open_clip folder: {OPEN_CLIP_CONFIG}, weights and tokenizer files."
             return [Problem("model.name", rule, f"model_type: {kind} in {folder}", next_step=step)]
     elif not folder.is_dir():

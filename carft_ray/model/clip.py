@@ -69,7 +69,7 @@ def load_clip(part: ModelConfig) -> Clip:
 
     Raises:
         RecipeError: open_clip does not know the name or the tag, or the weights belong to another name.
-        DataError: The weights cannot be fetched, read or put into the model; or its tokenizer cannot.
+        DataError: The weights or the tokenizer cannot be downloaded, read or loaded into the model.
     """
     opened = open_model(part)
     return wrap_model(opened.model, _tokenizer(part.name, opened), opened.config)

@@ -64,11 +64,11 @@ def fetching(place: str, what: str, page: str | None) -> Iterator[None]:
         raise
     except Exception as error:  # open_clip, its hub's client and transformers raise many kinds
         step = (
-            "Without a network: model.pretrained: a weights file (.safetensors, or .pt of open_clip), or model.name: "
-            "local-dir:FOLDER with a folder of open_clip or of Hugging Face, with its tokenizer files; or copy the "
-            "hub's cache (HF_HOME) from a machine that has them."
+            "Without a network, set model.pretrained to a weights file (.safetensors, or .pt of open_clip), or "
+            "model.name to local-dir:FOLDER, a folder of open_clip or Hugging Face with its tokenizer files. Or copy "
+            "the hub's cache (HF_HOME) from a machine that has them."
         )
-        rule = f"{what} must be in the hub's cache or fetched ({page.strip('/')})"
+        rule = f"{what} must be in the hub's cache or be downloaded ({page.strip('/')})"
         said = f"{type(error).__name__}: {error}".splitlines()[0]
         reason = said if is_reached else "not in the cache, and no connection to the hub"
         raise DataError(Problem(place, rule, reason, next_step=step)) from error

@@ -182,7 +182,7 @@ def _preprocessing(folder: Path, side: int) -> dict[str, Any]:
         found = found if isinstance(found, dict) else {}
     resample = found.get("resample", 3)
     if type(resample) is not int or resample not in FILTERS:
-        rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip has too"
+        rule = "resample must be 2 (bilinear) or 3 (bicubic), which open_clip also has"
         raise DataError(Problem(PLACE, rule, f"{resample} in {folder}"))
     size = found.get("size")
     given = size.values() if isinstance(size, dict) else [size]

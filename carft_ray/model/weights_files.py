@@ -48,7 +48,7 @@ def read_weights(path: Path, place: str) -> State:
         raise DataError(_unreadable(path, place, error)) from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise DataError(Problem(place, "must hold named tensors, or a checkpoint with state_dict", str(path)))
+        raise DataError(Problem(place, "must contain named tensors, or a checkpoint with state_dict", str(path)))
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): value for name, value in state.items()}
 
 
@@ -151,7 +151,7 @@ def _require_weights(path: Path, place: str) -> None:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise DataError(Problem(place, "must be a weights file that is there", f"{path}: {error.strerror}")) from error
+        raise DataError(Problem(place, "must be an existing weights file", f"{path}: {error.strerror}")) from error
     if size > MOST_WEIGHTS_BYTES:
         raise DataError(Problem(str(path), f"must have at most {MOST_WEIGHTS_BYTES:,} bytes", f"{size:,}"))
 
@@ -163,13 +163,13 @@ def _unreadable(path: Path, place: str, error: Exception) -> Problem:
         return Problem(place, "must be a weights file", f"the Git LFS pointer {path}", next_step="Run: git lfs pull")
     if "TorchScript" in str(error):
         rule = "must be a file of tensors; a TorchScript archive, such as OpenAI's own .pt files, is a program"
-        step = (
-            "Where you trust it, save the tensors of torch.jit.load(FILE).state_dict() as safetensors (docs/models.md)."
-        )
+        step = "If you trust it, save the tensors of torch.jit.load(FILE).state_dict() as safetensors (docs/models.md)."
         return Problem(place, rule, str(path), next_step=step)
     if "Unsupported global" in str(error) or "Unsupported class" in str(error):
-        rule = "must hold tensors and plain values alone; nothing else is unpickled, since that can run any code"
-        step = "Where you trust it, save model.state_dict() of what it holds as safetensors, and give that file."
+        rule = (
+            "must contain only tensors and plain values; carft-ray unpickles nothing else, since that can run any code"
+        )
+        step = "If you trust it, save model.state_dict() of its model as safetensors, and use that file."
         return Problem(place, rule, str(path), next_step=step)
     reason = str(error).partition("\n")[0] or type(error).__name__
     if reason.startswith("Weights only load failed"):  # then comes the advice to unpickle anything

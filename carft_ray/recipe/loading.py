@@ -140,7 +140,9 @@ def _unwritable(value: Any, path: KeyPath) -> Iterator[Finding]:
         for index, child in enumerate(value):
             yield from _unwritable(child, (*path, index))
     elif isinstance(value, str) and re.search("[\0\ud800-\udfff]", value):
-        yield Finding(path, "must be text without the character NUL and without halves of pairs", visible(shown(value)))
+        yield Finding(
+            path, "must be text without NUL characters and without unpaired surrogates", visible(shown(value))
+        )
 
 
 def resolve_path(base_dir: Path, written: str) -> str:

@@ -125,7 +125,7 @@ def _finding(details: Mapping[str, Any], root: Any) -> Finding:
         return Finding((*path, key), rule, text, allowed, nearest(str(given), allowed))
     if what == "too_short":
         least = context["min_length"]
-        return Finding(path, "must not be empty" if least == 1 else f"must hold at least {least} values", value)
+        return Finding(path, "must not be empty" if least == 1 else f"must contain at least {least} values", value)
     if what == "string_pattern_mismatch":
         if context["pattern"].startswith("^[^"):
             return Finding(path, "must be the name of a folder, not a path", value)

@@ -83,7 +83,7 @@ def apply_overrides(value: Any, places: Places, overrides: Sequence[str]) -> tup
             *above, name = path
             entries = reduce(_under, above, value)
             if name not in entries:
-                rule, there = f"{dotted(path[:-1])} must hold {name}, which null takes out", tuple(map(str, entries))
+                rule, there = f"{dotted(path[:-1])} must have {name}, which null removes", tuple(map(str, entries))
                 problems.append(Problem(option, rule, allowed=there, nearest=nearest(str(name), there)))
                 continue
             changed = tuple(above)

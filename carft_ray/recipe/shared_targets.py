@@ -37,7 +37,7 @@ def decide_targets(recipe: Recipe, trainings: Iterable[Mapping[str, Any]] | None
     mode = "stored" if is_shared else "online"
     decided = recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"targets": mode})})
     if is_shared:
-        return decided, "resources.targets: stored, by the first training that needs them for later ones"
+        return decided, "resources.targets: stored, the first training that needs them keeps them for later ones"
     return decided, f"resources.targets: online, since no two trainings have the same {', '.join(VIEW_FIELDS)}"
 
 

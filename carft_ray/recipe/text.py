@@ -61,7 +61,7 @@ def parse(text: str, name: str) -> Document:
         step = "Indent with spaces, not with tabs." if "\\t" in what else ""
         document.problems.append(Problem(place, f"must be valid YAML: {what}", next_step=step))
     except RecursionError:
-        document.problems.append(Problem(name, "must not be nested so deeply, nor repeat itself by aliases so often"))
+        document.problems.append(Problem(name, "must have less nesting and fewer repeated aliases"))
     return document
 
 
@@ -96,7 +96,7 @@ def _mapping(node: MappingNode, path: KeyPath, name: str, yaml: YAML, document: 
         key = (*path, key_node.value)
         if key_node.value in value:
             place = f"{name}:{line}: {dotted(key)}"
-            document.problems.append(Problem(place, f"must stand once, but stands on line {document.lines[key]} too"))
+            document.problems.append(Problem(place, f"must occur once, but is also on line {document.lines[key]}"))
             continue
         document.lines[key] = line
         value[key_node.value] = _value(child, key, name, yaml, document)

@@ -112,7 +112,7 @@ def _pairs(a: Finished, b: Finished) -> tuple[dict[str, tuple[Any, Any]], dict[s
         try:
             places = [(table, name, float(each.result["alpha"])) for table, each in zip(tables, (a, b), strict=True)]
             if not _images(*places[0]).equals(_images(*places[1])):
-                reasons[name] = "the images, or their labels, are not the same"
+                reasons[name] = "the images or their labels differ"
                 continue
             pairs[name] = (correct(*places[0]), correct(*places[1]))
         except DataError as error:

@@ -19,7 +19,7 @@ from carft_ray.study.warm_start import inherited_reads
 
 AGAIN = " --again REASON"
 BEHIND = (
-    "The best trial measures below the zero-shot model: there is nothing to export. Search milder trainings, of a "
+    "The best trial scores below the zero-shot model: there is nothing to export. Search milder trainings, with a "
     "lower learning_rate, fewer epochs or a higher kl_weight."
 )
 

@@ -33,8 +33,8 @@ from carft_ray.study.rows import ZERO_SHOT, require_finished
 from carft_ray.words import counted, times
 
 OWN_CHOICES = (
-    "A trainer of your own has the labelled validation sets: what it has chosen on them itself (a checkpoint, the end) "
-    "is not counted, and no number here is corrected for it."
+    "Your own trainer sees the labelled validation sets: its own choices on them (a checkpoint, when to stop) are not "
+    "counted, and no number here is corrected for them."
 )
 
 
@@ -117,19 +117,19 @@ def _by_one_number(
     correct = {name: np.concatenate([chosen[row.name][name] for row in competing]) for name in spec.sets}
     noise = ranking_noise(spec, objectives, correct, [by_set for _, by_set in again])
     corrected = correct_best(objectives, noise.variance)
-    covered = "images alone: that of the seeds is still in it, which a confirm measures"
+    covered = "only the images. The bias from the seeds remains; a confirm measures it"
     if noise.seed is not None:
         covered = (
-            f"images and seeds, the latter from {counted(len(dict(again)), 'confirmed configuration')}. Neither "
-            "this nor a confirm is of images that did not choose: a test is"
+            f"images and seeds, the latter from {counted(len(dict(again)), 'confirmed configuration')}. Both this "
+            "and a confirm use the images used for selection; a test does not"
         )
     return (
         {"noise": {**asdict(noise), "words": noise.words}, "corrected": asdict(corrected)},
         [
             f"Best of the search: {best.name} at alpha {best.alpha or 0:.2f}, objective "
             f"{100 * (best.objective or 0):.1f} %. It was chosen by this number, so it is too high.",
-            f"Corrected: {100 * corrected.value:.1f} %. The luck expected of the best of "
-            f"{counted(len(objectives), 'value')} is subtracted, {100 * corrected.optimism:.1f} points: that of "
+            f"Corrected: {100 * corrected.value:.1f} %. The expected selection bias of the best of "
+            f"{counted(len(objectives), 'value')} is subtracted: {100 * corrected.optimism:.1f} points, from "
             f"{covered}.",
         ],
     )
@@ -155,7 +155,7 @@ def _count_lines(recipe: Recipe, counts: dict[str, Any]) -> list[str]:
     return [
         f"{recipe.name}: trials: {states}.",
         *mixed,
-        f"{counted(counts['trainings'], 'training')} and {counted(counts['alphas'], 'evaluated alpha')} chose on these "
-        f"validation images; test sets were read {times(counts['test_reads'])}.",
+        f"{counted(counts['trainings'], 'training')} and {counted(counts['alphas'], 'evaluated alpha')} were compared "
+        f"on these validation images; test sets were read {times(counts['test_reads'])}.",
         *([OWN_CHOICES] if own_functions(recipe) else []),
     ]

@@ -42,7 +42,7 @@ def sentence(found: Mapping[str, Any]) -> str:
     if found["tolerance"]:
         return (
             f"{found['title']} is reproduced within rounding: {found['num_numbers']} numbers (objective, curve) differ "
-            f"by at most {found['tolerance']:g}. A GPU sums in another order each time; trainings with "
+            f"by at most {found['tolerance']:g}. A GPU sums in a different order each time; trainings with "
             "train.deterministic: true repeat bit for bit."
         )
     weights = ", and the weights" if found["weights_compared"] else ""
@@ -68,14 +68,12 @@ def difference_error(found: Mapping[str, Any]) -> CarftError:
         value += f" ({largest['size']:.3g})"
     step = "Data, weights, code, versions and hardware are those of the study. "
     if found["tolerance"]:
-        step += (
-            f"A GPU sums in another order each time, which seldom explains more than {found['tolerance']:g}: compare "
-        )
+        step += f"GPU sums differ between runs, which seldom explains more than {found['tolerance']:g}: compare "
         step += "with trainings of other seeds; those with train.deterministic: true repeat bit for bit."
     else:
         step += "Please report it."
     if lines := change_lines(found):
-        step = "\n      ".join(["What differs now from the study:", *lines])
+        step = "\n      ".join(["These differ from the study now:", *lines])
     return CarftError(Problem(found["title"], rule, value, next_step=step))
 
 
@@ -145,7 +143,7 @@ def reproduce(
     try:
         train_once(recipe, out_dir, False, "", say, progress, report, None, prepare_first, rows)
     except InterruptedRunError:
-        step = "Run the same command again; the folder of --out, where one was given, must be removed first."
+        step = "Run the same command again; the folder of --out, if one was given, must be removed first."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
     return _compared(finished, then, open_finished(out_dir))
 

@@ -28,8 +28,8 @@ from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, require_finished
 
 NOTE = (
-    "Nothing in the study was changed. The trials were proposed and their best chosen under the study's own objective; "
-    "each ranking by another one is one more selection on the same validation images."
+    "The study was not changed. Its trials were proposed, and its best trial was chosen, by its own objective; each "
+    "ranking by another objective is one more selection on the same validation images."
 )
 
 
@@ -59,7 +59,7 @@ def asked_objective(
         asked = [name for name in (part.strip() for part in sets.split(",")) if name]
         test_sets = {"id_test", "ood_test", *recipe.data.ood_test}
         if hidden := [name for name in asked if name not in own.ood_sets and name in test_sets]:
-            rule = "must be validation sets: no choice may see a test set"
+            rule = "must be validation sets: no selection may use a test set"
             raise HoldOutError(Problem("--sets", rule, ", ".join(hidden), own.ood_sets))
         if not asked:
             problems.append(Problem("--sets", "must name an OOD validation set", repr(sets), own.ood_sets))

@@ -63,6 +63,6 @@ def _lines(recipe: Recipe, result: SearchResult) -> list[str]:
         *constraint_lines(best),
         f"Best: {best.name}, {value} at alpha {best.alpha or 0:.2f}.",
         *([against["line"]] if against else []),
-        "These numbers chose the best trial, so they are too high; none is of a test set.",
+        "The best trial was chosen by these numbers, so they are too high; none is from a test set.",
         *([] if recipe.data.ood_val else ["Selected on ID only: the recipe has no ood_val."]),
     ]

@@ -107,7 +107,7 @@ def _of_search(document: Document) -> Document | None:
         return None
     against, metrics = report["headline"], best["metrics"]
     names = ("id_accuracy", "ood_accuracy") if document["has_ood"] else ("id_accuracy",)
-    objective, label = document["objective"], "measured on the images that chose"
+    objective, label = document["objective"], "measured on the images used for selection"
     if objective["pareto"]:
         label += f", by {objective['id_weight']:g} ID + {1 - objective['id_weight']:g} OOD"
     return {
@@ -126,7 +126,10 @@ def _result(found: Document) -> Line:
     if found["sentence"] is None:
         return Line("Result", False, f"no baseline to compare with; {found['label']}")
     covered = f"over {'seeds and images' if found['num_seeds'] else 'images'}"
-    missing = [*([] if found["num_seeds"] else ["seeds"]), *([] if found["is_new"] else ["the choice by these images"])]
+    missing = [
+        *([] if found["num_seeds"] else ["seeds"]),
+        *([] if found["is_new"] else ["the selection on these images"]),
+    ]
     if missing:
         covered += f"; not covered: {', '.join(missing)}"
     text = f"{found['sentence']}; {found['label']}; 95 %, {covered}"
@@ -148,7 +151,7 @@ def _accuracy(found: Document) -> Line:
 def _seeds(found: Document) -> Line:
     number = found["num_seeds"]
     if not number:
-        return Line("Seeds", False, "one training each: the luck of the seed is not covered")
+        return Line("Seeds", False, "one training each: the effect of the seed is not covered")
     wide = "" if number >= ENOUGH_SEEDS else "; with two, intervals over seeds are very wide"
     return Line("Seeds", not wide, f"{counted(number, 'fresh seed')} of each configuration{wide}")
 
@@ -164,7 +167,7 @@ def _tests(document: Document) -> Line:
     elsewhere = (document["test"] or {}).get("elsewhere", ())
     if elsewhere:
         studies = {read["study"] for read in elsewhere}
-        text += f"; other studies have read these very images {times(len(elsewhere))}: {', '.join(sorted(studies))}"
+        text += f"; other studies have also read these images {times(len(elsewhere))}: {', '.join(sorted(studies))}"
     return Line("Test sets", ledger["test_reads"] == 1 and not went_on and not elsewhere, text)
 
 
@@ -180,7 +183,7 @@ def _cost(document: Document) -> Line:
     if document["rivals"]:
         text += f"; {', '.join(document['rivals'])} tuned in a search of its own"
     if "own trainer" in methods:
-        text += "; what a trainer of your own has chosen on the labelled validation sets is not counted"
+        text += "; choices of your own trainer on the labelled validation sets are not counted"
     hours = status["budget"]["gpu_hours_used"]
     text += f"; {hours:.3g} GPU hours" if hours else f"; {_time(status['times']['training_s'])} without a GPU"
     is_equal = len(methods) > 1 and len({*methods.values()}) == 1

@@ -35,15 +35,15 @@ _CONTAINER = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}")
 _STATUS, _CODE = re.compile(r"status code: (\d{3})"), re.compile(r"<Code>(\w{1,64})</Code>")
 _UNCLEAR = (408, 409, 425, 429)  # of the statuses 4xx, those after which an object may be there, or that pass
 _NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
-_KEYS = "Give keys that hold in the environment (AWS_ACCESS_KEY_ID and so on), then run the same command again."
+_KEYS = "Set valid keys in the environment (AWS_ACCESS_KEY_ID and so on), then run the same command again."
 _STEPS = {  # what to do after a code of the server
-    **dict.fromkeys(_NO_BUCKET, "Make the bucket first, or mend the address."),
+    **dict.fromkeys(_NO_BUCKET, "Create the bucket first, or correct the address."),
     **dict.fromkeys(("ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken"), _KEYS),
     "RequestTimeTooSkewed": "Set the clock of this machine, then run the same command again.",
     "AccessDenied": "Let the keys list, read, write and delete below this address (docs/storage.md).",
-    "NotImplemented": "Give a bucket whose server refuses to create what is there (If-None-Match).",
+    "NotImplemented": "Give a bucket whose server refuses to overwrite an object (If-None-Match).",
 }
-_OTHER_STEP = "See whether the endpoint can be reached and its keys hold, then run the same command again."
+_OTHER_STEP = "Check that the endpoint can be reached and that the keys are valid, then run the same command again."
 
 Tag = dict[str, str]  # which version of an object it is: its ETag, and its number where a server counts (gs://)
 
@@ -264,7 +264,7 @@ class Bucket:
             if isinstance(
                 error, AlreadyExistsError if unclear is StorageError else AlreadyExistsError | PreconditionError
             ):
-                raise RefusedError(Problem(place, "is there already")) from None
+                raise RefusedError(Problem(place, "already exists")) from None
             if isinstance(error, FileNotFoundError) and code not in _NO_BUCKET and unclear is StorageError:
                 raise _MissingError from None
             value = f"{status} {code}".strip() or "no answer"

@@ -23,7 +23,7 @@ _NO_HARD_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)  # 
 
 
 class RefusedError(StorageError):
-    """An object was not created: its name is there already."""
+    """An object was not created: its name already exists."""
 
 
 class UnknownError(StorageError):
@@ -157,14 +157,14 @@ def _link(temporary: Path, path: Path) -> None:
     except OSError as error:
         if error.errno in (*files.MACHINE_ERRNOS, errno.ENOENT):  # who holds the study has removed it with remains
             raise UnknownError(files.storage_error(path, error).problems) from error
-        rule = "must lie on a disk with hard links" if error.errno in _NO_HARD_LINKS else "must be writable"
+        rule = "must be on a disk with hard links" if error.errno in _NO_HARD_LINKS else "must be writable"
         raise files.storage_error(path, error, rule) from error
     try:
         files.fsync_file(path.parent)
     except OSError as error:
         raise UnknownError(files.storage_error(path, error).problems) from error
     if is_taken:
-        raise RefusedError(Problem(str(path), "is there already"))
+        raise RefusedError(Problem(str(path), "already exists"))
 
 
 def check_name(name: str) -> str:
@@ -194,5 +194,5 @@ def probe(store: Store) -> None:
         return
     finally:
         store.remove(name)
-    rule = "must refuse to create an object that is there, so that two searches cannot spoil one study"
-    raise StorageError(Problem(str(store), rule, "one that writes over it", next_step="Give another folder or bucket."))
+    rule = "must refuse to overwrite an object, so that two searches cannot damage one study"
+    raise StorageError(Problem(str(store), rule, "one that overwrites it", next_step="Give another folder or bucket."))

@@ -8,8 +8,8 @@
                     records      our own, each an object with a ``kind``
                     operations   Optuna's
 
-A commit is there or not: creating its number is the only write that counts, and who finds the number taken by another
-has lost the study. There is no other lock. A listing is believed in what it shows and never in what it lacks.
+A commit exists or not: creating its number is the only write that counts, and a process that finds the number taken
+has lost the study. There is no other lock. A name in a listing exists; a missing name proves nothing.
 
 Where reading is slow, the owner also writes packs: the objects of up to 500 commits, one after the other. A pack is
 believed when its last commit is that of the log, to which the chain of digests binds the others.
@@ -145,7 +145,7 @@ class Log(BaseJournalBackend):
                 self._read_on()
                 since, has_grown = self._clock(), False
             elif has_grown or is_seen(before):
-                rule, step = "is in use: two searches on one study would spoil it", "Wait until the other search ends"
+                rule, step = "is in use: two searches on one study would damage it", "Wait until the other search ends"
                 step += ", or end it with Ctrl-C; then run the command again."
                 raise StorageError(Problem(str(self._store), rule, named(before), next_step=step))
             elif not is_told:
@@ -270,7 +270,7 @@ class Log(BaseJournalBackend):
         """
 
     def beat(self) -> None:
-        """Makes an empty commit when the last one is long ago: a sign of life. To be called every few seconds.
+        """Makes an empty commit if the last one is long ago: a heartbeat. To be called every few seconds.
 
         One that was plainly not made spoils nothing: the next one is tried as soon.
 
@@ -299,7 +299,7 @@ class Log(BaseJournalBackend):
         with self._lock:
             num_applied = log_number_from - self._num_dropped
             if num_applied < 0:
-                rule = "can be opened by one storage of Optuna; open the log anew"
+                rule = "can be opened by one storage of Optuna; open the log again"
                 raise StorageError(Problem(str(self._store), rule))
             del self._operations[:num_applied]
             self._num_dropped = log_number_from
@@ -322,7 +322,7 @@ class Log(BaseJournalBackend):
         if isinstance(self._spoiled_by, RefusedError):
             raise self._refused()
         if self._spoiled_by is not None:
-            step = "Run the same command again: it goes on from what was written."
+            step = "Run the same command again: it continues from the last commit."
             rule = "cannot be used any more by this process, since a commit failed"
             cause = f"{type(self._spoiled_by).__name__}: {self._spoiled_by}".partition("\n")[0]
             raise StorageError(Problem(str(self._store), rule, cause, next_step=step))
@@ -375,13 +375,13 @@ class Log(BaseJournalBackend):
                     raise self._refused() from error
                 if self._clock() >= end:
                     rule = f"did not say for {UNCLEAR_FOR_S:.0f} s whether it has {name}"
-                    step = "Run the same command again: it finds out."
+                    step = "Run the same command again: it checks this."
                     raise UnknownError(Problem(str(self._store), rule, str(error), next_step=step)) from error
             self._sleep(RETRY_EVERY_S)
 
     def _refused(self) -> RefusedError:
         rule = "was written by another search, which has taken the study over"
-        step = "The other search goes on from all that is committed; this one has ended."
+        step = "The other search continues from all commits; this one has ended."
         return RefusedError(Problem(f"{self._store}/{commit_name(self.number + 1)}", rule, next_step=step))
 
     def _found(self, name: str) -> bytes | None:
@@ -426,7 +426,7 @@ class Log(BaseJournalBackend):
         name = commit_name(self.number + 1)
         later = [each for each in self._store.list(COMMITS, after=name) if re.fullmatch(rf"{COMMITS}/\d{{8}}", each)]
         if later and self._store.get(name) is None:
-            rule, step = "must be there, as later ones are", f"Restore {COMMITS}/ from a copy of the study."
+            rule, step = "must exist, as later ones do", f"Restore {COMMITS}/ from a copy of the study."
             raise StorageError(Problem(f"{self._store}/{name}", rule, "none", next_step=step))
         return bool(later)
 

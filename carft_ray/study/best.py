@@ -106,4 +106,4 @@ def constraint_lines(best: TrialRow | None) -> list[str]:
     missed = violation_words(best.metrics) if best is not None else ""
     if best is None or not missed:
         return []
-    return [f"No trial meets all constraints; {best.name} misses them least: it {missed}."]
+    return [f"No trial meets all constraints; {best.name} violates them least: it {missed}."]

@@ -124,7 +124,7 @@ def held(log: Log, tell: Callable[[str], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gone_if_nothing_began(folder: Path, log: Log, is_new: bool, began: Callable[[], bool]) -> Iterator[None]:
-    """Removes a folder that this call has made when model or data turn out unfit: the mended recipe may use its name.
+    """Deletes a study created by this call if setup fails before any training: a corrected recipe may use its name.
 
     So when Ray does not start. When Ray ends during the preparation, what is prepared stays for the same command. What
     another search has taken over stays, too.

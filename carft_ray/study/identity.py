@@ -121,8 +121,8 @@ def compare(study_dir: Path, log: Log, recipe: Recipe, change_space: bool = Fals
         step = f"Continue with {study_dir / RESOLVED}, or give another folder."
         if not refused:
             command = f"carft-ray search RECIPE --study {named(study_dir)} --change-space"
-            change = f"To change the search space, give --change-space, here or with: {command}."
-            step = f"{change}\n    Trials that lie inside still count for the sampler. Or: {step}"
+            change = f"To change the search space, give --change-space in this command or use: {command}."
+            step = f"{change}\n    Trials inside the new space still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
     return found
 
@@ -146,7 +146,7 @@ def _recorded(study_dir: Path, log: Log) -> Recipe | None:
     if not found:
         if log.holds_only_claims:
             return None
-        rule = "must contain the recipe of its study: carft-ray continues no trials of an unknown recipe"
+        rule = "must contain the recipe of its study: carft-ray does not continue trials of an unknown recipe"
         raise StorageError(Problem(place, rule, "a log without one", next_step=step))
     try:
         return recipe_of(found[-1] if isinstance(found[-1], dict) else {}, reads=None)
@@ -188,7 +188,7 @@ def study_recipe(study_dir: Path, log: Log | None = None) -> Recipe:
     log = log or log_of(study_dir)
     recipe = _recorded(study_dir, log)
     if recipe is None:
-        step = f"Begin the study again: carft-ray search RECIPE --study {shlex.quote(named(study_dir))}"
+        step = f"Start the study again: carft-ray search RECIPE --study {shlex.quote(named(study_dir))}"
         value = "one whose first search was killed before it wrote its recipe"
         raise StorageError(Problem(f"{log}/{COMMITS}", "must contain the recipe of its study", value, next_step=step))
     return recipe

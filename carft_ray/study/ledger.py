@@ -125,8 +125,8 @@ def check_ledger(study_dir: Path, log: Log | None = None) -> list[Problem]:
         if noted in (_note(log, entries), _note(log, entries[:-1])):
             return []
         log.follow()  # it may have been written meanwhile
-    rule = f"must have the ledger of which {MANIFEST} tells, {json.dumps(noted)}"
-    step = f"Restore {COMMITS}/ and {MANIFEST} from a copy: how often the test sets were read is not known."
+    rule = f"must have the ledger that {MANIFEST} describes, {json.dumps(noted)}"
+    step = f"Restore {COMMITS}/ and {MANIFEST} from a copy: it is unknown how often the test sets were read."
     value = json.dumps(_note(log, entries))
     return [Problem(str(study_dir / COMMITS), rule, value, next_step=step)]
 
@@ -248,8 +248,8 @@ def require_unread(
         return False
     if reason is None:
         rule = f"its test sets were read: {describe(reads_of(entries)[-1])}"
-        rule += "; trials that follow may be chosen by what was seen"
-        step = "To continue, and have every report say so, add --again REASON."
+        rule += "; what was seen may influence later trials"
+        step = "To continue, add --again REASON; every report will show the reason."
         raise HoldOutError(Problem(str(study_dir), rule, next_step=step))
     check_fit(study_dir)
     compare(study_dir, log, recipe, change_space)
@@ -278,7 +278,7 @@ def needs_reason(entries: list[Entry], trials: Sequence[TrialRow], baselines: Se
 def check_reason(reason: str | None) -> None:
     """Raises a ``UsageError`` when a reason is given that says nothing."""
     if reason is not None and not reason.strip():
-        raise UsageError(Problem("--again", "must give a reason, which the ledger keeps", repr(reason)))
+        raise UsageError(Problem("--again", "needs a reason, which the ledger keeps", repr(reason)))
 
 
 def describe(entry: Entry) -> str:

@@ -207,7 +207,7 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
         raise UsageError(Problem(str(folder), "must be a study"))
     bucket, folder = Bucket(address), folder.resolve()
     if there := bucket.all():
-        raise UsageError(Problem(str(bucket), "must be an address where nothing is", _holds(there)))
+        raise UsageError(Problem(str(bucket), "must be an empty address", _holds(there)))
     require_apart(str(bucket), _study_above(bucket))
     manifest = files.read_json(folder, MANIFEST)  # before the log, as of ``pull``
     here, log = Folder(folder), log_of(folder)
@@ -219,7 +219,7 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
         if log.number:
             bucket.put_new(commit_name(1), commit(1))  # of two that begin at once, one does
     except RefusedError:
-        raise UsageError(Problem(str(bucket), "must be an address where nothing is", "another study")) from None
+        raise UsageError(Problem(str(bucket), "must be an empty address", "another study")) from None
     numbers = dict.fromkeys(range(2, log.number + 1), 0)
     _each(lambda number: bucket.put(commit_name(number), commit(number)), numbers)
     for first in range(1, log.number + 1, PACKED):
@@ -233,7 +233,7 @@ def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> d
 
 def _holds(names: Iterable[str]) -> str:
     first = list(names)[:4]
-    return f"one that holds {', '.join(first[:3])}{', ...' if len(first) > 3 else ''}"
+    return f"one that contains {', '.join(first[:3])}{', ...' if len(first) > 3 else ''}"
 
 
 def _marked(manifest: dict[str, Any], place: str, log: Log) -> dict[str, Any]:
@@ -311,9 +311,9 @@ def _require_free(folder: Path, bucket: Bucket) -> None:
     """Raises a ``StorageError`` when a process of this machine works in a folder, or that cannot be found out."""
     log = log_of(folder)
     if log.is_held_here:
-        rule = f"must be the study at {bucket}, which is another one now"
+        rule = f"must be the study at {bucket}, which is now another one"
         step = f"Wait until {log.holder()} ends, or stop it; then run the same command again."
-        raise StorageError(Problem(str(folder), rule, f"one that {log.holder()} works on", next_step=step))
+        raise StorageError(Problem(str(folder), rule, f"one that {log.holder()} is using", next_step=step))
 
 
 def fetch_files(
@@ -331,7 +331,7 @@ def fetch_files(
     there = bucket.all(without=COMMITS)
     needed = {name: each for name, each in there.items() if _is_needed(name, need)}
     if needed and MANIFEST not in needed:
-        raise UsageError(Problem(str(bucket), "must be a study, or an address where nothing is", _holds(needed)))
+        raise UsageError(Problem(str(bucket), "must be a study or an empty address", _holds(needed)))
     new = {}
     for name, each in needed.items():
         with contextlib.suppress(OSError):

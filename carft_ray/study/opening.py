@@ -60,7 +60,7 @@ def open_study(
                 files.remove(path)
             moves = any(class_of(one.path) == "space" for one in differences or ())
             if change_space and not moves:
-                notes.append("--change-space has no effect: the space is that of the study")
+                notes.append("--change-space has no effect: the search space is the same as in the study")
             if moves:
                 recover(Study(study_dir, recipe, log, [], storage), "trial")  # what has ended, in the space before
             if differences:
@@ -77,7 +77,7 @@ def _require_known(study_dir: Path, storage: JournalStorage) -> None:
     there = [path for kind in FOLDERS.values() for path in sorted(study_dir.glob(f"{kind}/*"))]
     others = [path for path in there if path.name not in known and any(path.glob(f"{ATTEMPT}*"))]
     if unknown := [str(path.relative_to(study_dir)) for path in others]:
-        value = f"one that knows nothing of {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
-        step = "Restore it from a copy. Without one: move those folders elsewhere, and the search begins without them."
+        value = f"one without {', '.join(unknown[:3])}{', ...' if len(unknown) > 3 else ''}"
+        step = "Restore it from a copy. If there is none, move those folders away; the search then starts without them."
         rule = "must be the log of the trainings in this study"
         raise StorageError(Problem(str(study_dir / COMMITS), rule, value, next_step=step))

@@ -190,7 +190,7 @@ def require_name(name: Any, place: str = f"{COMMITS}/") -> None:
         place: The file, for the message.
     """
     if not isinstance(name, str) or not untrusted.is_name(name):
-        rule = "a training must have a name of letters, digits and . _ - (at most 200), which its folder has, too"
+        rule = "a training must have a name of letters, digits and . _ - (at most 200), the same as its folder"
         step = "carft-ray has not written this. Nothing was changed; take the study from a source that you trust."
         raise StorageError(Problem(place, rule, untrusted.visible(repr(name)), next_step=step))
 

@@ -32,7 +32,12 @@ _COMPARED = (  # besides the sets: place, what it is, its keys in the provenance
     ("data.classes", "the classes", ("classes",), "Restore their names and order"),
     ("model", "the weights", ("model", "weights_hash"), "Restore the weights"),
     ("train.compile", "the meaning of auto", ("preparation", "compile"), "Restore the study's folder prepared"),
-    ("code", "the training views", ("augmentation", "view_version"), "Run the code of the study (its commit is there)"),
+    (
+        "code",
+        "the training views",
+        ("augmentation", "view_version"),
+        "Run the code of the study (its commit is recorded there)",
+    ),
 )
 
 
@@ -117,13 +122,13 @@ def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Probl
         value = f"digest {found['digest'][:12]} now"
         if found["num_images"] != kept["num_images"]:
             value += f", {found['num_images']} images instead of {kept['num_images']}"
-        step = "Restore the images, or begin anew in another folder: numbers of two data sets do not mix."
+        step = "Restore the images, or start again in another folder: results on two data sets cannot be mixed."
         problems.append(Problem(place, rule, value, next_step=step))
     for place, what, keys, step in _COMPARED:
         kept, found = (_at(each, keys) for each in (before, now))
         if None not in (kept, found) and kept != found:
             rule = f"{what} must be as in the study, {shown(kept)}"
-            problems.append(Problem(place, rule, shown(found), next_step=f"{step}, or begin anew in another folder."))
+            problems.append(Problem(place, rule, shown(found), next_step=f"{step}, or start again in another folder."))
     return problems
 
 

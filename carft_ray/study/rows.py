@@ -104,7 +104,7 @@ def require_finished(study_dir: Path, found: Found | None) -> Found:
         NoSuccessfulTrialError: That is nothing.
     """
     if not found:
-        step = f"Go on with it: {resume_command(study_dir)}"
+        step = f"Continue it: {resume_command(study_dir)}"
         raise NoSuccessfulTrialError(Problem(str(study_dir), "must have a finished trial", "none", next_step=step))
     return found
 

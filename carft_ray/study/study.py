@@ -256,7 +256,7 @@ class Study:
         if found["number"] < LOST_ATTEMPTS:
             self.repeat(spec)
             return "advanced" if found["number"] == 1 and found["progress"] > [0, 0] else "repeated"
-        why = f"{found['number']} attempts in a row did not advance; the last: {reason}"
+        why = f"{found['number']} attempts in a row made no progress; the last: {reason}"
         self.journal.note(spec, {SET_ASIDE: why})
         return "set aside"
 
@@ -359,7 +359,7 @@ class Study:
 
 def _without_reference(study_dir: Path, name: str, row: TrialRow | None) -> Problem:
     """Returns the message for a baseline under which no constraint can hold."""
-    value, step = "none", "A study keeps its recipe: mend the baseline or the constraint, and begin a new study."
+    value, step = "none", "A study keeps its recipe: correct the baseline or the constraint, and start a new study."
     if row is not None:
         value, step = f"{row.outcome}: {row.reason}", f"See {row.folder(study_dir) / LOG}. {step}"
     rule = f"the baseline {name} must finish before a trial can begin"

@@ -55,7 +55,7 @@ def note_written(study_dir: Path, recipe: Recipe) -> None:
         try:
             files.write_text(note, f"{address_of(study_dir) or study_dir}\n")
         except StorageError as error:  # the next command asks for the option
-            logger.warning("This machine will not know that it has written this study: %s", error)
+            logger.warning("This machine could not record that it has written this study: %s", error)
 
 
 def to_record(study_dir: Path, kept: Recipe, recipe: Recipe) -> Recipe:

@@ -89,8 +89,10 @@ class _Mirrored(Through):
         with self._locks[checkpoints]:
             there = files_in(self.here.path)
             if MANIFEST not in there and self._known:  # what was cleared here must not be cleared there
-                step = "Run the same command again: it goes on from what is in the bucket."
-                problem = Problem(str(self.here), "must stay while a search works in it", "cleared", next_step=step)
+                step = "Run the same command again: it continues from the bucket."
+                problem = Problem(
+                    str(self.here), "must not be removed while a search uses it", "cleared", next_step=step
+                )
                 raise StorageError(problem)
             names = [name for name in there if name != RAY_LOG] if MANIFEST in there else []
             names = [name for name in names if (checkpoint_of(name) is not None) == checkpoints]

@@ -54,7 +54,7 @@ def take_in(study: optuna.Study, log: Log, study_dir: Path, recipe: Recipe) -> l
     for source in new_sources(log, study_dir, recipe):
         number, before, name = source_id(source), _sources(log), named(source)
         if number in before:
-            notes.append(f"warm start: {name} is a copy of {before[number]['path']}, which was taken in before")
+            notes.append(f"warm start: {name} is a copy of {before[number]['path']}, which is already in use")
             continue
         taken, left_out = _placed(source, number, recipe)
         reads = len(reads_of(read_ledger(source))) + inherited_reads(source)
@@ -63,10 +63,12 @@ def take_in(study: optuna.Study, log: Log, study_dir: Path, recipe: Recipe) -> l
             study.add_trials(taken)
         why = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
         found = counted(len(taken) + sum(left_out.values()), "trial")
-        note = f"warm start: {len(taken)} of {found} of {name} taken in"
+        note = f"warm start: {len(taken)} of {found} of {name} are used"
         notes.append(f"{note}; left out: {why}" if why else note)
         if reads:
-            notes.append(f"warm start: the test sets of {name} were read {times(reads)}; this counts here too")
+            notes.append(
+                f"warm start: the test sets of {name} were read {times(reads)}; this also counts for this study"
+            )
     return notes
 
 
@@ -161,7 +163,7 @@ def _problems(source: Path, study_dir: Path, log: Log, recipe: Recipe) -> Iterat
     )
     for name in ours:
         if None not in (ours[name], theirs[name]) and ours[name] != theirs[name]:
-            rule = f"must be a study with {name} of this one, {shown(ours[name])}: other objectives do not compare"
+            rule = f"must be a study with {name} of this one, {shown(ours[name])}: other objectives are not comparable"
             yield Problem(key, rule, shown(theirs[name]))
 
 

@@ -192,7 +192,7 @@ def _check_machine(recipe: Recipe, found: Diagnosis) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()  # a system may forbid what the rights of a folder allow
     except OSError as error:
-        rule, step = "must be a folder that may be written", "Name another one in data.cache_dir."
+        rule, step = "must be a writable folder", "Name another one in data.cache_dir."
         found.add("error", "data.cache_dir", rule, f"{cache}: {error.strerror}", step)
 
 
@@ -219,7 +219,7 @@ def _check_set(
         found.fail(error.problems)
         return
     if expected is not None and expected != len(source):
-        step = "Images are missing or not of the set: fetch it again, or say in your report what you used."
+        step = "Images are missing or do not belong to the set: download it again, or report what you used."
         found.add("warning", place, f"must have {expected:,} images", f"{len(source):,}", step)
 
 
@@ -227,13 +227,13 @@ def _judge_classes(place: str, role: str, facts: Mapping[str, Any], num_classes:
     counts = facts["images_per_class"]
     value = f"{facts['num_classes']} of {num_classes}"
     if role in ("id_val", "id_test") and facts["num_classes"] < num_classes:
-        found.add("note", place, "accuracy says nothing of a class without an image", value)
+        found.add("note", place, "accuracy says nothing about a class without images", value)
     if role == "train" and facts["num_classes"] < num_classes:
-        found.add("warning", place, "a class without an image is not learned", value)
+        found.add("warning", place, "a class without images is not learned", value)
     if role == "train" and counts["max"] >= IMBALANCE * counts["min"]:
         fewest = f"{counts['min']} to {counts['max']} images, fewest of {counts['smallest_class']!r}"
-        step = "Accuracy is of images: the small classes count little."
-        found.add("warning", place, f"classes are far from equally often: {fewest}", next_step=step)
+        step = "Accuracy counts images: small classes have little weight."
+        found.add("warning", place, f"the sizes of the classes differ widely: {fewest}", next_step=step)
 
 
 def _judge_images(place: str, on_bad_image: str, facts: Mapping[str, Any], found: Diagnosis) -> None:
@@ -248,10 +248,10 @@ def _judge_images(place: str, on_bad_image: str, facts: Mapping[str, Any], found
         found.add("warning", place, "an image must have one label", value, "Remove the one that is wrong.")
     if facts["num_twice"]:
         value = f"{facts['num_twice']} of {facts['num_images']} images that repeat an earlier one"
-        found.add("note", place, "an image counts as often as it is there", value)
+        found.add("note", place, "a repeated image counts more than once", value)
     if len(facts["modes"]) > 1:
         words = ", ".join(f"{count} {mode}" for mode, count in facts["modes"].items())
-        found.add("note", place, f"images of several modes are made RGB (docs/data.md): {words}")
+        found.add("note", place, f"images of several modes are converted to RGB (docs/decoding.md): {words}")
 
 
 def _check_model(
@@ -363,7 +363,7 @@ def _affordable(classifier: torch.nn.Module, sets: Sequence[ImageSet], device: t
     if seconds * wanted <= MOST_S:
         return MOST_IMAGES
     number = max(FEWEST_IMAGES, int(MOST_S / seconds / len(sets)))
-    rule = f"zero-shot is measured on {number:,} images of a set: one takes {seconds:.2g} s here, all about "
+    rule = f"zero-shot is measured on {number:,} images per set: one takes {seconds:.2g} s here, all take about "
     minutes = counted(math.ceil(seconds * wanted / 60), "minute")
     found.add("note", "model", rule + minutes, next_step=f"For more: --images {MOST_IMAGES}")
     return number
@@ -388,7 +388,7 @@ def zero_shot_findings(zero_shot: Mapping[str, Mapping[str, float]]) -> list[Fin
         elif name != "id_val" and one["accuracy"] >= id_val["accuracy"]:
             numbers = f"{100 * one['accuracy']:.1f} % against {100 * id_val['accuracy']:.1f} % on id_val"
             rule = f"no harder than id_val for the zero-shot model: {numbers}"
-            step = "A shift is one relative to the training images; check whether this set is the shift you mean."
+            step = "A shift is relative to the training images; check whether this set is the shift you mean."
             findings.append(Finding("note", Problem(name, rule, next_step=step)))
     return findings
 

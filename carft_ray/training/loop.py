@@ -144,7 +144,7 @@ class _Learner:
         def find() -> str:
             checkpoint, damaged = newest_checkpoint(checkpoint_dir)
             for problem in damaged:
-                logger.warning("passed over a damaged checkpoint: %s", problem)
+                logger.warning("skipped a damaged checkpoint: %s", problem)
             found.extend([] if checkpoint is None else [checkpoint])
             return "" if checkpoint is None else checkpoint.name
 
@@ -156,7 +156,7 @@ class _Learner:
         if position["seed"] != self.train.seed:
             raise StorageError(Problem(place, f"must belong to seed {self.train.seed}", str(position["seed"])))
         if bool(checkpoint.average) != bool(self.average):
-            rule = "must hold an average of the weights with ema_decay, and only then"
+            rule = "must contain an average of the weights if ema_decay is set, else none"
             raise StorageError(Problem(place, rule, "one" if checkpoint.average else "none"))
         self.classifier.load_state_dict(checkpoint.weights)
         for name, tensor in self.average.items():
@@ -216,9 +216,9 @@ def fine_tune(
     over the steps.
 
     With ``checkpoint_dir`` the training resumes from the newest valid checkpoint there and writes one after each
-    ``checkpoint_every`` (None: at the end of every epoch) and when it is stopped, none after the last step; the result
-    is that of an uninterrupted training, bit for bit on a CPU, up to rounding on a GPU without deterministic algorithms
-    (``device.set_up``).
+    ``checkpoint_every`` (None: at the end of every epoch) and when it is stopped, but none after the last step. The
+    result is that of an uninterrupted training, bit for bit on a CPU, up to rounding on a GPU without deterministic
+    algorithms (``device.set_up``).
 
     Args:
         clip: The model to start from; it is not changed.
@@ -227,11 +227,11 @@ def fine_tune(
         source: The training set; every epoch shows each image once.
         train: Hyperparameters; ``compile: auto`` is off here, the caller resolves it (``tower.compiles``).
         context: Rank, reports and stop flag; a single worker by default.
-        device: Where to compute; the CPU by default.
-        checkpoint_dir: Folder of the training, in which attempts have theirs; None: no checkpoints are written.
+        device: The device that computes; the CPU by default.
+        checkpoint_dir: Folder of the training, with a folder per attempt; None: no checkpoints are written.
         attempt: Number of this attempt at the training; checkpoints go to a folder of its own.
-        target_store: Where the frozen model's context distributions are read, and written where they are missing
-            (``targets.store_dir``); None: neither.
+        target_store: Folder from which the frozen model's context distributions are read, and to which missing ones are
+            written (``targets.store_dir``); None: neither.
         on_epoch: Called on every rank at the end of an epoch (from 1), with a function that returns the state as it
             would be returned now; what it returns joins the epoch's report.
         num_threads: Threads that make views of source images.

@@ -63,7 +63,7 @@ def load_function(name: str, folder: str | None, place: str = KEY) -> OwnFunctio
     """
     module_name, _, path = name.partition(":")
     if module_name == MAIN or "<" in path:
-        step = "Continue from that script; or write the function into a module and begin another study with its name."
+        step = "Continue from that script; or write the function into a module and start another study with its name."
         raise RecipeError(Problem(place, "was given from Python and has no module to import", name, next_step=step))
     found: Any = _module(module_name, folder, place)
     for part in path.split("."):
@@ -134,7 +134,7 @@ def _module(name: str, folder: str | None, place: str) -> ModuleType:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise _not_importable(place, name, error) from error
         near = nearest(name, [found.name for found in pkgutil.iter_modules(None if folder is None else [folder])])
-        step = f"It is looked for in train.function_dir ({folder or 'none is given'}) and on Python's path."
+        step = f"carft-ray looks for it in train.function_dir ({folder or 'none is given'}) and on Python's path."
         rule = "must be a module that can be imported"
         raise RecipeError(Problem(place, rule, name, nearest=near, next_step=step)) from None
     except (Exception, SystemExit) as error:  # whatever the module does

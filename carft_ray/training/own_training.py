@@ -114,10 +114,10 @@ class OwnInputs:
 
 @dataclass(eq=False)
 class TrainingContext:
-    """What ``fn(values, context)`` is given. No test set can be reached from here.
+    """The second argument of ``fn(values, context)``. It gives no access to test sets.
 
     Attributes:
-        rank: Number of this worker; of several, rank 0's state counts.
+        rank: Number of this worker; if there are several, the state of rank 0 counts.
         world_size: Number of workers; with more than one ``torch.distributed`` is initialised.
         device: Where to compute.
         model: A fresh trainable classifier on ``device``, equal to the zero-shot one: images -> logits [B, C].
@@ -128,9 +128,9 @@ class TrainingContext:
         normalise: Tensor [3, S, S] or [B, 3, S, S] in [0, 1] -> normalised.
         train_set: The training set, with ``train_transform``.
         validation_sets: By name, ``id_val`` first, with ``transform``.
-        checkpoint_dir: A folder of this training for whatever the function needs to continue; it is there. Empty at
-            the first attempt, removed when the training has ended. Rank 0 writes it; what it holds is kept with each
-            report.
+        checkpoint_dir: An existing folder of this training for the files that the function needs to continue. Empty
+            at the first attempt, removed when the training has ended. Rank 0 writes it; each report keeps its
+            content.
     """
 
     rank: int
@@ -161,18 +161,18 @@ class TrainingContext:
     def report(self, metrics: Mapping[str, Any], state: State | None = None) -> None:
         """Reports the end of an epoch, on every rank: a row of ``metrics.jsonl``, for pruner, live table, TensorBoard.
 
-        Where the recipe wants an intermediate value, the mixed weights are evaluated on a subset of the validation
+        If the recipe needs an intermediate value, the mixed weights are evaluated on a subset of the validation
         sets, as in the built-in loop; ``metrics`` may have any names.
 
         Args:
             metrics: Numbers by name. ``epoch`` counts from 1 and is by default the one after the last reported; give
                 it in a function that continues from a checkpoint. ``step`` and ``num_steps`` are by default the epochs.
                 A number that is not finite is left out.
-            state: The weights as they are now; None: those of ``model``, once they have changed.
+            state: The current weights; None: those of ``model``, once they have changed.
 
         Raises:
             DivergedError: A number with ``loss`` in its name is not finite, on any rank.
-            TypeError: A value is no number.
+            TypeError: A value is not a number.
             RecipeError: ``state`` has other names or shapes than ``model.state_dict()``.
         """
         row = {name: _number(name, value) for name, value in metrics.items()}
@@ -195,8 +195,8 @@ class TrainingContext:
     def should_stop(self) -> bool:
         """Returns whether to end now: the search stops, the pruner has cut the training, or its node is taken away.
 
-        Save what is needed to continue, then return; what is returned then does not count. Ask every few steps, on all
-        ranks alike: it is also the sign that the training lives (``resources.hang_timeout_s``).
+        Save what is needed to continue, then return; this return value does not count. Call it every few steps, on all
+        ranks alike: it is also the heartbeat of the training (``resources.hang_timeout_s``).
         """
         answer = self._run.should_stop()  # on every rank: a sign of life
         self._is_stopped |= from_rank_0(self._run, lambda: answer)

@@ -75,5 +75,5 @@ def on_all_ranks(context: RunContext, read: Callable[[], T]) -> T:
         raise failed
     first = next((rank for rank, message in enumerate(messages) if message), None)
     if first is not None:
-        raise MachineError(f"rank {first} does not see the files that others see: {messages[first]}", first)
+        raise MachineError(f"rank {first} does not see the files that other ranks see: {messages[first]}", first)
     return value  # type: ignore[return-value]  # it was read

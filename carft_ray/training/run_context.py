@@ -1,4 +1,4 @@
-"""What a training knows of its surroundings: its rank, where to report, when to stop. Loads neither torch nor Ray."""
+"""The environment of a training: its rank, where to report, when to stop. Loads neither torch nor Ray."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ class RunContext:
     """One process of one training.
 
     Attributes:
-        rank: Number of this worker, 0 is the one that writes and reports.
+        rank: Number of this worker; 0 writes and reports.
         world_size: Number of workers. With more than one, ``torch.distributed`` is initialised by the caller.
         report: Called on rank 0 at the end of every epoch with the epoch's metrics.
         progress: Called on rank 0 every few steps with the latest metrics; must be quick.
-        should_stop: Asked by rank 0 every few steps. When it says yes, all workers write a checkpoint and raise
-            ``StoppedRun``. Evaluations ask too, as a sign of life, and continue whatever the answer is.
+        should_stop: Called by rank 0 every few steps. If it returns true, all workers write a checkpoint and raise
+            ``StoppedRun``. Evaluations also call it, as a heartbeat, and continue whatever it returns.
         keeps_files: On a node that does not see the study, whether this is the first rank there.
     """
 

@@ -58,7 +58,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Block:
-    """A block while batches need it: its views are made at most once, and its targets computed or read once."""
+    """A block of 64 images, kept until no batch needs it: its views and its targets are made or read at most once."""
 
     visit: int
     number: int

@@ -89,7 +89,7 @@ class SearchView:
                 view._running[row.kind, row.name] = _Running(row, began, lines[-1] if lines else {})
             elif row.name != ZERO_SHOT and row.outcome == "complete" and (seconds := row.spent_s or row.elapsed_s):
                 view._seconds.append(seconds)
-        view._phase = "" if overview.holder else "no search runs"
+        view._phase = "" if overview.holder else "no search is running"
         view._phase = "stopping; trainings write their checkpoints" if overview.stopping else view._phase
         view._best = "" if overview.best is None else overview.best.name
         at_a_time = overview.at_a_time or (max(1, len(view._running)), "")

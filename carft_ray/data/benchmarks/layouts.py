@@ -17,7 +17,7 @@ from carft_ray.errors import DataError, Problem
 from carft_ray.untrusted import parse_json, read_regular, read_text
 
 KIND = "benchmark-1"  # changes when other images, names or labels are found
-STEP = "The layout of each benchmark stands in docs/data.md."
+STEP = "See docs/data.md for the layout of each benchmark."
 MOST_LIST_BYTES = 2**28  # of a list of images; the longest that a benchmark comes with has 40 MB
 
 Row = tuple[str, str]  # file from the root of the set, with '/', and its class
@@ -58,7 +58,7 @@ def listed(root: Path, rows: Iterable[Row], place: str) -> Listing:
     problems = []
     outside = [index for index, name in enumerate(names) if ".." in name.split("/")]
     if absent := outside or missing_files(root, names):
-        rule = "every image of the list must be there"
+        rule = "every image of the list must exist"
         value = f"{len(absent)} of {len(names)} that are missing in {root}, such as {names[absent[0]]}"
         problems.append(Problem(place, rule, value, next_step=STEP))
     if len(names) < len(rows):

@@ -267,7 +267,7 @@ def _cifar_labels(path: Path, row_bytes: int, position: int) -> list[int]:
     try:
         size = path.stat().st_size
         if not size or size % row_bytes:
-            rule = f"must hold whole images of {row_bytes} bytes"
+            rule = f"must contain whole images of {row_bytes} bytes"
             raise DataError(Problem(str(path), rule, f"{size} bytes", next_step="Unpack the archive again."))
         rows = np.memmap(path, np.uint8, "r", shape=(size // row_bytes, row_bytes))
         return list(rows[:, position].tolist())

@@ -137,12 +137,12 @@ def _class_problems(listing: Listing, spec: BenchmarkSet, facts: Facts, place: s
     there = set(listing.found)
     if unknown := sorted(there.difference(facts.classes)):
         near = nearest(unknown[0], facts.classes)
-        rule = f"must hold the {len(facts.classes)} classes of {facts.title} and no other"
+        rule = f"must contain the {len(facts.classes)} classes of {facts.title} and no other"
         yield Problem(place, rule, f"{unknown[0]!r}{and_more(unknown)}", nearest=near, next_step=STEP)
     missing = [name for name in facts.classes if name not in there]
     if missing and spec.classes == "all" and not LAYOUTS[spec.name].is_sparse:
         rule = f"every one of the {len(facts.classes)} classes of {facts.title} must have an image"
-        step = "Where the set has part of the classes, write classes: some."
+        step = "If the set has only some of the classes, write classes: some."
         yield Problem(place, rule, f"none of {missing[0]!r}{and_more(missing)}", next_step=step)
 
 

@@ -11,8 +11,8 @@ again with more pixels (``data.same_picture``), which separates drawings whose t
 A thumbnail is a view of the picture averaged over 8 x 8 tiles, compared as brightness (8 x 8) and colour (4 x 4,
 weighted twice), since that is what JPEG keeps. Their distance, divided by the contrast of the two views, must be below
 ``TOLERANCE``. There are four views: the whole; without 5 % on each side, as a crop shows it; the middle, which marks at
-the edges spare; and what lies inside a border. ``MATCHED`` says which are compared with which. docs/data.md says what
-of all this is found, measured on real images and on the sandbox.
+the edges spare; and what lies inside a border. ``MATCHED`` says which are compared with which. docs/duplicates.md says
+what of all this is found, measured on real images and on the sandbox.
 
 Not found are mirrored or rotated copies, larger or one-sided crops, strong changes of colours, large marks, other
 photos of the same scene, neighbouring frames of a video, and re-encoded copies of pictures that are all but one colour.
@@ -64,8 +64,8 @@ FLOOR = 10.0  # variance, in squared grey levels, below which contrast is roundi
 LEAST_CONTRAST = 4.0  # variance; a picture below it has only its bytes to be known by
 NUM_EXAMPLES = 2
 STEP = (
-    "Write data.shared_images: drop, which leaves them to the role nearest to the test, or remove them from one of the "
-    "two sets. All of them: carft-ray doctor RECIPE --pairs pairs.html"
+    "Write data.shared_images: drop, which keeps them only in the role nearest to the test, or remove them from one of "
+    "the two sets. List all of them: carft-ray doctor RECIPE --pairs pairs.html"
 )
 GREY_KEPT = 4096  # of 16 kB
 
@@ -401,4 +401,4 @@ def _pass_over(place: str, role: str, error: DataError) -> None:
     """Warns of a test set that cannot be read; of other sets that is an error."""
     if role not in TEST_ROLES:
         raise error
-    _log.warning("Whether %s shares images with another role is not known: %s", place, error.problems[0])
+    _log.warning("It is unknown whether %s shares images with another role: %s", place, error.problems[0])

@@ -269,11 +269,11 @@ def _limit_problems(recipe: Recipe, leaving: Sequence[SharedImage]) -> list[Prob
         source, count = images[0].source, len(images)
         value = f"{count} of {len(source)} images, such as {', '.join(image.name for image in images[:NUM_EXAMPLES])}"
         if not isinstance(source, StoredSource):
-            rule = "its images stand in another role too, and cannot be left out: the sandbox draws them"
+            rule = "its images are also in another role and cannot be left out, because the sandbox draws them"
         elif count > limit * len(source):
-            rule = f"at most {100 * limit:g} % of its images may stand in another role too (data.shared_limit)"
+            rule = f"at most {100 * limit:g} % of its images may also be in another role (data.shared_limit)"
         elif gone := _classes_gone(source, images):
-            rule = f"every class must have an image that stands in no other role; none in {', '.join(map(repr, gone))}"
+            rule = f"every class must have an image that is in no other role; none in {', '.join(map(repr, gone))}"
         else:
             continue
         problems.append(Problem(place, rule, value, next_step=LIMIT_STEP))

@@ -81,7 +81,7 @@ def _spelling_problems(classes: dict[str, list[str]], place: str) -> list[Proble
         for name in names:
             spelled[name.casefold()].setdefault(name, f"{domain}/{name}")
     together = {key for names in classes.values() for key, n in Counter(map(str.casefold, names)).items() if n > 1}
-    rule = "a class must be spelled alike in all domains: on disks that ignore case both are one folder"
+    rule = "a class must be spelled the same way in all domains: on disks that ignore case both are one folder"
     twice = [places.values() for key, places in spelled.items() if len(places) > 1 and key not in together]
     return [Problem(place, rule, " and ".join(places), next_step="Rename one.") for places in twice]
 

@@ -20,7 +20,7 @@ from carft_ray.words import counted
 
 KIND = "huggingface-1"
 _PARQUET = re.compile(r"(?P<split>[^/]+?)(-(?P<number>\d{5})-of-(?P<of>\d{5})(-[0-9a-f]+)?)?\.parquet")
-_STEP = "Expected are a folder written by save_to_disk, or one with data/train-00000-of-00001.parquet."
+_STEP = "Expected: a folder written by save_to_disk, or one with data/train-00000-of-00001.parquet."
 
 
 def data_files(spec: HuggingFaceSet, place: str) -> list[Path]:
@@ -73,7 +73,7 @@ def _saved(folder: Path, place: str) -> list[Path]:
     files = [folder / Path(str(row.get("filename"))).name for row in rows]
     missing = [str(file) for file in files if not os.path.isfile(file)]  # of a name too long, too
     if missing or not files:
-        rule = "must hold the files that its state.json names, at least one"
+        rule = "must contain the files that its state.json names, at least one"
         raise DataError(Problem(f"{place}: {folder}", rule, f"no {missing[0]}" if missing else "none"))
     return files
 

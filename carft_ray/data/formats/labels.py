@@ -33,7 +33,7 @@ def read_class_names(written: tuple[str, ...] | str | None, place: str) -> tuple
         raise DataError(Problem(place, rule, f"{path}: {cause_of(error)}")) from error
     names = tuple(line.strip() for line in lines)
     if "" in names:
-        raise DataError(Problem(f"{path}:{names.index('') + 1}", "must hold the name of a class, but is empty"))
+        raise DataError(Problem(f"{path}:{names.index('') + 1}", "must contain the name of a class, but is empty"))
     step = "Give ids that differ, and the words, which may repeat, in prompts.class_names."
     check_names(names, "classes", lambda index: f"{path}:{index + 1}", place, step)
     return names

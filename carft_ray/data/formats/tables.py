@@ -37,7 +37,7 @@ from carft_ray.recipe.schema.sets import ColumnSet, TableSet
 from carft_ray.untrusted import parse_json
 
 KIND = "table-1"
-_STEP = "A table is expected: a CSV, Parquet or Arrow file, or a folder of such files with equal columns."
+_STEP = "Expected: a CSV, Parquet or Arrow file, or a folder of such files with equal columns."
 
 Spot = Callable[[int], str]  # index -> where the row stands, for messages
 Found = TypeVar("Found")
@@ -121,7 +121,7 @@ def list_rows(spec: ColumnSet, files: Sequence[Path], place: str, kind: str = KI
         hashes = _hash_names(files, columns.image, values[columns.label])
         ids = [hashes[position] for position in chosen]
     ids = list(map(str, ids))
-    step = "Leave one of the rows out, or name with id a column whose values differ."
+    step = "Remove one of the rows, or set id to a column whose values differ."
     check_names(ids, "images", spot, place, step)
     if columns.has_paths:
         return file_listing(kind, root, ids, classes, found, files=paths)
@@ -156,7 +156,7 @@ def _columns(files: Sequence[Path], spec: ColumnSet, place: str) -> _Columns:
         for key, name in given:
             kinds, rule = _ALLOWED[key]
             if not name:
-                rule = f"must be said: which column of {first} holds the {key}s is not clear"
+                rule = f"must be given: it is unclear which column of {first} has the {key}s"
                 problems.append(Problem(f"{place}.{key}", rule, allowed=there))
             elif name not in found:
                 rule = f"must be a column of {file.name}"
@@ -178,11 +178,11 @@ def _check_schema(schema: pa.Schema, used: Sequence[str], place: str) -> None:
         DataError: Two have one name, or one that is used has an extension type.
     """
     if twice := [name for name, count in Counter(schema.names).items() if count > 1]:
-        raise DataError(Problem(place, "no two columns may have one name", repr(twice[0])))
+        raise DataError(Problem(place, "no two columns may have the same name", repr(twice[0])))
     for name in used:
         root, _ = split_name(schema, name)
         if root in schema.names and (extension := extension_in(schema.field(root))):
-            step = "Write the column anew with plain bytes, texts or numbers; of a struct bytes and path are enough."
+            step = "Write the column again with plain bytes, texts or numbers; a struct needs only bytes and path."
             raise DataError(Problem(place, f"the column {name} must have no extension type", extension, next_step=step))
 
 
@@ -218,10 +218,10 @@ _KINDS = {
     **dict.fromkeys(("binary", "large_binary", "binary_view"), "bytes"),
 }
 _ALLOWED = {
-    "image": (("text", "bytes"), "must hold paths, or the bytes of image files"),
-    "label": (("text", "number"), "must hold texts or whole numbers"),
-    "id": (("text", "number"), "must hold texts or whole numbers"),
-    "where": (("text", "number", "flag"), "must hold texts, whole numbers, or true and false"),
+    "image": (("text", "bytes"), "must contain paths, or the bytes of image files"),
+    "label": (("text", "number"), "must contain texts or whole numbers"),
+    "id": (("text", "number"), "must contain texts or whole numbers"),
+    "where": (("text", "number", "flag"), "must contain texts, whole numbers, or true and false"),
 }
 
 
@@ -257,7 +257,7 @@ def _where(values: dict[str, list[Any]], spec: ColumnSet, place: str, num_rows: 
         taken = set(map(_text, wanted))
         chosen = [position for position in chosen if texts[position] in taken]
     if not problems and not chosen:
-        problems = [Problem(f"{place}.where", f"there must be a row of {num_rows} for which it holds", "none")]
+        problems = [Problem(f"{place}.where", f"must match at least one of the {num_rows} rows", "none")]
     if problems:
         raise DataError(problems)
     return chosen

@@ -33,10 +33,10 @@ _DAMAGE = (EOFError, ValueError, LookupError, ArithmeticError, RecursionError)  
 _JSON = "json:"  # of a label: a key of the sample's .json
 _MAGIC = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\x00", b"\x28\xb5\x2f\xfd")
 _ENDINGS = (".tar", *_COMPRESSED)
-_STEP = "Shards are expected: path: shards/{000..012}.tar, or the folder that holds them."
-_COMPRESSED_STEP = "Unpack it (gunzip), or write it anew without compression: images gain nothing by it."
+_STEP = "Expected: shards, such as path: shards/{000..012}.tar, or the folder that contains them."
+_COMPRESSED_STEP = "Unpack it (gunzip), or write it again without compression, which does not make images smaller."
 _LARGEST_LABEL, _LARGEST_HEADER = 2**20, 2**20  # bytes
-_ALONE = "a shard must not be compressed: of a compressed one no image can be read alone"
+_ALONE = "a shard must not be compressed: its images could not be read one by one"
 _INDEX = pa.schema({"name": pa.string(), "offset": pa.int64(), "size": pa.int64(), "label": pa.string()})
 
 Spot = Callable[[int], str]
@@ -71,7 +71,7 @@ def list_shards(spec: WebDatasetSet, shards: Sequence[Path], place: str) -> List
     classes, found, problems = named_classes(labels, own_class_names(spec, place), spot, place)
     if problems:
         raise DataError(problems)
-    check_names(names, "samples", spot, place, "Write the shards anew with keys that differ in all of them.")
+    check_names(names, "samples", spot, place, "Write the shards again with keys that differ in all of them.")
     root, home = folder_of(spec.path), os.path.realpath(spec.path)
     from_root = {shard: os.path.relpath(shard, root) for shard in shards}
     paths = [from_root[shard] for shard in shard_of]
@@ -92,7 +92,7 @@ def shards(spec: WebDatasetSet, place: str) -> list[Path]:
     if folder == Path(spec.path) and (folder / NUM_SHARDS).is_file():
         written = read_regular(folder / NUM_SHARDS, 64).decode(errors="replace").strip()
         if written != str(len(found)):
-            rule = f"the folder must hold the {written} shards that its {NUM_SHARDS} states"
+            rule = f"the folder must contain the {written} shards that its {NUM_SHARDS} states"
             raise DataError(Problem(f"{place}: {folder}", rule, str(len(found))))
     return found
 
@@ -142,7 +142,7 @@ def _make_index(shard: Path, image: str, label: str, json_key: str | None) -> pa
         labels.append(text if json_key is None else _value(text, json_key, f"{shard}: {member.name}"))
     if wrong:
         rule = f"every sample must have {f'a .{image}' if image else 'one image'} and a .{label}"
-        step = "Say with image and label which endings are meant; of a label also json:KEY."
+        step = "Set image and label to the endings; label can also be json:KEY."
         raise DataError(Problem(str(shard), rule, f"{wrong[0]}{and_more(wrong)}", next_step=step))
     names = [_plain(member.name) for member in images]
     offsets, sizes = [member.offset_data for member in images], [member.size for member in images]
@@ -172,7 +172,7 @@ def _samples(shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
                         yield current, files
                     current, files = key, {}
                 if ending in files:
-                    raise DataError(Problem(f"{shard}: {member.name}", "must stand in its sample once", "two"))
+                    raise DataError(Problem(f"{shard}: {member.name}", "must occur once in its sample", "two"))
                 files[ending] = member
             # ``tarfile`` takes damage for the end; an archive that was closed ends with zeros
             if _content(shard, archive.offset, tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
@@ -225,7 +225,7 @@ def _value(text: str, key: str, place: str) -> str:
         rule = f"the .json of every sample must be an object with the key {key}"
         raise DataError(Problem(place, rule, f"{type(error).__name__}: {error}")) from error
     if isinstance(value, dict | list):
-        rule = f"the key {key} must hold a text or a whole number"
+        rule = f"the key {key} must contain a text or a whole number"
         raise DataError(Problem(place, rule, type(value).__name__))
     return json.dumps(value)
 

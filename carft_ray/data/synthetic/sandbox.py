@@ -157,7 +157,7 @@ def class_problems(classes: tuple[str, ...], place: str) -> list[Problem]:
     """Returns a problem for a class list that is not the sandbox's."""
     if classes == CLASSES:
         return []
-    rule = "a sandbox set has all classes of the sandbox, in their order, so the class list must be that too"
+    rule = "a sandbox set has all classes of the sandbox, in their order, so the class list must be the same"
     return [Problem(place, rule, ", ".join(classes[:5]), CLASSES, next_step="Leave data.classes out.")]
 
 

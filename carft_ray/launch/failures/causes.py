@@ -44,7 +44,7 @@ MONITOR = re.compile(
 OWN = re.compile("|".join([r"\bMemoryError\b", r"\bOutOfMemoryError\b", *map(re.escape, TEXTS)]))
 FULL = "no memory was left on"
 STARTED_LATE = "worker group startup timed out"  # what Ray Train says when its workers have not come in time
-STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size take less"
+STEP = "fewer trials at a time (search.max_concurrent_trials) or a smaller evaluate.batch_size need less"
 DIED = re.compile(r"Worker exit detail: (.+?)(?: There are some potential root causes| Some common causes|$)")
 UNKNOWN = -1
 

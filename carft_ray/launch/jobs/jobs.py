@@ -128,7 +128,7 @@ def submit(
                 step += "ray start --head --dashboard-agent-listen-port 52366"
                 raise ClusterError(Problem(f"the cluster at {server.address}", rule, next_step=step)) from error
         if not is_told:
-            tell(f"The agent of the head, which starts jobs, does not run yet; waiting {AGENT_WITHIN_S:g} s at most.")
+            tell(f"The agent of the head, which starts jobs, is not running yet; waiting {AGENT_WITHIN_S:g} s at most.")
             is_told = True
         time.sleep(POLL_S)
 
@@ -160,7 +160,7 @@ def environment_of(names: Sequence[str]) -> dict[str, str]:
     wrong = [name for name in names if name in OWN_VARIABLES or name not in os.environ]
     if wrong:
         rule = "must be the name of a variable that is set here, and that carft-ray does not set itself"
-        step = "Give the name alone: a value on a command line is seen by every user of a machine."
+        step = "Give only the name: every user of a machine can see a value on a command line."
         raise UsageError([Problem("--env", rule, name.partition("=")[0] or "''", next_step=step) for name in wrong])
     return {name: os.environ[name] for name in names}
 
@@ -192,7 +192,7 @@ def follow(server: Server, name: str, write: Callable[[str], None]) -> JobDetail
                 return job
         except NoAnswerError as error:
             if time.monotonic() - heard > HEAD_MAY_BE_AWAY_S:
-                step = f"The job may run on. Then: carft-ray submit --attach {name} --address {server.address}"
+                step = f"The job may still run. Follow it: carft-ray submit --attach {name} --address {server.address}"
                 raise ClusterError(Problem(server.address, "no longer answers", next_step=step)) from error
         time.sleep(max(POLL_S, shown / LOG_PER_S))
 

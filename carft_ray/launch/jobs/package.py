@@ -35,7 +35,7 @@ def problems(source: str | None) -> list[Problem]:
     found, result = environment.code()["source"], []
     if source not in (None, found):
         rule, value = f"the job must run the code that was sent, {source}", f"{found} of {environment.PACKAGE_DIR}"
-        step = "Does PYTHONPATH on the nodes name another carft-ray? Or take that one: --installed."
+        step = "Does PYTHONPATH on the nodes name another carft-ray? Or use that one: --installed."
         result.append(Problem("submit", rule, value, next_step=step))
     if missing:
         rule = f"the Python of the cluster's jobs, {sys.executable}, lacks {', '.join(missing)}"

@@ -116,7 +116,7 @@ def ask(server: Server, call: Callable[[JobSubmissionClient], T]) -> T:
         raise _no_answer(server.address, error) from error
     except RuntimeError as error:
         text = str(error)
-        rule, step = "no longer knows the job", "Was its head started anew? The same command again resumes the study."
+        rule, step = "no longer knows the job", "Was its head restarted? The same command again resumes the study."
         if "status code 404" not in text:
             rule = f"must accept the request, but got {_gist(text)}"
             step = "dashboard.log in /tmp/ray/session_latest/logs of the head says more."
@@ -128,14 +128,14 @@ def _no_answer(address: str, error: BaseException) -> NoAnswerError:
     cause = re.search(r"\[Errno -?\d+\] ([^\"')]+)|Read timed out", text)
     value = (cause[1] or f"silence for {SILENCE_S:g} s") if cause else _gist(text)
     step = "Is it Ray's dashboard (port 8265, not 6379)? From outside, first: ssh -L 8265:127.0.0.1:8265 HEAD"
-    return NoAnswerError(Problem("--address", f"no dashboard of a Ray answers at {address}", value, next_step=step))
+    return NoAnswerError(Problem("--address", f"no Ray dashboard answers at {address}", value, next_step=step))
 
 
 def _refused(address: str) -> ClusterError:
     _, token_from = find_token()
     step = f"`ray get-auth-token` on the head prints it; put it into ~/.ray/auth_token (mode 600) or {TOKEN}."
     value = f"the one from {token_from}" if token_from else f"none in {TOKEN}, {TOKEN_PATH} or ~/.ray/auth_token"
-    return ClusterError(Problem("--address", f"{address} wants the token of the cluster", value, next_step=step))
+    return ClusterError(Problem("--address", f"{address} requires the token of the cluster", value, next_step=step))
 
 
 def _gist(text: str) -> str:

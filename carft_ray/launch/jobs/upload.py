@@ -126,7 +126,7 @@ def require_sendable(paths: Sequence[Path], home: Path, send: Sequence[Path]) ->
     for path in paths:
         real = path.resolve()
         if not any(real.is_relative_to(place) for place in allowed):
-            rule = f"must lie in the folder of the recipe, {home}, to be sent to the cluster"
+            rule = f"must be in the folder of the recipe, {home}, to be sent to the cluster"
             value = "" if real == path else f"a link to {real}"
             step = f"Is it a list that you want to send? Then add --send {shlex.quote(str(path))}"
             problems.append(Problem(str(path), rule, value, next_step=step))

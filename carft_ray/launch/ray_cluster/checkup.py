@@ -170,7 +170,7 @@ def _faults(report: NodeReport) -> Iterator[Fault]:
     """Yields what is wrong on one node."""
     facts = report.facts
     if facts is None:
-        step = "Do its disks answer? May the other nodes reach its ports? See `ray status` and the logs of that node."
+        step = "Do its disks answer? Can the other nodes reach its ports? See `ray status` and the logs of that node."
         yield "error", "must run a task", report.fault, step
         return
     yield from _faults_of_code(facts)
@@ -195,18 +195,18 @@ def _faults_of_code(facts: Mapping[str, Any]) -> Iterator[Fault]:
     ours, here = facts["carft_ray"], environment.code()
     install = f"Install carft-ray {here['version']} there, into the Python that runs `ray start`."
     if ours["version"] != here["version"]:
-        rule = f"must have carft-ray {here['version']}, as the driver has it"
+        rule = f"must have carft-ray {here['version']}, like the driver"
         yield "error", rule, ours["fault"] or ours["version"], install
     elif ours["source"] != here["source"]:
-        yield "warning", "has other files of carft-ray than the driver, of the same version", "", install
+        yield "warning", "has different files of carft-ray than the driver, with the same version", "", install
     for name, wanted in (environment.versions_of(LIBRARIES) | {"python": platform.python_version()}).items():
         there, step = facts["versions"][name], f"Install {name} {wanted} there."
         if there is None:
-            yield "error", f"must have {name} {wanted}, as the driver has it", "none", step
+            yield "error", f"must have {name} {wanted}, like the driver", "none", step
         elif wanted is not None and _release(there) != _release(wanted):
             yield (
                 "warning",
-                f"should have {name} {wanted}, as the driver has it: results may differ by node",
+                f"should have {name} {wanted}, like the driver: results may differ between nodes",
                 there,
                 step,
             )
@@ -220,10 +220,15 @@ def _faults_of_gpus(report: NodeReport, facts: Mapping[str, Any]) -> Iterator[Fa
     offered, there, torch = report.resources.get("GPU", 0), facts["gpus"], facts["versions"]["torch"] or ""
     found = f"{len(there)} by nvidia-smi"
     if offered and "+cpu" in torch:
-        yield "error", "must have a torch with CUDA, as it offers GPUs to Ray", torch, "Install torch for CUDA there."
+        yield (
+            "error",
+            "must have a torch with CUDA, since it offers GPUs to Ray",
+            torch,
+            "Install torch for CUDA there.",
+        )
     if offered > len(there) and there:
         step = "Start its Ray with the number of GPUs that nvidia-smi shows."
         yield "error", f"must have the {offered:g} GPUs that it offers to Ray", found, step
     if there and not offered and report.takes_trials:
-        step = "Start its Ray with --num-gpus, where trials shall use them."
+        step = "Start its Ray with --num-gpus if trials are to use them."
         yield "warning", "offers none of its GPUs to Ray", found, step

@@ -130,7 +130,7 @@ def _require_connected_to(address: str | None) -> None:
     connected = ray.get_runtime_context().gcs_address
     if address not in ("auto", connected):
         rule = f"must be 'auto': this process is connected to the Ray at {connected}"
-        step = "Take that one, or call ray.shutdown() before."
+        step = "Use that one, or call ray.shutdown() first."
         raise ClusterError(Problem("address", rule, address or "none, which starts another Ray", next_step=step))
 
 
@@ -154,7 +154,7 @@ def _start(temp_dir: str) -> None:
             ray.shutdown()
             if is_last or TIMED_OUT not in str(error):
                 rule, step = "must start on this machine", "Is there space in the temporary folder and in /dev/shm?"
-                step += " May new processes start? Is the machine busy?"
+                step += " Can new processes start? Is the machine busy?"
                 raise ClusterError(Problem("Ray", rule, _first_line(error), next_step=step)) from error
 
 
@@ -164,7 +164,7 @@ def _attach(address: str, wait_s: float, say: Callable[[str], None]) -> None:
         host, _, port = address.rpartition(":")
         if not host or "/" in host or not port.isdecimal():
             rule = "must be host:port or auto, from a machine of the cluster"
-            step = "Ray Client (ray://) does not carry Tune and Train; use 'carft-ray submit' from outside."
+            step = "Ray Client (ray://) does not support Tune and Train; use 'carft-ray submit' from outside."
             raise ClusterError(Problem("address", rule, address, next_step=step))
         fault, end = _greet(host, int(port)), time.monotonic() + wait_s
         if fault and wait_s:
@@ -183,7 +183,9 @@ def _attach(address: str, wait_s: float, say: Callable[[str], None]) -> None:
         )
     except ray.exceptions.AuthenticationError as error:
         step = "Set RAY_AUTH_MODE=token here; the token of the cluster must be in ~/.ray/auth_token or RAY_AUTH_TOKEN."
-        raise ClusterError(Problem("address", f"{address} refused us", _first_line(error), next_step=step)) from error
+        raise ClusterError(
+            Problem("address", f"{address} refused the connection", _first_line(error), next_step=step)
+        ) from error
     except (RuntimeError, OSError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
         rule = f"no Ray can be used at {address}"

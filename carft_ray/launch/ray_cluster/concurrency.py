@@ -155,7 +155,7 @@ def capacity_of(recipe: Recipe, nodes: tuple[Node, ...], may_grow: bool = False)
     if is_held and not asked:
         asked, reason = 1, f"{reason}; one waits"
     elif asked:
-        reason += f"; nodes for {asked}{' more' if fitting else ''} are asked for"
+        reason += f"; nodes for {asked}{' more' if fitting else ''} are requested"
     return Capacity(fitting, reason, num_workers, cpus, gpus, one_node, asked, kind or "")
 
 
@@ -225,10 +225,10 @@ def _limit(fitting: int, need: dict[str, float], nodes: tuple[Node, ...], num_wo
     by_one = {name: (_num_trials(counts, num_workers, one_node), sum(counts)) for name, counts in slots.items()}
     name = min(reversed(need), key=lambda name: by_one[name])  # of equals the GPUs
     total, free, amount = (*(sum(of(node, name) for node in nodes) for of in (Node.amount, Node.free)), need[name])
-    there = counted(total, name) if free == total else f"{free:g} of {counted(total, name)}, others hold the rest"
-    reason = f"{there}, {amount * num_workers:g} a trial"
+    there = counted(total, name) if free == total else f"{free:g} of {counted(total, name)}, others use the rest"
+    reason = f"{there}, {amount * num_workers:g} per trial"
     is_all = round(free * UNITS) // (int(amount * UNITS) * num_workers) == fitting
-    return reason if is_all else f"{reason}; what is left on each node or GPU is too little"
+    return reason if is_all else f"{reason}; each node or GPU has too little left"
 
 
 @dataclass(eq=False)

@@ -169,7 +169,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--provider", choices=[*NOTICES, "auto"], default="auto", help="the cloud; auto asks both")
-    which.add_argument("--now", type=float, metavar="S", help="drain at once and wait: so many seconds are left")
+    which.add_argument("--now", type=float, metavar="S", help="drain at once and wait; this many seconds are left")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS") or "auto", help="of the cluster, host:port")
     parser.add_argument("--node-id", help="Ray's name of this node; needed where several run on one machine")
     parser.add_argument("--every", type=float, default=EVERY_S, metavar="S", help="seconds between questions")

@@ -146,7 +146,7 @@ def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineErr
         resume_command: The command.
     """
     problems = [Problem(row.name, f"is set aside: {row.reason}") for row in rows]
-    problems[-1] = replace(problems[-1], next_step=f"Nothing is lost. Mend the cause, then: {resume_command}")
+    problems[-1] = replace(problems[-1], next_step=f"Nothing is lost. Correct the cause, then: {resume_command}")
     return MachineError(problems)
 
 

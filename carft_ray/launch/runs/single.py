@@ -126,8 +126,8 @@ def _check_folder(out_dir: Path, resume: bool) -> None:
     if has_training and not is_single(out_dir):
         raise UsageError(Problem(str(out_dir), "must be the folder of a training", "a study", next_step=other))
     if resume and not has_training:
-        step = "Leave --resume out to begin one."
-        raise UsageError(Problem(str(out_dir), "must hold a training to resume", "none", next_step=step))
+        step = "Leave --resume out to start one."
+        raise UsageError(Problem(str(out_dir), "must contain a training to resume", "none", next_step=step))
     if not resume and has_training:
         done = best_row(trials(out_dir)) is not None
         state = "a finished training" if done else "an unfinished training"

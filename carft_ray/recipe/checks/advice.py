@@ -24,7 +24,7 @@ def check_searchable(recipe: Recipe) -> list[Problem]:
     problems = []
     if not recipe.search.space:
         step = "Add a parameter, for example learning_rate: {low: 1e-6, high: 1e-4, log: true}."
-        problems.append(Problem("search.space", "must hold at least one parameter to search", next_step=step))
+        problems.append(Problem("search.space", "must contain at least one parameter to search", next_step=step))
     if recipe.train.alpha is not None:
         step = "Remove train.alpha (--set train.alpha=null)."
         rule = "must not be fixed in a search, which finds alpha itself"
@@ -46,7 +46,7 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
         return name not in space and bool(getattr(train, name) == value)
 
     if recipe.data.pack != "auto" and isinstance(recipe.data.train, SandboxSet):
-        yield "data.pack", "has no effect: data.train is drawn, and kept decoded"
+        yield "data.pack", "has no effect: the images of data.train are drawn and kept decoded"
     if recipe.budget.gpu_hours is not None and recipe.resources.gpus_per_worker == 0:
         yield "budget.gpu_hours", "has no effect: resources.gpus_per_worker is 0"
     if (gpus := recipe.resources.gpus_per_worker or 0) > 1 and train.function is None:
@@ -66,7 +66,7 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if train.head_bias and always("head_lr_factor", 0):
         yield "train.head_bias", "has no effect: head_lr_factor is 0, so it stays 0"
     if always("ema_decay", 0):
-        yield "train.ema_decay", "has no effect: an average with decay 0 is the last step; null says the same"
+        yield "train.ema_decay", "has no effect: an average with decay 0 is the last step; null does the same"
     if train.precision == "fp64":
         yield "train.precision", "fp64 is for checks of the numbers: several times slower, no better"
     if _is_changed(search.objective, "id_weight") and kind not in ("weighted_mean", "pareto"):
@@ -76,14 +76,14 @@ def _idle(recipe: Recipe) -> Iterator[tuple[str, str]]:
     if _is_changed(search.objective, "tolerance") and (kind, best) != ("pareto", "lexicographic"):
         yield "search.objective.tolerance", "has no effect: it belongs to kind pareto with best: lexicographic"
     if not recipe.data.ood_val:
-        yield "search.objective", "is ID accuracy alone: data.ood_val holds no set"
+        yield "search.objective", "is only ID accuracy: data.ood_val has no set"
     for path, spec in benchmark_sets(recipe).items():
         if spec.trial_seed and spec.split not in IN_OUT:
-            yield dotted((*path, "trial_seed")), "has no effect: it is of DomainBed's splits in and out"
+            yield dotted((*path, "trial_seed")), "has no effect: it belongs to DomainBed's splits in and out"
     yield from sampler_advice(recipe)
     if search.pruner.name != "none" and (fewest := min(possible_values(recipe, "epochs"))) < FEW_EPOCHS:
         few = f"{counted(fewest, 'epoch')}, fewer than {FEW_EPOCHS}"
-        why = f"a training has {few}, and its intermediate values hardly predict its end"
+        why = f"a training has {few}, and its intermediate values hardly predict its result"
         yield "search.pruner", f"is weakly informative: {why}"
     if recipe.model.name != "sandbox" and templates == "sandbox":
         yield "prompts.templates", f"sandbox describes the sandbox's own pictures; for {recipe.model.name} try openai"
@@ -101,12 +101,12 @@ def _domains(recipe: Recipe) -> Iterator[str]:
     for path, spec in sets.items():
         domains = _domain_names(spec)
         if path[1] in ("ood_val", "ood_test") and train & domains:
-            yield f"{dotted(path)} is no shift: data.train has the same domain"
+            yield f"{dotted(path)} is not a shift: data.train has the same domain"
         elif path[1] == "ood_test" and domains & seen.keys():
             first = dotted(seen[min(domains & seen.keys())])
-            yield f"{dotted(path)} shows other images of a shift that {first} has shown to the selection"
+            yield f"{dotted(path)} has other images of a shift that {first} already uses for selection"
         elif path[1] == "ood_val" and isinstance(spec, BenchmarkSet) and spec.name == "imagenet-v2":
-            yield f"{dotted(path)} is ImageNet-V2, which ranks models as ID does and is no OOD validation set"
+            yield f"{dotted(path)} is ImageNet-V2, which ranks models as ID does: it is not an OOD validation set"
 
 
 def _domain_names(spec: SetSpec) -> set[tuple[str, str]]:

@@ -37,7 +37,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     name, pretrained = recipe.model.name, recipe.model.pretrained
     path = ("model", "pretrained")
     if name == "sandbox" and pretrained is not None:
-        rule = "must be left out for the sandbox, which brings its own weights"
+        rule = "must be left out for the sandbox, which has its own weights"
         step = "Remove it, or give the model that it belongs to as model.name."
         yield Finding(path, rule, shown(pretrained), next_step=step)
     if name != "sandbox" and ":" not in name and pretrained is None:
@@ -106,7 +106,7 @@ def _classes(recipe: Recipe) -> Iterator[Finding]:
         if words not in BENCHMARKS:
             yield unlisted(path, CLASS_NAMES_RULE, words, BENCHMARKS)
     elif classes is not None and words is not None and len(classes) != len(words):
-        rule = f"must hold one text per class of data.classes ({len(classes)})"
+        rule = f"must contain one text per class of data.classes ({len(classes)})"
         yield Finding(path, rule, str(len(words)))
 
 
@@ -122,7 +122,7 @@ def _prompts(recipe: Recipe) -> Iterator[Finding]:
     for index, template in enumerate(templates):
         rest = template.replace("{}", "", 1)
         if rest == template or "{" in rest or "}" in rest:
-            yield Finding((*path, index), "must hold {} once, for the class, and no other brace", shown(template))
+            yield Finding((*path, index), "must contain {} once, for the class, and no other brace", shown(template))
         elif template in templates[:index]:
             yield Finding((*path, index), "must not repeat an earlier template", shown(template))
 
@@ -160,7 +160,7 @@ def _parameter(path: KeyPath, name: str, parameter: Parameter) -> Iterator[Findi
     if kind in (bool, str) and not isinstance(parameter, CategoricalParameter):
         words = ("true", "false") if kind is bool else get_args(core_type(TrainConfig.model_fields[name].annotation))
         step = f"Write {name}: {{choices: [{', '.join(words)}]}}."
-        yield Finding(path, f"{name} is no number and needs choices", parameter.type, next_step=step)
+        yield Finding(path, f"{name} is not a number and needs choices", parameter.type, next_step=step)
     elif kind is int and not isinstance(parameter, CategoricalParameter | IntParameter):
         step = "Write type: int, or leave the type out."
         yield Finding(path, f"{name} takes whole numbers only", f"type {parameter.type}", next_step=step)
@@ -186,12 +186,12 @@ def _alpha(recipe: Recipe) -> Iterator[Finding]:
         return
     if profile == (parameter is not None):
         step = f"With sample, add {add}; with profile, remove it: every trial tries the whole curve."
-        rule = "must be sample where alpha is in search.space, else profile"
+        rule = "must be sample if alpha is in search.space, else profile"
         yield Finding(mode, rule, search.alpha.mode, next_step=step)
     for key, value in (_ends(parameter) if parameter else {}).items():
         if value is None or (isinstance(value, float | int) and value < lowest):
             rule = f"must be at least search.alpha.lowest, {lowest}"
-            step = "alpha near 0 is the zero-shot model, which is a baseline and no trial."
+            step = "alpha near 0 is the zero-shot model, which is a baseline, not a trial."
             yield Finding((*path, *key), rule, shown(value), next_step=step)
 
 

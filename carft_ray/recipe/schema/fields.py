@@ -145,7 +145,7 @@ def field_of(kind: Any, name: str | int) -> FieldInfo | None:
 def distinct_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Refuses a name that occurs twice."""
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"must not hold a name twice, but got {', '.join(twice)}")
+        raise ValueError(f"must not contain a name twice, but got {', '.join(twice)}")
     return names
 
 

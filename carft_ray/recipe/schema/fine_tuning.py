@@ -27,19 +27,19 @@ TEMPLATE_FILE = "file:"  # of prompts.templates: the path of a text file, one te
 LOCAL_DIR = "local-dir:"  # of model.name: a folder as open_clip or transformers writes it
 TemplateSet = Literal["sandbox", "simple", "openai"]
 
-METHOD = Resume("identity", "another method: its objectives do not compare")
-START = Resume("identity", "the start of every training; a folder or file may move, its weights are compared")
-HEADS = Resume("identity", "both heads are made of them")
+METHOD = Resume("identity", "another method: its objectives are not comparable")
+START = Resume("identity", "the start of every training; a folder or file may move: its weights are compared")
+HEADS = Resume("identity", "both heads are made from them")
 ROUNDING = Resume("identity", "changes the rounding of every number")
 SAVING = Resume("running", "when checkpoints are written, not what is computed")
 MEMORY = Resume("running", "memory and speed, not what is computed")
 SEED_REASON = (
-    "Seeds are no hyperparameters: choosing the luckiest seed is selection on noise. "
+    "A seed is not a hyperparameter: choosing the luckiest seed is selection on noise. "
     "Remove it; to see the spread, train the best recipe again with other seeds (--set train.seed=1)."
 )
-ONLY_SAVING = "It changes what is lost with a machine, not the training. Choose one for all trials."
+ONLY_SAVING = "It changes how much a failed machine loses, not the training. Choose one for all trials."
 ONLY_SPEED = "It changes speed and memory, not the gradient. Choose one for all trials."
-ONE_FUNCTION = "A study has one fine-tuning. Compare two by two studies, or by a baseline."
+ONE_FUNCTION = "A study has one fine-tuning function. Compare two with two studies, or with a baseline."
 ONLY_ROUNDING = "It changes speed and rounding, not the method. Choose one for all trials."
 TEMPLATES_RULE = "must be the name of a set of templates, file:PATH, or a list of texts with {}"
 CLASS_NAMES_RULE = "must be the name of a benchmark or a list of texts"
@@ -69,7 +69,7 @@ def _words(value: Any) -> Any:
     if not isinstance(value, list | tuple) or not all(isinstance(word, str) for word in value):
         raise ValueError(CLASS_NAMES_RULE)
     if not all(word.strip() for word in value):
-        raise ValueError("must not hold an empty text")
+        raise ValueError("must not contain an empty text")
     return tuple(value)
 
 
@@ -108,8 +108,8 @@ class ModelConfig(Config):
     name: Annotated[str, AfterValidator(_model)] = key("sandbox", "sandbox", START)
     """`sandbox`, a model of open_clip, `local-dir:DIR` or `hf-hub:OWNER/NAME` ([models.md](../docs/models.md))"""
     pretrained: Annotated[str, AfterValidator(_weights)] | None = key(None, None, START)
-    """its weights: a tag of open_clip, the path of a weights file, or `random`; required for an open_clip name, left
-    out for the others"""
+    """its weights: a tag of open_clip, the path of a weights file, or `random`; required for an open_clip name, not
+    allowed for the others"""
 
 
 class PromptsConfig(Config):
@@ -118,11 +118,11 @@ class PromptsConfig(Config):
     templates: Annotated[str | tuple[str, ...], BeforeValidator(_templates)] = key(
         "sandbox", ["a photo of a {}.", "a sketch of a {}."], HEADS
     )
-    """`sandbox`, `simple`, `openai`, those of a benchmark, or your own with one `{}` for the class: a list, or
-    `file:PATH` of a text file with one on each line"""
+    """`sandbox`, `simple`, `openai`, the name of a benchmark, or your own templates with one `{}` for the class: a
+    list, or `file:PATH` of a text file with one template per line"""
     class_names: Annotated[str | tuple[str, ...] | None, BeforeValidator(_words)] = key(None, None, HEADS)
-    """words for the classes: those of a benchmark, or a list in label order, which may repeat; null: those of the
-    benchmark that is trained on, else the class folders, `_` as a space"""
+    """words for the classes: the name of a benchmark, or a list in label order, which may have duplicates; null: those
+    of the benchmark in `data.train`, else the names of the class folders with `_` as a space"""
 
 
 class TrainConfig(Config):
@@ -133,15 +133,15 @@ class TrainConfig(Config):
     kl_weight: NonNegativeFloat = key(1.0, 10, METHOD)
     """coefficient of the KL term; 0 is plain fine-tuning. Its size depends on the model's logit scale"""
     alpha: Fraction | None = key(None, 0.6, METHOD)
-    """fixed mixing coefficient, 0 zero-shot, 1 fine-tuned; null: the best of the alpha curve. Not with `search`: there
+    """fixed mixing coefficient, 0 zero-shot, 1 fine-tuned; null: the best of the alpha curve. Not allowed in a search:
     see [One alpha for all trials](../docs/objectives.md#one-alpha-for-all-trials)"""
     epochs: PositiveInt = key(10, 6, METHOD)
     """passes over the training set"""
     batch_size: PositiveInt = key(512, 64, METHOD)
-    """images per step, over all workers, at most the training set"""
+    """images per step over all workers; at most the size of the training set"""
     micro_batch: PositiveInt | None = key(None, 32, MEMORY, not_searched=ONLY_SPEED)
-    """most images per forward pass of a worker, changes memory and not the gradient; null: the worker's whole part;
-    halved where memory is short"""
+    """largest number of images per forward pass of a worker; changes memory use, not the gradient; null: the whole part
+    of the worker; halved if memory is short"""
     weight_decay: NonNegativeFloat = key(0.1, 0.05, METHOD)
     """weight decay of AdamW"""
     decay: Literal["all", "matrices"] = key("all", "matrices", METHOD)
@@ -159,23 +159,24 @@ class TrainConfig(Config):
     head_lr_factor: NonNegativeFloat = key(1.0, 0, METHOD)
     """learning rate of the class head, relative to the tower's; 0 freezes it"""
     layer_decay: Annotated[float, Field(gt=0, le=1, strict=True)] = key(1.0, 0.75, METHOD)
-    """learning rate of a layer of the image tower, relative to that of the layer above it; the class head is the
-    uppermost. 1: one learning rate"""
+    """learning rate of a layer of the image tower, relative to that of the layer above it; the class head is the top
+    layer. 1: the same learning rate for all"""
     freeze_layers: NonNegativeInt = key(0, 2, METHOD)
-    """lowest layers of the image tower that do not train (stem, blocks, projection); all of them: the class head alone
-    trains"""
+    """number of lowest layers of the image tower that are not trained (stem, blocks, projection); if it is all of them,
+    only the class head is trained"""
     lora_rank: PositiveInt | None = key(None, 8, METHOD)
-    """the matrices of the tower's blocks train by corrections of this rank (LoRA), at most the smallest side of a
-    matrix, nothing else of the tower trains; null: all trains"""
+    """rank of the corrections (LoRA) that train the matrices of the tower's blocks, at most the smallest side of a
+    matrix; nothing else in the tower is trained; null: no LoRA"""
     lora_alpha: PositiveFloat | None = key(None, 16, METHOD)
-    """LoRA's corrections count `lora_alpha / lora_rank` times; null: once"""
+    """LoRA's corrections are multiplied by `lora_alpha / lora_rank`; null: by 1"""
     ema_decay: Annotated[float, Field(ge=0, lt=1, strict=True)] | None = key(None, 0.99, METHOD)
-    """decay of the average of the weights after each step, which is the result; null: the last step is"""
+    """decay of the average of the weights over all steps; this average is the result; null: the weights of the last
+    step are the result"""
     context_scale: PositiveFloat | None = key(None, 50, METHOD)
     """scale in the context softmax; null: the model's own logit scale"""
     precision: Literal["auto", "fp32", "bf16", "fp64"] = key("auto", "bf16", ROUNDING, not_searched=ONLY_ROUNDING)
-    """precision of the image tower's compute; weights stay fp32 (fp64 with fp64). auto: bf16 on a GPU that has it, else
-    fp32; fp32 is never TF32"""
+    """precision of the image tower's computation; weights stay fp32 (fp64 with fp64). auto: bf16 on a GPU that supports
+    it, else fp32; fp32 never uses TF32"""
     grad_checkpointing: Flag = key(False, True, MEMORY, not_searched=ONLY_SPEED)
     """compute the activations of a block again instead of keeping them: less memory, the same gradient, one more
     forward pass"""
@@ -183,18 +184,18 @@ class TrainConfig(Config):
         "auto", True, ROUNDING, not_searched=ONLY_ROUNDING
     )
     """train with a compiled image tower (`torch.compile`, needs a compiler): faster after a slow start, other rounding;
-    auto: on a GPU with a compiler that works, where a training has at least 1,000 steps. It is decided once, before the
-    first training of a study"""
+    auto: on a GPU with a working compiler, if a training has at least 1,000 steps. carft-ray decides this once, before
+    the first training of a study"""
     deterministic: Flag = key(False, True, ROUNDING, not_searched=ONLY_ROUNDING)
-    """sums in one order on a GPU as well, so that a training there repeats bit for bit on the same card; slower. On a
-    CPU it always does"""
+    """use a fixed order of sums on a GPU as well, so that a training repeats bit for bit on the same card; slower. On a
+    CPU every training does"""
     checkpoint_every: Duration | None = key(900.0, "5m", SAVING, not_searched=ONLY_SAVING)
     """time from one checkpoint to the next, in seconds or as a text (`30s`, `1h30m`); null: one at the end of every
-    epoch. A training that is asked to stop or to leave writes one as well"""
+    epoch. A training also writes one when it is told to stop or to leave its node"""
     function: Annotated[str | None, BeforeValidator(_function)] = key(
         None, "own_trainer:fine_tune", METHOD, not_searched=ONE_FUNCTION
     )
-    """`MODULE:NAME`, your own fine-tuning in place of the built-in loop, taken only with `--trust`
+    """`MODULE:NAME`, your own fine-tuning in place of the built-in loop; runs only with `--trust`
     ([own_trainer.md](../docs/own_trainer.md))"""
     function_dir: RecipePath | None = key(
         None,
@@ -202,11 +203,11 @@ class TrainConfig(Config):
         Resume("running", "a folder may move; the function has the same name"),
         not_searched=ONE_FUNCTION,
     )
-    """folder from which `function` is imported, as if Python was started there; null: the recipe's own"""
+    """folder from which `function` is imported, as if Python were started there; null: the folder of the recipe"""
     seed: Seed = key(
         0, 1, Resume("identity", "choosing a luckier seed is selection on noise"), not_searched=SEED_REASON
     )
-    """order of the images and their random crops, and LoRA's start"""
+    """seed of the order of the images, of their random crops and of LoRA's initial values"""
 
 
 def field_kind(name: str) -> type:
@@ -222,10 +223,10 @@ class EvaluateConfig(Config):
     """Evaluation while a training runs; the end is always evaluated in full."""
 
     every_epochs: NonNegativeInt | None = key(
-        None, 2, Resume("identity", "a pruner may cut a training only where it is evaluated")
+        None, 2, Resume("identity", "a pruner can cut a training only at an evaluation")
     )
-    """epochs between evaluations on a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, which is
-    always in full; null: 1 with a pruner, else 0"""
+    """epochs between evaluations on a subset, mixed at the best of alpha .25, .5, .75, 1; 0: only at the end, where the
+    evaluation is always full; null: 1 with a pruner, else 0"""
     subset: PositiveInt = key(
         250, 1000, Resume("identity", "intermediate values of trainings are compared with each other")
     )
@@ -235,5 +236,5 @@ class EvaluateConfig(Config):
     thumbnails: Annotated[int, Field(ge=0, le=200, strict=True)] = key(
         48, 0, Resume("running", "pictures for the report; nothing is computed from them")
     )
-    """small pictures that a training keeps for `report --html`, of validation images whose answer changes between
-    zero-shot, the chosen alpha and alpha 1; those of the best trials stay; 0: none are kept, and none are shown"""
+    """number of small pictures that a training keeps for `report --html`: validation images whose prediction changes
+    between zero-shot, the chosen alpha and alpha 1; those of the best trials are kept; 0: none are kept or shown"""

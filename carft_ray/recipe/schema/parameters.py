@@ -44,18 +44,18 @@ class FloatParameter(Config):
     """A real number between two ends."""
 
     type: Literal["float"] = key("float", "float", SPACE)
-    """kind of the parameter; left out, it follows from the keys and the field"""
+    """kind of the parameter; if left out, it follows from the keys and the field"""
     low: Number = key(REQUIRED, 0.0001, SPACE)
-    """lower end, included, inside the field's own range"""
+    """lower bound, included; inside the field's own range"""
     high: Number = key(REQUIRED, 0.1, SPACE)
-    """upper end, included"""
+    """upper bound, included"""
     log: Flag = key(False, True, SPACE)
     """draw on a log scale; needs low > 0 and no step"""
     step: PositiveFloat | None = key(None, None, SPACE)
-    """distance of the values that are drawn, divides high - low; an int parameter has 1"""
+    """distance between the values that are drawn; divides high - low; 1 for an int parameter by default"""
     when: When = key({}, {"head_bias": True}, SPACE)
-    """not for `alpha`; categorical parameter: its value or values for which this one is drawn; elsewhere the field
-    keeps its value in `train`"""
+    """condition: a categorical parameter, and its value or values for which this one is drawn; otherwise the field
+    keeps its value in `train`; not for `alpha`"""
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -84,7 +84,7 @@ class CategoricalParameter(Config):
 
     type: Literal["categorical"] = key("categorical", "categorical", SPACE)
     choices: Annotated[tuple[Choice, ...], Field(min_length=1)] = key(REQUIRED, [0.05, 0.1], SPACE)
-    """the values of a categorical parameter, none twice"""
+    """the values of a categorical parameter, without duplicates"""
     when: When = key({}, {"head_bias": True}, SPACE)
 
     @field_validator("choices")
@@ -110,7 +110,7 @@ def _check_ends(low: float, high: float, log: bool, step: float | None) -> None:
     if not math.isfinite(high - low):
         raise ValueError(f"high - low must be a finite number, but got low={low}, high={high}")
     if step is not None and (decimal(high) - decimal(low)) / decimal(step) > _MOST_STEPS:
-        raise ValueError(f"at most {_MOST_STEPS:,} steps must lie between low and high, but got step={step}")
+        raise ValueError(f"low to high must have at most {_MOST_STEPS:,} steps, but got step={step}")
     if step is not None and (decimal(high) - decimal(low)) % decimal(step) != 0:
         raise ValueError(f"high - low must be a multiple of step, but got low={low}, high={high}, step={step}")
 

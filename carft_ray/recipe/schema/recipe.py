@@ -1,7 +1,7 @@
 """The recipe as one frozen, validated value. Every key that a user can write is a field, here or in the modules below.
 
 A field holds the type, the range and the default of its key, its meaning, an example, and whether it may change when a
-study is resumed (``fields.key``). ``docs/keys.py`` makes of them the tables of ``search_spaces/README.md`` and
+study is resumed (``fields.key``). ``docs/keys.py`` makes of them the tables of ``docs/recipe.md`` and
 ``docs/resume.md`` and the JSON schema for editors. Rules that concern several keys are in ``checks/rules.py``.
 
 Units: learning rates are absolute, accuracies are fractions, sizes are pixels, counts are images unless a name says
@@ -39,10 +39,10 @@ LEAST_AMOUNT = 0.0001  # of a resource
 OBJECTIVE = Resume("identity", "part of the objective")
 RANKING = Resume("identity", "ranks the trials")
 BEST = Resume("identity", "chooses the best trial")
-PROPOSED = Resume("running", "proposals to come")
-HOW_FAR = Resume("running", "how far")
-TOLD = Resume("running", "who is told; nothing is computed from it")
-HOW_FAST = Resume("running", "where and how fast")
+PROPOSED = Resume("running", "only later proposals")
+HOW_FAR = Resume("running", "how far the search goes")
+TOLD = Resume("running", "who is notified; nothing is computed from it")
+HOW_FAST = Resume("running", "where and how fast trainings run")
 
 
 # of fields of ``train``; checked where they are applied
@@ -94,9 +94,11 @@ class ObjectiveConfig(Config):
     id_weight: Fraction = key(0.5, 0.3, RANKING)
     """weight of ID accuracy in `weighted_mean`; the OOD sets share the rest equally. With `pareto`: its weight in the
     intermediate values of a running training"""
-    id_margin: Fraction = key(0.005, 0.01, Resume("identity", "what a confirm claims is fixed before it is seen"))
-    """in `confirm` and `test`, "keeps ID" means: not more ID accuracy lost than this, by the 95 % interval; it ranks
-    nothing"""
+    id_margin: Fraction = key(
+        0.005, 0.01, Resume("identity", "the claim of a confirm is fixed before its result is seen")
+    )
+    """in `confirm` and `test`: the largest loss of ID accuracy, by the 95 % interval, that counts as "keeps ID"; it
+    ranks nothing"""
     best: Literal["knee", "lexicographic"] = key("knee", "lexicographic", BEST)
     """with `pareto`: the best trial is the knee of the front, or the highest OOD among points that keep ID"""
     tolerance: Fraction = key(0.005, 0.01, BEST)
@@ -107,7 +109,7 @@ class SearchConfig(Config):
     """What is searched and how long."""
 
     trials: PositiveInt = key(16, 30, HOW_FAR)
-    """trainings, baselines not counted"""
+    """number of trials, without baselines"""
     space: Space = key({}, {"learning_rate": {"low": 0.0001, "high": 0.005, "log": True}}, SPACE)
     """the search space: fields of `train` marked *; `search` needs at least one"""
     alpha: AlphaConfig = AlphaConfig()
@@ -116,23 +118,24 @@ class SearchConfig(Config):
     sampler: Sampler = TpeSampler()
     pruner: Pruner = NoPruner()
     enqueue: tuple[Values, ...] = key((), [{"learning_rate": 0.0005, "kl_weight": 10}], PROPOSED)
-    """values inside the space that are tried first, in this order; a parameter that is left out
-    is drawn; they count as trials"""
+    """values inside the space that are tried first, in this order; a parameter that is left out is drawn; each entry
+    counts as a trial"""
     warm_start: tuple[StudyPlace, ...] = key((), ["../studies/first"], PROPOSED)
-    """other studies, folders or addresses, whose trials are passed to the sampler; they are not trials of this one"""
+    """folders or addresses of other studies whose trials are passed to the sampler; they do not count as trials of this
+    study"""
     baselines: Baselines = key(
         {},
         {"fine_tuning": {"kl_weight": 0}},
         Resume("identity", "a trained baseline keeps its values; further ones may be added"),
     )
-    """values over `train`, trained before the trials and shown with them, never passed to the sampler; any name but
-    `zero_shot`, which is always shown"""
+    """by name, values that replace those of `train`; trained before the trials and shown with them, never passed to the
+    sampler; any name but `zero_shot`, which is always shown"""
     max_concurrent_trials: PositiveInt | None = key(None, 2, HOW_FAST)
-    """trials at a time; null: as many as the machine or cluster has resources for; one fewer each time that Ray ends a
-    trial that is out of memory"""
-    keep_checkpoints: PositiveInt = key(3, 10, Resume("running", "what is kept"))
-    """best trials of the study whose fine-tuned weights stay, besides those of all baselines (and of all trainings on a
-    Pareto front); the results of the others stay"""
+    """trials at a time; null: as many as fit on the machine or cluster; carft-ray lowers it by one each time that Ray
+    ends a trial that is out of memory"""
+    keep_checkpoints: PositiveInt = key(3, 10, Resume("running", "which weights are kept"))
+    """number of best trials whose fine-tuned weights are kept, besides those of all baselines (and of all trainings on
+    a Pareto front); the results of all trials are kept"""
 
 
 class ResourcesConfig(Config):
@@ -144,27 +147,27 @@ class ResourcesConfig(Config):
     num_workers: PositiveInt = key(1, 1, HOW_FAST)
     """workers of one trial; 1 with `inline` and `debug`"""
     cpus_per_worker: Annotated[PositiveFloat, AfterValidator(_amount)] | None = key(None, 4, HOW_FAST)
-    """CPU cores per worker, at least 0.0001, which make its views; null: 1 without GPUs, else the same share of a
-    node's cores as of its GPUs, on the node with the fewest cores a GPU of those that are there at the start"""
+    """CPU cores per worker, at least 0.0001, for making its views; null: 1 without GPUs, else the same share of a
+    node's cores as of its GPUs, on the node that has the fewest cores per GPU when the search starts"""
     gpus_per_worker: Annotated[NonNegativeFloat, AfterValidator(_amount)] | None = key(None, 0.5, HOW_FAST)
-    """GPUs per worker: a whole number, or with one worker a share from 0.0001 on; null: 1 where the cluster has GPUs,
-    else 0; a share is of one GPU: with 0.3, three trials run on each. A worker computes on one: for several GPUs a
-    trial see `num_workers`"""
+    """GPUs per worker: a whole number, or with one worker a share of one GPU, at least 0.0001 (with 0.3, three trials
+    run on each GPU); null: 1 if the cluster has GPUs, else 0. A worker computes on one GPU: for multiple GPUs per trial
+    see `num_workers`"""
     accelerator: SetName | None = key(None, "H100", HOW_FAST)
     """trials run only on nodes with GPUs of this kind (Ray's resource `accelerator_type:H100`); null: on any"""
     wait_for_nodes: Wait | None = key(None, "10m", HOW_FAST)
     """on a cluster (`--address`): how long a command waits at its start, in seconds or as a text (`90s`, `1h30m`), for
-    the head, and then for the first nodes on which a trial fits; null: as long as it takes where an autoscaler may add
-    nodes, else not at all"""
+    the head, and then for the first nodes on which a trial fits; null: without limit if an autoscaler may add nodes,
+    else not at all"""
     threads: PositiveInt | None = key(None, 1, HOW_FAST)
-    """threads per worker, which make views and compute on a CPU; null: `cpus_per_worker`"""
+    """threads per worker, for making views and for computing on a CPU; null: `cpus_per_worker`"""
     targets: Literal["auto", "online", "stored"] = key("auto", "online", HOW_FAST)
     """the frozen model's context distributions; online: computed in every training; stored: the first training that
-    needs one keeps it in the cache of its node, later ones read it; auto: stored where several trainings share them.
-    The same numbers in each case"""
+    needs one keeps it in the cache of its node, and later trainings read it; auto: stored if several trainings share
+    them. The numbers are the same in each case"""
     hang_timeout_s: PositiveFloat | None = key(3600.0, 600, HOW_FAST)
-    """in a search: a trial without a training step for so many seconds is ended and tried again, and its log says what
-    its threads did; longer than its evaluations; null: never"""
+    """in a search: after this many seconds without a training step, carft-ray ends a trial and tries it again; its log
+    says what its threads did; must be longer than its evaluations; null: never"""
 
     @property
     def threads_per_worker(self) -> int:
@@ -179,34 +182,35 @@ class BudgetConfig(Config):
     """When a search ends, with its best, before its trials are done. Their number is ``search.trials``."""
 
     wall_time: Duration | None = key(None, "8h", HOW_FAR)
-    """time of one `search` or `resume`, in seconds or as a text (`45m`, `8h`); then it ends with its best and can be
-    resumed"""
+    """time limit of one `search` or `resume`, in seconds or as a text (`45m`, `8h`); the search then ends with its best
+    trial so far and can be resumed"""
     gpu_hours: PositiveFloat | None = key(None, 24, HOW_FAR)
-    """GPU hours of all attempts of the study, baselines and confirm included; then a `search` or `resume` ends with its
-    best"""
+    """limit on the GPU hours of all attempts of the study, including baselines and confirm; a `search` or `resume` then
+    ends with its best trial so far"""
 
 
 class WandbConfig(Config):
     """Weights & Biases gets a run per training, epoch by epoch; extra ``wandb``."""
 
     project: SetName | None = key(None, "my_project", TOLD)
-    """project of the runs, a training each; null: none"""
+    """project for the runs, one run per training; null: none"""
     entity: SetName | None = key(None, "my_team", TOLD)
-    """user or team that has the project; null: that of the login"""
+    """user or team that owns the project; null: that of the login"""
     offline: Flag = key(False, True, TOLD)
-    """runs stay in `tracking/` of the study until `wandb sync` sends them; so they do with `WANDB_MODE=offline`"""
+    """keep runs in `tracking/` of the study until `wandb sync` sends them; `WANDB_MODE=offline` does the same"""
 
 
 class MlflowConfig(Config):
     """MLflow gets a run per training, epoch by epoch; extra ``mlflow``."""
 
     experiment: SetName | None = key(None, "my_experiment", TOLD)
-    """experiment of the runs, a training each; null: none. The server is that of `MLFLOW_TRACKING_URI`; without it,
-    files in `tracking/` of the study"""
+    """experiment for the runs, one run per training; null: none. `MLFLOW_TRACKING_URI` names the server; without it,
+    the runs are files in `tracking/` of the study"""
 
 
 class TrackingConfig(Config):
-    """Who is told of the trainings as they run and end. A tracker that fails is a warning, and the search continues."""
+    """Trackers that are notified of trainings as they run and end. If a tracker fails, carft-ray warns and the search
+    continues."""
 
     wandb: WandbConfig = WandbConfig()
     mlflow: MlflowConfig = MlflowConfig()
@@ -215,7 +219,7 @@ class TrackingConfig(Config):
 class Recipe(Config):
     """Everything about one study. A value of this type is valid."""
 
-    format_version: Literal[1] = key(1, 1, Resume("identity", "the form of the folder"))
+    format_version: Literal[1] = key(1, 1, Resume("identity", "the format of the folder"))
     """version of this format"""
     name: SetName = key("study", "my_search", Resume("running", "for people; nothing is computed from it"))
     """name of the study, for people"""

@@ -10,8 +10,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from carft_ray.recipe.schema.fields import Config, Flag, Fraction, PositiveInt, Resume, Seed, key
 
-CUT = Resume("identity", "it decides which trainings end early, and they are compared with those before")
-SAMPLING = Resume("running", "a sampler reads the trials and proposes the next; it judges none")
+CUT = Resume("identity", "it decides which trainings end early; they are compared with earlier trainings")
+SAMPLING = Resume("running", "a sampler reads the trials and proposes the next one; it judges none")
 
 
 def named(default: str) -> Callable[[Any], Any]:
@@ -20,7 +20,7 @@ def named(default: str) -> Callable[[Any], Any]:
 
 
 class _Sampler(Config):
-    """Who proposes the next values."""
+    """The sampler, which proposes the next values."""
 
     seed: Seed = key(
         0, 1, Resume("identity", "choosing a luckier seed is selection on noise; qmc continues its own sequence")
@@ -30,18 +30,19 @@ class _Sampler(Config):
 
 class _Starting(_Sampler):
     startup_trials: PositiveInt | None = key(None, 8, SAMPLING)
-    """`tpe`, `gp`: random trials before, at most `search.trials`; null: a quarter of the trials, at least 4"""
+    """`tpe`, `gp`: number of random trials at the start, at most `search.trials`; null: a quarter of the trials, at
+    least 4"""
 
 
 class TpeSampler(_Starting):
     """Compares where good and bad trials lie."""
 
     name: Literal["tpe"] = key("tpe", "tpe", SAMPLING)
-    """who proposes the next values"""
+    """the sampler, which proposes the next values"""
     multivariate: Flag | None = key(None, False, SAMPLING)
     """`tpe`: draws the parameters together; null: true with one objective, false with two"""
     group: Flag = key(False, True, SAMPLING)
-    """`tpe`, with conditions: draws together what is drawn in the same trials"""
+    """`tpe`, with conditions: draws those parameters together that occur in the same trials"""
     constant_liar: Flag = key(True, False, SAMPLING)
     """`tpe`: avoids the values of running trials"""
     n_ei_candidates: PositiveInt = key(24, 48, SAMPLING)
@@ -67,13 +68,13 @@ class NsgaSampler(_Sampler):
 
     name: Literal["nsga2"] = key("nsga2", "nsga2", SAMPLING)
     population_size: Annotated[int, Field(ge=2, strict=True)] | None = key(None, 10, SAMPLING)
-    """`nsga2`: trials of a generation; null: a quarter of the trials, 4 to 50"""
+    """`nsga2`: trials per generation; null: a quarter of the trials, 4 to 50"""
     mutation_prob: Fraction | None = key(None, 0.2, SAMPLING)
     """`nsga2`: probability that a parameter is drawn at random; null: 1 / parameters"""
     crossover_prob: Fraction = key(0.9, 0.5, SAMPLING)
     """`nsga2`: probability that a child has two parents"""
     swapping_prob: Fraction = key(0.5, 0.3, SAMPLING)
-    """`nsga2`: probability that a parameter is of the other parent"""
+    """`nsga2`: probability that a parameter comes from the other parent"""
 
 
 class QmcSampler(_Sampler):
@@ -83,7 +84,7 @@ class QmcSampler(_Sampler):
     type: Literal["sobol", "halton"] = key("sobol", "halton", SAMPLING)
     """`qmc`: the sequence"""
     scramble: Flag = key(True, False, SAMPLING)
-    """`qmc`: random shift by the seed; false begins in a corner of the space"""
+    """`qmc`: random shift by the seed; false: the sequence starts in a corner of the space"""
 
 
 class RandomSampler(_Sampler):
@@ -112,7 +113,7 @@ class NoPruner(Config):
 
 
 class _Cutting(Config):
-    """Who cuts a training that will not be among the best. Shares are of a training's own schedule."""
+    """Cuts a training that will not be among the best. Shares are of a training's own schedule."""
 
     first: Annotated[float, Field(gt=0, lt=1, strict=True)] = key(1 / 3, 0.25, CUT)
     """share of the schedule before which no training is cut; the first rung"""
@@ -123,7 +124,7 @@ class HalvingPruner(_Cutting):
 
     name: Literal["successive_halving"] = key("successive_halving", "successive_halving", CUT)
     factor: Annotated[int, Field(ge=2, strict=True)] = key(2, 3, CUT)
-    """`successive_halving`: one in so many trainings continues, and the next rung is so many times later"""
+    """`successive_halving`: one in `factor` trainings continues, and the next rung is `factor` times later"""
 
 
 class MedianPruner(_Cutting):
@@ -131,7 +132,7 @@ class MedianPruner(_Cutting):
 
     name: Literal["median"] = key("median", "median", CUT)
     startup_trials: PositiveInt = key(4, 8, CUT)
-    """`median`, `percentile`: complete trials before anything is cut"""
+    """`median`, `percentile`: complete trials before any training is cut"""
 
     @property
     def percentile(self) -> float:
@@ -144,9 +145,9 @@ class PercentilePruner(_Cutting):
 
     name: Literal["percentile"] = key("percentile", "percentile", CUT)
     startup_trials: PositiveInt = key(4, 8, CUT)
-    """`median`, `percentile`: complete trials before anything is cut"""
+    """`median`, `percentile`: complete trials before any training is cut"""
     percentile: Annotated[float, Field(gt=0, lt=100, strict=True)] = key(25.0, 50.0, CUT)
-    """`percentile`: percentage of the trainings, the best ones, that continues"""
+    """`percentile`: this percentage of the trainings, the best ones, continues"""
 
 
 AnyPruner = NoPruner | HalvingPruner | MedianPruner | PercentilePruner

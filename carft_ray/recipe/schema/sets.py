@@ -26,7 +26,7 @@ Corruption = Literal[
     "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 ]  # fmt: skip
 
-MEASURED = Resume("identity", "what the objective is measured on")
+MEASURED = Resume("identity", "the images that the objective is measured on")
 TESTED = Resume("identity", "fixed before anything is selected")
 SHARED = Resume(
     "running",
@@ -36,7 +36,7 @@ KEPT_IMAGES = Resume("running", "where and how images are kept; the pixels are t
 IMAGES = Resume("identity", "which images")
 SHOWN = Resume("identity", "what the images look like")
 LABELS = Resume("identity", "the labels")
-CLASS_NAMES = Resume("identity", "the meaning of the labels; a file may move, the names are compared")
+CLASS_NAMES = Resume("identity", "the meaning of the labels; a file may move: the names are compared")
 MOVED = Resume(
     "running",
     "images may move; their contents are compared with the study's. Test sets move only together with `data.train`",
@@ -111,7 +111,7 @@ class SandboxSet(Config):
     domain: str = key(REQUIRED, "silhouette", IMAGES)
     """what the pictures look like, such as `photo`, `sketch`, `painting`"""
     split: Literal["train", "val", "test"] = key(REQUIRED, "val", IMAGES)
-    """other split, other images"""
+    """each split has other images"""
     num_per_class: PositiveInt = key(REQUIRED, 20, IMAGES)
     """images per class"""
 
@@ -124,33 +124,35 @@ class StoredSet(Config):
     path: RecipePath = key(REQUIRED, "../my_images", MOVED)
     """where the images are"""
     part: Annotated[tuple[float, float], BeforeValidator(_interval)] | None = key(None, [0, 0.1], IMAGES)
-    """the images whose fraction, a hash of the sample id, lies in [from, to); disjoint parts of one set share no image,
-    so `id_val` can be cut from the images of `train`"""
+    """`[from, to)`: the images whose fraction, a hash of the sample id, is in this interval; disjoint parts of one set
+    share no image, so `id_val` can be cut from the images of `train`"""
     shots: PositiveInt | None = key(None, 16, IMAGES)
-    """images per class, of the part; fewer shots are among more"""
+    """images per class, drawn from the part; a smaller number of shots is a subset of a larger one"""
     shots_seed: Seed = key(0, 1, IMAGES)
-    """other seed, other shots"""
+    """seed of the draw of shots"""
     classes: Literal["all", "some"] = key(
-        "all", "some", Resume("identity", "among which classes images are classified")
+        "all", "some", Resume("identity", "the classes among which images are classified")
     )
     """`all`: the set has every class of the class list; `some`: it has some of them, and its images are classified
     among those only"""
     on_bad_image: Literal["fail", "skip"] = key("fail", "skip", IMAGES)
-    """an image that cannot be decoded: `fail` ends with its name; `skip` leaves it out, a warning names the first of a
-    set and says where all are named, and the study records their number (every image is decoded once to find them)"""
+    """for an image that cannot be decoded: `fail` stops with an error that names it; `skip` leaves it out: a warning
+    names the first one of a set and says where all are named, and the study records their number (every image is
+    decoded once to find them)"""
     max_pixels: Annotated[int, Field(ge=1, le=PILLOWS_LIMIT, strict=True)] = key(
         MAX_PIXELS,
         120000000,
         Resume(
             "running",
-            "a limit of memory; which images it leaves out with `on_bad_image` is compared with the study",
+            "a limit on memory; the images left out with `on_bad_image` are compared with the study's",
         ),
     )
-    """most pixels of an image; a larger one counts as one that cannot be decoded, by what its file says of its size"""
+    """largest number of pixels of an image, by the size in its file; a larger image counts as one that cannot be
+    decoded"""
     exclude: SampleIds | None = key(
         None,
         "lists/bad_labels.csv",
-        Resume("identity", "which images; a file may move, the images that are left are compared"),
+        Resume("identity", "which images; a file may move: the remaining images are compared"),
     )
     """images that are left out, after `part` and `shots`: sample ids, or a file of them, one per line or in the column
     `sample_id` of a CSV file"""
@@ -169,19 +171,19 @@ class ColumnSet(StoredSet):
 
     path_keys: ClassVar[tuple[str, ...]] = ("path", "exclude", "root", "class_names")
     image: str | None = key(None, "file_name", IMAGES)
-    """column with the images: paths, or the bytes of files; null: `image`, or the one column that can be it"""
+    """column with the images: paths, or the bytes of files; null: `image`, or the only column that can be it"""
     label: str | None = key(None, "category", LABELS)
-    """column with the labels: texts, or whole numbers from 0; null: `label`, or the one column that can be it"""
+    """column with the labels: texts, or whole numbers from 0; null: `label`, or the only column that can be it"""
     id: str | None = key(
         None, "image_id", Resume("identity", "the names of the images, from which parts, shots and views are drawn")
     )
-    """column with a stable name for each image, no value twice, or `COLUMN.FIELD`; null: the path below `root`, else a
-    hash of the bytes, for which the files are read once"""
+    """column with a stable and unique name for each image, or `COLUMN.FIELD`; null: the path below `root`, else a hash
+    of the bytes, for which the files are read once"""
     root: RecipePath | None = key(None, "../my_images", MOVED)
-    """folder, where `image` holds paths, that paths of images count from; null: that of the files"""
+    """if `image` has paths: the folder that they are relative to; null: that of the files"""
     where: Where = key({}, {"fold": [1, 2]}, IMAGES)
     """the rows that belong to the set, by the values of columns (texts, whole numbers, true, false); sets without a
-    value in common share no row"""
+    common value share no row"""
     class_names: ClassNames | None = key(None, ["cat", "dog"], CLASS_NAMES)
     """names of the classes in the order of the numbers, as a list or a text file with one per line; null: those that
     the files name (features of Hugging Face), else the texts of the labels, sorted"""
@@ -198,7 +200,7 @@ class HuggingFaceSet(ColumnSet):
 
     source: Literal["huggingface"] = key(REQUIRED, "sandbox", IMAGES)
     split: str | None = key(None, "train", IMAGES)
-    """split of the data set; null: the only one"""
+    """split of the data set; null: its only split"""
 
 
 class WebDatasetSet(StoredSet):
@@ -241,18 +243,18 @@ class CorruptedSet(Config):
     of: Annotated[PlainSet, Field(discriminator="source")] = key(
         REQUIRED, {"source": "folder", "path": "images", "part": [0, 0.1]}, IMAGES
     )
-    """the set that is shown, of another source"""
+    """the set to corrupt, of another source"""
     corruptions: Annotated[tuple[Corruption, ...], Field(min_length=1), AfterValidator(distinct_names)] | None = key(
         None, ["fog", "gaussian_noise"], SHOWN
     )
-    """the corruptions that are drawn from; null: ImageNet-C's fifteen"""
+    """corruptions to draw from; null: the fifteen of ImageNet-C"""
     severity: Annotated[int, Field(ge=1, le=5, strict=True)] = key(REQUIRED, 5, SHOWN)
-    """how strong, as in ImageNet-C"""
+    """strength, as in ImageNet-C"""
     seed: Seed = key(0, 1, SHOWN)
-    """other seed, other corruptions and other noise"""
+    """seed of the draw of corruptions and of their noise"""
     size: PositiveInt = key(224, 336, SHOWN)
-    """larger images are first resized (short side to 8/7 of it) and cropped to a square of this side, in pixels, as
-    ImageNet-C's were"""
+    """side in pixels: larger images are first resized (short side to 8/7 of it) and cropped to a square of this side,
+    as in ImageNet-C"""
 
 
 SetSpec = Annotated[PlainSet | CorruptedSet, Field(discriminator="source")]
@@ -270,7 +272,7 @@ class DataConfig(Config):
     train: SetSpec = key(
         REQUIRED,
         {"source": "sandbox", "domain": "photo", "split": "train", "num_per_class": 32},
-        Resume("identity", "what is trained on"),
+        Resume("identity", "the training images"),
     )
     """training images"""
     id_val: SetSpec = key(
@@ -280,7 +282,7 @@ class DataConfig(Config):
     ood_val: SetSpecs = key(
         {}, {"silhouette": {"source": "sandbox", "domain": "silhouette", "split": "val", "num_per_class": 63}}, MEASURED
     )
-    """validation images under other shifts, each set with the same weight"""
+    """validation images under shifts; every set has the same weight"""
     id_test: SetSpec | None = key(
         None, {"source": "sandbox", "domain": "photo", "split": "test", "num_per_class": 125}, TESTED
     )
@@ -294,21 +296,22 @@ class DataConfig(Config):
     )
     """classes in the order of the labels; null: those of `train` (folders: sorted)"""
     shared_images: Literal["drop", "keep", "fail"] = key("drop", "keep", SHARED)
-    """images that are in two roles: `drop` keeps them in the role nearest to the test, `keep` keeps all, and test
-    numbers are given without them too, `fail` ends with exit code 8"""
+    """for images that are in two roles: `drop` keeps them only in the role nearest to the test; `keep` keeps all, and
+    test numbers are also given without them; `fail` stops with exit code 8"""
     shared_limit: Fraction = key(0.05, 0.1, SHARED)
-    """largest share of a set that `drop` may leave out; more ends with exit code 8, since the roles are likely wrong"""
+    """largest share of a set that `drop` may leave out; if it is exceeded, the command stops with exit code 8, since
+    the roles are likely wrong"""
     cache_dir: RecipePath | None = key(None, "~/carft-cache", KEPT_IMAGES)
     """folder for decoded images; null: the user's cache folder"""
     cache_gb: PositiveFloat | None = key(None, 50, KEPT_IMAGES)
-    """size of that folder in 10^9 bytes; after a build, the entries that were unused for longest are removed until it
-    fits, none in use; null: no limit"""
+    """size limit of that folder in 10^9 bytes; after a build, the least recently used entries are removed until it
+    fits, but none in use; null: no limit"""
     pack: Literal["auto", "always", "never"] = key("auto", "always", KEPT_IMAGES)
-    """keep the files of `train` as one file in the cache; auto: where they are on network disks and the cache is not,
-    and the images of Parquet files"""
-    resize_short_side: PositiveInt | None = key(None, 288, Resume("identity", "what is trained on"))
-    """pixels of the shorter side to which larger images of `train`, where they are stored, are made smaller, once, as
-    JPEG in the cache; null: training crops from the images as they are"""
+    """keep the files of `train` as one file in the cache; auto: if they are on network disks and the cache is not, and
+    for the images of Parquet files"""
+    resize_short_side: PositiveInt | None = key(None, 288, Resume("identity", "the training images"))
+    """pixels of the shorter side: larger stored images of `train` are resized to it once and kept as JPEG in the cache;
+    null: training crops from the original images"""
 
 
 # keys of ``data`` that say where and how images are kept: other values of them do not make another study

@@ -50,7 +50,7 @@ def condition_findings(recipe: Recipe) -> Iterator[Finding]:
     for name, parameter in space.items():
         path: KeyPath = ("search", "space", name, "when")
         if name == "alpha" and parameter.when:
-            step = "Trials without an alpha of their own would take the best of their curve: they do not compare."
+            step = "Trials without an alpha of their own would take the best of their curve, which is not comparable."
             yield Finding(path, "alpha must be drawn in every trial", next_step=step)
         for other, allowed in parameter.when.items():
             yield from _condition((*path, other), name, other, allowed, space)
@@ -58,7 +58,7 @@ def condition_findings(recipe: Recipe) -> Iterator[Finding]:
         in_order(space)
     except CycleError as error:
         circle = error.args[1][::-1]  # from a parameter along its conditions
-        yield Finding(("search", "space", circle[0], "when"), "conditions must not form a circle", " -> ".join(circle))
+        yield Finding(("search", "space", circle[0], "when"), "conditions must not form a cycle", " -> ".join(circle))
 
 
 def _condition(

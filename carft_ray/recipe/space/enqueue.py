@@ -23,7 +23,7 @@ def enqueue_findings(recipe: Recipe) -> Iterator[Finding]:
 
 def _entry(path: KeyPath, entry: Mapping[str, Any], space: Mapping[str, Parameter]) -> Iterator[Finding]:
     if not entry:
-        yield Finding(path, "must hold a value of at least one parameter", "{}", tuple(space))
+        yield Finding(path, "must contain a value of at least one parameter", "{}", tuple(space))
     for name, value in entry.items():
         place = (*path, name)
         if name not in space:

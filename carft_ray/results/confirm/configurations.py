@@ -159,7 +159,7 @@ def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] =
         against: As ``first_stage``.
     """
     notes = [
-        f"the test sets of {other.study_dir} were read {times(number)}; this counts here too"
+        f"the test sets of {other.study_dir} were read {times(number)}; this also counts here"
         for other in against
         if (number := num_test_reads(other.study_dir, other.log))
     ]
@@ -169,9 +169,11 @@ def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] =
     before = stages[0]
     first = first_stage(view, top, max(num_seeds, len(before.seeds)), against, before.rows)
     if num_seeds < len(before.seeds):
-        notes.append(f"{len(before.seeds)} seeds are there already; all of them are used")
+        notes.append(f"{len(before.seeds)} seeds already exist; all of them are used")
     if first.winner != before.winner:
-        notes.append(f"the search continued after {before.winner} was fixed as the winner; now it is {first.winner}")
+        notes.append(
+            f"the search continued after {before.winner} was fixed as the winner; the winner is now {first.winner}"
+        )
     earlier = {row.name: row for row in before.rows}
     for row in first.rows:
         old = earlier.pop(row.name, row)
@@ -186,7 +188,7 @@ def cost(view: Overview, stage: Stage) -> str:
     done = {row.name for row in view.confirmations if row.outcome != "running"}
     missing = [name for name in stage.trainings() if name not in done]
     if not missing:
-        return f"All {len(stage.trainings())} trainings with fresh seeds are there already."
+        return f"All {len(stage.trainings())} trainings with fresh seeds already exist."
     configurations = counted(len({row.training for row in stage.rows if row.training is not None}), "configuration")
     text = f"{configurations} x {len(stage.seeds)} fresh seeds: {counted(len(missing), 'training')} to run"
     seconds = [row.elapsed_s for row in (*view.trials, *view.baselines) if row.elapsed_s and row.name != ZERO_SHOT]
@@ -275,8 +277,8 @@ def _rival(view: Overview, other: Overview, rows: Sequence[PlanRow]) -> PlanRow:
         raise UsageError(Problem(place, "must be another study", "this one"))
     mine, theirs = _shared(view.recipe), _shared(other.recipe)
     if differing := [key for key in mine if mine[key] != theirs[key]]:
-        step = "Search both with recipes that differ in train and search.space alone."
-        rule = f"must be a study like {view.study_dir.name}, but for what is trained and searched"
+        step = "Search both with recipes that differ only in train and search.space."
+        rule = f"must be a study like {view.study_dir.name}, except for train and search.space"
         raise UsageError(Problem(place, rule, f"another {', '.join(differing)}", next_step=step))
     best = require_finished(other.study_dir, other.best)
     here, there = (each.recipe.train.model_dump(mode="json", exclude={"alpha"}) for each in (view, other))

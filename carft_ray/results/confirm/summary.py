@@ -62,7 +62,7 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
     failed, whole = _failures(trained, stage), whole_rows(stage, complete_trainings(trained))
     winner = next(row for row in stage.rows if row.role == "winner")
     if all(row != winner for row, _ in whole):
-        step = "Confirm the next best: carft-ray confirm with --winner confirmed chooses among those that train."
+        step = "Confirm the next best: with --winner confirmed, it chooses among those that train."
         rule, value = "the winner must train with every fresh seed", failed[0] if failed else "one that is missing"
         raise NoSuccessfulTrialError(Problem(winner.name, rule, value, next_step=step))
     found = compare(
@@ -89,10 +89,10 @@ def summarise(study_dir: Path, recipe: Recipe, first: Stage, second: Stage | Non
 
 def confirm_lines(content: Mapping[str, Any]) -> list[str]:
     """Returns the content of ``confirm/summary.json`` as lines of text, without its rows."""
-    twice = "The winner was chosen on other fresh seeds; these did not choose it."
+    twice = "The winner was chosen on other fresh seeds, not on these."
     return [
         f"{len(content['seeds'])} fresh seeds; {LABEL}; 95 % intervals over seeds and images (zero-shot: images).",
-        "Not covered: these images have chosen the winner in the search. Test sets have not.",
+        "Not covered: the search chose the winner on these images. It never used test sets.",
         *([twice] if content["chosen_by"] == "confirm" else []),
         *(f"Failed, and not compared: {line}." for line in content["failed"]),
         *comparison_lines(content),

@@ -40,7 +40,7 @@ FORMATS: dict[str, tuple[tuple[str, ...], str]] = {
 DEFAULT_FORMATS = ("open_clip",)
 RECIPE_HEAD = (
     "# Paths of the machine that trained are left out. To repeat the training, put images and weights next to this\n"
-    "# file under the names below, or give their places with --set.\n"
+    "# file under the names below, or give their paths with --set.\n"
 )
 
 
@@ -130,7 +130,7 @@ def _require_possible(clip: Clip, formats: Sequence[str]) -> None:
         elif extra:
             problems += outside_ranges(extra)[0]
     if "huggingface" in formats and (found := misfits(clip)):
-        rule = "huggingface must have what transformers.CLIPModel holds: a ViT with a class token and CLIP's text tower"
+        rule = "huggingface needs a model for transformers.CLIPModel: a ViT with a class token and CLIP's text tower"
         others = tuple(name for name in FORMATS if name != "huggingface")
         problems.append(Problem("--format", rule, f"a model with {', '.join(found)}", others))
     if problems:

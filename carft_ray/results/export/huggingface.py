@@ -53,7 +53,7 @@ def misfits(clip: Clip) -> list[str]:
         "no text projection, or one with a bias": not isinstance(text.text_projection, Tensor),
         "a logit_bias": getattr(model, "logit_bias", None) is not None,
         "a tokenizer of another kind": not plain or tokenizer.reduction_fn is not None,
-        "a tokenizer that cleans otherwise": plain and tokenizer.clean_fn is not get_clean_fn("lower"),
+        "a tokenizer that cleans text differently": plain and tokenizer.clean_fn is not get_clean_fn("lower"),
         "images that are padded": preprocess["resize_mode"] == "longest",
     }
     return [words for words, holds in found.items() if holds]

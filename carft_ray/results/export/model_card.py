@@ -48,7 +48,7 @@ def model_card(trained: Trained, alpha: float, formats: Sequence[str], has_bias:
         training=markdown(trained.name),
         alpha=f"{alpha:g}",
         synthetic=" (synthetic images)" if is_synthetic else "",
-        chosen=", which was chosen on these very sets" if alpha == result["alpha"] else "",
+        chosen=", which was chosen on these sets" if alpha == result["alpha"] else "",
         id_only="" if recipe.data.ood_val else "Selected on ID only: the recipe has no ood_val.\n",
         accuracies="\n".join(accuracies),
         shared=f"\nImages that are in two roles:\n\n{shared}" if shared else "",

@@ -22,11 +22,11 @@ from carft_ray.training.thumbnails import changed, read_thumbnails
 # by pattern (``thumbnails.changed``): at zero-shot, at the chosen alpha, at alpha 1; two where the last two are one
 TITLES = {
     "011": "Become right",
-    "010": "Right at the chosen alpha alone",
+    "010": "Right only at the chosen alpha",
     "001": "Become right only at alpha 1",
     "100": "Become wrong",
     "110": "Become wrong only at alpha 1",
-    "101": "Wrong at the chosen alpha alone",
+    "101": "Wrong only at the chosen alpha",
     "01": "Become right",
     "10": "Become wrong",
 }

@@ -34,7 +34,7 @@ def findings(view: Overview, document: Document) -> list[dict[str, str]]:
     row = next((one for one in view.baselines if one.metrics and not one.alpha), None)
     if row is not None and row.at_chance:
         right = f"{100 * row.metrics['id_accuracy']:.1f} %"
-        text = f"{right} of zero-shot's answers to the ID images are right, which is not shown to be above chance"
+        text = f"{right} of zero-shot's predictions on the ID images are right, which is not shown to be above chance"
         step = "check class names, templates and preprocessing: carft-ray doctor RECIPE"
         found.append(("zero-shot not above chance", text, step))
     failed = [row for row in view.trials if row.outcome in ("error", "diverged")]
@@ -97,6 +97,6 @@ def _noise(document: Document) -> list[tuple[str, str, str]]:
     spread = 100 * math.sqrt(corrected["spread"])
     text = (
         f"the better half of the trials differs by {spread:.2f} points, and their {noise['words']} alone is "
-        f"{sigma:.2f}: which of them is the best is mostly luck"
+        f"{sigma:.2f}: the choice of the best among them is mostly luck"
     )
     return [("noise larger than differences", text, "more validation images help more than more trials.")]

@@ -371,7 +371,7 @@
   };
 
   draw.optimism = (_, element) => {
-    const report = doc.report, rows = [["as measured, which chose it", best.objective, null]];
+    const report = doc.report, rows = [["as measured, used for selection", best.objective, null]];
     rows.push(["corrected", report.corrected.value, null]);
     for (const [found, name] of [[doc.confirm, `${doc.confirm?.seeds.length} fresh seeds`], [doc.test, "test sets"]]) {
       const won = found?.rows.find((row) => row.role === "winner");

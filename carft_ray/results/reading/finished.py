@@ -96,7 +96,7 @@ def open_finished(place: Place, trial: str | int | None = None, argument: str = 
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return Finished(folder, name, base, base, result, provenance, row)
     if row.outcome != "complete":
-        value, step = "an unfinished or failed one", f"Go on with it: {identity.resume_command(folder)}"
+        value, step = "an unfinished or failed one", f"Continue it: {identity.resume_command(folder)}"
         raise NoSuccessfulTrialError(Problem(f"{folder}:{name}", "must be a finished training", value, next_step=step))
     found = result_of(folder, row)
     try:

@@ -195,7 +195,7 @@ def pruner_quality(pruner: AnyPruner, rows: Sequence[TrialRow]) -> dict[str, Any
     warning = None
     if correlation is not None and correlation < WEAK and len(pairs) >= ENOUGH:
         warning = (
-            f"the intermediate values of the pruner {pruner.name} hardly predict the end (rank correlation "
+            f"the intermediate values of the pruner {pruner.name} hardly predict the result (rank correlation "
             f"{correlation:.2f}): it may have cut good trials. Set a later search.pruner.first or a larger "
             "evaluate.subset."
         )

@@ -179,7 +179,7 @@ def require_study(place: Place, rule: str = "must be a study", need: int = IMAGE
 def require_search(folder: Path) -> None:
     """Raises a ``UsageError`` where a folder holds a training of `train`, on which there is nothing to search."""
     if is_study(folder) and is_single(folder.resolve()):
-        step = f"Go on with it: {resume_command(folder)}\n    To search, give another folder with --study."
+        step = f"Continue it: {resume_command(folder)}\n    To search, give another folder with --study."
         raise UsageError(Problem(str(folder), "must be the study of a search", "one training", next_step=step))
 
 

@@ -93,7 +93,7 @@ def open_trained(
     """
     folder = fetched(place, MODELS)
     if (folder / HEAD_NAME).is_file():
-        step = "An export is read by other libraries (its README.md); give the study or training that it is of."
+        step = "Other libraries read an export (see its README.md); give the study or training that it was made from."
         rule = "must be a study or the folder of a training"
         raise UsageError(Problem(str(folder), rule, "an export", next_step=step))
     found = open_finished(folder, trial, "--trial")
@@ -128,7 +128,9 @@ def require_weights(study_dir: Path, row: TrialRow, recipe: Recipe) -> None:
     if (row.place(study_dir) / WEIGHTS).exists():
         return
     name = f"{CONFIRM}/{row.name}" if row.kind == "confirm" else row.name
-    rule = f"its weights are gone: a study keeps those of its best {counted(recipe.search.keep_checkpoints, 'trial')}"
+    rule = (
+        f"its weights were removed: a study keeps those of its best {counted(recipe.search.keep_checkpoints, 'trial')}"
+    )
     folder, trust = shlex.quote(named(study_dir)), trust_word(recipe)
     step = f"Train it again: carft-ray reproduce {folder} {name} --out DIR{trust}"
     step += "\n    A larger search.keep_checkpoints keeps more next time."

@@ -82,7 +82,7 @@ def against_baseline(
     if recipe.search.objective.kind == "pareto":
         weight = recipe.search.objective.id_weight
         of = f" by {weight:g} ID + {1 - weight:g} OOD"
-    measured = f"Measured at their alphas{of}, on the images that chose"
+    measured = f"Measured at their alphas{of}, on the images used for selection"
     return {
         "baseline": rival.name,
         "mean": difference.mean,

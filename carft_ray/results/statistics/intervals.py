@@ -128,7 +128,7 @@ def crossed(
         notes.append("one training: seeds not covered")
         return Interval(mean, 1, 0.0, 0.0, image_variance, _around(mean, half), float(image_dof), p_value, tuple(notes))
     if num_seeds == 2:
-        notes.append("two seeds: the intervals over seeds are very wide (9 standard deviations to each side)")
+        notes.append("two seeds: the intervals over seeds are very wide (9 standard deviations on each side)")
     seed_variance = _or_zero(float(y.var(ddof=1)) / num_seeds)
     residuals = (weights[name] ** 2 * _residual_mean_square(x) / (num_seeds * x.shape[1]) for name, x in used.items())
     residual_variance = _or_zero(sum(residuals))

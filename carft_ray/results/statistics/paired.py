@@ -125,8 +125,8 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
     lines = []
     if found["baselines"] or found["others"]:
         lines.append(
-            f"{found['winner']} minus each other, {found['label']}: objective in points with its 95 % interval. An "
-            "interval on both sides of 0 shows neither better nor worse."
+            f"{found['winner']} minus each other one, {found['label']}: objective in points with its 95 % interval. An "
+            "interval that contains 0 shows neither better nor worse."
         )
     for each in (*found["baselines"], *found["others"]):
         tested = ""
@@ -135,10 +135,10 @@ def comparison_lines(found: Mapping[str, Any]) -> list[str]:
         lines.append(f"    {each['other']}: {_in_points(each['objective'], signed=True)}{tested}")
     if found["baselines"]:
         few = len(found["baselines"]) - 1
-        raised = f" of the {few} other baselines, p and interval are raised for their number (Holm);" if few > 1 else ""
+        raised = f" p and interval of the {few} other baselines are raised for their number (Holm);" if few > 1 else ""
         lines.append(
-            "    p: how often chance alone gives such a difference; under 0.05 counts, and then the interval leaves 0 "
-            f"out;{raised} {found['headline_baseline']} was chosen before. Keeps ID: at most "
+            "    p: how often chance alone gives such a difference; below 0.05 it counts as shown, and the interval "
+            f"excludes 0;{raised} {found['headline_baseline']} was fixed before. Keeps ID: at most "
             f"{counted(100 * found['id_margin'], 'point')} of ID accuracy lost."
         )
     for name in found["better_than_winner"]:

@@ -49,7 +49,7 @@ def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[lis
     try:
         digests = digests_of_tests(recipe, cache)
     except (CarftError, OSError) as error:
-        return [], [f"whether other studies have read these images is not known: {error}"]
+        return [], [f"it is unknown whether other studies have read these images: {error}"]
     name, content = str(entry.details.get(NAME)), {"study": str(study_dir), "time": entry.time, "user": entry.user}
     try:
         folder = made_folder(cache, FOLDER)
@@ -66,7 +66,7 @@ def note(study_dir: Path, recipe: Recipe, entries: Sequence[Entry]) -> tuple[lis
             if shared:
                 found.append({**{key: visible(str(other[key])) for key in ("study", "time", "user")}, "sets": shared})
         except (CarftError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problems.append(f"a note of a read of test sets cannot be read, and is passed over: {path} ({error!r})")
+            problems.append(f"a note of a read of test sets cannot be read and is ignored: {path} ({error!r})")
     return sorted(found, key=lambda one: one["time"]), problems
 
 
@@ -76,4 +76,4 @@ def lines(reads: Sequence[OtherRead]) -> list[str]:
         return []
     shown = [f"{one['study']} ({one['time']}: {', '.join(one['sets'])})" for one in reads[-_MOST_SHOWN:]]
     more = f", and {len(reads) - len(shown)} more" if len(reads) > len(shown) else ""
-    return [f"Other studies have read these very images, too, {times(len(reads))}: {', '.join(shown)}{more}."]
+    return [f"Other studies have also read these images {times(len(reads))}: {', '.join(shown)}{more}."]

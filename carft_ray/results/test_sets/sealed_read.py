@@ -150,11 +150,11 @@ def _compare_before_first_read(study_dir: Path, recipe: Recipe, say: Callable[[s
     problems = []
     for sets in dict.fromkeys((row.set, row.other_set) for row in new):
         rows = [row for row in new if (row.set, row.other_set) == sets]
-        rule = f"must not share images with {sets[0]}, and does; it could not be read when the study began"
+        rule = f"must not share images with {sets[0]}, but it does; it could not be read when the study began"
         value = f"{counted(len(rows), 'pair')}, such as {rows[0].image} and {rows[0].other_image}"
         problems.append(Problem(sets[1], rule, value))
     step = (
-        "Begin a new study, which leaves them out of training and validation. Or have numbers with and without them: "
+        "Begin a new study, which leaves them out of training and validation. Or get numbers with and without them: "
         f"carft-ray resume {shlex.quote(named(study_dir))} --set data.shared_images=keep"
     )
     problems[-1] = dataclasses.replace(problems[-1], next_step=step)

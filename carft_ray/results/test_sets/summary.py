@@ -76,7 +76,7 @@ def _of_confirm(study_dir: Path, stage: Stage) -> dict[str, Any]:
         step = f"Finish it: carft-ray confirm {shlex.quote(named(study_dir))}\n    "
         step += f"Or move {study_dir / CONFIRM} away, and one training of each is compared."
         value = f"one without all seeds of {', '.join(unfinished)}" if unfinished else "one without its summary"
-        rule = "a confirm that was begun must be finished"
+        rule = "a started confirm must be finished"
         raise NoSuccessfulTrialError(Problem(str(study_dir / CONFIRM), rule, value, next_step=step))
     rows = []
     for row in sorted(whole, key=lambda row: row.role != "winner"):
