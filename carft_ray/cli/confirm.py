@@ -26,7 +26,7 @@ def confirm(
 ) -> None:
     """Train the winner, the next best trials and the baselines again with fresh seeds, to see what the best is worth.
 
-    The best of many trials is partly lucky. After an interruption, the same
+    The best of many trials looks better than it is. After an interruption, the same
     command continues.
     """
     given: dict[str, Any] = {"top": top, "seeds": seeds, "winner": winner, "against": against or []}

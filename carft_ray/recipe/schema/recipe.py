@@ -235,7 +235,7 @@ class Recipe(Config):
 
 
 def with_threads(recipe: Recipe, number: int) -> Recipe:
-    """Returns the recipe with so many torch threads for each worker."""
+    """Returns the recipe with this number of torch threads per worker."""
     return recipe.model_copy(update={"resources": recipe.resources.model_copy(update={"threads": number})})
 
 

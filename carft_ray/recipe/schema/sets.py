@@ -109,7 +109,7 @@ class SandboxSet(Config):
     source: Literal["sandbox"] = key(REQUIRED, "sandbox", IMAGES)
     """where the images come from"""
     domain: str = key(REQUIRED, "silhouette", IMAGES)
-    """what the pictures look like, such as `photo`, `sketch`, `painting`"""
+    """the kind of pictures, such as `photo`, `sketch`, `painting`"""
     split: Literal["train", "val", "test"] = key(REQUIRED, "val", IMAGES)
     """each split has other images"""
     num_per_class: PositiveInt = key(REQUIRED, 20, IMAGES)
