@@ -345,7 +345,7 @@ def test_what_is_lost_or_in_use_is_told_before_the_seal_is_broken(run, here, fol
     refused(4, "star")
     (here / "gone").rename(images)
     (best_row(trials(study)).place(study) / "fine_tuned.safetensors").unlink()
-    refused(5, "its weights are gone")
+    refused(5, "its weights were removed")
     change(study, "recipe", lambda recipe: recipe["data"].update({"id_test": None, "ood_test": {}}))
     refused(3, "without data.id_test and data.ood_test")
 

@@ -159,7 +159,7 @@ def plan(view: Overview, top: int, num_seeds: int, against: Sequence[Overview] =
         against: As ``first_stage``.
     """
     notes = [
-        f"the test sets of {other.study_dir} were read {times(number)}; this also counts here"
+        f"the test sets of {other.study_dir} were read {times(number)}; this also counts for this study"
         for other in against
         if (number := num_test_reads(other.study_dir, other.log))
     ]
