@@ -34,11 +34,11 @@ def doctor(
     address: Annotated[str | None, Option(help="Check each node of this Ray cluster: HOST:PORT or auto.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Check data, prompts, model and machine before training. Test sets are only counted and hashed.
+    """Check data, prompts, model and machine before training. No model sees a test set.
 
-    Reads every image once. Exit code 4 means that a search would fail or its
-    results would mean nothing. With --address, it also checks each node; exit
-    code 5 names the nodes on which trials would fail, and what to do.
+    Reads every image once, but none with --quick. Exit code 4 means that a search
+    would fail or its results would be invalid. With --address, it also checks each
+    node; exit code 5 names the nodes on which trials would fail, and what to do.
     """
     if address is not None and address.startswith(("http://", "https://")):
         rule = "must be HOST:PORT or auto: nodes can be checked only from a machine of the cluster"

@@ -32,7 +32,7 @@ def plan(
     """Estimate a search from short trainings: trials at a time, time, GPU hours, disk, cost.
 
     Runs as many short trainings at a time as the search will; this takes a
-    minute in the sandbox. Keeps only decoded images.
+    minute in the sandbox. Keeps only the decoded images, in the cache.
     """
     from carft_ray.launch.forecast import beyond_budget, forecast, measure_by_training, price
     from carft_ray.recipe.checks.advice import check_searchable

@@ -15,7 +15,7 @@ def sandbox_images(
     to: Annotated[Path, Option(help="Folder of the images; must be new or empty.")],
     json_: common.JsonOption = False,
 ) -> None:
-    """Write the sandbox as PNG files, domain/class/number.png, for people and for other tools."""
+    """Write the sandbox, the built-in synthetic images, as PNG files: domain/class/number.png."""
     from carft_ray.data.synthetic.sandbox import export_images
     from carft_ray.ui.progress import counting
 

@@ -52,9 +52,9 @@ def submit(
 ) -> None:
     """Run a search on a Ray cluster and follow its log. Run the same command again to follow or resume it.
 
-    Only the recipe and the lists that it names are sent. Images and weights
-    must be on disks that all nodes see under the same paths as here. The study
-    is in a folder of the head, or in a bucket. Ctrl-C leaves the job running.
+    Sends the recipe, the lists that it names and carft-ray's code. Images and
+    weights must be on disks that all nodes see under the same paths as here. The
+    study is in a folder of the head, or in a bucket. Ctrl-C leaves the job running.
     """
     if [recipe, resume, attach].count(None) != 2:
         raise UsageError(Problem("submit", "needs exactly one of: a recipe, --resume, --attach"))

@@ -18,7 +18,7 @@ def validate(
     deep: Annotated[bool, Option("--deep", help="Read all images, to check that no two roles share one.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Check a recipe and its folders. Without --deep, it loads and decodes nothing."""
+    """Check a recipe and its folders. Without --deep, it opens no image and no model."""
     from carft_ray.recipe.loading import dump_recipe, recipe_hash
 
     value = common.load(recipe, set_)
