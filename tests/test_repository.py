@@ -34,6 +34,7 @@ SCHEMAS = {
 def test_workflows_and_forms_follow_their_schemas(schema):
     kind, _, name = schema.partition(".")
     known = Path(check_jsonschema.__file__).with_name("builtin_schemas") / kind
+    # the oldest release that resolves with the other lower bounds (`make test-oldest`) lacks some
     if not any(file.stem in (name, name.replace("-", "_")) for file in known.iterdir()):
         pytest.skip(f"this release of check-jsonschema has no {schema}")
     assert SCHEMAS[schema]

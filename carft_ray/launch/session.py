@@ -8,6 +8,7 @@ with open_study(...) as study:          # the claim, no stop file of before, the
 """
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,6 +35,8 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.ledger import note_test_sets
 from carft_ray.study.provenance import record_provenance
 from carft_ray.study.study import Study
+
+logger = logging.getLogger(__name__)
 
 
 def begin(folder: Path, recipe: Recipe) -> None:
@@ -90,7 +93,7 @@ def computing(
                 nodes = await_nodes(recipe, nodes, grows, folder, say)
             runtime = make_runtime(recipe, folder, nodes, runner, grows)
             if slow := crowding(recipe, runtime.capacity, nodes):
-                say(f"warning: {slow}")
+                logger.warning("%s", slow)
             box = Mailbox() if in_process else start_mailbox()
             runtime = replace(runtime, in_process=in_process, attached=attached, mailbox=box)
             if attached:
