@@ -40,6 +40,9 @@ SBATCH |= {"signal", "requeue", "open-mode", "output"}
 RULES = [  # files, what must stand in each, and what is wrong where it does not
     ((*LAUNCHERS, "skypilot.yaml", "slurm.sh"), r"ray start --head .*--dashboard-host[ =]127\.0\.0\.1",
      "the dashboard is not on 127.0.0.1"),
+    ((*LAUNCHERS, "skypilot.yaml"), r"ray start --head .*--disable-usage-stats", "Ray sends usage statistics"),
+    (("slurm.sh",), r"--disable-usage-stats", "Ray sends usage statistics"),
+    (("Dockerfile",), r"\nENV RAY_USAGE_STATS_ENABLED=0\n", "Ray sends usage statistics"),
     (CLOUDS, r"- -e RAY_AUTH_MODE=token\b", "tokens are off"),
     (("onprem.yaml",), r"RAY_AUTH_MODE=token .*ray start --head[\s\S]*RAY_AUTH_MODE=token .*ray start --ad",
      "tokens are off"),

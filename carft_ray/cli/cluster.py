@@ -11,7 +11,9 @@ from carft_ray.errors import StorageError, UsageError
 from carft_ray.ui import console
 from carft_ray.words import counted
 
-JobArgument = Annotated[str, Argument(metavar="JOB|STUDY", help="Id of a job, or a study.", show_default=False)]
+JobArgument = Annotated[
+    str, Argument(metavar="JOB|STUDY", help="Id of a job, or the study that it runs.", show_default=False)
+]
 
 
 @command("cluster jobs", to=cluster_app, reads=True)
@@ -39,7 +41,7 @@ def cluster_jobs(address: common.DashboardOption = None, json_: common.JsonOptio
 
 @command("cluster logs studies/first", to=cluster_app, reads=True)
 def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_: common.JsonOption = False) -> None:
-    """Print the log of a job so far; `submit --attach` follows it."""
+    """Print the log of a job so far. To follow it, use `submit --attach`."""
     from carft_ray.launch.jobs.jobs import described, find_job, log_of
     from carft_ray.launch.jobs.server import connect
 
@@ -54,10 +56,10 @@ def cluster_logs(job: JobArgument, address: common.DashboardOption = None, json_
 def cluster_stop(
     job: JobArgument,
     address: common.DashboardOption = None,
-    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait for the checkpoints.")] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait until the trainings have stopped.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Stop a job: its trainings write checkpoints, and its study can be resumed."""
+    """Stop a job. Its trainings write checkpoints first, so that `submit` can resume the study."""
     from carft_ray.launch.jobs import jobs
     from carft_ray.launch.jobs.server import connect
 

@@ -28,18 +28,24 @@ TrainedArgument = Annotated[str, Argument(help="Folder or address of a training 
 SetOption = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a recipe key; repeatable.")]
 JsonOption = Annotated[bool, Option("--json", help="Print one JSON document instead of text.")]
 DebugOption = Annotated[bool, Option("--debug", help="Show the traceback of an error.")]
-ExecutorOption = Annotated[str | None, Option(help="How trainings run: auto, inline, ray-train or debug.")]
-WorkersOption = Annotated[int | None, Option(min=1, help="Workers per training.")]
+ExecutorOption = Annotated[
+    str | None, Option(help="How trainings run: auto, inline, ray-train, or debug (without Ray).")
+]
+WorkersOption = Annotated[int | None, Option(min=1, help="Processes that share one training; usually one per GPU.")]
 AddressOption = Annotated[str | None, Option(help="Address of a running Ray cluster; default: a local Ray.")]
 DashboardOption = Annotated[
     str | None,
     Option("--address", metavar="URL", help="Dashboard of the cluster.", show_default="http://127.0.0.1:8265"),
 ]
 NotifyUrlOption = Annotated[str | None, Option(metavar="URL", help="Webhook to notify of results, failures, the end.")]
-TrustOption = Annotated[bool, Option("--trust", help="Allow the code that train.function names to run.")]
-TrustPathsOption = Annotated[bool, Option("--trust-paths", help="Allow a study from another machine to name files.")]
-AlphaOption = Annotated[float | None, Option(min=0, max=1, help="Mixing coefficient; default: the chosen one.")]
-TrialOption = Annotated[str | None, Option(help="Number or name of a trial, or name of a baseline; default: the best.")]
+TrustOption = Annotated[bool, Option("--trust", help="Run the user's code that the recipe names in train.function.")]
+TrustPathsOption = Annotated[
+    bool, Option("--trust-paths", help="Read files on this machine that another machine's study names.")
+]
+AlphaOption = Annotated[
+    float | None, Option(min=0, max=1, help="Share of the fine-tuned weights; default: the alpha chosen in training.")
+]
+TrialOption = Annotated[str | None, Option(help="Trial (7, t0007) or name of a baseline; default: the best trial.")]
 
 
 @dataclass(frozen=True, kw_only=True)

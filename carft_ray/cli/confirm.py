@@ -8,14 +8,16 @@ from carft_ray.cli import common
 from carft_ray.cli.program import command
 from carft_ray.ui import console
 
-WINNER = "search: the winner of the search. confirmed: the best on fresh seeds, measured on as many further seeds."
+WINNER = "search: the best of the search. confirmed: the best on fresh seeds, measured again on other seeds."
 
 
 @command("confirm studies/quickstart --top 3 --seeds 5", common.TRUST, shared=common.RunOptions)
 def confirm(
     study: common.StudyArgument,
-    top: Annotated[int, Option(min=1, help="Number of trials to train again, best first.")] = 3,
-    seeds: Annotated[int, Option(min=2, help="Fresh seeds per trial; 5 for publication. You can add more later.")] = 3,
+    top: Annotated[int, Option(min=1, help="How many of the best trials to train again.")] = 3,
+    seeds: Annotated[
+        int, Option(min=2, help="Fresh seeds per trial; 5 for a publication. A later call can add seeds.")
+    ] = 3,
     winner: Annotated[str, Option(metavar="search|confirmed", help=WINNER)] = "search",
     against: Annotated[
         list[str] | None, Option(help="Study whose winner becomes another baseline; repeatable.")
@@ -24,7 +26,7 @@ def confirm(
     json_: common.JsonOption = False,
     **shared: Any,
 ) -> None:
-    """Train the winner, the next best trials and the baselines again with fresh seeds, to see what the best is worth.
+    """Train the best trials and the baselines again with fresh seeds, to see what the winner is worth.
 
     The best of many trials looks better than it is. After an interruption, the same
     command continues.

@@ -22,7 +22,7 @@ def pull(
     folder: Annotated[Path, Argument(metavar="DIR", help="Folder of the copy; new or empty.", show_default=False)],
     json_: common.JsonOption = False,
 ) -> None:
-    """Copy a study and its weights from a bucket to a folder; the manifest of the copy says that it is a copy."""
+    """Copy a study with its weights from a bucket to a folder. The copy's manifest names its source."""
     from carft_ray.study import mirror
 
     _copied(lambda tell: mirror.pull(address, folder, tell), "pulling", str(folder), json_)
@@ -34,7 +34,7 @@ def push(
     address: AddressArgument,
     json_: common.JsonOption = False,
 ) -> None:
-    """Copy a study to an empty address in a bucket; the manifest of the copy says that it is a copy."""
+    """Copy a study to an empty address in a bucket. The copy's manifest names its source."""
     from carft_ray.results.reading.study_view import require_study
     from carft_ray.study import mirror
 

@@ -23,7 +23,7 @@ CacheOption = Annotated[
 
 @command("data ls", to=data_app, reads=True)
 def data_ls(cache: CacheOption = None, json_: common.JsonOption = False) -> None:
-    """List the sets and heads in the cache: size, when built, when last used. Writes nothing."""
+    """List the image sets and class heads in the cache: size, when built, when last used. Writes nothing."""
     from carft_ray.data.cache import list_entries, notes
 
     folder = _folder(cache)
@@ -91,16 +91,20 @@ def data_add(recipe: common.RecipeArgument, set_: common.SetOption = None, json_
 
 @command("data clean --older-than 30d", to=data_app, reads=True)
 def data_clean(
-    all_: Annotated[bool, Option("--all", help="Remove everything, including the notes about images.")] = False,
-    older_than: Annotated[str | None, Option(metavar="TIME", help="Remove entries unused for 12h, 30d, ...")] = None,
+    all_: Annotated[
+        bool, Option("--all", help="Remove everything, also the stored hashes and thumbnails of images.")
+    ] = False,
+    older_than: Annotated[
+        str | None, Option(metavar="TIME", help="Remove entries that were not used for 12h, 30d, ...")
+    ] = None,
     to_gb: Annotated[
-        float | None, Option(min=0, metavar="GB", help="Keep the most recent entries, up to this size.")
+        float | None, Option(min=0, metavar="GB", help="Keep the most recently used entries, up to this size.")
     ] = None,
     yes: Annotated[bool, Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     cache: CacheOption = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Remove sets and heads from the cache, except those in use. Later commands rebuild them if needed."""
+    """Remove image sets and class heads from the cache, except those in use. Later commands rebuild them if needed."""
     from carft_ray.data.cache import GB, list_entries, notes, remove, remove_dead, remove_note, surplus
 
     options = {"--all": all_ or None, "--older-than": older_than or None, "--to-gb": to_gb}

@@ -22,11 +22,11 @@ def doctor(
     recipe: common.RecipeArgument,
     set_: common.SetOption = None,
     images: Annotated[
-        int | None, Option(min=1, help="Images per set for zero-shot; default: as many as 2 minutes allow.")
+        int | None, Option(min=1, help="Images per set for the zero-shot accuracy; default: what 2 minutes allow.")
     ] = None,
     quick: Annotated[bool, Option("--quick", help="Open no image: check only lists, model and prompts.")] = False,
     pairs: Annotated[
-        Path | None, Option(metavar="FILE", help="Write the pairs of shared images: .csv or .html.")
+        Path | None, Option(metavar="FILE", help="File of image pairs that two roles share: .csv or .html.")
     ] = None,
     memory_gb: Annotated[
         float | None, Option(min=1, help="Memory of a GPU, to suggest a micro-batch; default: this machine's GPU.")

@@ -14,7 +14,7 @@ def evaluate(
     folder: common.TrainedArgument,
     alpha: common.AlphaOption = None,
     trial: common.TrialOption = None,
-    head: Annotated[str, Option(help="fine_tuned or zero_shot (the class head of the prompts).")] = "fine_tuned",
+    head: Annotated[str, Option(help="Class head: fine_tuned, or zero_shot (from the prompts).")] = "fine_tuned",
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:

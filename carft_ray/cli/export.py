@@ -17,14 +17,14 @@ def export(
     to: Annotated[Path, Option(help="Folder of the export; must be new or empty.")],
     format_: Annotated[
         list[str] | None,
-        Option("--format", metavar="NAME", help="open_clip (the default), huggingface or onnx; or A,B."),
+        Option("--format", metavar="NAME", help="open_clip (default), huggingface, onnx; several: open_clip,onnx."),
     ] = None,
     alpha: common.AlphaOption = None,
     trial: common.TrialOption = None,
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Write the mixed model for open_clip, transformers or onnxruntime. Each library opens its export as a check."""
+    """Write the mixed model for open_clip, transformers or onnxruntime. The library then loads it, as a check."""
     from carft_ray.api import actions
 
     exported = actions.export(folder, to, formats=format_ or (), alpha=alpha, trial=trial, trust_paths=trust_paths)

@@ -34,10 +34,12 @@ def init(
     ood_test: Annotated[
         DomainsOption, Option(help="OOD test domain (repeatable; default: the remaining ones).")
     ] = None,
-    hold_out: Annotated[str | None, Option(help="Held-out test domain, in a preset that leaves one out.")] = None,
+    hold_out: Annotated[
+        str | None, Option(help="Domain of the test, for a preset that trains on all other domains.")
+    ] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Write a recipe: --from a folder of images (by its domains, splits and classes), or a --preset."""
+    """Write a recipe for your images (--from), or copy one that ships with carft-ray (--preset)."""
     from carft_ray.recipe.presets import SCHEMA, SCHEMA_LINE, preset_text, presets, schema_text
 
     if sum((from_ is not None, preset is not None, list_)) != 1:

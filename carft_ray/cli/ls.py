@@ -12,12 +12,12 @@ from carft_ray.ui import console
 from carft_ray.words import counted
 
 ORDERS = ("objective", "number")
-FOLDER = "A study, its address, or a folder with studies in it."
+PLACE = "A study (folder or address), or a folder of studies."
 
 
 @command("ls studies/quickstart --sort objective --limit 10", common.READING, reads=True)
 def list_(
-    place: Annotated[str, Argument(metavar="FOLDER", help=FOLDER, show_default=False)],
+    place: Annotated[str, Argument(metavar="PLACE", help=PLACE, show_default=False)],
     sort: Annotated[str, Option(metavar="objective|number", help="Order of the trials.")] = "objective",
     limit: Annotated[int | None, Option(min=1, help="Show at most this many trials.")] = None,
     json_: common.JsonOption = False,

@@ -18,7 +18,9 @@ from carft_ray.words import counted
 @command("plan recipe.yaml", common.SEARCH)
 def plan(
     recipe: common.RecipeArgument,
-    study: Annotated[str | None, Option(help="Future study directory; the short trainings run next to it.")] = None,
+    study: Annotated[
+        str | None, Option(help="Directory of the future study; the short trainings run next to it.")
+    ] = None,
     set_: common.SetOption = None,
     executor: common.ExecutorOption = None,
     num_workers: common.WorkersOption = None,
@@ -29,7 +31,7 @@ def plan(
     price_per_hour: Annotated[float | None, Option(min=0, help="Price of the whole machine or cluster.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Estimate a search from short trainings: trials at a time, time, GPU hours, disk, cost.
+    """Estimate a search from short trainings: trials at the same time, duration, GPU hours, disk space, cost.
 
     Runs as many short trainings at a time as the search will; this takes a
     minute in the sandbox. Keeps only the decoded images, in the cache.

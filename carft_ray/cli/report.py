@@ -15,15 +15,17 @@ from carft_ray.ui import console
 @command("report studies/quickstart", common.TRUST, reads=True)
 def report(
     study: common.StudyArgument,
-    html: Annotated[bool, Option("--html", help="Write one HTML page with figures, tables and all trials.")] = False,
-    card: Annotated[str | None, Option(metavar="text|latex", help="Only the verdict, in five lines.")] = None,
-    tables: Annotated[Path | None, Option(metavar="DIR", help="Only the tables, as CSV and Parquet.")] = None,
+    html: Annotated[bool, Option("--html", help="Write one HTML page: figures, tables, all trials.")] = False,
+    card: Annotated[str | None, Option(metavar="text|latex", help="Print only the verdict, in five lines.")] = None,
+    tables: Annotated[
+        Path | None, Option(metavar="DIR", help="Write only the tables, as CSV and Parquet, to this folder.")
+    ] = None,
     out: Annotated[
-        Path | None, Option(metavar="FILE", help="File for --html (default: in the study) or --card.")
+        Path | None, Option(metavar="FILE", help="File of --html (default: in the study) or of --card.")
     ] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Show what the best trial is worth: corrected for selection bias, and against baselines. Reads no test set."""
+    """Show what the best trial is worth: without selection bias, and against the baselines. Reads no test set."""
     from carft_ray.api import actions
     from carft_ray.files import is_address
 

@@ -18,7 +18,9 @@ TRIAL = "Number or name of a trial (7, t0007), name of a baseline, or confirm/NA
 def reproduce(
     folder: common.TrainedArgument,
     trial: Annotated[str | None, Argument(help=TRIAL, show_default=False)] = None,
-    out: Annotated[Path | None, Option(help="Keep the new training in this new or empty folder.")] = None,
+    out: Annotated[
+        Path | None, Option(help="New or empty folder for the new training; default: it is removed.")
+    ] = None,
     trust: common.TrustOption = False,
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,

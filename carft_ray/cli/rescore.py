@@ -15,11 +15,11 @@ from carft_ray.words import counted
 def rescore(
     study: common.StudyArgument,
     objective: Annotated[str | None, Option(metavar="KIND", help="weighted_mean, harmonic or worst_domain.")] = None,
-    id_weight: Annotated[float | None, Option(min=0, max=1, help="Weight of ID in weighted_mean.")] = None,
+    id_weight: Annotated[float | None, Option(min=0, max=1, help="Weight of the ID accuracy in weighted_mean.")] = None,
     sets: Annotated[str | None, Option(metavar="A,B", help="OOD validation sets that count; default: all.")] = None,
     json_: common.JsonOption = False,
 ) -> None:
-    """Rank the trials again by another objective, from stored predictions. Constraints hold. Writes nothing."""
+    """Rank the trials by another objective, from stored predictions. The recipe's constraints apply. Writes nothing."""
     from carft_ray.layout import WEIGHTS
     from carft_ray.results import rescore as rescoring
     from carft_ray.results.reading import study_view

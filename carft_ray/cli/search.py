@@ -22,15 +22,19 @@ if TYPE_CHECKING:
 class SearchOptions(common.RunOptions):
     """The options that `search`, `resume` and `submit` share."""
 
-    change_space: Annotated[bool, Option("--change-space", help="Allow another search space for the study.")] = False
-    warm_start: Annotated[list[str] | None, Option(metavar="STUDY", help="Learn from another study; repeatable.")] = (
-        None
+    change_space: Annotated[bool, Option("--change-space", help="Continue the study with a changed search space.")] = (
+        False
     )
-    wall_time: Annotated[str | None, Option(metavar="TIME", help="Stop after 45m, 8h, ...; resumable.")] = None
+    warm_start: Annotated[
+        list[str] | None, Option(metavar="STUDY", help="Start from the trials of this study; repeatable.")
+    ] = None
+    wall_time: Annotated[
+        str | None, Option(metavar="TIME", help="Stop after 45m, 8h, ...; the same command resumes.")
+    ] = None
     notify_url: common.NotifyUrlOption = None
     again: Annotated[
         str | None,
-        Option(metavar="REASON", help="Train although the test sets were read; every report shows the reason."),
+        Option(metavar="REASON", help="Why to train after the test sets were read; every report shows it."),
     ] = None
 
 
@@ -83,7 +87,7 @@ def search(
 @command("resume studies/quickstart --trials +4", common.SEARCH, shared=SearchOptions)
 def resume(
     study: common.StudyArgument,
-    trials: Annotated[str | None, Option(metavar="N|+N", help="Total number of trials, or +N for N more.")] = None,
+    trials: Annotated[str | None, Option(metavar="N|+N", help="Trials in all, or +N for N more.")] = None,
     set_: common.SetOption = None,
     **shared: Any,
 ) -> None:

@@ -13,10 +13,10 @@ from carft_ray.words import counted
 @command("stop studies/quickstart", common.SEARCH, reads=True)
 def stop(
     study: common.TrainedArgument,
-    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait for the checkpoints.")] = False,
+    no_wait: Annotated[bool, Option("--no-wait", help="Do not wait until the trainings have stopped.")] = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Stop a running search or training as Ctrl-C does: it writes its checkpoints and can be resumed."""
+    """Stop a running search or training, as Ctrl-C does. It writes checkpoints first, so that it can be resumed."""
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view

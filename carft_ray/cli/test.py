@@ -18,7 +18,7 @@ def evaluate_test_sets(
     trust_paths: common.TrustPathsOption = False,
     json_: common.JsonOption = False,
 ) -> None:
-    """Open the test sets: measure winner and baselines on id_test and ood_test, once. The ledger records every read."""
+    """Read the test sets once: measure winner and baselines on id_test and ood_test. The ledger records every read."""
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.results.test_sets.sealed_read import read_sealed
     from carft_ray.results.test_sets.summary import read_lines

@@ -44,7 +44,7 @@ _REAL = ("0.01", "100")
 BACKBONES = {
     "sandbox": Ranges(("1e-4", "5e-3"), "5e-4", ("0.1", "100"), "10", 64, True),
     "ViT-B-16": Ranges(("3e-7", "3e-5"), "1e-5", _REAL, "1", 512, True),
-    "ViT-B-32": Ranges(("3e-7", "1e-4"), "3e-5", _REAL, "1", 512, False),
+    "ViT-B-32": Ranges(("3e-7", "3e-5"), "1e-5", _REAL, "1", 512, True),
     "ViT-L": Ranges(("1e-7", "3e-5"), "1e-5", _REAL, "1", 512, False),
     "RN": Ranges(("1e-6", "3e-4"), "3e-5", _REAL, "1", 512, False),
     "": Ranges(("1e-7", "1e-4"), "1e-5", _REAL, "1", 512, False),
