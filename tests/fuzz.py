@@ -138,6 +138,7 @@ def call(argv):
     os.environ |= {"XDG_CACHE_HOME": str(here / "cache"), "TMPDIR": str(here / "tmp"), "HOME": str(here)}
     os.environ["MPLCONFIGDIR"] = str(base / "matplotlib")
     tempfile.tempdir = None
+    sys.dont_write_bytecode = True  # of a module that no case has imported before
     tell("phase", "making the case")
     mutations.write_case(kind, number, seed, here, base)
     commands = COMMANDS
