@@ -466,6 +466,7 @@ def test_a_result_comes_after_the_other_files_so_that_a_kill_in_between_loses_no
         for name in names:
             files.write_text(study.study_dir / name, "{}")
         server.requests.clear()
+        study.log.has_ended(study.study_dir / "trials/t/attempt-1")
         study.log.keep_files()
         put = [path.partition("/study/")[2] for method, path in server.requests if method == "PUT"]
         assert {*put} >= {*names}

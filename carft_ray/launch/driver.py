@@ -130,6 +130,7 @@ class Driver:
         self._stopping_since = 0.0
         self._of_others, _ = outcome.read_live(self.study.study_dir)  # of kinds that are not recovered yet
         self._written: tuple[float, object] = -math.inf, None  # ``live.json``: when, and what it names
+        self.study.log.meanwhile = self.poll
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing: Tune keeps a copy of what it was given, which nobody reads."""
@@ -182,7 +183,11 @@ class Driver:
         if attempt is None:
             return
         self.exchange.now()
-        self._read_post(attempt)
+        try:
+            self.study.log.check()  # the files are those of whoever holds the study
+            self._read_post(attempt)
+        except StorageError as error:
+            self._fail(error)
         spec, seconds = attempt.spec, self._held_s(attempt)
         if gone:
             self.exchange.order(spec.training, spec.attempt + 1)  # should it wake up, it leaves
@@ -307,10 +312,7 @@ class Driver:
 
     def _read_post(self, attempt: _Attempt) -> None:
         try:
-            records = self.exchange.records(attempt.spec.training, attempt.spec.attempt)
-            if records:
-                self.study.log.check()  # the files are those of whoever holds the study
-            for kind, value in records:
+            for kind, value in self.exchange.records(attempt.spec.training, attempt.spec.attempt):
                 if kind == "log":
                     append_log(attempt.spec.folder(self.study.study_dir), value)
                 elif kind == "step":

@@ -83,6 +83,7 @@ class Log(BaseJournalBackend):
         time: When that commit was made, in seconds since 1970; 0 in an empty log.
         records: All of our own, each with the number of its commit.
         is_abandoned: Whether ``abandon`` was called.
+        meanwhile: What the one thread that commits does while it waits for ``keep_files``.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Log(BaseJournalBackend):
         self._is_owner, self._is_read = False, False
         self._spoiled_by: BaseException | None = None
         self.is_abandoned = False
+        self.meanwhile: Callable[[], None] = lambda: None
         self._holder = _NOBODY  # who has claimed the log and not released it
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others
@@ -258,12 +260,21 @@ class Log(BaseJournalBackend):
     def keep_files(self) -> None:
         """Called before a commit that names files of the study; where it is not in a folder, they must be kept first.
 
+        What takes long is done in a thread of its own; ``meanwhile`` is called again and again until it has ended.
+
         Raises:
             StorageError: They cannot be.
         """
 
+    def has_ended(self, path: Path) -> None:
+        """Called once a training is complete, before ``keep_files``: a copy elsewhere gets its result from now on.
+
+        Args:
+            path: Folder of its last attempt, in the folder of the study.
+        """
+
     def forget_files(self, path: Path) -> None:
-        """Called before the search removes a file or folder of the study; a copy elsewhere loses such files only.
+        """Called before the search removes a file or folder of the study: a copy elsewhere loses it, or never gets it.
 
         Args:
             path: In the folder of the study.

@@ -5,7 +5,7 @@ and ``best.yaml`` is written where the kill came first.
 """
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from carft_ray import files
@@ -17,6 +17,8 @@ from carft_ray.recipe.trial_values import apply
 from carft_ray.study.front import front_rule, stand
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, best_row
+
+OF_THE_BEST = (WEIGHTS, THUMBNAILS)  # files of a trial that stay while it is one of the best
 
 
 class Retention:
@@ -50,11 +52,21 @@ class Retention:
             self._remove(place / ROWS)
         if row.outcome == "complete" and row.kind == "trial":
             self._kept[row.name] = row
-            for worse in best_first(self._ranked())[self._recipe.search.keep_checkpoints :]:
-                if not worse.standing:
-                    del self._kept[worse.name]
-                    for name in (WEIGHTS, THUMBNAILS):
-                        self._remove(worse.place(self._study_dir) / name)
+            for worse in self._worse(self._kept):
+                del self._kept[worse.name]
+                for name in OF_THE_BEST:
+                    self._remove(worse.place(self._study_dir) / name)
+
+    def foresee(self, row: TrialRow) -> None:
+        """Of a complete training whose end is not written yet, has copies leave out what ``ended`` will remove."""
+        if row.kind == "trial" and row.name in [worse.name for worse in self._worse({**self._kept, row.name: row})]:
+            for name in OF_THE_BEST:
+                self._forget(row.place(self._study_dir) / name)
+
+    def _worse(self, rows: Mapping[str, TrialRow]) -> list[TrialRow]:
+        """Returns the trials among those by name whose weights do not stay."""
+        ranked = best_first(self._ranked(rows))
+        return [row for row in ranked[self._recipe.search.keep_checkpoints :] if not row.standing]
 
     def _remove(self, path: Path) -> None:
         self._forget(path)
@@ -72,10 +84,10 @@ class Retention:
 
         What is not kept is neither on the front nor will be, so it counts for nothing: no trial is looked at twice.
         """
-        return best_row(self._ranked())
+        return best_row(self._ranked(self._kept))
 
-    def _ranked(self) -> list[TrialRow]:
-        kept = sorted(self._kept.values(), key=lambda row: row.number)  # of equal points the first one counts
+    def _ranked(self, rows: Mapping[str, TrialRow]) -> list[TrialRow]:
+        kept = sorted(rows.values(), key=lambda row: row.number)  # of equal points the first one counts
         return kept if self._rule is None else stand(kept, self._rule)
 
 

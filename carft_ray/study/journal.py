@@ -13,7 +13,7 @@ A Pareto search has two directions, ID and OOD accuracy. Its sampler gets other 
 (``front.spread_points``), as trials of their own that are no trainings (``rows.TRAINING_OF``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,13 +140,16 @@ class Journal:
             self._storage.set_trial_intermediate_value(self._ids[spec.kind, spec.number], percent, value)
         self._see(self._trial(spec))
 
-    def complete(self, spec: TrialSpec, result: Mapping[str, Any], digest: str) -> TrialRow:
+    def complete(
+        self, spec: TrialSpec, result: Mapping[str, Any], digest: str, foresee: Callable[[TrialRow], None]
+    ) -> TrialRow:
         """Writes a result.
 
         Args:
             spec: The attempt.
             result: Content of its ``result.json``.
             digest: SHA-256 of that file.
+            foresee: Given the row before its files are uploaded (``Retention.foresee``).
 
         Raises:
             StorageError: The result of a trial lacks what its search needs.
@@ -159,6 +162,10 @@ class Journal:
                 place = str(spec.place(self._study_dir) / RESULT)
                 raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
         attributes = {**result_attributes(result, lowest), "digest": digest}
+        known = {name: attributes[name] for name in ("outcome", "metrics", "alpha")}
+        points = tuple(attributes.get("points", ()))
+        foresee(TrialRow(**vars(spec), **known, objective=result["objective"], points=points))
+        self._log.has_ended(spec.place(self._study_dir))
         return self.tell(spec, TrialState.COMPLETE, attributes, result["objective"])
 
     def tell(

@@ -46,6 +46,11 @@ def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> li
 def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:
     """Records or queues what is RUNNING in one of the Optuna studies; None wants everything."""
     _spend_left_behind(study)
+    for each in trainings(study.journal.studies[kind]):
+        told = row_of(kind, each)
+        study.retention.ended(told)  # of what was told right before a kill, all files are there
+        if told.outcome == "complete":
+            study.log.has_ended(told.place(study.study_dir))
     ended = []
     for spec in study.journal.running(kind):
         if wanted is not None and spec.name not in wanted:
@@ -57,8 +62,6 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
             study.journal.note(spec, {SET_ASIDE: None, STUCK: None})
         if spec not in study.waiting:
             study.waiting.append(spec)
-    for each in trainings(study.journal.studies[kind]):
-        study.retention.ended(row_of(kind, each))  # of what was told right before a kill, all files are there
     return ended
 
 

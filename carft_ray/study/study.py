@@ -195,7 +195,7 @@ class Study:
                 self.report(spec, line)
         cut = self._cut(spec)
         if found is not None:
-            return self._ended(self.journal.complete(spec, *found))
+            return self._ended(self.journal.complete(spec, *found, self.retention.foresee))
         if cut is not None:
             append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
             return self._pruned(spec, "pruned", cut.reason)

@@ -8,8 +8,9 @@ A driver that was asleep while another one took the study over must not change a
 is read, and ``manifest.json`` is put over the version that this driver knows only, without blind repeats.
 
 The log and the files in the bucket are the study. A commit is created there first. Before one that says how a training
-ended, the files of the study are uploaded; checkpoints and the rest follow every ``UPLOAD_EVERY_S``, and all at the
-end. After a kill the folder may be behind the bucket or ahead of it: who has claimed the log makes it equal.
+ended, it is decided which of its files stay, and these are uploaded; checkpoints and the rest follow every
+``UPLOAD_EVERY_S``, and all at the end. A thread of its own looks for requests to stop, since an upload may take long.
+After a kill the folder may be behind the bucket or ahead of it: who has claimed the log makes it equal.
 """
 
 import contextlib
@@ -18,11 +19,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STOP, STOP_REQUESTS
+from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STOP, STOP_REQUESTS, WEIGHTS
 from carft_ray.store.bucket import Bucket, Tag
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log
@@ -30,6 +32,7 @@ from carft_ray.store.result import checkpoint_of
 from carft_ray.study.mirror import ALL, DRIVEN, Kept, Through, address_in, fetch_files, files_in, stop_request
 
 UPLOAD_EVERY_S = 10.0
+MEANWHILE_EVERY_S = 0.1
 MANIFEST_TRIES = 5
 _Version = tuple[int, int, int]  # of a file: bytes, time in ns, inode
 
@@ -42,6 +45,7 @@ class _Mirrored(Through):
         self._known: dict[str, _Version] = {}  # files as the bucket has them
         self._forgotten: set[str] = set()  # files and folders that the search has removed
         self._written: set[str] = set()  # names that this process may have written
+        self._ended: set[str] = set()  # attempts that are complete
         self._tag: Tag | None = None  # of the manifest as the bucket has it
         self.ends: Callable[[], bool] = lambda: False  # whether nothing more may be uploaded
         self.check: Callable[[], None] = lambda: None  # raises when another search has taken the study over
@@ -71,17 +75,30 @@ class _Mirrored(Through):
 
     def forget(self, path: Path) -> None:
         """Has the next upload remove a file or folder that the search removes now."""
-        self._forgotten.add(path.resolve().relative_to(self.here.path).as_posix())
+        self._forgotten.add(self._name(path))
+
+    def end(self, place: Path) -> None:
+        """Has the next upload take result and weights of an attempt, but what is forgotten by then."""
+        self._ended.add(self._name(place))
+
+    def _name(self, path: Path) -> str:
+        return path.resolve().relative_to(self.here.path).as_posix()
+
+    def _waits(self, name: str) -> bool:
+        """Tells whether a file is one of an attempt of which it is not decided yet what stays."""
+        place, _, last = name.rpartition("/")
+        return last in (RESULT, WEIGHTS) and checkpoint_of(name) is None and place not in self._ended
 
     def remove_written(self, request: str) -> None:
         """Removes what this process has written, and the request to stop it; names of others below the address stay."""
         self.delete(sorted({*self._written, request}))
 
-    def upload_new(self, checkpoints: bool) -> None:
+    def upload_new(self, checkpoints: bool, is_last: bool = False) -> None:
         """Uploads files that are new or have changed, and removes what the search has removed.
 
         Args:
             checkpoints: Checkpoints, or else all others.
+            is_last: Also weights of trainings that continue later.
 
         Raises:
             StorageError: A file cannot be read, or the bucket not be written.
@@ -96,6 +113,7 @@ class _Mirrored(Through):
                 raise StorageError(problem)
             names = [name for name in there if name != RAY_LOG] if MANIFEST in there else []
             names = [name for name in names if (checkpoint_of(name) is not None) == checkpoints]
+            names = [name for name in names if name not in self._forgotten and (is_last or not self._waits(name))]
             names.sort(key=_is_late)
             for name in names:
                 if self.ends():
@@ -170,7 +188,15 @@ class _Uploading(Kept):
         store.check = lambda: self.check(is_sure=True)
 
     def keep_files(self) -> None:
-        self.store.upload_new(checkpoints=False)
+        with ThreadPoolExecutor(1, "keep") as pool:
+            upload = pool.submit(self.store.upload_new, checkpoints=False)
+            while not upload.done():
+                self.meanwhile()
+                wait((upload,), MEANWHILE_EVERY_S)
+            upload.result()
+
+    def has_ended(self, path: Path) -> None:
+        self.store.end(path)
 
     def forget_files(self, path: Path) -> None:
         self.store.forget(path)
@@ -196,34 +222,40 @@ def uploading(log: Log) -> Iterator[None]:
     log.store.begin(request)
     left = threading.Event()
 
-    def upload() -> None:
+    def repeat(work: Callable[[], None]) -> None:
         while not left.wait(UPLOAD_EVERY_S):
             with contextlib.suppress(StorageError):  # the next commit tells
-                if log.store.look(request) is not None:
-                    files.write_text(log.store.here.path / STOP, f"asked by {request}\n")
-                all_files()
+                work()
 
-    def all_files() -> None:
+    def follow_orders() -> None:
+        if log.store.look(request) is not None:
+            files.write_text(log.store.here.path / STOP, f"asked by {request}\n")
+
+    def all_files(is_last: bool = False) -> None:
         if not log.is_lost:
-            log.store.upload_new(checkpoints=False)
+            log.store.upload_new(checkpoints=False, is_last=is_last)
             log.store.upload_new(checkpoints=True)
 
-    thread = threading.Thread(target=upload, name="upload", daemon=True)
-    thread.start()
+    works = (all_files, follow_orders)  # an upload may take minutes
+    threads = [threading.Thread(target=repeat, args=(work,), name=work.__name__, daemon=True) for work in works]
+    for thread in threads:
+        thread.start()
     try:
         yield
     except BaseException:
         left.set()
-        thread.join(0.0 if log.is_unknown else None)  # a bucket that does not answer keeps it for a minute
+        for thread in threads:
+            thread.join(0.0 if log.is_unknown else None)  # a bucket that does not answer keeps it for a minute
         with contextlib.suppress(StorageError):
             if log.is_abandoned:
                 log.store.remove_written(request)
             else:
-                all_files()
+                all_files(is_last=True)
         raise
     left.set()
-    thread.join()
-    all_files()
+    for thread in threads:
+        thread.join()
+    all_files(is_last=True)
 
 
 def _is_late(name: str) -> tuple[bool, bool]:

@@ -1,0 +1,94 @@
+"""Which files of a study get into its bucket, and when; what the driver does while they are on their way."""
+
+import time
+
+import pytest
+import stand_in
+from bucket_server import impatient
+
+from carft_ray import files
+from carft_ray.errors import InterruptedRunError
+from carft_ray.launch.events import Stopping, TrialFinished
+from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.runtime import Runner
+from carft_ray.launch.stop import ask_to_stop
+from carft_ray.layout import RESULT, THUMBNAILS, WEIGHTS
+from carft_ray.results.reading.study_view import read_study
+from carft_ray.study import uploads
+from carft_ray.study.mirror import own_folder
+from carft_ray.study.opening import open_study
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    with impatient(monkeypatch, tmp_path / "cache") as server:
+        yield server
+
+
+def searched(address, trials, on_event=lambda event: None, **search):
+    recipe = stand_in.make_recipe(trials, resources={"executor": "debug"}, sampler={"name": "random"}, **search)
+    return run_search(recipe, own_folder(address), on_event=on_event, runner=Runner(stand_in.prepare, stand_in.train))
+
+
+def put(server, last):
+    names = [path.partition("/study/")[2] for method, path in server.requests if method == "PUT"]
+    return [name for name in names if name.endswith(f"/{last}")]
+
+
+@pytest.mark.slow
+def test_weights_go_up_only_of_baselines_and_of_trials_that_were_the_best_when_they_ended(server, monkeypatch):
+    monkeypatch.setattr(uploads, "UPLOAD_EVERY_S", 0.02)
+    best = []
+
+    def note(event):
+        if isinstance(event, TrialFinished) and event.is_best:
+            best.append(f"{event.row.attempt_name}/{WEIGHTS}")
+
+    outcome = searched(server.address("study"), 6, note, keep_checkpoints=1)
+    assert 1 <= len(best) < 6
+    assert [name for name in put(server, WEIGHTS) if name.startswith("trials/")] == best
+    assert len(put(server, RESULT)) == 7
+    there = [name for name in server.objects() if name.endswith(WEIGHTS)]
+    assert [name for name in there if "/trials/" in name] == [f"study/{best[-1]}"]
+    assert outcome.best.attempt_name in best[-1]
+
+
+@pytest.mark.slow
+def test_a_stop_is_obeyed_while_the_weights_of_another_training_are_on_their_way(server, monkeypatch):
+    monkeypatch.setattr(uploads, "UPLOAD_EVERY_S", 0.1)
+    address, stopping = server.address("study"), []
+
+    def strike(method, path):
+        if method == "PUT" and "trials/" in path and path.endswith(WEIGHTS):
+            if not ask_to_stop(address):
+                return None
+            end = time.monotonic() + 30
+            while not stopping and time.monotonic() < end:
+                time.sleep(0.02)
+            stopping.append(not stopping)
+        return None
+
+    server.strike = strike
+    with pytest.raises(InterruptedRunError):
+        searched(address, 4, lambda event: isinstance(event, Stopping) and stopping.append(event))
+    assert isinstance(stopping[0], Stopping)
+    server.strike = lambda method, path: None
+    searched(address, 4)
+    assert [row.outcome for row in read_study(address).trials] == ["complete"] * 4
+
+
+def test_of_a_training_that_has_not_ended_checkpoints_go_up_and_what_may_be_dropped_waits(server):
+    place = "trials/t/attempt-1"
+    with open_study(own_folder(server.address("study")), stand_in.make_recipe(1)) as study:
+        for name in (WEIGHTS, RESULT, THUMBNAILS, f"step-00000005/{WEIGHTS}"):
+            files.write_text(study.study_dir / place / name, "{}")
+
+        def there():
+            study.log.store.upload_new(checkpoints=False)
+            study.log.store.upload_new(checkpoints=True)
+            return {name.removeprefix(f"study/{place}/") for name in server.objects() if place in name}
+
+        assert there() == {f"step-00000005/{WEIGHTS}", THUMBNAILS}
+        study.log.forget_files(study.study_dir / place / WEIGHTS)
+        study.log.has_ended(study.study_dir / place)
+        assert there() == {f"step-00000005/{WEIGHTS}", THUMBNAILS, RESULT}
