@@ -138,6 +138,16 @@ def kinds(events):
     return [type(event) for event in events]
 
 
+def test_a_poll_looks_at_the_log_once_however_many_trainings_have_posted(tune, monkeypatch):
+    first, second, looks = tune.start(), tune.start(), []
+    for trial in (first, second):
+        tune.report(trial, {"epoch": 1, "step": 10}, {"epoch": 2, "step": 20})
+    monkeypatch.setattr(tune.driver.study.log, "check", lambda: looks.append(1))
+    tune.look()
+    assert looks == [1]
+    assert [type(each) for each in tune.events].count(TrialEpoch) == 4
+
+
 def test_the_searcher_holds_its_own_limit_and_ends_by_itself(tune):
     assert tune.searcher.set_max_concurrency(1)
     live = []
