@@ -158,7 +158,7 @@ def start(study):
     spec = study.next()
     append_log(spec.folder(study.study_dir), "attempt 1: starts on here")
     (spec.folder(study.study_dir) / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
-    write_live(study.study_dir, {spec.training: Live(spec.attempt, time.time(), 1.0, 0.0, 1, 1, "")})
+    write_live(study.study_dir, {spec.training: Live(spec.attempt, time.time(), 1.0, 0.0, 1, "")})
 
 
 METHODS = {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "kl_weight": {"choices": [0, 1, 10]}}

@@ -46,7 +46,7 @@ def start(study):
     folder = spec.folder(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
     append_log(folder, f"attempt {spec.attempt}: starts on 127.0.0.1")
-    write_live(study.study_dir, {spec.training: Live(spec.attempt, 1.0, 1.0, 0.0, 1, 1, "")})
+    write_live(study.study_dir, {spec.training: Live(spec.attempt, 1.0, 1.0, 0.0, 1, "")})
     return spec
 
 

@@ -56,7 +56,6 @@ class _Attempt:
         last_row: When the last one came, of ``time.monotonic``; 0: none has.
         alive: Its process, once it has posted.
         failure: How it ended, where it has posted that.
-        steps: Signs of life that rank 0 has given.
         seen: Its last step, or when it was ended or missed last, of ``time.monotonic``.
         hung: Why it was ended from outside; empty where it was not.
         stacks: Gives what its threads did then.
@@ -70,7 +69,6 @@ class _Attempt:
     last_row: float = 0.0
     alive: Process | None = None
     failure: Failure | None = None
-    steps: int = 0
     seen: float = 0.0
     hung: str = ""
     stacks: Callable[[], str] = str
@@ -329,7 +327,7 @@ class Driver:
             attempt.began = time.monotonic()  # since then its workers have held their resources for it
         attempt.seen = max(attempt.seen, mail.seen) if attempt.alive else mail.seen
         attempt.failure = mail.signs.failure or attempt.failure
-        attempt.alive, attempt.steps = mail.signs.process or attempt.alive, mail.signs.steps.get(0, 0)
+        attempt.alive = mail.signs.process or attempt.alive
         self._longest_step_s = max(self._longest_step_s, mail.longest_s)
 
     def _check_steps(self, attempt: _Attempt, heard: float) -> None:
@@ -358,7 +356,7 @@ class Driver:
         for each in running:
             spec, seconds, alive = each.spec, self._held_s(each), each.alive or Process(0, "")
             began = datetime.now().timestamp() - seconds
-            live[spec.training] = Live(spec.attempt, began, seconds, self.gpus, each.steps, alive.pid, alive.node_id)
+            live[spec.training] = Live(spec.attempt, began, seconds, self.gpus, alive.pid, alive.node_id)
         with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
             outcome.write_live(self.study.study_dir, live, at_a_time)
             self._written = now, names

@@ -125,7 +125,6 @@ class Live:
         began: When it got its resources, seconds since 1970.
         seconds: For how long it has held them.
         gpus: GPUs that its workers hold together.
-        steps: Signs of life that rank 0 has given.
         pid: Of rank 0.
         node: Ray's name of the node of rank 0; empty without Ray.
     """
@@ -134,7 +133,6 @@ class Live:
     began: float
     seconds: float
     gpus: float
-    steps: int
     pid: int
     node: str
 

@@ -92,7 +92,6 @@ class Running(_Strict):
     began: Seconds
     seconds: Seconds
     gpus: Seconds
-    steps: Count
     pid: Count
     node: Words
 
