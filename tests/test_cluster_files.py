@@ -27,7 +27,7 @@ CLUSTER = ROOT / "cluster"
 CLOUDS = ("aws.yaml", "gcp.yaml")
 LAUNCHERS = (*CLOUDS, "onprem.yaml")
 PODS = ("kuberay-raycluster.yaml", "kuberay-rayjob.yaml")
-FILES = (*LAUNCHERS, *PODS, "skypilot.yaml", "slurm.sh", "Dockerfile")
+FILES = (*LAUNCHERS, *PODS, "skypilot.yaml", "slurm.sh", "spot.sh", "Dockerfile")
 PLACEHOLDER = r"YOUR_[A-Z0-9_]*[A-Z0-9]"
 NODE_CONFIG = {  # of what `ray up` passes on to a cloud unread, the keys that our files use
     "aws": {"InstanceType", "ImageId", "IamInstanceProfile", "InstanceMarketOptions", "BlockDeviceMappings"},
@@ -58,10 +58,10 @@ RULES = [  # files, what must stand in each, and what is wrong where it does not
     (("aws.yaml",), r"  spot:\n[\s\S]*InstanceMarketOptions: \{MarketType: spot\}", "the workers are no spot machines"),
     (("gcp.yaml",), r"  spot:\n[\s\S]*\{preemptible: true\}", "the workers are no spot machines"),
     (PODS, r'nodeSelector: \{YOUR_SPOT_LABEL: "YOUR_SPOT_VALUE"\}', "the workers are no spot pods"),
-    (("skypilot.yaml",), r"use_spot: true[\s\S]*carft_ray.launch.ray_cluster.spot", "nothing watches for notices"),
-    (("aws.yaml",), r"carft_ray.launch.ray_cluster.spot --provider aws ", "nothing watches for notices"),
-    (("gcp.yaml",), r"carft_ray.launch.ray_cluster.spot --provider gcp ", "nothing watches for notices"),
-    (PODS, r"preStop: \{exec: \{command: \[python, -m, carft_ray.launch.ray_cluster.spot, --now,", "nothing drains"),
+    (("skypilot.yaml",), r"use_spot: true[\s\S]*\n  cluster/spot\.sh ", "nothing watches for notices"),
+    (CLOUDS, r"nohup spot\.sh \$RAY_HEAD_IP:6379 ", "nothing watches for notices"),
+    (("Dockerfile",), r"COPY cluster/spot\.sh /usr/local/bin/\n", "the nodes lack spot.sh"),
+    (PODS, r'preStop: \{exec: \{command: \[spot\.sh, --now, "25"\]', "nothing drains"),
     (CLOUDS, r"- -v /images:/images\n[\s\S]* (s3|gs)://YOUR_BUCKET/images /images\n", "a node lacks the images"),
     (("skypilot.yaml",), r"/images: \{source: YOUR_IMAGES, mode: COPY\}", "a node lacks the images"),
     (PODS, 2 * r'"s3://YOUR_BUCKET/images", /images\][\s\S]*mountPath: /images\}, [\s\S]*',
@@ -101,6 +101,7 @@ def faults(name, text):
     if name == "slurm.sh":
         given = set(re.findall(r"(?m)^#SBATCH --([a-z-]+)", text))
         found += [f"unknown or missing option {each} of sbatch" for each in sorted(given ^ SBATCH)]
+    if name.endswith(".sh"):
         checked = [Path(sys.executable).with_name("shellcheck"), "-"]
         return found + subprocess.run(checked, input=text, capture_output=True, text=True).stdout.splitlines()
     try:
@@ -258,6 +259,7 @@ SEEDED = [  # file, what is replaced by what, and what must be found
     ("skypilot.yaml", "  use_spot: true", "  usespot: true", "unknown key usespot"),
     ("slurm.sh", "#SBATCH --requeue", "#SBATCH --requeu", "option requeu "),
     ("slurm.sh", 'rm -rf "$temp" "$RAY', 'ray stop; rm -rf "$temp" "$RAY', "processes are ended by their ids"),
+    ("spot.sh", '"$told" ]', "$told ]", "SC2086"),
     ("Dockerfile", "ARG RAY_VERSION=2.60.0", "ARG RAY_VERSION=2.40.0", "outside of the range"),
     ("Dockerfile", "LICENSE ./", "LICENSE Makefile ./", "Makefile is not there, or not sent"),
     ("Dockerfile", "#     docker", "# docker", "give no command"),

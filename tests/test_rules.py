@@ -218,11 +218,11 @@ QUICK = {  # what is not loaded, and by which modules, one after the other
     " carft_ray.recipe.trial_values carft_ray.recipe.checks.advice",
     "torch ray optuna open_clip": "carft_ray.cli carft_ray.model.catalog carft_ray.data.open_source"
     " carft_ray.data.views carft_ray.data.decoded",
-    # readers of a study; else `status` and the other quick verbs would take seconds. The last stays on every spot node
+    # readers of a study; else `status` and the other quick verbs would take seconds
     "torch ray open_clip": "carft_ray.api.studies carft_ray.api.actions carft_ray.results.compare"
     " carft_ray.results.report carft_ray.results.reading.study_view carft_ray.results.reading.logs"
     " carft_ray.results.rescore carft_ray.results.page.page carft_ray.evaluation.metrics carft_ray.evaluation.alpha"
-    " carft_ray.launch.stop carft_ray.launch.ray_cluster.spot",
+    " carft_ray.launch.stop",
 }
 
 
@@ -280,7 +280,6 @@ MAY = {
         "ui/console.py": "is the gate; JSON has no control characters",
         "cli/submit.py": "the log of a job, through `visible`",
         "cli/validate.py": "a recipe as YAML, to be read back as it is",
-        "launch/ray_cluster/spot.py": "our own words about a node",
     },
     "sys.stderr": {
         "cli/submit.py": "as above",
