@@ -17,11 +17,12 @@ from killed_searches import wait_until
 import carft_ray
 from carft_ray import files
 from carft_ray.errors import ClusterError, InterruptedRunError
-from carft_ray.launch import events, notify
+from carft_ray.launch import events, notify, outbox
 from carft_ray.launch import tracking as module
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.notify import AT_MOST_EVERY_S, _Notices, notifying
-from carft_ray.launch.tracking import tracking
+from carft_ray.launch.notify import AT_MOST_EVERY_S, _Notices, webhook
+from carft_ray.launch.outbox import Ended, sending
+from carft_ray.launch.tracking import trackers
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.store.result import read_result, write_result
 from carft_ray.study.outcome import TrialRow, TrialSpec
@@ -57,6 +58,14 @@ def search(here, study_dir, caplog, **more):
     with caplog.at_level(logging.WARNING, "carft_ray"):
         study = carft_ray.search(here / "recipe.yaml", study_dir, overrides=overrides, progress=False)
     return study, [one.getMessage() for one in caplog.records if "tracking" in one.getMessage()]
+
+
+def tracking(recipe, study_dir, warn):
+    return sending(trackers(recipe, study_dir, warn), warn)
+
+
+def notifying(url, name, study_dir, warn):
+    return sending(webhook(url, name, study_dir), warn)
 
 
 def records(path):
@@ -135,20 +144,19 @@ def test_a_tracker_that_fails_is_one_warning_and_the_search_is_whole(here, tmp_p
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")  # nobody listens there
     study, [warned] = search(here, tmp_path / "study", caplog, **{"tracking.mlflow.experiment": "mine"})
     assert warned.startswith("tracking.mlflow: MlflowException: ")
-    assert warned.endswith("; tracking is incomplete, but the study itself is complete")
+    assert warned.endswith("; the study is not affected")
     assert study.trials().num_rows == 2
 
 
 def test_a_library_that_is_missing_is_a_warning_and_without_a_training_nothing_is_opened(here, tmp_path, monkeypatch):
     recipe, told = load_recipe(here / "recipe.yaml", ["tracking.wandb.project=mine"]), []
-    for tracked, fail in ((load_recipe(here / "recipe.yaml"), True), (recipe, False)):
-        with tracking(tracked, tmp_path / "study", pytest.fail) as shared:
-            assert (shared(print) is print) == fail
+    for tracked in (load_recipe(here / "recipe.yaml"), recipe):
+        with tracking(tracked, tmp_path / "study", pytest.fail):
+            pass
     assert not (tmp_path / "study").exists()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with tracking(recipe, tmp_path, told.append) as shared:
+    with tracking(recipe, tmp_path, told.append):
         assert told == ["tracking.wandb has no effect: wandb is not installed (pip install 'carft-ray[wandb]')"]
-        assert shared(print) is print
 
 
 class Client(module._Client):
@@ -304,15 +312,15 @@ def test_the_end_says_how_it_came_and_the_error_goes_on(server, error, told):
 
 def test_notices_about_trials_come_now_and_then_and_an_end_by_the_budget_is_told_as_such():
     now = [100.0]
-    notices = _Notices("pets", Path("pets"), clock=lambda: now[0])
+    notices, happened = _Notices("pets", Path("pets"), clock=lambda: now[0]), []
     for number in range(5):
-        notices.take(ended(number, outcome="error", reason="boom"))
-        notices.take(ended(10 + number, 0.1 * number, is_best=True))
+        happened.append(notices.of(ended(number, outcome="error", reason="boom")))
+        happened.append(notices.of(ended(10 + number, 0.1 * number, is_best=True)))
     now[0] += AT_MOST_EVERY_S
-    notices.take(ended(5, outcome="error", reason="boom"))
-    notices.take(Stopping(2, "the wall time is used up"))
-    notices.end(None)
-    failed, best, later, end = (notices.waiting.get()["text"] for _ in range(notices.waiting.qsize()))
+    happened.append(notices.of(ended(5, outcome="error", reason="boom")))
+    happened.append(notices.of(Stopping(2, "the wall time is used up")))
+    happened.append(notices.of(Ended(None)))
+    failed, best, later, end = (each["text"] for each in happened if each is not None)
     assert (failed, later) == ("pets: t0000-abcd: error, boom", "pets: t0005-abcd: error, boom")
     assert best == "pets: new best t0010-abcd, objective 0.0 %"
     assert end.startswith("pets: ended early, the wall time is used up; 11 trainings")
@@ -348,7 +356,7 @@ def test_a_redirect_is_not_followed_and_its_notice_is_told_as_not_sent(server, c
     server.answers += [answer, answer]
     with notifying(server.url, "s", Path("s"), warned.append) as beside:
         beside(lambda event: None)(ended(0, is_best=True))
-    assert warned == [f"--notify-url: not sent: the server redirects ({code}){instead}"]
+    assert warned == [f"--notify-url: not sent: the server redirects ({code}){instead}; the study is not affected"]
     assert len(server.got) == 2  # nothing was asked for with a GET
 
 
@@ -361,5 +369,60 @@ def test_the_search_waits_for_no_server_that_is_missing_or_does_not_answer(monke
                 before = len(warned)
                 beside(lambda event: None)(ended(0, is_best=True))
                 assert len(warned) == before  # nothing was waited for
-    assert warned[0] == "--notify-url: timed out"
+    assert warned[0] == "--notify-url: timed out; the study is not affected"
     assert "refused" in warned[1]
+
+
+# the outbox
+
+
+def test_a_receiver_that_is_slow_or_fails_delays_no_other_and_what_it_does_not_get_is_told(monkeypatch):
+    monkeypatch.setattr(outbox, "MOST_WAITING", 2)
+    goes_on, got, warned = threading.Event(), {"slow": [], "failing": [], "other": []}, []
+
+    def slow(events):
+        for event in events:
+            got["slow"].append(event)
+            assert goes_on.wait(60)
+        return ["it was slow", "it was slow"]
+
+    def failing(events):
+        got["failing"].append(next(events))
+        raise ValueError("gone\nfor good")
+
+    def other(events):
+        got["other"].extend(events)
+        return ()
+
+    receivers = {"a": slow, "b": failing, "c": other}
+    happened = [Stopping(number) for number in range(6)]
+    with sending(receivers, warned.append) as shared:
+        on_event = shared(lambda event: None)
+        for number, event in enumerate(happened):
+            on_event(event)
+            wait_until(lambda: len(got["slow"]) == 1 and len(got["other"]) == number + 1, got)  # noqa: B023  # now
+        goes_on.set()
+    assert [event for event in got["slow"] if isinstance(event, Stopping)] == happened[:3]
+    assert got["failing"] == happened[:1]
+    assert got["other"][:-1] == happened
+    assert all(isinstance(got[name][-1], Ended) and got[name][-1].error is None for name in ("slow", "other"))
+    assert warned == [
+        "a: more than 2 events were waiting, and the further ones were dropped; the study is not affected",
+        "a: it was slow; the study is not affected",
+        "b: ValueError: gone; the study is not affected",
+    ]
+
+
+def test_what_a_receiver_has_not_got_some_time_after_the_end_is_dropped_and_told(monkeypatch):
+    monkeypatch.setattr(outbox, "PATIENCE_S", 0.1)
+    released, warned = threading.Event(), []
+
+    def stuck(events):
+        yield "a fault before"
+        released.wait(60)
+
+    with sending({"a": stuck}, warned.append) as shared:
+        shared(lambda event: None)(Stopping(0))
+    released.set()
+    ends = "a fault before", "not everything was sent within 0.1 s"
+    assert warned == [f"a: {end}; the study is not affected" for end in ends]

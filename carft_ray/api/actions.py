@@ -17,6 +17,7 @@ function needs them.
 import logging
 import shlex
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,20 +120,16 @@ def search(
 
     if trust and not trust_word(value):
         logger.warning("--trust has no effect: the recipe has no train.function")
-    from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.search import run_search
-    from carft_ray.launch.tracking import tracking
     from carft_ray.results.search_summary import study_summary
     from carft_ray.results.study_figure import figure_at_the_end
     from carft_ray.ui.progress import search_shown
 
     with (
-        notifying(notify_url, value.name, study, logger.warning) as with_notices,
-        tracking(value, study, logger.warning) as with_trackers,
+        _sending(value, study, notify_url) as sent,
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
-        told = with_trackers(with_notices(on_event))
-        result = run_search(value, study, address, told, runner, change_space, figure_at_the_end)
+        result = run_search(value, study, address, sent(on_event), runner, change_space, figure_at_the_end)
     resume_command = f"carft-ray resume {shlex.quote(named(study))}{trust_word(value)}"
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
@@ -235,18 +232,13 @@ def confirm(
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec
-    from carft_ray.launch.notify import notifying
     from carft_ray.launch.runs.confirm import run_confirm
-    from carft_ray.launch.tracking import tracking
     from carft_ray.results.confirm import configurations
     from carft_ray.results.confirm.summary import choose, confirm_lines, summarise
     from carft_ray.ui.progress import search_shown
 
     study_dir, say = view.study_dir, console.sayer(progress)
-    with (
-        notifying(notify_url, recipe.name, study_dir, logger.warning) as with_notices,
-        tracking(recipe, study_dir, logger.warning) as with_trackers,
-    ):
+    with _sending(recipe, study_dir, notify_url) as sent:
         first, notes = configurations.plan(view, top, seeds, others)
         second: Stage | None = None
         for note in notes:
@@ -261,8 +253,7 @@ def confirm(
                 def fix(held: Any) -> Any:
                     return configurations.fix(held, recipe, first, second, others)
 
-                on_event = with_trackers(with_notices(shown))
-                run_confirm(recipe, study_dir, fix, resume_command, address, on_event, runner)
+                run_confirm(recipe, study_dir, fix, resume_command, address, sent(shown), runner)
 
         train_stage()
         if winner == "confirmed":
@@ -273,6 +264,16 @@ def confirm(
     summary = summarise(study_dir, recipe, first, second)
     lines = [*shared_lines(read_shared(study_dir)), *confirm_lines(summary)]
     return Answer(recipe.name, summary, (console.estimate_table(summary["rows"]),), tuple(lines))
+
+
+def _sending(recipe: Recipe, study_dir: Path, notify_url: str | None) -> AbstractContextManager[Any]:
+    """Sends what happens in the block to the recipe's trackers and to a webhook (``launch.outbox``)."""
+    from carft_ray.launch.notify import webhook
+    from carft_ray.launch.outbox import sending
+    from carft_ray.launch.tracking import trackers
+
+    receivers = webhook(notify_url, recipe.name, study_dir) | trackers(recipe, study_dir, logger.warning)
+    return sending(receivers, logger.warning)
 
 
 def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[Recipe, "Runner | None"]:

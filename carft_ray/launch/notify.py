@@ -12,129 +12,105 @@ warning at the end, never an error. So is one that is answered by a redirect, wh
 for with a GET that has no notice in it. Events of one kind about trials come at most once in 30 s.
 """
 
-import contextlib
 import http.client
 import json
 import math
-import queue
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urljoin, urlsplit
 
 from carft_ray.errors import CarftError, InterruptedRunError, Problem, UsageError
-from carft_ray.launch.events import Event, OnEvent, Stopping, TrialFinished, TrialSetAside, to_all
+from carft_ray.launch.events import Event, Stopping, TrialFinished, TrialSetAside
+from carft_ray.launch.outbox import Ended, Receiver
 from carft_ray.words import counted
 
 TIMEOUT_S = 10.0
 AT_MOST_EVERY_S = 30.0
 
 Kind = Literal["best", "failed_trial", "finished", "stopped", "failed"]
+Notice = dict[str, Any]
 
 
-@contextlib.contextmanager
-def notifying(
-    url: str | None, name: str, study_dir: Path, warn: Callable[[str], None]
-) -> Iterator[Callable[[OnEvent], OnEvent]]:
-    """Notifies while a search or a confirm runs, and of how the block ended; waits for the last notice.
+def webhook(url: str | None, name: str, study_dir: Path) -> dict[str, Receiver]:
+    """Returns the receiver of the notices of a search or a confirm by its option; none without an address.
 
     Args:
-        url: Address of a webhook; None: nobody is notified.
+        url: Its address.
         name: Of the recipe.
         study_dir: The study directory.
-        warn: Given the notices that failed, once per fault, at the end and in the calling thread.
-
-    Yields:
-        A function that lets the one who takes events share them with the notices.
 
     Raises:
         UsageError: The address cannot be used.
     """
     if url is None:
-        yield lambda on_event: on_event
-        return
+        return {}
     if not url.startswith(("http://", "https://")):
         raise UsageError(Problem("--notify-url", "must begin with http:// or https://", repr(url)))
-    notices, faults = _Notices(name, study_dir.absolute()), list[str]()
-    thread = threading.Thread(target=_send_all, args=(notices.waiting, url, faults), name="notify", daemon=True)
-    thread.start()
-    try:
-        yield lambda on_event: to_all(on_event, notices.take)
-    except BaseException as error:
-        notices.end(error)
-        raise
-    else:
-        notices.end(None)
-    finally:
-        notices.waiting.put(None)
-        thread.join(3 * TIMEOUT_S)
-        faults += [f"--notify-url: not everything was sent within {3 * TIMEOUT_S:g} s"] if thread.is_alive() else []
-        for fault in dict.fromkeys(faults):
-            warn(fault)
+    return {"--notify-url": partial(_post_all, url, _Notices(name, study_dir.absolute()))}
 
 
 class _Notices:
-    """Turns events into notices, and holds back those that come too often.
-
-    Attributes:
-        waiting: Notices to be sent; None after the last one.
-    """
+    """Turns events into notices, and leaves out those that come too often."""
 
     def __init__(self, name: str, study_dir: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self.waiting = queue.SimpleQueue[dict[str, Any] | None]()
         self._about = {"study": name, "study_dir": str(study_dir)}
         self._clock = clock
         self._last: dict[str, float] = {}
         self._num_ended = 0
         self._best = self._out_of_budget = ""
 
-    def take(self, event: Event) -> None:
-        """Takes an event of a search in; returns at once."""
+    def of(self, event: Event) -> Notice | None:
+        """Returns the notice of an event, where it gets one."""
         match event:
             case Stopping():
                 self._out_of_budget = event.reason
             case TrialSetAside(spec):
-                self._rarely("failed_trial", event.line(), {"trial": spec.name})
+                return self._rarely("failed_trial", event.line(), {"trial": spec.name})
             case TrialFinished(row, is_best):
                 self._num_ended += 1
                 if is_best:
                     self._best = f"{row.name}, objective {100 * (row.objective or 0.0):.1f} %"
                     more = {"trial": row.name, "objective": row.objective, "alpha": row.alpha}
-                    self._rarely("best", f"new best {self._best}", more)
-                elif row.outcome not in ("complete", "pruned"):
-                    self._rarely("failed_trial", event.line(), {"trial": row.name})
+                    return self._rarely("best", f"new best {self._best}", more)
+                if row.outcome not in ("complete", "pruned"):
+                    return self._rarely("failed_trial", event.line(), {"trial": row.name})
+            case Ended(error):
+                return self._end(error)
+        return None
 
-    def end(self, error: BaseException | None) -> None:
-        """Puts a notice of how it ended: well, by a request to stop, or with an error."""
+    def _end(self, error: BaseException | None) -> Notice:
+        """Returns the notice of how it ended: well, by a request to stop, or with an error."""
         found = f"; new best {self._best}" if self._best else ""
         so_far = f"{counted(self._num_ended, 'training')} ended in this run{found}"
         if error is None:
             early = f"ended early, {self._out_of_budget}" if self._out_of_budget else "finished"
-            self._put("finished", f"{early}; {so_far}", {})
-        elif isinstance(error, KeyboardInterrupt | InterruptedRunError):
-            self._put("stopped", f"stopped; {so_far}", {})
-        else:
-            reason = str(error) if isinstance(error, CarftError) else f"{type(error).__name__}: {error}"
-            self._put("failed", f"failed: {reason}; {so_far}", {})
+            return self._notice("finished", f"{early}; {so_far}", {})
+        if isinstance(error, KeyboardInterrupt | InterruptedRunError):
+            return self._notice("stopped", f"stopped; {so_far}", {})
+        reason = str(error) if isinstance(error, CarftError) else f"{type(error).__name__}: {error}"
+        return self._notice("failed", f"failed: {reason}; {so_far}", {})
 
-    def _rarely(self, kind: Kind, text: str, more: dict[str, Any]) -> None:
+    def _rarely(self, kind: Kind, text: str, more: dict[str, Any]) -> Notice | None:
         now = self._clock()
-        if now - self._last.get(kind, -math.inf) >= AT_MOST_EVERY_S:
-            self._last[kind] = now
-            self._put(kind, text, more)
+        if now - self._last.get(kind, -math.inf) < AT_MOST_EVERY_S:
+            return None
+        self._last[kind] = now
+        return self._notice(kind, text, more)
 
-    def _put(self, kind: Kind, text: str, more: dict[str, Any]) -> None:
-        self.waiting.put({"event": kind, "text": f"{self._about['study']}: {text}", **self._about, **more})
+    def _notice(self, kind: Kind, text: str, more: dict[str, Any]) -> Notice:
+        return {"event": kind, "text": f"{self._about['study']}: {text}", **self._about, **more}
 
 
-def _send_all(waiting: Any, url: str, faults: list[str]) -> None:
-    while (content := waiting.get()) is not None:
-        if fault := _post(url, json.dumps(content).encode()):
-            faults.append(f"--notify-url: {fault}")
+def _post_all(url: str, notices: _Notices, events: Iterator[Event]) -> Iterator[str]:
+    """Posts the notices of events; yields what went wrong."""
+    for notice in filter(None, map(notices.of, events)):
+        if fault := _post(url, json.dumps(notice).encode()):
+            yield fault
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

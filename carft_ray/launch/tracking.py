@@ -1,7 +1,7 @@
 """Trainings on Weights & Biases and MLflow: epochs while they run, then metrics and alpha curve.
 
-A tracker runs in a thread of its own, on what the study has on disk, and never holds up the search. One that fails is a
-warning at the end, whatever the reason, and is told nothing more.
+A tracker is a receiver of ``launch.outbox``: it gets what the study has on disk, and never holds up the search. One
+that fails is a warning at the end, whatever the reason, and is told nothing more.
 
     wandb     a run per training, all of one study in a group; ``training/...`` over ``training/step``, ``curve/...``
               over ``curve/alpha``
@@ -12,89 +12,55 @@ A run begins with the first epoch that is seen. A training that is sent again, a
 its run.
 """
 
-import contextlib
 import importlib.util
 import os
-import queue
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from carft_ray import files
-from carft_ray.launch.events import BaselineFinished, Event, OnEvent, TrialEpoch, TrialFinished, to_all
+from carft_ray.launch.events import BaselineFinished, Event, TrialEpoch, TrialFinished
+from carft_ray.launch.outbox import Receiver
 from carft_ray.layout import MANIFEST, METRICS, TRACKING
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import result_of
 
-PATIENCE_S = 120.0  # after the search, for what is still on its way
 STOPPED = "stopped"
 CURVE = ("alpha", "id_accuracy", "ood_accuracy", "objective")  # of a point
 Numbers = dict[str, float]
 Told = TrialEpoch | TrialFinished | BaselineFinished
 
 
-@contextlib.contextmanager
-def tracking(recipe: Recipe, study_dir: Path, warn: Callable[[str], None]) -> Iterator[Callable[[OnEvent], OnEvent]]:
-    """Tracks the trainings of a search or a confirm while the block runs; waits for what is on its way at its end.
+def trackers(recipe: Recipe, study_dir: Path, warn: Callable[[str], None]) -> dict[str, Receiver]:
+    """Returns the trackers that get the trainings of a search or a confirm, by their keys.
 
     Args:
         recipe: The recipe; ``tracking`` says where.
         study_dir: The study directory; it need not be there yet.
-        warn: Given what failed, once per tracker, in the calling thread.
-
-    Yields:
-        A function that lets the one who takes events share them with the trackers.
+        warn: Told which library is not installed.
     """
     asked = {"wandb": recipe.tracking.wandb.project, "mlflow": recipe.tracking.mlflow.experiment}
-    trackers = list[_Tracker]()
+    found = dict[str, Receiver]()
     for name in [name for name, place in asked.items() if place is not None]:
         if importlib.util.find_spec(name) is None:
             warn(f"tracking.{name} has no effect: {name} is not installed (pip install 'carft-ray[{name}]')")
         else:
-            trackers.append(_Tracker(name, recipe, study_dir.absolute()))
-
-    def tell(event: Event | None) -> None:
-        for tracker in trackers:
-            tracker.waiting.put(event)
-
-    try:
-        yield lambda on_event: to_all(on_event, tell) if trackers else on_event
-    finally:
-        tell(None)
-        for tracker in trackers:
-            tracker.join(PATIENCE_S)
-            if fault := tracker.fault or (f"not done after {PATIENCE_S:g} s" if tracker.is_alive() else ""):
-                warn(f"tracking.{tracker.name}: {fault}; tracking is incomplete, but the study itself is complete")
+            found[f"tracking.{name}"] = partial(_track, name, recipe, study_dir.absolute())
+    return found
 
 
-class _Tracker(threading.Thread):
-    """A tracker.
-
-    Attributes:
-        waiting: Events; None after the last one.
-        fault: Why it failed.
-    """
-
-    def __init__(self, name: str, recipe: Recipe, study_dir: Path) -> None:
-        super().__init__(name=name, daemon=True)
-        self.waiting, self.fault, self._given = queue.SimpleQueue[Event | None](), "", (recipe, study_dir)
-        self.start()
-
-    def run(self) -> None:
-        """Tells a library of the trainings; without any, nothing is opened."""
-        client: Any = None
-        try:
-            for event in iter(self.waiting.get, None):
-                if isinstance(event, Told):
-                    client = client or CLIENTS[self.name](*self._given)
-                    _tell(client, event)
-            for name in [] if client is None else list(client.runs):
-                client.end(name, {}, STOPPED)  # another search begins its run again
-        except Exception as error:  # of a library that we do not know, over a network
-            lines = str(error).strip().splitlines()
-            self.fault = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+def _track(name: str, recipe: Recipe, study_dir: Path, events: Iterator[Event]) -> tuple[()]:
+    """Tells a library of the trainings; without any, nothing is opened."""
+    client: Any = None
+    for event in events:
+        if isinstance(event, Told):
+            client = client or CLIENTS[name](recipe, study_dir)
+            _tell(client, event)
+    for training in [] if client is None else list(client.runs):
+        client.end(training, {}, STOPPED)  # another search begins its run again
+    return ()
 
 
 class _Client:
