@@ -212,7 +212,7 @@ def run_all(bench: Bench, plans: Sequence[Planned], processes: int, clock: Clock
     clock.found += sum(planned.cost for planned in plans if planned not in todo)
     context = multiprocessing.get_context("spawn")
     with (
-        stop_on_signal(bench.stop_path) as is_signalled,
+        stop_on_signal(lambda name: files.write_text(bench.stop_path, f"{name}\n")),
         ProcessPoolExecutor(min(processes, max(1, len(todo))), context, _begin_worker) as pool,
     ):
         futures = {pool.submit(_run, bench, planned): planned for planned in todo}
@@ -221,7 +221,7 @@ def run_all(bench: Bench, plans: Sequence[Planned], processes: int, clock: Clock
                 if future.result():
                     clock.finished(futures[future])
         except BrokenProcessPool as error:  # the signal may have gone to the workers too
-            if not is_signalled() and not bench.stop_path.exists():
+            if not bench.stop_path.exists():
                 rule, step = "a worker process was killed", "The same command continues; is there enough memory?"
                 raise CarftError(Problem("", rule, next_step=step)) from error
         except BaseException:

@@ -7,7 +7,7 @@ from carft_ray.layout import COMMITS
 from carft_ray.store.folder import Folder
 from carft_ray.store.log import _NOBODY, Log, _digest, _sealed, commit_name
 from carft_ray.store.owner import identity
-from carft_ray.study.holding import check_fit, held
+from carft_ray.study.holding import STOPPING, check_fit, held
 from carft_ray.study.identity import recipe_record
 from carft_ray.study.ledger import record
 
@@ -24,6 +24,12 @@ def holding(folder, tell=lambda text: None):
 def set_recipe(study_dir, recipe):
     """Makes a recipe that of a study, as a search does that has claimed it."""
     with holding(study_dir) as log, log.commit(recipe_record(recipe)):
+        pass
+
+
+def note_stop(study_dir, reason):
+    """Says why the last search of a study has stopped, as it does itself."""
+    with holding(study_dir) as log, log.commit({"kind": STOPPING, "reason": reason}):
         pass
 
 

@@ -23,6 +23,7 @@ from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, used_up
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading import status_and_ls, study_view
 from carft_ray.results.study_figure import figure_at_the_end
+from carft_ray.study.holding import stopping
 from carft_ray.study.outcome import Live, read_live, write_live
 from carft_ray.study.rows import trials
 
@@ -64,8 +65,8 @@ def test_when_the_budget_ends_nothing_is_begun_and_what_runs_is_asked_to_stop(tu
     tune.finish(first)
     tune.driver.began -= 3600
     assert tune.start() is None
-    study_dir = tune.driver.study.study_dir
-    assert (study_dir / "stop").read_text() == "budget: the wall time is used up (budget.wall_time, 3600 s)\n"
+    reason = "budget: the wall time is used up (budget.wall_time, 3600 s)"
+    assert stopping(tune.driver.study.log) == reason == tune.driver.study.stop.reason
     assert [event.num_running for event in events if isinstance(event, Stopping)] == [1]
     tune.end(second)  # it has written its checkpoint
     assert tune.start() == Searcher.FINISHED

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from PIL import Image
 
 from carft_ray import files
 from carft_ray.data.synthetic.sandbox import render
-from carft_ray.errors import CarftError, InterruptedRunError, StorageError
+from carft_ray.errors import CarftError, InterruptedRunError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runs.single import train_once
@@ -23,6 +22,7 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.study.holding import log_of, stopping
 from carft_ray.study.rows import trials
 
 pytestmark = pytest.mark.slow
@@ -135,25 +135,21 @@ def test_a_stop_that_comes_when_all_trainings_have_finished_ends_nothing(tmp_pat
     assert not (tmp_path / "study" / STOP).exists()
 
 
-def test_a_signal_writes_nothing_itself_and_stops_a_search_whose_disk_is_full(tmp_path, monkeypatch):
+def test_a_signal_writes_nothing_itself_and_its_name_is_the_reason_in_the_log(tmp_path):
     stand_in.tell(tmp_path, **{"0": "hold"})
-    write, writers = files.write_text, []
-
-    def write_text(path, text):
-        if path.name == STOP:
-            writers.append(threading.current_thread())
-            raise StorageError("the disk is full")
-        write(path, text)
+    numbers = []
 
     def on_event(event):
         if isinstance(event, TrialEpoch):
+            before = log_of(tmp_path / "study").number
             os.kill(os.getpid(), signal.SIGINT)
+            numbers.append(log_of(tmp_path / "study").number - before)
 
-    monkeypatch.setattr(files, "write_text", write_text)
     with pytest.raises(InterruptedRunError, match="0 of 2 trials finished"):
         run_search(stand_in.make_recipe(2, baselines={}, **DEBUG), tmp_path / "study", None, on_event, STAND_IN)
-    assert writers
-    assert threading.main_thread() not in writers
+    assert numbers == [0]
+    assert stopping(log_of(tmp_path / "study")) == "SIGINT"
+    assert not (tmp_path / "study" / STOP).exists()
 
 
 def test_an_attempt_whose_folder_cannot_be_made_is_no_verdict(tmp_path):

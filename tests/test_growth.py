@@ -120,15 +120,15 @@ def test_a_trial_waits_for_nodes_where_a_cluster_may_grow(nodes, recipe, found, 
     assert (capacity.concurrency, capacity.asked, capacity.reason) == (*found, reason)
 
 
-def test_a_trial_that_fits_on_no_node_of_a_fixed_cluster_is_refused_and_told_how_to_wait(tmp_path):
+def test_a_trial_that_fits_on_no_node_of_a_fixed_cluster_is_refused_and_told_how_to_wait():
     told = "resources.accelerator: must be a kind of accelerator that a node of the cluster has, but got H100; did you"
     with pytest.raises(ClusterError, match=told) as caught:
         capacity_for([(8, 2, "A100")], {"accelerator": "H100"})
     assert caught.value.exit_code == 5
-    assert await_nodes(stand_in.make_recipe(), (Node(2, 0),), False, tmp_path, pytest.fail) == (Node(2, 0),)
+    assert await_nodes(stand_in.make_recipe(), (Node(2, 0),), False, None, pytest.fail) == (Node(2, 0),)
     recipe = stand_in.make_recipe(resources={"num_workers": 3})
     with pytest.raises(ClusterError, match="a trial needs 3 x 1 CPU, but got 2 CPUs and 0 GPUs in all") as caught:
-        await_nodes(recipe, (Node(2, 0),), False, tmp_path, pytest.fail)
+        await_nodes(recipe, (Node(2, 0),), False, None, pytest.fail)
     assert str(caught.value).endswith("resources.wait_for_nodes=10m waits for nodes that are yet to be added.")
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import killed_searches
 import pytest
@@ -21,18 +22,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import carft_ray
 from carft_ray import files
-from carft_ray.errors import DataError, HoldOutError, InterruptedRunError, StorageError, UsageError
-from carft_ray.launch.events import TrialFinished
+from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
+from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.layout import MANIFEST, RAY_LOG, STOP
+from carft_ray.layout import MANIFEST, RAY_LOG
+from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store import log as log_module
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.folder import Folder, UnknownError
 from carft_ray.store.log import Log
 from carft_ray.store.owner import identity
-from carft_ray.study import mirror, uploads
+from carft_ray.study import mirror
 from carft_ray.study.holding import held, is_study, log_of
 from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record, require_unread
 from carft_ray.study.mirror import MODELS, NUMBERS, fetched, named, own_folder, pull, push
@@ -617,21 +619,25 @@ def test_a_search_that_seems_to_be_silent_is_asked_and_runs_if_a_heartbeat_follo
 @pytest.mark.slow
 def test_a_bucket_shows_that_a_search_was_asked_to_stop_and_what_has_ended_it(server, monkeypatch, capsys):
     address = server.address("study")
-    folder = own_folder(address, brings=False)
-    monkeypatch.setattr(uploads, "UPLOAD_EVERY_S", 0.1)
 
     def status():
         return printed(capsys, "status", address)
 
     def use_up(event):
-        if isinstance(event, TrialFinished) and not files.exists(folder / STOP):
-            files.write_text(folder / STOP, "budget: the wall time is used up\n")
-            while not status()["search"]["stopping"]:
-                time.sleep(0.1)
+        ahead[0] = 3600 if isinstance(event, TrialFinished) else ahead[0]
+        if isinstance(event, Stopping):
+            seen.append(status()["search"]["stopping"])
 
-    with pytest.raises(InterruptedRunError, match=f"Resume with: carft-ray resume {address}"):
-        searched(address, 4, on_event=use_up)
-    assert status()["budget"]["ended"] == "the wall time is used up"
+    ahead, seen = [0], []
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr("carft_ray.launch.driver.time", clock)
+    recipe = stand_in.make_recipe(4, resources=RESOURCES, **SEARCH)
+    budgeted = recipe.model_copy(update={"budget": BudgetConfig(wall_time=3600)})
+    runner = Runner(stand_in.prepare, stand_in.train)
+    assert run_search(budgeted, own_folder(address), on_event=use_up, runner=runner).out_of_budget
+    assert seen == [True]
+    assert status()["budget"]["ended"] == "the wall time is used up (budget.wall_time, 3600 s)"
+    ahead[0] = 0
     search(address, 4)  # this one was not asked
     assert status()["budget"]["ended"] == ""
 

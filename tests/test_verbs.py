@@ -13,7 +13,7 @@ from pathlib import Path
 import crash_host
 import pytest
 import stand_in
-from logs import commits, holding, replace, rewrite, set_recipe, take, write_line
+from logs import commits, holding, note_stop, replace, rewrite, set_recipe, take, write_line
 from stand_in import make_recipe
 from study_steps import failed, finish, searching
 from suggestions import check_suggestions
@@ -516,7 +516,7 @@ def test_what_is_not_finished_goes_on_with_a_reason_once_tests_were_read(study):
     assert steps(study_dir)[0] == "resume"
     recipe = read_study(study_dir).recipe
     set_recipe(study_dir, recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"gpu_hours": 3})}))
-    (study_dir / "stop").write_text("budget: 3 GPU hours are used (budget.gpu_hours, 3)\n")
+    note_stop(study_dir, "budget: 3 GPU hours are used (budget.gpu_hours, 3)")
     assert steps(study_dir)[0] == "resume --set budget.gpu_hours=6"
     assert steps(study(4, 0)) == ["resume", "ls"]
 

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from carft_ray import files
-from carft_ray.errors import CarftError, ClusterError, MachineError, NoSuccessfulTrialError, Problem, StorageError
+from carft_ray.errors import ClusterError, MachineError, NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.launch import events, micro_batch
 from carft_ray.launch.failures.causes import STARTED_LATE, is_full_memory, no_successful_trial
 from carft_ray.launch.failures.leaks import Leaks
@@ -25,9 +25,10 @@ from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.ray_cluster.drains import Drains
 from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import BUDGET_STOP, used_up
-from carft_ray.layout import LOG, RESULT, STOP
+from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study import outcome
+from carft_ray.study.holding import STOPPING
 from carft_ray.study.outcome import Failure, Live, TrialRow, TrialSpec, append_log, log_lost
 from carft_ray.study.study import Study
 from carft_ray.words import counted
@@ -92,7 +93,6 @@ class Driver:
         bad_nodes: Nodes on which attempts fail again and again.
         drains: Nodes that are being taken away; None: there are none to ask for.
         exchange: By which it talks to what runs.
-        signalled: Tells whether a signal to stop has come.
         failure: What ended the search before its time.
         out_of_budget: Which limit of the budget has ended it; empty while none has.
         is_stopping: Whether a stop was asked for, when that was last read (``check_stop``).
@@ -111,7 +111,6 @@ class Driver:
     bad_nodes: BadNodes = field(default_factory=BadNodes)
     drains: Drains | None = None
     exchange: Exchange = field(default_factory=lambda: Exchange(Mailbox()))
-    signalled: Callable[[], bool] = bool
     failure: Exception | None = field(default=None, init=False)
     out_of_budget: str = field(default="", init=False)
     is_stopping: bool = field(default=False, init=False)
@@ -225,14 +224,14 @@ class Driver:
         return sorted({*self.bad_nodes.left_out(), *(self.drains.nodes() if self.drains else ())})
 
     def check_stop(self) -> bool:
-        """Tells whether a stop was asked for, by a signal or a file, or the budget is used up.
-
-        What runs is then asked to stop.
-        """
-        if not self.is_stopping and (
-            self.signalled() or files.seen(self.study.study_dir / STOP) or self._budget_ends()
-        ):
+        """Tells whether a stop was asked for, or the budget is used up; what runs is then asked to stop."""
+        if not self.is_stopping and (self.study.stop.asked() or self._budget_ends()):
             self.is_stopping, self._stopping_since = True, time.monotonic()
+            try:
+                with self.study.log.commit({"kind": STOPPING, "reason": self.study.stop.reason}):
+                    pass
+            except StorageError as error:
+                self._fail(error)
             for spec in self.live:
                 self.exchange.order(spec.training, spec.attempt, "stop")
             self.on_event(events.Stopping(len(self._attempts), self.out_of_budget))
@@ -385,10 +384,7 @@ class Driver:
         longest_s = max(self._longest_end_s, self._longest_step_s)
         self.out_of_budget = used_up(self.budget, now - self.began, gpu_s, gpus, longest_s)
         if self.out_of_budget:
-            try:
-                files.write_text(self.study.study_dir / STOP, f"{BUDGET_STOP}{self.out_of_budget}\n")
-            except StorageError as error:
-                self._fail(error)
+            self.study.stop.ask(f"{BUDGET_STOP}{self.out_of_budget}")
         return bool(self.out_of_budget)
 
     def _died(self, attempt: _Attempt, gone: str, rank: int) -> str:
@@ -522,9 +518,5 @@ class Driver:
 
     def _fail(self, error: Exception) -> None:
         """Keeps the first failure and asks what runs to stop."""
-        if self.failure is None:
-            self.fail(error)
-            if self.study.log.is_lost:
-                return  # the stop file is the other search's; ours ends at the next poll
-            with contextlib.suppress(CarftError):  # on a full disk what runs ends without it
-                files.write_text(self.study.study_dir / STOP, f"{error}\n")
+        self.fail(error)
+        self.study.stop.ask(str(error))

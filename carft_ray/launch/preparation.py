@@ -10,7 +10,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from carft_ray import environment, files
+from carft_ray import environment
 from carft_ray.data.listed_sets import write_sets
 from carft_ray.errors import CarftError, ClusterError, Problem
 from carft_ray.launch.at_hand import prepared_at_hand, sees
@@ -19,7 +19,7 @@ from carft_ray.launch.mailbox import Box
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
 from carft_ray.launch.ray_cluster.concurrency import Capacity, num_fitting
 from carft_ray.launch.runtime import STOP_CHECK_S, Runtime
-from carft_ray.layout import PREPARED, STOP
+from carft_ray.layout import PREPARED
 from carft_ray.recipe.schema.recipe import with_threads
 from carft_ray.training.run_context import RunContext
 from carft_ray.words import counted
@@ -36,7 +36,7 @@ def _say(box: Box, what: str, node: str, text: str) -> None:
         box.take(what, f"{node}: {text}" if node else text)
 
 
-def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
+def fill_nodes(runtime: Runtime, say: Callable[[str], None], asked: Callable[[], bool] = bool) -> None:
     """Lists the sets, and builds what the caches lack on all nodes that can run trainings, at once and with all cores.
 
     Nodes, tasks and trials take the listing from the folder of the preparation. No GPU and no place of a trial is held
@@ -46,6 +46,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
     Args:
         runtime: Of the search.
         say: Given texts of what the nodes do.
+        asked: Tells whether a stop was asked for.
 
     Raises:
         CarftError: A set or the model cannot be opened; a ``ClusterError`` where a stop was asked for.
@@ -62,7 +63,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None]) -> None:
         task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)  # type: ignore[call-overload]
         pending[task.remote(runtime, address if len(nodes) > 1 else "")] = node_id
     with _cancelling(pending):
-        for ended in _rounds(runtime, pending, FILLING, say):
+        for ended in _rounds(runtime, pending, FILLING, say, asked):
             for done in ended:
                 node_id = pending.pop(done)
                 reason, seen = "", True
@@ -107,7 +108,12 @@ def _sight(study_dir: Path, num_nodes: int, without: Sequence[str]) -> str:
 
 
 def _rounds(
-    runtime: Runtime, pending: Collection[Any], what: str, say: Callable[[str], None], silent: str = ""
+    runtime: Runtime,
+    pending: Collection[Any],
+    what: str,
+    say: Callable[[str], None],
+    asked: Callable[[], bool],
+    silent: str = "",
 ) -> Iterator[list[Any]]:
     """Waits for tasks while any is pending; passes on what they say, where it is new.
 
@@ -116,17 +122,18 @@ def _rounds(
         pending: The tasks, from which the caller takes what has ended.
         what: ``FILLING`` or ``PREPARING``.
         say: Given what they say.
+        asked: Tells whether a stop was asked for.
         silent: Said instead where they have said nothing ``WAIT_NOTE_AFTER_S`` after the beginning.
 
     Yields:
         Twice a second the tasks that have ended, if any.
 
     Raises:
-        ClusterError: The study's stop file is there, from which the caller knows that it was no fault (``stop``).
+        ClusterError: A stop was asked for.
     """
     began, told = time.monotonic(), ""
     while pending:
-        if files.seen(runtime.study_dir / STOP):
+        if asked():
             raise ClusterError(Problem("preparation", "was stopped on request"))
         text = silent if time.monotonic() - began >= WAIT_NOTE_AFTER_S else ""
         with contextlib.suppress(OSError):
@@ -165,7 +172,9 @@ def _fill(runtime: Runtime, node: str) -> tuple[str, bool]:
     return "", seen
 
 
-def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
+def run_prepare(
+    runtime: Runtime, say: Callable[[str], None] = lambda text: None, asked: Callable[[], bool] = bool
+) -> dict[str, Any]:
     """Fills the caches of all nodes, then runs the preparation in a Ray task or in this process.
 
     The task asks for what a worker gets. All cores of the node are used.
@@ -173,23 +182,24 @@ def run_prepare(runtime: Runtime, say: Callable[[str], None] = lambda text: None
     Args:
         runtime: Of the search.
         say: Given texts of what the preparation does.
+        asked: Tells whether a stop was asked for.
 
     Raises:
         CarftError: As the preparation raised it, or a ``ClusterError`` with the cause of any other end.
     """
     capacity, folder = runtime.capacity, runtime.study_dir / PREPARED
     if runtime.in_process:
-        fill_nodes(runtime, say)
+        fill_nodes(runtime, say, asked)
         return runtime.runner.prepare(with_threads(runtime.recipe, environment.usable_cores()), folder, say)
     kind = {name: amount for name, amount in capacity.worker_resources.items() if name not in ("CPU", "GPU")}
     task = ray.remote(
         num_cpus=capacity.cpus_per_worker, num_gpus=capacity.gpus_per_worker, resources=kind, max_retries=0
     )(_prepare)
     try:
-        fill_nodes(runtime, say)
+        fill_nodes(runtime, say, asked)
         pending = task.remote(runtime)
         with _cancelling([pending]):
-            for ended in _rounds(runtime, [pending], PREPARING, say, WAITS):
+            for ended in _rounds(runtime, [pending], PREPARING, say, asked, WAITS):
                 if ended:
                     break
             metrics: dict[str, Any] = ray.get(pending)

@@ -29,7 +29,7 @@ from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
 from carft_ray.launch.runtime import Runner, Runtime, Say, make_runtime
 from carft_ray.launch.stop import interruptions_as
 from carft_ray.launch.study_files import start_files
-from carft_ray.layout import RAY_LOG, RESOLVED, STOP
+from carft_ray.layout import RAY_LOG, RESOLVED
 from carft_ray.recipe.loading import dump_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.ledger import note_test_sets
@@ -78,11 +78,10 @@ def computing(
     """
     forget_pickled_columns()  # before a set is opened here
     folder = study.study_dir
-    stop_path = folder / STOP
     in_process = in_process or recipe.resources.executor == "debug"
-    with interruptions_as(interrupted, stop_path):
+    with interruptions_as(interrupted, study.stop):
         rows = shared_of_study(recipe, cache_dir(recipe), folder, say) if shared is None else shared
-        ray = running_ray(address, folder / RAY_LOG, stop_path, recipe.resources.wait_for_nodes or 0.0, say)
+        ray = running_ray(address, folder / RAY_LOG, study.stop, recipe.resources.wait_for_nodes or 0.0, say)
         with contextlib.nullcontext((_this_machine(recipe),)) if in_process else ray as nodes:
             write_shared(folder, rows)
             if shared is None:
@@ -90,7 +89,7 @@ def computing(
             attached = address is not None and not in_process
             grows = attached and may_grow()
             if attached:
-                nodes = await_nodes(recipe, nodes, grows, folder, say)
+                nodes = await_nodes(recipe, nodes, grows, study, say)
             runtime = make_runtime(recipe, folder, nodes, runner, grows)
             if slow := crowding(recipe, runtime.capacity, nodes):
                 logger.warning("%s", slow)
@@ -108,7 +107,7 @@ def prepare(study: Study, runtime: Runtime, say: Say) -> dict[str, Any]:
     Returns:
         Zero-shot metrics and counts (``training.run.prepare``).
     """
-    metrics = run_prepare(runtime, say)
+    metrics = run_prepare(runtime, say, study.stop.asked)
     record_provenance(runtime.study_dir, study.log, runtime.recipe, metrics.pop("provenance", None))
     return metrics
 

@@ -1,8 +1,8 @@
 """How a search is asked to stop: by a signal, by another process, or because its budget is used up.
 
-All of them write the stop file, which the driver reads: running trainings write a checkpoint and end. A running
-training needs a while for that, and an evaluation at its end is finished first. So a budget asks earlier, by the
-longest such while seen in this search.
+All of them meet in ``study.holding.Stop``, which the driver asks: running trainings write a checkpoint and end. The
+reason is a record of the log. A running training needs a while for its end, and an evaluation is finished first. So a
+budget asks earlier, by the longest such while seen in this search.
 
     margin = min(LEAST_MARGIN_S + longest while, limit / 4)
 
@@ -10,7 +10,6 @@ A trial that cannot end within the rest is begun all the same: it leaves a check
 """
 
 import contextlib
-import queue
 import signal
 import threading
 import time
@@ -19,14 +18,15 @@ from pathlib import Path
 from types import FrameType
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem, StorageError
+from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.layout import STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.store.bucket import Bucket
 from carft_ray.store.log import BEAT_AFTER_S, READERS_SILENT_FOR_S
+from carft_ray.study.holding import Stop
 from carft_ray.study.mirror import Place, in_bucket, log_at, stop_request
 
-BUDGET_STOP = "budget: "  # how the stop file begins when the search asks itself; what follows is the limit
+BUDGET_STOP = "budget: "  # how the reason begins when the budget is used up; what follows is the limit
 LEAST_MARGIN_S = 5.0  # Ray's own end, table and figure
 LARGEST_MARGIN = 0.25  # of the limit
 CHECK_EVERY_S = 0.5
@@ -36,58 +36,42 @@ END_WITHIN_S = 3600.0  # a search: an evaluation is finished first
 
 
 @contextlib.contextmanager
-def stop_on_signal(stop_path: Path) -> Iterator[Callable[[], bool]]:
-    """Within the block, SIGINT or SIGTERM asks to stop; a second one raises ``KeyboardInterrupt``.
+def stop_on_signal(ask: Callable[[str], None]) -> Iterator[None]:
+    """Within the block, SIGINT or SIGTERM asks to stop (``Stop.ask``); a second one raises ``KeyboardInterrupt``.
 
-    The handler, which may come in the middle of a commit, only notes the signal. A thread writes the stop file, which
-    says to others that the search stops, and why; on a full disk it stops without the file. Outside the main thread,
-    where Python allows no handlers, nothing is handled.
-
-    Yields:
-        A function that tells whether a signal has come.
+    Outside the main thread, where Python allows no handlers, nothing is handled.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield bool
+        yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    names, to_write = list[str](), queue.SimpleQueue[str]()  # such a queue may be filled by a signal handler
 
     def politely(number: int, frame: FrameType | None) -> None:
         for each in numbers:
             signal.signal(each, signal.default_int_handler)
-        names.append(signal.Signals(number).name)
-        to_write.put(names[0])
+        ask(signal.Signals(number).name)
 
-    def write() -> None:
-        if name := to_write.get():
-            with contextlib.suppress(StorageError):
-                files.write_text(stop_path, f"{name}\n")
-
-    writer = threading.Thread(target=write, name="stop-file", daemon=True)
-    writer.start()
     before = [signal.signal(number, politely) for number in numbers]
     try:
-        yield lambda: bool(names)
+        yield
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler or signal.SIG_DFL)
-        to_write.put("")
-        writer.join()
 
 
 @contextlib.contextmanager
-def interruptions_as(interrupted: Callable[[], InterruptedRunError], stop_path: Path) -> Iterator[None]:
+def interruptions_as(interrupted: Callable[[], InterruptedRunError], stop: Stop) -> Iterator[None]:
     """Turns what a signal does to the block into ``interrupted()``: ``KeyboardInterrupt``, or a Ray that it ended too.
 
-    A ``ClusterError`` without the stop file has another cause and stays what it is, and so does a ``MachineError``: the
-    search has written the file itself then.
+    A ``ClusterError`` without a request to stop has another cause and stays what it is. So does a ``MachineError``: the
+    search itself has asked to stop then.
     """
     try:
         yield
     except KeyboardInterrupt:
         raise interrupted() from None
     except ClusterError as error:
-        if isinstance(error, MachineError) or not files.seen(stop_path):
+        if isinstance(error, MachineError) or not stop.asked():
             raise
         raise interrupted() from None
 
@@ -119,7 +103,7 @@ def ask_to_stop(place: Place, tell: Callable[[str], None] = lambda text: None) -
         return None
     if in_bucket(place):
         Bucket(str(place)).put(stop_request(log), text.encode())
-    elif not files.exists(Path(place) / STOP):  # it may say which budget was used up
+    else:
         files.write_text(Path(place) / STOP, text)
     if log.holder() is None:
         tell(f"waiting {HEARD_S:.0f} s for a heartbeat of {found}, whose last one is old")

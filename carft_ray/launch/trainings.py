@@ -33,6 +33,7 @@ from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.stop import stop_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import STOP
+from carft_ray.study.holding import STOPPING
 from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import Study
 from carft_ray.training.run_context import RunContext
@@ -86,7 +87,7 @@ def run_trainings(
         drains=drains,
         exchange=Exchange(runtime.mailbox),
     )
-    with stop_on_signal(study.study_dir / STOP) as driver.signalled, driver.exchange.going_on():
+    with stop_on_signal(study.stop.ask), driver.exchange.going_on():
         if runtime.in_process:
             _run_here(driver, runtime, progress)
         else:
@@ -95,7 +96,8 @@ def run_trainings(
         raise driver.failure
     if study.done() and not driver.has_stopped:  # what asked to stop came too late
         files.remove(study.study_dir / STOP)
-        return ""
+        with study.log.commit(*([{"kind": STOPPING, "reason": ""}] if driver.is_stopping else ())):
+            return ""
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
 
 

@@ -84,6 +84,7 @@ class Log(BaseJournalBackend):
         records: All of our own, each with the number of its commit.
         is_abandoned: Whether ``abandon`` was called.
         meanwhile: What the one thread that commits does while it waits for ``keep_files``.
+        order: What asks its holder to stop, where that lies in the store; empty while nothing does.
     """
 
     def __init__(
@@ -100,6 +101,7 @@ class Log(BaseJournalBackend):
         self._spoiled_by: BaseException | None = None
         self.is_abandoned = False
         self.meanwhile: Callable[[], None] = lambda: None
+        self.order = ""
         self._holder = _NOBODY  # who has claimed the log and not released it
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others

@@ -1,4 +1,4 @@
-"""Holding the folder of a study for one process at a time; and who holds it.
+"""Holding the folder of a study for one process at a time; who holds it; and what asks the holder to stop.
 
 Whoever has claimed the log holds the folder (``store.log``).
 """
@@ -11,11 +11,45 @@ from pathlib import Path
 
 from carft_ray import files, untrusted
 from carft_ray.errors import ClusterError, DataError, HoldOutError, Problem, RecipeError, StorageError, UsageError
-from carft_ray.layout import COMMITS, MANIFEST, PREPARED
+from carft_ray.layout import COMMITS, MANIFEST, PREPARED, STOP
 from carft_ray.store.folder import PROBE, Folder
 from carft_ray.store.log import Log, commit_name
 
 LOOK_EVERY_S = 5.0  # whether a sign of life is due
+STOPPING = "stopping"  # kind of a record: the search stops, for its ``reason``; an empty one takes that back
+
+
+class Stop:
+    """Whether the holder of a study is to stop, and why: the first reason counts.
+
+    A signal, the budget and failures say it with ``ask``; other processes with a file in the study, or an object in its
+    bucket (``Log.order``).
+
+    Attributes:
+        reason: Why; empty while nobody has asked.
+    """
+
+    def __init__(self, folder: Path, log: Log) -> None:
+        self.reason = ""
+        self._folder, self._log = folder, log
+
+    def ask(self, reason: str) -> None:
+        """Asks to stop. It writes nothing, so that a signal handler may call it in the middle of a commit."""
+        self.reason = self.reason or reason
+
+    def asked(self) -> bool:
+        """Tells whether it is to stop."""
+        if not self.reason and self._log.order:
+            self.ask(self._log.order)
+        if not self.reason and files.seen(self._folder / STOP):
+            self.ask(files.first_line(self._folder, STOP) or "on request")
+        return bool(self.reason)
+
+
+def stopping(log: Log) -> str:
+    """Returns why the last search of a log stopped or stops, as it has written; empty where it has not."""
+    reasons = (record.get("reason") for _, record in reversed(log.records) if record.get("kind") == STOPPING)
+    return str(next(reasons, None) or "")
 
 
 def is_study(folder: Path) -> bool:

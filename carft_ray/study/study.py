@@ -28,13 +28,14 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
-from carft_ray.layout import COMMITS, LOG, METRICS, PREPARED, REFERENCES, RESULT, STOP
+from carft_ray.layout import COMMITS, LOG, METRICS, PREPARED, REFERENCES, RESULT
 from carft_ray.recipe.schema.constraints import constraint_names
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.store.result import read_result, reported_rows
 from carft_ray.study import outcome, rows, typed
 from carft_ray.study.best import Retention
+from carft_ray.study.holding import Stop
 from carft_ray.study.journal import Journal
 from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of
 from carft_ray.study.proposals import pruning, space
@@ -52,6 +53,7 @@ class Study:
 
     Attributes:
         log: By which it is held.
+        stop: Whether the command that holds it is to stop.
         recipe: Of the search, with absolute paths.
         notes: What was repaired, found or taken in, one sentence each.
     """
@@ -61,6 +63,7 @@ class Study:
         self.recipe = recipe
         self.notes = notes
         self.log, self._storage = log, storage
+        self.stop = Stop(study_dir, log)
         self.journal = Journal(study_dir, recipe, log, storage)
         self.retention = Retention(study_dir, recipe, log.forget_files)
         self._references_known = not constraint_names(recipe.search.constraints)  # what constraints compare with
@@ -262,10 +265,10 @@ class Study:
 
     def stopped(self, spec: TrialSpec) -> None:
         """Writes to the log of a training why it was stopped, and from where the next search resumes it."""
-        folder, why = spec.folder(self.study_dir), files.first_line(self.study_dir, STOP)
+        folder = spec.folder(self.study_dir)
         self.log.check()
         where = f"resume continues from {outcome.progress_words(folder)}"
-        append_log(folder, f"attempt {spec.attempt}: stopped: {why or 'on request'}; {where}")
+        append_log(folder, f"attempt {spec.attempt}: stopped: {self.stop.reason}; {where}")
 
     def set_aside(self) -> list[TrialRow]:
         """Returns the trainings of all kinds that are set aside."""

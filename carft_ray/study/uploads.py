@@ -229,7 +229,7 @@ def uploading(log: Log) -> Iterator[None]:
 
     def follow_orders() -> None:
         if log.store.look(request) is not None:
-            files.write_text(log.store.here.path / STOP, f"asked by {request}\n")
+            log.order = f"asked by {request}"
 
     def all_files(is_last: bool = False) -> None:
         if not log.is_lost:

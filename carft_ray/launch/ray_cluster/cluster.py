@@ -18,10 +18,11 @@ from typing import Any
 
 import ray
 
-from carft_ray import environment, files
+from carft_ray import environment
 from carft_ray.errors import ClusterError, InterruptedRunError, MachineError, Problem
 from carft_ray.launch.ray_cluster import ray_private
 from carft_ray.launch.ray_cluster.concurrency import Node, held_by_others, node_of
+from carft_ray.study.holding import Stop
 
 # RAY_TRAIN_HEALTH_CHECK_INTERVAL_S: the controller checks its workers this often, a report waits for it
 # RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S: nodes may have to boot first
@@ -68,7 +69,7 @@ HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 
 def running_ray(
     address: str | None,
     log_path: Path,
-    stop_path: Path | None = None,
+    stop: Stop | None = None,
     wait_s: float = 0.0,
     say: Callable[[str], None] = lambda text: None,
 ) -> Iterator[tuple[Node, ...]]:
@@ -80,7 +81,7 @@ def running_ray(
         address: ``host:port`` of a cluster or ``auto``; None: a Ray of our own on all cores. Of a process that is
             connected already: ``auto``, or the address of that Ray.
         log_path: File for the warnings of Ray's driver side; the terminal sees none of them.
-        stop_path: The stop file, from which it is known why Ray has ended, should it end.
+        stop: By which it is known why Ray has ended, should it end.
         wait_s: How long the head of a cluster may take until it answers.
         say: Told what is waited for.
 
@@ -111,7 +112,7 @@ def running_ray(
             elif not is_connected:
                 _attach(address or "", wait_s, say)
             try:
-                with _noticing_its_end(temp_dir, stop_path):
+                with _noticing_its_end(temp_dir, stop):
                     yield nodes_now()
             finally:
                 if not is_connected:
@@ -234,7 +235,7 @@ def _quiet(log_path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _noticing_its_end(temp_dir: str | None, stop_path: Path | None) -> Iterator[None]:
+def _noticing_its_end(temp_dir: str | None, stop: Stop | None) -> Iterator[None]:
     """Ends the block with a ``ClusterError`` when nobody listens at the head's address any more.
 
     A signal to all processes of a job ends a Ray of our own too, and then Ray's calls neither return nor notice Ctrl-C,
@@ -271,7 +272,7 @@ def _noticing_its_end(temp_dir: str | None, stop_path: Path | None) -> Iterator[
                     number, interrupt = ctypes.c_ulong(caller.ident or 0), ctypes.py_object(KeyboardInterrupt)
                     ctypes.pythonapi.PyThreadState_SetAsyncExc(number, interrupt)
             if environment.is_program and missed_s >= patience_s + 3 * CHECK_HEAD_EVERY_S:
-                stopped = temp_dir is not None and stop_path is not None and files.seen(stop_path)
+                stopped = temp_dir is not None and stop is not None and stop.asked()
                 sys.stderr.write(f"stopped, and Ray with it\n    {step}\n" if stopped else f"{error}\n")
                 sys.stderr.flush()
                 if temp_dir is not None:

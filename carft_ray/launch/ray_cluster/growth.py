@@ -6,17 +6,15 @@ when the driver is killed; what ``request_resources`` asks for would not.
 
 import time
 from collections.abc import Callable, Collection
-from pathlib import Path
 
 import ray
 
-from carft_ray import files
 from carft_ray.errors import ClusterError, Problem
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, nodes_alive, nodes_now
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
-from carft_ray.layout import STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.study.outcome import read_live, write_live
+from carft_ray.study.study import Study
 
 GROUP_LABEL = "ray.io/node-group"  # of nodes that the cluster launcher or KubeRay has started
 CHECK_EVERY_S = 1.0
@@ -44,7 +42,7 @@ def present_capacity(recipe: Recipe, grows: bool, without: Collection[str] = ())
 
 
 def await_nodes(
-    recipe: Recipe, nodes: tuple[Node, ...], grows: bool, study_dir: Path, say: Callable[[str], None]
+    recipe: Recipe, nodes: tuple[Node, ...], grows: bool, study: Study, say: Callable[[str], None]
 ) -> tuple[Node, ...]:
     """Waits for the first nodes on which a trial fits; meanwhile a placement group asks Ray for them.
 
@@ -52,7 +50,7 @@ def await_nodes(
         recipe: The recipe; ``resources.wait_for_nodes`` limits the wait.
         nodes: Those that are there.
         grows: ``may_grow`` of ``capacity_of``.
-        study_dir: The study directory, with its stop file.
+        study: The open study.
         say: Told what is awaited.
 
     Returns:
@@ -65,14 +63,14 @@ def await_nodes(
     capacity = capacity_of(recipe, nodes, grows or limit_s is not None)
     if capacity.concurrency:
         return nodes
-    write_live(study_dir, read_live(study_dir)[0], (0, capacity.reason))
+    write_live(study.study_dir, read_live(study.study_dir)[0], (0, capacity.reason))
     say(f"waiting: {capacity.reason}")
     strategy = "STRICT_PACK" if capacity.one_node else "PACK"
     group = ray.util.placement_group([capacity.worker_resources] * capacity.num_workers, strategy=strategy)
     began = time.monotonic()
     try:
         while not present_capacity(recipe, grows).concurrency:
-            if files.seen(study_dir / STOP):
+            if study.stop.asked():
                 raise ClusterError(Problem("search", "was stopped on request"))
             if limit_s is not None and time.monotonic() - began >= limit_s:
                 rule = f"after {limit_s:g} s there is {capacity.reason}"

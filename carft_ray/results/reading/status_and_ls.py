@@ -10,14 +10,14 @@ from typing import Any
 from carft_ray import files
 from carft_ray.errors import CarftError
 from carft_ray.launch.stop import BUDGET_STOP
-from carft_ray.layout import MANIFEST, STOP
+from carft_ray.layout import MANIFEST
 from carft_ray.recipe.schema.sampling import AnyPruner
 from carft_ray.recipe.space.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
 from carft_ray.results.reading.study_view import STATES, Overview, read_study, require_study, search_began, studies_in
 from carft_ray.store.log import Log
 from carft_ray.study.best import constraint_lines
-from carft_ray.study.holding import log_of
+from carft_ray.study.holding import log_of, stopping
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
@@ -104,10 +104,8 @@ def ledger(study_dir: Path, log: Log | None) -> dict[str, Any]:
 def budget(overview: Overview) -> dict[str, Any]:
     """Returns the limits of the last search and what is used of them; ``ended`` says which one has ended it."""
     limits, folder = overview.recipe.budget, overview.study_dir
-    ended = ""
-    if overview.holder is None:
-        text = files.first_line(folder, STOP)
-        ended = text.removeprefix(BUDGET_STOP) if text.startswith(BUDGET_STOP) else ""
+    why = stopping(overview.log) if overview.holder is None and overview.log is not None else ""
+    ended = why.removeprefix(BUDGET_STOP) if why.startswith(BUDGET_STOP) else ""
     began = search_began(folder) if overview.holder is not None else None
     used_s = None if began is None else round(time.time() - began, 1)  # of the search that runs: each has the whole
     return {

@@ -12,7 +12,7 @@ from carft_ray.layout import COMMITS, MANIFEST, METRICS, RESOLVED, STOP
 from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
-from carft_ray.study.holding import is_study
+from carft_ray.study.holding import is_study, stopping
 from carft_ray.study.identity import is_single, resume_command, study_recipe
 from carft_ray.study.mirror import IMAGES, Place, fetched, named
 from carft_ray.study.outcome import TrialRow, read_live, result_of
@@ -142,10 +142,10 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
     trainings = [row for group in rows.values() for row in group]
     live, at_a_time = read_live(study_dir) if found else ({}, None)
     running = frozenset((row.kind, row.name) for row in trainings if row.is_of(live.get(row.training)))
-    stopping = found is not None and (study_dir / STOP).exists()
+    asked = found is not None and bool(stopping(log) or (study_dir / STOP).exists())
     recipe = study_recipe(study_dir, log)
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
-    return Overview(study_dir, recipe, *groups, found, stopping, running, at_a_time, log)
+    return Overview(study_dir, recipe, *groups, found, asked, running, at_a_time, log)
 
 
 def studies_in(folder: Path) -> list[Path]:
