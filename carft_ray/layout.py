@@ -9,7 +9,6 @@
       shared_images.csv  images that stand in two roles, and what was done
       fits.json          the micro-batch that fits into memory
       best.yaml, figure.png, figure.svg, report.html, ray.log
-      live.json          what runs, and how many at a time, as the driver knew it some seconds ago
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/     log, metrics, TensorBoard's events
         attempt-N/       what one attempt writes: epochs, checkpoints, weights, predictions, and result.json, last
@@ -33,7 +32,6 @@ FIGURE_PNG = "figure.png"
 FIGURE_SVG = "figure.svg"
 PAGE = "report.html"
 RAY_LOG = "ray.log"
-LIVE = "live.json"
 PREPARED = "prepared"
 FOLDERS = {"trial": "trials", "baseline": "baselines", "confirm": "confirm"}  # of trainings, by kind
 CONFIRM = FOLDERS["confirm"]

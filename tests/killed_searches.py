@@ -20,8 +20,8 @@ from logs import commits, operations
 from carft_ray.study.holding import is_study
 from carft_ray.study.ledger import read_ledger
 from carft_ray.study.mirror import pull
-from carft_ray.study.outcome import read_live
-from carft_ray.study.rows import baselines, confirmations, trials
+from carft_ray.study.rows import baselines, confirmations, log_and_rows, trials
+from carft_ray.study.running import begun, running_since
 from cluster import TIMEOUT_S, asked, environment, head, node, of_session, wait_until
 
 HERE = Path(__file__).parent
@@ -294,15 +294,23 @@ def wait_for_no_groups(address, auth, timeout_s=60):
     return time.monotonic() - began
 
 
+def running_processes(study_dir):
+    """Returns the trainings that run, each with the process of its first rank."""
+    log, rows = log_and_rows(study_dir)
+    known, since = begun(log), running_since(log, [row for group in rows.values() for row in group])
+    running = [row for group in rows.values() for row in group if (row.kind, row.name) in since]
+    return [(row.training, known[row.training, row.attempt][1]["process"]) for row in running]
+
+
 def running_pids(study_dir, epoch=1, needs=""):
     """Returns the living processes of trainings that have got so far, and have files of such a pattern."""
     found = []
-    for place, live in read_live(study_dir)[0].items():
+    for place, pid in running_processes(study_dir):
         with contextlib.suppress(OSError):
             metrics = (study_dir / place / "metrics.jsonl").read_text().splitlines()
             is_there = not needs or any((study_dir / place).glob(needs))
-            if is_there and len(metrics) >= epoch and Path(f"/proc/{live.pid}/cmdline").read_bytes():
-                found.append(live.pid)
+            if is_there and len(metrics) >= epoch and Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
     return found
 
 

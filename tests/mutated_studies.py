@@ -166,10 +166,7 @@ def answers(rng, folder):
 def kind(rng, folder):
     """Puts something else in place of a file or folder, or adds it: a pipe, a link, a file with holes, a folder."""
     there = [path for path in folder.rglob("*") if not path.is_symlink()]
-    new = [
-        folder / name
-        for name in ("stop", "live.json", "best.yaml", "ray.log", "confirm/plan.json", "test/summary.json")
-    ]
+    new = [folder / name for name in ("stop", "best.yaml", "ray.log", "confirm/plan.json", "test/summary.json")]
     path = rng.choice((rng.choice(there), rng.choice(new), rng.choice(sorted(folder.iterdir()))))
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 
 import numpy as np
 import stand_in
@@ -21,8 +20,9 @@ from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.result import write_result
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Failure, Live, append_log, write_live
+from carft_ray.study.outcome import Failure, append_log
 from carft_ray.study.recovery import recover_running
+from carft_ray.study.running import started
 from carft_ray.training.answers import answers, answers_between
 from carft_ray.training.thumbnails import write_thumbnails
 
@@ -158,7 +158,8 @@ def start(study):
     spec = study.next()
     append_log(spec.folder(study.study_dir), "attempt 1: starts on here")
     (spec.folder(study.study_dir) / "metrics.jsonl").write_text(json.dumps({"epoch": 1}) + "\n")
-    write_live(study.study_dir, {spec.training: Live(spec.attempt, time.time(), 1.0, 0.0, 1, "")})
+    with study.log.commit(started(spec, 1.0, 0.0, 1, "")):
+        pass
 
 
 METHODS = {"learning_rate": {"low": 1e-5, "high": 1e-2, "log": True}, "kl_weight": {"choices": [0, 1, 10]}}

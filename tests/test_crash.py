@@ -70,7 +70,7 @@ def metrics(folder):
 def files(folder):
     """Names of all that a training leaves, but its commits, what ran, its log, TensorBoard's files and notes of ids."""
     names = [path.relative_to(folder) for top in ("out", "cache") for path in (folder / top).rglob("*")]
-    left_out = "log", "live.json", "log.txt", "written"
+    left_out = "log", "log.txt", "written"
     kept = [str(name) for name in names if "tfevents" not in name.name and not set(left_out) & set(name.parts)]
     return {re.sub(r"attempt-\d+", "attempt", name) for name in kept}
 

@@ -12,8 +12,9 @@ import stepped
 from killed_searches import driver, ended, finished, titled, wait_until
 
 import cluster
-from carft_ray.study.outcome import read_live
+from carft_ray.study.holding import log_of
 from carft_ray.study.rows import baselines, trials
+from carft_ray.study.running import begun
 
 WINDOW = 10  # steps
 VALUES = {"learning_rate": 1e-3, "kl_weight": 1.0}
@@ -37,8 +38,11 @@ def nodes(number, **how):
 
 def node_of(training, started):
     """Returns the node on which the first rank of a training runs."""
-    live = read_live(training.parents[1])[0][f"trials/{training.name}"]
-    return next(node for node in started if node.node_id == live.node)
+    known = begun(log_of(training.parents[1]))
+    last = max(
+        (attempt, found["node"]) for (name, attempt), (_, found) in known.items() if name.endswith(training.name)
+    )
+    return next(node for node in started if node.node_id == last[1])
 
 
 def running_trial(study_dir, process, at_least):

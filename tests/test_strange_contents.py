@@ -242,17 +242,28 @@ def test_a_result_that_cannot_be_is_told(study_dir, capsys, name):
         each_is_told(study_dir, capsys, "result.json", readers=READERS[3:])
 
 
-@pytest.mark.parametrize(
-    "live", [3, [], {"trainings": 3}, {"at_a_time": [1]}, {"trainings": {"a": {"attempt": 1}}}, {"at_a_time": "ab"}]
-)
-def test_what_runs_is_not_known_where_its_file_cannot_be(study_dir, capsys, live):
-    (study_dir / "live.json").write_text(json.dumps(live))
-    for command in READERS[:2]:
-        assert ended(command, study_dir, capsys)[0] == 0
-    with logs.holding(study_dir):
-        (study_dir / "live.json").write_text(json.dumps(live))
-        for command in READERS[:2]:
-            assert ended(command, study_dir, capsys)[0] == 0
+RUNS = {
+    "kind": "started",
+    "training": "trials/t0000",
+    "attempt": 1,
+    "process": 1,
+    "node": "",
+    "began": 1.0,
+    "gpus": 0.0,
+}
+RUNNING = [{**RUNS, "began": "now"}, {**RUNS, "gpus": None}, {**RUNS, "attempt": "1"}, {"kind": "started"}]
+RUNNING += [{"kind": "at_a_time", "number": "2", "reason": ""}, {"kind": "at_a_time"}]
+
+
+@pytest.mark.parametrize("record", RUNNING)
+def test_what_a_stranger_says_of_running_trainings_is_told(study_dir, capsys, record):
+    with logs.holding(study_dir) as log:
+        with log.commit(record):
+            pass
+        for command in READERS[:1]:
+            code, _, err = ended(command, study_dir, capsys)
+            assert code == 5
+            assert "commit " in err
 
 
 @pytest.mark.parametrize(

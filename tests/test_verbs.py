@@ -34,7 +34,8 @@ from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
 from carft_ray.results.reading.study_view import find_row, read_study, total_trials
 from carft_ray.study.ledger import WENT_ON
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import Live, append_log, write_live
+from carft_ray.study.outcome import append_log
+from carft_ray.study.running import at_a_time_record, started
 from carft_ray.ui.live import SearchView
 
 RECIPE = make_recipe(8, train={"batch_size": 4})
@@ -46,7 +47,8 @@ def start(study):
     folder = spec.folder(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
     append_log(folder, f"attempt {spec.attempt}: starts on 127.0.0.1")
-    write_live(study.study_dir, {spec.training: Live(spec.attempt, 1.0, 1.0, 0.0, 1, "")})
+    with study.log.commit(started(spec, 1.0, 0.0, 1, "")):
+        pass
     return spec
 
 
@@ -133,7 +135,9 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
         assert f"A search is running: process {os.getpid()} on " in err
         assert f"carft-ray logs first {spec.name} --follow" in err
         study.settle(spec, failed(spec, "error", "RuntimeError: once"))
-        write_live(study_dir, {}, (3, "3 GPUs, 1 per trial"))
+        study.spend(spec, 1.0, 0.0)
+        with study.log.commit(at_a_time_record(3, "3 GPUs, 1 per trial")):
+            pass
         assert counts() == ({"waiting": 1}, True, [])  # for another attempt
         assert "3 at a time (3 GPUs, 1 per trial)." in run("status", "first")[2]
         assert " · 3 at a time (3 GPUs, 1 per trial) · " in SearchView.of(read_study(study_dir)).line()
@@ -344,7 +348,7 @@ def refused(run, here):
         after = everything(here)
         assert before.keys() <= after.keys()
         changed = [name for name in after if name not in before or after[name][1] != before[name][1]]
-        assert {name.split("/")[1] for name in changed} <= {"log", "live.json"}  # who has held the study since
+        assert {name.split("/")[1] for name in changed} <= {"log"}  # who has held the study since
         return told
 
     return call

@@ -28,7 +28,7 @@ from carft_ray.results.reading.study_view import Overview, read_study
 from carft_ray.store.result import write_result
 from carft_ray.study.dashboard import _Followed
 from carft_ray.study.opening import open_study
-from carft_ray.study.outcome import TrialRow, TrialSpec, read_live
+from carft_ray.study.outcome import TrialRow, TrialSpec
 from carft_ray.study.rows import baselines, trials
 from carft_ray.ui import console, live, progress
 from carft_ray.ui.live import SearchView
@@ -195,8 +195,8 @@ def ended(process):
 def test_another_process_sees_what_runs_and_watches_until_the_search_or_ctrl_c_ends(tmp_path):
     study_dir = tmp_path / "study"
     with searching(study_dir, 5):
-        [live] = read_live(study_dir)[0].values()
-        text = " ".join(shown(SearchView.of(read_study(study_dir), clock=lambda: live.began + 30.2), 140))
+        [began] = read_study(study_dir).since.values()
+        text = " ".join(shown(SearchView.of(read_study(study_dir), clock=lambda: began + 30.2), 140))
         best, counted = read_study(study_dir).best, "5 of 9 trials finished, 1 of them failed · 1 running · "
         for words in (f"★ {best.name}", trials(study_dir)[-1].name, "diverged", "1/10", "0:30", "56 %", counted):
             assert words in text, text

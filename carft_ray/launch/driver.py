@@ -6,12 +6,10 @@ and the budget; what is to end gets its order through the mailbox.
 Whoever runs the trainings (``launch.trainings``: Ray Tune, or this process) calls these four, each from one thread.
 """
 
-import contextlib
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from statistics import median
 from typing import Any
 
@@ -29,7 +27,8 @@ from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.study import outcome
 from carft_ray.study.holding import STOPPING
-from carft_ray.study.outcome import Failure, Live, TrialRow, TrialSpec, append_log, log_lost
+from carft_ray.study.outcome import Failure, TrialRow, TrialSpec, append_log, log_lost
+from carft_ray.study.running import at_a_time_record, started
 from carft_ray.study.study import Study
 from carft_ray.words import counted
 
@@ -41,7 +40,6 @@ POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note
-LIVE_EVERY_S = 10.0
 SLEPT = f"the driver was silent for more than {PATIENCE_S:.0f} s"
 
 
@@ -61,6 +59,7 @@ class _Attempt:
         hung: Why it was ended from outside; empty where it was not.
         stacks: Gives what its threads did then.
         leaves: Why it was asked to leave; empty where it was not.
+        is_noted: Whether the log says that it has begun.
     """
 
     spec: TrialSpec
@@ -74,6 +73,7 @@ class _Attempt:
     hung: str = ""
     stacks: Callable[[], str] = str
     leaves: str = ""
+    is_noted: bool = False
 
 
 @dataclass(eq=False)
@@ -125,8 +125,7 @@ class Driver:
         self._longest_end_s = self._longest_step_s = 0.0  # from the last epoch of a training to its result; of a step
         self._next_poll = 0.0
         self._stopping_since = 0.0
-        self._of_others, _ = outcome.read_live(self.study.study_dir)  # of kinds that are not recovered yet
-        self._written: tuple[float, object] = -math.inf, None  # ``live.json``: when, and what it names
+        self._told_at_a_time: tuple[int, str] | None = None  # as the log says it
         self.study.log.meanwhile = self.poll
 
     def __getstate__(self) -> dict[str, object]:
@@ -268,7 +267,7 @@ class Driver:
         for attempt in list(self._attempts.values()):
             self._read_post(attempt)
             self._check_steps(attempt, heard)
-        self._write_live()
+        self._note_running()
         groups = [each.alive.group if each.alive else "" for each in self._attempts.values()]
         if self.leaks and (number := self.leaks.check(groups)):
             what = counted(number, "placement group")
@@ -344,21 +343,21 @@ class Driver:
             self.on_event(events.Note(f"{spec.name} hangs: {attempt.hung}"))
             attempt.stacks = self.end_process(alive)
 
-    def _write_live(self) -> None:
-        """Writes ``live.json`` when something else runs, and after a while."""
-        now, running = time.monotonic(), [each for each in self._attempts.values() if each.alive]
-        at_a_time = self.at_a_time.told
-        names = at_a_time, {f"{each.spec.training}-{each.spec.attempt}" for each in running}
-        if self._written[1] == names and now - self._written[0] < LIVE_EVERY_S:
-            return
-        live = dict(self._of_others)
-        for each in running:
-            spec, seconds, alive = each.spec, self._held_s(each), each.alive or Process(0, "")
-            began = datetime.now().timestamp() - seconds
-            live[spec.training] = Live(spec.attempt, began, seconds, self.gpus, alive.pid, alive.node_id)
-        with contextlib.suppress(StorageError):  # what matters meets the same disk, and says so
-            outcome.write_live(self.study.study_dir, live, at_a_time)
-            self._written = now, names
+    def _note_running(self) -> None:
+        """Writes to the log what has begun since, and how many run at a time where that has changed."""
+        records = []
+        for each in self._attempts.values():
+            if each.alive and not each.is_noted:
+                each.is_noted = True
+                records.append(started(each.spec, self._held_s(each), self.gpus, each.alive.pid, each.alive.node_id))
+        if self._told_at_a_time != self.at_a_time.told:
+            self._told_at_a_time = self.at_a_time.told
+            records.append(at_a_time_record(*self.at_a_time.told))
+        try:
+            with self.study.log.commit(*records):
+                pass
+        except StorageError as error:
+            self._fail(error)
 
     def _report_epochs(self, attempt: _Attempt) -> None:
         rows, attempt.rows = attempt.rows, []

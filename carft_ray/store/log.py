@@ -103,6 +103,7 @@ class Log(BaseJournalBackend):
         self.meanwhile: Callable[[], None] = lambda: None
         self.order = ""
         self._holder = _NOBODY  # who has claimed the log and not released it
+        self._last_of: list[tuple[int, float]] = []  # of each claim: its commit, and when its process wrote last
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
         self._num_dropped = 0  # the others
         self._unpacked: list[bytes] = []  # commits of the pack that is not full, where the store has packs
@@ -204,6 +205,10 @@ class Log(BaseJournalBackend):
     def digest_of(self, number: int) -> str:
         """Returns the BLAKE2 of a commit; empty when there is none."""
         return _digest(self._store.get(commit_name(number)) or b"")
+
+    def last_of(self, number: int) -> float:
+        """Returns when the process that has made a commit made its last one, in seconds since 1970; else 0."""
+        return next((when for claimed, when in reversed(self._last_of) if claimed <= number), 0.0)
 
     def check(self, is_sure: bool = False) -> None:
         """Raises a ``RefusedError`` when another search has taken the study over; writes nothing.
@@ -445,6 +450,9 @@ class Log(BaseJournalBackend):
 
     def _take(self, commit: Commit, data: bytes) -> None:
         self.number, self.digest, self.time = commit["number"], _digest(data), commit["time"]
+        is_claim = any(record.get("kind") == OWNER for record in commit["records"])
+        claimed = self.number if is_claim or not self._last_of else self._last_of.pop()[0]
+        self._last_of.append((claimed, self.time))
         if self._store.has_packs:
             if self.number % PACKED == 1:
                 self._unpacked = []

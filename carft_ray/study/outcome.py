@@ -3,11 +3,10 @@
 ``result.json`` of an attempt means finished; it appears whole or not at all. A worker writes it, the study reads it.
 """
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,6 @@ from carft_ray.layout import (
     ATTEMPT,
     COMMITS,
     FOLDERS,
-    LIVE,
     LOG,
     METRICS,
     OWN,
@@ -28,7 +26,7 @@ from carft_ray.layout import (
     WEIGHTS,
 )
 from carft_ray.recipe.schema.constraints import total_violation
-from carft_ray.store.result import FORMAT_VERSION, read_result, sha256
+from carft_ray.store.result import read_result, sha256
 from carft_ray.study import typed
 from carft_ray.study.typed import Outcome
 
@@ -105,36 +103,17 @@ class TrialRow(TrialSpec):
     set_aside: bool = False  # left to the next search: its attempts were lost without advancing; see ``reason``
     spent_s: float = 0.0  # of all attempts, with what Ray takes to start them
     gpu_s: float = 0.0  # GPUs x seconds of all attempts
+    has_ended: bool = False  # its last attempt: it has a time in the log
 
-    def is_of(self, live: "Live | None") -> bool:
-        """Tells whether its last attempt is one that runs."""
-        return live is not None and self.outcome == "running" and live.attempt == self.attempt
+    @property
+    def is_open(self) -> bool:
+        """Whether its last attempt may run: it has begun, and has not ended as far as the log says."""
+        return self.outcome == "running" and self.attempt > 0 and not self.has_ended
 
     @cached_property
     def violation(self) -> float:
         """By how much all constraints are missed together; 0 when they are met."""
         return total_violation(self.metrics)
-
-
-@dataclass(frozen=True)
-class Live:
-    """A running attempt in ``live.json``, as its driver knew it when it wrote the file.
-
-    Attributes:
-        attempt: Its number.
-        began: When it got its resources, seconds since 1970.
-        seconds: For how long it has held them.
-        gpus: GPUs that its workers hold together.
-        pid: Of rank 0.
-        node: Ray's name of the node of rank 0; empty without Ray.
-    """
-
-    attempt: int
-    began: float
-    seconds: float
-    gpus: float
-    pid: int
-    node: str
 
 
 @dataclass(frozen=True)
@@ -297,32 +276,6 @@ def log_left(folder: Path, attempt: int, reason: str) -> None:
         StorageError: The log cannot be written.
     """
     append_log(folder, f"attempt {attempt}: left: {reason}; the next attempt continues from {progress_words(folder)}")
-
-
-def write_live(study_dir: Path, live: Mapping[str, Live], at_a_time: tuple[int, str] | None = None) -> None:
-    """Writes what runs, for readers and in case the driver is killed.
-
-    Args:
-        study_dir: The study directory.
-        live: By folder of the training within the study.
-        at_a_time: How many trainings run at a time, and why not more.
-
-    Raises:
-        StorageError: The folder cannot be written.
-    """
-    trainings = {place: asdict(each) for place, each in live.items()}
-    content = {"format_version": FORMAT_VERSION, "at_a_time": at_a_time, "trainings": trainings}
-    files.write_json(study_dir / LIVE, content)
-
-
-def read_live(study_dir: Path) -> tuple[dict[str, Live], tuple[int, str] | None]:
-    """Returns what ``write_live`` has written last; nothing where that cannot be read."""
-    with contextlib.suppress(OSError, StorageError):
-        found = typed.checked(typed.Live, files.read_object(study_dir, LIVE) or {}, LIVE)
-        at_a_time = found.get("at_a_time")
-        live = {place: Live(**each) for place, each in found.get("trainings", {}).items()}
-        return live, None if at_a_time is None else (int(at_a_time[0]), str(at_a_time[1]))
-    return {}, None
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

@@ -7,12 +7,11 @@ from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
-from carft_ray.layout import FOLDERS
 from carft_ray.recipe.schema.recipe import ResourcesConfig
 from carft_ray.store.result import read_result
-from carft_ray.study import outcome
 from carft_ray.study.outcome import Kind, TrialRow
 from carft_ray.study.rows import SET_ASIDE, SPENT, row_of, trainings
+from carft_ray.study.running import left_behind
 from carft_ray.study.study import STUCK, Study
 
 
@@ -67,30 +66,21 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
 
 def _spend_left_behind(study: Study) -> None:
     """Notes what the attempts took that ran when a driver was killed."""
-    live, _ = outcome.read_live(study.study_dir)
     for spec in [spec for kind in study.journal.studies for spec in study.journal.running(kind)]:
         if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
-            known = live.get(spec.training)
-            known = known if known is not None and known.attempt == spec.attempt else None
-            seconds, gpus = _left_behind(spec.place(study.study_dir), known, study.recipe.resources)
+            found = left_behind(study.log, spec)
+            seconds, gpus = found or _of_result(spec.place(study.study_dir), study.recipe.resources)
             if seconds:
                 study.spend(spec, seconds, gpus)
-    own = {FOLDERS[kind] for kind in study.journal.studies}
-    left = {place: each for place, each in live.items() if place.partition("/")[0] not in own}
-    if left != live:
-        outcome.write_live(study.study_dir, left)
 
 
-def _left_behind(place: Path, live: outcome.Live | None, resources: ResourcesConfig) -> tuple[float, float]:
-    """Returns seconds and GPUs of an attempt whose driver was killed; zeros for no trace.
+def _of_result(place: Path, resources: ResourcesConfig) -> tuple[float, float]:
+    """Returns seconds and GPUs of an attempt that has left a result in its folder; zeros for none.
 
     Args:
-        place: Folder of the attempt.
-        live: What the driver has written of it.
-        resources: Of the recipe, for a training that came to its end.
+        place: The folder.
+        resources: Of the recipe.
     """
-    if live is not None:
-        return live.seconds, live.gpus
     result, _ = read_result(place) or ({}, "")
     made_on = result.get("environment") or {}
     each = 1.0 if resources.gpus_per_worker is None else resources.gpus_per_worker

@@ -151,7 +151,7 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     finished = trial.state.is_finished()
     state, objectives = state_and_values(trial)
     objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get("objective")
-    spent = attributes.get(SPENT, {}).values()
+    spent, attempt = attributes.get(SPENT, {}), attributes.get("attempt", 0)
     elapsed_s = attributes.get("elapsed_s")
     if elapsed_s is None and trial.duration is not None:
         elapsed_s = max(trial.duration.total_seconds(), 0.0)
@@ -161,7 +161,8 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         name=attributes.get("name", f"t{trial.number:04d}"),
         values=dict(attributes.get("values", trial.params)),
         outcome=attributes.get("outcome", "error") if finished else "running",
-        attempt=attributes.get("attempt", 0),
+        attempt=attempt,
+        has_ended=str(attempt) in spent,
         reason=attributes.get("reason") or attributes.get(SET_ASIDE) or "",
         objective=objective if state == TrialState.COMPLETE else None,
         started=trial.datetime_start,
@@ -169,8 +170,8 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
         outside=OUTSIDE in attributes,
         points=tuple(attributes.get("points", ())),
         intermediate_values=intermediate_values(trial),
-        spent_s=float(sum(seconds for seconds, _ in spent)),
-        gpu_s=float(sum(seconds * gpus for seconds, gpus in spent)),
+        spent_s=float(sum(seconds for seconds, _ in spent.values())),
+        gpu_s=float(sum(seconds * gpus for seconds, gpus in spent.values())),
         set_aside=not finished and bool(attributes.get(SET_ASIDE)),
         **{name: attributes[name] for name in SAME_NAMES if name in attributes},
     )

@@ -85,22 +85,20 @@ class Result(_Strict):
     environment: dict[str, Any] = {}
 
 
-class Running(_Strict):
-    """An attempt in ``live.json`` (``outcome.Live``)."""
+class Started(_Strict):
+    """An attempt that has begun, in the log (``study.running``)."""
 
+    training: Words
     attempt: Count
     began: Seconds
-    seconds: Seconds
     gpus: Seconds
-    pid: Count
-    node: Words
 
 
-class Live(_Strict):
-    """``live.json``."""
+class AtATime(_Strict):
+    """How many trainings run at a time, in the log (``study.running``)."""
 
-    at_a_time: Annotated[list[Count | Words], Field(min_length=2, max_length=2)] | None = None
-    trainings: dict[str, Running] = {}
+    number: Count
+    reason: Words
 
 
 class Manifest(_Strict):

@@ -77,7 +77,7 @@ class SearchView:
         from carft_ray.launch.events import Started
         from carft_ray.layout import METRICS
         from carft_ray.recipe.space.grid import num_trials
-        from carft_ray.results.reading.study_view import alive_since, search_began
+        from carft_ray.results.reading.study_view import search_began
         from carft_ray.study.rows import ZERO_SHOT
 
         view = cls(overview.recipe.train.epochs, overview.rows, clock)
@@ -85,7 +85,7 @@ class SearchView:
         for row in overview.rows:
             if overview.state(row) == "running":
                 lines = files.read_json_lines(overview.study_dir, f"{row.training}/{METRICS}")
-                began = alive_since(overview.study_dir, row) or clock()
+                began = overview.since[row.kind, row.name]
                 view._running[row.kind, row.name] = _Running(row, began, lines[-1] if lines else {})
             elif row.name != ZERO_SHOT and row.outcome == "complete" and (seconds := row.spent_s or row.elapsed_s):
                 view._seconds.append(seconds)

@@ -13,7 +13,7 @@ from carft_ray.errors import ClusterError, Problem
 from carft_ray.launch.ray_cluster.cluster import HEAD_ONLY, nodes_alive, nodes_now
 from carft_ray.launch.ray_cluster.concurrency import Capacity, Node, capacity_of
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.study.outcome import read_live, write_live
+from carft_ray.study.running import at_a_time_record
 from carft_ray.study.study import Study
 
 GROUP_LABEL = "ray.io/node-group"  # of nodes that the cluster launcher or KubeRay has started
@@ -63,7 +63,8 @@ def await_nodes(
     capacity = capacity_of(recipe, nodes, grows or limit_s is not None)
     if capacity.concurrency:
         return nodes
-    write_live(study.study_dir, read_live(study.study_dir)[0], (0, capacity.reason))
+    with study.log.commit(at_a_time_record(0, capacity.reason)):
+        pass
     say(f"waiting: {capacity.reason}")
     strategy = "STRICT_PACK" if capacity.one_node else "PACK"
     group = ray.util.placement_group([capacity.worker_resources] * capacity.num_workers, strategy=strategy)

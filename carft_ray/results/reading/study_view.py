@@ -1,7 +1,7 @@
 """A study as commands read it: nothing is claimed, nothing is written, no torch is loaded."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study, stopping
 from carft_ray.study.identity import is_single, resume_command, study_recipe
 from carft_ray.study.mirror import IMAGES, Place, fetched, named
-from carft_ray.study.outcome import TrialRow, read_live, result_of
+from carft_ray.study.outcome import TrialRow, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
+from carft_ray.study.running import at_a_time, running_since
 from carft_ray.words import counted
 
 STATES = ("complete", "pruned", "diverged", "error", "running", "stopped", "waiting", "set_aside")
@@ -34,7 +35,7 @@ class Overview:
         confirmations: Trainings with fresh seeds, of a confirm.
         holder: Who runs the search, in words; None: no search runs on the study.
         stopping: A stop was asked for and the live search has not ended yet.
-        running: Kinds and names of the trainings that run.
+        since: When the running attempts of trainings began, in seconds since 1970, by kind and name.
         at_a_time: How many the search runs at a time at this moment, and why not more; None where it does not say.
         log: As it was read; None: it was not.
     """
@@ -46,7 +47,7 @@ class Overview:
     confirmations: list[TrialRow] = field(default_factory=list)
     holder: str | None = None
     stopping: bool = False
-    running: frozenset[tuple[str, str]] = frozenset()
+    since: Mapping[tuple[str, str], float] = field(default_factory=dict)
     at_a_time: tuple[int, str] | None = None
     log: Log | None = None
 
@@ -78,7 +79,7 @@ class Overview:
             return "set_aside"
         if self.holder is None:
             return "stopped" if row.attempt else "waiting"
-        return "running" if (row.kind, row.name) in self.running else "waiting"
+        return "running" if (row.kind, row.name) in self.since else "waiting"
 
     def counts(self) -> dict[str, int]:
         """Returns how many trials are in each state."""
@@ -140,12 +141,11 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
     log, rows = log_and_rows(study_dir)
     found = log.holder()
     trainings = [row for group in rows.values() for row in group]
-    live, at_a_time = read_live(study_dir) if found else ({}, None)
-    running = frozenset((row.kind, row.name) for row in trainings if row.is_of(live.get(row.training)))
+    since = running_since(log, trainings) if found else {}
     asked = found is not None and bool(stopping(log) or (study_dir / STOP).exists())
     recipe = study_recipe(study_dir, log)
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
-    return Overview(study_dir, recipe, *groups, found, asked, running, at_a_time, log)
+    return Overview(study_dir, recipe, *groups, found, asked, since, at_a_time(log) if found else None, log)
 
 
 def studies_in(folder: Path) -> list[Path]:
@@ -247,9 +247,3 @@ def search_began(study_dir: Path) -> float | None:
         return (study_dir / RESOLVED).stat().st_mtime
     except OSError:
         return None
-
-
-def alive_since(study_dir: Path, row: TrialRow) -> float | None:
-    """Returns when the running attempt of a training began, in seconds since 1970; None when it does not say."""
-    live = read_live(study_dir)[0].get(row.training)
-    return live.began if live is not None and row.is_of(live) else None

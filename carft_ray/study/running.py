@@ -1,0 +1,83 @@
+"""What runs, as records of the log say it: which attempts have begun, and how many trainings run at a time.
+
+An attempt runs from its record until the log has what it took (``rows.SPENT``), as long as the process that has written
+the record holds the log. After a kill, an attempt has lasted until the last commit of that process.
+"""
+
+import time
+from typing import Any
+
+from carft_ray.store.log import Log
+from carft_ray.study import typed
+from carft_ray.study.outcome import TrialRow, TrialSpec
+
+STARTED, AT_A_TIME = "started", "at_a_time"  # kinds of records
+
+
+def started(spec: TrialSpec, seconds: float, gpus: float, process: int, node: str) -> dict[str, Any]:
+    """Returns the record of an attempt that has begun.
+
+    Args:
+        spec: The attempt.
+        seconds: For how long it has held its resources.
+        gpus: GPUs that its workers hold together.
+        process: Id of the process of rank 0.
+        node: Ray's name of its node; empty without Ray.
+    """
+    place = {"training": spec.training, "attempt": spec.attempt, "process": process, "node": node}
+    return {"kind": STARTED, **place, "began": round(time.time() - seconds, 3), "gpus": gpus}
+
+
+def at_a_time_record(number: int, reason: str) -> dict[str, Any]:
+    """Returns the record of how many trainings run at a time from now on, and why not more."""
+    return {"kind": AT_A_TIME, "number": number, "reason": reason}
+
+
+def begun(log: Log) -> dict[tuple[str, int], tuple[int, dict[str, Any]]]:
+    """Returns the attempts that have begun, by training and attempt: number of the commit, and the record.
+
+    Raises:
+        StorageError: A record is not what it may be.
+    """
+    found = {}
+    for number, record in log.records:
+        if record.get("kind") == STARTED:
+            typed.checked(typed.Started, record, f"{log}, commit {number}")
+            found[record["training"], record["attempt"]] = number, record
+    return found
+
+
+def running_since(log: Log, rows: list[TrialRow]) -> dict[tuple[str, str], float]:
+    """Returns when the running attempts of trainings began, in seconds since 1970, by kind and name.
+
+    Raises:
+        StorageError: As ``begun``.
+    """
+    known = begun(log)
+    last = {(row.kind, row.name): known.get((row.training, row.attempt)) for row in rows if row.is_open}
+    return {key: found[1]["began"] for key, found in last.items() if found is not None and found[0] > log.claimed}
+
+
+def at_a_time(log: Log) -> tuple[int, str] | None:
+    """Returns how many trainings the holder runs at a time, and why not more; None while it has not said.
+
+    Raises:
+        StorageError: The record is not what it may be.
+    """
+    for number, record in reversed(log.records):
+        if number < log.claimed:
+            break
+        if record.get("kind") == AT_A_TIME:
+            typed.checked(typed.AtATime, record, f"{log}, commit {number}")
+            return record["number"], record["reason"]
+    return None
+
+
+def left_behind(log: Log, spec: TrialSpec) -> tuple[float, float] | None:
+    """Returns seconds and GPUs of an attempt whose driver was killed; None where it had not begun.
+
+    Raises:
+        StorageError: As ``begun``.
+    """
+    number, found = begun(log).get((spec.training, spec.attempt), (0, None))
+    return None if found is None else (max(0.0, log.last_of(number) - found["began"]), found["gpus"])
