@@ -1,26 +1,20 @@
 """What a search will take: trials at a time, time, GPU hours, disk. From short trainings.
 
-Two short trainings for each slot that the search can use are prepared and run as those of a search
-(``training.probe``). The second one of a slot shows what a process saves that is used again, and reads the targets that
-the first one has stored. A training of E epochs then takes
+As many short trainings as the search can run at a time are prepared and run as those of a search (``training.probe``).
+A training of E epochs then takes
 
     fixed + E epoch + looks look
 
-with ``look`` an evaluation during the training. What the space varies enters by its expectation: ``NUM_SEARCHES``
-searches with values drawn as random search draws them are laid onto the slots, first come first served; the forecast is
-their mean, the range is from their 10th to their 90th percentile, and further by how much the short trainings differed.
-No training is taken to be cut.
+with ``look`` an evaluation during the training. The search runs them in rounds of as many as fit. What the space varies
+enters by its mean. ``left_out`` says what may make the search shorter or longer.
 """
 
-import heapq
 import statistics
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -46,110 +40,81 @@ from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import result_of
 from carft_ray.study.recovery import recover_confirm
 
-NUM_SEARCHES = 200
-LEAST_DOUBT = 0.1  # of every forecast: the machine is never quite as it was
-OUTSIDE_S = 5.0  # before Ray starts and after the last training: imports; the end of Ray, table, figure
+NUM_DRAWS = 1000  # of the values of a trial
+OUTSIDE_S = 10.0  # imports, start and end of Ray, table, figure
 CONFIRMED, SEEDS = 3, 3  # of `confirm`, unless it is told otherwise: trials beside the baselines, seeds of each
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What is known of the trainings of a search.
-
-    Attributes:
-        took_s: Seconds that measuring took.
-        prepare_s: Seconds from the start of Ray until the first training begins.
-        training_s: Forecast of a training, by its values over ``train``.
-        doubt: Relative uncertainty of every time.
-        first_s: What the first training of a slot takes besides itself: process, model, sets, targets.
-        next_s: The same for each further one.
-        alone: Which share of its time a training takes with nothing beside it: less than 1 where slots share cores.
-        sizes: Bytes: ``weights`` and ``predictions`` of a training, ``targets`` of an epoch, further ones in all.
-        step: What ``micro_batch_to_begin_with`` found on a GPU, the smallest one.
-    """
-
-    took_s: float
-    prepare_s: float
-    training_s: Callable[[Mapping[str, Any]], float]
-    doubt: float
-    first_s: float = 0.0
-    next_s: float = 0.0
-    alone: float = 1.0
-    sizes: dict[str, float] = field(default_factory=dict)
-    step: dict[str, float] = field(default_factory=dict)
-
-
-def forecast(recipe: Recipe, capacity: Capacity, measured: Measured) -> dict[str, Any]:
+def forecast(recipe: Recipe, capacity: Capacity, measured: Mapping[str, float]) -> dict[str, Any]:
     """Returns what a whole search will take, as plain data; seconds, hours and bytes.
 
-    Each of ``trial_s``, ``search_s``, ``confirm_s``, ``cpu_hours`` and ``gpu_hours`` is (expected, low, high).
+    Args:
+        recipe: The recipe.
+        capacity: How its trainings fit.
+        measured: As ``measure`` returns it.
     """
-    rng, ranges = np.random.default_rng(0), defaultdict[str, list[float]](list)
-    trials, baselines = num_trials(recipe), list(recipe.search.baselines.values())
-    slots, first_s, next_s = capacity.concurrency, measured.first_s, measured.next_s
-    units = {"cpu_hours": capacity.cpus_per_worker, "gpu_hours": capacity.gpus_per_worker}
-    for _ in range(NUM_SEARCHES):
-        values = [*baselines, *(drawn(recipe.search.space, rng.uniform) for _ in range(trials))]
-        jobs = [measured.training_s(one) for one in values]
-        again = [*jobs[: len(baselines)], *jobs[-CONFIRMED:]] * SEEDS
-        work_s = sum(jobs) + len(jobs) * next_s + min(slots, len(jobs)) * (first_s - next_s)
-        ranges["trial_s"] += [job + next_s for job in jobs[len(baselines) :]]
-        for name, each in (("search_s", jobs), ("confirm_s", again)):
-            ranges[name].append(OUTSIDE_S + measured.prepare_s + makespan(each, slots, first_s, next_s, measured.alone))
-        for name, number in units.items():
-            ranges[name].append(work_s * capacity.num_workers * number / 3600)
-    numbers = {
-        "weights": min(recipe.search.keep_checkpoints, trials) + len(baselines),
-        "predictions": trials + len(baselines),
-        "targets": num_stored_visits(recipe),
+    rng, space, given = np.random.default_rng(0), recipe.search.space, recipe.search.baselines.values()
+    trials, baselines, start_s = num_trials(recipe), len(given), measured["start_s"]
+    trial_s = statistics.fmean(_training_s(recipe, measured, drawn(space, rng.uniform)) for _ in range(NUM_DRAWS))
+    baselines_s = sum(_training_s(recipe, measured, values) for values in given)
+    slots = max(1, min(capacity.concurrency, trials + baselines))
+    held_hours = (trials * trial_s + baselines_s + slots * start_s) * capacity.num_workers / 3600
+
+    def lasts_s(trials: int, seeds: int) -> float:
+        mean_s = (trials * trial_s + baselines_s) / (trials + baselines)
+        rounds = num_rounds((trials + baselines) * seeds, slots, measured["alone"])
+        return round(OUTSIDE_S + measured["prepare_s"] + start_s + rounds * mean_s, 1)
+
+    kept = min(recipe.search.keep_checkpoints, trials) + baselines
+    disk = {
+        "weights": kept * measured["weights"],
+        "predictions": (trials + baselines) * measured["predictions"],
+        "targets": num_stored_visits(recipe) * measured["targets"],
+        "cache": measured["cache"],
+        "while it runs": slots * (KEPT_CHECKPOINTS * measured["checkpoint"] + measured["weights"]),
+    }
+    left_out = {
+        "failed and repeated trainings": True,
+        "searched values other than epochs": True,
+        "trainings that the pruner ends early": recipe.search.pruner.name != "none",
+        "nodes that join later": capacity.asked > 0,
     }
     return {
         "concurrency": capacity.concurrency,
         "limited_by": capacity.reason,
         "num_trials": trials,
-        "num_baselines": len(baselines),
-        "num_workers": capacity.num_workers,
-        **{name: getattr(capacity, name) for name in ("gpus_per_worker", "cpus_per_worker")},
-        "prepare_s": round(measured.prepare_s, 1),
-        **{name: _range(values, measured.doubt) for name, values in ranges.items()},
-        "step": measured.step,
-        "disk_bytes": {name: int(numbers.get(name, 1) * size) for name, size in measured.sizes.items()},
-        "measured": {"took_s": round(measured.took_s, 1), "doubt": round(measured.doubt, 3)},
+        "num_baselines": baselines,
+        "trial_s": round(trial_s, 1),
+        "search_s": lasts_s(trials, 1),
+        "confirm_s": lasts_s(min(CONFIRMED, trials), SEEDS),
+        "cpu_hours": round(held_hours * capacity.cpus_per_worker, 5),
+        "gpu_hours": round(held_hours * capacity.gpus_per_worker, 5),
+        "disk_bytes": {name: int(size) for name, size in disk.items()},
+        "left_out": [text for text, applies in left_out.items() if applies],
     }
 
 
-def makespan(jobs: Sequence[float], slots: int, first_s: float, next_s: float, alone: float = 1.0) -> float:
-    """Returns how long jobs take that are begun in their order, each on the slot that is free first.
+def num_rounds(trainings: int, slots: int, alone: float) -> float:
+    """Returns how many times as long as one training all of them take, ``slots`` at a time.
 
-    Args:
-        jobs: Seconds of each, with all slots in use.
-        slots: How many run at a time.
-        first_s: Added to the first job of a slot.
-        next_s: Added to each further one.
-        alone: Which share of its time a job takes alone. At the end, when slots become free, the others are faster.
-
-    Slots for which there is no job count for nothing: ``measure_by_training`` uses none of them either.
+    The last ones, if they leave slots free, are faster where slots share cores; ``alone`` is the limit of that.
     """
-    free = [(0.0, True)] * max(1, min(slots, len(jobs)))
-    for job in jobs:
-        at, fresh = heapq.heappop(free)
-        heapq.heappush(free, (at + job + (first_s if fresh else next_s), False))
-    ends = [0.0, *sorted(at for at, _ in free)]
-    used = [max(alone, number / len(free)) for number in range(len(free), 0, -1)]
-    return sum((end - before) * share for (before, end), share in zip(pairwise(ends), used, strict=True))
+    full, rest = divmod(trainings, slots)
+    return full + (max(alone, rest / slots) if rest else 0)
 
 
-def _range(values: Sequence[float], doubt: float) -> tuple[float, ...]:
-    low, high = np.percentile(values, [10, 90])
-    # relative, to an end that never becomes negative however large the doubt
-    return tuple(float(f"{each:.6g}") for each in (statistics.fmean(values), low / (1 + doubt), high * (1 + doubt)))
+def _training_s(recipe: Recipe, measured: Mapping[str, float], values: Mapping[str, Any]) -> float:
+    epochs = values.get("epochs", recipe.train.epochs)
+    every, pruner = recipe.evaluate.every_epochs, recipe.search.pruner
+    looks = sum(has_intermediate_value(every, pruner, epoch, epochs) for epoch in range(1, epochs + 1))
+    return float(measured["fixed_s"] + epochs * measured["epoch_s"] + looks * measured["look_s"])
 
 
 def _interrupted() -> InterruptedRunError:
     return interruption("stopped; nothing is left behind", "")
 
 
-def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tuple[Capacity, Measured]:
+def measure(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tuple[Capacity, dict[str, float]]:
     """Prepares and trains a little, as the search will; leaves nothing behind but what it adds to the cache.
 
     Args:
@@ -158,12 +123,17 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         parent: Folder in which one is made for them.
         say: Given a text of what is being done.
 
+    Returns:
+        How trainings fit; and the means of what ``training.probe`` measures, with ``prepare_s`` of the preparation,
+        ``start_s`` of the first training of a slot besides itself (process, model, sets, the frozen model's targets),
+        ``alone``, the share of its time that a training takes with nothing beside it (less than 1 if slots share
+        cores), and the bytes of the ``targets`` of an epoch.
+
     Raises:
         InterruptedRunError: Ctrl-C.
         ClusterError: There is no Ray, a training does not fit, or one has failed.
         HoldOutError, RecipeError, DataError, StorageError: As ``run_search``.
     """
-    began = time.time()
     with files.writing(parent):
         parent.mkdir(parents=True, exist_ok=True)
     with (
@@ -171,18 +141,16 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
         open_study(Path(folder) / "study", recipe) as study,
     ):
         shared = find_shared(recipe, cache_dir(recipe), say)
-        runner, starts = replace(RUNNER, train=partial(there, "carft_ray.training.probe:run_probe")), time.time()
+        runner = replace(RUNNER, train=partial(there, "carft_ray.training.probe:run_probe"))
         with computing(study, recipe, runner, address, _interrupted, say, shared) as runtime:
-            ready = time.time()
-            fill_nodes(runtime, say)  # the sets stay in the caches: the search will not build them again
-            filling_s = time.time() - ready
-            prepared = prepare(study, runtime, say)
-            begins, capacity = time.time(), runtime.capacity
+            fill_nodes(runtime, say)  # not timed: the sets stay in the caches, and the search will not build them again
+            begins = time.time()
+            prepared, capacity = prepare(study, runtime, say), runtime.capacity
+            prepare_s = time.time() - begins
             # a seed of its own: an earlier plan has not stored the frozen model's targets
             values = {**middle(recipe.search.space), "seed": time.time_ns() % 2**31}
-            slots = min(capacity.concurrency, num_trials(recipe) + len(recipe.search.baselines))
-            names = [f"short-{number}" for number in range(2 * slots)]
-            recover_confirm(study, dict.fromkeys(names, values))
+            slots = max(1, min(capacity.concurrency, num_trials(recipe) + len(recipe.search.baselines)))
+            recover_confirm(study, dict.fromkeys((f"short-{number}" for number in range(slots)), values))
             limit = capacity.reason if slots == capacity.concurrency else "the search has no more trainings"
             say(f"training a little, {slots} at a time ({limit})")
             fixed = replace(capacity, concurrency=slots, asked=0)  # nodes that come meanwhile are for the search
@@ -190,64 +158,28 @@ def measure_by_training(recipe: Recipe, address: str | None, parent: Path, say: 
             runtime = replace(runtime, recipe=decided, capacity=fixed, attached=False)
             if run_trainings(study, runtime, lambda event: None):
                 raise _interrupted()
+            trained_s = time.time() - begins - prepare_s
         rows = study.rows("confirm")
         if failed := [row.reason for row in rows if row.outcome != "complete"]:
             step = "A full training would fail in the same way; run it with `carft-ray train` to see all of it."
             raise ClusterError(Problem("plan", f"a short training has failed: {failed[0]}", next_step=step))
         results = [result_of(study.study_dir, row)["probe"] for row in rows]
-    steps = [each.pop("step") for each in results]
-    every, pruner = recipe.evaluate.every_epochs, recipe.search.pruner
-    first, later = _means(results[:slots]), _means(results[slots:])
+    mean = {name: statistics.fmean(each[name] for each in results) for name in results[0]}
     # where targets are stored, the first training of a slot computes them
     epochs = values.get("epochs", recipe.train.epochs) if num_stored_visits(recipe) else 0
-    computing_s = epochs * (first["epoch_s"] - later["epoch_s"])
-
-    def training_s(values: Mapping[str, Any]) -> float:
-        epochs = values.get("epochs", recipe.train.epochs)
-        looks = sum(has_intermediate_value(every, pruner, epoch, epochs) for epoch in range(1, epochs + 1))
-        return float(later["fixed_s"] + epochs * later["epoch_s"] + looks * later["look_s"])
-
-    return capacity, Measured(
-        took_s=time.time() - began,
-        prepare_s=begins - starts - filling_s,
-        first_s=max(0.0, first["ended"] - begins - first["inside_s"] + max(0.0, computing_s)),
-        next_s=max(0.0, later["ended"] - first["ended"] - later["inside_s"]),
-        alone=1.0 if capacity.gpus_per_worker else min(1.0, later["cpu_s"] / later["inside_s"]),
-        training_s=training_s,
-        doubt=max(LEAST_DOUBT, statistics.pstdev(each["inside_s"] for each in results[slots:]) / later["inside_s"]),
-        step=min(steps, key=lambda step: step.get("micro_batch", 0)),
-        sizes={
-            "weights": later["weights"],
-            "predictions": later["predictions"],
-            "targets": prepared["num_images"]["train"] * prepared["num_contexts"] * 2,  # float16
-            "cache": later["cache"],
-            "while it runs": slots * (KEPT_CHECKPOINTS * later["checkpoint"] + later["weights"]),
-        },
-    )
-
-
-def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
+    computing_s = max(0.0, epochs * (mean["first_epoch_s"] - mean["epoch_s"]))
+    return capacity, mean | {
+        "prepare_s": prepare_s,
+        "start_s": max(0.0, trained_s - mean["inside_s"]) + computing_s,
+        "alone": 1.0 if capacity.gpus_per_worker else min(1.0, mean["busy"]),
+        "targets": prepared["num_images"]["train"] * prepared["num_contexts"] * 2,  # float16
+    }
 
 
 def beyond_budget(recipe: Recipe, found: Mapping[str, Any]) -> str:
     """Returns which limit of the recipe's budget the search will reach, in a sentence; empty for none."""
-    limits = (("wall_time", " s", found["search_s"][0]), ("gpu_hours", "", found["gpu_hours"][0]))
-    for name, unit, expected in limits:
+    for name, unit, expected in (("wall_time", " s", found["search_s"]), ("gpu_hours", "", found["gpu_hours"])):
         limit = getattr(recipe.budget, name)
         if limit is not None and expected > limit:
             return f"budget.{name} ({limit:g}{unit}) will end the search after about {limit / expected:.0%}."
     return ""
-
-
-def price(found: Mapping[str, Any], per_gpu_hour: float | None, per_hour: float | None) -> tuple[float, ...] | None:
-    """Returns (expected, low, high) of the money that a search costs; None without a price.
-
-    Args:
-        found: The forecast.
-        per_gpu_hour: Of one GPU, while trainings hold it.
-        per_hour: Of the whole machine or cluster, from the start of the search to its end.
-    """
-    if per_gpu_hour is not None:
-        return tuple(round(hours * per_gpu_hour, 4) for hours in found["gpu_hours"])
-    return None if per_hour is None else tuple(round(seconds / 3600 * per_hour, 4) for seconds in found["search_s"])
