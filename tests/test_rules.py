@@ -142,15 +142,14 @@ AROUND = {  # why a module may read files without ``untrusted``
     " launch/jobs/server training/own_function",
     "what has been opened as a regular file, or counted, before": "data/table_rows data/benchmarks/listers"
     " model/pretrained model/weights_files",
-    "what this process or its driver has just written": "model/clip launch/ray_cluster/node_facts",
+    "what this process or its driver has just written": "model/clip",
     "what a process that has ended has left, and a node's own files": "launch/failures/causes launch/study_files",
 }
 BY_PATH = {  # why a module that has to do with studies may read a file by its path: it is no file of a study
     "pieces of files that a node has made": "launch/study_files",
     "the user's own cache and token": "study/mirror results/test_sets/notes launch/jobs/server",
     "the package's own files": "results/export/model_card results/page/page",
-    "what this process or its driver has just written": "launch/ray_cluster/node_facts launch/worker"
-    " launch/failures/causes",
+    "what this process or its driver has just written": "launch/worker launch/failures/causes",
 }
 READS = {"read_text", "read_bytes", "memory_map", "memmap", "fromfile", "loadtxt", "genfromtxt"}
 GATES = ("carft_ray.untrusted", "carft_ray.data.images")

@@ -70,7 +70,7 @@ def doctor(
                 found = examine(value, images, quick, console.say, progress, memory_gb)
         if address is not None:
             reports = checkup.ask_nodes(value, say)
-            on_nodes = [*checkup.judge(reports), *checkup.check_collective(reports, value, say)]
+            on_nodes = [*checkup.judge(reports, found), *checkup.check_collective(reports, value, say)]
     if json_:
         _print_json(as_plain_data(found), reports, on_nodes)
     else:
@@ -99,7 +99,7 @@ def _print_json(data: dict[str, Any], reports: Sequence[Any], on_nodes: Sequence
 
         data["findings"] += map(finding_data, on_nodes)
         data["healthy"] = data["healthy"] and all(one.level != "error" for one in on_nodes)
-        data["nodes"] = [{**asdict(report), "takes_trials": report.takes_trials} for report in reports]
+        data["nodes"] = [asdict(report) for report in reports]
     console.print_json(data)
 
 

@@ -138,14 +138,10 @@ def examine(
         progress: Given what is read, returns a callback for (images done, images in all).
         memory_gb: Memory of the GPU for which a micro-batch is foretold; None: of the one that is here, if any.
     """
-    found = Diagnosis()
-    for text in (*warnings(recipe), *model_warnings(recipe.model)):
-        found.add("warning", "", text)
-    problems = check_sets(recipe)
-    found.fail([*check_model(recipe.model), *check_roles(recipe), *problems])
     say("checking the machine")
-    _check_machine(recipe, found)
-    wrong = {problem.place for problem in problems}
+    found = look_around(recipe)
+    wrong = {problem.place for problem in found.errors}
+    found.fail(check_roles(recipe))
     cache = cache_dir(recipe)
     try:
         classes = class_folders(recipe)
@@ -175,6 +171,20 @@ def examine(
     return found
 
 
+def look_around(recipe: Recipe) -> Diagnosis:
+    """Checks what may differ between machines: the model's files, the listings of the sets, and the machine itself.
+
+    Args:
+        recipe: A valid recipe.
+    """
+    found = Diagnosis()
+    for text in (*warnings(recipe), *model_warnings(recipe.model)):
+        found.add("warning", "", text)
+    found.fail([*check_model(recipe.model), *check_sets(recipe)])
+    _check_machine(recipe, found)
+    return found
+
+
 def _check_machine(recipe: Recipe, found: Diagnosis) -> None:
     cache = cache_dir(recipe)
     there = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
@@ -187,6 +197,7 @@ def _check_machine(recipe: Recipe, found: Diagnosis) -> None:
         "cache_dir": str(cache),
         "cache_free_gb": round(shutil.disk_usage(there).free / 1e9, 1),
         "versions": environment.versions(),
+        "source": environment.source_digest(),
     }
     try:
         cache.mkdir(parents=True, exist_ok=True)

@@ -346,18 +346,17 @@ def checkup_table(sets: Mapping[str, Mapping[str, Any]], zero_shot: Mapping[str,
 
 def node_table(reports: Sequence["NodeReport"]) -> Table:
     """Returns the table of what the nodes of a cluster have; columns without a value are left out."""
+    from carft_ray.launch.ray_cluster.concurrency import node_of
+
     rows = {}
     for one in reports:
-        facts = one.facts or {"gpus": [], "cache": None, "carft_ray": {"version": ""}}
-        kinds = ", ".join(dict.fromkeys(gpu["name"] for gpu in facts["gpus"]))
-        gpus = f"{one.resources.get('GPU', 0):g} {kinds}".strip()
-        free = [gpu["free_bytes"] for gpu in facts["gpus"] if gpu["free_bytes"] is not None]
+        machine, node = one.found.machine if one.found else {}, node_of(one.resources)
         rows[one.name] = {
-            "CPUs": f"{one.resources.get('CPU', 0):g}",
-            "GPUs": "" if gpus == "0" else gpus,
-            "GPU free": size_text(min(free)) if free else "",
-            "cache free": size_text(facts["cache"]["free_bytes"]) if facts["cache"] else "",
-            "carft-ray": one.fault or facts["carft_ray"]["version"] or "none",
+            "CPUs": f"{node.num_cpus:g}",
+            "GPUs": f"{node.num_gpus:g} {node.accelerator}".strip() if node.num_gpus else "",
+            "memory": f"{machine['memory_gb']:.0f} GB" if machine else "",
+            "cache free": f"{machine['cache_free_gb']:.0f} GB" if machine else "",
+            "": one.fault,
         }
     columns = dict.fromkeys(name for row in rows.values() for name, text in row.items() if text)
     lines = [[name, *map(row.__getitem__, columns)] for name, row in rows.items()]
