@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
@@ -351,6 +352,7 @@ def test_attach_takes_a_job_or_a_study_json_has_the_end_and_ctrl_c_leaves_the_jo
     found = json.loads(out)
     assert (found["id"], found["status"], found["exit_code"]) == ("one", "SUCCEEDED", 0)
     assert "second line" in err
+    assert f"Stop it with: ray job stop one --address {dashboard.address}" in told(err)
     assert submit(0, "--attach", "one")[0] == "first line\nsecond line\n"  # also when it has ended
     _, err = submit(5, "--attach", "two")
     assert "no such job or study: two" in told(err)
@@ -421,7 +423,7 @@ def test_the_token_is_found_where_ray_finds_it_and_sent(here, dashboard, submit,
 
 def test_a_head_that_hangs_or_is_none_is_told_in_one_message(here, dashboard, run, monkeypatch):
     def message(address):
-        code, _, err = run("cluster", "jobs", "--address", address)
+        code, _, err = run("submit", "--attach", "x", "--address", address)
         assert code in (2, 5)
         return told(err)
 
@@ -502,46 +504,35 @@ def test_a_job_begins_with_the_code_that_was_sent_and_its_libraries_or_says_what
     assert "lacks no-such-library Install it on all nodes" in err
 
 
-@pytest.fixture
-def cluster(run, dashboard):
-    return ended(run, "cluster", dashboard)
-
-
 @pytest.mark.slow
-def test_the_jobs_of_a_cluster_are_listed_with_their_studies_and_their_logs_shown(here, dashboard, cluster):
-    _, err = cluster(0, "jobs")
-    assert "No job was submitted" in err
-    dashboard.add("one", here / "study", status="FAILED", driver_exit_code=6, end_time=1_700_000_065_000)
-    dashboard.add("two", "", metadata={})
-    out, _ = cluster(0, "jobs")
-    lines = [line.split() for line in out.splitlines()]
-    assert [line[:2] for line in lines[1:]] == [["two", "running"], ["one", "failed"]]
-    assert (lines[2][2], lines[2][-1]) == ("6", str(here / "study"))
-    found = json.loads(cluster(0, "jobs", "--json")[0])
-    assert [job["id"] for job in found["jobs"]] == ["two", "one"]
-    out, _ = cluster(0, "logs", "study")  # of the newest job of a study
-    assert out == "first line\nsecond line\n"
-    found = json.loads(cluster(0, "logs", "one", "--json")[0])
-    assert (found["id"], found["log"]) == ("one", "first line\nsecond line\n")
+def test_the_commands_of_ray_that_submit_prints_list_a_job_print_its_log_and_stop_it(
+    here, dashboard, submit, monkeypatch
+):
+    dashboard.token, dashboard.polls = "right", 1000
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
+    _, err = submit(0, "r.yaml", "--study", "study", "--installed", "--no-wait")
+    logs, stop, listing = re.findall(r"(?m)^  (env -u RAY_ADDRESS RAY_AUTH_MODE=token ray job .*)", err)
+    name, path = jobs.job_id(here / "study"), f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def printed(command):
+        return subprocess.check_output(command, shell=True, text=True, env={**os.environ, "PATH": path})
+
+    found = printed(listing)
+    assert name in found
+    assert str(here / "study") in found
+    assert "first line" in printed(logs)
+    assert "stopped" in printed(stop)
+    assert dashboard.stopped == [name]
+    _, err = submit(130, "--attach", "study")
+    assert "carft-ray submit --resume" in err
+    _, err = submit(5, "--attach", "other")
+    assert f"See: env -u RAY_ADDRESS RAY_AUTH_MODE=token ray job list --address {dashboard.address}" in told(err)
 
 
-@pytest.mark.slow
-def test_stop_waits_for_the_end_and_says_how_to_resume_or_where_to_look(here, dashboard, cluster, monkeypatch):
-    dashboard.add("one", here / "study")
-    _, err = cluster(0, "stop", "study")
-    assert dashboard.stopped == ["one"]
-    assert "one has ended." in err
-    assert f"carft-ray submit --resume {here}/study --address {dashboard.address}" in told(err)
-    _, err = cluster(0, "stop", "one")
-    assert "Nothing to stop: one has ended (stopped)." in told(err)
-    assert dashboard.stopped == ["one"]
-
-    monkeypatch.setattr("carft_ray.launch.jobs.jobs.STOP_WAIT_S", 0.2)
-    dashboard.is_deaf, dashboard.polls = True, 1000
-    dashboard.add("two", here / "other")
-    _, err = cluster(5, "stop", "two")
-    assert "error: two: must end within 0.3 s of being asked to stop, but got it still runs" in told(err)
-    assert f"See: carft-ray cluster jobs --address {dashboard.address}" in told(err)
+def test_a_command_of_ray_names_the_token_only_if_there_is_one(here, dashboard, submit):
+    _, err = submit(5, "--attach", "other")
+    assert f"See: ray job list --address {dashboard.address}" in told(err)
 
 
 @pytest.mark.parametrize(

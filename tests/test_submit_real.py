@@ -1,7 +1,7 @@
 """Searches that are submitted to a real head with a token: from the first line of the log to the exit code."""
 
-import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -66,13 +66,14 @@ def test_a_search_runs_with_the_code_of_here_and_its_log_and_exit_code_come_back
     assert (kept / "recipe.yaml").is_file()
     code, out, err = call(head, *words, "--set", "train.epochs=2")  # the study is that of another recipe
     assert (code, "train.epochs" in out, "exit code 3" in err) == (3, True, True)
-    code, out, err = call(head, "cluster", "jobs", RAY_AUTH_TOKEN="wrong")
+    code, out, err = call(head, "submit", "--attach", "first", RAY_AUTH_TOKEN="wrong")
     assert (code, out, ": the one from RAY_AUTH_TOKEN" in err) == (5, "", True)
 
 
 def test_a_job_is_left_followed_stopped_and_resumed(head):
     code, _, err = call(head, "submit", "recipe.yaml", "--study", "second", *SEARCH, "--no-wait")
     assert code == 0, err
+    (stop,) = re.findall(r"(?m)^  (RAY_AUTH_MODE=token ray job stop .*)", err)
     process = start(head, "submit", "--attach", "second")
     try:
         assert any("1/100" in line for line in process.stdout)
@@ -82,16 +83,15 @@ def test_a_job_is_left_followed_stopped_and_resumed(head):
         process.kill()
     assert process.returncode == 130, err
     assert "carft-ray submit --attach carft-second-" in err
-    code, out, _ = call(head, "cluster", "stop", "second", "--json")
-    found = json.loads(out)
-    assert (code, found["status"], found["wanted"]) == (0, "STOPPED", 100)
-    assert 1 <= found["finished"] < 100
+    subprocess.run(stop, shell=True, env=head.environment, timeout=WITHIN_S, check=True)
+    finished = read_study(head.home / "second").num_finished
+    assert 1 <= finished < 100
     code, out, err = call(head, "submit", "--attach", "second")
     assert (code, "Resume with: carft-ray submit --resume" in err) == (130, True)
     assert "saving checkpoints" in out  # it had the time
-    code, out, err = call(head, "submit", "--resume", "second", "--trials", str(found["finished"] + 3))
+    code, out, err = call(head, "submit", "--resume", "second", "--trials", str(finished + 3))
     assert code == 0, out + err
-    check_resumed(read_study(head.home / "second"), found["finished"] + 3)
+    check_resumed(read_study(head.home / "second"), finished + 3)
 
 
 def check_resumed(view, num_finished):

@@ -30,8 +30,6 @@ app = typer.Typer(
 )
 sandbox_app = typer.Typer(no_args_is_help=True, help="The built-in synthetic images.")
 data_app = typer.Typer(no_args_is_help=True, help="The cache of images that trainings on this machine share.")
-cluster_app = typer.Typer(no_args_is_help=True, help="The jobs of a Ray cluster: submitted searches.")
-app.add_typer(cluster_app, name="cluster", rich_help_panel="A search")
 app.add_typer(data_app, name="data", rich_help_panel="Images")
 app.add_typer(sandbox_app, name="sandbox", rich_help_panel="The sandbox")
 

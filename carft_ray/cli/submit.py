@@ -98,8 +98,8 @@ def submit(
     if not no_wait:
         _follow(cluster, name, json_)
     elif not console.print_json({"address": cluster.address, **jobs.described(jobs.find_job(cluster, name))}, json_):
-        stop = common.command_line("cluster", "stop", name, address=cluster.address)
-        console.next_step(_attach(cluster, name), stop)
+        of_ray = [("logs", name), ("stop", name), ("list",)]
+        console.next_step(_attach(cluster, name), *(server.ray_job(cluster, *words) for words in of_ray))
 
 
 def _checked(
@@ -142,6 +142,7 @@ def _send(server: "Server", upload: "Upload", variables: dict[str, str], install
 def _follow(server: "Server", name: str, json_: bool) -> None:
     """Shows the log of a job, and ends as the job does."""
     from carft_ray.launch.jobs import jobs
+    from carft_ray.launch.jobs.server import ray_job
 
     job = jobs.find_job(server, name)
     name = str(job.submission_id)
@@ -152,7 +153,7 @@ def _follow(server: "Server", name: str, json_: bool) -> None:
         stream.flush()
 
     if not job.status.is_terminal():
-        console.say("Its log follows; Ctrl-C leaves the job running.")
+        console.say(f"Its log follows; Ctrl-C leaves the job running. Stop it with: {ray_job(server, 'stop', name)}")
     with common.interrupted_as(f"detached; the job {name} continues", f"Attach with: {_attach(server, name)}"):
         job = jobs.follow(server, name, write)
     answer = jobs.described(job)

@@ -1,4 +1,4 @@
-"""Jobs on a cluster: submit one for a study, follow its log, stop it, list them.
+"""Jobs on a cluster: submit one for a study, follow its log.
 
 The id of a job is made of the path of its study, so that a study has one job at a time: who submits it again is led to
 the job that runs.
@@ -17,9 +17,9 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 
 from carft_ray import __version__
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem, UsageError
-from carft_ray.launch.jobs.server import NoAnswerError, Server, ask
+from carft_ray.launch.jobs.server import NoAnswerError, Server, ask, ray_job
 from carft_ray.launch.ray_cluster.cluster import ENVIRONMENT
-from carft_ray.launch.stop import interruption, wait_until_ended
+from carft_ray.launch.stop import interruption
 from carft_ray.study.mirror import Place, absolute
 
 STUDY = "study"  # of a job's metadata
@@ -87,7 +87,7 @@ def find_job(server: Server, written: str) -> JobDetails:
     of_study = [job for job in found if study_of(job) == study]
     matching = [job for job in found if job.submission_id == written] or of_study
     if not matching:
-        place, step = f"the cluster at {server.address}", f"See: carft-ray cluster jobs --address {server.address}"
+        place, step = f"the cluster at {server.address}", f"See: {ray_job(server, 'list')}"
         raise ClusterError(Problem(place, "has no such job or study", written, next_step=step))
     return matching[0]
 
@@ -200,25 +200,6 @@ def follow(server: Server, name: str, write: Callable[[str], None]) -> JobDetail
 def log_of(server: Server, name: str) -> str:
     """Returns the log of a job as far as it is."""
     return ask(server, lambda client: client.get_job_logs(name))
-
-
-def stop(server: Server, name: str, tell: Callable[[str], None], see: str, wait: bool = True) -> JobDetails:
-    """Asks a job to stop, and returns it; its trainings have ``STOP_WAIT_S`` for their checkpoints.
-
-    Args:
-        server: The cluster.
-        name: Id of the job.
-        tell: As of ``launch.stop.wait_until_ended``.
-        see: As of ``launch.stop.wait_until_ended``.
-        wait: Until it has ended.
-
-    Raises:
-        ClusterError: It has not ended half as long after that.
-    """
-    ask(server, lambda client: client.stop_job(name))
-    if wait:
-        wait_until_ended(name, lambda: _details(server, name).status.is_terminal(), 1.5 * STOP_WAIT_S, tell, see)
-    return _details(server, name)
 
 
 def ended_error(job: JobDetails, resume_command: str = "") -> ClusterError | InterruptedRunError:

@@ -6,6 +6,7 @@ Ray's client takes RAY_API_SERVER_ADDRESS and RAY_ADDRESS before the address tha
 import logging
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +100,19 @@ def connect(written: str | None) -> Server:
     finally:
         os.environ.update(redirected)
     return Server(address, client)
+
+
+def ray_job(server: Server, *words: str) -> str:
+    """Returns a line for a shell: a command of ``ray job`` about this cluster, with the token if there is one here.
+
+    Args:
+        server: The cluster.
+        words: ``list``, or another command and the id of a job.
+    """
+    without = [word for name in REDIRECTIONS if name in os.environ for word in ("-u", name)]
+    token = ["RAY_AUTH_MODE=token"] if find_token()[0] else []  # else Ray sends none
+    before = ["env", *without] if without else []
+    return shlex.join([*before, *token, "ray", "job", *words, "--address", server.address])
 
 
 def ask(server: Server, call: Callable[[JobSubmissionClient], T]) -> T:
