@@ -46,10 +46,17 @@ class Stop:
         return bool(self.reason)
 
 
-def stopping(log: Log) -> str:
-    """Returns why the last search of a log stopped or stops, as it has written; empty where it has not."""
-    reasons = (record.get("reason") for _, record in reversed(log.records) if record.get("kind") == STOPPING)
-    return str(next(reasons, None) or "")
+def stopping(log: Log, since: int = 0) -> str:
+    """Returns why the last search of a log stopped or stops, as it has written; empty where it has not.
+
+    Args:
+        log: The log.
+        since: Only what was written after this commit counts.
+    """
+    found = (
+        record.get("reason") for n, record in reversed(log.records) if record.get("kind") == STOPPING and n > since
+    )
+    return str(next(found, None) or "")
 
 
 def is_study(folder: Path) -> bool:

@@ -142,7 +142,7 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
     found = log.holder()
     trainings = [row for group in rows.values() for row in group]
     since = running_since(log, trainings) if found else {}
-    asked = found is not None and bool(stopping(log) or (study_dir / STOP).exists())
+    asked = found is not None and bool(stopping(log, log.claimed) or (study_dir / STOP).exists())
     recipe = study_recipe(study_dir, log)
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
     return Overview(study_dir, recipe, *groups, found, asked, since, at_a_time(log) if found else None, log)
