@@ -107,14 +107,12 @@ def finish(study, spec, rng):
     content["num_images"] = {"train": 64, **{name: IMAGES[name] for name in what.sets}}
     content["elapsed_s"] = 0.02 + 0.01 * rng.random()
     write_result(place, content)
-    study.spend(spec, content["elapsed_s"], 0.0)
-    assert study.settle(spec) is not None
+    assert study.settle(spec, spent=study.spent(spec, content["elapsed_s"], 0.0)) is not None
 
 
 def fail(study, spec, outcome="diverged", reason="loss not finite at step 3 <b>"):
     spec.folder(study.study_dir).mkdir(parents=True, exist_ok=True)
-    study.spend(spec, 0.01, 0.0)
-    study.settle(spec, Failure(outcome, reason, spec.attempt))
+    study.settle(spec, Failure(outcome, reason, spec.attempt), study.spent(spec, 0.01, 0.0))
 
 
 def fill(study, num, fails=lambda number: False):

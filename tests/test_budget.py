@@ -173,7 +173,8 @@ def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkey
     monkeypatch.setattr(ray, "init", lambda *words, **more: pytest.fail("Ray starts"))
     study_dir, recipe = tmp_path / "study", make_recipe(2).model_copy(update={"budget": GPU_HOUR})
     with searching(study_dir, recipe) as study:
-        study.spend(study.next(), 3600, 1.0)
+        spec = study.next()
+        study.settle(spec, spent=study.spent(spec, 3600, 1.0))
     with pytest.raises(BudgetError, match=r"1 GPU hours are used(?s:.*)no trial is complete") as nothing:
         run_search(recipe, study_dir, None)
     assert nothing.value.exit_code == 7

@@ -1,5 +1,6 @@
 """The study on disk, without Ray: states, recovery, kills, and what is refused."""
 
+import contextlib
 import random
 import shutil
 import tempfile
@@ -138,6 +139,20 @@ def test_a_fault_of_disk_or_data_stops_the_search_and_is_no_verdict(study_dir):
         assert caught.value.exit_code == 4
     with searching(study_dir, make_recipe(1, baselines={})) as study:  # mended meanwhile
         assert study.next().attempt == 2
+
+
+@pytest.mark.parametrize("outcome", ["complete", "diverged", "error", "lost", "memory", "fatal", None])
+def test_what_an_attempt_took_is_one_commit_with_its_verdict_and_is_noted_without_one(study_dir, outcome):
+    with searching(study_dir, make_recipe(1, baselines={})) as study:
+        spec, before = study.next(), study.log.number
+        if outcome == "complete":
+            write_result(study_dir, spec)
+        failure = None if outcome in ("complete", None) else failed(spec, outcome)
+        with pytest.raises(CarftError) if outcome == "fatal" else contextlib.nullcontext():
+            row = study.settle(spec, failure, study.spent(spec, 90.0, 2.0))
+            assert (row is not None) == (outcome in ("complete", "diverged"))
+        assert study.gpu_seconds() == 180
+        assert study.log.number == before + 1 + (outcome == "error")  # the exception is counted, too
 
 
 # kills and what goes on

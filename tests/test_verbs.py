@@ -134,8 +134,7 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
         assert "running, epoch 1 done" in out
         assert f"A search is running: process {os.getpid()} on " in err
         assert f"carft-ray logs first {spec.name} --follow" in err
-        study.settle(spec, failed(spec, "error", "RuntimeError: once"))
-        study.spend(spec, 1.0, 0.0)
+        study.settle(spec, failed(spec, "error", "RuntimeError: once"), study.spent(spec, 1.0, 0.0))
         with study.log.commit(at_a_time_record(3, "3 GPUs, 1 per trial")):
             pass
         assert counts() == ({"waiting": 1}, True, [])  # for another attempt

@@ -191,7 +191,6 @@ class Driver:
             self.exchange.forget(spec.training)
         self._gpu_s += seconds * self.gpus
         try:
-            self.study.spend(spec, seconds, self.gpus)
             self._report_epochs(attempt)  # the last ones
             if attempt.last_row and files.seen(spec.place(self.study.study_dir) / RESULT):
                 self._longest_end_s = max(self._longest_end_s, time.monotonic() - attempt.last_row)
@@ -408,7 +407,7 @@ class Driver:
         failure = attempt.failure
         if failure is not None and failure.device:
             micro_batch.note(self.study.study_dir, failure)
-        row = self.study.settle(spec, failure)
+        row = self.study.settle(spec, failure, self.study.spent(spec, seconds, self.gpus))
         if row is None:
             if self.check_stop():
                 self.has_stopped = True

@@ -141,14 +141,14 @@ class Journal:
         self._see(self._trial(spec))
 
     def complete(
-        self, spec: TrialSpec, result: Mapping[str, Any], digest: str, foresee: Callable[[TrialRow], None]
+        self, spec: TrialSpec, result: Mapping[str, Any], more: Mapping[str, Any], foresee: Callable[[TrialRow], None]
     ) -> TrialRow:
         """Writes a result.
 
         Args:
             spec: The attempt.
             result: Content of its ``result.json``.
-            digest: SHA-256 of that file.
+            more: Further attributes, such as the SHA-256 of that file.
             foresee: Given the row before its files are uploaded (``Retention.foresee``).
 
         Raises:
@@ -161,7 +161,7 @@ class Journal:
             if missing:
                 place = str(spec.place(self._study_dir) / RESULT)
                 raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
-        attributes = {**result_attributes(result, lowest), "digest": digest}
+        attributes = {**result_attributes(result, lowest), **more}
         known = {name: attributes[name] for name in ("outcome", "metrics", "alpha")}
         points = tuple(attributes.get("points", ()))
         foresee(TrialRow(**vars(spec), **known, objective=result["objective"], points=points))

@@ -71,7 +71,7 @@ def _spend_left_behind(study: Study) -> None:
             found = left_behind(study.log, spec)
             seconds, gpus = found or _of_result(spec.place(study.study_dir), study.recipe.resources)
             if seconds:
-                study.spend(spec, seconds, gpus)
+                study.journal.note(spec, study.spent(spec, seconds, gpus))
 
 
 def _of_result(place: Path, resources: ResourcesConfig) -> tuple[float, float]:

@@ -171,12 +171,15 @@ class Study:
         found = self.journal.attribute(spec, CUT)
         return found and Cut(**found)
 
-    def settle(self, spec: TrialSpec, failure: Failure | None = None) -> TrialRow | None:
+    def settle(
+        self, spec: TrialSpec, failure: Failure | None = None, spent: Mapping[str, Any] | None = None
+    ) -> TrialRow | None:
         """Records how an attempt ended, by what lies in its folder. A result wins over a cut, and a cut over a failure.
 
         Args:
             spec: The attempt.
             failure: How it failed, where it says so.
+            spent: As ``spent`` returns it; in the same commit as a verdict. None: it is noted already.
 
         Returns:
             The row; None when there is no verdict, or the same training gets another attempt.
@@ -196,26 +199,26 @@ class Study:
         if self.recipe.search.pruner.name != "none":
             for line in files.read_json_lines(folder, METRICS):  # the last lines may be new; the others cost nothing
                 self.report(spec, line)
-        cut = self._cut(spec)
+        cut, more = self._cut(spec), spent or {}
         if found is not None:
-            return self._ended(self.journal.complete(spec, *found, self.retention.foresee))
+            result, more = found[0], {"digest": found[1], **more}
+            return self._ended(self.journal.complete(spec, result, more, self.retention.foresee))
         if cut is not None:
             append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
-            return self._pruned(spec, "pruned", cut.reason)
-        return None if failure is None else self._settle_failure(spec, folder, failure)
-
-    def _settle_failure(self, spec: TrialSpec, folder: Path, failure: Failure) -> TrialRow | None:
-        if failure.outcome == "fatal":
+            return self._pruned(spec, "pruned", cut.reason, more)
+        if failure is not None and self._is_verdict(spec, folder, failure):
+            return self._pruned(spec, failure.outcome, failure.reason, more)
+        self.journal.note(spec, more)
+        if failure is not None and failure.outcome == "fatal":
             raise outcome.failure_error(failure, f"{spec.kind} {spec.name}", folder)
-        if failure.outcome == "memory":  # the micro-batch is at fault
+        if failure is not None and failure.outcome in ("memory", "error"):  # of ``memory`` the micro-batch is at fault
             self.repeat(spec)
-            return None
-        if failure.outcome == "lost":
-            return None
-        if failure.outcome == "error" and self._stuck(spec, folder, is_error=True)["errors"] < ERRORS:
-            self.repeat(spec)
-            return None
-        return self._pruned(spec, failure.outcome, failure.reason)
+        return None
+
+    def _is_verdict(self, spec: TrialSpec, folder: Path, failure: Failure) -> bool:
+        if failure.outcome == "error":
+            return bool(self._stuck(spec, folder, is_error=True)["errors"] >= ERRORS)
+        return failure.outcome == "diverged"
 
     def _stuck(self, spec: TrialSpec, folder: Path, is_error: bool = False) -> dict[str, Any]:
         """Counts an attempt that was lost or has ended with an exception, once.
@@ -233,8 +236,8 @@ class Study:
         self.journal.note(spec, {STUCK: found})
         return found
 
-    def _pruned(self, spec: TrialSpec, verdict: str, reason: str) -> TrialRow:
-        return self._ended(self.journal.tell(spec, TrialState.PRUNED, {"outcome": verdict, "reason": reason}))
+    def _pruned(self, spec: TrialSpec, verdict: str, reason: str, more: Mapping[str, Any]) -> TrialRow:
+        return self._ended(self.journal.tell(spec, TrialState.PRUNED, {"outcome": verdict, "reason": reason, **more}))
 
     def _ended(self, row: TrialRow) -> TrialRow:
         self.retention.ended(row)
@@ -278,8 +281,8 @@ class Study:
         """Gives the training of an attempt another one, and does not count this one as failed."""
         self.waiting.append(spec)
 
-    def spend(self, spec: TrialSpec, seconds: float, gpus: float) -> None:
-        """Notes what an attempt took; call it before ``settle`` or ``lost``.
+    def spent(self, spec: TrialSpec, seconds: float, gpus: float) -> dict[str, Any]:
+        """Returns the attribute of a training that notes what an attempt took, for ``settle``.
 
         Args:
             spec: The attempt.
@@ -287,7 +290,7 @@ class Study:
             gpus: GPUs that its workers held together.
         """
         before = self.journal.attribute(spec, SPENT) or {}
-        self.journal.note(spec, {SPENT: {**before, str(spec.attempt): [round(seconds, 3), gpus]}})
+        return {SPENT: {**before, str(spec.attempt): [round(seconds, 3), gpus]}}
 
     def gpu_seconds(self) -> float:
         """Returns GPUs x seconds of all attempts of the study."""
