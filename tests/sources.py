@@ -1,5 +1,6 @@
 """Sets of stored images, opened as a recipe would."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,14 @@ from carft_ray.data.open_source import open_source
 from carft_ray.data.readers import list_set
 from carft_ray.data.selection import stored_source
 from carft_ray.errors import DataError
-from carft_ray.recipe.loading import absolute_paths
+from carft_ray.recipe.loading import resolve_path, with_paths
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sets import SetSpec
+
+
+def absolute_paths(part, base_dir):
+    """Returns a recipe, or a part of one, whose relative paths begin in a folder."""
+    return with_paths(part, partial(resolve_path, base_dir))
 
 
 def recipe_of(data, **parts):

@@ -11,6 +11,7 @@ from study_steps import contents, run_search, searching
 
 from carft_ray.errors import RecipeError, StorageError
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.study import opening
 from carft_ray.study.holding import log_of
 from carft_ray.study.identity import study_recipe
 from carft_ray.study.opening import open_study
@@ -110,3 +111,25 @@ def test_an_invalid_recipe_in_a_log_is_one_message(study_dir, spoiled, capsys):
         assert f"error: {study_dir.resolve()}/log: must contain a valid recipe, but got " in err
     with pytest.raises(StorageError), open_study(study_dir, RECIPE):
         pass
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_search_that_came_between_look_and_claim_is_not_continued_with_another_recipe(tmp_path, monkeypatch, is_new):
+    study_dir, look = tmp_path / "study", opening._require_known
+    if not is_new:
+        run_search(study_dir, RECIPE)
+    later = OTHER if is_new else make_recipe(5, baselines={})
+
+    def overtaken(*given):
+        look(*given)
+        monkeypatch.setattr(opening, "_require_known", look)
+        run_search(study_dir, later)
+
+    monkeypatch.setattr(opening, "_require_known", overtaken)
+    if is_new:
+        with pytest.raises(RecipeError, match=r"train\.batch_size: must be 7 as in"), open_study(study_dir, RECIPE):
+            pass
+    else:
+        run_search(study_dir, RECIPE)  # of 3 trials, when the other has made 5
+    assert len(trials(study_dir)) == later.search.trials
+    assert study_recipe(study_dir) == (later if is_new else RECIPE)

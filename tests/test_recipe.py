@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from sources import absolute_paths
 
 from carft_ray.errors import RecipeError
 from carft_ray.recipe import text
 from carft_ray.recipe.checks import advice
-from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe, portable_paths, recipe_hash
+from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths, recipe_hash
 from carft_ray.recipe.schema.fine_tuning import field_kind
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.schema.sampling import GpSampler, NoPruner

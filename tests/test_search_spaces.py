@@ -13,6 +13,7 @@ from layouts import make_layout
 from logs import kept
 from recipe_keys import keys
 from short_training import write_model
+from sources import absolute_paths
 from stand_in import make_recipe
 from study_steps import run_search, searching
 from test_init import write_tree
@@ -23,7 +24,7 @@ from carft_ray.errors import RecipeError
 from carft_ray.recipe import text
 from carft_ray.recipe.checks.advice import check_searchable, warnings
 from carft_ray.recipe.checks.rules import named_sets
-from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe, resolve_path
+from carft_ray.recipe.loading import dump_recipe, load_recipe, resolve_path
 from carft_ray.recipe.presets import SCHEMA, SCHEMA_LINE, schema_text
 from carft_ray.recipe.schema.fields import Class, members, not_searched, resume_of
 from carft_ray.recipe.schema.fine_tuning import TrainConfig

@@ -10,7 +10,7 @@ import pytest
 from layouts_tables import pictures, write_folder
 from PIL import Image
 from pydantic import TypeAdapter
-from sources import open_validation, recipe_of, told
+from sources import absolute_paths, open_validation, recipe_of, told
 from torchvision.transforms.v2 import functional
 
 from carft_ray.data.cache import cache_dir
@@ -25,7 +25,6 @@ from carft_ray.data.synthetic.corrupted import squared
 from carft_ray.data.synthetic.corruptions import CORRUPTIONS, corrupt
 from carft_ray.data.synthetic.sandbox import CLASSES, export_images, render, sandbox_source
 from carft_ray.errors import DataError, UsageError
-from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.sets import SetSpec
 from carft_ray.study.identity import class_of
 from carft_ray.training.origin import set_contents

@@ -8,13 +8,14 @@ import crash_host
 import pytest
 from logs import commits, write_line
 from optuna.trial import TrialState
+from sources import absolute_paths
 from stand_in import SANDBOX_SET
 from study_steps import optuna_study, run_all, searching
 from test_generations import NARROW, begin, recipe_of
 
 from carft_ray.errors import RecipeError, StorageError
 from carft_ray.launch.runs.search import run_search
-from carft_ray.recipe.loading import absolute_paths, dump_recipe, load_recipe
+from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study.identity import study_recipe

@@ -20,6 +20,7 @@ from families import FAMILIES, make_tokenizer
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
+from sources import absolute_paths
 from tiny import CONFIG, load_folder
 from transformers import AutoProcessor, CLIPModel, CLIPProcessor
 
@@ -28,7 +29,6 @@ from carft_ray.model.building import build_model
 from carft_ray.model.catalog import TOKENIZER_OPTIONS, activation_problems, check_model, model_warnings, size_problems
 from carft_ray.model.clip import load_clip, state_hash, wrap_model
 from carft_ray.model.weights_files import OPENAI_SIZES, read_weights
-from carft_ray.recipe.loading import absolute_paths
 from carft_ray.recipe.schema.fine_tuning import ModelConfig
 from carft_ray.results.export.huggingface import misfits, write_huggingface
 

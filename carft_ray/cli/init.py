@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -118,14 +119,15 @@ def _draft(
     """
     from carft_ray.data.draft import choose_roles, draft, set_name, survey
     from carft_ray.model.catalog import check_model
-    from carft_ray.recipe.loading import absolute_paths
+    from carft_ray.recipe.loading import resolve_path, with_paths
     from carft_ray.recipe.schema.fine_tuning import ModelConfig
 
     roots = survey(root)
     roles = choose_roles(roots, *domains)
     weights = PRETRAINED if tag is None and model == MODEL else tag
     base = Path.cwd() if to is None else to.absolute().parent
-    if problems := check_model(absolute_paths(ModelConfig(name=model, pretrained=weights), base)):
+    named = with_paths(ModelConfig(name=model, pretrained=weights), partial(resolve_path, base))
+    if problems := check_model(named):
         options = {"model.name": "--model", "model.pretrained": "--pretrained"}
         raise UsageError([replace(one, place=options.get(one.place, one.place)) for one in problems])
     whole, base = root.resolve(), base.resolve()

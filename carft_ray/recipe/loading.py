@@ -110,7 +110,9 @@ def _checked(value: Any, places: Places, overrides: Sequence[str], base_dir: Pat
     problems = [finding.at(places.place(finding.path)) for finding in found] + problems
     if problems or recipe is None:
         raise RecipeError(problems)
-    return _with_function_dir(recipe, base_dir)
+    if not own_functions(recipe) or recipe.train.function_dir is not None:
+        return recipe
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"function_dir": str(base_dir)})})
 
 
 def _read(path: Path) -> str:
@@ -157,23 +159,6 @@ def resolve_path(base_dir: Path, written: str) -> str:
         rule = f"must have at most {MOST_PATH_BYTES:,} bytes, and each name in it {MOST_NAME_BYTES}"
         raise RecipeError(Problem("a path of the recipe", rule, shown(written)))
     return path
-
-
-def absolute_paths(part: Part, base_dir: Path) -> Part:
-    """Returns a recipe, or a part of one, with every relative path made absolute, so that it means the same anywhere.
-
-    Args:
-        part: The recipe or part.
-        base_dir: The folder that its relative paths count from.
-    """
-    return _with_function_dir(with_paths(part, partial(resolve_path, base_dir)), base_dir)
-
-
-def _with_function_dir(part: Part, base_dir: Path) -> Part:
-    """Returns a recipe that names functions with the folder from which they are imported."""
-    if not (isinstance(part, Recipe) and own_functions(part) and part.train.function_dir is None):
-        return part
-    return part.model_copy(update={"train": part.train.model_copy(update={"function_dir": str(base_dir)})})
 
 
 def portable_paths(recipe: Recipe) -> Recipe:

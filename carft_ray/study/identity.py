@@ -69,33 +69,31 @@ def class_of(path: KeyPath) -> Class:
     return found
 
 
-def claim(study_dir: Path, log: Log, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
-    """Makes the folder the study of this recipe, or checks that it is. Into the log of a study nothing is written.
+def claim(study_dir: Path, log: Log, recipe: Recipe) -> None:
+    """Makes a folder that is no study yet the study of a recipe.
 
     Args:
-        study_dir: As of ``compare``, and so are the others.
-        log: By which the folder is held.
+        study_dir: The folder.
+        log: By which it is held.
         recipe: The recipe.
-        change_space: Whether the space may change.
 
     Raises:
-        RecipeError, StorageError: As ``compare``; or the manifest or the log cannot be written.
+        StorageError: The manifest or the log cannot be written.
     """
-    found = compare(study_dir, log, recipe, change_space)
-    if found is None:
-        created = datetime.now().astimezone().isoformat(timespec="seconds")
-        content = {"format_version": FORMAT_VERSION, "id": secrets.token_hex(6), "created": created}
-        with contextlib.suppress(RefusedError):  # of a search that was killed before it had committed its recipe
-            Folder(study_dir).put_new(MANIFEST, json.dumps(content, indent=2).encode())
-        trust.note_written(study_dir, recipe)  # a kill from here on leaves a study that this machine has written
-        log.keep_files()
-        with log.commit(recipe_record(recipe), provenance.record_of(provenance.known_at_once(recipe))):
-            pass
-    return found
+    created = datetime.now().astimezone().isoformat(timespec="seconds")
+    content = {"format_version": FORMAT_VERSION, "id": secrets.token_hex(6), "created": created}
+    with contextlib.suppress(RefusedError):  # of a search that was killed before it had committed its recipe
+        Folder(study_dir).put_new(MANIFEST, json.dumps(content, indent=2).encode())
+    trust.note_written(study_dir, recipe)  # a kill from here on leaves a study that this machine has written
+    log.keep_files()
+    with log.commit(recipe_record(recipe), provenance.record_of(provenance.known_at_once(recipe))):
+        pass
 
 
-def compare(study_dir: Path, log: Log, recipe: Recipe, change_space: bool = False) -> list[Difference] | None:
-    """Returns where a recipe differs from that of the study, all of it allowed; None of a folder that is no study yet.
+def compare(
+    study_dir: Path, log: Log, recipe: Recipe, change_space: bool = False
+) -> tuple[Recipe | None, list[Difference]]:
+    """Returns the recipe of a study, and where another one differs from it, all of it allowed.
 
     Args:
         study_dir: A folder that ``holding.check_fit`` has passed.
@@ -103,13 +101,16 @@ def compare(study_dir: Path, log: Log, recipe: Recipe, change_space: bool = Fals
         recipe: The recipe of the search.
         change_space: The space may change.
 
+    Returns:
+        The recipe, None of a folder that is no study yet, and the differences.
+
     Raises:
         RecipeError: It is the study of another recipe; names the keys that differ.
         StorageError: The log has no recipe and holds more than claims, or the manifest cannot be read.
     """
     kept = _recorded(study_dir, log)
     if kept is None:
-        return None
+        return None, []
     found = list(_differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")))
     reads = trust.address_of(study_dir) is None or trust.is_written(study_dir, kept)
     refused = [one for one in found if not _is_free(one, reads) and class_of(one.path) == "identity"]
@@ -124,7 +125,7 @@ def compare(study_dir: Path, log: Log, recipe: Recipe, change_space: bool = Fals
             change = f"To change the search space, give --change-space in this command or use: {command}."
             step = f"{change}\n    Trials inside the new space still count for the sampler. Or: {step}"
         raise RecipeError([*problems[:-1], replace(problems[-1], next_step=step)])
-    return found
+    return kept, found
 
 
 def recipe_record(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import PROBE
 from carft_ray.study import rows
 from carft_ray.study.holding import STOPPING, check_fit, foreign_names, gone_if_nothing_began, held, stopping
-from carft_ray.study.identity import claim, class_of, compare, recipe_record, study_recipe
+from carft_ray.study.identity import claim, class_of, compare, recipe_record
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import move_trials
 from carft_ray.study.study import Study
@@ -44,7 +44,7 @@ def open_study(
     check_fit(study_dir)
     log = open_log(study_dir)
     log.follow()
-    compare(study_dir, log, recipe, change_space)  # before anything is written
+    num_seen, (kept, differences) = log.number, compare(study_dir, log, recipe, change_space)  # before a write
     is_bare = not foreign_names(study_dir)
     with contextlib.ExitStack() as stack:
         with rows.readable(log) as storage:
@@ -55,22 +55,25 @@ def open_study(
                 with log.commit({"kind": STOPPING, "reason": ""}):
                     pass
             stack.enter_context(uploading(log))
-            differences, notes = claim(study_dir, log, recipe, change_space), list[str]()
-            recorded = to_record(study_dir, study_recipe(study_dir, log), recipe) if differences else recipe
-            note_written(study_dir, recipe)
+            if log.claimed > num_seen + 1:  # another search came between
+                kept, differences = compare(study_dir, log, recipe, change_space)
+            if kept is None:
+                claim(study_dir, log, recipe)
+            else:
+                note_written(study_dir, recipe)
             files.remove_remains(study_dir)
             for path in (study_dir / COMMITS).glob(f"{PROBE}*"):  # of a search that was killed at its first write
                 files.remove(path)
-            moves = any(class_of(one.path) == "space" for one in differences or ())
+            notes, moves = list[str](), any(class_of(one.path) == "space" for one in differences)
             if change_space and not moves:
                 notes.append("--change-space has no effect: the search space is the same as in the study")
             if moves:
                 recover(Study(study_dir, recipe, log, [], storage), "trial")  # what has ended, in the space before
-            if differences:
-                with log.commit(recipe_record(recorded)):
+            if kept is not None and differences:
+                with log.commit(recipe_record(to_record(study_dir, kept, recipe))):
                     notes += move_trials(storage, recipe) if moves else []
             study = Study(study_dir, recipe, log, notes, storage)
-        with gone_if_nothing_began(study_dir, log, is_bare and differences is None, study.began):
+        with gone_if_nothing_began(study_dir, log, is_bare and kept is None, study.began):
             yield study
 
 

@@ -45,13 +45,14 @@ def copy_around(path: Path) -> Path | None:
 
 def is_written(study_dir: Path, recipe: Recipe) -> bool:
     """Tells whether a search of this machine has used the paths of this recipe in this study."""
-    return _note(study_dir, recipe).exists()
+    return _note(study_dir, recipe, paths_by_key(recipe)).exists()
 
 
 def note_written(study_dir: Path, recipe: Recipe) -> None:
     """Notes that a search of this machine uses a recipe in a study that it holds."""
-    note, kept = _note(study_dir, recipe), recipe.data
-    if (paths_by_key(recipe) or kept.cache_gb is not None) and not note.exists():
+    paths = paths_by_key(recipe)
+    note = _note(study_dir, recipe, paths)
+    if (paths or recipe.data.cache_gb is not None) and not note.exists():
         try:
             files.write_text(note, f"{address_of(study_dir) or study_dir}\n")
         except StorageError as error:  # the next command asks for the option
@@ -73,9 +74,9 @@ def to_record(study_dir: Path, kept: Recipe, recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update=left)})
 
 
-def _note(study_dir: Path, recipe: Recipe) -> Path:
+def _note(study_dir: Path, recipe: Recipe, paths: Mapping[str, str]) -> Path:
     number = (files.read_object(study_dir, MANIFEST) or {}).get("id")
-    used: list[Any] = [number, address_of(study_dir), recipe.data.model_dump(mode="json"), paths_by_key(recipe)]
+    used: list[Any] = [number, address_of(study_dir), recipe.data.model_dump(mode="json"), paths]
     return user_cache_dir() / WRITTEN / key_of([json.dumps(used, sort_keys=True)])
 
 
