@@ -3,6 +3,8 @@
 import json
 import math
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import short_training
 from crash_host import call
 from stand_in import make_recipe
 
+import cluster
 from carft_ray.data.cache import list_entries
 from carft_ray.launch import forecast as forecast_module
 from carft_ray.launch.forecast import OUTSIDE_S, beyond_budget, forecast, num_rounds
@@ -181,6 +184,24 @@ def test_a_plan_trains_no_more_at_a_time_than_the_search_has_trainings(plan, mon
     _, found = plan("resources.executor=inline", "resources.cpus_per_worker=0.25", "search.trials=1")
     assert found["concurrency"] > 2
     assert noted == [2]
+
+
+@pytest.mark.nodes
+def test_a_plan_of_a_cluster_without_nodes_waits_for_the_first(tmp_path):
+    recipe, log = short_training.make(tmp_path), tmp_path / "log"
+    settings = ["resources.wait_for_nodes=30m", f"data.cache_dir={tmp_path / 'cache'}"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    with cluster.head() as first, open(log, "w") as file:
+        command = [sys.executable, "-m", "carft_ray.cli", "plan", recipe, "--address", first.address, *words]
+        with subprocess.Popen(command, env=first.environment, stdout=file, stderr=file) as planning:
+            waits = lambda: "waiting: no node for a trial" in log.read_text() or planning.poll() is not None  # noqa: E731
+            cluster.wait_until(waits, "the plan waits")
+            with cluster.node(first, num_cpus=3):
+                assert planning.wait(cluster.TIMEOUT_S) == 0, log.read_text()
+    said = log.read_text()
+    assert "training a little, 2 at a time (the search has no more trainings)" in said
+    assert "short: 2 trials, 3 at a time (3 CPUs, 1 per trial)" in said
+    assert "whole search" in said
 
 
 def test_a_short_training_that_fails_ends_the_plan_with_its_reason(plan):
