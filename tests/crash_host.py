@@ -154,12 +154,12 @@ def order_writes(late):
     """Has the threads that write checkpoints do so while the training waits: at once, or as late as they may."""
     plain = ThreadPoolExecutor.submit
 
-    def submit(pool, *given):
+    def submit(pool, *given, **named):
         if pool._thread_name_prefix != "checkpoint":
-            return plain(pool, *given)
+            return plain(pool, *given, **named)
         if late:  # it begins when its result is asked for
-            return SimpleNamespace(done=lambda: False, result=lambda: plain(pool, *given).result())
-        future = plain(pool, *given)
+            return SimpleNamespace(done=lambda: False, result=lambda: plain(pool, *given, **named).result())
+        future = plain(pool, *given, **named)
         wait([future])
         return future
 
