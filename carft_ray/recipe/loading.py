@@ -17,13 +17,12 @@ from pydantic import ValidationError
 
 from carft_ray.errors import Problem, RecipeError, nearest
 from carft_ray.recipe import text
-from carft_ray.recipe.checks.rules import broken_rules, named_sets
+from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.recipe.messages import Finding, findings, shown
 from carft_ray.recipe.overrides import Places, apply_overrides
 from carft_ray.recipe.schema.fields import Config, Paths
 from carft_ray.recipe.schema.fine_tuning import LOCAL_DIR
 from carft_ray.recipe.schema.recipe import Recipe
-from carft_ray.recipe.schema.sets import StoredSet, plain
 from carft_ray.recipe.text import KeyPath
 from carft_ray.untrusted import read_text, visible
 
@@ -31,7 +30,7 @@ MOST_RECIPE_BYTES = 2**22  # a recipe has kilobytes; long lists stand in files o
 MOST_PATH_BYTES, MOST_NAME_BYTES = 4095, 255  # of Linux
 Part = TypeVar("Part", bound=Config)
 Reads = Callable[[Path], object] | None
-_DATA = ("path", "root")  # of the paths of a set, those of its images
+_LISTS = ("class_names", "exclude")  # of the paths of a set, those of lists
 _MARK = "\0"  # no path of a recipe contains it
 
 
@@ -171,9 +170,7 @@ def portable_paths(recipe: Recipe) -> Recipe:
         recipe: The recipe, with absolute paths.
     """
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"cache_dir": None})})
-    written: dict[str, str] = {}
-    with_paths(recipe, lambda text: written.setdefault(text, text))
-    paths = [Path(text) for text in written]
+    paths = [Path(written) for written in dict.fromkeys(_paths(recipe).values())]
     names: dict[Path, Path] = {}
     for root in paths:
         others = [path for path in paths if path != root and root not in path.parents]
@@ -200,19 +197,20 @@ def named_paths(recipe: Recipe) -> tuple[dict[str, str], list[str]]:
 
     The lists are class names and sample ids (``exclude``); the rest is images, weights, other studies and the cache.
     """
-    sets = [plain(spec) for spec in named_sets(recipe).values()]
-    keys = [(one, key) for one in sets if isinstance(one, StoredSet) for key in one.path_keys if key not in _DATA]
-    lists = {text: key for one, key in keys if isinstance(text := getattr(one, key), str)}
-    written: dict[str, str] = {}
-    with_paths(recipe, lambda text: written.setdefault(text, text))
-    return lists, [text for text in written if text not in lists]
+    paths = _paths(recipe)
+    lists = {written: last for key, written in paths.items() if (last := key.rpartition(".")[2]) in _LISTS}
+    return lists, [written for written in dict.fromkeys(paths.values()) if written not in lists]
 
 
 def paths_by_key(recipe: Recipe) -> dict[str, str]:
     """Returns all that a recipe names outside of itself, files, folders and other studies, by key path."""
-    marked = with_paths(recipe, lambda text: f"{text}{_MARK}").model_dump(mode="json")
     studies = enumerate(recipe.search.warm_start)
-    return {**_marked(marked, ()), **{f"search.warm_start.{number}": place for number, place in studies}}
+    return {**_paths(recipe), **{f"search.warm_start.{number}": place for number, place in studies}}
+
+
+def _paths(recipe: Recipe) -> dict[str, str]:
+    """Returns the paths of a recipe by key path."""
+    return _marked(with_paths(recipe, lambda written: f"{written}{_MARK}").model_dump(mode="json"), ())
 
 
 def _marked(value: Any, path: KeyPath) -> dict[str, str]:
