@@ -21,7 +21,9 @@ from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_ba
 from moto.s3.models import s3_backends
 from werkzeug.serving import make_server
 
+from carft_ray.layout import MANIFEST
 from carft_ray.store import bucket
+from carft_ray.store.bucket import Bucket
 from carft_ray.study import mirror
 
 SECRET = "wJalr-a-secret-of-the-tests"
@@ -103,6 +105,14 @@ class Server:
         text = f"<Error><Code>{code}</Code><AWSAccessKeyId>an-id-of-the-tests</AWSAccessKeyId></Error>".encode()
         start_response(f"{status} no", [("Content-Type", "application/xml"), ("Content-Length", str(len(text)))])
         return [text]
+
+
+def copied(folder, address):
+    """Copies a study to a bucket as docs/storage.md says: its manifest comes last."""
+    store = Bucket(address)
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".tmp"]
+    for path in sorted(paths, key=lambda path: path == folder / MANIFEST):
+        store.upload(path.relative_to(folder).as_posix(), path)
 
 
 @contextlib.contextmanager

@@ -1,12 +1,14 @@
-"""A study in a bucket: read as in a folder, pulled, pushed, searched; and what a stranger's bucket cannot do."""
+"""A study in a bucket: read as in a folder, pulled, copied to, searched; and what a stranger's bucket cannot do."""
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import killed_searches
@@ -14,7 +16,7 @@ import pytest
 import report_studies
 import short_training
 import stand_in
-from bucket_server import CUT, DONE_503, SECRET, impatient, refused
+from bucket_server import CUT, DONE_503, SECRET, copied, impatient, refused
 from crash_host import call
 from logs import write_line
 from study_steps import told
@@ -26,7 +28,7 @@ from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.layout import MANIFEST, RAY_LOG
+from carft_ray.layout import MANIFEST, RAY_LOG, STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.store import log as log_module
@@ -37,11 +39,12 @@ from carft_ray.store.owner import identity
 from carft_ray.study import mirror
 from carft_ray.study.holding import held, is_study, log_of
 from carft_ray.study.ledger import TEST, check_ledger, read_ledger, record, require_unread
-from carft_ray.study.mirror import MODELS, NUMBERS, fetched, named, own_folder, pull, push
+from carft_ray.study.mirror import MODELS, NUMBERS, fetched, named, own_folder, pull
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import best_row
 from carft_ray.study.uploads import open_log, uploading
 
+ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = "fine_tuned.safetensors"
 
 
@@ -64,7 +67,8 @@ def server(monkeypatch, tmp_path):
 
 @pytest.fixture
 def address(server, made):
-    push(made, server.address("a/kinds"))
+    copied(made, server.address("a/kinds"))
+    server.put("a/kinds/log/pack-00000001", b"".join(map(Folder(made).get, Folder(made).list("log"))))
     server.requests.clear()
     return server.address("a/kinds")
 
@@ -130,7 +134,7 @@ def test_a_search_that_goes_on_is_followed_and_another_study_takes_the_place_of_
     folder, address = tmp_path / "study", server.address("study")
     with open_study(folder, report_studies.make_recipe(3)) as study:
         report_studies.fill(study, 2)
-    push(folder, address)
+    copied(folder, address)
     assert len(read_study(address).trials) == 2
     log, store = log_of(folder), Bucket(address)
     with held(log, print), log.commit({"kind": "a"}):
@@ -142,18 +146,18 @@ def test_a_search_that_goes_on_is_followed_and_another_study_takes_the_place_of_
     other = report_studies.make(tmp_path / "other", 1)
     for name in store.all():
         store.remove(name)
-    push(other, address)
+    copied(other, address)
     assert len(read_study(address).trials) == 1
     assert contents(fetched(address)).keys() == contents(other).keys()
 
 
-# pull and push
+# pull, and copies by a program of the user
 
 
 def test_a_study_is_pulled_whole_and_says_that_it_is_a_copy(address, made, server, tmp_path, capsys):
     answer = printed(capsys, "pull", address, str(tmp_path / "back"))
     assert contents(tmp_path / "back") == contents(made)
-    assert f"a/kinds/{RAY_LOG}" not in server.objects()
+    assert not (tmp_path / "back" / RAY_LOG).exists()
     assert (answer["address"], answer["commits"]) == (address, log_of(made).number)
     manifest = json.loads((tmp_path / "back" / MANIFEST).read_text())
     log = log_of(made)
@@ -164,42 +168,41 @@ def test_a_study_is_pulled_whole_and_says_that_it_is_a_copy(address, made, serve
 
 
 def test_a_copy_that_is_made_while_test_sets_are_read_has_a_sound_ledger(server, made, tmp_path):
-    folder, reads = shutil.copytree(made, tmp_path / "kinds"), iter([1])
+    folder, address = shutil.copytree(made, tmp_path / "kinds"), server.address("kinds")
+    copied(folder, address)
 
     def strike(method, path):
-        if method == "PUT" and next(reads, None):
+        if method == "GET" and path.endswith("log/00000001"):
+            server.strike = lambda method, path: None
             write_line(folder, report_studies.make_recipe(4))
+            copied(folder, address)
 
     server.strike = strike
-    push(folder, server.address("kinds"))
-    assert check_ledger(fetched(server.address("kinds"))) == []
+    pull(address, tmp_path / "back")
+    assert log_of(tmp_path / "back").number == log_of(folder).number > log_of(made).number
+    assert check_ledger(tmp_path / "back") == []
 
 
 def test_what_is_there_is_never_written_over(address, made, server, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").write_text("mine")
     server.put("mine/file", b"mine")
-    for words in (["push", made, server.address("mine")], ["pull", address, tmp_path / "mine"]):
-        assert call(words) == 2
-        assert "contains file" in capsys.readouterr().err
+    assert call(["pull", address, tmp_path / "mine"]) == 2
+    assert "contains file" in capsys.readouterr().err
     with pytest.raises(UsageError, match=r"must be a study or an empty address, .* contains file"):
         own_folder(server.address("mine"))
     assert os.listdir(tmp_path / "mine") == ["file"]
     assert len([name for name in server.objects() if name.startswith("mine")]) == 1
 
 
-def test_half_a_copy_is_no_study(address, made, server, tmp_path):
+def test_half_a_copy_is_no_study(address, server, tmp_path):
     for name in ("a/weights", "a/.step-00000032.1301-a0147b1cb809.tmp/weights", "a/.x.12-0f.tmp", "log/00000001"):
         files.write_bytes(tmp_path / "half" / name, b"12")
     assert mirror.files_in(tmp_path / "half") == {"a/weights": 2}
     server.strike = lambda method, path: refused(403, "AccessDenied") if "predictions" in path else None
     with pytest.raises(StorageError, match="403 AccessDenied"):
         pull(address, tmp_path / "back")
-    with pytest.raises(StorageError, match="403 AccessDenied"):
-        push(made, server.address("half"))
     assert not list(tmp_path.glob("*back*"))
-    with pytest.raises(UsageError, match=r"must be the address of a study, but got one without manifest\.json"):
-        read_study(server.address("half"))
 
 
 def test_an_address_without_a_study_is_refused(server, capsys):
@@ -228,24 +231,9 @@ def test_a_killed_pull_leaves_what_the_next_one_removes(address, made, tmp_path)
     assert contents(tmp_path / "pulled" / "back") == contents(made)
 
 
-def test_of_two_pushes_at_once_one_is_made(server, made, tmp_path):
-    other, address = report_studies.make(tmp_path / "other", 1), server.address("kinds")
-    pushed = iter([lambda: push(other, address)])
-
-    def strike(method, path):
-        if method == "PUT" and (more := next(pushed, None)):
-            more()
-
-    server.strike = strike
-    with pytest.raises(UsageError, match="must be an empty address, but got another study"):
-        push(made, address)
-    assert contents(fetched(address)).keys() == contents(other).keys()
-    assert read_study(address).trials == read_study(other).trials
-
-
 def test_a_study_may_have_any_name(made, server):
     address = server.address("address.txt")
-    push(made, address)
+    copied(made, address)
     assert read_study(address).trials == read_study(made).trials
     assert named(fetched(address)) == address
 
@@ -306,6 +294,70 @@ def whole(tmp_path_factory):
 def search(place, trials):
     recipe = stand_in.make_recipe(trials, resources=RESOURCES, **SEARCH)
     return run_search(recipe, own_folder(place), runner=Runner(stand_in.prepare, stand_in.train))
+
+
+@pytest.fixture(params=["installed", "stand-in"])
+def aws(request, server, tmp_path):
+    """Gives a function that runs a line with `aws`: the program of this machine, or a stand-in."""
+    environment = {**os.environ, "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true"}
+    environment.pop("PYTHONPATH", None)
+    if request.param == "stand-in":
+        program = tmp_path / "bin" / "aws"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nexec {sys.executable} {ROOT}/tests/aws_stand_in.py "$@"\n')
+        program.chmod(0o755)
+        environment["PATH"] = f"{program.parent}{os.pathsep}{environment['PATH']}"
+    elif (
+        not shutil.which("aws") or subprocess.run(["aws", "--version"], env=environment, capture_output=True).returncode
+    ):
+        pytest.skip("needs the AWS command line")
+    written = re.findall(r"(?m)^\$ (aws .*)", (ROOT / "docs" / "storage.md").read_text())
+
+    def run(line, folder, address):
+        line = written[line].replace("/srv/studies/first", str(folder)).replace("s3://my-bucket/first", address)
+        return subprocess.run(line, shell=True, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+LS, SYNC, CP = range(3)
+
+
+@pytest.mark.slow
+def test_a_copy_by_the_lines_of_the_document_is_read_and_resumed_as_the_folder_is(aws, server, made, tmp_path, capsys):
+    address, folder = server.address("made"), shutil.copytree(made, tmp_path / "made")
+    large = read_study(folder).best.place(folder) / "large"
+    large.write_bytes(bytes(9 * 2**20))  # a program uploads it in parts
+    (large.parent / ".x.12-0f.tmp").write_text("what a kill has left")
+    assert aws(LS, folder, address).stdout.strip() == ""
+    assert aws(SYNC, folder, address).returncode == 0
+    with pytest.raises(UsageError, match=r"must be the address of a study, but got one without manifest\.json"):
+        read_study(address)
+    for line in (SYNC, CP):  # the same again, as after a copy that was cut off
+        done = aws(line, folder, address)
+        assert done.returncode == 0, done.stderr
+    assert aws(LS, folder, address).stdout.strip() != ""
+    for verb in ("status", "report"):
+        here, there = (printed(capsys, verb, str(place)) for place in (folder, address))
+        assert json.loads(json.dumps(there).replace(address, str(folder))) == here
+    pull(address, tmp_path / "back")
+    assert contents(tmp_path / "back") == {k: v for k, v in contents(folder).items() if not k.endswith(".tmp")}
+
+    address, folder = server.address("searched"), tmp_path / "searched"
+    search(folder, 3)
+    for name in (RAY_LOG, STOP):
+        (folder / name).write_text("of a process")
+    for line in (SYNC, CP):
+        assert aws(line, folder, address).returncode == 0
+    for place in (address, folder):
+        search(place, 5)
+    assert told(fetched(address)) == told(folder)
+    assert not {RAY_LOG, STOP} & {path.name for path in fetched(address).iterdir()}
+    assert "searched/log/pack-00000001" in server.objects()
+    driven, recipe = own_folder(address), stand_in.make_recipe(5, resources=RESOURCES, **SEARCH)
+    with held(log := open_log(driven), print), uploading(log):
+        record(driven, log, recipe, TEST)  # writes over the manifest, if it is the copied one
+    assert (len(read_ledger(fetched(address))), check_ledger(fetched(address))) == (1, [])
 
 
 def ended(server):
@@ -403,6 +455,7 @@ def test_files_are_there_before_the_commit_of_an_end_and_the_same_machine_fetche
     search(address, 2)
     first = [path.partition("/study/")[2] for method, path in server.requests if method == "PUT"]
     server.requests.clear()
+    (own_folder(address) / RAY_LOG).write_text("of a process")
     search(address, 3)
     got = [path.partition("/study/")[2] for method, path in server.requests if method == "GET"]
     assert not [name for name in got if name.startswith(("trials/", "baselines/", "prepared/"))]
@@ -414,6 +467,7 @@ def test_files_are_there_before_the_commit_of_an_end_and_the_same_machine_fetche
     for number, name in enumerate(ends, 1):
         before = {each for each in puts[: puts.index(name)] if each.endswith("/result.json")}
         assert len(before) >= number
+    assert RAY_LOG not in objects
     assert told(read_study(address, NUMBERS).study_dir) == whole
 
 
@@ -514,11 +568,10 @@ def test_a_study_inside_another_one_is_refused(server, address, made, tmp_path, 
     inside = f"{address}/trials/child"
     recipe = str(short_training.make(tmp_path))
     before = server.objects()
-    for words in (["search", recipe, "--study", inside], ["push", made, inside]):
-        assert call(words) == 2
-        message = capsys.readouterr().err
-        assert f"{inside}: must not be inside another study, but got {address}" in message
-        assert f"such as {server.address('a/child')}" in message
+    assert call(["search", recipe, "--study", inside]) == 2
+    message = capsys.readouterr().err
+    assert f"{inside}: must not be inside another study, but got {address}" in message
+    assert f"such as {server.address('a/child')}" in message
     assert server.objects() == before
     here = shutil.copytree(made, tmp_path / "kinds")
     assert call(["search", recipe, "--study", str(here / "child")]) == 2

@@ -363,7 +363,7 @@ WITHOUT_TRUST = {
     "compare": ["study", "study:zero_shot"],
 }
 # they read the images and the machine of who asks; the dashboard serves the journal, copies copy: none opens a recipe
-OF_NOBODY_ELSE = {"pull", "push", "init", "data", "sandbox", "dashboard", "schema"}
+OF_NOBODY_ELSE = {"pull", "init", "data", "sandbox", "dashboard", "schema"}
 
 
 def test_no_command_that_trains_takes_a_function_without_trust(finished, capsys, monkeypatch):

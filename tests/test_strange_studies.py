@@ -12,7 +12,7 @@ import logs
 import pytest
 import report_studies
 import short_training
-from bucket_server import impatient
+from bucket_server import copied, impatient
 from logs import holding
 
 import carft_ray
@@ -26,7 +26,7 @@ from carft_ray.recipe.schema.sets import DataConfig
 from carft_ray.results.confirm.configurations import read_plan
 from carft_ray.study import ledger
 from carft_ray.study.identity import claim, recipe_for_use, study_recipe
-from carft_ray.study.mirror import DRIVEN, STUDIES, fetched, push
+from carft_ray.study.mirror import DRIVEN, STUDIES, fetched
 from carft_ray.study.opening import open_study
 from carft_ray.study.recovery import recover_running
 from carft_ray.study.rows import best_first, trials
@@ -279,7 +279,7 @@ def strangers(recipe, folder, monkeypatch, server, num=0):
         elsewhere.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         report_studies.make(folder / "study", num, RECIPE if num else recipe)
         logs.set_recipe(folder / "study", recipe)
-    push(folder / "study", server.address("study"))
+    copied(folder / "study", server.address("study"))
     return server.address("study")
 
 

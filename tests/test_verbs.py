@@ -369,7 +369,6 @@ MISTAKES = [
     ("status .", ".: must be a study, but got one without log/ (allowed: first, one)" + MADE),
     ("ls empty", "empty: must be a study, or a folder with studies in it, but got one without log/"),
     ("resume one", ONE_TRAINING),
-    ("push frist s3://x/y", "frist: must be a study, but got no such folder; did you mean 'first'?\n    Begin one: "),
     ("search first/resolved.yaml --study one", ONE_TRAINING),
     ("search first/resolved.yaml --study mine", "{here}/mine: must be a study or empty, but got log, owner\n"),
     ("search first/resolved.yaml --study mine/owner", "{here}/mine/owner: must be a folder, but got a file\n"),

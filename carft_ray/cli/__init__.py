@@ -1,7 +1,6 @@
 """The commands, a module for each.
 
-``schema`` is in ``init``, ``resume`` in ``search``, ``pull`` and ``push`` in ``copies``. ``data`` and ``sandbox``
-are groups of commands.
+``schema`` is in ``init``, ``resume`` in ``search``. ``data`` and ``sandbox`` are groups of commands.
 
 Everything heavy is imported inside the commands, so that `--help` answers at once.
 """
@@ -9,7 +8,7 @@ Everything heavy is imported inside the commands, so that `--help` answers at on
 # in the order of the help
 from carft_ray.cli import init, validate, train, evaluate, export, doctor, search, stop, plan, submit  # noqa: F401  # isort: skip
 from carft_ray.cli import status, ls, logs, dashboard, confirm, test, report, rescore  # noqa: F401  # isort: skip
-from carft_ray.cli import reproduce, compare, copies, data, sandbox  # noqa: F401  # isort: skip
+from carft_ray.cli import reproduce, compare, pull, data, sandbox  # noqa: F401  # isort: skip
 from carft_ray.cli.program import app, main
 
 __all__ = ["app", "main"]

@@ -1,4 +1,4 @@
-"""A study in a bucket and its copies in folders: fetched to be read, pulled, pushed.
+"""A study in a bucket and its copies in folders: fetched to be read, or pulled.
 
 What is fetched stays in the user's cache, and the next time only what has changed is fetched:
 
@@ -8,7 +8,6 @@ What is fetched stays in the user's cache, and the next time only what has chang
 """
 
 import contextlib
-import json
 import os
 import stat
 import time
@@ -35,8 +34,8 @@ from carft_ray.layout import (
     WEIGHTS,
 )
 from carft_ray.store.bucket import Bucket, Listed, parsed
-from carft_ray.store.folder import Folder, RefusedError
-from carft_ray.store.log import PACKED, Commit, Log, commit_name, pack_name
+from carft_ray.store.folder import Folder
+from carft_ray.store.log import Commit, Log, commit_name
 from carft_ray.study import typed
 from carft_ray.study.holding import is_study, log_of, require_apart
 from carft_ray.untrusted import read_text
@@ -48,7 +47,7 @@ COPIED_FROM = "copied_from"  # key of the manifest of a copy
 FRESH_FOR_S = 5.0  # a copy, for the steps of one command
 THREADS = 16
 STUDIES, DRIVEN = "studies", "driven"  # in the cache
-_OF_PROCESSES = (RAY_LOG, STOP)  # that run in a study: no copy of `pull` or `push` has them
+_OF_PROCESSES = (RAY_LOG, STOP)  # that run in a study: no copy has them
 _fetched: dict[str, tuple[float, int]] = {}  # by address: when, and what was needed
 
 
@@ -183,66 +182,15 @@ def pull(address: str, folder: Path, tell: Tell = lambda done, total: None) -> d
         found = fetch_files(bucket, temporary, ALL, tell)
         files.write_bytes(temporary / MANIFEST, before)
         found_there = typed.checked(typed.Manifest, files.read_json(temporary, MANIFEST), MANIFEST)
-        manifest = _marked(found_there, str(bucket), log)
-        files.write_json(temporary / MANIFEST, manifest)
-    return _answer(folder, bucket, log, [each.num_bytes for each in found.values()])
-
-
-def push(folder: Path, address: str, tell: Tell = lambda done, total: None) -> dict[str, Any]:
-    """Copies a study to a bucket, as ``pull``; its manifest comes last, so that half a copy is no study.
-
-    Args:
-        folder: The study.
-        address: Of the copy; nothing may be there.
-        tell: As of ``pull``.
-
-    Returns:
-        As of ``pull``.
-
-    Raises:
-        UsageError: The folder is no study, or something lies at the address.
-        StorageError: A file cannot be read, or the bucket not be written.
-    """
-    if not is_study(folder):
-        raise UsageError(Problem(str(folder), "must be a study"))
-    bucket, folder = Bucket(address), folder.resolve()
-    if there := bucket.all():
-        raise UsageError(Problem(str(bucket), "must be an empty address", _holds(there)))
-    require_apart(str(bucket), _study_above(bucket))
-    manifest = files.read_json(folder, MANIFEST)  # before the log, as of ``pull``
-    here, log = Folder(folder), log_of(folder)
-
-    def commit(number: int) -> bytes:
-        return here.get(commit_name(number)) or b""
-
-    try:
-        if log.number:
-            bucket.put_new(commit_name(1), commit(1))  # of two that begin at once, one does
-    except RefusedError:
-        raise UsageError(Problem(str(bucket), "must be an empty address", "another study")) from None
-    numbers = dict.fromkeys(range(2, log.number + 1), 0)
-    _each(lambda number: bucket.put(commit_name(number), commit(number)), numbers)
-    for first in range(1, log.number + 1, PACKED):
-        bucket.put(pack_name(first), b"".join(map(commit, range(first, min(first + PACKED, log.number + 1)))))
-    found = {name: size for name, size in files_in(folder).items() if name not in (MANIFEST, *_OF_PROCESSES)}
-    _each(lambda name: bucket.upload(name, folder / name), found, tell)
-    last = json.dumps(_marked(manifest, str(folder), log), indent=2).encode()
-    bucket.put(MANIFEST, last)
-    return _answer(folder, bucket, log, [*found.values(), len(last)])
+        source = {"place": str(bucket), "commit": log.number, "digest": log.digest}
+        files.write_json(temporary / MANIFEST, {**found_there, COPIED_FROM: source})
+    numbers = {"commits": log.number, "files": len(found), "num_bytes": sum(each.num_bytes for each in found.values())}
+    return {"study": str(folder), "address": str(bucket), **numbers}
 
 
 def _holds(names: Iterable[str]) -> str:
     first = list(names)[:4]
     return f"one that contains {', '.join(first[:3])}{', ...' if len(first) > 3 else ''}"
-
-
-def _marked(manifest: dict[str, Any], place: str, log: Log) -> dict[str, Any]:
-    return {**manifest, COPIED_FROM: {"place": place, "commit": log.number, "digest": log.digest}}
-
-
-def _answer(folder: Path, bucket: Bucket, log: Log, sizes: list[int]) -> dict[str, Any]:
-    numbers = {"commits": log.number, "files": len(sizes), "num_bytes": sum(sizes)}
-    return {"study": str(folder), "address": str(bucket), **numbers}
 
 
 def _require_study(bucket: Bucket) -> bytes:
@@ -348,10 +296,10 @@ def fetch_files(
 
 def _is_needed(name: str, need: int) -> bool:
     pieces = name.split("/")
-    if pieces[0] == STOP_REQUESTS:
+    if pieces[0] == STOP_REQUESTS or name in _OF_PROCESSES:
         return False
     if need == ALL:
-        return name not in _OF_PROCESSES
+        return True
     if OWN in pieces or any(piece.startswith(STEP) for piece in pieces):
         return False
     if pieces[-1] == WEIGHTS:
