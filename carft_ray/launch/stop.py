@@ -121,49 +121,25 @@ def wait_until_free(place: Place, holder: str, tell: Callable[[str], None], see:
     Args:
         place: Of the study, or of a training.
         holder: The process, as ``ask_to_stop`` returns it.
-        tell: As of ``wait_until_ended``.
-        see: As of ``wait_until_ended``.
+        tell: Told what is waited for, once, after ``TELL_AFTER_S``.
+        see: A command that shows what it does.
 
     Raises:
         ClusterError: It has not ended within ``END_WITHIN_S``.
         StorageError: The log is damaged, or cannot be read.
     """
-    log, heard = log_at(place), time.monotonic()
-
-    def has_ended() -> bool:
-        nonlocal heard
-        if log.follow():
-            heard = time.monotonic()
-        return log.holder(also_silent=True) != holder or time.monotonic() - heard >= READERS_SILENT_FOR_S
-
-    wait_until_ended(holder, has_ended, END_WITHIN_S, tell, see)
-
-
-def wait_until_ended(
-    what: str, has_ended: Callable[[], bool], limit_s: float, tell: Callable[[str], None], see: str
-) -> None:
-    """Waits for the end of what was asked to stop.
-
-    Args:
-        what: A process or a job, in words.
-        has_ended: Tells whether it has ended.
-        limit_s: How long that may take.
-        tell: Told what is waited for, once, after ``TELL_AFTER_S``.
-        see: A command that shows what it does.
-
-    Raises:
-        ClusterError: It has not ended within the limit.
-    """
-    began, is_told = time.monotonic(), False
-    while not has_ended():
-        waited_s = time.monotonic() - began
-        if waited_s >= limit_s:
-            rule = f"must end within {limit_s:g} s of being asked to stop"
-            raise ClusterError(Problem(what, rule, "it still runs", next_step=f"See: {see}"))
-        if waited_s >= TELL_AFTER_S and not is_told:
-            tell(f"{what} still runs: its trainings end at their next checkpoint")
+    log, began, is_told = log_at(place), time.monotonic(), False
+    heard = began
+    while log.holder(also_silent=True) == holder and time.monotonic() - heard < READERS_SILENT_FOR_S:
+        if time.monotonic() - began >= END_WITHIN_S:
+            rule = f"must end within {END_WITHIN_S:g} s of being asked to stop"
+            raise ClusterError(Problem(holder, rule, "it still runs", next_step=f"See: {see}"))
+        if time.monotonic() - began >= TELL_AFTER_S and not is_told:
+            tell(f"{holder} still runs: its trainings end at their next checkpoint")
             is_told = True
         time.sleep(CHECK_EVERY_S)
+        if log.follow():
+            heard = time.monotonic()
 
 
 def used_up(limits: BudgetConfig, elapsed_s: float, gpu_s: float, gpus: float = 0.0, longest_end_s: float = 0.0) -> str:

@@ -182,10 +182,10 @@ def follow(server: Server, name: str, write: Callable[[str], None]) -> JobDetail
     shown, heard = 0, time.monotonic()
     while True:
         try:
-            job = _details(server, name)
+            job = ask(server, lambda client: client.get_job_info(name))
             heard = time.monotonic()
             with contextlib.suppress(ClusterError):  # the node that has the log may be gone
-                log = log_of(server, name)
+                log = ask(server, lambda client: client.get_job_logs(name))
                 write(log[shown:])
                 shown = max(shown, len(log))
             if job.status.is_terminal():
@@ -195,11 +195,6 @@ def follow(server: Server, name: str, write: Callable[[str], None]) -> JobDetail
                 step = f"The job may still run. Follow it: carft-ray submit --attach {name} --address {server.address}"
                 raise ClusterError(Problem(server.address, "no longer answers", next_step=step)) from error
         time.sleep(max(POLL_S, shown / LOG_PER_S))
-
-
-def log_of(server: Server, name: str) -> str:
-    """Returns the log of a job as far as it is."""
-    return ask(server, lambda client: client.get_job_logs(name))
 
 
 def ended_error(job: JobDetails, resume_command: str = "") -> ClusterError | InterruptedRunError:
@@ -214,7 +209,3 @@ def ended_error(job: JobDetails, resume_command: str = "") -> ClusterError | Int
     value = " ".join((job.message or "").split())[-300:]
     step = "The same command again resumes the study."
     return ClusterError(Problem(f"the job {job.submission_id}", "must run to its end", value, next_step=step))
-
-
-def _details(server: Server, name: str) -> JobDetails:
-    return ask(server, lambda client: client.get_job_info(name))
