@@ -14,7 +14,7 @@ from PIL import Image
 
 from carft_ray import files
 from carft_ray.data.synthetic.sandbox import render
-from carft_ray.errors import CarftError, InterruptedRunError
+from carft_ray.errors import CarftError, InterruptedRunError, StorageError
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runs.single import train_once
@@ -22,6 +22,7 @@ from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 from carft_ray.recipe.checks.rules import broken_rules
 from carft_ray.results.reading.study_view import read_study
+from carft_ray.store.folder import Folder
 from carft_ray.study.holding import log_of, stopping
 from carft_ray.study.rows import trials
 
@@ -150,6 +151,26 @@ def test_a_signal_writes_nothing_itself_and_its_name_is_the_reason_in_the_log(tm
     assert numbers == [0]
     assert stopping(log_of(tmp_path / "study")) == "SIGINT"
     assert not (tmp_path / "study" / STOP).exists()
+
+
+def test_a_signal_stops_a_search_whose_disk_is_full(tmp_path, monkeypatch):
+    stand_in.tell(tmp_path, **{"0": "hold"})
+    recipe = stand_in.make_recipe(2, baselines={}, **DEBUG)
+
+    def full(folder, name, data):
+        raise StorageError("the disk is full")
+
+    def on_event(event):
+        if isinstance(event, TrialEpoch):
+            monkeypatch.setattr(Folder, "put_new", full)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(StorageError, match="the disk is full"):
+        run_search(recipe, tmp_path / "study", None, on_event, STAND_IN)
+    monkeypatch.undo()
+    stand_in.tell(tmp_path)
+    result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
+    assert [row.outcome for row in result.trials] == ["complete"] * 2
 
 
 def test_an_attempt_whose_folder_cannot_be_made_is_no_verdict(tmp_path):
