@@ -511,7 +511,8 @@ def test_the_commands_of_ray_that_submit_prints_list_a_job_print_its_log_and_sto
     dashboard.token, dashboard.polls = "right", 1000
     monkeypatch.setenv("RAY_AUTH_TOKEN", "right")
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:9")
-    _, err = submit(0, "r.yaml", "--study", "study", "--installed", "--no-wait")
+    monkeypatch.setenv("HF_TOKEN", "a secret key")
+    _, err = submit(0, "r.yaml", "--study", "study", "--installed", "--no-wait", "--env", "HF_TOKEN")
     logs, stop, listing = re.findall(r"(?m)^  (env -u RAY_ADDRESS RAY_AUTH_MODE=token ray job .*)", err)
     name, path = jobs.job_id(here / "study"), f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 
@@ -521,6 +522,7 @@ def test_the_commands_of_ray_that_submit_prints_list_a_job_print_its_log_and_sto
     found = printed(listing)
     assert name in found
     assert str(here / "study") in found
+    assert "a secret key" in found, "as docs/clusters.md warns"
     assert "first line" in printed(logs)
     assert "stopped" in printed(stop)
     assert dashboard.stopped == [name]
