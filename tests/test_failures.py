@@ -133,7 +133,6 @@ def test_a_search_for_which_there_is_no_memory_at_all_ends_with_the_numbers_and_
     assert "1 image of 32 x 32 pixels at a time must fit into memory, but got " in str(searcher.failure)
     assert [row.outcome for row in trials(tmp_path / "study")] == ["running"]
     assert len(notes(events)) == 3  # 8, 4, 2
-    (tmp_path / "study" / "stop").unlink()
     searcher, _ = attempts.search(tmp_path / "study", recipe)
     assert searcher.failure is None
     assert [row.outcome for row in trials(tmp_path / "study")] == ["complete", "complete"]
