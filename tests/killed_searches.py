@@ -296,6 +296,8 @@ def wait_for_no_groups(address, auth, timeout_s=60):
 
 def running_processes(study_dir):
     """Returns the trainings that run, each with the process of its first rank."""
+    if not is_study(study_dir):  # it has not begun
+        return []
     log, rows = log_and_rows(study_dir)
     known, since = begun(log), running_since(log, [row for group in rows.values() for row in group])
     running = [row for group in rows.values() for row in group if (row.kind, row.name) in since]
