@@ -33,7 +33,7 @@ from carft_ray.launch.runtime import Runtime
 from carft_ray.launch.stop import stop_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import STOP
-from carft_ray.study.holding import STOPPING
+from carft_ray.study.holding import take_back_stop
 from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import Study
 from carft_ray.training.run_context import RunContext
@@ -96,8 +96,8 @@ def run_trainings(
         raise driver.failure
     if study.done() and not driver.has_stopped:  # what asked to stop came too late
         files.remove(study.study_dir / STOP)
-        with study.log.commit(*([{"kind": STOPPING, "reason": ""}] if driver.is_stopping else ())):
-            return ""
+        take_back_stop(study.log)
+        return ""
     return driver.out_of_budget or (STOPPED if driver.check_stop() else "")
 
 

@@ -46,6 +46,17 @@ class Stop:
         return bool(self.reason)
 
 
+def take_back_stop(log: Log) -> None:
+    """Writes to a log that its last stop no longer counts, if it has one: a search goes on, or has ended as finished.
+
+    Raises:
+        StorageError: The log cannot be written.
+    """
+    if stopping(log):
+        with log.commit({"kind": STOPPING, "reason": ""}):
+            pass
+
+
 def stopping(log: Log, since: int = 0) -> str:
     """Returns why the last search of a log stopped or stops, as it has written; empty where it has not.
 

@@ -12,7 +12,7 @@ from carft_ray.layout import ATTEMPT, COMMITS, FOLDERS, STOP
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.folder import PROBE
 from carft_ray.study import rows
-from carft_ray.study.holding import STOPPING, check_fit, foreign_names, gone_if_nothing_began, held, stopping
+from carft_ray.study.holding import check_fit, foreign_names, gone_if_nothing_began, held, take_back_stop
 from carft_ray.study.identity import claim, class_of, compare, recipe_record
 from carft_ray.study.recovery import recover
 from carft_ray.study.space_revisions import move_trials
@@ -51,9 +51,7 @@ def open_study(
             _require_known(study_dir, storage)
             stack.enter_context(held(log, tell))
             files.remove(study_dir / STOP)  # it was asked of another command; from here on, of this one
-            if stopping(log):
-                with log.commit({"kind": STOPPING, "reason": ""}):
-                    pass
+            take_back_stop(log)
             stack.enter_context(uploading(log))
             if log.claimed > num_seen + 1:  # another search came between
                 kept, differences = compare(study_dir, log, recipe, change_space)

@@ -66,9 +66,10 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
 
 def _spend_left_behind(study: Study) -> None:
     """Notes what the attempts took that ran when a driver was killed."""
+    left = left_behind(study.log)
     for spec in [spec for kind in study.journal.studies for spec in study.journal.running(kind)]:
         if spec.attempt and str(spec.attempt) not in (study.journal.attribute(spec, SPENT) or {}):
-            found = left_behind(study.log, spec)
+            found = left.get((spec.training, spec.attempt))
             seconds, gpus = found or _of_result(spec.place(study.study_dir), study.recipe.resources)
             if seconds:
                 study.journal.note(spec, study.spent(spec, seconds, gpus))

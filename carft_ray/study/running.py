@@ -53,9 +53,9 @@ def running_since(log: Log, rows: list[TrialRow]) -> dict[tuple[str, str], float
     Raises:
         StorageError: As ``begun``.
     """
-    known = begun(log)
+    known, claimed = begun(log), log.claimed
     last = {(row.kind, row.name): known.get((row.training, row.attempt)) for row in rows if row.is_open}
-    return {key: found[1]["began"] for key, found in last.items() if found is not None and found[0] > log.claimed}
+    return {key: found[1]["began"] for key, found in last.items() if found is not None and found[0] > claimed}
 
 
 def at_a_time(log: Log) -> tuple[int, str] | None:
@@ -64,8 +64,9 @@ def at_a_time(log: Log) -> tuple[int, str] | None:
     Raises:
         StorageError: The record is not what it may be.
     """
+    claimed = log.claimed
     for number, record in reversed(log.records):
-        if number < log.claimed:
+        if number < claimed:
             break
         if record.get("kind") == AT_A_TIME:
             typed.checked(typed.AtATime, record, f"{log}, commit {number}")
@@ -73,11 +74,11 @@ def at_a_time(log: Log) -> tuple[int, str] | None:
     return None
 
 
-def left_behind(log: Log, spec: TrialSpec) -> tuple[float, float] | None:
-    """Returns seconds and GPUs of an attempt whose driver was killed; None where it had not begun.
+def left_behind(log: Log) -> dict[tuple[str, int], tuple[float, float]]:
+    """Returns seconds and GPUs of attempts that have begun, as if each ended with its driver, by training and attempt.
 
     Raises:
         StorageError: As ``begun``.
     """
-    number, found = begun(log).get((spec.training, spec.attempt), (0, None))
-    return None if found is None else (max(0.0, log.last_of(number) - found["began"]), found["gpus"])
+    found = begun(log).items()
+    return {key: (max(0.0, log.last_of(number) - each["began"]), each["gpus"]) for key, (number, each) in found}
