@@ -28,7 +28,7 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -285,6 +285,24 @@ class Log(BaseJournalBackend):
 
         Args:
             path: In the folder of the study.
+        """
+
+    def learn(self, names: Iterable[str]) -> None:
+        """Called with files of the study that a node has put into the bucket of the log itself, and the folder lacks.
+
+        Args:
+            names: Below the study.
+        """
+
+    def bring(self, name: str, need: int) -> None:
+        """Has the folder of the study hold what the bucket of the log has; nothing else where it lies in a folder.
+
+        Args:
+            name: A file or folder below the study.
+            need: Which files of it (``study.mirror.NUMBERS`` to ``ALL``).
+
+        Raises:
+            StorageError: The bucket cannot be read, or the folder not be written.
         """
 
     def beat(self) -> None:
