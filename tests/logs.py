@@ -23,14 +23,14 @@ def holding(folder, tell=lambda text: None):
 
 def set_recipe(study_dir, recipe):
     """Makes a recipe that of a study, as a search does that has claimed it."""
-    with holding(study_dir) as log, log.commit(recipe_record(recipe)):
-        pass
+    with holding(study_dir) as log:
+        log.write(recipe_record(recipe))
 
 
 def note_stop(study_dir, reason):
     """Says why the last search of a study has stopped, as it does itself."""
-    with holding(study_dir) as log, log.commit({"kind": STOPPING, "reason": reason}):
-        pass
+    with holding(study_dir) as log:
+        log.write({"kind": STOPPING, "reason": reason})
 
 
 def write_line(study_dir, recipe, purpose="test", **words):

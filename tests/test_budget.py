@@ -124,8 +124,7 @@ def test_the_time_of_an_attempt_whose_driver_was_killed_is_counted_to_its_driver
     study_dir, recipe = tmp_path / "study", make_recipe(2)
     with searching(study_dir, recipe) as study:
         spec = study.next()
-        with study.log.commit(started(spec, 900.0, 4.0, 1, "n")):
-            pass
+        study.log.write(started(spec, 900.0, 4.0, 1, "n"))
     num = len(commits(study_dir))
     with holding(study_dir):  # by another process, long after the kill
         pass

@@ -137,8 +137,8 @@ def test_a_search_that_goes_on_is_followed_and_another_study_takes_the_place_of_
     copied(folder, address)
     assert len(read_study(address).trials) == 2
     log, store = log_of(folder), Bucket(address)
-    with held(log, print), log.commit({"kind": "a"}):
-        pass
+    with held(log, print):
+        log.write({"kind": "a"})
     for name in Folder(folder).list("log"):
         store.put(name, Folder(folder).get(name))
     assert log_of(fetched(address)).number == log.number
@@ -612,8 +612,7 @@ def test_after_an_answer_that_is_unknown_nothing_more_is_uploaded(server, monkey
     def lose():
         files.write_text(folder / MANIFEST, "{}")
         server.strike = lambda method, path: CUT if "/log/" in path else None
-        with log.commit({"kind": "a"}):
-            pass
+        log.write({"kind": "a"})
 
     with pytest.raises(UnknownError), held(log := open_log(folder), print), uploading(log):
         lose()
@@ -745,8 +744,7 @@ def test_a_driver_that_slept_during_a_takeover_uploads_removes_and_puts_over_not
             other = log_of(folder)
             other._store, other._holder = Bucket(address), ("", {})
             other.claim(me={"host": "node7", "boot": "another", "pid": 12})
-            with other.commit({"kind": "of the other"}):
-                pass
+            other.write({"kind": "of the other"})
             server.put("study/manifest.json", b"of the other")
             before.update(server.objects())
 

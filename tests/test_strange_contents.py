@@ -258,8 +258,7 @@ RUNNING += [{"kind": "at_a_time", "number": "2", "reason": ""}, {"kind": "at_a_t
 @pytest.mark.parametrize("record", RUNNING)
 def test_what_a_stranger_says_of_running_trainings_is_told(study_dir, capsys, record):
     with logs.holding(study_dir) as log:
-        with log.commit(record):
-            pass
+        log.write(record)
         for command in READERS[:1]:
             code, _, err = ended(command, study_dir, capsys)
             assert code == 5
@@ -280,8 +279,8 @@ def test_what_a_stranger_says_of_running_trainings_is_told(study_dir, capsys, re
 def test_a_provenance_that_cannot_be_is_told(study_dir, capsys, provenance):
     if isinstance(provenance, dict) and provenance:
         provenance = {**logs.kept(study_dir, "provenance")[-1], **provenance}
-    with logs.holding(study_dir) as log, log.commit({"kind": "provenance", "provenance": provenance}):
-        pass
+    with logs.holding(study_dir) as log:
+        log.write({"kind": "provenance", "provenance": provenance})
     each_is_told(study_dir, capsys, "log", readers=READERS[3:])
 
 

@@ -43,8 +43,8 @@ def study_dir(tmp_path_factory):
     keep_thumbnails(folder, 8, 16)
     facts = {"code": {"version": REASON}, "versions": {}, "hardware": {"host": CLASS_NAMES}, "seeds": {}}
     provenance = {"class_names": CLASS_NAMES, "test_sets": {"ood_test.strange": {}}, **facts}
-    with holding(folder) as log, log.commit(record_of(provenance)):
-        pass
+    with holding(folder) as log:
+        log.write(record_of(provenance))
     write_shared(folder, [SHARED])
     return folder
 

@@ -47,8 +47,7 @@ def start(study):
     folder = spec.folder(study.study_dir)
     folder.mkdir(parents=True, exist_ok=True)
     append_log(folder, f"attempt {spec.attempt}: starts on 127.0.0.1")
-    with study.log.commit(started(spec, 1.0, 0.0, 1, "")):
-        pass
+    study.log.write(started(spec, 1.0, 0.0, 1, ""))
     return spec
 
 
@@ -135,8 +134,7 @@ def test_a_begun_trial_runs_only_while_a_search_holds_the_study_and_has_started_
         assert f"A search is running: process {os.getpid()} on " in err
         assert f"carft-ray logs first {spec.name} --follow" in err
         study.settle(spec, failed(spec, "error", "RuntimeError: once"), study.spent(spec, 1.0, 0.0))
-        with study.log.commit(at_a_time_record(3, "3 GPUs, 1 per trial")):
-            pass
+        study.log.write(at_a_time_record(3, "3 GPUs, 1 per trial"))
         assert counts() == ({"waiting": 1}, True, [])  # for another attempt
         assert "3 at a time (3 GPUs, 1 per trial)." in run("status", "first")[2]
         assert " · 3 at a time (3 GPUs, 1 per trial) · " in SearchView.of(read_study(study_dir)).line()

@@ -226,8 +226,7 @@ class Driver:
         if not self.is_stopping and (self.study.stop.asked() or self._budget_ends()):
             self.is_stopping, self._stopping_since = True, time.monotonic()
             try:
-                with self.study.log.commit({"kind": STOPPING, "reason": self.study.stop.reason}):
-                    pass
+                self.study.log.write({"kind": STOPPING, "reason": self.study.stop.reason})
             except StorageError as error:
                 self._fail(error)
             for spec in self.live:
@@ -353,8 +352,7 @@ class Driver:
             self._told_at_a_time = self.at_a_time.told
             records.append(at_a_time_record(*self.at_a_time.told))
         try:
-            with self.study.log.commit(*records):
-                pass
+            self.study.log.write(*records)
         except StorageError as error:
             self._fail(error)
 

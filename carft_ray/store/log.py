@@ -264,6 +264,15 @@ class Log(BaseJournalBackend):
                 pending, self._pending = self._pending, Pending()
                 self._write(pending)
 
+    def write(self, *records: Mapping[str, Any]) -> None:
+        """Writes records of our own as one commit; within a block of ``commit``, as a part of its commit.
+
+        Raises:
+            StorageError: As ``commit``.
+        """
+        with self.commit(*records):
+            pass
+
     def keep_files(self) -> None:
         """Called before a commit that names files of the study; where it is not in a folder, they must be kept first.
 
@@ -323,8 +332,7 @@ class Log(BaseJournalBackend):
         Raises:
             StorageError: As ``commit``.
         """
-        with self.commit({"kind": RELEASED}):
-            pass
+        self.write({"kind": RELEASED})
         self._pack()
         self._is_owner = False
         _OWNERS.discard(self._nonce)

@@ -53,8 +53,7 @@ def take_back_stop(log: Log) -> None:
         StorageError: The log cannot be written.
     """
     if stopping(log):
-        with log.commit({"kind": STOPPING, "reason": ""}):
-            pass
+        log.write({"kind": STOPPING, "reason": ""})
 
 
 def stopping(log: Log, since: int = 0) -> str:

@@ -54,8 +54,7 @@ def note_test_sets(log: Log, digests: Callable[[], dict[str, str]]) -> None:
         with contextlib.suppress(DataError):
             found = digests()
             if found:
-                with log.commit({"kind": TEST_SETS, "digests": found}):
-                    pass
+                log.write({"kind": TEST_SETS, "digests": found})
 
 
 def noted_test_sets(log: Log) -> dict[str, str] | None:
@@ -168,8 +167,7 @@ def record(
     )
     if _note_last(study_dir, log):  # a kill has left it behind; it must never be two lines behind
         log.keep_files()
-    with log.commit({"kind": LEDGER, "line": asdict(entry)}):
-        pass
+    log.write({"kind": LEDGER, "line": asdict(entry)})
     _note_last(study_dir, log)
     return entry
 

@@ -101,8 +101,7 @@ def record_provenance(folder: Path, log: Log, recipe: Recipe, found: dict[str, A
         at = datetime.now().astimezone().isoformat(timespec="seconds")
         entry = {"at": at, **{key: now[key] for key in CHANGING}}
         now = {**before, "history": [*before.get("history", []), entry]}
-    with log.commit(record_of(now)):
-        pass
+    log.write(record_of(now))
 
 
 def identity_problems(before: dict[str, Any], now: dict[str, Any]) -> list[Problem]:

@@ -63,8 +63,7 @@ def await_nodes(
     capacity = capacity_of(recipe, nodes, grows or limit_s is not None)
     if capacity.concurrency:
         return nodes
-    with study.log.commit(at_a_time_record(0, capacity.reason)):
-        pass
+    study.log.write(at_a_time_record(0, capacity.reason))
     say(f"waiting: {capacity.reason}")
     strategy = "STRICT_PACK" if capacity.one_node else "PACK"
     group = ray.util.placement_group([capacity.worker_resources] * capacity.num_workers, strategy=strategy)
