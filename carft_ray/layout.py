@@ -7,7 +7,6 @@
       stop               asks the driver to end: running trainings write a checkpoint
       requests/          of a study in a bucket: the same from any machine, by the number of the driver's claim
       shared_images.csv  images that stand in two roles, and what was done
-      fits.json          the micro-batch that fits into memory
       best.yaml, figure.png, figure.svg, report.html, ray.log
       prepared/          what all trainings share
       trials/NAME/, baselines/NAME/, confirm/NAME/     log, metrics, TensorBoard's events
@@ -26,7 +25,6 @@ COMMITS = "log"
 STOP = "stop"
 STOP_REQUESTS = "requests"
 SHARED_IMAGES = "shared_images.csv"
-MICRO_BATCH = "fits.json"
 BEST = "best.yaml"
 FIGURE_PNG = "figure.png"
 FIGURE_SVG = "figure.svg"
@@ -47,7 +45,6 @@ PREPARATION = "prepared.json"  # what it belongs to, written last
 HEADS = "heads.safetensors"
 ZERO_SHOT_TABLE = "zero_shot.parquet"
 SETS = "sets"  # as they were listed
-REFERENCES = "references.json"  # what constraints compare with
 
 # of a training
 RESULT = "result.json"

@@ -5,7 +5,7 @@ import math
 import stand_in
 
 from carft_ray import files
-from carft_ray.evaluation.constraints import stored_limits
+from carft_ray.evaluation.constraints import limits
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.store import result
@@ -34,10 +34,10 @@ def metrics_at(train, alpha):
     return {**means, "accuracy/id_val": id_accuracy, "accuracy/sketch": ood_accuracy}
 
 
-def result_of(recipe, study_dir):
+def result_of(recipe, references):
     """The content of a result: at the alpha drawn, else at the best of the grid."""
     alphas = sorted({*GRID, recipe.train.alpha or 1.0})
-    bounds = stored_limits(recipe.search.constraints, study_dir / "prepared")
+    bounds = limits(recipe.search.constraints, references)
 
     def at(alpha):
         found = metrics_at(recipe.train, alpha)
@@ -56,7 +56,7 @@ def result_of(recipe, study_dir):
 def write_result(study, spec):
     place, recipe = spec.place(study.study_dir), apply(study.recipe, spec.values)
     files.write_bytes(place / "fine_tuned.safetensors", b"weights")
-    result.write_result(place, result_of(recipe, study.study_dir))
+    result.write_result(place, result_of(recipe, spec.references))
 
 
 def run_all(study, num=None):

@@ -23,7 +23,8 @@ def search(study_dir, recipe, num_attempts=None):
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)
             values = apply(recipe, spec.values)
-            run_training(values, folder, study_dir / "prepared", RunContext(), spec.attempt)
+            context = RunContext(references=spec.references)
+            run_training(values, folder, study_dir / "prepared", context, spec.attempt)
             study.settle(spec)
             num_attempts = None if num_attempts is None else num_attempts - 1
     return study_dir

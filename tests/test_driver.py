@@ -67,10 +67,11 @@ class Tune:
         write_result(self.place(trial), content)
         self.end(trial)
 
-    def fail(self, trial, outcome, reason="because", exit_code=1):
+    def fail(self, trial, outcome, reason="because", exit_code=1, **more):
         spec = spec_of(trial)
         self.folder(trial).mkdir(parents=True, exist_ok=True)
-        self.box.post(Post(spec.training, spec.attempt, failure=Failure(outcome, reason, spec.attempt, exit_code)))
+        failure = Failure(outcome, reason, spec.attempt, exit_code, **more)
+        self.box.post(Post(spec.training, spec.attempt, failure=failure))
         self.end(trial)
 
     def end(self, trial, lost="", **told):
@@ -230,6 +231,23 @@ def test_a_search_does_not_give_up_while_trainings_run_longer_than_those_that_fa
         assert isinstance(tune.driver.failure, NoSuccessfulTrialError) != is_good
         if not is_good:
             assert "20 of 23 failed in this way: too high" in str(tune.driver.failure)
+
+
+def test_a_micro_batch_that_fits_is_sent_with_all_that_starts_later_and_in_the_next_search(tmp_path):
+    with searching(tmp_path / "study", make_recipe(6, baselines={})) as study:
+        tune = Tune(Driver(study, AtATime(3), lambda event: None))
+        first, second = tune.start(), tune.start()
+        assert spec_of(first).fits == {}
+        tune.fail(first, "memory", device="cpu", fits=32)
+        again = spec_of(tune.start())
+        assert (again.name, again.attempt, again.fits) == (spec_of(first).name, 2, {"cpu": 32})
+        tune.fail(second, "memory", device="cpu", fits=16)
+    with searching(tmp_path / "study", make_recipe(6, baselines={})) as study:
+        tune = Tune(Driver(study, AtATime(3), lambda event: None))
+        waiting = [tune.start() for _ in range(3)]
+        assert [spec_of(trial).fits for trial in waiting] == 3 * [{"cpu": 16}]
+        tune.fail(waiting[0], "error", device="cpu")  # not one image has fitted
+        assert spec_of(tune.start()).fits == {}
 
 
 def test_a_fault_of_the_surroundings_stops_all_and_is_kept_for_the_driver(tune):

@@ -1,7 +1,6 @@
 """What a search does when memory is short, a training hangs or does not begin, or a lost attempt wakes up; and why."""
 
 import importlib
-import json
 import os
 import re
 import shutil
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import attempts
 import crash_host
 import killed_searches
+import logs
 import numpy as np
 import pytest
 import ray
@@ -27,12 +27,12 @@ from ray.train import ControllerError, WorkerGroupError
 from study_steps import searching
 
 from carft_ray import files
-from carft_ray.errors import ClusterError, OutOfMemoryError
+from carft_ray.errors import ClusterError, OutOfMemoryError, StorageError
 from carft_ray.launch import driver
 from carft_ray.launch.events import Note
 from carft_ray.launch.failures.causes import error_of, explained, host_memory, is_full_memory, root_cause
 from carft_ray.launch.mailbox import Wish
-from carft_ray.launch.micro_batch import fitted, memory_failure, note
+from carft_ray.launch.micro_batch import fitted, memory_failure, note, noted
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.runs.search import run_search
@@ -40,6 +40,7 @@ from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.store.result import read_result
 from carft_ray.study import study
+from carft_ray.study.holding import log_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.rows import trials
 from carft_ray.study.study import LOST_ATTEMPTS
@@ -100,16 +101,28 @@ def with_train(**train):
 
 def test_what_fits_is_noted_once_and_never_raised(tmp_path):
     recipe = with_train(batch_size=64)
-    assert fitted(recipe, tmp_path, 1) is recipe
-    for failed, noted in ((64, 32), (32, 16), (64, 16)):  # the last one began before the others had noted theirs
-        failure = memory_failure(OutOfMemoryError("short", failed), recipe, {}, 1)
-        note(tmp_path, failure)
-        assert failure.outcome == "memory"
-        assert fitted(recipe, tmp_path, 1).train.micro_batch == noted
-    assert fitted(with_train(batch_size=64, micro_batch=8), tmp_path, 1).train.micro_batch == 8
-    assert fitted(with_train(batch_size=64), tmp_path, 8).train.micro_batch is None  # a worker's part fits already
-    assert fitted(with_train(batch_size=64, precision="bf16"), tmp_path, 1).train.micro_batch is None
-    assert json.loads((tmp_path / "fits.json").read_text()) == {"sandbox, auto, cpu": 16}
+    with logs.holding(tmp_path / "study") as log:
+        assert fitted(recipe, noted(log), 1) is recipe
+        for failed, fits in ((64, 32), (32, 16), (64, 16)):  # the last one began before the others had noted theirs
+            failure = memory_failure(OutOfMemoryError("short", failed), recipe, {}, 1)
+            note(log, failure)
+            assert failure.outcome == "memory"
+            assert fitted(recipe, noted(log), 1).train.micro_batch == fits
+        found = noted(log)
+    assert found == noted(log_of(tmp_path / "study")) == {"sandbox, auto, cpu": 16}
+    assert len(log.records) == 4  # the claim, two notes, the release
+    assert fitted(with_train(batch_size=64, micro_batch=8), found, 1).train.micro_batch == 8
+    assert fitted(with_train(batch_size=64), found, 8).train.micro_batch is None  # a worker's part fits already
+    assert fitted(with_train(batch_size=64, precision="bf16"), found, 1).train.micro_batch is None
+
+
+@pytest.mark.parametrize("change", [{"device": 3}, {"micro_batch": "16"}, {"micro_batch": -1}, {"micro_batch": None}])
+def test_what_a_stranger_says_of_a_micro_batch_is_told(tmp_path, change):
+    with logs.holding(tmp_path / "study") as log:
+        with log.commit({"kind": "fits", "device": "cpu", "micro_batch": 16, **change}):
+            pass
+        with pytest.raises(StorageError, match=f"study, commit 2: {next(iter(change))}: "):
+            noted(log)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +130,12 @@ def test_what_fits_is_noted_once_and_never_raised(tmp_path):
 )
 def test_where_one_image_does_not_fit_the_search_ends_unless_the_values_decide_it(tmp_path, values, outcome):
     recipe = with_train(batch_size=2, micro_batch=2)
-    note(tmp_path, memory_failure(OutOfMemoryError("short", 2), recipe, values, 1))
-    failure = memory_failure(OutOfMemoryError("short", 1), recipe, values, 2)
-    note(tmp_path, failure)
+    with logs.holding(tmp_path / "study") as log:
+        note(log, memory_failure(OutOfMemoryError("short", 2), recipe, values, 1))
+        failure = memory_failure(OutOfMemoryError("short", 1), recipe, values, 2)
+        note(log, failure)
     assert failure.outcome == outcome
-    assert fitted(recipe, tmp_path, 1) is recipe  # the next search begins anew
+    assert fitted(recipe, noted(log_of(tmp_path / "study")), 1) is recipe  # the next search begins anew
 
 
 @pytest.mark.slow
@@ -156,8 +170,8 @@ def test_a_search_with_too_little_memory_ends_with_the_results_of_one_with_enoug
     wide = [row.objective for row in found["wide"]]
     assert [row.objective for row in found["tight"]] == pytest.approx(wide, abs=0.02)
     assert [row.attempt for row in found["wide"]] == [1, 1]
-    assert not (tmp_path / "wide" / "fits.json").exists()
-    [micro_batch] = json.loads((tmp_path / "tight" / "fits.json").read_text()).values()
+    assert noted(log_of(tmp_path / "wide")) == {}
+    [micro_batch] = noted(log_of(tmp_path / "tight")).values()
     failed = [row.attempt - 1 for row in found["tight"]]
     # each failed attempt halves it, and the second trial begins with what the first one ended with (which may be tight)
     assert 2 ** sum(failed) * micro_batch == 512

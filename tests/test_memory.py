@@ -18,12 +18,14 @@ from tiny import make_clip, make_resnet_clip, make_tiny_clip
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DataError
 from carft_ray.evaluation.predictions import OF_LOGITS
+from carft_ray.launch.micro_batch import noted
 from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.worker import run_worker
 from carft_ray.model import classifier
 from carft_ray.model.classifier import build_classifier
 from carft_ray.recipe.loading import load_recipe
+from carft_ray.study.holding import log_of
 from carft_ray.study.outcome import Failure
 from carft_ray.training import evaluate, out_of_memory, run
 from carft_ray.training.evaluate import predict, predict_all
@@ -184,7 +186,7 @@ def test_a_shortage_of_an_evaluation_is_named(tmp_path, monkeypatch, patch, ever
         search(tmp_path, f"evaluate.every_epochs={every_epochs}")
     assert text in str(caught.value)
     assert caught.value.exit_code == 5
-    assert not (tmp_path / "study" / "fits.json").exists()
+    assert noted(log_of(tmp_path / "study")) == {}
 
 
 def anonymous_mb():

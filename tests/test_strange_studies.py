@@ -111,8 +111,8 @@ def test_a_study_from_which_a_link_leads_out_is_not_opened_for_writing(
 
 
 def test_a_pipe_in_a_study_is_refused_and_nothing_waits_for_it(study_dir):
-    os.mkfifo(study_dir / "fits.json")
-    with pytest.raises(StorageError, match=r"fits.json: must be a file or a folder, but got a pipe, device or socket"):
+    os.mkfifo(study_dir / "ray.log")
+    with pytest.raises(StorageError, match=r"ray.log: must be a file or a folder, but got a pipe, device or socket"):
         holding(study_dir).__enter__()
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import OutOfMemoryError, RecipeError, StorageError
 from carft_ray.launch import micro_batch
-from carft_ray.launch.micro_batch import fitted, memory_failure, note
+from carft_ray.launch.micro_batch import fitted, memory_failure
 from carft_ray.model import tower
 from carft_ray.model.classifier import ImageClassifier, build_classifier
 from carft_ray.model.heads import build_heads
@@ -178,21 +178,23 @@ OF_MEMORY = [{"lora_rank": 4}, {"freeze_layers": 2}, {"ema_decay": 0.9}]  # valu
 
 
 @pytest.mark.parametrize("values", [*OF_MEMORY, {"compile": True}, {"grad_checkpointing": True}])
-def test_a_micro_batch_that_fits_is_remembered_for_what_decides_over_memory(tmp_path, values):
+def test_a_micro_batch_that_fits_is_remembered_for_what_decides_over_memory(values):
     plain, other = (make_recipe(1, train={"batch_size": 64, **more}) for more in ({}, values))
-    note(tmp_path, memory_failure(OutOfMemoryError("short", 64), plain, {}, 1))
-    assert fitted(plain, tmp_path, 1).train.micro_batch == 32
-    assert fitted(other, tmp_path, 1) == other
+    failure = memory_failure(OutOfMemoryError("short", 64), plain, {}, 1)
+    found = {failure.device: failure.fits}
+    assert fitted(plain, found, 1).train.micro_batch == 32
+    assert fitted(other, found, 1) == other
     no_image = memory_failure(OutOfMemoryError("short", 1), plain, values, 1)
     assert no_image.outcome == ("error" if values in OF_MEMORY else "fatal")
 
 
-def test_a_micro_batch_that_fits_beside_another_training_is_not_that_of_a_whole_gpu(tmp_path, monkeypatch):
+def test_a_micro_batch_that_fits_beside_another_training_is_not_that_of_a_whole_gpu(monkeypatch):
     monkeypatch.setattr(micro_batch, "_device", lambda recipe: "a GPU")
     whole, half = (make_recipe(1, train={"batch_size": 64}, resources={"gpus_per_worker": n}) for n in (1.0, 0.5))
-    note(tmp_path, memory_failure(OutOfMemoryError("short", 64), half, {}, 1))
-    assert fitted(whole, tmp_path, 1).train.micro_batch is None
-    assert fitted(half, tmp_path, 1).train.micro_batch == 32
+    failure = memory_failure(OutOfMemoryError("short", 64), half, {}, 1)
+    found = {failure.device: failure.fits}
+    assert fitted(whole, found, 1).train.micro_batch is None
+    assert fitted(half, found, 1).train.micro_batch == 32
 
 
 def image_set(size):

@@ -8,14 +8,11 @@ before the first trial.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 
-from carft_ray import files
 from carft_ray.evaluation.objective import ID_SET
 from carft_ray.evaluation.predictions import accuracy, select
-from carft_ray.layout import REFERENCES
 from carft_ray.recipe.schema.constraints import ID_DROP, VIOLATION, ConstraintsConfig
 
 _ROUNDING = 1e-12
@@ -44,24 +41,11 @@ def limits(constraints: ConstraintsConfig, id_accuracies: Mapping[str, float]) -
 
     Args:
         constraints: The recipe's.
-        id_accuracies: ID accuracy of each baseline that they name, at its alpha.
-
-    Raises:
-        KeyError: A baseline has none.
+        id_accuracies: ID accuracy of each baseline that they name, at its alpha. A baseline without one constrains
+            nothing, as in a training outside a search.
     """
-    return tuple(Limit(f"{ID_DROP}/{name}", id_accuracies[name] - drop) for name, drop in constraints.id_drop.items())
-
-
-def stored_limits(constraints: ConstraintsConfig, prepared_dir: Path) -> tuple[Limit, ...]:
-    """Returns the constraints by the accuracies that the search has written next to its preparation.
-
-    None without that file: baselines and trainings outside a search are never constrained.
-
-    Raises:
-        StorageError: The file is damaged.
-    """
-    is_there = files.exists(prepared_dir / REFERENCES)
-    return limits(constraints, files.read_json(prepared_dir, REFERENCES)) if is_there else ()
+    known = {name: drop for name, drop in constraints.id_drop.items() if name in id_accuracies}
+    return tuple(Limit(f"{ID_DROP}/{name}", id_accuracies[name] - drop) for name, drop in known.items())
 
 
 def violations_at(table: pa.Table, bounds: Sequence[Limit], alpha: float) -> dict[str, float]:

@@ -3,7 +3,7 @@
 A node that sees the study's folder uses it. Other nodes use a folder in their cache: the files that a training needs
 are copied there from the driver's machine first, and its results are copied back (``launch.study_files``).
 
-    CACHE/unseen/KEY/     as the study: prepared/, fits.json, trials/NAME/ while a training of this name runs
+    CACHE/unseen/KEY/     as the study: prepared/, and trials/NAME/ while a training of this name runs
 """
 
 import contextlib
@@ -26,7 +26,6 @@ from carft_ray.layout import (
     ATTEMPT,
     KEPT_CHECKPOINTS,
     METRICS,
-    MICRO_BATCH,
     OWN,
     PREPARATION,
     PREPARED,
@@ -140,7 +139,7 @@ def _get(source: StudyFiles, spec: TrialSpec, folder: Path) -> None:
     for each in entries(folder, spec.training):
         if each.name not in names:
             files.remove(folder / each.name)
-    source.get([*source.entries(PREPARED), *source.entries(MICRO_BATCH), *wanted], folder)
+    source.get([*source.entries(PREPARED), *wanted], folder)
 
 
 def needed(found: Sequence[Entry], training: str) -> list[Entry]:

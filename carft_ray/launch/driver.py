@@ -9,7 +9,7 @@ Whoever runs the trainings (``launch.trainings``: Ray Tune, or this process) cal
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -126,6 +126,7 @@ class Driver:
         self._next_poll = 0.0
         self._stopping_since = 0.0
         self._told_at_a_time: tuple[int, str] | None = None  # as the log says it
+        self._fits = micro_batch.noted(self.study.log)
         self.study.log.meanwhile = self.poll
 
     def __getstate__(self) -> dict[str, object]:
@@ -155,7 +156,7 @@ class Driver:
             self._fail(error)
             return None
         if spec is not None:
-            now = time.monotonic()
+            spec, now = replace(spec, fits=self._fits), time.monotonic()
             self._attempts[key] = _Attempt(spec, now, seen=now)
             self.exchange.order(spec.training, spec.attempt)
         return spec
@@ -404,7 +405,8 @@ class Driver:
         spec = attempt.spec
         failure = attempt.failure
         if failure is not None and failure.device:
-            micro_batch.note(self.study.study_dir, failure)
+            micro_batch.note(self.study.log, failure)
+            self._fits = micro_batch.noted(self.study.log)
         row = self.study.settle(spec, failure, self.study.spent(spec, seconds, self.gpus))
         if row is None:
             if self.check_stop():

@@ -3,7 +3,7 @@
 A training that runs out of memory is retried. The attempt that met it ends, the driver notes half of its micro-batch,
 and the training continues from its checkpoint with what is noted. The global batch, and so the result, stays the same.
 
-    study_dir/fits.json    {"<model>, <precision>, <device>": largest micro-batch}      a model has one resolution
+    log    {"kind": "fits", "device": "<model>, <precision>, <device>", "micro_batch": 16}    a model has one resolution
 
 Another one fits with gradient checkpointing, a compiled tower, LoRA, frozen layers or an average, and where a training
 shares its GPU with others of the study: the key ends in these.
@@ -11,29 +11,29 @@ shares its GPU with others of the study: the key ends in these.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from carft_ray import files
 from carft_ray.errors import OutOfMemoryError
-from carft_ray.layout import MICRO_BATCH
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.store.log import Log
+from carft_ray.study import typed
 from carft_ray.study.outcome import Failure
 from carft_ray.training.out_of_memory import micro_batch_of
 
 # fields that decide whether a single image fits: the whole batch lies on the device, and so do weights and activations
 MEMORY_FIELDS = ("batch_size", "precision", "freeze_layers", "lora_rank", "ema_decay")
+FITS = "fits"  # kind of the records
 
 
-def fitted(recipe: Recipe, folder: Path, num_workers: int) -> Recipe:
+def fitted(recipe: Recipe, fits: Mapping[str, int], num_workers: int) -> Recipe:
     """Returns the recipe with the micro-batch that was found to fit on this process's device, if it is smaller.
 
     Args:
         recipe: Of a training, with its values.
-        folder: The study directory, or what a node has of it.
+        fits: What ``noted`` returns.
         num_workers: Workers that share a global batch.
     """
-    found = _read(folder).get(_key(recipe))
+    found = fits.get(_key(recipe))
     if found is None or found >= micro_batch_of(recipe.train, num_workers):
         return recipe
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"micro_batch": found})})
@@ -65,21 +65,33 @@ def memory_failure(error: OutOfMemoryError, recipe: Recipe, values: Mapping[str,
     return Failure("fatal", str(error), attempt, error.exit_code, device=key)
 
 
-def note(folder: Path, failure: Failure) -> None:
-    """Notes what a shortage of memory says of its device, for the trainings that follow, in the study directory.
-
-    When one image did not fit, the next search begins anew: something else may have filled the device.
+def noted(log: Log) -> dict[str, int]:
+    """Returns the micro-batches that may fit, by device, as ``note`` has written them to a log.
 
     Raises:
-        StorageError: The folder cannot be written.
+        StorageError: A record is not what it may be.
     """
-    found = _read(folder)
-    if failure.fits:
-        noted = {**found, failure.device: min(failure.fits, found.get(failure.device, failure.fits))}
-    else:
-        noted = {name: size for name, size in found.items() if name != failure.device}
-    if noted != found:
-        files.write_json(folder / MICRO_BATCH, noted)
+    found = dict[str, int]()
+    for number, record in log.records:
+        if record.get("kind") == FITS:
+            typed.checked(typed.Fits, record, f"{log}, commit {number}")
+            found[record["device"]] = record["micro_batch"]
+    return {device: size for device, size in found.items() if size}
+
+
+def note(log: Log, failure: Failure) -> None:
+    """Notes what a shortage of memory says of its device, for the trainings that follow, in the log of the study.
+
+    If one image did not fit, what was noted is void: something else may have filled the device.
+
+    Raises:
+        StorageError: The log cannot be written.
+    """
+    found = noted(log).get(failure.device, 0)
+    fits = min(failure.fits, found or failure.fits)
+    if fits != found:
+        with log.commit({"kind": FITS, "device": failure.device, "micro_batch": fits}):
+            pass
 
 
 def _key(recipe: Recipe) -> str:
@@ -101,8 +113,3 @@ def _device(recipe: Recipe) -> str:
 
         return device_name(device_of(recipe))
     return "cpu"
-
-
-def _read(folder: Path) -> dict[str, int]:
-    found = files.retried(folder / MICRO_BATCH, lambda: files.read_object(folder, MICRO_BATCH)) or {}
-    return {key: size for key, size in found.items() if isinstance(size, int) and size > 0}

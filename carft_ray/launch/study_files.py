@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from carft_ray import files
 from carft_ray.errors import MachineError, Problem, StorageError
 from carft_ray.launch.named_actor import NamedActor, started_here
-from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, MICRO_BATCH, PREPARED
+from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, PREPARED
 from carft_ray.store.folder import Folder, check_name
 from carft_ray.store.result import checkpoints
 from carft_ray.untrusted import is_name, open_regular, visible
@@ -120,7 +120,7 @@ class FileServer:
             shutil.rmtree(old, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
-        if name != MICRO_BATCH and name.partition("/")[0] not in (*FOLDERS.values(), PREPARED):
+        if name.partition("/")[0] not in (*FOLDERS.values(), PREPARED):
             raise StorageError(Problem(name, "must be a file of trainings"))
         return self._folder.path_of(name)
 

@@ -86,7 +86,8 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
                 start += f" from {outcome.progress_words(folder)}" if spec.attempt > 1 else ""
                 poster.record("log", f"attempt {spec.attempt}: starts on {', '.join(addresses)}{start}")
             recipe = apply(runtime.recipe if spec.kind == "trial" else alone(runtime.recipe), spec.values)
-            recipe = fitted(recipe, study_dir, context.world_size)
+            recipe = fitted(recipe, spec.fits, context.world_size)
+            context = replace(context, references=spec.references)
             with _watched(context, poster, place, runtime.recipe.resources.hang_timeout_s, sends) as context:
                 result = runtime.runner.train(recipe, folder, study_dir / PREPARED, context, spec.attempt)
         if sends is not None:

@@ -8,6 +8,7 @@ that rounding has led apart the objective and the points of the curve are compar
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from carft_ray import environment, files
 from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
 from carft_ray.launch.runs.single import train_once
-from carft_ray.layout import PREPARED, REFERENCES
+from carft_ray.launch.runtime import RUNNER
+from carft_ray.layout import PREPARED
 from carft_ray.model.device import gpu_names
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading.finished import Finished, open_finished
@@ -26,7 +28,6 @@ from carft_ray.study.outcome import result_of
 from carft_ray.study.provenance import CHANGING, differences, identity_problems, leaves
 from carft_ray.training.checkpoint import load_tensors
 from carft_ray.training.origin import set_contents
-from carft_ray.training.run import prepare
 from carft_ray.words import counted
 
 # of result.json; all but times and the machine
@@ -125,27 +126,36 @@ def reproduce(
     _check({"data": set_contents(base)}, kept)
     shared = _as_computed(base, kept["preparation"], out_dir)
     is_trial = finished.row.kind == "trial"
-    references = f"{PREPARED}/{REFERENCES}"
-
-    def prepare_first(folder: Path) -> dict[str, Any]:
-        found = prepare(shared, folder, say)
-        _check(found["provenance"], kept)
-        if is_trial and files.exists(finished.folder / references):
-            files.write_json(folder / REFERENCES, files.read_json(finished.folder, references))
-        return found
-
     if finished.is_zero_shot:
-        metrics = {k: v for k, v in prepare_first(out_dir / PREPARED).items() if k in finished.result["metrics"]}
+        prepared = _prepare(shared, kept, shared, out_dir / PREPARED, say)
+        metrics = {k: v for k, v in prepared.items() if k in finished.result["metrics"]}
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return _compared(finished, then, replace(finished, folder=out_dir, result=result))
     was = finished.recipe if is_trial else alone(finished.recipe)
     recipe = _as_computed(was, finished.result["environment"], out_dir)
+    references = finished.result.get("references", {})
+    runner = replace(RUNNER, prepare=partial(_prepare, shared, kept), train=partial(_train, references))
     try:
-        train_once(recipe, out_dir, False, "", say, progress, report, None, prepare_first, rows)
+        train_once(recipe, out_dir, False, "", say, progress, report, None, rows, runner)
     except InterruptedRunError:
         step = "Run the same command again; the folder of --out, if one was given, must be removed first."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None
     return _compared(finished, then, open_finished(out_dir))
+
+
+def _prepare(
+    shared: Recipe, kept: dict[str, Any], recipe: Recipe, folder: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Prepares what the first time has prepared, with what it computed with (``shared``), whatever ``recipe`` says."""
+    found = RUNNER.prepare(shared, folder, say)
+    _check(found["provenance"], kept)
+    return found
+
+
+def _train(references: Mapping[str, float], *given: Any) -> dict[str, Any]:
+    """Runs a training whose constraints compare with what they compared with the first time."""
+    recipe, out_dir, prepared_dir, context, attempt = given
+    return RUNNER.train(recipe, out_dir, prepared_dir, replace(context, references=references), attempt)
 
 
 def _check(found: dict[str, Any], kept: dict[str, Any]) -> None:

@@ -14,17 +14,16 @@ from typing import Any, get_args
 
 from carft_ray.errors import HoldOutError, Problem, UsageError, nearest
 from carft_ray.evaluation.alpha import Point, choose_point, curve_points
-from carft_ray.evaluation.constraints import Limit, stored_limits
+from carft_ray.evaluation.constraints import Limit, limits
 from carft_ray.evaluation.objective import ObjectiveKind, ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.layout import PREPARED
 from carft_ray.recipe.schema.constraints import total_violation, violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.results.reading.study_view import Overview
 from carft_ray.results.stored import predictions_path
 from carft_ray.study.mirror import named
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.outcome import TrialRow, result_of
 from carft_ray.study.rows import best_first, require_finished
 
 NOTE = (
@@ -91,7 +90,8 @@ def rescore(view: Overview, spec: ObjectiveSpec) -> dict[str, Any]:
         StorageError, DataError: As ``rescore_row``.
     """
     finished = require_finished(view.study_dir, [row for row in view.trials if row.outcome == "complete"])
-    bounds = stored_limits(view.recipe.search.constraints, view.study_dir / PREPARED)
+    references = result_of(view.study_dir, finished[0]).get("references", {})  # the same for all trials
+    bounds = limits(view.recipe.search.constraints, references)
     points = [(row, rescore_row(view, row, spec, bounds)) for row in finished]
     points.sort(key=lambda pair: (total_violation(pair[1]), -pair[1]["objective"], pair[0].number))
     old = {row.number: rank for rank, row in enumerate(best_first(finished), start=1)}

@@ -43,6 +43,8 @@ class TrialSpec:
         name: Name of its folder: ``t0007-3f9c``, the baseline's name, or either with ``-seed<seed>``.
         values: Values over the recipe's ``train``.
         attempt: Counts from 1; each lost or stopped attempt is followed by another one, which resumes.
+        references: ID accuracies with which its constraints compare, by baseline.
+        fits: What the study knows of micro-batches, by device (``launch.micro_batch``).
     """
 
     kind: Kind
@@ -50,6 +52,8 @@ class TrialSpec:
     name: str
     values: dict[str, Any]
     attempt: int
+    references: dict[str, float] = field(default_factory=dict, compare=False, kw_only=True)
+    fits: dict[str, int] = field(default_factory=dict, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         """Raises a ``StorageError`` when no folder may have the name."""

@@ -28,8 +28,7 @@ from optuna.trial import TrialState
 
 from carft_ray import files
 from carft_ray.errors import NoSuccessfulTrialError, Problem
-from carft_ray.layout import COMMITS, LOG, METRICS, PREPARED, REFERENCES, RESULT
-from carft_ray.recipe.schema.constraints import constraint_names
+from carft_ray.layout import COMMITS, LOG, METRICS, RESULT
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.store.result import read_result, reported_rows
@@ -66,7 +65,7 @@ class Study:
         self.stop = Stop(study_dir, log)
         self.journal = Journal(study_dir, recipe, log, storage)
         self.retention = Retention(study_dir, recipe, log.forget_files)
-        self._references_known = not constraint_names(recipe.search.constraints)  # what constraints compare with
+        self._references: dict[str, float] = {}  # ID accuracies of the baselines that constraints name, once known
         self.asks = True  # whether the sampler proposes new trials
         self.waiting: deque[TrialSpec] = deque()
         self._last_steps: dict[str, float] = {}  # of the rows of trainings, by folder
@@ -90,7 +89,7 @@ class Study:
             return None
         with self.log.commit():
             begun = waiting or self.journal.ask()
-            spec = replace(begun, attempt=begun.attempt + 1)
+            spec = replace(begun, attempt=begun.attempt + 1, references=self._references)
             self.journal.note(spec, {"attempt": spec.attempt})
         return spec
 
@@ -327,12 +326,12 @@ class Study:
         return spec.kind != "trial" or not self.asks or self._may_try()  # of given values all is known already
 
     def _may_try(self) -> bool:
-        """Tells whether the baselines that constraints name have finished; notes their ID accuracy for the trials.
+        """Tells whether the baselines that constraints name have finished; keeps their ID accuracies for the trials.
 
         Raises:
             NoSuccessfulTrialError: One of them never will.
         """
-        if self._references_known:
+        if self._references.keys() >= self.recipe.search.constraints.id_drop.keys():
             return True
         baselines = {row.name: row for row in self.rows("baseline")}
         named = {name: baselines.get(name) for name in self.recipe.search.constraints.id_drop}
@@ -341,10 +340,7 @@ class Study:
             raise NoSuccessfulTrialError([_without_reference(self.study_dir, *each) for each in ended.items()])
         if any(row is not None and row.outcome == "running" for row in named.values()):
             return False
-        self.log.check()
-        found = {name: row.metrics["id_accuracy"] for name, row in named.items() if row is not None}
-        files.write_json(self.study_dir / PREPARED / REFERENCES, found)
-        self._references_known = True
+        self._references = {name: row.metrics["id_accuracy"] for name, row in named.items() if row is not None}
         return True
 
     def _wants_more(self) -> bool:

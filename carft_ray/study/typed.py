@@ -83,6 +83,7 @@ class Result(_Strict):
     files: dict[str, Kept] = {}
     train: dict[str, Any] = {}
     environment: dict[str, Any] = {}
+    references: dict[str, Share] = {}
 
 
 class Started(_Strict):
@@ -99,6 +100,13 @@ class AtATime(_Strict):
 
     number: Count
     reason: Words
+
+
+class Fits(_Strict):
+    """The micro-batch that may fit into the memory of a device, in the log (``launch.micro_batch``)."""
+
+    device: Words
+    micro_batch: Count
 
 
 class Manifest(_Strict):

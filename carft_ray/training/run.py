@@ -24,7 +24,7 @@ from carft_ray.data.source import ImageSet
 from carft_ray.data.views import VIEW_VERSION
 from carft_ray.errors import RecipeError
 from carft_ray.evaluation.alpha import At, alphas_at_chance, choose_point, curve_points, is_at_chance, measure_curve
-from carft_ray.evaluation.constraints import stored_limits
+from carft_ray.evaluation.constraints import limits
 from carft_ray.evaluation.objective import Metrics, metrics_at, objective_spec
 from carft_ray.evaluation.predictions import FORMAT_VERSION as PREDICTIONS_VERSION
 from carft_ray.evaluation.predictions import concat, read_predictions, select, write_predictions
@@ -212,7 +212,8 @@ class _Training:
 def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: Path) -> dict[str, Any]:
     """Makes the alpha curve and writes its predictions; returns the part of the result that they give."""
     recipe, inputs, spec = training.recipe, training.inputs, objective_spec(training.recipe)
-    bounds, start = stored_limits(recipe.search.constraints, prepared_dir), prepared_dir / layout.ZERO_SHOT_TABLE
+    references, start = training.context.references, prepared_dir / layout.ZERO_SHOT_TABLE
+    bounds = limits(recipe.search.constraints, references)
     free_device()  # of what the training held
     with training.looks(lambda: fine_tuned, inputs.validation) as at:
         tables = measure_curve(recipe, read_predictions(start), at)
@@ -234,6 +235,7 @@ def _evaluate(training: _Training, fine_tuned: dict[str, Tensor], prepared_dir: 
         "at_chance": 1.0 in at_chance,
         "train": recipe.train.model_dump(mode="json"),
         "num_images": inputs.num_images,
+        **({"references": dict(references)} if bounds else {}),
     }
 
 

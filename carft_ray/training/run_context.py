@@ -1,7 +1,7 @@
 """The environment of a training: its rank, where to report, when to stop. Loads neither torch nor Ray."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class RunContext:
         should_stop: Called by rank 0 every few steps. If it returns true, all workers write a checkpoint and raise
             ``StoppedRun``. Evaluations also call it, as a heartbeat, and continue whatever it returns.
         keeps_files: On a node that does not see the study, whether this is the first rank there.
+        references: ID accuracies with which the constraints compare, by baseline; empty: there are no constraints.
     """
 
     rank: int = 0
@@ -24,3 +25,4 @@ class RunContext:
     progress: Callable[[dict[str, float]], None] = lambda row: None
     should_stop: Callable[[], bool] = lambda: False
     keeps_files: bool = False
+    references: Mapping[str, float] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from carft_ray.launch.runtime import RUNNER, Runner
 from carft_ray.launch.session import begin, computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
-from carft_ray.layout import LOG, PREPARED
+from carft_ray.layout import LOG
 from carft_ray.recipe.schema.recipe import Recipe, single
 from carft_ray.study import outcome
 from carft_ray.study.holding import is_ours
@@ -42,7 +42,6 @@ def train_once(
     progress: Callable[[Row], None],
     report: Callable[[Row], None],
     address: str | None = None,
-    prepare_first: Callable[[Path], object] | None = None,
     shared: Sequence[SharedRow] | None = None,
     runner: Runner | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -59,7 +58,6 @@ def train_once(
         progress: Given the metrics every few steps (one worker, in this process).
         report: Given the metrics of every epoch.
         address: Ray cluster to attach to when there are several workers.
-        prepare_first: Called with the folder of the preparation, before what the training needs is prepared there.
         shared: Images that stand in two roles; None: they are found now.
         runner: What is trained; by default ``training.run``.
 
@@ -99,8 +97,6 @@ def train_once(
             return interruption(f"stopped; it continues from {outcome.progress_words(folder)}", resume_command)
 
         with computing(study, recipe, runner or RUNNER, address, interrupted, say, shared, in_process) as runtime:
-            if prepare_first is not None:
-                prepare_first(out_dir / PREPARED)
             zero_shot = prepare(study, runtime, say)
             study.add_zero_shot(zero_shot)
             if not in_process:
