@@ -53,6 +53,7 @@ METRICS = "metrics.jsonl"  # a line per epoch
 WEIGHTS = "fine_tuned.safetensors"  # of the fine-tuned model; only those of the best trials stay
 ATTEMPT = "attempt-"  # begins the name of the folder with what one attempt writes: ``attempt-2``
 STEP = "step-"  # begins the name of a checkpoint's folder in it
+STATE = "state.json"  # in a checkpoint's folder; in a bucket it comes last: without it, a checkpoint is not whole
 KEPT_CHECKPOINTS = 2  # newest ones, while a training runs: if the last is damaged, the one before it serves
 OWN = "own"  # in it, too: what a fine-tuning of the user's own keeps
 ROWS = "rows.jsonl"  # in it, too, while a training has not ended: what the attempt has reported, a line per epoch

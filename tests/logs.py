@@ -5,7 +5,7 @@ import json
 
 from carft_ray.layout import COMMITS
 from carft_ray.store.folder import Folder
-from carft_ray.store.log import _NOBODY, Log, _digest, _sealed, commit_name
+from carft_ray.store.log import _NOBODY, Log, _sealed, commit_name, digest_in
 from carft_ray.store.owner import identity
 from carft_ray.study.holding import STOPPING, check_fit, held
 from carft_ray.study.identity import recipe_record
@@ -85,7 +85,7 @@ def rewrite(study_dir, changed):
     for number, commit in enumerate(changed, start=1):
         data = _sealed(json.dumps({**commit, "number": number, "previous": digest}).encode())
         store.put_new(commit_name(number), data)
-        digest = _digest(data)
+        digest = digest_in(data)
 
 
 def replace(study_dir, old, new):

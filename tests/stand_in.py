@@ -128,7 +128,8 @@ def is_noted(out_dir, number):
 
 def save(out_dir, attempt, epoch):
     """Writes what stands for a checkpoint, under its name."""
-    files.write_json(out_dir / f"attempt-{attempt}" / f"step-{10 * epoch:08d}" / "state.json", epoch)
+    with files.new_folder(out_dir / f"attempt-{attempt}" / f"step-{10 * epoch:08d}") as temporary:
+        files.write_json(temporary / "state.json", epoch)
 
 
 def reduced(context):

@@ -8,10 +8,9 @@ import time
 from dataclasses import replace
 from unittest import mock
 
-import attempts
 import pytest
 import stand_in
-from unseen import Here, unseen
+from unseen import Here, opened, plan_of, unseen
 
 from carft_ray import files
 from carft_ray.data.cache import own_folder
@@ -22,7 +21,6 @@ from carft_ray.launch.mailbox import Mailbox, Wish
 from carft_ray.launch.study_files import Entry, FileServer, entries
 from carft_ray.launch.worker import run_worker
 from carft_ray.store.result import checkpoints, read_result, reported_rows
-from carft_ray.study.opening import open_study
 from carft_ray.training.run_context import RunContext
 
 PLACE = "trials/t0000-0000/attempt-1"
@@ -120,19 +118,6 @@ def test_an_attempt_needs_the_newest_weights_or_else_two_checkpoints_and_what_th
     weights = [Entry(f"trials/t/attempt-{a}/fine_tuned.safetensors", 1, 1) for a in (9, 10)]
     wanted = {each.name.removeprefix("trials/t/") for each in needed([*found, *weights], "trials/t")}
     assert wanted == {"metrics.jsonl", "attempt-10/own/d", "attempt-10/fine_tuned.safetensors"}
-
-
-def plan_of(study, away):
-    last, first = (study.log.number, study.log.digest), study.log.digest_of(1)
-    runtime = attempts.plan_of(study)
-    data = runtime.recipe.data.model_copy(update={"cache_dir": str(study.study_dir.parent / "cache")})
-    recipe = runtime.recipe.model_copy(update={"data": data})
-    return replace(runtime, recipe=recipe, files=away, commit=last, first_commit=first)
-
-
-def opened(folder, epochs=2):
-    """Opens a study of one training."""
-    return open_study(folder / "study", stand_in.make_recipe(1, epochs=epochs, baselines={}))
 
 
 def test_a_node_knows_the_study_by_a_commit_of_its_search(tmp_path):

@@ -2,15 +2,19 @@
 
 from dataclasses import replace
 
+import attempts
+import stand_in
+
 from carft_ray.launch.study_files import FileServer, StudyFiles
+from carft_ray.study.opening import open_study
 
 
 class Here(StudyFiles):
     """Calls a server of this process. Every ``loses``th answer is lost after the call was done."""
 
-    def __init__(self, folder, loses=0):
+    def __init__(self, folder, loses=0, address=""):
         super().__init__("file server-1")
-        self.server, self.loses, self.calls, self.largest = FileServer(folder), loses, [], 0
+        self.server, self.loses, self.calls, self.largest = FileServer(folder, address), loses, [], 0
 
     def begin(self, method, *given):
         self.calls.append((method, *given))
@@ -29,3 +33,16 @@ class Here(StudyFiles):
 def unseen(runtime, **more):
     """The runtime of a node that does not find the search's commit under the path of the study."""
     return replace(runtime, commit=(runtime.commit[0], "of another machine"), **more)
+
+
+def plan_of(study, away):
+    last, first = (study.log.number, study.log.digest), study.log.digest_of(1)
+    runtime = attempts.plan_of(study)
+    data = runtime.recipe.data.model_copy(update={"cache_dir": str(study.study_dir.parent / "cache")})
+    recipe = runtime.recipe.model_copy(update={"data": data})
+    return replace(runtime, recipe=recipe, files=away, commit=last, first_commit=first)
+
+
+def opened(folder, epochs=2):
+    """Opens a study of one training."""
+    return open_study(folder / "study", stand_in.make_recipe(1, epochs=epochs, baselines={}))

@@ -1,7 +1,8 @@
 """Local copies of study files on nodes that cannot see the study.
 
 A node that sees the study's folder uses it. Other nodes use a folder in their cache: the files that a training needs
-are copied there from the driver's machine first, and its results are copied back (``launch.study_files``).
+are copied there first, and its results are copied back: from and to the bucket of the study, if the node reaches that,
+else the driver's machine (``launch.study_files``).
 
     CACHE/unseen/KEY/     as the study: prepared/, and trials/NAME/ while a training of this name runs
 """
@@ -13,15 +14,16 @@ import shutil
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from carft_ray import files
 from carft_ray.data.cache import cache_dir, key_of, own_folder, own_folders, remove_folder
 from carft_ray.errors import CarftError, StorageError
 from carft_ray.launch.runtime import Runtime
-from carft_ray.launch.study_files import Entry, StudyFiles, entries
+from carft_ray.launch.study_files import BucketFiles, Entry, StudyFiles, entries, reaches
 from carft_ray.layout import (
     ATTEMPT,
     KEPT_CHECKPOINTS,
@@ -40,6 +42,7 @@ from carft_ray.study.outcome import TrialSpec
 from carft_ray.training.run_context import RunContext
 
 UNSEEN = "unseen"  # folder of the cache
+BUCKET = "bucket.json"  # in place of the study's: whether this node reaches its bucket
 SEND_EVERY_S = 1.0
 KEPT_FOR_S = 7 * 24 * 3600.0  # what a killed process has left of another study
 
@@ -71,9 +74,25 @@ def here(runtime: Runtime) -> Path:
     return place
 
 
+def uses_bucket(runtime: Runtime) -> bool:
+    """Tells whether this node reads and writes the bucket of the study itself: tried once for each search.
+
+    Raises:
+        StorageError: The answer cannot be kept in the cache.
+    """
+    if not runtime.bucket:
+        return False
+    folder, asked = here(runtime), [runtime.bucket, *runtime.commit]
+    kept = files.read_object(folder, BUCKET) or {}
+    if kept.get("asked") != asked:
+        kept = {"asked": asked, "reaches": reaches(runtime.bucket, runtime.commit)}
+        files.write_json(folder / BUCKET, kept)
+    return bool(kept["reaches"])
+
+
 @contextlib.contextmanager
 def prepared_at_hand(runtime: Runtime) -> Iterator[Path]:
-    """Gives the folder of the preparation; what the block changes in it goes to the study.
+    """Gives the folder of the preparation; what the block changes in it goes to the study, always through the driver.
 
     Raises:
         MachineError: The driver's machine does not answer.
@@ -93,7 +112,11 @@ def prepared_at_hand(runtime: Runtime) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def training_at_hand(
-    runtime: Runtime, spec: TrialSpec, context: RunContext, nodes: Sequence[tuple[str, bool]]
+    runtime: Runtime,
+    spec: TrialSpec,
+    context: RunContext,
+    nodes: Sequence[tuple[str, bool]],
+    record: Callable[[Any, Any], None] = lambda kind, value: None,
 ) -> Iterator[tuple[Path, RunContext, "Delivery | None"]]:
     """Gives the study's folder as this node has it, for one attempt at a training.
 
@@ -102,6 +125,7 @@ def training_at_hand(
         spec: The attempt.
         context: Of this rank; every rank calls this.
         nodes: Of each rank, Ray's name of its node and whether it sees the study.
+        record: As of ``BucketFiles``.
 
     Yields:
         The folder; the context of a training there; and what sends to the study what the attempt writes, on rank 0
@@ -116,11 +140,16 @@ def training_at_hand(
         folder, is_first = runtime.study_dir, False
     else:
         folder, is_first = here(runtime), nodes.index((node, False)) == context.rank
-    source, counts = runtime.files, (0, 0) if runtime.files is None else runtime.files.counts
-    if not all(seen for _, seen in nodes):
+    source: StudyFiles | BucketFiles | None = runtime.files
+    if is_first and runtime.files is not None and uses_bucket(runtime):
+        source = BucketFiles(runtime.bucket, runtime.files, spec.attempt_name, record)
+    counts = (0, 0) if source is None else source.counts
+    is_behind = bool(runtime.bucket) and spec.attempt > 1  # the driver's folder may lack what is only in the bucket
+    if is_behind or not all(seen for _, seen in nodes):
         from carft_ray.training.ranks import on_all_ranks
 
-        on_all_ranks(context, lambda: _get(source, spec, folder) if is_first and source else None)
+        gets = is_first or (is_behind and seen and [each for _, each in nodes].index(True) == context.rank)
+        on_all_ranks(context, lambda: _get(source, spec, folder, seen) if gets and source else None)
     if not is_first or source is None:
         yield folder, context, None
         return
@@ -132,9 +161,15 @@ def training_at_hand(
         shutil.rmtree(spec.folder(folder), ignore_errors=True)
 
 
-def _get(source: StudyFiles, spec: TrialSpec, folder: Path) -> None:
-    """Brings what an attempt reads of the study, and removes what else a killed one has left here of its training."""
+def _get(source: StudyFiles | BucketFiles, spec: TrialSpec, folder: Path, seen: bool) -> None:
+    """Brings what an attempt reads of the study, and removes what else a killed one has left here of its training.
+
+    Into the study's folder, if it is ``seen``, comes what an earlier attempt has put into the bucket alone.
+    """
     wanted = needed(source.entries(spec.training), spec.training)
+    if seen:
+        source.get([each for each in wanted if not files.exists(folder / each.name)], folder)
+        return
     names = {each.name for each in wanted}
     for each in entries(folder, spec.training):
         if each.name not in names:
@@ -179,7 +214,9 @@ class Delivery:
         counts: Those of ``target`` when the attempt began.
     """
 
-    def __init__(self, target: StudyFiles, folder: Path, spec: TrialSpec, counts: tuple[int, int] = (0, 0)) -> None:
+    def __init__(
+        self, target: StudyFiles | BucketFiles, folder: Path, spec: TrialSpec, counts: tuple[int, int] = (0, 0)
+    ) -> None:
         self._target, self._folder, self._training = target, folder, spec.training
         self._place = f"{spec.training}/{ATTEMPT}{spec.attempt}"
         self._counts, self._sent = counts, dict[str, Entry]()
@@ -239,9 +276,9 @@ class Delivery:
                 del self._sent[gone]
 
     def words(self) -> str:
-        """Returns how much has come and gone through Ray, for the log."""
+        """Returns how much has come and gone, and how, for the log."""
         got, sent = (now - before for now, before in zip(self._target.counts, self._counts, strict=True))
-        return f"{got / 1e6:.1f} MB came through Ray, {sent / 1e6:.1f} MB went"
+        return f"{got / 1e6:.1f} MB came {self._target.way}, {sent / 1e6:.1f} MB went"
 
     def _send(self, names: Sequence[str]) -> None:
         """Sends those files that are there and have changed since they were sent."""

@@ -6,6 +6,7 @@ and the budget; what is to end gets its order through the mailbox.
 Whoever runs the trainings (``launch.trainings``: Ray Tune, or this process) calls these four, each from one thread.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -25,8 +26,10 @@ from carft_ray.launch.ray_cluster.nodes import BadNodes
 from carft_ray.launch.stop import BUDGET_STOP, used_up
 from carft_ray.layout import LOG, RESULT
 from carft_ray.recipe.schema.recipe import BudgetConfig
+from carft_ray.store.folder import check_name
 from carft_ray.study import outcome
 from carft_ray.study.holding import STOPPING
+from carft_ray.study.mirror import NUMBERS
 from carft_ray.study.outcome import Failure, TrialRow, TrialSpec, append_log, log_lost
 from carft_ray.study.running import at_a_time_record, started
 from carft_ray.study.study import Study
@@ -39,6 +42,7 @@ ATTEMPTS_TO_GIVE_UP, ATTEMPTS_PER_SLOT = 12, 6  # at least, and for each trainin
 POLL_EVERY_S = 0.5
 POLL_SHARE = 0.1  # of the time, at most
 STOP_WAITING_AFTER_S = 30.0  # a Ray Train group whose workers have not come so long after a stop is given up
+LONGEST_NAME = 1024  # of a file, as in a bucket
 WAIT_NOTE_AFTER_S = 50  # a training whose process is not there after this time gets a note
 SLEPT = f"the driver was silent for more than {PATIENCE_S:.0f} s"
 
@@ -60,6 +64,7 @@ class _Attempt:
         stacks: Gives what its threads did then.
         leaves: Why it was asked to leave; empty where it was not.
         is_noted: Whether the log says that it has begun.
+        gone: What its node has put into the bucket of the study and has removed since; None: it puts nothing there.
     """
 
     spec: TrialSpec
@@ -74,6 +79,7 @@ class _Attempt:
     stacks: Callable[[], str] = str
     leaves: str = ""
     is_noted: bool = False
+    gone: set[str] | None = None
 
 
 @dataclass(eq=False)
@@ -183,6 +189,10 @@ class Driver:
         try:
             self.study.log.check()  # the files are those of whoever holds the study
             self._read_post(attempt)
+            if attempt.gone is not None:
+                for name in attempt.gone:
+                    self.study.log.forget_files(self.study.study_dir / name)
+                self.study.log.bring(attempt.spec.attempt_name, NUMBERS)
         except StorageError as error:
             self._fail(error)
         spec, seconds = attempt.spec, self._held_s(attempt)
@@ -312,6 +322,11 @@ class Driver:
                     append_log(attempt.spec.folder(self.study.study_dir), value)
                 elif kind == "step":
                     self.on_event(events.TrialStep(attempt.spec, value))
+                elif kind in ("sent", "gone"):
+                    names, gone = _own_names(attempt.spec, value), attempt.gone or set()
+                    attempt.gone = gone - names if kind == "sent" else gone | names  # removed once no node writes there
+                    if kind == "sent":
+                        self.study.log.learn(sorted(names))
                 elif self.study.add_row(attempt.spec, value):
                     attempt.rows.append(value)
                     attempt.last_row = time.monotonic()
@@ -415,7 +430,8 @@ class Driver:
                 return
             leaves = attempt.leaves or (SLEPT if attempt.began < self.exchange.woke else "")
             if failure is None and leaves and not gone:
-                outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves)
+                known = self.study.log.known(spec.training)
+                outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves, known)
                 self.study.repeat(spec)
                 self.on_event(events.Note(f"{spec.name} gets another attempt: {leaves}"))
                 return
@@ -518,3 +534,17 @@ class Driver:
         """Keeps the first failure and asks what runs to stop."""
         self.fail(error)
         self.study.stop.ask(str(error))
+
+
+def _own_names(spec: TrialSpec, names: object) -> set[str]:
+    """Returns those names that are of files of an attempt: processes of others may write to the mailbox, too."""
+    found = set()
+    for name in names if isinstance(names, list) else ():
+        with contextlib.suppress(StorageError):
+            if (
+                isinstance(name, str)
+                and len(name) <= LONGEST_NAME
+                and check_name(name).startswith(f"{spec.attempt_name}/")
+            ):
+                found.add(name)
+    return found

@@ -32,8 +32,10 @@ RETRY_EVERY_S = 0.2
 # stop: write a checkpoint and end; leave: so, too, and another attempt follows elsewhere; cut: end, and the same
 # workers may get the next training; outdated: another attempt runs
 Order = Literal["go", "cut", "stop", "leave", "outdated"]
-Kind = Literal["step", "row", "log"]
-Record = tuple[Kind, Any]  # metrics of some steps; those of an epoch; text of the log
+Kind = Literal["step", "row", "log", "sent", "gone"]
+# metrics of some steps; those of an epoch; text of the log; names of files that its node has put into the bucket of the
+# study; names of those that it has removed since
+Record = tuple[Kind, Any]
 
 
 class Wish(NamedTuple):

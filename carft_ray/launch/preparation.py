@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from carft_ray import environment
 from carft_ray.data.listed_sets import write_sets
 from carft_ray.errors import CarftError, ClusterError, Problem
-from carft_ray.launch.at_hand import prepared_at_hand, sees
+from carft_ray.launch.at_hand import prepared_at_hand, sees, uses_bucket
 from carft_ray.launch.failures.causes import lost_rank, root_cause
 from carft_ray.launch.mailbox import Box
 from carft_ray.launch.ray_cluster.cluster import nodes_alive
@@ -57,7 +57,7 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None], asked: Callable[[],
     nodes = _nodes_for_trainings(runtime.capacity)
     # a process that the preparation may not use again (Ray keeps those with GPUs apart) would hold a model for nothing
     max_calls = 1 if runtime.capacity.gpus_per_worker or len(nodes) > 1 else 0
-    pending, without = dict[Any, str](), list[str]()
+    pending, without = dict[Any, str](), dict[str, bool]()
     for node_id, address in nodes.items():
         where = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
         task = ray.remote(num_cpus=0, num_gpus=0, max_retries=0, max_calls=max_calls, scheduling_strategy=where)(_fill)  # type: ignore[call-overload]
@@ -66,9 +66,9 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None], asked: Callable[[],
         for ended in _rounds(runtime, pending, FILLING, say, asked):
             for done in ended:
                 node_id = pending.pop(done)
-                reason, seen = "", True
+                reason, seen, by_bucket = "", True, False
                 try:
-                    reason, seen = ray.get(done)
+                    reason, seen, by_bucket = ray.get(done)
                 except Exception as error:  # not of the sets: the preparation meets it, too, or is spared it
                     cause = getattr(error, "cause", error)
                     if isinstance(cause, CarftError):
@@ -76,12 +76,12 @@ def fill_nodes(runtime: Runtime, say: Callable[[str], None], asked: Callable[[],
                     reason = root_cause(error)
                 if reason:
                     say(f"{nodes[node_id]} did not fill its cache; its trials will fill it: {reason}")
-                without += [] if seen else [nodes[node_id]]
+                without |= {} if seen else {nodes[node_id]: by_bucket}
             alive = _nodes_for_trainings(runtime.capacity)
             for lost in [each for each, node_id in pending.items() if node_id not in alive]:  # Ray may take minutes
                 say(f"{nodes[pending.pop(lost)]} is gone: the search continues without it")
     if runtime.files is not None:
-        say(_sight(runtime.study_dir, len(nodes), sorted(without)))
+        say(_sight(runtime.study_dir, len(nodes), without))
 
 
 @contextlib.contextmanager
@@ -99,12 +99,25 @@ def _cancelling(pending: Collection[Any]) -> Iterator[None]:
         raise
 
 
-def _sight(study_dir: Path, num_nodes: int, without: Sequence[str]) -> str:
-    """Returns how many nodes see the study, and that the others have its files through Ray."""
+def _sight(study_dir: Path, num_nodes: int, without: Mapping[str, bool]) -> str:
+    """Returns how many nodes see the study, and how the others have its files.
+
+    Args:
+        study_dir: The study directory.
+        num_nodes: That were asked.
+        without: Addresses of those that do not see it, and whether they use its bucket themselves.
+    """
     if not without:
         return f"{'the node sees' if num_nodes == 1 else f'all {num_nodes} nodes see'} {study_dir}"
-    names = ", ".join(without[:MOST_NAMED]) + (", ..." if len(without) > MOST_NAMED else "")
-    return f"{len(without)} of {counted(num_nodes, 'node')} do not see {study_dir}: its files go through Ray ({names})"
+    through = sorted(node for node, by_bucket in without.items() if not by_bucket)
+    number = len(without) - len(through)
+    names = ", ".join(through[:MOST_NAMED]) + (", ..." if len(through) > MOST_NAMED else "")
+    ways = [f"{number} of them {'uses' if number == 1 else 'use'} the bucket"] if number else []
+    if through:
+        ways.append(
+            f"the files of {len(through)} go through Ray ({names})" if number else f"its files go through Ray ({names})"
+        )
+    return f"{len(without)} of {counted(num_nodes, 'node')} do not see {study_dir}: {', '.join(ways)}"
 
 
 def _rounds(
@@ -154,22 +167,23 @@ def _nodes_for_trainings(capacity: Capacity) -> dict[str, str]:
     }
 
 
-def _fill(runtime: Runtime, node: str) -> tuple[str, bool]:
+def _fill(runtime: Runtime, node: str) -> tuple[str, bool, bool]:
     """Fills the cache of this node.
 
     Returns:
-        Why it could not, where the machine failed; and whether it sees the study.
+        Why it could not, where the machine failed; whether it sees the study; else, whether it uses its bucket itself.
     """
-    seen = sees(runtime)
+    seen, by_bucket = sees(runtime), False
     try:
+        by_bucket = not seen and uses_bucket(runtime)
         with prepared_at_hand(runtime) as prepared:
             if runtime.runner.fill is not None:
                 runtime.runner.fill(runtime.recipe, prepared, partial(_say, runtime.mailbox, FILLING, node))
     except Exception as error:
         if lost_rank(error, RunContext()) is None:
             raise
-        return " ".join(str(error).split()), seen
-    return "", seen
+        return " ".join(str(error).split()), seen, by_bucket
+    return "", seen, by_bucket
 
 
 def run_prepare(

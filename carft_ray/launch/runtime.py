@@ -69,6 +69,7 @@ class Runtime:
         files: The files of the study, for nodes that do not see it; None: all see it.
         commit: Number and digest of a commit of this search, by which a node knows the study's folder.
         first_commit: Digest of the first one, which tells studies apart.
+        bucket: Address of a study in a bucket that nodes may use themselves; empty: all go through ``files``.
     """
 
     recipe: Recipe
@@ -82,6 +83,7 @@ class Runtime:
     files: StudyFiles | None = None
     commit: tuple[int, str] = (0, "")
     first_commit: str = ""
+    bucket: str = ""
 
     @property
     def nested(self) -> bool:

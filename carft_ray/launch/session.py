@@ -97,7 +97,8 @@ def computing(
             runtime = replace(runtime, in_process=in_process, attached=attached, mailbox=box)
             if attached:
                 last, first = (study.log.number, study.log.digest), study.log.digest_of(1)
-                runtime = replace(runtime, files=start_files(folder), commit=last, first_commit=first)
+                served, bucket = start_files(folder, "", last)
+                runtime = replace(runtime, files=served, commit=last, first_commit=first, bucket=bucket)
             yield runtime
 
 

@@ -1,7 +1,9 @@
 """Files of a study on nodes that do not see its folder: through Ray, from and to the driver's machine, in pieces.
 
-driver's machine    ``FileServer``: an actor that reads and writes below the folder what belongs to trainings
+driver's machine    ``FileServer``: an actor that reads and writes below the folder what belongs to trainings; of a
+                    study in a bucket it also reads what nodes have put there
 node                ``StudyFiles``: gets files into a folder there, and sends others
+node with a bucket  ``BucketFiles``: the same, for one attempt, without the driver's machine
 """
 
 import contextlib
@@ -9,16 +11,18 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from carft_ray import files
-from carft_ray.errors import MachineError, Problem, StorageError
+from carft_ray.errors import CarftError, MachineError, Problem, StorageError
 from carft_ray.launch.named_actor import NamedActor, started_here
-from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, PREPARED
-from carft_ray.store.folder import Folder, check_name
-from carft_ray.store.result import checkpoints
+from carft_ray.layout import FOLDERS, KEPT_CHECKPOINTS, PREPARED, STATE
+from carft_ray.store.bucket import Bucket
+from carft_ray.store.folder import Folder, RefusedError, check_name
+from carft_ray.store.log import commit_name, digest_in
+from carft_ray.store.result import checkpoint_of, checkpoints
 from carft_ray.untrusted import is_name, open_regular, visible
 
 PIECE_BYTES = 16 * 2**20
@@ -47,6 +51,26 @@ def entries(folder: Path, prefix: str) -> list[Entry]:
     return sorted(found)
 
 
+def reaches(address: str, commit: tuple[int, str]) -> bool:
+    """Tells whether this process reads a commit in a bucket and may write there; leaves nothing there.
+
+    Args:
+        address: Of the study.
+        commit: Its number and digest.
+    """
+    number, digest = commit
+    try:
+        bucket = Bucket(address)
+        data = bucket.look(commit_name(number))
+        if data is not None and digest_in(data) == digest:
+            bucket.put_new(commit_name(number), data)  # as it exists: whoever may not write there gets another answer
+    except RefusedError:
+        return True
+    except CarftError:  # no keys, no network, no obstore: the files go through Ray
+        pass
+    return False
+
+
 class FileServer:
     """Reads and writes for nodes. Each call may be repeated, and be answered by an actor that was started again.
 
@@ -54,24 +78,36 @@ class FileServer:
 
     Args:
         folder: The study directory.
+        address: Of a study in a bucket that this process reaches; empty: nodes put nothing there.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = Folder(folder)
+    def __init__(self, folder: Path, address: str = "") -> None:
+        self._folder, self._bucket = Folder(folder), Bucket(address) if address else None
+
+    def reaches(self, address: str, commit: tuple[int, str]) -> bool:
+        """As ``reaches``."""
+        return reaches(address, commit)
 
     def entries(self, prefix: str) -> list[Entry]:
-        """As ``entries``."""
+        """As ``entries``; of trainings also what only the bucket has, without checkpoints that are not whole there."""
         self._path(prefix)
-        return entries(self._folder.path, prefix)
+        found = {each.name: each for each in entries(self._folder.path, prefix)}
+        there = {}
+        if self._bucket is not None and prefix.partition("/")[0] in FOLDERS.values():
+            there = self._bucket.all(prefix)
+        for name, each in there.items():
+            if checkpoint_of(name) is None or f"{os.path.dirname(name)}/{STATE}" in there:
+                found.setdefault(name, Entry(name, each.num_bytes, each.stamp_ns))
+        return sorted(found.values())
 
     def read(self, name: str, offset: int) -> bytes | None:
-        """Returns a piece of a file; None where there is no such file."""
+        """Returns a piece of a file, of the folder or else of the bucket; None where there is no such file."""
         path = self._path(name)
         try:
             with open_regular(path, StorageError) as file:
                 return os.pread(file.fileno(), PIECE_BYTES, offset)
         except FileNotFoundError:
-            return None
+            return None if self._bucket is None else self._bucket.piece(name, offset, PIECE_BYTES)
         except OSError as error:
             raise files.storage_error(path, error, "must be readable") from error
 
@@ -145,9 +181,15 @@ class StudyFiles(NamedActor):
 
     Attributes:
         counts: Bytes that this process has got, and has sent.
+        way: How they come and go, for the log.
     """
 
     counts: tuple[int, int] = (0, 0)
+    way = "through Ray"
+
+    def reaches(self, address: str, commit: tuple[int, str]) -> bool:
+        """As ``FileServer.reaches``."""
+        return bool(self._call("reaches", address, commit))
 
     def entries(self, prefix: str) -> list[Entry]:
         """As ``FileServer.entries``."""
@@ -234,9 +276,91 @@ class StudyFiles(NamedActor):
             time.sleep(RETRY_EVERY_S)
 
 
-def start_files(folder: Path) -> StudyFiles:
-    """Starts the actor on this node."""
-    return StudyFiles(*started_here(FileServer, "file server", folder, threads=THREADS))
+class BucketFiles:
+    """As ``StudyFiles``, for one attempt, on a node that reaches the bucket of the study: it reads and writes there.
+
+    What the bucket lacks comes through Ray. If the bucket fails, the rest of the attempt goes through Ray. The node
+    removes nothing in the bucket; the driver does, which is told what has been sent and what is gone.
+
+    Args:
+        address: Of the study.
+        rest: The files through Ray.
+        place: Folder of the attempt within the study. All that is sent lies below it.
+        record: Tells the driver (``Poster.record``): ``sent`` and ``gone``, each with names, and texts for the ``log``.
+
+    Attributes:
+        counts: Bytes that have come from the bucket, and have gone there.
+        way: As of ``StudyFiles``.
+    """
+
+    way = "from the bucket"
+
+    def __init__(self, address: str, rest: StudyFiles, place: str, record: Callable[[Any, Any], None]) -> None:
+        self._bucket, self._rest, self._place, self._record = Bucket(address), rest, place, record
+        self._works = True
+        self.counts = (0, 0)
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """As ``FileServer.entries``."""
+        return self._rest.entries(prefix)
+
+    def get(self, wanted: Iterable[Entry], folder: Path) -> None:
+        """As ``StudyFiles.get``."""
+        for each in wanted:
+            path = folder / each.name
+            if self._works and not _same(path, each):
+                with contextlib.suppress(StorageError):
+                    if self._bucket.download(each.name, path):
+                        self.counts = self.counts[0] + each.size, self.counts[1]
+            self._rest.get([each], folder)  # which is there by now, unless the bucket lacks this version
+
+    def send(self, folder: Path, name: str) -> None:
+        """As ``StudyFiles.send``, but the files of a folder appear one by one, ``STATE`` last."""
+        if not f"{check_name(name)}/".startswith(f"{self._place}/"):
+            raise StorageError(Problem(name, f"must be a file of {self._place}"))
+        found = sorted(entries(folder, name), key=lambda each: each.name.endswith(f"/{STATE}"))
+        try:
+            for each in found if self._works else ():
+                self._bucket.upload(each.name, folder / each.name)
+                self.counts = self.counts[0], self.counts[1] + each.size
+        except StorageError as error:
+            if not all((folder / each.name).exists() for each in found):
+                raise FileNotFoundError(name) from None
+            self._works = False
+            why = " ".join(str(error).split())
+            self._record("log", f"the files of this attempt go through Ray from here on: {why}")
+        if self._works:
+            self._record("sent", [each.name for each in found])
+        else:
+            self._rest.send(folder, name)
+
+    def remove(self, name: str) -> None:
+        """As ``FileServer.remove``; from the bucket the driver removes it."""
+        self._rest.remove(name)
+        self._record("gone", [name])
+
+    def keep_newest(self, training: str) -> None:
+        """As ``FileServer.keep_newest``; in the bucket the driver does this."""
+        if not self._works:
+            self._rest.keep_newest(training)
+
+
+def start_files(folder: Path, address: str, commit: tuple[int, str]) -> tuple[StudyFiles, str]:
+    """Starts the actor on this node.
+
+    Args:
+        folder: The study directory.
+        address: Of a study in a bucket; else empty.
+        commit: Number and digest of a commit of the study.
+
+    Returns:
+        The actor; and the address if the actor reaches the bucket. Nodes may then use the bucket themselves, since the
+        others get from the actor what is only there.
+    """
+    found = StudyFiles(*started_here(FileServer, "file server", folder, threads=THREADS))
+    if not address or not found.reaches(address, commit):
+        return found, ""
+    return StudyFiles(*started_here(FileServer, "file server", folder, address, threads=THREADS)), address
 
 
 def _same(path: Path, entry: Entry) -> bool:

@@ -76,7 +76,7 @@ def _run_worker(runtime: Runtime, spec: TrialSpec, context: RunContext, poster: 
         nodes = tuple((node_id, address) for node_id, address, _ in everybody)
         poster.knows(nodes=nodes)
         sight = [(node_id, seen) for node_id, _, seen in everybody]
-        with training_at_hand(runtime, spec, context, sight) as (study_dir, context, sends):
+        with training_at_hand(runtime, spec, context, sight, poster.record) as (study_dir, context, sends):
             folder, place = spec.folder(study_dir), spec.place(study_dir)
             with files.writing(place):
                 place.mkdir(parents=True, exist_ok=True)

@@ -200,6 +200,13 @@ class Bucket:
             return False
         return True
 
+    def piece(self, name: str, offset: int, num_bytes: int) -> bytes | None:
+        """Returns a part of an object; None when there is none."""
+        options: Any = {"range": (offset, offset + num_bytes)}
+        with contextlib.suppress(_MissingError), self._errors(check_name(name), "must be readable"):
+            return bytes(self._api.get(self._store, name, options=options).bytes())
+        return None
+
     def list(self, prefix: str, after: str = "") -> Names:
         """As of ``Folder``."""
         depth = len(check_name(prefix).split("/")) + 1

@@ -204,7 +204,7 @@ class Log(BaseJournalBackend):
 
     def digest_of(self, number: int) -> str:
         """Returns the BLAKE2 of a commit; empty when there is none."""
-        return _digest(self._store.get(commit_name(number)) or b"")
+        return digest_in(self._store.get(commit_name(number)) or b"")
 
     def last_of(self, number: int) -> float:
         """Returns when the process that has made a commit made its last one, in seconds since 1970; else 0."""
@@ -302,6 +302,14 @@ class Log(BaseJournalBackend):
         Args:
             names: Below the study.
         """
+
+    def known(self, training: str) -> Iterable[str]:
+        """Returns the files of a training that the bucket of the log has, as far as ``learn`` and uploads have told.
+
+        Args:
+            training: Its folder within the study.
+        """
+        return ()
 
     def bring(self, name: str, need: int) -> None:
         """Has the folder of the study hold what the bucket of the log has; nothing else where it lies in a folder.
@@ -460,7 +468,7 @@ class Log(BaseJournalBackend):
                 for number, (head, body) in enumerate(zip(lines[:-1:2], lines[1::2], strict=False), self.number + 1):
                     data = b"%s\n%s\n" % (head, body)
                     found.append((_decoded(data, number, before, f"{self._store}/{pack}"), data))
-                    before = _digest(data)
+                    before = digest_in(data)
                 if found and self._store.get(commit_name(self.number + len(found))) == found[-1][1]:
                     return found
         return [(_decoded(one, self.number + 1, self.digest, f"{self._store}/{name}"), one)]
@@ -475,7 +483,7 @@ class Log(BaseJournalBackend):
         return bool(later)
 
     def _take(self, commit: Commit, data: bytes) -> None:
-        self.number, self.digest, self.time = commit["number"], _digest(data), commit["time"]
+        self.number, self.digest, self.time = commit["number"], digest_in(data), commit["time"]
         is_claim = any(record.get("kind") == OWNER for record in commit["records"])
         claimed = self.number if is_claim or not self._last_of else self._last_of.pop()[0]
         self._last_of.append((claimed, self.time))
@@ -531,7 +539,8 @@ def _sealed(body: bytes) -> bytes:
     return b"%s\n%s\n" % (hashlib.blake2b(body, digest_size=32).hexdigest().encode(), body)
 
 
-def _digest(data: bytes) -> str:
+def digest_in(data: bytes) -> str:
+    """Returns the BLAKE2 that an object of the log names of itself."""
     return data.partition(b"\n")[0].decode()
 
 

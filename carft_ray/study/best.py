@@ -5,7 +5,7 @@ and ``best.yaml`` is written where the kill came first.
 """
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from carft_ray import files
@@ -32,10 +32,17 @@ class Retention:
         study_dir: The study directory.
         recipe: Of the study.
         forget: As of ``Log.forget_files``.
+        known: As of ``Log.known``.
     """
 
-    def __init__(self, study_dir: Path, recipe: Recipe, forget: Callable[[Path], None]) -> None:
-        self._study_dir, self._recipe, self._forget = study_dir, recipe, forget
+    def __init__(
+        self,
+        study_dir: Path,
+        recipe: Recipe,
+        forget: Callable[[Path], None],
+        known: Callable[[str], Iterable[str]] = lambda training: (),
+    ) -> None:
+        self._study_dir, self._recipe, self._forget, self._known = study_dir, recipe, forget, known
         self._rule = front_rule(recipe.search)
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
@@ -44,9 +51,9 @@ class Retention:
         """Removes what is not kept any longer, now that a training has ended."""
         if row.outcome == "running":
             return
-        for place in row.folder(self._study_dir).glob(f"{ATTEMPT}*"):
+        for place in self._named(row, row.folder(self._study_dir), ATTEMPT):
             is_kept = row.outcome == "complete" and place == row.place(self._study_dir)
-            for folder in (*place.glob(f"{STEP}*"), place / OWN) if is_kept else (place,):
+            for folder in (*self._named(row, place, STEP), place / OWN) if is_kept else (place,):
                 self._forget(folder)
                 shutil.rmtree(folder, ignore_errors=True)  # an attempt that was taken for lost may still write there
             self._remove(place / ROWS)
@@ -56,6 +63,12 @@ class Retention:
                 del self._kept[worse.name]
                 for name in OF_THE_BEST:
                     self._remove(worse.place(self._study_dir) / name)
+
+    def _named(self, row: TrialRow, folder: Path, prefix: str) -> set[Path]:
+        """Returns the folders of a training in one of its folders, by their prefix; some are only in the bucket."""
+        known = (path for name in self._known(row.training) for path in (self._study_dir / name).parents)
+        there = (path for path in known if path.parent == folder and path.name.startswith(prefix))
+        return {*folder.glob(f"{prefix}*"), *there}
 
     def foresee(self, row: TrialRow) -> None:
         """Of a complete training whose end is not written yet, has copies leave out what ``ended`` will remove."""

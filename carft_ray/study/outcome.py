@@ -5,7 +5,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
@@ -250,21 +251,30 @@ def log_lost(folder: Path, attempt: int, reason: str, details: str = "") -> None
     append_log(folder, "\n".join([f"attempt {attempt}: lost: {reason}", *filter(None, [details.rstrip()])]))
 
 
-def progress_of(folder: Path) -> list[int]:
+def progress_of(folder: Path, known: Iterable[str] = ()) -> list[int]:
     """Returns how far a training has got, to be compared: whether its weights are there, step of its checkpoint.
 
     Of a fine-tuning of the user's own, which keeps what only it knows, the step that it has reported last counts.
+
+    Args:
+        folder: Of the training.
+        known: Its files that may be only in the bucket of the study (``Log.known``).
     """
-    found = [path.name.removeprefix(STEP) for path in folder.glob(f"{ATTEMPT}*/{STEP}*")]
-    steps = [int(number) for number in found if number.isdigit()]
-    if any(folder.glob(f"{ATTEMPT}*/{OWN}/*")):
+    there = {path.name for path in folder.glob(f"{ATTEMPT}*/*")} | {"/".join(name.split("/")[3:4]) for name in known}
+    steps = [int(name.removeprefix(STEP)) for name in there if re.fullmatch(rf"{STEP}\d+", name)]
+    if OWN in there:
         steps += [int(row.get("step", 0)) for row in files.read_json_lines(folder, METRICS)]
-    return [int(any(folder.glob(f"{ATTEMPT}*/{WEIGHTS}"))), max(steps, default=0)]
+    return [int(WEIGHTS in there), max(steps, default=0)]
 
 
-def progress_words(folder: Path) -> str:
-    """Returns from where another attempt at a training continues: the newest checkpoint, by step and finished epoch."""
-    is_trained, step = progress_of(folder)
+def progress_words(folder: Path, known: Iterable[str] = ()) -> str:
+    """Returns from where another attempt at a training continues: the newest checkpoint, by step and finished epoch.
+
+    Args:
+        folder: Of the training.
+        known: As of ``progress_of``.
+    """
+    is_trained, step = progress_of(folder, known)
     if is_trained:
         return "the end of its training"
     if not step:
@@ -273,13 +283,20 @@ def progress_words(folder: Path) -> str:
     return f"step {step} (epoch {max(epochs)} done)" if epochs else f"step {step} (epoch 1)"
 
 
-def log_left(folder: Path, attempt: int, reason: str) -> None:
+def log_left(folder: Path, attempt: int, reason: str, known: Iterable[str] = ()) -> None:
     """Appends to the log of a training that an attempt has left as it was asked to, and from where the next continues.
+
+    Args:
+        folder: Of the training.
+        attempt: Its number.
+        reason: Why it was asked to leave.
+        known: As of ``progress_of``.
 
     Raises:
         StorageError: The log cannot be written.
     """
-    append_log(folder, f"attempt {attempt}: left: {reason}; the next attempt continues from {progress_words(folder)}")
+    where = f"the next attempt continues from {progress_words(folder, known)}"
+    append_log(folder, f"attempt {attempt}: left: {reason}; {where}")
 
 
 def failure_error(failure: Failure, place: str, folder: Path) -> CarftError:

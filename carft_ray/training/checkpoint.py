@@ -27,7 +27,7 @@ from torch import Tensor
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import ATTEMPT, KEPT_CHECKPOINTS, STEP
+from carft_ray.layout import ATTEMPT, KEPT_CHECKPOINTS, STATE, STEP
 from carft_ray.store.result import checkpoints
 from carft_ray.untrusted import open_regular, parse_json, read_regular
 
@@ -153,7 +153,7 @@ def save_checkpoint(checkpoint_dir: Path, attempt: int, checkpoint: Checkpoint) 
             "sha256": {name: _sha256(temporary / name) for name in parts},
         }
         content["sha256"]["state"] = _sha256_of_state(content)
-        files.write_text(temporary / "state.json", json.dumps(content, indent=2) + "\n")
+        files.write_text(temporary / STATE, json.dumps(content, indent=2) + "\n")
     for _, old in checkpoints(checkpoint_dir)[KEPT_CHECKPOINTS:]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -190,7 +190,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
 
 def _load(folder: Path) -> Checkpoint:
     try:
-        content = parse_json(read_regular(folder / "state.json", files.MOST_JSON_BYTES, StorageError))
+        content = parse_json(read_regular(folder / STATE, files.MOST_JSON_BYTES, StorageError))
         if content["format_version"] != FORMAT_VERSION:
             rule, value = f"must have format_version {FORMAT_VERSION}", str(content["format_version"])
             raise StorageError(Problem(str(folder), rule, value))

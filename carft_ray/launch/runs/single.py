@@ -91,10 +91,11 @@ def train_once(
         study.enter("trial", {NAME: {}})
         for row in recover(study, "trial"):
             on_event(TrialFinished(row, is_best=False))
-        folder = study.rows()[0].folder(out_dir)
+        row = study.rows()[0]
 
         def interrupted() -> InterruptedRunError:
-            return interruption(f"stopped; it continues from {outcome.progress_words(folder)}", resume_command)
+            words = outcome.progress_words(row.folder(out_dir), study.log.known(row.training))
+            return interruption(f"stopped; it continues from {words}", resume_command)
 
         with computing(study, recipe, runner or RUNNER, address, interrupted, say, shared, in_process) as runtime:
             zero_shot = prepare(study, runtime, say)
