@@ -414,8 +414,8 @@ def driver_rows(full: bool, scale: bool) -> list[Row]:
 
 def throughput_rows(full: bool, scale: bool) -> list[Row]:
     """Measures a search of trainings of nothing through Ray on this machine, inline."""
+    from carft_ray.launch.command import Plan, run_search
     from carft_ray.launch.events import Event, Started
-    from carft_ray.launch.runs.search import run_search
     from carft_ray.launch.runtime import Runner
 
     let_workers_import()
@@ -426,7 +426,7 @@ def throughput_rows(full: bool, scale: bool) -> list[Row]:
 
     with tempfile.TemporaryDirectory(prefix="carft-engine-") as folder:
         study_dir = Path(folder).resolve() / "study"
-        result = run_search(recipe_of(NUM_TRIALS), study_dir, on_event=on_event, runner=Runner(prepare, train))
+        result = run_search(Plan(recipe_of(NUM_TRIALS), study_dir, on_event=on_event, runner=Runner(prepare, train)))
         ends = sorted(path.stat().st_mtime for path in study_dir.glob(f"trials/*/*/{RESULT}"))
     shown = f"{started[0].concurrency} at a time, {result.elapsed_s:.1f} s in all"
     return [Row("trials of nothing through Ray, a second", (len(ends) - 1) / (ends[-1] - ends[0]), detail=shown)]

@@ -260,7 +260,7 @@ def import_everything():
     import torch
 
     import carft_ray.cli
-    import carft_ray.launch.runs.single
+    import carft_ray.launch.command
     import carft_ray.recipe.checks.advice
     import carft_ray.training.run
     import carft_ray.ui.progress  # noqa: F401

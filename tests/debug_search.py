@@ -22,7 +22,7 @@ import stand_in
 
 from carft_ray.errors import CarftError, UsageError
 from carft_ray.launch import driver
-from carft_ray.launch.runs import confirm, search
+from carft_ray.launch.command import Plan, run_confirm, run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.results.confirm import configurations
 from carft_ray.results.reading.study_view import read_study
@@ -91,12 +91,12 @@ def call(argv):
         study_dir = own_folder(argv[1])
         if what == "search":
             recipe = stand_in.make_recipe(int(argv[2]), epochs=EPOCHS, **SEARCH)
-            search.run_search(recipe, study_dir, runner=RUNNER)
+            run_search(Plan(recipe, study_dir, runner=RUNNER))
         else:
             view = read_study(study_dir)
             stage, _ = configurations.plan(view, 1, 2)
             fix = lambda study: configurations.fix(study, view.recipe, stage, None)  # noqa: E731
-            confirm.run_confirm(view.recipe, study_dir, fix, "the same command", runner=RUNNER)
+            run_confirm(Plan(view.recipe, study_dir, runner=RUNNER, given=fix, resume_command="the same command"))
     except CarftError as error:
         print(error, file=sys.stderr)
         return error.exit_code

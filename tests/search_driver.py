@@ -14,8 +14,8 @@ import sys
 import stand_in
 
 from carft_ray.errors import CarftError
+from carft_ray.launch.command import Plan, run_search, set_aside_error
 from carft_ray.launch.events import Note
-from carft_ray.launch.runs.search import run_search, set_aside_error
 from carft_ray.launch.runtime import Runner
 from carft_ray.results.study_figure import figure_at_the_end
 from carft_ray.study.mirror import own_folder
@@ -33,7 +33,8 @@ def main(study_dir, trials, resources="{}", address="", search="{}", training="s
     module = importlib.import_module(training)
     runner = Runner(module.prepare, module.train)
     try:
-        result = run_search(recipe, own_folder(study_dir), address or None, show, runner, around=figure_at_the_end)
+        plan = Plan(recipe, own_folder(study_dir), address or None, show, runner, around=figure_at_the_end)
+        result = run_search(plan)
         if result.set_aside:
             raise set_aside_error(result.set_aside, "the same command")
     except CarftError as error:

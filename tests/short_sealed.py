@@ -9,7 +9,7 @@ from short_study import search
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.trial_values import apply
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_confirm
+from carft_ray.study.recovery import recover_given
 from carft_ray.training.run import run_training
 from carft_ray.training.run_context import RunContext
 
@@ -70,7 +70,7 @@ def confirm(study_dir, trainings, train=run_training, num_attempts=None):
     """Runs trainings of a confirm, given by name with their values; returns the names of those that were run."""
     recipe, trained = load_recipe(study_dir / "resolved.yaml"), []
     with open_study(study_dir, recipe) as study:
-        recover_confirm(study, trainings)
+        recover_given(study, trainings)
         while len(trained) != num_attempts and (spec := study.next()) is not None:
             folder = spec.folder(study_dir)
             folder.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,9 @@ from carft_ray.data import readers
 from carft_ray.errors import DataError, RecipeError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import read_predictions
-from carft_ray.launch.events import Note, Started, TrialFinished
+from carft_ray.launch.events import Note, Started, TrialEpoch, TrialFinished, TrialStep
 from carft_ray.recipe.text import parse
-from carft_ray.study.outcome import TrialRow
+from carft_ray.study.outcome import TrialRow, TrialSpec
 from carft_ray.training import shared_inputs
 from carft_ray.ui import notebook, progress
 
@@ -290,11 +290,12 @@ def test_a_search_and_a_training_are_one_output_of_a_notebook(tmp_path, monkeypa
     for text in ("warning: a journal was mended", "8 of 8 trials finished", "best 70.0 % (t0007-abcd)"):
         assert text in versions()[-1]
     step = {"epoch": 1, "step": 3, "num_steps": 9, "loss": 1.0, "ce": 0.5, "kl": 0.1, "learning_rate": 1e-4}
-    with progress.training_shown(True) as (on_step, on_epoch):
-        on_step({**step, "images_per_s": 10.0})
+    with progress.training_shown(True) as on_event:
+        spec = TrialSpec("trial", 0, "train", {}, 1)
+        on_event(TrialStep(spec, {**step, "images_per_s": 10.0}))
         assert "3/9" in versions()[-1]
         for epoch in range(1, 9):
-            on_epoch({**step, "epoch": epoch, "context_entropy": 1.0, "images_per_s": 10.0})
+            on_event(TrialEpoch(spec, {**step, "epoch": epoch, "context_entropy": 1.0, "images_per_s": 10.0}))
     assert ipython.display.call_count == 2
     assert versions()[-1].count("context entropy") == notebook.NUM_LINES
     assert "epoch 8: loss 1.000" in versions()[-1]

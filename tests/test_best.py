@@ -13,7 +13,7 @@ from study_steps import failed, finish, searching
 from benchmarks.searches import hypervolume
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError, StorageError
-from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.study_figure import figure_at_the_end
@@ -251,7 +251,7 @@ def test_the_figure_is_drawn_however_a_search_ends_unless_it_cannot_be_written_o
         study.add_zero_shot(curve_stand_in.ZERO_SHOT)
         curve_stand_in.run_all(study)
     (study_dir / BEST).unlink()
-    result = run_search(recipe, study_dir, around=figure_at_the_end)  # nothing is left to do
+    result = run_search(Plan(recipe, study_dir, around=figure_at_the_end))  # nothing is left to do
     assert in_file(study_dir) == (result.best.name, result.best.alpha)
     assert figures(study_dir) == {FIGURE_PNG, FIGURE_SVG}
     for error in (ValueError("a bug"), KeyboardInterrupt()):

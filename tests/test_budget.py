@@ -15,10 +15,10 @@ from study_steps import searching
 from test_driver import Tune
 
 from carft_ray.errors import BudgetError
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.ray_cluster.concurrency import AtATime
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import LARGEST_MARGIN, LEAST_MARGIN_S, used_up
 from carft_ray.recipe.schema.recipe import BudgetConfig
@@ -152,7 +152,7 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
         ahead[0] = 3600 if isinstance(event, TrialFinished) else ahead[0]
 
     budgeted = recipe.model_copy(update={"budget": HOUR})
-    result = run_search(budgeted, study_dir, None, used, runner, around=figure_at_the_end)
+    result = run_search(Plan(budgeted, study_dir, None, used, runner, around=figure_at_the_end))
     assert result.out_of_budget == "the wall time is used up (budget.wall_time, 3600 s)"
     assert (study_dir / "figure.png").exists()
     finished = [row for row in result.trials if row.outcome == "complete"]
@@ -162,7 +162,7 @@ def test_a_search_whose_wall_time_is_used_up_ends_with_its_best_and_is_finished_
     assert f"The last search ended early: {result.out_of_budget}." in capsys.readouterr().out
     fewer = budgeted.model_copy(update={"search": recipe.search.model_copy(update={"trials": len(result.trials) + 1})})
     ahead[0] = 0
-    again = run_search(fewer, study_dir, None, used, runner)
+    again = run_search(Plan(fewer, study_dir, None, used, runner))
     assert again.out_of_budget == ""  # it was used up when the last trial had ended
     assert {row.outcome for row in trials(study_dir)} == {"complete"}
     assert not (study_dir / "stop").exists()
@@ -175,7 +175,7 @@ def test_gpu_hours_that_are_used_end_a_search_before_ray_starts(tmp_path, monkey
         spec = study.next()
         study.settle(spec, spent=study.spent(spec, 3600, 1.0))
     with pytest.raises(BudgetError, match=r"1 GPU hours are used(?s:.*)no trial is complete") as nothing:
-        run_search(recipe, study_dir, None)
+        run_search(Plan(recipe, study_dir, None))
     assert nothing.value.exit_code == 7
     assert f"carft-ray resume {study_dir} --set budget.gpu_hours=2" in str(nothing.value)
     assert call(["status", study_dir]) == 0

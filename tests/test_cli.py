@@ -15,8 +15,7 @@ from suggestions import parsed
 import carft_ray
 from carft_ray import cli
 from carft_ray.cli import program
-from carft_ray.launch.session import begin
-from carft_ray.recipe.loading import load_recipe
+from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import single
 from carft_ray.study.opening import open_study
 
@@ -32,7 +31,7 @@ def folder(tmp_path_factory):
     assert crash_host.call(["train", path / "recipe.yaml", "--out", path / "done", "--set", cache, "--json"]) == 0
     recipe = single(load_recipe(path / "recipe.yaml"))
     with open_study(path / "begun", recipe):
-        begin(path / "begun", recipe)
+        (path / "begun" / "resolved.yaml").write_text(dump_recipe(recipe))
     return path
 
 

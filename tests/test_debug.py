@@ -15,9 +15,8 @@ from PIL import Image
 from carft_ray import files
 from carft_ray.data.synthetic.sandbox import render
 from carft_ray.errors import CarftError, InterruptedRunError, StorageError
+from carft_ray.launch.command import Plan, run_search, train_once
 from carft_ray.launch.events import Started, TrialEpoch, TrialFinished
-from carft_ray.launch.runs.search import run_search
-from carft_ray.launch.runs.single import train_once
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 from carft_ray.recipe.checks.rules import broken_rules
@@ -101,7 +100,7 @@ def test_a_search_without_ray_has_the_numbers_of_one_with_it_bit_for_bit(tmp_pat
 def test_all_events_of_a_search_come_and_a_trial_that_raises_is_a_verdict_after_its_second_attempt(tmp_path):
     stand_in.tell(tmp_path, **{"1": "raise", "2": "no_memory_once"})
     events = []
-    result = run_search(stand_in.make_recipe(3, **DEBUG), tmp_path / "study", None, events.append, STAND_IN)
+    result = run_search(Plan(stand_in.make_recipe(3, **DEBUG), tmp_path / "study", None, events.append, STAND_IN))
     assert not ray.is_initialized()
     assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1), ("error", 2), ("complete", 2)]
     assert any("another attempt: no memory was left on its machine: MemoryError" in event.line() for event in events)
@@ -119,9 +118,9 @@ def test_ctrl_c_stops_after_a_checkpoint_and_the_same_command_goes_on(tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(InterruptedRunError, match="0 of 2 trials finished"):
-        run_search(recipe, tmp_path / "study", None, on_event, STAND_IN)
+        run_search(Plan(recipe, tmp_path / "study", None, on_event, STAND_IN))
     stand_in.tell(tmp_path)
-    result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
+    result = run_search(Plan(recipe, tmp_path / "study", runner=STAND_IN))
     assert [row.outcome for row in result.trials] == ["complete"] * 2
     assert result.trials[0].attempt == 2
 
@@ -131,7 +130,7 @@ def test_a_stop_that_comes_when_all_trainings_have_finished_ends_nothing(tmp_pat
         if isinstance(event, TrialEpoch) and event.spec.name.startswith("t0001") and event.metrics["epoch"] == 2:
             os.kill(os.getpid(), signal.SIGINT)
 
-    result = run_search(stand_in.make_recipe(2, **DEBUG), tmp_path / "study", None, on_event, STAND_IN)
+    result = run_search(Plan(stand_in.make_recipe(2, **DEBUG), tmp_path / "study", None, on_event, STAND_IN))
     assert [row.outcome for row in result.trials] == ["complete"] * 2
     assert not (tmp_path / "study" / STOP).exists()
 
@@ -147,7 +146,7 @@ def test_a_signal_writes_nothing_itself_and_its_name_is_the_reason_in_the_log(tm
             numbers.append(log_of(tmp_path / "study").number - before)
 
     with pytest.raises(InterruptedRunError, match="0 of 2 trials finished"):
-        run_search(stand_in.make_recipe(2, baselines={}, **DEBUG), tmp_path / "study", None, on_event, STAND_IN)
+        run_search(Plan(stand_in.make_recipe(2, baselines={}, **DEBUG), tmp_path / "study", None, on_event, STAND_IN))
     assert numbers == [0]
     assert stopping(log_of(tmp_path / "study")) == "SIGINT"
     assert not (tmp_path / "study" / STOP).exists()
@@ -166,10 +165,10 @@ def test_a_signal_stops_a_search_whose_disk_is_full(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(StorageError, match="the disk is full"):
-        run_search(recipe, tmp_path / "study", None, on_event, STAND_IN)
+        run_search(Plan(recipe, tmp_path / "study", None, on_event, STAND_IN))
     monkeypatch.undo()
     stand_in.tell(tmp_path)
-    result = run_search(recipe, tmp_path / "study", runner=STAND_IN)
+    result = run_search(Plan(recipe, tmp_path / "study", runner=STAND_IN))
     assert [row.outcome for row in result.trials] == ["complete"] * 2
 
 
@@ -177,7 +176,9 @@ def test_an_attempt_whose_folder_cannot_be_made_is_no_verdict(tmp_path):
     recipe, study = stand_in.make_recipe(1, **DEBUG), tmp_path / "study"
     place = study / "baselines" / "plain" / "attempt-1"
     with pytest.raises(CarftError, match="attempt-1: must be writable"):
-        run_search(recipe, study, None, lambda one: isinstance(one, Started) and files.write_text(place, ""), STAND_IN)
+        run_search(
+            Plan(recipe, study, None, lambda one: isinstance(one, Started) and files.write_text(place, ""), STAND_IN)
+        )
 
 
 @pytest.mark.whole
@@ -187,7 +188,7 @@ def test_a_training_of_two_workers_takes_ray(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", f"{HERE.parent}:{HERE}")
     recipe, said = stand_in.make_recipe(1, resources={"num_workers": 2, "cpus_per_worker": 0.5}), []
     stand_in.tell(tmp_path, rain="die_once")  # of its name, train, what is the number in that of a trial
-    result, _ = train_once(recipe, tmp_path / "run", False, "", said.append, str, str, runner=STAND_IN)
+    result, _ = train_once(Plan(recipe, tmp_path / "run", None, lambda event: said.append(event.line()), STAND_IN))
     assert "training with 2 Ray Train workers" in said
     assert result["metrics"]["ranks"] == 1 + 2
     assert [row.attempt for row in trials(tmp_path / "run")] == [2]

@@ -32,7 +32,7 @@ from torch.nn import functional
 import carft_ray
 from carft_ray.data.role_checks import check_sets
 from carft_ray.errors import StorageError, UsageError
-from carft_ray.launch.runs.single import train_once
+from carft_ray.launch.command import Plan, train_once
 from carft_ray.model.catalog import check_model
 from carft_ray.model.classifier import ImageClassifier
 from carft_ray.recipe.loading import load_recipe
@@ -90,7 +90,7 @@ def trained(tmp_path_factory):
     path = short_sealed.write(folder, short_training)
     for name, overrides in FORMS.items():
         recipe = load_recipe(path, [*short_sealed.settings(folder, 1), "train.epochs=2", *overrides])
-        train_once(recipe, folder / name, False, "", str, lambda row: None, lambda row: None)
+        train_once(Plan(recipe, folder / name))
     return {name: open_trained(folder / name) for name in FORMS}
 
 

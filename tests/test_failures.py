@@ -29,13 +29,13 @@ from study_steps import searching
 from carft_ray import files
 from carft_ray.errors import ClusterError, OutOfMemoryError, StorageError
 from carft_ray.launch import driver
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note
 from carft_ray.launch.failures.causes import error_of, explained, host_memory, is_full_memory, root_cause
 from carft_ray.launch.mailbox import Wish
 from carft_ray.launch.micro_batch import fitted, memory_failure, note, noted
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner, make_runtime
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.store.result import read_result
@@ -415,7 +415,7 @@ def test_a_training_that_cannot_begin_leaves_its_cause_in_table_status_and_log(t
     recipe = stand_in.make_recipe(2, baselines={}, max_concurrent_trials=1)
     study_dir = tmp_path / "study"
     with pytest.raises(ClusterError) as caught:
-        run_search(recipe, study_dir, None, runner=runner)
+        run_search(Plan(recipe, study_dir, None, runner=runner))
     assert NEVER in str(caught.value)
     check_told(str(caught.value))
     [row] = [row for row in trials(study_dir) if row.set_aside]
@@ -441,7 +441,7 @@ def test_a_preparation_that_dies_and_what_cannot_be_pickled_is_one_message_and_l
     preparation = "preparation: must run to its end, but got"
     for mode, said in (("die", f"{preparation} WorkerCrashedError"), ("pickle", f"{preparation} {LOCK}\n")):
         with pytest.raises(ClusterError) as caught:
-            run_search(recipe, study_dir, None, runner=bad_start(mode, in_preparation=True))
+            run_search(Plan(recipe, study_dir, None, runner=bad_start(mode, in_preparation=True)))
         assert str(caught.value).startswith(said)
         check_told(str(caught.value))
         assert not ray.is_initialized()
@@ -449,7 +449,7 @@ def test_a_preparation_that_dies_and_what_cannot_be_pickled_is_one_message_and_l
 
     (tmp_path / "begins").unlink()
     with pytest.raises(ClusterError) as caught:  # after the preparation, when Tune pickles it
-        run_search(recipe, study_dir, None, runner=bad_start("pickle"))
+        run_search(Plan(recipe, study_dir, None, runner=bad_start("pickle")))
     assert str(caught.value).startswith(f"search: Ray must run it to its end, but got {LOCK}\n")
     check_told(str(caught.value))
     assert not (study_dir / "_tune").exists()

@@ -18,9 +18,9 @@ from test_lost import gloo
 
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch import worker
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note, Preparing
 from carft_ray.launch.mailbox import Mailbox, Poster, Wish
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.training import shared_inputs
 from carft_ray.training.loop import StoppedRun
@@ -61,7 +61,7 @@ def two_nodes(tmp_path_factory):
 def searched(recipe, base_dir, address, runner):
     """Runs a search, whose trials must all end well at the first attempt; returns what it told of the preparation."""
     told = []
-    result = run_search(recipe, base_dir / "study", address, told.append, runner)
+    result = run_search(Plan(recipe, base_dir / "study", address, told.append, runner))
     assert [(row.outcome, row.attempt) for row in result.trials] == [("complete", 1)] * 2
     assert [event for event in told if isinstance(event, Note) and "hangs" in event.text] == []
     return [event.text for event in told if isinstance(event, Preparing)]
@@ -85,7 +85,7 @@ def test_a_stop_that_is_asked_for_while_caches_are_filled_ends_the_search(tmp_pa
     runner = Runner(stand_in.prepare, stand_in.train, slow_builds.fill_and_ask_to_stop)
     recipe = stand_in.make_recipe(3, resources={"gpus_per_worker": 0})
     with pytest.raises(InterruptedRunError, match="0 of 3 trials finished"):
-        run_search(recipe, tmp_path / "study", two_nodes, runner=runner)
+        run_search(Plan(recipe, tmp_path / "study", two_nodes, runner=runner))
     assert not (tmp_path / "study" / "_tune").exists()
 
 
@@ -99,7 +99,7 @@ def test_a_preparation_that_is_stopped_leaves_no_task_in_the_ray_of_the_caller(t
     ray.init(address=two_nodes, log_to_driver=False)
     try:
         with pytest.raises(InterruptedRunError, match="0 of 3 trials finished"):
-            run_search(recipe, tmp_path / "study", "auto", runner=runner)
+            run_search(Plan(recipe, tmp_path / "study", "auto", runner=runner))
         number = int((tmp_path / "pid").read_text())
         wait_until(lambda: not psutil.pid_exists(number), "its process has ended")
         assert ray.is_initialized()

@@ -12,7 +12,7 @@ from study_steps import failed, optuna_study, run_all, searching, write_result
 
 import carft_ray
 from carft_ray.errors import HoldOutError, RecipeError
-from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
@@ -170,7 +170,7 @@ def test_a_search_with_nothing_to_train_changes_the_space_and_the_resolved_recip
     begin(tmp_path / "source", recipe_of(2), 2)
     narrow = recipe_of(search={"warm_start": [str(tmp_path / "source")]}, learning_rate=NARROW)
     notes = []
-    result = run_search(narrow, study_dir, on_event=notes.append, change_space=True)
+    result = run_search(Plan(narrow, study_dir, on_event=notes.append, change_space=True))
     assert (result.num_new, len(result.trials)) == (0, 6)
     assert [note.text.partition(":")[0] for note in notes] == ["the search space has changed", "warm start"]
     assert load_recipe(study_dir / "resolved.yaml") == narrow

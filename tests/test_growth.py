@@ -16,6 +16,7 @@ from test_driver import Tune
 
 import cluster
 from carft_ray.errors import ClusterError
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.events import ConcurrencyChanged, Preparing, Started, TrialEpoch
 from carft_ray.launch.failures.causes import STARTED_LATE
@@ -23,7 +24,6 @@ from carft_ray.launch.ray_cluster.cluster import nodes_now, running_ray
 from carft_ray.launch.ray_cluster.concurrency import AtATime, Capacity, Node, capacity_of, held_by_others, node_of
 from carft_ray.launch.ray_cluster.growth import await_nodes
 from carft_ray.launch.ray_cluster.nodes import alive_nodes
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import STOP
 
@@ -171,7 +171,7 @@ def test_a_search_on_a_cluster_that_others_hold_waits_says_so_and_takes_what_the
             if isinstance(event, ConcurrencyChanged):
                 hold.unlink(missing_ok=True)
 
-        result = run_search(recipe, tmp_path / "study", head.address, on_event, RUNNER)
+        result = run_search(Plan(recipe, tmp_path / "study", head.address, on_event, RUNNER))
     [started] = [event for event in events if isinstance(event, Started)]
     assert (started.concurrency, started.reason) == (1, "1 of 2 CPUs, others use the rest, 1 per trial")
     assert seen == ["waiting: 0 of 2 CPUs, others use the rest, 1 per trial; one waits", (Node(2, 0, "", 1),)]
@@ -313,7 +313,7 @@ def test_an_autoscaler_starts_the_nodes_of_a_search_from_none_and_ends_them(tmp_
     recipe, events = stand_in.make_recipe(6, baselines={}, resources={"gpus_per_worker": 0, "wait_for_nodes": 60}), []
     with autoscaling_head(tmp_path, version) as head:
         attach(head, monkeypatch)
-        result = run_search(recipe, tmp_path / "study", head.address, events.append, RUNNER)
+        result = run_search(Plan(recipe, tmp_path / "study", head.address, events.append, RUNNER))
         assert [row.outcome for row in result.trials] == ["complete"] * 6
         waits = [event.text for event in events if isinstance(event, Preparing) and event.text.startswith("waiting")]
         assert waits == ["waiting: no node for a trial, which needs 1 x 1 CPU; nodes for 1 are requested"]

@@ -18,8 +18,8 @@ from tiny import make_clip, make_resnet_clip, make_tiny_clip
 from carft_ray.data.source import ImageSet
 from carft_ray.errors import CarftError, DataError
 from carft_ray.evaluation.predictions import OF_LOGITS
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.micro_batch import noted
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.worker import run_worker
 from carft_ray.model import classifier
@@ -153,7 +153,7 @@ def short(*args, **kwargs):
 
 def search(folder, *overrides):
     always = [f"data.cache_dir={folder / 'cache'}", "resources.executor=debug", "search.trials=1", "train.epochs=2"]
-    run_search(load_recipe(short_training.make(folder), [*always, *overrides]), folder / "study")
+    run_search(Plan(load_recipe(short_training.make(folder), [*always, *overrides]), folder / "study"))
 
 
 def in_forward(monkeypatch):

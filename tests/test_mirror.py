@@ -25,8 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import carft_ray
 from carft_ray import files
 from carft_ray.errors import DataError, HoldOutError, StorageError, UsageError
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.layout import MANIFEST, RAY_LOG, STOP
 from carft_ray.recipe.schema.recipe import BudgetConfig
@@ -293,7 +293,7 @@ def whole(tmp_path_factory):
 
 def search(place, trials):
     recipe = stand_in.make_recipe(trials, resources=RESOURCES, **SEARCH)
-    return run_search(recipe, own_folder(place), runner=Runner(stand_in.prepare, stand_in.train))
+    return run_search(Plan(recipe, own_folder(place), runner=Runner(stand_in.prepare, stand_in.train)))
 
 
 @pytest.fixture(params=["installed", "stand-in"])
@@ -473,7 +473,7 @@ def test_files_are_there_before_the_commit_of_an_end_and_the_same_machine_fetche
 
 def searched(address, trials, prepare=stand_in.prepare, on_event=lambda event: None):
     recipe = stand_in.make_recipe(trials, resources=RESOURCES, **SEARCH)
-    return run_search(recipe, own_folder(address), on_event=on_event, runner=Runner(prepare, stand_in.train))
+    return run_search(Plan(recipe, own_folder(address), on_event=on_event, runner=Runner(prepare, stand_in.train)))
 
 
 def below(server, name):
@@ -686,7 +686,7 @@ def test_a_bucket_shows_that_a_search_was_asked_to_stop_and_what_has_ended_it(se
     recipe = stand_in.make_recipe(4, resources=RESOURCES, **SEARCH)
     budgeted = recipe.model_copy(update={"budget": BudgetConfig(wall_time=3600)})
     runner = Runner(stand_in.prepare, stand_in.train)
-    assert run_search(budgeted, own_folder(address), on_event=use_up, runner=runner).out_of_budget
+    assert run_search(Plan(budgeted, own_folder(address), on_event=use_up, runner=runner)).out_of_budget
     assert seen == [True]
     assert status()["budget"]["ended"] == "the wall time is used up (budget.wall_time, 3600 s)"
     ahead[0] = 0

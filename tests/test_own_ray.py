@@ -125,7 +125,7 @@ from pathlib import Path
 import stand_in
 from carft_ray.errors import InterruptedRunError
 from carft_ray.launch.events import TrialEpoch
-from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.runtime import Runner
 
 told = []
@@ -137,7 +137,7 @@ def on_event(event):
 
 recipe = stand_in.make_recipe(2, baselines={}, resources={"gpus_per_worker": 0})
 try:
-    run_search(recipe, Path(sys.argv[1]), None, on_event, Runner(stand_in.prepare, stand_in.train))
+    run_search(Plan(recipe, Path(sys.argv[1]), None, on_event, Runner(stand_in.prepare, stand_in.train)))
 except InterruptedRunError as error:
     print(error)
 print("the program continues")

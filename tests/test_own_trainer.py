@@ -21,9 +21,8 @@ from ray import cloudpickle
 
 import carft_ray
 from carft_ray.errors import CarftError, DivergedError, RecipeError, UsageError
+from carft_ray.launch.command import Plan, run_search, train_once
 from carft_ray.launch.own_trainer import with_function
-from carft_ray.launch.runs.search import run_search
-from carft_ray.launch.runs.single import train_once
 from carft_ray.recipe.loading import dump_recipe, load_recipe, portable_paths
 from carft_ray.recipe.loading import own_functions as own_of
 from carft_ray.recipe.trial_values import apply
@@ -313,10 +312,11 @@ OUTCOMES = [
 
 
 @pytest.mark.parametrize(("name", "outcome", "reason"), OUTCOMES)
-def test_what_a_function_raises_is_a_verdict_with_its_traceback(tmp_path, caplog, name, outcome, reason):
+def test_what_a_function_raises_is_a_verdict_with_its_traceback(tmp_path, name, outcome, reason):
+    said = []
     with pytest.raises(CarftError, match=re.escape(reason)):
-        train_once(recipe_for(tmp_path, name), tmp_path / "run", False, "", str, str, str)
-    warned = [text for text in caplog.messages if text == f"train gets another attempt: {reason}"]
+        train_once(Plan(recipe_for(tmp_path, name), tmp_path / "run", on_event=lambda event: said.append(event.line())))
+    warned = [text for text in said if text == f"train gets another attempt: {reason}"]
     assert len(warned) == (outcome == "error")
     [log] = (tmp_path / "run").glob("trials/*/log.txt")
     assert f": {outcome}: {reason}" in log.read_text()
@@ -330,7 +330,9 @@ def test_the_pruner_cuts_a_function_that_asks(tmp_path):
     space = "search.space={learning_rate: {low: 0.0001, high: 0.1, log: true}}"
     enqueue = "search.enqueue=[{learning_rate: 0.1}, {learning_rate: 0.0001}]"
     recipe = recipe_for(tmp_path, "waiting_steps", DEBUG, "search.trials=2", "train.epochs=5", pruner, space, enqueue)
-    result = run_search(recipe, tmp_path / "study", on_event=lambda event: notes.append(getattr(event, "text", "")))
+    result = run_search(
+        Plan(recipe, tmp_path / "study", on_event=lambda event: notes.append(getattr(event, "text", "")))
+    )
     assert [row.outcome for row in result.trials] == ["complete", "pruned"], result.trials
     assert len([text for text in notes if "train.function replaces the built-in loop: exact resume," in text]) == 1
 

@@ -16,7 +16,7 @@ from logs import set_recipe
 from optuna.trial import TrialState
 from study_steps import finish, optuna_study, searching
 
-from carft_ray.launch.runs.search import SearchResult
+from carft_ray.launch.command import SearchResult
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.recipe.schema.recipe import alone
 from carft_ray.recipe.trial_values import apply
@@ -35,7 +35,7 @@ from carft_ray.results.study_figure import study_figure
 from carft_ray.study.front import front_of, non_dominated, points_of
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import trial_name
-from carft_ray.study.recovery import recover_confirm
+from carft_ray.study.recovery import recover_given
 from carft_ray.study.rows import TRAINING_OF, is_training, trials
 from carft_ray.training.run import prepare, run_training
 from carft_ray.training.run_context import RunContext
@@ -147,7 +147,7 @@ def test_a_best_point_that_moves_along_its_curve_is_confirmed_there_and_nothing_
         said = [*notes, cost(view, first)]
         trained = []
         with open_study(study_dir, view.recipe) as study:
-            recover_confirm(study, fix(study, view.recipe, first, None))
+            recover_given(study, fix(study, view.recipe, first, None))
             while (spec := study.next()) is not None:
                 curve_stand_in.write_result(study, spec)
                 assert study.settle(spec).outcome == "complete"
@@ -179,7 +179,7 @@ def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand
     view = read_study(study_dir)
     first = plan(view, 1, 2)[0]
     with open_study(study_dir, view.recipe) as study:
-        recover_confirm(study, fix(study, view.recipe, first, None))
+        recover_given(study, fix(study, view.recipe, first, None))
         while (spec := study.next()) is not None:
             recipe, place = apply(alone(view.recipe), spec.values), spec.folder(study_dir)  # as a worker does
             prepare(recipe, study_dir / "prepared")

@@ -178,9 +178,9 @@ def test_a_plan_measures_trainings_and_leaves_the_caches_alone(plan, tmp_path):
 
 @pytest.mark.whole
 def test_a_plan_trains_no_more_at_a_time_than_the_search_has_trainings(plan, monkeypatch):
-    noted, plain = [], forecast_module.recover_confirm
+    noted, plain = [], forecast_module.recover_given
     measure = lambda study, trainings: noted.append(len(trainings)) or plain(study, trainings)  # noqa: E731
-    monkeypatch.setattr(forecast_module, "recover_confirm", measure)
+    monkeypatch.setattr(forecast_module, "recover_given", measure)
     _, found = plan("resources.executor=inline", "resources.cpus_per_worker=0.25", "search.trials=1")
     assert found["concurrency"] > 2
     assert noted == [2]

@@ -23,7 +23,7 @@ from carft_ray.data import content
 from carft_ray.errors import CarftError, DataError, HoldOutError, NoSuccessfulTrialError, StorageError, UsageError
 from carft_ray.evaluation.objective import ObjectiveSpec, objective_spec
 from carft_ray.evaluation.predictions import accuracy, correct, read_predictions, select, sets, write_predictions
-from carft_ray.launch.runs.single import train_once
+from carft_ray.launch.command import Plan, train_once
 from carft_ray.layout import PREDICTIONS
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.compare import compare
@@ -41,7 +41,7 @@ from carft_ray.training.run import prepare
 from carft_ray.training.shared_inputs import load_shared_inputs
 
 pytestmark = pytest.mark.slow
-QUIET = 3 * [lambda *words: None]
+QUIET = 2 * [lambda word: None]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def trained(original, tmp_path_factory):
     """A training of ``train`` on the same images."""
     folder = tmp_path_factory.mktemp("trained") / "run"
     recipe = load_recipe(original / "recipe.yaml", [f"data.cache_dir={original / 'cache'}", "train.epochs=2"])
-    train_once(recipe, folder, False, "", *QUIET)
+    train_once(Plan(recipe, folder))
     return folder
 
 

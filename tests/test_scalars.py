@@ -1,5 +1,7 @@
 """What TensorBoard reads of a training, as its own reader reads it; and a disk that is full."""
 
+from dataclasses import replace
+
 import pytest
 import short_training
 import stand_in
@@ -8,14 +10,14 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from test_checkpoint import limited
 
 from carft_ray.errors import InterruptedRunError, StorageError
+from carft_ray.launch.command import Plan, train_once
 from carft_ray.launch.curves import Curves
 from carft_ray.launch.events import TrialStep
-from carft_ray.launch.runs.single import train_once
+from carft_ray.launch.runtime import RUNNER
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.training.tensorboard import add_scalars, begin_file, run_folder
 
 RUN = "lr=0.01 kl=1"
-NOTHING = (str, lambda row: None, lambda row: None)
 
 
 def read(folder):
@@ -29,16 +31,20 @@ def test_a_training_that_was_stopped_and_resumed_is_one_run_with_curves_and_a_li
     recipe = load_recipe(short_training.make(tmp_path), [f"data.cache_dir={tmp_path / 'cache'}", *overrides])
     out = short_training.training_in(tmp_path / "out")
 
-    def stop(row):
-        if row["step"] == 3:
-            (tmp_path / "out" / "stop").write_text("")
+    def train(recipe, prepared, place, context, attempt):
+        def progress(row):
+            context.progress(row)
+            if row["step"] == 3:
+                (tmp_path / "out" / "stop").write_text("")
+
+        return RUNNER.train(recipe, prepared, place, replace(context, progress=progress), attempt)
 
     with pytest.raises(InterruptedRunError):
-        train_once(recipe, tmp_path / "out", False, "", str, stop, lambda row: None)
-    result, _ = train_once(recipe, tmp_path / "out", True, "", *NOTHING)
+        train_once(Plan(recipe, tmp_path / "out", runner=replace(RUNNER, train=train)))
+    result, _ = train_once(Plan(recipe, tmp_path / "out"), resume=True)
     files = sorted(out.rglob("events.out.tfevents.*"))
     assert {path.parent for path in files} == {out / RUN}
-    train_once(recipe, tmp_path / "out", True, "", *NOTHING)  # it has finished
+    train_once(Plan(recipe, tmp_path / "out"), resume=True)  # it has finished
     assert sorted(out.rglob("events.out.tfevents.*")) == files
 
     events = read(out / RUN)

@@ -15,10 +15,10 @@ from killed_searches import driver, finish, finished
 from study_steps import failed, searching
 
 from carft_ray.errors import CarftError, ClusterError, DataError, NoSuccessfulTrialError
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Started, TrialFinished
 from carft_ray.launch.ray_cluster import cluster
 from carft_ray.launch.ray_cluster.cluster import running_ray
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.results.study_figure import figure_at_the_end
 from carft_ray.study.rows import best_row, trials
@@ -54,7 +54,7 @@ def test_an_inline_search_ends_with_a_best_trial_whatever_its_trials_do(tmp_path
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ray, "init", None)  # nothing is left to do, so no Ray is started
-        again = run_search(stand_in.make_recipe(8, epochs=4), study_dir, None, runner=RUNNER)
+        again = run_search(Plan(stand_in.make_recipe(8, epochs=4), study_dir, None, runner=RUNNER))
     assert again.num_new == 0
     assert again.trials == rows
     assert {row.name for row in again.baselines} == {"zero_shot", "plain"}
@@ -122,7 +122,7 @@ def test_ray_train_starts_its_workers_once_and_never_has_two_placement_groups_ho
             left.append(sum(group["state"] != "REMOVED" for group in groups))
 
     runner = Runner(stand_in.prepare, train_and_name_the_processes)
-    result = run_search(recipe, tmp_path / "study", None, on_event, runner)
+    result = run_search(Plan(recipe, tmp_path / "study", None, on_event, runner))
     assert not ray.is_initialized()
     assert left == [1, 1, 0]  # that of the next training; a failure ends it
     assert [event.reason for event in seen if isinstance(event, Started)] == ["search.max_concurrent_trials"]
@@ -144,11 +144,11 @@ def test_a_fault_in_the_preparation_or_in_a_trial_ends_the_search_with_its_exit_
     missing.touch()
     recipe = stand_in.make_recipe(4, resources={"executor": "debug"})
     with pytest.raises(DataError, match="there is no data"):
-        run_search(recipe, tmp_path / "study", None, runner=RUNNER)
+        run_search(Plan(recipe, tmp_path / "study", None, runner=RUNNER))
     assert not (tmp_path / "study").exists()  # free for the mended recipe
     missing.unlink()
     with pytest.raises(CarftError, match=r"trial t0001-(?s:.*)a file of the training set is gone") as caught:
-        run_search(recipe, tmp_path / "study", None, runner=RUNNER, around=figure_at_the_end)
+        run_search(Plan(recipe, tmp_path / "study", None, runner=RUNNER, around=figure_at_the_end))
     assert caught.value.exit_code == 4
     complete, failed = trials(tmp_path / "study")
     assert (complete.outcome, failed.outcome) == ("complete", "running")
@@ -162,7 +162,7 @@ def test_a_study_of_failed_trials_ends_with_their_reason_without_ray(tmp_path):
         while (spec := study.next()) is not None:
             study.settle(spec, failed(spec, "diverged", "loss not finite"))
     with pytest.raises(NoSuccessfulTrialError, match="3 of 3 failed in this way: loss not finite") as caught:
-        run_search(recipe, tmp_path / "study", runner=RUNNER)
+        run_search(Plan(recipe, tmp_path / "study", runner=RUNNER))
     assert caught.value.exit_code == 6
     assert not ray.is_initialized()
 

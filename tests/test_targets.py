@@ -23,7 +23,7 @@ from tiny import make_tiny_clip
 
 from carft_ray.data.benchmarks.facts import load_facts
 from carft_ray.data.cache import MARKER, list_entries
-from carft_ray.launch.runs.single import train_once
+from carft_ray.launch.command import Plan, train_once
 from carft_ray.model import heads
 from carft_ray.model.clip import tokenizer_hash
 from carft_ray.model.heads import build_heads, cached_heads
@@ -330,6 +330,6 @@ def test_the_doctor_embeds_for_the_training_that_follows(tmp_path, passes):
     assert not examine(recipe).errors
     assert passes
     passes.clear()
-    train_once(recipe, tmp_path / "out", False, "", said.append, lambda row: None, lambda row: None)
+    train_once(Plan(recipe, tmp_path / "out", on_event=lambda event: said.append(event.line())))
     assert not passes
     assert "the heads are in the cache: 15 sentences" in said

@@ -29,9 +29,9 @@ from carft_ray.data.open_source import open_source
 from carft_ray.errors import InterruptedRunError, UsageError
 from carft_ray.evaluation.metrics import wilson
 from carft_ray.evaluation.predictions import alphas, correct, read_predictions, sample_ids
+from carft_ray.launch.command import Plan, computing
 from carft_ray.launch.events import Started
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.session import computing
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.results.confirm import configurations
 from carft_ray.results.confirm.configurations import PlanRow, Stage, write_plan
@@ -45,7 +45,7 @@ from carft_ray.results.test_sets.summary import read_lines
 from carft_ray.results.verdict_card import verdict
 from carft_ray.study.ledger import Entry, read_ledger, require_unread
 from carft_ray.study.opening import open_study
-from carft_ray.study.recovery import recover_confirm
+from carft_ray.study.recovery import recover_given
 from carft_ray.study.rows import baselines, best_row, confirmations, trials
 from carft_ray.study.warm_start import inherited_reads
 from carft_ray.ui.progress import search_shown
@@ -229,7 +229,8 @@ def test_images_of_a_test_set_that_have_changed_since_the_search_are_told(run, h
     debug = recipe.resources.model_copy(update={"executor": "debug"})
     with open_study(study, recipe) as opened:  # as a search does
         runner, stop = Runner(stand_in.prepare, stand_in.train), InterruptedRunError
-        with computing(opened, recipe.model_copy(update={"resources": debug}), runner, None, stop, str):
+        plan = Plan(recipe.model_copy(update={"resources": debug}), study, runner=runner)
+        with computing(plan, opened, stop, str):
             pass
     if is_changed:
         image.write_bytes(image.with_name("1.png").read_bytes())
@@ -491,7 +492,7 @@ def test_a_confirm_that_ended_early_goes_on_trains_each_once_and_asks_the_sample
     cost = configurations.cost(read_study(study_dir), stage)
     assert cost.startswith("3 configurations x 2 fresh seeds: 4 trainings to run of about ")
     with open_study(study_dir, view.recipe) as study:
-        recover_confirm(study, trainings)
+        recover_given(study, trainings)
         spec = study.next()  # and the process is killed here
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == list(trainings)[2:]
     assert short_sealed.confirm(study_dir, trainings, stand_in.train) == []

@@ -8,8 +8,8 @@ from bucket_server import impatient
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Stopping, TrialFinished
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import ask_to_stop
 from carft_ray.layout import RESULT, THUMBNAILS, WEIGHTS
@@ -27,7 +27,9 @@ def server(monkeypatch, tmp_path):
 
 def searched(address, trials, on_event=lambda event: None, **search):
     recipe = stand_in.make_recipe(trials, resources={"executor": "debug"}, sampler={"name": "random"}, **search)
-    return run_search(recipe, own_folder(address), on_event=on_event, runner=Runner(stand_in.prepare, stand_in.train))
+    return run_search(
+        Plan(recipe, own_folder(address), on_event=on_event, runner=Runner(stand_in.prepare, stand_in.train))
+    )
 
 
 def put(server, last):

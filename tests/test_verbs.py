@@ -21,10 +21,9 @@ from test_checkpoint import limited
 
 from carft_ray.api import actions
 from carft_ray.errors import InterruptedRunError, UsageError
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import TrialEpoch
-from carft_ray.launch.runs.search import run_search
 from carft_ray.launch.runtime import Runner
-from carft_ray.launch.session import begin
 from carft_ray.launch.stop import ask_to_stop, wait_until_free
 from carft_ray.layout import BEST
 from carft_ray.recipe.loading import dump_recipe, recipe_of
@@ -297,12 +296,11 @@ def test_stop_ends_a_real_search_as_its_own_ctrl_c_does(run, here):
 
     recipe, runner = make_recipe(6, resources={"executor": "debug"}), Runner(stand_in.prepare, stand_in.train)
     with pytest.raises(InterruptedRunError, match="Resume with: carft-ray resume") as ended:
-        run_search(recipe, here / "live", None, on_event, runner)
+        run_search(Plan(recipe, here / "live", None, on_event, runner))
     assert ended.value.exit_code == 130
     assert (seen[0]["search"]["running"], [row["epoch"] for row in seen[0]["running"]]) == (True, [1])
     with open_study(here / "live", recipe):
         assert ask_to_stop(here / "live")
-        begin(here / "live", recipe)
         assert (here / "live" / "stop").exists()  # this search is the one that was asked
     after = json.loads(run("status", "live", "--json")[1])
     assert (after["trials"]["running"], after["running"], after["search"]["running"]) == (0, [], False)

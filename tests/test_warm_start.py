@@ -14,7 +14,7 @@ from study_steps import optuna_study, run_all, searching
 from test_generations import NARROW, begin, recipe_of
 
 from carft_ray.errors import RecipeError, StorageError
-from carft_ray.launch.runs.search import run_search
+from carft_ray.launch.command import Plan, run_search
 from carft_ray.recipe.loading import dump_recipe, load_recipe
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.results.reading.study_view import read_study
@@ -153,7 +153,7 @@ def test_what_is_no_other_study_is_refused_with_the_nearest_one_all_at_once(stud
     begin(study_dir, recipe_of(2), 2)
     (study_dir / "resolved.yaml").write_text(before := dump_recipe(recipe_of(2)))
     with pytest.raises(RecipeError, match="nowhere: must be the folder of a study"):
-        run_search(warm(recipe_of(2), tmp_path / "nowhere"), study_dir)
+        run_search(Plan(warm(recipe_of(2), tmp_path / "nowhere"), study_dir))
     assert (study_dir / "resolved.yaml").read_text() == before, "a refused source is not kept in the recipe"
     assert study_recipe(study_dir).search.warm_start == ()
     shutil.copytree(study_dir, tmp_path / "copy")

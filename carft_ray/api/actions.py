@@ -18,6 +18,7 @@ import logging
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +121,7 @@ def search(
 
     if trust and not trust_word(value):
         logger.warning("--trust has no effect: the recipe has no train.function")
-    from carft_ray.launch.runs.search import run_search
+    from carft_ray.launch.command import Plan, run_search
     from carft_ray.results.search_summary import study_summary
     from carft_ray.results.study_figure import figure_at_the_end
     from carft_ray.ui.progress import search_shown
@@ -129,7 +130,8 @@ def search(
         _sending(value, study, notify_url) as sent,
         search_shown(progress, study, value.train.epochs) as on_event,
     ):
-        result = run_search(value, study, address, sent(on_event), runner, change_space, figure_at_the_end)
+        plan = Plan(value, study, address, sent(on_event), runner)
+        result = run_search(replace(plan, change_space=change_space, around=figure_at_the_end))
     resume_command = f"carft-ray resume {shlex.quote(named(study))}{trust_word(value)}"
     summary = study_summary(value, result)
     found = Searched(result.study_dir, summary, result.out_of_budget, result.set_aside, resume_command)
@@ -232,7 +234,7 @@ def confirm(
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec
-    from carft_ray.launch.runs.confirm import run_confirm
+    from carft_ray.launch.command import Plan, run_confirm
     from carft_ray.results.confirm import configurations
     from carft_ray.results.confirm.summary import choose, confirm_lines, summarise
     from carft_ray.ui.progress import search_shown
@@ -253,7 +255,8 @@ def confirm(
                 def fix(held: Any) -> Any:
                     return configurations.fix(held, recipe, first, second, others)
 
-                run_confirm(recipe, study_dir, fix, resume_command, address, sent(shown), runner)
+                plan = Plan(recipe, study_dir, address, sent(shown), runner)
+                run_confirm(replace(plan, resume_command=resume_command, given=fix))
 
         train_stage()
         if winner == "confirmed":
@@ -276,8 +279,8 @@ def _sending(recipe: Recipe, study_dir: Path, notify_url: str | None) -> Abstrac
     return sending(receivers, logger.warning)
 
 
-def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[Recipe, "Runner | None"]:
-    """Returns the recipe and the runner of a fine-tuning of the user's; no runner where none is given.
+def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[Recipe, "Runner"]:
+    """Returns the recipe, and the runner of a fine-tuning of the user's or of the built-in one.
 
     Raises:
         UsageError: The recipe names code, in ``train`` or a baseline, that was neither given nor is trusted.
@@ -285,7 +288,9 @@ def _with_trainer(recipe: Recipe, train: Trainer | None, trust: bool) -> tuple[R
     """
     if train is None:
         require_trusted(recipe, trust)
-        return recipe, None
+        from carft_ray.launch.runtime import RUNNER
+
+        return recipe, RUNNER
     named = recipe.train.model_copy(update={"function": None})  # the function is here; baselines may name others
     require_trusted(recipe.model_copy(update={"train": named}), trust)
     from carft_ray.launch.own_trainer import with_function
@@ -335,12 +340,12 @@ def train(
     require_trusted(value, trust, baselines=False)
     if address is not None and value.resources.executor != "ray-train" and value.resources.num_workers == 1:
         logger.warning("--address has no effect: one worker trains in this process")
-    from carft_ray.launch.runs.single import train_once
+    from carft_ray.launch.command import Plan, train_once
     from carft_ray.ui.progress import training_shown
 
-    with training_shown(progress) as (on_step, on_epoch):
-        say = console.sayer(progress)
-        result, zero_shot = train_once(alone(value), out, resume, resume_command, say, on_step, on_epoch, address)
+    with training_shown(progress) as on_event:
+        plan = Plan(alone(value), out, address, on_event, resume_command=resume_command)
+        result, zero_shot = train_once(plan, resume)
     rows = {
         "zero-shot": zero_shot,
         "fine-tuned, alpha 1": result["fine_tuned"],

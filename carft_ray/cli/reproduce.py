@@ -46,8 +46,7 @@ def reproduce(
         if out_dir is None:
             out_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="carft-ray-"))) / "again"
         say(f"reproducing {finished.title}")
-        progress, report = stack.enter_context(training_shown(not json_))
-        found = reproduce(finished, out_dir, say, progress, report)
+        found = reproduce(finished, out_dir, say, stack.enter_context(training_shown(not json_)))
     console.print_json({**found, "folder": None if out is None else str(out)}, json_)
     if not found["same"]:
         raise difference_error(found)

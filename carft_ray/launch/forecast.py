@@ -24,10 +24,10 @@ from carft_ray import files
 from carft_ray.data.cache import cache_dir
 from carft_ray.data.copies.shared_images import find_shared
 from carft_ray.errors import ClusterError, InterruptedRunError, Problem
+from carft_ray.launch.command import Plan, computing, prepare
 from carft_ray.launch.preparation import fill_nodes
 from carft_ray.launch.ray_cluster.concurrency import Capacity
 from carft_ray.launch.runtime import RUNNER, Say, there
-from carft_ray.launch.session import computing, prepare
 from carft_ray.launch.stop import interruption
 from carft_ray.launch.trainings import run_trainings
 from carft_ray.layout import KEPT_CHECKPOINTS
@@ -38,7 +38,7 @@ from carft_ray.recipe.space.grid import num_trials
 from carft_ray.recipe.trial_values import drawn, middle
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import result_of
-from carft_ray.study.recovery import recover_confirm
+from carft_ray.study.recovery import recover_given
 
 NUM_DRAWS = 1000  # of the values of a trial
 OUTSIDE_S = 10.0  # imports, start and end of Ray, table, figure
@@ -142,7 +142,8 @@ def measure(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tupl
     ):
         shared = find_shared(recipe, cache_dir(recipe), say)
         runner = replace(RUNNER, train=partial(there, "carft_ray.training.probe:run_probe"))
-        with computing(study, recipe, runner, address, _interrupted, say, shared) as runtime:
+        plan = Plan(recipe, study.study_dir, address, runner=runner, shared=shared)
+        with computing(plan, study, _interrupted, say) as runtime:
             fill_nodes(runtime, say)  # not timed: the sets stay in the caches, and the search will not build them again
             begins = time.time()
             prepared, capacity = prepare(study, runtime, say), runtime.capacity
@@ -150,7 +151,7 @@ def measure(recipe: Recipe, address: str | None, parent: Path, say: Say) -> tupl
             # a seed of its own: an earlier plan has not stored the frozen model's targets
             values = {**middle(recipe.search.space), "seed": time.time_ns() % 2**31}
             slots = max(1, min(capacity.concurrency, num_trials(recipe) + len(recipe.search.baselines)))
-            recover_confirm(study, dict.fromkeys((f"short-{number}" for number in range(slots)), values))
+            recover_given(study, dict.fromkeys((f"short-{number}" for number in range(slots)), values))
             limit = capacity.reason if slots == capacity.concurrency else "the search has no more trainings"
             say(f"training a little, {slots} at a time ({limit})")
             fixed = replace(capacity, concurrency=slots, asked=0)  # nodes that come meanwhile are for the search

@@ -46,7 +46,6 @@ def run_trainings(
     runtime: Runtime,
     on_event: Callable[[Event], None],
     began: float | None = None,
-    progress: Callable[[dict[str, float]], None] = lambda row: None,
 ) -> str:
     """Runs what a recovered study proposes, until nothing is left or a stop is asked for.
 
@@ -55,7 +54,6 @@ def run_trainings(
         runtime: How and where trainings run.
         on_event: Given what happens, in the calling thread.
         began: When the search began (``time.monotonic``), from which its budget counts; None: it has no budget.
-        progress: Given the metrics of a training every few steps, in this process.
 
     Returns:
         What ended it before all was done: ``STOPPED``, or which limit of the budget. Empty otherwise.
@@ -89,7 +87,7 @@ def run_trainings(
     )
     with stop_on_signal(study.stop.ask), driver.exchange.going_on():
         if runtime.in_process:
-            _run_here(driver, runtime, progress)
+            _run_here(driver, runtime)
         else:
             _run_with_tune(driver, runtime)
     if driver.failure is not None:
@@ -107,12 +105,12 @@ def _capacity_now(runtime: Runtime, drains: Drains | None, without: Sequence[str
     return present_capacity(runtime.recipe, runtime.may_grow, gone)
 
 
-def _run_here(driver: Driver, runtime: Runtime, progress: Callable[[dict[str, float]], None]) -> None:
+def _run_here(driver: Driver, runtime: Runtime) -> None:
     """Runs one training after the other in this process."""
     key = "training"
     while (spec := driver.propose(key)) is not None:
         driver.started(key)
-        context = RunContext(progress=progress, should_stop=functools.partial(_poll, driver, spec))
+        context = RunContext(should_stop=functools.partial(_poll, driver, spec))
         gone = ""
         try:
             run_worker(runtime, spec, context)

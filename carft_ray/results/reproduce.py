@@ -18,7 +18,8 @@ import torch
 from carft_ray import environment, files
 from carft_ray.data.copies.shared_images import read_shared, without_shared
 from carft_ray.errors import CarftError, DataError, InterruptedRunError, Problem
-from carft_ray.launch.runs.single import train_once
+from carft_ray.launch.command import Plan, train_once
+from carft_ray.launch.events import OnEvent
 from carft_ray.launch.runtime import RUNNER
 from carft_ray.layout import PREPARED
 from carft_ray.model.device import gpu_names
@@ -35,7 +36,6 @@ COMPARED = ("objective", "alpha", "metrics", "fine_tuned", "curve", "num_images"
 COMPARED_WITHIN = ("objective", "fine_tuned", "curve", "num_images")
 TOLERANCE = 0.01  # a percentage point
 DECODED = "decoded"
-Row = dict[str, float]
 
 
 def sentence(found: Mapping[str, Any]) -> str:
@@ -92,8 +92,7 @@ def reproduce(
     finished: Finished,
     out_dir: Path,
     say: Callable[[str], None],
-    progress: Callable[[Row], None],
-    report: Callable[[Row], None],
+    on_event: OnEvent,
 ) -> dict[str, Any]:
     """Repeats a training and compares.
 
@@ -101,8 +100,7 @@ def reproduce(
         finished: A training of a study, or its zero-shot model.
         out_dir: Folder of the new training; must be new. Afterwards it is like that of `train`.
         say: Gets lines about what is being done.
-        progress: Given the metrics every few steps (one worker).
-        report: Given the metrics of every epoch.
+        on_event: Told what happens in the training.
 
     Returns:
         Plain data: ``same``: whether everything is, within ``tolerance`` (0: bit for bit); ``title`` of the training,
@@ -136,7 +134,7 @@ def reproduce(
     references = finished.result.get("references", {})
     runner = replace(RUNNER, prepare=partial(_prepare, shared, kept), train=partial(_train, references))
     try:
-        train_once(recipe, out_dir, False, "", say, progress, report, None, rows, runner)
+        train_once(Plan(recipe, out_dir, None, on_event, runner, shared=rows))
     except InterruptedRunError:
         step = "Run the same command again; the folder of --out, if one was given, must be removed first."
         raise InterruptedRunError(Problem("", "stopped; nothing was compared", next_step=step)) from None

@@ -3,7 +3,7 @@
 from typing import Any
 
 from carft_ray.evaluation.objective import objective_spec
-from carft_ray.launch.runs.search import SearchResult
+from carft_ray.launch.command import SearchResult
 from carft_ray.layout import BEST, FIGURE_PNG
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import num_trials

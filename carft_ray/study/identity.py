@@ -107,7 +107,7 @@ def compare(
         RecipeError: It is the study of another recipe; names the keys that differ.
         StorageError: The log has no recipe and holds more than claims, or the manifest cannot be read.
     """
-    kept = _recorded(study_dir, log)
+    kept = recorded_recipe(study_dir, log)
     if kept is None:
         return None, []
     found = list(_differences(kept.model_dump(mode="json"), recipe.model_dump(mode="json")))
@@ -132,7 +132,7 @@ def recipe_record(recipe: Recipe) -> dict[str, Any]:
     return {"kind": RECIPE, "recipe": recipe.model_dump(mode="json")}
 
 
-def _recorded(study_dir: Path, log: Log) -> Recipe | None:
+def recorded_recipe(study_dir: Path, log: Log) -> Recipe | None:
     """Returns the recipe of a study; None where its log holds nothing but claims.
 
     Raises:
@@ -186,7 +186,7 @@ def study_recipe(study_dir: Path, log: Log | None = None) -> Recipe:
         StorageError: The log has none, or one that carft-ray has not written; or it cannot be read.
     """
     log = log or log_of(study_dir)
-    recipe = _recorded(study_dir, log)
+    recipe = recorded_recipe(study_dir, log)
     if recipe is None:
         step = f"Start the study again: carft-ray search RECIPE --study {shlex.quote(named(study_dir))}"
         value = "one whose first search was killed before it wrote its recipe"
@@ -218,7 +218,7 @@ def has_recipe(study_dir: Path) -> bool:
     Raises:
         StorageError: Its log is damaged, or holds more than claims and no recipe.
     """
-    return _recorded(study_dir, log_of(study_dir)) is not None
+    return recorded_recipe(study_dir, log_of(study_dir)) is not None
 
 
 def is_single(study_dir: Path) -> bool:

@@ -30,16 +30,19 @@ def recover_running(study: Study) -> list[TrialRow]:
     return ended
 
 
-def recover_confirm(study: Study, trainings: Mapping[str, dict[str, Any]]) -> list[TrialRow]:
-    """As ``recover_running``, for the trainings of a confirm: only these run until the study is opened again.
+def recover_given(study: Study, trainings: Mapping[str, dict[str, Any]], kind: Kind = "confirm") -> list[TrialRow]:
+    """As ``recover_running``, for trainings with given values: only these run until the study is opened again.
 
     Args:
+        study: The study.
         trainings: Values over the recipe's ``train`` by name; those that are finished already are left alone.
+        kind: Of the trainings.
     """
     study.asks = False
-    study.journal.open("confirm")
-    study.enter("confirm", trainings)
-    return recover(study, "confirm", trainings)
+    if kind not in study.journal.studies:
+        study.journal.open(kind)
+    study.enter(kind, trainings)
+    return recover(study, kind, trainings)
 
 
 def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> list[TrialRow]:

@@ -3,6 +3,7 @@ written again in a notebook, plain lines elsewhere. Bars that count other work.
 """
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, float]
 REFRESH_PER_S = 2
+logger = logging.getLogger(__name__)
 
 
 def _bars() -> Progress:
@@ -45,32 +47,37 @@ def counting() -> Iterator[Callable[[str], Callable[[int, int], None]]]:
 
 
 @contextlib.contextmanager
-def training_shown(show: bool) -> Iterator[tuple[Callable[[Row], None], Callable[[Row], None]]]:
-    """Gives ``(progress, report)`` of a training's context: a bar with loss, CE, KL, learning rate and speed, and a
-    line per epoch.
+def training_shown(show: bool) -> Iterator[Callable[["Event"], None]]:
+    """Gives what takes the events of ``train_once``: a bar with loss, CE, KL, learning rate and speed, a line per
+    epoch, and lines of what is done before and at the end.
 
     Args:
-        show: False: nothing is shown.
+        show: False: only notes are shown.
     """
-    if not show:
-        yield (lambda row: None), (lambda row: None)
-        return
+    from carft_ray.launch import events
+
     bar, area = _bars(), notebook.Area() if notebook.in_notebook() else None
     task = bar.add_task("training", total=None, detail="")
 
-    def progress(row: Row) -> None:
-        bar.update(task, completed=row["step"], total=row["num_steps"], detail=visible(_step_line(row)))
-        if area:
-            area.show(bar)
+    def on_event(event: "Event") -> None:
+        match event:
+            case events.Note(text):
+                logger.warning("%s", text)
+            case _ if not show:
+                pass
+            case events.TrialStep(_, row):
+                bar.update(task, completed=row["step"], total=row["num_steps"], detail=visible(_step_line(row)))
+                if area:
+                    area.show(bar)
+            case events.TrialEpoch(_, row) if area:
+                area.show(bar, _epoch_line(row))
+            case events.TrialEpoch(_, row):
+                console.say(_epoch_line(row))
+            case events.Preparing() | events.Stopping():
+                console.say(event.line())
 
-    def report(row: Row) -> None:
-        if area:
-            area.show(bar, _epoch_line(row))
-        else:
-            console.say(_epoch_line(row))
-
-    with bar if console.err.is_terminal else contextlib.nullcontext():
-        yield progress, report
+    with bar if show and console.err.is_terminal else contextlib.nullcontext():
+        yield on_event
 
 
 def _step_line(row: Row) -> str:

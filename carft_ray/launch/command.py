@@ -1,0 +1,451 @@
+"""What `search`, `resume`, `confirm`, `train` and `reproduce` do. A ``Plan`` says what is trained, ``run`` does it:
+
+with open_study(...) as study:          # the claim, no stop file of before, the recipe, what a kill has left
+    resolved.yaml, recovery             # of this command; what has ended is recorded, the rest is queued
+    with computing(...) as runtime:     # shared images, then Ray or this process; signals are InterruptedRunError
+        prepare(study, runtime, say)    # sets, caches, heads, zero-shot; what they are, into the log
+        run_trainings(study, runtime)   # ``launch.trainings``
+    end(study, ran)                     # the result, or why there is none
+
+Killed and run again, each continues where it was.
+"""
+
+import contextlib
+import logging
+import shlex
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from carft_ray import environment, files
+from carft_ray.data.cache import cache_dir
+from carft_ray.data.copies.find import digests_of_tests
+from carft_ray.data.copies.shared_images import SharedRow, shared_of_study, write_shared
+from carft_ray.errors import (
+    BudgetError,
+    CarftError,
+    DivergedError,
+    InterruptedRunError,
+    MachineError,
+    Problem,
+    UsageError,
+)
+from carft_ray.launch import events
+from carft_ray.launch.curves import Curves
+from carft_ray.launch.events import Note, OnEvent, Preparing
+from carft_ray.launch.failures.causes import no_successful_trial
+from carft_ray.launch.mailbox import Mailbox, start_mailbox
+from carft_ray.launch.own_trainer import own_notes
+from carft_ray.launch.preparation import run_prepare
+from carft_ray.launch.ray_cluster.cluster import running_ray
+from carft_ray.launch.ray_cluster.concurrency import Node, crowding
+from carft_ray.launch.ray_cluster.growth import await_nodes, may_grow
+from carft_ray.launch.ray_cluster.ray_private import forget_pickled_columns
+from carft_ray.launch.runtime import RUNNER, Runner, Runtime, Say, make_runtime
+from carft_ray.launch.stop import interruption, interruptions_as, used_up
+from carft_ray.launch.study_files import start_files
+from carft_ray.launch.trainings import STOPPED, run_trainings
+from carft_ray.layout import FOLDERS, LOG, RAY_LOG, RESOLVED
+from carft_ray.recipe.loading import dump_recipe, trust_word
+from carft_ray.recipe.schema.recipe import Recipe, single
+from carft_ray.recipe.shared_targets import decide_targets
+from carft_ray.recipe.space.grid import num_trials
+from carft_ray.study import outcome
+from carft_ray.study.holding import is_ours, is_study, log_of
+from carft_ray.study.identity import recorded_recipe
+from carft_ray.study.ledger import note_test_sets
+from carft_ray.study.mirror import named
+from carft_ray.study.opening import open_study
+from carft_ray.study.outcome import Kind, TrialRow
+from carft_ray.study.provenance import record_provenance
+from carft_ray.study.recovery import recover_given, recover_running
+from carft_ray.study.rows import best_row, num_finished, rows_by_kind, trials
+from carft_ray.study.study import Study
+from carft_ray.study.uploads import open_log
+from carft_ray.study.warm_start import new_sources
+from carft_ray.words import counted
+
+NAME = "train"  # of the training of `train`
+
+Trainings = Mapping[str, dict[str, Any]]
+Around = Callable[[Study, int], AbstractContextManager[None]]
+R = TypeVar("R")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a command trains, from where the values come, and who is told.
+
+    Attributes:
+        recipe: The recipe. What may differ from that of an existing study is in ``study.identity``.
+        study_dir: The study directory; made when it is missing.
+        address: Ray cluster to attach to; None: a Ray of our own on this machine.
+        on_event: Told what happens, in the calling thread.
+        runner: What is trained; by default ``training.run``.
+        resume_command: Shown after an interruption.
+        given: Called with the open study and before anything is trained. Returns the values over the recipe's ``train``
+            by name, ``seed`` and ``alpha`` among them. None: the baselines of the recipe, and what the sampler proposes
+            within the budget.
+        kind: What the trainings are that count.
+        alone: There is one training, that of `train`: prepared even when it has finished, and in this process when it
+            has one worker.
+        change_space: The search space may change.
+        around: What surrounds preparation and trainings: a context, given the open study and the number of trials that
+            were finished before, such as ``results.study_figure.figure_at_the_end``.
+        shared: Images that stand in two roles; None: those of the study, or they are found now.
+    """
+
+    recipe: Recipe
+    study_dir: Path
+    address: str | None = None
+    on_event: OnEvent = lambda event: None
+    runner: Runner = RUNNER
+    _: KW_ONLY
+    resume_command: str = ""
+    given: Callable[[Study], Trainings] | None = None
+    kind: Kind = "trial"
+    alone: bool = False
+    change_space: bool = False
+    around: Around = lambda study, num_before: nullcontext()
+    shared: Sequence[SharedRow] | None = None
+
+    @property
+    def in_process(self) -> bool:
+        """Whether all runs in this process, without Ray."""
+        asked = self.recipe.resources
+        return asked.executor == "debug" or (self.alone and asked.executor != "ray-train" and asked.num_workers == 1)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What has become of a plan.
+
+    Attributes:
+        num_before: Trials that were finished before.
+        elapsed_s: Seconds that it took.
+        out_of_budget: Which limit of the budget ended it; empty when nothing is left.
+        zero_shot: What ``prepare`` found; empty when there was nothing to do.
+        given: What the plan has given.
+    """
+
+    num_before: int
+    elapsed_s: float
+    out_of_budget: str
+    zero_shot: dict[str, Any]
+    given: Trainings | None
+
+
+def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
+    """Claims a study, trains what a plan says, and returns what ``end`` makes of it while the study is held.
+
+    When the budget is used up, running trainings are asked to write a checkpoint, and the plan has run. Ctrl-C (or
+    SIGTERM) asks them the same and waits for them; a second one does not wait.
+
+    Args:
+        plan: The plan.
+        end: Given the study and how the plan was run; returns the result, or raises why there is none.
+
+    Raises:
+        InterruptedRunError: Stopped on request; run it again to resume.
+        RecipeError, UsageError: The folder belongs to another recipe, or is no study.
+        HoldOutError: Two roles share images.
+        StorageError, ClusterError, DataError: As their messages say.
+    """
+    began, recipe, proposes = time.monotonic(), plan.recipe, plan.given is None
+    with open_study(plan.study_dir, recipe, plan.change_space, lambda text: plan.on_event(Note(text))) as study:
+        on_event = events.to_all(plan.on_event, Curves(study.study_dir, recipe))
+        if proposes:
+            new_sources(study.log, study.study_dir, recipe)  # a new study vanishes when one is unfit
+        trainings = None if plan.given is None else plan.given(study)
+        files.write_text(study.study_dir / RESOLVED, dump_recipe(recipe))
+        num_before = num_finished(study.rows())
+        recovered = recover_running(study) if trainings is None else recover_given(study, trainings, plan.kind)
+        for note in (*study.notes, *(own_notes(recipe) if proposes else ())):
+            on_event(Note(note))
+        for row in recovered:
+            is_baseline = row.kind == "baseline"
+            on_event(events.BaselineFinished(row) if is_baseline else events.TrialFinished(row, is_best=False))
+
+        def interrupted() -> InterruptedRunError:
+            return interruption(f"stopped; {_progress(plan, study, trainings)}", plan.resume_command)
+
+        ended = used_up(recipe.budget, 0.0, study.gpu_seconds()) if proposes and not study.done() else ""
+        zero_shot: dict[str, Any] = {}
+        with plan.around(study, num_before):
+            if not ended and (plan.alone or not study.done()):
+                with computing(plan, study, interrupted, lambda text: on_event(Preparing(text))) as runtime:
+                    zero_shot, runtime = _prepare_all(plan, study, runtime, trainings, on_event)
+                    if not study.done():
+                        ended = run_trainings(study, runtime, on_event, began if proposes else None)
+            if ended == STOPPED:
+                raise interrupted()
+            elapsed_s = time.monotonic() - began
+        return end(study, Ran(num_before, elapsed_s, ended, zero_shot, trainings))
+
+
+def _prepare_all(
+    plan: Plan, study: Study, runtime: Runtime, trainings: Trainings | None, on_event: OnEvent
+) -> tuple[dict[str, Any], Runtime]:
+    """Prepares, and says what begins; returns what ``prepare`` found of zero-shot, and the runtime of the trainings."""
+    if not plan.alone:
+        on_event(Preparing())
+    zero_shot = prepare(study, runtime, lambda text: on_event(Preparing(text)))
+    if row := study.add_zero_shot(zero_shot):
+        on_event(events.BaselineFinished(row))
+    decided, note = decide_targets(runtime.recipe, None if trainings is None else trainings.values())
+    if note:
+        on_event(events.Decided(note))
+    capacity, asked = runtime.capacity, plan.recipe.resources
+    if not plan.alone:
+        wanted, finished = _counts(plan, study.rows(plan.kind), trainings)
+        on_event(events.Started(wanted, finished, capacity.concurrency, capacity.reason, plan.kind))
+    elif not plan.in_process:
+        on_event(Preparing(f"training with {counted(asked.num_workers, 'Ray Train worker')}"))
+    if trainings is None and plan.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
+        on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
+    return zero_shot, replace(runtime, recipe=decided)
+
+
+def _counts(plan: Plan, rows: Sequence[TrialRow], trainings: Trainings | None) -> tuple[int, int]:
+    """Returns how many trainings a plan has, and how many of them have ended."""
+    if trainings is None:
+        return num_trials(plan.recipe), num_finished(rows)
+    return len(trainings), num_finished(row for row in rows if row.name in trainings)
+
+
+def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
+    """Returns how far a plan is, by what lies in the folder: Ctrl-C may have spoiled a commit."""
+    if plan.alone:
+        training = f"{FOLDERS[plan.kind]}/{NAME}"
+        return f"it continues from {outcome.progress_words(study.study_dir / training, study.log.known(training))}"
+    wanted, finished = _counts(plan, rows_by_kind(study.study_dir)[plan.kind], trainings)
+    return f"{finished} of {counted(wanted, 'trial' if trainings is None else 'training')} finished"
+
+
+@contextlib.contextmanager
+def computing(plan: Plan, study: Study, interrupted: Callable[[], InterruptedRunError], say: Say) -> Iterator[Runtime]:
+    """Compares the images of the roles, then starts Ray, or attaches to one, for as long as the block lasts.
+
+    Args:
+        plan: What is run.
+        study: The study.
+        interrupted: Returns what a signal becomes.
+        say: Told what is being done.
+
+    Raises:
+        InterruptedRunError: A signal came.
+        HoldOutError: Two roles share images.
+        ClusterError: There is no Ray, or a training does not fit.
+    """
+    forget_pickled_columns()  # before a set is opened here
+    recipe, shared, address, folder = plan.recipe, plan.shared, plan.address, study.study_dir
+    with interruptions_as(interrupted, study.stop):
+        rows = shared_of_study(recipe, cache_dir(recipe), folder, say) if shared is None else shared
+        ray = running_ray(address, folder / RAY_LOG, study.stop, recipe.resources.wait_for_nodes or 0.0, say)
+        with nullcontext((_this_machine(recipe),)) if plan.in_process else ray as nodes:
+            write_shared(folder, rows)
+            if shared is None:
+                note_test_sets(study.log, partial(digests_of_tests, recipe, cache_dir(recipe)))
+            attached = address is not None and not plan.in_process
+            grows = attached and may_grow()
+            if attached:
+                nodes = await_nodes(recipe, nodes, grows, study, say)
+            runtime = make_runtime(recipe, folder, nodes, plan.runner, grows)
+            if slow := crowding(recipe, runtime.capacity, nodes):
+                logger.warning("%s", slow)
+            box = Mailbox() if plan.in_process else start_mailbox()
+            runtime = replace(runtime, in_process=plan.in_process, attached=attached, mailbox=box)
+            if attached:
+                last, first = (study.log.number, study.log.digest), study.log.digest_of(1)
+                served, bucket = start_files(folder, "", last)
+                runtime = replace(runtime, files=served, commit=last, first_commit=first, bucket=bucket)
+            yield runtime
+
+
+def prepare(study: Study, runtime: Runtime, say: Say) -> dict[str, Any]:
+    """Does what all trainings share, and notes in the log what their numbers come from.
+
+    Returns:
+        Zero-shot metrics and counts (``training.run.prepare``).
+    """
+    metrics = run_prepare(runtime, say, study.stop.asked)
+    record_provenance(runtime.study_dir, study.log, runtime.recipe, metrics.pop("provenance", None))
+    return metrics
+
+
+def _this_machine(recipe: Recipe) -> Node:
+    """Returns this machine; what the recipe asks for is taken to be there, as nobody else shares it."""
+    from torch import cuda  # what runs here needs it anyway
+
+    asked = recipe.resources
+    cpus, gpus = (asked.cpus_per_worker or 1) * asked.num_workers, (asked.gpus_per_worker or 0) * asked.num_workers
+    return Node(max(environment.usable_cores(), cpus), max(cuda.device_count(), gpus), asked.accelerator or "")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found.
+
+    Attributes:
+        study_dir: The study directory, absolute.
+        best: The trial with the largest objective.
+        trials: All trials of the study.
+        baselines: Zero-shot and the recipe's baselines.
+        num_new: Trials that ended in this search; 0 when there was nothing to do.
+        elapsed_s: Seconds that this search took.
+        out_of_budget: Which limit of the budget ended it; empty when all trials are finished.
+        set_aside: Trials and baselines whose attempts were lost again and again; another search tries them again.
+    """
+
+    study_dir: Path
+    best: TrialRow
+    trials: list[TrialRow]
+    baselines: list[TrialRow]
+    num_new: int
+    elapsed_s: float
+    out_of_budget: str = ""
+    set_aside: tuple[TrialRow, ...] = ()
+
+
+def run_search(plan: Plan) -> SearchResult:
+    """Runs a search to its end, or resumes one. ``best.yaml`` follows the best trial all the time.
+
+    Args:
+        plan: The plan; its ``resume_command`` is made here.
+
+    Returns:
+        The best trial, and all rows.
+
+    Raises:
+        NoSuccessfulTrialError: All trials have failed.
+        MachineError: No trial is complete, and some were set aside (``SearchResult.set_aside``).
+        BudgetError: The budget was used up before a trial was complete.
+        CarftError: As ``run``.
+    """
+    recipe, study_dir = plan.recipe, plan.study_dir.resolve()
+    if recipe.search.warm_start and is_study(study_dir):
+        log = open_log(study_dir)
+        log.follow()
+        new_sources(log, study_dir, recipe)  # one that is refused must not stay in the recipe of the study
+    again = f"carft-ray resume {shlex.quote(named(study_dir))}{trust_word(recipe)}"
+    again += "" if plan.address is None else f" --address {shlex.quote(plan.address)}"
+
+    def found(study: Study, ran: Ran) -> SearchResult:
+        rows, set_aside = study.rows(), study.set_aside()
+        best = best_row(rows)
+        if best is None and ran.out_of_budget:
+            raise _nothing_within_budget(recipe, rows, ran.out_of_budget, again)
+        if best is None and set_aside:
+            raise set_aside_error(set_aside, again)
+        if best is None:
+            raise no_successful_trial(study_dir, rows)
+        num_new, baselines = num_finished(rows) - ran.num_before, study.rows("baseline")
+        return SearchResult(
+            study_dir, best, rows, baselines, num_new, ran.elapsed_s, ran.out_of_budget, tuple(set_aside)
+        )
+
+    return run(replace(plan, resume_command=again), found)
+
+
+def run_confirm(plan: Plan) -> list[TrialRow]:
+    """Trains what a plan gives, as trials of a search are trained; what is finished already is left alone.
+
+    Trainings of one seed share the frozen model's targets: the first one that needs them stores them.
+
+    Args:
+        plan: The plan.
+
+    Returns:
+        The rows of these trainings, in the order of their numbers.
+
+    Raises:
+        MachineError: Trainings were set aside; run it again to try these again.
+        DataError: Images, classes or weights are no longer those of the study.
+        CarftError: As ``run``.
+    """
+
+    def found(study: Study, ran: Ran) -> list[TrialRow]:
+        rows = [row for row in study.rows("confirm") if row.name in (ran.given or ())]
+        if set_aside := [row for row in rows if row.set_aside]:
+            raise set_aside_error(set_aside, plan.resume_command)
+        return rows
+
+    return run(replace(plan, kind="confirm"), found)
+
+
+def train_once(plan: Plan, resume: bool = False) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Runs one training to its end, or resumes one: one worker in this process, more of them with Ray.
+
+    Its folder is a study of one trial, whose values are those of the recipe. It searches nothing. Ctrl-C (or SIGTERM)
+    writes a checkpoint and ends.
+
+    Args:
+        plan: The plan; what its recipe says of a search has no effect.
+        resume: Whether a training in the folder is to be resumed; without it the folder must be new.
+
+    Returns:
+        Content of ``result.json``, and what ``prepare`` found of zero-shot.
+
+    Raises:
+        UsageError: The folder holds something, or nothing to resume.
+        MachineError: The attempts were lost one after the other; run it again to try more.
+        DivergedError: The training has diverged.
+        CarftError: As ``run``.
+    """
+    out_dir = plan.study_dir.resolve()
+    _check_folder(out_dir, resume)
+
+    def found(study: Study, ran: Ran) -> tuple[dict[str, Any], dict[str, Any]]:
+        [row] = study.rows()
+        if row.set_aside:
+            raise set_aside_error([row], plan.resume_command)
+        if row.outcome == "complete":
+            return outcome.result_of(out_dir, row), ran.zero_shot
+        kind = DivergedError if row.outcome == "diverged" else CarftError
+        raise kind(Problem(NAME, row.reason, next_step=f"Details are in {row.folder(out_dir) / LOG}."))
+
+    one = replace(plan, recipe=single(plan.recipe), study_dir=out_dir, given=lambda study: {NAME: {}}, alone=True)
+    return run(one, found)
+
+
+def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineError:
+    """Returns the error for trainings that are set aside: each with its reason, and the command that tries them again.
+
+    Args:
+        rows: Of the trainings.
+        resume_command: The command.
+    """
+    problems = [Problem(row.name, f"is set aside: {row.reason}") for row in rows]
+    problems[-1] = replace(problems[-1], next_step=f"Nothing is lost. Correct the cause, then: {resume_command}")
+    return MachineError(problems)
+
+
+def _nothing_within_budget(recipe: Recipe, rows: Sequence[TrialRow], ended: str, again: str) -> BudgetError:
+    begun = sum(row.outcome == "running" for row in rows)
+    rule = f"{ended}, and no trial is complete" + (f"; {counted(begun, 'trial')} stopped" if begun else "")
+    hours = recipe.budget.gpu_hours
+    more = f"--set budget.gpu_hours={2 * hours:g}" if hours is not None and "gpu_hours" in ended else "--wall-time 8h"
+    return BudgetError(Problem("budget", rule, next_step=f"Give more and continue with: {again} {more}"))
+
+
+def _check_folder(out_dir: Path, resume: bool) -> None:
+    other = "Give another folder with --out."
+    kept = recorded_recipe(out_dir, log_of(out_dir))
+    if kept is not None and kept.search.space:
+        raise UsageError(Problem(str(out_dir), "must be the folder of a training", "a study", next_step=other))
+    if resume and kept is None:
+        step = "Leave --resume out to start one."
+        raise UsageError(Problem(str(out_dir), "must contain a training to resume", "none", next_step=step))
+    if not resume and kept is not None:
+        done = best_row(trials(out_dir)) is not None
+        state = "a finished training" if done else "an unfinished training"
+        step = f"Add --resume to {'see its result' if done else 'continue it'}. {other}"
+        raise UsageError(Problem(str(out_dir), "must be a new folder", state, next_step=step))
+    if kept is None:
+        files.require_new(out_dir, "--out", lambda name: is_ours(out_dir / name))
