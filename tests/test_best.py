@@ -17,6 +17,7 @@ from carft_ray.launch.command import Plan, run_search
 from carft_ray.layout import BEST, FIGURE_PNG, FIGURE_SVG, THUMBNAILS, WEIGHTS
 from carft_ray.recipe.loading import load_recipe
 from carft_ray.results.study_figure import figure_at_the_end
+from carft_ray.store.folder import Folder
 from carft_ray.study.best import Retention
 from carft_ray.study.front import FrontRule, best_point, front_of, front_rule, knee, lexicographic, non_dominated, stand
 from carft_ray.study.journal import constraint_values, missing_metrics, result_attributes
@@ -141,7 +142,7 @@ def test_what_is_kept_of_the_trials_gives_the_best_of_all_of_them(tmp_path, seed
     objective = {"kind": "pareto", "best": best, "tolerance": 0.1}
     recipe = stand_in.make_recipe(60, keep_checkpoints=2, objective=objective, alpha={"mode": "sample"})
     rng, rows = np.random.default_rng(seed), []
-    retention = Retention(tmp_path, recipe, lambda path: None)
+    retention = Retention(tmp_path, recipe, Folder(tmp_path))
     for number in rng.permutation(60).tolist():
         counts = rng.integers(0, 20, (3, 2)) / 20
         limits = rng.choice([-0.1, 0.05, 0.1], 3)

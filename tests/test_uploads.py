@@ -1,10 +1,12 @@
 """Which files of a study get into its bucket, and when; what the driver does while they are on their way."""
 
+import json
 import time
 
 import pytest
 import stand_in
 from bucket_server import impatient
+from crash_host import call
 
 from carft_ray import files
 from carft_ray.errors import InterruptedRunError
@@ -15,7 +17,7 @@ from carft_ray.launch.stop import ask_to_stop
 from carft_ray.layout import RESULT, THUMBNAILS, WEIGHTS
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study import uploads
-from carft_ray.study.mirror import own_folder
+from carft_ray.study.mirror import ALL, NUMBERS, own_folder
 from carft_ray.study.opening import open_study
 
 
@@ -88,6 +90,48 @@ def test_of_a_training_that_has_not_ended_checkpoints_go_up_and_what_may_be_drop
             return {name.removeprefix(f"study/{place}/") for name in server.objects() if place in name}
 
         assert there() == {f"step-00000005/{WEIGHTS}", THUMBNAILS}
-        study.log.forget_files(study.study_dir / place / WEIGHTS)
-        study.log.has_ended(study.study_dir / place)
+        study.log.store.forget_files(f"{place}/{WEIGHTS}")
+        study.log.store.has_ended(place)
         assert there() == {f"step-00000005/{WEIGHTS}", THUMBNAILS, RESULT}
+
+
+def test_what_nodes_put_into_the_bucket_is_brought_when_it_is_needed_and_goes_as_the_rest_does(server):
+    folder, place = own_folder(server.address("study")), "trials/t/attempt-1"
+    steps = [f"{place}/step-{number:08d}/{WEIGHTS}" for number in (5, 10, 15)]
+    with open_study(folder, stand_in.make_recipe(1)) as study:
+        store = study.log.store
+        for name in (*steps, f"{place}/{RESULT}", f"{place}/{WEIGHTS}"):
+            server.put(f"study/{name}", b"{}")
+            store.learn([name])
+        store.upload_new(checkpoints=True)
+        assert not server.objects().keys() & {f"study/{steps[0]}"}, "newer ones are there"
+        store.bring(place, NUMBERS)
+        assert [path.name for path in (folder / place).iterdir()] == [RESULT]
+        server.requests.clear()
+        store.has_ended(place)
+        store.upload_new(checkpoints=False)
+        assert not server.requests, "what came from there does not go up again"
+        store.forget_files(f"{place}/{WEIGHTS}")
+        store.upload_new(checkpoints=False)
+        assert {name.removeprefix("study/") for name in server.objects() if place in name} == {
+            *steps[1:],
+            f"{place}/{RESULT}",
+        }
+        store.bring("trials/t", ALL)
+        assert all((folder / name).exists() for name in steps[1:])
+
+
+@pytest.mark.slow
+def test_a_search_on_this_machine_is_shown_from_its_folder(server, capsys):
+    address = server.address("study")
+
+    def look(event):
+        if isinstance(event, TrialFinished):
+            server.requests.clear()
+            assert call(["status", address, "--json"]) == 0
+            read = [path for method, path in server.requests if "/log/" not in path]
+            shown.append((json.loads(capsys.readouterr().out)["finished"], read))
+
+    shown = []
+    searched(address, 3, look)
+    assert shown == [(1, []), (2, []), (3, [])]

@@ -97,7 +97,7 @@ def suggest(study: str, after: str, *more: str, changed: bool = False) -> None:
     from carft_ray.results.reading.study_view import read_study
     from carft_ray.study.mirror import NUMBERS, own_folder
 
-    view = read_study(own_folder(study, brings=False) if changed else study, NUMBERS)
+    view = read_study(own_folder(study, need=None) if changed else study, NUMBERS)
     if behind_zero_shot(view):
         console.say(BEHIND)
     console.next_step(*next_steps(view, study, after), *more)

@@ -34,7 +34,7 @@ def train(
     from carft_ray.results.next_steps import export_folder
     from carft_ray.study.mirror import own_folder
 
-    folder, logs = shlex.quote(out), shlex.quote(str(own_folder(out, brings=False)))
+    folder, logs = shlex.quote(out), shlex.quote(str(own_folder(out, need=None)))
     console.next_step(
         f"carft-ray evaluate {folder}",
         f"carft-ray export {folder} --to {export_folder(found.recipe_name)}",

@@ -223,7 +223,9 @@ def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
     """Returns how far a plan is, by what lies in the folder: Ctrl-C may have spoiled a commit."""
     if plan.alone:
         training = f"{FOLDERS[plan.kind]}/{NAME}"
-        return f"it continues from {outcome.progress_words(study.study_dir / training, study.log.known(training))}"
+        return (
+            f"it continues from {outcome.progress_words(study.study_dir / training, study.log.store.known(training))}"
+        )
     wanted, finished = _counts(plan, rows_by_kind(study.study_dir)[plan.kind], trainings)
     return f"{finished} of {counted(wanted, 'trial' if trainings is None else 'training')} finished"
 

@@ -133,7 +133,7 @@ class Driver:
         self._stopping_since = 0.0
         self._told_at_a_time: tuple[int, str] | None = None  # as the log says it
         self._fits = micro_batch.noted(self.study.log)
-        self.study.log.meanwhile = self.poll
+        self.study.log.store.meanwhile = self.poll
 
     def __getstate__(self) -> dict[str, object]:
         """Nothing: Tune keeps a copy of what it was given, which nobody reads."""
@@ -191,8 +191,8 @@ class Driver:
             self._read_post(attempt)
             if attempt.gone is not None:
                 for name in attempt.gone:
-                    self.study.log.forget_files(self.study.study_dir / name)
-                self.study.log.bring(attempt.spec.attempt_name, NUMBERS)
+                    self.study.log.store.forget_files(name)
+                self.study.log.store.bring(attempt.spec.attempt_name, NUMBERS)
         except StorageError as error:
             self._fail(error)
         spec, seconds = attempt.spec, self._held_s(attempt)
@@ -326,7 +326,7 @@ class Driver:
                     names, gone = _own_names(attempt.spec, value), attempt.gone or set()
                     attempt.gone = gone - names if kind == "sent" else gone | names  # removed once no node writes there
                     if kind == "sent":
-                        self.study.log.learn(sorted(names))
+                        self.study.log.store.learn(sorted(names))
                 elif self.study.add_row(attempt.spec, value):
                     attempt.rows.append(value)
                     attempt.last_row = time.monotonic()
@@ -430,7 +430,7 @@ class Driver:
                 return
             leaves = attempt.leaves or (SLEPT if attempt.began < self.exchange.woke else "")
             if failure is None and leaves and not gone:
-                known = self.study.log.known(spec.training)
+                known = self.study.log.store.known(spec.training)
                 outcome.log_left(spec.folder(self.study.study_dir), spec.attempt, leaves, known)
                 self.study.repeat(spec)
                 self.on_event(events.Note(f"{spec.name} gets another attempt: {leaves}"))

@@ -34,6 +34,7 @@ from carft_ray.launch.stop import stop_on_signal
 from carft_ray.launch.worker import end_process, run_worker
 from carft_ray.layout import STOP
 from carft_ray.study.holding import take_back_stop
+from carft_ray.study.mirror import ALL
 from carft_ray.study.outcome import TrialSpec
 from carft_ray.study.study import Study
 from carft_ray.training.run_context import RunContext
@@ -62,6 +63,8 @@ def run_trainings(
         CarftError: What ended the run before its time (``Driver.failure``); a ``ClusterError`` when it was Ray.
     """
     forget_listings()
+    for spec in study.waiting if not runtime.attached else ():  # what they go on from may be in the bucket alone
+        study.log.store.bring(spec.training, ALL)
     capacity = runtime.capacity
     drains = None if runtime.in_process else Drains()
     driver = Driver(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError, UsageError, nearest
-from carft_ray.store.folder import Names, RefusedError, UnknownError, check_name
+from carft_ray.store.folder import Names, RefusedError, Store, UnknownError, check_name
 from carft_ray.untrusted import read_regular, visible
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Listed:
     stamp_ns: int
 
 
-class Bucket:
+class Bucket(Store):
     """A store at an address such as ``s3://bucket/prefix``, which ``str`` gives.
 
     All methods raise a ``StorageError`` for a name that is none (``check_name``), and when the bucket does not do what

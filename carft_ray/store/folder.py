@@ -9,6 +9,7 @@ import errno
 import fnmatch
 import os
 import secrets
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -31,9 +32,20 @@ class UnknownError(StorageError):
 
 
 class Store(Protocol):
-    """Where a log lies: ``Folder``, or ``bucket.Bucket``. ``str`` gives its address, for messages."""
+    """Where a log lies: ``Folder``, or ``bucket.Bucket``. ``str`` gives its address, for messages.
 
-    has_packs: bool  # what is small is slow to read
+    From ``took`` on: what a search says of the files of its study. It means something in a bucket alone, whose files
+    come from a folder (``study.uploads``).
+
+    Attributes:
+        has_packs: Whether what is small is slow to read.
+        meanwhile: What the one thread that commits does while it waits for ``keep_files``.
+        order: What asks the holder of the log to stop, where that is kept in the store; empty while nothing does.
+    """
+
+    has_packs: bool
+    meanwhile: Callable[[], None] = staticmethod(lambda: None)
+    order: str = ""
 
     def get(self, name: str) -> bytes | None:
         """As of ``Folder``, and so are the others."""
@@ -50,8 +62,58 @@ class Store(Protocol):
 
     def remove(self, prefix: str) -> None: ...
 
+    def took(self, name: str, data: bytes) -> None:
+        """Called with each commit that the log has read or written."""
+        return
 
-class Folder:
+    def keep_files(self) -> None:
+        """Called before a commit that names files of the study; where it is not in a folder, they must be kept first.
+
+        What takes long is done in a thread of its own; ``meanwhile`` is called again and again until it has ended.
+
+        Raises:
+            StorageError: They cannot be.
+        """
+        return
+
+    def has_ended(self, place: str) -> None:
+        """Called once a training is complete, before ``keep_files``: a copy elsewhere gets its result from now on.
+
+        Args:
+            place: Folder of its last attempt, below the study.
+        """
+        return
+
+    def forget_files(self, name: str) -> None:
+        """Called before the search removes a file or folder of the study: a copy elsewhere loses it, or never gets it.
+
+        Args:
+            name: Below the study.
+        """
+        return
+
+    def learn(self, names: Iterable[str]) -> None:
+        """Called with files of the study that a node has put into the bucket of the log itself."""
+        return
+
+    def known(self, name: str) -> Iterable[str]:
+        """Returns the files at or below a name that the bucket of the log has, as far as it is known."""
+        return ()
+
+    def bring(self, name: str, need: int) -> None:
+        """Has the folder of the study hold what its bucket has.
+
+        Args:
+            name: A file or folder below the study.
+            need: Which files of it (``study.mirror.NUMBERS`` to ``ALL``).
+
+        Raises:
+            StorageError: The bucket cannot be read, or the folder not be written.
+        """
+        return
+
+
+class Folder(Store):
     """A store. ``str`` gives its address, for messages.
 
     All methods raise a ``StorageError`` for a name that could lead out of the folder (``check_name``), and when it

@@ -28,9 +28,8 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from optuna.storages.journal import BaseJournalBackend
@@ -83,8 +82,7 @@ class Log(BaseJournalBackend):
         time: When that commit was made, in seconds since 1970; 0 in an empty log.
         records: All of our own, each with the number of its commit.
         is_abandoned: Whether ``abandon`` was called.
-        meanwhile: What the one thread that commits does while it waits for ``keep_files``.
-        order: What asks its holder to stop, where that lies in the store; empty while nothing does.
+        store: Where it lies.
     """
 
     def __init__(
@@ -95,13 +93,11 @@ class Log(BaseJournalBackend):
     ) -> None:
         self.number, self.digest, self.time = 0, "", 0.0
         self.records: list[tuple[int, dict[str, Any]]] = []
-        self._store, self._clock, self._sleep = store, clock, sleep
+        self.store, self._clock, self._sleep = store, clock, sleep
         self._nonce = secrets.token_hex(8)
         self._is_owner, self._is_read = False, False
         self._spoiled_by: BaseException | None = None
         self.is_abandoned = False
-        self.meanwhile: Callable[[], None] = lambda: None
-        self.order = ""
         self._holder = _NOBODY  # who has claimed the log and not released it
         self._last_of: list[tuple[int, float]] = []  # of each claim: its commit, and when its process wrote last
         self._operations: list[dict[str, Any]] = []  # those that Optuna has not said to have applied
@@ -112,7 +108,7 @@ class Log(BaseJournalBackend):
         self._lock = threading.RLock()  # of all above but what a commit collects
 
     def __str__(self) -> str:
-        return str(self._store)
+        return str(self.store)
 
     def claim(self, tell: Callable[[str], None] = lambda text: None, me: Mapping[str, Any] | None = None) -> int:
         """Makes this process the owner: reads all, and waits while the last owner may be alive.
@@ -130,7 +126,7 @@ class Log(BaseJournalBackend):
         self._read_on()
         try:
             if not self.number:
-                probe(self._store)
+                probe(self.store)
         except StorageError:  # another search may have begun, and removed what it took for remains
             if not self._read_on():
                 raise
@@ -152,7 +148,7 @@ class Log(BaseJournalBackend):
             elif has_grown or is_seen(before):
                 rule, step = "is in use: two searches on one study would damage it", "Wait until the other search ends"
                 step += ", or end it with Ctrl-C; then run the command again."
-                raise StorageError(Problem(str(self._store), rule, named(before), next_step=step))
+                raise StorageError(Problem(str(self.store), rule, named(before), next_step=step))
             elif not is_told:
                 tell(f"waiting {SILENT_FOR_S:.0f} s for a write of {named(before)}, which may be gone")
                 is_told = True
@@ -181,7 +177,7 @@ class Log(BaseJournalBackend):
         if _is_free(self._holder):
             return None
         if not also_silent and not is_seen(self._holder[1]):
-            written = self._store.written(commit_name(self.number))
+            written = self.store.written(commit_name(self.number))
             if written is not None and time.time() - written >= READERS_SILENT_FOR_S:
                 return None
         return named(self._holder[1])
@@ -204,7 +200,7 @@ class Log(BaseJournalBackend):
 
     def digest_of(self, number: int) -> str:
         """Returns the BLAKE2 of a commit; empty when there is none."""
-        return digest_in(self._store.get(commit_name(number)) or b"")
+        return digest_in(self.store.get(commit_name(number)) or b"")
 
     def last_of(self, number: int) -> float:
         """Returns when the process that has made a commit made its last one, in seconds since 1970; else 0."""
@@ -221,7 +217,7 @@ class Log(BaseJournalBackend):
         """
         with self._spoiling((RefusedError,)), self._lock:
             name = commit_name(self.number + 1)
-            if (self._store.get(name) if is_sure else self._found(name)) is not None:
+            if (self.store.get(name) if is_sure else self._found(name)) is not None:
                 raise self._refused()
 
     @property
@@ -273,55 +269,6 @@ class Log(BaseJournalBackend):
         with self.commit(*records):
             pass
 
-    def keep_files(self) -> None:
-        """Called before a commit that names files of the study; where it is not in a folder, they must be kept first.
-
-        What takes long is done in a thread of its own; ``meanwhile`` is called again and again until it has ended.
-
-        Raises:
-            StorageError: They cannot be.
-        """
-
-    def has_ended(self, path: Path) -> None:
-        """Called once a training is complete, before ``keep_files``: a copy elsewhere gets its result from now on.
-
-        Args:
-            path: Folder of its last attempt, in the folder of the study.
-        """
-
-    def forget_files(self, path: Path) -> None:
-        """Called before the search removes a file or folder of the study: a copy elsewhere loses it, or never gets it.
-
-        Args:
-            path: In the folder of the study.
-        """
-
-    def learn(self, names: Iterable[str]) -> None:
-        """Called with files of the study that a node has put into the bucket of the log itself, and the folder lacks.
-
-        Args:
-            names: Below the study.
-        """
-
-    def known(self, training: str) -> Iterable[str]:
-        """Returns the files of a training that the bucket of the log has, as far as ``learn`` and uploads have told.
-
-        Args:
-            training: Its folder within the study.
-        """
-        return ()
-
-    def bring(self, name: str, need: int) -> None:
-        """Has the folder of the study hold what the bucket of the log has; nothing else where it lies in a folder.
-
-        Args:
-            name: A file or folder below the study.
-            need: Which files of it (``study.mirror.NUMBERS`` to ``ALL``).
-
-        Raises:
-            StorageError: The bucket cannot be read, or the folder not be written.
-        """
-
     def beat(self) -> None:
         """Makes an empty commit if the last one is long ago: a heartbeat. To be called every few seconds.
 
@@ -352,7 +299,7 @@ class Log(BaseJournalBackend):
             num_applied = log_number_from - self._num_dropped
             if num_applied < 0:
                 rule = "can be opened by one storage of Optuna; open the log again"
-                raise StorageError(Problem(str(self._store), rule))
+                raise StorageError(Problem(str(self.store), rule))
             del self._operations[:num_applied]
             self._num_dropped = log_number_from
             return list(self._operations)
@@ -377,13 +324,13 @@ class Log(BaseJournalBackend):
             step = "Run the same command again: it continues from the last commit."
             rule = "cannot be used any more by this process, since a commit failed"
             cause = f"{type(self._spoiled_by).__name__}: {self._spoiled_by}".partition("\n")[0]
-            raise StorageError(Problem(str(self._store), rule, cause, next_step=step))
+            raise StorageError(Problem(str(self.store), rule, cause, next_step=step))
 
     @contextlib.contextmanager
     def _spoiling(self, errors: tuple[type[BaseException], ...] = (BaseException,)) -> Iterator[None]:
         self._require_sound()
         if not self._is_owner:
-            raise StorageError(Problem(str(self._store), "is open for reading only"))
+            raise StorageError(Problem(str(self.store), "is open for reading only"))
         try:
             yield
         except errors as error:
@@ -398,7 +345,7 @@ class Log(BaseJournalBackend):
             lists = f'"records":[{",".join(pending.records)}],"operations":[{",".join(pending.operations)}]'
             head |= {"time": round(time.time(), 3), "owner": self._nonce}
             data = _sealed(f"{_as_json(head)[0][:-1]},{lists}}}".encode())
-            commit = _decoded(data, self.number + 1, self.digest, f"{self._store}/{name}")  # none that cannot be read
+            commit = _decoded(data, self.number + 1, self.digest, f"{self.store}/{name}")  # none that cannot be read
             self._create(name, data)
             self._take(commit, data)
             if self.number % PACKED == 0 or len(self._unpacked) % PACK_EVERY == 0:
@@ -409,14 +356,14 @@ class Log(BaseJournalBackend):
         """Writes the pack that the last commit belongs to; without it, reading takes longer."""
         if self._unpacked:
             with contextlib.suppress(StorageError):
-                self._store.put(pack_name(self.number), b"".join(self._unpacked))
+                self.store.put(pack_name(self.number), b"".join(self._unpacked))
 
     def _create(self, name: str, data: bytes) -> None:
         """Creates an object and finds out whether it was done: an answer may be lost, or be about an earlier try."""
         end, is_first = self._clock() + UNCLEAR_FOR_S, True
         while True:
             try:
-                return self._store.put_new(name, data)
+                return self.store.put_new(name, data)
             except StorageError as error:
                 if not isinstance(error, RefusedError | UnknownError):  # refused; but what of the tries before?
                     raise error if is_first else UnknownError(error.problems) from error
@@ -428,17 +375,17 @@ class Log(BaseJournalBackend):
                 if self._clock() >= end:
                     rule = f"did not say for {UNCLEAR_FOR_S:.0f} s whether it has {name}"
                     step = "Run the same command again: it checks this."
-                    raise UnknownError(Problem(str(self._store), rule, str(error), next_step=step)) from error
+                    raise UnknownError(Problem(str(self.store), rule, str(error), next_step=step)) from error
             self._sleep(RETRY_EVERY_S)
 
     def _refused(self) -> RefusedError:
         rule = "was written by another search, which has taken the study over"
         step = "The other search continues from all commits; this one has ended."
-        return RefusedError(Problem(f"{self._store}/{commit_name(self.number + 1)}", rule, next_step=step))
+        return RefusedError(Problem(f"{self.store}/{commit_name(self.number + 1)}", rule, next_step=step))
 
     def _found(self, name: str) -> bytes | None:
         with contextlib.suppress(StorageError):
-            return self._store.look(name)
+            return self.store.look(name)
         return None
 
     def _read_on(self) -> bool:
@@ -458,28 +405,28 @@ class Log(BaseJournalBackend):
     def _next(self) -> list[tuple[Commit, bytes]]:
         """Returns the commits of the next pack; without one that is whole, the next commit, or nothing."""
         name = commit_name(self.number + 1)
-        if (one := self._store.get(name)) is None:  # first of all: a server that does not answer is waited for once
+        if (one := self.store.get(name)) is None:  # first of all: a server that does not answer is waited for once
             return []
-        if self._store.has_packs and not self._is_read and self.number % PACKED == 0:
+        if self.store.has_packs and not self._is_read and self.number % PACKED == 0:
             pack, found = pack_name(self.number + 1), list[tuple[Commit, bytes]]()
             with contextlib.suppress(StorageError):
-                lines = (self._store.get(pack) or b"").split(b"\n")
+                lines = (self.store.get(pack) or b"").split(b"\n")
                 before = self.digest
                 for number, (head, body) in enumerate(zip(lines[:-1:2], lines[1::2], strict=False), self.number + 1):
                     data = b"%s\n%s\n" % (head, body)
-                    found.append((_decoded(data, number, before, f"{self._store}/{pack}"), data))
+                    found.append((_decoded(data, number, before, f"{self.store}/{pack}"), data))
                     before = digest_in(data)
-                if found and self._store.get(commit_name(self.number + len(found))) == found[-1][1]:
+                if found and self.store.get(commit_name(self.number + len(found))) == found[-1][1]:
                     return found
-        return [(_decoded(one, self.number + 1, self.digest, f"{self._store}/{name}"), one)]
+        return [(_decoded(one, self.number + 1, self.digest, f"{self.store}/{name}"), one)]
 
     def _has_later(self) -> bool:
         """Tells whether a listing shows commits after one that was not there; then it must be there by now."""
         name = commit_name(self.number + 1)
-        later = [each for each in self._store.list(COMMITS, after=name) if re.fullmatch(rf"{COMMITS}/\d{{8}}", each)]
-        if later and self._store.get(name) is None:
+        later = [each for each in self.store.list(COMMITS, after=name) if re.fullmatch(rf"{COMMITS}/\d{{8}}", each)]
+        if later and self.store.get(name) is None:
             rule, step = "must exist, as later ones do", f"Restore {COMMITS}/ from a copy of the study."
-            raise StorageError(Problem(f"{self._store}/{name}", rule, "none", next_step=step))
+            raise StorageError(Problem(f"{self.store}/{name}", rule, "none", next_step=step))
         return bool(later)
 
     def _take(self, commit: Commit, data: bytes) -> None:
@@ -487,7 +434,7 @@ class Log(BaseJournalBackend):
         is_claim = any(record.get("kind") == OWNER for record in commit["records"])
         claimed = self.number if is_claim or not self._last_of else self._last_of.pop()[0]
         self._last_of.append((claimed, self.time))
-        if self._store.has_packs:
+        if self.store.has_packs:
             if self.number % PACKED == 1:
                 self._unpacked = []
             self._unpacked.append(data)
@@ -495,6 +442,7 @@ class Log(BaseJournalBackend):
             self.records.append((self.number, record))
             if record.get("kind") in (OWNER, RELEASED):
                 self._holder = (commit["owner"], record) if record["kind"] == OWNER else _NOBODY
+        self.store.took(commit_name(self.number), data)
 
 
 @contextlib.contextmanager

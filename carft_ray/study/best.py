@@ -5,7 +5,7 @@ and ``best.yaml`` is written where the kill came first.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from carft_ray import files
@@ -14,6 +14,7 @@ from carft_ray.recipe.loading import dump_recipe, trust_word
 from carft_ray.recipe.schema.constraints import violation_words
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.trial_values import apply
+from carft_ray.store.folder import Store
 from carft_ray.study.front import front_rule, stand
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import best_first, best_row
@@ -31,18 +32,11 @@ class Retention:
     Args:
         study_dir: The study directory.
         recipe: Of the study.
-        forget: As of ``Log.forget_files``.
-        known: As of ``Log.known``.
+        store: Of the study's log: it is told what goes.
     """
 
-    def __init__(
-        self,
-        study_dir: Path,
-        recipe: Recipe,
-        forget: Callable[[Path], None],
-        known: Callable[[str], Iterable[str]] = lambda training: (),
-    ) -> None:
-        self._study_dir, self._recipe, self._forget, self._known = study_dir, recipe, forget, known
+    def __init__(self, study_dir: Path, recipe: Recipe, store: Store) -> None:
+        self._study_dir, self._recipe, self._store = study_dir, recipe, store
         self._rule = front_rule(recipe.search)
         self._kept: dict[str, TrialRow] = {}  # trials whose weights stay, by name; the best is among them
         self._noted: tuple[str, float | None] | None = None  # name and alpha of what best.yaml holds
@@ -51,39 +45,41 @@ class Retention:
         """Removes what is not kept any longer, now that a training has ended."""
         if row.outcome == "running":
             return
-        for place in self._named(row, row.folder(self._study_dir), ATTEMPT):
-            is_kept = row.outcome == "complete" and place == row.place(self._study_dir)
-            for folder in (*self._named(row, place, STEP), place / OWN) if is_kept else (place,):
-                self._forget(folder)
-                shutil.rmtree(folder, ignore_errors=True)  # an attempt that was taken for lost may still write there
-            self._remove(place / ROWS)
+        folder = row.folder(self._study_dir)
+        here = [path for pattern in (f"{ATTEMPT}*", f"{ATTEMPT}*/*") for path in folder.glob(pattern)]
+        names = {path.relative_to(self._study_dir).as_posix() for path in here}
+        for name in sorted({*names, *self._store.known(row.training)}):
+            attempt, _, inside = name.removeprefix(f"{row.training}/").partition("/")
+            place, what = f"{row.training}/{attempt}", inside.partition("/")[0]
+            if attempt.startswith(ATTEMPT) and not (row.outcome == "complete" and place == row.attempt_name):
+                self._remove(place)
+            elif what.startswith(STEP) or what in (OWN, ROWS):
+                self._remove(f"{place}/{what}")
         if row.outcome == "complete" and row.kind == "trial":
             self._kept[row.name] = row
             for worse in self._worse(self._kept):
                 del self._kept[worse.name]
                 for name in OF_THE_BEST:
-                    self._remove(worse.place(self._study_dir) / name)
-
-    def _named(self, row: TrialRow, folder: Path, prefix: str) -> set[Path]:
-        """Returns the folders of a training in one of its folders, by their prefix; some are only in the bucket."""
-        known = (path for name in self._known(row.training) for path in (self._study_dir / name).parents)
-        there = (path for path in known if path.parent == folder and path.name.startswith(prefix))
-        return {*folder.glob(f"{prefix}*"), *there}
+                    self._remove(f"{worse.attempt_name}/{name}")
 
     def foresee(self, row: TrialRow) -> None:
         """Of a complete training whose end is not written yet, has copies leave out what ``ended`` will remove."""
         if row.kind == "trial" and row.name in [worse.name for worse in self._worse({**self._kept, row.name: row})]:
             for name in OF_THE_BEST:
-                self._forget(row.place(self._study_dir) / name)
+                self._store.forget_files(f"{row.attempt_name}/{name}")
 
     def _worse(self, rows: Mapping[str, TrialRow]) -> list[TrialRow]:
         """Returns the trials among those by name whose weights do not stay."""
         ranked = best_first(self._ranked(rows))
         return [row for row in ranked[self._recipe.search.keep_checkpoints :] if not row.standing]
 
-    def _remove(self, path: Path) -> None:
-        self._forget(path)
-        files.remove(path)
+    def _remove(self, name: str) -> None:
+        self._store.forget_files(name)
+        path = self._study_dir / name
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)  # an attempt that was taken for lost may still write there
+        else:
+            files.remove(path)
 
     def note_best(self) -> None:
         """Writes ``best.yaml`` when the best trial, or its point on the front, has changed."""

@@ -39,8 +39,8 @@ class Stop:
 
     def asked(self) -> bool:
         """Tells whether it is to stop."""
-        if not self.reason and self._log.order:
-            self.ask(self._log.order)
+        if not self.reason and self._log.store.order:
+            self.ask(self._log.store.order)
         if not self.reason and files.seen(self._folder / STOP):
             self.ask(files.first_line(self._folder, STOP) or "on request")
         return bool(self.reason)

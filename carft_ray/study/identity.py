@@ -85,7 +85,7 @@ def claim(study_dir: Path, log: Log, recipe: Recipe) -> None:
     with contextlib.suppress(RefusedError):  # of a search that was killed before it had committed its recipe
         Folder(study_dir).put_new(MANIFEST, json.dumps(content, indent=2).encode())
     trust.note_written(study_dir, recipe)  # a kill from here on leaves a study that this machine has written
-    log.keep_files()
+    log.store.keep_files()
     log.write(recipe_record(recipe), provenance.record_of(provenance.known_at_once(recipe)))
 
 

@@ -165,7 +165,7 @@ class Journal:
         known = {name: attributes[name] for name in ("outcome", "metrics", "alpha")}
         points = tuple(attributes.get("points", ()))
         foresee(TrialRow(**vars(spec), **known, objective=result["objective"], points=points))
-        self._log.has_ended(spec.place(self._study_dir))
+        self._log.store.has_ended(spec.attempt_name)
         return self.tell(spec, TrialState.COMPLETE, attributes, result["objective"])
 
     def tell(
@@ -175,7 +175,7 @@ class Journal:
         study, metrics = self.studies[spec.kind], attributes.get("metrics", {})
         values: float | list[float] | None = objective
         names = self._constraints if spec.kind == "trial" else ()
-        self._log.keep_files()
+        self._log.store.keep_files()
         with self._log.commit():
             self.note(spec, attributes)
             if spec.kind == "trial" and self.rule is not None and state == TrialState.COMPLETE:

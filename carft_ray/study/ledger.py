@@ -166,7 +166,7 @@ def record(
         reason=reason,
     )
     if _note_last(study_dir, log):  # a kill has left it behind; it must never be two lines behind
-        log.keep_files()
+        log.store.keep_files()
     log.write({"kind": LEDGER, "line": asdict(entry)})
     _note_last(study_dir, log)
     return entry

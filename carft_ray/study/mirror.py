@@ -5,6 +5,8 @@ What is fetched stays in the user's cache, and the next time only what has chang
     studies/HASH.txt            the address of the study
     studies/HASH/NAME/          the copy, with the last part of the address as its name
     driven/HASH/                the same, where a search of this machine works (``study.uploads``)
+
+While such a search goes on, whoever wants numbers on this machine reads its folder, and asks the bucket for nothing.
 """
 
 import contextlib
@@ -35,7 +37,7 @@ from carft_ray.layout import (
 )
 from carft_ray.store.bucket import Bucket, Listed, parsed
 from carft_ray.store.folder import Folder
-from carft_ray.store.log import Commit, Log, commit_name
+from carft_ray.store.log import Log, commit_name
 from carft_ray.study import typed
 from carft_ray.study.holding import is_study, log_of, require_apart
 from carft_ray.untrusted import read_text
@@ -72,18 +74,32 @@ def fetched(place: Place, need: int = IMAGES) -> Path:
     when, had = _fetched.get(address, (-FRESH_FOR_S, ALL))
     if time.monotonic() - when < FRESH_FOR_S and had >= need and is_study(folder):
         return folder
+    if need == NUMBERS and (driven := _driven_now(bucket)):
+        return driven
     _require_study(bucket)
-    _fetch_log(bucket, folder)
-    fetch_files(bucket, folder, need)
+    copy = Copy(address, folder)
+    copy.read_log()
+    copy.fetch(need)
     _fetched[address] = (time.monotonic(), need)
     return folder
 
 
+def _driven_now(bucket: Bucket) -> Path | None:
+    """Returns the folder in which a search of this machine works on a study now; None: none does."""
+    folder = _path_of(bucket, DRIVEN)
+    return folder if is_study(folder) and log_of(folder).is_held_here else None
+
+
+def _path_of(bucket: Bucket, root: str) -> Path:
+    home = user_cache_dir() / root / blake2b(str(bucket).encode(), digest_size=8).hexdigest()
+    return home / str(bucket).rpartition("/")[2]
+
+
 def _place_of(bucket: Bucket, root: str) -> Path:
     """Returns the folder of a study of a bucket in the cache, and writes its address beside it."""
-    home = user_cache_dir() / root / blake2b(str(bucket).encode(), digest_size=8).hexdigest()
-    files.write_text(home.with_suffix(".txt"), str(bucket))
-    return home / str(bucket).rpartition("/")[2]
+    folder = _path_of(bucket, root)
+    files.write_text(folder.parent.with_suffix(".txt"), str(bucket))
+    return folder
 
 
 def named(folder: Place) -> str:
@@ -118,8 +134,10 @@ def log_at(place: Place) -> Log:
     if not in_bucket(place):
         return log_of(fetched(place))
     bucket = Bucket(str(place))
+    if driven := _driven_now(bucket):
+        return log_of(driven)
     _require_study(bucket)
-    return _fetch_log(bucket, _place_of(bucket, STUDIES))
+    return Copy(str(bucket), _place_of(bucket, STUDIES)).read_log()
 
 
 def stop_request(log: Log) -> str:
@@ -127,12 +145,13 @@ def stop_request(log: Log) -> str:
     return f"{STOP_REQUESTS}/{log.claimed:08d}"
 
 
-def own_folder(place: Place, brings: bool = True) -> Path:
+def own_folder(place: Place, need: int | None = IMAGES) -> Path:
     """Returns the folder of a study that a command changes; of one in a bucket the one where this machine works on it.
 
     Args:
         place: The folder or the address.
-        brings: The folder gets what the bucket has; where a search of another machine holds it, the manifest alone.
+        need: What the folder gets of the bucket; where a search of another machine holds it, the manifest alone.
+            None: nothing.
 
     Raises:
         UsageError: The bucket has files there, but no study; or a new one would lie inside another.
@@ -143,12 +162,13 @@ def own_folder(place: Place, brings: bool = True) -> Path:
         return fetched(place)
     bucket = Bucket(str(place))
     folder = _place_of(bucket, DRIVEN)
-    if brings:
-        log = _fetch_log(bucket, folder)
+    if need is not None:
+        copy = Copy(str(bucket), folder)
+        log = copy.read_log()
         if not log.number:
             require_apart(str(bucket), _study_above(bucket))
         if log.holder() is None:
-            fetch_files(bucket, folder, ALL, removes=False)
+            copy.fetch(need, removes=False)
         elif not log.is_held_here:  # it may fall silent; what is asked before the claim needs this
             bucket.download(MANIFEST, folder / MANIFEST)
     return folder
@@ -178,8 +198,9 @@ def pull(address: str, folder: Path, tell: Tell = lambda done, total: None) -> d
     with contextlib.suppress(OSError):
         folder.rmdir()  # it is empty
     with files.new_folder(folder, f".{folder.name}.0-pull.tmp") as temporary:
-        log = _fetch_log(bucket, temporary)
-        found = fetch_files(bucket, temporary, ALL, tell)
+        copy = Copy(str(bucket), temporary)
+        log = copy.read_log()
+        found = copy.fetch(ALL, tell=tell)
         files.write_bytes(temporary / MANIFEST, before)
         found_there = typed.checked(typed.Manifest, files.read_json(temporary, MANIFEST), MANIFEST)
         source = {"place": str(bucket), "commit": log.number, "digest": log.digest}
@@ -199,49 +220,85 @@ def _require_study(bucket: Bucket) -> bytes:
     return manifest
 
 
-class Through(Bucket):
-    """A bucket to read a log from; commits that a folder has are read there."""
+class Copy(Bucket):
+    """A study in a bucket, and a folder that gets of it what is needed: commits as they are read or written, and files.
 
-    def __init__(self, address: str, here: Folder) -> None:
+    Args:
+        address: Of the study.
+        folder: The folder.
+    """
+
+    def __init__(self, address: str, folder: Path) -> None:
         super().__init__(address)
-        self.here = here
+        self.here = Folder(folder)
 
     def get(self, name: str) -> bytes | None:
+        """As of ``Bucket``; a commit that the folder has is read there."""
         first = self.here.get(name.replace("pack-", ""))  # of a pack
         return super().get(name) if first is None else first if "pack-" not in name else None
 
-
-class Kept(Log):
-    """A log whose commits get into a folder as they are read or written."""
-
-    def __init__(self, store: Through) -> None:
-        super().__init__(store)
-        self.here = store.here
-
-    def _take(self, commit: Commit, data: bytes) -> None:
-        super()._take(commit, data)
-        if self.here.get(name := commit_name(self.number)) is None:
+    def took(self, name: str, data: bytes) -> None:
+        """As of ``Store``."""
+        if self.here.get(name) is None:
             self.here.put(name, data)
 
+    def read_log(self) -> Log:
+        """Fetches the commits that the folder does not have; returns the log as it is in the bucket.
 
-def _fetch_log(bucket: Bucket, folder: Path) -> Log:
-    """Fetches the commits that a folder does not have; returns the log as it is in the bucket."""
-    here = Folder(folder)
-    last = here.list(COMMITS)[-1:]
-    if last and _has_another(bucket, last[0], here.get(last[0])):
-        _require_free(folder, bucket)
-        files.remove(folder)
-    log = Kept(Through(str(bucket), Folder(folder)))
-    log.follow()
-    if there := bucket.stat(commit_name(log.number)) if log.number else None:
-        with files.writing(folder):  # a reader of the copy goes by the clock of the bucket, too
-            os.utime(folder / commit_name(log.number), ns=(there.stamp_ns, there.stamp_ns))
-    return log
+        Raises:
+            StorageError: The log is damaged, or cannot be read; or the bucket has another study now, and a process
+                works in the folder.
+        """
+        folder, last = self.here.path, self.here.list(COMMITS)[-1:]
+        if last and _has_another(self, last[0], self.here.get(last[0])):
+            _require_free(folder, self)
+            files.remove(folder)
+        log = Log(self)
+        log.follow()
+        if there := self.stat(commit_name(log.number)) if log.number else None:
+            with files.writing(folder):  # a reader of the copy goes by the clock of the bucket, too
+                os.utime(folder / commit_name(log.number), ns=(there.stamp_ns, there.stamp_ns))
+        return log
+
+    def fetch(self, need: int, removes: bool = True, tell: Tell = lambda done, total: None) -> dict[str, Listed]:
+        """Fetches the files that are needed and have changed.
+
+        Args:
+            need: Which files.
+            removes: Files of the folder that the bucket has not, or has otherwise, go.
+            tell: Told how many bytes are done, of how many.
+
+        Returns:
+            All files of the study in the bucket, also those not needed.
+
+        Raises:
+            UsageError: There are files, but no study.
+            StorageError: The bucket cannot be read, or the folder not be written.
+        """
+        there = {name: each for name, each in self.all(without=COMMITS).items() if is_needed(name, ALL)}
+        if there and MANIFEST not in there:
+            raise UsageError(Problem(str(self), "must be a study or an empty address", _holds(there)))
+        folder = self.here.path
+        kept = {name for name, each in there.items() if seen(folder / name) == (each.num_bytes, each.stamp_ns)}
+        new = {name: each.num_bytes for name, each in there.items() if name not in kept and is_needed(name, need)}
+        for name in files_in(folder).keys() - kept - new.keys() if removes else ():
+            if name in there or self.stat(name) is None:  # a listing may lack what is there
+                files.remove(folder / name)
+        _each(lambda name: self.download(name, folder / name), new, tell)
+        return there
+
+
+def seen(path: Path) -> tuple[int, int] | None:
+    """Returns the size of a file and the time of its last change (ns since 1970); None: it is not there."""
+    with contextlib.suppress(OSError):
+        state = path.stat()
+        return state.st_size, state.st_mtime_ns
+    return None
 
 
 def _has_another(bucket: Bucket, name: str, commit: bytes | None) -> bool:
     """Tells whether an address has another study now, or none: by its commit of a number, or two answers without it."""
-    found = bucket.get(name)
+    found = Bucket.get(bucket, name)  # not the folder's
     return name not in bucket.list(COMMITS) if found is None else found != commit
 
 
@@ -264,37 +321,8 @@ def _require_free(folder: Path, bucket: Bucket) -> None:
         raise StorageError(Problem(str(folder), rule, f"one that {log.holder()} is using", next_step=step))
 
 
-def fetch_files(
-    bucket: Bucket, folder: Path, need: int, tell: Tell = lambda done, total: None, removes: bool = True
-) -> dict[str, Listed]:
-    """Fetches the files that are needed and have changed; with ``removes``, others that a folder has go.
-
-    Returns:
-        Those needed.
-
-    Raises:
-        UsageError: There are files, but no study.
-        StorageError: The bucket cannot be read, or the folder not be written.
-    """
-    there = bucket.all(without=COMMITS)
-    needed = {name: each for name, each in there.items() if _is_needed(name, need)}
-    if needed and MANIFEST not in needed:
-        raise UsageError(Problem(str(bucket), "must be a study or an empty address", _holds(needed)))
-    new = {}
-    for name, each in needed.items():
-        with contextlib.suppress(OSError):
-            seen = (folder / name).stat()
-            if (seen.st_size, seen.st_mtime_ns) == (each.num_bytes, each.stamp_ns):
-                continue
-        new[name] = each.num_bytes
-    for name in files_in(folder).keys() - there.keys() if removes else ():
-        if bucket.stat(name) is None:  # a listing may lack what is there
-            files.remove(folder / name)
-    _each(lambda name: bucket.download(name, folder / name), new, tell)
-    return needed
-
-
-def _is_needed(name: str, need: int) -> bool:
+def is_needed(name: str, need: int) -> bool:
+    """Tells whether a file of a study is one of those that are needed."""
     pieces = name.split("/")
     if pieces[0] == STOP_REQUESTS or name in _OF_PROCESSES:
         return False

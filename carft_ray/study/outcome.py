@@ -258,7 +258,7 @@ def progress_of(folder: Path, known: Iterable[str] = ()) -> list[int]:
 
     Args:
         folder: Of the training.
-        known: Its files that may be only in the bucket of the study (``Log.known``).
+        known: Its files that may be only in the bucket of the study (``Store.known``).
     """
     there = {path.name for path in folder.glob(f"{ATTEMPT}*/*")} | {"/".join(name.split("/")[3:4]) for name in known}
     steps = [int(name.removeprefix(STEP)) for name in there if re.fullmatch(rf"{STEP}\d+", name)]

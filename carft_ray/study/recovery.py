@@ -52,7 +52,7 @@ def recover(study: Study, kind: Kind, wanted: Container[str] | None = None) -> l
         told = row_of(kind, each)
         study.retention.ended(told)  # of what was told right before a kill, all files are there
         if told.outcome == "complete":
-            study.log.has_ended(told.place(study.study_dir))
+            study.log.store.has_ended(told.attempt_name)
     ended = []
     for spec in study.journal.running(kind):
         if wanted is not None and spec.name not in wanted:

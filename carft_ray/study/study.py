@@ -64,7 +64,7 @@ class Study:
         self.log, self._storage = log, storage
         self.stop = Stop(study_dir, log)
         self.journal = Journal(study_dir, recipe, log, storage)
-        self.retention = Retention(study_dir, recipe, log.forget_files, log.known)
+        self.retention = Retention(study_dir, recipe, log.store)
         self._references: dict[str, float] = {}  # ID accuracies of the baselines that constraints name, once known
         self.asks = True  # whether the sampler proposes new trials
         self.waiting: deque[TrialSpec] = deque()
@@ -227,7 +227,7 @@ class Study:
         """
         none: dict[str, Any] = {"attempt": 0, "progress": [0, 0], "number": 0, "errors": 0}
         before = self.journal.attribute(spec, STUCK) or none
-        now = progress_of(folder, self.log.known(spec.training))
+        now = progress_of(folder, self.log.store.known(spec.training))
         if before["attempt"] == spec.attempt:
             return dict(before)
         before = none if now > before["progress"] else before
@@ -270,7 +270,7 @@ class Study:
         """Writes to the log of a training why it was stopped, and from where the next search resumes it."""
         folder = spec.folder(self.study_dir)
         self.log.check()
-        where = f"resume continues from {outcome.progress_words(folder, self.log.known(spec.training))}"
+        where = f"resume continues from {outcome.progress_words(folder, self.log.store.known(spec.training))}"
         append_log(folder, f"attempt {spec.attempt}: stopped: {self.stop.reason}; {where}")
 
     def set_aside(self) -> list[TrialRow]:

@@ -1,8 +1,8 @@
 """The folder in which a driver works on a study in a bucket, and how its files get there.
 
-A file that is missing in the folder is removed in the bucket only if the search has removed it: it has called
-``Log.forget_files``, or newer checkpoints have replaced this one, as trainings do. All other files stay in the bucket:
-a cleaner or a user may have removed them from the folder.
+A file that is missing in the folder is removed in the bucket only if the search has removed it: it has said so
+(``forget_files``), or newer checkpoints have replaced this one, as trainings do. All other files stay in the bucket: a
+cleaner or a user may have removed them from the folder, or it never had them.
 
 A driver that was asleep while another one took the study over must not change a file of it: before each file the log
 is read, and ``manifest.json`` is put over the version that this driver knows only, without blind repeats.
@@ -27,62 +27,82 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STOP, STOP_REQUESTS, WEIGHTS
 from carft_ray.store.bucket import Bucket, Tag
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
-from carft_ray.store.log import Log
+from carft_ray.store.log import Log, commit_name, pack_name
 from carft_ray.store.result import checkpoint_of
-from carft_ray.study.mirror import ALL, DRIVEN, Kept, Through, address_in, fetch_files, files_in, stop_request
+from carft_ray.study.mirror import DRIVEN, IMAGES, Copy, address_in, files_in, is_needed, seen, stop_request
 
 UPLOAD_EVERY_S = 10.0
 MEANWHILE_EVERY_S = 0.1
 MANIFEST_TRIES = 5
-_Version = tuple[int, int, int]  # of a file: bytes, time in ns, inode
+_Version = tuple[int, int]  # of a file: bytes, time in ns
 
 
-class _Mirrored(Through):
-    """The bucket of a study, for its driver: files get there from the folder."""
+class Driven(Copy):
+    """The bucket of a study, for its driver: files get there from the folder, and back as far as they are needed.
 
-    def __init__(self, address: str, here: Folder) -> None:
-        super().__init__(address, here)
-        self._known: dict[str, _Version] = {}  # files as the bucket has them
+    Attributes:
+        log: By which the study is held.
+    """
+
+    log: Log
+
+    def __init__(self, address: str, folder: Path) -> None:
+        super().__init__(address, folder)
+        self._known: dict[str, _Version | None] = {}  # files as the bucket has them; None: it may have one
+        self._by_training: dict[str, list[str]] | None = None  # their names; None: these have changed
         self._forgotten: set[str] = set()  # files and folders that the search has removed
-        self._written: set[str] = set()  # names that this process may have written
         self._ended: set[str] = set()  # attempts that are complete
         self._tag: Tag | None = None  # of the manifest as the bucket has it
-        self.ends: Callable[[], bool] = lambda: False  # whether nothing more may be uploaded
-        self.check: Callable[[], None] = lambda: None  # raises when another search has taken the study over
         self._locks = (threading.Lock(), threading.Lock())  # of files, and of checkpoints
 
     def begin(self, own_request: str) -> None:
-        """Makes the folder equal to the bucket, and removes requests to stop earlier holders."""
+        """Makes the folder equal to the bucket, and removes requests to stop earlier holders.
+
+        Weights and checkpoints that the folder lacks stay away; who needs them brings them.
+        """
         self._remove([STOP, *(name for name in self.list(STOP_REQUESTS) if name != own_request)])
         self._tag = self.tag(MANIFEST)
-        there = fetch_files(self, self.here.path, ALL)
-        self._known = {name: _version(path) for name in there if (path := self.here.path / name).exists()}
+        self._known = {name: (each.num_bytes, each.stamp_ns) for name, each in self.fetch(IMAGES).items()}
+        self._by_training = None
 
-    def put_new(self, name: str, data: bytes) -> None:
-        """As of ``Bucket``."""
-        self._written.add(name)
-        super().put_new(name, data)
+    def keep_files(self) -> None:
+        """As of ``Store``."""
+        with ThreadPoolExecutor(1, "keep") as pool:
+            upload = pool.submit(self.upload_new, checkpoints=False)
+            while not upload.done():
+                self.meanwhile()
+                wait((upload,), MEANWHILE_EVERY_S)
+            upload.result()
 
-    def put(self, name: str, data: bytes) -> None:
-        """As of ``Bucket``."""
-        self._written.add(name)
-        super().put(name, data)
+    def has_ended(self, place: str) -> None:
+        """As of ``Store``: the next upload takes result and weights of the attempt, but what is forgotten by then."""
+        self._ended.add(place)
 
-    def upload(self, name: str, path: Path) -> None:
-        """As of ``Bucket``."""
-        self._written.add(name)
-        super().upload(name, path)
+    def forget_files(self, name: str) -> None:
+        """As of ``Store``: the next upload removes it."""
+        self._forgotten.add(name)
 
-    def forget(self, path: Path) -> None:
-        """Has the next upload remove a file or folder that the search removes now."""
-        self._forgotten.add(self._name(path))
+    def learn(self, names: Iterable[str]) -> None:
+        """As of ``Store``."""
+        for name in names:
+            self._known.setdefault(name, None)
+        self._by_training = None
 
-    def end(self, place: Path) -> None:
-        """Has the next upload take result and weights of an attempt, but what is forgotten by then."""
-        self._ended.add(self._name(place))
+    def known(self, name: str) -> list[str]:
+        """As of ``Store``."""
+        found = self._by_training
+        if found is None:  # at an opening it is asked of all, and nothing is learned meanwhile
+            self._by_training = found = defaultdict(list)
+            for each in sorted(self._known.copy()):
+                found[_training_of(each)].append(each)
+        return [each for each in found.get(_training_of(name), ()) if f"{each}/".startswith(f"{name}/")]
 
-    def _name(self, path: Path) -> str:
-        return path.resolve().relative_to(self.here.path).as_posix()
+    def bring(self, name: str, need: int) -> None:
+        """As of ``Store``."""
+        folder = self.here.path
+        for each in self.known(name):
+            if is_needed(each, need) and not files.exists(folder / each) and self.download(each, folder / each):
+                self._known[each] = seen(folder / each)
 
     def _waits(self, name: str) -> bool:
         """Tells whether a file is one of an attempt of which it is not decided yet what stays."""
@@ -91,7 +111,9 @@ class _Mirrored(Through):
 
     def remove_written(self, request: str) -> None:
         """Removes what this process has written, and the request to stop it; names of others below the address stay."""
-        self.delete(sorted({*self._written, request}))
+        numbers = range(1, self.log.number + 2)  # it is not known whether a commit after the last one is there
+        commits = {commit_name(number) for number in numbers} | {pack_name(number) for number in numbers}
+        self.delete(sorted({*commits, *self._known, request}))
 
     def upload_new(self, checkpoints: bool, is_last: bool = False) -> None:
         """Uploads files that are new or have changed, and removes what the search has removed.
@@ -116,7 +138,7 @@ class _Mirrored(Through):
             names = [name for name in names if name not in self._forgotten and (is_last or not self._waits(name))]
             names.sort(key=_is_late)
             for name in names:
-                if self.ends():
+                if self.log.is_unknown:
                     return
                 self._upload(name, self.here.path / name)
             known = {name for name in self._known.copy() if (checkpoint_of(name) is not None) == checkpoints}
@@ -124,19 +146,19 @@ class _Mirrored(Through):
             self._remove(gone)
             for name in gone:
                 del self._known[name]
+            self._by_training = None
 
     def _remove(self, names: Iterable[str]) -> None:
         for name in names:
-            self.check()
+            self.log.check(is_sure=True)
             self.delete([name])
 
     def _put_manifest(self, data: bytes) -> None:
         """Puts the manifest over the version that is known; the holder of the log also over any other one."""
-        self._written.add(MANIFEST)
         for number in range(MANIFEST_TRIES):
             if number:
                 time.sleep(0.05 * 2**number)  # a server that is busy, as for the other files
-            self.check()
+            self.log.check(is_sure=True)
             try:
                 self._tag = self.put_over(MANIFEST, data, self._tag)
                 return
@@ -164,48 +186,34 @@ class _Mirrored(Through):
 
     def _upload(self, name: str, path: Path) -> None:
         try:
-            if (version := _version(path)) == self._known.get(name):
+            before, inode = seen(path), path.stat().st_ino
+            if self._known.get(name, before) is None and (there := self.stat(name)):
+                self._known[name] = there.num_bytes, there.stamp_ns
+            if before == self._known.get(name):
                 return
-            self.check()
+            self.log.check(is_sure=True)
+            self._known[name] = self._by_training = None
             if name == MANIFEST:
                 self._put_manifest(files.read_whole(self.here.path, MANIFEST))
             else:
                 self.upload(name, path)
-            self._known[name], there = version, self.stat(name)
-            if there is not None and _version(path) == version:  # it has not changed since
-                os.utime(path, ns=(there.stamp_ns, there.stamp_ns))  # by which ``fetch_files`` knows it
-                self._known[name] = (there.num_bytes, there.stamp_ns, version[2])
+            self._known[name], there = before, self.stat(name)
+            if there is not None and (seen(path), path.stat().st_ino) == (before, inode):  # not changed since
+                os.utime(path, ns=(there.stamp_ns, there.stamp_ns))  # by which ``fetch`` knows it
+                self._known[name] = there.num_bytes, there.stamp_ns
         except (StorageError, FileNotFoundError):
             if path.exists():
                 raise
 
 
-class _Uploading(Kept):
-    def __init__(self, store: _Mirrored) -> None:
-        super().__init__(store)
-        self.store = store
-        store.ends = lambda: self.is_unknown
-        store.check = lambda: self.check(is_sure=True)
-
-    def keep_files(self) -> None:
-        with ThreadPoolExecutor(1, "keep") as pool:
-            upload = pool.submit(self.store.upload_new, checkpoints=False)
-            while not upload.done():
-                self.meanwhile()
-                wait((upload,), MEANWHILE_EVERY_S)
-            upload.result()
-
-    def has_ended(self, path: Path) -> None:
-        self.store.end(path)
-
-    def forget_files(self, path: Path) -> None:
-        self.store.forget(path)
-
-
 def open_log(study_dir: Path) -> Log:
     """Returns the log of a study that is to be claimed: in its folder, or in the bucket that the folder belongs to."""
     address = address_in(study_dir, DRIVEN)
-    return Log(Folder(study_dir)) if address is None else _Uploading(_Mirrored(address, Folder(study_dir)))
+    if address is None:
+        return Log(Folder(study_dir))
+    store = Driven(address, study_dir)
+    store.log = Log(store)
+    return store.log
 
 
 @contextlib.contextmanager
@@ -215,11 +223,12 @@ def uploading(log: Log) -> Iterator[None]:
     Raises:
         StorageError: The bucket cannot be read; or it lacks files of a study that is well otherwise.
     """
-    if not isinstance(log, _Uploading):
+    store = log.store
+    if not isinstance(store, Driven):
         yield
         return
     request = stop_request(log)
-    log.store.begin(request)
+    store.begin(request)
     left = threading.Event()
 
     def repeat(work: Callable[[], None]) -> None:
@@ -228,13 +237,13 @@ def uploading(log: Log) -> Iterator[None]:
                 work()
 
     def follow_orders() -> None:
-        if log.store.look(request) is not None:
-            log.order = f"asked by {request}"
+        if store.look(request) is not None:
+            store.order = f"asked by {request}"
 
     def all_files(is_last: bool = False) -> None:
         if not log.is_lost:
-            log.store.upload_new(checkpoints=False, is_last=is_last)
-            log.store.upload_new(checkpoints=True)
+            store.upload_new(checkpoints=False, is_last=is_last)
+            store.upload_new(checkpoints=True)
 
     works = (all_files, follow_orders)  # an upload may take minutes
     threads = [threading.Thread(target=repeat, args=(work,), name=work.__name__, daemon=True) for work in works]
@@ -248,7 +257,7 @@ def uploading(log: Log) -> Iterator[None]:
             thread.join(0.0 if log.is_unknown else None)  # a bucket that does not answer keeps it for a minute
         with contextlib.suppress(StorageError):
             if log.is_abandoned:
-                log.store.remove_written(request)
+                store.remove_written(request)
             else:
                 all_files(is_last=True)
         raise
@@ -263,6 +272,6 @@ def _is_late(name: str) -> tuple[bool, bool]:
     return name != MANIFEST, name.endswith(f"/{RESULT}")
 
 
-def _version(path: Path) -> _Version:
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+def _training_of(name: str) -> str:
+    """Returns the folder of the training that a file of a study belongs to."""
+    return "/".join(name.split("/", 2)[:2])
