@@ -33,7 +33,7 @@ from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Note
 from carft_ray.launch.failures.causes import error_of, explained, host_memory, is_full_memory, root_cause
 from carft_ray.launch.mailbox import Wish
-from carft_ray.launch.micro_batch import fitted, memory_failure, note, noted
+from carft_ray.launch.micro_batch import fits_record, fitted, memory_failure, noted
 from carft_ray.launch.ray_cluster.cluster import running_ray
 from carft_ray.launch.ray_cluster.ray_private import one_trial_dies
 from carft_ray.launch.runtime import Runner, make_runtime
@@ -105,12 +105,11 @@ def test_what_fits_is_noted_once_and_never_raised(tmp_path):
         assert fitted(recipe, noted(log), 1) is recipe
         for failed, fits in ((64, 32), (32, 16), (64, 16)):  # the last one began before the others had noted theirs
             failure = memory_failure(OutOfMemoryError("short", failed), recipe, {}, 1)
-            note(log, failure)
+            log.write(fits_record(failure))
             assert failure.outcome == "memory"
             assert fitted(recipe, noted(log), 1).train.micro_batch == fits
         found = noted(log)
     assert found == noted(log_of(tmp_path / "study")) == {"sandbox, auto, cpu": 16}
-    assert len(log.records) == 4  # the claim, two notes, the release
     assert fitted(with_train(batch_size=64, micro_batch=8), found, 1).train.micro_batch == 8
     assert fitted(with_train(batch_size=64), found, 8).train.micro_batch is None  # a worker's part fits already
     assert fitted(with_train(batch_size=64, precision="bf16"), found, 1).train.micro_batch is None
@@ -119,8 +118,7 @@ def test_what_fits_is_noted_once_and_never_raised(tmp_path):
 @pytest.mark.parametrize("change", [{"device": 3}, {"micro_batch": "16"}, {"micro_batch": -1}, {"micro_batch": None}])
 def test_what_a_stranger_says_of_a_micro_batch_is_told(tmp_path, change):
     with logs.holding(tmp_path / "study") as log:
-        with log.commit({"kind": "fits", "device": "cpu", "micro_batch": 16, **change}):
-            pass
+        log.write({"kind": "fits", "device": "cpu", "micro_batch": 16, **change})
         with pytest.raises(StorageError, match=f"study, commit 2: {next(iter(change))}: "):
             noted(log)
 
@@ -131,9 +129,9 @@ def test_what_a_stranger_says_of_a_micro_batch_is_told(tmp_path, change):
 def test_where_one_image_does_not_fit_the_search_ends_unless_the_values_decide_it(tmp_path, values, outcome):
     recipe = with_train(batch_size=2, micro_batch=2)
     with logs.holding(tmp_path / "study") as log:
-        note(log, memory_failure(OutOfMemoryError("short", 2), recipe, values, 1))
+        log.write(fits_record(memory_failure(OutOfMemoryError("short", 2), recipe, values, 1)))
         failure = memory_failure(OutOfMemoryError("short", 1), recipe, values, 2)
-        note(log, failure)
+        log.write(fits_record(failure))
     assert failure.outcome == outcome
     assert fitted(recipe, noted(log_of(tmp_path / "study")), 1) is recipe  # the next search begins anew
 

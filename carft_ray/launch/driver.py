@@ -132,7 +132,6 @@ class Driver:
         self._next_poll = 0.0
         self._stopping_since = 0.0
         self._told_at_a_time: tuple[int, str] | None = None  # as the log says it
-        self._fits = micro_batch.noted(self.study.log)
         self.study.log.store.meanwhile = self.poll
 
     def __getstate__(self) -> dict[str, object]:
@@ -157,12 +156,13 @@ class Driver:
         if len(self._attempts) >= self.at_a_time.limit or self.failure is not None or self.check_stop():
             return None
         try:
+            fits = micro_batch.noted(self.study.log)
             spec = self.study.next()
         except Exception as error:  # raised again by the search, once running trainings have ended
             self._fail(error)
             return None
         if spec is not None:
-            spec, now = replace(spec, fits=self._fits), time.monotonic()
+            spec, now = replace(spec, fits=fits), time.monotonic()
             self._attempts[key] = _Attempt(spec, now, seen=now)
             self.exchange.order(spec.training, spec.attempt)
         return spec
@@ -420,8 +420,7 @@ class Driver:
         spec = attempt.spec
         failure = attempt.failure
         if failure is not None and failure.device:
-            micro_batch.note(self.study.log, failure)
-            self._fits = micro_batch.noted(self.study.log)
+            self.study.log.write(micro_batch.fits_record(failure))
         row = self.study.settle(spec, failure, self.study.spent(spec, seconds, self.gpus))
         if row is None:
             if self.check_stop():

@@ -65,8 +65,15 @@ def memory_failure(error: OutOfMemoryError, recipe: Recipe, values: Mapping[str,
     return Failure("fatal", str(error), attempt, error.exit_code, device=key)
 
 
+def fits_record(failure: Failure) -> dict[str, Any]:
+    """Returns the record of a shortage of memory, for the trainings that follow."""
+    return {"kind": FITS, "device": failure.device, "micro_batch": failure.fits}
+
+
 def noted(log: Log) -> dict[str, int]:
-    """Returns the micro-batches that may fit, by device, as ``note`` has written them to a log.
+    """Returns the micro-batches that may fit, by device, as a log says it.
+
+    If one image did not fit, what was noted before is void: something else may have filled the device.
 
     Raises:
         StorageError: A record is not what it may be.
@@ -75,23 +82,9 @@ def noted(log: Log) -> dict[str, int]:
     for number, record in log.records:
         if record.get("kind") == FITS:
             typed.checked(typed.Fits, record, f"{log}, commit {number}")
-            found[record["device"]] = record["micro_batch"]
+            device, size = record["device"], record["micro_batch"]
+            found[device] = min(size, found.get(device) or size)
     return {device: size for device, size in found.items() if size}
-
-
-def note(log: Log, failure: Failure) -> None:
-    """Notes what a shortage of memory says of its device, for the trainings that follow, in the log of the study.
-
-    If one image did not fit, what was noted is void: something else may have filled the device.
-
-    Raises:
-        StorageError: The log cannot be written.
-    """
-    found = noted(log).get(failure.device, 0)
-    fits = min(failure.fits, found or failure.fits)
-    if fits != found:
-        with log.commit({"kind": FITS, "device": failure.device, "micro_batch": fits}):
-            pass
 
 
 def _key(recipe: Recipe) -> str:
