@@ -270,7 +270,8 @@ class Driver:
         try:
             self.study.log.check()
         except StorageError as error:
-            raise self.fail(error) from None
+            self._fail(error)
+            raise
         self.at_a_time.follow()
         heard = self.exchange.heard
         for attempt in list(self._attempts.values()):
@@ -524,14 +525,9 @@ class Driver:
             kind = MachineError if lost else NoSuccessfulTrialError
             raise kind(Problem("search", rule, next_step=step))
 
-    def fail(self, error: Exception) -> Exception:
-        """Keeps the first failure, which whoever runs the trainings raises at the end, and returns that."""
-        self.failure = self.failure or error
-        return self.failure
-
     def _fail(self, error: Exception) -> None:
-        """Keeps the first failure and asks what runs to stop."""
-        self.fail(error)
+        """Keeps the first failure, which whoever runs the trainings raises at the end, and asks what runs to stop."""
+        self.failure = self.failure or error
         self.study.stop.ask(str(error))
 
 

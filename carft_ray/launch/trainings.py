@@ -159,7 +159,7 @@ def _run_with_tune(driver: Driver, runtime: Runtime) -> None:
         if driver.leaks:
             driver.leaks.clear()  # Ray keeps that of a group which got its resources while its trial was ended
     except Exception as error:
-        driver.fail(error if isinstance(error, CarftError) else _ray_error(error))
+        driver.failure = driver.failure or (error if isinstance(error, CarftError) else _ray_error(error))
     finally:
         shutil.rmtree(ray_files, ignore_errors=True)
 
