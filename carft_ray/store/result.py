@@ -13,8 +13,7 @@ from carft_ray.errors import StorageError
 from carft_ray.layout import ATTEMPT, OF_RESULT, RESULT, ROWS, STEP
 
 FORMAT_VERSION = 1
-_CHECKPOINT = re.compile(rf"^{ATTEMPT}(\d+)/{STEP}(\d+)$")
-_IN_CHECKPOINT = re.compile(rf"(.+)/{ATTEMPT}(\d+)/{STEP}(\d+)/")
+_CHECKPOINT = re.compile(rf"(.+)/{ATTEMPT}(\d+)/{STEP}(\d+)(/|$)")
 
 
 def write_result(place: Path, content: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,13 +63,13 @@ def left(folder: Path, name: str) -> list[Path]:
 
 def checkpoints(folder: Path) -> list[tuple[tuple[int, int], Path]]:
     """Returns ``((step, attempt), folder)`` of all checkpoints of a training, the newest first."""
-    named = [(_CHECKPOINT.match(path.relative_to(folder).as_posix()), path) for path in left(folder, f"{STEP}*")]
-    return sorted((((int(match[2]), int(match[1])), path) for match, path in named if match), reverse=True)
+    named = [(checkpoint_of(path.as_posix()), path) for path in left(folder, f"{STEP}*")]
+    return sorted(((found[1], path) for found, path in named if found), reverse=True)
 
 
 def checkpoint_of(name: str) -> tuple[str, tuple[int, int]] | None:
-    """Returns training and ``(step, attempt)`` of the checkpoint that a file of a study belongs to, if it does."""
-    match = _IN_CHECKPOINT.match(name)
+    """Returns training and ``(step, attempt)`` of a checkpoint, by the name of its folder or of a file in it."""
+    match = _CHECKPOINT.match(name)
     return (match[1], (int(match[3]), int(match[2]))) if match else None
 
 
