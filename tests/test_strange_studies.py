@@ -406,15 +406,20 @@ def test_a_search_of_another_user_leaves_a_study_the_cache_that_it_does_not_use(
     with open_study(tmp_path / "study", recipe):
         pass
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of another user"))
-    used = recipe_for_use(tmp_path / "study", "resume {}", ["search.trials=9"])
-    assert used.data.cache_dir is None
-    with open_study(tmp_path / "study", used):
+
+    def used(*overrides, trust_paths=False):
+        kept = study_recipe(tmp_path / "study")
+        return recipe_for_use(tmp_path / "study", kept, "resume {}", overrides, trust_paths)
+
+    later = used("search.trials=9")
+    assert later.data.cache_dir is None
+    with open_study(tmp_path / "study", later):
         pass
-    assert recipe_for_use(tmp_path / "study", "resume {}").data.cache_dir is None
-    assert recipe_for_use(tmp_path / "study", "resume {}", trust_paths=True).data.cache_dir == str(tmp_path / "large")
+    assert used().data.cache_dir is None
+    assert used(trust_paths=True).data.cache_dir == str(tmp_path / "large")
     assert study_recipe(tmp_path / "study").search.trials == 9
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
-    with open_study(tmp_path / "study", recipe_for_use(tmp_path / "study", "resume {}", trust_paths=True)):
+    with open_study(tmp_path / "study", used(trust_paths=True)):
         pass
     with open_study(tmp_path / "study", RECIPE):  # who has written it says so anew
         pass

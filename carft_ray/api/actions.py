@@ -27,6 +27,7 @@ from carft_ray.api.checks import (
     Overrides,
     RecipeLike,
     as_command,
+    check_recipe,
     load_recipe,
     override_words,
     require_trusted,
@@ -35,7 +36,8 @@ from carft_ray.api.checks import (
 from carft_ray.errors import Problem, RecipeError, UsageError, require_choice
 from carft_ray.recipe.schema.recipe import Recipe, alone
 from carft_ray.results.reading import study_view
-from carft_ray.study.identity import recipe_for_use
+from carft_ray.study.holding import is_study
+from carft_ray.study.identity import recipe_for_use, study_recipe
 from carft_ray.study.mirror import in_bucket, named, own_folder
 from carft_ray.ui import console
 
@@ -101,7 +103,8 @@ def search(
         StorageError, ClusterError: See their messages.
     """
     study = own_folder(study)
-    study_view.require_search(study)
+    if is_study(study):
+        study_view.require_search(study, study_recipe(study.resolve()))
     value = load_recipe(recipe, overrides, trust_paths)
     further = [str(path) if in_bucket(path) else str(Path(path).resolve()) for path in several(warm_start)]
     update = {"warm_start": tuple(dict.fromkeys((*value.search.warm_start, *further)))}
@@ -168,11 +171,12 @@ def resume(
     """
     study = own_folder(study)
     study_dir = study_view.require_study(study)
-    study_view.require_search(study)
+    kept = study_recipe(study_dir)
+    study_view.require_search(study, kept)
     words = override_words(overrides)
     if trials is not None:
         words.append(f"search.trials={study_view.total_trials(str(trials), study_view.read_study(study_dir))}")
-    recipe = recipe_for_use(study_dir, "resume {}", words, trust_paths)
+    recipe = recipe_for_use(study_dir, kept, "resume {}", words, trust_paths)
     return search(recipe.model_dump(mode="json"), study, **options)
 
 
@@ -229,8 +233,8 @@ def confirm(
         step = f"Wait until it ends, or end it: carft-ray stop {study}"
         raise UsageError(Problem(str(study), "must be a study on which no search runs", view.holder, next_step=step))
     others = [study_view.read_study(path) for path in several(against)]
-    usable = recipe_for_use(view.study_dir, "confirm {}", override_words(overrides), trust_paths)
-    recipe = load_recipe(usable.model_dump(mode="json"))
+    words = override_words(overrides)
+    recipe = check_recipe(recipe_for_use(view.study_dir, view.recipe, "confirm {}", words, trust_paths))
     recipe, runner = _with_trainer(recipe, train, trust)
     from carft_ray.data.copies.shared_images import read_shared, shared_lines
     from carft_ray.evaluation.objective import objective_spec

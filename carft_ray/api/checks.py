@@ -109,20 +109,32 @@ def load_recipe(recipe: RecipeLike, overrides: Overrides = (), trust_paths: bool
         HoldOutError: Two roles share a set.
         DataError: Images or class lists are missing.
     """
+    value = _read(recipe, override_words(overrides), trust_paths)
+    return check_recipe(value, warns=not isinstance(recipe, Recipe))  # else its warnings were told when it was loaded
+
+
+def check_recipe(value: Recipe, warns: bool = True) -> Recipe:
+    """Checks a recipe that keeps the rules with its folders, and returns it.
+
+    Args:
+        value: The recipe.
+        warns: Log its warnings.
+
+    Raises:
+        CarftError: Same as in ``load_recipe``.
+    """
     from carft_ray.data.role_checks import check_roles, check_sets
     from carft_ray.model.catalog import check_model, model_warnings
     from carft_ray.recipe.checks.advice import warnings
 
-    value = _read(recipe, override_words(overrides), trust_paths)
     if problems := check_model(value.model):
         raise RecipeError(problems)
     if problems := check_roles(value):
         raise HoldOutError(problems)
     if problems := check_sets(value):
         raise DataError(problems)
-    if not isinstance(recipe, Recipe):  # its warnings were told when it was loaded
-        for text in (*warnings(value), *model_warnings(value.model)):
-            logger.warning("%s", text)
+    for text in (*warnings(value), *model_warnings(value.model)) if warns else ():
+        logger.warning("%s", text)
     return value
 
 

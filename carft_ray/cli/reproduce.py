@@ -27,13 +27,12 @@ def reproduce(
 ) -> None:
     """Repeat a training as recorded in its study, and check whether all its numbers are the same."""
     from carft_ray.results.reading.finished import open_finished
-    from carft_ray.study.identity import study_recipe
     from carft_ray.study.trust import require_written
     from carft_ray.ui.progress import training_shown
 
     finished = open_finished(folder, trial)
     if not trust_paths:
-        require_written(finished.folder, study_recipe(finished.folder), "reproduce {}")
+        require_written(finished.folder, finished.base, "reproduce {}")
     if not finished.is_zero_shot:
         from carft_ray.api.checks import require_trusted
 

@@ -194,40 +194,24 @@ def study_recipe(study_dir: Path, log: Log | None = None) -> Recipe:
     return recipe
 
 
-def recipe_for_use(study_dir: Path, command: str, overrides: Sequence[str] = (), trust_paths: bool = False) -> Recipe:
+def recipe_for_use(
+    study_dir: Path, kept: Recipe, command: str, overrides: Sequence[str] = (), trust_paths: bool = False
+) -> Recipe:
     """Returns the recipe of a study's last search, for a command that reads the files that it names (``study.trust``).
 
     Args:
         study_dir: The study directory, or the copy of a study in a bucket.
+        kept: The recipe, as ``study_recipe`` returns it.
         command: What the user would run, for the message.
         overrides: As of ``load_recipe``.
         trust_paths: The user trusts the paths of the study.
 
     Raises:
         UsageError: It names files outside of a study in a bucket that this machine has not written.
-        RecipeError, StorageError: As ``study_recipe``; or the overrides break a rule.
+        RecipeError: The overrides break a rule.
     """
-    kept = study_recipe(study_dir)
     asked = recipe_of(kept.model_dump(mode="json"), overrides) if overrides else kept
     return trust.allowed(study_dir, kept, asked, loading.keys_of(overrides), trust_paths, command)
-
-
-def has_recipe(study_dir: Path) -> bool:
-    """Tells whether a folder is the study of a recipe; before, any recipe may take it.
-
-    Raises:
-        StorageError: Its log is damaged, or holds more than claims and no recipe.
-    """
-    return recorded_recipe(study_dir, log_of(study_dir)) is not None
-
-
-def is_single(study_dir: Path) -> bool:
-    """Tells whether a study is that of `train`: one training, and nothing to search.
-
-    Raises:
-        StorageError: As ``study_recipe``.
-    """
-    return not study_recipe(study_dir).search.space
 
 
 def resume_command(study_dir: Path) -> str:
@@ -237,7 +221,7 @@ def resume_command(study_dir: Path) -> str:
         StorageError: As ``study_recipe``.
     """
     folder = shlex.quote(named(study_dir))
-    if is_single(study_dir):
+    if not study_recipe(study_dir).search.space:
         here = shlex.quote(str(study_dir))  # a recipe is a file, where the study is in a bucket, too
         return f"carft-ray train {here}/{RESOLVED} --out {folder} --resume"
     return f"carft-ray resume {folder}"

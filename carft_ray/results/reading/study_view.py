@@ -13,7 +13,7 @@ from carft_ray.recipe.schema.constraints import violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study, stopping
-from carft_ray.study.identity import is_single, resume_command, study_recipe
+from carft_ray.study.identity import resume_command, study_recipe
 from carft_ray.study.mirror import IMAGES, Place, fetched, named
 from carft_ray.study.outcome import TrialRow, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
@@ -176,9 +176,9 @@ def require_study(place: Place, rule: str = "must be a study", need: int = IMAGE
     raise UsageError(Problem(name, rule, value, inside, near, step))
 
 
-def require_search(folder: Path) -> None:
-    """Raises a ``UsageError`` where a folder holds a training of `train`, on which there is nothing to search."""
-    if is_study(folder) and is_single(folder.resolve()):
+def require_search(folder: Path, recipe: Recipe) -> None:
+    """Raises a ``UsageError`` for the recipe of a `train` whose training a folder holds: there is nothing to search."""
+    if not recipe.search.space:
         step = f"Continue it: {resume_command(folder)}\n    To search, give another folder with --study."
         raise UsageError(Problem(str(folder), "must be the study of a search", "one training", next_step=step))
 

@@ -99,7 +99,7 @@ def open_trained(
     found = open_finished(folder, trial, "--trial")
     if found.is_zero_shot:
         raise UsageError(Problem("--trial", f"must be a training of {folder}", "the zero-shot model"))
-    recipe = recipe_for_use(found.folder, command, trust_paths=trust_paths)
+    recipe = recipe_for_use(found.folder, found.base, command, trust_paths=trust_paths)
     return open_run(found.folder, found.row, recipe, f"{found.folder.name}/{found.name}")
 
 

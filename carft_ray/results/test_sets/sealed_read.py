@@ -40,7 +40,7 @@ from carft_ray.results.test_sets.summary import changed_lines, compared_rows, re
 from carft_ray.store.log import Log
 from carft_ray.study import ledger
 from carft_ray.study.holding import check_fit, held
-from carft_ray.study.identity import recipe_for_use
+from carft_ray.study.identity import recipe_for_use, study_recipe
 from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import ZERO_SHOT, rows_by_kind
@@ -78,7 +78,7 @@ def read_sealed(
     """
     ledger.check_reason(reason)
     study_dir = study_view.require_study(study)
-    recipe = recipe_for_use(study_dir, "test {}", trust_paths=trust_paths)
+    recipe = recipe_for_use(study_dir, study_recipe(study_dir), "test {}", trust_paths=trust_paths)
     _require_test_sets(study_dir, recipe)
     check_fit(study_dir)
     log = open_log(study_dir)
