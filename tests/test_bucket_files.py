@@ -1,7 +1,9 @@
 """Nodes that do not see a study in a bucket, and read and write the bucket themselves; without Ray."""
 
+import itertools
 import json
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import stand_in
@@ -10,7 +12,7 @@ from unseen import Here, opened, plan_of, unseen
 
 from carft_ray import files
 from carft_ray.errors import StorageError
-from carft_ray.launch import at_hand
+from carft_ray.launch import at_hand, study_files
 from carft_ray.launch.at_hand import Delivery, needed, uses_bucket
 from carft_ray.launch.driver import Driver
 from carft_ray.launch.mailbox import Exchange, Mailbox, Post, Wish
@@ -19,9 +21,11 @@ from carft_ray.launch.ray_cluster.concurrency import AtATime
 from carft_ray.launch.study_files import BucketFiles, FileServer, entries
 from carft_ray.launch.worker import run_worker
 from carft_ray.layout import WEIGHTS
+from carft_ray.results.reading.study_view import read_study
 from carft_ray.store.bucket import Bucket
 from carft_ray.study.best import Retention
-from carft_ray.study.mirror import NUMBERS
+from carft_ray.study.mirror import NUMBERS, own_folder
+from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow, progress_of, progress_words
 from carft_ray.training.run_context import RunContext
 
@@ -148,6 +152,23 @@ def test_a_half_checkpoint_is_not_among_the_newest_two(server, tmp_path):
     assert {each.name.split("/")[3] for each in needed(found, TRAINING)} == {"step-00000010", "step-00000020"}
 
 
+def test_checkpoints_that_are_not_whole_replace_none(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with open_study(own_folder(server.address("study")), stand_in.make_recipe(1)) as study:
+        store = study.log.store
+
+        def left(*names):
+            for name in names:
+                store.put(f"{PLACE}/step-{name}", b"x")
+            store.learn([f"{PLACE}/step-{name}" for name in names])
+            store.upload_new(checkpoints=True)
+            return sorted(name.partition("/step-")[2] for name in of_trials(server))
+
+        whole = [f"{step}/{name}" for step in (10, 20) for name in ("state.json", "w")]
+        assert left(*whole, "30/w", "40/w") == [*whole, "30/w", "40/w"]
+        assert left("50/state.json") == ["20/state.json", "20/w", "30/w", "40/w", "50/state.json"]
+
+
 def test_a_newer_file_of_the_drivers_folder_comes_from_there(server, tmp_path):
     study, node, name = tmp_path / "study", tmp_path / "node", f"{PLACE}/own/model"
     address = server.address("study")
@@ -228,7 +249,7 @@ def test_the_driver_learns_of_an_attempts_own_files_and_brings_its_numbers_befor
     with opened(tmp_path) as study:
         calls, box = [], Mailbox()
         for name in ("learn", "bring", "forget_files"):
-            monkeypatch.setattr(study.log, name, lambda *given, name=name: calls.append((name, *given)), raising=True)
+            monkeypatch.setattr(study.log.store, name, lambda *given, name=name: calls.append((name, *given)))
         driver = Driver(study, AtATime(1), lambda event: None, exchange=Exchange(box))
         spec = driver.propose("one")
         driver.started("one")
@@ -256,7 +277,7 @@ def test_the_driver_learns_of_an_attempts_own_files_and_brings_its_numbers_befor
         ]
         calls.clear()
         driver.ended("one", "its node is gone")
-        assert calls == [("forget_files", study.study_dir / place / "own/a"), ("bring", place, NUMBERS)]
+        assert calls == [("forget_files", f"{place}/own/a"), ("bring", place, NUMBERS)]
         calls.clear()
         driver.propose("two")
         driver.ended("two", "its node is gone")
@@ -270,13 +291,12 @@ def test_what_is_only_in_the_bucket_counts_as_progress_and_goes_when_the_trainin
     assert progress_words(folder, known) == "step 30 (epoch 1)"
     assert progress_of(folder, [*known, f"{TRAINING}/attempt-1/{WEIGHTS}"]) == [1, 30]
     known += [f"{TRAINING}/attempt-2/step-00000040/state.json", f"{TRAINING}/attempt-2/{WEIGHTS}"]
-    forgotten = []
-    recipe = stand_in.make_recipe(1)
+    store = mock.Mock(known=lambda training: known)
     row = TrialRow("trial", 0, "t0000-0000", {}, 2, "complete", objective=0.5)
-    Retention(tmp_path, recipe, forgotten.append, lambda training: known).ended(row)
-    named = {path.relative_to(folder).as_posix() for path in forgotten}
-    assert {"attempt-1", "attempt-2/step-00000040"} <= named
-    assert not named & {"attempt-2", f"attempt-2/{WEIGHTS}"}
+    Retention(tmp_path, stand_in.make_recipe(1), store).ended(row)
+    forgotten = {call.args[0].removeprefix(f"{TRAINING}/") for call in store.forget_files.mock_calls}
+    assert {"attempt-1", "attempt-2/step-00000040"} <= forgotten
+    assert not forgotten & {"attempt-2", f"attempt-2/{WEIGHTS}"}
 
 
 @pytest.mark.parametrize(
@@ -293,3 +313,49 @@ def test_what_is_only_in_the_bucket_counts_as_progress_and_goes_when_the_trainin
 )
 def test_the_line_says_how_nodes_that_do_not_see_the_folder_have_its_files(without, words):
     assert _sight("/s", 3, without) == words
+
+
+def test_the_files_of_the_driver_say_whether_nodes_may_use_the_bucket(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_files, "StudyFiles", lambda folder, address="": Here(folder, address=address))
+    monkeypatch.setattr(study_files, "started_here", lambda make, name, *given, threads: given)
+    with opened(tmp_path) as study:
+        plan = with_bucket(bucket_plan(server, study))
+        asked = study.study_dir, plan.bucket, plan.commit
+        assert study_files.start_files(*asked)[1] == plan.bucket
+        server.strike = deny("PUT")
+        assert study_files.start_files(*asked)[1] == ""
+        assert study_files.start_files(study.study_dir, "", plan.commit)[1] == ""
+
+
+def searched(server, name, nodes):
+    """Searches three trials, the second of which is lost once; which kind of node each attempt has, ``nodes`` says."""
+    address, turns = server.address(name), itertools.cycle(nodes)
+    recipe = stand_in.make_recipe(3, sampler={"name": "random"}, keep_checkpoints=1, baselines={})
+    with open_study(own_folder(address), recipe) as study:
+        plan, box, epochs = plan_of(study, Here(study.study_dir, address=address)), Mailbox(), []
+        driver = Driver(study, AtATime(1), lambda event: None, exchange=Exchange(box))
+        while (spec := driver.propose("one")) is not None:
+            driver.started("one")
+            kind = next(turns)
+            runtime = replace(plan, bucket=address, mailbox=box)
+            if kind != "sees":
+                runtime = replace(runtime, study_dir=study.study_dir.parent / "elsewhere")
+            is_lost = (spec.number, spec.attempt) == (1, 1)
+            context = RunContext(report=lambda row: epochs.append(row["epoch"]), should_stop=lambda lost=is_lost: lost)
+            run_worker(unseen(runtime) if kind == "ray" else runtime, spec, context)
+            driver.ended("one")
+        assert driver.failure is None
+        assert epochs == [1, 2] * 3
+    found = {path.partition("/")[2] for path in server.objects() if path.startswith(f"{name}/trials/")}
+    return {path for path in found if "tensorboard" not in path}
+
+
+@pytest.mark.slow
+def test_a_search_leaves_the_same_in_the_bucket_however_its_nodes_have_the_files(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    left = []
+    for name, nodes in {"a": ["sees"], "b": ["bucket"], "c": ["ray", "bucket", "sees"], "d": ["bucket", "ray"]}.items():
+        left.append(searched(server, name, nodes))
+        assert [row.outcome for row in read_study(server.address(name)).trials] == ["complete"] * 3
+    assert len([path for path in left[0] if path.endswith(WEIGHTS)]) == 1
+    assert left == [left[0]] * 4

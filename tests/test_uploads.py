@@ -14,7 +14,7 @@ from carft_ray.launch.command import Plan, run_search
 from carft_ray.launch.events import Stopping, TrialFinished
 from carft_ray.launch.runtime import Runner
 from carft_ray.launch.stop import ask_to_stop
-from carft_ray.layout import RESULT, THUMBNAILS, WEIGHTS
+from carft_ray.layout import RESULT, STATE, THUMBNAILS, WEIGHTS
 from carft_ray.results.reading.study_view import read_study
 from carft_ray.study import uploads
 from carft_ray.study.mirror import ALL, NUMBERS, own_folder
@@ -97,7 +97,7 @@ def test_of_a_training_that_has_not_ended_checkpoints_go_up_and_what_may_be_drop
 
 def test_what_nodes_put_into_the_bucket_is_brought_when_it_is_needed_and_goes_as_the_rest_does(server):
     folder, place = own_folder(server.address("study")), "trials/t/attempt-1"
-    steps = [f"{place}/step-{number:08d}/{WEIGHTS}" for number in (5, 10, 15)]
+    steps = [f"{place}/step-{number:08d}/{STATE}" for number in (5, 10, 15)]
     with open_study(folder, stand_in.make_recipe(1)) as study:
         store = study.log.store
         for name in (*steps, f"{place}/{RESULT}", f"{place}/{WEIGHTS}"):

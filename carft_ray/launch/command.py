@@ -58,7 +58,7 @@ from carft_ray.study import outcome
 from carft_ray.study.holding import is_ours, is_study, log_of
 from carft_ray.study.identity import recorded_recipe
 from carft_ray.study.ledger import note_test_sets
-from carft_ray.study.mirror import named
+from carft_ray.study.mirror import DRIVEN, address_in, named
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import Kind, TrialRow
 from carft_ray.study.provenance import record_provenance
@@ -265,7 +265,7 @@ def computing(plan: Plan, study: Study, interrupted: Callable[[], InterruptedRun
             runtime = replace(runtime, in_process=plan.in_process, attached=attached, mailbox=box)
             if attached:
                 last, first = (study.log.number, study.log.digest), study.log.digest_of(1)
-                served, bucket = start_files(folder, "", last)
+                served, bucket = start_files(folder, address_in(folder, DRIVEN) or "", last)
                 runtime = replace(runtime, files=served, commit=last, first_commit=first, bucket=bucket)
             yield runtime
 

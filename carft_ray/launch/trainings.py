@@ -63,7 +63,7 @@ def run_trainings(
         CarftError: What ended the run before its time (``Driver.failure``); a ``ClusterError`` when it was Ray.
     """
     forget_listings()
-    for spec in study.waiting if not runtime.attached else ():  # what they go on from may be in the bucket alone
+    for spec in study.waiting if not runtime.bucket else ():  # nodes that use the bucket get what they go on from
         study.log.store.bring(spec.training, ALL)
     capacity = runtime.capacity
     drains = None if runtime.in_process else Drains()

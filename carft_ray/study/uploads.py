@@ -24,7 +24,7 @@ from pathlib import Path
 
 from carft_ray import files
 from carft_ray.errors import Problem, StorageError
-from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STOP, STOP_REQUESTS, WEIGHTS
+from carft_ray.layout import KEPT_CHECKPOINTS, MANIFEST, RAY_LOG, RESULT, STATE, STOP, STOP_REQUESTS, WEIGHTS
 from carft_ray.store.bucket import Bucket, Tag
 from carft_ray.store.folder import Folder, RefusedError, UnknownError
 from carft_ray.store.log import Log, commit_name, pack_name
@@ -172,7 +172,7 @@ class Driven(Copy):
         """Returns which names of the bucket are gone from the folder because the search has removed them."""
         newest: dict[str, list[tuple[int, int]]] = defaultdict(list)  # checkpoints of a training
         for name in known:
-            if found := checkpoint_of(name):
+            if (found := checkpoint_of(name)) and name.endswith(f"/{STATE}"):  # others are not whole
                 newest[found[0]].append(found[1])
         kept = {name: sorted(set(found))[-KEPT_CHECKPOINTS:] for name, found in newest.items()}
         gone = []
@@ -180,7 +180,7 @@ class Driven(Copy):
             if name not in there:
                 found, pieces = checkpoint_of(name), name.split("/")
                 is_forgotten = any("/".join(pieces[:n]) in self._forgotten for n in range(1, len(pieces) + 1))
-                if is_forgotten or (found and found[1] < kept[found[0]][0]):
+                if is_forgotten or (found and found[1] < kept.get(found[0], [found[1]])[0]):
                     gone.append(name)
         return sorted(gone)
 
@@ -268,8 +268,11 @@ def uploading(log: Log) -> Iterator[None]:
 
 
 def _is_late(name: str) -> tuple[bool, bool]:
-    """Orders uploads: files without a manifest are no study, and a result is believed without the rows beside it."""
-    return name != MANIFEST, name.endswith(f"/{RESULT}")
+    """Orders uploads: files without a manifest are no study, and a result is believed without the rows beside it.
+
+    A checkpoint is whole once its last file is there.
+    """
+    return name != MANIFEST, name.endswith((f"/{RESULT}", f"/{STATE}"))
 
 
 def _training_of(name: str) -> str:
