@@ -154,7 +154,7 @@ def test_a_log_that_was_cut_off_and_a_manifest_that_was_edited_or_damaged_are_fo
         note(study_dir, damaged)
         assert "must have the ledger that manifest.json describes" in told(study_dir)
     (study_dir / "manifest.json").write_text("[]")
-    with pytest.raises(StorageError, match="must be the manifest of a study"):
+    with pytest.raises(StorageError, match=r"manifest.json: the content: input should be a valid dictionary"):
         check_ledger(study_dir)
     (study_dir / "manifest.json").write_bytes(before)
     assert told(study_dir) == ""

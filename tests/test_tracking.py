@@ -176,7 +176,7 @@ class Client(module._Client):
 def test_epochs_are_told_while_a_training_runs_each_of_them_once(here, tmp_path, monkeypatch):
     told = Client.told = []
     monkeypatch.setitem(module.CLIENTS, "mlflow", Client)
-    files.write_json(tmp_path / "manifest.json", {"id": "0123456789ab"})
+    files.write_json(tmp_path / "manifest.json", {"format_version": 2, "id": "0123456789ab"})
     recipe = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
     spec = TrialSpec("trial", 0, "t0000-abcd", {"learning_rate": 0.1}, 1)
     other = dataclasses.replace(spec, number=1, name="t0001-abcd")
@@ -228,7 +228,7 @@ def test_a_training_that_is_stopped_is_a_run_that_was_ended_until_it_is_resumed(
 
     recipe = load_recipe(here / "recipe.yaml", ["tracking.mlflow.experiment=mine"])
     spec = TrialSpec("trial", 0, "t0000-abcd", {"learning_rate": 0.1}, 1)
-    files.write_json(tmp_path / "manifest.json", {"id": "0123456789ab"})
+    files.write_json(tmp_path / "manifest.json", {"format_version": 2, "id": "0123456789ab"})
     files.write_text(spec.folder(tmp_path) / "metrics.jsonl", '{"step": 3, "loss": 0.5}\n')
     client = mlflow.MlflowClient((tmp_path / "tracking" / "mlflow").as_uri())
 

@@ -421,7 +421,7 @@ def test_a_manifest_that_is_damaged_or_of_another_version(refused, here):
         manifest.write_text(content)
         for words in ((*SEARCH, "first"), RESUME):
             told = refused(5, *words)
-            assert told.startswith(f"error: {manifest}: must ")
+            assert told.startswith(f"error: {manifest}: ")
     assert "must have format_version 2, but got 99" in told
     assert "search in another folder" in told
 

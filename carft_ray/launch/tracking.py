@@ -23,8 +23,9 @@ from typing import Any
 from carft_ray import files
 from carft_ray.launch.events import BaselineFinished, Event, TrialEpoch, TrialFinished
 from carft_ray.launch.outbox import Receiver
-from carft_ray.layout import MANIFEST, METRICS, TRACKING
+from carft_ray.layout import METRICS, TRACKING
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.study.identity import read_manifest
 from carft_ray.study.outcome import result_of
 
 STOPPED = "stopped"
@@ -69,7 +70,7 @@ class _Client:
     def __init__(self, recipe: Recipe, study_dir: Path) -> None:
         self.recipe, self.study_dir, self.folder = recipe, study_dir, study_dir / TRACKING
         self.runs, self.steps = dict[str, Any](), Numbers()
-        self.study_id = str(files.read_json(study_dir, MANIFEST)["id"])
+        self.study_id: str = read_manifest(study_dir)["id"]
         self.group = f"{recipe.name}-{self.study_id}"
         self.folder.mkdir(exist_ok=True)
 

@@ -37,7 +37,7 @@ from carft_ray.recipe.schema.sets import CorruptedSet, StoredSet, plain
 from carft_ray.recipe.text import KeyPath, dotted
 from carft_ray.store.folder import Folder, RefusedError
 from carft_ray.store.log import Log
-from carft_ray.study import provenance, trust
+from carft_ray.study import provenance, trust, typed
 from carft_ray.study.holding import log_of
 from carft_ray.study.mirror import named
 
@@ -161,17 +161,12 @@ def read_manifest(study_dir: Path) -> dict[str, Any]:
     Raises:
         StorageError: It cannot be read, or is of another format.
     """
-    path = study_dir / MANIFEST
-    try:
-        manifest: dict[str, Any] = files.read_json(study_dir, MANIFEST)
-        version, _ = manifest["format_version"], manifest["id"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        step = "Restore it from a copy of the study, or give another folder."
-        raise StorageError(Problem(str(path), "must be the manifest of a study", str(error), next_step=step)) from error
-    if version != FORMAT_VERSION:
+    place = str(study_dir / MANIFEST)
+    manifest: dict[str, Any] = typed.checked(typed.Manifest, files.read_json(study_dir, MANIFEST), place)
+    if manifest["format_version"] != FORMAT_VERSION:
         step = "Another release of carft-ray wrote this study. Read it with that release, or search in another folder."
         rule = f"must have format_version {FORMAT_VERSION}"
-        raise StorageError(Problem(str(path), rule, shown(version), next_step=step))
+        raise StorageError(Problem(place, rule, shown(manifest["format_version"]), next_step=step))
     return manifest
 
 

@@ -115,7 +115,6 @@ class Manifest(_Strict):
     format_version: Count
     id: Words
     created: Words | None = None
-    ledger: dict[str, Any] | None = None
 
 
 class Contents(_Strict):

@@ -7,10 +7,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from carft_ray import files
 from carft_ray.errors import CarftError
 from carft_ray.launch.stop import BUDGET_STOP
-from carft_ray.layout import MANIFEST
 from carft_ray.recipe.schema.sampling import AnyPruner
 from carft_ray.recipe.space.grid import num_trials
 from carft_ray.results.pareto import front_data, front_lines
@@ -18,6 +16,7 @@ from carft_ray.results.reading.study_view import STATES, Overview, read_study, r
 from carft_ray.store.log import Log
 from carft_ray.study.best import constraint_lines
 from carft_ray.study.holding import log_of, stopping
+from carft_ray.study.identity import read_manifest
 from carft_ray.study.ledger import check_ledger, read_ledger, reads_of
 from carft_ray.study.mirror import named
 from carft_ray.study.outcome import TrialRow
@@ -64,7 +63,7 @@ def status(overview: Overview) -> dict[str, Any]:
         "ledger": ledger(overview.study_dir, log),
         "budget": budget(overview),
         "times": {
-            "created": files.read_json(overview.study_dir, MANIFEST).get("created"),
+            "created": read_manifest(overview.study_dir).get("created"),
             "last_change": datetime.fromtimestamp(log.time).astimezone().isoformat(timespec="seconds"),
             "training_s": round(sum(seconds), 1),
             "mean_training_s": round(sum(seconds) / len(seconds), 1) if seconds else None,
