@@ -14,6 +14,7 @@ from carft_ray.ui import console
 
 if TYPE_CHECKING:
     from carft_ray.recipe.schema.recipe import Recipe
+    from carft_ray.results.reading.study_view import Overview
 
 ONE_TRAINING, SEARCH, READING, TRUST = "One training", "A search", "Reading a study", "Trusting the numbers"  # panels
 
@@ -84,7 +85,7 @@ def load(
     return load_recipe(path, overrides_of(overrides, {"executor": executor, "num_workers": num_workers}))
 
 
-def suggest(study: str, after: str, *more: str, changed: bool = False) -> None:
+def suggest(study: str, after: str, *more: str, changed: bool = False, view: "Overview | None" = None) -> None:
     """Prints what to run next on a study as it stands now (``results.next_steps``).
 
     Args:
@@ -92,12 +93,13 @@ def suggest(study: str, after: str, *more: str, changed: bool = False) -> None:
         after: Name of the command that ends here.
         more: Further command lines.
         changed: The command has changed the study.
+        view: The study as the command has read it, if nothing can have changed since.
     """
     from carft_ray.results.next_steps import BEHIND, behind_zero_shot, next_steps
     from carft_ray.results.reading.study_view import read_study
-    from carft_ray.study.mirror import NUMBERS, own_folder
+    from carft_ray.study.mirror import STATE, own_folder
 
-    view = read_study(own_folder(study, need=None) if changed else study, NUMBERS)
+    view = view or read_study(own_folder(study, need=None) if changed else study, STATE)
     if behind_zero_shot(view):
         console.say(BEHIND)
     console.next_step(*next_steps(view, study, after), *more)

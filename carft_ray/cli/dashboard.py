@@ -23,10 +23,10 @@ def dashboard(
     from carft_ray.api.checks import require_versions
     from carft_ray.results.reading import study_view
     from carft_ray.study.dashboard import serve
-    from carft_ray.study.mirror import NUMBERS
+    from carft_ray.study.mirror import STATE
 
     require_versions("dashboard")
-    study_view.require_study(study, need=NUMBERS)
+    study_view.require_study(study, need=STATE)
     ready: list[int] = []  # the port, once pages are served
 
     def on_ready(number: int) -> None:

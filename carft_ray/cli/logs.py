@@ -8,6 +8,7 @@ from typer import Argument, Option
 from carft_ray.cli import common
 from carft_ray.cli.program import command
 from carft_ray.errors import Problem, UsageError
+from carft_ray.layout import LOG
 from carft_ray.ui import console
 
 
@@ -20,13 +21,14 @@ def logs(
 ) -> None:
     """Print the log of one trial: the start of each attempt, and the traceback of each failure."""
     from carft_ray.results.reading import logs, study_view
-    from carft_ray.study.mirror import NUMBERS
+    from carft_ray.study.mirror import STATE, bring
     from carft_ray.study.rows import ZERO_SHOT
 
     if follow and json_:
         raise UsageError(Problem("--json", "cannot be used with --follow"))
-    view = study_view.read_study(study, NUMBERS)
+    view = study_view.read_study(study, STATE)
     row = logs.find_training(view, trial)
+    bring(study, [f"{row.training}/{LOG}"])
     lines = logs.read_log(view.study_dir, row.training)
     if console.print_json(lines or [], json_):
         return

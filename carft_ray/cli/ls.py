@@ -25,10 +25,10 @@ def list_(
     """List the trials of a study, or the studies in a folder. Writes nothing."""
     from carft_ray.results.reading import status_and_ls, study_view
     from carft_ray.study.holding import is_study
-    from carft_ray.study.mirror import NUMBERS, fetched
+    from carft_ray.study.mirror import STATE, fetched
 
     require_choice("--sort", "must be an order", sort, ORDERS)
-    folder = fetched(place, NUMBERS)
+    folder = fetched(place, STATE)
     if not is_study(folder):
         studies = status_and_ls.list_studies(folder)
         if not console.print_json({"folder": str(folder), "studies": studies}, json_):
@@ -36,7 +36,7 @@ def list_(
             first = min(studies, key=lambda each: each["problem"] is not None)  # one that can be read, if there is one
             console.next_step(f"carft-ray status {shlex.quote(str(folder / first['name']))}")
         return
-    answer = status_and_ls.listing(study_view.read_study(folder), by_objective=sort == "objective", limit=limit)
+    answer = status_and_ls.listing(study_view.read_study(place, STATE), by_objective=sort == "objective", limit=limit)
     if console.print_json(answer, json_):
         return
     rows = [*answer["baselines"], *answer["trials"]]

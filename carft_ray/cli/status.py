@@ -24,13 +24,13 @@ def status(
 ) -> None:
     """Show the progress of a study: counts, best trial, running trials, budget. Writes nothing."""
     from carft_ray.results.reading import status_and_ls, study_view
-    from carft_ray.study.mirror import NUMBERS
+    from carft_ray.study.mirror import STATE
 
     if watch and json_:
         raise UsageError(Problem("--json", "cannot be used with --watch"))
     if watch and not _watch(study, every):
         return
-    view = study_view.read_study(study, NUMBERS)
+    view = study_view.read_study(study, STATE)
     answer = status_and_ls.status(view)
     if console.print_json(answer, json_):
         return
@@ -69,7 +69,7 @@ def status(
         console.say(f"\nA {view.what} is running: {view.holder}{asked}.")
         if view.at_a_time is not None:
             console.say(f"{view.at_a_time[0]} at a time ({view.at_a_time[1]}).")
-    common.suggest(study, "status")
+    common.suggest(study, "status", view=view)
 
 
 def _budget_lines(budget: Mapping[str, Any]) -> Iterator[str]:
@@ -100,14 +100,14 @@ def _watch(study: str, every_s: float) -> bool:
     from rich.live import Live
 
     from carft_ray.results.reading import study_view
-    from carft_ray.study.mirror import NUMBERS
+    from carft_ray.study.mirror import STATE
     from carft_ray.ui.live import SearchView
 
     on_terminal = console.out.is_terminal and not console.out.is_dumb_terminal
     live = Live(console=console.out, auto_refresh=False, transient=True)
     try:
         with live if on_terminal else contextlib.nullcontext():
-            while (view := study_view.read_study(study, NUMBERS)).holder is not None:
+            while (view := study_view.read_study(study, STATE)).holder is not None:
                 if on_terminal:
                     live.update(SearchView.of(view), refresh=True)
                 else:

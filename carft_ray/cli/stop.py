@@ -20,9 +20,9 @@ def stop(
     from carft_ray.launch.stop import ask_to_stop, wait_until_free
     from carft_ray.recipe.space.grid import num_trials
     from carft_ray.results.reading import study_view
-    from carft_ray.study.mirror import NUMBERS, absolute, named
+    from carft_ray.study.mirror import STATE, absolute, named
 
-    study_view.require_study(study, "must be a study or the folder of a training", NUMBERS)
+    study_view.require_study(study, "must be a study or the folder of a training", STATE)
     place = absolute(study)
     see = common.command_line("status", study)
     with common.interrupted_as("no longer waiting; the trainings still stop", f"See: {see}"):
@@ -31,7 +31,7 @@ def stop(
             if not json_:
                 console.say(f"Asked {found} to stop; waiting for its checkpoints. Ctrl-C ends only the waiting.")
             wait_until_free(place, found, console.sayer(not json_), see)
-    view, ended = study_view.read_study(place, NUMBERS), found is None or not no_wait
+    view, ended = study_view.read_study(place, STATE), found is None or not no_wait
     finished, wanted = view.num_finished, num_trials(view.recipe)
     answer = {"study": named(view.study_dir), "asked": found, "ended": ended, "finished": finished, "wanted": wanted}
     if console.print_json(answer, json_):
@@ -41,4 +41,4 @@ def stop(
         console.say(f"Nothing to stop: no {view.what} is running on {study}; {so_far}.")
     else:
         console.say(f"The {view.what} has ended; {so_far}." if ended else f"Asked {found} to stop; {so_far}.")
-    common.suggest(study, "stop")
+    common.suggest(study, "stop", view=view)

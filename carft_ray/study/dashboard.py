@@ -16,25 +16,12 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from optuna.storages import JournalStorage
 
 from carft_ray.errors import Problem, UsageError
-from carft_ray.store.folder import Folder
-from carft_ray.store.log import Log
-from carft_ray.study.mirror import NUMBERS, Place, fetched
+from carft_ray.study.mirror import Place, log_at
 
 ADDRESS = "127.0.0.1"
 HOSTS = (ADDRESS, "localhost")
 REFUSED = b"This dashboard only shows the study. Change it with carft-ray.\n"
 OTHER_HOST = b"This dashboard answers at 127.0.0.1 and localhost only.\n"
-
-
-class _Followed(Log):
-    def __init__(self, place: Place) -> None:
-        super().__init__(Folder(fetched(place, NUMBERS)))
-        self._place = place
-
-    def read_logs(self, log_number_from: int) -> list[dict[str, Any]]:
-        fetched(self._place, NUMBERS)
-        self.follow()
-        return super().read_logs(log_number_from)
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -69,13 +56,15 @@ def _application(place: Place) -> Callable[..., Iterable[bytes]]:
     except ImportError:
         step = "Install it: pip install 'carft-ray[dashboard]'"
         raise UsageError(Problem("dashboard", "needs the package optuna-dashboard", next_step=step)) from None
-    shown = wsgi(JournalStorage(_Followed(place)))
+    log = log_at(place)
+    shown = wsgi(JournalStorage(log))
 
     def application(asked: Mapping[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         is_ours = asked.get("HTTP_HOST", "").partition(":")[0].lower() in HOSTS
         if not is_ours or asked["REQUEST_METHOD"] not in ("GET", "HEAD"):
             start_response("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8")])
             return [REFUSED if is_ours else OTHER_HOST]
+        log.follow()
         answer: Iterable[bytes] = shown(asked, start_response)
         return answer
 

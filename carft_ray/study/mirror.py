@@ -6,7 +6,7 @@ What is fetched stays in the user's cache, and the next time only what has chang
     studies/HASH/NAME/          the copy, with the last part of the address as its name
     driven/HASH/                the same, where a search of this machine works (``study.uploads``)
 
-While such a search goes on, whoever wants numbers on this machine reads its folder, and asks the bucket for nothing.
+While such a search goes on, whoever wants no more than its state on this machine reads its folder.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ from carft_ray.errors import Problem, StorageError, UsageError
 from carft_ray.files import is_address
 from carft_ray.layout import (
     COMMITS,
+    CONFIRM,
     MANIFEST,
     OWN,
     PREDICTIONS,
@@ -33,6 +34,7 @@ from carft_ray.layout import (
     STEP,
     STOP,
     STOP_REQUESTS,
+    TEST_DIR,
     WEIGHTS,
 )
 from carft_ray.store.bucket import Bucket, Listed, parsed
@@ -44,7 +46,8 @@ from carft_ray.untrusted import read_text
 
 Place = Path | str  # of a study: its folder, or its address
 Tell = Callable[[int, int], None]  # bytes that are done, of all
-NUMBERS, IMAGES, MODELS, ALL = 0, 1, 2, 3  # what is needed: no predictions, no weights, no checkpoints, all
+# what is needed: log, ledger and summaries; no predictions; no weights; no checkpoints; all
+STATE, NUMBERS, IMAGES, MODELS, ALL = range(5)
 COPIED_FROM = "copied_from"  # key of the manifest of a copy
 FRESH_FOR_S = 5.0  # a copy, for the steps of one command
 THREADS = 16
@@ -74,7 +77,7 @@ def fetched(place: Place, need: int = IMAGES) -> Path:
     when, had = _fetched.get(address, (-FRESH_FOR_S, ALL))
     if time.monotonic() - when < FRESH_FOR_S and had >= need and is_study(folder):
         return folder
-    if need == NUMBERS and (driven := _driven_now(bucket)):
+    if need == STATE and (driven := _driven_now(bucket)):
         return driven
     _require_study(bucket)
     copy = Copy(address, folder)
@@ -82,6 +85,24 @@ def fetched(place: Place, need: int = IMAGES) -> Path:
     copy.fetch(need)
     _fetched[address] = (time.monotonic(), need)
     return folder
+
+
+def bring(place: Place, names: Iterable[str]) -> None:
+    """Has the folder that ``fetched`` gives hold some files of the study, if they exist.
+
+    Args:
+        place: The folder or the address.
+        names: Of the files.
+
+    Raises:
+        StorageError: The bucket cannot be read, or the folder not be written.
+    """
+    if not in_bucket(place):
+        return
+    bucket, folder = Bucket(str(place)), fetched(place, STATE)
+    for name in names if folder == _path_of(bucket, STUDIES) else ():
+        if not files.exists(folder / name):
+            bucket.download(name, folder / name)
 
 
 def _driven_now(bucket: Bucket) -> Path | None:
@@ -261,11 +282,11 @@ class Copy(Bucket):
         return log
 
     def fetch(self, need: int, removes: bool = True, tell: Tell = lambda done, total: None) -> dict[str, Listed]:
-        """Fetches the files that are needed and have changed.
+        """Fetches the files that are needed, and of those that the folder has the ones that have changed.
 
         Args:
             need: Which files.
-            removes: Files of the folder that the bucket has not, or has otherwise, go.
+            removes: Files of the folder that the bucket has not go.
             tell: Told how many bytes are done, of how many.
 
         Returns:
@@ -280,9 +301,11 @@ class Copy(Bucket):
             raise UsageError(Problem(str(self), "must be a study or an empty address", _holds(there)))
         folder = self.here.path
         kept = {name for name, each in there.items() if seen(folder / name) == (each.num_bytes, each.stamp_ns)}
-        new = {name: each.num_bytes for name, each in there.items() if name not in kept and is_needed(name, need)}
-        for name in files_in(folder).keys() - kept - new.keys() if removes else ():
-            if name in there or self.stat(name) is None:  # a listing may lack what is there
+        here = files_in(folder)
+        wanted = (name for name in there if name not in kept and (name in here or is_needed(name, need)))
+        new = {name: there[name].num_bytes for name in wanted}
+        for name in here.keys() - there.keys() if removes else ():
+            if self.stat(name) is None:  # a listing may lack what is there
                 files.remove(folder / name)
         _each(lambda name: self.download(name, folder / name), new, tell)
         return there
@@ -328,6 +351,8 @@ def is_needed(name: str, need: int) -> bool:
         return False
     if need == ALL:
         return True
+    if need == STATE:
+        return name == MANIFEST or (pieces[0] in (CONFIRM, TEST_DIR) and name.endswith(".json") and len(pieces) == 2)
     if OWN in pieces or any(piece.startswith(STEP) for piece in pieces):
         return False
     if pieces[-1] == WEIGHTS:

@@ -24,7 +24,7 @@ from carft_ray.study import rows
 from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.identity import read_manifest, study_recipe
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
-from carft_ray.study.mirror import NUMBERS, STUDIES, absolute, address_in, fetched, named
+from carft_ray.study.mirror import STATE, STUDIES, absolute, address_in, fetched, named
 from carft_ray.study.provenance import provenance_of
 from carft_ray.study.rows import WARM_FROM, state_and_values
 from carft_ray.study.space_revisions import placed_trial
@@ -91,7 +91,7 @@ def new_sources(log: Log, study_dir: Path, recipe: Recipe) -> list[Path]:
     done = {record["path"] for record in _sources(log).values()}  # those may be gone by now
     try:
         written = dict.fromkeys(map(absolute, recipe.search.warm_start))  # an address may end with a slash
-        sources = [fetched(source, NUMBERS) for source in written if source not in done]
+        sources = [fetched(source, STATE) for source in written if source not in done]
     except UsageError as error:
         raise RecipeError(error.problems) from None
     if problems := [problem for source in sources for problem in _problems(source, study_dir, log, recipe)]:

@@ -9,7 +9,7 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import LOG
 from carft_ray.results.reading.study_view import Overview, find_row
 from carft_ray.study.holding import log_of
-from carft_ray.study.mirror import NUMBERS, Place, fetched
+from carft_ray.study.mirror import STATE, Place, fetched
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import all_rows, readable
 from carft_ray.untrusted import MOST_TEXT_BYTES
@@ -50,12 +50,12 @@ def follow_log(place: Place, training: str) -> Iterator[str]:
     Raises:
         StorageError: It cannot be read.
     """
-    study_dir = fetched(place, NUMBERS).resolve()
+    study_dir = fetched(place, STATE).resolve()
     position, log = 0, log_of(study_dir)
     with readable(log) as storage:
         over = False
         while not over:
-            fetched(place, NUMBERS)
+            fetched(place, STATE)
             if not position or log.follow():  # before the last reading
                 rows = [row for group in all_rows(storage).values() for row in group]
                 over = any(row.training == training and row.outcome != "running" for row in rows)

@@ -14,7 +14,7 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.study.holding import is_study, stopping
 from carft_ray.study.identity import resume_command, study_recipe
-from carft_ray.study.mirror import IMAGES, Place, fetched, named
+from carft_ray.study.mirror import IMAGES, Place, bring, fetched, named
 from carft_ray.study.outcome import TrialRow, result_of
 from carft_ray.study.rows import ZERO_SHOT, best_row, log_and_rows
 from carft_ray.study.running import at_a_time, running_since
@@ -144,6 +144,8 @@ def read_study(place: Place, need: int = IMAGES) -> Overview:
     since = running_since(log, trainings) if found else {}
     asked = found is not None and bool(stopping(log, log.claimed) or (study_dir / STOP).exists())
     recipe = study_recipe(study_dir, log)
+    running = (row for row in trainings if row.outcome == "running")
+    bring(place, [f"{row.training}/{METRICS}" for row in running])  # by which the epoch is shown
     groups = (rows["trial"], rows["baseline"], rows["confirm"])
     return Overview(study_dir, recipe, *groups, found, asked, since, at_a_time(log) if found else None, log)
 
