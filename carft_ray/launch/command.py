@@ -30,14 +30,13 @@ from carft_ray.errors import (
     CarftError,
     DivergedError,
     InterruptedRunError,
-    MachineError,
     Problem,
     UsageError,
 )
 from carft_ray.launch import events
 from carft_ray.launch.curves import Curves
 from carft_ray.launch.events import Note, OnEvent, Preparing
-from carft_ray.launch.failures.causes import no_successful_trial
+from carft_ray.launch.failures.causes import no_successful_trial, set_aside_error
 from carft_ray.launch.mailbox import Mailbox, start_mailbox
 from carft_ray.launch.own_trainer import own_notes
 from carft_ray.launch.preparation import run_prepare
@@ -158,7 +157,8 @@ def run(plan: Plan, end: Callable[[Study, Ran], R]) -> R:
         StorageError, ClusterError, DataError: As their messages say.
     """
     began, recipe, proposes = time.monotonic(), plan.recipe, plan.given is None
-    with open_study(plan.study_dir, recipe, plan.change_space, lambda text: plan.on_event(Note(text))) as study:
+    told = Preparing if plan.alone else Note  # `train` resumes what a kill has left, and that is no warning
+    with open_study(plan.study_dir, recipe, plan.change_space, lambda text: plan.on_event(told(text))) as study:
         on_event = events.to_all(plan.on_event, Curves(study.study_dir, recipe))
         if proposes:
             new_sources(study.log, study.study_dir, recipe)  # a new study vanishes when one is unfit
@@ -201,12 +201,12 @@ def _prepare_all(
     decided, note = decide_targets(runtime.recipe, None if trainings is None else trainings.values())
     if note:
         on_event(events.Decided(note))
-    capacity, asked = runtime.capacity, plan.recipe.resources
+    capacity = runtime.capacity
     if not plan.alone:
         wanted, finished = _counts(plan, study.rows(plan.kind), trainings)
         on_event(events.Started(wanted, finished, capacity.concurrency, capacity.reason, plan.kind))
     elif not plan.in_process:
-        on_event(Preparing(f"training with {counted(asked.num_workers, 'Ray Train worker')}"))
+        on_event(Preparing(f"training with {counted(plan.recipe.resources.num_workers, 'Ray Train worker')}"))
     if trainings is None and plan.recipe.budget.gpu_hours is not None and not capacity.gpus_per_worker:
         on_event(Note("budget.gpu_hours has no effect here: the trainings use no GPU"))
     return zero_shot, replace(runtime, recipe=decided)
@@ -223,9 +223,8 @@ def _progress(plan: Plan, study: Study, trainings: Trainings | None) -> str:
     """Returns how far a plan is, by what lies in the folder: Ctrl-C may have spoiled a commit."""
     if plan.alone:
         training = f"{FOLDERS[plan.kind]}/{NAME}"
-        return (
-            f"it continues from {outcome.progress_words(study.study_dir / training, study.log.store.known(training))}"
-        )
+        words = outcome.progress_words(study.study_dir / training, study.log.store.known(training))
+        return f"it continues from {words}"
     wanted, finished = _counts(plan, rows_by_kind(study.study_dir)[plan.kind], trainings)
     return f"{finished} of {counted(wanted, 'trial' if trainings is None else 'training')} finished"
 
@@ -414,18 +413,6 @@ def train_once(plan: Plan, resume: bool = False) -> tuple[dict[str, Any], dict[s
 
     one = replace(plan, recipe=single(plan.recipe), study_dir=out_dir, given=lambda study: {NAME: {}}, alone=True)
     return run(one, found)
-
-
-def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineError:
-    """Returns the error for trainings that are set aside: each with its reason, and the command that tries them again.
-
-    Args:
-        rows: Of the trainings.
-        resume_command: The command.
-    """
-    problems = [Problem(row.name, f"is set aside: {row.reason}") for row in rows]
-    problems[-1] = replace(problems[-1], next_step=f"Nothing is lost. Correct the cause, then: {resume_command}")
-    return MachineError(problems)
 
 
 def _nothing_within_budget(recipe: Recipe, rows: Sequence[TrialRow], ended: str, again: str) -> BudgetError:

@@ -12,6 +12,7 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,18 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(found))
         yield found
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
+def set_aside_error(rows: Sequence[TrialRow], resume_command: str) -> MachineError:
+    """Returns the error for trainings that are set aside: each with its reason, and the command that tries them again.
+
+    Args:
+        rows: Of the trainings.
+        resume_command: The command.
+    """
+    problems = [Problem(row.name, f"is set aside: {row.reason}") for row in rows]
+    problems[-1] = replace(problems[-1], next_step=f"Nothing is lost. Correct the cause, then: {resume_command}")
+    return MachineError(problems)
 
 
 def no_successful_trial(study_dir: Path, rows: Sequence[TrialRow]) -> NoSuccessfulTrialError:
