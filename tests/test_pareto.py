@@ -198,5 +198,5 @@ def test_a_real_confirm_has_numbers_at_every_point_at_which_its_winner_may_stand
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pareto", "constrained"])
 def test_trials_with_a_front_or_constraints_are_reproduced(searched, tmp_path, name):
-    found = reproduce(open_finished(searched[name]), tmp_path / "again", *3 * [lambda told: None])
+    found = reproduce(open_finished(searched[name]), tmp_path / "again", *2 * [lambda told: None])
     assert found["differences"] == []

@@ -123,13 +123,12 @@ def reproduce(
     base = without_shared(finished.base, rows)
     _check({"data": set_contents(base)}, kept)
     shared = _as_computed(base, kept["preparation"], out_dir)
-    is_trial = finished.row.kind == "trial"
     if finished.is_zero_shot:
         prepared = _prepare(shared, kept, shared, out_dir / PREPARED, say)
         metrics = {k: v for k, v in prepared.items() if k in finished.result["metrics"]}
         result = {"objective": metrics["objective"], "alpha": 0.0, "metrics": metrics}
         return _compared(finished, then, replace(finished, folder=out_dir, result=result))
-    was = finished.recipe if is_trial else alone(finished.recipe)
+    was = finished.recipe if finished.row.kind == "trial" else alone(finished.recipe)
     recipe = _as_computed(was, finished.result["environment"], out_dir)
     references = finished.result.get("references", {})
     runner = replace(RUNNER, prepare=partial(_prepare, shared, kept), train=partial(_train, references))
