@@ -23,6 +23,7 @@ from carft_ray.recipe.loading import recipe_of
 from carft_ray.recipe.schema.fields import members
 from carft_ray.recipe.schema.sampling import AnySampler
 from carft_ray.recipe.space.grid import contains, grid_index, grid_size, num_trials
+from carft_ray.study.attributes import POINT
 from carft_ray.study.proposals import space
 from carft_ray.study.proposals.samplers import distribution
 from carft_ray.study.rows import trials
@@ -331,7 +332,7 @@ def test_enqueued_values_that_are_added_to_a_study_are_tried_next():
         drawn += told(study, recipe, lambda values: {"value": 0.0}, wanted=wanted)
     assert [values["kl_weight"] for values in drawn][:2] == [2.0, 3.0]
     assert drawn[3]["kl_weight"] == 1.0
-    assert len([trial for trial in study.trials if space.POINT in trial.user_attrs]) == 3
+    assert len([trial for trial in study.trials if POINT in trial.user_attrs]) == 3
 
 
 DATA = make_recipe().model_dump(mode="json")["data"]

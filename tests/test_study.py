@@ -10,7 +10,7 @@ import curve_stand_in
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logs import commits, rewrite
+from logs import commits, operations, rewrite
 from optuna.trial import TrialState
 from stand_in import make_recipe, objective
 from study_steps import contents, failed, finish, optuna_study, run_all, run_search, searching, told, write_result
@@ -18,6 +18,7 @@ from study_steps import contents, failed, finish, optuna_study, run_all, run_sea
 from carft_ray import files
 from carft_ray.errors import CarftError, DataError, RecipeError, StorageError, UsageError
 from carft_ray.recipe.trial_values import apply
+from carft_ray.study import attributes
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import trial_name
 from carft_ray.study.rows import baselines, best_row, trials
@@ -190,6 +191,10 @@ def test_any_prefix_of_a_log_is_a_study_that_goes_on_to_the_same_end(study_dir, 
         go_on(study)
     expected, found = told(study_dir), commits(study_dir)
     assert len([each for each in found if each["operations"]]) <= 6 + 3 * recipe.search.trials
+    written = {
+        name for each in operations(study_dir) for key in ("user_attr", "user_attrs") for name in each.get(key, ())
+    }
+    assert written <= {value for name, value in vars(attributes).items() if name.isupper()}
     if kind == "scalar":
         assert {row[3] for row in expected} == {"complete", "diverged", "pruned"}
     for number in range(1, len(found)):

@@ -18,7 +18,6 @@ from carft_ray.recipe.schema.recipe import SearchConfig
 from carft_ray.study.outcome import TrialRow
 from carft_ray.words import counted
 
-FRONT = "front"  # user attribute of the Optuna study of a Pareto search: its ``FrontRule``
 TIE = 1e-12  # accuracies that differ by no more are of the same counts of images
 MAX_FURTHER_POINTS = 4  # further points of a training that the sampler gets
 

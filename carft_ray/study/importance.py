@@ -8,6 +8,7 @@ from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from carft_ray.study import rows
+from carft_ray.study.attributes import MEASURED
 from carft_ray.study.holding import log_of
 
 MIN_TRIALS = 20  # complete trials from which on importances are given
@@ -30,7 +31,7 @@ def importances(study_dir: Path) -> dict[str, dict[str, float]]:
     with rows.readable(log_of(study_dir)) as storage:
         study = rows.stored(storage, rows.STUDY_NAMES["trial"])
         trials = [] if study is None else rows.trainings(study)
-    complete = [(one, one.user_attrs.get("metrics", {})) for one in trials if one.state == TrialState.COMPLETE]
+    complete = [(one, one.user_attrs.get(MEASURED, {})) for one in trials if one.state == TrialState.COMPLETE]
     found = {}
     for metric in METRICS:
         values = [(one, metrics[metric]) for one, metrics in complete if metric in metrics]

@@ -10,7 +10,7 @@ PRUNED with a constraint, because Optuna's samplers ignore FAIL and would draw t
 trial has the same constraints: ``trained``, and one per constraint of the recipe (0 where nothing was measured).
 
 A Pareto search has two directions, ID and OOD accuracy. Its sampler gets other points of a training's alpha curve, too
-(``front.spread_points``), as trials of their own that are no trainings (``rows.TRAINING_OF``).
+(``front.spread_points``), as trials of their own that are no trainings (``attributes.TRAINING_OF``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,12 +28,13 @@ from carft_ray.layout import RESULT
 from carft_ray.recipe.schema.constraints import VIOLATION, constraint_names, violations
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
+from carft_ray.study import attributes as attr
 from carft_ray.study import front, warm_start
 from carft_ray.study.outcome import Kind, TrialRow, TrialSpec, trial_name
 from carft_ray.study.proposals import space
 from carft_ray.study.proposals.optuna_private import is_within, running_trial, trial_id
 from carft_ray.study.proposals.pruning import PrunerTrial
-from carft_ray.study.rows import STUDY_NAMES, TRAINING_OF, VALUE_ATTRIBUTE, intermediate_values, is_training, row_of
+from carft_ray.study.rows import STUDY_NAMES, intermediate_values, is_training, row_of
 
 ROUNDING = 1e-9  # alphas are sums of steps: one that is the lowest but for rounding is within
 
@@ -67,12 +68,12 @@ class Journal:
             sampler, pruner = optuna.samplers.RandomSampler(seed=0), optuna.pruners.NopPruner()
             study = optuna.load_study(study_name=name, storage=self._storage, sampler=sampler, pruner=pruner)
             self.studies[kind] = study
-            if rule is not None and front.FRONT not in study.user_attrs:
-                study.set_user_attr(front.FRONT, asdict(rule))
+            if rule is not None and attr.FRONT not in study.user_attrs:
+                study.set_user_attr(attr.FRONT, asdict(rule))
 
     def numbers(self, kind: Kind) -> dict[str, int]:
         """Returns the numbers of the baselines (or trainings of the confirm) by name."""
-        return {trial.user_attrs["name"]: trial.number for trial in self.studies[kind].get_trials(deepcopy=False)}
+        return {trial.user_attrs[attr.NAME]: trial.number for trial in self.studies[kind].get_trials(deepcopy=False)}
 
     def running(self, kind: Kind) -> list[TrialSpec]:
         """Returns the last attempts of the trainings that are RUNNING; 0: there was none yet."""
@@ -84,13 +85,13 @@ class Journal:
         study = self.studies["trial"]
         with self._log.commit():
             trial = space.ask(study, self._recipe)
-            trial.set_user_attr("name", trial_name(trial.number, space.draw(study, trial, self._recipe)))
+            trial.set_user_attr(attr.NAME, trial_name(trial.number, space.draw(study, trial, self._recipe)))
             return self._spec("trial", self._storage.get_trial(trial_id(trial)))
 
     def add(self, kind: Kind, name: str, values: dict[str, Any]) -> TrialSpec:
         """Enters a training with given values."""
         study = self.studies[kind]
-        frozen = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={"name": name, "values": values})
+        frozen = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={attr.NAME: name, attr.VALUES: values})
         study.add_trial(frozen)
         return self._spec(kind, study.get_trials(deepcopy=False)[-1])
 
@@ -98,8 +99,8 @@ class Journal:
         attributes, names = trial.user_attrs, self._recipe.search.space
         drawn = {name: trial.params[name] for name in names if name in trial.params}
         self._ids[kind, trial.number] = trial_id(trial)
-        name, values = attributes.get("name", ""), attributes.get("values", drawn)
-        return TrialSpec(kind, trial.number, name, values, attributes.get("attempt", 0))
+        name, values = attributes.get(attr.NAME, ""), attributes.get(attr.VALUES, drawn)
+        return TrialSpec(kind, trial.number, name, values, attributes.get(attr.ATTEMPT, 0))
 
     def _trial(self, spec: TrialSpec) -> FrozenTrial:
         return self._storage.get_trial(self._ids[spec.kind, spec.number])
@@ -135,7 +136,7 @@ class Journal:
     def report(self, spec: TrialSpec, percent: int, value: float) -> None:
         """Writes an intermediate value of a trial. Optuna takes none of a trial with two objectives."""
         if len(self.studies[spec.kind].directions) > 1:
-            self.note(spec, {f"{VALUE_ATTRIBUTE}{percent}": value})
+            self.note(spec, {f"{attr.LOOK}{percent}": value})
         else:
             self._storage.set_trial_intermediate_value(self._ids[spec.kind, spec.number], percent, value)
         self._see(self._trial(spec))
@@ -162,8 +163,8 @@ class Journal:
                 place = str(spec.place(self._study_dir) / RESULT)
                 raise StorageError(Problem(place, rule, f"none of {', '.join(missing)}"))
         attributes = {**result_attributes(result, lowest), **more}
-        known = {name: attributes[name] for name in ("outcome", "metrics", "alpha")}
-        points = tuple(attributes.get("points", ()))
+        known = {name: attributes[name] for name in (attr.OUTCOME, attr.MEASURED, attr.ALPHA)}
+        points = tuple(attributes.get(attr.POINTS, ()))
         foresee(TrialRow(**vars(spec), **known, objective=result["objective"], points=points))
         self._log.store.has_ended(spec.attempt_name)
         return self.tell(spec, TrialState.COMPLETE, attributes, result["objective"])
@@ -172,7 +173,7 @@ class Journal:
         self, spec: TrialSpec, state: TrialState, attributes: Mapping[str, Any], objective: float | None = None
     ) -> TrialRow:
         """Writes attributes, other points, constraints, state."""
-        study, metrics = self.studies[spec.kind], attributes.get("metrics", {})
+        study, metrics = self.studies[spec.kind], attributes.get(attr.MEASURED, {})
         values: float | list[float] | None = objective
         names = self._constraints if spec.kind == "trial" else ()
         self._log.store.keep_files()
@@ -180,9 +181,9 @@ class Journal:
             self.note(spec, attributes)
             if spec.kind == "trial" and self.rule is not None and state == TrialState.COMPLETE:
                 values = [metrics["id_accuracy"], metrics["ood_accuracy"]]
-                self._add_points(spec, attributes["alpha"], attributes["points"])
+                self._add_points(spec, attributes[attr.ALPHA], attributes[attr.POINTS])
             trial = running_trial(study, self._trial(spec))
-            for key, value in constraint_values(attributes["outcome"], metrics, names).items():
+            for key, value in constraint_values(attributes[attr.OUTCOME], metrics, names).items():
                 trial.set_constraint(key, value)
             study.tell(spec.number, values, state)
         ended = self._trial(spec)  # not one of all, which a list would hold
@@ -201,7 +202,7 @@ class Journal:
                 values=[point["id_accuracy"], point["ood_accuracy"]],
                 params={**trial.params, "alpha": point["alpha"]},
                 distributions=trial.distributions,
-                user_attrs={TRAINING_OF: spec.number},
+                user_attrs={attr.TRAINING_OF: spec.number},
                 constraints=constraint_values("complete", point, self._constraints),
             )
             study.add_trial(frozen)
@@ -240,15 +241,15 @@ def result_attributes(result: Mapping[str, Any], lowest: float | None = None) ->
             may be on the front are kept, too, the trial's own among them.
     """
     found = {
-        "outcome": "complete",
-        "alpha": result.get("alpha"),
-        "at_chance": bool(result.get("at_chance", False)),
-        "metrics": result["metrics"],
-        "elapsed_s": result.get("elapsed_s"),
+        attr.OUTCOME: "complete",
+        attr.ALPHA: result.get("alpha"),
+        attr.AT_CHANCE: bool(result.get("at_chance", False)),
+        attr.MEASURED: result["metrics"],
+        attr.ELAPSED_S: result.get("elapsed_s"),
     }
     if lowest is None:
         return found
     curve = [point for point in result.get("curve", []) if point["alpha"] >= lowest - ROUNDING]
     if all(point["alpha"] != result["alpha"] for point in curve):
         curve.append({"alpha": result["alpha"], **result["metrics"]})
-    return {**found, "objective": result["objective"], "points": curve}
+    return {**found, attr.OBJECTIVE: result["objective"], attr.POINTS: curve}

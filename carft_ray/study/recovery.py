@@ -9,10 +9,11 @@ from typing import Any
 
 from carft_ray.recipe.schema.recipe import ResourcesConfig
 from carft_ray.store.result import read_result
+from carft_ray.study.attributes import SET_ASIDE, SPENT, STUCK
 from carft_ray.study.outcome import Kind, TrialRow
-from carft_ray.study.rows import SET_ASIDE, SPENT, row_of, trainings
+from carft_ray.study.rows import row_of, trainings
 from carft_ray.study.running import left_behind
-from carft_ray.study.study import STUCK, Study
+from carft_ray.study.study import Study
 
 
 def recover_running(study: Study) -> list[TrialRow]:

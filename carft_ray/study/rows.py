@@ -12,6 +12,7 @@ from optuna.trial import FrozenTrial, TrialState
 from carft_ray.errors import NoSuccessfulTrialError, Problem, StorageError
 from carft_ray.layout import COMMITS
 from carft_ray.store.log import Log, uncollected
+from carft_ray.study import attributes as attr
 from carft_ray.study import front, typed
 from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.identity import resume_command
@@ -22,14 +23,7 @@ Found = TypeVar("Found")
 
 STUDY_NAMES: dict[Kind, str] = {"trial": "search", "baseline": "baselines", "confirm": "confirm"}
 ZERO_SHOT = "zero_shot"
-OUTSIDE = "outside"  # attribute of a trial outside the space: its state and values before (``space_revisions``)
-# user attributes of what the sampler gets and is no training of this study: another point of the alpha curve of
-# the training with that number, and a trial of another study
-TRAINING_OF, WARM_FROM = "training_of", "warm_from"
-VALUE_ATTRIBUTE = "look/"  # with the percent: an intermediate value of a trial with two objectives
-SPENT = "attempts_s"  # attempt -> [seconds, GPUs]; written when an attempt ends, however it ends
-SAME_NAMES = ("alpha", "at_chance", "digest", "metrics")  # attributes that a row has, too
-SET_ASIDE = "set_aside"  # why a training is left to the next search; empty or None while it is not
+SAME_NAMES = (attr.ALPHA, attr.AT_CHANCE, attr.DIGEST, attr.MEASURED)  # attributes that a row has, too
 
 
 def trials(study_dir: Path) -> list[TrialRow]:
@@ -122,7 +116,7 @@ def best_row(rows: Iterable[TrialRow]) -> TrialRow | None:
 
 def state_and_values(trial: FrozenTrial) -> tuple[TrialState, list[float] | None]:
     """Returns state and objectives of a trial as recorded, whether it lies in the present space or not."""
-    before = trial.user_attrs.get(OUTSIDE)
+    before = trial.user_attrs.get(attr.OUTSIDE)
     if before is None:
         return trial.state, trial.values
     return TrialState[before["state"]], before["objectives"]
@@ -131,7 +125,7 @@ def state_and_values(trial: FrozenTrial) -> tuple[TrialState, list[float] | None
 def rows_of(kind: Kind, study: optuna.Study) -> list[TrialRow]:
     """Returns the trainings of an Optuna study as rows, those of a Pareto search with their standing."""
     rows = [row_of(kind, trial) for trial in trainings(study)]
-    rule = study.user_attrs.get(front.FRONT) if kind == "trial" else None
+    rule = study.user_attrs.get(attr.FRONT) if kind == "trial" else None
     return rows if rule is None else front.stand(rows, front.FrontRule(**rule))
 
 
@@ -142,7 +136,7 @@ def trainings(study: optuna.Study) -> list[FrozenTrial]:
 
 def is_training(trial: FrozenTrial) -> bool:
     """Tells whether a trial is a training of this study; the others show the sampler what was measured before."""
-    return not {TRAINING_OF, WARM_FROM} & trial.user_attrs.keys()
+    return not {attr.TRAINING_OF, attr.WARM_FROM} & trial.user_attrs.keys()
 
 
 def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
@@ -150,29 +144,29 @@ def row_of(kind: Kind, trial: FrozenTrial) -> TrialRow:
     attributes = _checked(kind, trial)
     finished = trial.state.is_finished()
     state, objectives = state_and_values(trial)
-    objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get("objective")
-    spent, attempt = attributes.get(SPENT, {}), attributes.get("attempt", 0)
-    elapsed_s = attributes.get("elapsed_s")
+    objective = objectives[0] if objectives and len(objectives) == 1 else attributes.get(attr.OBJECTIVE)
+    spent, attempt = attributes.get(attr.SPENT, {}), attributes.get(attr.ATTEMPT, 0)
+    elapsed_s = attributes.get(attr.ELAPSED_S)
     if elapsed_s is None and trial.duration is not None:
         elapsed_s = max(trial.duration.total_seconds(), 0.0)
     return TrialRow(
         kind=kind,
         number=trial.number,
-        name=attributes.get("name", f"t{trial.number:04d}"),
-        values=dict(attributes.get("values", trial.params)),
-        outcome=attributes.get("outcome", "error") if finished else "running",
+        name=attributes.get(attr.NAME, f"t{trial.number:04d}"),
+        values=dict(attributes.get(attr.VALUES, trial.params)),
+        outcome=attributes.get(attr.OUTCOME, "error") if finished else "running",
         attempt=attempt,
         has_ended=str(attempt) in spent,
-        reason=attributes.get("reason") or attributes.get(SET_ASIDE) or "",
+        reason=attributes.get(attr.REASON) or attributes.get(attr.SET_ASIDE) or "",
         objective=objective if state == TrialState.COMPLETE else None,
         started=trial.datetime_start,
         elapsed_s=elapsed_s,
-        outside=OUTSIDE in attributes,
-        points=tuple(attributes.get("points", ())),
+        outside=attr.OUTSIDE in attributes,
+        points=tuple(attributes.get(attr.POINTS, ())),
         intermediate_values=intermediate_values(trial),
         spent_s=float(sum(seconds for seconds, _ in spent.values())),
         gpu_s=float(sum(seconds * gpus for seconds, gpus in spent.values())),
-        set_aside=not finished and bool(attributes.get(SET_ASIDE)),
+        set_aside=not finished and bool(attributes.get(attr.SET_ASIDE)),
         **{name: attributes[name] for name in SAME_NAMES if name in attributes},
     )
 
@@ -181,16 +175,17 @@ def _checked(kind: Kind, trial: FrozenTrial) -> dict[str, Any]:
     """Returns the attributes of a trial, once all that a row takes from it is what it may be."""
     place = f"{COMMITS}/, {kind} {trial.number}"
     attributes = typed.checked(typed.Attributes, trial.user_attrs, place)
-    for metrics in (attributes.get("metrics", {}), *attributes.get("points", ())):
+    for metrics in (attributes.get(attr.MEASURED, {}), *attributes.get(attr.POINTS, ())):
         typed.check_accuracies(metrics, place)
     seconds = trial.duration.total_seconds() if trial.duration is not None else None
     optunas = {"values": trial.values, "intermediate_values": intermediate_values(trial), "duration": seconds}
     typed.checked(typed.OptunaTrial, {"params": trial.params, **optunas}, place)
     try:
-        require_plain([attributes.get("values", {}), trial.params])
+        require_plain([attributes.get(attr.VALUES, {}), trial.params])
     except ValueError as error:
         raise typed.wrong(place, f"values: {error}", None) from error
-    if attributes.get("outcome") == "complete" and trial.state == TrialState.COMPLETE and "metrics" not in attributes:
+    is_complete = attributes.get(attr.OUTCOME) == "complete" and trial.state == TrialState.COMPLETE
+    if is_complete and attr.MEASURED not in attributes:
         raise typed.wrong(place, "a complete training must have metrics", None)
     return attributes
 
@@ -199,7 +194,7 @@ def intermediate_values(trial: FrozenTrial) -> dict[int, float]:
     """Returns the intermediate values of a trial: percent of its schedule -> objective on the subset."""
     if trial.intermediate_values:
         return dict(trial.intermediate_values)
-    named = {key.removeprefix(VALUE_ATTRIBUTE): value for key, value in trial.user_attrs.items() if "/" in key}
+    named = {key.removeprefix(attr.LOOK): value for key, value in trial.user_attrs.items() if "/" in key}
     return {int(percent): value for percent, value in named.items() if percent.isdigit()}
 
 

@@ -1,7 +1,7 @@
 """What runs, as records of the log say it: which attempts have begun, and how many trainings run at a time.
 
-An attempt runs from its record until the log has what it took (``rows.SPENT``), as long as the process that has written
-the record holds the log. After a kill, an attempt has lasted until the last commit of that process.
+An attempt runs from its record until the log has what it took (``attributes.SPENT``), as long as the process that has
+written the record holds the log. After a kill, an attempt has lasted until the last commit of that process.
 """
 
 import time

@@ -21,8 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
+from carft_ray.study.attributes import OUTCOME, OUTSIDE, REASON, VALUES
 from carft_ray.study.proposals.samplers import distribution
-from carft_ray.study.rows import OUTSIDE, STUDY_NAMES, state_and_values
+from carft_ray.study.rows import STUDY_NAMES, state_and_values
 from carft_ray.words import counted
 
 ENDED = "outside the search space, which was changed while it ran"
@@ -75,18 +76,18 @@ def placed_trial(
 
 def _moved(trial: FrozenTrial, recipe: Recipe) -> FrozenTrial:
     attributes = {key: value for key, value in trial.user_attrs.items() if key != OUTSIDE}
-    values = attributes.pop("values") if OUTSIDE in trial.user_attrs else trial.params
+    values = attributes.pop(VALUES) if OUTSIDE in trial.user_attrs else trial.params
     placed = place(values, recipe)
     if not isinstance(placed, str):
         return placed_trial(trial, recipe, placed, attributes)
     state, objectives = state_and_values(trial)
     if not state.is_finished():
-        attributes |= {"outcome": "error", "reason": ENDED}
+        attributes |= {OUTCOME: "error", REASON: ENDED}
         state = TrialState.FAIL
     outside = {"state": state.name, "objectives": objectives, "constraints": _constraints(trial)}
     made: FrozenTrial = optuna.trial.create_trial(
         state=TrialState.FAIL,
-        user_attrs={**attributes, "values": values, OUTSIDE: outside},
+        user_attrs={**attributes, VALUES: values, OUTSIDE: outside},
         intermediate_values=trial.intermediate_values,
     )
     return _at_its_time(made, trial)

@@ -32,19 +32,18 @@ from carft_ray.layout import COMMITS, LOG, METRICS, RESULT
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.store.log import Log
 from carft_ray.store.result import read_result, reported_rows
+from carft_ray.study import attributes as attr
 from carft_ray.study import outcome, rows, typed
 from carft_ray.study.best import Retention
 from carft_ray.study.holding import Stop
 from carft_ray.study.journal import Journal
 from carft_ray.study.outcome import Cut, Failure, Kind, TrialRow, TrialSpec, append_log, progress_of
 from carft_ray.study.proposals import pruning, space
-from carft_ray.study.rows import SET_ASIDE, SPENT, ZERO_SHOT, rows_of, trainings
+from carft_ray.study.rows import ZERO_SHOT, rows_of, trainings
 
 ERRORS = 2  # attempts that end with an exception, none advancing, before the study gets the outcome
 LOST_ATTEMPTS = 5  # attempts in a row that do not advance before a training is set aside
 CODE = ("function", "function_dir")  # keys of ``train`` that name code
-CUT = "cut"  # attribute of a training: the ``Cut``, once the pruner has decided
-STUCK = "without_progress"  # attribute of a training: its attempts in a row that failed without advancing
 
 
 class Study:
@@ -90,7 +89,7 @@ class Study:
         with self.log.commit():
             begun = waiting or self.journal.ask()
             spec = replace(begun, attempt=begun.attempt + 1, references=self._references)
-            self.journal.note(spec, {"attempt": spec.attempt})
+            self.journal.note(spec, {attr.ATTEMPT: spec.attempt})
         return spec
 
     def _require_named(self, spec: TrialSpec) -> None:
@@ -163,11 +162,11 @@ class Study:
         with self.log.commit():
             self.journal.report(spec, percent, value)
             if reason is not None:
-                self.journal.note(spec, {CUT: asdict(Cut(spec.attempt, percent, reason))})
+                self.journal.note(spec, {attr.CUT: asdict(Cut(spec.attempt, percent, reason))})
         return reason
 
     def _cut(self, spec: TrialSpec) -> Cut | None:
-        found = self.journal.attribute(spec, CUT)
+        found = self.journal.attribute(spec, attr.CUT)
         return found and Cut(**found)
 
     def settle(
@@ -200,7 +199,7 @@ class Study:
                 self.report(spec, line)
         cut, more = self._cut(spec), spent or {}
         if found is not None:
-            result, more = found[0], {"digest": found[1], **more}
+            result, more = found[0], {attr.DIGEST: found[1], **more}
             return self._ended(self.journal.complete(spec, result, more, self.retention.foresee))
         if cut is not None:
             append_log(folder, f"attempt {cut.attempt}: {cut.reason}")
@@ -226,18 +225,19 @@ class Study:
             Since an attempt has advanced: ``number`` of such attempts, ``errors`` among them; and ``progress`` now.
         """
         none: dict[str, Any] = {"attempt": 0, "progress": [0, 0], "number": 0, "errors": 0}
-        before = self.journal.attribute(spec, STUCK) or none
+        before = self.journal.attribute(spec, attr.STUCK) or none
         now = progress_of(folder, self.log.store.known(spec.training))
         if before["attempt"] == spec.attempt:
             return dict(before)
         before = none if now > before["progress"] else before
         numbers = {"number": before["number"] + 1, "errors": before["errors"] + is_error}
         found = {"attempt": spec.attempt, "progress": now, **numbers}
-        self.journal.note(spec, {STUCK: found})
+        self.journal.note(spec, {attr.STUCK: found})
         return found
 
     def _pruned(self, spec: TrialSpec, verdict: str, reason: str, more: Mapping[str, Any]) -> TrialRow:
-        return self._ended(self.journal.tell(spec, TrialState.PRUNED, {"outcome": verdict, "reason": reason, **more}))
+        attributes = {attr.OUTCOME: verdict, attr.REASON: reason, **more}
+        return self._ended(self.journal.tell(spec, TrialState.PRUNED, attributes))
 
     def _ended(self, row: TrialRow) -> TrialRow:
         self.retention.ended(row)
@@ -263,7 +263,7 @@ class Study:
             self.repeat(spec)
             return "advanced" if found["number"] == 1 and found["progress"] > [0, 0] else "repeated"
         why = f"{found['number']} attempts in a row made no progress; the last: {reason}"
-        self.journal.note(spec, {SET_ASIDE: why})
+        self.journal.note(spec, {attr.SET_ASIDE: why})
         return "set aside"
 
     def stopped(self, spec: TrialSpec) -> None:
@@ -289,8 +289,8 @@ class Study:
             seconds: From its start to its end.
             gpus: GPUs that its workers held together.
         """
-        before = self.journal.attribute(spec, SPENT) or {}
-        return {SPENT: {**before, str(spec.attempt): [round(seconds, 3), gpus]}}
+        before = self.journal.attribute(spec, attr.SPENT) or {}
+        return {attr.SPENT: {**before, str(spec.attempt): [round(seconds, 3), gpus]}}
 
     def gpu_seconds(self) -> float:
         """Returns GPUs x seconds of all attempts of the study."""
@@ -308,8 +308,8 @@ class Study:
         if ZERO_SHOT in self.journal.numbers("baseline"):
             return None
         numbers = {key: value for key, value in metrics.items() if isinstance(value, float)}
-        attributes = {"outcome": "complete", "alpha": 0.0, "metrics": numbers, "attempt": 1}
-        attributes["at_chance"] = bool(metrics.get("at_chance", False))
+        attributes = {attr.OUTCOME: "complete", attr.ALPHA: 0.0, attr.MEASURED: numbers, attr.ATTEMPT: 1}
+        attributes[attr.AT_CHANCE] = bool(metrics.get("at_chance", False))
         with self.log.commit():
             spec = self.journal.add("baseline", ZERO_SHOT, {"alpha": 0.0})
             row = self.journal.tell(spec, TrialState.COMPLETE, attributes, numbers["objective"])

@@ -21,12 +21,13 @@ from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.grid import place
 from carft_ray.store.log import Log
 from carft_ray.study import rows
+from carft_ray.study.attributes import ALPHA, OUTCOME, WARM_FROM
 from carft_ray.study.holding import is_study, log_of
 from carft_ray.study.identity import read_manifest, study_recipe
 from carft_ray.study.ledger import AGAINST, read_ledger, reads_of
 from carft_ray.study.mirror import STATE, STUDIES, absolute, address_in, fetched, named
 from carft_ray.study.provenance import provenance_of
-from carft_ray.study.rows import WARM_FROM, state_and_values
+from carft_ray.study.rows import state_and_values
 from carft_ray.study.space_revisions import placed_trial
 from carft_ray.words import counted, times
 
@@ -139,7 +140,7 @@ def _placed(source: Path, number: str, recipe: Recipe) -> tuple[list[FrozenTrial
             left_out[f"with {placed} outside the space"] += 1
             continue
         origin = {"id": number, "path": named(source), "trial": row.name}
-        attributes = {WARM_FROM: origin, "outcome": row.outcome, "alpha": row.alpha}
+        attributes = {WARM_FROM: origin, OUTCOME: row.outcome, ALPHA: row.alpha}
         taken.append(placed_trial(trial, recipe, placed, attributes, with_values=same_pruner))
     return taken, dict(left_out)
 

@@ -19,6 +19,7 @@ from optuna.samplers import BaseSampler, BruteForceSampler, GPSampler, QMCSample
 from carft_ray.recipe.checks.sampler_rules import population_size, startup_trials
 from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParameter, Parameter
 from carft_ray.recipe.schema.recipe import Recipe
+from carft_ray.study.attributes import NAME
 from carft_ray.study.proposals.optuna_private import on_one_thread
 from carft_ray.study.rows import is_training
 
@@ -103,7 +104,7 @@ class _QMC(QMCSampler):
 
     def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
         trials = study.get_trials(deepcopy=False)  # those without a name were never drawn
-        return sum(trial.number < self._number and "name" in trial.user_attrs for trial in trials)
+        return sum(trial.number < self._number and NAME in trial.user_attrs for trial in trials)
 
 
 class _Grid(BruteForceSampler):

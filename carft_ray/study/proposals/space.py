@@ -9,12 +9,12 @@ from carft_ray.recipe.schema.parameters import CategoricalParameter, IntParamete
 from carft_ray.recipe.schema.recipe import Recipe
 from carft_ray.recipe.space.conditions import in_order, is_active
 from carft_ray.recipe.space.grid import grid_index, grid_size
+from carft_ray.study.attributes import POINT
 from carft_ray.study.proposals.optuna_private import frozen_trial, running_trial
 from carft_ray.study.proposals.samplers import make_sampler
 from carft_ray.study.rows import trainings
 
 Value = bool | int | float | str | None
-POINT = "point"  # attribute of a trial: the point of the recipe that it tries
 
 
 def suggest(trial: optuna.Trial, name: str, parameter: Parameter) -> Value:
