@@ -64,7 +64,8 @@ class Server:
     def objects(self):
         """Name and content of all objects of the bucket."""
         keys = s3_backends[DEFAULT_ACCOUNT_ID]["aws"].buckets[self.bucket].keys
-        return {name: keys[name].value for name in keys}
+        with self._doing:
+            return {name: keys[name].value for name in keys}
 
     def put(self, name, data):
         """Writes an object past all faults, with any name."""

@@ -9,6 +9,7 @@ import killed_searches
 import pytest
 import stand_in
 import stepped
+from bucket_server import bucket_server
 from killed_searches import driver, ended, finished, titled, wait_until
 
 import cluster
@@ -144,3 +145,38 @@ def test_a_search_whose_study_no_node_sees_has_the_numbers_of_one_on_one_machine
         log = (row.folder(study_dir) / "log.txt").read_text()
         assert float(re.search(r"MB came through Ray, ([\d.]+) MB went", log)[1]) > 0.1, row.name
     killed_searches.check_numbers(study_dir, killed_searches.undisturbed(tmp_path / "calm", 3))
+
+
+@pytest.mark.nodes
+def test_a_node_with_keys_uses_the_bucket_and_one_without_continues_what_it_has_left_there(tmp_path, monkeypatch):
+    """The node with keys loses its power after a checkpoint of a trial; neither node sees the folder of the driver."""
+    hidden = tmp_path / "head"
+    hidden.mkdir()
+    at_once = {**killed_searches.REAL_SEARCH, "max_concurrent_trials": 2}
+    given = {**killed_searches.REAL, "search": at_once, "cpus_per_worker": 1, "wait_for_nodes": 120}
+    with (
+        bucket_server(monkeypatch) as server,
+        cluster.head(**cluster.LATER_LOST) as head,
+        contextlib.ExitStack() as stack,
+    ):
+        address, reached = server.address("study"), head.reached
+        with_keys = stack.enter_context(cluster.node(head, hidden=(hidden,)))
+        nowhere = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "XDG_CACHE_HOME": str(tmp_path / "other")}
+        stack.enter_context(cluster.node(head, hidden=(hidden,), **nowhere))
+        auth = {**reached[1], "XDG_CACHE_HOME": str(hidden)}
+        process = driver(address, 2, "inline", reached[0], auth, **given)
+
+        def left():
+            ended(process)
+            names = [name for name in server.objects() if "/trials/" in name and name.endswith("/state.json")]
+            return [name for name in names if not list(hidden.rglob(name.partition("/trials/")[2]))]
+
+        wait_until(left, "a node has put a checkpoint into the bucket itself")
+        with_keys.kill()
+        finished(process)
+    logs = [path.read_text() for path in hidden.rglob("trials/*/log.txt")]
+    assert "from step" in "".join(logs)
+    assert "MB came through Ray" in "".join(logs)
+    [study_dir] = [path.parent for path in hidden.rglob("driven/*/study/manifest.json")]
+    assert {row.outcome for row in trials(study_dir) + baselines(study_dir)} == {"complete"}
+    killed_searches.check_numbers(study_dir, killed_searches.undisturbed(tmp_path / "calm", 2))

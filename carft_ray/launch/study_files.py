@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -327,7 +328,7 @@ class BucketFiles:
             if not all((folder / each.name).exists() for each in found):
                 raise FileNotFoundError(name) from None
             self._works = False
-            why = " ".join(str(error).split())
+            why = "; ".join(str(replace(each, next_step="")) for each in error.problems)
             self._record("log", f"the files of this attempt go through Ray from here on: {why}")
         if self._works:
             self._record("sent", [each.name for each in found])
