@@ -27,10 +27,12 @@ from carft_ray.study.best import Retention
 from carft_ray.study.mirror import NUMBERS, own_folder
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow, progress_of, progress_words
+from carft_ray.study.recovery import recover_running
 from carft_ray.training.run_context import RunContext
 
 TRAINING = "trials/t0000-0000"
 PLACE = f"{TRAINING}/attempt-1"
+RECIPE = stand_in.make_recipe(3, sampler={"name": "random"}, keep_checkpoints=1, baselines={})
 
 
 @pytest.fixture
@@ -330,8 +332,7 @@ def test_the_files_of_the_driver_say_whether_nodes_may_use_the_bucket(server, tm
 def searched(server, name, nodes):
     """Searches three trials, the second of which is lost once; which kind of node each attempt has, ``nodes`` says."""
     address, turns = server.address(name), itertools.cycle(nodes)
-    recipe = stand_in.make_recipe(3, sampler={"name": "random"}, keep_checkpoints=1, baselines={})
-    with open_study(own_folder(address), recipe) as study:
+    with open_study(own_folder(address), RECIPE) as study:
         plan, box, epochs = plan_of(study, Here(study.study_dir, address=address)), Mailbox(), []
         driver = Driver(study, AtATime(1), lambda event: None, exchange=Exchange(box))
         while (spec := driver.propose("one")) is not None:
@@ -357,5 +358,12 @@ def test_a_search_leaves_the_same_in_the_bucket_however_its_nodes_have_the_files
     for name, nodes in {"a": ["sees"], "b": ["bucket"], "c": ["ray", "bucket", "sees"], "d": ["bucket", "ray"]}.items():
         left.append(searched(server, name, nodes))
         assert [row.outcome for row in read_study(server.address(name)).trials] == ["complete"] * 3
-    assert len([path for path in left[0] if path.endswith(WEIGHTS)]) == 1
+    [weights] = [path for path in left[0] if path.endswith(WEIGHTS)]
     assert left == [left[0]] * 4
+    late = [f"a/{weights.removesuffix(WEIGHTS)}step-00000090/w", f"a/{weights.partition('/attempt-')[0]}/attempt-9/x"]
+    for name in late:  # of nodes that were killed, or taken for lost
+        server.put(name, b"x")
+    with open_study(own_folder(server.address("a")), RECIPE) as study:
+        recover_running(study)
+    assert not server.objects().keys() & set(late)
+    assert f"a/{weights}" in server.objects()
