@@ -223,6 +223,7 @@ RESULTS = {
     "files": [3, {"fine_tuned.safetensors": 3}, {"predictions/validation.parquet": {}}],
     "environment": [3],
     "train": [3],
+    "references": [3, {"plain": "x"}, {"plain": 2}],
     "objective": ["x", HUGE],
 }
 
