@@ -54,6 +54,7 @@ THREADS = 16
 STUDIES, DRIVEN = "studies", "driven"  # in the cache
 _OF_PROCESSES = (RAY_LOG, STOP)  # that run in a study: no copy has them
 _fetched: dict[str, tuple[float, int]] = {}  # by address: when, and what was needed
+_brought: dict[tuple[str, str], float] = {}  # by address and name: when
 
 
 def fetched(place: Place, need: int = IMAGES) -> Path:
@@ -88,7 +89,7 @@ def fetched(place: Place, need: int = IMAGES) -> Path:
 
 
 def bring(place: Place, names: Iterable[str]) -> None:
-    """Has the folder that ``fetched`` gives hold some files of the study, if they exist.
+    """Has the folder that ``fetched`` gives hold some files of the study as they are now, if they exist.
 
     Args:
         place: The folder or the address.
@@ -101,8 +102,9 @@ def bring(place: Place, names: Iterable[str]) -> None:
         return
     bucket, folder = Bucket(str(place)), fetched(place, STATE)
     for name in names if folder == _path_of(bucket, STUDIES) else ():
-        if not files.exists(folder / name):
+        if time.monotonic() - _brought.get((str(bucket), name), -FRESH_FOR_S) >= FRESH_FOR_S:
             bucket.download(name, folder / name)
+            _brought[str(bucket), name] = time.monotonic()
 
 
 def _driven_now(bucket: Bucket) -> Path | None:
@@ -290,13 +292,14 @@ class Copy(Bucket):
             tell: Told how many bytes are done, of how many.
 
         Returns:
-            All files of the study in the bucket, also those not needed.
+            All files of the study in the bucket, also those not needed; for its state, those beside the trainings.
 
         Raises:
             UsageError: There are files, but no study.
             StorageError: The bucket cannot be read, or the folder not be written.
         """
-        there = {name: each for name, each in self.all(without=COMMITS).items() if is_needed(name, ALL)}
+        found = self._state() if need == STATE else self.all(without=COMMITS)
+        there = {name: each for name, each in found.items() if is_needed(name, ALL)}
         if there and MANIFEST not in there:
             raise UsageError(Problem(str(self), "must be a study or an empty address", _holds(there)))
         folder = self.here.path
@@ -304,11 +307,16 @@ class Copy(Bucket):
         here = files_in(folder)
         wanted = (name for name in there if name not in kept and (name in here or is_needed(name, need)))
         new = {name: there[name].num_bytes for name in wanted}
-        for name in here.keys() - there.keys() if removes else ():
+        for name in here.keys() - there.keys() if removes and need != STATE else ():
             if self.stat(name) is None:  # a listing may lack what is there
                 files.remove(folder / name)
         _each(lambda name: self.download(name, folder / name), new, tell)
         return there
+
+    def _state(self) -> dict[str, Listed]:
+        found = {**self.all(TEST_DIR), **self.all(CONFIRM)}
+        manifest = self.stat(MANIFEST)
+        return found if manifest is None else {MANIFEST: manifest, **found}
 
 
 def seen(path: Path) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from carft_ray.errors import Problem, StorageError
 from carft_ray.layout import LOG
 from carft_ray.results.reading.study_view import Overview, find_row
 from carft_ray.study.holding import log_of
-from carft_ray.study.mirror import STATE, Place, fetched
+from carft_ray.study.mirror import STATE, Place, bring, fetched
 from carft_ray.study.outcome import TrialRow
 from carft_ray.study.rows import all_rows, readable
 from carft_ray.untrusted import MOST_TEXT_BYTES
@@ -56,6 +56,7 @@ def follow_log(place: Place, training: str) -> Iterator[str]:
         over = False
         while not over:
             fetched(place, STATE)
+            bring(place, [f"{training}/{LOG}"])
             if not position or log.follow():  # before the last reading
                 rows = [row for group in all_rows(storage).values() for row in group]
                 over = any(row.training == training and row.outcome != "running" for row in rows)
