@@ -26,7 +26,7 @@ from carft_ray.errors import StorageError
 from carft_ray.launch import events
 from carft_ray.results.reading.study_view import Overview, read_study
 from carft_ray.store.result import write_result
-from carft_ray.study.dashboard import _Followed
+from carft_ray.study.mirror import log_at
 from carft_ray.study.opening import open_study
 from carft_ray.study.outcome import TrialRow, TrialSpec
 from carft_ray.study.rows import baselines, trials
@@ -263,7 +263,7 @@ def test_the_dashboard_follows_a_log_that_grows_and_never_writes_to_it(tmp_path,
                 with pytest.raises(urllib.error.HTTPError, match="403") as refused:
                     ask(path, method, content)
                 refused.value.close()
-            storage = JournalStorage(_Followed(study_dir))  # what it has to write with takes nothing
+            storage = JournalStorage(log_at(study_dir))  # a log that was not claimed takes nothing
             number = storage.get_all_studies()[0]._study_id
             for write in (lambda: storage.create_new_trial(number), lambda: storage.delete_study(number)):
                 with pytest.raises(StorageError, match="is open for reading only"):
